@@ -1,0 +1,214 @@
+"""Hydra composes, pydantic validates: overrides in, one frozen run out. The only file that knows Hydra.
+
+Mistakes leave as ConfigError, with the dotted path and, for a name that is nearly right, the name that was meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from raytune_llm.config.run import RUNS
+from raytune_llm.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+"""In an installed wheel conf/ lies in the package, in a checkout beside it."""
+
+
+def load_config(
+    verb: str, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, config_name: str | None = None
+) -> Any:
+    """The run that `python -m raytune_llm <verb> <overrides>` starts: a TrainRun, PrepareRun or DoctorRun.
+
+    config_dir adds a folder to the search path (its groups and experiments come beside ours); config_name takes another
+    primary config than the verb's, say `run` from an output folder. Raises ConfigError.
+    """
+    return to_run(verb, compose(verb, overrides, config_dir=config_dir, config_name=config_name))
+
+
+def to_run(verb: str, composed: DictConfig) -> Any:
+    """A composed config as the verb's frozen dataclass."""
+    keys = [key for key in composed if key != "hydra"]
+    try:
+        values = OmegaConf.to_container(OmegaConf.masked_copy(composed, keys), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(error.full_key or "the config", f"can't be resolved: {_first_line(error)}") from None
+    assert isinstance(values, dict)
+    return validate(RUNS[verb], values)
+
+
+def validate(kind: Any, values: dict[str, Any]) -> Any:
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise _named(error, values) from None
+
+
+def compose(
+    verb: str, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, config_name: str | None = None
+) -> DictConfig:
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError("--config-dir", "must be a folder", got=str(config_dir))
+    try:
+        return _compose(config_name or verb, list(overrides), config_dir)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explained(error, config_name or verb, list(overrides), config_dir) from None
+
+
+def _compose(config_name: str, overrides: list[str], config_dir: str | Path | None) -> DictConfig:
+    search_path = create_config_search_path(str(CONF))
+    if config_dir is not None:
+        search_path.append("command-line", f"file://{Path(config_dir).resolve()}")
+    GlobalHydra.instance().clear()
+    hydra = Hydra.create_main_hydra2("raytune_llm", search_path)
+    try:
+        return hydra.compose_config(
+            config_name=config_name,
+            overrides=overrides,
+            run_mode=RunMode.RUN,
+            from_shell=False,
+            with_log_configuration=False,
+        )
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def to_yaml(run: Any) -> str:
+    """The whole run as YAML that `--config-dir FOLDER --config-name NAME` composes back into the same run."""
+    return OmegaConf.to_yaml(OmegaConf.create(TypeAdapter(type(run)).dump_python(run, mode="json")))
+
+
+def options(group: str, config_dir: str | Path | None = None) -> list[str]:
+    """What `group=` can be."""
+    folders = [CONF / group] + ([Path(config_dir) / group] if config_dir else [])
+    return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+
+
+def _groups() -> list[str]:
+    return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+
+
+def _flat_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+
+
+def _explained(error: Exception, config_name: str, overrides: list[str], config_dir: str | Path | None) -> ConfigError:
+    """Hydra's complaint in our form."""
+    text = str(error)
+    if match := re.search(r"[Cc]ould not override '([^']+)'", text):
+        return _unknown_key(match[1], _known_keys(config_name, overrides, config_dir))
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = match[1].rpartition("/")
+        found = options(group, config_dir)
+        near = difflib.get_close_matches(option, found, n=1)
+        remedy = f"Did you mean {group}={near[0]}?" if near else f"There are: {', '.join(found) or 'none'}."
+        return ConfigError(f"{group}", "must be one of its options", got=option, remedy=remedy)
+    if match := re.search(r"Cannot find primary config '([^']+)'", text):
+        return ConfigError("--config-name", f"must be a YAML file of {config_dir or CONF}", got=match[1])
+    if match := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in", text):
+        key = getattr(error, "full_key", None) or match[1] or match[2]
+        return _unknown_key(key, _known_keys(config_name, overrides, config_dir))
+    if "mismatched input" in text or "Error parsing override" in text or "no viable alternative" in text or "token recognition" in text:
+        match = re.search(r"Error parsing override '([^']*)'", text)
+        got = match[1] if match else " ".join(overrides)
+        return ConfigError("an override", "must read key=value", got=got, remedy="Quote values with spaces or brackets: 'key=[a,b]'.")
+    if match := re.search(r"Multiple values for (\S+?)[.\s]", text):
+        return ConfigError(match[1], "was chosen twice", remedy="Choose it once.")
+    if match := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
+        return ConfigError(match[1], "exists already", remedy=f"Write {match[1]}=... without the plus sign.")
+    return ConfigError("the config", f"can't be composed: {_first_line(error)}")
+
+
+def _unknown_key(key: str, known: list[str]) -> ConfigError:
+    near = difflib.get_close_matches(key, known, n=1) or _same_last_part(key, known)
+    remedy = f"Did you mean {near[0]}?" if near else "`python -m raytune_llm train --cfg job` shows every setting."
+    return ConfigError(key, "is no setting", remedy=remedy)
+
+
+def _same_last_part(key: str, known: list[str]) -> list[str]:
+    last = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(key.rpartition(".")[2], list(last), n=1, cutoff=0.75)
+    return [last[name] for name in near]
+
+
+def _known_keys(config_name: str, overrides: list[str], config_dir: str | Path | None) -> list[str]:
+    """The settings that exist under the chosen options, whatever else is wrong."""
+    choices = []
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            continue
+        if "." not in override.key_or_group and (override.key_or_group == "experiment" or override.key_or_group in _groups()):
+            choices.append(text)
+    for attempt in (choices, []):
+        try:
+            composed = _compose(config_name, attempt, config_dir)
+        except (HydraException, OmegaConfBaseException):
+            continue
+        return list(_flat_keys(OmegaConf.to_container(composed, resolve=False)))
+    return []
+
+
+
+
+
+def _named(error: ValidationError, values: dict[str, Any]) -> ConfigError:
+    """The first of pydantic's complaints as setting, rule, value."""
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return cause
+    path, node = [], values
+    for part in first["loc"]:
+        if isinstance(node, dict) and part in node:
+            node = node[part]
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        elif first["type"] not in ("missing", "unexpected_keyword_argument", "extra_forbidden") or part != first["loc"][-1]:
+            continue  # the tag of a union, not a key
+        path.append(str(part))
+    setting = ".".join(path)
+    match first["type"]:
+        case "missing":
+            return ConfigError(setting, "must be given")
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            return _unknown_key(setting, list(_flat_keys(values)))
+        case "union_tag_invalid":
+            expected = first["ctx"]["expected_tags"].replace("'", "")
+            return ConfigError(f"{setting}.name", f"must be one of {expected}", got=first["ctx"]["tag"])
+    rule = first["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
+    rule = rule.replace("less than or equal to", "at most").replace("less than", "below").replace("greater than", "above")
+    rule = re.sub(r"must be a valid (\w+)", lambda m: f"must be {_article(m[1])}", rule)
+    return ConfigError(setting, rule, got=first["input"])
+
+
+def _article(noun: str) -> str:
+    noun = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}.get(noun, noun)
+    return noun if noun in ("text", "true or false") else f"a {noun}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+__all__ = ["CONF", "compose", "load_config", "options", "to_run", "to_yaml", "validate"]

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from raytune_llm.config.section import section
+
+
+@section
+class ModelConfig:
+    path: str | None
+    """A local folder or a hub id; none builds the model from `config` alone."""
+    revision: str | None
+    weights: Literal["pretrained", "random"]
+    """random: the same architecture with fresh weights drawn from train.seed, for trials without a download."""
+    config: dict[str, Any]
+    """Entries of the transformers config: all of it (with model_type) where path is none, changes to it elsewhere."""
+    tokenizer: str | None
+    """A folder or hub id; none is the model's own; `bytes` is the built-in tokenizer of 256 bytes and ChatML's marks."""
+    trust_remote_code: bool
+    attention: Literal["auto", "varlen", "sdpa"]

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raytune_llm.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, section
+
+
+@section
+class Inline:
+    """This process alone, without Ray: for tests, debugging and small jobs."""
+
+    name: Literal["inline"]
+    num_workers: Literal[1]
+
+
+@section
+class Local:
+    """Ray workers on this machine."""
+
+    name: Literal["local"]
+    num_workers: PositiveInt | Literal["auto"]
+    """auto: one for each GPU, or one."""
+    cpus_per_worker: PositiveFloat
+    gpus_per_worker: NonNegativeFloat | Literal["auto"]
+    """auto: one if there are any."""
+    max_failures: NonNegativeInt
+    """How often lost workers are replaced, going on from the newest checkpoint."""
+
+
+@section
+class Cluster:
+    """Ray workers on the cluster at `address`."""
+
+    name: Literal["cluster"]
+    address: str | None
+    """none: RAY_ADDRESS."""
+    num_workers: PositiveInt | Literal["auto"]
+    cpus_per_worker: PositiveFloat
+    gpus_per_worker: NonNegativeFloat | Literal["auto"]
+    max_failures: NonNegativeInt
+
+
+ResourcesConfig = Annotated[Inline | Local | Cluster, Field(discriminator="name")]

@@ -1,0 +1,142 @@
+"""The tree of settings of each verb, and the rules between sections."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from raytune_llm.config.adapter import AdapterConfig
+from raytune_llm.config.checkpoint import CheckpointConfig
+from raytune_llm.config.data import DataConfig
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.optimizer import OptimizerConfig
+from raytune_llm.config.quantization import QuantizationConfig
+from raytune_llm.config.resources import ResourcesConfig
+from raytune_llm.config.schedule import ScheduleConfig
+from raytune_llm.config.section import NonNegativeInt, section
+from raytune_llm.config.stage import StageConfig
+from raytune_llm.config.strategy import StrategyConfig
+from raytune_llm.config.tracking import TrackingConfig
+from raytune_llm.config.train import LoopConfig
+from raytune_llm.errors import ConfigError
+
+
+@section
+class TrainRun:
+    """`train` and `plan`."""
+
+    name: str
+    output_dir: str
+    resume: Literal["auto", "never", "must"]
+    model: ModelConfig
+    data: DataConfig
+    stage: StageConfig
+    adapter: AdapterConfig
+    quantization: QuantizationConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    strategy: StrategyConfig
+    resources: ResourcesConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+    train: LoopConfig
+
+    def __post_init__(self) -> None:
+        _batch_sizes_fit(self)
+        _held_out_rows_exist_where_they_are_used(self)
+        _model_is_given(self.model)
+        _data_are_given(self.data)
+        _sharding_has_workers(self)
+
+
+@section
+class PrepareRun:
+    """`prepare`: no weights, no training."""
+
+    model: ModelConfig
+    data: DataConfig
+    stage: StageConfig
+    resources: ResourcesConfig
+    seed: NonNegativeInt
+
+    def __post_init__(self) -> None:
+        _model_is_given(self.model)
+        _data_are_given(self.data)
+
+
+@section
+class DoctorRun:
+    """`doctor` looks at the machine, not at a run."""
+
+
+RUNS: dict[str, Any] = {"train": TrainRun, "plan": TrainRun, "prepare": PrepareRun, "doctor": DoctorRun}
+
+
+def _batch_sizes_fit(run: TrainRun) -> None:
+    micro, total = run.train.micro_batch_size, run.train.global_batch_size
+    workers = run.resources.num_workers
+    world = workers if isinstance(workers, int) else 1
+    if total % (micro * world):
+        raise ConfigError(
+            "train.global_batch_size",
+            f"must be a multiple of train.micro_batch_size x resources.num_workers = {micro} x {world}",
+            got=total,
+            remedy=f"Take {-(-total // (micro * world)) * micro * world}, or a smaller train.micro_batch_size.",
+        )
+
+
+def _held_out_rows_exist_where_they_are_used(run: TrainRun) -> None:
+    if run.data.eval_fraction > 0 and run.data.eval_path is not None:
+        raise ConfigError(
+            "data.eval_fraction", "must be 0 where data.eval_path is given", got=run.data.eval_fraction, remedy="Take one."
+        )
+    if run.data.eval_fraction > 0 or run.data.eval_path is not None:
+        return
+    users = {
+        "train.eval_every_steps": run.train.eval_every_steps,
+        "train.early_stopping": run.train.early_stopping,
+        "train.exact_match_rows": run.train.exact_match_rows or None,
+        "checkpoint.final": "best" if run.checkpoint.final == "best" else None,
+    }
+    for setting, value in users.items():
+        if value is not None:
+            raise ConfigError(
+                setting,
+                "needs held-out rows",
+                got=value,
+                remedy="Set data.eval_fraction (say 0.1) or data.eval_path.",
+            )
+
+
+def _model_is_given(model: ModelConfig) -> None:
+    if model.path is not None:
+        return
+    if model.weights == "pretrained":
+        raise ConfigError(
+            "model.path",
+            "must name a folder or a hub id where model.weights=pretrained",
+            got="null",
+            remedy="Set model.path, choose another model=..., or set model.weights=random with model.config.",
+        )
+    if "model_type" not in model.config:
+        raise ConfigError(
+            "model.config", "must hold model_type where model.path is none", got=model.config, remedy="Say, {model_type: llama}."
+        )
+    if model.tokenizer is None:
+        raise ConfigError("model.tokenizer", "must be given where model.path is none", remedy="Say, model.tokenizer=bytes.")
+
+
+def _data_are_given(data: DataConfig) -> None:
+    if data.path is None:
+        raise ConfigError("data.path", "must name a file, a folder or a hub data set", remedy="Say, data.path=rows.jsonl.")
+    if not 0 <= data.eval_fraction < 1:
+        raise ConfigError("data.eval_fraction", "must be at least 0 and below 1", got=data.eval_fraction, remedy="Say, 0.1.")
+
+
+def _sharding_has_workers(run: TrainRun) -> None:
+    if run.resources.name == "inline" and run.strategy.name != "ddp":
+        raise ConfigError(
+            "strategy",
+            "must be ddp where resources=inline, which is one process without a process group",
+            got=run.strategy.name,
+            remedy="Take resources=local.",
+        )

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from typing import Literal
+
+from raytune_llm.config.section import NonNegativeInt, PositiveFloat, PositiveInt, section
+
+
+@section
+class LoopConfig:
+    """The `train` group. Batch sizes count packs, or samples without packing."""
+
+    epochs: PositiveInt
+    max_steps: PositiveInt | None
+    micro_batch_size: PositiveInt
+    """What one worker computes at once."""
+    global_batch_size: PositiveInt
+    """What one optimizer step sees over all workers; accumulation follows."""
+    seed: NonNegativeInt
+    precision: Literal["bf16", "fp16", "fp32"]
+    compile: bool
+    """torch.compile of each layer."""
+    activation_checkpointing: Literal["none", "full"]
+    max_grad_norm: PositiveFloat | None
+    max_nonfinite_steps: NonNegativeInt
+    """Steps with a non-finite gradient are skipped; more than this many stop the run."""
+    log_every_steps: PositiveInt
+    eval_every_steps: PositiveInt | None
+    """none: at each epoch's end, where there is an eval split."""
+    early_stopping: PositiveInt | None
+    """Stop after so many evaluations without a lower loss."""
+    exact_match_rows: NonNegativeInt
+    """So many held-out rows are answered before and after training and compared with their reference."""
+    max_new_tokens: PositiveInt
+    """Length of those answers."""
