@@ -37,13 +37,19 @@ def resolve(path: str) -> str:
 
 def _unpack(source: Path, gguf_file: str, folder: Path) -> None:
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    transformers.logging.disable_progress_bar()
+    # Since transformers 5.2x weights stay in GGUF blocks unless told otherwise; before, there was no such choice.
+    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.bfloat16)
-        del model.config.quantization_config  # the weights are no longer quantized; save_pretrained refuses otherwise
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.bfloat16, **dense)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config  # nothing is quantized any more; save_pretrained would refuse
         model.save_pretrained(beside)
         AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(beside)
         beside.rename(folder)
