@@ -1,0 +1,135 @@
+"""What a run says about itself: metrics.jsonl while it trains, summary.json at its end.
+
+A record is a flat mapping with `step` (counted from 1) and, in this order where they apply: epoch, loss, lr, grad_norm,
+tokens_seen, tokens_per_s, mfu, memory_gib, then the stage's own metrics. A record of an evaluation holds eval_loss.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from raytune_llm.errors import DataError
+
+Record = Mapping[str, Any]
+Sink = Callable[[Record], None]
+
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+_NON_FINITE = {"NaN", "Infinity", "-Infinity"}
+
+
+class Report:
+    """Appends records to metrics.jsonl and passes each on to the sinks. Open one per run, on rank 0."""
+
+    def __init__(self, output_dir: Path, *, from_step: int, sinks: Sequence[Sink] = ()) -> None:
+        """from_step is the last step that is in the checkpoint: later records are dropped, since those steps come again."""
+        self._sinks = tuple(sinks)
+        path = output_dir / METRICS
+        output_dir.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read_metrics(path) if record["step"] <= from_step] if from_step and path.exists() else []
+        _write_whole(path, "".join(map(_to_line, kept)))
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, record: Record) -> None:
+        """Values are numbers or strings; those that are None are left out."""
+        known = {name: value for name, value in record.items() if value is not None}
+        self._file.write(_to_line(known))
+        self._file.flush()
+        for sink in self._sinks:
+            sink(known)
+
+    def close(self) -> None:
+        """Closes the file; whoever opened a sink closes it."""
+        self._file.close()
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in order. A last line that a crash cut short is left out; raises DataError for any other."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            records.append(_from_line(line))
+        except ValueError:
+            if number < len(lines) - 1:
+                raise DataError(f"{path}, row {number}", "is no JSON object", "Remove the line.") from None
+    return records
+
+
+@dataclass(frozen=True, kw_only=True)
+class WallTime:
+    """Seconds by phase. The phases don't overlap; total holds what lies between them as well."""
+
+    start: float
+    prepare: float
+    load: float
+    train: float
+    save: float
+    total: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a finished run comes to. None where a thing was not measured or has no meaning here."""
+
+    loss_first: float | None
+    loss_last: float | None
+    exact_match_before: float | None
+    """Fractions, 0 to 1."""
+    exact_match_after: float | None
+    steps: int
+    tokens: int
+    tokens_per_s: float | None
+    mfu: float | None
+    peak_memory_gib: float | None
+    world_size: int
+    wall_s: WallTime
+
+
+def write_summary(path: Path, summary: Summary) -> None:
+    _write_whole(path, json.dumps(_finite_or_named(asdict(summary)), indent=2, allow_nan=False) + "\n")
+
+
+def _to_line(record: Record) -> str:
+    return json.dumps(_finite_or_named(record), allow_nan=False) + "\n"
+
+
+def _from_line(line: str) -> dict[str, Any]:
+    record = json.loads(line)
+    if not isinstance(record, dict) or "step" not in record:
+        raise ValueError(line)
+    return {name: float(value) if value in _NON_FINITE else value for name, value in record.items()}
+
+
+def _finite_or_named(values: Record) -> dict[str, Any]:
+    """JSON has no NaN or infinity; as the strings "NaN", "Infinity" and "-Infinity" they stay readable to every parser."""
+    return {
+        name: _finite_or_named(value)
+        if isinstance(value, Mapping)
+        else json.dumps(value)
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for name, value in values.items()
+    }
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
