@@ -1,0 +1,96 @@
+"""Losses over single answers with a verdict, desirable or not: one a document [M], unreduced.
+
+The loss is their mean over all documents of the global batch, whatever their weights and verdicts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kto(
+    ratio_M: Tensor,
+    desirable_M: Tensor,
+    kl: Tensor | float,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306), with h = log policy - log reference of an answer:
+
+        desirable:    w_d (1 - s(b (h - z)))
+        undesirable:  w_u (1 - s(b (z - h)))
+
+    ratio_M is h in nats, summed over the answer's tokens; desirable_M is bool; kl is z (reference_point), one value for the whole
+    global batch. The paper keeps (w_d desirable rows) / (w_u undesirable rows) between 1 and 4/3.
+    """
+    gain_M = beta * (ratio_M - kl)
+    return torch.where(
+        desirable_M,
+        desirable_weight * torch.sigmoid(-gain_M),
+        undesirable_weight * torch.sigmoid(gain_M),
+    )
+
+
+def apo_zero_unpaired(
+    ratio_M: Tensor,
+    desirable_M: Tensor,
+    kl: Tensor | float = 0.0,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO with z = 0 (D'Oosterlinck et al. 2024, arXiv 2408.06266): kl is not looked at, so no mismatched answers need be run."""
+    return kto(ratio_M, desirable_M, 0.0, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+
+
+KTO_LOSSES = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired}
+LOSSES_WITH_KL = frozenset({"kto"})
+
+
+def mismatched_answers(num_rows: int) -> list[int]:
+    """For each prompt of the global batch, the row whose answer it is paired with for the KL term: the row before; for the first,
+    the last. A batch of one row has no other and gets its own.
+    """
+    return [(row - 1) % num_rows for row in range(num_rows)]
+
+
+def reference_point(ratio_total: Tensor, count: Tensor | int) -> Tensor:
+    """z = max(0, mean log-ratio of mismatched answers), an estimate of KL(policy || reference), without gradient.
+
+    Takes the sum and the count over all ranks and micro-batches: the clamp comes after the mean, so no part has a z of its own.
+    """
+    return (ratio_total.detach() / count).clamp(min=0)
+
+
+def desirable_nll(
+    policy_M: Tensor, tokens_M: Tensor, desirable_M: Tensor, *, rows_per_desirable: Tensor | float | None = None
+) -> Tensor:
+    """Cross-entropy of the desirable answers, each a mean over its own tokens, to add with weight `ftx`; 0 for the others.
+
+    Scaled so that its mean over all rows is the plain mean over the desirable ones: rows_per_desirable is the global batch's
+    number of rows over its number of desirable rows (any number where there are none); None: these rows are all of it.
+    """
+    nll_M = torch.where(desirable_M, -policy_M / tokens_M, 0.0)
+    if rows_per_desirable is None:
+        return nll_M * len(nll_M) / desirable_M.sum().clamp(min=1)
+    return nll_M * rows_per_desirable
+
+
+def kto_metrics(
+    ratio_M: Tensor, policy_M: Tensor, desirable_M: Tensor, kl: Tensor, *, beta: float
+) -> dict[str, tuple[Tensor, Tensor | int]]:
+    """Sums and counts of what the field logs, by verdict (kl is z, 0 where it is not used). A side without rows has a count of 0.
+
+    `rewards/margins` is the difference of the two sides' means: it exists only once they have been taken over all ranks, and only
+    if both sides have rows. No gradient.
+    """
+    reward_M, policy_M = beta * ratio_M.detach(), policy_M.detach()
+    metrics: dict[str, tuple[Tensor, Tensor | int]] = {"kl": (kl.detach(), 1)}
+    for side, on_side_M in (("chosen", desirable_M), ("rejected", ~desirable_M)):
+        metrics[f"rewards/{side}"] = (reward_M.where(on_side_M, 0.0).sum(), on_side_M.sum())
+        metrics[f"logps/{side}"] = (policy_M.where(on_side_M, 0.0).sum(), on_side_M.sum())
+    return metrics

@@ -1,0 +1,120 @@
+"""What a model's logits say about the trained tokens: losses, log-probabilities and entropies, one value a token, in nats.
+
+Every function takes logits_NV and targets_N of the trained positions only, so that a head can call it on a chunk of them.
+Arithmetic is float32, or float64 where the logits are. Sums over documents are further down.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def token_logprobs(logits_NV: Tensor, targets_N: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each target [N] when the distribution is softmax(logits / temperature)."""
+    scaled_NV = _wide(logits_NV, temperature)
+    return _at(scaled_NV, targets_N) - scaled_NV.logsumexp(-1)
+
+
+def token_entropy(logits_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Entropy [N] of softmax(logits / temperature)."""
+    logprobs_NV = F.log_softmax(_wide(logits_NV, temperature), dim=-1)
+    # the clamp: a token ruled out by a logit of -inf adds 0, where 0 * -inf would be nan
+    return -(logprobs_NV.exp() * logprobs_NV.clamp(min=torch.finfo(logprobs_NV.dtype).min)).sum(-1)
+
+
+def token_correct(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Whether each target is the most likely token: bool [N], for token accuracy."""
+    return logits_NV.argmax(-1) == targets_N
+
+
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    """Negative log-likelihood of each target [N].
+
+    label_smoothing e: (1 - e) nll - e mean_v log p_v (Szegedy et al. 2016, arXiv 1512.00567).
+    z_loss c: plus c log(Z)^2, Z the softmax normaliser (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
+    """
+    wide_NV = _wide(logits_NV)
+    log_z_N = wide_NV.logsumexp(-1)
+    loss_N = log_z_N - (1 - label_smoothing) * _at(wide_NV, targets_N)
+    if label_smoothing:
+        loss_N = loss_N - label_smoothing * wide_NV.mean(-1)
+    return loss_N + z_loss * log_z_N.square() if z_loss else loss_N
+
+
+def dft(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Dynamic fine-tuning: stop_grad(p) nll [N], p the target's probability (Wu et al. 2025, arXiv 2508.05629)."""
+    nll_N = cross_entropy(logits_NV, targets_N)
+    return nll_N * (-nll_N.detach()).exp()
+
+
+def eaft(logits_NV: Tensor, targets_N: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Entropy-adaptive fine-tuning: (H / 3)^alpha nll [N], so that tokens the model is sure about move it less
+    (Diao et al. 2026, arXiv 2601.02151).
+
+    H, without gradient, is the entropy of the 20 largest logits renormalised among themselves (the whole vocabulary where that
+    is smaller); 3 is about log 20, its maximum.
+    """
+    with torch.no_grad():
+        top_NK = logits_NV.topk(min(20, logits_NV.shape[-1]), dim=-1).values
+        weight_N = (token_entropy(top_NK) / 3.0).pow(alpha)
+    return weight_N * cross_entropy(logits_NV, targets_N)
+
+
+def asft(logits_NV: Tensor, targets_N: Tensor, *, reference_logits_NV: Tensor, alpha: float) -> Tensor:
+    """Anchored SFT: DFT plus alpha KL(reference || policy) [N], reference detached (Zhu et al. 2025, arXiv 2509.23753)."""
+    return dft(logits_NV, targets_N) + alpha * token_kl(reference_logits_NV.detach(), logits_NV)
+
+
+def token_kl(p_logits_NV: Tensor, q_logits_NV: Tensor) -> Tensor:
+    """KL(p || q) [N] between the two next-token distributions."""
+    p_logprobs_NV = F.log_softmax(_wide(p_logits_NV), dim=-1)
+    q_logprobs_NV = F.log_softmax(_wide(q_logits_NV), dim=-1)
+    return F.kl_div(q_logprobs_NV, p_logprobs_NV, reduction="none", log_target=True).sum(-1)
+
+
+TOKEN_LOSSES = {"cross_entropy": cross_entropy, "dft": dft, "eaft": eaft, "asft": asft}
+
+
+def total_and_count(values_N: Tensor, weights_N: Tensor | None = None) -> tuple[Tensor, Tensor | int]:
+    """The sum of the values and the number it is to be divided by: how many there are, or their weights' sum."""
+    if weights_N is None:
+        return values_N.sum(), values_N.numel()
+    return (values_N * weights_N).sum(), weights_N.sum()
+
+
+def segment_sums(values_N: Tensor, document_N: Tensor, num_documents: int) -> Tensor:
+    """Sum of the values of each document [M]; document_N numbers the document that each value belongs to. Empty ones get 0."""
+    return values_N.new_zeros(num_documents).index_add(0, document_N, values_N)
+
+
+def segment_counts(document_N: Tensor, num_documents: int) -> Tensor:
+    """How many values each document has: int64 [M]."""
+    return segment_sums(torch.ones_like(document_N, dtype=torch.int64), document_N, num_documents)
+
+
+def split_sums(values_N: Tensor, document_N: Tensor, shared_tokens_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the first shared_tokens_M[m] values of each document, and over the rest: (head_M, tail_M).
+
+    LD-DPO (Liu et al. 2024, arXiv 2409.06411) uses head + alpha tail as a sequence's log-probability, where shared_tokens is the
+    shorter answer's length: what makes an answer longer than its rival weighs less. Use it on policy and reference alike, then a
+    policy that equals its reference has a margin of 0. document_N must not decrease.
+    """
+    num_documents = shared_tokens_M.shape[0]
+    counts_M = segment_counts(document_N, num_documents)
+    starts_M = counts_M.cumsum(0) - counts_M
+    offset_N = torch.arange(len(document_N), device=document_N.device) - starts_M[document_N]
+    in_head_N = offset_N < shared_tokens_M[document_N]
+    head_M = segment_sums(values_N.where(in_head_N, 0.0), document_N, num_documents)
+    tail_M = segment_sums(values_N.where(~in_head_N, 0.0), document_N, num_documents)
+    return head_M, tail_M
+
+
+def _wide(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    wide_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    return wide_NV if temperature == 1.0 else wide_NV / temperature
+
+
+def _at(values_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return values_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
