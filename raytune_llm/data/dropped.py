@@ -1,0 +1,63 @@
+"""Rows that can't be used: raised as BadRow by the step that finds out, counted by reason, shown with three examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+NUM_EXAMPLES = 3
+
+
+class BadRow(Exception):
+    """This row can't be used. `reason` is the same text for all rows with the same fault; `detail` is about this row."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+class RefusedRow(Exception):
+    """A row that stops the whole run; the pipeline adds the file and the row's number and raises a DataError."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.problem, self.remedy = problem, remedy
+
+
+@dataclass
+class Dropped:
+    """Counts by reason, with the first few examples of each as `file, row N: detail`."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def add(self, bad: BadRow, where: str) -> None:
+        self.counts[bad.reason] = self.counts.get(bad.reason, 0) + 1
+        examples = self.examples.setdefault(bad.reason, [])
+        if len(examples) < NUM_EXAMPLES:
+            examples.append(f"{where}: {bad.detail}" if bad.detail else where)
+
+    def merge(self, other: Dropped) -> None:
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            examples = self.examples.setdefault(reason, [])
+            examples += other.examples[reason][: NUM_EXAMPLES - len(examples)]
+
+    def __str__(self) -> str:
+        most_frequent_first = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+        return "; ".join(f"{count} x {reason} ({', '.join(self.examples[reason])})" for reason, count in most_frequent_first)
+
+    def to_json(self) -> dict[str, Any]:
+        return {reason: {"rows": self.counts[reason], "examples": self.examples[reason]} for reason in sorted(self.counts)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Dropped:
+        return cls(
+            counts={reason: entry["rows"] for reason, entry in values.items()},
+            examples={reason: list(entry["examples"]) for reason, entry in values.items()},
+        )

@@ -1,0 +1,272 @@
+"""Raw rows to a token store, through Ray Data or in this process. [ray]
+
+Both ways map one function over the chunks of the source, `prepare_chunk`, which writes a shard and returns what is known of
+it; so both make the same shards, byte for byte. No row passes through the driver.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from raytune_llm import session
+from raytune_llm.config.data import DataConfig, FormatConfig
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.resources import Inline, ResourcesConfig
+from raytune_llm.data import sources, tokenizer
+from raytune_llm.data.dropped import BadRow, Dropped, RefusedRow
+from raytune_llm.data.formats import converter
+from raytune_llm.data.sources import Chunk
+from raytune_llm.data.store import Shard, Store, complete, finished_shard, key_of, shard_name, under_construction, write_shard
+from raytune_llm.data.templates import ChatTemplate, Rendered
+from raytune_llm.data.tokenize import tokenize
+from raytune_llm.errors import DataError, UserError
+from raytune_llm.records import Conversation, TokenRow
+
+TRANSFORMS_VERSION = 1
+"""Raise it when the same row would give other tokens, so that old stores are not taken for new ones."""
+BLOCK_ROWS = 512
+"""Rows that are tokenized by one call into Rust."""
+Progress = Callable[[int, int], None]
+"""Called with the rows done and the rows in all, dropped ones among them."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's stores, and how fast they were made (both, where there are two)."""
+
+    store: Store
+    eval_store: Store | None
+    rows_per_s: float
+    """Steady: without reading the source's outline and starting Ray. 0 where nothing was left to do."""
+    seconds: float
+    reused: bool
+    """Every store was there already."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that turns a row into tokens, small enough to travel with every task."""
+
+    model_path: str | None
+    revision: str | None
+    trust_remote_code: bool
+    tokenizer: str | None
+    format: FormatConfig
+    max_length: int
+    overlong: str
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A shard made by this run and when, in seconds of the machine's clock."""
+
+    shard: Shard
+    started: float
+    ended: float
+
+
+def prepare(model: ModelConfig, data: DataConfig, resources: ResourcesConfig, *, on_progress: Progress | None = None) -> Prepared:
+    """The token stores of `data.path` and `data.eval_path`: opened where they exist, else made."""
+    assert data.path is not None
+    started = time.perf_counter()
+    made: list[Timed] = []
+    store = _prepare_one(model, data, data.path, resources, made, on_progress)
+    eval_store = None if data.eval_path is None else _prepare_one(model, data, data.eval_path, resources, made, on_progress)
+    return Prepared(
+        store=store,
+        eval_store=eval_store,
+        rows_per_s=_rows_per_s(made),
+        seconds=time.perf_counter() - started,
+        reused=not made,
+    )
+
+
+def _prepare_one(
+    model: ModelConfig,
+    data: DataConfig,
+    path: str,
+    resources: ResourcesConfig,
+    made: list[Timed],
+    on_progress: Progress | None,
+) -> Store:
+    source = sources.find(path, subset=data.subset, split=data.split)
+    recipe = Recipe(
+        model_path=model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        tokenizer=model.tokenizer,
+        format=data.format,
+        max_length=data.max_length,
+        overlong=data.overlong,
+    )
+    made_from = _made_from(recipe, sources.fingerprint(source), data.max_samples)
+    cache = Path(data.cache).expanduser().resolve()
+    target = cache / key_of(made_from)
+    with under_construction(cache, target.name) as folder:
+        if folder is not None:
+            chunks = sources.plan(source, data.max_samples)
+            shards = _make_shards(chunks, recipe, folder, resources, made, on_progress)
+            _check(path, shards, data.max_bad_fraction)
+            complete(folder, shards, made_from, target)
+    store = Store.open(target)
+    _check_dropped(path, store.num_rows, store.dropped, data.max_bad_fraction)
+    return store
+
+
+def _made_from(recipe: Recipe, source_hash: str, max_samples: int | None) -> dict[str, Any]:
+    """Everything that determines the tokens, and nothing else: not where the files lie, not who makes the store."""
+    loaded, _ = _load(recipe.model_path, recipe.revision, recipe.trust_remote_code, recipe.tokenizer)
+    return {
+        "transforms_version": TRANSFORMS_VERSION,
+        "source": source_hash,
+        "max_samples": max_samples,
+        "format": asdict(recipe.format),
+        "template": loaded.chat_template,
+        "tokenizer": tokenizer.fingerprint(loaded),
+        "max_length": recipe.max_length,
+        "overlong": recipe.overlong,
+    }
+
+
+def _make_shards(
+    chunks: list[Chunk],
+    recipe: Recipe,
+    folder: Path,
+    resources: ResourcesConfig,
+    made: list[Timed],
+    on_progress: Progress | None,
+) -> list[Shard]:
+    """One shard a chunk; those that a crashed run has finished are taken over."""
+    num_rows = sum(chunk.num_rows for chunk in chunks)
+    shards = {number: shard for number in range(len(chunks)) if (shard := finished_shard(folder / shard_name(number)))}
+    num_done = sum(chunks[number].num_rows for number in shards)
+    missing = [(number, chunk) for number, chunk in enumerate(chunks) if number not in shards]
+    mapped = _map_inline if isinstance(resources, Inline) else _map_with_ray
+    for number, timed in mapped(missing, recipe, folder, resources):
+        made.append(timed)
+        shards[number] = timed.shard
+        num_done += chunks[number].num_rows
+        if on_progress is not None:
+            on_progress(num_done, num_rows)
+    return [shards[number] for number in range(len(chunks))]
+
+
+def _map_inline(
+    chunks: Iterable[tuple[int, Chunk]], recipe: Recipe, folder: Path, resources: ResourcesConfig
+) -> Iterator[tuple[int, Timed]]:
+    for number, chunk in chunks:
+        yield number, prepare_chunk(chunk, recipe, folder / shard_name(number))
+
+
+def _map_with_ray(
+    chunks: list[tuple[int, Chunk]], recipe: Recipe, folder: Path, resources: ResourcesConfig
+) -> Iterator[tuple[int, Timed]]:
+    """A Ray Data job of one block a chunk. Only names and statistics travel; each task writes its own shard."""
+    assert not isinstance(resources, Inline)
+    if not chunks:
+        return
+    session.connect(resources)
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    items = [{"number": number, "chunk": chunk} for number, chunk in chunks]
+
+    def prepare_block(block: dict[str, Any]) -> dict[str, list[Any]]:
+        """Mistakes in the data travel as values: Ray would wrap an exception in its own."""
+        done: list[Timed | UserError] = []
+        for number, chunk in zip(block["number"], block["chunk"], strict=True):
+            try:
+                done.append(prepare_chunk(chunk, recipe, folder / shard_name(int(number))))
+            except UserError as error:
+                done.append(error)
+        return {"number": list(block["number"]), "done": done}
+
+    # One thread in each task's tokenizer: the tasks themselves fill the cores.
+    one_thread = {"env_vars": {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}}
+    blocks = ray.data.from_items(items, override_num_blocks=len(items))
+    for row in blocks.map_batches(prepare_block, batch_size=1, num_cpus=1, runtime_env=one_thread).iter_rows():
+        if isinstance(row["done"], UserError):
+            raise row["done"]
+        yield int(row["number"]), row["done"]
+
+
+def prepare_chunk(chunk: Chunk, recipe: Recipe, path: Path) -> Timed:
+    """Read, convert, render, tokenize and write one chunk."""
+    loaded, template = _load(recipe.model_path, recipe.revision, recipe.trust_remote_code, recipe.tokenizer)
+    started = time.time()
+    dropped = Dropped()
+    rows: list[TokenRow] = []
+    numbered = sources.read(chunk)
+    while block := list(islice(numbered, BLOCK_ROWS)):
+        numbers: list[int] = []
+        rendered: list[Rendered] = []
+        for number, row in block:
+            try:
+                rendered.append(_render(row, recipe, template))
+                numbers.append(number)
+            except BadRow as bad:
+                dropped.add(bad, sources.where(chunk, number))
+            except RefusedRow as refused:
+                raise DataError(sources.where(chunk, number), refused.problem, refused.remedy) from None
+        tokenized = tokenize(rendered, loaded, max_length=recipe.max_length, overlong=recipe.overlong)
+        for number, result in zip(numbers, tokenized, strict=True):
+            if isinstance(result, TokenRow):
+                rows.append(result)
+            elif isinstance(result, BadRow):
+                dropped.add(result, sources.where(chunk, number))
+            else:
+                raise DataError(sources.where(chunk, number), result.problem, result.remedy)
+    shard = write_shard(path, rows, dropped)
+    return Timed(shard, started, time.time())
+
+
+def _render(row: Any, recipe: Recipe, template: ChatTemplate) -> Rendered:
+    if isinstance(row, BadRow):
+        raise row
+    record = converter(recipe.format)(row)
+    assert isinstance(record, Conversation), "other records come with their stages"
+    return template.render(record)
+
+
+@lru_cache(maxsize=2)
+def _load(path: str | None, revision: str | None, trust_remote_code: bool, kind: str | None) -> tuple[Any, ChatTemplate]:
+    """Once a process: loading takes longer than preparing a chunk."""
+    loaded = tokenizer.load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code, kind=kind)
+    return loaded, ChatTemplate(loaded)
+
+
+def _check(path: str, shards: list[Shard], max_bad_fraction: float) -> None:
+    dropped = Dropped()
+    for shard in shards:
+        dropped.merge(shard.stats.dropped)
+    _check_dropped(path, sum(shard.stats.rows for shard in shards), dropped, max_bad_fraction)
+
+
+def _check_dropped(path: str, num_rows: int, dropped: Dropped, max_bad_fraction: float) -> None:
+    """Nothing left to train on is refused, and so are more bad rows than the user allows."""
+    if num_rows == 0:
+        raise DataError(path, f"no row can be used. Dropped: {dropped}", "Mend the data, or the settings that are named.")
+    bad_fraction = dropped.total / (num_rows + dropped.total)
+    if bad_fraction > max_bad_fraction:
+        raise DataError(
+            path,
+            f"{dropped.total} of {num_rows + dropped.total} rows can't be used, more than data.max_bad_fraction = "
+            f"{max_bad_fraction:g} of them. Dropped: {dropped}",
+            f"Mend the data, or allow it with data.max_bad_fraction={-(-bad_fraction * 100 // 1) / 100:g}.",
+        )
+
+
+def _rows_per_s(made: list[Timed]) -> float:
+    """From the start of the chunk that was finished first to the end, over all rows."""
+    if not made:
+        return 0.0
+    first = min(made, key=lambda timed: timed.ended)
+    seconds = max(timed.ended for timed in made) - first.started
+    num_rows = sum(timed.shard.stats.rows + timed.shard.stats.dropped.total for timed in made)
+    return num_rows / max(seconds, 1e-9)

@@ -1,0 +1,455 @@
+"""Raw rows from files, folders and hub data sets, in chunks.
+
+A chunk is what one task prepares and one shard of the token store holds. Where chunks end depends on the data alone, never on
+the number of cores, so that the same data always make the same shards. Memory is that of one chunk, whatever the file's size.
+
+Every row is known by its file and its number in it, counted from 1 (for jsonl and txt: the line).
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import io
+import json
+import os
+import re
+from codecs import BOM_UTF8, getincrementaldecoder
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from raytune_llm.data.dropped import BadRow
+from raytune_llm.errors import DataError
+
+MIN_CHUNK_BYTES = 1 << 20
+MAX_CHUNK_BYTES = 64 << 20
+NUM_CHUNKS = 64
+"""Aimed at, between those bounds."""
+READ_BYTES = 1 << 20
+NumberedRow = tuple[int, Any]
+"""The row's number and its columns by name, or the BadRow that says why there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Files of one type in order, or one hub data set."""
+
+    kind: str
+    files: tuple[str, ...]
+    subset: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Part of one file, from `start` to `end`: bytes for text files, rows for parquet and hub data sets."""
+
+    kind: str
+    file: str
+    start: int
+    end: int
+    first_row: int
+    num_rows: int
+    columns: tuple[str, ...] = ()
+    """Of a csv file, whose header stands in its first chunk only."""
+    subset: str | None = None
+    split: str | None = None
+
+
+def find(path: str, *, subset: str | None = None, split: str = "train") -> Source:
+    """What `data.path` names: a file, a folder of files of one type (sorted by name), or a hub data set id."""
+    here = Path(path).expanduser()
+    if here.is_file():
+        return Source(_kind(here), (str(here),))
+    if here.is_dir():
+        files = sorted(file for file in here.rglob("*") if file.is_file() and not file.name.startswith("."))
+        kinds = sorted({file.suffix.lower() for file in files})
+        if not files:
+            raise DataError(path, "the folder holds no files", f"Put {_types()} files there.")
+        if len(kinds) > 1:
+            raise DataError(path, f"the folder mixes files of several types: {', '.join(kinds)}", "Name one file, or part them.")
+        return Source(_kind(files[0]), tuple(map(str, files)))
+    if here.suffix.lower() in KIND_OF_SUFFIX or path.startswith(("/", "~", ".")) or not _HUB_ID.fullmatch(path):
+        raise _missing(path, here)
+    return Source("hub", (path,), subset, split)
+
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+KIND_OF_SUFFIX = {
+    ".json": "json",
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+
+
+def _types() -> str:
+    return ", ".join(KIND_OF_SUFFIX)
+
+
+def _kind(file: Path) -> str:
+    kind = KIND_OF_SUFFIX.get(file.suffix.lower())
+    if kind is None:
+        remedy = "Unpack it first." if file.suffix in (".gz", ".zip", ".zst", ".bz2", ".xz") else "Convert it."
+        raise DataError(str(file), f"has a type that is not read ({file.suffix or 'no suffix'}); there are {_types()}", remedy)
+    if kind == "json" and _first_character(file) == "{":
+        return "lines"  # one object a line under the wrong suffix
+    return kind
+
+
+def _first_character(file: Path) -> str:
+    with file.open("rb") as stream:
+        return stream.read(4096).removeprefix(BOM_UTF8).lstrip()[:1].decode("latin-1")
+
+
+def _missing(path: str, here: Path) -> DataError:
+    folder = here.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    near = difflib.get_close_matches(here.name, [entry.name for entry in folder.iterdir()], n=1)
+    hint = (
+        f"Did you mean {folder / near[0]}?" if near else "Check data.path; it is taken from the folder that the command runs in."
+    )
+    return DataError(path, "there is no such file or folder", hint)
+
+
+def fingerprint(source: Source) -> str:
+    """A hash of the contents: of the files' bytes in order (their names and dates don't matter), or of a hub data set's revision."""
+    digest = hashlib.sha256(source.kind.encode())
+    if source.kind == "hub":
+        name = source.files[0]
+        digest.update(
+            f"{name} {source.subset} {source.split} {_hub_rows(name, source.subset, source.split)._fingerprint}".encode()
+        )
+        return digest.hexdigest()
+    for file in source.files:
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def plan(source: Source, max_rows: int | None = None) -> list[Chunk]:
+    """The chunks of a source in order, with the rows in each; of the first max_rows rows only, where given."""
+    planner = PLANNERS[source.kind]
+    total_bytes = 0 if source.kind == "hub" else sum(os.path.getsize(file) for file in source.files)
+    chunk_bytes = min(max(total_bytes // NUM_CHUNKS, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+    chunks: list[Chunk] = []
+    left = max_rows
+    for file in source.files:
+        for chunk in planner(source, file, chunk_bytes):
+            chunks.append(chunk if left is None else replace(chunk, num_rows=min(chunk.num_rows, left)))
+            if left is not None:
+                left -= chunks[-1].num_rows
+                if left == 0:
+                    return chunks
+    if not chunks:
+        raise DataError(", ".join(source.files[:3]), "holds no rows", "Give data.path a file with at least one row.")
+    return chunks
+
+
+def read(chunk: Chunk) -> Iterator[NumberedRow]:
+    """The rows of a chunk with their numbers."""
+    rows = READERS[chunk.kind](chunk)
+    for _, row in zip(range(chunk.num_rows), rows, strict=False):
+        yield row
+
+
+def where(chunk: Chunk, row: int) -> str:
+    return f"{chunk.file}, row {row}"
+
+
+# Lines: jsonl and txt -------------------------------------------------------------------------------------------------
+
+
+def _plan_lines(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
+    with open(file, "rb") as stream:
+        start = end = _skip_bom(stream)
+        first_line = line_number = 1
+        num_rows = 0
+        for line in stream:
+            num_rows += not line.isspace()
+            end += len(line)
+            line_number += 1
+            if end - start >= chunk_bytes:
+                if num_rows:
+                    yield Chunk(source.kind, file, start, end, first_line, num_rows)
+                start, first_line, num_rows = end, line_number, 0
+        if num_rows:
+            yield Chunk(source.kind, file, start, end, first_line, num_rows)
+
+
+def _numbered_lines(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
+    with open(chunk.file, "rb") as stream:
+        stream.seek(chunk.start)
+        number = chunk.first_row
+        while stream.tell() < chunk.end:
+            line = stream.readline()
+            if not line.isspace():
+                yield number, line
+            number += 1
+
+
+def _read_json_lines(chunk: Chunk) -> Iterator[NumberedRow]:
+    for number, line in _numbered_lines(chunk):
+        try:
+            yield number, json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            yield number, BadRow("the line is not valid JSON", str(error))
+
+
+def _read_text_lines(chunk: Chunk) -> Iterator[NumberedRow]:
+    for number, line in _numbered_lines(chunk):
+        try:
+            yield number, {"text": line.decode().rstrip("\r\n")}
+        except UnicodeDecodeError as error:
+            yield number, BadRow("the line is not UTF-8", str(error))
+
+
+# JSON arrays ----------------------------------------------------------------------------------------------------------
+
+
+class _JsonArray:
+    """The elements of a JSON array read in pieces, with the byte at which each ends.
+
+    json's decoder wants an element whole, so the buffer grows until the element at its head is complete.
+    """
+
+    _BETWEEN = re.compile(r"[\s,]*")
+
+    def __init__(self, stream: BinaryIO, file: str, first_row: int) -> None:
+        self.stream, self.file, self.row = stream, file, first_row
+        self.bytes_passed = stream.tell()
+        self.decode_utf8 = getincrementaldecoder("utf-8")()
+        self.decode_json = json.JSONDecoder().raw_decode
+        self.buffer, self.head, self.ended, self.closed = "", 0, False, False
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self._pass_between()
+            if self.head == len(self.buffer):
+                return
+            if self.buffer[self.head] == "]":
+                self.closed = True
+                return
+            yield self._element()
+            self.row += 1
+
+    def offset(self) -> int:
+        """Bytes of the file up to the end of the element just yielded."""
+        self._drop_passed()
+        return self.bytes_passed
+
+    def _pass_between(self) -> None:
+        while True:
+            match = self._BETWEEN.match(self.buffer, self.head)
+            assert match is not None
+            self.head = match.end()
+            if self.head < len(self.buffer) or not self._grow():
+                return
+
+    def _element(self) -> Any:
+        while True:
+            try:
+                value, head = self.decode_json(self.buffer, self.head)
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
+                if cut_off and self._grow():
+                    continue
+                problem = "the file ends in the middle of this row" if cut_off else f"is not valid JSON ({error.msg})"
+                raise DataError(f"{self.file}, row {self.row}", problem, "Mend the file, or save it as jsonl.") from None
+            self.head = head
+            return value
+
+    def _grow(self) -> bool:
+        if self.ended:
+            return False
+        self._drop_passed()
+        data = self.stream.read(max(READ_BYTES, len(self.buffer)))
+        self.ended = not data
+        try:
+            self.buffer += self.decode_utf8.decode(data, final=self.ended)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.file}, row {self.row}", f"is not UTF-8 ({error.reason})", "Save the file as UTF-8.") from None
+        return True
+
+    def _drop_passed(self) -> None:
+        self.bytes_passed += len(self.buffer[: self.head].encode())
+        self.buffer, self.head = self.buffer[self.head :], 0
+
+
+def _plan_json(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
+    with open(file, "rb") as stream:
+        _skip_bom(stream)
+        opening = stream.read(1)
+        while opening.isspace():
+            opening = stream.read(1)
+        if not opening:
+            return
+        if opening != b"[":
+            raise DataError(
+                file, "must hold an array of rows, or one object a line", "Save the rows as a JSON array or as jsonl."
+            )
+        array = _JsonArray(stream, file, first_row=1)
+        start, first_row, num_rows = stream.tell(), 1, 0
+        for _ in array:
+            num_rows += 1
+            # A cheap lower bound first: the exact offset costs an encoding of what was passed.
+            if stream.tell() - start >= chunk_bytes and (end := array.offset()) - start >= chunk_bytes:
+                yield Chunk(source.kind, file, start, end, first_row, num_rows)
+                start, first_row, num_rows = end, first_row + num_rows, 0
+        if not array.closed:
+            raise DataError(f"{file}, row {array.row}", "the file ends before the array's closing bracket", "Fetch it again.")
+        if num_rows:
+            yield Chunk(source.kind, file, start, array.offset(), first_row, num_rows)
+
+
+def _read_json(chunk: Chunk) -> Iterator[NumberedRow]:
+    with open(chunk.file, "rb") as stream:
+        stream.seek(chunk.start)
+        part = io.BytesIO(stream.read(chunk.end - chunk.start))
+    yield from enumerate(_JsonArray(part, chunk.file, chunk.first_row), chunk.first_row)
+
+
+# csv ------------------------------------------------------------------------------------------------------------------
+
+
+def _plan_csv(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
+    passed = 0
+
+    def lines(stream: BinaryIO) -> Iterator[str]:
+        nonlocal passed
+        for line in stream:
+            passed += len(line)
+            yield line.decode()
+
+    with open(file, "rb") as stream:
+        passed = _skip_bom(stream)
+        rows = csv.reader(lines(stream), strict=True)
+        first_row, num_rows = 1, 0
+        try:
+            columns = tuple(next(rows, ()))
+            start = passed
+            for row in rows:
+                num_rows += bool(row)
+                if passed - start >= chunk_bytes:
+                    yield Chunk(source.kind, file, start, passed, first_row, num_rows, columns)
+                    start, first_row, num_rows = passed, first_row + num_rows, 0
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{file}, row {first_row + num_rows}", f"is not valid csv ({error})", "Save the file as UTF-8 csv."
+            ) from None
+        if num_rows:
+            yield Chunk(source.kind, file, start, passed, first_row, num_rows, columns)
+
+
+def _read_csv(chunk: Chunk) -> Iterator[NumberedRow]:
+    with open(chunk.file, "rb") as stream:
+        stream.seek(chunk.start)
+        text = stream.read(chunk.end - chunk.start).decode()
+    rows = (row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row)
+    for number, row in enumerate(rows, chunk.first_row):
+        if len(row) == len(chunk.columns):
+            yield number, dict(zip(chunk.columns, row, strict=True))
+        else:
+            yield number, BadRow("the row has another number of fields than the header", f"{len(row)}, not {len(chunk.columns)}")
+
+
+# parquet --------------------------------------------------------------------------------------------------------------
+
+
+def _plan_parquet(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(file) as parquet:
+            num_rows = parquet.metadata.num_rows
+    except ArrowInvalid as error:
+        raise DataError(file, f"is not a parquet file ({error})", "Write it again.") from None
+    rows_per_chunk = max(1, num_rows * chunk_bytes // os.path.getsize(file))
+    for start in range(0, num_rows, rows_per_chunk):
+        end = min(start + rows_per_chunk, num_rows)
+        yield Chunk(source.kind, file, start, end, start + 1, end - start)
+
+
+def _read_parquet(chunk: Chunk) -> Iterator[NumberedRow]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(chunk.file) as parquet:
+        passed = 0
+        for group in range(parquet.num_row_groups):
+            group_rows = parquet.metadata.row_group(group).num_rows
+            if passed + group_rows > chunk.start and passed < chunk.end:
+                for batch in parquet.iter_batches(batch_size=1024, row_groups=[group]):
+                    first, last = max(chunk.start - passed, 0), min(chunk.end - passed, batch.num_rows)
+                    if first < last:
+                        yield from enumerate(batch.slice(first, last - first).to_pylist(), passed + first + 1)
+                    passed += batch.num_rows
+            else:
+                passed += group_rows
+
+
+# Hub data sets --------------------------------------------------------------------------------------------------------
+
+HUB_CHUNK_BYTES = 16 << 20
+
+
+def _hub_rows(name: str, subset: str | None, split: str | None) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, subset, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise DataError(
+            name,
+            f"there is no such file or folder, and the hub gives no data set of that name ({reason})",
+            "Check data.path, data.subset and data.split, and that the hub is reached (HF_ENDPOINT, HF_TOKEN).",
+        ) from None
+
+
+def _plan_hub(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
+    rows = _hub_rows(file, source.subset, source.split)
+    rows_per_chunk = max(1, len(rows) * HUB_CHUNK_BYTES // max(rows.data.nbytes, 1))
+    for start in range(0, len(rows), rows_per_chunk):
+        end = min(start + rows_per_chunk, len(rows))
+        yield Chunk(source.kind, file, start, end, start + 1, end - start, subset=source.subset, split=source.split)
+
+
+def _read_hub(chunk: Chunk) -> Iterator[NumberedRow]:
+    rows = _hub_rows(chunk.file, chunk.subset, chunk.split)
+    for number in range(chunk.start, chunk.end):
+        yield number + 1, rows[number]
+
+
+# Axes -----------------------------------------------------------------------------------------------------------------
+
+
+def _skip_bom(stream: BinaryIO) -> int:
+    """Past the byte-order mark, if there is one; the position after it."""
+    if stream.read(len(BOM_UTF8)) != BOM_UTF8:
+        stream.seek(0)
+    return stream.tell()
+
+
+PLANNERS = {
+    "json": _plan_json,
+    "lines": _plan_lines,
+    "text": _plan_lines,
+    "csv": _plan_csv,
+    "parquet": _plan_parquet,
+    "hub": _plan_hub,
+}
+READERS = {
+    "json": _read_json,
+    "lines": _read_json_lines,
+    "text": _read_text_lines,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "hub": _read_hub,
+}

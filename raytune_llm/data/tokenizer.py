@@ -1,0 +1,84 @@
+"""The tokenizer of a run: the model's own, another one, or the built-in one of plain bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from raytune_llm import packaged
+from raytune_llm.errors import ConfigError
+
+BYTES = "bytes"
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def load_tokenizer(
+    path: str | None, *, revision: str | None = None, trust_remote_code: bool = False, kind: str | None = None
+) -> PreTrainedTokenizerFast:
+    """The tokenizer at `kind` (`bytes`, a folder or a hub id), or where that is none, the model's own at `path`."""
+    if kind == BYTES:
+        return byte_tokenizer()
+    setting, place = ("model.path", path) if kind is None else ("model.tokenizer", kind)
+    assert place is not None, "model.path or model.tokenizer is given"
+    folder = packaged.resolve(place)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, revision=revision if kind is None else None, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        what = (
+            "holds no tokenizer"
+            if Path(folder).is_dir()
+            else "names no local folder and no hub model with a tokenizer that is reached"
+        )
+        remedy = f"({str(error).strip().splitlines()[0].rstrip('.')}). Check {setting}, or set model.tokenizer to a folder that has one."
+        raise ConfigError(setting, what, got=place, remedy=remedy) from None
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            setting, "must have a tokenizer.json (a fast tokenizer)", got=place, remedy="Convert it with transformers."
+        )
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            setting, "must have a chat template", got=place, remedy="Take the model's chat version, or set model.tokenizer."
+        )
+    return tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """259 tokens: id b is the byte b, then ChatML's marks and a pad. For tests and small models of any language."""
+    alphabet = dict(zip(range(256), _byte_characters(), strict=True))
+    tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in alphabet.items()}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in ("<|im_start|>", "<|im_end|>", "<|pad|>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The printable character by which byte-level tokenizers write each byte (Radford et al. 2019)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A hash of all that makes ids of a text: the Rust tokenizer, its special tokens and the chat template."""
+    content = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
