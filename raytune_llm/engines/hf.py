@@ -1,0 +1,191 @@
+"""Text from a transformers model in this process, batch by batch: for evaluation, for `chat` and for machines without vLLM."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from raytune_llm.data.templates import ChatTemplate
+from raytune_llm.engines.requests import Completion, Request, Sampling
+
+
+class HFEngine:
+    """Answers requests with a model that is already in memory; several adapters may sit on it, one at a time speaks.
+
+    Prompts are padded on the left. The model may be in the middle of its training: its mode, its active adapter and the
+    global random state are as before when `generate` returns. Only its attention must be transformers' own, since ours for
+    packs knows no cache (models.attention.detach). Answers are a function of the requests; those that share a batch change
+    each other's rounding, and where they are drawn, each other's draws.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 32) -> None:
+        self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
+        self._given_adapter: Any = model.active_adapter if isinstance(model, PeftModel) else None
+        self._adapters: dict[str, str] = {}
+        """Our name -> PEFT's, which can't hold a dot."""
+        self._peft_names = (f"engine_{number}" for number in count())
+        self._end_ids = end_ids(model, tokenizer)
+        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._end_ids[0]
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        adapters: Mapping[str, str | Path] | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        batch_size: int = 32,
+    ) -> HFEngine:
+        """From a folder (or hub id) of a model with its tokenizer, and folders of adapters by the names that requests use."""
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        engine = cls(model.to(device), AutoTokenizer.from_pretrained(path), batch_size=batch_size)
+        for name, folder in (adapters or {}).items():
+            engine.add_adapter(name, folder)
+        return engine
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion a request, in the order of the requests."""
+        prompts = [self._prompt_ids(request) for request in requests]
+        groups: dict[tuple[str | None, Sampling], list[int]] = defaultdict(list)
+        for index in sorted(range(len(requests)), key=lambda index: len(prompts[index])):
+            groups[requests[index].adapter, requests[index].sampling].append(index)
+
+        completions: dict[int, Completion] = {}
+        for (adapter, sampling), indices in groups.items():
+            with self._speaking(adapter):
+                for start in range(0, len(indices), self._batch_size):
+                    batch = indices[start : start + self._batch_size]
+                    answers = self._generate_batch([prompts[index] for index in batch], sampling)
+                    completions.update(zip(batch, answers, strict=True))
+        return [completions[index] for index in range(len(requests))]
+
+    def add_adapter(self, name: str, path: str | Path) -> None:
+        """Puts the adapter that PEFT saved in the folder `path` beside the others, for requests that name it."""
+        assert name not in self._adapters, name
+        peft_name = next(self._peft_names)
+        if isinstance(self._model, PeftModel):
+            was_training = self._model.training
+            self._model.load_adapter(str(path), adapter_name=peft_name)
+            self._model.train(was_training)  # PEFT leaves the model in evaluation mode
+        else:
+            self._model = PeftModel.from_pretrained(self._model, str(path), adapter_name=peft_name)
+        self._adapters[name] = peft_name
+
+    def remove_adapter(self, name: str) -> None:
+        assert isinstance(self._model, PeftModel), name
+        peft_name = self._adapters.pop(name)
+        if self._adapters or self._given_adapter is not None:
+            self._model.delete_adapter(peft_name)
+        else:
+            self._model = self._model.unload()  # PEFT can't be without any adapter
+
+    def close(self) -> None:
+        """Takes the engine's adapters off the model and lets go of it."""
+        for name in list(self._adapters):
+            self.remove_adapter(name)
+        del self._model
+
+    def _prompt_ids(self, request: Request) -> Sequence[int]:
+        if request.conversation is None:
+            return request.prompt_ids
+        text = self._template.prompt(request.conversation)
+        return self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer)
+
+    @contextmanager
+    def _speaking(self, adapter: str | None) -> Iterator[None]:
+        """The model with the adapter of that name, in evaluation mode, running eagerly."""
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            # Every decoded token is a new shape: compiled layers would be compiled again and again.
+            with torch.compiler.set_stance("force_eager"), self._active(adapter):
+                yield
+        finally:
+            self._model.train(was_training)
+
+    @contextmanager
+    def _active(self, adapter: str | None) -> Iterator[None]:
+        if adapter is not None:
+            self._model.set_adapter(self._adapters[adapter])
+            try:
+                yield
+            finally:
+                if self._given_adapter is not None:
+                    self._model.set_adapter(self._given_adapter)
+        elif isinstance(self._model, PeftModel) and self._given_adapter is None:
+            with self._model.disable_adapter():
+                yield
+        else:
+            yield
+
+    @torch.inference_mode()
+    def _generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        ids_BT, mask_BT = pad_left(prompts, self._pad_id)
+        device = self._model.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(sampling.seed)
+            out_BT = self._model.generate(
+                input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=self._config(sampling)
+            )
+        return [
+            self._completion(new_ids, len(prompt))
+            for new_ids, prompt in zip(out_BT[:, ids_BT.shape[1] :].tolist(), prompts, strict=True)
+        ]
+
+    def _config(self, sampling: Sampling) -> GenerationConfig:
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        # Whatever is not said here would be taken from the model's own generation config.
+        return GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampling.temperature > 0,
+            **(drawn if sampling.temperature > 0 else {}),
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            use_cache=True,
+            eos_token_id=list(self._end_ids),
+            pad_token_id=self._pad_id,
+        )
+
+    def _completion(self, new_ids: list[int], prompt_tokens: int) -> Completion:
+        end = next((place for place, token in enumerate(new_ids) if token in self._end_ids), None)
+        ids = tuple(new_ids[:end])
+        return Completion(
+            ids=ids,
+            text=self._tokenizer.decode(ids, skip_special_tokens=True),
+            finish="length" if end is None else "stop",
+            prompt_tokens=prompt_tokens,
+        )
+
+
+def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's, which training taught, and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return tuple(dict.fromkeys(token for token in (tokenizer.eos_token_id, *listed) if token is not None))
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """ids_BT and mask_BT (1 where a token stands), both int64, with every prompt's last token in the last column."""
+    length = max(map(len, prompts))
+    ids_BT = torch.full((len(prompts), length), pad_id)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, length - len(prompt) :] = torch.as_tensor(prompt)
+        mask_BT[row, length - len(prompt) :] = 1
+    return ids_BT, mask_BT

@@ -1,0 +1,66 @@
+"""How many held-out rows the model answers word for word as their reference does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raytune_llm.engines.hf import HFEngine
+from raytune_llm.engines.requests import Request, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Texts without special tokens and outer white space."""
+
+    prompt: str
+    reference: str
+    answer: str
+    correct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExactMatch:
+    matches: int
+    total: int
+    samples: tuple[Sample, ...]
+    """One a row, in the order of the rows."""
+
+    @property
+    def fraction(self) -> float:
+        return self.matches / self.total
+
+
+def exact_match(
+    engine: HFEngine,
+    tokenizer: Any,
+    rows: Iterable[tuple[np.ndarray, np.ndarray]],
+    *,
+    max_new_tokens: int,
+    adapter: str | None = None,
+) -> ExactMatch:
+    """Greedy answers to at least one row of a token store, compared with what stands there.
+
+    A row is (ids, spans): the tokens before its last trained span are the prompt, that span is the reference.
+    """
+    prompts, references = zip(*(last_answer(ids, spans) for ids, spans in rows), strict=True)
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    completions = engine.generate([Request(prompt_ids=prompt, sampling=sampling, adapter=adapter) for prompt in prompts])
+
+    def text(ids: np.ndarray) -> str:
+        return tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
+
+    samples = tuple(
+        Sample(text(prompt), text(reference), answer := completion.text.strip(), answer == text(reference))
+        for prompt, reference, completion in zip(prompts, references, completions, strict=True)
+    )
+    return ExactMatch(sum(sample.correct for sample in samples), len(samples), samples)
+
+
+def last_answer(ids: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ids before the last of the flattened spans, and the ids in it."""
+    start, end = spans[-2:]
+    return ids[:start], ids[start:end]
