@@ -24,9 +24,9 @@ from raytune_llm.data.formats import converter
 from raytune_llm.data.sources import Chunk
 from raytune_llm.data.store import Shard, Store, complete, finished_shard, key_of, shard_name, under_construction, write_shard
 from raytune_llm.data.templates import ChatTemplate, Rendered
-from raytune_llm.data.tokenize import tokenize
+from raytune_llm.data.tokenize import BlockTokenizer
 from raytune_llm.errors import DataError, UserError
-from raytune_llm.records import Conversation, TokenRow
+from raytune_llm.records import Conversation, Record, TokenRow
 
 TRANSFORMS_VERSION = 1
 """Raise it when the same row would give other tokens, so that old stores are not taken for new ones."""
@@ -121,7 +121,7 @@ def _prepare_one(
 
 def _made_from(recipe: Recipe, source_hash: str, max_samples: int | None) -> dict[str, Any]:
     """Everything that determines the tokens, and nothing else: not where the files lie, not who makes the store."""
-    loaded, _ = _load(recipe.model_path, recipe.revision, recipe.trust_remote_code, recipe.tokenizer)
+    loaded, _, _ = _load(recipe.model_path, recipe.revision, recipe.trust_remote_code, recipe.tokenizer)
     return {
         "transforms_version": TRANSFORMS_VERSION,
         "source": source_hash,
@@ -198,7 +198,8 @@ def _map_with_ray(
 
 def prepare_chunk(chunk: Chunk, recipe: Recipe, path: Path) -> Timed:
     """Read, convert, render, tokenize and write one chunk."""
-    loaded, template = _load(recipe.model_path, recipe.revision, recipe.trust_remote_code, recipe.tokenizer)
+    template, tokenize = _load(recipe.model_path, recipe.revision, recipe.trust_remote_code, recipe.tokenizer)[1:]
+    convert = converter(recipe.format)
     started = time.time()
     dropped = Dropped()
     rows: list[TokenRow] = []
@@ -208,13 +209,13 @@ def prepare_chunk(chunk: Chunk, recipe: Recipe, path: Path) -> Timed:
         rendered: list[Rendered] = []
         for number, row in block:
             try:
-                rendered.append(_render(row, recipe, template))
+                rendered.append(_render(row, convert, template))
                 numbers.append(number)
             except BadRow as bad:
                 dropped.add(bad, sources.where(chunk, number))
             except RefusedRow as refused:
                 raise DataError(sources.where(chunk, number), refused.problem, refused.remedy) from None
-        tokenized = tokenize(rendered, loaded, max_length=recipe.max_length, overlong=recipe.overlong)
+        tokenized = tokenize(rendered, max_length=recipe.max_length, overlong=recipe.overlong)
         for number, result in zip(numbers, tokenized, strict=True):
             if isinstance(result, TokenRow):
                 rows.append(result)
@@ -226,19 +227,21 @@ def prepare_chunk(chunk: Chunk, recipe: Recipe, path: Path) -> Timed:
     return Timed(shard, started, time.time())
 
 
-def _render(row: Any, recipe: Recipe, template: ChatTemplate) -> Rendered:
+def _render(row: Any, convert: Callable[[Any], Record], template: ChatTemplate) -> Rendered:
     if isinstance(row, BadRow):
         raise row
-    record = converter(recipe.format)(row)
+    record = convert(row)
     assert isinstance(record, Conversation), "other records come with their stages"
     return template.render(record)
 
 
 @lru_cache(maxsize=2)
-def _load(path: str | None, revision: str | None, trust_remote_code: bool, kind: str | None) -> tuple[Any, ChatTemplate]:
+def _load(
+    path: str | None, revision: str | None, trust_remote_code: bool, kind: str | None
+) -> tuple[Any, ChatTemplate, BlockTokenizer]:
     """Once a process: loading takes longer than preparing a chunk."""
     loaded = tokenizer.load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code, kind=kind)
-    return loaded, ChatTemplate(loaded)
+    return loaded, ChatTemplate(loaded), BlockTokenizer(loaded)
 
 
 def _check(path: str, shards: list[Shard], max_bad_fraction: float) -> None:

@@ -36,10 +36,8 @@ class ChatTemplate:
         self._plain = _compile_jinja_template(tokenizer.get_chat_template())
         self._with_tools = _compile_jinja_template(tokenizer.get_chat_template(tools=[{}]))
         self._special_tokens = dict(tokenizer.special_tokens_map)
-        specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        any_special = "|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True))
-        self._tail = re.compile(rf"(?:\s|{any_special})*\Z")
-        self._special = re.compile(any_special)
+        specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
         self.end_token = self._find_end_token()
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -83,14 +81,21 @@ class ChatTemplate:
         return len(before), self._end_of_answer(text, len(before), len(through))
 
     def _end_of_answer(self, text: str, start: int, end: int) -> int:
-        """Past the answer's first end token: what the template writes after it (a newline, say) the model need not learn."""
-        tail = self._tail.search(text, start, end)
-        assert tail is not None
-        found = text.find(self.end_token, tail.start(), end)
-        if found >= 0:
-            return found + len(self.end_token)
-        other = self._special.search(text, tail.start(), end)  # such as the mark that ends a tool call in Llama 3
-        return other.end() if other else end
+        """Past the answer's first end token: what the template writes after it (a newline, say) the model need not learn.
+
+        It is looked for among the special tokens at the very end, with nothing but white space between and after them. Where
+        the usual end token is not among them, it is the first, such as the mark that ends a tool call in Llama 3.
+        """
+        run: list[re.Match[str]] = []
+        edge = end
+        for special in reversed(list(self._special.finditer(text, start, end))):
+            if text[special.end() : edge].strip():
+                break
+            run.insert(0, special)
+            edge = special.start()
+        if not run:
+            return end
+        return next((special for special in run if special.group() == self.end_token), run[0]).end()
 
     def _find_end_token(self) -> str:
         answer = "answer"

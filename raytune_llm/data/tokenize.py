@@ -1,8 +1,21 @@
-"""Rendered texts -> token rows, a block at a time: one call into the tokenizer's Rust, no Python per token."""
+"""Rendered texts -> token rows, a block at a time, in the tokenizer's Rust; no Python per token.
+
+Ids are those of the whole text, and equal `apply_chat_template`'s: the template holds the special tokens, none is added.
+
+Where a span of characters lies among the tokens can be asked of the tokenizer, but to keep count of characters takes it as
+long again as the ids themselves. So spans are found from special tokens instead, which no token crosses: a span ends with
+one, and starts a short header (`assistant` and a newline, say) after one. Each row is checked for that, and the rows where it does not
+hold are encoded with offsets.
+"""
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding
@@ -12,27 +25,66 @@ from raytune_llm.data.dropped import BadRow, RefusedRow
 from raytune_llm.data.templates import Rendered
 from raytune_llm.records import TokenRow
 
-
-def tokenize(
-    rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerFast, *, max_length: int, overlong: str
-) -> Iterator[TokenRow | BadRow | RefusedRow]:
-    """The token row of each text in order, or why there is none.
-
-    Ids are those of the whole text, and equal `apply_chat_template`'s: the template holds the special tokens, none is added.
-    """
-    # encode_batch returns Encodings, of which only ids and the tokens at the spans' ends are looked at.
-    encodings = tokenizer.backend_tokenizer.encode_batch([one.text for one in rendered], add_special_tokens=False)
-    shorten = OVERLONG[overlong]
-    for one, encoding in zip(rendered, encodings, strict=True):
-        row = TokenRow(np.array(encoding.ids, dtype=np.int32), token_spans(encoding, one.spans))
-        try:
-            yield row if len(row.ids) <= max_length else shorten(row, max_length)
-        except (BadRow, RefusedRow) as bad:
-            yield bad
+MAX_HEADER_CHARS = 64
+"""Longer text between a special token and an answer is no header but part of the request, and seldom comes again."""
+Result = TokenRow | BadRow | RefusedRow
 
 
-def token_spans(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Character spans as token spans, flattened. A token that straddles a span's start belongs to it."""
+class BlockTokenizer:
+    """Token rows of a block of texts. Made once a process."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._rust = tokenizer.backend_tokenizer
+        special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        longest_first = sorted(special.values(), key=len, reverse=True)
+        self._special_text = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._is_special = np.zeros(max(len(tokenizer), max(special, default=0) + 1), bool)
+        self._is_special[list(special)] = True
+        self._header_ids = lru_cache(maxsize=1024)(self._encode_header)
+
+    def __call__(self, rendered: Sequence[Rendered], *, max_length: int, overlong: str) -> Iterator[Result]:
+        """The token row of each text in order, or why there is none."""
+        shorten = OVERLONG[overlong]
+        for row in self._rows(rendered):
+            try:
+                yield row if len(row.ids) <= max_length else shorten(row, max_length)
+            except (BadRow, RefusedRow) as bad:
+                yield bad
+
+    def _rows(self, rendered: Sequence[Rendered]) -> list[TokenRow]:
+        encodings = self._rust.encode_batch_fast([one.text for one in rendered], add_special_tokens=False)
+        ids: list[Any] = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        spans: list[Any] = [self._spans_from_special_tokens(one, row) for one, row in zip(rendered, ids, strict=True)]
+        unclear = [number for number, found in enumerate(spans) if found is None]
+        encodings = self._rust.encode_batch([rendered[number].text for number in unclear], add_special_tokens=False)
+        for number, encoding in zip(unclear, encodings, strict=True):
+            spans[number] = spans_from_offsets(encoding, rendered[number].spans)
+        return [TokenRow(row, found) for row, found in zip(ids, spans, strict=True)]
+
+    def _spans_from_special_tokens(self, one: Rendered, ids: np.ndarray) -> np.ndarray | None:
+        """Flattened token spans, or none where special tokens don't determine them."""
+        ends = [match.end() for match in self._special_text.finditer(one.text)]
+        at = np.flatnonzero(self._is_special[ids]).tolist()
+        if len(ends) != len(at):
+            return None
+        tokens = []
+        for start, end in one.spans:
+            before, last = bisect_right(ends, start) - 1, bisect_right(ends, end) - 1
+            if before < 0 or ends[last] != end or start - ends[before] > MAX_HEADER_CHARS:
+                return None
+            header = self._header_ids(one.text[ends[before] : start])
+            first = at[before] + 1 + len(header)
+            if not np.array_equal(ids[at[before] + 1 : first], header):
+                return None  # a token straddles the end of the header
+            tokens += (first, at[last] + 1)
+        return np.array(tokens, dtype=np.int32)
+
+    def _encode_header(self, header: str) -> np.ndarray:
+        return np.array(self._rust.encode(header, add_special_tokens=False).ids, dtype=np.int32)
+
+
+def spans_from_offsets(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Flattened token spans of spans of characters. A token that straddles a span's start belongs to it."""
     tokens = []
     for start, end in spans:
         first = next((token for char in range(start, end) if (token := encoding.char_to_token(char)) is not None), None)
@@ -46,11 +98,11 @@ def token_spans(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> np.ndar
 
 def truncate(row: TokenRow, max_length: int) -> TokenRow:
     """The first max_length tokens, if one of them is trained (the very first token can't be: nothing predicts it)."""
-    spans = np.minimum(np.asarray(row.spans), max_length).reshape(-1, 2)
+    spans: Any = np.minimum(row.spans, max_length).reshape(-1, 2)
     spans = spans[spans[:, 1] > np.maximum(spans[:, 0], 1)]
     if len(spans) == 0:
         raise BadRow("no trained token is left after truncation to data.max_length", f"{len(row.ids)} tokens")
-    return TokenRow(np.asarray(row.ids)[:max_length], spans.reshape(-1))
+    return TokenRow(row.ids[:max_length], spans.reshape(-1))
 
 
 def drop(row: TokenRow, max_length: int) -> TokenRow:
