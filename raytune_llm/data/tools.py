@@ -41,7 +41,7 @@ def render_calls(tool_format: str, calls: Sequence[Mapping[str, Any]]) -> str:
 
     Raises jinja2.TemplateError if the format can't hold them: glm4 has one call a turn.
     """
-    return _macros(tool_format, None).call_text(calls) if calls else ""
+    return _macros(tool_format, None).call_text(calls)
 
 
 def extract_calls(tool_format: str, text: str) -> str | list[ToolCall]:
@@ -54,7 +54,10 @@ def extract_calls(tool_format: str, text: str) -> str | list[ToolCall]:
 
 
 def parse_call_turn(
-    content: str, *, thought: Sequence[str] = ("<think>\n", "\n</think>\n\n"), call_words: Sequence[str] = ("<tool_call>", "</tool_call>")
+    content: str,
+    *,
+    thought: Sequence[str] = ("<think>\n", "\n</think>\n\n"),
+    call_words: Sequence[str] = ("<tool_call>", "</tool_call>"),
 ) -> tuple[str, tuple[dict[str, Any], ...]]:
     """The text and the calls of a turn that holds JSON: one call or a list, bare, after a thought, or between the call words.
 
@@ -107,6 +110,8 @@ def _value(text: str) -> Any:
 
 
 def _calls_of_objects(objects: Sequence[Any], arguments_key: str) -> list[ToolCall]:
+    if not all(isinstance(item["name"], str) for item in objects):
+        raise TypeError("a tool's name must be text")
     return [ToolCall(item["name"], _json(item[arguments_key])) for item in objects]
 
 
@@ -121,10 +126,14 @@ def _extract_gemma4(text: str) -> list[ToolCall] | None:
 
 
 def _gemma_arguments(body: str) -> str:
-    """Strings stand between <|"|> marks and keys are bare, so quotes are put on the keys outside of strings. Text if that is not JSON."""
+    """JSON of bare keys and strings between <|"|> marks: keys outside of strings get quotes. The text itself if that fails."""
     pieces = f"{{{body}}}".split('<|"|>')
     for i, piece in enumerate(pieces):
-        pieces[i] = _json(piece) if i % 2 else re.sub(r'([{,])\s*([^\s{},:"\[\]][^{},:"]*?)\s*:', lambda m: f"{m[1]}{_json(m[2])}:", piece)
+        pieces[i] = (
+            _json(piece)
+            if i % 2
+            else re.sub(r'([{,])\s*([^\s{},:"\[\]][^{},:"]*?)\s*:', lambda m: f"{m[1]}{_json(m[2])}:", piece)
+        )
     try:
         return _json(json.loads("".join(pieces)))
     except ValueError:
@@ -143,6 +152,8 @@ def _extract_glm4_moe(text: str) -> list[ToolCall] | None:
         if not found and name.strip().startswith("{"):
             calls += _calls_of_objects([json.loads(body)], "arguments")
             continue
+        if not name.strip():
+            return None
         pairs = re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>(?=\s*(?:<arg_key>|$))", body, re.DOTALL)
         calls.append(ToolCall(name.strip(), _json({key: _value(value) for key, value in pairs})))
     return calls or None
