@@ -1,0 +1,164 @@
+"""Places that show a run's curves while it trains. One function a place; each is a sink for records (see report.py).
+
+A resumed run goes on in the same place: services give a run an id, which is kept in the output folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.config.tracking import Tracker as Service
+from raytune_llm.config.tracking import TrackingConfig
+from raytune_llm.errors import ResourceError
+
+RUN_ID = "tracking.json"
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    name: str
+    output_dir: Path
+    from_step: int
+    """The step that the run resumes from; 0 where it is new."""
+    settings: Mapping[str, Any]
+    """The whole run as plain values, for the services that show it."""
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """A sink with an end."""
+
+    send: Callable[[dict[str, float], int], object]
+    """Takes named numbers and their step."""
+    close: Callable[[], object]
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        numbers: dict[str, float] = {
+            name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)
+        }
+        self.send(numbers, record["step"])
+
+
+def open_tracker(tracking: TrackingConfig, run: TrackedRun) -> Tracker:
+    """Raises ResourceError where the place's package is not installed."""
+    return TRACKERS[tracking.name](tracking, run)
+
+
+def nowhere(tracking: TrackingConfig, run: TrackedRun) -> Tracker:
+    return Tracker(send=lambda numbers, step: None, close=lambda: None)
+
+
+def tensorboard(tracking: TrackingConfig, run: TrackedRun) -> Tracker:
+    """Event files in the output folder. Steps that come again replace the earlier ones."""
+    writer = _package("tensorboard", "torch.utils.tensorboard").SummaryWriter(
+        str(run.output_dir / "tensorboard"), purge_step=run.from_step + 1
+    )
+
+    def send(numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return Tracker(send, writer.close)
+
+
+def wandb(service: Service, run: TrackedRun) -> Tracker:
+    """https://docs.wandb.ai/ref/python/init. Repeated steps are the same to the last bit, so that W&B drops them is no loss."""
+    tracked = _package("wandb").init(
+        project=service.project,
+        name=service.run or run.name,
+        id=_earlier_id(service, run),
+        resume="allow",
+        dir=str(run.output_dir),
+        config=dict(run.settings),
+    )
+    _keep_id(service, run, tracked.id)
+    return Tracker(lambda numbers, step: tracked.log(numbers, step=step), tracked.finish)
+
+
+def mlflow(service: Service, run: TrackedRun) -> Tracker:
+    """https://mlflow.org/docs/latest/ml/tracking. The server is MLFLOW_TRACKING_URI; without one, a file in the output folder.
+
+    MLflow takes at most 6,000 characters a parameter, and no parameter twice.
+    """
+    client = _package("mlflow")
+    if not client.is_tracking_uri_set():
+        client.set_tracking_uri(f"sqlite:///{(run.output_dir / 'mlflow.db').absolute()}")
+    client.set_experiment(service.project)
+    earlier = _earlier_id(service, run)
+    active = client.start_run(run_id=earlier, run_name=None if earlier else service.run or run.name)
+    if earlier is None:
+        client.log_params({name: str(value)[:6000] for name, value in _by_path(run.settings)})
+    _keep_id(service, run, active.info.run_id)
+    return Tracker(lambda numbers, step: client.log_metrics(numbers, step=step), client.end_run)
+
+
+def swanlab(service: Service, run: TrackedRun) -> Tracker:
+    """https://docs.swanlab.cn/en/api/py-init.html"""
+    earlier = _earlier_id(service, run)
+    tracked = _package("swanlab").init(
+        project=service.project,
+        experiment_name=service.run or run.name,
+        logdir=str(run.output_dir / "swanlab"),
+        config=dict(run.settings),
+        **({"id": earlier, "resume": "allow"} if earlier else {}),
+    )
+    _keep_id(service, run, tracked.id)
+    return Tracker(lambda numbers, step: tracked.log(numbers, step=step), tracked.finish)
+
+
+def trackio(service: Service, run: TrackedRun) -> Tracker:
+    """https://huggingface.co/docs/trackio/api. It knows runs by their names."""
+    tracked = _package("trackio").init(
+        project=service.project,
+        name=service.run or run.name,
+        config=dict(run.settings),
+        resume="allow" if run.from_step else "never",
+        embed=False,
+    )
+    return Tracker(lambda numbers, step: tracked.log(numbers, step=step), tracked.finish)
+
+
+TRACKERS: dict[str, Callable[[Any, TrackedRun], Tracker]] = {
+    "none": nowhere,
+    "tensorboard": tensorboard,
+    "wandb": wandb,
+    "mlflow": mlflow,
+    "swanlab": swanlab,
+    "trackio": trackio,
+}
+
+
+def _package(name: str, module: str | None = None) -> Any:
+    try:
+        return importlib.import_module(module or name)
+    except ImportError:
+        raise ResourceError(
+            f"tracking={name} needs the package {name}, which is not installed",
+            f"Run `pip install {name}`, or choose another place, say tracking=tensorboard.",
+        ) from None
+
+
+def _by_path(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _by_path(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _earlier_id(service: Service, run: TrackedRun) -> str | None:
+    path = run.output_dir / RUN_ID
+    if run.from_step == 0 or not path.exists():
+        return None
+    kept = json.loads(path.read_text())
+    return kept["id"] if (kept["name"], kept["project"]) == (service.name, service.project) else None
+
+
+def _keep_id(service: Service, run: TrackedRun, run_id: str) -> None:
+    (run.output_dir / RUN_ID).write_text(json.dumps({"name": service.name, "project": service.project, "id": run_id}))
