@@ -22,7 +22,8 @@ class Local:
     name: Literal["local"]
     num_workers: PositiveInt | Literal["auto"]
     """auto: one for each GPU, or one."""
-    cpus_per_worker: PositiveFloat
+    cpus_per_worker: PositiveFloat | Literal["auto"]
+    """auto: one beside a GPU; without GPUs, this machine's CPUs shared among the workers."""
     gpus_per_worker: NonNegativeFloat | Literal["auto"]
     """auto: one if there are any."""
     max_failures: NonNegativeInt
@@ -37,7 +38,7 @@ class Cluster:
     address: str | None
     """none: RAY_ADDRESS."""
     num_workers: PositiveInt | Literal["auto"]
-    cpus_per_worker: PositiveFloat
+    cpus_per_worker: PositiveFloat | Literal["auto"]
     gpus_per_worker: NonNegativeFloat | Literal["auto"]
     max_failures: NonNegativeInt
 

@@ -1,0 +1,62 @@
+"""`python -m raytune_llm [verb] [overrides]`: find the verb, compose its config, run it. Without a verb it trains.
+
+Imports nothing heavy: help and mistakes in settings answer before torch or ray is loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from importlib import import_module
+
+BEGAN = time.time()
+VERBS = {
+    "train": "prepare what is missing, train, write the output folder (the default)",
+    "prepare": "raw rows to a token store, no training",
+    "plan": "steps, tokens, parameters and memory of a run, without running it",
+    "doctor": "versions, devices and optional packages of this machine",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    verb = argv.pop(0) if argv and argv[0] in VERBS else None
+    from raytune_llm.errors import UserError
+
+    try:
+        if argv and not argv[0].startswith(("-", "+", "~")) and "=" not in argv[0]:
+            raise _unknown_verb(argv[0])
+        return _run(verb, argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def _run(verb: str | None, argv: list[str]) -> int:
+    from raytune_llm.config import command_line
+
+    if any(flag in argv for flag in ("--help", "-h")):
+        print(command_line.usage(verb, VERBS))
+        return 0
+    call = command_line.parse(verb or "train", argv)
+    verb_main = lambda run: import_module(f"raytune_llm.commands.{call.verb}").main(run)  # noqa: E731
+    if call.hydra_flags:
+        return command_line.run_hydra(call, verb_main)
+    return verb_main(command_line.load(call))
+
+
+def _unknown_verb(word: str) -> Exception:
+    from difflib import get_close_matches
+
+    from raytune_llm.errors import ConfigError
+
+    near = get_close_matches(word, VERBS, n=1)
+    remedy = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(VERBS)}. Settings read key=value."
+    return ConfigError("the command", "must be a verb or a setting", got=word, remedy=remedy)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""One function a verb: takes the config, returns a typed result. The command line is a thin face over these.
+
+    from raytune_llm import api, load_config
+    result = api.train(load_config("train", ["+experiment=sft_smollm2"]))
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raytune_llm import session
+from raytune_llm.config.load import to_yaml
+from raytune_llm.config.resources import Cluster
+from raytune_llm.config.run import PrepareRun, TrainRun
+from raytune_llm.data import pipeline
+from raytune_llm.data.pipeline import Prepared
+from raytune_llm.evaluate.exact_match import ExactMatch
+from raytune_llm.train.report import Summary, WallTime, read_metrics, write_summary
+from raytune_llm.train.trackers import open_tracker
+
+Sink = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    summary: Summary
+    output_dir: Path
+    resumed_from: int | None
+    """The step that training went on from."""
+    already_done: bool
+    """The output folder held the finished run; nothing was computed."""
+    before: ExactMatch | None
+    after: ExactMatch | None
+
+    @property
+    def final(self) -> Path:
+        """The adapter or the model."""
+        return self.output_dir / "final"
+
+
+def prepare(run: PrepareRun, *, on_progress: pipeline.Progress | None = None) -> Prepared:
+    """The token stores of a run: opened where they exist, else made."""
+    return pipeline.prepare(run.model, run.data, run.resources, on_progress=on_progress)
+
+
+def train(run: TrainRun, *, sinks: Sequence[Sink] = (), on_progress: pipeline.Progress | None = None, began: float | None = None) -> TrainResult:
+    """Prepare what is missing, train (or go on), and write the output folder. `began`: when the command started, in epoch seconds."""
+    from raytune_llm.train.launch import fit
+    from raytune_llm.train.output import identity, open_output
+    from raytune_llm.train.plot import loss_curve
+
+    clock = _Phases(began or time.time())
+    output = Path(run.output_dir).resolve()
+    run = replace(run, output_dir=str(output))
+    if run.resources.name != "inline":
+        session.connect(run.resources)
+    clock.enter("prepare")
+    prepared = pipeline.prepare(run.model, run.data, run.resources, on_progress=on_progress)
+    stores = {"train": prepared.store.manifest_hash}
+    if prepared.eval_store is not None:
+        stores["evaluation"] = prepared.eval_store.manifest_hash
+    clock.enter("start")
+    resumed_from = open_output(run, identity(run, stores))
+    if (done := _finished(output)) is not None:
+        return TrainResult(summary=done, output_dir=output, resumed_from=resumed_from, already_done=True, before=None, after=None)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "run.yaml").write_text(to_yaml(run))
+
+    clock.enter("evaluate")
+    before = _exact_match(run, prepared, None)
+    clock.enter("fit")
+    tracker = open_tracker(run.tracking, output, run=run.name, settings=json.loads(identity(run, {})["settings"]), from_step=resumed_from or 0)
+    try:
+        outcome = fit(
+            run,
+            str(prepared.store.folder),
+            None if prepared.eval_store is None else str(prepared.eval_store.folder),
+            sinks=[*sinks, tracker],
+        )
+    finally:
+        tracker.close()
+    clock.enter("evaluate")
+    after = _exact_match(run, prepared, output / "final")
+    clock.enter("save")
+    loss_curve(read_metrics(output / "metrics.jsonl"), output / "loss.png", title=run.name)
+    progress = outcome.progress
+    fit_s = clock.seconds["fit"]
+    summary = Summary(
+        loss_first=progress.loss_first,
+        loss_last=progress.loss_last,
+        exact_match_before=before and before.fraction,
+        exact_match_after=after and after.fraction,
+        steps=progress.step,
+        tokens=progress.tokens_seen,
+        tokens_per_s=outcome.tokens_per_s,
+        mfu=outcome.mfu,
+        peak_memory_gib=outcome.peak_memory_gib,
+        world_size=outcome.world_size,
+        wall_s=WallTime(
+            # What a group of workers needs to come up and go down is part of starting.
+            start=clock.seconds["start"] + fit_s - outcome.load_s - outcome.train_s - outcome.save_s,
+            prepare=clock.seconds["prepare"],
+            load=outcome.load_s,
+            train=outcome.train_s,
+            save=outcome.save_s + clock.seconds["save"],
+            total=clock.total(),
+        ),
+    )
+    write_summary(output / "summary.json", summary)
+    return TrainResult(
+        summary=summary, output_dir=output, resumed_from=resumed_from, already_done=False, before=before, after=after
+    )
+
+
+class _Phases:
+    """Wall time by phase."""
+
+    def __init__(self, began: float) -> None:
+        self.began = self._since = began
+        self.seconds: dict[str, float] = {}
+        self._phase = "start"
+
+    def enter(self, phase: str) -> None:
+        now = time.time()
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+
+    def total(self) -> float:
+        self.enter(self._phase)
+        return time.time() - self.began
+
+
+def _finished(output: Path) -> Summary | None:
+    """The summary of a run that is done. It is written last."""
+    path = output / "summary.json"
+    if not path.exists() or not (output / "final").is_dir():
+        return None
+    values = json.loads(path.read_text())
+    return Summary(**{**values, "wall_s": WallTime(**values["wall_s"])})
+
+
+def _exact_match(run: TrainRun, prepared: Prepared, final: Path | None) -> ExactMatch | None:
+    """How many held-out rows the base model (or what training made of it) answers exactly, where the run asks for it."""
+    if not run.train.exact_match_rows:
+        return None
+    store = str((prepared.eval_store or prepared.store).folder)
+    if isinstance(run.resources, Cluster):
+        import ray
+
+        from raytune_llm.train.launch import group_size
+
+        _, cpus, gpus = group_size(run.resources)
+        answer = ray.remote(num_cpus=cpus, num_gpus=gpus)(answer_held_out_rows)
+        return ray.get(answer.remote(run, store, prepared.eval_store is not None, final))
+    return answer_held_out_rows(run, store, prepared.eval_store is not None, final)
+
+
+def answer_held_out_rows(run: TrainRun, store_folder: str, whole_store: bool, final: Path | None) -> ExactMatch:
+    import torch
+
+    from raytune_llm.data.loader import split
+    from raytune_llm.data.store import Store
+    from raytune_llm.data.tokenizer import load_tokenizer
+    from raytune_llm.engines.hf import HFEngine
+    from raytune_llm.evaluate.exact_match import exact_match
+    from raytune_llm.models.load import load_model
+    from raytune_llm.models.policy import DTYPES, run_config
+
+    store = Store.open(store_folder)
+    rows = range(len(store)) if whole_store else split(len(store), run.data.eval_fraction, run.train.seed)[1].tolist()
+    tokenizer = load_tokenizer(
+        run.model.path, revision=run.model.revision, trust_remote_code=run.model.trust_remote_code, kind=run.model.tokenizer
+    )
+    on_gpu = torch.cuda.is_available()
+    is_adapter = run.adapter.name != "none"
+    path = str(final) if final is not None and not is_adapter else run.model.path
+    model = replace(run.model, path=path, weights="pretrained" if final is not None and not is_adapter else run.model.weights)
+    base = load_model(
+        run_config(model, tokenizer, run.data.max_length),
+        path,
+        weights=model.weights,
+        dtype=DTYPES[run.train.precision] if on_gpu else torch.float32,
+        seed=run.train.seed,
+        device="cuda" if on_gpu else "cpu",
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+    )
+    engine = HFEngine(base, tokenizer)
+    if final is not None and is_adapter:
+        engine.add_adapter("final", final)
+    try:
+        return exact_match(
+            engine,
+            tokenizer,
+            [store.row(row) for row in list(rows)[: run.train.exact_match_rows]],
+            max_new_tokens=run.train.max_new_tokens,
+            adapter="final" if final is not None and is_adapter else None,
+        )
+    finally:
+        engine.close()

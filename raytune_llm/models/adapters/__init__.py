@@ -1,0 +1,20 @@
+"""Adapter methods: name -> how the model gets one. PEFT holds the layers and the file format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from raytune_llm.config.adapter import AdapterConfig
+from raytune_llm.models.adapters.full import train_everything
+from raytune_llm.models.adapters.lora import add_lora
+
+ADAPTERS: dict[str, Callable[..., nn.Module]] = {"none": train_everything, "lora": add_lora}
+
+
+def adapt(model: PreTrainedModel, adapter: AdapterConfig) -> nn.Module:
+    """The model with its trainable part marked. Adapter weights start in float32; A is drawn from torch's generator."""
+    settings = {name: getattr(adapter, name) for name in adapter.__dataclass_fields__ if name != "name"}
+    return ADAPTERS[adapter.name](model, **settings)

@@ -1,0 +1,8 @@
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+
+def train_everything(model: PreTrainedModel) -> PreTrainedModel:
+    """Full fine-tuning: every weight is trained."""
+    return model.requires_grad_(True)

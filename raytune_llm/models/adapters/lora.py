@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from raytune_llm.errors import ConfigError
+
+
+def add_lora(
+    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: str | list[str], path: str | None
+) -> nn.Module:
+    """LoRA (Hu et al. 2021) on the target layers of a frozen model, new or going on from a saved adapter."""
+    if path is not None:
+        if not (Path(path) / "adapter_config.json").is_file():
+            raise ConfigError("adapter.path", "must be a folder with adapter_config.json", got=path)
+        adapted = PeftModel.from_pretrained(model, path, is_trainable=True, autocast_adapter_dtype=True)
+    else:
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"  # type: ignore[arg-type]
+        )
+        try:
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+        except ValueError as error:
+            names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+            raise ConfigError(
+                "adapter.targets", "must name linear layers of the model", got=targets, remedy=f"It has {', '.join(names)}."
+            ) from error
+    for module in adapted.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # autocast casts what it needs to; a copy in float32 would be for nothing
+    return adapted

@@ -1,0 +1,78 @@
+"""A transformers model from a folder, the hub or a config alone, ready to train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from raytune_llm import packaged
+from raytune_llm.errors import ConfigError
+
+
+def load_config(
+    path: str | None, changes: Mapping[str, Any], *, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """The model's own config with the changes; with no path, a config of the changes alone."""
+    if path is None:
+        entries = dict(changes)
+        try:
+            return AutoConfig.for_model(entries.pop("model_type"), **entries)
+        except (ValueError, KeyError) as error:
+            raise ConfigError("model.config.model_type", "must be one that transformers knows", got=changes["model_type"]) from error
+    folder = packaged.resolve(path)
+    try:
+        config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _unreachable(path, error) from None
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
+
+
+def load_model(
+    config: PretrainedConfig,
+    path: str | None,
+    *,
+    weights: str,
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Weights in `dtype` on `device`. Random weights are a function of the config and the seed alone."""
+    if weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        return model.to(device=device, dtype=dtype)
+    assert path is not None
+    transformers.logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            packaged.resolve(path), config=config, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except OSError as error:
+        raise _unreachable(path, error) from None
+    return model.to(device)
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """The longest text that the model was made for, where the config says it."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _unreachable(path: str, error: Exception) -> ConfigError:
+    if Path(path).is_dir():
+        return ConfigError("model.path", f"must be a folder with a model ({str(error).splitlines()[0]})", got=path)
+    return ConfigError(
+        "model.path",
+        "must be a folder or the id of a model on a hub that this machine reaches",
+        got=path,
+        remedy=f"({str(error).splitlines()[0]})",
+    )

@@ -1,0 +1,84 @@
+"""The model that a run trains: loaded, adapted, with its attention and its precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from raytune_llm.config.adapter import AdapterConfig
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.errors import ConfigError
+from raytune_llm.models import attention
+from raytune_llm.models.adapters import adapt
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.load import load_config, load_model, positions
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def build_policy(
+    config: PretrainedConfig,
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    *,
+    precision: str,
+    seed: int,
+    device: torch.device,
+    compile_layers: bool = False,
+    activation_checkpointing: str = "none",
+) -> tuple[CausalLM, str]:
+    """The model, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in float32."""
+    compute = DTYPES[precision]
+    backend, reason = attention.choose(model.attention, device, compute)
+    frozen = adapter.name != "none"
+    loaded = load_model(
+        config,
+        model.path,
+        weights=model.weights,
+        dtype=compute if frozen else torch.float32,
+        seed=seed,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    attention.attach(loaded, backend)
+    if activation_checkpointing == "full":
+        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compile_layers:
+        for layer in layers(loaded):
+            layer.compile()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = adapt(loaded, adapter)
+    return CausalLM(adapted, compute=compute), f"attention: {backend} ({reason})"
+
+
+def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> PretrainedConfig:
+    """The transformers config of the run's model. Where there is no path, vocabulary and marks are the tokenizer's."""
+    changes: Mapping[str, Any] = model.config
+    if model.path is None:
+        marks = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        changes = {"vocab_size": len(tokenizer), **marks, **model.config}
+    config = load_config(model.path, changes, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    limit = positions(config)
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            "data.max_length", f"must be at most the model's {limit} positions", got=max_length, remedy="Lower it."
+        )
+    if len(tokenizer) > config.get_text_config().vocab_size:
+        raise ConfigError(
+            "model.tokenizer",
+            f"must have at most the model's {config.get_text_config().vocab_size} entries",
+            got=len(tokenizer),
+            remedy="Take the model's own: model.tokenizer=null.",
+        )
+    return config
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformers model: the units of sharding, recomputation and compilation."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -1,0 +1,187 @@
+"""Checkpoints: `checkpoints/step-<n>/` with the training state, progress.json, and COMPLETE written last.
+
+The state is torch's distributed checkpoint format: each worker writes its part, and a reader of any world size or strategy takes
+what it needs. A folder without COMPLETE is never read and is swept at the next start.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from raytune_llm.errors import DataError, ResourceError
+
+COMPLETE = "COMPLETE"
+PROGRESS = "progress.json"
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run stands. With the config and the manifest it decides everything that follows."""
+
+    step: int = 0
+    epoch: int = 0
+    cursor: int = 0
+    """Samples of this epoch that are consumed."""
+    tokens_seen: int = 0
+    nonfinite_steps: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evals_without_gain: int = 0
+    window: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Sums and counts since the last log step."""
+    loss_first: float | None = None
+    loss_last: float | None = None
+
+
+class Checkpoints:
+    """The checkpoints of one run, as one worker sees them."""
+
+    def __init__(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
+        self.folder, self.keep = folder, keep
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self._writing: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
+        # A background writer talks to the others in a group of its own, so that it can't get between the training's messages.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def save(self, state: Mapping[str, Tensor], progress: Progress, identity: Mapping[str, str]) -> None:
+        """All workers call it together. `identity` holds what a resumed run must have in common with this one."""
+        self.wait()
+        document = json.dumps({**asdict(progress), **identity}, indent=1)
+        if self._pool is None:
+            self._write(dict(state), progress.step, progress.best_step, document)
+        else:
+            on_cpu = {name: _copy_to_cpu(value) for name, value in state.items()}
+            self._writing = self._pool.submit(self._write, on_cpu, progress.step, progress.best_step, document)
+
+    def wait(self) -> None:
+        """Until what is being written is on disk. Raises what went wrong there."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        self.wait()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def load(self, step: int, fill: Callable[[Mapping[str, torch.Size], Callable[[dict[str, Tensor]], None]], None]) -> None:
+        """`fill(sizes, read)` is the strategy's `load`."""
+        folder = path_of(self.folder, step) / "state"
+        try:
+            entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+        except (OSError, EOFError, ValueError) as error:
+            raise DataError(str(folder), f"can't be read ({error})", "Delete this checkpoint; an older one is taken then.") from None
+        sizes = {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+        def read(state: dict[str, Tensor]) -> None:
+            missing = sorted(state.keys() ^ sizes.keys())
+            if missing:
+                raise DataError(str(folder), f"holds other parameters than this run trains (such as {missing[0]})", "Set resume=never.")
+            dcp.load(state, storage_reader=FileSystemReader(folder), process_group=self._group, no_dist=self._group is None)
+
+        fill(sizes, read)
+
+    def _write(self, state: dict[str, Tensor], step: int, best_step: int | None, document: str) -> None:
+        folder = path_of(self.folder, step)
+        try:
+            if self.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+            if self._group is not None:
+                dist.barrier(self._group)
+            writer = FileSystemWriter(folder / "state", single_file_per_rank=True)
+            dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            if self.rank == 0:
+                (folder / PROGRESS).write_text(document)
+                (folder / COMPLETE).touch()
+                self._prune(step, best_step)
+        except Exception as error:
+            if self.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            if no_space := _no_space(error):
+                free = shutil.disk_usage(self.folder).free / 2**30
+                raise ResourceError(
+                    f"checkpoint step-{step} can't be written to {self.folder}: {no_space} ({free:.1f} GiB are free)",
+                    "Free some space, lower checkpoint.keep, or set output_dir on a larger disk; then repeat the command to go on.",
+                ) from error
+            raise
+
+    def _prune(self, newest: int, best: int | None) -> None:
+        for step in complete_steps(self.folder)[: -self.keep]:
+            if step not in (newest, best):
+                remove(self.folder, step)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step}"
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps whose checkpoint is whole, ascending."""
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob(f"step-*/{COMPLETE}"))
+
+
+def read_progress(folder: Path, step: int) -> tuple[Progress, dict[str, str]]:
+    """Where the run stood, and the identity that it was saved with."""
+    values = json.loads((path_of(folder, step) / PROGRESS).read_text())
+    names = Progress.__dataclass_fields__
+    progress = Progress(**{name: value for name, value in values.items() if name in names})
+    return progress, {name: value for name, value in values.items() if name not in names}
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a crash left half-written."""
+    for path in folder.glob("step-*"):
+        if not (path / COMPLETE).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove(folder: Path, step: int) -> None:
+    """The mark goes first, so that a crash in between leaves no folder that looks whole."""
+    (path_of(folder, step) / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(path_of(folder, step), ignore_errors=True)
+
+
+def _copy_to_cpu(value: Tensor) -> Tensor:
+    if isinstance(value, DTensor):
+        local = value.to_local().detach().to("cpu", copy=True)
+        return DTensor.from_local(
+            local, _cpu_mesh(value), value.placements, shape=value.shape, stride=value.stride(), run_check=False
+        )
+    return value.detach().to("cpu", copy=True)
+
+
+def _cpu_mesh(value: DTensor) -> Any:
+    return value.device_mesh  # the writer only asks it for ranks; the local shard decides the device
+
+
+def _no_space(error: BaseException) -> str | None:
+    """Whether a full disk (or a limit on file size or quota) is what went wrong, anywhere in the chain."""
+    seen: list[BaseException] = [error]
+    while seen:
+        cause = seen.pop()
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return cause.strerror
+        if any(words in str(cause) for words in ("No space left", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed")):
+            return "no space left"
+        failures = getattr(cause, "failures", None)
+        if isinstance(failures, dict):
+            seen += [entry[0] for entry in failures.values()]
+        seen += [next_ for next_ in (cause.__cause__, cause.__context__) if next_ is not None]
+    return None

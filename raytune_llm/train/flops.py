@@ -1,0 +1,33 @@
+"""How much arithmetic a token of training takes, and how much a GPU can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from raytune_llm.models.causal_lm import CausalLM
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "B200": 2250e12}
+"""Dense bf16 products a second, by what a GPU's name contains; the makers' figures."""
+
+
+def flops_per_token(policy: CausalLM, config: Any) -> float:
+    """Products and sums of one training token, attention left out: 2 a weight forward, 2 for the gradient of its input, and 2 for
+    its own where it is trained. So 4N for LoRA and 6N for full fine-tuning. Embeddings are looked up, not multiplied."""
+    embedding = policy.base.get_input_embeddings().weight
+    head = policy.base.get_output_embeddings().weight
+    total = 0.0
+    for parameter in policy.parameters():
+        if parameter.ndim < 2 or (parameter is embedding and head is not embedding):
+            continue
+        total += parameter.numel() * (6 if parameter.requires_grad else 4)
+    return total
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """None where the device is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)

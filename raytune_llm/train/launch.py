@@ -1,0 +1,197 @@
+"""Where the workers of a run live: this process, or a group that Ray Train starts, watches and starts again. [ray]"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raytune_llm import session
+from raytune_llm.config.resources import Cluster, Local
+from raytune_llm.config.run import TrainRun
+from raytune_llm.errors import ConfigError, ResourceError, UserError
+from raytune_llm.train.worker import Outcome, Sink, work
+
+COLLECTIVE_TIMEOUT_S = 600
+"""A worker that waits longer than this for the others gives up, so that a hang ends."""
+POLL_S = 0.2
+
+
+def fit(run: TrainRun, train_store: str, eval_store: str | None, *, sinks: Sequence[Sink] = ()) -> Outcome:
+    """Train where `resources` says. Every record goes to the sinks here, on the driver, while training goes on."""
+    if isinstance(run.resources, Local | Cluster):
+        return _fit_on_ray(run, run.resources, train_store, eval_store, sinks)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return work(run, train_store, eval_store, device=device, sinks=sinks)
+
+
+def _fit_on_ray(
+    run: TrainRun, resources: Local | Cluster, train_store: str, eval_store: str | None, sinks: Sequence[Sink]
+) -> Outcome:
+    session.connect(resources)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers, cpus, gpus = group_size(resources)
+    world = workers * run.train.micro_batch_size
+    if run.train.global_batch_size % world:
+        raise ConfigError(
+            "train.global_batch_size",
+            f"must be a multiple of train.micro_batch_size x {workers} workers = {world}",
+            got=run.train.global_batch_size,
+            remedy=f"Take {-(-run.train.global_batch_size // world) * world}, or set resources.num_workers.",
+        )
+    _fits(workers, cpus, gpus)
+    channel = Channel(sinks)
+    trainer = TorchTrainer(
+        _worker_main,
+        train_loop_config={"run": run, "stores": (train_store, eval_store), "channel": channel.actor, "threads": max(1, int(cpus))},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+        ),
+        run_config=RunConfig(
+            name=f"group-{os.getpid()}",
+            storage_path=str(Path(run.output_dir).resolve() / ".ray"),
+            failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=3),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        channel.close()
+        raise (channel.mistake or _cause(error)) from None
+    channel.close()
+    if channel.mistake is not None:
+        raise channel.mistake
+    assert channel.outcome is not None
+    return channel.outcome
+
+
+def _worker_main(settings: Mapping[str, Any]) -> None:
+    import ray
+    import ray.train.torch
+    import torch.distributed as dist
+
+    channel = settings["channel"]
+    if ray.get(channel.mistake.remote()) is not None:
+        return  # Ray starts a group again whatever it fell over; what the user has to mend stays as it is
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(settings["threads"])
+
+    def tell(record: Mapping[str, Any]) -> None:
+        channel.put.remote(dict(record))
+
+    try:
+        outcome = work(settings["run"], *settings["stores"], device=device, sinks=[tell])
+    except UserError as error:
+        ray.get(channel.give_up.remote(error))
+        raise
+    if dist.get_rank() == 0:
+        ray.get(channel.finish.remote(outcome))
+
+
+class Channel:
+    """Records from the workers to the driver, while they come: an actor in between, and a thread here that asks it."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        import ray
+
+        class Inbox:
+            def __init__(self) -> None:
+                self._records: list[dict[str, Any]] = []
+                self._mistake: UserError | None = None
+                self._outcome: Outcome | None = None
+
+            def put(self, record: dict[str, Any]) -> None:
+                self._records.append(record)
+
+            def give_up(self, mistake: UserError) -> None:
+                self._mistake = self._mistake or mistake
+
+            def mistake(self) -> UserError | None:
+                return self._mistake
+
+            def finish(self, outcome: Outcome) -> None:
+                self._outcome = outcome
+
+            def take(self) -> tuple[list[dict[str, Any]], UserError | None, Outcome | None]:
+                records, self._records = self._records, []
+                return records, self._mistake, self._outcome
+
+        self.actor = ray.remote(num_cpus=0)(Inbox).remote()
+        self.mistake: UserError | None = None
+        self.outcome: Outcome | None = None
+        self._sinks = sinks
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="records", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._take()
+        import ray
+
+        ray.kill(self.actor)
+
+    def _run(self) -> None:
+        while not self._closing.wait(POLL_S):
+            self._take()
+
+    def _take(self) -> None:
+        import ray
+
+        records, self.mistake, self.outcome = ray.get(self.actor.take.remote())
+        for record in records:
+            for sink in self._sinks:
+                sink(record)
+
+
+def group_size(resources: Local | Cluster) -> tuple[int, float, float]:
+    """Workers, and CPUs and GPUs of each. A cluster must be connected."""
+    import ray
+
+    there = ray.cluster_resources()
+    gpus = resources.gpus_per_worker
+    if gpus == "auto":
+        gpus = 1.0 if there.get("GPU", 0) else 0.0
+    workers = resources.num_workers
+    if workers == "auto":
+        workers = int(there["GPU"] // gpus) if gpus else 1
+    cpus = resources.cpus_per_worker
+    if cpus == "auto":
+        cpus = 1.0 if gpus else max(1.0, there["CPU"] // workers if isinstance(resources, Local) else 1.0)
+    return workers, float(cpus), float(gpus)
+
+
+def _fits(workers: int, cpus: float, gpus: float) -> None:
+    """Ray would wait for ever for what the cluster doesn't have."""
+    import ray
+
+    there = ray.cluster_resources()
+    for kind, each in (("CPU", cpus), ("GPU", gpus)):
+        if each * workers > there.get(kind, 0.0):
+            raise ConfigError(
+                "resources.num_workers",
+                f"times resources.{kind.lower()}s_per_worker={each:g} must be at most the {there.get(kind, 0.0):g} {kind}s that there are",
+                got=workers,
+                remedy="Lower one of them.",
+            )
+
+
+def _cause(error: Exception) -> Exception:
+    """What a worker fell over, where Ray tells it."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, UserError):
+            return cause
+    if "OutOfMemory" in str(error):
+        return ResourceError("a worker ran out of memory", "Lower train.micro_batch_size or data.max_length.")
+    return error

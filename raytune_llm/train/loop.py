@@ -1,0 +1,224 @@
+"""The training loop. One optimizer step is `one_step`; everything around it decides when to log, evaluate, save and stop.
+
+Nothing in a step waits for the device except at log steps: the number that a step's loss is divided by is known from the data,
+and a step whose gradient is not finite skips itself on the device.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from raytune_llm.data.loader import Loader, Step
+from raytune_llm.errors import ResourceError
+from raytune_llm.records import Batch
+from raytune_llm.stages import StageLoss
+from raytune_llm.train.checkpoint import Progress
+from raytune_llm.train.strategies.base import Strategy
+from raytune_llm.train.window import Window, means
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """When things happen, in steps."""
+
+    total_steps: int
+    log_every: int
+    eval_every: int | None
+    """None: at each epoch's end."""
+    save_every: int | None
+    """None: at each epoch's end."""
+    early_stopping: int | None
+    max_nonfinite_steps: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What happens then. All workers call them together."""
+
+    log: Callable[[Mapping[str, Any]], None]
+    save: Callable[[Progress], None]
+
+
+def run(
+    strategy: Strategy,
+    loss: StageLoss,
+    loader: Loader,
+    eval_loader: Loader | None,
+    learning_rate: Callable[[int], float],
+    progress: Progress,
+    plan: Plan,
+    hooks: Hooks,
+    clock: Clock,
+    device: torch.device,
+) -> Progress:
+    """Train from `progress` to the plan's end (or an early stop) and return where it stands then."""
+    window = Window(device, progress.window)
+    clock.start()
+    stopped = False
+    while progress.step < plan.total_steps and not stopped:
+        if progress.cursor >= len(loader.samples):
+            progress.epoch, progress.cursor = progress.epoch + 1, 0
+        steps = loader.steps(progress.epoch, progress.cursor)
+        try:
+            for step in steps:
+                lr = learning_rate(progress.step)
+                one_step(strategy, loss, step, lr, window, plan.seed + progress.step, device)
+                progress.step += 1
+                progress.cursor = step.cursor
+                progress.tokens_seen += step.tokens
+                clock.tokens += step.tokens
+                last = progress.step == plan.total_steps
+                epoch_ends = step.cursor >= len(loader.samples)
+
+                if last or progress.step == 1 or progress.step % plan.log_every == 0:
+                    log_step(progress, len(loader.samples), lr, window, clock, plan, hooks)
+                if eval_loader is not None and (last or due(progress.step, plan.eval_every, epoch_ends)):
+                    with clock.stopped():
+                        stopped = evaluate(strategy, loss, eval_loader, progress, plan, hooks, device)
+                if last or stopped or due(progress.step, plan.save_every, epoch_ends):
+                    with clock.stopped():
+                        progress.window = window.read()
+                        hooks.save(replace(progress))
+                if last or stopped:
+                    return progress
+        finally:
+            steps.close()
+    return progress
+
+
+def one_step(strategy: Strategy, loss: StageLoss, step: Step, lr: float, window: Window, seed: int, device: torch.device) -> None:
+    """Forward and backward over this worker's micro-batches, then one update with the gradient of the whole global batch."""
+    for number, batch in enumerate(step.batches):
+        # Dropout is drawn from the step and the samples, so that a resumed run draws the same.
+        torch.manual_seed(hash((seed, batch.sample_ids)))
+        last = number == len(step.batches) - 1
+        with strategy.accumulate(last=last):
+            out = loss(strategy.model, to_device(batch, device))
+            strategy.backward(out.total / max(step.count, 1))
+        window.add("loss", out.total, out.count)
+        for name, (total, count) in out.metrics.items():
+            window.add(name, total, count)
+    done = strategy.step(lr)
+    # The same on all workers: only one of them counts it.
+    share = 1.0 / strategy.world
+    window.add("grad_norm", torch.where(done.skipped, 0.0, done.grad_norm) * share, (~done.skipped) * share)
+    window.add("nonfinite", done.skipped * share, share)
+
+
+def log_step(
+    progress: Progress, num_samples: int, lr: float, window: Window, clock: Clock, plan: Plan, hooks: Hooks
+) -> None:
+    """The only place where a step waits for the device."""
+    sums = window.read()
+    window.clear()
+    values = means(sums)
+    values.pop("nonfinite")
+    progress.nonfinite_steps += round(sums["nonfinite"][0])
+    loss = values.pop("loss", math.nan)
+    progress.loss_first = loss if progress.loss_first is None else progress.loss_first
+    progress.loss_last = loss
+    record = {
+        "step": progress.step,
+        "epoch": round(progress.epoch + progress.cursor / num_samples, 6),
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": values.pop("grad_norm", math.nan),
+        "tokens_seen": progress.tokens_seen,
+        "tokens_per_s": clock.read(),
+        **values,
+    }
+    if progress.nonfinite_steps:
+        record["nonfinite_steps"] = progress.nonfinite_steps
+    hooks.log(record)
+    if progress.nonfinite_steps > plan.max_nonfinite_steps:
+        raise ResourceError(
+            f"{progress.nonfinite_steps} steps up to step {progress.step} had a gradient that is not finite, "
+            f"more than train.max_nonfinite_steps={plan.max_nonfinite_steps}",
+            "Lower optimizer.lr, lengthen schedule.warmup_ratio, or set train.precision=bf16 or fp32.",
+        )
+
+
+def evaluate(
+    strategy: Strategy, loss: StageLoss, loader: Loader, progress: Progress, plan: Plan, hooks: Hooks, device: torch.device
+) -> bool:
+    """Loss and metrics over the held-out samples. True where the run is to stop early."""
+    window = Window(device, {})
+    strategy.model.eval()
+    with torch.no_grad():
+        for step in loader.steps(0):
+            for batch in step.batches:
+                out = loss(strategy.model, to_device(batch, device))
+                window.add("loss", out.total, out.count)
+                for name, (total, count) in out.metrics.items():
+                    window.add(name, total, count)
+    strategy.model.train()
+    values = means(window.read())
+    eval_loss = values["loss"]
+    hooks.log({"step": progress.step, **{f"eval_{name}": value for name, value in values.items()}})
+    if progress.best_loss is None or eval_loss < progress.best_loss:
+        progress.best_loss, progress.best_step, progress.evals_without_gain = eval_loss, progress.step, 0
+    else:
+        progress.evals_without_gain += 1
+    return plan.early_stopping is not None and progress.evals_without_gain >= plan.early_stopping
+
+
+def due(step: int, every: int | None, epoch_ends: bool) -> bool:
+    return epoch_ends if every is None else step % every == 0
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cpu":
+        return batch
+    tensors = {name: value for name in batch.__dataclass_fields__ if isinstance(value := getattr(batch, name), torch.Tensor)}
+    return replace(batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+
+
+class Clock:
+    """Real tokens per second of training between two readings, without what is spent on evaluation and checkpoints."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.total_tokens, self.total_s = 0, 0.0
+        self.warm_tokens, self.warm_s = 0, 0.0
+        """Without the first reading, which holds warming up."""
+        self.start()
+
+    def start(self) -> None:
+        self._since, self._paused = time.perf_counter(), 0.0
+
+    def rate(self) -> float | None:
+        """Over the run, without what warming up distorts where there is more than one reading."""
+        if self.warm_s:
+            return self.warm_tokens / self.warm_s
+        return self.total_tokens / self.total_s if self.total_s else None
+
+    def read(self) -> float:
+        now = time.perf_counter()
+        seconds = now - self._since - self._paused
+        if self.total_s:
+            self.warm_tokens, self.warm_s = self.warm_tokens + self.tokens, self.warm_s + seconds
+        self.total_tokens, self.total_s = self.total_tokens + self.tokens, self.total_s + seconds
+        rate = self.tokens / seconds
+        self.tokens, self._since, self._paused = 0, now, 0.0
+        return rate
+
+    def stopped(self) -> Pause:
+        return Pause(self)
+
+
+class Pause:
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.clock._paused += time.perf_counter() - self.began

@@ -1,0 +1,80 @@
+"""Learning rates as functions of the step, so that a resumed run needs no state of them.
+
+Each takes the step about to be made (from 0), the steps of warm-up and of the whole run, and gives the part of the peak rate.
+Names and forms follow transformers' schedules of the same names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from raytune_llm.config.schedule import ScheduleConfig
+
+
+def constant(step: int, warmup: int, total: int) -> float:
+    return _warming(step, warmup)
+
+
+def linear(step: int, warmup: int, total: int) -> float:
+    return _warming(step, warmup) if step < warmup else max(0.0, (total - step) / max(1, total - warmup))
+
+
+def cosine(step: int, warmup: int, total: int, *, floor: float) -> float:
+    """Loshchilov & Hutter 2016, one half period, down to `floor`."""
+    if step < warmup:
+        return _warming(step, warmup)
+    progress = (step - warmup) / max(1, total - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def wsd(step: int, warmup: int, total: int, *, decay_ratio: float | None, floor: float) -> float:
+    """Warm-up, stable, decay (Hu et al. 2024): the descent is a half cosine over the last decay_ratio of all steps."""
+    decay = total - warmup - (total - warmup) // 3 if decay_ratio is None else math.ceil(decay_ratio * total)
+    stable_end = max(warmup, total - decay)
+    if step < stable_end:
+        return _warming(step, warmup)
+    progress = min(1.0, (step - stable_end) / max(1, total - stable_end))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def inverse_sqrt(step: int, warmup: int, total: int, *, timescale: int | None) -> float:
+    """Zhai et al. 2021: 1 / sqrt of the steps since warm-up, in units of the timescale."""
+    if step < warmup:
+        return _warming(step, warmup)
+    scale = timescale or warmup or 10_000
+    return 1 / math.sqrt((step + scale - warmup) / scale)
+
+
+def polynomial(step: int, warmup: int, total: int, *, power: float, end: float) -> float:
+    if step < warmup:
+        return _warming(step, warmup)
+    if step >= total:
+        return end
+    return end + (1 - end) * (1 - (step - warmup) / (total - warmup)) ** power
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "wsd": wsd,
+    "inverse_sqrt": inverse_sqrt,
+    "polynomial": polynomial,
+}
+
+
+def learning_rate(schedule: ScheduleConfig, *, peak: float, total: int) -> Callable[[int], float]:
+    """The rate of each step of a run of `total` steps."""
+    settings: dict[str, Any] = asdict(schedule)  # type: ignore[call-overload]
+    shape = SCHEDULES[settings.pop("name")]
+    warmup = math.ceil(settings.pop("warmup_ratio") * total)
+    if "lr_end" in settings:
+        settings["end"] = settings.pop("lr_end") / peak
+    return lambda step: peak * shape(step, warmup, total, **settings)
+
+
+def _warming(step: int, warmup: int) -> float:
+    return min(1.0, step / max(1, warmup))

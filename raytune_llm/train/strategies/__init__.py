@@ -1,0 +1,51 @@
+"""How a model is spread over workers: name -> strategy. The loop does not know which one runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from raytune_llm.config.strategy import StrategyConfig
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.train.strategies.base import Precision, Strategy
+
+BuildOptimizer = Callable[..., torch.optim.Optimizer]
+
+
+def _ddp(*args, **settings) -> Strategy:
+    from raytune_llm.train.strategies.ddp import DDPStrategy
+
+    return DDPStrategy(*args, **settings)
+
+
+def _fsdp(*args, **settings) -> Strategy:
+    from raytune_llm.train.strategies.fsdp import FSDPStrategy
+
+    return FSDPStrategy(*args, **settings)
+
+
+def _deepspeed(*args, **settings) -> Strategy:
+    from raytune_llm.train.strategies.deepspeed import DeepSpeedStrategy
+
+    return DeepSpeedStrategy(*args, **settings)
+
+
+STRATEGIES: dict[str, Callable[..., Strategy]] = {"ddp": _ddp, "fsdp": _fsdp, "deepspeed": _deepspeed}
+"""The imports stay inside: DeepSpeed is an optional package, and slow to import."""
+
+
+def spread(
+    strategy: StrategyConfig,
+    model: CausalLM,
+    build_optimizer: BuildOptimizer,
+    *,
+    device: torch.device,
+    precision: Precision,
+    max_grad_norm: float | None,
+) -> Strategy:
+    settings = {name: getattr(strategy, name) for name in strategy.__dataclass_fields__ if name != "name"}
+    return STRATEGIES[strategy.name](
+        model, build_optimizer, device=device, precision=precision, max_grad_norm=max_grad_norm, **settings
+    )
+

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.train.strategies.base import Precision, StepOut, trained
+
+
+class DeepSpeedStrategy:
+    """ZeRO stages 1 to 3 with a torch optimizer inside.
+
+    DeepSpeed's own checkpoints are tied to the world size, so state is read and written parameter by parameter through its
+    `safe_get_full_*` and `safe_set_full_*` functions, under the names that every strategy uses.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        build_optimizer: Any,
+        *,
+        device: torch.device,
+        precision: Precision,
+        max_grad_norm: float | None,
+        stage: int,
+        offload: bool,
+    ) -> None:
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        try:
+            import deepspeed
+        except ImportError:
+            raise ResourceError("strategy=zero needs DeepSpeed", "Install it: pip install 'raytune-llm[deepspeed]'.") from None
+        if device.type == "cpu" and offload:
+            raise ConfigError("strategy.offload", "must be false without a GPU, where everything is in host memory", got=True)
+        self.module, self.device, self.stage = model.to(device), device, stage
+        zero: dict[str, Any] = {"stage": stage, "overlap_comm": device.type == "cuda", "contiguous_gradients": True}
+        if offload:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+            if stage == 3:
+                zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,  # ours is the loader's; DeepSpeed only divides by what it is told here
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": max_grad_norm or 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": precision.compute == torch.bfloat16},
+            "fp16": {"enabled": precision.compute == torch.float16},
+            "steps_per_print": 10**9,
+        }
+        # Frozen weights of other types stay as they are; DeepSpeed casts the module to its one type.
+        optimizer = build_optimizer(self.module.named_parameters(), fused=False)
+        self.engine, self.zero, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
+        self.model = self.engine
+        self.world = dist.get_world_size()
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss * self.world, scale_wrt_gas=False)  # ZeRO averages; shares are to be added
+
+    def step(self, lr: float) -> StepOut:
+        for group in self.zero.param_groups:
+            group["lr"] = lr
+        if self.stage == 3 and self._gradient_is_broken():
+            # Stages 1 and 2 find this themselves; stage 3 looks in fp16 only.
+            self.zero._overflow_clean_up(self.zero.loss_scale)
+            return StepOut(torch.tensor(float("inf"), device=self.device), torch.tensor(True, device=self.device))
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        norm = torch.as_tensor(float("inf") if norm is None else norm, dtype=torch.float32, device=self.device)
+        return StepOut(grad_norm=norm, skipped=torch.as_tensor(bool(self.zero.overflow), device=self.device))
+
+    def _gradient_is_broken(self) -> bool:
+        grads = [grad for group in self.zero.averaged_gradients.values() if group for grad in group if grad is not None]
+        broken = torch.zeros((), device=self.device)
+        for grad in grads:
+            broken = torch.maximum(broken, (~torch.isfinite(grad).all()).float())
+        dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+        return bool(broken.item())
+
+    def state(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state: dict[str, Tensor] = {}
+        keys = self._state_keys()
+        for name, parameter in trained(self.module):
+            state[f"parameters.{name}"] = _whole(safe_get_full_fp32_param(parameter), parameter)
+            for key, value in keys.items():
+                whole = value.clone() if value.ndim == 0 else _whole(safe_get_full_optimizer_state(parameter, key), parameter)
+                state[f"optimizer.{name}.{key}"] = whole
+        return state
+
+    def load(self, sizes: Mapping[str, torch.Size], read: Any) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        state = {full: torch.zeros(size, device=self.device) for full, size in sizes.items()}
+        read(state)
+        names = dict(trained(self.module))
+        first = next(iter(names))
+        keys = [full.removeprefix(f"optimizer.{first}.") for full in sizes if full.startswith(f"optimizer.{first}.")]
+        for flat in self._flat_parameters():
+            self._inner.state[flat] = {
+                key: value.cpu().clone() if (value := state[f"optimizer.{first}.{key}"]).ndim == 0 else torch.zeros_like(flat)
+                for key in keys
+            }
+        if self.stage < 3:
+            self.zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in names.items():
+            value = state[f"parameters.{name}"]
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+                if self.stage < 3 or dist.get_rank() == 0:
+                    parameter.data.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
+            for key in keys:
+                if state[f"optimizer.{name}.{key}"].ndim:
+                    safe_set_full_optimizer_state(parameter, state[f"optimizer.{name}.{key}"], key)
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in trained(self.module):
+            yield name, _whole(safe_get_full_fp32_param(parameter), parameter).cpu()
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        return self.zero.optimizer
+
+    def _flat_parameters(self) -> list[Tensor]:
+        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+
+    def _state_keys(self) -> dict[str, Tensor]:
+        """What the inner optimizer keeps, by the first flat parameter; empty before its first step."""
+        return dict(self._inner.state.get(self._flat_parameters()[0], {}))
+
+
+def _whole(value: Tensor | None, parameter: Any) -> Tensor:
+    assert value is not None
+    return value.view(getattr(parameter, "ds_shape", parameter.shape)).clone()

@@ -1,0 +1,48 @@
+"""Sums between two log steps, kept on the device and added up over workers when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Window:
+    """Sums and counts by name. Nothing waits for the device until `read`."""
+
+    def __init__(self, device: torch.device, restored: Mapping[str, tuple[float, float]]) -> None:
+        self.device = device
+        self._sums: dict[str, Tensor] = {}
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            for name, (total, count) in restored.items():
+                self.add(name, total, count)
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        pair = torch.stack([_scalar(total, self.device), _scalar(count, self.device)])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def read(self) -> dict[str, tuple[float, float]]:
+        """(sum, count) of each name over all workers. Every worker must call it, with the same names or none."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums = torch.stack([self._sums[name] for name in names])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return {name: (total, count) for name, (total, count) in zip(names, sums.tolist(), strict=True)}
+
+    def clear(self) -> None:
+        self._sums.clear()
+
+
+def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    return {name: total / count for name, (total, count) in sums.items() if count}
+
+
+def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
+    # float64 on the device: sums over a window lose nothing, and a resumed window is the very same one
+    if isinstance(value, Tensor):
+        return value.detach().to(torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
