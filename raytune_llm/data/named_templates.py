@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -58,6 +59,125 @@ class NamedTemplate:
     audio_token: str | None
     control_tokens: tuple[str, ...]
     """Markers with a meaning to the model, which a user's text must not be able to forge. Longest first."""
+
+
+MODELS: tuple[tuple[str, str], ...] = (
+    # Derived models name their parent too, so they come first.
+    (r"deepseek-r1-distill|deepseek-r1", "deepseekr1"),
+    (r"deepseek-v?(2-5|3)", "deepseek3"),
+    (r"deepseek-coder-v2|deepseek-(llm|v2|math|moe)", "deepseek"),
+    (r"deepseek-coder", "deepseekcoder"),
+    (r"llava-(v?1-6|next)-video.*mistral|llava-next-video.*mistral", "llava_next_video_mistral"),
+    (r"llava-next-video.*(yi|34b)", "llava_next_video_yi"),
+    (r"video-llava", "video_llava"),
+    (r"llava-next-video", "llava_next_video"),
+    (r"llava-(v1-6|next).*mistral", "llava_next_mistral"),
+    (r"llava-(v1-6|next).*llama3|llama3-llava-next", "llava_next_llama3"),
+    (r"llava-next-(72b|110b)", "llava_next_qwen"),
+    (r"llava-(v1-6|next).*34b", "llava_next_yi"),
+    (r"llava-(v1-6|next)", "llava_next"),
+    (r"llava", "llava"),
+    (r"openchat-3-6", "openchat-3.6"),
+    (r"openchat", "openchat"),
+    (r"minicpm-v-4-6", "minicpm_v_4_6"),
+    (r"minicpm-v", "minicpm_v"),
+    (r"minicpm-o", "minicpm_o"),
+    (r"minicpm4|minicpm-4", "cpm4"),
+    (r"qwen2-audio", "qwen2_audio"),
+    (r"qwen2-5-omni", "qwen2_omni"),
+    (r"qwen3-omni.*instruct", "qwen3_omni_nothink"),
+    (r"qwen3-omni", "qwen3_omni"),
+    (r"(qwen2|qwen2-5)-vl|qvq", "qwen2_vl"),
+    (r"qwen3-vl.*instruct", "qwen3_vl_nothink"),
+    (r"qwen3-vl", "qwen3_vl"),
+    (r"qwen3-5", "qwen3_5"),
+    (r"qwen3-6", "qwen3_6"),
+    (r"qwen3.*(instruct|coder)", "qwen3_nothink"),
+    (r"qwen3|qwq", "qwen3"),
+    (r"qwen", "qwen"),
+    (r"llama-?4", "llama4"),
+    (r"llama-?3-2.*vision|mllama", "mllama"),
+    (r"llama-?3", "llama3"),
+    (r"chinese.*(llama|alpaca)-2", "llama2_zh"),
+    (r"llama-?2", "llama2"),
+    (r"pixtral", "pixtral"),
+    (r"ministral-?3", "ministral3"),
+    (r"ministral|mistral-nemo", "ministral"),
+    (r"mistral-small", "mistral_small"),
+    (r"zephyr", "zephyr"),
+    (r"breeze", "breeze"),
+    (r"mistral|mixtral", "mistral"),
+    (r"paligemma.*(chat|mix)", "paligemma_chat"),
+    (r"paligemma", "paligemma"),
+    (r"gemma-?4n|gemma-?4-e\d", "gemma4n"),
+    (r"gemma-?4", "gemma4"),
+    (r"gemma-?3n", "gemma3n"),
+    (r"gemma-?3", "gemma3"),
+    (r"gemma-?2(-|$)", "gemma2"),
+    (r"gemma", "gemma"),
+    (r"phi-?3-small", "phi_small"),
+    (r"phi-?4-mini", "phi4_mini"),
+    (r"phi-?4", "phi4"),
+    (r"phi-?3", "phi"),
+    (r"chatglm3", "chatglm3"),
+    (r"glm-?ocr", "glm_ocr"),
+    (r"glm-?4-5v|glm4v-moe", "glm4_5v"),
+    (r"glm-?4-1v|glm-?4v", "glm4v"),
+    (r"glm-?4-7", "glm4_7"),
+    (r"glm-?4-[56]|glm4-moe", "glm4_moe"),
+    (r"glm-?z1", "glmz1"),
+    (r"glm-?4", "glm4"),
+    (r"gpt-oss", "gpt_oss"),
+    (r"granite.*vision", "granite3_vision"),
+    (r"granite-?4", "granite4"),
+    (r"granite-?3", "granite3"),
+    (r"yi-vl", "yi_vl"),
+    (r"^yi-", "yi"),
+    (r"internvl", "intern_vl"),
+    (r"intern-?s1", "intern_s1"),
+    (r"internlm[23]", "intern2"),
+    (r"hunyuan-(0-5b|1-8b|4b|7b)", "hunyuan_small"),
+    (r"hunyuan", "hunyuan"),
+    (r"^hy-?3", "hy3"),
+    (r"kimi-vl", "kimi_vl"),
+    (r"moonlight", "moonlight"),
+    (r"keye", "keye_vl"),
+    (r"lfm2.*vl", "lfm2_vl"),
+    (r"lfm2", "lfm2"),
+    (r"minimax-?m2", "minimax2"),
+    (r"minimax", "minimax1"),
+    (r"mimo-?v2", "mimo_v2"),
+    (r"mimo-?vl", "mimo_vl"),
+    (r"mimo", "mimo"),
+    (r"ling-|ring-|bailing-?moe-?v2", "bailing_v2"),
+    (r"bailing", "bailing"),
+    (r"ernie.*vl", "ernie_vl"),
+    (r"ernie.*thinking", "ernie"),
+    (r"ernie", "ernie_nothink"),
+    (r"seed-?oss", "seed_oss"),
+    (r"seed-?coder", "seed_coder"),
+    (r"smollm2", "smollm2"),
+    (r"smollm", "smollm"),
+    (r"falcon-?h1", "falcon_h1"),
+    (r"falcon", "falcon"),
+    (r"youtu.*vl", "youtu_vl"),
+    (r"youtu", "youtu"),
+    (r"c4ai|command-r|cohere", "cohere"),
+    (r"dots-?ocr", "dots_ocr"),
+    (r"index-", "index"),
+    (r"olmo", "olmo"),
+    (r"opencoder", "opencoder"),
+    (r"sailor", "sailor"),
+    (r"solar", "solar"),
+    (r"starchat|starcoder2.*chat", "starchat"),
+    (r"telechat", "telechat2"),
+    (r"vicuna", "vicuna"),
+    (r"xuanyuan", "xuanyuan"),
+    (r"yuan2", "yuan"),
+    (r"exaone", "exaone"),
+    (r"dbrx", "dbrx"),
+)
+"""What a model's name says about its template: the first pattern that is found in the last part of the path."""
 
 
 @lru_cache(maxsize=1)
@@ -110,8 +230,16 @@ def load(
         image_token=head.get("image_token"),
         video_token=head.get("video_token"),
         audio_token=head.get("audio_token"),
-        control_tokens=_control_tokens(head, shape, tools),
+        control_tokens=_control_tokens(head, shape, tools, thought),
     )
+
+
+def guess(model: str) -> str | None:
+    """The template for a model by its path, hub id or model_type. None where that leaves it open, as "llama" does."""
+    name = re.sub(r"[\s_.]+", "-", model.rstrip("/").lower())
+    last = name.rsplit("/", 1)[-1]
+    exact = last.replace("-", "_")
+    return next((template for pattern, template in MODELS if re.search(pattern, last)), exact if exact in names() else None)
 
 
 def apply_to_tokenizer(tokenizer: PreTrainedTokenizerBase, template: NamedTemplate) -> tuple[str, ...]:
@@ -171,9 +299,10 @@ _MARKER = re.compile(r"<[^<>\s]+>|\[[|/]?[A-Za-z_]+\|?\]|◁[^▷]+▷|\]~!?b\]|
 """A control token as templates write them: <|im_end|>, </think>, [INST], [|user|], ◁think▷, ]~b]."""
 
 
-def _control_tokens(head: dict[str, Any], shape: str, tools: str) -> tuple[str, ...]:
+def _control_tokens(head: dict[str, Any], shape: str, tools: str, thought: Sequence[str]) -> tuple[str, ...]:
     turns = re.findall(r"\{%- set .*? %\}\n", shape)
-    calls = tools.partition("macro call_text")[2]
-    found = {*head.get("stop", ()), *(word for key in ("thought", "tool_call_words") for word in head.get(key, ()))}
-    markers = {marker for text in (*turns, calls, *found) for marker in _MARKER.findall(text)}
-    return tuple(sorted(markers | set(head.get("stop", ())), key=lambda token: (-len(token), token)))
+    calls = tools.partition("macro call_text")[2].replace('\\"', '"')
+    stops = head.get("stop", ())
+    words = thought if head.get("reasons") else ()
+    markers = {marker for text in (*turns, calls, *words) for marker in _MARKER.findall(text)}
+    return tuple(sorted(markers.union(stops), key=lambda token: (-len(token), token)))
