@@ -84,7 +84,7 @@ def wandb(service: Service, run: TrackedRun) -> Tracker:
 def mlflow(service: Service, run: TrackedRun) -> Tracker:
     """https://mlflow.org/docs/latest/ml/tracking. The server is MLFLOW_TRACKING_URI; without one, a file in the output folder.
 
-    MLflow takes at most 6,000 characters a parameter, and no parameter twice.
+    MLflow takes at most 6,000 characters a parameter, and no parameter twice. Steps that come again stand there twice, alike.
     """
     client = _package("mlflow")
     if not client.is_tracking_uri_set():

@@ -1,0 +1,93 @@
+"""How far a run is, on the user's terminal: one line that moves, or now and then a plain one where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+PLAIN_EVERY_S = 10.0
+PLAIN_EVERY_FRACTION = 0.1
+
+
+class ProgressBar:
+    """Fed with the records of a run (see report.py): `update` is a sink."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        first_step: int = 0,
+        *,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """first_step is the step that the run resumes from."""
+        self._total, self._clock = total_steps, clock
+        self._shown: dict[str, Any] = {"step": first_step}
+        self._start: tuple[int, float] | None = None
+        """Step and time of the first record: what lies before it is warm-up and says nothing of the rest."""
+        console = console or Console()
+        self._line = (
+            _Moving(console, total_steps, first_step) if console.is_terminal else _Plain(console, total_steps, first_step, clock)
+        )
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        self._shown |= record
+        now = self._clock()
+        self._start = self._start or (record["step"], now)
+        self._line.show(record["step"], describe(self._shown, self._time_left(record["step"], now)))
+
+    def close(self) -> None:
+        self._line.close()
+
+    def _time_left(self, step: int, now: float) -> float | None:
+        assert self._start is not None
+        first_step, first_time = self._start
+        return (now - first_time) / (step - first_step) * (self._total - step) if step > first_step else None
+
+
+def describe(record: Mapping[str, Any], left_s: float | None) -> str:
+    """What of a record fits on a line: `loss 0.8123  eval 0.9031  412 tokens/s  0:02:03 left`."""
+    parts = (
+        ("loss", "loss {:.4f}"),
+        ("eval_loss", "eval {:.4f}"),
+        ("tokens_per_s", "{:,.0f} tokens/s"),
+    )
+    said = [form.format(record[name]) for name, form in parts if name in record]
+    return "  ".join([*said, *([f"{timedelta(seconds=round(left_s))} left"] if left_s is not None else [])])
+
+
+class _Moving:
+    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
+        self._progress = Progress(*columns, console=console)
+        self._task = self._progress.add_task("train", total=total_steps, completed=first_step, said="")
+        self._progress.start()
+
+    def show(self, step: int, said: str) -> None:
+        self._progress.update(self._task, completed=step, said=said)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class _Plain:
+    """A line at the first record, then every tenth of the run or every ten seconds, and at the last step."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int, clock: Callable[[], float]) -> None:
+        self._console, self._total, self._clock = console, total_steps, clock
+        self._next_step, self._next_time = first_step, clock()
+
+    def show(self, step: int, said: str) -> None:
+        if step < min(self._next_step, self._total) and self._clock() < self._next_time:
+            return
+        self._next_step = step + max(1, round(self._total * PLAIN_EVERY_FRACTION))
+        self._next_time = self._clock() + PLAIN_EVERY_S
+        self._console.print(f"step {step}/{self._total}  {said}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        pass
