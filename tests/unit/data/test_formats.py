@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+
+from raytune_llm.config.data import AlpacaFormat, ChatFormat
+from raytune_llm.data.dropped import BadRow
+from raytune_llm.data.formats import convert
+
+CHAT = ChatFormat(name="chat", messages="messages", tools="tools")
+ALPACA = AlpacaFormat(
+    name="alpaca", instruction="instruction", input="input", output="output", system="system", history="history"
+)
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+
+
+def turns(row, format=CHAT):
+    return [(message.role, message.content, message.trained) for message in convert(row, format).messages]
+
+
+def test_every_answer_of_a_chat_is_trained():
+    row = {"messages": [{"role": "system", "content": "be"}, USER, ANSWER, USER, ANSWER]}
+    assert [trained for _, _, trained in turns(row)] == [False, False, True, False, True]
+
+
+@pytest.mark.parametrize("flag", [{"train": False}, {"weight": 0}, {"weight": 0.0}])
+def test_an_answer_can_be_left_out_of_training(flag):
+    row = {"messages": [USER, ANSWER | flag, USER, ANSWER]}
+    assert [trained for _, _, trained in turns(row)] == [False, False, False, True]
+
+
+def test_tool_calls_are_taken_in_both_their_forms():
+    wrapped = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [wrapped]}], "tools": '[{"name": "add"}]'}
+    conversation = convert(row, CHAT)
+    assert conversation.messages[1].tool_calls == ({"name": "add", "arguments": {"a": 1}},)
+    assert conversation.tools == ({"name": "add"},)
+
+
+def test_an_alpaca_row_joins_its_input_on_a_new_line():
+    assert turns({"instruction": "add", "input": "1 2", "output": "3"}, ALPACA) == [
+        ("user", "add\n1 2", False),
+        ("assistant", "3", True),
+    ]
+
+
+def test_an_alpaca_row_with_empty_input_is_its_instruction():
+    assert turns({"instruction": "hi", "input": "", "output": "yes"}, ALPACA)[0] == ("user", "hi", False)
+
+
+def test_an_alpaca_row_brings_system_and_history():
+    row = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
+    assert turns(row, ALPACA) == [
+        ("system", "s", False),
+        ("user", "a", False),
+        ("assistant", "b", True),
+        ("user", "c", False),
+        ("assistant", "d", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"text": "hi"}, "there is no column 'messages'"),
+        ({"messages": []}, "must be a list of messages"),
+        ({"messages": "hi"}, "must be a list of messages"),
+        ({"messages": None}, "must be a list of messages"),
+        ({"messages": [USER]}, "no assistant message"),
+        ({"messages": [USER, ANSWER | {"train": False}]}, "no assistant message is trained"),
+        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "weight must be 0 or 1"),
+        ({"messages": [USER, {"role": "model", "content": "x"}]}, "role must be one of"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "content must be text"),
+        ({"messages": [USER, {"role": "system", "content": "s"}, ANSWER]}, "system message must come first"),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": "{"}]}]}, "arguments must be a JSON object"),
+        ({"messages": [USER, ANSWER], "tools": "{"}, "tools must be a JSON list"),
+        ([1], "a row must be an object"),
+    ],
+)
+def test_a_chat_row_that_cannot_be_used_says_why(row, reason):
+    with pytest.raises(BadRow, match=reason):
+        convert(row, CHAT)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "hi"}, "there is no column 'output'"),
+        ({"instruction": 5, "output": "x"}, "instruction must be text"),
+        ({"instruction": "hi", "output": None}, "output must be text"),
+        ({"instruction": "hi", "output": "x", "history": [["a"]]}, "history must be a list"),
+    ],
+)
+def test_an_alpaca_row_that_cannot_be_used_says_why(row, reason):
+    with pytest.raises(BadRow, match=reason):
+        convert(row, ALPACA)
+
+
+def test_a_missing_column_names_those_that_exist():
+    with pytest.raises(BadRow) as caught:
+        convert({"question": "?", "answer": "!"}, CHAT)
+    assert caught.value.detail == "there are question, answer"

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from raytune_llm.config.load import load_config
+from raytune_llm.data import pipeline, sources
+from raytune_llm.data.pipeline import prepare
+from raytune_llm.data.tokenizer import byte_tokenizer
+from raytune_llm.errors import ConfigError, DataError
+
+
+def chat(number, answer="yes"):
+    return {"messages": [{"role": "user", "content": f"request {number}"}, {"role": "assistant", "content": answer}]}
+
+
+def prepared(run, **settings):
+    return prepare(run.model, run.data, run.resources, **settings)
+
+
+def test_rows_come_out_in_order_with_their_answers_trained(jsonl, prepare_run):
+    store = prepared(prepare_run(jsonl([chat(0), chat(1, "no")]))).store
+    tokenizer = byte_tokenizer()
+    texts = [tokenizer.decode(store.row(number)[0]) for number in range(2)]
+    assert texts[0] == "<|im_start|>user\nrequest 0<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    ids, (start, end) = store.row(1)
+    assert tokenizer.decode(ids[start:end]) == "no<|im_end|>"
+
+
+def test_a_second_run_takes_the_store_as_it_is(jsonl, prepare_run):
+    run = prepare_run(jsonl([chat(0)]))
+    first, second = prepared(run), prepared(run)
+    assert (first.reused, second.reused) == (False, True)
+    assert first.store.folder == second.store.folder
+
+
+def test_the_store_is_found_again_under_another_file_name(jsonl, prepare_run):
+    first = prepared(prepare_run(jsonl([chat(0)])))
+    assert prepared(prepare_run(jsonl([chat(0)], name="moved.jsonl"))).store.folder == first.store.folder
+
+
+@pytest.mark.parametrize("changed", ["data.max_length=99", "data.overlong=drop", "data.max_samples=1"])
+def test_a_changed_setting_makes_another_store(jsonl, prepare_run, changed):
+    path = jsonl([chat(0), chat(1)])
+    assert prepared(prepare_run(path, changed)).store.folder != prepared(prepare_run(path)).store.folder
+
+
+def test_changed_data_make_another_store(jsonl, prepare_run):
+    first = prepared(prepare_run(jsonl([chat(0)])))
+    assert prepared(prepare_run(jsonl([chat(1)]))).store.folder != first.store.folder
+
+
+def test_max_samples_takes_the_first_rows(jsonl, prepare_run):
+    run = prepare_run(jsonl([chat(number) for number in range(5)]), "data.max_samples=2")
+    assert len(prepared(run).store) == 2
+
+
+def test_an_eval_source_has_a_store_of_its_own(jsonl, prepare_run):
+    held_out = jsonl([chat(7), chat(8), chat(9)], name="eval.jsonl")
+    result = prepared(prepare_run(jsonl([chat(0)]), f"data.eval_path={held_out}"))
+    assert (len(result.store), len(result.eval_store)) == (1, 3)
+
+
+def test_bad_rows_are_counted_by_reason_with_examples(jsonl, prepare_run):
+    path = jsonl([chat(0), {"messages": []}, "{", chat(1)])
+    dropped = prepared(prepare_run(path, "data.max_bad_fraction=0.5")).store.dropped
+    assert sorted(dropped.counts.values()) == [1, 1]
+    assert any(f"{path}, row 3" in examples[0] for examples in dropped.examples.values())
+
+
+def test_too_many_bad_rows_stop_the_run(jsonl, prepare_run):
+    path = jsonl([chat(0), {"messages": []}])
+    with pytest.raises(DataError, match=r"1 of 2 rows can't be used, more than data\.max_bad_fraction = 0\.01"):
+        prepared(prepare_run(path))
+
+
+def test_too_many_bad_rows_stop_a_run_that_finds_the_store_made(jsonl, prepare_run):
+    path = jsonl([chat(0), {"messages": []}])
+    prepared(prepare_run(path, "data.max_bad_fraction=0.5"))
+    with pytest.raises(DataError, match="can't be used"):
+        prepared(prepare_run(path, "data.max_bad_fraction=0.1"))
+
+
+def test_rows_without_the_column_name_the_setting_and_the_columns(jsonl, prepare_run):
+    path = jsonl([{"instruction": "a", "output": "b"}])
+    with pytest.raises(DataError, match=r"no column 'messages' \(data\.format\.messages\).*there are instruction, output"):
+        prepared(prepare_run(path, "data.max_bad_fraction=1.0"))
+
+
+def test_everything_truncated_away_is_refused(jsonl, prepare_run):
+    path = jsonl([chat(number) for number in range(3)])
+    with pytest.raises(DataError, match=r"no row can be used.*3 x no trained token is left after truncation"):
+        prepared(prepare_run(path, "data.max_length=8"))
+
+
+def test_an_overlong_row_is_refused_by_name_where_asked(jsonl, prepare_run):
+    path = jsonl([chat(0), chat(1, "long " * 50)])
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 2: the row has \d+ tokens, data\.max_length is 100"):
+        prepared(prepare_run(path, "data.max_length=100", "data.overlong=error"))
+
+
+def test_a_template_that_rewrites_turns_is_refused_by_name(jsonl, prepare_run, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages[-1:] %}{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(DataError, match=r"row 1: the chat template of .*tokenizer does not keep"):
+        prepared(prepare_run(jsonl([chat(0)]), f"model.tokenizer={tmp_path / 'tokenizer'}"))
+
+
+def test_a_refused_run_leaves_no_store(jsonl, prepare_run, tmp_path):
+    with pytest.raises(DataError):
+        prepared(prepare_run(jsonl([{"messages": []}])))
+    assert list((tmp_path / "cache").glob("*/manifest.json")) == []
+
+
+def test_finished_shards_of_a_crashed_run_are_kept(tmp_path, jsonl, prepare_run, monkeypatch):
+    monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", 300)
+    path = jsonl([chat(number) for number in range(20)])
+    run = prepare_run(path)
+    whole = prepared(run).store.manifest
+    shutil.rmtree(tmp_path / "cache")
+    made = []
+
+    def crash_at_the_third(chunk, recipe, path):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(path.name)
+        return make(chunk, recipe, path)
+
+    make = pipeline.prepare_chunk
+    monkeypatch.setattr(pipeline, "prepare_chunk", crash_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(run)
+    monkeypatch.setattr(pipeline, "prepare_chunk", lambda *args: made.append(args[2].name) or make(*args))
+    assert prepared(run).store.manifest == whole
+    assert sorted(made) == [shard["name"] for shard in whole["shards"]]
+
+
+def test_progress_counts_rows(jsonl, prepare_run, monkeypatch):
+    monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", 300)
+    seen = []
+    prepared(prepare_run(jsonl([chat(number) for number in range(20)])), on_progress=lambda *counts: seen.append(counts))
+    assert seen[-1] == (20, 20)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_an_alpaca_file_is_prepared(tmp_path, prepare_run):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"instruction": "add", "input": "1 2", "output": "3"}]))
+    assert len(prepared(prepare_run(path, data="alpaca")).store) == 1
+
+
+def test_a_model_folder_without_a_tokenizer_is_refused(jsonl, tmp_path):
+    (tmp_path / "model").mkdir()
+    settings = [f"model.path={tmp_path / 'model'}", f"data.path={jsonl([chat(0)])}", f"data.cache={tmp_path}", "resources=inline"]
+    run = load_config("prepare", settings)
+    with pytest.raises(ConfigError, match=r"model\.path holds no tokenizer"):
+        prepared(run)

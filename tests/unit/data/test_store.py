@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytune_llm.data.dropped import BadRow, Dropped
+from raytune_llm.data.store import Store, finished_shard, key_of, targets, under_construction, write_shard
+from raytune_llm.errors import DataError
+from raytune_llm.records import TokenRow
+
+ROWS = [([1, 2, 3], [1, 3]), ([4], [0, 1]), ([5, 6, 7, 8], [0, 2, 3, 4]), ([9, 9], [])]
+
+
+def test_rows_come_back_over_all_shards(make_store):
+    store = make_store(ROWS, rows_per_shard=3)
+    assert [(ids.tolist(), spans.tolist()) for ids, spans in map(store.row, range(len(store)))] == ROWS
+    assert store.lengths.tolist() == [3, 1, 4, 2]
+
+
+def test_targets_leave_out_a_first_token_which_nothing_predicts(make_store):
+    assert make_store(ROWS, rows_per_shard=3).targets.tolist() == [2, 0, 2, 0]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6).map(lambda cuts: sorted(set(cuts))[: len(set(cuts)) // 2 * 2])))
+def test_targets_of_flat_spans_are_those_of_each_row(spans):
+    offsets = np.cumsum([0, *map(len, spans)])
+    flat = np.array([value for row in spans for value in row], dtype=np.int32)
+    assert targets(offsets, flat).tolist() == [
+        sum(end - max(start, 1) for start, end in zip(row[::2], row[1::2], strict=True)) for row in spans
+    ]
+
+
+def test_the_same_rows_make_the_same_bytes(tmp_path):
+    rows = [TokenRow(np.array(ids), np.array(spans)) for ids, spans in ROWS]
+    shards = [write_shard(tmp_path / name, rows, Dropped()) for name in "ab"]
+    assert shards[0].sha256 == shards[1].sha256
+
+
+def test_a_finished_shard_is_known_again_with_its_dropped_rows(tmp_path):
+    dropped = Dropped()
+    dropped.add(BadRow("too odd", "7"), "a.jsonl, row 3")
+    shard = write_shard(tmp_path / "shard", [TokenRow([1, 2], [1, 2])], dropped)
+    assert finished_shard(tmp_path / "shard") == shard
+
+
+def test_a_shard_that_is_cut_off_is_not_taken_for_finished(tmp_path):
+    write_shard(tmp_path / "shard", [TokenRow([1, 2], [1, 2])], Dropped())
+    (tmp_path / "shard").write_bytes((tmp_path / "shard").read_bytes()[:-20])
+    assert finished_shard(tmp_path / "shard") is None
+
+
+def test_a_missing_shard_is_refused(make_store):
+    store = make_store(ROWS)
+    (store.folder / "shard-00000.arrow").unlink()
+    with pytest.raises(DataError, match=r"shard-00000\.arrow: is missing\. Delete the folder"):
+        Store.open(store.folder)
+
+
+def test_a_shard_of_another_size_is_refused(make_store):
+    store = make_store(ROWS)
+    with (store.folder / "shard-00000.arrow").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(DataError, match=r"has \d+ bytes, not the \d+"):
+        Store.open(store.folder)
+
+
+def test_verify_finds_a_changed_byte(make_store):
+    store = make_store(ROWS)
+    store.verify()
+    path = store.folder / "shard-00000.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="does not have the contents"):
+        store.verify()
+
+
+def test_a_store_of_another_version_is_refused(make_store):
+    path = make_store(ROWS).folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 999}))
+    with pytest.raises(DataError, match="version 999"):
+        Store.open(path.parent)
+
+
+def test_a_folder_without_a_manifest_is_no_store(make_store):
+    store = make_store(ROWS)
+    (store.folder / "manifest.json").unlink()
+    with pytest.raises(DataError, match="is no token store"):
+        Store.open(store.folder)
+
+
+def test_a_complete_store_is_not_made_again(tmp_path, make_store):
+    make_store(ROWS)
+    with under_construction(tmp_path / "stores", "key") as folder:
+        assert folder is None
+
+
+def test_the_key_does_not_depend_on_the_order_of_its_parts():
+    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1}) != key_of({"a": 1, "b": 3})
