@@ -295,7 +295,7 @@ def _literal(value: Any) -> str:
             return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
-_MARKER = re.compile(r"<[^<>\s]+>|\[[|/]?[A-Za-z_]+\|?\]|◁[^▷]+▷|\]~!?b\]|\[e~\[|reserved_\d")
+_MARKER = re.compile(r"<[^<>\s]+>|\[[|/]?[A-Za-z_]+\|?\]|◁[^▷]+▷|\]~!b\[|\]~b\]|\[e~\[|reserved_\d")
 """A control token as templates write them: <|im_end|>, </think>, [INST], [|user|], ◁think▷, ]~b]."""
 
 

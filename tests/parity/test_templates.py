@@ -13,6 +13,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from raytune_llm.data.named_templates import NamedTemplate, load, names
+from raytune_llm.data.template_slots import find_slots
 from raytune_llm.data.tools import parse_call_turn, render_calls
 from raytune_llm.errors import ConfigError
 
@@ -120,3 +121,37 @@ def test_the_settings_of_every_template_are_those_recorded():
         assert [template.image_token, template.video_token, template.audio_token] == [
             row[f"{kind}_token"] for kind in ("image", "video", "audio")
         ]
+
+
+@pytest.mark.parametrize("row", rows("template_exports.jsonl", defect=False))
+def test_a_saved_template_gives_the_text_that_was_trained(row):
+    turns = [("user", "Hi"), ("assistant", "Hello! How can I help?")]
+    longer = [*turns, ("user", "What is 2+2?"), ("assistant", "4"), ("user", "And 3*3?"), ("assistant", "9")]
+    template = load(row["template"])
+    for key, conversation in (("single", turns), ("turns3_system", [("system", "You are a terse helper."), *longer])):
+        text = render_jinja_template(
+            [[{"role": role, "content": content} for role, content in conversation]],
+            chat_template=template.source,
+            bos_token=row["bos_token"],
+            eos_token=row["eos_token"],
+        )[0][0]
+        blank = "".join(template.thought)
+        assert (text.replace(blank, "").replace(template.thought[1], "") if template.reasons else text) == row["jinja"][key]
+
+
+@pytest.mark.parametrize("row", rows("template_autodetect.jsonl", defect=False))
+def test_slots_of_a_chat_template_are_found(row):
+    def render(messages, asks):
+        tokens = {"bos_token": row["bos_token"], "eos_token": row["eos_token"]}
+        return render_jinja_template([messages], chat_template=row["chat_template"], add_generation_prompt=asks, **tokens)[0][0]
+
+    expected = row["expected"]
+    if "error" in expected:
+        with pytest.raises((ConfigError, jinja2.TemplateError)):
+            find_slots(render)
+        return
+    slots = find_slots(render)
+    assert [[slots.system], [slots.user], [slots.assistant]] == [expected["system"], expected["user"], expected["assistant"]]
+    assert slots.reasons == expected["reasoning"]
+    # Recorded for xuanyuan is a system text cut up by letters that come back in the request's slot.
+    assert slots.default_system == (load("xuanyuan").default_system if row["id"] == "xuanyuan" else expected["default_system"])
