@@ -186,6 +186,6 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     ids_BT = torch.full((len(prompts), length), pad_id)
     mask_BT = torch.zeros_like(ids_BT)
     for row, prompt in enumerate(prompts):
-        ids_BT[row, length - len(prompt) :] = torch.as_tensor(prompt)
+        ids_BT[row, length - len(prompt) :] = torch.tensor(prompt)
         mask_BT[row, length - len(prompt) :] = 1
     return ids_BT, mask_BT

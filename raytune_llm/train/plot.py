@@ -38,8 +38,10 @@ def loss_curve(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
 
     if len(losses):
         smooth = smoothed(losses, window=max(1, len(losses) // 12))
-        axes.plot(steps, losses, color=TRAIN, linewidth=0.8, alpha=0.35, marker="." if len(losses) < 3 else "")
-        axes.plot(steps, smooth, color=TRAIN, linewidth=2, label=f"train  {smooth[-1]:.3g}")
+        axes.plot(steps, losses, color=TRAIN, linewidth=0.8, alpha=0.35)
+        axes.plot(
+            steps, smooth, color=TRAIN, linewidth=2, marker="o" if len(losses) == 1 else "", label=f"train  {smooth[-1]:.3g}"
+        )
     if len(eval_losses):
         axes.plot(eval_steps, eval_losses, "o-", color=EVAL, linewidth=1, markersize=5, label=f"eval  {eval_losses[-1]:.3g}")
     if len(losses) or len(eval_losses):
@@ -47,7 +49,7 @@ def loss_curve(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
     axes.set_title(title, loc="left", color=INK, fontsize=12, pad=10)
     axes.set_ylabel("loss", color=INK)
     lowest.set_xlabel("step", color=INK)
-    lowest.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lowest.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     beside = path.with_name(f".{path.name}.partial")
     figure.savefig(beside, format="png")
     beside.replace(path)

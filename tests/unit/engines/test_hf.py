@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -79,6 +80,13 @@ def test_padding_puts_every_last_token_in_the_last_column():
     ids_BT, mask_BT = pad_left([[5], [6, 7, 8]], pad_id=0)
     assert ids_BT.tolist() == [[0, 0, 5], [6, 7, 8]]
     assert mask_BT.tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_read_only_ids_of_a_token_store_are_taken_as_they_are():
+    ids = np.arange(3, dtype=np.int32)
+    ids.flags.writeable = False
+    assert pad_left([ids], pad_id=0)[0].tolist() == [[0, 1, 2]]
 
 
 def test_a_batch_of_uneven_prompts_answers_each_as_if_alone(tokenizer):
