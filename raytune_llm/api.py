@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm import session
-from raytune_llm.config.load import to_yaml
+from raytune_llm.config.load import as_plain, to_yaml
 from raytune_llm.config.resources import Cluster
 from raytune_llm.config.run import PrepareRun, TrainRun
 from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.train.report import Summary, WallTime, read_metrics, write_summary
-from raytune_llm.train.trackers import open_tracker
+from raytune_llm.train.trackers import TrackedRun, open_tracker
 
 Sink = Callable[[Mapping[str, Any]], None]
 
@@ -48,8 +48,19 @@ def prepare(run: PrepareRun, *, on_progress: pipeline.Progress | None = None) ->
     return pipeline.prepare(run.model, run.data, run.resources, on_progress=on_progress)
 
 
-def train(run: TrainRun, *, sinks: Sequence[Sink] = (), on_progress: pipeline.Progress | None = None, began: float | None = None) -> TrainResult:
-    """Prepare what is missing, train (or go on), and write the output folder. `began`: when the command started, in epoch seconds."""
+def train(
+    run: TrainRun,
+    *,
+    sinks: Sequence[Sink] = (),
+    on_begin: Callable[[Any], None] = lambda begin: None,
+    on_progress: pipeline.Progress | None = None,
+    began: float | None = None,
+) -> TrainResult:
+    """Prepare what is missing, train (or go on), and write the output folder.
+
+    Sinks get every record of metrics.jsonl as it comes; on_begin gets a `train.worker.Begin` when the first step is about to come
+    (again after a lost worker). `began`: when the command started, in epoch seconds.
+    """
     from raytune_llm.train.launch import fit
     from raytune_llm.train.output import identity, open_output
     from raytune_llm.train.plot import loss_curve
@@ -74,13 +85,15 @@ def train(run: TrainRun, *, sinks: Sequence[Sink] = (), on_progress: pipeline.Pr
     clock.enter("evaluate")
     before = _exact_match(run, prepared, None)
     clock.enter("fit")
-    tracker = open_tracker(run.tracking, output, run=run.name, settings=json.loads(identity(run, {})["settings"]), from_step=resumed_from or 0)
+    tracked = TrackedRun(name=run.name, output_dir=output, from_step=resumed_from or 0, settings=as_plain(run))
+    tracker = open_tracker(run.tracking, tracked)
     try:
         outcome = fit(
             run,
             str(prepared.store.folder),
             None if prepared.eval_store is None else str(prepared.eval_store.folder),
             sinks=[*sinks, tracker],
+            on_begin=on_begin,
         )
     finally:
         tracker.close()
@@ -89,6 +102,7 @@ def train(run: TrainRun, *, sinks: Sequence[Sink] = (), on_progress: pipeline.Pr
     clock.enter("save")
     loss_curve(read_metrics(output / "metrics.jsonl"), output / "loss.png", title=run.name)
     progress = outcome.progress
+    total = clock.total()
     fit_s = clock.seconds["fit"]
     summary = Summary(
         loss_first=progress.loss_first,
@@ -108,7 +122,7 @@ def train(run: TrainRun, *, sinks: Sequence[Sink] = (), on_progress: pipeline.Pr
             load=outcome.load_s,
             train=outcome.train_s,
             save=outcome.save_s + clock.seconds["save"],
-            total=clock.total(),
+            total=total,
         ),
     )
     write_summary(output / "summary.json", summary)

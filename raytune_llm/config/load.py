@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import main as hydra_main
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
@@ -43,9 +47,8 @@ def load_config(
 
 def to_run(verb: str, composed: DictConfig) -> Any:
     """A composed config as the verb's frozen dataclass."""
-    keys = [key for key in composed if key != "hydra"]
     try:
-        values = OmegaConf.to_container(OmegaConf.masked_copy(composed, keys), resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(_without_hydra(composed), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(error.full_key or "the config", f"can't be resolved: {_first_line(error)}") from None
     assert isinstance(values, dict)
@@ -88,22 +91,91 @@ def _compose(config_name: str, overrides: list[str], config_dir: str | Path | No
         GlobalHydra.instance().clear()
 
 
+def as_plain(run: Any) -> dict[str, Any]:
+    """A run as dicts, lists and plain values."""
+    return TypeAdapter(type(run)).dump_python(run, mode="json")
+
+
 def to_yaml(run: Any) -> str:
     """The whole run as YAML that `--config-dir FOLDER --config-name NAME` composes back into the same run."""
-    return OmegaConf.to_yaml(OmegaConf.create(TypeAdapter(type(run)).dump_python(run, mode="json")))
+    return OmegaConf.to_yaml(OmegaConf.create(as_plain(run)))
 
 
 def options(group: str, config_dir: str | Path | None = None) -> list[str]:
     """What `group=` can be."""
     folders = [CONF / group] + ([Path(config_dir) / group] if config_dir else [])
-    return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    return sorted({file.stem for folder in folders for file in folder.glob("[!_]*.yaml")})
 
 
-def _groups() -> list[str]:
+def groups() -> list[str]:
+    """What can be chosen: model, data, ..., experiment."""
     return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 
 
+def defaults(verb: str) -> list[str]:
+    """`setting: value` lines of a verb's config as it composes without overrides."""
+    composed = OmegaConf.to_container(_without_hydra(_compose(verb, [], None)), resolve=False)
+    return [f"{path}: {_shown(value)}" for path, value in _flat_items(composed)]
+
+
+def run_under_hydra(
+    verb: str,
+    overrides: list[str],
+    flags: list[str],
+    verb_main: Callable[[Any], int],
+    *,
+    config_dir: str | None = None,
+    config_name: str | None = None,
+) -> int:
+    """Let Hydra read its own flags. With -m each job gets a folder of its own in output_dir, named by its overrides."""
+    if "-m" not in flags and "--multirun" not in flags:
+        compose(verb, overrides, config_dir=config_dir, config_name=config_name)  # our errors before Hydra's
+    failed: list[int] = []
+
+    def job(composed: DictConfig) -> None:
+        hydra = HydraConfig.get()
+        if hydra.mode == RunMode.MULTIRUN and "output_dir" in composed:
+            with open_dict(composed):
+                composed.output_dir = f"{composed.output_dir}/{hydra.job.override_dirname}"
+        code = verb_main(to_run(verb, composed))
+        if code:
+            failed.append(code)
+
+    quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    sweep = ["hydra.sweep.dir=${output_dir}", "hydra.sweep.subdir=."] if verb == "train" else []
+    place = (["--config-dir", str(Path(config_dir).resolve())] if config_dir else []) + (["--config-name", config_name] if config_name else [])
+    before, before_env = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["raytune_llm", *place, *flags, *overrides, *quiet, *sweep]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # leave errors to us
+    try:
+        hydra_main(version_base="1.3", config_path=str(CONF), config_name=verb)(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explained(error, config_name or verb, overrides, config_dir) from None
+    finally:
+        sys.argv = before
+        if before_env is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+    return failed[0] if failed else 0
+
+
+def _without_hydra(composed: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+
+
+def _flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _flat_items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(value: Any) -> str:
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
 def _flat_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Every setting and every section, by dotted path."""
     for key, value in node.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
@@ -126,7 +198,7 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
     if match := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in", text):
         key = getattr(error, "full_key", None) or match[1] or match[2]
         return _unknown_key(key, _known_keys(config_name, overrides, config_dir))
-    if "mismatched input" in text or "Error parsing override" in text or "no viable alternative" in text or "token recognition" in text:
+    if "LexerNoViableAlt" in text or "mismatched input" in text or "Error parsing override" in text or "no viable alternative" in text or "token recognition" in text:
         match = re.search(r"Error parsing override '([^']*)'", text)
         got = match[1] if match else " ".join(overrides)
         return ConfigError("an override", "must read key=value", got=got, remedy="Quote values with spaces or brackets: 'key=[a,b]'.")
@@ -138,6 +210,7 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
 
 
 def _unknown_key(key: str, known: list[str]) -> ConfigError:
+    known = [name for name in known if name != key]
     near = difflib.get_close_matches(key, known, n=1) or _same_last_part(key, known)
     remedy = f"Did you mean {near[0]}?" if near else "`python -m raytune_llm train --cfg job` shows every setting."
     return ConfigError(key, "is no setting", remedy=remedy)
@@ -158,7 +231,7 @@ def _known_keys(config_name: str, overrides: list[str], config_dir: str | Path |
             override = parser.parse_override(text)
         except HydraException:
             continue
-        if "." not in override.key_or_group and (override.key_or_group == "experiment" or override.key_or_group in _groups()):
+        if "." not in override.key_or_group and (override.key_or_group == "experiment" or override.key_or_group in groups()):
             choices.append(text)
     for attempt in (choices, []):
         try:
@@ -211,4 +284,4 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".")
 
 
-__all__ = ["CONF", "compose", "load_config", "options", "to_run", "to_yaml", "validate"]
+__all__ = ["CONF", "as_plain", "compose", "defaults", "groups", "load_config", "options", "run_under_hydra", "to_run", "to_yaml", "validate"]

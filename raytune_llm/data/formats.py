@@ -10,11 +10,13 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from raytune_llm.config.data import FormatConfig
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.records import Conversation, Message, Record, Role
+
+if TYPE_CHECKING:
+    from raytune_llm.config.data import FormatConfig
 
 Row = Mapping[str, Any]
 ROLES = get_args(Role)
@@ -31,7 +33,10 @@ def convert(row: Row, format: FormatConfig) -> Record:
 
 
 def chat(row: Row, *, messages: str, tools: str | None) -> Conversation:
-    """{role, content} messages, as OpenAI's API takes them. Every answer is trained, save those that say `train: false` or `weight: 0`."""
+    """{role, content} messages, as OpenAI's API takes them.
+
+    Every answer is trained, save those that say `train: false` or `weight: 0`.
+    """
     column = _required(row, "messages", messages)
     if not isinstance(column, list) or not column:
         raise BadRow(f"{messages} must be a list of messages", _shown(column))
@@ -44,7 +49,10 @@ def chat(row: Row, *, messages: str, tools: str | None) -> Conversation:
 def alpaca(
     row: Row, *, instruction: str, input: str | None, output: str, system: str | None, history: str | None
 ) -> Conversation:
-    """One request, with its input on a new line, and its answer; before it, [request, answer] pairs of history. Every answer is trained."""
+    """One request, with its input on a new line, and its answer; before it, [request, answer] pairs of history.
+
+    Every answer is trained.
+    """
     requested = _text(_required(row, "instruction", instruction), instruction)
     answer = _text(_required(row, "output", output), output)
     context = _optional_text(row, input)
@@ -67,7 +75,7 @@ FORMATS: dict[str, Callable[..., Record]] = {"chat": chat, "alpaca": alpaca}
 def _message(message: Any) -> Message:
     if not isinstance(message, Mapping):
         raise BadRow("a message must be an object with role and content", _shown(message))
-    role = message.get("role")
+    role: Any = message.get("role")
     if role not in ROLES:
         raise BadRow(f"a message's role must be one of {', '.join(ROLES)}", f"got {_shown(role)}")
     calls = tuple(_call(call) for call in message.get("tool_calls") or ())

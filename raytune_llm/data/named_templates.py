@@ -95,11 +95,11 @@ MODELS: tuple[tuple[str, str], ...] = (
     (r"qwen3.*(instruct|coder)", "qwen3_nothink"),
     (r"qwen3|qwq", "qwen3"),
     (r"qwen", "qwen"),
-    (r"llama-?4", "llama4"),
+    (r"llama-?4(-|$)", "llama4"),
     (r"llama-?3-2.*vision|mllama", "mllama"),
-    (r"llama-?3", "llama3"),
+    (r"llama-?3(-|$)", "llama3"),
     (r"chinese.*(llama|alpaca)-2", "llama2_zh"),
-    (r"llama-?2", "llama2"),
+    (r"llama-?2(-|$)", "llama2"),
     (r"pixtral", "pixtral"),
     (r"ministral-?3", "ministral3"),
     (r"ministral|mistral-nemo", "ministral"),
@@ -149,7 +149,7 @@ MODELS: tuple[tuple[str, str], ...] = (
     (r"mimo-?v2", "mimo_v2"),
     (r"mimo-?vl", "mimo_vl"),
     (r"mimo", "mimo"),
-    (r"ling-|ring-|bailing-?moe-?v2", "bailing_v2"),
+    (r"(^|-)[lr]ing-|bailing-?moe-?v2", "bailing_v2"),
     (r"bailing", "bailing"),
     (r"ernie.*vl", "ernie_vl"),
     (r"ernie.*thinking", "ernie"),
@@ -164,7 +164,7 @@ MODELS: tuple[tuple[str, str], ...] = (
     (r"youtu", "youtu"),
     (r"c4ai|command-r|cohere", "cohere"),
     (r"dots-?ocr", "dots_ocr"),
-    (r"index-", "index"),
+    (r"^index-", "index"),
     (r"olmo", "olmo"),
     (r"opencoder", "opencoder"),
     (r"sailor", "sailor"),
@@ -236,10 +236,8 @@ def load(
 
 def guess(model: str) -> str | None:
     """The template for a model by its path, hub id or model_type. None where that leaves it open, as "llama" does."""
-    name = re.sub(r"[\s_.]+", "-", model.rstrip("/").lower())
-    last = name.rsplit("/", 1)[-1]
-    exact = last.replace("-", "_")
-    return next((template for pattern, template in MODELS if re.search(pattern, last)), exact if exact in names() else None)
+    last = re.sub(r"[\s_.]+", "-", model.rstrip("/").rsplit("/", 1)[-1].lower())
+    return next((template for pattern, template in MODELS if re.search(pattern, last)), None)
 
 
 def apply_to_tokenizer(tokenizer: PreTrainedTokenizerBase, template: NamedTemplate) -> tuple[str, ...]:
@@ -292,7 +290,7 @@ def _literal(value: Any) -> str:
         case list():
             return f"[{', '.join(_literal(item) for item in value)}]"
         case _:
-            return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+            return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "\\r") + '"'
 
 
 _MARKER = re.compile(r"<[^<>\s]+>|\[[|/]?[A-Za-z_]+\|?\]|◁[^▷]+▷|\]~!b\[|\]~b\]|\[e~\[|reserved_\d")

@@ -6,32 +6,32 @@ it; so both make the same shards, byte for byte. No row passes through the drive
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from raytune_llm import session
-from raytune_llm.config.data import DataConfig, FormatConfig
+from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.resources import Inline, ResourcesConfig
-from raytune_llm.data import sources, tokenizer
-from raytune_llm.data.dropped import BadRow, Dropped, RefusedRow
+from raytune_llm.data import sources
+from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.formats import converter
+from raytune_llm.data.shards import Recipe, Timed, fetched, prepare_chunk
 from raytune_llm.data.sources import Chunk
-from raytune_llm.data.store import Shard, Store, complete, finished_shard, key_of, shard_name, under_construction, write_shard
-from raytune_llm.data.templates import ChatTemplate, Rendered
+from raytune_llm.data.store import Shard, Store, complete, finished_shard, key_of, shard_name, under_construction
+from raytune_llm.data.templates import ChatTemplate
 from raytune_llm.data.tokenize import BlockTokenizer
+from raytune_llm.data.tokenizer import fingerprint, load_tokenizer
 from raytune_llm.errors import DataError, UserError
-from raytune_llm.records import Conversation, Record, TokenRow
 
 TRANSFORMS_VERSION = 1
 """Raise it when the same row would give other tokens, so that old stores are not taken for new ones."""
-BLOCK_ROWS = 512
-"""Rows that are tokenized by one call into Rust."""
 Progress = Callable[[int, int], None]
 """Called with the rows done and the rows in all, dropped ones among them."""
 
@@ -47,28 +47,6 @@ class Prepared:
     seconds: float
     reused: bool
     """Every store was there already."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that turns a row into tokens, small enough to travel with every task."""
-
-    model_path: str | None
-    revision: str | None
-    trust_remote_code: bool
-    tokenizer: str | None
-    format: FormatConfig
-    max_length: int
-    overlong: str
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A shard made by this run and when, in seconds of the machine's clock."""
-
-    shard: Shard
-    started: float
-    ended: float
 
 
 def prepare(model: ModelConfig, data: DataConfig, resources: ResourcesConfig, *, on_progress: Progress | None = None) -> Prepared:
@@ -96,20 +74,21 @@ def _prepare_one(
     on_progress: Progress | None,
 ) -> Store:
     source = sources.find(path, subset=data.subset, split=data.split)
-    recipe = Recipe(
-        model_path=model.path,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        tokenizer=model.tokenizer,
-        format=data.format,
-        max_length=data.max_length,
-        overlong=data.overlong,
+    tokenizer = load_tokenizer(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, kind=model.tokenizer
     )
-    made_from = _made_from(recipe, sources.fingerprint(source), data.max_samples)
+    made_from = _made_from(tokenizer, data, sources.fingerprint(source))
     cache = Path(data.cache).expanduser().resolve()
     target = cache / key_of(made_from)
     with under_construction(cache, target.name) as folder:
         if folder is not None:
+            recipe = Recipe(
+                convert=converter(data.format),
+                template=ChatTemplate(tokenizer),
+                tokenize=BlockTokenizer(tokenizer),
+                max_length=data.max_length,
+                overlong=data.overlong,
+            )
             chunks = sources.plan(source, data.max_samples)
             shards = _make_shards(chunks, recipe, folder, resources, made, on_progress)
             _check(path, shards, data.max_bad_fraction)
@@ -119,18 +98,17 @@ def _prepare_one(
     return store
 
 
-def _made_from(recipe: Recipe, source_hash: str, max_samples: int | None) -> dict[str, Any]:
+def _made_from(tokenizer: PreTrainedTokenizerFast, data: DataConfig, source_hash: str) -> dict[str, Any]:
     """Everything that determines the tokens, and nothing else: not where the files lie, not who makes the store."""
-    loaded, _, _ = _load(recipe.model_path, recipe.revision, recipe.trust_remote_code, recipe.tokenizer)
     return {
         "transforms_version": TRANSFORMS_VERSION,
         "source": source_hash,
-        "max_samples": max_samples,
-        "format": asdict(recipe.format),
-        "template": loaded.chat_template,
-        "tokenizer": tokenizer.fingerprint(loaded),
-        "max_length": recipe.max_length,
-        "overlong": recipe.overlong,
+        "max_samples": data.max_samples,
+        "format": asdict(data.format),
+        "template": tokenizer.chat_template,
+        "tokenizer": fingerprint(tokenizer),
+        "max_length": data.max_length,
+        "overlong": data.overlong,
     }
 
 
@@ -174,74 +152,29 @@ def _map_with_ray(
     session.connect(resources)
     import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    items = [{"number": number, "chunk": chunk} for number, chunk in chunks]
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    recipe_ref = ray.put(recipe)
 
     def prepare_block(block: dict[str, Any]) -> dict[str, list[Any]]:
         """Mistakes in the data travel as values: Ray would wrap an exception in its own."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks themselves fill the cores
         done: list[Timed | UserError] = []
         for number, chunk in zip(block["number"], block["chunk"], strict=True):
             try:
-                done.append(prepare_chunk(chunk, recipe, folder / shard_name(int(number))))
+                done.append(prepare_chunk(chunk, fetched(ray.get, recipe_ref), folder / shard_name(int(number))))
             except UserError as error:
                 done.append(error)
         return {"number": list(block["number"]), "done": done}
 
-    # One thread in each task's tokenizer: the tasks themselves fill the cores.
-    one_thread = {"env_vars": {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}}
+    items = [{"number": number, "chunk": chunk} for number, chunk in chunks]
     blocks = ray.data.from_items(items, override_num_blocks=len(items))
-    for row in blocks.map_batches(prepare_block, batch_size=1, num_cpus=1, runtime_env=one_thread).iter_rows():
+    task: Any = prepare_block
+    for row in blocks.map_batches(task, batch_size=1, num_cpus=1).iter_rows():
         if isinstance(row["done"], UserError):
             raise row["done"]
         yield int(row["number"]), row["done"]
-
-
-def prepare_chunk(chunk: Chunk, recipe: Recipe, path: Path) -> Timed:
-    """Read, convert, render, tokenize and write one chunk."""
-    template, tokenize = _load(recipe.model_path, recipe.revision, recipe.trust_remote_code, recipe.tokenizer)[1:]
-    convert = converter(recipe.format)
-    started = time.time()
-    dropped = Dropped()
-    rows: list[TokenRow] = []
-    numbered = sources.read(chunk)
-    while block := list(islice(numbered, BLOCK_ROWS)):
-        numbers: list[int] = []
-        rendered: list[Rendered] = []
-        for number, row in block:
-            try:
-                rendered.append(_render(row, convert, template))
-                numbers.append(number)
-            except BadRow as bad:
-                dropped.add(bad, sources.where(chunk, number))
-            except RefusedRow as refused:
-                raise DataError(sources.where(chunk, number), refused.problem, refused.remedy) from None
-        tokenized = tokenize(rendered, max_length=recipe.max_length, overlong=recipe.overlong)
-        for number, result in zip(numbers, tokenized, strict=True):
-            if isinstance(result, TokenRow):
-                rows.append(result)
-            elif isinstance(result, BadRow):
-                dropped.add(result, sources.where(chunk, number))
-            else:
-                raise DataError(sources.where(chunk, number), result.problem, result.remedy)
-    shard = write_shard(path, rows, dropped)
-    return Timed(shard, started, time.time())
-
-
-def _render(row: Any, convert: Callable[[Any], Record], template: ChatTemplate) -> Rendered:
-    if isinstance(row, BadRow):
-        raise row
-    record = convert(row)
-    assert isinstance(record, Conversation), "other records come with their stages"
-    return template.render(record)
-
-
-@lru_cache(maxsize=2)
-def _load(
-    path: str | None, revision: str | None, trust_remote_code: bool, kind: str | None
-) -> tuple[Any, ChatTemplate, BlockTokenizer]:
-    """Once a process: loading takes longer than preparing a chunk."""
-    loaded = tokenizer.load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code, kind=kind)
-    return loaded, ChatTemplate(loaded), BlockTokenizer(loaded)
 
 
 def _check(path: str, shards: list[Shard], max_bad_fraction: float) -> None:

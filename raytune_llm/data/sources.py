@@ -119,7 +119,7 @@ def _missing(path: str, here: Path) -> DataError:
 
 
 def fingerprint(source: Source) -> str:
-    """A hash of the contents: of the files' bytes in order (their names and dates don't matter), or of a hub data set's revision."""
+    """A hash of the contents: of the files' bytes in order, whatever their names, or of a hub data set's revision."""
     digest = hashlib.sha256(source.kind.encode())
     if source.kind == "hub":
         name = source.files[0]
@@ -400,11 +400,12 @@ HUB_CHUNK_BYTES = 16 << 20
 
 
 def _hub_rows(name: str, subset: str | None, split: str | None) -> Any:
-    import datasets
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        return load_dataset(name, subset, split=split)
+    except (OSError, ValueError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise DataError(
             name,

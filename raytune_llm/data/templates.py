@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from raytune_llm.data.dropped import BadRow, RefusedRow
 from raytune_llm.errors import ConfigError
 from raytune_llm.records import Conversation, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,12 @@ class Rendered:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer. `end_token` is what it writes after an answer."""
+    """The chat template of a tokenizer. `end_token` is what it writes after an answer. Holds text only, so it can be pickled."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer_name = tokenizer.name_or_path or "the built-in tokenizer"
-        self._plain = _compile_jinja_template(tokenizer.get_chat_template())
-        self._with_tools = _compile_jinja_template(tokenizer.get_chat_template(tools=[{}]))
+        self._plain = tokenizer.get_chat_template()
+        self._with_tools = tokenizer.get_chat_template(tools=[{}])
         self._special_tokens = dict(tokenizer.special_tokens_map)
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
@@ -59,8 +61,8 @@ class ChatTemplate:
         return self._render(messages, list(conversation.tools) or None, add_generation_prompt=True)
 
     def _render(self, messages: Sequence[dict[str, Any]], tools: Any, *, add_generation_prompt: bool = False) -> str:
-        template = self._plain if tools is None else self._with_tools
-        return template.render(
+        source = self._plain if tools is None else self._with_tools
+        return _compile_jinja_template(source).render(  # compiled once, it keeps what it compiled
             messages=messages,
             tools=tools,
             documents=None,

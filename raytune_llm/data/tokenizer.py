@@ -39,9 +39,10 @@ def load_tokenizer(
         what = (
             "holds no tokenizer"
             if Path(folder).is_dir()
-            else "names no local folder and no hub model with a tokenizer that is reached"
+            else "names neither a local folder nor a tokenizer on a hub that answers"
         )
-        remedy = f"({str(error).strip().splitlines()[0].rstrip('.')}). Check {setting}, or set model.tokenizer to a folder that has one."
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        remedy = f"({reason}). Check {setting}, or set model.tokenizer to a folder that has one."
         raise ConfigError(setting, what, got=place, remedy=remedy) from None
     if not tokenizer.is_fast:
         raise ConfigError(

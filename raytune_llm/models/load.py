@@ -46,13 +46,13 @@ def load_model(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Weights in `dtype` on `device`. Random weights are a function of the config and the seed alone."""
+    transformers.logging.disable_progress_bar()
     if weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         return model.to(device=device, dtype=dtype)
     assert path is not None
-    transformers.logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             packaged.resolve(path), config=config, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code

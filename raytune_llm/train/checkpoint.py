@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,8 @@ class Checkpoints:
             missing = sorted(state.keys() ^ sizes.keys())
             if missing:
                 raise DataError(str(folder), f"holds other parameters than this run trains (such as {missing[0]})", "Set resume=never.")
-            dcp.load(state, storage_reader=FileSystemReader(folder), process_group=self._group, no_dist=self._group is None)
+            with _one_process_is_meant():
+                dcp.load(state, storage_reader=FileSystemReader(folder), process_group=self._group, no_dist=self._group is None)
 
         fill(sizes, read)
 
@@ -106,7 +109,8 @@ class Checkpoints:
             if self._group is not None:
                 dist.barrier(self._group)
             writer = FileSystemWriter(folder / "state", single_file_per_rank=True)
-            dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            with _one_process_is_meant():
+                dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
             if self.rank == 0:
                 (folder / PROGRESS).write_text(document)
                 (folder / COMPLETE).touch()
@@ -158,17 +162,22 @@ def remove(folder: Path, step: int) -> None:
     shutil.rmtree(path_of(folder, step), ignore_errors=True)
 
 
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """torch warns that without a process group it takes one process for all."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def _copy_to_cpu(value: Tensor) -> Tensor:
     if isinstance(value, DTensor):
         local = value.to_local().detach().to("cpu", copy=True)
+        # The writer asks the mesh for ranks only; where the shard lies is the shard's own business.
         return DTensor.from_local(
-            local, _cpu_mesh(value), value.placements, shape=value.shape, stride=value.stride(), run_check=False
+            local, value.device_mesh, value.placements, shape=value.shape, stride=value.stride(), run_check=False
         )
     return value.detach().to("cpu", copy=True)
-
-
-def _cpu_mesh(value: DTensor) -> Any:
-    return value.device_mesh  # the writer only asks it for ranks; the local shard decides the device
 
 
 def _no_space(error: BaseException) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,35 @@ from raytune_llm import session
 from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError, UserError
-from raytune_llm.train.worker import Outcome, Sink, work
+from raytune_llm.train.worker import Begin, Outcome, Sink, work
 
 COLLECTIVE_TIMEOUT_S = 600
 """A worker that waits longer than this for the others gives up, so that a hang ends."""
 POLL_S = 0.2
 
 
-def fit(run: TrainRun, train_store: str, eval_store: str | None, *, sinks: Sequence[Sink] = ()) -> Outcome:
+def fit(
+    run: TrainRun,
+    train_store: str,
+    eval_store: str | None,
+    *,
+    sinks: Sequence[Sink] = (),
+    on_begin: Callable[[Begin], None] = lambda begin: None,
+) -> Outcome:
     """Train where `resources` says. Every record goes to the sinks here, on the driver, while training goes on."""
     if isinstance(run.resources, Local | Cluster):
-        return _fit_on_ray(run, run.resources, train_store, eval_store, sinks)
+        return _fit_on_ray(run, run.resources, train_store, eval_store, sinks, on_begin)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return work(run, train_store, eval_store, device=device, sinks=sinks)
+    return work(run, train_store, eval_store, device=device, sinks=sinks, on_begin=on_begin)
 
 
 def _fit_on_ray(
-    run: TrainRun, resources: Local | Cluster, train_store: str, eval_store: str | None, sinks: Sequence[Sink]
+    run: TrainRun,
+    resources: Local | Cluster,
+    train_store: str,
+    eval_store: str | None,
+    sinks: Sequence[Sink],
+    on_begin: Callable[[Begin], None],
 ) -> Outcome:
     session.connect(resources)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -46,7 +58,7 @@ def _fit_on_ray(
             remedy=f"Take {-(-run.train.global_batch_size // world) * world}, or set resources.num_workers.",
         )
     _fits(workers, cpus, gpus)
-    channel = Channel(sinks)
+    channel = Channel(sinks, on_begin)
     trainer = TorchTrainer(
         _worker_main,
         train_loop_config={"run": run, "stores": (train_store, eval_store), "channel": channel.actor, "threads": max(1, int(cpus))},
@@ -84,11 +96,11 @@ def _worker_main(settings: Mapping[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(settings["threads"])
 
-    def tell(record: Mapping[str, Any]) -> None:
-        channel.put.remote(dict(record))
+    def tell(news: Mapping[str, Any] | Begin) -> None:
+        channel.put.remote(news)
 
     try:
-        outcome = work(settings["run"], *settings["stores"], device=device, sinks=[tell])
+        outcome = work(settings["run"], *settings["stores"], device=device, sinks=[tell], on_begin=tell)
     except UserError as error:
         ray.get(channel.give_up.remote(error))
         raise
@@ -97,19 +109,19 @@ def _worker_main(settings: Mapping[str, Any]) -> None:
 
 
 class Channel:
-    """Records from the workers to the driver, while they come: an actor in between, and a thread here that asks it."""
+    """News from the workers to the driver, while they come: an actor in between, and a thread here that asks it."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    def __init__(self, sinks: Sequence[Sink], on_begin: Callable[[Begin], None]) -> None:
         import ray
 
         class Inbox:
             def __init__(self) -> None:
-                self._records: list[dict[str, Any]] = []
+                self._news: list[Mapping[str, Any] | Begin] = []
                 self._mistake: UserError | None = None
                 self._outcome: Outcome | None = None
 
-            def put(self, record: dict[str, Any]) -> None:
-                self._records.append(record)
+            def put(self, news: Mapping[str, Any] | Begin) -> None:
+                self._news.append(news)
 
             def give_up(self, mistake: UserError) -> None:
                 self._mistake = self._mistake or mistake
@@ -120,14 +132,14 @@ class Channel:
             def finish(self, outcome: Outcome) -> None:
                 self._outcome = outcome
 
-            def take(self) -> tuple[list[dict[str, Any]], UserError | None, Outcome | None]:
-                records, self._records = self._records, []
-                return records, self._mistake, self._outcome
+            def take(self) -> tuple[list[Mapping[str, Any] | Begin], UserError | None, Outcome | None]:
+                news, self._news = self._news, []
+                return news, self._mistake, self._outcome
 
         self.actor = ray.remote(num_cpus=0)(Inbox).remote()
         self.mistake: UserError | None = None
         self.outcome: Outcome | None = None
-        self._sinks = sinks
+        self._sinks, self._on_begin = sinks, on_begin
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="records", daemon=True)
         self._thread.start()
@@ -147,10 +159,13 @@ class Channel:
     def _take(self) -> None:
         import ray
 
-        records, self.mistake, self.outcome = ray.get(self.actor.take.remote())
-        for record in records:
-            for sink in self._sinks:
-                sink(record)
+        news, self.mistake, self.outcome = ray.get(self.actor.take.remote())
+        for item in news:
+            if isinstance(item, Begin):
+                self._on_begin(item)
+            else:
+                for sink in self._sinks:
+                    sink(item)
 
 
 def group_size(resources: Local | Cluster) -> tuple[int, float, float]:

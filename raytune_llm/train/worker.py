@@ -1,4 +1,4 @@
-"""What one worker of a run does, from stores and config to trained weights. Knows no Ray: `launch.py` calls it in every process."""
+"""What one worker of a run does, from stores and config to trained weights. Knows no Ray: launch.py calls it in every process."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ Sink = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Begin:
+    """What a run knows of itself when its first step is about to come."""
+
+    total_steps: int
+    first_step: int
+    """The step of the checkpoint that it goes on from, or 0."""
+    attention: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What the first worker reports when a run is done."""
 
@@ -49,7 +59,15 @@ class Outcome:
     save_s: float
 
 
-def work(run: TrainRun, train_store: str, eval_store: str | None, *, device: torch.device, sinks: Sequence[Sink] = ()) -> Outcome:
+def work(
+    run: TrainRun,
+    train_store: str,
+    eval_store: str | None,
+    *,
+    device: torch.device,
+    sinks: Sequence[Sink] = (),
+    on_begin: Callable[[Begin], None] = lambda begin: None,
+) -> Outcome:
     """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     began = time.perf_counter()
@@ -58,9 +76,9 @@ def work(run: TrainRun, train_store: str, eval_store: str | None, *, device: tor
     )
     stores = open_stores(run, train_store, eval_store)
     micro, seed = run.train.micro_batch_size, run.train.seed
-    common = {"micro_batch_size": micro, "rank": rank, "world_size": world, "seed": seed, "pad_id": tokenizer.pad_token_id or 0}
-    loader = Loader(stores.train, global_batch_size=run.train.global_batch_size, **common)
-    eval_loader = None if stores.held_out is None else Loader(stores.held_out, global_batch_size=micro * world, shuffle=False, **common)
+    share = {"micro_batch_size": micro, "rank": rank, "world_size": world, "seed": seed, "pad_id": tokenizer.pad_token_id or 0}
+    loader = Loader(stores.train, global_batch_size=run.train.global_batch_size, **share)
+    eval_loader = stores.held_out and Loader(stores.held_out, global_batch_size=micro * world, shuffle=False, **share)
     steps = total_steps(run, loader.steps_per_epoch)
 
     config = run_config(run.model, tokenizer, run.data.max_length)
@@ -111,9 +129,8 @@ def work(run: TrainRun, train_store: str, eval_store: str | None, *, device: tor
             checkpoints.save(strategy.state(), progress, same)
             save_s += time.perf_counter() - at
 
-        if report is not None:
-            for sink in sinks:
-                sink({"total_steps": steps, "first_step": progress.step, "attention": attention})
+        if rank == 0:
+            on_begin(Begin(total_steps=steps, first_step=progress.step, attention=attention))
         strategy.model.train()
         clock = loop.Clock()
         progress = loop.run(
@@ -186,7 +203,7 @@ def open_stores(run: TrainRun, train_store: str, eval_store: str | None) -> Stor
     held_out = Samples(evaluated, held_out_rows, **packing) if len(held_out_rows) else None
     for what, samples in (("train", train), ("held-out", held_out)):
         if samples is not None and not samples.targets.sum():
-            raise DataError(str(run.data.path), f"the {what} rows have no token to learn", "Check data.format and the rows' answers.")
+            raise DataError(str(run.data.path), f"the {what} rows have no token to learn", "Check data.format and the answers.")
     manifests = {"train": store.manifest_hash} | ({"evaluation": evaluated.manifest_hash} if eval_store is not None else {})
     return Stores(train, held_out, manifests)
 

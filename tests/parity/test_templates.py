@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from raytune_llm.data.named_templates import NamedTemplate, load, names
+from raytune_llm.data.named_templates import NamedTemplate, apply_to_tokenizer, load, names, stop_tokens
 from raytune_llm.data.template_slots import find_slots
 from raytune_llm.data.tools import parse_call_turn, render_calls
 from raytune_llm.errors import ConfigError
@@ -29,8 +33,17 @@ def recorded(*files: str) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else ())
 
 
-def rows(*files: str, defect: bool) -> list[Any]:
-    return [pytest.param(row, id=row["id"]) for row in recorded(*files) if ("defect" in row or row["id"] in UNMARKED) == defect]
+@lru_cache(maxsize=1)
+def cases() -> dict[str, list[dict[str, Any]]]:
+    """The recorded renderings of each template."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names()}
+    for row in recorded("templates.jsonl", "templates_minimal.jsonl", "template_overrides.jsonl"):
+        found[row["template"]].append(row)
+    return found
+
+
+def is_defect(row: Mapping[str, Any]) -> bool:
+    return "defect" in row or row["id"] in UNMARKED
 
 
 def chat(row: Mapping[str, Any], template: NamedTemplate) -> list[dict[str, Any]]:
@@ -79,34 +92,44 @@ def prompt(row: Mapping[str, Any]) -> str:
     )[0][0]
 
 
-@pytest.mark.parametrize("row", rows("templates.jsonl", "templates_minimal.jsonl", "template_overrides.jsonl", defect=False))
-def test_text_and_trained_spans_are_those_recorded(row):
-    expected = row["expected"]
-    if "error" in expected:
-        with pytest.raises((ConfigError, jinja2.TemplateError, ValueError)):
-            rendered(row)
-    elif row.get("api") == "inference":
-        assert prompt(row) == expected["prompt"]["text"]
-    else:
-        pairs = [(pair["prompt"]["text"], pair["response"]["text"]) for pair in expected["pairs"]]
-        turns = rendered(row)
-        if row.get("api") == "oneturn":
-            *earlier, last = turns
-            turns = [("".join(map("".join, earlier)) + last[0], last[1])]
-        assert turns == pairs
+@pytest.mark.parametrize("name", names())
+def test_text_and_trained_spans_are_those_recorded(name):
+    assert cases()[name]
+    assert [row["id"] for row in cases()[name] if not is_defect(row) and actual(row) != expected(row)] == []
 
 
-@pytest.mark.parametrize("row", rows("templates.jsonl", "templates_minimal.jsonl", "template_overrides.jsonl", defect=True))
-def test_defects_are_not_repeated(row):
-    template = named(row)
-    text = prompt(row) if row.get("api") == "inference" else "".join(map("".join, rendered(row)))
-    for message in chat(row, template):
-        content = message["content"]
-        if template.reasons and template.thought[0] in content:
-            _, content = content.split(template.thought[1])
-        assert content in text, "what was typed is there as it was typed"
-        if calls := [call["function"] for call in message.get("tool_calls", ())]:
-            assert render_calls(template.tool_format, calls) in text
+def expected(row: Mapping[str, Any]) -> list[tuple[str, str]] | str:
+    if "error" in row["expected"]:
+        return "refused"
+    if row.get("api") == "inference":
+        return row["expected"]["prompt"]["text"]
+    return [(pair["prompt"]["text"], pair["response"]["text"]) for pair in row["expected"]["pairs"]]
+
+
+def actual(row: Mapping[str, Any]) -> list[tuple[str, str]] | str:
+    try:
+        if row.get("api") == "inference":
+            return prompt(row)
+        *earlier, last = rendered(row)
+    except (ConfigError, jinja2.TemplateError, ValueError):
+        return "refused"
+    if row.get("api") == "oneturn":
+        return [("".join(map("".join, earlier)) + last[0], last[1])]
+    return [*earlier, last]
+
+
+@pytest.mark.parametrize("name", names())
+def test_defects_are_not_repeated(name):
+    for row in filter(is_defect, cases()[name]):
+        template = named(row)
+        text = prompt(row) if row.get("api") == "inference" else "".join(map("".join, rendered(row)))
+        for message in chat(row, template):
+            content = message["content"]
+            if template.reasons and template.thought[0] in content:
+                _, content = content.split(template.thought[1])
+            assert content in text, f"{row['id']}: what was typed is there as it was typed"
+            if calls := [call["function"] for call in message.get("tool_calls", ())]:
+                assert render_calls(template.tool_format, calls) in text, row["id"]
 
 
 def test_the_settings_of_every_template_are_those_recorded():
@@ -123,7 +146,7 @@ def test_the_settings_of_every_template_are_those_recorded():
         ]
 
 
-@pytest.mark.parametrize("row", rows("template_exports.jsonl", defect=False))
+@pytest.mark.parametrize("row", recorded("template_exports.jsonl"), ids=lambda row: row["id"])
 def test_a_saved_template_gives_the_text_that_was_trained(row):
     turns = [("user", "Hi"), ("assistant", "Hello! How can I help?")]
     longer = [*turns, ("user", "What is 2+2?"), ("assistant", "4"), ("user", "And 3*3?"), ("assistant", "9")]
@@ -139,19 +162,41 @@ def test_a_saved_template_gives_the_text_that_was_trained(row):
         assert (text.replace(blank, "").replace(template.thought[1], "") if template.reasons else text) == row["jinja"][key]
 
 
-@pytest.mark.parametrize("row", rows("template_autodetect.jsonl", defect=False))
+@pytest.mark.parametrize("row", recorded("template_autodetect.jsonl"), ids=lambda row: row["id"])
 def test_slots_of_a_chat_template_are_found(row):
     def render(messages, asks):
         tokens = {"bos_token": row["bos_token"], "eos_token": row["eos_token"]}
         return render_jinja_template([messages], chat_template=row["chat_template"], add_generation_prompt=asks, **tokens)[0][0]
 
-    expected = row["expected"]
-    if "error" in expected:
+    wanted = row["expected"]
+    if "error" in wanted:
         with pytest.raises((ConfigError, jinja2.TemplateError)):
             find_slots(render)
         return
     slots = find_slots(render)
-    assert [[slots.system], [slots.user], [slots.assistant]] == [expected["system"], expected["user"], expected["assistant"]]
-    assert slots.reasons == expected["reasoning"]
+    assert [[slots.system], [slots.user], [slots.assistant]] == [
+        wanted["system"],
+        wanted["user"],
+        wanted["assistant"],
+    ]
+    assert slots.reasons == wanted["reasoning"]
     # Recorded for xuanyuan is a system text cut up by letters that come back in the request's slot.
-    assert slots.default_system == (load("xuanyuan").default_system if row["id"] == "xuanyuan" else expected["default_system"])
+    assert slots.default_system == (load("xuanyuan").default_system if row["id"] == "xuanyuan" else wanted["default_system"])
+
+
+@pytest.mark.parametrize("row", recorded("template_meta.jsonl"), ids=lambda row: row["id"])
+def test_end_padding_and_stop_tokens_of_a_tokenizer_are_those_recorded(row):
+    # SmolLM2's tokens, as far as templates name them.
+    vocabulary = {token: index for index, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "###"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<|endoftext|>")),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    )
+    template = load(row["template"])
+    added = apply_to_tokenizer(tokenizer, template)
+    after = {key: getattr(tokenizer, key) for key in ("bos_token", "eos_token", "pad_token")}
+    stops = sorted(stop_tokens(tokenizer, template))
+    assert after | {"added_tokens": list(added), "stop_tokens": stops} == row["smollm2_after_fix"]

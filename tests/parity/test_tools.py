@@ -74,6 +74,7 @@ def test_calls_that_were_written_wrongly_can_be_read_back_here(row):
     if row["id"] in ("lfm2/render_calls/dotted_name", "seed_oss/render_calls/empty_list"):
         assert read == called(row), "nothing to read: no Python name, no call"
     else:
+        assert isinstance(read, list)
         assert [(call.name, _typed(json.loads(call.arguments))) for call in read] == [
             (call["name"], _typed(call["arguments"])) for call in calls
         ]

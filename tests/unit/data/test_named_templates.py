@@ -91,7 +91,7 @@ def test_a_system_text_of_the_conversation_wins_over_the_default():
 
 
 def test_a_default_system_text_survives_quotes_and_newlines():
-    system = 'say "a\\b"\n{{ no }} 🙂 \\n'
+    system = 'say "a\\b"\n{{ no }} 🙂 \\n\r'
     assert render("chatml", [user("u")], default_system=system).startswith(f"<|im_start|>system\n{system}<|im_end|>")
 
 
@@ -142,7 +142,7 @@ def test_an_unknown_name_is_refused_with_a_near_one():
         ("zai-org/GLM-4.5-Air", "glm4_moe"),
         ("qwen3_vl", "qwen3_vl"),
         ("glm4_moe", "glm4_moe"),
-        ("chatml", "chatml"),
+        ("openlm-research/open_llama_3b", None),
         ("llama", None),
         ("gpt2", None),
     ],
@@ -189,6 +189,7 @@ def test_control_tokens_hold_the_marks_of_turns_and_stops_longest_first():
 def test_calls_can_be_read_back(tool_format):
     calls = [{"name": "add", "arguments": {"x": 1, "s": 'a "b"\nc, d: e', "l": [True, None, {"k": "v"}]}}]
     read = extract_calls(tool_format, render_calls(tool_format, calls))
+    assert isinstance(read, list)
     assert [(call.name, json.loads(call.arguments)) for call in read] == [("add", calls[0]["arguments"])]
 
 

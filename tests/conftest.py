@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hypothesis import settings
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference values and demo data that lie beside some checkouts."""
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """61 conversations of very different lengths."""
+    draw = random.Random(3)
+    words = "the quick brown fox jumps over a lazy dog while nine small birds sing of rain".split()
+
+    def text(least: int, most: int) -> str:
+        return " ".join(draw.choices(words, k=draw.choice([least, most, draw.randint(least, most)])))
+
+    path = tmp_path_factory.mktemp("rows") / "chat.jsonl"
+    with path.open("w") as file:
+        for _ in range(61):
+            turns = [
+                {"role": role, "content": text(1, 14)} for _ in range(draw.randint(1, 2)) for role in ("user", "assistant")
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("stores"))
+
+
+@pytest.fixture(scope="session")
+def two_workers() -> Iterator[object]:
+    from tests.group import Group
+
+    group = Group(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def four_workers() -> Iterator[object]:
+    from tests.group import Group
+
+    group = Group(4)
+    yield group
+    group.close()

@@ -1,0 +1,75 @@
+"""The same run gives the same numbers whatever the strategy, the world size and the accumulation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from raytune_llm import api
+from raytune_llm.config.load import load_config
+from raytune_llm.config.run import TrainRun
+from raytune_llm.data.pipeline import prepare
+from tests.group import Group, metrics
+from tests.runs import tiny_run
+
+STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
+
+
+@pytest.fixture(scope="module", params=["lora", "none"])
+def plain(request: pytest.FixtureRequest, chat_rows: str, cache: str, tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
+    """One process, one sample at a time."""
+    run = tiny_run(chat_rows, cache, tmp_path_factory.mktemp("plain") / request.param, f"adapter={request.param}")
+    api.train(run)
+    return run
+
+
+def assert_same_run(run: TrainRun, other: TrainRun) -> None:
+    ours, theirs = metrics(run.output_dir), metrics(other.output_dir)
+    assert len(ours) == len(theirs) > 6
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["step"] == b["step"]
+        for key in ("loss", "grad_norm", "lr", "tokens_seen", "eval_loss"):
+            assert (key in a) == (key in b)
+            if key in a:
+                assert math.isclose(a[key], b[key], rel_tol=1e-5), (a["step"], key, a[key], b[key])
+    left, right = weights(run), weights(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].numel() and left[name].shape == right[name].shape
+        difference = (left[name] - right[name]).abs().max().item()
+        # Adam divides by the gradient's size: where that is tiny, rounding in the last digit moves the weight by a part of lr
+        assert difference < 2e-4, (name, difference)
+
+
+def weights(run: TrainRun) -> dict:
+    (file,) = (Path(run.output_dir) / "final").glob("*.safetensors")
+    return load_file(file)
+
+
+def elsewhere(plain: TrainRun, folder: Path, *, strategy: str = "ddp", micro: int = 1) -> TrainRun:
+    chosen = load_config("train", [f"strategy={strategy}", "data.path=x"]).strategy
+    return replace(
+        plain,
+        resources=load_config("train", ["data.path=x"]).resources,
+        output_dir=str(folder),
+        strategy=chosen,
+        train=replace(plain.train, micro_batch_size=micro),
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_workers_give_the_numbers_of_one(strategy: str, plain: TrainRun, two_workers: Group, tmp_path: Path) -> None:
+    run = elsewhere(plain, tmp_path, strategy=strategy, micro=2)
+    two_workers.run(run, str(prepare(plain.model, plain.data, plain.resources).store.folder))
+    assert_same_run(plain, run)
+
+
+@pytest.mark.parametrize("micro", [2, 8])
+def test_accumulation_does_not_show(micro: int, plain: TrainRun, tmp_path: Path) -> None:
+    run = replace(plain, output_dir=str(tmp_path), train=replace(plain.train, micro_batch_size=micro))
+    api.train(run)
+    assert_same_run(plain, run)
