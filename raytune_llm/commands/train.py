@@ -1,0 +1,110 @@
+"""`train`: the face of a run, from the progress line to the next command to type."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from raytune_llm import api
+from raytune_llm.__main__ import BEGAN
+from raytune_llm.config.run import TrainRun
+from raytune_llm.evaluate.exact_match import ExactMatch
+from raytune_llm.train.progress import ProgressBar
+from raytune_llm.train.worker import Begin
+
+SAMPLES = 3
+
+
+def main(run: TrainRun) -> int:
+    console = Console()
+    console.print(
+        f"[bold]{escape(run.name)}[/bold]: {run.stage.name} of {run.model.path or run.model.config.get('model_type')}, "
+        f"adapter {run.adapter.name}, strategy {run.strategy.name}, resources {run.resources.name}",
+        highlight=False,
+    )
+    bars = _Bars(console)
+    try:
+        result = api.train(run, sinks=[bars.record], on_begin=bars.begin, on_progress=bars.rows, began=BEGAN)
+    finally:
+        bars.close()
+    if result.already_done:
+        console.print(f"{result.output_dir} holds this run, finished. Nothing to do (resume=never starts anew).")
+    _print_summary(console, result)
+    if result.before is not None and result.after is not None:
+        _print_answers(console, result.before, result.after)
+    console.print(f"\nNext: [bold]{_next_command(run, result)}[/bold]", highlight=False, soft_wrap=True)
+    return 0
+
+
+class _Bars:
+    """Rows while they are prepared, then steps while the model trains."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: ProgressBar | None = None
+        self._told_rows = False
+
+    def rows(self, done: int, total: int) -> None:
+        if not self._told_rows and done >= total:
+            self._told_rows = True
+            self._console.print(f"prepared {total:,} rows", highlight=False)
+
+    def begin(self, begin: Begin) -> None:
+        self.close()
+        if begin.first_step:
+            self._console.print(f"going on from the checkpoint at step {begin.first_step}", highlight=False)
+        self._console.print(escape(begin.attention), style="dim", highlight=False)
+        self._bar = ProgressBar(begin.total_steps, first_step=begin.first_step, console=self._console)
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        if self._bar is not None:
+            self._bar.update(record)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        sys.stdout.flush()
+
+
+def _print_summary(console: Console, result: api.TrainResult) -> None:
+    summary = result.summary
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    if summary.loss_first is not None and summary.loss_last is not None:
+        table.add_row("loss", f"{summary.loss_first:.4f} -> {summary.loss_last:.4f}")
+    if summary.exact_match_before is not None and summary.exact_match_after is not None:
+        table.add_row("exact match, held out", f"{summary.exact_match_before:.1%} -> [bold]{summary.exact_match_after:.1%}[/bold]")
+    rate = "" if summary.tokens_per_s is None else f", {summary.tokens_per_s:,.0f} tokens/s"
+    mfu = "" if summary.mfu is None else f", mfu {summary.mfu:.1%}"
+    table.add_row("trained", f"{summary.steps:,} steps, {summary.tokens:,} tokens{rate}{mfu}")
+    wall = summary.wall_s
+    table.add_row(
+        "time",
+        f"{wall.total:.0f} s (start {wall.start:.0f}, prepare {wall.prepare:.0f}, load {wall.load:.0f}, "
+        f"train {wall.train:.0f}, save {wall.save:.0f})",
+    )
+    table.add_row("model", str(result.final))
+    table.add_row("curve", str(result.output_dir / "loss.png"))
+    console.print(table, highlight=False)
+
+
+def _print_answers(console: Console, before: ExactMatch, after: ExactMatch) -> None:
+    for old, new in list(zip(before.samples, after.samples, strict=True))[:SAMPLES]:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title_justify="left")
+        table.add_row("asked", escape(old.prompt.splitlines()[-2] if len(old.prompt.splitlines()) > 1 else old.prompt))
+        table.add_row("expected", escape(new.reference))
+        table.add_row("before", escape(old.answer), style="dim")
+        table.add_row("after", escape(new.answer), style="green" if new.correct else "red")
+        console.print()
+        console.print(table, highlight=False)
+
+
+def _next_command(run: TrainRun, result: api.TrainResult) -> str:
+    if run.adapter.name == "none":
+        return f"python -m raytune_llm model=hub model.path={result.final} data.path=MORE.jsonl name={run.name}_next"
+    return f"python -m raytune_llm --config-dir {result.output_dir} --config-name run adapter.path={result.final} name={run.name}_next"

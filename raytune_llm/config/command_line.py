@@ -1,0 +1,81 @@
+"""The words of a command line: which verb, which overrides, which of Hydra's own flags; and the help text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from raytune_llm.config import load as composer
+from raytune_llm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Call:
+    verb: str
+    overrides: list[str]
+    config_dir: str | None
+    config_name: str | None
+    hydra_flags: list[str]
+    """Hydra's own flags other than --config-dir and --config-name: with any of them Hydra takes over."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("the command line", f"can't be read: {message}", remedy="See --help.")
+
+
+def parse(verb: str, argv: list[str]) -> Call:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--config-name", "-cn")
+    known, rest = parser.parse_known_args(argv)
+    flags: list[str] = []
+    overrides: list[str] = []
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        flags.append(word)
+        if word in ("--cfg", "-c", "--package", "-p", "--experimental-rerun"):
+            flags.append(next(words, ""))
+    return Call(verb, overrides, known.config_dir, known.config_name, flags)
+
+
+def load(call: Call) -> Any:
+    return composer.load_config(call.verb, call.overrides, config_dir=call.config_dir, config_name=call.config_name)
+
+
+def run_hydra(call: Call, verb_main: Callable[[Any], int]) -> int:
+    """--cfg, --info, -m, tab completion and what else Hydra offers."""
+    return composer.run_under_hydra(
+        call.verb, call.overrides, call.hydra_flags, verb_main, config_dir=call.config_dir, config_name=call.config_name
+    )
+
+
+def usage(verb: str | None, verbs: Mapping[str, str]) -> str:
+    lines = ["Fine-tune, align, sweep and serve language models on Ray, from one composed config.", ""]
+    lines += ["  python -m raytune_llm [verb] [group=option ...] [setting=value ...]", "", "Verbs"]
+    lines += [f"  {name:<10}{text}" for name, text in verbs.items()]
+    lines += ["", "Groups (group=option)"]
+    lines += [f"  {group:<14}{' '.join(composer.options(group))}" for group in composer.groups() if group != "experiment"]
+    lines += ["", "Experiments (+experiment=name)", f"  {' '.join(composer.options('experiment'))}"]
+    lines += ["", f"Settings of {verb or 'train'} (setting=value) and their defaults"]
+    lines += [f"  {line}" for line in composer.defaults(verb or "train")]
+    lines += [
+        "",
+        "Flags",
+        "  --cfg job          print the composed config and stop",
+        "  --config-dir DIR   a folder of your own groups and experiments, beside ours",
+        "  --config-name N    another primary config; `--config-dir outputs/x --config-name run` runs x again",
+        "  -m                 one run for each combination of comma-separated values",
+        "  --info, --shell-completion, ...   Hydra's own",
+        "",
+        "Examples",
+        "  python -m raytune_llm +experiment=sft_smollm2",
+        "  python -m raytune_llm plan +experiment=sft_llama3 resources.num_workers=8",
+        "  python -m raytune_llm model=hub model.path=my/model data=alpaca data.path=rows.jsonl optimizer.lr=1e-4",
+    ]
+    return "\n".join(lines)
