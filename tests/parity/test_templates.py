@@ -77,12 +77,13 @@ def named(row: Mapping[str, Any]) -> NamedTemplate:
 def rendered(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The whole conversation, cut before and after each answer."""
     template = named(row)
-    texts, spans = render_jinja_template(
+    result: Any = render_jinja_template(
         [chat(row, template)], chat_template=template.source, return_assistant_tokens_mask=True, **settings(row)
     )
-    starts = [0, *(end for _, end in spans[0])]
-    assert starts[-1] == len(texts[0])
-    return [(texts[0][before:start], texts[0][start:end]) for before, (start, end) in zip(starts, spans[0], strict=False)]
+    [text], [spans] = result
+    starts = [0, *(end for _, end in spans)]
+    assert starts[-1] == len(text)
+    return [(text[before:start], text[start:end]) for before, (start, end) in zip(starts, spans, strict=False)]
 
 
 def prompt(row: Mapping[str, Any]) -> str:
