@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from importlib import import_module
 
 BEGAN = time.time()
@@ -23,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     verb = argv.pop(0) if argv and argv[0] in VERBS else None
     from raytune_llm.errors import UserError
 
+    # What a library will change one day is for us to read, not for the user.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         if argv and not argv[0].startswith(("-", "+", "~")) and "=" not in argv[0]:
             raise _unknown_verb(argv[0])

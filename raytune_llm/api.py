@@ -1,7 +1,7 @@
 """One function a verb: takes the config, returns a typed result. The command line is a thin face over these.
 
-    from raytune_llm import api, load_config
-    result = api.train(load_config("train", ["+experiment=sft_smollm2"]))
+from raytune_llm import api, load_config
+result = api.train(load_config("train", ["+experiment=sft_smollm2"]))
 """
 
 from __future__ import annotations

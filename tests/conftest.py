@@ -39,9 +39,7 @@ def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("rows") / "chat.jsonl"
     with path.open("w") as file:
         for _ in range(61):
-            turns = [
-                {"role": role, "content": text(1, 14)} for _ in range(draw.randint(1, 2)) for role in ("user", "assistant")
-            ]
+            turns = [{"role": role, "content": text(1, 14)} for _ in range(draw.randint(1, 2)) for role in ("user", "assistant")]
             file.write(json.dumps({"messages": turns}) + "\n")
     return str(path)
 

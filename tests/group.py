@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,28 @@ import torch
 import torch.multiprocessing as mp
 
 from raytune_llm.config.run import TrainRun
+from raytune_llm.train import loop
+
+
+class PowerCut(Exception):
+    """Ends a worker in the middle of its run."""
+
+    @staticmethod
+    @contextmanager
+    def after(step: int | None) -> Iterator[None]:
+        """Every worker logs at the same steps, so all of them stop at the same place."""
+        log_step = loop.log_step
+
+        def cut(progress: Any, *rest: Any) -> None:
+            log_step(progress, *rest)
+            if progress.step >= (step or 10**9):
+                raise PowerCut
+
+        loop.log_step = cut
+        try:
+            yield
+        finally:
+            loop.log_step = log_step
 
 
 class Group:
@@ -31,9 +55,10 @@ class Group:
         for process in self.processes:
             process.start()
 
-    def run(self, run: TrainRun, store: str, eval_store: str | None = None) -> list[Any]:
+    def run(self, run: TrainRun, store: str, *, stop_after: int | None = None) -> list[Any]:
+        """stop_after: all workers fall over once that step is logged, as if the power went."""
         for jobs in self.jobs:
-            jobs.put((run, store, eval_store))
+            jobs.put((run, store, stop_after))
         answers = dict(self.results.get(timeout=300) for _ in self.processes)
         for answer in answers.values():
             if isinstance(answer, str):
@@ -58,9 +83,12 @@ def _serve(rank: int, world: int, port: int, jobs: Any, results: Any) -> None:
     from raytune_llm.train.worker import work
 
     while (job := jobs.get()) is not None:
-        run, store, eval_store = job
+        run, store, stop_after = job
         try:
-            outcome: Any = work(run, store, eval_store, device=torch.device("cpu"))
+            with PowerCut.after(stop_after):
+                outcome: Any = work(run, store, None, device=torch.device("cpu"))
+        except PowerCut:
+            outcome = None
         except BaseException:
             outcome = traceback.format_exc()
         results.put((rank, outcome))

@@ -78,7 +78,9 @@ def _print_summary(console: Console, result: api.TrainResult) -> None:
     if summary.loss_first is not None and summary.loss_last is not None:
         table.add_row("loss", f"{summary.loss_first:.4f} -> {summary.loss_last:.4f}")
     if summary.exact_match_before is not None and summary.exact_match_after is not None:
-        table.add_row("exact match, held out", f"{summary.exact_match_before:.1%} -> [bold]{summary.exact_match_after:.1%}[/bold]")
+        table.add_row(
+            "exact match, held out", f"{summary.exact_match_before:.1%} -> [bold]{summary.exact_match_after:.1%}[/bold]"
+        )
     rate = "" if summary.tokens_per_s is None else f", {summary.tokens_per_s:,.0f} tokens/s"
     mfu = "" if summary.mfu is None else f", mfu {summary.mfu:.1%}"
     table.add_row("trained", f"{summary.steps:,} steps, {summary.tokens:,} tokens{rate}{mfu}")

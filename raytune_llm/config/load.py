@@ -32,6 +32,8 @@ from raytune_llm.errors import ConfigError
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 """In an installed wheel conf/ lies in the package, in a checkout beside it."""
+OmegaConf.register_new_resolver("examples", lambda name: str(CONF.parent / "examples" / name), replace=True)
+"""${examples:rows.jsonl} in YAML is a file of examples/, which lies beside conf/."""
 
 
 def load_config(
@@ -143,7 +145,9 @@ def run_under_hydra(
 
     quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     sweep = ["hydra.sweep.dir=${output_dir}", "hydra.sweep.subdir=."] if verb == "train" else []
-    place = (["--config-dir", str(Path(config_dir).resolve())] if config_dir else []) + (["--config-name", config_name] if config_name else [])
+    place = (["--config-dir", str(Path(config_dir).resolve())] if config_dir else []) + (
+        ["--config-name", config_name] if config_name else []
+    )
     before, before_env = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["raytune_llm", *place, *flags, *overrides, *quiet, *sweep]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # leave errors to us
@@ -198,10 +202,18 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
     if match := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in", text):
         key = getattr(error, "full_key", None) or match[1] or match[2]
         return _unknown_key(key, _known_keys(config_name, overrides, config_dir))
-    if "LexerNoViableAlt" in text or "mismatched input" in text or "Error parsing override" in text or "no viable alternative" in text or "token recognition" in text:
+    if (
+        "LexerNoViableAlt" in text
+        or "mismatched input" in text
+        or "Error parsing override" in text
+        or "no viable alternative" in text
+        or "token recognition" in text
+    ):
         match = re.search(r"Error parsing override '([^']*)'", text)
         got = match[1] if match else " ".join(overrides)
-        return ConfigError("an override", "must read key=value", got=got, remedy="Quote values with spaces or brackets: 'key=[a,b]'.")
+        return ConfigError(
+            "an override", "must read key=value", got=got, remedy="Quote values with spaces or brackets: 'key=[a,b]'."
+        )
     if match := re.search(r"Multiple values for (\S+?)[.\s]", text):
         return ConfigError(match[1], "was chosen twice", remedy="Choose it once.")
     if match := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
@@ -240,9 +252,6 @@ def _known_keys(config_name: str, overrides: list[str], config_dir: str | Path |
             continue
         return list(_flat_keys(OmegaConf.to_container(composed, resolve=False)))
     return []
-
-
-
 
 
 def _named(error: ValidationError, values: dict[str, Any]) -> ConfigError:
@@ -284,4 +293,16 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".")
 
 
-__all__ = ["CONF", "as_plain", "compose", "defaults", "groups", "load_config", "options", "run_under_hydra", "to_run", "to_yaml", "validate"]
+__all__ = [
+    "CONF",
+    "as_plain",
+    "compose",
+    "defaults",
+    "groups",
+    "load_config",
+    "options",
+    "run_under_hydra",
+    "to_run",
+    "to_yaml",
+    "validate",
+]

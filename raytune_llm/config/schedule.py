@@ -54,6 +54,4 @@ class Polynomial:
     lr_end: NonNegativeFloat
 
 
-ScheduleConfig = Annotated[
-    Constant | Linear | Cosine | WarmupStableDecay | InverseSqrt | Polynomial, Field(discriminator="name")
-]
+ScheduleConfig = Annotated[Constant | Linear | Cosine | WarmupStableDecay | InverseSqrt | Polynomial, Field(discriminator="name")]

@@ -88,13 +88,17 @@ class Checkpoints:
         try:
             entries = FileSystemReader(folder).read_metadata().state_dict_metadata
         except (OSError, EOFError, ValueError) as error:
-            raise DataError(str(folder), f"can't be read ({error})", "Delete this checkpoint; an older one is taken then.") from None
+            raise DataError(
+                str(folder), f"can't be read ({error})", "Delete this checkpoint; an older one is taken then."
+            ) from None
         sizes = {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
         def read(state: dict[str, Tensor]) -> None:
             missing = sorted(state.keys() ^ sizes.keys())
             if missing:
-                raise DataError(str(folder), f"holds other parameters than this run trains (such as {missing[0]})", "Set resume=never.")
+                raise DataError(
+                    str(folder), f"holds other parameters than this run trains (such as {missing[0]})", "Set resume=never."
+                )
             with _one_process_is_meant():
                 dcp.load(state, storage_reader=FileSystemReader(folder), process_group=self._group, no_dist=self._group is None)
 
@@ -187,7 +191,10 @@ def _no_space(error: BaseException) -> str | None:
         cause = seen.pop()
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return cause.strerror
-        if any(words in str(cause) for words in ("No space left", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed")):
+        if any(
+            words in str(cause)
+            for words in ("No space left", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed")
+        ):
             return "no space left"
         failures = getattr(cause, "failures", None)
         if isinstance(failures, dict):

@@ -61,7 +61,12 @@ def _fit_on_ray(
     channel = Channel(sinks, on_begin)
     trainer = TorchTrainer(
         _worker_main,
-        train_loop_config={"run": run, "stores": (train_store, eval_store), "channel": channel.actor, "threads": max(1, int(cpus))},
+        train_loop_config={
+            "run": run,
+            "stores": (train_store, eval_store),
+            "channel": channel.actor,
+            "threads": max(1, int(cpus)),
+        },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})}

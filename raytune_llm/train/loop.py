@@ -112,9 +112,7 @@ def one_step(strategy: Strategy, loss: StageLoss, step: Step, lr: float, window:
     window.add("nonfinite", done.skipped * share, share)
 
 
-def log_step(
-    progress: Progress, num_samples: int, lr: float, window: Window, clock: Clock, plan: Plan, hooks: Hooks
-) -> None:
+def log_step(progress: Progress, num_samples: int, lr: float, window: Window, clock: Clock, plan: Plan, hooks: Hooks) -> None:
     """The only place where a step waits for the device."""
     sums = window.read()
     window.clear()

@@ -48,7 +48,9 @@ def open_output(run: TrainRun, identity_now: dict[str, str]) -> int | None:
     steps = checkpoint.complete_steps(checkpoints)
     if not steps:
         if run.resume == "must":
-            raise ConfigError("resume", f"can't be must where {checkpoints} holds no complete checkpoint", remedy="Set resume=auto.")
+            raise ConfigError(
+                "resume", f"can't be must where {checkpoints} holds no complete checkpoint", remedy="Set resume=auto."
+            )
         return None
     _, identity_then = checkpoint.read_progress(checkpoints, steps[-1])
     _same_run(folder, identity_then, identity_now)
@@ -57,8 +59,12 @@ def open_output(run: TrainRun, identity_now: dict[str, str]) -> int | None:
 
 def _same_run(folder: Path, then: dict[str, str], now: dict[str, str]) -> None:
     old, new = json.loads(then["settings"]), json.loads(now["settings"])
-    changed = [f"{key} from {old.get(key)} to {new.get(key)}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    changed += [f"the {name} data" for name in sorted(then.keys() | now.keys()) if name != "settings" and then.get(name) != now.get(name)]
+    changed = [
+        f"{key} from {old.get(key)} to {new.get(key)}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    ]
+    changed += [
+        f"the {name} data" for name in sorted(then.keys() | now.keys()) if name != "settings" and then.get(name) != now.get(name)
+    ]
     if changed:
         raise ConfigError(
             "output_dir",
@@ -80,7 +86,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def write_final(
-    folder: Path, policy: CausalLM, parameters: dict[str, Tensor], tokenizer: Any, *, base_model: str, dtype: torch.dtype, card: str
+    folder: Path,
+    policy: CausalLM,
+    parameters: dict[str, Tensor],
+    tokenizer: Any,
+    *,
+    base_model: str,
+    dtype: torch.dtype,
+    card: str,
 ) -> None:
     """An adapter that PEFT loads, or a model that transformers loads, with tokenizer, chat template and a card.
 

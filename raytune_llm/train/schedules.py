@@ -77,4 +77,4 @@ def learning_rate(schedule: ScheduleConfig, *, peak: float, total: int) -> Calla
 
 
 def _warming(step: int, warmup: int) -> float:
-    return min(1.0, step / max(1, warmup))
+    return 1.0 if step >= warmup else step / warmup

@@ -48,4 +48,3 @@ def spread(
     return STRATEGIES[strategy.name](
         model, build_optimizer, device=device, precision=precision, max_grad_norm=max_grad_norm, **settings
     )
-

@@ -114,7 +114,11 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, siz
         prefix = f"optimizer.{name}."
         for key in (full[len(prefix) :] for full in sizes if full.startswith(prefix)):
             size = sizes[prefix + key]
-            like = torch.zeros_like(parameter, dtype=torch.float32) if size == parameter.shape else torch.zeros(size, device=parameter.device)
+            like = (
+                torch.zeros_like(parameter, dtype=torch.float32)
+                if size == parameter.shape
+                else torch.zeros(size, device=parameter.device)
+            )
             optimizer.state[parameter][key] = like
     read(optimizer_state(model, optimizer))
 

@@ -38,6 +38,9 @@ class DeepSpeedStrategy:
             import deepspeed
         except ImportError:
             raise ResourceError("strategy=zero needs DeepSpeed", "Install it: pip install 'raytune-llm[deepspeed]'.") from None
+        if device.type == "cpu":
+            # An op for all-reduce through shared memory would be compiled here and now, with whatever compiler there is; gloo will do.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
         if device.type == "cpu" and offload:
             raise ConfigError("strategy.offload", "must be false without a GPU, where everything is in host memory", got=True)
         self.module, self.device, self.stage = model.to(device), device, stage

@@ -1,0 +1,110 @@
+"""A run that was cut off anywhere and goes on is the run that was never cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytune_llm import api, load_config
+from raytune_llm.config.run import TrainRun
+from raytune_llm.data.loader import Loader
+from raytune_llm.data.pipeline import prepare
+from raytune_llm.train.checkpoint import complete_steps
+from raytune_llm.train.worker import open_stores, work
+from tests.group import Group, metrics
+from tests.invariant.test_same_run_everywhere import assert_same_run
+from tests.runs import tiny_run
+
+
+class PowerCut(Exception):
+    pass
+
+
+def cut_at(step: int) -> Callable[[Mapping[str, Any]], None]:
+    def sink(record: Mapping[str, Any]) -> None:
+        if record["step"] >= step:
+            raise PowerCut
+
+    return sink
+
+
+@pytest.fixture(scope="module")
+def whole(chat_rows: str, cache: str, tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
+    overrides = ("checkpoint.every_steps=2", "train.eval_every_steps=3", "adapter.dropout=0.1", "train.global_batch_size=4")
+    run = tiny_run(chat_rows, cache, tmp_path_factory.mktemp("whole"), *overrides)
+    api.train(run)
+    return run
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_cut_off_once_and_again_across_the_end_of_an_epoch(asynchronous: bool, whole: TrainRun, tmp_path: Path) -> None:
+    run = replace(whole, output_dir=str(tmp_path), checkpoint=replace(whole.checkpoint, asynchronous=asynchronous))
+    epoch = next(record["step"] for record in metrics(whole.output_dir) if record.get("epoch", 0) >= 1)
+    for step in (3, epoch + 1):
+        with pytest.raises(PowerCut):
+            api.train(run, sinks=[cut_at(step)])
+    result = api.train(run)
+    assert result.resumed_from is not None and result.resumed_from >= epoch - 1
+    assert_same_run(whole, run)
+
+
+def test_log_windows_that_span_the_cut_are_whole(whole: TrainRun, tmp_path: Path) -> None:
+    seldom = replace(whole, output_dir=str(tmp_path / "seldom"), train=replace(whole.train, log_every_steps=4))
+    api.train(seldom)
+    run = replace(seldom, output_dir=str(tmp_path / "cut"))
+    with pytest.raises(PowerCut):
+        api.train(run, sinks=[cut_at(8)])
+    api.train(run)
+    assert_same_run(seldom, run)
+
+
+def test_from_two_workers_to_four_to_one(whole: TrainRun, two_workers: Group, four_workers: Group, tmp_path: Path) -> None:
+    run = replace(whole, output_dir=str(tmp_path), resources=load_config("train", ["data.path=x"]).resources)
+    # Dropout draws differ between worlds, since workers draw for themselves.
+    run = replace(run, adapter=replace(run.adapter, dropout=0.0))
+    plain = replace(run, output_dir=str(tmp_path / "plain"), resources=whole.resources)
+    api.train(plain)
+    run = replace(run, output_dir=str(tmp_path / "moved"))
+    store = str(prepare(run.model, run.data, whole.resources).store.folder)
+    for group, last in ((two_workers, 4), (four_workers, 7)):
+        group.run(run, store, stop_after=last)
+    work(run, store, None, device=torch.device("cpu"))
+    assert_same_run(plain, run)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero2", "zero3"])
+def test_sharded_state_goes_on_in_one_process(strategy: str, whole: TrainRun, two_workers: Group, tmp_path: Path) -> None:
+    chosen = load_config("train", [f"strategy={strategy}", "data.path=x"])
+    run = replace(whole, adapter=replace(whole.adapter, dropout=0.0))
+    plain = replace(run, output_dir=str(tmp_path / "plain"))
+    api.train(plain)
+    store = str(prepare(run.model, run.data, run.resources).store.folder)
+    sharded = replace(run, output_dir=str(tmp_path / "moved"), strategy=chosen.strategy, resources=chosen.resources)
+    two_workers.run(sharded, store, stop_after=4)
+    two_workers.run(sharded, store, stop_after=7)
+    work(replace(run, output_dir=sharded.output_dir), store, None, device=torch.device("cpu"))
+    assert_same_run(plain, sharded)
+
+
+def test_the_order_of_samples_is_the_same_from_any_step_on(whole: TrainRun) -> None:
+    store = str(prepare(whole.model, whole.data, whole.resources).store.folder)
+    samples = open_stores(whole, store, None).train
+
+    def seen(world: int, cursor: int) -> list[tuple[int, ...]]:
+        loader = Loader(
+            samples, micro_batch_size=1, global_batch_size=4, rank=world - 1, world_size=world, seed=whole.train.seed, pad_id=0
+        )
+        return [step.sample_ids for step in loader.steps(1, cursor)]
+
+    assert seen(1, 0)[2:] == seen(2, 8) == seen(4, 8)
+
+
+def test_old_checkpoints_go_and_the_newest_stay(whole: TrainRun) -> None:
+    steps = complete_steps(Path(whole.output_dir) / "checkpoints")
+    assert len(steps) == whole.checkpoint.keep
+    assert steps[-1] == metrics(whole.output_dir)[-1]["step"]

@@ -1,0 +1,48 @@
+"""A small Llama and batches of rows for tests of the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from raytune_llm.data.loader import collate
+from raytune_llm.models import attention
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.records import Batch
+
+VOCABULARY = 97
+
+
+def tiny_llama(backend: str = "varlen", dtype: torch.dtype = torch.float32, seed: int = 0) -> CausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+    attention.attach(model, backend)
+    return CausalLM(model)
+
+
+def some_rows(lengths: Sequence[int], seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Random ids; the second half of each row is trained."""
+    draw = np.random.default_rng(seed)
+    return [(draw.integers(0, VOCABULARY, n).astype(np.int32), np.array([n // 2, n], np.int32)) for n in lengths]
+
+
+def packed(rows: list[tuple[np.ndarray, np.ndarray]], length: int | None = None) -> Batch:
+    """All rows in one pack."""
+    return collate([rows], length=length or sum(len(ids) for ids, _ in rows), pad_id=0)
+
+
+def logits(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """A token function that shows the logits themselves."""
+    return logits_NV

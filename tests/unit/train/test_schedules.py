@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from raytune_llm.train.schedules import SCHEDULES
+
+OURS = {
+    "constant": ("constant", {}),
+    "constant_with_warmup": ("constant", {}),
+    "linear": ("linear", {}),
+    "cosine": ("cosine", {"floor": 0.0}),
+    "cosine_with_min_lr": ("cosine", {"floor": 0.1}),
+    "inverse_sqrt": ("inverse_sqrt", {"timescale": None}),
+    "polynomial": ("polynomial", {}),
+    "warmup_stable_decay": ("wsd", {"decay_ratio": None, "floor": 0.0}),
+}
+
+
+def test_every_reference_schedule_is_met(shared):
+    cases = [
+        case for case in json.loads((shared / "parity/losses/optim.json").read_text())["cases"] if case["kind"] == "schedule"
+    ]
+    assert len(cases) >= 8
+    for case in cases:
+        params = case["params"]
+        name, settings = OURS[params["name"]]
+        warmup = 0 if params["name"] == "constant" else params["warmup"]
+        if name == "cosine":
+            settings = {"floor": params.get("min_lr", 0.0) / params["lr"]}
+        if name == "polynomial":
+            settings = {"power": 1.0, "end": 1e-7 / params["lr"]}
+        for step, expected in enumerate(case["expected"]["lr"]):
+            assert math.isclose(
+                params["lr"] * SCHEDULES[name](step, warmup, params["total"], **settings), expected, abs_tol=1e-12
+            )
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "wsd", "polynomial"])
+def test_a_descent_ends_at_its_floor(name):
+    settings = {
+        "linear": {},
+        "cosine": {"floor": 0.1},
+        "wsd": {"decay_ratio": 0.2, "floor": 0.1},
+        "polynomial": {"power": 2.0, "end": 0.1},
+    }
+    rates = [SCHEDULES[name](step, 3, 50, **settings[name]) for step in range(51)]
+    assert rates[0] == 0 and max(rates) == 1
+    assert math.isclose(rates[50], 0.0 if name == "linear" else 0.1, abs_tol=1e-9)
+    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
