@@ -1,0 +1,140 @@
+"""Run benchmarks, keep what they print, and compare it with the newest committed result of a like machine.
+
+    python -m benchmarks NAME ... [arguments]
+
+Each benchmark is a file of this folder that prints one JSON object. The result goes to results/NAME-MACHINE-DATE.json. Keys
+say by their unit which way is better: more is for `_per_s`, less for times (`_s`, `_us`) and memory (`_mib`, `_gib`); other
+keys are not compared. A loss of 5% or more is shown, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from importlib import metadata
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+LOSS = 0.05
+MORE_IS_BETTER = ("_per_s", "mfu")
+LESS_IS_BETTER = ("_s", "_us", "_mib", "_gib")
+PACKAGES = ("raytune-llm", "torch", "transformers", "ray", "peft", "deepspeed", "tokenizers", "pyarrow", "numpy")
+
+
+def main(argv: Sequence[str]) -> int:
+    names = list(takewhile(lambda word: not word.startswith("-"), argv))
+    arguments = list(argv[len(names) :])
+    known = sorted(file.stem for file in FOLDER.glob("[!_]*.py"))
+    if not names or not set(names) <= set(known):
+        print(f"usage: scripts/bench NAME ... [arguments]\nbenchmarks: {', '.join(known)}", file=sys.stderr)
+        return 2
+    machine = this_machine()
+    losses = [loss for name in names for loss in run(name, arguments, machine)]
+    for loss in losses:
+        print(f"LOSS {loss}", file=sys.stderr)
+    return 1 if losses else 0
+
+
+def run(name: str, arguments: list[str], machine: Mapping[str, Any]) -> list[str]:
+    """Run one benchmark and write its result. What is worse than before."""
+    print(f"== {name}", file=sys.stderr)
+    printed = subprocess.run(
+        [sys.executable, FOLDER / f"{name}.py", *arguments], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    result = {
+        "benchmark": name,
+        "arguments": arguments,
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "versions": {"python": platform.python_version(), **versions()},
+        "results": json.loads(printed),
+    }
+    path = RESULTS / f"{name}-{machine_class(machine)}-{result['date']}.json"
+    before = newest_committed(name, machine, arguments)
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(printed.rstrip(), f"-> {path.relative_to(FOLDER.parent)}", sep="\n")
+    return [] if before is None else [f"{name} {line}" for line in worse(before["results"], result["results"])]
+
+
+def this_machine() -> dict[str, Any]:
+    import torch
+
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory_gib),
+        "gpus": [torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())],
+    }
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def machine_class(machine: Mapping[str, Any]) -> str:
+    """What must be alike for results to be compared, as part of a file name: `8x-nvidia-h200` or `intel-xeon-2-cores`."""
+    gpus = machine["gpus"]
+    text = f"{len(gpus)}x {gpus[0]}" if gpus else f"{machine['cpu']} {machine['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|@.*ghz|\bcpu\b|\bprocessor\b", "", text.lower())).strip("-")
+
+
+def versions() -> dict[str, str]:
+    installed = {str(found.metadata["Name"]).lower(): found.version for found in metadata.distributions()}
+    return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def newest_committed(name: str, machine: Mapping[str, Any], arguments: list[str]) -> dict[str, Any] | None:
+    """As committed: a second run on one day replaces the file, not what it is compared with."""
+    stem = f"{name}-{machine_class(machine)}-"
+    tracked = git("ls-tree", "--name-only", "HEAD", f"{RESULTS.relative_to(FOLDER.parent)}/").splitlines()
+    for path in sorted((path for path in tracked if Path(path).name.startswith(stem)), reverse=True):
+        result = json.loads(git("show", f"HEAD:{path}"))
+        if result["arguments"] == arguments:
+            return result
+    return None
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=FOLDER.parent, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def worse(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    old = dict(numbers(before))
+    return [
+        f"{key}: {old[key]:g} -> {value:g} ({value / old[key] - 1:+.0%})"
+        for key, value in numbers(after)
+        if old.get(key) and loss(key, old[key], value) >= LOSS
+    ]
+
+
+def numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{key}", value
+
+
+def loss(key: str, before: float, after: float) -> float:
+    """How much worse, as a fraction of before; negative where it became better."""
+    change = after / before - 1
+    if key.endswith(MORE_IS_BETTER):
+        return -change
+    return change if key.endswith(LESS_IS_BETTER) else 0.0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
