@@ -3,8 +3,8 @@
     python -m benchmarks NAME ... [arguments]
 
 Each benchmark is a file of this folder that prints one JSON object. The result goes to results/NAME-MACHINE-DATE.json. Keys
-say by their unit which way is better: more is for `_per_s`, less for times (`_s`, `_us`) and memory (`_mib`, `_gib`); other
-keys are not compared. A loss of 5% or more is shown, and the exit code is 1.
+say by their unit which way is better: more is for `_per_s`, `mfu` and `fill`, less for times (`_s`, `_us`) and memory (`_mib`,
+`_gib`); other keys are not compared. A loss of 5% or more is shown, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 LOSS = 0.05
-MORE_IS_BETTER = ("_per_s", "mfu")
+MORE_IS_BETTER = ("_per_s", "mfu", "fill")
 LESS_IS_BETTER = ("_s", "_us", "_mib", "_gib")
 PACKAGES = ("raytune-llm", "torch", "transformers", "ray", "peft", "deepspeed", "tokenizers", "pyarrow", "numpy")
 
