@@ -6,7 +6,9 @@ it; so both make the same shards, byte for byte. No row passes through the drive
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -152,29 +154,30 @@ def _map_with_ray(
     session.connect(resources)
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own progress and errors say it all
+    ray.data.DataContext.get_current().enable_progress_bars = False
     recipe_ref = ray.put(recipe)
 
-    def prepare_block(block: dict[str, Any]) -> dict[str, list[Any]]:
+    def prepare_block(block: dict[str, Any]) -> dict[str, list[bytes]]:
         """Mistakes in the data travel as values: Ray would wrap an exception in its own."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks themselves fill the cores
-        done: list[Timed | UserError] = []
-        for number, chunk in zip(block["number"], block["chunk"], strict=True):
+        done = []
+        for number, chunk in map(pickle.loads, block["chunk"]):
             try:
-                done.append(prepare_chunk(chunk, fetched(ray.get, recipe_ref), folder / shard_name(int(number))))
+                made = prepare_chunk(chunk, fetched(ray.get, recipe_ref), folder / shard_name(number))
             except UserError as error:
-                done.append(error)
-        return {"number": list(block["number"]), "done": done}
+                made = error
+            done.append(pickle.dumps((number, made)))
+        return {"made": done}
 
-    items = [{"number": number, "chunk": chunk} for number, chunk in chunks]
+    items = [{"chunk": pickle.dumps(numbered)} for numbered in chunks]
     blocks = ray.data.from_items(items, override_num_blocks=len(items))
     task: Any = prepare_block
     for row in blocks.map_batches(task, batch_size=1, num_cpus=1).iter_rows():
-        if isinstance(row["done"], UserError):
-            raise row["done"]
-        yield int(row["number"]), row["done"]
+        number, made = pickle.loads(row["made"])
+        if isinstance(made, UserError):
+            raise made
+        yield number, made
 
 
 def _check(path: str, shards: list[Shard], max_bad_fraction: float) -> None:

@@ -1,4 +1,4 @@
-"""Rendered texts -> token rows, a block at a time, in the tokenizer's Rust; no Python per token.
+"""Rendered texts -> token rows, a block at a time: word by word where that is faster, else in one call into Rust.
 
 Ids are those of the whole text, and equal `apply_chat_template`'s: the template holds the special tokens, none is added.
 
@@ -20,6 +20,7 @@ from tokenizers import Encoding, Tokenizer
 
 from raytune_llm.data.dropped import BadRow, RefusedRow
 from raytune_llm.data.templates import Rendered
+from raytune_llm.data.words import word_tokenizer
 from raytune_llm.records import TokenRow
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class BlockTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._rust: Tokenizer = tokenizer.backend_tokenizer
+        self._by_words = word_tokenizer(self._rust)
         special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         longest_first = sorted(special.values(), key=len, reverse=True)
         self._special_text = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -52,11 +54,19 @@ class BlockTokenizer:
                 yield bad
 
     def _rows(self, rendered: Sequence[Rendered]) -> list[TokenRow]:
-        encodings = self._rust.encode_batch_fast([one.text for one in rendered], add_special_tokens=False)
-        ids: list[Any] = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        texts = [one.text for one in rendered]
+        ids: list[Any] = [None] * len(texts)
+        if self._by_words is not None:
+            ids = [self._by_words(text) if text.isascii() else None for text in texts]
+        whole = [number for number, row in enumerate(ids) if row is None]
+        for number, encoding in zip(
+            whole, self._rust.encode_batch_fast([texts[number] for number in whole], add_special_tokens=False), strict=True
+        ):
+            ids[number] = np.array(encoding.ids, dtype=np.int32)
+
         spans: list[Any] = [self._spans_from_special_tokens(one, row) for one, row in zip(rendered, ids, strict=True)]
         unclear = [number for number, found in enumerate(spans) if found is None]
-        encodings = self._rust.encode_batch([rendered[number].text for number in unclear], add_special_tokens=False)
+        encodings = self._rust.encode_batch([texts[number] for number in unclear], add_special_tokens=False)
         for number, encoding in zip(unclear, encodings, strict=True):
             spans[number] = spans_from_offsets(encoding, rendered[number].spans)
         return [TokenRow(row, found) for row, found in zip(ids, spans, strict=True)]

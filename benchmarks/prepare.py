@@ -1,0 +1,108 @@
+"""Raw rows to a token store, as a user runs it: 20,000 Alpaca rows with SmolLM2's tokenizer.
+
+    python benchmarks/prepare.py [--rows 20000] [--resources inline local]
+
+Prints JSON: for each way the steady rate that the command itself reports, the wall time of the whole command, and the most
+memory that it and its children held together. Beside them, from the same minute, the rate of the tokenizer's Rust alone on
+one core (ids with offsets, as transformers calls it), so that results from machines under different load can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+SOURCE = Path(__file__).parents[2] / "shared" / "data" / "alpaca_en_demo.json"
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def write_rows(path: Path, num_rows: int) -> None:
+    """The demo's rows over and over, each made distinct."""
+    rows = json.loads(SOURCE.read_text())
+    with path.open("w") as stream:
+        stream.write("[")
+        for number in range(num_rows):
+            row = rows[number % len(rows)]
+            distinct = row | {"instruction": f"{row['instruction']} ({number})", "output": f"{row['output']} [{number}]"}
+            stream.write(("," if number else "") + "\n" + json.dumps(distinct))
+        stream.write("\n]\n")
+
+
+def run_command(path: Path, cache: Path, resources: str) -> dict[str, float]:
+    settings = ["model=smollm2_135m", "data=alpaca", f"data.path={path}", f"data.cache={cache}", f"resources={resources}"]
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-m", "raytune_llm", "prepare", *settings], stdout=subprocess.PIPE, text=True
+    ) as process:
+        peak_mib = 0.0
+        while process.poll() is None:
+            peak_mib = max(peak_mib, memory_mib(process.pid))
+            time.sleep(0.5)
+        wall_s = time.perf_counter() - started
+        assert process.stdout is not None
+        rate = re.search(r"([\d,]+) rows/s", process.stdout.read())
+    assert rate is not None
+    return {"rows_per_s": int(rate[1].replace(",", "")), "wall_s": round(wall_s, 2), "peak_mib": round(peak_mib)}
+
+
+def memory_mib(pid: int) -> float:
+    """Of a process and all below it, shared pages counted once (PSS)."""
+    total = 0
+    try:
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            total += process.memory_full_info().pss
+    except psutil.Error:
+        return 0.0  # one ended while it was looked at
+    return total / 2**20
+
+
+def rust_rows_per_s(num_rows: int = 999) -> float:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from raytune_llm.data.formats import alpaca
+    from raytune_llm.data.templates import ChatTemplate
+    from raytune_llm.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(MODEL)
+    template = ChatTemplate(tokenizer)
+    columns = {name: name for name in ("instruction", "input", "output", "system", "history")}
+    texts = [template.render(alpaca(row, **columns)).text for row in json.loads(SOURCE.read_text())[:num_rows]]
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        best = min(best, time.perf_counter() - started)
+    return len(texts) / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--resources", nargs="+", default=["inline", "local"])
+    arguments = parser.parse_args()
+    results: dict[str, object] = {"rows": arguments.rows, "load_average": os.getloadavg()[0]}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        write_rows(path, arguments.rows)
+        for resources in arguments.resources:
+            results[resources] = run_command(path, Path(folder) / resources, resources)
+    results["rust_alone_one_thread_rows_per_s"] = round(rust_rows_per_s())
+    results |= {
+        "cores": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+    }
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
