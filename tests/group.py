@@ -59,17 +59,20 @@ class Group:
         """stop_after: all workers fall over once that step is logged, as if the power went."""
         for jobs in self.jobs:
             jobs.put((run, store, stop_after))
-        answers = dict(self.results.get(timeout=300) for _ in self.processes)
-        for answer in answers.values():
+        answers: dict[int, Any] = {}
+        while len(answers) < len(self.processes):
+            rank, answer = self.results.get(timeout=120)
             if isinstance(answer, str):
+                self.close()  # the others may wait for this one for ever
                 raise AssertionError(answer)
+            answers[rank] = answer
         return [answers[rank] for rank in sorted(answers)]
 
     def close(self) -> None:
         for jobs in self.jobs:
             jobs.put(None)
         for process in self.processes:
-            process.join(10)
+            process.join(3)
             process.kill()
 
 

@@ -98,6 +98,7 @@ class DeepSpeedStrategy:
 
         state: dict[str, Tensor] = {}
         keys = self._state_keys()
+        self._link_optimizer_state()
         for name, parameter in trained(self.module):
             state[f"parameters.{name}"] = _whole(safe_get_full_fp32_param(parameter), parameter)
             for key, value in keys.items():
@@ -119,8 +120,7 @@ class DeepSpeedStrategy:
                 key: value.cpu().clone() if (value := state[f"optimizer.{first}.{key}"]).ndim == 0 else torch.zeros_like(flat)
                 for key in keys
             }
-        if self.stage < 3:
-            self.zero._lazy_init_hp_params_optimizer_state()
+        self._link_optimizer_state()
         for name, parameter in names.items():
             value = state[f"parameters.{name}"]
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
@@ -143,6 +143,13 @@ class DeepSpeedStrategy:
 
     def _flat_parameters(self) -> list[Tensor]:
         return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+
+    def _link_optimizer_state(self) -> None:
+        """Stages 1 and 2 look up a parameter's state through links that they make once, after the step of the first group of
+        parameters, when the other groups have no state yet."""
+        if self.stage < 3 and self._state_keys():
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
 
     def _state_keys(self) -> dict[str, Tensor]:
         """What the inner optimizer keeps, by the first flat parameter; empty before its first step."""
