@@ -11,17 +11,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytune_llm import session
 from raytune_llm.config.load import as_plain, to_yaml
 from raytune_llm.config.resources import Cluster
-from raytune_llm.config.run import PrepareRun, TrainRun
+from raytune_llm.config.run import DoctorRun, PrepareRun, TrainRun
 from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.train.report import Summary, WallTime, read_metrics, write_summary
 from raytune_llm.train.trackers import TrackedRun, open_tracker
+
+if TYPE_CHECKING:
+    from raytune_llm.doctor import Doctor
+    from raytune_llm.plan import Plan
 
 Sink = Callable[[Mapping[str, Any]], None]
 
@@ -129,6 +133,20 @@ def train(
     return TrainResult(
         summary=summary, output_dir=output, resumed_from=resumed_from, already_done=False, before=before, after=after
     )
+
+
+def plan(run: TrainRun) -> Plan:
+    """What a run would be: steps, tokens, parameters, memory, and what would not fit. Nothing is trained or written."""
+    from raytune_llm.plan import plan
+
+    return plan(run)
+
+
+def doctor(run: DoctorRun) -> Doctor:
+    """What this machine has, and what is missing for which feature."""
+    from raytune_llm.doctor import doctor
+
+    return doctor()
 
 
 class _Phases:

