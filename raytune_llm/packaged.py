@@ -49,7 +49,7 @@ def _unpack(source: Path, gguf_file: str, folder: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.bfloat16, **dense)
         if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # nothing is quantized any more; save_pretrained would refuse
+            delattr(model.config, "quantization_config")  # nothing is quantized any more; save_pretrained would refuse
         model.save_pretrained(beside)
         AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(beside)
         beside.rename(folder)

@@ -9,6 +9,7 @@ Tensor shape suffixes, used in names all over the package:
     H  attention heads
     S  boundaries: the documents of a batch plus one
     P  pairs
+    M  documents, one sequence each
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ class Batch:
     """What one forward pass sees. Attention never crosses a document's boundary.
 
     labels_BT[b, t] is the token that position t is to predict (shifted already, so no label crosses a boundary), or IGNORE.
-    trained_N holds the flat positions b * T + t whose label is not IGNORE: known on the CPU side, so no step waits for the device.
-    cu_seqlens_S are the boundaries of the documents in the flattened batch (int32, first 0, last B * T; padding is a document too).
+    trained_N holds the flat positions b * T + t whose label is not IGNORE: known on the CPU side, so no step waits for a device.
+    cu_seqlens_S are the boundaries of the documents in the flattened batch (int32, from 0 to B * T; padding is a document too).
     sample_ids name the samples (packs or rows, by their number in the train split) that are in it.
     """
 

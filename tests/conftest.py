@@ -31,7 +31,7 @@ def shared() -> Path:
 def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     """61 conversations of very different lengths."""
     draw = random.Random(3)
-    words = "the quick brown fox jumps over a lazy dog while nine small birds sing of rain".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "nine", "small", "birds"]
 
     def text(least: int, most: int) -> str:
         return " ".join(draw.choices(words, k=draw.choice([least, most, draw.randint(least, most)])))

@@ -108,5 +108,8 @@ def _print_answers(console: Console, before: ExactMatch, after: ExactMatch) -> N
 
 def _next_command(run: TrainRun, result: api.TrainResult) -> str:
     if run.adapter.name == "none":
-        return f"python -m raytune_llm model=hub model.path={result.final} data.path=MORE.jsonl name={run.name}_next"
-    return f"python -m raytune_llm --config-dir {result.output_dir} --config-name run adapter.path={result.final} name={run.name}_next"
+        return (
+            f"python -m raytune_llm model=hub model.path={result.final} data.path=MORE.jsonl output_dir={result.output_dir}_next"
+        )
+    again = f"--config-dir {result.output_dir} --config-name run"
+    return f"python -m raytune_llm {again} adapter.path={result.final} output_dir={result.output_dir}_next"

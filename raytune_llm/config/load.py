@@ -12,14 +12,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import main as hydra_main
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -53,8 +53,7 @@ def to_run(verb: str, composed: DictConfig) -> Any:
         values = OmegaConf.to_container(_without_hydra(composed), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(error.full_key or "the config", f"can't be resolved: {_first_line(error)}") from None
-    assert isinstance(values, dict)
-    return validate(RUNS[verb], values)
+    return validate(RUNS[verb], cast(dict[str, Any], values))
 
 
 def validate(kind: Any, values: dict[str, Any]) -> Any:
@@ -163,7 +162,7 @@ def run_under_hydra(
 
 
 def _without_hydra(composed: DictConfig) -> DictConfig:
-    return OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
 def _flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -256,15 +255,14 @@ def _known_keys(config_name: str, overrides: list[str], config_dir: str | Path |
 
 def _named(error: ValidationError, values: dict[str, Any]) -> ConfigError:
     """The first of pydantic's complaints as setting, rule, value."""
-    first = error.errors(include_url=False)[0]
+    first: dict[str, Any] = dict(error.errors(include_url=False)[0])
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return cause
-    path, node = [], values
+    path: list[str] = []
+    node: Any = values
     for part in first["loc"]:
-        if isinstance(node, dict) and part in node:
-            node = node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
             node = node[part]
         elif first["type"] not in ("missing", "unexpected_keyword_argument", "extra_forbidden") or part != first["loc"][-1]:
             continue  # the tag of a union, not a key

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -167,7 +167,7 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = -(-len(samples) // global_batch_size)
 
-    def steps(self, epoch: int, cursor: int = 0) -> Iterator[Step]:
+    def steps(self, epoch: int, cursor: int = 0) -> Generator[Step]:
         """The steps of the epoch from its sample number `cursor` on. Close the iterator to stop the thread early."""
         made: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=self.prefetch)
         stopped = threading.Event()

@@ -59,7 +59,7 @@ class Checkpoints:
         self._writing: Future[None] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
         # A background writer talks to the others in a group of its own, so that it can't get between the training's messages.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def save(self, state: Mapping[str, Tensor], progress: Progress, identity: Mapping[str, str]) -> None:
         """All workers call it together. `identity` holds what a resumed run must have in common with this one."""
@@ -126,7 +126,7 @@ class Checkpoints:
                 free = shutil.disk_usage(self.folder).free / 2**30
                 raise ResourceError(
                     f"checkpoint step-{step} can't be written to {self.folder}: {no_space} ({free:.1f} GiB are free)",
-                    "Free some space, lower checkpoint.keep, or set output_dir on a larger disk; then repeat the command to go on.",
+                    "Free some space, lower checkpoint.keep, or set output_dir on a larger disk; repeating the command goes on.",
                 ) from error
             raise
 

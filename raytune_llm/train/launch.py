@@ -141,7 +141,7 @@ class Channel:
                 news, self._news = self._news, []
                 return news, self._mistake, self._outcome
 
-        self.actor = ray.remote(num_cpus=0)(Inbox).remote()
+        self.actor: Any = ray.remote(num_cpus=0)(Inbox).remote()
         self.mistake: UserError | None = None
         self.outcome: Outcome | None = None
         self._sinks, self._on_begin = sinks, on_begin
@@ -199,7 +199,8 @@ def _fits(workers: int, cpus: float, gpus: float) -> None:
         if each * workers > there.get(kind, 0.0):
             raise ConfigError(
                 "resources.num_workers",
-                f"times resources.{kind.lower()}s_per_worker={each:g} must be at most the {there.get(kind, 0.0):g} {kind}s that there are",
+                f"times resources.{kind.lower()}s_per_worker={each:g} must be at most "
+                f"the {there.get(kind, 0.0):g} {kind}s that there are",
                 got=workers,
                 remedy="Lower one of them.",
             )

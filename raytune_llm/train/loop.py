@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,8 +66,7 @@ def run(
     while progress.step < plan.total_steps and not stopped:
         if progress.cursor >= len(loader.samples):
             progress.epoch, progress.cursor = progress.epoch + 1, 0
-        steps = loader.steps(progress.epoch, progress.cursor)
-        try:
+        with closing(loader.steps(progress.epoch, progress.cursor)) as steps:
             for step in steps:
                 lr = learning_rate(progress.step)
                 one_step(strategy, loss, step, lr, window, plan.seed + progress.step, device)
@@ -88,8 +88,6 @@ def run(
                         hooks.save(replace(progress))
                 if last or stopped:
                     return progress
-        finally:
-            steps.close()
     return progress
 
 

@@ -20,7 +20,8 @@ from raytune_llm.train import checkpoint
 # What may differ between a run and its continuation: where and how it is computed, and what is told about it.
 # Data sources are compared by content (the stores' manifests), not by path.
 _FREE = {
-    "name", "output_dir", "resume", "resources", "strategy", "checkpoint", "tracking", "data.cache", "data.path", "data.eval_path",
+    "name", "output_dir", "resume", "resources", "strategy", "checkpoint", "tracking",
+    "data.cache", "data.path", "data.eval_path",
     "data.max_bad_fraction", "model.attention", "train.micro_batch_size", "train.compile", "train.activation_checkpointing",
     "train.log_every_steps", "train.eval_every_steps", "train.early_stopping", "train.exact_match_rows", "train.max_new_tokens",
     "train.max_nonfinite_steps",
@@ -103,9 +104,11 @@ def write_final(
     shutil.rmtree(beside, ignore_errors=True)
     own = {name.removeprefix("model."): value for name, value in parameters.items()}
     if hasattr(policy.model, "peft_config"):
-        for config in policy.model.peft_config.values():  # type: ignore[union-attr, operator]
+        adapted: Any = policy.model
+        for config in adapted.peft_config.values():
             config.base_model_name_or_path = base_model
-        policy.model.save_pretrained(beside, state_dict=own)  # type: ignore[operator]
+        # Embeddings are frozen here; PEFT would ask the hub whether they have grown.
+        adapted.save_pretrained(beside, state_dict=own, save_embedding_layers=False)
     else:
         weights = {name: value.to(dtype) for name, value in own.items()}
         policy.base.save_pretrained(beside, state_dict=weights)

@@ -78,7 +78,9 @@ def work(
     micro, seed = run.train.micro_batch_size, run.train.seed
     share = {"micro_batch_size": micro, "rank": rank, "world_size": world, "seed": seed, "pad_id": tokenizer.pad_token_id or 0}
     loader = Loader(stores.train, global_batch_size=run.train.global_batch_size, **share)
-    eval_loader = stores.held_out and Loader(stores.held_out, global_batch_size=micro * world, shuffle=False, **share)
+    eval_loader = None
+    if stores.held_out is not None:
+        eval_loader = Loader(stores.held_out, global_batch_size=micro * world, shuffle=False, **share)
     steps = total_steps(run, loader.steps_per_epoch)
 
     config = run_config(run.model, tokenizer, run.data.max_length)

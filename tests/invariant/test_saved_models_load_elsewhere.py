@@ -57,9 +57,7 @@ def run(request: pytest.FixtureRequest, chat_rows: str, cache: str, tmp_path_fac
 
 
 @pytest.mark.parametrize("strategy", ["inline", "ddp", "fsdp", "zero1", "zero2", "zero3"])
-def test_logits_of_the_saved_model_are_those_in_memory(
-    strategy: str, run: TrainRun, two_workers: Group, tmp_path: Path
-) -> None:
+def test_logits_of_the_saved_model_are_those_in_memory(strategy: str, run: TrainRun, two_workers: Group, tmp_path: Path) -> None:
     run = replace(run, output_dir=str(tmp_path))
     if strategy == "inline":
         api.train(run)

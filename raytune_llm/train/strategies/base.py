@@ -32,10 +32,15 @@ class StepOut:
 
 
 class Strategy(Protocol):
-    model: nn.Module
-    """What to call: the CausalLM, wrapped or not."""
-    world: int
-    """Workers."""
+    @property
+    def model(self) -> nn.Module:
+        """What to call: the CausalLM, wrapped or not."""
+        ...
+
+    @property
+    def world(self) -> int:
+        """Workers."""
+        ...
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of one micro-batch; gradients meet over workers in the last one only."""
@@ -62,7 +67,8 @@ class Strategy(Protocol):
 
 
 class LossScale:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2017), on the device: halved when a step overflows, doubled after 2,000 good ones."""
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2017), on the device: halved when a step overflows, doubled after 2,000
+    good ones."""
 
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self.scale = torch.tensor(2.0**16 if enabled else 1.0, device=device)

@@ -39,7 +39,7 @@ class DeepSpeedStrategy:
         except ImportError:
             raise ResourceError("strategy=zero needs DeepSpeed", "Install it: pip install 'raytune-llm[deepspeed]'.") from None
         if device.type == "cpu":
-            # An op for all-reduce through shared memory would be compiled here and now, with whatever compiler there is; gloo will do.
+            # An op for all-reduce through shared memory would be compiled on the spot; gloo will do.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
         if device.type == "cpu" and offload:
             raise ConfigError("strategy.offload", "must be false without a GPU, where everything is in host memory", got=True)
@@ -62,7 +62,9 @@ class DeepSpeedStrategy:
         }
         # Frozen weights of other types stay as they are; DeepSpeed casts the module to its one type.
         optimizer = build_optimizer(self.module.named_parameters(), fused=False)
-        self.engine, self.zero, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
+        engine, zero, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
+        self.engine: Any = engine
+        self.zero: Any = zero
         self.model = self.engine
         self.world = dist.get_world_size()
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -49,4 +50,4 @@ def test_a_descent_ends_at_its_floor(name):
     rates = [SCHEDULES[name](step, 3, 50, **settings[name]) for step in range(51)]
     assert rates[0] == 0 and max(rates) == 1
     assert math.isclose(rates[50], 0.0 if name == "linear" else 0.1, abs_tol=1e-9)
-    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[3:]))
