@@ -75,7 +75,7 @@ def usage(verb: str | None, verbs: Mapping[str, str]) -> str:
         "",
         "Examples",
         "  python -m raytune_llm +experiment=sft_smollm2",
-        "  python -m raytune_llm plan +experiment=sft_llama3 resources.num_workers=8",
+        "  python -m raytune_llm plan +experiment=sft_llama3 data.path=rows.jsonl resources.num_workers=8",
         "  python -m raytune_llm model=hub model.path=my/model data=alpaca data.path=rows.jsonl optimizer.lr=1e-4",
     ]
     return "\n".join(lines)

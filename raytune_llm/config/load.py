@@ -83,13 +83,18 @@ def _compose(config_name: str, overrides: list[str], config_dir: str | Path | No
     try:
         return hydra.compose_config(
             config_name=config_name,
-            overrides=overrides,
+            overrides=[_free(override) for override in overrides],
             run_mode=RunMode.RUN,
             from_shell=False,
             with_log_configuration=False,
         )
     finally:
         GlobalHydra.instance().clear()
+
+
+def _free(override: str) -> str:
+    """model.config takes any key of the transformers config; Hydra asks for a plus sign where a key is new."""
+    return f"++{override}" if re.match(r"model\.config[.=]", override) else override
 
 
 def as_plain(run: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class DeepSpeedStrategy:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
             if stage == 3:
                 zero["offload_param"] = {"device": "cpu", "pin_memory": True}
-        config = {
+        settings = {
             "train_micro_batch_size_per_gpu": 1,  # ours is the loader's; DeepSpeed only divides by what it is told here
             "gradient_accumulation_steps": 1,
             "gradient_clipping": max_grad_norm or 0.0,
@@ -62,9 +62,9 @@ class DeepSpeedStrategy:
         }
         # Frozen weights of other types stay as they are; DeepSpeed casts the module to its one type.
         optimizer = build_optimizer(self.module.named_parameters(), fused=False)
-        engine, zero, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
+        engine, ds_optimizer, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)
         self.engine: Any = engine
-        self.zero: Any = zero
+        self.zero: Any = ds_optimizer
         self.model = self.engine
         self.world = dist.get_world_size()
 
