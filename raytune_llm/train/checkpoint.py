@@ -53,8 +53,9 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one run, as one worker sees them."""
 
-    def __init__(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, *, keep: int, asynchronous: bool, keep_best: bool = False) -> None:
+        """The newest `keep` stay, and the one with the lowest eval loss where `keep_best`."""
+        self.folder, self.keep, self.keep_best = folder, keep, keep_best
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._writing: Future[None] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
@@ -132,7 +133,7 @@ class Checkpoints:
 
     def _prune(self, newest: int, best: int | None) -> None:
         for step in complete_steps(self.folder)[: -self.keep]:
-            if step not in (newest, best):
+            if step != newest and not (self.keep_best and step == best):
                 remove(self.folder, step)
 
 

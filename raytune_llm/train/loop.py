@@ -34,6 +34,8 @@ class Plan:
     """None: at each epoch's end."""
     save_every: int | None
     """None: at each epoch's end."""
+    save_best: bool
+    """Save as well after each evaluation with the lowest loss so far."""
     early_stopping: int | None
     max_nonfinite_steps: int
     seed: int
@@ -82,7 +84,8 @@ def run(
                 if eval_loader is not None and (last or due(progress.step, plan.eval_every, epoch_ends)):
                     with clock.stopped():
                         stopped = evaluate(strategy, loss, eval_loader, progress, plan, hooks, device)
-                if last or stopped or due(progress.step, plan.save_every, epoch_ends):
+                best = plan.save_best and progress.best_step == progress.step
+                if last or stopped or best or due(progress.step, plan.save_every, epoch_ends):
                     with clock.stopped():
                         progress.window = window.read()
                         hooks.save(replace(progress))

@@ -106,7 +106,13 @@ def work(
 
     with ExitStack() as stack:
         output = Path(run.output_dir)
-        checkpoints = Checkpoints(output / "checkpoints", keep=run.checkpoint.keep, asynchronous=run.checkpoint.asynchronous)
+        keep_best = run.checkpoint.final == "best"
+        checkpoints = Checkpoints(
+            output / "checkpoints",
+            keep=run.checkpoint.keep,
+            keep_best=keep_best,
+            asynchronous=run.checkpoint.asynchronous,
+        )
         stack.callback(checkpoints.close)
         progress = restore(checkpoints, strategy)
         report = stack.enter_context(Report(output, from_step=progress.step, sinks=sinks)) if rank == 0 else None
@@ -147,6 +153,7 @@ def work(
                 log_every=run.train.log_every_steps,
                 eval_every=run.train.eval_every_steps,
                 save_every=run.checkpoint.every_steps,
+                save_best=keep_best,
                 early_stopping=run.train.early_stopping,
                 max_nonfinite_steps=run.train.max_nonfinite_steps,
                 seed=seed,
@@ -157,7 +164,7 @@ def work(
         )
         trained = time.perf_counter()
         checkpoints.wait()
-        if run.checkpoint.final == "best" and progress.best_step not in (None, progress.step):
+        if keep_best and progress.best_step not in (None, progress.step):
             checkpoints.load(progress.best_step, strategy.load)  # type: ignore[arg-type]
         parameters = {name: value for name, value in strategy.full_parameters() if rank == 0}
         if rank == 0:

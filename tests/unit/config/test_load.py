@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytune_llm import ConfigError, load_config
+from raytune_llm.config import load
+from raytune_llm.config.load import to_yaml
+
+DATA = "data.path=rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optimizer.lrr=1"], "optimizer.lrr is no setting. Did you mean optimizer.lr?"),
+        (["optimzer.lr=1"], "Did you mean optimizer.lr?"),
+        (["lr=1"], "lr is no setting. Did you mean optimizer.lr?"),
+        (["+optimizer.lrr=1", DATA], "Did you mean optimizer.lr?"),
+        (["model=smollm2"], "Did you mean model=smollm2_135m?"),
+        (["+experiment=sft_smolm2"], "Did you mean experiment=sft_smollm2?"),
+        (["strategy=fsd"], "Did you mean strategy=fsdp?"),
+        ([DATA, "train.epochs=0"], "train.epochs must be at least 1, got 0"),
+        ([DATA, "train.epochs=abc"], "train.epochs must be a whole number, got 'abc'"),
+        ([DATA, "train.epochs=true"], "train.epochs must be a whole number, got True"),
+        ([DATA, "train.precision=fp64"], "train.precision must be 'bf16', 'fp16' or 'fp32', got 'fp64'"),
+        ([DATA, "adapter.dropout=1.5"], "adapter.dropout must be below 1, got 1.5"),
+        ([], "data.path must name a file"),
+        ([DATA, "train.micro_batch_size=3"], "train.global_batch_size must be a multiple of"),
+        ([DATA, "resources=local", "resources.num_workers=3"], "= 1 x 3, got 8. Take 9"),
+        ([DATA, "resources=inline", "resources.num_workers=2"], "resources.num_workers must be 1, got 2"),
+        ([DATA, "resources=inline", "strategy=fsdp"], "strategy must be ddp where resources=inline"),
+        ([DATA, "train.early_stopping=2"], "train.early_stopping needs held-out rows, got 2. Set data.eval_fraction"),
+        ([DATA, "checkpoint.final=best"], "checkpoint.final needs held-out rows"),
+        ([DATA, "data.eval_fraction=0.1", "data.eval_path=x"], "data.eval_fraction must be 0 where data.eval_path is given"),
+        ([DATA, "data.eval_fraction=1.0"], "data.eval_fraction must be at least 0 and below 1"),
+        ([DATA, "model=hub"], "model.path must name a folder or a hub id"),
+        ([DATA, "model=tiny_random", "model.tokenizer=null"], "model.tokenizer must be given"),
+        (["data.path=[a"], "must read key=value"),
+        ([DATA, "train=1"], "train"),
+    ],
+)
+def test_a_mistake_names_the_setting_the_rule_and_the_remedy(overrides, said):
+    with pytest.raises(ConfigError) as error:
+        load_config("train", overrides)
+    assert said in str(error.value)
+
+
+def test_every_key_can_be_overridden_without_a_plus_sign():
+    run = load_config("train", [DATA, "model.config.rope_theta=1e5", "optimizer.lr=3e-4", "resources.num_workers=2"])
+    assert run.model.config == {"rope_theta": 1e5}
+    assert run.optimizer.lr == 3e-4
+    assert run.resources.num_workers == 2
+
+
+def test_a_run_is_frozen():
+    run = load_config("train", [DATA])
+    with pytest.raises(AttributeError):
+        run.optimizer.lr = 1.0
+
+
+@pytest.mark.parametrize("group", [group for group in load.groups() if group != "experiment"])
+def test_every_option_of_every_group_composes(group):
+    for option in load.options(group):
+        given_path = ["model.path=some/model"] if option == "hub" else []
+        resources = ["resources=local"] if group != "resources" else []
+        load_config("train", [DATA, *resources, f"{group}={option}", *given_path])
+
+
+@pytest.mark.parametrize("experiment", load.options("experiment"))
+def test_every_experiment_composes(experiment):
+    load_config("train", [f"+experiment={experiment}", DATA])
+
+
+@given(st.floats(1e-6, 1), st.integers(1, 64), st.sampled_from(["ddp", "fsdp", "zero3"]), st.booleans())
+def test_a_written_run_reads_back_as_itself(tmp_path_factory, lr, rank, strategy, packing):
+    overrides = [DATA, f"optimizer.lr={lr}", f"adapter.rank={rank}", f"strategy={strategy}", f"data.packing={packing}"]
+    run = load_config("train", overrides)
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "run.yaml").write_text(to_yaml(run))
+    assert load_config("train", config_dir=folder, config_name="run") == run
+
+
+def test_a_users_folder_adds_options_and_experiments(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /adapter: none\nname: mine\n")
+    run = load_config("train", [DATA, "+experiment=mine"], config_dir=tmp_path)
+    assert (run.name, run.adapter.name) == ("mine", "none")
+
+
+def test_an_unset_environment_variable_is_a_mistake_in_the_setting_that_asks_for_it():
+    with pytest.raises(ConfigError, match=r"data\.cache can't be resolved"):
+        load_config("train", [DATA, "data.cache=${oc.env:NO_SUCH_VARIABLE}"])

@@ -1,0 +1,65 @@
+"""The command line, in this process."""
+
+from __future__ import annotations
+
+import pytest
+
+from raytune_llm.__main__ import main
+
+
+def said(capsys, *argv):
+    code = main(list(argv))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_shows_verbs_groups_experiments_and_settings(capsys):
+    code, out, _ = said(capsys, "--help")
+    assert code == 0
+    for word in ("prepare", "doctor", "strategy", "zero3", "sft_smollm2", "optimizer.lr: 0.0002", "--cfg job"):
+        assert word in out
+
+
+@pytest.mark.parametrize("verb", ["prepare", "plan", "doctor"])
+def test_each_verb_has_its_own_help(capsys, verb):
+    code, out, _ = said(capsys, verb, "--help")
+    assert code == 0
+    assert f"Settings of {verb}" in out
+
+
+def test_a_wrong_verb_is_named_with_the_right_one(capsys):
+    code, _, err = said(capsys, "trian")
+    assert code == 2
+    assert "Did you mean train?" in err
+
+
+def test_a_mistake_ends_with_code_2_and_no_traceback(capsys):
+    code, _, err = said(capsys, "train", "optimizer.lrr=1")
+    assert code == 2
+    assert err == "error: optimizer.lrr is no setting. Did you mean optimizer.lr?\n"
+
+
+def test_a_missing_file_ends_with_code_2(capsys, tmp_path):
+    code, _, err = said(
+        capsys, "model=tiny_random", "resources=inline", f"data.path={tmp_path / 'rows.jsonl'}", f"output_dir={tmp_path}"
+    )
+    assert code == 2
+    assert "rows.jsonl" in err
+
+
+def test_cfg_job_prints_the_composed_config(capsys):
+    code, out, _ = said(capsys, "--cfg", "job", "+experiment=sft_smollm2")
+    assert code == 0
+    assert "name: sft_smollm2" in out
+    assert "rank: 16" in out
+
+
+def test_multirun_gives_each_job_a_folder(capsys, tmp_path, chat_rows, cache):
+    code, *_ = said(
+        capsys, "-m", "model=tiny_random", "resources=inline", "tracking=none", f"data.path={chat_rows}", f"data.cache={cache}",
+        "data.max_length=256", "train.max_steps=1", "train.precision=fp32", f"output_dir={tmp_path / 'sweep'}", "optimizer.lr=1e-3,1e-4",
+    )  # fmt: skip
+    assert code == 0
+    made = sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/summary.json"))
+    assert len(made) == 2
+    assert all("optimizer.lr" in name for name in made)

@@ -1,0 +1,161 @@
+"""`api.train` on a tiny model: what it writes, refuses, and repeats."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from raytune_llm import ConfigError, DataError, ResourceError, api, load_config
+from raytune_llm.train import checkpoint
+from raytune_llm.train.checkpoint import complete_steps
+from tests.group import metrics
+from tests.runs import tiny_run
+
+
+@pytest.fixture(scope="module")
+def done(chat_rows, cache, tmp_path_factory):
+    run = tiny_run(chat_rows, cache, tmp_path_factory.mktemp("done"), "train.max_steps=4", "checkpoint.every_steps=2")
+    return run, api.train(run)
+
+
+def test_the_output_folder_is_as_documented(done):
+    run, result = done
+    folder = Path(run.output_dir)
+    names = {path.name for path in folder.iterdir()}
+    assert {"run.yaml", "checkpoints", "final", "metrics.jsonl", "loss.png", "summary.json"} <= names
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 4
+    assert summary["loss_first"] == metrics(run.output_dir)[0]["loss"]
+    assert set(summary["wall_s"]) == {"start", "prepare", "load", "train", "save", "total"}
+    first = metrics(run.output_dir)[0]
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "tokens_seen", "tokens_per_s", "memory_gib"} <= set(first)
+    assert first["step"] == 1
+    assert (result.final / "README.md").exists()
+
+
+def test_a_finished_run_is_not_done_again(done):
+    run, first = done
+    again = api.train(run)
+    assert again.already_done
+    assert again.summary == first.summary
+
+
+def test_the_written_run_runs_again(done, tmp_path):
+    run, first = done
+    again = load_config("train", [f"output_dir={tmp_path}"], config_dir=run.output_dir, config_name="run")
+    assert api.train(again).summary.loss_last == first.summary.loss_last
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda run: replace(run, optimizer=replace(run.optimizer, lr=0.5)), "optimizer.lr from 0.001 to 0.5"),
+        (lambda run: replace(run, data=replace(run.data, max_length=128)), "data.max_length from 256 to 128, the train data"),
+    ],
+)
+def test_a_changed_run_in_the_same_folder_is_refused_with_what_changed(done, change, said):
+    with pytest.raises(ConfigError, match="holds another run") as error:
+        api.train(change(done[0]))
+    assert said in str(error.value)
+
+
+def test_resume_must_needs_a_checkpoint(chat_rows, cache, tmp_path):
+    with pytest.raises(ConfigError, match="can't be must"):
+        api.train(tiny_run(chat_rows, cache, tmp_path, "resume=must"))
+
+
+def test_resume_never_starts_anew(chat_rows, cache, tmp_path):
+    run = tiny_run(chat_rows, cache, tmp_path, "train.max_steps=2")
+    first = api.train(run)
+    again = api.train(replace(run, resume="never", train=replace(run.train, seed=7)))
+    assert again.resumed_from is None
+    assert again.summary.loss_first != first.summary.loss_first
+
+
+def test_a_half_written_checkpoint_is_swept_and_never_read(chat_rows, cache, tmp_path):
+    run = tiny_run(chat_rows, cache, tmp_path, "train.max_steps=3", "checkpoint.every_steps=1", "checkpoint.keep=3")
+    whole = api.train(run)
+    (tmp_path / "checkpoints/step-3/COMPLETE").unlink()
+    (tmp_path / "summary.json").unlink()
+    again = api.train(run)
+    assert again.resumed_from == 2
+    assert again.summary.loss_last == whole.summary.loss_last
+
+
+def test_a_checkpoint_with_a_corrupt_state_is_named(chat_rows, cache, tmp_path):
+    run = tiny_run(chat_rows, cache, tmp_path, "train.max_steps=2")
+    api.train(run)
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "checkpoints/step-2/state/.metadata").write_bytes(b"")
+    with pytest.raises(DataError, match="step-2/state can't be read"):
+        api.train(run)
+
+
+def test_no_room_for_a_checkpoint_is_said_and_leaves_nothing_half_written(chat_rows, cache, tmp_path):
+    run = tiny_run(chat_rows, cache, tmp_path, "adapter=none", "train.max_steps=2")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # files end where a full disk would end them
+    try:
+        with pytest.raises(ResourceError, match=r"checkpoint step-2 can't be written .* repeating the command goes on"):
+            api.train(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert api.train(run).summary.steps == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_half_precision_learns_as_well(precision, adapter, chat_rows, cache, tmp_path):
+    overrides = [f"adapter={adapter}", f"train.precision={precision}", "train.max_steps=8", "optimizer.lr=1e-2", "schedule=constant"]
+    summary = api.train(tiny_run(chat_rows, cache, tmp_path, *overrides)).summary
+    assert summary.loss_last < summary.loss_first - 0.3
+
+
+def test_steps_with_a_broken_gradient_change_nothing_and_end_the_run_at_the_limit(chat_rows, cache, tmp_path):
+    # So high a rate breaks the weights in the first step; from then on every gradient is broken.
+    overrides = ["adapter=none", "optimizer.lr=1e30", "schedule=constant", "train.max_nonfinite_steps=2", "schedule.warmup_ratio=0"]
+    with pytest.raises(ResourceError, match=r"3 steps up to step \d+ had a gradient that is not finite"):
+        api.train(tiny_run(chat_rows, cache, tmp_path, *overrides))
+    assert metrics(tmp_path)[-1]["nonfinite_steps"] == 3
+
+
+def test_early_stopping_keeps_the_best(chat_rows, cache, tmp_path):
+    overrides = ["train.eval_every_steps=1", "train.early_stopping=2", "checkpoint.final=best", "checkpoint.every_steps=1"]
+    overrides += ["optimizer.lr=1.0", "schedule=constant", "schedule.warmup_ratio=0", "checkpoint.keep=1"]
+    run = tiny_run(chat_rows, cache, tmp_path, *overrides)
+    result = api.train(run)
+    evals = [record["eval_loss"] for record in metrics(tmp_path) if "eval_loss" in record]
+    assert len(evals) < 12
+    assert all(math.isfinite(value) for value in evals)
+    best = min(range(len(evals)), key=evals.__getitem__)
+    assert len(evals) - 1 - best == 2
+    progress, _ = checkpoint.read_progress(tmp_path / "checkpoints", complete_steps(tmp_path / "checkpoints")[-1])
+    assert progress.best_step == best + 1
+    assert best + 1 in complete_steps(tmp_path / "checkpoints")
+    assert result.summary.steps == len(evals)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.max_length=4096"], r"data.max_length must be at most the model's 2048 positions, got 4096"),
+        (["adapter.targets=[nope]"], r"adapter.targets must name linear layers"),
+        (["adapter.path=/no/such/folder"], r"adapter.path must be a folder with adapter_config.json"),
+        (["model.config.model_type=nope"], r"model.config.model_type must be one that transformers knows"),
+        (["model=hub", "model.path=/no/such/folder"], r"model.path"),
+    ],
+)
+def test_what_only_the_model_can_refuse_is_refused_by_its_setting(overrides, said, chat_rows, cache, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        api.train(tiny_run(chat_rows, cache, tmp_path, *overrides))
+
+
+def test_activation_checkpointing_and_compiled_chunks_do_not_show(chat_rows, cache, tmp_path, done):
+    run = tiny_run(chat_rows, cache, tmp_path, "train.max_steps=4", "train.activation_checkpointing=full")
+    assert math.isclose(api.train(run).summary.loss_last, done[1].summary.loss_last, rel_tol=1e-6)
