@@ -5,30 +5,97 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raytune_llm.config.section import Fraction, PositiveInt, section
+from raytune_llm.errors import ConfigError
 
 
 @section
-class ChatFormat:
-    """Rows with a list of {role, content} messages."""
+class Columns:
+    """Columns that rows of messages can have, whatever their form. A column that is null, or that a row lacks, is not there.
+
+    Rows with `chosen` and `rejected` are pairs, rows with a true or false `label` are labelled answers.
+    """
+
+    tools: str | None
+    chosen: str | None
+    rejected: str | None
+    label: str | None
+    images: str | None
+    videos: str | None
+    audios: str | None
+
+
+@section
+class ChatFormat(Columns):
+    """Rows with a list of {role, content} messages. Where `messages` is null, each side of a pair is a whole conversation."""
 
     name: Literal["chat"]
-    messages: str
-    tools: str | None
+    messages: str | None
 
 
 @section
-class AlpacaFormat:
+class AlpacaFormat(Columns):
     """Rows with an instruction, an optional input that goes on a new line after it, and the output to learn."""
 
     name: Literal["alpaca"]
     instruction: str
     input: str | None
-    output: str
+    output: str | None
     system: str | None
     history: str | None
 
 
-FormatConfig = Annotated[ChatFormat | AlpacaFormat, Field(discriminator="name")]
+@section
+class Tags(Columns):
+    """Rows with a list of messages whose keys and roles have names of their own. A role without a name does not occur."""
+
+    messages: str
+    system: str | None
+    role_tag: str
+    content_tag: str
+    user_tag: str | None
+    assistant_tag: str | None
+    observation_tag: str | None
+    function_tag: str | None
+    system_tag: str | None
+
+
+@section
+class ShareGPTFormat(Tags):
+    """Requests or tool results in turn with answers or tool calls; a call is a message that holds JSON."""
+
+    name: Literal["sharegpt"]
+
+
+@section
+class OpenAIFormat(Tags):
+    """The same with calls as `tool_calls` of an answer, and several tool results in a row."""
+
+    name: Literal["openai"]
+
+
+@section
+class PromptCompletionFormat:
+    """Rows with a request and the answer to it, each a text or a list of {role, content} messages."""
+
+    name: Literal["prompt_completion"]
+    prompt: str
+    completion: str | None
+    chosen: str | None
+    rejected: str | None
+    label: str | None
+
+
+@section
+class TextFormat:
+    """Rows with one text each, for pre-training."""
+
+    name: Literal["text"]
+    text: str
+
+
+FormatConfig = Annotated[
+    ChatFormat | AlpacaFormat | ShareGPTFormat | OpenAIFormat | PromptCompletionFormat | TextFormat, Field(discriminator="name")
+]
 
 
 @section
@@ -37,16 +104,63 @@ class DataConfig:
     """A file, a folder of files of one type, or a hub data set id."""
     subset: str | None
     split: str
+    """Also a part of it, as train[:1000] or train[10%:20%]."""
     eval_path: str | None
     eval_fraction: Fraction
     """Part of the rows that is held out, chosen by train.seed; 0 with no eval_path trains without evaluation."""
     format: FormatConfig
+    dataset_info: str | None
+    """A LLaMA-Factory dataset_info.json, or its folder: its entries take the place of path, subset, split and format."""
+    names: list[str]
+    """Entries of dataset_info, one after another."""
+    media_dir: str | None
+    """Where images, videos and audios lie; null: beside the data."""
+    num_samples: PositiveInt | None
+    """So many rows drawn at random, by their content alone; more than there are repeats rows."""
     max_samples: PositiveInt | None
+    """The first so many rows."""
     max_length: PositiveInt
-    """Tokens of a row and of a pack."""
+    """Tokens of a row and of a pack; of each side of a pair."""
     overlong: Literal["truncate", "drop", "error"]
+    """truncate: requests and answers both give way, the longer one more."""
+    template: str | None
+    """A named chat template; null: the tokenizer's own, or where it has none, the one that goes with the model's name."""
+    default_system: str | None
+    """The system text of conversations without one; null: the template's."""
+    tool_format: str | None
+    """How tools are declared and called, other than in the named template's own way."""
+    today: str | None
+    """The day that llama3 takes for today where it has tools, as 31 Jan 2025; null: a fixed one."""
+    enable_thinking: bool | None
+    """How a template that reasons treats answers without a thought: true: it learns to say an empty one; false: the empty
+    one is asked for, and thoughts that are there are left out; null: as each answer has it."""
+    preserve_thinking: bool
+    """Thoughts of earlier answers stay also where these are not trained."""
+    mask_history: bool
+    """Only the last answer is trained."""
+    train_on_prompt: bool
+    """Requests are trained too."""
     packing: bool
     max_bad_fraction: Fraction
     """More unusable rows than this part of all stop the run."""
     cache: str
     """Folder of the token stores."""
+
+    def __post_init__(self) -> None:
+        if self.mask_history and self.train_on_prompt:
+            raise ConfigError(
+                "data.mask_history", "must be false where data.train_on_prompt is true", got=True, remedy="Take one."
+            )
+        if bool(self.names) != (self.dataset_info is not None):
+            raise ConfigError(
+                "data.names",
+                "must name entries of data.dataset_info, and needs it",
+                got=self.names,
+                remedy="Say, data.dataset_info=data/dataset_info.json data.names=[identity].",
+            )
+        if self.dataset_info is not None and self.path is not None:
+            raise ConfigError("data.path", "must be null where data.dataset_info is given", got=self.path, remedy="Take one.")
+        if self.tool_format is not None and self.template is None:
+            raise ConfigError(
+                "data.tool_format", "needs data.template: a tokenizer's own template has its own way", got=self.tool_format
+            )

@@ -17,6 +17,7 @@ from typing import Any, cast
 from hydra import main as hydra_main
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -77,7 +78,7 @@ def compose(
 def _compose(config_name: str, overrides: list[str], config_dir: str | Path | None) -> DictConfig:
     search_path = create_config_search_path(str(CONF))
     if config_dir is not None:
-        search_path.append("command-line", f"file://{Path(config_dir).resolve()}")
+        search_path.prepend("command-line", f"file://{Path(config_dir).resolve()}", SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2("raytune_llm", search_path)
     try:
@@ -142,7 +143,8 @@ def run_under_hydra(
         hydra = HydraConfig.get()
         if hydra.mode == RunMode.MULTIRUN and "output_dir" in composed:
             with open_dict(composed):
-                composed.output_dir = f"{composed.output_dir}/{hydra.job.override_dirname}"
+                swept = [override for override in hydra.overrides.task if override not in overrides]
+                composed.output_dir = f"{composed.output_dir}/{','.join(swept).replace('/', '_')}"
         code = verb_main(to_run(verb, composed))
         if code:
             failed.append(code)

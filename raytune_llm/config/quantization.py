@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from raytune_llm.config.section import section
 
@@ -10,4 +12,18 @@ class NoQuantization:
     name: Literal["none"]
 
 
-QuantizationConfig = NoQuantization
+@section
+class FP8:
+    """Frozen weights and their products in FP8, with a scale a row. Needs a GPU of the Hopper kind or later."""
+
+    name: Literal["fp8"]
+
+
+@section
+class NF4:
+    """QLoRA (Dettmers et al. 2023): frozen weights in four bits, products in the run's precision."""
+
+    name: Literal["bnb_nf4"]
+
+
+QuantizationConfig = Annotated[NoQuantization | FP8 | NF4, Field(discriminator="name")]

@@ -19,7 +19,7 @@ class LoopConfig:
     precision: Literal["bf16", "fp16", "fp32"]
     compile: bool
     """torch.compile of each layer."""
-    activation_checkpointing: Literal["none", "selective", "full"]
+    activation_checkpointing: Literal["none", "selective", "full", "offload"]
     max_grad_norm: PositiveFloat | None
     max_nonfinite_steps: NonNegativeInt
     """Steps with a non-finite gradient are skipped; more than this many stop the run."""

@@ -194,7 +194,7 @@ def _no_space(error: BaseException) -> str | None:
             return cause.strerror
         if any(
             words in str(cause)
-            for words in ("No space left", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed")
+            for words in ("No space left", "Disk quota exceeded", "File too large", "inline_container")
         ):
             return "no space left"
         failures = getattr(cause, "failures", None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.quantization import QuantizedLinear
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "B200": 2250e12}
 """Dense bf16 products a second, by what a GPU's name contains; the makers' figures."""
@@ -22,6 +23,7 @@ def flops_per_token(policy: CausalLM, config: Any) -> float:
         if parameter.ndim < 2 or (parameter is embedding and head is not embedding):
             continue
         total += parameter.numel() * (6 if parameter.requires_grad else 4)
+    total += sum(4 * m.in_features * m.out_features for m in policy.modules() if isinstance(m, QuantizedLinear))
     return total
 
 

@@ -91,6 +91,7 @@ def work(
         precision=run.train.precision,
         seed=seed,
         device=device,
+        quantization=run.quantization.name,
         compile_layers=run.train.compile,
         activation_checkpointing=run.train.activation_checkpointing,
     )

@@ -92,7 +92,7 @@ def test_a_checkpoint_with_a_corrupt_state_is_named(chat_rows, cache, tmp_path):
     api.train(run)
     (tmp_path / "summary.json").unlink()
     (tmp_path / "checkpoints/step-2/state/.metadata").write_bytes(b"")
-    with pytest.raises(DataError, match="step-2/state can't be read"):
+    with pytest.raises(DataError, match="step-2/state: can't be read"):
         api.train(run)
 
 
@@ -112,14 +112,26 @@ def test_no_room_for_a_checkpoint_is_said_and_leaves_nothing_half_written(chat_r
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_half_precision_learns_as_well(precision, adapter, chat_rows, cache, tmp_path):
-    overrides = [f"adapter={adapter}", f"train.precision={precision}", "train.max_steps=8", "optimizer.lr=1e-2", "schedule=constant"]
+    overrides = [
+        f"adapter={adapter}",
+        f"train.precision={precision}",
+        "train.max_steps=8",
+        "optimizer.lr=1e-2",
+        "schedule=constant",
+    ]
     summary = api.train(tiny_run(chat_rows, cache, tmp_path, *overrides)).summary
     assert summary.loss_last < summary.loss_first - 0.3
 
 
 def test_steps_with_a_broken_gradient_change_nothing_and_end_the_run_at_the_limit(chat_rows, cache, tmp_path):
     # So high a rate breaks the weights in the first step; from then on every gradient is broken.
-    overrides = ["adapter=none", "optimizer.lr=1e30", "schedule=constant", "train.max_nonfinite_steps=2", "schedule.warmup_ratio=0"]
+    overrides = [
+        "adapter=none",
+        "optimizer.lr=1e30",
+        "schedule=constant",
+        "train.max_nonfinite_steps=2",
+        "schedule.warmup_ratio=0",
+    ]
     with pytest.raises(ResourceError, match=r"3 steps up to step \d+ had a gradient that is not finite"):
         api.train(tiny_run(chat_rows, cache, tmp_path, *overrides))
     assert metrics(tmp_path)[-1]["nonfinite_steps"] == 3
@@ -127,18 +139,15 @@ def test_steps_with_a_broken_gradient_change_nothing_and_end_the_run_at_the_limi
 
 def test_early_stopping_keeps_the_best(chat_rows, cache, tmp_path):
     overrides = ["train.eval_every_steps=1", "train.early_stopping=2", "checkpoint.final=best", "checkpoint.every_steps=1"]
-    overrides += ["optimizer.lr=1.0", "schedule=constant", "schedule.warmup_ratio=0", "checkpoint.keep=1"]
+    overrides += ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "checkpoint.keep=1"]  # so little that no loss gets better
     run = tiny_run(chat_rows, cache, tmp_path, *overrides)
     result = api.train(run)
     evals = [record["eval_loss"] for record in metrics(tmp_path) if "eval_loss" in record]
-    assert len(evals) < 12
-    assert all(math.isfinite(value) for value in evals)
-    best = min(range(len(evals)), key=evals.__getitem__)
-    assert len(evals) - 1 - best == 2
+    assert len(evals) == 3
     progress, _ = checkpoint.read_progress(tmp_path / "checkpoints", complete_steps(tmp_path / "checkpoints")[-1])
-    assert progress.best_step == best + 1
-    assert best + 1 in complete_steps(tmp_path / "checkpoints")
-    assert result.summary.steps == len(evals)
+    assert progress.best_step == 1
+    assert complete_steps(tmp_path / "checkpoints") == [1, 3]
+    assert result.summary.steps == 3
 
 
 @pytest.mark.parametrize(

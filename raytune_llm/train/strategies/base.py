@@ -87,7 +87,7 @@ class LossScale:
 def clipped_step(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lr: float, max_grad_norm: float | None, scale: LossScale
 ) -> StepOut:
-    """Clip by global norm (Pascanu et al. 2013), step, clear. The fused optimizer skips itself where found_inf is set."""
+    """Clip by global norm (Pascanu et al. 2013), step, clear. The fused optimizer scales the gradient as it reads it."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(scale.scale.device) / scale.scale
@@ -95,10 +95,11 @@ def clipped_step(
     shrink = 1 / scale.scale
     if max_grad_norm is not None:
         shrink = shrink * torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_(grads, shrink)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.found_inf = overflow.float()  # type: ignore[attr-defined]  # torch.amp's own protocol for fused optimizers
+    # torch.amp's own protocol for fused optimizers: they divide by the one and skip themselves by the other
+    optimizer.grad_scale = shrink.reciprocal()  # type: ignore[attr-defined]
+    optimizer.found_inf = overflow.float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     scale.update(overflow)

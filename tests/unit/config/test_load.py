@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_llm import ConfigError, load_config
@@ -73,6 +73,7 @@ def test_every_experiment_composes(experiment):
     load_config("train", [f"+experiment={experiment}", DATA])
 
 
+@settings(max_examples=10)
 @given(st.floats(1e-6, 1), st.integers(1, 64), st.sampled_from(["ddp", "fsdp", "zero3"]), st.booleans())
 def test_a_written_run_reads_back_as_itself(tmp_path_factory, lr, rank, strategy, packing):
     overrides = [DATA, f"optimizer.lr={lr}", f"adapter.rank={rank}", f"strategy={strategy}", f"data.packing={packing}"]
@@ -84,7 +85,9 @@ def test_a_written_run_reads_back_as_itself(tmp_path_factory, lr, rank, strategy
 
 def test_a_users_folder_adds_options_and_experiments(tmp_path):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /adapter: none\nname: mine\n")
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /adapter: none\nname: mine\n"
+    )
     run = load_config("train", [DATA, "+experiment=mine"], config_dir=tmp_path)
     assert (run.name, run.adapter.name) == ("mine", "none")
 
