@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
@@ -120,7 +121,7 @@ class Checkpoints:
                 (folder / PROGRESS).write_text(document)
                 (folder / COMPLETE).touch()
                 self._prune(step, best_step)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             if no_space := _no_space(error):

@@ -56,8 +56,9 @@ def test_cfg_job_prints_the_composed_config(capsys):
 
 def test_multirun_gives_each_job_a_folder(capsys, tmp_path, chat_rows, cache):
     code, *_ = said(
-        capsys, "-m", "model=tiny_random", "resources=inline", "tracking=none", f"data.path={chat_rows}", f"data.cache={cache}",
-        "data.max_length=256", "train.max_steps=1", "train.precision=fp32", f"output_dir={tmp_path / 'sweep'}", "optimizer.lr=1e-3,1e-4",
+        capsys, "-m", "model=tiny_random", "resources=inline", "tracking=none", f"data.path={chat_rows}",
+        f"data.cache={cache}", "data.max_length=256", "train.max_steps=1", "train.precision=fp32",
+        f"output_dir={tmp_path / 'sweep'}", "optimizer.lr=1e-3,1e-4",
     )  # fmt: skip
     assert code == 0
     made = sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/summary.json"))
