@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 
 from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.errors import ConfigError, ResourceError
@@ -42,7 +43,22 @@ def connect(resources: Local | Cluster) -> None:
             got="null",
             remedy="Say, resources.address=auto on a node of the cluster, or resources=local.",
         )
+    _answers(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
-        raise ResourceError(f"no Ray cluster answers at {address} ({error})", "Start one with `ray start --head`.") from None
+        raise _nobody(address, error) from None
+
+
+def _answers(address: str) -> None:
+    """Ray would try for a minute where nobody listens."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise _nobody(address, error) from None
+
+
+def _nobody(address: str, error: Exception) -> ResourceError:
+    return ResourceError(f"no Ray cluster answers at {address} ({error})", "Start one with `ray start --head`.")

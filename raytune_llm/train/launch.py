@@ -85,6 +85,8 @@ def _fit_on_ray(
     channel.close()
     if channel.mistake is not None:
         raise channel.mistake
+    if channel.failure is not None:
+        raise channel.failure
     assert channel.outcome is not None
     return channel.outcome
 
@@ -144,6 +146,8 @@ class Channel:
         self.actor: Any = ray.remote(num_cpus=0)(Inbox).remote()
         self.mistake: UserError | None = None
         self.outcome: Outcome | None = None
+        self.failure: Exception | None = None
+        """What a sink fell over. It gets no more records then; training goes on to its end."""
         self._sinks, self._on_begin = sinks, on_begin
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="records", daemon=True)
@@ -165,12 +169,15 @@ class Channel:
         import ray
 
         news, self.mistake, self.outcome = ray.get(self.actor.take.remote())
-        for item in news:
-            if isinstance(item, Begin):
-                self._on_begin(item)
-            else:
-                for sink in self._sinks:
-                    sink(item)
+        try:
+            for item in news if self.failure is None else ():
+                if isinstance(item, Begin):
+                    self._on_begin(item)
+                else:
+                    for sink in self._sinks:
+                        sink(item)
+        except Exception as failure:
+            self.failure = failure  # raised in the main thread, when the workers are done
 
 
 def group_size(resources: Local | Cluster) -> tuple[int, float, float]:
