@@ -13,9 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from raytune_llm.errors import ConfigError
+
+# torch 2.11 takes grouped heads as they are; later releases ask for the flag.
+_GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def varlen(
@@ -36,10 +41,14 @@ def varlen(
     Returns [B, T, H, Dh], as transformers expects.
     """
     B, H, T, head = query.shape
+    if cu_seqlens_S.shape[0] == 2 and sliding_window is None:
+        return _whole(query, key, value, scaling), None
     q, k, v = (x.transpose(1, 2).reshape(B * T, x.shape[1], head) for x in (query, key, value))
     if q.is_cuda:
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        out = _flash_varlen()(q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scaling, window_size=window)
+        out = varlen_attn(
+            q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scaling, window_size=window, **_GROUPED_HEADS
+        )
     else:
         out = torch.cat([
             _one_document(q[start:end], k[start:end], v[start:end], scaling, sliding_window)
@@ -108,6 +117,25 @@ def detach(model: PreTrainedModel) -> None:
     model.set_attn_implementation("sdpa")
 
 
+def fixed(cu_seqlens_S: Tensor, max_seqlen: int) -> tuple[Tensor, int]:
+    """The boundaries as compiled layers take them, so that no batch makes them compile again.
+
+    How many there are may vary, and FlashAttention's bound on a document's length is rounded up to a power of two, 1,024 at least:
+    blocks past a document's end return at once (0.3% of a step), and the bound takes few values.
+    """
+    torch._dynamo.maybe_mark_dynamic(cu_seqlens_S, 0)
+    return cu_seqlens_S, max(1 << (max_seqlen - 1).bit_length(), 1024)
+
+
+def _whole(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """One document, a long one most likely, for which cuDNN's kernel is half as fast again as FlashAttention 2."""
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        )
+    return out.transpose(1, 2)
+
+
 def _documents(cu_seqlens_S: Tensor) -> list[tuple[int, int]]:
     bounds = cu_seqlens_S.tolist()
     return list(zip(bounds[:-1], bounds[1:], strict=True))
@@ -124,12 +152,3 @@ def _one_document(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, slidin
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
     )
     return out.squeeze(0).transpose(0, 1)
-
-
-def _flash_varlen() -> Callable:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 takes grouped heads as they are; later releases ask for the flag.
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        return lambda *args, **settings: varlen_attn(*args, enable_gqa=True, **settings)
-    return varlen_attn

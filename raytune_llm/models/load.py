@@ -45,8 +45,13 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Weights in `dtype` on `device`. Random weights are a function of the config and the seed alone."""
+    """Weights in `dtype` on `device`. Random weights are a function of the config, the seed and the kind of device."""
     transformers.logging.disable_progress_bar()
+    device = torch.device(device)
+    if weights == "random" and device.type == "cuda":
+        with torch.random.fork_rng(devices=[device]), device:
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

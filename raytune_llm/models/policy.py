@@ -13,10 +13,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.errors import ConfigError
-from raytune_llm.models import attention
+from raytune_llm.models import activations, attention
 from raytune_llm.models.adapters import adapt
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import load_config, load_model, positions
+from raytune_llm.models.quantization import quantize
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -29,6 +30,7 @@ def build_policy(
     precision: str,
     seed: int,
     device: torch.device,
+    quantization: str = "none",
     compile_layers: bool = False,
     activation_checkpointing: str = "none",
 ) -> tuple[CausalLM, str]:
@@ -42,19 +44,18 @@ def build_policy(
         weights=model.weights,
         dtype=compute if frozen else torch.float32,
         seed=seed,
+        device=device,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
     )
     attention.attach(loaded, backend)
-    if activation_checkpointing == "full":
-        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if compile_layers:
-        for layer in layers(loaded):
-            layer.compile()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = adapt(loaded, adapter)
-    return CausalLM(adapted, compute=compute), f"attention: {backend} ({reason})"
+    quantize(layers(loaded), quantization)
+    activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
+    offloads = activation_checkpointing == "offload" and device.type == "cuda"
+    return CausalLM(adapted, compute=compute, compiled=compile_layers, offloads=offloads), f"attention: {backend} ({reason})"
 
 
 def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> PretrainedConfig:

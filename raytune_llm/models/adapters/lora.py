@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters.grouped import group
 
 
 def add_lora(
@@ -31,4 +32,4 @@ def add_lora(
     for module in adapted.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # autocast casts what it needs to; a copy in float32 would be for nothing
-    return adapted
+    return group(adapted)

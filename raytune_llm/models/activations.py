@@ -1,0 +1,93 @@
+"""What layers keep of their activations for the backward pass, where they keep it, and how they are compiled.
+
+Compiled layers leave the choice to the compiler's partitioner, which knows what the backward pass needs: it recomputes less than
+running a layer again (not its last product, for one). Layers that are not compiled run again as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._functorch import config as partitioner
+from transformers import PreTrainedModel
+
+from raytune_llm.errors import ConfigError
+
+BUDGETS = {"none": 1.0, "selective": 0.5, "full": 0.0, "offload": 0.1}
+"""The part of a layer's activations that a compiled layer keeps. A tenth holds what costs most for its size: attention's output."""
+
+
+def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str, *, compile_layers: bool) -> None:
+    """Set up the layers: compiled or not, and what they keep. Layers are compiled when they first run, with what is set here."""
+    if compile_layers:
+        partitioner.activation_memory_budget = BUDGETS[checkpointing]
+        for layer in layers:
+            layer.compile()
+    elif checkpointing in ("full", "offload"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif checkpointing == "selective":
+        raise ConfigError(
+            "train.activation_checkpointing", "can be selective with train.compile=true only", got=checkpointing, remedy="Take full."
+        )
+
+
+@dataclass(eq=False, slots=True)
+class _Moved:
+    host: Tensor
+    device: torch.device
+    back: Tensor | None = None
+    arrived: torch.cuda.Event | None = None
+
+
+class HostMemory:
+    """Keeps what autograd saves in page-locked host memory while it is not needed; copies run beside the computation.
+
+    In the backward pass the copy for the layer before is on its way while a layer computes.
+    """
+
+    AHEAD = 2
+    """Tensors that are fetched before they are asked for."""
+
+    def __init__(self, *, min_bytes: int) -> None:
+        self.min_bytes = min_bytes
+        self.stream = torch.cuda.Stream()
+        self.moved: list[_Moved] = []
+
+    def __call__(self) -> AbstractContextManager[None]:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Moved:
+        if isinstance(tensor, nn.Parameter) or not tensor.is_cuda or tensor.numel() * tensor.element_size() < self.min_bytes:
+            return tensor
+        host = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            host.copy_(tensor.detach(), non_blocking=True)
+        tensor.record_stream(self.stream)
+        self.moved.append(_Moved(host, tensor.device))
+        return self.moved[-1]
+
+    def _unpack(self, saved: Tensor | _Moved) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        at = self.moved.index(saved)
+        for entry in reversed(self.moved[max(at - self.AHEAD, 0) : at + 1]):
+            self._fetch(entry)
+        del self.moved[at:]
+        assert saved.back is not None and saved.arrived is not None
+        torch.cuda.current_stream().wait_event(saved.arrived)
+        return saved.back
+
+    def _fetch(self, entry: _Moved) -> None:
+        if entry.back is not None:
+            return
+        entry.back = torch.empty_strided(entry.host.shape, entry.host.stride(), dtype=entry.host.dtype, device=entry.device)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            entry.back.copy_(entry.host, non_blocking=True)
+            entry.arrived = self.stream.record_event()
+        entry.back.record_stream(self.stream)

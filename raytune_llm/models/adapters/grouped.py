@@ -1,0 +1,209 @@
+"""LoRA on projections that share an input, as one.
+
+PEFT runs each adapted layer by itself: every layer reads the activations again for its own A, and the scaled product is a pass of
+its own over the output, forward and backward. Here q/k/v, and gate/up, share one product with their A matrices laid end to end,
+the scale is folded into B, and B's product is accumulated into the base layer's output where it stands, and A's into the gradient of
+the input. The layers themselves stay PEFT's, under their names, so that saving, loading and switching adapters off are not concerned.
+
+With dropout, the layers of a group see one mask (Hu et al. 2021 leave it open; PEFT draws one a layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from raytune_llm.models.quantization import FP8Linear, NF4Linear, QuantizedLinear
+
+Product = Callable[..., Tensor]
+
+ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
+"""Rotary attention over q_proj, k_proj and v_proj, with the norms of heads that Qwen3 has."""
+MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP"}
+"""down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
+
+
+def project(x_BTD: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """The output of each layer for one input. Falls back to a layer at a time where an adapter is off, merged or of another kind."""
+    name = _adapter(layers[0])
+    adapted: list[Any] = list(layers)
+    kind = type(getattr(layers[0], "base_layer", None))
+    if name is None or kind not in ADAPTED or any(_adapter(x) != name or type(x.base_layer) is not kind for x in adapted[1:]):
+        return [layer(x_BTD) for layer in layers]
+    device = x_BTD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BTD.dtype
+    x_MD = x_BTD.flatten(0, -2).to(dtype)
+    a_RD = torch.cat([layer.lora_A[name].weight for layer in adapted]).to(dtype)
+    dropout = adapted[0].lora_dropout[name]
+    drops = not isinstance(dropout, nn.Identity)
+    per_layer = [
+        tensor
+        for layer in adapted
+        for tensor in ((layer.lora_B[name].weight * layer.scaling[name]).to(dtype), *_weights(layer.base_layer))
+    ]
+    with torch.autocast(device, enabled=False):
+        outs = ADAPTED[kind].apply(x_MD, None if drops else a_RD, dropout(x_MD) @ a_RD.T if drops else None, *per_layer)
+    outs = [out.view(*x_BTD.shape[:-1], -1) for out in outs]
+    biases = [layer.base_layer.bias for layer in adapted]
+    return [out if bias is None else out + bias.to(dtype) for out, bias in zip(outs, biases, strict=True)]
+
+
+class GroupedAttention(nn.Module):
+    """Attention of the families in ATTENTIONS, around the projections that it takes over."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+        self.config: Any = attention.config
+        self.layer_idx: Any = attention.layer_idx
+        self.head_dim: Any = attention.head_dim
+        self.num_key_value_groups: Any = attention.num_key_value_groups
+        self.scaling: Any = attention.scaling
+        self.attention_dropout: Any = attention.attention_dropout
+        self.is_causal = True
+        self.norms_heads = "q_norm" in self._modules
+        self.sliding_window: int | None = _sliding_window(attention)
+        self.train(attention.training)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        B, T, _ = hidden_states.shape
+        query, key, value = (
+            x.view(B, T, -1, self.head_dim) for x in project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
+        )
+        if self.norms_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        (out,) = project(out.reshape(B, T, -1), (self.o_proj,))
+        return out, weights
+
+
+class GroupedMLP(nn.Module):
+    """The gated MLP of the families in MLPS, around the projections that it takes over."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        for name, child in mlp.named_children():
+            self.add_module(name, child)
+        self.train(mlp.training)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate, up = project(hidden_states, (self.gate_proj, self.up_proj))
+        (out,) = project(self.act_fn(gate) * up, (self.down_proj,))
+        return out
+
+
+def group(model: nn.Module) -> nn.Module:
+    """Let attention and MLP of known families run their adapters in groups; those of others stay as they are."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ in ATTENTIONS:
+                setattr(parent, name, GroupedAttention(child))
+            elif type(child).__name__ in MLPS:
+                setattr(parent, name, GroupedMLP(child))
+    return model
+
+
+def _adapter(layer: nn.Module) -> str | None:
+    """The plain LoRA adapter that is at work in the layer; None where there is none or it is of another kind."""
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    name = layer.active_adapters[0]
+    return None if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias[name] else name
+
+
+def _weights(base: nn.Module) -> tuple[Tensor, ...]:
+    return base.weights() if isinstance(base, QuantizedLinear) else (base.weight,)
+
+
+@torch.library.custom_op("raytune_llm::accumulate_product", mutates_args={"into_MN"})
+def _accumulate_product(into_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    """into += left @ right, in its place also in compiled code, which would copy it first."""
+    into_MN.addmm_(left_MK, right_KN)
+
+
+def _adapted(product: Product, transposed: Product, num_weights: int) -> type[torch.autograd.Function]:
+    """y_i = product(x, weights_i) + low_i @ b_i.T for the layers of a group, whose weights are frozen.
+
+    Takes x [M, D], then either a [R, D], where low is x @ a.T, or low [M, R] itself, then b_i [N_i, R_i] and the weights of each layer.
+    """
+
+    class Adapted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x_MD: Tensor, a_RD: Tensor | None, low_MR: Tensor | None, *per_layer: Tensor) -> tuple[Tensor, ...]:
+            low = x_MD @ a_RD.T if a_RD is not None else low_MR
+            assert low is not None
+            outs, start = [], 0
+            for i in range(0, len(per_layer), 1 + num_weights):
+                b_NR, weights = per_layer[i], per_layer[i + 1 : i + 1 + num_weights]
+                out = product(x_MD, *weights)
+                _accumulate_product(out, low[:, start : start + b_NR.shape[1]], b_NR.T)
+                outs.append(out)
+                start += b_NR.shape[1]
+            ctx.given_low = a_RD is None
+            ctx.save_for_backward(x_MD, low if a_RD is None else a_RD, low, *per_layer)
+            return tuple(outs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            x_MD, a_RD, low, *per_layer = ctx.saved_tensors
+            towards_low, towards_layers, towards_x, start = [], [], None, 0
+            for i, grad in zip(range(0, len(per_layer), 1 + num_weights), grads, strict=True):
+                b_NR, weights = per_layer[i], per_layer[i + 1 : i + 1 + num_weights]
+                towards_low.append(grad @ b_NR)
+                towards_layers += [grad.T @ low[:, start : start + b_NR.shape[1]], *[None] * num_weights]
+                start += b_NR.shape[1]
+                if towards_x is None:
+                    towards_x = transposed(grad, *weights)
+                elif num_weights == 1:
+                    _accumulate_product(towards_x, grad, weights[0])
+                else:
+                    towards_x = towards_x + transposed(grad, *weights)
+            low_grad = torch.cat(towards_low, dim=1)
+            if ctx.given_low:
+                return towards_x, None, low_grad, *towards_layers
+            assert towards_x is not None
+            _accumulate_product(towards_x, low_grad, a_RD)
+            return towards_x, low_grad.T @ x_MD, None, *towards_layers
+
+    return Adapted
+
+
+ADAPTED: dict[type, type[torch.autograd.Function]] = {
+    nn.Linear: _adapted(lambda x_MK, weight_NK: x_MK @ weight_NK.T, lambda grad_MN, weight_NK: grad_MN @ weight_NK, 1),
+    **{kind: _adapted(kind.product, kind.transposed, kind.num_weights) for kind in (FP8Linear, NF4Linear)},
+}
+"""By the kind of layer under the adapter: its product with x, the product with its transpose, and how many tensors its weight is."""
+
+
+def _sliding_window(attention: Any) -> int | None:
+    if type(attention).__name__ == "MistralAttention":
+        return attention.config.sliding_window
+    return getattr(attention, "sliding_window", None)

@@ -1,0 +1,158 @@
+"""Frozen weights in fewer bits: name -> what takes the place of a linear layer. Products' results stay in the activations' type.
+
+The layers under adapters are replaced after those are in place, so PEFT's own layers carry on around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytune_llm.errors import ConfigError, ResourceError
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+NF4_BLOCK = 64
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer. Its weights are buffers: nothing here is trained or saved."""
+
+    num_weights: int
+    product: Callable[..., Tensor]
+    """(x [M, K], *weights()) -> [M, N], without autograd."""
+    transposed: Callable[..., Tensor]
+    """(grad [M, N], *weights()) -> [M, K], likewise."""
+
+    def weights(self) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Product.apply(x.flatten(0, -2), self, *self.weights()).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+
+
+class FP8Linear(QuantizedLinear):
+    """Products in FP8, with a scale a row on either side (Micikevicius et al. 2022, arXiv 2209.05433).
+
+    Forward sums over inputs and backward over outputs, and tensor cores want the summed dimension last; so the weight is held
+    twice, each time with the scales that fit. Together they take what it took in bf16.
+    """
+
+    num_weights = 4
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight_NK = linear.weight.detach()
+        for name, matrix in (("forward", weight_NK), ("backward", weight_NK.T.contiguous())):
+            quantized, scale = _rows_in_fp8(matrix)
+            self.register_buffer(f"{name}_weight", quantized, persistent=False)
+            self.register_buffer(f"{name}_scale", scale.T.contiguous(), persistent=False)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.forward_weight, self.forward_scale, self.backward_weight, self.backward_scale
+
+    @staticmethod
+    def product(x_MK: Tensor, weight_NK: Tensor, scale_1N: Tensor, transposed_KN: Tensor, transposed_scale_1K: Tensor) -> Tensor:
+        return _fp8_product(x_MK, weight_NK, scale_1N)
+
+    @staticmethod
+    def transposed(grad_MN: Tensor, weight_NK: Tensor, scale_1N: Tensor, transposed_KN: Tensor, transposed_scale_1K: Tensor) -> Tensor:
+        return _fp8_product(grad_MN, transposed_KN, transposed_scale_1K)
+
+
+def _fp8_product(x_MK: Tensor, weight_NK: Tensor, scale_1N: Tensor) -> Tensor:
+    rows, scale_M1 = _rows_in_fp8(x_MK)
+    return torch._scaled_mm(rows, weight_NK.T, scale_a=scale_M1, scale_b=scale_1N, out_dtype=x_MK.dtype, use_fast_accum=True)
+
+
+def _rows_in_fp8(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row over its largest magnitude, and what to multiply it with again, [M, 1] float32."""
+    scale_M1 = x_MK.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
+    return (x_MK.float() / scale_M1).to(FP8), scale_M1
+
+
+class NF4Linear(QuantizedLinear):
+    """Weights in four bits, blocks of 64 with one scale each (Dettmers et al. 2023, arXiv 2305.14314); products in the
+    activations' type, for which the weight is unpacked, once forward and once backward, and not kept."""
+
+    num_weights = 3
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        try:
+            from bitsandbytes.functional import quantize_4bit
+        except ImportError:
+            raise ResourceError("quantization=bnb_nf4 needs bitsandbytes", "Install it: pip install 'raytune-llm[gpu]'.") from None
+        packed, state = quantize_4bit(linear.weight.detach(), quant_type="nf4", blocksize=NF4_BLOCK)
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scales", state.absmax, persistent=False)
+        # Its shape is the weight's; it holds nothing.
+        self.register_buffer("shape", torch.empty(1, dtype=torch.int8, device=packed.device).expand(linear.weight.shape), persistent=False)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.packed, self.scales, self.shape
+
+    @staticmethod
+    def product(x_MK: Tensor, packed: Tensor, scales: Tensor, shape: Tensor) -> Tensor:
+        return _nf4_product(x_MK, packed, scales, shape, False)
+
+    @staticmethod
+    def transposed(grad_MN: Tensor, packed: Tensor, scales: Tensor, shape: Tensor) -> Tensor:
+        return _nf4_product(grad_MN, packed, scales, shape, True)
+
+
+@torch.library.custom_op("raytune_llm::nf4_product", mutates_args=())
+def _nf4_product(x: Tensor, packed: Tensor, scales: Tensor, shape: Tensor, transposed: bool) -> Tensor:
+    """x @ weight, or x @ weight.T. One op for the compiler, which would otherwise keep the unpacked weight for the backward pass."""
+    weight = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, NF4_BLOCK, "nf4", list(shape.shape), x.dtype)
+    return x @ weight if transposed else x @ weight.T
+
+
+@_nf4_product.register_fake
+def _(x: Tensor, packed: Tensor, scales: Tensor, shape: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty((x.shape[0], shape.shape[1 if transposed else 0]))
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, layer: QuantizedLinear, *weights: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(*weights)
+        return layer.product(x_MK, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MN: Tensor) -> Any:  # type: ignore[override]
+        return ctx.layer.transposed(grad_MN, *ctx.saved_tensors), None, *[None] * len(ctx.saved_tensors)
+
+
+QUANTIZED: dict[str, type[QuantizedLinear] | None] = {"none": None, "fp8": FP8Linear, "bnb_nf4": NF4Linear}
+
+
+def quantize(layers: Iterable[nn.Module], name: str) -> None:
+    """Replace the frozen linear layers inside `layers`, which must be on a GPU."""
+    kind = QUANTIZED[name]
+    if kind is None:
+        return
+    found = [
+        (parent, child_name, child)
+        for layer in layers
+        for parent in layer.modules()
+        for child_name, child in parent.named_children()
+        if type(child) is nn.Linear and not child.weight.requires_grad
+    ]
+    if not found:
+        raise ConfigError("quantization", "needs frozen weights", got=name, remedy="Set adapter=lora, or quantization=none.")
+    if not found[0][2].weight.is_cuda:
+        raise ConfigError("quantization", "needs a GPU", got=name, remedy="Set quantization=none.")
+    while found:
+        parent, child_name, child = found.pop()
+        setattr(parent, child_name, kind(child))

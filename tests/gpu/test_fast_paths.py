@@ -1,0 +1,141 @@
+"""On a GPU, every fast path gives what the plain one gives in float32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from raytune_llm.config.load import load_config
+from raytune_llm.data.batches import collate
+from raytune_llm.losses.tokens import cross_entropy
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.load import load_config as load_model_config
+from raytune_llm.models.policy import build_policy
+from raytune_llm.records import Batch
+from raytune_llm.train.loop import to_device
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+CUDA = torch.device("cuda")
+MODEL = (
+    "{model_type:llama,vocab_size:512,hidden_size:256,intermediate_size:512,num_hidden_layers:3,num_attention_heads:4,"
+    "num_key_value_heads:2,max_position_embeddings:1024,tie_word_embeddings:false}"
+)
+
+
+def batch(*lengths: int, rows: int = 2, length: int = 512) -> Batch:
+    random = np.random.default_rng(sum(lengths))
+    lines = [[(random.integers(0, 512, n), np.array([n // 3, n])) for n in lengths] for _ in range(rows)]
+    return to_device(collate(lines, length=length, pad_id=0), CUDA)
+
+
+def policy(*overrides: str) -> CausalLM:
+    base = ["model=hub", "model.path=null", "model.weights=random", "model.tokenizer=bytes", f"++model.config={MODEL}", "data.path=none"]
+    run = load_config("train", [*base, *overrides])
+    made, _ = build_policy(
+        load_model_config(None, run.model.config),
+        run.model,
+        run.adapter,
+        precision=run.train.precision,
+        seed=0,
+        device=CUDA,
+        quantization=run.quantization.name,
+        compile_layers=run.train.compile,
+        activation_checkpointing=run.train.activation_checkpointing,
+    )
+    return made.to(CUDA).train()
+
+
+def same_weights(model: CausalLM, other: CausalLM) -> None:
+    """Both get the weights of the second as bf16 has them, and B matrices that are not zero."""
+    torch.manual_seed(1)
+    theirs = dict(other.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = (torch.randn_like(parameter) * 0.05 if "lora_B" in name else parameter).bfloat16().float()
+            parameter.copy_(value)
+            theirs[name].copy_(value)
+
+
+def loss_and_gradients(model: CausalLM, batch: Batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = model(batch, cross_entropy)
+    loss.sum().div(len(batch.trained_N)).backward()
+    gradients = {name: p.grad.float().clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach().float(), **gradients}
+
+
+def error(ours: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((ours - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.compile=false"],
+        ["train.compile=false", "train.activation_checkpointing=full"],
+        ["train.compile=true"],
+        ["train.compile=true", "train.activation_checkpointing=selective"],
+        ["train.compile=true", "train.activation_checkpointing=full"],
+        ["train.compile=true", "train.activation_checkpointing=offload"],
+    ],
+    ids=" ".join,
+)
+def test_a_bf16_step_is_as_near_to_float32_as_plain_bf16_is(adapter: str, overrides: list[str]) -> None:
+    torch._dynamo.reset()
+    plain = policy(f"adapter={adapter}", "train.precision=fp32", "train.compile=false", "model.attention=sdpa")
+    fast = policy(f"adapter={adapter}", "train.precision=bf16", *overrides)
+    same_weights(plain, fast)
+    packs = batch(200, 31, 7, 120)
+    wanted, got = loss_and_gradients(plain, packs), loss_and_gradients(fast, packs)
+    assert wanted.keys() == got.keys()
+    assert error(got["loss"], wanted["loss"]) < 3e-3
+    for name in wanted:
+        assert error(got[name], wanted[name]) < 2.5e-2, name
+
+
+@pytest.mark.parametrize(("quantization", "bound"), [("fp8", 0.08), ("bnb_nf4", 0.3)])
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_quantized_weights_change_the_gradients_by_their_rounding_only(quantization: str, bound: float, compiled: str) -> None:
+    torch._dynamo.reset()
+    plain = policy("adapter=lora", "train.precision=bf16")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    fast = policy("adapter=lora", "train.precision=bf16", f"train.compile={compiled}", f"quantization={quantization}")
+    fast.load_state_dict({name: p for name, p in plain.named_parameters() if p.requires_grad}, strict=False)
+    packs = batch(200, 31, 7, 120)
+    wanted, got = loss_and_gradients(plain, packs), loss_and_gradients(fast, packs)
+    assert error(got["loss"], wanted["loss"]) < 0.01
+    for name in wanted:
+        assert error(got[name], wanted[name]) < bound, name
+
+
+def test_batches_with_other_boundaries_compile_nothing_again() -> None:
+    torch._dynamo.reset()
+    model = policy("adapter=lora", "train.compile=true")
+    for lengths in [(200, 31, 7, 120), (100, 100, 50)]:
+        loss_and_gradients(model, batch(*lengths))
+    torch.compiler.set_stance("fail_on_recompile")
+    try:
+        for lengths in [(150, 150, 20), (129, 1, 1, 1, 1), (256, 256)]:
+            loss_and_gradients(model, batch(*lengths))
+    finally:
+        torch.compiler.set_stance("default")
+
+
+def test_no_document_sees_another() -> None:
+    model = policy("adapter=none", "train.compile=true", "train.precision=bf16")
+    packs = batch(200, 31, 7, 120)
+    changed = packs.ids_BT.clone()
+    changed[:, :200] = 5
+    before, after = model(packs, cross_entropy), model(replace(packs, ids_BT=changed), cross_entropy)
+    later = packs.trained_N % 512 >= 200
+    assert torch.equal(before[later], after[later])
+    assert not torch.equal(before[~later], after[~later])
