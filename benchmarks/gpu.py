@@ -35,7 +35,7 @@ from raytune_llm.data.batches import collate, pinned
 from raytune_llm.data.loader import Step
 from raytune_llm.data.packing import plan
 from raytune_llm.models.load import load_config as load_model_config
-from raytune_llm.models.policy import DTYPES, build_policy
+from raytune_llm.models.policy import build_policy, compute_dtype
 from raytune_llm.stages import STAGES
 from raytune_llm.train.flops import flops_per_token
 from raytune_llm.train.loop import one_step
@@ -120,7 +120,7 @@ def measure(name: str, variant: Variant, settings: list[str], num_steps: int, ma
         config,
         run.model,
         run.adapter,
-        precision=run.train.precision,
+        compute=compute_dtype(run.train.precision, device),
         seed=0,
         device=device,
         quantization=run.quantization.name,
@@ -133,7 +133,7 @@ def measure(name: str, variant: Variant, settings: list[str], num_steps: int, ma
         policy,
         partial(build_optimizer, run.optimizer),
         device=device,
-        precision=Precision(DTYPES[run.train.precision]),
+        precision=Precision(compute_dtype(run.train.precision, device)),
         max_grad_norm=run.train.max_grad_norm,
     )
     strategy.model.train()

@@ -201,14 +201,14 @@ def answer_held_out_rows(run: TrainRun, store_folder: str, whole_store: bool, fi
     from raytune_llm.engines.hf import HFEngine
     from raytune_llm.evaluate.exact_match import exact_match
     from raytune_llm.models.load import load_model
-    from raytune_llm.models.policy import DTYPES, run_config
+    from raytune_llm.models.policy import compute_dtype, run_config
 
     store = Store.open(store_folder)
     rows = range(len(store)) if whole_store else split(len(store), run.data.eval_fraction, run.train.seed)[1].tolist()
     tokenizer = load_tokenizer(
         run.model.path, revision=run.model.revision, trust_remote_code=run.model.trust_remote_code, kind=run.model.tokenizer
     )
-    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_adapter = run.adapter.name != "none"
     path = str(final) if final is not None and not is_adapter else run.model.path
     model = replace(run.model, path=path, weights="pretrained" if final is not None and not is_adapter else run.model.weights)
@@ -216,9 +216,9 @@ def answer_held_out_rows(run: TrainRun, store_folder: str, whole_store: bool, fi
         run_config(model, tokenizer, run.data.max_length),
         path,
         weights=model.weights,
-        dtype=DTYPES[run.train.precision] if on_gpu else torch.float32,
+        dtype=compute_dtype(run.train.precision, device) if device.type == "cuda" else torch.float32,
         seed=run.train.seed,
-        device="cuda" if on_gpu else "cpu",
+        device=device,
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
     )

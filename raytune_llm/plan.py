@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig
 
 from raytune_llm.config.adapter import AdapterConfig, LoRA
-from raytune_llm.config.data import DataConfig
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.strategy import FSDP, StrategyConfig
-from raytune_llm.data import pipeline, sources
 from raytune_llm.data.loader import split
-from raytune_llm.data.store import MANIFEST, Store, key_of
+from raytune_llm.data.pipeline import find_stores
+from raytune_llm.data.store import Store
 from raytune_llm.data.tokenizer import load_tokenizer
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
@@ -132,7 +131,7 @@ def plan(run: TrainRun) -> Plan:
         world_size=world_size,
         accumulation=accumulation,
         parameters=needs.parameters,
-        data=_data(run, tokenizer),
+        data=_data(run),
         memory=memory,
         devices=devices,
         misfits=tuple(Misfit(device=device, mends=_mends(device, needs, changes, memory_of)) for device in too_small),
@@ -186,7 +185,7 @@ def _accumulation(run: TrainRun, world_size: int) -> int:
 
 
 def _memory(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
-    dtype = DTYPES[run.train.precision]
+    dtype = DTYPES.get(run.train.precision, torch.bfloat16)  # what auto is on the GPUs that a plan is for
     backend, _ = attention.choose(run.model.attention, torch.device("cuda"), dtype)
     strategy = asdict(needs.strategy)  # type: ignore[call-overload]
     states = STATES[strategy.pop("name")](
@@ -241,10 +240,8 @@ def _mends(
     return tuple(mends)
 
 
-def _data(run: TrainRun, tokenizer: PreTrainedTokenizerFast) -> Data | None:
-    assert run.data.path is not None
-    store = _store(run.data, run.data.path, tokenizer)
-    eval_store = None if run.data.eval_path is None else _store(run.data, run.data.eval_path, tokenizer)
+def _data(run: TrainRun) -> Data | None:
+    store, eval_store = find_stores(run.model, run.data)
     if store is None or (run.data.eval_path is not None and eval_store is None):
         return None
     stores = open_stores(run, str(store), None if eval_store is None else str(eval_store))
@@ -263,10 +260,3 @@ def _data(run: TrainRun, tokenizer: PreTrainedTokenizerFast) -> Data | None:
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps(run, steps_per_epoch),
     )
-
-
-def _store(data: DataConfig, path: str, tokenizer: PreTrainedTokenizerFast) -> Path | None:
-    """The folder of the store that `prepare` would find or make, if it is there."""
-    content = sources.fingerprint(sources.find(path, subset=data.subset, split=data.split))
-    folder = Path(data.cache).expanduser().resolve() / key_of(pipeline._made_from(tokenizer, data, content))
-    return folder if (folder / MANIFEST).exists() else None

@@ -16,7 +16,8 @@ class LoopConfig:
     global_batch_size: PositiveInt
     """What one optimizer step sees over all workers; accumulation follows."""
     seed: NonNegativeInt
-    precision: Literal["bf16", "fp16", "fp32"]
+    precision: Literal["auto", "bf16", "fp16", "fp32"]
+    """auto: bf16 where the hardware multiplies it, else fp32."""
     compile: bool
     """torch.compile of each layer."""
     activation_checkpointing: Literal["none", "selective", "full", "offload"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +23,26 @@ from raytune_llm.models.quantization import quantize
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What matrix products run in. auto: bf16 where the hardware has it, else fp32, which is faster than bf16 in software."""
+    if precision != "auto":
+        return DTYPES[precision]
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """oneDNN multiplies bf16 in hardware from AVX512-BF16 or AMX on (and on Arm from the bf16 extension on)."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return any(f" {flag} " in flags.replace("\n", " ") for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def build_policy(
     config: PretrainedConfig,
     model: ModelConfig,
     adapter: AdapterConfig,
     *,
-    precision: str,
+    compute: torch.dtype,
     seed: int,
     device: torch.device,
     quantization: str = "none",
@@ -35,7 +50,6 @@ def build_policy(
     activation_checkpointing: str = "none",
 ) -> tuple[CausalLM, str]:
     """The model, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in float32."""
-    compute = DTYPES[precision]
     backend, reason = attention.choose(model.attention, device, compute)
     frozen = adapter.name != "none"
     loaded = load_model(

@@ -20,7 +20,7 @@ from raytune_llm.data.loader import Loader, Samples, split
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokenizer import load_tokenizer
 from raytune_llm.errors import DataError
-from raytune_llm.models.policy import DTYPES, build_policy, run_config
+from raytune_llm.models.policy import build_policy, compute_dtype, run_config
 from raytune_llm.stages import STAGES
 from raytune_llm.train import loop
 from raytune_llm.train.checkpoint import Checkpoints, Progress, complete_steps, read_progress
@@ -84,11 +84,12 @@ def work(
     steps = total_steps(run, loader.steps_per_epoch)
 
     config = run_config(run.model, tokenizer, run.data.max_length)
+    compute = compute_dtype(run.train.precision, device)
     policy, attention = build_policy(
         config,
         run.model,
         run.adapter,
-        precision=run.train.precision,
+        compute=compute,
         seed=seed,
         device=device,
         quantization=run.quantization.name,
@@ -101,7 +102,7 @@ def work(
         policy,
         partial(build_optimizer, run.optimizer),
         device=device,
-        precision=Precision(DTYPES[run.train.precision]),
+        precision=Precision(compute),
         max_grad_norm=run.train.max_grad_norm,
     )
 
@@ -175,7 +176,7 @@ def work(
                 parameters,
                 tokenizer,
                 base_model=run.model.path or "",
-                dtype=DTYPES[run.train.precision],
+                dtype=compute,
                 card=model_card(run, progress.step, progress.loss_last),
             )
         if dist.is_initialized():

@@ -24,7 +24,7 @@ DATA = "data.path=rows.jsonl"
         ([DATA, "train.epochs=0"], "train.epochs must be at least 1, got 0"),
         ([DATA, "train.epochs=abc"], "train.epochs must be a whole number, got 'abc'"),
         ([DATA, "train.epochs=true"], "train.epochs must be a whole number, got True"),
-        ([DATA, "train.precision=fp64"], "train.precision must be 'bf16', 'fp16' or 'fp32', got 'fp64'"),
+        ([DATA, "train.precision=fp64"], "train.precision must be 'auto', 'bf16', 'fp16' or 'fp32', got 'fp64'"),
         ([DATA, "adapter.dropout=1.5"], "adapter.dropout must be below 1, got 1.5"),
         ([], "data.path must name a file"),
         ([DATA, "train.micro_batch_size=3"], "train.global_batch_size must be a multiple of"),

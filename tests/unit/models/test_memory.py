@@ -20,7 +20,7 @@ from raytune_llm.models.memory import (
     fsdp_states,
     memory_per_gpu,
 )
-from raytune_llm.models.policy import build_policy
+from raytune_llm.models.policy import DTYPES, build_policy
 from raytune_llm.records import Batch
 
 GIB = 2**30
@@ -94,7 +94,7 @@ def test_activations_are_what_autograd_keeps(adapter, precision):
     model = ModelConfig(
         path=None, revision=None, weights="random", config={}, tokenizer=None, trust_remote_code=False, attention="varlen"
     )
-    policy, _ = build_policy(SMALL, model, adapter, precision=precision, seed=0, device=torch.device("cpu"))
+    policy, _ = build_policy(SMALL, model, adapter, compute=DTYPES[precision], seed=0, device=torch.device("cpu"))
     policy.train()
     kept = bytes_kept_for_backward(policy, one_document(tokens))
     parameters = count_parameters(SMALL, adapter)
