@@ -28,7 +28,8 @@ def ours(folder: Path, steps: int, precision: str, resources: str) -> dict[str, 
     started = time.time()
     command = [
         sys.executable, "-m", "raytune_llm", "model=smollm2_135m", "data=alpaca", f"data.path={DATA}",
-        f"data.cache={folder / 'stores'}", "data.max_length=1024", "train.micro_batch_size=4", "train.global_batch_size=4", f"train.max_steps={steps}",
+        f"data.cache={folder / 'stores'}", "data.max_length=1024",
+        "train.micro_batch_size=4", "train.global_batch_size=4", f"train.max_steps={steps}",
         f"train.precision={precision}", "train.log_every_steps=1", "adapter.rank=8", f"resources={resources}", "tracking=none",
         f"output_dir={folder / 'ours'}",
     ]  # fmt: skip
