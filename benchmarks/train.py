@@ -42,7 +42,8 @@ def llamafactory(python: str, folder: Path, steps: int, precision: str) -> dict[
     info = {"alpaca": {"file_name": str(DATA)}}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     settings = {
-        "model_name_or_path": packaged.resolve(MODEL), "stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 8,
+        "model_name_or_path": packaged.resolve(MODEL), "stage": "sft", "do_train": True, "finetuning_type": "lora",
+        "lora_rank": 8,
         "lora_target": "all", "dataset": "alpaca", "dataset_dir": str(folder), "template": "smollm2", "cutoff_len": 1024,
         "packing": True, "output_dir": str(folder / "theirs"), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
         "learning_rate": 2e-4, "max_steps": steps, "logging_steps": 1, "save_steps": 10_000, "bf16": precision == "bf16",
@@ -61,7 +62,7 @@ def llamafactory(python: str, folder: Path, steps: int, precision: str) -> dict[
 def _watch(
     command: list[str], log: Path, marker: str, started: float, environment: Mapping[str, str]
 ) -> tuple[float, list[float]]:
-    """Seconds since `started` at which the first step began (the output said `marker`), and at which each line of the log came."""
+    """Seconds since `started` until the first step began (the output said `marker`) and until each line of the log."""
     begun, times = 0.0, []
     printed = log.parent.parent / f"{log.stem}.out"
     with printed.open("w") as out:
