@@ -68,14 +68,15 @@ def memory_mib(pid: int) -> float:
 
 def rust_rows_per_s(num_rows: int = 999) -> float:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from raytune_llm.data.formats import alpaca
+    from raytune_llm.config.load import load_config
+    from raytune_llm.data.formats import convert
     from raytune_llm.data.templates import ChatTemplate
     from raytune_llm.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(MODEL)
     template = ChatTemplate(tokenizer)
-    columns = {name: name for name in ("instruction", "input", "output", "system", "history")}
-    texts = [template.render(alpaca(row, **columns)).text for row in json.loads(SOURCE.read_text())[:num_rows]]
+    columns = load_config("prepare", ["data=alpaca", f"data.path={SOURCE}"]).data.format
+    texts = [template.render(convert(row, columns)).text for row in json.loads(SOURCE.read_text())[:num_rows]]
     best = float("inf")
     for _ in range(3):
         started = time.perf_counter()

@@ -8,7 +8,7 @@ Tensor shape suffixes, used in names all over the package:
     D  hidden size
     H  attention heads
     S  boundaries: the documents of a batch plus one
-    P  pairs
+    P  pairs, or labelled rows
     M  documents, one sequence each
 """
 
@@ -19,7 +19,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from torch import Tensor
+
+    Ids = Sequence[int] | ndarray
 
 Role = Literal["system", "user", "assistant", "tool"]
 IGNORE = -100
@@ -88,8 +91,34 @@ Record = Conversation | Pair | Labeled | Text
 class TokenRow:
     """Token ids of a row and the trained ranges in them: spans [start, end), flattened as start, end, start, end, ..."""
 
-    ids: Sequence[int]
-    spans: Sequence[int]
+    ids: Ids
+    spans: Ids
+
+
+@dataclass(frozen=True, slots=True)
+class PairRow:
+    """Token ids of a request and of two answers to it, the first preferred."""
+
+    prompt_ids: Ids
+    chosen_ids: Ids
+    rejected_ids: Ids
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledRow:
+    """Token ids of a request and of an answer to it, and whether it is a good one."""
+
+    prompt_ids: Ids
+    answer_ids: Ids
+    desirable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """Token ids of a request, and of the answer that came with it, if any did."""
+
+    prompt_ids: Ids
+    answer_ids: Ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +138,44 @@ class Batch:
     cu_seqlens_S: Tensor
     max_seqlen: int
     sample_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairBatch(Batch):
+    """A batch of pairs: each side is a document with a copy of the request, of which the answer is trained.
+
+    Documents are numbered by cu_seqlens_S: document d is from cu_seqlens_S[d] to cu_seqlens_S[d + 1], padding among them, S - 1
+    in all. Log-probabilities of the trained tokens, in the order of trained_N, become those of answers by adding each to that of
+    its document.
+    """
+
+    documents_N: Tensor
+    """int64: the document of each trained position."""
+    chosen_P: Tensor
+    """int64: the document of each pair's preferred side. There may be no pair (a micro-batch of padding)."""
+    rejected_P: Tensor
+    rows: tuple[int, ...]
+    """Each pair's row in the store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabeledBatch(Batch):
+    """A batch of labelled answers, as documents numbered like PairBatch's, each with its request.
+
+    For every row there is a second document: the same request with the answer of another row, to estimate how far the policy
+    has moved from the reference.
+    """
+
+    documents_N: Tensor
+    """int64: the document of each trained position."""
+    answers_P: Tensor
+    """int64: the document of each row."""
+    mismatched_P: Tensor
+    """int64: the document of each row's request with another row's answer."""
+    desirable_P: Tensor
+    """bool."""
+    rows: tuple[int, ...]
+    """Each one's row in the store."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ def _model_is_given(model: ModelConfig) -> None:
 
 
 def _data_are_given(data: DataConfig) -> None:
-    if data.path is None:
+    if data.path is None and data.dataset_info is None:
         raise ConfigError("data.path", "must name a file, a folder or a hub data set", remedy="Say, data.path=rows.jsonl.")
     if not 0 <= data.eval_fraction < 1:
         raise ConfigError("data.eval_fraction", "must be at least 0 and below 1", got=data.eval_fraction, remedy="Say, 0.1.")

@@ -10,14 +10,17 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from raytune_llm.data.batches import KINDS, Document, collate, fields, pinned
 from raytune_llm.data.packing import plan
 from raytune_llm.data.store import Store
-from raytune_llm.records import IGNORE, Batch
+from raytune_llm.records import Batch
+
+__all__ = ["Loader", "Samples", "Step", "collate", "permutation", "pinned", "split"]
 
 JOINED_MULTIPLE = 64
 """Joined rows are padded to a multiple of this, so that fewer shapes occur."""
@@ -42,28 +45,59 @@ def _generator(seed: int, *stream: int) -> np.random.Generator:
 
 
 class Samples:
-    """What the order is over: packs of at most max_length tokens, or single rows."""
+    """What the order is over: packs of at most max_length tokens a document of a row (two for a pair), or single rows.
+
+    Plain texts are packed end to end: the text of all rows, one after another, is cut every max_length tokens, so that only the
+    last sample is not full. A row may then lie in several samples.
+    """
 
     def __init__(self, store: Store, rows: np.ndarray, *, max_length: int, packing: bool) -> None:
+        """`rows` are numbers of rows; one that is there twice comes twice in an epoch."""
         self.store, self.max_length, self.packing = store, max_length, packing
-        lengths, targets = store.lengths[rows], store.targets[rows]
-        if packing:
-            packs = plan(lengths, max_length)
-            self._rows, self._offsets = np.asarray(rows)[packs.rows], packs.offsets
-            lengths, targets = lengths[packs.rows], targets[packs.rows]
+        self.kind = KINDS[store.kind]
+        self.capacity = max_length * self.kind.sides
+        """Tokens of a pack."""
+        rows = np.asarray(rows)
+        partners = np.roll(rows, 1)
+        lengths = store.lengths[rows].astype(np.int64)
+        if store.kind == "labeled":
+            prompts = np.array([len(store.row(row)[0]) for row in rows.tolist()], np.int64)
+            lengths += np.minimum(prompts + np.roll(lengths - prompts, 1), max_length)
+        starts = np.zeros_like(lengths)
+        if packing and store.kind == "text":
+            order, starts, lengths, self._offsets = _blocks(lengths, max_length)
+        elif packing:
+            packs = plan(lengths, self.capacity)
+            order, self._offsets = packs.rows, packs.offsets
+            lengths = lengths[order]
         else:
-            self._rows, self._offsets = np.asarray(rows), np.arange(len(rows) + 1)
+            order, self._offsets = np.arange(len(rows)), np.arange(len(rows) + 1)
+        self._rows, self._partners, self._starts, self._lengths = rows[order], partners[order], starts, lengths
         self.tokens = _sums(lengths, self._offsets)
         """int64: real tokens of each sample."""
-        self.targets = _sums(targets, self._offsets)
-        """int64: trained tokens of each sample that have a predecessor."""
+        counts = np.ones(len(order), np.int64)
+        if store.kind == "text":
+            counts = lengths - 1
+        elif store.kind == "conversations":
+            counts = store.targets[self._rows]
+        self.targets = _sums(counts, self._offsets)
+        """int64: what a loss over each sample is divided by: trained tokens with a predecessor, or pairs, or labelled rows."""
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def __getitem__(self, sample: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """ids and spans of each row of the sample."""
-        return [self.store.row(row) for row in self.row_numbers(sample).tolist()]
+    def __getitem__(self, sample: int) -> list[Document]:
+        """The documents of the sample: ids and spans."""
+        documents: list[Document] = []
+        for place in range(self._offsets[sample], self._offsets[sample + 1]):
+            row, partner = int(self._rows[place]), int(self._partners[place])
+            if self.packing and self.store.kind == "text":
+                start, length = int(self._starts[place]), int(self._lengths[place])
+                ids = self.store.row(row)[0][start : start + length]
+                documents.append((ids, np.array([0, length], np.int32)))
+            else:
+                documents += self.kind.documents(self.store, row, partner, self.max_length)
+        return documents
 
     def row_numbers(self, sample: int) -> np.ndarray:
         return self._rows[self._offsets[sample] : self._offsets[sample + 1]]
@@ -73,59 +107,34 @@ class Samples:
         if self.packing:
             lines = [self[sample] for sample in samples.tolist()]
             lines += [[] for _ in range(micro_batch_size - len(lines))]
-            length = self.max_length
+            length = self.capacity
         else:
             lines = [[row for sample in samples.tolist() for row in self[sample]]]
             joined = sum(len(ids) for ids, _ in lines[0])
             length = max(-(-joined // JOINED_MULTIPLE), 1) * JOINED_MULTIPLE
-        return collate(lines, length=length, pad_id=pad_id, sample_ids=tuple(samples.tolist()))
+        made, numbers = fields(
+            lines, length=length, pad_id=pad_id, sample_ids=tuple(samples.tolist()), end_of_row=self.store.end_of_row
+        )
+        rows = np.concatenate([np.zeros(0, np.int64), *(self.row_numbers(sample) for sample in samples.tolist())])
+        return self.kind.batch(made, numbers, rows, self.store)
+
+
+def _blocks(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows end to end, cut every `size` tokens: each piece's row, its start in the row, its length; offsets of the blocks."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.arange(0, total, size)
+    edges = np.union1d(ends, np.append(cuts, total))
+    starts = edges[:-1]
+    rows = np.searchsorted(ends, starts, side="right")
+    offsets = np.append(np.searchsorted(starts, cuts), len(starts))
+    return rows, starts - (ends - lengths)[rows], np.diff(edges), offsets
 
 
 def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     passed = np.zeros(len(values) + 1, np.int64)
     np.cumsum(values, out=passed[1:])
     return passed[offsets[1:]] - passed[offsets[:-1]]
-
-
-def collate(
-    lines: list[list[tuple[np.ndarray, np.ndarray]]], *, length: int, pad_id: int, sample_ids: tuple[int, ...] = ()
-) -> Batch:
-    """Documents (ids and spans) end to end, one list a row of the batch, each row padded to `length` tokens.
-
-    Padding makes documents of its own, none longer than the longest real one, so that it does not set max_seqlen.
-    """
-    shape = (len(lines), length)
-    ids_BT = np.full(shape, pad_id, np.int64)
-    labels_BT = np.full(shape, IGNORE, np.int64)
-    positions_BT = np.zeros(shape, np.int64)
-    longest = max((len(ids) for line in lines for ids, _ in line), default=0) or min(length, JOINED_MULTIPLE)
-    ramp = np.arange(longest)
-    boundaries = [0]
-    for number, line in enumerate(lines):
-        at = 0
-        for ids, spans in line:
-            end = at + len(ids)
-            ids_BT[number, at:end] = ids
-            positions_BT[number, at:end] = ramp[: len(ids)]
-            for start, stop in spans.reshape(-1, 2).tolist():
-                start = max(start, 1)  # nothing predicts the first token
-                labels_BT[number, at + start - 1 : at + stop - 1] = ids[start:stop]
-            boundaries.append(number * length + end)
-            at = end
-        while at < length:
-            end = min(at + longest, length)
-            positions_BT[number, at:end] = ramp[: end - at]
-            boundaries.append(number * length + end)
-            at = end
-    return Batch(
-        ids_BT=torch.from_numpy(ids_BT),
-        labels_BT=torch.from_numpy(labels_BT),
-        positions_BT=torch.from_numpy(positions_BT),
-        trained_N=torch.from_numpy(np.flatnonzero(labels_BT != IGNORE)),
-        cu_seqlens_S=torch.tensor(boundaries, dtype=torch.int32),
-        max_seqlen=longest,
-        sample_ids=sample_ids,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +147,7 @@ class Step:
     batches: list[Batch]
     """This rank's micro-batches; some of an epoch's last ones may be padding only."""
     count: int
-    """Trained tokens of the step over all ranks and micro-batches: what its loss is divided by."""
+    """What the step's loss is divided by, over all ranks and micro-batches: trained tokens, or pairs, or labelled rows."""
     tokens: int
     """Real tokens of the step over all ranks."""
     sample_ids: tuple[int, ...]
@@ -223,15 +232,3 @@ class Loader:
     def _batch(self, samples: np.ndarray) -> Batch:
         batch = self.samples.batch(samples, micro_batch_size=self.micro_batch_size, pad_id=self.pad_id)
         return pinned(batch) if torch.cuda.is_available() else batch
-
-
-def pinned(batch: Batch) -> Batch:
-    """In page-locked memory, from which copies to a GPU do not wait."""
-    return replace(
-        batch,
-        ids_BT=batch.ids_BT.pin_memory(),
-        labels_BT=batch.labels_BT.pin_memory(),
-        positions_BT=batch.positions_BT.pin_memory(),
-        trained_N=batch.trained_N.pin_memory(),
-        cu_seqlens_S=batch.cu_seqlens_S.pin_memory(),
-    )

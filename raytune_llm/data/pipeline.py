@@ -22,17 +22,20 @@ from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.resources import Inline, ResourcesConfig
 from raytune_llm.data import sources
+from raytune_llm.data.declarations import Declared, at_path, declared
 from raytune_llm.data.dropped import Dropped
-from raytune_llm.data.formats import converter
+from raytune_llm.data.formats import Reading, converter
+from raytune_llm.data.named_templates import NamedTemplate
+from raytune_llm.data.rows import Targets
 from raytune_llm.data.shards import Recipe, Timed, fetched, prepare_chunk
 from raytune_llm.data.sources import Chunk
-from raytune_llm.data.store import Shard, Store, complete, finished_shard, key_of, shard_name, under_construction
-from raytune_llm.data.templates import ChatTemplate
+from raytune_llm.data.store import MANIFEST, Shard, Store, complete, finished_shard, join, key_of, shard_name, under_construction
+from raytune_llm.data.templates import ChatTemplate, NamedChat, PlainText, Renderer
 from raytune_llm.data.tokenize import BlockTokenizer
-from raytune_llm.data.tokenizer import fingerprint, load_tokenizer
+from raytune_llm.data.tokenizer import fingerprint, load_tokenizer, run_tokenizer
 from raytune_llm.errors import DataError, UserError
 
-TRANSFORMS_VERSION = 1
+TRANSFORMS_VERSION = 2
 """Raise it when the same row would give other tokens, so that old stores are not taken for new ones."""
 Progress = Callable[[int, int], None]
 """Called with the rows done and the rows in all, dropped ones among them."""
@@ -51,13 +54,27 @@ class Prepared:
     """Every store was there already."""
 
 
-def prepare(model: ModelConfig, data: DataConfig, resources: ResourcesConfig, *, on_progress: Progress | None = None) -> Prepared:
-    """The token stores of `data.path` and `data.eval_path`: opened where they exist, else made."""
-    assert data.path is not None
+def prepare(
+    model: ModelConfig,
+    data: DataConfig,
+    resources: ResourcesConfig,
+    *,
+    kind: str = "conversations",
+    on_progress: Progress | None = None,
+) -> Prepared:
+    """The token stores of the data to train on and of `data.eval_path`: opened where they exist, else made.
+
+    `kind` is that of the rows which the stage trains on, one of KINDS. Several data sets have a store each, joined to one.
+    """
     started = time.perf_counter()
     made: list[Timed] = []
-    store = _prepare_one(model, data, data.path, resources, made, on_progress)
-    eval_store = None if data.eval_path is None else _prepare_one(model, data, data.eval_path, resources, made, on_progress)
+    kitchen = _kitchen(model, data, kind)
+    sets = declared(data, ranked=kind == "pairs")
+    members = [(one.name, _prepare_one(one, kitchen, data, resources, made, on_progress)) for one in sets]
+    store = members[0][1] if len(members) == 1 else join(_cache(data), members)
+    eval_store = None
+    if data.eval_path is not None:
+        eval_store = _prepare_one(at_path(data, data.eval_path), kitchen, data, resources, made, on_progress)
     return Prepared(
         store=store,
         eval_store=eval_store,
@@ -67,50 +84,135 @@ def prepare(model: ModelConfig, data: DataConfig, resources: ResourcesConfig, *,
     )
 
 
+def find_stores(model: ModelConfig, data: DataConfig, *, kind: str = "conversations") -> tuple[Path | None, Path | None]:
+    """The folders of the stores that `prepare` would open, where they are complete, and make, where they are none."""
+    kitchen = _kitchen(model, data, kind)
+    sets = [_folder(one, kitchen, data) for one in declared(data, ranked=kind == "pairs")]
+    folders: list[Path | None] = [folder if (folder / MANIFEST).exists() else None for folder in sets]
+    train = folders[0] if len(folders) == 1 else None
+    if len(folders) > 1 and all(folders):
+        names = [one.name for one in declared(data, ranked=kind == "pairs")]
+        joined = _cache(data) / key_of({"joined": [[name, folder.name] for name, folder in zip(names, sets, strict=True)]})
+        train = joined if (joined / MANIFEST).exists() else None
+    if data.eval_path is None:
+        return train, None
+    held_out = _folder(at_path(data, data.eval_path), kitchen, data)
+    return train, held_out if (held_out / MANIFEST).exists() else None
+
+
+@dataclass(frozen=True)
+class Kitchen:
+    """What all data sets of a run are prepared with."""
+
+    kind: str
+    tokenizer: PreTrainedTokenizerFast
+    template: NamedTemplate | None
+    renderer: Renderer | PlainText
+    targets: Targets
+
+
+def _kitchen(model: ModelConfig, data: DataConfig, kind: str) -> Kitchen:
+    if kind == "text":
+        tokenizer = load_tokenizer(
+            model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            kind=model.tokenizer,
+            needs_chat_template=False,
+        )
+        template, renderer = None, PlainText(tokenizer)
+    else:
+        tokenizer, template = run_tokenizer(model, data)
+        renderer = renderer_of(tokenizer, template, data)
+    end = renderer.end_of_row
+    first = tokenizer("a").input_ids[:1]
+    return Kitchen(
+        kind,
+        tokenizer,
+        template,
+        renderer,
+        Targets(
+            max_length=data.max_length,
+            overlong=data.overlong,
+            mask_history=data.mask_history,
+            train_on_prompt=data.train_on_prompt,
+            preserve_thinking=data.preserve_thinking,
+            end_of_row=None if end is None else tokenizer.convert_tokens_to_ids(end),  # type: ignore[arg-type]
+            text_start=first[0] if kind == "text" and first == [tokenizer.bos_token_id] else None,
+            text_end=tokenizer.eos_token_id if kind == "text" else None,  # type: ignore[arg-type]
+            texts_whole=kind == "text" and data.packing,
+        ),
+    )
+
+
+def renderer_of(tokenizer: PreTrainedTokenizerFast, template: NamedTemplate | None, data: DataConfig) -> Renderer:
+    """What run_tokenizer gave, ready to render."""
+    if template is None:
+        # Named templates take true for the default; a tokenizer's own has its own default.
+        thinking = False if data.enable_thinking is False else None
+        return ChatTemplate(tokenizer, default_system=data.default_system, thinking=thinking)
+    return NamedChat(template, tokenizer, enable_thinking=data.enable_thinking, preserve_thinking=data.preserve_thinking)
+
+
 def _prepare_one(
-    model: ModelConfig,
+    one: Declared,
+    kitchen: Kitchen,
     data: DataConfig,
-    path: str,
     resources: ResourcesConfig,
     made: list[Timed],
     on_progress: Progress | None,
 ) -> Store:
-    source = sources.find(path, subset=data.subset, split=data.split)
-    tokenizer = load_tokenizer(
-        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, kind=model.tokenizer
-    )
-    made_from = _made_from(tokenizer, data, sources.fingerprint(source))
-    cache = Path(data.cache).expanduser().resolve()
-    target = cache / key_of(made_from)
-    with under_construction(cache, target.name) as folder:
+    source = _source(one)
+    made_from = _made_from(one, kitchen, data, sources.fingerprint(source))
+    target = _cache(data) / key_of(made_from)
+    with under_construction(_cache(data), target.name) as folder:
         if folder is not None:
+            template = kitchen.template
+            markers = {} if template is None else {"thought": template.thought, "call_words": template.tool_call_words}
             recipe = Recipe(
-                convert=converter(data.format),
-                template=ChatTemplate(tokenizer),
-                tokenize=BlockTokenizer(tokenizer),
-                max_length=data.max_length,
-                overlong=data.overlong,
+                kind=kitchen.kind,
+                convert=converter(one.format, Reading(media_dir=one.media_dir, **markers)),
+                renderer=kitchen.renderer,
+                tokenize=BlockTokenizer(kitchen.tokenizer),
+                targets=kitchen.targets,
             )
-            chunks = sources.plan(source, data.max_samples)
+            part = None if source.kind == "hub" else one.split
+            chunks = sources.plan(source, data.max_samples, part=part, num_samples=one.num_samples)
             shards = _make_shards(chunks, recipe, folder, resources, made, on_progress)
-            _check(path, shards, data.max_bad_fraction)
-            complete(folder, shards, made_from, target)
+            _check(one.path, shards, data.max_bad_fraction)
+            complete(folder, shards, made_from, target, kind=kitchen.kind, end_of_row=kitchen.targets.end_of_row)
     store = Store.open(target)
-    _check_dropped(path, store.num_rows, store.dropped, data.max_bad_fraction)
+    _check_dropped(one.path, store.num_rows, store.dropped, data.max_bad_fraction)
     return store
 
 
-def _made_from(tokenizer: PreTrainedTokenizerFast, data: DataConfig, source_hash: str) -> dict[str, Any]:
+def _source(one: Declared) -> sources.Source:
+    return sources.find(one.path, subset=one.subset, split=one.split)
+
+
+def _cache(data: DataConfig) -> Path:
+    return Path(data.cache).expanduser().resolve()
+
+
+def _folder(one: Declared, kitchen: Kitchen, data: DataConfig) -> Path:
+    return _cache(data) / key_of(_made_from(one, kitchen, data, sources.fingerprint(_source(one))))
+
+
+def _made_from(one: Declared, kitchen: Kitchen, data: DataConfig, source_hash: str) -> dict[str, Any]:
     """Everything that determines the tokens, and nothing else: not where the files lie, not who makes the store."""
     return {
         "transforms_version": TRANSFORMS_VERSION,
+        "kind": kitchen.kind,
         "source": source_hash,
+        "split": one.split,
+        "num_samples": one.num_samples,
         "max_samples": data.max_samples,
-        "format": asdict(data.format),
-        "template": tokenizer.chat_template,
-        "tokenizer": fingerprint(tokenizer),
-        "max_length": data.max_length,
-        "overlong": data.overlong,
+        "format": asdict(one.format),
+        "template": kitchen.tokenizer.chat_template,
+        "default_system": data.default_system,
+        "enable_thinking": data.enable_thinking,
+        "tokenizer": fingerprint(kitchen.tokenizer),
+        **asdict(kitchen.targets),
     }
 
 
@@ -123,15 +225,15 @@ def _make_shards(
     on_progress: Progress | None,
 ) -> list[Shard]:
     """One shard a chunk; those that a crashed run has finished are taken over."""
-    num_rows = sum(chunk.num_rows for chunk in chunks)
+    num_rows = sum(chunk.num_picked for chunk in chunks)
     shards = {number: shard for number in range(len(chunks)) if (shard := finished_shard(folder / shard_name(number)))}
-    num_done = sum(chunks[number].num_rows for number in shards)
+    num_done = sum(chunks[number].num_picked for number in shards)
     missing = [(number, chunk) for number, chunk in enumerate(chunks) if number not in shards]
     mapped = _map_inline if isinstance(resources, Inline) else _map_with_ray
     for number, timed in mapped(missing, recipe, folder, resources):
         made.append(timed)
         shards[number] = timed.shard
-        num_done += chunks[number].num_rows
+        num_done += chunks[number].num_picked
         if on_progress is not None:
             on_progress(num_done, num_rows)
     return [shards[number] for number in range(len(chunks))]

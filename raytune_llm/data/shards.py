@@ -6,7 +6,7 @@ Imports neither torch nor Ray. A recipe carries the tokenizer itself, so workers
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -15,12 +15,13 @@ from typing import Any
 
 from raytune_llm.data import sources
 from raytune_llm.data.dropped import BadRow, Dropped, RefusedRow
-from raytune_llm.data.sources import Chunk
+from raytune_llm.data.rows import KINDS, StoreRow, Targets
+from raytune_llm.data.sources import Chunk, NumberedRow
 from raytune_llm.data.store import Shard, write_shard
-from raytune_llm.data.templates import ChatTemplate, Rendered
+from raytune_llm.data.templates import PlainText, Rendered, Renderer
 from raytune_llm.data.tokenize import BlockTokenizer
 from raytune_llm.errors import DataError
-from raytune_llm.records import Conversation, Record, TokenRow
+from raytune_llm.records import Record
 
 BLOCK_ROWS = 512
 """Rows that are tokenized by one call into Rust."""
@@ -30,11 +31,11 @@ BLOCK_ROWS = 512
 class Recipe:
     """All that turns a row into tokens."""
 
+    kind: str
     convert: Callable[[Any], Record]
-    template: ChatTemplate
+    renderer: Renderer | PlainText
     tokenize: BlockTokenizer
-    max_length: int
-    overlong: str
+    targets: Targets
 
 
 @dataclass(frozen=True)
@@ -50,37 +51,40 @@ def prepare_chunk(chunk: Chunk, recipe: Recipe, path: Path) -> Timed:
     """Read, convert, render, tokenize and write one chunk."""
     started = time.time()
     dropped = Dropped()
-    rows: list[TokenRow] = []
+    rows: list[StoreRow] = []
     numbered = sources.read(chunk)
     while block := list(islice(numbered, BLOCK_ROWS)):
-        numbers: list[int] = []
-        rendered: list[Rendered] = []
-        for number, row in block:
-            try:
-                rendered.append(_render(row, recipe))
-                numbers.append(number)
-            except BadRow as bad:
-                dropped.add(bad, sources.where(chunk, number))
-            except RefusedRow as refused:
-                raise DataError(sources.where(chunk, number), refused.problem, refused.remedy) from None
-        tokenized = recipe.tokenize(rendered, max_length=recipe.max_length, overlong=recipe.overlong)
-        for number, result in zip(numbers, tokenized, strict=True):
-            if isinstance(result, TokenRow):
-                rows.append(result)
-            elif isinstance(result, BadRow):
-                dropped.add(result, sources.where(chunk, number))
-            else:
-                raise DataError(sources.where(chunk, number), result.problem, result.remedy)
-    shard = write_shard(path, rows, dropped)
+        for number, row in made_rows(block, recipe):
+            match row:
+                case BadRow():
+                    dropped.add(row, sources.where(chunk, number))
+                case RefusedRow():
+                    raise DataError(sources.where(chunk, number), row.problem, row.remedy)
+                case _:
+                    rows.append(row)
+    shard = write_shard(path, rows, dropped, kind=recipe.kind)
     return Timed(shard, started, time.time())
 
 
-def _render(row: Any, recipe: Recipe) -> Rendered:
-    if isinstance(row, BadRow):
-        raise row
-    record = recipe.convert(row)
-    assert isinstance(record, Conversation), "other records come with their stages"
-    return recipe.template.render(record)
+def made_rows(block: list[NumberedRow], recipe: Recipe) -> Iterator[tuple[int, StoreRow | BadRow | RefusedRow]]:
+    """A block of raw rows, each as a row of the store or why it is none; first those that can't be rendered."""
+    kind = KINDS[recipe.kind]
+    usable: list[tuple[int, Record, tuple[Rendered, ...]]] = []
+    for number, row in block:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            record = recipe.convert(row)
+            usable.append((number, record, kind.render(record, recipe.renderer, recipe.targets)))
+        except (BadRow, RefusedRow) as bad:
+            yield number, bad
+    tokens = iter(recipe.tokenize([text for _, _, rendered in usable for text in rendered]))
+    for number, record, rendered in usable:
+        mine = list(islice(tokens, len(rendered)))
+        try:
+            yield number, kind.row(record, rendered, mine, recipe.targets)
+        except (BadRow, RefusedRow) as bad:
+            yield number, bad
 
 
 @lru_cache(maxsize=1)

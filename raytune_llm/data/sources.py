@@ -16,10 +16,14 @@ import json
 import os
 import re
 from codecs import BOM_UTF8, getincrementaldecoder
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.errors import DataError
@@ -57,6 +61,12 @@ class Chunk:
     """Of a csv file, whose header stands in its first chunk only."""
     subset: str | None = None
     split: str | None = None
+    picks: tuple[int, ...] | None = None
+    """Which of its rows are meant, counted from 0 and ascending; one that is there twice comes twice. None: all."""
+
+    @property
+    def num_picked(self) -> int:
+        return self.num_rows if self.picks is None else len(self.picks)
 
 
 def find(path: str, *, subset: str | None = None, split: str = "train") -> Source:
@@ -133,8 +143,57 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def plan(source: Source, max_rows: int | None = None) -> list[Chunk]:
-    """The chunks of a source in order, with the rows in each; of the first max_rows rows only, where given."""
+def plan(source: Source, max_rows: int | None = None, *, part: str | None = None, num_samples: int | None = None) -> list[Chunk]:
+    """The chunks of a source in order, with the rows in each.
+
+    Of the first max_rows rows only, where given. `part` is a split as LLaMA-Factory and `datasets` write it, train[:100] or
+    train[10%:20%]; num_samples draws so many of its rows, the same ones for the same number of rows.
+    """
+    start, stop = _part(part)
+    whole = (start, stop) == (None, None) and num_samples is None
+    chunks = _plan_whole(source, max_rows if whole else None)
+    if whole:
+        return chunks
+    num_rows = sum(chunk.num_rows for chunk in chunks)
+    first, last = (_bound(edge, num_rows) for edge in (start or "0", stop or "100%"))
+    chosen = np.arange(first, max(first, last))
+    if num_samples is not None and len(chosen):
+        draw = np.random.Generator(np.random.PCG64(num_rows))
+        chosen = np.concatenate([draw.permutation(chosen), draw.choice(chosen, max(num_samples - len(chosen), 0))])
+        chosen = np.sort(chosen[: min(num_samples, max_rows or num_samples)])
+    chosen = chosen[:max_rows]
+    picked: list[Chunk] = []
+    passed = 0
+    for chunk in chunks:
+        inside = chosen[(chosen >= passed) & (chosen < passed + chunk.num_rows)] - passed
+        passed += chunk.num_rows
+        if len(inside):
+            picked.append(replace(chunk, picks=tuple(inside.tolist())))
+    if not picked:
+        raise DataError(", ".join(source.files[:3]), f"holds no rows in {part}", "Correct data.split.")
+    return picked
+
+
+_PART = re.compile(r"\w+(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+
+
+def _part(split: str | None) -> tuple[str | None, str | None]:
+    """The bounds of train[a:b], or none."""
+    if split is None:
+        return None, None
+    found = _PART.fullmatch(split.replace(" ", ""))
+    if found is None:
+        raise DataError(f"data.split={split}", "is no split", "Say, train, train[:1000] or train[10%:20%].")
+    return found[1], found[2]
+
+
+def _bound(edge: str, num_rows: int) -> int:
+    """A row number; negative and percent count from the end and of the whole."""
+    number = round(int(edge[:-1]) * num_rows / 100) if edge.endswith("%") else int(edge)
+    return min(max(number + num_rows if number < 0 else number, 0), num_rows)
+
+
+def _plan_whole(source: Source, max_rows: int | None) -> list[Chunk]:
     planner = PLANNERS[source.kind]
     total_bytes = 0 if source.kind == "hub" else sum(os.path.getsize(file) for file in source.files)
     chunk_bytes = min(max(total_bytes // NUM_CHUNKS, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
@@ -155,8 +214,13 @@ def plan(source: Source, max_rows: int | None = None) -> list[Chunk]:
 def read(chunk: Chunk) -> Iterator[NumberedRow]:
     """The rows of a chunk with their numbers."""
     rows = READERS[chunk.kind](chunk)
-    for _, row in zip(range(chunk.num_rows), rows, strict=False):
-        yield row
+    numbered = enumerate(row for _, row in zip(range(chunk.num_rows), rows, strict=False))
+    if chunk.picks is None:
+        yield from (row for _, row in numbered)
+        return
+    times = Counter(chunk.picks)
+    for offset, row in numbered:
+        yield from repeat(row, times[offset])
 
 
 def where(chunk: Chunk, row: int) -> str:

@@ -1,6 +1,15 @@
 """The token store: token rows on disk, memory-mapped.
 
-`<cache>/<key>/` holds shard-00000.arrow, ... (Arrow IPC files of one record batch: ids, spans, source) and manifest.json.
+`<cache>/<key>/` holds shard-00000.arrow, ... (Arrow IPC files of one record batch) and manifest.json, which says the kind of
+its rows:
+
+    conversations, text   ids, spans: TokenRow
+    pairs                 prompt_ids, chosen_ids, rejected_ids: PairRow
+    labeled               prompt_ids, answer_ids, desirable: LabeledRow
+    prompts               prompt_ids, answer_ids: PromptRow
+
+Several stores of one kind make a joined store: a folder with a manifest that lists them, and no shards of its own.
+
 While it is being made its name is `.<key>.partial`; the rename at the end is the only way in which a store comes to be, so
 it is whole or absent. The key is a hash of everything that determines the tokens; see `key_of`.
 
@@ -27,11 +36,17 @@ import pyarrow as pa
 
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.errors import DataError
-from raytune_llm.records import TokenRow
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), ("source", pa.int16())])
+LISTS = {
+    "conversations": ("ids", "spans"),
+    "text": ("ids", "spans"),
+    "pairs": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "labeled": ("prompt_ids", "answer_ids"),
+    "prompts": ("prompt_ids", "answer_ids"),
+}
+"""Columns of int32 lists of each kind of rows."""
 _STATS = b"raytune_llm.stats"
 
 
@@ -71,21 +86,22 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.arrow"
 
 
-def write_shard(path: Path, rows: Sequence[TokenRow], dropped: Dropped, *, source: int = 0) -> Shard:
+def write_shard(path: Path, rows: Sequence[Any], dropped: Dropped, *, kind: str = "conversations", source: int = 0) -> Shard:
     """Write beside, then rename. The same rows always give the same bytes."""
-    ids, spans = _lists([row.ids for row in rows]), _lists([row.spans for row in rows])
+    columns = {name: _lists([getattr(row, name) for row in rows]) for name in LISTS[kind]}
+    lists = {name: _offsets_and_values(column) for name, column in columns.items()}
     stats = ShardStats(
-        rows=len(rows),
-        tokens=len(ids.values),
-        trained_tokens=int(targets(*_offsets_and_values(spans)).sum()),
-        dropped=dropped,
+        rows=len(rows), tokens=int(_lengths(lists).sum()), trained_tokens=int(_targets(lists).sum()), dropped=dropped
     )
-    schema = SCHEMA.with_metadata({_STATS: json.dumps(stats.to_json(), sort_keys=True).encode()})
-    sources = pa.array(np.full(len(rows), source, np.int16))
+    if kind == "labeled":
+        columns["desirable"] = pa.array(np.array([row.desirable for row in rows], bool))
+    columns["source"] = pa.array(np.full(len(rows), source, np.int16))
+    batch = pa.record_batch(columns)
+    schema = batch.schema.with_metadata({_STATS: json.dumps(stats.to_json(), sort_keys=True).encode()})
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_batch(pa.record_batch([ids, spans, sources], schema=schema))
+            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
         shard = Shard(path.name, beside.stat().st_size, _sha256(beside), stats)
         beside.rename(path)
     finally:
@@ -115,6 +131,25 @@ def targets(span_offsets: np.ndarray, spans: np.ndarray) -> np.ndarray:
     return passed[span_offsets[1:] // 2] - passed[span_offsets[:-1] // 2]
 
 
+Lists = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""Offsets and flat values of each column of lists."""
+
+
+def _lengths(lists: Lists) -> np.ndarray:
+    """Tokens of each row; of a pair, those of both sides, each with the request."""
+    sizes = {name: np.diff(offsets) for name, (offsets, _) in lists.items()}
+    if "ids" in sizes:
+        return sizes["ids"]
+    return sum(sizes.values()) + (sizes["prompt_ids"] if "rejected_ids" in sizes else 0)  # type: ignore[return-value]
+
+
+def _targets(lists: Lists) -> np.ndarray:
+    """Trained tokens of each row."""
+    if "spans" in lists:
+        return targets(*lists["spans"])
+    return sum(np.diff(offsets) for name, (offsets, _) in lists.items() if name != "prompt_ids")  # type: ignore[return-value]
+
+
 @contextmanager
 def under_construction(cache: Path, key: str) -> Iterator[Path | None]:
     """The folder in which to make the store `key`, or None where it is complete; other runs that want it wait here.
@@ -133,7 +168,15 @@ def under_construction(cache: Path, key: str) -> Iterator[Path | None]:
         yield folder
 
 
-def complete(folder: Path, shards: Sequence[Shard], made_from: Mapping[str, Any], target: Path) -> None:
+def complete(
+    folder: Path,
+    shards: Sequence[Shard],
+    made_from: Mapping[str, Any],
+    target: Path,
+    *,
+    kind: str = "conversations",
+    end_of_row: int | None = None,
+) -> None:
     """Write the manifest and give the folder its name."""
     dropped = Dropped()
     for shard in shards:
@@ -144,6 +187,8 @@ def complete(folder: Path, shards: Sequence[Shard], made_from: Mapping[str, Any]
             file.unlink()  # left by a writer that was killed
     manifest = {
         "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "end_of_row": end_of_row,
         "made_from": made_from,
         "rows": sum(shard.stats.rows for shard in shards),
         "tokens": sum(shard.stats.tokens for shard in shards),
@@ -157,6 +202,33 @@ def complete(folder: Path, shards: Sequence[Shard], made_from: Mapping[str, Any]
     folder.rename(target)
 
 
+def join(cache: Path, members: Sequence[tuple[str, Store]]) -> Store:
+    """The store of the rows of these stores, one after another, with the names of their sources."""
+    stores = [store for _, store in members]
+    made_from = {"joined": [[name, store.folder.name] for name, store in members]}
+    target = cache / key_of(made_from)
+    with under_construction(cache, target.name) as folder:
+        if folder is not None:
+            dropped = Dropped()
+            for store in stores:
+                dropped.merge(store.dropped)
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "kind": stores[0].kind,
+                "end_of_row": stores[0].end_of_row,
+                "made_from": made_from,
+                "rows": sum(store.num_rows for store in stores),
+                "tokens": sum(store.num_tokens for store in stores),
+                "trained_tokens": sum(store.num_trained_tokens for store in stores),
+                "dropped": dropped.to_json(),
+                "members": [{"source": name, "store": store.folder.name} for name, store in members],
+                "shards": [],
+            }
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
+            folder.rename(target)
+    return Store.open(target)
+
+
 class Store:
     """A complete store, memory-mapped. Rows are numbered through all shards."""
 
@@ -166,8 +238,15 @@ class Store:
         self.num_tokens: int = manifest["tokens"]
         self.num_trained_tokens: int = manifest["trained_tokens"]
         self.dropped = Dropped.from_json(manifest["dropped"])
+        self.kind: str = manifest["kind"]
+        self.end_of_row: int | None = manifest["end_of_row"]
+        """The id that is the target at the end of every span, where the template writes no end of its own."""
+        self.members = [Store.open(folder.parent / member["store"]) for member in manifest.get("members", ())]
+        self.sources = tuple(member["source"] for member in manifest.get("members", ()))
+        """Names of a joined store's members."""
         self._shards = [_map_shard(folder / shard["name"], shard) for shard in manifest["shards"]]
-        self._first_rows = np.cumsum([0, *(shard["rows"] for shard in manifest["shards"])]).tolist()
+        self._shards += [shard for member in self.members for shard in member._shards]
+        self._first_rows = np.cumsum([0, *(_num_rows(shard) for shard in self._shards)]).tolist()
 
     @classmethod
     def open(cls, folder: str | Path) -> Store:
@@ -189,38 +268,57 @@ class Store:
     def __len__(self) -> int:
         return self.num_rows
 
-    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids and flattened spans, as int32 views of the file."""
+    def row(self, number: int) -> Any:
+        """The row's lists as a tuple, in the order of LISTS (ids and flattened spans, say), as int32 views of the file."""
         shard = bisect_right(self._first_rows, number) - 1
         local = number - self._first_rows[shard]
-        id_offsets, ids, span_offsets, spans = self._shards[shard]
-        return ids[id_offsets[local] : id_offsets[local + 1]], spans[span_offsets[local] : span_offsets[local + 1]]
+        columns = self._shards[shard]
+        return tuple(
+            values[offsets[local] : offsets[local + 1]] for offsets, values in (columns[name] for name in LISTS[self.kind])
+        )
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int32: tokens of each row."""
-        return _joined([np.diff(id_offsets) for id_offsets, _, _, _ in self._shards], np.int32)
+        """int32: tokens of each row; of a pair, those of both sides, each with the request."""
+        return _joined([_lengths(self._lists(shard)) for shard in self._shards], np.int32)
 
     @cached_property
     def targets(self) -> np.ndarray:
         """int32: trained tokens of each row that have a predecessor."""
-        return _joined([targets(span_offsets, spans) for _, _, span_offsets, spans in self._shards], np.int32)
+        return _joined([_targets(self._lists(shard)) for shard in self._shards], np.int32)
+
+    @cached_property
+    def desirable(self) -> np.ndarray:
+        """bool: the verdicts of labelled rows."""
+        return _joined([shard["desirable"] for shard in self._shards], bool)
+
+    @cached_property
+    def row_sources(self) -> np.ndarray:
+        """int16: the member that each row of a joined store is from; 0 in any other."""
+        return np.repeat(np.arange(max(len(self.members), 1), dtype=np.int16), [len(one) for one in self.members] or [len(self)])
+
+    def _lists(self, shard: Mapping[str, Any]) -> Lists:
+        return {name: shard[name] for name in LISTS[self.kind]}
 
     @cached_property
     def manifest_hash(self) -> str:
         """Of what was put in and what came out; the same on every machine."""
         content = {"made_from": self.manifest["made_from"], "shards": self.manifest["shards"]}
+        if self.members:
+            content["members"] = [member.manifest_hash for member in self.members]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def verify(self) -> None:
         """Read every shard whole and compare its hash."""
+        for member in self.members:
+            member.verify()
         for shard in self.manifest["shards"]:
             if _sha256(self.folder / shard["name"]) != shard["sha256"]:
                 raise _corrupt(self.folder / shard["name"], "does not have the contents that the manifest says")
 
 
-def _map_shard(path: Path, listed: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Offsets and flat values of ids and of spans, as views of the file."""
+def _map_shard(path: Path, listed: Mapping[str, Any]) -> dict[str, Any]:
+    """Offsets and flat values of each column of lists, and the values of any other, as views of the file."""
     if not path.exists():
         raise _corrupt(path, "is missing")
     if path.stat().st_size != listed["bytes"]:
@@ -229,7 +327,14 @@ def _map_shard(path: Path, listed: Mapping[str, Any]) -> tuple[np.ndarray, np.nd
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     except pa.ArrowInvalid as error:
         raise _corrupt(path, f"is not readable ({error})") from None
-    return *_offsets_and_values(batch.column(0)), *_offsets_and_values(batch.column(1))
+    return {
+        name: _offsets_and_values(column) if pa.types.is_list(column.type) else column.to_numpy(zero_copy_only=False)
+        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+    }
+
+
+def _num_rows(shard: Mapping[str, Any]) -> int:
+    return len(shard["source"])
 
 
 def _corrupt(path: Path, problem: str) -> DataError:

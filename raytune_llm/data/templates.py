@@ -1,21 +1,25 @@
-"""A conversation -> the text that the model sees, and which of it is trained.
+"""A conversation -> the text that the model sees, and which of it the model says.
 
-The text is the tokenizer's own chat template, rendered as `apply_chat_template` does. Trained spans are found by rendering
-the conversation up to an answer, with the mark that asks for one, and through it: both must begin the whole text. This holds
-for any template, marked with {% generation %} or not, and a template that rewrites earlier turns is refused, not mis-trained.
+The text is the tokenizer's own chat template, rendered as `apply_chat_template` does, or a named one. In the tokenizer's own,
+answers are found by rendering the conversation up to an answer, with the mark that asks for one, and through it: both must
+begin the whole text. This holds for any template, marked with {% generation %} or not, and a template that rewrites earlier
+turns is refused, not mis-trained. A named template marks its answers itself.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from raytune_llm.data.dropped import BadRow, RefusedRow
+from raytune_llm.data.marks import CUT, forgeable, hide, settle
+from raytune_llm.data.named_templates import NamedTemplate
+from raytune_llm.data.named_templates import stop_tokens as named_stop_tokens
 from raytune_llm.errors import ConfigError
 from raytune_llm.records import Conversation, Message
 
@@ -26,39 +30,109 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Rendered:
     text: str
-    spans: tuple[tuple[int, int], ...]
-    """Characters [start, end) of each trained answer: its text and its one end token."""
+    answers: tuple[tuple[int, int], ...]
+    """Characters [start, end) of each answer: its text and its end. Earlier ones that are not trained may be missing."""
+    trained: tuple[bool, ...]
+    """Of each answer."""
+    cuts: tuple[int, ...] = ()
+    """Where the text is cut into pieces that are tokenized each by itself."""
+    plain: tuple[tuple[int, int], ...] = ()
+    """Characters that are no control tokens, whatever they look like."""
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Of the trained answers."""
+        return tuple(answer for answer, trained in zip(self.answers, self.trained, strict=True) if trained)
+
+
+class Renderer(Protocol):
+    """The chat template of a run."""
+
+    end_of_row: str | None
+    """A token that belongs after the last answer though the template does not write it there."""
+    control: re.Pattern[str]
+    """Control tokens, which are text like any other where somebody typed them."""
+
+    def render(self, conversation: Conversation, *, earlier_answers: bool = True) -> Rendered:
+        """Raises BadRow where the template refuses the conversation, RefusedRow where its answers can't be found in the text.
+
+        earlier_answers: they are told as answers to be trained, with their thoughts; else as the model is shown them later.
+        """
+        ...
+
+    def pair(self, chosen: Conversation, rejected: Conversation) -> tuple[Rendered, Rendered]:
+        """Two conversations that differ in their last answer, up to which the texts are the same."""
+        ...
 
 
 class ChatTemplate:
     """The chat template of a tokenizer. `end_token` is what it writes after an answer. Holds text only, so it can be pickled."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    end_of_row: str | None = None
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, *, default_system: str | None = None, thinking: bool | None = None
+    ) -> None:
+        """`thinking` is passed on as enable_thinking; none leaves it to the template."""
         self.tokenizer_name = tokenizer.name_or_path or "the built-in tokenizer"
         self._plain = tokenizer.get_chat_template()
         self._with_tools = tokenizer.get_chat_template(tools=[{}])
-        self._special_tokens = dict(tokenizer.special_tokens_map)
-        specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        if thinking is not None:
+            self._variables["enable_thinking"] = thinking
+        self._default_system = default_system
+        specials = _specials(tokenizer)
         self._special = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
         self.end_token = self._find_end_token()
+        self.control = forgeable(specials)
+        self._answered = forgeable({self.end_token, *_ends(tokenizer)})
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """Raises BadRow where the template refuses the conversation, RefusedRow where its answers can't be found in the text."""
-        messages = [_as_dict(message) for message in conversation.messages]
-        tools = list(conversation.tools) or None
+    def render(self, conversation: Conversation, *, earlier_answers: bool = True) -> Rendered:
+        hidden: list[str] = []
+        messages = [_as_dict(message, self.control, self._answered, hidden) for message in self._with_system(conversation)]
+        shift = len(messages) - len(conversation.messages)
+        tools = hide(list(conversation.tools), self.control, hidden) or None
+        answers: list[tuple[int, int]] = []
+        trained: list[bool] = []
         try:
             text = self._render(messages, tools)
-            spans = tuple(
-                self._span(text, messages, tools, turn) for turn, message in enumerate(conversation.messages) if message.trained
-            )
+            for turn, message in enumerate(conversation.messages):
+                if message.role != "assistant":
+                    continue
+                try:
+                    answers.append(self._span(text, messages, tools, turn + shift))
+                    trained.append(message.trained)
+                except (RefusedRow, TemplateError):
+                    if message.trained:
+                        raise
         except TemplateError as error:
             raise BadRow("the chat template refuses the conversation", str(error)) from None
-        return Rendered(text, spans)
+        if not hidden:
+            return Rendered(text, tuple(answers), tuple(trained))
+        settled = settle(text, hidden, [position for answer in answers for position in answer])
+        return Rendered(settled.text, _in_twos(settled.positions), tuple(trained), plain=settled.plain)
+
+    def pair(self, chosen: Conversation, rejected: Conversation) -> tuple[Rendered, Rendered]:
+        sides = (self.render(chosen, earlier_answers=False), self.render(rejected, earlier_answers=False))
+        first, second = (side.text[: side.answers[-1][0]] for side in sides)
+        if first != second:
+            raise RefusedRow(
+                f"the chat template of {self.tokenizer_name} writes the request differently before the two answers",
+                "Set data.template, or model.tokenizer to one whose template does not.",
+            )
+        return sides
 
     def prompt(self, conversation: Conversation) -> str:
         """The text that asks for the next answer."""
-        messages = [_as_dict(message) for message in conversation.messages]
+        nothing = re.compile(r"(?!)")
+        messages = [_as_dict(message, nothing, nothing, []) for message in self._with_system(conversation)]
         return self._render(messages, list(conversation.tools) or None, add_generation_prompt=True)
+
+    def _with_system(self, conversation: Conversation) -> tuple[Message, ...]:
+        messages = conversation.messages
+        if self._default_system is None or (messages and messages[0].role == "system"):
+            return messages
+        return (Message("system", self._default_system), *messages)
 
     def _render(self, messages: Sequence[dict[str, Any]], tools: Any, *, add_generation_prompt: bool = False) -> str:
         source = self._plain if tools is None else self._with_tools
@@ -67,7 +141,7 @@ class ChatTemplate:
             tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            **self._special_tokens,
+            **self._variables,
         )
 
     def _span(self, text: str, messages: list[dict[str, Any]], tools: Any, turn: int) -> tuple[int, int]:
@@ -77,8 +151,8 @@ class ChatTemplate:
             raise RefusedRow(
                 f"the chat template of {self.tokenizer_name} does not keep the text before and through turn {turn + 1} "
                 "when later turns follow, so the answer can't be found in it",
-                "Train only the last answer (`train: false` on earlier ones), or set model.tokenizer to one whose template "
-                "leaves earlier turns as they are.",
+                "Train only the last answer (data.mask_history=true), name a template (data.template), or set model.tokenizer "
+                "to one whose template leaves earlier turns as they are.",
             )
         return len(before), self._end_of_answer(text, len(before), len(through))
 
@@ -108,16 +182,101 @@ class ChatTemplate:
                 "the chat template",
                 "must put a special token after an answer, or the model can't learn to stop",
                 got=self.tokenizer_name,
-                remedy="Set model.tokenizer to one whose template does.",
+                remedy="Set data.template, or model.tokenizer to one whose template does.",
             )
         return after.group()
 
 
-def _as_dict(message: Message) -> dict[str, Any]:
+class NamedChat:
+    """A named template over a tokenizer that has been given it. Its text is cut where LLaMA-Factory's pieces meet.
+
+    Between two turns this makes no difference where a control token stands there; elsewhere ("[/INST] " and an answer, say) an
+    answer then starts with a token of its own, as it does when the model is asked for it.
+    """
+
+    def __init__(
+        self,
+        template: NamedTemplate,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        enable_thinking: bool | None,
+        preserve_thinking: bool,
+    ) -> None:
+        self.template = template
+        self.end_of_row: str | None = str(tokenizer.eos_token) if template.efficient_eos else None
+        self._enable_thinking = enable_thinking
+        tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+        self._variables = {name: token for name, token in tokens.items() if token is not None}
+        self._variables |= {"preserve_thinking": preserve_thinking, "cut": CUT}
+        self._preserve_thinking = preserve_thinking
+        self.control = forgeable(_specials(tokenizer))
+        self._answered = forgeable({*named_stop_tokens(tokenizer, template), *_ends(tokenizer)} - {*template.thought})
+
+    def render(self, conversation: Conversation, *, earlier_answers: bool = True) -> Rendered:
+        return self._render(conversation, earlier_answers, self._enable_thinking)
+
+    def pair(self, chosen: Conversation, rejected: Conversation) -> tuple[Rendered, Rendered]:
+        """An empty thought that only one side has is said by it, not asked for in what is the prompt of both."""
+        for thinking in (self._enable_thinking, True):
+            first, second = (self._render(side, False, thinking) for side in (chosen, rejected))
+            if first.text[: first.answers[-1][0]] == second.text[: second.answers[-1][0]]:
+                break
+        return first, second  # type: ignore[possibly-undefined]
+
+    def _render(self, conversation: Conversation, earlier_answers: bool, thinking: bool | None) -> Rendered:
+        hidden: list[str] = []
+        messages = [_as_dict(message, self.control, self._answered, hidden) for message in conversation.messages]
+        template = _compile_jinja_template(self.template.source)
+        blocks: list[str] = []
+        spans: list[tuple[int, int]] = []
+        try:
+            with template.environment.activate_tracker(blocks, spans):  # type: ignore[attr-defined]
+                for block in template.generate(
+                    messages=messages,
+                    tools=hide(list(conversation.tools), self.control, hidden) or None,
+                    add_generation_prompt=False,
+                    enable_thinking=thinking,
+                    train_history=earlier_answers,
+                    **self._variables,
+                ):
+                    blocks.append(block)  # not extend: the tracker measures what is there so far
+        except TemplateError as error:
+            raise BadRow("the chat template refuses the conversation", str(error)) from None
+        settled = settle("".join(blocks), hidden, [position for span in spans for position in span])
+        trained = tuple(message.trained for message in conversation.messages if message.role == "assistant")
+        return Rendered(settled.text, _in_twos(settled.positions), trained, settled.cuts, settled.plain)
+
+
+class PlainText:
+    """What plain text, which has no turns, needs of a tokenizer."""
+
+    end_of_row: str | None = None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.control = forgeable(_specials(tokenizer))
+
+
+def _in_twos(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(positions[::2], positions[1::2], strict=True))
+
+
+def _specials(tokenizer: PreTrainedTokenizerFast) -> set[str]:
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+
+
+def _ends(tokenizer: PreTrainedTokenizerFast) -> set[str]:
+    """What an answer must not hold within itself."""
+    return {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token is not None}
+
+
+def _as_dict(message: Message, typed: re.Pattern[str], answered: re.Pattern[str], hidden: list[str]) -> dict[str, Any]:
     """As chat templates take it. Reasoning goes by the two names that they read."""
-    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+    tokens = answered if message.role == "assistant" else typed
+    plain: dict[str, Any] = {"role": message.role, "content": hide(message.content, tokens, hidden)}
     if message.reasoning is not None:
-        plain |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
+        reasoning = hide(message.reasoning, tokens, hidden)
+        plain |= {"reasoning_content": reasoning, "thinking": reasoning}
     if message.tool_calls:
-        plain["tool_calls"] = [{"type": "function", "function": dict(call)} for call in message.tool_calls]
+        calls: Sequence[Mapping[str, Any]] = [dict(call) for call in message.tool_calls]
+        plain["tool_calls"] = [{"type": "function", "function": call} for call in hide(calls, tokens, hidden)]
     return plain

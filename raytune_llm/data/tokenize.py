@@ -1,34 +1,45 @@
-"""Rendered texts -> token rows, a block at a time: word by word where that is faster, else in one call into Rust.
+"""Rendered texts -> tokens, a block at a time: word by word where that is faster, else in one call into Rust.
 
-Ids are those of the whole text, and equal `apply_chat_template`'s: the template holds the special tokens, none is added.
+Ids are those of the whole text, and equal `apply_chat_template`'s: the template holds the special tokens, none is added. A text
+that is cut into pieces has the ids of each piece; a piece that only looks like control tokens is encoded letter by letter.
 
 Where a span of characters lies among the tokens can be asked of the tokenizer, but to keep count of characters takes it
 half as long again. So spans are found from special tokens instead, which no other token crosses: a span ends with one, and
 starts a short header (`assistant` and a newline, say) after one. Each row is checked for that, and the rows where it does
-not hold are encoded with offsets.
+not hold are encoded with offsets. In pieces, spans are pieces.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from raytune_llm.data.dropped import BadRow, RefusedRow
 from raytune_llm.data.templates import Rendered
 from raytune_llm.data.words import word_tokenizer
-from raytune_llm.records import TokenRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MAX_HEADER_CHARS = 64
 """Longer text between a special token and an answer is no header but part of the request, and seldom comes again."""
-Result = TokenRow | BadRow | RefusedRow
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A rendered text as tokens."""
+
+    ids: np.ndarray
+    """int32."""
+    answers: np.ndarray
+    """int32: tokens [start, end) of each answer, flattened, in the order of Rendered.answers."""
 
 
 class BlockTokenizer:
@@ -44,32 +55,62 @@ class BlockTokenizer:
         self._is_special[list(special)] = True
         self._headers: dict[str, np.ndarray] = {}
 
-    def __call__(self, rendered: Sequence[Rendered], *, max_length: int, overlong: str) -> Iterator[Result]:
-        """The token row of each text in order, or why there is none."""
-        shorten = OVERLONG[overlong]
-        for row in self._rows(rendered):
-            try:
-                yield row if len(row.ids) <= max_length else shorten(row, max_length)
-            except (BadRow, RefusedRow) as bad:
-                yield bad
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_rust_letters"}
 
-    def _rows(self, rendered: Sequence[Rendered]) -> list[TokenRow]:
-        texts = [one.text for one in rendered]
+    @cached_property
+    def _rust_letters(self) -> Tokenizer:
+        """The same tokenizer, to which special tokens are text like any other."""
+        tokenizer = Tokenizer.from_str(self._rust.to_str())
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def __call__(self, rendered: Sequence[Rendered]) -> list[Tokens]:
+        """The tokens of each text in order."""
+        pieces: list[str] = []
+        edges = [_edges(one) for one in rendered]
+        for one, row in zip(rendered, edges, strict=True):
+            pieces += [one.text[start:end] for start, end in pairwise(row)]
+        ids = self.encode(pieces)
+
+        tokens: list[Any] = []
+        at = 0
+        for one, row in zip(rendered, edges, strict=True):
+            mine = ids[at : at + len(row) - 1]
+            at += len(mine)
+            tokens.append(self._from_pieces(one, row, mine) if len(mine) != 1 else self._from_special_tokens(one, mine[0]))
+        unclear = [number for number, found in enumerate(tokens) if found is None]
+        encodings = self._rust.encode_batch([rendered[number].text for number in unclear], add_special_tokens=False)
+        for number, encoding in zip(unclear, encodings, strict=True):
+            spans = spans_from_offsets(encoding, rendered[number].answers)
+            tokens[number] = Tokens(np.array(encoding.ids, dtype=np.int32), spans)
+        return tokens
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, special tokens among them."""
         ids: list[Any] = [None] * len(texts)
         if self._by_words is not None:
             ids = [self._by_words(text) if text.isascii() else None for text in texts]
         whole = [number for number, row in enumerate(ids) if row is None]
-        for number, encoding in zip(
-            whole, self._rust.encode_batch_fast([texts[number] for number in whole], add_special_tokens=False), strict=True
-        ):
+        encodings = self._rust.encode_batch_fast([texts[number] for number in whole], add_special_tokens=False)
+        for number, encoding in zip(whole, encodings, strict=True):
             ids[number] = np.array(encoding.ids, dtype=np.int32)
+        return ids
 
-        spans: list[Any] = [self._spans_from_special_tokens(one, row) for one, row in zip(rendered, ids, strict=True)]
-        unclear = [number for number, found in enumerate(spans) if found is None]
-        encodings = self._rust.encode_batch([texts[number] for number in unclear], add_special_tokens=False)
-        for number, encoding in zip(unclear, encodings, strict=True):
-            spans[number] = spans_from_offsets(encoding, rendered[number].spans)
-        return [TokenRow(row, found) for row, found in zip(ids, spans, strict=True)]
+    def _from_pieces(self, one: Rendered, edges: list[int], ids: list[np.ndarray]) -> Tokens:
+        letters = {start for start, _ in one.plain}
+        for number, start in enumerate(edges[:-1]):
+            if start in letters:
+                text = one.text[start : edges[number + 1]]
+                ids[number] = np.array(self._rust_letters.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        starts = np.cumsum([0, *map(len, ids)])
+        at = dict(zip(edges, starts.tolist(), strict=True))
+        answers = [at[position] for answer in one.answers for position in answer]
+        return Tokens(np.concatenate(ids) if ids else np.zeros(0, np.int32), np.array(answers, dtype=np.int32))
+
+    def _from_special_tokens(self, one: Rendered, ids: np.ndarray) -> Tokens | None:
+        answers = self._spans_from_special_tokens(one, ids)
+        return None if answers is None else Tokens(ids, answers)
 
     def _spans_from_special_tokens(self, one: Rendered, ids: np.ndarray) -> np.ndarray | None:
         """Flattened token spans, or none where special tokens don't determine them."""
@@ -78,7 +119,7 @@ class BlockTokenizer:
         if len(ends) != len(at):
             return None
         tokens = []
-        for start, end in one.spans:
+        for start, end in one.answers:
             before, last = bisect_right(ends, start) - 1, bisect_right(ends, end) - 1
             if before < 0 or ends[last] != end or start - ends[before] > MAX_HEADER_CHARS:
                 return None
@@ -99,33 +140,16 @@ def spans_from_offsets(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> 
     """Flattened token spans of spans of characters. A token that straddles a span's start belongs to it."""
     tokens = []
     for start, end in spans:
-        first = next((token for char in range(start, end) if (token := encoding.char_to_token(char)) is not None), None)
-        last = next(
-            (token for char in range(end - 1, start - 1, -1) if (token := encoding.char_to_token(char)) is not None), None
-        )
-        if first is not None and last is not None:
-            tokens += (first, last + 1)
+        first = next((token for char in range(start, end) if (token := encoding.char_to_token(char)) is not None), 0)
+        backwards = range(end - 1, start - 1, -1)
+        last = next((token for char in backwards if (token := encoding.char_to_token(char)) is not None), None)
+        tokens += (first, first if last is None else last + 1)
     return np.array(tokens, dtype=np.int32)
 
 
-def truncate(row: TokenRow, max_length: int) -> TokenRow:
-    """The first max_length tokens, if one of them is trained (the very first token can't be: nothing predicts it)."""
-    spans: Any = np.minimum(row.spans, max_length).reshape(-1, 2)
-    spans = spans[spans[:, 1] > np.maximum(spans[:, 0], 1)]
-    if len(spans) == 0:
-        raise BadRow("no trained token is left after truncation to data.max_length", f"{len(row.ids)} tokens")
-    return TokenRow(row.ids[:max_length], spans.reshape(-1))
-
-
-def drop(row: TokenRow, max_length: int) -> TokenRow:
-    raise BadRow("the row is longer than data.max_length", f"{len(row.ids)} tokens")
-
-
-def refuse(row: TokenRow, max_length: int) -> TokenRow:
-    raise RefusedRow(
-        f"the row has {len(row.ids)} tokens, data.max_length is {max_length}",
-        "Raise data.max_length, or set data.overlong to truncate or drop.",
-    )
-
-
-OVERLONG: dict[str, Callable[[TokenRow, int], TokenRow]] = {"truncate": truncate, "drop": drop, "error": refuse}
+def _edges(one: Rendered) -> list[int]:
+    """Characters between which a piece is tokenized by itself; only the text's ends where it is not cut."""
+    edges = {0, len(one.text)}
+    if one.cuts or one.plain:
+        edges.update(one.cuts, *one.plain, *one.answers)
+    return sorted(edges)

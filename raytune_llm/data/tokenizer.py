@@ -11,6 +11,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from raytune_llm import packaged
+from raytune_llm.config.data import DataConfig
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.data.named_templates import NamedTemplate, apply_to_tokenizer, guess, load
 from raytune_llm.errors import ConfigError
 
 BYTES = "bytes"
@@ -22,8 +25,46 @@ CHATML = (
 )
 
 
+def run_tokenizer(model: ModelConfig, data: DataConfig) -> tuple[PreTrainedTokenizerFast, NamedTemplate | None]:
+    """The tokenizer of a run and its named template, which the tokenizer has taken over, or none where it has its own.
+
+    A named template can bring tokens that are new to the model: then len(tokenizer) is more than it has embeddings.
+    """
+    tokenizer = load_tokenizer(
+        model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        kind=model.tokenizer,
+        needs_chat_template=False,
+    )
+    name = data.template
+    if name is None and tokenizer.chat_template is None:
+        name = guess(model.path or model.tokenizer or "")
+        if name is None:
+            raise ConfigError(
+                "data.template",
+                "must name a template: the tokenizer has none of its own, and the model's name does not say which",
+                got="null",
+                remedy="Say, data.template=chatml.",
+            )
+    if name is None:
+        return tokenizer, None
+    template = load(name, default_system=data.default_system, tool_format=data.tool_format, date=data.today)
+    if template.efficient_eos and data.train_on_prompt:
+        raise ConfigError(
+            "data.train_on_prompt", f"must be false with data.template={name}", got=True, remedy="Take another one."
+        )
+    apply_to_tokenizer(tokenizer, template)
+    return tokenizer, template
+
+
 def load_tokenizer(
-    path: str | None, *, revision: str | None = None, trust_remote_code: bool = False, kind: str | None = None
+    path: str | None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    kind: str | None = None,
+    needs_chat_template: bool = True,
 ) -> PreTrainedTokenizerFast:
     """The tokenizer at `kind` (`bytes`, a folder or a hub id), or where that is none, the model's own at `path`."""
     if kind == BYTES:
@@ -48,9 +89,12 @@ def load_tokenizer(
         raise ConfigError(
             setting, "must have a tokenizer.json (a fast tokenizer)", got=place, remedy="Convert it with transformers."
         )
-    if tokenizer.chat_template is None:
+    if needs_chat_template and tokenizer.chat_template is None:
         raise ConfigError(
-            setting, "must have a chat template", got=place, remedy="Take the model's chat version, or set model.tokenizer."
+            setting,
+            "must have a chat template",
+            got=place,
+            remedy="Take the model's chat version, set data.template, or set model.tokenizer.",
         )
     return tokenizer
 

@@ -92,7 +92,7 @@ def test_rows_without_the_column_name_the_setting_and_the_columns(jsonl, prepare
 def test_everything_truncated_away_is_refused(jsonl, prepare_run):
     path = jsonl([chat(number) for number in range(3)])
     with pytest.raises(DataError, match=r"no row can be used.*3 x no trained token is left after truncation"):
-        prepared(prepare_run(path, "data.max_length=8"))
+        prepared(prepare_run(path, "data.max_length=1"))
 
 
 def test_an_overlong_row_is_refused_by_name_where_asked(jsonl, prepare_run):

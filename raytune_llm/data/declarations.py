@@ -1,0 +1,149 @@
+"""What data a run is made of: `data.path`, or entries of a LLaMA-Factory dataset_info.json as they stand.
+
+Its rules: where an entry has `columns`, every column that it does not name is absent, and likewise for `tags`; only an entry
+without them has the usual names. Different here: a data set that is listed twice is there twice, and an entry that names no
+column for messages is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.config.data import AlpacaFormat, DataConfig, FormatConfig, OpenAIFormat, ShareGPTFormat
+from raytune_llm.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declared:
+    """One data set of a run."""
+
+    name: str
+    path: str
+    subset: str | None
+    split: str
+    num_samples: int | None
+    format: FormatConfig
+    media_dir: str
+
+
+def declared(data: DataConfig, *, ranked: bool) -> list[Declared]:
+    """The data sets to train on, in order. `ranked` says whether the run needs pairs. Raises ConfigError or DataError."""
+    if data.dataset_info is not None:
+        return from_dataset_info(data.dataset_info, data.names, media_dir=data.media_dir, ranked=ranked)
+    assert data.path is not None
+    return [at_path(data, data.path)]
+
+
+def at_path(data: DataConfig, path: str) -> Declared:
+    """The data set at a path, in the run's format."""
+    here = Path(path).expanduser()
+    return Declared(
+        name=path,
+        path=path,
+        subset=data.subset,
+        split=data.split,
+        num_samples=data.num_samples,
+        format=data.format,
+        media_dir=data.media_dir or str(here if here.is_dir() else here.parent),
+    )
+
+
+def from_dataset_info(path: str, names: list[str], *, media_dir: str | None, ranked: bool) -> list[Declared]:
+    """Entries of a dataset_info.json, which may be named by its folder."""
+    file = Path(path).expanduser()
+    file = file / "dataset_info.json" if file.is_dir() else file
+    try:
+        entries = json.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError("data.dataset_info", f"must be a file that can be read ({error.strerror})", got=path) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(str(file), f"is not valid JSON ({error})", "Mend the file.") from None
+    for name in names:
+        if name not in entries:
+            near = difflib.get_close_matches(name, entries, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(sorted(entries))}."
+            raise ConfigError("data.names", f"must be entries of {file}", got=name, remedy=remedy)
+    return [_declared(name, entries[name], file, media_dir, ranked) for name in names]
+
+
+def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | None, ranked: bool) -> Declared:
+    where = f"{file}, {name}"
+    if bool(entry.get("ranking", False)) != ranked:
+        raise DataError(
+            where,
+            "holds pairs of answers, which this stage has no use for"
+            if not ranked
+            else "holds no pairs of answers (ranking: true)",
+            "Choose another data set, or another stage.",
+        )
+    return Declared(
+        name=name,
+        path=_place(where, entry, file.parent),
+        subset=entry.get("subset"),
+        split=entry.get("split") or "train",
+        num_samples=entry.get("num_samples"),
+        format=_format(where, entry),
+        media_dir=media_dir or str(file.parent),
+    )
+
+
+def _place(where: str, entry: Mapping[str, Any], folder: Path) -> str:
+    if "hf_hub_url" in entry:
+        return entry["hf_hub_url"]
+    if "file_name" in entry:
+        return str(folder / entry["file_name"])
+    if "cloud_file_name" in entry:
+        return entry["cloud_file_name"]
+    given = ", ".join(sorted({"ms_hub_url", "om_hub_url", "script_url"} & entry.keys())) or "no source"
+    raise DataError(
+        where, f"has {given}; hf_hub_url, file_name and cloud_file_name are read", "Fetch the data and give file_name."
+    )
+
+
+def _format(where: str, entry: Mapping[str, Any]) -> FormatConfig:
+    columns: Mapping[str, Any] = entry.get("columns") or {
+        "prompt": "instruction",
+        "query": "input",
+        "response": "output",
+        "messages": "conversations",
+    }
+    ranked = bool(entry.get("ranking", False))
+    shared: dict[str, Any] = {name: columns.get(name) for name in ("system", "tools", "images", "videos", "audios")}
+    shared["chosen"] = columns.get("chosen") if ranked else None
+    shared["rejected"] = columns.get("rejected") if ranked else None
+    shared["label"] = columns.get("kto_tag")
+    formatting = entry.get("formatting", "alpaca")
+    if formatting == "alpaca":
+        if columns.get("prompt") is None:
+            raise DataError(where, "names no column for prompt", "Add it to columns.")
+        return AlpacaFormat(
+            name="alpaca",
+            instruction=columns["prompt"],
+            input=columns.get("query"),
+            output=columns.get("response"),
+            history=columns.get("history"),
+            **shared,
+        )
+    if formatting not in TAGGED:
+        raise DataError(where, f"has the formatting {formatting!r}; there are alpaca, {', '.join(TAGGED)}", "Correct it.")
+    if columns.get("messages") is None:
+        raise DataError(where, "names no column for messages", "Add it to columns.")
+    tags: Mapping[str, Any] = entry.get("tags") or {
+        "user_tag": "human",
+        "assistant_tag": "gpt",
+        "observation_tag": "observation",
+        "function_tag": "function_call",
+        "system_tag": "system",
+    }
+    roles = {name: tags.get(name) for name in ("user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")}
+    keys = {"role_tag": tags.get("role_tag", "from"), "content_tag": tags.get("content_tag", "value")}
+    section: Any = TAGGED[formatting]
+    return section(name=formatting, messages=columns["messages"], **shared, **roles, **keys)
+
+
+TAGGED: Mapping[str, type] = {"sharegpt": ShareGPTFormat, "openai": OpenAIFormat}
