@@ -24,7 +24,7 @@ def main(run: PrepareRun) -> int:
     if prepared.reused:
         console.print("Nothing to do: the store was there.")
     else:
-        console.print(f"{prepared.rows_per_s:,.0f} rows/s; {prepared.seconds:.1f} s in all", highlight=False)
+        console.print(f"{prepared.rows_per_s:.0f} rows/s; {prepared.seconds:.1f} s in all", highlight=False)
     console.print("Next: `python -m raytune_llm train` with the same model and data settings takes this store as it is.")
     return 0
 
