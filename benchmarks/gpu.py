@@ -1,6 +1,6 @@
 """Training steps on one GPU: random weights in the shape of a published model, packs of documents as long as Alpaca's.
 
-    python benchmarks/gpu.py [VARIANT ...] [--steps 8] [--profile FOLDER] [--set KEY=VALUE ...]
+    python benchmarks/gpu.py [--variants NAME ...] [--steps 8] [--profile FOLDER] [--set KEY=VALUE ...]
 
 Prints JSON: for each variant real tokens/s (padding not counted), the median step, peak memory and mfu, which counts 4 operations
 a frozen weight and token (6 a trained one), attention left out, against the rate of a bf16 8192 x 8192 x 8192 product measured
@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -82,9 +82,11 @@ VARIANTS = {
     "lora_fp8": Variant("llama3_8b", (*LORA, *COMPILED, "quantization=fp8")),
     "qlora": Variant("llama3_8b", (*LORA, *COMPILED, "quantization=bnb_nf4")),
     "qlora_full": Variant("llama3_8b", (*LORA, *COMPILED, "quantization=bnb_nf4", "train.activation_checkpointing=full")),
-    "lora_131072": Variant("llama3_8b", (*LORA, *COMPILED, "train.activation_checkpointing=offload"), 1, 131072, True, 1),
+    "lora_131072": Variant("llama3_8b", (*LORA, *COMPILED, "train.activation_checkpointing=offload"), 1, 131072, True, 0),
     "full_1b": Variant("llama3_2_1b", ("adapter=none", *COMPILED), packs=4),
 }
+
+COMPARED = ("lora", "lora_full", "lora_fp8", "qlora", "qlora_full", "full_1b")
 
 
 def make_run(variant: Variant, settings: list[str]) -> TrainRun:
@@ -103,7 +105,10 @@ def make_steps(variant: Variant, vocab_size: int) -> Iterator[Step]:
     order = random.permutation(len(packs)) if len(packs) > 1 else np.zeros(variant.packs, int)
     for start in range(0, len(order) - variant.packs + 1, variant.packs):
         lines = [
-            [(random.integers(0, vocab_size, tokens), np.array([tokens - trained, tokens])) for tokens, trained in rows[packs[pack]]]
+            [
+                (random.integers(0, vocab_size, tokens), np.array([tokens - trained, tokens]))
+                for tokens, trained in rows[packs[pack]]
+            ]
             for pack in order[start : start + variant.packs]
         ]
         batch = pinned(collate(lines, length=variant.length, pad_id=0, sample_ids=(start,)))
@@ -111,7 +116,9 @@ def make_steps(variant: Variant, vocab_size: int) -> Iterator[Step]:
         yield Step(epoch=0, cursor=0, batches=[batch], count=len(batch.trained_N), tokens=tokens, sample_ids=(start,))
 
 
-def measure(name: str, variant: Variant, settings: list[str], num_steps: int, matmul: float, trace: Path | None) -> dict[str, Any]:
+def measure(
+    name: str, variant: Variant, settings: list[str], num_steps: int, matmul: float, trace: Path | None
+) -> dict[str, Any]:
     device = torch.device("cuda")
     began = time.perf_counter()
     run = make_run(variant, settings)
@@ -166,7 +173,7 @@ def measure(name: str, variant: Variant, settings: list[str], num_steps: int, ma
     issued = time.perf_counter() - started
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    steps_s = [a.elapsed_time(b) / 1000 for a, b in zip(marks, marks[1:], strict=False)]
+    steps_s = [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
     result = {
         "tokens_per_s": round(tokens / seconds),
         "step_s": round(median(steps_s), 4),
@@ -236,7 +243,7 @@ def matmul_flops() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("variants", nargs="*", default=["lora", "lora_full", "full_1b"], choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=list(COMPARED), choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--set", nargs="*", default=[], help="settings of the run, as on the command line")

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from raytune_llm.errors import ConfigError
 
 BUDGETS = {"none": 1.0, "selective": 0.5, "full": 0.0, "offload": 0.1}
-"""The part of a layer's activations that a compiled layer keeps. A tenth holds what costs most for its size: attention's output."""
+"""The part of its activations that a compiled layer keeps. A tenth holds what costs most for its size, attention's output."""
 
 
 def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str, *, compile_layers: bool) -> None:
@@ -31,22 +31,26 @@ def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     elif checkpointing == "selective":
         raise ConfigError(
-            "train.activation_checkpointing", "can be selective with train.compile=true only", got=checkpointing, remedy="Take full."
+            "train.activation_checkpointing",
+            "can be selective with train.compile=true only",
+            got=checkpointing,
+            remedy="Take full.",
         )
 
 
 @dataclass(eq=False, slots=True)
 class _Moved:
+    number: int
     host: Tensor
     device: torch.device
     back: Tensor | None = None
-    arrived: torch.cuda.Event | None = None
+    arrived: torch.Event | None = None
 
 
 class HostMemory:
     """Keeps what autograd saves in page-locked host memory while it is not needed; copies run beside the computation.
 
-    In the backward pass the copy for the layer before is on its way while a layer computes.
+    In the backward pass the copy for the layer before is on its way while a layer computes. For one forward and backward pass.
     """
 
     AHEAD = 2
@@ -68,22 +72,21 @@ class HostMemory:
         with torch.cuda.stream(self.stream):
             host.copy_(tensor.detach(), non_blocking=True)
         tensor.record_stream(self.stream)
-        self.moved.append(_Moved(host, tensor.device))
+        self.moved.append(_Moved(len(self.moved), host, tensor.device))
         return self.moved[-1]
 
     def _unpack(self, saved: Tensor | _Moved) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        at = self.moved.index(saved)
-        for entry in reversed(self.moved[max(at - self.AHEAD, 0) : at + 1]):
+        for entry in reversed(self.moved[max(saved.number - self.AHEAD, 0) : saved.number + 1]):
             self._fetch(entry)
-        del self.moved[at:]
-        assert saved.back is not None and saved.arrived is not None
+        back, saved.back = saved.back, None
+        assert back is not None and saved.arrived is not None
         torch.cuda.current_stream().wait_event(saved.arrived)
-        return saved.back
+        return back
 
     def _fetch(self, entry: _Moved) -> None:
-        if entry.back is not None:
+        if entry.arrived is not None:
             return
         entry.back = torch.empty_strided(entry.host.shape, entry.host.stride(), dtype=entry.host.dtype, device=entry.device)
         self.stream.wait_stream(torch.cuda.current_stream())

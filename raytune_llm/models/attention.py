@@ -1,14 +1,16 @@
 """Attention within documents: the back ends, and how one is chosen.
 
-A back end takes transformers' attention signature (query [B, H, T, Dh], key and value with fewer heads where they are grouped) and
-the batch's boundaries, cu_seqlens_S and max_seqlen, which the model passes through to every layer. No back end lets a token see
-another document; one that can't keep that is not in the list.
+A back end takes transformers' attention signature (query [B, H, T, Dh], key and value with fewer heads where they are grouped)
+and the batch's boundaries, cu_seqlens_S and max_seqlen, which the model passes through to every layer. No back end lets a token
+see another document; one that can't keep that is not in the list.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from raytune_llm.errors import ConfigError
 
 # torch 2.11 takes grouped heads as they are; later releases ask for the flag.
-_GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def varlen(
@@ -46,14 +48,16 @@ def varlen(
     q, k, v = (x.transpose(1, 2).reshape(B * T, x.shape[1], head) for x in (query, key, value))
     if q.is_cuda:
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        out = varlen_attn(
+        out: Any = varlen_attn(
             q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scaling, window_size=window, **_GROUPED_HEADS
         )
     else:
-        out = torch.cat([
-            _one_document(q[start:end], k[start:end], v[start:end], scaling, sliding_window)
-            for start, end in _documents(cu_seqlens_S)
-        ])
+        out = torch.cat(
+            [
+                _one_document(q[start:end], k[start:end], v[start:end], scaling, sliding_window)
+                for start, end in _documents(cu_seqlens_S)
+            ]
+        )
     return out.view(B, T, H, head), None
 
 
@@ -73,7 +77,9 @@ def sdpa(
     """The plain twin: one call with a mask of T x T a pack. Costs the whole square; for checks, and where nothing else runs."""
     B, _H, T, _head = query.shape
     mask = document_mask(cu_seqlens_S, B, T, sliding_window)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -102,7 +108,10 @@ def choose(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[str, s
         return "sdpa", f"FlashAttention needs bf16 or fp16, this run computes in {dtype}"
     if asked == "varlen" and on_gpu and dtype not in (torch.bfloat16, torch.float16):
         raise ConfigError(
-            "model.attention", "can't be varlen on a GPU in fp32", got=asked, remedy="Take model.attention=sdpa or train.precision=bf16."
+            "model.attention",
+            "can't be varlen on a GPU in fp32",
+            got=asked,
+            remedy="Take model.attention=sdpa or train.precision=bf16.",
         )
     return asked, "asked for"
 
@@ -120,8 +129,8 @@ def detach(model: PreTrainedModel) -> None:
 def fixed(cu_seqlens_S: Tensor, max_seqlen: int) -> tuple[Tensor, int]:
     """The boundaries as compiled layers take them, so that no batch makes them compile again.
 
-    How many there are may vary, and FlashAttention's bound on a document's length is rounded up to a power of two, 1,024 at least:
-    blocks past a document's end return at once (0.3% of a step), and the bound takes few values.
+    How many there are may vary, and FlashAttention's bound on a document's length is rounded up to a power of two, 1,024 at
+    least: blocks past a document's end return at once (0.3% of a step), and the bound takes few values.
     """
     torch._dynamo.maybe_mark_dynamic(cu_seqlens_S, 0)
     return cu_seqlens_S, max(1 << (max_seqlen - 1).bit_length(), 1024)
@@ -138,7 +147,7 @@ def _whole(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> 
 
 def _documents(cu_seqlens_S: Tensor) -> list[tuple[int, int]]:
     bounds = cu_seqlens_S.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def _one_document(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, sliding_window: int | None) -> Tensor:

@@ -29,7 +29,7 @@ class CausalLM(nn.Module):
         model: nn.Module,
         *,
         compute: torch.dtype = torch.float32,
-        chunk_tokens: int = 2048,
+        chunk_tokens: int = 1024,
         compiled: bool = False,
         offloads: bool = False,
     ) -> None:
@@ -38,7 +38,7 @@ class CausalLM(nn.Module):
         offloads: activations wait in host memory for the backward pass.
         """
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.compute = compute
         self.chunk_tokens = chunk_tokens
         self.compiled = compiled
@@ -78,7 +78,7 @@ class CausalLM(nn.Module):
                 values,
                 compute=self.compute,
                 # A trained head keeps the same however it is cut, and each cut is a pass over its gradient.
-                chunk_tokens=self.chunk_tokens * (4 if head.weight.requires_grad else 1),
+                chunk_tokens=self.chunk_tokens * (8 if head.weight.requires_grad else 1),
                 compiled=self.compiled,
             )
         return self._recomputed(hidden_ND, targets_N, head, values)

@@ -1,9 +1,9 @@
 """What the head says about the trained tokens, a chunk of them at a time, without computing any logits twice.
 
-A token function's value depends on its own row of logits alone. So its gradient with respect to the hidden states can be taken in
-the forward pass, while the chunk's logits exist, for an upstream gradient of one, and scaled by the real one in the backward pass.
-What stays between the passes is [N, D] and not [N, V]; only where the head is trained are the logits' gradients kept, in the
-compute type, for its own.
+A token function's value depends on its own row of logits alone. So its gradient with respect to the hidden states can be taken
+in the forward pass, while the chunk's logits exist, for an upstream gradient of one, and scaled by the real one in the backward
+pass. What stays between the passes is [N, D] and not [N, V]; only where the head is trained are the logits' gradients kept, in
+the compute type, for its own.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class _TokenValues(torch.autograd.Function):
         grad_KN1 = (grad.T if grad.ndim > 1 else grad[None])[..., None].to(slopes_KND.dtype)
         grad_ND = (slopes_KND * grad_KN1).sum(0).to(ctx.types[0])
         grad_VD = None
-        for (hidden, slopes), scale_KN1 in zip(ctx.towards_logits, grad_KN1.split(ctx.chunk, dim=1), strict=bool(ctx.towards_logits)):
+        for (hidden, slopes), scale_KN1 in zip(
+            ctx.towards_logits, grad_KN1.split(ctx.chunk, dim=1), strict=bool(ctx.towards_logits)
+        ):
             for slope, scale in zip(slopes, scale_KN1, strict=True):
                 part = slope.T @ (hidden * scale)
                 grad_VD = part.to(ctx.types[1]) if grad_VD is None else grad_VD.add_(part)

@@ -23,7 +23,9 @@ def load_config(
         try:
             return AutoConfig.for_model(entries.pop("model_type"), **entries)
         except (ValueError, KeyError) as error:
-            raise ConfigError("model.config.model_type", "must be one that transformers knows", got=changes["model_type"]) from error
+            raise ConfigError(
+                "model.config.model_type", "must be one that transformers knows", got=changes["model_type"]
+            ) from error
     folder = packaged.resolve(path)
     try:
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
@@ -59,12 +61,12 @@ def load_model(
         return model.to(device=device, dtype=dtype)
     assert path is not None
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             packaged.resolve(path), config=config, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
     except OSError as error:
         raise _unreachable(path, error) from None
-    return model.to(device)
+    return model.to(device=device)
 
 
 def positions(config: PretrainedConfig) -> int | None:

@@ -76,14 +76,16 @@ def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> Pretraine
     """The transformers config of the run's model. Where there is no path, vocabulary and marks are the tokenizer's."""
     changes: Mapping[str, Any] = model.config
     if model.path is None:
-        marks = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        marks = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         changes = {"vocab_size": len(tokenizer), **marks, **model.config}
     config = load_config(model.path, changes, revision=model.revision, trust_remote_code=model.trust_remote_code)
     limit = positions(config)
     if limit is not None and max_length > limit:
-        raise ConfigError(
-            "data.max_length", f"must be at most the model's {limit} positions", got=max_length, remedy="Lower it."
-        )
+        raise ConfigError("data.max_length", f"must be at most the model's {limit} positions", got=max_length, remedy="Lower it.")
     if len(tokenizer) > config.get_text_config().vocab_size:
         raise ConfigError(
             "model.tokenizer",

@@ -15,7 +15,7 @@ from raytune_llm.errors import ConfigError, ResourceError
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
-NF4_BLOCK = 64
+NF4_BLOCK, SCALES_BLOCK = 64, 256
 
 
 class QuantizedLinear(nn.Module):
@@ -48,6 +48,7 @@ class FP8Linear(QuantizedLinear):
     """
 
     num_weights = 4
+    HELD = ("forward_weight", "forward_scale", "backward_weight", "backward_scale")
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -58,14 +59,16 @@ class FP8Linear(QuantizedLinear):
             self.register_buffer(f"{name}_scale", scale.T.contiguous(), persistent=False)
 
     def weights(self) -> tuple[Tensor, ...]:
-        return self.forward_weight, self.forward_scale, self.backward_weight, self.backward_scale
+        return tuple(self.get_buffer(name) for name in self.HELD)
 
     @staticmethod
     def product(x_MK: Tensor, weight_NK: Tensor, scale_1N: Tensor, transposed_KN: Tensor, transposed_scale_1K: Tensor) -> Tensor:
         return _fp8_product(x_MK, weight_NK, scale_1N)
 
     @staticmethod
-    def transposed(grad_MN: Tensor, weight_NK: Tensor, scale_1N: Tensor, transposed_KN: Tensor, transposed_scale_1K: Tensor) -> Tensor:
+    def transposed(
+        grad_MN: Tensor, weight_NK: Tensor, scale_1N: Tensor, transposed_KN: Tensor, transposed_scale_1K: Tensor
+    ) -> Tensor:
         return _fp8_product(grad_MN, transposed_KN, transposed_scale_1K)
 
 
@@ -81,44 +84,69 @@ def _rows_in_fp8(x_MK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class NF4Linear(QuantizedLinear):
-    """Weights in four bits, blocks of 64 with one scale each (Dettmers et al. 2023, arXiv 2305.14314); products in the
-    activations' type, for which the weight is unpacked, once forward and once backward, and not kept."""
+    """Weights in four bits, blocks of 64 with a scale each, held in eight bits (Dettmers et al. 2023, arXiv 2305.14314).
 
-    num_weights = 3
+    Products are in the activations' type: the weight is unpacked once forward and once backward, and not kept.
+    """
+
+    num_weights = 6
+    HELD = ("packed", "scales", "scales_of_scales", "code_of_scales", "mean_scale", "shape")
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
         try:
             from bitsandbytes.functional import quantize_4bit
         except ImportError:
-            raise ResourceError("quantization=bnb_nf4 needs bitsandbytes", "Install it: pip install 'raytune-llm[gpu]'.") from None
-        packed, state = quantize_4bit(linear.weight.detach(), quant_type="nf4", blocksize=NF4_BLOCK)
-        self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scales", state.absmax, persistent=False)
-        # Its shape is the weight's; it holds nothing.
-        self.register_buffer("shape", torch.empty(1, dtype=torch.int8, device=packed.device).expand(linear.weight.shape), persistent=False)
+            raise ResourceError(
+                "quantization=bnb_nf4 needs bitsandbytes", "Install it: pip install 'raytune-llm[gpu]'."
+            ) from None
+        packed, state = quantize_4bit(linear.weight.detach(), quant_type="nf4", blocksize=NF4_BLOCK, compress_statistics=True)
+        shape = torch.empty(1, dtype=torch.int8, device=packed.device).expand(linear.weight.shape)  # holds nothing
+        held = (packed, state.absmax, state.state2.absmax, state.state2.code, state.offset, shape)
+        for name, tensor in zip(self.HELD, held, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
 
     def weights(self) -> tuple[Tensor, ...]:
-        return self.packed, self.scales, self.shape
+        return tuple(self.get_buffer(name) for name in self.HELD)
 
     @staticmethod
-    def product(x_MK: Tensor, packed: Tensor, scales: Tensor, shape: Tensor) -> Tensor:
-        return _nf4_product(x_MK, packed, scales, shape, False)
+    def product(x_MK: Tensor, *held: Tensor) -> Tensor:
+        return _nf4_product(x_MK, *held, transposed=False)
 
     @staticmethod
-    def transposed(grad_MN: Tensor, packed: Tensor, scales: Tensor, shape: Tensor) -> Tensor:
-        return _nf4_product(grad_MN, packed, scales, shape, True)
+    def transposed(grad_MN: Tensor, *held: Tensor) -> Tensor:
+        return _nf4_product(grad_MN, *held, transposed=True)
 
 
 @torch.library.custom_op("raytune_llm::nf4_product", mutates_args=())
-def _nf4_product(x: Tensor, packed: Tensor, scales: Tensor, shape: Tensor, transposed: bool) -> Tensor:
-    """x @ weight, or x @ weight.T. One op for the compiler, which would otherwise keep the unpacked weight for the backward pass."""
-    weight = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, NF4_BLOCK, "nf4", list(shape.shape), x.dtype)
+def _nf4_product(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    scales_of_scales: Tensor,
+    code_of_scales: Tensor,
+    mean_scale: Tensor,
+    shape: Tensor,
+    transposed: bool,
+) -> Tensor:
+    """x @ weight.T, or x @ weight. One op for the compiler, which would else keep the unpacked weight for the backward pass."""
+    bnb = torch.ops.bitsandbytes
+    wide = bnb.dequantize_blockwise(scales, scales_of_scales, code_of_scales, SCALES_BLOCK, torch.float32) + mean_scale
+    weight = bnb.dequantize_4bit(packed, wide, NF4_BLOCK, "nf4", list(shape.shape), x.dtype)
     return x @ weight if transposed else x @ weight.T
 
 
 @_nf4_product.register_fake
-def _(x: Tensor, packed: Tensor, scales: Tensor, shape: Tensor, transposed: bool) -> Tensor:
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    scales_of_scales: Tensor,
+    code_of_scales: Tensor,
+    mean_scale: Tensor,
+    shape: Tensor,
+    transposed: bool,
+) -> Tensor:
     return x.new_empty((x.shape[0], shape.shape[1 if transposed else 0]))
 
 
@@ -156,3 +184,4 @@ def quantize(layers: Iterable[nn.Module], name: str) -> None:
     while found:
         parent, child_name, child = found.pop()
         setattr(parent, child_name, kind(child))
+    torch.cuda.empty_cache()  # what held the weights as they were loaded

@@ -2,8 +2,9 @@
 
 PEFT runs each adapted layer by itself: every layer reads the activations again for its own A, and the scaled product is a pass of
 its own over the output, forward and backward. Here q/k/v, and gate/up, share one product with their A matrices laid end to end,
-the scale is folded into B, and B's product is accumulated into the base layer's output where it stands, and A's into the gradient of
-the input. The layers themselves stay PEFT's, under their names, so that saving, loading and switching adapters off are not concerned.
+the scale is folded into B, and B's product is accumulated into the base layer's output where it stands, and A's into the gradient
+of the input. The layers themselves stay PEFT's, under their names, so that saving, loading and switching adapters off are not
+concerned.
 
 With dropout, the layers of a group see one mask (Hu et al. 2021 leave it open; PEFT draws one a layer).
 """
@@ -18,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+
 from raytune_llm.models.quantization import FP8Linear, NF4Linear, QuantizedLinear
 
 Product = Callable[..., Tensor]
@@ -29,7 +31,7 @@ MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP
 
 
 def project(x_BTD: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
-    """The output of each layer for one input. Falls back to a layer at a time where an adapter is off, merged or of another kind."""
+    """The output of each layer for one input. A layer at a time where an adapter is off, merged or of another kind."""
     name = _adapter(layers[0])
     adapted: list[Any] = list(layers)
     kind = type(getattr(layers[0], "base_layer", None))
@@ -55,6 +57,13 @@ def project(x_BTD: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
 
 class GroupedAttention(nn.Module):
     """Attention of the families in ATTENTIONS, around the projections that it takes over."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -108,6 +117,11 @@ class GroupedAttention(nn.Module):
 class GroupedMLP(nn.Module):
     """The gated MLP of the families in MLPS, around the projections that it takes over."""
 
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
         for name, child in mlp.named_children():
@@ -140,7 +154,10 @@ def _adapter(layer: nn.Module) -> str | None:
 
 
 def _weights(base: nn.Module) -> tuple[Tensor, ...]:
-    return base.weights() if isinstance(base, QuantizedLinear) else (base.weight,)
+    if isinstance(base, QuantizedLinear):
+        return base.weights()
+    assert isinstance(base, nn.Linear)
+    return (base.weight,)
 
 
 @torch.library.custom_op("raytune_llm::accumulate_product", mutates_args={"into_MN"})
@@ -152,7 +169,8 @@ def _accumulate_product(into_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> N
 def _adapted(product: Product, transposed: Product, num_weights: int) -> type[torch.autograd.Function]:
     """y_i = product(x, weights_i) + low_i @ b_i.T for the layers of a group, whose weights are frozen.
 
-    Takes x [M, D], then either a [R, D], where low is x @ a.T, or low [M, R] itself, then b_i [N_i, R_i] and the weights of each layer.
+    Takes x [M, D], then either a [R, D], where low is x @ a.T, or low [M, R] itself, then b_i [N_i, R_i] and the weights of each
+    layer.
     """
 
     class Adapted(torch.autograd.Function):
@@ -200,7 +218,7 @@ ADAPTED: dict[type, type[torch.autograd.Function]] = {
     nn.Linear: _adapted(lambda x_MK, weight_NK: x_MK @ weight_NK.T, lambda grad_MN, weight_NK: grad_MN @ weight_NK, 1),
     **{kind: _adapted(kind.product, kind.transposed, kind.num_weights) for kind in (FP8Linear, NF4Linear)},
 }
-"""By the kind of layer under the adapter: its product with x, the product with its transpose, and how many tensors its weight is."""
+"""By the kind of layer under the adapter."""
 
 
 def _sliding_window(attention: Any) -> int | None:

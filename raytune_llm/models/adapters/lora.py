@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,7 +21,11 @@ def add_lora(
         adapted = PeftModel.from_pretrained(model, path, is_trainable=True, autocast_adapter_dtype=True)
     else:
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"  # type: ignore[arg-type]
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            lora_dropout=dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
         )
         try:
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -30,6 +35,6 @@ def add_lora(
                 "adapter.targets", "must name linear layers of the model", got=targets, remedy=f"It has {', '.join(names)}."
             ) from error
     for module in adapted.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False  # autocast casts what it needs to; a copy in float32 would be for nothing
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # autocast casts what it needs to; a copy in float32 would be for nothing
     return group(adapted)

@@ -53,7 +53,9 @@ def test_grouped_adapters_equal_those_of_peft(family: str) -> None:
 def test_an_adapter_switched_off_leaves_the_base_model() -> None:
     model = group(adapted("llama"))
     base = group(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)))
-    base.load_state_dict({name.replace(".base_layer", ""): p for name, p in model.get_base_model().state_dict().items() if "lora_" not in name})
+    base.load_state_dict(
+        {name.replace(".base_layer", ""): p for name, p in model.get_base_model().state_dict().items() if "lora_" not in name}
+    )
     with model.disable_adapter(), torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, base(IDS).logits)
 
