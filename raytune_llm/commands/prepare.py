@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
+
 import numpy as np
 from rich.console import Console
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerFast
 
 from raytune_llm.config.run import PrepareRun
-from raytune_llm.data.packing import plan
+from raytune_llm.data.batches import KINDS
+from raytune_llm.data.loader import Samples
 from raytune_llm.data.pipeline import Prepared, prepare
 from raytune_llm.data.store import Store
+from raytune_llm.data.tokenizer import run_tokenizer
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -18,9 +26,14 @@ PERCENTILES = (50, 90, 99, 100)
 def main(run: PrepareRun) -> int:
     console = Console()
     prepared = prepare_with_progress(run, console)
-    console.print(_summary("train", prepared.store, run.data.max_length))
-    if prepared.eval_store is not None:
-        console.print(_summary("eval", prepared.eval_store, run.data.max_length))
+    for title, store in (("train", prepared.store), ("eval", prepared.eval_store)):
+        if store is not None:
+            console.print(_summary(title, store, run.data.max_length))
+            plot_lengths(store, store.folder / "lengths.png")
+    if run.look:
+        tokenizer, _ = run_tokenizer(run.model, run.data)
+        for row in range(min(run.look, len(prepared.store))):
+            console.print(Panel(shown(prepared.store, row, tokenizer), title=f"row {row + 1}", title_align="left"))
     if prepared.reused:
         console.print("Nothing to do: the store was there.")
     else:
@@ -41,16 +54,42 @@ def prepare_with_progress(run: PrepareRun, console: Console) -> Prepared:
         )
 
 
+def shown(store: Store, row: int, tokenizer: PreTrainedTokenizerFast) -> Text:
+    """The row's documents one under another, trained text in green and all other dim."""
+    text = Text()
+    for number, (ids, spans) in enumerate(KINDS[store.kind].documents(store, row, row, int(store.lengths[row]))):
+        text.append("\n" if number else "")
+        edges = [0, *spans.tolist(), len(ids)]
+        for place, (start, end) in enumerate(pairwise(edges)):
+            text.append(str(tokenizer.decode(ids[start:end])), style="green" if place % 2 else "dim")
+    return text
+
+
+def plot_lengths(store: Store, path: Path) -> None:
+    """A histogram of the rows' lengths in tokens."""
+    from matplotlib.figure import Figure  # half a second to import
+
+    figure = Figure(figsize=(6, 3), dpi=200, layout="constrained")
+    axes = figure.subplots()
+    axes.hist(store.lengths, bins=50)
+    axes.set(xlabel="tokens", ylabel="rows", title=f"{len(store):,} rows, {store.num_tokens:,} tokens")
+    beside = path.with_name(f".{path.name}.partial")
+    figure.savefig(beside, format="png")
+    beside.replace(path)
+
+
 def _summary(title: str, store: Store, max_length: int) -> Table:
     lengths = store.lengths
-    num_packs = len(plan(lengths, max_length))
+    samples = Samples(store, np.arange(len(store)), max_length=max_length, packing=True)
+    num_packs, capacity = len(samples), samples.capacity
+    num_tokens = int(samples.tokens.sum())
     percentiles = np.percentile(lengths, PERCENTILES, method="nearest").tolist()
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_row("rows", f"{store.num_rows:,}")
     table.add_row("tokens", f"{store.num_tokens:,}")
     table.add_row("trained", f"{store.num_trained_tokens / store.num_tokens:.1%} of the tokens")
     table.add_row("lengths", ", ".join(f"{value:,} at {share}%" for share, value in zip(PERCENTILES, percentiles, strict=True)))
-    table.add_row("packs", f"{num_packs:,} of {max_length:,} tokens, {store.num_tokens / (num_packs * max_length):.1%} full")
+    table.add_row("packs", f"{num_packs:,} of {capacity:,} tokens, {num_tokens / (num_packs * capacity):.1%} full")
     for reason, count in sorted(store.dropped.counts.items(), key=lambda item: -item[1]):
         table.add_row("dropped", f"{count:,}: {reason}\n" + "\n".join(store.dropped.examples[reason]))
     table.add_row("store", str(store.folder))

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raytune_llm.config.section import Fraction, PositiveInt, section
+from raytune_llm.config.section import Fraction, PositiveFloat, PositiveInt, section
 from raytune_llm.errors import ConfigError
 
 
@@ -113,6 +113,13 @@ class DataConfig:
     """A LLaMA-Factory dataset_info.json, or its folder: its entries take the place of path, subset, split and format."""
     names: list[str]
     """Entries of dataset_info, one after another."""
+    mix: Literal["concat", "interleave_under", "interleave_over", "interleave_once"]
+    """How several data sets make an epoch: each row once; or drawn in turn, until the first is exhausted, until all are (with
+    repeats), or until all are (without)."""
+    mix_weights: list[PositiveFloat] | None
+    """The share of each of names in what is drawn; null: they take turns."""
+    mix_temperature: PositiveFloat | None
+    """Shares by size instead: 1 proportional to rows, the higher the more even."""
     media_dir: str | None
     """Where images, videos and audios lie; null: beside the data."""
     num_samples: PositiveInt | None
@@ -160,6 +167,18 @@ class DataConfig:
             )
         if self.dataset_info is not None and self.path is not None:
             raise ConfigError("data.path", "must be null where data.dataset_info is given", got=self.path, remedy="Take one.")
+        shares = {"data.mix_weights": self.mix_weights, "data.mix_temperature": self.mix_temperature}
+        for setting, value in shares.items():
+            if value is not None and self.mix == "concat":
+                raise ConfigError(
+                    setting, "must be null where data.mix=concat", got=value, remedy="Set data.mix=interleave_over."
+                )
+        if self.mix != "concat" and len(self.names) < 2:
+            raise ConfigError("data.mix", "needs several data.names", got=self.mix, remedy="Set data.mix=concat.")
+        if None not in shares.values():
+            raise ConfigError("data.mix_temperature", "must be null where data.mix_weights is given", got=self.mix_temperature)
+        if self.mix_weights is not None and len(self.mix_weights) != len(self.names):
+            raise ConfigError("data.mix_weights", f"must be {len(self.names)} numbers, as data.names", got=self.mix_weights)
         if self.tool_format is not None and self.template is None:
             raise ConfigError(
                 "data.tool_format", "needs data.template: a tokenizer's own template has its own way", got=self.tool_format

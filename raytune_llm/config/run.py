@@ -57,6 +57,8 @@ class PrepareRun:
     stage: StageConfig
     resources: ResourcesConfig
     seed: NonNegativeInt
+    look: NonNegativeInt
+    """Show so many rows as the model sees them, what is trained in another colour."""
 
     def __post_init__(self) -> None:
         _model_is_given(self.model)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from raytune_llm import packaged
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
-from raytune_llm.data.named_templates import NamedTemplate, apply_to_tokenizer, guess, load
+from raytune_llm.data.named_templates import NamedTemplate, apply_to_tokenizer, guess, load, stop_tokens
 from raytune_llm.errors import ConfigError
 
 BYTES = "bytes"
@@ -56,6 +56,12 @@ def run_tokenizer(model: ModelConfig, data: DataConfig) -> tuple[PreTrainedToken
         )
     apply_to_tokenizer(tokenizer, template)
     return tokenizer, template
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast, template: NamedTemplate | None) -> list[int]:
+    """The tokens that end an answer of a run: what the saved generation config names as eos_token_id."""
+    tokens = [str(tokenizer.eos_token)] if template is None else stop_tokens(tokenizer, template)
+    return [tokenizer.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
 
 
 def load_tokenizer(

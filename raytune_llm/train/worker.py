@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import Loader, Samples, split
+from raytune_llm.data.mixture import mixed_rows
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokenizer import load_tokenizer
 from raytune_llm.errors import DataError
@@ -206,6 +207,14 @@ def open_stores(run: TrainRun, train_store: str, eval_store: str | None) -> Stor
     """The samples to train on and those held out."""
     store = Store.open(train_store)
     rows, held_out_rows = split(len(store), run.data.eval_fraction, run.train.seed)
+    rows = mixed_rows(
+        store,
+        rows,
+        strategy=run.data.mix,
+        weights=run.data.mix_weights,
+        temperature=run.data.mix_temperature,
+        seed=run.train.seed,
+    )
     evaluated = store if eval_store is None else Store.open(eval_store)
     if eval_store is not None:
         held_out_rows = np.arange(len(evaluated))

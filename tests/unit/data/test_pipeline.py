@@ -158,3 +158,75 @@ def test_a_model_folder_without_a_tokenizer_is_refused(jsonl, tmp_path):
     run = load_config("prepare", settings)
     with pytest.raises(ConfigError, match=r"model\.path holds no tokenizer"):
         prepared(run)
+
+
+def test_a_named_template_takes_the_place_of_the_tokenizers_own(jsonl, prepare_run):
+    store = prepared(prepare_run(jsonl([chat(0)]), "data.template=vicuna", "data.default_system=Be brief.")).store
+    ids, (start, end) = store.row(0)
+    text = byte_tokenizer().decode(ids)
+    assert text.startswith("Be brief.") and "USER: request 0 ASSISTANT:" in text
+    assert byte_tokenizer().decode(ids[start:end]) == "yes<|im_end|>"
+
+
+def test_a_default_system_text_goes_before_a_conversation_without_one(jsonl, prepare_run):
+    store = prepared(prepare_run(jsonl([chat(0)]), "data.default_system=Be brief.")).store
+    assert byte_tokenizer().decode(store.row(0)[0]).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
+
+
+def test_a_tokenizer_without_a_template_takes_the_one_of_its_models_name(jsonl, prepare_run, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    for name in ("Qwen2.5-0.5B", "mine"):
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = jsonl([chat(0)])
+    store = prepared(prepare_run(rows, f"model.path={tmp_path / 'Qwen2.5-0.5B'}", "model.tokenizer=null")).store
+    assert "<|im_start|>user" in tokenizer.decode(store.row(0)[0])
+    with pytest.raises(ConfigError, match=r"data\.template must name a template"):
+        prepared(prepare_run(rows, f"model.path={tmp_path / 'mine'}", "model.tokenizer=null"))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "labeled", "prompts", "text"])
+def test_rows_of_every_kind_are_stored(jsonl, prepare_run, kind):
+    row = {**chat(0), "chosen": "yes", "rejected": "no", "label": True, "text": "some text"}
+    if kind == "pairs":
+        row["messages"] = row["messages"][:1]
+    data = {"pairs": "chat_pairs", "labeled": "chat_labeled", "prompts": "chat", "text": "text"}[kind]
+    store = prepared(prepare_run(jsonl([row]), data=data), kind=kind).store
+    assert (store.kind, len(store)) == (kind, 1)
+
+
+def test_entries_of_a_dataset_info_have_a_store_each_and_one_together(jsonl, prepare_run, tmp_path):
+    for name, number in (("a", 1), ("b", 2)):
+        jsonl([{"instruction": f"request {number}", "output": "yes"}] * number, name=f"{name}.jsonl")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({name: {"file_name": f"{name}.jsonl"} for name in "ab"}))
+    settings = ["data.path=null", f"data.dataset_info={tmp_path}"]
+    both = prepared(prepare_run("unused", *settings, "data.names=[a,b]"))
+    assert (len(both.store), both.store.sources) == (3, ("a", "b"))
+    assert prepared(prepare_run("unused", *settings, "data.names=[b]")).reused
+    assert (
+        pipeline.find_stores(
+            *(getattr(prepare_run("unused", *settings, "data.names=[a,b]"), part) for part in ("model", "data"))
+        )[0]
+        == both.store.folder
+    )
+
+
+def test_part_of_a_split_and_a_draw_of_rows(jsonl, prepare_run):
+    path = jsonl([chat(number) for number in range(10)])
+    assert len(prepared(prepare_run(path, "data.split='train[:40%]'")).store) == 4
+    assert len(prepared(prepare_run(path, "data.num_samples=13")).store) == 13
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["data.mask_history=true", "data.train_on_prompt=true"],
+        ["data.names=[a]"],
+        ["data.tool_format=qwen"],
+        ["data.mix=interleave_over"],
+        ["data.mix_weights=[1.0]"],
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(prepare_run, settings):
+    with pytest.raises(ConfigError):
+        prepare_run("rows.jsonl", *settings)
