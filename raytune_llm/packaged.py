@@ -26,7 +26,7 @@ def cache_dir() -> Path:
 
 
 def resolve(path: str) -> str:
-    """The folder that holds the model `path` where a package carries it, else `path` itself: a folder, or an id that the hub knows.
+    """The folder that holds the model `path` where a package carries it, else `path` itself: a folder, or an id for the hub.
 
     Raises ConfigError where it is neither here nor to be had.
     """

@@ -46,6 +46,7 @@ class TrainRun:
         _model_is_given(self.model)
         _data_are_given(self.data)
         _sharding_has_workers(self)
+        _quantized_bases_are_whole(self)
 
 
 @section
@@ -141,4 +142,21 @@ def _sharding_has_workers(run: TrainRun) -> None:
             "must be ddp where resources=inline, which is one process without a process group",
             got=run.strategy.name,
             remedy="Take resources=local.",
+        )
+
+
+def _quantized_bases_are_whole(run: TrainRun) -> None:
+    if run.quantization.name != "none" and run.strategy.name != "ddp":
+        raise ConfigError(
+            "strategy",
+            f"must be ddp where quantization={run.quantization.name}, whose weights are not sharded yet",
+            got=run.strategy.name,
+            remedy="Take strategy=ddp or quantization=none.",
+        )
+    if run.quantization.name != "none" and run.adapter.name == "none":
+        raise ConfigError(
+            "quantization",
+            "must be none where adapter=none, since quantized weights can't be trained",
+            got=run.quantization.name,
+            remedy="Take adapter=lora.",
         )

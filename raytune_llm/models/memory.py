@@ -29,7 +29,7 @@ LOGIT_BYTES, COMPILED_LOGIT_BYTES = 2 + 5 * FP32, 2 * FP32
 """Of each logit at the loss's widest point, measured: the logit in 16 bits and in float32, three temporaries of the backward pass
 of logsumexp, and the gradient through the target's logit. Compiled, by its kernels: the logit, one float32 buffer for that
 gradient, and the result."""
-CHUNK_TOKENS = 2048
+CHUNK_TOKENS = 1024
 """What CausalLM takes by default."""
 ZERO_BUCKET, ZERO3_LIVE = 500_000_000, 1_000_000_000
 """DeepSpeed's defaults, in elements: reduce_bucket_size and stage3_max_live_parameters."""
@@ -189,7 +189,8 @@ def _layer_bytes(d: Dimensions, compute: int, *, trains_all: bool, wide_norms: b
 
     Each norm keeps its input in float32 and, where its weight is trained, what it multiplies with. Attention keeps queries, keys,
     values and its result. The MLP keeps gate, activated gate and up. A linear layer with something to train keeps its input: one
-    copy for those that share it, unless each converts it for itself; with dropout the dropped copy, and a mask of one byte.
+    copy for those that share it, unless each converts it for itself; with dropout the dropped copy as well, and a mask of one
+    byte.
     Compiled, a norm keeps its input as it came, and the activated gate is computed again.
     """
     attention = compute * 2 * (d.query + d.key_value)
@@ -197,10 +198,9 @@ def _layer_bytes(d: Dimensions, compute: int, *, trains_all: bool, wide_norms: b
         return compute * (4 * d.hidden + 3 * d.intermediate) + attention
     norms = 2 * d.hidden * (FP32 + (compute if trains_all else 0))
     mlp = compute * 3 * d.intermediate
+    inputs = compute * ((5 if wide_norms else 2) * d.hidden + d.intermediate)
     if dropout:
-        inputs = (compute + 1) * (2 * d.hidden + d.query + d.intermediate)
-    else:
-        inputs = compute * ((5 if wide_norms else 2) * d.hidden + d.intermediate)
+        inputs += (compute + 1) * (2 * d.hidden + d.query + d.intermediate)
     return norms + attention + mlp + inputs
 
 

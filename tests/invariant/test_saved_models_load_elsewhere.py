@@ -30,11 +30,12 @@ def in_memory_logits(run: TrainRun, ids: torch.Tensor) -> torch.Tensor:
     """Of the newest checkpoint, through our own model."""
     tokenizer = load_tokenizer(None, revision=None, trust_remote_code=False, kind="bytes")
     config = run_config(run.model, tokenizer, run.data.max_length)
-    policy, _ = build_policy(config, run.model, run.adapter, compute=torch.float32, seed=run.train.seed, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    policy, _ = build_policy(config, run.model, run.adapter, compute=torch.float32, seed=run.train.seed, device=cpu)
     strategy = DDPStrategy(
         policy,
         lambda parameters, fused: torch.optim.AdamW([p for _, p in parameters if p.requires_grad], fused=fused),
-        device=torch.device("cpu"),
+        device=cpu,
         precision=Precision(torch.float32),
         max_grad_norm=None,
     )

@@ -31,6 +31,8 @@ DATA = "data.path=rows.jsonl"
         ([DATA, "resources=local", "resources.num_workers=3"], "= 1 x 3, got 8. Take 9"),
         ([DATA, "resources=inline", "resources.num_workers=2"], "resources.num_workers must be 1, got 2"),
         ([DATA, "resources=inline", "strategy=fsdp"], "strategy must be ddp where resources=inline"),
+        ([DATA, "quantization=bnb_nf4", "strategy=fsdp"], "strategy must be ddp where quantization=bnb_nf4"),
+        ([DATA, "quantization=fp8", "adapter=none"], "quantization must be none where adapter=none"),
         ([DATA, "train.early_stopping=2"], "train.early_stopping needs held-out rows, got 2. Set data.eval_fraction"),
         ([DATA, "checkpoint.final=best"], "checkpoint.final needs held-out rows"),
         ([DATA, "data.eval_fraction=0.1", "data.eval_path=x"], "data.eval_fraction must be 0 where data.eval_path is given"),
