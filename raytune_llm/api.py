@@ -197,7 +197,7 @@ def answer_held_out_rows(run: TrainRun, store_folder: str, whole_store: bool, fi
 
     from raytune_llm.data.loader import split
     from raytune_llm.data.store import Store
-    from raytune_llm.data.tokenizer import load_tokenizer
+    from raytune_llm.data.tokenizer import run_tokenizer
     from raytune_llm.engines.hf import HFEngine
     from raytune_llm.evaluate.exact_match import exact_match
     from raytune_llm.models.load import load_model
@@ -205,9 +205,7 @@ def answer_held_out_rows(run: TrainRun, store_folder: str, whole_store: bool, fi
 
     store = Store.open(store_folder)
     rows = range(len(store)) if whole_store else split(len(store), run.data.eval_fraction, run.train.seed)[1].tolist()
-    tokenizer = load_tokenizer(
-        run.model.path, revision=run.model.revision, trust_remote_code=run.model.trust_remote_code, kind=run.model.tokenizer
-    )
+    tokenizer, _ = run_tokenizer(run.model, run.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_adapter = run.adapter.name != "none"
     path = str(final) if final is not None and not is_adapter else run.model.path

@@ -20,7 +20,7 @@ from raytune_llm.config.strategy import FSDP, StrategyConfig
 from raytune_llm.data.loader import split
 from raytune_llm.data.pipeline import find_stores
 from raytune_llm.data.store import Store
-from raytune_llm.data.tokenizer import load_tokenizer
+from raytune_llm.data.tokenizer import run_tokenizer
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
 from raytune_llm.models.memory import STATES, Memory, Parameters, count_parameters, dimensions, memory_per_gpu
@@ -106,9 +106,7 @@ class Plan:
 
 def plan(run: TrainRun) -> Plan:
     """Raises ConfigError and DataError as training would, without loading weights or reading more of the data than its hash."""
-    tokenizer = load_tokenizer(
-        run.model.path, revision=run.model.revision, trust_remote_code=run.model.trust_remote_code, kind=run.model.tokenizer
-    )
+    tokenizer, _ = run_tokenizer(run.model, run.data)
     config = run_config(run.model, tokenizer, run.data.max_length)
     gpus = gpus_here()
     world_size = _world_size(run, len(gpus))

@@ -32,7 +32,7 @@ from raytune_llm.data.sources import Chunk
 from raytune_llm.data.store import MANIFEST, Shard, Store, complete, finished_shard, join, key_of, shard_name, under_construction
 from raytune_llm.data.templates import ChatTemplate, NamedChat, PlainText, Renderer
 from raytune_llm.data.tokenize import BlockTokenizer
-from raytune_llm.data.tokenizer import fingerprint, load_tokenizer, run_tokenizer
+from raytune_llm.data.tokenizer import fingerprint, run_tokenizer
 from raytune_llm.errors import DataError, UserError
 
 TRANSFORMS_VERSION = 2
@@ -112,18 +112,8 @@ class Kitchen:
 
 
 def _kitchen(model: ModelConfig, data: DataConfig, kind: str) -> Kitchen:
-    if kind == "text":
-        tokenizer = load_tokenizer(
-            model.path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            kind=model.tokenizer,
-            needs_chat_template=False,
-        )
-        template, renderer = None, PlainText(tokenizer)
-    else:
-        tokenizer, template = run_tokenizer(model, data)
-        renderer = renderer_of(tokenizer, template, data)
+    tokenizer, template = run_tokenizer(model, data, needs_template=kind != "text")
+    renderer = PlainText(tokenizer) if kind == "text" else renderer_of(tokenizer, template, data)
     end = renderer.end_of_row
     first = tokenizer("a").input_ids[:1]
     return Kitchen(

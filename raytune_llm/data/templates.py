@@ -66,7 +66,7 @@ class Renderer(Protocol):
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer. `end_token` is what it writes after an answer. Holds text only, so it can be pickled."""
+    """The chat template of a tokenizer. `end_token` is what it writes after an answer, if anything. Holds text only, so it can be pickled."""
 
     end_of_row: str | None = None
 
@@ -85,9 +85,16 @@ class ChatTemplate:
         self._special = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
         self.end_token = self._find_end_token()
         self.control = forgeable(specials)
-        self._answered = forgeable({self.end_token, *_ends(tokenizer)})
+        self._answered = forgeable({self.end_token or "", *_ends(tokenizer)})
 
     def render(self, conversation: Conversation, *, earlier_answers: bool = True) -> Rendered:
+        if self.end_token is None:
+            raise ConfigError(
+                "the chat template",
+                "must put a special token after an answer, or the model can't learn to stop",
+                got=self.tokenizer_name,
+                remedy="Set data.template, or model.tokenizer to one whose template does.",
+            )
         hidden: list[str] = []
         messages = [_as_dict(message, self.control, self._answered, hidden) for message in self._with_system(conversation)]
         shift = len(messages) - len(conversation.messages)
@@ -173,18 +180,11 @@ class ChatTemplate:
             return end
         return next((special for special in run if special.group() == self.end_token), run[0]).end()
 
-    def _find_end_token(self) -> str:
+    def _find_end_token(self) -> str | None:
         answer = "answer"
         text = self._render([{"role": "user", "content": "request"}, {"role": "assistant", "content": answer}], None)
         after = self._special.search(text, text.rindex(answer) + len(answer))
-        if after is None:
-            raise ConfigError(
-                "the chat template",
-                "must put a special token after an answer, or the model can't learn to stop",
-                got=self.tokenizer_name,
-                remedy="Set data.template, or model.tokenizer to one whose template does.",
-            )
-        return after.group()
+        return None if after is None else after.group()
 
 
 class NamedChat:

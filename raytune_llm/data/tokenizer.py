@@ -25,8 +25,12 @@ CHATML = (
 )
 
 
-def run_tokenizer(model: ModelConfig, data: DataConfig) -> tuple[PreTrainedTokenizerFast, NamedTemplate | None]:
+def run_tokenizer(
+    model: ModelConfig, data: DataConfig, *, needs_template: bool = True
+) -> tuple[PreTrainedTokenizerFast, NamedTemplate | None]:
     """The tokenizer of a run and its named template, which the tokenizer has taken over, or none where it has its own.
+
+    Plain text needs no template: then a tokenizer without one stays as it is, unless data.template names one.
 
     A named template can bring tokens that are new to the model: then len(tokenizer) is more than it has embeddings.
     """
@@ -38,7 +42,7 @@ def run_tokenizer(model: ModelConfig, data: DataConfig) -> tuple[PreTrainedToken
         needs_chat_template=False,
     )
     name = data.template
-    if name is None and tokenizer.chat_template is None:
+    if name is None and tokenizer.chat_template is None and needs_template:
         name = guess(model.path or model.tokenizer or "")
         if name is None:
             raise ConfigError(

@@ -19,7 +19,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import Loader, Samples, split
 from raytune_llm.data.mixture import mixed_rows
 from raytune_llm.data.store import Store
-from raytune_llm.data.tokenizer import load_tokenizer
+from raytune_llm.data.tokenizer import run_tokenizer
 from raytune_llm.errors import DataError
 from raytune_llm.models.policy import build_policy, compute_dtype, run_config
 from raytune_llm.stages import STAGES
@@ -72,9 +72,7 @@ def work(
     """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     began = time.perf_counter()
-    tokenizer = load_tokenizer(
-        run.model.path, revision=run.model.revision, trust_remote_code=run.model.trust_remote_code, kind=run.model.tokenizer
-    )
+    tokenizer, _ = run_tokenizer(run.model, run.data)
     stores = open_stores(run, train_store, eval_store)
     micro, seed = run.train.micro_batch_size, run.train.seed
     share = {"micro_batch_size": micro, "rank": rank, "world_size": world, "seed": seed, "pad_id": tokenizer.pad_token_id or 0}

@@ -84,8 +84,9 @@ def test_the_last_answer_of_such_a_template_can_be_trained():
 
 
 def test_a_template_that_ends_answers_with_no_special_token_is_refused():
+    conversation = Conversation((Message("user", "hi"), Message("assistant", "yes", trained=True)))
     with pytest.raises(ConfigError, match="must put a special token after an answer"):
-        with_template("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+        with_template("{% for m in messages %}{{ m.content }}\n{% endfor %}").render(conversation)
 
 
 def test_of_two_end_tokens_after_an_answer_the_first_is_trained():
