@@ -66,7 +66,7 @@ class Renderer(Protocol):
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer. `end_token` is what it writes after an answer, if anything. Holds text only, so it can be pickled."""
+    """The chat template of a tokenizer. `end_token` is what it writes after an answer, if anything. It can be pickled."""
 
     end_of_row: str | None = None
 
