@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -72,6 +73,9 @@ def work(
     """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     began = time.perf_counter()
+    if device.type == "cuda":
+        # Read when the first tensor comes to the GPU: pages grow in place, so that changing sizes leave no holes.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     tokenizer, _ = run_tokenizer(run.model, run.data)
     stores = open_stores(run, train_store, eval_store)
     micro, seed = run.train.micro_batch_size, run.train.seed
