@@ -193,10 +193,7 @@ def _no_space(error: BaseException) -> str | None:
         cause = seen.pop()
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return cause.strerror
-        if any(
-            words in str(cause)
-            for words in ("No space left", "Disk quota exceeded", "File too large", "inline_container")
-        ):
+        if any(words in str(cause) for words in ("No space left", "Disk quota exceeded", "File too large", "inline_container")):
             return "no space left"
         failures = getattr(cause, "failures", None)
         if isinstance(failures, dict):

@@ -168,3 +168,8 @@ def test_what_only_the_model_can_refuse_is_refused_by_its_setting(overrides, sai
 def test_activation_checkpointing_and_compiled_chunks_do_not_show(chat_rows, cache, tmp_path, done):
     run = tiny_run(chat_rows, cache, tmp_path, "train.max_steps=4", "train.activation_checkpointing=full")
     assert math.isclose(api.train(run).summary.loss_last, done[1].summary.loss_last, rel_tol=1e-6)
+
+
+def test_the_saved_model_names_what_ends_an_answer(done):
+    config = json.loads((done[1].final / "generation_config.json").read_text())
+    assert config["eos_token_id"] == [257], "the byte tokenizer's <|im_end|>"
