@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,15 @@ def write_final(
     parameters: dict[str, Tensor],
     tokenizer: Any,
     *,
+    stop_ids: Sequence[int],
     base_model: str,
     dtype: torch.dtype,
     card: str,
 ) -> None:
     """An adapter that PEFT loads, or a model that transformers loads, with tokenizer, chat template and a card.
 
-    `parameters` are the trained ones, whole, by the policy's names. Written beside, then renamed.
+    `parameters` are the trained ones, whole, by the policy's names. `stop_ids` are the tokens that the trained answers end with: the
+    generation config names them, beside those that it named before. Written beside, then renamed.
     """
     beside = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(beside, ignore_errors=True)
@@ -114,6 +116,11 @@ def write_final(
         policy.base.save_pretrained(beside, state_dict=weights)
         _say_dtype(beside / "config.json", dtype)
     tokenizer.save_pretrained(beside)
+    generation = policy.base.generation_config
+    known = generation.eos_token_id
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    generation.eos_token_id = sorted({*known, *stop_ids})
+    generation.save_pretrained(beside)
     (beside / "README.md").write_text(card)
     old = folder.with_name(f".{folder.name}-old")
     shutil.rmtree(old, ignore_errors=True)

@@ -20,7 +20,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import Loader, Samples, split
 from raytune_llm.data.mixture import mixed_rows
 from raytune_llm.data.store import Store
-from raytune_llm.data.tokenizer import run_tokenizer
+from raytune_llm.data.tokenizer import run_tokenizer, stop_ids
 from raytune_llm.errors import DataError
 from raytune_llm.models.policy import build_policy, compute_dtype, run_config
 from raytune_llm.stages import STAGES
@@ -76,7 +76,7 @@ def work(
     if device.type == "cuda":
         # Read when the first tensor comes to the GPU: pages grow in place, so that changing sizes leave no holes.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    tokenizer, _ = run_tokenizer(run.model, run.data)
+    tokenizer, template = run_tokenizer(run.model, run.data)
     stores = open_stores(run, train_store, eval_store)
     micro, seed = run.train.micro_batch_size, run.train.seed
     share = {"micro_batch_size": micro, "rank": rank, "world_size": world, "seed": seed, "pad_id": tokenizer.pad_token_id or 0}
@@ -178,6 +178,7 @@ def work(
                 policy,
                 parameters,
                 tokenizer,
+                stop_ids=stop_ids(tokenizer, template),
                 base_model=run.model.path or "",
                 dtype=compute,
                 card=model_card(run, progress.step, progress.loss_last),
