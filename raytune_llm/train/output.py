@@ -99,7 +99,7 @@ def write_final(
 ) -> None:
     """An adapter that PEFT loads, or a model that transformers loads, with tokenizer, chat template and a card.
 
-    `parameters` are the trained ones, whole, by the policy's names. `stop_ids` are the tokens that the trained answers end with: the
+    `parameters` are the trained ones, whole, by the policy's names. `stop_ids` are the tokens that end the trained answers: the
     generation config names them, beside those that it named before. Written beside, then renamed.
     """
     beside = folder.with_name(f".{folder.name}-new")
