@@ -1,4 +1,4 @@
-"""Learning-rate schedules. Every one warms up linearly from 0 over warmup_ratio of all steps (rounded up)."""
+"""Learning-rate schedules. Every one warms up linearly from 0: over a part of all steps (rounded up), or over a number of them."""
 
 from __future__ import annotations
 
@@ -6,50 +6,63 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raytune_llm.config.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, section
+from raytune_llm.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, section
+from raytune_llm.errors import ConfigError
 
 
 @section
-class Constant:
+class Warmup:
+    """What all schedules begin with."""
+
+    warmup_ratio: Fraction | None
+    warmup_steps: NonNegativeInt | None
+    """One of the two."""
+
+    def __post_init__(self) -> None:
+        if (self.warmup_ratio is None) == (self.warmup_steps is None):
+            raise ConfigError(
+                "schedule.warmup_steps",
+                "must be given where schedule.warmup_ratio is null, and only there",
+                got="null" if self.warmup_steps is None else self.warmup_steps,
+                remedy="Set one of the two, and the other to null.",
+            )
+
+
+@section
+class Constant(Warmup):
     name: Literal["constant"]
-    warmup_ratio: Fraction
 
 
 @section
-class Linear:
+class Linear(Warmup):
     name: Literal["linear"]
-    warmup_ratio: Fraction
 
 
 @section
-class Cosine:
+class Cosine(Warmup):
     name: Literal["cosine"]
-    warmup_ratio: Fraction
     floor: Fraction
     """The part of the peak rate at which the descent ends."""
 
 
 @section
-class WarmupStableDecay:
+class WarmupStableDecay(Warmup):
     name: Literal["wsd"]
-    warmup_ratio: Fraction
     decay_ratio: Fraction | None
     """Part of all steps in the final descent; none leaves a third of the steps after warm-up stable and lets the rest decay."""
     floor: Fraction
 
 
 @section
-class InverseSqrt:
+class InverseSqrt(Warmup):
     name: Literal["inverse_sqrt"]
-    warmup_ratio: Fraction
     timescale: PositiveInt | None
     """Steps after which the rate has fallen by sqrt(2); none takes the warm-up's length."""
 
 
 @section
-class Polynomial:
+class Polynomial(Warmup):
     name: Literal["polynomial"]
-    warmup_ratio: Fraction
     power: PositiveFloat
     lr_end: NonNegativeFloat
 

@@ -70,7 +70,8 @@ def learning_rate(schedule: ScheduleConfig, *, peak: float, total: int) -> Calla
     """The rate of each step of a run of `total` steps."""
     settings: dict[str, Any] = asdict(schedule)  # type: ignore[call-overload]
     shape = SCHEDULES[settings.pop("name")]
-    warmup = math.ceil(settings.pop("warmup_ratio") * total)
+    ratio, steps = settings.pop("warmup_ratio"), settings.pop("warmup_steps")
+    warmup = math.ceil(ratio * total) if steps is None else steps
     if "lr_end" in settings:
         settings["end"] = settings.pop("lr_end") / peak
     return lambda step: peak * shape(step, warmup, total, **settings)

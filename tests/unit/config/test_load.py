@@ -40,6 +40,8 @@ DATA = "data.path=rows.jsonl"
         ([DATA, "model=hub"], "model.path must name a folder or a hub id"),
         ([DATA, "model=tiny_random", "model.tokenizer=null"], "model.tokenizer must be given"),
         (["data.path=[a"], "must read key=value"),
+        ([DATA, "schedule.warmup_steps=10"], "schedule.warmup_steps must be given where schedule.warmup_ratio is null, and only"),
+        ([DATA, "schedule.warmup_ratio=null"], "schedule.warmup_steps must be given where schedule.warmup_ratio is null"),
         ([DATA, "train=1"], "train"),
     ],
 )

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from raytune_llm.train.schedules import SCHEDULES
+from raytune_llm.config.schedule import Linear
+from raytune_llm.train.schedules import SCHEDULES, learning_rate
 
 OURS = {
     "constant": ("constant", {}),
@@ -51,3 +52,9 @@ def test_a_descent_ends_at_its_floor(name):
     assert rates[0] == 0 and max(rates) == 1
     assert math.isclose(rates[50], 0.0 if name == "linear" else 0.1, abs_tol=1e-9)
     assert all(a >= b for a, b in pairwise(rates[3:]))
+
+
+@pytest.mark.parametrize("warmup", [{"warmup_ratio": 0.2, "warmup_steps": None}, {"warmup_ratio": None, "warmup_steps": 20}])
+def test_warm_up_is_a_part_of_all_steps_or_a_number_of_them(warmup):
+    rate = learning_rate(Linear(name="linear", **warmup), peak=2.0, total=100)
+    assert [rate(step) for step in (0, 10, 20, 60, 100)] == [0.0, 1.0, 2.0, 1.0, 0.0]
