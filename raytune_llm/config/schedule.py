@@ -1,4 +1,4 @@
-"""Learning-rate schedules. Every one warms up linearly from 0: over a part of all steps (rounded up), or over a number of them."""
+"""Learning-rate schedules. Every one warms up linearly from 0: over a part of all steps (rounded up) or a number of them."""
 
 from __future__ import annotations
 
