@@ -20,6 +20,7 @@ from raytune_llm.config.run import DoctorRun, PrepareRun, TrainRun
 from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared
 from raytune_llm.evaluate.exact_match import ExactMatch
+from raytune_llm.stages import STAGES
 from raytune_llm.train.report import Summary, WallTime, read_metrics, write_summary
 from raytune_llm.train.trackers import TrackedRun, open_tracker
 
@@ -49,7 +50,7 @@ class TrainResult:
 
 def prepare(run: PrepareRun, *, on_progress: pipeline.Progress | None = None) -> Prepared:
     """The token stores of a run: opened where they exist, else made."""
-    return pipeline.prepare(run.model, run.data, run.resources, on_progress=on_progress)
+    return pipeline.prepare(run.model, run.data, run.resources, kind=STAGES[run.stage.name].rows, on_progress=on_progress)
 
 
 def train(
@@ -75,7 +76,7 @@ def train(
     if run.resources.name != "inline":
         session.connect(run.resources)
     clock.enter("prepare")
-    prepared = pipeline.prepare(run.model, run.data, run.resources, on_progress=on_progress)
+    prepared = pipeline.prepare(run.model, run.data, run.resources, kind=STAGES[run.stage.name].rows, on_progress=on_progress)
     stores = {"train": prepared.store.manifest_hash}
     if prepared.eval_store is not None:
         stores["evaluation"] = prepared.eval_store.manifest_hash

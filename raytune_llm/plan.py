@@ -25,6 +25,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
 from raytune_llm.models.memory import STATES, Memory, Parameters, count_parameters, dimensions, memory_per_gpu
 from raytune_llm.models.policy import DTYPES, run_config
+from raytune_llm.stages import STAGES
 from raytune_llm.train.worker import open_stores, total_steps
 
 GIB = 2**30
@@ -106,7 +107,7 @@ class Plan:
 
 def plan(run: TrainRun) -> Plan:
     """Raises ConfigError and DataError as training would, without loading weights or reading more of the data than its hash."""
-    tokenizer, _ = run_tokenizer(run.model, run.data)
+    tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=STAGES[run.stage.name].rows != "text")
     config = run_config(run.model, tokenizer, run.data.max_length)
     gpus = gpus_here()
     world_size = _world_size(run, len(gpus))
@@ -239,7 +240,7 @@ def _mends(
 
 
 def _data(run: TrainRun) -> Data | None:
-    store, eval_store = find_stores(run.model, run.data)
+    store, eval_store = find_stores(run.model, run.data, kind=STAGES[run.stage.name].rows)
     if store is None or (run.data.eval_path is not None and eval_store is None):
         return None
     stores = open_stores(run, str(store), None if eval_store is None else str(eval_store))

@@ -156,6 +156,8 @@ class PairBatch(Batch):
     rejected_P: Tensor
     rows: tuple[int, ...]
     """Each pair's row in the store."""
+    reference_P2: Tensor | None = None
+    """float32: the reference's log-probabilities of the chosen and the rejected answer, where the stage asks for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +178,8 @@ class LabeledBatch(Batch):
     """bool."""
     rows: tuple[int, ...]
     """Each one's row in the store."""
+    reference_P2: Tensor | None = None
+    """float32: the reference's log-probabilities of the answer and of the mismatched one, where the stage asks for them."""
 
 
 @dataclass(frozen=True, slots=True)

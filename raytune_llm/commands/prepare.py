@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from raytune_llm import api
 from raytune_llm.config.run import PrepareRun
 from raytune_llm.data.batches import KINDS
 from raytune_llm.data.loader import Samples
-from raytune_llm.data.pipeline import Prepared, prepare
+from raytune_llm.data.pipeline import Prepared
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokenizer import run_tokenizer
 
@@ -31,7 +32,7 @@ def main(run: PrepareRun) -> int:
             console.print(_summary(title, store, run.data.max_length))
             plot_lengths(store, store.folder / "lengths.png")
     if run.look:
-        tokenizer, _ = run_tokenizer(run.model, run.data)
+        tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=prepared.store.kind != "text")
         for row in range(min(run.look, len(prepared.store))):
             console.print(Panel(shown(prepared.store, row, tokenizer), title=f"row {row + 1}", title_align="left"))
     if prepared.reused:
@@ -46,12 +47,7 @@ def prepare_with_progress(run: PrepareRun, console: Console) -> Prepared:
     columns = (TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("preparing", total=None)
-        return prepare(
-            run.model,
-            run.data,
-            run.resources,
-            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
+        return api.prepare(run, on_progress=lambda done, total: progress.update(bar, completed=done, total=total))
 
 
 def shown(store: Store, row: int, tokenizer: PreTrainedTokenizerFast) -> Text:

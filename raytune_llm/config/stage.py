@@ -1,8 +1,22 @@
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from raytune_llm.config.section import section
+from pydantic import Field
+
+from raytune_llm.config.section import NonNegativeFloat, PositiveFloat, section
+from raytune_llm.errors import ConfigError
+
+Reference = Literal["precomputed", "online"]
+"""Log-probabilities under the reference, which is the model as the run finds it (or with an adapter, without the new one):
+precomputed: once for all rows, before the first step; online: in each step."""
+HalfOpen = Annotated[float, Field(ge=0, lt=0.5)]
+DPOLoss = Literal[
+    "sigmoid", "robust", "hinge", "ipo", "ipo_sum", "exo_pair", "nca_pair", "sppo_hard", "aot", "aot_unpaired", "aot_pair",
+    "apo_zero", "apo_down", "discopop", "bco_pair", "sigmoid_norm", "f_forward_kl", "f_js", "f_alpha", "sft",
+]  # fmt: skip
+SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "aot_pair"}
+"""The losses that take label_smoothing."""
 
 
 @section
@@ -12,4 +26,80 @@ class SFT:
     name: Literal["sft"]
 
 
-StageConfig = SFT
+@section
+class Pretrain:
+    """Cross-entropy over every token of plain texts."""
+
+    name: Literal["pretrain"]
+
+
+@section
+class DPO:
+    """Direct preference optimisation and its family: answers get likelier or less likely than under a reference."""
+
+    name: Literal["dpo"]
+    loss: DPOLoss | dict[DPOLoss, float]
+    """One loss, or several with their weights: {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0} is MPO."""
+    beta: PositiveFloat
+    """How much a log-ratio counts: the smaller, the further the policy may go from the reference."""
+    label_smoothing: HalfOpen
+    """The probability that a label is wrong: with sigmoid, cDPO."""
+    ld_alpha: Annotated[float, Field(ge=0, le=1)] | None
+    """LD-DPO: the weight of what makes an answer longer than its rival."""
+    sft_weight: NonNegativeFloat
+    """Of the chosen answer's cross-entropy a token, which is added (pref_ftx, rpo_alpha)."""
+    discopop_tau: PositiveFloat
+    f_alpha: float
+    """The divergence of the loss f_alpha."""
+    reference: Reference | Literal["none"]
+    """none: reference-free, as if every answer were as likely as any other under the reference."""
+
+    def __post_init__(self) -> None:
+        names = {self.loss} if isinstance(self.loss, str) else set(self.loss)
+        if not names:
+            raise ConfigError("stage.loss", "must name a loss", got="{}", remedy="Say, sigmoid.")
+        if self.label_smoothing and not names & SMOOTHED:
+            raise ConfigError(
+                "stage.label_smoothing",
+                f"must be 0 with stage.loss={'+'.join(sorted(names))}",
+                got=self.label_smoothing,
+                remedy=f"It has a meaning for {', '.join(sorted(SMOOTHED))}.",
+            )
+        if "exo_pair" in names and not self.label_smoothing:
+            raise ConfigError("stage.label_smoothing", "must be above 0 with exo_pair", got=0.0, remedy="Say, 0.001.")
+        if "f_alpha" in names and self.f_alpha == 1:
+            raise ConfigError(
+                "stage.f_alpha", "must not be 1, where the loss is sigmoid", got=1.0, remedy="Set stage.loss=sigmoid."
+            )
+
+
+@section
+class ORPO:
+    """Odds-ratio preference optimisation: cross-entropy of the chosen answer, and odds against the rejected one."""
+
+    name: Literal["orpo"]
+    beta: PositiveFloat
+    """The weight of the odds ratio (lambda in the paper)."""
+
+
+@section
+class SimPO:
+    """Simple preference optimisation: mean log-probabilities a token, and a margin between them."""
+
+    name: Literal["simpo"]
+    beta: PositiveFloat
+    gamma: NonNegativeFloat
+    """The margin, in units of the reward: the paper's gamma, not a share of beta."""
+    label_smoothing: HalfOpen
+
+
+@section
+class CPO:
+    """Contrastive preference optimisation: DPO as if the reference were uniform."""
+
+    name: Literal["cpo"]
+    beta: PositiveFloat
+    label_smoothing: HalfOpen
+
+
+StageConfig = Annotated[SFT | Pretrain | DPO | ORPO | SimPO | CPO, Field(discriminator="name")]

@@ -1,14 +1,21 @@
-"""Stages: name -> what one step means. A stage joins the model and a loss; it gives sums and counts, never means."""
+"""Stages: name -> what one step means. A stage joins the model and a loss; it gives sums and counts, never means.
+
+To add a stage: its entry here and its objective in a file beside, its section in config/stage.py, its values in conf/stage.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from raytune_llm.stages.objective import AnswerLogprobs, Objective, Stage, StageLoss
+from raytune_llm.stages.preference import cpo, dpo, orpo, simpo
+from raytune_llm.stages.sft import pretrain, sft
 
-from torch import nn
+__all__ = ["STAGES", "AnswerLogprobs", "Objective", "Stage", "StageLoss"]
 
-from raytune_llm.records import Batch, LossOut
-from raytune_llm.stages.sft import sft
-
-StageLoss = Callable[[nn.Module, Batch], LossOut]
-
-STAGES: dict[str, StageLoss] = {"sft": sft}
+STAGES: dict[str, Stage] = {
+    "sft": Stage(rows="conversations", objective=sft),
+    "pretrain": Stage(rows="text", objective=pretrain),
+    "dpo": Stage(rows="pairs", objective=dpo),
+    "orpo": Stage(rows="pairs", objective=orpo),
+    "simpo": Stage(rows="pairs", objective=simpo),
+    "cpo": Stage(rows="pairs", objective=cpo),
+}

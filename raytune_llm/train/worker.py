@@ -76,7 +76,9 @@ def work(
     if device.type == "cuda":
         # Read when the first tensor comes to the GPU: pages grow in place, so that changing sizes leave no holes.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    tokenizer, template = run_tokenizer(run.model, run.data)
+    stage = STAGES[run.stage.name]
+    objective = stage.objective(run.stage)
+    tokenizer, template = run_tokenizer(run.model, run.data, needs_template=stage.rows != "text")
     stores = open_stores(run, train_store, eval_store)
     micro, seed = run.train.micro_batch_size, run.train.seed
     share = {"micro_batch_size": micro, "rank": rank, "world_size": world, "seed": seed, "pad_id": tokenizer.pad_token_id or 0}
@@ -148,7 +150,7 @@ def work(
         clock = loop.Clock()
         progress = loop.run(
             strategy,
-            STAGES[run.stage.name],
+            objective.loss,
             loader,
             eval_loader,
             learning_rate(run.schedule, peak=run.optimizer.lr, total=steps),

@@ -1,0 +1,35 @@
+"""What a stage is: the kind of rows that it trains on, and what a setting of it computes from a batch of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from raytune_llm.records import LossOut
+
+StageLoss = Callable[[nn.Module, Any], LossOut]
+"""(model, batch) -> LossOut; the batch is of the kind that the stage's rows make."""
+AnswerLogprobs = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> [P, 2]: log-probabilities in nats of the two answers of each row, summed over their trained tokens: of the
+chosen and the rejected one, or of the row's own and the mismatched one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """A stage with its settings."""
+
+    loss: StageLoss
+    reference: AnswerLogprobs | None = None
+    """What batch.reference_P2 holds when the loss sees the batch, if it is called with the reference model; none where the loss
+    has no reference."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    rows: str
+    """The kind of its store's rows, one of data.rows.KINDS."""
+    objective: Callable[[Any], Objective]
+    """From the stage's section of the config."""
