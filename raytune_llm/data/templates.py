@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from raytune_llm.data.dropped import BadRow, RefusedRow
@@ -142,14 +143,17 @@ class ChatTemplate:
         return (Message("system", self._default_system), *messages)
 
     def _render(self, messages: Sequence[dict[str, Any]], tools: Any, *, add_generation_prompt: bool = False) -> str:
-        source = self._plain if tools is None else self._with_tools
-        return _compile_jinja_template(source).render(  # compiled once, it keeps what it compiled
-            messages=messages,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
+        template, known = _compiled(self._plain if tools is None else self._with_tools)
+        # What Template.render does, without merging the environment's globals anew each time.
+        variables = {
+            **known,
             **self._variables,
-        )
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return "".join(template.root_render_func(template.new_context(variables, shared=True)))
 
     def _span(self, text: str, messages: list[dict[str, Any]], tools: Any, turn: int) -> tuple[int, int]:
         before = self._render(messages[:turn], tools, add_generation_prompt=True) if turn else ""
@@ -185,6 +189,13 @@ class ChatTemplate:
         text = self._render([{"role": "user", "content": "request"}, {"role": "assistant", "content": answer}], None)
         after = self._special.search(text, text.rindex(answer) + len(answer))
         return None if after is None else after.group()
+
+
+@lru_cache
+def _compiled(source: str) -> tuple[Template, dict[str, Any]]:
+    """The template as `apply_chat_template` compiles it, and the globals of its environment."""
+    template = _compile_jinja_template(source)
+    return template, dict(template.globals)
 
 
 class NamedChat:

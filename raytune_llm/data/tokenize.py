@@ -90,7 +90,7 @@ class BlockTokenizer:
         """The ids of each text, special tokens among them."""
         ids: list[Any] = [None] * len(texts)
         if self._by_words is not None:
-            ids = [self._by_words(text) if text.isascii() else None for text in texts]
+            ids = [self._by_words(text) if self._by_words.takes(text) else None for text in texts]
         whole = [number for number, row in enumerate(ids) if row is None]
         encodings = self._rust.encode_batch_fast([texts[number] for number in whole], add_special_tokens=False)
         for number, encoding in zip(whole, encodings, strict=True):

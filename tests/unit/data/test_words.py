@@ -50,10 +50,35 @@ pieces = st.sampled_from(
 ascii_text = st.lists(pieces | st.text(st.characters(max_codepoint=127), max_size=5), max_size=30).map("".join)
 
 
+european = st.sampled_from([chr(code) for code in range(0x80, 0x1F6C6) if BY_WORDS["gpt2"].takes(chr(code))])
+known_text = st.lists(pieces | st.text(european | st.sampled_from(" aK1"), max_size=5), max_size=30).map("".join)
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=ascii_text)
 def test_ids_of_ascii_text_are_the_rust_tokenizers(name, text):
     assert BY_WORDS[name](text).tolist() == TOKENIZERS[name].encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=known_text.filter(BY_WORDS["gpt2"].takes))
+def test_ids_of_european_text_are_the_rust_tokenizers(name, text):
+    assert BY_WORDS[name](text).tolist() == TOKENIZERS[name].encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_character_that_is_taken_is_cut_from_its_neighbours_as_rust_does(name):
+    taken = [chr(code) for code in range(0x80, 0x20000) if BY_WORDS[name].takes(chr(code))]
+    texts = [f"a{char}b {char} 1{char}2 \n{char}'{char}s !{char}{char}?" for char in taken]
+    assert len(taken) > 1000
+    for text, encoding in zip(texts, TOKENIZERS[name].encode_batch(texts, add_special_tokens=False), strict=True):
+        if BY_WORDS[name].takes(text):
+            assert BY_WORDS[name](text).tolist() == encoding.ids, text
+
+
+@pytest.mark.parametrize("text", ["\u4e00", "\u00b2", "\u00a0", "e\u0301", "\u017f", "\u2028", "\u0661"])
+def test_other_text_is_left_to_rust(text):
+    assert not BY_WORDS["gpt2"].takes(text)
 
 
 def test_a_pickled_word_tokenizer_gives_the_same_ids():
