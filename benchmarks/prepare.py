@@ -1,10 +1,11 @@
 """Raw rows to a token store, as a user runs it: 20,000 Alpaca rows with SmolLM2's tokenizer.
 
-    python benchmarks/prepare.py [--rows 20000] [--resources inline local]
+    scripts/bench prepare [--rows 20000] [--resources inline local] [--llamafactory /path/to/its/python]
 
 Prints JSON: for each way the steady rate that the command itself reports, the wall time of the whole command, and the most
 memory that it and its children held together. Beside them, from the same minute, the rate of the tokenizer's Rust alone on
 one core (ids with offsets, as transformers calls it), so that results from machines under different load can be compared.
+LLaMA-Factory, where it is installed, converts and tokenizes the same rows with two processes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import time
 from pathlib import Path
 
 import psutil
+
+from raytune_llm import packaged
 
 SOURCE = Path(__file__).parents[2] / "shared" / "data" / "alpaca_en_demo.json"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -53,6 +56,44 @@ def run_command(path: Path, cache: Path, resources: str) -> dict[str, float]:
         rate = re.search(r"([\d,]+) rows/s", process.stdout.read())
     assert rate is not None
     return {"rows_per_s": int(rate[1].replace(",", "")), "wall_s": round(wall_s, 2), "peak_mib": round(peak_mib)}
+
+
+LLAMAFACTORY = """
+import json, sys, time
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+from llamafactory.hparams import get_train_args
+from llamafactory.model import load_tokenizer
+
+model, data, training, *_ = get_train_args(json.load(open(sys.argv[1])))
+tokenizer = load_tokenizer(model)
+template = get_template_and_fix_tokenizer(tokenizer["tokenizer"], data)
+started = time.perf_counter()
+rows = get_dataset(template, model, data, training, stage="sft", **tokenizer)["train_dataset"]
+print("RESULT", json.dumps({"rows": len(rows), "seconds": time.perf_counter() - started}))
+"""
+
+
+def run_llamafactory(python: str, path: Path, folder: Path) -> dict[str, float]:
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": str(path)}}))
+    settings = {
+        "model_name_or_path": packaged.resolve(MODEL), "stage": "sft", "do_train": True, "finetuning_type": "lora",
+        "dataset": "rows", "dataset_dir": str(folder), "template": "smollm2", "cutoff_len": 2048, "use_cpu": True,
+        "output_dir": str(folder / "theirs"), "preprocessing_num_workers": 2, "overwrite_cache": True, "report_to": "none",
+    }  # fmt: skip
+    (folder / "theirs.json").write_text(json.dumps(settings))
+    environment = {
+        **os.environ,
+        "DISABLE_VERSION_CHECK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hf"),
+        "PYTHONPATH": "",
+    }
+    started = time.perf_counter()
+    command = [python, "-c", LLAMAFACTORY, str(folder / "theirs.json")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    wall_s = time.perf_counter() - started
+    made = json.loads(done.stdout.split("RESULT")[1])
+    return {"rows_per_s": round(made["rows"] / made["seconds"]), "seconds": round(made["seconds"], 2), "wall_s": round(wall_s, 2)}
 
 
 def memory_mib(pid: int) -> float:
@@ -89,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--resources", nargs="+", default=["inline", "local"])
+    parser.add_argument("--llamafactory", help="the Python that has LLaMA-Factory 0.9.5")
     arguments = parser.parse_args()
     results: dict[str, object] = {"rows": arguments.rows, "load_average": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as folder:
@@ -96,6 +138,8 @@ def main() -> None:
         write_rows(path, arguments.rows)
         for resources in arguments.resources:
             results[resources] = run_command(path, Path(folder) / resources, resources)
+        if arguments.llamafactory:
+            results["llamafactory"] = run_llamafactory(arguments.llamafactory, path, Path(folder))
     results["rust_alone_one_thread_rows_per_s"] = round(rust_rows_per_s())
     results |= {
         "cores": os.cpu_count(),
