@@ -7,7 +7,6 @@ and a step whose gradient is not finite skips itself on the device.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from raytune_llm.errors import ResourceError
 from raytune_llm.records import Batch
 from raytune_llm.stages import StageLoss
 from raytune_llm.train.checkpoint import Progress
+from raytune_llm.train.clock import Clock
 from raytune_llm.train.strategies.base import Strategy
 from raytune_llm.train.window import Window, means
 
@@ -177,47 +177,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return batch
     tensors = {name: value for name in batch.__dataclass_fields__ if isinstance(value := getattr(batch, name), torch.Tensor)}
     return replace(batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
-
-
-class Clock:
-    """Real tokens per second of training between two readings, without what is spent on evaluation and checkpoints."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.total_tokens, self.total_s = 0, 0.0
-        self.warm_tokens, self.warm_s = 0, 0.0
-        """Without the first reading, which holds warming up."""
-        self.start()
-
-    def start(self) -> None:
-        self._since, self._paused = time.perf_counter(), 0.0
-
-    def rate(self) -> float | None:
-        """Over the run, without what warming up distorts where there is more than one reading."""
-        if self.warm_s:
-            return self.warm_tokens / self.warm_s
-        return self.total_tokens / self.total_s if self.total_s else None
-
-    def read(self) -> float:
-        now = time.perf_counter()
-        seconds = now - self._since - self._paused
-        if self.total_s:
-            self.warm_tokens, self.warm_s = self.warm_tokens + self.tokens, self.warm_s + seconds
-        self.total_tokens, self.total_s = self.total_tokens + self.tokens, self.total_s + seconds
-        rate = self.tokens / seconds
-        self.tokens, self._since, self._paused = 0, now, 0.0
-        return rate
-
-    def stopped(self) -> Pause:
-        return Pause(self)
-
-
-class Pause:
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.clock._paused += time.perf_counter() - self.began

@@ -26,6 +26,7 @@ from raytune_llm.models.policy import build_policy, compute_dtype, run_config
 from raytune_llm.stages import STAGES
 from raytune_llm.train import loop
 from raytune_llm.train.checkpoint import Checkpoints, Progress, complete_steps, read_progress
+from raytune_llm.train.clock import Clock
 from raytune_llm.train.flops import flops_per_token, peak_flops
 from raytune_llm.train.optimizers import build_optimizer
 from raytune_llm.train.output import identity, model_card, write_final
@@ -147,7 +148,7 @@ def work(
         if rank == 0:
             on_begin(Begin(total_steps=steps, first_step=progress.step, attention=attention))
         strategy.model.train()
-        clock = loop.Clock()
+        clock = Clock()
         progress = loop.run(
             strategy,
             objective.loss,
