@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +197,7 @@ def _exact_match(run: TrainRun, prepared: Prepared, final: Path | None) -> Exact
 def answer_held_out_rows(run: TrainRun, store_folder: str, whole_store: bool, final: Path | None) -> ExactMatch:
     import torch
 
-    from raytune_llm.data.loader import split
+    from raytune_llm.data.loader import split_sources
     from raytune_llm.data.store import Store
     from raytune_llm.data.tokenizer import run_tokenizer
     from raytune_llm.engines.hf import HFEngine
@@ -205,7 +206,8 @@ def answer_held_out_rows(run: TrainRun, store_folder: str, whole_store: bool, fi
     from raytune_llm.models.policy import compute_dtype, run_config
 
     store = Store.open(store_folder)
-    rows = range(len(store)) if whole_store else split(len(store), run.data.eval_fraction, run.train.seed)[1].tolist()
+    _, by_source = split_sources(store, 1.0 if whole_store else run.data.eval_fraction, run.train.seed)
+    rows = chain.from_iterable(rows.tolist() for rows in by_source.values())
     tokenizer, _ = run_tokenizer(run.model, run.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_adapter = run.adapter.name != "none"
@@ -228,7 +230,7 @@ def answer_held_out_rows(run: TrainRun, store_folder: str, whole_store: bool, fi
         return exact_match(
             engine,
             tokenizer,
-            [store.row(row) for row in list(rows)[: run.train.exact_match_rows]],
+            [store.row(row) for row in islice(rows, run.train.exact_match_rows)],
             max_new_tokens=run.train.max_new_tokens,
             adapter="final" if final is not None and is_adapter else None,
         )

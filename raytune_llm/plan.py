@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from raytune_llm.config.adapter import AdapterConfig, LoRA
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.strategy import FSDP, StrategyConfig
-from raytune_llm.data.loader import split
+from raytune_llm.data.loader import split_sources
 from raytune_llm.data.pipeline import find_stores
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokenizer import run_tokenizer
@@ -241,17 +241,17 @@ def _mends(
 
 def _data(run: TrainRun) -> Data | None:
     store, eval_store = find_stores(run.model, run.data, kind=STAGES[run.stage.name].rows)
-    if store is None or (run.data.eval_path is not None and eval_store is None):
+    if store is None or (eval_store is None and (run.data.eval_path or run.data.eval_names)):
         return None
     stores = open_stores(run, str(store), None if eval_store is None else str(eval_store))
     samples = stores.train
-    trained_rows, held_out_rows = split(len(Store.open(store)), run.data.eval_fraction, run.train.seed)
+    trained_rows, _ = split_sources(Store.open(store), run.data.eval_fraction, run.train.seed)
     tokens = int(samples.tokens.sum())
     steps_per_epoch = -(-len(samples) // run.train.global_batch_size)
     return Data(
         store=store,
         rows=len(trained_rows),
-        held_out_rows=len(held_out_rows) if eval_store is None else len(Store.open(eval_store)),
+        held_out_rows=sum(len(samples.rows) for samples in stores.held_out.values()),
         samples=len(samples),
         tokens=tokens,
         trained_tokens=int(samples.targets.sum()),

@@ -105,9 +105,13 @@ class DataConfig:
     subset: str | None
     split: str
     """Also a part of it, as train[:1000] or train[10%:20%]."""
-    eval_path: str | None
-    eval_fraction: Fraction
-    """Part of the rows that is held out, chosen by train.seed; 0 with no eval_path trains without evaluation."""
+    eval_path: str | dict[str, str] | None
+    """Data of the same format to evaluate on; several as {name: path}."""
+    eval_names: list[str]
+    """Entries of dataset_info to evaluate on."""
+    eval_fraction: Fraction | dict[str, Fraction]
+    """Part of the rows of each source that is held out, chosen by train.seed; several as {name: part}, where an entry of names
+    that is not there keeps its rows. 0 without eval_path and eval_names trains without evaluation."""
     format: FormatConfig
     dataset_info: str | None
     """A LLaMA-Factory dataset_info.json, or its folder: its entries take the place of path, subset, split and format."""
@@ -120,6 +124,9 @@ class DataConfig:
     """The share of each of names in what is drawn; null: they take turns."""
     mix_temperature: PositiveFloat | None
     """Shares by size instead: 1 proportional to rows, the higher the more even."""
+    mix_epochs: list[PositiveFloat] | None
+    """How often each of names goes into one epoch, before they are mixed: 2 is every row twice, 0.5 half of the rows, drawn by
+    train.seed; null: once."""
     media_dir: str | None
     """Where images, videos and audios lie; null: beside the data."""
     num_samples: PositiveInt | None
@@ -177,9 +184,37 @@ class DataConfig:
             raise ConfigError("data.mix", "needs several data.names", got=self.mix, remedy="Set data.mix=concat.")
         if None not in shares.values():
             raise ConfigError("data.mix_temperature", "must be null where data.mix_weights is given", got=self.mix_temperature)
-        if self.mix_weights is not None and len(self.mix_weights) != len(self.names):
-            raise ConfigError("data.mix_weights", f"must be {len(self.names)} numbers, as data.names", got=self.mix_weights)
+        for setting, values in (("data.mix_weights", self.mix_weights), ("data.mix_epochs", self.mix_epochs)):
+            if values is not None and len(values) != len(self.names):
+                raise ConfigError(setting, f"must be {len(self.names)} numbers, as data.names", got=values)
+        self._held_out_rows_are_said_once()
         if self.tool_format is not None and self.template is None:
             raise ConfigError(
                 "data.tool_format", "needs data.template: a tokenizer's own template has its own way", got=self.tool_format
             )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are held-out rows."""
+        fractions = self.eval_fraction.values() if isinstance(self.eval_fraction, dict) else [self.eval_fraction]
+        return bool(self.eval_path or self.eval_names or any(fractions))
+
+    def _held_out_rows_are_said_once(self) -> None:
+        given = {"data.eval_path": self.eval_path, "data.eval_names": self.eval_names, "data.eval_fraction": self.eval_fraction}
+        several = [setting for setting, value in given.items() if value]
+        if len(several) > 1:
+            raise ConfigError(several[1], f"can't go with {several[0]}", got=given[several[1]], remedy="Take one.")
+        if self.eval_names and self.dataset_info is None:
+            raise ConfigError("data.eval_names", "needs data.dataset_info", got=self.eval_names, remedy="Or set data.eval_path.")
+        if isinstance(self.eval_fraction, dict):
+            for name, fraction in self.eval_fraction.items():
+                if name not in self.names:
+                    raise ConfigError(f"data.eval_fraction.{name}", "must be one of data.names", got=fraction)
+                _below_one(f"data.eval_fraction.{name}", fraction)
+        else:
+            _below_one("data.eval_fraction", self.eval_fraction)
+
+
+def _below_one(setting: str, fraction: float) -> None:
+    if fraction == 1:
+        raise ConfigError(setting, "must be at least 0 and below 1", got=fraction, remedy="Say, 0.1.")

@@ -88,11 +88,7 @@ def _batch_sizes_fit(run: TrainRun) -> None:
 
 
 def _held_out_rows_exist_where_they_are_used(run: TrainRun) -> None:
-    if run.data.eval_fraction > 0 and run.data.eval_path is not None:
-        raise ConfigError(
-            "data.eval_fraction", "must be 0 where data.eval_path is given", got=run.data.eval_fraction, remedy="Take one."
-        )
-    if run.data.eval_fraction > 0 or run.data.eval_path is not None:
+    if run.data.evaluates:
         return
     users = {
         "train.eval_every_steps": run.train.eval_every_steps,
@@ -131,8 +127,6 @@ def _model_is_given(model: ModelConfig) -> None:
 def _data_are_given(data: DataConfig) -> None:
     if data.path is None and data.dataset_info is None:
         raise ConfigError("data.path", "must name a file, a folder or a hub data set", remedy="Say, data.path=rows.jsonl.")
-    if not 0 <= data.eval_fraction < 1:
-        raise ConfigError("data.eval_fraction", "must be at least 0 and below 1", got=data.eval_fraction, remedy="Say, 0.1.")
 
 
 def _sharding_has_workers(run: TrainRun) -> None:

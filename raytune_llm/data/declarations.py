@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,18 @@ def declared(data: DataConfig, *, ranked: bool) -> list[Declared]:
     return [at_path(data, data.path)]
 
 
+def declared_for_evaluation(data: DataConfig, *, ranked: bool) -> list[Declared]:
+    """The data sets to evaluate on, none where there are none or where rows are held out of those to train on."""
+    if data.eval_names:
+        assert data.dataset_info is not None
+        return from_dataset_info(
+            data.dataset_info, data.eval_names, media_dir=data.media_dir, ranked=ranked, setting="data.eval_names"
+        )
+    if isinstance(data.eval_path, dict):
+        return [replace(at_path(data, path), name=name) for name, path in data.eval_path.items()]
+    return [] if data.eval_path is None else [at_path(data, data.eval_path)]
+
+
 def at_path(data: DataConfig, path: str) -> Declared:
     """The data set at a path, in the run's format."""
     here = Path(path).expanduser()
@@ -53,7 +65,9 @@ def at_path(data: DataConfig, path: str) -> Declared:
     )
 
 
-def from_dataset_info(path: str, names: list[str], *, media_dir: str | None, ranked: bool) -> list[Declared]:
+def from_dataset_info(
+    path: str, names: list[str], *, media_dir: str | None, ranked: bool, setting: str = "data.names"
+) -> list[Declared]:
     """Entries of a dataset_info.json, which may be named by its folder."""
     file = Path(path).expanduser()
     file = file / "dataset_info.json" if file.is_dir() else file
@@ -67,7 +81,7 @@ def from_dataset_info(path: str, names: list[str], *, media_dir: str | None, ran
         if name not in entries:
             near = difflib.get_close_matches(name, entries, n=1)
             remedy = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(sorted(entries))}."
-            raise ConfigError("data.names", f"must be entries of {file}", got=name, remedy=remedy)
+            raise ConfigError(setting, f"must be entries of {file}", got=name, remedy=remedy)
     return [_declared(name, entries[name], file, media_dir, ranked) for name in names]
 
 

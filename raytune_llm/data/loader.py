@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from raytune_llm.data.packing import plan
 from raytune_llm.data.store import Store
 from raytune_llm.records import Batch
 
-__all__ = ["Loader", "Samples", "Step", "collate", "permutation", "pinned", "split"]
+__all__ = ["Loader", "Samples", "Step", "collate", "permutation", "pinned", "split", "split_sources"]
 
 JOINED_MULTIPLE = 64
 """Joined rows are padded to a multiple of this, so that fewer shapes occur."""
@@ -33,6 +33,29 @@ def split(num_rows: int, eval_fraction: float, seed: int) -> tuple[np.ndarray, n
     held_out = np.zeros(num_rows, bool)
     held_out[_generator(seed, _SPLIT).permutation(num_rows)[:num_eval]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def split_sources(
+    store: Store, eval_fraction: float | Mapping[str, float], seed: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Numbers of the rows to train on, and of those held out by source, all ascending. A fraction of 1 holds out everything.
+
+    What is held out of a source depends on that source alone, not on those beside it. A store that is no joined one is a single
+    source, by the name "".
+    """
+    trained: list[np.ndarray] = []
+    held_out: dict[str, list[np.ndarray]] = {}
+    first = 0
+    for name, size in [(name, len(member)) for name, member in zip(store.sources, store.members, strict=True)] or [
+        ("", len(store))
+    ]:
+        fraction = eval_fraction.get(name, 0.0) if isinstance(eval_fraction, Mapping) else eval_fraction
+        kept, out = split(size, fraction, seed)
+        trained.append(first + kept)
+        if len(out):
+            held_out.setdefault(name, []).append(first + out)
+        first += size
+    return np.concatenate(trained), {name: np.concatenate(rows) for name, rows in held_out.items()}
 
 
 def permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -57,7 +80,7 @@ class Samples:
         self.kind = KINDS[store.kind]
         self.capacity = max_length * self.kind.sides
         """Tokens of a pack."""
-        rows = np.asarray(rows)
+        self.rows = rows = np.asarray(rows)
         partners = np.roll(rows, 1)
         lengths = store.lengths[rows].astype(np.int64)
         if store.kind == "labeled":

@@ -12,8 +12,8 @@ import numpy as np
 
 from raytune_llm.data.store import Store
 
-_MIX = 2
-"""This use of the seed, beside those of data/loader.py."""
+_MIX, _REPEAT = 2, 3
+"""These uses of the seed, beside those of data/loader.py."""
 
 
 def weights_of(sizes: Sequence[int], temperature: float) -> np.ndarray:
@@ -23,9 +23,21 @@ def weights_of(sizes: Sequence[int], temperature: float) -> np.ndarray:
 
 
 def mixed_rows(
-    store: Store, rows: np.ndarray, *, strategy: str, weights: Sequence[float] | None, temperature: float | None, seed: int
+    store: Store,
+    rows: np.ndarray,
+    *,
+    strategy: str,
+    weights: Sequence[float] | None,
+    temperature: float | None,
+    epochs: Sequence[float] | None,
+    seed: int,
 ) -> np.ndarray:
-    """These rows of a store as its sources are mixed, the same for the same seed."""
+    """These rows of a store as its sources are mixed, the same for the same seed.
+
+    `epochs` says how often each source is there; shares by temperature are of what is there then.
+    """
+    if epochs is not None and len(rows):
+        rows = repeated(rows, store.row_sources[rows], epochs, seed)
     if not len(store.members) or not len(rows):
         return rows
     sources = store.row_sources[rows]
@@ -36,6 +48,18 @@ def mixed_rows(
         weights = [weights[source] for source in present.tolist()]
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(_MIX,))))
     return mix(rows, sources, strategy=strategy, weights=weights, rng=rng)
+
+
+def repeated(rows: np.ndarray, sources: np.ndarray, epochs: Sequence[float], seed: int) -> np.ndarray:
+    """Each source's rows as often as its entry in `epochs` says: 2.5 is all of them twice, and half of them drawn once more."""
+    parts: list[np.ndarray] = []
+    for source, times in enumerate(epochs):
+        mine = rows[sources == source]
+        whole = int(times)
+        draw = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(_REPEAT, source))))
+        drawn = draw.permutation(len(mine))[: round((times - whole) * len(mine))]
+        parts += [mine] * whole + [mine[np.sort(drawn)]]
+    return np.concatenate(parts)
 
 
 def mix(

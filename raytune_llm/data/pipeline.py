@@ -22,7 +22,7 @@ from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.resources import Inline, ResourcesConfig
 from raytune_llm.data import sources
-from raytune_llm.data.declarations import Declared, at_path, declared
+from raytune_llm.data.declarations import Declared, declared, declared_for_evaluation
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.formats import Reading, converter
 from raytune_llm.data.named_templates import NamedTemplate
@@ -62,22 +62,24 @@ def prepare(
     kind: str = "conversations",
     on_progress: Progress | None = None,
 ) -> Prepared:
-    """The token stores of the data to train on and of `data.eval_path`: opened where they exist, else made.
+    """The token stores of the data to train on and of those to evaluate on: opened where they exist, else made.
 
     `kind` is that of the rows which the stage trains on, one of KINDS. Several data sets have a store each, joined to one.
     """
     started = time.perf_counter()
     made: list[Timed] = []
     kitchen = _kitchen(model, data, kind)
-    sets = declared(data, ranked=kind == "pairs")
-    members = [(one.name, _prepare_one(one, kitchen, data, resources, made, on_progress)) for one in sets]
-    store = members[0][1] if len(members) == 1 else join(_cache(data), members)
-    eval_store = None
-    if data.eval_path is not None:
-        eval_store = _prepare_one(at_path(data, data.eval_path), kitchen, data, resources, made, on_progress)
+
+    def prepared(sets: list[Declared]) -> Store:
+        members = [(one.name, _prepare_one(one, kitchen, data, resources, made, on_progress)) for one in sets]
+        return members[0][1] if len(members) == 1 else join(_cache(data), members)
+
+    ranked = kind == "pairs"
+    store = prepared(declared(data, ranked=ranked))
+    evaluated = declared_for_evaluation(data, ranked=ranked)
     return Prepared(
         store=store,
-        eval_store=eval_store,
+        eval_store=prepared(evaluated) if evaluated else None,
         rows_per_s=_rows_per_s(made),
         seconds=time.perf_counter() - started,
         reused=not made,
@@ -87,17 +89,16 @@ def prepare(
 def find_stores(model: ModelConfig, data: DataConfig, *, kind: str = "conversations") -> tuple[Path | None, Path | None]:
     """The folders of the stores that `prepare` would open, where they are complete, and make, where they are none."""
     kitchen = _kitchen(model, data, kind)
-    sets = [_folder(one, kitchen, data) for one in declared(data, ranked=kind == "pairs")]
-    folders: list[Path | None] = [folder if (folder / MANIFEST).exists() else None for folder in sets]
-    train = folders[0] if len(folders) == 1 else None
-    if len(folders) > 1 and all(folders):
-        names = [one.name for one in declared(data, ranked=kind == "pairs")]
-        joined = _cache(data) / key_of({"joined": [[name, folder.name] for name, folder in zip(names, sets, strict=True)]})
-        train = joined if (joined / MANIFEST).exists() else None
-    if data.eval_path is None:
-        return train, None
-    held_out = _folder(at_path(data, data.eval_path), kitchen, data)
-    return train, held_out if (held_out / MANIFEST).exists() else None
+
+    def found(sets: list[Declared]) -> Path | None:
+        folders = [_folder(one, kitchen, data) for one in sets]
+        if len(folders) > 1 and all((folder / MANIFEST).exists() for folder in folders):
+            joined = {"joined": [[one.name, folder.name] for one, folder in zip(sets, folders, strict=True)]}
+            folders = [_cache(data) / key_of(joined)]
+        return folders[0] if len(folders) == 1 and (folders[0] / MANIFEST).exists() else None
+
+    ranked = kind == "pairs"
+    return found(declared(data, ranked=ranked)), found(declared_for_evaluation(data, ranked=ranked))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from raytune_llm.stages import StageLoss
 from raytune_llm.train.checkpoint import Progress
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.strategies.base import Strategy
-from raytune_llm.train.window import Window, means
+from raytune_llm.train.window import Window, added, means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def run(
     strategy: Strategy,
     loss: StageLoss,
     loader: Loader,
-    eval_loader: Loader | None,
+    eval_loaders: Mapping[str, Loader],
     learning_rate: Callable[[int], float],
     progress: Progress,
     plan: Plan,
@@ -81,9 +81,9 @@ def run(
 
                 if last or progress.step == 1 or progress.step % plan.log_every == 0:
                     log_step(progress, len(loader.samples), lr, window, clock, plan, hooks)
-                if eval_loader is not None and (last or due(progress.step, plan.eval_every, epoch_ends)):
+                if eval_loaders and (last or due(progress.step, plan.eval_every, epoch_ends)):
                     with clock.stopped():
-                        stopped = evaluate(strategy, loss, eval_loader, progress, plan, hooks, device)
+                        stopped = evaluate(strategy, loss, eval_loaders, progress, plan, hooks, device)
                 best = plan.save_best and progress.best_step == progress.step
                 if last or stopped or best or due(progress.step, plan.save_every, epoch_ends):
                     with clock.stopped():
@@ -145,27 +145,46 @@ def log_step(progress: Progress, num_samples: int, lr: float, window: Window, cl
 
 
 def evaluate(
-    strategy: Strategy, loss: StageLoss, loader: Loader, progress: Progress, plan: Plan, hooks: Hooks, device: torch.device
+    strategy: Strategy,
+    loss: StageLoss,
+    loaders: Mapping[str, Loader],
+    progress: Progress,
+    plan: Plan,
+    hooks: Hooks,
+    device: torch.device,
 ) -> bool:
-    """Loss and metrics over the held-out samples. True where the run is to stop early."""
-    window = Window(device, {})
+    """Loss and metrics over what is held out, as eval_loss and so on. True where the run is to stop early.
+
+    Where there are several sources, each has its own too (eval_<source>_loss); those of the whole are over all their tokens.
+    """
     strategy.model.eval()
-    with torch.no_grad():
-        for step in loader.steps(0):
-            for batch in step.batches:
-                out = loss(strategy.model, to_device(batch, device))
-                window.add("loss", out.total, out.count)
-                for name, (total, count) in out.metrics.items():
-                    window.add(name, total, count)
+    sources = {name: held_out_sums(strategy, loss, loader, device) for name, loader in loaders.items()}
     strategy.model.train()
-    values = means(window.read())
+    values = means(added(sources.values()))
     eval_loss = values["loss"]
-    hooks.log({"step": progress.step, **{f"eval_{name}": value for name, value in values.items()}})
+    record = {f"eval_{name}": value for name, value in values.items()}
+    if len(sources) > 1:
+        for source, sums in sources.items():
+            record |= {f"eval_{source}_{name}": value for name, value in means(sums).items()}
+    hooks.log({"step": progress.step, **record})
     if progress.best_loss is None or eval_loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.evals_without_gain = eval_loss, progress.step, 0
     else:
         progress.evals_without_gain += 1
     return plan.early_stopping is not None and progress.evals_without_gain >= plan.early_stopping
+
+
+@torch.no_grad()
+def held_out_sums(strategy: Strategy, loss: StageLoss, loader: Loader, device: torch.device) -> dict[str, tuple[float, float]]:
+    """(sum, count) of loss and metrics over the loader's samples and all workers."""
+    window = Window(device, {})
+    for step in loader.steps(0):
+        for batch in step.batches:
+            out = loss(strategy.model, to_device(batch, device))
+            window.add("loss", out.total, out.count)
+            for name, (total, count) in out.metrics.items():
+                window.add(name, total, count)
+    return window.read()
 
 
 def due(step: int, every: int | None, epoch_ends: bool) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,16 @@ class Window:
 
     def clear(self) -> None:
         self._sums.clear()
+
+
+def added(sources: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """Sums and counts of several readings as one."""
+    whole: dict[str, tuple[float, float]] = {}
+    for sums in sources:
+        for name, (total, count) in sums.items():
+            before = whole.get(name, (0.0, 0.0))
+            whole[name] = before[0] + total, before[1] + count
+    return whole
 
 
 def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:

@@ -12,12 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from raytune_llm.config.run import TrainRun
-from raytune_llm.data.loader import Loader, Samples, split
+from raytune_llm.data.loader import Loader, Samples, split_sources
 from raytune_llm.data.mixture import mixed_rows
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokenizer import run_tokenizer, stop_ids
@@ -84,9 +83,10 @@ def work(
     micro, seed = run.train.micro_batch_size, run.train.seed
     share = {"micro_batch_size": micro, "rank": rank, "world_size": world, "seed": seed, "pad_id": tokenizer.pad_token_id or 0}
     loader = Loader(stores.train, global_batch_size=run.train.global_batch_size, **share)
-    eval_loader = None
-    if stores.held_out is not None:
-        eval_loader = Loader(stores.held_out, global_batch_size=micro * world, shuffle=False, **share)
+    eval_loaders = {
+        source: Loader(samples, global_batch_size=micro * world, shuffle=False, **share)
+        for source, samples in stores.held_out.items()
+    }
     steps = total_steps(run, loader.steps_per_epoch)
 
     config = run_config(run.model, tokenizer, run.data.max_length)
@@ -153,7 +153,7 @@ def work(
             strategy,
             objective.loss,
             loader,
-            eval_loader,
+            eval_loaders,
             learning_rate(run.schedule, peak=run.optimizer.lr, total=steps),
             progress,
             loop.Plan(
@@ -205,30 +205,32 @@ def work(
 @dataclass(frozen=True)
 class Stores:
     train: Samples
-    held_out: Samples | None
+    held_out: dict[str, Samples]
+    """By source; a single one has no name ("")."""
     manifests: dict[str, str]
 
 
 def open_stores(run: TrainRun, train_store: str, eval_store: str | None) -> Stores:
     """The samples to train on and those held out."""
     store = Store.open(train_store)
-    rows, held_out_rows = split(len(store), run.data.eval_fraction, run.train.seed)
+    rows, held_out_rows = split_sources(store, run.data.eval_fraction, run.train.seed)
     rows = mixed_rows(
         store,
         rows,
         strategy=run.data.mix,
         weights=run.data.mix_weights,
         temperature=run.data.mix_temperature,
+        epochs=run.data.mix_epochs,
         seed=run.train.seed,
     )
     evaluated = store if eval_store is None else Store.open(eval_store)
     if eval_store is not None:
-        held_out_rows = np.arange(len(evaluated))
+        _, held_out_rows = split_sources(evaluated, 1.0, run.train.seed)
     packing = {"max_length": run.data.max_length, "packing": run.data.packing}
     train = Samples(store, rows, **packing)
-    held_out = Samples(evaluated, held_out_rows, **packing) if len(held_out_rows) else None
-    for what, samples in (("train", train), ("held-out", held_out)):
-        if samples is not None and not samples.targets.sum():
+    held_out = {name: Samples(evaluated, rows, **packing) for name, rows in held_out_rows.items()}
+    for what, samples in (("train", train), *((f"held-out {name}".strip(), samples) for name, samples in held_out.items())):
+        if not samples.targets.sum():
             raise DataError(str(run.data.path), f"the {what} rows have no token to learn", "Check data.format and the answers.")
     manifests = {"train": store.manifest_hash} | ({"evaluation": evaluated.manifest_hash} if eval_store is not None else {})
     return Stores(train, held_out, manifests)

@@ -173,3 +173,20 @@ def test_activation_checkpointing_and_compiled_chunks_do_not_show(chat_rows, cac
 def test_the_saved_model_names_what_ends_an_answer(done):
     config = json.loads((done[1].final / "generation_config.json").read_text())
     assert config["eos_token_id"] == [257], "the byte tokenizer's <|im_end|>"
+
+
+def test_every_eval_source_has_its_loss_and_all_have_theirs_together(chat_rows, cache, tmp_path):
+    lines = Path(chat_rows).read_text().splitlines(keepends=True)
+    for name, part in (("a", lines[:7]), ("b", lines[7:10]), ("both", lines[:10])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+
+    def evaluated(eval_path: str) -> dict:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        settings = ["train.max_steps=1", "data.eval_fraction=0", f"data.eval_path={eval_path}"]
+        api.train(tiny_run(chat_rows, cache, folder, *settings))
+        return next(record for record in metrics(str(folder)) if "eval_loss" in record)
+
+    apart = evaluated(f"{{a:{tmp_path / 'a.jsonl'},b:{tmp_path / 'b.jsonl'}}}")
+    alone = [evaluated(str(tmp_path / f"{name}.jsonl"))["eval_loss"] for name in ("a", "b", "both")]
+    losses = [apart[f"eval_{name}loss"] for name in ("a_", "b_", "")]
+    assert losses == pytest.approx(alone, rel=1e-5)

@@ -35,7 +35,7 @@ DATA = "data.path=rows.jsonl"
         ([DATA, "quantization=fp8", "adapter=none"], "quantization must be none where adapter=none"),
         ([DATA, "train.early_stopping=2"], "train.early_stopping needs held-out rows, got 2. Set data.eval_fraction"),
         ([DATA, "checkpoint.final=best"], "checkpoint.final needs held-out rows"),
-        ([DATA, "data.eval_fraction=0.1", "data.eval_path=x"], "data.eval_fraction must be 0 where data.eval_path is given"),
+        ([DATA, "data.eval_fraction=0.1", "data.eval_path=x"], "data.eval_fraction can't go with data.eval_path"),
         ([DATA, "data.eval_fraction=1.0"], "data.eval_fraction must be at least 0 and below 1"),
         ([DATA, "model=hub"], "model.path must name a folder or a hub id"),
         ([DATA, "model=tiny_random", "model.tokenizer=null"], "model.tokenizer must be given"),

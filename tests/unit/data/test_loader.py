@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import threading
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_llm.data.loader import Loader, Samples, collate, permutation, split
+from raytune_llm.data.loader import Loader, Samples, collate, permutation, split, split_sources
 from raytune_llm.records import IGNORE
 
 NUM_ROWS = 53
@@ -42,6 +43,18 @@ def test_a_split_holds_out_its_share_and_loses_no_row(num_rows, fraction, seed):
     train, held_out = split(num_rows, fraction, seed)
     assert len(held_out) == round(fraction * num_rows)
     assert sorted([*train, *held_out]) == list(range(num_rows))
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(0, 5))
+def test_what_is_held_out_of_a_source_does_not_depend_on_the_others(sizes, seed):
+    names = [f"source {number}" for number in range(len(sizes))]
+    store = SimpleNamespace(sources=names, members=[range(size) for size in sizes])
+    fractions = dict(zip(names, (0.5, 0.25, 0.0), strict=False))
+    trained, held_out = split_sources(store, fractions, seed)
+    assert sorted([*trained, *chain.from_iterable(held_out.values())]) == list(range(sum(sizes)))
+    for name, first, size in zip(names, np.cumsum([0, *sizes]), sizes, strict=False):
+        alone = split(size, fractions[name], seed)[1]
+        assert held_out.get(name, np.zeros(0)).tolist() == (first + alone).tolist()
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():

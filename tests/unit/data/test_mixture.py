@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llm.data.mixture import mix, weights_of
+from raytune_llm.data.mixture import mix, repeated, weights_of
 
 
 def mixed(sizes, strategy, weights=None, seed=0):
@@ -55,3 +55,14 @@ def test_weights_are_the_shares_of_the_draws():
 def test_temperature_evens_shares_out():
     assert weights_of([900, 100], 1.0).tolist() == pytest.approx([0.9, 0.1])
     assert weights_of([900, 100], 1e9).tolist() == pytest.approx([0.5, 0.5])
+
+
+@given(sizes=sizes, seed=st.integers(0, 9), data=st.data())
+def test_each_source_is_there_as_often_as_its_epochs_say(sizes, seed, data):
+    epochs = [data.draw(st.floats(0.1, 3)) for _ in sizes]
+    sources = np.repeat(np.arange(len(sizes)), sizes)
+    times = np.bincount(repeated(np.arange(len(sources)), sources, epochs, seed), minlength=len(sources))
+    for source, asked in enumerate(epochs):
+        mine = times[sources == source]
+        assert set(mine) <= {int(asked), int(asked) + 1}
+        assert mine.sum() == int(asked) * len(mine) + round((asked - int(asked)) * len(mine))

@@ -63,6 +63,14 @@ def test_an_eval_source_has_a_store_of_its_own(jsonl, prepare_run):
     assert (len(result.store), len(result.eval_store)) == (1, 3)
 
 
+def test_several_eval_sources_have_one_store_together_with_their_names(jsonl, prepare_run):
+    places = {name: jsonl([chat(number)] * number, name=f"{name}.jsonl") for number, name in enumerate(("a", "b"), 1)}
+    run = prepare_run(jsonl([chat(0)]), f"data.eval_path={{a:{places['a']},b:{places['b']}}}")
+    held_out = prepared(run).eval_store
+    assert (len(held_out), held_out.sources) == (3, ("a", "b"))
+    assert pipeline.find_stores(run.model, run.data)[1] == held_out.folder
+
+
 def test_bad_rows_are_counted_by_reason_with_examples(jsonl, prepare_run):
     path = jsonl([chat(0), {"messages": []}, "{", chat(1)])
     dropped = prepared(prepare_run(path, "data.max_bad_fraction=0.5")).store.dropped
@@ -201,6 +209,10 @@ def test_entries_of_a_dataset_info_have_a_store_each_and_one_together(jsonl, pre
     (tmp_path / "dataset_info.json").write_text(json.dumps({name: {"file_name": f"{name}.jsonl"} for name in "ab"}))
     settings = ["data.path=null", f"data.dataset_info={tmp_path}"]
     both = prepared(prepare_run("unused", *settings, "data.names=[a,b]"))
+    assert (
+        prepared(prepare_run("unused", *settings, "data.names=[b]", "data.eval_names=[a,b]")).eval_store.folder
+        == both.store.folder
+    )
     assert (len(both.store), both.store.sources) == (3, ("a", "b"))
     assert prepared(prepare_run("unused", *settings, "data.names=[b]")).reused
     assert (
@@ -225,6 +237,10 @@ def test_part_of_a_split_and_a_draw_of_rows(jsonl, prepare_run):
         ["data.tool_format=qwen"],
         ["data.mix=interleave_over"],
         ["data.mix_weights=[1.0]"],
+        ["data.mix_epochs=[2.0]"],
+        ["data.eval_names=[a]"],
+        ["data.eval_fraction={a:0.1}"],
+        ["data.eval_fraction=0.1", "data.eval_path=b.jsonl"],
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(prepare_run, settings):
