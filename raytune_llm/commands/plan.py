@@ -12,9 +12,10 @@ from rich.table import Table
 from raytune_llm import api
 from raytune_llm.config.run import TrainRun
 from raytune_llm.models.memory import Memory
-from raytune_llm.plan import Data, Misfit, Plan
+from raytune_llm.plan import Data, Plan, Verdict
 
 GIB = 2**30
+COMPILED = {True: "compiled", False: "not compiled", "auto": "compiled on GPUs"}
 PARTS = {
     "weights": "model and adapter",
     "gradients": "of what is trained",
@@ -61,7 +62,7 @@ def _choices(run: TrainRun, planned: Plan) -> Table:
     table.add_row(
         "computed",
         f"{run.strategy.name}, {run.train.precision}, activation checkpointing {run.train.activation_checkpointing}, "
-        f"{'compiled' if run.train.compile else 'not compiled'}",
+        f"{COMPILED[run.train.compile]}",
     )
     table.add_row("learned", f"{run.optimizer.name}, lr {run.optimizer.lr:g}, schedule {run.schedule.name}")
     return table
@@ -93,15 +94,16 @@ def _memory(memory: Memory) -> Table:
 
 def _verdicts(planned: Plan) -> Table:
     table = _plain("where it fits")
-    too_small = [misfit.device for misfit in planned.misfits]
-    for device in planned.devices:
-        share = f"{device.share(planned.memory, planned.world_size):.0%} of it"
-        verdict = f"[red]no[/red], {share}" if device in too_small else f"[green]yes[/green], {share}"
-        table.add_row(escape(device.name), f"{device.memory / GIB:4.0f} GiB", verdict)
+    for verdict in planned.verdicts:
+        device = verdict.device
+        answer = "[green]yes[/green]" if verdict.fits else "[red]no[/red]"
+        share = f"{device.share(verdict.memory, planned.world_size):.0%} of it"
+        recomputed = "" if verdict.checkpointing == "none" else f", activation checkpointing {verdict.checkpointing}"
+        table.add_row(escape(device.name), f"{device.memory / GIB:4.0f} GiB", f"{answer}, {share}{recomputed}")
     return table
 
 
-def _mends(misfit: Misfit) -> Iterator[str]:
+def _mends(misfit: Verdict) -> Iterator[str]:
     place = f"{escape(misfit.device.name)} ({misfit.device.memory / GIB:.0f} GiB)"
     if not misfit.mends:
         yield f"{place} would still be too small with every change that plan tries."

@@ -58,7 +58,8 @@ class _Bars:
         self.close()
         if begin.first_step:
             self._console.print(f"going on from the checkpoint at step {begin.first_step}", highlight=False)
-        self._console.print(escape(begin.attention), style="dim", highlight=False)
+        for choice in begin.choices:
+            self._console.print(escape(choice), style="dim", highlight=False)
         self._bar = ProgressBar(begin.total_steps, first_step=begin.first_step, console=self._console)
 
     def record(self, record: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raytune_llm.config.section import section
+from raytune_llm.config.section import PositiveInt, section
 
 
 @section
@@ -19,8 +19,13 @@ class FSDP:
     """FSDP2 (`fully_shard`): parameters, gradients and optimizer state are sharded over workers, gathered layer by layer."""
 
     name: Literal["fsdp"]
-    reshard: bool
-    """Give gathered layers back after the forward pass (less memory) or keep them for the backward pass (less traffic)."""
+    reshard: Literal["full", "grad_only"]
+    """full: gathered layers are given back after the forward pass and gathered again for the backward pass. grad_only: they are
+    kept, and gradients and optimizer state alone stay sharded (more memory, less traffic)."""
+    shard_workers: PositiveInt | Literal["all"]
+    """Workers that share one copy of the model, say those of a node; copies meet in their gradients alone."""
+    prefetch: PositiveInt
+    """Layers that are gathered ahead of the one that runs."""
     offload: bool
     """Keep shards in host memory between uses."""
 

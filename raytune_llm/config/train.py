@@ -18,12 +18,15 @@ class LoopConfig:
     seed: NonNegativeInt
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     """auto: bf16 where the hardware multiplies it, else fp32."""
-    compile: bool
-    """torch.compile of each layer."""
-    activation_checkpointing: Literal["none", "selective", "full", "offload"]
+    compile: bool | Literal["auto"]
+    """torch.compile of each layer. auto: on a GPU that can."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full", "offload"]
+    """What layers compute again in the backward pass. auto: the first of the others that fits, by plan's estimate."""
     max_grad_norm: PositiveFloat | None
     max_nonfinite_steps: NonNegativeInt
     """Steps with a non-finite gradient are skipped; more than this many stop the run."""
+    profile: bool
+    """Write a trace of a few steps and a table of where their time goes."""
     log_every_steps: PositiveInt
     eval_every_steps: PositiveInt | None
     """none: at each epoch's end, where there is an eval split."""

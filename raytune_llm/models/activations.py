@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,35 @@ from transformers import PreTrainedModel
 
 from raytune_llm.errors import ConfigError
 
+CAPABILITY = (7, 0)
+"""CUDA compute capability from which Triton makes kernels."""
 BUDGETS = {"none": 1.0, "selective": 0.5, "full": 0.0, "offload": 0.1}
 """The part of its activations that a compiled layer keeps. A tenth holds what costs most for its size, attention's output."""
+HOOKED = {"deepspeed"}
+"""Strategies that gather weights in hooks, which compiled code does not keep."""
+
+
+def compiles(asked: bool | str, device_type: str, strategy: str, *, lacking: str | None = None) -> tuple[bool, str]:
+    """Whether layers are compiled, and why. `lacking` is what the device's compiler needs and does not find."""
+    if asked == "auto":
+        if device_type != "cuda":
+            return False, "a CPU gains less than compiling costs"
+        if strategy in HOOKED:
+            return False, f"strategy={strategy} works through hooks in the layers"
+        return lacking is None, lacking or "a GPU"
+    if asked and lacking is not None:
+        raise ConfigError("train.compile", f"can't be true here: {lacking}", got=True, remedy="Take train.compile=auto.")
+    return bool(asked), "asked for"
+
+
+def lacks_for_compiling(device: torch.device) -> str | None:
+    """What stands in the way of compiled kernels on a GPU."""
+    if device.type != "cuda":
+        return None
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    found = torch.cuda.get_device_capability(device)
+    return None if found >= CAPABILITY else f"Triton needs compute capability {CAPABILITY}, this GPU has {found}"
 
 
 def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str, *, compile_layers: bool) -> None:

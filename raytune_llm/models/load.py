@@ -47,9 +47,13 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Weights in `dtype` on `device`. Random weights are a function of the config, the seed and the kind of device."""
+    """Weights in `dtype` on `device`, read straight to it. Random weights are a function of the config, the seed and the kind of
+    device. On the meta device there are no weights."""
     transformers.logging.disable_progress_bar()
     device = torch.device(device)
+    if device.type == "meta":
+        with device:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if weights == "random" and device.type == "cuda":
         with torch.random.fork_rng(devices=[device]), device:
             torch.manual_seed(seed)
@@ -62,11 +66,16 @@ def load_model(
     assert path is not None
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            packaged.resolve(path), config=config, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+            packaged.resolve(path),
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            revision=revision,
+            trust_remote_code=trust_remote_code,
         )
     except OSError as error:
         raise _unreachable(path, error) from None
-    return model.to(device=device)
+    return model
 
 
 def positions(config: PretrainedConfig) -> int | None:

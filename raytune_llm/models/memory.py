@@ -31,6 +31,10 @@ of logsumexp, and the gradient through the target's logit. Compiled, by its kern
 gradient, and the result."""
 CHUNK_TOKENS = 1024
 """What CausalLM takes by default."""
+QUANTIZED_BYTES = {"fp8": 2.0, "bnb_nf4": 0.516}
+"""A frozen weight in a layer: FP8 is held twice; four bits, and for 64 of them a scale of eight and its share of a float32."""
+IN_FLIGHT = 4
+"""Layers whose inputs are on the device while they come and go from host memory."""
 ZERO_BUCKET, ZERO3_LIVE = 500_000_000, 1_000_000_000
 """DeepSpeed's defaults, in elements: reduce_bucket_size and stage3_max_live_parameters."""
 
@@ -152,6 +156,7 @@ def memory_per_gpu(
     tokens: int,
     dropout: bool = False,
     kept: float = 1.0,
+    inputs_leave: bool = False,
     compiled: bool = False,
     mask_bytes: int = 0,
     chunk_tokens: int = CHUNK_TOKENS,
@@ -159,16 +164,16 @@ def memory_per_gpu(
     """The peak of a training step, if every token were trained.
 
     compute: bytes of a number in matrix products and between layers. tokens: of a micro-batch, padding included. dropout: in the
-    adapter. kept: the part of a layer's activations that is not computed again. mask_bytes: of an attention mask, where the back
-    end takes one. chunk_tokens: trained tokens whose logits exist at once; where the head is trained, gradients of all of them
-    stay till its backward pass.
+    adapter. kept: the part of a layer's activations that is not computed again. inputs_leave: what layers that are computed again
+    start from waits in host memory. mask_bytes: of an attention mask, where the back end takes one. chunk_tokens: trained tokens
+    whose logits exist at once; where the head is trained, gradients of all of them stay till its backward pass.
     """
     d = dimensions
     trains_all = parameters.frozen == 0
     layer = tokens * _layer_bytes(
         d, compute, trains_all=trains_all, wide_norms=states.wide_norms, dropout=dropout, compiled=compiled
     )
-    layer_input = tokens * compute * d.hidden if kept < 1 else 0
+    inputs = tokens * compute * d.hidden * (0 if kept == 1 else min(d.layers, IN_FLIGHT) if inputs_leave else d.layers)
     # Gradients of the MLP's product and of its two factors, and of what goes through a norm in float32.
     backward = tokens * (3 * compute * d.intermediate + 2 * FP32 * d.hidden)
     last_norm = tokens * (FP32 + 2 * compute) * d.hidden
@@ -178,7 +183,7 @@ def memory_per_gpu(
         gradients=states.gradients,
         optimizer=states.optimizer,
         buffers=states.buffers,
-        activations=d.layers * (layer_input + round(kept * layer)) + last_norm + mask_bytes,
+        activations=inputs + d.layers * round(kept * layer) + last_norm + mask_bytes,
         logits=chunk + (tokens * d.vocab * compute if trains_all else 0),
         layer=backward + round((1 - kept) * layer),
     )
@@ -204,6 +209,12 @@ def _layer_bytes(d: Dimensions, compute: int, *, trains_all: bool, wide_norms: b
     return norms + attention + mlp + inputs
 
 
+def quantized_bytes(parameters: Parameters, compute: int, quantization: str) -> int:
+    """What quantization takes off the frozen weights of the layers; embedding and head stay as they are."""
+    inside = parameters.frozen - parameters.outside_layers
+    return round(inside * (compute - QUANTIZED_BYTES.get(quantization, compute)))
+
+
 def ddp_states(parameters: Parameters, compute: int, world: int, *, accumulates: bool) -> States:
     """Everything on every worker. Gradients are views of the buckets that travel, so buckets cost nothing more. Autocast makes a
     copy of each trained matrix in the compute type, which lives to the backward pass."""
@@ -217,19 +228,31 @@ def ddp_states(parameters: Parameters, compute: int, world: int, *, accumulates:
     )
 
 
-def fsdp_states(parameters: Parameters, compute: int, world: int, *, accumulates: bool, reshard: bool, offload: bool) -> States:
+def fsdp_states(
+    parameters: Parameters,
+    compute: int,
+    world: int,
+    *,
+    accumulates: bool,
+    reshard: str,
+    shard_workers: int | str,
+    prefetch: int,
+    offload: bool,
+) -> States:
     """Shards of everything. Gathered in the compute type: embedding and head for the whole pass, and of the layers the one that
-    runs and the one that comes next, with the buffer it arrives in; all of them where they are kept for the backward pass.
+    runs and those that come next, with the buffer that one arrives in; all of them where they are kept for the backward pass.
 
     Over micro-batches that do not sync yet, gradients add up whole, in float32.
     """
     p = parameters
-    gathered = p.outside_layers + min(3 * p.layer, p.total - p.outside_layers) if reshard else p.total
+    shards = shard_workers if isinstance(shard_workers, int) else world
+    on_the_way = min((2 + prefetch) * p.layer, p.total - p.outside_layers)
+    gathered = p.total if reshard == "grad_only" else p.outside_layers + on_the_way
     on_gpu = 0 if offload else 1
     return States(
-        weights=on_gpu * (compute * p.frozen + FP32 * p.trained) // world,
-        gradients=FP32 * p.trained if accumulates else on_gpu * FP32 * p.trained // world,
-        optimizer=on_gpu * ADAMW_BYTES * p.trained // world,
+        weights=on_gpu * (compute * p.frozen + FP32 * p.trained) // shards,
+        gradients=FP32 * p.trained if accumulates else on_gpu * FP32 * p.trained // shards,
+        optimizer=on_gpu * ADAMW_BYTES * p.trained // shards,
         buffers=compute * gathered,
         wide_norms=False,
     )

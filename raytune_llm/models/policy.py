@@ -45,12 +45,16 @@ def build_policy(
     compute: torch.dtype,
     seed: int,
     device: torch.device,
+    runs_on: torch.device | None = None,
     quantization: str = "none",
     compile_layers: bool = False,
     activation_checkpointing: str = "none",
 ) -> tuple[CausalLM, str]:
-    """The model, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in float32."""
-    backend, reason = attention.choose(model.attention, device, compute)
+    """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
+    float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
+    """
+    runs_on = runs_on or device
+    backend, reason = attention.choose(model.attention, runs_on, compute)
     frozen = adapter.name != "none"
     loaded = load_model(
         config,
@@ -68,7 +72,7 @@ def build_policy(
         adapted = adapt(loaded, adapter)
     quantize(layers(loaded), quantization)
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
-    offloads = activation_checkpointing == "offload" and device.type == "cuda"
+    offloads = activation_checkpointing == "offload" and runs_on.type == "cuda"
     return CausalLM(adapted, compute=compute, compiled=compile_layers, offloads=offloads), f"attention: {backend} ({reason})"
 
 

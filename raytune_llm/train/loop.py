@@ -20,6 +20,7 @@ from raytune_llm.records import Batch
 from raytune_llm.stages import StageLoss
 from raytune_llm.train.checkpoint import Progress
 from raytune_llm.train.clock import Clock
+from raytune_llm.train.phases import phase
 from raytune_llm.train.strategies.base import Strategy
 from raytune_llm.train.window import Window, added, means
 
@@ -101,12 +102,15 @@ def one_step(strategy: Strategy, loss: StageLoss, step: Step, lr: float, window:
         torch.manual_seed(hash((seed, batch.sample_ids)))
         last = number == len(step.batches) - 1
         with strategy.accumulate(last=last):
-            out = loss(strategy.model, to_device(batch, device))
-            strategy.backward(out.total / max(step.count, 1))
+            with phase("forward pass"):
+                out = loss(strategy.model, to_device(batch, device))
+            with phase("backward pass"):
+                strategy.backward(out.total / max(step.count, 1))
         window.add("loss", out.total, out.count)
         for name, (total, count) in out.metrics.items():
             window.add(name, total, count)
-    done = strategy.step(lr)
+    with phase("optimizer step"):
+        done = strategy.step(lr)
     # The same on all workers: only one of them counts it.
     share = 1.0 / strategy.world
     window.add("grad_norm", torch.where(done.skipped, 0.0, done.grad_norm) * share, (~done.skipped) * share)
@@ -180,7 +184,8 @@ def held_out_sums(strategy: Strategy, loss: StageLoss, loader: Loader, device: t
     window = Window(device, {})
     for step in loader.steps(0):
         for batch in step.batches:
-            out = loss(strategy.model, to_device(batch, device))
+            with phase("evaluation"):
+                out = loss(strategy.model, to_device(batch, device))
             window.add("loss", out.total, out.count)
             for name, (total, count) in out.metrics.items():
                 window.add(name, total, count)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,17 @@ from raytune_llm.data.mixture import mixed_rows
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokenizer import run_tokenizer, stop_ids
 from raytune_llm.errors import DataError
-from raytune_llm.models.policy import build_policy, compute_dtype, run_config
+from raytune_llm.models.policy import run_config
 from raytune_llm.stages import STAGES
 from raytune_llm.train import loop
+from raytune_llm.train.build import Builder
 from raytune_llm.train.checkpoint import Checkpoints, Progress, complete_steps, read_progress
 from raytune_llm.train.clock import Clock
-from raytune_llm.train.flops import flops_per_token, peak_flops
-from raytune_llm.train.optimizers import build_optimizer
+from raytune_llm.train.flops import peak_flops
 from raytune_llm.train.output import identity, model_card, write_final
 from raytune_llm.train.report import Report
 from raytune_llm.train.schedules import learning_rate
-from raytune_llm.train.strategies import spread
-from raytune_llm.train.strategies.base import Precision, Strategy
+from raytune_llm.train.strategies.base import Strategy
 
 Sink = Callable[[Mapping[str, Any]], None]
 
@@ -44,7 +41,8 @@ class Begin:
     total_steps: int
     first_step: int
     """The step of the checkpoint that it goes on from, or 0."""
-    attention: str
+    choices: tuple[str, ...]
+    """What was chosen for it and why, a line each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +71,6 @@ def work(
     """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     began = time.perf_counter()
-    if device.type == "cuda":
-        # Read when the first tensor comes to the GPU: pages grow in place, so that changing sizes leave no holes.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     stage = STAGES[run.stage.name]
     objective = stage.objective(run.stage)
     tokenizer, template = run_tokenizer(run.model, run.data, needs_template=stage.rows != "text")
@@ -90,29 +85,13 @@ def work(
     steps = total_steps(run, loader.steps_per_epoch)
 
     config = run_config(run.model, tokenizer, run.data.max_length)
-    compute = compute_dtype(run.train.precision, device)
-    policy, attention = build_policy(
-        config,
-        run.model,
-        run.adapter,
-        compute=compute,
-        seed=seed,
-        device=device,
-        quantization=run.quantization.name,
-        compile_layers=run.train.compile,
-        activation_checkpointing=run.train.activation_checkpointing,
-    )
-    flops = flops_per_token(policy, config)
-    strategy = spread(
-        run.strategy,
-        policy,
-        partial(build_optimizer, run.optimizer),
-        device=device,
-        precision=Precision(compute),
-        max_grad_norm=run.train.max_grad_norm,
-    )
+    builder = Builder(run, config, device)
+    with explained(builder, "loading the model"):
+        built = builder.build()
+    policy, strategy, flops = built.policy, built.strategy, built.flops_per_token
 
     with ExitStack() as stack:
+        stack.enter_context(explained(builder, "training"))
         output = Path(run.output_dir)
         keep_best = run.checkpoint.final == "best"
         checkpoints = Checkpoints(
@@ -146,7 +125,7 @@ def work(
             save_s += time.perf_counter() - at
 
         if rank == 0:
-            on_begin(Begin(total_steps=steps, first_step=progress.step, attention=attention))
+            on_begin(Begin(total_steps=steps, first_step=progress.step, choices=built.choices))
         strategy.model.train()
         clock = Clock()
         progress = loop.run(
@@ -183,7 +162,7 @@ def work(
                 tokenizer,
                 stop_ids=stop_ids(tokenizer, template),
                 base_model=run.model.path or "",
-                dtype=compute,
+                dtype=policy.compute,
                 card=model_card(run, progress.step, progress.loss_last),
             )
         if dist.is_initialized():
@@ -200,6 +179,15 @@ def work(
         train_s=trained - loaded - save_s,
         save_s=save_s + time.perf_counter() - trained,
     )
+
+
+@contextmanager
+def explained(builder: Builder, during: str) -> Iterator[None]:
+    """A GPU whose memory ran out becomes an error that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise builder.out_of_memory(error, during) from error
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ LLAMA3_8B = [
     "data.max_length=8192",
     "train.precision=bf16",
 ]
+EAGER = ["train.compile=false", "train.activation_checkpointing=none"]
 
 
 def planned(chat_rows: str, cache: Any, tmp_path: Any, *overrides: str) -> Plan:
@@ -93,14 +94,33 @@ def test_a_run_that_fits_needs_no_mending(chat_rows, cache, tmp_path, monkeypatc
 
 def test_recomputation_mends_a_long_context(chat_rows, cache, tmp_path, monkeypatch):
     on(monkeypatch, 40)
-    plan = planned(chat_rows, cache, tmp_path, *LLAMA3_8B)
+    plan = planned(chat_rows, cache, tmp_path, *LLAMA3_8B, *EAGER)
     (misfit,) = plan.misfits
     assert [mend.settings for mend in misfit.mends] == [("train.activation_checkpointing=full",)]
 
 
+def test_auto_recomputes_no_more_than_a_gpu_needs(chat_rows, cache, tmp_path, monkeypatch):
+    on(monkeypatch, 80, 40, 24, 16)
+    plan = planned(chat_rows, cache, tmp_path, *LLAMA3_8B)
+    assert [verdict.checkpointing for verdict in plan.verdicts] == ["none", "selective", "full", "offload"]
+    assert [verdict.fits for verdict in plan.verdicts] == [True, True, True, False]
+
+
+def test_layers_that_are_not_compiled_are_never_recomputed_in_part(chat_rows, cache, tmp_path, monkeypatch):
+    on(monkeypatch, 40)
+    (verdict,) = planned(chat_rows, cache, tmp_path, *LLAMA3_8B, "train.compile=false").verdicts
+    assert verdict.checkpointing == "full"
+
+
+def test_four_bits_mend_what_recomputation_does_not(chat_rows, cache, tmp_path, monkeypatch):
+    on(monkeypatch, 16)
+    (misfit,) = planned(chat_rows, cache, tmp_path, *LLAMA3_8B).misfits
+    assert ("quantization=bnb_nf4",) in [mend.settings for mend in misfit.mends]
+
+
 def test_full_fine_tuning_is_mended_by_an_adapter_or_by_shards(chat_rows, cache, tmp_path, monkeypatch):
     on(monkeypatch, *[80] * 8)
-    plan = planned(chat_rows, cache, tmp_path, *LLAMA3_8B, "resources=local", "adapter=none")
+    plan = planned(chat_rows, cache, tmp_path, *LLAMA3_8B, "resources=local", "adapter=none", *EAGER)
     (misfit,) = plan.misfits
     sets = [set(mend.settings) for mend in misfit.mends]
     assert {"adapter=lora"} in sets
@@ -129,7 +149,7 @@ def test_the_chunk_of_logits_is_the_models():
 def test_the_command_shows_parts_and_verdicts(chat_rows, tmp_path, capsys, monkeypatch):
     on(monkeypatch, 40)
     run = load_config(
-        "plan", ["model=tiny_random", "resources=inline", f"data.path={chat_rows}", f"data.cache={tmp_path}", *LLAMA3_8B]
+        "plan", ["model=tiny_random", "resources=inline", f"data.path={chat_rows}", f"data.cache={tmp_path}", *LLAMA3_8B, *EAGER]
     )
     assert command.main(run) == 0
     shown = capsys.readouterr().out

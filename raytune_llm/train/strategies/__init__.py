@@ -33,6 +33,8 @@ def _deepspeed(*args, **settings) -> Strategy:
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {"ddp": _ddp, "fsdp": _fsdp, "deepspeed": _deepspeed}
 """The imports stay inside: DeepSpeed is an optional package, and slow to import."""
+FIRST_LOADS = {"ddp": False, "fsdp": True, "deepspeed": False}
+"""Whether the first worker alone loads the model, from which the others get their shards; theirs is without weights."""
 
 
 def spread(

@@ -25,6 +25,10 @@ class DDPStrategy(OwnOptimizer):
             self.model, build_optimizer, world=world, device=device, precision=precision, max_grad_norm=max_grad_norm
         )
         if world > 1:
+            # Every worker loaded what is frozen by itself; quantized weights are buffers, which would travel in every pass.
+            frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+            buffers = [name for name, _ in model.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
             self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:

@@ -5,17 +5,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
+from raytune_llm.errors import ConfigError
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.policy import layers
 from raytune_llm.train.strategies.base import Precision
 from raytune_llm.train.strategies.own_optimizer import OwnOptimizer
 
+RESHARD = {"full": True, "grad_only": False}
+
 
 class FSDPStrategy(OwnOptimizer):
-    """FSDP2: one unit a layer, and the root, which holds embedding, final norm and head and gathers them once a pass."""
+    """FSDP2: one unit a layer, and the root, which holds embedding, final norm and head and gathers them once a pass.
+
+    The first worker's weights are everyone's; the models of the others may be on the meta device.
+    """
 
     def __init__(
         self,
@@ -25,22 +33,29 @@ class FSDPStrategy(OwnOptimizer):
         device: torch.device,
         precision: Precision,
         max_grad_norm: float | None,
-        reshard: bool,
+        reshard: str,
+        shard_workers: int | str,
+        prefetch: int,
         offload: bool,
     ) -> None:
         world = dist.get_world_size()
-        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+        mesh = _mesh(device.type, world, world if shard_workers == "all" else int(shard_workers))
         mixed = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         settings: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": mixed,
-            "reshard_after_forward": reshard,
+            "reshard_after_forward": RESHARD[reshard],
             "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         }
-        model = model if offload else model.to(device)
-        for layer in layers(model):
-            fully_shard(layer, **settings)
-        fully_shard(model, **settings)
+        units: list[Any] = list(layers(model))
+        for unit in (*units, model):
+            # A unit at a time, so that no worker ever holds more than its shards and one unit.
+            _receive(unit, device)
+            fully_shard(unit, **settings)
+        if prefetch > 1:
+            for number, unit in enumerate(units):
+                unit.set_modules_to_forward_prefetch(units[number + 1 : number + 1 + prefetch])
+                unit.set_modules_to_backward_prefetch(units[max(number - prefetch, 0) : number][::-1])
         self.model = model
         super().__init__(model, build_optimizer, world=world, device=device, precision=precision, max_grad_norm=max_grad_norm)
 
@@ -48,3 +63,31 @@ class FSDPStrategy(OwnOptimizer):
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         return nullcontext()
+
+
+def _mesh(device_type: str, world: int, shard_workers: int) -> DeviceMesh:
+    """Workers next to each other share a copy; with several copies, the mesh has a dimension for them."""
+    if world % shard_workers:
+        raise ConfigError(
+            "strategy.shard_workers", f"must divide the {world} workers", got=shard_workers, remedy="Say, the GPUs of a node."
+        )
+    if shard_workers == world:
+        return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (world // shard_workers, shard_workers), mesh_dim_names=("replicate", "shard"))
+
+
+def _receive(unit: nn.Module, device: torch.device) -> None:
+    """Give every worker the first one's weights and buffers of a unit, on the device. Tied ones stay tied, sharded ones alone."""
+    moved: dict[Tensor, Tensor] = {}
+    for module in unit.modules():
+        for kept in (module._parameters, module._buffers):
+            for name, tensor in kept.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if tensor not in moved:
+                    here = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+                    here = here.contiguous()
+                    dist.broadcast(here, src=0)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[tensor] = nn.Parameter(here, requires_grad=tensor.requires_grad) if is_parameter else here
+                kept[name] = moved[tensor]  # type: ignore[assignment]

@@ -140,17 +140,18 @@ def bytes_kept_for_backward(policy: nn.Module, batch: Batch) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+SHARDED: Any = {"reshard": "full", "shard_workers": "all", "prefetch": 1, "offload": False}
 PARAMETERS = Parameters(total=8_000, trained=8_000, layer=1_000, outside_layers=1_000)
 
 
 def test_fsdp_divides_weights_gradients_and_moments():
-    states = fsdp_states(PARAMETERS, 2, 8, accumulates=False, reshard=True, offload=False)
+    states = fsdp_states(PARAMETERS, 2, 8, accumulates=False, **SHARDED)
     assert (states.weights, states.gradients, states.optimizer) == (4_000, 4_000, 8_000)
     assert states.buffers == 2 * (1_000 + 3 * 1_000)
 
 
 def test_fsdp_holds_whole_gradients_while_it_accumulates():
-    assert fsdp_states(PARAMETERS, 2, 8, accumulates=True, reshard=True, offload=False).gradients == 4 * 8_000
+    assert fsdp_states(PARAMETERS, 2, 8, accumulates=True, **SHARDED).gradients == 4 * 8_000
 
 
 def test_zero_divides_more_with_each_stage():

@@ -1,0 +1,138 @@
+"""From a run's settings to its model, spread over the workers, and what was chosen on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from raytune_llm.config.run import TrainRun
+from raytune_llm.errors import ResourceError
+from raytune_llm.models.activations import compiles, lacks_for_compiling
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.policy import build_policy, compute_dtype
+from raytune_llm.packaged import cache_dir
+from raytune_llm.train.flops import flops_per_token
+from raytune_llm.train.footprint import GIB, USABLE, Needs, estimate, least_recomputation, mends, needs_of
+from raytune_llm.train.optimizers import build_optimizer
+from raytune_llm.train.strategies import FIRST_LOADS, spread
+from raytune_llm.train.strategies.base import Precision, Strategy
+
+REMEDIES = 3
+"""Sets of settings that are named where memory ran out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    policy: CausalLM
+    strategy: Strategy
+    flops_per_token: float
+    choices: tuple[str, ...]
+    """What was chosen and why, a line each."""
+
+
+class Builder:
+    """Builds a run's model on one worker. Knows what the run was estimated to need, should memory run out."""
+
+    def __init__(self, run: TrainRun, config: PretrainedConfig, device: torch.device) -> None:
+        self.run, self.config, self.device = run, config, device
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.compiled, self._why_compiled = compiles(
+            run.train.compile, device.type, run.strategy.name, lacking=lacks_for_compiling(device)
+        )
+        self._auto = run.train.activation_checkpointing == "auto"
+
+    def build(self) -> Built:
+        run, device = self.run, self.device
+        if device.type == "cuda":
+            # Read when the first tensor comes to the GPU: pages grow in place, so that changing sizes leave no holes.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if self.compiled:
+            # The default is a folder that goes with the next restart of the machine.
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+        compute = compute_dtype(run.train.precision, device)
+        checkpointing, why = self._checkpointing()
+        policy, attention = build_policy(
+            self.config,
+            run.model,
+            run.adapter,
+            compute=compute,
+            seed=run.train.seed,
+            device=self._loads_to(),
+            runs_on=device,
+            quantization=run.quantization.name,
+            compile_layers=self.compiled,
+            activation_checkpointing=checkpointing,
+        )
+        flops = flops_per_token(policy, self.config)
+        strategy = spread(
+            run.strategy,
+            policy,
+            partial(build_optimizer, run.optimizer),
+            device=device,
+            precision=Precision(compute),
+            max_grad_norm=run.train.max_grad_norm,
+        )
+        compiled = "layers compiled" if self.compiled else "layers not compiled"
+        return Built(
+            policy=policy,
+            strategy=strategy,
+            flops_per_token=flops,
+            choices=(
+                attention,
+                f"compilation: {compiled} ({self._why_compiled})",
+                f"activation checkpointing: {checkpointing} ({why})",
+            ),
+        )
+
+    def out_of_memory(self, error: torch.OutOfMemoryError, during: str) -> ResourceError:
+        """What a user can make of it: where, how much was expected and how much there was, and what would make it fit."""
+        where = next(iter(getattr(error, "__notes__", ())), during)
+        expected = self._memory_of(self.needs).total
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        taken = torch.cuda.max_memory_allocated(self.device)
+        # What went wrong with the estimate goes wrong with those of the remedies too.
+        usable = USABLE * total / max(taken / expected, 1.0)
+        found = mends(self.run, self.config, self.needs, usable)
+        remedies = [f"{' '.join(mend.settings)} (about {mend.memory.total / GIB:.1f} GiB)" for mend in found[:REMEDIES]]
+        remedies = remedies or [f"a smaller data.max_length than {self.run.data.max_length}"]
+        return ResourceError(
+            f"out of GPU memory during {where}: the estimate was {expected / GIB:.1f} GiB, {taken / GIB:.1f} GiB "
+            f"of {total / GIB:.1f} GiB were allocated when more was asked for",
+            f"Take {', or '.join(remedies)}.",
+        )
+
+    @cached_property
+    def needs(self) -> Needs:
+        needs = needs_of(self.run, self.config, self.world, compiled=self.compiled)
+        return least_recomputation(needs, self._memory_of, self._usable) if self._auto else needs
+
+    @property
+    def _memory_of(self) -> Callable:
+        return partial(estimate, self.run, self.config)
+
+    @property
+    def _usable(self) -> float:
+        return USABLE * torch.cuda.get_device_properties(self.device).total_memory
+
+    def _checkpointing(self) -> tuple[str, str]:
+        if not self._auto:
+            return self.run.train.activation_checkpointing, "asked for"
+        if self.device.type != "cuda":
+            return "none", "not on a CPU"
+        expected = self._memory_of(self.needs).total
+        fits = f"an estimated {expected / GIB:.1f} GiB of {self._usable / GIB:.1f} usable"
+        return self.needs.checkpointing, f"the least that fits: {fits}" if expected <= self._usable else f"nothing fits: {fits}"
+
+    def _loads_to(self) -> torch.device:
+        """Where weights are loaded to. A strategy that shards them gets them from the first worker's host memory."""
+        if not FIRST_LOADS[self.run.strategy.name]:
+            return self.device
+        if self.rank != 0:
+            return torch.device("meta")
+        return torch.device("cpu") if self.run.model.weights == "pretrained" else self.device
