@@ -10,6 +10,8 @@ Tensor shape suffixes, used in names all over the package:
     S  boundaries: the documents of a batch plus one
     P  pairs, or labelled rows
     M  documents, one sequence each
+    A  all rows of a global batch
+    J, K  values of a row
 """
 
 from __future__ import annotations
@@ -158,28 +160,37 @@ class PairBatch(Batch):
     """Each pair's row in the store."""
     reference_P2: Tensor | None = None
     """float32: the reference's log-probabilities of the chosen and the rejected answer, where the stage asks for them."""
+    whole_PJ: Tensor | None = None
+    """What the stage's coupling says of these pairs in the whole global batch, where it has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LabeledBatch(Batch):
-    """A batch of labelled answers, as documents numbered like PairBatch's, each with its request.
-
-    For every row there is a second document: the same request with the answer of another row, to estimate how far the policy
-    has moved from the reference.
-    """
+class AnswerBatch(Batch):
+    """A batch of answers, each a document with its request, numbered like PairBatch's."""
 
     documents_N: Tensor
     """int64: the document of each trained position."""
     answers_P: Tensor
     """int64: the document of each row."""
-    mismatched_P: Tensor
-    """int64: the document of each row's request with another row's answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabeledBatch(AnswerBatch):
+    """A batch of labelled answers.
+
+    With it comes another of the same shape and rows: their requests with the answers of other rows, to estimate how far the
+    policy has moved from the reference.
+    """
+
+    mismatched: AnswerBatch
     desirable_P: Tensor
     """bool."""
     rows: tuple[int, ...]
     """Each one's row in the store."""
     reference_P2: Tensor | None = None
     """float32: the reference's log-probabilities of the answer and of the mismatched one, where the stage asks for them."""
+    whole_PJ: Tensor | None = None
+    """What the stage's coupling says of these rows in the whole global batch, where it has one."""
 
 
 @dataclass(frozen=True, slots=True)

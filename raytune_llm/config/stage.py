@@ -91,6 +91,8 @@ class SimPO:
     gamma: NonNegativeFloat
     """The margin, in units of the reward: the paper's gamma, not a share of beta."""
     label_smoothing: HalfOpen
+    sft_weight: NonNegativeFloat
+    """Of the chosen answers' cross-entropy, which is added (cpo_alpha)."""
 
 
 @section
@@ -100,6 +102,24 @@ class CPO:
     name: Literal["cpo"]
     beta: PositiveFloat
     label_smoothing: HalfOpen
+    sft_weight: NonNegativeFloat
+    """Of the chosen answers' cross-entropy, which is added (cpo_alpha)."""
 
 
-StageConfig = Annotated[SFT | Pretrain | DPO | ORPO | SimPO | CPO, Field(discriminator="name")]
+@section
+class KTO:
+    """Kahneman-Tversky optimisation: single answers, each desirable or not."""
+
+    name: Literal["kto"]
+    loss: Literal["kto", "apo_zero_unpaired"]
+    """apo_zero_unpaired: against the reference itself, without an estimate of how far the policy has moved."""
+    beta: PositiveFloat
+    desirable_weight: NonNegativeFloat
+    undesirable_weight: NonNegativeFloat
+    """The paper keeps (weight x rows) of the desirable over that of the others between 1 and 4/3."""
+    sft_weight: NonNegativeFloat
+    """Of the desirable answers' cross-entropy a token, which is added (pref_ftx)."""
+    reference: Reference
+
+
+StageConfig = Annotated[SFT | Pretrain | DPO | ORPO | SimPO | CPO | KTO, Field(discriminator="name")]

@@ -1,7 +1,7 @@
 """Rows of a store -> documents -> batches. What a row of each kind is in a batch is decided here.
 
 A document is ids and flattened trained spans. A conversation is one document; a pair two, its request with each answer; a
-labelled answer two as well, its request with its own answer and with another row's.
+labelled answer two as well, its request with its own answer and with another row's, in two batches since not both are always run.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import torch
 
 from raytune_llm.data.store import Store
 from raytune_llm.data.truncation import shares
-from raytune_llm.records import IGNORE, Batch, LabeledBatch, PairBatch
+from raytune_llm.records import IGNORE, AnswerBatch, Batch, LabeledBatch, PairBatch
 
 PADDING_DOCUMENT = 64
 """Tokens of a document of padding where there is no other."""
 Document = tuple[np.ndarray, np.ndarray]
+Fields = tuple[dict[str, Any], np.ndarray]
+"""The fields of a Batch, and the number of each document in it; a row's are next to each other."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Kind:
     """How rows of a store are batched."""
 
     sides: int
-    """Documents of a row: a pack holds so many times data.max_length tokens."""
+    """Documents of a row in one batch: a pack holds so many times data.max_length tokens."""
+    parts: int
+    """Batches of the same shape that a row's documents are dealt out to."""
     documents: Callable[[Store, int, int, int], list[Document]]
     """Of a row, its partner (another row) and max_length."""
-    batch: Callable[[dict[str, Any], np.ndarray, np.ndarray, Store], Batch]
-    """From Batch's fields, the documents' numbers (a row's are next to each other), the rows and the store."""
+    batch: Callable[[list[Fields], np.ndarray, Store], Batch]
+    """From the fields of each part, the rows and the store."""
 
 
 def _conversation(store: Store, row: int, partner: int, max_length: int) -> list[Document]:
@@ -57,11 +61,12 @@ def _answered(prompt: np.ndarray, answer: np.ndarray) -> Document:
     return np.concatenate([prompt, answer]), np.array([len(prompt), len(prompt) + len(answer)], np.int32)
 
 
-def _plain_batch(fields: dict[str, Any], numbers: np.ndarray, rows: np.ndarray, store: Store) -> Batch:
-    return Batch(**fields)
+def _plain_batch(made: list[Fields], rows: np.ndarray, store: Store) -> Batch:
+    return Batch(**made[0][0])
 
 
-def _pair_batch(fields: dict[str, Any], numbers: np.ndarray, rows: np.ndarray, store: Store) -> PairBatch:
+def _pair_batch(made: list[Fields], rows: np.ndarray, store: Store) -> PairBatch:
+    ((fields, numbers),) = made
     return PairBatch(
         **fields,
         documents_N=_documents(fields),
@@ -71,12 +76,13 @@ def _pair_batch(fields: dict[str, Any], numbers: np.ndarray, rows: np.ndarray, s
     )
 
 
-def _labeled_batch(fields: dict[str, Any], numbers: np.ndarray, rows: np.ndarray, store: Store) -> LabeledBatch:
+def _labeled_batch(made: list[Fields], rows: np.ndarray, store: Store) -> LabeledBatch:
+    (own, numbers), (other, other_numbers) = made
     return LabeledBatch(
-        **fields,
-        documents_N=_documents(fields),
-        answers_P=torch.from_numpy(numbers[0::2].copy()),
-        mismatched_P=torch.from_numpy(numbers[1::2].copy()),
+        **own,
+        documents_N=_documents(own),
+        answers_P=torch.from_numpy(numbers),
+        mismatched=AnswerBatch(**other, documents_N=_documents(other), answers_P=torch.from_numpy(other_numbers)),
         desirable_P=torch.from_numpy(store.desirable[rows]),
         rows=tuple(rows.tolist()),
     )
@@ -88,10 +94,10 @@ def _documents(fields: dict[str, Any]) -> torch.Tensor:
 
 
 KINDS = {
-    "conversations": Kind(1, _conversation, _plain_batch),
-    "text": Kind(1, _conversation, _plain_batch),
-    "pairs": Kind(2, _pair, _pair_batch),
-    "labeled": Kind(2, _labeled, _labeled_batch),
+    "conversations": Kind(1, 1, _conversation, _plain_batch),
+    "text": Kind(1, 1, _conversation, _plain_batch),
+    "pairs": Kind(2, 1, _pair, _pair_batch),
+    "labeled": Kind(1, 2, _labeled, _labeled_batch),
 }
 
 
@@ -114,8 +120,8 @@ def fields(
     pad_id: int,
     sample_ids: tuple[int, ...] = (),
     end_of_row: int | None = None,
-) -> tuple[dict[str, Any], np.ndarray]:
-    """The fields of a Batch, and the number of each document in it.
+) -> Fields:
+    """Documents end to end, as `collate` does it.
 
     Padding makes documents of its own, none longer than the longest real one, so that it does not set max_seqlen. Where
     end_of_row is given, it is the target at the end of every span, whatever stands there.
@@ -159,8 +165,14 @@ def fields(
     return made, np.array(numbers, np.int64)
 
 
+def moved(batch: Batch, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The batch with each of its tensors moved, those of batches in it among them."""
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    tensors: dict[str, Any] = {name: move(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+    batches = {name: moved(value, move) for name, value in values.items() if isinstance(value, Batch)}
+    return dataclasses.replace(batch, **tensors, **batches)
+
+
 def pinned(batch: Batch) -> Batch:
     """In page-locked memory, from which copies to a GPU do not wait."""
-    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    pinned: dict[str, Any] = {name: value.pin_memory() for name, value in values.items() if isinstance(value, torch.Tensor)}
-    return dataclasses.replace(batch, **pinned)
+    return moved(batch, torch.Tensor.pin_memory)

@@ -82,15 +82,16 @@ class Samples:
         """Tokens of a pack."""
         self.rows = rows = np.asarray(rows)
         partners = np.roll(rows, 1)
-        lengths = store.lengths[rows].astype(np.int64)
+        lengths = room = store.lengths[rows].astype(np.int64)
         if store.kind == "labeled":
             prompts = np.array([len(store.row(row)[0]) for row in rows.tolist()], np.int64)
-            lengths += np.minimum(prompts + np.roll(lengths - prompts, 1), max_length)
+            mismatched = np.minimum(prompts + np.roll(lengths - prompts, 1), max_length)
+            lengths, room = lengths + mismatched, np.maximum(lengths, mismatched)
         starts = np.zeros_like(lengths)
         if packing and store.kind == "text":
             order, starts, lengths, self._offsets = _blocks(lengths, max_length)
         elif packing:
-            packs = plan(lengths, self.capacity)
+            packs = plan(room, self.capacity)
             order, self._offsets = packs.rows, packs.offsets
             lengths = lengths[order]
         else:
@@ -122,6 +123,11 @@ class Samples:
                 documents += self.kind.documents(self.store, row, partner, self.max_length)
         return documents
 
+    @property
+    def num_rows(self) -> np.ndarray:
+        """int64: rows (of plain text: pieces) of each sample."""
+        return np.diff(self._offsets)
+
     def row_numbers(self, sample: int) -> np.ndarray:
         return self._rows[self._offsets[sample] : self._offsets[sample + 1]]
 
@@ -133,13 +139,20 @@ class Samples:
             length = self.capacity
         else:
             lines = [[row for sample in samples.tolist() for row in self[sample]]]
-            joined = sum(len(ids) for ids, _ in lines[0])
+            joined = max(sum(len(ids) for ids, _ in lines[0][part :: self.kind.parts]) for part in range(self.kind.parts))
             length = max(-(-joined // JOINED_MULTIPLE), 1) * JOINED_MULTIPLE
-        made, numbers = fields(
-            lines, length=length, pad_id=pad_id, sample_ids=tuple(samples.tolist()), end_of_row=self.store.end_of_row
-        )
+        made = [
+            fields(
+                [line[part :: self.kind.parts] for line in lines],
+                length=length,
+                pad_id=pad_id,
+                sample_ids=tuple(samples.tolist()),
+                end_of_row=self.store.end_of_row,
+            )
+            for part in range(self.kind.parts)
+        ]
         rows = np.concatenate([np.zeros(0, np.int64), *(self.row_numbers(sample) for sample in samples.tolist())])
-        return self.kind.batch(made, numbers, rows, self.store)
+        return self.kind.batch(made, rows, self.store)
 
 
 def _blocks(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -169,6 +182,8 @@ class Step:
     """Samples of this epoch that are consumed after the step."""
     batches: list[Batch]
     """This rank's micro-batches; some of an epoch's last ones may be padding only."""
+    first_rows: list[int]
+    """Of each of them: how many of the step's rows, over all ranks and in the order of sample_ids, come before its own."""
     count: int
     """What the step's loss is divided by, over all ranks and micro-batches: trained tokens, or pairs, or labelled rows."""
     tokens: int
@@ -238,19 +253,23 @@ class Loader:
         while cursor < num_samples:
             step = order[cursor : cursor + self.global_batch_size]
             cursor += len(step)
+            shares = self._shares(len(step))
+            rows_before = np.concatenate([[0], np.cumsum(self.samples.num_rows[step])])
             yield Step(
                 epoch=epoch,
                 cursor=cursor,
-                batches=[self._batch(mine) for mine in self._shares(step)],
+                batches=[self._batch(step[start:end]) for start, end in shares],
+                first_rows=[int(rows_before[start]) for start, _ in shares],
                 count=int(self.samples.targets[step].sum()),
                 tokens=int(self.samples.tokens[step].sum()),
                 sample_ids=tuple(step.tolist()),
             )
 
-    def _shares(self, step: np.ndarray) -> list[np.ndarray]:
-        """This rank's samples of each micro-batch. Every rank has the same number of micro-batches."""
+    def _shares(self, num_samples: int) -> list[tuple[int, int]]:
+        """The step's samples [start, end) that are this rank's, of each micro-batch. Every rank has as many micro-batches."""
         micro, together = self.micro_batch_size, self.micro_batch_size * self.world_size
-        return [step[at + self.rank * micro :][:micro] for at in range(0, len(step), together)]
+        starts = (at + self.rank * micro for at in range(0, num_samples, together))
+        return [(min(start, num_samples), min(start + micro, num_samples)) for start in starts]
 
     def _batch(self, samples: np.ndarray) -> Batch:
         batch = self.samples.batch(samples, micro_batch_size=self.micro_batch_size, pad_id=self.pad_id)

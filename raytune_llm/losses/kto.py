@@ -83,13 +83,13 @@ def desirable_nll(
 def kto_metrics(
     ratio_M: Tensor, policy_M: Tensor, desirable_M: Tensor, kl: Tensor, *, beta: float
 ) -> dict[str, tuple[Tensor, Tensor | int]]:
-    """Sums and counts of what the field logs, by verdict (kl is z, 0 where it is not used). A side without rows has a count of 0.
+    """Sums and counts of what the field logs, by verdict. kl is z, one value or one a row, 0 where it is not used.
 
-    `rewards/margins` is the difference of the two sides' means: it exists only once they have been taken over all ranks, and only
-    if both sides have rows. No gradient.
+    A side without rows has a count of 0. `rewards/margins` is the difference of the two sides' means: it exists only once they
+    have been taken over all ranks, and only if both sides have rows. No gradient.
     """
     reward_M, policy_M = beta * ratio_M.detach(), policy_M.detach()
-    metrics: dict[str, tuple[Tensor, Tensor | int]] = {"kl": (kl.detach(), 1)}
+    metrics: dict[str, tuple[Tensor, Tensor | int]] = {"kl": (kl.detach().expand_as(ratio_M).sum(), len(ratio_M))}
     for side, on_side_M in (("chosen", desirable_M), ("rejected", ~desirable_M)):
         metrics[f"rewards/{side}"] = (reward_M.where(on_side_M, 0.0).sum(), on_side_M.sum())
         metrics[f"logps/{side}"] = (policy_M.where(on_side_M, 0.0).sum(), on_side_M.sum())

@@ -283,7 +283,7 @@ class RunningMean:
     """Mean over batches of their mean reward, every batch weighing the same: BCO's shift D, and what to checkpoint for it."""
 
     mean: Tensor | float = 0.0
-    num_batches: int = 0
+    num_batches: Tensor | int = 0
 
     def with_batch(self, reward_total: Tensor, reward_count: Tensor | int) -> RunningMean:
         """With one more global batch in it: the sum of the rewards of all its answers, chosen and rejected, and their number."""

@@ -5,11 +5,12 @@ To add a stage: its entry here and its objective in a file beside, its section i
 
 from __future__ import annotations
 
-from raytune_llm.stages.objective import AnswerLogprobs, Objective, Stage, StageLoss
+from raytune_llm.stages.kto import kto
+from raytune_llm.stages.objective import AnswerLogprobs, Coupling, Objective, Stage, StageLoss
 from raytune_llm.stages.preference import cpo, dpo, orpo, simpo
 from raytune_llm.stages.sft import pretrain, sft
 
-__all__ = ["STAGES", "AnswerLogprobs", "Objective", "Stage", "StageLoss"]
+__all__ = ["STAGES", "AnswerLogprobs", "Coupling", "Objective", "Stage", "StageLoss"]
 
 STAGES: dict[str, Stage] = {
     "sft": Stage(rows="conversations", objective=sft),
@@ -18,4 +19,5 @@ STAGES: dict[str, Stage] = {
     "orpo": Stage(rows="pairs", objective=orpo),
     "simpo": Stage(rows="pairs", objective=simpo),
     "cpo": Stage(rows="pairs", objective=cpo),
+    "kto": Stage(rows="labeled", objective=kto),
 }

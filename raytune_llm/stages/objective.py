@@ -18,10 +18,27 @@ chosen and the rejected one, or of the row's own and the mismatched one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Coupling:
+    """What a loss needs to know of the whole global batch before it can be computed on a part of it.
+
+    A first pass, without gradient and with dropout as in the second, takes `values` of every row of a step; what `settle`
+    makes of all of them comes to the loss as batch.whole_PJ.
+    """
+
+    values: Callable[[nn.Module, Any], Tensor]
+    """(model, batch) -> [P, K]. Need not call the model."""
+    settle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(values of all rows [A, K], state) -> (what each row is told [A, J], the state after this step)."""
+    state: tuple[float, ...] = ()
+    """What is remembered from step to step, as it is before the first: float64, in checkpoints too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
     """A stage with its settings."""
 
     loss: StageLoss
+    coupling: Coupling | None = None
     reference: AnswerLogprobs | None = None
     """What batch.reference_P2 holds when the loss sees the batch, if it is called with the reference model; none where the loss
     has no reference."""

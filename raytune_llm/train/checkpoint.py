@@ -45,6 +45,8 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     evals_without_gain: int = 0
+    stage_state: list[float] | None = None
+    """What the stage remembers from step to step."""
     window: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Sums and counts since the last log step."""
     loss_first: float | None = None

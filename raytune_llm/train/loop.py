@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from raytune_llm.data.batches import moved
 from raytune_llm.data.loader import Loader, Step
 from raytune_llm.errors import ResourceError
 from raytune_llm.records import Batch
-from raytune_llm.stages import StageLoss
+from raytune_llm.stages import Objective
 from raytune_llm.train.checkpoint import Progress
 from raytune_llm.train.clock import Clock
+from raytune_llm.train.coupling import Coupled, seed_dropout
 from raytune_llm.train.phases import phase
 from raytune_llm.train.strategies.base import Strategy
 from raytune_llm.train.window import Window, added, means
@@ -52,7 +54,7 @@ class Hooks:
 
 def run(
     strategy: Strategy,
-    loss: StageLoss,
+    objective: Objective,
     loader: Loader,
     eval_loaders: Mapping[str, Loader],
     learning_rate: Callable[[int], float],
@@ -64,6 +66,7 @@ def run(
 ) -> Progress:
     """Train from `progress` to the plan's end (or an early stop) and return where it stands then."""
     window = Window(device, progress.window)
+    coupled = None if objective.coupling is None else Coupled(objective.coupling, progress.stage_state)
     clock.start()
     stopped = False
     while progress.step < plan.total_steps and not stopped:
@@ -72,7 +75,7 @@ def run(
         with closing(loader.steps(progress.epoch, progress.cursor)) as steps:
             for step in steps:
                 lr = learning_rate(progress.step)
-                one_step(strategy, loss, step, lr, window, plan.seed + progress.step, device)
+                one_step(strategy, objective, coupled, step, lr, window, plan.seed + progress.step, device)
                 progress.step += 1
                 progress.cursor = step.cursor
                 progress.tokens_seen += step.tokens
@@ -84,26 +87,36 @@ def run(
                     log_step(progress, len(loader.samples), lr, window, clock, plan, hooks)
                 if eval_loaders and (last or due(progress.step, plan.eval_every, epoch_ends)):
                     with clock.stopped():
-                        stopped = evaluate(strategy, loss, eval_loaders, progress, plan, hooks, device)
+                        stopped = evaluate(strategy, objective, coupled, eval_loaders, progress, plan, hooks, device)
                 best = plan.save_best and progress.best_step == progress.step
                 if last or stopped or best or due(progress.step, plan.save_every, epoch_ends):
                     with clock.stopped():
                         progress.window = window.read()
+                        progress.stage_state = None if coupled is None else coupled.remembered()
                         hooks.save(replace(progress))
                 if last or stopped:
                     return progress
     return progress
 
 
-def one_step(strategy: Strategy, loss: StageLoss, step: Step, lr: float, window: Window, seed: int, device: torch.device) -> None:
+def one_step(
+    strategy: Strategy,
+    objective: Objective,
+    coupled: Coupled | None,
+    step: Step,
+    lr: float,
+    window: Window,
+    seed: int,
+    device: torch.device,
+) -> None:
     """Forward and backward over this worker's micro-batches, then one update with the gradient of the whole global batch."""
-    for number, batch in enumerate(step.batches):
-        # Dropout is drawn from the step and the samples, so that a resumed run draws the same.
-        torch.manual_seed(hash((seed, batch.sample_ids)))
-        last = number == len(step.batches) - 1
+    batches = ready(strategy, coupled, step, device, seed=seed, remember=True)
+    for number, batch in enumerate(batches):
+        seed_dropout(seed, batch.sample_ids)
+        last = number == len(batches) - 1
         with strategy.accumulate(last=last):
             with phase("forward pass"):
-                out = loss(strategy.model, to_device(batch, device))
+                out = objective.loss(strategy.model, batch)
             with phase("backward pass"):
                 strategy.backward(out.total / max(step.count, 1))
         window.add("loss", out.total, out.count)
@@ -150,7 +163,8 @@ def log_step(progress: Progress, num_samples: int, lr: float, window: Window, cl
 
 def evaluate(
     strategy: Strategy,
-    loss: StageLoss,
+    objective: Objective,
+    coupled: Coupled | None,
     loaders: Mapping[str, Loader],
     progress: Progress,
     plan: Plan,
@@ -162,7 +176,7 @@ def evaluate(
     Where there are several sources, each has its own too (eval_<source>_loss); those of the whole are over all their tokens.
     """
     strategy.model.eval()
-    sources = {name: held_out_sums(strategy, loss, loader, device) for name, loader in loaders.items()}
+    sources = {name: held_out_sums(strategy, objective, coupled, loader, plan.seed, device) for name, loader in loaders.items()}
     strategy.model.train()
     values = means(added(sources.values()))
     eval_loss = values["loss"]
@@ -179,13 +193,15 @@ def evaluate(
 
 
 @torch.no_grad()
-def held_out_sums(strategy: Strategy, loss: StageLoss, loader: Loader, device: torch.device) -> dict[str, tuple[float, float]]:
+def held_out_sums(
+    strategy: Strategy, objective: Objective, coupled: Coupled | None, loader: Loader, seed: int, device: torch.device
+) -> dict[str, tuple[float, float]]:
     """(sum, count) of loss and metrics over the loader's samples and all workers."""
     window = Window(device, {})
     for step in loader.steps(0):
-        for batch in step.batches:
+        for batch in ready(strategy, coupled, step, device, seed=seed, remember=False):
             with phase("evaluation"):
-                out = loss(strategy.model, to_device(batch, device))
+                out = objective.loss(strategy.model, batch)
             window.add("loss", out.total, out.count)
             for name, (total, count) in out.metrics.items():
                 window.add(name, total, count)
@@ -196,8 +212,16 @@ def due(step: int, every: int | None, epoch_ends: bool) -> bool:
     return epoch_ends if every is None else step % every == 0
 
 
+def ready(
+    strategy: Strategy, coupled: Coupled | None, step: Step, device: torch.device, *, seed: int, remember: bool
+) -> list[Batch]:
+    """This worker's micro-batches on the device, with what the loss is to know of the whole global batch."""
+    batches = [to_device(batch, device) for batch in step.batches]
+    if coupled is None:
+        return batches
+    with phase("first pass over the global batch"):
+        return coupled.attach(strategy.model, batches, step, seed=seed, remember=remember)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    if device.type == "cpu":
-        return batch
-    tensors = {name: value for name in batch.__dataclass_fields__ if isinstance(value := getattr(batch, name), torch.Tensor)}
-    return replace(batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+    return batch if device.type == "cpu" else moved(batch, lambda tensor: tensor.to(device, non_blocking=True))

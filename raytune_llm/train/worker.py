@@ -79,7 +79,7 @@ def work(
     share = {"micro_batch_size": micro, "rank": rank, "world_size": world, "seed": seed, "pad_id": tokenizer.pad_token_id or 0}
     loader = Loader(stores.train, global_batch_size=run.train.global_batch_size, **share)
     eval_loaders = {
-        source: Loader(samples, global_batch_size=micro * world, shuffle=False, **share)
+        source: Loader(samples, global_batch_size=run.train.global_batch_size, shuffle=False, **share)
         for source, samples in stores.held_out.items()
     }
     steps = total_steps(run, loader.steps_per_epoch)
@@ -130,7 +130,7 @@ def work(
         clock = Clock()
         progress = loop.run(
             strategy,
-            objective.loss,
+            objective,
             loader,
             eval_loaders,
             learning_rate(run.schedule, peak=run.optimizer.lr, total=steps),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_llm.data import store as token_store
-from raytune_llm.data.batches import collate
+from raytune_llm.data.batches import collate, moved
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.loader import Loader, Samples, _blocks
 from raytune_llm.data.store import Store, join
@@ -85,13 +85,24 @@ def test_a_labelled_answer_comes_with_anothers_answer_to_its_request(make, packi
     batch = samples.batch(np.arange(len(samples)), micro_batch_size=len(samples), pad_id=0)
     assert isinstance(batch, LabeledBatch)
     before = {0: 4, 1: 0, 3: 1, 4: 3}
-    found = documents(batch)
-    places = zip(batch.rows, batch.answers_P.tolist(), batch.mismatched_P.tolist(), batch.desirable_P.tolist(), strict=True)
+    other = batch.mismatched
+    assert other.ids_BT.shape == batch.ids_BT.shape
+    own, others = documents(batch), documents(other)
+    places = zip(batch.rows, batch.answers_P.tolist(), other.answers_P.tolist(), batch.desirable_P.tolist(), strict=True)
     for row, answer, mismatched, desirable in places:
-        assert found[answer] == [10 * row, 10 * row + 1, 100 + row]
-        assert found[mismatched] == [10 * row, 10 * row + 1, 100 + before[row]]
-        assert (trained(batch, mismatched), desirable) == ([100 + before[row]], row % 2 == 0)
+        assert own[answer] == [10 * row, 10 * row + 1, 100 + row]
+        assert others[mismatched] == [10 * row, 10 * row + 1, 100 + before[row]]
+        assert (trained(other, mismatched), desirable) == ([100 + before[row]], row % 2 == 0)
     assert samples.targets.sum() == 4
+    assert samples.tokens.sum() == 4 * 2 * 3
+
+
+def test_moving_a_batch_moves_the_batches_in_it(make):
+    store = make("labeled", [LabeledRow(ids(n), ids(100 + n), desirable=True) for n in range(3)])
+    batch = Samples(store, np.arange(3), max_length=4, packing=True).batch(np.arange(1), micro_batch_size=1, pad_id=0)
+    moved_batch = moved(batch, lambda tensor: tensor + 1)
+    assert torch.equal(moved_batch.mismatched.ids_BT, batch.mismatched.ids_BT + 1)
+    assert moved_batch.rows == batch.rows
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), size=st.integers(1, 20))
