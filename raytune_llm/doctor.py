@@ -201,7 +201,7 @@ def _devices() -> tuple[tuple[Gpu, ...], tuple[Attention, ...], list[Finding]]:
     try:
         import torch
 
-        from raytune_llm.models.attention import choose
+        from raytune_llm.models.attention import Case, choose
         from raytune_llm.models.policy import DTYPES
     except Exception as error:  # a broken installation can raise anything, and to say so is the errand
         remedy = "Install the versions listed above anew."
@@ -226,11 +226,12 @@ def _devices() -> tuple[tuple[Gpu, ...], tuple[Attention, ...], list[Finding]]:
                 driver=drivers[0] if drivers else None,
             )
         )
-    device = torch.device("cuda" if gpus else "cpu")
+    device = "cuda" if gpus else "cpu"
+    capability = min((gpu.capability for gpu in gpus), default=(0, 0))
     attention = []
     for precision, dtype in DTYPES.items():
-        backend, reason = choose("auto", device, dtype)
-        attention.append(Attention(precision=precision, device=device.type, backend=backend, reason=reason))
+        backend, reason = choose("auto", Case(device_type=device, dtype=dtype, capability=capability))
+        attention.append(Attention(precision=precision, device=device, backend=backend, reason=reason))
     unseen = []
     if drivers and not gpus:
         what = f"torch {torch.__version__} sees none of the {len(drivers)} GPUs that the driver has"

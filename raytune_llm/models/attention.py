@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -16,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from raytune_llm.errors import ConfigError
 
@@ -36,17 +40,21 @@ def varlen(
     max_seqlen: int,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Each document attends to itself: FlashAttention over boundaries on a GPU, a document at a time on a CPU.
 
     Returns [B, T, H, Dh], as transformers expects.
     """
+    _refuse_sinks(s_aux)
     B, H, T, head = query.shape
-    if cu_seqlens_S.shape[0] == 2 and sliding_window is None:
+    if cu_seqlens_S.shape[0] == 2 and sliding_window is None and softcap is None:
         return _whole(query, key, value, scaling), None
-    q, k, v = (x.transpose(1, 2).reshape(B * T, x.shape[1], head) for x in (query, key, value))
+    q, k, v = _flat(query, key, value)
     if q.is_cuda:
+        assert softcap is None, "choose takes another back end"
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         out: Any = varlen_attn(
             q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scaling, window_size=window, **_GROUPED_HEADS
@@ -54,11 +62,104 @@ def varlen(
     else:
         out = torch.cat(
             [
-                _one_document(q[start:end], k[start:end], v[start:end], scaling, sliding_window)
+                _one_document(q[start:end], k[start:end], v[start:end], scaling, sliding_window, softcap)
                 for start, end in _documents(cu_seqlens_S)
             ]
         )
     return out.view(B, T, H, head), None
+
+
+def flash2(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seqlens_S: Tensor,
+    max_seqlen: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """FlashAttention 2 of the flash-attn package (Dao 2023, arXiv 2307.08691)."""
+    from flash_attn import flash_attn_varlen_func
+
+    _refuse_sinks(s_aux)
+    B, H, T, head = query.shape
+    q, k, v = _flat(query, key, value)
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    out = flash_attn_varlen_func(
+        q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen,
+        softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0,
+    )  # fmt: skip
+    return out.view(B, T, H, head), None
+
+
+def flash3(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seqlens_S: Tensor,
+    max_seqlen: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """FlashAttention 3, for the Hopper kind (Shah et al. 2024, arXiv 2407.08608)."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    _refuse_sinks(s_aux)
+    B, H, T, head = query.shape
+    q, k, v = _flat(query, key, value)
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    out = flash_attn_varlen_func(
+        q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen,
+        softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0,
+    )  # fmt: skip
+    out = out[0] if isinstance(out, tuple) else out  # earlier releases return the logsumexp as well
+    return out.view(B, T, H, head), None
+
+
+def flex(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    block_masks: dict[int, BlockMask],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """FlexAttention (Dong et al. 2024, arXiv 2412.05496) over blocks that are not empty; `block_masks` by window, 0 for none."""
+    _refuse_sinks(s_aux)
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    out = attend(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=block_masks[sliding_window or 0],
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return out.transpose(1, 2).contiguous(), None
 
 
 def sdpa(
@@ -72,48 +173,149 @@ def sdpa(
     max_seqlen: int,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """The plain twin: one call with a mask of T x T a pack. Costs the whole square; for checks, and where nothing else runs."""
+    _refuse_sinks(s_aux)
     B, _H, T, _head = query.shape
     mask = document_mask(cu_seqlens_S, B, T, sliding_window)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
-    )
-    return out.transpose(1, 2).contiguous(), None
+    return _masked(query, key, value, mask, scaling, softcap).transpose(1, 2).contiguous(), None
 
 
-BACKENDS: dict[str, Callable] = {"varlen": varlen, "sdpa": sdpa}
+BACKENDS: dict[str, Callable] = {"varlen": varlen, "flash2": flash2, "flash3": flash3, "flex": flex, "sdpa": sdpa}
+BLOCK_MASKED = {"flex"}
+"""Back ends that take block masks, built once a batch, beside the boundaries."""
+BY_ITSELF = ("varlen", "sdpa", "flex")
+"""What auto takes, the first that is possible. Packages that have to be built are taken where they are asked for."""
+
+
+def document_numbers(cu_seqlens_S: Tensor, B: int, T: int) -> Tensor:
+    """[B, T]: which document each position is in, counted over the batch."""
+    flat = torch.arange(B * T, device=cu_seqlens_S.device)
+    return torch.searchsorted(cu_seqlens_S.long(), flat, right=True).view(B, T)
 
 
 def document_mask(cu_seqlens_S: Tensor, B: int, T: int, sliding_window: int | None = None) -> Tensor:
     """[B, 1, T, T], true where position i may see position j: same document, j not after i, and within the window."""
-    flat = torch.arange(B * T, device=cu_seqlens_S.device)
-    document_BT = torch.searchsorted(cu_seqlens_S.long(), flat, right=True).view(B, T)
-    i, j = torch.arange(T, device=flat.device)[:, None], torch.arange(T, device=flat.device)[None, :]
+    document_BT = document_numbers(cu_seqlens_S, B, T)
+    i, j = torch.arange(T, device=document_BT.device)[:, None], torch.arange(T, device=document_BT.device)[None, :]
     mask = (document_BT[:, :, None] == document_BT[:, None, :]) & (j <= i)
     if sliding_window is not None:
         mask &= i - j < sliding_window
     return mask[:, None]
 
 
-def choose(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The back end to run and the reason for it."""
-    on_gpu = device.type == "cuda"
-    if asked == "auto":
-        if not on_gpu:
-            return "varlen", "a document at a time, on the CPU"
-        if dtype in (torch.bfloat16, torch.float16):
-            return "varlen", "torch's own FlashAttention over document boundaries"
-        return "sdpa", f"FlashAttention needs bf16 or fp16, this run computes in {dtype}"
-    if asked == "varlen" and on_gpu and dtype not in (torch.bfloat16, torch.float16):
-        raise ConfigError(
-            "model.attention",
-            "can't be varlen on a GPU in fp32",
-            got=asked,
-            remedy="Take model.attention=sdpa or train.precision=bf16.",
-        )
-    return asked, "asked for"
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What attention is to run on and with."""
+
+    device_type: str
+    dtype: torch.dtype
+    capability: tuple[int, int] = (9, 0)
+    """Of a CUDA device."""
+    head: int = 128
+    """Numbers a head."""
+    softcap: bool = False
+    """Scores are capped, as in Gemma 2."""
+
+
+def case_of(config: PretrainedConfig, device_type: str, capability: tuple[int, int], dtype: torch.dtype) -> Case:
+    text: Any = config.get_text_config()
+    return Case(
+        device_type=device_type,
+        dtype=dtype,
+        capability=capability,
+        head=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        softcap=getattr(text, "attn_logit_softcapping", None) is not None,
+    )
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """CUDA's compute capability; (0, 0) of another device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def _flash_lacks(case: Case, *, name: str) -> str | None:
+    if case.device_type != "cuda":
+        return f"{name} needs a GPU"
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        return f"{name} needs bf16 or fp16, this run computes in {str(case.dtype).removeprefix('torch.')}"
+    if case.capability < (8, 0):
+        return f"{name} needs compute capability 8.0, this GPU has {case.capability[0]}.{case.capability[1]}"
+    if case.head > 256 or case.head % 8:
+        return f"{name} takes heads of at most 256 numbers, a multiple of 8, these have {case.head}"
+    return None
+
+
+def _varlen_lacks(case: Case) -> str | None:
+    if case.device_type != "cuda":
+        return None
+    return "torch's FlashAttention caps no scores" if case.softcap else _flash_lacks(case, name="FlashAttention")
+
+
+def _flash2_lacks(case: Case) -> str | None:
+    if find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    return _flash_lacks(case, name="FlashAttention 2")
+
+
+def _flash3_lacks(case: Case) -> str | None:
+    if find_spec("flash_attn_interface") is None:
+        return "the package flash_attn_interface (FlashAttention 3) is not installed"
+    if case.capability[0] != 9:
+        return "FlashAttention 3 needs a GPU of the Hopper kind"
+    return _flash_lacks(case, name="FlashAttention 3")
+
+
+def _flex_lacks(case: Case) -> str | None:
+    if case.device_type != "cuda":
+        return "FlexAttention has no backward pass on a CPU"
+    if case.capability < (8, 0):
+        return f"FlexAttention needs compute capability 8.0, this GPU has {case.capability[0]}.{case.capability[1]}"
+    return None
+
+
+def _sdpa_lacks(case: Case) -> str | None:
+    return None
+
+
+LACKS: dict[str, Callable[[Case], str | None]] = {
+    "varlen": _varlen_lacks,
+    "flash2": _flash2_lacks,
+    "flash3": _flash3_lacks,
+    "flex": _flex_lacks,
+    "sdpa": _sdpa_lacks,
+}
+"""What stands in the way of a back end, if anything."""
+WHAT = {
+    ("varlen", "cuda"): "torch's own FlashAttention over document boundaries",
+    ("varlen", "cpu"): "a document at a time, on the CPU",
+    ("flex", "cuda"): "blocks of a mask",
+    ("sdpa", "cuda"): "a mask of every pair of positions",
+}
+
+
+def choose(asked: str, case: Case) -> tuple[str, str]:
+    """The back end to run and the reason for it. Raises ConfigError where one that was asked for by name can't run."""
+    if asked != "auto":
+        lacking = LACKS[asked](case)
+        if lacking is not None:
+            raise ConfigError(
+                "model.attention", f"can't be {asked} here: {lacking}", got=asked, remedy="Take model.attention=auto."
+            )
+        return asked, "asked for"
+    order = ("varlen", "flex", "sdpa") if case.softcap else BY_ITSELF
+    lacks = {name: LACKS[name](case) for name in order}
+    backend = next(name for name in order if lacks[name] is None)
+    passed_over = [lacking for name in order[: order.index(backend)] if (lacking := lacks[name]) is not None]
+    return backend, "; ".join([*passed_over, WHAT.get((backend, case.device_type), "")])
+
+
+def backend_to_expect(asked: str, config: PretrainedConfig, dtype: torch.dtype) -> str:
+    """What is likely to run on a GPU that need not be here."""
+    return choose(asked, case_of(config, "cuda", (9, 0), dtype))[0] if asked == "auto" else asked
 
 
 def attach(model: PreTrainedModel, backend: str) -> None:
@@ -124,6 +326,28 @@ def attach(model: PreTrainedModel, backend: str) -> None:
 
 def detach(model: PreTrainedModel) -> None:
     model.set_attn_implementation("sdpa")
+
+
+def block_masks(backend: str, cu_seqlens_S: Tensor, B: int, T: int, window: int | None) -> dict[str, Any]:
+    """What a back end takes beside the boundaries, by name: masks without a window and with the model's, built once a batch."""
+    if backend not in BLOCK_MASKED:
+        return {}
+    document_BT = document_numbers(cu_seqlens_S, B, T)
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (document_BT[b, i] == document_BT[b, j]) & (j <= i)
+
+    build: Any = create_block_mask
+    device = cu_seqlens_S.device.type
+    masks = {0: build(seen, B, None, T, T, device=device)}
+    if window is not None:
+        near = partial(_seen_in_window, seen, window)
+        masks[window] = build(near, B, None, T, T, device=device)
+    return {"block_masks": masks}
+
+
+def _seen_in_window(seen: Callable[..., Tensor], window: int, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return seen(b, h, i, j) & (i - j < window)
 
 
 def fixed(cu_seqlens_S: Tensor, max_seqlen: int) -> tuple[Tensor, int]:
@@ -150,14 +374,43 @@ def _documents(cu_seqlens_S: Tensor) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def _one_document(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, sliding_window: int | None) -> Tensor:
+def _one_document(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, sliding_window: int | None, softcap: float | None
+) -> Tensor:
     """[L, H, Dh] for q, [L, Hk, Dh] for k and v."""
     L = q.shape[0]
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    mask = None
-    if sliding_window is not None and sliding_window < L:
-        mask = document_mask(torch.tensor([0, L]), 1, L, sliding_window)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
-    )
+    if softcap is not None or (sliding_window is not None and sliding_window < L):
+        out = _masked(q, k, v, document_mask(torch.tensor([0, L]), 1, L, sliding_window), scaling, softcap)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1])
     return out.squeeze(0).transpose(0, 1)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
+    """[B, H, T, Dh]. Capped scores (softcap tanh(score / softcap)) are spelled out."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _flat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, H, T, Dh] -> [B T, H, Dh] each."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    return q, k, v
+
+
+def _refuse_sinks(s_aux: Tensor | None) -> None:
+    if s_aux is not None:
+        raise ConfigError("model.path", "must be a model without attention sinks, which no back end here computes")
+
+
+@lru_cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention)

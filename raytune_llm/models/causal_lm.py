@@ -29,6 +29,7 @@ class CausalLM(nn.Module):
         model: nn.Module,
         *,
         compute: torch.dtype = torch.float32,
+        attention_backend: str = "varlen",
         chunk_tokens: int = 1024,
         compiled: bool = False,
         offloads: bool = False,
@@ -40,6 +41,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model: Any = model
         self.compute = compute
+        self.attention_backend = attention_backend
         self.chunk_tokens = chunk_tokens
         self.compiled = compiled
         self.offloads = offloads
@@ -59,6 +61,9 @@ class CausalLM(nn.Module):
         embedded_BTD = base.get_input_embeddings()(batch.ids_BT).to(self.compute)
         if torch.is_grad_enabled() and not embedded_BTD.requires_grad:
             embedded_BTD.requires_grad_()  # or the first layer, whose input alone needs no gradient, would be compiled by itself
+        window = getattr(base.config.get_text_config(), "sliding_window", None)
+        B, T = batch.ids_BT.shape
+        masks = attention.block_masks(self.attention_backend, batch.cu_seqlens_S, B, T, window)
         with self._kept(embedded_BTD):
             hidden_BTD = base.base_model(
                 inputs_embeds=embedded_BTD,
@@ -66,6 +71,7 @@ class CausalLM(nn.Module):
                 cu_seqlens_S=cu_seqlens_S,
                 max_seqlen=max_seqlen,
                 use_cache=False,
+                **masks,
             ).last_hidden_state
         hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.trained_N)
         targets_N = batch.labels_BT.flatten().index_select(0, batch.trained_N)

@@ -54,7 +54,8 @@ def build_policy(
     float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
     """
     runs_on = runs_on or device
-    backend, reason = attention.choose(model.attention, runs_on, compute)
+    case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
+    backend, reason = attention.choose(model.attention, case)
     frozen = adapter.name != "none"
     loaded = load_model(
         config,
@@ -73,7 +74,8 @@ def build_policy(
     quantize(layers(loaded), quantization)
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
     offloads = activation_checkpointing == "offload" and runs_on.type == "cuda"
-    return CausalLM(adapted, compute=compute, compiled=compile_layers, offloads=offloads), f"attention: {backend} ({reason})"
+    policy = CausalLM(adapted, compute=compute, attention_backend=backend, compiled=compile_layers, offloads=offloads)
+    return policy, f"attention: {backend} ({reason})"
 
 
 def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> PretrainedConfig:

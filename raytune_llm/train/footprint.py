@@ -36,8 +36,8 @@ TRIAL_LORA = LoRA(name="lora", rank=8, alpha=16.0, dropout=0.0, targets="all-lin
 KEPT = {"none": 1.0, "selective": 0.5, "full": 0.0, "offload": 0.0}
 """By train.activation_checkpointing: the part of its activations that a layer keeps on the device for the backward pass."""
 COMPILED_ONLY = {"selective"}
-TAKES_MASK = {"varlen": False, "sdpa": True}
-"""Whether an attention back end is given a mask of every pair of positions."""
+TAKES_MASK = {"sdpa"}
+"""Attention back ends that are given a mask of every pair of positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def needs_of(run: TrainRun, config: PretrainedConfig, world_size: int, *, compil
 def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     """The peak of a step on one GPU."""
     dtype = DTYPES.get(run.train.precision, torch.bfloat16)  # what auto is on the GPUs that this is for
-    backend, _ = attention.choose(run.model.attention, torch.device("cuda"), dtype)
+    backend = attention.backend_to_expect(run.model.attention, config, dtype)
     strategy = asdict(needs.strategy)  # type: ignore[call-overload]
     states = STATES[strategy.pop("name")](
         needs.parameters,
@@ -107,7 +107,7 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
         kept=KEPT[needs.checkpointing],
         inputs_leave=needs.checkpointing == "offload",
         compiled=needs.compiled,
-        mask_bytes=needs.micro_batch_size * pack**2 * (1 + dtype.itemsize) if TAKES_MASK[backend] else 0,
+        mask_bytes=needs.micro_batch_size * pack**2 * (1 + dtype.itemsize) if backend in TAKES_MASK else 0,
     )
 
 

@@ -1,0 +1,92 @@
+"""Which back end runs, and that those that run here agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from raytune_llm.errors import ConfigError
+from raytune_llm.models import attention
+from raytune_llm.models.attention import BACKENDS, LACKS, Case, choose
+
+GPU = Case(device_type="cuda", dtype=torch.bfloat16)
+CPU = Case(device_type="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        (GPU, "varlen"),
+        (CPU, "varlen"),
+        (Case(device_type="cuda", dtype=torch.float32), "sdpa"),
+        (Case(device_type="cuda", dtype=torch.bfloat16, capability=(7, 5)), "sdpa"),
+        (Case(device_type="cuda", dtype=torch.bfloat16, head=512), "sdpa"),
+        (Case(device_type="cuda", dtype=torch.bfloat16, softcap=True), "flex"),
+        (Case(device_type="cpu", dtype=torch.float32, softcap=True), "varlen"),
+    ],
+    ids=str,
+)
+def test_auto_takes_the_fastest_that_can_run_and_says_why(case, backend):
+    chosen, reason = choose("auto", case)
+    assert chosen == backend
+    assert reason
+
+
+@pytest.mark.parametrize(
+    ("asked", "case", "said"),
+    [
+        ("varlen", Case(device_type="cuda", dtype=torch.float32), "needs bf16 or fp16, this run computes in float32"),
+        ("flex", CPU, "no backward pass on a CPU"),
+        ("flash2", CPU, "not installed"),
+        ("flash3", GPU, "not installed"),
+        ("varlen", Case(device_type="cuda", dtype=torch.bfloat16, softcap=True), "caps no scores"),
+    ],
+    ids=str,
+)
+def test_a_back_end_asked_for_by_name_that_can_not_run_is_refused(asked, case, said):
+    with pytest.raises(ConfigError, match=f"model.attention can't be {asked} here: .*{said}"):
+        choose(asked, case)
+
+
+def test_every_back_end_knows_what_it_lacks():
+    assert BACKENDS.keys() == LACKS.keys()
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_document_at_a_time_is_masked_attention(window, softcap):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 16, 8) for heads in (4, 2, 2))
+    settings = {"cu_seqlens_S": torch.tensor([0, 3, 16, 29, 32]), "max_seqlen": 13, "sliding_window": window, "softcap": softcap}
+    ours, _ = attention.varlen(nn.Identity(), query, key, value, None, **settings)
+    plain, _ = attention.sdpa(nn.Identity(), query, key, value, None, **settings)
+    assert torch.allclose(ours, plain, atol=1e-6)
+
+
+def test_blocks_of_a_mask_are_masked_attention():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 64, 16) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 30, 64, 100, 128])
+    for window in (None, 7):
+        masks = attention.block_masks("flex", bounds, 2, 64, 7)
+        ours, _ = attention.flex(nn.Identity(), query, key, value, None, sliding_window=window, softcap=2.0, **masks)
+        plain, _ = attention.sdpa(
+            nn.Identity(), query, key, value, None, cu_seqlens_S=bounds, max_seqlen=36, sliding_window=window, softcap=2.0
+        )
+        assert torch.allclose(ours, plain, atol=1e-5)
+
+
+def test_gemma_2_is_known_by_its_capped_scores():
+    config = AutoConfig.for_model("gemma2", head_dim=64)
+    case = attention.case_of(config, "cpu", (0, 0), torch.float32)
+    assert (case.softcap, case.head) == (True, 64)
+
+
+def test_attention_sinks_are_refused():
+    query = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ConfigError, match="attention sinks"):
+        attention.varlen(
+            nn.Identity(), query, query, query, None, cu_seqlens_S=torch.tensor([0, 4]), max_seqlen=4, s_aux=torch.zeros(2)
+        )
