@@ -9,12 +9,14 @@ import sys
 import time
 import warnings
 from importlib import import_module
+from keyword import iskeyword
 
 BEGAN = time.time()
 VERBS = {
     "train": "prepare what is missing, train, write the output folder (the default)",
     "prepare": "raw rows to a token store, no training",
     "plan": "steps, tokens, parameters and memory of a run, without running it",
+    "import": "a LLaMA-Factory training file to an experiment of yours: import FILE.yaml",
     "doctor": "versions, devices and optional packages of this machine",
 }
 
@@ -27,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     # What a library will change one day is for us to read, not for the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        if argv and not argv[0].startswith(("-", "+", "~")) and "=" not in argv[0]:
+        if verb is None and argv and not argv[0].startswith(("-", "+", "~")) and "=" not in argv[0]:
             raise _unknown_verb(argv[0])
         return _run(verb, argv)
     except UserError as error:
@@ -45,7 +47,8 @@ def _run(verb: str | None, argv: list[str]) -> int:
         print(command_line.usage(verb, VERBS))
         return 0
     call = command_line.parse(verb or "train", argv)
-    verb_main = lambda run: import_module(f"raytune_llm.commands.{call.verb}").main(run)  # noqa: E731
+    module = f"raytune_llm.commands.{call.verb}{'_' if iskeyword(call.verb) else ''}"
+    verb_main = lambda run: import_module(module).main(run)  # noqa: E731
     if call.hydra_flags:
         return command_line.run_hydra(call, verb_main)
     return verb_main(command_line.load(call))

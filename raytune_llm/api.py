@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from raytune_llm import session
 from raytune_llm.config.load import as_plain, to_yaml
 from raytune_llm.config.resources import Cluster
-from raytune_llm.config.run import DoctorRun, PrepareRun, TrainRun
+from raytune_llm.config.run import DoctorRun, ImportRun, PrepareRun, TrainRun
 from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared
 from raytune_llm.evaluate.exact_match import ExactMatch
+from raytune_llm.migrate.experiment import translate_file, write
 from raytune_llm.stages import STAGES
 from raytune_llm.train.report import Summary, WallTime, read_metrics, write_summary
 from raytune_llm.train.trackers import TrackedRun, open_tracker
@@ -142,6 +143,11 @@ def plan(run: TrainRun) -> Plan:
     from raytune_llm.plan import plan
 
     return plan(run)
+
+
+def import_(run: ImportRun) -> Path:
+    """A LLaMA-Factory training file as an experiment of ours; where it was written."""
+    return write(run, translate_file(run))
 
 
 def doctor(run: DoctorRun) -> Doctor:

@@ -11,6 +11,10 @@ from raytune_llm.config import load as composer
 from raytune_llm.errors import ConfigError
 
 
+WITHOUT_A_KEY = {"import": "file"}
+"""Verb -> the setting that a word without a key is for."""
+
+
 @dataclass(frozen=True)
 class Call:
     verb: str
@@ -36,12 +40,19 @@ def parse(verb: str, argv: list[str]) -> Call:
     words = iter(rest)
     for word in words:
         if not word.startswith("-"):
-            overrides.append(word)
+            overrides.append(word if "=" in word else _with_key(verb, word))
             continue
         flags.append(word)
         if word in ("--cfg", "-c", "--package", "-p", "--experimental-rerun"):
             flags.append(next(words, ""))
     return Call(verb, overrides, known.config_dir, known.config_name, flags)
+
+
+def _with_key(verb: str, word: str) -> str:
+    if verb not in WITHOUT_A_KEY or word.startswith(("+", "~")):
+        return word
+    quoted = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{WITHOUT_A_KEY[verb]}='{quoted}'"
 
 
 def load(call: Call) -> Any:

@@ -26,6 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
 
 from raytune_llm.config.run import RUNS
 from raytune_llm.errors import ConfigError
@@ -106,6 +107,23 @@ def as_plain(run: Any) -> dict[str, Any]:
 def to_yaml(run: Any) -> str:
     """The whole run as YAML that `--config-dir FOLDER --config-name NAME` composes back into the same run."""
     return OmegaConf.to_yaml(OmegaConf.create(as_plain(run)))
+
+
+def to_yaml_text(values: dict[str, Any]) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(values))
+
+
+def read_yaml(path: Path, *, setting: str) -> dict[str, Any]:
+    """A YAML file with a mapping; numbers may be written as 1e-4. Raises ConfigError, which blames the setting for the path."""
+    try:
+        read = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        raise ConfigError(setting, f"must be a YAML file that can be read ({error.strerror})", got=str(path)) from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(setting, f"must be a YAML file: {_first_line(error)}", got=str(path)) from None
+    if not isinstance(read, dict):
+        raise ConfigError(setting, "must be a YAML file with key: value lines", got=str(path))
+    return {str(key): value for key, value in read.items()}
 
 
 def options(group: str, config_dir: str | Path | None = None) -> list[str]:

@@ -12,7 +12,7 @@ from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.resources import ResourcesConfig
 from raytune_llm.config.schedule import ScheduleConfig
-from raytune_llm.config.section import NonNegativeInt, section
+from raytune_llm.config.section import NonNegativeInt, PositiveInt, section
 from raytune_llm.config.stage import StageConfig
 from raytune_llm.config.strategy import StrategyConfig
 from raytune_llm.config.tracking import TrackingConfig
@@ -71,7 +71,35 @@ class DoctorRun:
     """`doctor` looks at the machine, not at a run."""
 
 
-RUNS: dict[str, Any] = {"train": TrainRun, "plan": TrainRun, "prepare": PrepareRun, "doctor": DoctorRun}
+@section
+class ImportRun:
+    """`import`: a training file of LLaMA-Factory becomes an experiment of ours."""
+
+    file: str | None
+    """The first word after the verb."""
+    name: str | None
+    """Of the experiment; null: the file's."""
+    config_dir: str
+    """The experiment goes to experiment/ in this folder, for `--config-dir`."""
+    dataset_info: str | None
+    """A dataset_info.json or its folder; null: the one in the file's dataset_dir."""
+    world_size: PositiveInt | None
+    """GPUs that the file was meant for, which a step's batch grows with; null: its ray_num_workers, which is 1 where not given."""
+    overwrite: bool
+    """Take the place of an experiment that is there."""
+
+    def __post_init__(self) -> None:
+        if self.file is None:
+            raise ConfigError("file", "must name a training file of LLaMA-Factory", remedy="Say, raytune-llm import FILE.yaml.")
+
+
+RUNS: dict[str, Any] = {
+    "train": TrainRun,
+    "plan": TrainRun,
+    "prepare": PrepareRun,
+    "import": ImportRun,
+    "doctor": DoctorRun,
+}
 
 
 def _batch_sizes_fit(run: TrainRun) -> None:

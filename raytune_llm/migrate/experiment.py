@@ -1,0 +1,115 @@
+"""`import`: a training file of LLaMA-Factory becomes an experiment of ours."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import textwrap
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.config.load import groups, load_config, read_yaml, to_yaml_text
+from raytune_llm.config.run import ImportRun, TrainRun
+from raytune_llm.errors import ConfigError
+from raytune_llm.migrate.fates import Settings
+from raytune_llm.migrate.rules import Find
+from raytune_llm.migrate.translation import Outcome, Translation, translate
+
+WIDTH = 120
+
+
+def translate_file(run: ImportRun) -> Translation:
+    """Reads the file; writes nothing. Raises ConfigError where it is no YAML of arguments."""
+    file = Path(run.file or "").expanduser()
+    given = read_yaml(file, setting="file")
+    return translate(given, world_size=run.world_size, dataset_info=run.dataset_info, find=_finder(file))
+
+
+def write(run: ImportRun, translation: Translation) -> Path:
+    """The experiment's file, which was composed and checked first.
+
+    Raises ConfigError where an argument is refused, where ours refuse the result, and where the file is there with other contents.
+    """
+    if translation.refused:
+        raise ConfigError(str(run.file), f"can't be imported: {_listed(translation.refused)}", remedy="Nothing was written.")
+    name = experiment_name(run)
+    text = as_text(run, translation)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder, "experiment", f"{name}.yaml")
+        trial.parent.mkdir()
+        trial.write_text(text)
+        load_config("train", [f"+experiment={name}"], config_dir=folder)
+    target = Path(run.config_dir, "experiment", f"{name}.yaml").expanduser()
+    if target.exists() and target.read_text() != text and not run.overwrite:
+        raise ConfigError("name", f"must be that of no experiment: {target} is there", got=name, remedy="Or set overwrite=true.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.partial")
+    beside.write_text(text)
+    beside.replace(target)
+    return target
+
+
+def experiment_name(run: ImportRun) -> str:
+    return run.name or re.sub(r"[^\w.-]", "_", Path(run.file or "").stem)
+
+
+def as_text(run: ImportRun, translation: Translation) -> str:
+    """YAML of every setting, LLaMA-Factory's defaults among them, with what was left out as comments."""
+    place = {field.name: number for number, field in enumerate(fields(TrainRun))}
+    settings = {"name": experiment_name(run), **translation.settings}
+    settings = {path: settings[path] for path in sorted(settings, key=lambda path: place[path.partition(".")[0]])}
+    chosen = [group for group in settings if group in groups()]
+    values = {"defaults": [{f"override /{group}": settings[group]} for group in chosen], **_nested(settings, chosen)}
+    return "\n".join(["# @package _global_", *_comments(run, translation), to_yaml_text(values)])
+
+
+def _comments(run: ImportRun, translation: Translation) -> list[str]:
+    lines = [f"{Path(run.file or '').name} of LLaMA-Factory, by `raytune_llm import`."]
+    lines += textwrap.wrap(_batches(translation.settings), WIDTH)
+    if left_out := translation.of("no effect"):
+        lines += ["", "Without effect here:"]
+        lines += [f"  {outcome.argument}: {outcome.text}" for outcome in left_out]
+    return [f"# {line}".rstrip() for line in lines]
+
+
+def _batches(settings: Settings) -> str:
+    micro, total = settings["train.micro_batch_size"], settings["train.global_batch_size"]
+    unit = "packs" if settings["data.packing"] else "rows"
+    other = "" if settings["data.packing"] else " (data.packing=true is faster; batches then count packs of data.max_length tokens)"
+    return (
+        f"A step sees {total} {unit}, on any number of GPUs that {total} / {micro} can be divided by{other}. "
+        "What the file did not say has LLaMA-Factory's default."
+    )
+
+
+def _nested(settings: Settings, chosen: Sequence[str]) -> dict[str, Any]:
+    """{"a.b": 1} as {"a": {"b": 1}}, without the chosen groups' options."""
+    tree: dict[str, Any] = {}
+    for path, value in settings.items():
+        if path in chosen:
+            continue
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def _finder(file: Path) -> Find:
+    """Looks where the command runs, then beside the file, then in every folder above it: examples/x.yaml names data/."""
+
+    def find(path: str) -> str | None:
+        wanted = Path(path).expanduser()
+        if wanted.is_file():
+            return path
+        places = (folder / wanted for folder in file.resolve().parents)
+        return next((str(place) for place in places if place.is_file()), None)
+
+    return find
+
+
+def _listed(outcomes: Sequence[Outcome]) -> str:
+    return "".join(f"\n  {outcome.argument}: {outcome.text}" for outcome in outcomes) + "\n"

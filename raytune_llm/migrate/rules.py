@@ -1,0 +1,516 @@
+"""What several arguments of LLaMA-Factory become together.
+
+A parameter is the argument of that name, with its default where the file does not say it; beside these there are
+
+    world_size      GPUs that the run had, or null
+    dataset_info    the dataset_info.json to take, or null for the one in dataset_dir
+    find            path -> where that file is, as it can be written into an experiment, or none
+
+Each rule gives settings, or says why its arguments have no effect, or raises Refusal.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.data import declarations, named_templates
+from raytune_llm.errors import UserError
+from raytune_llm.migrate.fates import NoEffect, Refusal, Settings
+
+Find = Callable[[str], str | None]
+LATER = "is not here yet"
+
+# One value -----------------------------------------------------------------------------------------------------------
+
+
+def attention(flash_attn: str) -> str:
+    known = {"auto": "auto", "fa2": "auto", "fa3": "auto", "sdpa": "sdpa", "disabled": "sdpa"}
+    if flash_attn not in known:
+        raise Refusal(f"must be one of {', '.join(known)}")
+    return known[flash_attn]
+
+
+def numbers(interleave_probs: str | Sequence[float] | None) -> list[float] | None:
+    return None if interleave_probs is None else [float(value) for value in _listed(interleave_probs)]
+
+
+def resume(resume_from_checkpoint: str | bool | None) -> str:
+    if isinstance(resume_from_checkpoint, str):
+        raise Refusal("checkpoints of LLaMA-Factory can't be gone on from; adapter_name_or_path starts from a trained adapter")
+    return "must" if resume_from_checkpoint else "auto"
+
+
+def clipping(max_grad_norm: float) -> float | None:
+    return max_grad_norm or None
+
+
+def whole_steps(steps: float) -> int:
+    if steps < 1 or steps != int(steps):
+        raise Refusal("parts of the run are not read; say a number of steps")
+    return int(steps)
+
+
+# The task and its model ----------------------------------------------------------------------------------------------
+
+
+def task(do_train: bool, do_predict: bool, predict_with_generate: bool) -> NoEffect:
+    if do_predict or predict_with_generate:
+        raise Refusal(f"predict {LATER}; import the file that trains", "do_predict" if do_predict else "predict_with_generate")
+    if not do_train:
+        raise Refusal("only training is imported", "do_train")
+    return NoEffect("training is what is imported")
+
+
+def model(model_name_or_path: str | None) -> Settings:
+    if model_name_or_path is None:
+        raise Refusal("must name a model")
+    if found := re.search(r"gptq|awq|aqlm|hqq", Path(model_name_or_path).name, re.IGNORECASE):
+        raise Refusal(f"training on weights that are quantized already ({found[0].lower()}) {LATER}; take the model as it was")
+    return {"model": "hub", "model.path": model_name_or_path}
+
+
+def weights(train_from_scratch: bool) -> Settings:
+    return {"model.weights": "random" if train_from_scratch else "pretrained"}
+
+
+def quantization(
+    quantization_bit: int | None, quantization_method: str, quantization_type: str, double_quantization: bool
+) -> Settings | NoEffect:
+    if quantization_bit is None:
+        return {"quantization": "none"}
+    if quantization_bit != 4:
+        raise Refusal(f"quantization to {quantization_bit} bits {LATER}; there is 4", "quantization_bit")
+    if str(quantization_method).lower() not in ("bnb", "bitsandbytes"):
+        raise Refusal(f"quantization by {quantization_method} {LATER}; there is bnb", "quantization_method")
+    if quantization_type != "nf4":
+        raise Refusal(f"quantization to {quantization_type} {LATER}; there is nf4", "quantization_type")
+    if not double_quantization:
+        raise Refusal("scales are always quantized too; leave it out", "double_quantization")
+    return {"quantization": "bnb_nf4"}
+
+
+def adapter(
+    finetuning_type: str,
+    adapter_name_or_path: str | Sequence[str] | None,
+    create_new_adapter: bool,
+    lora_rank: int,
+    lora_alpha: float | None,
+    lora_dropout: float,
+    lora_target: str | Sequence[str],
+) -> Settings:
+    if finetuning_type == "full":
+        if adapter_name_or_path is not None:
+            raise Refusal("goes with finetuning_type=lora alone", "adapter_name_or_path")
+        return {"adapter": "none"}
+    if finetuning_type != "lora":
+        raise Refusal(f"{finetuning_type} {LATER}; there are lora and full", "finetuning_type")
+    adapters = [] if adapter_name_or_path is None else _listed(adapter_name_or_path)
+    if len(adapters) > 1:
+        raise Refusal(f"merging several adapters {LATER}; name one", "adapter_name_or_path")
+    if adapters and create_new_adapter:
+        raise Refusal(f"a new adapter over a merged one {LATER}", "create_new_adapter")
+    targets = _listed(lora_target)
+    return {
+        "adapter": "lora",
+        "adapter.rank": lora_rank,
+        "adapter.alpha": float(2 * lora_rank if lora_alpha is None else lora_alpha),
+        "adapter.dropout": float(lora_dropout),
+        "adapter.targets": "all-linear" if targets == ["all"] else targets,
+        "adapter.path": adapters[0] if adapters else None,
+    }
+
+
+STAGES: Mapping[str, str] = {"sft": "sft", "pt": "pretrain"}
+PAIR_STAGES: Mapping[str, str] = {"sigmoid": "dpo", "hinge": "dpo", "ipo": "dpo", "orpo": "orpo", "simpo": "simpo"}
+"""What stage=dpo is, by its pref_loss."""
+
+
+def stage(stage: str, pref_loss: str) -> Settings:
+    if stage == "dpo":
+        if pref_loss not in PAIR_STAGES:
+            hint = "; set stage=kto" if pref_loss == "kto_pair" else ""
+            raise Refusal(f"must be one of {', '.join(PAIR_STAGES)}{hint}", "pref_loss")
+        return {"stage": PAIR_STAGES[pref_loss]}
+    if stage not in STAGES:
+        raise Refusal(f"{stage} {LATER}; there are {', '.join(STAGES)} and dpo", "stage")
+    return {"stage": STAGES[stage]}
+
+
+def preference(
+    stage: str,
+    pref_loss: str,
+    pref_beta: float,
+    pref_ftx: float,
+    pref_bco_weight: float,
+    dpo_label_smoothing: float,
+    simpo_gamma: float,
+    ld_alpha: float | None,
+) -> Settings | NoEffect:
+    """With TRL 0.20 and later, LLaMA-Factory computes sigmoid for hinge and ipo too. Here they are what they are called."""
+    if stage != "dpo":
+        return NoEffect(f"is not read with stage={stage}")
+    beta = {"stage.beta": float(pref_beta)}
+    if pref_loss in ("orpo", "simpo"):
+        for_dpo = {"pref_ftx": pref_ftx, "pref_bco_weight": pref_bco_weight, "ld_alpha": ld_alpha}
+        if unknown := [name for name, value in for_dpo.items() if value]:
+            raise Refusal(f"{pref_loss} has none here", unknown[0])
+        return beta if pref_loss == "orpo" else {**beta, "stage.gamma": float(simpo_gamma), "stage.label_smoothing": 0.0}
+    share = 1 / (1 + pref_bco_weight)
+    return {
+        **beta,
+        "stage.loss": {pref_loss: share, "bco_pair": 1 - share} if pref_bco_weight else pref_loss,
+        "stage.label_smoothing": float(dpo_label_smoothing),
+        "stage.sft_weight": float(pref_ftx),
+        "stage.ld_alpha": ld_alpha,
+    }
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def data_sets(
+    dataset: str | Sequence[str] | None, dataset_dir: str, dataset_info: str | None, media_dir: str | None, stage: str, find: Find
+) -> Settings:
+    if dataset is None:
+        raise Refusal("must name the data sets to train on", "dataset")
+    names = _listed(dataset)
+    if dataset_info is None and dataset_dir == "ONLINE":
+        return _hub_data(names)
+    declared = _declaration(dataset_dir, dataset_info, find)
+    if declared.exists:
+        _check(declared.path, names, stage, "dataset")
+    return {"data": "alpaca", "data.path": None, "data.dataset_info": declared.path, "data.names": names}
+
+
+def held_out(
+    eval_dataset: str | Sequence[str] | None,
+    val_size: float,
+    eval_strategy: str,
+    dataset_dir: str,
+    dataset_info: str | None,
+    stage: str,
+    find: Find,
+) -> Settings:
+    if eval_dataset is not None and val_size:
+        raise Refusal("can't go with val_size", "eval_dataset")
+    if val_size > 1:
+        raise Refusal("a number of rows is not read; say the part of all rows that it is", "val_size")
+    if eval_dataset is None:
+        if eval_strategy != "no" and not val_size:
+            raise Refusal("needs rows to evaluate on; set val_size or eval_dataset", "eval_strategy")
+        return {"data.eval_fraction": float(val_size)}
+    raise Refusal(f"data sets of their own to evaluate on {LATER}; set val_size", "eval_dataset")
+
+
+class _Declaration:
+    """The dataset_info.json that a run reads, as it can be written into an experiment."""
+
+    def __init__(self, path: str, *, exists: bool) -> None:
+        self.path, self.exists = path, exists
+
+
+def _declaration(dataset_dir: str, dataset_info: str | None, find: Find) -> _Declaration:
+    if dataset_info is None and dataset_dir.startswith("REMOTE:"):
+        raise Refusal(
+            f"fetch {dataset_dir.removeprefix('REMOTE:')} to a folder and import with dataset_info=FOLDER", "dataset_dir"
+        )
+    wanted = dataset_info or str(Path(dataset_dir, "dataset_info.json"))
+    if Path(wanted).is_dir():
+        wanted = str(Path(wanted, "dataset_info.json"))
+    found = find(wanted)
+    if dataset_info is not None and found is None:
+        raise Refusal(f"there is no {wanted}", "dataset_info")
+    return _Declaration(found or wanted, exists=found is not None)
+
+
+def _check(path: str, names: Sequence[str], stage: str, argument: str) -> None:
+    """That the entries are there and are of the kind that the stage trains on."""
+    try:
+        entries = declarations.from_dataset_info(path, list(names), media_dir=None, ranked=stage in ("dpo", "rm"))
+    except UserError as error:
+        raise Refusal(str(error), argument) from None
+    for entry in entries:
+        columns = entry.format
+        if any(getattr(columns, name) is not None for name in ("images", "videos", "audios")):
+            raise Refusal(f"{entry.name} has images, videos or audio, and training on them (vision) {LATER}", argument)
+        if stage == "kto" and columns.label is None:
+            raise Refusal(f"{entry.name} has no column kto_tag, which stage=kto needs", argument)
+
+
+def _hub_data(names: Sequence[str]) -> Settings:
+    """One data set of the hub, whose columns have LLaMA-Factory's names."""
+    if len(names) > 1:
+        raise Refusal("several data sets of the hub need a dataset_info.json (hf_hub_url); import with dataset_info=FILE", "dataset")
+    absent = dict.fromkeys(
+        (f"data.format.{name}" for name in ("system", "history", "tools", "images", "videos", "audios")), None
+    )
+    return {"data": "alpaca", "data.path": names[0], "data.dataset_info": None, "data.names": [], **absent}
+
+
+def packing(stage: str, packing: bool | None, neat_packing: bool) -> Settings:
+    if stage not in ("sft", "pt"):
+        return {"data.packing": False}
+    return {"data.packing": bool(packing or neat_packing or (packing is None and stage == "pt"))}
+
+
+def template(
+    stage: str,
+    template: str | None,
+    tool_format: str | None,
+    default_system: str | None,
+    enable_thinking: bool | None,
+    preserve_thinking: bool,
+) -> Settings | NoEffect:
+    if stage == "pt":
+        return NoEffect("plain text has no template")
+    if template is not None and template not in named_templates.names():
+        raise Refusal(f"there is no such template; there are {', '.join(named_templates.names())}", "template")
+    if tool_format is not None and template is None:
+        raise Refusal("needs template: a tokenizer's own has its own way", "tool_format")
+    return {
+        "data.template": template,
+        "data.tool_format": tool_format,
+        "data.default_system": default_system,
+        "data.enable_thinking": enable_thinking,
+        "data.preserve_thinking": preserve_thinking,
+    }
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+def batch_sizes(
+    per_device_train_batch_size: int, gradient_accumulation_steps: int, ray_num_workers: int, world_size: int | None
+) -> Settings:
+    workers = world_size or ray_num_workers
+    return {
+        "train.micro_batch_size": per_device_train_batch_size,
+        "train.global_batch_size": per_device_train_batch_size * gradient_accumulation_steps * workers,
+    }
+
+
+def epochs(num_train_epochs: float, max_steps: int) -> Settings:
+    if max_steps > 0:
+        # There, max_steps alone says how long a run is. An epoch has a step or more.
+        return {"train.epochs": max_steps, "train.max_steps": max_steps}
+    if num_train_epochs < 1 or num_train_epochs != int(num_train_epochs):
+        raise Refusal("parts of an epoch are not trained; say max_steps", "num_train_epochs")
+    return {"train.epochs": int(num_train_epochs), "train.max_steps": None}
+
+
+def optimizer(optim: str) -> Settings:
+    if optim not in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_npu_fused"):
+        raise Refusal(f"{optim} {LATER}; there is adamw_torch")
+    return {"optimizer": "adamw"}
+
+
+def schedule(lr_scheduler_type: str, lr_scheduler_kwargs: Mapping[str, Any] | None, learning_rate: float) -> Settings:
+    given = dict(lr_scheduler_kwargs or {})
+    match lr_scheduler_type:
+        case "linear":
+            chosen: dict[str, Any] = {"schedule": "linear"}
+        case "constant" | "constant_with_warmup":
+            chosen = {"schedule": "constant"}
+        case "cosine" | "cosine_with_restarts":
+            once = 0.5 if lr_scheduler_type == "cosine" else 1
+            if given.pop("num_cycles", once) != once:
+                raise Refusal("several cycles are not here", "lr_scheduler_kwargs")
+            chosen = {"schedule": "cosine", "schedule.floor": 0.0}
+        case "cosine_with_min_lr":
+            if "min_lr" not in given and "min_lr_rate" not in given:
+                raise Refusal("must hold min_lr or min_lr_rate", "lr_scheduler_kwargs")
+            floor = given.pop("min_lr") / learning_rate if "min_lr" in given else given.pop("min_lr_rate")
+            chosen = {"schedule": "cosine", "schedule.floor": float(floor)}
+        case "inverse_sqrt":
+            chosen = {"schedule": "inverse_sqrt", "schedule.timescale": given.pop("timescale", None)}
+        case "polynomial":
+            power, lr_end = float(given.pop("power", 1.0)), float(given.pop("lr_end", 1e-7))
+            chosen = {"schedule": "polynomial", "schedule.power": power, "schedule.lr_end": lr_end}
+        case "warmup_stable_decay":
+            floor = float(given.pop("min_lr_ratio", 0.0))
+            chosen = {"schedule": "wsd", "schedule.decay_ratio": None, "schedule.floor": floor}
+        case other:
+            raise Refusal(f"the schedule {other} {LATER}", "lr_scheduler_type")
+    if given:
+        raise Refusal(f"{', '.join(given)} of {lr_scheduler_type} can't be set here", "lr_scheduler_kwargs")
+    return chosen
+
+
+def warmup(lr_scheduler_type: str, warmup_steps: float, warmup_ratio: float | None) -> Settings | NoEffect:
+    if lr_scheduler_type == "constant":
+        return {"schedule.warmup_ratio": 0.0, "schedule.warmup_steps": None}
+    if warmup_steps and warmup_ratio:
+        raise Refusal("goes not with warmup_ratio: which of the two counts depends on the version of transformers", "warmup_steps")
+    if warmup_steps >= 1:
+        return {"schedule.warmup_ratio": None, "schedule.warmup_steps": int(warmup_steps)}
+    return {"schedule.warmup_ratio": float(warmup_ratio or warmup_steps), "schedule.warmup_steps": None}
+
+
+# Computing -----------------------------------------------------------------------------------------------------------
+
+
+def precision(bf16: bool, fp16: bool, pure_bf16: bool) -> Settings:
+    if fp16 and (bf16 or pure_bf16):
+        raise Refusal("can't go with bf16", "fp16")
+    return {"train.precision": "bf16" if bf16 or pure_bf16 else "fp16" if fp16 else "auto"}
+
+
+def activation_checkpointing(
+    disable_gradient_checkpointing: bool, gradient_checkpointing: bool, use_unsloth_gc: bool
+) -> Settings:
+    if use_unsloth_gc:
+        return {"train.activation_checkpointing": "offload"}
+    off = disable_gradient_checkpointing and not gradient_checkpointing
+    return {"train.activation_checkpointing": "none" if off else "full"}
+
+
+def compiled(torch_compile: bool) -> Settings:
+    return {"train.compile": torch_compile}
+
+
+SHIPPED: Mapping[str, Mapping[str, Any]] = {
+    "ds_z0_config.json": {"zero_optimization": {"stage": 0}},
+    "ds_z2_config.json": {"zero_optimization": {"stage": 2}},
+    "ds_z2_offload_config.json": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    "ds_z2_autotp_config.json": {"zero_optimization": {"stage": 2}, "tensor_parallel": {"autotp_size": 2}},
+    "ds_z3_config.json": {"zero_optimization": {"stage": 3}},
+    "ds_z3_fp8_config.json": {"zero_optimization": {"stage": 3}},
+    "ds_z3_offload_config.json": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+}
+"""What matters in the files of examples/deepspeed of LLaMA-Factory, for where they are not at hand."""
+
+
+def strategy(
+    deepspeed: str | Mapping[str, Any] | None,
+    fsdp: str | bool | Sequence[str] | None,
+    fsdp_config: str | Mapping[str, Any] | None,
+    find: Find,
+) -> Settings:
+    if deepspeed and fsdp:
+        raise Refusal("can't go with deepspeed", "fsdp")
+    if deepspeed:
+        return _zero(_read_json(deepspeed, "deepspeed", find, SHIPPED))
+    if fsdp:
+        return _fsdp(fsdp, {} if fsdp_config is None else _read_json(fsdp_config, "fsdp_config", find, {}))
+    return {"strategy": "ddp"}
+
+
+def _zero(config: Mapping[str, Any]) -> Settings:
+    if sections := [name for name in ("optimizer", "scheduler") if name in config]:
+        raise Refusal(f"its section {sections[0]} would take the place of the arguments for that; leave it out", "deepspeed")
+    if int(config.get("tensor_parallel", {}).get("autotp_size", 1)) > 1:
+        raise Refusal(f"tensor parallelism {LATER}", "deepspeed")
+    zero = config.get("zero_optimization", {})
+    level = int(zero.get("stage", 0))
+    devices = {str(zero.get(part, {}).get("device", "none")) for part in ("offload_optimizer", "offload_param")}
+    if "nvme" in devices:
+        raise Refusal("offloading to disks (nvme) is not here", "deepspeed")
+    if not level:
+        return {"strategy": "ddp"}
+    return {"strategy": f"zero{level}", "strategy.offload": "cpu" in devices}
+
+
+def _fsdp(fsdp: str | bool | Sequence[str], config: Mapping[str, Any]) -> Settings:
+    options = ["full_shard"] if fsdp is True else _listed(fsdp, separator=r"[\s,]+")
+    if hybrid := [option for option in options if option.startswith("hybrid")]:
+        raise Refusal(f"{hybrid[0]} {LATER}", "fsdp")
+    if "no_shard" in options:
+        return {"strategy": "ddp"}
+    offload = "offload" in options or bool(config.get("offload_params", config.get("fsdp_offload_params", False)))
+    reshard = "shard_grad_op" not in options and bool(config.get("reshard_after_forward", True))
+    return {"strategy": "fsdp", "strategy.reshard": reshard, "strategy.offload": offload}
+
+
+def _read_json(
+    value: str | Mapping[str, Any], argument: str, find: Find, shipped: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    if isinstance(value, Mapping):
+        return value
+    found = find(value)
+    if found is None and Path(value).name in shipped:
+        return shipped[Path(value).name]
+    if found is None:
+        raise Refusal("there is no such file", argument)
+    try:
+        read = json.loads(Path(found).read_text())
+    except (OSError, ValueError) as error:
+        raise Refusal(f"can't be read ({error})", argument) from None
+    if not isinstance(read, dict):
+        raise Refusal("must hold a JSON object", argument)
+    return read
+
+
+# Evaluation, checkpoints, reports ------------------------------------------------------------------------------------
+
+
+def evaluation(eval_strategy: str, eval_steps: float | None, logging_steps: float) -> Settings:
+    """There, every logging_steps where eval_steps is not given."""
+    if eval_strategy != "steps":
+        return {"train.eval_every_steps": None}
+    return {"train.eval_every_steps": _whole(logging_steps if eval_steps is None else eval_steps, "eval_steps")}
+
+
+def checkpoints(save_strategy: str, save_steps: float, save_total_limit: int | None) -> Settings:
+    if save_strategy == "best":
+        raise Refusal("set load_best_model_at_end, which keeps the best state too", "save_strategy")
+    settings: dict[str, Any] = {
+        "checkpoint.every_steps": _whole(save_steps, "save_steps") if save_strategy == "steps" else None
+    }
+    if save_total_limit is not None:
+        settings["checkpoint.keep"] = save_total_limit
+    return settings
+
+
+def best(load_best_model_at_end: bool, metric_for_best_model: str | None, greater_is_better: bool | None) -> Settings:
+    if not load_best_model_at_end:
+        return {"checkpoint.final": "last"}
+    if metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise Refusal("the best state is the one with the lowest eval loss", "metric_for_best_model")
+    if greater_is_better:
+        raise Refusal("the best state is the one with the lowest eval loss", "greater_is_better")
+    return {"checkpoint.final": "best"}
+
+
+def tracking(
+    report_to: str | Sequence[str] | None,
+    run_name: str | None,
+    project: str,
+    use_swanlab: bool,
+    swanlab_project: str,
+    swanlab_run_name: str | None,
+) -> Settings:
+    wanted = {name for name in ([] if report_to is None else _listed(report_to)) if name != "none"}
+    if use_swanlab:
+        wanted.add("swanlab")
+    if len(wanted) > 1:
+        raise Refusal(f"one tracker at a time; name one of {', '.join(sorted(wanted))}", "report_to")
+    tracker = next(iter(wanted), "none")
+    if tracker in ("none", "tensorboard"):
+        return {"tracking": tracker}
+    projects = {"wandb": "llamafactory", "mlflow": "llamafactory", "swanlab": swanlab_project, "trackio": project}
+    if tracker not in projects:
+        raise Refusal(f"{tracker} is not here; there are tensorboard, {', '.join(projects)}", "report_to")
+    name = swanlab_run_name if tracker == "swanlab" and swanlab_run_name else run_name
+    return {"tracking": tracker, "tracking.project": projects[tracker], "tracking.run": name}
+
+
+def output(output_dir: str | None) -> Settings:
+    return {} if output_dir is None else {"output_dir": output_dir}
+
+
+def _whole(steps: float, argument: str) -> int:
+    try:
+        return whole_steps(steps)
+    except Refusal as refusal:
+        raise Refusal(refusal.why, argument) from None
+
+
+def _listed(value: str | Sequence[Any], separator: str = ",") -> list[Any]:
+    """LLaMA-Factory takes lists as lists or as one text with commas."""
+    if not isinstance(value, str):
+        return list(value)
+    return [part.strip() for part in re.split(separator, value) if part.strip()]
