@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from raytune_llm.config.run import ImportRun
-from raytune_llm.migrate.experiment import experiment_name, translate_file, write
+from raytune_llm.migrate.experiment import declaration_elsewhere, experiment_name, translate_file, write
 from raytune_llm.migrate.translation import Translation
 
 STYLES = {"mapped": "", "no effect": "dim", "refused": "red"}
@@ -19,6 +19,8 @@ def main(run: ImportRun) -> int:
     console.print(_table(translation), highlight=False)
     path = write(run, translation)
     console.print(f"\nWrote {escape(str(path))}, with LLaMA-Factory's defaults for what the file does not say.", highlight=False)
+    if not_found := declaration_elsewhere(translation):
+        console.print(f"{escape(not_found)} is not here, so the data sets were not checked.", style="yellow", highlight=False)
     command = f"python -m raytune_llm --config-dir {run.config_dir} +experiment={experiment_name(run)}"
     console.print(f"Next: [bold]{escape(command)}[/bold]", highlight=False, soft_wrap=True)
     return 0

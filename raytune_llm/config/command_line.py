@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 from raytune_llm.config import load as composer
 from raytune_llm.errors import ConfigError
 
-
 WITHOUT_A_KEY = {"import": "file"}
 """Verb -> the setting that a word without a key is for."""
 

@@ -84,7 +84,7 @@ class ImportRun:
     dataset_info: str | None
     """A dataset_info.json or its folder; null: the one in the file's dataset_dir."""
     world_size: PositiveInt | None
-    """GPUs that the file was meant for, which a step's batch grows with; null: its ray_num_workers, which is 1 where not given."""
+    """GPUs that the file was meant for: a step's batch grows with them. null: its ray_num_workers, 1 where it has none."""
     overwrite: bool
     """Take the place of an experiment that is there."""
 

@@ -57,7 +57,7 @@ MODEL: Table = {
     "add_tokens": Refused(None, "new tokens are not here yet"),
     "add_special_tokens": Refused(None, "new tokens are not here yet"),
     "new_special_tokens_config": Refused(None, "new tokens are not here yet"),
-    "init_special_tokens": PartOf("new_special_tokens_config"),
+    "init_special_tokens": PartOf("resize_vocab"),
     "rope_scaling": Refused(None, "rope_scaling by name is not here yet; give its numbers in model.config.rope_scaling"),
     "shift_attn": Refused(False, "shift_attn (S2 attention) is not here"),
     "mixture_of_depths": Refused(None, "mixture_of_depths is not here"),
@@ -238,9 +238,9 @@ FINETUNING: Table = {
     "use_swanlab": Joined(False, rules.tracking),
     "swanlab_project": Joined("llamafactory", rules.tracking),
     "swanlab_run_name": Joined(None, rules.tracking),
-    "swanlab_workspace": PartOf("use_swanlab"),
-    "swanlab_mode": PartOf("use_swanlab"),
-    "swanlab_logdir": PartOf("use_swanlab"),
+    "swanlab_workspace": Refused(None, "runs go to the workspace that swanlab is logged in to"),
+    "swanlab_mode": Refused("cloud", "runs go where swanlab's own settings send them"),
+    "swanlab_logdir": NoEffect("logs go where swanlab's own settings send them"),
     "swanlab_api_key": SECRET,
     "swanlab_lark_webhook_url": Refused(None, "messages to Lark are not here"),
     "swanlab_lark_secret": SECRET,
@@ -250,7 +250,7 @@ TRAINING: Table = {
     "output_dir": Joined(None, rules.output),
     "overwrite_output_dir": NoEffect("an interrupted run goes on; resume=never starts anew"),
     "resume_from_checkpoint": Becomes(None, "resume", rules.resume),
-    "do_train": Joined(True, rules.task),
+    "do_train": Joined(True, rules.task),  # false there; but a file that names data to train on is meant to train
     "do_eval": NoEffect("there is evaluation where there are held-out rows"),
     "do_predict": Joined(False, rules.task),
     "predict_with_generate": Joined(False, rules.task),
@@ -293,8 +293,8 @@ TRAINING: Table = {
     "gradient_checkpointing": Joined(False, rules.activation_checkpointing),
     "gradient_checkpointing_kwargs": NoEffect("checkpointing is non-reentrant"),
     "torch_compile": Joined(False, rules.compiled),
-    "torch_compile_backend": PartOf("torch_compile"),
-    "torch_compile_mode": PartOf("torch_compile"),
+    "torch_compile_backend": NoEffect("layers are compiled by inductor in its default mode"),
+    "torch_compile_mode": NoEffect("layers are compiled by inductor in its default mode"),
     "use_liger_kernel": FASTEST,
     "liger_kernel_config": FASTEST,
     "use_cache": GENERATION,
@@ -422,6 +422,16 @@ GONE: Table = {
     "no_cuda": NoEffect("GPUs are used where there are any; hide them with CUDA_VISIBLE_DEVICES"),
     "fp16_opt_level": NoEffect("autocast is torch's own"),
     "half_precision_backend": NoEffect("autocast is torch's own"),
+    "fp16_backend": NoEffect("autocast is torch's own"),
+    "use_mps_device": NoEffect("GPUs are used where there are any"),
+    "tpu_num_cores": Refused(None, "tpus are not here"),
+    "torchdynamo": Refused(None, "say torch_compile"),
+    "include_inputs_for_metrics": NoEffect("losses are summed as they come"),
+    "fsdp_min_num_params": NoEffect("each layer is a unit of its own"),
+    "fsdp_transformer_layer_cls_to_wrap": NoEffect("each layer is a unit of its own"),
+    "push_to_hub_model_id": PartOf("push_to_hub"),
+    "push_to_hub_organization": PartOf("push_to_hub"),
+    "push_to_hub_token": SECRET,
     "adafactor": Refused(False, "adafactor is not here yet"),
     "include_tokens_per_second": LOGGED,
     "ray_run_name": PLACED,
@@ -432,4 +442,13 @@ GONE: Table = {
 }
 """Arguments of earlier versions that are no more."""
 
-ARGUMENTS: Table = {**MODEL, **DATA, **FINETUNING, **TRAINING, **GENERATING, **GONE}
+NEW: Table = {
+    "hyper_parallel_cp_size": PartOf("use_hyper_parallel"),
+    "kt_config": PartOf("use_kt"),
+    "kt_cpu_activation": PartOf("use_kt"),
+    "kt_non_expert_weight_path": PartOf("use_kt"),
+    "use_megatron_bridge": Refused(False, "megatron is not here"),
+}
+"""Arguments of the version in development."""
+
+ARGUMENTS: Table = {**MODEL, **DATA, **FINETUNING, **TRAINING, **GENERATING, **GONE, **NEW}

@@ -30,7 +30,7 @@ def translate_file(run: ImportRun) -> Translation:
 def write(run: ImportRun, translation: Translation) -> Path:
     """The experiment's file, which was composed and checked first.
 
-    Raises ConfigError where an argument is refused, where ours refuse the result, and where the file is there with other contents.
+    Raises ConfigError where an argument is refused, where the result breaks a rule of ours, and where another file is there.
     """
     if translation.refused:
         raise ConfigError(str(run.file), f"can't be imported: {_listed(translation.refused)}", remedy="Nothing was written.")
@@ -51,6 +51,12 @@ def write(run: ImportRun, translation: Translation) -> Path:
     return target
 
 
+def declaration_elsewhere(translation: Translation) -> str | None:
+    """The dataset_info.json that the run wants, where it is not here: nothing could be checked about its data sets."""
+    path = translation.settings.get("data.dataset_info")
+    return None if path is None or Path(path).expanduser().is_file() else path
+
+
 def experiment_name(run: ImportRun) -> str:
     return run.name or re.sub(r"[^\w.-]", "_", Path(run.file or "").stem)
 
@@ -68,6 +74,8 @@ def as_text(run: ImportRun, translation: Translation) -> str:
 def _comments(run: ImportRun, translation: Translation) -> list[str]:
     lines = [f"{Path(run.file or '').name} of LLaMA-Factory, by `raytune_llm import`."]
     lines += textwrap.wrap(_batches(translation.settings), WIDTH)
+    if not_found := declaration_elsewhere(translation):
+        lines += [f"{not_found} was not here when this was made: nothing is known of the data sets."]
     if left_out := translation.of("no effect"):
         lines += ["", "Without effect here:"]
         lines += [f"  {outcome.argument}: {outcome.text}" for outcome in left_out]
@@ -76,11 +84,11 @@ def _comments(run: ImportRun, translation: Translation) -> list[str]:
 
 def _batches(settings: Settings) -> str:
     micro, total = settings["train.micro_batch_size"], settings["train.global_batch_size"]
-    unit = "packs" if settings["data.packing"] else "rows"
-    other = "" if settings["data.packing"] else " (data.packing=true is faster; batches then count packs of data.max_length tokens)"
+    unit = "packs of data.max_length tokens" if settings["data.packing"] else "rows"
+    faster = "" if settings["data.packing"] else " data.packing=true is faster; a step then sees as many packs."
     return (
-        f"A step sees {total} {unit}, on any number of GPUs that {total} / {micro} can be divided by{other}. "
-        "What the file did not say has LLaMA-Factory's default."
+        f"A step sees {total} {unit}, {micro} a GPU at once, on any number of GPUs that {total // micro} can be divided by."
+        f"{faster} What the file does not say has LLaMA-Factory's default."
     )
 
 

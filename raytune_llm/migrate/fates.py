@@ -46,10 +46,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class PartOf:
-    """A detail of another argument, which is not read where that one is off."""
+    """A detail of another argument, which is refused where that one is on, and not read where it is off."""
 
     switch: str
-    on: Any = True
+    on: Any = None
+    """The value that is on; null: any but false and null."""
 
 
 Fate = Becomes | Joined | NoEffect | Refused | PartOf

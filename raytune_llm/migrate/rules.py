@@ -180,10 +180,10 @@ def data_sets(
     names = _listed(dataset)
     if dataset_info is None and dataset_dir == "ONLINE":
         return _hub_data(names)
-    declared = _declaration(dataset_dir, dataset_info, find)
-    if declared.exists:
-        _check(declared.path, names, stage, "dataset")
-    return {"data": "alpaca", "data.path": None, "data.dataset_info": declared.path, "data.names": names}
+    path, here = _declaration(dataset_dir, dataset_info, find)
+    if here:
+        _check(path, names, stage, "dataset")
+    return {"data": "alpaca", "data.path": None, "data.dataset_info": path, "data.names": names}
 
 
 def held_out(
@@ -206,25 +206,18 @@ def held_out(
     raise Refusal(f"data sets of their own to evaluate on {LATER}; set val_size", "eval_dataset")
 
 
-class _Declaration:
-    """The dataset_info.json that a run reads, as it can be written into an experiment."""
-
-    def __init__(self, path: str, *, exists: bool) -> None:
-        self.path, self.exists = path, exists
-
-
-def _declaration(dataset_dir: str, dataset_info: str | None, find: Find) -> _Declaration:
+def _declaration(dataset_dir: str, dataset_info: str | None, find: Find) -> tuple[str, bool]:
+    """The dataset_info.json of a run, as it can be written into an experiment, and whether it is here."""
     if dataset_info is None and dataset_dir.startswith("REMOTE:"):
-        raise Refusal(
-            f"fetch {dataset_dir.removeprefix('REMOTE:')} to a folder and import with dataset_info=FOLDER", "dataset_dir"
-        )
-    wanted = dataset_info or str(Path(dataset_dir, "dataset_info.json"))
-    if Path(wanted).is_dir():
+        hub_id = dataset_dir.removeprefix("REMOTE:")
+        raise Refusal(f"fetch {hub_id} to a folder and import with dataset_info=FOLDER", "dataset_dir")
+    wanted = dataset_info or dataset_dir
+    if not wanted.endswith(".json"):
         wanted = str(Path(wanted, "dataset_info.json"))
     found = find(wanted)
     if dataset_info is not None and found is None:
         raise Refusal(f"there is no {wanted}", "dataset_info")
-    return _Declaration(found or wanted, exists=found is not None)
+    return found or wanted, found is not None
 
 
 def _check(path: str, names: Sequence[str], stage: str, argument: str) -> None:
@@ -234,7 +227,7 @@ def _check(path: str, names: Sequence[str], stage: str, argument: str) -> None:
     except UserError as error:
         raise Refusal(str(error), argument) from None
     for entry in entries:
-        columns = entry.format
+        columns: Any = entry.format
         if any(getattr(columns, name) is not None for name in ("images", "videos", "audios")):
             raise Refusal(f"{entry.name} has images, videos or audio, and training on them (vision) {LATER}", argument)
         if stage == "kto" and columns.label is None:
@@ -244,10 +237,10 @@ def _check(path: str, names: Sequence[str], stage: str, argument: str) -> None:
 def _hub_data(names: Sequence[str]) -> Settings:
     """One data set of the hub, whose columns have LLaMA-Factory's names."""
     if len(names) > 1:
-        raise Refusal("several data sets of the hub need a dataset_info.json (hf_hub_url); import with dataset_info=FILE", "dataset")
-    absent = dict.fromkeys(
-        (f"data.format.{name}" for name in ("system", "history", "tools", "images", "videos", "audios")), None
-    )
+        raise Refusal(
+            "several data sets of the hub need a dataset_info.json (hf_hub_url); import with dataset_info=FILE", "dataset"
+        )
+    absent = dict.fromkeys((f"data.format.{name}" for name in ("system", "history", "tools", "images", "videos", "audios")), None)
     return {"data": "alpaca", "data.path": names[0], "data.dataset_info": None, "data.names": [], **absent}
 
 
@@ -344,7 +337,9 @@ def warmup(lr_scheduler_type: str, warmup_steps: float, warmup_ratio: float | No
     if lr_scheduler_type == "constant":
         return {"schedule.warmup_ratio": 0.0, "schedule.warmup_steps": None}
     if warmup_steps and warmup_ratio:
-        raise Refusal("goes not with warmup_ratio: which of the two counts depends on the version of transformers", "warmup_steps")
+        raise Refusal(
+            "goes not with warmup_ratio: which of the two counts depends on the version of transformers", "warmup_steps"
+        )
     if warmup_steps >= 1:
         return {"schedule.warmup_ratio": None, "schedule.warmup_steps": int(warmup_steps)}
     return {"schedule.warmup_ratio": float(warmup_ratio or warmup_steps), "schedule.warmup_steps": None}
@@ -393,9 +388,10 @@ def strategy(
     if deepspeed and fsdp:
         raise Refusal("can't go with deepspeed", "fsdp")
     if deepspeed:
-        return _zero(_read_json(deepspeed, "deepspeed", find, SHIPPED))
+        return _zero(_read_json(deepspeed, "deepspeed", find))
     if fsdp:
-        return _fsdp(fsdp, {} if fsdp_config is None else _read_json(fsdp_config, "fsdp_config", find, {}))
+        config = {} if fsdp_config is None else _read_json(fsdp_config, "fsdp_config", find)
+        return _fsdp("full_shard" if fsdp is True else fsdp, config)
     return {"strategy": "ddp"}
 
 
@@ -414,8 +410,8 @@ def _zero(config: Mapping[str, Any]) -> Settings:
     return {"strategy": f"zero{level}", "strategy.offload": "cpu" in devices}
 
 
-def _fsdp(fsdp: str | bool | Sequence[str], config: Mapping[str, Any]) -> Settings:
-    options = ["full_shard"] if fsdp is True else _listed(fsdp, separator=r"[\s,]+")
+def _fsdp(fsdp: str | Sequence[str], config: Mapping[str, Any]) -> Settings:
+    options = _listed(fsdp, separator=r"[\s,]+")
     if hybrid := [option for option in options if option.startswith("hybrid")]:
         raise Refusal(f"{hybrid[0]} {LATER}", "fsdp")
     if "no_shard" in options:
@@ -425,16 +421,14 @@ def _fsdp(fsdp: str | bool | Sequence[str], config: Mapping[str, Any]) -> Settin
     return {"strategy": "fsdp", "strategy.reshard": reshard, "strategy.offload": offload}
 
 
-def _read_json(
-    value: str | Mapping[str, Any], argument: str, find: Find, shipped: Mapping[str, Mapping[str, Any]]
-) -> Mapping[str, Any]:
+def _read_json(value: str | Mapping[str, Any], argument: str, find: Find) -> Mapping[str, Any]:
     if isinstance(value, Mapping):
         return value
     found = find(value)
-    if found is None and Path(value).name in shipped:
-        return shipped[Path(value).name]
     if found is None:
-        raise Refusal("there is no such file", argument)
+        if Path(value).name not in SHIPPED:
+            raise Refusal("there is no such file", argument)
+        return SHIPPED[Path(value).name]
     try:
         read = json.loads(Path(found).read_text())
     except (OSError, ValueError) as error:
@@ -457,9 +451,7 @@ def evaluation(eval_strategy: str, eval_steps: float | None, logging_steps: floa
 def checkpoints(save_strategy: str, save_steps: float, save_total_limit: int | None) -> Settings:
     if save_strategy == "best":
         raise Refusal("set load_best_model_at_end, which keeps the best state too", "save_strategy")
-    settings: dict[str, Any] = {
-        "checkpoint.every_steps": _whole(save_steps, "save_steps") if save_strategy == "steps" else None
-    }
+    settings: dict[str, Any] = {"checkpoint.every_steps": _whole(save_steps, "save_steps") if save_strategy == "steps" else None}
     if save_total_limit is not None:
         settings["checkpoint.keep"] = save_total_limit
     return settings

@@ -13,6 +13,8 @@ from raytune_llm.migrate.fates import Becomes, Joined, NoEffect, PartOf, Refusal
 from raytune_llm.migrate.rules import Find
 
 Rule = Callable[..., Settings | NoEffect]
+Result = Settings | NoEffect | Refusal | PartOf
+"""PartOf: of an argument that is refused."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Outcome:
     kind: Literal["mapped", "no effect", "refused"]
     text: str
     """The settings that it became, or why it has no effect or is refused."""
+    refused_with: str | None = None
+    """The argument for whose sake this one is refused."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Translation:
 
     @property
     def refused(self) -> tuple[Outcome, ...]:
-        return self.of("refused")
+        """What there is to mend, without what is refused for the sake of another."""
+        return tuple(outcome for outcome in self.of("refused") if outcome.refused_with is None)
 
     def of(self, kind: str) -> tuple[Outcome, ...]:
         return tuple(outcome for outcome in self.outcomes if outcome.kind == kind)
@@ -45,28 +50,30 @@ def translate(given: Mapping[str, Any], *, world_size: int | None, dataset_info:
     current = {FORMER.get(name, name): value for name, value in given.items()}
     defaults = {name: fate.default for name, fate in ARGUMENTS.items() if not isinstance(fate, NoEffect | PartOf)}
     values = {**defaults, **current, "world_size": world_size, "dataset_info": dataset_info, "find": find}
-    settings: dict[str, Any] = {}
-    outcomes: dict[str, Outcome] = {}
-    applied: dict[Rule, Settings | NoEffect | Refusal] = {}
-    for name in (*ARGUMENTS, *(name for name in current if name not in ARGUMENTS)):
-        result = _result(name, values, applied)
-        if isinstance(result, Refusal):
-            blamed = result.argument or name
-            if blamed == name or (blamed not in current and blamed not in outcomes):
-                outcomes[blamed] = Outcome(blamed, values.get(blamed), "refused", result.why)
-            elif name in current:
-                outcomes[name] = Outcome(name, values[name], "refused", f"goes with {blamed}")
-        elif isinstance(result, NoEffect):
-            outcomes[name] = Outcome(name, values.get(name), "no effect", result.why)
-        else:
-            settings |= result
-            shown = " ".join(f"{setting}={_shown(value)}" for setting, value in result.items())
-            outcomes[name] = Outcome(name, values[name], "mapped", shown)
-    missing = [name for name, outcome in outcomes.items() if outcome.kind == "refused" and name not in current]
-    return Translation(settings, tuple(outcomes[name] for name in (*current, *missing)))
+    applied: dict[Rule, Result] = {}
+    results = {name: _result(name, values, applied) for name in {**ARGUMENTS, **current}}
+    reasons = {result.argument or name: result.why for name, result in results.items() if isinstance(result, Refusal)}
+    settings = {path: value for result in results.values() if isinstance(result, dict) for path, value in result.items()}
+    missing = [name for name in reasons if name not in current]
+    outcomes = (_outcome(name, values.get(name), results[name], reasons) for name in (*current, *missing))
+    return Translation(settings, tuple(outcomes))
 
 
-def _result(name: str, values: Mapping[str, Any], applied: dict[Rule, Any]) -> Settings | NoEffect | Refusal:
+def _outcome(name: str, value: Any, result: Result, reasons: Mapping[str, str]) -> Outcome:
+    if name in reasons:
+        return Outcome(name, value, "refused", reasons[name])
+    match result:
+        case Refusal(argument=blamed):
+            return Outcome(name, value, "refused", f"goes with {blamed}", refused_with=blamed)
+        case PartOf(switch):
+            return Outcome(name, value, "refused", f"goes with {switch}", refused_with=switch)
+        case NoEffect(why):
+            return Outcome(name, value, "no effect", why)
+        case _:
+            return Outcome(name, value, "mapped", " ".join(f"{path}={_shown(value)}" for path, value in result.items()))
+
+
+def _result(name: str, values: Mapping[str, Any], applied: dict[Rule, Result]) -> Result:
     value = values.get(name)
     match ARGUMENTS.get(name):
         case None:
@@ -77,10 +84,10 @@ def _result(name: str, values: Mapping[str, Any], applied: dict[Rule, Any]) -> S
         case Refused(default, why):
             wanted = value not in (default, None, False)
             return Refusal(why) if wanted else NoEffect("is not asked for")
-        case PartOf(switch, on):
-            if values[switch] == on:
-                return Refusal(f"goes with {switch}", switch)
-            return NoEffect(f"is read with {switch}{'' if on is True else f'={on}'} alone")
+        case PartOf(switch, on) as fate:
+            if values[switch] if on is None else values[switch] == on:
+                return fate
+            return NoEffect(f"is read with {switch}{'' if on is None else f'={on}'} alone")
         case Becomes(_, setting, read):
             try:
                 return {setting: read(value)}
@@ -92,7 +99,7 @@ def _result(name: str, values: Mapping[str, Any], applied: dict[Rule, Any]) -> S
             return applied[rule]
 
 
-def _apply(rule: Rule, values: Mapping[str, Any]) -> Settings | NoEffect | Refusal:
+def _apply(rule: Rule, values: Mapping[str, Any]) -> Result:
     try:
         return rule(**{parameter: values[parameter] for parameter in inspect.signature(rule).parameters})
     except Refusal as refusal:

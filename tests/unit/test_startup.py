@@ -36,6 +36,7 @@ def test_help_answers_before_anything_heavy_is_loaded(argv):
         (["train.epochs=0"], "train.epochs"),
         (["model=no_such_model"], "model"),
         (["trian"], "train"),
+        (["import", "no_such.yaml"], "no_such.yaml"),
     ],
 )
 def test_a_mistake_in_a_setting_answers_before_anything_heavy_is_loaded(argv, said):

@@ -1,0 +1,122 @@
+"""The training files that come with LLaMA-Factory, by their arguments: each becomes an experiment or is refused by its word."""
+
+from __future__ import annotations
+
+import pytest
+
+from raytune_llm import api, load_config
+from raytune_llm.errors import ConfigError
+
+LLAMA = {"model_name_or_path": "meta-llama/Meta-Llama-3-8B-Instruct", "template": "llama3"}
+QWEN = {"model_name_or_path": "Qwen/Qwen3-4B-Instruct-2507", "trust_remote_code": True, "template": "qwen3_nothink"}
+METHOD = {"do_train": True, "stage": "sft", "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all"}
+DATA = {
+    "dataset": "identity,alpaca_en_demo", "cutoff_len": 2048, "max_samples": 1000, "preprocessing_num_workers": 16,
+    "dataloader_num_workers": 4, "overwrite_cache": True,
+}  # fmt: skip
+OUTPUT = {
+    "output_dir": "saves/x", "logging_steps": 10, "save_steps": 500, "plot_loss": True, "overwrite_output_dir": True,
+    "save_only_model": False, "report_to": "none",
+}  # fmt: skip
+TRAIN = {
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "learning_rate": 1e-4, "num_train_epochs": 3.0,
+    "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "bf16": True, "ddp_timeout": 180000000, "resume_from_checkpoint": None,
+}  # fmt: skip
+EVAL = {"val_size": 0.1, "per_device_eval_batch_size": 1, "eval_strategy": "steps", "eval_steps": 500}
+SFT = {**METHOD, **DATA, **OUTPUT, **TRAIN}
+LORA = {**QWEN, **SFT}
+FULL = {**QWEN, **SFT, "finetuning_type": "full", "learning_rate": 1e-5}
+PAIRS = {**LORA, "stage": "dpo", "dataset": "dpo_en_demo", "learning_rate": 5e-6, "pref_beta": 0.1}
+ZERO3 = "examples/deepspeed/ds_z3_config.json"
+
+CONVERTED = {
+    "lora/sft": (LORA, {"stage.name": "sft", "adapter.alpha": 16.0, "train.global_batch_size": 8, "train.epochs": 3}),
+    "lora/sft_with_eval": ({**LLAMA, **SFT, **EVAL}, {"data.eval_fraction": 0.1, "train.eval_every_steps": 500}),
+    "lora/sft_ds0": ({**LORA, "deepspeed": "examples/deepspeed/ds_z0_config.json"}, {"strategy.name": "ddp"}),
+    "lora/sft_ds3": ({**LORA, "deepspeed": ZERO3}, {"strategy.stage": 3, "strategy.offload": False}),
+    "lora/sft_ray": (
+        {**LORA, "ray_num_workers": 4, "ray_init_kwargs": {"runtime_env": {"pip": ["emoji"]}}},
+        {"train.global_batch_size": 32},
+    ),
+    "lora/preprocess": ({**LORA, "tokenized_path": "saves/dataset"}, {"data.max_samples": 1000}),
+    "lora/pretrain": ({**LORA, "stage": "pt", "dataset": "c4_demo"}, {"stage.name": "pretrain", "data.packing": True}),
+    "lora/dpo": (
+        {**PAIRS, "pref_loss": "sigmoid"},
+        {"stage.name": "dpo", "stage.loss": "sigmoid", "stage.beta": 0.1, "data.packing": False, "optimizer.lr": 5e-6},
+    ),
+    "lora/orpo": ({**PAIRS, "pref_loss": "orpo"}, {"stage.name": "orpo", "stage.beta": 0.1}),
+    "lora/simpo": ({**PAIRS, "pref_loss": "simpo", "simpo_gamma": 0.7}, {"stage.name": "simpo", "stage.gamma": 0.7}),
+    "qlora/otfq": (
+        {**LORA, "quantization_bit": 4, "quantization_method": "bnb", "double_quantization": True},
+        {"quantization.name": "bnb_nf4"},
+    ),
+    "full/sft": ({**FULL, "deepspeed": ZERO3}, {"adapter.name": "none", "strategy.stage": 3}),
+    "full/sft_offload": (
+        {**FULL, "deepspeed": "examples/deepspeed/ds_z3_offload_config.json"},
+        {"strategy.stage": 3, "strategy.offload": True},
+    ),
+    "full/sft_fsdp": ({**FULL, "fsdp": "full_shard auto_wrap offload"}, {"strategy.name": "fsdp", "strategy.offload": True}),
+    "extras/fsdp_qlora": (
+        {**LLAMA, **SFT, **EVAL, "quantization_bit": 4, "lora_target": "q_proj,v_proj", "fp16": True, "bf16": False},
+        {"adapter.targets": ["q_proj", "v_proj"], "train.precision": "fp16"},
+    ),
+    "extras/neat_packing": ({**LORA, "neat_packing": True, "flash_attn": "fa2"}, {"data.packing": True}),
+}
+
+REFUSED = {
+    "lora/ppo": ({**LORA, "stage": "ppo", "reward_model": "saves/reward", "ppo_epochs": 2}, "ppo"),
+    "lora/sft_remote": ({**LORA, "dataset_dir": "REMOTE:llamafactory/demo_data"}, "llamafactory/demo_data"),
+    "lora/vision": ({**LORA, "dataset": "mllm_demo,identity"}, "vision"),
+    "lora/vision_pixels": ({**LORA, "image_max_pixels": 262144, "video_max_pixels": 16384}, "vision"),
+    "lora/kt": ({**LORA, "use_kt": True, "kt_weight_path": "experts"}, "ktransformers"),
+    "lora/predict": ({**LORA, "do_train": False, "do_predict": True, "predict_with_generate": True}, "predict"),
+    "qlora/gptq": ({**LORA, "model_name_or_path": "TechxGenus/Meta-Llama-3-8B-Instruct-GPTQ"}, "gptq"),
+    "qlora/awq": ({**LORA, "model_name_or_path": "TechxGenus/Meta-Llama-3-8B-Instruct-AWQ"}, "awq"),
+    "qlora/aqlm": ({**LORA, "model_name_or_path": "ISTA-DASLab/Meta-Llama-3-8B-Instruct-AQLM-2Bit-1x16"}, "aqlm"),
+    "qlora/8bit": ({**LORA, "quantization_bit": 8}, "8 bits"),
+    "qlora/hqq": ({**LORA, "quantization_bit": 4, "quantization_method": "hqq"}, "hqq"),
+    "full/autotp": ({**FULL, "deepspeed": "examples/deepspeed/ds_z2_autotp_config.json"}, "tensor parallelism"),
+    "extras/adam_mini": ({**FULL, "use_adam_mini": True}, "adam_mini"),
+    "extras/apollo": ({**FULL, "use_apollo": True, "apollo_rank": 128, "apollo_layerwise": True}, "apollo"),
+    "extras/asft": ({**FULL, "use_asft_loss": True, "asft_alpha": 0.1}, "asft"),
+    "extras/badam": ({**FULL, "use_badam": True, "badam_mode": "layer", "badam_verbose": 2}, "badam"),
+    "extras/dft": ({**FULL, "use_dft_loss": True}, "dft"),
+    "extras/eaft": ({**FULL, "use_eaft_loss": True}, "eaft"),
+    "extras/fp8": ({**FULL, "fp8": True, "fp8_backend": "te"}, "fp8"),
+    "extras/galore": ({**FULL, "use_galore": True, "galore_layerwise": True, "galore_rank": 128}, "galore"),
+    "extras/llama_pro": ({**FULL, "finetuning_type": "freeze", "use_llama_pro": True, "freeze_trainable_layers": 8}, "freeze"),
+    "extras/loraplus": ({**LORA, "loraplus_lr_ratio": 16.0}, "loraplus"),
+    "extras/mod": ({**FULL, "mixture_of_depths": "convert"}, "mixture_of_depths"),
+    "extras/muon": ({**FULL, "use_muon": True}, "muon"),
+    "extras/oft": ({**LORA, "finetuning_type": "oft", "oft_block_size": 32}, "oft"),
+    "extras/pissa": ({**LORA, "pissa_init": True, "pissa_iter": 16, "pissa_convert": True}, "pissa"),
+    "extras/new_tokens": ({**LORA, "resize_vocab": True, "new_special_tokens_config": "tokens.yaml"}, "new tokens"),
+    "merge_lora": ({**LORA, "export_dir": "output", "export_size": 5, "export_device": "cpu"}, "export"),
+}
+
+
+def imported(training_file, arguments, *overrides):
+    api.import_(load_config("import", [f"file={training_file(**arguments)}", "name=x", *overrides]))
+    return load_config("train", ["+experiment=x"], config_dir="conf")
+
+
+def value(run, path):
+    for part in path.split("."):
+        run = getattr(run, part)
+    return run
+
+
+@pytest.mark.parametrize("example", CONVERTED)
+def test_an_example_becomes_an_experiment(training_file, example):
+    arguments, expected = CONVERTED[example]
+    run = imported(training_file, arguments)
+    assert {path: value(run, path) for path in expected} == expected
+
+
+@pytest.mark.parametrize("example", REFUSED)
+def test_an_example_is_refused_by_the_right_word(training_file, factory, example):
+    arguments, word = REFUSED[example]
+    with pytest.raises(ConfigError) as error:
+        imported(training_file, arguments)
+    assert word in str(error.value)
+    assert not (factory / "conf").exists()

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from raytune_llm import api, load_config
+from raytune_llm.__main__ import main
+from raytune_llm.errors import ConfigError
+from raytune_llm.migrate.translation import translate
+
+MODEL = {"model_name_or_path": "some/model", "template": "llama3", "dataset": "identity"}
+
+
+def translated(world_size=None, **arguments):
+    found = translate({**MODEL, **arguments}, world_size=world_size, dataset_info=None, find=lambda path: None)
+    assert not found.refused, found.refused
+    return found.settings
+
+
+def refused(**arguments):
+    found = translate({**MODEL, **arguments}, world_size=None, dataset_info=None, find=lambda path: None)
+    return {outcome.argument: outcome.text for outcome in found.refused}
+
+
+def test_what_a_file_does_not_say_has_llamafactorys_default(training_file, factory):
+    api.import_(load_config("import", [f"file={training_file(**MODEL)}", "name=x"]))
+    run = load_config("train", ["+experiment=x"], config_dir="conf")
+    assert (run.adapter.rank, run.adapter.alpha, run.adapter.targets) == (8, 16.0, "all-linear")
+    assert (run.optimizer.lr, run.optimizer.weight_decay, run.optimizer.beta2) == (5e-5, 0.0, 0.999)
+    assert (run.schedule.name, run.schedule.warmup_ratio) == ("linear", 0.0)
+    assert (run.train.epochs, run.train.micro_batch_size, run.train.global_batch_size) == (3, 8, 8)
+    assert (run.train.max_grad_norm, run.train.seed, run.train.log_every_steps) == (1.0, 42, 500)
+    assert (run.data.max_length, run.data.packing, run.data.enable_thinking) == (2048, False, True)
+    assert (run.checkpoint.every_steps, run.tracking.name, run.strategy.name) == (500, "none", "ddp")
+
+
+def test_an_imported_experiment_trains(training_file, factory):
+    arguments = {"cutoff_len": 128, "num_train_epochs": 2, "per_device_train_batch_size": 2, "output_dir": "saves/x"}
+    trained = MODEL | {"dataset": "identity,alpaca_en_demo"} | arguments
+    assert main(["import", str(training_file(**trained)), "name=x"]) == 0
+    overrides = ["+experiment=x", "model=tiny_random", "model.path=null", "model.tokenizer=bytes", "model.weights=random"]
+    run = load_config("train", [*overrides, "resources=inline", f"data.cache={factory / 'cache'}"], config_dir="conf")
+    result = api.train(run)
+    assert result.summary.steps == 2 * 5  # ten rows, two at a time
+    assert (factory / "saves/x/final/adapter_config.json").exists()
+
+
+def test_the_verb_shows_what_became_of_every_argument(training_file, factory, capsys):
+    code = main(["import", str(training_file("llama3_sft", **MODEL, plot_loss=True, learning_rate=1e-4))])
+    out = " ".join(capsys.readouterr().out.split())
+    assert code == 0
+    assert "mapped learning_rate: 0.0001 optimizer.lr=0.0001" in out
+    assert "no effect plot_loss: True" in out
+    assert "python -m raytune_llm --config-dir conf +experiment=llama3_sft" in out
+    assert (factory / "conf/experiment/llama3_sft.yaml").exists()
+
+
+def test_everything_that_is_refused_is_said_at_once_and_nothing_is_written(training_file, factory, capsys):
+    code = main(["import", str(training_file(**MODEL, use_galore=True, galore_rank=8, learning_rat=1e-4, stage="ppo"))])
+    err = capsys.readouterr().err
+    assert code == 2
+    assert "use_galore: galore is not here yet" in err
+    assert "learning_rat: is no argument of LLaMA-Factory 0.9.5; did you mean learning_rate?" in err
+    assert "stage: ppo is not here yet" in err
+    assert not (factory / "conf").exists()
+
+
+def test_what_has_no_effect_stands_in_the_experiment_as_a_comment(training_file, factory):
+    path = api.import_(load_config("import", [f"file={training_file(**MODEL, overwrite_cache=True)}"]))
+    assert "#   overwrite_cache: token stores" in path.read_text()
+
+
+def test_a_secret_is_not_written(training_file, factory):
+    path = api.import_(load_config("import", [f"file={training_file(**MODEL, hf_hub_token='hf_abc', swanlab_api_key='abc')}"]))
+    assert "abc" not in path.read_text()
+
+
+def test_another_experiment_is_not_overwritten_unless_asked_for(training_file, factory):
+    first, second = training_file("first", **MODEL), training_file("second", **MODEL, seed=7)
+    api.import_(load_config("import", [f"file={first}", "name=x"]))
+    api.import_(load_config("import", [f"file={first}", "name=x"]))
+    with pytest.raises(ConfigError, match=r"name must be that of no experiment: .*x\.yaml is there"):
+        api.import_(load_config("import", [f"file={second}", "name=x"]))
+    api.import_(load_config("import", [f"file={second}", "name=x", "overwrite=true"]))
+    assert load_config("train", ["+experiment=x"], config_dir="conf").train.seed == 7
+
+
+def test_the_data_declaration_is_found_above_the_file_from_any_folder(training_file, factory, monkeypatch, tmp_path_factory):
+    file = training_file(**MODEL)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    api.import_(load_config("import", [f"file={file}", "name=x"]))
+    assert load_config("train", ["+experiment=x"], config_dir="conf").data.dataset_info == str(factory / "data/dataset_info.json")
+
+
+def test_a_declaration_that_is_not_here_is_taken_over_unchecked(training_file, factory, capsys):
+    (factory / "data/dataset_info.json").unlink()
+    assert main(["import", str(training_file(**MODEL)), "name=x"]) == 0
+    assert "data/dataset_info.json is not here" in capsys.readouterr().out
+    assert load_config("train", ["+experiment=x"], config_dir="conf").data.dataset_info == "data/dataset_info.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"dataset": "identiti"}, "Did you mean identity?"),
+        ({"dataset": "dpo_en_demo"}, "holds pairs of answers"),
+        ({"dataset": "identity", "stage": "dpo"}, "holds no pairs of answers"),
+    ],
+)
+def test_data_sets_are_checked_against_the_declaration_and_the_stage(training_file, arguments, said):
+    with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+        api.import_(load_config("import", [f"file={training_file(**MODEL | arguments)}"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "No such file"), ("a: [b", "must be a YAML file"), ("- a", "key: value"), ("a: \xe9", "must be a YAML file")],
+)
+def test_a_file_that_is_no_yaml_of_arguments_is_refused(factory, capsys, content, said):
+    if content is not None:
+        (factory / "mine.yaml").write_bytes(content.encode("latin-1"))
+    assert main(["import", "mine.yaml"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_file_must_be_given(capsys):
+    assert main(["import"]) == 2
+    assert "file must name a training file" in capsys.readouterr().err
+
+
+def test_a_global_batch_is_that_of_all_gpus():
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert translated(world_size=8, **batch)["train.global_batch_size"] == 64
+    assert translated(ray_num_workers=3, **batch)["train.global_batch_size"] == 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warmup"),
+    [
+        ({"warmup_ratio": 0.1}, (0.1, None)),
+        ({"warmup_steps": 100}, (None, 100)),
+        ({"warmup_steps": 0.05}, (0.05, None)),
+        ({"warmup_steps": 0, "warmup_ratio": 0.1}, (0.1, None)),
+        ({"warmup_steps": 100, "lr_scheduler_type": "constant"}, (0.0, None)),
+    ],
+)
+def test_warm_up_in_parts_and_in_steps(arguments, warmup):
+    settings = translated(**arguments)
+    assert (settings["schedule.warmup_ratio"], settings["schedule.warmup_steps"]) == warmup
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}, "learning_rate": 1e-4},
+         {"schedule": "cosine", "schedule.floor": 0.1}),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, {"schedule": "wsd", "schedule.decay_ratio": None}),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2}},
+         {"schedule.power": 2.0, "schedule.lr_end": 1e-7}),
+        ({"max_steps": 50}, {"train.max_steps": 50, "train.epochs": 50}),
+        ({"max_grad_norm": 0}, {"train.max_grad_norm": None}),
+        ({"pure_bf16": True}, {"train.precision": "bf16"}),
+        ({"disable_gradient_checkpointing": True}, {"train.activation_checkpointing": "none"}),
+        ({"use_unsloth_gc": True}, {"train.activation_checkpointing": "offload"}),
+        ({"report_to": ["wandb"], "run_name": "first"}, {"tracking": "wandb", "tracking.run": "first"}),
+        ({"use_swanlab": True, "swanlab_project": "mine"}, {"tracking": "swanlab", "tracking.project": "mine"}),
+        ({"load_best_model_at_end": True}, {"checkpoint.final": "best"}),
+        ({"save_strategy": "epoch", "save_total_limit": 3}, {"checkpoint.every_steps": None, "checkpoint.keep": 3}),
+        ({"mix_strategy": "interleave_over", "dataset": "a,b", "interleave_probs": "0.3, 0.7"}, {"data.mix_weights": [0.3, 0.7]}),
+        ({"dataset_dir": "ONLINE", "dataset": "tatsu-lab/alpaca"}, {"data.path": "tatsu-lab/alpaca", "data.dataset_info": None}),
+        ({"stage": "pt"}, {"data.packing": True, "stage": "pretrain"}),
+        ({"stage": "dpo", "packing": True}, {"data.packing": False, "stage.loss": "sigmoid"}),
+        ({"stage": "dpo", "pref_bco_weight": 1.0}, {"stage.loss": {"sigmoid": 0.5, "bco_pair": 0.5}}),
+        ({"resume_from_checkpoint": True}, {"resume": "must"}),
+        ({"evaluation_strategy": "steps", "val_size": 0.1, "logging_steps": 5}, {"train.eval_every_steps": 5}),
+        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, {"strategy": "zero1"}),
+        ({"fsdp": "shard_grad_op auto_wrap", "fsdp_config": {"offload_params": True}},
+         {"strategy": "fsdp", "strategy.reshard": False, "strategy.offload": True}),
+    ],
+)  # fmt: skip
+def test_arguments_become_settings(arguments, settings):
+    found = translated(**arguments)
+    assert {name: found[name] for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "blamed"),
+    [
+        ({"warmup_ratio": 0.1, "warmup_steps": 10}, "warmup_steps"),
+        ({"num_train_epochs": 1.5}, "num_train_epochs"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs"),
+        ({"optim": "paged_adamw_8bit"}, "optim"),
+        ({"bf16": True, "fp16": True}, "fp16"),
+        ({"val_size": 100}, "val_size"),
+        ({"eval_strategy": "steps"}, "eval_strategy"),
+        ({"report_to": "wandb,mlflow"}, "report_to"),
+        ({"report_to": "neptune"}, "report_to"),
+        ({"template": "no_such"}, "template"),
+        ({"template": None, "tool_format": "qwen"}, "tool_format"),
+        ({"adapter_name_or_path": "a,b"}, "adapter_name_or_path"),
+        ({"stage": "dpo", "pref_loss": "kto_pair"}, "pref_loss"),
+        ({"stage": "dpo", "pref_loss": "simpo", "pref_ftx": 0.1}, "pref_ftx"),
+        ({"resume_from_checkpoint": "saves/x/checkpoint-500"}, "resume_from_checkpoint"),
+        ({"deepspeed": "mine.json"}, "deepspeed"),
+        ({"deepspeed": {"optimizer": {"type": "AdamW"}}}, "deepspeed"),
+        ({"fsdp": "hybrid_shard"}, "fsdp"),
+        ({"dataset": None}, "dataset"),
+        ({"dataset_dir": "ONLINE", "dataset": "a,b"}, "dataset"),
+        ({"streaming": True, "max_steps": 10}, "streaming"),
+        ({"metric_for_best_model": "rouge", "load_best_model_at_end": True}, "metric_for_best_model"),
+    ],
+)
+def test_a_value_without_an_equal_is_refused_under_its_own_name(arguments, blamed):
+    assert list(refused(**arguments)) == [blamed]
+
+
+def test_parts_of_what_is_off_have_no_effect_and_parts_of_what_is_refused_go_with_it():
+    assert not refused(galore_rank=8, badam_mode="layer", freeze_trainable_layers=4, use_galore=False)
+    found = translate({**MODEL, "galore_rank": 8, "use_galore": True}, world_size=None, dataset_info=None, find=lambda path: None)
+    assert {outcome.argument for outcome in found.of("refused")} == {"galore_rank", "use_galore"}
+    assert [outcome.argument for outcome in found.refused] == ["use_galore"]
+
+
+def test_numbers_are_read_as_llamafactory_reads_them(factory):
+    lines = {**MODEL, "learning_rate": None}
+    (factory / "mine.yaml").write_text(json.dumps(lines).replace("null", "1e-4"))
+    api.import_(load_config("import", ["file=mine.yaml"]))
+    assert load_config("train", ["+experiment=mine"], config_dir="conf").optimizer.lr == 1e-4
