@@ -22,6 +22,7 @@ PLACED = NoEffect("Ray places and connects the workers; see resources")
 STORED = NoEffect("token stores are made by all cores, and found again by what they were made from")
 LOADED = NoEffect("batches are made ahead in the background")
 SECRET = NoEffect("secrets stay out of files; set it in the environment")
+PROFILE = NoEffect("train.profile traces a few steps of its own choice")
 NO_HUB = "pushing to a hub is not here yet"
 VISION = "training on images, videos or audio (vision) is not here yet"
 
@@ -290,7 +291,7 @@ TRAINING: Table = {
     "fp8": Refused(False, "fp8 training is not here yet; quantization=fp8 holds frozen weights so"),
     "fp8_backend": PartOf("fp8"),
     "fp8_enable_fsdp_float8_all_gather": PartOf("fp8"),
-    "gradient_checkpointing": Joined(False, rules.activation_checkpointing),
+    "gradient_checkpointing": NoEffect("disable_gradient_checkpointing is what turns it off"),
     "gradient_checkpointing_kwargs": NoEffect("checkpointing is non-reentrant"),
     "torch_compile": Joined(False, rules.compiled),
     "torch_compile_backend": NoEffect("layers are compiled by inductor in its default mode"),
@@ -366,15 +367,15 @@ TRAINING: Table = {
     "include_num_input_tokens_seen": LOGGED,
     "skip_memory_metrics": LOGGED,
     "debug": LOGGED,
-    "enable_torch_profiler": Refused(False, "a profile of the steps is not here yet"),
-    "profiler_output_dir": PartOf("enable_torch_profiler"),
-    "profiler_wait_steps": PartOf("enable_torch_profiler"),
-    "profiler_warmup_steps": PartOf("enable_torch_profiler"),
-    "profiler_active_steps": PartOf("enable_torch_profiler"),
-    "profiler_repeat": PartOf("enable_torch_profiler"),
-    "profiler_record_shapes": PartOf("enable_torch_profiler"),
-    "profiler_profile_memory": PartOf("enable_torch_profiler"),
-    "profiler_with_stack": PartOf("enable_torch_profiler"),
+    "enable_torch_profiler": Becomes(False, "train.profile"),
+    "profiler_output_dir": PROFILE,
+    "profiler_wait_steps": PROFILE,
+    "profiler_warmup_steps": PROFILE,
+    "profiler_active_steps": PROFILE,
+    "profiler_repeat": PROFILE,
+    "profiler_record_shapes": PROFILE,
+    "profiler_profile_memory": PROFILE,
+    "profiler_with_stack": PROFILE,
     "profile_modules": Refused(None, "times of single modules are not here"),
     # Batches in the making
     "dataloader_num_workers": LOADED,

@@ -199,11 +199,16 @@ def held_out(
         raise Refusal("can't go with val_size", "eval_dataset")
     if val_size > 1:
         raise Refusal("a number of rows is not read; say the part of all rows that it is", "val_size")
-    if eval_dataset is None:
-        if eval_strategy != "no" and not val_size:
-            raise Refusal("needs rows to evaluate on; set val_size or eval_dataset", "eval_strategy")
-        return {"data.eval_fraction": float(val_size)}
-    raise Refusal(f"data sets of their own to evaluate on {LATER}; set val_size", "eval_dataset")
+    names = [] if eval_dataset is None else _listed(eval_dataset)
+    if eval_strategy != "no" and not (val_size or names):
+        raise Refusal("needs rows to evaluate on; set val_size or eval_dataset", "eval_strategy")
+    if names and dataset_info is None and dataset_dir == "ONLINE":
+        return {"data.eval_fraction": 0.0, "data.eval_path": {name: name for name in names}}
+    if names:
+        path, here = _declaration(dataset_dir, dataset_info, find)
+        if here:
+            _check(path, names, stage, "eval_dataset")
+    return {"data.eval_fraction": float(val_size), "data.eval_names": names}
 
 
 def _declaration(dataset_dir: str, dataset_info: str | None, find: Find) -> tuple[str, bool]:
@@ -354,17 +359,14 @@ def precision(bf16: bool, fp16: bool, pure_bf16: bool) -> Settings:
     return {"train.precision": "bf16" if bf16 or pure_bf16 else "fp16" if fp16 else "auto"}
 
 
-def activation_checkpointing(
-    disable_gradient_checkpointing: bool, gradient_checkpointing: bool, use_unsloth_gc: bool
-) -> Settings:
-    if use_unsloth_gc:
-        return {"train.activation_checkpointing": "offload"}
-    off = disable_gradient_checkpointing and not gradient_checkpointing
-    return {"train.activation_checkpointing": "none" if off else "full"}
+def activation_checkpointing(disable_gradient_checkpointing: bool, use_unsloth_gc: bool) -> Settings:
+    """There, it is on unless it is disabled. `auto` takes it where the model would not fit without."""
+    chosen = "offload" if use_unsloth_gc else "none" if disable_gradient_checkpointing else "auto"
+    return {"train.activation_checkpointing": chosen}
 
 
 def compiled(torch_compile: bool) -> Settings:
-    return {"train.compile": torch_compile}
+    return {"train.compile": True if torch_compile else "auto"}
 
 
 SHIPPED: Mapping[str, Mapping[str, Any]] = {
@@ -413,12 +415,12 @@ def _zero(config: Mapping[str, Any]) -> Settings:
 def _fsdp(fsdp: str | Sequence[str], config: Mapping[str, Any]) -> Settings:
     options = _listed(fsdp, separator=r"[\s,]+")
     if hybrid := [option for option in options if option.startswith("hybrid")]:
-        raise Refusal(f"{hybrid[0]} {LATER}", "fsdp")
+        raise Refusal(f"{hybrid[0]}: say full_shard here and set strategy.shard_workers to the GPUs of a node", "fsdp")
     if "no_shard" in options:
         return {"strategy": "ddp"}
     offload = "offload" in options or bool(config.get("offload_params", config.get("fsdp_offload_params", False)))
-    reshard = "shard_grad_op" not in options and bool(config.get("reshard_after_forward", True))
-    return {"strategy": "fsdp", "strategy.reshard": reshard, "strategy.offload": offload}
+    kept = "shard_grad_op" in options or not config.get("reshard_after_forward", True)
+    return {"strategy": "fsdp", "strategy.reshard": "grad_only" if kept else "full", "strategy.offload": offload}
 
 
 def _read_json(value: str | Mapping[str, Any], argument: str, find: Find) -> Mapping[str, Any]:

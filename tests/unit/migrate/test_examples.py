@@ -32,6 +32,7 @@ ZERO3 = "examples/deepspeed/ds_z3_config.json"
 CONVERTED = {
     "lora/sft": (LORA, {"stage.name": "sft", "adapter.alpha": 16.0, "train.global_batch_size": 8, "train.epochs": 3}),
     "lora/sft_with_eval": ({**LLAMA, **SFT, **EVAL}, {"data.eval_fraction": 0.1, "train.eval_every_steps": 500}),
+    "lora/sft_with_eval_dataset": ({**LORA, "eval_dataset": "alpaca_en_demo"}, {"data.eval_names": ["alpaca_en_demo"]}),
     "lora/sft_ds0": ({**LORA, "deepspeed": "examples/deepspeed/ds_z0_config.json"}, {"strategy.name": "ddp"}),
     "lora/sft_ds3": ({**LORA, "deepspeed": ZERO3}, {"strategy.stage": 3, "strategy.offload": False}),
     "lora/sft_ray": (

@@ -172,11 +172,13 @@ def test_warm_up_in_parts_and_in_steps(arguments, warmup):
         ({"stage": "pt"}, {"data.packing": True, "stage": "pretrain"}),
         ({"stage": "dpo", "packing": True}, {"data.packing": False, "stage.loss": "sigmoid"}),
         ({"stage": "dpo", "pref_bco_weight": 1.0}, {"stage.loss": {"sigmoid": 0.5, "bco_pair": 0.5}}),
+        ({"eval_dataset": "a,b", "eval_strategy": "epoch"}, {"data.eval_names": ["a", "b"], "train.eval_every_steps": None}),
         ({"resume_from_checkpoint": True}, {"resume": "must"}),
+        ({"torch_compile": True, "enable_torch_profiler": True}, {"train.compile": True, "train.profile": True}),
         ({"evaluation_strategy": "steps", "val_size": 0.1, "logging_steps": 5}, {"train.eval_every_steps": 5}),
         ({"deepspeed": {"zero_optimization": {"stage": 1}}}, {"strategy": "zero1"}),
         ({"fsdp": "shard_grad_op auto_wrap", "fsdp_config": {"offload_params": True}},
-         {"strategy": "fsdp", "strategy.reshard": False, "strategy.offload": True}),
+         {"strategy": "fsdp", "strategy.reshard": "grad_only", "strategy.offload": True}),
     ],
 )  # fmt: skip
 def test_arguments_become_settings(arguments, settings):
