@@ -124,7 +124,7 @@ def adapter(
     }
 
 
-STAGES: Mapping[str, str] = {"sft": "sft", "pt": "pretrain"}
+STAGES: Mapping[str, str] = {"sft": "sft", "pt": "pretrain", "kto": "kto"}
 PAIR_STAGES: Mapping[str, str] = {"sigmoid": "dpo", "hinge": "dpo", "ipo": "dpo", "orpo": "orpo", "simpo": "simpo"}
 """What stage=dpo is, by its pref_loss."""
 
@@ -149,16 +149,25 @@ def preference(
     dpo_label_smoothing: float,
     simpo_gamma: float,
     ld_alpha: float | None,
+    kto_chosen_weight: float,
+    kto_rejected_weight: float,
 ) -> Settings | NoEffect:
     """With TRL 0.20 and later, LLaMA-Factory computes sigmoid for hinge and ipo too. Here they are what they are called."""
+    beta = {"stage.beta": float(pref_beta)}
+    if stage == "kto":
+        return {
+            **beta,
+            "stage.desirable_weight": float(kto_chosen_weight),
+            "stage.undesirable_weight": float(kto_rejected_weight),
+            "stage.sft_weight": float(pref_ftx),
+        }
     if stage != "dpo":
         return NoEffect(f"is not read with stage={stage}")
-    beta = {"stage.beta": float(pref_beta)}
     if pref_loss in ("orpo", "simpo"):
         for_dpo = {"pref_ftx": pref_ftx, "pref_bco_weight": pref_bco_weight, "ld_alpha": ld_alpha}
         if unknown := [name for name, value in for_dpo.items() if value]:
             raise Refusal(f"{pref_loss} has none here", unknown[0])
-        return beta if pref_loss == "orpo" else {**beta, "stage.gamma": float(simpo_gamma), "stage.label_smoothing": 0.0}
+        return beta if pref_loss == "orpo" else {**beta, "stage.gamma": float(simpo_gamma)}
     share = 1 / (1 + pref_bco_weight)
     return {
         **beta,

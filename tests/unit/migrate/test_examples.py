@@ -47,6 +47,10 @@ CONVERTED = {
     ),
     "lora/orpo": ({**PAIRS, "pref_loss": "orpo"}, {"stage.name": "orpo", "stage.beta": 0.1}),
     "lora/simpo": ({**PAIRS, "pref_loss": "simpo", "simpo_gamma": 0.7}, {"stage.name": "simpo", "stage.gamma": 0.7}),
+    "lora/kto": (
+        {**LORA, "stage": "kto", "dataset": "kto_en_demo", "pref_beta": 0.1, "kto_rejected_weight": 1.2},
+        {"stage.name": "kto", "stage.beta": 0.1, "stage.desirable_weight": 1.0, "stage.undesirable_weight": 1.2},
+    ),
     "qlora/otfq": (
         {**LORA, "quantization_bit": 4, "quantization_method": "bnb", "double_quantization": True},
         {"quantization.name": "bnb_nf4"},

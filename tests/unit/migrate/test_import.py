@@ -106,6 +106,7 @@ def test_a_declaration_that_is_not_here_is_taken_over_unchecked(training_file, f
         ({"dataset": "identiti"}, "Did you mean identity?"),
         ({"dataset": "dpo_en_demo"}, "holds pairs of answers"),
         ({"dataset": "identity", "stage": "dpo"}, "holds no pairs of answers"),
+        ({"dataset": "identity", "stage": "kto"}, "identity has no column kto_tag"),
     ],
 )
 def test_data_sets_are_checked_against_the_declaration_and_the_stage(training_file, arguments, said):
