@@ -60,13 +60,14 @@ def train(
     *,
     sinks: Sequence[Sink] = (),
     on_begin: Callable[[Any], None] = lambda begin: None,
+    on_samples: Callable[[Any], None] = lambda samples: None,
     on_progress: pipeline.Progress | None = None,
     began: float | None = None,
 ) -> TrainResult:
     """Prepare what is missing, train (or go on), and write the output folder.
 
     Sinks get every record of metrics.jsonl as it comes; on_begin gets a `train.worker.Begin` when the first step is about to come
-    (again after a lost worker). `began`: when the command started, in epoch seconds.
+    (again after a lost worker), on_samples a list of `train.samples.Sample` at each evaluation. `began`: when the command started, in epoch seconds.
     """
     from raytune_llm.train.launch import fit
     from raytune_llm.train.output import identity, open_output
@@ -101,6 +102,7 @@ def train(
             None if prepared.eval_store is None else str(prepared.eval_store.folder),
             sinks=[*sinks, tracker],
             on_begin=on_begin,
+            on_samples=on_samples,
         )
     finally:
         tracker.close()

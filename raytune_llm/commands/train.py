@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from raytune_llm.__main__ import BEGAN
 from raytune_llm.config.run import TrainRun
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.train.progress import ProgressBar
+from raytune_llm.train.samples import Sample
 from raytune_llm.train.worker import Begin
 
 SAMPLES = 3
@@ -29,7 +30,9 @@ def main(run: TrainRun) -> int:
     )
     bars = _Bars(console)
     try:
-        result = api.train(run, sinks=[bars.record], on_begin=bars.begin, on_progress=bars.rows, began=BEGAN)
+        result = api.train(
+            run, sinks=[bars.record], on_begin=bars.begin, on_samples=bars.samples, on_progress=bars.rows, began=BEGAN
+        )
     finally:
         bars.close()
     if result.already_done:
@@ -66,6 +69,14 @@ class _Bars:
         if self._bar is not None:
             self._bar.update(record)
 
+    def samples(self, samples: Sequence[Sample]) -> None:
+        for sample in samples[:SAMPLES]:
+            table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
+            table.add_row("asked", escape(_last_line(sample.request)), style="dim")
+            table.add_row("expected", escape(sample.reference), style="dim")
+            table.add_row(f"step {sample.step}", escape(sample.answer))
+            self._console.print(table, highlight=False)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -99,12 +110,18 @@ def _print_summary(console: Console, result: api.TrainResult) -> None:
 def _print_answers(console: Console, before: ExactMatch, after: ExactMatch) -> None:
     for old, new in list(zip(before.samples, after.samples, strict=True))[:SAMPLES]:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title_justify="left")
-        table.add_row("asked", escape(old.prompt.splitlines()[-2] if len(old.prompt.splitlines()) > 1 else old.prompt))
+        table.add_row("asked", escape(_last_line(old.prompt)))
         table.add_row("expected", escape(new.reference))
         table.add_row("before", escape(old.answer), style="dim")
         table.add_row("after", escape(new.answer), style="green" if new.correct else "red")
         console.print()
         console.print(table, highlight=False)
+
+
+def _last_line(prompt: str) -> str:
+    """Of what was asked, without the name of who is to answer, which stands on a line of its own."""
+    lines = prompt.splitlines()
+    return lines[-2] if len(lines) > 1 else prompt
 
 
 def _next_command(run: TrainRun, result: api.TrainResult) -> str:

@@ -122,6 +122,7 @@ def _held_out_rows_exist_where_they_are_used(run: TrainRun) -> None:
         "train.eval_every_steps": run.train.eval_every_steps,
         "train.early_stopping": run.train.early_stopping,
         "train.exact_match_rows": run.train.exact_match_rows or None,
+        "train.sample_rows": run.train.sample_rows or None,
         "checkpoint.final": "best" if run.checkpoint.final == "best" else None,
     }
     for setting, value in users.items():

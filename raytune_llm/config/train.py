@@ -34,5 +34,7 @@ class LoopConfig:
     """Stop after so many evaluations without a lower loss."""
     exact_match_rows: NonNegativeInt
     """So many held-out rows are answered before and after training and compared with their reference."""
+    sample_rows: NonNegativeInt
+    """At each evaluation the policy answers the first so many held-out rows of each source, greedily, for samples.jsonl."""
     max_new_tokens: PositiveInt
     """Length of those answers."""

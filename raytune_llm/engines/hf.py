@@ -24,17 +24,31 @@ class HFEngine:
 
     Prompts are padded on the left. The model may be in the middle of its training: its mode, its active adapter and the
     global random state are as before when `generate` returns. Only its attention must be transformers' own, since ours for
-    packs knows no cache (models.attention.detach). Answers are a function of the requests; those that share a batch change
+    packs knows no cache (models.attention.detached). Answers are a function of the requests; those that share a batch change
     each other's rounding, and where they are drawn, each other's draws.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int = 32,
+        stop_ids: Sequence[int] = (),
+        device: torch.device | None = None,
+        in_step: bool = False,
+    ) -> None:
+        """stop_ids end an answer beside those that model and tokenizer name. device: where the model computes, if not where its
+        weights are. in_step: its parts are spread over the workers of the process group, who all generate, and none stops
+        before the others do."""
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
+        self._device: torch.device = device or model.device
+        self._in_step = in_step
         self._given_adapter: Any = model.active_adapter if isinstance(model, PeftModel) else None
         self._adapters: dict[str, str] = {}
         """Our name -> PEFT's, which can't hold a dot."""
         self._peft_names = (f"engine_{number}" for number in count())
-        self._end_ids = end_ids(model, tokenizer)
+        self._end_ids = tuple(dict.fromkeys([*end_ids(model, tokenizer), *stop_ids]))
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._end_ids[0]
 
     @classmethod
@@ -133,14 +147,17 @@ class HFEngine:
         else:
             yield
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: what it makes (a rotary table, gathered weights) can't be trained with
     def _generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         ids_BT, mask_BT = pad_left(prompts, self._pad_id)
-        device = self._model.device
+        device = self._device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(sampling.seed)
             out_BT = self._model.generate(
-                input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=self._config(sampling)
+                input_ids=ids_BT.to(device),
+                attention_mask=mask_BT.to(device),
+                generation_config=self._config(sampling),
+                synced_gpus=self._in_step,
             )
         return [
             self._completion(new_ids, len(prompt))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from raytune_llm.data.requests import last_answer
 from raytune_llm.engines.hf import HFEngine
 from raytune_llm.engines.requests import Request, Sampling
 
@@ -58,9 +59,3 @@ def exact_match(
         for prompt, reference, completion in zip(prompts, references, completions, strict=True)
     )
     return ExactMatch(sum(sample.correct for sample in samples), len(samples), samples)
-
-
-def last_answer(ids: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ids before the last of the flattened spans, and the ids in it."""
-    start, end = spans[-2:]
-    return ids[:start], ids[start:end]

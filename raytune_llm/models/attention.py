@@ -8,7 +8,8 @@ see another document; one that can't keep that is not in the list.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -319,13 +320,20 @@ def backend_to_expect(asked: str, config: PretrainedConfig, dtype: torch.dtype) 
 
 
 def attach(model: PreTrainedModel, backend: str) -> None:
-    """Let the model's layers call the back end. Generation needs `detach`, since back ends know no cache."""
+    """Let the model's layers call the back end. Generation needs it `detached`, since back ends know no cache."""
     AttentionInterface.register(f"raytune_{backend}", BACKENDS[backend])
     model.set_attn_implementation(f"raytune_{backend}")
 
 
-def detach(model: PreTrainedModel) -> None:
+@contextmanager
+def detached(model: PreTrainedModel) -> Iterator[None]:
+    """The model with transformers' own attention, for generation in the middle of training."""
+    attached: str = model.config._attn_implementation  # type: ignore[assignment]
     model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attached)
 
 
 def block_masks(backend: str, cu_seqlens_S: Tensor, B: int, T: int, window: int | None) -> dict[str, Any]:

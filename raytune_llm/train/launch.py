@@ -14,11 +14,14 @@ from raytune_llm import session
 from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError, UserError
+from raytune_llm.train.samples import Sample
 from raytune_llm.train.worker import Begin, Outcome, Sink, work
 
 COLLECTIVE_TIMEOUT_S = 600
 """A worker that waits longer than this for the others gives up, so that a hang ends."""
 POLL_S = 0.2
+News = Mapping[str, Any] | Begin | Sequence[Sample]
+"""A record for the sinks, the beginning, or samples, as a list."""
 
 
 def fit(
@@ -28,12 +31,13 @@ def fit(
     *,
     sinks: Sequence[Sink] = (),
     on_begin: Callable[[Begin], None] = lambda begin: None,
+    on_samples: Callable[[Sequence[Sample]], None] = lambda samples: None,
 ) -> Outcome:
     """Train where `resources` says. Every record goes to the sinks here, on the driver, while training goes on."""
     if isinstance(run.resources, Local | Cluster):
-        return _fit_on_ray(run, run.resources, train_store, eval_store, sinks, on_begin)
+        return _fit_on_ray(run, run.resources, train_store, eval_store, sinks, on_begin, on_samples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return work(run, train_store, eval_store, device=device, sinks=sinks, on_begin=on_begin)
+    return work(run, train_store, eval_store, device=device, sinks=sinks, on_begin=on_begin, on_samples=on_samples)
 
 
 def _fit_on_ray(
@@ -43,6 +47,7 @@ def _fit_on_ray(
     eval_store: str | None,
     sinks: Sequence[Sink],
     on_begin: Callable[[Begin], None],
+    on_samples: Callable[[Sequence[Sample]], None],
 ) -> Outcome:
     session.connect(resources)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -58,7 +63,7 @@ def _fit_on_ray(
             remedy=f"Take {-(-run.train.global_batch_size // world) * world}, or set resources.num_workers.",
         )
     _fits(workers, cpus, gpus)
-    channel = Channel(sinks, on_begin)
+    channel = Channel(sinks, on_begin, on_samples)
     trainer = TorchTrainer(
         _worker_main,
         train_loop_config={
@@ -103,11 +108,11 @@ def _worker_main(settings: Mapping[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(settings["threads"])
 
-    def tell(news: Mapping[str, Any] | Begin) -> None:
+    def tell(news: News) -> None:
         channel.put.remote(news)
 
     try:
-        outcome = work(settings["run"], *settings["stores"], device=device, sinks=[tell], on_begin=tell)
+        outcome = work(settings["run"], *settings["stores"], device=device, sinks=[tell], on_begin=tell, on_samples=tell)
     except UserError as error:
         ray.get(channel.give_up.remote(error))
         raise
@@ -118,16 +123,18 @@ def _worker_main(settings: Mapping[str, Any]) -> None:
 class Channel:
     """News from the workers to the driver, while they come: an actor in between, and a thread here that asks it."""
 
-    def __init__(self, sinks: Sequence[Sink], on_begin: Callable[[Begin], None]) -> None:
+    def __init__(
+        self, sinks: Sequence[Sink], on_begin: Callable[[Begin], None], on_samples: Callable[[Sequence[Sample]], None]
+    ) -> None:
         import ray
 
         class Inbox:
             def __init__(self) -> None:
-                self._news: list[Mapping[str, Any] | Begin] = []
+                self._news: list[News] = []
                 self._mistake: UserError | None = None
                 self._outcome: Outcome | None = None
 
-            def put(self, news: Mapping[str, Any] | Begin) -> None:
+            def put(self, news: News) -> None:
                 self._news.append(news)
 
             def give_up(self, mistake: UserError) -> None:
@@ -139,7 +146,7 @@ class Channel:
             def finish(self, outcome: Outcome) -> None:
                 self._outcome = outcome
 
-            def take(self) -> tuple[list[Mapping[str, Any] | Begin], UserError | None, Outcome | None]:
+            def take(self) -> tuple[list[News], UserError | None, Outcome | None]:
                 news, self._news = self._news, []
                 return news, self._mistake, self._outcome
 
@@ -148,7 +155,7 @@ class Channel:
         self.outcome: Outcome | None = None
         self.failure: Exception | None = None
         """What a sink fell over. It gets no more records then; training goes on to its end."""
-        self._sinks, self._on_begin = sinks, on_begin
+        self._sinks, self._on_begin, self._on_samples = sinks, on_begin, on_samples
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="records", daemon=True)
         self._thread.start()
@@ -171,11 +178,14 @@ class Channel:
         news, self.mistake, self.outcome = ray.get(self.actor.take.remote())
         try:
             for item in news if self.failure is None else ():
-                if isinstance(item, Begin):
-                    self._on_begin(item)
-                else:
-                    for sink in self._sinks:
-                        sink(item)
+                match item:
+                    case Begin():
+                        self._on_begin(item)
+                    case list():
+                        self._on_samples(item)
+                    case _:
+                        for sink in self._sinks:
+                            sink(item)
         except Exception as failure:
             self.failure = failure  # raised in the main thread, when the workers are done
 

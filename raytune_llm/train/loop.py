@@ -50,6 +50,8 @@ class Hooks:
 
     log: Callable[[Mapping[str, Any]], None]
     save: Callable[[Progress], None]
+    sample: Callable[[int], None]
+    """At each evaluation, with the step."""
 
 
 def run(
@@ -88,6 +90,7 @@ def run(
                 if eval_loaders and (last or due(progress.step, plan.eval_every, epoch_ends)):
                     with clock.stopped():
                         stopped = evaluate(strategy, objective, coupled, eval_loaders, progress, plan, hooks, device)
+                        hooks.sample(progress.step)
                 best = plan.save_best and progress.best_step == progress.step
                 if last or stopped or best or due(progress.step, plan.save_every, epoch_ends):
                     with clock.stopped():

@@ -23,8 +23,8 @@ _FREE = {
     "name", "output_dir", "resume", "resources", "strategy", "checkpoint", "tracking",
     "data.cache", "data.path", "data.eval_path", "data.eval_names",
     "data.max_bad_fraction", "model.attention", "train.micro_batch_size", "train.compile", "train.activation_checkpointing",
-    "train.log_every_steps", "train.eval_every_steps", "train.early_stopping", "train.exact_match_rows", "train.max_new_tokens",
-    "train.max_nonfinite_steps",
+    "train.log_every_steps", "train.eval_every_steps", "train.early_stopping", "train.exact_match_rows", "train.sample_rows",
+    "train.max_new_tokens", "train.max_nonfinite_steps",
 }  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def open_output(run: TrainRun, identity_now: dict[str, str]) -> int | None:
     if run.resume == "never":
         for path in (checkpoints, folder / "final", folder / "tensorboard"):
             shutil.rmtree(path, ignore_errors=True)
-        for name in ("metrics.jsonl", "summary.json", "loss.png"):
+        for name in ("metrics.jsonl", "samples.jsonl", "summary.json", "loss.png"):
             (folder / name).unlink(missing_ok=True)
     steps = checkpoint.complete_steps(checkpoints)
     if not steps:

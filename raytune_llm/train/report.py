@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from raytune_llm.errors import DataError
 
@@ -25,48 +25,50 @@ SUMMARY = "summary.json"
 _NON_FINITE = {"NaN", "Infinity", "-Infinity"}
 
 
-class Report:
-    """Appends records to metrics.jsonl and passes each on to the sinks. Open one per run, on rank 0."""
+class JsonLines:
+    """A file of JSON objects with a `step`, one a line, for one writer at a time."""
 
-    def __init__(self, output_dir: Path, *, from_step: int, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(self, path: Path, *, from_step: int) -> None:
         """from_step is the last step that is in the checkpoint: later records are dropped, since those steps come again."""
-        self._sinks = tuple(sinks)
-        path = output_dir / METRICS
-        output_dir.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_metrics(path) if record["step"] <= from_step] if from_step and path.exists() else []
-        _write_whole(path, "".join(map(_to_line, kept)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line, record in _lines(path) if record["step"] <= from_step] if from_step and path.exists() else []
+        _write_whole(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
-    def log(self, record: Record) -> None:
-        """Values are numbers or strings; those that are None are left out."""
-        known = {name: value for name, value in record.items() if value is not None}
-        self._file.write(_to_line(known))
+    def write(self, record: Record) -> None:
+        self._file.write(json.dumps(_finite_or_named(record), allow_nan=False) + "\n")
         self._file.flush()
-        for sink in self._sinks:
-            sink(known)
 
     def close(self) -> None:
-        """Closes the file; whoever opened a sink closes it."""
         self._file.close()
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
+class Report(JsonLines):
+    """Appends records to metrics.jsonl and passes each on to the sinks; whoever opened a sink closes it. One a run, on rank 0."""
+
+    def __init__(self, output_dir: Path, *, from_step: int, sinks: Sequence[Sink] = ()) -> None:
+        super().__init__(output_dir / METRICS, from_step=from_step)
+        self._sinks = tuple(sinks)
+
+    def log(self, record: Record) -> None:
+        """Values are numbers or strings; those that are None are left out."""
+        known = {name: value for name, value in record.items() if value is not None}
+        self.write(known)
+        for sink in self._sinks:
+            sink(known)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl in order. A last line that a crash cut short is left out; raises DataError for any other."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            records.append(_from_line(line))
-        except ValueError:
-            if number < len(lines) - 1:
-                raise DataError(f"{path}, row {number}", "is no JSON object", "Remove the line.") from None
-    return records
+    return [
+        {name: float(value) if value in _NON_FINITE else value for name, value in record.items()} for _, record in _lines(path)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +105,20 @@ def write_summary(path: Path, summary: Summary) -> None:
     _write_whole(path, json.dumps(_finite_or_named(asdict(summary)), indent=2, allow_nan=False) + "\n")
 
 
-def _to_line(record: Record) -> str:
-    return json.dumps(_finite_or_named(record), allow_nan=False) + "\n"
-
-
-def _from_line(line: str) -> dict[str, Any]:
-    record = json.loads(line)
-    if not isinstance(record, dict) or "step" not in record:
-        raise ValueError(line)
-    return {name: float(value) if value in _NON_FINITE else value for name, value in record.items()}
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Each whole line, and the object in it."""
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = []
+    for number, text in enumerate(texts[:-1], start=1):
+        try:
+            record = json.loads(text)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and "step" in record:
+            lines.append((f"{text}\n", record))
+        elif number < len(texts) - 1:
+            raise DataError(f"{path}, row {number}", "is no JSON object", "Remove the line.")
+    return lines
 
 
 def _finite_or_named(values: Record) -> dict[str, Any]:

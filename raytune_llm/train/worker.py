@@ -27,7 +27,8 @@ from raytune_llm.train.checkpoint import Checkpoints, Progress, complete_steps, 
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.flops import peak_flops
 from raytune_llm.train.output import identity, model_card, write_final
-from raytune_llm.train.report import Report
+from raytune_llm.train.report import JsonLines, Report
+from raytune_llm.train.samples import SAMPLES, Sample, Sampler
 from raytune_llm.train.schedules import learning_rate
 from raytune_llm.train.strategies.base import Strategy
 
@@ -67,6 +68,7 @@ def work(
     device: torch.device,
     sinks: Sequence[Sink] = (),
     on_begin: Callable[[Begin], None] = lambda begin: None,
+    on_samples: Callable[[Sequence[Sample]], None] = lambda samples: None,
 ) -> Outcome:
     """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -103,6 +105,20 @@ def work(
         stack.callback(checkpoints.close)
         progress = restore(checkpoints, strategy)
         report = stack.enter_context(Report(output, from_step=progress.step, sinks=sinks)) if rank == 0 else None
+        sampler = None
+        if run.train.sample_rows:
+            sampler = Sampler(
+                strategy,
+                tokenizer,
+                stores.evaluated,
+                [row for samples in stores.held_out.values() for row in samples.rows[: run.train.sample_rows].tolist()],
+                max_new_tokens=run.train.max_new_tokens,
+                stop_ids=stop_ids(tokenizer, template),
+                device=device,
+            )
+        sampled = None
+        if rank == 0 and sampler is not None:
+            sampled = stack.enter_context(JsonLines(output / SAMPLES, from_step=progress.step))
         loaded = time.perf_counter()
         save_s = 0.0
 
@@ -123,6 +139,13 @@ def work(
             at = time.perf_counter()
             checkpoints.save(strategy.state(), progress, same)
             save_s += time.perf_counter() - at
+
+        def sample(step: int) -> None:
+            samples = sampler(step) if sampler is not None else []
+            if sampled is not None:
+                for one in samples:
+                    sampled.write(one.to_json())
+                on_samples(samples)
 
         if rank == 0:
             on_begin(Begin(total_steps=steps, first_step=progress.step, choices=built.choices))
@@ -145,7 +168,7 @@ def work(
                 max_nonfinite_steps=run.train.max_nonfinite_steps,
                 seed=seed,
             ),
-            loop.Hooks(log=log, save=save),
+            loop.Hooks(log=log, save=save, sample=sample),
             clock,
             device,
         )
@@ -195,6 +218,8 @@ class Stores:
     train: Samples
     held_out: dict[str, Samples]
     """By source; a single one has no name ("")."""
+    evaluated: Store
+    """Where the held-out rows are."""
     manifests: dict[str, str]
 
 
@@ -221,7 +246,7 @@ def open_stores(run: TrainRun, train_store: str, eval_store: str | None) -> Stor
         if not samples.targets.sum():
             raise DataError(str(run.data.path), f"the {what} rows have no token to learn", "Check data.format and the answers.")
     manifests = {"train": store.manifest_hash} | ({"evaluation": evaluated.manifest_hash} if eval_store is not None else {})
-    return Stores(train, held_out, manifests)
+    return Stores(train, held_out, evaluated, manifests)
 
 
 def total_steps(run: TrainRun, steps_per_epoch: int) -> int:

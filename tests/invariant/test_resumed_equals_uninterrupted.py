@@ -17,7 +17,7 @@ from raytune_llm.data.pipeline import prepare
 from raytune_llm.train.checkpoint import complete_steps
 from raytune_llm.train.worker import open_stores, work
 from tests.group import Group, metrics
-from tests.invariant.test_same_run_everywhere import assert_same_run
+from tests.invariant.test_same_run_everywhere import SAMPLED, assert_same_run, lines
 from tests.runs import tiny_run
 
 
@@ -36,8 +36,9 @@ def cut_at(step: int) -> Callable[[Mapping[str, Any]], None]:
 @pytest.fixture(scope="module")
 def whole(chat_rows: str, cache: str, tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
     overrides = ("checkpoint.every_steps=2", "train.eval_every_steps=3", "adapter.dropout=0.1", "train.global_batch_size=4")
-    run = tiny_run(chat_rows, cache, tmp_path_factory.mktemp("whole"), *overrides)
+    run = tiny_run(chat_rows, cache, tmp_path_factory.mktemp("whole"), *overrides, *SAMPLED)
     api.train(run)
+    assert lines(run, "samples.jsonl")
     return run
 
 

@@ -16,13 +16,14 @@ from raytune_llm.data.pipeline import prepare
 from tests.group import Group, metrics
 from tests.runs import tiny_run
 
+SAMPLED = ["train.sample_rows=2", "train.max_new_tokens=5"]
 STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 
 
 @pytest.fixture(scope="module", params=["lora", "none"])
 def plain(request: pytest.FixtureRequest, chat_rows: str, cache: str, tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
     """One process, one sample at a time."""
-    run = tiny_run(chat_rows, cache, tmp_path_factory.mktemp("plain") / request.param, f"adapter={request.param}")
+    run = tiny_run(chat_rows, cache, tmp_path_factory.mktemp("plain") / request.param, f"adapter={request.param}", *SAMPLED)
     api.train(run)
     return run
 
@@ -36,6 +37,7 @@ def assert_same_run(run: TrainRun, other: TrainRun) -> None:
             assert (key in a) == (key in b)
             if key in a:
                 assert math.isclose(a[key], b[key], rel_tol=1e-5), (a["step"], key, a[key], b[key])
+    assert lines(run, "samples.jsonl") == lines(other, "samples.jsonl")
     left, right = weights(run), weights(other)
     assert left.keys() == right.keys()
     for name in left:
@@ -43,6 +45,11 @@ def assert_same_run(run: TrainRun, other: TrainRun) -> None:
         difference = (left[name] - right[name]).abs().max().item()
         # Adam divides by the gradient's size: where that is tiny, rounding in the last digit moves the weight by a part of lr
         assert difference < 2e-4, (name, difference)
+
+
+def lines(run: TrainRun, name: str) -> list[str]:
+    path = Path(run.output_dir) / name
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def weights(run: TrainRun) -> dict:

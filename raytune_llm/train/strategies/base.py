@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from raytune_llm.models.causal_lm import CausalLM
+
 
 @dataclass(frozen=True, slots=True)
 class Precision:
@@ -37,8 +39,22 @@ class Strategy(Protocol):
         ...
 
     @property
+    def module(self) -> CausalLM:
+        """The CausalLM itself."""
+        ...
+
+    @property
     def world(self) -> int:
         """Workers."""
+        ...
+
+    @property
+    def sharded(self) -> bool:
+        """Parameters are spread over workers, who must call the model, and each part of it, together."""
+        ...
+
+    def parts(self) -> AbstractContextManager[None]:
+        """Around calls of parts of `module` that do not go through `model`: generation."""
         ...
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:

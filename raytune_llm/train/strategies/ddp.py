@@ -16,6 +16,8 @@ from raytune_llm.train.strategies.own_optimizer import OwnOptimizer
 class DDPStrategy(OwnOptimizer):
     """The whole model on every worker; one worker without a process group is the plain case of it."""
 
+    sharded = False
+
     def __init__(
         self, model: CausalLM, build_optimizer: Any, *, device: torch.device, precision: Precision, max_grad_norm: float | None
     ) -> None:
@@ -33,3 +35,6 @@ class DDPStrategy(OwnOptimizer):
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last or not isinstance(self.model, DistributedDataParallel) else self.model.no_sync()
+
+    def parts(self) -> AbstractContextManager[None]:
+        return nullcontext()

@@ -44,6 +44,7 @@ class DeepSpeedStrategy:
         if device.type == "cpu" and offload:
             raise ConfigError("strategy.offload", "must be false without a GPU, where everything is in host memory", got=True)
         self.module, self.device, self.stage = model.to(device), device, stage
+        self.sharded = stage == 3
         zero: dict[str, Any] = {"stage": stage, "overlap_comm": device.type == "cuda", "contiguous_gradients": True}
         if offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -71,6 +72,9 @@ class DeepSpeedStrategy:
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         self.engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
+
+    def parts(self) -> AbstractContextManager[None]:
+        return nullcontext()  # stage 3 gathers each part as it is called
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * self.world, scale_wrt_gas=False)  # ZeRO averages; shares are to be added

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class FSDPStrategy(OwnOptimizer):
 
     The first worker's weights are everyone's; the models of the others may be on the meta device.
     """
+
+    sharded = True
 
     def __init__(
         self,
@@ -63,6 +66,15 @@ class FSDPStrategy(OwnOptimizer):
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         return nullcontext()
+
+    @contextmanager
+    def parts(self) -> Iterator[None]:
+        assert isinstance(self.model, FSDPModule)
+        self.model.unshard()  # the root's own: embedding, norm and head; layers gather theirs as they are called
+        try:
+            yield
+        finally:
+            self.model.reshard()
 
 
 def _mesh(device_type: str, world: int, shard_workers: int) -> DeviceMesh:

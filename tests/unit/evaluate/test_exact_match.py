@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from raytune_llm.data.tokenizer import byte_tokenizer
 from raytune_llm.engines.hf import HFEngine
 from raytune_llm.engines.requests import Completion
-from raytune_llm.evaluate.exact_match import exact_match, last_answer
+from raytune_llm.evaluate.exact_match import exact_match
 
 PROMPT = "<|im_start|>user\nsay {}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -33,11 +33,6 @@ def row(tokenizer, word, answer):
     prompt, reference = tokenizer.encode(PROMPT.format(word)), tokenizer.encode(answer + "<|im_end|>")
     ids = np.array([*prompt, *reference, *tokenizer.encode("\n")], dtype=np.int32)
     return ids, np.array([len(prompt), len(prompt) + len(reference)], dtype=np.int32)
-
-
-def test_the_last_trained_span_is_the_answer():
-    prompt, answer = last_answer(np.arange(10), np.array([2, 4, 6, 9]))
-    assert (prompt.tolist(), answer.tolist()) == ([0, 1, 2, 3, 4, 5], [6, 7, 8])
 
 
 def test_texts_are_compared_without_special_tokens_and_outer_white_space(tokenizer):
