@@ -67,7 +67,8 @@ def train(
     """Prepare what is missing, train (or go on), and write the output folder.
 
     Sinks get every record of metrics.jsonl as it comes; on_begin gets a `train.worker.Begin` when the first step is about to come
-    (again after a lost worker), on_samples a list of `train.samples.Sample` at each evaluation. `began`: when the command started, in epoch seconds.
+    (again after a lost worker); on_samples gets a list of `train.samples.Sample` at each evaluation. `began`: when the command
+    started, in epoch seconds.
     """
     from raytune_llm.train.launch import fit
     from raytune_llm.train.output import identity, open_output
