@@ -15,7 +15,7 @@ from raytune_llm import api, load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError
 from tests.group import metrics
-from tests.invariant.test_same_run_everywhere import assert_same_run
+from tests.invariant.test_same_run_everywhere import SAMPLED, assert_same_run
 from tests.runs import tiny_run
 
 pytestmark = pytest.mark.ray
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def plain(chat_rows: str, cache: str, tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
-    run = tiny_run(chat_rows, cache, tmp_path_factory.mktemp("plain"), "checkpoint.every_steps=2", "train.epochs=20")
+    run = tiny_run(chat_rows, cache, tmp_path_factory.mktemp("plain"), "checkpoint.every_steps=2", "train.epochs=20", *SAMPLED)
     api.train(run)
     return run
 
@@ -57,13 +57,14 @@ def test_a_worker_killed_in_the_middle_does_not_show(plain: TrainRun, tmp_path: 
             os.kill(victim, signal.SIGKILL)
             killed.append(victim)
 
-    result = api.train(run, sinks=[kill_one], on_begin=lambda begin: begun.append(begin.first_step))
+    told: list[Any] = []
+    result = api.train(run, sinks=[kill_one], on_begin=lambda begin: begun.append(begin.first_step), on_samples=told.append)
     assert killed
     assert begun[0] == 0
     assert begun[1] >= 4, "the group went on from a checkpoint"
     assert result.summary.world_size == 2
     assert_same_run(plain, run)
-    assert heard[-1] == metrics(run.output_dir)[-1]["step"]
+    assert heard[-1] == metrics(run.output_dir)[-1]["step"] == told[-1][0].step
 
 
 def test_a_mistake_that_only_a_worker_can_see_comes_back_as_it_is(plain: TrainRun, tmp_path: Path) -> None:
