@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.train.strategies.base import Precision, StepOut, trained
 
 
@@ -17,7 +18,7 @@ class OwnOptimizer:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: CausalLM,
         build_optimizer: Any,
         *,
         world: int,
