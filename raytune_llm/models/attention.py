@@ -329,7 +329,8 @@ def attach(model: PreTrainedModel, backend: str) -> None:
 def detached(model: PreTrainedModel) -> Iterator[None]:
     """The model with transformers' own attention, for generation in the middle of training."""
     attached: str = model.config._attn_implementation  # type: ignore[assignment]
-    model.set_attn_implementation("sdpa")
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    model.set_attn_implementation("eager" if capped else "sdpa")  # transformers' sdpa leaves the cap out
     try:
         yield
     finally:
