@@ -19,7 +19,7 @@ from raytune_llm.config.load import as_plain, to_yaml
 from raytune_llm.config.resources import Cluster
 from raytune_llm.config.run import DoctorRun, ImportRun, PrepareRun, TrainRun
 from raytune_llm.data import pipeline
-from raytune_llm.data.pipeline import Prepared
+from raytune_llm.data.pipeline import Prepared, Streamed
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.migrate.experiment import translate_file, write
 from raytune_llm.stages import STAGES
@@ -64,13 +64,13 @@ def train(
     on_progress: pipeline.Progress | None = None,
     began: float | None = None,
 ) -> TrainResult:
-    """Prepare what is missing, train (or go on), and write the output folder.
+    """Prepare what is missing (while training, where data.streaming), train (or go on), and write the output folder.
 
     Sinks get every record of metrics.jsonl as it comes; on_begin gets a `train.worker.Begin` when the first step is about to come
     (again after a lost worker); on_samples gets a list of `train.samples.Sample` at each evaluation. `began`: when the command
     started, in epoch seconds.
     """
-    from raytune_llm.train.launch import fit
+    from raytune_llm.train.launch import fit, spare_cpus
     from raytune_llm.train.output import identity, open_output
     from raytune_llm.train.plot import loss_curve
 
@@ -80,12 +80,13 @@ def train(
     if run.resources.name != "inline":
         session.connect(run.resources)
     clock.enter("prepare")
-    prepared = pipeline.prepare(run.model, run.data, run.resources, kind=STAGES[run.stage.name].rows, on_progress=on_progress)
-    stores = {"train": prepared.store.manifest_hash}
-    if prepared.eval_store is not None:
-        stores["evaluation"] = prepared.eval_store.manifest_hash
+    kind = STAGES[run.stage.name].rows
+    if run.data.streaming:
+        prepared = pipeline.stream(run.model, run.data, run.resources, kind=kind)
+    else:
+        prepared = pipeline.prepare(run.model, run.data, run.resources, kind=kind, on_progress=on_progress)
     clock.enter("start")
-    resumed_from = open_output(run, identity(run, stores))
+    resumed_from = open_output(run, identity(run, prepared.manifests))
     if (done := _finished(output)) is not None:
         return TrainResult(summary=done, output_dir=output, resumed_from=resumed_from, already_done=True, before=None, after=None)
     output.mkdir(parents=True, exist_ok=True)
@@ -97,14 +98,15 @@ def train(
     tracked = TrackedRun(name=run.name, output_dir=output, from_step=resumed_from or 0, settings=as_plain(run))
     tracker = open_tracker(run.tracking, tracked)
     try:
-        outcome = fit(
-            run,
-            str(prepared.store.folder),
-            None if prepared.eval_store is None else str(prepared.eval_store.folder),
-            sinks=[*sinks, tracker],
-            on_begin=on_begin,
-            on_samples=on_samples,
-        )
+        with prepared.making(max_tasks=spare_cpus(run)):
+            outcome = fit(
+                run,
+                str(prepared.folder),
+                None if prepared.eval_store is None else str(prepared.eval_store.folder),
+                sinks=[*sinks, tracker],
+                on_begin=on_begin,
+                on_samples=on_samples,
+            )
     finally:
         tracker.close()
     clock.enter("evaluate")
@@ -187,11 +189,11 @@ def _finished(output: Path) -> Summary | None:
     return Summary(**{**values, "wall_s": WallTime(**values["wall_s"])})
 
 
-def _exact_match(run: TrainRun, prepared: Prepared, final: Path | None) -> ExactMatch | None:
+def _exact_match(run: TrainRun, prepared: Prepared | Streamed, final: Path | None) -> ExactMatch | None:
     """How many held-out rows the base model (or what training made of it) answers exactly, where the run asks for it."""
     if not run.train.exact_match_rows:
         return None
-    store = str((prepared.eval_store or prepared.store).folder)
+    store = str((prepared.eval_store or prepared).folder)
     if isinstance(run.resources, Cluster):
         import ray
 

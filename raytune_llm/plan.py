@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from raytune_llm.config.run import TrainRun
-from raytune_llm.data.loader import split_sources
+from raytune_llm.data.loader import Samples, split_sources
 from raytune_llm.data.pipeline import find_stores
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokenizer import run_tokenizer
@@ -164,11 +164,14 @@ def _accumulation(run: TrainRun, world_size: int) -> int:
 
 
 def _data(run: TrainRun) -> Data | None:
+    if run.data.streaming:
+        return None
     store, eval_store = find_stores(run.model, run.data, kind=STAGES[run.stage.name].rows)
     if store is None or (eval_store is None and (run.data.eval_path or run.data.eval_names)):
         return None
     stores = open_stores(run, str(store), None if eval_store is None else str(eval_store))
     samples = stores.train
+    assert isinstance(samples, Samples)
     trained_rows, _ = split_sources(Store.open(store), run.data.eval_fraction, run.train.seed)
     tokens = int(samples.tokens.sum())
     steps_per_epoch = -(-len(samples) // run.train.global_batch_size)

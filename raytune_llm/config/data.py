@@ -133,6 +133,10 @@ class DataConfig:
     """So many rows drawn at random, by their content alone; more than there are repeats rows."""
     max_samples: PositiveInt | None
     """The first so many rows."""
+    streaming: bool
+    """Train while rows are still being tokenized. The order is then that of the data, shuffled within a buffer."""
+    streaming_buffer_rows: PositiveInt
+    """Rows of a stream that are shuffled and packed together; training starts when so many are there."""
     max_length: PositiveInt
     """Tokens of a row and of a pack; of each side of a pair."""
     overlong: Literal["truncate", "drop", "error"]

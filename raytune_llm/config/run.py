@@ -45,6 +45,7 @@ class TrainRun:
         _held_out_rows_exist_where_they_are_used(self)
         _model_is_given(self.model)
         _data_are_given(self.data)
+        _streams_know_what_they_need(self)
         _sharding_has_workers(self)
         _quantized_bases_are_whole(self)
 
@@ -156,6 +157,30 @@ def _model_is_given(model: ModelConfig) -> None:
 def _data_are_given(data: DataConfig) -> None:
     if data.path is None and data.dataset_info is None:
         raise ConfigError("data.path", "must name a file, a folder or a hub data set", remedy="Say, data.path=rows.jsonl.")
+
+
+def _streams_know_what_they_need(run: TrainRun) -> None:
+    """How long a stream is shows at its end: what depends on its length, or on all its rows, has no answer before."""
+    if not run.data.streaming:
+        return
+    needed = {"train.max_steps": run.train.max_steps, "checkpoint.every_steps": run.checkpoint.every_steps}
+    for setting, value in needed.items():
+        if value is None:
+            raise ConfigError(
+                setting,
+                "must be given where data.streaming=true: the end of an epoch is not known beforehand",
+                got="null",
+                remedy=f"Say, {setting}=1000, or set data.streaming=false.",
+            )
+    refused = {
+        "train.epochs": (run.train.epochs, run.train.epochs != 1, "Leave it at 1: train.max_steps says how long."),
+        "data.eval_fraction": (run.data.eval_fraction, run.data.eval_fraction, "Set data.eval_path or data.eval_names."),
+        "data.names": (run.data.names, len(run.data.names) > 1, "Take one data set, or set data.streaming=false."),
+        "data.mix_epochs": (run.data.mix_epochs, run.data.mix_epochs, "Take it away, or set data.streaming=false."),
+    }
+    for setting, (value, given, remedy) in refused.items():
+        if given:
+            raise ConfigError(setting, "can't go with data.streaming=true", got=value, remedy=remedy)
 
 
 def _sharding_has_workers(run: TrainRun) -> None:

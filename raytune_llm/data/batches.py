@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytune_llm.data.store import Store
+from raytune_llm.data.store import Rows
 from raytune_llm.data.truncation import shares
 from raytune_llm.records import IGNORE, AnswerBatch, Batch, LabeledBatch, PairBatch
 
@@ -33,22 +33,22 @@ class Kind:
     """Documents of a row in one batch: a pack holds so many times data.max_length tokens."""
     parts: int
     """Batches of the same shape that a row's documents are dealt out to."""
-    documents: Callable[[Store, int, int, int], list[Document]]
+    documents: Callable[[Rows, int, int, int], list[Document]]
     """Of a row, its partner (another row) and max_length."""
-    batch: Callable[[list[Fields], np.ndarray, Store], Batch]
+    batch: Callable[[list[Fields], np.ndarray, Rows], Batch]
     """From the fields of each part, the rows and the store."""
 
 
-def _conversation(store: Store, row: int, partner: int, max_length: int) -> list[Document]:
+def _conversation(store: Rows, row: int, partner: int, max_length: int) -> list[Document]:
     return [store.row(row)]  # type: ignore[list-item]
 
 
-def _pair(store: Store, row: int, partner: int, max_length: int) -> list[Document]:
+def _pair(store: Rows, row: int, partner: int, max_length: int) -> list[Document]:
     prompt, chosen, rejected = store.row(row)
     return [_answered(prompt, chosen), _answered(prompt, rejected)]
 
 
-def _labeled(store: Store, row: int, partner: int, max_length: int) -> list[Document]:
+def _labeled(store: Rows, row: int, partner: int, max_length: int) -> list[Document]:
     prompt, answer = store.row(row)
     _, other = store.row(partner)
     source, target = shares(len(prompt), len(other), max_length)
@@ -61,11 +61,11 @@ def _answered(prompt: np.ndarray, answer: np.ndarray) -> Document:
     return np.concatenate([prompt, answer]), np.array([len(prompt), len(prompt) + len(answer)], np.int32)
 
 
-def _plain_batch(made: list[Fields], rows: np.ndarray, store: Store) -> Batch:
+def _plain_batch(made: list[Fields], rows: np.ndarray, store: Rows) -> Batch:
     return Batch(**made[0][0])
 
 
-def _pair_batch(made: list[Fields], rows: np.ndarray, store: Store) -> PairBatch:
+def _pair_batch(made: list[Fields], rows: np.ndarray, store: Rows) -> PairBatch:
     ((fields, numbers),) = made
     return PairBatch(
         **fields,
@@ -76,7 +76,7 @@ def _pair_batch(made: list[Fields], rows: np.ndarray, store: Store) -> PairBatch
     )
 
 
-def _labeled_batch(made: list[Fields], rows: np.ndarray, store: Store) -> LabeledBatch:
+def _labeled_batch(made: list[Fields], rows: np.ndarray, store: Rows) -> LabeledBatch:
     (own, numbers), (other, other_numbers) = made
     return LabeledBatch(
         **own,

@@ -7,17 +7,20 @@ at a time. World size, micro-batch size and restarts only change who computes wh
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Generator, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from raytune_llm.data.batches import KINDS, Document, collate, fields, pinned
 from raytune_llm.data.packing import plan
-from raytune_llm.data.store import Store
+from raytune_llm.data.store import Rows, Store
 from raytune_llm.records import Batch
 
 __all__ = ["Loader", "Samples", "Step", "collate", "permutation", "pinned", "split", "split_sources"]
@@ -58,13 +61,36 @@ def split_sources(
     return np.concatenate(trained), {name: np.concatenate(rows) for name, rows in held_out.items()}
 
 
-def permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch's samples."""
-    return _generator(seed, _EPOCH, epoch).permutation(num_samples)
+def permutation(num_samples: int, seed: int, epoch: int, window: int = 0) -> np.ndarray:
+    """The order of an epoch's samples, or of those of a window of a stream."""
+    return _generator(seed, _EPOCH, epoch, *([window] if window else [])).permutation(num_samples)
 
 
 def _generator(seed: int, *stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream)))
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """Samples in the order in which steps take them: a whole epoch, or a part of one."""
+
+    samples: Samples
+    order: np.ndarray
+    last: bool
+    """The epoch ends with it."""
+
+
+class Source(Protocol):
+    """What a loader goes through: samples that are all there, or a stream (data/streaming.py)."""
+
+    @property
+    def num_samples(self) -> int | None:
+        """Of an epoch; none where it is not known yet."""
+        ...
+
+    def ordered(self, seed: int | None, epoch: int, multiple: int, stopped: threading.Event) -> Iterator[Ordered]:
+        """The epoch in parts, each but the last of a multiple of `multiple` samples. Without a seed, as they lie."""
+        ...
 
 
 class Samples:
@@ -74,7 +100,7 @@ class Samples:
     last sample is not full. A row may then lie in several samples.
     """
 
-    def __init__(self, store: Store, rows: np.ndarray, *, max_length: int, packing: bool) -> None:
+    def __init__(self, store: Rows, rows: np.ndarray, *, max_length: int, packing: bool) -> None:
         """`rows` are numbers of rows; one that is there twice comes twice in an epoch."""
         self.store, self.max_length, self.packing = store, max_length, packing
         self.kind = KINDS[store.kind]
@@ -109,6 +135,53 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
+
+    @property
+    def num_samples(self) -> int:
+        return len(self)
+
+    def ordered(self, seed: int | None, epoch: int, multiple: int, stopped: threading.Event) -> Iterator[Ordered]:
+        order = np.arange(len(self)) if seed is None else permutation(len(self), seed, epoch)
+        yield Ordered(self, order, last=True)
+
+    def take(self, samples: np.ndarray) -> Samples:
+        """These samples, in this order, with the shards that they are in."""
+        sizes = np.diff(self._offsets)[samples]
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        places = np.arange(offsets[-1]) + np.repeat(self._offsets[samples] - offsets[:-1], sizes)
+        store, numbers = self.store.only(np.concatenate([self._rows[places], self._partners[places]]))
+        rows, partners = np.split(numbers, 2)
+        return self._changed(
+            store,
+            rows,
+            partners,
+            self._starts[places],
+            self._lengths[places],
+            offsets,
+            self.tokens[samples],
+            self.targets[samples],
+        )
+
+    def followed_by(self, others: Samples) -> Samples:
+        """These samples and then those of other rows of the same kind."""
+        store = Rows(self.store.kind, self.store.end_of_row, [*self.store.shards, *others.store.shards])
+        first = self.store.num_rows
+        return self._changed(
+            store,
+            np.concatenate([self._rows, others._rows + first]),
+            np.concatenate([self._partners, others._partners + first]),
+            np.concatenate([self._starts, others._starts]),
+            np.concatenate([self._lengths, others._lengths]),
+            np.concatenate([self._offsets, self._offsets[-1] + others._offsets[1:]]),
+            np.concatenate([self.tokens, others.tokens]),
+            np.concatenate([self.targets, others.targets]),
+        )
+
+    def _changed(self, store: Rows, rows: np.ndarray, partners: np.ndarray, *arrays: np.ndarray) -> Samples:
+        changed = copy(self)
+        changed.store, changed.rows, changed._rows, changed._partners = store, np.unique(rows), rows, partners
+        changed._starts, changed._lengths, changed._offsets, changed.tokens, changed.targets = arrays
+        return changed
 
     def __getitem__(self, sample: int) -> list[Document]:
         """The documents of the sample: ids and spans."""
@@ -180,6 +253,8 @@ class Step:
     epoch: int
     cursor: int
     """Samples of this epoch that are consumed after the step."""
+    fraction: float
+    """The part of the epoch that is done after the step: 1 at its end; 0 before, where its length is not known."""
     batches: list[Batch]
     """This rank's micro-batches; some of an epoch's last ones may be padding only."""
     first_rows: list[int]
@@ -197,7 +272,7 @@ class Loader:
 
     def __init__(
         self,
-        samples: Samples,
+        samples: Source,
         *,
         micro_batch_size: int,
         global_batch_size: int,
@@ -212,7 +287,7 @@ class Loader:
         self.samples, self.seed, self.pad_id, self.shuffle, self.prefetch = samples, seed, pad_id, shuffle, prefetch
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.rank, self.world_size = rank, world_size
-        self.steps_per_epoch = -(-len(samples) // global_batch_size)
+        self.steps_per_epoch = None if samples.num_samples is None else -(-samples.num_samples // global_batch_size)
 
     def steps(self, epoch: int, cursor: int = 0) -> Generator[Step]:
         """The steps of the epoch from its sample number `cursor` on. Close the iterator to stop the thread early."""
@@ -228,7 +303,7 @@ class Loader:
 
         def run() -> None:
             try:
-                for step in self._steps(epoch, cursor):
+                for step in self._steps(epoch, cursor, stopped):
                     hand_over(step)
                     if stopped.is_set():
                         return
@@ -247,23 +322,27 @@ class Loader:
             stopped.set()
             thread.join()
 
-    def _steps(self, epoch: int, cursor: int) -> Iterator[Step]:
-        num_samples = len(self.samples)
-        order = permutation(num_samples, self.seed, epoch) if self.shuffle else np.arange(num_samples)
-        while cursor < num_samples:
-            step = order[cursor : cursor + self.global_batch_size]
-            cursor += len(step)
-            shares = self._shares(len(step))
-            rows_before = np.concatenate([[0], np.cumsum(self.samples.num_rows[step])])
-            yield Step(
-                epoch=epoch,
-                cursor=cursor,
-                batches=[self._batch(step[start:end]) for start, end in shares],
-                first_rows=[int(rows_before[start]) for start, _ in shares],
-                count=int(self.samples.targets[step].sum()),
-                tokens=int(self.samples.tokens[step].sum()),
-                sample_ids=tuple(step.tolist()),
-            )
+    def _steps(self, epoch: int, cursor: int, stopped: threading.Event) -> Iterator[Step]:
+        passed = 0
+        for part in self.samples.ordered(self.seed if self.shuffle else None, epoch, self.global_batch_size, stopped):
+            samples = part.samples
+            for at in range(max(cursor - passed, 0), len(part.order), self.global_batch_size):
+                step = part.order[at : at + self.global_batch_size]
+                consumed = passed + at + len(step)
+                ends = part.last and at + len(step) == len(part.order)
+                shares = self._shares(len(step))
+                rows_before = np.concatenate([[0], np.cumsum(samples.num_rows[step])])
+                yield Step(
+                    epoch=epoch,
+                    cursor=consumed,
+                    fraction=1.0 if ends else consumed / (self.samples.num_samples or math.inf),
+                    batches=[self._batch(samples, step[start:end]) for start, end in shares],
+                    first_rows=[int(rows_before[start]) for start, _ in shares],
+                    count=int(samples.targets[step].sum()),
+                    tokens=int(samples.tokens[step].sum()),
+                    sample_ids=tuple(step.tolist()),
+                )
+            passed += len(part.order)
 
     def _shares(self, num_samples: int) -> list[tuple[int, int]]:
         """The step's samples [start, end) that are this rank's, of each micro-batch. Every rank has as many micro-batches."""
@@ -271,6 +350,6 @@ class Loader:
         starts = (at + self.rank * micro for at in range(0, num_samples, together))
         return [(min(start, num_samples), min(start + micro, num_samples)) for start in starts]
 
-    def _batch(self, samples: np.ndarray) -> Batch:
-        batch = self.samples.batch(samples, micro_batch_size=self.micro_batch_size, pad_id=self.pad_id)
+    def _batch(self, samples: Samples, numbers: np.ndarray) -> Batch:
+        batch = samples.batch(numbers, micro_batch_size=self.micro_batch_size, pad_id=self.pad_id)
         return pinned(batch) if torch.cuda.is_available() else batch

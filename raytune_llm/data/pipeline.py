@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,20 @@ from raytune_llm.data.named_templates import NamedTemplate
 from raytune_llm.data.rows import Targets
 from raytune_llm.data.shards import Recipe, Timed, fetched, prepare_chunk
 from raytune_llm.data.sources import Chunk
-from raytune_llm.data.store import MANIFEST, Shard, Store, complete, finished_shard, join, key_of, shard_name, under_construction
+from raytune_llm.data.store import (
+    FAILED,
+    MANIFEST,
+    Shard,
+    Store,
+    complete,
+    finished_shard,
+    join,
+    key_of,
+    partial,
+    shard_name,
+    under_construction,
+    write_outline,
+)
 from raytune_llm.data.templates import ChatTemplate, NamedChat, PlainText, Renderer
 from raytune_llm.data.tokenize import BlockTokenizer
 from raytune_llm.data.tokenizer import fingerprint, run_tokenizer
@@ -53,6 +68,69 @@ class Prepared:
     reused: bool
     """Every store was there already."""
 
+    @property
+    def folder(self) -> Path:
+        return self.store.folder
+
+    @property
+    def manifests(self) -> dict[str, str]:
+        """Hashes of what is trained and evaluated on."""
+        evaluation = {} if self.eval_store is None else {"evaluation": self.eval_store.manifest_hash}
+        return {"train": self.store.manifest_hash, **evaluation}
+
+    def making(self, *, max_tasks: int | None) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The same of a run that trains while its store is being made."""
+
+    folder: Path
+    """Where the store will be."""
+    eval_store: Store | None
+    make: Callable[[Progress, int | None], None]
+    """Makes the store, with so many tasks at once."""
+
+    @property
+    def manifests(self) -> dict[str, str]:
+        """The key of what is trained on, since its manifest comes last."""
+        evaluation = {} if self.eval_store is None else {"evaluation": self.eval_store.manifest_hash}
+        return {"train": self.folder.name, **evaluation}
+
+    @contextmanager
+    def making(self, *, max_tasks: int | None) -> Iterator[None]:
+        """The store is made in a thread, as far as it comes while the context lasts; then the chunks at hand are finished.
+
+        A later run takes over the shards. What goes wrong with the store is raised at the end, since it is then the cause of
+        whatever went wrong in the context.
+        """
+        (partial(self.folder) / FAILED).unlink(missing_ok=True)
+        stopped = threading.Event()
+        failures: list[Exception] = []
+
+        def go_on(done: int, total: int) -> None:
+            if stopped.is_set():
+                raise InterruptedError("training has ended")
+
+        def run() -> None:
+            try:
+                self.make(go_on, max_tasks)
+            except InterruptedError:
+                pass
+            except Exception as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name="prepare", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            thread.join()
+            if failures:
+                raise failures[0] from None
+
 
 def prepare(
     model: ModelConfig,
@@ -69,21 +147,39 @@ def prepare(
     started = time.perf_counter()
     made: list[Timed] = []
     kitchen = _kitchen(model, data, kind)
-
-    def prepared(sets: list[Declared]) -> Store:
-        members = [(one.name, _prepare_one(one, kitchen, data, resources, made, on_progress)) for one in sets]
-        return members[0][1] if len(members) == 1 else join(_cache(data), members)
-
     ranked = kind == "pairs"
-    store = prepared(declared(data, ranked=ranked))
-    evaluated = declared_for_evaluation(data, ranked=ranked)
+    job = Job(data, resources, on_progress)
     return Prepared(
-        store=store,
-        eval_store=prepared(evaluated) if evaluated else None,
+        store=_prepare_all(declared(data, ranked=ranked), kitchen, job, made),
+        eval_store=_prepare_all(held_out, kitchen, job, made)
+        if (held_out := declared_for_evaluation(data, ranked=ranked))
+        else None,
         rows_per_s=_rows_per_s(made),
         seconds=time.perf_counter() - started,
         reused=not made,
     )
+
+
+def stream(model: ModelConfig, data: DataConfig, resources: ResourcesConfig, *, kind: str = "conversations") -> Streamed:
+    """As `prepare`, but the store to train on is left to be made while training goes on (see Streamed.making)."""
+    kitchen = _kitchen(model, data, kind)
+    ranked = kind == "pairs"
+    held_out = declared_for_evaluation(data, ranked=ranked)
+    (one,) = declared(data, ranked=ranked)
+
+    def make(on_progress: Progress, max_tasks: int | None) -> None:
+        _prepare_one(one, kitchen, Job(data, resources, on_progress, max_tasks), [])
+
+    return Streamed(
+        folder=_folder(one, kitchen, data),
+        eval_store=_prepare_all(held_out, kitchen, Job(data, resources), []) if held_out else None,
+        make=make,
+    )
+
+
+def _prepare_all(sets: list[Declared], kitchen: Kitchen, job: Job, made: list[Timed]) -> Store:
+    members = [(one.name, _prepare_one(one, kitchen, job, made)) for one in sets]
+    return members[0][1] if len(members) == 1 else join(_cache(job.data), members)
 
 
 def find_stores(model: ModelConfig, data: DataConfig, *, kind: str = "conversations") -> tuple[Path | None, Path | None]:
@@ -99,6 +195,17 @@ def find_stores(model: ModelConfig, data: DataConfig, *, kind: str = "conversati
 
     ranked = kind == "pairs"
     return found(declared(data, ranked=ranked)), found(declared_for_evaluation(data, ranked=ranked))
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where and how stores are made."""
+
+    data: DataConfig
+    resources: ResourcesConfig
+    on_progress: Progress | None = None
+    max_tasks: int | None = None
+    """At once; none: as many as there are CPUs."""
 
 
 @dataclass(frozen=True)
@@ -145,14 +252,8 @@ def renderer_of(tokenizer: PreTrainedTokenizerFast, template: NamedTemplate | No
     return NamedChat(template, tokenizer, enable_thinking=data.enable_thinking, preserve_thinking=data.preserve_thinking)
 
 
-def _prepare_one(
-    one: Declared,
-    kitchen: Kitchen,
-    data: DataConfig,
-    resources: ResourcesConfig,
-    made: list[Timed],
-    on_progress: Progress | None,
-) -> Store:
+def _prepare_one(one: Declared, kitchen: Kitchen, job: Job, made: list[Timed]) -> Store:
+    data = job.data
     source = _source(one)
     made_from = _made_from(one, kitchen, data, sources.fingerprint(source))
     target = _cache(data) / key_of(made_from)
@@ -169,7 +270,8 @@ def _prepare_one(
             )
             part = None if source.kind == "hub" else one.split
             chunks = sources.plan(source, data.max_samples, part=part, num_samples=one.num_samples)
-            shards = _make_shards(chunks, recipe, folder, resources, made, on_progress)
+            write_outline(folder, len(chunks), kitchen.kind, kitchen.targets.end_of_row)
+            shards = _make_shards(chunks, recipe, folder, job, made)
             _check(one.path, shards, data.max_bad_fraction)
             complete(folder, shards, made_from, target, kind=kitchen.kind, end_of_row=kitchen.targets.end_of_row)
     store = Store.open(target)
@@ -211,40 +313,35 @@ def _make_shards(
     chunks: list[Chunk],
     recipe: Recipe,
     folder: Path,
-    resources: ResourcesConfig,
+    job: Job,
     made: list[Timed],
-    on_progress: Progress | None,
 ) -> list[Shard]:
     """One shard a chunk; those that a crashed run has finished are taken over."""
     num_rows = sum(chunk.num_picked for chunk in chunks)
     shards = {number: shard for number in range(len(chunks)) if (shard := finished_shard(folder / shard_name(number)))}
     num_done = sum(chunks[number].num_picked for number in shards)
     missing = [(number, chunk) for number, chunk in enumerate(chunks) if number not in shards]
-    mapped = _map_inline if isinstance(resources, Inline) else _map_with_ray
-    for number, timed in mapped(missing, recipe, folder, resources):
+    mapped = _map_inline if isinstance(job.resources, Inline) else _map_with_ray
+    for number, timed in mapped(missing, recipe, folder, job):
         made.append(timed)
         shards[number] = timed.shard
         num_done += chunks[number].num_picked
-        if on_progress is not None:
-            on_progress(num_done, num_rows)
+        if job.on_progress is not None:
+            job.on_progress(num_done, num_rows)
     return [shards[number] for number in range(len(chunks))]
 
 
-def _map_inline(
-    chunks: Iterable[tuple[int, Chunk]], recipe: Recipe, folder: Path, resources: ResourcesConfig
-) -> Iterator[tuple[int, Timed]]:
+def _map_inline(chunks: Iterable[tuple[int, Chunk]], recipe: Recipe, folder: Path, job: Job) -> Iterator[tuple[int, Timed]]:
     for number, chunk in chunks:
         yield number, prepare_chunk(chunk, recipe, folder / shard_name(number))
 
 
-def _map_with_ray(
-    chunks: list[tuple[int, Chunk]], recipe: Recipe, folder: Path, resources: ResourcesConfig
-) -> Iterator[tuple[int, Timed]]:
+def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, folder: Path, job: Job) -> Iterator[tuple[int, Timed]]:
     """A Ray Data job of one block a chunk. Only names and statistics travel; each task writes its own shard."""
-    assert not isinstance(resources, Inline)
+    assert not isinstance(job.resources, Inline)
     if not chunks:
         return
-    session.connect(resources)
+    session.connect(job.resources)
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own progress and errors say it all
@@ -266,7 +363,7 @@ def _map_with_ray(
     items = [{"chunk": pickle.dumps(numbered)} for numbered in chunks]
     blocks = ray.data.from_items(items, override_num_blocks=len(items))
     task: Any = prepare_block
-    for row in blocks.map_batches(task, batch_size=1, num_cpus=1).iter_rows():
+    for row in blocks.map_batches(task, batch_size=1, num_cpus=1, concurrency=job.max_tasks).iter_rows():
         number, made = pickle.loads(row["made"])
         if isinstance(made, UserError):
             raise made

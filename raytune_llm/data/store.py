@@ -10,14 +10,17 @@ its rows:
 
 Several stores of one kind make a joined store: a folder with a manifest that lists them, and no shards of its own.
 
-While it is being made its name is `.<key>.partial`; the rename at the end is the only way in which a store comes to be, so
-it is whole or absent. The key is a hash of everything that determines the tokens; see `key_of`.
+While it is being made its name is `.<key>.partial`. Its shards come one by one, in any order, each whole by its rename, and
+outline.json says how many there will be: data/streaming.py reads them as they come. The rename of the folder at the end is the
+only way in which a store comes to be, so it is whole or absent. The key is a hash of everything that determines the tokens; see
+`key_of`.
 
 The statistics of a shard travel in its Arrow schema's metadata, so that finished shards of a crashed run can be taken over.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,7 +28,7 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,10 +38,14 @@ import numpy as np
 import pyarrow as pa
 
 from raytune_llm.data.dropped import Dropped
-from raytune_llm.errors import DataError
+from raytune_llm.errors import DataError, ResourceError
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+OUTLINE = "outline.json"
+"""In a store that is being made: the number of its shards, their kind and end_of_row."""
+FAILED = "failed.txt"
+"""In a store that is not being made any more: why."""
 LISTS = {
     "conversations": ("ids", "spans"),
     "text": ("ids", "spans"),
@@ -104,6 +111,14 @@ def write_shard(path: Path, rows: Sequence[Any], dropped: Dropped, *, kind: str 
             writer.write_batch(batch.replace_schema_metadata(schema.metadata))
         shard = Shard(path.name, beside.stat().st_size, _sha256(beside), stats)
         beside.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**30
+        raise ResourceError(
+            f"the token store can't be written to {path.parent}: {error.strerror} ({free:.1f} GiB are free)",
+            "Free some space, or set data.cache on a larger disk; repeating the command goes on from the finished shards.",
+        ) from error
     finally:
         beside.unlink(missing_ok=True)
     return shard
@@ -131,6 +146,8 @@ def targets(span_offsets: np.ndarray, spans: np.ndarray) -> np.ndarray:
     return passed[span_offsets[1:] // 2] - passed[span_offsets[:-1] // 2]
 
 
+MappedShard = Mapping[str, Any]
+"""Offsets and flat values of each column of lists, and the values of any other, as views of the file."""
 Lists = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Offsets and flat values of each column of lists."""
 
@@ -163,9 +180,32 @@ def under_construction(cache: Path, key: str) -> Iterator[Path | None]:
             yield None
             return
         shutil.rmtree(cache / key, ignore_errors=True)  # a folder without a manifest is no store
-        folder = cache / f".{key}.partial"
+        folder = partial(cache / key)
         folder.mkdir(exist_ok=True)
-        yield folder
+        (folder / FAILED).unlink(missing_ok=True)
+        try:
+            yield folder
+        except InterruptedError:
+            raise  # another run may go on with it
+        except Exception as error:
+            with suppress(OSError):
+                write_whole(folder / FAILED, str(error))
+            raise
+
+
+def partial(target: Path) -> Path:
+    """The folder in which the store is made."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def write_outline(folder: Path, num_shards: int, kind: str, end_of_row: int | None) -> None:
+    write_whole(folder / OUTLINE, json.dumps({"num_shards": num_shards, "kind": kind, "end_of_row": end_of_row}))
+
+
+def write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    beside.rename(path)
 
 
 def complete(
@@ -229,24 +269,72 @@ def join(cache: Path, members: Sequence[tuple[str, Store]]) -> Store:
     return Store.open(target)
 
 
-class Store:
+class Rows:
+    """Rows of mapped shards of one kind, numbered through them."""
+
+    def __init__(self, kind: str, end_of_row: int | None, shards: Sequence[MappedShard]) -> None:
+        self.kind = kind
+        self.end_of_row = end_of_row
+        """The id that is the target at the end of every span, where the template writes no end of its own."""
+        self.shards = list(shards)
+        self._first_rows = np.cumsum([0, *(num_rows(shard) for shard in self.shards)]).tolist()
+        self.num_rows: int = self._first_rows[-1]
+
+    def only(self, rows: np.ndarray) -> tuple[Rows, np.ndarray]:
+        """The shards that these rows are in, and the rows' numbers among them."""
+        first_rows = np.array(self._first_rows)
+        shard_of = np.searchsorted(first_rows, rows, side="right") - 1
+        used = np.unique(shard_of)
+        part = Rows(self.kind, self.end_of_row, [self.shards[shard] for shard in used.tolist()])
+        moved = np.zeros(len(first_rows), np.int64)
+        moved[used] = np.array(part._first_rows[:-1]) - first_rows[used]
+        return part, rows + moved[shard_of]
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def row(self, number: int) -> Any:
+        """The row's lists as a tuple, in the order of LISTS (ids and flattened spans, say), as int32 views of the file."""
+        shard = bisect_right(self._first_rows, number) - 1
+        local = number - self._first_rows[shard]
+        columns = self.shards[shard]
+        return tuple(
+            values[offsets[local] : offsets[local + 1]] for offsets, values in (columns[name] for name in LISTS[self.kind])
+        )
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32: tokens of each row; of a pair, those of both sides, each with the request."""
+        return _joined([_lengths(self._lists(shard)) for shard in self.shards], np.int32)
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """int32: trained tokens of each row that have a predecessor."""
+        return _joined([_targets(self._lists(shard)) for shard in self.shards], np.int32)
+
+    @cached_property
+    def desirable(self) -> np.ndarray:
+        """bool: the verdicts of labelled rows."""
+        return _joined([shard["desirable"] for shard in self.shards], bool)
+
+    def _lists(self, shard: Mapping[str, Any]) -> Lists:
+        return {name: shard[name] for name in LISTS[self.kind]}
+
+
+class Store(Rows):
     """A complete store, memory-mapped. Rows are numbered through all shards."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self.num_rows: int = manifest["rows"]
         self.num_tokens: int = manifest["tokens"]
         self.num_trained_tokens: int = manifest["trained_tokens"]
         self.dropped = Dropped.from_json(manifest["dropped"])
-        self.kind: str = manifest["kind"]
-        self.end_of_row: int | None = manifest["end_of_row"]
-        """The id that is the target at the end of every span, where the template writes no end of its own."""
         self.members = [Store.open(folder.parent / member["store"]) for member in manifest.get("members", ())]
         self.sources = tuple(member["source"] for member in manifest.get("members", ()))
         """Names of a joined store's members."""
-        self._shards = [_map_shard(folder / shard["name"], shard) for shard in manifest["shards"]]
-        self._shards += [shard for member in self.members for shard in member._shards]
-        self._first_rows = np.cumsum([0, *(_num_rows(shard) for shard in self._shards)]).tolist()
+        shards = [_map_listed_shard(folder / shard["name"], shard) for shard in manifest["shards"]]
+        shards += [shard for member in self.members for shard in member.shards]
+        super().__init__(manifest["kind"], manifest["end_of_row"], shards)
 
     @classmethod
     def open(cls, folder: str | Path) -> Store:
@@ -265,40 +353,10 @@ class Store:
             )
         return cls(folder, manifest)
 
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def row(self, number: int) -> Any:
-        """The row's lists as a tuple, in the order of LISTS (ids and flattened spans, say), as int32 views of the file."""
-        shard = bisect_right(self._first_rows, number) - 1
-        local = number - self._first_rows[shard]
-        columns = self._shards[shard]
-        return tuple(
-            values[offsets[local] : offsets[local + 1]] for offsets, values in (columns[name] for name in LISTS[self.kind])
-        )
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """int32: tokens of each row; of a pair, those of both sides, each with the request."""
-        return _joined([_lengths(self._lists(shard)) for shard in self._shards], np.int32)
-
-    @cached_property
-    def targets(self) -> np.ndarray:
-        """int32: trained tokens of each row that have a predecessor."""
-        return _joined([_targets(self._lists(shard)) for shard in self._shards], np.int32)
-
-    @cached_property
-    def desirable(self) -> np.ndarray:
-        """bool: the verdicts of labelled rows."""
-        return _joined([shard["desirable"] for shard in self._shards], bool)
-
     @cached_property
     def row_sources(self) -> np.ndarray:
         """int16: the member that each row of a joined store is from; 0 in any other."""
         return np.repeat(np.arange(max(len(self.members), 1), dtype=np.int16), [len(one) for one in self.members] or [len(self)])
-
-    def _lists(self, shard: Mapping[str, Any]) -> Lists:
-        return {name: shard[name] for name in LISTS[self.kind]}
 
     @cached_property
     def manifest_hash(self) -> str:
@@ -317,12 +375,16 @@ class Store:
                 raise _corrupt(self.folder / shard["name"], "does not have the contents that the manifest says")
 
 
-def _map_shard(path: Path, listed: Mapping[str, Any]) -> dict[str, Any]:
-    """Offsets and flat values of each column of lists, and the values of any other, as views of the file."""
+def _map_listed_shard(path: Path, listed: Mapping[str, Any]) -> MappedShard:
     if not path.exists():
         raise _corrupt(path, "is missing")
     if path.stat().st_size != listed["bytes"]:
         raise _corrupt(path, f"has {path.stat().st_size} bytes, not the {listed['bytes']} that the manifest says")
+    return map_shard(path)
+
+
+def map_shard(path: Path) -> MappedShard:
+    """Raises FileNotFoundError, and DataError where it is cut off."""
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     except pa.ArrowInvalid as error:
@@ -333,7 +395,7 @@ def _map_shard(path: Path, listed: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _num_rows(shard: Mapping[str, Any]) -> int:
+def num_rows(shard: MappedShard) -> int:
     return len(shard["source"])
 
 

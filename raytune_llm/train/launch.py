@@ -20,6 +20,8 @@ from raytune_llm.train.worker import Begin, Outcome, Sink, work
 COLLECTIVE_TIMEOUT_S = 600
 """A worker that waits longer than this for the others gives up, so that a hang ends."""
 POLL_S = 0.2
+TOKENIZING_CPUS = 1
+"""Are left to data.streaming, at least."""
 News = Mapping[str, Any] | Begin | Sequence[Sample]
 """A record for the sinks, the beginning, or samples, as a list."""
 
@@ -53,7 +55,8 @@ def _fit_on_ray(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    workers, cpus, gpus = group_size(resources)
+    leaving = TOKENIZING_CPUS if run.data.streaming else 0
+    workers, cpus, gpus = group_size(resources, leaving_cpus=leaving)
     world = workers * run.train.micro_batch_size
     if run.train.global_batch_size % world:
         raise ConfigError(
@@ -62,7 +65,7 @@ def _fit_on_ray(
             got=run.train.global_batch_size,
             remedy=f"Take {-(-run.train.global_batch_size // world) * world}, or set resources.num_workers.",
         )
-    _fits(workers, cpus, gpus)
+    _fits(workers, cpus, gpus, leaving_cpus=leaving)
     channel = Channel(sinks, on_begin, on_samples)
     trainer = TorchTrainer(
         _worker_main,
@@ -190,7 +193,17 @@ class Channel:
             self.failure = failure  # raised in the main thread, when the workers are done
 
 
-def group_size(resources: Local | Cluster) -> tuple[int, float, float]:
+def spare_cpus(run: TrainRun) -> int | None:
+    """CPUs that the workers leave to tokenizing while they train; none in this process. A cluster must be connected."""
+    if not isinstance(run.resources, Local | Cluster):
+        return None
+    import ray
+
+    workers, cpus, _ = group_size(run.resources, leaving_cpus=TOKENIZING_CPUS)
+    return max(TOKENIZING_CPUS, int(ray.cluster_resources()["CPU"] - workers * cpus))
+
+
+def group_size(resources: Local | Cluster, *, leaving_cpus: int = 0) -> tuple[int, float, float]:
     """Workers, and CPUs and GPUs of each. A cluster must be connected."""
     import ray
 
@@ -203,21 +216,25 @@ def group_size(resources: Local | Cluster) -> tuple[int, float, float]:
         workers = int(there["GPU"] // gpus) if gpus else 1
     cpus = resources.cpus_per_worker
     if cpus == "auto":
-        cpus = 1.0 if gpus else max(1.0, there["CPU"] // workers if isinstance(resources, Local) else 1.0)
+        cpus = 1.0
+        if isinstance(resources, Local) and not gpus:
+            each = (there["CPU"] - leaving_cpus) / workers
+            cpus = each // 1 or (each if leaving_cpus and each else 1.0)
     return workers, float(cpus), float(gpus)
 
 
-def _fits(workers: int, cpus: float, gpus: float) -> None:
+def _fits(workers: int, cpus: float, gpus: float, *, leaving_cpus: int) -> None:
     """Ray would wait for ever for what the cluster doesn't have."""
     import ray
 
     there = ray.cluster_resources()
-    for kind, each in (("CPU", cpus), ("GPU", gpus)):
-        if each * workers > there.get(kind, 0.0):
+    for kind, each, leaving in (("CPU", cpus, leaving_cpus), ("GPU", gpus, 0)):
+        if each * workers > there.get(kind, 0.0) - leaving:
             raise ConfigError(
                 "resources.num_workers",
                 f"times resources.{kind.lower()}s_per_worker={each:g} must be at most "
-                f"the {there.get(kind, 0.0):g} {kind}s that there are",
+                f"the {there.get(kind, 0.0):g} {kind}s that there are"
+                + (f", less {leaving} for data.streaming" if leaving else ""),
                 got=workers,
                 remedy="Lower one of them.",
             )

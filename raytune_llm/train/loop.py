@@ -72,8 +72,6 @@ def run(
     clock.start()
     stopped = False
     while progress.step < plan.total_steps and not stopped:
-        if progress.cursor >= len(loader.samples):
-            progress.epoch, progress.cursor = progress.epoch + 1, 0
         with closing(loader.steps(progress.epoch, progress.cursor)) as steps:
             for step in steps:
                 lr = learning_rate(progress.step)
@@ -83,10 +81,10 @@ def run(
                 progress.tokens_seen += step.tokens
                 clock.tokens += step.tokens
                 last = progress.step == plan.total_steps
-                epoch_ends = step.cursor >= len(loader.samples)
+                epoch_ends = step.fraction == 1.0
 
                 if last or progress.step == 1 or progress.step % plan.log_every == 0:
-                    log_step(progress, len(loader.samples), lr, window, clock, plan, hooks)
+                    log_step(progress, step.fraction, lr, window, clock, plan, hooks)
                 if eval_loaders and (last or due(progress.step, plan.eval_every, epoch_ends)):
                     with clock.stopped():
                         stopped = evaluate(strategy, objective, coupled, eval_loaders, progress, plan, hooks, device)
@@ -99,6 +97,7 @@ def run(
                         hooks.save(replace(progress))
                 if last or stopped:
                     return progress
+        progress.epoch, progress.cursor = progress.epoch + 1, 0
     return progress
 
 
@@ -133,7 +132,7 @@ def one_step(
     window.add("nonfinite", done.skipped * share, share)
 
 
-def log_step(progress: Progress, num_samples: int, lr: float, window: Window, clock: Clock, plan: Plan, hooks: Hooks) -> None:
+def log_step(progress: Progress, fraction: float, lr: float, window: Window, clock: Clock, plan: Plan, hooks: Hooks) -> None:
     """The only place where a step waits for the device."""
     sums = window.read()
     window.clear()
@@ -145,7 +144,7 @@ def log_step(progress: Progress, num_samples: int, lr: float, window: Window, cl
     progress.loss_last = loss
     record = {
         "step": progress.step,
-        "epoch": round(progress.epoch + progress.cursor / num_samples, 6),
+        "epoch": round(progress.epoch + fraction, 6),
         "loss": loss,
         "lr": lr,
         "grad_norm": values.pop("grad_norm", math.nan),

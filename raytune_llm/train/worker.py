@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PretrainedConfig, PreTrainedModel
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import Loader, Samples, split_sources
 from raytune_llm.data.mixture import mixed_rows
 from raytune_llm.data.store import Store
+from raytune_llm.data.streaming import Stream
 from raytune_llm.data.tokenizer import run_tokenizer, stop_ids
 from raytune_llm.errors import DataError
-from raytune_llm.models.load import load_model
 from raytune_llm.models.policy import run_config
 from raytune_llm.stages import STAGES
 from raytune_llm.train import loop
@@ -109,7 +108,7 @@ def work(
         progress = restore(checkpoints, strategy)
         report = stack.enter_context(Report(output, from_step=progress.step, sinks=sinks)) if rank == 0 else None
         sampler = None
-        if run.train.sample_rows:
+        if run.train.sample_rows and stores.evaluated is not None:
             sampler = Sampler(
                 strategy,
                 tokenizer,
@@ -190,7 +189,6 @@ def work(
                 base_model=run.model.path or "",
                 dtype=policy.compute,
                 card=model_card(run, progress.step, progress.loss_last),
-                language_model=partial(language_model, run, config) if objective.separate_head else None,
             )
         if dist.is_initialized():
             dist.barrier()
@@ -219,56 +217,53 @@ def explained(builder: Builder, during: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stores:
-    train: Samples
+    train: Samples | Stream
     held_out: dict[str, Samples]
     """By source; a single one has no name ("")."""
-    evaluated: Store
-    """Where the held-out rows are."""
+    evaluated: Store | None
+    """Where the held-out rows are; none without any, in a stream."""
     manifests: dict[str, str]
 
 
 def open_stores(run: TrainRun, train_store: str, eval_store: str | None) -> Stores:
     """The samples to train on and those held out."""
-    store = Store.open(train_store)
-    rows, held_out_rows = split_sources(store, run.data.eval_fraction, run.train.seed)
-    rows = mixed_rows(
-        store,
-        rows,
-        strategy=run.data.mix,
-        weights=run.data.mix_weights,
-        temperature=run.data.mix_temperature,
-        epochs=run.data.mix_epochs,
-        seed=run.train.seed,
-    )
-    evaluated = store if eval_store is None else Store.open(eval_store)
+    packed = partial(Samples, max_length=run.data.max_length, packing=run.data.packing)
+    if run.data.streaming:
+        train = Stream(Path(train_store), window_rows=run.data.streaming_buffer_rows, samples=packed)
+        held_out, evaluated, manifests = {}, None, {"train": train.folder.name}
+    else:
+        store = evaluated = Store.open(train_store)
+        rows, held_out_rows = split_sources(store, run.data.eval_fraction, run.train.seed)
+        rows = mixed_rows(
+            store,
+            rows,
+            strategy=run.data.mix,
+            weights=run.data.mix_weights,
+            temperature=run.data.mix_temperature,
+            epochs=run.data.mix_epochs,
+            seed=run.train.seed,
+        )
+        train = packed(store, rows)
+        held_out = {name: packed(store, rows) for name, rows in held_out_rows.items()}
+        manifests = {"train": store.manifest_hash}
     if eval_store is not None:
+        evaluated = Store.open(eval_store)
         _, held_out_rows = split_sources(evaluated, 1.0, run.train.seed)
-    packing = {"max_length": run.data.max_length, "packing": run.data.packing}
-    train = Samples(store, rows, **packing)
-    held_out = {name: Samples(evaluated, rows, **packing) for name, rows in held_out_rows.items()}
+        held_out = {name: packed(evaluated, rows) for name, rows in held_out_rows.items()}
+        manifests["evaluation"] = evaluated.manifest_hash
     for what, samples in (("train", train), *((f"held-out {name}".strip(), samples) for name, samples in held_out.items())):
-        if not samples.targets.sum():
+        if isinstance(samples, Samples) and not samples.targets.sum():
             raise DataError(str(run.data.path), f"the {what} rows have no token to learn", "Check data.format and the answers.")
-    manifests = {"train": store.manifest_hash} | ({"evaluation": evaluated.manifest_hash} if eval_store is not None else {})
     return Stores(train, held_out, evaluated, manifests)
 
 
-def total_steps(run: TrainRun, steps_per_epoch: int) -> int:
+def total_steps(run: TrainRun, steps_per_epoch: int | None) -> int:
+    """steps_per_epoch is none in a stream, which begins again until train.max_steps."""
+    if steps_per_epoch is None:
+        assert run.train.max_steps is not None
+        return run.train.max_steps
     steps = run.train.epochs * steps_per_epoch
     return steps if run.train.max_steps is None else min(steps, run.train.max_steps)
-
-
-def language_model(run: TrainRun, config: PretrainedConfig) -> PreTrainedModel:
-    """What the run's model was made from, as a language model in host memory."""
-    return load_model(
-        config,
-        run.model.path,
-        weights=run.model.weights,
-        dtype=torch.float32,
-        seed=run.train.seed,
-        revision=run.model.revision,
-        trust_remote_code=run.model.trust_remote_code,
-    )
 
 
 def restore(checkpoints: Checkpoints, strategy: Strategy) -> Progress:

@@ -73,6 +73,18 @@ def test_a_mistake_that_only_a_worker_can_see_comes_back_as_it_is(plain: TrainRu
         api.train(run)
 
 
+def test_a_run_on_ray_trains_while_ray_tokenizes(plain: TrainRun, tmp_path: Path) -> None:
+    rows = Path(plain.data.path or "").read_text().splitlines(keepends=True)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(rows * 150))  # some MB, so several chunks
+    settings = ["data.streaming=true", "data.streaming_buffer_rows=500", "data.eval_fraction=0", "train.epochs=1"]
+    settings += ["train.max_steps=8", "checkpoint.every_steps=4"]
+    here, there = (tiny_run(str(path), str(tmp_path / name), tmp_path / f"{name}-run", *settings) for name in ("here", "there"))
+    api.train(here)
+    api.train(replace(there, resources=on_ray(there, tmp_path).resources))
+    assert_same_run(here, there)
+
+
 def test_more_workers_than_the_machine_has_are_refused_at_once(plain: TrainRun, tmp_path: Path) -> None:
     run = on_ray(plain, tmp_path, "resources.cpus_per_worker=64")
     with pytest.raises(ConfigError, match="CPUs that there are"):

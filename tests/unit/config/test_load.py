@@ -9,6 +9,7 @@ from raytune_llm.config import load
 from raytune_llm.config.load import to_yaml
 
 DATA = "data.path=rows.jsonl"
+STREAM = ["data.streaming=true", "train.max_steps=9", "checkpoint.every_steps=3"]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,12 @@ DATA = "data.path=rows.jsonl"
         ([DATA, "train.early_stopping=2"], "train.early_stopping needs held-out rows, got 2. Set data.eval_fraction"),
         ([DATA, "checkpoint.final=best"], "checkpoint.final needs held-out rows"),
         ([DATA, "data.eval_fraction=0.1", "data.eval_path=x"], "data.eval_fraction can't go with data.eval_path"),
+        ([DATA, "data.streaming=true"], "train.max_steps must be given where data.streaming=true"),
+        ([DATA, *STREAM, "train.epochs=2"], "train.epochs can't go with data.streaming=true"),
+        (
+            [DATA, *STREAM, "data.eval_fraction=0.1"],
+            "data.eval_fraction can't go with data.streaming=true, got 0.1. Set data.eval_path",
+        ),
         ([DATA, "data.eval_fraction=1.0"], "data.eval_fraction must be at least 0 and below 1"),
         ([DATA, "model=hub"], "model.path must name a folder or a hub id"),
         ([DATA, "model=tiny_random", "model.tokenizer=null"], "model.tokenizer must be given"),
