@@ -34,6 +34,20 @@ class Pretrain:
 
 
 @section
+class Reward:
+    """A reward model: it gives the chosen answer a higher score than the rejected one (Bradley-Terry)."""
+
+    name: Literal["reward"]
+    margin: NonNegativeFloat
+    """By how much it is to be higher."""
+    centering: NonNegativeFloat
+    """The weight of (chosen + rejected)^2, which keeps scores around 0."""
+    value_head: Literal["score", "v_head"]
+    """How it is saved. score: as transformers' sequence classification with one label. v_head: as a language model with
+    LLaMA-Factory's value_head.safetensors beside it."""
+
+
+@section
 class DPO:
     """Direct preference optimisation and its family: answers get likelier or less likely than under a reference."""
 
@@ -122,4 +136,4 @@ class KTO:
     reference: Reference
 
 
-StageConfig = Annotated[SFT | Pretrain | DPO | ORPO | SimPO | CPO | KTO, Field(discriminator="name")]
+StageConfig = Annotated[SFT | Pretrain | Reward | DPO | ORPO | SimPO | CPO | KTO, Field(discriminator="name")]

@@ -55,7 +55,8 @@ class CausalLM(nn.Module):
         with torch.autocast(batch.ids_BT.device.type, self.compute, enabled=self.compute != torch.float32):
             return self._forward(batch, token_function)
 
-    def _forward(self, batch: Batch, token_function: TokenFunction) -> Tensor:
+    def _hidden(self, batch: Batch) -> Tensor:
+        """The last hidden states [B, T, D]."""
         base = self.base
         cu_seqlens_S, max_seqlen = attention.fixed(batch.cu_seqlens_S, batch.max_seqlen)
         embedded_BTD = base.get_input_embeddings()(batch.ids_BT).to(self.compute)
@@ -65,7 +66,7 @@ class CausalLM(nn.Module):
         B, T = batch.ids_BT.shape
         masks = attention.block_masks(self.attention_backend, batch.cu_seqlens_S, B, T, window)
         with self._kept(embedded_BTD):
-            hidden_BTD = base.base_model(
+            return base.base_model(
                 inputs_embeds=embedded_BTD,
                 position_ids=batch.positions_BT,
                 cu_seqlens_S=cu_seqlens_S,
@@ -73,7 +74,10 @@ class CausalLM(nn.Module):
                 use_cache=False,
                 **masks,
             ).last_hidden_state
-        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.trained_N)
+
+    def _forward(self, batch: Batch, token_function: TokenFunction) -> Tensor:
+        base = self.base
+        hidden_ND = self._hidden(batch).flatten(0, 1).index_select(0, batch.trained_N)
         targets_N = batch.labels_BT.flatten().index_select(0, batch.trained_N)
         head, values = base.get_output_embeddings(), adjusted(token_function, *_logit_changes(base.config))
         if type(head) is nn.Linear and head.bias is None and head.weight.ndim == 2:

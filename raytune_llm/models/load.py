@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from raytune_llm import packaged
 from raytune_llm.errors import ConfigError
@@ -46,36 +54,53 @@ def load_model(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    scores: bool = False,
 ) -> PreTrainedModel:
     """Weights in `dtype` on `device`, read straight to it. Random weights are a function of the config, the seed and the kind of
-    device. On the meta device there are no weights."""
+    device. On the meta device there are no weights.
+
+    scores: with a head that gives a text one number, in place of the language model's. Where the folder has none, it is random.
+    """
     transformers.logging.disable_progress_bar()
+    auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    if scores:
+        config = _with_score_head(config)
     device = torch.device(device)
     if device.type == "meta":
         with device:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if weights == "random" and device.type == "cuda":
         with torch.random.fork_rng(devices=[device]), device:
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         return model.to(device=device, dtype=dtype)
     assert path is not None
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            packaged.resolve(path),
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return auto.from_pretrained(
+                packaged.resolve(path),
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
     except OSError as error:
         raise _unreachable(path, error) from None
-    return model
+
+
+def _with_score_head(config: PretrainedConfig) -> PretrainedConfig:
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        known = "llama, mistral, qwen2, qwen3, gemma3_text, phi3 among others"
+        raise ConfigError("model", f"must be of a family that transformers has with a score head: {known}", got=config.model_type)
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    return config
 
 
 def positions(config: PretrainedConfig) -> int | None:

@@ -19,6 +19,7 @@ from raytune_llm.models.adapters import adapt
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import load_config, load_model, positions
 from raytune_llm.models.quantization import quantize
+from raytune_llm.models.scorer import Scorer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -49,9 +50,11 @@ def build_policy(
     quantization: str = "none",
     compile_layers: bool = False,
     activation_checkpointing: str = "none",
+    scores: bool = False,
 ) -> tuple[CausalLM, str]:
     """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
     float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
+    scores: it is a Scorer.
     """
     runs_on = runs_on or device
     case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
@@ -66,16 +69,18 @@ def build_policy(
         device=device,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
+        scores=scores,
     )
     attention.attach(loaded, backend)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted = adapt(loaded, adapter)
+        adapted = adapt(loaded, adapter, scores=scores)
     quantize(layers(loaded), quantization)
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
     offloads = activation_checkpointing == "offload" and runs_on.type == "cuda"
-    policy = CausalLM(adapted, compute=compute, attention_backend=backend, compiled=compile_layers, offloads=offloads)
-    return policy, f"attention: {backend} ({reason})"
+    policy = Scorer if scores else CausalLM
+    made = policy(adapted, compute=compute, attention_backend=backend, compiled=compile_layers, offloads=offloads)
+    return made, f"attention: {backend} ({reason})"
 
 
 def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> PretrainedConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from raytune_llm.stages.kto import kto
 from raytune_llm.stages.objective import AnswerLogprobs, Coupling, Objective, Stage, StageLoss
 from raytune_llm.stages.preference import cpo, dpo, orpo, simpo
+from raytune_llm.stages.reward import pair_scores, reward
 from raytune_llm.stages.sft import pretrain, sft
 
 __all__ = ["STAGES", "AnswerLogprobs", "Coupling", "Objective", "Stage", "StageLoss"]
@@ -19,5 +20,6 @@ STAGES: dict[str, Stage] = {
     "orpo": Stage(rows="pairs", objective=orpo),
     "simpo": Stage(rows="pairs", objective=simpo),
     "cpo": Stage(rows="pairs", objective=cpo),
+    "reward": Stage(rows="pairs", objective=reward, scores=pair_scores),
     "kto": Stage(rows="labeled", objective=kto),
 }

@@ -42,6 +42,8 @@ class Objective:
     reference: AnswerLogprobs | None = None
     """What batch.reference_P2 holds when the loss sees the batch, if it is called with the reference model; none where the loss
     has no reference."""
+    separate_head: bool = False
+    """Where the model is a Scorer: it is saved as a language model, and its head beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,3 +52,5 @@ class Stage:
     """The kind of its store's rows, one of data.rows.KINDS."""
     objective: Callable[[Any], Objective]
     """From the stage's section of the config."""
+    scores: Callable[[nn.Module, Any], Tensor] | None = None
+    """(model, batch) -> [P, 2]: where the stage's model is a Scorer, what it gives to each pair's chosen and rejected answer."""

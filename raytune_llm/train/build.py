@@ -17,6 +17,7 @@ from raytune_llm.models.activations import compiles, lacks_for_compiling
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.policy import build_policy, compute_dtype
 from raytune_llm.packaged import cache_dir
+from raytune_llm.stages import STAGES
 from raytune_llm.train.flops import flops_per_token
 from raytune_llm.train.footprint import GIB, USABLE, Needs, estimate, least_recomputation, mends, needs_of
 from raytune_llm.train.optimizers import build_optimizer
@@ -68,6 +69,7 @@ class Builder:
             quantization=run.quantization.name,
             compile_layers=self.compiled,
             activation_checkpointing=checkpointing,
+            scores=STAGES[run.stage.name].scores is not None,
         )
         flops = flops_per_token(policy, self.config)
         strategy = spread(

@@ -17,7 +17,8 @@ def flops_per_token(policy: CausalLM, config: Any) -> float:
     """Products and sums of one training token, attention left out: 2 a weight forward, 2 for the gradient of its input, and 2 for
     its own where it is trained. So 4N for LoRA and 6N for full fine-tuning. Embeddings are looked up, not multiplied."""
     embedding = policy.base.get_input_embeddings().weight
-    head = policy.base.get_output_embeddings().weight
+    output = policy.base.get_output_embeddings()
+    head = None if output is None else output.weight
     total = 0.0
     for parameter in policy.parameters():
         if parameter.ndim < 2 or (parameter is embedding and head is not embedding):

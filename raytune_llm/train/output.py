@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.scorer import Scorer
 from raytune_llm.train import checkpoint
+from raytune_llm.train.score_head import mark_padding, save_with_separate_head, separate_head_of_adapter
 
 # What may differ between a run and its continuation: where and how it is computed, and what is told about it.
 # Data sources are compared by content (the stores' manifests), not by path.
@@ -96,8 +99,11 @@ def write_final(
     base_model: str,
     dtype: torch.dtype,
     card: str,
+    language_model: Callable[[], PreTrainedModel] | None = None,
 ) -> None:
     """An adapter that PEFT loads, or a model that transformers loads, with tokenizer, chat template and a card.
+
+    language_model: loads what a Scorer was made from, where its head is to lie in a file of its own beside a language model.
 
     `parameters` are the trained ones, whole, by the policy's names. `stop_ids` are the tokens that end the trained answers: the
     generation config names them, beside those that it named before. Written beside, then renamed.
@@ -111,16 +117,24 @@ def write_final(
             config.base_model_name_or_path = base_model
         # Embeddings are frozen here; PEFT would ask the hub whether they have grown.
         adapted.save_pretrained(beside, state_dict=own, save_embedding_layers=False)
+        if language_model is not None:
+            separate_head_of_adapter(beside)
     else:
         weights = {name: value.to(dtype) for name, value in own.items()}
-        policy.base.save_pretrained(beside, state_dict=weights)
+        if language_model is None:
+            policy.base.save_pretrained(beside, state_dict=weights)
+        else:
+            save_with_separate_head(beside, language_model().to(dtype), weights)  # type: ignore[arg-type]
         _say_dtype(beside / "config.json", dtype)
+    if isinstance(policy, Scorer):
+        mark_padding(beside, tokenizer, stop_ids)
+    else:
+        generation = policy.base.generation_config
+        known = generation.eos_token_id
+        known = known if isinstance(known, list) else [] if known is None else [known]
+        generation.eos_token_id = sorted({*known, *stop_ids})
+        generation.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
-    generation = policy.base.generation_config
-    known = generation.eos_token_id
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    generation.eos_token_id = sorted({*known, *stop_ids})
-    generation.save_pretrained(beside)
     (beside / "README.md").write_text(card)
     old = folder.with_name(f".{folder.name}-old")
     shutil.rmtree(old, ignore_errors=True)

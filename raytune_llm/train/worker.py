@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PretrainedConfig, PreTrainedModel
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import Loader, Samples, split_sources
@@ -21,6 +22,7 @@ from raytune_llm.data.store import Store
 from raytune_llm.data.streaming import Stream
 from raytune_llm.data.tokenizer import run_tokenizer, stop_ids
 from raytune_llm.errors import DataError
+from raytune_llm.models.load import load_model
 from raytune_llm.models.policy import run_config
 from raytune_llm.stages import STAGES
 from raytune_llm.train import loop
@@ -189,6 +191,7 @@ def work(
                 base_model=run.model.path or "",
                 dtype=policy.compute,
                 card=model_card(run, progress.step, progress.loss_last),
+                language_model=partial(language_model, run, config) if objective.separate_head else None,
             )
         if dist.is_initialized():
             dist.barrier()
@@ -264,6 +267,19 @@ def total_steps(run: TrainRun, steps_per_epoch: int | None) -> int:
         return run.train.max_steps
     steps = run.train.epochs * steps_per_epoch
     return steps if run.train.max_steps is None else min(steps, run.train.max_steps)
+
+
+def language_model(run: TrainRun, config: PretrainedConfig) -> PreTrainedModel:
+    """What the run's model was made from, as a language model in host memory."""
+    return load_model(
+        config,
+        run.model.path,
+        weights=run.model.weights,
+        dtype=torch.float32,
+        seed=run.train.seed,
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+    )
 
 
 def restore(checkpoints: Checkpoints, strategy: Strategy) -> Progress:

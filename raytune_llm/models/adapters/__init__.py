@@ -14,7 +14,10 @@ from raytune_llm.models.adapters.lora import add_lora
 ADAPTERS: dict[str, Callable[..., nn.Module]] = {"none": train_everything, "lora": add_lora}
 
 
-def adapt(model: PreTrainedModel, adapter: AdapterConfig) -> nn.Module:
-    """The model with its trainable part marked. Adapter weights start in float32; A is drawn from torch's generator."""
+def adapt(model: PreTrainedModel, adapter: AdapterConfig, *, scores: bool = False) -> nn.Module:
+    """The model with its trainable part marked. Adapter weights start in float32; A is drawn from torch's generator.
+
+    scores: the model has a score head, which is trained whole beside the adapter and saved with it.
+    """
     settings = {name: getattr(adapter, name) for name in adapter.__dataclass_fields__ if name != "name"}
-    return ADAPTERS[adapter.name](model, **settings)
+    return ADAPTERS[adapter.name](model, scores=scores, **settings)

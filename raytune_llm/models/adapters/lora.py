@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,20 +13,32 @@ from raytune_llm.models.adapters.grouped import group
 
 
 def add_lora(
-    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: str | list[str], path: str | None
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: str | list[str],
+    path: str | None,
+    scores: bool = False,
 ) -> nn.Module:
     """LoRA (Hu et al. 2021) on the target layers of a frozen model, new or going on from a saved adapter."""
+    task_type = "SEQ_CLS" if scores else "CAUSAL_LM"
     if path is not None:
         if not (Path(path) / "adapter_config.json").is_file():
             raise ConfigError("adapter.path", "must be a folder with adapter_config.json", got=path)
-        adapted = PeftModel.from_pretrained(model, path, is_trainable=True, autocast_adapter_dtype=True)
+        saved = PeftConfig.from_pretrained(path)
+        saved.task_type = task_type
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # a score head that the adapter did not have
+            adapted = PeftModel.from_pretrained(model, path, config=saved, is_trainable=True, autocast_adapter_dtype=True)
     else:
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]
             lora_dropout=dropout,
             target_modules=targets,
-            task_type="CAUSAL_LM",
+            task_type=task_type,  # type: ignore[arg-type]
         )
         try:
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -37,4 +50,7 @@ def add_lora(
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # autocast casts what it needs to; a copy in float32 would be for nothing
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # PEFT does it to the adapter, but not to a score head
     return group(adapted)

@@ -1,0 +1,25 @@
+"""A reward model as its stage sees it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.records import Batch
+
+
+class Scorer(CausalLM):
+    """A language model whose head gives a document one number, at its last token."""
+
+    def forward(self, batch: Batch) -> Tensor:  # type: ignore[override]
+        """[S - 1]: the score of every document, padding among them."""
+        device = batch.ids_BT.device.type
+        with torch.autocast(device, self.compute, enabled=self.compute != torch.float32):
+            hidden_BTD = self._hidden(batch)
+        last_M = batch.cu_seqlens_S[1:].long() - 1
+        hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, last_M)
+        head = self.base.score
+        with torch.autocast(device, enabled=False):
+            weight = next(parameter for parameter in head.parameters() if parameter.requires_grad)
+            return head(hidden_MD.to(weight.dtype)).float().squeeze(-1)

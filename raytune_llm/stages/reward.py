@@ -1,0 +1,37 @@
+"""Reward models: scores of answers, learned from pairs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from raytune_llm.config.stage import Reward
+from raytune_llm.losses.reward import bradley_terry, centering, reward_metrics
+from raytune_llm.records import LossOut, PairBatch
+from raytune_llm.stages.objective import Objective
+
+SEPARATE_HEAD = {"score": False, "v_head": True}
+"""By how the value head is saved."""
+
+
+def reward(section: Reward) -> Objective:
+    return Objective(
+        loss=partial(_loss, margin=section.margin, centering_weight=section.centering),
+        separate_head=SEPARATE_HEAD[section.value_head],
+    )
+
+
+def pair_scores(model: nn.Module, batch: PairBatch) -> Tensor:
+    """[P, 2]: the scores of the chosen and of the rejected answer, each at its last token."""
+    scores_M = model(batch)
+    return torch.stack([scores_M[batch.chosen_P], scores_M[batch.rejected_P]], dim=1)
+
+
+def _loss(model: nn.Module, batch: PairBatch, *, margin: float, centering_weight: float) -> LossOut:
+    chosen_P, rejected_P = pair_scores(model, batch).unbind(1)
+    loss_P = bradley_terry(chosen_P, rejected_P, torch.full_like(chosen_P, margin))
+    if centering_weight:
+        loss_P = loss_P + centering_weight * centering(chosen_P, rejected_P)
+    return LossOut(total=loss_P.sum(), count=len(loss_P), metrics=reward_metrics(chosen_P, rejected_P))

@@ -1,0 +1,55 @@
+"""Files of a reward model: what of them differs from a language model's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SEPARATE = "value_head.safetensors"
+"""LLaMA-Factory's file: the linear layer v_head.summary over the last hidden state, with a bias."""
+
+
+def mark_padding(folder: Path, tokenizer: Any, stop_ids: Sequence[int]) -> None:
+    """Let the padding token be one that ends no answer: transformers scores a text at its last token that is not padding."""
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    fitting = [id for id in candidates if id is not None and id not in stop_ids]
+    if not fitting:
+        return
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fitting[0])
+    config = folder / "config.json"
+    if config.exists():
+        values = json.loads(config.read_text())
+        config.write_text(json.dumps({**values, "pad_token_id": fitting[0]}, indent=2, sort_keys=True) + "\n")
+
+
+def separate_head_of_adapter(folder: Path) -> None:
+    """The adapter as a language model's, and its score head in a file of its own."""
+    weights = load_file(folder / ADAPTER)
+    head = {name: weights.pop(name) for name in list(weights) if name.endswith("score.weight")}
+    save_file(weights, folder / ADAPTER, metadata={"format": "pt"})
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config |= {"task_type": "CAUSAL_LM", "modules_to_save": None}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _save_head(folder, *head.values())
+
+
+def save_with_separate_head(folder: Path, language_model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """A language model with these weights, and the score head among them in a file of its own."""
+    weights = dict(weights)
+    head = weights.pop("score.weight")
+    language_model.load_state_dict(weights, strict=False)
+    language_model.save_pretrained(folder)
+    _save_head(folder, head)
+
+
+def _save_head(folder: Path, weight_1D: Tensor) -> None:
+    head = {"v_head.summary.weight": weight_1D.float().contiguous(), "v_head.summary.bias": torch.zeros(1)}
+    save_file(head, folder / SEPARATE, metadata={"format": "pt"})
