@@ -11,16 +11,13 @@ import os
 import platform
 import shutil
 import subprocess
-import threading
 import tomllib
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from packaging.requirements import Requirement
 
+from raytune_llm.hub import HubState, ask_hub
 from raytune_llm.packaged import PACKAGED, cache_dir
 
 DISTRIBUTION = "raytune-llm"
@@ -32,7 +29,6 @@ FEATURES = {
     "trackio": "tracking=trackio",
 }
 """Optional package -> the settings that need it."""
-HUB_TIMEOUT_S = 2.0
 LITTLE_DISK = 5 * 2**30
 """Bytes: less than a small model and its token store may need."""
 BF16_CAPABILITY = (8, 0)
@@ -79,9 +75,6 @@ class Finding:
     stops_training: bool = False
 
 
-HubState = Literal["reached", "not reached", "offline"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
     python: str
@@ -110,7 +103,7 @@ class Doctor:
 def doctor() -> Doctor:
     packages = tuple(_package(requirement) for requirement in _requirements())
     gpus, attention, broken = _devices()
-    hub, hub_state = _hub()
+    address, hub_state = ask_hub()
     cache, free_disk = _disk(cache_dir())
     packaged_models = tuple(model for model, (_, distribution, _) in PACKAGED.items() if _installed(distribution) is not None)
     findings = [
@@ -118,7 +111,7 @@ def doctor() -> Doctor:
         *_package_findings(packages),
         *_gpu_findings(gpus),
         *_place_findings(cache, free_disk),
-        *_model_findings(hub, hub_state, packaged_models),
+        *_model_findings(address, hub_state, packaged_models),
     ]
     return Doctor(
         python=platform.python_version(),
@@ -130,7 +123,7 @@ def doctor() -> Doctor:
         attention=attention,
         cache=cache,
         free_disk=free_disk,
-        hub=hub,
+        hub=address,
         hub_state=hub_state,
         packaged_models=packaged_models,
         findings=tuple(findings),
@@ -281,38 +274,10 @@ def _place_findings(cache: Path, free_disk: int) -> list[Finding]:
     return findings
 
 
-def _hub() -> tuple[str, HubState]:
-    """The model hub's address and whether it answers."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return constants.ENDPOINT, "offline"
-    return constants.ENDPOINT, "reached" if _answers(constants.ENDPOINT) else "not reached"
-
-
-def _answers(url: str) -> bool:
-    """Whether anything answers in time. In a thread, since looking up a name has no timeout of its own."""
-    answered = threading.Event()
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
-        except urllib.error.HTTPError:
-            pass  # an answer all the same
-        except (OSError, ValueError):
-            return
-        answered.set()
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_S)
-    return answered.is_set()
-
-
-def _model_findings(hub: str, hub_state: HubState, packaged_models: tuple[str, ...]) -> list[Finding]:
+def _model_findings(address: str, hub_state: HubState, packaged_models: tuple[str, ...]) -> list[Finding]:
     findings = []
     if hub_state != "reached":
-        what = f"the hub {hub} does not answer" if hub_state == "not reached" else "HF_HUB_OFFLINE is set"
+        what = f"the hub {address} does not answer" if hub_state == "not reached" else "HF_HUB_OFFLINE is set"
         remedy = "Set model.path to a local folder (HF_ENDPOINT names a mirror)."
         findings.append(Finding(what=what, costs="models and data sets that are not on this machine", remedy=remedy))
     for model, (_, distribution, _) in PACKAGED.items():

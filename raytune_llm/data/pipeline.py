@@ -263,7 +263,7 @@ def _prepare_one(one: Declared, kitchen: Kitchen, job: Job, made: list[Timed]) -
             markers = {} if template is None else {"thought": template.thought, "call_words": template.tool_call_words}
             recipe = Recipe(
                 kind=kitchen.kind,
-                convert=converter(one.format, Reading(media_dir=one.media_dir, **markers)),
+                convert=converter(one.format, Reading(media_dir=one.media_dir, untyped=source.kind == "csv", **markers)),
                 renderer=kitchen.renderer,
                 tokenize=BlockTokenizer(kitchen.tokenizer),
                 targets=kitchen.targets,
@@ -280,7 +280,7 @@ def _prepare_one(one: Declared, kitchen: Kitchen, job: Job, made: list[Timed]) -
 
 
 def _source(one: Declared) -> sources.Source:
-    return sources.find(one.path, subset=one.subset, split=one.split)
+    return sources.find(one.path, subset=one.subset, split=one.split, folder=one.folder)
 
 
 def _cache(data: DataConfig) -> Path:

@@ -25,6 +25,8 @@ from raytune_llm.records import Record
 
 BLOCK_ROWS = 512
 """Rows that are tokenized by one call into Rust."""
+MAX_ROW_CHARS = 1 << 25
+"""More is a broken file, not a document: eight million tokens, which would take gigabytes to make."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,10 @@ def made_rows(block: list[NumberedRow], recipe: Recipe) -> Iterator[tuple[int, S
             if isinstance(row, BadRow):
                 raise row
             record = recipe.convert(row)
-            usable.append((number, record, kind.render(record, recipe.renderer, recipe.targets)))
+            rendered = kind.render(record, recipe.renderer, recipe.targets)
+            if (num_chars := sum(len(part.text) for part in rendered)) > MAX_ROW_CHARS:
+                raise BadRow(f"the row is longer than {MAX_ROW_CHARS:,} characters", f"{num_chars:,}")
+            usable.append((number, record, rendered))
         except (BadRow, RefusedRow) as bad:
             yield number, bad
     tokens = iter(recipe.tokenize([text for _, _, rendered in usable for text in rendered]))

@@ -15,9 +15,9 @@ import io
 import json
 import os
 import re
-from codecs import BOM_UTF8, getincrementaldecoder
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -27,12 +27,15 @@ import numpy as np
 
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.errors import DataError
+from raytune_llm.hub import ask_hub
 
 MIN_CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 64 << 20
 NUM_CHUNKS = 64
 """Aimed at, between those bounds."""
 READ_BYTES = 1 << 20
+MAX_ROW_CHARS = 1 << 27
+"""Of a JSON array's element and of a csv field: where the end is missing, the rest of the file is not read to the last byte."""
 NumberedRow = tuple[int, Any]
 """The row's number and its columns by name, or the BadRow that says why there are none."""
 
@@ -45,11 +48,13 @@ class Source:
     files: tuple[str, ...]
     subset: str | None = None
     split: str | None = None
+    folder: str | None = None
+    """Of a hub data set, where its files lie in one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Part of one file, from `start` to `end`: bytes for text files, rows for parquet and hub data sets."""
+    """Part of one file, from `start` to `end`: bytes for text files, rows for parquet, arrow and hub data sets."""
 
     kind: str
     file: str
@@ -61,6 +66,7 @@ class Chunk:
     """Of a csv file, whose header stands in its first chunk only."""
     subset: str | None = None
     split: str | None = None
+    folder: str | None = None
     picks: tuple[int, ...] | None = None
     """Which of its rows are meant, counted from 0 and ascending; one that is there twice comes twice. None: all."""
 
@@ -69,7 +75,7 @@ class Chunk:
         return self.num_rows if self.picks is None else len(self.picks)
 
 
-def find(path: str, *, subset: str | None = None, split: str = "train") -> Source:
+def find(path: str, *, subset: str | None = None, split: str = "train", folder: str | None = None) -> Source:
     """What `data.path` names: a file, a folder of files of one type (sorted by name), or a hub data set id."""
     here = Path(path).expanduser()
     if here.is_file():
@@ -84,7 +90,7 @@ def find(path: str, *, subset: str | None = None, split: str = "train") -> Sourc
         return Source(_kind(files[0]), tuple(map(str, files)))
     if here.suffix.lower() in KIND_OF_SUFFIX or path.startswith(("/", "~", ".")) or not _HUB_ID.fullmatch(path):
         raise _missing(path, here)
-    return Source("hub", (path,), subset, split)
+    return Source("hub", (path,), subset, split, folder)
 
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -94,8 +100,14 @@ KIND_OF_SUFFIX = {
     ".ndjson": "lines",
     ".csv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".txt": "text",
 }
+
+
+TEXTS = ("json", "lines", "csv", "text")
+PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ\x00": "xz"}
+"""What a packed file starts with, whatever its name."""
 
 
 def _types() -> str:
@@ -103,18 +115,24 @@ def _types() -> str:
 
 
 def _kind(file: Path) -> str:
+    start = _first_bytes(file)
+    if packed := next((name for magic, name in PACKED.items() if start.startswith(magic)), None):
+        raise DataError(str(file), f"is packed ({packed})", "Unpack it first.")
     kind = KIND_OF_SUFFIX.get(file.suffix.lower())
     if kind is None:
-        remedy = "Unpack it first." if file.suffix in (".gz", ".zip", ".zst", ".bz2", ".xz") else "Convert it."
-        raise DataError(str(file), f"has a type that is not read ({file.suffix or 'no suffix'}); there are {_types()}", remedy)
-    if kind == "json" and _first_character(file) == "{":
-        return "lines"  # one object a line under the wrong suffix
-    return kind
+        raise DataError(
+            str(file), f"has a type that is not read ({file.suffix or 'no suffix'}); there are {_types()}", "Convert it."
+        )
+    if kind in TEXTS and start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        raise DataError(str(file), "is UTF-16", "Save it as UTF-8.")
+    first = start.removeprefix(BOM_UTF8).lstrip()[:1]
+    # One object a line, or an array, under the other's suffix.
+    return "lines" if kind == "json" and first == b"{" else "json" if kind == "lines" and first == b"[" else kind
 
 
-def _first_character(file: Path) -> str:
+def _first_bytes(file: Path) -> bytes:
     with file.open("rb") as stream:
-        return stream.read(4096).removeprefix(BOM_UTF8).lstrip()[:1].decode("latin-1")
+        return stream.read(4096)
 
 
 def _missing(path: str, here: Path) -> DataError:
@@ -132,9 +150,8 @@ def fingerprint(source: Source) -> str:
     """A hash of the contents: of the files' bytes in order, whatever their names, or of a hub data set's revision."""
     digest = hashlib.sha256(source.kind.encode())
     if source.kind == "hub":
-        name = source.files[0]
         digest.update(
-            f"{name} {source.subset} {source.split} {_hub_rows(name, source.subset, source.split)._fingerprint}".encode()
+            f"{source.files[0]} {source.subset} {source.split} {_hub_rows(source.files[0], source)._fingerprint}".encode()
         )
         return digest.hexdigest()
     for file in source.files:
@@ -321,6 +338,9 @@ class _JsonArray:
             try:
                 value, head = self.decode_json(self.buffer, self.head)
             except json.JSONDecodeError as error:
+                if len(self.buffer) - self.head > MAX_ROW_CHARS:
+                    problem = f"has no end within {MAX_ROW_CHARS:,} characters"
+                    raise DataError(f"{self.file}, row {self.row}", problem, "Mend the file, or save it as jsonl.") from None
                 cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
                 if cut_off and self._grow():
                     continue
@@ -391,12 +411,14 @@ def _plan_csv(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
             passed += len(line)
             yield line.decode()
 
+    csv.field_size_limit(MAX_ROW_CHARS)  # Python's own limit is less than a long document
     with open(file, "rb") as stream:
         passed = _skip_bom(stream)
         rows = csv.reader(lines(stream), strict=True)
         first_row, num_rows = 1, 0
         try:
             columns = tuple(next(rows, ()))
+            _check_names(file, columns)
             start = passed
             for row in rows:
                 num_rows += bool(row)
@@ -412,6 +434,7 @@ def _plan_csv(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
 
 
 def _read_csv(chunk: Chunk) -> Iterator[NumberedRow]:
+    csv.field_size_limit(MAX_ROW_CHARS)  # Python's own limit is less than a long document
     with open(chunk.file, "rb") as stream:
         stream.seek(chunk.start)
         text = stream.read(chunk.end - chunk.start).decode()
@@ -423,7 +446,7 @@ def _read_csv(chunk: Chunk) -> Iterator[NumberedRow]:
             yield number, BadRow("the row has another number of fields than the header", f"{len(row)}, not {len(chunk.columns)}")
 
 
-# parquet --------------------------------------------------------------------------------------------------------------
+# parquet and arrow ----------------------------------------------------------------------------------------------------
 
 
 def _plan_parquet(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
@@ -433,8 +456,13 @@ def _plan_parquet(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk
     try:
         with ParquetFile(file) as parquet:
             num_rows = parquet.metadata.num_rows
+            _check_names(file, parquet.schema_arrow.names)
     except ArrowInvalid as error:
         raise DataError(file, f"is not a parquet file ({error})", "Write it again.") from None
+    yield from _chunks_of_rows(source, file, num_rows, chunk_bytes)
+
+
+def _chunks_of_rows(source: Source, file: str, num_rows: int, chunk_bytes: int) -> Iterator[Chunk]:
     rows_per_chunk = max(1, num_rows * chunk_bytes // os.path.getsize(file))
     for start in range(0, num_rows, rows_per_chunk):
         end = min(start + rows_per_chunk, num_rows)
@@ -450,12 +478,58 @@ def _read_parquet(chunk: Chunk) -> Iterator[NumberedRow]:
             group_rows = parquet.metadata.row_group(group).num_rows
             if passed + group_rows > chunk.start and passed < chunk.end:
                 for batch in parquet.iter_batches(batch_size=1024, row_groups=[group]):
-                    first, last = max(chunk.start - passed, 0), min(chunk.end - passed, batch.num_rows)
-                    if first < last:
-                        yield from enumerate(batch.slice(first, last - first).to_pylist(), passed + first + 1)
+                    yield from _rows_of_batch(batch, passed, chunk)
                     passed += batch.num_rows
             else:
                 passed += group_rows
+
+
+def _rows_of_batch(batch: Any, passed: int, chunk: Chunk) -> Iterator[NumberedRow]:
+    """The chunk's rows in a record batch that comes after so many rows."""
+    first, last = max(chunk.start - passed, 0), min(chunk.end - passed, batch.num_rows)
+    if first < last:
+        yield from enumerate(batch.slice(first, last - first).to_pylist(), passed + first + 1)
+
+
+def _plan_arrow(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
+    from pyarrow import ArrowInvalid
+
+    try:
+        num_rows = sum(batch.num_rows for batch in _arrow_batches(file, check=True))
+    except (ArrowInvalid, OSError) as error:
+        raise DataError(file, f"is not an arrow file ({error})", "Write it again.") from None
+    yield from _chunks_of_rows(source, file, num_rows, chunk_bytes)
+
+
+def _read_arrow(chunk: Chunk) -> Iterator[NumberedRow]:
+    passed = 0
+    for batch in _arrow_batches(chunk.file):
+        yield from _rows_of_batch(batch, passed, chunk)
+        passed += batch.num_rows
+
+
+def _arrow_batches(file: str, *, check: bool = False) -> Iterator[Any]:
+    """Record batches of either form that Arrow has for disks and pipes; `datasets` writes the latter. Memory-mapped."""
+    import pyarrow as pa
+
+    with pa.memory_map(file) as mapped:
+        if mapped.read(6) == b"ARROW1":
+            with pa.ipc.open_file(mapped) as reader:
+                if check:
+                    _check_names(file, reader.schema.names)
+                yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+            return
+        mapped.seek(0)
+        with pa.ipc.open_stream(mapped) as reader:
+            if check:
+                _check_names(file, reader.schema.names)
+            yield from reader
+
+
+def _check_names(file: str, columns: Sequence[str]) -> None:
+    twice = sorted(name for name, count in Counter(columns).items() if count > 1)
+    if twice:
+        raise DataError(file, f"names the column {twice[0]!r} twice", "Rename one of the two.")
 
 
 # Hub data sets --------------------------------------------------------------------------------------------------------
@@ -463,12 +537,21 @@ def _read_parquet(chunk: Chunk) -> Iterator[NumberedRow]:
 HUB_CHUNK_BYTES = 16 << 20
 
 
-def _hub_rows(name: str, subset: str | None, split: str | None) -> Any:
+def _hub_rows(name: str, part: Source | Chunk) -> Any:
+    """The whole data set that the part belongs to."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    address, state = ask_hub()
+    if state == "not reached":
+        raise DataError(
+            name,
+            f"there is no such file or folder, and no hub answers at {address}",
+            "Check data.path, or set HF_ENDPOINT to a hub that this machine reaches; with HF_HUB_OFFLINE=1 what was fetched "
+            "before is taken.",
+        )
     try:
-        return load_dataset(name, subset, split=split)
+        return load_dataset(name, part.subset, split=part.split, data_dir=part.folder)
     except (OSError, ValueError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise DataError(
@@ -479,15 +562,16 @@ def _hub_rows(name: str, subset: str | None, split: str | None) -> Any:
 
 
 def _plan_hub(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
-    rows = _hub_rows(file, source.subset, source.split)
+    rows = _hub_rows(file, source)
     rows_per_chunk = max(1, len(rows) * HUB_CHUNK_BYTES // max(rows.data.nbytes, 1))
     for start in range(0, len(rows), rows_per_chunk):
         end = min(start + rows_per_chunk, len(rows))
-        yield Chunk(source.kind, file, start, end, start + 1, end - start, subset=source.subset, split=source.split)
+        chunk = Chunk(source.kind, file, start, end, start + 1, end - start)
+        yield replace(chunk, subset=source.subset, split=source.split, folder=source.folder)
 
 
 def _read_hub(chunk: Chunk) -> Iterator[NumberedRow]:
-    rows = _hub_rows(chunk.file, chunk.subset, chunk.split)
+    rows = _hub_rows(chunk.file, chunk)
     for number in range(chunk.start, chunk.end):
         yield number + 1, rows[number]
 
@@ -508,6 +592,7 @@ PLANNERS = {
     "text": _plan_lines,
     "csv": _plan_csv,
     "parquet": _plan_parquet,
+    "arrow": _plan_arrow,
     "hub": _plan_hub,
 }
 READERS = {
@@ -516,5 +601,6 @@ READERS = {
     "text": _read_text_lines,
     "csv": _read_csv,
     "parquet": _read_parquet,
+    "arrow": _read_arrow,
     "hub": _read_hub,
 }

@@ -33,12 +33,26 @@ def write_parquet(path):
     pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=37)
 
 
+def write_arrow_file(path):
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=37)
+
+
+def write_arrow_stream(path):
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=37)
+
+
 WRITERS = {
     "rows.json": write_json,
     "rows.jsonl": write_json_lines,
     "lines.json": write_json_lines,
     "rows.csv": write_csv,
     "rows.parquet": write_parquet,
+    "rows.arrow": write_arrow_file,
+    "stream.arrow": write_arrow_stream,
 }
 
 
