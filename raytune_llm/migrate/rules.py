@@ -124,7 +124,7 @@ def adapter(
     }
 
 
-STAGES: Mapping[str, str] = {"sft": "sft", "pt": "pretrain", "kto": "kto"}
+STAGES: Mapping[str, str] = {"sft": "sft", "pt": "pretrain", "rm": "reward", "kto": "kto"}
 PAIR_STAGES: Mapping[str, str] = {"sigmoid": "dpo", "hinge": "dpo", "ipo": "dpo", "orpo": "orpo", "simpo": "simpo"}
 """What stage=dpo is, by its pref_loss."""
 
@@ -264,6 +264,16 @@ def packing(stage: str, packing: bool | None, neat_packing: bool) -> Settings:
     return {"data.packing": bool(packing or neat_packing or (packing is None and stage == "pt"))}
 
 
+def streaming(streaming: bool, buffer_size: int, dataset: str | Sequence[str] | None, max_steps: int) -> Settings:
+    if not streaming:
+        return {"data.streaming": False}
+    if max_steps <= 0:
+        raise Refusal("needs max_steps", "streaming")
+    if dataset is not None and len(_listed(dataset)) > 1:
+        raise Refusal("several data sets can't be streamed; without streaming they are tokenized once, by all cores", "streaming")
+    return {"data.streaming": True, "data.streaming_buffer_rows": buffer_size}
+
+
 def template(
     stage: str,
     template: str | None,
@@ -300,10 +310,10 @@ def batch_sizes(
     }
 
 
-def epochs(num_train_epochs: float, max_steps: int) -> Settings:
+def epochs(num_train_epochs: float, max_steps: int, streaming: bool) -> Settings:
     if max_steps > 0:
-        # There, max_steps alone says how long a run is. An epoch has a step or more.
-        return {"train.epochs": max_steps, "train.max_steps": max_steps}
+        # There, max_steps alone says how long a run is. An epoch has a step or more; a stream has no epochs.
+        return {"train.epochs": 1 if streaming else max_steps, "train.max_steps": max_steps}
     if num_train_epochs < 1 or num_train_epochs != int(num_train_epochs):
         raise Refusal("parts of an epoch are not trained; say max_steps", "num_train_epochs")
     return {"train.epochs": int(num_train_epochs), "train.max_steps": None}

@@ -47,9 +47,14 @@ CONVERTED = {
     ),
     "lora/orpo": ({**PAIRS, "pref_loss": "orpo"}, {"stage.name": "orpo", "stage.beta": 0.1}),
     "lora/simpo": ({**PAIRS, "pref_loss": "simpo", "simpo_gamma": 0.7}, {"stage.name": "simpo", "stage.gamma": 0.7}),
+    "lora/reward": ({**LORA, "stage": "rm", "dataset": "dpo_en_demo"}, {"stage.name": "reward", "data.packing": False}),
     "lora/kto": (
         {**LORA, "stage": "kto", "dataset": "kto_en_demo", "pref_beta": 0.1, "kto_rejected_weight": 1.2},
         {"stage.name": "kto", "stage.beta": 0.1, "stage.desirable_weight": 1.0, "stage.undesirable_weight": 1.2},
+    ),
+    "lora/streaming": (
+        {**LORA, "dataset": "identity", "streaming": True, "max_steps": 100, "buffer_size": 64, "max_samples": None},
+        {"data.streaming": True, "data.streaming_buffer_rows": 64, "train.max_steps": 100, "train.epochs": 1},
     ),
     "qlora/otfq": (
         {**LORA, "quantization_bit": 4, "quantization_method": "bnb", "double_quantization": True},

@@ -211,7 +211,8 @@ def test_arguments_become_settings(arguments, settings):
         ({"fsdp": "hybrid_shard"}, "fsdp"),
         ({"dataset": None}, "dataset"),
         ({"dataset_dir": "ONLINE", "dataset": "a,b"}, "dataset"),
-        ({"streaming": True, "max_steps": 10}, "streaming"),
+        ({"streaming": True}, "streaming"),
+        ({"streaming": True, "max_steps": 10, "dataset": "a,b"}, "streaming"),
         ({"metric_for_best_model": "rouge", "load_best_model_at_end": True}, "metric_for_best_model"),
     ],
 )
