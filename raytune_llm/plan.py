@@ -22,7 +22,7 @@ from raytune_llm.models.memory import Memory, Parameters, count_parameters
 from raytune_llm.models.policy import run_config
 from raytune_llm.stages import STAGES
 from raytune_llm.train.footprint import GIB, USABLE, Mend, estimate, least_recomputation, mends, needs_of
-from raytune_llm.train.worker import open_stores, total_steps
+from raytune_llm.train.worker import open_stores, shares_prompts, total_steps
 
 GPU_CLASSES = (24 * GIB, 40 * GIB, 80 * GIB)
 """Bytes of usual GPUs, to compare with where there is none."""
@@ -107,7 +107,7 @@ def plan(run: TrainRun) -> Plan:
         world_size=world_size,
         accumulation=accumulation,
         parameters=count_parameters(config, run.adapter, trust_remote_code=run.model.trust_remote_code),
-        data=_data(run),
+        data=_data(run, config),
         verdicts=tuple(_verdict(run, config, device, world_size) for device in devices),
     )
 
@@ -163,13 +163,14 @@ def _accumulation(run: TrainRun, world_size: int) -> int:
     return run.train.global_batch_size // together
 
 
-def _data(run: TrainRun) -> Data | None:
+def _data(run: TrainRun, config: PretrainedConfig) -> Data | None:
     if run.data.streaming:
         return None
     store, eval_store = find_stores(run.model, run.data, kind=STAGES[run.stage.name].rows)
     if store is None or (eval_store is None and (run.data.eval_path or run.data.eval_names)):
         return None
-    stores = open_stores(run, str(store), None if eval_store is None else str(eval_store))
+    shares = shares_prompts(run, Store.open(store).kind, config)
+    stores = open_stores(run, str(store), None if eval_store is None else str(eval_store), share_prompts=shares)
     samples = stores.train
     assert isinstance(samples, Samples)
     trained_rows, _ = split_sources(Store.open(store), run.data.eval_fraction, run.train.seed)

@@ -10,6 +10,7 @@ Tensor shape suffixes, used in names all over the package:
     S  boundaries: the documents of a batch plus one
     P  pairs, or labelled rows
     M  documents, one sequence each
+    X  documents that go on from the beginning of another
     A  all rows of a global batch
     J, K  values of a row
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 Role = Literal["system", "user", "assistant", "tool"]
 IGNORE = -100
-"""The label of a position whose next token is not trained."""
+"""The label of a token that is not trained, where labels are written out as other programs have them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,28 +124,49 @@ class PromptRow:
     answer_ids: Ids
 
 
+class Prefixes(NamedTuple):
+    """Documents that go on from the beginning of another one: they see its first tokens as if they were their own.
+
+    So what several answers share is computed once, and none of them sees another. Positions are flat, b * T + t.
+    """
+
+    queries_Q: Tensor
+    """int64: positions of these documents' own tokens, one document after another."""
+    keys_K: Tensor
+    """int64: positions of the tokens that they go on from, in the same order."""
+    cu_queries_X: Tensor
+    """int32: where each document begins in queries_Q, and the end."""
+    cu_keys_X: Tensor
+    max_queries: int
+    """Of the longest document."""
+    max_keys: int
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward pass sees. Attention never crosses a document's boundary.
+    """What one forward pass sees. Attention never crosses a document's boundary, but for what it goes on from.
 
-    labels_BT[b, t] is the token that position t is to predict (shifted already, so no label crosses a boundary), or IGNORE.
-    trained_N holds the flat positions b * T + t whose label is not IGNORE: known on the CPU side, so no step waits for a device.
+    trained_N holds the flat positions b * T + t that are to predict the tokens targets_N (the next ones, so no target lies across
+    a boundary), document by document; known on the CPU side, so no step waits for a device. A position that several documents go
+    on from is there for each of them.
     cu_seqlens_S are the boundaries of the documents in the flattened batch (int32, from 0 to B * T; padding is a document too).
     sample_ids name the samples (packs or rows, by their number in the train split) that are in it.
     """
 
     ids_BT: Tensor
-    labels_BT: Tensor
     positions_BT: Tensor
     trained_N: Tensor
+    targets_N: Tensor
     cu_seqlens_S: Tensor
     max_seqlen: int
+    prefixes: Prefixes | None = None
     sample_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairBatch(Batch):
-    """A batch of pairs: each side is a document with a copy of the request, of which the answer is trained.
+    """A batch of pairs: each side is a document, of which the answer is trained: both with a copy of the request, or the rejected
+    side going on from the request in the chosen one's.
 
     Documents are numbered by cu_seqlens_S: document d is from cu_seqlens_S[d] to cu_seqlens_S[d + 1], padding among them, S - 1
     in all. Log-probabilities of the trained tokens, in the order of trained_N, become those of answers by adding each to that of

@@ -20,6 +20,8 @@ from raytune_llm.data.loader import Samples
 from raytune_llm.data.pipeline import Prepared
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokenizer import run_tokenizer
+from raytune_llm.models.policy import run_config
+from raytune_llm.train.worker import shares_prompts
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -27,14 +29,15 @@ PERCENTILES = (50, 90, 99, 100)
 def main(run: PrepareRun) -> int:
     console = Console()
     prepared = prepare_with_progress(run, console)
+    tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=prepared.store.kind != "text")
+    config = run_config(run.model, tokenizer, run.data.max_length)
+    shares = shares_prompts(run, prepared.store.kind, config)
     for title, store in (("train", prepared.store), ("eval", prepared.eval_store)):
         if store is not None:
-            console.print(_summary(title, store, run.data.max_length))
+            console.print(_summary(title, store, run.data.max_length, share_prompts=shares))
             plot_lengths(store, store.folder / "lengths.png")
-    if run.look:
-        tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=prepared.store.kind != "text")
-        for row in range(min(run.look, len(prepared.store))):
-            console.print(Panel(shown(prepared.store, row, tokenizer), title=f"row {row + 1}", title_align="left"))
+    for row in range(min(run.look, len(prepared.store))):
+        console.print(Panel(shown(prepared.store, row, tokenizer), title=f"row {row + 1}", title_align="left"))
     if prepared.reused:
         console.print("Nothing to do: the store was there.")
     else:
@@ -53,7 +56,7 @@ def prepare_with_progress(run: PrepareRun, console: Console) -> Prepared:
 def shown(store: Store, row: int, tokenizer: PreTrainedTokenizerFast) -> Text:
     """The row's documents one under another, trained text in green and all other dim."""
     text = Text()
-    for number, (ids, spans) in enumerate(KINDS[store.kind].documents(store, row, row, int(store.lengths[row]))):
+    for number, (ids, spans, _) in enumerate(KINDS[store.kind].documents(store, row, row, int(store.lengths[row]), False)):
         text.append("\n" if number else "")
         edges = [0, *spans.tolist(), len(ids)]
         for place, (start, end) in enumerate(pairwise(edges)):
@@ -74,9 +77,9 @@ def plot_lengths(store: Store, path: Path) -> None:
     beside.replace(path)
 
 
-def _summary(title: str, store: Store, max_length: int) -> Table:
+def _summary(title: str, store: Store, max_length: int, *, share_prompts: bool) -> Table:
     lengths = store.lengths
-    samples = Samples(store, np.arange(len(store)), max_length=max_length, packing=True)
+    samples = Samples(store, np.arange(len(store)), max_length=max_length, packing=True, share_prompts=share_prompts)
     num_packs, capacity = len(samples), samples.capacity
     num_tokens = int(samples.tokens.sum())
     percentiles = np.percentile(lengths, PERCENTILES, method="nearest").tolist()

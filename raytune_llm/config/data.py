@@ -159,6 +159,9 @@ class DataConfig:
     train_on_prompt: bool
     """Requests are trained too."""
     packing: bool
+    share_prompts: Literal["auto"] | bool
+    """The two answers of a pair share one computation of their request; auto: where model.attention allows it and every layer of
+    the model looks at all that came before."""
     max_bad_fraction: Fraction
     """More unusable rows than this part of all stop the run."""
     cache: str

@@ -100,17 +100,20 @@ class Samples:
     last sample is not full. A row may then lie in several samples.
     """
 
-    def __init__(self, store: Rows, rows: np.ndarray, *, max_length: int, packing: bool) -> None:
-        """`rows` are numbers of rows; one that is there twice comes twice in an epoch."""
-        self.store, self.max_length, self.packing = store, max_length, packing
+    def __init__(self, store: Rows, rows: np.ndarray, *, max_length: int, packing: bool, share_prompts: bool = False) -> None:
+        """`rows` are numbers of rows; one that is there twice comes twice in an epoch. share_prompts: the two answers of a pair
+        share their request."""
+        self.store, self.max_length, self.packing, self.share_prompts = store, max_length, packing, share_prompts
         self.kind = KINDS[store.kind]
         self.capacity = max_length * self.kind.sides
         """Tokens of a pack."""
         self.rows = rows = np.asarray(rows)
         partners = np.roll(rows, 1)
         lengths = room = store.lengths[rows].astype(np.int64)
+        if share_prompts:
+            lengths = room = lengths - store.prompt_lengths[rows]
         if store.kind == "labeled":
-            prompts = np.array([len(store.row(row)[0]) for row in rows.tolist()], np.int64)
+            prompts = store.prompt_lengths[rows]
             mismatched = np.minimum(prompts + np.roll(lengths - prompts, 1), max_length)
             lengths, room = lengths + mismatched, np.maximum(lengths, mismatched)
         starts = np.zeros_like(lengths)
@@ -191,9 +194,9 @@ class Samples:
             if self.packing and self.store.kind == "text":
                 start, length = int(self._starts[place]), int(self._lengths[place])
                 ids = self.store.row(row)[0][start : start + length]
-                documents.append((ids, np.array([0, length], np.int32)))
+                documents.append(Document(ids, np.array([0, length], np.int32)))
             else:
-                documents += self.kind.documents(self.store, row, partner, self.max_length)
+                documents += self.kind.documents(self.store, row, partner, self.max_length, self.share_prompts)
         return documents
 
     @property
@@ -212,7 +215,8 @@ class Samples:
             length = self.capacity
         else:
             lines = [[row for sample in samples.tolist() for row in self[sample]]]
-            joined = max(sum(len(ids) for ids, _ in lines[0][part :: self.kind.parts]) for part in range(self.kind.parts))
+            parts = (lines[0][part :: self.kind.parts] for part in range(self.kind.parts))
+            joined = max(sum(len(document.ids) for document in part) for part in parts)
             length = max(-(-joined // JOINED_MULTIPLE), 1) * JOINED_MULTIPLE
         made = [
             fields(

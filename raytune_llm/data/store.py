@@ -308,6 +308,11 @@ class Rows:
         return _joined([_lengths(self._lists(shard)) for shard in self.shards], np.int32)
 
     @cached_property
+    def prompt_lengths(self) -> np.ndarray:
+        """int64: tokens of each row's request, where rows have one."""
+        return _joined([np.diff(shard["prompt_ids"][0]) for shard in self.shards], np.int64)
+
+    @cached_property
     def targets(self) -> np.ndarray:
         """int32: trained tokens of each row that have a predecessor."""
         return _joined([_targets(self._lists(shard)) for shard in self.shards], np.int32)

@@ -2,7 +2,8 @@
 
 A back end takes transformers' attention signature (query [B, H, T, Dh], key and value with fewer heads where they are grouped)
 and the batch's boundaries, cu_seqlens_S and max_seqlen, which the model passes through to every layer. No back end lets a token
-see another document; one that can't keep that is not in the list.
+see another document; one that can't keep that is not in the list. Where documents go on from the beginning of others, the batch's
+prefixes come along, to the back ends that know what to make of them (PREFIXED).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.document_attention import document_attention
+from raytune_llm.records import Prefixes
 
 # torch 2.11 takes grouped heads as they are; later releases ask for the flag.
 _GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -39,13 +42,15 @@ def varlen(
     *,
     cu_seqlens_S: Tensor,
     max_seqlen: int,
+    prefixes: Prefixes | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Each document attends to itself: FlashAttention over boundaries on a GPU, a document at a time on a CPU.
+    """Each document attends to itself, and to what it goes on from: FlashAttention over boundaries on a GPU, a document at a time
+    on a CPU.
 
     Returns [B, T, H, Dh], as transformers expects.
     """
@@ -54,10 +59,12 @@ def varlen(
     if cu_seqlens_S.shape[0] == 2 and sliding_window is None and softcap is None:
         return _whole(query, key, value, scaling), None
     q, k, v = _flat(query, key, value)
-    if q.is_cuda:
+    if sliding_window is None and softcap is None and (prefixes is not None or not q.is_cuda):
+        out: Any = document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scaling)
+    elif q.is_cuda:
         assert softcap is None, "choose takes another back end"
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        out: Any = varlen_attn(
+        out = varlen_attn(
             q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scaling, window_size=window, **_GROUPED_HEADS
         )
     else:
@@ -172,6 +179,7 @@ def sdpa(
     *,
     cu_seqlens_S: Tensor,
     max_seqlen: int,
+    prefixes: Prefixes | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -181,11 +189,13 @@ def sdpa(
     """The plain twin: one call with a mask of T x T a pack. Costs the whole square; for checks, and where nothing else runs."""
     _refuse_sinks(s_aux)
     B, _H, T, _head = query.shape
-    mask = document_mask(cu_seqlens_S, B, T, sliding_window)
+    mask = document_mask(cu_seqlens_S, B, T, sliding_window, prefixes)
     return _masked(query, key, value, mask, scaling, softcap).transpose(1, 2).contiguous(), None
 
 
 BACKENDS: dict[str, Callable] = {"varlen": varlen, "flash2": flash2, "flash3": flash3, "flex": flex, "sdpa": sdpa}
+PREFIXED = {"varlen", "flex", "sdpa"}
+"""Back ends that let documents go on from others."""
 BLOCK_MASKED = {"flex"}
 """Back ends that take block masks, built once a batch, beside the boundaries."""
 BY_ITSELF = ("varlen", "sdpa", "flex")
@@ -198,13 +208,32 @@ def document_numbers(cu_seqlens_S: Tensor, B: int, T: int) -> Tensor:
     return torch.searchsorted(cu_seqlens_S.long(), flat, right=True).view(B, T)
 
 
-def document_mask(cu_seqlens_S: Tensor, B: int, T: int, sliding_window: int | None = None) -> Tensor:
-    """[B, 1, T, T], true where position i may see position j: same document, j not after i, and within the window."""
+def prefix_bounds(prefixes: Prefixes, B: int, T: int) -> tuple[Tensor, Tensor]:
+    """[B, T] each: first and end, in the row, of what each position's document goes on from; 0 and 0 where it does not."""
+    lengths_X = prefixes.cu_queries_X.diff()
+    firsts_X, lasts_X = (prefixes.keys_K[places.long()] % T for places in (prefixes.cu_keys_X[:-1], prefixes.cu_keys_X[1:] - 1))
+    first_L, end_L = (
+        torch.zeros(B * T, dtype=torch.int64, device=lengths_X.device).index_copy(
+            0, prefixes.queries_Q, bounds_X.repeat_interleave(lengths_X, output_size=len(prefixes.queries_Q))
+        )
+        for bounds_X in (firsts_X, lasts_X + 1)
+    )
+    return first_L.view(B, T), end_L.view(B, T)
+
+
+def document_mask(
+    cu_seqlens_S: Tensor, B: int, T: int, sliding_window: int | None = None, prefixes: Prefixes | None = None
+) -> Tensor:
+    """[B, 1, T, T], true where position i may see position j: same document, j not after i, and within the window; or j is among
+    what i's document goes on from."""
     document_BT = document_numbers(cu_seqlens_S, B, T)
     i, j = torch.arange(T, device=document_BT.device)[:, None], torch.arange(T, device=document_BT.device)[None, :]
     mask = (document_BT[:, :, None] == document_BT[:, None, :]) & (j <= i)
     if sliding_window is not None:
         mask &= i - j < sliding_window
+    if prefixes is not None:
+        first_BT, end_BT = prefix_bounds(prefixes, B, T)
+        mask |= (j >= first_BT[:, :, None]) & (j < end_BT[:, :, None])
     return mask[:, None]
 
 
@@ -337,7 +366,18 @@ def detached(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(attached)
 
 
-def block_masks(backend: str, cu_seqlens_S: Tensor, B: int, T: int, window: int | None) -> dict[str, Any]:
+def shares_prefixes(asked: str, config: PretrainedConfig) -> bool:
+    """Whether documents can go on from the beginning of others: the back end lets them, and every layer of the model looks at all
+    that came before, not at a window of it or at a state that is carried on. On every device the same, so that runs are."""
+    text: Any = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    whole = kinds == {"full_attention"} and getattr(text, "sliding_window", None) is None
+    return whole and getattr(text, "attn_logit_softcapping", None) is None and (asked == "auto" or asked in PREFIXED)
+
+
+def block_masks(
+    backend: str, cu_seqlens_S: Tensor, B: int, T: int, window: int | None, prefixes: Prefixes | None = None
+) -> dict[str, Any]:
     """What a back end takes beside the boundaries, by name: masks without a window and with the model's, built once a batch."""
     if backend not in BLOCK_MASKED:
         return {}
@@ -346,6 +386,9 @@ def block_masks(backend: str, cu_seqlens_S: Tensor, B: int, T: int, window: int 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (document_BT[b, i] == document_BT[b, j]) & (j <= i)
 
+    if prefixes is not None:
+        first_BT, end_BT = prefix_bounds(prefixes, B, T)
+        seen = partial(_seen_before, seen, first_BT, end_BT)
     build: Any = create_block_mask
     device = cu_seqlens_S.device.type
     masks = {0: build(seen, B, None, T, T, device=device)}
@@ -353,6 +396,12 @@ def block_masks(backend: str, cu_seqlens_S: Tensor, B: int, T: int, window: int 
         near = partial(_seen_in_window, seen, window)
         masks[window] = build(near, B, None, T, T, device=device)
     return {"block_masks": masks}
+
+
+def _seen_before(
+    seen: Callable[..., Tensor], first_BT: Tensor, end_BT: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor
+) -> Tensor:
+    return seen(b, h, i, j) | ((j >= first_BT[b, i]) & (j < end_BT[b, i]))
 
 
 def _seen_in_window(seen: Callable[..., Tensor], window: int, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -367,6 +416,18 @@ def fixed(cu_seqlens_S: Tensor, max_seqlen: int) -> tuple[Tensor, int]:
     """
     torch._dynamo.maybe_mark_dynamic(cu_seqlens_S, 0)
     return cu_seqlens_S, max(1 << (max_seqlen - 1).bit_length(), 1024)
+
+
+def fixed_prefixes(prefixes: Prefixes | None) -> Prefixes | None:
+    """The same of what documents go on from."""
+    if prefixes is None:
+        return None
+    queries_Q, keys_K, cu_queries_X, cu_keys_X, max_queries, max_keys = prefixes
+    for tensor in (queries_Q, keys_K):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    cu_queries_X, max_queries = fixed(cu_queries_X, max_queries)
+    cu_keys_X, max_keys = fixed(cu_keys_X, max_keys)
+    return Prefixes(queries_Q, keys_K, cu_queries_X, cu_keys_X, max_queries, max_keys)
 
 
 def _whole(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:

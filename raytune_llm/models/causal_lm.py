@@ -59,18 +59,20 @@ class CausalLM(nn.Module):
         """The last hidden states [B, T, D]."""
         base = self.base
         cu_seqlens_S, max_seqlen = attention.fixed(batch.cu_seqlens_S, batch.max_seqlen)
+        prefixes = attention.fixed_prefixes(batch.prefixes)
         embedded_BTD = base.get_input_embeddings()(batch.ids_BT).to(self.compute)
         if torch.is_grad_enabled() and not embedded_BTD.requires_grad:
             embedded_BTD.requires_grad_()  # or the first layer, whose input alone needs no gradient, would be compiled by itself
         window = getattr(base.config.get_text_config(), "sliding_window", None)
         B, T = batch.ids_BT.shape
-        masks = attention.block_masks(self.attention_backend, batch.cu_seqlens_S, B, T, window)
+        masks = attention.block_masks(self.attention_backend, batch.cu_seqlens_S, B, T, window, batch.prefixes)
         with self._kept(embedded_BTD):
             return base.base_model(
                 inputs_embeds=embedded_BTD,
                 position_ids=batch.positions_BT,
                 cu_seqlens_S=cu_seqlens_S,
                 max_seqlen=max_seqlen,
+                prefixes=prefixes,
                 use_cache=False,
                 **masks,
             ).last_hidden_state
@@ -78,20 +80,19 @@ class CausalLM(nn.Module):
     def _forward(self, batch: Batch, token_function: TokenFunction) -> Tensor:
         base = self.base
         hidden_ND = self._hidden(batch).flatten(0, 1).index_select(0, batch.trained_N)
-        targets_N = batch.labels_BT.flatten().index_select(0, batch.trained_N)
         head, values = base.get_output_embeddings(), adjusted(token_function, *_logit_changes(base.config))
         if type(head) is nn.Linear and head.bias is None and head.weight.ndim == 2:
             return token_values(
                 hidden_ND,
                 head.weight,
-                targets_N,
+                batch.targets_N,
                 values,
                 compute=self.compute,
                 # A trained head keeps the same however it is cut, and each cut is a pass over its gradient.
                 chunk_tokens=self.chunk_tokens * (8 if head.weight.requires_grad else 1),
                 compiled=self.compiled,
             )
-        return self._recomputed(hidden_ND, targets_N, head, values)
+        return self._recomputed(hidden_ND, batch.targets_N, head, values)
 
     def _kept(self, embedded_BTD: Tensor) -> AbstractContextManager[Any]:
         """Where the layers' activations are kept. Boundaries and rotary tables, small and shared, stay on the device."""

@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
-from raytune_llm.config.run import TrainRun
+from raytune_llm.config.run import PrepareRun, TrainRun
+from raytune_llm.data.batches import KINDS
 from raytune_llm.data.loader import Loader, Samples, split_sources
 from raytune_llm.data.mixture import mixed_rows
 from raytune_llm.data.store import Store
 from raytune_llm.data.streaming import Stream
 from raytune_llm.data.tokenizer import run_tokenizer, stop_ids
-from raytune_llm.errors import DataError
+from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.models.attention import shares_prefixes
 from raytune_llm.models.load import load_model
 from raytune_llm.models.policy import run_config
 from raytune_llm.stages import STAGES
@@ -80,7 +82,9 @@ def work(
     stage = STAGES[run.stage.name]
     objective = stage.objective(run.stage)
     tokenizer, template = run_tokenizer(run.model, run.data, needs_template=stage.rows != "text")
-    stores = open_stores(run, train_store, eval_store)
+    config = run_config(run.model, tokenizer, run.data.max_length)
+    shares = shares_prompts(run, stage.rows, config)
+    stores = open_stores(run, train_store, eval_store, share_prompts=shares)
     micro, seed = run.train.micro_batch_size, run.train.seed
     share = {"micro_batch_size": micro, "rank": rank, "world_size": world, "seed": seed, "pad_id": tokenizer.pad_token_id or 0}
     loader = Loader(stores.train, global_batch_size=run.train.global_batch_size, **share)
@@ -90,7 +94,6 @@ def work(
     }
     steps = total_steps(run, loader.steps_per_epoch)
 
-    config = run_config(run.model, tokenizer, run.data.max_length)
     builder = Builder(run, config, device)
     with explained(builder, "loading the model"):
         built = builder.build()
@@ -152,7 +155,10 @@ def work(
                 on_samples(samples)
 
         if rank == 0:
-            on_begin(Begin(total_steps=steps, first_step=progress.step, choices=built.choices))
+            choices = built.choices
+            if KINDS[stage.rows].shares:
+                choices += (f"requests: {'computed once for both answers' if shares else 'a copy for each of two answers'}",)
+            on_begin(Begin(total_steps=steps, first_step=progress.step, choices=choices))
         strategy.model.train()
         clock = Clock()
         progress = loop.run(
@@ -228,9 +234,25 @@ class Stores:
     manifests: dict[str, str]
 
 
-def open_stores(run: TrainRun, train_store: str, eval_store: str | None) -> Stores:
+def shares_prompts(run: TrainRun | PrepareRun, kind: str, config: PretrainedConfig) -> bool:
+    """Whether the two answers of a row share one computation of their request, where rows of this kind have two."""
+    asked, possible = run.data.share_prompts, shares_prefixes(run.model.attention, config)
+    if asked is True and not KINDS[kind].shares:
+        raise ConfigError("data.share_prompts", f"can't be true where rows are {kind}", got=asked, remedy="Set it to auto.")
+    if asked is True and not possible:
+        raise ConfigError(
+            "data.share_prompts",
+            f"can't be true with model.attention={run.model.attention} and a model of the kind {config.model_type}: both must be "
+            "able to look at all that came before, wherever it lies",
+            got=asked,
+            remedy="Set it to auto or false.",
+        )
+    return asked is not False and KINDS[kind].shares and possible
+
+
+def open_stores(run: TrainRun, train_store: str, eval_store: str | None, *, share_prompts: bool = False) -> Stores:
     """The samples to train on and those held out."""
-    packed = partial(Samples, max_length=run.data.max_length, packing=run.data.packing)
+    packed = partial(Samples, max_length=run.data.max_length, packing=run.data.packing, share_prompts=share_prompts)
     if run.data.streaming:
         train = Stream(Path(train_store), window_rows=run.data.streaming_buffer_rows, samples=packed)
         held_out, evaluated, manifests = {}, None, {"train": train.folder.name}

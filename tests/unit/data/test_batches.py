@@ -42,8 +42,7 @@ def documents(batch):
 
 
 def trained(batch, document):
-    labels = batch.labels_BT.flatten()[batch.trained_N]
-    return labels[batch.documents_N == document].tolist()
+    return batch.targets_N[batch.documents_N == document].tolist()
 
 
 PAIRS = [PairRow(ids(*range(10 * n, 10 * n + n)), ids(100 + n, 101 + n), ids(200 + n)) for n in range(1, 8)]
@@ -126,7 +125,7 @@ def test_packed_texts_keep_their_documents_apart(make):
 
 def test_an_end_that_the_template_does_not_write_is_the_target_after_every_answer():
     batch = collate([[(ids(1, 2, 3, 4, 9), ids(1, 3, 3, 5))]], length=5, pad_id=0, end_of_row=9)
-    assert batch.labels_BT.tolist() == [[2, 9, 4, 9, -100]]
+    assert (batch.trained_N.tolist(), batch.targets_N.tolist()) == ([0, 1, 2, 3], [2, 9, 4, 9])
 
 
 def test_joined_stores_hold_the_rows_of_each_in_turn(make, tmp_path):

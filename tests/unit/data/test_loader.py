@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_llm.data.loader import Loader, Samples, collate, permutation, split, split_sources
-from raytune_llm.records import IGNORE
 
 NUM_ROWS = 53
 
@@ -77,7 +76,7 @@ def test_a_batch_is_shifted_and_keeps_documents_apart():
     second = (np.array([20, 21, 22, 23]), np.array([0, 1, 2, 3]))
     batch = collate([[first, second]], length=9, pad_id=0)
     assert batch.ids_BT.tolist() == [[10, 11, 12, 20, 21, 22, 23, 0, 0]]
-    assert batch.labels_BT.tolist() == [[11, 12, IGNORE, IGNORE, 22, IGNORE, IGNORE, IGNORE, IGNORE]]
+    assert batch.targets_N.tolist() == [11, 12, 22]
     assert batch.positions_BT.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1]]
     assert batch.trained_N.tolist() == [0, 1, 4]
     assert batch.cu_seqlens_S.tolist() == [0, 3, 7, 9]
@@ -117,9 +116,7 @@ def test_world_and_micro_batch_size_do_not_change_what_a_step_sees(store, packin
 
 
 def test_the_tokens_of_an_epoch_are_those_of_the_store(store):
-    trained = [
-        batch.labels_BT[batch.labels_BT != IGNORE] for step in loader_of(samples_of(store)).steps(0) for batch in step.batches
-    ]
+    trained = [batch.targets_N for step in loader_of(samples_of(store)).steps(0) for batch in step.batches]
     counted = np.bincount(np.concatenate(trained), minlength=NUM_ROWS + 1)[1:]
     assert counted.tolist() == store.targets.tolist()
 

@@ -115,7 +115,7 @@ def one_document(tokens: int) -> Batch:
     ids_BT = torch.randint(0, 64, (1, tokens), generator=torch.Generator().manual_seed(0))
     return Batch(
         ids_BT=ids_BT,
-        labels_BT=ids_BT,
+        targets_N=ids_BT.flatten(),
         positions_BT=torch.arange(tokens)[None],
         trained_N=torch.arange(tokens),
         cu_seqlens_S=torch.tensor([0, tokens], dtype=torch.int32),
