@@ -101,7 +101,8 @@ FormatConfig = Annotated[
 @section
 class DataConfig:
     path: str | None
-    """A file, a folder of files of one type, or a hub data set id."""
+    """A file or a folder of files of one type, here or by address (s3://, gs://, ...), or a hub data set id."""
+    hub: Literal["huggingface", "modelscope"]
     subset: str | None
     split: str
     """Also a part of it, as train[:1000] or train[10%:20%]."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.config.data import AlpacaFormat, DataConfig, FormatConfig, OpenAIFormat, ShareGPTFormat
+from raytune_llm.data.files import folder_of
 from raytune_llm.errors import ConfigError, DataError
 
 
@@ -31,12 +32,14 @@ class Declared:
     num_samples: int | None
     format: FormatConfig
     media_dir: str
+    hub: str
+    """The one that a data set without files of its own is from."""
 
 
 def declared(data: DataConfig, *, ranked: bool) -> list[Declared]:
     """The data sets to train on, in order. `ranked` says whether the run needs pairs. Raises ConfigError or DataError."""
     if data.dataset_info is not None:
-        return from_dataset_info(data.dataset_info, data.names, media_dir=data.media_dir, ranked=ranked)
+        return from_dataset_info(data.dataset_info, data.names, media_dir=data.media_dir, ranked=ranked, hub=data.hub)
     assert data.path is not None
     return [at_path(data, data.path)]
 
@@ -46,7 +49,7 @@ def declared_for_evaluation(data: DataConfig, *, ranked: bool) -> list[Declared]
     if data.eval_names:
         assert data.dataset_info is not None
         return from_dataset_info(
-            data.dataset_info, data.eval_names, media_dir=data.media_dir, ranked=ranked, setting="data.eval_names"
+            data.dataset_info, data.eval_names, media_dir=data.media_dir, ranked=ranked, hub=data.hub, setting="data.eval_names"
         )
     if isinstance(data.eval_path, dict):
         return [replace(at_path(data, path), name=name) for name, path in data.eval_path.items()]
@@ -55,21 +58,21 @@ def declared_for_evaluation(data: DataConfig, *, ranked: bool) -> list[Declared]
 
 def at_path(data: DataConfig, path: str) -> Declared:
     """The data set at a path, in the run's format."""
-    here = Path(path).expanduser()
     return Declared(
         name=path,
         path=path,
         subset=data.subset,
         split=data.split,
         folder=None,
+        hub=data.hub,
         num_samples=data.num_samples,
         format=data.format,
-        media_dir=data.media_dir or str(here if here.is_dir() else here.parent),
+        media_dir=data.media_dir or folder_of(path),
     )
 
 
 def from_dataset_info(
-    path: str, names: list[str], *, media_dir: str | None, ranked: bool, setting: str = "data.names"
+    path: str, names: list[str], *, media_dir: str | None, ranked: bool, hub: str = "huggingface", setting: str = "data.names"
 ) -> list[Declared]:
     """Entries of a dataset_info.json, which may be named by its folder."""
     file = Path(path).expanduser()
@@ -87,7 +90,7 @@ def from_dataset_info(
             near = difflib.get_close_matches(name, entries, n=1)
             remedy = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(sorted(entries))}."
             raise ConfigError(setting, f"must be entries of {file}", got=name, remedy=remedy)
-    return [_declared(name, entries[name], file, media_dir, ranked) for name in names]
+    return [_declared(name, entries[name], file, media_dir, ranked, hub) for name in names]
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | None, ranked: bool) -> Declared:
+def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | None, ranked: bool, hub: str) -> Declared:
     where = f"{file}, {name}"
     if bool(entry.get("ranking", False)) != ranked:
         raise DataError(
@@ -108,9 +111,11 @@ def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | 
             else "holds no pairs of answers (ranking: true)",
             "Choose another data set, or another stage.",
         )
+    path, hub = _place(where, entry, file.parent, hub)
     return Declared(
         name=name,
-        path=_place(where, entry, file.parent),
+        path=path,
+        hub=hub,
         subset=entry.get("subset"),
         split=entry.get("split") or "train",
         folder=entry.get("folder"),
@@ -120,17 +125,21 @@ def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | 
     )
 
 
-def _place(where: str, entry: Mapping[str, Any], folder: Path) -> str:
-    if "hf_hub_url" in entry:
-        return entry["hf_hub_url"]
+HUB_KEYS = {"huggingface": "hf_hub_url", "modelscope": "ms_hub_url"}
+
+
+def _place(where: str, entry: Mapping[str, Any], folder: Path, hub: str) -> tuple[str, str]:
+    """Its path, and the hub that it is on if it is on one: the asked one where the entry knows it there."""
+    for name in (hub, *HUB_KEYS):
+        if HUB_KEYS[name] in entry:
+            return entry[HUB_KEYS[name]], name
     if "file_name" in entry:
-        return str(folder / entry["file_name"])
+        return str(folder / entry["file_name"]), hub
     if "cloud_file_name" in entry:
-        return entry["cloud_file_name"]
-    given = ", ".join(sorted({"ms_hub_url", "om_hub_url", "script_url"} & entry.keys())) or "no source"
-    raise DataError(
-        where, f"has {given}; hf_hub_url, file_name and cloud_file_name are read", "Fetch the data and give file_name."
-    )
+        return entry["cloud_file_name"], hub
+    given = ", ".join(sorted({"om_hub_url", "script_url"} & entry.keys())) or "no source"
+    read = ", ".join([*HUB_KEYS.values(), "file_name", "cloud_file_name"])
+    raise DataError(where, f"has {given}; what is read are {read}", "Fetch the data and give file_name.")
 
 
 def _format(where: str, entry: Mapping[str, Any]) -> FormatConfig:

@@ -280,7 +280,7 @@ def _prepare_one(one: Declared, kitchen: Kitchen, job: Job, made: list[Timed]) -
 
 
 def _source(one: Declared) -> sources.Source:
-    return sources.find(one.path, subset=one.subset, split=one.split, folder=one.folder)
+    return sources.find(one.path, subset=one.subset, split=one.split, folder=one.folder, hub=one.hub)
 
 
 def _cache(data: DataConfig) -> Path:

@@ -13,20 +13,20 @@ import difflib
 import hashlib
 import io
 import json
-import os
 import re
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from raytune_llm.data import files
 from raytune_llm.data.dropped import BadRow
-from raytune_llm.errors import DataError
+from raytune_llm.errors import DataError, ResourceError
 from raytune_llm.hub import ask_hub
 
 MIN_CHUNK_BYTES = 1 << 20
@@ -50,6 +50,7 @@ class Source:
     split: str | None = None
     folder: str | None = None
     """Of a hub data set, where its files lie in one."""
+    hub: str = "huggingface"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Chunk:
     subset: str | None = None
     split: str | None = None
     folder: str | None = None
+    hub: str = "huggingface"
     picks: tuple[int, ...] | None = None
     """Which of its rows are meant, counted from 0 and ascending; one that is there twice comes twice. None: all."""
 
@@ -75,22 +77,31 @@ class Chunk:
         return self.num_rows if self.picks is None else len(self.picks)
 
 
-def find(path: str, *, subset: str | None = None, split: str = "train", folder: str | None = None) -> Source:
-    """What `data.path` names: a file, a folder of files of one type (sorted by name), or a hub data set id."""
+def find(
+    path: str, *, subset: str | None = None, split: str = "train", folder: str | None = None, hub: str = "huggingface"
+) -> Source:
+    """What `data.path` names: a file, a folder of files of one type (sorted by name), either also by address, or a hub data set
+    id."""
+    if files.is_address(path):
+        return _of_files(path, files.found_at(path))
     here = Path(path).expanduser()
     if here.is_file():
-        return Source(_kind(here), (str(here),))
+        return _of_files(path, [str(here)])
     if here.is_dir():
-        files = sorted(file for file in here.rglob("*") if file.is_file() and not file.name.startswith("."))
-        kinds = sorted({file.suffix.lower() for file in files})
-        if not files:
-            raise DataError(path, "the folder holds no files", f"Put {_types()} files there.")
-        if len(kinds) > 1:
-            raise DataError(path, f"the folder mixes files of several types: {', '.join(kinds)}", "Name one file, or part them.")
-        return Source(_kind(files[0]), tuple(map(str, files)))
+        below = sorted(file for file in here.rglob("*") if file.is_file() and not file.name.startswith("."))
+        return _of_files(path, [str(file) for file in below])
     if here.suffix.lower() in KIND_OF_SUFFIX or path.startswith(("/", "~", ".")) or not _HUB_ID.fullmatch(path):
         raise _missing(path, here)
-    return Source("hub", (path,), subset, split, folder)
+    return Source("hub", (path,), subset, split, folder, hub)
+
+
+def _of_files(path: str, found: list[str]) -> Source:
+    suffixes = sorted({PurePosixPath(file).suffix.lower() for file in found})
+    if not found:
+        raise DataError(path, "the folder holds no files", f"Put {_types()} files there.")
+    if len(suffixes) > 1:
+        raise DataError(path, f"the folder mixes files of several types: {', '.join(suffixes)}", "Name one file, or part them.")
+    return Source(_kind(found[0]), tuple(found))
 
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -114,24 +125,23 @@ def _types() -> str:
     return ", ".join(KIND_OF_SUFFIX)
 
 
-def _kind(file: Path) -> str:
+def _kind(file: str) -> str:
     start = _first_bytes(file)
     if packed := next((name for magic, name in PACKED.items() if start.startswith(magic)), None):
-        raise DataError(str(file), f"is packed ({packed})", "Unpack it first.")
-    kind = KIND_OF_SUFFIX.get(file.suffix.lower())
+        raise DataError(file, f"is packed ({packed})", "Unpack it first.")
+    suffix = PurePosixPath(file).suffix
+    kind = KIND_OF_SUFFIX.get(suffix.lower())
     if kind is None:
-        raise DataError(
-            str(file), f"has a type that is not read ({file.suffix or 'no suffix'}); there are {_types()}", "Convert it."
-        )
+        raise DataError(file, f"has a type that is not read ({suffix or 'no suffix'}); there are {_types()}", "Convert it.")
     if kind in TEXTS and start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
-        raise DataError(str(file), "is UTF-16", "Save it as UTF-8.")
+        raise DataError(file, "is UTF-16", "Save it as UTF-8.")
     first = start.removeprefix(BOM_UTF8).lstrip()[:1]
     # One object a line, or an array, under the other's suffix.
     return "lines" if kind == "json" and first == b"{" else "json" if kind == "lines" and first == b"[" else kind
 
 
-def _first_bytes(file: Path) -> bytes:
-    with file.open("rb") as stream:
+def _first_bytes(file: str) -> bytes:
+    with files.open_file(file) as stream:
         return stream.read(4096)
 
 
@@ -151,12 +161,11 @@ def fingerprint(source: Source) -> str:
     digest = hashlib.sha256(source.kind.encode())
     if source.kind == "hub":
         digest.update(
-            f"{source.files[0]} {source.subset} {source.split} {_hub_rows(source.files[0], source)._fingerprint}".encode()
+            f"{source.files[0]} {source.subset} {source.split} {HUBS[source.hub](source.files[0], source)._fingerprint}".encode()
         )
         return digest.hexdigest()
     for file in source.files:
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(files.contents_hash(file))
     return digest.hexdigest()
 
 
@@ -212,7 +221,7 @@ def _bound(edge: str, num_rows: int) -> int:
 
 def _plan_whole(source: Source, max_rows: int | None) -> list[Chunk]:
     planner = PLANNERS[source.kind]
-    total_bytes = 0 if source.kind == "hub" else sum(os.path.getsize(file) for file in source.files)
+    total_bytes = 0 if source.kind == "hub" else sum(files.size(file) for file in source.files)
     chunk_bytes = min(max(total_bytes // NUM_CHUNKS, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
     chunks: list[Chunk] = []
     left = max_rows
@@ -248,7 +257,7 @@ def where(chunk: Chunk, row: int) -> str:
 
 
 def _plan_lines(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
-    with open(file, "rb") as stream:
+    with files.open_file(file) as stream:
         start = end = _skip_bom(stream)
         first_line = line_number = 1
         num_rows = 0
@@ -265,7 +274,7 @@ def _plan_lines(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
 
 
 def _numbered_lines(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
-    with open(chunk.file, "rb") as stream:
+    with files.open_file(chunk.file) as stream:
         stream.seek(chunk.start)
         number = chunk.first_row
         while stream.tell() < chunk.end:
@@ -367,7 +376,7 @@ class _JsonArray:
 
 
 def _plan_json(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
-    with open(file, "rb") as stream:
+    with files.open_file(file) as stream:
         _skip_bom(stream)
         opening = stream.read(1)
         while opening.isspace():
@@ -393,7 +402,7 @@ def _plan_json(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
 
 
 def _read_json(chunk: Chunk) -> Iterator[NumberedRow]:
-    with open(chunk.file, "rb") as stream:
+    with files.open_file(chunk.file) as stream:
         stream.seek(chunk.start)
         part = io.BytesIO(stream.read(chunk.end - chunk.start))
     yield from enumerate(_JsonArray(part, chunk.file, chunk.first_row), chunk.first_row)
@@ -412,7 +421,7 @@ def _plan_csv(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
             yield line.decode()
 
     csv.field_size_limit(MAX_ROW_CHARS)  # Python's own limit is less than a long document
-    with open(file, "rb") as stream:
+    with files.open_file(file) as stream:
         passed = _skip_bom(stream)
         rows = csv.reader(lines(stream), strict=True)
         first_row, num_rows = 1, 0
@@ -435,7 +444,7 @@ def _plan_csv(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
 
 def _read_csv(chunk: Chunk) -> Iterator[NumberedRow]:
     csv.field_size_limit(MAX_ROW_CHARS)  # Python's own limit is less than a long document
-    with open(chunk.file, "rb") as stream:
+    with files.open_file(chunk.file) as stream:
         stream.seek(chunk.start)
         text = stream.read(chunk.end - chunk.start).decode()
     rows = (row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row)
@@ -454,7 +463,7 @@ def _plan_parquet(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(file) as parquet:
+        with files.open_arrow(file) as opened, ParquetFile(opened) as parquet:
             num_rows = parquet.metadata.num_rows
             _check_names(file, parquet.schema_arrow.names)
     except ArrowInvalid as error:
@@ -463,7 +472,7 @@ def _plan_parquet(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk
 
 
 def _chunks_of_rows(source: Source, file: str, num_rows: int, chunk_bytes: int) -> Iterator[Chunk]:
-    rows_per_chunk = max(1, num_rows * chunk_bytes // os.path.getsize(file))
+    rows_per_chunk = max(1, num_rows * chunk_bytes // files.size(file))
     for start in range(0, num_rows, rows_per_chunk):
         end = min(start + rows_per_chunk, num_rows)
         yield Chunk(source.kind, file, start, end, start + 1, end - start)
@@ -472,7 +481,7 @@ def _chunks_of_rows(source: Source, file: str, num_rows: int, chunk_bytes: int) 
 def _read_parquet(chunk: Chunk) -> Iterator[NumberedRow]:
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(chunk.file) as parquet:
+    with files.open_arrow(chunk.file) as opened, ParquetFile(opened) as parquet:
         passed = 0
         for group in range(parquet.num_row_groups):
             group_rows = parquet.metadata.row_group(group).num_rows
@@ -512,7 +521,7 @@ def _arrow_batches(file: str, *, check: bool = False) -> Iterator[Any]:
     """Record batches of either form that Arrow has for disks and pipes; `datasets` writes the latter. Memory-mapped."""
     import pyarrow as pa
 
-    with pa.memory_map(file) as mapped:
+    with files.open_arrow(file) as mapped:
         if mapped.read(6) == b"ARROW1":
             with pa.ipc.open_file(mapped) as reader:
                 if check:
@@ -537,7 +546,7 @@ def _check_names(file: str, columns: Sequence[str]) -> None:
 HUB_CHUNK_BYTES = 16 << 20
 
 
-def _hub_rows(name: str, part: Source | Chunk) -> Any:
+def _huggingface_rows(name: str, part: Source | Chunk) -> Any:
     """The whole data set that the part belongs to."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -561,17 +570,37 @@ def _hub_rows(name: str, part: Source | Chunk) -> Any:
         ) from None
 
 
+def _modelscope_rows(name: str, part: Source | Chunk) -> Any:
+    """The whole data set that the part belongs to, as `datasets` has it."""
+    try:
+        from modelscope.msdatasets import MsDataset
+    except ImportError as error:
+        raise ResourceError(
+            f"data.hub=modelscope needs the package modelscope ({error})", "pip install 'raytune-llm[modelscope]'."
+        ) from None
+    try:
+        rows = MsDataset.load(name, subset_name=part.subset, split=part.split, data_dir=part.folder)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise DataError(
+            name,
+            f"there is no such file or folder, and ModelScope gives no data set of that name ({reason})",
+            "Check data.path, data.subset and data.split, and that the hub is reached (MODELSCOPE_API_TOKEN for private ones).",
+        ) from None
+    return rows.to_hf_dataset() if isinstance(rows, MsDataset) else rows
+
+
 def _plan_hub(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
-    rows = _hub_rows(file, source)
+    rows = HUBS[source.hub](file, source)
     rows_per_chunk = max(1, len(rows) * HUB_CHUNK_BYTES // max(rows.data.nbytes, 1))
     for start in range(0, len(rows), rows_per_chunk):
         end = min(start + rows_per_chunk, len(rows))
         chunk = Chunk(source.kind, file, start, end, start + 1, end - start)
-        yield replace(chunk, subset=source.subset, split=source.split, folder=source.folder)
+        yield replace(chunk, subset=source.subset, split=source.split, folder=source.folder, hub=source.hub)
 
 
 def _read_hub(chunk: Chunk) -> Iterator[NumberedRow]:
-    rows = _hub_rows(chunk.file, chunk)
+    rows = HUBS[chunk.hub](chunk.file, chunk)
     for number in range(chunk.start, chunk.end):
         yield number + 1, rows[number]
 
@@ -586,6 +615,7 @@ def _skip_bom(stream: BinaryIO) -> int:
     return stream.tell()
 
 
+HUBS = {"huggingface": _huggingface_rows, "modelscope": _modelscope_rows}
 PLANNERS = {
     "json": _plan_json,
     "lines": _plan_lines,
