@@ -407,6 +407,9 @@ GENERATING: Table = {
     "skip_special_tokens": GENERATION,
 }
 
+NULL_SAYS_SOMETHING = {"enable_thinking"}
+"""Arguments whose null is not their default."""
+
 FORMER: Mapping[str, str] = {
     "evaluation_strategy": "eval_strategy",
     "dpo_beta": "pref_beta",

@@ -325,8 +325,8 @@ def optimizer(optim: str) -> Settings:
     return {"optimizer": "adamw"}
 
 
-def schedule(lr_scheduler_type: str, lr_scheduler_kwargs: Mapping[str, Any] | None, learning_rate: float) -> Settings:
-    given = dict(lr_scheduler_kwargs or {})
+def schedule(lr_scheduler_type: str, lr_scheduler_kwargs: Mapping[str, Any] | str | None, learning_rate: float) -> Settings:
+    given = json.loads(lr_scheduler_kwargs) if isinstance(lr_scheduler_kwargs, str) else dict(lr_scheduler_kwargs or {})
     match lr_scheduler_type:
         case "linear":
             chosen: dict[str, Any] = {"schedule": "linear"}
@@ -423,7 +423,7 @@ def _zero(config: Mapping[str, Any]) -> Settings:
         raise Refusal(f"tensor parallelism {LATER}", "deepspeed")
     zero = config.get("zero_optimization", {})
     level = int(zero.get("stage", 0))
-    devices = {str(zero.get(part, {}).get("device", "none")) for part in ("offload_optimizer", "offload_param")}
+    devices = {str((zero.get(part) or {}).get("device", "none")) for part in ("offload_optimizer", "offload_param")}
     if "nvme" in devices:
         raise Refusal("offloading to disks (nvme) is not here", "deepspeed")
     if not level:
@@ -437,8 +437,9 @@ def _fsdp(fsdp: str | Sequence[str], config: Mapping[str, Any]) -> Settings:
         raise Refusal(f"{hybrid[0]}: say full_shard here and set strategy.shard_workers to the GPUs of a node", "fsdp")
     if "no_shard" in options:
         return {"strategy": "ddp"}
-    offload = "offload" in options or bool(config.get("offload_params", config.get("fsdp_offload_params", False)))
-    kept = "shard_grad_op" in options or not config.get("reshard_after_forward", True)
+    said = {key.removeprefix("fsdp_"): str(value).lower() for key, value in config.items()}
+    kept = "shard_grad_op" in options or said.get("reshard_after_forward") in ("false", "shard_grad_op")
+    offload = "offload" in options or said.get("offload_params") == "true"
     return {"strategy": "fsdp", "strategy.reshard": "grad_only" if kept else "full", "strategy.offload": offload}
 
 

@@ -8,13 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raytune_llm.migrate.arguments import ARGUMENTS, FORMER
+from raytune_llm.migrate.arguments import ARGUMENTS, FORMER, NULL_SAYS_SOMETHING
 from raytune_llm.migrate.fates import Becomes, Joined, NoEffect, PartOf, Refusal, Refused, Settings
 from raytune_llm.migrate.rules import Find
 
 Rule = Callable[..., Settings | NoEffect]
 Result = Settings | NoEffect | Refusal | PartOf
 """PartOf: of an argument that is refused."""
+
+
+DEFAULTS = {name: None if isinstance(fate, NoEffect | PartOf) else fate.default for name, fate in ARGUMENTS.items()}
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,31 @@ class Translation:
 def translate(given: Mapping[str, Any], *, world_size: int | None, dataset_info: str | None, find: Find) -> Translation:
     """Every argument as a setting, as nothing, or as a refusal with its reason. See rules.py for what is not in the file."""
     current = {FORMER.get(name, name): value for name, value in given.items()}
-    defaults = {name: fate.default for name, fate in ARGUMENTS.items() if not isinstance(fate, NoEffect | PartOf)}
-    values = {**defaults, **current, "world_size": world_size, "dataset_info": dataset_info, "find": find}
+    mistyped = {name: Refusal(rule) for name, value in current.items() if (rule := _type_rule(DEFAULTS.get(name), value))}
+    said = {name for name, value in current.items() if value is not None or name in NULL_SAYS_SOMETHING}
+    values = {**DEFAULTS, **{name: current[name] for name in said - mistyped.keys()}}
+    values |= {"world_size": world_size, "dataset_info": dataset_info, "find": find}
     applied: dict[Rule, Result] = {}
-    results = {name: _result(name, values, applied) for name in {**ARGUMENTS, **current}}
+    results = {name: _result(name, values, applied) for name in {**ARGUMENTS, **current}} | mistyped
     reasons = {result.argument or name: result.why for name, result in results.items() if isinstance(result, Refusal)}
     settings = {path: value for result in results.values() if isinstance(result, dict) for path, value in result.items()}
     missing = [name for name in reasons if name not in current]
-    outcomes = (_outcome(name, values.get(name), results[name], reasons) for name in (*current, *missing))
+    outcomes = (_outcome(name, current.get(name), results[name], reasons) for name in (*current, *missing))
     return Translation(settings, tuple(outcomes))
+
+
+def _type_rule(default: Any, value: Any) -> str | None:
+    """What a value must be, where it is not what the default says. A text can also be a list: all, or [q_proj, v_proj]."""
+    types: tuple[tuple[type | tuple[type, ...], type | tuple[type, ...], str], ...] = (
+        (bool, bool, "must be true or false"),
+        ((int, float), (int, float), "must be a number"),
+        (str, (str, list), "must be text"),
+    )
+    for kind, fitting, rule in types:
+        if isinstance(default, kind):
+            fits = isinstance(value, fitting) and isinstance(value, bool) == isinstance(default, bool)
+            return None if value is None or fits else rule
+    return None
 
 
 def _outcome(name: str, value: Any, result: Result, reasons: Mapping[str, str]) -> Outcome:
@@ -82,17 +101,14 @@ def _result(name: str, values: Mapping[str, Any], applied: dict[Rule, Result]) -
         case NoEffect() as fate:
             return fate
         case Refused(default, why):
-            wanted = value not in (default, None, False)
+            wanted = value is not None and value != default and (value is not False or default is True)
             return Refusal(why) if wanted else NoEffect("is not asked for")
         case PartOf(switch, on) as fate:
             if values[switch] if on is None else values[switch] == on:
                 return fate
             return NoEffect(f"is read with {switch}{'' if on is None else f'={on}'} alone")
         case Becomes(_, setting, read):
-            try:
-                return {setting: read(value)}
-            except Refusal as refusal:
-                return refusal
+            return _apply(lambda: {setting: read(value)}, values)
         case Joined(_, rule):
             if rule not in applied:
                 applied[rule] = _apply(rule, values)
@@ -100,10 +116,15 @@ def _result(name: str, values: Mapping[str, Any], applied: dict[Rule, Result]) -
 
 
 def _apply(rule: Rule, values: Mapping[str, Any]) -> Result:
+    taken = {parameter: values[parameter] for parameter in inspect.signature(rule).parameters}
     try:
-        return rule(**{parameter: values[parameter] for parameter in inspect.signature(rule).parameters})
+        return rule(**taken)
     except Refusal as refusal:
         return refusal
+    except (TypeError, ValueError, AttributeError) as error:
+        # Only what has no default to compare its type with comes here.
+        untyped = (name for name, value in taken.items() if value is not None and DEFAULTS.get(name, value) is None)
+        return Refusal(f"can't be read ({error})", next(untyped, None))
 
 
 def _shown(value: Any) -> str:

@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raytune_llm import api, load_config
 from raytune_llm.__main__ import main
 from raytune_llm.errors import ConfigError
+from raytune_llm.migrate.arguments import ARGUMENTS
 from raytune_llm.migrate.translation import translate
 
 MODEL = {"model_name_or_path": "some/model", "template": "llama3", "dataset": "identity"}
@@ -159,6 +162,8 @@ def test_warm_up_in_parts_and_in_steps(arguments, warmup):
         ({"lr_scheduler_type": "warmup_stable_decay"}, {"schedule": "wsd", "schedule.decay_ratio": None}),
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2}},
          {"schedule.power": 2.0, "schedule.lr_end": 1e-7}),
+        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.2}'}, {"schedule.floor": 0.2}),
+        ({"lora_rank": None, "enable_thinking": None}, {"adapter.rank": 8, "data.enable_thinking": None}),
         ({"max_steps": 50}, {"train.max_steps": 50, "train.epochs": 50}),
         ({"max_grad_norm": 0}, {"train.max_grad_norm": None}),
         ({"pure_bf16": True}, {"train.precision": "bf16"}),
@@ -192,6 +197,11 @@ def test_arguments_become_settings(arguments, settings):
     [
         ({"warmup_ratio": 0.1, "warmup_steps": 10}, "warmup_steps"),
         ({"num_train_epochs": 1.5}, "num_train_epochs"),
+        ({"lora_rank": "eight"}, "lora_rank"),
+        ({"bf16": "yes"}, "bf16"),
+        ({"eval_strategy": False, "val_size": 0.1}, "eval_strategy"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices"),
+        ({"deepspeed": {"zero_optimization": 3}}, "deepspeed"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs"),
         ({"optim": "paged_adamw_8bit"}, "optim"),
@@ -225,6 +235,17 @@ def test_parts_of_what_is_off_have_no_effect_and_parts_of_what_is_refused_go_wit
     found = translate({**MODEL, "galore_rank": 8, "use_galore": True}, world_size=None, dataset_info=None, find=lambda path: None)
     assert {outcome.argument for outcome in found.of("refused")} == {"galore_rank", "use_galore"}
     assert [outcome.argument for outcome in found.refused] == ["use_galore"]
+
+
+VALUES = (
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-9, 9) | st.text(max_size=4) | st.just([None]) | st.just({"a": 1})
+)
+
+
+@given(arguments=st.dictionaries(st.sampled_from(sorted(ARGUMENTS)), VALUES, max_size=12))
+def test_whatever_the_values_are_every_argument_has_an_outcome(arguments):
+    found = translate(arguments, world_size=None, dataset_info=None, find=lambda path: None)
+    assert arguments.keys() <= {outcome.argument for outcome in found.outcomes}
 
 
 def test_numbers_are_read_as_llamafactory_reads_them(factory):
