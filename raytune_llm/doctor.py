@@ -27,6 +27,9 @@ FEATURES = {
     "mlflow": "tracking=mlflow",
     "swanlab": "tracking=swanlab",
     "trackio": "tracking=trackio",
+    "s3fs": "data.path=s3://...",
+    "gcsfs": "data.path=gs://...",
+    "modelscope": "data.hub=modelscope",
 }
 """Optional package -> the settings that need it."""
 LITTLE_DISK = 5 * 2**30

@@ -18,7 +18,7 @@ from raytune_llm.data.loader import Loader, Samples
 from raytune_llm.data.store import FAILED, shard_name, write_outline, write_shard
 from raytune_llm.data.streaming import Stream
 from raytune_llm.errors import DataError
-from raytune_llm.records import IGNORE, LabeledRow, PairRow, TokenRow
+from raytune_llm.records import LabeledRow, PairRow, TokenRow
 
 MAX_LENGTH = 16
 
@@ -71,7 +71,7 @@ def loader_of(stream, *, global_batch_size=4, rank=0, world_size=1, micro_batch_
 
 def seen(steps):
     """What each step's micro-batches hold."""
-    return [[(batch.ids_BT.tolist(), batch.labels_BT.tolist()) for batch in step.batches] for step in steps]
+    return [[(batch.ids_BT.tolist(), batch.targets_N.tolist()) for batch in step.batches] for step in steps]
 
 
 def rows_in_shards(lengths, sizes, kind="conversations"):
@@ -97,7 +97,7 @@ def test_no_token_is_lost_or_doubled(kind, packing, data, tmp_path_factory):
     publish(folder, rows_in_shards(lengths, sizes, kind), kind)
     stream = stream_of(folder, data.draw(st.integers(1, 12)), packing)
     steps = list(loader_of(stream, global_batch_size=data.draw(st.integers(1, 6))).steps(0))
-    trained = [batch.labels_BT[batch.labels_BT != IGNORE] for step in steps for batch in step.batches]
+    trained = [batch.targets_N for step in steps for batch in step.batches]
     counted = np.bincount(np.concatenate(trained), minlength=len(lengths) + 1)[1:]
     if kind == "conversations":
         assert counted.tolist() == [length - max(length // 2, 1) for length in lengths]

@@ -1,0 +1,65 @@
+"""Preparing that was killed goes on with the shards that it had finished, and makes the store that it would have made."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raytune_llm import ResourceError, api, load_config
+from raytune_llm.data.dropped import Dropped
+from raytune_llm.data.store import write_shard
+from raytune_llm.records import TokenRow
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Some MB, so several chunks."""
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as file:
+        for number in range(9000):
+            turns = [{"role": "user", "content": f"request {number}"}, {"role": "assistant", "content": "word " * (number % 200)}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def shards(cache: Path) -> dict[str, int]:
+    """Finished ones, with the time at which each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in cache.glob("*/shard-*.arrow")}
+
+
+def test_finished_shards_outlive_a_kill(rows: Path, tmp_path: Path) -> None:
+    def settings(cache: str) -> list[str]:
+        return ["model=tiny_random", f"data.path={rows}", f"data.cache={tmp_path / cache}", "resources=inline"]
+
+    command = [sys.executable, "-m", "raytune_llm", "prepare", *settings("killed")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 120
+        while len(shards(tmp_path / "killed")) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        process.kill()
+    finished = shards(tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob("*/manifest.json"))
+    again = api.prepare(load_config("prepare", settings("killed"))).store
+    whole = api.prepare(load_config("prepare", settings("whole"))).store
+    assert 2 <= len(finished) < len(whole.manifest["shards"])
+    assert again.manifest == whole.manifest
+    again.verify()
+    assert finished.items() <= shards(tmp_path / "killed").items()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    row = TokenRow(range(1000), [0, 1000])
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        with pytest.raises(ResourceError, match=r"can't be written .*GiB are free.*data\.cache"):
+            write_shard(tmp_path / "shard", [row] * 1000, Dropped())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
