@@ -13,7 +13,7 @@ from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.resources import ResourcesConfig
 from raytune_llm.config.schedule import ScheduleConfig
 from raytune_llm.config.section import NonNegativeInt, PositiveInt, section
-from raytune_llm.config.stage import StageConfig
+from raytune_llm.config.stage import DPO, KTO, StageConfig
 from raytune_llm.config.strategy import StrategyConfig
 from raytune_llm.config.tracking import TrackingConfig
 from raytune_llm.config.train import LoopConfig
@@ -176,6 +176,11 @@ def _streams_know_what_they_need(run: TrainRun) -> None:
         "train.epochs": (run.train.epochs, run.train.epochs != 1, "Leave it at 1: train.max_steps says how long."),
         "data.eval_fraction": (run.data.eval_fraction, run.data.eval_fraction, "Set data.eval_path or data.eval_names."),
         "data.names": (run.data.names, len(run.data.names) > 1, "Take one data set, or set data.streaming=false."),
+        "stage.reference": (
+            "precomputed",
+            isinstance(run.stage, DPO | KTO) and run.stage.reference == "precomputed",
+            "Take a stage without a reference, or set data.streaming=false.",
+        ),
         "data.mix_epochs": (run.data.mix_epochs, run.data.mix_epochs, "Take it away, or set data.streaming=false."),
     }
     for setting, (value, given, remedy) in refused.items():

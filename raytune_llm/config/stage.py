@@ -7,9 +7,9 @@ from pydantic import Field
 from raytune_llm.config.section import NonNegativeFloat, PositiveFloat, section
 from raytune_llm.errors import ConfigError
 
-Reference = Literal["precomputed", "online"]
-"""Log-probabilities under the reference, which is the model as the run finds it (or with an adapter, without the new one):
-precomputed: once for all rows, before the first step; online: in each step."""
+Reference = Literal["precomputed"]
+"""Log-probabilities under the reference, which is the model as the run finds it, with the adapter that it goes on from:
+precomputed: once for all rows, before the first step."""
 HalfOpen = Annotated[float, Field(ge=0, lt=0.5)]
 DPOLoss = Literal[
     "sigmoid", "robust", "hinge", "ipo", "ipo_sum", "exo_pair", "nca_pair", "sppo_hard", "aot", "aot_unpaired", "aot_pair",

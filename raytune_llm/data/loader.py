@@ -7,6 +7,7 @@ at a time. World size, micro-batch size and restarts only change who computes wh
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import queue
 import threading
@@ -107,6 +108,8 @@ class Samples:
         self.kind = KINDS[store.kind]
         self.capacity = max_length * self.kind.sides
         """Tokens of a pack."""
+        self.reference_R2: torch.Tensor | None = None
+        """float32: the reference's log-probabilities of every row, in the order of the samples, where a stage asks for them."""
         self.rows = rows = np.asarray(rows)
         partners = np.roll(rows, 1)
         lengths = room = store.lengths[rows].astype(np.int64)
@@ -229,7 +232,12 @@ class Samples:
             for part in range(self.kind.parts)
         ]
         rows = np.concatenate([np.zeros(0, np.int64), *(self.row_numbers(sample) for sample in samples.tolist())])
-        return self.kind.batch(made, rows, self.store)
+        batch = self.kind.batch(made, rows, self.store)
+        if self.reference_R2 is None:
+            return batch
+        places = [np.arange(int(self._offsets[sample]), int(self._offsets[sample + 1])) for sample in samples.tolist()]
+        reference_P2 = self.reference_R2[torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *places]))]
+        return dataclasses.replace(batch, reference_P2=reference_P2)  # type: ignore[call-arg]
 
 
 def _blocks(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

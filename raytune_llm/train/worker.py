@@ -33,6 +33,7 @@ from raytune_llm.train.checkpoint import Checkpoints, Progress, complete_steps, 
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.flops import peak_flops
 from raytune_llm.train.output import identity, model_card, write_final
+from raytune_llm.train.reference import FOLDER, fill_reference
 from raytune_llm.train.report import JsonLines, Report
 from raytune_llm.train.samples import SAMPLES, Sample, Sampler
 from raytune_llm.train.schedules import learning_rate
@@ -154,6 +155,17 @@ def work(
                     sampled.write(one.to_json())
                 on_samples(samples)
 
+        if objective.reference is not None:
+            assert isinstance(stores.train, Samples), "streams are refused"
+            fill_reference(
+                strategy,
+                objective.reference,
+                {"train": stores.train, **{f"held-out-{number}": one for number, one in enumerate(stores.held_out.values())}},
+                output / FOLDER,
+                goes_on=progress.step > 0,
+                loading={"global_batch_size": run.train.global_batch_size, **share},
+                device=device,
+            )
         if rank == 0:
             choices = built.choices
             if KINDS[stage.rows].shares:
