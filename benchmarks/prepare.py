@@ -41,8 +41,8 @@ def write_rows(path: Path, num_rows: int) -> None:
         stream.write("\n]\n")
 
 
-def run_command(path: Path, cache: Path, resources: str) -> dict[str, float]:
-    settings = ["model=smollm2_135m", "data=alpaca", f"data.path={path}", f"data.cache={cache}", f"resources={resources}"]
+def run_command(path: Path, cache: Path, resources: str, *more: str) -> dict[str, float]:
+    settings = ["model=smollm2_135m", "data=alpaca", f"data.path={path}", f"data.cache={cache}", f"resources={resources}", *more]
     started = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, "-m", "raytune_llm", "prepare", *settings], stdout=subprocess.PIPE, text=True
@@ -69,12 +69,15 @@ tokenizer = load_tokenizer(model)
 template = get_template_and_fix_tokenizer(tokenizer["tokenizer"], data)
 started = time.perf_counter()
 rows = get_dataset(template, model, data, training, stage="sft", **tokenizer)["train_dataset"]
-print("RESULT", json.dumps({"rows": len(rows), "seconds": time.perf_counter() - started}))
+seconds = time.perf_counter() - started
+rows.select_columns(["input_ids", "labels"]).to_parquet(sys.argv[2])
+print("RESULT", json.dumps({"rows": len(rows), "seconds": seconds}))
 """
 
 
-def run_llamafactory(python: str, path: Path, folder: Path) -> dict[str, float]:
-    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": str(path)}}))
+def run_llamafactory(python: str, path: Path, folder: Path, **entry: str) -> dict[str, float]:
+    """The ids and labels that it makes go to folder/theirs.parquet. `entry`: more of its dataset_info.json."""
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": str(path), **entry}}))
     settings = {
         "model_name_or_path": packaged.resolve(MODEL), "stage": "sft", "do_train": True, "finetuning_type": "lora",
         "dataset": "rows", "dataset_dir": str(folder), "template": "smollm2", "cutoff_len": 2048, "use_cpu": True,
@@ -89,7 +92,7 @@ def run_llamafactory(python: str, path: Path, folder: Path) -> dict[str, float]:
         "PYTHONPATH": "",
     }
     started = time.perf_counter()
-    command = [python, "-c", LLAMAFACTORY, str(folder / "theirs.json")]
+    command = [python, "-c", LLAMAFACTORY, str(folder / "theirs.json"), str(folder / "theirs.parquet")]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     wall_s = time.perf_counter() - started
     made = json.loads(done.stdout.split("RESULT")[1])
