@@ -2,9 +2,9 @@
 
     sudo scripts/bench nodes [--rows 1000000]
 
-The nodes are network namespaces of this machine with one CPU each, joined by a virtual cable, so it needs root and `ip`. Each is a
-Ray node of its own with its own processes; they share the disk and the memory bus, as real nodes don't, and cores of one
-physical core share it as well. Prints JSON: the steady rate through each, and how many times as fast two are (2 is linear).
+The nodes are network namespaces of this machine with one CPU each, joined by a virtual cable, so it needs root and `ip`. Each
+is a Ray node of its own with its own processes. They share the disk and the memory bus, as real nodes don't, and where the CPUs
+are threads of one core, that core. Prints JSON: the steady rate through each, and how many times as fast two are (2 is linear).
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ def namespaces() -> Iterator[None]:
 @contextmanager
 def node(name: str, folder: Path, *, head: bool) -> Iterator[None]:
     """A Ray node of one CPU."""
-    place = (
-        ["--head", f"--port={PORT}", "--include-dashboard=false"] if head else [f"--address={next(iter(NODES.values()))}:{PORT}"]
-    )
-    settings = ["--num-cpus=1", f"--node-ip-address={NODES[name]}", "--disable-usage-stats", f"--temp-dir={folder}"]
-    run(*inside(name), ray(), "start", *place, *(settings if head else settings[:-1]), env=environment())
+    if head:
+        place = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={folder}"]
+    else:
+        place = [f"--address={next(iter(NODES.values()))}:{PORT}"]
+    settings = ["--num-cpus=1", f"--node-ip-address={NODES[name]}", "--disable-usage-stats"]
+    run(*inside(name), ray(), "start", *place, *settings, env=environment())
     try:
         yield
     finally:
