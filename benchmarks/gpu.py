@@ -36,8 +36,7 @@ from raytune_llm.data.loader import Step
 from raytune_llm.data.packing import plan
 from raytune_llm.models.load import load_config as load_model_config
 from raytune_llm.models.policy import build_policy, compute_dtype
-from raytune_llm.stages import Objective
-from raytune_llm.stages.sft import next_token
+from raytune_llm.stages import STAGES
 from raytune_llm.train.flops import flops_per_token
 from raytune_llm.train.loop import one_step
 from raytune_llm.train.optimizers import build_optimizer
@@ -150,10 +149,12 @@ def measure(
     endless = cycle(steps)
     built = time.perf_counter()
 
+    objective = STAGES["sft"].objective(load_config("train", ["data.path=rows.jsonl"]).stage)
+
     def advance(number: int) -> int:
         tokens = 0
         for step in islice(endless, number):
-            one_step(strategy, Objective(loss=next_token), None, step, 1e-5, window, 0, device)
+            one_step(strategy, objective, None, step, 1e-5, window, 0, device)
             tokens += step.tokens
         return tokens
 

@@ -151,6 +151,7 @@ class Batch:
     on from is there for each of them.
     cu_seqlens_S are the boundaries of the documents in the flattened batch (int32, from 0 to B * T; padding is a document too).
     sample_ids name the samples (packs or rows, by their number in the train split) that are in it.
+    seed is the step's: what is drawn for a document, not for a batch, starts from it.
     """
 
     ids_BT: Tensor
@@ -161,6 +162,7 @@ class Batch:
     max_seqlen: int
     prefixes: Prefixes | None = None
     sample_ids: tuple[int, ...] = ()
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

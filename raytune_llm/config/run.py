@@ -48,6 +48,8 @@ class TrainRun:
         _streams_know_what_they_need(self)
         _sharding_has_workers(self)
         _quantized_bases_are_whole(self)
+        _anchored_policies_have_a_new_adapter(self)
+        _models_that_score_answer_nothing(self)
 
 
 @section
@@ -195,6 +197,25 @@ def _sharding_has_workers(run: TrainRun) -> None:
             "must be ddp where resources=inline, which is one process without a process group",
             got=run.strategy.name,
             remedy="Take resources=local.",
+        )
+
+
+def _anchored_policies_have_a_new_adapter(run: TrainRun) -> None:
+    if run.stage.name != "sft" or run.stage.loss != "asft":
+        return
+    if run.adapter.name == "none" or run.adapter.path is not None:
+        raise ConfigError(
+            "stage.loss",
+            "can be asft with a new adapter only (adapter=lora adapter.path=null): its reference is the model without it",
+            got="asft",
+            remedy="Take stage.loss=dft, or merge the adapter that there is into the model.",
+        )
+
+
+def _models_that_score_answer_nothing(run: TrainRun) -> None:
+    if run.stage.name == "reward" and run.train.sample_rows:
+        raise ConfigError(
+            "train.sample_rows", "must be 0 with stage=reward, whose model writes nothing", got=run.train.sample_rows
         )
 
 

@@ -21,9 +21,29 @@ SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "aot_pair"}
 
 @section
 class SFT:
-    """Supervised fine-tuning: cross-entropy over the trained tokens."""
+    """Supervised fine-tuning: the likelihood of the trained tokens."""
 
     name: Literal["sft"]
+    loss: Literal["cross_entropy", "dft", "eaft", "asft"]
+    """dft: tokens weigh as the model believes in them. eaft: as it is in doubt about them. asft: dft, held near the model without
+    its adapter."""
+    label_smoothing: HalfOpen
+    """With cross_entropy: the part of the target that is spread over the whole vocabulary."""
+    z_loss: NonNegativeFloat
+    """With cross_entropy: of the squared logarithm of the softmax normaliser, which is added."""
+    eaft_alpha: PositiveFloat
+    """The exponent of a token's entropy."""
+    asft_alpha: PositiveFloat
+    """The weight of the divergence from the reference."""
+    neftune_alpha: PositiveFloat | None
+    """Noise on the embeddings in training: alpha / sqrt(tokens x width) at most. 5 is usual."""
+    router_aux_loss_coef: PositiveFloat | None
+    """Of the loss that lets the routers of a mixture of experts use all experts alike, over each document."""
+
+    def __post_init__(self) -> None:
+        for setting, value in (("label_smoothing", self.label_smoothing), ("z_loss", self.z_loss)):
+            if value and self.loss != "cross_entropy":
+                raise ConfigError(f"stage.{setting}", f"must be 0 with stage.loss={self.loss}", got=value, remedy="Take one.")
 
 
 @section
@@ -31,6 +51,10 @@ class Pretrain:
     """Cross-entropy over every token of plain texts."""
 
     name: Literal["pretrain"]
+    z_loss: NonNegativeFloat
+    """Of the squared logarithm of the softmax normaliser, which is added."""
+    router_aux_loss_coef: PositiveFloat | None
+    """Of the loss that lets the routers of a mixture of experts use all experts alike, over each document."""
 
 
 @section

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
 from raytune_llm.models.activations import HostMemory
-from raytune_llm.models.head import TokenFunction, adjusted, token_values
+from raytune_llm.models.head import TokenFunction, adjusted, chunks, together, token_values
+from raytune_llm.models.neftune import neftune_noise
 from raytune_llm.records import Batch
 
 
@@ -51,16 +53,45 @@ class CausalLM(nn.Module):
         """The transformers model, with or without adapters in its layers."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
-    def forward(self, batch: Batch, token_function: TokenFunction) -> Tensor:
+    def forward(
+        self,
+        batch: Batch,
+        token_function: TokenFunction,
+        *,
+        neftune_alpha: float | None = None,
+        beside_reference: bool = False,
+        routers: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor, int]:
+        """What token_function says of the trained tokens: [N], or [N, K] where it says several things.
+
+        neftune_alpha: noise on the embeddings, in training. beside_reference: token_function takes, after the targets, the logits
+        of the model without its adapter. routers: with the logits of every layer's router [layers, B * T, E], and how many
+        experts a token goes to.
+        """
         with torch.autocast(batch.ids_BT.device.type, self.compute, enabled=self.compute != torch.float32):
-            return self._forward(batch, token_function)
+            other_ND = None
+            if beside_reference:
+                with torch.no_grad(), self.model.disable_adapter():
+                    other_ND = _trained(self._hidden(batch), batch)
+            outputs = self._outputs(batch, neftune_alpha if self.training else None, output_router_logits=routers)
+            values = self._values(_trained(outputs.last_hidden_state, batch), batch, token_function, other_ND)
+        return (values, torch.stack(outputs.router_logits), self._experts_per_token()) if routers else values
 
     def _hidden(self, batch: Batch) -> Tensor:
         """The last hidden states [B, T, D]."""
+        return self._outputs(batch).last_hidden_state
+
+    def _outputs(self, batch: Batch, neftune_alpha: float | None = None, *, output_router_logits: bool = False) -> Any:
+        """What the transformers model gives."""
         base = self.base
+        if output_router_logits:
+            self._has_routers()
         cu_seqlens_S, max_seqlen = attention.fixed(batch.cu_seqlens_S, batch.max_seqlen)
         prefixes = attention.fixed_prefixes(batch.prefixes)
-        embedded_BTD = base.get_input_embeddings()(batch.ids_BT).to(self.compute)
+        embedded_BTD = base.get_input_embeddings()(batch.ids_BT)
+        if neftune_alpha is not None:
+            embedded_BTD = embedded_BTD + self._noise(batch, embedded_BTD.shape[-1], neftune_alpha)
+        embedded_BTD = embedded_BTD.to(self.compute)
         if torch.is_grad_enabled() and not embedded_BTD.requires_grad:
             embedded_BTD.requires_grad_()  # or the first layer, whose input alone needs no gradient, would be compiled by itself
         window = getattr(base.config.get_text_config(), "sliding_window", None)
@@ -75,11 +106,11 @@ class CausalLM(nn.Module):
                 prefixes=prefixes,
                 use_cache=False,
                 **masks,
-            ).last_hidden_state
+                **({"output_router_logits": True} if output_router_logits else {}),
+            )
 
-    def _forward(self, batch: Batch, token_function: TokenFunction) -> Tensor:
+    def _values(self, hidden_ND: Tensor, batch: Batch, token_function: TokenFunction, other_ND: Tensor | None) -> Tensor:
         base = self.base
-        hidden_ND = self._hidden(batch).flatten(0, 1).index_select(0, batch.trained_N)
         head, values = base.get_output_embeddings(), adjusted(token_function, *_logit_changes(base.config))
         if type(head) is nn.Linear and head.bias is None and head.weight.ndim == 2:
             return token_values(
@@ -91,8 +122,26 @@ class CausalLM(nn.Module):
                 # A trained head keeps the same however it is cut, and each cut is a pass over its gradient.
                 chunk_tokens=self.chunk_tokens * (8 if head.weight.requires_grad else 1),
                 compiled=self.compiled,
+                other_ND=other_ND,
             )
-        return self._recomputed(hidden_ND, batch.targets_N, head, values)
+        return self._recomputed(hidden_ND, batch.targets_N, other_ND, head, values)
+
+    def _noise(self, batch: Batch, width: int, alpha: float) -> Tensor:
+        B, T = batch.ids_BT.shape
+        document_L = attention.document_numbers(batch.cu_seqlens_S, B, T).flatten() - 1
+        ids_L, positions_L = batch.ids_BT.flatten(), batch.positions_BT.flatten()
+        return neftune_noise(ids_L, positions_L, document_L, width=width, alpha=alpha, seed=batch.seed).view(B, T, width)
+
+    def _has_routers(self) -> None:
+        setting = "stage.router_aux_loss_coef"
+        if "router_logits" not in self.base.base_model.can_record_outputs:
+            model_type = self.base.config.model_type
+            raise ConfigError(setting, f"must be null for {model_type}, which has no routers", remedy="Leave it out.")
+        if self.compiled:
+            raise ConfigError(setting, "needs layers that are not compiled", remedy="Set train.compile=false.")
+
+    def _experts_per_token(self) -> int:
+        return self.base.config.get_text_config().num_experts_per_tok
 
     def _kept(self, embedded_BTD: Tensor) -> AbstractContextManager[Any]:
         """Where the layers' activations are kept. Boundaries and rotary tables, small and shared, stay on the device."""
@@ -100,18 +149,27 @@ class CausalLM(nn.Module):
             return nullcontext()
         return HostMemory(min_bytes=embedded_BTD.numel() * embedded_BTD.element_size() // 4)()
 
-    def _recomputed(self, hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, values: TokenFunction) -> Tensor:
+    def _recomputed(
+        self, hidden_ND: Tensor, targets_N: Tensor, other_ND: Tensor | None, head: nn.Module, values: TokenFunction
+    ) -> Tensor:
         """For heads that are more than one matrix at hand (adapted, quantized, partitioned): chunks are computed again in the
         backward pass."""
 
-        def of_chunk(hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-            return values(head(hidden_ND), targets_N)
+        def of_chunk(hidden_ND: Tensor, targets_N: Tensor, *others_ND: Tensor) -> Tensor:
+            with torch.no_grad(), self.model.disable_adapter() if others_ND else nullcontext():
+                others_NV = [head(other_ND) for other_ND in others_ND]
+            return together(values(head(hidden_ND), targets_N, *others_NV))
 
-        chunks = list(zip(hidden_ND.split(self.chunk_tokens), targets_N.split(self.chunk_tokens), strict=True))
-        if len(chunks) == 1 or not torch.is_grad_enabled():
-            return torch.cat([of_chunk(*chunk) for chunk in chunks])
+        parts = list(chunks(self.chunk_tokens, hidden_ND, targets_N, other_ND))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            return torch.cat([of_chunk(*part) for part in parts])
         recompute = partial(checkpoint, use_reentrant=False)
-        return torch.cat([recompute(of_chunk, *chunk) for chunk in chunks])
+        return torch.cat([recompute(of_chunk, *part) for part in parts])
+
+
+def _trained(hidden_BTD: Tensor, batch: Batch) -> Tensor:
+    """[N, D]"""
+    return hidden_BTD.flatten(0, 1).index_select(0, batch.trained_N)
 
 
 def _logit_changes(config: Any) -> tuple[float | None, float | None]:

@@ -8,15 +8,16 @@ the compute type, for its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-TokenFunction = Callable[[Tensor, Tensor], Tensor]
-"""(logits_NV, targets_N) -> one value a token [N], or several [N, K]; row n of it depends on row n of the logits alone."""
+TokenFunction = Callable[..., Tensor | tuple[Tensor, ...]]
+"""(logits_NV, targets_N) -> one value a token [N], or several, [N, K] or a tuple of [N]; what it says of a token depends on that
+token's logits alone. A value of a tuple that has no gradient (a metric) costs none."""
 
 
 def token_values(
@@ -28,13 +29,31 @@ def token_values(
     compute: torch.dtype,
     chunk_tokens: int,
     compiled: bool = False,
+    other_ND: Tensor | None = None,
 ) -> Tensor:
-    """token_function(hidden @ weight.T, targets), with products in `compute`. Differentiable in hidden and weight, once."""
+    """token_function(hidden @ weight.T, targets), with products in `compute`: [N], or [N, K] where it gives several values.
+    Differentiable in hidden and weight, once. Where there are other hidden states, it takes their logits as well, which are
+    constants."""
     run = _compiled(token_function) if compiled else token_function
     if not (torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)):
-        chunks = zip(hidden_ND.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
-        return torch.cat([run(h.to(compute) @ weight_VD.to(compute).T, t) for h, t in chunks])
-    return _TokenValues.apply(hidden_ND, weight_VD, targets_N, run, compute, chunk_tokens)
+        weight = weight_VD.detach().to(compute).T
+        return torch.cat(
+            [
+                together(run(hidden.to(compute) @ weight, targets, *(other.to(compute) @ weight for other in others)))
+                for hidden, targets, *others in chunks(chunk_tokens, hidden_ND, targets_N, other_ND)
+            ]
+        )
+    return _TokenValues.apply(hidden_ND, weight_VD, targets_N, other_ND, run, compute, chunk_tokens)
+
+
+def chunks(size: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+    """So many rows at a time of those that there are; once where they have no rows at all."""
+    return zip(*(tensor.split(size) for tensor in tensors if tensor is not None), strict=True)
+
+
+def together(values: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """[N], or [N, K] of several."""
+    return torch.stack(values, dim=1) if isinstance(values, tuple) else values
 
 
 def adjusted(token_function: TokenFunction, scale: float | None, softcap: float | None) -> TokenFunction:
@@ -45,23 +64,32 @@ def adjusted(token_function: TokenFunction, scale: float | None, softcap: float 
 class _TokenValues(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, run: TokenFunction, compute: torch.dtype, chunk: int
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        other_ND: Tensor | None,
+        run: TokenFunction,
+        compute: torch.dtype,
+        chunk: int,
     ) -> Tensor:
         weight = weight_VD.detach().to(compute)
         keep = ctx.needs_input_grad[1]
         values, towards_hidden, towards_logits = [], [], []
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for hidden, targets in zip(hidden_ND.detach().split(chunk), targets_N.split(chunk), strict=True):
+            for hidden, targets, *others in chunks(chunk, hidden_ND.detach(), targets_N, other_ND):
                 hidden = hidden.to(compute)
                 logits = (hidden @ weight.T).requires_grad_()
                 torch._dynamo.maybe_mark_dynamic(logits, 0)
                 torch._dynamo.maybe_mark_dynamic(targets, 0)
                 with torch.enable_grad():
-                    value = run(logits, targets)
-                    sums = value.sum(0).unbind() if value.ndim > 1 else (value.sum(),)
+                    value = run(logits, targets, *(other.to(compute) @ weight.T for other in others))
+                    columns = value if isinstance(value, tuple) else value.unbind(1) if value.ndim > 1 else (value,)
+                    sums = [column.sum() for column in columns if column.requires_grad]
                 last = len(sums) - 1
                 slopes = [torch.autograd.grad(one, logits, retain_graph=k < last)[0] for k, one in enumerate(sums)]
-                values.append(value.detach())
+                values.append(together(value).detach())
+                ctx.sloped = [k for k, column in enumerate(columns) if column.requires_grad]
                 towards_hidden.append(torch.stack([slope @ weight for slope in slopes]))
                 towards_logits += [(hidden, slopes)] if keep else []
         ctx.save_for_backward(torch.cat(towards_hidden, dim=1))
@@ -72,7 +100,7 @@ class _TokenValues(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         (slopes_KND,) = ctx.saved_tensors
-        grad_KN1 = (grad.T if grad.ndim > 1 else grad[None])[..., None].to(slopes_KND.dtype)
+        grad_KN1 = (grad.T[ctx.sloped] if grad.ndim > 1 else grad[None])[..., None].to(slopes_KND.dtype)
         grad_ND = (slopes_KND * grad_KN1).sum(0).to(ctx.types[0])
         grad_VD = None
         for (hidden, slopes), scale_KN1 in zip(
@@ -82,7 +110,7 @@ class _TokenValues(torch.autograd.Function):
                 part = slope.T @ (hidden * scale)
                 grad_VD = part.to(ctx.types[1]) if grad_VD is None else grad_VD.add_(part)
         ctx.towards_logits = []
-        return grad_ND, grad_VD, None, None, None, None
+        return grad_ND, grad_VD, None, None, None, None, None
 
 
 @lru_cache
@@ -91,13 +119,21 @@ def _adjusted(token_function: TokenFunction, scale: float | None, softcap: float
 
 
 def _of_adjusted(
-    token_function: TokenFunction, scale: float | None, softcap: float | None, logits_NV: Tensor, targets_N: Tensor
-) -> Tensor:
+    token_function: TokenFunction,
+    scale: float | None,
+    softcap: float | None,
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    *others_NV: Tensor,
+) -> Tensor | tuple[Tensor, ...]:
+    logits_NV, *others = (_changed(logits, scale, softcap) for logits in (logits_NV, *others_NV))
+    return token_function(logits_NV, targets_N, *others)
+
+
+def _changed(logits_NV: Tensor, scale: float | None, softcap: float | None) -> Tensor:
     if scale is not None:
         logits_NV = logits_NV * scale
-    if softcap is not None:
-        logits_NV = softcap * torch.tanh(logits_NV / softcap)
-    return token_function(logits_NV, targets_N)
+    return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
 
 
 @lru_cache

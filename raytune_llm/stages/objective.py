@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ class Objective:
     """A stage with its settings."""
 
     loss: StageLoss
+    derived: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda means: {}
+    """What is reported beside the means of loss and metrics and follows from them: a perplexity, say."""
     coupling: Coupling | None = None
     reference: AnswerLogprobs | None = None
     """What batch.reference_P2 holds when the loss sees the batch, if it is called with the reference model; none where the loss

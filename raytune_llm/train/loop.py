@@ -84,7 +84,7 @@ def run(
                 epoch_ends = step.fraction == 1.0
 
                 if last or progress.step == 1 or progress.step % plan.log_every == 0:
-                    log_step(progress, step.fraction, lr, window, clock, plan, hooks)
+                    log_step(progress, objective, step.fraction, lr, window, clock, plan, hooks)
                 if eval_loaders and (last or due(progress.step, plan.eval_every, epoch_ends)):
                     with clock.stopped():
                         stopped = evaluate(strategy, objective, coupled, eval_loaders, progress, plan, hooks, device)
@@ -132,11 +132,20 @@ def one_step(
     window.add("nonfinite", done.skipped * share, share)
 
 
-def log_step(progress: Progress, fraction: float, lr: float, window: Window, clock: Clock, plan: Plan, hooks: Hooks) -> None:
+def log_step(
+    progress: Progress,
+    objective: Objective,
+    fraction: float,
+    lr: float,
+    window: Window,
+    clock: Clock,
+    plan: Plan,
+    hooks: Hooks,
+) -> None:
     """The only place where a step waits for the device."""
     sums = window.read()
     window.clear()
-    values = means(sums)
+    values = reported(objective, sums)
     values.pop("nonfinite")
     progress.nonfinite_steps += round(sums["nonfinite"][0])
     loss = values.pop("loss", math.nan)
@@ -180,12 +189,12 @@ def evaluate(
     strategy.model.eval()
     sources = {name: held_out_sums(strategy, objective, coupled, loader, plan.seed, device) for name, loader in loaders.items()}
     strategy.model.train()
-    values = means(added(sources.values()))
+    values = reported(objective, added(sources.values()))
     eval_loss = values["loss"]
     record = {f"eval_{name}": value for name, value in values.items()}
     if len(sources) > 1:
         for source, sums in sources.items():
-            record |= {f"eval_{source}_{name}": value for name, value in means(sums).items()}
+            record |= {f"eval_{source}_{name}": value for name, value in reported(objective, sums).items()}
     hooks.log({"step": progress.step, **record})
     if progress.best_loss is None or eval_loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.evals_without_gain = eval_loss, progress.step, 0
@@ -210,6 +219,11 @@ def held_out_sums(
     return window.read()
 
 
+def reported(objective: Objective, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    values = means(sums)
+    return {**values, **objective.derived(values)} if "loss" in values else values
+
+
 def due(step: int, every: int | None, epoch_ends: bool) -> bool:
     return epoch_ends if every is None else step % every == 0
 
@@ -218,7 +232,7 @@ def ready(
     strategy: Strategy, coupled: Coupled | None, step: Step, device: torch.device, *, seed: int, remember: bool
 ) -> list[Batch]:
     """This worker's micro-batches on the device, with what the loss is to know of the whole global batch."""
-    batches = [to_device(batch, device) for batch in step.batches]
+    batches = [to_device(replace(batch, seed=seed), device) for batch in step.batches]
     if coupled is None:
         return batches
     with phase("first pass over the global batch"):
