@@ -62,7 +62,7 @@ MODEL: Table = {
     "rope_scaling": Refused(None, "rope_scaling by name is not here yet; give its numbers in model.config.rope_scaling"),
     "shift_attn": Refused(False, "shift_attn (S2 attention) is not here"),
     "mixture_of_depths": Refused(None, "mixture_of_depths is not here"),
-    "moe_aux_loss_coef": Refused(None, "the auxiliary loss of mixtures of experts (moe) is not here yet"),
+    "moe_aux_loss_coef": Joined(None, rules.routers),
     # Quantization
     "quantization_bit": Joined(None, rules.quantization),
     "quantization_method": Joined("bnb", rules.quantization),
@@ -175,11 +175,11 @@ FINETUNING: Table = {
     "plot_loss": LOGGED,
     "include_effective_tokens_per_second": LOGGED,
     # Losses of supervised fine-tuning
-    "use_dft_loss": Refused(False, "the dft loss is not here yet"),
-    "use_asft_loss": Refused(False, "the asft loss is not here yet"),
-    "asft_alpha": PartOf("use_asft_loss"),
-    "use_eaft_loss": Refused(False, "the eaft loss is not here yet"),
-    "eaft_alpha": PartOf("use_eaft_loss"),
+    "use_dft_loss": Joined(False, rules.token_loss),
+    "use_asft_loss": Joined(False, rules.token_loss),
+    "asft_alpha": Joined(0.1, rules.token_loss),
+    "use_eaft_loss": Joined(False, rules.token_loss),
+    "eaft_alpha": Joined(1.0, rules.token_loss),
     # Preferences
     "pref_loss": Joined("sigmoid", rules.preference),
     "pref_beta": Joined(0.1, rules.preference),
@@ -280,8 +280,8 @@ TRAINING: Table = {
     "lr_scheduler_kwargs": Joined(None, rules.schedule),
     "warmup_steps": Joined(0, rules.warmup),
     "warmup_ratio": Joined(None, rules.warmup),
-    "label_smoothing_factor": Refused(0.0, "label smoothing of supervised fine-tuning is not here yet"),
-    "neftune_noise_alpha": Refused(None, "neftune is not here yet"),
+    "label_smoothing_factor": Joined(0.0, rules.token_loss),
+    "neftune_noise_alpha": Joined(None, rules.token_loss),
     # Computing
     "bf16": Joined(False, rules.precision),
     "fp16": Joined(False, rules.precision),

@@ -140,6 +140,51 @@ def stage(stage: str, pref_loss: str) -> Settings:
     return {"stage": STAGES[stage]}
 
 
+def token_loss(
+    stage: str,
+    finetuning_type: str,
+    adapter_name_or_path: str | Sequence[str] | None,
+    use_dft_loss: bool,
+    use_eaft_loss: bool,
+    eaft_alpha: float,
+    use_asft_loss: bool,
+    asft_alpha: float,
+    label_smoothing_factor: float,
+    neftune_noise_alpha: float | None,
+) -> Settings | NoEffect:
+    """There, dft counts before eaft, and eaft before asft."""
+    for_sft = {
+        "use_dft_loss": use_dft_loss,
+        "use_eaft_loss": use_eaft_loss,
+        "use_asft_loss": use_asft_loss,
+        "label_smoothing_factor": label_smoothing_factor,
+        "neftune_noise_alpha": neftune_noise_alpha,
+    }
+    if stage != "sft":
+        if wanted := [name for name, value in for_sft.items() if value]:
+            raise Refusal(f"stage={stage} has none here", wanted[0])
+        return NoEffect(f"is not read with stage={stage}")
+    losses = ("dft", "eaft", "asft")
+    loss = next((name for name in losses if for_sft[f"use_{name}_loss"]), "cross_entropy")
+    if loss == "asft" and (finetuning_type != "lora" or adapter_name_or_path is not None):
+        raise Refusal("asft needs a new LoRA adapter: its reference is the model without it", "use_asft_loss")
+    return {
+        "stage.loss": loss,
+        "stage.eaft_alpha": float(eaft_alpha),
+        "stage.asft_alpha": float(asft_alpha),
+        "stage.label_smoothing": float(label_smoothing_factor),
+        "stage.neftune_alpha": neftune_noise_alpha or None,
+    }
+
+
+def routers(stage: str, moe_aux_loss_coef: float | None) -> Settings | NoEffect:
+    if stage in ("sft", "pt"):
+        return {"stage.router_aux_loss_coef": moe_aux_loss_coef or None}
+    if moe_aux_loss_coef:
+        raise Refusal(f"stage={stage} has none here", "moe_aux_loss_coef")
+    return NoEffect(f"is not read with stage={stage}")
+
+
 def preference(
     stage: str,
     pref_loss: str,

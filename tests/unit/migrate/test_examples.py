@@ -70,6 +70,11 @@ CONVERTED = {
         {**LLAMA, **SFT, **EVAL, "quantization_bit": 4, "lora_target": "q_proj,v_proj", "fp16": True, "bf16": False},
         {"adapter.targets": ["q_proj", "v_proj"], "train.precision": "fp16"},
     ),
+    "extras/dft": ({**FULL, "use_dft_loss": True}, {"stage.loss": "dft"}),
+    "extras/eaft": ({**FULL, "use_eaft_loss": True, "eaft_alpha": 2.0}, {"stage.loss": "eaft", "stage.eaft_alpha": 2.0}),
+    "extras/asft_lora": ({**LORA, "use_asft_loss": True}, {"stage.loss": "asft", "stage.asft_alpha": 0.1}),
+    "extras/neftune": ({**LORA, "neftune_noise_alpha": 5}, {"stage.neftune_alpha": 5.0, "stage.loss": "cross_entropy"}),
+    "extras/moe": ({**LORA, "moe_aux_loss_coef": 0.001}, {"stage.router_aux_loss_coef": 0.001}),
     "extras/neat_packing": ({**LORA, "neat_packing": True, "flash_attn": "fa2"}, {"data.packing": True}),
 }
 
@@ -88,10 +93,8 @@ REFUSED = {
     "full/autotp": ({**FULL, "deepspeed": "examples/deepspeed/ds_z2_autotp_config.json"}, "tensor parallelism"),
     "extras/adam_mini": ({**FULL, "use_adam_mini": True}, "adam_mini"),
     "extras/apollo": ({**FULL, "use_apollo": True, "apollo_rank": 128, "apollo_layerwise": True}, "apollo"),
-    "extras/asft": ({**FULL, "use_asft_loss": True, "asft_alpha": 0.1}, "asft"),
+    "extras/asft": ({**FULL, "use_asft_loss": True, "asft_alpha": 0.1}, "asft needs a new LoRA adapter"),
     "extras/badam": ({**FULL, "use_badam": True, "badam_mode": "layer", "badam_verbose": 2}, "badam"),
-    "extras/dft": ({**FULL, "use_dft_loss": True}, "dft"),
-    "extras/eaft": ({**FULL, "use_eaft_loss": True}, "eaft"),
     "extras/fp8": ({**FULL, "fp8": True, "fp8_backend": "te"}, "fp8"),
     "extras/galore": ({**FULL, "use_galore": True, "galore_layerwise": True, "galore_rank": 128}, "galore"),
     "extras/llama_pro": ({**FULL, "finetuning_type": "freeze", "use_llama_pro": True, "freeze_trainable_layers": 8}, "freeze"),

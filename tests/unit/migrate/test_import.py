@@ -214,6 +214,8 @@ def test_arguments_become_settings(arguments, settings):
         ({"template": None, "tool_format": "qwen"}, "tool_format"),
         ({"adapter_name_or_path": "a,b"}, "adapter_name_or_path"),
         ({"stage": "dpo", "pref_loss": "kto_pair"}, "pref_loss"),
+        ({"stage": "dpo", "neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        ({"stage": "kto", "moe_aux_loss_coef": 0.001}, "moe_aux_loss_coef"),
         ({"stage": "dpo", "pref_loss": "simpo", "pref_ftx": 0.1}, "pref_ftx"),
         ({"resume_from_checkpoint": "saves/x/checkpoint-500"}, "resume_from_checkpoint"),
         ({"deepspeed": "mine.json"}, "deepspeed"),
