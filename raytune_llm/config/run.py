@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from raytune_llm.config.adapter import AdapterConfig
@@ -94,6 +95,8 @@ class ImportRun:
     def __post_init__(self) -> None:
         if self.file is None:
             raise ConfigError("file", "must name a training file of LLaMA-Factory", remedy="Say, raytune-llm import FILE.yaml.")
+        if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
+            raise ConfigError("name", "must be of letters, digits, dots, hyphens and underscores", got=self.name)
 
 
 RUNS: dict[str, Any] = {

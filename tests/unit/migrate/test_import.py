@@ -133,6 +133,17 @@ def test_a_file_must_be_given(capsys):
     assert "file must name a training file" in capsys.readouterr().err
 
 
+def test_a_name_is_that_of_a_file(capsys):
+    assert main(["import", "mine.yaml", "name=a/b"]) == 2
+    assert "name must be of letters" in capsys.readouterr().err
+
+
+def test_any_path_can_be_typed(factory, capsys):
+    (factory / "it's mine, v2.5.yaml").write_text(json.dumps(MODEL))
+    assert main(["import", "it's mine, v2.5.yaml"]) == 0
+    assert load_config("train", ["+experiment=it_s_mine__v2.5"], config_dir="conf").model.path == "some/model"
+
+
 def test_a_global_batch_is_that_of_all_gpus():
     batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     assert translated(world_size=8, **batch)["train.global_batch_size"] == 64
