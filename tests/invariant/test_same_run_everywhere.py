@@ -80,3 +80,15 @@ def test_accumulation_does_not_show(micro: int, plain: TrainRun, tmp_path: Path)
     run = replace(plain, output_dir=str(tmp_path), train=replace(plain.train, micro_batch_size=micro))
     api.train(run)
     assert_same_run(plain, run)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
+def test_an_anchor_and_noise_are_the_same_on_two_workers(
+    strategy: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
+) -> None:
+    overrides = ["stage.loss=asft", "stage.asft_alpha=0.5", "stage.neftune_alpha=5", "train.max_steps=7", "optimizer.lr=1e-2"]
+    one = tiny_run(chat_rows, cache, tmp_path / "one", *overrides)
+    api.train(one)
+    two = elsewhere(one, tmp_path / "two", strategy=strategy, micro=2)
+    two_workers.run(two, str(prepare(one.model, one.data, one.resources).store.folder))
+    assert_same_run(one, two)
