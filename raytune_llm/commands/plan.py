@@ -35,7 +35,7 @@ def main(run: TrainRun) -> int:
         console.print()
     for line in chain.from_iterable(map(_mends, planned.misfits)):
         console.print(line, highlight=False, soft_wrap=True)
-    if planned.data is None:
+    if planned.data is None and not run.data.streaming:
         console.print(
             "Steps and tokens are known after [bold]prepare[/bold] with the same model and data settings.", highlight=False
         )
@@ -69,6 +69,8 @@ def _choices(run: TrainRun, planned: Plan) -> Table:
 
 
 def _data_rows(run: TrainRun, data: Data | None) -> list[tuple[str, str]]:
+    if run.data.streaming:
+        return [("", "tokenized while training"), ("steps", f"{run.train.max_steps:,}")]
     if data is None:
         return [("", "not prepared yet"), ("steps", _times(run.train.epochs, "epoch") + _at_most(run))]
     packs = "" if data.fill is None else f" in {_times(data.samples, 'pack')}, {data.fill:.1%} full"
