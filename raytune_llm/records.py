@@ -211,6 +211,8 @@ class LabeledBatch(AnswerBatch):
     """bool."""
     rows: tuple[int, ...]
     """Each one's row in the store."""
+    partners: tuple[int, ...]
+    """The row whose answer is the mismatched one."""
     reference_P2: Tensor | None = None
     """float32: the reference's log-probabilities of the answer and of the mismatched one, where the stage asks for them."""
     whole_PJ: Tensor | None = None

@@ -16,7 +16,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.train.progress import ProgressBar
 from raytune_llm.train.samples import Sample
-from raytune_llm.train.worker import Begin
+from raytune_llm.train.worker import Begin, ReferencePass
 
 SAMPLES = 3
 
@@ -51,19 +51,32 @@ class _Bars:
         self._console = console
         self._bar: ProgressBar | None = None
         self._told_rows = False
+        self._tenth = -1
 
     def rows(self, done: int, total: int) -> None:
         if not self._told_rows and done >= total:
             self._told_rows = True
             self._console.print(f"prepared {total:,} rows", highlight=False)
 
-    def begin(self, begin: Begin) -> None:
+    def begin(self, begin: Begin | ReferencePass) -> None:
+        if isinstance(begin, ReferencePass):
+            self._reference(begin)
+            return
         self.close()
         if begin.first_step:
             self._console.print(f"going on from the checkpoint at step {begin.first_step}", highlight=False)
         for choice in begin.choices:
             self._console.print(escape(choice), style="dim", highlight=False)
         self._bar = ProgressBar(begin.total_steps, first_step=begin.first_step, console=self._console)
+
+    def _reference(self, news: ReferencePass) -> None:
+        """A line at each tenth, which reads as well in a log."""
+        tenth = 10 * news.done // max(news.total, 1)
+        if tenth != self._tenth:
+            self._tenth = tenth
+            self._console.print(
+                f"reference log-probabilities: {news.done:,} of {news.total:,} rows", style="dim", highlight=False
+            )
 
     def record(self, record: Mapping[str, Any]) -> None:
         if self._bar is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from raytune_llm.config.adapter import AdapterConfig
+from raytune_llm.config.adapter import AdapterConfig, LoRA
 from raytune_llm.config.checkpoint import CheckpointConfig
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
@@ -15,7 +15,7 @@ from raytune_llm.config.resources import ResourcesConfig
 from raytune_llm.config.schedule import ScheduleConfig
 from raytune_llm.config.section import NonNegativeInt, PositiveInt, section
 from raytune_llm.config.stage import DPO, KTO, StageConfig
-from raytune_llm.config.strategy import StrategyConfig
+from raytune_llm.config.strategy import DeepSpeed, StrategyConfig
 from raytune_llm.config.tracking import TrackingConfig
 from raytune_llm.config.train import LoopConfig
 from raytune_llm.errors import ConfigError
@@ -51,6 +51,7 @@ class TrainRun:
         _quantized_bases_are_whole(self)
         _anchored_policies_have_a_new_adapter(self)
         _models_that_score_answer_nothing(self)
+        _references_can_be_had(self)
 
 
 @section
@@ -184,7 +185,7 @@ def _streams_know_what_they_need(run: TrainRun) -> None:
         "stage.reference": (
             "precomputed",
             isinstance(run.stage, DPO | KTO) and run.stage.reference == "precomputed",
-            "Take a stage without a reference, or set data.streaming=false.",
+            "Set stage.reference=online, since a pass over all rows comes first, or data.streaming=false.",
         ),
         "data.mix_epochs": (run.data.mix_epochs, run.data.mix_epochs, "Take it away, or set data.streaming=false."),
     }
@@ -236,4 +237,19 @@ def _quantized_bases_are_whole(run: TrainRun) -> None:
             "must be none where adapter=none, since quantized weights can't be trained",
             got=run.quantization.name,
             remedy="Take adapter=lora.",
+        )
+
+
+def _references_can_be_had(run: TrainRun) -> None:
+    if not isinstance(run.stage, DPO | KTO):
+        return
+    stage = run.stage
+    new_adapter = isinstance(run.adapter, LoRA) and run.adapter.path is None
+    partitioned = isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3
+    if stage.reference == "online" and partitioned and not (new_adapter or stage.reference_model or stage.reference_adapter):
+        raise ConfigError(
+            "stage.reference",
+            "must be precomputed with strategy=zero3, which keeps no copy of what is trained as it was",
+            got=stage.reference,
+            remedy="Set stage.reference=precomputed, or take strategy=fsdp.",
         )

@@ -7,9 +7,9 @@ from pydantic import Field
 from raytune_llm.config.section import NonNegativeFloat, PositiveFloat, section
 from raytune_llm.errors import ConfigError
 
-Reference = Literal["precomputed"]
+Reference = Literal["precomputed", "online"]
 """Log-probabilities under the reference, which is the model as the run finds it, with the adapter that it goes on from:
-precomputed: once for all rows, before the first step."""
+precomputed: once for all rows, before the first step; online: in each step."""
 HalfOpen = Annotated[float, Field(ge=0, lt=0.5)]
 DPOLoss = Literal[
     "sigmoid", "robust", "hinge", "ipo", "ipo_sum", "exo_pair", "nca_pair", "sppo_hard", "aot", "aot_unpaired", "aot_pair",
@@ -91,6 +91,10 @@ class DPO:
     """The divergence of the loss f_alpha."""
     reference: Reference | Literal["none"]
     """none: reference-free, as if every answer were as likely as any other under the reference."""
+    reference_model: str | None
+    """A folder or hub id of another model as the reference; null: what the run finds, with the adapter that it goes on from."""
+    reference_adapter: str | None
+    """An adapter folder that the reference has on that model."""
 
     def __post_init__(self) -> None:
         names = {self.loss} if isinstance(self.loss, str) else set(self.loss)
@@ -105,6 +109,9 @@ class DPO:
             )
         if "exo_pair" in names and not self.label_smoothing:
             raise ConfigError("stage.label_smoothing", "must be above 0 with exo_pair", got=0.0, remedy="Say, 0.001.")
+        for setting in ("reference_model", "reference_adapter"):
+            if self.reference == "none" and getattr(self, setting) is not None:
+                raise ConfigError(f"stage.{setting}", "must be null where stage.reference=none", got=getattr(self, setting))
         if "f_alpha" in names and self.f_alpha == 1:
             raise ConfigError(
                 "stage.f_alpha", "must not be 1, where the loss is sigmoid", got=1.0, remedy="Set stage.loss=sigmoid."
@@ -158,6 +165,10 @@ class KTO:
     sft_weight: NonNegativeFloat
     """Of the desirable answers' cross-entropy a token, which is added (pref_ftx)."""
     reference: Reference
+    reference_model: str | None
+    """A folder or hub id of another model as the reference; null: what the run finds, with the adapter that it goes on from."""
+    reference_adapter: str | None
+    """An adapter folder that the reference has on that model."""
 
 
 StageConfig = Annotated[SFT | Pretrain | Reward | DPO | ORPO | SimPO | CPO | KTO, Field(discriminator="name")]

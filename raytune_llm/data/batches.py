@@ -50,8 +50,8 @@ class Kind:
     """Batches of the same shape that a row's documents are dealt out to."""
     documents: Callable[[Rows, int, int, int, bool], list[Document]]
     """Of a row, its partner (another row), max_length, and whether answers share their request where they can."""
-    batch: Callable[[list[Fields], np.ndarray, Rows], Batch]
-    """From the fields of each part, the rows and the store."""
+    batch: Callable[[list[Fields], np.ndarray, np.ndarray, Rows], Batch]
+    """From the fields of each part, the rows, their partners and the store."""
     shares: bool = False
     """Whether a row's documents can share their request."""
 
@@ -80,11 +80,11 @@ def _answered(prompt: np.ndarray, answer: np.ndarray) -> Document:
     return Document(np.concatenate([prompt, answer]), np.array([len(prompt), len(prompt) + len(answer)], np.int32))
 
 
-def _plain_batch(made: list[Fields], rows: np.ndarray, store: Rows) -> Batch:
+def _plain_batch(made: list[Fields], rows: np.ndarray, partners: np.ndarray, store: Rows) -> Batch:
     return Batch(**made[0].batch)
 
 
-def _pair_batch(made: list[Fields], rows: np.ndarray, store: Rows) -> PairBatch:
+def _pair_batch(made: list[Fields], rows: np.ndarray, partners: np.ndarray, store: Rows) -> PairBatch:
     (both,) = made
     return PairBatch(
         **both.batch,
@@ -95,7 +95,7 @@ def _pair_batch(made: list[Fields], rows: np.ndarray, store: Rows) -> PairBatch:
     )
 
 
-def _labeled_batch(made: list[Fields], rows: np.ndarray, store: Rows) -> LabeledBatch:
+def _labeled_batch(made: list[Fields], rows: np.ndarray, partners: np.ndarray, store: Rows) -> LabeledBatch:
     own, other = made
     return LabeledBatch(
         **own.batch,
@@ -104,6 +104,7 @@ def _labeled_batch(made: list[Fields], rows: np.ndarray, store: Rows) -> Labeled
         mismatched=AnswerBatch(**other.batch, documents_N=other.documents_N, answers_P=other.numbers),
         desirable_P=torch.from_numpy(store.desirable[rows]),
         rows=tuple(rows.tolist()),
+        partners=tuple(partners.tolist()),
     )
 
 

@@ -7,14 +7,13 @@ at a time. World size, micro-batch size and restarts only change who computes wh
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -108,8 +107,6 @@ class Samples:
         self.kind = KINDS[store.kind]
         self.capacity = max_length * self.kind.sides
         """Tokens of a pack."""
-        self.reference_R2: torch.Tensor | None = None
-        """float32: the reference's log-probabilities of every row, in the order of the samples, where a stage asks for them."""
         self.rows = rows = np.asarray(rows)
         partners = np.roll(rows, 1)
         lengths = room = store.lengths[rows].astype(np.int64)
@@ -149,6 +146,10 @@ class Samples:
     def ordered(self, seed: int | None, epoch: int, multiple: int, stopped: threading.Event) -> Iterator[Ordered]:
         order = np.arange(len(self)) if seed is None else permutation(len(self), seed, epoch)
         yield Ordered(self, order, last=True)
+
+    def over(self, rows: np.ndarray) -> Samples:
+        """Samples of other rows of the same store, made in the same way."""
+        return Samples(self.store, rows, max_length=self.max_length, packing=self.packing, share_prompts=self.share_prompts)
 
     def take(self, samples: np.ndarray) -> Samples:
         """These samples, in this order, with the shards that they are in."""
@@ -231,13 +232,9 @@ class Samples:
             )
             for part in range(self.kind.parts)
         ]
-        rows = np.concatenate([np.zeros(0, np.int64), *(self.row_numbers(sample) for sample in samples.tolist())])
-        batch = self.kind.batch(made, rows, self.store)
-        if self.reference_R2 is None:
-            return batch
-        places = [np.arange(int(self._offsets[sample]), int(self._offsets[sample + 1])) for sample in samples.tolist()]
-        reference_P2 = self.reference_R2[torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *places]))]
-        return dataclasses.replace(batch, reference_P2=reference_P2)  # type: ignore[call-arg]
+        spans = (slice(*self._offsets[sample : sample + 2].tolist()) for sample in samples.tolist())
+        places = np.r_[(slice(0, 0), *spans)]
+        return self.kind.batch(made, self._rows[places], self._partners[places], self.store)
 
 
 def _blocks(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -294,9 +291,12 @@ class Loader:
         pad_id: int,
         shuffle: bool = True,
         prefetch: int = 2,
+        finish: Callable[[Any], Batch] = lambda batch: batch,
     ) -> None:
+        """finish: gives each batch what is known of its rows beside their tokens."""
         assert 0 <= rank < world_size
         self.samples, self.seed, self.pad_id, self.shuffle, self.prefetch = samples, seed, pad_id, shuffle, prefetch
+        self.finish = finish
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = None if samples.num_samples is None else -(-samples.num_samples // global_batch_size)
@@ -363,5 +363,5 @@ class Loader:
         return [(min(start, num_samples), min(start + micro, num_samples)) for start in starts]
 
     def _batch(self, samples: Samples, numbers: np.ndarray) -> Batch:
-        batch = samples.batch(numbers, micro_batch_size=self.micro_batch_size, pad_id=self.pad_id)
+        batch = self.finish(samples.batch(numbers, micro_batch_size=self.micro_batch_size, pad_id=self.pad_id))
         return pinned(batch) if torch.cuda.is_available() else batch

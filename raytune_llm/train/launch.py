@@ -15,14 +15,14 @@ from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError, UserError
 from raytune_llm.train.samples import Sample
-from raytune_llm.train.worker import Begin, Outcome, Sink, work
+from raytune_llm.train.worker import Begin, Outcome, ReferencePass, Sink, work
 
 COLLECTIVE_TIMEOUT_S = 600
 """A worker that waits longer than this for the others gives up, so that a hang ends."""
 POLL_S = 0.2
 TOKENIZING_CPUS = 1
 """Are left to data.streaming, at least."""
-News = Mapping[str, Any] | Begin | Sequence[Sample]
+News = Mapping[str, Any] | Begin | ReferencePass | Sequence[Sample]
 """A record for the sinks, the beginning, or samples, as a list."""
 
 
@@ -32,7 +32,7 @@ def fit(
     eval_store: str | None,
     *,
     sinks: Sequence[Sink] = (),
-    on_begin: Callable[[Begin], None] = lambda begin: None,
+    on_begin: Callable[[Begin | ReferencePass], None] = lambda begin: None,
     on_samples: Callable[[Sequence[Sample]], None] = lambda samples: None,
 ) -> Outcome:
     """Train where `resources` says. Every record goes to the sinks here, on the driver, while training goes on."""
@@ -48,7 +48,7 @@ def _fit_on_ray(
     train_store: str,
     eval_store: str | None,
     sinks: Sequence[Sink],
-    on_begin: Callable[[Begin], None],
+    on_begin: Callable[[Begin | ReferencePass], None],
     on_samples: Callable[[Sequence[Sample]], None],
 ) -> Outcome:
     session.connect(resources)
@@ -127,7 +127,10 @@ class Channel:
     """News from the workers to the driver, while they come: an actor in between, and a thread here that asks it."""
 
     def __init__(
-        self, sinks: Sequence[Sink], on_begin: Callable[[Begin], None], on_samples: Callable[[Sequence[Sample]], None]
+        self,
+        sinks: Sequence[Sink],
+        on_begin: Callable[[Begin | ReferencePass], None],
+        on_samples: Callable[[Sequence[Sample]], None],
     ) -> None:
         import ray
 
@@ -182,7 +185,7 @@ class Channel:
         try:
             for item in news if self.failure is None else ():
                 match item:
-                    case Begin():
+                    case Begin() | ReferencePass():
                         self._on_begin(item)
                     case list():
                         self._on_samples(item)

@@ -23,6 +23,7 @@ from raytune_llm.train.checkpoint import Progress
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.coupling import Coupled, seed_dropout
 from raytune_llm.train.phases import phase
+from raytune_llm.train.reference import Online
 from raytune_llm.train.strategies.base import Strategy
 from raytune_llm.train.window import Window, added, means
 
@@ -65,6 +66,7 @@ def run(
     hooks: Hooks,
     clock: Clock,
     device: torch.device,
+    reference: Online | None = None,
 ) -> Progress:
     """Train from `progress` to the plan's end (or an early stop) and return where it stands then."""
     window = Window(device, progress.window)
@@ -75,7 +77,7 @@ def run(
         with closing(loader.steps(progress.epoch, progress.cursor)) as steps:
             for step in steps:
                 lr = learning_rate(progress.step)
-                one_step(strategy, objective, coupled, step, lr, window, plan.seed + progress.step, device)
+                one_step(strategy, objective, coupled, step, lr, window, plan.seed + progress.step, device, reference)
                 progress.step += 1
                 progress.cursor = step.cursor
                 progress.tokens_seen += step.tokens
@@ -87,7 +89,7 @@ def run(
                     log_step(progress, objective, step.fraction, lr, window, clock, plan, hooks)
                 if eval_loaders and (last or due(progress.step, plan.eval_every, epoch_ends)):
                     with clock.stopped():
-                        stopped = evaluate(strategy, objective, coupled, eval_loaders, progress, plan, hooks, device)
+                        stopped = evaluate(strategy, objective, coupled, eval_loaders, progress, plan, hooks, device, reference)
                         hooks.sample(progress.step)
                 best = plan.save_best and progress.best_step == progress.step
                 if last or stopped or best or due(progress.step, plan.save_every, epoch_ends):
@@ -110,9 +112,10 @@ def one_step(
     window: Window,
     seed: int,
     device: torch.device,
+    reference: Online | None,
 ) -> None:
     """Forward and backward over this worker's micro-batches, then one update with the gradient of the whole global batch."""
-    batches = ready(strategy, coupled, step, device, seed=seed, remember=True)
+    batches = ready(strategy, coupled, step, device, reference, seed=seed, remember=True)
     for number, batch in enumerate(batches):
         seed_dropout(seed, batch.sample_ids)
         last = number == len(batches) - 1
@@ -181,13 +184,17 @@ def evaluate(
     plan: Plan,
     hooks: Hooks,
     device: torch.device,
+    reference: Online | None,
 ) -> bool:
     """Loss and metrics over what is held out, as eval_loss and so on. True where the run is to stop early.
 
     Where there are several sources, each has its own too (eval_<source>_loss); those of the whole are over all their tokens.
     """
     strategy.model.eval()
-    sources = {name: held_out_sums(strategy, objective, coupled, loader, plan.seed, device) for name, loader in loaders.items()}
+    sources = {
+        name: held_out_sums(strategy, objective, coupled, loader, plan.seed, device, reference)
+        for name, loader in loaders.items()
+    }
     strategy.model.train()
     values = reported(objective, added(sources.values()))
     eval_loss = values["loss"]
@@ -205,12 +212,18 @@ def evaluate(
 
 @torch.no_grad()
 def held_out_sums(
-    strategy: Strategy, objective: Objective, coupled: Coupled | None, loader: Loader, seed: int, device: torch.device
+    strategy: Strategy,
+    objective: Objective,
+    coupled: Coupled | None,
+    loader: Loader,
+    seed: int,
+    device: torch.device,
+    reference: Online | None,
 ) -> dict[str, tuple[float, float]]:
     """(sum, count) of loss and metrics over the loader's samples and all workers."""
     window = Window(device, {})
     for step in loader.steps(0):
-        for batch in ready(strategy, coupled, step, device, seed=seed, remember=False):
+        for batch in ready(strategy, coupled, step, device, reference, seed=seed, remember=False):
             with phase("evaluation"):
                 out = objective.loss(strategy.model, batch)
             window.add("loss", out.total, out.count)
@@ -229,10 +242,20 @@ def due(step: int, every: int | None, epoch_ends: bool) -> bool:
 
 
 def ready(
-    strategy: Strategy, coupled: Coupled | None, step: Step, device: torch.device, *, seed: int, remember: bool
+    strategy: Strategy,
+    coupled: Coupled | None,
+    step: Step,
+    device: torch.device,
+    reference: Online | None,
+    *,
+    seed: int,
+    remember: bool,
 ) -> list[Batch]:
-    """This worker's micro-batches on the device, with what the loss is to know of the whole global batch."""
+    """This worker's micro-batches on the device, with what the loss is to know of the reference and of the whole global batch."""
     batches = [to_device(replace(batch, seed=seed), device) for batch in step.batches]
+    if reference is not None:
+        with phase("reference"):
+            batches = [reference.attach(batch) for batch in batches]
     if coupled is None:
         return batches
     with phase("first pass over the global batch"):

@@ -6,11 +6,12 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
@@ -26,20 +27,27 @@ from raytune_llm.errors import ConfigError, DataError
 from raytune_llm.models.attention import shares_prefixes
 from raytune_llm.models.load import load_model
 from raytune_llm.models.policy import run_config
-from raytune_llm.stages import STAGES
-from raytune_llm.train import loop
+from raytune_llm.stages import STAGES, AnswerLogprobs
+from raytune_llm.train import loop, reference
 from raytune_llm.train.build import Builder
 from raytune_llm.train.checkpoint import Checkpoints, Progress, complete_steps, read_progress
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.flops import peak_flops
 from raytune_llm.train.output import identity, model_card, write_final
-from raytune_llm.train.reference import FOLDER, fill_reference
 from raytune_llm.train.report import JsonLines, Report
 from raytune_llm.train.samples import SAMPLES, Sample, Sampler
 from raytune_llm.train.schedules import learning_rate
 from raytune_llm.train.strategies.base import Strategy
 
 Sink = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferencePass:
+    """How far log-probabilities under the reference are computed, in rows."""
+
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +82,7 @@ def work(
     *,
     device: torch.device,
     sinks: Sequence[Sink] = (),
-    on_begin: Callable[[Begin], None] = lambda begin: None,
+    on_begin: Callable[[Begin | ReferencePass], None] = lambda begin: None,
     on_samples: Callable[[Sequence[Sample]], None] = lambda samples: None,
 ) -> Outcome:
     """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only."""
@@ -88,17 +96,29 @@ def work(
     stores = open_stores(run, train_store, eval_store, share_prompts=shares)
     micro, seed = run.train.micro_batch_size, run.train.seed
     share = {"micro_batch_size": micro, "rank": rank, "world_size": world, "seed": seed, "pad_id": tokenizer.pad_token_id or 0}
-    loader = Loader(stores.train, global_batch_size=run.train.global_batch_size, **share)
-    eval_loaders = {
-        source: Loader(samples, global_batch_size=run.train.global_batch_size, shuffle=False, **share)
-        for source, samples in stores.held_out.items()
-    }
-    steps = total_steps(run, loader.steps_per_epoch)
-
     builder = Builder(run, config, device)
     with explained(builder, "loading the model"):
         built = builder.build()
     policy, strategy, flops = built.policy, built.strategy, built.flops_per_token
+    with explained(builder, "the pass of the reference"):
+        references = find_references(
+            run,
+            objective.reference,
+            strategy,
+            stores,
+            config,
+            device=device,
+            compute=policy.compute,
+            pad_id=share["pad_id"],
+            tell=lambda done, total: on_begin(ReferencePass(done=done, total=total)) if rank == 0 else None,
+        )
+    share["global_batch_size"] = run.train.global_batch_size
+    loader = Loader(stores.train, **share, **references.finish(stores.train))
+    eval_loaders = {
+        source: Loader(samples, shuffle=False, **share, **references.finish(samples))
+        for source, samples in stores.held_out.items()
+    }
+    steps = total_steps(run, loader.steps_per_epoch)
 
     with ExitStack() as stack:
         stack.enter_context(explained(builder, "training"))
@@ -155,19 +175,8 @@ def work(
                     sampled.write(one.to_json())
                 on_samples(samples)
 
-        if objective.reference is not None:
-            assert isinstance(stores.train, Samples), "streams are refused"
-            fill_reference(
-                strategy,
-                objective.reference,
-                {"train": stores.train, **{f"held-out-{number}": one for number, one in enumerate(stores.held_out.values())}},
-                output / FOLDER,
-                goes_on=progress.step > 0,
-                loading={"global_batch_size": run.train.global_batch_size, **share},
-                device=device,
-            )
         if rank == 0:
-            choices = built.choices
+            choices = built.choices + references.choices
             if KINDS[stage.rows].shares:
                 choices += (f"requests: {'computed once for both answers' if shares else 'a copy for each of two answers'}",)
             on_begin(Begin(total_steps=steps, first_step=progress.step, choices=choices))
@@ -193,6 +202,7 @@ def work(
             loop.Hooks(log=log, save=save, sample=sample),
             clock,
             device,
+            references.online,
         )
         trained = time.perf_counter()
         checkpoints.wait()
@@ -225,6 +235,65 @@ def work(
         train_s=trained - loaded - save_s,
         save_s=save_s + time.perf_counter() - trained,
     )
+
+
+@dataclass(frozen=True)
+class References:
+    """How batches get what the reference says of them: from a table as they are made, or on the device in each step."""
+
+    tables: dict[str, reference.Table] = field(default_factory=dict)
+    """By the store's hash."""
+    online: reference.Online | None = None
+    choices: tuple[str, ...] = ()
+
+    def finish(self, samples: Samples | Stream) -> dict[str, Any]:
+        """Settings of the loader of these samples."""
+        if not self.tables or not isinstance(samples, Samples) or not isinstance(samples.store, Store):
+            return {}
+        return {"finish": self.tables[samples.store.manifest_hash].attach}
+
+
+def find_references(
+    run: TrainRun,
+    logps: AnswerLogprobs | None,
+    strategy: Strategy,
+    stores: Stores,
+    config: PretrainedConfig,
+    *,
+    device: torch.device,
+    compute: torch.dtype,
+    pad_id: int,
+    tell: reference.Told,
+) -> References:
+    """Call it before weights are restored from a checkpoint."""
+    if logps is None:
+        return References()
+    other = reference.other_model(run, config, device)
+    if run.stage.reference == "online":  # type: ignore[union-attr]
+        return References(online=reference.online(run, strategy, logps, other), choices=("reference: in each step",))
+    tables: dict[str, reference.Table] = {}
+    choices = []
+    assert isinstance(stores.train, Samples)
+    samples = [stores.train, *stores.held_out.values()]
+    for store in {id(one.store): one.store for one in samples}.values():
+        assert isinstance(store, Store)
+        of_store = [one for one in samples if one.store is store]
+        if store.kind == "pairs":
+            of_store = [of_store[0].over(np.arange(len(store)))]
+        tables[store.manifest_hash], where = reference.precomputed(
+            other or strategy.model,
+            logps,
+            of_store,
+            store.folder.parent,
+            reference.key_of(run, logps, of_store, store.manifest_hash, compute),
+            micro_batch_size=run.train.micro_batch_size,
+            pad_id=pad_id,
+            device=device,
+            compute=compute,
+            tell=tell,
+        )
+        choices.append(f"reference: {where}")
+    return References(tables=tables, choices=tuple(choices))
 
 
 @contextmanager
