@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from raytune_llm.config.adapter import AdapterConfig, LoRA
+from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.config.checkpoint import CheckpointConfig
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
@@ -244,12 +244,11 @@ def _references_can_be_had(run: TrainRun) -> None:
     if not isinstance(run.stage, DPO | KTO):
         return
     stage = run.stage
-    new_adapter = isinstance(run.adapter, LoRA) and run.adapter.path is None
     partitioned = isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3
-    if stage.reference == "online" and partitioned and not (new_adapter or stage.reference_model or stage.reference_adapter):
+    if stage.reference == "online" and partitioned and not (stage.reference_model or stage.reference_adapter):
         raise ConfigError(
             "stage.reference",
-            "must be precomputed with strategy=zero3, which keeps no copy of what is trained as it was",
+            "must be precomputed with strategy=zero3, whose model can't be run as another within a step",
             got=stage.reference,
             remedy="Set stage.reference=precomputed, or take strategy=fsdp.",
         )
