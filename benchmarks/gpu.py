@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py [--variants NAME ...] [--steps 8] [--profile FOLDER] [--set KEY=VALUE ...]
 
-Prints JSON: for each variant real tokens/s (padding not counted), the median step, peak memory and mfu, which counts 4 operations
-a frozen weight and token (6 a trained one), attention left out, against the rate of a bf16 8192 x 8192 x 8192 product measured
-just before. Steps are the loop's own (`train.loop.one_step`): forward, backward, clipping, fused AdamW, metrics.
+A variant over several workers runs where there are as many GPUs. Prints JSON: for each variant real tokens/s of a worker
+(padding not counted), the median step, peak memory and mfu, which counts 4 operations a frozen weight and token (6 a trained
+one), attention left out, against the rate of a bf16 8192 x 8192 x 8192 product measured just before. Steps are the loop's own
+(`train.loop.one_step`): forward, backward, clipping, fused AdamW, metrics.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import argparse
 import gc
 import json
 import os
+import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle, islice, pairwise
 from pathlib import Path
 from statistics import median
@@ -27,21 +29,18 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
+import torch.distributed as dist
 
 from raytune_llm.config.load import load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.batches import collate, pinned
-from raytune_llm.data.loader import Step
+from raytune_llm.data.loader import JOINED_MULTIPLE, Step
 from raytune_llm.data.packing import plan
 from raytune_llm.models.load import load_config as load_model_config
-from raytune_llm.models.policy import build_policy, compute_dtype
 from raytune_llm.stages import STAGES
-from raytune_llm.train.flops import flops_per_token
+from raytune_llm.train.build import Builder
 from raytune_llm.train.loop import one_step
-from raytune_llm.train.optimizers import build_optimizer
-from raytune_llm.train.strategies import spread
-from raytune_llm.train.strategies.base import Precision
+from raytune_llm.train.profile import TABLE, StepProfile
 from raytune_llm.train.window import Window
 
 LLAMA = {
@@ -68,31 +67,54 @@ class Variant:
     packs: int = 2
     length: int = 4096
     one_document: bool = False
+    joined_rows: int | None = None
+    """Rows as they come, so many end to end, in place of packs."""
     warmup: int = 6
+    workers: int = 1
 
 
 LORA = ("adapter=lora", "adapter.rank=8", "adapter.alpha=16", "adapter.dropout=0.0")
-COMPILED = ("train.compile=true",)
+FULL_8B = ("adapter=none", "strategy=fsdp", "train.activation_checkpointing=none")
 VARIANTS = {
-    "lora_eager": Variant("llama3_8b", LORA),
-    "lora": Variant("llama3_8b", LORA + COMPILED),
-    "lora_selective": Variant("llama3_8b", (*LORA, *COMPILED, "train.activation_checkpointing=selective")),
-    "lora_full": Variant("llama3_8b", (*LORA, *COMPILED, "train.activation_checkpointing=full")),
-    "lora_offload": Variant("llama3_8b", (*LORA, *COMPILED, "train.activation_checkpointing=offload")),
-    "lora_fp8": Variant("llama3_8b", (*LORA, *COMPILED, "quantization=fp8")),
-    "qlora": Variant("llama3_8b", (*LORA, *COMPILED, "quantization=bnb_nf4")),
-    "qlora_full": Variant("llama3_8b", (*LORA, *COMPILED, "quantization=bnb_nf4", "train.activation_checkpointing=full")),
-    "lora_131072": Variant("llama3_8b", (*LORA, *COMPILED, "train.activation_checkpointing=offload"), 1, 131072, True, 0),
-    "full_1b": Variant("llama3_2_1b", ("adapter=none", *COMPILED), packs=4),
+    "lora": Variant("llama3_8b", LORA),
+    "lora_eager": Variant("llama3_8b", (*LORA, "train.compile=false")),
+    "lora_unpacked": Variant("llama3_8b", LORA, joined_rows=40, warmup=10),
+    "lora_selective": Variant("llama3_8b", (*LORA, "train.activation_checkpointing=selective")),
+    "lora_full": Variant("llama3_8b", (*LORA, "train.activation_checkpointing=full")),
+    "lora_offload": Variant("llama3_8b", (*LORA, "train.activation_checkpointing=offload")),
+    "lora_fp8": Variant("llama3_8b", (*LORA, "quantization=fp8")),
+    "qlora": Variant("llama3_8b", (*LORA, "quantization=bnb_nf4")),
+    "qlora_full": Variant("llama3_8b", (*LORA, "quantization=bnb_nf4", "train.activation_checkpointing=full")),
+    "lora_131072": Variant("llama3_8b", (*LORA, "train.activation_checkpointing=offload"), 1, 131072, True, warmup=0),
+    "full_1b": Variant("llama3_2_1b", ("adapter=none",), packs=4),
+    "full_1b_fp8": Variant("llama3_2_1b", ("adapter=none", "quantization=fp8"), packs=4),
+    "lora_2": Variant("llama3_8b", LORA, workers=2),
+    "full_8b_2": Variant("llama3_8b", FULL_8B, 1, 8192, True, workers=2),
+    "full_8b_fp8_2": Variant("llama3_8b", (*FULL_8B, "quantization=fp8"), 1, 8192, True, workers=2),
 }
 
-COMPARED = ("lora", "lora_full", "lora_fp8", "qlora", "qlora_full", "full_1b")
+COMPARED = (
+    "lora",
+    "lora_full",
+    "lora_fp8",
+    "qlora",
+    "qlora_full",
+    "full_1b",
+    "full_1b_fp8",
+    "lora_unpacked",
+    "lora_2",
+    "full_8b_2",
+    "full_8b_fp8_2",
+)
 
 
 def make_run(variant: Variant, settings: list[str]) -> TrainRun:
-    base = ["model=hub", "model.path=null", "model.weights=random", "model.tokenizer=bytes", "data.path=none", "resources=inline"]
+    base = ["model=hub", "model.path=null", "model.weights=random", "model.tokenizer=bytes", "data.path=none"]
     shape = ["++model.config={" + ",".join(f"{key}:{str(value).lower()}" for key, value in SHAPES[variant.shape].items()) + "}"]
-    return load_config("train", [*base, *shape, "strategy=ddp", *variant.overrides, *settings])
+    resources = "resources=inline" if variant.workers == 1 else "resources=local"
+    sizes = [f"train.global_batch_size={variant.packs * variant.workers}", f"train.micro_batch_size={variant.packs}"]
+    lengths = [f"data.max_length={variant.length}", "train.seed=0"]
+    return load_config("train", [*base, *shape, resources, *sizes, *lengths, *variant.overrides, *settings])
 
 
 def make_steps(variant: Variant, vocab_size: int) -> Iterator[Step]:
@@ -101,53 +123,54 @@ def make_steps(variant: Variant, vocab_size: int) -> Iterator[Step]:
     rows = np.array(json.loads((Path(__file__).parent / "_alpaca_lengths.json").read_text())["rows"] * 4)
     if variant.one_document:
         rows = np.array([[variant.length, variant.length // 2]])
-    packs = plan(rows[:, 0], variant.length)
+    packs, per_step, length = plan(rows[:, 0], variant.length), variant.packs, variant.length
+    if variant.joined_rows is not None:
+        packs, per_step = [np.array([row]) for row in range(len(rows))], variant.joined_rows
     order = random.permutation(len(packs)) if len(packs) > 1 else np.zeros(variant.packs, int)
-    for start in range(0, len(order) - variant.packs + 1, variant.packs):
+    for start in range(0, len(order) - per_step + 1, per_step):
         lines = [
             [
                 (random.integers(0, vocab_size, tokens), np.array([tokens - trained, tokens]))
                 for tokens, trained in rows[packs[pack]]
             ]
-            for pack in order[start : start + variant.packs]
+            for pack in order[start : start + per_step]
         ]
-        batch = pinned(collate(lines, length=variant.length, pad_id=0, sample_ids=(start,)))
         tokens = sum(len(ids) for line in lines for ids, _ in line)
-        yield Step(epoch=0, cursor=0, batches=[batch], count=len(batch.trained_N), tokens=tokens, sample_ids=(start,))
+        if variant.joined_rows is not None:
+            lines = [[row for line in lines for row in line]]
+            length = -(-tokens // JOINED_MULTIPLE) * JOINED_MULTIPLE
+        batch = pinned(collate(lines, length=length, pad_id=0, sample_ids=(start,)))
+        yield Step(
+            epoch=0,
+            cursor=0,
+            fraction=0.0,
+            batches=[batch],
+            first_rows=[0],
+            count=len(batch.trained_N),
+            tokens=tokens,
+            sample_ids=(start,),
+        )
 
 
 def measure(
-    name: str, variant: Variant, settings: list[str], num_steps: int, matmul: float, trace: Path | None
+    name: str,
+    settings: list[str],
+    num_steps: int,
+    matmul: float,
+    trace: Path | None,
+    device: torch.device,
 ) -> dict[str, Any]:
-    device = torch.device("cuda")
+    variant = VARIANTS[name]
     began = time.perf_counter()
     run = make_run(variant, settings)
     config = load_model_config(None, run.model.config)
-    policy, note = build_policy(
-        config,
-        run.model,
-        run.adapter,
-        compute=compute_dtype(run.train.precision, device),
-        seed=0,
-        device=device,
-        quantization=run.quantization.name,
-        compile_layers=run.train.compile,
-        activation_checkpointing=run.train.activation_checkpointing,
-    )
-    flops = flops_per_token(policy, config)
-    strategy = spread(
-        run.strategy,
-        policy,
-        partial(build_optimizer, run.optimizer),
-        device=device,
-        precision=Precision(compute_dtype(run.train.precision, device)),
-        max_grad_norm=run.train.max_grad_norm,
-    )
+    built = Builder(run, config, device).build()
+    strategy = built.strategy
     strategy.model.train()
     window = Window(device, {})
     steps = list(make_steps(variant, config.vocab_size))
     endless = cycle(steps)
-    built = time.perf_counter()
+    made = time.perf_counter()
 
     objective = STAGES["sft"].objective(load_config("train", ["data.path=rows.jsonl"]).stage)
 
@@ -182,50 +205,47 @@ def measure(
         "issue_s": round(issued / num_steps, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
-        "mfu": round(tokens / seconds * flops / matmul, 4),
+        "mfu": round(tokens / seconds * built.flops_per_token / matmul, 4),
         "tokens": round(tokens / num_steps),
         "loss": round(first_loss[0] / first_loss[1], 4),
         "loss_after": round((lambda pair: pair[0] / pair[1])(window.read()["loss"]), 4),
-        "build": round(built - began, 1),
-        "first_step": round(ready - built, 1),
-        "attention": note,
+        "build": round(made - began, 1),
+        "first_step": round(ready - made, 1),
+        "choices": built.choices,
     }
     if trace is not None:
-        profiled(trace / f"{name}.txt", partial(advance, 2), 2)
+        profile = StepProfile(trace / name, device, first_step=0, total_steps=3, thin=32)
+        for step in range(1, 4):
+            advance(1)
+            profile.stepped(step)
+        print(name, (trace / name / TABLE).read_text(), sep="\n", file=sys.stderr)
     return result
 
 
-KINDS = {
-    "attention": ("flash", "fmha", "cudnn_generated"),
-    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitK", "splitk", "gemv"),
-    "optimizer and clipping": ("multi_tensor", "foreach"),
-    "copies": ("Memcpy", "Memset"),
-    "compiled": ("triton_",),
-}
-"""What a kernel is for, by a part of its name; the first that fits."""
+def measure_in_group(rank: int, port: int, world: int, folder: str, *measured: Any) -> None:
+    """One of several workers of this machine, a GPU each. The first writes the result."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, device_id=device)
+    result = measure(*measured, None, device)
+    if rank == 0:
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
 
 
-def profiled(path: Path, work: Any, num_steps: int) -> None:
-    """A table of the device's time a step by kind of kernel, then by kernel."""
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-        started = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        wall_ms = (time.perf_counter() - started) * 1000
-    kernels = [
-        (event.key, event.self_device_time_total / 1000 / num_steps, event.count / num_steps)
-        for event in seen.key_averages()
-        if str(event.device_type).endswith("CUDA") and event.self_device_time_total > 0
-    ]
-    totals: dict[str, float] = {}
-    for name, ms, _ in kernels:
-        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
-        totals[kind] = totals.get(kind, 0.0) + ms
-    lines = [f"{ms:9.2f} ms  {kind}" for kind, ms in sorted(totals.items(), key=lambda item: -item[1])]
-    lines.append(f"{wall_ms / num_steps - sum(totals.values()):9.2f} ms  idle or profiling")
-    lines += [f"{ms:9.3f} ms {count:7.1f} x  {name[:170]}" for name, ms, count in sorted(kernels, key=lambda item: -item[1])[:60]]
-    path.write_text("\n".join(lines) + "\n")
-    print(f"-- {path.stem}", *lines[:45], sep="\n", file=sys.stderr)
+def measured(name: str, settings: list[str], num_steps: int, matmul: float, trace: Path | None) -> dict[str, Any]:
+    """Tokens/s are a worker's where there are several."""
+    world = VARIANTS[name].workers
+    if world > torch.cuda.device_count():
+        return {"not_run": f"needs {world} GPUs"}
+    if world == 1:
+        return measure(name, settings, num_steps, matmul, trace, torch.device("cuda", 0))
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        torch.multiprocessing.spawn(measure_in_group, (port, world, folder, name, settings, num_steps, matmul), nprocs=world)
+        return json.loads((Path(folder) / "result.json").read_text())
 
 
 def matmul_flops() -> float:
@@ -254,8 +274,8 @@ def main() -> None:
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "matmul_tflops": round(matmul / 1e12, 1)}
     for name in arguments.variants:
         try:
-            results[name] = measure(name, VARIANTS[name], arguments.set, arguments.steps, matmul, arguments.profile)
-        except torch.cuda.OutOfMemoryError as error:
+            results[name] = measured(name, arguments.set, arguments.steps, matmul, arguments.profile)
+        except torch.OutOfMemoryError as error:
             results[name] = {"out_of_memory": str(error).splitlines()[0]}
         print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
         gc.collect()

@@ -14,6 +14,7 @@ from raytune_llm import api
 from raytune_llm.__main__ import BEGAN
 from raytune_llm.config.run import TrainRun
 from raytune_llm.evaluate.exact_match import ExactMatch
+from raytune_llm.train.profile import TABLE, TRACE
 from raytune_llm.train.progress import ProgressBar
 from raytune_llm.train.samples import Sample
 from raytune_llm.train.worker import Begin, ReferencePass
@@ -38,6 +39,10 @@ def main(run: TrainRun) -> int:
     if result.already_done:
         console.print(f"{result.output_dir} holds this run, finished. Nothing to do (resume=never starts anew).")
     _print_summary(console, result)
+    if run.train.profile and (seen := result.output_dir / TABLE).exists():
+        console.print(
+            f"\na step, by kind of work ({result.output_dir / TRACE} for a viewer)\n{seen.read_text()}", highlight=False
+        )
     if result.before is not None and result.after is not None:
         _print_answers(console, result.before, result.after)
     console.print(f"\nNext: [bold]{_next_command(run, result)}[/bold]", highlight=False, soft_wrap=True)

@@ -14,7 +14,8 @@ class NoQuantization:
 
 @section
 class FP8:
-    """Frozen weights and their products in FP8, with a scale a row. Needs a GPU of the Hopper kind or later."""
+    """Products in FP8, with a scale a row; frozen weights are held in it too, trained ones stay wide. Needs a GPU of the Hopper
+    kind or later."""
 
     name: Literal["fp8"]
 

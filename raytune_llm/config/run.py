@@ -48,7 +48,7 @@ class TrainRun:
         _data_are_given(self.data)
         _streams_know_what_they_need(self)
         _sharding_has_workers(self)
-        _quantized_bases_are_whole(self)
+        _quantized_weights_are_frozen_and_whole(self)
         _anchored_policies_have_a_new_adapter(self)
         _models_that_score_answer_nothing(self)
         _references_can_be_had(self)
@@ -223,21 +223,24 @@ def _models_that_score_answer_nothing(run: TrainRun) -> None:
         )
 
 
-def _quantized_bases_are_whole(run: TrainRun) -> None:
-    if run.quantization.name != "none" and run.strategy.name != "ddp":
-        raise ConfigError(
-            "strategy",
-            f"must be ddp where quantization={run.quantization.name}, whose weights are not sharded yet",
-            got=run.strategy.name,
-            remedy="Take strategy=ddp or quantization=none.",
-        )
-    if run.quantization.name != "none" and run.adapter.name == "none":
+def _quantized_weights_are_frozen_and_whole(run: TrainRun) -> None:
+    trains_all = run.adapter.name == "none"
+    if run.quantization.name == "bnb_nf4" and trains_all:
         raise ConfigError(
             "quantization",
-            "must be none where adapter=none, since quantized weights can't be trained",
+            "must be none or fp8 where adapter=none, since weights of four bits can't be trained",
             got=run.quantization.name,
             remedy="Take adapter=lora.",
         )
+    if run.quantization.name == "none" or run.strategy.name == "ddp" or (trains_all and run.strategy.name == "fsdp"):
+        return
+    raise ConfigError(
+        "strategy",
+        f"must be ddp{' or fsdp' if trains_all else ''} where quantization={run.quantization.name}",
+        got=run.strategy.name,
+        remedy="Take strategy=ddp or quantization=none.",
+    )
+
 
 
 def _references_can_be_had(run: TrainRun) -> None:

@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
+RANGE = "head and loss"
+"""The name of what happens here in traces."""
 TokenFunction = Callable[..., Tensor | tuple[Tensor, ...]]
 """(logits_NV, targets_N) -> one value a token [N], or several, [N, K] or a tuple of [N]; what it says of a token depends on that
 token's logits alone. A value of a tuple that has no gradient (a metric) costs none."""
@@ -76,7 +79,7 @@ class _TokenValues(torch.autograd.Function):
         weight = weight_VD.detach().to(compute)
         keep = ctx.needs_input_grad[1]
         values, towards_hidden, towards_logits = [], [], []
-        with torch.autocast(hidden_ND.device.type, enabled=False):
+        with torch.autocast(hidden_ND.device.type, enabled=False), record_function(RANGE):
             for hidden, targets, *others in chunks(chunk, hidden_ND.detach(), targets_N, other_ND):
                 hidden = hidden.to(compute)
                 logits = (hidden @ weight.T).requires_grad_()
@@ -99,6 +102,11 @@ class _TokenValues(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        with record_function(RANGE):
+            return _TokenValues._towards_inputs(ctx, grad)
+
+    @staticmethod
+    def _towards_inputs(ctx: Any, grad: Tensor) -> Any:
         (slopes_KND,) = ctx.saved_tensors
         grad_KN1 = (grad.T[ctx.sloped] if grad.ndim > 1 else grad[None])[..., None].to(slopes_KND.dtype)
         grad_ND = (slopes_KND * grad_KN1).sum(0).to(ctx.types[0])

@@ -75,7 +75,7 @@ def build_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = adapt(loaded, adapter, scores=scores)
-    quantize(layers(loaded), quantization)
+    quantize(layers(loaded), quantization, runs_on)
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
     offloads = activation_checkpointing == "offload" and runs_on.type == "cuda"
     policy = Scorer if scores else CausalLM

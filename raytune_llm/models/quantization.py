@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bits: name -> what takes the place of a linear layer. Products' results stay in the activations' type.
+"""Weights or their products in fewer bits: name -> what takes the place of a linear layer. Results stay in the activations' type.
 
 The layers under adapters are replaced after those are in place, so PEFT's own layers carry on around them.
 """
@@ -162,26 +162,83 @@ class _Product(torch.autograd.Function):
         return ctx.layer.transposed(grad_MN, *ctx.saved_tensors), None, *[None] * len(ctx.saved_tensors)
 
 
+class TrainedFP8Linear(nn.Linear):
+    """A trained linear layer with products in FP8, with a scale a row on either side; its weight and its gradient stay wide.
+
+    Of the three products of a step, the two with the weight are in FP8; the weight's gradient, which sums over thousands of
+    tokens and goes to the optimizer, is in the run's precision.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        y = _TrainedProduct.apply(input.flatten(0, -2).to(dtype), self.weight.to(dtype)).view(*input.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+
+class _TrainedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MK, weight_NK)
+        rows, scale_N1 = _rows_in_fp8(weight_NK)
+        return _fp8_product(x_MK, rows, scale_N1.T)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MN: Tensor) -> Any:  # type: ignore[override]
+        x_MK, weight_NK = ctx.saved_tensors
+        rows, scale_K1 = _rows_in_fp8(weight_NK.T.contiguous())
+        return _fp8_product(grad_MN.contiguous(), rows, scale_K1.T), grad_MN.T @ x_MK
+
+
 QUANTIZED: dict[str, type[QuantizedLinear] | None] = {"none": None, "fp8": FP8Linear, "bnb_nf4": NF4Linear}
 
 
-def quantize(layers: Iterable[nn.Module], name: str) -> None:
-    """Replace the frozen linear layers inside `layers`, which must be on a GPU."""
-    kind = QUANTIZED[name]
-    if kind is None:
+TRAINED: dict[str, type[nn.Linear] | None] = {"none": None, "fp8": TrainedFP8Linear, "bnb_nf4": None}
+"""What takes the place of a linear layer that is trained."""
+
+
+def quantize(layers: Iterable[nn.Module], name: str, runs_on: torch.device) -> None:
+    """Replace the linear layers inside `layers`: the frozen ones, which are on the GPU by now, or all where all are trained."""
+    if QUANTIZED[name] is None:
         return
-    found = [
+    linears = [
         (parent, child_name, child)
         for layer in layers
         for parent in layer.modules()
         for child_name, child in parent.named_children()
-        if type(child) is nn.Linear and not child.weight.requires_grad
+        if type(child) is nn.Linear
     ]
-    if not found:
+    frozen = [found for found in linears if not found[2].weight.requires_grad]
+    kind: Any = QUANTIZED[name] if frozen else TRAINED[name]
+    if kind is None:
         raise ConfigError("quantization", "needs frozen weights", got=name, remedy="Set adapter=lora, or quantization=none.")
-    if not found[0][2].weight.is_cuda:
+    if runs_on.type != "cuda":
         raise ConfigError("quantization", "needs a GPU", got=name, remedy="Set quantization=none.")
-    while found:
-        parent, child_name, child = found.pop()
+    _fits(kind, torch.cuda.get_device_capability(runs_on), [linear for _, _, linear in frozen or linears])
+    replaced = frozen or linears
+    linears = frozen = []  # or the wide weights would live as long as these
+    while replaced:
+        parent, child_name, child = replaced.pop()
         setattr(parent, child_name, kind(child))
     torch.cuda.empty_cache()  # what held the weights as they were loaded
+
+
+def _fits(kind: type[nn.Module], capability: tuple[int, int], linears: Iterable[nn.Linear]) -> None:
+    """Tensor cores take FP8 with a scale a row from Hopper on, in multiples of 16."""
+    if kind is NF4Linear:
+        return
+    if capability < (9, 0):
+        raise ConfigError(
+            "quantization",
+            f"can't be fp8 on a GPU of compute capability {capability[0]}.{capability[1]}, below 9.0",
+            remedy="Set quantization=none.",
+        )
+    odd = [linear for linear in linears if linear.in_features % 16 or linear.out_features % 16]
+    if odd:
+        width = f"{odd[0].in_features} x {odd[0].out_features}"
+        rule = f"can't be fp8 for a layer of {width}, no multiples of 16"
+        raise ConfigError("quantization", rule, remedy="Set quantization=none.")

@@ -53,6 +53,8 @@ class Hooks:
     save: Callable[[Progress], None]
     sample: Callable[[int], None]
     """At each evaluation, with the step."""
+    stepped: Callable[[int], None] = lambda step: None
+    """After each step, with its number."""
 
 
 def run(
@@ -82,6 +84,7 @@ def run(
                 progress.cursor = step.cursor
                 progress.tokens_seen += step.tokens
                 clock.tokens += step.tokens
+                hooks.stepped(progress.step)
                 last = progress.step == plan.total_steps
                 epoch_ends = step.fraction == 1.0
 

@@ -27,7 +27,7 @@ _FREE = {
     "data.cache", "data.path", "data.eval_path", "data.eval_names",
     "data.max_bad_fraction", "model.attention", "train.micro_batch_size", "train.compile", "train.activation_checkpointing",
     "train.log_every_steps", "train.eval_every_steps", "train.early_stopping", "train.exact_match_rows", "train.sample_rows",
-    "train.max_new_tokens", "train.max_nonfinite_steps",
+    "train.max_new_tokens", "train.max_nonfinite_steps", "train.profile",
 }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def open_output(run: TrainRun, identity_now: dict[str, str]) -> int | None:
     checkpoints = folder / "checkpoints"
     checkpoint.sweep(checkpoints)
     if run.resume == "never":
-        for path in (checkpoints, folder / "final", folder / "tensorboard"):
+        for path in (checkpoints, folder / "final", folder / "tensorboard", folder / "profile"):
             shutil.rmtree(path, ignore_errors=True)
         for name in ("metrics.jsonl", "samples.jsonl", "summary.json", "loss.png"):
             (folder / name).unlink(missing_ok=True)

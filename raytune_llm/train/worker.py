@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
+from raytune_llm.config.adapter import LoRA
 from raytune_llm.config.run import PrepareRun, TrainRun
 from raytune_llm.data.batches import KINDS
 from raytune_llm.data.loader import Loader, Samples, split_sources
@@ -34,6 +35,7 @@ from raytune_llm.train.checkpoint import Checkpoints, Progress, complete_steps, 
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.flops import peak_flops
 from raytune_llm.train.output import identity, model_card, write_final
+from raytune_llm.train.profile import StepProfile
 from raytune_llm.train.report import JsonLines, Report
 from raytune_llm.train.samples import SAMPLES, Sample, Sampler
 from raytune_llm.train.schedules import learning_rate
@@ -180,6 +182,12 @@ def work(
             if KINDS[stage.rows].shares:
                 choices += (f"requests: {'computed once for both answers' if shares else 'a copy for each of two answers'}",)
             on_begin(Begin(total_steps=steps, first_step=progress.step, choices=choices))
+        hooks = loop.Hooks(log=log, save=save, sample=sample)
+        if run.train.profile and rank == 0:
+            thin = 4 * run.adapter.rank if isinstance(run.adapter, LoRA) else 0  # of q, k and v together, say
+            profile = StepProfile(output, device, first_step=progress.step, total_steps=steps, thin=thin)
+            stack.callback(profile.close)
+            hooks = replace(hooks, stepped=profile.stepped)
         strategy.model.train()
         clock = Clock()
         progress = loop.run(
@@ -199,7 +207,7 @@ def work(
                 max_nonfinite_steps=run.train.max_nonfinite_steps,
                 seed=seed,
             ),
-            loop.Hooks(log=log, save=save, sample=sample),
+            hooks,
             clock,
             device,
             references.online,

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from raytune_llm import api
 from raytune_llm.config.load import load_config
+from raytune_llm.config.run import TrainRun
 from raytune_llm.data.batches import collate
+from raytune_llm.errors import ResourceError
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.models import attention
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import load_config as load_model_config
-from raytune_llm.models.policy import build_policy, compute_dtype
 from raytune_llm.models.quantization import FP8Linear, NF4Linear, QuantizedLinear
 from raytune_llm.records import Batch
+from raytune_llm.train.build import Builder
 from raytune_llm.train.loop import to_device
+from raytune_llm.train.profile import TABLE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -42,20 +49,11 @@ def policy(*overrides: str) -> CausalLM:
         "model.tokenizer=bytes",
         f"++model.config={MODEL}",
         "data.path=none",
+        "resources=inline",
+        "train.seed=0",
     ]
     run = load_config("train", [*base, *overrides])
-    made, _ = build_policy(
-        load_model_config(None, run.model.config),
-        run.model,
-        run.adapter,
-        compute=compute_dtype(run.train.precision, CUDA),
-        seed=0,
-        device=CUDA,
-        quantization=run.quantization.name,
-        compile_layers=run.train.compile,
-        activation_checkpointing=run.train.activation_checkpointing,
-    )
-    return made.to(CUDA).train()
+    return Builder(run, load_model_config(None, run.model.config), CUDA).build().policy.train()
 
 
 def same_weights(model: CausalLM, other: CausalLM) -> None:
@@ -131,6 +129,20 @@ def test_a_quantized_step_is_that_of_the_weights_it_stands_for(quantization: str
         assert error(got[name], wanted[name]) < bound, name
 
 
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_a_step_that_trains_with_fp8_products_is_near_one_with_wide_ones(compiled: str) -> None:
+    torch._dynamo.reset()
+    settings = ["adapter=none", "train.precision=bf16", f"train.compile={compiled}"]
+    plain, fast = policy(*settings), policy(*settings, "quantization=fp8")
+    fast.load_state_dict(plain.state_dict())
+    packs = batch(200, 31, 7, 120)
+    wanted, got = loss_and_gradients(plain, packs), loss_and_gradients(fast, packs)
+    assert wanted.keys() == got.keys()
+    assert error(got["loss"], wanted["loss"]) < 0.02
+    for name in wanted:
+        assert error(got[name], wanted[name]) < 0.25, name
+
+
 def test_an_fp8_product_is_as_near_as_three_bits_of_mantissa_allow() -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(512, 256, bias=False, device=CUDA, dtype=torch.bfloat16)
@@ -164,6 +176,73 @@ def test_varlen_attention_is_masked_attention(lengths: tuple[int, ...]) -> None:
     ours = torch.autograd.grad(got, [query, key, value], upstream.bfloat16())
     for mine, plain in zip(ours, torch.autograd.grad(wanted, wide, upstream), strict=True):
         assert error(mine.float(), plain) < 2e-2
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (100, None), (None, 20.0)])
+def test_flex_attention_is_masked_attention(window: int | None, softcap: float | None) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 512, 64, device=CUDA).bfloat16().requires_grad_() for heads in (8, 2, 2))
+    bounds = torch.tensor([0, 300, 512, 700, 1024], device=CUDA).int()
+    settings = {"cu_seqlens_S": bounds, "max_seqlen": 512, "scaling": 0.1, "sliding_window": window, "softcap": softcap}
+    masks = attention.block_masks("flex", bounds, 2, 512, window)
+    got, _ = attention.flex(torch.nn.Identity(), query, key, value, None, **settings, **masks)
+    wide = [x.detach().float().requires_grad_() for x in (query, key, value)]
+    wanted, _ = attention.sdpa(torch.nn.Identity(), *wide, None, **settings)
+    assert error(got.float(), wanted) < 1e-2
+    upstream = torch.randn_like(wanted)
+    ours = torch.autograd.grad(got, [query, key, value], upstream.bfloat16())
+    for mine, plain in zip(ours, torch.autograd.grad(wanted, wide, upstream), strict=True):
+        assert error(mine.float(), plain) < 2e-2
+
+
+def test_flex_attention_runs_in_compiled_layers() -> None:
+    torch._dynamo.reset()
+    plain = policy("adapter=lora", "train.precision=bf16", "train.compile=true")
+    fast = policy("adapter=lora", "train.precision=bf16", "train.compile=true", "model.attention=flex")
+    same_weights(plain, fast)
+    packs = batch(200, 31, 7, 120)
+    wanted, got = loss_and_gradients(plain, packs), loss_and_gradients(fast, packs)
+    for name in wanted:
+        assert error(got[name], wanted[name]) < 2.5e-2, name
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs flash-attn")
+def test_flash_attention_2_of_its_package_is_masked_attention() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 512, 64, device=CUDA).bfloat16() for heads in (8, 2, 2))
+    bounds = torch.tensor([0, 300, 512], device=CUDA).int()
+    settings = {"cu_seqlens_S": bounds, "max_seqlen": 300, "scaling": 0.1}
+    got, _ = attention.flash2(torch.nn.Identity(), query, key, value, None, **settings)
+    wanted, _ = attention.sdpa(torch.nn.Identity(), query.float(), key.float(), value.float(), None, **settings)
+    assert error(got.float(), wanted) < 1e-2
+
+
+def chat_run(folder: Path, answer: str, *overrides: str) -> TrainRun:
+    """A small run on 400 rows with this answer."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    (folder / "rows.jsonl").write_text("\n".join([json.dumps({"messages": messages})] * 400))
+    files = [f"data.path={folder / 'rows.jsonl'}", f"data.cache={folder}", f"output_dir={folder / 'out'}"]
+    return load_config("train", ["model=tiny_random", "resources=inline", "tracking=none", *files, *overrides])
+
+
+def test_memory_that_runs_out_is_explained(tmp_path: Path) -> None:
+    wide = ["adapter=none", "model.config.hidden_size=2048", "model.config.intermediate_size=8192", "data.max_length=2048"]
+    kept = ["train.activation_checkpointing=none", "train.compile=false", "train.micro_batch_size=8"]
+    torch.cuda.set_per_process_memory_fraction(2 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.raises(ResourceError, match=r"out of GPU memory during .*: the estimate was .* GiB were allocated .* Take "):
+            api.train(chat_run(tmp_path, "b" * 400, *wide, *kept))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_profile_says_where_the_time_goes(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    sizes = ["train.max_steps=9", "train.global_batch_size=4", "data.max_length=256"]
+    result = api.train(chat_run(tmp_path, "b" * 100, "train.profile=true", *sizes))
+    shown = (result.output_dir / TABLE).read_text()
+    for kind in ("attention", "matmul", "LoRA", "loss", "optimizer", "idle"):
+        assert kind in shown, shown
 
 
 def test_batches_with_other_boundaries_compile_nothing_again() -> None:

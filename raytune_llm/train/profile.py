@@ -1,0 +1,148 @@
+"""Where the time of a step goes: a trace for a viewer, and a table by kind of work."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+WARMUP, STEPS = 5, 3
+"""Steps before the first that is looked at (compiling is over then), and those that are."""
+TABLE, TRACE = "profile/table.txt", "profile/trace.json.gz"
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+KINDS = {
+    "communication": ("nccl", "c10d::", "gloo"),
+    "attention": ("flash", "fmha", "cudnn_generated", "_attention", "_varlen_attn", "flex_"),
+    "matmul": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "gemv", "_scaled_mm", *PRODUCTS),
+    "copies": ("memcpy", "memset", "aten::copy_", "pin_memory"),
+}  # fmt: skip
+"""What a kernel, or an operation on a CPU, is for, by a part of its name; the first that fits."""
+OTHER, IDLE = "elementwise and the rest", "idle"
+RANGES = {"head and loss": "loss", "optimizer step": "optimizer"}
+"""Ranges in which everything is of one kind."""
+
+Row = tuple[str, float]
+"""A kind and its milliseconds a step."""
+
+
+class StepProfile:
+    """Looks at a few steps of a run and writes what it saw. `thin`: products with a side no longer than this are LoRA's."""
+
+    def __init__(self, folder: Path, device: torch.device, *, first_step: int, total_steps: int, thin: int) -> None:
+        self.folder, self.device, self.thin = folder, device, thin
+        self.begins = first_step + max(min(WARMUP, total_steps - first_step - STEPS), 0)
+        on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+        self._profiler = profile(activities=[ProfilerActivity.CPU, *on_gpu], record_shapes=True)
+        self._seen = 0
+        self._running = False
+        self.stepped(first_step)
+
+    def stepped(self, step: int) -> None:
+        """After each step of the run, with its number."""
+        if self._running:
+            self._seen += 1
+        if self._running and self._seen == STEPS:
+            self.close()
+        elif step == self.begins and not self._running and not self._seen:
+            self._synchronize()
+            self._profiler.start()
+            self._running = True
+
+    def close(self) -> None:
+        """Write what there is, should the run end early."""
+        if not self._running:
+            return
+        self._synchronize()
+        self._profiler.stop()
+        self._running = False
+        steps = max(self._seen, 1)
+        trace = self.folder / TRACE
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        plain = trace.with_suffix("")
+        self._profiler.export_chrome_trace(str(plain))
+        with plain.open("rb") as source, gzip.open(trace, "wb") as target:
+            shutil.copyfileobj(source, target)
+        plain.unlink()
+        events: list[Any] = list(self._profiler.events() or [])
+        rows = gpu_rows(events, self.thin) if self.device.type == "cuda" else cpu_rows(events)
+        (self.folder / TABLE).write_text(table([(kind, ms / steps) for kind, ms in rows]))
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The kinds by their time, idle last, with their share of the step."""
+    total = sum(ms for _, ms in rows)
+    ordered = sorted(rows, key=lambda row: (row[0] == IDLE, -row[1]))
+    lines = [f"{kind:<26}{ms:10.2f} ms{ms / max(total, 1e-9):8.1%}" for kind, ms in ordered if ms > 0 or kind == IDLE]
+    return "\n".join([*lines, f"{'a step':<26}{total:10.2f} ms", ""])
+
+
+def kind_of(name: str) -> str:
+    lower = name.lower()
+    return next((kind for kind, parts in KINDS.items() if any(part in lower for part in parts)), OTHER)
+
+
+def gpu_rows(events: Iterable[Any], thin: int) -> list[Row]:
+    """Milliseconds by kind over all that was seen. What runs beside something else counts for both; idle is when nothing runs."""
+    events = list(events)
+    on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
+    kernels = [event for event in on_gpu if not event.is_user_annotation]
+    ranges = [
+        (event.time_range.start, event.time_range.end, RANGES[event.name])
+        for event in on_gpu
+        if event.is_user_annotation and event.name in RANGES
+    ]
+    totals: dict[str, float] = {}
+    for kernel in kernels:
+        start = kernel.time_range.start
+        kind = next((kind for begin, end, kind in ranges if begin <= start < end), None) or kind_of(kernel.name)
+        totals[kind] = totals.get(kind, 0.0) + kernel.time_range.elapsed_us() / 1000
+    for name, ms in _lora_kernels(events, thin):
+        kind = kind_of(name)
+        totals[kind] = totals.get(kind, 0.0) - ms
+        totals["LoRA"] = totals.get("LoRA", 0.0) + ms
+    if kernels:
+        spans = sorted((kernel.time_range.start, kernel.time_range.end) for kernel in kernels)
+        totals[IDLE] = (max(end for _, end in spans) - spans[0][0] - _covered(spans)) / 1000
+    return list(totals.items())
+
+
+def cpu_rows(events: Iterable[Any]) -> list[Row]:
+    """Milliseconds of one thread's own time by kind."""
+    totals: dict[str, float] = {}
+    for event in events:
+        kind, above = None, event
+        while kind is None and above is not None:
+            kind, above = RANGES.get(above.name), above.cpu_parent
+        kind = kind or kind_of(event.name)
+        totals[kind] = totals.get(kind, 0.0) + event.self_cpu_time_total / 1000
+    return list(totals.items())
+
+
+def _lora_kernels(events: Iterable[Any], thin: int) -> Iterable[tuple[str, float]]:
+    """(kernel, milliseconds) of products with a low-rank matrix."""
+    for event in events:
+        if event.device_type == DeviceType.CUDA or not event.kernels:
+            continue
+        shapes = [shape for shape in event.input_shapes or () if shape]
+        is_thin = event.name in PRODUCTS and any(0 < min(shape) <= thin for shape in shapes if len(shape) == 2)
+        if is_thin:
+            yield from ((kernel.name, kernel.duration / 1000) for kernel in event.kernels)
+
+
+def _covered(spans: Sequence[tuple[float, float]]) -> float:
+    """The length of the union of intervals sorted by their start."""
+    covered, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        covered += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return covered
