@@ -177,7 +177,7 @@ def measure(
     def advance(number: int) -> int:
         tokens = 0
         for step in islice(endless, number):
-            one_step(strategy, objective, None, step, 1e-5, window, 0, device)
+            one_step(strategy, objective, None, step, 1e-5, window, 0, device, None)
             tokens += step.tokens
         return tokens
 

@@ -242,7 +242,6 @@ def _quantized_weights_are_frozen_and_whole(run: TrainRun) -> None:
     )
 
 
-
 def _references_can_be_had(run: TrainRun) -> None:
     if not isinstance(run.stage, DPO | KTO):
         return
