@@ -20,6 +20,7 @@ from raytune_llm.config.resources import Cluster
 from raytune_llm.config.run import DoctorRun, ImportRun, PrepareRun, TrainRun
 from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared, Streamed
+from raytune_llm.errors import ConfigError
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.migrate.experiment import translate_file, write
 from raytune_llm.stages import STAGES
@@ -74,6 +75,7 @@ def train(
     from raytune_llm.train.output import identity, open_output
     from raytune_llm.train.plot import loss_curve
 
+    _stage_can(run)
     clock = _Phases(began or time.time())
     output = Path(run.output_dir).resolve()
     run = replace(run, output_dir=str(output))
@@ -160,6 +162,23 @@ def doctor(run: DoctorRun) -> Doctor:
     from raytune_llm.doctor import doctor
 
     return doctor()
+
+
+def _stage_can(run: TrainRun) -> None:
+    """What a run asks for beside training must have a meaning for its stage."""
+    stage = STAGES[run.stage.name]
+    if run.train.exact_match_rows and stage.rows != "conversations":
+        raise ConfigError(
+            "train.exact_match_rows",
+            f"must be 0 with stage={run.stage.name}, whose rows have no one right answer",
+            got=run.train.exact_match_rows,
+        )
+    if run.train.sample_rows and stage.scores is not None:
+        raise ConfigError(
+            "train.sample_rows",
+            f"must be 0 with stage={run.stage.name}, whose model gives scores and no text",
+            got=run.train.sample_rows,
+        )
 
 
 class _Phases:

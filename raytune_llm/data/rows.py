@@ -115,6 +115,10 @@ def _render_pair(record: Record, renderer: Renderer, targets: Targets) -> tuple[
     if not isinstance(record, Pair):
         raise BadRow("the row is no pair of answers", "set data.format.chosen and data.format.rejected to its columns")
     _without_media(record.prompt)
+    if record.chosen == record.rejected:
+        raise BadRow("both answers are the same")
+    for answer in (record.chosen, record.rejected):
+        _not_empty(answer[-1])
     messages = record.prompt.messages
     sides = (replace(record.prompt, messages=(*messages, *answer)) for answer in (record.chosen, record.rejected))
     # Cut before the answers, so that the request has the same tokens on both sides.
@@ -148,6 +152,7 @@ def _render_labeled(record: Record, renderer: Renderer, targets: Targets) -> tup
     _without_media(record.conversation)
     if record.conversation.messages[-1].role != "assistant":
         raise BadRow("there is no answer to judge")
+    _not_empty(record.conversation.messages[-1])
     return (renderer.render(record.conversation, earlier_answers=False),)
 
 
@@ -222,6 +227,12 @@ KINDS = {
 
 
 # What all have --------------------------------------------------------------------------------------------------------
+
+
+def _not_empty(answer: Message) -> None:
+    """An answer of its end alone would be judged: to say nothing is better, or worse, than to answer."""
+    if not (answer.content.strip() or answer.tool_calls or answer.reasoning):
+        raise BadRow("an answer is empty")
 
 
 def _without_media(conversation: Conversation) -> None:
