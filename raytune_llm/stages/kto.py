@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -20,7 +21,14 @@ def kto(section: KTO) -> Objective:
         loss=partial(_loss, section=section),
         coupling=Coupling(values=_drifts if has_kl else _verdicts, settle=_reference_point),
         reference=partial(_logps, mismatched=has_kl),
+        derived=_margin,
     )
+
+
+def _margin(means: Mapping[str, float]) -> dict[str, float]:
+    """The margin is between the means of the two sides, where both have rows."""
+    sides = [means[name] for name in ("rewards/chosen", "rewards/rejected") if name in means]
+    return {"rewards/margins": sides[0] - sides[1]} if len(sides) == 2 else {}
 
 
 def _logps(model: nn.Module, batch: LabeledBatch, *, mismatched: bool) -> Tensor:

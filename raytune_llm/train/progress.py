@@ -54,7 +54,11 @@ def describe(record: Mapping[str, Any], left_s: float | None) -> str:
     """What of a record fits on a line: `loss 0.8123  eval 0.9031  412 tokens/s  0:02:03 left`."""
     parts = (
         ("loss", "loss {:.4f}"),
+        ("rewards/accuracies", "accuracy {:.0%}"),
+        ("accuracy", "accuracy {:.0%}"),
         ("eval_loss", "eval {:.4f}"),
+        ("eval_rewards/accuracies", "eval accuracy {:.0%}"),
+        ("eval_accuracy", "eval accuracy {:.0%}"),
         ("tokens_per_s", "{:,.0f} tokens/s"),
     )
     said = [form.format(record[name]) for name, form in parts if name in record]
