@@ -22,7 +22,7 @@ from raytune_llm.models.memory import Memory, Parameters, count_parameters
 from raytune_llm.models.policy import run_config
 from raytune_llm.stages import STAGES
 from raytune_llm.train.footprint import GIB, USABLE, Mend, estimate, least_recomputation, mends, needs_of
-from raytune_llm.train.worker import open_stores, shares_prompts, total_steps
+from raytune_llm.train.stores import open_stores, shares_prompts, total_steps
 
 GPU_CLASSES = (24 * GIB, 40 * GIB, 80 * GIB)
 """Bytes of usual GPUs, to compare with where there is none."""

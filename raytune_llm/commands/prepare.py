@@ -21,7 +21,7 @@ from raytune_llm.data.pipeline import Prepared
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokenizer import run_tokenizer
 from raytune_llm.models.policy import run_config
-from raytune_llm.train.worker import shares_prompts
+from raytune_llm.train.stores import shares_prompts
 
 PERCENTILES = (50, 90, 99, 100)
 

@@ -6,39 +6,35 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raytune_llm.config.adapter import LoRA
-from raytune_llm.config.run import PrepareRun, TrainRun
+from raytune_llm.config.run import TrainRun
 from raytune_llm.data.batches import KINDS
-from raytune_llm.data.loader import Loader, Samples, split_sources
-from raytune_llm.data.mixture import mixed_rows
-from raytune_llm.data.store import Store
-from raytune_llm.data.streaming import Stream
+from raytune_llm.data.loader import Loader
 from raytune_llm.data.tokenizer import run_tokenizer, stop_ids
-from raytune_llm.errors import ConfigError, DataError
-from raytune_llm.models.attention import shares_prefixes
 from raytune_llm.models.load import load_model
 from raytune_llm.models.policy import run_config
-from raytune_llm.stages import STAGES, AnswerLogprobs
-from raytune_llm.train import loop, reference
+from raytune_llm.stages import STAGES
+from raytune_llm.train import loop
 from raytune_llm.train.build import Builder
 from raytune_llm.train.checkpoint import Checkpoints, Progress, complete_steps, read_progress
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.flops import peak_flops
 from raytune_llm.train.output import identity, model_card, write_final
 from raytune_llm.train.profile import StepProfile
+from raytune_llm.train.reference import find_references
 from raytune_llm.train.report import JsonLines, Report
 from raytune_llm.train.samples import SAMPLES, Sample, Sampler
 from raytune_llm.train.schedules import learning_rate
+from raytune_llm.train.stores import open_stores, shares_prompts, total_steps
 from raytune_llm.train.strategies.base import Strategy
 
 Sink = Callable[[Mapping[str, Any]], None]
@@ -245,65 +241,6 @@ def work(
     )
 
 
-@dataclass(frozen=True)
-class References:
-    """How batches get what the reference says of them: from a table as they are made, or on the device in each step."""
-
-    tables: dict[str, reference.Table] = field(default_factory=dict)
-    """By the store's hash."""
-    online: reference.Online | None = None
-    choices: tuple[str, ...] = ()
-
-    def finish(self, samples: Samples | Stream) -> dict[str, Any]:
-        """Settings of the loader of these samples."""
-        if not self.tables or not isinstance(samples, Samples) or not isinstance(samples.store, Store):
-            return {}
-        return {"finish": self.tables[samples.store.manifest_hash].attach}
-
-
-def find_references(
-    run: TrainRun,
-    logps: AnswerLogprobs | None,
-    strategy: Strategy,
-    stores: Stores,
-    config: PretrainedConfig,
-    *,
-    device: torch.device,
-    compute: torch.dtype,
-    pad_id: int,
-    tell: reference.Told,
-) -> References:
-    """Call it before weights are restored from a checkpoint."""
-    if logps is None:
-        return References()
-    other = reference.other_model(run, config, device)
-    if run.stage.reference == "online":  # type: ignore[union-attr]
-        return References(online=reference.online(run, strategy, logps, other), choices=("reference: in each step",))
-    tables: dict[str, reference.Table] = {}
-    choices = []
-    assert isinstance(stores.train, Samples)
-    samples = [stores.train, *stores.held_out.values()]
-    for store in {id(one.store): one.store for one in samples}.values():
-        assert isinstance(store, Store)
-        of_store = [one for one in samples if one.store is store]
-        if store.kind == "pairs":
-            of_store = [of_store[0].over(np.arange(len(store)))]
-        tables[store.manifest_hash], where = reference.precomputed(
-            other or strategy.model,
-            logps,
-            of_store,
-            store.folder.parent,
-            reference.key_of(run, logps, of_store, store.manifest_hash, compute),
-            micro_batch_size=run.train.micro_batch_size,
-            pad_id=pad_id,
-            device=device,
-            compute=compute,
-            tell=tell,
-        )
-        choices.append(f"reference: {where}")
-    return References(tables=tables, choices=tuple(choices))
-
-
 @contextmanager
 def explained(builder: Builder, during: str) -> Iterator[None]:
     """A GPU whose memory ran out becomes an error that says what to do."""
@@ -311,73 +248,6 @@ def explained(builder: Builder, during: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise builder.out_of_memory(error, during) from error
-
-
-@dataclass(frozen=True)
-class Stores:
-    train: Samples | Stream
-    held_out: dict[str, Samples]
-    """By source; a single one has no name ("")."""
-    evaluated: Store | None
-    """Where the held-out rows are; none without any, in a stream."""
-    manifests: dict[str, str]
-
-
-def shares_prompts(run: TrainRun | PrepareRun, kind: str, config: PretrainedConfig) -> bool:
-    """Whether the two answers of a row share one computation of their request, where rows of this kind have two."""
-    asked, possible = run.data.share_prompts, shares_prefixes(run.model.attention, config)
-    if asked is True and not KINDS[kind].shares:
-        raise ConfigError("data.share_prompts", f"can't be true where rows are {kind}", got=asked, remedy="Set it to auto.")
-    if asked is True and not possible:
-        raise ConfigError(
-            "data.share_prompts",
-            f"can't be true with model.attention={run.model.attention} and a model of the kind {config.model_type}: both must be "
-            "able to look at all that came before, wherever it lies",
-            got=asked,
-            remedy="Set it to auto or false.",
-        )
-    return asked is not False and KINDS[kind].shares and possible
-
-
-def open_stores(run: TrainRun, train_store: str, eval_store: str | None, *, share_prompts: bool = False) -> Stores:
-    """The samples to train on and those held out."""
-    packed = partial(Samples, max_length=run.data.max_length, packing=run.data.packing, share_prompts=share_prompts)
-    if run.data.streaming:
-        train = Stream(Path(train_store), window_rows=run.data.streaming_buffer_rows, samples=packed)
-        held_out, evaluated, manifests = {}, None, {"train": train.folder.name}
-    else:
-        store = evaluated = Store.open(train_store)
-        rows, held_out_rows = split_sources(store, run.data.eval_fraction, run.train.seed)
-        rows = mixed_rows(
-            store,
-            rows,
-            strategy=run.data.mix,
-            weights=run.data.mix_weights,
-            temperature=run.data.mix_temperature,
-            epochs=run.data.mix_epochs,
-            seed=run.train.seed,
-        )
-        train = packed(store, rows)
-        held_out = {name: packed(store, rows) for name, rows in held_out_rows.items()}
-        manifests = {"train": store.manifest_hash}
-    if eval_store is not None:
-        evaluated = Store.open(eval_store)
-        _, held_out_rows = split_sources(evaluated, 1.0, run.train.seed)
-        held_out = {name: packed(evaluated, rows) for name, rows in held_out_rows.items()}
-        manifests["evaluation"] = evaluated.manifest_hash
-    for what, samples in (("train", train), *((f"held-out {name}".strip(), samples) for name, samples in held_out.items())):
-        if isinstance(samples, Samples) and not samples.targets.sum():
-            raise DataError(str(run.data.path), f"the {what} rows have no token to learn", "Check data.format and the answers.")
-    return Stores(train, held_out, evaluated, manifests)
-
-
-def total_steps(run: TrainRun, steps_per_epoch: int | None) -> int:
-    """steps_per_epoch is none in a stream, which begins again until train.max_steps."""
-    if steps_per_epoch is None:
-        assert run.train.max_steps is not None
-        return run.train.max_steps
-    steps = run.train.epochs * steps_per_epoch
-    return steps if run.train.max_steps is None else min(steps, run.train.max_steps)
 
 
 def language_model(run: TrainRun, config: PretrainedConfig) -> PreTrainedModel:

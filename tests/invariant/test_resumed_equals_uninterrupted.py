@@ -15,7 +15,8 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import Loader
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.train.checkpoint import complete_steps
-from raytune_llm.train.worker import open_stores, work
+from raytune_llm.train.stores import open_stores
+from raytune_llm.train.worker import work
 from tests.group import Group, metrics
 from tests.invariant.test_same_run_everywhere import SAMPLED, assert_same_run, lines
 from tests.runs import tiny_run

@@ -1,0 +1,85 @@
+"""Token stores -> the samples of a run: what it trains on, what is held out, and how many steps that makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from raytune_llm.config.run import PrepareRun, TrainRun
+from raytune_llm.data.batches import KINDS
+from raytune_llm.data.loader import Samples, split_sources
+from raytune_llm.data.mixture import mixed_rows
+from raytune_llm.data.store import Store
+from raytune_llm.data.streaming import Stream
+from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.models.attention import shares_prefixes
+
+
+@dataclass(frozen=True)
+class Stores:
+    train: Samples | Stream
+    held_out: dict[str, Samples]
+    """By source; a single one has no name ("")."""
+    evaluated: Store | None
+    """Where the held-out rows are; none without any, in a stream."""
+    manifests: dict[str, str]
+
+
+def shares_prompts(run: TrainRun | PrepareRun, kind: str, config: PretrainedConfig) -> bool:
+    """Whether the two answers of a row share one computation of their request, where rows of this kind have two."""
+    asked, possible = run.data.share_prompts, shares_prefixes(run.model.attention, config)
+    if asked is True and not KINDS[kind].shares:
+        raise ConfigError("data.share_prompts", f"can't be true where rows are {kind}", got=asked, remedy="Set it to auto.")
+    if asked is True and not possible:
+        raise ConfigError(
+            "data.share_prompts",
+            f"can't be true with model.attention={run.model.attention} and a model of the kind {config.model_type}: both must be "
+            "able to look at all that came before, wherever it lies",
+            got=asked,
+            remedy="Set it to auto or false.",
+        )
+    return asked is not False and KINDS[kind].shares and possible
+
+
+def open_stores(run: TrainRun, train_store: str, eval_store: str | None, *, share_prompts: bool = False) -> Stores:
+    """The samples to train on and those held out."""
+    packed = partial(Samples, max_length=run.data.max_length, packing=run.data.packing, share_prompts=share_prompts)
+    if run.data.streaming:
+        train = Stream(Path(train_store), window_rows=run.data.streaming_buffer_rows, samples=packed)
+        held_out, evaluated, manifests = {}, None, {"train": train.folder.name}
+    else:
+        store = evaluated = Store.open(train_store)
+        rows, held_out_rows = split_sources(store, run.data.eval_fraction, run.train.seed)
+        rows = mixed_rows(
+            store,
+            rows,
+            strategy=run.data.mix,
+            weights=run.data.mix_weights,
+            temperature=run.data.mix_temperature,
+            epochs=run.data.mix_epochs,
+            seed=run.train.seed,
+        )
+        train = packed(store, rows)
+        held_out = {name: packed(store, rows) for name, rows in held_out_rows.items()}
+        manifests = {"train": store.manifest_hash}
+    if eval_store is not None:
+        evaluated = Store.open(eval_store)
+        _, held_out_rows = split_sources(evaluated, 1.0, run.train.seed)
+        held_out = {name: packed(evaluated, rows) for name, rows in held_out_rows.items()}
+        manifests["evaluation"] = evaluated.manifest_hash
+    for what, samples in (("train", train), *((f"held-out {name}".strip(), samples) for name, samples in held_out.items())):
+        if isinstance(samples, Samples) and not samples.targets.sum():
+            raise DataError(str(run.data.path), f"the {what} rows have no token to learn", "Check data.format and the answers.")
+    return Stores(train, held_out, evaluated, manifests)
+
+
+def total_steps(run: TrainRun, steps_per_epoch: int | None) -> int:
+    """steps_per_epoch is none in a stream, which begins again until train.max_steps."""
+    if steps_per_epoch is None:
+        assert run.train.max_steps is not None
+        return run.train.max_steps
+    steps = run.train.epochs * steps_per_epoch
+    return steps if run.train.max_steps is None else min(steps, run.train.max_steps)
