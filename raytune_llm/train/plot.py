@@ -1,12 +1,15 @@
-"""The loss curve of a run as a picture."""
+"""Pictures of a run: its loss curve, and a reward model's scores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TRAIN, EVAL, INK, FAINT = "#2563a8", "#d9622b", "#333333", "#8a8a8a"
 
@@ -50,6 +53,32 @@ def loss_curve(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
     axes.set_ylabel("loss", color=INK)
     lowest.set_xlabel("step", color=INK)
     lowest.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _save(figure, path)
+
+
+def score_scatter(chosen_P: Sequence[float], rejected_P: Sequence[float], path: Path) -> None:
+    """A point a pair, the chosen answer's score over the rejected one's: right where it is above the line; 1200 x 1200 pixels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 6), dpi=200, layout="constrained")
+    axes = figure.subplots()
+    chosen, rejected = np.array(chosen_P), np.array(rejected_P)
+    right = chosen > rejected
+    for which, color, name in ((right, TRAIN, "chosen is higher"), (~right, EVAL, "rejected is higher")):
+        axes.scatter(rejected[which], chosen[which], s=14, color=color, alpha=0.6, linewidths=0, label=f"{name}  {which.sum()}")
+    axes.axline((0, 0), slope=1, color=FAINT, linewidth=1)
+    both = np.concatenate([chosen, rejected])
+    margin = 0.05 * max(np.ptp(both), 1e-6)
+    axes.set(xlim=(both.min() - margin, both.max() + margin), ylim=(both.min() - margin, both.max() + margin), aspect="equal")
+    _quiet(axes)
+    axes.legend(loc="lower right", labelcolor=INK, facecolor="white", edgecolor="none", framealpha=1)
+    axes.set_title(f"held-out pairs: {right.mean():.0%} right", loc="left", color=INK, fontsize=12, pad=10)
+    axes.set_xlabel("score of the rejected answer", color=INK)
+    axes.set_ylabel("score of the chosen answer", color=INK)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     beside = path.with_name(f".{path.name}.partial")
     figure.savefig(beside, format="png")
     beside.replace(path)

@@ -34,6 +34,7 @@ from raytune_llm.train.reference import find_references
 from raytune_llm.train.report import JsonLines, Report
 from raytune_llm.train.samples import SAMPLES, Sample, Sampler
 from raytune_llm.train.schedules import learning_rate
+from raytune_llm.train.scores import held_out_scores, write_scores
 from raytune_llm.train.stores import open_stores, shares_prompts, total_steps
 from raytune_llm.train.strategies.base import Strategy
 
@@ -212,6 +213,10 @@ def work(
         checkpoints.wait()
         if keep_best and progress.best_step not in (None, progress.step):
             checkpoints.load(progress.best_step, strategy.load)  # type: ignore[arg-type]
+        if stage.scores is not None and eval_loaders:
+            pairs = held_out_scores(strategy.model, stage.scores, eval_loaders, device)
+            if rank == 0:
+                write_scores(pairs, output)
         parameters = {name: value for name, value in strategy.full_parameters() if rank == 0}
         if rank == 0:
             write_final(

@@ -69,6 +69,22 @@ def assert_same_numbers(run: TrainRun, other: TrainRun) -> None:
         assert a.keys() == b.keys()
         for key in a.keys() - {"tokens_per_s", "memory_gib"}:
             assert math.isclose(a[key], b[key], rel_tol=2e-4, abs_tol=2e-5), (a["step"], key, a[key], b[key])
+    if run.stage.name == "reward":
+        assert_same_scores(run, other)
+
+
+def assert_same_scores(run: TrainRun, other: TrainRun) -> None:
+    """Of every held-out pair once, and as often right as the last evaluation said."""
+    ours, theirs = (
+        [json.loads(line) for line in (Path(one.output_dir) / "scores.jsonl").read_text().splitlines()] for one in (run, other)
+    )
+    assert [pair["row"] for pair in ours] == sorted({pair["row"] for pair in ours}) == [pair["row"] for pair in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert math.isclose(a["chosen"], b["chosen"], abs_tol=1e-4) and math.isclose(a["rejected"], b["rejected"], abs_tol=1e-4)
+    last = [record for record in metrics(run.output_dir) if "eval_loss" in record][-1]
+    right = sum(pair["chosen"] > pair["rejected"] for pair in ours) / len(ours)
+    assert math.isclose(right, last["eval_accuracy"], abs_tol=1e-9)
+    assert (Path(run.output_dir) / "scores.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
