@@ -169,7 +169,7 @@ def _data(run: TrainRun, config: PretrainedConfig) -> Data | None:
     store, eval_store = find_stores(run.model, run.data, kind=STAGES[run.stage.name].rows)
     if store is None or (eval_store is None and (run.data.eval_path or run.data.eval_names)):
         return None
-    shares = shares_prompts(run, Store.open(store).kind, config)
+    shares = shares_prompts(run, Store.open(store).kind, lambda: config)
     stores = open_stores(run, str(store), None if eval_store is None else str(eval_store), share_prompts=shares)
     samples = stores.train
     assert isinstance(samples, Samples)

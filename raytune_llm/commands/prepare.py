@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from raytune_llm import api
 from raytune_llm.config.run import PrepareRun
@@ -20,7 +21,6 @@ from raytune_llm.data.loader import Samples
 from raytune_llm.data.pipeline import Prepared
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokenizer import run_tokenizer
-from raytune_llm.models.policy import run_config
 from raytune_llm.train.stores import shares_prompts
 
 PERCENTILES = (50, 90, 99, 100)
@@ -30,8 +30,7 @@ def main(run: PrepareRun) -> int:
     console = Console()
     prepared = prepare_with_progress(run, console)
     tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=prepared.store.kind != "text")
-    config = run_config(run.model, tokenizer, run.data.max_length)
-    shares = shares_prompts(run, prepared.store.kind, config)
+    shares = shares_prompts(run, prepared.store.kind, partial(model_config, run, tokenizer))
     for title, store in (("train", prepared.store), ("eval", prepared.eval_store)):
         if store is not None:
             console.print(_summary(title, store, run.data.max_length, share_prompts=shares))
@@ -44,6 +43,12 @@ def main(run: PrepareRun) -> int:
         console.print(f"{prepared.rows_per_s:.0f} rows/s; {prepared.seconds:.1f} s in all", highlight=False)
     console.print("Next: `python -m raytune_llm train` with the same model and data settings takes this store as it is.")
     return 0
+
+
+def model_config(run: PrepareRun, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    from raytune_llm.models.policy import run_config  # two seconds to import, for rows of two answers only
+
+    return run_config(run.model, tokenizer, run.data.max_length)
 
 
 def prepare_with_progress(run: PrepareRun, console: Console) -> Prepared:

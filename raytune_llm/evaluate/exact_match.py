@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raytune_llm.data.requests import last_answer
-from raytune_llm.engines.hf import HFEngine
 from raytune_llm.engines.requests import Request, Sampling
+
+if TYPE_CHECKING:
+    from raytune_llm.engines.hf import HFEngine  # two seconds to import, of every command
 
 
 @dataclass(frozen=True, slots=True)

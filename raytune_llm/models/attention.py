@@ -27,6 +27,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.document_attention import document_attention
+from raytune_llm.models.documents import document_numbers
 from raytune_llm.records import Prefixes
 
 # torch 2.11 takes grouped heads as they are; later releases ask for the flag.
@@ -200,12 +201,6 @@ BLOCK_MASKED = {"flex"}
 """Back ends that take block masks, built once a batch, beside the boundaries."""
 BY_ITSELF = ("varlen", "sdpa", "flex")
 """What auto takes, the first that is possible. Packages that have to be built are taken where they are asked for."""
-
-
-def document_numbers(cu_seqlens_S: Tensor, B: int, T: int) -> Tensor:
-    """[B, T]: which document each position is in, counted over the batch."""
-    flat = torch.arange(B * T, device=cu_seqlens_S.device)
-    return torch.searchsorted(cu_seqlens_S.long(), flat, right=True).view(B, T)
 
 
 def prefix_bounds(prefixes: Prefixes, B: int, T: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,11 +29,15 @@ class Stores:
     manifests: dict[str, str]
 
 
-def shares_prompts(run: TrainRun | PrepareRun, kind: str, config: PretrainedConfig) -> bool:
+def shares_prompts(run: TrainRun | PrepareRun, kind: str, model_config: Callable[[], PretrainedConfig]) -> bool:
     """Whether the two answers of a row share one computation of their request, where rows of this kind have two."""
-    asked, possible = run.data.share_prompts, shares_prefixes(run.model.attention, config)
+    asked = run.data.share_prompts
     if asked is True and not KINDS[kind].shares:
         raise ConfigError("data.share_prompts", f"can't be true where rows are {kind}", got=asked, remedy="Set it to auto.")
+    if asked is False or not KINDS[kind].shares:
+        return False
+    config = model_config()
+    possible = shares_prefixes(run.model.attention, config)
     if asked is True and not possible:
         raise ConfigError(
             "data.share_prompts",
@@ -41,7 +46,7 @@ def shares_prompts(run: TrainRun | PrepareRun, kind: str, config: PretrainedConf
             got=asked,
             remedy="Set it to auto or false.",
         )
-    return asked is not False and KINDS[kind].shares and possible
+    return possible
 
 
 def open_stores(run: TrainRun, train_store: str, eval_store: str | None, *, share_prompts: bool = False) -> Stores:

@@ -91,7 +91,7 @@ def work(
     objective = stage.objective(run.stage)
     tokenizer, template = run_tokenizer(run.model, run.data, needs_template=stage.rows != "text")
     config = run_config(run.model, tokenizer, run.data.max_length)
-    shares = shares_prompts(run, stage.rows, config)
+    shares = shares_prompts(run, stage.rows, lambda: config)
     stores = open_stores(run, train_store, eval_store, share_prompts=shares)
     micro, seed = run.train.micro_batch_size, run.train.seed
     share = {"micro_batch_size": micro, "rank": rank, "world_size": world, "seed": seed, "pad_id": tokenizer.pad_token_id or 0}
