@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from raytune_llm import api
 from raytune_llm.config.run import PrepareRun
@@ -21,7 +20,6 @@ from raytune_llm.data.loader import Samples
 from raytune_llm.data.pipeline import Prepared
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokenizer import run_tokenizer
-from raytune_llm.train.stores import shares_prompts
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -30,11 +28,12 @@ def main(run: PrepareRun) -> int:
     console = Console()
     prepared = prepare_with_progress(run, console)
     tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=prepared.store.kind != "text")
-    shares = shares_prompts(run, prepared.store.kind, partial(model_config, run, tokenizer))
+    shares = shares_requests(run, prepared.store.kind, tokenizer)
     for title, store in (("train", prepared.store), ("eval", prepared.eval_store)):
         if store is not None:
             console.print(_summary(title, store, run.data.max_length, share_prompts=shares))
-            plot_lengths(store, store.folder / "lengths.png")
+            if not (picture := store.folder / "lengths.png").exists():
+                plot_lengths(store, picture)
     for row in range(min(run.look, len(prepared.store))):
         console.print(Panel(shown(prepared.store, row, tokenizer), title=f"row {row + 1}", title_align="left"))
     if prepared.reused:
@@ -45,10 +44,15 @@ def main(run: PrepareRun) -> int:
     return 0
 
 
-def model_config(run: PrepareRun, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    from raytune_llm.models.policy import run_config  # two seconds to import, for rows of two answers only
+def shares_requests(run: PrepareRun, kind: str, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether packs hold one copy of a request for both of its answers."""
+    if not KINDS[kind].shares and run.data.share_prompts is not True:
+        return False
+    # Seconds to import, and only rows of two answers need them.
+    from raytune_llm.models.policy import run_config
+    from raytune_llm.train.stores import shares_prompts
 
-    return run_config(run.model, tokenizer, run.data.max_length)
+    return shares_prompts(run, kind, lambda: run_config(run.model, tokenizer, run.data.max_length))
 
 
 def prepare_with_progress(run: PrepareRun, console: Console) -> Prepared:
