@@ -2,9 +2,10 @@
 
     scripts/bench dpo --llamafactory /path/to/its/python
 
-Three runs of ours on the same rows (as it comes; with a copy of the request for each answer; with the reference in each step) and
-one of theirs, one after the other, as whole commands. Pairs per second are over the time between the first and the last logged
-step; the pass of the reference is what loading takes longer with it than without; memory is the process's peak.
+Four runs of ours on the same rows (as it comes; with a copy of the request for each answer; with the reference in each step; with
+activations computed again, as theirs does by default) and one of theirs, one after the other, as whole commands. Pairs per second
+are over the time between the first and the last logged step; the pass of the reference is what loading takes longer with it than
+without; memory is the process's peak.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from raytune_llm import packaged
 DATA = Path(__file__).resolve().parents[2] / "shared/data/dpo_en_demo.json"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAIRS_A_STEP = 2
-VARIANTS = {"ours": [], "copied_requests": ["data.share_prompts=false"], "online": ["stage.reference=online"]}
+VARIANTS = {
+    "ours": [],
+    "copied_requests": ["data.share_prompts=false"],
+    "online": ["stage.reference=online"],
+    "checkpointed": ["train.activation_checkpointing=full"],
+}
 
 
 def ours(name: str, folder: Path, rows: Path, precision: str) -> dict[str, float]:
@@ -111,7 +117,8 @@ def main() -> None:
         if asked.llamafactory:
             theirs = result["llamafactory"] = llamafactory(asked.llamafactory, folder, rows, asked.precision)
             result["times_llamafactory"] = round(rate["ours"] / theirs["pairs_per_s"], 2)
-            result["memory_of_llamafactory"] = round(result["ours"]["peak_memory_gib"] / theirs["peak_memory_gib"], 2)
+            for variant in ("ours", "checkpointed"):
+                result[f"{variant}_memory_of_theirs"] = round(result[variant]["peak_memory_gib"] / theirs["peak_memory_gib"], 2)
     print(json.dumps(result))
 
 
