@@ -173,12 +173,6 @@ def _stage_can(run: TrainRun) -> None:
             f"must be 0 with stage={run.stage.name}, whose rows have no one right answer",
             got=run.train.exact_match_rows,
         )
-    if run.train.sample_rows and stage.scores is not None:
-        raise ConfigError(
-            "train.sample_rows",
-            f"must be 0 with stage={run.stage.name}, whose model gives scores and no text",
-            got=run.train.sample_rows,
-        )
 
 
 class _Phases:

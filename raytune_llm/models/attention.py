@@ -78,36 +78,22 @@ def varlen(
     return out.view(B, T, H, head), None
 
 
-def flash2(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    cu_seqlens_S: Tensor,
-    max_seqlen: int,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """FlashAttention 2 of the flash-attn package (Dao 2023, arXiv 2307.08691)."""
+def _flash2() -> Callable[..., Any]:
+    """Dao 2023, arXiv 2307.08691."""
     from flash_attn import flash_attn_varlen_func
 
-    _refuse_sinks(s_aux)
-    B, H, T, head = query.shape
-    q, k, v = _flat(query, key, value)
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    out = flash_attn_varlen_func(
-        q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen,
-        softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0,
-    )  # fmt: skip
-    return out.view(B, T, H, head), None
+    return flash_attn_varlen_func
 
 
-def flash3(
+def _flash3() -> Callable[..., Any]:
+    """For the Hopper kind (Shah et al. 2024, arXiv 2407.08608)."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+def packaged(
+    load: Callable[[], Callable[..., Any]],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -122,18 +108,16 @@ def flash3(
     s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """FlashAttention 3, for the Hopper kind (Shah et al. 2024, arXiv 2407.08608)."""
-    from flash_attn_interface import flash_attn_varlen_func
-
+    """FlashAttention from a package that has to be built."""
     _refuse_sinks(s_aux)
     B, H, T, head = query.shape
     q, k, v = _flat(query, key, value)
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    out = flash_attn_varlen_func(
+    out = load()(
         q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen,
         softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0,
     )  # fmt: skip
-    out = out[0] if isinstance(out, tuple) else out  # earlier releases return the logsumexp as well
+    out = out[0] if isinstance(out, tuple) else out  # earlier releases of 3 return the logsumexp as well
     return out.view(B, T, H, head), None
 
 
@@ -194,7 +178,13 @@ def sdpa(
     return _masked(query, key, value, mask, scaling, softcap).transpose(1, 2).contiguous(), None
 
 
-BACKENDS: dict[str, Callable] = {"varlen": varlen, "flash2": flash2, "flash3": flash3, "flex": flex, "sdpa": sdpa}
+BACKENDS: dict[str, Callable] = {
+    "varlen": varlen,
+    "flash2": partial(packaged, _flash2),
+    "flash3": partial(packaged, _flash3),
+    "flex": flex,
+    "sdpa": sdpa,
+}
 PREFIXED = {"varlen", "flex", "sdpa"}
 """Back ends that let documents go on from others."""
 BLOCK_MASKED = {"flex"}

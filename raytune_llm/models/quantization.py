@@ -6,7 +6,7 @@ The layers under adapters are replaced after those are in place, so PEFT's own l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,15 @@ NF4_BLOCK, SCALES_BLOCK = 64, 256
 class QuantizedLinear(nn.Module):
     """A frozen linear layer. Its weights are buffers: nothing here is trained or saved."""
 
-    num_weights: int
+    HELD: ClassVar[tuple[str, ...]]
+    """The names of its buffers, in the order in which products take them."""
     product: Callable[..., Tensor]
     """(x [M, K], *weights()) -> [M, N], without autograd."""
     transposed: Callable[..., Tensor]
     """(grad [M, N], *weights()) -> [M, K], likewise."""
 
     def weights(self) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+        return tuple(self.get_buffer(name) for name in self.HELD)
 
     def forward(self, x: Tensor) -> Tensor:
         y = _Product.apply(x.flatten(0, -2), self, *self.weights()).view(*x.shape[:-1], -1)
@@ -47,7 +48,6 @@ class FP8Linear(QuantizedLinear):
     twice, each time with the scales that fit. Together they take what it took in bf16.
     """
 
-    num_weights = 4
     HELD = ("forward_weight", "forward_scale", "backward_weight", "backward_scale")
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -57,9 +57,6 @@ class FP8Linear(QuantizedLinear):
             quantized, scale = _rows_in_fp8(matrix)
             self.register_buffer(f"{name}_weight", quantized, persistent=False)
             self.register_buffer(f"{name}_scale", scale.T.contiguous(), persistent=False)
-
-    def weights(self) -> tuple[Tensor, ...]:
-        return tuple(self.get_buffer(name) for name in self.HELD)
 
     @staticmethod
     def product(x_MK: Tensor, weight_NK: Tensor, scale_1N: Tensor, transposed_KN: Tensor, transposed_scale_1K: Tensor) -> Tensor:
@@ -89,7 +86,6 @@ class NF4Linear(QuantizedLinear):
     Products are in the activations' type: the weight is unpacked once forward and once backward, and not kept.
     """
 
-    num_weights = 6
     HELD = ("packed", "scales", "scales_of_scales", "code_of_scales", "mean_scale", "shape")
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -105,9 +101,6 @@ class NF4Linear(QuantizedLinear):
         held = (packed, state.absmax, state.state2.absmax, state.state2.code, state.offset, shape)
         for name, tensor in zip(self.HELD, held, strict=True):
             self.register_buffer(name, tensor, persistent=False)
-
-    def weights(self) -> tuple[Tensor, ...]:
-        return tuple(self.get_buffer(name) for name in self.HELD)
 
     @staticmethod
     def product(x_MK: Tensor, *held: Tensor) -> Tensor:

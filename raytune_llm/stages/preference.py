@@ -26,7 +26,7 @@ from raytune_llm.losses.preference import (
 )
 from raytune_llm.records import LossOut, PairBatch
 from raytune_llm.stages.logprobs import pair_logprobs, pair_tokens
-from raytune_llm.stages.objective import Coupling, Objective
+from raytune_llm.stages.objective import Coupling, Objective, StageLoss
 
 Logps = Callable[[nn.Module, PairBatch], Tensor]
 Rewards = Callable[[PairLogprobs], tuple[Tensor, Tensor]]
@@ -90,15 +90,16 @@ def _objective(
 ) -> Objective:
     names = {term.loss for term in terms}
     pairs_of = partial(_pairs, logps=logps, has_reference=has_reference)
-    loss, coupling = _loss, None
+    loss: StageLoss = partial(_loss, pairs_of=pairs_of, terms=terms, rewards=rewards)
+    coupling = None
     if names & OF_THE_WHOLE:
-        loss = _loss_of_the_whole
+        loss = partial(_loss_of_the_whole, pairs_of=pairs_of, rewards=rewards)
         settle = partial(_slopes, terms=terms, rewards=rewards)
         coupling = Coupling(values=partial(_columns, pairs_of=pairs_of), settle=settle, state=(0.0, 0.0))
     elif "sft" in names:
         coupling = Coupling(values=_chosen_tokens, settle=_mean_chosen_tokens)
     return Objective(
-        loss=partial(loss, pairs_of=pairs_of, terms=terms, rewards=rewards),
+        loss=loss,
         coupling=coupling,
         reference=logps if has_reference else None,
     )
@@ -135,12 +136,7 @@ def _mean_chosen_tokens(tokens_A1: Tensor, state: Tensor) -> tuple[Tensor, Tenso
 
 
 def _loss_of_the_whole(
-    model: nn.Module,
-    batch: PairBatch,
-    *,
-    pairs_of: Callable[[nn.Module, PairBatch], PairLogprobs],
-    terms: Sequence[Term],
-    rewards: Rewards,
+    model: nn.Module, batch: PairBatch, *, pairs_of: Callable[[nn.Module, PairBatch], PairLogprobs], rewards: Rewards
 ) -> LossOut:
     pairs = pairs_of(model, batch)
     assert batch.whole_PJ is not None

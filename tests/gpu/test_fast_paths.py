@@ -212,7 +212,7 @@ def test_flash_attention_2_of_its_package_is_masked_attention() -> None:
     query, key, value = (torch.randn(1, heads, 512, 64, device=CUDA).bfloat16() for heads in (8, 2, 2))
     bounds = torch.tensor([0, 300, 512], device=CUDA).int()
     settings = {"cu_seqlens_S": bounds, "max_seqlen": 300, "scaling": 0.1}
-    got, _ = attention.flash2(torch.nn.Identity(), query, key, value, None, **settings)
+    got, _ = attention.BACKENDS["flash2"](torch.nn.Identity(), query, key, value, None, **settings)
     wanted, _ = attention.sdpa(torch.nn.Identity(), query.float(), key.float(), value.float(), None, **settings)
     assert error(got.float(), wanted) < 1e-2
 

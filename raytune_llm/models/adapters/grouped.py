@@ -216,7 +216,7 @@ def _adapted(product: Product, transposed: Product, num_weights: int) -> type[to
 
 ADAPTED: dict[type, type[torch.autograd.Function]] = {
     nn.Linear: _adapted(lambda x_MK, weight_NK: x_MK @ weight_NK.T, lambda grad_MN, weight_NK: grad_MN @ weight_NK, 1),
-    **{kind: _adapted(kind.product, kind.transposed, kind.num_weights) for kind in (FP8Linear, NF4Linear)},
+    **{kind: _adapted(kind.product, kind.transposed, len(kind.HELD)) for kind in (FP8Linear, NF4Linear)},
 }
 """By the kind of layer under the adapter."""
 
