@@ -47,7 +47,7 @@ def open_output(run: TrainRun, identity_now: dict[str, str]) -> int | None:
     if run.resume == "never":
         for path in (checkpoints, folder / "final", folder / "tensorboard", folder / "profile"):
             shutil.rmtree(path, ignore_errors=True)
-        for name in ("metrics.jsonl", "samples.jsonl", "summary.json", "loss.png"):
+        for name in ("metrics.jsonl", "samples.jsonl", "scores.jsonl", "scores.png", "summary.json", "loss.png"):
             (folder / name).unlink(missing_ok=True)
     steps = checkpoint.complete_steps(checkpoints)
     if not steps:
