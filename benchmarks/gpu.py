@@ -39,7 +39,7 @@ from raytune_llm.data.packing import plan
 from raytune_llm.models.load import load_config as load_model_config
 from raytune_llm.stages import STAGES
 from raytune_llm.train.build import Builder
-from raytune_llm.train.loop import one_step
+from raytune_llm.train.loop import Learner, one_step
 from raytune_llm.train.profile import TABLE, StepProfile
 from raytune_llm.train.window import Window
 
@@ -165,19 +165,19 @@ def measure(
     run = make_run(variant, settings)
     config = load_model_config(None, run.model.config)
     built = Builder(run, config, device).build()
-    strategy = built.strategy
-    strategy.model.train()
+    built.strategy.model.train()
     window = Window(device, {})
     steps = list(make_steps(variant, config.vocab_size))
     endless = cycle(steps)
     made = time.perf_counter()
 
     objective = STAGES["sft"].objective(load_config("train", ["data.path=rows.jsonl"]).stage)
+    learner = Learner(strategy=built.strategy, objective=objective, device=device)
 
     def advance(number: int) -> int:
         tokens = 0
         for step in islice(endless, number):
-            one_step(strategy, objective, None, step, 1e-5, window, 0, device, None)
+            one_step(learner, step, window, lr=1e-5, seed=0)
             tokens += step.tokens
         return tokens
 

@@ -26,8 +26,8 @@ class PowerCut(Exception):
         """Every worker logs at the same steps, so all of them stop at the same place."""
         log_step = loop.log_step
 
-        def cut(progress: Any, *rest: Any) -> None:
-            log_step(progress, *rest)
+        def cut(progress: Any, *rest: Any, **named: Any) -> None:
+            log_step(progress, *rest, **named)
             if progress.step >= (step or 10**9):
                 raise PowerCut
 

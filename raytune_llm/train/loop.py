@@ -29,10 +29,25 @@ from raytune_llm.train.window import Window, added, means
 
 
 @dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What computes a step: the model under its strategy, the objective, and what the objective is to know beside the batch."""
+
+    strategy: Strategy
+    objective: Objective
+    device: torch.device
+    reference: Online | None = None
+    """None where batches come with the reference's log-probabilities, or need none."""
+    coupled: Coupled | None = None
+    """None where the loss needs to know nothing of the whole global batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """When things happen, in steps."""
+    """What is due when, in steps."""
 
     total_steps: int
+    learning_rate: Callable[[int], float]
+    """Of the step with this number, from 0."""
     log_every: int
     eval_every: int | None
     """None: at each epoch's end."""
@@ -58,28 +73,23 @@ class Hooks:
 
 
 def run(
-    strategy: Strategy,
-    objective: Objective,
+    learner: Learner,
     loader: Loader,
     eval_loaders: Mapping[str, Loader],
-    learning_rate: Callable[[int], float],
     progress: Progress,
     plan: Plan,
     hooks: Hooks,
     clock: Clock,
-    device: torch.device,
-    reference: Online | None = None,
 ) -> Progress:
     """Train from `progress` to the plan's end (or an early stop) and return where it stands then."""
-    window = Window(device, progress.window)
-    coupled = None if objective.coupling is None else Coupled(objective.coupling, progress.stage_state)
+    window = Window(learner.device, progress.window)
     clock.start()
     stopped = False
     while progress.step < plan.total_steps and not stopped:
         with closing(loader.steps(progress.epoch, progress.cursor)) as steps:
             for step in steps:
-                lr = learning_rate(progress.step)
-                one_step(strategy, objective, coupled, step, lr, window, plan.seed + progress.step, device, reference)
+                lr = plan.learning_rate(progress.step)
+                one_step(learner, step, window, lr=lr, seed=plan.seed + progress.step)
                 progress.step += 1
                 progress.cursor = step.cursor
                 progress.tokens_seen += step.tokens
@@ -89,16 +99,16 @@ def run(
                 epoch_ends = step.fraction == 1.0
 
                 if last or progress.step == 1 or progress.step % plan.log_every == 0:
-                    log_step(progress, objective, step.fraction, lr, window, clock, plan, hooks)
+                    log_step(progress, learner.objective, window, clock, plan, hooks, epoch=progress.epoch + step.fraction, lr=lr)
                 if eval_loaders and (last or due(progress.step, plan.eval_every, epoch_ends)):
                     with clock.stopped():
-                        stopped = evaluate(strategy, objective, coupled, eval_loaders, progress, plan, hooks, device, reference)
+                        stopped = evaluate(learner, eval_loaders, progress, plan, hooks)
                         hooks.sample(progress.step)
                 best = plan.save_best and progress.best_step == progress.step
                 if last or stopped or best or due(progress.step, plan.save_every, epoch_ends):
                     with clock.stopped():
                         progress.window = window.read()
-                        progress.stage_state = None if coupled is None else coupled.remembered()
+                        progress.stage_state = None if learner.coupled is None else learner.coupled.remembered()
                         hooks.save(replace(progress))
                 if last or stopped:
                     return progress
@@ -106,30 +116,19 @@ def run(
     return progress
 
 
-def one_step(
-    strategy: Strategy,
-    objective: Objective,
-    coupled: Coupled | None,
-    step: Step,
-    lr: float,
-    window: Window,
-    seed: int,
-    device: torch.device,
-    reference: Online | None,
-) -> None:
+def one_step(learner: Learner, step: Step, window: Window, *, lr: float, seed: int) -> None:
     """Forward and backward over this worker's micro-batches, then one update with the gradient of the whole global batch."""
-    batches = ready(strategy, coupled, step, device, reference, seed=seed, remember=True)
+    strategy = learner.strategy
+    batches = ready(learner, step, seed=seed, remember=True)
     for number, batch in enumerate(batches):
         seed_dropout(seed, batch.sample_ids)
         last = number == len(batches) - 1
         with strategy.accumulate(last=last):
             with phase("forward pass"):
-                out = objective.loss(strategy.model, batch)
+                out = learner.objective.loss(strategy.model, batch)
             with phase("backward pass"):
                 strategy.backward(out.total / max(step.count, 1))
-        window.add("loss", out.total, out.count)
-        for name, (total, count) in out.metrics.items():
-            window.add(name, total, count)
+        window.add_loss(out)
     with phase("optimizer step"):
         done = strategy.step(lr)
     # The same on all workers: only one of them counts it.
@@ -141,12 +140,13 @@ def one_step(
 def log_step(
     progress: Progress,
     objective: Objective,
-    fraction: float,
-    lr: float,
     window: Window,
     clock: Clock,
     plan: Plan,
     hooks: Hooks,
+    *,
+    epoch: float,
+    lr: float,
 ) -> None:
     """The only place where a step waits for the device."""
     sums = window.read()
@@ -159,7 +159,7 @@ def log_step(
     progress.loss_last = loss
     record = {
         "step": progress.step,
-        "epoch": round(progress.epoch + fraction, 6),
+        "epoch": round(epoch, 6),
         "loss": loss,
         "lr": lr,
         "grad_norm": values.pop("grad_norm", math.nan),
@@ -178,27 +178,15 @@ def log_step(
         )
 
 
-def evaluate(
-    strategy: Strategy,
-    objective: Objective,
-    coupled: Coupled | None,
-    loaders: Mapping[str, Loader],
-    progress: Progress,
-    plan: Plan,
-    hooks: Hooks,
-    device: torch.device,
-    reference: Online | None,
-) -> bool:
+def evaluate(learner: Learner, loaders: Mapping[str, Loader], progress: Progress, plan: Plan, hooks: Hooks) -> bool:
     """Loss and metrics over what is held out, as eval_loss and so on. True where the run is to stop early.
 
     Where there are several sources, each has its own too (eval_<source>_loss); those of the whole are over all their tokens.
     """
-    strategy.model.eval()
-    sources = {
-        name: held_out_sums(strategy, objective, coupled, loader, plan.seed, device, reference)
-        for name, loader in loaders.items()
-    }
-    strategy.model.train()
+    model, objective = learner.strategy.model, learner.objective
+    model.eval()
+    sources = {name: held_out_sums(learner, loader, seed=plan.seed) for name, loader in loaders.items()}
+    model.train()
     values = reported(objective, added(sources.values()))
     eval_loss = values["loss"]
     record = {f"eval_{name}": value for name, value in values.items()}
@@ -214,24 +202,14 @@ def evaluate(
 
 
 @torch.no_grad()
-def held_out_sums(
-    strategy: Strategy,
-    objective: Objective,
-    coupled: Coupled | None,
-    loader: Loader,
-    seed: int,
-    device: torch.device,
-    reference: Online | None,
-) -> dict[str, tuple[float, float]]:
+def held_out_sums(learner: Learner, loader: Loader, *, seed: int) -> dict[str, tuple[float, float]]:
     """(sum, count) of loss and metrics over the loader's samples and all workers."""
-    window = Window(device, {})
+    window = Window(learner.device, {})
     for step in loader.steps(0):
-        for batch in ready(strategy, coupled, step, device, reference, seed=seed, remember=False):
+        for batch in ready(learner, step, seed=seed, remember=False):
             with phase("evaluation"):
-                out = objective.loss(strategy.model, batch)
-            window.add("loss", out.total, out.count)
-            for name, (total, count) in out.metrics.items():
-                window.add(name, total, count)
+                out = learner.objective.loss(learner.strategy.model, batch)
+            window.add_loss(out)
     return window.read()
 
 
@@ -244,25 +222,16 @@ def due(step: int, every: int | None, epoch_ends: bool) -> bool:
     return epoch_ends if every is None else step % every == 0
 
 
-def ready(
-    strategy: Strategy,
-    coupled: Coupled | None,
-    step: Step,
-    device: torch.device,
-    reference: Online | None,
-    *,
-    seed: int,
-    remember: bool,
-) -> list[Batch]:
+def ready(learner: Learner, step: Step, *, seed: int, remember: bool) -> list[Batch]:
     """This worker's micro-batches on the device, with what the loss is to know of the reference and of the whole global batch."""
-    batches = [to_device(replace(batch, seed=seed), device) for batch in step.batches]
-    if reference is not None:
+    batches = [to_device(replace(batch, seed=seed), learner.device) for batch in step.batches]
+    if learner.reference is not None:
         with phase("reference"):
-            batches = [reference.attach(batch) for batch in batches]
-    if coupled is None:
+            batches = [learner.reference.attach(batch) for batch in batches]
+    if learner.coupled is None:
         return batches
     with phase("first pass over the global batch"):
-        return coupled.attach(strategy.model, batches, step, seed=seed, remember=remember)
+        return learner.coupled.attach(learner.strategy.model, batches, step, seed=seed, remember=remember)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raytune_llm.records import LossOut
+
 
 class Window:
     """Sums and counts by name. Nothing waits for the device until `read`."""
@@ -22,6 +24,12 @@ class Window:
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         pair = torch.stack([_scalar(total, self.device), _scalar(count, self.device)])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def add_loss(self, out: LossOut) -> None:
+        """A loss, as `loss`, and its metrics."""
+        self.add("loss", out.total, out.count)
+        for name, (total, count) in out.metrics.items():
+            self.add(name, total, count)
 
     def read(self) -> dict[str, tuple[float, float]]:
         """(sum, count) of each name over all workers. Every worker must call it, with the same names or none."""

@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,26 @@ from transformers import PretrainedConfig, PreTrainedModel
 from raytune_llm.config.adapter import LoRA
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.batches import KINDS
-from raytune_llm.data.loader import Loader
+from raytune_llm.data.loader import Loader, Samples
+from raytune_llm.data.streaming import Stream
 from raytune_llm.data.tokenizer import run_tokenizer, stop_ids
 from raytune_llm.models.load import load_model
 from raytune_llm.models.policy import run_config
-from raytune_llm.stages import STAGES
+from raytune_llm.stages import STAGES, Objective, Stage
 from raytune_llm.train import loop
-from raytune_llm.train.build import Builder
+from raytune_llm.train.build import Builder, Built
 from raytune_llm.train.checkpoint import Checkpoints, Progress, complete_steps, read_progress
 from raytune_llm.train.clock import Clock
+from raytune_llm.train.coupling import Coupled
 from raytune_llm.train.flops import peak_flops
 from raytune_llm.train.output import identity, model_card, write_final
 from raytune_llm.train.profile import StepProfile
-from raytune_llm.train.reference import find_references
+from raytune_llm.train.reference import References, find_references
 from raytune_llm.train.report import JsonLines, Report
 from raytune_llm.train.samples import SAMPLES, Sample, Sampler
 from raytune_llm.train.schedules import learning_rate
 from raytune_llm.train.scores import held_out_scores, write_scores
-from raytune_llm.train.stores import open_stores, shares_prompts, total_steps
+from raytune_llm.train.stores import Stores, open_stores, shares_prompts, total_steps
 from raytune_llm.train.strategies.base import Strategy
 
 Sink = Callable[[Mapping[str, Any]], None]
@@ -74,6 +76,66 @@ class Outcome:
     save_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A run on this worker with all that it has before a checkpoint is read."""
+
+    run: TrainRun
+    device: torch.device
+    rank: int
+    world: int
+    stage: Stage
+    objective: Objective
+    tokenizer: Any
+    stop_ids: Sequence[int]
+    config: PretrainedConfig
+    stores: Stores
+    builder: Builder
+    built: Built
+    references: References
+    loader: Loader
+    eval_loaders: Mapping[str, Loader]
+    """By source."""
+    choices: tuple[str, ...]
+    """What was chosen and why, a line each."""
+
+    @property
+    def output(self) -> Path:
+        return Path(self.run.output_dir)
+
+    def learner(self, progress: Progress) -> loop.Learner:
+        coupling = self.objective.coupling
+        return loop.Learner(
+            strategy=self.built.strategy,
+            objective=self.objective,
+            device=self.device,
+            reference=self.references.online,
+            coupled=None if coupling is None else Coupled(coupling, progress.stage_state),
+        )
+
+    def plan(self) -> loop.Plan:
+        run = self.run
+        steps = total_steps(run, self.loader.steps_per_epoch)
+        return loop.Plan(
+            total_steps=steps,
+            learning_rate=learning_rate(run.schedule, peak=run.optimizer.lr, total=steps),
+            log_every=run.train.log_every_steps,
+            eval_every=run.train.eval_every_steps,
+            save_every=run.checkpoint.every_steps,
+            save_best=run.checkpoint.final == "best",
+            early_stopping=run.train.early_stopping,
+            max_nonfinite_steps=run.train.max_nonfinite_steps,
+            seed=run.train.seed,
+        )
+
+    def mfu(self, tokens_per_s: float | None) -> float | None:
+        """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B). None where the device's peak or the rate is not known."""
+        peak = peak_flops(self.device)
+        if peak is None or tokens_per_s is None:
+            return None
+        return tokens_per_s * self.built.flops_per_token / (peak * self.world)
+
+
 def work(
     run: TrainRun,
     train_store: str,
@@ -85,165 +147,210 @@ def work(
     on_samples: Callable[[Sequence[Sample]], None] = lambda samples: None,
 ) -> Outcome:
     """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     began = time.perf_counter()
-    stage = STAGES[run.stage.name]
-    objective = stage.objective(run.stage)
-    tokenizer, template = run_tokenizer(run.model, run.data, needs_template=stage.rows != "text")
-    config = run_config(run.model, tokenizer, run.data.max_length)
-    shares = shares_prompts(run, stage.rows, lambda: config)
-    stores = open_stores(run, train_store, eval_store, share_prompts=shares)
-    micro, seed = run.train.micro_batch_size, run.train.seed
-    share = {"micro_batch_size": micro, "rank": rank, "world_size": world, "seed": seed, "pad_id": tokenizer.pad_token_id or 0}
-    builder = Builder(run, config, device)
-    with explained(builder, "loading the model"):
-        built = builder.build()
-    policy, strategy, flops = built.policy, built.strategy, built.flops_per_token
-    with explained(builder, "the pass of the reference"):
-        references = find_references(
-            run,
-            objective.reference,
-            strategy,
-            stores,
-            config,
-            device=device,
-            compute=policy.compute,
-            pad_id=share["pad_id"],
-            tell=lambda done, total: on_begin(ReferencePass(done=done, total=total)) if rank == 0 else None,
-        )
-    share["global_batch_size"] = run.train.global_batch_size
-    loader = Loader(stores.train, **share, **references.finish(stores.train))
-    eval_loaders = {
-        source: Loader(samples, shuffle=False, **share, **references.finish(samples))
-        for source, samples in stores.held_out.items()
-    }
-    steps = total_steps(run, loader.steps_per_epoch)
-
-    with ExitStack() as stack:
-        stack.enter_context(explained(builder, "training"))
-        output = Path(run.output_dir)
-        keep_best = run.checkpoint.final == "best"
+    setup = set_up(run, train_store, eval_store, device, on_begin)
+    strategy, plan, clock = setup.built.strategy, setup.plan(), Clock()
+    with explained(setup.builder, "training"), ExitStack() as stack:
         checkpoints = Checkpoints(
-            output / "checkpoints",
+            setup.output / "checkpoints",
             keep=run.checkpoint.keep,
-            keep_best=keep_best,
+            keep_best=plan.save_best,
             asynchronous=run.checkpoint.asynchronous,
         )
         stack.callback(checkpoints.close)
         progress = restore(checkpoints, strategy)
-        report = stack.enter_context(Report(output, from_step=progress.step, sinks=sinks)) if rank == 0 else None
-        sampler = None
-        if run.train.sample_rows and stores.evaluated is not None:
-            sampler = Sampler(
-                strategy,
-                tokenizer,
-                stores.evaluated,
-                [row for samples in stores.held_out.values() for row in samples.rows[: run.train.sample_rows].tolist()],
-                max_new_tokens=run.train.max_new_tokens,
-                stop_ids=stop_ids(tokenizer, template),
-                device=device,
-            )
-        sampled = None
-        if rank == 0 and sampler is not None:
-            sampled = stack.enter_context(JsonLines(output / SAMPLES, from_step=progress.step))
+        recorder = Recorder(setup, checkpoints, stack, progress.step, sinks, on_samples)
         loaded = time.perf_counter()
-        save_s = 0.0
-
-        def log(record: Mapping[str, Any]) -> None:
-            if report is None:
-                return
-            extra: dict[str, Any] = {}
-            if "loss" in record:
-                extra["memory_gib"] = round(memory_gib(device), 3)
-                if (peak := peak_flops(device)) is not None:
-                    extra["mfu"] = round(record["tokens_per_s"] * flops / (peak * world), 4)
-            report.log({**record, **extra})
-
-        same = identity(run, stores.manifests)
-
-        def save(progress: Progress) -> None:
-            nonlocal save_s
-            at = time.perf_counter()
-            checkpoints.save(strategy.state(), progress, same)
-            save_s += time.perf_counter() - at
-
-        def sample(step: int) -> None:
-            samples = sampler(step) if sampler is not None else []
-            if sampled is not None:
-                for one in samples:
-                    sampled.write(one.to_json())
-                on_samples(samples)
-
-        if rank == 0:
-            choices = built.choices + references.choices
-            if KINDS[stage.rows].shares:
-                choices += (f"requests: {'computed once for both answers' if shares else 'a copy for each of two answers'}",)
-            on_begin(Begin(total_steps=steps, first_step=progress.step, choices=choices))
-        hooks = loop.Hooks(log=log, save=save, sample=sample)
-        if run.train.profile and rank == 0:
-            thin = 4 * run.adapter.rank if isinstance(run.adapter, LoRA) else 0  # of q, k and v together, say
-            profile = StepProfile(output, device, first_step=progress.step, total_steps=steps, thin=thin)
-            stack.callback(profile.close)
-            hooks = replace(hooks, stepped=profile.stepped)
+        if setup.rank == 0:
+            on_begin(Begin(total_steps=plan.total_steps, first_step=progress.step, choices=setup.choices))
+        stepped = profiled(setup, plan.total_steps, progress.step, stack)
+        hooks = loop.Hooks(log=recorder.log, save=recorder.save, sample=recorder.sample, stepped=stepped)
         strategy.model.train()
-        clock = Clock()
-        progress = loop.run(
-            strategy,
-            objective,
-            loader,
-            eval_loaders,
-            learning_rate(run.schedule, peak=run.optimizer.lr, total=steps),
-            progress,
-            loop.Plan(
-                total_steps=steps,
-                log_every=run.train.log_every_steps,
-                eval_every=run.train.eval_every_steps,
-                save_every=run.checkpoint.every_steps,
-                save_best=keep_best,
-                early_stopping=run.train.early_stopping,
-                max_nonfinite_steps=run.train.max_nonfinite_steps,
-                seed=seed,
-            ),
-            hooks,
-            clock,
-            device,
-            references.online,
-        )
+        progress = loop.run(setup.learner(progress), setup.loader, setup.eval_loaders, progress, plan, hooks, clock)
         trained = time.perf_counter()
-        checkpoints.wait()
-        if keep_best and progress.best_step not in (None, progress.step):
-            checkpoints.load(progress.best_step, strategy.load)  # type: ignore[arg-type]
-        if stage.scores is not None and eval_loaders:
-            pairs = held_out_scores(strategy.model, stage.scores, eval_loaders, device)
-            if rank == 0:
-                write_scores(pairs, output)
-        parameters = {name: value for name, value in strategy.full_parameters() if rank == 0}
-        if rank == 0:
-            write_final(
-                output / "final",
-                policy,
-                parameters,
-                tokenizer,
-                stop_ids=stop_ids(tokenizer, template),
-                base_model=run.model.path or "",
-                dtype=policy.compute,
-                card=model_card(run, progress.step, progress.loss_last),
-                language_model=partial(language_model, run, config) if objective.separate_head else None,
-            )
-        if dist.is_initialized():
-            dist.barrier()
+        finish(setup, checkpoints, progress)
     rate = clock.rate()
-    peak = peak_flops(device)
     return Outcome(
         progress=progress,
-        world_size=world,
+        world_size=setup.world,
         tokens_per_s=rate,
-        mfu=None if peak is None or rate is None else rate * flops / (peak * world),
+        mfu=setup.mfu(rate),
         peak_memory_gib=memory_gib(device),
         load_s=loaded - began,
-        train_s=trained - loaded - save_s,
-        save_s=save_s + time.perf_counter() - trained,
+        train_s=trained - loaded - recorder.save_s,
+        save_s=recorder.save_s + time.perf_counter() - trained,
     )
+
+
+def set_up(
+    run: TrainRun,
+    train_store: str,
+    eval_store: str | None,
+    device: torch.device,
+    tell: Callable[[ReferencePass], None],
+) -> Setup:
+    """The data, the model as the run finds it, and what the reference says."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    stage = STAGES[run.stage.name]
+    objective = stage.objective(run.stage)
+    tokenizer, template = run_tokenizer(run.model, run.data, needs_template=stage.rows != "text")
+    pad_id: int = tokenizer.pad_token_id or 0  # type: ignore[assignment]  # transformers types all special tokens alike
+    config = run_config(run.model, tokenizer, run.data.max_length)
+    shares = shares_prompts(run, stage.rows, lambda: config)
+    stores = open_stores(run, train_store, eval_store, share_prompts=shares)
+    builder = Builder(run, config, device)
+    with explained(builder, "loading the model"):
+        built = builder.build()
+    with explained(builder, "the pass of the reference"):
+        references = find_references(
+            run,
+            objective.reference,
+            built.strategy,
+            stores,
+            config,
+            device=device,
+            compute=built.policy.compute,
+            pad_id=pad_id,
+            tell=lambda done, total: tell(ReferencePass(done=done, total=total)) if rank == 0 else None,
+        )
+    choices = built.choices + references.choices
+    if KINDS[stage.rows].shares:
+        choices += (f"requests: {'computed once for both answers' if shares else 'a copy for each of two answers'}",)
+
+    def loader(samples: Samples | Stream, *, shuffle: bool) -> Loader:
+        return Loader(
+            samples,
+            micro_batch_size=run.train.micro_batch_size,
+            global_batch_size=run.train.global_batch_size,
+            rank=rank,
+            world_size=world,
+            seed=run.train.seed,
+            pad_id=pad_id,
+            shuffle=shuffle,
+            **references.finish(samples),
+        )
+
+    return Setup(
+        run=run,
+        device=device,
+        rank=rank,
+        world=world,
+        stage=stage,
+        objective=objective,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids(tokenizer, template),
+        config=config,
+        stores=stores,
+        builder=builder,
+        built=built,
+        references=references,
+        loader=loader(stores.train, shuffle=True),
+        eval_loaders={source: loader(samples, shuffle=False) for source, samples in stores.held_out.items()},
+        choices=choices,
+    )
+
+
+class Recorder:
+    """What a run leaves behind while it trains: checkpoints by all workers together, records and samples by the first one."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        checkpoints: Checkpoints,
+        stack: ExitStack,
+        from_step: int,
+        sinks: Sequence[Sink],
+        on_samples: Callable[[Sequence[Sample]], None],
+    ) -> None:
+        """`stack` closes the files, which go on from the step `from_step`."""
+        self.save_s = 0.0
+        """Seconds that training waited for checkpoints."""
+        self._setup, self._checkpoints, self._on_samples = setup, checkpoints, on_samples
+        self._identity = identity(setup.run, setup.stores.manifests)
+        self._sampler = sampler_of(setup)
+        self._report = self._samples = None
+        if setup.rank == 0:
+            self._report = stack.enter_context(Report(setup.output, from_step=from_step, sinks=sinks))
+        if setup.rank == 0 and self._sampler is not None:
+            self._samples = stack.enter_context(JsonLines(setup.output / SAMPLES, from_step=from_step))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """With what the machine did, where it is a record of training."""
+        if self._report is None:
+            return
+        machine: dict[str, Any] = {}
+        if "loss" in record:
+            machine["memory_gib"] = round(memory_gib(self._setup.device), 3)
+            mfu = self._setup.mfu(record["tokens_per_s"])
+            machine["mfu"] = None if mfu is None else round(mfu, 4)
+        self._report.log({**record, **machine})
+
+    def save(self, progress: Progress) -> None:
+        at = time.perf_counter()
+        self._checkpoints.save(self._setup.built.strategy.state(), progress, self._identity)
+        self.save_s += time.perf_counter() - at
+
+    def sample(self, step: int) -> None:
+        samples = [] if self._sampler is None else self._sampler(step)
+        if self._samples is not None:
+            for sample in samples:
+                self._samples.write(sample.to_json())
+            self._on_samples(samples)
+
+
+def sampler_of(setup: Setup) -> Sampler | None:
+    """Where train.sample_rows asks for one, of the first rows of each held-out source."""
+    train, stores = setup.run.train, setup.stores
+    if not train.sample_rows or stores.evaluated is None:
+        return None
+    return Sampler(
+        setup.built.strategy,
+        setup.tokenizer,
+        stores.evaluated,
+        [row for samples in stores.held_out.values() for row in samples.rows[: train.sample_rows].tolist()],
+        max_new_tokens=train.max_new_tokens,
+        stop_ids=setup.stop_ids,
+        device=setup.device,
+    )
+
+
+def profiled(setup: Setup, total_steps: int, first_step: int, stack: ExitStack) -> Callable[[int], None]:
+    """What is to be called after each step: the first worker's profile, where train.profile asks for one."""
+    if not setup.run.train.profile or setup.rank != 0:
+        return lambda step: None
+    adapter = setup.run.adapter
+    thin = 4 * adapter.rank if isinstance(adapter, LoRA) else 0  # of q, k and v together, say
+    profile = StepProfile(setup.output, setup.device, first_step=first_step, total_steps=total_steps, thin=thin)
+    stack.callback(profile.close)
+    return profile.stepped
+
+
+def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress) -> None:
+    """Write `final/`, and what a reward model makes of the held-out pairs. All workers call it together."""
+    run, strategy, policy = setup.run, setup.built.strategy, setup.built.policy
+    checkpoints.wait()
+    best = progress.best_step if run.checkpoint.final == "best" else None
+    if best is not None and best != progress.step:
+        checkpoints.load(best, strategy.load)
+    if setup.stage.scores is not None and setup.eval_loaders:
+        pairs = held_out_scores(strategy.model, setup.stage.scores, setup.eval_loaders, setup.device)
+        if setup.rank == 0:
+            write_scores(pairs, setup.output)
+    parameters = {name: value for name, value in strategy.full_parameters() if setup.rank == 0}
+    if setup.rank == 0:
+        write_final(
+            setup.output / "final",
+            policy,
+            parameters,
+            setup.tokenizer,
+            stop_ids=setup.stop_ids,
+            base_model=run.model.path or "",
+            dtype=policy.compute,
+            card=model_card(run, progress.step, progress.loss_last),
+            language_model=partial(language_model, run, setup.config) if setup.objective.separate_head else None,
+        )
+    if dist.is_initialized():
+        dist.barrier()
 
 
 @contextmanager
