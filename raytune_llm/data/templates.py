@@ -4,13 +4,17 @@ The text is the tokenizer's own chat template, rendered as `apply_chat_template`
 answers are found by rendering the conversation up to an answer, with the mark that asks for one, and through it: both must
 begin the whole text. This holds for any template, marked with {% generation %} or not, and a template that rewrites earlier
 turns is refused, not mis-trained. A named template marks its answers itself.
+
+To render is most of the work of a short row. So conversations of one shape are filled into one form (data/forms.py): with a
+tokenizer's own template, where that is the text which it renders, so that only the prefixes need no rendering; with a named
+one, wherever its rules write contents as they are.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +22,8 @@ from jinja2 import Template, TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from raytune_llm.data.dropped import BadRow, RefusedRow
-from raytune_llm.data.marks import CUT, forgeable, hide, settle
+from raytune_llm.data.forms import Form, Shape, placeholders, shape_of
+from raytune_llm.data.marks import CUT, Forgeable, forgeable, hide, settle
 from raytune_llm.data.named_templates import NamedTemplate
 from raytune_llm.data.named_templates import stop_tokens as named_stop_tokens
 from raytune_llm.errors import ConfigError
@@ -26,6 +31,10 @@ from raytune_llm.records import Conversation, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+MAX_FORMS = 1000
+"""That are remembered; then it starts anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +60,7 @@ class Renderer(Protocol):
 
     end_of_row: str | None
     """A token that belongs after the last answer though the template does not write it there."""
-    control: re.Pattern[str]
+    control: Forgeable
     """Control tokens, which are text like any other where somebody typed them."""
 
     def render(self, conversation: Conversation, *, earlier_answers: bool = True) -> Rendered:
@@ -87,6 +96,7 @@ class ChatTemplate:
         self.end_token = self._find_end_token()
         self.control = forgeable(specials)
         self._answered = forgeable({self.end_token or "", *_ends(tokenizer)})
+        self._forms: dict[tuple[Shape, tuple[bool, ...]], tuple[Form, tuple[bool, ...]] | None] = {}
 
     def render(self, conversation: Conversation, *, earlier_answers: bool = True) -> Rendered:
         if self.end_token is None:
@@ -97,28 +107,19 @@ class ChatTemplate:
                 remedy="Set data.template, or model.tokenizer to one whose template does.",
             )
         hidden: list[str] = []
-        messages = [_as_dict(message, self.control, self._answered, hidden) for message in self._with_system(conversation)]
-        shift = len(messages) - len(conversation.messages)
-        tools = hide(list(conversation.tools), self.control, hidden) or None
-        answers: list[tuple[int, int]] = []
-        trained: list[bool] = []
+        told = self._with_system(conversation)
+        messages = [_as_dict(message, self.control, self._answered, hidden) for message in told.messages]
+        tools = hide(list(told.tools), self.control, hidden) or None
         try:
             text = self._render(messages, tools)
-            for turn, message in enumerate(conversation.messages):
-                if message.role != "assistant":
-                    continue
-                try:
-                    answers.append(self._span(text, messages, tools, turn + shift))
-                    trained.append(message.trained)
-                except (RefusedRow, TemplateError):
-                    if message.trained:
-                        raise
+            found = self._from_form(text, messages, told) or self._from_prefixes(text, messages, tools, told)
         except TemplateError as error:
             raise BadRow("the chat template refuses the conversation", str(error)) from None
+        answers = tuple((start, self._end_of_answer(text, start, end)) for start, end in found.turns)
         if not hidden:
-            return Rendered(text, tuple(answers), tuple(trained))
+            return Rendered(text, answers, found.trained)
         settled = settle(text, hidden, [position for answer in answers for position in answer])
-        return Rendered(settled.text, _in_twos(settled.positions), tuple(trained), plain=settled.plain)
+        return Rendered(settled.text, _in_twos(settled.positions), found.trained, plain=settled.plain)
 
     def pair(self, chosen: Conversation, rejected: Conversation) -> tuple[Rendered, Rendered]:
         sides = (self.render(chosen, earlier_answers=False), self.render(rejected, earlier_answers=False))
@@ -132,15 +133,15 @@ class ChatTemplate:
 
     def prompt(self, conversation: Conversation) -> str:
         """The text that asks for the next answer."""
-        nothing = re.compile(r"(?!)")
-        messages = [_as_dict(message, nothing, nothing, []) for message in self._with_system(conversation)]
+        nothing = Forgeable(re.compile(r"(?!)"), "")
+        messages = [_as_dict(message, nothing, nothing, []) for message in self._with_system(conversation).messages]
         return self._render(messages, list(conversation.tools) or None, add_generation_prompt=True)
 
-    def _with_system(self, conversation: Conversation) -> tuple[Message, ...]:
+    def _with_system(self, conversation: Conversation) -> Conversation:
         messages = conversation.messages
         if self._default_system is None or (messages and messages[0].role == "system"):
-            return messages
-        return (Message("system", self._default_system), *messages)
+            return conversation
+        return replace(conversation, messages=(Message("system", self._default_system), *messages))
 
     def _render(self, messages: Sequence[dict[str, Any]], tools: Any, *, add_generation_prompt: bool = False) -> str:
         template, known = _compiled(self._plain if tools is None else self._with_tools)
@@ -155,7 +156,47 @@ class ChatTemplate:
         }
         return "".join(template.root_render_func(template.new_context(variables, shared=True)))
 
-    def _span(self, text: str, messages: list[dict[str, Any]], tools: Any, turn: int) -> tuple[int, int]:
+    def _from_form(self, text: str, messages: list[dict[str, Any]], told: Conversation) -> _Found | None:
+        """None where this text is not what the form of its shape gives, or the shape has none."""
+        if not _is_plain(told):
+            return None
+        trained = tuple([message.trained for message in told.messages])
+        shape = (shape_of(told), trained)
+        if shape not in self._forms:
+            if len(self._forms) >= MAX_FORMS:
+                self._forms.clear()
+            self._forms[shape] = self._form(told, placeholders(shape[0]))
+        known = self._forms[shape]
+        if known is None:
+            return None
+        form, trained = known
+        filled, positions, _ = form.fill([message["content"] for message in messages])
+        return _Found(_in_twos(positions), trained) if filled == text else None
+
+    def _form(self, told: Conversation, contents: list[str]) -> tuple[Form, tuple[bool, ...]] | None:
+        messages = [{"role": message.role, "content": content} for message, content in zip(told.messages, contents, strict=True)]
+        try:
+            text = self._render(messages, None)
+            found = self._from_prefixes(text, messages, None, told)
+        except (RefusedRow, TemplateError):
+            return None
+        return Form.of(text, [position for turn in found.turns for position in turn]), found.trained
+
+    def _from_prefixes(self, text: str, messages: list[dict[str, Any]], tools: Any, told: Conversation) -> _Found:
+        turns: list[tuple[int, int]] = []
+        trained: list[bool] = []
+        for number, message in enumerate(told.messages):
+            if message.role != "assistant":
+                continue
+            try:
+                turns.append(self._turn(text, messages, tools, number))
+                trained.append(message.trained)
+            except (RefusedRow, TemplateError):
+                if message.trained:
+                    raise
+        return _Found(tuple(turns), tuple(trained))
+
+    def _turn(self, text: str, messages: list[dict[str, Any]], tools: Any, turn: int) -> tuple[int, int]:
         before = self._render(messages[:turn], tools, add_generation_prompt=True) if turn else ""
         through = self._render(messages[: turn + 1], tools) if turn + 1 < len(messages) else text
         if not text.startswith(before) or not text.startswith(through) or len(through) <= len(before):
@@ -165,7 +206,7 @@ class ChatTemplate:
                 "Train only the last answer (data.mask_history=true), name a template (data.template), or set model.tokenizer "
                 "to one whose template leaves earlier turns as they are.",
             )
-        return len(before), self._end_of_answer(text, len(before), len(through))
+        return len(before), len(through)
 
     def _end_of_answer(self, text: str, start: int, end: int) -> int:
         """Past the answer's first end token: what the template writes after it (a newline, say) the model need not learn.
@@ -189,6 +230,15 @@ class ChatTemplate:
         text = self._render([{"role": "user", "content": "request"}, {"role": "assistant", "content": answer}], None)
         after = self._special.search(text, text.rindex(answer) + len(answer))
         return None if after is None else after.group()
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The answers' turns in a text, where they could be found, and which of them are trained."""
+
+    turns: tuple[tuple[int, int], ...]
+    """Characters from the end of what asks for the answer to the end of what the template writes with it."""
+    trained: tuple[bool, ...]
 
 
 @lru_cache
@@ -222,6 +272,7 @@ class NamedChat:
         self._preserve_thinking = preserve_thinking
         self.control = forgeable(_specials(tokenizer))
         self._answered = forgeable({*named_stop_tokens(tokenizer, template), *_ends(tokenizer)} - {*template.thought})
+        self._forms: dict[tuple[Shape, bool, bool | None], Form] = {}
 
     def render(self, conversation: Conversation, *, earlier_answers: bool = True) -> Rendered:
         return self._render(conversation, earlier_answers, self._enable_thinking)
@@ -237,6 +288,44 @@ class NamedChat:
     def _render(self, conversation: Conversation, earlier_answers: bool, thinking: bool | None) -> Rendered:
         hidden: list[str] = []
         messages = [_as_dict(message, self.control, self._answered, hidden) for message in conversation.messages]
+        trained = tuple(message.trained for message in conversation.messages if message.role == "assistant")
+        if not hidden and self._writes_as_is(conversation):
+            form = self._form(shape_of(conversation), earlier_answers, thinking)
+            text, answers, cuts = form.fill([message.content for message in conversation.messages])
+            return Rendered(text, _in_twos(answers), trained, tuple(cuts))
+        tools = hide(list(conversation.tools), self.control, hidden) or None
+        text, spans = self._marked(messages, tools, earlier_answers, thinking)
+        settled = settle(text, hidden, spans)
+        return Rendered(settled.text, _in_twos(settled.positions), trained, settled.cuts, settled.plain)
+
+    def _writes_as_is(self, conversation: Conversation) -> bool:
+        """Whether the rules in templates/turns.jinja do nothing with the contents but write them.
+
+        They look for thoughts and take the newlines after one away; and what they write of calls and tools is no content.
+        """
+        return _is_plain(conversation) and not (
+            self.template.reasons
+            and any(
+                message.content.startswith("\n") or any(word.strip() in message.content for word in self.template.thought)
+                for message in conversation.messages
+                if message.role == "assistant"
+            )
+        )
+
+    def _form(self, shape: Shape, earlier_answers: bool, thinking: bool | None) -> Form:
+        key = (shape, earlier_answers, thinking)
+        if key not in self._forms:
+            if len(self._forms) >= MAX_FORMS:
+                self._forms.clear()
+            contents = zip(shape, placeholders(shape), strict=True)
+            messages = [{"role": role, "content": content} for (role, _), content in contents]
+            self._forms[key] = Form.of(*self._marked(messages, None, earlier_answers, thinking))
+        return self._forms[key]
+
+    def _marked(
+        self, messages: list[dict[str, Any]], tools: Any, earlier_answers: bool, thinking: bool | None
+    ) -> tuple[str, list[int]]:
+        """The text with its marks, and where each answer starts and ends."""
         template = _compile_jinja_template(self.template.source)
         blocks: list[str] = []
         spans: list[tuple[int, int]] = []
@@ -244,7 +333,7 @@ class NamedChat:
             with template.environment.activate_tracker(blocks, spans):  # type: ignore[attr-defined]
                 for block in template.generate(
                     messages=messages,
-                    tools=hide(list(conversation.tools), self.control, hidden) or None,
+                    tools=tools,
                     add_generation_prompt=False,
                     enable_thinking=thinking,
                     train_history=earlier_answers,
@@ -253,9 +342,7 @@ class NamedChat:
                     blocks.append(block)  # not extend: the tracker measures what is there so far
         except TemplateError as error:
             raise BadRow("the chat template refuses the conversation", str(error)) from None
-        settled = settle("".join(blocks), hidden, [position for span in spans for position in span])
-        trained = tuple(message.trained for message in conversation.messages if message.role == "assistant")
-        return Rendered(settled.text, _in_twos(settled.positions), trained, settled.cuts, settled.plain)
+        return "".join(blocks), [position for span in spans for position in span]
 
 
 class PlainText:
@@ -265,6 +352,13 @@ class PlainText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.control = forgeable(_specials(tokenizer))
+
+
+def _is_plain(conversation: Conversation) -> bool:
+    """Nothing but contents: no tools, no calls, no thoughts kept apart."""
+    return not conversation.tools and not any(
+        message.tool_calls or message.reasoning is not None for message in conversation.messages
+    )
 
 
 def _in_twos(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -280,7 +374,7 @@ def _ends(tokenizer: PreTrainedTokenizerFast) -> set[str]:
     return {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token is not None}
 
 
-def _as_dict(message: Message, typed: re.Pattern[str], answered: re.Pattern[str], hidden: list[str]) -> dict[str, Any]:
+def _as_dict(message: Message, typed: Forgeable, answered: Forgeable, hidden: list[str]) -> dict[str, Any]:
     """As chat templates take it. Reasoning goes by the two names that they read."""
     tokens = answered if message.role == "assistant" else typed
     plain: dict[str, Any] = {"role": message.role, "content": hide(message.content, tokens, hidden)}
