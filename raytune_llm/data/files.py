@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from codecs import BOM_UTF8
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -34,6 +35,13 @@ def open_arrow(path: str) -> Any:
     import pyarrow as pa
 
     return pa.PythonFile(open_file(path), "r") if is_address(path) else pa.memory_map(path)
+
+
+def skip_bom(stream: BinaryIO) -> int:
+    """Past the byte-order mark, if there is one; the position after it."""
+    if stream.read(len(BOM_UTF8)) != BOM_UTF8:
+        stream.seek(0)
+    return stream.tell()
 
 
 def size(path: str) -> int:

@@ -24,13 +24,13 @@ from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.resources import Inline, ResourcesConfig
 from raytune_llm.data import sources
+from raytune_llm.data.chunks import Chunk, Source
 from raytune_llm.data.declarations import Declared, declared, declared_for_evaluation
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.formats import Reading, converter
 from raytune_llm.data.named_templates import NamedTemplate
 from raytune_llm.data.rows import Targets
 from raytune_llm.data.shards import Recipe, Timed, fetched, prepare_chunk
-from raytune_llm.data.sources import Chunk
 from raytune_llm.data.store import (
     FAILED,
     MANIFEST,
@@ -279,7 +279,7 @@ def _prepare_one(one: Declared, kitchen: Kitchen, job: Job, made: list[Timed]) -
     return store
 
 
-def _source(one: Declared) -> sources.Source:
+def _source(one: Declared) -> Source:
     return sources.find(one.path, subset=one.subset, split=one.split, folder=one.folder, hub=one.hub)
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.data import sources
+from raytune_llm.data.chunks import Chunk, NumberedRow
 from raytune_llm.data.dropped import BadRow, Dropped, RefusedRow
 from raytune_llm.data.rows import KINDS, StoreRow, Targets
-from raytune_llm.data.sources import Chunk, NumberedRow
 from raytune_llm.data.store import Shard, write_shard
 from raytune_llm.data.templates import PlainText, Rendered, Renderer
 from raytune_llm.data.tokenize import BlockTokenizer

@@ -8,73 +8,40 @@ Every row is known by its file and its number in it, counted from 1 (for jsonl a
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import io
-import json
 import re
-from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
 
 import numpy as np
 
 from raytune_llm.data import files
-from raytune_llm.data.dropped import BadRow
-from raytune_llm.errors import DataError, ResourceError
-from raytune_llm.hub import ask_hub
+from raytune_llm.data.chunks import Chunk, NumberedRow, Source
+from raytune_llm.data.readers import PLANNERS, READERS, hubs
+from raytune_llm.errors import DataError
 
 MIN_CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 64 << 20
 NUM_CHUNKS = 64
 """Aimed at, between those bounds."""
-READ_BYTES = 1 << 20
-MAX_ROW_CHARS = 1 << 27
-"""Of a JSON array's element and of a csv field: where the end is missing, the rest of the file is not read to the last byte."""
-NumberedRow = tuple[int, Any]
-"""The row's number and its columns by name, or the BadRow that says why there are none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Files of one type in order, or one hub data set."""
-
-    kind: str
-    files: tuple[str, ...]
-    subset: str | None = None
-    split: str | None = None
-    folder: str | None = None
-    """Of a hub data set, where its files lie in one."""
-    hub: str = "huggingface"
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Part of one file, from `start` to `end`: bytes for text files, rows for parquet, arrow and hub data sets."""
-
-    kind: str
-    file: str
-    start: int
-    end: int
-    first_row: int
-    num_rows: int
-    columns: tuple[str, ...] = ()
-    """Of a csv file, whose header stands in its first chunk only."""
-    subset: str | None = None
-    split: str | None = None
-    folder: str | None = None
-    hub: str = "huggingface"
-    picks: tuple[int, ...] | None = None
-    """Which of its rows are meant, counted from 0 and ascending; one that is there twice comes twice. None: all."""
-
-    @property
-    def num_picked(self) -> int:
-        return self.num_rows if self.picks is None else len(self.picks)
+KIND_OF_SUFFIX = {
+    ".json": "json",
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+TEXTS = ("json", "lines", "csv", "text")
+PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ\x00": "xz"}
+"""What a packed file starts with, whatever its name."""
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def find(
@@ -102,23 +69,6 @@ def _of_files(path: str, found: list[str]) -> Source:
     if len(suffixes) > 1:
         raise DataError(path, f"the folder mixes files of several types: {', '.join(suffixes)}", "Name one file, or part them.")
     return Source(_kind(found[0]), tuple(found))
-
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-KIND_OF_SUFFIX = {
-    ".json": "json",
-    ".jsonl": "lines",
-    ".ndjson": "lines",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-}
-
-
-TEXTS = ("json", "lines", "csv", "text")
-PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ\x00": "xz"}
-"""What a packed file starts with, whatever its name."""
 
 
 def _types() -> str:
@@ -160,9 +110,7 @@ def fingerprint(source: Source) -> str:
     """A hash of the contents: of the files' bytes in order, whatever their names, or of a hub data set's revision."""
     digest = hashlib.sha256(source.kind.encode())
     if source.kind == "hub":
-        digest.update(
-            f"{source.files[0]} {source.subset} {source.split} {HUBS[source.hub](source.files[0], source)._fingerprint}".encode()
-        )
+        digest.update(f"{source.files[0]} {source.subset} {source.split} {hubs.fingerprint(source)}".encode())
         return digest.hexdigest()
     for file in source.files:
         digest.update(files.contents_hash(file))
@@ -251,386 +199,3 @@ def read(chunk: Chunk) -> Iterator[NumberedRow]:
 
 def where(chunk: Chunk, row: int) -> str:
     return f"{chunk.file}, row {row}"
-
-
-# Lines: jsonl and txt -------------------------------------------------------------------------------------------------
-
-
-def _plan_lines(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
-    with files.open_file(file) as stream:
-        start = end = _skip_bom(stream)
-        first_line = line_number = 1
-        num_rows = 0
-        for line in stream:
-            num_rows += not line.isspace()
-            end += len(line)
-            line_number += 1
-            if end - start >= chunk_bytes:
-                if num_rows:
-                    yield Chunk(source.kind, file, start, end, first_line, num_rows)
-                start, first_line, num_rows = end, line_number, 0
-        if num_rows:
-            yield Chunk(source.kind, file, start, end, first_line, num_rows)
-
-
-def _numbered_lines(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
-    with files.open_file(chunk.file) as stream:
-        stream.seek(chunk.start)
-        number = chunk.first_row
-        while stream.tell() < chunk.end:
-            line = stream.readline()
-            if not line.isspace():
-                yield number, line
-            number += 1
-
-
-def _read_json_lines(chunk: Chunk) -> Iterator[NumberedRow]:
-    for number, line in _numbered_lines(chunk):
-        try:
-            yield number, json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            yield number, BadRow("the line is not valid JSON", str(error))
-
-
-def _read_text_lines(chunk: Chunk) -> Iterator[NumberedRow]:
-    for number, line in _numbered_lines(chunk):
-        try:
-            yield number, {"text": line.decode().rstrip("\r\n")}
-        except UnicodeDecodeError as error:
-            yield number, BadRow("the line is not UTF-8", str(error))
-
-
-# JSON arrays ----------------------------------------------------------------------------------------------------------
-
-
-class _JsonArray:
-    """The elements of a JSON array read in pieces, with the byte at which each ends.
-
-    json's decoder wants an element whole, so the buffer grows until the element at its head is complete.
-    """
-
-    _BETWEEN = re.compile(r"[\s,]*")
-
-    def __init__(self, stream: BinaryIO, file: str, first_row: int) -> None:
-        self.stream, self.file, self.row = stream, file, first_row
-        self.bytes_passed = stream.tell()
-        self.decode_utf8 = getincrementaldecoder("utf-8")()
-        self.decode_json = json.JSONDecoder().raw_decode
-        self.buffer, self.head, self.ended, self.closed = "", 0, False, False
-
-    def __iter__(self) -> Iterator[Any]:
-        while True:
-            self._pass_between()
-            if self.head == len(self.buffer):
-                return
-            if self.buffer[self.head] == "]":
-                self.closed = True
-                return
-            yield self._element()
-            self.row += 1
-
-    def offset(self) -> int:
-        """Bytes of the file up to the end of the element just yielded."""
-        self._drop_passed()
-        return self.bytes_passed
-
-    def _pass_between(self) -> None:
-        while True:
-            match = self._BETWEEN.match(self.buffer, self.head)
-            assert match is not None
-            self.head = match.end()
-            if self.head < len(self.buffer) or not self._grow():
-                return
-
-    def _element(self) -> Any:
-        while True:
-            try:
-                value, head = self.decode_json(self.buffer, self.head)
-            except json.JSONDecodeError as error:
-                if len(self.buffer) - self.head > MAX_ROW_CHARS:
-                    problem = f"has no end within {MAX_ROW_CHARS:,} characters"
-                    raise DataError(f"{self.file}, row {self.row}", problem, "Mend the file, or save it as jsonl.") from None
-                cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
-                if cut_off and self._grow():
-                    continue
-                problem = "the file ends in the middle of this row" if cut_off else f"is not valid JSON ({error.msg})"
-                raise DataError(f"{self.file}, row {self.row}", problem, "Mend the file, or save it as jsonl.") from None
-            self.head = head
-            return value
-
-    def _grow(self) -> bool:
-        if self.ended:
-            return False
-        self._drop_passed()
-        data = self.stream.read(max(READ_BYTES, len(self.buffer)))
-        self.ended = not data
-        try:
-            self.buffer += self.decode_utf8.decode(data, final=self.ended)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.file}, row {self.row}", f"is not UTF-8 ({error.reason})", "Save the file as UTF-8.") from None
-        return True
-
-    def _drop_passed(self) -> None:
-        self.bytes_passed += len(self.buffer[: self.head].encode())
-        self.buffer, self.head = self.buffer[self.head :], 0
-
-
-def _plan_json(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
-    with files.open_file(file) as stream:
-        _skip_bom(stream)
-        opening = stream.read(1)
-        while opening.isspace():
-            opening = stream.read(1)
-        if not opening:
-            return
-        if opening != b"[":
-            raise DataError(
-                file, "must hold an array of rows, or one object a line", "Save the rows as a JSON array or as jsonl."
-            )
-        array = _JsonArray(stream, file, first_row=1)
-        start, first_row, num_rows = stream.tell(), 1, 0
-        for _ in array:
-            num_rows += 1
-            # A cheap lower bound first: the exact offset costs an encoding of what was passed.
-            if stream.tell() - start >= chunk_bytes and (end := array.offset()) - start >= chunk_bytes:
-                yield Chunk(source.kind, file, start, end, first_row, num_rows)
-                start, first_row, num_rows = end, first_row + num_rows, 0
-        if not array.closed:
-            raise DataError(f"{file}, row {array.row}", "the file ends before the array's closing bracket", "Fetch it again.")
-        if num_rows:
-            yield Chunk(source.kind, file, start, array.offset(), first_row, num_rows)
-
-
-def _read_json(chunk: Chunk) -> Iterator[NumberedRow]:
-    with files.open_file(chunk.file) as stream:
-        stream.seek(chunk.start)
-        part = io.BytesIO(stream.read(chunk.end - chunk.start))
-    yield from enumerate(_JsonArray(part, chunk.file, chunk.first_row), chunk.first_row)
-
-
-# csv ------------------------------------------------------------------------------------------------------------------
-
-
-def _plan_csv(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
-    passed = 0
-
-    def lines(stream: BinaryIO) -> Iterator[str]:
-        nonlocal passed
-        for line in stream:
-            passed += len(line)
-            yield line.decode()
-
-    csv.field_size_limit(MAX_ROW_CHARS)  # Python's own limit is less than a long document
-    with files.open_file(file) as stream:
-        passed = _skip_bom(stream)
-        rows = csv.reader(lines(stream), strict=True)
-        first_row, num_rows = 1, 0
-        try:
-            columns = tuple(next(rows, ()))
-            _check_names(file, columns)
-            start = passed
-            for row in rows:
-                num_rows += bool(row)
-                if passed - start >= chunk_bytes:
-                    yield Chunk(source.kind, file, start, passed, first_row, num_rows, columns)
-                    start, first_row, num_rows = passed, first_row + num_rows, 0
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{file}, row {first_row + num_rows}", f"is not valid csv ({error})", "Save the file as UTF-8 csv."
-            ) from None
-        if num_rows:
-            yield Chunk(source.kind, file, start, passed, first_row, num_rows, columns)
-
-
-def _read_csv(chunk: Chunk) -> Iterator[NumberedRow]:
-    csv.field_size_limit(MAX_ROW_CHARS)  # Python's own limit is less than a long document
-    with files.open_file(chunk.file) as stream:
-        stream.seek(chunk.start)
-        text = stream.read(chunk.end - chunk.start).decode()
-    rows = (row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row)
-    for number, row in enumerate(rows, chunk.first_row):
-        if len(row) == len(chunk.columns):
-            yield number, dict(zip(chunk.columns, row, strict=True))
-        else:
-            yield number, BadRow("the row has another number of fields than the header", f"{len(row)}, not {len(chunk.columns)}")
-
-
-# parquet and arrow ----------------------------------------------------------------------------------------------------
-
-
-def _plan_parquet(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with files.open_arrow(file) as opened, ParquetFile(opened) as parquet:
-            num_rows = parquet.metadata.num_rows
-            _check_names(file, parquet.schema_arrow.names)
-    except ArrowInvalid as error:
-        raise DataError(file, f"is not a parquet file ({error})", "Write it again.") from None
-    yield from _chunks_of_rows(source, file, num_rows, chunk_bytes)
-
-
-def _chunks_of_rows(source: Source, file: str, num_rows: int, chunk_bytes: int) -> Iterator[Chunk]:
-    rows_per_chunk = max(1, num_rows * chunk_bytes // files.size(file))
-    for start in range(0, num_rows, rows_per_chunk):
-        end = min(start + rows_per_chunk, num_rows)
-        yield Chunk(source.kind, file, start, end, start + 1, end - start)
-
-
-def _read_parquet(chunk: Chunk) -> Iterator[NumberedRow]:
-    from pyarrow.parquet import ParquetFile
-
-    with files.open_arrow(chunk.file) as opened, ParquetFile(opened) as parquet:
-        passed = 0
-        for group in range(parquet.num_row_groups):
-            group_rows = parquet.metadata.row_group(group).num_rows
-            if passed + group_rows > chunk.start and passed < chunk.end:
-                for batch in parquet.iter_batches(batch_size=1024, row_groups=[group]):
-                    yield from _rows_of_batch(batch, passed, chunk)
-                    passed += batch.num_rows
-            else:
-                passed += group_rows
-
-
-def _rows_of_batch(batch: Any, passed: int, chunk: Chunk) -> Iterator[NumberedRow]:
-    """The chunk's rows in a record batch that comes after so many rows."""
-    first, last = max(chunk.start - passed, 0), min(chunk.end - passed, batch.num_rows)
-    if first < last:
-        yield from enumerate(batch.slice(first, last - first).to_pylist(), passed + first + 1)
-
-
-def _plan_arrow(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
-    from pyarrow import ArrowInvalid
-
-    try:
-        num_rows = sum(batch.num_rows for batch in _arrow_batches(file, check=True))
-    except (ArrowInvalid, OSError) as error:
-        raise DataError(file, f"is not an arrow file ({error})", "Write it again.") from None
-    yield from _chunks_of_rows(source, file, num_rows, chunk_bytes)
-
-
-def _read_arrow(chunk: Chunk) -> Iterator[NumberedRow]:
-    passed = 0
-    for batch in _arrow_batches(chunk.file):
-        yield from _rows_of_batch(batch, passed, chunk)
-        passed += batch.num_rows
-
-
-def _arrow_batches(file: str, *, check: bool = False) -> Iterator[Any]:
-    """Record batches of either form that Arrow has for disks and pipes; `datasets` writes the latter. Memory-mapped."""
-    import pyarrow as pa
-
-    with files.open_arrow(file) as mapped:
-        if mapped.read(6) == b"ARROW1":
-            with pa.ipc.open_file(mapped) as reader:
-                if check:
-                    _check_names(file, reader.schema.names)
-                yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-            return
-        mapped.seek(0)
-        with pa.ipc.open_stream(mapped) as reader:
-            if check:
-                _check_names(file, reader.schema.names)
-            yield from reader
-
-
-def _check_names(file: str, columns: Sequence[str]) -> None:
-    twice = sorted(name for name, count in Counter(columns).items() if count > 1)
-    if twice:
-        raise DataError(file, f"names the column {twice[0]!r} twice", "Rename one of the two.")
-
-
-# Hub data sets --------------------------------------------------------------------------------------------------------
-
-HUB_CHUNK_BYTES = 16 << 20
-
-
-def _huggingface_rows(name: str, part: Source | Chunk) -> Any:
-    """The whole data set that the part belongs to."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    address, state = ask_hub()
-    if state == "not reached":
-        raise DataError(
-            name,
-            f"there is no such file or folder, and no hub answers at {address}",
-            "Check data.path, or set HF_ENDPOINT to a hub that this machine reaches; with HF_HUB_OFFLINE=1 what was fetched "
-            "before is taken.",
-        )
-    try:
-        return load_dataset(name, part.subset, split=part.split, data_dir=part.folder)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise DataError(
-            name,
-            f"there is no such file or folder, and the hub gives no data set of that name ({reason})",
-            "Check data.path, data.subset and data.split, and that the hub is reached (HF_ENDPOINT, HF_TOKEN).",
-        ) from None
-
-
-def _modelscope_rows(name: str, part: Source | Chunk) -> Any:
-    """The whole data set that the part belongs to, as `datasets` has it."""
-    try:
-        from modelscope.msdatasets import MsDataset
-    except ImportError as error:
-        raise ResourceError(
-            f"data.hub=modelscope needs the package modelscope ({error})", "pip install 'raytune-llm[modelscope]'."
-        ) from None
-    try:
-        rows = MsDataset.load(name, subset_name=part.subset, split=part.split, data_dir=part.folder)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        raise DataError(
-            name,
-            f"there is no such file or folder, and ModelScope gives no data set of that name ({reason})",
-            "Check data.path, data.subset and data.split, and that the hub is reached (MODELSCOPE_API_TOKEN for private ones).",
-        ) from None
-    return rows.to_hf_dataset() if isinstance(rows, MsDataset) else rows
-
-
-def _plan_hub(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
-    rows = HUBS[source.hub](file, source)
-    rows_per_chunk = max(1, len(rows) * HUB_CHUNK_BYTES // max(rows.data.nbytes, 1))
-    for start in range(0, len(rows), rows_per_chunk):
-        end = min(start + rows_per_chunk, len(rows))
-        chunk = Chunk(source.kind, file, start, end, start + 1, end - start)
-        yield replace(chunk, subset=source.subset, split=source.split, folder=source.folder, hub=source.hub)
-
-
-def _read_hub(chunk: Chunk) -> Iterator[NumberedRow]:
-    rows = HUBS[chunk.hub](chunk.file, chunk)
-    for number in range(chunk.start, chunk.end):
-        yield number + 1, rows[number]
-
-
-# Axes -----------------------------------------------------------------------------------------------------------------
-
-
-def _skip_bom(stream: BinaryIO) -> int:
-    """Past the byte-order mark, if there is one; the position after it."""
-    if stream.read(len(BOM_UTF8)) != BOM_UTF8:
-        stream.seek(0)
-    return stream.tell()
-
-
-HUBS = {"huggingface": _huggingface_rows, "modelscope": _modelscope_rows}
-PLANNERS = {
-    "json": _plan_json,
-    "lines": _plan_lines,
-    "text": _plan_lines,
-    "csv": _plan_csv,
-    "parquet": _plan_parquet,
-    "arrow": _plan_arrow,
-    "hub": _plan_hub,
-}
-READERS = {
-    "json": _read_json,
-    "lines": _read_json_lines,
-    "text": _read_text_lines,
-    "csv": _read_csv,
-    "parquet": _read_parquet,
-    "arrow": _read_arrow,
-    "hub": _read_hub,
-}

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from raytune_llm.config.load import load_config, options
 from raytune_llm.data import sources
+from raytune_llm.data.chunks import Source
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.formats import convert
 from raytune_llm.data.pipeline import prepare
+from raytune_llm.data.readers import json_array
 from raytune_llm.errors import DataError, UserError
 from raytune_llm.records import Record
 
@@ -117,7 +119,7 @@ def test_a_line_of_100_megabytes_is_skipped(tmp_path, prepare_run):
 
 
 def test_an_element_without_an_end_is_refused_before_the_whole_file_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_ROW_CHARS", 1 << 21)
+    monkeypatch.setattr(json_array, "MAX_ROW_CHARS", 1 << 21)
     path = tmp_path / "rows.json"
     path.write_text('[{"text": "' + "y" * (1 << 23))
     with pytest.raises(DataError, match=r"rows\.json, row 1: has no end within 2,097,152 characters"):
@@ -182,7 +184,7 @@ def test_a_hub_data_set_can_lie_in_a_folder(tmp_path, monkeypatch):
     for folder, text in (("a", "first"), ("b", "second")):
         (tmp_path / "set" / folder).mkdir(parents=True)
         (tmp_path / "set" / folder / "rows.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    source = sources.Source("hub", (str(tmp_path / "set"),), split="train", folder="b")
+    source = Source("hub", (str(tmp_path / "set"),), split="train", folder="b")
     (chunk,) = sources.plan(source)
     assert list(sources.read(chunk)) == [(1, {"text": "second"})]
 

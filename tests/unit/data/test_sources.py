@@ -9,6 +9,7 @@ import pytest
 
 from raytune_llm.data import sources
 from raytune_llm.data.dropped import BadRow
+from raytune_llm.data.readers import json_array
 from raytune_llm.errors import DataError
 
 ROWS = [{"text": f"row {number} " + "é☃\n\"'," * (number % 7)} for number in range(1, 400)]
@@ -63,7 +64,7 @@ def read_all(path, max_rows=None):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", 500)
-    monkeypatch.setattr(sources, "READ_BYTES", 100)
+    monkeypatch.setattr(json_array, "READ_BYTES", 100)
 
 
 @pytest.mark.parametrize("name", WRITERS)

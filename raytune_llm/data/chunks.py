@@ -1,0 +1,48 @@
+"""Sources of raw rows, and the chunks that they are prepared in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+MAX_ROW_CHARS = 1 << 27
+"""Of a JSON array's element and of a csv field: where the end is missing, the rest of the file is not read to the last byte."""
+NumberedRow = tuple[int, Any]
+"""The row's number and its columns by name, or the BadRow that says why there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Files of one type in order, or one hub data set."""
+
+    kind: str
+    files: tuple[str, ...]
+    subset: str | None = None
+    split: str | None = None
+    folder: str | None = None
+    """Of a hub data set, where its files lie in one."""
+    hub: str = "huggingface"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Part of one file, from `start` to `end`: bytes for text files, rows for parquet, arrow and hub data sets."""
+
+    kind: str
+    file: str
+    start: int
+    end: int
+    first_row: int
+    num_rows: int
+    columns: tuple[str, ...] = ()
+    """Of a csv file, whose header stands in its first chunk only."""
+    subset: str | None = None
+    split: str | None = None
+    folder: str | None = None
+    hub: str = "huggingface"
+    picks: tuple[int, ...] | None = None
+    """Which of its rows are meant, counted from 0 and ascending; one that is there twice comes twice. None: all."""
+
+    @property
+    def num_picked(self) -> int:
+        return self.num_rows if self.picks is None else len(self.picks)

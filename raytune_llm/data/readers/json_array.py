@@ -1,0 +1,121 @@
+"""One JSON array of rows a file, of whatever size: it is read in pieces."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from codecs import getincrementaldecoder
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from raytune_llm.data import files
+from raytune_llm.data.chunks import MAX_ROW_CHARS, Chunk, NumberedRow, Source
+from raytune_llm.errors import DataError
+
+READ_BYTES = 1 << 20
+
+
+class _JsonArray:
+    """The elements of a JSON array read in pieces, with the byte at which each ends.
+
+    json's decoder wants an element whole, so the buffer grows until the element at its head is complete.
+    """
+
+    _BETWEEN = re.compile(r"[\s,]*")
+
+    def __init__(self, stream: BinaryIO, file: str, first_row: int) -> None:
+        self.stream, self.file, self.row = stream, file, first_row
+        self.bytes_passed = stream.tell()
+        self.decode_utf8 = getincrementaldecoder("utf-8")()
+        self.decode_json = json.JSONDecoder().raw_decode
+        self.buffer, self.head, self.ended, self.closed = "", 0, False, False
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self._pass_between()
+            if self.head == len(self.buffer):
+                return
+            if self.buffer[self.head] == "]":
+                self.closed = True
+                return
+            yield self._element()
+            self.row += 1
+
+    def offset(self) -> int:
+        """Bytes of the file up to the end of the element just yielded."""
+        self._drop_passed()
+        return self.bytes_passed
+
+    def _pass_between(self) -> None:
+        while True:
+            match = self._BETWEEN.match(self.buffer, self.head)
+            assert match is not None
+            self.head = match.end()
+            if self.head < len(self.buffer) or not self._grow():
+                return
+
+    def _element(self) -> Any:
+        while True:
+            try:
+                value, head = self.decode_json(self.buffer, self.head)
+            except json.JSONDecodeError as error:
+                if len(self.buffer) - self.head > MAX_ROW_CHARS:
+                    problem = f"has no end within {MAX_ROW_CHARS:,} characters"
+                    raise DataError(f"{self.file}, row {self.row}", problem, "Mend the file, or save it as jsonl.") from None
+                cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
+                if cut_off and self._grow():
+                    continue
+                problem = "the file ends in the middle of this row" if cut_off else f"is not valid JSON ({error.msg})"
+                raise DataError(f"{self.file}, row {self.row}", problem, "Mend the file, or save it as jsonl.") from None
+            self.head = head
+            return value
+
+    def _grow(self) -> bool:
+        if self.ended:
+            return False
+        self._drop_passed()
+        data = self.stream.read(max(READ_BYTES, len(self.buffer)))
+        self.ended = not data
+        try:
+            self.buffer += self.decode_utf8.decode(data, final=self.ended)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.file}, row {self.row}", f"is not UTF-8 ({error.reason})", "Save the file as UTF-8.") from None
+        return True
+
+    def _drop_passed(self) -> None:
+        self.bytes_passed += len(self.buffer[: self.head].encode())
+        self.buffer, self.head = self.buffer[self.head :], 0
+
+
+def plan_json(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
+    with files.open_file(file) as stream:
+        files.skip_bom(stream)
+        opening = stream.read(1)
+        while opening.isspace():
+            opening = stream.read(1)
+        if not opening:
+            return
+        if opening != b"[":
+            raise DataError(
+                file, "must hold an array of rows, or one object a line", "Save the rows as a JSON array or as jsonl."
+            )
+        array = _JsonArray(stream, file, first_row=1)
+        start, first_row, num_rows = stream.tell(), 1, 0
+        for _ in array:
+            num_rows += 1
+            # A cheap lower bound first: the exact offset costs an encoding of what was passed.
+            if stream.tell() - start >= chunk_bytes and (end := array.offset()) - start >= chunk_bytes:
+                yield Chunk(source.kind, file, start, end, first_row, num_rows)
+                start, first_row, num_rows = end, first_row + num_rows, 0
+        if not array.closed:
+            raise DataError(f"{file}, row {array.row}", "the file ends before the array's closing bracket", "Fetch it again.")
+        if num_rows:
+            yield Chunk(source.kind, file, start, array.offset(), first_row, num_rows)
+
+
+def read_json(chunk: Chunk) -> Iterator[NumberedRow]:
+    with files.open_file(chunk.file) as stream:
+        stream.seek(chunk.start)
+        part = io.BytesIO(stream.read(chunk.end - chunk.start))
+    yield from enumerate(_JsonArray(part, chunk.file, chunk.first_row), chunk.first_row)
