@@ -50,8 +50,7 @@ def parse(verb: str, argv: list[str]) -> Call:
 def _with_key(verb: str, word: str) -> str:
     if verb not in WITHOUT_A_KEY or word.startswith(("+", "~")):
         return word
-    quoted = word.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{WITHOUT_A_KEY[verb]}='{quoted}'"
+    return f"{WITHOUT_A_KEY[verb]}={composer.quoted(word)}"
 
 
 def load(call: Call) -> Any:

@@ -70,10 +70,27 @@ def compose(
 ) -> DictConfig:
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError("--config-dir", "must be a folder", got=str(config_dir))
+    overrides = _where_it_lies(config_name or verb, list(overrides), config_dir)
     try:
-        return _compose(config_name or verb, list(overrides), config_dir)
+        return _compose(config_name or verb, overrides, config_dir)
     except (HydraException, OmegaConfBaseException) as error:
-        raise _explained(error, config_name or verb, list(overrides), config_dir) from None
+        raise _explained(error, config_name or verb, overrides, config_dir) from None
+
+
+def _where_it_lies(config_name: str, overrides: list[str], config_dir: str | Path | None) -> list[str]:
+    """A run that is composed from the run.yaml of its output folder goes on there: the folder may have been moved or copied."""
+    if config_dir is None or any(override.startswith("output_dir=") for override in overrides):
+        return overrides
+    folder = Path(config_dir).resolve()
+    if not (folder / f"{config_name}.yaml").is_file() or not (folder / "checkpoints").is_dir():
+        return overrides
+    return [f"output_dir={quoted(str(folder))}", *overrides]
+
+
+def quoted(text: str) -> str:
+    """As Hydra's overrides take any text."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _compose(config_name: str, overrides: list[str], config_dir: str | Path | None) -> DictConfig:
@@ -153,6 +170,7 @@ def run_under_hydra(
     config_name: str | None = None,
 ) -> int:
     """Let Hydra read its own flags. With -m each job gets a folder of its own in output_dir, named by its overrides."""
+    overrides = _where_it_lies(config_name or verb, overrides, config_dir)
     if "-m" not in flags and "--multirun" not in flags:
         compose(verb, overrides, config_dir=config_dir, config_name=config_name)  # our errors before Hydra's
     failed: list[int] = []
@@ -324,6 +342,7 @@ __all__ = [
     "groups",
     "load_config",
     "options",
+    "quoted",
     "run_under_hydra",
     "to_run",
     "to_yaml",

@@ -94,6 +94,14 @@ def test_a_written_run_reads_back_as_itself(tmp_path_factory, lr, rank, strategy
     assert load_config("train", config_dir=folder, config_name="run") == run
 
 
+def test_a_run_goes_on_in_its_output_folder_wherever_that_lies_now(tmp_path):
+    moved = tmp_path / "it's moved"
+    (moved / "checkpoints").mkdir(parents=True)
+    (moved / "run.yaml").write_text(to_yaml(load_config("train", [DATA, "output_dir=/once/here"])))
+    assert load_config("train", config_dir=moved, config_name="run").output_dir == str(moved)
+    assert load_config("train", ["output_dir=else"], config_dir=moved, config_name="run").output_dir == "else"
+
+
 def test_a_users_folder_adds_options_and_experiments(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(
