@@ -20,7 +20,6 @@ from raytune_llm.config.resources import Cluster
 from raytune_llm.config.run import DoctorRun, ImportRun, PrepareRun, TrainRun
 from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared, Streamed
-from raytune_llm.errors import ConfigError
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.migrate.experiment import translate_file, write
 from raytune_llm.stages import STAGES
@@ -75,7 +74,6 @@ def train(
     from raytune_llm.train.output import identity, open_output
     from raytune_llm.train.plot import loss_curve
 
-    _stage_can(run)
     clock = _Phases(began or time.time())
     output = Path(run.output_dir).resolve()
     run = replace(run, output_dir=str(output))
@@ -162,17 +160,6 @@ def doctor(run: DoctorRun) -> Doctor:
     from raytune_llm.doctor import doctor
 
     return doctor()
-
-
-def _stage_can(run: TrainRun) -> None:
-    """What a run asks for beside training must have a meaning for its stage."""
-    stage = STAGES[run.stage.name]
-    if run.train.exact_match_rows and stage.rows != "conversations":
-        raise ConfigError(
-            "train.exact_match_rows",
-            f"must be 0 with stage={run.stage.name}, whose rows have no one right answer",
-            got=run.train.exact_match_rows,
-        )
 
 
 class _Phases:

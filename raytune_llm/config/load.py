@@ -38,6 +38,15 @@ OmegaConf.register_new_resolver("examples", lambda name: str(CONF.parent / "exam
 """${examples:rows.jsonl} in YAML is a file of examples/, which lies beside conf/."""
 
 
+def _with_loss(loss: str, value: Any, *, _parent_: DictConfig) -> Any:
+    chosen = _parent_.get("loss")
+    return value if loss == chosen or (isinstance(chosen, DictConfig) and loss in chosen) else None
+
+
+OmegaConf.register_new_resolver("with_loss", _with_loss, replace=True)
+"""${with_loss:eaft,1.0} in YAML is 1.0 where the section's loss is eaft, or a sum with it, and null beside another one."""
+
+
 def load_config(
     verb: str, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, config_name: str | None = None
 ) -> Any:

@@ -14,7 +14,7 @@ from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.resources import ResourcesConfig
 from raytune_llm.config.schedule import ScheduleConfig
 from raytune_llm.config.section import NonNegativeInt, PositiveInt, section
-from raytune_llm.config.stage import DPO, KTO, StageConfig
+from raytune_llm.config.stage import DPO, KTO, SFT, Pretrain, Reward, StageConfig
 from raytune_llm.config.strategy import DeepSpeed, StrategyConfig
 from raytune_llm.config.tracking import TrackingConfig
 from raytune_llm.config.train import LoopConfig
@@ -50,8 +50,9 @@ class TrainRun:
         _sharding_has_workers(self)
         _quantized_weights_are_frozen_and_whole(self)
         _anchored_policies_have_a_new_adapter(self)
-        _models_that_score_answer_nothing(self)
+        _models_answer_what_is_asked(self)
         _references_can_be_had(self)
+        _stages_read_what_is_said_of_their_rows(self.stage, self.data)
 
 
 @section
@@ -69,6 +70,7 @@ class PrepareRun:
     def __post_init__(self) -> None:
         _model_is_given(self.model)
         _data_are_given(self.data)
+        _stages_read_what_is_said_of_their_rows(self.stage, self.data)
 
 
 @section
@@ -216,11 +218,34 @@ def _anchored_policies_have_a_new_adapter(run: TrainRun) -> None:
         )
 
 
-def _models_that_score_answer_nothing(run: TrainRun) -> None:
-    if run.stage.name == "reward" and run.train.sample_rows:
+def _models_answer_what_is_asked(run: TrainRun) -> None:
+    if isinstance(run.stage, Reward) and run.train.sample_rows:
         raise ConfigError(
             "train.sample_rows", "must be 0 with stage=reward, whose model writes nothing", got=run.train.sample_rows
         )
+    if not isinstance(run.stage, SFT) and run.train.exact_match_rows:
+        raise ConfigError(
+            "train.exact_match_rows",
+            f"must be 0 with stage={run.stage.name}, whose rows have no one right answer",
+            got=run.train.exact_match_rows,
+        )
+
+
+def _stages_read_what_is_said_of_their_rows(stage: StageConfig, data: DataConfig) -> None:
+    unread: dict[str, Any] = {}
+    if not isinstance(stage, SFT):  # the one answer of each side is trained, or the whole text
+        unread |= {"data.mask_history": data.mask_history, "data.train_on_prompt": data.train_on_prompt}
+    if isinstance(stage, Pretrain):
+        unread |= {
+            "data.default_system": data.default_system,
+            "data.tool_format": data.tool_format,
+            "data.today": data.today,
+            "data.preserve_thinking": data.preserve_thinking,
+            "data.overlong": data.overlong if data.packing and data.overlong != "truncate" else None,
+        }
+    for setting, value in unread.items():
+        if value:
+            raise ConfigError(setting, f"is not read with stage={stage.name}", got=value, remedy="Leave it out.")
 
 
 def _quantized_weights_are_frozen_and_whole(run: TrainRun) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -15,8 +16,55 @@ DPOLoss = Literal[
     "sigmoid", "robust", "hinge", "ipo", "ipo_sum", "exo_pair", "nca_pair", "sppo_hard", "aot", "aot_unpaired", "aot_pair",
     "apo_zero", "apo_down", "discopop", "bco_pair", "sigmoid_norm", "f_forward_kl", "f_js", "f_alpha", "sft",
 ]  # fmt: skip
-SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "aot_pair"}
-"""The losses that take label_smoothing."""
+SFT_READS: dict[str, tuple[str, ...]] = {
+    "cross_entropy": ("label_smoothing", "z_loss"),
+    "dft": (),
+    "eaft": ("eaft_alpha",),
+    "asft": ("asft_alpha",),
+}
+"""Loss of SFT -> the settings that it reads and others do not."""
+DPO_READS: dict[str, tuple[str, ...]] = {
+    "sigmoid": ("beta", "label_smoothing"),
+    "robust": ("beta", "label_smoothing"),
+    "hinge": ("beta",),
+    "ipo": ("beta",),
+    "ipo_sum": ("beta",),
+    "exo_pair": ("beta", "label_smoothing"),
+    "nca_pair": ("beta",),
+    "sppo_hard": ("beta",),
+    "aot": ("beta", "label_smoothing"),
+    "aot_unpaired": ("beta", "label_smoothing"),
+    "aot_pair": ("beta", "label_smoothing"),
+    "apo_zero": ("beta",),
+    "apo_down": ("beta",),
+    "discopop": ("beta", "discopop_tau"),
+    "bco_pair": ("beta",),
+    "sigmoid_norm": ("beta",),
+    "f_forward_kl": ("beta",),
+    "f_js": ("beta",),
+    "f_alpha": ("beta", "f_alpha"),
+    "sft": (),
+}
+"""The same of DPO. The rewards that are logged read beta with any loss."""
+OFF_AT_ZERO = {"label_smoothing", "z_loss"}
+"""Settings of them that do nothing at 0; the others are null where no loss reads them."""
+
+
+def _are_read(settings: Mapping[str, float | None], losses: Collection[str], reads: Mapping[str, tuple[str, ...]]) -> None:
+    """Each of these settings is given where one of the losses reads it, and only there."""
+    chosen = "+".join(sorted(losses))
+    for setting, value in settings.items():
+        readers = [loss for loss, read in reads.items() if setting in read]
+        off = value is None or (value == 0 and setting in OFF_AT_ZERO)
+        if not off and not losses & set(readers):
+            raise ConfigError(
+                f"stage.{setting}",
+                f"is not read with stage.loss={chosen}",
+                got=value,
+                remedy=f"Leave it out, or take stage.loss={' or '.join(readers)}.",
+            )
+        if value is None and losses & set(readers):
+            raise ConfigError(f"stage.{setting}", f"must be a number with stage.loss={chosen}", got="null")
 
 
 @section
@@ -31,19 +79,23 @@ class SFT:
     """With cross_entropy: the part of the target that is spread over the whole vocabulary."""
     z_loss: NonNegativeFloat
     """With cross_entropy: of the squared logarithm of the softmax normaliser, which is added."""
-    eaft_alpha: PositiveFloat
-    """The exponent of a token's entropy."""
-    asft_alpha: PositiveFloat
-    """The weight of the divergence from the reference."""
+    eaft_alpha: PositiveFloat | None
+    """With eaft: the exponent of a token's entropy."""
+    asft_alpha: PositiveFloat | None
+    """With asft: the weight of the divergence from the reference."""
     neftune_alpha: PositiveFloat | None
     """Noise on the embeddings in training: alpha / sqrt(tokens x width) at most. 5 is usual."""
     router_aux_loss_coef: PositiveFloat | None
     """Of the loss that lets the routers of a mixture of experts use all experts alike, over each document."""
 
     def __post_init__(self) -> None:
-        for setting, value in (("label_smoothing", self.label_smoothing), ("z_loss", self.z_loss)):
-            if value and self.loss != "cross_entropy":
-                raise ConfigError(f"stage.{setting}", f"must be 0 with stage.loss={self.loss}", got=value, remedy="Take one.")
+        given = {
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "eaft_alpha": self.eaft_alpha,
+            "asft_alpha": self.asft_alpha,
+        }
+        _are_read(given, {self.loss}, SFT_READS)
 
 
 @section
@@ -86,9 +138,10 @@ class DPO:
     """LD-DPO: the weight of what makes an answer longer than its rival."""
     sft_weight: NonNegativeFloat
     """Of the chosen answer's cross-entropy a token, which is added (pref_ftx, rpo_alpha)."""
-    discopop_tau: PositiveFloat
-    f_alpha: float
-    """The divergence of the loss f_alpha."""
+    discopop_tau: PositiveFloat | None
+    """With discopop: how sharply it changes over between its two parts."""
+    f_alpha: float | None
+    """With f_alpha: which divergence."""
     reference: Reference | Literal["none"]
     """none: reference-free, as if every answer were as likely as any other under the reference."""
     reference_model: str | None
@@ -100,13 +153,12 @@ class DPO:
         names = {self.loss} if isinstance(self.loss, str) else set(self.loss)
         if not names:
             raise ConfigError("stage.loss", "must name a loss", got="{}", remedy="Say, sigmoid.")
-        if self.label_smoothing and not names & SMOOTHED:
-            raise ConfigError(
-                "stage.label_smoothing",
-                f"must be 0 with stage.loss={'+'.join(sorted(names))}",
-                got=self.label_smoothing,
-                remedy=f"It has a meaning for {', '.join(sorted(SMOOTHED))}.",
-            )
+        weights = {} if isinstance(self.loss, str) else self.loss
+        for loss, weight in weights.items():
+            if weight <= 0:
+                raise ConfigError(f"stage.loss.{loss}", "must be above 0", got=weight, remedy="Leave out what is not to count.")
+        given = {"label_smoothing": self.label_smoothing, "discopop_tau": self.discopop_tau, "f_alpha": self.f_alpha}
+        _are_read(given, names, DPO_READS)
         if "exo_pair" in names and not self.label_smoothing:
             raise ConfigError("stage.label_smoothing", "must be above 0 with exo_pair", got=0.0, remedy="Say, 0.001.")
         for setting in ("reference_model", "reference_adapter"):

@@ -170,11 +170,16 @@ def token_loss(
         raise Refusal("asft needs a new LoRA adapter: its reference is the model without it", "use_asft_loss")
     return {
         "stage.loss": loss,
-        "stage.eaft_alpha": float(eaft_alpha),
-        "stage.asft_alpha": float(asft_alpha),
+        **{"eaft": {"stage.eaft_alpha": float(eaft_alpha)}, "asft": {"stage.asft_alpha": float(asft_alpha)}}.get(loss, {}),
         "stage.label_smoothing": float(label_smoothing_factor),
         "stage.neftune_alpha": neftune_noise_alpha or None,
     }
+
+
+def trained_turns(stage: str, train_on_prompt: bool, mask_history: bool) -> Settings | NoEffect:
+    if stage != "sft":
+        return NoEffect(f"is not read with stage={stage}")
+    return {"data.train_on_prompt": train_on_prompt, "data.mask_history": mask_history}
 
 
 def routers(stage: str, moe_aux_loss_coef: float | None) -> Settings | NoEffect:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from raytune_llm.config.stage import CPO, DPO, ORPO, SimPO
+from raytune_llm.config.stage import CPO, DPO, DPO_READS, ORPO, SimPO
 from raytune_llm.losses.preference import (
     PairLogprobs,
     RunningMean,
@@ -31,18 +31,8 @@ from raytune_llm.stages.objective import Coupling, Objective, StageLoss
 Logps = Callable[[nn.Module, PairBatch], Tensor]
 Rewards = Callable[[PairLogprobs], tuple[Tensor, Tensor]]
 
-SETTINGS: dict[str, tuple[str, ...]] = {
-    "sigmoid": ("beta", "label_smoothing"),
-    "robust": ("beta", "label_smoothing"),
-    "exo_pair": ("beta", "label_smoothing"),
-    "aot": ("beta", "label_smoothing"),
-    "aot_unpaired": ("beta", "label_smoothing"),
-    "aot_pair": ("beta", "label_smoothing"),
-    "discopop": ("beta", "tau"),
-    "f_alpha": ("beta", "alpha"),
-    "sft": (),
-}
-"""What DPO's losses take beside the pairs, where that is not beta alone."""
+ARGUMENTS = {"discopop_tau": "tau", "f_alpha": "alpha"}
+"""Settings of DPO -> how their loss calls them, where that is shorter."""
 OF_THE_WHOLE = {"aot", "aot_unpaired", "aot_pair", "bco_pair"}
 """Losses that need the log-probabilities of all pairs of a global batch."""
 
@@ -51,11 +41,14 @@ def dpo(section: DPO) -> Objective:
     given = {
         "beta": section.beta,
         "label_smoothing": section.label_smoothing,
-        "tau": section.discopop_tau,
-        "alpha": section.f_alpha,
+        "discopop_tau": section.discopop_tau,
+        "f_alpha": section.f_alpha,
     }
     weights = {section.loss: 1.0} if isinstance(section.loss, str) else section.loss
-    terms = [Term(name, {key: given[key] for key in SETTINGS.get(name, ("beta",))}, weight) for name, weight in weights.items()]
+    terms = [
+        Term(name, {ARGUMENTS.get(setting, setting): given[setting] for setting in DPO_READS[name]}, weight)
+        for name, weight in weights.items()
+    ]
     if section.sft_weight:
         terms.append(Term("chosen_nll", weight=section.sft_weight))
     return _objective(

@@ -35,11 +35,21 @@ def _cross_entropy(section: SFT | Pretrain) -> TokenLoss:
     return TokenLoss(loss, is_nll=not smoothing and not section.z_loss)
 
 
+def _eaft(section: SFT) -> TokenLoss:
+    assert section.eaft_alpha is not None
+    return TokenLoss(partial(eaft, alpha=section.eaft_alpha))
+
+
+def _asft(section: SFT) -> TokenLoss:
+    assert section.asft_alpha is not None
+    return TokenLoss(partial(_anchored, alpha=section.asft_alpha), beside_reference=True)
+
+
 LOSSES: dict[str, Callable[[SFT], TokenLoss]] = {
     "cross_entropy": _cross_entropy,
     "dft": lambda section: TokenLoss(dft),
-    "eaft": lambda section: TokenLoss(partial(eaft, alpha=section.eaft_alpha)),
-    "asft": lambda section: TokenLoss(partial(_anchored, alpha=section.asft_alpha), beside_reference=True),
+    "eaft": _eaft,
+    "asft": _asft,
 }
 
 

@@ -162,7 +162,6 @@ def test_perplexity_follows_from_the_mean_over_all_tokens() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["stage.loss=dft", "stage.label_smoothing=0.1"], r"stage\.label_smoothing must be 0 with stage\.loss=dft, got 0\.1"),
         (["stage.loss=asft", "adapter=none"], r"stage\.loss can be asft with a new adapter only"),
         (["stage.loss=asft", "adapter.path=outputs/x"], r"stage\.loss can be asft with a new adapter only"),
         (["stage.loss=no_such_loss"], r"stage\.loss"),
