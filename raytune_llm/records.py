@@ -70,6 +70,8 @@ class Pair:
     prompt: Conversation
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
+    margin: float = 0.0
+    """By how much it is preferred, in a reward model's scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class PairRow:
     prompt_ids: Ids
     chosen_ids: Ids
     rejected_ids: Ids
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +183,8 @@ class PairBatch(Batch):
     chosen_P: Tensor
     """int64: the document of each pair's preferred side. There may be no pair (a micro-batch of padding)."""
     rejected_P: Tensor
+    margin_P: Tensor
+    """float32: by how much the preferred side's score is to be higher."""
     rows: tuple[int, ...]
     """Each pair's row in the store."""
     reference_P2: Tensor | None = None

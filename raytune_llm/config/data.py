@@ -12,12 +12,14 @@ from raytune_llm.errors import ConfigError
 class Columns:
     """Columns that rows of messages can have, whatever their form. A column that is null, or that a row lacks, is not there.
 
-    Rows with `chosen` and `rejected` are pairs, rows with a true or false `label` are labelled answers.
+    Rows with `chosen` and `rejected` are pairs, rows with a true or false `label` are labelled answers. `margin` is a number that
+    is not negative: by how much the chosen answer is better.
     """
 
     tools: str | None
     chosen: str | None
     rejected: str | None
+    margin: str | None
     label: str | None
     images: str | None
     videos: str | None
@@ -82,6 +84,7 @@ class PromptCompletionFormat:
     completion: str | None
     chosen: str | None
     rejected: str | None
+    margin: str | None
     label: str | None
 
 

@@ -115,7 +115,7 @@ class Reward:
 
     name: Literal["reward"]
     margin: NonNegativeFloat
-    """By how much it is to be higher."""
+    """By how much it is to be higher, beside what a pair says itself (data.format.margin)."""
     centering: NonNegativeFloat
     """The weight of (chosen + rejected)^2, which keeps scores around 0."""
     value_head: Literal["score", "v_head"]

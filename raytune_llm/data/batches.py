@@ -91,6 +91,7 @@ def _pair_batch(made: list[Fields], rows: np.ndarray, partners: np.ndarray, stor
         documents_N=both.documents_N,
         chosen_P=both.numbers[0::2].contiguous(),
         rejected_P=both.numbers[1::2].contiguous(),
+        margin_P=torch.from_numpy(store.margins[rows]),
         rows=tuple(rows.tolist()),
     )
 

@@ -1,8 +1,8 @@
 """What data a run is made of: `data.path`, or entries of a LLaMA-Factory dataset_info.json as they stand.
 
 Its rules: where an entry has `columns`, every column that it does not name is absent, and likewise for `tags`; only an entry
-without them has the usual names. Different here: a data set that is listed twice is there twice, and an entry that names no
-column for messages is refused.
+without them has the usual names. Different here: a data set that is listed twice is there twice, an entry that names no column
+for messages is refused, and `columns` of pairs can name a `margin`.
 """
 
 from __future__ import annotations
@@ -153,6 +153,7 @@ def _format(where: str, entry: Mapping[str, Any]) -> FormatConfig:
     shared: dict[str, Any] = {name: columns.get(name) for name in ("system", "tools", "images", "videos", "audios")}
     shared["chosen"] = columns.get("chosen") if ranked else None
     shared["rejected"] = columns.get("rejected") if ranked else None
+    shared["margin"] = columns.get("margin") if ranked else None
     shared["label"] = columns.get("kto_tag")
     formatting = entry.get("formatting", "alpaca")
     if formatting == "alpaca":

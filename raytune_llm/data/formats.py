@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,6 +94,7 @@ def chat(row: Row, columns: ChatFormat, reading: Reading) -> Record:
             conversation,
             _side(_required(row, "chosen", columns.chosen), columns.chosen),
             _side(_required(row, "rejected", columns.rejected), columns.rejected),
+            _margin(_optional(row, columns.margin), reading),
         )
     if not turns:
         raise BadRow("there are no messages")
@@ -119,7 +121,8 @@ def alpaca(row: Row, columns: AlpacaFormat, reading: Reading) -> Record:
         sides = [_required(row, "chosen", columns.chosen), _required(row, "rejected", columns.rejected)]
         for side in sides:
             _text(side, "an answer of a pair")
-        return Pair(prompt_only, *((Message("assistant", side, trained=True),) for side in sides))
+        chosen, rejected = ((Message("assistant", side, trained=True),) for side in sides)
+        return Pair(prompt_only, chosen, rejected, _margin(_optional(row, columns.margin), reading))
     if columns.output is None:
         return prompt_only
     answer = _required(row, "output", columns.output)
@@ -155,6 +158,7 @@ def prompt_completion(row: Row, columns: PromptCompletionFormat, reading: Readin
             Conversation(turns),
             _side(_required(row, "chosen", columns.chosen), columns.chosen),
             _side(_required(row, "rejected", columns.rejected), columns.rejected),
+            _margin(_optional(row, columns.margin), reading),
         )
     if columns.completion is None:
         return Conversation(turns)
@@ -253,7 +257,7 @@ def _alternating(
             if answer.role != "assistant":
                 raise BadRow("an answer of a pair must have the role of an answer", f"{name} is {_shown(side)}")
             sides.append((replace(answer, trained=True),))
-        return Pair(conversation, *sides)
+        return Pair(conversation, *sides, _margin(_optional(row, columns.margin), reading))
     if told_last:
         raise BadRow("the messages must end with an answer")
     return _judged(conversation, _optional(row, columns.label), reading)
@@ -367,7 +371,7 @@ def _side(side: Any, name: str) -> tuple[Message, ...]:
     return _messages([side] if isinstance(side, Mapping) else side, name, Media())[0]
 
 
-def _pair(request: Conversation, chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Pair:
+def _pair(request: Conversation, chosen: tuple[Message, ...], rejected: tuple[Message, ...], margin: float) -> Pair:
     """What both sides start with is the prompt; each goes on with one answer."""
     start = len(request.messages)
     if not start or chosen[:start] != request.messages or rejected[:start] != request.messages:
@@ -382,7 +386,8 @@ def _pair(request: Conversation, chosen: tuple[Message, ...], rejected: tuple[Me
         if len(answer) != 1 or answer[0].role != "assistant":
             raise BadRow("each side of a pair must add one answer to a common request", f"roles {[turn.role for turn in answer]}")
     prompt = tuple(replace(message, trained=False) for message in prompt)
-    return Pair(replace(request, messages=prompt), *((replace(answer, trained=True),) for (answer,) in answers))
+    chosen, rejected = ((replace(answer, trained=True),) for (answer,) in answers)
+    return Pair(replace(request, messages=prompt), chosen, rejected, margin)
 
 
 # What all have --------------------------------------------------------------------------------------------------------
@@ -396,6 +401,20 @@ def _judged(conversation: Conversation, label: Any, reading: Reading) -> Convers
     if reading.untyped and isinstance(label, str):
         label = WRITTEN_LABELS.get(label.strip().lower())
     return Labeled(conversation, desirable=label) if isinstance(label, bool) else conversation
+
+
+def _margin(value: Any, reading: Reading) -> float:
+    """0 where the row does not say."""
+    if reading.untyped and isinstance(value, str):
+        try:
+            value = float(value) if value.strip() else None
+        except ValueError:
+            raise BadRow("a margin must be a number", f"got {_shown(value)}") from None
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise BadRow("a margin must be a number that is not negative", f"got {_shown(value)}")
+    return float(value)
 
 
 def _system(text: str, tools: Any) -> tuple[Message, ...]:

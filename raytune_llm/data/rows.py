@@ -131,7 +131,8 @@ def _pair_row(record: Record, rendered: tuple[Rendered, ...], tokens: list[Token
     if len(prompt) + most > targets.max_length:
         OVERLONG[targets.overlong](len(prompt) + most, targets.max_length)
     source, target = shares(len(prompt), most, targets.max_length)
-    row = PairRow(prompt[:source], chosen[:target], rejected[:target])
+    assert isinstance(record, Pair)
+    row = PairRow(prompt[:source], chosen[:target], rejected[:target], record.margin)
     if not min(len(row.prompt_ids), len(row.chosen_ids), len(row.rejected_ids)):
         raise BadRow(NOTHING_LEFT)
     return row

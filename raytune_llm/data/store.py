@@ -4,7 +4,7 @@
 its rows:
 
     conversations, text   ids, spans: TokenRow
-    pairs                 prompt_ids, chosen_ids, rejected_ids: PairRow
+    pairs                 prompt_ids, chosen_ids, rejected_ids, margin: PairRow
     labeled               prompt_ids, answer_ids, desirable: LabeledRow
     prompts               prompt_ids, answer_ids: PromptRow
 
@@ -54,6 +54,8 @@ LISTS = {
     "prompts": ("prompt_ids", "answer_ids"),
 }
 """Columns of int32 lists of each kind of rows."""
+NUMBERS = {"pairs": ("margin", np.float32), "labeled": ("desirable", np.bool_)}
+"""The column of one number a row, where a kind has one."""
 _STATS = b"raytune_llm.stats"
 
 
@@ -100,8 +102,9 @@ def write_shard(path: Path, rows: Sequence[Any], dropped: Dropped, *, kind: str 
     stats = ShardStats(
         rows=len(rows), tokens=int(_lengths(lists).sum()), trained_tokens=int(_targets(lists).sum()), dropped=dropped
     )
-    if kind == "labeled":
-        columns["desirable"] = pa.array(np.array([row.desirable for row in rows], bool))
+    if kind in NUMBERS:
+        name, dtype = NUMBERS[kind]
+        columns[name] = pa.array(np.array([getattr(row, name) for row in rows], dtype))
     columns["source"] = pa.array(np.full(len(rows), source, np.int16))
     batch = pa.record_batch(columns)
     schema = batch.schema.with_metadata({_STATS: json.dumps(stats.to_json(), sort_keys=True).encode()})
@@ -321,6 +324,11 @@ class Rows:
     def desirable(self) -> np.ndarray:
         """bool: the verdicts of labelled rows."""
         return _joined([shard["desirable"] for shard in self.shards], bool)
+
+    @cached_property
+    def margins(self) -> np.ndarray:
+        """float32: by how much the first answer of each pair is preferred."""
+        return _joined([shard["margin"] for shard in self.shards], np.float32)
 
     def _lists(self, shard: Mapping[str, Any]) -> Lists:
         return {name: shard[name] for name in LISTS[self.kind]}

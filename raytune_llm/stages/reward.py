@@ -31,7 +31,7 @@ def pair_scores(model: nn.Module, batch: PairBatch) -> Tensor:
 
 def _loss(model: nn.Module, batch: PairBatch, *, margin: float, centering_weight: float) -> LossOut:
     chosen_P, rejected_P = pair_scores(model, batch).unbind(1)
-    loss_P = bradley_terry(chosen_P, rejected_P, torch.full_like(chosen_P, margin))
+    loss_P = bradley_terry(chosen_P, rejected_P, margin + batch.margin_P)
     if centering_weight:
         loss_P = loss_P + centering_weight * centering(chosen_P, rejected_P)
     return LossOut(total=loss_P.sum(), count=len(loss_P), metrics=reward_metrics(chosen_P, rejected_P))
