@@ -39,6 +39,8 @@ class Message:
     role: Role
     content: str
     trained: bool = False
+    weight: float = 1.0
+    """Of its tokens in the loss, where it is trained."""
     reasoning: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     """Calls as {"name": str, "arguments": JSON object}."""
@@ -98,6 +100,8 @@ class TokenRow:
 
     ids: Ids
     spans: Ids
+    weights: Sequence[float] | ndarray = ()
+    """Of each span in the loss; none where all weigh 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,7 @@ class Batch:
     trained_N holds the flat positions b * T + t that are to predict the tokens targets_N (the next ones, so no target lies across
     a boundary), document by document; known on the CPU side, so no step waits for a device. A position that several documents go
     on from is there for each of them.
+    weights_N is float32, what each of them counts in the loss; none where all count 1.
     cu_seqlens_S are the boundaries of the documents in the flattened batch (int32, from 0 to B * T; padding is a document too).
     sample_ids name the samples (packs or rows, by their number in the train split) that are in it.
     seed is the step's: what is drawn for a document, not for a batch, starts from it.
@@ -163,6 +168,7 @@ class Batch:
     targets_N: Tensor
     cu_seqlens_S: Tensor
     max_seqlen: int
+    weights_N: Tensor | None = None
     prefixes: Prefixes | None = None
     sample_ids: tuple[int, ...] = ()
     seed: int = 0

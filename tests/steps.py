@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,7 +88,7 @@ def run_step(model: nn.Module, objective: Objective, step: Step, reference: nn.M
         for name, (total, count) in {"loss": (out.total, out.count), **out.metrics}.items():
             entry = sums.setdefault(name, [0.0, 0.0])
             entry[0], entry[1] = entry[0] + float(total), entry[1] + float(count)
-    assert sums["loss"][1] == step.count
+    assert math.isclose(sums["loss"][1], step.count, rel_tol=1e-6)
     means = {name: total / count for name, (total, count) in sums.items() if count}
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return Outcome(means.pop("loss"), means, gradients, float(get_total_norm(list(gradients.values()))))

@@ -65,11 +65,11 @@ def prepare_with_progress(run: PrepareRun, console: Console) -> Prepared:
 def shown(store: Store, row: int, tokenizer: PreTrainedTokenizerFast) -> Text:
     """The row's documents one under another, trained text in green and all other dim."""
     text = Text()
-    for number, (ids, spans, _) in enumerate(KINDS[store.kind].documents(store, row, row, int(store.lengths[row]), False)):
+    for number, document in enumerate(KINDS[store.kind].documents(store, row, row, int(store.lengths[row]), False)):
         text.append("\n" if number else "")
-        edges = [0, *spans.tolist(), len(ids)]
+        edges = [0, *document.spans.tolist(), len(document.ids)]
         for place, (start, end) in enumerate(pairwise(edges)):
-            text.append(str(tokenizer.decode(ids[start:end])), style="green" if place % 2 else "dim")
+            text.append(str(tokenizer.decode(document.ids[start:end])), style="green" if place % 2 else "dim")
     return text
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Set
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -50,7 +50,7 @@ OFF_AT_ZERO = {"label_smoothing", "z_loss"}
 """Settings of them that do nothing at 0; the others are null where no loss reads them."""
 
 
-def _are_read(settings: Mapping[str, float | None], losses: Collection[str], reads: Mapping[str, tuple[str, ...]]) -> None:
+def _are_read(settings: Mapping[str, float | None], losses: Set[str], reads: Mapping[str, tuple[str, ...]]) -> None:
     """Each of these settings is given where one of the losses reads it, and only there."""
     chosen = "+".join(sorted(losses))
     for setting, value in settings.items():

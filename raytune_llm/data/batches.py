@@ -29,6 +29,8 @@ class Document(NamedTuple):
     """Trained ranges, flattened: start, end, start, end, ..."""
     prefix: int = 0
     """It goes on from so many first tokens of the document before it."""
+    weights: Sequence[float] | np.ndarray = ()
+    """Of each span in the loss; none where all weigh 1."""
 
 
 class Fields(NamedTuple):
@@ -57,6 +59,10 @@ class Kind:
 
 
 def _conversation(store: Rows, row: int, partner: int, max_length: int, share: bool) -> list[Document]:
+    return [Document(*store.row(row), weights=store.weights(row))]
+
+
+def _text(store: Rows, row: int, partner: int, max_length: int, share: bool) -> list[Document]:
     return [Document(*store.row(row))]
 
 
@@ -111,7 +117,7 @@ def _labeled_batch(made: list[Fields], rows: np.ndarray, partners: np.ndarray, s
 
 KINDS = {
     "conversations": Kind(1, 1, _conversation, _plain_batch),
-    "text": Kind(1, 1, _conversation, _plain_batch),
+    "text": Kind(1, 1, _text, _plain_batch),
     "pairs": Kind(2, 1, _pair, _pair_batch, shares=True),
     "labeled": Kind(1, 2, _labeled, _labeled_batch),
 }
@@ -145,16 +151,19 @@ def fields(
     ids_L = np.full(len(lines) * length, pad_id, np.int64)
     positions_L = np.zeros(len(lines) * length, np.int64)
     documents = [[Document(*document) for document in line] for line in lines]
-    longest = max((len(ids) for line in documents for ids, _, _ in line), default=0) or min(length, PADDING_DOCUMENT)
-    ramp = np.arange(max((len(ids) + prefix for line in documents for ids, _, prefix in line), default=longest))
+    longest = max((len(one.ids) for line in documents for one in line), default=0) or min(length, PADDING_DOCUMENT)
+    ramp = np.arange(max((len(one.ids) + one.prefix for line in documents for one in line), default=longest))
     boundaries, numbers, counts = [0], [], []
     trained, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    weights: list[float] = []
+    """Of each trained range."""
     prefixed: list[tuple[int, int, int, int]] = []
     """Start and end of each document that goes on from another, and of what it goes on from."""
     for number, line in enumerate(documents):
         before, at = 0, number * length
-        for ids, spans, prefix in line:
+        for ids, spans, prefix, of_spans in line:
             end = at + len(ids)
+            weights.extend(of_spans if len(of_spans) else [1.0] * (len(spans) // 2))
             ids_L[at:end] = ids
             positions_L[at:end] = ramp[prefix : prefix + len(ids)]
             count = 0
@@ -178,6 +187,8 @@ def fields(
             positions_L[at:end] = ramp[: end - at]
             boundaries.append(end)
             at = end
+    weighted = any(len(one.weights) for line in documents for one in line)
+    weights_N = np.repeat(np.array(weights, np.float32), [len(part) for part in targets[1:]]) if weighted else None
     numbers_M = torch.tensor(numbers, dtype=torch.int64)
     return Fields(
         {
@@ -185,6 +196,7 @@ def fields(
             "positions_BT": torch.from_numpy(positions_L).view(len(lines), length),
             "trained_N": torch.from_numpy(np.concatenate(trained)),
             "targets_N": torch.from_numpy(np.concatenate(targets)),
+            "weights_N": None if weights_N is None else torch.from_numpy(weights_N),
             "cu_seqlens_S": torch.tensor(boundaries, dtype=torch.int32),
             "max_seqlen": longest,
             "prefixes": _prefixes(np.array(prefixed)) if prefixed else None,

@@ -78,8 +78,8 @@ def last_answer_only(conversation: Conversation) -> Conversation:
 def chat(row: Row, columns: ChatFormat, reading: Reading) -> Record:
     """{role, content} messages, as OpenAI's API takes them, in any order that the chat template takes.
 
-    Every answer is trained, save those that say `train: false` or `weight: 0`. The sides of a pair are texts, messages, or lists
-    of messages, with the request or after it.
+    Every answer is trained, by its weight where it says one: `train: false` and `weight: 0` leave it out. The sides of a pair are
+    texts, messages, or lists of messages, with the request or after it.
     """
     turns: tuple[Message, ...] = ()
     media = _media(row, columns, reading)
@@ -135,7 +135,7 @@ def alpaca(row: Row, columns: AlpacaFormat, reading: Reading) -> Record:
 def sharegpt(row: Row, columns: ShareGPTFormat, reading: Reading) -> Record:
     """Requests or tool results in turn with answers or tool calls, after an optional system message.
 
-    A call is a message with JSON in it. Every answer is trained.
+    A call is a message with JSON in it. Every answer is trained, by its weight where it says one.
     """
     return _alternating(row, columns, reading, _tagged, several_results=False)
 
@@ -143,7 +143,7 @@ def sharegpt(row: Row, columns: ShareGPTFormat, reading: Reading) -> Record:
 def openai(row: Row, columns: OpenAIFormat, reading: Reading) -> Record:
     """The same, where an answer can hold `tool_calls` and several results can follow one another.
 
-    Every answer is trained, save those that say `train: false` or `weight: 0`.
+    Every answer is trained, by its weight where it says one.
     """
     return _alternating(row, columns, reading, _tagged_with_calls, several_results=True)
 
@@ -201,13 +201,14 @@ def _tagged(message: Any, columns: Tags, reading: Reading) -> Message:
         known = ", ".join(str(name) for name in roles if name is not None)
         raise BadRow(f"a message's {columns.role_tag} must be one of {known}", f"got {_shown(tag)}")
     content = _text(content, f"a message's {columns.content_tag}")
+    weight = _weight(message)
     if role != "function":
-        return Message(role, content, trained=role == "assistant")
+        return Message(role, content, trained=role == "assistant" and weight > 0, weight=weight)
     try:
         said, calls = parse_call_turn(content, thought=reading.thought, call_words=reading.call_words)
     except ValueError as error:
         raise BadRow("a message of tool calls must be JSON with names and arguments", f"{error}: {_shown(content)}") from None
-    return Message("assistant", said, trained=True, tool_calls=calls)
+    return Message("assistant", said, trained=weight > 0, weight=weight, tool_calls=calls)
 
 
 def _tagged_with_calls(message: Any, columns: Tags, reading: Reading) -> Message:
@@ -216,12 +217,11 @@ def _tagged_with_calls(message: Any, columns: Tags, reading: Reading) -> Message
     if calls and message.get(columns.role_tag) in (columns.assistant_tag, columns.function_tag):
         content = message.get(columns.content_tag)
         said = "" if content is None else _text(content, f"a message's {columns.content_tag}")
-        read = Message("assistant", said, trained=True, tool_calls=_calls(calls))
+        weight = _weight(message)
+        read = Message("assistant", said, trained=weight > 0, weight=weight, tool_calls=_calls(calls))
     else:
         read = _tagged(message, columns, reading)
-    if read.role != "assistant":
-        return read
-    return replace(read, trained=_is_trained(message), reasoning=_reasoning(message))
+    return replace(read, reasoning=_reasoning(message)) if read.role == "assistant" else read
 
 
 def _alternating(
@@ -257,7 +257,8 @@ def _alternating(
             if answer.role != "assistant":
                 raise BadRow("an answer of a pair must have the role of an answer", f"{name} is {_shown(side)}")
             sides.append((replace(answer, trained=True),))
-        return Pair(conversation, *sides, _margin(_optional(row, columns.margin), reading))
+        chosen, rejected = sides
+        return Pair(conversation, chosen, rejected, _margin(_optional(row, columns.margin), reading))
     if told_last:
         raise BadRow("the messages must end with an answer")
     return _judged(conversation, _optional(row, columns.label), reading)
@@ -287,10 +288,12 @@ def _message(message: Any, images: list[Any]) -> Message:
     if isinstance(content, list):
         content, thoughts = _joined(content, calls, images)
         reasoning = thoughts if reasoning is None else reasoning
+    weight = _weight(message)
     return Message(
         role=role,
         content=_text(content, "a message's content"),
-        trained=role == "assistant" and _is_trained(message),
+        trained=role == "assistant" and weight > 0,
+        weight=weight,
         reasoning=reasoning,
         tool_calls=tuple(calls),
     )
@@ -326,14 +329,17 @@ def _parsed(value: Any) -> list[Any]:
     return parsed if isinstance(parsed, list) else [parsed]
 
 
-def _is_trained(message: Row) -> bool:
+def _weight(message: Row) -> float:
+    """Of an answer in the loss, 0 where it is not trained: what `train`, `weight` and `loss_weight` say together."""
+    weight = 1.0
     for flag in ("train", "weight", "loss_weight"):
         value = message.get(flag)
-        if value is not None and value not in (0, 1):
-            raise BadRow(f"a message's {flag} must be 0 or 1", f"got {_shown(value)}")
-        if value is not None:
-            return bool(value)
-    return True
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise BadRow(f"a message's {flag} must be true, false or a number that is not negative", f"got {_shown(value)}")
+        weight *= value
+    return weight
 
 
 def _reasoning(message: Row) -> str | None:

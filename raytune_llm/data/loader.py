@@ -132,9 +132,10 @@ class Samples:
         if store.kind == "text":
             counts = lengths - 1
         elif store.kind == "conversations":
-            counts = store.targets[self._rows]
+            counts = store.weighted_targets[self._rows]
         self.targets = _sums(counts, self._offsets)
-        """int64: what a loss over each sample is divided by: trained tokens with a predecessor, or pairs, or labelled rows."""
+        """What a loss over each sample is divided by: trained tokens with a predecessor, or pairs, or labelled rows. int64, or
+        float64 where tokens have weights."""
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -250,7 +251,7 @@ def _blocks(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    passed = np.zeros(len(values) + 1, np.int64)
+    passed = np.zeros(len(values) + 1, np.result_type(values, np.int64))
     np.cumsum(values, out=passed[1:])
     return passed[offsets[1:]] - passed[offsets[:-1]]
 
@@ -268,8 +269,9 @@ class Step:
     """This rank's micro-batches; some of an epoch's last ones may be padding only."""
     first_rows: list[int]
     """Of each of them: how many of the step's rows, over all ranks and in the order of sample_ids, come before its own."""
-    count: int
-    """What the step's loss is divided by, over all ranks and micro-batches: trained tokens, or pairs, or labelled rows."""
+    count: int | float
+    """What the step's loss is divided by, over all ranks and micro-batches: trained tokens by their weights, or pairs, or
+    labelled rows."""
     tokens: int
     """Real tokens of the step over all ranks."""
     sample_ids: tuple[int, ...]
@@ -350,7 +352,7 @@ class Loader:
                     fraction=1.0 if ends else consumed / (self.samples.num_samples or math.inf),
                     batches=[self._batch(samples, step[start:end]) for start, end in shares],
                     first_rows=[int(rows_before[start]) for start, _ in shares],
-                    count=int(samples.targets[step].sum()),
+                    count=samples.targets[step].sum().item(),
                     tokens=int(samples.tokens[step].sum()),
                     sample_ids=tuple(step.tolist()),
                 )

@@ -72,12 +72,13 @@ def _conversation_row(record: Record, rendered: tuple[Rendered, ...], tokens: li
         OVERLONG[targets.overlong](len(whole.ids), targets.max_length)
         kept = shorten(whole, room, last_first=targets.mask_history)
     if targets.end_of_row is not None:
-        return _ended(kept, text.trained, targets.end_of_row)
-    spans = np.array([(0, len(kept.ids))]) if targets.train_on_prompt else _trained(kept.answers.reshape(-1, 2), text.trained)
-    return TokenRow(kept.ids, _some_target(spans))
+        return _ended(kept, text.weights, targets.end_of_row)
+    if targets.train_on_prompt:
+        return _trained(kept.ids, np.array([(0, len(kept.ids))]), (1.0,))
+    return _trained(kept.ids, kept.answers.reshape(-1, 2), text.weights)
 
 
-def _ended(tokens: Tokens, trained: tuple[bool, ...], end: int) -> TokenRow:
+def _ended(tokens: Tokens, weights: tuple[float, ...], end: int) -> TokenRow:
     """With the end token after the last answer. At the end of every span it is the target, whatever follows in the text.
 
     A turn whose request is cut away altogether has no place for the end of the turn before it: it goes, with those after it.
@@ -86,26 +87,20 @@ def _ended(tokens: Tokens, trained: tuple[bool, ...], end: int) -> TokenRow:
     touching = np.flatnonzero((answers[1:, 0] == answers[:-1, 1]) & (answers[1:, 1] > answers[1:, 0]))
     if len(touching):
         answers = answers[: touching[0] + 1]
-        trained = trained[: len(answers)]
     ids = np.append(tokens.ids[: answers[-1, 1]], np.int32(end))
-    spans = _trained(answers, trained)
-    spans[:, 1] += 1
-    if trained[-1] and (len(spans) == 0 or spans[-1, 1] < len(ids)):
-        spans = np.append(spans, [(len(ids) - 1, len(ids))], axis=0)  # all of the last answer is cut away, but not its end
-    return TokenRow(ids, _some_target(spans))
+    ended = answers[:, 1] > answers[:, 0]
+    ended[-1] = True  # also where all of it is cut away, but not its end
+    return _trained(ids, np.stack([answers[:, 0], answers[:, 1] + ended], axis=1), weights[: len(answers)])
 
 
-def _trained(answers: np.ndarray, trained: tuple[bool, ...]) -> np.ndarray:
-    spans = answers[np.array(trained, bool)]
-    return spans[spans[:, 1] > spans[:, 0]]
-
-
-def _some_target(spans: np.ndarray) -> np.ndarray:
-    """Flattened. The very first token is no target: nothing predicts it."""
-    spans = spans[spans[:, 1] > np.maximum(spans[:, 0], 1)]
-    if len(spans) == 0:
+def _trained(ids: np.ndarray, answers: np.ndarray, weights: tuple[float, ...]) -> TokenRow:
+    """With the answers that weigh something and hold a target. The very first token is none: nothing predicts it."""
+    weighed = np.array(weights, np.float32)
+    kept = (weighed > 0) & (answers[:, 1] > np.maximum(answers[:, 0], 1))
+    if not kept.any():
         raise BadRow(NOTHING_LEFT)
-    return spans.reshape(-1).astype(np.int32)
+    weighed = weighed[kept]
+    return TokenRow(ids, answers[kept].reshape(-1).astype(np.int32), () if (weighed == 1).all() else weighed)
 
 
 # Pairs ----------------------------------------------------------------------------------------------------------------
@@ -215,7 +210,7 @@ def _text_row(record: Record, rendered: tuple[Rendered, ...], tokens: list[Token
     if len(ids) > targets.max_length and not targets.texts_whole:
         OVERLONG[targets.overlong](len(ids), targets.max_length)
         ids = ids[: targets.max_length]
-    return TokenRow(ids, _some_target(np.array([(0, len(ids))])))
+    return _trained(ids, np.array([(0, len(ids))]), (1.0,))
 
 
 KINDS = {

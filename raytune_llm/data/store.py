@@ -3,7 +3,8 @@
 `<cache>/<key>/` holds shard-00000.arrow, ... (Arrow IPC files of one record batch) and manifest.json, which says the kind of
 its rows:
 
-    conversations, text   ids, spans: TokenRow
+    conversations         ids, spans, weights: TokenRow
+    text                  ids, spans: TokenRow
     pairs                 prompt_ids, chosen_ids, rejected_ids, margin: PairRow
     labeled               prompt_ids, answer_ids, desirable: LabeledRow
     prompts               prompt_ids, answer_ids: PromptRow
@@ -105,6 +106,8 @@ def write_shard(path: Path, rows: Sequence[Any], dropped: Dropped, *, kind: str 
     if kind in NUMBERS:
         name, dtype = NUMBERS[kind]
         columns[name] = pa.array(np.array([getattr(row, name) for row in rows], dtype))
+    if kind == "conversations":
+        columns["weights"] = _lists([row.weights for row in rows], np.float32)
     columns["source"] = pa.array(np.full(len(rows), source, np.int16))
     batch = pa.record_batch(columns)
     schema = batch.schema.with_metadata({_STATS: json.dumps(stats.to_json(), sort_keys=True).encode()})
@@ -141,11 +144,11 @@ def finished_shard(path: Path) -> Shard | None:
     return Shard(path.name, path.stat().st_size, _sha256(path), ShardStats.from_json(json.loads(metadata[_STATS])))
 
 
-def targets(span_offsets: np.ndarray, spans: np.ndarray) -> np.ndarray:
-    """Trained positions of each row that have a predecessor to be predicted from."""
+def targets(span_offsets: np.ndarray, spans: np.ndarray, weights: np.ndarray | int = 1) -> np.ndarray:
+    """Trained positions of each row that have a predecessor to be predicted from, by the weights of their spans."""
     starts, ends = spans[0::2], spans[1::2]
-    passed = np.zeros(len(starts) + 1, np.int64)
-    np.cumsum(ends - np.maximum(starts, 1), out=passed[1:])
+    counts = (ends - np.maximum(starts, 1)).astype(np.int64) * weights
+    passed = np.concatenate([np.zeros(1, counts.dtype), np.cumsum(counts)])
     return passed[span_offsets[1:] // 2] - passed[span_offsets[:-1] // 2]
 
 
@@ -168,6 +171,16 @@ def _targets(lists: Lists) -> np.ndarray:
     if "spans" in lists:
         return targets(*lists["spans"])
     return sum(np.diff(offsets) for name, (offsets, _) in lists.items() if name != "prompt_ids")  # type: ignore[return-value]
+
+
+def _weighted_targets(shard: MappedShard) -> np.ndarray:
+    """Of each conversation: its trained tokens, by their weights. int64 where all weigh 1, else float64."""
+    (offsets, weights), (span_offsets, spans) = shard["weights"], shard["spans"]
+    if not len(weights):
+        return targets(span_offsets, spans)
+    of_spans = np.ones(len(spans) // 2)
+    of_spans[np.repeat(np.diff(offsets) > 0, np.diff(span_offsets) // 2)] = weights
+    return targets(span_offsets, spans, of_spans)
 
 
 @contextmanager
@@ -305,6 +318,13 @@ class Rows:
             values[offsets[local] : offsets[local + 1]] for offsets, values in (columns[name] for name in LISTS[self.kind])
         )
 
+    def weights(self, number: int) -> np.ndarray:
+        """float32: of each span of a conversation in the loss; empty where all weigh 1."""
+        shard = bisect_right(self._first_rows, number) - 1
+        local = number - self._first_rows[shard]
+        offsets, values = self.shards[shard]["weights"]
+        return values[offsets[local] : offsets[local + 1]]
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """int32: tokens of each row; of a pair, those of both sides, each with the request."""
@@ -319,6 +339,11 @@ class Rows:
     def targets(self) -> np.ndarray:
         """int32: trained tokens of each row that have a predecessor."""
         return _joined([_targets(self._lists(shard)) for shard in self.shards], np.int32)
+
+    @cached_property
+    def weighted_targets(self) -> np.ndarray:
+        """Of each conversation: its trained tokens, by their weights. int64 where all weigh 1, else float64."""
+        return np.concatenate([np.zeros(0, np.int64), *map(_weighted_targets, self.shards)])
 
     @cached_property
     def desirable(self) -> np.ndarray:
@@ -420,10 +445,10 @@ def _offsets_and_values(lists: Any) -> tuple[np.ndarray, np.ndarray]:
     return lists.offsets.to_numpy(), lists.values.to_numpy()
 
 
-def _lists(rows: Sequence[Any]) -> Any:
+def _lists(rows: Sequence[Any], dtype: Any = np.int32) -> Any:
     offsets = np.zeros(len(rows) + 1, np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(_joined(rows, np.int32)))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(_joined(rows, dtype)))
 
 
 def _joined(arrays: Sequence[Any], dtype: Any) -> np.ndarray:

@@ -42,8 +42,8 @@ class Rendered:
     text: str
     answers: tuple[tuple[int, int], ...]
     """Characters [start, end) of each answer: its text and its end. Earlier ones that are not trained may be missing."""
-    trained: tuple[bool, ...]
-    """Of each answer."""
+    weights: tuple[float, ...]
+    """Of each answer in the loss; 0: it is not trained."""
     cuts: tuple[int, ...] = ()
     """Where the text is cut into pieces that are tokenized each by itself."""
     plain: tuple[tuple[int, int], ...] = ()
@@ -52,7 +52,7 @@ class Rendered:
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Of the trained answers."""
-        return tuple(answer for answer, trained in zip(self.answers, self.trained, strict=True) if trained)
+        return tuple(answer for answer, weight in zip(self.answers, self.weights, strict=True) if weight)
 
 
 class Renderer(Protocol):
@@ -96,7 +96,7 @@ class ChatTemplate:
         self.end_token = self._find_end_token()
         self.control = forgeable(specials)
         self._answered = forgeable({self.end_token or "", *_ends(tokenizer)})
-        self._forms: dict[tuple[Shape, tuple[bool, ...]], tuple[Form, tuple[bool, ...]] | None] = {}
+        self._forms: dict[tuple[Shape, tuple[float, ...]], tuple[Form, tuple[float, ...]] | None] = {}
 
     def render(self, conversation: Conversation, *, earlier_answers: bool = True) -> Rendered:
         if self.end_token is None:
@@ -117,9 +117,9 @@ class ChatTemplate:
             raise BadRow("the chat template refuses the conversation", str(error)) from None
         answers = tuple((start, self._end_of_answer(text, start, end)) for start, end in found.turns)
         if not hidden:
-            return Rendered(text, answers, found.trained)
+            return Rendered(text, answers, found.weights)
         settled = settle(text, hidden, [position for answer in answers for position in answer])
-        return Rendered(settled.text, _in_twos(settled.positions), found.trained, plain=settled.plain)
+        return Rendered(settled.text, _in_twos(settled.positions), found.weights, plain=settled.plain)
 
     def pair(self, chosen: Conversation, rejected: Conversation) -> tuple[Rendered, Rendered]:
         sides = (self.render(chosen, earlier_answers=False), self.render(rejected, earlier_answers=False))
@@ -160,8 +160,7 @@ class ChatTemplate:
         """None where this text is not what the form of its shape gives, or the shape has none."""
         if not _is_plain(told):
             return None
-        trained = tuple([message.trained for message in told.messages])
-        shape = (shape_of(told), trained)
+        shape = (shape_of(told), tuple([_weight(message) for message in told.messages]))
         if shape not in self._forms:
             if len(self._forms) >= MAX_FORMS:
                 self._forms.clear()
@@ -169,32 +168,32 @@ class ChatTemplate:
         known = self._forms[shape]
         if known is None:
             return None
-        form, trained = known
+        form, weights = known
         filled, positions, _ = form.fill([message["content"] for message in messages])
-        return _Found(_in_twos(positions), trained) if filled == text else None
+        return _Found(_in_twos(positions), weights) if filled == text else None
 
-    def _form(self, told: Conversation, contents: list[str]) -> tuple[Form, tuple[bool, ...]] | None:
+    def _form(self, told: Conversation, contents: list[str]) -> tuple[Form, tuple[float, ...]] | None:
         messages = [{"role": message.role, "content": content} for message, content in zip(told.messages, contents, strict=True)]
         try:
             text = self._render(messages, None)
             found = self._from_prefixes(text, messages, None, told)
         except (RefusedRow, TemplateError):
             return None
-        return Form.of(text, [position for turn in found.turns for position in turn]), found.trained
+        return Form.of(text, [position for turn in found.turns for position in turn]), found.weights
 
     def _from_prefixes(self, text: str, messages: list[dict[str, Any]], tools: Any, told: Conversation) -> _Found:
         turns: list[tuple[int, int]] = []
-        trained: list[bool] = []
+        weights: list[float] = []
         for number, message in enumerate(told.messages):
             if message.role != "assistant":
                 continue
             try:
                 turns.append(self._turn(text, messages, tools, number))
-                trained.append(message.trained)
+                weights.append(_weight(message))
             except (RefusedRow, TemplateError):
                 if message.trained:
                     raise
-        return _Found(tuple(turns), tuple(trained))
+        return _Found(tuple(turns), tuple(weights))
 
     def _turn(self, text: str, messages: list[dict[str, Any]], tools: Any, turn: int) -> tuple[int, int]:
         before = self._render(messages[:turn], tools, add_generation_prompt=True) if turn else ""
@@ -234,11 +233,11 @@ class ChatTemplate:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The answers' turns in a text, where they could be found, and which of them are trained."""
+    """The answers' turns in a text, where they could be found, and what they weigh in the loss."""
 
     turns: tuple[tuple[int, int], ...]
     """Characters from the end of what asks for the answer to the end of what the template writes with it."""
-    trained: tuple[bool, ...]
+    weights: tuple[float, ...]
 
 
 @lru_cache
@@ -288,15 +287,15 @@ class NamedChat:
     def _render(self, conversation: Conversation, earlier_answers: bool, thinking: bool | None) -> Rendered:
         hidden: list[str] = []
         messages = [_as_dict(message, self.control, self._answered, hidden) for message in conversation.messages]
-        trained = tuple(message.trained for message in conversation.messages if message.role == "assistant")
+        weights = tuple(_weight(message) for message in conversation.messages if message.role == "assistant")
         if not hidden and self._writes_as_is(conversation):
             form = self._form(shape_of(conversation), earlier_answers, thinking)
             text, answers, cuts = form.fill([message.content for message in conversation.messages])
-            return Rendered(text, _in_twos(answers), trained, tuple(cuts))
+            return Rendered(text, _in_twos(answers), weights, tuple(cuts))
         tools = hide(list(conversation.tools), self.control, hidden) or None
         text, spans = self._marked(messages, tools, earlier_answers, thinking)
         settled = settle(text, hidden, spans)
-        return Rendered(settled.text, _in_twos(settled.positions), trained, settled.cuts, settled.plain)
+        return Rendered(settled.text, _in_twos(settled.positions), weights, settled.cuts, settled.plain)
 
     def _writes_as_is(self, conversation: Conversation) -> bool:
         """Whether the rules in templates/turns.jinja do nothing with the contents but write them.
@@ -359,6 +358,10 @@ def _is_plain(conversation: Conversation) -> bool:
     return not conversation.tools and not any(
         message.tool_calls or message.reasoning is not None for message in conversation.messages
     )
+
+
+def _weight(message: Message) -> float:
+    return message.weight if message.trained else 0.0
 
 
 def _in_twos(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:

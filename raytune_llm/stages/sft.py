@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raytune_llm.config.stage import SFT, Pretrain
 from raytune_llm.losses.routing import load_balance
-from raytune_llm.losses.tokens import asft, cross_entropy, dft, eaft, token_correct, token_entropy
+from raytune_llm.losses.tokens import asft, cross_entropy, dft, eaft, token_correct, token_entropy, total_and_count
 from raytune_llm.models.documents import document_numbers
 from raytune_llm.records import Batch, LossOut
 from raytune_llm.stages.objective import Objective
@@ -79,7 +79,7 @@ def _next_token(
     asked: Mapping[str, Any],
     router_aux_loss_coef: float | None,
 ) -> LossOut:
-    """The loss of the trained tokens, in nats, summed.
+    """The loss of the trained tokens, in nats, summed by their weights.
 
     Where routers are to be balanced, each document's balance weighs as its trained tokens do, so that it is divided by the same
     number as the rest, and does not depend on what else is in the batch.
@@ -94,7 +94,8 @@ def _next_token(
         metrics = {"router_aux_loss": (balance_N.detach().sum(), len(balance_N))}
     seen = values_NK[:, 1:].detach().unbind(1)
     metrics |= {name: (value_N.sum(), len(value_N)) for name, value_N in zip(METRICS, seen, strict=False)}
-    return LossOut(total=loss_N.sum(), count=len(loss_N), metrics=metrics)
+    total, count = total_and_count(loss_N, batch.weights_N)
+    return LossOut(total=total, count=count, metrics=metrics)
 
 
 METRICS = ("token_accuracy", "entropy", "nll")

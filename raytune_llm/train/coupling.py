@@ -36,7 +36,7 @@ class Coupled:
             for batch in batches:
                 seed_dropout(seed, batch.sample_ids)
                 parts.append(self._coupling.values(model, batch))
-            whole_AK = parts[0].new_zeros(step.count, parts[0].shape[1])
+            whole_AK = parts[0].new_zeros(int(step.count), parts[0].shape[1])
             for first, part_PK in zip(step.first_rows, parts, strict=True):
                 whole_AK[first : first + len(part_PK)] = part_PK
             if dist.is_initialized():

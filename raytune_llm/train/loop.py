@@ -127,7 +127,7 @@ def one_step(learner: Learner, step: Step, window: Window, *, lr: float, seed: i
             with phase("forward pass"):
                 out = learner.objective.loss(strategy.model, batch)
             with phase("backward pass"):
-                strategy.backward(out.total / max(step.count, 1))
+                strategy.backward(out.total / (step.count or 1))
         window.add_loss(out)
     with phase("optimizer step"):
         done = strategy.step(lr)

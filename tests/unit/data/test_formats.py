@@ -31,6 +31,19 @@ def test_an_answer_can_be_left_out_of_training(flag):
     assert [trained for _, _, trained in turns(row)] == [False, False, False, True]
 
 
+@pytest.mark.parametrize("name", ["chat", "openai", "sharegpt"])
+def test_an_answer_says_how_much_it_counts(name):
+    human, gpt = ("from", "value"), ("human", "gpt")
+    role, content, asked, answered = (*human, *gpt) if name == "sharegpt" else ("role", "content", "user", "assistant")
+    flags = [{}, {"weight": 0.5}, {"train": True, "weight": 3}, {"train": False, "weight": 1}, {"loss_weight": 0}]
+    column = [message for flag in flags for message in ({role: asked, content: "q"}, {role: answered, content: "a", **flag})]
+    row = {"conversations" if name == "sharegpt" else "messages": column}
+    answers = convert(row, format_of(name)).messages[1::2]
+    assert [message.weight if message.trained else 0 for message in answers] == [1.0, 0.5, 3.0, 0, 0]
+    with pytest.raises(BadRow, match="a message's weight must be true, false or a number"):
+        convert({next(iter(row)): [column[0], {**column[1], "weight": "1"}]}, format_of(name))
+
+
 def test_tool_calls_are_taken_in_both_their_forms():
     wrapped = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [wrapped]}], "tools": '[{"name": "add"}]'}
@@ -68,7 +81,7 @@ def test_an_alpaca_row_brings_system_and_history():
         ({"messages": []}, "must be a list of messages"),
         ({"messages": "hi"}, "must be a list of messages"),
         ({"messages": None}, "must be a list of messages"),
-        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "weight must be 0 or 1"),
+        ({"messages": [USER, ANSWER | {"weight": -0.5}]}, "weight must be true, false or a number that is not negative"),
         ({"messages": [USER, {"role": "model", "content": "x"}]}, "role must be one of"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "content must be text"),
         ({"messages": [USER, {"role": "system", "content": "s"}, ANSWER]}, "system message must come first"),

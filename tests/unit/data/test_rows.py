@@ -42,6 +42,22 @@ def test_every_answer_is_trained_or_only_the_last_or_everything():
     assert everything.spans.tolist() == [0, len(everything.ids)]
 
 
+def weighted(*weights):
+    """An answer of each weight; 0 is not trained."""
+    answers = [Message("assistant", "ab"[n % 2], trained=weight > 0, weight=weight) for n, weight in enumerate(weights)]
+    return Conversation(tuple(message for answer in answers for message in (Message("user", "q"), answer)))
+
+
+@pytest.mark.parametrize("end_of_row", [None, 0])
+def test_the_weight_of_an_answer_goes_with_its_span(end_of_row):
+    targets = replace(TARGETS, end_of_row=end_of_row)
+    row = row_of("conversations", weighted(0.5, 0.0, 2.0, 1.0), targets)
+    assert (len(row.spans), list(row.weights)) == (6, [0.5, 2.0, 1.0])
+    assert list(row_of("conversations", weighted(1.0, 0.0), targets).weights) == []
+    last = row_of("conversations", weighted(0.5, 0.25), replace(targets, mask_history=True))
+    assert (len(last.spans), list(last.weights)) == (2, [0.25])
+
+
 def test_a_pair_has_one_prompt_and_two_answers():
     row = row_of("pairs", Pair(conversation("q"), *((Message("assistant", text, trained=True),) for text in ("good", "bad"))))
     assert TOKENIZER.decode(row.prompt_ids).endswith("<|im_start|>assistant\n")

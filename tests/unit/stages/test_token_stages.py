@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,7 +17,7 @@ from raytune_llm.models import attention
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.neftune import neftune_noise
 from raytune_llm.records import TokenRow
-from tests.models import logits, packed, some_rows, tiny_llama
+from tests.models import VOCABULARY, logits, packed, some_rows, tiny_llama
 from tests.steps import Outcome, make_store, objective_of, run_step, step_of
 
 LENGTHS = [17, 5, 30, 9, 24, 12, 6, 20]
@@ -171,3 +172,26 @@ def test_perplexity_follows_from_the_mean_over_all_tokens() -> None:
 def test_settings_that_mean_nothing_are_refused(overrides: Sequence[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         objective_of("stage=sft", *overrides)
+
+
+@pytest.mark.parametrize("overrides", [[], ["stage.loss=dft"]])
+def test_tokens_count_in_the_loss_by_the_weight_of_their_answer(tmp_path, overrides: list[str]) -> None:
+    """sum(w loss) / sum(w) over the whole step, however it is split."""
+    draw = np.random.default_rng(1)
+    weights = [(0.5,), (), (2.0, 0.25), (), (0.1, 3.0)]
+    rows = []
+    for of_spans in weights:
+        spans = [2, 5] if len(of_spans) < 2 else [0, 4, 6, 11]
+        rows.append(TokenRow(draw.integers(0, VOCABULARY, 12).astype(np.int32), np.array(spans, np.int32), of_spans))
+    model = tiny_llama()
+    outs = in_layouts(model, make_store(tmp_path, "conversations", rows), *overrides)
+    batch = packed([(row.ids, row.spans) for row in rows])  # type: ignore[misc]
+    lengths = [3, 3, 3, 5, 3, 3, 5]
+    weight_N = torch.tensor([0.5, 1.0, 2.0, 0.25, 1.0, 0.1, 3.0]).repeat_interleave(torch.tensor(lengths))
+    of = {"cross_entropy": cross_entropy, "dft": dft}["dft" if overrides else "cross_entropy"]
+    wanted = (weight_N * of(model(batch, logits), batch.targets_N)).sum() / weight_N.sum()
+    wanted_grads = torch.autograd.grad(wanted, list(model.parameters()))
+    assert math.isclose(outs[0].loss, wanted.item(), rel_tol=1e-6)
+    assert math.isclose(outs[0].grad_norm, torch.nn.utils.get_total_norm(wanted_grads).item(), rel_tol=1e-5)
+    for other in outs[1:]:
+        assert_same(outs[0], other)
