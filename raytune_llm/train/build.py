@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ResourceError
 from raytune_llm.models.activations import compiles, lacks_for_compiling
+from raytune_llm.models.adapters.grouped import described
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.policy import build_policy, compute_dtype
 from raytune_llm.packaged import cache_dir
@@ -81,6 +82,7 @@ class Builder:
             max_grad_norm=run.train.max_grad_norm,
         )
         compiled = "layers compiled" if self.compiled else "layers not compiled"
+        adapters = described(policy)
         return Built(
             policy=policy,
             strategy=strategy,
@@ -89,6 +91,7 @@ class Builder:
                 attention,
                 f"compilation: {compiled} ({self._why_compiled})",
                 f"activation checkpointing: {checkpointing} ({why})",
+                *([] if adapters is None else [f"adapters: {adapters}"]),
             ),
         )
 

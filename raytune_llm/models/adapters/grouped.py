@@ -145,6 +145,16 @@ def group(model: nn.Module) -> nn.Module:
     return model
 
 
+def described(model: nn.Module) -> str | None:
+    """How a model's adapters are computed, and why not in groups where they are not; None where it has none."""
+    outer = [module for module in model.modules() if not isinstance(module, LoraLayer)]
+    holders = [module for module in outer if any(isinstance(child, LoraLayer) for child in module.children())]
+    alone = sorted({type(module).__name__ for module in holders if not isinstance(module, GroupedAttention | GroupedMLP)})
+    if alone:
+        return f"a layer at a time ({', '.join(alone)} have no grouped form here)"
+    return "projections of one input together" if holders else None
+
+
 def _adapter(layer: nn.Module) -> str | None:
     """The plain LoRA adapter that is at work in the layer; None where there is none or it is of another kind."""
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:

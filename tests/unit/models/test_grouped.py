@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raytune_llm.models.adapters.grouped import GroupedAttention, GroupedMLP, group
+from raytune_llm.models.adapters.grouped import GroupedAttention, GroupedMLP, described, group
 
 SIZES = {
     "vocab_size": 32,
@@ -89,3 +89,18 @@ def test_compiled_layers_write_the_low_rank_product_out_and_say_the_same() -> No
     torch.testing.assert_close(compiled, logits)
     for name in gradients:
         torch.testing.assert_close(compiled_gradients[name], gradients[name])
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("llama", "projections of one input together"),
+        ("stablelm", "a layer at a time (StableLmAttention, StableLmMLP have no grouped form here)"),
+    ],
+)
+def test_families_without_groups_are_told_of(family: str, said: str) -> None:
+    assert described(group(adapted(family))) == said
+
+
+def test_a_model_without_adapters_says_nothing_of_them() -> None:
+    assert described(torch.nn.Linear(2, 2)) is None
