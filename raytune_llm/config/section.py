@@ -5,7 +5,8 @@ Sections hold types and rules but no values: each value stands once, in `conf/`.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar, dataclass_transform
+from dataclasses import fields
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -22,3 +23,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(cls: type[T]) -> type[T]:
     return dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))(cls)  # type: ignore[return-value]
+
+
+def settings_of(section: Any) -> dict[str, Any]:
+    """What a section of a tagged union holds beside the `name` that says which one it is: keyword arguments of its function."""
+    return {field.name: getattr(section, field.name) for field in fields(section) if field.name != "name"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from raytune_llm.config.adapter import AdapterConfig, LoRA
 from raytune_llm.config.run import TrainRun
+from raytune_llm.config.section import settings_of
 from raytune_llm.config.strategy import DDP, FSDP, StrategyConfig
 from raytune_llm.data.batches import KINDS
 from raytune_llm.models import attention
@@ -87,13 +88,12 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     """The peak of a step on one GPU."""
     dtype = DTYPES.get(run.train.precision, torch.bfloat16)  # what auto is on the GPUs that this is for
     backend = attention.backend_to_expect(run.model.attention, config, dtype)
-    strategy = asdict(needs.strategy)  # type: ignore[call-overload]
-    states = STATES[strategy.pop("name")](
+    states = STATES[needs.strategy.name](
         needs.parameters,
         dtype.itemsize,
         needs.world_size,
         accumulates=run.train.global_batch_size > needs.micro_batch_size * needs.world_size,
-        **strategy,
+        **settings_of(needs.strategy),
     )
     saved = 0 if needs.parameters.frozen == 0 else quantized_bytes(needs.parameters, dtype.itemsize, needs.quantization)
     pack = needs.max_length * KINDS[STAGES[run.stage.name].rows].sides

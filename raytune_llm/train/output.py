@@ -33,7 +33,8 @@ _FREE = {
 
 def identity(run: TrainRun, manifests: dict[str, str]) -> dict[str, str]:
     """What decides the numbers of a run, as flat JSON: settings by dotted path, and the stores by their hash."""
-    return {"settings": json.dumps(dict(_flat(asdict(run))), sort_keys=True), **manifests}  # type: ignore[call-overload]
+    settings = asdict(run)  # type: ignore[call-overload]  # pydantic's dataclasses are dataclasses, which pyright can't see
+    return {"settings": json.dumps(dict(_flat(settings)), sort_keys=True), **manifests}
 
 
 def open_output(run: TrainRun, identity_now: dict[str, str]) -> int | None:

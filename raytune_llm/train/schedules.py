@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
 
 from raytune_llm.config.schedule import ScheduleConfig
+from raytune_llm.config.section import settings_of
 
 
 def constant(step: int, warmup: int, total: int) -> float:
@@ -68,8 +67,8 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 
 def learning_rate(schedule: ScheduleConfig, *, peak: float, total: int) -> Callable[[int], float]:
     """The rate of each step of a run of `total` steps."""
-    settings: dict[str, Any] = asdict(schedule)  # type: ignore[call-overload]
-    shape = SCHEDULES[settings.pop("name")]
+    settings = settings_of(schedule)
+    shape = SCHEDULES[schedule.name]
     ratio, steps = settings.pop("warmup_ratio"), settings.pop("warmup_steps")
     warmup = math.ceil(ratio * total) if steps is None else steps
     if "lr_end" in settings:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytune_llm.config.adapter import AdapterConfig
+from raytune_llm.config.section import settings_of
 from raytune_llm.models.adapters.full import train_everything
 from raytune_llm.models.adapters.lora import add_lora
 
@@ -19,5 +20,4 @@ def adapt(model: PreTrainedModel, adapter: AdapterConfig, *, scores: bool = Fals
 
     scores: the model has a score head, which is trained whole beside the adapter and saved with it.
     """
-    settings = {name: getattr(adapter, name) for name in adapter.__dataclass_fields__ if name != "name"}
-    return ADAPTERS[adapter.name](model, scores=scores, **settings)
+    return ADAPTERS[adapter.name](model, scores=scores, **settings_of(adapter))

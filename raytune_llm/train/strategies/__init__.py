@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from raytune_llm.config.section import settings_of
 from raytune_llm.config.strategy import StrategyConfig
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.train.strategies.base import Precision, Strategy
@@ -46,7 +47,6 @@ def spread(
     precision: Precision,
     max_grad_norm: float | None,
 ) -> Strategy:
-    settings = {name: getattr(strategy, name) for name in strategy.__dataclass_fields__ if name != "name"}
     return STRATEGIES[strategy.name](
-        model, build_optimizer, device=device, precision=precision, max_grad_norm=max_grad_norm, **settings
+        model, build_optimizer, device=device, precision=precision, max_grad_norm=max_grad_norm, **settings_of(strategy)
     )
