@@ -51,13 +51,6 @@ KTO_LOSSES = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired}
 LOSSES_WITH_KL = frozenset({"kto"})
 
 
-def mismatched_answers(num_rows: int) -> list[int]:
-    """For each prompt of the global batch, the row whose answer it is paired with for the KL term: the row before; for the first,
-    the last. A batch of one row has no other and gets its own.
-    """
-    return [(row - 1) % num_rows for row in range(num_rows)]
-
-
 def reference_point(ratio_total: Tensor, count: Tensor | int) -> Tensor:
     """z = max(0, mean log-ratio of mismatched answers), an estimate of KL(policy || reference), without gradient.
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from raytune_llm.losses.kto import KTO_LOSSES, LOSSES_WITH_KL, desirable_nll, kto_metrics, mismatched_answers, reference_point
+from raytune_llm.losses.kto import KTO_LOSSES, LOSSES_WITH_KL, desirable_nll, kto_metrics, reference_point
+from tests.steps import labeled_rows, make_store, step_of
 
 FILE = Path(__file__).parents[2].parent / "shared" / "parity" / "losses" / "kto.json"
 ORACLE = json.loads(FILE.read_text()) if FILE.exists() else {"inputs": {}, "cases": []}
@@ -46,5 +47,8 @@ def test_kto_loss_its_gradient_and_metrics_are_the_formulas(case):
 
 
 @pytest.mark.parametrize("case", PAIRING, ids=lambda case: case["id"])
-def test_kl_pairs_each_prompt_with_the_answer_before(case):
-    assert mismatched_answers(case["params"]["n"]) == case["expected"]["completion_index_for_prompt"]
+def test_kl_pairs_each_prompt_with_the_answer_before(case, tmp_path):
+    rows = [([1, 2], [3, row]) for row in range(case["params"]["n"])]
+    store = make_store(tmp_path, "labeled", labeled_rows(rows, [True] * len(rows)))
+    (batch,) = step_of(store, max_length=8, packing=False, micro=len(rows)).batches
+    assert list(batch.partners) == case["expected"]["completion_index_for_prompt"]

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from raytune_llm.data.named_templates import NamedTemplate, apply_to_tokenizer, load, names, stop_tokens
-from raytune_llm.data.template_slots import find_slots
 from raytune_llm.data.tools import parse_call_turn, render_calls
 from raytune_llm.errors import ConfigError
 
@@ -161,28 +160,6 @@ def test_a_saved_template_gives_the_text_that_was_trained(row):
         )[0][0]
         blank = "".join(template.thought)
         assert (text.replace(blank, "").replace(template.thought[1], "") if template.reasons else text) == row["jinja"][key]
-
-
-@pytest.mark.parametrize("row", recorded("template_autodetect.jsonl"), ids=lambda row: row["id"])
-def test_slots_of_a_chat_template_are_found(row):
-    def render(messages, asks):
-        tokens = {"bos_token": row["bos_token"], "eos_token": row["eos_token"]}
-        return render_jinja_template([messages], chat_template=row["chat_template"], add_generation_prompt=asks, **tokens)[0][0]
-
-    wanted = row["expected"]
-    if "error" in wanted:
-        with pytest.raises((ConfigError, jinja2.TemplateError)):
-            find_slots(render)
-        return
-    slots = find_slots(render)
-    assert [[slots.system], [slots.user], [slots.assistant]] == [
-        wanted["system"],
-        wanted["user"],
-        wanted["assistant"],
-    ]
-    assert slots.reasons == wanted["reasoning"]
-    # Recorded for xuanyuan is a system text cut up by letters that come back in the request's slot.
-    assert slots.default_system == (load("xuanyuan").default_system if row["id"] == "xuanyuan" else wanted["default_system"])
 
 
 @pytest.mark.parametrize("row", recorded("template_meta.jsonl"), ids=lambda row: row["id"])

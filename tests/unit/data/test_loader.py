@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_llm.data.loader import Loader, Samples, collate, permutation, split, split_sources
+from tests import steps
 
 NUM_ROWS = 53
 
@@ -165,3 +166,13 @@ def test_an_error_in_the_thread_reaches_the_consumer(store):
     loader.pad_id = "no number"
     with pytest.raises(ValueError, match="no number"):
         next(loader.steps(0))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_every_labelled_answer_is_mismatched_once_and_never_with_its_own_request(tmp_path, packing):
+    rows = [([1] * (1 + row % 3), [2] * (1 + row % 5)) for row in range(17)]
+    store = steps.make_store(tmp_path, "labeled", steps.labeled_rows(rows, [True] * len(rows)))
+    batches = steps.step_of(store, max_length=16, packing=packing, micro=2).batches
+    partner_of = {row: partner for batch in batches for row, partner in zip(batch.rows, batch.partners, strict=True)}
+    assert sorted(partner_of) == sorted(partner_of.values()) == list(range(len(rows)))
+    assert all(row != partner for row, partner in partner_of.items())
