@@ -80,7 +80,11 @@ def made_rows(block: list[NumberedRow], recipe: Recipe) -> Iterator[tuple[int, S
             rendered = kind.render(record, recipe.renderer, recipe.targets)
             if (num_chars := sum(len(part.text) for part in rendered)) > MAX_ROW_CHARS:
                 raise BadRow(f"the row is longer than {MAX_ROW_CHARS:,} characters", f"{num_chars:,}")
+            for part in rendered:
+                part.text.encode()
             usable.append((number, record, rendered))
+        except UnicodeEncodeError as error:
+            yield number, BadRow("a text holds half a character (a lone surrogate)", repr(error.object[error.start]))
         except (BadRow, RefusedRow) as bad:
             yield number, bad
     tokens = iter(recipe.tokenize([text for _, _, rendered in usable for text in rendered]))

@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,14 +71,19 @@ class BlockTokenizer:
         edges = [_edges(one) for one in rendered]
         for one, row in zip(rendered, edges, strict=True):
             pieces += [one.text[start:end] for start, end in pairwise(row)]
-        ids = self.encode(pieces)
+        ids, starts = self.encode(pieces)
 
         tokens: list[Any] = []
         at = 0
         for one, row in zip(rendered, edges, strict=True):
-            mine = ids[at : at + len(row) - 1]
-            at += len(mine)
-            tokens.append(self._from_pieces(one, row, mine) if len(mine) != 1 else self._from_special_tokens(one, mine[0]))
+            mine = starts[at : at + len(row)]
+            at += len(row) - 1
+            if one.plain:
+                tokens.append(self._with_letters(one, row, [ids[start:end] for start, end in pairwise(mine)]))
+            elif len(row) == 2:
+                tokens.append(self._from_special_tokens(one, ids[mine[0] : mine[1]]))
+            else:
+                tokens.append(_from_pieces(one, row, ids[mine[0] : mine[-1]], mine - mine[0]))
         unclear = [number for number, found in enumerate(tokens) if found is None]
         encodings = self._rust.encode_batch([rendered[number].text for number in unclear], add_special_tokens=False)
         for number, encoding in zip(unclear, encodings, strict=True):
@@ -86,27 +91,22 @@ class BlockTokenizer:
             tokens[number] = Tokens(np.array(encoding.ids, dtype=np.int32), spans)
         return tokens
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, special tokens among them."""
-        ids: list[Any] = [None] * len(texts)
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, special tokens among them, one after another; and where each text's start, and the end."""
         if self._by_words is not None:
-            ids = [self._by_words(text) if self._by_words.takes(text) else None for text in texts]
-        whole = [number for number, row in enumerate(ids) if row is None]
-        encodings = self._rust.encode_batch_fast([texts[number] for number in whole], add_special_tokens=False)
-        for number, encoding in zip(whole, encodings, strict=True):
-            ids[number] = np.array(encoding.ids, dtype=np.int32)
-        return ids
+            return self._by_words(texts)
+        rows = [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
+        starts = np.cumsum([0, *map(len, rows)])
+        return np.fromiter(chain.from_iterable(rows), np.int32, starts[-1]), starts
 
-    def _from_pieces(self, one: Rendered, edges: list[int], ids: list[np.ndarray]) -> Tokens:
+    def _with_letters(self, one: Rendered, edges: list[int], ids: list[np.ndarray]) -> Tokens:
+        """What only looks like a control token is encoded letter by letter."""
         letters = {start for start, _ in one.plain}
         for number, start in enumerate(edges[:-1]):
             if start in letters:
                 text = one.text[start : edges[number + 1]]
                 ids[number] = np.array(self._rust_letters.encode(text, add_special_tokens=False).ids, dtype=np.int32)
-        starts = np.cumsum([0, *map(len, ids)])
-        at = dict(zip(edges, starts.tolist(), strict=True))
-        answers = [at[position] for answer in one.answers for position in answer]
-        return Tokens(np.concatenate(ids) if ids else np.zeros(0, np.int32), np.array(answers, dtype=np.int32))
+        return _from_pieces(one, edges, np.concatenate(ids), np.cumsum([0, *map(len, ids)]))
 
     def _from_special_tokens(self, one: Rendered, ids: np.ndarray) -> Tokens | None:
         answers = self._spans_from_special_tokens(one, ids)
@@ -134,6 +134,12 @@ class BlockTokenizer:
         if header not in self._headers:
             self._headers[header] = np.array(self._rust.encode(header, add_special_tokens=False).ids, dtype=np.int32)
         return self._headers[header]
+
+
+def _from_pieces(one: Rendered, edges: list[int], ids: np.ndarray, starts: np.ndarray) -> Tokens:
+    """`starts`: where the ids of each piece start, and the end."""
+    at = dict(zip(edges, starts.tolist(), strict=True))
+    return Tokens(ids, np.array([at[position] for answer in one.answers for position in answer], dtype=np.int32))
 
 
 def spans_from_offsets(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> np.ndarray:

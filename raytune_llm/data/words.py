@@ -1,24 +1,30 @@
-"""Ids of a text from the ids of its words, each encoded once.
+"""Ids of texts from the ids of their words, each encoded once.
 
 A byte-level BPE tokenizer cuts a text at its added tokens, cuts the rest into words by a regular expression, and encodes each
 word on its own. The cutting takes the Rust library most of its time (it keeps count of every character's origin), and the
-words of a data set are few: cutting with Python's `re` and looking words up takes a third of the time. Both cut alike
-where it is plain which characters are letters, digits and white space. So this is for ASCII, European letters, and symbols;
-other text goes to Rust whole.
+words of a data set are few. So all texts of a block are cut together, by numpy, at added tokens and at the spaces before which
+a word always ends; Arrow finds which of these chunks are the same; and only those that were not met before are looked at one by
+one. They are cut into words by Python's `re`, and the new words go to Rust. `re` cuts alike where it is plain which characters
+are letters, digits and white space: in ASCII, European letters, and symbols. A chunk with others goes to Rust whole.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 from unicodedata import is_normalized
 
 import numpy as np
+import pyarrow as pa
 from tokenizers import Tokenizer
 
 MAX_WORDS = 200_000
-"""Words that are remembered, some 40 MB; then it starts anew."""
+"""Words that are remembered, some 40 MB, and so many chunks; then it starts anew."""
+MAX_REMEMBERED = 64
+"""Bytes of a chunk, characters of a word: longer ones seldom come again."""
 _LETTERS = (
     "a-zA-Z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u017e\u0180-\u024f"  # without the long s, which (?i:s) matches
     "\u0391-\u03a1\u03a3-\u03ce\u0400-\u0481\u048a-\u052f"
@@ -34,88 +40,144 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _GPT2_SINGLE_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
-class WordIds(dict[str, bytes]):
-    """The ids of each word met so far, as the bytes of an int32 array; a new one is encoded when it is looked up."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.encode = tokenizer.encode
-
-    def __missing__(self, word: str) -> bytes:
-        if len(self) >= MAX_WORDS:
-            self.clear()
-        self[word] = ids = np.array(self.encode(word, add_special_tokens=False).ids, np.int32).tobytes()
-        return ids
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPACE_STARTS_A_WORD = (_GPT2, _GPT2_SINGLE_DIGITS, _LLAMA3, _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"))
+"""In these, the last one being Qwen 2's, a space is part of the word after it, if of any, or among white space. So where none
+is beside it, a word ends before it, and what comes before makes no difference to what comes after."""
+_BYTES = np.arange(256, dtype=np.uint8)
+_SOLID = (_BYTES < 0x80) & ~np.isin(_BYTES, np.frombuffer(b" \t\n\v\f\r\x1c\x1d\x1e\x1f", np.uint8))
+"""ASCII that nobody takes for white space."""
+_LEADS_A_LETTER = (_BYTES >= 0xC3) & (_BYTES < 0xE0)
+"""The first of two bytes in UTF-8, U+00C0 to U+07FF, where there is no white space."""
 
 
 class WordTokenizer:
-    """Ids of a text, equal to the Rust tokenizer's, where it `takes` the text. Made by `word_tokenizer`."""
+    """Ids of texts, equal to the Rust tokenizer's. Made by `word_tokenizer`."""
 
-    def __init__(self, tokenizer: Tokenizer, word: re.Pattern[str], added_tokens: list[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, pattern: str, word: re.Pattern[str], added_tokens: list[str]) -> None:
         self._tokenizer, self._word = tokenizer, word
-        longest_first = sorted(added_tokens, key=len, reverse=True)
-        self._added = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        self._ids = WordIds(tokenizer)
+        longest_first = sorted((token.encode() for token in added_tokens), key=len, reverse=True)
+        self._added = re.compile(b"|".join(map(re.escape, longest_first)) or rb"(?!)")
+        self._added_tokens = frozenset(longest_first)
+        self._cuts_at_spaces = pattern in SPACE_STARTS_A_WORD
         self._known = re.compile(f"[\\x00-\\x7f{_LETTERS}{_SYMBOLS}]*")
-
-    def takes(self, text: str) -> bool:
-        """NFC, the one normalizer that leaves ASCII alone, must have nothing to do."""
-        return text.isascii() or (self._known.fullmatch(text) is not None and is_normalized("NFC", text))
+        self._chunks: dict[bytes, bytes] = {}
+        """The ids of each chunk met so far, as the bytes of an int32 array."""
+        self._words: dict[str, bytes] = {}
 
     def __reduce__(self) -> Any:
         return word_tokenizer, (self._tokenizer,)
 
-    def __call__(self, text: str) -> np.ndarray:
-        words: list[str] = []
-        for number, part in enumerate(self._added.split(text)):
-            if number % 2:
-                words.append(part)
-            else:
-                words += self._word.findall(part)
-        return np.frombuffer(b"".join(map(self._ids.__getitem__, words)), np.int32)
+    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, one after another, and where each text's start, and the end."""
+        encoded = [text.encode() for text in texts]
+        text_starts = np.cumsum([0, *map(len, encoded)])
+        data = b"".join(encoded)
+        starts = self._chunk_starts(data, text_starts)
+        buffers = [None, pa.py_buffer(starts), pa.py_buffer(data)]
+        chunks = pa.Array.from_buffers(pa.large_binary(), len(starts) - 1, buffers).dictionary_encode()
+        ids, ends = self._ids_of(chunks.dictionary.to_pylist())
+        which = chunks.indices.to_numpy()
+        counts = np.diff(ends, prepend=0)[which]
+        passed = np.concatenate([[0], np.cumsum(counts)])
+        # Position i of the result is in the chunk that starts at passed[n]; its ids are those before ends[which[n]].
+        result = ids[np.repeat(ends[which] - passed[1:], counts) + np.arange(passed[-1])]
+        return result, passed[np.searchsorted(starts, text_starts)]
+
+    def _chunk_starts(self, data: bytes, text_starts: np.ndarray) -> np.ndarray:
+        """Bytes at which chunks start, and the end."""
+        starts = np.zeros(len(data) + 1, bool)
+        starts[text_starts] = True
+        starts[[edge for found in self._added.finditer(data) for edge in found.span()]] = True
+        if self._cuts_at_spaces:
+            byte = np.frombuffer(data, np.uint8)
+            spaces = np.flatnonzero(byte[1:-1] == ord(" ")) + 1
+            before, after = byte[spaces - 1], byte[spaces + 1]
+            ends_a_letter = (before >= 0x80) & _LEADS_A_LETTER[byte[spaces - 2]]
+            clear = (_SOLID[before] | ends_a_letter) & (_SOLID[after] | _LEADS_A_LETTER[after])
+            starts[spaces[clear]] = True
+        return np.flatnonzero(starts)
+
+    def _ids_of(self, chunks: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of these chunks, one after another, and where each one's end."""
+        new = [chunk for chunk in chunks if chunk not in self._chunks]
+        fresh = dict(zip(new, self._encode(new), strict=True))
+        known = [fresh[chunk] if chunk in fresh else self._chunks[chunk] for chunk in chunks]
+        if len(self._chunks) > MAX_WORDS:
+            self._chunks.clear()
+        self._chunks.update((chunk, ids) for chunk, ids in fresh.items() if len(chunk) <= MAX_REMEMBERED)
+        ids = np.frombuffer(b"".join(known), np.int32)
+        return ids, np.cumsum(np.fromiter(map(len, known), np.int64, len(known))) // ids.itemsize
+
+    def _encode(self, chunks: list[bytes]) -> list[bytes]:
+        """The ids of chunks by their words."""
+        cut = [self._cut(chunk) for chunk in chunks]
+        if len(self._words) > MAX_WORDS:
+            self._words.clear()
+        new = list({word for word in chain.from_iterable(cut) if word not in self._words})
+        encodings = self._tokenizer.encode_batch_fast(new, add_special_tokens=False)
+        for word, encoding in zip(new, encodings, strict=True):
+            self._words[word] = np.array(encoding.ids, np.int32).tobytes()
+        ids = [b"".join(map(self._words.__getitem__, words)) for words in cut]
+        for word in new:
+            if len(word) > MAX_REMEMBERED:
+                del self._words[word]
+        return ids
+
+    def _cut(self, chunk: bytes) -> Iterable[str]:
+        """The words of a chunk; it is one of its own where they are not known. An added token is encoded like a word."""
+        text = chunk.decode()
+        if chunk in self._added_tokens or not self._takes(text):
+            return (text,)
+        return self._word.findall(text)
+
+    def _takes(self, text: str) -> bool:
+        """NFC, the one normalizer that leaves ASCII alone, must have nothing to do."""
+        return text.isascii() or (self._known.fullmatch(text) is not None and is_normalized("NFC", text))
 
 
 def word_tokenizer(tokenizer: Tokenizer) -> WordTokenizer | None:
     """None where the tokenizer is not of the kind that works word by word."""
     spec = json.loads(tokenizer.to_str())
     pattern = _word_pattern(spec["pre_tokenizer"] or {})
+    word = None if pattern is None else _for_known(pattern)
     flags = ("lstrip", "rstrip", "single_word", "normalized")  # with none of them, a token is found by its text alone
     has_flags = any(token[flag] for token in spec["added_tokens"] for flag in flags)
     changes_ascii = spec["normalizer"] is not None and spec["normalizer"]["type"] != "NFC"
     is_bpe = spec["model"]["type"] == "BPE" and not spec["model"]["dropout"]
-    if pattern is None or has_flags or changes_ascii or not is_bpe:
+    if pattern is None or word is None or has_flags or changes_ascii or not is_bpe:
         return None
-    return WordTokenizer(tokenizer, pattern, [token["content"] for token in spec["added_tokens"]])
+    return WordTokenizer(tokenizer, pattern, word, [token["content"] for token in spec["added_tokens"]])
 
 
-def _word_pattern(pre_tokenizer: dict[str, Any]) -> re.Pattern[str] | None:
-    """How these pre-tokenizers cut known text, as one expression that matches every word in turn."""
+def _word_pattern(pre_tokenizer: dict[str, Any]) -> str | None:
+    """How these pre-tokenizers cut a text, as one expression that matches every word in turn."""
     match pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            pattern = _GPT2
+            return _GPT2
         case [
             {"type": "Digits", "individual_digits": True},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
         ]:
-            pattern = _GPT2_SINGLE_DIGITS
+            return _GPT2_SINGLE_DIGITS
         case [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
         ]:
-            pass
+            return pattern
         case _:
             return None
-    return _for_known(pattern)
 
 
 def _for_known(pattern: str) -> re.Pattern[str] | None:
+    """The same for known text in Python's syntax, where it can be said so."""
     in_class = re.compile(r"\[[^\]]*\]")
     pattern = in_class.sub(lambda found: found[0].replace(r"\p{L}", _LETTERS).replace(r"\p{N}", "0-9"), pattern)
     pattern = pattern.replace(r"\p{L}", f"[{_LETTERS}]").replace(r"\p{N}", "[0-9]")
     try:
-        # What no alternative matches is a word too; and no group, for findall to give whole matches. White space and (?i:) are
+        # What stands between matches is a word too; and no group, for findall to give whole matches. White space and (?i:) are
         # those of ASCII, as no other occurs.
-        compiled = re.compile(rf"{pattern}|(?s:.)", re.ASCII)
+        compiled = re.compile(rf"{pattern}|(?s:(?!{pattern}).)+", re.ASCII)
     except re.error:
         return None
     return compiled if compiled.groups == 0 and r"\p" not in pattern else None

@@ -84,6 +84,7 @@ SKIPPED = {
     "a content that is null": {"messages": [{"role": "user", "content": None}, MESSAGES[1]]},
     "a content that is a number": {"messages": [{"role": "user", "content": 7}, MESSAGES[1]]},
     "a part that is null": {"messages": [{"role": "user", "content": [None]}, MESSAGES[1]]},
+    "half a character": {"messages": [{"role": "user", "content": "\ud83d"}, MESSAGES[1]]},
     "a role that is null": {"messages": [{"role": None, "content": "a"}, MESSAGES[1]]},
     "a call that is null": {"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [None]}]},
     "arguments that are a number": {
