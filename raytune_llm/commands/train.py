@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from raytune_llm.train.samples import Sample
 from raytune_llm.train.worker import Begin, ReferencePass
 
 SAMPLES = 3
+SHOWN_CHARS = 300
+"""Of each text of a sample; samples.jsonl has all of it."""
+REFERENCE_EVERY_S = 10.0
 
 
 def main(run: TrainRun) -> int:
@@ -56,7 +60,7 @@ class _Bars:
         self._console = console
         self._bar: ProgressBar | None = None
         self._told_rows = False
-        self._tenth = -1
+        self._told_reference = 0.0
 
     def rows(self, done: int, total: int) -> None:
         if not self._told_rows and done >= total:
@@ -71,14 +75,14 @@ class _Bars:
         if begin.first_step:
             self._console.print(f"going on from the checkpoint at step {begin.first_step}", highlight=False)
         for choice in begin.choices:
-            self._console.print(escape(choice), style="dim", highlight=False)
+            self._console.print(escape(choice), style="dim", highlight=False, soft_wrap=True)
         self._bar = ProgressBar(begin.total_steps, first_step=begin.first_step, console=self._console)
 
     def _reference(self, news: ReferencePass) -> None:
-        """A line at each tenth, which reads as well in a log."""
-        tenth = 10 * news.done // max(news.total, 1)
-        if tenth != self._tenth:
-            self._tenth = tenth
+        """A line now and then, which reads as well in a log."""
+        now = time.monotonic()
+        if news.done == 0 or now - self._told_reference >= REFERENCE_EVERY_S:
+            self._told_reference = now
             self._console.print(
                 f"reference log-probabilities: {news.done:,} of {news.total:,} rows", style="dim", highlight=False
             )
@@ -90,9 +94,9 @@ class _Bars:
     def samples(self, samples: Sequence[Sample]) -> None:
         for sample in samples[:SAMPLES]:
             table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
-            table.add_row("asked", escape(_last_line(sample.request)), style="dim")
-            table.add_row("expected", escape(sample.reference), style="dim")
-            table.add_row(f"step {sample.step}", escape(sample.answer))
+            table.add_row("asked", escape(_shortened(_last_line(sample.request))), style="dim")
+            table.add_row("expected", escape(_shortened(sample.reference)), style="dim")
+            table.add_row(f"step {sample.step}", escape(_shortened(sample.answer)))
             self._console.print(table, highlight=False)
 
     def close(self) -> None:
@@ -134,6 +138,10 @@ def _print_answers(console: Console, before: ExactMatch, after: ExactMatch) -> N
         table.add_row("after", escape(new.answer), style="green" if new.correct else "red")
         console.print()
         console.print(table, highlight=False)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS].rstrip()} ..."
 
 
 def _last_line(prompt: str) -> str:

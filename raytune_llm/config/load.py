@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -305,6 +305,17 @@ def _known_keys(config_name: str, overrides: list[str], config_dir: str | Path |
     return []
 
 
+def _of_another_option(key: str, values: Mapping[str, Any]) -> ConfigError | None:
+    """Of a setting that this option of its group has not, as others have: an experiment may have set it, for one of them."""
+    group, _, name = key.partition(".")
+    owners = [option for option in options(group) if name in read_yaml(CONF / group / f"{option}.yaml", setting=group)]
+    if not owners or "name" not in values[group]:
+        return None
+    chosen = f"{group}={values[group]['name']}"
+    remedy = f"It is one of {group}={' or '.join(owners)}. Where an experiment sets it, add ~{key}."
+    return ConfigError(key, f"is no setting of {chosen}", got=values[group][name], remedy=remedy)
+
+
 def _named(error: ValidationError, values: dict[str, Any]) -> ConfigError:
     """The first of pydantic's complaints as setting, rule, value."""
     first: dict[str, Any] = dict(error.errors(include_url=False)[0])
@@ -319,19 +330,23 @@ def _named(error: ValidationError, values: dict[str, Any]) -> ConfigError:
         elif first["type"] not in ("missing", "unexpected_keyword_argument", "extra_forbidden") or part != first["loc"][-1]:
             continue  # the tag of a union, not a key
         path.append(str(part))
-    setting = ".".join(path)
+    setting, remedy = ".".join(path), ""
     match first["type"]:
         case "missing":
             return ConfigError(setting, "must be given")
         case "unexpected_keyword_argument" | "extra_forbidden":
-            return _unknown_key(setting, list(_flat_keys(values)))
+            return _of_another_option(setting, values) or _unknown_key(setting, list(_flat_keys(values)))
+        case "literal_error":
+            known = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+            near = difflib.get_close_matches(str(first["input"]), known, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else ""
         case "union_tag_invalid":
             expected = first["ctx"]["expected_tags"].replace("'", "")
             return ConfigError(f"{setting}.name", f"must be one of {expected}", got=first["ctx"]["tag"])
     rule = first["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
     rule = rule.replace("less than or equal to", "at most").replace("less than", "below").replace("greater than", "above")
     rule = re.sub(r"must be a valid (\w+)", lambda m: f"must be {_article(m[1])}", rule)
-    return ConfigError(setting, rule, got=first["input"])
+    return ConfigError(setting, rule, got=first["input"], remedy=remedy)
 
 
 def _article(noun: str) -> str:

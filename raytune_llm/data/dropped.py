@@ -50,7 +50,7 @@ class Dropped:
 
     def __str__(self) -> str:
         most_frequent_first = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        return "; ".join(f"{count} x {reason} ({', '.join(self.examples[reason])})" for reason, count in most_frequent_first)
+        return "; ".join(f"{count} x {reason} ({' | '.join(self.examples[reason])})" for reason, count in most_frequent_first)
 
     def to_json(self) -> dict[str, Any]:
         return {reason: {"rows": self.counts[reason], "examples": self.examples[reason]} for reason in sorted(self.counts)}

@@ -94,7 +94,7 @@ def chat(row: Row, columns: ChatFormat, reading: Reading) -> Record:
             conversation,
             _side(_required(row, "chosen", columns.chosen), columns.chosen),
             _side(_required(row, "rejected", columns.rejected), columns.rejected),
-            _margin(_optional(row, columns.margin), reading),
+            _margin(row, columns.margin, reading),
         )
     if not turns:
         raise BadRow("there are no messages")
@@ -122,7 +122,7 @@ def alpaca(row: Row, columns: AlpacaFormat, reading: Reading) -> Record:
         for side in sides:
             _text(side, "an answer of a pair")
         chosen, rejected = ((Message("assistant", side, trained=True),) for side in sides)
-        return Pair(prompt_only, chosen, rejected, _margin(_optional(row, columns.margin), reading))
+        return Pair(prompt_only, chosen, rejected, _margin(row, columns.margin, reading))
     if columns.output is None:
         return prompt_only
     answer = _required(row, "output", columns.output)
@@ -158,7 +158,7 @@ def prompt_completion(row: Row, columns: PromptCompletionFormat, reading: Readin
             Conversation(turns),
             _side(_required(row, "chosen", columns.chosen), columns.chosen),
             _side(_required(row, "rejected", columns.rejected), columns.rejected),
-            _margin(_optional(row, columns.margin), reading),
+            _margin(row, columns.margin, reading),
         )
     if columns.completion is None:
         return Conversation(turns)
@@ -258,7 +258,7 @@ def _alternating(
                 raise BadRow("an answer of a pair must have the role of an answer", f"{name} is {_shown(side)}")
             sides.append((replace(answer, trained=True),))
         chosen, rejected = sides
-        return Pair(conversation, chosen, rejected, _margin(_optional(row, columns.margin), reading))
+        return Pair(conversation, chosen, rejected, _margin(row, columns.margin, reading))
     if told_last:
         raise BadRow("the messages must end with an answer")
     return _judged(conversation, _optional(row, columns.label), reading)
@@ -409,8 +409,9 @@ def _judged(conversation: Conversation, label: Any, reading: Reading) -> Convers
     return Labeled(conversation, desirable=label) if isinstance(label, bool) else conversation
 
 
-def _margin(value: Any, reading: Reading) -> float:
-    """0 where the row does not say."""
+def _margin(row: Row, column: str | None, reading: Reading) -> float:
+    """0 where the row does not say. A column that is asked for must be there."""
+    value = None if column is None else _required(row, "margin", column)
     if reading.untyped and isinstance(value, str):
         try:
             value = float(value) if value.strip() else None

@@ -49,12 +49,19 @@ class Kind:
     """The row. Raises BadRow where nothing is left to train, RefusedRow where it is too long and may not be."""
 
 
+WHAT = {
+    Pair: "a pair of answers, as stage=dpo, orpo, simpo, cpo or reward learns from",
+    Labeled: "an answer with a verdict, as stage=kto learns from",
+    Text: "plain text, as stage=pretrain learns from",
+}
+"""Of a row that is no conversation."""
+
 # Conversations: every trained answer --------------------------------------------------------------------------------------
 
 
 def _render_conversation(record: Record, renderer: Renderer, targets: Targets) -> tuple[Rendered, ...]:
     if not isinstance(record, Conversation):
-        raise BadRow("the row is no plain conversation", f"it is a {type(record).__name__}: see data.format and stage")
+        raise BadRow("the row is no plain conversation", f"it is {WHAT[type(record)]}")
     conversation = last_answer_only(record) if targets.mask_history else record
     if not any(message.role == "assistant" for message in conversation.messages):
         raise BadRow("there is no answer to learn")

@@ -56,6 +56,7 @@ def describe(record: Mapping[str, Any], left_s: float | None) -> str:
         ("loss", "loss {:.4f}"),
         ("rewards/accuracies", "accuracy {:.0%}"),
         ("accuracy", "accuracy {:.0%}"),
+        ("rewards/margins", "margin {:.3g}"),
         ("eval_loss", "eval {:.4f}"),
         ("eval_rewards/accuracies", "eval accuracy {:.0%}"),
         ("eval_accuracy", "eval accuracy {:.0%}"),

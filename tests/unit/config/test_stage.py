@@ -37,6 +37,11 @@ def test_it_is_known_of_every_loss_what_it_reads():
         (["stage=kto", "data.train_on_prompt=true"], "data.train_on_prompt is not read with stage=kto"),
         (["stage=pretrain", "data=text", "data.default_system=Hi"], "data.default_system is not read with stage=pretrain"),
         (["stage=pretrain", "data=text", "data.overlong=drop"], "data.overlong is not read with stage=pretrain, got 'drop'"),
+        (["stage=dpo", "stage.loss=sigmod"], "got 'sigmod'. Did you mean sigmoid?"),
+        (
+            ["adapter=none", "+adapter.rank=4"],
+            "adapter.rank is no setting of adapter=none, got 4. It is one of adapter=lora. Where",
+        ),
         (["stage=orpo", "data.eval_fraction=0.1", "train.exact_match_rows=2"], "rows must be 0 with stage=orpo"),
     ],
 )

@@ -58,7 +58,9 @@ def test_each_pair_has_its_own_margin_beside_the_settings(tmp_path, packing):
 @pytest.mark.parametrize("data", ROWS)
 def test_a_row_of_any_format_can_say_its_margin(data):
     format = load_config("prepare", ["model=tiny_random", f"data={data}", *REWARD]).data.format
-    assert convert(ROWS[data], format).margin == convert({**ROWS[data], "margin": None}, format).margin == 0.0
+    assert convert({**ROWS[data], "margin": None}, format).margin == 0.0
+    with pytest.raises(BadRow, match=r"there is no column 'margin' \(data\.format\.margin\)"):
+        convert(ROWS[data], format)
     assert convert({**ROWS[data], "margin": 2}, format).margin == 2.0
     assert convert({**ROWS[data], "margin": "1.5"}, format, Reading(untyped=True)).margin == 1.5
     for value in (-1, True, "1.5", float("nan"), float("inf")):
