@@ -27,7 +27,10 @@ def add_lora(
     if path is not None:
         if not (Path(path) / "adapter_config.json").is_file():
             raise ConfigError(
-                "adapter.path", "must be a folder with adapter_config.json", got=path, remedy="Train that adapter first, or name another."
+                "adapter.path",
+                "must be a folder with adapter_config.json",
+                got=path,
+                remedy="Train that adapter first, or name another.",
             )
         saved = PeftConfig.from_pretrained(path)
         saved.task_type = task_type
