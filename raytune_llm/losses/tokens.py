@@ -6,22 +6,24 @@ Arithmetic is float32, or float64 where the logits are. Sums over documents are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
 def token_logprobs(logits_NV: Tensor, targets_N: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Log-probability of each target [N] when the distribution is softmax(logits / temperature)."""
-    scaled_NV = _wide(logits_NV, temperature)
-    return _at(scaled_NV, targets_N) - scaled_NV.logsumexp(-1)
+    target_N, log_z_N = _target_and_log_z(_wide(logits_NV, temperature), targets_N)
+    return target_N - log_z_N
 
 
 def token_entropy(logits_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Entropy [N] of softmax(logits / temperature)."""
-    logprobs_NV = F.log_softmax(_wide(logits_NV, temperature), dim=-1)
-    # the clamp: a token ruled out by a logit of -inf adds 0, where 0 * -inf would be nan
-    return -(logprobs_NV.exp() * logprobs_NV.clamp(min=torch.finfo(logprobs_NV.dtype).min)).sum(-1)
+    wide_NV = _wide(logits_NV, temperature)
+    return _entropy(wide_NV) if torch.compiler.is_compiling() else _Entropy.apply(wide_NV)
 
 
 def token_correct(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -36,8 +38,8 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor, *, label_smoothing: floa
     z_loss c: plus c log(Z)^2, Z the softmax normaliser (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
     """
     wide_NV = _wide(logits_NV)
-    log_z_N = wide_NV.logsumexp(-1)
-    loss_N = log_z_N - (1 - label_smoothing) * _at(wide_NV, targets_N)
+    target_N, log_z_N = _target_and_log_z(wide_NV, targets_N)
+    loss_N = log_z_N - (1 - label_smoothing) * target_N
     if label_smoothing:
         loss_N = loss_N - label_smoothing * wide_NV.mean(-1)
     return loss_N + z_loss * log_z_N.square() if z_loss else loss_N
@@ -114,6 +116,62 @@ def split_sums(values_N: Tensor, document_N: Tensor, shared_tokens_M: Tensor) ->
 def _wide(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
     wide_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     return wide_NV if temperature == 1.0 else wide_NV / temperature
+
+
+def _target_and_log_z(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The target's logit [N], and log sum exp of all of them [N]."""
+    if torch.compiler.is_compiling():  # a compiler fuses what is plainly written
+        return _at(logits_NV, targets_N), logits_NV.logsumexp(-1)
+    return _TargetAndLogZ.apply(logits_NV, targets_N)
+
+
+def _entropy(logits_NV: Tensor) -> Tensor:
+    logprobs_NV = F.log_softmax(logits_NV, dim=-1)
+    # the clamp: a token ruled out by a logit of -inf adds 0, where 0 * -inf would be nan
+    return -(logprobs_NV.exp() * logprobs_NV.clamp(min=torch.finfo(logprobs_NV.dtype).min)).sum(-1)
+
+
+# What autograd makes of these is eight or more passes over the vocabulary, most of them into new memory; here they are half as
+# many. log Z is the largest logit less the logarithm of its probability, both exact to a rounding, and its gradient the softmax.
+
+
+class _TargetAndLogZ(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        softmax_NV, log_z_N = _softmax_and_log_z(logits_NV)
+        ctx.save_for_backward(softmax_NV, targets_N)
+        return _at(logits_NV, targets_N), log_z_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, target_grad_N: Tensor, log_z_grad_N: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        softmax_NV, targets_N = ctx.saved_tensors
+        grad_NV = softmax_NV * log_z_grad_N.unsqueeze(-1)
+        return grad_NV.scatter_add_(-1, targets_N.unsqueeze(-1), target_grad_N.unsqueeze(-1)), None
+
+
+class _Entropy(torch.autograd.Function):
+    """log Z less the mean logit; its gradient is -p (log p + entropy)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor) -> Tensor:
+        softmax_NV, log_z_N = _softmax_and_log_z(logits_NV)
+        entropy_N = log_z_N - softmax_NV.mul_(logits_NV).nansum(-1)  # a logit of -inf adds 0, where 0 * -inf is nan
+        ctx.save_for_backward(logits_NV, log_z_N, entropy_N)
+        return entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> Tensor:  # type: ignore[override]
+        logits_NV, log_z_N, entropy_N = ctx.saved_tensors
+        logprobs_NV = (logits_NV - log_z_N.unsqueeze(-1)).clamp_(min=torch.finfo(logits_NV.dtype).min)
+        softmax_NV = logprobs_NV.exp()
+        return logprobs_NV.add_(entropy_N.unsqueeze(-1)).mul_(softmax_NV).mul_(-grad_N.unsqueeze(-1))
+
+
+def _softmax_and_log_z(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    softmax_NV = logits_NV.softmax(-1)
+    return softmax_NV, logits_NV.amax(-1) - softmax_NV.amax(-1).log()
 
 
 def _at(values_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -25,10 +25,10 @@ from raytune_llm.models.policy import layers
 FP32 = 4
 ADAMW_BYTES = 2 * FP32
 """Two moments of each trained parameter."""
-LOGIT_BYTES, COMPILED_LOGIT_BYTES = 2 + 5 * FP32, 2 * FP32
-"""Of each logit at the loss's widest point, measured: the logit in 16 bits and in float32, three temporaries of the backward pass
-of logsumexp, and the gradient through the target's logit. Compiled, by its kernels: the logit, one float32 buffer for that
-gradient, and the result."""
+LOGIT_BYTES, COMPILED_LOGIT_BYTES = 2 + 3 * FP32, 2 * FP32
+"""Of each logit at the loss's widest point: the logit in 16 bits and in float32, the softmax that is kept, and the product that
+the entropy sums or the gradient. Compiled, by its kernels: the logit, one float32 buffer for the gradient through the target's
+logit, and the result."""
 CHUNK_TOKENS = 1024
 """What CausalLM takes by default."""
 QUANTIZED_BYTES = {"fp8": 2.0, "bnb_nf4": 0.516}
@@ -193,17 +193,18 @@ def _layer_bytes(d: Dimensions, compute: int, *, trains_all: bool, wide_norms: b
     """What one layer keeps of a token for its backward pass. With LoRA, as if every linear layer had one.
 
     Each norm keeps its input in float32 and, where its weight is trained, what it multiplies with. Attention keeps queries, keys,
-    values and its result. The MLP keeps gate, activated gate and up. A linear layer with something to train keeps its input: one
-    copy for those that share it, unless each converts it for itself; with dropout the dropped copy as well, and a mask of one
-    byte.
+    values and its result. The MLP keeps gate, activated gate and up; with LoRA gate and up alone, from which the last layer's
+    input is made again, unless it is dropped from. A linear layer with something to train keeps its input: one copy for those
+    that share it, unless each converts it for itself; with dropout the dropped copy as well, and a mask of one byte.
     Compiled, a norm keeps its input as it came, and the activated gate is computed again.
     """
+    product_again = not trains_all and not dropout
     attention = compute * 2 * (d.query + d.key_value)
     if compiled:
         return compute * (4 * d.hidden + 3 * d.intermediate) + attention
     norms = 2 * d.hidden * (FP32 + (compute if trains_all else 0))
-    mlp = compute * 3 * d.intermediate
-    inputs = compute * ((5 if wide_norms else 2) * d.hidden + d.intermediate)
+    mlp = compute * (2 if product_again else 3) * d.intermediate
+    inputs = compute * ((5 if wide_norms else 2) * d.hidden + (0 if product_again else d.intermediate))
     if dropout:
         inputs += (compute + 1) * (2 * d.hidden + d.query + d.intermediate)
     return norms + attention + mlp + inputs

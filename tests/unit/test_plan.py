@@ -154,5 +154,5 @@ def test_the_command_shows_parts_and_verdicts(chat_rows, tmp_path, capsys, monke
     assert command.main(run) == 0
     shown = capsys.readouterr().out
     assert "not prepared yet" in shown
-    assert "activations    45.25 GiB" in shown
+    assert "activations    31.25 GiB" in shown
     assert "train.activation_checkpointing=full" in shown

@@ -6,6 +6,9 @@ the scale is folded into B, and B's product is accumulated into the base layer's
 of the input. The layers themselves stay PEFT's, under their names, so that saving, loading and switching adapters off are not
 concerned.
 
+Between the passes a gated MLP keeps its gate and its other factor. Their product, which the last projection's A reads again, and
+the activated gate are computed again in the backward pass: two cheap passes in place of half of what the MLP would keep.
+
 With dropout, the layers of a group see one mask (Hu et al. 2021 leave it open; PEFT draws one a layer).
 """
 
@@ -17,11 +20,14 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from raytune_llm.models.quantization import FP8Linear, NF4Linear, QuantizedLinear
 
+aten = torch.ops.aten
 Product = Callable[..., Tensor]
 
 ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
@@ -30,26 +36,35 @@ MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP
 """down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
 
 
-def project(x_BTD: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
-    """The output of each layer for one input. A layer at a time where an adapter is off, merged or of another kind."""
+SILU = (nn.SiLU, SiLUActivation)
+"""x sigmoid(x), of torch and of transformers."""
+
+
+def project(x_BTD: Tensor, layers: Sequence[nn.Module], gate_BTD: Tensor | None = None) -> list[Tensor]:
+    """The output of each layer for one input: x, or silu(gate) * x where there is a gate. A layer at a time where an adapter is
+    off, merged or of another kind."""
     name = _adapter(layers[0])
     adapted: list[Any] = list(layers)
     kind = type(getattr(layers[0], "base_layer", None))
-    if name is None or kind not in ADAPTED or any(_adapter(x) != name or type(x.base_layer) is not kind for x in adapted[1:]):
+    grouped = name is not None and kind in ADAPTED and all(_adapter(x) == name and type(x.base_layer) is kind for x in adapted)
+    drops = grouped and not isinstance(adapted[0].lora_dropout[name], nn.Identity)
+    if gate_BTD is not None and (not grouped or drops or torch.compiler.is_compiling()):  # compilers see what is best kept
+        x_BTD, gate_BTD = F.silu(gate_BTD) * x_BTD, None
+    if not grouped:
         return [layer(x_BTD) for layer in layers]
     device = x_BTD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BTD.dtype
     x_MD = x_BTD.flatten(0, -2).to(dtype)
+    gate_MD = None if gate_BTD is None else gate_BTD.flatten(0, -2).to(dtype)
     a_RD = torch.cat([layer.lora_A[name].weight for layer in adapted]).to(dtype)
-    dropout = adapted[0].lora_dropout[name]
-    drops = not isinstance(dropout, nn.Identity)
+    low_MR = adapted[0].lora_dropout[name](x_MD) @ a_RD.T if drops else None
     per_layer = [
         tensor
         for layer in adapted
         for tensor in ((layer.lora_B[name].weight * layer.scaling[name]).to(dtype), *_weights(layer.base_layer))
     ]
     with torch.autocast(device, enabled=False):
-        outs = ADAPTED[kind].apply(x_MD, None if drops else a_RD, dropout(x_MD) @ a_RD.T if drops else None, *per_layer)
+        outs = ADAPTED[kind].apply(x_MD, gate_MD, None if drops else a_RD, low_MR, *per_layer)
     outs = [out.view(*x_BTD.shape[:-1], -1) for out in outs]
     biases = [layer.base_layer.bias for layer in adapted]
     return [out if bias is None else out + bias.to(dtype) for out, bias in zip(outs, biases, strict=True)]
@@ -130,7 +145,10 @@ class GroupedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate, up = project(hidden_states, (self.gate_proj, self.up_proj))
-        (out,) = project(self.act_fn(gate) * up, (self.down_proj,))
+        if isinstance(self.act_fn, SILU):
+            (out,) = project(up, (self.down_proj,), gate)
+        else:
+            (out,) = project(self.act_fn(gate) * up, (self.down_proj,))
         return out
 
 
@@ -179,13 +197,17 @@ def _accumulate_product(into_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> N
 def _adapted(product: Product, transposed: Product, num_weights: int) -> type[torch.autograd.Function]:
     """y_i = product(x, weights_i) + low_i @ b_i.T for the layers of a group, whose weights are frozen.
 
-    Takes x [M, D], then either a [R, D], where low is x @ a.T, or low [M, R] itself, then b_i [N_i, R_i] and the weights of each
-    layer.
+    Takes x [M, D], and a gate [M, D] where silu(gate) * x is to stand for x, then either a [R, D], where low is x @ a.T, or
+    low [M, R] itself, then b_i [N_i, R_i] and the weights of each layer.
     """
 
     class Adapted(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x_MD: Tensor, a_RD: Tensor | None, low_MR: Tensor | None, *per_layer: Tensor) -> tuple[Tensor, ...]:
+        def forward(
+            ctx: Any, x_MD: Tensor, gate_MD: Tensor | None, a_RD: Tensor | None, low_MR: Tensor | None, *per_layer: Tensor
+        ) -> tuple[Tensor, ...]:
+            given = x_MD, gate_MD
+            x_MD = x_MD if gate_MD is None else F.silu(gate_MD).mul_(x_MD)
             low = x_MD @ a_RD.T if a_RD is not None else low_MR
             assert low is not None
             outs, start = [], 0
@@ -196,12 +218,12 @@ def _adapted(product: Product, transposed: Product, num_weights: int) -> type[to
                 outs.append(out)
                 start += b_NR.shape[1]
             ctx.given_low = a_RD is None
-            ctx.save_for_backward(x_MD, low if a_RD is None else a_RD, low, *per_layer)
+            ctx.save_for_backward(*given, low if a_RD is None else a_RD, low, *per_layer)
             return tuple(outs)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            x_MD, a_RD, low, *per_layer = ctx.saved_tensors
+            x_MD, gate_MD, a_RD, low, *per_layer = ctx.saved_tensors
             towards_low, towards_layers, towards_x, start = [], [], None, 0
             for i, grad in zip(range(0, len(per_layer), 1 + num_weights), grads, strict=True):
                 b_NR, weights = per_layer[i], per_layer[i + 1 : i + 1 + num_weights]
@@ -216,10 +238,17 @@ def _adapted(product: Product, transposed: Product, num_weights: int) -> type[to
                     towards_x = towards_x + transposed(grad, *weights)
             low_grad = torch.cat(towards_low, dim=1)
             if ctx.given_low:
-                return towards_x, None, low_grad, *towards_layers
+                return towards_x, None, None, low_grad, *towards_layers
             assert towards_x is not None
             _accumulate_product(towards_x, low_grad, a_RD)
-            return towards_x, low_grad.T @ x_MD, None, *towards_layers
+            if gate_MD is None:
+                return towards_x, None, low_grad.T @ x_MD, None, *towards_layers
+            active_MD = F.silu(gate_MD)
+            product_MD = active_MD * x_MD
+            towards_a = low_grad.T @ product_MD
+            towards_gate = torch.mul(towards_x, x_MD, out=product_MD)
+            aten.silu_backward.grad_input(towards_gate, gate_MD, grad_input=towards_gate)
+            return towards_x.mul_(active_MD), towards_gate, towards_a, None, *towards_layers
 
     return Adapted
 

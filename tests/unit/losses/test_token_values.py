@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributions import Categorical
+from torch.nn import functional as F
 
 from raytune_llm.losses.tokens import (
     TOKEN_LOSSES,
@@ -80,6 +83,34 @@ def test_tokens_ruled_out_add_nothing_to_entropy():
     torch.testing.assert_close(entropy, torch.tensor([math.log(2)]))
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain"),
+    [
+        (partial(token_logprobs, temperature=0.7), lambda x, t: F.log_softmax(x / 0.7, -1).gather(1, t[:, None]).squeeze(1)),
+        (partial(cross_entropy, label_smoothing=0.2), partial(F.cross_entropy, label_smoothing=0.2, reduction="none")),
+        (partial(cross_entropy, z_loss=0.3), lambda x, t: F.cross_entropy(x, t, reduction="none") + 0.3 * x.logsumexp(-1) ** 2),
+        (lambda x, t: token_entropy(x, temperature=0.7), lambda x, t: Categorical(logits=x / 0.7).entropy()),
+    ],
+    ids=["logprobs", "smoothing", "z_loss", "entropy"],
+)
+def test_values_and_gradients_are_those_of_torch(ours, plain, logits, targets):
+    logits.requires_grad_()
+    upstream = torch.arange(1.0, 7.0, dtype=torch.float64)
+    torch.testing.assert_close(ours(logits, targets), plain(logits, targets), rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(function(logits, targets), logits, upstream)[0] for function in (ours, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [token_logprobs, cross_entropy, lambda logits, targets: token_entropy(logits)])
+def test_compiled_functions_say_and_learn_the_same(function, logits, targets):
+    torch._dynamo.reset()
+    logits.requires_grad_()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits, targets), function(logits, targets))
+    gradients = [torch.autograd.grad(one(logits, targets).sum(), logits)[0] for one in (compiled, function)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_dft_scales_the_gradient_of_a_token_by_its_probability(logits, targets):
