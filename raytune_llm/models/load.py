@@ -82,16 +82,27 @@ def load_model(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return auto.from_pretrained(
+            model, found = auto.from_pretrained(
                 packaged.resolve(path),
                 config=config,
                 dtype=dtype,
                 device_map={"": device},
                 revision=revision,
                 trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
     except OSError as error:
         raise _unreachable(path, error) from None
+    if found["mismatched_keys"]:
+        name, stored, expected = min(found["mismatched_keys"])
+        raise ConfigError(
+            "model.config",
+            f"must leave the sizes of the weights at model.path: {name} is {list(stored)} there, {list(expected)} by the config",
+            got=path,
+            remedy="Leave out what changes sizes, or set model.weights=random.",
+        )
+    return model
 
 
 def _with_score_head(config: PretrainedConfig) -> PretrainedConfig:

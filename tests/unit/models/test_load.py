@@ -1,0 +1,32 @@
+"""Models from folders: what does not go together is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.load import load_config, load_model
+from tests.models import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama().base.save_pretrained(path)
+    return path
+
+
+def test_a_folder_gives_the_weights_that_were_saved(folder: Path) -> None:
+    config = load_config(str(folder), {})
+    model = load_model(config, str(folder), weights="pretrained", dtype=torch.float32, seed=1)
+    saved = tiny_llama().base.state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+def test_a_config_of_other_sizes_than_the_weights_is_a_mistake_in_the_config(folder: Path) -> None:
+    config = load_config(str(folder), {"hidden_size": 16})
+    with pytest.raises(ConfigError, match=r"model\.config must leave the sizes of the weights .* \[97, 32\] there, \[97, 16\]"):
+        load_model(config, str(folder), weights="pretrained", dtype=torch.float32, seed=1)
