@@ -3,11 +3,23 @@
     from raytune_llm import api, load_config
     result = api.train(load_config("train", ["+experiment=sft_smollm2"]))
 
-Importing this package imports neither torch nor ray.
+Importing this package imports neither torch nor ray, and Hydra only with `load_config`: each Ray worker imports it.
 """
 
-from raytune_llm.config.load import load_config
+from typing import TYPE_CHECKING, Any
+
 from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
 
 __all__ = ["ConfigError", "DataError", "ResourceError", "UserError", "load_config"]
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from raytune_llm.config.load import load_config
+
+
+def __getattr__(name: str) -> Any:
+    if name != "load_config":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from raytune_llm.config.load import load_config
+
+    return load_config

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from raytune_llm import packaged
 from raytune_llm.config.data import DataConfig
@@ -17,6 +17,10 @@ from raytune_llm.data.named_templates import NamedTemplate, apply_to_tokenizer, 
 from raytune_llm.errors import ConfigError
 
 BYTES = "bytes"
+NO_CLASS_OF_THEIR_OWN = ("llama", "qwen3", "granite", "olmo2", "smollm3")
+"""Models whose tokenizer is of the class that its files name."""
+ANY_FAST = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Names of the class that does as tokenizer.json says and no more."""
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -83,7 +87,7 @@ def load_tokenizer(
     assert place is not None, "model.path or model.tokenizer is given"
     folder = packaged.resolve(place)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
+        tokenizer: Any = _loader(Path(folder)).from_pretrained(
             folder, revision=revision if kind is None else None, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
@@ -107,6 +111,21 @@ def load_tokenizer(
             remedy="Take the model's chat version, set data.template, or set model.tokenizer.",
         )
     return tokenizer
+
+
+def _loader(folder: Path) -> Any:
+    """AutoTokenizer, or the class that it would choose where that is plain: it loads torch, which takes seconds."""
+    try:
+        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        named = settings["tokenizer_class"]
+    except (OSError, ValueError, KeyError, TypeError):
+        model_type, named, settings = None, None, {}
+    if model_type in NO_CLASS_OF_THEIR_OWN and named in ANY_FAST and "auto_map" not in settings:
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

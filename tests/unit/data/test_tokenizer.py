@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from raytune_llm.data.tokenizer import byte_tokenizer, fingerprint, load_tokenizer
+from raytune_llm.data.tokenizer import ANY_FAST, NO_CLASS_OF_THEIR_OWN, byte_tokenizer, fingerprint, load_tokenizer
 from raytune_llm.errors import ConfigError
 
 BYTES = byte_tokenizer()
@@ -33,6 +35,18 @@ def test_the_byte_tokenizer_is_the_same_after_saving_and_loading(tmp_path):
 def test_the_fingerprint_survives_saving_and_loading(tmp_path):
     BYTES.save_pretrained(tmp_path)
     assert fingerprint(load_tokenizer(str(tmp_path))) == fingerprint(BYTES)
+
+
+@pytest.mark.parametrize("model_type", [*NO_CLASS_OF_THEIR_OWN, "qwen2", "phi3", "unknown"])
+@pytest.mark.parametrize("named", [*ANY_FAST, "Qwen2Tokenizer"])
+def test_a_tokenizer_is_of_the_class_that_transformers_chooses(tmp_path, model_type, named):
+    BYTES.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": named}))
+    ours, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    assert fingerprint(ours) == fingerprint(theirs)
 
 
 def test_the_fingerprint_changes_with_the_chat_template(tmp_path):
