@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
 from raytune_llm.models.activations import HostMemory
+from raytune_llm.models.documents import document_numbers
 from raytune_llm.models.head import TokenFunction, adjusted, chunks, together, token_values
 from raytune_llm.models.neftune import neftune_noise
 from raytune_llm.records import Batch
@@ -128,7 +129,7 @@ class CausalLM(nn.Module):
 
     def _noise(self, batch: Batch, width: int, alpha: float) -> Tensor:
         B, T = batch.ids_BT.shape
-        document_L = attention.document_numbers(batch.cu_seqlens_S, B, T).flatten() - 1
+        document_L = document_numbers(batch.cu_seqlens_S, B, T).flatten() - 1
         ids_L, positions_L = batch.ids_BT.flatten(), batch.positions_BT.flatten()
         return neftune_noise(ids_L, positions_L, document_L, width=width, alpha=alpha, seed=batch.seed).view(B, T, width)
 

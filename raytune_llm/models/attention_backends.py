@@ -1,0 +1,231 @@
+"""Attention within documents, in several ways: FlashAttention over boundaries, blocks of a mask, a mask of the whole square.
+
+A back end takes query [B, H, T, Dh], key and value with fewer heads where they are grouped, what is done to scores, and of the
+batch what it needs: its boundaries, cu_seqlens_S and max_seqlen, its prefixes, or block masks. It returns [B, T, H, Dh].
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache, partial, wraps
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.document_attention import document_attention
+from raytune_llm.models.documents import document_mask
+from raytune_llm.records import Prefixes
+
+# torch 2.11 takes grouped heads as they are; later releases ask for the flag.
+_GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+class Scores(NamedTuple):
+    """What is done to the scores of a layer."""
+
+    scaling: float | None
+    """None: 1 / sqrt(Dh)."""
+    sliding_window: int | None
+    """How many tokens a token sees, itself among them; None: all that came before."""
+    softcap: float | None
+    """Scores become softcap tanh(score / softcap), as in Gemma 2."""
+
+
+def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    """A back end with the signature that transformers' layers call, who take weights of attention as well."""
+
+    @wraps(attend)
+    def called(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **of_batch: Any,
+    ) -> tuple[Tensor, None]:
+        if s_aux is not None:
+            raise ConfigError("model.path", "must be a model without attention sinks, which no back end here computes")
+        return attend(query, key, value, Scores(scaling, sliding_window, softcap), **of_batch), None
+
+    return called
+
+
+@as_transformers_calls
+def varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Scores,
+    *,
+    cu_seqlens_S: Tensor,
+    max_seqlen: int,
+    prefixes: Prefixes | None = None,
+    **_: object,
+) -> Tensor:
+    """Each document attends to itself, and to what it goes on from: FlashAttention over boundaries on a GPU, a document at a time
+    on a CPU."""
+    scaling, sliding_window, softcap = scores
+    B, H, T, head = query.shape
+    if cu_seqlens_S.shape[0] == 2 and sliding_window is None and softcap is None:
+        return _whole(query, key, value, scaling)
+    q, k, v = _flat(query, key, value)
+    if sliding_window is None and softcap is None and (prefixes is not None or not q.is_cuda):
+        out: Any = document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scaling)
+    elif q.is_cuda:
+        assert softcap is None, "choose takes another back end"
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        out = varlen_attn(
+            q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scaling, window_size=window, **_GROUPED_HEADS
+        )
+    else:
+        out = torch.cat(
+            [
+                _one_document(q[start:end], k[start:end], v[start:end], scaling, sliding_window, softcap)
+                for start, end in _documents(cu_seqlens_S)
+            ]
+        )
+    return out.view(B, T, H, head)
+
+
+def _flash2() -> Callable[..., Any]:
+    """Dao 2023, arXiv 2307.08691."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+def _flash3() -> Callable[..., Any]:
+    """For the Hopper kind (Shah et al. 2024, arXiv 2407.08608)."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+@as_transformers_calls
+def _packaged(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Scores,
+    *,
+    load: Callable[[], Callable[..., Any]],
+    cu_seqlens_S: Tensor,
+    max_seqlen: int,
+    **_: object,
+) -> Tensor:
+    """FlashAttention from a package that has to be built."""
+    scaling, sliding_window, softcap = scores
+    B, H, T, head = query.shape
+    q, k, v = _flat(query, key, value)
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    out = load()(
+        q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen,
+        softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0,
+    )  # fmt: skip
+    out = out[0] if isinstance(out, tuple) else out  # earlier releases of 3 return the logsumexp as well
+    return out.view(B, T, H, head)
+
+
+flash2, flash3 = partial(_packaged, load=_flash2), partial(_packaged, load=_flash3)
+
+
+@as_transformers_calls
+def flex(query: Tensor, key: Tensor, value: Tensor, scores: Scores, *, block_masks: dict[int, BlockMask], **_: object) -> Tensor:
+    """FlexAttention (Dong et al. 2024, arXiv 2412.05496) over blocks that are not empty; `block_masks` by window, 0 for none."""
+    scaling, sliding_window, softcap = scores
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    out = attend(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=block_masks[sliding_window or 0],
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+@as_transformers_calls
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Scores,
+    *,
+    cu_seqlens_S: Tensor,
+    prefixes: Prefixes | None = None,
+    **_: object,
+) -> Tensor:
+    """The plain twin: one call with a mask of T x T a pack. Costs the whole square; for checks, and where nothing else runs."""
+    mask = document_mask(cu_seqlens_S, query.shape[0], query.shape[2], scores.sliding_window, prefixes)
+    return _masked(query, key, value, mask, scores.scaling, scores.softcap).transpose(1, 2).contiguous()
+
+
+def _whole(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """One document, a long one most likely, for which cuDNN's kernel is half as fast again as FlashAttention 2."""
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        )
+    return out.transpose(1, 2)
+
+
+def _documents(cu_seqlens_S: Tensor) -> list[tuple[int, int]]:
+    bounds = cu_seqlens_S.tolist()
+    return list(pairwise(bounds))
+
+
+def _one_document(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, sliding_window: int | None, softcap: float | None
+) -> Tensor:
+    """[L, H, Dh] for q, [L, Hk, Dh] for k and v."""
+    L = q.shape[0]
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    if softcap is not None or (sliding_window is not None and sliding_window < L):
+        out = _masked(q, k, v, document_mask(torch.tensor([0, L]), 1, L, sliding_window), scaling, softcap)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1])
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
+    """[B, H, T, Dh]. Capped scores (softcap tanh(score / softcap)) are spelled out."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _flat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, H, T, Dh] -> [B T, H, Dh] each."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    return q, k, v
+
+
+@lru_cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention)
