@@ -182,7 +182,7 @@ def _data(run: TrainRun, config: PretrainedConfig) -> Data | None:
         held_out_rows=sum(len(samples.rows) for samples in stores.held_out.values()),
         samples=len(samples),
         tokens=tokens,
-        trained_tokens=int(samples.targets.sum()),
+        trained_tokens=samples.trained_tokens,
         fill=tokens / (len(samples) * run.data.max_length) if run.data.packing else None,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps(run, steps_per_epoch),

@@ -10,11 +10,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from raytune_llm import api
+from raytune_llm.config.adapter import LoRA
 from raytune_llm.config.run import TrainRun
+from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.models.memory import Memory
 from raytune_llm.plan import Data, Plan, Verdict
 
 GIB = 2**30
+REFERENCES = {
+    "precomputed": "{}, once for all rows before the first step",
+    "online": "{}, in each step",
+    "none": "none",
+}
 COMPILED = {True: "compiled", False: "not compiled", "auto": "compiled on GPUs"}
 PARTS = {
     "weights": "model and adapter",
@@ -24,6 +31,7 @@ PARTS = {
     "activations": "kept for the backward pass",
     "logits": "of a chunk of trained tokens",
     "layer": "a layer's backward pass, after the logits'",
+    "reference": "another model, or copies of what is trained",
 }
 
 
@@ -57,8 +65,11 @@ def _choices(run: TrainRun, planned: Plan) -> Table:
     table.add_row(
         "a step",
         f"{run.train.global_batch_size:,} {_sample(run)}s = {_times(planned.world_size, 'worker')} x "
-        f"{_times(run.train.micro_batch_size, _sample(run))} x {_times(planned.accumulation, 'micro-batch', 'micro-batches')}",
+        f"{_times(run.train.micro_batch_size, _sample(run))} x {_times(planned.accumulation, 'micro-batch', 'micro-batches')}"
+        f"{_rows_of_a_step(run, planned.data)}",
     )
+    if isinstance(run.stage, DPO | KTO):
+        table.add_row("reference", REFERENCES[run.stage.reference].format(escape(_reference(run.stage, run))))
     table.add_row(
         "computed",
         f"{run.strategy.name}, {run.train.precision}, activation checkpointing {run.train.activation_checkpointing}, "
@@ -83,6 +94,19 @@ def _data_rows(run: TrainRun, data: Data | None) -> list[tuple[str, str]]:
 
 def _at_most(run: TrainRun) -> str:
     return "" if run.train.max_steps is None else f", at most {run.train.max_steps:,} steps"
+
+
+def _rows_of_a_step(run: TrainRun, data: Data | None) -> str:
+    return "" if data is None or not run.data.packing else f", about {data.rows / data.steps_per_epoch:.3g} rows"
+
+
+def _reference(stage: DPO | KTO, run: TrainRun) -> str:
+    """Whose log-probabilities the policy is held against."""
+    if stage.reference_model is None and stage.reference_adapter is None:
+        goes_on = isinstance(run.adapter, LoRA) and run.adapter.path is not None
+        return f"the model as the run finds it{', with the adapter that it goes on from' if goes_on else ''}"
+    adapter = "" if stage.reference_adapter is None else f" with {stage.reference_adapter}"
+    return f"{stage.reference_model or _model(run)}{adapter}"
 
 
 def _memory(memory: Memory) -> Table:

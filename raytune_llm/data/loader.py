@@ -148,6 +148,11 @@ class Samples:
         order = np.arange(len(self)) if seed is None else permutation(len(self), seed, epoch)
         yield Ordered(self, order, last=True)
 
+    @property
+    def trained_tokens(self) -> int:
+        """Of an epoch: targets of a conversation or a text, tokens of all answers of other rows."""
+        return int(self.targets.sum() if self.store.kind == "text" else self.store.targets[self._rows].sum())
+
     def over(self, rows: np.ndarray) -> Samples:
         """Samples of other rows of the same store, made in the same way."""
         return Samples(self.store, rows, max_length=self.max_length, packing=self.packing, share_prompts=self.share_prompts)

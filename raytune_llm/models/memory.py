@@ -85,11 +85,13 @@ class Memory:
     """Of one chunk of trained tokens, with what the loss makes of them."""
     layer: int
     """The backward pass of one layer: its gradients, and its activations where they are recomputed."""
+    reference: int = 0
+    """Another model beside the trained one, or copies of what is trained, as it was and as it is meanwhile."""
 
     @property
     def total(self) -> int:
         """The peak. Logits are gone when the first layer's backward pass begins, so the larger of the two counts."""
-        kept = self.weights + self.gradients + self.optimizer + self.buffers + self.activations
+        kept = self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.reference
         return kept + max(self.logits, self.layer)
 
 

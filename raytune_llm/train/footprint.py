@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, combinations
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from raytune_llm.config.adapter import AdapterConfig, LoRA
+from raytune_llm.config.adapter import AdapterConfig, LoRA, NoAdapter
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.section import settings_of
+from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.config.strategy import DDP, FSDP, StrategyConfig
 from raytune_llm.data.batches import KINDS
 from raytune_llm.models import attention
+from raytune_llm.models.load import load_config
 from raytune_llm.models.memory import (
     STATES,
     Memory,
@@ -55,6 +58,10 @@ class Needs:
     checkpointing: str
     """none, selective, full or offload."""
     compiled: bool
+    reference: str
+    """none, precomputed or online."""
+    reference_parameters: int
+    """Of another model than the trained one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,23 +88,34 @@ def needs_of(run: TrainRun, config: PretrainedConfig, world_size: int, *, compil
         max_length=run.data.max_length,
         checkpointing="none" if asked == "auto" else asked,
         compiled=compiled,
+        reference=run.stage.reference if isinstance(run.stage, DPO | KTO) else "none",
+        reference_parameters=_reference_parameters(run, config),
     )
+
+
+def _reference_parameters(run: TrainRun, config: PretrainedConfig) -> int:
+    if not isinstance(run.stage, DPO | KTO) or (run.stage.reference_model is None and run.stage.reference_adapter is None):
+        return 0
+    path, trusted = run.stage.reference_model, run.model.trust_remote_code
+    found = config if path is None else load_config(path, {}, trust_remote_code=trusted)
+    return count_parameters(found, NoAdapter(name="none"), trust_remote_code=trusted).total
 
 
 def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     """The peak of a step on one GPU."""
     dtype = DTYPES.get(run.train.precision, torch.bfloat16)  # what auto is on the GPUs that this is for
     backend = attention.backend_to_expect(run.model.attention, config, dtype)
-    states = STATES[needs.strategy.name](
-        needs.parameters,
-        dtype.itemsize,
-        needs.world_size,
+    states_of = partial(
+        STATES[needs.strategy.name],
+        compute=dtype.itemsize,
+        world=needs.world_size,
         accumulates=run.train.global_batch_size > needs.micro_batch_size * needs.world_size,
         **settings_of(needs.strategy),
     )
+    states = states_of(needs.parameters)
     saved = 0 if needs.parameters.frozen == 0 else quantized_bytes(needs.parameters, dtype.itemsize, needs.quantization)
     pack = needs.max_length * KINDS[STAGES[run.stage.name].rows].sides
-    return memory_per_gpu(
+    memory = memory_per_gpu(
         dimensions(config),
         needs.parameters,
         replace(states, weights=states.weights - saved),
@@ -109,6 +127,18 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
         compiled=needs.compiled,
         mask_bytes=needs.micro_batch_size * pack**2 * (1 + dtype.itemsize) if backend in TAKES_MASK else 0,
     )
+    other = needs.reference_parameters * dtype.itemsize
+    if needs.reference == "precomputed":
+        # Gone before the first step, in whose room it was, but for the logits that the pass has too.
+        return replace(memory, reference=max(other - (memory.total - memory.weights - memory.logits), 0))
+    if needs.reference == "online" and not other and not _starts_from_its_base(run, needs):
+        other = 2 * states_of(replace(needs.parameters, total=needs.parameters.trained)).weights
+    return replace(memory, reference=other)
+
+
+def _starts_from_its_base(run: TrainRun, needs: Needs) -> bool:
+    """The reference is the model without its adapter, so that no copy of it is needed."""
+    return needs.parameters.frozen > 0 and not (isinstance(run.adapter, LoRA) and run.adapter.path is not None)
 
 
 def least_recomputation(needs: Needs, memory_of: MemoryOf, usable_bytes: float) -> Needs:
@@ -147,6 +177,8 @@ def _changes(run: TrainRun, config: PretrainedConfig, needs: Needs) -> dict[str,
         changes["adapter=lora"] = {"parameters": _count(run, config, TRIAL_LORA), "quantization": "none"}
     elif needs.quantization != "bnb_nf4" and needs.strategy.name == "ddp":
         changes["quantization=bnb_nf4"] = {"quantization": "bnb_nf4", "strategy": DDP(name="ddp")}
+    if needs.reference == "online" and not run.data.streaming:
+        changes["stage.reference=precomputed"] = {"reference": "precomputed"}
     return changes
 
 

@@ -177,5 +177,6 @@ def other_model(run: TrainRun, config: PretrainedConfig, device: torch.device) -
         seed=run.train.seed,
         device=device,
         quantization="none" if adapter is None else run.quantization.name,
+        trains=False,
     )
     return model.requires_grad_(False).to(device).eval()

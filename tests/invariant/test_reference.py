@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from raytune_llm import api
-from raytune_llm.config.load import load_config
+from raytune_llm.config.load import CONF, load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.errors import ConfigError, DataError
@@ -105,6 +105,34 @@ def test_an_adapter_that_a_run_goes_on_from_is_in_the_reference(how: str, rows: 
     )
     api.train(named)
     assert losses(named) == pytest.approx(losses(second), rel=1e-4)
+
+
+def test_the_recipe_of_two_runs_goes_on_from_the_first_and_is_held_against_it(rows: dict[str, str], tmp_path: Path) -> None:
+    recipe = ("data=prompt_completion_pairs", "data.max_length=64", "data.packing=false", "train.epochs=1")
+    first = tiny_run(
+        str(CONF.parent / "examples" / "commands.jsonl"),
+        str(tmp_path / "cache"),
+        tmp_path / "first",
+        *("+experiment=sft_smollm2", "data.max_samples=24", "train.eval_every_steps=null", "train.exact_match_rows=0"),
+    )
+    learned = api.train(first).final
+    second, unlike = (
+        tiny_run(
+            rows["dpo"],
+            str(tmp_path / "cache"),
+            tmp_path / name,
+            "+experiment=sft_then_dpo_smollm2",
+            *recipe,
+            f"adapter.path={path}",
+        )
+        for name, path in (("second", learned), ("unlike", "null"))
+    )
+    api.train(second)
+    api.train(unlike)
+    begun, fresh = (next(record for record in metrics(run.output_dir) if "loss" in record) for run in (second, unlike))
+    assert begun["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert begun["rewards/margins"] == 0
+    assert begun["logps/chosen"] != pytest.approx(fresh["logps/chosen"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -156,3 +156,31 @@ def test_the_command_shows_parts_and_verdicts(chat_rows, tmp_path, capsys, monke
     assert "not prepared yet" in shown
     assert "activations    31.25 GiB" in shown
     assert "train.activation_checkpointing=full" in shown
+
+
+def test_a_reference_takes_memory_where_it_is_another_model_or_a_copy(chat_rows, cache, tmp_path):
+    def of(*overrides: str) -> tuple[int, Plan]:
+        settings = ("data=chat_pairs", "stage=dpo", "stage.reference=online", "train.precision=fp32", *overrides)
+        plan = planned(chat_rows, cache, tmp_path, *settings)
+        return plan.memory.reference, plan
+
+    assert of()[0] == 0
+    size, plan = of("adapter=none")
+    assert size == 2 * 4 * plan.parameters.trained
+    size, plan = of("stage.reference_adapter=other")
+    assert size == 4 * plan.parameters.frozen
+    before, _ = of("stage.reference_adapter=other", "stage.reference=precomputed")
+    assert 0 <= before < size
+
+
+def test_a_misfit_for_its_copies_may_compute_the_reference_before(chat_rows, cache, tmp_path, monkeypatch):
+    on(monkeypatch, 160)
+    settings = ("data=chat_pairs", "stage=dpo", "stage.reference=online", "adapter=none", "data.max_length=2048")
+    (verdict,) = planned(chat_rows, cache, tmp_path, *LLAMA3_8B, *settings).misfits
+    assert ("stage.reference=precomputed",) in [mend.settings for mend in verdict.mends]
+
+
+def test_a_plan_says_whose_reference_it_is_and_how_many_rows_a_step_has(chat_rows, cache, tmp_path, capsys):
+    command.main(tiny_run(chat_rows, str(cache), tmp_path / "out", "data=chat_pairs", "stage=dpo"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the model as the run finds it, once for all rows before the first step" in said
