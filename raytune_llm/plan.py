@@ -183,7 +183,7 @@ def _data(run: TrainRun, config: PretrainedConfig) -> Data | None:
         samples=len(samples),
         tokens=tokens,
         trained_tokens=samples.trained_tokens,
-        fill=tokens / (len(samples) * run.data.max_length) if run.data.packing else None,
+        fill=tokens / (len(samples) * samples.capacity) if run.data.packing else None,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps(run, steps_per_epoch),
     )

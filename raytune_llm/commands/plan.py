@@ -13,8 +13,10 @@ from raytune_llm import api
 from raytune_llm.config.adapter import LoRA
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.stage import DPO, KTO
+from raytune_llm.data.batches import KINDS
 from raytune_llm.models.memory import Memory
 from raytune_llm.plan import Data, Plan, Verdict
+from raytune_llm.stages import STAGES
 
 GIB = 2**30
 REFERENCES = {
@@ -53,7 +55,7 @@ def main(run: TrainRun) -> int:
 def _choices(run: TrainRun, planned: Plan) -> Table:
     table = _plain()
     table.add_row("run", f"[bold]{escape(run.name)}[/bold]: {run.stage.name} of {escape(_model(run))}")
-    table.add_row("data", f"{escape(str(run.data.path))}, at most {run.data.max_length:,} tokens a {_sample(run)}")
+    table.add_row("data", f"{escape(str(run.data.path))}, at most {run.data.max_length:,} tokens a {_limited(run)}")
     for what, value in _data_rows(run, planned.data):
         table.add_row(what, value)
     parameters = planned.parameters
@@ -146,6 +148,11 @@ def _plain(title: str | None = None) -> Table:
 def _model(run: TrainRun) -> str:
     name = run.model.path or run.model.config["model_type"]
     return f"{name}, random weights" if run.model.weights == "random" else name
+
+
+def _limited(run: TrainRun) -> str:
+    """What data.max_length is a limit of."""
+    return "side of a pair" if KINDS[STAGES[run.stage.name].rows].sides == 2 else _sample(run)
 
 
 def _sample(run: TrainRun) -> str:

@@ -180,6 +180,17 @@ def test_a_misfit_for_its_copies_may_compute_the_reference_before(chat_rows, cac
     assert ("stage.reference=precomputed",) in [mend.settings for mend in verdict.mends]
 
 
+def test_packs_of_pairs_hold_both_sides_and_train_both_answers(tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("\n".join(f'{{"prompt": "{n}", "chosen": "good good", "rejected": "bad"}}' for n in range(10, 30)))
+    settings = ("data=prompt_completion_pairs", "stage=dpo", "data.max_length=128", "data.eval_fraction=0")
+    run = tiny_run(str(rows), str(tmp_path / "cache"), tmp_path / "out", *settings)
+    pipeline.prepare(run.model, run.data, run.resources, kind="pairs")
+    data = api.plan(run).data
+    assert data is not None and data.fill is not None and data.fill <= 1
+    assert data.trained_tokens == 20 * (len("good good") + 1 + len("bad") + 1)
+
+
 def test_a_plan_says_whose_reference_it_is_and_how_many_rows_a_step_has(chat_rows, cache, tmp_path, capsys):
     command.main(tiny_run(chat_rows, str(cache), tmp_path / "out", "data=chat_pairs", "stage=dpo"))
     said = " ".join(capsys.readouterr().out.split())
