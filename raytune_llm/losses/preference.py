@@ -156,8 +156,9 @@ def dpo_apo_down(pairs: PairLogprobs, *, beta: float) -> Tensor:
 def dpo_discopop(pairs: PairLogprobs, *, beta: float, tau: float = 0.05) -> Tensor:
     """(1 - m) (-log s(x)) + m exp(-x), x = b d, m = s(x / tau): log-ratio modulated (Lu et al. 2024, arXiv 2406.08414)."""
     logits_P = beta * pairs.margin_P
-    modulation_P = torch.sigmoid(logits_P / tau)
-    return (1 - modulation_P) * -F.logsigmoid(logits_P) + modulation_P * torch.exp(-logits_P)
+    # as one power of e, since m is 0 where exp(-x) is infinite
+    modulated_P = torch.exp(F.logsigmoid(logits_P / tau) - logits_P)
+    return torch.sigmoid(-logits_P / tau) * -F.logsigmoid(logits_P) + modulated_P
 
 
 def dpo_bco_pair(pairs: PairLogprobs, *, beta: float) -> Tensor:

@@ -60,7 +60,8 @@ def eaft(logits_NV: Tensor, targets_N: Tensor, *, alpha: float = 1.0) -> Tensor:
     """
     with torch.no_grad():
         top_NK = logits_NV.topk(min(20, logits_NV.shape[-1]), dim=-1).values
-        weight_N = (token_entropy(top_NK) / 3.0).pow(alpha)
+        # not token_entropy, which a rounding can make negative: no power of that
+        weight_N = (_entropy(_wide(top_NK)) / 3.0).pow(alpha)
     return weight_N * cross_entropy(logits_NV, targets_N)
 
 
@@ -73,7 +74,7 @@ def token_kl(p_logits_NV: Tensor, q_logits_NV: Tensor) -> Tensor:
     """KL(p || q) [N] between the two next-token distributions."""
     p_logprobs_NV = F.log_softmax(_wide(p_logits_NV), dim=-1)
     q_logprobs_NV = F.log_softmax(_wide(q_logits_NV), dim=-1)
-    return F.kl_div(q_logprobs_NV, p_logprobs_NV, reduction="none", log_target=True).sum(-1)
+    return F.kl_div(q_logprobs_NV, p_logprobs_NV, reduction="none", log_target=True).nansum(-1)  # what p rules out adds 0
 
 
 TOKEN_LOSSES = {"cross_entropy": cross_entropy, "dft": dft, "eaft": eaft, "asft": asft}

@@ -175,3 +175,17 @@ def test_metrics_carry_no_gradient_and_count_a_tie_as_wrong(pairs):
     assert metrics["rewards/accuracies"] == (1, 2)
     assert metrics["rewards/margins"] == (1, 2)
     assert not any(total.requires_grad for total, _ in metrics.values())
+
+
+@pytest.mark.parametrize("margin", [-3000.0, -100.0, 0.0, 100.0, 3000.0])
+@pytest.mark.parametrize(
+    "name", ["sigmoid", "hinge", "ipo", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "bco_pair", "f_js"]
+)
+def test_answers_far_from_the_reference_have_losses_and_slopes_that_are_numbers(name, margin):
+    zero = torch.zeros(1)
+    chosen = torch.tensor([margin], requires_grad=True)
+    settings = {"tau": 0.05} if name == "discopop" else {}
+    pairs = PairLogprobs(chosen, zero, zero, zero, torch.ones(1), torch.ones(1))
+    loss = PREFERENCE_LOSSES[name](pairs, beta=1.0, **settings)
+    loss.sum().backward()
+    assert loss.isfinite().all() and chosen.grad is not None and chosen.grad.isfinite().all()

@@ -161,3 +161,24 @@ def test_two_parts_of_documents_add_up_to_their_sums(lengths, data):
     assert head.tolist() == by_hand
     assert torch.equal(head + tail, segment_sums(values, document, len(lengths)))
     assert segment_counts(document, len(lengths)).tolist() == lengths
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5])
+def test_a_token_that_the_model_is_sure_of_weighs_nothing_and_is_a_number(alpha):
+    logits = torch.zeros(64, 50)
+    logits[:, 7] = torch.linspace(10, 60, 64)
+    logits += torch.linspace(-900, 900, 64)[:, None]
+    logits.requires_grad_()
+    losses = eaft(logits, torch.full((64,), 3), alpha=alpha)
+    losses.sum().backward()
+    assert (losses.detach() >= 0).all() and logits.grad is not None and logits.grad.isfinite().all()
+
+
+def test_tokens_that_are_ruled_out_add_nothing_to_a_divergence():
+    p, q = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ruled_out = torch.full((4, 3), -torch.inf, dtype=torch.float64)
+    wide_q = torch.cat([q, ruled_out], 1).requires_grad_()
+    divergence = token_kl(torch.cat([p, ruled_out], 1), wide_q)
+    torch.testing.assert_close(divergence.detach(), token_kl(p, q))
+    (grad,) = torch.autograd.grad(divergence.sum(), wide_q)
+    assert grad.isfinite().all() and (grad[:, 9:] == 0).all()
