@@ -69,12 +69,13 @@ def find_references(
     """Call it before weights are restored from a checkpoint."""
     if logps is None:
         return References()
+    assert isinstance(run.stage, DPO | KTO), "no other stage's objective has a reference"
     other = other_model(run, config, device)
-    if run.stage.reference == "online":  # type: ignore[union-attr]
+    if run.stage.reference == "online":
         return References(online=online(run, strategy, logps, other), choices=("reference: in each step",))
     tables: dict[str, Table] = {}
     choices = []
-    assert isinstance(stores.train, Samples)
+    assert isinstance(stores.train, Samples), "config/run.py lets a stream's reference be online only"
     samples = [stores.train, *stores.held_out.values()]
     for store in {id(one.store): one.store for one in samples}.values():
         assert isinstance(store, Store)
