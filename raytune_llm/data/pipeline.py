@@ -342,6 +342,13 @@ def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, folder: Path,
     if not chunks:
         return
     session.connect(job.resources)
+    import ray
+
+    # Workers take seconds to load what they need; they do so while this process loads Ray Data.
+    num_workers = min(len(chunks), job.max_tasks or int(ray.cluster_resources().get("CPU", 1)))
+    load = ray.remote(num_cpus=1)(_load)
+    for _ in range(num_workers):
+        load.remote()
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own progress and errors say it all
@@ -368,6 +375,13 @@ def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, folder: Path,
         if isinstance(made, UserError):
             raise made
         yield number, made
+
+
+def _load() -> None:
+    """What a task imports."""
+    import ray.data  # noqa: F401
+
+    import raytune_llm.data.shards  # noqa: F401
 
 
 def _check(path: str, shards: list[Shard], max_bad_fraction: float) -> None:
