@@ -3,9 +3,17 @@
     scripts/bench dpo --llamafactory /path/to/its/python
 
 Four runs of ours on the same rows (as it comes; with a copy of the request for each answer; with the reference in each step; with
-activations computed again, as theirs does by default) and one of theirs, one after the other, as whole commands. Pairs per second
-are over the time between the first and the last logged step; the pass of the reference is what loading takes longer with it than
-without; memory is the process's peak.
+activations computed again) and one of theirs, one after the other, as whole commands. Pairs per second are over the time between
+the first and the last logged step; memory is the process's peak.
+
+LLaMA-Factory computes activations again by default, so what is set beside it is our run that does so too: its speed and its
+memory (times_llamafactory, memory_of_llamafactory). Each of ours says the same of itself.
+
+Three epochs are counted from a command's loading to its last step: the epoch that was run, with warming up and, where there is
+one, the pass of the reference, and two more at the measured rate.
+
+What sharing requests can save is in the rows: most_times_copied_requests is the ratio of products in the two forms, body and
+head, attention's own left out (its share is smaller in the shared form, too).
 """
 
 from __future__ import annotations
@@ -22,10 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm import packaged
+from raytune_llm.data.store import Store
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/dpo_en_demo.json"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAIRS_A_STEP = 2
+BODY_WEIGHTS, HEAD_WEIGHTS = 106_168_320, 28_311_552
+"""Of SmolLM2-135M's products: in its thirty layers, and in its head, which only sees answers."""
 VARIANTS = {
     "ours": [],
     "copied_requests": ["data.share_prompts=false"],
@@ -44,8 +55,13 @@ def ours(name: str, folder: Path, rows: Path, precision: str) -> dict[str, float
         "train.log_every_steps=1", "resources=inline", "tracking=none", f"output_dir={output}", *VARIANTS[name],
     ]  # fmt: skip
     times, peak_gib = _watch(command, output / "metrics.jsonl", folder / f"{name}.out", os.environ)
-    load_s = json.loads((output / "summary.json").read_text())["wall_s"]["load"]
-    return {"pairs_per_s": _rate(times), "peak_memory_gib": peak_gib, "load_s": round(load_s, 1)}
+    wall_s = json.loads((output / "summary.json").read_text())["wall_s"]
+    return {
+        "pairs_per_s": _rate(times),
+        "peak_memory_gib": peak_gib,
+        "load_s": round(wall_s["load"], 1),
+        "train_s": round(wall_s["train"], 1),
+    }
 
 
 def llamafactory(python: str, folder: Path, rows: Path, precision: str) -> dict[str, float]:
@@ -94,6 +110,18 @@ def _rate(times: list[float]) -> float:
     return round(PAIRS_A_STEP * (len(times) - 1) / (times[-1] - times[0]), 4)
 
 
+def _three_epochs_s(run: Mapping[str, float], pairs: int) -> float:
+    return run["load_s"] + run["train_s"] + 2 * pairs / run["pairs_per_s"]
+
+
+def _most_times_copied_requests(stores: Path) -> float:
+    """From the lengths of the rows, as they were cut to 1,024 tokens."""
+    store = Store.open(next(stores.glob("[!r]*/manifest.json")).parent)
+    requests, copied = int(store.prompt_lengths[:].sum()), int(store.lengths[:].sum())
+    head = HEAD_WEIGHTS * (copied - 2 * requests)
+    return (BODY_WEIGHTS * copied + head) / (BODY_WEIGHTS * (copied - requests) + head)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--llamafactory", help="the Python that has LLaMA-Factory 0.9.5")
@@ -109,16 +137,20 @@ def main() -> None:
         for variant in VARIANTS:
             result[variant] = ours(variant, folder, rows, asked.precision)
         rate = {variant: result[variant]["pairs_per_s"] for variant in VARIANTS}
-        pass_s = result["ours"]["load_s"] - result["online"]["load_s"]
+        result["most_times_copied_requests"] = round(_most_times_copied_requests(folder / "stores/ours"), 2)
         result["times_copied_requests"] = round(rate["ours"] / rate["copied_requests"], 2)
         result["times_online_a_step"] = round(rate["ours"] / rate["online"], 2)
-        three = 3 * asked.pairs
-        result["times_online_over_three_epochs"] = round(three / rate["online"] / (pass_s + three / rate["ours"]), 2)
+        online_s, ours_s = (_three_epochs_s(result[variant], asked.pairs) for variant in ("online", "ours"))
+        result["times_online_over_three_epochs"] = round(online_s / ours_s, 2)
         if asked.llamafactory:
             theirs = result["llamafactory"] = llamafactory(asked.llamafactory, folder, rows, asked.precision)
-            result["times_llamafactory"] = round(rate["ours"] / theirs["pairs_per_s"], 2)
-            for variant in ("ours", "checkpointed"):
-                result[f"{variant}_memory_of_theirs"] = round(result[variant]["peak_memory_gib"] / theirs["peak_memory_gib"], 2)
+            for variant in VARIANTS:
+                beside = {
+                    "times_llamafactory": round(rate[variant] / theirs["pairs_per_s"], 2),
+                    "memory_of_llamafactory": round(result[variant]["peak_memory_gib"] / theirs["peak_memory_gib"], 2),
+                }
+                result[variant] |= beside
+            result |= {key: result["checkpointed"][key] for key in ("times_llamafactory", "memory_of_llamafactory")}
     print(json.dumps(result))
 
 

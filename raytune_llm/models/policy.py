@@ -23,6 +23,10 @@ from raytune_llm.models.scorer import Scorer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+CHUNK_TOKENS = {"cpu": 128}
+"""Whose logits exist at once, by device, where it is not CausalLM's default: on a CPU so few that the C library hands the same
+memory out again, where larger pieces come from the system, and every page of them is cleared anew."""
+
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What matrix products run in. auto: bf16 where the hardware has it, else fp32, which is faster than bf16 in software."""
@@ -80,7 +84,8 @@ def build_policy(
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
     offloads = activation_checkpointing == "offload" and runs_on.type == "cuda"
     policy = Scorer if scores else CausalLM
-    made = policy(adapted, compute=compute, attention_backend=backend, compiled=compile_layers, offloads=offloads)
+    chunk = {"chunk_tokens": CHUNK_TOKENS[runs_on.type]} if runs_on.type in CHUNK_TOKENS else {}
+    made = policy(adapted, compute=compute, attention_backend=backend, compiled=compile_layers, offloads=offloads, **chunk)
     return made, f"attention: {backend} ({reason})"
 
 
