@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from raytune_llm.data.batches import moved
+from raytune_llm.data.batches import to_device
 from raytune_llm.data.loader import Loader, Step
 from raytune_llm.errors import ResourceError
 from raytune_llm.records import Batch
@@ -232,7 +232,3 @@ def ready(learner: Learner, step: Step, *, seed: int, remember: bool) -> list[Ba
         return batches
     with phase("first pass over the global batch"):
         return learner.coupled.attach(learner.strategy.model, batches, step, seed=seed, remember=remember)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return batch if device.type == "cpu" else moved(batch, lambda tensor: tensor.to(device, non_blocking=True))

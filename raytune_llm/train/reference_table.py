@@ -25,7 +25,7 @@ from raytune_llm import packaged
 from raytune_llm.config.adapter import LoRA
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.stage import DPO, KTO
-from raytune_llm.data.batches import moved
+from raytune_llm.data.batches import to_device
 from raytune_llm.data.loader import Samples
 from raytune_llm.data.store import write_whole
 from raytune_llm.errors import DataError
@@ -174,7 +174,7 @@ def _pass(
             mine = numbers[at + rank * micro_batch_size :][:micro_batch_size]
             batch: Any = samples.batch(mine, micro_batch_size=micro_batch_size, pad_id=pad_id)
             keys.append(keys_of(batch, len(samples.store)))
-            values.append(logps(model, moved(batch, lambda tensor: tensor.to(device))).float())
+            values.append(logps(model, to_device(batch, device)).float())
             done += int(samples.num_rows[numbers[at : at + micro_batch_size * world]].sum())
             tell(done, total)
     model.train(was_training)

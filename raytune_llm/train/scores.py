@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raytune_llm.data.batches import to_device
 from raytune_llm.data.loader import Loader
-from raytune_llm.train.loop import to_device
 from raytune_llm.train.plot import score_scatter
 
 SCORES, PICTURE = "scores.jsonl", "scores.png"
