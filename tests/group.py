@@ -1,4 +1,4 @@
-"""Several workers of one run without Ray: processes with a gloo group that stay up for many runs."""
+"""Several workers of one run without Ray: processes with a group, gloo's or NCCL's, that stay up for many runs."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class PowerCut(Exception):
 
 
 class Group:
-    """`world` processes. `run` trains in all of them and gives each rank's outcome."""
+    """`world` processes, on a GPU each or on the CPU. `run` trains in all of them and gives each rank's outcome."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, device_type: str = "cpu") -> None:
         context = mp.get_context("spawn")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -49,7 +49,7 @@ class Group:
         self.jobs = [context.SimpleQueue() for _ in range(world)]
         self.results = context.Queue()
         self.processes = [
-            context.Process(target=_serve, args=(rank, world, port, self.jobs[rank], self.results), daemon=True)
+            context.Process(target=_serve, args=(rank, world, port, device_type, self.jobs[rank], self.results), daemon=True)
             for rank in range(world)
         ]
         for process in self.processes:
@@ -76,20 +76,23 @@ class Group:
             process.kill()
 
 
-def _serve(rank: int, world: int, port: int, jobs: Any, results: Any) -> None:
+def _serve(rank: int, world: int, port: int, device_type: str, jobs: Any, results: Any) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": device_type,
     }  # fmt: skip
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     from raytune_llm.train.worker import work
 
     while (job := jobs.get()) is not None:
         run, store, stop_after = job
         try:
             with PowerCut.after(stop_after):
-                outcome: Any = work(run, store, None, device=torch.device("cpu"))
+                outcome: Any = work(run, store, None, device=device)
         except PowerCut:
             outcome = None
         except BaseException:

@@ -10,20 +10,41 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._functorch import config as partitioner
+from torch._inductor import config as inductor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import PreTrainedModel
 
 from raytune_llm.errors import ConfigError
 
 CAPABILITY = (7, 0)
 """CUDA compute capability from which Triton makes kernels."""
-BUDGETS = {"none": 1.0, "selective": 0.5, "full": 0.0, "offload": 0.1}
-"""The part of its activations that a compiled layer keeps. A tenth holds what costs most for its size, attention's output."""
+BUDGETS = {"none": 1.0, "selective": 0.5, "full": 0.0, "offload": 0.01}
+"""The part of its activations that a compiled layer keeps, beside attention's output (KeepAttention). 0.0 is the input alone."""
 HOOKED = {"deepspeed"}
 """Strategies that gather weights in hooks, which compiled code does not keep."""
+
+
+ATTENTION = {"_scaled_dot_product_cudnn_attention", "_varlen_attn", "document_attention"}
+"""Its operators by name, but for those that the partitioner knows."""
+
+
+class KeepAttention(CustomGraphPass):
+    """Attention's output and log-sum-exp are kept wherever the budget is not 0.0: nothing costs more to compute again for its
+    size. The partitioner knows so of some of torch's own operators only."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket.__name__ in ATTENTION:
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+    def uuid(self) -> Any:
+        return get_hash_for_files((__file__,))
 
 
 def compiles(asked: bool | str, device_type: str, strategy: str, *, lacking: str | None = None) -> tuple[bool, str]:
@@ -53,6 +74,7 @@ def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str
     """Set up the layers: compiled or not, and what they keep. Layers are compiled when they first run, with what is set here."""
     if compile_layers:
         partitioner.activation_memory_budget = BUDGETS[checkpointing]
+        inductor.joint_custom_pre_pass = KeepAttention()
         for layer in layers:
             layer.compile()
     elif checkpointing in ("full", "offload"):

@@ -203,7 +203,7 @@ def _layer_bytes(d: Dimensions, compute: int, *, trains_all: bool, wide_norms: b
     product_again = not trains_all and not dropout
     attention = compute * 2 * (d.query + d.key_value)
     if compiled:
-        return compute * (4 * d.hidden + 3 * d.intermediate) + attention
+        return compute * (4 * d.hidden + (2 if product_again else 3) * d.intermediate) + attention
     norms = 2 * d.hidden * (FP32 + (compute if trains_all else 0))
     mlp = compute * (2 if product_again else 3) * d.intermediate
     inputs = compute * ((5 if wide_norms else 2) * d.hidden + (0 if product_again else d.intermediate))

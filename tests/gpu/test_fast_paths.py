@@ -18,6 +18,7 @@ from raytune_llm.data.batches import collate
 from raytune_llm.errors import ResourceError
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.models import attention
+from raytune_llm.models.adapters import gated
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import load_config as load_model_config
 from raytune_llm.models.quantization import FP8Linear, NF4Linear, QuantizedLinear
@@ -204,6 +205,30 @@ def test_flex_attention_runs_in_compiled_layers() -> None:
     wanted, got = loss_and_gradients(plain, packs), loss_and_gradients(fast, packs)
     for name in wanted:
         assert error(got[name], wanted[name]) < 2.5e-2, name
+
+
+@pytest.mark.parametrize(("rows", "columns", "ranks"), [(512, 1024, (8, 8)), (77, 200, (3, 40)), (1, 16, (64, 1))])
+def test_the_kernels_of_a_gated_mlp_say_what_its_formulas_say(rows: int, columns: int, ranks: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    shapes = [(rows, columns)] * 3 + [(rows, sum(ranks)), (columns, ranks[0]), (columns, ranks[1])]
+    grad, *inputs = (torch.randn(shape, device=CUDA).bfloat16() for shape in shapes)
+    wide = [x.float() for x in inputs]
+    got = [gated.gated(*inputs), *gated.gated_backward(grad, *inputs)]
+    wanted = [gated.gated(*wide), *gated.gated_backward(grad.float(), *wide)]
+    for mine, plain in zip(got, wanted, strict=True):
+        assert error(mine.float(), plain) < 5e-3
+
+
+def test_attention_is_computed_once_where_its_output_is_kept() -> None:
+    """In compiled layers that recompute the rest."""
+    torch._dynamo.reset()
+    model = policy("adapter=lora", "train.compile=true", "train.activation_checkpointing=offload")
+    for packs in (batch(512, rows=1), batch(200, 31, 7, 120)):
+        loss_and_gradients(model, packs)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            loss_and_gradients(model, packs)
+        names = [event.name for event in seen.events() or []]
+        assert len([name for name in names if "fprop" in name or "flash_fwd" in name]) == 3, names
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs flash-attn")

@@ -3,8 +3,8 @@
 PEFT runs each adapted layer by itself: every layer reads the activations again for its own A, and the scaled product is a pass of
 its own over the output, forward and backward. Here q/k/v, and gate/up, share one product with their A matrices laid end to end,
 the scale is folded into B, and B's product is accumulated into the base layer's output where it stands, and A's into the gradient
-of the input. The layers themselves stay PEFT's, under their names, so that saving, loading and switching adapters off are not
-concerned.
+of the input. On a GPU, a gated MLP is one operation, in which B's products of gate and up never leave the chip. The layers
+themselves stay PEFT's, under their names, so that saving, loading and switching adapters off are not concerned.
 
 Between the passes a gated MLP keeps its gate and its other factor. Their product, which the last projection's A reads again, and
 the activated gate are computed again in the backward pass: two cheap passes in place of half of what the MLP would keep.
@@ -21,10 +21,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
+from raytune_llm.models.adapters.gated import gated, gated_backward
 from raytune_llm.models.quantization import FP8Linear, NF4Linear, QuantizedLinear
 
 aten = torch.ops.aten
@@ -34,9 +34,7 @@ ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Atte
 """Rotary attention over q_proj, k_proj and v_proj, with the norms of heads that Qwen3 has."""
 MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP"}
 """down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
-
-
-SILU = (nn.SiLU, SiLUActivation)
+SILU = {"SiLU", "SiLUActivation"}
 """x sigmoid(x), of torch and of transformers."""
 
 
@@ -50,24 +48,41 @@ def project(x_BTD: Tensor, layers: Sequence[nn.Module], gate_BTD: Tensor | None 
     drops = grouped and not isinstance(adapted[0].lora_dropout[name], nn.Identity)
     if gate_BTD is not None and (not grouped or drops or torch.compiler.is_compiling()):  # compilers see what is best kept
         x_BTD, gate_BTD = F.silu(gate_BTD) * x_BTD, None
-    if not grouped:
+    if name is None or not grouped:
         return [layer(x_BTD) for layer in layers]
-    device = x_BTD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BTD.dtype
+    dtype = _compute_type(x_BTD)
     x_MD = x_BTD.flatten(0, -2).to(dtype)
     gate_MD = None if gate_BTD is None else gate_BTD.flatten(0, -2).to(dtype)
     a_RD = torch.cat([layer.lora_A[name].weight for layer in adapted]).to(dtype)
     low_MR = adapted[0].lora_dropout[name](x_MD) @ a_RD.T if drops else None
-    per_layer = [
-        tensor
-        for layer in adapted
-        for tensor in ((layer.lora_B[name].weight * layer.scaling[name]).to(dtype), *_weights(layer.base_layer))
-    ]
-    with torch.autocast(device, enabled=False):
+    per_layer = [tensor for layer in adapted for tensor in (_b(layer, name, dtype), *_weights(layer.base_layer))]
+    with torch.autocast(x_BTD.device.type, enabled=False):
         outs = ADAPTED[kind].apply(x_MD, gate_MD, None if drops else a_RD, low_MR, *per_layer)
     outs = [out.view(*x_BTD.shape[:-1], -1) for out in outs]
     biases = [layer.base_layer.bias for layer in adapted]
     return [out if bias is None else out + bias.to(dtype) for out, bias in zip(outs, biases, strict=True)]
+
+
+def gated_mlp(x_BTD: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
+    """down(silu(gate(x)) * up(x)) for layers that `runs_gated` says it of."""
+    name = gate.active_adapters[0]
+    dtype = _compute_type(x_BTD)
+    a_RD = torch.cat([layer.lora_A[name].weight for layer in (gate, up)]).to(dtype)
+    down_a_RI = down.lora_A[name].weight.to(dtype)
+    b = [_b(layer, name, dtype) for layer in (gate, up, down)]
+    weights = [weight for layer in (gate, up, down) for weight in _weights(layer.base_layer)]
+    with torch.autocast(x_BTD.device.type, enabled=False):
+        run = GATED_MLP[type(gate.base_layer)]
+        return run.apply(x_BTD.flatten(0, -2).to(dtype), a_RD, down_a_RI, *b, *weights).view(x_BTD.shape)
+
+
+def runs_gated(gate: nn.Module, up: nn.Module, down: nn.Module, activation: nn.Module) -> bool:
+    """Whether one adapter is at work in all three, without dropout, over base layers of one kind and without biases."""
+    name = _shared_adapter((gate, up, down))
+    if name is None or type(activation).__name__ not in SILU:
+        return False
+    layers: tuple[Any, ...] = (gate, up, down)
+    return all(isinstance(x.lora_dropout[name], nn.Identity) and x.base_layer.bias is None for x in layers)
 
 
 class GroupedAttention(nn.Module):
@@ -144,8 +159,11 @@ class GroupedMLP(nn.Module):
         self.train(mlp.training)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if hidden_states.is_cuda and runs_gated(*layers, self.act_fn):
+            return gated_mlp(hidden_states, *layers)
         gate, up = project(hidden_states, (self.gate_proj, self.up_proj))
-        if isinstance(self.act_fn, SILU):
+        if type(self.act_fn).__name__ in SILU:
             (out,) = project(up, (self.down_proj,), gate)
         else:
             (out,) = project(self.act_fn(gate) * up, (self.down_proj,))
@@ -179,6 +197,26 @@ def _adapter(layer: nn.Module) -> str | None:
         return None
     name = layer.active_adapters[0]
     return None if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias[name] else name
+
+
+def _shared_adapter(layers: Sequence[nn.Module]) -> str | None:
+    """The plain LoRA adapter that is at work in all the layers, over base layers of one kind; None where there is none."""
+    name = _adapter(layers[0])
+    kind = type(getattr(layers[0], "base_layer", None))
+    others: list[Any] = list(layers[1:])
+    if name is None or kind not in ADAPTED or any(_adapter(x) != name or type(x.base_layer) is not kind for x in others):
+        return None
+    return name
+
+
+def _compute_type(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _b(layer: Any, name: str, dtype: torch.dtype) -> Tensor:
+    """[N, R], the scale with it."""
+    return (layer.lora_B[name].weight * layer.scaling[name]).to(dtype)
 
 
 def _weights(base: nn.Module) -> tuple[Tensor, ...]:
@@ -253,11 +291,71 @@ def _adapted(product: Product, transposed: Product, num_weights: int) -> type[to
     return Adapted
 
 
-ADAPTED: dict[type, type[torch.autograd.Function]] = {
-    nn.Linear: _adapted(lambda x_MK, weight_NK: x_MK @ weight_NK.T, lambda grad_MN, weight_NK: grad_MN @ weight_NK, 1),
-    **{kind: _adapted(kind.product, kind.transposed, len(kind.HELD)) for kind in (FP8Linear, NF4Linear)},
+def _gated_mlp(product: Product, transposed: Product, num_weights: int) -> type[torch.autograd.Function]:
+    """down(silu(gate(x)) * up(x)), each layer with its low-rank part, whose weights are frozen.
+
+    Of the width of the MLP, only what the products with the frozen weights of gate and up give is kept for the backward pass.
+    Takes x [M, D], the a of gate and up [R, D] and of down [R, I], their three b, and the weights of each layer.
+    """
+
+    class GatedMLP(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            x_MD: Tensor,
+            a_RD: Tensor,
+            down_a_RI: Tensor,
+            gate_b: Tensor,
+            up_b: Tensor,
+            down_b: Tensor,
+            *weights: Tensor,
+        ) -> Tensor:
+            of_gate, of_up, of_down = (weights[i * num_weights : (i + 1) * num_weights] for i in range(3))
+            low = x_MD @ a_RD.T
+            gate, up = product(x_MD, *of_gate), product(x_MD, *of_up)
+            inner_MI = gated(gate, up, low, gate_b, up_b)
+            down_low = inner_MI @ down_a_RI.T
+            out = product(inner_MI, *of_down)
+            _accumulate_product(out, down_low, down_b.T)
+            ctx.save_for_backward(x_MD, a_RD, down_a_RI, gate_b, up_b, down_b, low, gate, up, down_low, *weights)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+            x_MD, a_RD, down_a_RI, gate_b, up_b, down_b, low, gate, up, down_low, *weights = ctx.saved_tensors
+            of_gate, of_up, of_down = (weights[i * num_weights : (i + 1) * num_weights] for i in range(3))
+            towards_down_low = grad @ down_b
+            towards_inner = transposed(grad, *of_down)
+            _accumulate_product(towards_inner, towards_down_low, down_a_RI)
+            towards_gate, towards_up, inner_MI = gated_backward(towards_inner, gate, up, low, gate_b, up_b)
+            towards_low = torch.cat([towards_gate @ gate_b, towards_up @ up_b], dim=1)
+            towards_x = transposed(towards_gate, *of_gate)
+            if num_weights == 1:
+                _accumulate_product(towards_x, towards_up, of_up[0])
+            else:
+                towards_x = towards_x + transposed(towards_up, *of_up)
+            _accumulate_product(towards_x, towards_low, a_RD)
+            gate_low, up_low = low.split([gate_b.shape[1], up_b.shape[1]], dim=1)
+            return (
+                towards_x,
+                towards_low.T @ x_MD,
+                towards_down_low.T @ inner_MI,
+                towards_gate.T @ gate_low,
+                towards_up.T @ up_low,
+                grad.T @ down_low,
+                *[None] * len(weights),
+            )
+
+    return GatedMLP
+
+
+PRODUCTS: dict[type, tuple[Product, Product, int]] = {
+    nn.Linear: (lambda x_MK, weight_NK: x_MK @ weight_NK.T, lambda grad_MN, weight_NK: grad_MN @ weight_NK, 1),
+    **{kind: (kind.product, kind.transposed, len(kind.HELD)) for kind in (FP8Linear, NF4Linear)},
 }
-"""By the kind of layer under the adapter."""
+"""By the kind of layer under the adapter: its product, the transposed one, and how many tensors hold its weight."""
+ADAPTED = {kind: _adapted(*products) for kind, products in PRODUCTS.items()}
+GATED_MLP = {kind: _gated_mlp(*products) for kind, products in PRODUCTS.items()}
 
 
 def _sliding_window(attention: Any) -> int | None:

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raytune_llm.models.adapters.grouped import GroupedAttention, GroupedMLP, described, group
+from raytune_llm.models.adapters.grouped import GroupedAttention, GroupedMLP, described, gated_mlp, group, runs_gated
 
 SIZES = {
     "vocab_size": 32,
@@ -48,6 +48,29 @@ def test_grouped_adapters_equal_those_of_peft(family: str) -> None:
     assert gradients.keys() == grouped_gradients.keys()
     for name in gradients:
         torch.testing.assert_close(grouped_gradients[name], gradients[name])
+
+
+def test_a_gated_mlp_as_one_operation_equals_that_of_peft() -> None:
+    """What runs on GPUs, with the arithmetic of its kernels spelled out."""
+    model = adapted("llama").double()
+    mlp = model.get_base_model().model.layers[0].mlp
+    layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    assert runs_gated(*layers, mlp.act_fn)
+    x = torch.randn(2, 10, SIZES["hidden_size"], dtype=torch.float64, requires_grad=True)
+    inputs = [x, *(p for p in mlp.parameters() if p.requires_grad)]
+    upstream = torch.randn_like(x)
+    plain, fused = mlp(x), gated_mlp(x, *layers)
+    torch.testing.assert_close(fused, plain)
+    for mine, theirs in zip(
+        torch.autograd.grad(fused, inputs, upstream), torch.autograd.grad(plain, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama"])
+def test_an_mlp_with_dropout_or_another_activation_is_not_one_operation(family: str) -> None:
+    mlp = adapted(family, dropout=0.1 if family == "llama" else 0.0).get_base_model().model.layers[0].mlp
+    assert not runs_gated(mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn)
 
 
 def test_an_adapter_switched_off_leaves_the_base_model() -> None:

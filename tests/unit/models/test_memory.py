@@ -78,7 +78,7 @@ def test_parameters_are_counted_without_weights(llama_with_lora: Parameters):
 # The chunk of those runs' loss is not on record; 1,024 tokens is a usual one.
 @pytest.mark.parametrize(
     ("variant", "measured_gib"),
-    [({}, 49.9), ({"kept": 0.0}, 19.2), ({"compiled": True}, 50.9)],
+    [({}, 49.9), ({"kept": 0.0}, 19.2), ({"compiled": True}, 43.9)],
 )
 def test_estimates_come_within_a_tenth_of_peaks_measured_on_an_h100(llama_with_lora, variant, measured_gib):
     assert llama_lora_memory(llama_with_lora, **variant).total / GIB == pytest.approx(measured_gib, rel=0.1)
