@@ -70,6 +70,7 @@ class Variant:
     joined_rows: int | None = None
     """Rows as they come, so many end to end, in place of packs."""
     warmup: int = 6
+    """Steps after the first and before those that are timed, of which there are at most two more."""
     workers: int = 1
 
 
@@ -85,7 +86,10 @@ VARIANTS = {
     "lora_fp8": Variant("llama3_8b", (*LORA, "quantization=fp8")),
     "qlora": Variant("llama3_8b", (*LORA, "quantization=bnb_nf4")),
     "qlora_full": Variant("llama3_8b", (*LORA, "quantization=bnb_nf4", "train.activation_checkpointing=full")),
-    "lora_131072": Variant("llama3_8b", (*LORA, "train.activation_checkpointing=offload"), 1, 131072, True, warmup=0),
+    "lora_131072": Variant("llama3_8b", (*LORA, "train.activation_checkpointing=offload"), 1, 131072, True, warmup=-1),
+    "lora_fp8_131072": Variant(
+        "llama3_8b", (*LORA, "train.activation_checkpointing=offload", "quantization=fp8"), 1, 131072, True, warmup=-1
+    ),
     "full_1b": Variant("llama3_2_1b", ("adapter=none",), packs=4),
     "full_1b_fp8": Variant("llama3_2_1b", ("adapter=none", "quantization=fp8"), packs=4),
     "lora_2": Variant("llama3_8b", LORA, workers=2),
@@ -100,8 +104,9 @@ COMPARED = (
     "qlora",
     "qlora_full",
     "full_1b",
-    "full_1b_fp8",
     "lora_unpacked",
+    "lora_131072",
+    "lora_fp8_131072",
     "lora_2",
     "full_8b_2",
     "full_8b_fp8_2",
@@ -184,7 +189,7 @@ def measure(
     advance(1)
     first_loss = window.read()["loss"]
     ready = time.perf_counter()
-    advance(variant.warmup)
+    advance(max(variant.warmup, 0))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     num_steps = min(num_steps, variant.warmup + 2)
@@ -222,12 +227,12 @@ def measure(
     return result
 
 
-def measure_in_group(rank: int, port: int, world: int, folder: str, *measured: Any) -> None:
+def measure_in_group(rank: int, port: int, world: int, folder: str, trace: Path | None, *measured: Any) -> None:
     """One of several workers of this machine, a GPU each. The first writes the result."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, device_id=device)
-    result = measure(*measured, None, device)
+    result = measure(*measured, None if trace is None else trace / f"rank_{rank}", device)
     if rank == 0:
         (Path(folder) / "result.json").write_text(json.dumps(result))
     dist.destroy_process_group()
@@ -244,7 +249,9 @@ def measured(name: str, settings: list[str], num_steps: int, matmul: float, trac
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        torch.multiprocessing.spawn(measure_in_group, (port, world, folder, name, settings, num_steps, matmul), nprocs=world)
+        torch.multiprocessing.spawn(
+            measure_in_group, (port, world, folder, trace, name, settings, num_steps, matmul), nprocs=world
+        )
         return json.loads((Path(folder) / "result.json").read_text())
 
 
