@@ -15,7 +15,7 @@ from itertools import cycle, islice
 from random import Random
 from typing import Any
 
-NUM_ROWS = 1200
+NUM_ROWS = 1100
 SEED = 7
 SYSTEM = "You run a smart home."
 

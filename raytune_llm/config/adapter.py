@@ -24,8 +24,10 @@ class LoRA:
     dropout: Annotated[float, Field(ge=0, lt=1)]
     targets: Literal["all-linear"] | list[str]
     """Names of the linear layers, by their last part; all-linear takes every one but the head."""
+    last_layers: PositiveInt | None
+    """Only so many of the model's layers, the last ones, get an adapter, and the backward pass ends there; null: all."""
     path: str | None
-    """A saved adapter to go on from; rank, alpha and targets are then the saved ones."""
+    """A saved adapter to go on from; rank, alpha, targets and layers are then the saved ones."""
 
 
 AdapterConfig = Annotated[NoAdapter | LoRA, Field(discriminator="name")]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 import torch
+from torch import nn
 
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.policy import layers
 from raytune_llm.models.quantization import QuantizedLinear
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "B200": 2250e12}
@@ -15,17 +18,28 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 def flops_per_token(policy: CausalLM, config: Any) -> float:
     """Products and sums of one training token, attention left out: 2 a weight forward, 2 for the gradient of its input, and 2 for
-    its own where it is trained. So 4N for LoRA and 6N for full fine-tuning. Embeddings are looked up, not multiplied."""
+    its own where it is trained. So 4N for LoRA and 6N for full fine-tuning; layers below the first that trains run forward alone.
+    Embeddings are looked up, not multiplied."""
     embedding = policy.base.get_input_embeddings().weight
     output = policy.base.get_output_embeddings()
     head = None if output is None else output.weight
+    first = [] if embedding.requires_grad else list(takewhile(_is_frozen, layers(policy)))
+    forward_alone = {*(p for layer in first for p in layer.parameters()), *(m for layer in first for m in layer.modules())}
+
     total = 0.0
     for parameter in policy.parameters():
         if parameter.ndim < 2 or (parameter is embedding and head is not embedding):
             continue
-        total += parameter.numel() * (6 if parameter.requires_grad else 4)
-    total += sum(4 * m.in_features * m.out_features for m in policy.modules() if isinstance(m, QuantizedLinear))
+        passes = 1 if parameter in forward_alone else 2 + parameter.requires_grad
+        total += 2 * passes * parameter.numel()
+    for module in policy.modules():
+        if isinstance(module, QuantizedLinear):
+            total += 2 * (1 if module in forward_alone else 2) * module.in_features * module.out_features
     return total
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def peak_flops(device: torch.device) -> float | None:

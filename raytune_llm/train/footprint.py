@@ -36,7 +36,7 @@ USABLE = 0.92
 """Of a device's memory: the rest goes to the CUDA context, to libraries, and to gaps between blocks."""
 MIN_SHARDS = 8
 """Sharding is tried over so many workers where the run has fewer."""
-TRIAL_LORA = LoRA(name="lora", rank=8, alpha=16.0, dropout=0.0, targets="all-linear", path=None)
+TRIAL_LORA = LoRA(name="lora", rank=8, alpha=16.0, dropout=0.0, targets="all-linear", last_layers=None, path=None)
 KEPT = {"none": 1.0, "selective": 0.5, "full": 0.0, "offload": 0.0}
 """By train.activation_checkpointing: the part of its activations that a layer keeps on the device for the backward pass."""
 COMPILED_ONLY = {"selective"}

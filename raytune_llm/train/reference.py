@@ -173,7 +173,7 @@ def other_model(run: TrainRun, config: PretrainedConfig, device: torch.device) -
         section,
         NoAdapter(name="none")
         if adapter is None
-        else LoRA(name="lora", rank=1, alpha=1.0, dropout=0.0, targets=[], path=adapter),
+        else LoRA(name="lora", rank=1, alpha=1.0, dropout=0.0, targets=[], last_layers=None, path=adapter),
         compute=compute,
         seed=run.train.seed,
         device=device,

@@ -22,7 +22,7 @@ def test_the_script_makes_the_committed_file_byte_for_byte():
 
 
 def test_every_row_asks_once_and_answers_once(conversations):
-    assert len(conversations) == 1200
+    assert len(conversations) == 1100
     assert {tuple(role for role, _ in turns) for turns in conversations} == {("system", "user", "assistant")}
 
 

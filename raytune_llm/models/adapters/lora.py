@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.grouped import group
@@ -19,6 +21,7 @@ def add_lora(
     alpha: float,
     dropout: float,
     targets: str | list[str],
+    last_layers: int | None,
     path: str | None,
     scores: bool = False,
 ) -> nn.Module:
@@ -43,6 +46,7 @@ def add_lora(
             lora_alpha=alpha,  # type: ignore[arg-type]
             lora_dropout=dropout,
             target_modules=targets,
+            exclude_modules=None if last_layers is None else _in_layers_before(model, last_layers),
             task_type=task_type,  # type: ignore[arg-type]
         )
         try:
@@ -59,3 +63,12 @@ def add_lora(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # PEFT does it to the adapter, but not to a score head
     return group(adapted)
+
+
+def _in_layers_before(model: PreTrainedModel, last: int) -> str | None:
+    """A pattern of the names of all modules in the layers before the last so many. None where there are no others."""
+    names = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    if last > len(names):
+        raise ConfigError("adapter.last_layers", f"must be at most the model's {len(names)} layers", got=last, remedy="Lower it.")
+    before = "|".join(map(re.escape, names[:-last]))
+    return rf"({before})\..*" if before else None

@@ -48,7 +48,7 @@ FULL = NoAdapter(name="none")
 
 
 def lora(rank: int = 8, dropout: float = 0.0) -> LoRA:
-    return LoRA(name="lora", rank=rank, alpha=16.0, dropout=dropout, targets="all-linear", path=None)
+    return LoRA(name="lora", rank=rank, alpha=16.0, dropout=dropout, targets="all-linear", last_layers=None, path=None)
 
 
 @pytest.fixture(scope="module")

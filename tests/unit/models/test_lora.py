@@ -1,0 +1,64 @@
+"""Which layers an adapter is on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from raytune_llm.config.adapter import LoRA
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters import adapt
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.train.flops import flops_per_token
+
+IDS = torch.arange(20).view(2, 10)
+
+
+def tiny(num_layers: int = 3) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", num_hidden_layers=num_layers, **sizes))
+
+
+def lora(last_layers: int | None) -> LoRA:
+    return LoRA(name="lora", rank=4, alpha=8.0, dropout=0.0, targets="all-linear", last_layers=last_layers, path=None)
+
+
+def trained_layers(model: torch.nn.Module) -> set[int]:
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {int(name.partition(".layers.")[2].partition(".")[0]) for name in names}
+
+
+def test_every_layer_gets_an_adapter_unless_said_otherwise() -> None:
+    assert trained_layers(adapt(tiny(), lora(None))) == {0, 1, 2}
+    assert trained_layers(adapt(tiny(), lora(3))) == {0, 1, 2}
+
+
+def test_the_last_layers_alone_learn_and_peft_loads_what_they_learned(tmp_path: Path) -> None:
+    model = adapt(tiny(), lora(1))
+    assert trained_layers(model) == {2}
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    assert isinstance(model, PeftModel)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny(), str(tmp_path))
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_more_layers_than_the_model_has_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.last_layers must be at most the model's 3 layers"):
+        adapt(tiny(), lora(4))
+
+
+def test_layers_below_the_first_adapter_take_no_gradients() -> None:
+    """2 operations a weight in place of 4: forward alone. Embeddings are tied to no head here."""
+    whole, last = (tiny() for _ in range(2))
+    layer = sum(p.numel() for p in tiny().model.layers[0].parameters() if p.ndim == 2)
+    flops = [flops_per_token(CausalLM(adapt(model, lora(n))), model.config) for model, n in ((whole, 3), (last, 1))]
+    adapters = sum(p.numel() for n, p in whole.named_parameters() if "lora" in n and ".layers.2." not in n)
+    assert flops[0] - flops[1] == 2 * (2 * layer) + 6 * adapters
