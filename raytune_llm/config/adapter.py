@@ -25,7 +25,7 @@ class LoRA:
     targets: Literal["all-linear"] | list[str]
     """Names of the linear layers, by their last part; all-linear takes every one but the head."""
     last_layers: PositiveInt | None
-    """Only so many of the model's layers, the last ones, get an adapter, and the backward pass ends there; null: all."""
+    """At most so many of the model's layers, the last ones, get an adapter, and the backward pass ends there; null: all."""
     path: str | None
     """A saved adapter to go on from; rank, alpha, targets and layers are then the saved ones."""
 
