@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from raytune_llm.data.dropped import BadRow, RefusedRow
@@ -102,7 +103,7 @@ def by_prefixes(tokenizer, chat):
 
     try:
         text = rendered(plain, False)
-    except Exception:
+    except TemplateError:
         return BadRow
     starts = []
     for turn, message in enumerate(chat.messages):
