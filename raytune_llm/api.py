@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from raytune_llm.train.trackers import TrackedRun, open_tracker
 if TYPE_CHECKING:
     from raytune_llm.doctor import Doctor
     from raytune_llm.plan import Plan
+    from raytune_llm.train.worker import Outcome
 
 Sink = Callable[[Mapping[str, Any]], None]
 
@@ -113,30 +113,7 @@ def train(
     after = _exact_match(run, prepared, output / "final")
     clock.enter("save")
     loss_curve(read_metrics(output / "metrics.jsonl"), output / "loss.png", title=run.name)
-    progress = outcome.progress
-    total = clock.total()
-    fit_s = clock.seconds["fit"]
-    summary = Summary(
-        loss_first=progress.loss_first,
-        loss_last=progress.loss_last,
-        exact_match_before=before and before.fraction,
-        exact_match_after=after and after.fraction,
-        steps=progress.step,
-        tokens=progress.tokens_seen,
-        tokens_per_s=outcome.tokens_per_s,
-        mfu=outcome.mfu,
-        peak_memory_gib=outcome.peak_memory_gib,
-        world_size=outcome.world_size,
-        wall_s=WallTime(
-            # What a group of workers needs to come up and go down is part of starting.
-            start=clock.seconds["start"] + fit_s - outcome.load_s - outcome.train_s - outcome.save_s,
-            prepare=clock.seconds["prepare"],
-            load=outcome.load_s,
-            train=outcome.train_s,
-            save=outcome.save_s + clock.seconds["save"],
-            total=total,
-        ),
-    )
+    summary = _summary(outcome, clock, before, after)
     write_summary(output / "summary.json", summary)
     return TrainResult(
         summary=summary, output_dir=output, resumed_from=resumed_from, already_done=False, before=before, after=after
@@ -180,6 +157,33 @@ class _Phases:
         return time.time() - self.began
 
 
+def _summary(outcome: Outcome, clock: _Phases, before: ExactMatch | None, after: ExactMatch | None) -> Summary:
+    progress = outcome.progress
+    total = clock.total()
+    fit_s = clock.seconds["fit"]
+    return Summary(
+        loss_first=progress.loss_first,
+        loss_last=progress.loss_last,
+        exact_match_before=before and before.fraction,
+        exact_match_after=after and after.fraction,
+        steps=progress.step,
+        tokens=progress.tokens_seen,
+        tokens_per_s=outcome.tokens_per_s,
+        mfu=outcome.mfu,
+        peak_memory_gib=outcome.peak_memory_gib,
+        world_size=outcome.world_size,
+        wall_s=WallTime(
+            # What a group of workers needs to come up and go down is part of starting.
+            start=clock.seconds["start"] + fit_s - outcome.load_s - outcome.train_s - outcome.save_s,
+            prepare=clock.seconds["prepare"],
+            load=outcome.load_s,
+            train=outcome.train_s,
+            save=outcome.save_s + clock.seconds["save"],
+            total=total,
+        ),
+    )
+
+
 def _finished(output: Path) -> Summary | None:
     """The summary of a run that is done. It is written last."""
     path = output / "summary.json"
@@ -193,57 +197,16 @@ def _exact_match(run: TrainRun, prepared: Prepared | Streamed, final: Path | Non
     """How many held-out rows the base model (or what training made of it) answers exactly, where the run asks for it."""
     if not run.train.exact_match_rows:
         return None
+    from raytune_llm.evaluate.held_out import answer_held_out_rows
+
     store = str((prepared.eval_store or prepared).folder)
+    held_out = run.data.eval_fraction if prepared.eval_store is None else 1.0
     if isinstance(run.resources, Cluster):
         import ray
 
         from raytune_llm.train.launch import group_size
 
         _, cpus, gpus = group_size(run.resources)
-        answer = ray.remote(num_cpus=cpus, num_gpus=gpus)(answer_held_out_rows)
-        return ray.get(answer.remote(run, store, prepared.eval_store is not None, final))
-    return answer_held_out_rows(run, store, prepared.eval_store is not None, final)
-
-
-def answer_held_out_rows(run: TrainRun, store_folder: str, whole_store: bool, final: Path | None) -> ExactMatch:
-    import torch
-
-    from raytune_llm.data.loader import split_sources
-    from raytune_llm.data.store import Store
-    from raytune_llm.data.tokenizer import run_tokenizer
-    from raytune_llm.engines.hf import HFEngine
-    from raytune_llm.evaluate.exact_match import exact_match
-    from raytune_llm.models.load import load_model
-    from raytune_llm.models.policy import compute_dtype, run_config
-
-    store = Store.open(store_folder)
-    _, by_source = split_sources(store, 1.0 if whole_store else run.data.eval_fraction, run.train.seed)
-    rows = chain.from_iterable(rows.tolist() for rows in by_source.values())
-    tokenizer, _ = run_tokenizer(run.model, run.data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    is_adapter = run.adapter.name != "none"
-    path = str(final) if final is not None and not is_adapter else run.model.path
-    model = replace(run.model, path=path, weights="pretrained" if final is not None and not is_adapter else run.model.weights)
-    base = load_model(
-        run_config(model, tokenizer, run.data.max_length),
-        path,
-        weights=model.weights,
-        dtype=compute_dtype(run.train.precision, device) if device.type == "cuda" else torch.float32,
-        seed=run.train.seed,
-        device=device,
-        revision=run.model.revision,
-        trust_remote_code=run.model.trust_remote_code,
-    )
-    engine = HFEngine(base, tokenizer)
-    if final is not None and is_adapter:
-        engine.add_adapter("final", final)
-    try:
-        return exact_match(
-            engine,
-            tokenizer,
-            [store.row(row) for row in islice(rows, run.train.exact_match_rows)],
-            max_new_tokens=run.train.max_new_tokens,
-            adapter="final" if final is not None and is_adapter else None,
-        )
-    finally:
-        engine.close()
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(answer_held_out_rows)
+        return ray.get(remote.remote(run, store, held_out, final))
+    return answer_held_out_rows(run, store, held_out, final)
