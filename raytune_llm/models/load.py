@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def load_model(
         return model.to(device=device, dtype=dtype)
     assert path is not None
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _report_kept_back():
             torch.manual_seed(seed)
             model, found = auto.from_pretrained(
                 packaged.resolve(path),
@@ -102,7 +103,27 @@ def load_model(
             got=path,
             remedy="Leave out what changes sizes, or set model.weights=random.",
         )
+    backbone = f"{model.base_model_prefix}."
+    missing = sorted(name for name in found["missing_keys"] if not scores or name.startswith(backbone))
+    if missing:
+        raise ConfigError(
+            "model.path",
+            f"must have all weights of a {type(model).__name__}: {len(missing)} are missing, {missing[0]} for one",
+            got=path,
+            remedy="A part of the model was not copied, or it is another kind of model than its config.json says.",
+        )
     return model
+
+
+@contextmanager
+def _report_kept_back() -> Iterator[None]:
+    """Without transformers' table of missing weights, of which a new score head is one; what must not be missing is an error."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def _with_score_head(config: PretrainedConfig) -> PretrainedConfig:

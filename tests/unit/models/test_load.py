@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.load import load_config, load_model
@@ -30,3 +33,27 @@ def test_a_config_of_other_sizes_than_the_weights_is_a_mistake_in_the_config(fol
     config = load_config(str(folder), {"hidden_size": 16})
     with pytest.raises(ConfigError, match=r"model\.config must leave the sizes of the weights .* \[97, 32\] there, \[97, 16\]"):
         load_model(config, str(folder), weights="pretrained", dtype=torch.float32, seed=1)
+
+
+def test_weights_that_are_not_there_are_named(folder: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut)
+    weights = load_file(cut / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, cut / "model.safetensors", metadata={"format": "pt"})
+    config = load_config(str(cut), {})
+    for scores in (False, True):
+        with pytest.raises(ConfigError, match=r"must have all weights .* 1 are missing, model\.layers\.1\.mlp\.up_proj\.weight"):
+            load_model(config, str(cut), weights="pretrained", dtype=torch.float32, seed=1, scores=scores)
+
+
+def test_a_language_model_gets_a_new_score_head_without_a_word(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    transformers.logging.enable_propagation()
+    try:
+        model = load_model(
+            load_config(str(folder), {}), str(folder), weights="pretrained", dtype=torch.float32, seed=1, scores=True
+        )
+    finally:
+        transformers.logging.disable_propagation()
+    assert model.get_parameter("score.weight").shape == (1, 32)
+    assert not caplog.messages
