@@ -4,7 +4,7 @@
 
 Each benchmark is a file of this folder that prints one JSON object. The result goes to results/NAME-MACHINE-DATE.json. Keys
 say by their unit which way is better: more is for `_per_s`, `mfu` and `fill`, less for times (`_s`, `_us`) and memory (`_mib`,
-`_gib`); other keys are not compared. A loss of 5% or more is shown, and the exit code is 1.
+`_gib`); other keys are not compared. A loss of 5% or more is shown, as is a figure that there is no more, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
+from functools import partial
 from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
@@ -47,22 +48,22 @@ def main(argv: Sequence[str]) -> int:
 def run(name: str, arguments: list[str], machine: Mapping[str, Any]) -> list[str]:
     """Run one benchmark and write its result. What is worse than before."""
     print(f"== {name}", file=sys.stderr)
-    printed = subprocess.run(
-        [sys.executable, FOLDER / f"{name}.py", *arguments], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
+    done = subprocess.run([sys.executable, FOLDER / f"{name}.py", *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
     result = {
         "benchmark": name,
         "arguments": arguments,
         "date": date.today().isoformat(),
         "machine": machine,
         "versions": {"python": platform.python_version(), **versions()},
-        "results": json.loads(printed),
+        "results": json.loads(done.stdout),
     }
     path = RESULTS / f"{name}-{machine_class(machine)}-{result['date']}.json"
     before = newest_committed(name, machine, arguments)
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(printed.rstrip(), f"-> {path.relative_to(FOLDER.parent)}", sep="\n")
+    print(done.stdout.rstrip(), f"-> {path.relative_to(FOLDER.parent)}", sep="\n")
     return [] if before is None else [f"{name} {line}" for line in worse(before["results"], result["results"])]
 
 
@@ -97,27 +98,42 @@ def versions() -> dict[str, str]:
 
 
 def newest_committed(name: str, machine: Mapping[str, Any], arguments: list[str]) -> dict[str, Any] | None:
-    """As committed: a second run on one day replaces the file, not what it is compared with."""
+    """As committed: a second run on one day replaces the file, not what it is compared with. Where there is no repository, as it
+    lies in the folder."""
     stem = f"{name}-{machine_class(machine)}-"
-    tracked = git("ls-tree", "--name-only", "HEAD", f"{RESULTS.relative_to(FOLDER.parent)}/").splitlines()
-    for path in sorted((path for path in tracked if Path(path).name.startswith(stem)), reverse=True):
-        result = json.loads(git("show", f"HEAD:{path}"))
-        if result["arguments"] == arguments:
+    for path, text in sorted(results(), reverse=True):
+        if Path(path).name.startswith(stem) and (result := json.loads(text()))["arguments"] == arguments:
             return result
     return None
 
 
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=FOLDER.parent, stdout=subprocess.PIPE, text=True, check=True).stdout
+def results() -> list[tuple[str, Callable[[], str]]]:
+    """Each result's path, and how to read it."""
+    folder = RESULTS.relative_to(FOLDER.parent)
+    tracked = git("ls-tree", "--name-only", "HEAD", f"{folder}/")
+    if tracked is None:
+        return [(str(path), path.read_text) for path in RESULTS.glob("*.json")]
+    return [(path, partial(lambda path: git("show", f"HEAD:{path}") or "", path)) for path in tracked.splitlines()]
+
+
+def git(*arguments: str) -> str | None:
+    """What git says; None where it is not there, or knows no repository here."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=FOLDER.parent, capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
 
 
 def worse(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    old = dict(numbers(before))
-    return [
-        f"{key}: {old[key]:g} -> {value:g} ({value / old[key] - 1:+.0%})"
-        for key, value in numbers(after)
-        if old.get(key) and loss(key, old[key], value) >= LOSS
-    ]
+    """A line for each figure that lost, or is not there any more (its variant ran out of memory, say)."""
+    new = dict(numbers(after))
+    lines = []
+    for key, old in numbers(before):
+        if key in new and old and loss(key, old, new[key]) >= LOSS:
+            lines.append(f"{key}: {old:g} -> {new[key]:g} ({new[key] / old - 1:+.0%})")
+        elif key not in new and key.endswith((*MORE_IS_BETTER, *LESS_IS_BETTER)):
+            lines.append(f"{key}: {old:g} -> none")
+    return lines
 
 
 def numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

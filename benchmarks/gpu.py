@@ -3,9 +3,10 @@
     python benchmarks/gpu.py [--variants NAME ...] [--steps 8] [--profile FOLDER] [--set KEY=VALUE ...]
 
 A variant over several workers runs where there are as many GPUs. Prints JSON: for each variant real tokens/s of a worker
-(padding not counted), the median step, peak memory and mfu, which counts 4 operations a frozen weight and token (6 a trained
-one), attention left out, against the rate of a bf16 8192 x 8192 x 8192 product measured just before. Steps are the loop's own
-(`train.loop.one_step`): forward, backward, clipping, fused AdamW, metrics.
+(padding not counted), the median step, peak memory and mfu: 4 operations a frozen weight and token (6 a trained one), and 12 for
+each number of the query heads as often as a token looks at one before it in its document, against the rate of a bf16
+8192 x 8192 x 8192 product measured just before (train/flops.py). Steps are the loop's own (`train.loop.one_step`): forward,
+backward, clipping, fused AdamW, metrics.
 """
 
 from __future__ import annotations
@@ -179,12 +180,12 @@ def measure(
     objective = STAGES["sft"].objective(load_config("train", ["data.path=rows.jsonl"]).stage)
     learner = Learner(strategy=built.strategy, objective=objective, device=device)
 
-    def advance(number: int) -> int:
-        tokens = 0
-        for step in islice(endless, number):
+    def advance(number: int) -> tuple[int, int]:
+        """Tokens and looks of so many steps."""
+        done = list(islice(endless, number))
+        for step in done:
             one_step(learner, step, window, lr=1e-5, seed=0)
-            tokens += step.tokens
-        return tokens
+        return sum(step.tokens for step in done), sum(batch.looks for step in done for batch in step.batches)
 
     advance(1)
     first_loss = window.read()["loss"]
@@ -195,10 +196,10 @@ def measure(
     num_steps = min(num_steps, variant.warmup + 2)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]
     started = time.perf_counter()
-    tokens = 0
+    tokens = looks = 0
     marks[0].record()
     for mark in marks[1:]:
-        tokens += advance(1)
+        tokens, looks = (a + b for a, b in zip((tokens, looks), advance(1), strict=True))
         mark.record()
     issued = time.perf_counter() - started
     torch.cuda.synchronize()
@@ -210,7 +211,7 @@ def measure(
         "issue_s": round(issued / num_steps, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
-        "mfu": round(tokens / seconds * built.flops_per_token / matmul, 4),
+        "mfu": round(built.operations.of(tokens, looks) / seconds / matmul, 4),
         "tokens": round(tokens / num_steps),
         "loss": round(first_loss[0] / first_loss[1], 4),
         "loss_after": round((lambda pair: pair[0] / pair[1])(window.read()["loss"]), 4),
@@ -277,8 +278,14 @@ def main() -> None:
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--set", nargs="*", default=[], help="settings of the run, as on the command line")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py needs a GPU")
     matmul = matmul_flops()
-    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "matmul_tflops": round(matmul / 1e12, 1)}
+    results: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "matmul_tflops": round(matmul / 1e12, 1),
+        "mfu_counts": "4N a token for LoRA, 6N where all is trained, attention within documents added; of matmul_tflops",
+    }
     for name in arguments.variants:
         try:
             results[name] = measured(name, arguments.set, arguments.steps, matmul, arguments.profile)

@@ -19,7 +19,7 @@ from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.policy import build_policy, compute_dtype
 from raytune_llm.packaged import cache_dir
 from raytune_llm.stages import STAGES
-from raytune_llm.train.flops import flops_per_token
+from raytune_llm.train.flops import Operations, operations
 from raytune_llm.train.footprint import GIB, USABLE, Needs, estimate, least_recomputation, mends, needs_of
 from raytune_llm.train.optimizers import build_optimizer
 from raytune_llm.train.strategies import FIRST_LOADS, spread
@@ -33,7 +33,7 @@ REMEDIES = 3
 class Built:
     policy: CausalLM
     strategy: Strategy
-    flops_per_token: float
+    operations: Operations
     choices: tuple[str, ...]
     """What was chosen and why, a line each."""
 
@@ -72,7 +72,7 @@ class Builder:
             activation_checkpointing=checkpointing,
             scores=STAGES[run.stage.name].scores is not None,
         )
-        flops = flops_per_token(policy, self.config)
+        counted = operations(policy, self.config)
         strategy = spread(
             run.strategy,
             policy,
@@ -86,7 +86,7 @@ class Builder:
         return Built(
             policy=policy,
             strategy=strategy,
-            flops_per_token=flops,
+            operations=counted,
             choices=(
                 attention,
                 f"compilation: {compiled} ({self._why_compiled})",

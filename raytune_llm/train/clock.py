@@ -3,39 +3,58 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
+
+
+class Rate(NamedTuple):
+    """What is done in a second, by all workers."""
+
+    tokens: float
+    """Real ones."""
+    looks: float
+    """Of a token at one before it, or at itself (Batch.looks)."""
 
 
 class Clock:
-    """Real tokens per second of training between two readings, without what is spent on evaluation and checkpoints."""
+    """The rate of training between two readings, without what is spent on evaluation and checkpoints."""
 
     def __init__(self) -> None:
-        self.tokens = 0
-        self._total_tokens, self._total_s = 0, 0.0
-        self._warm_tokens, self._warm_s = 0, 0.0  # without the first reading, which holds warming up
+        self.latest: Rate | None = None
+        self._tokens = self._looks = 0
+        self._total, self._warm = (0, 0, 0.0), (0, 0, 0.0)  # the latter without the first reading, which holds warming up
         self._since, self._paused_s = 0.0, 0.0
 
     def start(self) -> None:
         self._since, self._paused_s = time.perf_counter(), 0.0
 
-    def read(self) -> float:
+    def stepped(self, tokens: int, looks: int) -> None:
+        self._tokens, self._looks = self._tokens + tokens, self._looks + looks
+
+    def read(self) -> Rate:
         """Since the last reading, or the start."""
         now = time.perf_counter()
-        seconds = now - self._since - self._paused_s
-        if self._total_s:
-            self._warm_tokens, self._warm_s = self._warm_tokens + self.tokens, self._warm_s + seconds
-        self._total_tokens, self._total_s = self._total_tokens + self.tokens, self._total_s + seconds
-        rate = self.tokens / seconds
-        self.tokens, self._since, self._paused_s = 0, now, 0.0
-        return rate
+        found = self._tokens, self._looks, now - self._since - self._paused_s
+        if self.latest is not None:
+            self._warm = _sum(self._warm, found)
+        self._total = _sum(self._total, found)
+        self._tokens, self._looks, self._since, self._paused_s = 0, 0, now, 0.0
+        self.latest = _rate(*found)
+        return self.latest
 
-    def rate(self) -> float | None:
+    def rate(self) -> Rate | None:
         """Over the run, without what warming up distorts where there is more than one reading."""
-        if self._warm_s:
-            return self._warm_tokens / self._warm_s
-        return self._total_tokens / self._total_s if self._total_s else None
+        return _rate(*(self._warm if self._warm[2] else self._total)) if self.latest is not None else None
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
         self._paused_s += time.perf_counter() - began
+
+
+def _sum(a: tuple[int, int, float], b: tuple[int, int, float]) -> tuple[int, int, float]:
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
+
+
+def _rate(tokens: int, looks: int, seconds: float) -> Rate:
+    return Rate(tokens / seconds, looks / seconds)

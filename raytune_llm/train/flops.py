@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.memory import dimensions
 from raytune_llm.models.policy import layers
 from raytune_llm.models.quantization import QuantizedLinear
 
@@ -16,14 +18,29 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4
 """Dense bf16 products a second, by what a GPU's name contains; the makers' figures."""
 
 
-def flops_per_token(policy: CausalLM, config: Any) -> float:
-    """Products and sums of one training token, attention left out: 2 a weight forward, 2 for the gradient of its input, and 2 for
-    its own where it is trained. So 4N for LoRA and 6N for full fine-tuning; layers below the first that trains run forward alone.
-    Embeddings are looked up, not multiplied."""
+@dataclass(frozen=True, kw_only=True)
+class Operations:
+    """Sums and products of training, by the convention of Chowdhery et al. 2022 (arXiv 2204.02311, appendix B): what the model
+    asks for, whatever is computed again, in fewer bits, or left out since nobody trains on it."""
+
+    per_token: float
+    """2 a weight forward, 2 for the gradient of its input, and 2 for its own where it is trained: 4N for LoRA, 6N for full
+    fine-tuning. Embeddings are looked up, not multiplied."""
+    per_look: float
+    """Of a token at one before it, or at itself, in all layers: 4 a number of the query heads forward, 8 backward. So a document
+    of L tokens has L (L + 1) / 2 times as many, and documents in a pack have no more than alone. Windows are not taken off."""
+
+    def of(self, tokens: float, looks: float) -> float:
+        return tokens * self.per_token + looks * self.per_look
+
+
+def operations(policy: CausalLM, config: Any) -> Operations:
+    """Layers below the first that trains run forward alone."""
     embedding = policy.base.get_input_embeddings().weight
     output = policy.base.get_output_embeddings()
     head = None if output is None else output.weight
-    first = [] if embedding.requires_grad else list(takewhile(_is_frozen, layers(policy)))
+    blocks = layers(policy)
+    first = [] if embedding.requires_grad else list(takewhile(_is_frozen, blocks))
     forward_alone = {*(p for layer in first for p in layer.parameters()), *(m for layer in first for m in layer.modules())}
 
     total = 0.0
@@ -35,7 +52,7 @@ def flops_per_token(policy: CausalLM, config: Any) -> float:
     for module in policy.modules():
         if isinstance(module, QuantizedLinear):
             total += 2 * (1 if module in forward_alone else 2) * module.in_features * module.out_features
-    return total
+    return Operations(per_token=total, per_look=4 * dimensions(config).query * (3 * len(blocks) - 2 * len(first)))
 
 
 def _is_frozen(layer: nn.Module) -> bool:

@@ -93,7 +93,7 @@ def run(
                 progress.step += 1
                 progress.cursor = step.cursor
                 progress.tokens_seen += step.tokens
-                clock.tokens += step.tokens
+                clock.stepped(step.tokens, learner.strategy.world * sum(batch.looks for batch in step.batches))
                 hooks.stepped(progress.step)
                 last = progress.step == plan.total_steps
                 epoch_ends = step.fraction == 1.0
@@ -164,7 +164,7 @@ def log_step(
         "lr": lr,
         "grad_norm": values.pop("grad_norm", math.nan),
         "tokens_seen": progress.tokens_seen,
-        "tokens_per_s": clock.read(),
+        "tokens_per_s": clock.read().tokens,
         **values,
     }
     if progress.nonfinite_steps:

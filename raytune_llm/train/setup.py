@@ -22,6 +22,7 @@ from raytune_llm.stages import STAGES, Objective, Stage
 from raytune_llm.train import loop
 from raytune_llm.train.build import Builder, Built
 from raytune_llm.train.checkpoint import Progress
+from raytune_llm.train.clock import Rate
 from raytune_llm.train.coupling import Coupled
 from raytune_llm.train.flops import peak_flops
 from raytune_llm.train.reference import References, find_references
@@ -89,12 +90,10 @@ class Setup:
             seed=run.train.seed,
         )
 
-    def mfu(self, tokens_per_s: float | None) -> float | None:
-        """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B). None where the device's peak or the rate is not known."""
+    def mfu(self, rate: Rate | None) -> float | None:
+        """Model FLOPs utilisation, of the peak in bf16 that the device's maker states. None where it or the rate is not known."""
         peak = peak_flops(self.device)
-        if peak is None or tokens_per_s is None:
-            return None
-        return tokens_per_s * self.built.flops_per_token / (peak * self.world)
+        return None if peak is None or rate is None else self.built.operations.of(*rate) / (peak * self.world)
 
 
 def set_up(

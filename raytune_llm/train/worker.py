@@ -79,7 +79,7 @@ def work(
         )
         stack.callback(checkpoints.close)
         progress = restore(checkpoints, strategy)
-        recorder = Recorder(setup, checkpoints, stack, progress.step, sinks, on_samples)
+        recorder = Recorder(setup, clock, checkpoints, stack, progress.step, sinks, on_samples)
         loaded = time.perf_counter()
         if setup.rank == 0:
             on_begin(Begin(total_steps=plan.total_steps, first_step=progress.step, choices=setup.choices))
@@ -93,7 +93,7 @@ def work(
     return Outcome(
         progress=progress,
         world_size=setup.world,
-        tokens_per_s=rate,
+        tokens_per_s=None if rate is None else rate.tokens,
         mfu=setup.mfu(rate),
         peak_memory_gib=memory_gib(device),
         load_s=loaded - began,
@@ -108,6 +108,7 @@ class Recorder:
     def __init__(
         self,
         setup: Setup,
+        clock: Clock,
         checkpoints: Checkpoints,
         stack: ExitStack,
         from_step: int,
@@ -117,7 +118,7 @@ class Recorder:
         """`stack` closes the files, which go on from the step `from_step`."""
         self.save_s = 0.0
         """Seconds that training waited for checkpoints."""
-        self._setup, self._checkpoints, self._on_samples = setup, checkpoints, on_samples
+        self._setup, self._clock, self._checkpoints, self._on_samples = setup, clock, checkpoints, on_samples
         self._identity = identity(setup.run, setup.stores.manifests)
         self._sampler = sampler_of(setup)
         self._report = self._samples = None
@@ -133,7 +134,7 @@ class Recorder:
         machine: dict[str, Any] = {}
         if "loss" in record:
             machine["memory_gib"] = round(memory_gib(self._setup.device), 3)
-            mfu = self._setup.mfu(record["tokens_per_s"])
+            mfu = self._setup.mfu(self._clock.latest)
             machine["mfu"] = None if mfu is None else round(mfu, 4)
         self._report.log({**record, **machine})
 

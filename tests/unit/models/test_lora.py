@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from raytune_llm.config.adapter import LoRA
 from raytune_llm.models.adapters import adapt
 from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.train.flops import flops_per_token
+from raytune_llm.train.flops import operations
 
 IDS = torch.arange(20).view(2, 10)
 
@@ -53,6 +53,7 @@ def test_layers_below_the_first_adapter_take_no_gradients() -> None:
     """2 operations a weight in place of 4: forward alone. Embeddings are tied to no head here."""
     whole, last = (tiny() for _ in range(2))
     layer = sum(p.numel() for p in tiny().model.layers[0].parameters() if p.ndim == 2)
-    flops = [flops_per_token(CausalLM(adapt(model, lora(n))), model.config) for model, n in ((whole, 3), (last, 1))]
+    all_layers, last_layer = (operations(CausalLM(adapt(model, lora(n))), model.config) for model, n in ((whole, 3), (last, 1)))
     adapters = sum(p.numel() for n, p in whole.named_parameters() if "lora" in n and ".layers.2." not in n)
-    assert flops[0] - flops[1] == 2 * (2 * layer) + 6 * adapters
+    assert all_layers.per_token - last_layer.per_token == 2 * (2 * layer) + 6 * adapters
+    assert last_layer.per_look / all_layers.per_look == (1 + 1 + 3) / 9

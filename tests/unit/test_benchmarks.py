@@ -1,0 +1,21 @@
+"""A later run of a benchmark says what it lost."""
+
+from __future__ import annotations
+
+from benchmarks.__main__ import worse
+
+
+def test_a_loss_of_five_percent_is_named_in_either_direction() -> None:
+    before = {"lora": {"tokens_per_s": 1000, "peak_gib": 20.0, "loss": 12.0, "step_s": 0.5}}
+    after = {"lora": {"tokens_per_s": 950, "peak_gib": 20.9, "loss": 13.0, "step_s": 0.55}}
+    assert worse(before, after) == ["lora.tokens_per_s: 1000 -> 950 (-5%)", "lora.step_s: 0.5 -> 0.55 (+10%)"]
+
+
+def test_what_became_better_is_no_loss() -> None:
+    assert worse({"fill": 0.9, "step_s": 1.0}, {"fill": 0.99, "step_s": 0.5}) == []
+
+
+def test_a_figure_that_is_gone_is_a_loss() -> None:
+    assert worse({"lora": {"tokens_per_s": 1000, "tokens": 8}}, {"lora": {"out_of_memory": "so much"}}) == [
+        "lora.tokens_per_s: 1000 -> none"
+    ]
