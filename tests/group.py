@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +12,7 @@ import torch
 import torch.multiprocessing as mp
 
 from raytune_llm.config.run import TrainRun
-from raytune_llm.train import loop
-
-
-class PowerCut(Exception):
-    """Ends a worker in the middle of its run."""
-
-    @staticmethod
-    @contextmanager
-    def after(step: int | None) -> Iterator[None]:
-        """Every worker logs at the same steps, so all of them stop at the same place."""
-        log_step = loop.log_step
-
-        def cut(progress: Any, *rest: Any, **named: Any) -> None:
-            log_step(progress, *rest, **named)
-            if progress.step >= (step or 10**9):
-                raise PowerCut
-
-        loop.log_step = cut
-        try:
-            yield
-        finally:
-            loop.log_step = log_step
+from tests.runs import PowerCut, power_cut_at
 
 
 class Group:
@@ -56,7 +33,7 @@ class Group:
             process.start()
 
     def run(self, run: TrainRun, store: str, *, stop_after: int | None = None) -> list[Any]:
-        """stop_after: all workers fall over once that step is logged, as if the power went."""
+        """stop_after: all workers fall over after that step, before anything is made of it."""
         for jobs in self.jobs:
             jobs.put((run, store, stop_after))
         answers: dict[int, Any] = {}
@@ -91,8 +68,7 @@ def _serve(rank: int, world: int, port: int, device_type: str, jobs: Any, result
     while (job := jobs.get()) is not None:
         run, store, stop_after = job
         try:
-            with PowerCut.after(stop_after):
-                outcome: Any = work(run, store, None, device=device)
+            outcome: Any = work(run, store, None, device=device, on_step=power_cut_at(stop_after))
         except PowerCut:
             outcome = None
         except BaseException:

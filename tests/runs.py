@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from raytune_llm import load_config
@@ -30,3 +31,27 @@ def tiny_run(data_path: str, cache: str, output_dir: Any, *overrides: str) -> Tr
             *overrides,
         ],
     )
+
+
+class PowerCut(Exception):
+    """Ends a worker in the middle of its run."""
+
+
+def power_cut_at(step: int | None) -> Callable[[int], None]:
+    """For `on_step`: every worker stops at the same place."""
+
+    def stepped(now: int) -> None:
+        if now == step:
+            raise PowerCut
+
+    return stepped
+
+
+def cut_at(step: int) -> Callable[[Mapping[str, Any]], None]:
+    """A sink that cuts the power once the step is logged."""
+
+    def sink(record: Mapping[str, Any]) -> None:
+        if record["step"] >= step:
+            raise PowerCut
+
+    return sink

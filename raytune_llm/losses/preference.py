@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 @dataclass(frozen=True, slots=True)
 class PairLogprobs:
     """What the losses know of P pairs. Log-probabilities are sums over an answer's tokens, in nats; answers have at least one.
+    Without a reference, its values are 0.
 
     For LD-DPO the four are the weighted sums of tokens.split_sums; the token counts stay the plain ones.
     """
@@ -62,11 +63,6 @@ class PairLogprobs:
     def rejected_mean_P(self) -> Tensor:
         """R / n_r"""
         return self.rejected_P / self.rejected_tokens_P
-
-    def without_reference(self) -> PairLogprobs:
-        """The same pairs with reference log-probabilities of 0: reference-free DPO, and the rewards of CPO."""
-        zeros_P = torch.zeros_like(self.reference_chosen_P)
-        return replace(self, reference_chosen_P=zeros_P, reference_rejected_P=zeros_P)
 
 
 def dpo_sigmoid(pairs: PairLogprobs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -179,7 +175,7 @@ def dpo_sigmoid_norm(pairs: PairLogprobs, *, beta: float) -> Tensor:
 
 def dpo_f_forward_kl(pairs: PairLogprobs, *, beta: float) -> Tensor:
     """DPO with the scores f(x) = 1 - exp(-x) of c and r: forward KL in place of reverse (Wang et al. 2023, arXiv 2309.16240)."""
-    return _f_dpo(pairs, lambda ratio_P: -torch.expm1(-ratio_P), beta)
+    return _f_dpo(pairs, lambda ratio_P: -_expm1(-ratio_P), beta)
 
 
 def dpo_f_js(pairs: PairLogprobs, *, beta: float) -> Tensor:
@@ -189,7 +185,7 @@ def dpo_f_js(pairs: PairLogprobs, *, beta: float) -> Tensor:
 
 def dpo_f_alpha(pairs: PairLogprobs, *, beta: float, alpha: float) -> Tensor:
     """DPO with the scores (exp((a - 1) x) - 1) / (a - 1), a != 1: alpha divergence (arXiv 2309.16240); `sigmoid` at the limit."""
-    return _f_dpo(pairs, lambda ratio_P: torch.expm1((alpha - 1) * ratio_P) / (alpha - 1), beta)
+    return _f_dpo(pairs, lambda ratio_P: _expm1((alpha - 1) * ratio_P) / (alpha - 1), beta)
 
 
 def sft(pairs: PairLogprobs) -> Tensor:
@@ -334,8 +330,13 @@ def _ratios_per_token(pairs: PairLogprobs) -> tuple[Tensor, Tensor]:
     return pairs.chosen_ratio_P / pairs.chosen_tokens_P, pairs.rejected_ratio_P / pairs.rejected_tokens_P
 
 
+def _expm1(exponent_P: Tensor) -> Tensor:
+    """Held short of infinity, which has no gradient, and no difference to another one."""
+    return torch.expm1(exponent_P.clamp(max=math.log(torch.finfo(exponent_P.dtype).max) - 10))
+
+
 def _sorted(values_P: Tensor) -> Tensor:
-    return values_P.sort().values
+    return values_P.sort(stable=True).values  # equal values get their gradients in the pairs' order, on every device
 
 
 def _log_odds(logprob_P: Tensor) -> Tensor:

@@ -72,9 +72,10 @@ def asft(logits_NV: Tensor, targets_N: Tensor, *, reference_logits_NV: Tensor, a
 
 def token_kl(p_logits_NV: Tensor, q_logits_NV: Tensor) -> Tensor:
     """KL(p || q) [N] between the two next-token distributions."""
-    p_logprobs_NV = F.log_softmax(_wide(p_logits_NV), dim=-1)
-    q_logprobs_NV = F.log_softmax(_wide(q_logits_NV), dim=-1)
-    return F.kl_div(q_logprobs_NV, p_logprobs_NV, reduction="none", log_target=True).nansum(-1)  # what p rules out adds 0
+    p_logprobs_NV, q_logprobs_NV = (F.log_softmax(_wide(logits_NV), dim=-1) for logits_NV in (p_logits_NV, q_logits_NV))
+    # what p rules out adds 0, where 0 * inf would be nan
+    gap_NV = (p_logprobs_NV - q_logprobs_NV).masked_fill(p_logprobs_NV == -torch.inf, 0.0)
+    return (p_logprobs_NV.exp() * gap_NV).sum(-1)
 
 
 TOKEN_LOSSES = {"cross_entropy": cross_entropy, "dft": dft, "eaft": eaft, "asft": asft}

@@ -7,7 +7,7 @@ and a step whose gradient is not finite skips itself on the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,7 +68,7 @@ class Hooks:
     save: Callable[[Progress], None]
     sample: Callable[[int], None]
     """At each evaluation, with the step."""
-    stepped: Callable[[int], None] = lambda step: None
+    stepped: Sequence[Callable[[int], None]] = ()
     """After each step, with its number."""
 
 
@@ -94,7 +94,8 @@ def run(
                 progress.cursor = step.cursor
                 progress.tokens_seen += step.tokens
                 clock.stepped(step.tokens, learner.strategy.world * sum(batch.looks for batch in step.batches))
-                hooks.stepped(progress.step)
+                for stepped in hooks.stepped:
+                    stepped(progress.step)
                 last = progress.step == plan.total_steps
                 epoch_ends = step.fraction == 1.0
 

@@ -65,8 +65,10 @@ def work(
     sinks: Sequence[Sink] = (),
     on_begin: Callable[[Begin | ReferencePass], None] = lambda begin: None,
     on_samples: Callable[[Sequence[Sample]], None] = lambda samples: None,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> Outcome:
-    """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only."""
+    """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only; on_step
+    is called after each step, on every worker."""
     began = time.perf_counter()
     setup = set_up(run, train_store, eval_store, device, on_begin)
     strategy, plan, clock = setup.built.strategy, setup.plan(), Clock()
@@ -83,7 +85,7 @@ def work(
         loaded = time.perf_counter()
         if setup.rank == 0:
             on_begin(Begin(total_steps=plan.total_steps, first_step=progress.step, choices=setup.choices))
-        stepped = profiled(setup, plan.total_steps, progress.step, stack)
+        stepped = (profiled(setup, plan.total_steps, progress.step, stack), on_step)
         hooks = loop.Hooks(log=recorder.log, save=recorder.save, sample=recorder.sample, stepped=stepped)
         strategy.model.train()
         progress = loop.run(setup.learner(progress), setup.loader, setup.eval_loaders, progress, plan, hooks, clock)

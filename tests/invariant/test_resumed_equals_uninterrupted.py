@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,19 +17,7 @@ from raytune_llm.train.stores import open_stores
 from raytune_llm.train.worker import work
 from tests.group import Group, metrics
 from tests.invariant.test_same_run_everywhere import SAMPLED, assert_same_run, lines
-from tests.runs import tiny_run
-
-
-class PowerCut(Exception):
-    pass
-
-
-def cut_at(step: int) -> Callable[[Mapping[str, Any]], None]:
-    def sink(record: Mapping[str, Any]) -> None:
-        if record["step"] >= step:
-            raise PowerCut
-
-    return sink
+from tests.runs import PowerCut, cut_at, tiny_run
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from raytune_llm.config.load import load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.stages import STAGES
-from tests.group import Group, PowerCut, metrics
-from tests.runs import tiny_run
+from tests.group import Group, metrics
+from tests.runs import PowerCut, cut_at, tiny_run
 
 RUNS = {
     "dpo": ["data=chat_pairs", "stage=dpo"],
@@ -103,8 +103,8 @@ def test_accumulation_does_not_show(plain: TrainRun, tmp_path: Path) -> None:
 
 def test_an_interruption_does_not_show(plain: TrainRun, tmp_path: Path) -> None:
     run = replace(plain, output_dir=str(tmp_path), checkpoint=replace(plain.checkpoint, every_steps=2))
-    with PowerCut.after(3), pytest.raises(PowerCut):
-        api.train(run)
+    with pytest.raises(PowerCut):
+        api.train(run, sinks=[cut_at(3)])
     assert api.train(run).resumed_from == 2
     assert_same_numbers(plain, run)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,12 @@ from raytune_llm.data import pipeline, sources
 from raytune_llm.data.store import MANIFEST
 from tests.group import Group
 from tests.invariant.test_same_run_everywhere import assert_same_run
-from tests.runs import tiny_run
+from tests.runs import PowerCut, cut_at, tiny_run
 
 STREAMING = (
     "data.streaming=true", "data.streaming_buffer_rows=13", "data.eval_fraction=0", "train.epochs=1", "train.max_steps=14",
     "train.global_batch_size=4", "checkpoint.every_steps=2", "adapter.dropout=0.1",
 )  # fmt: skip
-
-
-class PowerCut(Exception):
-    pass
-
-
-def cut_at(step: int) -> Callable[[Mapping[str, Any]], None]:
-    def sink(record: Mapping[str, Any]) -> None:
-        if record["step"] >= step:
-            raise PowerCut
-
-    return sink
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,12 @@ def pair_logprobs(inputs, tokens, params):
         rejected_tokens_P=lengths["rejected"],
         reward_mean=params.get("delta", 0.0),
     )
-    return pairs.without_reference() if params.get("reference_free") else pairs
+    return without_reference(pairs) if params.get("reference_free") else pairs
+
+
+def without_reference(pairs):
+    zeros = torch.zeros_like(pairs.reference_chosen_P)
+    return replace(pairs, reference_chosen_P=zeros, reference_rejected_P=zeros)
 
 
 def terms(kind, params):
@@ -87,7 +93,7 @@ def pair_rewards(kind, pairs, beta):
     """By the stage that a kind belongs to: ORPO and SimPO have rewards a token, CPO has no reference."""
     if kind.startswith(("orpo", "simpo")):
         return mean_rewards(pairs, beta=beta)
-    return rewards(pairs.without_reference() if kind.startswith("cpo") else pairs, beta=beta)
+    return rewards(without_reference(pairs) if kind.startswith("cpo") else pairs, beta=beta)
 
 
 @pytest.mark.parametrize("case", SINGLE, ids=lambda case: case["id"])

@@ -182,3 +182,9 @@ def test_tokens_that_are_ruled_out_add_nothing_to_a_divergence():
     torch.testing.assert_close(divergence.detach(), token_kl(p, q))
     (grad,) = torch.autograd.grad(divergence.sum(), wide_q)
     assert grad.isfinite().all() and (grad[:, 9:] == 0).all()
+
+
+def test_a_divergence_does_not_hide_what_is_not_a_number():
+    p, q = torch.zeros(2, 2, 5)
+    p[0, 1] = q[1, 2] = torch.nan
+    assert token_kl(p, q).isnan().all()
