@@ -100,14 +100,15 @@ class WordTokenizer:
 
     def _ids_of(self, chunks: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of these chunks, one after another, and where each one's end."""
-        new = [chunk for chunk in chunks if chunk not in self._chunks]
+        known = list(map(self._chunks.get, chunks))
+        new = [chunk for chunk, ids in zip(chunks, known, strict=True) if ids is None]
         fresh = dict(zip(new, self._encode(new), strict=True))
-        known = [fresh[chunk] if chunk in fresh else self._chunks[chunk] for chunk in chunks]
+        ids_of = [fresh[chunk] if ids is None else ids for chunk, ids in zip(chunks, known, strict=True)]
         if len(self._chunks) > MAX_WORDS:
             self._chunks.clear()
         self._chunks.update((chunk, ids) for chunk, ids in fresh.items() if len(chunk) <= MAX_REMEMBERED)
-        ids = np.frombuffer(b"".join(known), np.int32)
-        return ids, np.cumsum(np.fromiter(map(len, known), np.int64, len(known))) // ids.itemsize
+        ids = np.frombuffer(b"".join(ids_of), np.int32)
+        return ids, np.cumsum(np.fromiter(map(len, ids_of), np.int64, len(ids_of))) // ids.itemsize
 
     def _encode(self, chunks: list[bytes]) -> list[bytes]:
         """The ids of chunks by their words."""
