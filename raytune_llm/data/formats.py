@@ -110,7 +110,10 @@ def alpaca(row: Row, columns: AlpacaFormat, reading: Reading) -> Record:
     context = _optional_text(row, columns.input)
     tools = _optional(row, columns.tools)
     turns = [*_system(_optional_text(row, columns.system), tools)]
-    for pair in _optional(row, columns.history) or ():
+    history = _optional(row, columns.history) or ()
+    if not isinstance(history, list | tuple):
+        raise BadRow(f"{columns.history} must be a list of [request, answer] pairs", _shown(history))
+    for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow(f"{columns.history} must be a list of [request, answer] pairs", _shown(pair))
         turns.append(Message("user", _text(pair[0], f"{columns.history}")))
@@ -196,7 +199,7 @@ def _tagged(message: Any, columns: Tags, reading: Reading) -> Message:
         columns.assistant_tag: "assistant",
         columns.function_tag: "function",
     }
-    role: Any = None if tag is None else roles.get(tag)
+    role: Any = roles.get(tag) if isinstance(tag, str) else None
     if role is None:
         known = ", ".join(str(name) for name in roles if name is not None)
         raise BadRow(f"a message's {columns.role_tag} must be one of {known}", f"got {_shown(tag)}")

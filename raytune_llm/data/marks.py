@@ -26,6 +26,9 @@ class Forgeable:
     first_characters: str
     """A text without any of these has nothing to hide, which is far quicker to see."""
 
+    def is_in(self, text: str) -> bool:
+        return self._may_be_in(text) and self.pattern.search(text) is not None
+
     def finditer(self, text: str) -> Iterator[re.Match[str]]:
         return self.pattern.finditer(text) if self._may_be_in(text) else iter(())
 

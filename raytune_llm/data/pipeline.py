@@ -50,7 +50,7 @@ from raytune_llm.data.tokenize import BlockTokenizer
 from raytune_llm.data.tokenizer import fingerprint, run_tokenizer
 from raytune_llm.errors import DataError, UserError
 
-TRANSFORMS_VERSION = 4
+TRANSFORMS_VERSION = 5
 """Raise it when the same row would give other tokens, so that old stores are not taken for new ones."""
 Progress = Callable[[int, int], None]
 """Called with the rows done and the rows in all, dropped ones among them."""

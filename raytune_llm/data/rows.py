@@ -102,12 +102,15 @@ def _ended(tokens: Tokens, weights: tuple[float, ...], end: int) -> TokenRow:
 
 def _trained(ids: np.ndarray, answers: np.ndarray, weights: tuple[float, ...]) -> TokenRow:
     """With the answers that weigh something and hold a target. The very first token is none: nothing predicts it."""
-    weighed = np.array(weights, np.float32)
-    kept = (weighed > 0) & (answers[:, 1] > np.maximum(answers[:, 0], 1))
-    if not kept.any():
+    # By hand: numpy takes its time over three or four answers.
+    turns = zip(answers.tolist(), weights, strict=True)
+    targets = [(start, end, weight) for (start, end), weight in turns if weight > 0 and end > max(start, 1)]
+    if not targets:
         raise BadRow(NOTHING_LEFT)
-    weighed = weighed[kept]
-    return TokenRow(ids, answers[kept].reshape(-1).astype(np.int32), () if (weighed == 1).all() else weighed)
+    spans = np.array([edge for start, end, _ in targets for edge in (start, end)], np.int32)
+    if all(weight == 1 for *_, weight in targets):
+        return TokenRow(ids, spans)
+    return TokenRow(ids, spans, np.array([weight for *_, weight in targets], np.float32))
 
 
 # Pairs ----------------------------------------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ def _render_text(record: Record, renderer: Renderer | PlainText, targets: Target
         case Text(text=text):
             pass
         case Conversation(messages=messages) | Labeled(conversation=Conversation(messages=messages)):
-            text = next(message.content for message in messages if message.role != "system")
+            text = next((message.content for message in messages if message.role != "system"), "")
         case Pair():
             raise BadRow("the row is a pair of answers, not plain text")
     if not text:

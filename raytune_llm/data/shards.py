@@ -101,6 +101,8 @@ def made_rows(block: list[NumberedRow], recipe: Recipe) -> Iterator[tuple[int, S
             usable.append((number, record, rendered))
         except UnicodeEncodeError as error:
             yield number, BadRow("a text holds half a character (a lone surrogate)", repr(error.object[error.start]))
+        except RecursionError:
+            yield number, BadRow("values lie too deep within one another")
         except (BadRow, RefusedRow) as bad:
             yield number, bad
     tokens = iter(recipe.tokenize([text for _, _, rendered in usable for text in rendered]))

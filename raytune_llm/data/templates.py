@@ -13,7 +13,8 @@ one, wherever its rules write contents as they are.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -154,7 +155,8 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        return "".join(template.root_render_func(template.new_context(variables, shared=True)))
+        with _refusals():
+            return "".join(template.root_render_func(template.new_context(variables, shared=True)))
 
     def _from_form(self, text: str, messages: list[dict[str, Any]], told: Conversation) -> _Found | None:
         """None where this text is not what the form of its shape gives, or the shape has none."""
@@ -231,6 +233,15 @@ class ChatTemplate:
         return None if after is None else after.group()
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What a template can't do with a value of some type (declarations of tools hold anything) is a refusal like any other."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise TemplateError(str(error)) from error
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
     """The answers' turns in a text, where they could be found, and what they weigh in the loss."""
@@ -285,29 +296,33 @@ class NamedChat:
         return first, second  # type: ignore[possibly-undefined]
 
     def _render(self, conversation: Conversation, earlier_answers: bool, thinking: bool | None) -> Rendered:
-        hidden: list[str] = []
-        messages = [_as_dict(message, self.control, self._answered, hidden) for message in conversation.messages]
-        weights = tuple(_weight(message) for message in conversation.messages if message.role == "assistant")
-        if not hidden and self._writes_as_is(conversation):
+        weights = tuple([_weight(message) for message in conversation.messages if message.role == "assistant"])
+        if self._writes_as_is(conversation):
             form = self._form(shape_of(conversation), earlier_answers, thinking)
             text, answers, cuts = form.fill([message.content for message in conversation.messages])
             return Rendered(text, _in_twos(answers), weights, tuple(cuts))
+        hidden: list[str] = []
+        messages = [_as_dict(message, self.control, self._answered, hidden) for message in conversation.messages]
         tools = hide(list(conversation.tools), self.control, hidden) or None
         text, spans = self._marked(messages, tools, earlier_answers, thinking)
         settled = settle(text, hidden, spans)
         return Rendered(settled.text, _in_twos(settled.positions), weights, settled.cuts, settled.plain)
 
     def _writes_as_is(self, conversation: Conversation) -> bool:
-        """Whether the rules in templates/turns.jinja do nothing with the contents but write them.
+        """Whether nothing is to be hidden and the rules in templates/turns.jinja do nothing with the contents but write them.
 
         They look for thoughts and take the newlines after one away; and what they write of calls and tools is no content.
         """
-        return _is_plain(conversation) and not (
+        if not _is_plain(conversation):
+            return False
+        answers = [message.content for message in conversation.messages if message.role == "assistant"]
+        told = [message.content for message in conversation.messages if message.role != "assistant"]
+        if any(map(self.control.is_in, told)) or any(map(self._answered.is_in, answers)):
+            return False
+        return not (
             self.template.reasons
             and any(
-                message.content.startswith("\n") or any(word.strip() in message.content for word in self.template.thought)
-                for message in conversation.messages
-                if message.role == "assistant"
+                answer.startswith("\n") or any(word.strip() in answer for word in self.template.thought) for answer in answers
             )
         )
 
@@ -329,7 +344,7 @@ class NamedChat:
         blocks: list[str] = []
         spans: list[tuple[int, int]] = []
         try:
-            with template.environment.activate_tracker(blocks, spans):  # type: ignore[attr-defined]
+            with _refusals(), template.environment.activate_tracker(blocks, spans):  # type: ignore[attr-defined]
                 for block in template.generate(
                     messages=messages,
                     tools=tools,

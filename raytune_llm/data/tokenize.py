@@ -80,10 +80,10 @@ class BlockTokenizer:
             at += len(row) - 1
             if one.plain:
                 tokens.append(self._with_letters(one, row, [ids[start:end] for start, end in pairwise(mine)]))
-            elif len(row) == 2:
-                tokens.append(self._from_special_tokens(one, ids[mine[0] : mine[1]]))
-            else:
+            elif one.cuts:
                 tokens.append(_from_pieces(one, row, ids[mine[0] : mine[-1]], mine - mine[0]))
+            else:
+                tokens.append(self._from_special_tokens(one, ids[mine[0] : mine[1]]))
         unclear = [number for number, found in enumerate(tokens) if found is None]
         encodings = self._rust.encode_batch([rendered[number].text for number in unclear], add_special_tokens=False)
         for number, encoding in zip(unclear, encodings, strict=True):

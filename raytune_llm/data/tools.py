@@ -62,7 +62,7 @@ def parse_call_turn(
     """The text and the calls of a turn that holds JSON: one call or a list, bare, after a thought, or between the call words.
 
     Text outside the call words stays as it is, in front of the calls. Arguments given as JSON text are read.
-    Raises ValueError if a call is not {"name": ..., "arguments": {...}}.
+    Raises ValueError if a call is not {"name": ..., "arguments": {...}}, and if there is none.
     """
     wrapped = re.compile(f"{re.escape(call_words[0])}(.*?){re.escape(call_words[1])}", re.DOTALL)
     if bodies := wrapped.findall(content):
@@ -74,6 +74,8 @@ def parse_call_turn(
 
 def _read_calls(text: str) -> Iterator[dict[str, Any]]:
     calls = json.loads(text)
+    if calls == []:
+        raise ValueError("there is no call")
     for call in calls if isinstance(calls, list) else [calls]:
         if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
             raise ValueError(f"a call must be an object with a name and arguments, got {json.dumps(call)}")
@@ -199,7 +201,7 @@ def _extract_mistral(text: str) -> list[ToolCall] | None:
 
 def _extract_minimax1(text: str) -> list[ToolCall] | None:
     found = re.search(r"<tool_calls>(.*?)</tool_calls>", text, re.DOTALL)
-    objects = [_value(line.strip()) for line in found[1].splitlines() if line.strip()] if found else None
+    objects = [_value(line.strip()) for line in found[1].split("\n") if line.strip()] if found else None
     return None if objects is None else _calls_of_objects([item for item in objects if not isinstance(item, str)], "arguments")
 
 

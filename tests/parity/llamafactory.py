@@ -109,7 +109,9 @@ def record_of(row: Mapping[str, Any], stage: str, template: Any) -> Record:
 @lru_cache(maxsize=64)
 def recipe(stage: str, **settings: Any) -> Recipe:
     """How a run with these settings of `data` makes rows of SmolLM2's tokens from records."""
-    overrides = [f"data.{name}={'null' if value is None else json.dumps(value)}" for name, value in settings.items()]
+    overrides = [
+        f"data.{name}={'null' if value is None else json.dumps(value, ensure_ascii=False)}" for name, value in settings.items()
+    ]
     run = load_config("prepare", ["model=smollm2_135m", "data.path=rows.jsonl", *overrides])
     return recipe_of(stage, run.model, run.data)
 

@@ -101,11 +101,24 @@ def test_a_chat_row_that_cannot_be_used_says_why(row, reason):
         ({"instruction": "hi"}, "there is no column 'output'"),
         ({"instruction": 5, "output": "x"}, "instruction must be text"),
         ({"instruction": "hi", "output": "x", "history": [["a"]]}, "history must be a list"),
+        ({"instruction": "hi", "output": "x", "history": 7}, "history must be a list"),
     ],
 )
 def test_an_alpaca_row_that_cannot_be_used_says_why(row, reason):
     with pytest.raises(BadRow, match=reason):
         convert(row, ALPACA)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"from": ["gpt"], "value": "yes"}, "message's from must be one of human, observation"),
+        ({"from": "function_call", "value": "[]"}, "tool calls must be JSON with names and arguments"),
+    ],
+)
+def test_a_sharegpt_message_that_cannot_be_used_says_why(message, reason):
+    with pytest.raises(BadRow, match=reason):
+        convert({"conversations": [{"from": "human", "value": "hi"}, message]}, format_of("sharegpt"))
 
 
 def test_a_missing_column_names_those_that_exist():

@@ -198,6 +198,29 @@ def test_a_tool_without_parameters_can_be_declared():
         assert "now" in render_tools(tool_format, [{"name": "now", "description": "The time."}])
 
 
+def test_gemma4_declares_parameters_in_their_order_and_only_the_types_they_have():
+    properties = {"zone": {"description": "Which?"}, "at": {"type": "string"}}
+    declared = render_tools("gemma4", [{"name": "now", "description": "Time.", "parameters": {"properties": properties}}])
+    time, zone, at = '<|"|>Time.<|"|>', '<|"|>Which?<|"|>', '<|"|>STRING<|"|>'
+    parameters = f"{{zone:{{description:{zone}}},at:{{type:{at}}}}}"
+    assert declared == f"declaration:now{{description:{time},parameters:{{properties:{parameters}}}}}"
+
+
+def test_items_of_no_kind_are_not_declared():
+    parameters = {"properties": {"x": {"type": "array", "items": {}}}}
+    assert "  - x (array): \n" in render_tools("default", [{"name": "f", "description": "", "parameters": parameters}])
+
+
+def test_line_separators_in_arguments_are_text():
+    calls = [{"name": "add", "arguments": {"s": "a\u2028b"}}]
+    assert extract_calls("minimax1", render_calls("minimax1", calls)) == [("add", '{"s": "a\u2028b"}')]
+
+
+def test_a_system_text_is_left_out_where_no_user_opens_the_conversation():
+    messages = [{"role": "system", "content": "S"}, {"role": "tool", "content": "7"}, answer("a")]
+    assert render("ministral", messages, bos_token="", eos_token="") == '[TOOL_RESULTS]{"content": 7}[/TOOL_RESULTS]a'
+
+
 def test_a_turn_with_two_wrapped_calls_keeps_both():
     one, two = '{"name": "a", "arguments": {}}', '{"name": "b", "arguments": "{}"}'
     text, calls = parse_call_turn(f"Hm. <tool_call>{one}</tool_call><tool_call>{two}</tool_call>")

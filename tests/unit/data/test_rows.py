@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_llm.data.dropped import BadRow, RefusedRow
+from raytune_llm.data.named_templates import apply_to_tokenizer, load
 from raytune_llm.data.rows import KINDS, Targets
-from raytune_llm.data.templates import ChatTemplate, PlainText
+from raytune_llm.data.templates import ChatTemplate, NamedChat, PlainText
 from raytune_llm.data.tokenize import BlockTokenizer, Tokens
 from raytune_llm.data.tokenizer import byte_tokenizer
 from raytune_llm.data.truncation import shorten
@@ -58,6 +59,16 @@ def test_the_weight_of_an_answer_goes_with_its_span(end_of_row):
     assert (len(last.spans), list(last.weights)) == (2, [0.25])
 
 
+def test_an_answer_that_says_nothing_is_its_end():
+    tokenizer, template = byte_tokenizer(), load("bailing")
+    apply_to_tokenizer(tokenizer, template)
+    renderer = NamedChat(template, tokenizer, enable_thinking=None, preserve_thinking=False)
+    targets = replace(TARGETS, end_of_row=tokenizer.convert_tokens_to_ids(renderer.end_of_row))
+    rendered = KINDS["conversations"].render(conversation("q", ""), renderer, targets)
+    row = KINDS["conversations"].row(conversation("q", ""), rendered, BlockTokenizer(tokenizer)(rendered), targets)
+    assert row.spans.tolist() == [len(row.ids) - 1, len(row.ids)]
+
+
 def test_a_pair_has_one_prompt_and_two_answers():
     row = row_of("pairs", Pair(conversation("q"), *((Message("assistant", text, trained=True),) for text in ("good", "bad"))))
     assert TOKENIZER.decode(row.prompt_ids).endswith("<|im_start|>assistant\n")
@@ -95,6 +106,7 @@ def test_plain_text_ends_with_the_end_token_and_forges_none():
         ("labeled", conversation("q", "a"), "no verdict"),
         ("prompts", Text("a"), "plain text"),
         ("text", Text(""), "text is empty"),
+        ("text", Conversation((Message("system", "s"),)), "text is empty"),
     ],
 )
 def test_a_row_of_another_kind_is_dropped(kind, record, reason):

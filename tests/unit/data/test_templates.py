@@ -103,3 +103,11 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row():
     with pytest.raises(BadRow) as caught:
         template.render(conversation([("a", "b", False)], system="s"))
     assert caught.value.detail == "no system, please"
+
+
+def test_a_declaration_that_the_template_can_not_write_is_a_bad_row():
+    template = with_template(
+        "{% for t in tools or [] %}{{ t.items() | length + t }}{% endfor %}<|im_end|>{{ messages }}<|im_end|>"
+    )
+    with pytest.raises(BadRow, match="the chat template refuses"):
+        template.render(Conversation((Message("user", "a"), Message("assistant", "b", trained=True)), tools=({"name": "f"},)))
