@@ -41,6 +41,11 @@ class TrainRun:
     tracking: TrackingConfig
     train: LoopConfig
 
+    @property
+    def reads_routers(self) -> bool:
+        """The loss takes what the routers of a mixture of experts say."""
+        return isinstance(self.stage, SFT | Pretrain) and self.stage.router_aux_loss_coef is not None
+
     def __post_init__(self) -> None:
         _batch_sizes_fit(self)
         _held_out_rows_exist_where_they_are_used(self)
@@ -52,6 +57,7 @@ class TrainRun:
         _anchored_policies_have_a_new_adapter(self)
         _models_answer_what_is_asked(self)
         _references_can_be_had(self)
+        _layers_can_be_compiled(self)
         _stages_read_what_is_said_of_their_rows(self.stage, self.data)
 
 
@@ -267,6 +273,19 @@ def _quantized_weights_are_frozen_and_whole(run: TrainRun) -> None:
         got=run.strategy.name,
         remedy="Take strategy=ddp or quantization=none.",
     )
+
+
+def _layers_can_be_compiled(run: TrainRun) -> None:
+    if run.train.compile is not True:
+        return
+    rules = {
+        "with strategy=zero3, which gathers weights in hooks of the layers": isinstance(run.strategy, DeepSpeed)
+        and run.strategy.stage == 3,
+        "where stage.router_aux_loss_coef reads routers within the layers": run.reads_routers,
+    }
+    for rule, applies in rules.items():
+        if applies:
+            raise ConfigError("train.compile", f"can't be true {rule}", got=True, remedy="Take train.compile=auto.")
 
 
 def _references_can_be_had(run: TrainRun) -> None:

@@ -6,10 +6,14 @@ running a layer again (not its last product, for one). Layers that are not compi
 
 from __future__ import annotations
 
+import os
+import sysconfig
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
 from typing import Any
 
 import torch
@@ -47,13 +51,18 @@ class KeepAttention(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
-def compiles(asked: bool | str, device_type: str, strategy: str, *, lacking: str | None = None) -> tuple[bool, str]:
-    """Whether layers are compiled, and why. `lacking` is what the device's compiler needs and does not find."""
+def compiles(
+    asked: bool | str, device_type: str, strategy: str, *, reads_routers: bool = False, lacking: str | None = None
+) -> tuple[bool, str]:
+    """Whether layers are compiled, and why. `lacking` is what the device's compiler needs and does not find. reads_routers: the
+    loss takes what routers within the layers say, which compiled layers keep to themselves."""
     if asked == "auto":
         if device_type != "cuda":
             return False, "a CPU gains less than compiling costs"
         if strategy in HOOKED:
             return False, f"strategy={strategy} works through hooks in the layers"
+        if reads_routers:
+            return False, "stage.router_aux_loss_coef reads routers within the layers"
         return lacking is None, lacking or "a GPU"
     if asked and lacking is not None:
         raise ConfigError("train.compile", f"can't be true here: {lacking}", got=True, remedy="Take train.compile=auto.")
@@ -66,8 +75,14 @@ def lacks_for_compiling(device: torch.device) -> str | None:
         return None
     if find_spec("triton") is None:
         return "Triton is not installed"
+    if not (os.environ.get("CC") or which("gcc") or which("clang")):
+        return "Triton needs a C compiler, and finds neither gcc nor clang"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return f"Triton needs Python's headers, which {sysconfig.get_paths()['include']} lacks (the package python3-dev)"
     found = torch.cuda.get_device_capability(device)
-    return None if found >= CAPABILITY else f"Triton needs compute capability {CAPABILITY}, this GPU has {found}"
+    return (
+        None if found >= CAPABILITY else "Triton needs compute capability {}.{}, this GPU has {}.{}".format(*CAPABILITY, *found)
+    )
 
 
 def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str, *, compile_layers: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,13 +20,14 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import documents
-from raytune_llm.models.attention_backends import flash2, flash3, flex, sdpa, varlen
+from raytune_llm.models.attention_backends import flash2, flash3, flash4, flex, sdpa, varlen
 from raytune_llm.records import Prefixes
 
 BACKENDS: dict[str, Callable] = {
     "varlen": varlen,
     "flash2": flash2,
     "flash3": flash3,
+    "flash4": flash4,
     "flex": flex,
     "sdpa": sdpa,
 }
@@ -34,7 +36,7 @@ PREFIXED = {"varlen", "flex", "sdpa"}
 BLOCK_MASKED = {"flex"}
 """Back ends that take block masks, built once a batch, beside the boundaries."""
 BY_ITSELF = ("varlen", "sdpa", "flex")
-"""What auto takes, the first that is possible. Packages that have to be built are taken where they are asked for."""
+"""What auto takes, the first that is possible. Packages of their own are taken where they are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,17 +88,31 @@ def _varlen_lacks(case: Case) -> str | None:
 
 
 def _flash2_lacks(case: Case) -> str | None:
-    if find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed"
-    return _flash_lacks(case, name="FlashAttention 2")
+    return _flash_lacks(case, name="FlashAttention 2") or _import_lacks("flash-attn", "flash_attn.flash_attn_interface")
 
 
 def _flash3_lacks(case: Case) -> str | None:
-    if find_spec("flash_attn_interface") is None:
-        return "the package flash_attn_interface (FlashAttention 3) is not installed"
     if case.capability[0] != 9:
         return "FlashAttention 3 needs a GPU of the Hopper kind"
-    return _flash_lacks(case, name="FlashAttention 3")
+    return _flash_lacks(case, name="FlashAttention 3") or _import_lacks("flash_attn_interface", "flash_attn_interface")
+
+
+def _flash4_lacks(case: Case) -> str | None:
+    if case.capability[0] not in (9, 10):
+        return "FlashAttention 4 needs a GPU of the Hopper or the Blackwell kind (compute capability 9 or 10)"
+    if case.capability[0] == 10 and case.head > 128:
+        return f"FlashAttention 4 takes heads of at most 128 numbers on this GPU, these have {case.head}"
+    return _flash_lacks(case, name="FlashAttention 4") or _import_lacks("flash-attn-4", "flash_attn.cute")
+
+
+def _import_lacks(package: str, module: str) -> str | None:
+    """A package may be there and not load: built for another torch, or under a name that another one has too."""
+    try:
+        import_module(module)
+    except ImportError as error:
+        there = find_spec(module.partition(".")[0]) is not None
+        return f"the package {package} {f'does not load ({error})' if there else 'is not installed'}"
+    return None
 
 
 def _flex_lacks(case: Case) -> str | None:
@@ -115,6 +131,7 @@ LACKS: dict[str, Callable[[Case], str | None]] = {
     "varlen": _varlen_lacks,
     "flash2": _flash2_lacks,
     "flash3": _flash3_lacks,
+    "flash4": _flash4_lacks,
     "flex": _flex_lacks,
     "sdpa": _sdpa_lacks,
 }

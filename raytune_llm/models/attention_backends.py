@@ -100,18 +100,28 @@ def varlen(
     return out.view(B, T, H, head)
 
 
-def _flash2() -> Callable[..., Any]:
+def _flash2(*args: Tensor, **settings: Any) -> Any:
     """Dao 2023, arXiv 2307.08691."""
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn.flash_attn_interface import flash_attn_varlen_func
 
-    return flash_attn_varlen_func
+    return flash_attn_varlen_func(*args, **settings)
 
 
-def _flash3() -> Callable[..., Any]:
+def _flash3(*args: Tensor, **settings: Any) -> Any:
     """For the Hopper kind (Shah et al. 2024, arXiv 2407.08608)."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    return flash_attn_varlen_func
+    return flash_attn_varlen_func(*args, **settings)
+
+
+@torch.compiler.disable
+def _flash4(*args: Tensor, **settings: Any) -> Any:
+    """For the Hopper and Blackwell kinds, from flash-attn-4, which makes its kernels as it first needs them: no compiler may look
+    into that. It means by a window of -1 one that reaches a token back, and by None all that came before."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    left, right = settings.pop("window_size")
+    return flash_attn_varlen_func(*args, window_size=(None if left == -1 else left, right), **settings)
 
 
 @as_transformers_calls
@@ -121,25 +131,34 @@ def _packaged(
     value: Tensor,
     scores: Scores,
     *,
-    load: Callable[[], Callable[..., Any]],
+    attend: Callable[..., Any],
     cu_seqlens_S: Tensor,
     max_seqlen: int,
     **_: object,
 ) -> Tensor:
-    """FlashAttention from a package that has to be built."""
+    """FlashAttention from a package of its own."""
     scaling, sliding_window, softcap = scores
     B, H, T, head = query.shape
     q, k, v = _flat(query, key, value)
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    out = load()(
-        q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen,
-        softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0,
-    )  # fmt: skip
-    out = out[0] if isinstance(out, tuple) else out  # earlier releases of 3 return the logsumexp as well
+    out = attend(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens_S,
+        cu_seqlens_k=cu_seqlens_S,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=window,
+        softcap=softcap or 0.0,
+    )
+    out = out[0] if isinstance(out, tuple) else out  # 4, and earlier releases of 3, return the logsumexp as well
     return out.view(B, T, H, head)
 
 
-flash2, flash3 = partial(_packaged, load=_flash2), partial(_packaged, load=_flash3)
+flash2, flash3, flash4 = (partial(_packaged, attend=attend) for attend in (_flash2, _flash3, _flash4))
 
 
 @as_transformers_calls

@@ -138,8 +138,6 @@ class CausalLM(nn.Module):
         if "router_logits" not in self.base.base_model.can_record_outputs:
             model_type = self.base.config.model_type
             raise ConfigError(setting, f"must be null for {model_type}, which has no routers", remedy="Leave it out.")
-        if self.compiled:
-            raise ConfigError(setting, "needs layers that are not compiled", remedy="Set train.compile=false.")
 
     def _experts_per_token(self) -> int:
         return self.base.config.get_text_config().num_experts_per_tok

@@ -28,12 +28,31 @@ CHUNK_TOKENS = {"cpu": 128}
 memory out again, where larger pieces come from the system, and every page of them is cleared anew."""
 
 
+def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """What matrix products run in, and why. auto: bf16 where the hardware has it, else fp32, which is faster than bf16 in
+    software. Raises ConfigError where bf16 was asked for of a GPU without it; a CPU computes it whatever it has."""
+    on_gpu = device.type == "cuda"
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_has_bf16()
+    if precision == "auto":
+        what = "GPU" if on_gpu else "CPU"
+        return (torch.bfloat16, f"this {what} multiplies it") if has_bf16 else (torch.float32, f"this {what} multiplies no bf16")
+    if precision == "bf16" and on_gpu and not has_bf16:
+        raise ConfigError(
+            "train.precision",
+            f"can't be bf16 on {torch.cuda.get_device_name(device)}, which does not multiply it",
+            got=precision,
+            remedy="Take fp16, or fp32.",
+        )
+    return DTYPES[precision], "asked for"
+
+
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What matrix products run in. auto: bf16 where the hardware has it, else fp32, which is faster than bf16 in software."""
-    if precision != "auto":
-        return DTYPES[precision]
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return choose_precision(precision, device)[0]
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """As train.precision has it."""
+    return next(name for name, known in DTYPES.items() if known is dtype)
 
 
 def _cpu_has_bf16() -> bool:

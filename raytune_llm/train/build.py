@@ -16,17 +16,14 @@ from raytune_llm.errors import ResourceError
 from raytune_llm.models.activations import compiles, lacks_for_compiling
 from raytune_llm.models.adapters.grouped import described
 from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.models.policy import build_policy, compute_dtype
+from raytune_llm.models.policy import build_policy, choose_precision, precision_name
 from raytune_llm.packaged import cache_dir
 from raytune_llm.stages import STAGES
 from raytune_llm.train.flops import Operations, operations
-from raytune_llm.train.footprint import GIB, USABLE, Needs, estimate, least_recomputation, mends, needs_of
+from raytune_llm.train.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_of, ran_out
 from raytune_llm.train.optimizers import build_optimizer
 from raytune_llm.train.strategies import FIRST_LOADS, spread
 from raytune_llm.train.strategies.base import Precision, Strategy
-
-REMEDIES = 3
-"""Sets of settings that are named where memory ran out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +42,11 @@ class Builder:
         self.run, self.config, self.device = run, config, device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.compiled, self._why_compiled = compiles(
-            run.train.compile, device.type, run.strategy.name, lacking=lacks_for_compiling(device)
+            run.train.compile,
+            device.type,
+            run.strategy.name,
+            reads_routers=run.reads_routers,
+            lacking=lacks_for_compiling(device),
         )
         self._auto = run.train.activation_checkpointing == "auto"
 
@@ -57,7 +58,7 @@ class Builder:
         if self.compiled:
             # The default is a folder that goes with the next restart of the machine.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
-        compute = compute_dtype(run.train.precision, device)
+        compute, why_precision = choose_precision(run.train.precision, device)
         checkpointing, why = self._checkpointing()
         policy, attention = build_policy(
             self.config,
@@ -82,12 +83,13 @@ class Builder:
             max_grad_norm=run.train.max_grad_norm,
         )
         compiled = "layers compiled" if self.compiled else "layers not compiled"
-        adapters = described(policy)
+        adapters = described(policy, device.type)
         return Built(
             policy=policy,
             strategy=strategy,
             operations=counted,
             choices=(
+                f"precision: {precision_name(compute)} ({why_precision})",
                 attention,
                 f"compilation: {compiled} ({self._why_compiled})",
                 f"activation checkpointing: {checkpointing} ({why})",
@@ -96,20 +98,14 @@ class Builder:
         )
 
     def out_of_memory(self, error: torch.OutOfMemoryError, during: str) -> ResourceError:
-        """What a user can make of it: where, how much was expected and how much there was, and what would make it fit."""
-        where = next(iter(getattr(error, "__notes__", ())), during)
-        expected = self._memory_of(self.needs).total
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        taken = torch.cuda.max_memory_allocated(self.device)
-        # What went wrong with the estimate goes wrong with those of the remedies too.
-        usable = USABLE * total / max(taken / expected, 1.0)
-        found = mends(self.run, self.config, self.needs, usable)
-        remedies = [f"{' '.join(mend.settings)} (about {mend.memory.total / GIB:.1f} GiB)" for mend in found[:REMEDIES]]
-        remedies = remedies or [f"a smaller data.max_length than {self.run.data.max_length}"]
-        return ResourceError(
-            f"out of GPU memory during {where}: the estimate was {expected / GIB:.1f} GiB, {taken / GIB:.1f} GiB "
-            f"of {total / GIB:.1f} GiB were allocated when more was asked for",
-            f"Take {', or '.join(remedies)}.",
+        """What a user can make of it. The innermost phase that it happened in is the error's first note."""
+        return ran_out(
+            self.run,
+            self.config,
+            self.needs,
+            during=next(iter(getattr(error, "__notes__", ())), during),
+            taken=torch.cuda.max_memory_allocated(self.device),
+            total=torch.cuda.get_device_properties(self.device).total_memory,
         )
 
     @cached_property

@@ -17,6 +17,7 @@ from raytune_llm.config.section import settings_of
 from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.config.strategy import DDP, FSDP, StrategyConfig
 from raytune_llm.data.batches import KINDS
+from raytune_llm.errors import ResourceError
 from raytune_llm.models import attention
 from raytune_llm.models.load import load_config
 from raytune_llm.models.memory import (
@@ -40,6 +41,8 @@ TRIAL_LORA = LoRA(name="lora", rank=8, alpha=16.0, dropout=0.0, targets="all-lin
 KEPT = {"none": 1.0, "selective": 0.5, "full": 0.0, "offload": 0.0}
 """By train.activation_checkpointing: the part of its activations that a layer keeps on the device for the backward pass."""
 COMPILED_ONLY = {"selective"}
+REMEDIES = 3
+"""Sets of settings that are named where memory ran out."""
 TAKES_MASK = {"sdpa"}
 """Attention back ends that are given a mask of every pair of positions."""
 
@@ -159,6 +162,21 @@ def mends(run: TrainRun, config: PretrainedConfig, needs: Needs, usable_bytes: f
         if memory.total <= usable_bytes:
             found.append(Mend(settings=chosen, memory=memory))
     return tuple(found)
+
+
+def ran_out(run: TrainRun, config: PretrainedConfig, needs: Needs, *, during: str, taken: int, total: int) -> ResourceError:
+    """Of a GPU with `total` bytes: where, how much was expected, how much had been allocated, and what would make it fit."""
+    expected = estimate(run, config, needs).total
+    # What went wrong with the estimate goes wrong with those of the remedies too.
+    usable = USABLE * total / max(taken / expected, 1.0)
+    found = mends(run, config, needs, usable)
+    remedies = [f"{' '.join(mend.settings)} (about {mend.memory.total / GIB:.1f} GiB)" for mend in found[:REMEDIES]]
+    remedies = remedies or [f"a smaller data.max_length than {run.data.max_length}"]
+    return ResourceError(
+        f"out of GPU memory during {during}: the estimate was {expected / GIB:.1f} GiB, {taken / GIB:.1f} GiB "
+        f"of {total / GIB:.1f} GiB were allocated when more was asked for",
+        f"Take {', or '.join(remedies)}.",
+    )
 
 
 def _changes(run: TrainRun, config: PretrainedConfig, needs: Needs) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -231,15 +230,25 @@ def test_attention_is_computed_once_where_its_output_is_kept() -> None:
         assert len([name for name in names if "fprop" in name or "flash_fwd" in name]) == 3, names
 
 
-@pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs flash-attn")
-def test_flash_attention_2_of_its_package_is_masked_attention() -> None:
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
+def test_flash_attention_of_a_package_is_masked_attention(backend: str, window: int | None) -> None:
+    capability = torch.cuda.get_device_capability()
+    lacking = attention.LACKS[backend](attention.Case(device_type="cuda", dtype=torch.bfloat16, capability=capability, head=64))
+    if lacking is not None:
+        pytest.skip(lacking)
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, 512, 64, device=CUDA).bfloat16() for heads in (8, 2, 2))
+    query, key, value = (torch.randn(1, heads, 512, 64, device=CUDA).bfloat16().requires_grad_() for heads in (8, 2, 2))
     bounds = torch.tensor([0, 300, 512], device=CUDA).int()
-    settings = {"cu_seqlens_S": bounds, "max_seqlen": 300, "scaling": 0.1}
-    got, _ = attention.BACKENDS["flash2"](torch.nn.Identity(), query, key, value, None, **settings)
-    wanted, _ = attention.sdpa(torch.nn.Identity(), query.float(), key.float(), value.float(), None, **settings)
+    settings = {"cu_seqlens_S": bounds, "max_seqlen": 300, "scaling": 0.1, "sliding_window": window}
+    got, _ = attention.BACKENDS[backend](torch.nn.Identity(), query, key, value, None, **settings)
+    wide = [x.detach().float().requires_grad_() for x in (query, key, value)]
+    wanted, _ = attention.sdpa(torch.nn.Identity(), *wide, None, **settings)
     assert error(got.float(), wanted) < 1e-2
+    upstream = torch.randn_like(wanted)
+    ours = torch.autograd.grad(got, [query, key, value], upstream.bfloat16())
+    for mine, plain in zip(ours, torch.autograd.grad(wanted, wide, upstream), strict=True):
+        assert error(mine.float(), plain) < 2e-2
 
 
 def chat_run(folder: Path, answer: str, *overrides: str) -> TrainRun:

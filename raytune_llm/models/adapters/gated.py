@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+MAX_RANK = 64
+"""Of a layer: a program of the kernels holds a tile's low-rank factors in registers."""
+
 
 @torch.library.custom_op("raytune_llm::gated", mutates_args=())
 def gated(gate_MI: Tensor, up_MI: Tensor, low_MR: Tensor, gate_b_IG: Tensor, up_b_IU: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from raytune_llm.models.adapters.gated import gated, gated_backward
+from raytune_llm.models.adapters.gated import MAX_RANK, gated, gated_backward
 from raytune_llm.models.quantization import FP8Linear, NF4Linear, QuantizedLinear
 
 aten = torch.ops.aten
@@ -64,7 +64,7 @@ def project(x_BTD: Tensor, layers: Sequence[nn.Module], gate_BTD: Tensor | None 
 
 
 def gated_mlp(x_BTD: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
-    """down(silu(gate(x)) * up(x)) for layers that `runs_gated` says it of."""
+    """down(silu(gate(x)) * up(x)) for layers that lack nothing for it."""
     name = gate.active_adapters[0]
     dtype = _compute_type(x_BTD)
     a_RD = torch.cat([layer.lora_A[name].weight for layer in (gate, up)]).to(dtype)
@@ -76,13 +76,19 @@ def gated_mlp(x_BTD: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
         return run.apply(x_BTD.flatten(0, -2).to(dtype), a_RD, down_a_RI, *b, *weights).view(x_BTD.shape)
 
 
-def runs_gated(gate: nn.Module, up: nn.Module, down: nn.Module, activation: nn.Module) -> bool:
-    """Whether one adapter is at work in all three, without dropout, over base layers of one kind and without biases."""
+def lacks_for_gated(gate: nn.Module, up: nn.Module, down: nn.Module, activation: nn.Module) -> str | None:
+    """What keeps these layers from being one operation, if anything."""
     name = _shared_adapter((gate, up, down))
-    if name is None or type(activation).__name__ not in SILU:
-        return False
+    if name is None:
+        return "not one plain adapter over all its layers"
     layers: tuple[Any, ...] = (gate, up, down)
-    return all(isinstance(x.lora_dropout[name], nn.Identity) and x.base_layer.bias is None for x in layers)
+    if type(activation).__name__ not in SILU:
+        return "another activation than SiLU"
+    if not all(isinstance(layer.lora_dropout[name], nn.Identity) for layer in layers):
+        return "adapter.dropout"
+    if any(layer.r[name] > MAX_RANK for layer in layers):
+        return f"a rank above {MAX_RANK}"
+    return "biases" if any(layer.base_layer.bias is not None for layer in layers) else None
 
 
 class GroupedAttention(nn.Module):
@@ -160,7 +166,7 @@ class GroupedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        if hidden_states.is_cuda and runs_gated(*layers, self.act_fn):
+        if hidden_states.is_cuda and lacks_for_gated(*layers, self.act_fn) is None:
             return gated_mlp(hidden_states, *layers)
         gate, up = project(hidden_states, (self.gate_proj, self.up_proj))
         if type(self.act_fn).__name__ in SILU:
@@ -181,14 +187,18 @@ def group(model: nn.Module) -> nn.Module:
     return model
 
 
-def described(model: nn.Module) -> str | None:
-    """How a model's adapters are computed, and why not in groups where they are not; None where it has none."""
+def described(model: nn.Module, device_type: str) -> str | None:
+    """How a model's adapters are computed, and why not in groups, or a gated MLP as one operation, where they are not; None where
+    it has none."""
     outer = [module for module in model.modules() if not isinstance(module, LoraLayer)]
     holders = [module for module in outer if any(isinstance(child, LoraLayer) for child in module.children())]
     alone = sorted({type(module).__name__ for module in holders if not isinstance(module, GroupedAttention | GroupedMLP)})
     if alone:
         return f"a layer at a time ({', '.join(alone)} have no grouped form here)"
-    return "projections of one input together" if holders else None
+    mlps = [module for module in holders if isinstance(module, GroupedMLP)] if device_type == "cuda" else []
+    lacking = {lacks_for_gated(mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn) for mlp in mlps} - {None}
+    gated = f", a gated MLP not as one operation ({'; '.join(sorted(map(str, lacking)))})" if lacking else ""
+    return f"projections of one input together{gated}" if holders else None
 
 
 def _adapter(layer: nn.Module) -> str | None:

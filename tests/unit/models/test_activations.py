@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from raytune_llm.models.activations import KeepAttention
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.activations import KeepAttention, compiles
 from raytune_llm.models.document_attention import document_attention
+
+
+def test_auto_compiles_where_nothing_stands_in_the_way_and_says_what_does() -> None:
+    assert compiles("auto", "cuda", "ddp") == (True, "a GPU")
+    assert compiles("auto", "cuda", "ddp", lacking="Triton is not installed") == (False, "Triton is not installed")
+    assert not compiles("auto", "cpu", "ddp")[0]
+    assert compiles("auto", "cuda", "deepspeed")[1].startswith("strategy=deepspeed works through hooks")
+    assert compiles("auto", "cuda", "ddp", reads_routers=True)[1].startswith("stage.router_aux_loss_coef reads routers")
+
+
+def test_compiling_is_refused_where_it_was_asked_for_and_something_lacks() -> None:
+    with pytest.raises(ConfigError, match=r"train\.compile can't be true here: Triton is not installed"):
+        compiles(True, "cuda", "ddp", lacking="Triton is not installed")
 
 
 def test_attention_alone_is_marked_as_kept() -> None:

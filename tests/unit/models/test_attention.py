@@ -39,8 +39,13 @@ def test_auto_takes_the_fastest_that_can_run_and_says_why(case, backend):
     [
         ("varlen", Case(device_type="cuda", dtype=torch.float32), "needs bf16 or fp16, this run computes in float32"),
         ("flex", CPU, "no backward pass on a CPU"),
-        ("flash2", CPU, "not installed"),
+        ("flash2", GPU, "not installed"),
+        ("flash2", CPU, "needs a GPU"),
         ("flash3", GPU, "not installed"),
+        ("flash3", Case(device_type="cuda", dtype=torch.bfloat16, capability=(8, 0)), "the Hopper kind"),
+        ("flash4", GPU, "not installed"),
+        ("flash4", Case(device_type="cuda", dtype=torch.bfloat16, capability=(8, 0)), "Hopper or the Blackwell kind"),
+        ("flash4", Case(device_type="cuda", dtype=torch.bfloat16, capability=(10, 0), head=256), "at most 128"),
         ("varlen", Case(device_type="cuda", dtype=torch.bfloat16, softcap=True), "caps no scores"),
     ],
     ids=str,
@@ -48,6 +53,14 @@ def test_auto_takes_the_fastest_that_can_run_and_says_why(case, backend):
 def test_a_back_end_asked_for_by_name_that_can_not_run_is_refused(asked, case, said):
     with pytest.raises(ConfigError, match=f"model.attention can't be {asked} here: .*{said}"):
         choose(asked, case)
+
+
+def test_a_package_that_is_there_and_does_not_load_is_told_from_one_that_is_not(tmp_path, monkeypatch):
+    """flash-attn-4 alone has a flash_attn, too, without what flash2 wants of it."""
+    (tmp_path / "flash_attn").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="the package flash-attn does not load"):
+        choose("flash2", GPU)
 
 
 def test_every_back_end_knows_what_it_lacks():

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raytune_llm.models.adapters.grouped import GroupedAttention, GroupedMLP, described, gated_mlp, group, runs_gated
+from raytune_llm.models.adapters.grouped import GroupedAttention, GroupedMLP, described, gated_mlp, group, lacks_for_gated
 
 SIZES = {
     "vocab_size": 32,
@@ -21,10 +21,10 @@ SIZES = {
 IDS = torch.arange(20).view(2, 10)
 
 
-def adapted(family: str, dropout: float = 0.0) -> torch.nn.Module:
+def adapted(family: str, dropout: float = 0.0, rank: int = 4) -> torch.nn.Module:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES))
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear"))
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -55,7 +55,7 @@ def test_a_gated_mlp_as_one_operation_equals_that_of_peft() -> None:
     model = adapted("llama").double()
     mlp = model.get_base_model().model.layers[0].mlp
     layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    assert runs_gated(*layers, mlp.act_fn)
+    assert lacks_for_gated(*layers, mlp.act_fn) is None
     x = torch.randn(2, 10, SIZES["hidden_size"], dtype=torch.float64, requires_grad=True)
     inputs = [x, *(p for p in mlp.parameters() if p.requires_grad)]
     upstream = torch.randn_like(x)
@@ -67,10 +67,21 @@ def test_a_gated_mlp_as_one_operation_equals_that_of_peft() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("family", ["gemma", "llama"])
-def test_an_mlp_with_dropout_or_another_activation_is_not_one_operation(family: str) -> None:
-    mlp = adapted(family, dropout=0.1 if family == "llama" else 0.0).get_base_model().model.layers[0].mlp
-    assert not runs_gated(mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn)
+@pytest.mark.parametrize(
+    ("dropout", "rank", "said"),
+    [
+        (0.1, 4, "adapter.dropout"),
+        (0.0, 65, "a rank above 64"),
+    ],
+)
+def test_an_mlp_that_is_not_one_operation_on_a_gpu_is_told_of(dropout: float, rank: int, said: str) -> None:
+    model = group(adapted("llama", dropout, rank))
+    assert described(model, "cuda") == f"projections of one input together, a gated MLP not as one operation ({said})"
+
+
+def test_an_mlp_of_another_activation_is_not_one_operation() -> None:
+    mlp = adapted("gemma").get_base_model().model.layers[0].mlp
+    assert lacks_for_gated(mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn) == "another activation than SiLU"
 
 
 def test_an_adapter_switched_off_leaves_the_base_model() -> None:
@@ -122,8 +133,8 @@ def test_compiled_layers_write_the_low_rank_product_out_and_say_the_same() -> No
     ],
 )
 def test_families_without_groups_are_told_of(family: str, said: str) -> None:
-    assert described(group(adapted(family))) == said
+    assert described(group(adapted(family)), "cuda") == said
 
 
 def test_a_model_without_adapters_says_nothing_of_them() -> None:
-    assert described(torch.nn.Linear(2, 2)) is None
+    assert described(torch.nn.Linear(2, 2), "cpu") is None
