@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.table import Table
 from raytune_llm import api
 from raytune_llm.__main__ import BEGAN
 from raytune_llm.config.run import TrainRun
+from raytune_llm.config.stage import Pretrain, Reward
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.train.profile import TABLE, TRACE
 from raytune_llm.train.progress import ProgressBar
@@ -49,7 +51,8 @@ def main(run: TrainRun) -> int:
         )
     if result.before is not None and result.after is not None:
         _print_answers(console, result.before, result.after)
-    console.print(f"\nNext: [bold]{_next_command(run, result)}[/bold]", highlight=False, soft_wrap=True)
+    if (command := next_command(run, result.final)) is not None:
+        console.print(f"\nNext: [bold]{escape(command)}[/bold]", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -150,10 +153,14 @@ def _last_line(prompt: str) -> str:
     return lines[-2] if len(lines) > 1 else prompt
 
 
-def _next_command(run: TrainRun, result: api.TrainResult) -> str:
-    if run.adapter.name == "none":
-        return (
-            f"python -m raytune_llm model=hub model.path={result.final} data.path=MORE.jsonl output_dir={result.output_dir}_next"
-        )
-    again = f"--config-dir {result.output_dir} --config-name run"
-    return f"python -m raytune_llm {again} adapter.path={result.final} output_dir={result.output_dir}_next"
+def next_command(run: TrainRun, final: Path) -> str | None:
+    """How to go on from what a run left. None where that is of no use as it is: a reward model, or one that can't chat yet."""
+    if isinstance(run.stage, Reward):
+        return None
+    there = f"output_dir={final.parent}_next"
+    if run.adapter.name == "none" or isinstance(run.stage, Pretrain):
+        if not (final / "chat_template.jinja").exists():
+            return None
+        model = f"model.path={final}" if run.adapter.name == "none" else f"model.path={run.model.path} adapter.path={final}"
+        return f"python -m raytune_llm model=hub {model} data.path=MORE.jsonl {there}"
+    return f"python -m raytune_llm --config-dir {final.parent} --config-name run adapter.path={final} {there}"

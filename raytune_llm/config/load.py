@@ -34,6 +34,8 @@ from raytune_llm.errors import ConfigError
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 """In an installed wheel conf/ lies in the package, in a checkout beside it."""
+UNEXPECTED = ("unexpected_keyword_argument", "extra_forbidden")
+"""How pydantic calls a setting that there is not."""
 OmegaConf.register_new_resolver("examples", lambda name: str(CONF.parent / "examples" / name), replace=True)
 """${examples:rows.jsonl} in YAML is a file of examples/, which lies beside conf/."""
 
@@ -305,37 +307,37 @@ def _known_keys(config_name: str, overrides: list[str], config_dir: str | Path |
     return []
 
 
-def _of_another_option(key: str, values: Mapping[str, Any]) -> ConfigError | None:
-    """Of a setting that this option of its group has not, as others have: an experiment may have set it, for one of them."""
-    group, _, name = key.partition(".")
-    owners = [option for option in options(group) if name in read_yaml(CONF / group / f"{option}.yaml", setting=group)]
-    if not owners or "name" not in values[group]:
+def _of_other_options(keys: Sequence[str], values: Mapping[str, Any]) -> ConfigError | None:
+    """Of the first of these settings and those beside it, which the chosen option of their group has not, as others have: an
+    experiment may have set them, for one of those."""
+    group = keys[0].partition(".")[0]
+    settings = {f"{group}={option}": read_yaml(CONF / group / f"{option}.yaml", setting=group) for option in options(group)}
+    owners = {key: [option for option, own in settings.items() if key.partition(".")[2] in own] for key in keys}
+    found = [key for key in keys if key.startswith(f"{group}.") and owners[key]]
+    if keys[0] not in found or "name" not in values[group]:
         return None
-    chosen = f"{group}={values[group]['name']}"
-    remedy = f"It is one of {group}={' or '.join(owners)}. Where an experiment sets it, add ~{key}."
-    return ConfigError(key, f"is no setting of {chosen}", got=values[group][name], remedy=remedy)
+    chosen, others = f"{group}={values[group]['name']}", " or ".join(sorted({option for key in found for option in owners[key]}))
+    if len(found) == 1:
+        remedy = f"It is one of {others}. Where an experiment sets it, add ~{keys[0]}."
+        return ConfigError(keys[0], f"is no setting of {chosen}", got=values[group][keys[0].partition(".")[2]], remedy=remedy)
+    remedy = f"They are of {others}. Where an experiment sets them, add {' '.join(f'~{key}' for key in found)}."
+    return ConfigError(f"{', '.join(found[:-1])} and {found[-1]}", f"are no settings of {chosen}", remedy=remedy)
 
 
 def _named(error: ValidationError, values: dict[str, Any]) -> ConfigError:
-    """The first of pydantic's complaints as setting, rule, value."""
-    first: dict[str, Any] = dict(error.errors(include_url=False)[0])
+    """The first of pydantic's complaints as setting, rule, value; settings that do not belong there all together."""
+    complaints: list[Any] = error.errors(include_url=False)
+    first: dict[str, Any] = complaints[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return cause
-    path: list[str] = []
-    node: Any = values
-    for part in first["loc"]:
-        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
-            node = node[part]
-        elif first["type"] not in ("missing", "unexpected_keyword_argument", "extra_forbidden") or part != first["loc"][-1]:
-            continue  # the tag of a union, not a key
-        path.append(str(part))
-    setting, remedy = ".".join(path), ""
+    setting, remedy = _path(first, values), ""
     match first["type"]:
         case "missing":
             return ConfigError(setting, "must be given")
-        case "unexpected_keyword_argument" | "extra_forbidden":
-            return _of_another_option(setting, values) or _unknown_key(setting, list(_flat_keys(values)))
+        case kind if kind in UNEXPECTED:
+            unexpected = [_path(complaint, values) for complaint in complaints if complaint["type"] in UNEXPECTED]
+            return _of_other_options(unexpected, values) or _unknown_key(setting, list(_flat_keys(values)))
         case "literal_error":
             known = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
             near = difflib.get_close_matches(str(first["input"]), known, n=1)
@@ -347,6 +349,19 @@ def _named(error: ValidationError, values: dict[str, Any]) -> ConfigError:
     rule = rule.replace("less than or equal to", "at most").replace("less than", "below").replace("greater than", "above")
     rule = re.sub(r"must be a valid (\w+)", lambda m: f"must be {_article(m[1])}", rule)
     return ConfigError(setting, rule, got=first["input"], remedy=remedy)
+
+
+def _path(complaint: Mapping[str, Any], values: Any) -> str:
+    """The dotted path of the setting that pydantic complains of."""
+    path: list[str] = []
+    node, places = values, complaint["loc"]
+    for part in places:
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
+            node = node[part]
+        elif complaint["type"] not in {"missing", *UNEXPECTED} or part != places[-1]:
+            continue  # the tag of a union, not a key
+        path.append(str(part))
+    return ".".join(path)
 
 
 def _article(noun: str) -> str:

@@ -52,6 +52,9 @@ class Builder:
 
     def build(self) -> Built:
         run, device = self.run, self.device
+        if device.type == "cpu":
+            # transformers imports DeepSpeed, where it is installed, to save any model; told what it runs on, it does not warn
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if device.type == "cuda":
             # Read when the first tensor comes to the GPU: pages grow in place, so that changing sizes leave no holes.
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

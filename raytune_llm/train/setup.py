@@ -130,6 +130,8 @@ def set_up(
     choices = built.choices + references.choices
     if KINDS[stage.rows].shares:
         choices += (f"requests: {'computed once for both answers' if shares else 'a copy for each of two answers'}",)
+    if run.data.evaluates and not stores.held_out:
+        choices += (f"evaluation: none, since data.eval_fraction={run.data.eval_fraction} of so few rows is no row",)
 
     def loader(samples: Samples | Stream, *, shuffle: bool) -> Loader:
         return Loader(

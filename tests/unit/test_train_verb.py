@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from raytune_llm import ConfigError, DataError, ResourceError, api, load_config
+from raytune_llm.commands.train import next_command
 from raytune_llm.train import checkpoint
 from raytune_llm.train.checkpoint import complete_steps
 from tests.group import metrics
@@ -49,6 +50,28 @@ def test_the_written_run_runs_again(done, tmp_path):
     run, first = done
     again = load_config("train", [f"output_dir={tmp_path}"], config_dir=run.output_dir, config_name="run")
     assert api.train(again).summary.loss_last == first.summary.loss_last
+
+
+def test_the_command_that_is_named_next_can_be_typed(done):
+    run, first = done
+    command = next_command(run, first.final)
+    assert command is not None
+    *_, folder, _, name, adapter, output = command.split()
+    following = load_config("train", [adapter, output], config_dir=folder, config_name=name)
+    assert following.adapter.path == str(first.final) and following.output_dir == f"{run.output_dir}_next"
+
+
+@pytest.mark.parametrize("stage", [("stage=reward", "data=sharegpt_pairs"), ("stage=pretrain", "data=text", "adapter=none")])
+def test_nothing_is_named_next_where_a_model_can_not_go_on_as_it_is(stage, tmp_path):
+    assert next_command(tiny_run("rows.json", "cache", tmp_path, *stage), tmp_path / "final") is None
+
+
+def test_a_pretrained_model_that_knows_a_chat_template_is_to_learn_to_chat_next(tmp_path):
+    run = tiny_run("texts.txt", "cache", tmp_path, "stage=pretrain", "data=text", "adapter=none")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    command = next_command(run, tmp_path)
+    assert command is not None
+    assert load_config("train", command.split()[3:]).stage.name == "sft"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -32,8 +31,6 @@ class DeepSpeedStrategy:
         stage: int,
         offload: bool,
     ) -> None:
-        if device.type == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"
         try:
             import deepspeed
         except ImportError:
