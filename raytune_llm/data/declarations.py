@@ -103,6 +103,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | None, ranked: bool, hub: str) -> Declared:
     where = f"{file}, {name}"
+    _check_types(where, entry)
     if bool(entry.get("ranking", False)) != ranked:
         raise DataError(
             where,
@@ -125,17 +126,39 @@ def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | 
     )
 
 
+TYPES: Mapping[str, type] = {
+    **dict.fromkeys(("file_name", "cloud_file_name", "hf_hub_url", "ms_hub_url", "formatting", "subset", "split", "folder"), str),
+    "ranking": bool,
+    "num_samples": int,
+    "columns": dict,
+    "tags": dict,
+}
+"""Of the values of an entry; null is as if it were not there."""
+
+
+def _check_types(where: str, entry: Mapping[str, Any]) -> None:
+    given = [(key, entry[key], kind) for key, kind in TYPES.items() if entry.get(key) is not None]
+    for key, value, kind in given:
+        if not isinstance(value, kind) or (kind is int and value < 1):
+            said = "a positive number" if kind is int else {str: "text", bool: "true or false", dict: "an object"}[kind]
+            raise DataError(where, f"{key} must be {said}, got {value!r}", "Correct it.")
+    for key in ("columns", "tags"):
+        for name, value in (entry.get(key) or {}).items():
+            if not isinstance(value, str | None):
+                raise DataError(where, f"{key}.{name} must be text, got {value!r}", "Correct it.")
+
+
 HUB_KEYS = {"huggingface": "hf_hub_url", "modelscope": "ms_hub_url"}
 
 
 def _place(where: str, entry: Mapping[str, Any], folder: Path, hub: str) -> tuple[str, str]:
     """Its path, and the hub that it is on if it is on one: the asked one where the entry knows it there."""
     for name in (hub, *HUB_KEYS):
-        if HUB_KEYS[name] in entry:
+        if entry.get(HUB_KEYS[name]):
             return entry[HUB_KEYS[name]], name
-    if "file_name" in entry:
+    if entry.get("file_name"):
         return str(folder / entry["file_name"]), hub
-    if "cloud_file_name" in entry:
+    if entry.get("cloud_file_name"):
         return entry["cloud_file_name"], hub
     given = ", ".join(sorted({"om_hub_url", "script_url"} & entry.keys())) or "no source"
     read = ", ".join([*HUB_KEYS.values(), "file_name", "cloud_file_name"])
@@ -143,12 +166,9 @@ def _place(where: str, entry: Mapping[str, Any], folder: Path, hub: str) -> tupl
 
 
 def _format(where: str, entry: Mapping[str, Any]) -> FormatConfig:
-    columns: Mapping[str, Any] = entry.get("columns") or {
-        "prompt": "instruction",
-        "query": "input",
-        "response": "output",
-        "messages": "conversations",
-    }
+    columns: Mapping[str, Any] | None = entry.get("columns")
+    if columns is None:
+        columns = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
     ranked = bool(entry.get("ranking", False))
     shared: dict[str, Any] = {name: columns.get(name) for name in ("system", "tools", "images", "videos", "audios")}
     shared["chosen"] = columns.get("chosen") if ranked else None
@@ -171,13 +191,15 @@ def _format(where: str, entry: Mapping[str, Any]) -> FormatConfig:
         raise DataError(where, f"has the formatting {formatting!r}; there are alpaca, {', '.join(TAGGED)}", "Correct it.")
     if columns.get("messages") is None:
         raise DataError(where, "names no column for messages", "Add it to columns.")
-    tags: Mapping[str, Any] = entry.get("tags") or {
-        "user_tag": "human",
-        "assistant_tag": "gpt",
-        "observation_tag": "observation",
-        "function_tag": "function_call",
-        "system_tag": "system",
-    }
+    tags: Mapping[str, Any] | None = entry.get("tags")
+    if tags is None:
+        tags = {
+            "user_tag": "human",
+            "assistant_tag": "gpt",
+            "observation_tag": "observation",
+            "function_tag": "function_call",
+            "system_tag": "system",
+        }
     roles = {name: tags.get(name) for name in ("user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")}
     keys = {"role_tag": tags.get("role_tag", "from"), "content_tag": tags.get("content_tag", "value")}
     section: Any = TAGGED[formatting]

@@ -327,7 +327,7 @@ def _joined(parts: Sequence[Any], calls: list[Any], images: list[Any]) -> tuple[
 def _parsed(value: Any) -> list[Any]:
     try:
         parsed = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
+    except ValueError:
         raise BadRow("a tool_call part must be JSON", _shown(value)) from None
     return parsed if isinstance(parsed, list) else [parsed]
 
@@ -366,7 +366,7 @@ def _call(call: Any) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except json.JSONDecodeError:
+        except ValueError:
             raise BadRow("a tool call's arguments must be a JSON object", _shown(call)) from None
     if not isinstance(arguments or {}, Mapping):
         raise BadRow("a tool call's arguments must be a JSON object", _shown(call))
@@ -437,7 +437,7 @@ def _tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError:
+        except ValueError:
             raise BadRow("the tools must be a JSON list", _shown(tools)) from None
     if not tools or (isinstance(tools, str) and not tools.strip()):
         return ()

@@ -85,7 +85,10 @@ def _kind(file: str) -> str:
         raise DataError(file, f"has a type that is not read ({suffix or 'no suffix'}); there are {_types()}", "Convert it.")
     if kind in TEXTS and start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
         raise DataError(file, "is UTF-16", "Save it as UTF-8.")
-    first = start.removeprefix(BOM_UTF8).lstrip()[:1]
+    text = start.removeprefix(BOM_UTF8).lstrip()
+    first = text[:1]
+    if kind in ("json", "lines") and text.partition(b"\n")[0].strip() == b"{":
+        raise DataError(file, "holds an object over several lines", "Save the rows as a JSON array, or as one object a line.")
     # One object a line, or an array, under the other's suffix.
     return "lines" if kind == "json" and first == b"{" else "json" if kind == "lines" and first == b"[" else kind
 

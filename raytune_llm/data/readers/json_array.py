@@ -42,6 +42,15 @@ class _JsonArray:
             yield self._element()
             self.row += 1
 
+    def is_last(self) -> bool:
+        """Whether nothing but white space follows the closing bracket."""
+        self.head += 1
+        while not self.buffer[self.head :].strip():
+            self.head = len(self.buffer)
+            if not self._grow():
+                return True
+        return False
+
     def offset(self) -> int:
         """Bytes of the file up to the end of the element just yielded."""
         self._drop_passed()
@@ -68,6 +77,8 @@ class _JsonArray:
                     continue
                 problem = "the file ends in the middle of this row" if cut_off else f"is not valid JSON ({error.msg})"
                 raise DataError(f"{self.file}, row {self.row}", problem, "Mend the file, or save it as jsonl.") from None
+            except (ValueError, RecursionError) as error:  # a number without end, brackets within brackets without end
+                raise DataError(f"{self.file}, row {self.row}", f"can't be read ({error})", "Leave that row out.") from None
             self.head = head
             return value
 
@@ -110,8 +121,13 @@ def plan_json(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
                 start, first_row, num_rows = end, first_row + num_rows, 0
         if not array.closed:
             raise DataError(f"{file}, row {array.row}", "the file ends before the array's closing bracket", "Fetch it again.")
+        end = array.offset()
+        if not array.is_last():
+            raise DataError(
+                file, f"goes on after the array's closing bracket (row {array.row - 1})", "Make it one array, or jsonl."
+            )
         if num_rows:
-            yield Chunk(source.kind, file, start, array.offset(), first_row, num_rows)
+            yield Chunk(source.kind, file, start, end, first_row, num_rows)
 
 
 def read_json(chunk: Chunk) -> Iterator[NumberedRow]:

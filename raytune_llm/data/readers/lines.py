@@ -42,7 +42,7 @@ def read_json_lines(chunk: Chunk) -> Iterator[NumberedRow]:
     for number, line in _numbered_lines(chunk):
         try:
             yield number, json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             yield number, BadRow("the line is not valid JSON", str(error))
 
 

@@ -79,25 +79,41 @@ def _chunks_of_rows(source: Source, file: str, num_rows: int, chunk_bytes: int) 
 
 
 def read_parquet(chunk: Chunk) -> Iterator[NumberedRow]:
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    with files.open_arrow(chunk.file) as opened, ParquetFile(opened) as parquet:
-        passed = 0
-        for group in range(parquet.num_row_groups):
-            group_rows = parquet.metadata.row_group(group).num_rows
-            if passed + group_rows > chunk.start and passed < chunk.end:
-                for batch in parquet.iter_batches(batch_size=1024, row_groups=[group]):
-                    yield from _rows_of_batch(batch, passed, chunk)
-                    passed += batch.num_rows
-            else:
-                passed += group_rows
+    passed = 0
+    try:
+        with files.open_arrow(chunk.file) as opened, ParquetFile(opened) as parquet:
+            for group in range(parquet.num_row_groups):
+                group_rows = parquet.metadata.row_group(group).num_rows
+                if passed + group_rows > chunk.start and passed < chunk.end:
+                    for batch in parquet.iter_batches(batch_size=1024, row_groups=[group]):
+                        yield from _rows_of_batch(batch, passed, chunk)
+                        passed += batch.num_rows
+                else:
+                    passed += group_rows
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{chunk.file}, after row {passed}", f"can't be read ({error})", "Write the file again.") from None
 
 
 def _rows_of_batch(batch: Any, passed: int, chunk: Chunk) -> Iterator[NumberedRow]:
     """The chunk's rows in a record batch that comes after so many rows."""
     first, last = max(chunk.start - passed, 0), min(chunk.end - passed, batch.num_rows)
     if first < last:
-        yield from enumerate(batch.slice(first, last - first).to_pylist(), passed + first + 1)
+        mine = batch.slice(first, last - first)
+        try:
+            rows = mine.to_pylist()
+        except UnicodeDecodeError:
+            rows = [_row(mine, number) for number in range(len(mine))]
+        yield from enumerate(rows, passed + first + 1)
+
+
+def _row(batch: Any, number: int) -> Any:
+    try:
+        return batch.slice(number, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return BadRow("a text is not UTF-8", str(error))
 
 
 def plan_arrow(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:

@@ -36,9 +36,24 @@ def packed_as_zip(data):
     return stream.getvalue()
 
 
+def damaged_parquet():
+    """The second of its three groups of rows is not what was written."""
+    stream = io.BytesIO()
+    table = pa.table({"messages": [f"text {number}" for number in range(3000)]})
+    pq.write_table(table, stream, row_group_size=1000, compression="snappy", use_dictionary=False)
+    data = bytearray(stream.getvalue())
+    start = pq.read_metadata(stream).row_group(1).column(0).data_page_offset
+    data[start + 50 : start + 2000] = bytes(1950)
+    return bytes(data)
+
+
 REFUSED = {
     "a JSON array that is cut off": ("a.json", json.dumps([ROW, ROW])[:-40], "row 2: the file ends in the middle"),
     "a JSON array that lacks its bracket": ("a.json", json.dumps([ROW])[:-1], "the file ends before the array's closing"),
+    "two JSON arrays": ("a.json", json.dumps([ROW]) + "\n" + json.dumps([ROW]), "goes on after the array's closing bracket"),
+    "a JSON object over several lines": ("a.json", json.dumps({"data": [ROW]}, indent=1), "holds an object over several lines"),
+    "a JSON array of endless depth": ("a.json", "[" * 5000, "row 1: can't be read"),
+    "a damaged parquet": ("a.parquet", damaged_parquet(), "after row 1000: can't be read"),
     "a JSON number": ("a.json", "7", "must hold an array of rows"),
     "JSON in Latin-1": ("a.json", '[{"text": "é"}]'.encode("latin-1"), "row 1: is not UTF-8"),
     "lines in UTF-16": ("a.jsonl", LINE.encode("utf-16"), "is UTF-16. Save it as UTF-8"),
@@ -75,6 +90,8 @@ MESSAGES = ROW["messages"]
 SKIPPED = {
     "a line that is cut off": LINE[:-20],
     "a line in Latin-1": LINE.replace("Yes", "Oué").encode("latin-1"),
+    "a line of endless depth": "[" * 5000 + "]" * 5000,
+    "a number of 5000 digits": "9" * 5000,
     "no object": "[1]",
     "no messages": {"messages": None},
     "another column": {"conversations": MESSAGES},
@@ -141,6 +158,15 @@ def test_an_array_under_the_suffix_of_lines_is_read(tmp_path):
     assert [row for chunk in chunks for row in sources.read(chunk)] == [(1, ROW), (2, ROW)]
 
 
+def test_a_text_of_a_table_that_is_no_text_is_skipped(tmp_path, prepare_run):
+    texts = pa.array([b"Yes.", b"\xff\xfe", b"No."], pa.binary())
+    table = pa.table({"instruction": ["a", "b", "c"], "output": texts.view(pa.string())})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    run = prepare_run(tmp_path / "rows.parquet", "data.max_bad_fraction=0.5", data="alpaca")
+    store = prepare(run.model, run.data, run.resources).store
+    assert (len(store), store.dropped.counts) == (2, {"a text is not UTF-8": 1})
+
+
 def test_a_parquet_column_of_the_wrong_type_is_skipped_row_by_row(tmp_path, prepare_run):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"instruction": [1, 2], "output": ["yes", "no"]}), path)
@@ -156,6 +182,10 @@ def test_a_parquet_column_of_the_wrong_type_is_skipped_row_by_row(tmp_path, prep
         ('{"a": {"file_name"', "is not valid JSON"),
         ('["a"]', "must hold an object of data sets by name"),
         ('{"a": "a.jsonl"}', "must hold an object of data sets by name"),
+        ('{"a": {"file_name": 5}}', "file_name must be text, got 5"),
+        ('{"a": {"file_name": "a.jsonl", "num_samples": 0}}', "num_samples must be a positive number, got 0"),
+        ('{"a": {"file_name": "a.jsonl", "columns": {"prompt": 3}}}', "columns.prompt must be text, got 3"),
+        ('{"a": {"file_name": "a.jsonl", "columns": {}}}', "names no column for prompt"),
     ],
 )
 def test_a_declaration_that_can_not_be_read_is_refused(tmp_path, prepare_run, content, said):
