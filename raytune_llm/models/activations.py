@@ -77,8 +77,9 @@ def lacks_for_compiling(device: torch.device) -> str | None:
         return "Triton is not installed"
     if not (os.environ.get("CC") or which("gcc") or which("clang")):
         return "Triton needs a C compiler, and finds neither gcc nor clang"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        return f"Triton needs Python's headers, which {sysconfig.get_paths()['include']} lacks (the package python3-dev)"
+    headers = Path(sysconfig.get_path("include", "posix_prefix"))  # where Triton looks, also with Debian's own Python
+    if not (headers / "Python.h").exists():
+        return f"Triton needs Python's headers, which {headers} lacks (the package python3-dev)"
     found = torch.cuda.get_device_capability(device)
     return (
         None if found >= CAPABILITY else "Triton needs compute capability {}.{}, this GPU has {}.{}".format(*CAPABILITY, *found)
