@@ -34,7 +34,7 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `trained` is decided in data/formats.py and nowhere else."""
+    """One turn. `trained` is decided in data/formats/ and nowhere else."""
 
     role: Role
     content: str

@@ -1,0 +1,64 @@
+"""A raw row -> a record. Which messages are trained is decided here and nowhere else.
+
+A format is a function from a row and its section of the config (the names of its columns) to a Record, raising BadRow. To add
+one: the function in a file here and its entry in FORMATS, its section in config/data.py, and conf/data/<name>.yaml.
+
+What a row is, its columns say: with `chosen` and `rejected` a Pair, with a true or false `label` a Labeled answer, else a
+Conversation, which may lack an answer where only prompts are wanted.
+
+`sharegpt`, `openai` and `alpaca` keep LLaMA-Factory's rules about order and about values of the wrong type. Different here: no
+"detailed thinking off" is added to system texts, text beside tool calls and results at the end are kept, parallel results stay
+apart, and a row with an unknown role or with a wrong role in an answer is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from raytune_llm.data.dropped import BadRow
+from raytune_llm.data.formats.alpaca import alpaca
+from raytune_llm.data.formats.columns import Reading, Row, required, shown, text_of
+from raytune_llm.data.formats.messages import chat, prompt_completion
+from raytune_llm.data.formats.tagged import openai, sharegpt
+from raytune_llm.records import Conversation, Record, Text
+
+if TYPE_CHECKING:
+    from raytune_llm.config.data import FormatConfig, TextFormat
+
+
+ROW_ALONE = Reading()
+"""A row read as its columns say."""
+
+
+def converter(format: FormatConfig, reading: Reading = ROW_ALONE) -> Callable[[Row], Record]:
+    """The function that makes a record of each row, or raises BadRow."""
+    return functools.partial(convert, format=format, reading=reading)
+
+
+def convert(row: Row, format: FormatConfig, reading: Reading = ROW_ALONE) -> Record:
+    if not isinstance(row, Mapping):
+        raise BadRow("a row must be an object", shown(row))
+    return FORMATS[format.name](row, format, reading)
+
+
+def last_answer_only(conversation: Conversation) -> Conversation:
+    """With no answer trained but the last message, if that is one that was to be trained."""
+    *earlier, last = conversation.messages
+    return replace(conversation, messages=(*(replace(message, trained=False) for message in earlier), last))
+
+
+def text(row: Row, columns: TextFormat, reading: Reading) -> Text:
+    return Text(text_of(required(row, "text", columns.text), columns.text))
+
+
+FORMATS: dict[str, Callable[..., Record]] = {
+    "chat": chat,
+    "alpaca": alpaca,
+    "sharegpt": sharegpt,
+    "openai": openai,
+    "prompt_completion": prompt_completion,
+    "text": text,
+}

@@ -1,0 +1,60 @@
+"""One request and its answer a row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from raytune_llm.data.dropped import BadRow
+from raytune_llm.data.formats.columns import (
+    Reading,
+    Row,
+    judged,
+    margin_of,
+    media_of,
+    optional,
+    optional_text,
+    required,
+    shown,
+    system_of,
+    text_of,
+    tools_of,
+)
+from raytune_llm.records import Conversation, Message, Pair, Record
+
+if TYPE_CHECKING:
+    from raytune_llm.config.data import AlpacaFormat
+
+
+def alpaca(row: Row, columns: AlpacaFormat, reading: Reading) -> Record:
+    """One request, with its input on a new line, and its answer; before it, [request, answer] pairs of history.
+
+    Every answer is trained. An answer that is no text is none.
+    """
+    requested = text_of(required(row, "instruction", columns.instruction), columns.instruction)
+    context = optional_text(row, columns.input)
+    tools = optional(row, columns.tools)
+    turns = [*system_of(optional_text(row, columns.system), tools)]
+    history = optional(row, columns.history) or ()
+    if not isinstance(history, list | tuple):
+        raise BadRow(f"{columns.history} must be a list of [request, answer] pairs", shown(history))
+    for pair in history:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRow(f"{columns.history} must be a list of [request, answer] pairs", shown(pair))
+        turns.append(Message("user", text_of(pair[0], f"{columns.history}")))
+        turns.append(Message("assistant", text_of(pair[1], f"{columns.history}"), trained=True))
+    turns.append(Message("user", "\n".join(part for part in (requested, context) if part)))
+    prompt_only = Conversation(tuple(turns), tools_of(tools), media_of(row, columns, reading))
+    if columns.chosen is not None and columns.rejected is not None:
+        sides = [required(row, "chosen", columns.chosen), required(row, "rejected", columns.rejected)]
+        for side in sides:
+            text_of(side, "an answer of a pair")
+        chosen, rejected = ((Message("assistant", side, trained=True),) for side in sides)
+        return Pair(prompt_only, chosen, rejected, margin_of(row, columns.margin, reading))
+    if columns.output is None:
+        return prompt_only
+    answer = required(row, "output", columns.output)
+    if not isinstance(answer, str):
+        return prompt_only
+    answered = replace(prompt_only, messages=(*turns, Message("assistant", answer, trained=True)))
+    return judged(answered, optional(row, columns.label), reading)

@@ -1,0 +1,163 @@
+"""{role, content} messages, in any order that the chat template takes: whole conversations, or a request and its completion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, get_args
+
+from raytune_llm.data.dropped import BadRow
+from raytune_llm.data.formats.columns import (
+    Reading,
+    Row,
+    calls_of,
+    judged,
+    margin_of,
+    media_of,
+    optional,
+    reasoning_of,
+    required,
+    shown,
+    text_of,
+    tools_of,
+    weight_of,
+)
+from raytune_llm.records import Conversation, Media, Message, Pair, Record, Role
+
+if TYPE_CHECKING:
+    from raytune_llm.config.data import ChatFormat, PromptCompletionFormat
+
+ROLES = get_args(Role)
+
+
+def chat(row: Row, columns: ChatFormat, reading: Reading) -> Record:
+    """{role, content} messages, as OpenAI's API takes them, in any order that the chat template takes.
+
+    Every answer is trained, by its weight where it says one: `train: false` and `weight: 0` leave it out. The sides of a pair are
+    texts, messages, or lists of messages, with the request or after it.
+    """
+    turns: tuple[Message, ...] = ()
+    media = media_of(row, columns, reading)
+    ranked = columns.chosen is not None and columns.rejected is not None
+    if columns.messages is not None and not (ranked and row.get(columns.messages) is None):
+        turns, media = _messages(required(row, "messages", columns.messages), columns.messages, media)
+    if any(turn.role == "system" for turn in turns[1:]):
+        raise BadRow("a system message must come first")
+    conversation = Conversation(turns, tools_of(optional(row, columns.tools)), media)
+    if columns.chosen is not None and columns.rejected is not None:
+        return _pair(
+            conversation,
+            _side(required(row, "chosen", columns.chosen), columns.chosen),
+            _side(required(row, "rejected", columns.rejected), columns.rejected),
+            margin_of(row, columns.margin, reading),
+        )
+    if not turns:
+        raise BadRow("there are no messages")
+    return judged(conversation, optional(row, columns.label), reading)
+
+
+def prompt_completion(row: Row, columns: PromptCompletionFormat, reading: Reading) -> Record:
+    """A request and an answer, each a text or a list of messages. Every answer of the completion is trained."""
+    prompt = required(row, "prompt", columns.prompt)
+    turns = (Message("user", prompt),) if isinstance(prompt, str) else _messages(prompt, columns.prompt, Media())[0]
+    turns = tuple(replace(turn, trained=False) for turn in turns)
+    if columns.chosen is not None and columns.rejected is not None:
+        return _pair(
+            Conversation(turns),
+            _side(required(row, "chosen", columns.chosen), columns.chosen),
+            _side(required(row, "rejected", columns.rejected), columns.rejected),
+            margin_of(row, columns.margin, reading),
+        )
+    if columns.completion is None:
+        return Conversation(turns)
+    answer = _side(required(row, "completion", columns.completion), columns.completion)
+    return judged(Conversation((*turns, *answer)), optional(row, columns.label), reading)
+
+
+def _messages(column: Any, name: str, media: Media) -> tuple[tuple[Message, ...], Media]:
+    if not isinstance(column, list) or not column:
+        raise BadRow(f"{name} must be a list of messages", shown(column))
+    images = list(media.images)
+    turns = tuple(_message(message, images) for message in column)
+    return turns, replace(media, images=tuple(images))
+
+
+def _message(message: Any, images: list[Any]) -> Message:
+    if not isinstance(message, Mapping):
+        raise BadRow("a message must be an object with role and content", shown(message))
+    role: Any = message.get("role")
+    if role not in ROLES:
+        raise BadRow(f"a message's role must be one of {', '.join(ROLES)}", f"got {shown(role)}")
+    calls = list(calls_of(message.get("tool_calls") or ()))
+    content, reasoning = message.get("content"), reasoning_of(message)
+    if content is None and calls:
+        content = ""
+    if isinstance(content, list):
+        content, thoughts = _joined(content, calls, images)
+        reasoning = thoughts if reasoning is None else reasoning
+    weight = weight_of(message)
+    return Message(
+        role=role,
+        content=text_of(content, "a message's content"),
+        trained=role == "assistant" and weight > 0,
+        weight=weight,
+        reasoning=reasoning,
+        tool_calls=tuple(calls),
+    )
+
+
+def _joined(parts: Sequence[Any], calls: list[Any], images: list[Any]) -> tuple[str, str | None]:
+    """Text and thoughts of a content in typed parts. Calls and images are added to the lists; an image leaves a placeholder."""
+    said, thoughts = "", None
+    for part in parts:
+        if not isinstance(part, Mapping):
+            raise BadRow("a part of a message's content must be an object with a type", shown(part))
+        value = part.get(str(part.get("type")), part.get("value"))
+        match part.get("type"):
+            case "text":
+                said += text_of(value, "a text part")
+            case "reasoning":
+                thoughts = (thoughts or "") + text_of(value, "a reasoning part")
+            case "tool_call":
+                calls += calls_of(_parsed(value))
+            case "image" | "image_url":
+                said += "<image>"
+                images.append(value.get("url") if isinstance(value, Mapping) else value)
+            case other:
+                raise BadRow("a part of a message's content has a type that is not read", f"got {shown(other)}")
+    return said, thoughts
+
+
+def _parsed(value: Any) -> list[Any]:
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise BadRow("a tool_call part must be JSON", shown(value)) from None
+    return parsed if isinstance(parsed, list) else [parsed]
+
+
+def _side(side: Any, name: str) -> tuple[Message, ...]:
+    """One side of a pair, or a completion: a text, a message or a list of messages."""
+    if isinstance(side, str):
+        return (Message("assistant", side, trained=True),)
+    return _messages([side] if isinstance(side, Mapping) else side, name, Media())[0]
+
+
+def _pair(request: Conversation, chosen: tuple[Message, ...], rejected: tuple[Message, ...], margin: float) -> Pair:
+    """What both sides start with is the prompt; each goes on with one answer."""
+    start = len(request.messages)
+    if not start or chosen[:start] != request.messages or rejected[:start] != request.messages:
+        chosen, rejected = (*request.messages, *chosen), (*request.messages, *rejected)
+    common = 0
+    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+        common += 1
+    prompt, answers = chosen[:common], (chosen[common:], rejected[common:])
+    if not prompt:
+        raise BadRow("the two sides of a pair must answer the same request")
+    for answer in answers:
+        if len(answer) != 1 or answer[0].role != "assistant":
+            raise BadRow("each side of a pair must add one answer to a common request", f"roles {[turn.role for turn in answer]}")
+    prompt = tuple(replace(message, trained=False) for message in prompt)
+    chosen, rejected = ((replace(answer, trained=True),) for (answer,) in answers)
+    return Pair(replace(request, messages=prompt), chosen, rejected, margin)

@@ -1,0 +1,128 @@
+"""Messages whose keys and roles have names of their own and whose order is checked: ShareGPT's, and LLaMA-Factory's openai."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from raytune_llm.data.dropped import BadRow
+from raytune_llm.data.formats.columns import (
+    Reading,
+    Row,
+    calls_of,
+    judged,
+    margin_of,
+    media_of,
+    optional,
+    optional_text,
+    reasoning_of,
+    required,
+    shown,
+    system_of,
+    text_of,
+    tools_of,
+    weight_of,
+)
+from raytune_llm.data.tools import parse_call_turn
+from raytune_llm.records import Conversation, Message, Pair, Record
+
+if TYPE_CHECKING:
+    from raytune_llm.config.data import OpenAIFormat, ShareGPTFormat, Tags
+
+
+def sharegpt(row: Row, columns: ShareGPTFormat, reading: Reading) -> Record:
+    """Requests or tool results in turn with answers or tool calls, after an optional system message.
+
+    A call is a message with JSON in it. Every answer is trained, by its weight where it says one.
+    """
+    return _alternating(row, columns, reading, _tagged, several_results=False)
+
+
+def openai(row: Row, columns: OpenAIFormat, reading: Reading) -> Record:
+    """The same, where an answer can hold `tool_calls` and several results can follow one another.
+
+    Every answer is trained, by its weight where it says one.
+    """
+    return _alternating(row, columns, reading, _tagged_with_calls, several_results=True)
+
+
+def _tagged(message: Any, columns: Tags, reading: Reading) -> Message:
+    """One message by its tags. Raises BadRow for a role that the tags do not name."""
+    if not isinstance(message, Mapping):
+        raise BadRow(f"a message must be an object with {columns.role_tag} and {columns.content_tag}", shown(message))
+    tag = message.get(columns.role_tag)
+    content = message.get(columns.content_tag)
+    roles = {
+        columns.user_tag: "user",
+        columns.observation_tag: "tool",
+        columns.system_tag: "system",
+        columns.assistant_tag: "assistant",
+        columns.function_tag: "function",
+    }
+    role: Any = roles.get(tag) if isinstance(tag, str) else None
+    if role is None:
+        known = ", ".join(str(name) for name in roles if name is not None)
+        raise BadRow(f"a message's {columns.role_tag} must be one of {known}", f"got {shown(tag)}")
+    content = text_of(content, f"a message's {columns.content_tag}")
+    weight = weight_of(message)
+    if role != "function":
+        return Message(role, content, trained=role == "assistant" and weight > 0, weight=weight)
+    try:
+        said, calls = parse_call_turn(content, thought=reading.thought, call_words=reading.call_words)
+    except ValueError as error:
+        raise BadRow("a message of tool calls must be JSON with names and arguments", f"{error}: {shown(content)}") from None
+    return Message("assistant", said, trained=weight > 0, weight=weight, tool_calls=calls)
+
+
+def _tagged_with_calls(message: Any, columns: Tags, reading: Reading) -> Message:
+    """One message whose calls may stand beside its text."""
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    if calls and message.get(columns.role_tag) in (columns.assistant_tag, columns.function_tag):
+        content = message.get(columns.content_tag)
+        said = "" if content is None else text_of(content, f"a message's {columns.content_tag}")
+        weight = weight_of(message)
+        read = Message("assistant", said, trained=weight > 0, weight=weight, tool_calls=calls_of(calls))
+    else:
+        read = _tagged(message, columns, reading)
+    return replace(read, reasoning=reasoning_of(message)) if read.role == "assistant" else read
+
+
+def _alternating(
+    row: Row, columns: Tags, reading: Reading, read: Callable[[Any, Tags, Reading], Message], *, several_results: bool
+) -> Record:
+    """The record of messages whose order is right: what the model is told and what it says in turn, ending with the latter."""
+    column = required(row, "messages", columns.messages)
+    if not isinstance(column, list):
+        raise BadRow(f"{columns.messages} must be a list of messages", shown(column))
+    messages = [read(message, columns, reading) for message in column]
+    system = optional_text(row, columns.system)
+    if messages and messages[0].role == "system":
+        system = messages.pop(0).content
+    if not messages:
+        raise BadRow("there are no messages")
+    told_last = False
+    for earlier, message in zip([None, *messages], messages, strict=False):
+        if message.role == "system":
+            raise BadRow("a system message must come first")
+        follows_result = several_results and earlier is not None and earlier.role == message.role == "tool"
+        if not follows_result and (message.role != "assistant") == told_last:
+            raise BadRow("requests or tool results must take turns with answers or tool calls", f"{message.role} is out of turn")
+        told_last = message.role != "assistant"
+    tools = optional(row, columns.tools)
+    conversation = Conversation((*system_of(system, tools), *messages), tools_of(tools), media_of(row, columns, reading))
+    if columns.chosen is not None and columns.rejected is not None:
+        if not told_last:
+            raise BadRow("the messages before a pair of answers must end with a request")
+        sides = []
+        for name in (columns.chosen, columns.rejected):
+            side = required(row, name, name)
+            answer = read(side, columns, reading)
+            if answer.role != "assistant":
+                raise BadRow("an answer of a pair must have the role of an answer", f"{name} is {shown(side)}")
+            sides.append((replace(answer, trained=True),))
+        chosen, rejected = sides
+        return Pair(conversation, chosen, rejected, margin_of(row, columns.margin, reading))
+    if told_last:
+        raise BadRow("the messages must end with an answer")
+    return judged(conversation, optional(row, columns.label), reading)
