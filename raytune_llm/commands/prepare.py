@@ -80,6 +80,7 @@ def plot_lengths(store: Store, path: Path) -> None:
     figure = Figure(figsize=(6, 3), dpi=200, layout="constrained")
     axes = figure.subplots()
     axes.hist(store.lengths, bins=50)
+    axes.locator_params(axis="y", integer=True)
     axes.set(xlabel="tokens", ylabel="rows", title=f"{len(store):,} rows, {store.num_tokens:,} tokens")
     beside = path.with_name(f".{path.name}.partial")
     figure.savefig(beside, format="png")

@@ -214,9 +214,6 @@ class Samples:
         """int64: rows (of plain text: pieces) of each sample."""
         return np.diff(self._offsets)
 
-    def row_numbers(self, sample: int) -> np.ndarray:
-        return self._rows[self._offsets[sample] : self._offsets[sample + 1]]
-
     def batch(self, samples: np.ndarray, *, micro_batch_size: int, pad_id: int) -> Batch:
         """The samples as one micro-batch: packs one a row, unpacked rows joined end to end in one row."""
         if self.packing:

@@ -66,8 +66,10 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 @pytest.mark.parametrize("packing", [True, False])
 def test_every_row_is_in_one_sample(store, packing):
     samples = samples_of(store, packing)
-    rows = chain.from_iterable(samples.row_numbers(sample).tolist() for sample in range(len(samples)))
-    assert sorted(rows) == list(range(NUM_ROWS))
+    documents = chain.from_iterable(samples[sample] for sample in range(len(samples)))
+    assert sorted(document.ids.tolist() for document in documents) == sorted(
+        store.row(row)[0].tolist() for row in range(NUM_ROWS)
+    )
     assert samples.tokens.sum() == store.num_tokens
     assert samples.targets.sum() == store.num_trained_tokens
 
