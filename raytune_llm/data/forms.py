@@ -24,8 +24,8 @@ def shape_of(conversation: Conversation) -> Shape:
 
 
 def placeholders(shape: Shape) -> list[str]:
-    """Contents for a conversation that Form.of is made from."""
-    return [marked(number) if says_something else "" for number, (_, says_something) in enumerate(shape)]
+    """Contents for a conversation that Form.of is made from. Each has a length of its own, for templates that look at it."""
+    return [marked(number, number + 1) if says_something else "" for number, (_, says_something) in enumerate(shape)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,9 +46,9 @@ def forgeable(tokens: Iterable[str]) -> Forgeable:
     return Forgeable(pattern, "".join(sorted({token[0] for token in longest_first})) + "\ufdd0\ufdd1\ufdd2")
 
 
-def marked(number: int) -> str:
-    """What stands in a text for the hidden thing of that number."""
-    return f"\ufdd0{number}\ufdd1"
+def marked(number: int, digits: int = 1) -> str:
+    """What stands in a text for the hidden thing of that number, written with so many digits at least."""
+    return f"\ufdd0{number:0{digits}}\ufdd1"
 
 
 def hide(value: Any, tokens: Forgeable, hidden: list[str]) -> Any:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -117,6 +117,7 @@ def by_prefixes(tokenizer, chat):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@example(chat=Conversation((Message("user", "a"), Message("assistant", "hey", trained=True))))  # as long as a placeholder
 @given(chat=conversations)
 def test_a_tokenizers_own_template_gives_what_rendering_every_prefix_gives(name, chat):
     tokenizer, template = own(name)
