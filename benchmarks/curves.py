@@ -26,6 +26,7 @@ PATHS = {
     "fast": ["train.compile=true"],
     "fast_full": ["train.compile=true", "train.activation_checkpointing=full"],
     "fp8": ["train.compile=true", "quantization=fp8"],
+    "fp8_wide": ["train.compile=true", "quantization=fp8", "quantization.wide=[q_proj,k_proj,v_proj]"],
     "nf4": ["train.compile=true", "quantization=bnb_nf4"],
 }
 SEEDS = (0, 1, 2)

@@ -85,6 +85,7 @@ VARIANTS = {
     "lora_full": Variant("llama3_8b", (*LORA, "train.activation_checkpointing=full")),
     "lora_offload": Variant("llama3_8b", (*LORA, "train.activation_checkpointing=offload")),
     "lora_fp8": Variant("llama3_8b", (*LORA, "quantization=fp8")),
+    "lora_fp8_wide": Variant("llama3_8b", (*LORA, "quantization=fp8", "quantization.wide=[q_proj,k_proj,v_proj]")),
     "qlora": Variant("llama3_8b", (*LORA, "quantization=bnb_nf4")),
     "qlora_full": Variant("llama3_8b", (*LORA, "quantization=bnb_nf4", "train.activation_checkpointing=full")),
     "lora_131072": Variant("llama3_8b", (*LORA, "train.activation_checkpointing=offload"), 1, 131072, True, warmup=-1),

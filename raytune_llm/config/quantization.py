@@ -18,6 +18,8 @@ class FP8:
     kind or later."""
 
     name: Literal["fp8"]
+    wide: list[str]
+    """Linear layers that stay in the run's precision, by the last part of their names: say, [q_proj, k_proj, v_proj]."""
 
 
 @section

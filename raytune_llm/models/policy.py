@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ def build_policy(
     device: torch.device,
     runs_on: torch.device | None = None,
     quantization: str = "none",
+    wide: Sequence[str] = (),
     compile_layers: bool = False,
     activation_checkpointing: str = "none",
     scores: bool = False,
@@ -78,7 +79,8 @@ def build_policy(
 ) -> tuple[CausalLM, str]:
     """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
     float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
-    scores: it is a Scorer. trains: false where nothing of it will be trained, adapter or not.
+    wide: linear layers that are not quantized. scores: it is a Scorer. trains: false where nothing of it will be trained, adapter or
+    not.
     """
     runs_on = runs_on or device
     case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
@@ -99,7 +101,7 @@ def build_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = adapt(loaded, adapter, scores=scores)
-    quantize(layers(loaded), quantization, runs_on)
+    quantize(layers(loaded), quantization, runs_on, wide=wide)
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
     offloads = activation_checkpointing == "offload" and runs_on.type == "cuda"
     policy = Scorer if scores else CausalLM

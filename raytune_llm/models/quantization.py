@@ -5,7 +5,7 @@ The layers under adapters are replaced after those are in place, so PEFT's own l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -194,17 +194,12 @@ TRAINED: dict[str, type[nn.Linear] | None] = {"none": None, "fp8": TrainedFP8Lin
 """What takes the place of a linear layer that is trained."""
 
 
-def quantize(layers: Iterable[nn.Module], name: str, runs_on: torch.device) -> None:
-    """Replace the linear layers inside `layers`: the frozen ones, which are on the GPU by now, or all where all are trained."""
+def quantize(layers: Iterable[nn.Module], name: str, runs_on: torch.device, *, wide: Sequence[str] = ()) -> None:
+    """Replace the linear layers inside `layers`, but those named in `wide`: the frozen ones, which are on the GPU by now, or all
+    where all are trained."""
     if QUANTIZED[name] is None:
         return
-    linears = [
-        (parent, child_name, child)
-        for layer in layers
-        for parent in layer.modules()
-        for child_name, child in parent.named_children()
-        if type(child) is nn.Linear
-    ]
+    linears = linears_but(layers, wide)
     frozen = [found for found in linears if not found[2].weight.requires_grad]
     kind: Any = QUANTIZED[name] if frozen else TRAINED[name]
     if kind is None:
@@ -218,6 +213,23 @@ def quantize(layers: Iterable[nn.Module], name: str, runs_on: torch.device) -> N
         parent, child_name, child = replaced.pop()
         setattr(parent, child_name, kind(child))
     torch.cuda.empty_cache()  # what held the weights as they were loaded
+
+
+def linears_but(layers: Iterable[nn.Module], wide: Sequence[str]) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Each linear layer of the model with its parent and its name there, but those that are called as `wide` has it. An adapter
+    calls the layer that it is around base_layer, and keeps its own in dictionaries."""
+    found = [
+        (parent, child_name, child, f"{parent_name}.{child_name}".removesuffix(".base_layer").rpartition(".")[2])
+        for layer in layers
+        for parent_name, parent in layer.named_modules()
+        for child_name, child in parent.named_children()
+        if type(child) is nn.Linear and not isinstance(parent, nn.ModuleDict)
+    ]
+    names = {name for *_, name in found}
+    if unknown := sorted(set(wide) - names):
+        remedy = f"The model has {', '.join(sorted(names))}."
+        raise ConfigError("quantization.wide", "must name linear layers of the model", got=unknown, remedy=remedy)
+    return [(parent, child_name, child) for parent, child_name, child, name in found if name not in wide]
 
 
 def _fits(kind: type[nn.Module], capability: tuple[int, int], linears: Iterable[nn.Linear]) -> None:

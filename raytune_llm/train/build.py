@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from raytune_llm.config.run import TrainRun
+from raytune_llm.config.section import settings_of
 from raytune_llm.errors import ResourceError
 from raytune_llm.models.activations import compiles, lacks_for_compiling
 from raytune_llm.models.adapters.grouped import described
@@ -72,6 +73,7 @@ class Builder:
             device=self._loads_to(),
             runs_on=device,
             quantization=run.quantization.name,
+            **settings_of(run.quantization),
             compile_layers=self.compiled,
             activation_checkpointing=checkpointing,
             scores=STAGES[run.stage.name].scores is not None,
