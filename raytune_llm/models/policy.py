@@ -79,8 +79,8 @@ def build_policy(
 ) -> tuple[CausalLM, str]:
     """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
     float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
-    wide: linear layers that are not quantized. scores: it is a Scorer. trains: false where nothing of it will be trained, adapter or
-    not.
+    wide: linear layers that are not quantized. scores: it is a Scorer. trains: false where nothing of it will be trained,
+    adapter or not.
     """
     runs_on = runs_on or device
     case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
