@@ -62,7 +62,7 @@ def parse_call_turn(
     """The text and the calls of a turn that holds JSON: one call or a list, bare, after a thought, or between the call words.
 
     Text outside the call words stays as it is, in front of the calls. Arguments given as JSON text are read.
-    Raises ValueError if a call is not {"name": ..., "arguments": {...}}, and if there is none.
+    Raises ValueError if a call is not {"name": ..., "arguments": {...}}.
     """
     wrapped = re.compile(f"{re.escape(call_words[0])}(.*?){re.escape(call_words[1])}", re.DOTALL)
     if bodies := wrapped.findall(content):
@@ -74,8 +74,6 @@ def parse_call_turn(
 
 def _read_calls(text: str) -> Iterator[dict[str, Any]]:
     calls = json.loads(text)
-    if calls == []:
-        raise ValueError("there is no call")
     for call in calls if isinstance(calls, list) else [calls]:
         if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
             raise ValueError(f"a call must be an object with a name and arguments, got {json.dumps(call)}")

@@ -72,6 +72,8 @@ def _tagged(message: Any, columns: Tags, reading: Reading) -> Message:
         said, calls = parse_call_turn(content, thought=reading.thought, call_words=reading.call_words)
     except ValueError as error:
         raise BadRow("a message of tool calls must be JSON with names and arguments", f"{error}: {shown(content)}") from None
+    if not calls:
+        raise BadRow("a message of tool calls holds none")
     return Message("assistant", said, trained=weight > 0, weight=weight, tool_calls=calls)
 
 

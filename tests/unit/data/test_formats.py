@@ -113,7 +113,7 @@ def test_an_alpaca_row_that_cannot_be_used_says_why(row, reason):
     ("message", "reason"),
     [
         ({"from": ["gpt"], "value": "yes"}, "message's from must be one of human, observation"),
-        ({"from": "function_call", "value": "[]"}, "tool calls must be JSON with names and arguments"),
+        ({"from": "function_call", "value": "[]"}, "a message of tool calls holds none"),
     ],
 )
 def test_a_sharegpt_message_that_cannot_be_used_says_why(message, reason):
