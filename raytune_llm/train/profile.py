@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 WARMUP, STEPS = 5, 3
 """Steps before the first that is looked at (compiling is over then), and those that are."""
 TABLE, TRACE = "profile/table.txt", "profile/trace.json.gz"
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 KINDS = {
     "communication": ("nccl", "c10d::", "gloo"),
     "attention": ("flash", "fmha", "cudnn_generated", "_attention", "_varlen_attn", "flex_"),
@@ -70,7 +70,7 @@ class StepProfile:
             shutil.copyfileobj(source, target)
         plain.unlink()
         events: list[Any] = list(self._profiler.events() or [])
-        rows = gpu_rows(events, self.thin) if self.device.type == "cuda" else cpu_rows(events)
+        rows = gpu_rows(events, self.thin) if self.device.type == "cuda" else cpu_rows(events, self.thin)
         (self.folder / TABLE).write_text(table([(kind, ms / steps) for kind, ms in rows]))
 
     def _synchronize(self) -> None:
@@ -116,14 +116,14 @@ def gpu_rows(events: Iterable[Any], thin: int) -> list[Row]:
     return list(totals.items())
 
 
-def cpu_rows(events: Iterable[Any]) -> list[Row]:
+def cpu_rows(events: Iterable[Any], thin: int) -> list[Row]:
     """Milliseconds of one thread's own time by kind."""
     totals: dict[str, float] = {}
     for event in events:
         kind, above = None, event
         while kind is None and above is not None:
             kind, above = RANGES.get(above.name), above.cpu_parent
-        kind = kind or kind_of(event.name)
+        kind = kind or ("LoRA" if _is_thin(event, thin) else kind_of(event.name))
         totals[kind] = totals.get(kind, 0.0) + event.self_cpu_time_total / 1000
     return list(totals.items())
 
@@ -133,10 +133,14 @@ def _lora_kernels(events: Iterable[Any], thin: int) -> Iterable[tuple[str, float
     for event in events:
         if event.device_type == DeviceType.CUDA or not event.kernels:
             continue
-        shapes = [shape for shape in event.input_shapes or () if shape]
-        is_thin = event.name in PRODUCTS and any(0 < min(shape) <= thin for shape in shapes if len(shape) == 2)
-        if is_thin:
+        if _is_thin(event, thin):
             yield from ((kernel.name, kernel.duration / 1000) for kernel in event.kernels)
+
+
+def _is_thin(event: Any, thin: int) -> bool:
+    """A product with a low-rank matrix."""
+    shapes = [shape for shape in event.input_shapes or () if shape]
+    return event.name in PRODUCTS and any(0 < min(shape) <= thin for shape in shapes if len(shape) == 2)
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:
