@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
@@ -93,7 +94,7 @@ class CausalLM(nn.Module):
         if neftune_alpha is not None:
             embedded_BTD = embedded_BTD + self._noise(batch, embedded_BTD.shape[-1], neftune_alpha)
         embedded_BTD = embedded_BTD.to(self.compute)
-        if torch.is_grad_enabled() and not embedded_BTD.requires_grad:
+        if self.compiled and torch.is_grad_enabled() and self._trains_first_layer() and not embedded_BTD.requires_grad:
             embedded_BTD.requires_grad_()  # or the first layer, whose input alone needs no gradient, would be compiled by itself
         window = getattr(base.config.get_text_config(), "sliding_window", None)
         B, T = batch.ids_BT.shape
@@ -109,6 +110,11 @@ class CausalLM(nn.Module):
                 **masks,
                 **({"output_router_logits": True} if output_router_logits else {}),
             )
+
+    def _trains_first_layer(self) -> bool:
+        """Where it does not, the backward pass ends at the first one that does."""
+        first = next((module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)), None)
+        return first is not None and any(parameter.requires_grad for parameter in first.parameters())
 
     def _values(self, hidden_ND: Tensor, batch: Batch, token_function: TokenFunction, other_ND: Tensor | None) -> Tensor:
         base = self.base

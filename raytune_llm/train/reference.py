@@ -73,6 +73,7 @@ def find_references(
     other = other_model(run, config, device)
     if run.stage.reference == "online":
         return References(online=online(run, strategy, logps, other), choices=("reference: in each step",))
+    as_found = (None if other is not None else _without_new_adapter(run, strategy)) or nullcontext
     tables: dict[str, Table] = {}
     choices = []
     assert isinstance(stores.train, Samples), "config/run.py lets a stream's reference be online only"
@@ -82,18 +83,19 @@ def find_references(
         of_store = [one for one in samples if one.store is store]
         if store.kind == "pairs":
             of_store = [of_store[0].over(np.arange(len(store)))]
-        tables[store.manifest_hash], where = precomputed(
-            other or strategy.model,
-            logps,
-            of_store,
-            store.folder.parent,
-            key_of(run, logps, of_store, store.manifest_hash, compute),
-            micro_batch_size=run.train.micro_batch_size,
-            pad_id=pad_id,
-            device=device,
-            compute=compute,
-            tell=tell,
-        )
+        with as_found():
+            tables[store.manifest_hash], where = precomputed(
+                other or strategy.model,
+                logps,
+                of_store,
+                store.folder.parent,
+                key_of(run, logps, of_store, store.manifest_hash, compute),
+                micro_batch_size=run.train.micro_batch_size,
+                pad_id=pad_id,
+                device=device,
+                compute=compute,
+                tell=tell,
+            )
         choices.append(f"reference: {where}")
     return References(tables=tables, choices=tuple(choices))
 
@@ -118,11 +120,18 @@ def online(run: TrainRun, strategy: Strategy, logps: AnswerLogprobs, other: nn.M
     """To be called before weights are restored from a checkpoint: what they are then is the reference, unless it is `other`."""
     if other is not None:
         return Online(other, logps, nullcontext)
-    if isinstance(run.adapter, LoRA) and run.adapter.path is None:
-        layers = [module for module in strategy.module.modules() if isinstance(module, BaseTunerLayer)]
-        return Online(strategy.model, logps, partial(_without_adapters, layers))
+    if (as_found := _without_new_adapter(run, strategy)) is not None:
+        return Online(strategy.model, logps, as_found)
     kept = [parameter.detach().clone() for _, parameter in trained(strategy.module)]
     return Online(strategy.model, logps, partial(_as_they_were, strategy.module, kept))
+
+
+def _without_new_adapter(run: TrainRun, strategy: Strategy) -> Callable[[], Any] | None:
+    """Around calls of the model: without the adapter that the run has put on it, whose products come to nothing before the first
+    step. None where the run goes on from an adapter, or has none."""
+    if not isinstance(run.adapter, LoRA) or run.adapter.path is not None:
+        return None
+    return partial(_without_adapters, [module for module in strategy.module.modules() if isinstance(module, BaseTunerLayer)])
 
 
 @contextmanager

@@ -276,7 +276,8 @@ def _adapted(product: Product, transposed: Product, num_weights: int) -> type[to
             for i, grad in zip(range(0, len(per_layer), 1 + num_weights), grads, strict=True):
                 b_NR, weights = per_layer[i], per_layer[i + 1 : i + 1 + num_weights]
                 towards_low.append(grad @ b_NR)
-                towards_layers += [grad.T @ low[:, start : start + b_NR.shape[1]], *[None] * num_weights]
+                # in this order, since a thin matrix on the right costs a CPU twice the time
+                towards_layers += [(low[:, start : start + b_NR.shape[1]].T @ grad).T, *[None] * num_weights]
                 start += b_NR.shape[1]
                 if towards_x is None:
                     towards_x = transposed(grad, *weights)

@@ -10,16 +10,19 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raytune_llm.config.adapter import LoRA
+from raytune_llm.losses.tokens import token_logprobs
+from raytune_llm.models import attention
 from raytune_llm.models.adapters import adapt
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.train.flops import operations
+from tests.models import packed, some_rows
 
 IDS = torch.arange(20).view(2, 10)
 
 
 def tiny(num_layers: int = 3) -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", num_hidden_layers=num_layers, **sizes))
 
 
@@ -57,3 +60,15 @@ def test_layers_below_the_first_adapter_take_no_gradients() -> None:
     adapters = sum(p.numel() for n, p in whole.named_parameters() if "lora" in n and ".layers.2." not in n)
     assert all_layers.per_token - last_layer.per_token == 2 * (2 * layer) + 6 * adapters
     assert last_layer.per_look / all_layers.per_look == (1 + 1 + 3) / 9
+
+
+@pytest.mark.parametrize("last_layers", [1, 2, 3])
+def test_the_backward_pass_ends_at_the_first_adapter(last_layers: int) -> None:
+    model = tiny()
+    policy, reached = CausalLM(adapt(model, lora(last_layers))), []
+    attention.attach(model, "varlen")
+    for number, layer in enumerate(model.model.layers):
+        layer.register_full_backward_pre_hook(lambda *_, number=number: reached.append(number))
+    values = policy(packed(some_rows([8, 12])), token_logprobs)
+    values.sum().backward()
+    assert sorted(reached) == list(range(3 - last_layers, 3))
