@@ -61,7 +61,9 @@ def _attend(
 @_attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((q.shape[1], q.shape[0]), dtype=wide)
+    tokens, heads = q.shape[:2]
+    lse = q.new_empty((heads, tokens), dtype=wide) if q.is_cuda else q.new_empty((tokens, heads), dtype=wide).T
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
 @torch.library.custom_op("raytune_llm::document_attention_backward", mutates_args=())

@@ -103,3 +103,10 @@ def test_attention_sinks_are_refused():
         attention.varlen(
             nn.Identity(), query, query, query, None, cu_seqlens_S=torch.tensor([0, 4]), max_seqlen=4, s_aux=torch.zeros(2)
         )
+
+
+def test_compilers_are_told_how_what_attention_gives_on_a_cpu_lies_in_memory():
+    q, k, v = torch.randn(6, 4, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8)
+    boundaries, no_prefixes = torch.tensor([0, 4, 6], dtype=torch.int32), (None, None, None, None, 0, 0)
+    operator = torch.ops.raytune_llm.document_attention.default
+    torch.library.opcheck(operator, (q, k, v, boundaries, 4, *no_prefixes, None), test_utils=("test_faketensor",))
