@@ -52,6 +52,9 @@ from raytune_llm.errors import DataError, UserError
 
 TRANSFORMS_VERSION = 5
 """Raise it when the same row would give other tokens, so that old stores are not taken for new ones."""
+TASK_ROWS, TASKS_PER_WORKER = 2_000, 4
+"""A task of Ray's makes so many rows, where its chunks are smaller, since handing it out takes as long as a hundred; unless that
+left fewer tasks for each worker, who all are to be busy to the end."""
 Progress = Callable[[int, int], None]
 """Called with the rows done and the rows in all, dropped ones among them."""
 
@@ -337,7 +340,7 @@ def _map_inline(chunks: Iterable[tuple[int, Chunk]], recipe: Recipe, folder: Pat
 
 
 def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, folder: Path, job: Job) -> Iterator[tuple[int, Timed]]:
-    """A Ray Data job of one block a chunk. Only names and statistics travel; each task writes its own shard."""
+    """A Ray Data job of chunks. Only names and statistics travel; each task writes its own shards."""
     assert not isinstance(job.resources, Inline)
     if not chunks:
         return
@@ -352,7 +355,9 @@ def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, folder: Path,
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own progress and errors say it all
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.op_resource_reservation_enabled = False  # what comes back is small, and a reservation would leave CPUs idle
     recipe_ref = ray.put(recipe)
 
     def prepare_block(block: dict[str, Any]) -> dict[str, list[bytes]]:
@@ -367,10 +372,12 @@ def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, folder: Path,
             done.append(pickle.dumps((number, made)))
         return {"made": done}
 
+    num_rows = sum(chunk.num_picked for _, chunk in chunks)
+    num_tasks = min(len(chunks), max(num_rows // TASK_ROWS, TASKS_PER_WORKER * num_workers))
     items = [{"chunk": pickle.dumps(numbered)} for numbered in chunks]
-    blocks = ray.data.from_items(items, override_num_blocks=len(items))
+    blocks = ray.data.from_items(items, override_num_blocks=num_tasks)
     task: Any = prepare_block
-    for row in blocks.map_batches(task, batch_size=1, num_cpus=1, concurrency=job.max_tasks).iter_rows():
+    for row in blocks.map_batches(task, batch_size=None, num_cpus=1, concurrency=job.max_tasks).iter_rows():
         number, made = pickle.loads(row["made"])
         if isinstance(made, UserError):
             raise made
