@@ -96,6 +96,7 @@ def test_activations_are_what_autograd_keeps(adapter, precision):
     )
     policy, _ = build_policy(SMALL, model, adapter, compute=DTYPES[precision], seed=0, device=torch.device("cpu"))
     policy.train()
+    policy.base.enable_input_require_grads()  # or the first of two layers would keep less than those of a deep model
     kept = bytes_kept_for_backward(policy, one_document(tokens))
     parameters = count_parameters(SMALL, adapter)
     states = ddp_states(parameters, compute, 1, accumulates=False)
