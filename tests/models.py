@@ -1,4 +1,4 @@
-"""A small Llama and batches of rows for tests of the model itself."""
+"""A small Llama, the sizes of a large one, and batches of rows for tests of the model itself."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.records import Batch
 
 VOCABULARY = 97
+LLAMA3_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    tie_word_embeddings=False,
+)
+"""Its sizes; nobody makes its weights here."""
 
 
 def tiny_llama(backend: str = "varlen", dtype: torch.dtype = torch.float32, seed: int = 0) -> CausalLM:

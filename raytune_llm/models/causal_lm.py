@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
 from raytune_llm.models.activations import HostMemory
 from raytune_llm.models.documents import document_numbers
 from raytune_llm.models.head import TokenFunction, adjusted, chunks, together, token_values
+from raytune_llm.models.layers import named_layers
 from raytune_llm.models.neftune import neftune_noise
 from raytune_llm.records import Batch
 
@@ -113,7 +113,7 @@ class CausalLM(nn.Module):
 
     def _trains_first_layer(self) -> bool:
         """Where it does not, the backward pass ends at the first one that does."""
-        first = next((module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)), None)
+        first = next((layer for _, layer in named_layers(self.base)), None)
         return first is not None and any(parameter.requires_grad for parameter in first.parameters())
 
     def _values(self, hidden_ND: Tensor, batch: Batch, token_function: TokenFunction, other_ND: Tensor | None) -> Tensor:

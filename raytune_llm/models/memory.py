@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.models.adapters import adapt
-from raytune_llm.models.policy import layers
+from raytune_llm.models.layers import layers
 
 FP32 = 4
 ADAMW_BYTES = 2 * FP32

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.config.model import ModelConfig
@@ -17,6 +15,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models import activations, attention
 from raytune_llm.models.adapters import adapt
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_config, load_model, positions
 from raytune_llm.models.quantization import quantize
 from raytune_llm.models.scorer import Scorer
@@ -132,8 +131,3 @@ def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> Pretraine
             remedy="Take the model's own: model.tokenizer=null.",
         )
     return config
-
-
-def layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformers model: the units of sharding, recomputation and compilation."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.layers import layers
 from raytune_llm.models.memory import dimensions
-from raytune_llm.models.policy import layers
 from raytune_llm.models.quantization import QuantizedLinear
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "B200": 2250e12}

@@ -8,10 +8,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.grouped import group
+from raytune_llm.models.layers import named_layers
 
 
 def add_lora(
@@ -67,6 +67,6 @@ def add_lora(
 
 def _in_layers_before(model: PreTrainedModel, last: int) -> str | None:
     """A pattern of the names of all modules in the layers before the last so many. None where there are no others."""
-    names = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    names = [name for name, _ in named_layers(model)]
     before = "|".join(map(re.escape, names[:-last]))
     return rf"({before})\..*" if before else None

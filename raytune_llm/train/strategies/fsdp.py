@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.models.policy import layers
+from raytune_llm.models.layers import layers
 from raytune_llm.train.strategies.base import Precision
 from raytune_llm.train.strategies.own_optimizer import OwnOptimizer
 

@@ -22,18 +22,9 @@ from raytune_llm.models.memory import (
 )
 from raytune_llm.models.policy import DTYPES, build_policy
 from raytune_llm.records import Batch
+from tests.models import LLAMA3_8B
 
 GIB = 2**30
-LLAMA3_8B = AutoConfig.for_model(
-    "llama",
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
-    tie_word_embeddings=False,
-)
 SMALL = AutoConfig.for_model(
     "llama",
     hidden_size=256,

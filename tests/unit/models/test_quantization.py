@@ -6,7 +6,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.policy import layers
+from raytune_llm.models.layers import layers
 from raytune_llm.models.quantization import linears_but
 from tests.models import tiny_llama
 

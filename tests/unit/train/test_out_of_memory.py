@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig
 
 from raytune_llm.config.load import load_config
 from raytune_llm.train.footprint import GIB, needs_of, ran_out
 from raytune_llm.train.phases import phase
-
-LLAMA3_8B = AutoConfig.for_model(
-    "llama",
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-)
+from tests.models import LLAMA3_8B
 
 
 def test_the_error_carries_the_innermost_phase() -> None:
