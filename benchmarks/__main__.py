@@ -2,9 +2,10 @@
 
     python -m benchmarks NAME ... [arguments]
 
-Each benchmark is a file of this folder that prints one JSON object. The result goes to results/NAME-MACHINE-DATE.json. Keys
-say by their unit which way is better: more is for `_per_s`, `mfu` and `fill`, less for times (`_s`, `_us`) and memory (`_mib`,
-`_gib`); other keys are not compared. A loss of 5% or more is shown, as is a figure that there is no more, and the exit code is 1.
+Each benchmark is a file of this folder that prints one JSON object. The result goes to results/NAME-MACHINE-DATE.json, with a
+number where that day has one of other arguments. Keys say by their unit which way is better: more is for `_per_s`, `mfu` and
+`fill`, less for times (`_s`, `_us`) and memory (`_mib`, `_gib`); other keys are not compared. A loss of 5% or more is shown, as
+is a figure that there is no more, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import partial
 from importlib import metadata
-from itertools import takewhile
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,18 @@ def run(name: str, arguments: list[str], machine: Mapping[str, Any]) -> list[str
         "versions": {"python": platform.python_version(), **versions()},
         "results": json.loads(done.stdout),
     }
-    path = RESULTS / f"{name}-{machine_class(machine)}-{result['date']}.json"
+    path = path_for(f"{name}-{machine_class(machine)}-{result['date']}", arguments)
     before = newest_committed(name, machine, arguments)
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(done.stdout.rstrip(), f"-> {path.relative_to(FOLDER.parent)}", sep="\n")
     return [] if before is None else [f"{name} {line}" for line in worse(before["results"], result["results"])]
+
+
+def path_for(stem: str, arguments: list[str]) -> Path:
+    """Where a result goes: it replaces one of the same arguments and day, not one of others."""
+    paths = (RESULTS / f"{stem}{number}.json" for number in chain([""], (f"-{number}" for number in count(2))))
+    return next(path for path in paths if not path.exists() or json.loads(path.read_text())["arguments"] == arguments)
 
 
 def this_machine() -> dict[str, Any]:

@@ -25,8 +25,8 @@ PATHS = {
     PLAIN: ["model.attention=sdpa", "train.compile=false"],
     "fast": ["train.compile=true"],
     "fast_full": ["train.compile=true", "train.activation_checkpointing=full"],
-    "fp8": ["train.compile=true", "quantization=fp8"],
-    "fp8_wide": ["train.compile=true", "quantization=fp8", "quantization.wide=[q_proj,k_proj,v_proj]"],
+    "fp8": ["train.compile=true", "quantization=fp8", "quantization.wide=[]"],
+    "fp8_wide": ["train.compile=true", "quantization=fp8"],
     "nf4": ["train.compile=true", "quantization=bnb_nf4"],
 }
 SEEDS = (0, 1, 2)
@@ -78,7 +78,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--paths", nargs="+", choices=[path for path in PATHS if path != PLAIN], default=["fast", "fp8"])
+    parser.add_argument(
+        "--paths", nargs="+", choices=[path for path in PATHS if path != PLAIN], default=["fast", "fp8", "fp8_wide"]
+    )
     arguments = parser.parse_args()
     windows: dict[str, list[list[float]]] = {}
     held_out: dict[str, list[float]] = {}

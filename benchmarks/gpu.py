@@ -76,6 +76,7 @@ class Variant:
 
 
 LORA = ("adapter=lora", "adapter.rank=8", "adapter.alpha=16", "adapter.dropout=0.0")
+ALL_FP8 = ("quantization=fp8", "quantization.wide=[]")
 FULL_8B = ("adapter=none", "strategy=fsdp", "train.activation_checkpointing=none")
 VARIANTS = {
     "lora": Variant("llama3_8b", LORA),
@@ -84,25 +85,26 @@ VARIANTS = {
     "lora_selective": Variant("llama3_8b", (*LORA, "train.activation_checkpointing=selective")),
     "lora_full": Variant("llama3_8b", (*LORA, "train.activation_checkpointing=full")),
     "lora_offload": Variant("llama3_8b", (*LORA, "train.activation_checkpointing=offload")),
-    "lora_fp8": Variant("llama3_8b", (*LORA, "quantization=fp8")),
-    "lora_fp8_wide": Variant("llama3_8b", (*LORA, "quantization=fp8", "quantization.wide=[q_proj,k_proj,v_proj]")),
+    "lora_fp8": Variant("llama3_8b", (*LORA, *ALL_FP8)),
+    "lora_fp8_wide": Variant("llama3_8b", (*LORA, "quantization=fp8")),
     "qlora": Variant("llama3_8b", (*LORA, "quantization=bnb_nf4")),
     "qlora_full": Variant("llama3_8b", (*LORA, "quantization=bnb_nf4", "train.activation_checkpointing=full")),
     "lora_131072": Variant("llama3_8b", (*LORA, "train.activation_checkpointing=offload"), 1, 131072, True, warmup=-1),
     "lora_fp8_131072": Variant(
-        "llama3_8b", (*LORA, "train.activation_checkpointing=offload", "quantization=fp8"), 1, 131072, True, warmup=-1
+        "llama3_8b", (*LORA, "train.activation_checkpointing=offload", *ALL_FP8), 1, 131072, True, warmup=-1
     ),
     "full_1b": Variant("llama3_2_1b", ("adapter=none",), packs=4),
-    "full_1b_fp8": Variant("llama3_2_1b", ("adapter=none", "quantization=fp8"), packs=4),
+    "full_1b_fp8": Variant("llama3_2_1b", ("adapter=none", *ALL_FP8), packs=4),
     "lora_2": Variant("llama3_8b", LORA, workers=2),
     "full_8b_2": Variant("llama3_8b", FULL_8B, 1, 8192, True, workers=2),
-    "full_8b_fp8_2": Variant("llama3_8b", (*FULL_8B, "quantization=fp8"), 1, 8192, True, workers=2),
+    "full_8b_fp8_2": Variant("llama3_8b", (*FULL_8B, *ALL_FP8), 1, 8192, True, workers=2),
 }
 
 COMPARED = (
     "lora",
     "lora_full",
     "lora_fp8",
+    "lora_fp8_wide",
     "qlora",
     "qlora_full",
     "full_1b",

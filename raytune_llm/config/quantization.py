@@ -18,8 +18,9 @@ class FP8:
     kind or later."""
 
     name: Literal["fp8"]
-    wide: list[str]
-    """Linear layers that stay in the run's precision, by the last part of their names: say, [q_proj, k_proj, v_proj]."""
+    wide: Literal["auto"] | list[str]
+    """Linear layers that stay in the run's precision, by the last part of their names. auto: those that make queries, keys and
+    values, where the rounding costs most loss for its gain; [] for none."""
 
 
 @section

@@ -7,6 +7,7 @@ come along, to the back ends that know what to make of them (PREFIXED).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from raytune_llm.errors import ConfigError
@@ -31,12 +33,15 @@ BACKENDS: dict[str, Callable] = {
     "flex": flex,
     "sdpa": sdpa,
 }
-PREFIXED = {"varlen", "flex", "sdpa"}
+IN_TORCH = {"flash3": "FA3"}
+"""Packages whose kernels torch takes in place of its own FlashAttention, by its names for them."""
+PREFIXED = {"varlen", "flash3", "flex", "sdpa"}
 """Back ends that let documents go on from others."""
 BLOCK_MASKED = {"flex"}
 """Back ends that take block masks, built once a batch, beside the boundaries."""
 BY_ITSELF = ("varlen", "sdpa", "flex")
-"""What auto takes, the first that is possible. Packages of their own are taken where they are asked for."""
+"""What auto takes, the first that is possible. Before them, on GPUs of the Hopper kind, FlashAttention 3, which is made for them;
+other packages are taken where they are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,11 @@ def _flash_lacks(case: Case, *, name: str) -> str | None:
 def _varlen_lacks(case: Case) -> str | None:
     if case.device_type != "cuda":
         return None
-    return "torch's FlashAttention caps no scores" if case.softcap else _flash_lacks(case, name="FlashAttention")
+    return _capping_lacks(case) or _flash_lacks(case, name="FlashAttention")
+
+
+def _capping_lacks(case: Case) -> str | None:
+    return "torch's FlashAttention caps no scores" if case.softcap else None
 
 
 def _flash2_lacks(case: Case) -> str | None:
@@ -92,9 +101,10 @@ def _flash2_lacks(case: Case) -> str | None:
 
 
 def _flash3_lacks(case: Case) -> str | None:
-    if case.capability[0] != 9:
+    if not _is_hopper(case):
         return "FlashAttention 3 needs a GPU of the Hopper kind"
-    return _flash_lacks(case, name="FlashAttention 3") or _import_lacks("flash_attn_interface", "flash_attn_interface")
+    lacking = _capping_lacks(case) or _flash_lacks(case, name="FlashAttention 3")
+    return lacking or _import_lacks("flash_attn_interface", "flash_attn_interface")
 
 
 def _flash4_lacks(case: Case) -> str | None:
@@ -137,6 +147,7 @@ LACKS: dict[str, Callable[[Case], str | None]] = {
 }
 """What stands in the way of a back end, if anything."""
 WHAT = {
+    ("flash3", "cuda"): "FlashAttention 3 is installed",
     ("varlen", "cuda"): "torch's own FlashAttention over document boundaries",
     ("varlen", "cpu"): "a document at a time, on the CPU",
     ("flex", "cuda"): "blocks of a mask",
@@ -153,11 +164,21 @@ def choose(asked: str, case: Case) -> tuple[str, str]:
                 "model.attention", f"can't be {asked} here: {lacking}", got=asked, remedy="Take model.attention=auto."
             )
         return asked, "asked for"
-    order = ("varlen", "flex", "sdpa") if case.softcap else BY_ITSELF
+    order = _order(case)
     lacks = {name: LACKS[name](case) for name in order}
     backend = next(name for name in order if lacks[name] is None)
     passed_over = [lacking for name in order[: order.index(backend)] if (lacking := lacks[name]) is not None]
     return backend, "; ".join([*passed_over, WHAT.get((backend, case.device_type), "")])
+
+
+def _order(case: Case) -> tuple[str, ...]:
+    if case.softcap:
+        return "varlen", "flex", "sdpa"
+    return ("flash3", *BY_ITSELF) if _is_hopper(case) else BY_ITSELF
+
+
+def _is_hopper(case: Case) -> bool:
+    return case.device_type == "cuda" and case.capability[0] == 9
 
 
 def backend_to_expect(asked: str, config: PretrainedConfig, dtype: torch.dtype) -> str:
@@ -167,8 +188,21 @@ def backend_to_expect(asked: str, config: PretrainedConfig, dtype: torch.dtype) 
 
 def attach(model: PreTrainedModel, backend: str) -> None:
     """Let the model's layers call the back end. Generation needs it `detached`, since back ends know no cache."""
-    AttentionInterface.register(f"raytune_{backend}", BACKENDS[backend])
-    model.set_attn_implementation(f"raytune_{backend}")
+    tell_torch(backend)
+    name = f"raytune_{backend.replace('flash', 'fa')}"  # where a name says flash, transformers prepares its own FlashAttention
+    AttentionInterface.register(name, BACKENDS[backend])
+    model.set_attn_implementation(name)
+
+
+def tell_torch(backend: str) -> None:
+    """Have torch take the kernels that the back end wants of it. A setting of the process: its models share it."""
+    wanted = IN_TORCH.get(backend)
+    if wanted is not None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")  # that these are overridden
+            activate_flash_attention_impl(wanted)
+    elif current_flash_attention_impl() is not None:
+        restore_flash_attention_impl()
 
 
 @contextmanager

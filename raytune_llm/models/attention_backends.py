@@ -86,10 +86,7 @@ def varlen(
         out: Any = document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scaling)
     elif q.is_cuda:
         assert softcap is None, "choose takes another back end"
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        out = varlen_attn(
-            q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scaling, window_size=window, **_GROUPED_HEADS
-        )
+        out = _over_boundaries(q, k, v, cu_seqlens_S, max_seqlen, scaling, sliding_window)
     else:
         out = torch.cat(
             [
@@ -100,16 +97,41 @@ def varlen(
     return out.view(B, T, H, head)
 
 
+@as_transformers_calls
+def flash3(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Scores,
+    *,
+    cu_seqlens_S: Tensor,
+    max_seqlen: int,
+    prefixes: Prefixes | None = None,
+    **_: object,
+) -> Tensor:
+    """FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608), which torch has been told to take in place of its own 2."""
+    B, H, T, head = query.shape
+    q, k, v = _flat(query, key, value)
+    if scores.sliding_window is None:
+        out: Any = document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scores.scaling)
+    else:
+        out = _over_boundaries(q, k, v, cu_seqlens_S, max_seqlen, scores.scaling, scores.sliding_window)
+    return out.view(B, T, H, head)
+
+
+def _over_boundaries(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_S: Tensor, max_seqlen: int, scaling: float | None, sliding_window: int | None
+) -> Any:
+    """[L, H, Dh] each. What torch has for FlashAttention, on a GPU."""
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    return varlen_attn(
+        q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scaling, window_size=window, **_GROUPED_HEADS
+    )
+
+
 def _flash2(*args: Tensor, **settings: Any) -> Any:
     """Dao 2023, arXiv 2307.08691."""
     from flash_attn.flash_attn_interface import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(*args, **settings)
-
-
-def _flash3(*args: Tensor, **settings: Any) -> Any:
-    """For the Hopper kind (Shah et al. 2024, arXiv 2407.08608)."""
-    from flash_attn_interface import flash_attn_varlen_func
 
     return flash_attn_varlen_func(*args, **settings)
 
@@ -154,11 +176,11 @@ def _packaged(
         window_size=window,
         softcap=softcap or 0.0,
     )
-    out = out[0] if isinstance(out, tuple) else out  # 4, and earlier releases of 3, return the logsumexp as well
+    out = out[0] if isinstance(out, tuple) else out  # 4 returns the logsumexp as well
     return out.view(B, T, H, head)
 
 
-flash2, flash3, flash4 = (partial(_packaged, attend=attend) for attend in (_flash2, _flash3, _flash4))
+flash2, flash4 = (partial(_packaged, attend=attend) for attend in (_flash2, _flash4))
 
 
 @as_transformers_calls

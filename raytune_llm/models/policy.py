@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from raytune_llm.models.adapters import adapt
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_config, load_model, positions
-from raytune_llm.models.quantization import quantize
+from raytune_llm.models.quantization import Wide, quantize
 from raytune_llm.models.scorer import Scorer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -70,7 +70,7 @@ def build_policy(
     device: torch.device,
     runs_on: torch.device | None = None,
     quantization: str = "none",
-    wide: Sequence[str] = (),
+    wide: Wide = (),
     compile_layers: bool = False,
     activation_checkpointing: str = "none",
     scores: bool = False,
@@ -78,8 +78,8 @@ def build_policy(
 ) -> tuple[CausalLM, str]:
     """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
     float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
-    wide: linear layers that are not quantized. scores: it is a Scorer. trains: false where nothing of it will be trained,
-    adapter or not.
+    wide: linear layers that are not quantized, as quantization.wide has it. scores: it is a Scorer. trains: false where nothing
+    of it will be trained, adapter or not.
     """
     runs_on = runs_on or device
     case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)

@@ -6,7 +6,7 @@ The layers under adapters are replaced after those are in place, so PEFT's own l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from raytune_llm.errors import ConfigError, ResourceError
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 NF4_BLOCK, SCALES_BLOCK = 64, 256
+QUERIES_KEYS_VALUES = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv"}
+"""The layers that make them, in the models that transformers has."""
+Wide = Literal["auto"] | Sequence[str]
 
 
 class QuantizedLinear(nn.Module):
@@ -194,7 +197,7 @@ TRAINED: dict[str, type[nn.Linear] | None] = {"none": None, "fp8": TrainedFP8Lin
 """What takes the place of a linear layer that is trained."""
 
 
-def quantize(layers: Iterable[nn.Module], name: str, runs_on: torch.device, *, wide: Sequence[str] = ()) -> None:
+def quantize(layers: Iterable[nn.Module], name: str, runs_on: torch.device, *, wide: Wide = ()) -> None:
     """Replace the linear layers inside `layers`, but those named in `wide`: the frozen ones, which are on the GPU by now, or all
     where all are trained."""
     if QUANTIZED[name] is None:
@@ -215,7 +218,7 @@ def quantize(layers: Iterable[nn.Module], name: str, runs_on: torch.device, *, w
     torch.cuda.empty_cache()  # what held the weights as they were loaded
 
 
-def linears_but(layers: Iterable[nn.Module], wide: Sequence[str]) -> list[tuple[nn.Module, str, nn.Linear]]:
+def linears_but(layers: Iterable[nn.Module], wide: Wide) -> list[tuple[nn.Module, str, nn.Linear]]:
     """Each linear layer of the model with its parent and its name there, but those that are called as `wide` has it. An adapter
     calls the layer that it is around base_layer, and keeps its own in dictionaries."""
     found = [
@@ -226,6 +229,8 @@ def linears_but(layers: Iterable[nn.Module], wide: Sequence[str]) -> list[tuple[
         if type(child) is nn.Linear and not isinstance(parent, nn.ModuleDict)
     ]
     names = {name for *_, name in found}
+    if wide == "auto":
+        wide = sorted(names & QUERIES_KEYS_VALUES)
     if unknown := sorted(set(wide) - names):
         remedy = f"The model has {', '.join(sorted(names))}."
         raise ConfigError("quantization.wide", "must name linear layers of the model", got=unknown, remedy=remedy)

@@ -25,6 +25,7 @@ from transformers import PretrainedConfig
 
 from raytune_llm.config.adapter import LoRA, NoAdapter
 from raytune_llm.config.run import TrainRun
+from raytune_llm.config.section import settings_of
 from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.data.loader import Samples
 from raytune_llm.data.store import Store
@@ -186,7 +187,7 @@ def other_model(run: TrainRun, config: PretrainedConfig, device: torch.device) -
         compute=compute,
         seed=run.train.seed,
         device=device,
-        quantization="none" if adapter is None else run.quantization.name,
         trains=False,
+        **({} if adapter is None else {"quantization": run.quantization.name, **settings_of(run.quantization)}),
     )
     return model.requires_grad_(False).to(device).eval()

@@ -24,6 +24,7 @@ from torch import nn
 from raytune_llm import packaged
 from raytune_llm.config.adapter import LoRA
 from raytune_llm.config.run import TrainRun
+from raytune_llm.config.section import settings_of
 from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.data.batches import to_device
 from raytune_llm.data.loader import Samples
@@ -86,7 +87,7 @@ def key_of(
             seed,
         ],
         "adapter": adapter and _files(adapter, content=True),
-        "computed": [str(compute), run.quantization.name],
+        "computed": [str(compute), run.quantization.name, *settings_of(run.quantization).values()],
         "formula": [logps.func.__name__, logps.keywords],
         "data": [manifest_hash, run.data.max_length, [_rows(one) for one in samples]],
     }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +20,11 @@ from raytune_llm.errors import ResourceError
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.models import attention
 from raytune_llm.models.adapters import gated
+from raytune_llm.models.attention import Case
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import load_config as load_model_config
 from raytune_llm.models.quantization import FP8Linear, NF4Linear, QuantizedLinear
-from raytune_llm.records import Batch
+from raytune_llm.records import Batch, Prefixes
 from raytune_llm.train.build import Builder
 from raytune_llm.train.loop import to_device
 from raytune_llm.train.profile import TABLE
@@ -162,13 +165,24 @@ def test_an_nf4_product_is_that_of_the_weight_it_stands_for() -> None:
     assert error(nf4.product(x, *nf4.weights()).float(), x.float() @ stands_for.T) < 5e-3
 
 
-@pytest.mark.parametrize("lengths", [(512,), (300, 100, 1, 111)], ids=["one document", "four documents"])
-def test_varlen_attention_is_masked_attention(lengths: tuple[int, ...]) -> None:
+@pytest.fixture(params=["varlen", "flash2", "flash3", "flash4"])
+def flash(request: pytest.FixtureRequest) -> Iterator[str]:
+    """FlashAttention of torch or of a package, that torch has been told to take where it is one that torch takes."""
+    capability = torch.cuda.get_device_capability()
+    lacking = attention.LACKS[request.param](Case(device_type="cuda", dtype=torch.bfloat16, capability=capability, head=64))
+    if lacking is not None:
+        pytest.skip(lacking)
+    attention.tell_torch(request.param)
+    yield request.param
+    attention.tell_torch("varlen")
+
+
+def is_masked_attention(backend: str, lengths: tuple[int, ...], **settings: Any) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, 512, 64, device=CUDA).bfloat16().requires_grad_() for heads in (8, 2, 2))
     bounds = torch.tensor([0, *lengths], device=CUDA).cumsum(0).int()
-    settings = {"cu_seqlens_S": bounds, "max_seqlen": 512, "scaling": 0.1}
-    got, _ = attention.varlen(torch.nn.Identity(), query, key, value, None, **settings)
+    settings = {"cu_seqlens_S": bounds, "max_seqlen": max(lengths), "scaling": 0.1} | settings
+    got, _ = attention.BACKENDS[backend](torch.nn.Identity(), query, key, value, None, **settings)
     wide = [x.detach().float().requires_grad_() for x in (query, key, value)]
     wanted, _ = attention.sdpa(torch.nn.Identity(), *wide, None, **settings)
     assert error(got.float(), wanted) < 1e-2
@@ -176,6 +190,34 @@ def test_varlen_attention_is_masked_attention(lengths: tuple[int, ...]) -> None:
     ours = torch.autograd.grad(got, [query, key, value], upstream.bfloat16())
     for mine, plain in zip(ours, torch.autograd.grad(wanted, wide, upstream), strict=True):
         assert error(mine.float(), plain) < 2e-2
+
+
+@pytest.mark.parametrize("lengths", [(512,), (300, 100, 1, 111)], ids=["one document", "four documents"])
+def test_flash_attention_is_masked_attention(flash: str, lengths: tuple[int, ...]) -> None:
+    is_masked_attention(flash, lengths)
+
+
+def test_flash_attention_in_a_window_is_masked_attention(flash: str) -> None:
+    is_masked_attention(flash, (300, 212), sliding_window=100)
+
+
+def test_flash_attention_goes_on_from_another_document(flash: str) -> None:
+    if flash not in attention.PREFIXED:
+        pytest.skip("documents do not go on from others here, and shares_prefixes says so")
+    own, seen = (torch.arange(*ends, device=CUDA) for ends in ((300, 512), (0, 150)))
+    ends = [torch.tensor([0, len(positions)], device=CUDA, dtype=torch.int32) for positions in (own, seen)]
+    is_masked_attention(flash, (300, 212), prefixes=Prefixes(own, seen, *ends, len(own), len(seen)))
+
+
+def test_flash_attention_runs_in_compiled_layers(flash: str) -> None:
+    torch._dynamo.reset()
+    plain = policy("adapter=lora", "train.precision=fp32", "train.compile=false", "model.attention=sdpa")
+    fast = policy("adapter=lora", "train.precision=bf16", "train.compile=true", f"model.attention={flash}")
+    same_weights(plain, fast)
+    for packs in (batch(200, 31, 7, 120), batch(512, rows=1)):
+        wanted, got = loss_and_gradients(plain, packs), loss_and_gradients(fast, packs)
+        for name in wanted:
+            assert error(got[name], wanted[name]) < 2.5e-2, name
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (100, None), (None, 20.0)])
@@ -228,27 +270,6 @@ def test_attention_is_computed_once_where_its_output_is_kept() -> None:
             loss_and_gradients(model, packs)
         names = [event.name for event in seen.events() or []]
         assert len([name for name in names if "fprop" in name or "flash_fwd" in name]) == 3, names
-
-
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
-def test_flash_attention_of_a_package_is_masked_attention(backend: str, window: int | None) -> None:
-    capability = torch.cuda.get_device_capability()
-    lacking = attention.LACKS[backend](attention.Case(device_type="cuda", dtype=torch.bfloat16, capability=capability, head=64))
-    if lacking is not None:
-        pytest.skip(lacking)
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, 512, 64, device=CUDA).bfloat16().requires_grad_() for heads in (8, 2, 2))
-    bounds = torch.tensor([0, 300, 512], device=CUDA).int()
-    settings = {"cu_seqlens_S": bounds, "max_seqlen": 300, "scaling": 0.1, "sliding_window": window}
-    got, _ = attention.BACKENDS[backend](torch.nn.Identity(), query, key, value, None, **settings)
-    wide = [x.detach().float().requires_grad_() for x in (query, key, value)]
-    wanted, _ = attention.sdpa(torch.nn.Identity(), *wide, None, **settings)
-    assert error(got.float(), wanted) < 1e-2
-    upstream = torch.randn_like(wanted)
-    ours = torch.autograd.grad(got, [query, key, value], upstream.bfloat16())
-    for mine, plain in zip(ours, torch.autograd.grad(wanted, wide, upstream), strict=True):
-        assert error(mine.float(), plain) < 2e-2
 
 
 def chat_run(folder: Path, answer: str, *overrides: str) -> TrainRun:

@@ -15,7 +15,8 @@ With dropout, the layers of a group see one mask (Hu et al. 2021 leave it open; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -242,12 +243,50 @@ def _accumulate_product(into_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> N
     into_MN.addmm_(left_MK, right_KN)
 
 
-def _adapted(product: Product, transposed: Product, num_weights: int) -> type[torch.autograd.Function]:
-    """y_i = product(x, weights_i) + low_i @ b_i.T for the layers of a group, whose weights are frozen.
+class Frozen(NamedTuple):
+    """A kind of layer under adapters, by its products. Where the weight is a matrix as it is, they are accumulated onto the small
+    ones: their tiles take in what is there as they are written, where a small product, added later, reads and writes all of it
+    once more, and rounds it twice."""
+
+    product: Product
+    """x [M, K] and what holds the weight [N, K]: x @ weight.T."""
+    transposed: Product
+    """grad [M, N] and the same: grad @ weight."""
+    num_weights: int
+    """How many tensors hold the weight. One is the weight itself."""
+
+    def adapted(self, x_MK: Tensor, weights: Sequence[Tensor], low_MR: Tensor, b_NR: Tensor) -> Tensor:
+        """x @ weight.T + low @ b.T."""
+        if self.num_weights == 1:
+            return _accumulated(low_MR @ b_NR.T, x_MK, weights[0].T)
+        return _accumulated(self.product(x_MK, *weights), low_MR, b_NR.T)
+
+    def towards_input(
+        self, grads: Sequence[Tensor], weights: Sequence[Sequence[Tensor]], low_grad_MR: Tensor, a_RK: Tensor | None
+    ) -> Tensor:
+        """The gradient of an input that layers share: the sum of their grad @ weight, and low_grad @ a."""
+        if self.num_weights == 1 and a_RK is not None:
+            total = low_grad_MR @ a_RK
+            for grad_MN, (weight_NK,) in zip(grads, weights, strict=True):
+                total = _accumulated(total, grad_MN, weight_NK)
+            return total
+        parts = (self.transposed(grad_MN, *held) for grad_MN, held in zip(grads, weights, strict=True))
+        total = reduce(torch.add, parts)
+        return total if a_RK is None else _accumulated(total, low_grad_MR, a_RK)
+
+
+def _accumulated(into_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    _accumulate_product(into_MN, left_MK, right_KN)
+    return into_MN
+
+
+def _adapted(kind: Frozen) -> type[torch.autograd.Function]:
+    """y_i = x @ weight_i.T + low_i @ b_i.T for the layers of a group, whose weights are frozen.
 
     Takes x [M, D], and a gate [M, D] where silu(gate) * x is to stand for x, then either a [R, D], where low is x @ a.T, or
-    low [M, R] itself, then b_i [N_i, R_i] and the weights of each layer.
+    low [M, R] itself, then b_i [N_i, R_i] and what holds the weight of each layer.
     """
+    width = 1 + kind.num_weights
 
     class Adapted(torch.autograd.Function):
         @staticmethod
@@ -258,38 +297,24 @@ def _adapted(product: Product, transposed: Product, num_weights: int) -> type[to
             x_MD = x_MD if gate_MD is None else F.silu(gate_MD).mul_(x_MD)
             low = x_MD @ a_RD.T if a_RD is not None else low_MR
             assert low is not None
-            outs, start = [], 0
-            for i in range(0, len(per_layer), 1 + num_weights):
-                b_NR, weights = per_layer[i], per_layer[i + 1 : i + 1 + num_weights]
-                out = product(x_MD, *weights)
-                _accumulate_product(out, low[:, start : start + b_NR.shape[1]], b_NR.T)
-                outs.append(out)
-                start += b_NR.shape[1]
+            bs, weights = per_layer[::width], _of_each(per_layer, width)
+            lows = low.split([b_NR.shape[1] for b_NR in bs], dim=1)
             ctx.given_low = a_RD is None
             ctx.save_for_backward(*given, low if a_RD is None else a_RD, low, *per_layer)
-            return tuple(outs)
+            return tuple(kind.adapted(x_MD, held, low_MR, b_NR) for held, low_MR, b_NR in zip(weights, lows, bs, strict=True))
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
             x_MD, gate_MD, a_RD, low, *per_layer = ctx.saved_tensors
-            towards_low, towards_layers, towards_x, start = [], [], None, 0
-            for i, grad in zip(range(0, len(per_layer), 1 + num_weights), grads, strict=True):
-                b_NR, weights = per_layer[i], per_layer[i + 1 : i + 1 + num_weights]
-                towards_low.append(grad @ b_NR)
-                # in this order, since a thin matrix on the right costs a CPU twice the time
-                towards_layers += [(low[:, start : start + b_NR.shape[1]].T @ grad).T, *[None] * num_weights]
-                start += b_NR.shape[1]
-                if towards_x is None:
-                    towards_x = transposed(grad, *weights)
-                elif num_weights == 1:
-                    _accumulate_product(towards_x, grad, weights[0])
-                else:
-                    towards_x = towards_x + transposed(grad, *weights)
-            low_grad = torch.cat(towards_low, dim=1)
+            bs, weights = per_layer[::width], _of_each(per_layer, width)
+            low_grad = torch.cat([grad @ b_NR for grad, b_NR in zip(grads, bs, strict=True)], dim=1)
+            lows = low.split([b_NR.shape[1] for b_NR in bs], dim=1)
+            # in this order, since a thin matrix on the right costs a CPU twice the time
+            towards_bs = [(low_MR.T @ grad).T for low_MR, grad in zip(lows, grads, strict=True)]
+            towards_layers = [x for towards_b in towards_bs for x in (towards_b, *[None] * kind.num_weights)]
+            towards_x = kind.towards_input(grads, weights, low_grad, None if ctx.given_low else a_RD)
             if ctx.given_low:
                 return towards_x, None, None, low_grad, *towards_layers
-            assert towards_x is not None
-            _accumulate_product(towards_x, low_grad, a_RD)
             if gate_MD is None:
                 return towards_x, None, low_grad.T @ x_MD, None, *towards_layers
             active_MD = F.silu(gate_MD)
@@ -302,11 +327,16 @@ def _adapted(product: Product, transposed: Product, num_weights: int) -> type[to
     return Adapted
 
 
-def _gated_mlp(product: Product, transposed: Product, num_weights: int) -> type[torch.autograd.Function]:
+def _of_each(per_layer: Sequence[Tensor], width: int) -> list[Sequence[Tensor]]:
+    """What holds each layer's weight, after its b."""
+    return [per_layer[start + 1 : start + width] for start in range(0, len(per_layer), width)]
+
+
+def _gated_mlp(kind: Frozen) -> type[torch.autograd.Function]:
     """down(silu(gate(x)) * up(x)), each layer with its low-rank part, whose weights are frozen.
 
     Of the width of the MLP, only what the products with the frozen weights of gate and up give is kept for the backward pass.
-    Takes x [M, D], the a of gate and up [R, D] and of down [R, I], their three b, and the weights of each layer.
+    Takes x [M, D], the a of gate and up [R, D] and of down [R, I], their three b, and what holds the weight of each layer.
     """
 
     class GatedMLP(torch.autograd.Function):
@@ -321,34 +351,25 @@ def _gated_mlp(product: Product, transposed: Product, num_weights: int) -> type[
             down_b: Tensor,
             *weights: Tensor,
         ) -> Tensor:
-            of_gate, of_up, of_down = (weights[i * num_weights : (i + 1) * num_weights] for i in range(3))
+            of_gate, of_up, of_down = _thirds(weights)
             low = x_MD @ a_RD.T
-            gate, up = product(x_MD, *of_gate), product(x_MD, *of_up)
+            gate, up = kind.product(x_MD, *of_gate), kind.product(x_MD, *of_up)
             inner_MI = gated(gate, up, low, gate_b, up_b)
             down_low = inner_MI @ down_a_RI.T
-            out = product(inner_MI, *of_down)
-            _accumulate_product(out, down_low, down_b.T)
             ctx.save_for_backward(x_MD, a_RD, down_a_RI, gate_b, up_b, down_b, low, gate, up, down_low, *weights)
-            return out
+            return kind.adapted(inner_MI, of_down, down_low, down_b)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
             x_MD, a_RD, down_a_RI, gate_b, up_b, down_b, low, gate, up, down_low, *weights = ctx.saved_tensors
-            of_gate, of_up, of_down = (weights[i * num_weights : (i + 1) * num_weights] for i in range(3))
+            of_gate, of_up, of_down = _thirds(weights)
             towards_down_low = grad @ down_b
-            towards_inner = transposed(grad, *of_down)
-            _accumulate_product(towards_inner, towards_down_low, down_a_RI)
+            towards_inner = kind.towards_input([grad], [of_down], towards_down_low, down_a_RI)
             towards_gate, towards_up, inner_MI = gated_backward(towards_inner, gate, up, low, gate_b, up_b)
             towards_low = torch.cat([towards_gate @ gate_b, towards_up @ up_b], dim=1)
-            towards_x = transposed(towards_gate, *of_gate)
-            if num_weights == 1:
-                _accumulate_product(towards_x, towards_up, of_up[0])
-            else:
-                towards_x = towards_x + transposed(towards_up, *of_up)
-            _accumulate_product(towards_x, towards_low, a_RD)
             gate_low, up_low = low.split([gate_b.shape[1], up_b.shape[1]], dim=1)
             return (
-                towards_x,
+                kind.towards_input([towards_gate, towards_up], [of_gate, of_up], towards_low, a_RD),
                 towards_low.T @ x_MD,
                 towards_down_low.T @ inner_MI,
                 towards_gate.T @ gate_low,
@@ -360,13 +381,18 @@ def _gated_mlp(product: Product, transposed: Product, num_weights: int) -> type[
     return GatedMLP
 
 
-PRODUCTS: dict[type, tuple[Product, Product, int]] = {
-    nn.Linear: (lambda x_MK, weight_NK: x_MK @ weight_NK.T, lambda grad_MN, weight_NK: grad_MN @ weight_NK, 1),
-    **{kind: (kind.product, kind.transposed, len(kind.HELD)) for kind in (FP8Linear, NF4Linear)},
+def _thirds(weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    each = len(weights) // 3
+    return [weights[start : start + each] for start in (0, each, 2 * each)]
+
+
+FROZEN = {
+    nn.Linear: Frozen(lambda x_MK, weight_NK: x_MK @ weight_NK.T, lambda grad_MN, weight_NK: grad_MN @ weight_NK, 1),
+    **{kind: Frozen(kind.product, kind.transposed, len(kind.HELD)) for kind in (FP8Linear, NF4Linear)},
 }
-"""By the kind of layer under the adapter: its product, the transposed one, and how many tensors hold its weight."""
-ADAPTED = {kind: _adapted(*products) for kind, products in PRODUCTS.items()}
-GATED_MLP = {kind: _gated_mlp(*products) for kind, products in PRODUCTS.items()}
+"""By the kind of layer under the adapter."""
+ADAPTED = {layer: _adapted(kind) for layer, kind in FROZEN.items()}
+GATED_MLP = {layer: _gated_mlp(kind) for layer, kind in FROZEN.items()}
 
 
 def _sliding_window(attention: Any) -> int | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
@@ -61,6 +64,26 @@ def test_a_package_that_is_there_and_does_not_load_is_told_from_one_that_is_not(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="the package flash-attn does not load"):
         choose("flash2", GPU)
+
+
+def test_auto_takes_flash_attention_3_on_hopper_where_it_is_installed(tmp_path, monkeypatch, request):
+    (tmp_path / "flash_attn_interface.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    request.addfinalizer(lambda: sys.modules.pop("flash_attn_interface"))
+    assert choose("auto", GPU) == ("flash3", "FlashAttention 3 is installed")
+    assert choose("auto", replace(GPU, capability=(8, 0)))[0] == "varlen"
+    assert choose("auto", replace(GPU, softcap=True))[0] == "flex"
+
+
+def test_names_of_back_ends_are_not_those_for_which_transformers_prepares_its_own():
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "llama", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
+        )
+    )
+    for backend in set(BACKENDS) - set(attention.IN_TORCH):
+        attention.attach(model, backend)
+        assert model.config._attn_implementation.startswith("raytune_")
 
 
 def test_every_back_end_knows_what_it_lacks():

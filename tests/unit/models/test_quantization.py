@@ -23,6 +23,11 @@ def test_layers_that_stay_wide_are_left_out_by_name(adapted: bool) -> None:
     assert left == {id(getattr(linear, "base_layer", linear)) for linear in wide}
 
 
+def test_by_itself_what_makes_queries_keys_and_values_stays_wide() -> None:
+    found = linears_but(layers(tiny_llama().model), "auto")
+    assert {name for _, name, _ in found} == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"quantization\.wide must name linear layers .* down_proj, gate_proj"):
         linears_but(layers(tiny_llama().model), ["query"])
