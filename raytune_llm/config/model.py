@@ -18,5 +18,5 @@ class ModelConfig:
     """A folder or hub id; none is the model's own; `bytes` is the built-in tokenizer of 256 bytes and ChatML's marks."""
     trust_remote_code: bool
     attention: Literal["auto", "varlen", "flash2", "flash3", "flash4", "flex", "sdpa"]
-    """varlen is torch's own FlashAttention; flash2 to flash4 are packages. auto takes flash3 where it is installed on a Hopper GPU,
-    else the first of varlen, sdpa and flex that can run."""
+    """varlen is torch's own FlashAttention; flash2 to flash4 are packages. auto takes flash3 where it is installed and the GPU
+    of the Hopper kind, else the first of varlen, sdpa and flex that can run."""

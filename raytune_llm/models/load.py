@@ -21,6 +21,7 @@ from transformers import (
 
 from raytune_llm import packaged
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.stored import Files, files_of, model_in_files
 
 
 def load_config(
@@ -56,11 +57,13 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     scores: bool = False,
+    files: Files | None = None,
 ) -> PreTrainedModel:
     """Weights in `dtype` on `device`, read straight to it. Random weights are a function of the config, the seed and the kind of
     device. On the meta device there are no weights.
 
-    scores: with a head that gives a text one number, in place of the language model's. Where the folder has none, it is random.
+    files: they stay in these. scores: with a head that gives a text one number, in place of the language model's. Where the
+    folder has none, it is random.
     """
     transformers.logging.disable_progress_bar()
     auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
@@ -70,6 +73,10 @@ def load_model(
     if device.type == "meta":
         with device:
             return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if files is not None:
+        assert path is not None
+        folder = packaged.resolve(path)
+        return model_in_files(auto, config, folder, files, dtype=dtype, trust_remote_code=trust_remote_code)
     if weights == "random" and device.type == "cuda":
         with torch.random.fork_rng(devices=[device]), device:
             torch.manual_seed(seed)
@@ -113,6 +120,23 @@ def load_model(
             remedy="A part of the model was not copied, or it is another kind of model than its config.json says.",
         )
     return model
+
+
+def files_to_read(
+    config: PretrainedConfig, path: str, *, revision: str | None = None, trust_remote_code: bool = False, scores: bool = False
+) -> Files | None:
+    """Where the weights lie, if a worker can read its part of each from there."""
+    model = load_model(
+        config,
+        path,
+        weights="pretrained",
+        dtype=torch.float32,
+        seed=0,
+        device="meta",
+        trust_remote_code=trust_remote_code,
+        scores=scores,
+    )
+    return files_of(model, packaged.resolve(path), revision=revision)
 
 
 @contextmanager

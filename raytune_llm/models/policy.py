@@ -19,6 +19,7 @@ from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_config, load_model, positions
 from raytune_llm.models.quantization import Wide, quantize
 from raytune_llm.models.scorer import Scorer
+from raytune_llm.models.stored import Files
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -75,11 +76,12 @@ def build_policy(
     activation_checkpointing: str = "none",
     scores: bool = False,
     trains: bool = True,
+    files: Files | None = None,
 ) -> tuple[CausalLM, str]:
     """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
     float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
     wide: linear layers that are not quantized, as quantization.wide has it. scores: it is a Scorer. trains: false where nothing
-    of it will be trained, adapter or not.
+    of it will be trained, adapter or not. files: its weights stay in these, for a strategy to read.
     """
     runs_on = runs_on or device
     case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
@@ -95,6 +97,7 @@ def build_policy(
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         scores=scores,
+        files=files,
     )
     attention.attach(loaded, backend)
     with torch.random.fork_rng(devices=[]):

@@ -17,7 +17,9 @@ from raytune_llm.errors import ResourceError
 from raytune_llm.models.activations import compiles, lacks_for_compiling
 from raytune_llm.models.adapters.grouped import described
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.load import files_to_read
 from raytune_llm.models.policy import build_policy, choose_precision, precision_name
+from raytune_llm.models.stored import Files
 from raytune_llm.packaged import cache_dir
 from raytune_llm.stages import STAGES
 from raytune_llm.train.flops import Operations, operations
@@ -64,13 +66,15 @@ class Builder:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
         compute, why_precision = choose_precision(run.train.precision, device)
         checkpointing, why = self._checkpointing()
+        files = self._files()
         policy, attention = build_policy(
             self.config,
             run.model,
             run.adapter,
             compute=compute,
             seed=run.train.seed,
-            device=self._loads_to(),
+            device=self._loads_to() if files is None else torch.device("cpu"),
+            files=files,
             runs_on=device,
             quantization=run.quantization.name,
             **settings_of(run.quantization),
@@ -96,6 +100,7 @@ class Builder:
             choices=(
                 f"precision: {precision_name(compute)} ({why_precision})",
                 attention,
+                *([] if files is None else [f"weights: each worker reads its rows of {len(set(files.values()))} file(s)"]),
                 f"compilation: {compiled} ({self._why_compiled})",
                 f"activation checkpointing: {checkpointing} ({why})",
                 *([] if adapters is None else [f"adapters: {adapters}"]),
@@ -134,6 +139,22 @@ class Builder:
         expected = self._memory_of(self.needs).total
         fits = f"an estimated {expected / GIB:.1f} GiB of {self._usable / GIB:.1f} usable"
         return self.needs.checkpointing, f"the least that fits: {fits}" if expected <= self._usable else f"nothing fits: {fits}"
+
+    def _files(self) -> Files | None:
+        """Where each worker reads its part of the weights, if its strategy shards them and every worker sees the files."""
+        run = self.run
+        if not FIRST_LOADS[run.strategy.name] or run.model.weights != "pretrained" or run.model.path is None:
+            return None
+        files = files_to_read(
+            self.config,
+            run.model.path,
+            revision=run.model.revision,
+            trust_remote_code=run.model.trust_remote_code,
+            scores=STAGES[run.stage.name].scores is not None,
+        )
+        seen = torch.tensor(files is not None, dtype=torch.int32, device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MIN)
+        return files if seen.item() else None
 
     def _loads_to(self) -> torch.device:
         """Where weights are loaded to. A strategy that shards them gets them from the first worker's host memory."""

@@ -13,6 +13,8 @@ from raytune_llm import api
 from raytune_llm.config.load import load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
+from raytune_llm.models.load import files_to_read
+from raytune_llm.models.load import load_config as load_model_config
 from tests.group import Group, metrics
 from tests.runs import tiny_run
 
@@ -80,6 +82,22 @@ def test_accumulation_does_not_show(micro: int, plain: TrainRun, tmp_path: Path)
     run = replace(plain, output_dir=str(tmp_path), train=replace(plain.train, micro_batch_size=micro))
     api.train(run)
     assert_same_run(plain, run)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_weights_read_by_rows_from_their_file_make_the_same_run(
+    adapter: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
+) -> None:
+    first = tiny_run(chat_rows, cache, tmp_path / "first", "adapter=none", "train.max_steps=1", "optimizer.lr=1e-2")
+    api.train(first)
+    final = str(tmp_path / "first" / "final")
+    assert files_to_read(load_model_config(final, {}), final) is not None
+    saved = ["model=hub", f"model.path={final}", f"adapter={adapter}", "train.max_steps=7"]
+    one = tiny_run(chat_rows, cache, tmp_path / "one", *saved)
+    api.train(one)
+    two = elsewhere(one, tmp_path / "two", strategy="fsdp", micro=2)
+    two_workers.run(two, str(prepare(one.model, one.data, one.resources).store.folder))
+    assert_same_run(one, two)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])

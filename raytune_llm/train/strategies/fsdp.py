@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
+from raytune_llm.models.stored import Stored
 from raytune_llm.train.strategies.base import Precision
 from raytune_llm.train.strategies.own_optimizer import OwnOptimizer
 
@@ -23,7 +25,8 @@ RESHARD = {"full": True, "grad_only": False}
 class FSDPStrategy(OwnOptimizer):
     """FSDP2: one unit a layer, and the root, which holds embedding, final norm and head and gathers them once a pass.
 
-    The first worker's weights are everyone's; the models of the others may be on the meta device.
+    A weight that is in a file is read from there by everyone, the rows that it keeps. Of the rest the first worker's are
+    everyone's; the models of the others may be on the meta device.
     """
 
     sharded = True
@@ -53,8 +56,9 @@ class FSDPStrategy(OwnOptimizer):
         units: list[Any] = list(layers(model))
         for unit in (*units, model):
             # A unit at a time, so that no worker ever holds more than its shards and one unit.
-            _receive(unit, device)
+            in_files = _receive(unit, device)
             fully_shard(unit, **settings)
+            _read(in_files)
         if prefetch > 1:
             for number, unit in enumerate(units):
                 unit.set_modules_to_forward_prefetch(units[number + 1 : number + 1 + prefetch])
@@ -88,18 +92,35 @@ def _mesh(device_type: str, world: int, shard_workers: int) -> DeviceMesh:
     return init_device_mesh(device_type, (world // shard_workers, shard_workers), mesh_dim_names=("replicate", "shard"))
 
 
-def _receive(unit: nn.Module, device: torch.device) -> None:
-    """Give every worker the first one's weights and buffers of a unit, on the device. Tied ones stay tied, sharded ones alone."""
+def _receive(unit: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, Stored]]:
+    """Give every worker the first one's weights and buffers of a unit, on the device. Tied ones stay tied, sharded ones alone.
+    Returns those that are yet to be read from files, each once: what stands in their place has no values."""
     moved: dict[Tensor, Tensor] = {}
+    in_files = []
     for module in unit.modules():
         for kept in (module._parameters, module._buffers):
             for name, tensor in kept.items():
                 if tensor is None or isinstance(tensor, DTensor):
                     continue
                 if tensor not in moved:
-                    here = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
-                    here = here.contiguous()
-                    dist.broadcast(here, src=0)
+                    if isinstance(tensor, Stored):
+                        in_files.append((module, name, tensor))
+                        here = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    else:
+                        here = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+                        here = here.contiguous()
+                        dist.broadcast(here, src=0)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     moved[tensor] = nn.Parameter(here, requires_grad=tensor.requires_grad) if is_parameter else here
                 kept[name] = moved[tensor]  # type: ignore[assignment]
+    return in_files
+
+
+@torch.no_grad()
+def _read(in_files: Iterable[tuple[nn.Module, str, Stored]]) -> None:
+    """Each worker its rows of each weight."""
+    for module, name, stored in in_files:
+        shard: Any = module.get_parameter(name)
+        shape, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
+        if shape[0]:
+            shard.to_local().copy_(stored.rows(offset[0], offset[0] + shape[0]))

@@ -1,0 +1,100 @@
+"""Weights that stay in their files until a worker reads the rows that it keeps, so that no process ever holds a whole model.
+
+For models whose files hold every weight under its own name, as transformers saves them. Where they do not (experts that are
+joined as they are loaded, a score head that is new), one worker loads the model for all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+Files = Mapping[str, str]
+"""The file of each weight."""
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Stored(nn.Parameter):
+    """A weight in its file: it has a shape and a type, and takes no memory."""
+
+    file: str
+    key: str
+
+    @classmethod
+    def of(cls, weight: nn.Parameter, file: str, key: str) -> Self:
+        """In place of a weight on the meta device."""
+        made = cls(torch.empty((), dtype=weight.dtype).expand(weight.shape), requires_grad=weight.requires_grad)
+        made.file, made.key = file, key
+        return made
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """In the file's type. The file is mapped: what is read of it is these rows."""
+        with safe_open(self.file, framework="pt") as file:
+            return file.get_slice(self.key)[start:stop]
+
+
+def files_of(model: PreTrainedModel, path: str, *, revision: str | None) -> Files | None:
+    """Where the weights lie of a model on the meta device, if all are in the files of a folder or of a hub's model as they are
+    in the model; None elsewhere."""
+    changed = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
+    widened = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
+    has_saved_buffers = any(name in model.state_dict() for name, _ in model.named_buffers())
+    if changed or widened or has_saved_buffers:
+        return None
+    weights, files = dict(model.named_parameters()), _files(path, revision)
+    if not weights.keys() <= files.keys():
+        return None
+    for file in set(files.values()):
+        with safe_open(file, framework="pt") as opened:
+            held = set(opened.keys())
+            for key in (key for key in weights if files[key] == file):
+                if key not in held or opened.get_slice(key).get_shape() != list(weights[key].shape):
+                    return None
+    return {key: files[key] for key in weights}
+
+
+def _files(path: str, revision: str | None) -> Files:
+    """The file of each tensor that a model's safetensors hold; nothing where it has none."""
+
+    def find(name: str) -> str | None:
+        return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+    if (index := find(INDEX)) is not None:
+        whose = json.loads(Path(index).read_text())["weight_map"]
+        found: Any = get_checkpoint_shard_files(path, index, revision=revision)[0]
+        by_name = {Path(file).name: file for file in found}
+        return {key: by_name[name] for key, name in whose.items()}
+    if (whole := find(WHOLE)) is not None:
+        with safe_open(whole, framework="pt") as opened:
+            return dict.fromkeys(opened.keys(), whole)
+    return {}
+
+
+def model_in_files(
+    auto: Any, config: PretrainedConfig, path: str, files: Files, *, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model with its weights in their files, to be of `dtype`. Its buffers are computed."""
+    with init_empty_weights(include_buffers=False):
+        model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    stored = {weight: Stored.of(weight, files[key], key) for key, weight in model.named_parameters()}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = stored[weight]
+    if model.can_generate():
+        with suppress(OSError):  # where it has none of its own, transformers takes the model's config for it
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.eval()
