@@ -4,8 +4,8 @@
 
 Each benchmark is a file of this folder that prints one JSON object. The result goes to results/NAME-MACHINE-DATE.json, with a
 number where that day has one of other arguments. Keys say by their unit which way is better: more is for `_per_s`, `mfu` and
-`fill`, less for times (`_s`, `_ms`, `_us`) and memory (`_mib`, `_gib`); other keys are not compared. A loss of 5% or more is shown, as
-is a figure that there is no more, and the exit code is 1.
+`fill`, less for times (`_s`, `_ms`, `_us`) and memory (`_mib`, `_gib`); other keys are not compared. A loss of 5% or more is
+shown, as is a figure that there is no more, and the exit code is 1.
 """
 
 from __future__ import annotations

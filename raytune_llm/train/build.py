@@ -133,7 +133,10 @@ class Builder:
 
     def _checkpointing(self) -> tuple[str, str]:
         if not self._auto:
-            return self.run.train.activation_checkpointing, "asked for"
+            asked = self.run.train.activation_checkpointing
+            if asked == "offload" and self.device.type != "cuda":
+                return "full", "for offload, with no other memory to go to"
+            return asked, "asked for"
         if self.device.type != "cuda":
             return "none", "not on a CPU"
         expected = self._memory_of(self.needs).total

@@ -25,7 +25,7 @@ class Operations:
 
     per_token: float
     """2 a weight forward, 2 for the gradient of its input, and 2 for its own where it is trained: 4N for LoRA, 6N for full
-    fine-tuning. Embeddings are looked up, not multiplied."""
+    fine-tuning. Embeddings are looked up, not multiplied; of experts count those that a token visits."""
     per_look: float
     """Of a token at one before it, or at itself, in all layers: 4 a number of the query heads forward, 8 backward. So a document
     of L tokens has L (L + 1) / 2 times as many, and documents in a pack have no more than alone. Windows are not taken off."""
@@ -43,12 +43,15 @@ def operations(policy: CausalLM, config: Any) -> Operations:
     first = [] if embedding.requires_grad else list(takewhile(_is_frozen, blocks))
     forward_alone = {*(p for layer in first for p in layer.parameters()), *(m for layer in first for m in layer.modules())}
 
+    visited = getattr(config.get_text_config(), "num_experts_per_tok", None)
+
     total = 0.0
     for parameter in policy.parameters():
         if parameter.ndim < 2 or (parameter is embedding and head is not embedding):
             continue
         passes = 1 if parameter in forward_alone else 2 + parameter.requires_grad
-        total += 2 * passes * parameter.numel()
+        part = visited / len(parameter) if parameter.ndim == 3 and visited else 1  # transformers keeps experts as [E, M, K]
+        total += 2 * passes * part * parameter.numel()
     for module in policy.modules():
         if isinstance(module, QuantizedLinear):
             total += 2 * (1 if module in forward_alone else 2) * module.in_features * module.out_features

@@ -62,6 +62,15 @@ def test_layers_below_the_first_adapter_take_no_gradients() -> None:
     assert last_layer.per_look / all_layers.per_look == (1 + 1 + 3) / 9
 
 
+def test_of_experts_those_that_a_token_visits_are_counted() -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("mixtral", num_local_experts=6, num_experts_per_tok=2, num_key_value_heads=2, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    others = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.get_input_embeddings().weight.numel()
+    assert operations(CausalLM(model), config).per_token == 6 * (experts / 3 + others)
+
+
 @pytest.mark.parametrize("last_layers", [1, 2, 3])
 def test_the_backward_pass_ends_at_the_first_adapter(last_layers: int) -> None:
     model = tiny()
