@@ -12,6 +12,7 @@ import torch
 import torch.multiprocessing as mp
 
 from raytune_llm.config.run import TrainRun
+from raytune_llm.train.strategies.base import COLLECTIVES
 from tests.runs import PowerCut, power_cut_at
 
 
@@ -62,7 +63,7 @@ def _serve(rank: int, world: int, port: int, device_type: str, jobs: Any, result
     device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.distributed.init_process_group(COLLECTIVES[device.type])
     from raytune_llm.train.worker import work
 
     while (job := jobs.get()) is not None:

@@ -15,6 +15,7 @@ from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError, UserError
 from raytune_llm.train.samples import Sample
+from raytune_llm.train.strategies.base import COLLECTIVES
 from raytune_llm.train.worker import Begin, Outcome, ReferencePass, Sink, work
 
 COLLECTIVE_TIMEOUT_S = 600
@@ -75,7 +76,7 @@ def _fit_on_ray(
             "channel": channel.actor,
             "threads": max(1, int(cpus)),
         },
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=TorchConfig(backend=COLLECTIVES["cuda" if gpus else "cpu"], timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         ),

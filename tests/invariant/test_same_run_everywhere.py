@@ -20,6 +20,7 @@ from tests.runs import tiny_run
 
 SAMPLED = ["train.sample_rows=2", "train.max_new_tokens=5"]
 STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
+WAYS_TO_SHARD = ["strategy.reshard=grad_only", "strategy.shard_workers=1", "strategy.prefetch=2"]
 
 
 @pytest.fixture(scope="module", params=["lora", "none"])
@@ -60,7 +61,7 @@ def weights(run: TrainRun) -> dict:
 
 
 def elsewhere(plain: TrainRun, folder: Path, *, strategy: str = "ddp", micro: int = 1) -> TrainRun:
-    chosen = load_config("train", [f"strategy={strategy}", "data.path=x"]).strategy
+    chosen = load_config("train", [*f"strategy={strategy}".split(), "data.path=x"]).strategy
     return replace(
         plain,
         resources=load_config("train", ["data.path=x"]).resources,
@@ -73,6 +74,13 @@ def elsewhere(plain: TrainRun, folder: Path, *, strategy: str = "ddp", micro: in
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_workers_give_the_numbers_of_one(strategy: str, plain: TrainRun, two_workers: Group, tmp_path: Path) -> None:
     run = elsewhere(plain, tmp_path, strategy=strategy, micro=2)
+    two_workers.run(run, str(prepare(plain.model, plain.data, plain.resources).store.folder))
+    assert_same_run(plain, run)
+
+
+@pytest.mark.parametrize("way", WAYS_TO_SHARD)
+def test_ways_to_shard_do_not_show(way: str, plain: TrainRun, two_workers: Group, tmp_path: Path) -> None:
+    run = elsewhere(plain, tmp_path, strategy=f"fsdp {way}", micro=2)
     two_workers.run(run, str(prepare(plain.model, plain.data, plain.resources).store.folder))
     assert_same_run(plain, run)
 

@@ -44,6 +44,8 @@ class FSDPStrategy(OwnOptimizer):
         prefetch: int,
         offload: bool,
     ) -> None:
+        if offload and device.type == "cpu":
+            raise ConfigError("strategy.offload", "must be false without a GPU, where everything is in host memory", got=True)
         world = dist.get_world_size()
         mesh = _mesh(device.type, world, world if shard_workers == "all" else int(shard_workers))
         mixed = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -80,9 +80,10 @@ def clipped_step(
         shrink = shrink * torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # torch.amp's own protocol for fused optimizers: they divide by the one and skip themselves by the other
-    optimizer.grad_scale = shrink.reciprocal()  # type: ignore[attr-defined]
-    optimizer.found_inf = overflow.float()  # type: ignore[attr-defined]
+    # torch.amp's own protocol for fused optimizers: they divide by the one and skip themselves by the other. They take them where
+    # the parameters are, and would not wait for a copy to host memory.
+    optimizer.grad_scale = shrink.reciprocal().to(grads[0].device)  # type: ignore[attr-defined]
+    optimizer.found_inf = overflow.float().to(grads[0].device)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     scale.update(overflow)
