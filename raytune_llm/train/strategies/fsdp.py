@@ -52,26 +52,32 @@ class FSDPStrategy(OwnOptimizer):
         settings: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": mixed,
-            "reshard_after_forward": RESHARD[reshard],
             "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         }
         units: list[Any] = list(layers(model))
         for unit in (*units, model):
             # A unit at a time, so that no worker ever holds more than its shards and one unit.
             in_files = _receive(unit, device)
-            fully_shard(unit, **settings)
+            # The root's backward pass begins where its forward pass ends: it would be gathered again at once.
+            fully_shard(unit, **settings, reshard_after_forward=RESHARD[reshard] and unit is not model)
             _read(in_files)
         if prefetch > 1:
             for number, unit in enumerate(units):
                 unit.set_modules_to_forward_prefetch(units[number + 1 : number + 1 + prefetch])
                 unit.set_modules_to_backward_prefetch(units[max(number - prefetch, 0) : number][::-1])
-        self.model = model
+        self.model, self.units = model, (*units, model)
         super().__init__(model, build_optimizer, world=world, device=device, precision=precision, max_grad_norm=max_grad_norm)
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         return nullcontext()
+
+    def state(self) -> dict[str, Tensor]:
+        # After a pass that nothing goes back through, parameters may lie gathered, which the optimizer's state is not kept by.
+        for unit in self.units:
+            unit.reshard()
+        return super().state()
 
     @contextmanager
     def parts(self) -> Iterator[None]:
