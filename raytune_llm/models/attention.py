@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import documents
 from raytune_llm.models.attention_backends import flash2, flash3, flash4, flex, sdpa, varlen
+from raytune_llm.models.isolation import check_isolation
 from raytune_llm.records import Prefixes
 
 BACKENDS: dict[str, Callable] = {
@@ -187,7 +188,10 @@ def backend_to_expect(asked: str, config: PretrainedConfig, dtype: torch.dtype) 
 
 
 def attach(model: PreTrainedModel, backend: str) -> None:
-    """Let the model's layers call the back end. Generation needs it `detached`, since back ends know no cache."""
+    """Let the model's layers call the back end. Generation needs it `detached`, since back ends know no cache.
+
+    Raises ConfigError for a model that has more than them to take something from token to token."""
+    check_isolation(model.config, type(model))
     tell_torch(backend)
     name = f"raytune_{backend.replace('flash', 'fa')}"  # where a name says flash, transformers prepares its own FlashAttention
     AttentionInterface.register(name, BACKENDS[backend])

@@ -7,7 +7,7 @@ batch what it needs: its boundaries, cu_seqlens_S and max_seqlen, its prefixes, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial, wraps
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -56,11 +56,27 @@ def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[
         s_aux: Tensor | None = None,
         **of_batch: Any,
     ) -> tuple[Tensor, None]:
-        if s_aux is not None:
-            raise ConfigError("model.path", "must be a model without attention sinks, which no back end here computes")
-        return attend(query, key, value, Scores(scaling, sliding_window, softcap), **of_batch), None
+        _check(module, attention_mask, s_aux, of_batch)
+        scores = Scores(scaling, sliding_window, softcap)
+        narrower = query.shape[-1] - value.shape[-1]  # as in multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434)
+        if narrower:
+            out = attend(query, key, F.pad(value, (0, narrower)), scores, **of_batch)
+            return out[..., :-narrower], None
+        return attend(query, key, value, scores, **of_batch), None
 
     return called
+
+
+def _check(module: nn.Module, attention_mask: Tensor | None, s_aux: Tensor | None, of_batch: Mapping[str, Any]) -> None:
+    """That a layer, of a family that is not known beforehand not to, asks for what there is."""
+    if s_aux is not None:
+        raise ConfigError("model.path", "must be a model without attention sinks, which no back end here computes")
+    if attention_mask is not None:
+        raise ConfigError("model.path", "must be a model without a mask of its own, which no back end here takes")
+    if not getattr(module, "is_causal", True):
+        raise ConfigError("model.path", "must be a model whose tokens see those before them, not those after them")
+    if "cu_seqlens_S" not in of_batch and "block_masks" not in of_batch:
+        raise ConfigError("model.path", "must be a model that hands its layers what it is given: boundaries of rows")
 
 
 @as_transformers_calls

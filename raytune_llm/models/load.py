@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -157,6 +158,11 @@ def _with_score_head(config: PretrainedConfig) -> PretrainedConfig:
     config = copy.deepcopy(config)
     config.num_labels = 1
     return config
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Of the language model; None where it is the model's own code, which comes with it."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def positions(config: PretrainedConfig) -> int | None:

@@ -15,8 +15,9 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models import activations, attention
 from raytune_llm.models.adapters import adapt
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.isolation import check_isolation
 from raytune_llm.models.layers import layers
-from raytune_llm.models.load import load_config, load_model, positions
+from raytune_llm.models.load import load_config, load_model, model_class, positions
 from raytune_llm.models.quantization import Wide, quantize
 from raytune_llm.models.scorer import Scorer
 from raytune_llm.models.stored import Files
@@ -123,6 +124,8 @@ def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> Pretraine
         }
         changes = {"vocab_size": len(tokenizer), **marks, **model.config}
     config = load_config(model.path, changes, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    if (known := model_class(config)) is not None:
+        check_isolation(config, known)
     limit = positions(config)
     if limit is not None and max_length > limit:
         raise ConfigError("data.max_length", f"must be at most the model's {limit} positions", got=max_length, remedy="Lower it.")
