@@ -162,7 +162,8 @@ def _with_score_head(config: PretrainedConfig) -> PretrainedConfig:
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """Of the language model; None where it is the model's own code, which comes with it."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # typed as if a family could have two language models
+    return known.get(type(config), None)
 
 
 def positions(config: PretrainedConfig) -> int | None:
