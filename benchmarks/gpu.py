@@ -180,7 +180,7 @@ def measure(
     endless = cycle(steps)
     made = time.perf_counter()
 
-    objective = STAGES["sft"].objective(load_config("train", ["data.path=rows.jsonl"]).stage)
+    objective = STAGES[run.stage.name].objective(run.stage)
     learner = Learner(strategy=built.strategy, objective=objective, device=device)
 
     def advance(number: int) -> tuple[int, int]:

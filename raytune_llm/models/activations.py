@@ -89,6 +89,8 @@ def lacks_for_compiling(device: torch.device) -> str | None:
 def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str, *, compile_layers: bool) -> None:
     """Set up the layers: compiled or not, and what they keep. Layers are compiled when they first run, with what is set here."""
     if compile_layers:
+        if partitioner.activation_memory_budget != BUDGETS[checkpointing]:
+            torch._dynamo.reset()  # code that is compiled already does not look at the budget again
         partitioner.activation_memory_budget = BUDGETS[checkpointing]
         inductor.joint_custom_pre_pass = KeepAttention()
         for layer in layers:

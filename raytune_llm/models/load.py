@@ -63,21 +63,21 @@ def load_model(
     """Weights in `dtype` on `device`, read straight to it. Random weights are a function of the config, the seed and the kind of
     device. On the meta device there are no weights.
 
-    files: they stay in these. scores: with a head that gives a text one number, in place of the language model's. Where the
-    folder has none, it is random.
+    files: they stay in these, whatever the device. scores: with a head that gives a text one number, in place of the language
+    model's. Where the folder has none, it is random.
     """
     transformers.logging.disable_progress_bar()
     auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     if scores:
         config = _with_score_head(config)
     device = torch.device(device)
-    if device.type == "meta":
-        with device:
-            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if files is not None:
         assert path is not None
         folder = packaged.resolve(path)
         return model_in_files(auto, config, folder, files, dtype=dtype, trust_remote_code=trust_remote_code)
+    if device.type == "meta":
+        with device:
+            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if weights == "random" and device.type == "cuda":
         with torch.random.fork_rng(devices=[device]), device:
             torch.manual_seed(seed)

@@ -20,7 +20,7 @@ from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_config, load_model, model_class, positions
 from raytune_llm.models.quantization import Wide, quantize
 from raytune_llm.models.scorer import Scorer
-from raytune_llm.models.stored import Files
+from raytune_llm.models.stored import Files, bring
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -82,7 +82,8 @@ def build_policy(
     """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
     float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
     wide: linear layers that are not quantized, as quantization.wide has it. scores: it is a Scorer. trains: false where nothing
-    of it will be trained, adapter or not. files: its weights stay in these, for a strategy to read.
+    of it will be trained, adapter or not. files: its weights are read from these as they are
+    quantized, or, with the meta device, stay there for a strategy to read.
     """
     runs_on = runs_on or device
     case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
@@ -105,6 +106,8 @@ def build_policy(
         torch.manual_seed(seed)
         adapted = adapt(loaded, adapter, scores=scores)
     quantize(layers(loaded), quantization, runs_on, wide=wide)
+    if files is not None and device.type != "meta":
+        bring(adapted, device)
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
     offloads = activation_checkpointing == "offload" and runs_on.type == "cuda"
     policy = Scorer if scores else CausalLM

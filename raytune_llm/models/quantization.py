@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.models.stored import Stored
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -19,6 +20,8 @@ NF4_BLOCK, SCALES_BLOCK = 64, 256
 QUERIES_KEYS_VALUES = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv"}
 """The layers that make them, in the models that transformers has."""
 Wide = Literal["auto"] | Sequence[str]
+Found = tuple[nn.Module, str, nn.Linear]
+"""A layer with its parent and its name there."""
 
 
 class QuantizedLinear(nn.Module):
@@ -202,7 +205,14 @@ def quantize(layers: Iterable[nn.Module], name: str, runs_on: torch.device, *, w
     where all are trained."""
     if QUANTIZED[name] is None:
         return
+    layers = list(layers)
     linears = linears_but(layers, wide)
+    if any(parameter.ndim == 3 and not parameter.requires_grad for layer in layers for parameter in layer.parameters()):
+        rule = "can't be had of a mixture of experts, whose experts are one tensor, and no linear layers"
+        raise ConfigError("quantization", rule, got=name, remedy="Set quantization=none.")
+    if not linears:
+        remedy = "Set quantization=none, or name fewer in quantization.wide."
+        raise ConfigError("quantization", "finds no linear layer to take the place of", got=name, remedy=remedy)
     frozen = [found for found in linears if not found[2].weight.requires_grad]
     kind: Any = QUANTIZED[name] if frozen else TRAINED[name]
     if kind is None:
@@ -212,22 +222,32 @@ def quantize(layers: Iterable[nn.Module], name: str, runs_on: torch.device, *, w
     _fits(kind, torch.cuda.get_device_capability(runs_on), [linear for _, _, linear in frozen or linears])
     replaced = frozen or linears
     linears = frozen = []  # or the wide weights would live as long as these
-    while replaced:
-        parent, child_name, child = replaced.pop()
-        setattr(parent, child_name, kind(child))
+    replace(replaced, kind, runs_on)
     torch.cuda.empty_cache()  # what held the weights as they were loaded
 
 
-def linears_but(layers: Iterable[nn.Module], wide: Wide) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Each linear layer of the model with its parent and its name there, but those that are called as `wide` has it. An adapter
-    calls the layer that it is around base_layer, and keeps its own in dictionaries."""
-    found = [
-        (parent, child_name, child, f"{parent_name}.{child_name}".removesuffix(".base_layer").rpartition(".")[2])
-        for layer in layers
-        for parent_name, parent in layer.named_modules()
-        for child_name, child in parent.named_children()
-        if type(child) is nn.Linear and not isinstance(parent, nn.ModuleDict)
-    ]
+def replace(linears: list[Found], kind: Callable[[nn.Linear], nn.Module], runs_on: torch.device) -> None:
+    """A layer at a time, and the list forgets it, so that its weight goes; one that is in a file is read just before."""
+    while linears:
+        parent, name, linear = linears.pop()
+        if kind is not TrainedFP8Linear and isinstance(linear.weight, Stored):
+            linear.weight = linear.weight.read(runs_on)
+        setattr(parent, name, kind(linear))
+
+
+def described(layers: Iterable[nn.Module], name: str) -> str | None:
+    """How many layers it took the place of, and which it left; None where it did none."""
+    layers = list(layers)
+    taken = [x for layer in layers for x in layer.modules() if isinstance(x, QuantizedLinear | TrainedFP8Linear)]
+    left = sorted({name for *_, name in _linears(layers)})
+    but = f", not for {', '.join(left)}" if left else ""
+    return f"{name} for {len(taken)} linear layers{but}" if taken else None
+
+
+def linears_but(layers: Iterable[nn.Module], wide: Wide) -> list[Found]:
+    """Each linear layer of the model, but those that are called as `wide` has it. An adapter calls the layer that it is around
+    base_layer, and keeps its own in dictionaries."""
+    found = _linears(layers)
     names = {name for *_, name in found}
     if wide == "auto":
         wide = sorted(names & QUERIES_KEYS_VALUES)
@@ -235,6 +255,17 @@ def linears_but(layers: Iterable[nn.Module], wide: Wide) -> list[tuple[nn.Module
         remedy = f"The model has {', '.join(sorted(names))}."
         raise ConfigError("quantization.wide", "must name linear layers of the model", got=unknown, remedy=remedy)
     return [(parent, child_name, child) for parent, child_name, child, name in found if name not in wide]
+
+
+def _linears(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Linear, str]]:
+    """With what the model calls each."""
+    return [
+        (parent, child_name, child, f"{parent_name}.{child_name}".removesuffix(".base_layer").rpartition(".")[2])
+        for layer in layers
+        for parent_name, parent in layer.named_modules()
+        for child_name, child in parent.named_children()
+        if type(child) is nn.Linear and not isinstance(parent, nn.ModuleDict)
+    ]
 
 
 def _fits(kind: type[nn.Module], capability: tuple[int, int], linears: Iterable[nn.Linear]) -> None:

@@ -39,10 +39,26 @@ class Stored(nn.Parameter):
         made.file, made.key = file, key
         return made
 
+    def read(self, device: torch.device) -> nn.Parameter:
+        """The whole of it on the device."""
+        whole = self.rows(0, len(self)).to(device=device, dtype=self.dtype)
+        return nn.Parameter(whole, requires_grad=self.requires_grad)
+
     def rows(self, start: int, stop: int) -> Tensor:
         """In the file's type. The file is mapped: what is read of it is these rows."""
         with safe_open(self.file, framework="pt") as file:
             return file.get_slice(self.key)[start:stop]
+
+
+def bring(model: nn.Module, device: torch.device) -> None:
+    """Read what is in files to the device, and move what is not. Tied weights stay tied."""
+    read: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if isinstance(weight, Stored):
+                read.setdefault(weight, weight.read(device))
+                module._parameters[name] = read[weight]
+    model.to(device)
 
 
 def files_of(model: PreTrainedModel, path: str, *, revision: str | None) -> Files | None:

@@ -14,11 +14,14 @@ from transformers import PretrainedConfig
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.section import settings_of
 from raytune_llm.errors import ResourceError
+from raytune_llm.models import quantization
 from raytune_llm.models.activations import compiles, lacks_for_compiling
 from raytune_llm.models.adapters.grouped import described
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.layers import layers
 from raytune_llm.models.load import files_to_read
 from raytune_llm.models.policy import build_policy, choose_precision, precision_name
+from raytune_llm.models.quantization import QUANTIZED
 from raytune_llm.models.stored import Files
 from raytune_llm.packaged import cache_dir
 from raytune_llm.stages import STAGES
@@ -73,7 +76,7 @@ class Builder:
             run.adapter,
             compute=compute,
             seed=run.train.seed,
-            device=self._loads_to() if files is None else torch.device("cpu"),
+            device=self._loads_to(files),
             files=files,
             runs_on=device,
             quantization=run.quantization.name,
@@ -93,6 +96,7 @@ class Builder:
         )
         compiled = "layers compiled" if self.compiled else "layers not compiled"
         adapters = described(policy, device.type)
+        quantized = quantization.described(layers(policy), run.quantization.name)
         return Built(
             policy=policy,
             strategy=strategy,
@@ -100,7 +104,7 @@ class Builder:
             choices=(
                 f"precision: {precision_name(compute)} ({why_precision})",
                 attention,
-                *([] if files is None else [f"weights: each worker reads its rows of {len(set(files.values()))} file(s)"]),
+                *([] if quantized is None else [f"quantization: {quantized}"]),
                 f"compilation: {compiled} ({self._why_compiled})",
                 f"activation checkpointing: {checkpointing} ({why})",
                 *([] if adapters is None else [f"adapters: {adapters}"]),
@@ -144,9 +148,12 @@ class Builder:
         return self.needs.checkpointing, f"the least that fits: {fits}" if expected <= self._usable else f"nothing fits: {fits}"
 
     def _files(self) -> Files | None:
-        """Where each worker reads its part of the weights, if its strategy shards them and every worker sees the files."""
+        """Where each worker reads weights from by itself, if it keeps a part of them, or fewer bits, and every worker sees the
+        files."""
         run = self.run
-        if not FIRST_LOADS[run.strategy.name] or run.model.weights != "pretrained" or run.model.path is None:
+        shards = FIRST_LOADS[run.strategy.name]
+        keeps_less = shards or QUANTIZED[run.quantization.name] is not None
+        if not keeps_less or run.model.weights != "pretrained" or run.model.path is None:
             return None
         files = files_to_read(
             self.config,
@@ -155,14 +162,17 @@ class Builder:
             trust_remote_code=run.model.trust_remote_code,
             scores=STAGES[run.stage.name].scores is not None,
         )
+        if not shards:
+            return files
         seen = torch.tensor(files is not None, dtype=torch.int32, device=self.device)
         dist.all_reduce(seen, op=dist.ReduceOp.MIN)
         return files if seen.item() else None
 
-    def _loads_to(self) -> torch.device:
-        """Where weights are loaded to. A strategy that shards them gets them from the first worker's host memory."""
+    def _loads_to(self, files: Files | None) -> torch.device:
+        """Where weights are loaded to. A strategy that shards them reads them from files, or gets them from the first worker's
+        host memory."""
         if not FIRST_LOADS[self.run.strategy.name]:
             return self.device
-        if self.rank != 0:
+        if self.rank != 0 or files is not None:
             return torch.device("meta")
         return torch.device("cpu") if self.run.model.weights == "pretrained" else self.device

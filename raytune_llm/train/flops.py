@@ -14,8 +14,17 @@ from raytune_llm.models.layers import layers
 from raytune_llm.models.memory import dimensions
 from raytune_llm.models.quantization import QuantizedLinear
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "B200": 2250e12}
-"""Dense bf16 products a second, by what a GPU's name contains; the makers' figures."""
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "B200": 2250e12,
+}
+"""Dense bf16 products a second, by what a GPU's name contains, the first that fits; the makers' figures."""
 
 
 @dataclass(frozen=True, kw_only=True)

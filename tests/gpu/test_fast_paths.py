@@ -22,8 +22,10 @@ from raytune_llm.models import attention
 from raytune_llm.models.adapters import gated
 from raytune_llm.models.attention import Case
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_config as load_model_config
-from raytune_llm.models.quantization import FP8Linear, NF4Linear, QuantizedLinear
+from raytune_llm.models.load import load_model
+from raytune_llm.models.quantization import FP8Linear, NF4Linear, QuantizedLinear, quantize
 from raytune_llm.records import Batch, Prefixes
 from raytune_llm.train.build import Builder
 from raytune_llm.train.loop import to_device
@@ -130,6 +132,21 @@ def test_a_quantized_step_is_that_of_the_weights_it_stands_for(quantization: str
     assert error(got["loss"], wanted["loss"]) < 0.02
     for name in wanted:
         assert error(got[name], wanted[name]) < bound, name
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "bnb_nf4"])
+def test_a_base_read_from_its_file_a_layer_at_a_time_is_the_loaded_one(quantization: str, tmp_path: Path) -> None:
+    folder, settings = str(tmp_path), {"weights": "pretrained", "dtype": torch.bfloat16, "seed": 0}
+    policy("adapter=none").base.save_pretrained(folder)
+    settings = ["model.weights=pretrained", f"model.path={tmp_path}", "adapter=lora", f"quantization={quantization}"]
+    read = policy(*settings)
+    loaded = load_model(
+        load_model_config(str(tmp_path), {}), str(tmp_path), weights="pretrained", dtype=torch.bfloat16, seed=0, device=CUDA
+    )
+    quantize(layers(loaded.requires_grad_(False)), quantization, CUDA, wide="auto" if quantization == "fp8" else ())
+    ours = {name.replace(".base_layer", ""): x for name, x in (*read.base.named_parameters(), *read.base.named_buffers())}
+    for name, tensor in (*loaded.named_parameters(), *loaded.named_buffers()):
+        assert torch.equal(ours[name].float(), tensor.float()), name
 
 
 @pytest.mark.parametrize("compiled", ["true", "false"])

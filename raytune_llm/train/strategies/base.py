@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from raytune_llm.models.causal_lm import CausalLM
 
 COLLECTIVES = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-"""Who speaks for tensors of each kind of device, by that of the workers. Parameters that wait in host memory add up their norm there."""
+"""By the kind of device that workers have. On GPUs both, since parameters that wait in host memory add up their norm there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,8 @@ class FSDPStrategy(OwnOptimizer):
             for number, unit in enumerate(units):
                 unit.set_modules_to_forward_prefetch(units[number + 1 : number + 1 + prefetch])
                 unit.set_modules_to_backward_prefetch(units[max(number - prefetch, 0) : number][::-1])
-        self.model, self.units = model, (*units, model)
+        self.model: Any = model
+        self.units: list[Any] = [*units, model]
         super().__init__(model, build_optimizer, world=world, device=device, precision=precision, max_grad_norm=max_grad_norm)
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:

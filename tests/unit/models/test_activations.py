@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch._functorch import config as partitioner
+from torch._inductor import config as inductor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.activations import KeepAttention, compiles
+from raytune_llm.models.activations import BUDGETS, KeepAttention, compiles, keep
 from raytune_llm.models.document_attention import document_attention
+from tests.models import tiny_llama
 
 
 def test_auto_compiles_where_nothing_stands_in_the_way_and_says_what_does() -> None:
@@ -34,3 +38,14 @@ def test_attention_alone_is_marked_as_kept() -> None:
     KeepAttention()(graph)
     kept = [node.name for node in graph.nodes if node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE]
     assert kept == ["document_attention"]
+
+
+def test_what_was_compiled_for_another_budget_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partitioner, "activation_memory_budget", BUDGETS["none"])
+    monkeypatch.setattr(inductor, "joint_custom_pre_pass", None)
+    counter = CompileCounter()
+    doubled = torch.compile(lambda x: 2 * x, backend=counter)
+    for checkpointing, compilations in (("none", 1), ("full", 2), ("full", 2), ("none", 3)):
+        keep(tiny_llama().model, [], checkpointing, compile_layers=True)
+        doubled(torch.ones(3))
+        assert counter.frame_count == compilations
