@@ -34,8 +34,8 @@ BACKENDS: dict[str, Callable] = {
     "flex": flex,
     "sdpa": sdpa,
 }
-IN_TORCH = {"flash3": "FA3"}
-"""Packages whose kernels torch takes in place of its own FlashAttention, by its names for them."""
+IN_TORCH: dict[str, str | None] = {"varlen": None, "flash3": "FA3"}
+"""Back ends that call torch's FlashAttention, and whose kernels it is then to take in place of its own, by its name for them."""
 PREFIXED = {"varlen", "flash3", "flex", "sdpa"}
 """Back ends that let documents go on from others."""
 BLOCK_MASKED = {"flex"}
@@ -43,6 +43,9 @@ BLOCK_MASKED = {"flex"}
 BY_ITSELF = ("varlen", "sdpa", "flex")
 """What auto takes, the first that is possible. Before them, on GPUs of the Hopper kind, FlashAttention 3, which is made for them;
 other packages are taken where they are asked for."""
+
+DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""Names that configs of models have for the part of attention's weights that is dropped in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,12 @@ def case_of(config: PretrainedConfig, device_type: str, capability: tuple[int, i
         head=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
     )
+
+
+def dropout_of(config: PretrainedConfig) -> float:
+    """What the config has of dropout in attention, which no back end applies: FlashAttention over boundaries knows none."""
+    text: Any = config.get_text_config()
+    return max(getattr(text, name, None) or 0.0 for name in DROPOUT)
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
@@ -105,7 +114,13 @@ def _flash3_lacks(case: Case) -> str | None:
     if not _is_hopper(case):
         return "FlashAttention 3 needs a GPU of the Hopper kind"
     lacking = _capping_lacks(case) or _flash_lacks(case, name="FlashAttention 3")
-    return lacking or _import_lacks("flash_attn_interface", "flash_attn_interface")
+    return lacking or _import_lacks("flash_attn_interface", "flash_attn_interface") or _operators_lack()
+
+
+def _operators_lack() -> str | None:
+    """Early releases called their kernels by themselves; torch calls them as operators."""
+    missing = [name for name in ("fwd", "bwd") if not hasattr(torch.ops.flash_attn_3, name)]
+    return f"the package flash_attn_interface has no operator flash_attn_3.{missing[0]}" if missing else None
 
 
 def _flash4_lacks(case: Case) -> str | None:
@@ -117,10 +132,10 @@ def _flash4_lacks(case: Case) -> str | None:
 
 
 def _import_lacks(package: str, module: str) -> str | None:
-    """A package may be there and not load: built for another torch, or under a name that another one has too."""
+    """A package may be there and not load: built for another torch, lacking a library, or under a name that another has too."""
     try:
         import_module(module)
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:
         there = find_spec(module.partition(".")[0]) is not None
         return f"the package {package} {f'does not load ({error})' if there else 'is not installed'}"
     return None
@@ -199,14 +214,20 @@ def attach(model: PreTrainedModel, backend: str) -> None:
 
 
 def tell_torch(backend: str) -> None:
-    """Have torch take the kernels that the back end wants of it. A setting of the process: its models share it."""
-    wanted = IN_TORCH.get(backend)
-    if wanted is not None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Warning only once for all operators")  # that these are overridden
-            activate_flash_attention_impl(wanted)
-    elif current_flash_attention_impl() is not None:
+    """Have torch take the kernels that the back end wants of it: a setting of the process, which its models share.
+
+    A model whose back end calls none of them leaves it as it is. `varlen` and `flash3` don't meet in a run: where one can run,
+    auto takes the same for all of its models.
+    """
+    if backend not in IN_TORCH or IN_TORCH[backend] == current_flash_attention_impl():
+        return
+    wanted = IN_TORCH[backend]
+    if wanted is None:
         restore_flash_attention_impl()
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # that these are overridden
+        activate_flash_attention_impl(wanted)
 
 
 @contextmanager

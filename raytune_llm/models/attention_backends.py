@@ -98,12 +98,10 @@ def varlen(
     if cu_seqlens_S.shape[0] == 2 and sliding_window is None and softcap is None:
         return _whole(query, key, value, scaling)
     q, k, v = _flat(query, key, value)
-    if sliding_window is None and softcap is None and (prefixes is not None or not q.is_cuda):
-        out: Any = document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scaling)
-    elif q.is_cuda:
-        assert softcap is None, "choose takes another back end"
-        out = _over_boundaries(q, k, v, cu_seqlens_S, max_seqlen, scaling, sliding_window)
+    if softcap is None and (q.is_cuda or sliding_window is None):
+        out = _within_boundaries(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scores)
     else:
+        assert not q.is_cuda, "choose takes another back end"
         out = torch.cat(
             [
                 _one_document(q[start:end], k[start:end], v[start:end], scaling, sliding_window, softcap)
@@ -127,21 +125,18 @@ def flash3(
 ) -> Tensor:
     """FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608), which torch has been told to take in place of its own 2."""
     B, H, T, head = query.shape
-    q, k, v = _flat(query, key, value)
-    if scores.sliding_window is None:
-        out: Any = document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scores.scaling)
-    else:
-        out = _over_boundaries(q, k, v, cu_seqlens_S, max_seqlen, scores.scaling, scores.sliding_window)
-    return out.view(B, T, H, head)
+    return _within_boundaries(*_flat(query, key, value), cu_seqlens_S, max_seqlen, prefixes, scores).view(B, T, H, head)
 
 
-def _over_boundaries(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_S: Tensor, max_seqlen: int, scaling: float | None, sliding_window: int | None
+def _within_boundaries(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_S: Tensor, max_seqlen: int, prefixes: Prefixes | None, scores: Scores
 ) -> Any:
-    """[L, H, Dh] each. What torch has for FlashAttention, on a GPU."""
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    """[L, H, Dh] each. What torch has for FlashAttention; in a window, on a GPU alone, and not after another document."""
+    if scores.sliding_window is None:
+        return document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scores.scaling)
+    window = (scores.sliding_window - 1, 0)
     return varlen_attn(
-        q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scaling, window_size=window, **_GROUPED_HEADS
+        q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scores.scaling, window_size=window, **_GROUPED_HEADS
     )
 
 
@@ -265,13 +260,14 @@ def _one_document(
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
-    """[B, H, T, Dh]. Capped scores (softcap tanh(score / softcap)) are spelled out."""
+    """[B, H, T, Dh]. Capped scores (softcap tanh(score / softcap)) are spelled out.
+
+    Each head gets its key and value: with grouped ones a GPU has no kernel for a mask but the one that keeps all scores.
+    """
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if softcap is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
-        )
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value

@@ -113,11 +113,21 @@ def build_policy(
     policy = Scorer if scores else CausalLM
     chunk = {"chunk_tokens": CHUNK_TOKENS[runs_on.type]} if runs_on.type in CHUNK_TOKENS else {}
     made = policy(adapted, compute=compute, attention_backend=backend, compiled=compile_layers, offloads=offloads, **chunk)
-    return made, f"attention: {backend} ({reason})"
+    dropout = attention.dropout_of(config) if trains else 0.0
+    left_out = f"; without the model's attention dropout of {dropout:g}" if dropout else ""
+    return made, f"attention: {backend} ({reason}{left_out})"
 
 
 def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> PretrainedConfig:
     """The transformers config of the run's model. Where there is no path, vocabulary and marks are the tokenizer's."""
+    for name in attention.DROPOUT:
+        if model.config.get(name):
+            raise ConfigError(
+                f"model.config.{name}",
+                "must be 0, since attention is trained without dropout",
+                got=model.config[name],
+                remedy="Leave it out; adapter.dropout is for LoRA.",
+            )
     changes: Mapping[str, Any] = model.config
     if model.path is None:
         marks = {

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import current_flash_attention_impl
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytune_llm.errors import ConfigError
@@ -16,6 +17,11 @@ from raytune_llm.models.attention import BACKENDS, LACKS, Case, choose
 
 GPU = Case(device_type="cuda", dtype=torch.bfloat16)
 CPU = Case(device_type="cpu", dtype=torch.float32)
+
+
+def one_layer():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
 
 
 @pytest.mark.parametrize(
@@ -66,22 +72,57 @@ def test_a_package_that_is_there_and_does_not_load_is_told_from_one_that_is_not(
         choose("flash2", GPU)
 
 
-def test_auto_takes_flash_attention_3_on_hopper_where_it_is_installed(tmp_path, monkeypatch, request):
-    (tmp_path / "flash_attn_interface.py").touch()
+FLASH_ATTENTION_3 = """
+import torch
+
+library = torch.library.Library("flash_attn_3", "DEF")
+library.define("fwd(Tensor q, Tensor k, Tensor v) -> Tensor[]")
+library.define("bwd(Tensor grad, Tensor q, Tensor k, Tensor v) -> Tensor[]")
+"""
+
+
+@pytest.fixture
+def flash_attn_interface(tmp_path, monkeypatch):
+    """A function that puts a package of this name and text where Python finds it."""
     monkeypatch.syspath_prepend(tmp_path)
-    request.addfinalizer(lambda: sys.modules.pop("flash_attn_interface"))
+    yield (tmp_path / "flash_attn_interface.py").write_text
+    attention.tell_torch("varlen")
+    sys.modules.pop("flash_attn_interface", None)
+    vars(torch.ops).pop("flash_attn_3", None)
+
+
+def test_auto_takes_flash_attention_3_on_hopper_where_it_is_installed(flash_attn_interface):
+    flash_attn_interface(FLASH_ATTENTION_3)
     assert choose("auto", GPU) == ("flash3", "FlashAttention 3 is installed")
     assert choose("auto", replace(GPU, capability=(8, 0)))[0] == "varlen"
     assert choose("auto", replace(GPU, softcap=True))[0] == "flex"
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "has no operator flash_attn_3.fwd"),
+        ("raise OSError('libcudart.so.13')", "does not load .*libcudart"),
+        ("raise RuntimeError('schema')", "does not load .*schema"),
+    ],
+)
+def test_auto_passes_over_a_flash_attention_3_that_torch_can_not_call(flash_attn_interface, text, said):
+    flash_attn_interface(text)
+    assert choose("auto", GPU)[0] == "varlen"
+    with pytest.raises(ConfigError, match=said):
+        choose("flash3", GPU)
+
+
+def test_a_model_that_calls_no_flash_attention_leaves_torch_the_one_that_another_takes(flash_attn_interface):
+    flash_attn_interface(FLASH_ATTENTION_3)
+    for backend, taken in {"flash3": "FA3", "flex": "FA3", "sdpa": "FA3", "varlen": None}.items():
+        attention.attach(one_layer(), backend)
+        assert current_flash_attention_impl() == taken
+
+
 def test_names_of_back_ends_are_not_those_for_which_transformers_prepares_its_own():
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(
-            "llama", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
-        )
-    )
-    for backend in set(BACKENDS) - set(attention.IN_TORCH):
+    model = one_layer()
+    for backend in set(BACKENDS) - {"flash3"}:
         attention.attach(model, backend)
         assert model.config._attn_implementation.startswith("raytune_")
 

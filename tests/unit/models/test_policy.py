@@ -1,0 +1,42 @@
+"""What a run says of its model, and which models it does not take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raytune_llm.config.adapter import NoAdapter
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.data.tokenizer import byte_tokenizer
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.load import load_config
+from raytune_llm.models.policy import build_policy, run_config
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 300}
+
+
+def random_model(**config: object) -> ModelConfig:
+    return ModelConfig(
+        path=None, revision=None, weights="random", config=config, tokenizer=None, trust_remote_code=False, attention="auto"
+    )
+
+
+@pytest.mark.parametrize(
+    ("of_model", "said"), [({}, "; without the model's attention dropout of 0.1"), ({"attn_pdrop": 0.0}, "")]
+)
+def test_dropout_of_attention_that_a_model_comes_with_is_said_to_be_left_out(of_model, said):
+    model = random_model(**GPT2, **of_model)
+    config = load_config(None, model.config)
+    cpu = torch.device("cpu")
+    _, choice = build_policy(config, model, NoAdapter(name="none"), compute=torch.float32, seed=0, device=cpu)
+    assert choice == f"attention: varlen (a document at a time, on the CPU{said})"
+
+
+def test_dropout_of_attention_that_a_user_asks_for_is_refused():
+    with pytest.raises(ConfigError, match=r"model.config.attn_pdrop must be 0, .* got 0.2\. Leave it out"):
+        run_config(random_model(**GPT2, attn_pdrop=0.2), tokenizer=None, max_length=16)
+
+
+def test_a_model_whose_packed_rows_would_see_each_other_is_refused_before_it_is_loaded():
+    with pytest.raises(ConfigError, match=r"model.path must be a model that keeps the rows of a pack apart, which mamba does not"):
+        run_config(random_model(model_type="mamba"), byte_tokenizer(), max_length=16)
