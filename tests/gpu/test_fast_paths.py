@@ -138,11 +138,8 @@ def test_a_quantized_step_is_that_of_the_weights_it_stands_for(quantization: str
 def test_a_base_read_from_its_file_a_layer_at_a_time_is_the_loaded_one(quantization: str, tmp_path: Path) -> None:
     folder, settings = str(tmp_path), {"weights": "pretrained", "dtype": torch.bfloat16, "seed": 0}
     policy("adapter=none").base.save_pretrained(folder)
-    settings = ["model.weights=pretrained", f"model.path={tmp_path}", "adapter=lora", f"quantization={quantization}"]
-    read = policy(*settings)
-    loaded = load_model(
-        load_model_config(str(tmp_path), {}), str(tmp_path), weights="pretrained", dtype=torch.bfloat16, seed=0, device=CUDA
-    )
+    read = policy("model.weights=pretrained", f"model.path={folder}", "adapter=lora", f"quantization={quantization}")
+    loaded = load_model(load_model_config(folder, {}), folder, device=CUDA, **settings)
     quantize(layers(loaded.requires_grad_(False)), quantization, CUDA, wide="auto" if quantization == "fp8" else ())
     ours = {name.replace(".base_layer", ""): x for name, x in (*read.base.named_parameters(), *read.base.named_buffers())}
     for name, tensor in (*loaded.named_parameters(), *loaded.named_buffers()):

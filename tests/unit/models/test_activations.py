@@ -40,12 +40,11 @@ def test_attention_alone_is_marked_as_kept() -> None:
     assert kept == ["document_attention"]
 
 
-def test_what_was_compiled_for_another_budget_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partitioner, "activation_memory_budget", BUDGETS["none"])
-    monkeypatch.setattr(inductor, "joint_custom_pre_pass", None)
+def test_what_was_compiled_for_another_budget_is_compiled_again() -> None:
     counter = CompileCounter()
     doubled = torch.compile(lambda x: 2 * x, backend=counter)
-    for checkpointing, compilations in (("none", 1), ("full", 2), ("full", 2), ("none", 3)):
-        keep(tiny_llama().model, [], checkpointing, compile_layers=True)
-        doubled(torch.ones(3))
-        assert counter.frame_count == compilations
+    with partitioner.patch(activation_memory_budget=BUDGETS["none"]), inductor.patch(joint_custom_pre_pass=None):
+        for checkpointing, compilations in (("none", 1), ("full", 2), ("full", 2), ("none", 3)):
+            keep(tiny_llama().model, [], checkpointing, compile_layers=True)
+            doubled(torch.ones(3))
+            assert counter.frame_count == compilations
