@@ -42,7 +42,9 @@ BLOCK_MASKED = {"flex"}
 """Back ends that take block masks, built once a batch, beside the boundaries."""
 BY_ITSELF = ("varlen", "sdpa", "flex")
 """What auto takes, the first that is possible. Before them, on GPUs of the Hopper kind, FlashAttention 3, which is made for them;
-other packages are taken where they are asked for."""
+other packages are taken where they are asked for. FlexAttention comes last, and so for capped scores alone (_order): else what
+varlen leaves is float32, for which torch (2.13) computes its backward pass in tiles of 16 by 16, heads of more than 256 numbers,
+for which it has no tiles of their own, and GPUs that it does not run on."""
 
 DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 """Names that configs of models have for the part of attention's weights that is dropped in training."""
