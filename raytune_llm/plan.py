@@ -21,7 +21,8 @@ from raytune_llm.models.activations import compiles
 from raytune_llm.models.memory import Memory, Parameters, count_parameters
 from raytune_llm.models.policy import run_config
 from raytune_llm.stages import STAGES
-from raytune_llm.train.footprint import GIB, USABLE, Mend, estimate, least_recomputation, mends, needs_of
+from raytune_llm.train.footprint import GIB, USABLE, estimate, least_recomputation, needs_of
+from raytune_llm.train.remedies import Mend, Remedies
 from raytune_llm.train.stores import open_stores, shares_prompts, total_steps
 
 GPU_CLASSES = (24 * GIB, 40 * GIB, 80 * GIB)
@@ -127,7 +128,7 @@ def _verdict(run: TrainRun, config: PretrainedConfig, device: Device, world_size
         device=device,
         checkpointing=needs.checkpointing,
         memory=memory,
-        mends=() if fits else mends(run, config, needs, usable),
+        mends=() if fits else Remedies(run, config, needs, usable, on_gpu=not device.shared).least(),
         fits=fits,
     )
 

@@ -28,12 +28,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
+from raytune_llm.config.overrides import CONF
 from raytune_llm.config.run import RUNS
 from raytune_llm.errors import ConfigError
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-"""In an installed wheel conf/ lies in the package, in a checkout beside it."""
 UNEXPECTED = ("unexpected_keyword_argument", "extra_forbidden")
 """How pydantic calls a setting that there is not."""
 OmegaConf.register_new_resolver("examples", lambda name: str(CONF.parent / "examples" / name), replace=True)

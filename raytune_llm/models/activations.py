@@ -28,12 +28,37 @@ from raytune_llm.errors import ConfigError
 
 CAPABILITY = (7, 0)
 """CUDA compute capability from which Triton makes kernels."""
-BUDGETS = {"none": 1.0, "selective": 0.5, "full": 0.0, "offload": 0.01}
-"""The part of its activations that a compiled layer keeps, beside attention's output (KeepAttention). 0.0 is the input alone."""
 HOOKED = {"deepspeed"}
 """Strategies that gather weights in hooks, which compiled code does not keep."""
 
 
+@dataclass(frozen=True)
+class Checkpointing:
+    """What a layer keeps of its activations for the backward pass."""
+
+    budget: float
+    """The part, beside attention's output where it is compiled (KeepAttention). 0.0 is the input alone."""
+    leaves: bool = False
+    """What is kept waits in host memory."""
+    compiled: bool = False
+    """Compiled layers alone can: the others run again as a whole or not at all."""
+
+    @property
+    def on_device(self) -> float:
+        """The part that stays there."""
+        return 0.0 if self.leaves else self.budget
+
+    def possible(self, *, compiled: bool) -> bool:
+        return compiled or not self.compiled
+
+
+CHECKPOINTING = {
+    "none": Checkpointing(1.0),
+    "selective": Checkpointing(0.5, compiled=True),
+    "full": Checkpointing(0.0),
+    "offload": Checkpointing(0.01, leaves=True),
+}
+"""By train.activation_checkpointing, what needs most memory and least time first."""
 ATTENTION = {"_scaled_dot_product_cudnn_attention", "_varlen_attn", "document_attention"}
 """Its operators by name, but for those that the partitioner knows."""
 
@@ -88,22 +113,23 @@ def lacks_for_compiling(device: torch.device) -> str | None:
 
 def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str, *, compile_layers: bool) -> None:
     """Set up the layers: compiled or not, and what they keep. Layers are compiled when they first run, with what is set here."""
-    if compile_layers:
-        if partitioner.activation_memory_budget != BUDGETS[checkpointing]:
-            torch._dynamo.reset()  # code that is compiled already does not look at the budget again
-        partitioner.activation_memory_budget = BUDGETS[checkpointing]
-        inductor.joint_custom_pre_pass = KeepAttention()
-        for layer in layers:
-            layer.compile()
-    elif checkpointing in ("full", "offload"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif checkpointing == "selective":
+    chosen = CHECKPOINTING[checkpointing]
+    if not chosen.possible(compiled=compile_layers):
         raise ConfigError(
             "train.activation_checkpointing",
             "can be selective with train.compile=true only",
             got=checkpointing,
             remedy="Take full.",
         )
+    if compile_layers:
+        if partitioner.activation_memory_budget != chosen.budget:
+            torch._dynamo.reset()  # code that is compiled already does not look at the budget again
+        partitioner.activation_memory_budget = chosen.budget
+        inductor.joint_custom_pre_pass = KeepAttention()
+        for layer in layers:
+            layer.compile()
+    elif chosen.budget < 1:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 @dataclass(eq=False, slots=True)

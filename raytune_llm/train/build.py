@@ -26,8 +26,9 @@ from raytune_llm.models.stored import Files
 from raytune_llm.packaged import cache_dir
 from raytune_llm.stages import STAGES
 from raytune_llm.train.flops import Operations, operations
-from raytune_llm.train.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_of, ran_out
+from raytune_llm.train.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_of
 from raytune_llm.train.optimizers import build_optimizer
+from raytune_llm.train.remedies import held_by_others, ran_out
 from raytune_llm.train.strategies import FIRST_LOADS, spread
 from raytune_llm.train.strategies.base import Precision, Strategy
 
@@ -120,6 +121,7 @@ class Builder:
             during=next(iter(getattr(error, "__notes__", ())), during),
             taken=torch.cuda.max_memory_allocated(self.device),
             total=torch.cuda.get_device_properties(self.device).total_memory,
+            others=held_by_others(self.device),
         )
 
     @cached_property

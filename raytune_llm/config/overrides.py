@@ -1,0 +1,47 @@
+"""A run with some of its settings changed, as the same words on the command line would change it. Knows no Hydra, so that a
+worker may try settings out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter
+
+from raytune_llm.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+"""In an installed wheel conf/ lies in the package, in a checkout beside it."""
+
+Run = TypeVar("Run")
+
+
+def changed(run: Run, overrides: Sequence[str]) -> Run:
+    """With `group=option` (of those groups whose options stand alone) and `group.setting=value` on top. Raises ConfigError where
+    a rule between sections is broken, pydantic's ValidationError where one of a section is."""
+    kind: TypeAdapter[Run] = TypeAdapter(type(run))
+    values = kind.dump_python(run, mode="json")
+    seen: set[str] = set()
+    for override in overrides:
+        path, _, value = override.partition("=")
+        if path in seen:
+            raise ConfigError(path, "was chosen twice", remedy="Choose it once.")
+        seen.add(path)
+        group, _, setting = path.partition(".")
+        if setting:
+            values[group] = {**values[group], setting: yaml.safe_load(value)}
+        else:
+            values[group] = _option(group, value)
+    return kind.validate_json(json.dumps(values))  # as YAML has it: a list is a list
+
+
+@cache
+def _option(group: str, name: str) -> dict[str, Any]:
+    option = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    assert "defaults" not in option, f"{group}={name} is composed of others"
+    return option
