@@ -14,7 +14,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
 from raytune_llm.models.activations import HostMemory
 from raytune_llm.models.documents import document_numbers
-from raytune_llm.models.head import TokenFunction, adjusted, chunks, together, token_values
+from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS, TokenFunction, adjusted, chunks, together, token_values
 from raytune_llm.models.layers import named_layers
 from raytune_llm.models.neftune import neftune_noise
 from raytune_llm.records import Batch
@@ -34,7 +34,7 @@ class CausalLM(nn.Module):
         *,
         compute: torch.dtype = torch.float32,
         attention_backend: str = "varlen",
-        chunk_tokens: int = 1024,
+        chunk_tokens: int = CHUNK_TOKENS,
         compiled: bool = False,
         offloads: bool = False,
     ) -> None:
@@ -126,8 +126,7 @@ class CausalLM(nn.Module):
                 batch.targets_N,
                 values,
                 compute=self.compute,
-                # A trained head keeps the same however it is cut, and each cut is a pass over its gradient.
-                chunk_tokens=self.chunk_tokens * (8 if head.weight.requires_grad else 1),
+                chunk_tokens=self.chunk_tokens * (TRAINED_CHUNKS if head.weight.requires_grad else 1),
                 compiled=self.compiled,
                 other_ND=other_ND,
             )

@@ -8,7 +8,7 @@ the compute type, for its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch.profiler import record_function
 
 RANGE = "head and loss"
 """The name of what happens here in traces."""
+CHUNK_TOKENS, TRAINED_CHUNKS = 1024, 8
+"""Tokens whose logits exist at once, by default, and how many times as many where the head is trained: it keeps the same however
+they are cut, and each cut is a pass over its gradient."""
 TokenFunction = Callable[..., Tensor | tuple[Tensor, ...]]
 """(logits_NV, targets_N) -> one value a token [N], or several, [N, K] or a tuple of [N]; what it says of a token depends on that
 token's logits alone. A value of a tuple that has no gradient (a metric) costs none."""
@@ -82,19 +85,11 @@ class _TokenValues(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False), record_function(RANGE):
             for hidden, targets, *others in chunks(chunk, hidden_ND.detach(), targets_N, other_ND):
                 hidden = hidden.to(compute)
-                logits = (hidden @ weight.T).requires_grad_()
-                torch._dynamo.maybe_mark_dynamic(logits, 0)
-                torch._dynamo.maybe_mark_dynamic(targets, 0)
-                with torch.enable_grad():
-                    value = run(logits, targets, *(other.to(compute) @ weight.T for other in others))
-                    columns = value if isinstance(value, tuple) else value.unbind(1) if value.ndim > 1 else (value,)
-                    sums = [column.sum() for column in columns if column.requires_grad]
-                last = len(sums) - 1
-                slopes = [torch.autograd.grad(one, logits, retain_graph=k < last)[0] for k, one in enumerate(sums)]
-                values.append(together(value).detach())
-                ctx.sloped = [k for k, column in enumerate(columns) if column.requires_grad]
+                value, ctx.sloped, slopes = _of_chunk(hidden, weight, targets, others, run)
+                values.append(value)
                 towards_hidden.append(torch.stack([slope @ weight for slope in slopes]))
                 towards_logits += [(hidden, slopes)] if keep else []
+                del slopes  # or they would be there beside the next chunk's
         ctx.save_for_backward(torch.cat(towards_hidden, dim=1))
         ctx.towards_logits, ctx.chunk = towards_logits, chunk
         ctx.types = hidden_ND.dtype, weight_VD.dtype
@@ -119,6 +114,23 @@ class _TokenValues(torch.autograd.Function):
                 grad_VD = part.to(ctx.types[1]) if grad_VD is None else grad_VD.add_(part)
         ctx.towards_logits = []
         return grad_ND, grad_VD, None, None, None, None, None
+
+
+def _of_chunk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, others: Sequence[Tensor], run: TokenFunction
+) -> tuple[Tensor, list[int], list[Tensor]]:
+    """What the function says of a chunk, which of its values have a gradient, and those towards the logits."""
+    logits = (hidden @ weight.T).requires_grad_()
+    torch._dynamo.maybe_mark_dynamic(logits, 0)
+    torch._dynamo.maybe_mark_dynamic(targets, 0)
+    with torch.enable_grad():
+        value = run(logits, targets, *(other.to(hidden.dtype) @ weight.T for other in others))
+        columns = value if isinstance(value, tuple) else value.unbind(1) if value.ndim > 1 else (value,)
+        sloped = [k for k, column in enumerate(columns) if column.requires_grad]
+        sums = [columns[k].sum() for k in sloped]
+    last = len(sums) - 1
+    slopes = [torch.autograd.grad(one, logits, retain_graph=k < last)[0] for k, one in enumerate(sums)]
+    return together(value).detach(), sloped, slopes
 
 
 @lru_cache

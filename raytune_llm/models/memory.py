@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.models.adapters import adapt
+from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS
 from raytune_llm.models.layers import layers
 
 FP32 = 4
@@ -29,8 +30,6 @@ LOGIT_BYTES, COMPILED_LOGIT_BYTES = 2 + 3 * FP32, 2 * FP32
 """Of each logit at the loss's widest point: the logit in 16 bits and in float32, the softmax that is kept, and the product that
 the entropy sums or the gradient. Compiled, by its kernels: the logit, one float32 buffer for the gradient through the target's
 logit, and the result."""
-CHUNK_TOKENS = 1024
-"""What CausalLM takes by default."""
 QUANTIZED_BYTES = {"fp8": 2.0, "bnb_nf4": 0.516}
 """A frozen weight in a layer: FP8 is held twice; four bits, and for 64 of them a scale of eight and its share of a float32."""
 IN_FLIGHT = 4
@@ -168,7 +167,7 @@ def memory_per_gpu(
     compute: bytes of a number in matrix products and between layers. tokens: of a micro-batch, padding included. dropout: in the
     adapter. kept: the part of a layer's activations that is not computed again. inputs_leave: what layers that are computed again
     start from waits in host memory. mask_bytes: of an attention mask, where the back end takes one. chunk_tokens: trained tokens
-    whose logits exist at once; where the head is trained, gradients of all of them stay till its backward pass.
+    whose logits exist at once beside a frozen head; a trained one takes more, and keeps the gradients of all.
     """
     d = dimensions
     trains_all = parameters.frozen == 0
@@ -179,14 +178,16 @@ def memory_per_gpu(
     # Gradients of the MLP's product and of its two factors, and of what goes through a norm in float32.
     backward = tokens * (3 * compute * d.intermediate + 2 * FP32 * d.hidden)
     last_norm = tokens * (FP32 + 2 * compute) * d.hidden
-    chunk = min(tokens, chunk_tokens) * d.vocab * (COMPILED_LOGIT_BYTES if compiled else LOGIT_BYTES)
+    at_once = min(tokens, chunk_tokens * (TRAINED_CHUNKS if trains_all else 1))
+    logits = at_once * d.vocab * (COMPILED_LOGIT_BYTES if compiled else LOGIT_BYTES)
+    before = (tokens - at_once) * d.vocab * compute if trains_all else 0
     return Memory(
         weights=states.weights,
         gradients=states.gradients,
         optimizer=states.optimizer,
         buffers=states.buffers,
         activations=inputs + d.layers * round(kept * layer) + last_norm + mask_bytes,
-        logits=chunk + (tokens * d.vocab * compute if trains_all else 0),
+        logits=logits + before,
         layer=backward + round((1 - kept) * layer),
     )
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -10,8 +9,7 @@ from raytune_llm import plan as plan_module
 from raytune_llm.commands import plan as command
 from raytune_llm.data import pipeline
 from raytune_llm.errors import ConfigError, DataError
-from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.models.memory import CHUNK_TOKENS, STATES
+from raytune_llm.models.memory import STATES
 from raytune_llm.plan import GIB, Device, Plan
 from tests.runs import tiny_run
 
@@ -140,10 +138,6 @@ def test_every_strategy_has_an_estimate(chat_rows, cache, tmp_path):
     plans = [planned(chat_rows, cache, tmp_path, "resources=local", f"strategy={name}") for name in strategies]
     assert len(STATES) == 3
     assert all(plan.memory.total > 0 for plan in plans)
-
-
-def test_the_chunk_of_logits_is_the_models():
-    assert inspect.signature(CausalLM).parameters["chunk_tokens"].default == CHUNK_TOKENS
 
 
 def test_the_command_shows_parts_and_verdicts(chat_rows, tmp_path, capsys, monkeypatch):

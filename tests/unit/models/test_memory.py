@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from raytune_llm.config.adapter import LoRA, NoAdapter
+from raytune_llm.config.load import load_config
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.models.memory import (
     Memory,
@@ -22,6 +27,7 @@ from raytune_llm.models.memory import (
 )
 from raytune_llm.models.policy import DTYPES, build_policy
 from raytune_llm.records import Batch
+from raytune_llm.stages.sft import sft
 from tests.models import LLAMA3_8B
 
 GIB = 2**30
@@ -34,6 +40,9 @@ SMALL = AutoConfig.for_model(
     num_key_value_heads=2,
     vocab_size=64,
     tie_word_embeddings=False,
+)
+MODEL = ModelConfig(
+    path=None, revision=None, weights="random", config={}, tokenizer=None, trust_remote_code=False, attention="varlen"
 )
 FULL = NoAdapter(name="none")
 
@@ -82,10 +91,7 @@ def test_estimates_come_within_a_tenth_of_peaks_measured_on_an_h100(llama_with_l
 )
 def test_activations_are_what_autograd_keeps(adapter, precision):
     tokens, compute = 512, {"bf16": 2, "fp32": 4}[precision]
-    model = ModelConfig(
-        path=None, revision=None, weights="random", config={}, tokenizer=None, trust_remote_code=False, attention="varlen"
-    )
-    policy, _ = build_policy(SMALL, model, adapter, compute=DTYPES[precision], seed=0, device=torch.device("cpu"))
+    policy, _ = build_policy(SMALL, MODEL, adapter, compute=DTYPES[precision], seed=0, device=torch.device("cpu"))
     policy.train()
     policy.base.enable_input_require_grads()  # or the first of two layers would keep less than those of a deep model
     kept = bytes_kept_for_backward(policy, one_document(tokens))
@@ -169,10 +175,45 @@ def test_experts_count_where_a_token_visits_them():
     assert dimensions(config).intermediate == 400
 
 
-def test_a_trained_head_keeps_the_gradients_of_all_logits():
+@pytest.mark.parametrize("adapter", [lora(), FULL], ids=["frozen", "trained"])
+@pytest.mark.parametrize("tokens", [16, 32, 96, 512])
+def test_logits_are_what_a_head_holds_at_its_peak(adapter: Any, tokens: int):
+    sizes = {"vocab_size": 32_768, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("llama", **sizes, num_attention_heads=2, tie_word_embeddings=True)
+    policy, _ = build_policy(config, MODEL, adapter, compute=torch.bfloat16, seed=0, device=torch.device("cpu"))
+    policy.chunk_tokens = 32
+    objective = sft(load_config("train", ["data.path=rows.jsonl"]).stage)
+    with PeakBytes(policy.parameters()) as held:
+        objective.loss(policy, one_document(tokens))
+    parameters = count_parameters(config, adapter)
+    states = ddp_states(parameters, 2, 1, accumulates=False)
+    estimate = memory_per_gpu(dimensions(config), parameters, states, compute=2, tokens=tokens, chunk_tokens=32)
+    assert estimate.logits == pytest.approx(held.peak, rel=0.1)
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most that tensors made within it take together at any time."""
+
+    def __init__(self, but: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._not_counted = {tensor.untyped_storage()._cdata for tensor in but}
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._not_counted:
+                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._live = {key: (storage, size) for key, (storage, size) in self._live.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return out
+
+
+def test_a_trained_head_keeps_the_gradients_of_all_logits_before_its_chunk():
     parameters = count_parameters(SMALL, FULL)
     states = ddp_states(parameters, 2, 1, accumulates=False)
     one, two = (
-        memory_per_gpu(dimensions(SMALL), parameters, states, compute=2, tokens=tokens, chunk_tokens=64) for tokens in (64, 128)
+        memory_per_gpu(dimensions(SMALL), parameters, states, compute=2, tokens=tokens, chunk_tokens=64) for tokens in (512, 576)
     )
     assert two.logits - one.logits == 64 * 64 * 2
