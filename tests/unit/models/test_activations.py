@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.activations import BUDGETS, KeepAttention, compiles, keep
+from raytune_llm.models.activations import CHECKPOINTING, KeepAttention, compiles, keep
 from raytune_llm.models.document_attention import document_attention
 from tests.models import tiny_llama
 
@@ -43,7 +43,7 @@ def test_attention_alone_is_marked_as_kept() -> None:
 def test_what_was_compiled_for_another_budget_is_compiled_again() -> None:
     counter = CompileCounter()
     doubled = torch.compile(lambda x: 2 * x, backend=counter)
-    with partitioner.patch(activation_memory_budget=BUDGETS["none"]), inductor.patch(joint_custom_pre_pass=None):
+    with partitioner.patch(activation_memory_budget=CHECKPOINTING["none"].budget), inductor.patch(joint_custom_pre_pass=None):
         for checkpointing, compilations in (("none", 1), ("full", 2), ("full", 2), ("none", 3)):
             keep(tiny_llama().model, [], checkpointing, compile_layers=True)
             doubled(torch.ones(3))
