@@ -42,14 +42,12 @@ SILU = {"SiLU", "SiLUActivation"}
 def project(x_BTD: Tensor, layers: Sequence[nn.Module], gate_BTD: Tensor | None = None) -> list[Tensor]:
     """The output of each layer for one input: x, or silu(gate) * x where there is a gate. A layer at a time where an adapter is
     off, merged or of another kind."""
-    name = _adapter(layers[0])
+    name = _shared_adapter(layers)
     adapted: list[Any] = list(layers)
-    kind = type(getattr(layers[0], "base_layer", None))
-    grouped = name is not None and kind in ADAPTED and all(_adapter(x) == name and type(x.base_layer) is kind for x in adapted)
-    drops = grouped and not isinstance(adapted[0].lora_dropout[name], nn.Identity)
-    if gate_BTD is not None and (not grouped or drops or torch.compiler.is_compiling()):  # compilers see what is best kept
+    drops = name is not None and not isinstance(adapted[0].lora_dropout[name], nn.Identity)
+    if gate_BTD is not None and (name is None or drops or torch.compiler.is_compiling()):  # compilers see what is best kept
         x_BTD, gate_BTD = F.silu(gate_BTD) * x_BTD, None
-    if name is None or not grouped:
+    if name is None:
         return [layer(x_BTD) for layer in layers]
     dtype = _compute_type(x_BTD)
     x_MD = x_BTD.flatten(0, -2).to(dtype)
@@ -58,7 +56,7 @@ def project(x_BTD: Tensor, layers: Sequence[nn.Module], gate_BTD: Tensor | None 
     low_MR = adapted[0].lora_dropout[name](x_MD) @ a_RD.T if drops else None
     per_layer = [tensor for layer in adapted for tensor in (_b(layer, name, dtype), *_weights(layer.base_layer))]
     with torch.autocast(x_BTD.device.type, enabled=False):
-        outs = ADAPTED[kind].apply(x_MD, gate_MD, None if drops else a_RD, low_MR, *per_layer)
+        outs = ADAPTED[type(adapted[0].base_layer)].apply(x_MD, gate_MD, None if drops else a_RD, low_MR, *per_layer)
     outs = [out.view(*x_BTD.shape[:-1], -1) for out in outs]
     biases = [layer.base_layer.bias for layer in adapted]
     return [out if bias is None else out + bias.to(dtype) for out, bias in zip(outs, biases, strict=True)]

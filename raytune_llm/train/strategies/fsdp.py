@@ -91,14 +91,15 @@ class FSDPStrategy(OwnOptimizer):
 
 
 def _mesh(device_type: str, world: int, shard_workers: int) -> DeviceMesh:
-    """Workers next to each other share a copy; with several copies, the mesh has a dimension for them."""
+    """Workers next to each other share a copy; with several copies, the mesh has a dimension for them. The last dimension is for
+    what splits one copy's computation, by positions or by matrices: nothing does so yet."""
     if world % shard_workers:
         raise ConfigError(
             "strategy.shard_workers", f"must divide the {world} workers", got=shard_workers, remedy="Say, the GPUs of a node."
         )
-    if shard_workers == world:
-        return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(device_type, (world // shard_workers, shard_workers), mesh_dim_names=("replicate", "shard"))
+    names = ("replicate", "shard", "split")
+    mesh = init_device_mesh(device_type, (world // shard_workers, shard_workers, 1), mesh_dim_names=names)
+    return mesh["shard"] if shard_workers == world else mesh["replicate", "shard"]
 
 
 def _receive(unit: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, Stored]]:
