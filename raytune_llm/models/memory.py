@@ -22,6 +22,7 @@ from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.models.adapters import adapt
 from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS
 from raytune_llm.models.layers import layers
+from raytune_llm.models.quantization import has_frozen_experts, linears_but
 
 FP32 = 4
 ADAMW_BYTES = 2 * FP32
@@ -63,6 +64,8 @@ class Parameters:
     """In the largest layer: the unit that sharding gathers."""
     outside_layers: int
     """Embedding, head and the last norm."""
+    quantizable: int = 0
+    """Of frozen linear layers within layers; none of a mixture of experts, which is not quantized."""
 
     @property
     def frozen(self) -> int:
@@ -135,12 +138,16 @@ def count_parameters(config: PretrainedConfig, adapter: AdapterConfig, *, trust_
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         adapted = adapt(model, adapter)
     blocks = [_numel(block) for block in layers(adapted)]
+    weights = (
+        [] if has_frozen_experts(layers(adapted)) else [linear.weight for *_, linear in linears_but(layers(adapted), wide=())]
+    )
     total = _numel(adapted)
     return Parameters(
         total=total,
         trained=sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad),
         layer=max(blocks, default=0),
         outside_layers=total - sum(blocks),
+        quantizable=sum(weight.numel() for weight in weights if not weight.requires_grad),
     )
 
 
@@ -214,9 +221,8 @@ def _layer_bytes(d: Dimensions, compute: int, *, trains_all: bool, wide_norms: b
 
 
 def quantized_bytes(parameters: Parameters, compute: int, quantization: str) -> int:
-    """What quantization takes off the frozen weights of the layers; embedding and head stay as they are."""
-    inside = parameters.frozen - parameters.outside_layers
-    return round(inside * (compute - QUANTIZED_BYTES.get(quantization, compute)))
+    """What quantization takes off the weights."""
+    return round(parameters.quantizable * (compute - QUANTIZED_BYTES.get(quantization, compute)))
 
 
 def ddp_states(parameters: Parameters, compute: int, world: int, *, accumulates: bool) -> States:

@@ -207,7 +207,7 @@ def quantize(layers: Iterable[nn.Module], name: str, runs_on: torch.device, *, w
         return
     layers = list(layers)
     linears = linears_but(layers, wide)
-    if any(parameter.ndim == 3 and not parameter.requires_grad for layer in layers for parameter in layer.parameters()):
+    if has_frozen_experts(layers):
         rule = "can't be had of a mixture of experts, whose experts are one tensor, and no linear layers"
         raise ConfigError("quantization", rule, got=name, remedy="Set quantization=none.")
     if not linears:
@@ -224,6 +224,11 @@ def quantize(layers: Iterable[nn.Module], name: str, runs_on: torch.device, *, w
     linears = frozen = []  # or the wide weights would live as long as these
     replace(replaced, kind, runs_on)
     torch.cuda.empty_cache()  # what held the weights as they were loaded
+
+
+def has_frozen_experts(layers: Iterable[nn.Module]) -> bool:
+    """Of a mixture of experts, whose weights are tensors [E, N, K]."""
+    return any(parameter.ndim == 3 and not parameter.requires_grad for layer in layers for parameter in layer.parameters())
 
 
 def replace(linears: list[Found], kind: Callable[[nn.Linear], nn.Module], runs_on: torch.device) -> None:

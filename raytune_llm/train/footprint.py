@@ -106,7 +106,7 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
         **settings_of(needs.strategy),
     )
     states = states_of(needs.parameters)
-    saved = 0 if needs.parameters.frozen == 0 else quantized_bytes(needs.parameters, dtype.itemsize, needs.quantization)
+    saved = quantized_bytes(needs.parameters, dtype.itemsize, needs.quantization)
     pack = needs.max_length * KINDS[STAGES[run.stage.name].rows].sides
     memory = memory_per_gpu(
         dimensions(config),

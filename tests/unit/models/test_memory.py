@@ -24,6 +24,7 @@ from raytune_llm.models.memory import (
     dimensions,
     fsdp_states,
     memory_per_gpu,
+    quantized_bytes,
 )
 from raytune_llm.models.policy import DTYPES, build_policy
 from raytune_llm.records import Batch
@@ -208,6 +209,16 @@ class PeakBytes(TorchDispatchMode):
         self._live = {key: (storage, size) for key, (storage, size) in self._live.items() if not storage.expired()}
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
         return out
+
+
+def test_quantization_takes_frozen_linear_layers_and_no_experts(llama_with_lora: Parameters):
+    linears = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert quantized_bytes(llama_with_lora, 2, "bnb_nf4") == round(linears * (2 - 0.516))
+    assert quantized_bytes(count_parameters(SMALL, FULL), 2, "bnb_nf4") == 0
+    mixture = AutoConfig.for_model(
+        "mixtral", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_local_experts=4
+    )
+    assert quantized_bytes(count_parameters(mixture, lora()), 2, "bnb_nf4") == 0
 
 
 def test_a_trained_head_keeps_the_gradients_of_all_logits_before_its_chunk():
