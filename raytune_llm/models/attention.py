@@ -199,9 +199,9 @@ def _is_hopper(case: Case) -> bool:
     return case.device_type == "cuda" and case.capability[0] == 9
 
 
-def backend_to_expect(asked: str, config: PretrainedConfig, dtype: torch.dtype) -> str:
-    """What is likely to run on a GPU that need not be here."""
-    return choose(asked, case_of(config, "cuda", (9, 0), dtype))[0] if asked == "auto" else asked
+def expected(asked: str, case: Case) -> str:
+    """What will run in this case, on a device that need not be here."""
+    return choose(asked, case)[0] if asked == "auto" else asked
 
 
 def attach(model: PreTrainedModel, backend: str) -> None:

@@ -262,7 +262,7 @@ def _one_document(
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
     """[B, H, T, Dh]. Capped scores (softcap tanh(score / softcap)) are spelled out.
 
-    Each head gets its key and value: with grouped ones a GPU has no kernel for a mask but the one that keeps all scores.
+    Each head gets its key and value: of torch's kernels for a mask on a GPU, the memory-efficient one takes no grouped heads.
     """
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -17,6 +17,7 @@ from raytune_llm.errors import ResourceError
 from raytune_llm.models import quantization
 from raytune_llm.models.activations import compiles, lacks_for_compiling
 from raytune_llm.models.adapters.grouped import described
+from raytune_llm.models.attention import capability_of, case_of
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import files_to_read
@@ -126,7 +127,9 @@ class Builder:
 
     @cached_property
     def needs(self) -> Needs:
-        needs = needs_of(self.run, self.config, self.world, compiled=self.compiled)
+        compute, _ = choose_precision(self.run.train.precision, self.device)
+        case = case_of(self.config, self.device.type, capability_of(self.device), compute)
+        needs = needs_of(self.run, self.config, self.world, compiled=self.compiled, case=case)
         return least_recomputation(needs, self._memory_of, self._usable) if self._auto else needs
 
     @property

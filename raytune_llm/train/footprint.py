@@ -56,18 +56,23 @@ class Needs:
     """none, precomputed or online."""
     reference_parameters: int
     """Of another model than the trained one."""
+    case: attention.Case
+    """What attention, and all else, is computed on and in."""
 
 
 MemoryOf = Callable[[Needs], Memory]
 
 
-def needs_of(run: TrainRun, config: PretrainedConfig, world_size: int, *, compiled: bool) -> Needs:
-    """Where activation checkpointing is auto, as if there were none."""
+def needs_of(
+    run: TrainRun, config: PretrainedConfig, world_size: int, *, compiled: bool, case: attention.Case | None = None
+) -> Needs:
+    """Where activation checkpointing is auto, as if there were none. case: by itself, a GPU of the Hopper kind."""
     return Needs(
         parameters=count_parameters(config, run.adapter, trust_remote_code=run.model.trust_remote_code),
         world_size=world_size,
         compiled=compiled,
         reference_parameters=_reference_parameters(run, config),
+        case=case or attention.case_of(config, "cuda", (9, 0), DTYPES.get(run.train.precision, torch.bfloat16)),
         **needs_set(run),
     )
 
@@ -96,8 +101,7 @@ def _reference_parameters(run: TrainRun, config: PretrainedConfig) -> int:
 
 def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     """The peak of a step on one GPU."""
-    dtype = DTYPES.get(run.train.precision, torch.bfloat16)  # what auto is on the GPUs that this is for
-    backend = attention.backend_to_expect(run.model.attention, config, dtype)
+    dtype, backend = needs.case.dtype, attention.expected(run.model.attention, needs.case)
     states_of = partial(
         STATES[needs.strategy.name],
         compute=dtype.itemsize,
