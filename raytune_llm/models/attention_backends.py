@@ -131,10 +131,11 @@ def flash3(
 def _within_boundaries(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_S: Tensor, max_seqlen: int, prefixes: Prefixes | None, scores: Scores
 ) -> Any:
-    """[L, H, Dh] each. What torch has for FlashAttention; in a window, on a GPU alone, and not after another document."""
-    if scores.sliding_window is None:
+    """[L, H, Dh] each. What torch has for FlashAttention on a GPU, and what we make of its kernels for documents that go on from
+    others, and on a CPU; neither of these in a window."""
+    if prefixes is not None or not q.is_cuda:
         return document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scores.scaling)
-    window = (scores.sliding_window - 1, 0)
+    window = (-1 if scores.sliding_window is None else scores.sliding_window - 1, 0)
     return varlen_attn(
         q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scores.scaling, window_size=window, **_GROUPED_HEADS
     )
