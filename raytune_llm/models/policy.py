@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.config.model import ModelConfig
@@ -102,6 +102,8 @@ def build_policy(
         files=files,
     )
     attention.attach(loaded, backend)
+    if not scores:
+        _check_head(loaded)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = adapt(loaded, adapter, scores=scores)
@@ -116,6 +118,18 @@ def build_policy(
     dropout = attention.dropout_of(config) if trains else 0.0
     left_out = f"; without the model's attention dropout of {dropout:g}" if dropout else ""
     return made, f"attention: {backend} ({reason}{left_out})"
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    """Logits are made of the last hidden states by the head alone (CausalLM), which is to be all that comes after them."""
+    parts = (model.base_model, model.get_output_embeddings())
+    more = [name for name, child in model.named_children() if child not in parts and any(True for _ in child.parameters())]
+    if more:
+        raise ConfigError(
+            "model.path",
+            f"must be a model with nothing but a head over its last hidden states, where {model.config.model_type} has {more[0]}",
+            got=model.config.name_or_path or model.config.model_type,
+        )
 
 
 def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> PretrainedConfig:
