@@ -98,10 +98,11 @@ def varlen(
     if cu_seqlens_S.shape[0] == 2 and sliding_window is None and softcap is None:
         return _whole(query, key, value, scaling)
     q, k, v = _flat(query, key, value)
-    if softcap is None and (q.is_cuda or sliding_window is None):
-        out = _within_boundaries(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scores)
+    if q.is_cuda and prefixes is None:
+        out = _over_boundaries(q, k, v, cu_seqlens_S, max_seqlen, scores)
+    elif sliding_window is None and softcap is None:
+        out = document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scaling)
     else:
-        assert not q.is_cuda, "choose takes another back end"
         out = torch.cat(
             [
                 _one_document(q[start:end], k[start:end], v[start:end], scaling, sliding_window, softcap)
@@ -125,16 +126,16 @@ def flash3(
 ) -> Tensor:
     """FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608), which torch has been told to take in place of its own 2."""
     B, H, T, head = query.shape
-    return _within_boundaries(*_flat(query, key, value), cu_seqlens_S, max_seqlen, prefixes, scores).view(B, T, H, head)
+    q, k, v = _flat(query, key, value)
+    if scores.sliding_window is None:
+        out: Any = document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scores.scaling)
+    else:
+        out = _over_boundaries(q, k, v, cu_seqlens_S, max_seqlen, scores)
+    return out.view(B, T, H, head)
 
 
-def _within_boundaries(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_S: Tensor, max_seqlen: int, prefixes: Prefixes | None, scores: Scores
-) -> Any:
-    """[L, H, Dh] each. What torch has for FlashAttention on a GPU, and what we make of its kernels for documents that go on from
-    others, and on a CPU; neither of these in a window."""
-    if prefixes is not None or not q.is_cuda:
-        return document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scores.scaling)
+def _over_boundaries(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_S: Tensor, max_seqlen: int, scores: Scores) -> Any:
+    """[L, H, Dh] each. What torch has for FlashAttention, on a GPU; it caps no scores, and choose knows."""
     window = (-1 if scores.sliding_window is None else scores.sliding_window - 1, 0)
     return varlen_attn(
         q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scores.scaling, window_size=window, **_GROUPED_HEADS
