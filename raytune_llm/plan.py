@@ -116,9 +116,7 @@ def plan(run: TrainRun) -> Plan:
 def _verdict(run: TrainRun, config: PretrainedConfig, device: Device, world_size: int) -> Verdict:
     memory_of = partial(estimate, run, config)
     usable = USABLE * device.memory / (world_size if device.shared else 1)
-    compiled, _ = compiles(
-        run.train.compile, "cpu" if device.shared else "cuda", run.strategy.name, reads_routers=run.reads_routers
-    )
+    compiled, _ = compiles(run.train.compile, "cpu" if device.shared else "cuda", never=run.uncompiled)
     needs = needs_of(run, config, world_size, compiled=compiled)
     if run.train.activation_checkpointing == "auto" and not device.shared:
         needs = least_recomputation(needs, memory_of, usable)

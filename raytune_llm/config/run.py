@@ -42,9 +42,13 @@ class TrainRun:
     train: LoopConfig
 
     @property
-    def reads_routers(self) -> bool:
-        """The loss takes what the routers of a mixture of experts say."""
-        return isinstance(self.stage, SFT | Pretrain) and self.stage.router_aux_loss_coef is not None
+    def uncompiled(self) -> str | None:
+        """Why its layers can't be compiled on any device; None where they can."""
+        if isinstance(self.strategy, DeepSpeed) and self.strategy.stage == 3:
+            return "strategy=zero3 gathers weights in hooks of the layers"
+        if isinstance(self.stage, SFT | Pretrain) and self.stage.router_aux_loss_coef is not None:
+            return "stage.router_aux_loss_coef reads routers within the layers"
+        return None
 
     def __post_init__(self) -> None:
         _batch_sizes_fit(self)
@@ -276,16 +280,16 @@ def _quantized_weights_are_frozen_and_whole(run: TrainRun) -> None:
 
 
 def _layers_can_be_compiled(run: TrainRun) -> None:
-    if run.train.compile is not True:
-        return
-    rules = {
-        "with strategy=zero3, which gathers weights in hooks of the layers": isinstance(run.strategy, DeepSpeed)
-        and run.strategy.stage == 3,
-        "where stage.router_aux_loss_coef reads routers within the layers": run.reads_routers,
-    }
-    for rule, applies in rules.items():
-        if applies:
-            raise ConfigError("train.compile", f"can't be true {rule}", got=True, remedy="Take train.compile=auto.")
+    if run.train.compile is True and run.uncompiled is not None:
+        raise ConfigError("train.compile", f"can't be true: {run.uncompiled}", got=True, remedy="Take train.compile=auto.")
+    never = run.train.compile is False or run.uncompiled is not None
+    if run.train.activation_checkpointing == "selective" and never:
+        raise ConfigError(
+            "train.activation_checkpointing",
+            f"can be selective where layers are compiled only{f': {run.uncompiled}' if run.uncompiled else ''}",
+            got="selective",
+            remedy="Take full.",
+        )
 
 
 def _references_can_be_had(run: TrainRun) -> None:

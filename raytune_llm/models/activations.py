@@ -28,8 +28,6 @@ from raytune_llm.errors import ConfigError
 
 CAPABILITY = (7, 0)
 """CUDA compute capability from which Triton makes kernels."""
-HOOKED = {"deepspeed"}
-"""Strategies that gather weights in hooks, which compiled code does not keep."""
 
 
 @dataclass(frozen=True)
@@ -76,19 +74,14 @@ class KeepAttention(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
-def compiles(
-    asked: bool | str, device_type: str, strategy: str, *, reads_routers: bool = False, lacking: str | None = None
-) -> tuple[bool, str]:
-    """Whether layers are compiled, and why. `lacking` is what the device's compiler needs and does not find. reads_routers: the
-    loss takes what routers within the layers say, which compiled layers keep to themselves."""
+def compiles(asked: bool | str, device_type: str, *, never: str | None = None, lacking: str | None = None) -> tuple[bool, str]:
+    """Whether layers are compiled, and why. never: what of the run forbids it on any device. lacking: what the device's compiler
+    needs and does not find."""
     if asked == "auto":
         if device_type != "cuda":
             return False, "a CPU gains less than compiling costs"
-        if strategy in HOOKED:
-            return False, f"strategy={strategy} works through hooks in the layers"
-        if reads_routers:
-            return False, "stage.router_aux_loss_coef reads routers within the layers"
-        return lacking is None, lacking or "a GPU"
+        against = never or lacking
+        return against is None, against or "a GPU"
     if asked and lacking is not None:
         raise ConfigError("train.compile", f"can't be true here: {lacking}", got=True, remedy="Take train.compile=auto.")
     return bool(asked), "asked for"
@@ -117,7 +110,7 @@ def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str
     if not chosen.possible(compiled=compile_layers):
         raise ConfigError(
             "train.activation_checkpointing",
-            "can be selective with train.compile=true only",
+            "can be selective where layers are compiled only",
             got=checkpointing,
             remedy="Take full.",
         )

@@ -50,11 +50,7 @@ class Builder:
         self.run, self.config, self.device = run, config, device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.compiled, self._why_compiled = compiles(
-            run.train.compile,
-            device.type,
-            run.strategy.name,
-            reads_routers=run.reads_routers,
-            lacking=lacks_for_compiling(device),
+            run.train.compile, device.type, never=run.uncompiled, lacking=lacks_for_compiling(device)
         )
         self._auto = run.train.activation_checkpointing == "auto"
 

@@ -38,11 +38,13 @@ def plain(request: pytest.FixtureRequest, chat_rows: str, cache: str, tmp_path_f
 
 
 @pytest.mark.parametrize("compiled", ["true", "false"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp strategy.offload=true", "fsdp strategy.reshard=grad_only", "zero3"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "fsdp", "fsdp strategy.offload=true", "fsdp strategy.reshard=grad_only", "zero2", "zero3"]
+)
 def test_two_gpus_give_the_numbers_of_one(strategy: str, compiled: str, plain: TrainRun, two_gpus: Group, tmp_path: Path) -> None:
     if strategy == "zero3" and compiled == "true":
         pytest.skip("its hooks are not for compiled code")
-    if strategy == "zero3" and find_spec("deepspeed") is None:
+    if strategy.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed")
     settings = load_config("train", [*f"strategy={strategy}".split(), f"train.compile={compiled}", "data.path=x"])
     run = replace(

@@ -85,6 +85,16 @@ def test_ways_to_shard_do_not_show(way: str, plain: TrainRun, two_workers: Group
     assert_same_run(plain, run)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
+def test_steps_with_a_broken_gradient_change_nothing_on_any_strategy(
+    strategy: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
+) -> None:
+    settings = [f"strategy={strategy}", "resources=local", "adapter=none", "schedule=constant", "schedule.warmup_ratio=0"]
+    run = tiny_run(chat_rows, cache, tmp_path, *settings, "optimizer.lr=1e30", "train.max_steps=3", "data.eval_fraction=0")
+    two_workers.run(run, str(prepare(run.model, run.data, run.resources).store.folder))
+    assert [record.get("nonfinite_steps") for record in metrics(str(tmp_path)) if "loss" in record] == [None, 1, 2]
+
+
 @pytest.mark.parametrize("micro", [2, 8])
 def test_accumulation_does_not_show(micro: int, plain: TrainRun, tmp_path: Path) -> None:
     run = replace(plain, output_dir=str(tmp_path), train=replace(plain.train, micro_batch_size=micro))

@@ -18,6 +18,9 @@ class DeepSpeedStrategy:
 
     DeepSpeed's own checkpoints are tied to the world size, so state is read and written parameter by parameter through its
     `safe_get_full_*` and `safe_set_full_*` functions, under the names that every strategy uses.
+
+    DeepSpeed reads the norm of the gradient before each step, and leaves the step out where it is not finite: here the host waits
+    for the device once a step.
     """
 
     def __init__(
@@ -79,22 +82,10 @@ class DeepSpeedStrategy:
     def step(self, lr: float) -> StepOut:
         for group in self.zero.param_groups:
             group["lr"] = lr
-        if self.stage == 3 and self._gradient_is_broken():
-            # Stages 1 and 2 find this themselves; stage 3 looks in fp16 only.
-            self.zero._overflow_clean_up(self.zero.loss_scale)
-            return StepOut(torch.tensor(float("inf"), device=self.device), torch.tensor(True, device=self.device))
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         norm = torch.as_tensor(float("inf") if norm is None else norm, dtype=torch.float32, device=self.device)
-        return StepOut(grad_norm=norm, skipped=torch.as_tensor(bool(self.zero.overflow), device=self.device))
-
-    def _gradient_is_broken(self) -> bool:
-        grads = [grad for group in self.zero.averaged_gradients.values() if group for grad in group if grad is not None]
-        broken = torch.zeros((), device=self.device)
-        for grad in grads:
-            broken = torch.maximum(broken, (~torch.isfinite(grad).all()).float())
-        dist.all_reduce(broken, op=dist.ReduceOp.MAX)
-        return bool(broken.item())
+        return StepOut(grad_norm=norm, skipped=torch.tensor(bool(self.zero.overflow), device=self.device))
 
     def state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

@@ -114,7 +114,7 @@ def ready(overrides: list[str], total_gib: int) -> tuple[TrainRun, Needs]:
     """As a worker on a machine with one GPU would have it."""
     run = load_config("train", overrides)
     world = run.resources.num_workers if isinstance(run.resources.num_workers, int) else 1
-    compiled, _ = compiles(run.train.compile, "cuda", run.strategy.name)
+    compiled, _ = compiles(run.train.compile, "cuda", never=run.uncompiled)
     needs = needs_of(run, TWO_LAYERS, world, compiled=compiled)
     if run.train.activation_checkpointing == "auto":
         needs = least_recomputation(needs, partial(estimate, run, TWO_LAYERS), USABLE * total_gib * GIB)
