@@ -66,7 +66,7 @@ def _choices(run: TrainRun, planned: Plan) -> Table:
     )
     table.add_row(
         "a step",
-        f"{run.train.global_batch_size:,} {_sample(run)}s = {_times(planned.world_size, 'worker')} x "
+        f"{_times(run.train.global_batch_size, _sample(run))} = {_times(planned.world_size, 'worker')} x "
         f"{_times(run.train.micro_batch_size, _sample(run))} x {_times(planned.accumulation, 'micro-batch', 'micro-batches')}"
         f"{_rows_of_a_step(run, planned.data)}",
     )
