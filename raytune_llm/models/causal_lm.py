@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
 from raytune_llm.models.activations import HostMemory
 from raytune_llm.models.documents import document_numbers
-from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS, TokenFunction, adjusted, chunks, together, token_values
+from raytune_llm.models.head import CHUNK_TOKENS, RANGE, TRAINED_CHUNKS, TokenFunction, adjusted, chunks, together, token_values
 from raytune_llm.models.layers import named_layers
 from raytune_llm.models.neftune import neftune_noise
 from raytune_llm.records import Batch
@@ -157,8 +158,9 @@ class CausalLM(nn.Module):
         self, hidden_ND: Tensor, targets_N: Tensor, other_ND: Tensor | None, head: nn.Module, values: TokenFunction
     ) -> Tensor:
         """For heads that are more than one matrix at hand (adapted, quantized, partitioned): chunks are computed again in the
-        backward pass."""
+        backward pass. What goes back through the head then is autograd's own, outside of its range in traces."""
 
+        @record_function(RANGE)
         def of_chunk(hidden_ND: Tensor, targets_N: Tensor, *others_ND: Tensor) -> Tensor:
             with torch.no_grad(), self.model.disable_adapter() if others_ND else nullcontext():
                 others_NV = [head(other_ND) for other_ND in others_ND]

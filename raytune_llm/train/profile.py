@@ -120,21 +120,26 @@ def cpu_rows(events: Iterable[Any], thin: int) -> list[Row]:
     """Milliseconds of one thread's own time by kind."""
     totals: dict[str, float] = {}
     for event in events:
-        kind, above = None, event
-        while kind is None and above is not None:
-            kind, above = RANGES.get(above.name), above.cpu_parent
-        kind = kind or ("LoRA" if _is_thin(event, thin) else kind_of(event.name))
+        kind = _range_of(event) or ("LoRA" if _is_thin(event, thin) else kind_of(event.name))
         totals[kind] = totals.get(kind, 0.0) + event.self_cpu_time_total / 1000
     return list(totals.items())
 
 
 def _lora_kernels(events: Iterable[Any], thin: int) -> Iterable[tuple[str, float]]:
-    """(kernel, milliseconds) of products with a low-rank matrix."""
+    """(kernel, milliseconds) of products with a low-rank matrix, but for those in ranges."""
     for event in events:
         if event.device_type == DeviceType.CUDA or not event.kernels:
             continue
-        if _is_thin(event, thin):
+        if _is_thin(event, thin) and _range_of(event) is None:
             yield from ((kernel.name, kernel.duration / 1000) for kernel in event.kernels)
+
+
+def _range_of(event: Any) -> str | None:
+    """The kind of everything in the range that an event on the host is in."""
+    kind = None
+    while kind is None and event is not None:
+        kind, event = RANGES.get(event.name), event.cpu_parent
+    return kind
 
 
 def _is_thin(event: Any, thin: int) -> bool:

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
-from raytune_llm.config.adapter import LoRA
 from raytune_llm.config.run import TrainRun
+from raytune_llm.models.adapters.lora import rank
 from raytune_llm.models.load import load_model
 from raytune_llm.train import loop
 from raytune_llm.train.checkpoint import Checkpoints, Progress, complete_steps, read_progress
@@ -173,8 +173,7 @@ def profiled(setup: Setup, total_steps: int, first_step: int, stack: ExitStack) 
     """What is to be called after each step: the first worker's profile, where train.profile asks for one."""
     if not setup.run.train.profile or setup.rank != 0:
         return lambda step: None
-    adapter = setup.run.adapter
-    thin = 4 * adapter.rank if isinstance(adapter, LoRA) else 0  # of q, k and v together, say
+    thin = 4 * rank(setup.built.policy)  # of q, k and v together, say
     profile = StepProfile(setup.output, setup.device, first_step=first_step, total_steps=total_steps, thin=thin)
     stack.callback(profile.close)
     return profile.stepped

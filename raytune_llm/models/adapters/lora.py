@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -63,6 +64,12 @@ def add_lora(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # PEFT does it to the adapter, but not to a score head
     return group(adapted)
+
+
+def rank(model: nn.Module) -> int:
+    """The largest of its adapters; 0 without any."""
+    adapted = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return max((rank for layer in adapted for rank in layer.r.values()), default=0)
 
 
 def _in_layers_before(model: PreTrainedModel, last: int) -> str | None:

@@ -6,9 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.autograd import DeviceType
 
 from raytune_llm import api
+from raytune_llm.models.adapters.lora import rank
 from raytune_llm.train.profile import TABLE, TRACE, gpu_rows, table
 from tests.runs import tiny_run
 
@@ -18,9 +21,10 @@ def kernel(name: str, start_us: float, end_us: float, *, note: bool = False) -> 
     return SimpleNamespace(name=name, device_type=DeviceType.CUDA, is_user_annotation=note, time_range=span)
 
 
-def launch(name: str, shapes: list[list[int]], kernels: list[tuple[str, float]]) -> Any:
+def launch(name: str, shapes: list[list[int]], kernels: list[tuple[str, float]], *, within: str | None = None) -> Any:
+    around = None if within is None else SimpleNamespace(name=within, cpu_parent=None)
     launched = [SimpleNamespace(name=kernel, duration=us) for kernel, us in kernels]
-    return SimpleNamespace(name=name, device_type=DeviceType.CPU, input_shapes=shapes, kernels=launched, cpu_parent=None)
+    return SimpleNamespace(name=name, device_type=DeviceType.CPU, input_shapes=shapes, kernels=launched, cpu_parent=around)
 
 
 def test_kernels_are_of_the_kind_of_their_name_and_gaps_are_idle():
@@ -44,6 +48,29 @@ def test_products_with_a_low_rank_matrix_are_loras():
         launch("aten::mm", [[8192, 4096], [4096, 4096]], [("gemm_b", 4000)]),
     ]
     assert dict(gpu_rows(events, thin=32)) == {"matmul": 4, "LoRA": 1, "idle": 0}
+
+
+def test_a_low_rank_product_of_the_loss_stays_the_losss():
+    events = [
+        kernel("head and loss", 0, 1000, note=True),
+        kernel("gemm_a", 0, 1000),
+        kernel("gemm_b", 1000, 5000),
+        launch("aten::mm", [[8192, 8], [8, 4096]], [("gemm_a", 1000)], within="head and loss"),
+    ]
+    assert dict(gpu_rows(events, thin=32)) == {"loss": 1, "matmul": 4, "idle": 0}
+
+
+def test_the_rank_is_that_of_the_adapters_there_are():
+    model = nn.ModuleDict({"q_proj": nn.Linear(32, 32), "lm_head": nn.Linear(32, 32)})
+    assert rank(model) == 0
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], rank_pattern={"lm_head": 16})
+    assert rank(get_peft_model(nn.ModuleDict(model), config)) == 16
+
+
+def test_a_head_with_an_adapter_is_in_the_loss(chat_rows, cache, tmp_path):
+    overrides = ["train.max_steps=3", "train.profile=true", "adapter.targets=[q_proj,lm_head]"]
+    shown = (api.train(tiny_run(chat_rows, cache, tmp_path, *overrides)).output_dir / TABLE).read_text()
+    assert "loss" in shown
 
 
 def test_shares_add_up_and_idle_comes_last():
