@@ -107,6 +107,8 @@ class States:
     buffers: int
     wide_norms: bool
     """Norms have float32 weights and so give float32 out, though products are narrower: every linear layer converts its input."""
+    whole_head: bool = True
+    """It is one matrix at hand. Else its logits are computed again in the backward pass, which keeps nothing of them."""
 
 
 def dimensions(config: PretrainedConfig) -> Dimensions:
@@ -185,9 +187,10 @@ def memory_per_gpu(
     # Gradients of the MLP's product and of its two factors, and of what goes through a norm in float32.
     backward = tokens * (3 * compute * d.intermediate + 2 * FP32 * d.hidden)
     last_norm = tokens * (FP32 + 2 * compute) * d.hidden
-    at_once = min(tokens, chunk_tokens * (TRAINED_CHUNKS if trains_all else 1))
+    keeps_logits = trains_all and states.whole_head
+    at_once = min(tokens, chunk_tokens * (TRAINED_CHUNKS if keeps_logits else 1))
     logits = at_once * d.vocab * (COMPILED_LOGIT_BYTES if compiled else LOGIT_BYTES)
-    before = (tokens - at_once) * d.vocab * compute if trains_all else 0
+    before = (tokens - at_once) * d.vocab * compute if keeps_logits else 0
     return Memory(
         weights=states.weights,
         gradients=states.gradients,
@@ -284,6 +287,7 @@ def deepspeed_states(parameters: Parameters, compute: int, world: int, *, accumu
         optimizer=0 if offload else (FP32 + ADAMW_BYTES) * p.trained // world,
         buffers=buffers,
         wide_norms=False,
+        whole_head=stage < 3,
     )
 
 

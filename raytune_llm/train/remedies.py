@@ -129,7 +129,7 @@ class Remedies:
             "checkpointing": [(f"train.activation_checkpointing={name}",) for name in self._checkpointing()],
             "micro-batch": [("train.micro_batch_size=1",)] if needs.micro_batch_size > 1 else [],
             "sharding": list(self._sharded()),
-            "adapter": [("adapter=lora",)] if needs.parameters.frozen == 0 else [],
+            "adapter": [("adapter=lora",), *self._wide(("adapter=lora",))] if needs.parameters.frozen == 0 else [],
             "quantization": [("quantization=bnb_nf4",)] if self.on_gpu and needs.quantization != "bnb_nf4" else [],
             "reference": [("stage.reference=precomputed",)] if needs.reference == "online" else [],
         }
@@ -146,16 +146,19 @@ class Remedies:
                 yield name
 
     def _sharded(self) -> Iterator[Settings]:
-        """Over the fewest workers first; where the weights are quantized, as they are or else wide."""
+        """Over the fewest workers first."""
         run, world = self.run, self.needs.world_size
         strategy = ("strategy=fsdp",) if isinstance(run.strategy, DDP) else ()
         local = ("resources=local",) if run.resources.name == "inline" else ()
         more = range(world + 1, MAX_WORKERS + 1) if self.on_gpu else ()
         spread = [(*local, f"resources.num_workers={number}") for number in more if run.train.global_batch_size % number == 0]
-        ways = [(*strategy, *workers) for workers in ([()] if world > 1 else []) + spread]
-        wide = ("quantization=none",) if run.quantization.name != "none" else ()
-        yield from (way for way in ways if way)
-        yield from ((*way, *wide) for way in ways if way and wide)
+        ways = [way for workers in ([()] if world > 1 else []) + spread if (way := (*strategy, *workers))]
+        yield from ways
+        yield from self._wide(*ways)
+
+    def _wide(self, *ways: Settings) -> list[Settings]:
+        """What may be refused with quantized weights, without them."""
+        return [] if self.needs.quantization == "none" else [(*way, "quantization=none") for way in ways]
 
 
 def ran_out(

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from raytune_llm.config.adapter import LoRA, NoAdapter
 from raytune_llm.config.load import load_config
 from raytune_llm.config.model import ModelConfig
+from raytune_llm.models.head import TRAINED_CHUNKS
 from raytune_llm.models.memory import (
     Memory,
     Parameters,
@@ -192,6 +193,15 @@ def test_logits_are_what_a_head_holds_at_its_peak(adapter: Any, tokens: int):
     assert estimate.logits == pytest.approx(held.peak, rel=0.1)
 
 
+def test_a_partitioned_head_keeps_no_logits():
+    parameters = count_parameters(SMALL, FULL)
+    logits = []
+    for stage in (2, 3):
+        states = deepspeed_states(parameters, 2, 8, accumulates=False, stage=stage, offload=False)
+        logits.append(memory_per_gpu(dimensions(SMALL), parameters, states, compute=2, tokens=8192).logits)
+    assert logits[0] == TRAINED_CHUNKS * logits[1]
+
+
 class PeakBytes(TorchDispatchMode):
     """The most that tensors made within it take together at any time."""
 
@@ -218,7 +228,7 @@ def test_quantization_takes_frozen_linear_layers_and_no_experts(llama_with_lora:
     mixture = AutoConfig.for_model(
         "mixtral", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_local_experts=4
     )
-    assert quantized_bytes(count_parameters(mixture, lora()), 2, "bnb_nf4") == 0
+    assert quantized_bytes(count_parameters(mixture, replace(lora(), targets=["q_proj"])), 2, "bnb_nf4") == 0
 
 
 def test_a_trained_head_keeps_the_gradients_of_all_logits_before_its_chunk():
