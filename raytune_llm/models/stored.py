@@ -50,15 +50,16 @@ class Stored(nn.Parameter):
             return file.get_slice(self.key)[start:stop]
 
 
-def bring(model: nn.Module, device: torch.device) -> None:
-    """Read what is in files to the device, and move what is not. Tied weights stay tied."""
-    read: dict[Tensor, nn.Parameter] = {}
+def bring(model: nn.Module, device: torch.device) -> dict[nn.Parameter, nn.Parameter]:
+    """Read what is in files to the device, and move what is not. Tied weights stay tied. Returns what took the place of each."""
+    read: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
             if isinstance(weight, Stored):
                 read.setdefault(weight, weight.read(device))
                 module._parameters[name] = read[weight]
     model.to(device)
+    return read
 
 
 def files_of(model: PreTrainedModel, path: str, *, revision: str | None) -> Files | None:

@@ -30,7 +30,7 @@ from raytune_llm.train.flops import Operations, operations
 from raytune_llm.train.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_of
 from raytune_llm.train.optimizers import build_optimizer
 from raytune_llm.train.remedies import held_by_others, ran_out
-from raytune_llm.train.strategies import FIRST_LOADS, spread
+from raytune_llm.train.strategies import FIRST_LOADS, READS_FILES, spread
 from raytune_llm.train.strategies.base import Precision, Strategy
 
 
@@ -152,8 +152,8 @@ class Builder:
         """Where each worker reads weights from by itself, if it keeps a part of them, or fewer bits, and every worker sees the
         files."""
         run = self.run
-        shards = FIRST_LOADS[run.strategy.name]
-        keeps_less = shards or QUANTIZED[run.quantization.name] is not None
+        reads = READS_FILES[run.strategy.name]
+        keeps_less = reads or QUANTIZED[run.quantization.name] is not None
         if not keeps_less or run.model.weights != "pretrained" or run.model.path is None:
             return None
         files = files_to_read(
@@ -163,7 +163,7 @@ class Builder:
             trust_remote_code=run.model.trust_remote_code,
             scores=STAGES[run.stage.name].scores is not None,
         )
-        if not shards:
+        if not reads:
             return files
         seen = torch.tensor(files is not None, dtype=torch.int32, device=self.device)
         dist.all_reduce(seen, op=dist.ReduceOp.MIN)
@@ -172,8 +172,10 @@ class Builder:
     def _loads_to(self, files: Files | None) -> torch.device:
         """Where weights are loaded to. A strategy that shards them reads them from files, or gets them from the first worker's
         host memory."""
+        if files is not None and READS_FILES[self.run.strategy.name]:
+            return torch.device("meta")
         if not FIRST_LOADS[self.run.strategy.name]:
             return self.device
-        if self.rank != 0 or files is not None:
+        if self.rank != 0:
             return torch.device("meta")
         return torch.device("cpu") if self.run.model.weights == "pretrained" else self.device

@@ -102,9 +102,10 @@ def test_accumulation_does_not_show(micro: int, plain: TrainRun, tmp_path: Path)
     assert_same_run(plain, run)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
 @pytest.mark.parametrize("adapter", ["lora", "none"])
-def test_weights_read_by_rows_from_their_file_make_the_same_run(
-    adapter: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
+def test_weights_read_from_their_file_make_the_same_run(
+    adapter: str, strategy: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
 ) -> None:
     first = tiny_run(chat_rows, cache, tmp_path / "first", "adapter=none", "train.max_steps=1", "optimizer.lr=1e-2")
     api.train(first)
@@ -113,7 +114,7 @@ def test_weights_read_by_rows_from_their_file_make_the_same_run(
     saved = ["model=hub", f"model.path={final}", f"adapter={adapter}", "train.max_steps=7"]
     one = tiny_run(chat_rows, cache, tmp_path / "one", *saved)
     api.train(one)
-    two = elsewhere(one, tmp_path / "two", strategy="fsdp", micro=2)
+    two = elsewhere(one, tmp_path / "two", strategy=strategy, micro=2)
     two_workers.run(two, str(prepare(one.model, one.data, one.resources).store.folder))
     assert_same_run(one, two)
 

@@ -34,8 +34,11 @@ def _deepspeed(*args, **settings) -> Strategy:
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {"ddp": _ddp, "fsdp": _fsdp, "deepspeed": _deepspeed}
 """The imports stay inside: DeepSpeed is an optional package, and slow to import."""
+READS_FILES = {"ddp": False, "fsdp": True, "deepspeed": True}
+"""Whether it reads weights from their files by itself, where they can be."""
 FIRST_LOADS = {"ddp": False, "fsdp": True, "deepspeed": False}
-"""Whether the first worker alone loads the model, from which the others get their shards; theirs is without weights."""
+"""Whether, where they can't, the first worker alone loads the model, from which the others get their shards; theirs is without
+weights."""
 
 
 def spread(

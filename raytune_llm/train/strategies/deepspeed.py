@@ -10,6 +10,8 @@ from torch import Tensor
 
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.layers import layers
+from raytune_llm.models.stored import bring
 from raytune_llm.train.strategies.base import Precision, StepOut, trained
 
 
@@ -43,7 +45,7 @@ class DeepSpeedStrategy:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
         if device.type == "cpu" and offload:
             raise ConfigError("strategy.offload", "must be false without a GPU, where everything is in host memory", got=True)
-        self.module, self.device, self.stage = model.to(device), device, stage
+        self.module, self.device, self.stage = model, device, stage
         self.sharded = stage == 3
         zero: dict[str, Any] = {"stage": stage, "overlap_comm": device.type == "cuda", "contiguous_gradients": True}
         if offload:
@@ -61,8 +63,18 @@ class DeepSpeedStrategy:
             "fp16": {"enabled": precision.compute == torch.float16},
             "steps_per_print": 10**9,
         }
+        optimizer = build_optimizer(model.named_parameters(), fused=False)  # by shapes, which partitioned weights do not have
+        read: dict[Any, Any] = {}
+        for unit in (*layers(model), model) if stage == 3 else (model,):
+            read |= bring(unit, device)
+            if stage == 3:
+                # A unit at a time, so that no worker ever holds more than its shards and one unit.
+                for parameter in unit.parameters():
+                    parameter.data = parameter.data.to(precision.compute)  # its one type; buffers keep theirs
+                deepspeed.zero.Init(module=unit, config_dict_or_path=settings)
+        for group in optimizer.param_groups:
+            group["params"] = [read.get(parameter, parameter) for parameter in group["params"]]
         # Frozen weights of other types stay as they are; DeepSpeed casts the module to its one type.
-        optimizer = build_optimizer(self.module.named_parameters(), fused=False)
         engine, ds_optimizer, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)
         self.engine: Any = engine
         self.zero: Any = ds_optimizer
