@@ -134,7 +134,7 @@ class Builder:
 
     @property
     def _usable(self) -> float:
-        return USABLE * torch.cuda.get_device_properties(self.device).total_memory
+        return USABLE * (torch.cuda.get_device_properties(self.device).total_memory - held_by_others(self.device))
 
     def _checkpointing(self) -> tuple[str, str]:
         if not self._auto:
