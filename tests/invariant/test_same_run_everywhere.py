@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from raytune_llm import api
@@ -117,6 +118,22 @@ def test_weights_read_from_their_file_make_the_same_run(
     two = elsewhere(one, tmp_path / "two", strategy=strategy, micro=2)
     two_workers.run(two, str(prepare(one.model, one.data, one.resources).store.folder))
     assert_same_run(one, two)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp strategy.reshard=grad_only"])
+def test_the_best_model_is_the_same_where_weights_lie_gathered_after_the_last_evaluation(
+    strategy: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
+) -> None:
+    overrides = ["adapter=none", "optimizer.lr=1", "train.max_steps=6", "train.eval_every_steps=2", "checkpoint.final=best"]
+    one = tiny_run(chat_rows, cache, tmp_path / "one", *overrides, "checkpoint.every_steps=2")
+    result = api.train(one)
+    evaluated = {record["step"]: record["eval_loss"] for record in metrics(one.output_dir) if "eval_loss" in record}
+    assert min(evaluated, key=lambda step: evaluated[step]) < max(evaluated), evaluated
+    assert result.final
+    two = elsewhere(one, tmp_path / "two", strategy=strategy, micro=2)
+    two_workers.run(two, str(prepare(one.model, one.data, one.resources).store.folder))
+    left, right = weights(one), weights(two)
+    assert all(torch.allclose(left[name], right[name], atol=2e-4) for name in left)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])

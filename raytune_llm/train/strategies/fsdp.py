@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -75,10 +75,21 @@ class FSDPStrategy(OwnOptimizer):
         return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
-        # After a pass that nothing goes back through, parameters may lie gathered, which the optimizer's state is not kept by.
+        self._reshard()
+        return super().state()
+
+    def load(self, sizes: Mapping[str, torch.Size], read: Any) -> None:
+        self._reshard()
+        super().load(sizes, read)
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        self._reshard()
+        yield from super().full_parameters()
+
+    def _reshard(self) -> None:
+        """After a pass that nothing goes back through, parameters may lie gathered, in memory that is FSDP's."""
         for unit in self.units:
             unit.reshard()
-        return super().state()
 
     @contextmanager
     def parts(self) -> Iterator[None]:
