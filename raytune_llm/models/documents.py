@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from raytune_llm.records import Prefixes
-
-BLOCK = 128
-"""Positions to a side of a block, as FlexAttention has them by itself."""
 
 
 def document_numbers(cu_seqlens_S: Tensor, B: int, T: int) -> Tensor:
@@ -60,47 +57,16 @@ def block_masks(
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (document_BT[b, i] == document_BT[b, j]) & (j <= i)
 
-    bounds = None
     if prefixes is not None:
-        bounds = prefix_bounds(prefixes, B, T)
-        seen = partial(_seen_before, seen, *bounds)
-    masks = {0: _by_blocks(seen, document_BT, T, bounds)}
+        first_BT, end_BT = prefix_bounds(prefixes, B, T)
+        seen = partial(_seen_before, seen, first_BT, end_BT)
+    build: Any = create_block_mask
+    device = cu_seqlens_S.device.type
+    masks = {0: build(seen, B, None, T, T, device=device)}
     if window is not None:
-        masks[window] = _by_blocks(partial(_seen_in_window, seen, window), document_BT, window, bounds)
+        near = partial(_seen_in_window, seen, window)
+        masks[window] = build(near, B, None, T, T, device=device)
     return masks
-
-
-def _by_blocks(seen: Callable[..., Tensor], document_BT: Tensor, window: int, bounds: tuple[Tensor, Tensor] | None) -> BlockMask:
-    """`seen` with the blocks that it is true in, for some positions or for all.
-
-    They follow from where blocks begin and end, since documents have no gaps; nothing is as large as the square of T. What
-    documents go on from is taken by blocks of queries as one range, in which `seen` finds what is meant.
-    """
-    T = document_BT.shape[1]
-    first_N = torch.arange(0, T, BLOCK, device=document_BT.device)
-    last_N = (first_N + BLOCK - 1).clamp(max=T - 1)
-    # The nearest pair of a block of queries [N, 1] and an earlier one of keys [N], and the pair that is farthest apart.
-    nearest_BNN = document_BT[:, first_N, None] == document_BT[:, None, last_N]
-    farthest_BNN = document_BT[:, last_N, None] == document_BT[:, None, first_N]
-    earlier_NN = first_N[:, None] > first_N
-    some_BNN = nearest_BNN & earlier_NN & (first_N[:, None] - last_N < window) | (first_N[:, None] == first_N)
-    whole_N1 = (last_N - first_N == BLOCK - 1)[:, None]
-    all_BNN = farthest_BNN & earlier_NN & (last_N[:, None] - first_N < window) & whole_N1
-    if bounds is not None:
-        rest, (first_BT, end_BT) = (0, -T % BLOCK), bounds
-        first_BT = first_BT.masked_fill(end_BT == 0, T)
-        least_BN1 = F.pad(first_BT, rest, value=T).unflatten(1, (-1, BLOCK)).amin(2, keepdim=True)
-        most_BN1 = F.pad(end_BT, rest).unflatten(1, (-1, BLOCK)).amax(2, keepdim=True)
-        some_BNN |= (least_BN1 <= last_N) & (first_N < most_BN1)
-    return BlockMask.from_kv_blocks(
-        *_ordered(some_BNN & ~all_BNN), *_ordered(all_BNN), BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(T, T)
-    )
-
-
-def _ordered(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row has, and which: these, in order, come before the others."""
-    blocks = blocks_BNN[:, None].int()
-    return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).int()
 
 
 def _seen_before(

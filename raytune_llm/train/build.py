@@ -132,7 +132,7 @@ class Builder:
     def _memory_of(self) -> Callable:
         return partial(estimate, self.run, self.config)
 
-    @property
+    @cached_property
     def _usable(self) -> float:
         return USABLE * (torch.cuda.get_device_properties(self.device).total_memory - held_by_others(self.device))
 

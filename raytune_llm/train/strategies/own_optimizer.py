@@ -82,8 +82,9 @@ def clipped_step(
         group["lr"] = lr
     # torch.amp's own protocol for fused optimizers: they divide by the one and skip themselves by the other. They take them where
     # the parameters are, and would not wait for a copy to host memory.
-    optimizer.grad_scale = shrink.reciprocal().to(grads[0].device)  # type: ignore[attr-defined]
-    optimizer.found_inf = overflow.float().to(grads[0].device)  # type: ignore[attr-defined]
+    where = parameters[0].device
+    optimizer.grad_scale = shrink.reciprocal().to(where)  # type: ignore[attr-defined]
+    optimizer.found_inf = overflow.float().to(where)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     scale.update(overflow)
