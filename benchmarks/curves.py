@@ -25,7 +25,7 @@ PATHS = {
     PLAIN: ["model.attention=sdpa", "train.compile=false"],
     "fast": ["train.compile=true"],
     "fast_full": ["train.compile=true", "train.activation_checkpointing=full"],
-    "fp8": ["train.compile=true", "quantization=fp8", "quantization.wide=[]"],
+    "fp8": ["train.compile=true", "quantization=fp8", "quantization.skip_modules=[]"],
     "fp8_wide": ["train.compile=true", "quantization=fp8"],
     "nf4": ["train.compile=true", "quantization=bnb_nf4"],
 }

@@ -4,8 +4,8 @@
 
 A variant over several workers runs where there are as many GPUs. Prints JSON: for each variant real tokens/s of a worker
 (padding not counted), the median step, peak memory and mfu: 4 operations a frozen weight and token (6 a trained one), and 12 for
-each number of the query heads as often as a token looks at one before it in its document, against the rate of a bf16
-8192 x 8192 x 8192 product measured just before (train/flops.py). Steps are the loop's own (`train.loop.one_step`): forward,
+each number of the query heads as often as there are query-key pairs, against the rate of a bf16
+8192 x 8192 x 8192 product measured just before (memory/flops.py). Steps are the loop's own (`train.loop.one_step`): forward,
 backward, clipping, fused AdamW, metrics.
 """
 
@@ -38,10 +38,10 @@ from raytune_llm.data.batches import collate, pinned
 from raytune_llm.data.loader import JOINED_MULTIPLE, Step
 from raytune_llm.data.packing import plan
 from raytune_llm.models.load import load_config as load_model_config
+from raytune_llm.report.profile import TABLE, StepProfile
+from raytune_llm.runs.build import Builder
 from raytune_llm.stages import STAGES
-from raytune_llm.train.build import Builder
 from raytune_llm.train.loop import Learner, one_step
-from raytune_llm.train.profile import TABLE, StepProfile
 from raytune_llm.train.window import Window
 
 LLAMA = {
@@ -76,7 +76,7 @@ class Variant:
 
 
 LORA = ("adapter=lora", "adapter.rank=8", "adapter.alpha=16", "adapter.dropout=0.0")
-ALL_FP8 = ("quantization=fp8", "quantization.wide=[]")
+ALL_FP8 = ("quantization=fp8", "quantization.skip_modules=[]")
 FULL_8B = ("adapter=none", "strategy=fsdp", "train.activation_checkpointing=none")
 VARIANTS = {
     "lora": Variant("llama3_8b", LORA),
@@ -184,11 +184,11 @@ def measure(
     learner = Learner(strategy=built.strategy, objective=objective, device=device)
 
     def advance(number: int) -> tuple[int, int]:
-        """Tokens and looks of so many steps."""
+        """Tokens and attention_pairs of so many steps."""
         done = list(islice(endless, number))
         for step in done:
             one_step(learner, step, window, lr=1e-5, seed=0)
-        return sum(step.tokens for step in done), sum(batch.looks for step in done for batch in step.batches)
+        return sum(step.tokens for step in done), sum(batch.attention_pairs for step in done for batch in step.batches)
 
     advance(1)
     first_loss = window.read()["loss"]
@@ -199,10 +199,10 @@ def measure(
     num_steps = min(num_steps, variant.warmup + 2)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]
     started = time.perf_counter()
-    tokens = looks = 0
+    tokens = attention_pairs = 0
     marks[0].record()
     for mark in marks[1:]:
-        tokens, looks = (a + b for a, b in zip((tokens, looks), advance(1), strict=True))
+        tokens, attention_pairs = (a + b for a, b in zip((tokens, attention_pairs), advance(1), strict=True))
         mark.record()
     issued = time.perf_counter() - started
     torch.cuda.synchronize()
@@ -214,7 +214,7 @@ def measure(
         "issue_s": round(issued / num_steps, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
-        "mfu": round(built.operations.of(tokens, looks) / seconds / matmul, 4),
+        "mfu": round(built.operations.of(tokens, attention_pairs) / seconds / matmul, 4),
         "tokens": round(tokens / num_steps),
         "loss": round(first_loss[0] / first_loss[1], 4),
         "loss_after": round((lambda pair: pair[0] / pair[1])(window.read()["loss"]), 4),

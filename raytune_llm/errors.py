@@ -1,10 +1,10 @@
-"""What a user can mend. Everything else that goes wrong is an assertion or a bug, and keeps its traceback."""
+"""What a user can fix. Everything else that goes wrong is an assertion or a bug, and keeps its traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake or a circumstance that the user can mend: shown without a traceback, exit code 2."""
+    """A mistake or a circumstance that the user can fix: shown without a traceback, exit code 2."""
 
     exit_code = 2
 
@@ -12,39 +12,39 @@ class UserError(Exception):
 class ConfigError(UserError):
     """A setting breaks a rule: `train.epochs must be at least 1, got 0. Raise it.`"""
 
-    def __init__(self, setting: str, rule: str, *, got: object = None, remedy: str = "") -> None:
-        super().__init__(setting, rule, got, remedy)
-        self.setting, self.rule, self.got, self.remedy = setting, rule, got, remedy
+    def __init__(self, setting: str, rule: str, *, got: object = None, fix: str = "") -> None:
+        super().__init__(setting, rule, got, fix)
+        self.setting, self.rule, self.got, self.fix = setting, rule, got, fix
 
     def __reduce__(self):
-        return _config_error, (self.setting, self.rule, self.got, self.remedy)
+        return _config_error, (self.setting, self.rule, self.got, self.fix)
 
     def __str__(self) -> str:
         got = "" if self.got is None else f", got {self.got!r}" if isinstance(self.got, str) else f", got {self.got}"
-        return f"{self.setting} {self.rule}{got}. {self.remedy}".rstrip()
+        return f"{self.setting} {self.rule}{got}. {self.fix}".rstrip()
 
 
-def _config_error(setting: str, rule: str, got: object, remedy: str) -> ConfigError:
-    return ConfigError(setting, rule, got=got, remedy=remedy)
+def _config_error(setting: str, rule: str, got: object, fix: str) -> ConfigError:
+    return ConfigError(setting, rule, got=got, fix=fix)
 
 
 class DataError(UserError):
-    """Data can't be used: says the file (and row, counted from 1), what is wrong with it, and the remedy."""
+    """Data can't be used: says the file (and row, counted from 1), what is wrong with it, and the fix."""
 
-    def __init__(self, where: str, problem: str, remedy: str = "") -> None:
-        super().__init__(where, problem, remedy)
-        self.where, self.problem, self.remedy = where, problem, remedy
+    def __init__(self, where: str, problem: str, fix: str = "") -> None:
+        super().__init__(where, problem, fix)
+        self.where, self.problem, self.fix = where, problem, fix
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.problem}. {self.remedy}".rstrip()
+        return f"{self.where}: {self.problem}. {self.fix}".rstrip()
 
 
 class ResourceError(UserError):
     """The machine or the cluster lacks something: disk, memory, workers, a package."""
 
-    def __init__(self, lacking: str, remedy: str = "") -> None:
-        super().__init__(lacking, remedy)
-        self.lacking, self.remedy = lacking, remedy
+    def __init__(self, lacking: str, fix: str = "") -> None:
+        super().__init__(lacking, fix)
+        self.lacking, self.fix = lacking, fix
 
     def __str__(self) -> str:
-        return f"{self.lacking}. {self.remedy}".rstrip()
+        return f"{self.lacking}. {self.fix}".rstrip()

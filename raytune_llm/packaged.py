@@ -55,7 +55,7 @@ def _ask_hub(path: str) -> None:
             "model.path",
             f"must be a folder, since no hub answers at {address}",
             got=path,
-            remedy="Copy the model here, or set HF_ENDPOINT to a hub that this machine reaches.",
+            fix="Copy the model here, or set HF_ENDPOINT to a hub that this machine reaches.",
         )
 
 

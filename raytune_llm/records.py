@@ -158,8 +158,8 @@ class Batch:
     on from is there for each of them.
     weights_N is float32, what each of them counts in the loss; none where all count 1.
     cu_seqlens_S are the boundaries of the documents in the flattened batch (int32, from 0 to B * T; padding is a document too).
-    looks counts how often, in a layer, a token looks at one before it in its document or at itself; padding is left out, and what
-    the batch holds of other batches is in it.
+    attention_pairs counts the query-key pairs of a layer: a token and itself or one before it in its document; padding is left
+    out, and what the batch holds of other batches is in it.
     sample_ids name the samples (packs or rows, by their number in the train split) that are in it.
     seed is the step's: what is drawn for a document, not for a batch, starts from it.
     """
@@ -172,7 +172,7 @@ class Batch:
     max_seqlen: int
     weights_N: Tensor | None = None
     prefixes: Prefixes | None = None
-    looks: int = 0
+    attention_pairs: int = 0
     sample_ids: tuple[int, ...] = ()
     seed: int = 0
 

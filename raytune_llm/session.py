@@ -41,7 +41,7 @@ def connect(resources: Local | Cluster) -> None:
             "resources.address",
             "must be given where RAY_ADDRESS is not set",
             got="null",
-            remedy="Say, resources.address=auto on a node of the cluster, or resources=local.",
+            fix="Say, resources.address=auto on a node of the cluster, or resources=local.",
         )
     _answers(address)
     try:

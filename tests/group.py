@@ -64,7 +64,7 @@ def _serve(rank: int, world: int, port: int, device_type: str, jobs: Any, result
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.distributed.init_process_group(COLLECTIVES[device.type])
-    from raytune_llm.train.worker import work
+    from raytune_llm.runs.worker import work
 
     while (job := jobs.get()) is not None:
         run, store, stop_after = job
@@ -79,6 +79,6 @@ def _serve(rank: int, world: int, port: int, device_type: str, jobs: Any, result
 
 
 def metrics(output_dir: str) -> list[dict[str, Any]]:
-    from raytune_llm.train.report import read_metrics
+    from raytune_llm.report.metrics import read_metrics
 
     return read_metrics(Path(output_dir) / "metrics.jsonl")

@@ -63,7 +63,7 @@ def _packages(packages: tuple[Package, ...]) -> Table:
 
 def _finding(finding: Finding) -> str:
     mark = "[red]✗[/red]" if finding.stops_training else "[yellow]![/yellow]"
-    return f"{mark} {escape(finding.what)}, which costs {escape(finding.costs)}. [dim]{escape(finding.remedy)}[/dim]"
+    return f"{mark} {escape(finding.what)}, which costs {escape(finding.costs)}. [dim]{escape(finding.fix)}[/dim]"
 
 
 def _plain() -> Table:

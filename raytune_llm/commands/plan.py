@@ -14,8 +14,8 @@ from raytune_llm.config.adapter import LoRA
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.data.batches import KINDS
-from raytune_llm.models.memory import Memory
-from raytune_llm.plan import Data, Plan, Verdict
+from raytune_llm.memory.model import Memory
+from raytune_llm.runs.plan import Data, Plan, Verdict
 from raytune_llm.stages import STAGES
 
 GIB = 2**30
@@ -43,7 +43,7 @@ def main(run: TrainRun) -> int:
     for table in (_choices(run, planned), _memory(planned.memory), _verdicts(planned)):
         console.print(table, highlight=False)
         console.print()
-    for line in chain.from_iterable(map(_mends, planned.misfits)):
+    for line in chain.from_iterable(map(_fix_lines, planned.misfits)):
         console.print(line, highlight=False, soft_wrap=True)
     if planned.data is None and not run.data.streaming:
         console.print(
@@ -131,14 +131,14 @@ def _verdicts(planned: Plan) -> Table:
     return table
 
 
-def _mends(misfit: Verdict) -> Iterator[str]:
+def _fix_lines(misfit: Verdict) -> Iterator[str]:
     place = f"{escape(misfit.device.name)} ({misfit.device.memory / GIB:.0f} GiB)"
-    if not misfit.mends:
+    if not misfit.fixes:
         yield f"{place} would still be too small with every change that plan tries."
         return
     yield f"{place} would do with"
-    for mend in misfit.mends:
-        yield f"  {' '.join(mend.settings)}  [dim]{mend.memory.total / GIB:.1f} GiB a worker[/dim]"
+    for fix in misfit.fixes:
+        yield f"  {' '.join(fix.settings)}  [dim]{fix.memory.total / GIB:.1f} GiB a worker[/dim]"
 
 
 def _plain(title: str | None = None) -> Table:

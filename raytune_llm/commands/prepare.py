@@ -19,7 +19,7 @@ from raytune_llm.data.batches import KINDS
 from raytune_llm.data.loader import Samples
 from raytune_llm.data.pipeline import Prepared
 from raytune_llm.data.store import Store
-from raytune_llm.data.tokenizer import run_tokenizer
+from raytune_llm.data.tokens.tokenizer import run_tokenizer
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -28,7 +28,7 @@ def main(run: PrepareRun) -> int:
     console = Console()
     prepared = prepare_with_progress(run, console)
     tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=prepared.store.kind != "text")
-    shares = shares_requests(run, prepared.store.kind, tokenizer)
+    shares = shares_prompts(run, prepared.store.kind, tokenizer)
     for title, store in (("train", prepared.store), ("eval", prepared.eval_store)):
         if store is not None:
             console.print(_summary(title, store, run.data.max_length, share_prompts=shares))
@@ -44,7 +44,7 @@ def main(run: PrepareRun) -> int:
     return 0
 
 
-def shares_requests(run: PrepareRun, kind: str, tokenizer: PreTrainedTokenizerFast) -> bool:
+def shares_prompts(run: PrepareRun, kind: str, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether packs hold one copy of a request for both of its answers."""
     if not KINDS[kind].shares and run.data.share_prompts is not True:
         return False

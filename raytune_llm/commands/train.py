@@ -17,10 +17,10 @@ from raytune_llm.__main__ import BEGAN
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.stage import Pretrain, Reward
 from raytune_llm.evaluate.exact_match import ExactMatch
-from raytune_llm.train.profile import TABLE, TRACE
-from raytune_llm.train.progress import ProgressBar
-from raytune_llm.train.samples import Sample
-from raytune_llm.train.worker import Begin, ReferencePass
+from raytune_llm.report.profile import TABLE, TRACE
+from raytune_llm.report.progress import ProgressBar
+from raytune_llm.runs.samples import Sample
+from raytune_llm.runs.worker import Begin, ReferencePass
 
 SAMPLES = 3
 SHOWN_CHARS = 300

@@ -26,7 +26,7 @@ class Call:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError("the command line", f"can't be read: {message}", remedy="See --help.")
+        raise ConfigError("the command line", f"can't be read: {message}", fix="See --help.")
 
 
 def parse(verb: str, argv: list[str]) -> Call:

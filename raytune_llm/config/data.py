@@ -173,26 +173,22 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.mask_history and self.train_on_prompt:
-            raise ConfigError(
-                "data.mask_history", "must be false where data.train_on_prompt is true", got=True, remedy="Take one."
-            )
+            raise ConfigError("data.mask_history", "must be false where data.train_on_prompt is true", got=True, fix="Take one.")
         if bool(self.names) != (self.dataset_info is not None):
             raise ConfigError(
                 "data.names",
                 "must name entries of data.dataset_info, and needs it",
                 got=self.names,
-                remedy="Say, data.dataset_info=data/dataset_info.json data.names=[identity].",
+                fix="Say, data.dataset_info=data/dataset_info.json data.names=[identity].",
             )
         if self.dataset_info is not None and self.path is not None:
-            raise ConfigError("data.path", "must be null where data.dataset_info is given", got=self.path, remedy="Take one.")
+            raise ConfigError("data.path", "must be null where data.dataset_info is given", got=self.path, fix="Take one.")
         shares = {"data.mix_weights": self.mix_weights, "data.mix_temperature": self.mix_temperature}
         for setting, value in shares.items():
             if value is not None and self.mix == "concat":
-                raise ConfigError(
-                    setting, "must be null where data.mix=concat", got=value, remedy="Set data.mix=interleave_over."
-                )
+                raise ConfigError(setting, "must be null where data.mix=concat", got=value, fix="Set data.mix=interleave_over.")
         if self.mix != "concat" and len(self.names) < 2:
-            raise ConfigError("data.mix", "needs several data.names", got=self.mix, remedy="Set data.mix=concat.")
+            raise ConfigError("data.mix", "needs several data.names", got=self.mix, fix="Set data.mix=concat.")
         if None not in shares.values():
             raise ConfigError("data.mix_temperature", "must be null where data.mix_weights is given", got=self.mix_temperature)
         for setting, values in (("data.mix_weights", self.mix_weights), ("data.mix_epochs", self.mix_epochs)):
@@ -214,9 +210,9 @@ class DataConfig:
         given = {"data.eval_path": self.eval_path, "data.eval_names": self.eval_names, "data.eval_fraction": self.eval_fraction}
         several = [setting for setting, value in given.items() if value]
         if len(several) > 1:
-            raise ConfigError(several[1], f"can't go with {several[0]}", got=given[several[1]], remedy="Take one.")
+            raise ConfigError(several[1], f"can't go with {several[0]}", got=given[several[1]], fix="Take one.")
         if self.eval_names and self.dataset_info is None:
-            raise ConfigError("data.eval_names", "needs data.dataset_info", got=self.eval_names, remedy="Or set data.eval_path.")
+            raise ConfigError("data.eval_names", "needs data.dataset_info", got=self.eval_names, fix="Or set data.eval_path.")
         if isinstance(self.eval_fraction, dict):
             for name, fraction in self.eval_fraction.items():
                 if name not in self.names:
@@ -228,4 +224,4 @@ class DataConfig:
 
 def _below_one(setting: str, fraction: float) -> None:
     if fraction == 1:
-        raise ConfigError(setting, "must be at least 0 and below 1", got=fraction, remedy="Say, 0.1.")
+        raise ConfigError(setting, "must be at least 0 and below 1", got=fraction, fix="Say, 0.1.")

@@ -246,8 +246,8 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
         group, _, option = match[1].rpartition("/")
         found = options(group, config_dir)
         near = difflib.get_close_matches(option, found, n=1)
-        remedy = f"Did you mean {group}={near[0]}?" if near else f"There are: {', '.join(found) or 'none'}."
-        return ConfigError(f"{group}", "must be one of its options", got=option, remedy=remedy)
+        fix = f"Did you mean {group}={near[0]}?" if near else f"There are: {', '.join(found) or 'none'}."
+        return ConfigError(f"{group}", "must be one of its options", got=option, fix=fix)
     if match := re.search(r"Cannot find primary config '([^']+)'", text):
         return ConfigError("--config-name", f"must be a YAML file of {config_dir or CONF}", got=match[1])
     if match := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in", text):
@@ -263,20 +263,20 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
         match = re.search(r"Error parsing override '([^']*)'", text)
         got = match[1] if match else " ".join(overrides)
         return ConfigError(
-            "an override", "must read key=value", got=got, remedy="Quote values with spaces or brackets: 'key=[a,b]'."
+            "an override", "must read key=value", got=got, fix="Quote values with spaces or brackets: 'key=[a,b]'."
         )
     if match := re.search(r"Multiple values for (\S+?)[.\s]", text):
-        return ConfigError(match[1], "was chosen twice", remedy="Choose it once.")
+        return ConfigError(match[1], "was chosen twice", fix="Choose it once.")
     if match := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
-        return ConfigError(match[1], "exists already", remedy=f"Write {match[1]}=... without the plus sign.")
+        return ConfigError(match[1], "exists already", fix=f"Write {match[1]}=... without the plus sign.")
     return ConfigError("the config", f"can't be composed: {_first_line(error)}")
 
 
 def _unknown_key(key: str, known: list[str]) -> ConfigError:
     known = [name for name in known if name != key]
     near = difflib.get_close_matches(key, known, n=1) or _same_last_part(key, known)
-    remedy = f"Did you mean {near[0]}?" if near else "`python -m raytune_llm train --cfg job` shows every setting."
-    return ConfigError(key, "is no setting", remedy=remedy)
+    fix = f"Did you mean {near[0]}?" if near else "`python -m raytune_llm train --cfg job` shows every setting."
+    return ConfigError(key, "is no setting", fix=fix)
 
 
 def _same_last_part(key: str, known: list[str]) -> list[str]:
@@ -316,10 +316,10 @@ def _of_other_options(keys: Sequence[str], values: Mapping[str, Any]) -> ConfigE
         return None
     chosen, others = f"{group}={values[group]['name']}", " or ".join(sorted({option for key in found for option in owners[key]}))
     if len(found) == 1:
-        remedy = f"It is one of {others}. Where an experiment sets it, add ~{keys[0]}."
-        return ConfigError(keys[0], f"is no setting of {chosen}", got=values[group][keys[0].partition(".")[2]], remedy=remedy)
-    remedy = f"They are of {others}. Where an experiment sets them, add {' '.join(f'~{key}' for key in found)}."
-    return ConfigError(f"{', '.join(found[:-1])} and {found[-1]}", f"are no settings of {chosen}", remedy=remedy)
+        fix = f"It is one of {others}. Where an experiment sets it, add ~{keys[0]}."
+        return ConfigError(keys[0], f"is no setting of {chosen}", got=values[group][keys[0].partition(".")[2]], fix=fix)
+    fix = f"They are of {others}. Where an experiment sets them, add {' '.join(f'~{key}' for key in found)}."
+    return ConfigError(f"{', '.join(found[:-1])} and {found[-1]}", f"are no settings of {chosen}", fix=fix)
 
 
 def _named(error: ValidationError, values: dict[str, Any]) -> ConfigError:
@@ -329,7 +329,7 @@ def _named(error: ValidationError, values: dict[str, Any]) -> ConfigError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return cause
-    setting, remedy = _path(first, values), ""
+    setting, fix = _path(first, values), ""
     match first["type"]:
         case "missing":
             return ConfigError(setting, "must be given")
@@ -339,14 +339,14 @@ def _named(error: ValidationError, values: dict[str, Any]) -> ConfigError:
         case "literal_error":
             known = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
             near = difflib.get_close_matches(str(first["input"]), known, n=1)
-            remedy = f"Did you mean {near[0]}?" if near else ""
+            fix = f"Did you mean {near[0]}?" if near else ""
         case "union_tag_invalid":
             expected = first["ctx"]["expected_tags"].replace("'", "")
             return ConfigError(f"{setting}.name", f"must be one of {expected}", got=first["ctx"]["tag"])
     rule = first["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
     rule = rule.replace("less than or equal to", "at most").replace("less than", "below").replace("greater than", "above")
     rule = re.sub(r"must be a valid (\w+)", lambda m: f"must be {_article(m[1])}", rule)
-    return ConfigError(setting, rule, got=first["input"], remedy=remedy)
+    return ConfigError(setting, rule, got=first["input"], fix=fix)
 
 
 def _path(complaint: Mapping[str, Any], values: Any) -> str:

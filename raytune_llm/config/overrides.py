@@ -30,7 +30,7 @@ def changed(run: Run, overrides: Sequence[str]) -> Run:
     for override in overrides:
         path, _, value = override.partition("=")
         if path in seen:
-            raise ConfigError(path, "was chosen twice", remedy="Choose it once.")
+            raise ConfigError(path, "was chosen twice", fix="Choose it once.")
         seen.add(path)
         group, _, setting = path.partition(".")
         if setting:

@@ -14,11 +14,11 @@ class NoQuantization:
 
 @section
 class FP8:
-    """Products in FP8, with a scale a row; frozen weights are held in it too, trained ones stay wide. Needs a GPU of the Hopper
-    kind or later."""
+    """Products in FP8, with a scale a row; frozen weights are held in it too, trained ones keep their type. Needs a Hopper
+    GPU (sm_90) or later."""
 
     name: Literal["fp8"]
-    wide: Literal["auto"] | list[str]
+    skip_modules: Literal["auto"] | list[str]
     """Linear layers that stay in the run's precision, by the last part of their names. auto: those that make queries, keys and
     values, where the rounding costs most loss for its gain; [] for none."""
 

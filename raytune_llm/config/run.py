@@ -107,7 +107,7 @@ class ImportRun:
 
     def __post_init__(self) -> None:
         if self.file is None:
-            raise ConfigError("file", "must name a training file of LLaMA-Factory", remedy="Say, raytune-llm import FILE.yaml.")
+            raise ConfigError("file", "must name a training file of LLaMA-Factory", fix="Say, raytune-llm import FILE.yaml.")
         if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
             raise ConfigError("name", "must be of letters, digits, dots, hyphens and underscores", got=self.name)
 
@@ -130,7 +130,7 @@ def _batch_sizes_fit(run: TrainRun) -> None:
             "train.global_batch_size",
             f"must be a multiple of train.micro_batch_size x resources.num_workers = {micro} x {world}",
             got=total,
-            remedy=f"Take {-(-total // (micro * world)) * micro * world}, or a smaller train.micro_batch_size.",
+            fix=f"Take {-(-total // (micro * world)) * micro * world}, or a smaller train.micro_batch_size.",
         )
 
 
@@ -150,7 +150,7 @@ def _held_out_rows_exist_where_they_are_used(run: TrainRun) -> None:
                 setting,
                 "needs held-out rows",
                 got=value,
-                remedy="Set data.eval_fraction (say 0.1) or data.eval_path.",
+                fix="Set data.eval_fraction (say 0.1) or data.eval_path.",
             )
 
 
@@ -162,19 +162,19 @@ def _model_is_given(model: ModelConfig) -> None:
             "model.path",
             "must name a folder or a hub id where model.weights=pretrained",
             got="null",
-            remedy="Set model.path, choose another model=..., or set model.weights=random with model.config.",
+            fix="Set model.path, choose another model=..., or set model.weights=random with model.config.",
         )
     if "model_type" not in model.config:
         raise ConfigError(
-            "model.config", "must hold model_type where model.path is none", got=model.config, remedy="Say, {model_type: llama}."
+            "model.config", "must hold model_type where model.path is none", got=model.config, fix="Say, {model_type: llama}."
         )
     if model.tokenizer is None:
-        raise ConfigError("model.tokenizer", "must be given where model.path is none", remedy="Say, model.tokenizer=bytes.")
+        raise ConfigError("model.tokenizer", "must be given where model.path is none", fix="Say, model.tokenizer=bytes.")
 
 
 def _data_are_given(data: DataConfig) -> None:
     if data.path is None and data.dataset_info is None:
-        raise ConfigError("data.path", "must name a file, a folder or a hub data set", remedy="Say, data.path=rows.jsonl.")
+        raise ConfigError("data.path", "must name a file, a folder or a hub data set", fix="Say, data.path=rows.jsonl.")
 
 
 def _streams_know_what_they_need(run: TrainRun) -> None:
@@ -188,7 +188,7 @@ def _streams_know_what_they_need(run: TrainRun) -> None:
                 setting,
                 "must be given where data.streaming=true: the end of an epoch is not known beforehand",
                 got="null",
-                remedy=f"Say, {setting}=1000, or set data.streaming=false.",
+                fix=f"Say, {setting}=1000, or set data.streaming=false.",
             )
     refused = {
         "train.epochs": (run.train.epochs, run.train.epochs != 1, "Leave it at 1: train.max_steps says how long."),
@@ -201,9 +201,9 @@ def _streams_know_what_they_need(run: TrainRun) -> None:
         ),
         "data.mix_epochs": (run.data.mix_epochs, run.data.mix_epochs, "Take it away, or set data.streaming=false."),
     }
-    for setting, (value, given, remedy) in refused.items():
+    for setting, (value, given, fix) in refused.items():
         if given:
-            raise ConfigError(setting, "can't go with data.streaming=true", got=value, remedy=remedy)
+            raise ConfigError(setting, "can't go with data.streaming=true", got=value, fix=fix)
 
 
 def _sharding_has_workers(run: TrainRun) -> None:
@@ -212,7 +212,7 @@ def _sharding_has_workers(run: TrainRun) -> None:
             "strategy",
             "must be ddp where resources=inline, which is one process without a process group",
             got=run.strategy.name,
-            remedy="Take resources=local.",
+            fix="Take resources=local.",
         )
 
 
@@ -224,7 +224,7 @@ def _anchored_policies_have_a_new_adapter(run: TrainRun) -> None:
             "stage.loss",
             "can be asft with a new adapter only (adapter=lora adapter.path=null): its reference is the model without it",
             got="asft",
-            remedy="Take stage.loss=dft, or merge the adapter that there is into the model.",
+            fix="Take stage.loss=dft, or merge the adapter that there is into the model.",
         )
 
 
@@ -257,7 +257,7 @@ def _stages_read_what_is_said_of_their_rows(stage: StageConfig, data: DataConfig
         unread["data.format.margin"] = data.format.margin
     for setting, value in unread.items():
         if value:
-            raise ConfigError(setting, f"is not read with stage={stage.name}", got=value, remedy="Leave it out.")
+            raise ConfigError(setting, f"is not read with stage={stage.name}", got=value, fix="Leave it out.")
 
 
 def _quantized_weights_are_frozen_and_whole(run: TrainRun) -> None:
@@ -267,7 +267,7 @@ def _quantized_weights_are_frozen_and_whole(run: TrainRun) -> None:
             "quantization",
             "must be none or fp8 where adapter=none, since weights of four bits can't be trained",
             got=run.quantization.name,
-            remedy="Take adapter=lora.",
+            fix="Take adapter=lora.",
         )
     if run.quantization.name == "none" or run.strategy.name == "ddp" or (trains_all and run.strategy.name == "fsdp"):
         return
@@ -275,20 +275,20 @@ def _quantized_weights_are_frozen_and_whole(run: TrainRun) -> None:
         "strategy",
         f"must be ddp{' or fsdp' if trains_all else ''} where quantization={run.quantization.name}",
         got=run.strategy.name,
-        remedy="Take strategy=ddp or quantization=none.",
+        fix="Take strategy=ddp or quantization=none.",
     )
 
 
 def _layers_can_be_compiled(run: TrainRun) -> None:
     if run.train.compile is True and run.uncompiled is not None:
-        raise ConfigError("train.compile", f"can't be true: {run.uncompiled}", got=True, remedy="Take train.compile=auto.")
+        raise ConfigError("train.compile", f"can't be true: {run.uncompiled}", got=True, fix="Take train.compile=auto.")
     never = run.train.compile is False or run.uncompiled is not None
     if run.train.activation_checkpointing == "selective" and never:
         raise ConfigError(
             "train.activation_checkpointing",
             f"can be selective where layers are compiled only{f': {run.uncompiled}' if run.uncompiled else ''}",
             got="selective",
-            remedy="Take full.",
+            fix="Take full.",
         )
 
 
@@ -302,5 +302,5 @@ def _references_can_be_had(run: TrainRun) -> None:
             "stage.reference",
             "must be precomputed with strategy=zero3, whose model can't be run as another within a step",
             got=stage.reference,
-            remedy="Set stage.reference=precomputed, or take strategy=fsdp.",
+            fix="Set stage.reference=precomputed, or take strategy=fsdp.",
         )

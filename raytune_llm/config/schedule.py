@@ -24,7 +24,7 @@ class Warmup:
                 "schedule.warmup_steps",
                 "must be given where schedule.warmup_ratio is null, and only there",
                 got="null" if self.warmup_steps is None else self.warmup_steps,
-                remedy="Set one of the two, and the other to null.",
+                fix="Set one of the two, and the other to null.",
             )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from raytune_llm.data.store import Rows
-from raytune_llm.data.truncation import shares
+from raytune_llm.data.tokens.truncation import shares
 from raytune_llm.records import AnswerBatch, Batch, LabeledBatch, PairBatch, Prefixes
 
 PADDING_DOCUMENT = 64
@@ -105,7 +105,7 @@ def _pair_batch(made: list[Fields], rows: np.ndarray, partners: np.ndarray, stor
 def _labeled_batch(made: list[Fields], rows: np.ndarray, partners: np.ndarray, store: Rows) -> LabeledBatch:
     own, other = made
     return LabeledBatch(
-        **{**own.batch, "looks": own.batch["looks"] + other.batch["looks"]},
+        **{**own.batch, "attention_pairs": own.batch["attention_pairs"] + other.batch["attention_pairs"]},
         documents_N=own.documents_N,
         answers_P=own.numbers,
         mismatched=AnswerBatch(**other.batch, documents_N=other.documents_N, answers_P=other.numbers),
@@ -153,7 +153,7 @@ def fields(
     documents = [[Document(*document) for document in line] for line in lines]
     longest = max((len(one.ids) for line in documents for one in line), default=0) or min(length, PADDING_DOCUMENT)
     ramp = np.arange(max((len(one.ids) + one.prefix for line in documents for one in line), default=longest))
-    boundaries, numbers, counts, looks = [0], [], [], 0
+    boundaries, numbers, counts, attention_pairs = [0], [], [], 0
     trained, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     weights: list[float] = []
     """Of each trained range."""
@@ -166,7 +166,7 @@ def fields(
             weights.extend(of_spans if len(of_spans) else [1.0] * (len(spans) // 2))
             ids_L[at:end] = ids
             positions_L[at:end] = ramp[prefix : prefix + len(ids)]
-            looks += len(ids) * (len(ids) + 1) // 2 + len(ids) * prefix
+            attention_pairs += len(ids) * (len(ids) + 1) // 2 + len(ids) * prefix
             count = 0
             for start, stop in spans.reshape(-1, 2).tolist():
                 start = start if prefix else max(start, 1)  # nothing predicts the first token
@@ -201,7 +201,7 @@ def fields(
             "cu_seqlens_S": torch.tensor(boundaries, dtype=torch.int32),
             "max_seqlen": longest,
             "prefixes": _prefixes(np.array(prefixed)) if prefixed else None,
-            "looks": looks,
+            "attention_pairs": attention_pairs,
             "sample_ids": sample_ids,
         },
         numbers_M,

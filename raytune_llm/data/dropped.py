@@ -20,9 +20,9 @@ class BadRow(Exception):
 class RefusedRow(Exception):
     """A row that stops the whole run; the pipeline adds the file and the row's number and raises a DataError."""
 
-    def __init__(self, problem: str, remedy: str) -> None:
-        super().__init__(problem, remedy)
-        self.problem, self.remedy = problem, remedy
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(problem, fix)
+        self.problem, self.fix = problem, fix
 
 
 @dataclass

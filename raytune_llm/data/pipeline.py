@@ -23,12 +23,11 @@ from raytune_llm import session
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.resources import Inline, ResourcesConfig
-from raytune_llm.data import sources
-from raytune_llm.data.chunks import Chunk, Source
-from raytune_llm.data.declarations import Declared, declared, declared_for_evaluation
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.formats import Reading, converter
-from raytune_llm.data.named_templates import NamedTemplate
+from raytune_llm.data.readers import sources
+from raytune_llm.data.readers.chunks import Chunk, Source
+from raytune_llm.data.readers.declarations import Declared, declared, declared_for_evaluation
 from raytune_llm.data.rows import Targets
 from raytune_llm.data.shards import Recipe, Timed, fetched, prepare_chunk
 from raytune_llm.data.store import (
@@ -45,9 +44,10 @@ from raytune_llm.data.store import (
     under_construction,
     write_outline,
 )
-from raytune_llm.data.templates import ChatTemplate, NamedChat, PlainText, Renderer
-from raytune_llm.data.tokenize import BlockTokenizer
-from raytune_llm.data.tokenizer import fingerprint, run_tokenizer
+from raytune_llm.data.templates.named import NamedTemplate
+from raytune_llm.data.templates.render import ChatTemplate, NamedChat, PlainText, Renderer
+from raytune_llm.data.tokens.tokenize import BlockTokenizer
+from raytune_llm.data.tokens.tokenizer import fingerprint, run_tokenizer
 from raytune_llm.errors import DataError, UserError
 
 TRANSFORMS_VERSION = 5
@@ -55,7 +55,7 @@ TRANSFORMS_VERSION = 5
 TASK_ROWS, TASKS_PER_WORKER = 2_000, 4
 """A task of Ray's makes so many rows, where its chunks are smaller, since handing it out takes as long as a hundred; unless that
 left fewer tasks for each worker, who all are to be busy to the end."""
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with the rows done and the rows in all, dropped ones among them."""
 
 
@@ -92,7 +92,7 @@ class Streamed:
     folder: Path
     """Where the store will be."""
     eval_store: Store | None
-    make: Callable[[Progress, int | None], None]
+    make: Callable[[OnProgress, int | None], None]
     """Makes the store, with so many tasks at once."""
 
     @property
@@ -141,7 +141,7 @@ def prepare(
     resources: ResourcesConfig,
     *,
     kind: str = "conversations",
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Prepared:
     """The token stores of the data to train on and of those to evaluate on: opened where they exist, else made.
 
@@ -149,12 +149,12 @@ def prepare(
     """
     started = time.perf_counter()
     made: list[Timed] = []
-    kitchen = _kitchen(model, data, kind)
+    preprocessor = _preprocessor(model, data, kind)
     ranked = kind == "pairs"
     job = Job(data, resources, on_progress)
     return Prepared(
-        store=_prepare_all(declared(data, ranked=ranked), kitchen, job, made),
-        eval_store=_prepare_all(held_out, kitchen, job, made)
+        store=_prepare_all(declared(data, ranked=ranked), preprocessor, job, made),
+        eval_store=_prepare_all(held_out, preprocessor, job, made)
         if (held_out := declared_for_evaluation(data, ranked=ranked))
         else None,
         rows_per_s=_rows_per_s(made),
@@ -165,32 +165,32 @@ def prepare(
 
 def stream(model: ModelConfig, data: DataConfig, resources: ResourcesConfig, *, kind: str = "conversations") -> Streamed:
     """As `prepare`, but the store to train on is left to be made while training goes on (see Streamed.making)."""
-    kitchen = _kitchen(model, data, kind)
+    preprocessor = _preprocessor(model, data, kind)
     ranked = kind == "pairs"
     held_out = declared_for_evaluation(data, ranked=ranked)
     (one,) = declared(data, ranked=ranked)
 
-    def make(on_progress: Progress, max_tasks: int | None) -> None:
-        _prepare_one(one, kitchen, Job(data, resources, on_progress, max_tasks), [])
+    def make(on_progress: OnProgress, max_tasks: int | None) -> None:
+        _prepare_one(one, preprocessor, Job(data, resources, on_progress, max_tasks), [])
 
     return Streamed(
-        folder=_folder(one, kitchen, data),
-        eval_store=_prepare_all(held_out, kitchen, Job(data, resources), []) if held_out else None,
+        folder=_folder(one, preprocessor, data),
+        eval_store=_prepare_all(held_out, preprocessor, Job(data, resources), []) if held_out else None,
         make=make,
     )
 
 
-def _prepare_all(sets: list[Declared], kitchen: Kitchen, job: Job, made: list[Timed]) -> Store:
-    members = [(one.name, _prepare_one(one, kitchen, job, made)) for one in sets]
+def _prepare_all(sets: list[Declared], preprocessor: Preprocessor, job: Job, made: list[Timed]) -> Store:
+    members = [(one.name, _prepare_one(one, preprocessor, job, made)) for one in sets]
     return members[0][1] if len(members) == 1 else join(_cache(job.data), members)
 
 
 def find_stores(model: ModelConfig, data: DataConfig, *, kind: str = "conversations") -> tuple[Path | None, Path | None]:
     """The folders of the stores that `prepare` would open, where they are complete, and make, where they are none."""
-    kitchen = _kitchen(model, data, kind)
+    preprocessor = _preprocessor(model, data, kind)
 
     def found(sets: list[Declared]) -> Path | None:
-        folders = [_folder(one, kitchen, data) for one in sets]
+        folders = [_folder(one, preprocessor, data) for one in sets]
         if len(folders) > 1 and all((folder / MANIFEST).exists() for folder in folders):
             joined = {"joined": [[one.name, folder.name] for one, folder in zip(sets, folders, strict=True)]}
             folders = [_cache(data) / key_of(joined)]
@@ -206,13 +206,13 @@ class Job:
 
     data: DataConfig
     resources: ResourcesConfig
-    on_progress: Progress | None = None
+    on_progress: OnProgress | None = None
     max_tasks: int | None = None
     """At once; none: as many as there are CPUs."""
 
 
 @dataclass(frozen=True)
-class Kitchen:
+class Preprocessor:
     """What all data sets of a run are prepared with."""
 
     kind: str
@@ -222,12 +222,12 @@ class Kitchen:
     targets: Targets
 
 
-def _kitchen(model: ModelConfig, data: DataConfig, kind: str) -> Kitchen:
+def _preprocessor(model: ModelConfig, data: DataConfig, kind: str) -> Preprocessor:
     tokenizer, template = run_tokenizer(model, data, needs_template=kind != "text")
     renderer = PlainText(tokenizer) if kind == "text" else renderer_of(tokenizer, template, data)
     end = renderer.end_of_row
     first = tokenizer("a").input_ids[:1]
-    return Kitchen(
+    return Preprocessor(
         kind,
         tokenizer,
         template,
@@ -255,28 +255,28 @@ def renderer_of(tokenizer: PreTrainedTokenizerFast, template: NamedTemplate | No
     return NamedChat(template, tokenizer, enable_thinking=data.enable_thinking, preserve_thinking=data.preserve_thinking)
 
 
-def _prepare_one(one: Declared, kitchen: Kitchen, job: Job, made: list[Timed]) -> Store:
+def _prepare_one(one: Declared, preprocessor: Preprocessor, job: Job, made: list[Timed]) -> Store:
     data = job.data
     source = _source(one)
-    made_from = _made_from(one, kitchen, data, sources.fingerprint(source))
+    made_from = _made_from(one, preprocessor, data, sources.fingerprint(source))
     target = _cache(data) / key_of(made_from)
     with under_construction(_cache(data), target.name) as folder:
         if folder is not None:
-            template = kitchen.template
+            template = preprocessor.template
             markers = {} if template is None else {"thought": template.thought, "call_words": template.tool_call_words}
             recipe = Recipe(
-                kind=kitchen.kind,
+                kind=preprocessor.kind,
                 convert=converter(one.format, Reading(media_dir=one.media_dir, untyped=source.kind == "csv", **markers)),
-                renderer=kitchen.renderer,
-                tokenize=BlockTokenizer(kitchen.tokenizer),
-                targets=kitchen.targets,
+                renderer=preprocessor.renderer,
+                tokenize=BlockTokenizer(preprocessor.tokenizer),
+                targets=preprocessor.targets,
             )
             part = None if source.kind == "hub" else one.split
             chunks = sources.plan(source, data.max_samples, part=part, num_samples=one.num_samples)
-            write_outline(folder, len(chunks), kitchen.kind, kitchen.targets.end_of_row)
+            write_outline(folder, len(chunks), preprocessor.kind, preprocessor.targets.end_of_row)
             shards = _make_shards(chunks, recipe, folder, job, made)
             _check(one.path, shards, data.max_bad_fraction)
-            complete(folder, shards, made_from, target, kind=kitchen.kind, end_of_row=kitchen.targets.end_of_row)
+            complete(folder, shards, made_from, target, kind=preprocessor.kind, end_of_row=preprocessor.targets.end_of_row)
     store = Store.open(target)
     _check_dropped(one.path, store.num_rows, store.dropped, data.max_bad_fraction)
     return store
@@ -290,25 +290,25 @@ def _cache(data: DataConfig) -> Path:
     return Path(data.cache).expanduser().resolve()
 
 
-def _folder(one: Declared, kitchen: Kitchen, data: DataConfig) -> Path:
-    return _cache(data) / key_of(_made_from(one, kitchen, data, sources.fingerprint(_source(one))))
+def _folder(one: Declared, preprocessor: Preprocessor, data: DataConfig) -> Path:
+    return _cache(data) / key_of(_made_from(one, preprocessor, data, sources.fingerprint(_source(one))))
 
 
-def _made_from(one: Declared, kitchen: Kitchen, data: DataConfig, source_hash: str) -> dict[str, Any]:
+def _made_from(one: Declared, preprocessor: Preprocessor, data: DataConfig, source_hash: str) -> dict[str, Any]:
     """Everything that determines the tokens, and nothing else: not where the files lie, not who makes the store."""
     return {
         "transforms_version": TRANSFORMS_VERSION,
-        "kind": kitchen.kind,
+        "kind": preprocessor.kind,
         "source": source_hash,
         "split": one.split,
         "num_samples": one.num_samples,
         "max_samples": data.max_samples,
         "format": asdict(one.format),
-        "template": kitchen.tokenizer.chat_template,
+        "template": preprocessor.tokenizer.chat_template,
         "default_system": data.default_system,
         "enable_thinking": data.enable_thinking,
-        "tokenizer": fingerprint(kitchen.tokenizer),
-        **asdict(kitchen.targets),
+        "tokenizer": fingerprint(preprocessor.tokenizer),
+        **asdict(preprocessor.targets),
     }
 
 
@@ -401,14 +401,14 @@ def _check(path: str, shards: list[Shard], max_bad_fraction: float) -> None:
 def _check_dropped(path: str, num_rows: int, dropped: Dropped, max_bad_fraction: float) -> None:
     """Nothing left to train on is refused, and so are more bad rows than the user allows."""
     if num_rows == 0:
-        raise DataError(path, f"no row can be used. Dropped: {dropped}", "Mend the data, or the settings that are named.")
+        raise DataError(path, f"no row can be used. Dropped: {dropped}", "Correct the data, or the settings that are named.")
     bad_fraction = dropped.total / (num_rows + dropped.total)
     if bad_fraction > max_bad_fraction:
         raise DataError(
             path,
             f"{dropped.total} of {num_rows + dropped.total} rows can't be used, more than data.max_bad_fraction = "
             f"{max_bad_fraction:g} of them. Dropped: {dropped}",
-            f"Mend the data, or allow it with data.max_bad_fraction={-(-bad_fraction * 100 // 1) / 100:g}.",
+            f"Correct the data, or allow it with data.max_bad_fraction={-(-bad_fraction * 100 // 1) / 100:g}.",
         )
 
 

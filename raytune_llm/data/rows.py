@@ -14,9 +14,9 @@ import numpy as np
 
 from raytune_llm.data.dropped import BadRow, RefusedRow
 from raytune_llm.data.formats import last_answer_only
-from raytune_llm.data.templates import PlainText, Rendered, Renderer
-from raytune_llm.data.tokenize import Tokens
-from raytune_llm.data.truncation import shares, shorten
+from raytune_llm.data.templates.render import PlainText, Rendered, Renderer
+from raytune_llm.data.tokens.tokenize import Tokens
+from raytune_llm.data.tokens.truncation import shares, shorten
 from raytune_llm.records import Conversation, Labeled, LabeledRow, Message, Pair, PairRow, PromptRow, Record, Text, TokenRow
 
 StoreRow = TokenRow | PairRow | LabeledRow | PromptRow
@@ -131,7 +131,7 @@ def _render_pair(record: Record, renderer: Renderer, targets: Targets) -> tuple[
 
 
 def _pair_row(record: Record, rendered: tuple[Rendered, ...], tokens: list[Tokens], targets: Targets) -> PairRow:
-    (prompt, chosen), (_, rejected) = (_request_and_answer(side, targets) for side in tokens)
+    (prompt, chosen), (_, rejected) = (_prompt_and_answer(side, targets) for side in tokens)
     most = max(len(chosen), len(rejected))
     if len(prompt) + most > targets.max_length:
         OVERLONG[targets.overlong](len(prompt) + most, targets.max_length)
@@ -143,7 +143,7 @@ def _pair_row(record: Record, rendered: tuple[Rendered, ...], tokens: list[Token
     return row
 
 
-def _request_and_answer(tokens: Tokens, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
+def _prompt_and_answer(tokens: Tokens, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
     start, end = tokens.answers[-2:].tolist()
     answer = tokens.ids[start:end]
     return tokens.ids[:start], answer if targets.end_of_row is None else np.append(answer, np.int32(targets.end_of_row))
@@ -190,7 +190,7 @@ def _prompt_row(record: Record, rendered: tuple[Rendered, ...], tokens: list[Tok
 
 
 def _shared(tokens: Tokens, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
-    prompt, answer = _request_and_answer(tokens, targets)
+    prompt, answer = _prompt_and_answer(tokens, targets)
     if len(prompt) + len(answer) > targets.max_length:
         OVERLONG[targets.overlong](len(prompt) + len(answer), targets.max_length)
     source, target = shares(len(prompt), len(answer), targets.max_length)

@@ -15,13 +15,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.data import sources
-from raytune_llm.data.chunks import Chunk, NumberedRow
 from raytune_llm.data.dropped import BadRow, Dropped, RefusedRow
+from raytune_llm.data.readers import sources
+from raytune_llm.data.readers.chunks import Chunk, NumberedRow
 from raytune_llm.data.rows import KINDS, StoreRow, Targets
 from raytune_llm.data.store import Shard, write_shard
-from raytune_llm.data.templates import PlainText, Rendered, Renderer
-from raytune_llm.data.tokenize import BlockTokenizer
+from raytune_llm.data.templates.render import PlainText, Rendered, Renderer
+from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.errors import DataError
 from raytune_llm.records import Record
 
@@ -77,7 +77,7 @@ def prepare_chunk(chunk: Chunk, recipe: Recipe, path: Path) -> Timed:
                 case BadRow():
                     dropped.add(row, sources.where(chunk, number))
                 case RefusedRow():
-                    raise DataError(sources.where(chunk, number), row.problem, row.remedy)
+                    raise DataError(sources.where(chunk, number), row.problem, row.fix)
                 case _:
                     rows.append(row)
     shard = write_shard(path, rows, dropped, kind=recipe.kind)

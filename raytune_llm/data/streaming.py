@@ -48,7 +48,7 @@ class Stream:
                 yield Ordered(waiting, np.arange(whole), last=False)
             rest = waiting.take(np.arange(whole, len(waiting)))
         if rest is None:
-            raise DataError(str(self.folder), "holds no row that can be used", "Mend the data, or the settings of data.format.")
+            raise DataError(str(self.folder), "holds no row that can be used", "Correct the data, or set data.format.")
         yield Ordered(rest, np.arange(len(rest)), last=True)
 
     def _windows(self, stopped: threading.Event) -> Iterator[Samples]:

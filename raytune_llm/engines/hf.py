@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from raytune_llm.data.templates import ChatTemplate
+from raytune_llm.data.templates.render import ChatTemplate
 from raytune_llm.engines.requests import Completion, Request, Sampling
 
 

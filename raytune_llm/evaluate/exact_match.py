@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raytune_llm.data.requests import last_answer
+from raytune_llm.data.prompts import last_answer
 from raytune_llm.engines.requests import Request, Sampling
 
 if TYPE_CHECKING:

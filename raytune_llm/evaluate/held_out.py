@@ -12,7 +12,7 @@ import torch
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import split_sources
 from raytune_llm.data.store import Store
-from raytune_llm.data.tokenizer import run_tokenizer
+from raytune_llm.data.tokens.tokenizer import run_tokenizer
 from raytune_llm.engines.hf import HFEngine
 from raytune_llm.evaluate.exact_match import ExactMatch, exact_match
 from raytune_llm.models.load import load_model

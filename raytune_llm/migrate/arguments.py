@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from raytune_llm.migrate import rules
-from raytune_llm.migrate.fates import Becomes, Fate, Joined, NoEffect, PartOf, Refused
+from raytune_llm.migrate.argument_rules import ArgumentRule, Becomes, Joined, NoEffect, PartOf, Refused
 
-Table = Mapping[str, Fate]
+Table = Mapping[str, ArgumentRule]
 
 # Reasons that several arguments share.
 ELSEWHERE = NoEffect("read by other commands than train")

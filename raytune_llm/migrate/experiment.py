@@ -13,9 +13,9 @@ from typing import Any
 from raytune_llm.config.load import groups, load_config, read_yaml, to_yaml_text
 from raytune_llm.config.run import ImportRun, TrainRun
 from raytune_llm.errors import ConfigError
-from raytune_llm.migrate.fates import Settings
+from raytune_llm.migrate.argument_rules import Settings
 from raytune_llm.migrate.rules import Find
-from raytune_llm.migrate.translation import Outcome, Translation, translate
+from raytune_llm.migrate.translation import ArgumentOutcome, Translation, translate
 
 WIDTH = 120
 
@@ -33,7 +33,7 @@ def write(run: ImportRun, translation: Translation) -> Path:
     Raises ConfigError where an argument is refused, where the result breaks a rule of ours, and where another file is there.
     """
     if translation.refused:
-        raise ConfigError(str(run.file), f"can't be imported: {_listed(translation.refused)}", remedy="Nothing was written.")
+        raise ConfigError(str(run.file), f"can't be imported: {_listed(translation.refused)}", fix="Nothing was written.")
     name = experiment_name(run)
     text = as_text(run, translation)
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +43,7 @@ def write(run: ImportRun, translation: Translation) -> Path:
         load_config("train", [f"+experiment={name}"], config_dir=folder)
     target = Path(run.config_dir, "experiment", f"{name}.yaml").expanduser()
     if target.exists() and target.read_text() != text and not run.overwrite:
-        raise ConfigError("name", f"must be that of no experiment: {target} is there", got=name, remedy="Or set overwrite=true.")
+        raise ConfigError("name", f"must be that of no experiment: {target} is there", got=name, fix="Or set overwrite=true.")
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.partial")
     beside.write_text(text)
@@ -119,5 +119,5 @@ def _finder(file: Path) -> Find:
     return find
 
 
-def _listed(outcomes: Sequence[Outcome]) -> str:
+def _listed(outcomes: Sequence[ArgumentOutcome]) -> str:
     return "".join(f"\n  {outcome.argument}: {outcome.text}" for outcome in outcomes) + "\n"

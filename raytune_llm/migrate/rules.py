@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.data import declarations, named_templates
+from raytune_llm.data.readers import declarations
+from raytune_llm.data.templates import named as named_templates
 from raytune_llm.errors import UserError
-from raytune_llm.migrate.fates import NoEffect, Refusal, Settings
+from raytune_llm.migrate.argument_rules import NoEffect, Refusal, Settings
 
 Find = Callable[[str], str | None]
 LATER = "is not here yet"

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from raytune_llm.migrate.argument_rules import Becomes, Joined, NoEffect, PartOf, Refusal, Refused, Settings
 from raytune_llm.migrate.arguments import ARGUMENTS, FORMER, NULL_SAYS_SOMETHING
-from raytune_llm.migrate.fates import Becomes, Joined, NoEffect, PartOf, Refusal, Refused, Settings
 from raytune_llm.migrate.rules import Find
 
 Rule = Callable[..., Settings | NoEffect]
@@ -17,11 +17,11 @@ Result = Settings | NoEffect | Refusal | PartOf
 """PartOf: of an argument that is refused."""
 
 
-DEFAULTS = {name: None if isinstance(fate, NoEffect | PartOf) else fate.default for name, fate in ARGUMENTS.items()}
+DEFAULTS = {name: None if isinstance(rule, NoEffect | PartOf) else rule.default for name, rule in ARGUMENTS.items()}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ArgumentOutcome:
     """What became of one argument."""
 
     argument: str
@@ -36,15 +36,15 @@ class Outcome:
 @dataclass(frozen=True)
 class Translation:
     settings: Settings
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[ArgumentOutcome, ...]
     """Of the arguments in the file, in its order, and of what is missing in it."""
 
     @property
-    def refused(self) -> tuple[Outcome, ...]:
-        """What there is to mend, without what is refused for the sake of another."""
+    def refused(self) -> tuple[ArgumentOutcome, ...]:
+        """What there is to fix, without what is refused for the sake of another."""
         return tuple(outcome for outcome in self.of("refused") if outcome.refused_with is None)
 
-    def of(self, kind: str) -> tuple[Outcome, ...]:
+    def of(self, kind: str) -> tuple[ArgumentOutcome, ...]:
         return tuple(outcome for outcome in self.outcomes if outcome.kind == kind)
 
 
@@ -78,18 +78,18 @@ def _type_rule(default: Any, value: Any) -> str | None:
     return None
 
 
-def _outcome(name: str, value: Any, result: Result, reasons: Mapping[str, str]) -> Outcome:
+def _outcome(name: str, value: Any, result: Result, reasons: Mapping[str, str]) -> ArgumentOutcome:
     if name in reasons:
-        return Outcome(name, value, "refused", reasons[name])
+        return ArgumentOutcome(name, value, "refused", reasons[name])
     match result:
         case Refusal(argument=blamed):
-            return Outcome(name, value, "refused", f"goes with {blamed}", refused_with=blamed)
+            return ArgumentOutcome(name, value, "refused", f"goes with {blamed}", refused_with=blamed)
         case PartOf(switch):
-            return Outcome(name, value, "refused", f"goes with {switch}", refused_with=switch)
+            return ArgumentOutcome(name, value, "refused", f"goes with {switch}", refused_with=switch)
         case NoEffect(why):
-            return Outcome(name, value, "no effect", why)
+            return ArgumentOutcome(name, value, "no effect", why)
         case _:
-            return Outcome(name, value, "mapped", " ".join(f"{path}={_shown(value)}" for path, value in result.items()))
+            return ArgumentOutcome(name, value, "mapped", " ".join(f"{path}={_shown(value)}" for path, value in result.items()))
 
 
 def _result(name: str, values: Mapping[str, Any], applied: dict[Rule, Result]) -> Result:
@@ -98,21 +98,21 @@ def _result(name: str, values: Mapping[str, Any], applied: dict[Rule, Result]) -
         case None:
             near = difflib.get_close_matches(name, ARGUMENTS, n=1)
             return Refusal("is no argument of LLaMA-Factory 0.9.5" + (f"; did you mean {near[0]}?" if near else ""))
-        case NoEffect() as fate:
-            return fate
+        case NoEffect() as rule:
+            return rule
         case Refused(default, why):
             wanted = value is not None and value != default and (value is not False or default is True)
             return Refusal(why) if wanted else NoEffect("is not asked for")
-        case PartOf(switch, on) as fate:
+        case PartOf(switch, on) as rule:
             if values[switch] if on is None else values[switch] == on:
-                return fate
+                return rule
             return NoEffect(f"is read with {switch}{'' if on is None else f'={on}'} alone")
         case Becomes(_, setting, read):
             return _apply(lambda: {setting: read(value)}, values)
-        case Joined(_, rule):
-            if rule not in applied:
-                applied[rule] = _apply(rule, values)
-            return applied[rule]
+        case Joined(_, join):
+            if join not in applied:
+                applied[join] = _apply(join, values)
+            return applied[join]
 
 
 def _apply(rule: Rule, values: Mapping[str, Any]) -> Result:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
 from raytune_llm.models.activations import HostMemory
-from raytune_llm.models.documents import document_numbers
+from raytune_llm.models.attention.documents import document_numbers
 from raytune_llm.models.head import CHUNK_TOKENS, RANGE, TRAINED_CHUNKS, TokenFunction, adjusted, chunks, together, token_values
 from raytune_llm.models.layers import named_layers
 from raytune_llm.models.neftune import neftune_noise
@@ -143,7 +143,7 @@ class CausalLM(nn.Module):
         setting = "stage.router_aux_loss_coef"
         if "router_logits" not in self.base.base_model.can_record_outputs:
             model_type = self.base.config.model_type
-            raise ConfigError(setting, f"must be null for {model_type}, which has no routers", remedy="Leave it out.")
+            raise ConfigError(setting, f"must be null for {model_type}, which has no routers", fix="Leave it out.")
 
     def _experts_per_token(self) -> int:
         return self.base.config.get_text_config().num_experts_per_tok

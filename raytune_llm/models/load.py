@@ -109,7 +109,7 @@ def load_model(
             "model.config",
             f"must leave the sizes of the weights at model.path: {name} is {list(stored)} there, {list(expected)} by the config",
             got=path,
-            remedy="Leave out what changes sizes, or set model.weights=random.",
+            fix="Leave out what changes sizes, or set model.weights=random.",
         )
     backbone = f"{model.base_model_prefix}."
     missing = sorted(name for name in found["missing_keys"] if not scores or name.startswith(backbone))
@@ -118,7 +118,7 @@ def load_model(
             "model.path",
             f"must have all weights of a {type(model).__name__}: {len(missing)} are missing, {missing[0]} for one",
             got=path,
-            remedy="A part of the model was not copied, or it is another kind of model than its config.json says.",
+            fix="A part of the model was not copied, or it is another kind of model than its config.json says.",
         )
     return model
 
@@ -178,5 +178,5 @@ def _unreachable(path: str, error: Exception) -> ConfigError:
         "model.path",
         "must be a folder or the id of a model on a hub that this machine reaches",
         got=path,
-        remedy=f"({str(error).splitlines()[0]})",
+        fix=f"({str(error).splitlines()[0]})",
     )

@@ -14,11 +14,11 @@ from raytune_llm.config.model import ModelConfig
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import activations, attention
 from raytune_llm.models.adapters import adapt
+from raytune_llm.models.attention.isolation import check_isolation
 from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.models.isolation import check_isolation
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_config, load_model, model_class, positions
-from raytune_llm.models.quantization import Wide, quantize
+from raytune_llm.models.quantization import SkipModules, quantize
 from raytune_llm.models.scorer import Scorer
 from raytune_llm.models.stored import Files, bring
 
@@ -42,7 +42,7 @@ def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype,
             "train.precision",
             f"can't be bf16 on {torch.cuda.get_device_name(device)}, which does not multiply it",
             got=precision,
-            remedy="Take fp16, or fp32.",
+            fix="Take fp16, or fp32.",
         )
     return DTYPES[precision], "asked for"
 
@@ -72,7 +72,7 @@ def build_policy(
     device: torch.device,
     runs_on: torch.device | None = None,
     quantization: str = "none",
-    wide: Wide = (),
+    skip_modules: SkipModules = (),
     compile_layers: bool = False,
     activation_checkpointing: str = "none",
     scores: bool = False,
@@ -81,9 +81,9 @@ def build_policy(
 ) -> tuple[CausalLM, str]:
     """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
     float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
-    wide: linear layers that are not quantized, as quantization.wide has it. scores: it is a Scorer. trains: false where nothing
-    of it will be trained, adapter or not. files: its weights are read from these as they are
-    quantized, or, with the meta device, stay there for a strategy to read.
+    skip_modules: linear layers that are not quantized, as quantization.skip_modules has it. scores: it is a Scorer. trains: false
+    where nothing of it will be trained, adapter or not. files: its weights are read from these as they are quantized, or, with
+    the meta device, stay there for a strategy to read.
     """
     runs_on = runs_on or device
     case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
@@ -107,7 +107,7 @@ def build_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = adapt(loaded, adapter, scores=scores)
-    quantize(layers(loaded), quantization, runs_on, wide=wide)
+    quantize(layers(loaded), quantization, runs_on, skip_modules=skip_modules)
     if files is not None and device.type != "meta":
         bring(adapted, device)
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
@@ -140,7 +140,7 @@ def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> Pretraine
                 f"model.config.{name}",
                 "must be 0, since attention is trained without dropout",
                 got=model.config[name],
-                remedy="Leave it out; adapter.dropout is for LoRA.",
+                fix="Leave it out; adapter.dropout is for LoRA.",
             )
     changes: Mapping[str, Any] = model.config
     if model.path is None:
@@ -155,12 +155,12 @@ def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> Pretraine
         check_isolation(config, known)
     limit = positions(config)
     if limit is not None and max_length > limit:
-        raise ConfigError("data.max_length", f"must be at most the model's {limit} positions", got=max_length, remedy="Lower it.")
+        raise ConfigError("data.max_length", f"must be at most the model's {limit} positions", got=max_length, fix="Lower it.")
     if len(tokenizer) > config.get_text_config().vocab_size:
         raise ConfigError(
             "model.tokenizer",
             f"must have at most the model's {config.get_text_config().vocab_size} entries",
             got=len(tokenizer),
-            remedy="Take the model's own: model.tokenizer=null.",
+            fix="Take the model's own: model.tokenizer=null.",
         )
     return config

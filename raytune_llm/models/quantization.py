@@ -19,7 +19,7 @@ FP8_MAX = torch.finfo(FP8).max
 NF4_BLOCK, SCALES_BLOCK = 64, 256
 QUERIES_KEYS_VALUES = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv"}
 """The layers that make them, in the models that transformers has."""
-Wide = Literal["auto"] | Sequence[str]
+SkipModules = Literal["auto"] | Sequence[str]
 Found = tuple[nn.Module, str, nn.Linear]
 """A layer with its parent and its name there."""
 
@@ -200,25 +200,25 @@ TRAINED: dict[str, type[nn.Linear] | None] = {"none": None, "fp8": TrainedFP8Lin
 """What takes the place of a linear layer that is trained."""
 
 
-def quantize(layers: Iterable[nn.Module], name: str, runs_on: torch.device, *, wide: Wide = ()) -> None:
-    """Replace the linear layers inside `layers`, but those named in `wide`: the frozen ones, which are on the GPU by now, or all
-    where all are trained."""
+def quantize(layers: Iterable[nn.Module], name: str, runs_on: torch.device, *, skip_modules: SkipModules = ()) -> None:
+    """Replace the linear layers inside `layers`, but those named in `skip_modules`: the frozen ones, which are on the GPU by now,
+    or all where all are trained."""
     if QUANTIZED[name] is None:
         return
     layers = list(layers)
-    linears = linears_but(layers, wide)
+    linears = linears_but(layers, skip_modules)
     if has_frozen_experts(layers):
         rule = "can't be had of a mixture of experts, whose experts are one tensor, and no linear layers"
-        raise ConfigError("quantization", rule, got=name, remedy="Set quantization=none.")
+        raise ConfigError("quantization", rule, got=name, fix="Set quantization=none.")
     if not linears:
-        remedy = "Set quantization=none, or name fewer in quantization.wide."
-        raise ConfigError("quantization", "finds no linear layer to take the place of", got=name, remedy=remedy)
+        fix = "Set quantization=none, or name fewer in quantization.skip_modules."
+        raise ConfigError("quantization", "finds no linear layer to take the place of", got=name, fix=fix)
     frozen = [found for found in linears if not found[2].weight.requires_grad]
     kind: Any = QUANTIZED[name] if frozen else TRAINED[name]
     if kind is None:
-        raise ConfigError("quantization", "needs frozen weights", got=name, remedy="Set adapter=lora, or quantization=none.")
+        raise ConfigError("quantization", "needs frozen weights", got=name, fix="Set adapter=lora, or quantization=none.")
     if runs_on.type != "cuda":
-        raise ConfigError("quantization", "needs a GPU", got=name, remedy="Set quantization=none.")
+        raise ConfigError("quantization", "needs a GPU", got=name, fix="Set quantization=none.")
     _fits(kind, torch.cuda.get_device_capability(runs_on), [linear for _, _, linear in frozen or linears])
     replaced = frozen or linears
     linears = frozen = []  # or the wide weights would live as long as these
@@ -249,17 +249,17 @@ def described(layers: Iterable[nn.Module], name: str) -> str | None:
     return f"{name} for {len(taken)} linear layers{but}" if taken else None
 
 
-def linears_but(layers: Iterable[nn.Module], wide: Wide) -> list[Found]:
-    """Each linear layer of the model, but those that are called as `wide` has it. An adapter calls the layer that it is around
+def linears_but(layers: Iterable[nn.Module], skip_modules: SkipModules) -> list[Found]:
+    """Each linear layer of the model, but those that are called as `skip_modules` has it. An adapter calls the layer inside it
     base_layer, and keeps its own in dictionaries."""
     found = _linears(layers)
     names = {name for *_, name in found}
-    if wide == "auto":
-        wide = sorted(names & QUERIES_KEYS_VALUES)
-    if unknown := sorted(set(wide) - names):
-        remedy = f"The model has {', '.join(sorted(names))}."
-        raise ConfigError("quantization.wide", "must name linear layers of the model", got=unknown, remedy=remedy)
-    return [(parent, child_name, child) for parent, child_name, child, name in found if name not in wide]
+    if skip_modules == "auto":
+        skip_modules = sorted(names & QUERIES_KEYS_VALUES)
+    if unknown := sorted(set(skip_modules) - names):
+        fix = f"The model has {', '.join(sorted(names))}."
+        raise ConfigError("quantization.skip_modules", "must name linear layers of the model", got=unknown, fix=fix)
+    return [(parent, child_name, child) for parent, child_name, child, name in found if name not in skip_modules]
 
 
 def _linears(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Linear, str]]:
@@ -281,10 +281,10 @@ def _fits(kind: type[nn.Module], capability: tuple[int, int], linears: Iterable[
         raise ConfigError(
             "quantization",
             f"can't be fp8 on a GPU of compute capability {capability[0]}.{capability[1]}, below 9.0",
-            remedy="Set quantization=none.",
+            fix="Set quantization=none.",
         )
     odd = [linear for linear in linears if linear.in_features % 16 or linear.out_features % 16]
     if odd:
         width = f"{odd[0].in_features} x {odd[0].out_features}"
         rule = f"can't be fp8 for a layer of {width}, no multiples of 16"
-        raise ConfigError("quantization", rule, remedy="Set quantization=none.")
+        raise ConfigError("quantization", rule, fix="Set quantization=none.")

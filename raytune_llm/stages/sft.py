@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from raytune_llm.config.stage import SFT, Pretrain
 from raytune_llm.losses.routing import load_balance
 from raytune_llm.losses.tokens import asft, cross_entropy, dft, eaft, token_correct, token_entropy, total_and_count
-from raytune_llm.models.documents import document_numbers
+from raytune_llm.models.attention.documents import document_numbers
 from raytune_llm.records import Batch, LossOut
 from raytune_llm.stages.objective import Objective
 

@@ -11,8 +11,8 @@ class Rate(NamedTuple):
 
     tokens: float
     """Real ones."""
-    looks: float
-    """Of a token at one before it, or at itself (Batch.looks)."""
+    attention_pairs: float
+    """Query-key pairs (Batch.attention_pairs)."""
 
 
 class Clock:
@@ -20,24 +20,24 @@ class Clock:
 
     def __init__(self) -> None:
         self.latest: Rate | None = None
-        self._tokens = self._looks = 0
+        self._tokens = self._attention_pairs = 0
         self._total, self._warm = (0, 0, 0.0), (0, 0, 0.0)  # the latter without the first reading, which holds warming up
         self._since, self._paused_s = 0.0, 0.0
 
     def start(self) -> None:
         self._since, self._paused_s = time.perf_counter(), 0.0
 
-    def stepped(self, tokens: int, looks: int) -> None:
-        self._tokens, self._looks = self._tokens + tokens, self._looks + looks
+    def stepped(self, tokens: int, attention_pairs: int) -> None:
+        self._tokens, self._attention_pairs = self._tokens + tokens, self._attention_pairs + attention_pairs
 
     def read(self) -> Rate:
         """Since the last reading, or the start."""
         now = time.perf_counter()
-        found = self._tokens, self._looks, now - self._since - self._paused_s
+        found = self._tokens, self._attention_pairs, now - self._since - self._paused_s
         if self.latest is not None:
             self._warm = _sum(self._warm, found)
         self._total = _sum(self._total, found)
-        self._tokens, self._looks, self._since, self._paused_s = 0, 0, now, 0.0
+        self._tokens, self._attention_pairs, self._since, self._paused_s = 0, 0, now, 0.0
         self.latest = _rate(*found)
         return self.latest
 
@@ -56,5 +56,5 @@ def _sum(a: tuple[int, int, float], b: tuple[int, int, float]) -> tuple[int, int
     return a[0] + b[0], a[1] + b[1], a[2] + b[2]
 
 
-def _rate(tokens: int, looks: int, seconds: float) -> Rate:
-    return Rate(tokens / seconds, looks / seconds)
+def _rate(tokens: int, attention_pairs: int, seconds: float) -> Rate:
+    return Rate(tokens / seconds, attention_pairs / seconds)

@@ -94,7 +94,7 @@ def run(
                 progress.step += 1
                 progress.cursor = step.cursor
                 progress.tokens_seen += step.tokens
-                clock.stepped(step.tokens, learner.strategy.world * sum(batch.looks for batch in step.batches))
+                clock.stepped(step.tokens, learner.strategy.world * sum(batch.attention_pairs for batch in step.batches))
                 for stepped in hooks.stepped:
                     stepped(progress.step)
                 last = progress.step == plan.total_steps

@@ -33,7 +33,7 @@ def shares_prompts(run: TrainRun | PrepareRun, kind: str, model_config: Callable
     """Whether the two answers of a row share one computation of their request, where rows of this kind have two."""
     asked = run.data.share_prompts
     if asked is True and not KINDS[kind].shares:
-        raise ConfigError("data.share_prompts", f"can't be true where rows are {kind}", got=asked, remedy="Set it to auto.")
+        raise ConfigError("data.share_prompts", f"can't be true where rows are {kind}", got=asked, fix="Set it to auto.")
     if asked is False or not KINDS[kind].shares:
         return False
     config = model_config()
@@ -44,7 +44,7 @@ def shares_prompts(run: TrainRun | PrepareRun, kind: str, model_config: Callable
             f"can't be true with model.attention={run.model.attention} and a model of the kind {config.model_type}: both must be "
             "able to look at all that came before, wherever it lies",
             got=asked,
-            remedy="Set it to auto or false.",
+            fix="Set it to auto or false.",
         )
     return possible
 

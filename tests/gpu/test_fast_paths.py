@@ -27,9 +27,9 @@ from raytune_llm.models.load import load_config as load_model_config
 from raytune_llm.models.load import load_model
 from raytune_llm.models.quantization import FP8Linear, NF4Linear, QuantizedLinear, quantize
 from raytune_llm.records import Batch, Prefixes
-from raytune_llm.train.build import Builder
+from raytune_llm.report.profile import TABLE
+from raytune_llm.runs.build import Builder
 from raytune_llm.train.loop import to_device
-from raytune_llm.train.profile import TABLE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -140,7 +140,7 @@ def test_a_base_read_from_its_file_a_layer_at_a_time_is_the_loaded_one(quantizat
     policy("adapter=none").base.save_pretrained(folder)
     read = policy("model.weights=pretrained", f"model.path={folder}", "adapter=lora", f"quantization={quantization}")
     loaded = load_model(load_model_config(folder, {}), folder, device=CUDA, **settings)
-    quantize(layers(loaded.requires_grad_(False)), quantization, CUDA, wide="auto" if quantization == "fp8" else ())
+    quantize(layers(loaded.requires_grad_(False)), quantization, CUDA, skip_modules="auto" if quantization == "fp8" else ())
     ours = {name.replace(".base_layer", ""): x for name, x in (*read.base.named_parameters(), *read.base.named_buffers())}
     for name, tensor in (*loaded.named_parameters(), *loaded.named_buffers()):
         assert torch.equal(ours[name].float(), tensor.float()), name

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
+from raytune_llm.models.attention.isolation import check_isolation
 from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.models.isolation import check_isolation
 from raytune_llm.models.load import model_class
 from tests.models import VOCABULARY, logits, packed, some_rows
 

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raytune_llm import api, load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
-from raytune_llm.data.tokenizer import load_tokenizer
+from raytune_llm.data.tokens.tokenizer import load_tokenizer
 from raytune_llm.models.load import load_model
 from raytune_llm.models.policy import build_policy, run_config
+from raytune_llm.runs.worker import restore
 from raytune_llm.train.checkpoint import Checkpoints
 from raytune_llm.train.strategies.base import Precision
 from raytune_llm.train.strategies.ddp import DDPStrategy
-from raytune_llm.train.worker import restore
 from tests.group import Group
 from tests.models import logits, packed
 from tests.runs import tiny_run

@@ -10,7 +10,8 @@ import pytest
 
 from raytune_llm import DataError, api, load_config
 from raytune_llm.config.run import TrainRun
-from raytune_llm.data import pipeline, sources
+from raytune_llm.data import pipeline
+from raytune_llm.data.readers import sources
 from raytune_llm.data.store import MANIFEST
 from tests.group import Group
 from tests.invariant.test_same_run_everywhere import assert_same_run

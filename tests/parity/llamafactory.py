@@ -12,8 +12,8 @@ from raytune_llm.config.data import DataConfig
 from raytune_llm.config.load import load_config
 from raytune_llm.data import pipeline
 from raytune_llm.data.shards import Recipe, made_rows
-from raytune_llm.data.tokenize import BlockTokenizer
-from raytune_llm.data.tools import parse_call_turn
+from raytune_llm.data.templates.tool_calls import parse_call_turn
+from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.records import IGNORE, Conversation, Labeled, Message, Pair, Record, Text
 
 FOLDER = Path(__file__).parents[2].parent / "shared" / "parity" / "llamafactory"
@@ -117,8 +117,14 @@ def recipe(stage: str, **settings: Any) -> Recipe:
 
 
 def recipe_of(stage: str, model: Any, data: DataConfig) -> Recipe:
-    kitchen = pipeline._kitchen(model, data, KIND_OF_STAGE[stage])
-    return Recipe(kitchen.kind, lambda record: record, kitchen.renderer, BlockTokenizer(kitchen.tokenizer), kitchen.targets)
+    preprocessor = pipeline._preprocessor(model, data, KIND_OF_STAGE[stage])
+    return Recipe(
+        preprocessor.kind,
+        lambda record: record,
+        preprocessor.renderer,
+        BlockTokenizer(preprocessor.tokenizer),
+        preprocessor.targets,
+    )
 
 
 def template_of(stage: str, recipe: Recipe) -> Any:

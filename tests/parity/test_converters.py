@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from raytune_llm.data.declarations import _format
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.formats import Reading, convert
+from raytune_llm.data.readers.declarations import _format
 from raytune_llm.data.rows import KINDS
 from raytune_llm.errors import DataError
 from tests.parity.llamafactory import FOLDER, KIND_OF_STAGE, recipe, recorded, rows_of, unified, wanted
@@ -86,13 +86,13 @@ def test_each_stage_keeps_the_rows_that_are_recorded_as_kept(id, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     row = ROWS[id]
     for stage, then in row["then"].items():
-        kitchen = recipe(stage, template=None if stage == "pt" else "chatml")
+        preprocessor = recipe(stage, template=None if stage == "pt" else "chatml")
         try:
             record = converted(row, tmp_path)
         except BadRow:
             assert then == "dropped"
             continue
-        (made,) = rows_of(kitchen, [record])
+        (made,) = rows_of(preprocessor, [record])
         kept = not isinstance(made, Exception)
         usable_here = id == "sharegpt/tools_list_value" and stage in ("sft", "ppo")
         skipped_here = stage in SKIPPED.get(id, ())

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from raytune_llm.data import sources
-from raytune_llm.data.declarations import from_dataset_info
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.formats import Reading, converter
+from raytune_llm.data.readers import sources
+from raytune_llm.data.readers.declarations import from_dataset_info
 from raytune_llm.records import IGNORE
 from tests.parity.llamafactory import DEMO, labels_of, recipe, recorded, rows_of
 

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from raytune_llm.data import sources
-from raytune_llm.data.declarations import from_dataset_info
 from raytune_llm.data.formats import Reading, converter
 from raytune_llm.data.loader import split
+from raytune_llm.data.readers import sources
+from raytune_llm.data.readers.declarations import from_dataset_info
 from raytune_llm.errors import DataError
 from tests.parity.llamafactory import FOLDER, KIND_OF_STAGE, recorded, unified, wanted
 

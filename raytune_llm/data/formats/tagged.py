@@ -24,7 +24,7 @@ from raytune_llm.data.formats.columns import (
     tools_of,
     weight_of,
 )
-from raytune_llm.data.tools import parse_call_turn
+from raytune_llm.data.templates.tool_calls import parse_call_turn
 from raytune_llm.records import Conversation, Message, Pair, Record
 
 if TYPE_CHECKING:

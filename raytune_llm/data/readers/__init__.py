@@ -1,13 +1,13 @@
 """Types of files: name -> how a file is cut into chunks, and how a chunk's rows are read.
 
-To add one: its two functions in a file here, their entries below, and its suffix in data/sources.py.
+To add one: its two functions in a file here, their entries below, and its suffix in data/readers/sources.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from raytune_llm.data.chunks import Chunk, NumberedRow, Source
+from raytune_llm.data.readers.chunks import Chunk, NumberedRow, Source
 from raytune_llm.data.readers.hubs import plan_hub, read_hub
 from raytune_llm.data.readers.json_array import plan_json, read_json
 from raytune_llm.data.readers.lines import plan_lines, read_json_lines, read_text_lines

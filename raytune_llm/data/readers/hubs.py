@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from raytune_llm.data.chunks import Chunk, NumberedRow, Source
+from raytune_llm.data.readers.chunks import Chunk, NumberedRow, Source
 from raytune_llm.errors import DataError, ResourceError
 from raytune_llm.hub import ask_hub
 

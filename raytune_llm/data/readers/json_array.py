@@ -9,8 +9,8 @@ from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from raytune_llm.data import files
-from raytune_llm.data.chunks import MAX_ROW_CHARS, Chunk, NumberedRow, Source
+from raytune_llm.data.readers import files
+from raytune_llm.data.readers.chunks import MAX_ROW_CHARS, Chunk, NumberedRow, Source
 from raytune_llm.errors import DataError
 
 READ_BYTES = 1 << 20
@@ -71,12 +71,12 @@ class _JsonArray:
             except json.JSONDecodeError as error:
                 if len(self.buffer) - self.head > MAX_ROW_CHARS:
                     problem = f"has no end within {MAX_ROW_CHARS:,} characters"
-                    raise DataError(f"{self.file}, row {self.row}", problem, "Mend the file, or save it as jsonl.") from None
+                    raise DataError(f"{self.file}, row {self.row}", problem, "Correct the file, or save it as jsonl.") from None
                 cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
                 if cut_off and self._grow():
                     continue
                 problem = "the file ends in the middle of this row" if cut_off else f"is not valid JSON ({error.msg})"
-                raise DataError(f"{self.file}, row {self.row}", problem, "Mend the file, or save it as jsonl.") from None
+                raise DataError(f"{self.file}, row {self.row}", problem, "Correct the file, or save it as jsonl.") from None
             except (ValueError, RecursionError) as error:  # a number without end, brackets within brackets without end
                 raise DataError(f"{self.file}, row {self.row}", f"can't be read ({error})", "Leave that row out.") from None
             self.head = head

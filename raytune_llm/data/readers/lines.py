@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from raytune_llm.data import files
-from raytune_llm.data.chunks import Chunk, NumberedRow, Source
 from raytune_llm.data.dropped import BadRow
+from raytune_llm.data.readers import files
+from raytune_llm.data.readers.chunks import Chunk, NumberedRow, Source
 
 
 def plan_lines(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:

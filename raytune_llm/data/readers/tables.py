@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from raytune_llm.data import files
-from raytune_llm.data.chunks import MAX_ROW_CHARS, Chunk, NumberedRow, Source
 from raytune_llm.data.dropped import BadRow
+from raytune_llm.data.readers import files
+from raytune_llm.data.readers.chunks import MAX_ROW_CHARS, Chunk, NumberedRow, Source
 from raytune_llm.errors import DataError
 
 

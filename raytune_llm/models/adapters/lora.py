@@ -34,7 +34,7 @@ def add_lora(
                 "adapter.path",
                 "must be a folder with adapter_config.json",
                 got=path,
-                remedy="Train that adapter first, or name another.",
+                fix="Train that adapter first, or name another.",
             )
         saved = PeftConfig.from_pretrained(path)
         saved.task_type = task_type
@@ -55,7 +55,7 @@ def add_lora(
         except ValueError as error:
             names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
             raise ConfigError(
-                "adapter.targets", "must name linear layers of the model", got=targets, remedy=f"It has {', '.join(names)}."
+                "adapter.targets", "must name linear layers of the model", got=targets, fix=f"It has {', '.join(names)}."
             ) from error
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):

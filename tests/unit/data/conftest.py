@@ -14,7 +14,7 @@ from raytune_llm.config.run import PrepareRun
 from raytune_llm.data import store as token_store
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.store import Store
-from raytune_llm.data.tokenizer import byte_tokenizer
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.records import TokenRow
 
 

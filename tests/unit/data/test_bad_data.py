@@ -16,12 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_llm.config.load import load_config, options
-from raytune_llm.data import sources
-from raytune_llm.data.chunks import Source
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.formats import convert
 from raytune_llm.data.pipeline import prepare
-from raytune_llm.data.readers import json_array
+from raytune_llm.data.readers import json_array, sources
+from raytune_llm.data.readers.chunks import Source
 from raytune_llm.errors import DataError, UserError
 from raytune_llm.records import Record
 

@@ -13,7 +13,7 @@ from raytune_llm.data.batches import collate, moved
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.loader import Loader, Samples, _blocks
 from raytune_llm.data.store import Store, join
-from raytune_llm.models.documents import document_mask
+from raytune_llm.models.attention.documents import document_mask
 from raytune_llm.records import LabeledBatch, LabeledRow, PairBatch, PairRow, TokenRow
 
 
@@ -54,7 +54,7 @@ def test_looks_are_what_the_mask_of_real_tokens_lets_through():
     whole = [(ids(1, 2, 3, 4, 5), ids(0, 5)), (ids(6, 7, 8, 9), ids(0, 4)), (ids(10, 11), ids(0, 2), 3)]
     batch = collate([whole], length=16, pad_id=0)
     mask = document_mask(batch.cu_seqlens_S, 1, 16, None, batch.prefixes)
-    assert batch.looks == mask[0, 0, :11].sum()
+    assert batch.attention_pairs == mask[0, 0, :11].sum()
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -16,8 +16,8 @@ ASKED = Conversation((Message("user", "why?"),))
 @pytest.fixture(scope="module")
 def render():
     run = load_config("prepare", ["model=tiny_random", "data.path=rows.jsonl"])
-    kitchen = pipeline._kitchen(run.model, run.data, "pairs")
-    return lambda kind, record: KINDS[kind].render(record, kitchen.renderer, kitchen.targets)
+    preprocessor = pipeline._preprocessor(run.model, run.data, "pairs")
+    return lambda kind, record: KINDS[kind].render(record, preprocessor.renderer, preprocessor.targets)
 
 
 def said(text: str) -> tuple[Message, ...]:

@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 from raytune_llm.config.load import load_config
-from raytune_llm.data import pipeline, sources
+from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import prepare
-from raytune_llm.data.tokenizer import byte_tokenizer
+from raytune_llm.data.readers import sources
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.errors import ConfigError, DataError
 
 

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_llm.data.dropped import BadRow, RefusedRow
-from raytune_llm.data.named_templates import apply_to_tokenizer, load
 from raytune_llm.data.rows import KINDS, Targets
-from raytune_llm.data.templates import ChatTemplate, NamedChat, PlainText
-from raytune_llm.data.tokenize import BlockTokenizer, Tokens
-from raytune_llm.data.tokenizer import byte_tokenizer
-from raytune_llm.data.truncation import shorten
+from raytune_llm.data.templates.named import apply_to_tokenizer, load
+from raytune_llm.data.templates.render import ChatTemplate, NamedChat, PlainText
+from raytune_llm.data.tokens.tokenize import BlockTokenizer, Tokens
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
+from raytune_llm.data.tokens.truncation import shorten
 from raytune_llm.records import Conversation, Labeled, Media, Message, Pair, Text
 
 TOKENIZER = byte_tokenizer()

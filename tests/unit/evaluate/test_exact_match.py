@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raytune_llm.data.tokenizer import byte_tokenizer
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.engines.hf import HFEngine
 from raytune_llm.engines.requests import Completion
 from raytune_llm.evaluate.exact_match import exact_match

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from raytune_llm.migrate.argument_rules import Joined, NoEffect, PartOf
 from raytune_llm.migrate.arguments import ARGUMENTS, DATA, FINETUNING, FORMER, GENERATING, GONE, MODEL, NEW, TRAINING
-from raytune_llm.migrate.fates import Joined, NoEffect, PartOf
 from raytune_llm.migrate.translation import translate
 
 GROUPS = {
@@ -29,9 +29,9 @@ def test_every_argument_is_known_and_no_other(group):
 @pytest.mark.parametrize("group", GROUPS)
 def test_defaults_are_those_of_llamafactory(group):
     wrong = {
-        name: fate.default
-        for name, fate in GROUPS[group].items()
-        if not isinstance(fate, NoEffect | PartOf) and fate.default != DEFAULTS[group][name]
+        name: rule.default
+        for name, rule in GROUPS[group].items()
+        if not isinstance(rule, NoEffect | PartOf) and rule.default != DEFAULTS[group][name]
     }
     assert wrong == ({"do_train": True} if group == "TrainingArguments" else {})
 
@@ -43,14 +43,14 @@ def test_no_argument_is_in_two_groups():
 
 def test_a_joined_argument_is_read_by_its_rule_and_a_rule_reads_known_arguments():
     beside = {"world_size", "dataset_info", "find"}
-    for name, fate in ARGUMENTS.items():
-        if isinstance(fate, Joined):
-            parameters = inspect.signature(fate.rule).parameters.keys()
+    for name, rule in ARGUMENTS.items():
+        if isinstance(rule, Joined):
+            parameters = inspect.signature(rule.rule).parameters.keys()
             assert name in parameters
-            assert parameters - beside <= {name for name, fate in ARGUMENTS.items() if not isinstance(fate, NoEffect | PartOf)}
+            assert parameters - beside <= {name for name, rule in ARGUMENTS.items() if not isinstance(rule, NoEffect | PartOf)}
 
 
-SWITCHES = sorted({(fate.switch, fate.on) for fate in ARGUMENTS.values() if isinstance(fate, PartOf)}, key=str)
+SWITCHES = sorted({(rule.switch, rule.on) for rule in ARGUMENTS.values() if isinstance(rule, PartOf)}, key=str)
 
 
 @pytest.mark.parametrize(("switch", "on"), SWITCHES)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.activations import CHECKPOINTING, KeepAttention, compiles, keep
-from raytune_llm.models.document_attention import document_attention
+from raytune_llm.models.attention.document_attention import document_attention
 from tests.models import tiny_llama
 
 

@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raytune_llm.config.adapter import LoRA
 from raytune_llm.losses.tokens import token_logprobs
+from raytune_llm.memory.flops import operations
 from raytune_llm.models import attention
 from raytune_llm.models.adapters import adapt
 from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.train.flops import operations
 from tests.models import packed, some_rows
 
 IDS = torch.arange(20).view(2, 10)
@@ -59,7 +59,7 @@ def test_layers_below_the_first_adapter_take_no_gradients() -> None:
     all_layers, last_layer = (operations(CausalLM(adapt(model, lora(n))), model.config) for model, n in ((whole, 3), (last, 1)))
     adapters = sum(p.numel() for n, p in whole.named_parameters() if "lora" in n and ".layers.2." not in n)
     assert all_layers.per_token - last_layer.per_token == 2 * (2 * layer) + 6 * adapters
-    assert last_layer.per_look / all_layers.per_look == (1 + 1 + 3) / 9
+    assert last_layer.per_pair / all_layers.per_pair == (1 + 1 + 3) / 9
 
 
 def test_of_experts_those_that_a_token_visits_are_counted() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from raytune_llm.config.adapter import NoAdapter
 from raytune_llm.config.model import ModelConfig
-from raytune_llm.data.tokenizer import byte_tokenizer
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.load import load_config
 from raytune_llm.models.policy import build_policy, run_config

@@ -35,7 +35,7 @@ def test_by_itself_what_makes_queries_keys_and_values_stays_wide() -> None:
 
 
 def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"quantization\.wide must name linear layers .* down_proj, gate_proj"):
+    with pytest.raises(ConfigError, match=r"quantization\.skip_modules must name linear layers .* down_proj, gate_proj"):
         linears_but(layers(tiny_llama().model), ["query"])
 
 

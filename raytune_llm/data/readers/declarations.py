@@ -1,0 +1,209 @@
+"""What data a run is made of: `data.path`, or entries of a LLaMA-Factory dataset_info.json as they stand.
+
+Its rules: where an entry has `columns`, every column that it does not name is absent, and likewise for `tags`; only an entry
+without them has the usual names. Different here: a data set that is listed twice is there twice, an entry that names no column
+for messages is refused, and `columns` of pairs can name a `margin`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.config.data import AlpacaFormat, DataConfig, FormatConfig, OpenAIFormat, ShareGPTFormat
+from raytune_llm.data.readers.files import folder_of
+from raytune_llm.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declared:
+    """One data set of a run."""
+
+    name: str
+    path: str
+    subset: str | None
+    split: str
+    folder: str | None
+    """Of a hub data set: where its files lie in it."""
+    num_samples: int | None
+    format: FormatConfig
+    media_dir: str
+    hub: str
+    """The one that a data set without files of its own is from."""
+
+
+def declared(data: DataConfig, *, ranked: bool) -> list[Declared]:
+    """The data sets to train on, in order. `ranked` says whether the run needs pairs. Raises ConfigError or DataError."""
+    if data.dataset_info is not None:
+        return from_dataset_info(data.dataset_info, data.names, media_dir=data.media_dir, ranked=ranked, hub=data.hub)
+    assert data.path is not None
+    return [at_path(data, data.path)]
+
+
+def declared_for_evaluation(data: DataConfig, *, ranked: bool) -> list[Declared]:
+    """The data sets to evaluate on, none where there are none or where rows are held out of those to train on."""
+    if data.eval_names:
+        assert data.dataset_info is not None
+        return from_dataset_info(
+            data.dataset_info, data.eval_names, media_dir=data.media_dir, ranked=ranked, hub=data.hub, setting="data.eval_names"
+        )
+    if isinstance(data.eval_path, dict):
+        return [replace(at_path(data, path), name=name) for name, path in data.eval_path.items()]
+    return [] if data.eval_path is None else [at_path(data, data.eval_path)]
+
+
+def at_path(data: DataConfig, path: str) -> Declared:
+    """The data set at a path, in the run's format."""
+    return Declared(
+        name=path,
+        path=path,
+        subset=data.subset,
+        split=data.split,
+        folder=None,
+        hub=data.hub,
+        num_samples=data.num_samples,
+        format=data.format,
+        media_dir=data.media_dir or folder_of(path),
+    )
+
+
+def from_dataset_info(
+    path: str, names: list[str], *, media_dir: str | None, ranked: bool, hub: str = "huggingface", setting: str = "data.names"
+) -> list[Declared]:
+    """Entries of a dataset_info.json, which may be named by its folder."""
+    file = Path(path).expanduser()
+    file = file / "dataset_info.json" if file.is_dir() else file
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except OSError as error:
+        raise ConfigError("data.dataset_info", f"must be a file that can be read ({error.strerror})", got=path) from None
+    except ValueError as error:
+        raise DataError(str(file), f"is not valid JSON ({error})", "Correct the file.") from None
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise DataError(str(file), "must hold an object of data sets by name", "Correct the file.")
+    for name in names:
+        if name not in entries:
+            near = difflib.get_close_matches(name, entries, n=1)
+            fix = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(sorted(entries))}."
+            raise ConfigError(setting, f"must be entries of {file}", got=name, fix=fix)
+    return [_declared(name, entries[name], file, media_dir, ranked, hub) for name in names]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which no name comes twice."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice!r} is there twice")
+    return dict(pairs)
+
+
+def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | None, ranked: bool, hub: str) -> Declared:
+    where = f"{file}, {name}"
+    _check_types(where, entry)
+    if bool(entry.get("ranking", False)) != ranked:
+        raise DataError(
+            where,
+            "holds pairs of answers, which this stage has no use for"
+            if not ranked
+            else "holds no pairs of answers (ranking: true)",
+            "Choose another data set, or another stage.",
+        )
+    path, hub = _place(where, entry, file.parent, hub)
+    return Declared(
+        name=name,
+        path=path,
+        hub=hub,
+        subset=entry.get("subset"),
+        split=entry.get("split") or "train",
+        folder=entry.get("folder"),
+        num_samples=entry.get("num_samples"),
+        format=_format(where, entry),
+        media_dir=media_dir or str(file.parent),
+    )
+
+
+TYPES: Mapping[str, type] = {
+    **dict.fromkeys(("file_name", "cloud_file_name", "hf_hub_url", "ms_hub_url", "formatting", "subset", "split", "folder"), str),
+    "ranking": bool,
+    "num_samples": int,
+    "columns": dict,
+    "tags": dict,
+}
+"""Of the values of an entry; null is as if it were not there."""
+
+
+def _check_types(where: str, entry: Mapping[str, Any]) -> None:
+    given = [(key, entry[key], kind) for key, kind in TYPES.items() if entry.get(key) is not None]
+    for key, value, kind in given:
+        if not isinstance(value, kind) or (kind is int and value < 1):
+            said = "a positive number" if kind is int else {str: "text", bool: "true or false", dict: "an object"}[kind]
+            raise DataError(where, f"{key} must be {said}, got {value!r}", "Correct it.")
+    for key in ("columns", "tags"):
+        for name, value in (entry.get(key) or {}).items():
+            if not isinstance(value, str | None):
+                raise DataError(where, f"{key}.{name} must be text, got {value!r}", "Correct it.")
+
+
+HUB_KEYS = {"huggingface": "hf_hub_url", "modelscope": "ms_hub_url"}
+
+
+def _place(where: str, entry: Mapping[str, Any], folder: Path, hub: str) -> tuple[str, str]:
+    """Its path, and the hub that it is on if it is on one: the asked one where the entry knows it there."""
+    for name in (hub, *HUB_KEYS):
+        if entry.get(HUB_KEYS[name]):
+            return entry[HUB_KEYS[name]], name
+    if entry.get("file_name"):
+        return str(folder / entry["file_name"]), hub
+    if entry.get("cloud_file_name"):
+        return entry["cloud_file_name"], hub
+    given = ", ".join(sorted({"om_hub_url", "script_url"} & entry.keys())) or "no source"
+    read = ", ".join([*HUB_KEYS.values(), "file_name", "cloud_file_name"])
+    raise DataError(where, f"has {given}; what is read are {read}", "Fetch the data and give file_name.")
+
+
+def _format(where: str, entry: Mapping[str, Any]) -> FormatConfig:
+    columns: Mapping[str, Any] | None = entry.get("columns")
+    if columns is None:
+        columns = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+    ranked = bool(entry.get("ranking", False))
+    shared: dict[str, Any] = {name: columns.get(name) for name in ("system", "tools", "images", "videos", "audios")}
+    shared["chosen"] = columns.get("chosen") if ranked else None
+    shared["rejected"] = columns.get("rejected") if ranked else None
+    shared["margin"] = columns.get("margin") if ranked else None
+    shared["label"] = columns.get("kto_tag")
+    formatting = entry.get("formatting", "alpaca")
+    if formatting == "alpaca":
+        if columns.get("prompt") is None:
+            raise DataError(where, "names no column for prompt", "Add it to columns.")
+        return AlpacaFormat(
+            name="alpaca",
+            instruction=columns["prompt"],
+            input=columns.get("query"),
+            output=columns.get("response"),
+            history=columns.get("history"),
+            **shared,
+        )
+    if formatting not in TAGGED:
+        raise DataError(where, f"has the formatting {formatting!r}; there are alpaca, {', '.join(TAGGED)}", "Correct it.")
+    if columns.get("messages") is None:
+        raise DataError(where, "names no column for messages", "Add it to columns.")
+    tags: Mapping[str, Any] | None = entry.get("tags")
+    if tags is None:
+        tags = {
+            "user_tag": "human",
+            "assistant_tag": "gpt",
+            "observation_tag": "observation",
+            "function_tag": "function_call",
+            "system_tag": "system",
+        }
+    roles = {name: tags.get(name) for name in ("user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")}
+    keys = {"role_tag": tags.get("role_tag", "from"), "content_tag": tags.get("content_tag", "value")}
+    section: Any = TAGGED[formatting]
+    return section(name=formatting, messages=columns["messages"], **shared, **roles, **keys)
+
+
+TAGGED: Mapping[str, type] = {"sharegpt": ShareGPTFormat, "openai": OpenAIFormat}

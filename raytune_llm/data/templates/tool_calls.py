@@ -1,0 +1,250 @@
+"""Tool calls as text: thirteen ways to declare tools to a model, to write its calls, and to read them back.
+
+What a model is shown is Jinja, in templates/tools/<format>.jinja, so that a saved chat template holds it word for word:
+`tool_text(tools)` and `call_text(calls)`. Reading back is here, one function a format.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+TOOLS_FOLDER = Path(__file__).parent / "tools"
+
+
+class ToolCall(NamedTuple):
+    """A call as a model wrote it."""
+
+    name: str
+    arguments: str
+    """JSON text, as the chat APIs carry it; not an object where the model wrote none."""
+
+
+def render_tools(tool_format: str, tools: Sequence[Mapping[str, Any]], *, date: str | None = None) -> str:
+    """The text that declares `tools`. `date` is what llama3 takes for today, written as 31 Jan 2025.
+
+    Raises jinja2.TemplateError if a tool is not a JSON object.
+    """
+    return _macros(tool_format, date).tool_text(tools) if tools else ""
+
+
+def render_calls(tool_format: str, calls: Sequence[Mapping[str, Any]]) -> str:
+    """The text of calls {"name": str, "arguments": JSON object}.
+
+    Raises jinja2.TemplateError if the format can't hold them: glm4 has one call a turn.
+    """
+    return _macros(tool_format, None).call_text(calls)
+
+
+def extract_calls(tool_format: str, text: str) -> str | list[ToolCall]:
+    """The calls that a model wrote, or `text` itself if it holds none that parse. Never raises on what a model wrote."""
+    try:
+        calls = EXTRACTORS[tool_format](text)
+    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError):
+        return text
+    return text if calls is None else calls
+
+
+def parse_call_turn(
+    content: str,
+    *,
+    thought: Sequence[str] = ("<think>\n", "\n</think>\n\n"),
+    call_words: Sequence[str] = ("<tool_call>", "</tool_call>"),
+) -> tuple[str, tuple[dict[str, Any], ...]]:
+    """The text and the calls of a turn that holds JSON: one call or a list, bare, after a thought, or between the call words.
+
+    Text outside the call words stays as it is, in front of the calls. Arguments given as JSON text are read.
+    Raises ValueError if a call is not {"name": ..., "arguments": {...}}.
+    """
+    wrapped = re.compile(f"{re.escape(call_words[0])}(.*?){re.escape(call_words[1])}", re.DOTALL)
+    if bodies := wrapped.findall(content):
+        return wrapped.sub("", content), tuple(call for body in bodies for call in _read_calls(body))
+    found = re.search(f"{re.escape(thought[0])}.*?{re.escape(thought[1])}", content, re.DOTALL)
+    text = found.group() if found else ""
+    return text, tuple(_read_calls(content.replace(text, "") if text else content))
+
+
+def _read_calls(text: str) -> Iterator[dict[str, Any]]:
+    calls = json.loads(text)
+    for call in calls if isinstance(calls, list) else [calls]:
+        if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
+            raise ValueError(f"a call must be an object with a name and arguments, got {json.dumps(call)}")
+        arguments = json.loads(call["arguments"]) if isinstance(call["arguments"], str) else call["arguments"]
+        if not isinstance(arguments, dict):
+            raise ValueError(f"the arguments of {call['name']} must be an object, got {json.dumps(arguments)}")
+        yield {"name": call["name"], "arguments": arguments}
+
+
+@lru_cache(maxsize=64)
+def _macros(tool_format: str, date: str | None) -> Any:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    # The names that transformers gives a chat template, with its tojson: no HTML escapes, letters of any language as they are.
+    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _raise
+    source = (TOOLS_FOLDER / f"{tool_format}.jinja").read_text(encoding="utf-8")
+    return environment.from_string(source).make_module({} if date is None else {"date": date})
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _value(text: str) -> Any:
+    """A parameter between tags: JSON if it is, else text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _calls_of_objects(objects: Sequence[Any], arguments_key: str) -> list[ToolCall]:
+    if not all(isinstance(item["name"], str) for item in objects):
+        raise TypeError("a tool's name must be text")
+    return [ToolCall(item["name"], _json(item[arguments_key])) for item in objects]
+
+
+def _extract_default(text: str) -> list[ToolCall] | None:
+    pairs = re.findall(r"Action:\s*([^\n]+?)\s*Action Input:\s*(.+?)(?=\s*Action:|\s*$)", text, re.DOTALL)
+    return [ToolCall(name, _json(json.loads(body.strip().strip('"').strip("`").strip()))) for name, body in pairs] or None
+
+
+def _extract_gemma4(text: str) -> list[ToolCall] | None:
+    pairs = re.findall(r"<\|tool_call>call:([^{]+)\{(.*?)\}<tool_call\|>", text, re.DOTALL)
+    return [ToolCall(name.strip(), _gemma_arguments(body)) for name, body in pairs] or None
+
+
+def _gemma_arguments(body: str) -> str:
+    """JSON of bare keys and strings between <|"|> marks: keys outside of strings get quotes. The text itself if that fails."""
+    pieces = f"{{{body}}}".split('<|"|>')
+    for i, piece in enumerate(pieces):
+        pieces[i] = (
+            _json(piece)
+            if i % 2
+            else re.sub(r'([{,])\s*([^\s{},:"\[\]][^{},:"]*?)\s*:', lambda m: f"{m[1]}{_json(m[2])}:", piece)
+        )
+    try:
+        return _json(json.loads("".join(pieces)))
+    except ValueError:
+        return body
+
+
+def _extract_glm4(text: str) -> list[ToolCall] | None:
+    name, newline, arguments = text.partition("\n")
+    return [ToolCall(name, _json(json.loads(arguments)))] if newline else None
+
+
+def _extract_glm4_moe(text: str) -> list[ToolCall] | None:
+    calls = []
+    for body in re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL):
+        name, found, _ = body.partition("<arg_key>")
+        if not found and name.strip().startswith("{"):
+            calls += _calls_of_objects([json.loads(body)], "arguments")
+            continue
+        if not name.strip():
+            return None
+        pairs = re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>(?=\s*(?:<arg_key>|$))", body, re.DOTALL)
+        calls.append(ToolCall(name.strip(), _json({key: _value(value) for key, value in pairs})))
+    return calls or None
+
+
+def _extract_lfm2(text: str) -> list[ToolCall] | None:
+    found = re.search(r"<\|tool_call_start\|>\s*(\[.*?\])\s*<\|tool_call_end\|>", text, re.DOTALL)
+    if not found:
+        return None
+    calls = ast.parse(found[1], mode="eval").body
+    if not isinstance(calls, ast.List) or not all(isinstance(call, ast.Call) for call in calls.elts):
+        return None
+    return [
+        ToolCall(ast.unparse(call.func), _json({word.arg: _literal(word.value) for word in call.keywords}))
+        for call in calls.elts
+        if isinstance(call, ast.Call)
+    ] or None
+
+
+def _literal(node: ast.expr) -> Any:
+    """Python's literals and JSON's true, false and null, at any depth."""
+    names = {"true": True, "false": False, "null": None}
+    match node:
+        case ast.Name(id=name) if name in names:
+            return names[name]
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_literal(item) for item in items]
+        case ast.Dict(keys=keys, values=values):
+            return {_literal(key): _literal(value) for key, value in zip(keys, values, strict=True) if key is not None}
+        case _:
+            return ast.literal_eval(node)
+
+
+def _extract_llama3(text: str) -> list[ToolCall] | None:
+    calls = json.loads(text)
+    return _calls_of_objects(calls if isinstance(calls, list) else [calls], "parameters")
+
+
+def _extract_mistral(text: str) -> list[ToolCall] | None:
+    calls = json.loads(text)
+    return _calls_of_objects(calls if isinstance(calls, list) else [calls], "arguments")
+
+
+def _extract_minimax1(text: str) -> list[ToolCall] | None:
+    found = re.search(r"<tool_calls>(.*?)</tool_calls>", text, re.DOTALL)
+    objects = [_value(line.strip()) for line in found[1].split("\n") if line.strip()] if found else None
+    return None if objects is None else _calls_of_objects([item for item in objects if not isinstance(item, str)], "arguments")
+
+
+def _extract_minimax2(text: str) -> list[ToolCall] | None:
+    found = re.search(r"<minimax:tool_call>(.*?)</minimax:tool_call>", text, re.DOTALL)
+    if not found:
+        return None
+    calls = re.findall(r'<invoke name="(.*?)">(.*?)</invoke>', found[1], re.DOTALL)
+    return [ToolCall(name, _parameters(body, r'<parameter name="(.*?)">')) for name, body in calls]
+
+
+def _extract_qwen(text: str) -> list[ToolCall] | None:
+    bodies = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
+    return _calls_of_objects([json.loads(body) for body in bodies], "arguments") or None
+
+
+def _extract_qwen3_5(text: str) -> list[ToolCall] | None:
+    calls = re.findall(r"<tool_call>\s*<function=([^>]+)>(.*?)</function>\s*</tool_call>", text, re.DOTALL)
+    return [ToolCall(name, _parameters(body, r"<parameter=([^>]+)>\s*", r"\s*")) for name, body in calls] or None
+
+
+def _extract_seed_oss(text: str) -> list[ToolCall] | None:
+    # The ">" after the name is optional: models trained with LLaMA-Factory leave it out.
+    calls = re.findall(r"<seed:tool_call>\s*<function=([^\s>]+)>?\s(.*?)</function>\s*</seed:tool_call>", text, re.DOTALL)
+    return [ToolCall(name, _parameters(body, r"<parameter=([^>]+)>")) for name, body in calls] or None
+
+
+def _parameters(body: str, start: str, before_end: str = "") -> str:
+    """The parameters between tags, as JSON. A closing tag counts only where another parameter or the end follows."""
+    pairs = re.findall(rf"{start}(.*?){before_end}</parameter>(?=\s*(?:<parameter|$))", body, re.DOTALL)
+    return _json({name: _value(value) for name, value in pairs})
+
+
+EXTRACTORS: dict[str, Callable[[str], list[ToolCall] | None]] = {
+    "default": _extract_default,
+    "gemma4": _extract_gemma4,
+    "glm4": _extract_glm4,
+    "glm4_moe": _extract_glm4_moe,
+    "lfm2": _extract_lfm2,
+    "ling": _extract_qwen,
+    "llama3": _extract_llama3,
+    "minimax1": _extract_minimax1,
+    "minimax2": _extract_minimax2,
+    "mistral": _extract_mistral,
+    "qwen": _extract_qwen,
+    "qwen3_5": _extract_qwen3_5,
+    "seed_oss": _extract_seed_oss,
+}

@@ -1,0 +1,156 @@
+"""The tokenizer of a run: the model's own, another one, or the built-in one of plain bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from raytune_llm import packaged
+from raytune_llm.config.data import DataConfig
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.data.templates.named import NamedTemplate, apply_to_tokenizer, guess, load, stop_tokens
+from raytune_llm.errors import ConfigError
+
+BYTES = "bytes"
+NO_CLASS_OF_THEIR_OWN = ("llama", "qwen3", "granite", "olmo2", "smollm3")
+"""Models whose tokenizer is of the class that its files name."""
+ANY_FAST = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Names of the class that does as tokenizer.json says and no more."""
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def run_tokenizer(
+    model: ModelConfig, data: DataConfig, *, needs_template: bool = True
+) -> tuple[PreTrainedTokenizerFast, NamedTemplate | None]:
+    """The tokenizer of a run and its named template, which the tokenizer has taken over, or none where it has its own.
+
+    Plain text needs no template: then a tokenizer without one stays as it is, unless data.template names one.
+
+    A named template can bring tokens that are new to the model: then len(tokenizer) is more than it has embeddings.
+    """
+    tokenizer = load_tokenizer(
+        model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        kind=model.tokenizer,
+        needs_chat_template=False,
+    )
+    name = data.template
+    if name is None and tokenizer.chat_template is None and needs_template:
+        name = guess(model.path or model.tokenizer or "")
+        if name is None:
+            raise ConfigError(
+                "data.template",
+                "must name a template: the tokenizer has none of its own, and the model's name does not say which",
+                got="null",
+                fix="Say, data.template=chatml.",
+            )
+    if name is None:
+        return tokenizer, None
+    template = load(name, default_system=data.default_system, tool_format=data.tool_format, date=data.today)
+    if template.efficient_eos and data.train_on_prompt:
+        raise ConfigError("data.train_on_prompt", f"must be false with data.template={name}", got=True, fix="Take another one.")
+    apply_to_tokenizer(tokenizer, template)
+    return tokenizer, template
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast, template: NamedTemplate | None) -> list[int]:
+    """The tokens that end an answer of a run: what the saved generation config names as eos_token_id."""
+    tokens = [str(tokenizer.eos_token)] if template is None else stop_tokens(tokenizer, template)
+    return [tokenizer.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
+
+
+def load_tokenizer(
+    path: str | None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    kind: str | None = None,
+    needs_chat_template: bool = True,
+) -> PreTrainedTokenizerFast:
+    """The tokenizer at `kind` (`bytes`, a folder or a hub id), or where that is none, the model's own at `path`."""
+    if kind == BYTES:
+        return byte_tokenizer()
+    setting, place = ("model.path", path) if kind is None else ("model.tokenizer", kind)
+    assert place is not None, "model.path or model.tokenizer is given"
+    folder = packaged.resolve(place)
+    try:
+        tokenizer: Any = _loader(Path(folder)).from_pretrained(
+            folder, revision=revision if kind is None else None, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        what = (
+            "holds no tokenizer"
+            if Path(folder).is_dir()
+            else "names neither a local folder nor a tokenizer on a hub that answers"
+        )
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        fix = f"({reason}). Check {setting}, or set model.tokenizer to a folder that has one."
+        raise ConfigError(setting, what, got=place, fix=fix) from None
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            setting, "must have a tokenizer.json (a fast tokenizer)", got=place, fix="Convert it with transformers."
+        )
+    if needs_chat_template and tokenizer.chat_template is None:
+        raise ConfigError(
+            setting,
+            "must have a chat template",
+            got=place,
+            fix="Take the model's chat version, set data.template, or set model.tokenizer.",
+        )
+    return tokenizer
+
+
+def _loader(folder: Path) -> Any:
+    """AutoTokenizer, or the class that it would choose where that is plain: it loads torch, which takes seconds."""
+    try:
+        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        named = settings["tokenizer_class"]
+    except (OSError, ValueError, KeyError, TypeError):
+        model_type, named, settings = None, None, {}
+    if model_type in NO_CLASS_OF_THEIR_OWN and named in ANY_FAST and "auto_map" not in settings:
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """259 tokens: id b is the byte b, then ChatML's marks and a pad. For tests and small models of any language."""
+    alphabet = dict(zip(range(256), _byte_characters(), strict=True))
+    tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in alphabet.items()}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in ("<|im_start|>", "<|im_end|>", "<|pad|>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The printable character by which byte-level tokenizers write each byte (Radford et al. 2019)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A hash of all that makes ids of a text: the Rust tokenizer, its special tokens and the chat template."""
+    content = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,198 @@
+"""Which settings would make a run fit a device that is too small for it, and what a run says whose memory ran out.
+
+Every set of settings is tried on the run itself: what the config's own rules refuse is not proposed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, combinations, product
+
+import torch
+from pydantic import ValidationError
+from transformers import PretrainedConfig
+
+from raytune_llm.config.overrides import changed
+from raytune_llm.config.run import TrainRun
+from raytune_llm.config.strategy import DDP
+from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.memory.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_set
+from raytune_llm.memory.model import Memory, count_parameters
+from raytune_llm.models.activations import CHECKPOINTING
+
+MAX_WORKERS = 8
+"""Sharding is tried over so many workers, as a host has GPUs, where the run has fewer."""
+LENGTH_STEP = 128
+"""Tokens: lengths that are tried are multiples."""
+NAMED = 3
+"""SuggestedFixes in an error."""
+
+Settings = tuple[str, ...]
+"""As written on the command line, together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fix:
+    """Settings that make a run fit, and what a worker then needs."""
+
+    settings: Settings
+    memory: Memory
+
+
+class SuggestedFixes:
+    """Of a run that needs too much."""
+
+    def __init__(
+        self,
+        run: TrainRun,
+        config: PretrainedConfig,
+        needs: Needs,
+        usable_bytes: float,
+        *,
+        auto_bytes: float | None = None,
+        on_gpu: bool = True,
+    ) -> None:
+        """A worker's peak is to be at most usable_bytes. auto_bytes: what train.activation_checkpointing=auto goes by, where that
+        is another number. on_gpu: each worker brings its own memory, and there is the host's beside it."""
+        self.run = changed(run, [f"resources.num_workers={needs.world_size}"])
+        self.config, self.needs, self.usable_bytes, self.on_gpu = config, needs, usable_bytes, on_gpu
+        self.auto_bytes = usable_bytes if auto_bytes is None else auto_bytes
+        self._counted = {run.adapter.name: needs.parameters}
+
+    def sets(self) -> tuple[Fix, ...]:
+        """Sets of settings that make it fit, the smallest first, and of which no part would do."""
+        axes = self._axes()
+        found: dict[frozenset[str], Fix] = {}
+        for chosen in _subsets(axes):
+            if any(smaller < set(chosen) for smaller in found):
+                continue
+            tried = (self._fix(settings) for settings in _together(axes, chosen))
+            fix = next((fix for fix in tried if fix is not None), None)
+            if fix is not None:
+                found[frozenset(chosen)] = fix
+        return tuple(found.values())
+
+    def shorter(self, *, alone: bool = False) -> Fix | None:
+        """The longest data.max_length that fits, with as few other changes as it takes, or with none; None where nothing fits."""
+        axes = self._axes()
+        for size in range(1 if alone else len(axes) + 1):
+            ways = chain.from_iterable(_together(axes, chosen) for chosen in combinations(axes, size))
+            longest = [(length, settings) for settings in ways if (length := self._longest(settings))]
+            if longest:
+                return self._of_length(*max(longest, key=lambda found: found[0]))
+        return None
+
+    def least(self) -> tuple[Fix, ...]:
+        """The sets, or else the length."""
+        shorter = None if (found := self.sets()) else self.shorter()
+        return found if shorter is None else (shorter,)
+
+    def _longest(self, settings: Settings) -> int | None:
+        lengths = range(LENGTH_STEP, self.run.data.max_length, LENGTH_STEP)
+        fitting = bisect_left(lengths, True, key=lambda length: self._of_length(length, settings) is None)
+        return lengths[fitting - 1] if fitting else None
+
+    def _of_length(self, length: int, settings: Settings) -> Fix | None:
+        return self._fix((f"data.max_length={length}", *settings))
+
+    def _fix(self, settings: Settings) -> Fix | None:
+        """None where the config refuses them, or the run would still not fit."""
+        try:
+            run = changed(self.run, settings)
+        except (ConfigError, ValidationError):
+            return None
+        memory = estimate(run, self.config, self._needs_of(run))
+        return Fix(settings=settings, memory=memory) if memory.total <= self.usable_bytes else None
+
+    def _needs_of(self, run: TrainRun) -> Needs:
+        if run.adapter.name not in self._counted:
+            trusted = run.model.trust_remote_code
+            self._counted[run.adapter.name] = count_parameters(self.config, run.adapter, trust_remote_code=trusted)
+        assert isinstance(run.resources.num_workers, int)
+        needs = replace(
+            self.needs,
+            parameters=self._counted[run.adapter.name],
+            world_size=run.resources.num_workers,
+            **needs_set(run),
+        )
+        if run.train.activation_checkpointing == "auto" and self.on_gpu:
+            return least_recomputation(needs, partial(estimate, run, self.config), self.auto_bytes)
+        return needs
+
+    def _axes(self) -> dict[str, list[Settings]]:
+        """What lowers the need, one way or another: by axis, what costs least first."""
+        needs = self.needs
+        axes: dict[str, list[Settings]] = {
+            "checkpointing": [(f"train.activation_checkpointing={name}",) for name in self._checkpointing()],
+            "micro-batch": [("train.micro_batch_size=1",)] if needs.micro_batch_size > 1 else [],
+            "sharding": list(self._sharded()),
+            "adapter": [("adapter=lora",), *self._unquantized(("adapter=lora",))] if needs.parameters.frozen == 0 else [],
+            "quantization": [("quantization=bnb_nf4",)] if self.on_gpu and needs.quantization != "bnb_nf4" else [],
+            "reference": [("stage.reference=precomputed",)] if needs.reference == "online" else [],
+        }
+        return {axis: ways for axis, ways in axes.items() if ways}
+
+    def _checkpointing(self) -> Iterator[str]:
+        """Names of what keeps less on the device. Where it was chosen by memory, of that too: with other changes, more may be
+        chosen than fits."""
+        names = list(CHECKPOINTING)
+        chosen_by_memory = self.run.train.activation_checkpointing == "auto"
+        for name in names[names.index(self.needs.checkpointing) + (not chosen_by_memory) :]:
+            way = CHECKPOINTING[name]
+            if way.budget < 1 and way.possible(compiled=self.needs.compiled) and (self.on_gpu or not way.leaves):
+                yield name
+
+    def _sharded(self) -> Iterator[Settings]:
+        """Over the fewest workers first."""
+        run, world = self.run, self.needs.world_size
+        strategy = ("strategy=fsdp",) if isinstance(run.strategy, DDP) else ()
+        local = ("resources=local",) if run.resources.name == "inline" else ()
+        more = range(world + 1, MAX_WORKERS + 1) if self.on_gpu else ()
+        spread = [(*local, f"resources.num_workers={number}") for number in more if run.train.global_batch_size % number == 0]
+        ways = [way for workers in ([()] if world > 1 else []) + spread if (way := (*strategy, *workers))]
+        yield from ways
+        yield from self._unquantized(*ways)
+
+    def _unquantized(self, *ways: Settings) -> list[Settings]:
+        """What may be refused with quantized weights, without them."""
+        return [] if self.needs.quantization == "none" else [(*way, "quantization=none") for way in ways]
+
+
+def ran_out(
+    run: TrainRun, config: PretrainedConfig, needs: Needs, *, during: str, taken: int, total: int, others: int = 0
+) -> ResourceError:
+    """Of a GPU with `total` bytes, of which other processes hold `others`: where, how much was expected, how much had been
+    allocated, and what would make it fit."""
+    expected = estimate(run, config, needs).total
+    # It needed more than there was, whatever was expected: what is to fit must be expected to need less than that.
+    usable = USABLE * min(total - others, expected)
+    suggested = SuggestedFixes(run, config, needs, usable, auto_bytes=USABLE * total)
+    fixes = suggested.sets()[:NAMED]
+    shorter = suggested.shorter(alone=bool(fixes)) if len(fixes) < NAMED else None
+    ways = [f"{' '.join(fix.settings)} (about {fix.memory.total / GIB:.1f} GiB)" for fix in (*fixes, shorter) if fix]
+    ways = ways or ["a smaller model, or a GPU with more memory"]
+    held = f"; other processes hold {others / GIB:.1f} GiB of it" if others else ""
+    return ResourceError(
+        f"out of GPU memory during {during}: the estimate was {expected / GIB:.1f} GiB, {taken / GIB:.1f} GiB "
+        f"of {total / GIB:.1f} GiB were allocated when more was asked for{held}",
+        f"{'End those (nvidia-smi lists them), or take' if others else 'Take'} {', or '.join(ways)}.",
+    )
+
+
+def held_by_others(device: torch.device) -> int:
+    """Bytes of a GPU that other processes hold; none where it is no more than this one's CUDA context and libraries may take."""
+    free, total = torch.cuda.mem_get_info(device)
+    held = total - free - torch.cuda.memory_reserved(device)
+    return held if held > (1 - USABLE) * total else 0
+
+
+def _subsets(axes: Mapping[str, Sequence[Settings]]) -> Iterator[tuple[str, ...]]:
+    return chain.from_iterable(combinations(axes, size) for size in range(1, len(axes) + 1))
+
+
+def _together(axes: Mapping[str, Sequence[Settings]], chosen: Sequence[str]) -> Iterator[Settings]:
+    """One way of each of these axes, in every combination."""
+    return (tuple(chain.from_iterable(ways)) for ways in product(*(axes[axis] for axis in chosen)))

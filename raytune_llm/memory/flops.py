@@ -1,0 +1,79 @@
+"""How much arithmetic a token of training takes, and how much a GPU can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytune_llm.memory.model import dimensions
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.layers import layers
+from raytune_llm.models.quantization import QuantizedLinear
+
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "B200": 2250e12,
+}
+"""Dense bf16 products a second, by what a GPU's name contains, the first that fits; the makers' figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operations:
+    """Sums and products of training, by the convention of Chowdhery et al. 2022 (arXiv 2204.02311, appendix B): what the model
+    asks for, whatever is computed again, in fewer bits, or left out since nobody trains on it."""
+
+    per_token: float
+    """2 a weight forward, 2 for the gradient of its input, and 2 for its own where it is trained: 4N for LoRA, 6N for full
+    fine-tuning. Embeddings are looked up, not multiplied; of experts count those that a token visits."""
+    per_pair: float
+    """Of a token at one before it, or at itself, in all layers: 4 a number of the query heads forward, 8 backward. So a document
+    of L tokens has L (L + 1) / 2 times as many, and documents in a pack have no more than alone. Windows are not taken off."""
+
+    def of(self, tokens: float, attention_pairs: float) -> float:
+        return tokens * self.per_token + attention_pairs * self.per_pair
+
+
+def operations(policy: CausalLM, config: Any) -> Operations:
+    """Layers below the first that trains run forward alone."""
+    embedding = policy.base.get_input_embeddings().weight
+    output = policy.base.get_output_embeddings()
+    head = None if output is None else output.weight
+    blocks = layers(policy)
+    first = [] if embedding.requires_grad else list(takewhile(_is_frozen, blocks))
+    forward_alone = {*(p for layer in first for p in layer.parameters()), *(m for layer in first for m in layer.modules())}
+
+    visited = getattr(config.get_text_config(), "num_experts_per_tok", None)
+
+    total = 0.0
+    for parameter in policy.parameters():
+        if parameter.ndim < 2 or (parameter is embedding and head is not embedding):
+            continue
+        passes = 1 if parameter in forward_alone else 2 + parameter.requires_grad
+        part = visited / len(parameter) if parameter.ndim == 3 and visited else 1  # transformers keeps experts as [E, M, K]
+        total += 2 * passes * part * parameter.numel()
+    for module in policy.modules():
+        if isinstance(module, QuantizedLinear):
+            total += 2 * (1 if module in forward_alone else 2) * module.in_features * module.out_features
+    return Operations(per_token=total, per_pair=4 * dimensions(config).query * (3 * len(blocks) - 2 * len(first)))
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """None where the device is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)

@@ -1,0 +1,144 @@
+"""What a run needs of one device's memory, by estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from raytune_llm.config.adapter import LoRA, NoAdapter
+from raytune_llm.config.run import TrainRun
+from raytune_llm.config.section import settings_of
+from raytune_llm.config.stage import DPO, KTO
+from raytune_llm.config.strategy import StrategyConfig
+from raytune_llm.data.batches import KINDS
+from raytune_llm.memory.model import (
+    STATES,
+    Memory,
+    Parameters,
+    count_parameters,
+    dimensions,
+    memory_per_gpu,
+    quantized_bytes,
+)
+from raytune_llm.models import attention
+from raytune_llm.models.activations import CHECKPOINTING
+from raytune_llm.models.load import load_config
+from raytune_llm.models.policy import DTYPES
+from raytune_llm.stages import STAGES
+
+GIB = 2**30
+USABLE = 0.92
+"""Of a device's memory: the rest goes to the CUDA context, to libraries, and to gaps between blocks."""
+TAKES_MASK = {"sdpa"}
+"""Attention back ends that are given a mask of every pair of positions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What memory depends on and a user might change."""
+
+    parameters: Parameters
+    dropout: bool
+    quantization: str
+    strategy: StrategyConfig
+    world_size: int
+    micro_batch_size: int
+    max_length: int
+    checkpointing: str
+    """none, selective, full or offload."""
+    compiled: bool
+    reference: str
+    """none, precomputed or online."""
+    reference_parameters: int
+    """Of another model than the trained one."""
+    case: attention.Case
+    """What attention, and all else, is computed on and in."""
+
+
+MemoryOf = Callable[[Needs], Memory]
+
+
+def needs_of(
+    run: TrainRun, config: PretrainedConfig, world_size: int, *, compiled: bool, case: attention.Case | None = None
+) -> Needs:
+    """Where activation checkpointing is auto, as if there were none. case: by itself, a GPU of the Hopper kind."""
+    return Needs(
+        parameters=count_parameters(config, run.adapter, trust_remote_code=run.model.trust_remote_code),
+        world_size=world_size,
+        compiled=compiled,
+        reference_parameters=_reference_parameters(run, config),
+        case=case or attention.case_of(config, "cuda", (9, 0), DTYPES.get(run.train.precision, torch.bfloat16)),
+        **needs_set(run),
+    )
+
+
+def needs_set(run: TrainRun) -> dict[str, Any]:
+    """Those of the needs that stand in the settings."""
+    asked = run.train.activation_checkpointing
+    return {
+        "dropout": isinstance(run.adapter, LoRA) and run.adapter.dropout > 0,
+        "quantization": run.quantization.name,
+        "strategy": run.strategy,
+        "micro_batch_size": run.train.micro_batch_size,
+        "max_length": run.data.max_length,
+        "checkpointing": "none" if asked == "auto" else asked,
+        "reference": run.stage.reference if isinstance(run.stage, DPO | KTO) else "none",
+    }
+
+
+def _reference_parameters(run: TrainRun, config: PretrainedConfig) -> int:
+    if not isinstance(run.stage, DPO | KTO) or (run.stage.reference_model is None and run.stage.reference_adapter is None):
+        return 0
+    path, trusted = run.stage.reference_model, run.model.trust_remote_code
+    found = config if path is None else load_config(path, {}, trust_remote_code=trusted)
+    return count_parameters(found, NoAdapter(name="none"), trust_remote_code=trusted).total
+
+
+def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
+    """The peak of a step on one GPU."""
+    dtype, backend = needs.case.dtype, attention.expected(run.model.attention, needs.case)
+    states_of = partial(
+        STATES[needs.strategy.name],
+        compute=dtype.itemsize,
+        world=needs.world_size,
+        accumulates=run.train.global_batch_size > needs.micro_batch_size * needs.world_size,
+        **settings_of(needs.strategy),
+    )
+    states = states_of(needs.parameters)
+    saved = quantized_bytes(needs.parameters, dtype.itemsize, needs.quantization)
+    pack = needs.max_length * KINDS[STAGES[run.stage.name].rows].sides
+    memory = memory_per_gpu(
+        dimensions(config),
+        needs.parameters,
+        replace(states, weights=states.weights - saved),
+        compute=dtype.itemsize,
+        tokens=needs.micro_batch_size * pack,
+        dropout=needs.dropout,
+        kept=CHECKPOINTING[needs.checkpointing].on_device,
+        inputs_leave=CHECKPOINTING[needs.checkpointing].leaves,
+        compiled=needs.compiled,
+        mask_bytes=needs.micro_batch_size * pack**2 * (1 + dtype.itemsize) if backend in TAKES_MASK else 0,
+    )
+    other = needs.reference_parameters * dtype.itemsize
+    if needs.reference == "precomputed":
+        # Gone before the first step, in whose room it was, but for the logits that the pass has too.
+        return replace(memory, reference=max(other - (memory.total - memory.weights - memory.logits), 0))
+    if needs.reference == "online" and not other and not _starts_from_its_base(run, needs):
+        other = 2 * states_of(replace(needs.parameters, total=needs.parameters.trained)).weights
+    return replace(memory, reference=other)
+
+
+def _starts_from_its_base(run: TrainRun, needs: Needs) -> bool:
+    """The reference is the model without its adapter, so that no copy of it is needed."""
+    return needs.parameters.frozen > 0 and not (isinstance(run.adapter, LoRA) and run.adapter.path is not None)
+
+
+def least_recomputation(needs: Needs, memory_of: MemoryOf, usable_bytes: float) -> Needs:
+    """With the first of none, selective, full and offload that fits; with the last where none does."""
+    ways = [replace(needs, checkpointing=name) for name, way in CHECKPOINTING.items() if way.possible(compiled=needs.compiled)]
+    return next((needs for needs in ways if memory_of(needs).total <= usable_bytes), ways[-1])

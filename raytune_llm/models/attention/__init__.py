@@ -1,0 +1,282 @@
+"""Attention within documents: which back ends there are, how one is chosen, and how a model comes to call it.
+
+A model passes the batch's boundaries, cu_seqlens_S and max_seqlen, through to every layer. No back end lets a token see another
+document; one that can't keep that is not in the list. Where documents go on from the beginning of others, the batch's prefixes
+come along, to the back ends that know what to make of them (PREFIXED).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.attention import documents
+from raytune_llm.models.attention.backends import flash2, flash3, flash4, flex, sdpa, varlen
+from raytune_llm.models.attention.isolation import check_isolation
+from raytune_llm.records import Prefixes
+
+BACKENDS: dict[str, Callable] = {
+    "varlen": varlen,
+    "flash2": flash2,
+    "flash3": flash3,
+    "flash4": flash4,
+    "flex": flex,
+    "sdpa": sdpa,
+}
+IN_TORCH: dict[str, str | None] = {"varlen": None, "flash3": "FA3"}
+"""Back ends that call torch's FlashAttention, and whose kernels it is then to take in place of its own, by its name for them."""
+PREFIXED = {"varlen", "flash3", "flex", "sdpa"}
+"""Back ends that let documents go on from others."""
+BLOCK_MASKED = {"flex"}
+"""Back ends that take block masks, built once a batch, beside the boundaries."""
+BY_ITSELF = ("varlen", "sdpa", "flex")
+"""What auto takes, the first that is possible. Before them, on GPUs of the Hopper kind, FlashAttention 3, which is made for them;
+other packages are taken where they are asked for. FlexAttention comes last, and so for capped scores alone (_order): else what
+varlen leaves is float32, for which torch (2.13) computes its backward pass in tiles of 16 by 16, heads of more than 256 numbers,
+for which it has no tiles of their own, and GPUs that it does not run on."""
+
+DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""Names that configs of models have for the part of attention's weights that is dropped in training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What attention is to run on and with."""
+
+    device_type: str
+    dtype: torch.dtype
+    capability: tuple[int, int] = (9, 0)
+    """Of a CUDA device."""
+    head: int = 128
+    """Numbers a head."""
+    softcap: bool = False
+    """Scores are capped, as in Gemma 2."""
+
+
+def case_of(config: PretrainedConfig, device_type: str, capability: tuple[int, int], dtype: torch.dtype) -> Case:
+    text: Any = config.get_text_config()
+    return Case(
+        device_type=device_type,
+        dtype=dtype,
+        capability=capability,
+        head=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        softcap=getattr(text, "attn_logit_softcapping", None) is not None,
+    )
+
+
+def dropout_of(config: PretrainedConfig) -> float:
+    """What the config has of dropout in attention, which no back end applies: FlashAttention over boundaries knows none."""
+    text: Any = config.get_text_config()
+    return max(getattr(text, name, None) or 0.0 for name in DROPOUT)
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """CUDA's compute capability; (0, 0) of another device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def _flash_lacks(case: Case, *, name: str) -> str | None:
+    if case.device_type != "cuda":
+        return f"{name} needs a GPU"
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        return f"{name} needs bf16 or fp16, this run computes in {str(case.dtype).removeprefix('torch.')}"
+    if case.capability < (8, 0):
+        return f"{name} needs compute capability 8.0, this GPU has {case.capability[0]}.{case.capability[1]}"
+    if case.head > 256 or case.head % 8:
+        return f"{name} takes heads of at most 256 numbers, a multiple of 8, these have {case.head}"
+    return None
+
+
+def _varlen_lacks(case: Case) -> str | None:
+    if case.device_type != "cuda":
+        return None
+    return _capping_lacks(case) or _flash_lacks(case, name="FlashAttention")
+
+
+def _capping_lacks(case: Case) -> str | None:
+    return "torch's FlashAttention caps no scores" if case.softcap else None
+
+
+def _flash2_lacks(case: Case) -> str | None:
+    return _flash_lacks(case, name="FlashAttention 2") or _import_lacks("flash-attn", "flash_attn.flash_attn_interface")
+
+
+def _flash3_lacks(case: Case) -> str | None:
+    if not _is_hopper(case):
+        return "FlashAttention 3 needs a GPU of the Hopper kind"
+    lacking = _capping_lacks(case) or _flash_lacks(case, name="FlashAttention 3")
+    return lacking or _import_lacks("flash_attn_interface", "flash_attn_interface") or _operators_lack()
+
+
+def _operators_lack() -> str | None:
+    """Early releases called their kernels by themselves; torch calls them as operators."""
+    missing = [name for name in ("fwd", "bwd") if not hasattr(torch.ops.flash_attn_3, name)]
+    return f"the package flash_attn_interface has no operator flash_attn_3.{missing[0]}" if missing else None
+
+
+def _flash4_lacks(case: Case) -> str | None:
+    if case.capability[0] not in (9, 10):
+        return "FlashAttention 4 needs a GPU of the Hopper or the Blackwell kind (compute capability 9 or 10)"
+    if case.capability[0] == 10 and case.head > 128:
+        return f"FlashAttention 4 takes heads of at most 128 numbers on this GPU, these have {case.head}"
+    return _flash_lacks(case, name="FlashAttention 4") or _import_lacks("flash-attn-4", "flash_attn.cute")
+
+
+def _import_lacks(package: str, module: str) -> str | None:
+    """A package may be there and not load: built for another torch, lacking a library, or under a name that another has too."""
+    try:
+        import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        there = find_spec(module.partition(".")[0]) is not None
+        return f"the package {package} {f'does not load ({error})' if there else 'is not installed'}"
+    return None
+
+
+def _flex_lacks(case: Case) -> str | None:
+    if case.device_type != "cuda":
+        return "FlexAttention has no backward pass on a CPU"
+    if case.capability < (8, 0):
+        return f"FlexAttention needs compute capability 8.0, this GPU has {case.capability[0]}.{case.capability[1]}"
+    return None
+
+
+def _sdpa_lacks(case: Case) -> str | None:
+    return None
+
+
+LACKS: dict[str, Callable[[Case], str | None]] = {
+    "varlen": _varlen_lacks,
+    "flash2": _flash2_lacks,
+    "flash3": _flash3_lacks,
+    "flash4": _flash4_lacks,
+    "flex": _flex_lacks,
+    "sdpa": _sdpa_lacks,
+}
+"""What stands in the way of a back end, if anything."""
+WHAT = {
+    ("flash3", "cuda"): "FlashAttention 3 is installed",
+    ("varlen", "cuda"): "torch's own FlashAttention over document boundaries",
+    ("varlen", "cpu"): "a document at a time, on the CPU",
+    ("flex", "cuda"): "blocks of a mask",
+    ("sdpa", "cuda"): "a mask of every pair of positions",
+}
+
+
+def choose(asked: str, case: Case) -> tuple[str, str]:
+    """The back end to run and the reason for it. Raises ConfigError where one that was asked for by name can't run."""
+    if asked != "auto":
+        lacking = LACKS[asked](case)
+        if lacking is not None:
+            raise ConfigError("model.attention", f"can't be {asked} here: {lacking}", got=asked, fix="Take model.attention=auto.")
+        return asked, "asked for"
+    order = _order(case)
+    lacks = {name: LACKS[name](case) for name in order}
+    backend = next(name for name in order if lacks[name] is None)
+    passed_over = [lacking for name in order[: order.index(backend)] if (lacking := lacks[name]) is not None]
+    return backend, "; ".join([*passed_over, WHAT.get((backend, case.device_type), "")])
+
+
+def _order(case: Case) -> tuple[str, ...]:
+    if case.softcap:
+        return "varlen", "flex", "sdpa"
+    return ("flash3", *BY_ITSELF) if _is_hopper(case) else BY_ITSELF
+
+
+def _is_hopper(case: Case) -> bool:
+    return case.device_type == "cuda" and case.capability[0] == 9
+
+
+def expected(asked: str, case: Case) -> str:
+    """What will run in this case, on a device that need not be here."""
+    return choose(asked, case)[0] if asked == "auto" else asked
+
+
+def attach(model: PreTrainedModel, backend: str) -> None:
+    """Let the model's layers call the back end. Generation needs it `detached`, since back ends know no cache.
+
+    Raises ConfigError for a model that has more than them to take something from token to token."""
+    check_isolation(model.config, type(model))
+    tell_torch(backend)
+    name = f"raytune_{backend.replace('flash', 'fa')}"  # where a name says flash, transformers prepares its own FlashAttention
+    AttentionInterface.register(name, BACKENDS[backend])
+    model.set_attn_implementation(name)
+
+
+def tell_torch(backend: str) -> None:
+    """Have torch take the kernels that the back end wants of it: a setting of the process, which its models share.
+
+    A model whose back end calls none of them leaves it as it is. `varlen` and `flash3` don't meet in a run: where one can run,
+    auto takes the same for all of its models.
+    """
+    if backend not in IN_TORCH or IN_TORCH[backend] == current_flash_attention_impl():
+        return
+    wanted = IN_TORCH[backend]
+    if wanted is None:
+        restore_flash_attention_impl()
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # that these are overridden
+        activate_flash_attention_impl(wanted)
+
+
+@contextmanager
+def detached(model: PreTrainedModel) -> Iterator[None]:
+    """The model with transformers' own attention, for generation in the middle of training."""
+    attached: str = model.config._attn_implementation  # type: ignore[assignment]
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    model.set_attn_implementation("eager" if capped else "sdpa")  # transformers' sdpa leaves the cap out
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attached)
+
+
+def shares_prefixes(asked: str, config: PretrainedConfig) -> bool:
+    """Whether documents can go on from the beginning of others: the back end lets them, and every layer of the model looks at all
+    that came before, not at a window of it or at a state that is carried on. On every device the same, so that runs are."""
+    text: Any = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    whole = kinds == {"full_attention"} and getattr(text, "sliding_window", None) is None
+    return whole and getattr(text, "attn_logit_softcapping", None) is None and (asked == "auto" or asked in PREFIXED)
+
+
+def block_masks(
+    backend: str, cu_seqlens_S: Tensor, B: int, T: int, window: int | None, prefixes: Prefixes | None = None
+) -> dict[str, Any]:
+    """What a back end takes beside the boundaries, by name, built once a batch."""
+    if backend not in BLOCK_MASKED:
+        return {}
+    return {"block_masks": documents.block_masks(cu_seqlens_S, B, T, window, prefixes)}
+
+
+def fixed(cu_seqlens_S: Tensor, max_seqlen: int) -> tuple[Tensor, int]:
+    """The boundaries as compiled layers take them, so that no batch makes them compile again.
+
+    How many there are may vary, and FlashAttention's bound on a document's length is rounded up to a power of two, 1,024 at
+    least: blocks past a document's end return at once (0.3% of a step), and the bound takes few values.
+    """
+    torch._dynamo.maybe_mark_dynamic(cu_seqlens_S, 0)
+    return cu_seqlens_S, max(1 << (max_seqlen - 1).bit_length(), 1024)
+
+
+def fixed_prefixes(prefixes: Prefixes | None) -> Prefixes | None:
+    """The same of what documents go on from."""
+    if prefixes is None:
+        return None
+    queries_Q, keys_K, cu_queries_X, cu_keys_X, max_queries, max_keys = prefixes
+    for tensor in (queries_Q, keys_K):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    cu_queries_X, max_queries = fixed(cu_queries_X, max_queries)
+    cu_keys_X, max_keys = fixed(cu_keys_X, max_keys)
+    return Prefixes(queries_Q, keys_K, cu_queries_X, cu_keys_X, max_queries, max_keys)

@@ -1,0 +1,286 @@
+"""Attention within documents, in several ways: FlashAttention over boundaries, blocks of a mask, a mask of the whole square.
+
+A back end takes query [B, H, T, Dh], key and value with fewer heads where they are grouped, what is done to scores, and of the
+batch what it needs: its boundaries, cu_seqlens_S and max_seqlen, its prefixes, or block masks. It returns [B, T, H, Dh].
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial, wraps
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.attention.document_attention import document_attention
+from raytune_llm.models.attention.documents import document_mask
+from raytune_llm.records import Prefixes
+
+# torch 2.11 takes grouped heads as they are; later releases ask for the flag.
+_GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+class Scores(NamedTuple):
+    """What is done to the scores of a layer."""
+
+    scaling: float | None
+    """None: 1 / sqrt(Dh)."""
+    sliding_window: int | None
+    """How many tokens a token sees, itself among them; None: all that came before."""
+    softcap: float | None
+    """Scores become softcap tanh(score / softcap), as in Gemma 2."""
+
+
+def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    """A back end with the signature that transformers' layers call, who take weights of attention as well."""
+
+    @wraps(attend)
+    def called(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **of_batch: Any,
+    ) -> tuple[Tensor, None]:
+        _check(module, attention_mask, s_aux, of_batch)
+        scores = Scores(scaling, sliding_window, softcap)
+        narrower = query.shape[-1] - value.shape[-1]  # as in multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434)
+        if narrower:
+            out = attend(query, key, F.pad(value, (0, narrower)), scores, **of_batch)
+            return out[..., :-narrower], None
+        return attend(query, key, value, scores, **of_batch), None
+
+    return called
+
+
+def _check(module: nn.Module, attention_mask: Tensor | None, s_aux: Tensor | None, of_batch: Mapping[str, Any]) -> None:
+    """That a layer, of a family that is not known beforehand not to, asks for what there is."""
+    if s_aux is not None:
+        raise ConfigError("model.path", "must be a model without attention sinks, which no back end here computes")
+    if attention_mask is not None:
+        raise ConfigError("model.path", "must be a model without a mask of its own, which no back end here takes")
+    if not getattr(module, "is_causal", True):
+        raise ConfigError("model.path", "must be a model whose tokens see those before them, not those after them")
+    if "cu_seqlens_S" not in of_batch and "block_masks" not in of_batch:
+        raise ConfigError("model.path", "must be a model that hands its layers what it is given: boundaries of rows")
+
+
+@as_transformers_calls
+def varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Scores,
+    *,
+    cu_seqlens_S: Tensor,
+    max_seqlen: int,
+    prefixes: Prefixes | None = None,
+    **_: object,
+) -> Tensor:
+    """Each document attends to itself, and to what it goes on from: FlashAttention over boundaries on a GPU, a document at a time
+    on a CPU."""
+    scaling, sliding_window, softcap = scores
+    B, H, T, head = query.shape
+    if cu_seqlens_S.shape[0] == 2 and sliding_window is None and softcap is None:
+        return _whole(query, key, value, scaling)
+    q, k, v = _flat(query, key, value)
+    if q.is_cuda and prefixes is None:
+        out = _over_boundaries(q, k, v, cu_seqlens_S, max_seqlen, scores)
+    elif sliding_window is None and softcap is None:
+        out = document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scaling)
+    else:
+        out = torch.cat(
+            [
+                _one_document(q[start:end], k[start:end], v[start:end], scaling, sliding_window, softcap)
+                for start, end in _documents(cu_seqlens_S)
+            ]
+        )
+    return out.view(B, T, H, head)
+
+
+@as_transformers_calls
+def flash3(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Scores,
+    *,
+    cu_seqlens_S: Tensor,
+    max_seqlen: int,
+    prefixes: Prefixes | None = None,
+    **_: object,
+) -> Tensor:
+    """FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608), which torch has been told to take in place of its own 2."""
+    B, H, T, head = query.shape
+    q, k, v = _flat(query, key, value)
+    if scores.sliding_window is None:
+        out: Any = document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scores.scaling)
+    else:
+        out = _over_boundaries(q, k, v, cu_seqlens_S, max_seqlen, scores)
+    return out.view(B, T, H, head)
+
+
+def _over_boundaries(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_S: Tensor, max_seqlen: int, scores: Scores) -> Any:
+    """[L, H, Dh] each. What torch has for FlashAttention, on a GPU; it caps no scores, and choose knows."""
+    window = (-1 if scores.sliding_window is None else scores.sliding_window - 1, 0)
+    return varlen_attn(
+        q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scores.scaling, window_size=window, **_GROUPED_HEADS
+    )
+
+
+def _flash2(*args: Tensor, **settings: Any) -> Any:
+    """Dao 2023, arXiv 2307.08691."""
+    from flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(*args, **settings)
+
+
+@torch.compiler.disable
+def _flash4(*args: Tensor, **settings: Any) -> Any:
+    """For the Hopper and Blackwell kinds, from flash-attn-4, which makes its kernels as it first needs them: no compiler may look
+    into that. It means by a window of -1 one that reaches a token back, and by None all that came before."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    left, right = settings.pop("window_size")
+    return flash_attn_varlen_func(*args, window_size=(None if left == -1 else left, right), **settings)
+
+
+@as_transformers_calls
+def _packaged(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Scores,
+    *,
+    attend: Callable[..., Any],
+    cu_seqlens_S: Tensor,
+    max_seqlen: int,
+    **_: object,
+) -> Tensor:
+    """FlashAttention from a package of its own."""
+    scaling, sliding_window, softcap = scores
+    B, H, T, head = query.shape
+    q, k, v = _flat(query, key, value)
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    out = attend(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens_S,
+        cu_seqlens_k=cu_seqlens_S,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=window,
+        softcap=softcap or 0.0,
+    )
+    out = out[0] if isinstance(out, tuple) else out  # 4 returns the logsumexp as well
+    return out.view(B, T, H, head)
+
+
+flash2, flash4 = (partial(_packaged, attend=attend) for attend in (_flash2, _flash4))
+
+
+@as_transformers_calls
+def flex(query: Tensor, key: Tensor, value: Tensor, scores: Scores, *, block_masks: dict[int, BlockMask], **_: object) -> Tensor:
+    """FlexAttention (Dong et al. 2024, arXiv 2412.05496) over blocks that are not empty; `block_masks` by window, 0 for none."""
+    scaling, sliding_window, softcap = scores
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    out = attend(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=block_masks[sliding_window or 0],
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+@as_transformers_calls
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Scores,
+    *,
+    cu_seqlens_S: Tensor,
+    prefixes: Prefixes | None = None,
+    **_: object,
+) -> Tensor:
+    """The plain twin: one call with a mask of T x T a pack. Costs the whole square; for checks, and where nothing else runs."""
+    mask = document_mask(cu_seqlens_S, query.shape[0], query.shape[2], scores.sliding_window, prefixes)
+    return _masked(query, key, value, mask, scores.scaling, scores.softcap).transpose(1, 2).contiguous()
+
+
+def _whole(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """One document, a long one most likely, for which cuDNN's kernel is half as fast again as FlashAttention 2."""
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        )
+    return out.transpose(1, 2)
+
+
+def _documents(cu_seqlens_S: Tensor) -> list[tuple[int, int]]:
+    bounds = cu_seqlens_S.tolist()
+    return list(pairwise(bounds))
+
+
+def _one_document(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, sliding_window: int | None, softcap: float | None
+) -> Tensor:
+    """[L, H, Dh] for q, [L, Hk, Dh] for k and v."""
+    L = q.shape[0]
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    if softcap is not None or (sliding_window is not None and sliding_window < L):
+        out = _masked(q, k, v, document_mask(torch.tensor([0, L]), 1, L, sliding_window), scaling, softcap)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1])
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
+    """[B, H, T, Dh]. Capped scores (softcap tanh(score / softcap)) are spelled out.
+
+    Each head gets its key and value: of torch's kernels for a mask on a GPU, the memory-efficient one takes no grouped heads.
+    """
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _flat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, H, T, Dh] -> [B T, H, Dh] each."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    return q, k, v
+
+
+@lru_cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention)

@@ -1,0 +1,38 @@
+"""Which models keep the documents of a pack apart.
+
+Attention's back ends do (attention.py), for layers that call them. Whatever else takes something from token to token, be it a
+recurrent or convolutional state or attention of the model's own, knows no boundaries, and documents would learn from each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from raytune_llm.errors import ConfigError
+
+ATTENDS = {"full_attention", "sliding_attention"}
+"""Kinds of layers, by transformers' names, that look at other tokens in attention alone: all that came before, or a window."""
+
+
+def check_isolation(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> None:
+    """Raises ConfigError for a model whose documents would see each other in a pack."""
+    mixes = _mixes(config, model_class)
+    if mixes is not None:
+        raise ConfigError(
+            "model.path",
+            f"must be a model that keeps the rows of a pack apart, which {config.model_type} does not: {mixes}",
+            got=config.name_or_path or config.model_type,
+            fix="Take one of another family: llama, mistral, qwen3, gemma3_text, phi3, granite, olmo2 are some that do.",
+        )
+
+
+def _mixes(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> str | None:
+    text: Any = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or (["state"] if model_class._is_stateful else []))
+    if unknown := sorted(kinds - ATTENDS):
+        return f"it has layers of the kind {', '.join(unknown)}, which know no boundaries between rows"
+    if not (model_class._supports_attention_backend and model_class._can_set_attn_implementation()):
+        return "its layers compute attention in a way of their own"
+    return None

@@ -1,0 +1,181 @@
+"""From a run's settings to its model, spread over the workers, and what was chosen on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from raytune_llm.config.run import TrainRun
+from raytune_llm.config.section import settings_of
+from raytune_llm.errors import ResourceError
+from raytune_llm.memory.fixes import held_by_others, ran_out
+from raytune_llm.memory.flops import Operations, operations
+from raytune_llm.memory.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_of
+from raytune_llm.models import quantization
+from raytune_llm.models.activations import compiles, lacks_for_compiling
+from raytune_llm.models.adapters.grouped import described
+from raytune_llm.models.attention import capability_of, case_of
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.layers import layers
+from raytune_llm.models.load import files_to_read
+from raytune_llm.models.policy import build_policy, choose_precision, precision_name
+from raytune_llm.models.quantization import QUANTIZED
+from raytune_llm.models.stored import Files
+from raytune_llm.packaged import cache_dir
+from raytune_llm.stages import STAGES
+from raytune_llm.train.optimizers import build_optimizer
+from raytune_llm.train.strategies import FIRST_LOADS, READS_FILES, spread
+from raytune_llm.train.strategies.base import Precision, Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    policy: CausalLM
+    strategy: Strategy
+    operations: Operations
+    choices: tuple[str, ...]
+    """What was chosen and why, a line each."""
+
+
+class Builder:
+    """Builds a run's model on one worker. Knows what the run was estimated to need, should memory run out."""
+
+    def __init__(self, run: TrainRun, config: PretrainedConfig, device: torch.device) -> None:
+        self.run, self.config, self.device = run, config, device
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.compiled, self._why_compiled = compiles(
+            run.train.compile, device.type, never=run.uncompiled, lacking=lacks_for_compiling(device)
+        )
+        self._auto = run.train.activation_checkpointing == "auto"
+
+    def build(self) -> Built:
+        run, device = self.run, self.device
+        if device.type == "cpu":
+            # transformers imports DeepSpeed, where it is installed, to save any model; told what it runs on, it does not warn
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if device.type == "cuda":
+            # Read when the first tensor comes to the GPU: pages grow in place, so that changing sizes leave no holes.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if self.compiled:
+            # The default is a folder that goes with the next restart of the machine.
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+        compute, why_precision = choose_precision(run.train.precision, device)
+        checkpointing, why = self._checkpointing()
+        files = self._files()
+        policy, attention = build_policy(
+            self.config,
+            run.model,
+            run.adapter,
+            compute=compute,
+            seed=run.train.seed,
+            device=self._loads_to(files),
+            files=files,
+            runs_on=device,
+            quantization=run.quantization.name,
+            **settings_of(run.quantization),
+            compile_layers=self.compiled,
+            activation_checkpointing=checkpointing,
+            scores=STAGES[run.stage.name].scores is not None,
+        )
+        counted = operations(policy, self.config)
+        strategy = spread(
+            run.strategy,
+            policy,
+            partial(build_optimizer, run.optimizer),
+            device=device,
+            precision=Precision(compute),
+            max_grad_norm=run.train.max_grad_norm,
+        )
+        compiled = "layers compiled" if self.compiled else "layers not compiled"
+        adapters = described(policy, device.type)
+        quantized = quantization.described(layers(policy), run.quantization.name)
+        return Built(
+            policy=policy,
+            strategy=strategy,
+            operations=counted,
+            choices=(
+                f"precision: {precision_name(compute)} ({why_precision})",
+                attention,
+                *([] if quantized is None else [f"quantization: {quantized}"]),
+                f"compilation: {compiled} ({self._why_compiled})",
+                f"activation checkpointing: {checkpointing} ({why})",
+                *([] if adapters is None else [f"adapters: {adapters}"]),
+            ),
+        )
+
+    def out_of_memory(self, error: torch.OutOfMemoryError, during: str) -> ResourceError:
+        """What a user can make of it. The innermost phase that it happened in is the error's first note."""
+        return ran_out(
+            self.run,
+            self.config,
+            self.needs,
+            during=next(iter(getattr(error, "__notes__", ())), during),
+            taken=torch.cuda.max_memory_allocated(self.device),
+            total=torch.cuda.get_device_properties(self.device).total_memory,
+            others=held_by_others(self.device),
+        )
+
+    @cached_property
+    def needs(self) -> Needs:
+        compute, _ = choose_precision(self.run.train.precision, self.device)
+        case = case_of(self.config, self.device.type, capability_of(self.device), compute)
+        needs = needs_of(self.run, self.config, self.world, compiled=self.compiled, case=case)
+        return least_recomputation(needs, self._memory_of, self._usable) if self._auto else needs
+
+    @property
+    def _memory_of(self) -> Callable:
+        return partial(estimate, self.run, self.config)
+
+    @cached_property
+    def _usable(self) -> float:
+        return USABLE * (torch.cuda.get_device_properties(self.device).total_memory - held_by_others(self.device))
+
+    def _checkpointing(self) -> tuple[str, str]:
+        if not self._auto:
+            asked = self.run.train.activation_checkpointing
+            if asked == "offload" and self.device.type != "cuda":
+                return "full", "for offload, with no other memory to go to"
+            return asked, "asked for"
+        if self.device.type != "cuda":
+            return "none", "not on a CPU"
+        expected = self._memory_of(self.needs).total
+        fits = f"an estimated {expected / GIB:.1f} GiB of {self._usable / GIB:.1f} usable"
+        return self.needs.checkpointing, f"the least that fits: {fits}" if expected <= self._usable else f"nothing fits: {fits}"
+
+    def _files(self) -> Files | None:
+        """Where each worker reads weights from by itself, if it keeps a part of them, or fewer bits, and every worker sees the
+        files."""
+        run = self.run
+        reads = READS_FILES[run.strategy.name]
+        keeps_less = reads or QUANTIZED[run.quantization.name] is not None
+        if not keeps_less or run.model.weights != "pretrained" or run.model.path is None:
+            return None
+        files = files_to_read(
+            self.config,
+            run.model.path,
+            revision=run.model.revision,
+            trust_remote_code=run.model.trust_remote_code,
+            scores=STAGES[run.stage.name].scores is not None,
+        )
+        if not reads:
+            return files
+        seen = torch.tensor(files is not None, dtype=torch.int32, device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MIN)
+        return files if seen.item() else None
+
+    def _loads_to(self, files: Files | None) -> torch.device:
+        """Where weights are loaded to. A strategy that shards them reads them from files, or gets them from the first worker's
+        host memory."""
+        if files is not None and READS_FILES[self.run.strategy.name]:
+            return torch.device("meta")
+        if not FIRST_LOADS[self.run.strategy.name]:
+            return self.device
+        if self.rank != 0:
+            return torch.device("meta")
+        return torch.device("cpu") if self.run.model.weights == "pretrained" else self.device

@@ -1,0 +1,162 @@
+"""The output folder: who may write into it, and the `final/` model in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from raytune_llm.config.run import TrainRun
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.scorer import Scorer
+from raytune_llm.runs.score_head import mark_padding, save_with_separate_head, separate_head_of_adapter
+from raytune_llm.train import checkpoint
+
+# What may differ between a run and its continuation: where and how it is computed, and what is told about it.
+# Data sources are compared by content (the stores' manifests), not by path.
+_FREE = {
+    "name", "output_dir", "resume", "resources", "strategy", "checkpoint", "tracking",
+    "data.cache", "data.path", "data.eval_path", "data.eval_names",
+    "data.max_bad_fraction", "model.attention", "train.micro_batch_size", "train.compile", "train.activation_checkpointing",
+    "train.log_every_steps", "train.eval_every_steps", "train.early_stopping", "train.exact_match_rows", "train.sample_rows",
+    "train.max_new_tokens", "train.max_nonfinite_steps", "train.profile",
+}  # fmt: skip
+
+
+def identity(run: TrainRun, manifests: dict[str, str]) -> dict[str, str]:
+    """What decides the numbers of a run, as flat JSON: settings by dotted path, and the stores by their hash."""
+    settings = asdict(run)  # type: ignore[call-overload]  # pydantic's dataclasses are dataclasses, which pyright can't see
+    return {"settings": json.dumps(dict(_flat(settings)), sort_keys=True), **manifests}
+
+
+def open_output(run: TrainRun, identity_now: dict[str, str]) -> int | None:
+    """Make the folder ready for the run and return the step to go on from, if any.
+
+    Raises ConfigError where `resume` forbids what is there, or where it belongs to another run.
+    """
+    folder = Path(run.output_dir)
+    checkpoints = folder / "checkpoints"
+    checkpoint.sweep(checkpoints)
+    if run.resume == "never":
+        for path in (checkpoints, folder / "final", folder / "tensorboard", folder / "profile"):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in ("metrics.jsonl", "samples.jsonl", "scores.jsonl", "scores.png", "summary.json", "loss.png"):
+            (folder / name).unlink(missing_ok=True)
+    steps = checkpoint.complete_steps(checkpoints)
+    if not steps:
+        if run.resume == "must":
+            raise ConfigError("resume", f"can't be must where {checkpoints} holds no complete checkpoint", fix="Set resume=auto.")
+        return None
+    _, identity_then = checkpoint.read_progress(checkpoints, steps[-1])
+    _same_run(folder, identity_then, identity_now)
+    return steps[-1]
+
+
+def _same_run(folder: Path, then: dict[str, str], now: dict[str, str]) -> None:
+    old, new = json.loads(then["settings"]), json.loads(now["settings"])
+    changed = [
+        f"{key} from {old.get(key)} to {new.get(key)}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    ]
+    changed += [
+        f"the {name} data" for name in sorted(then.keys() | now.keys()) if name != "settings" and then.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            "output_dir",
+            f"holds another run: what changed is {', '.join(changed)}",
+            got=str(folder),
+            fix="Restore it to go on, choose another output_dir, or set resume=never to start anew there.",
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if path in _FREE:
+            continue
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def write_final(
+    folder: Path,
+    policy: CausalLM,
+    parameters: dict[str, Tensor],
+    tokenizer: Any,
+    *,
+    stop_ids: Sequence[int],
+    base_model: str,
+    dtype: torch.dtype,
+    card: str,
+    language_model: Callable[[], PreTrainedModel] | None = None,
+) -> None:
+    """An adapter that PEFT loads, or a model that transformers loads, with tokenizer, chat template and a card.
+
+    language_model: loads what a Scorer was made from, where its head is to lie in a file of its own beside a language model.
+
+    `parameters` are the trained ones, whole, by the policy's names. `stop_ids` are the tokens that end the trained answers: the
+    generation config names them, beside those that it named before. Written beside, then renamed.
+    """
+    beside = folder.with_name(f".{folder.name}-new")
+    shutil.rmtree(beside, ignore_errors=True)
+    own = {name.removeprefix("model."): value for name, value in parameters.items()}
+    if hasattr(policy.model, "peft_config"):
+        adapted: Any = policy.model
+        for config in adapted.peft_config.values():
+            config.base_model_name_or_path = base_model
+        # Embeddings are frozen here; PEFT would ask the hub whether they have grown.
+        adapted.save_pretrained(beside, state_dict=own, save_embedding_layers=False)
+        if language_model is not None:
+            separate_head_of_adapter(beside)
+    else:
+        weights = {name: value.to(dtype) for name, value in own.items()}
+        if language_model is None:
+            policy.base.save_pretrained(beside, state_dict=weights)
+        else:
+            save_with_separate_head(beside, language_model().to(dtype), weights)  # type: ignore[arg-type]
+        _say_dtype(beside / "config.json", dtype)
+    if isinstance(policy, Scorer):
+        mark_padding(beside, tokenizer, stop_ids)
+    else:
+        generation = policy.base.generation_config
+        known = generation.eos_token_id
+        known = known if isinstance(known, list) else [] if known is None else [known]
+        generation.eos_token_id = sorted({*known, *stop_ids})
+        generation.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    (beside / "README.md").write_text(card)
+    old = folder.with_name(f".{folder.name}-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    beside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _say_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Training kept the weights in float32; the config is to name the type that was saved."""
+    values = json.loads(path.read_text())
+    values["dtype"] = str(dtype).removeprefix("torch.")
+    values.pop("_attn_implementation", None)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def model_card(run: TrainRun, step: int, loss: float | None) -> str:
+    base = run.model.path or run.model.config.get("model_type", "a fresh model")
+    library = "peft" if run.adapter.name != "none" else "transformers"
+    front = f"---\nlibrary_name: {library}\n" + (f"base_model: {run.model.path}\n" if run.model.path else "") + "---\n"
+    loss_text = "" if loss is None else f" The training loss at the end was {loss:.4f}."
+    return (
+        f"{front}\n# {run.name}\n\n{base}, trained with raytune_llm: stage {run.stage.name}, adapter {run.adapter.name}, "
+        f"{step} steps.{loss_text}\n\nEvery setting is in `run.yaml` beside this folder.\n"
+    )

@@ -1,0 +1,190 @@
+"""What a run would be, without running it: its data, its steps, its parameters, its memory, and what would not fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from raytune_llm.config.run import TrainRun
+from raytune_llm.data.loader import Samples, split_sources
+from raytune_llm.data.pipeline import find_stores
+from raytune_llm.data.store import Store
+from raytune_llm.data.tokens.tokenizer import run_tokenizer
+from raytune_llm.errors import ConfigError
+from raytune_llm.memory.fixes import Fix, SuggestedFixes
+from raytune_llm.memory.footprint import GIB, USABLE, estimate, least_recomputation, needs_of
+from raytune_llm.memory.model import Memory, Parameters, count_parameters
+from raytune_llm.models.activations import compiles
+from raytune_llm.models.policy import run_config
+from raytune_llm.stages import STAGES
+from raytune_llm.train.stores import open_stores, shares_prompts, total_steps
+
+GPU_CLASSES = (24 * GIB, 40 * GIB, 80 * GIB)
+"""Bytes of usual GPUs, to compare with where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The token store of a run, as training would go through it."""
+
+    store: Path
+    rows: int
+    """That are trained on."""
+    held_out_rows: int
+    samples: int
+    """Packs, or rows without packing."""
+    tokens: int
+    """In an epoch, padding left out."""
+    trained_tokens: int
+    fill: float | None
+    """Part of the packs that holds tokens; none without packing."""
+    steps_per_epoch: int
+    total_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    name: str
+    memory: int
+    """Bytes."""
+    shared: bool = False
+    """By all workers, as a host's memory is; a GPU is one worker's."""
+
+    def share(self, memory: Memory, world_size: int) -> float:
+        """The part of the device that a run needs."""
+        return memory.total * (world_size if self.shared else 1) / self.memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """How a run does on a device."""
+
+    device: Device
+    checkpointing: str
+    """train.activation_checkpointing, or what auto takes there."""
+    memory: Memory
+    """The peak of one worker."""
+    fixes: tuple[Fix, ...]
+    """Where it does not fit: the sets of changes with which it would, none of them needlessly large."""
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    world_size: int
+    accumulation: int
+    """Micro-batches of a worker in one step."""
+    parameters: Parameters
+    data: Data | None
+    """None until the data are prepared: before that, neither steps nor tokens are known."""
+    verdicts: tuple[Verdict, ...]
+    """On the GPUs here; without any, on this machine where the run would take place on it, and on GPUs of usual sizes."""
+
+    @property
+    def memory(self) -> Memory:
+        """The peak of one worker on the first device."""
+        return self.verdicts[0].memory
+
+    @property
+    def misfits(self) -> tuple[Verdict, ...]:
+        return tuple(verdict for verdict in self.verdicts if not verdict.fits)
+
+
+def plan(run: TrainRun) -> Plan:
+    """Raises ConfigError and DataError as training would, without loading weights or reading more of the data than its hash."""
+    tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=STAGES[run.stage.name].rows != "text")
+    config = run_config(run.model, tokenizer, run.data.max_length)
+    gpus = gpus_here()
+    world_size = _world_size(run, len(gpus))
+    accumulation = _accumulation(run, world_size)
+    devices = tuple(dict.fromkeys(gpus)) or tuple(_devices_without_gpu(run))
+    return Plan(
+        world_size=world_size,
+        accumulation=accumulation,
+        parameters=count_parameters(config, run.adapter, trust_remote_code=run.model.trust_remote_code),
+        data=_data(run, config),
+        verdicts=tuple(_verdict(run, config, device, world_size) for device in devices),
+    )
+
+
+def _verdict(run: TrainRun, config: PretrainedConfig, device: Device, world_size: int) -> Verdict:
+    memory_of = partial(estimate, run, config)
+    usable = USABLE * device.memory / (world_size if device.shared else 1)
+    compiled, _ = compiles(run.train.compile, "cpu" if device.shared else "cuda", never=run.uncompiled)
+    needs = needs_of(run, config, world_size, compiled=compiled)
+    if run.train.activation_checkpointing == "auto" and not device.shared:
+        needs = least_recomputation(needs, memory_of, usable)
+    memory = memory_of(needs)
+    fits = memory.total <= usable
+    return Verdict(
+        device=device,
+        checkpointing=needs.checkpointing,
+        memory=memory,
+        fixes=() if fits else SuggestedFixes(run, config, needs, usable, on_gpu=not device.shared).least(),
+        fits=fits,
+    )
+
+
+def gpus_here() -> list[Device]:
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return [Device(name=gpu.name, memory=gpu.total_memory) for gpu in found]
+
+
+def host_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _devices_without_gpu(run: TrainRun) -> Iterator[Device]:
+    if run.resources.name != "cluster":
+        yield Device(name="this machine, without a GPU", memory=host_memory(), shared=True)
+    yield from (Device(name="a GPU", memory=memory) for memory in GPU_CLASSES)
+
+
+def _world_size(run: TrainRun, num_gpus: int) -> int:
+    workers = run.resources.num_workers
+    return workers if isinstance(workers, int) else max(num_gpus, 1)
+
+
+def _accumulation(run: TrainRun, world_size: int) -> int:
+    together = run.train.micro_batch_size * world_size
+    if run.train.global_batch_size % together:
+        raise ConfigError(
+            "train.global_batch_size",
+            f"must be a multiple of train.micro_batch_size x {world_size} workers = {together}",
+            got=run.train.global_batch_size,
+            fix=f"Take {-(-run.train.global_batch_size // together) * together}, or set resources.num_workers.",
+        )
+    return run.train.global_batch_size // together
+
+
+def _data(run: TrainRun, config: PretrainedConfig) -> Data | None:
+    if run.data.streaming:
+        return None
+    store, eval_store = find_stores(run.model, run.data, kind=STAGES[run.stage.name].rows)
+    if store is None or (eval_store is None and (run.data.eval_path or run.data.eval_names)):
+        return None
+    shares = shares_prompts(run, Store.open(store).kind, lambda: config)
+    stores = open_stores(run, str(store), None if eval_store is None else str(eval_store), share_prompts=shares)
+    samples = stores.train
+    assert isinstance(samples, Samples)
+    trained_rows, _ = split_sources(Store.open(store), run.data.eval_fraction, run.train.seed)
+    tokens = int(samples.tokens.sum())
+    steps_per_epoch = -(-len(samples) // run.train.global_batch_size)
+    return Data(
+        store=store,
+        rows=len(trained_rows),
+        held_out_rows=sum(len(samples.rows) for samples in stores.held_out.values()),
+        samples=len(samples),
+        tokens=tokens,
+        trained_tokens=samples.trained_tokens,
+        fill=tokens / (len(samples) * samples.capacity) if run.data.packing else None,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps(run, steps_per_epoch),
+    )

@@ -1,0 +1,79 @@
+"""What the policy answers while it is trained: greedy answers to the first held-out rows, to see more than a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raytune_llm.data.prompts import PROMPTS
+from raytune_llm.data.store import Store
+from raytune_llm.engines.hf import HFEngine
+from raytune_llm.engines.requests import Request, Sampling
+from raytune_llm.models import attention
+from raytune_llm.train.strategies.base import Strategy
+
+SAMPLES = "samples.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A line of samples.jsonl. Texts are without special tokens and outer white space."""
+
+    step: int
+    source: str
+    """The source of the row where there are several."""
+    row: int
+    """In the store of what is held out."""
+    request: str
+    answer: str
+    reference: str
+
+    def to_json(self) -> Mapping[str, Any]:
+        return asdict(self)
+
+
+class Sampler:
+    """Asks the policy about the same rows each time. It draws nothing, so training goes on as if nobody had asked."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        tokenizer: Any,
+        store: Store,
+        rows: Sequence[int],
+        *,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self._strategy, self._tokenizer, self._rows = strategy, tokenizer, rows
+        self._stop_ids, self._device = stop_ids, device
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        asked = [PROMPTS[store.kind](*store.row(row)) for row in rows]
+        sampling = Sampling(max_new_tokens=max_new_tokens)
+        self._requests = [Request(prompt_ids=prompt.tolist(), sampling=sampling) for prompt, _ in asked]
+        self._sources = [store.sources[store.row_sources[row]] if store.sources else "" for row in rows]
+        self._texts = [(self._text(prompt), self._text(answer)) for prompt, answer in asked]
+
+    def __call__(self, step: int) -> list[Sample]:
+        """All workers call it together; the first has the samples then."""
+        strategy, policy = self._strategy, self._strategy.module
+        if not strategy.sharded and self._rank > 0:
+            return []
+        engine = HFEngine(policy.model, self._tokenizer, stop_ids=self._stop_ids, device=self._device, in_step=strategy.sharded)
+        autocast = torch.autocast(self._device.type, policy.compute, enabled=policy.compute != torch.float32)
+        with strategy.parts(), attention.detached(policy.base), autocast:
+            completions = engine.generate(self._requests)
+        return [
+            Sample(step=step, source=source, row=row, request=request, answer=completion.text.strip(), reference=reference)
+            for source, row, (request, reference), completion in zip(
+                self._sources, self._rows, self._texts, completions, strict=True
+            )
+        ]
+
+    def _text(self, ids: Any) -> str:
+        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()

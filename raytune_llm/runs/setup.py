@@ -1,0 +1,175 @@
+"""A run on one worker before its first step: the data, the model as the run finds it, and what the reference says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from raytune_llm.config.run import TrainRun
+from raytune_llm.data.batches import KINDS
+from raytune_llm.data.loader import Loader, Samples
+from raytune_llm.data.streaming import Stream
+from raytune_llm.data.tokens.tokenizer import run_tokenizer, stop_ids
+from raytune_llm.memory.flops import peak_flops
+from raytune_llm.models.policy import run_config
+from raytune_llm.runs.build import Builder, Built
+from raytune_llm.stages import STAGES, Objective, Stage
+from raytune_llm.train import loop
+from raytune_llm.train.checkpoint import Progress
+from raytune_llm.train.clock import Rate
+from raytune_llm.train.coupling import Coupled
+from raytune_llm.train.reference import References, find_references
+from raytune_llm.train.schedules import learning_rate
+from raytune_llm.train.stores import Stores, open_stores, shares_prompts, total_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferencePass:
+    """How far log-probabilities under the reference are computed, in rows."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A run on this worker with all that it has before a checkpoint is read."""
+
+    run: TrainRun
+    device: torch.device
+    rank: int
+    world: int
+    stage: Stage
+    objective: Objective
+    tokenizer: Any
+    stop_ids: Sequence[int]
+    config: PretrainedConfig
+    stores: Stores
+    builder: Builder
+    built: Built
+    references: References
+    loader: Loader
+    eval_loaders: Mapping[str, Loader]
+    """By source."""
+    choices: tuple[str, ...]
+    """What was chosen and why, a line each."""
+
+    @property
+    def output(self) -> Path:
+        return Path(self.run.output_dir)
+
+    def learner(self, progress: Progress) -> loop.Learner:
+        coupling = self.objective.coupling
+        return loop.Learner(
+            strategy=self.built.strategy,
+            objective=self.objective,
+            device=self.device,
+            reference=self.references.online,
+            coupled=None if coupling is None else Coupled(coupling, progress.stage_state),
+        )
+
+    def plan(self) -> loop.Plan:
+        run = self.run
+        steps = total_steps(run, self.loader.steps_per_epoch)
+        return loop.Plan(
+            total_steps=steps,
+            learning_rate=learning_rate(run.schedule, peak=run.optimizer.lr, total=steps),
+            log_every=run.train.log_every_steps,
+            eval_every=run.train.eval_every_steps,
+            save_every=run.checkpoint.every_steps,
+            save_best=run.checkpoint.final == "best",
+            early_stopping=run.train.early_stopping,
+            max_nonfinite_steps=run.train.max_nonfinite_steps,
+            seed=run.train.seed,
+        )
+
+    def mfu(self, rate: Rate | None) -> float | None:
+        """Model FLOPs utilisation, of the peak in bf16 that the device's maker states. None where it or the rate is not known."""
+        peak = peak_flops(self.device)
+        return None if peak is None or rate is None else self.built.operations.of(*rate) / (peak * self.world)
+
+
+def set_up(
+    run: TrainRun,
+    train_store: str,
+    eval_store: str | None,
+    device: torch.device,
+    tell: Callable[[ReferencePass], None],
+) -> Setup:
+    """The data, the model as the run finds it, and what the reference says."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    stage = STAGES[run.stage.name]
+    objective = stage.objective(run.stage)
+    tokenizer, template = run_tokenizer(run.model, run.data, needs_template=stage.rows != "text")
+    pad_id: int = tokenizer.pad_token_id or 0  # type: ignore[assignment]  # transformers types all special tokens alike
+    config = run_config(run.model, tokenizer, run.data.max_length)
+    shares = shares_prompts(run, stage.rows, lambda: config)
+    stores = open_stores(run, train_store, eval_store, share_prompts=shares)
+    builder = Builder(run, config, device)
+    with explained(builder, "loading the model"):
+        built = builder.build()
+    with explained(builder, "the pass of the reference"):
+        references = find_references(
+            run,
+            objective.reference,
+            built.strategy,
+            stores,
+            config,
+            device=device,
+            compute=built.policy.compute,
+            pad_id=pad_id,
+            tell=lambda done, total: tell(ReferencePass(done=done, total=total)) if rank == 0 else None,
+        )
+    choices = built.choices + references.choices
+    if KINDS[stage.rows].shares:
+        choices += (f"requests: {'computed once for both answers' if shares else 'a copy for each of two answers'}",)
+    if run.data.evaluates and not stores.held_out:
+        choices += (f"evaluation: none, since data.eval_fraction={run.data.eval_fraction} of so few rows is no row",)
+
+    def loader(samples: Samples | Stream, *, shuffle: bool) -> Loader:
+        return Loader(
+            samples,
+            micro_batch_size=run.train.micro_batch_size,
+            global_batch_size=run.train.global_batch_size,
+            rank=rank,
+            world_size=world,
+            seed=run.train.seed,
+            pad_id=pad_id,
+            shuffle=shuffle,
+            **references.finish(samples),
+        )
+
+    return Setup(
+        run=run,
+        device=device,
+        rank=rank,
+        world=world,
+        stage=stage,
+        objective=objective,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids(tokenizer, template),
+        config=config,
+        stores=stores,
+        builder=builder,
+        built=built,
+        references=references,
+        loader=loader(stores.train, shuffle=True),
+        eval_loaders={source: loader(samples, shuffle=False) for source, samples in stores.held_out.items()},
+        choices=choices,
+    )
+
+
+@contextmanager
+def explained(builder: Builder, during: str) -> Iterator[None]:
+    """A GPU whose memory ran out becomes an error that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise builder.out_of_memory(error, during) from error

@@ -1,0 +1,237 @@
+"""What one worker of a run does, from stores and config to trained weights. Knows no Ray: launch.py calls it in every process."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig, PreTrainedModel
+
+from raytune_llm.config.run import TrainRun
+from raytune_llm.models.adapters.lora import rank
+from raytune_llm.models.load import load_model
+from raytune_llm.report.metrics import JsonLines, Report
+from raytune_llm.report.profile import StepProfile
+from raytune_llm.report.scores import held_out_scores, write_scores
+from raytune_llm.runs.output import identity, model_card, write_final
+from raytune_llm.runs.samples import SAMPLES, Sample, Sampler
+from raytune_llm.runs.setup import ReferencePass, Setup, explained, set_up
+from raytune_llm.train import loop
+from raytune_llm.train.checkpoint import Checkpoints, Progress, complete_steps, read_progress
+from raytune_llm.train.clock import Clock
+from raytune_llm.train.strategies.base import Strategy
+
+Sink = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """What a run knows of itself when its first step is about to come."""
+
+    total_steps: int
+    first_step: int
+    """The step of the checkpoint that it goes on from, or 0."""
+    choices: tuple[str, ...]
+    """What was chosen for it and why, a line each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOutcome:
+    """What the first worker reports when a run is done."""
+
+    progress: Progress
+    world_size: int
+    tokens_per_s: float | None
+    mfu: float | None
+    peak_memory_gib: float
+    load_s: float
+    train_s: float
+    save_s: float
+
+
+def work(
+    run: TrainRun,
+    train_store: str,
+    eval_store: str | None,
+    *,
+    device: torch.device,
+    sinks: Sequence[Sink] = (),
+    on_begin: Callable[[Begin | ReferencePass], None] = lambda begin: None,
+    on_samples: Callable[[Sequence[Sample]], None] = lambda samples: None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> TrainOutcome:
+    """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only; on_step
+    is called after each step, on every worker."""
+    began = time.perf_counter()
+    setup = set_up(run, train_store, eval_store, device, on_begin)
+    strategy, plan, clock = setup.built.strategy, setup.plan(), Clock()
+    with explained(setup.builder, "training"), ExitStack() as stack:
+        checkpoints = Checkpoints(
+            setup.output / "checkpoints",
+            keep=run.checkpoint.keep,
+            keep_best=plan.save_best,
+            asynchronous=run.checkpoint.asynchronous,
+        )
+        stack.callback(checkpoints.close)
+        progress = restore(checkpoints, strategy)
+        recorder = Recorder(setup, clock, checkpoints, stack, progress.step, sinks, on_samples)
+        loaded = time.perf_counter()
+        if setup.rank == 0:
+            on_begin(Begin(total_steps=plan.total_steps, first_step=progress.step, choices=setup.choices))
+        stepped = (profiled(setup, plan.total_steps, progress.step, stack), on_step)
+        hooks = loop.Hooks(log=recorder.log, save=recorder.save, sample=recorder.sample, stepped=stepped)
+        strategy.model.train()
+        progress = loop.run(setup.learner(progress), setup.loader, setup.eval_loaders, progress, plan, hooks, clock)
+        trained = time.perf_counter()
+        finish(setup, checkpoints, progress)
+    rate = clock.rate()
+    return TrainOutcome(
+        progress=progress,
+        world_size=setup.world,
+        tokens_per_s=None if rate is None else rate.tokens,
+        mfu=setup.mfu(rate),
+        peak_memory_gib=memory_gib(device),
+        load_s=loaded - began,
+        train_s=trained - loaded - recorder.save_s,
+        save_s=recorder.save_s + time.perf_counter() - trained,
+    )
+
+
+class Recorder:
+    """What a run leaves behind while it trains: checkpoints by all workers together, records and samples by the first one."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        clock: Clock,
+        checkpoints: Checkpoints,
+        stack: ExitStack,
+        from_step: int,
+        sinks: Sequence[Sink],
+        on_samples: Callable[[Sequence[Sample]], None],
+    ) -> None:
+        """`stack` closes the files, which go on from the step `from_step`."""
+        self.save_s = 0.0
+        """Seconds that training waited for checkpoints."""
+        self._setup, self._clock, self._checkpoints, self._on_samples = setup, clock, checkpoints, on_samples
+        self._identity = identity(setup.run, setup.stores.manifests)
+        self._sampler = sampler_of(setup)
+        self._report = self._samples = None
+        if setup.rank == 0:
+            self._report = stack.enter_context(Report(setup.output, from_step=from_step, sinks=sinks))
+        if setup.rank == 0 and self._sampler is not None:
+            self._samples = stack.enter_context(JsonLines(setup.output / SAMPLES, from_step=from_step))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """With what the machine did, where it is a record of training."""
+        if self._report is None:
+            return
+        machine: dict[str, Any] = {}
+        if "loss" in record:
+            machine["memory_gib"] = round(memory_gib(self._setup.device), 3)
+            mfu = self._setup.mfu(self._clock.latest)
+            machine["mfu"] = None if mfu is None else round(mfu, 4)
+        self._report.log({**record, **machine})
+
+    def save(self, progress: Progress) -> None:
+        at = time.perf_counter()
+        self._checkpoints.save(self._setup.built.strategy.state(), progress, self._identity)
+        self.save_s += time.perf_counter() - at
+
+    def sample(self, step: int) -> None:
+        samples = [] if self._sampler is None else self._sampler(step)
+        if self._samples is not None:
+            for sample in samples:
+                self._samples.write(sample.to_json())
+            self._on_samples(samples)
+
+
+def sampler_of(setup: Setup) -> Sampler | None:
+    """Where train.sample_rows asks for one, of the first rows of each held-out source."""
+    train, stores = setup.run.train, setup.stores
+    if not train.sample_rows or stores.evaluated is None:
+        return None
+    return Sampler(
+        setup.built.strategy,
+        setup.tokenizer,
+        stores.evaluated,
+        [row for samples in stores.held_out.values() for row in samples.rows[: train.sample_rows].tolist()],
+        max_new_tokens=train.max_new_tokens,
+        stop_ids=setup.stop_ids,
+        device=setup.device,
+    )
+
+
+def profiled(setup: Setup, total_steps: int, first_step: int, stack: ExitStack) -> Callable[[int], None]:
+    """What is to be called after each step: the first worker's profile, where train.profile asks for one."""
+    if not setup.run.train.profile or setup.rank != 0:
+        return lambda step: None
+    thin = 4 * rank(setup.built.policy)  # of q, k and v together, say
+    profile = StepProfile(setup.output, setup.device, first_step=first_step, total_steps=total_steps, thin=thin)
+    stack.callback(profile.close)
+    return profile.stepped
+
+
+def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress) -> None:
+    """Write `final/`, and what a reward model makes of the held-out pairs. All workers call it together."""
+    run, strategy, policy = setup.run, setup.built.strategy, setup.built.policy
+    checkpoints.wait()
+    best = progress.best_step if run.checkpoint.final == "best" else None
+    if best is not None and best != progress.step:
+        checkpoints.load(best, strategy.load)
+    if setup.stage.scores is not None and setup.eval_loaders:
+        pairs = held_out_scores(strategy.model, setup.stage.scores, setup.eval_loaders, setup.device)
+        if setup.rank == 0:
+            write_scores(pairs, setup.output)
+    parameters = {name: value for name, value in strategy.full_parameters() if setup.rank == 0}
+    if setup.rank == 0:
+        write_final(
+            setup.output / "final",
+            policy,
+            parameters,
+            setup.tokenizer,
+            stop_ids=setup.stop_ids,
+            base_model=run.model.path or "",
+            dtype=policy.compute,
+            card=model_card(run, progress.step, progress.loss_last),
+            language_model=partial(language_model, run, setup.config) if setup.objective.separate_head else None,
+        )
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def language_model(run: TrainRun, config: PretrainedConfig) -> PreTrainedModel:
+    """What the run's model was made from, as a language model in host memory."""
+    return load_model(
+        config,
+        run.model.path,
+        weights=run.model.weights,
+        dtype=torch.float32,
+        seed=run.train.seed,
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+    )
+
+
+def restore(checkpoints: Checkpoints, strategy: Strategy) -> Progress:
+    """From the newest complete checkpoint, where there is one."""
+    steps = complete_steps(checkpoints.folder)
+    if not steps:
+        return Progress()
+    progress, _ = read_progress(checkpoints.folder, steps[-1])
+    checkpoints.load(steps[-1], strategy.load)
+    return progress
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most that this worker has used: of the GPU, or of the host without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from raytune_llm.data.tokens.tokenizer import ANY_FAST, NO_CLASS_OF_THEIR_OWN, byte_tokenizer, fingerprint, load_tokenizer
+from raytune_llm.errors import ConfigError
+
+BYTES = byte_tokenizer()
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: "<|" not in text))
+def test_ids_of_the_byte_tokenizer_are_the_utf8_bytes(text):
+    assert BYTES(text)["input_ids"] == list(text.encode())
+    assert BYTES.decode(list(text.encode())) == text
+
+
+def test_the_byte_tokenizers_marks_have_fixed_ids():
+    assert BYTES.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|pad|>"]) == [256, 257, 258]
+    assert (BYTES.eos_token_id, BYTES.pad_token_id, len(BYTES)) == (257, 258, 259)
+
+
+def test_the_byte_tokenizer_is_the_same_after_saving_and_loading(tmp_path):
+    BYTES.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "☃"}]
+    assert loaded.apply_chat_template(chat)["input_ids"] == BYTES.apply_chat_template(chat)["input_ids"]
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (257, 258)
+
+
+def test_the_fingerprint_survives_saving_and_loading(tmp_path):
+    BYTES.save_pretrained(tmp_path)
+    assert fingerprint(load_tokenizer(str(tmp_path))) == fingerprint(BYTES)
+
+
+@pytest.mark.parametrize("model_type", [*NO_CLASS_OF_THEIR_OWN, "qwen2", "phi3", "unknown"])
+@pytest.mark.parametrize("named", [*ANY_FAST, "Qwen2Tokenizer"])
+def test_a_tokenizer_is_of_the_class_that_transformers_chooses(tmp_path, model_type, named):
+    BYTES.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": named}))
+    ours, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    assert fingerprint(ours) == fingerprint(theirs)
+
+
+def test_the_fingerprint_changes_with_the_chat_template(tmp_path):
+    other = byte_tokenizer()
+    other.chat_template = BYTES.chat_template + " "
+    assert fingerprint(other) != fingerprint(BYTES)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.path holds no tokenizer.*model\.tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
+    plain = byte_tokenizer()
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.tokenizer must have a chat template"):
+        load_tokenizer(None, kind=str(tmp_path))

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig
+
+from raytune_llm.config.adapter import LoRA, NoAdapter
+from raytune_llm.config.load import load_config
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.memory.model import (
+    Memory,
+    Parameters,
+    count_parameters,
+    ddp_states,
+    deepspeed_states,
+    dimensions,
+    fsdp_states,
+    memory_per_gpu,
+    quantized_bytes,
+)
+from raytune_llm.models.head import TRAINED_CHUNKS
+from raytune_llm.models.policy import DTYPES, build_policy
+from raytune_llm.records import Batch
+from raytune_llm.stages.sft import sft
+from tests.models import LLAMA3_8B
+
+GIB = 2**30
+SMALL = AutoConfig.for_model(
+    "llama",
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=64,
+    tie_word_embeddings=False,
+)
+MODEL = ModelConfig(
+    path=None, revision=None, weights="random", config={}, tokenizer=None, trust_remote_code=False, attention="varlen"
+)
+FULL = NoAdapter(name="none")
+
+
+def lora(rank: int = 8, dropout: float = 0.0) -> LoRA:
+    return LoRA(name="lora", rank=rank, alpha=16.0, dropout=dropout, targets="all-linear", last_layers=None, path=None)
+
+
+@pytest.fixture(scope="module")
+def llama_with_lora() -> Parameters:
+    return count_parameters(LLAMA3_8B, lora())
+
+
+def llama_lora_memory(parameters: Parameters, **variant: Any) -> Memory:
+    states = ddp_states(parameters, 2, 1, accumulates=False)
+    return memory_per_gpu(
+        dimensions(LLAMA3_8B),
+        parameters,
+        states,
+        compute=2,
+        tokens=8192,
+        chunk_tokens=1024,
+        **variant,
+    )
+
+
+def test_parameters_are_counted_without_weights(llama_with_lora: Parameters):
+    assert llama_with_lora.frozen == 8_030_261_248
+    assert llama_with_lora.trained == 20_971_520
+    assert llama_with_lora.total == 32 * llama_with_lora.layer + llama_with_lora.outside_layers
+
+
+# The chunk of those runs' loss is not on record; 1,024 tokens is a usual one.
+@pytest.mark.parametrize(
+    ("variant", "measured_gib"),
+    [({}, 49.9), ({"kept": 0.0}, 19.2), ({"compiled": True}, 43.9)],
+)
+def test_estimates_come_within_a_tenth_of_peaks_measured_on_an_h100(llama_with_lora, variant, measured_gib):
+    assert llama_lora_memory(llama_with_lora, **variant).total / GIB == pytest.approx(measured_gib, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "precision"),
+    [(lora(), "bf16"), (lora(), "fp32"), (lora(dropout=0.1), "bf16"), (FULL, "bf16"), (FULL, "fp32")],
+    ids=["lora-bf16", "lora-fp32", "lora-dropout-bf16", "full-bf16", "full-fp32"],
+)
+def test_activations_are_what_autograd_keeps(adapter, precision):
+    tokens, compute = 512, {"bf16": 2, "fp32": 4}[precision]
+    policy, _ = build_policy(SMALL, MODEL, adapter, compute=DTYPES[precision], seed=0, device=torch.device("cpu"))
+    policy.train()
+    policy.base.enable_input_require_grads()  # or the first of two layers would keep less than those of a deep model
+    kept = bytes_kept_for_backward(policy, one_document(tokens))
+    parameters = count_parameters(SMALL, adapter)
+    states = ddp_states(parameters, compute, 1, accumulates=False)
+    estimate = memory_per_gpu(
+        dimensions(SMALL),
+        parameters,
+        states,
+        compute=compute,
+        tokens=tokens,
+        dropout=adapter.name == "lora" and adapter.dropout > 0,
+        chunk_tokens=1,
+    )
+    assert estimate.activations == pytest.approx(kept, rel=0.1)
+
+
+def one_document(tokens: int) -> Batch:
+    ids_BT = torch.randint(0, 64, (1, tokens), generator=torch.Generator().manual_seed(0))
+    return Batch(
+        ids_BT=ids_BT,
+        targets_N=ids_BT.flatten(),
+        positions_BT=torch.arange(tokens)[None],
+        trained_N=torch.arange(tokens),
+        cu_seqlens_S=torch.tensor([0, tokens], dtype=torch.int32),
+        max_seqlen=tokens,
+    )
+
+
+def bytes_kept_for_backward(policy: nn.Module, batch: Batch) -> int:
+    """Distinct storages of floats that the graph saves, without the weights and their converted copies."""
+    weights = {parameter.numel() for parameter in policy.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.dtype != torch.int64 and storage.nbytes() // tensor.element_size() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = policy(batch, lambda logits_NV, targets_N: logits_NV.sum(-1))
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+SHARDED: Any = {"reshard": "full", "shard_workers": "all", "prefetch": 1, "offload": False}
+PARAMETERS = Parameters(total=8_000, trained=8_000, layer=1_000, outside_layers=1_000)
+
+
+def test_fsdp_divides_weights_gradients_and_moments():
+    states = fsdp_states(PARAMETERS, 2, 8, accumulates=False, **SHARDED)
+    assert (states.weights, states.gradients, states.optimizer) == (4_000, 4_000, 8_000)
+    assert states.buffers == 2 * (1_000 + 3 * 1_000)
+
+
+def test_fsdp_holds_whole_gradients_while_it_accumulates():
+    assert fsdp_states(PARAMETERS, 2, 8, accumulates=True, **SHARDED).gradients == 4 * 8_000
+
+
+def test_zero_divides_more_with_each_stage():
+    stages = [deepspeed_states(PARAMETERS, 2, 8, accumulates=False, stage=stage, offload=False) for stage in (1, 2, 3)]
+    assert [states.optimizer for states in stages] == [12_000] * 3
+    assert [states.gradients for states in stages] == [16_000, 2_000, 2_000]
+    assert [states.weights for states in stages] == [16_000, 16_000, 2_000]
+
+
+def test_offloaded_state_is_not_on_the_gpu():
+    states = deepspeed_states(PARAMETERS, 2, 8, accumulates=False, stage=3, offload=True)
+    assert (states.weights, states.gradients, states.optimizer) == (0, 0, 0)
+
+
+def test_the_peak_holds_logits_or_a_layer_but_not_both(llama_with_lora: Parameters):
+    memory = llama_lora_memory(llama_with_lora)
+    narrow = replace(memory, logits=0)
+    assert memory.total - narrow.total == max(memory.logits - memory.layer, 0)
+
+
+def test_experts_count_where_a_token_visits_them():
+    config = AutoConfig.for_model("qwen3_moe", num_experts=64, num_experts_per_tok=4, moe_intermediate_size=100)
+    assert dimensions(config).intermediate == 400
+
+
+@pytest.mark.parametrize("adapter", [lora(), FULL], ids=["frozen", "trained"])
+@pytest.mark.parametrize("tokens", [16, 32, 96, 512])
+def test_logits_are_what_a_head_holds_at_its_peak(adapter: Any, tokens: int):
+    sizes = {"vocab_size": 32_768, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("llama", **sizes, num_attention_heads=2, tie_word_embeddings=True)
+    policy, _ = build_policy(config, MODEL, adapter, compute=torch.bfloat16, seed=0, device=torch.device("cpu"))
+    policy.chunk_tokens = 32
+    objective = sft(load_config("train", ["data.path=rows.jsonl"]).stage)
+    with PeakBytes(policy.parameters()) as held:
+        objective.loss(policy, one_document(tokens))
+    parameters = count_parameters(config, adapter)
+    states = ddp_states(parameters, 2, 1, accumulates=False)
+    estimate = memory_per_gpu(dimensions(config), parameters, states, compute=2, tokens=tokens, chunk_tokens=32)
+    assert estimate.logits == pytest.approx(held.peak, rel=0.1)
+
+
+def test_a_partitioned_head_keeps_no_logits():
+    parameters = count_parameters(SMALL, FULL)
+    logits = []
+    for stage in (2, 3):
+        states = deepspeed_states(parameters, 2, 8, accumulates=False, stage=stage, offload=False)
+        logits.append(memory_per_gpu(dimensions(SMALL), parameters, states, compute=2, tokens=8192).logits)
+    assert logits[0] == TRAINED_CHUNKS * logits[1]
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most that tensors made within it take together at any time."""
+
+    def __init__(self, but: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._not_counted = {tensor.untyped_storage()._cdata for tensor in but}
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._not_counted:
+                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._live = {key: (storage, size) for key, (storage, size) in self._live.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return out
+
+
+def test_quantization_takes_frozen_linear_layers_and_no_experts(llama_with_lora: Parameters):
+    linears = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert quantized_bytes(llama_with_lora, 2, "bnb_nf4") == round(linears * (2 - 0.516))
+    assert quantized_bytes(count_parameters(SMALL, FULL), 2, "bnb_nf4") == 0
+    mixture = AutoConfig.for_model(
+        "mixtral", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_local_experts=4
+    )
+    assert quantized_bytes(count_parameters(mixture, replace(lora(), targets=["q_proj"])), 2, "bnb_nf4") == 0
+
+
+def test_a_trained_head_keeps_the_gradients_of_all_logits_before_its_chunk():
+    parameters = count_parameters(SMALL, FULL)
+    states = ddp_states(parameters, 2, 1, accumulates=False)
+    one, two = (
+        memory_per_gpu(dimensions(SMALL), parameters, states, compute=2, tokens=tokens, chunk_tokens=64) for tokens in (512, 576)
+    )
+    assert two.logits - one.logits == 64 * 64 * 2

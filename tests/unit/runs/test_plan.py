@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raytune_llm import api, load_config
+from raytune_llm.commands import plan as command
+from raytune_llm.data import pipeline
+from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.memory.model import STATES
+from raytune_llm.runs import plan as plan_module
+from raytune_llm.runs.plan import GIB, Device, Plan
+from tests.runs import tiny_run
+
+LLAMA3_8B = [
+    "model.config.hidden_size=4096",
+    "model.config.intermediate_size=14336",
+    "model.config.num_hidden_layers=32",
+    "model.config.num_attention_heads=32",
+    "model.config.num_key_value_heads=8",
+    "+model.config.vocab_size=128256",
+    "model.config.max_position_embeddings=8192",
+    "data.max_length=8192",
+    "train.precision=bf16",
+]
+EAGER = ["train.compile=false", "train.activation_checkpointing=none"]
+
+
+def planned(chat_rows: str, cache: Any, tmp_path: Any, *overrides: str) -> Plan:
+    return api.plan(tiny_run(chat_rows, str(cache), tmp_path / "out", *overrides))
+
+
+def on(monkeypatch: pytest.MonkeyPatch, *gib: int) -> None:
+    """A machine with GPUs of these sizes."""
+    monkeypatch.setattr(plan_module, "gpus_here", lambda: [Device(name=f"GPU of {size}", memory=size * GIB) for size in gib])
+
+
+def test_steps_are_unknown_before_the_data_are_prepared_and_nothing_is_written(chat_rows, tmp_path):
+    assert planned(chat_rows, tmp_path / "cache", tmp_path).data is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_of_prepared_data_are_those_that_training_takes(chat_rows, cache, tmp_path):
+    run = tiny_run(chat_rows, cache, tmp_path / "out")
+    pipeline.prepare(run.model, run.data, run.resources)
+    data = api.plan(run).data
+    result = api.train(run)
+    assert data is not None
+    assert data.total_steps == result.summary.steps
+    assert 2 * data.tokens == result.summary.tokens
+    assert (data.rows, data.held_out_rows) == (55, 6)
+
+
+def test_packs_are_as_full_as_their_tokens(chat_rows, cache, tmp_path):
+    run = tiny_run(chat_rows, cache, tmp_path / "out")
+    pipeline.prepare(run.model, run.data, run.resources)
+    data = api.plan(run).data
+    assert data is not None
+    assert data.fill == pytest.approx(data.tokens / (data.samples * 256))
+    assert planned(chat_rows, cache, tmp_path, "data.packing=false").data.fill is None  # type: ignore[union-attr]
+
+
+def test_missing_data_are_an_error_as_in_training(cache, tmp_path):
+    with pytest.raises(DataError):
+        planned("no/such/rows.jsonl", cache, tmp_path)
+
+
+def test_a_model_that_is_not_there_is_an_error_as_in_training(chat_rows, cache, tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.path"):
+        planned(chat_rows, cache, tmp_path, f"model.path={tmp_path}", "model.weights=pretrained")
+
+
+def test_auto_takes_a_worker_for_each_gpu(chat_rows, cache, tmp_path, monkeypatch):
+    on(monkeypatch, 80, 80, 80, 80)
+    plan = planned(chat_rows, cache, tmp_path, "resources=local")
+    assert (plan.world_size, plan.accumulation) == (4, 2)
+
+
+def test_a_batch_that_the_workers_can_not_share_is_an_error(chat_rows, cache, tmp_path, monkeypatch):
+    on(monkeypatch, 80, 80, 80)
+    with pytest.raises(ConfigError, match=r"x 3 workers = 3, got 8\. Take 9"):
+        planned(chat_rows, cache, tmp_path, "resources=local")
+
+
+def test_a_run_that_fits_needs_no_mending(chat_rows, cache, tmp_path, monkeypatch):
+    on(monkeypatch, 24)
+    plan = planned(chat_rows, cache, tmp_path)
+    assert plan.memory.total < GIB
+    assert plan.misfits == ()
+
+
+def test_recomputation_mends_a_long_context(chat_rows, cache, tmp_path, monkeypatch):
+    on(monkeypatch, 40)
+    plan = planned(chat_rows, cache, tmp_path, *LLAMA3_8B, *EAGER)
+    (misfit,) = plan.misfits
+    assert [fix.settings for fix in misfit.fixes] == [("train.activation_checkpointing=full",)]
+
+
+def test_auto_recomputes_no_more_than_a_gpu_needs(chat_rows, cache, tmp_path, monkeypatch):
+    on(monkeypatch, 80, 40, 24, 16)
+    plan = planned(chat_rows, cache, tmp_path, *LLAMA3_8B)
+    assert [verdict.checkpointing for verdict in plan.verdicts] == ["none", "selective", "full", "offload"]
+    assert [verdict.fits for verdict in plan.verdicts] == [True, True, True, False]
+
+
+def test_layers_that_are_not_compiled_are_never_recomputed_in_part(chat_rows, cache, tmp_path, monkeypatch):
+    on(monkeypatch, 40)
+    (verdict,) = planned(chat_rows, cache, tmp_path, *LLAMA3_8B, "train.compile=false").verdicts
+    assert verdict.checkpointing == "full"
+
+
+def test_four_bits_mend_what_recomputation_does_not(chat_rows, cache, tmp_path, monkeypatch):
+    on(monkeypatch, 16)
+    (misfit,) = planned(chat_rows, cache, tmp_path, *LLAMA3_8B).misfits
+    assert ("quantization=bnb_nf4",) in [fix.settings for fix in misfit.fixes]
+
+
+def test_full_fine_tuning_is_mended_by_an_adapter_or_by_shards(chat_rows, cache, tmp_path, monkeypatch):
+    on(monkeypatch, *[80] * 8)
+    plan = planned(chat_rows, cache, tmp_path, *LLAMA3_8B, "resources=local", "adapter=none", *EAGER)
+    (misfit,) = plan.misfits
+    sets = [set(fix.settings) for fix in misfit.fixes]
+    assert {"adapter=lora"} in sets
+    assert {"strategy=fsdp"} in sets or {"strategy=fsdp", "train.activation_checkpointing=full"} in sets
+    assert not any(one < other for one in sets for other in sets)
+    assert all(fix.memory.total < 80 * GIB for fix in misfit.fixes)
+
+
+def test_workers_share_the_memory_of_a_host_but_not_of_a_gpu(chat_rows, cache, tmp_path):
+    memory = planned(chat_rows, cache, tmp_path).memory
+    host, gpu = (Device(name="", memory=GIB, shared=shared) for shared in (True, False))
+    assert host.share(memory, 4) == 4 * gpu.share(memory, 4)
+
+
+def test_every_strategy_has_an_estimate(chat_rows, cache, tmp_path):
+    strategies = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
+    plans = [planned(chat_rows, cache, tmp_path, "resources=local", f"strategy={name}") for name in strategies]
+    assert len(STATES) == 3
+    assert all(plan.memory.total > 0 for plan in plans)
+
+
+def test_the_command_shows_parts_and_verdicts(chat_rows, tmp_path, capsys, monkeypatch):
+    on(monkeypatch, 40)
+    run = load_config(
+        "plan", ["model=tiny_random", "resources=inline", f"data.path={chat_rows}", f"data.cache={tmp_path}", *LLAMA3_8B, *EAGER]
+    )
+    assert command.main(run) == 0
+    shown = capsys.readouterr().out
+    assert "not prepared yet" in shown
+    assert "activations    31.25 GiB" in shown
+    assert "train.activation_checkpointing=full" in shown
+
+
+def test_a_reference_takes_memory_where_it_is_another_model_or_a_copy(chat_rows, cache, tmp_path):
+    def of(*overrides: str) -> tuple[int, Plan]:
+        settings = ("data=chat_pairs", "stage=dpo", "stage.reference=online", "train.precision=fp32", *overrides)
+        plan = planned(chat_rows, cache, tmp_path, *settings)
+        return plan.memory.reference, plan
+
+    assert of()[0] == 0
+    size, plan = of("adapter=none")
+    assert size == 2 * 4 * plan.parameters.trained
+    size, plan = of("stage.reference_adapter=other")
+    assert size == 4 * plan.parameters.frozen
+    before, _ = of("stage.reference_adapter=other", "stage.reference=precomputed")
+    assert 0 <= before < size
+
+
+def test_a_misfit_for_its_copies_may_compute_the_reference_before(chat_rows, cache, tmp_path, monkeypatch):
+    on(monkeypatch, 160)
+    settings = ("data=chat_pairs", "stage=dpo", "stage.reference=online", "adapter=none", "data.max_length=2048")
+    (verdict,) = planned(chat_rows, cache, tmp_path, *LLAMA3_8B, *settings).misfits
+    assert ("stage.reference=precomputed",) in [fix.settings for fix in verdict.fixes]
+
+
+def test_packs_of_pairs_hold_both_sides_and_train_both_answers(tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("\n".join(f'{{"prompt": "{n}", "chosen": "good good", "rejected": "bad"}}' for n in range(10, 30)))
+    settings = ("data=prompt_completion_pairs", "stage=dpo", "data.max_length=128", "data.eval_fraction=0")
+    run = tiny_run(str(rows), str(tmp_path / "cache"), tmp_path / "out", *settings)
+    pipeline.prepare(run.model, run.data, run.resources, kind="pairs")
+    data = api.plan(run).data
+    assert data is not None and data.fill is not None and data.fill <= 1
+    assert data.trained_tokens == 20 * (len("good good") + 1 + len("bad") + 1)
+
+
+def test_a_plan_says_whose_reference_it_is_and_how_many_rows_a_step_has(chat_rows, cache, tmp_path, capsys):
+    command.main(tiny_run(chat_rows, str(cache), tmp_path / "out", "data=chat_pairs", "stage=dpo"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the model as the run finds it, once for all rows before the first step" in said
