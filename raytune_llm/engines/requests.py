@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from raytune_llm.records import Conversation
 
+Finish = Literal["stop", "length", "cancelled"]
+"""stop: an end token or a stop string; length: as many tokens as asked for, or as the model has positions for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What an answer must be, for xgrammar: the text of a JSON schema, of a regular expression, or of an EBNF grammar."""
+
+    kind: Literal["json_schema", "json", "regex", "ebnf"]
+    text: str = ""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: the likeliest where temperature is 0, else drawn by `seed`."""
+    """How the next token is chosen: the likeliest where temperature is 0, else drawn by `seed`.
+
+    The penalties are vLLM's: `repetition_penalty` divides positive and multiplies negative logits of tokens that the prompt or
+    the answer holds (Keskar et al. 2019); presence and frequency penalties are subtracted for tokens of the answer, once and once
+    a time it came.
+    """
 
     max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    """The answer's end is no candidate before so many tokens."""
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     """0: every token is a candidate."""
+    min_p: float = 0.0
+    """Candidates have at least so much of the likeliest token's probability."""
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer and are no part of it."""
+    ignore_end: bool = False
+    """Answers have max_new_tokens tokens, whatever the model says: for benchmarks."""
+    logprobs: int | None = None
+    """So many likeliest tokens' log-probabilities beside each chosen one's; None: not even that one's."""
+    grammar: Grammar | None = None
 
 
 GREEDY = Sampling()
@@ -39,10 +71,88 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """Of the model's own logits, in nats: before temperature, penalties and grammar."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens with theirs, the likeliest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     ids: tuple[int, ...]
     """New tokens, without the end token."""
     text: str
-    """Without special tokens."""
-    finish: Literal["stop", "length"]
+    """Without special tokens and without the stop string."""
+    finish: Finish
     prompt_tokens: int
+    cached_tokens: int = 0
+    """Of the prompt, what the prefix cache held."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One a token, where they were asked for."""
+    adapter_version: str | None = None
+    """The digest of the adapter that made it; None: the base."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What a step adds to an answer. The last one has its `completion`."""
+
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    completion: Completion | None = None
+
+
+class Stream:
+    """The answer to one request, as it comes: an iterator of Delta for any one thread, fed by the engine's.
+
+    `on_news`, where given, is called by the engine's thread whenever something can be taken (an event loop's wake-up).
+    """
+
+    def __init__(self) -> None:
+        self._ready = threading.Condition()
+        self._deltas: list[Delta] = []
+        self._error: Exception | None = None
+        self.cancelled = threading.Event()
+        self.on_news = lambda: None
+
+    def cancel(self) -> None:
+        """Nobody waits for the rest: its row is freed before the engine's next step."""
+        self.cancelled.set()
+
+    def put(self, delta: Delta) -> None:
+        with self._ready:
+            self._deltas.append(delta)
+            self._ready.notify_all()
+        self.on_news()
+
+    def fail(self, error: Exception) -> None:
+        with self._ready:
+            self._error = error
+            self._ready.notify_all()
+        self.on_news()
+
+    def take(self, timeout_s: float | None = None) -> list[Delta]:
+        """All that came since the last time; waits for something. Raises what the request failed with."""
+        with self._ready:
+            self._ready.wait_for(lambda: self._deltas or self._error is not None, timeout_s)
+            taken, self._deltas = self._deltas, []
+            if not taken and self._error is not None:
+                raise self._error
+            return taken
+
+    def __iter__(self):
+        while True:
+            for delta in self.take():
+                yield delta
+                if delta.completion is not None:
+                    return
+
+    def result(self) -> Completion:
+        """The whole answer, when it is there."""
+        for delta in self:
+            if delta.completion is not None:
+                return delta.completion
+        raise AssertionError("a stream ends with a completion")

@@ -1,0 +1,87 @@
+"""What every engine can do: requests in, tokens out, adapters that come and go while it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from raytune_llm.engines.requests import Completion, Request, Stream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterState:
+    """One name that requests may use."""
+
+    name: str
+    version: str
+    """The digest of its weights and config."""
+    rank: int
+    residency: str
+    """device: computes at once; host: is copied to the device between two steps; disk: is read first."""
+    pinned: bool
+    in_use: int
+    """Requests that are being answered with this version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Of an engine, now."""
+
+    running: int
+    waiting: int
+    waiting_by_reason: Mapping[str, int]
+    """adapter: for a slot or for its weights; cache: for free blocks; rows: for one of the batch's rows."""
+    cache_used: float
+    """The part of the cache's blocks that is held."""
+    prefix_hits: int
+    prefix_queries: int
+    """Tokens of prompts that the prefix cache held, and tokens of prompts."""
+    generated_tokens: int
+    prompt_tokens: int
+    preemptions: int
+    adapter_loads: int
+    adapter_evictions: int
+    steps: int
+    last_step_at: float
+    """time.monotonic() of the loop's last sign of life."""
+
+
+class Engine(Protocol):
+    """A thread of its own owns the policy. All methods may be called from any thread."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a prompt and its answer, at most."""
+        ...
+
+    def submit(self, request: Request) -> Stream:
+        """Raises ConfigError for an adapter that is not there or a prompt that is too long."""
+        ...
+
+    def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> str:
+        """Read, checked and ready to be asked for; gives its version. A name that is there gets a new version: answers that are
+        being made finish on the old one. Raises ConfigError or DataError for an adapter that doesn't fit, and changes nothing."""
+        ...
+
+    def remove_adapter(self, name: str) -> None: ...
+
+    def adapters(self) -> Sequence[AdapterState]: ...
+
+    def pin(self, name: str, pinned: bool) -> None: ...
+
+    def stats(self) -> Stats: ...
+
+    def close(self) -> None:
+        """Ends the thread; what is unanswered fails."""
+        ...
+
+
+def generate(engine: Engine, requests: Iterable[Request]) -> list[Completion]:
+    """One completion a request, in the order of the requests."""
+    streams = [engine.submit(request) for request in requests]
+    return [stream.result() for stream in streams]
+
+
+Tokenizer = Any

@@ -1,0 +1,117 @@
+"""Names -> versions of adapters, and which of them have their weights in host memory.
+
+Adding reads and checks a folder in the caller's thread, so the engine's loop never waits for a disk. Where there are more than
+`max_host` versions, the weights of those that were not used for long leave host memory; a thread reads them again when a row
+needs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.engines.native.slots import Adapter
+from raytune_llm.errors import DataError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class AdapterStore:
+    """Safe to call from any thread."""
+
+    def __init__(self, read: Callable[[Path], tuple[Any, int]], *, max_host: int, on_read: Callable[[], None]) -> None:
+        """read: a folder's weights as the bank takes them, and their rank; raises a UserError for what doesn't fit. on_read is
+        called from another thread when weights have come."""
+        self._read, self._max_host, self._on_read = read, max_host, on_read
+        self._lock = threading.Lock()
+        self._current: dict[str, Adapter] = {}
+        self._in_host: OrderedDict[Adapter, None] = OrderedDict()
+        self._reading: set[Adapter] = set()
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapters")
+
+    def add(self, name: str, folder: Path, *, pinned: bool) -> tuple[Adapter, Adapter | None]:
+        """The new version under this name, and the one that had it before. The same content under the same name is no new one."""
+        version = digest_of(folder)
+        with self._lock:
+            before = self._current.get(name)
+        if before is not None and before.version == version:
+            before.pinned = pinned or before.pinned
+            return before, None
+        weights, rank = self._read(folder)
+        if digest_of(folder) != version:
+            raise DataError(str(folder), "changed while it was read", "Write the adapter beside, then rename its folder.")
+        adapter = Adapter(name=name, version=version, rank=rank, folder=folder, weights=weights, pinned=pinned)
+        with self._lock:
+            before, self._current[name] = self._current.get(name), adapter
+            self._kept(adapter)
+        return adapter, before
+
+    def remove(self, name: str) -> Adapter | None:
+        with self._lock:
+            adapter = self._current.pop(name, None)
+            if adapter is not None:
+                self._in_host.pop(adapter, None)  # rows that run with it hold it still
+            return adapter
+
+    def get(self, name: str) -> Adapter | None:
+        with self._lock:
+            return self._current.get(name)
+
+    def all(self) -> list[Adapter]:
+        with self._lock:
+            return list(self._current.values())
+
+    def ready(self, adapter: Adapter) -> bool:
+        """Its weights are in host memory; if not, they are being read from now on."""
+        with self._lock:
+            if adapter.weights is not None:
+                self._in_host.move_to_end(adapter) if adapter in self._in_host else None
+                return True
+            if adapter not in self._reading and adapter.failure is None:
+                self._reading.add(adapter)
+                self._threads.submit(self._read_again, adapter)
+            return False
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _read_again(self, adapter: Adapter) -> None:
+        try:
+            if digest_of(adapter.folder) != adapter.version:
+                raise DataError(str(adapter.folder), f"holds another version than {adapter.name} had", "Load it again.")
+            weights, _ = self._read(adapter.folder)
+        except Exception as error:  # told to the rows that wait for it
+            adapter.failure, weights = error, None
+        with self._lock:
+            adapter.weights = weights
+            self._reading.discard(adapter)
+            if weights is not None:
+                self._kept(adapter)
+        self._on_read()
+
+    def _kept(self, adapter: Adapter) -> None:
+        """In host memory, at the expense of what was used longest ago and is on no device."""
+        self._in_host[adapter] = None
+        for old in list(self._in_host):
+            if len(self._in_host) <= self._max_host:
+                return
+            if old is not adapter and not old.users and not old.pinned and old.slot is None:
+                del self._in_host[old]
+                old.weights = None
+
+
+def digest_of(folder: Path) -> str:
+    """Of an adapter's weights and config."""
+    digest = hashlib.sha256()
+    try:
+        for name in (WEIGHTS, CONFIG):
+            with (folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise DataError(str(folder), f"is no folder with an adapter ({error.strerror}: {error.filename})") from None
+    return digest.hexdigest()

@@ -1,0 +1,56 @@
+"""What a row's grammar allows as its next token, through xgrammar: a bit a token of the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytune_llm.engines.requests import Grammar
+from raytune_llm.errors import ConfigError, ResourceError
+
+MAX_GRAMMAR_CHARACTERS = 65_536
+MAX_COMPILE_THREADS = 1
+
+
+class Grammars:
+    """Compiles grammars for one vocabulary, and keeps what it compiled."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, end_ids: tuple[int, ...]) -> None:
+        try:
+            import xgrammar
+        except ImportError:
+            raise ResourceError(
+                "answers by a grammar or a JSON schema need xgrammar", "Install it: pip install 'raytune-llm[serve]'."
+            ) from None
+        self._xgrammar = xgrammar
+        self._vocab_size = vocab_size
+        info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size, stop_token_ids=list(end_ids))
+        self._compiler = xgrammar.GrammarCompiler(info, max_threads=MAX_COMPILE_THREADS, cache_enabled=True)
+
+    def matcher(self, grammar: Grammar) -> Any:
+        """Of one answer. Raises ConfigError for what xgrammar doesn't understand."""
+        if len(grammar.text) > MAX_GRAMMAR_CHARACTERS:
+            raise ConfigError("the grammar", f"must have at most {MAX_GRAMMAR_CHARACTERS} characters", got=len(grammar.text))
+        compile_one = {
+            "json_schema": self._compiler.compile_json_schema,
+            "json": lambda text: self._compiler.compile_builtin_json_grammar(),
+            "regex": self._compiler.compile_regex,
+            "ebnf": self._compiler.compile_grammar,
+        }[grammar.kind]
+        try:
+            return self._xgrammar.GrammarMatcher(compile_one(grammar.text))
+        except (RuntimeError, ValueError, TypeError) as error:
+            problem = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise ConfigError("the grammar", f"must be one that xgrammar compiles ({problem})", got=grammar.kind) from None
+
+    def bitmask(self, matchers: list[Any | None]) -> Tensor | None:
+        """int32 [R, ceil(V / 32)] on the host; None where no row has a grammar."""
+        if not any(matchers):
+            return None
+        mask_RW = torch.full((len(matchers), (self._vocab_size + 31) // 32), -1, dtype=torch.int32)
+        for number, matcher in enumerate(matchers):
+            if matcher is not None and not matcher.is_terminated():
+                matcher.fill_next_token_bitmask(mask_RW, number)
+        return mask_RW

@@ -1,0 +1,59 @@
+"""One answer in the making: a row of the engine's batch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from raytune_llm.engines.native.blocks import digest, root
+from raytune_llm.engines.native.sampler import RowSampler
+from raytune_llm.engines.native.slots import Adapter
+from raytune_llm.engines.native.text import TextStream
+from raytune_llm.engines.requests import Sampling, Stream, TokenLogprob
+
+
+@dataclass(eq=False)
+class Row:
+    stream: Stream
+    sampling: Sampling
+    sampler: RowSampler
+    text: TextStream
+    ids: list[int]
+    """Prompt and answer so far."""
+    prompt_tokens: int
+    limit: int
+    """Tokens of prompt and answer, at most."""
+    adapter: Adapter | None = None
+    """None: the base alone."""
+    matcher: Any = None
+    """xgrammar's, of a row with a grammar."""
+    slot: int = -1
+    """Of the adapter, while it runs."""
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Tokens whose keys and values are in the blocks."""
+    cached_tokens: int = 0
+    """Of the prompt, what was found in the prefix cache."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    arrived: float = field(default_factory=time.monotonic)
+    blocked_on: str | None = None
+    """Why it waits."""
+    _digests: list[bytes] = field(default_factory=list)
+
+    @property
+    def answer(self) -> list[int]:
+        return self.ids[self.prompt_tokens :]
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are still to be computed: one while it decodes, more of a prompt."""
+        return len(self.ids) - self.computed
+
+    def digests(self, blocks: int, block_size: int) -> list[bytes]:
+        """Of so many first blocks, which are full."""
+        while len(self._digests) < blocks:
+            parent = self._digests[-1] if self._digests else root(self.adapter.version if self.adapter else "")
+            at = len(self._digests) * block_size
+            self._digests.append(digest(self.ids[at : at + block_size], parent))
+        return self._digests[:blocks]

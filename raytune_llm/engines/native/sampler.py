@@ -1,0 +1,143 @@
+"""The next token of every row of a step, on the device, from logits [R, V].
+
+Rows share nothing: what one of them asks for changes no other's token. A row's draw number n is a function of its seed and n
+alone (Philox, Salmon et al. 2011, counter n under key seed), so the same seed gives the same answer in any batch; the token is
+where that number falls in the row's cumulated probabilities, the likeliest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raytune_llm.engines.requests import Sampling, TokenLogprob
+
+
+@dataclass(eq=False)
+class RowSampler:
+    """What one row carries from token to token."""
+
+    sampling: Sampling
+    end_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]
+    drawn: int = 0
+    """Tokens of the answer so far."""
+    seen_V: Tensor | None = field(default=None, repr=False)
+    """bool: tokens of prompt and answer; only where a penalty asks for it."""
+    counts_V: Tensor | None = field(default=None, repr=False)
+    """float32: how often the answer holds each."""
+
+    @property
+    def penalized(self) -> bool:
+        s = self.sampling
+        return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
+
+    def restart(self, answer: Sequence[int]) -> None:
+        """The row is computed again from its beginning, with what was drawn of it; its numbers go on where they were."""
+        self.drawn = len(answer)
+
+    def told(self, token: int) -> None:
+        self.drawn += 1
+        if self.counts_V is not None and self.seen_V is not None:
+            self.counts_V[token] += 1
+            self.seen_V[token] = True
+
+    def _counted(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.seen_V is None or self.counts_V is None:
+            self.seen_V = torch.zeros(size, dtype=torch.bool, device=device)
+            self.seen_V[torch.as_tensor(list(self.prompt_ids), device=device)] = True
+            self.counts_V = torch.zeros(size, device=device)
+        return self.seen_V, self.counts_V
+
+    def change(self, logits_V: Tensor) -> None:
+        """Penalties, biases and forbidden ends, in place."""
+        s = self.sampling
+        if self.penalized:
+            seen_V, counts_V = self._counted(len(logits_V), logits_V.device)
+            if s.repetition_penalty != 1.0:
+                changed_V = torch.where(logits_V > 0, logits_V / s.repetition_penalty, logits_V * s.repetition_penalty)
+                logits_V.copy_(torch.where(seen_V, changed_V, logits_V))
+            logits_V -= s.frequency_penalty * counts_V + s.presence_penalty * (counts_V > 0)
+        if s.logit_bias:
+            tokens = torch.tensor(list(s.logit_bias), device=logits_V.device)
+            logits_V[tokens] += torch.tensor(list(s.logit_bias.values()), device=logits_V.device)
+        if self.end_ids and (s.ignore_end or self.drawn < s.min_new_tokens):
+            logits_V[list(self.end_ids)] = -torch.inf
+
+    @property
+    def changes(self) -> bool:
+        s = self.sampling
+        return self.penalized or bool(s.logit_bias) or s.ignore_end or self.drawn < s.min_new_tokens
+
+
+def sample(logits_RV: Tensor, rows: Sequence[RowSampler], bitmask_RW: Tensor | None = None) -> Tensor:
+    """int64 [R]: the tokens. logits_RV: float32, and changed in place. bitmask_RW: int32, one bit a token that a row's grammar
+    allows (all ones for rows without one)."""
+    for row, logits_V in zip(rows, logits_RV, strict=True):
+        if row.changes:
+            row.change(logits_V)
+    if bitmask_RW is not None:
+        logits_RV.masked_fill_(~allowed(bitmask_RW, logits_RV.shape[1]), -torch.inf)
+    tokens_R = logits_RV.argmax(dim=1)
+    drawn = [number for number, row in enumerate(rows) if row.sampling.temperature > 0]
+    if drawn:
+        index = torch.tensor(drawn, device=logits_RV.device)
+        tokens_R[index] = _draw(logits_RV[index], [rows[number] for number in drawn])
+    return tokens_R
+
+
+def allowed(bitmask_RW: Tensor, size: int) -> Tensor:
+    """bool [R, size] of one bit a token, the lowest first."""
+    bits = torch.arange(32, device=bitmask_RW.device, dtype=torch.int32)
+    return ((bitmask_RW[:, :, None] >> bits) & 1).bool().flatten(1)[:, :size]
+
+
+def _draw(logits_KV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
+    device = logits_KV.device
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+    settings = [row.sampling for row in rows]
+    uniform_K1 = column([uniform(row.sampling.seed, row.drawn) for row in rows])
+    probs_KV, order_KV = torch.softmax(logits_KV / column([s.temperature for s in settings]), dim=1).sort(dim=1, descending=True)
+    kept_KV = torch.ones_like(probs_KV, dtype=torch.bool)
+    if any(s.top_k for s in settings):
+        limit_K1 = column([s.top_k or logits_KV.shape[1] for s in settings])
+        kept_KV &= torch.arange(logits_KV.shape[1], device=device) < limit_K1
+        probs_KV = probs_KV * kept_KV
+        probs_KV = probs_KV / probs_KV.sum(dim=1, keepdim=True)  # top_p is a part of what top_k left
+    if any(s.top_p < 1 for s in settings):
+        before_KV = probs_KV.cumsum(dim=1) - probs_KV
+        kept_KV &= before_KV < column([s.top_p for s in settings])
+    if any(s.min_p for s in settings):
+        kept_KV &= probs_KV >= probs_KV[:, :1] * column([s.min_p for s in settings])
+    kept_KV[:, 0] = True
+    cumulated_KV = (probs_KV * kept_KV).cumsum(dim=1)
+    place_K = torch.searchsorted(cumulated_KV, uniform_K1 * cumulated_KV[:, -1:], right=True)
+    last_K1 = kept_KV.sum(dim=1, keepdim=True) - 1
+    return order_KV.gather(1, torch.minimum(place_K, last_K1)).squeeze(1)
+
+
+def uniform(seed: int, number: int) -> float:
+    """In [0, 1), with 53 random bits."""
+    bits = np.random.Philox(key=seed % 2**64, counter=number).random_raw()
+    return (int(bits) >> 11) / 2**53
+
+
+def logprobs(logits_RV: Tensor, tokens_R: Tensor, top: int) -> list[TokenLogprob]:
+    """Of the tokens, and of so many likeliest ones. Logits are the model's own, float32."""
+    values_RV = torch.log_softmax(logits_RV, dim=1)
+    chosen = values_RV.gather(1, tokens_R[:, None]).squeeze(1).tolist()
+    best: list[tuple[tuple[int, float], ...]] = [()] * len(chosen)
+    if top:
+        value_RK, token_RK = values_RV.topk(top, dim=1)
+        best = [tuple(zip(t, v, strict=True)) for t, v in zip(token_RK.tolist(), value_RK.tolist(), strict=True)]
+    return [
+        TokenLogprob(token=token, logprob=value, top=likeliest)
+        for token, value, likeliest in zip(tokens_R.tolist(), chosen, best, strict=True)
+    ]

@@ -1,0 +1,104 @@
+"""Adapters' places: on disk, in host memory, in a slot of the device's banks.
+
+A name points to a version, which is immutable and known by the digest of its files. Rows hold versions, not names: what a name
+points to may change or go while they run. A version that rows use keeps its slot; of the others, the least recently used one that
+is not pinned leaves its slot when another version needs it. Its weights stay in host memory, so that it comes back with one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One version of an adapter."""
+
+    name: str
+    version: str
+    rank: int
+    folder: Path
+    weights: Any
+    """As the bank takes them; None while they are on disk alone."""
+    failure: Exception | None = None
+    """Why they could not be read again."""
+    pinned: bool = False
+    users: int = 0
+    """Rows that run with it."""
+    slot: int | None = None
+
+
+class Bank(Protocol):
+    """Slots of stacked adapters on the device (models/adapters/)."""
+
+    @property
+    def num_slots(self) -> int: ...
+
+    def load(self, slot: int, weights: Any) -> None:
+        """Between two steps."""
+        ...
+
+    def clear(self, slot: int) -> None: ...
+
+
+@dataclass(eq=False)
+class Slots:
+    """Which version is in which slot. The engine's loop owns it."""
+
+    bank: Bank
+    loads: int = 0
+    evictions: int = 0
+    _resident: dict[int, Adapter] = field(default_factory=dict)
+    """Least recently used first."""
+
+    def take(self, adapter: Adapter) -> int | None:
+        """A slot with this version for one more row, or None while every slot is in use or pinned, or its weights are on disk."""
+        if adapter.slot is None:
+            slot = None if adapter.weights is None else self._free_slot()
+            if slot is None:
+                return None
+            self.bank.load(slot, adapter.weights)
+            self.loads += 1
+            adapter.slot = slot
+        self._resident.pop(adapter.slot, None)
+        self._resident[adapter.slot] = adapter
+        adapter.users += 1
+        return adapter.slot
+
+    def give_back(self, adapter: Adapter) -> None:
+        """By one row."""
+        adapter.users -= 1
+        assert adapter.users >= 0, adapter.name
+
+    def forget(self, adapter: Adapter) -> None:
+        """Nobody will ask for this version again: its slot is free once no row uses it."""
+        adapter.pinned = False
+        if adapter.slot is not None and not adapter.users:
+            self._evict(adapter)
+        elif adapter.slot is not None:
+            # The first to go, when its rows are done.
+            self._resident = {adapter.slot: self._resident.pop(adapter.slot), **self._resident}
+
+    def resident(self) -> Mapping[int, Adapter]:
+        return self._resident
+
+    def _free_slot(self) -> int | None:
+        for slot in range(self.bank.num_slots):
+            if slot not in self._resident:
+                return slot
+        idle = next((adapter for adapter in self._resident.values() if not adapter.users and not adapter.pinned), None)
+        if idle is None:
+            return None
+        slot = idle.slot
+        self._evict(idle)
+        self.evictions += 1
+        return slot
+
+    def _evict(self, adapter: Adapter) -> None:
+        assert adapter.slot is not None and not adapter.users, adapter.name
+        self.bank.clear(adapter.slot)
+        del self._resident[adapter.slot]
+        adapter.slot = None

@@ -1,0 +1,73 @@
+"""Tokens of an answer -> its text, as it comes: whole characters only, and nothing of a stop string.
+
+A token may end in the middle of a character (byte-level vocabularies), and a stop string may lie over a token's border. So text
+is held back while it is incomplete, or while it may still become a stop string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+REPLACEMENT = "\ufffd"
+"""What a decoder writes for bytes that are no character yet."""
+MAX_HELD_TOKENS = 8
+"""Bytes that are no character after so many tokens never become one."""
+
+
+class TextStream:
+    """The text of one answer. `push` takes tokens and gives the text that is certain by then."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(filter(None, stop))
+        self._ids: list[int] = []
+        self._start = self._decoded = 0
+        """Tokens from `_start` on are decoded together, so that a tokenizer sees what stands before; those up to `_decoded` are
+        told."""
+        self._held = ""
+        self.text = ""
+        """What was given out."""
+        self.stopped: str | None = None
+        """The stop string that ended it. It is not part of the text."""
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain; empty once a stop string came."""
+        if self.stopped is not None:
+            return ""
+        self._ids.append(token)
+        return self._give(self._held + self._new_text(final=False), final=False)
+
+    def finish(self) -> str:
+        """What was held back, where the answer ends here."""
+        if self.stopped is not None:
+            return ""
+        return self._give(self._held + self._new_text(final=True), final=True)
+
+    def _new_text(self, *, final: bool) -> str:
+        before = self._decode(self._ids[self._start : self._decoded])
+        now = self._decode(self._ids[self._start :])
+        waits = now.endswith(REPLACEMENT) and len(self._ids) - self._decoded < MAX_HELD_TOKENS
+        if not final and (waits or len(now) <= len(before)):
+            return ""
+        self._start, self._decoded = self._decoded, len(self._ids)
+        return now[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+
+    def _give(self, text: str, *, final: bool) -> str:
+        ends = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
+            at, self.stopped = min(ends, key=lambda end: (end[0], -len(end[1])))
+            self._held, given = "", text[:at]
+        else:
+            keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
+            self._held, given = text[len(text) - keep :], text[: len(text) - keep]
+        self.text += given
+        return given
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the text's end that are a beginning of `stop`, but not all of it."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

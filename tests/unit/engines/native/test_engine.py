@@ -1,0 +1,289 @@
+"""The engine's bookkeeping with a toy runner: its cache holds what was written, and a wrong block, order or adapter shows at
+once.
+
+The next token is a function of all tokens that the cache holds and of the adapter's weights.
+tests/invariant/test_served_equals_trained.py holds the same of real models.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytune_llm.engines.native.engine import NativeEngine
+from raytune_llm.engines.native.scheduler import Piece
+from raytune_llm.engines.requests import Request, Sampling
+from raytune_llm.errors import ConfigError, DataError, ResourceError
+
+V, END = 97, 0
+WORDS = [chr(0x4E00 + number) for number in range(V)]
+
+
+class Tokenizer:
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(WORDS[id] for id in ids)
+
+
+class ToyBank:
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.held: dict[int, int] = {}
+
+    def load(self, slot: int, weights: int) -> None:
+        self.held[slot] = weights
+
+    def clear(self, slot: int) -> None:
+        del self.held[slot]
+
+
+class ToyRunner:
+    """Keys are tokens with what computed them."""
+
+    vocab_size, device = V, torch.device("cpu")
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, slots: int = 4) -> None:
+        self.num_blocks, self.block_size, self.bank = num_blocks, block_size, ToyBank(slots)
+        self.cache: list[Any] = [None] * num_blocks * block_size
+        self.steps: list[list[Piece]] = []
+        self.go = threading.Event()
+        self.go.set()
+
+    def run(self, pieces: list[Piece]) -> torch.Tensor:
+        self.go.wait()
+        self.steps.append(list(pieces))
+        logits = []
+        for row, start, stop in pieces:
+            weights = 0 if row.slot < 0 else self.bank.held[row.slot]
+            places = [block * self.block_size + at for block in row.blocks for at in range(self.block_size)][:stop]
+            for at in range(start, stop):
+                self.cache[places[at]] = (row.ids[at], weights)
+            assert [self.cache[place] for place in places] == [(id, weights) for id in row.ids[:stop]]
+            if stop == len(row.ids):
+                values = torch.zeros(V)
+                values[following(row.ids, weights)] = 1.0
+                logits.append(values)
+        return torch.stack(logits) if logits else torch.zeros(0, V)
+
+    def read_adapter(self, folder: Path) -> tuple[int, int]:
+        weights = json.loads((folder / "adapter_model.safetensors").read_text())
+        if weights < 0:
+            raise DataError(str(folder), "doesn't fit")
+        return weights, 8
+
+
+def following(ids: list[int], weights: int) -> int:
+    return 1 + (sum(id * (at + 1) for at, id in enumerate(ids)) * 31 + weights * 7) % (V - 1)
+
+
+def answer(prompt: list[int], weights: int, tokens: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(tokens):
+        ids.append(following(ids, weights))
+    return ids[len(prompt) :]
+
+
+def adapter_folder(path: Path, weights: int) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "adapter_model.safetensors").write_text(json.dumps(weights))
+    (path / "adapter_config.json").write_text("{}")
+    return path
+
+
+@pytest.fixture
+def engine_of():
+    made: list[NativeEngine] = []
+
+    def make(runner: ToyRunner, **settings: Any) -> NativeEngine:
+        settings = {"end_ids": [END], "max_length": 200, "max_rows": 8, "step_tokens": 16, **settings}
+        made.append(NativeEngine(runner, Tokenizer(), **settings))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_each_row_is_what_it_would_be_alone(engine_of, tmp_path: Path, seed: int):
+    """Few blocks, few slots, few tokens a step: rows are cut, preempted, find each other's beginnings and wait for slots."""
+    draw = random.Random(seed)
+    runner = ToyRunner(num_blocks=draw.choice([16, 24, 64]), slots=draw.choice([1, 2, 4]))
+    engine = engine_of(runner, max_rows=draw.choice([2, 8]), step_tokens=draw.choice([8, 16, 64]), max_length=60)
+    for number in range(1, 7):
+        engine.add_adapter(f"a{number}", adapter_folder(tmp_path / f"a{number}", number))
+    beginnings = [[draw.randrange(1, V) for _ in range(draw.randrange(1, 20))] for _ in range(3)]
+    asked = []
+    for _ in range(40):
+        prompt = [*draw.choice(beginnings), *(draw.randrange(1, V) for _ in range(draw.randrange(1, 12)))]
+        asked.append((prompt, draw.randrange(7), draw.randrange(1, 20)))
+    streams = []
+    for prompt, weights, tokens in asked:
+        sampling = Sampling(max_new_tokens=tokens)
+        streams.append(engine.submit(Request(prompt_ids=prompt, adapter=f"a{weights}" if weights else None, sampling=sampling)))
+        if draw.random() < 0.2:
+            time.sleep(0.001)
+    for (prompt, weights, tokens), stream in zip(asked, streams, strict=True):
+        completion = stream.result()
+        assert list(completion.ids) == answer(prompt, weights, tokens)
+        assert completion.finish == "length" and completion.prompt_tokens == len(prompt)
+    stats = engine.stats()
+    assert stats.running == stats.waiting == 0 and stats.cache_used == 0
+    assert stats.generated_tokens == sum(tokens for *_, tokens in asked)
+
+
+def test_a_step_computes_at_most_its_tokens_and_prompts_come_in_chunks(engine_of):
+    runner = ToyRunner()
+    engine = engine_of(runner, step_tokens=8)
+    runner.go.clear()
+    streams = [engine.submit(Request(prompt_ids=[n + 1] * 30, sampling=Sampling(max_new_tokens=3))) for n in range(3)]
+    runner.go.set()
+    assert all(len(stream.result().ids) == 3 for stream in streams)
+    assert max(sum(piece.stop - piece.start for piece in step) for step in runner.steps) <= 8
+
+
+def test_what_a_stream_tells_is_the_answer(engine_of):
+    engine = engine_of(ToyRunner())
+    deltas = list(engine.submit(Request(prompt_ids=[5, 6], sampling=Sampling(max_new_tokens=9, logprobs=2))))
+    completion = deltas[-1].completion
+    assert completion is not None
+    assert "".join(delta.text for delta in deltas) == completion.text == Tokenizer().decode(list(completion.ids))
+    assert [one for delta in deltas for one in delta.logprobs] == list(completion.logprobs)
+    assert len(completion.logprobs) == 9 and all(len(one.top) == 2 for one in completion.logprobs)
+
+
+def test_a_stop_string_over_tokens_ends_the_answer(engine_of):
+    engine = engine_of(ToyRunner())
+    whole = answer([3, 4], 0, 8)
+    stop = WORDS[whole[3]] + WORDS[whole[4]]
+    completion = engine.submit(Request(prompt_ids=[3, 4], sampling=Sampling(max_new_tokens=8, stop=(stop,)))).result()
+    assert completion.text == Tokenizer().decode(whole[:3]) and completion.finish == "stop"
+
+
+def test_an_end_token_ends_the_answer_and_is_no_part_of_it(engine_of):
+    whole = answer([3, 4], 0, 4)
+    engine = engine_of(ToyRunner(), end_ids=[whole[2]])
+    completion = engine.submit(Request(prompt_ids=[3, 4], sampling=Sampling(max_new_tokens=8))).result()
+    assert list(completion.ids) == whole[:2] and completion.finish == "stop"
+
+
+def test_a_cancelled_row_is_gone_before_the_next_step(engine_of):
+    runner = ToyRunner()
+    engine = engine_of(runner)
+    stream = engine.submit(Request(prompt_ids=[3, 4], sampling=Sampling(max_new_tokens=190)))
+    next(iter(stream))
+    runner.go.clear()
+    time.sleep(0.05)  # the step that is being computed
+    stream.cancel()
+    runner.go.set()
+    steps = len(runner.steps)
+    assert stream.result().finish == "cancelled"
+    assert len(runner.steps) <= steps + 1 and engine.stats().cache_used == 0
+
+
+def test_a_prefix_that_is_held_is_not_computed_again(engine_of):
+    runner = ToyRunner()
+    engine = engine_of(runner)
+    prompt = list(range(1, 30))
+    first, second = (engine.submit(Request(prompt_ids=prompt, sampling=Sampling(max_new_tokens=4))).result() for _ in range(2))
+    assert first.ids == second.ids
+    assert (first.cached_tokens, second.cached_tokens) == (0, 28)
+
+
+def test_a_folder_replaced_under_its_name_is_another_version(engine_of, tmp_path: Path):
+    runner = ToyRunner(slots=1)
+    engine = engine_of(runner)
+    prompt = list(range(1, 12))
+    version = engine.add_adapter("mine", adapter_folder(tmp_path / "a", 3))
+    old = engine.submit(Request(prompt_ids=prompt, adapter="mine", sampling=Sampling(max_new_tokens=100)))
+    next(iter(old))
+    assert engine.add_adapter("mine", adapter_folder(tmp_path / "a", 4)) != version
+    new = engine.submit(Request(prompt_ids=prompt, adapter="mine", sampling=Sampling(max_new_tokens=10)))
+    assert list(old.result().ids) == answer(prompt, 3, 100)
+    assert list(new.result().ids) == answer(prompt, 4, 10)
+
+
+def test_an_adapter_that_was_removed_finishes_its_answers(engine_of, tmp_path: Path):
+    engine = engine_of(ToyRunner(slots=1))
+    engine.add_adapter("mine", adapter_folder(tmp_path / "a", 3))
+    stream = engine.submit(Request(prompt_ids=[1, 2], adapter="mine", sampling=Sampling(max_new_tokens=100)))
+    engine.remove_adapter("mine")
+    assert list(stream.result().ids) == answer([1, 2], 3, 100)
+    with pytest.raises(ConfigError, match="adapter that is loaded"):
+        engine.submit(Request(prompt_ids=[1, 2], adapter="mine"))
+    assert engine.adapters() == []
+
+
+def test_a_bad_adapter_changes_nothing(engine_of, tmp_path: Path):
+    engine = engine_of(ToyRunner())
+    for folder in (adapter_folder(tmp_path / "a", -1), tmp_path / "nothing"):
+        with pytest.raises(DataError):
+            engine.add_adapter("mine", folder)
+    assert list(engine.submit(Request(prompt_ids=[1], sampling=Sampling(max_new_tokens=3))).result().ids) == answer([1], 0, 3)
+
+
+def test_sixteen_adapters_over_two_slots_all_get_their_turn_while_one_is_never_idle(engine_of, tmp_path: Path):
+    engine = engine_of(ToyRunner(num_blocks=256, slots=2), max_rows=4)
+    for number in range(1, 17):
+        engine.add_adapter(f"a{number}", adapter_folder(tmp_path / f"a{number}", number))
+    busy = [
+        engine.submit(Request(prompt_ids=[1, 2], adapter=f"a{1 + n % 2}", sampling=Sampling(max_new_tokens=100, seed=n)))
+        for n in range(60)
+    ]
+    late = [
+        engine.submit(Request(prompt_ids=[3], adapter=f"a{number}", sampling=Sampling(max_new_tokens=5)))
+        for number in range(3, 17)
+    ]
+    base = engine.submit(Request(prompt_ids=[4], sampling=Sampling(max_new_tokens=5)))
+    assert list(base.result().ids) == answer([4], 0, 5)
+    for number, stream in zip(range(3, 17), late, strict=True):
+        assert list(stream.result().ids) == answer([3], number, 5)
+    assert all(len(stream.result().ids) == 100 for stream in busy)
+
+
+def test_weights_that_left_host_memory_are_read_again(engine_of, tmp_path: Path):
+    engine = engine_of(ToyRunner(slots=1), max_host_adapters=1)
+    for number in (1, 2, 3):
+        engine.add_adapter(f"a{number}", adapter_folder(tmp_path / f"a{number}", number))
+    assert {state.residency for state in engine.adapters()} == {"disk", "host"}
+    for number in (1, 2, 3, 1):
+        completion = engine.submit(Request(prompt_ids=[7], adapter=f"a{number}", sampling=Sampling(max_new_tokens=3))).result()
+        assert list(completion.ids) == answer([7], number, 3)
+
+
+def test_weights_that_changed_on_disk_fail_their_rows_and_no_other(engine_of, tmp_path: Path):
+    engine = engine_of(ToyRunner(slots=1), max_host_adapters=1)
+    for number in (1, 2):
+        engine.add_adapter(f"a{number}", adapter_folder(tmp_path / f"a{number}", number))
+    adapter_folder(tmp_path / "a1", 9)
+    with pytest.raises(DataError, match="another version"):
+        engine.submit(Request(prompt_ids=[7], adapter="a1")).result()
+    assert engine.submit(Request(prompt_ids=[7], adapter="a2", sampling=Sampling(max_new_tokens=3))).result().ids
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(engine_of):
+    engine = engine_of(ToyRunner(), max_length=20)
+    with pytest.raises(ConfigError, match="within 20 tokens"):
+        engine.submit(Request(prompt_ids=[1] * 20))
+    completion = engine.submit(Request(prompt_ids=[1] * 18, sampling=Sampling(max_new_tokens=9))).result()
+    assert (len(completion.ids), completion.finish) == (2, "length")
+
+
+def test_whoever_waits_is_told_when_the_engine_breaks(engine_of):
+    runner = ToyRunner()
+    engine = engine_of(runner)
+    runner.cache.clear()
+    threading.excepthook, before = lambda args: None, threading.excepthook
+    try:
+        with pytest.raises(IndexError):
+            engine.submit(Request(prompt_ids=[1])).result()
+        with pytest.raises(ResourceError, match="not running"):
+            engine.submit(Request(prompt_ids=[1]))
+    finally:
+        threading.excepthook = before
