@@ -71,10 +71,11 @@ def train(
     started, in epoch seconds.
     """
     from raytune_llm.report.plots import loss_curve
-    from raytune_llm.runs.launch import fit, spare_cpus
+    from raytune_llm.runs.launch import check_devices, fit, spare_cpus
     from raytune_llm.runs.output import identity, open_output
 
     clock = _Phases(began or time.time())
+    check_devices(run)
     output = Path(run.output_dir).resolve()
     run = replace(run, output_dir=str(output))
     if run.resources.name != "inline":

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,10 @@ from raytune_llm.config.section import section
 @section
 class NoQuantization:
     name: Literal["none"]
+    replaces_layers: ClassVar[bool] = False
+    """Other layers take the place of linear ones."""
+    trains_base: ClassVar[bool] = True
+    """The weights of the model itself can be trained with it."""
 
 
 @section
@@ -18,6 +22,8 @@ class FP8:
     GPU (sm_90) or later."""
 
     name: Literal["fp8"]
+    replaces_layers: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = True
     skip_modules: Literal["auto"] | list[str]
     """Linear layers that stay in the run's precision, by the last part of their names. auto: those that make queries, keys and
     values, where the rounding costs most loss for its gain; [] for none."""
@@ -25,9 +31,11 @@ class FP8:
 
 @section
 class NF4:
-    """QLoRA (Dettmers et al. 2023): frozen weights in four bits, products in the run's precision."""
+    """QLoRA (Dettmers et al. 2023): frozen weights in four bits, products in the run's precision. Needs bitsandbytes."""
 
     name: Literal["bnb_nf4"]
+    replaces_layers: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = False
 
 
 QuantizationConfig = Annotated[NoQuantization | FP8 | NF4, Field(discriminator="name")]

@@ -57,7 +57,7 @@ class TrainRun:
         _data_are_given(self.data)
         _streams_know_what_they_need(self)
         _sharding_has_workers(self)
-        _quantized_weights_are_frozen_and_whole(self)
+        _quantized_weights_can_be_had(self)
         _anchored_policies_have_a_new_adapter(self)
         _models_answer_what_is_asked(self)
         _references_can_be_had(self)
@@ -260,23 +260,21 @@ def _stages_read_what_is_said_of_their_rows(stage: StageConfig, data: DataConfig
             raise ConfigError(setting, f"is not read with stage={stage.name}", got=value, fix="Leave it out.")
 
 
-def _quantized_weights_are_frozen_and_whole(run: TrainRun) -> None:
-    trains_all = run.adapter.name == "none"
-    if run.quantization.name == "bnb_nf4" and trains_all:
+def _quantized_weights_can_be_had(run: TrainRun) -> None:
+    quantization, trains_all = run.quantization, run.adapter.name == "none"
+    if trains_all and not quantization.trains_base:
         raise ConfigError(
             "quantization",
-            "must be none or fp8 where adapter=none, since weights of four bits can't be trained",
-            got=run.quantization.name,
-            fix="Take adapter=lora.",
+            f"can't be {quantization.name} where adapter=none: its weights can't be trained",
+            fix="Take adapter=lora, or quantization=none.",
         )
-    if run.quantization.name == "none" or run.strategy.name == "ddp" or (trains_all and run.strategy.name == "fsdp"):
-        return
-    raise ConfigError(
-        "strategy",
-        f"must be ddp{' or fsdp' if trains_all else ''} where quantization={run.quantization.name}",
-        got=run.strategy.name,
-        fix="Take strategy=ddp or quantization=none.",
-    )
+    refusal = run.strategy.refuses_quantized(trained=trains_all) if quantization.replaces_layers else None
+    if refusal is not None:
+        raise ConfigError(
+            "strategy",
+            f"can't be {run.strategy.name} where quantization={quantization.name}: {refusal}",
+            fix="Take strategy=ddp, or quantization=none.",
+        )
 
 
 def _layers_can_be_compiled(run: TrainRun) -> None:

@@ -13,6 +13,10 @@ class DDP:
 
     name: Literal["ddp"]
 
+    def refuses_quantized(self, *, trained: bool) -> str | None:
+        """Why it can't have quantized layers, frozen or trained ones; None where it can."""
+        return None
+
 
 @section
 class FSDP:
@@ -29,6 +33,9 @@ class FSDP:
     offload: bool
     """Keep shards in host memory between uses."""
 
+    def refuses_quantized(self, *, trained: bool) -> str | None:
+        return None if trained else "it shards parameters, and weights in fewer bits are none"
+
 
 @section
 class DeepSpeed:
@@ -38,6 +45,9 @@ class DeepSpeed:
     stage: Literal[1, 2, 3]
     offload: bool
     """Keep optimizer state (and with stage 3 parameters) in host memory."""
+
+    def refuses_quantized(self, *, trained: bool) -> str | None:
+        return "DeepSpeed casts every weight to one type"
 
 
 StrategyConfig = Annotated[DDP | FSDP | DeepSpeed, Field(discriminator="name")]

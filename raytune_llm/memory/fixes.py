@@ -22,6 +22,7 @@ from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.memory.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_set
 from raytune_llm.memory.model import Memory, count_parameters
 from raytune_llm.models.activations import CHECKPOINTING
+from raytune_llm.models.quantization import QUANTIZATIONS, quantization_of
 
 MAX_WORKERS = 8
 """Sharding is tried over so many workers, as a host has GPUs, where the run has fewer."""
@@ -130,7 +131,7 @@ class SuggestedFixes:
             "micro-batch": [("train.micro_batch_size=1",)] if needs.micro_batch_size > 1 else [],
             "sharding": list(self._sharded()),
             "adapter": [("adapter=lora",), *self._unquantized(("adapter=lora",))] if needs.parameters.frozen == 0 else [],
-            "quantization": [("quantization=bnb_nf4",)] if self.on_gpu and needs.quantization != "bnb_nf4" else [],
+            "quantization": list(self._quantized()),
             "reference": [("stage.reference=precomputed",)] if needs.reference == "online" else [],
         }
         return {axis: ways for axis, ways in axes.items() if ways}
@@ -158,7 +159,17 @@ class SuggestedFixes:
 
     def _unquantized(self, *ways: Settings) -> list[Settings]:
         """What may be refused with quantized weights, without them."""
-        return [] if self.needs.quantization == "none" else [(*way, "quantization=none") for way in ways]
+        return [(*way, "quantization=none") for way in ways] if self.needs.quantization.replaces_layers else []
+
+    def _quantized(self) -> Iterator[Settings]:
+        """In fewer bits than now, of those that run on the device."""
+        case = self.needs.case
+        device = (case.device_type, case.capability) if self.on_gpu else ("cpu", (0, 0))
+        now = quantization_of(self.needs.quantization)
+        bits = 8 * case.dtype.itemsize if now is None else now.bits_per_weight
+        for name, kind in QUANTIZATIONS.items():
+            if kind is not None and kind.bits_per_weight < bits and kind.lacks(*device) is None:
+                yield (f"quantization={name}",)
 
 
 def ran_out(

@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from raytune_llm.config.adapter import LoRA, NoAdapter
+from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.section import settings_of
 from raytune_llm.config.stage import DPO, KTO
@@ -29,6 +30,7 @@ from raytune_llm.models import attention
 from raytune_llm.models.activations import CHECKPOINTING
 from raytune_llm.models.load import load_config
 from raytune_llm.models.policy import DTYPES
+from raytune_llm.models.quantization import quantization_of
 from raytune_llm.stages import STAGES
 
 GIB = 2**30
@@ -44,7 +46,7 @@ class Needs:
 
     parameters: Parameters
     dropout: bool
-    quantization: str
+    quantization: QuantizationConfig
     strategy: StrategyConfig
     world_size: int
     micro_batch_size: int
@@ -82,7 +84,7 @@ def needs_set(run: TrainRun) -> dict[str, Any]:
     asked = run.train.activation_checkpointing
     return {
         "dropout": isinstance(run.adapter, LoRA) and run.adapter.dropout > 0,
-        "quantization": run.quantization.name,
+        "quantization": run.quantization,
         "strategy": run.strategy,
         "micro_batch_size": run.train.micro_batch_size,
         "max_length": run.data.max_length,
@@ -110,7 +112,7 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
         **settings_of(needs.strategy),
     )
     states = states_of(needs.parameters)
-    saved = quantized_bytes(needs.parameters, dtype.itemsize, needs.quantization)
+    saved = quantized_bytes(needs.parameters, dtype.itemsize, quantization_of(needs.quantization))
     pack = needs.max_length * KINDS[STAGES[run.stage.name].rows].sides
     memory = memory_per_gpu(
         dimensions(config),

@@ -22,7 +22,7 @@ from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.models.adapters import adapt
 from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS
 from raytune_llm.models.layers import layers
-from raytune_llm.models.quantization import has_frozen_experts, linears_but
+from raytune_llm.models.quantization import Quantization, has_frozen_experts, linears_but
 
 FP32 = 4
 ADAMW_BYTES = 2 * FP32
@@ -31,8 +31,6 @@ LOGIT_BYTES, COMPILED_LOGIT_BYTES = 2 + 3 * FP32, 2 * FP32
 """Of each logit at the loss's widest point: the logit in 16 bits and in float32, the softmax that is kept, and the product that
 the entropy sums or the gradient. Compiled, by its kernels: the logit, one float32 buffer for the gradient through the target's
 logit, and the result."""
-QUANTIZED_BYTES = {"fp8": 2.0, "bnb_nf4": 0.516}
-"""A frozen weight in a layer: FP8 is held twice; four bits, and for 64 of them a scale of eight and its share of a float32."""
 IN_FLIGHT = 4
 """Layers whose inputs are on the device while they come and go from host memory."""
 ZERO_BUCKET, ZERO3_LIVE = 500_000_000, 1_000_000_000
@@ -225,9 +223,9 @@ def _layer_bytes(d: Dimensions, compute: int, *, trains_all: bool, wide_norms: b
     return norms + attention + mlp + inputs
 
 
-def quantized_bytes(parameters: Parameters, compute: int, quantization: str) -> int:
+def quantized_bytes(parameters: Parameters, compute: int, quantization: Quantization | None) -> int:
     """What quantization takes off the weights."""
-    return round(parameters.quantizable * (compute - QUANTIZED_BYTES.get(quantization, compute)))
+    return 0 if quantization is None else round(parameters.quantizable * (compute - quantization.bits_per_weight / 8))
 
 
 def ddp_states(parameters: Parameters, compute: int, world: int, *, accumulates: bool) -> States:

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.quantization import NoQuantization, QuantizationConfig
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import activations, attention
 from raytune_llm.models.adapters import adapt
@@ -18,11 +19,13 @@ from raytune_llm.models.attention.isolation import check_isolation
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_config, load_model, model_class, positions
-from raytune_llm.models.quantization import SkipModules, quantize
+from raytune_llm.models.quantization import quantize
 from raytune_llm.models.scorer import Scorer
 from raytune_llm.models.stored import Files, bring
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+UNQUANTIZED = NoQuantization(name="none")
 
 CHUNK_TOKENS = {"cpu": 128}
 """Whose logits exist at once, by device, where it is not CausalLM's default: on a CPU so few that the C library hands the same
@@ -71,8 +74,7 @@ def build_policy(
     seed: int,
     device: torch.device,
     runs_on: torch.device | None = None,
-    quantization: str = "none",
-    skip_modules: SkipModules = (),
+    quantization: QuantizationConfig = UNQUANTIZED,
     compile_layers: bool = False,
     activation_checkpointing: str = "none",
     scores: bool = False,
@@ -81,9 +83,8 @@ def build_policy(
 ) -> tuple[CausalLM, str]:
     """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
     float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
-    skip_modules: linear layers that are not quantized, as quantization.skip_modules has it. scores: it is a Scorer. trains: false
-    where nothing of it will be trained, adapter or not. files: its weights are read from these as they are quantized, or, with
-    the meta device, stay there for a strategy to read.
+    scores: it is a Scorer. trains: false where nothing of it will be trained, adapter or not. files: its weights are read from
+    these as they are quantized, or, with the meta device, stay there for a strategy to read.
     """
     runs_on = runs_on or device
     case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
@@ -107,7 +108,7 @@ def build_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = adapt(loaded, adapter, scores=scores)
-    quantize(layers(loaded), quantization, runs_on, skip_modules=skip_modules)
+    quantize(layers(loaded), quantization, runs_on)
     if files is not None and device.type != "meta":
         bring(adapted, device)
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)

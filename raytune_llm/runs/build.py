@@ -12,7 +12,6 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from raytune_llm.config.run import TrainRun
-from raytune_llm.config.section import settings_of
 from raytune_llm.errors import ResourceError
 from raytune_llm.memory.fixes import held_by_others, ran_out
 from raytune_llm.memory.flops import Operations, operations
@@ -25,7 +24,6 @@ from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import files_to_read
 from raytune_llm.models.policy import build_policy, choose_precision, precision_name
-from raytune_llm.models.quantization import QUANTIZED
 from raytune_llm.models.stored import Files
 from raytune_llm.packaged import cache_dir
 from raytune_llm.stages import STAGES
@@ -77,8 +75,7 @@ class Builder:
             device=self._loads_to(files),
             files=files,
             runs_on=device,
-            quantization=run.quantization.name,
-            **settings_of(run.quantization),
+            quantization=run.quantization,
             compile_layers=self.compiled,
             activation_checkpointing=checkpointing,
             scores=STAGES[run.stage.name].scores is not None,
@@ -94,7 +91,7 @@ class Builder:
         )
         compiled = "layers compiled" if self.compiled else "layers not compiled"
         adapters = described(policy, device.type)
-        quantized = quantization.described(layers(policy), run.quantization.name)
+        quantized = quantization.described(layers(policy), run.quantization)
         return Built(
             policy=policy,
             strategy=strategy,
@@ -153,7 +150,7 @@ class Builder:
         files."""
         run = self.run
         reads = READS_FILES[run.strategy.name]
-        keeps_less = reads or QUANTIZED[run.quantization.name] is not None
+        keeps_less = reads or run.quantization.replaces_layers
         if not keeps_less or run.model.weights != "pretrained" or run.model.path is None:
             return None
         files = files_to_read(

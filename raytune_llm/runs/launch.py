@@ -14,6 +14,7 @@ from raytune_llm import session
 from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError, UserError
+from raytune_llm.models.quantization import check_device
 from raytune_llm.runs.samples import Sample
 from raytune_llm.runs.worker import Begin, ReferencePass, Sink, TrainOutcome, work
 from raytune_llm.train.strategies.base import COLLECTIVES
@@ -41,6 +42,13 @@ def fit(
         return _fit_on_ray(run, run.resources, train_store, eval_store, sinks, on_begin, on_samples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return work(run, train_store, eval_store, device=device, sinks=sinks, on_begin=on_begin, on_samples=on_samples)
+
+
+def check_devices(run: TrainRun) -> None:
+    """Raises ConfigError where the run's devices are this machine's and can't do what it asks for. A cluster's workers look for
+    themselves."""
+    if not isinstance(run.resources, Cluster):
+        check_device(run.quantization, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _fit_on_ray(

@@ -25,14 +25,13 @@ from transformers import PretrainedConfig
 
 from raytune_llm.config.adapter import LoRA, NoAdapter
 from raytune_llm.config.run import TrainRun
-from raytune_llm.config.section import settings_of
 from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.data.loader import Samples
 from raytune_llm.data.store import Store
 from raytune_llm.data.streaming import Stream
 from raytune_llm.errors import DataError
 from raytune_llm.models.load import load_config
-from raytune_llm.models.policy import build_policy, compute_dtype
+from raytune_llm.models.policy import UNQUANTIZED, build_policy, compute_dtype
 from raytune_llm.stages import AnswerLogprobs
 from raytune_llm.train.reference_table import Table, Told, key_of, precomputed
 from raytune_llm.train.stores import Stores
@@ -188,6 +187,6 @@ def other_model(run: TrainRun, config: PretrainedConfig, device: torch.device) -
         seed=run.train.seed,
         device=device,
         trains=False,
-        **({} if adapter is None else {"quantization": run.quantization.name, **settings_of(run.quantization)}),
+        quantization=UNQUANTIZED if adapter is None else run.quantization,
     )
     return model.requires_grad_(False).to(device).eval()

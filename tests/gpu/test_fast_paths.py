@@ -25,7 +25,9 @@ from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_config as load_model_config
 from raytune_llm.models.load import load_model
-from raytune_llm.models.quantization import FP8Linear, NF4Linear, QuantizedLinear, quantize
+from raytune_llm.models.quantization import QuantizedLinear, quantize
+from raytune_llm.models.quantization.fp8 import FP8Linear
+from raytune_llm.models.quantization.nf4 import NF4Linear
 from raytune_llm.records import Batch, Prefixes
 from raytune_llm.report.profile import TABLE
 from raytune_llm.runs.build import Builder
@@ -138,9 +140,11 @@ def test_a_quantized_step_is_that_of_the_weights_it_stands_for(quantization: str
 def test_a_base_read_from_its_file_a_layer_at_a_time_is_the_loaded_one(quantization: str, tmp_path: Path) -> None:
     folder, settings = str(tmp_path), {"weights": "pretrained", "dtype": torch.bfloat16, "seed": 0}
     policy("adapter=none").base.save_pretrained(folder)
-    read = policy("model.weights=pretrained", f"model.path={folder}", "adapter=lora", f"quantization={quantization}")
+    overrides = ["model.weights=pretrained", f"model.path={folder}", "adapter=lora", f"quantization={quantization}"]
+    read = policy(*overrides)
     loaded = load_model(load_model_config(folder, {}), folder, device=CUDA, **settings)
-    quantize(layers(loaded.requires_grad_(False)), quantization, CUDA, skip_modules="auto" if quantization == "fp8" else ())
+    section = load_config("train", [*overrides, "data.path=none"]).quantization
+    quantize(layers(loaded.requires_grad_(False)), section, CUDA)
     ours = {name.replace(".base_layer", ""): x for name, x in (*read.base.named_parameters(), *read.base.named_buffers())}
     for name, tensor in (*loaded.named_parameters(), *loaded.named_buffers()):
         assert torch.equal(ours[name].float(), tensor.float()), name

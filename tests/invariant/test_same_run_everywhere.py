@@ -79,6 +79,16 @@ def test_two_workers_give_the_numbers_of_one(strategy: str, plain: TrainRun, two
     assert_same_run(plain, run)
 
 
+def test_a_base_in_four_bits_gives_the_same_run_on_two_workers(
+    chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
+) -> None:
+    one = tiny_run(chat_rows, cache, tmp_path / "one", "quantization=bnb_nf4", "train.max_steps=7")
+    api.train(one)
+    two = elsewhere(one, tmp_path / "two", micro=2)
+    two_workers.run(two, str(prepare(one.model, one.data, one.resources).store.folder))
+    assert_same_run(one, two)
+
+
 @pytest.mark.parametrize("way", WAYS_TO_SHARD)
 def test_ways_to_shard_do_not_show(way: str, plain: TrainRun, two_workers: Group, tmp_path: Path) -> None:
     run = elsewhere(plain, tmp_path, strategy=f"fsdp {way}", micro=2)

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from raytune_llm.models.adapters.gated import MAX_RANK, gated, gated_backward
-from raytune_llm.models.quantization import FP8Linear, NF4Linear, QuantizedLinear
+from raytune_llm.models.quantization import QUANTIZATIONS, QuantizedLinear
 
 aten = torch.ops.aten
 Product = Callable[..., Tensor]
@@ -386,7 +386,11 @@ def _thirds(weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
 
 FROZEN = {
     nn.Linear: Frozen(lambda x_MK, weight_NK: x_MK @ weight_NK.T, lambda grad_MN, weight_NK: grad_MN @ weight_NK, 1),
-    **{kind: Frozen(kind.product, kind.transposed, len(kind.HELD)) for kind in (FP8Linear, NF4Linear)},
+    **{
+        kind.layer: Frozen(kind.layer.product, kind.layer.transposed, len(kind.layer.HELD))
+        for kind in QUANTIZATIONS.values()
+        if kind is not None
+    },
 }
 """By the kind of layer under the adapter."""
 ADAPTED = {layer: _adapted(kind) for layer, kind in FROZEN.items()}

@@ -32,8 +32,14 @@ STREAM = ["data.streaming=true", "train.max_steps=9", "checkpoint.every_steps=3"
         ([DATA, "resources=local", "resources.num_workers=3"], "= 1 x 3, got 8. Take 9"),
         ([DATA, "resources=inline", "resources.num_workers=2"], "resources.num_workers must be 1, got 2"),
         ([DATA, "resources=inline", "strategy=fsdp"], "strategy must be ddp where resources=inline"),
-        ([DATA, "quantization=bnb_nf4", "strategy=fsdp"], "strategy must be ddp where quantization=bnb_nf4"),
-        ([DATA, "quantization=bnb_nf4", "adapter=none"], "quantization must be none or fp8 where adapter=none"),
+        (
+            [DATA, "quantization=bnb_nf4", "strategy=fsdp"],
+            "can't be fsdp where quantization=bnb_nf4: it shards",
+        ),
+        (
+            [DATA, "quantization=bnb_nf4", "adapter=none"],
+            "can't be bnb_nf4 where adapter=none: its weights",
+        ),
         ([DATA, "train.early_stopping=2"], "train.early_stopping needs held-out rows, got 2. Set data.eval_fraction"),
         ([DATA, "checkpoint.final=best"], "checkpoint.final needs held-out rows"),
         ([DATA, "data.eval_fraction=0.1", "data.eval_path=x"], "data.eval_fraction can't go with data.eval_path"),

@@ -1,4 +1,4 @@
-"""Which layers are quantized."""
+"""Which layers are quantized, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from raytune_llm.config.load import load_config as load_run
+from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import files_to_read, load_config, load_model
-from raytune_llm.models.quantization import FP8Linear, described, linears_but, quantize, replace
+from raytune_llm.models.quantization import QUANTIZATIONS, check_device, described, linears_but, quantize, replace
+from raytune_llm.models.quantization.fp8 import FP8, FP8Linear
+from raytune_llm.models.quantization.nf4 import NF4
 from raytune_llm.models.stored import bring
 from tests.models import tiny_llama
+
+
+def config_of(name: str) -> QuantizationConfig:
+    return load_run("train", ["data.path=rows.jsonl", f"quantization={name}"]).quantization
 
 
 @pytest.mark.parametrize("adapted", [True, False], ids=["under adapters", "bare"])
@@ -51,7 +59,7 @@ def test_a_weight_in_a_file_is_read_as_its_layer_is_replaced(tmp_path: Path) -> 
         model.requires_grad_(False)
         replace(linears_but(layers(model), "auto"), FP8Linear, cpu)
     bring(stored, cpu)
-    assert described(layers(stored), "fp8") == "fp8 for 8 linear layers, not for k_proj, q_proj, v_proj"
+    assert described(layers(stored), config_of("fp8")) == "fp8 for 8 linear layers, not for k_proj, q_proj, v_proj"
     ours, theirs = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (stored, loaded))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -65,4 +73,39 @@ def test_models_with_nothing_to_quantize_are_refused() -> None:
     mixtral = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", num_key_value_heads=2, **sizes))
     for model, said in ((gpt2, "finds no linear layer"), (mixtral, "can't be had of a mixture of experts")):
         with pytest.raises(ConfigError, match=f"quantization {said}"):
-            quantize(layers(model.requires_grad_(False)), "bnb_nf4", torch.device("cuda"))
+            quantize(layers(model.requires_grad_(False)), config_of("bnb_nf4"), torch.device("cpu"))
+
+
+def test_what_a_device_lacks_is_said() -> None:
+    assert FP8.lacks("cuda", (9, 0)) is None
+    assert FP8.lacks("cuda", (8, 0)) == "it needs a GPU of compute capability 9.0, this one has 8.0"
+    assert FP8.lacks("cpu", (0, 0)) == "it needs a GPU"
+    assert NF4.lacks("cpu", (0, 0)) is None
+    with pytest.raises(ConfigError, match=r"quantization can't be fp8 here: it needs a GPU\. Set quantization=none."):
+        check_device(config_of("fp8"), torch.device("cpu"))
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NF4, "package", "bytesandbits")
+    with pytest.raises(ConfigError, match=r"can't be bnb_nf4 here: bytesandbits is not installed. Install it: pip install"):
+        check_device(config_of("bnb_nf4"), torch.device("cpu"))
+
+
+def test_layers_of_sizes_that_do_not_fit_are_named() -> None:
+    linear = torch.nn.Linear(24, 32, bias=False)
+    assert FP8().misfit(linear) == "32 x 24 are not multiples of 16"
+    assert FP8().misfit(torch.nn.Linear(16, 32)) is None
+    assert NF4().misfit(linear) is None
+    assert NF4().misfit(torch.nn.Linear(3, 5)) == "5 x 3 is an odd number of weights, and a byte holds two"
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_settings_and_layers_agree_on_what_can_be_trained(name: str) -> None:
+    section, kind = config_of(name), QUANTIZATIONS[name]
+    assert section.replaces_layers == (kind is not None)
+    assert section.trains_base == (kind is None or kind.trained_layer is not None)
+
+
+def test_weights_that_are_trained_are_not_held_in_four_bits() -> None:
+    with pytest.raises(ConfigError, match="quantization needs frozen weights, got 'bnb_nf4'"):
+        quantize(layers(tiny_llama().model), config_of("bnb_nf4"), torch.device("cpu"))

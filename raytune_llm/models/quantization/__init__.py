@@ -1,0 +1,109 @@
+"""Weights, or their products, in fewer bits: name -> the quantization. Results stay in the activations' type.
+
+The layers under adapters are replaced after those are in place, so PEFT's own layers carry on around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from raytune_llm.config.quantization import QuantizationConfig
+from raytune_llm.config.section import settings_of
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
+from raytune_llm.models.quantization.fp8 import FP8
+from raytune_llm.models.quantization.linears import Found, has_frozen_experts, linears_but, names_of_linears
+from raytune_llm.models.quantization.nf4 import NF4
+from raytune_llm.models.stored import Stored
+
+__all__ = [
+    "QUANTIZATIONS",
+    "Quantization",
+    "QuantizedLinear",
+    "check_device",
+    "described",
+    "has_frozen_experts",
+    "linears_but",
+    "quantization_of",
+    "quantize",
+]
+
+QUANTIZATIONS: dict[str, type[Quantization] | None] = {"none": None, "fp8": FP8, "bnb_nf4": NF4}
+
+
+def quantization_of(section: QuantizationConfig) -> Quantization | None:
+    """None where weights stay as they are."""
+    kind = QUANTIZATIONS[section.name]
+    return None if kind is None else kind(**settings_of(section))
+
+
+def check_device(section: QuantizationConfig, device: torch.device) -> None:
+    """Raises ConfigError where weights can't be quantized so on this device of this machine."""
+    quantization = quantization_of(section)
+    if quantization is None:
+        return
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    lacking = quantization.lacks(device.type, capability)
+    if lacking is not None:
+        raise ConfigError("quantization", f"can't be {section.name} here: {lacking}", fix="Set quantization=none.")
+    if quantization.package is not None and find_spec(quantization.package) is None:
+        rule = f"can't be {section.name} here: {quantization.package} is not installed"
+        raise ConfigError("quantization", rule, fix="Install it: pip install 'raytune-llm[nf4]'.")
+
+
+def quantize(layers: Iterable[nn.Module], section: QuantizationConfig, runs_on: torch.device) -> None:
+    """Replace the linear layers inside `layers`, but those that the section skips: the frozen ones, which are where they run by
+    now, or all where all are trained."""
+    quantization = quantization_of(section)
+    if quantization is None:
+        return
+    layers = list(layers)
+    linears = linears_but(layers, quantization.skip_modules)
+    if has_frozen_experts(layers):
+        rule = "can't be had of a mixture of experts, whose experts are one tensor, and no linear layers"
+        raise ConfigError("quantization", rule, got=section.name, fix="Set quantization=none.")
+    if not linears:
+        fix = "Set quantization=none, or name fewer in quantization.skip_modules."
+        raise ConfigError("quantization", "finds no linear layer to take the place of", got=section.name, fix=fix)
+    frozen = [found for found in linears if not found[2].weight.requires_grad]
+    if not frozen and quantization.trained_layer is None:
+        raise ConfigError("quantization", "needs frozen weights", got=section.name, fix="Set adapter=lora, or quantization=none.")
+    check_device(section, runs_on)
+    replaced = frozen or linears
+    if misfits := [why for *_, linear in replaced if (why := quantization.misfit(linear)) is not None]:
+        rule = f"can't be {section.name} for every layer: {misfits[0]}"
+        raise ConfigError("quantization", rule, fix="Set quantization=none.")
+    in_place = quantization.layer if frozen else quantization.trained_layer
+    assert in_place is not None
+    reads_to = runs_on if frozen else None
+    linears = frozen = []  # or the wide weights would live as long as these
+    replace(replaced, in_place, reads_to)
+    if runs_on.type == "cuda":
+        torch.cuda.empty_cache()  # what held the weights as they were loaded
+
+
+def replace(linears: list[Found], kind: Callable[[nn.Linear], nn.Module], reads_to: torch.device | None) -> None:
+    """A layer at a time, and the list forgets it, so that its weight goes. A weight that is in a file is read to this device just
+    before; without one it stays there, for a strategy to read."""
+    while linears:
+        parent, name, linear = linears.pop()
+        if reads_to is not None and isinstance(linear.weight, Stored):
+            linear.weight = linear.weight.read(reads_to)
+        setattr(parent, name, kind(linear))
+
+
+def described(layers: Iterable[nn.Module], section: QuantizationConfig) -> str | None:
+    """How many layers it took the place of, and which it left; None where it did none."""
+    quantization = quantization_of(section)
+    if quantization is None:
+        return None
+    kinds = tuple(kind for kind in (quantization.layer, quantization.trained_layer) if kind is not None)
+    layers = list(layers)
+    taken = [x for layer in layers for x in layer.modules() if isinstance(x, kinds)]
+    left = names_of_linears(layers)
+    but = f", not for {', '.join(left)}" if left else ""
+    return f"{section.name} for {len(taken)} linear layers{but}" if taken else None

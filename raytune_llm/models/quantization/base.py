@@ -1,0 +1,75 @@
+"""What a quantization is asked, and the frozen layer that all kinds share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+SkipModules = Literal["auto"] | Sequence[str]
+"""Linear layers that stay in the run's precision, by the last part of their names. auto: those that make queries, keys and
+values."""
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer. Its weights are buffers: nothing here is trained or saved."""
+
+    HELD: ClassVar[tuple[str, ...]]
+    """The names of its buffers, in the order in which products take them."""
+    product: Callable[..., Tensor]
+    """(x [M, K], *weights()) -> [M, N], without autograd."""
+    transposed: Callable[..., Tensor]
+    """(grad [M, N], *weights()) -> [M, K], likewise."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+
+    def weights(self) -> tuple[Tensor, ...]:
+        return tuple(self.get_buffer(name) for name in self.HELD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Product.apply(x.flatten(0, -2), self, *self.weights()).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, layer: QuantizedLinear, *weights: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(*weights)
+        return layer.product(x_MK, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MN: Tensor) -> Any:  # type: ignore[override]
+        return ctx.layer.transposed(grad_MN, *ctx.saved_tensors), None, *[None] * len(ctx.saved_tensors)
+
+
+@dataclass(frozen=True)
+class Quantization(ABC):
+    """One way to hold linear layers, or to multiply them, in fewer bits. Made of the settings of its section."""
+
+    layer: ClassVar[type[QuantizedLinear]]
+    """Takes the place of a frozen linear layer."""
+    trained_layer: ClassVar[type[nn.Module] | None] = None
+    """Takes the place of one that is trained; None where those can't be had."""
+    bits_per_weight: ClassVar[float]
+    """That `layer` holds, its scales with it."""
+    package: ClassVar[str | None] = None
+    """That must be installed where it runs."""
+
+    skip_modules: SkipModules = ()
+
+    @staticmethod
+    @abstractmethod
+    def lacks(device_type: str, capability: tuple[int, int]) -> str | None:
+        """What keeps it from a device of this type and CUDA compute capability; None where it runs there."""
+
+    @abstractmethod
+    def misfit(self, linear: nn.Linear) -> str | None:
+        """What keeps this layer from being quantized; None where nothing does."""

@@ -1,0 +1,104 @@
+"""Products in FP8 (e4m3), with a scale a row on either side (Micikevicius et al. 2022, arXiv 2209.05433)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = torch.finfo(E4M3).max
+MIN_CAPABILITY = (9, 0)
+"""Tensor cores take a scale a row from Hopper on, in layers whose sizes are multiples of SIZE_MULTIPLE."""
+SIZE_MULTIPLE = 16
+
+
+class FP8Linear(QuantizedLinear):
+    """Forward sums over inputs and backward over outputs, and tensor cores want the summed dimension last; so the weight is held
+    twice, each time with the scales that fit. Together they take what it took in bf16.
+    """
+
+    HELD = ("forward_weight", "forward_scale", "backward_weight", "backward_scale")
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight_NK = linear.weight.detach()
+        for name, matrix in (("forward", weight_NK), ("backward", weight_NK.T.contiguous())):
+            quantized, scale = _rows_in_fp8(matrix)
+            self.register_buffer(f"{name}_weight", quantized, persistent=False)
+            self.register_buffer(f"{name}_scale", scale.T.contiguous(), persistent=False)
+
+    @staticmethod
+    def product(x_MK: Tensor, weight_NK: Tensor, scale_1N: Tensor, transposed_KN: Tensor, transposed_scale_1K: Tensor) -> Tensor:
+        return _fp8_product(x_MK, weight_NK, scale_1N)
+
+    @staticmethod
+    def transposed(
+        grad_MN: Tensor, weight_NK: Tensor, scale_1N: Tensor, transposed_KN: Tensor, transposed_scale_1K: Tensor
+    ) -> Tensor:
+        return _fp8_product(grad_MN, transposed_KN, transposed_scale_1K)
+
+
+class TrainedFP8Linear(nn.Linear):
+    """A trained linear layer with products in FP8; its weight and its gradient stay wide.
+
+    Of the three products of a step, the two with the weight are in FP8; the weight's gradient, which sums over thousands of
+    tokens and goes to the optimizer, is in the run's precision.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        y = _TrainedProduct.apply(input.flatten(0, -2).to(dtype), self.weight.to(dtype)).view(*input.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+
+class _TrainedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MK, weight_NK)
+        rows, scale_N1 = _rows_in_fp8(weight_NK)
+        return _fp8_product(x_MK, rows, scale_N1.T)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MN: Tensor) -> Any:  # type: ignore[override]
+        x_MK, weight_NK = ctx.saved_tensors
+        rows, scale_K1 = _rows_in_fp8(weight_NK.T.contiguous())
+        return _fp8_product(grad_MN.contiguous(), rows, scale_K1.T), grad_MN.T @ x_MK
+
+
+def _fp8_product(x_MK: Tensor, weight_NK: Tensor, scale_1N: Tensor) -> Tensor:
+    rows, scale_M1 = _rows_in_fp8(x_MK)
+    return torch._scaled_mm(rows, weight_NK.T, scale_a=scale_M1, scale_b=scale_1N, out_dtype=x_MK.dtype, use_fast_accum=True)
+
+
+def _rows_in_fp8(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row over its largest magnitude, and what to multiply it with again, [M, 1] float32."""
+    scale_M1 = x_MK.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
+    return (x_MK.float() / scale_M1).to(E4M3), scale_M1
+
+
+class FP8(Quantization):
+    layer = FP8Linear
+    trained_layer = TrainedFP8Linear
+    bits_per_weight = 16.0
+
+    @staticmethod
+    def lacks(device_type: str, capability: tuple[int, int]) -> str | None:
+        if device_type != "cuda":
+            return "it needs a GPU"
+        least, found = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
+        return None if capability >= MIN_CAPABILITY else f"it needs a GPU of compute capability {least}, this one has {found}"
+
+    def misfit(self, linear: nn.Linear) -> str | None:
+        sizes = linear.out_features, linear.in_features
+        if not any(size % SIZE_MULTIPLE for size in sizes):
+            return None
+        return f"{sizes[0]} x {sizes[1]} are not multiples of {SIZE_MULTIPLE}"

@@ -1,0 +1,48 @@
+"""Which linear layers of a model are quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.quantization.base import SkipModules
+
+QUERIES_KEYS_VALUES = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv"}
+"""The layers that make them, in the models that transformers has. There the rounding costs most loss for its gain."""
+Found = tuple[nn.Module, str, nn.Linear]
+"""A layer with its parent and its name there."""
+
+
+def linears_but(layers: Iterable[nn.Module], skip_modules: SkipModules) -> list[Found]:
+    """Each linear layer of the model, but those that are called as `skip_modules` has it. An adapter calls the layer inside it
+    base_layer, and keeps its own in dictionaries."""
+    found = _linears(layers)
+    names = {name for *_, name in found}
+    if skip_modules == "auto":
+        skip_modules = sorted(names & QUERIES_KEYS_VALUES)
+    if unknown := sorted(set(skip_modules) - names):
+        fix = f"The model has {', '.join(sorted(names))}."
+        raise ConfigError("quantization.skip_modules", "must name linear layers of the model", got=unknown, fix=fix)
+    return [(parent, child_name, child) for parent, child_name, child, name in found if name not in skip_modules]
+
+
+def names_of_linears(layers: Iterable[nn.Module]) -> list[str]:
+    return sorted({name for *_, name in _linears(layers)})
+
+
+def has_frozen_experts(layers: Iterable[nn.Module]) -> bool:
+    """Of a mixture of experts, whose weights are tensors [E, N, K]."""
+    return any(parameter.ndim == 3 and not parameter.requires_grad for layer in layers for parameter in layer.parameters())
+
+
+def _linears(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Linear, str]]:
+    """With what the model calls each."""
+    return [
+        (parent, child_name, child, f"{parent_name}.{child_name}".removesuffix(".base_layer").rpartition(".")[2])
+        for layer in layers
+        for parent_name, parent in layer.named_modules()
+        for child_name, child in parent.named_children()
+        if type(child) is nn.Linear and not isinstance(parent, nn.ModuleDict)
+    ]

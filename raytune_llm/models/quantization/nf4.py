@@ -1,0 +1,89 @@
+"""QLoRA's base: weights in four bits, blocks of 64 with a scale each, which has eight (Dettmers et al. 2023, arXiv 2305.14314).
+
+bitsandbytes packs and unpacks them, on GPUs and on CPUs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
+
+BLOCK, SCALES_BLOCK = 64, 256
+"""Weights that share a scale, and scales that share one of theirs."""
+
+
+class NF4Linear(QuantizedLinear):
+    """Products are in the activations' type: the weight is unpacked once forward and once backward, and not kept."""
+
+    HELD = ("packed", "scales", "scales_of_scales", "code_of_scales", "mean_scale")
+
+    def __init__(self, linear: nn.Linear) -> None:
+        from bitsandbytes.functional import quantize_4bit
+
+        super().__init__(linear)
+        packed, state = quantize_4bit(linear.weight.detach(), quant_type="nf4", blocksize=BLOCK, compress_statistics=True)
+        assert state.state2 is not None and state.offset is not None
+        held = (packed, state.absmax, state.state2.absmax, state.state2.code, state.offset)
+        for name, tensor in zip(self.HELD, held, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+
+    @staticmethod
+    def product(x_MK: Tensor, *held: Tensor) -> Tensor:
+        return _nf4_product(x_MK, *held, transposed=False)
+
+    @staticmethod
+    def transposed(grad_MN: Tensor, *held: Tensor) -> Tensor:
+        return _nf4_product(grad_MN, *held, transposed=True)
+
+
+@torch.library.custom_op("raytune_llm::nf4_product", mutates_args=())
+def _nf4_product(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    scales_of_scales: Tensor,
+    code_of_scales: Tensor,
+    mean_scale: Tensor,
+    transposed: bool,
+) -> Tensor:
+    """x @ weight.T, or x @ weight. One op for the compiler, which would else keep the unpacked weight for the backward pass."""
+    bnb = torch.ops.bitsandbytes
+    wide = bnb.dequantize_blockwise(scales, scales_of_scales, code_of_scales, SCALES_BLOCK, torch.float32) + mean_scale
+    shape = [x.shape[1], _other_size(x, packed)] if transposed else [_other_size(x, packed), x.shape[1]]
+    weight = bnb.dequantize_4bit(packed, wide, BLOCK, "nf4", shape, x.dtype)
+    return x @ weight if transposed else x @ weight.T
+
+
+@_nf4_product.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    scales_of_scales: Tensor,
+    code_of_scales: Tensor,
+    mean_scale: Tensor,
+    transposed: bool,
+) -> Tensor:
+    return x.new_empty((x.shape[0], _other_size(x, packed)))
+
+
+def _other_size(x: Tensor, packed: Tensor) -> int:
+    """Of a weight that has x's columns on one side. A byte holds two weights."""
+    return 2 * packed.shape[0] // x.shape[1]
+
+
+class NF4(Quantization):
+    layer = NF4Linear
+    bits_per_weight = 4 + 8 / BLOCK + 32 / (BLOCK * SCALES_BLOCK)
+    package = "bitsandbytes"
+
+    @staticmethod
+    def lacks(device_type: str, capability: tuple[int, int]) -> str | None:
+        return None
+
+    def misfit(self, linear: nn.Linear) -> str | None:
+        if linear.weight.numel() % 2 == 0:
+            return None
+        return f"{linear.out_features} x {linear.in_features} is an odd number of weights, and a byte holds two"
