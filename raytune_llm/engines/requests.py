@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from raytune_llm.records import Conversation
@@ -42,7 +42,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit), ..."""
     seed: int = 0
     stop: tuple[str, ...] = ()
     """Strings that end the answer and are no part of it."""

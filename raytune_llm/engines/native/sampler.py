@@ -63,8 +63,8 @@ class RowSampler:
                 logits_V.copy_(torch.where(seen_V, changed_V, logits_V))
             logits_V -= s.frequency_penalty * counts_V + s.presence_penalty * (counts_V > 0)
         if s.logit_bias:
-            tokens = torch.tensor(list(s.logit_bias), device=logits_V.device)
-            logits_V[tokens] += torch.tensor(list(s.logit_bias.values()), device=logits_V.device)
+            tokens, biases = zip(*s.logit_bias, strict=True)
+            logits_V[list(tokens)] += torch.tensor(biases, device=logits_V.device)
         if self.end_ids and (s.ignore_end or self.drawn < s.min_new_tokens):
             logits_V[list(self.end_ids)] = -torch.inf
 

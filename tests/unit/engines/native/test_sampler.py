@@ -85,7 +85,7 @@ def test_penalties_are_as_written():
 def test_a_bias_can_force_and_forbid_a_token():
     values = logits(2)
     best = int(values[0].argmax())
-    tokens = sample(values.clone(), [row(logit_bias={best: -100.0}), row(logit_bias={7: 100.0})])
+    tokens = sample(values.clone(), [row(logit_bias=((best, -100.0),)), row(logit_bias=((7, 100.0),))])
     assert tokens[0] != best and tokens[1] == 7
 
 
