@@ -1,0 +1,1 @@
+"""The manifests of cluster/kuberay, rendered and checked without a cluster."""

@@ -1,0 +1,33 @@
+"""Where the parts of KubeRay's four kinds lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Object = dict[str, Any]
+
+
+def job_spec(found: Object) -> Object | None:
+    """Of a RayJob, or of the jobs that a RayCronJob makes."""
+    return {"RayJob": found["spec"], "RayCronJob": found["spec"].get("jobTemplate", {})}.get(found["kind"])
+
+
+def cluster_spec(found: Object) -> Object | None:
+    """The cluster of any of the four kinds; none of another kind, or of a job that selects a cluster."""
+    job = job_spec(found)
+    if job is not None:
+        return job.get("rayClusterSpec")
+    return {"RayCluster": found["spec"], "RayService": found["spec"].get("rayClusterConfig")}.get(found["kind"])
+
+
+def pod_templates(found: Object) -> Iterator[tuple[str, Object]]:
+    """Each pod template with a name for messages."""
+    cluster = cluster_spec(found)
+    if cluster:
+        yield "head", cluster["headGroupSpec"]["template"]
+        for group in cluster.get("workerGroupSpecs", []):
+            yield f"group {group['groupName']}", group["template"]
+    job = job_spec(found)
+    if job and "submitterPodTemplate" in job:
+        yield "submitter", job["submitterPodTemplate"]
