@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from raytune_llm.engines.requests import Completion, Request, Stream
 
@@ -60,6 +61,10 @@ class Engine(Protocol):
         """Raises ConfigError for an adapter that is not there or a prompt that is too long."""
         ...
 
+    def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
+        """A vector a prompt, of the last hidden states: their `mean`, that of the `last` token, or a reward model's `score`."""
+        ...
+
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> str:
         """Read, checked and ready to be asked for; gives its version. A name that is there gets a new version: answers that are
         being made finish on the old one. Raises ConfigError or DataError for an adapter that doesn't fit, and changes nothing."""
@@ -83,5 +88,3 @@ def generate(engine: Engine, requests: Iterable[Request]) -> list[Completion]:
     streams = [engine.submit(request) for request in requests]
     return [stream.result() for stream in streams]
 
-
-Tokenizer = Any

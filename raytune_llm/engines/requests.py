@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,7 +117,7 @@ class Stream:
         self._deltas: list[Delta] = []
         self._error: Exception | None = None
         self.cancelled = threading.Event()
-        self.on_news = lambda: None
+        self.on_news: Callable[[], object] = lambda: None
 
     def cancel(self) -> None:
         """Nobody waits for the rest: its row is freed before the engine's next step."""

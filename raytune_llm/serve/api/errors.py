@@ -1,0 +1,54 @@
+"""Errors as OpenAI's API has them: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+
+class APIError(Exception):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, dict(headers or {})
+        self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, status_code=self.status, headers=self.headers)
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
+    return APIError(400, message, param=param, code=code)
+
+
+def unknown_model(model: str) -> APIError:
+    return APIError(404, f"The model `{model}` does not exist", param="model", code="model_not_found")
+
+
+def unauthorized() -> APIError:
+    message = "Incorrect API key provided"
+    return APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def overloaded(retry_after_s: float) -> APIError:
+    return APIError(
+        429,
+        "The server has as many requests as it takes; try again later",
+        type="rate_limit_error",
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(max(1, round(retry_after_s)))},
+    )
+
+
+def broken(message: str) -> APIError:
+    return APIError(503, message, type="server_error", code="engine_unavailable")

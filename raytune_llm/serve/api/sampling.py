@@ -1,0 +1,101 @@
+"""Fields of a request -> how its tokens are drawn."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from raytune_llm.engines.requests import Grammar, Sampling
+from raytune_llm.serve.api.errors import invalid
+from raytune_llm.serve.api.schema import ResponseFormat, Sampled, StructuredOutputs, Tool, schema_text
+
+
+def sampling_of(
+    body: Sampled,
+    *,
+    limit: int | None,
+    logprobs: int | None,
+    grammar: Grammar | None,
+    prompt_tokens: int,
+    max_length: int,
+    vocabulary: int,
+) -> Sampling:
+    """limit: new tokens, at most; None: as many as there is room for. OpenAI's defaults hold: temperature 1, top_p 1."""
+    room = max_length - prompt_tokens
+    if room < 1 or (limit is not None and limit > room):
+        asked = f"{prompt_tokens} tokens of the prompt and {limit or 1} of the answer"
+        raise invalid(
+            f"This model's context has at most {max_length} tokens, and {asked} were asked for", None, "context_length_exceeded"
+        )
+    if body.min_tokens is not None and body.min_tokens > (limit or room):
+        raise invalid("min_tokens must be at most max_tokens", "min_tokens")
+    bias = []
+    for token, value in (body.logit_bias or {}).items():
+        if not token.isdigit() or int(token) >= vocabulary:
+            raise invalid(f"logit_bias must name tokens from 0 to {vocabulary - 1}, got {token[:32]}", "logit_bias")
+        bias.append((int(token), value))
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    if not all(stop):
+        raise invalid("stop must hold no empty string", "stop")
+    return Sampling(
+        max_new_tokens=limit or room,
+        min_new_tokens=body.min_tokens or 0,
+        temperature=_or(body.temperature, 1.0),
+        top_p=_or(body.top_p, 1.0),
+        top_k=max(0, _or(body.top_k, 0)),
+        min_p=_or(body.min_p, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        logit_bias=tuple(bias),
+        stop=stop,
+        ignore_end=body.ignore_eos,
+        logprobs=logprobs,
+        grammar=grammar,
+    )
+
+
+def grammar_of(format: ResponseFormat | None, outputs: StructuredOutputs | None) -> Grammar | None:
+    try:
+        if format is not None and format.json_schema is not None:
+            return Grammar(kind="json_schema", text=schema_text(format.json_schema.schema_))
+        if format is not None and format.type == "json_object":
+            return Grammar(kind="json_schema", text='{"type": "object"}')
+        if outputs is None:
+            return None
+        if outputs.json_ is not None:
+            return Grammar(kind="json_schema", text=schema_text(outputs.json_))
+    except ValueError as error:
+        raise invalid(str(error), "response_format") from None
+    if outputs.regex is not None:
+        return Grammar(kind="regex", text=outputs.regex)
+    if outputs.choice is not None:
+        return Grammar(kind="regex", text="|".join(f"({re.escape(one)})" for one in outputs.choice))
+    assert outputs.grammar is not None
+    return Grammar(kind="ebnf", text=outputs.grammar)
+
+
+def forced_tool_grammar(tools: Sequence[Tool]) -> Grammar:
+    """JSON that calls one of the tools with arguments of its schema: {"name": ..., "arguments": {...}}."""
+    calls: list[dict[str, Any]] = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool.function.name},
+                "arguments": tool.function.parameters or {"type": "object", "properties": {}, "additionalProperties": False},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    try:
+        return Grammar(kind="json_schema", text=schema_text(json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})))
+    except ValueError as error:
+        raise invalid(str(error), "tools") from None
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

@@ -1,0 +1,329 @@
+"""Requests of the OpenAI API as they arrive: every field is read, named as ignored, or refused.
+
+Fields beside OpenAI's are vLLM's, under vLLM's names. A field that changes nothing here stands in IGNORED and is named in the
+answer's header `x-ignored-fields`; any other field is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_MESSAGES = 1024
+MAX_CHOICES = 16
+MAX_STOPS = 16
+MAX_TOOLS = 128
+MAX_TOP_LOGPROBS = 20
+MAX_PROMPTS = 64
+MAX_INPUTS = 256
+MAX_SCHEMA_BYTES = 65_536
+
+IGNORED = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "verbosity",
+    "add_generation_prompt",
+}
+"""What says nothing about the answer's tokens."""
+
+
+class Body(BaseModel):
+    """Of a request. `ignored` are the fields that were given and change nothing."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str = Field(min_length=1, max_length=512)
+    ignored: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_aside(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if "ignored" in values:
+            raise ValueError("unknown field: ignored")
+        known = set(cls.model_fields)
+        ignored = [name for name in values if name in IGNORED and name not in known]
+        return {name: value for name, value in values.items() if name not in ignored} | {"ignored": sorted(ignored)}
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    """Nothing is added to hide lengths."""
+
+
+class JSONSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    name: str = Field(max_length=256)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema must be given with type json_schema, and with no other")
+        return self
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's: exactly one of them."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    json_: dict[str, Any] | str | None = Field(alias="json", default=None)
+    regex: str | None = None
+    choice: list[str] | None = Field(default=None, min_length=1, max_length=1024)
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> StructuredOutputs:
+        if sum(value is not None for value in (self.json_, self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("exactly one of json, regex, choice and grammar must be given")
+        return self
+
+
+class Sampled(Body):
+    """What chat and plain completions share."""
+
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
+    min_tokens: int | None = Field(default=None, ge=0)
+    ignore_eos: bool = False
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    stop: str | Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @model_validator(mode="after")
+    def _options_have_a_stream(self) -> Sampled:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options may be given with stream=true only")
+        return self
+
+
+class FunctionDeclaration(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(pattern=r"^[\w.-]{1,128}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: FunctionDeclaration
+
+
+class NamedFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    arguments: str
+
+
+class Called(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+Content = str | Annotated[list[TextPart], Field(max_length=256)]
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: list[Called] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: None = None
+    audio: None = None
+    annotations: list[Any] | None = Field(default=None, max_length=0)
+    function_call: None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ChatMessage:
+        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal is None)):
+            raise ValueError(f"a message of role {self.role} must have a content")
+        return self
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class ChatRequest(Sampled):
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=32)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in self.tool_names:
+            raise ValueError("tool_choice must name one of the tools")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise ValueError("response_format and structured_outputs can't both be given")
+        return self
+
+    @property
+    def tool_names(self) -> set[str]:
+        return {tool.function.name for tool in self.tools or ()}
+
+
+Prompt = str | list[int] | list[str] | list[list[int]]
+
+
+class CompletionRequest(Sampled):
+    prompt: Prompt
+    echo: bool = False
+    best_of: Literal[1] | None = None
+    suffix: None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> CompletionRequest:
+        prompts = self.prompts
+        if not prompts or len(prompts) > MAX_PROMPTS or not all(prompts):
+            raise ValueError(f"prompt must hold 1 to {MAX_PROMPTS} prompts, none of them empty")
+        return self
+
+
+class EmbeddingRequest(Body):
+    input: Prompt
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(default=None, ge=1)
+    pooling: Literal["mean", "last"] = "mean"
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        if isinstance(self.input, str) or (self.input and isinstance(self.input[0], int)):
+            return [self.input]  # type: ignore[list-item]
+        return list(self.input)  # type: ignore[arg-type]
+
+    @model_validator(mode="after")
+    def _has_inputs(self) -> EmbeddingRequest:
+        inputs = self.inputs
+        if not inputs or len(inputs) > MAX_INPUTS or not all(inputs):
+            raise ValueError(f"input must hold 1 to {MAX_INPUTS} texts, none of them empty")
+        return self
+
+
+class ScoreRequest(Body):
+    """Of a reward model: texts, or conversations that end with the answer to be scored."""
+
+    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> ScoreRequest:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("exactly one of input and messages must be given")
+        return self
+
+
+class LoadAdapter(BaseModel):
+    """vLLM's /v1/load_lora_adapter."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    pinned: bool = False
+
+
+class UnloadAdapter(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+class PinAdapter(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    pinned: bool
+
+
+def schema_text(schema: dict[str, Any] | str) -> str:
+    """A JSON schema as text. Raises ValueError where it is too large."""
+    text = schema if isinstance(schema, str) else json.dumps(schema)
+    if len(text.encode()) > MAX_SCHEMA_BYTES:
+        raise ValueError(f"a JSON schema must have at most {MAX_SCHEMA_BYTES} bytes")
+    return text
