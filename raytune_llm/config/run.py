@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.resources import ResourcesConfig
 from raytune_llm.config.schedule import ScheduleConfig
 from raytune_llm.config.section import NonNegativeInt, PositiveInt, section
+from raytune_llm.config.serve import EngineConfig, ServeConfig
 from raytune_llm.config.stage import DPO, KTO, SFT, Pretrain, Reward, StageConfig
 from raytune_llm.config.strategy import DeepSpeed, StrategyConfig
 from raytune_llm.config.tracking import TrackingConfig
@@ -84,6 +86,35 @@ class PrepareRun:
 
 
 @section
+class ServeRun:
+    """`serve`."""
+
+    model: ModelConfig
+    quantization: QuantizationConfig
+    engine: EngineConfig
+    resources: ResourcesConfig
+    serve: ServeConfig
+
+    def __post_init__(self) -> None:
+        _model_is_given(self.model)
+        serve, keys = self.serve, [os.environ.get(API_KEY), os.environ.get(ADMIN_KEY)]
+        if not serve.on_loopback and serve.api_key is None and not keys[0] and serve.write is None:
+            raise ConfigError(
+                "serve.api_key",
+                "must be given where serve.host is no loopback address: everybody who reaches it could ask",
+                got="null",
+                fix=f"Set {API_KEY} in the environment, or serve.host=127.0.0.1.",
+            )
+        if serve.write is not None and self.resources.name == "inline":
+            fix = "Take resources=cluster."
+            raise ConfigError("serve.write", "needs Ray Serve, which resources=inline does without", got=serve.write, fix=fix)
+
+
+API_KEY, ADMIN_KEY = "RAYTUNE_LLM_API_KEY", "RAYTUNE_LLM_ADMIN_KEY"
+"""Of the environment: secrets that no config file should hold."""
+
+
+@section
 class DoctorRun:
     """`doctor` looks at the machine, not at a run."""
 
@@ -118,6 +149,7 @@ RUNS: dict[str, Any] = {
     "prepare": PrepareRun,
     "import": ImportRun,
     "doctor": DoctorRun,
+    "serve": ServeRun,
 }
 
 

@@ -87,4 +87,3 @@ def generate(engine: Engine, requests: Iterable[Request]) -> list[Completion]:
     """One completion a request, in the order of the requests."""
     streams = [engine.submit(request) for request in requests]
     return [stream.result() for stream in streams]
-

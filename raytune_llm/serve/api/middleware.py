@@ -34,11 +34,15 @@ class Limits:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > self._max:
-                raise self._refusal()
-            return message
+            return message if taken <= self._max else {"type": "http.disconnect"}
 
-        await self._app(scope, counted, send)
+        async def unless_refused(message: Message) -> None:
+            if taken <= self._max:
+                await send(message)
+
+        await self._app(scope, counted, unless_refused)
+        if taken > self._max:
+            await self._refusal().response()(scope, receive, send)
 
     def _refusal(self) -> APIError:
         return APIError(413, f"The body may have at most {self._max} bytes", code="body_too_large")

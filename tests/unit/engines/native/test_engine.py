@@ -7,7 +7,6 @@ tests/invariant/test_served_equals_trained.py holds the same of real models.
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
@@ -15,85 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from raytune_llm.engines.native.engine import NativeEngine
-from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.requests import Request, Sampling
 from raytune_llm.errors import ConfigError, DataError, ResourceError
-
-V, END = 97, 0
-WORDS = [chr(0x4E00 + number) for number in range(V)]
-
-
-class Tokenizer:
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return "".join(WORDS[id] for id in ids)
-
-
-class ToyBank:
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.held: dict[int, int] = {}
-
-    def load(self, slot: int, weights: int) -> None:
-        self.held[slot] = weights
-
-    def clear(self, slot: int) -> None:
-        del self.held[slot]
-
-
-class ToyRunner:
-    """Keys are tokens with what computed them."""
-
-    vocab_size, device = V, torch.device("cpu")
-
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, slots: int = 4) -> None:
-        self.num_blocks, self.block_size, self.bank = num_blocks, block_size, ToyBank(slots)
-        self.cache: list[Any] = [None] * num_blocks * block_size
-        self.steps: list[list[Piece]] = []
-        self.go = threading.Event()
-        self.go.set()
-
-    def run(self, pieces: list[Piece]) -> torch.Tensor:
-        self.go.wait()
-        self.steps.append(list(pieces))
-        logits = []
-        for row, start, stop in pieces:
-            weights = 0 if row.slot < 0 else self.bank.held[row.slot]
-            places = [block * self.block_size + at for block in row.blocks for at in range(self.block_size)][:stop]
-            for at in range(start, stop):
-                self.cache[places[at]] = (row.ids[at], weights)
-            assert [self.cache[place] for place in places] == [(id, weights) for id in row.ids[:stop]]
-            if stop == len(row.ids):
-                values = torch.zeros(V)
-                values[following(row.ids, weights)] = 1.0
-                logits.append(values)
-        return torch.stack(logits) if logits else torch.zeros(0, V)
-
-    def read_adapter(self, folder: Path) -> tuple[int, int]:
-        weights = json.loads((folder / "adapter_model.safetensors").read_text())
-        if weights < 0:
-            raise DataError(str(folder), "doesn't fit")
-        return weights, 8
-
-
-def following(ids: list[int], weights: int) -> int:
-    return 1 + (sum(id * (at + 1) for at, id in enumerate(ids)) * 31 + weights * 7) % (V - 1)
-
-
-def answer(prompt: list[int], weights: int, tokens: int) -> list[int]:
-    ids = list(prompt)
-    for _ in range(tokens):
-        ids.append(following(ids, weights))
-    return ids[len(prompt) :]
-
-
-def adapter_folder(path: Path, weights: int) -> Path:
-    path.mkdir(exist_ok=True)
-    (path / "adapter_model.safetensors").write_text(json.dumps(weights))
-    (path / "adapter_config.json").write_text("{}")
-    return path
+from tests.toy_engine import END, WORDS, Tokenizer, ToyRunner, V, adapter_folder, answer
 
 
 @pytest.fixture

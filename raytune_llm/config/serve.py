@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import ipaddress
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from raytune_llm.config.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, section
+from raytune_llm.errors import ConfigError
+
+MIN_KEY = 8
+"""Characters of a key."""
+
+
+@section
+class ServeConfig:
+    adapters: dict[str, str]
+    """Adapters by the names that requests use: folders that training wrote (`outputs/x/final`), or PEFT saved."""
+    watch: str | None
+    """A folder of output folders: each run's `final/` becomes a model by the run's name the moment it is written, and its newest
+    checkpoint becomes `<name>@<step>`."""
+    adapter_roots: list[str]
+    """Folders that adapters may be loaded from while it runs, beside `watch` and those of `adapters`."""
+    host: str
+    port: Annotated[int, Field(ge=0, le=65535)]
+    """0: a free one."""
+    api_key: str | None
+    """null: RAYTUNE_LLM_API_KEY; without either, everybody may ask, which is allowed on a loopback address alone."""
+    admin_key: str | None
+    """Of those who may change adapters. null: RAYTUNE_LLM_ADMIN_KEY."""
+    base_name: str | None
+    """What requests call the model without an adapter; null: its folder's or hub name."""
+    max_adapters: PositiveInt
+    """Adapters that compute at once, each in a slot of the device. More may be loaded: they take turns."""
+    max_host_adapters: PositiveInt
+    """Adapters that are held in host memory."""
+    max_rank: PositiveInt
+    """The highest rank that a slot holds."""
+    precision: Literal["auto", "bf16", "fp32"]
+    """auto: bf16 where the hardware has it."""
+    max_length: PositiveInt | None
+    """Tokens of a prompt and its answer; null: as many as the model has positions for, and the cache holds."""
+    max_waiting: NonNegativeInt
+    """Requests that may wait; one more is answered with 429."""
+    max_body_bytes: PositiveInt
+    template: str | None
+    """A named chat template; null: the tokenizer's own."""
+    log_level: Literal["debug", "info", "warning", "error"]
+    write: str | None
+    """Write Ray Serve's config, which a RayService takes, to this file, and serve nothing."""
+    replicas: PositiveInt | list[PositiveInt]
+    """Engines on Ray Serve: a number, or [fewest, most] that follow the load."""
+
+    def __post_init__(self) -> None:
+        for setting, key in (("serve.api_key", self.api_key), ("serve.admin_key", self.admin_key)):
+            if key is not None and len(key) < MIN_KEY:
+                raise ConfigError(setting, f"must have at least {MIN_KEY} characters", got="a shorter one")
+        if isinstance(self.replicas, list) and (len(self.replicas) != 2 or self.replicas[0] > self.replicas[1]):
+            raise ConfigError("serve.replicas", "must be a number, or [fewest, most]", got=self.replicas)
+        if "@" in "".join(self.adapters):
+            fix = "Take another name: `name@step` are checkpoints of serve.watch."
+            raise ConfigError("serve.adapters", "must hold no name with an @", got=sorted(self.adapters), fix=fix)
+
+    @property
+    def on_loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+@section
+class NativeEngine:
+    """Ours: continuous batching, many adapters in one pass, on the layers that training computed with."""
+
+    name: Literal["native"]
+    max_rows: PositiveInt
+    """Answers that are made at once."""
+    step_tokens: PositiveInt
+    """A step computes at most so many tokens: one of each answer, and pieces of new prompts."""
+    block_size: PositiveInt
+    """Tokens of a block of the cache."""
+    cache_gib: PositiveFloat | None
+    """Memory of the cache; null: `gpu_memory` of a GPU; on a CPU, room for max_rows answers of 2,048 tokens, at most 4 GiB."""
+    gpu_memory: Fraction
+    """Part of a GPU's memory for weights, adapters and cache together."""
+    prefix_cache: bool
+    """Prompts that begin alike are computed once."""
+    compile: bool | Literal["auto"]
+    """Layers are compiled and decoding steps captured as CUDA graphs. auto: on a GPU."""
+
+
+@section
+class HFEngine:
+    """transformers' generate, one adapter at a time: for models whose cache is not keys and values."""
+
+    name: Literal["hf"]
+    max_rows: PositiveInt
+
+
+@section
+class VLLMEngine:
+    """vLLM in an environment of its own, since its versions of torch and transformers are not ours."""
+
+    name: Literal["vllm"]
+    packages: list[str]
+    """For pip, in the engine's Ray runtime environment; empty: vLLM is in this one."""
+    settings: dict[str, Any]
+    """Of vLLM's AsyncEngineArgs, as they are called there."""
+
+
+@section
+class SGLangEngine:
+    """SGLang in an environment of its own."""
+
+    name: Literal["sglang"]
+    packages: list[str]
+    settings: dict[str, Any]
+    """Of sglang.Engine, as they are called there."""
+
+
+EngineConfig = Annotated[NativeEngine | HFEngine | VLLMEngine | SGLangEngine, Field(discriminator="name")]

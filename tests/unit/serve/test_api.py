@@ -1,0 +1,318 @@
+"""The API over a toy model, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from tests.toy_engine import adapter_folder, following
+from tests.unit.serve.conftest import ADMIN, KEY, Server
+
+ASK = [{"role": "user", "content": "hello"}]
+
+
+def post(server: Server, path: str, body: dict, key: str = KEY, **headers: str) -> httpx.Response:
+    return httpx.post(f"{server.url}{path}", json=body, headers={"Authorization": f"Bearer {key}", **headers}, timeout=30)
+
+
+def chat(server: Server, **body) -> httpx.Response:
+    return post(server, "/v1/chat/completions", {"model": "base", "messages": ASK, "temperature": 0, "max_tokens": 5, **body})
+
+
+def error_of(response: httpx.Response) -> dict:
+    body = response.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    return body["error"]
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def test_models_are_listed_and_retrieved(server: Server):
+    assert {"base", "a1", "a2"} <= {model.id for model in server.client.models.list()}
+    assert server.client.models.retrieve("a1").id == "a1"
+    with pytest.raises(openai.NotFoundError) as caught:
+        server.client.models.retrieve("nothing")
+    assert caught.value.code == "model_not_found"
+
+
+def test_an_unknown_model_is_404(server: Server):
+    with pytest.raises(openai.NotFoundError):
+        server.client.chat.completions.create(model="other", messages=ASK)
+
+
+# Completions ----------------------------------------------------------------------------------------------------------
+
+
+def test_streamed_and_whole_answers_agree(server: Server):
+    arguments = {"model": "a1", "messages": ASK, "temperature": 0, "max_completion_tokens": 12}
+    whole = server.client.chat.completions.create(**arguments)
+    chunks = list(server.client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    assert whole.usage.completion_tokens == 12 and whole.usage.total_tokens == whole.usage.prompt_tokens + 12
+
+
+def test_adapters_answer_differently(server: Server):
+    texts = {chat(server, model=name).json()["choices"][0]["message"]["content"] for name in ("base", "a1", "a2")}
+    assert len(texts) == 3
+
+
+def test_n_gives_so_many_choices_and_seeds_repeat(server: Server):
+    first, again, other = (
+        [choice["message"]["content"] for choice in chat(server, n=3, temperature=2, seed=seed).json()["choices"]]
+        for seed in (5, 5, 6)
+    )
+    assert len(set(first)) == 3 and first == again and first != other
+
+
+def test_without_temperature_choices_are_alike_and_the_prompt_counts_once(server: Server):
+    answer = chat(server, n=2).json()
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert texts[0] == texts[1]
+    assert answer["usage"]["prompt_tokens"] == chat(server).json()["usage"]["prompt_tokens"]
+    assert answer["usage"]["completion_tokens"] == 10
+
+
+def test_stop_strings_are_no_part_of_the_answer(server: Server):
+    text = chat(server, max_tokens=40, logit_bias={"65": 0}).json()["choices"][0]["message"]["content"]
+    stop = text[5:7]
+    answer = chat(server, max_tokens=40, stop=[stop]).json()["choices"][0]
+    assert answer["message"]["content"] == text[: text.index(stop)] and answer["finish_reason"] == "stop"
+
+
+def test_logprobs_are_told_for_each_token(server: Server):
+    choice = server.client.chat.completions.create(
+        model="base", messages=ASK, temperature=0, max_tokens=4, logprobs=True, top_logprobs=3
+    ).choices[0]
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert len(choice.logprobs.content) == 4
+    for one in choice.logprobs.content:
+        assert one.logprob == max(top.logprob for top in one.top_logprobs) and len(one.top_logprobs) == 3
+    streamed = server.client.chat.completions.create(
+        model="base", messages=ASK, temperature=0, max_tokens=4, logprobs=True, top_logprobs=3, stream=True
+    )
+    told = [one for chunk in streamed if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content or ()]
+    assert told == choice.logprobs.content
+
+
+def test_plain_completions_take_texts_and_tokens(server: Server):
+    text = server.client.completions.create(model="base", prompt="ab", temperature=0, max_tokens=3, echo=True).choices[0].text
+    both = server.client.completions.create(model="base", prompt=["ab", "cd"], temperature=0, max_tokens=3)
+    ids = server.client.completions.create(model="base", prompt=[97, 98], temperature=0, max_tokens=3)
+    assert text == "ab" + both.choices[0].text and both.choices[0].text == ids.choices[0].text
+    assert [choice.index for choice in both.choices] == [0, 1]
+    following_ids = [97, 98]
+    for _ in range(3):
+        following_ids.append(following(following_ids, 0))
+    assert ids.choices[0].text == bytes(following_ids[2:]).decode(errors="replace")
+
+
+def test_a_json_schema_is_kept(server: Server):
+    schema = {
+        "type": "object",
+        "properties": {"on": {"type": "boolean"}, "level": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["on", "level"],
+        "additionalProperties": False,
+    }
+    for seed in range(5):
+        choice = server.client.chat.completions.create(
+            model="base", messages=ASK, temperature=1, seed=seed, max_tokens=200,
+            response_format={"type": "json_schema", "json_schema": {"name": "light", "schema": schema}},
+        ).choices[0]  # fmt: skip
+        if choice.finish_reason == "stop":
+            said = json.loads(choice.message.content or "")
+            assert isinstance(said["on"], bool) and 0 <= said["level"] <= 9
+
+
+def test_a_choice_and_a_regex_are_kept(server: Server):
+    assert chat(server, structured_outputs={"choice": ["yes", "no"]}).json()["choices"][0]["message"]["content"] in ("yes", "no")
+    text = chat(server, structured_outputs={"regex": "[0-9]{3}"}).json()["choices"][0]["message"]["content"]
+    assert re.fullmatch("[0-9]{3}", text)
+
+
+def test_a_required_tool_is_called(server: Server):
+    schema = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"], "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "light", "parameters": schema}}
+    arguments = {"model": "base", "messages": ASK, "tools": [tool], "tool_choice": "required", "max_tokens": 200, "seed": 1}
+    choice = server.client.chat.completions.create(**arguments).choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.tool_calls is not None
+    called = choice.message.tool_calls[0].function
+    assert called.name == "light" and isinstance(json.loads(called.arguments)["on"], bool)
+    chunks = list(server.client.chat.completions.create(**arguments, stream=True))
+    streamed = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert [call.function.arguments for call in streamed] == [called.arguments]
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1), ("temperature", 3), ("top_p", 2), ("top_p", 0), ("max_tokens", 0), ("max_tokens", -5),
+        ("max_completion_tokens", 0), ("n", 0), ("n", 1000), ("presence_penalty", -3), ("frequency_penalty", 9),
+        ("logit_bias", {"x": 1}), ("logit_bias", {"99999": 1}), ("logit_bias", {"1": 101}), ("stop", [""]), ("stop", ["a"] * 17),
+        ("top_logprobs", 3), ("messages", []), ("messages", [{"role": "robot", "content": "x"}]), ("messages", "hello"),
+        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://example.org"}}]}]),
+        ("response_format", {"type": "xml"}), ("response_format", {"type": "json_schema"}), ("tool_choice", "required"),
+        ("stream_options", {"include_usage": True}), ("nonsense", 1), ("seed", "x"), ("min_tokens", 9), ("ignored", ["x"]),
+        ("structured_outputs", {"regex": "["}), ("structured_outputs", {"json": {}, "regex": "a"}),
+        ("chat_template_kwargs", {"evil": 1}), ("messages", [{"role": "user"}]),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_400_with_an_error_object(server: Server, field: str, value: object):
+    response = chat(server, **{field: value})
+    assert response.status_code == 400, response.text
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+def test_fields_that_change_nothing_are_named(server: Server):
+    response = chat(server, user="me", metadata={"a": "b"}, presence_penalty=0)
+    assert response.status_code == 200 and response.headers["x-ignored-fields"] == "metadata, user"
+
+
+def test_a_prompt_that_is_too_long_is_400(server: Server):
+    response = chat(server, messages=[{"role": "user", "content": "x" * 700}])
+    assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
+    assert chat(server, max_tokens=10_000).status_code == 400
+
+
+def test_a_body_that_is_too_large_is_413(server: Server):
+    assert error_of(chat(server, messages=[{"role": "user", "content": "x" * 200_000}]))["code"] == "body_too_large"
+
+    def pieces():
+        for _ in range(30):
+            yield b" " * 10_000
+
+    response = httpx.post(f"{server.url}/v1/chat/completions", content=pieces(), headers={"Authorization": f"Bearer {KEY}"})
+    assert response.status_code == 413
+
+
+def test_keys_are_asked_for(server: Server):
+    for key in ("-", "wrong", KEY + "x"):
+        response = post(server, "/v1/chat/completions", {"model": "base", "messages": ASK}, key)
+        assert response.status_code == 401 and error_of(response)["code"] == "invalid_api_key"
+    assert httpx.get(f"{server.url}/v1/models").status_code == 401
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert post(server, "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "y"}).status_code == 401
+
+
+def test_what_is_not_there_is_an_error_object_too(server: Server):
+    assert error_of(httpx.get(f"{server.url}/nothing"))["code"] == "not_found"
+    assert error_of(httpx.get(f"{server.url}/v1/chat/completions"))["code"] == "method_not_allowed"
+    broken = httpx.post(f"{server.url}/v1/chat/completions", content=b"{", headers={"Authorization": f"Bearer {KEY}"})
+    assert broken.status_code == 400 and error_of(broken)
+
+
+def test_no_site_may_ask_from_a_browser(server: Server):
+    response = httpx.options(f"{server.url}/v1/models", headers={"Origin": "http://evil", "Access-Control-Request-Method": "GET"})
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_requests_are_named(server: Server):
+    assert chat(server).headers["x-request-id"].startswith("req-")
+    named = post(server, "/v1/chat/completions", {"model": "base", "messages": ASK, "max_tokens": 1}, **{"x-request-id": "mine"})
+    assert named.headers["x-request-id"] == "mine"
+
+
+# Adapters -------------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_come_change_and_go(server: Server):
+    folder = adapter_folder(server.root / "live", 5)
+    body = {"lora_name": "live", "lora_path": str(folder)}
+    first = post(server, "/v1/load_lora_adapter", body, ADMIN)
+    assert first.status_code == 200
+    before = chat(server, model="live").json()
+    assert post(server, "/v1/load_lora_adapter", body, ADMIN).status_code == 400
+    adapter_folder(folder, 6)
+    second = post(server, "/v1/load_lora_adapter", {**body, "load_inplace": True}, ADMIN)
+    assert second.json()["version"] != first.json()["version"]
+    after = chat(server, model="live").json()
+    assert before["choices"] != after["choices"]
+    assert post(server, "/admin/adapters/live/pin", {"pinned": True}, ADMIN).json()["pinned"]
+    listed = httpx.get(f"{server.url}/admin/adapters", headers={"Authorization": f"Bearer {ADMIN}"}).json()["adapters"]
+    assert {one["name"]: one["pinned"] for one in listed}["live"]
+    assert post(server, "/v1/unload_lora_adapter", {"lora_name": "live"}, ADMIN).status_code == 200
+    assert chat(server, model="live").status_code == 404
+    assert post(server, "/v1/unload_lora_adapter", {"lora_name": "live"}, ADMIN).status_code == 404
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "a b", "base", "x" * 200, "a\nb", ".hidden", "a..b"])
+def test_a_bad_name_is_refused(server: Server, name: str):
+    body = {"lora_name": name, "lora_path": str(server.root / "a1")}
+    assert post(server, "/v1/load_lora_adapter", body, ADMIN).status_code == 400
+
+
+def test_a_folder_outside_is_refused(server: Server, tmp_path):
+    outside = adapter_folder(tmp_path / "outside", 3)
+    (server.root / "link").symlink_to(outside)
+    inside = adapter_folder(server.root / "inside", 3)
+    (inside / "extra.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    for place in (outside, server.root / "link", inside, server.root / ".." / "x", "/etc", server.root / "nothing"):
+        response = post(server, "/v1/load_lora_adapter", {"lora_name": "new", "lora_path": str(place)}, ADMIN)
+        assert response.status_code == 400, place
+    bad = adapter_folder(server.root / "bad", -1)
+    assert post(server, "/v1/load_lora_adapter", {"lora_name": "new", "lora_path": str(bad)}, ADMIN).status_code == 400
+    assert chat(server).status_code == 200
+
+
+# Under load -----------------------------------------------------------------------------------------------------------
+
+
+def wait_for(condition, seconds: float = 5.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_client_that_goes_away_frees_its_row(server: Server):
+    server.runner.delay_s = 0.02
+    body = {"model": "base", "messages": ASK, "max_tokens": 500, "ignore_eos": True}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    try:
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**body, "stream": True}, headers=headers) as answer:
+            next(answer.iter_lines())
+        wait_for(lambda: server.engine.stats().running == 0)
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=0.3)
+        wait_for(lambda: server.engine.stats().running == 0, seconds=2.0)
+    finally:
+        server.runner.delay_s = 0.0
+
+
+def test_too_many_requests_are_429_at_once(server: Server):
+    server.runner.go.clear()
+    threads = [threading.Thread(target=lambda: chat(server)) for _ in range(42)]
+    try:
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: server.engine.stats().waiting >= 32)
+        began = time.monotonic()
+        response = chat(server)
+        assert response.status_code == 429 and time.monotonic() - began < 0.5
+        assert response.headers["retry-after"] == "1" and error_of(response)["code"] == "rate_limit_exceeded"
+    finally:
+        server.runner.go.set()
+        for thread in threads:
+            thread.join()
+    assert chat(server).status_code == 200
+
+
+def test_metrics_have_the_field_s_names(server: Server):
+    chat(server)
+    text = httpx.get(f"{server.url}/metrics").text
+    for name in ("vllm:num_requests_running", "vllm:time_to_first_token_seconds_bucket", "vllm:generation_tokens_total",
+                 "raytune_llm:adapter_resident", 'vllm:request_success_total{finished_reason="length"'):  # fmt: skip
+        assert name in text
