@@ -82,6 +82,9 @@ def test_every_option_of_every_group_composes(group):
     for option in load.options(group):
         given_path = ["model.path=some/model"] if option == "hub" else []
         resources = ["resources=local"] if group != "resources" else []
+        if group == "engine":
+            load_config("serve", [f"{group}={option}"])
+            continue
         load_config("train", [DATA, *resources, f"{group}={option}", *given_path])
 
 
