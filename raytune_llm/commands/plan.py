@@ -10,7 +10,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from raytune_llm import api
-from raytune_llm.config.adapter import LoRA
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.data.batches import KINDS
@@ -105,7 +104,7 @@ def _rows_of_a_step(run: TrainRun, data: Data | None) -> str:
 def _reference(stage: DPO | KTO, run: TrainRun) -> str:
     """Whose log-probabilities the policy is held against."""
     if stage.reference_model is None and stage.reference_adapter is None:
-        goes_on = isinstance(run.adapter, LoRA) and run.adapter.path is not None
+        goes_on = run.adapter.path is not None
         return f"the model as the run finds it{', with the adapter that it goes on from' if goes_on else ''}"
     adapter = "" if stage.reference_adapter is None else f" with {stage.reference_adapter}"
     return f"{stage.reference_model or _model(run)}{adapter}"

@@ -158,9 +158,9 @@ def next_command(run: TrainRun, final: Path) -> str | None:
     if isinstance(run.stage, Reward):
         return None
     there = f"output_dir={final.parent}_next"
-    if run.adapter.name == "none" or isinstance(run.stage, Pretrain):
+    if run.adapter.trains_base or isinstance(run.stage, Pretrain):
         if not (final / "chat_template.jinja").exists():
             return None
-        model = f"model.path={final}" if run.adapter.name == "none" else f"model.path={run.model.path} adapter.path={final}"
+        model = f"model.path={final}" if run.adapter.trains_base else f"model.path={run.model.path} adapter.path={final}"
         return f"python -m raytune_llm model=hub {model} data.path=MORE.jsonl {there}"
     return f"python -m raytune_llm --config-dir {final.parent} --config-name run adapter.path={final} {there}"

@@ -1,10 +1,14 @@
+"""What is trained of a model: all of it, or an adapter. What others ask of the choice, they ask its section."""
+
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from raytune_llm.config.section import PositiveInt, section
+
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 @section
@@ -13,21 +17,58 @@ class NoAdapter:
 
     name: Literal["none"]
 
+    trains_base: ClassVar[bool] = True
+    """Base weights are trained. If not, they are frozen, and final/ holds an adapter."""
+    path: ClassVar[str | None] = None
+    """The saved adapter that a run continues."""
+    dropout: ClassVar[float] = 0.0
+
+    @property
+    def starts_at_base(self) -> bool:
+        """Before its first step, and with its adapter switched off at any step, the policy is the base model."""
+        return False
+
 
 @section
-class LoRA:
-    """Hu et al. 2021: W + alpha / rank * B A, with A and B trained."""
+class Layered:
+    """What adapters on linear layers have in common."""
 
-    name: Literal["lora"]
-    rank: PositiveInt
-    alpha: Annotated[float, Field(gt=0)]
-    dropout: Annotated[float, Field(ge=0, lt=1)]
+    dropout: Dropout
     targets: Literal["all-linear"] | list[str]
     """Names of the linear layers, by their last part; all-linear takes every one but the head."""
     last_layers: PositiveInt | None
     """At most so many of the model's layers, the last ones, get an adapter, and the backward pass ends there; null: all."""
     path: str | None
-    """A saved adapter to go on from; rank, alpha, targets and layers are then the saved ones."""
+    """A saved adapter of this kind to continue; its sizes, targets and layers are then the saved ones."""
+
+    trains_base: ClassVar[bool] = False
+
+    @property
+    def starts_at_base(self) -> bool:
+        return self.path is None
+
+
+@section
+class LoRA(Layered):
+    """Hu et al. 2021 (arXiv 2106.09685): W + alpha / rank * B A, with A and B trained."""
+
+    name: Literal["lora"]
+    rank: PositiveInt
+    alpha: Annotated[float, Field(gt=0)]
+
+
+@section
+class SavedAdapter:
+    """An adapter of any kind in a folder, to be used as it is. For code: no setting is one."""
+
+    path: str
+    setting: str
+    """That names the folder, for errors."""
+
+    name: ClassVar[str] = "saved"
+    trains_base: ClassVar[bool] = False
+    dropout: ClassVar[float] = 0.0
+    starts_at_base: ClassVar[bool] = False
 
 
 AdapterConfig = Annotated[NoAdapter | LoRA, Field(discriminator="name")]

@@ -251,7 +251,7 @@ def _sharding_has_workers(run: TrainRun) -> None:
 def _anchored_policies_have_a_new_adapter(run: TrainRun) -> None:
     if run.stage.name != "sft" or run.stage.loss != "asft":
         return
-    if run.adapter.name == "none" or run.adapter.path is not None:
+    if not run.adapter.starts_at_base:
         raise ConfigError(
             "stage.loss",
             "can be asft with a new adapter only (adapter=lora adapter.path=null): its reference is the model without it",
@@ -293,7 +293,7 @@ def _stages_read_what_is_said_of_their_rows(stage: StageConfig, data: DataConfig
 
 
 def _quantized_weights_can_be_had(run: TrainRun) -> None:
-    quantization, trains_all = run.quantization, run.adapter.name == "none"
+    quantization, trains_all = run.quantization, run.adapter.trains_base
     if trains_all and not quantization.trains_base:
         raise ConfigError(
             "quantization",

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from raytune_llm.config.adapter import SavedAdapter
 from raytune_llm.data.templates.render import ChatTemplate
 from raytune_llm.engines.requests import Completion, Request, Sampling
+from raytune_llm.models.adapters import Adapters, PeftAdapters
 
 
 class HFEngine:
-    """Answers requests with a model that is already in memory; several adapters may sit on it, one at a time speaks.
+    """Answers requests with a model that is already in memory; it may have several adapters, of which one at a time is in use.
 
-    Prompts are padded on the left. The model may be in the middle of its training: its mode, its active adapter and the
+    Prompts are padded on the left. The model may be in the middle of its training: its mode, its adapter in use and the
     global random state are as before when `generate` returns. Only its attention must be transformers' own, since ours for
     packs knows no cache (models.attention.detached). Answers are a function of the requests; those that share a batch change
     each other's rounding, and where they are drawn, each other's draws.
@@ -33,21 +33,22 @@ class HFEngine:
         model: Any,
         tokenizer: Any,
         *,
+        adapters: Adapters | None = None,
         batch_size: int = 32,
         stop_ids: Sequence[int] = (),
         device: torch.device | None = None,
         in_step: bool = False,
     ) -> None:
-        """stop_ids end an answer beside those that model and tokenizer name. device: where the model computes, if not where its
-        weights are. in_step: its parts are spread over the workers of the process group, who all generate, and none stops
-        before the others do."""
-        self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
+        """adapters: the model's, where there is an object for them. stop_ids end an answer beside those that model and tokenizer
+        name. device: where the model computes, if not where its weights are. in_step: its parts are spread over the workers of
+        the process group, who all generate, and none stops before the others do."""
+        self._adapters: Adapters = adapters or PeftAdapters(model)
+        self._model: Any = self._adapters.base
+        self._tokenizer, self._batch_size = tokenizer, batch_size
         self._device: torch.device = device or model.device
         self._in_step = in_step
-        self._given_adapter: Any = model.active_adapter if isinstance(model, PeftModel) else None
-        self._adapters: dict[str, str] = {}
-        """Our name -> PEFT's, which can't hold a dot."""
-        self._peft_names = (f"engine_{number}" for number in count())
+        self._added: set[str] = set()
+        """Adapters that are the engine's own."""
         self._end_ids = tuple(dict.fromkeys([*end_ids(model, tokenizer), *stop_ids]))
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._end_ids[0]
 
@@ -77,7 +78,7 @@ class HFEngine:
 
         completions: dict[int, Completion] = {}
         for (adapter, sampling), indices in groups.items():
-            with self._speaking(adapter):
+            with self._ready(adapter):
                 for start in range(0, len(indices), self._batch_size):
                     batch = indices[start : start + self._batch_size]
                     answers = self._generate_batch([prompts[index] for index in batch], sampling)
@@ -86,29 +87,18 @@ class HFEngine:
 
     def add_adapter(self, name: str, path: str | Path) -> None:
         """Puts the adapter that PEFT saved in the folder `path` beside the others, for requests that name it."""
-        assert name not in self._adapters, name
-        peft_name = next(self._peft_names)
-        if isinstance(self._model, PeftModel):
-            was_training = self._model.training
-            self._model.load_adapter(str(path), adapter_name=peft_name)
-            self._model.train(was_training)  # PEFT leaves the model in evaluation mode
-        else:
-            self._model = PeftModel.from_pretrained(self._model, str(path), adapter_name=peft_name)
-        self._adapters[name] = peft_name
+        self._adapters.add(name, SavedAdapter(path=str(path), setting=f"the adapter {name}"))
+        self._added.add(name)
 
     def remove_adapter(self, name: str) -> None:
-        assert isinstance(self._model, PeftModel), name
-        peft_name = self._adapters.pop(name)
-        if self._adapters or self._given_adapter is not None:
-            self._model.delete_adapter(peft_name)
-        else:
-            self._model = self._model.unload()  # PEFT can't be without any adapter
+        self._added.remove(name)
+        self._adapters.remove(name)
 
     def close(self) -> None:
         """Takes the engine's adapters off the model and lets go of it."""
-        for name in list(self._adapters):
+        for name in list(self._added):
             self.remove_adapter(name)
-        del self._model
+        del self._model, self._adapters
 
     def _prompt_ids(self, request: Request) -> Sequence[int]:
         if request.conversation is None:
@@ -121,31 +111,20 @@ class HFEngine:
         return ChatTemplate(self._tokenizer)
 
     @contextmanager
-    def _speaking(self, adapter: str | None) -> Iterator[None]:
+    def _ready(self, adapter: str | None) -> Iterator[None]:
         """The model with the adapter of that name, in evaluation mode, running eagerly."""
         was_training = self._model.training
         self._model.eval()
+        # Every decoded token is a new shape: compiled layers would be compiled again and again.
+        eager, in_use = (
+            torch.compiler.set_stance("force_eager"),
+            nullcontext() if adapter is None else self._adapters.using(adapter),
+        )
         try:
-            # Every decoded token is a new shape: compiled layers would be compiled again and again.
-            with torch.compiler.set_stance("force_eager"), self._active(adapter):
+            with eager, in_use:
                 yield
         finally:
             self._model.train(was_training)
-
-    @contextmanager
-    def _active(self, adapter: str | None) -> Iterator[None]:
-        if adapter is not None:
-            self._model.set_adapter(self._adapters[adapter])
-            try:
-                yield
-            finally:
-                if self._given_adapter is not None:
-                    self._model.set_adapter(self._given_adapter)
-        elif isinstance(self._model, PeftModel) and self._given_adapter is None:
-            with self._model.disable_adapter():
-                yield
-        else:
-            yield
 
     @torch.no_grad()  # not inference_mode: what it makes (a rotary table, gathered weights) can't be trained with
     def _generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:

@@ -26,7 +26,7 @@ def answer_held_out_rows(
 
     `held_out`: the part of the store's rows that is, or of each source's.
     """
-    trained_whole = final is not None and run.adapter.name == "none"
+    trained_whole = final is not None and run.adapter.trains_base
     model = replace(run.model, path=str(final), weights="pretrained") if trained_whole else run.model
     adapter = None if trained_whole else final
     _, by_source = split_sources(store := Store.open(store_folder), held_out, run.train.seed)

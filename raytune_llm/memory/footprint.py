@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from raytune_llm.config.adapter import LoRA, NoAdapter
+from raytune_llm.config.adapter import NoAdapter
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.section import settings_of
@@ -83,7 +83,7 @@ def needs_set(run: TrainRun) -> dict[str, Any]:
     """Those of the needs that stand in the settings."""
     asked = run.train.activation_checkpointing
     return {
-        "dropout": isinstance(run.adapter, LoRA) and run.adapter.dropout > 0,
+        "dropout": run.adapter.dropout > 0,
         "quantization": run.quantization,
         "strategy": run.strategy,
         "micro_batch_size": run.train.micro_batch_size,
@@ -130,14 +130,9 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     if needs.reference == "precomputed":
         # Gone before the first step, in whose room it was, but for the logits that the pass has too.
         return replace(memory, reference=max(other - (memory.total - memory.weights - memory.logits), 0))
-    if needs.reference == "online" and not other and not _starts_from_its_base(run, needs):
+    if needs.reference == "online" and not other and not run.adapter.starts_at_base:
         other = 2 * states_of(replace(needs.parameters, total=needs.parameters.trained)).weights
     return replace(memory, reference=other)
-
-
-def _starts_from_its_base(run: TrainRun, needs: Needs) -> bool:
-    """The reference is the model without its adapter, so that no copy of it is needed."""
-    return needs.parameters.frozen > 0 and not (isinstance(run.adapter, LoRA) and run.adapter.path is not None)
 
 
 def least_recomputation(needs: Needs, memory_of: MemoryOf, usable_bytes: float) -> Needs:

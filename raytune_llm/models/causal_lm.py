@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
 from raytune_llm.models.activations import HostMemory
+from raytune_llm.models.adapters import Adapters, PeftAdapters
 from raytune_llm.models.attention.documents import document_numbers
 from raytune_llm.models.head import CHUNK_TOKENS, RANGE, TRAINED_CHUNKS, TokenFunction, adjusted, chunks, together, token_values
 from raytune_llm.models.layers import named_layers
@@ -28,6 +29,9 @@ class CausalLM(nn.Module):
 
     It is the root that a strategy wraps, so that one call of it is one forward pass of everything it shards.
     """
+
+    scores: ClassVar[bool] = False
+    """It has a score head in place of the language model's."""
 
     def __init__(
         self,
@@ -45,6 +49,7 @@ class CausalLM(nn.Module):
         """
         super().__init__()
         self.model: Any = model
+        self.adapters: Adapters = PeftAdapters(model, scores=self.scores)
         self.compute = compute
         self.attention_backend = attention_backend
         self.chunk_tokens = chunk_tokens
@@ -54,7 +59,7 @@ class CausalLM(nn.Module):
     @property
     def base(self) -> Any:
         """The transformers model, with or without adapters in its layers."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return self.adapters.base
 
     def forward(
         self,
@@ -74,7 +79,7 @@ class CausalLM(nn.Module):
         with torch.autocast(batch.ids_BT.device.type, self.compute, enabled=self.compute != torch.float32):
             other_ND = None
             if beside_reference:
-                with torch.no_grad(), self.model.disable_adapter():
+                with torch.no_grad(), self.adapters.using(None):
                     other_ND = _trained(self._hidden(batch), batch)
             outputs = self._outputs(batch, neftune_alpha if self.training else None, output_router_logits=routers)
             values = self._values(_trained(outputs.last_hidden_state, batch), batch, token_function, other_ND)
@@ -162,7 +167,7 @@ class CausalLM(nn.Module):
 
         @record_function(RANGE)
         def of_chunk(hidden_ND: Tensor, targets_N: Tensor, *others_ND: Tensor) -> Tensor:
-            with torch.no_grad(), self.model.disable_adapter() if others_ND else nullcontext():
+            with torch.no_grad(), self.adapters.using(None) if others_ND else nullcontext():
                 others_NV = [head(other_ND) for other_ND in others_ND]
             return together(values(head(hidden_ND), targets_N, *others_NV))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from raytune_llm.config.adapter import AdapterConfig
+from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.quantization import NoQuantization, QuantizationConfig
 from raytune_llm.errors import ConfigError
@@ -68,7 +68,7 @@ def _cpu_has_bf16() -> bool:
 def build_policy(
     config: PretrainedConfig,
     model: ModelConfig,
-    adapter: AdapterConfig,
+    adapter: AdapterConfig | SavedAdapter,
     *,
     compute: torch.dtype,
     seed: int,
@@ -89,7 +89,7 @@ def build_policy(
     runs_on = runs_on or device
     case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
     backend, reason = attention.choose(model.attention, case)
-    frozen = adapter.name != "none" or not trains
+    frozen = not adapter.trains_base or not trains
     loaded = load_model(
         config,
         model.path,

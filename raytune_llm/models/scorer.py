@@ -12,6 +12,8 @@ from raytune_llm.records import Batch
 class Scorer(CausalLM):
     """A language model whose head gives a document one number, at its last token."""
 
+    scores = True
+
     def forward(self, batch: Batch) -> Tensor:  # type: ignore[override]
         """[S - 1]: the score of every document, padding among them."""
         device = batch.ids_BT.device.type

@@ -18,7 +18,6 @@ from raytune_llm.memory.flops import Operations, operations
 from raytune_llm.memory.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_of
 from raytune_llm.models import quantization
 from raytune_llm.models.activations import compiles, lacks_for_compiling
-from raytune_llm.models.adapters.grouped import described
 from raytune_llm.models.attention import capability_of, case_of
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
@@ -90,7 +89,7 @@ class Builder:
             max_grad_norm=run.train.max_grad_norm,
         )
         compiled = "layers compiled" if self.compiled else "layers not compiled"
-        adapters = described(policy, device.type)
+        adapters = policy.adapters.described(device.type)
         quantized = quantization.described(layers(policy), run.quantization)
         return Built(
             policy=policy,

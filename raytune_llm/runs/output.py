@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters import OWN
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.scorer import Scorer
 from raytune_llm.runs.score_head import mark_padding, save_with_separate_head, separate_head_of_adapter
@@ -110,12 +111,8 @@ def write_final(
     beside = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(beside, ignore_errors=True)
     own = {name.removeprefix("model."): value for name, value in parameters.items()}
-    if hasattr(policy.model, "peft_config"):
-        adapted: Any = policy.model
-        for config in adapted.peft_config.values():
-            config.base_model_name_or_path = base_model
-        # Embeddings are frozen here; PEFT would ask the hub whether they have grown.
-        adapted.save_pretrained(beside, state_dict=own, save_embedding_layers=False)
+    if policy.adapters.names:
+        policy.adapters.save(OWN, beside, base_model=base_model, parameters=own)
         if language_model is not None:
             separate_head_of_adapter(beside)
     else:
@@ -153,7 +150,7 @@ def _say_dtype(path: Path, dtype: torch.dtype) -> None:
 
 def model_card(run: TrainRun, step: int, loss: float | None) -> str:
     base = run.model.path or run.model.config.get("model_type", "a fresh model")
-    library = "peft" if run.adapter.name != "none" else "transformers"
+    library = "transformers" if run.adapter.trains_base else "peft"
     front = f"---\nlibrary_name: {library}\n" + (f"base_model: {run.model.path}\n" if run.model.path else "") + "---\n"
     loss_text = "" if loss is None else f" The training loss at the end was {loss:.4f}."
     return (

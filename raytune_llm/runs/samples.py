@@ -64,7 +64,14 @@ class Sampler:
         strategy, policy = self._strategy, self._strategy.module
         if not strategy.sharded and self._rank > 0:
             return []
-        engine = HFEngine(policy.model, self._tokenizer, stop_ids=self._stop_ids, device=self._device, in_step=strategy.sharded)
+        engine = HFEngine(
+            policy.base,
+            self._tokenizer,
+            adapters=policy.adapters,
+            stop_ids=self._stop_ids,
+            device=self._device,
+            in_step=strategy.sharded,
+        )
         autocast = torch.autocast(self._device.type, policy.compute, enabled=policy.compute != torch.float32)
         with strategy.parts(), attention.detached(policy.base), autocast:
             completions = engine.generate(self._requests)

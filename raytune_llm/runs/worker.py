@@ -15,7 +15,6 @@ import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raytune_llm.config.run import TrainRun
-from raytune_llm.models.adapters.lora import rank
 from raytune_llm.models.load import load_model
 from raytune_llm.report.metrics import JsonLines, Report
 from raytune_llm.report.profile import StepProfile
@@ -173,7 +172,7 @@ def profiled(setup: Setup, total_steps: int, first_step: int, stack: ExitStack) 
     """What is to be called after each step: the first worker's profile, where train.profile asks for one."""
     if not setup.run.train.profile or setup.rank != 0:
         return lambda step: None
-    thin = 4 * rank(setup.built.policy)  # of q, k and v together, say
+    thin = 4 * setup.built.policy.adapters.max_rank  # of q, k and v together, say
     profile = StepProfile(setup.output, setup.device, first_step=first_step, total_steps=total_steps, thin=thin)
     stack.callback(profile.close)
     return profile.stepped

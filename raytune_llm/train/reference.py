@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig
 
-from raytune_llm.config.adapter import LoRA, NoAdapter
+from raytune_llm.config.adapter import NoAdapter, SavedAdapter
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.data.loader import Samples
@@ -129,21 +128,7 @@ def online(run: TrainRun, strategy: Strategy, logps: AnswerLogprobs, other: nn.M
 def _without_new_adapter(run: TrainRun, strategy: Strategy) -> Callable[[], Any] | None:
     """Around calls of the model: without the adapter that the run has put on it, whose products come to nothing before the first
     step. None where the run goes on from an adapter, or has none."""
-    if not isinstance(run.adapter, LoRA) or run.adapter.path is not None:
-        return None
-    return partial(_without_adapters, [module for module in strategy.module.modules() if isinstance(module, BaseTunerLayer)])
-
-
-@contextmanager
-def _without_adapters(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
-    """PEFT's own switch also changes what is trained, behind the back of strategies that have looked already."""
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
+    return partial(strategy.module.adapters.using, None) if run.adapter.starts_at_base else None
 
 
 @contextmanager
@@ -180,9 +165,7 @@ def other_model(run: TrainRun, config: PretrainedConfig, device: torch.device) -
     model, _ = build_policy(
         found,
         section,
-        NoAdapter(name="none")
-        if adapter is None
-        else LoRA(name="lora", rank=1, alpha=1.0, dropout=0.0, targets=[], last_layers=None, path=adapter),
+        NoAdapter(name="none") if adapter is None else SavedAdapter(path=adapter, setting="stage.reference_adapter"),
         compute=compute,
         seed=run.train.seed,
         device=device,

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import nn
 
 from raytune_llm import packaged
-from raytune_llm.config.adapter import LoRA
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.section import settings_of
 from raytune_llm.config.stage import DPO, KTO
@@ -74,8 +73,7 @@ def key_of(
     assert isinstance(logps, partial)
     assert isinstance(run.stage, DPO | KTO)
     other = run.stage.reference_model is not None or run.stage.reference_adapter is not None
-    goes_on_from = run.adapter.path if isinstance(run.adapter, LoRA) else None
-    adapter = run.stage.reference_adapter if other else goes_on_from
+    adapter = run.stage.reference_adapter if other else run.adapter.path
     model = run.stage.reference_model or run.model.path
     seed = run.train.seed if run.model.weights == "random" and run.stage.reference_model is None else None
     return {

@@ -1,0 +1,195 @@
+"""Adapters as PEFT holds them: its layers in the model, under its names, one adapter at work at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
+from raytune_llm.config.section import settings_of
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters.grouped import described, group
+from raytune_llm.models.adapters.method import in_layers_before, targeted
+from raytune_llm.models.adapters.methods import METHODS
+from raytune_llm.models.adapters.protocol import OWN
+from raytune_llm.models.adapters.saved import WEIGHTS, load_weights, names_of, read_config, unfit
+
+SCORE_HEAD = ("score.weight",)
+PREFIX = "base_model.model."
+"""What PEFT's model puts before the transformers model's names."""
+
+
+class PeftAdapters:
+    """Implements `Adapters`."""
+
+    def __init__(self, model: nn.Module, *, scores: bool = False) -> None:
+        """Of a transformers model, or of PEFT's around one. scores: it has a score head, of which each adapter has its own."""
+        self.model: nn.Module = model
+        """From which on parameters have their names."""
+        self._peft: Any = model if isinstance(model, PeftModel) else None
+        self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._scores = scores
+        self._keys: dict[str, str] = {key: key for key in self._peft.peft_config} if self._peft else {}
+        """Our names -> PEFT's, which can hold no dot."""
+        self._numbers = count()
+        self._switches = _switches(model)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        return self._base
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._keys)
+
+    @property
+    def max_rank(self) -> int:
+        layers = (module for module in self._base.modules() if isinstance(module, LoraLayer))
+        return max((rank for layer in layers for rank in layer.r.values()), default=0)
+
+    def described(self, device_type: str) -> str | None:
+        return described(self._base, device_type)
+
+    def add(self, name: str, source: AdapterConfig | SavedAdapter) -> None:
+        with self._as_it_is():
+            self._put(name, f"adapter{next(self._numbers)}", source)
+
+    def add_own(self, source: AdapterConfig | SavedAdapter) -> None:
+        """The adapter that the policy is for: the first one, at work from now on, and trained."""
+        self._put(OWN, OWN, source)
+        self.model = adapted = cast(PeftModel, self._peft)
+        for parameter in names_of(adapted, OWN).values():
+            parameter.requires_grad_(True)
+
+    def remove(self, name: str) -> None:
+        assert name != OWN, "the policy was built with it"
+        with self._as_it_is():
+            self._take_off(name)
+
+    def save(
+        self, name: str, folder: Path, *, base_model: str | None = None, parameters: Mapping[str, Tensor] | None = None
+    ) -> None:
+        key = self._keys[name]
+        state = None if parameters is None else {self._in_peft(name): value for name, value in parameters.items()}
+        # Embeddings are frozen here; PEFT would ask the hub whether they have grown.
+        weights = get_peft_model_state_dict(self._peft, state, key, save_embedding_layers=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS[0], metadata={"format": "pt"})
+        config = copy.copy(self._peft.peft_config[key])
+        config.inference_mode, config.base_model_name_or_path = True, base_model
+        config.save_pretrained(str(folder))
+
+    def trained(self, name: str) -> dict[str, nn.Parameter]:
+        own = names_of(self._peft, self._keys[name])
+        return {self._in_model(name): parameter for name, parameter in own.items() if parameter.requires_grad}
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Unlike by PEFT's own switch, what is trained stays so: strategies have looked already."""
+        key = None if name is None else self._keys[name]
+        with self._as_it_is():
+            for switch in self._switches:
+                switch._disable_adapters = key is None
+                if key is not None:
+                    switch._active_adapter = [key]
+            yield
+
+    @contextmanager
+    def _as_it_is(self) -> Iterator[None]:
+        """Afterwards, what is at work now is at work again: none, in layers that are adapted in between."""
+        before = {switch: (switch._active_adapter, switch._disable_adapters) for switch in self._switches}
+        try:
+            yield
+        finally:
+            for switch in self._switches:
+                switch._active_adapter, switch._disable_adapters = before.get(switch, (switch._active_adapter, True))
+
+    def _put(self, name: str, key: str, source: AdapterConfig | SavedAdapter) -> None:
+        assert name not in self._keys, name
+        config = self._config(source)
+        setting = source.setting if isinstance(source, SavedAdapter) else "adapter.path"
+        base_model, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns where it is another
+        try:
+            if self._peft is None:
+                self._peft = get_peft_model(self._base, config, key, autocast_adapter_dtype=True)
+            else:
+                self._peft.add_adapter(key, config, autocast_adapter_dtype=True)
+        except (ValueError, TypeError) as error:
+            if source.path is None:
+                raise
+            raise unfit(str(error).splitlines()[0], str(source.path), setting, base_model) from error
+        self._keys[name] = key
+        self._base.train(self._base.training)  # PEFT's new layers are in training mode
+        self._switches = _switches(group(self._base))
+        for parameter in names_of(self._peft, key).values():
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.float()  # PEFT does it to adapters, but not to a score head
+        if source.path is not None:
+            try:
+                may_lack = SCORE_HEAD if self._scores else ()
+                load_weights(self._peft, key, source.path, setting, may_lack=may_lack, base_model=base_model)
+            except ConfigError:
+                self._take_off(name)
+                raise
+
+    def _take_off(self, name: str) -> None:
+        key = self._keys.pop(name)
+        if self._keys:
+            for switch in self._switches:
+                switch._active_adapter = [other for other in switch.active_adapters if other != key]
+            self._peft.delete_adapter(key)
+        else:
+            self._peft.unload()  # PEFT can't be without any adapter
+            self._peft = None
+        self._switches = _switches(self._base)
+
+    def _config(self, source: AdapterConfig | SavedAdapter) -> PeftConfig:
+        """PEFT's, of a kind and of sizes that fit."""
+        config = read_config(source.path, source.setting) if isinstance(source, SavedAdapter) else self._config_of(source)
+        if self._scores:
+            config.task_type = "SEQ_CLS"  # type: ignore[assignment]  # PEFT's enum is one of strings
+        config.inference_mode = False  # or a score head would have no parameters of its own
+        return config
+
+    def _config_of(self, section: AdapterConfig) -> PeftConfig:
+        settings, method = settings_of(section), METHODS[section.name]
+        targets, last_layers, path = (settings.pop(name) for name in ("targets", "last_layers", "path"))
+        if path is not None:
+            config = read_config(path, "adapter.path")
+            if not method.describes(config):
+                kind = next((name for name, other in METHODS.items() if other.describes(config)), config.peft_type)
+                rule = f"must hold an adapter of the kind that is trained, {section.name}, which is {kind} there"
+                raise ConfigError("adapter.path", rule, got=path, fix=f"Take adapter={kind}, if there is one.")
+        else:
+            method.check(targeted(self._base, targets, last_layers), **settings)
+            config: Any = method.config(**settings)
+            config.target_modules = targets if isinstance(targets, str) else set(targets)
+            config.exclude_modules = None if last_layers is None else in_layers_before(self._base, last_layers)
+        config.task_type = "CAUSAL_LM"
+        return config
+
+    def _in_peft(self, name: str) -> str:
+        return name if self.model is self._peft else PREFIX + name
+
+    def _in_model(self, name: str) -> str:
+        return name if self.model is self._peft else name.removeprefix(PREFIX)
+
+
+def _switches(model: nn.Module) -> list[Any]:
+    """PEFT's layers that know which adapter is at work."""
+    found: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    for module in found:
+        module.cast_input_dtype_enabled = False  # autocast casts what it needs to; a copy in float32 would be for nothing
+    return found

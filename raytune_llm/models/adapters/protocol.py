@@ -1,0 +1,64 @@
+"""What the rest of the package knows of adapters. PEFT's classes, and what kind an adapter is of, stay in this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
+
+OWN = "default"
+"""The name of the adapter that a policy was built with."""
+
+
+class Adapters(Protocol):
+    """The adapters in the layers of one model, by name, any of which may be at work, or none."""
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, with what adapters have put into its layers."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of a layer; 0 without low-rank adapters."""
+        ...
+
+    def described(self, device_type: str) -> str | None:
+        """How they are computed on such a device, in words; None without any."""
+        ...
+
+    def add(self, name: str, source: AdapterConfig | SavedAdapter) -> None:
+        """A new adapter by its settings, or a saved one. It is frozen, and which one is at work does not change.
+
+        Raises ConfigError for a folder that holds no adapter of this model, and for settings that don't fit the model.
+        """
+        ...
+
+    def remove(self, name: str) -> None: ...
+
+    def save(
+        self, name: str, folder: Path, *, base_model: str | None = None, parameters: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write the files that PEFT loads elsewhere. base_model: the path or hub id of the model that it is for.
+
+        parameters: whole tensors to save in place of the adapter's own, by the names that they have in the policy's model.
+        """
+        ...
+
+    def trained(self, name: str) -> dict[str, nn.Parameter]:
+        """What of the adapter takes gradients, by its names in the policy's model."""
+        ...
+
+    def using(self, name: str | None) -> AbstractContextManager[Any]:
+        """This adapter is at work meanwhile, or with None the base alone. What is trained stays so. Where a backward pass
+        computes layers again, it must run inside."""
+        ...

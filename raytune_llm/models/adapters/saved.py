@@ -1,0 +1,87 @@
+"""An adapter's folder as PEFT writes it: what it holds, and whether it fits a model."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from raytune_llm.errors import ConfigError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def read_config(path: str, setting: str) -> PeftConfig:
+    """Raises ConfigError where the folder, which the setting names, is no adapter's."""
+    folder = Path(path)
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(
+            setting, f"must be a folder with {CONFIG}", got=path, fix="Train that adapter first, or name another folder."
+        )
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise ConfigError(setting, f"must be a folder with {WEIGHTS[0]}", got=path, fix="Copy the whole folder.")
+    try:
+        config = PeftConfig.from_pretrained(path)
+        if config.peft_type is None or config.is_prompt_learning:
+            raise ValueError("peft_type is none of an adapter in a model's layers")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(setting, f"must hold an {CONFIG} that PEFT reads ({_line(error)})", got=path) from error
+    return config
+
+
+def load_weights(
+    model: PeftModel, key: str, path: str, setting: str, *, may_lack: tuple[str, ...] = (), base_model: str | None = None
+) -> None:
+    """Fill PEFT's adapter `key` from its folder, which the setting names.
+
+    Raises ConfigError unless all its tensors are there, of their sizes, and no others. Those that end in one of may_lack stay as
+    they are where they are not there. base_model: that it was trained on, by its config.
+    """
+    here = get_peft_model_state_dict(model, adapter_name=key, save_embedding_layers=False)
+    found = {name: value for name, value in here.items() if name.endswith(may_lack)} | _read(model, path, setting)
+    others = sorted(name for name in found.keys() & here.keys() if found[name].shape != here[name].shape)
+    if others:
+        name = others[0]
+        raise unfit(f"{name} is {list(found[name].shape)} there and {list(here[name].shape)} here", path, setting, base_model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        loaded = set_peft_model_state_dict(model, found, adapter_name=key)
+    own = names_of(model, key)
+    missing, unexpected = sorted(own.keys() & loaded.missing_keys), sorted(loaded.unexpected_keys)
+    if missing or unexpected:
+        lacks = f"{len(missing)} of its tensors are not there ({missing[0]} for one)" if missing else ""
+        other = f"{len(unexpected)} are none of this model's ({unexpected[0]} for one)" if unexpected else ""
+        raise unfit("; ".join(filter(None, (lacks, other))), path, setting, base_model)
+
+
+def names_of(model: PeftModel, key: str) -> dict[str, nn.Parameter]:
+    """The parameters of PEFT's adapter `key`, by their names in the model."""
+    # PEFT keeps what is an adapter's in dictionaries, by the adapter's name
+    return {name: parameter for name, parameter in model.named_parameters() if f".{key}." in f"{name}."}
+
+
+def _read(model: PeftModel, path: str, setting: str) -> dict[str, Tensor]:
+    renamed: Any = getattr(model.get_base_model(), "_checkpoint_conversion_mapping", None)
+    try:
+        return load_peft_weights(path, device="cpu", key_mapping=renamed)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise ConfigError(setting, f"must hold weights that can be read ({_line(error)})", got=path) from error
+
+
+def unfit(what: str, path: str, setting: str, base_model: str | None) -> ConfigError:
+    return ConfigError(
+        setting,
+        f"must be an adapter of this model, which it is not: {what}",
+        got=path,
+        fix=f"It was trained on {base_model}." if base_model else "Name an adapter of this model.",
+    )
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

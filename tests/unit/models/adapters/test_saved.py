@@ -1,0 +1,147 @@
+"""A saved adapter that does not fit the model is refused by name, before it is anything's beginning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from raytune_llm.config.adapter import LoRA, SavedAdapter
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters import OWN, PeftAdapters, adapt
+from tests.models import tiny_llama
+
+WEIGHTS = "adapter_model.safetensors"
+IDS = torch.arange(20).view(2, 10)
+
+
+def lora(**changed: Any) -> LoRA:
+    settings = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "last_layers": None, "path": None}
+    return LoRA(name="lora", **{**settings, **changed})
+
+
+def base() -> Any:
+    model = tiny_llama().base
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    adapters = PeftAdapters(base())
+    adapters.add_own(lora())
+    for parameter in adapters.trained(OWN).values():
+        nn.init.normal_(parameter)
+    adapters.save(OWN, tmp_path, base_model="some/base")
+    return tmp_path
+
+
+def change(folder: Path, changed: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    save_file(changed(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+
+def test_a_saved_adapter_is_continued_as_it_was(folder: Path) -> None:
+    continued = adapt(base(), lora(path=str(folder)))
+    elsewhere = PeftModel.from_pretrained(base(), str(folder))
+    torch.testing.assert_close(continued(IDS).logits, elsewhere(IDS).logits)
+    assert not torch.equal(elsewhere(IDS).logits, base()(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda w: {name: w[name] for name in list(w)[1:]}, r"1 of its tensors are not there \(base_model"),
+        (
+            lambda w: {name.replace("q_proj", "query"): value for name, value in w.items()},
+            r"are not there .*q_proj.* none of this",
+        ),
+        (lambda w: {**w, "base_model.model.score.weight": torch.ones(1, 32)}, r"1 are none of this model's \(.*score\.weight"),
+        (lambda w: {name: torch.cat([v, v]) for name, v in w.items()}, r"is \[\d+, \d+\] there and \[\d+, \d+\] here"),
+    ],
+    ids=["one is missing", "other names", "one too many", "other sizes"],
+)
+def test_tensors_that_are_not_the_models_are_refused_by_name(
+    changed: Callable[[dict[str, Tensor]], dict[str, Tensor]], said: str, folder: Path
+) -> None:
+    change(folder, changed)
+    with pytest.raises(
+        ConfigError, match=rf"adapter\.path must be an adapter of this model.*{said}.* It was trained on some/base"
+    ):
+        adapt(base(), lora(path=str(folder)))
+
+
+def test_an_adapter_of_another_base_is_refused_without_any_weights_of_a_model(folder: Path) -> None:
+    with torch.device("meta"):
+        other = base()
+    other.model.layers = other.model.layers[:1]
+    with pytest.raises(ConfigError, match=r"are none of this model's \(.*layers\.1"):
+        adapt(other, lora(path=str(folder)))
+
+
+def test_an_adapter_on_layers_that_the_model_lacks_is_refused(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": ["c_attn"]}))
+    with pytest.raises(ConfigError, match=r"adapter\.path must be an adapter of this model.*c_attn"):
+        adapt(base(), lora(path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: (folder / WEIGHTS).unlink(), r"must be a folder with adapter_model\.safetensors"),
+        (
+            lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100]),
+            "must hold weights that can be read",
+        ),
+        (lambda folder: (folder / "adapter_config.json").unlink(), r"must be a folder with adapter_config\.json"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), r"must hold an adapter_config\.json that PEFT reads"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), r"must hold an adapter_config\.json that PEFT reads"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), r"must hold an adapter_config\.json that PEFT reads"),
+    ],
+)
+def test_a_damaged_folder_is_an_error_of_its_setting(spoil: Callable[[Path], Any], said: str, folder: Path) -> None:
+    spoil(folder)
+    with pytest.raises(ConfigError, match=rf"stage\.reference_adapter {said}"):
+        adapt(base(), SavedAdapter(path=str(folder), setting="stage.reference_adapter"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"targets": ["q_proj", "query"]},
+            r"adapter\.targets must name linear layers of the model, got \['query'\]. It has down_proj",
+        ),
+        ({"targets": []}, r"adapter\.targets must name linear layers"),
+        ({"rank": 17}, r"adapter\.rank must be at most 16, the smaller side of k_proj, got 17"),
+        ({"rank": 10**11}, r"adapter\.rank must be at most 32"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused_before_it_has_weights(settings: dict[str, Any], said: str) -> None:
+    with torch.device("meta"):
+        model = base()
+    with pytest.raises(ConfigError, match=said):
+        adapt(model, lora(**settings))
+
+
+def test_an_adapter_that_is_refused_leaves_the_model_and_its_adapters_as_they_were(folder: Path) -> None:
+    model = adapt(base(), lora(path=str(folder)))
+    adapters, before = PeftAdapters(model), model(IDS).logits
+    change(folder, lambda w: {name: w[name] for name in list(w)[1:]})
+    with pytest.raises(ConfigError, match="must be an adapter of this model"):
+        adapters.add("second", SavedAdapter(path=str(folder), setting="serve.adapters"))
+    assert adapters.names == (OWN,)
+    assert torch.equal(model(IDS).logits, before)
+    bare = base()
+    adapters, names, before = PeftAdapters(bare), list(bare.state_dict()), bare(IDS).logits
+    with pytest.raises(ConfigError, match="must be an adapter of this model"):
+        adapters.add("first", SavedAdapter(path=str(folder), setting="serve.adapters"))
+    assert list(bare.state_dict()) == names
+    torch.testing.assert_close(bare(IDS).logits, before)
