@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from raytune_llm.config.section import NonNegativeFloat, PositiveFloat, section
+from raytune_llm.errors import ConfigError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -14,11 +15,60 @@ class AdamW:
     """Loshchilov & Hutter 2017. Weight decay leaves out vectors (norms and biases)."""
 
     name: Literal["adamw"]
+    needs_matrices: ClassVar[bool] = False
+    """It steps by matrices, not by numbers: a strategy must keep their shapes."""
     lr: PositiveFloat
     beta1: Beta
     beta2: Beta
     eps: PositiveFloat
     weight_decay: NonNegativeFloat
 
+    def state_size(self, *, matrices: int, others: int) -> int:
+        """How many numbers it keeps for so many trained in matrices of the layers, and so many elsewhere."""
+        return 2 * (matrices + others)
 
-OptimizerConfig = AdamW
+
+@section
+class Muon:
+    """Steps along the orthogonalized momentum of a matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon), as large as
+    AdamW's (Liu et al. 2025, arXiv 2502.16982), so that rates and decay carry over from it. Muon takes the matrices of layers.
+    AdamW takes what else is trained: embeddings, heads, norms and biases."""
+
+    name: Literal["muon"]
+    needs_matrices: ClassVar[bool] = True
+    lr: PositiveFloat
+    momentum: Beta
+    nesterov: bool
+    weight_decay: NonNegativeFloat
+    beta1: Beta
+    beta2: Beta
+    eps: PositiveFloat
+    adamw_lr_factor: PositiveFloat
+    """The learning rate of AdamW's part, over lr."""
+
+    def state_size(self, *, matrices: int, others: int) -> int:
+        return matrices + 2 * others
+
+
+@section
+class SGD:
+    """Gradient descent with momentum (Sutskever et al. 2013). Weight decay is added to the gradient, and leaves out vectors."""
+
+    name: Literal["sgd"]
+    needs_matrices: ClassVar[bool] = False
+    lr: PositiveFloat
+    momentum: Beta
+    nesterov: bool
+    weight_decay: NonNegativeFloat
+
+    def __post_init__(self) -> None:
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError(
+                "optimizer.nesterov", "needs a momentum", got=True, fix="Set optimizer.momentum (say 0.9), or nesterov=false."
+            )
+
+    def state_size(self, *, matrices: int, others: int) -> int:
+        return matrices + others if self.momentum else 0
+
+
+OptimizerConfig = Annotated[AdamW | Muon | SGD, Field(discriminator="name")]

@@ -60,6 +60,7 @@ class TrainRun:
         _streams_know_what_they_need(self)
         _sharding_has_workers(self)
         _quantized_weights_can_be_had(self)
+        _optimizer_finds_its_matrices(self)
         _anchored_policies_have_a_new_adapter(self)
         _models_answer_what_is_asked(self)
         _references_can_be_had(self)
@@ -306,6 +307,15 @@ def _quantized_weights_can_be_had(run: TrainRun) -> None:
             "strategy",
             f"can't be {run.strategy.name} where quantization={quantization.name}: {refusal}",
             fix="Take strategy=ddp, or quantization=none.",
+        )
+
+
+def _optimizer_finds_its_matrices(run: TrainRun) -> None:
+    if run.optimizer.needs_matrices and not run.strategy.keeps_matrices:
+        raise ConfigError(
+            "strategy",
+            f"can't be {run.strategy.name} with optimizer={run.optimizer.name}: it needs matrices, and ZeRO flattens them",
+            fix="Take strategy=fsdp, or optimizer=adamw.",
         )
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ class DDP:
     """Every worker holds the whole model; gradients are summed over workers."""
 
     name: Literal["ddp"]
+    keeps_matrices: ClassVar[bool] = True
+    """Parameters keep their shapes, whole or in shards that know them."""
 
     def refuses_quantized(self, *, trained: bool) -> str | None:
         """Why it can't have quantized layers, frozen or trained ones; None where it can."""
@@ -23,6 +25,7 @@ class FSDP:
     """FSDP2 (`fully_shard`): parameters, gradients and optimizer state are sharded over workers, gathered layer by layer."""
 
     name: Literal["fsdp"]
+    keeps_matrices: ClassVar[bool] = True
     reshard: Literal["full", "grad_only"]
     """full: gathered layers are given back after the forward pass and gathered again for the backward pass. grad_only: they are
     kept, and gradients and optimizer state alone stay sharded (more memory, less traffic)."""
@@ -42,6 +45,7 @@ class DeepSpeed:
     """ZeRO (Rajbhandari et al. 2019): stage 1 shards optimizer state, 2 gradients as well, 3 parameters as well."""
 
     name: Literal["deepspeed"]
+    keeps_matrices: ClassVar[bool] = False
     stage: Literal[1, 2, 3]
     offload: bool
     """Keep optimizer state (and with stage 3 parameters) in host memory."""

@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from raytune_llm.config.adapter import NoAdapter
+from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.section import settings_of
@@ -18,6 +19,7 @@ from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.config.strategy import StrategyConfig
 from raytune_llm.data.batches import KINDS
 from raytune_llm.memory.model import (
+    FP32,
     STATES,
     Memory,
     Parameters,
@@ -47,6 +49,7 @@ class Needs:
     parameters: Parameters
     dropout: bool
     quantization: QuantizationConfig
+    optimizer: OptimizerConfig
     strategy: StrategyConfig
     world_size: int
     micro_batch_size: int
@@ -85,6 +88,7 @@ def needs_set(run: TrainRun) -> dict[str, Any]:
     return {
         "dropout": run.adapter.dropout > 0,
         "quantization": run.quantization,
+        "optimizer": run.optimizer,
         "strategy": run.strategy,
         "micro_batch_size": run.train.micro_batch_size,
         "max_length": run.data.max_length,
@@ -104,10 +108,12 @@ def _reference_parameters(run: TrainRun, config: PretrainedConfig) -> int:
 def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     """The peak of a step on one GPU."""
     dtype, backend = needs.case.dtype, attention.expected(run.model.attention, needs.case)
+    matrices = needs.parameters.trained_matrices
     states_of = partial(
         STATES[needs.strategy.name],
         compute=dtype.itemsize,
         world=needs.world_size,
+        optimizer_bytes=FP32 * needs.optimizer.state_size(matrices=matrices, others=needs.parameters.trained - matrices),
         accumulates=run.train.global_batch_size > needs.micro_batch_size * needs.world_size,
         **settings_of(needs.strategy),
     )

@@ -25,8 +25,6 @@ from raytune_llm.models.layers import layers
 from raytune_llm.models.quantization import Quantization, has_frozen_experts, linears_but
 
 FP32 = 4
-ADAMW_BYTES = 2 * FP32
-"""Two moments of each trained parameter."""
 LOGIT_BYTES, COMPILED_LOGIT_BYTES = 2 + 3 * FP32, 2 * FP32
 """Of each logit at the loss's widest point: the logit in 16 bits and in float32, the softmax that is kept, and the product that
 the entropy sums or the gradient. Compiled, by its kernels: the logit, one float32 buffer for the gradient through the target's
@@ -62,6 +60,8 @@ class Parameters:
     """In the largest layer: the unit that sharding gathers."""
     outside_layers: int
     """Embedding, head and the last norm."""
+    trained_matrices: int = 0
+    """Of those trained: in matrices within layers."""
     quantizable: int = 0
     """Of frozen linear layers within layers; none of a mixture of experts, which is not quantized."""
 
@@ -143,12 +143,14 @@ def count_parameters(config: PretrainedConfig, adapter: AdapterConfig, *, trust_
         if has_frozen_experts(layers(adapted))
         else [linear.weight for *_, linear in linears_but(layers(adapted), skip_modules=())]
     )
+    in_layers = {parameter for layer in layers(adapted) for parameter in layer.parameters()}
     total = _numel(adapted)
     return Parameters(
         total=total,
         trained=sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad),
         layer=max(blocks, default=0),
         outside_layers=total - sum(blocks),
+        trained_matrices=sum(p.numel() for p in in_layers if p.requires_grad and p.ndim == 2),
         quantizable=sum(weight.numel() for weight in weights if not weight.requires_grad),
     )
 
@@ -228,14 +230,14 @@ def quantized_bytes(parameters: Parameters, compute: int, quantization: Quantiza
     return 0 if quantization is None else round(parameters.quantizable * (compute - quantization.bits_per_weight / 8))
 
 
-def ddp_states(parameters: Parameters, compute: int, world: int, *, accumulates: bool) -> States:
+def ddp_states(parameters: Parameters, compute: int, world: int, *, optimizer_bytes: int, accumulates: bool) -> States:
     """Everything on every worker. Gradients are views of the buckets that travel, so buckets cost nothing more. Autocast makes a
     copy of each trained matrix in the compute type, which lives to the backward pass."""
     p = parameters
     return States(
         weights=compute * p.frozen + FP32 * p.trained,
         gradients=FP32 * p.trained,
-        optimizer=ADAMW_BYTES * p.trained,
+        optimizer=optimizer_bytes,
         buffers=compute * p.trained if compute < FP32 else 0,
         wide_norms=p.frozen == 0 and compute < FP32,
     )
@@ -246,6 +248,7 @@ def fsdp_states(
     compute: int,
     world: int,
     *,
+    optimizer_bytes: int,
     accumulates: bool,
     reshard: str,
     shard_workers: int | str,
@@ -265,13 +268,15 @@ def fsdp_states(
     return States(
         weights=on_gpu * (compute * p.frozen + FP32 * p.trained) // shards,
         gradients=FP32 * p.trained if accumulates else on_gpu * FP32 * p.trained // shards,
-        optimizer=on_gpu * ADAMW_BYTES * p.trained // shards,
+        optimizer=on_gpu * optimizer_bytes // shards,
         buffers=compute * gathered,
         wide_norms=False,
     )
 
 
-def deepspeed_states(parameters: Parameters, compute: int, world: int, *, accumulates: bool, stage: int, offload: bool) -> States:
+def deepspeed_states(
+    parameters: Parameters, compute: int, world: int, *, optimizer_bytes: int, accumulates: bool, stage: int, offload: bool
+) -> States:
     """The model in the compute type, frozen or not; a float32 copy of what is trained beside the moments, sharded in every stage
     and counted as optimizer state.
 
@@ -284,7 +289,7 @@ def deepspeed_states(parameters: Parameters, compute: int, world: int, *, accumu
     return States(
         weights=weights if stage < 3 else 0 if offload else weights // world,
         gradients=gradients if stage == 1 else 0 if offload else gradients // world,
-        optimizer=0 if offload else (FP32 + ADAMW_BYTES) * p.trained // world,
+        optimizer=0 if offload else (FP32 * p.trained + optimizer_bytes) // world,
         buffers=buffers,
         wide_norms=False,
         whole_head=stage < 3,
@@ -292,3 +297,4 @@ def deepspeed_states(parameters: Parameters, compute: int, world: int, *, accumu
 
 
 STATES: dict[str, Callable[..., States]] = {"ddp": ddp_states, "fsdp": fsdp_states, "deepspeed": deepspeed_states}
+"""By strategy; optimizer_bytes: the optimizer's state, of everything that is trained."""

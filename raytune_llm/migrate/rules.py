@@ -370,10 +370,17 @@ def epochs(num_train_epochs: float, max_steps: int, streaming: bool) -> Settings
     return {"train.epochs": int(num_train_epochs), "train.max_steps": None}
 
 
-def optimizer(optim: str) -> Settings:
-    if optim not in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_npu_fused"):
-        raise Refusal(f"{optim} {LATER}; there is adamw_torch")
-    return {"optimizer": "adamw"}
+ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_npu_fused")
+
+
+def optimizer(optim: str, use_muon: bool, adam_beta1: float, adam_beta2: float, adam_epsilon: float) -> Settings:
+    """use_muon wins over optim. transformers' SGD has no momentum."""
+    if optim == "sgd" and not use_muon:
+        return {"optimizer": "sgd", "optimizer.momentum": 0.0}
+    if optim not in ADAMW and not use_muon:
+        raise Refusal(f"{optim} {LATER}; there are adamw_torch and sgd", "optim")
+    adam = {"optimizer.beta1": adam_beta1, "optimizer.beta2": adam_beta2, "optimizer.eps": adam_epsilon}
+    return {"optimizer": "muon" if use_muon else "adamw", **adam}
 
 
 def schedule(lr_scheduler_type: str, lr_scheduler_kwargs: Mapping[str, Any] | str | None, learning_rate: float) -> Settings:

@@ -1,8 +1,8 @@
 """The training loop. One optimizer step is `one_step`; everything around it decides when to log, evaluate, save and stop.
 
 Nothing in a step waits for the device except at log steps: the number that a step's loss is divided by is known from the data,
-and a step whose gradient is not finite skips itself on the device. With ZeRO alone the host waits once a step: DeepSpeed
-looks at the gradient's norm there before it steps.
+and with AdamW a step whose gradient is not finite skips itself on the device. With another optimizer, and with ZeRO, the host
+waits once a step for the gradient's norm, to know whether to step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,12 @@
-"""Optimizers: name -> how one is built over named parameters."""
+"""Optimizers: name -> how one is built over what is trained.
+
+Strategies clip and unscale the gradient, and skip the step where it is not finite, for any torch optimizer. One that does so by
+itself as it reads the gradient, like torch's fused AdamW, says it by torch's own attribute (`_step_supports_amp_scaling`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -10,13 +14,13 @@ from torch import nn
 from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.section import settings_of
 from raytune_llm.train.optimizers.adamw import adamw
+from raytune_llm.train.optimizers.groups import trained_in
+from raytune_llm.train.optimizers.muon import muon
+from raytune_llm.train.optimizers.sgd import sgd
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon, "sgd": sgd}
 
 
-def build_optimizer(
-    optimizer: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], *, fused: bool
-) -> torch.optim.Optimizer:
-    """Over the parameters that are trained."""
-    trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    return OPTIMIZERS[optimizer.name](trained, fused=fused, **settings_of(optimizer))
+def build_optimizer(optimizer: OptimizerConfig, model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
+    """Over the parameters of the model that are trained. fused: in one kernel, where it has one."""
+    return OPTIMIZERS[optimizer.name](trained_in(model), fused=fused, **settings_of(optimizer))

@@ -12,6 +12,7 @@ from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
 from raytune_llm.models.stored import bring
+from raytune_llm.train.optimizers.groups import set_learning_rate
 from raytune_llm.train.strategies.base import Precision, StepOut, trained
 
 
@@ -63,7 +64,7 @@ class DeepSpeedStrategy:
             "fp16": {"enabled": precision.compute == torch.float16},
             "steps_per_print": 10**9,
         }
-        optimizer = build_optimizer(model.named_parameters(), fused=False)  # by shapes, which partitioned weights do not have
+        optimizer = build_optimizer(model, fused=False)  # by shapes, which partitioned weights do not have
         read: dict[Any, Any] = {}
         for unit in (*layers(model), model) if stage == 3 else (model,):
             read |= bring(unit, device)
@@ -92,8 +93,7 @@ class DeepSpeedStrategy:
         self.engine.backward(loss * self.world, scale_wrt_gas=False)  # ZeRO averages; shares are to be added
 
     def step(self, lr: float) -> StepOut:
-        for group in self.zero.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.zero.param_groups, lr)
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         norm = torch.as_tensor(float("inf") if norm is None else norm, dtype=torch.float32, device=self.device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.train.optimizers.groups import set_learning_rate
 from raytune_llm.train.strategies.base import Precision, StepOut, trained
 
 
@@ -27,7 +28,7 @@ class OwnOptimizer:
         max_grad_norm: float | None,
     ) -> None:
         self.module, self.world = module, world
-        self.optimizer = build_optimizer(module.named_parameters(), fused=True)
+        self.optimizer = build_optimizer(module, fused=True)
         self.max_grad_norm = max_grad_norm
         self.scale = LossScale(device, enabled=precision.scales_loss)
 
@@ -70,7 +71,11 @@ class LossScale:
 def clipped_step(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lr: float, max_grad_norm: float | None, scale: LossScale
 ) -> StepOut:
-    """Clip by global norm (Pascanu et al. 2013), step, clear. The fused optimizer scales the gradient as it reads it."""
+    """Clip by global norm (Pascanu et al. 2013), step, clear; a gradient that is not finite changes nothing.
+
+    An optimizer that says that it can is told to scale the gradient as it reads it and to skip the step on the device. For any
+    other, the gradient is scaled where it lies, and the host waits for the device to know whether to step.
+    """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(scale.scale.device) / scale.scale
@@ -78,14 +83,18 @@ def clipped_step(
     shrink = 1 / scale.scale
     if max_grad_norm is not None:
         shrink = shrink * torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    # torch.amp's own protocol for fused optimizers: they divide by the one and skip themselves by the other. They take them where
-    # the parameters are, and would not wait for a copy to host memory.
-    where = parameters[0].device
-    optimizer.grad_scale = shrink.reciprocal().to(where)  # type: ignore[attr-defined]
-    optimizer.found_inf = overflow.float().to(where)  # type: ignore[attr-defined]
-    optimizer.step()
+    set_learning_rate(optimizer.param_groups, lr)
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        # torch.amp's own protocol: they divide by the one and skip themselves by the other. They take them where the parameters
+        # are, and would not wait for a copy to host memory.
+        where = parameters[0].device
+        optimizer.grad_scale = shrink.reciprocal().to(where)  # type: ignore[attr-defined]
+        optimizer.found_inf = overflow.float().to(where)  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not overflow.item():
+        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        torch._foreach_mul_(local, shrink.to(local[0].device))
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     scale.update(overflow)
     return StepOut(grad_norm=norm, skipped=overflow)

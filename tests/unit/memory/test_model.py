@@ -60,7 +60,7 @@ def llama_with_lora() -> Parameters:
 
 
 def llama_lora_memory(parameters: Parameters, **variant: Any) -> Memory:
-    states = ddp_states(parameters, 2, 1, accumulates=False)
+    states = ddp_states(parameters, 2, 1, optimizer_bytes=8 * parameters.trained, accumulates=False)
     return memory_per_gpu(
         dimensions(LLAMA3_8B),
         parameters,
@@ -99,7 +99,7 @@ def test_activations_are_what_autograd_keeps(adapter, precision):
     policy.base.enable_input_require_grads()  # or the first of two layers would keep less than those of a deep model
     kept = bytes_kept_for_backward(policy, one_document(tokens))
     parameters = count_parameters(SMALL, adapter)
-    states = ddp_states(parameters, compute, 1, accumulates=False)
+    states = ddp_states(parameters, compute, 1, optimizer_bytes=8 * parameters.trained, accumulates=False)
     estimate = memory_per_gpu(
         dimensions(SMALL),
         parameters,
@@ -146,24 +146,29 @@ PARAMETERS = Parameters(total=8_000, trained=8_000, layer=1_000, outside_layers=
 
 
 def test_fsdp_divides_weights_gradients_and_moments():
-    states = fsdp_states(PARAMETERS, 2, 8, accumulates=False, **SHARDED)
+    states = fsdp_states(PARAMETERS, 2, 8, optimizer_bytes=8 * PARAMETERS.trained, accumulates=False, **SHARDED)
     assert (states.weights, states.gradients, states.optimizer) == (4_000, 4_000, 8_000)
     assert states.buffers == 2 * (1_000 + 3 * 1_000)
 
 
 def test_fsdp_holds_whole_gradients_while_it_accumulates():
-    assert fsdp_states(PARAMETERS, 2, 8, accumulates=True, **SHARDED).gradients == 4 * 8_000
+    assert (
+        fsdp_states(PARAMETERS, 2, 8, optimizer_bytes=8 * PARAMETERS.trained, accumulates=True, **SHARDED).gradients == 4 * 8_000
+    )
 
 
 def test_zero_divides_more_with_each_stage():
-    stages = [deepspeed_states(PARAMETERS, 2, 8, accumulates=False, stage=stage, offload=False) for stage in (1, 2, 3)]
+    stages = [
+        deepspeed_states(PARAMETERS, 2, 8, optimizer_bytes=8 * PARAMETERS.trained, accumulates=False, stage=stage, offload=False)
+        for stage in (1, 2, 3)
+    ]
     assert [states.optimizer for states in stages] == [12_000] * 3
     assert [states.gradients for states in stages] == [16_000, 2_000, 2_000]
     assert [states.weights for states in stages] == [16_000, 16_000, 2_000]
 
 
 def test_offloaded_state_is_not_on_the_gpu():
-    states = deepspeed_states(PARAMETERS, 2, 8, accumulates=False, stage=3, offload=True)
+    states = deepspeed_states(PARAMETERS, 2, 8, optimizer_bytes=8 * PARAMETERS.trained, accumulates=False, stage=3, offload=True)
     assert (states.weights, states.gradients, states.optimizer) == (0, 0, 0)
 
 
@@ -189,7 +194,7 @@ def test_logits_are_what_a_head_holds_at_its_peak(adapter: Any, tokens: int):
     with PeakBytes(policy.parameters()) as held:
         objective.loss(policy, one_document(tokens))
     parameters = count_parameters(config, adapter)
-    states = ddp_states(parameters, 2, 1, accumulates=False)
+    states = ddp_states(parameters, 2, 1, optimizer_bytes=8 * parameters.trained, accumulates=False)
     estimate = memory_per_gpu(dimensions(config), parameters, states, compute=2, tokens=tokens, chunk_tokens=32)
     assert estimate.logits == pytest.approx(held.peak, rel=0.1)
 
@@ -198,7 +203,9 @@ def test_a_partitioned_head_keeps_no_logits():
     parameters = count_parameters(SMALL, FULL)
     logits = []
     for stage in (2, 3):
-        states = deepspeed_states(parameters, 2, 8, accumulates=False, stage=stage, offload=False)
+        states = deepspeed_states(
+            parameters, 2, 8, optimizer_bytes=8 * parameters.trained, accumulates=False, stage=stage, offload=False
+        )
         logits.append(memory_per_gpu(dimensions(SMALL), parameters, states, compute=2, tokens=8192).logits)
     assert logits[0] == TRAINED_CHUNKS * logits[1]
 
@@ -234,7 +241,7 @@ def test_quantization_takes_frozen_linear_layers_and_no_experts(llama_with_lora:
 
 def test_a_trained_head_keeps_the_gradients_of_all_logits_before_its_chunk():
     parameters = count_parameters(SMALL, FULL)
-    states = ddp_states(parameters, 2, 1, accumulates=False)
+    states = ddp_states(parameters, 2, 1, optimizer_bytes=8 * parameters.trained, accumulates=False)
     one, two = (
         memory_per_gpu(dimensions(SMALL), parameters, states, compute=2, tokens=tokens, chunk_tokens=64) for tokens in (512, 576)
     )

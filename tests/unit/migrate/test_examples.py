@@ -73,6 +73,10 @@ CONVERTED = {
     "extras/dft": ({**FULL, "use_dft_loss": True}, {"stage.loss": "dft"}),
     "extras/eaft": ({**FULL, "use_eaft_loss": True, "eaft_alpha": 2.0}, {"stage.loss": "eaft", "stage.eaft_alpha": 2.0}),
     "extras/asft_lora": ({**LORA, "use_asft_loss": True}, {"stage.loss": "asft", "stage.asft_alpha": 0.1}),
+    "extras/muon": (
+        {**FULL, "use_muon": True, "adam_beta2": 0.95},
+        {"optimizer.name": "muon", "optimizer.momentum": 0.95, "optimizer.beta2": 0.95, "optimizer.weight_decay": 0.0},
+    ),
     "extras/neftune": ({**LORA, "neftune_noise_alpha": 5}, {"stage.neftune_alpha": 5.0, "stage.loss": "cross_entropy"}),
     "extras/moe": ({**LORA, "moe_aux_loss_coef": 0.001}, {"stage.router_aux_loss_coef": 0.001}),
     "extras/neat_packing": ({**LORA, "neat_packing": True, "flash_attn": "fa2"}, {"data.packing": True}),
@@ -100,7 +104,6 @@ REFUSED = {
     "extras/llama_pro": ({**FULL, "finetuning_type": "freeze", "use_llama_pro": True, "freeze_trainable_layers": 8}, "freeze"),
     "extras/loraplus": ({**LORA, "loraplus_lr_ratio": 16.0}, "loraplus"),
     "extras/mod": ({**FULL, "mixture_of_depths": "convert"}, "mixture_of_depths"),
-    "extras/muon": ({**FULL, "use_muon": True}, "muon"),
     "extras/oft": ({**LORA, "finetuning_type": "oft", "oft_block_size": 32}, "oft"),
     "extras/pissa": ({**LORA, "pissa_init": True, "pissa_iter": 16, "pissa_convert": True}, "pissa"),
     "extras/new_tokens": ({**LORA, "resize_vocab": True, "new_special_tokens_config": "tokens.yaml"}, "new tokens"),

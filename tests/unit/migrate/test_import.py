@@ -194,6 +194,7 @@ def test_warm_up_in_parts_and_in_steps(arguments, warmup):
         ({"torch_compile": True, "enable_torch_profiler": True}, {"train.compile": True, "train.profile": True}),
         ({"evaluation_strategy": "steps", "val_size": 0.1, "logging_steps": 5}, {"train.eval_every_steps": 5}),
         ({"deepspeed": {"zero_optimization": {"stage": 1}}}, {"strategy": "zero1"}),
+        ({"optim": "sgd", "weight_decay": 0.1}, {"optimizer": "sgd", "optimizer.momentum": 0.0, "optimizer.weight_decay": 0.1}),
         ({"fsdp": "shard_grad_op auto_wrap", "fsdp_config": {"offload_params": True}},
          {"strategy": "fsdp", "strategy.reshard": "grad_only", "strategy.offload": True}),
     ],
