@@ -15,8 +15,19 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
 from raytune_llm.models.activations import HostMemory
 from raytune_llm.models.adapters import Adapters, PeftAdapters
+from raytune_llm.models.attention.cache import CachedRows
 from raytune_llm.models.attention.documents import document_numbers
-from raytune_llm.models.head import CHUNK_TOKENS, RANGE, TRAINED_CHUNKS, TokenFunction, adjusted, chunks, together, token_values
+from raytune_llm.models.head import (
+    CHUNK_TOKENS,
+    RANGE,
+    TRAINED_CHUNKS,
+    TokenFunction,
+    adjusted,
+    changed,
+    chunks,
+    together,
+    token_values,
+)
 from raytune_llm.models.layers import named_layers
 from raytune_llm.models.neftune import neftune_noise
 from raytune_llm.records import Batch
@@ -80,14 +91,31 @@ class CausalLM(nn.Module):
             other_ND = None
             if beside_reference:
                 with torch.no_grad(), self.adapters.using(None):
-                    other_ND = _trained(self._hidden(batch), batch)
+                    other_ND = _trained(self._outputs(batch).last_hidden_state, batch)
             outputs = self._outputs(batch, neftune_alpha if self.training else None, output_router_logits=routers)
             values = self._values(_trained(outputs.last_hidden_state, batch), batch, token_function, other_ND)
         return (values, torch.stack(outputs.router_logits), self._experts_per_token()) if routers else values
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        """The last hidden states [B, T, D]."""
-        return self._outputs(batch).last_hidden_state
+    def hidden(self, inputs: Batch | CachedRows) -> Tensor:
+        """The last hidden states: [B, T, D] of packs, or [1, L, D] of a step over a cache, whose keys and values it writes.
+
+        One path through the same layers, with the adapters that are in use, so that what is served is what was trained.
+        """
+        device = inputs.positions_1L.device if isinstance(inputs, CachedRows) else inputs.ids_BT.device
+        with torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32):
+            if not isinstance(inputs, CachedRows):
+                return self._outputs(inputs).last_hidden_state
+            embedded_1LD = self.base.get_input_embeddings()(inputs.ids_1L).to(self.compute)
+            return self.base.base_model(
+                inputs_embeds=embedded_1LD, position_ids=inputs.positions_1L, cached_rows=inputs, use_cache=False
+            ).last_hidden_state
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """float32 [N, V]: of the token after each of these."""
+        with torch.autocast(hidden_ND.device.type, self.compute, enabled=self.compute != torch.float32):
+            logits_NV = self.base.get_output_embeddings()(hidden_ND).float()
+        scale, softcap = _logit_changes(self.base.config)
+        return changed(logits_NV, scale, softcap)
 
     def _outputs(self, batch: Batch, neftune_alpha: float | None = None, *, output_router_logits: bool = False) -> Any:
         """What the transformers model gives."""

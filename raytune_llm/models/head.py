@@ -146,11 +146,12 @@ def _of_adjusted(
     targets_N: Tensor,
     *others_NV: Tensor,
 ) -> Tensor | tuple[Tensor, ...]:
-    logits_NV, *others = (_changed(logits, scale, softcap) for logits in (logits_NV, *others_NV))
+    logits_NV, *others = (changed(logits, scale, softcap) for logits in (logits_NV, *others_NV))
     return token_function(logits_NV, targets_N, *others)
 
 
-def _changed(logits_NV: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+def changed(logits_NV: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+    """Logits as a few families have them: times scale, then capped."""
     if scale is not None:
         logits_NV = logits_NV * scale
     return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)

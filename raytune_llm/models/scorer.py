@@ -18,7 +18,7 @@ class Scorer(CausalLM):
         """[S - 1]: the score of every document, padding among them."""
         device = batch.ids_BT.device.type
         with torch.autocast(device, self.compute, enabled=self.compute != torch.float32):
-            hidden_BTD = self._hidden(batch)
+            hidden_BTD = self.hidden(batch)
         last_M = batch.cu_seqlens_S[1:].long() - 1
         hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, last_M)
         head = self.base.score

@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.attention.cache import CachedRows, cached_attention
 from raytune_llm.models.attention.document_attention import document_attention
 from raytune_llm.models.attention.documents import document_mask
 from raytune_llm.records import Prefixes
@@ -54,9 +55,13 @@ def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        cached_rows: CachedRows | None = None,
         **of_batch: Any,
     ) -> tuple[Tensor, None]:
-        _check(module, attention_mask, s_aux, of_batch)
+        _check(module, attention_mask, s_aux, of_batch if cached_rows is None else {"cu_seqlens_S": None})
+        if cached_rows is not None:
+            settings = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+            return cached_attention(module, query, key, value, rows=cached_rows, **settings), None
         scores = Scores(scaling, sliding_window, softcap)
         narrower = query.shape[-1] - value.shape[-1]  # as in multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434)
         if narrower:
