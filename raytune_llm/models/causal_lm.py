@@ -15,7 +15,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
 from raytune_llm.models.activations import HostMemory
 from raytune_llm.models.adapters import Adapters, PeftAdapters
-from raytune_llm.models.attention.cache import CachedRows
+from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache
 from raytune_llm.models.attention.documents import document_numbers
 from raytune_llm.models.head import (
     CHUNK_TOKENS,
@@ -97,25 +97,32 @@ class CausalLM(nn.Module):
         return (values, torch.stack(outputs.router_logits), self._experts_per_token()) if routers else values
 
     def hidden(self, inputs: Batch | CachedRows) -> Tensor:
-        """The last hidden states: [B, T, D] of packs, or [1, L, D] of a step over a cache, whose keys and values it writes.
+        """The last hidden states: [B, T, D] of a batch of packs, [1, L, D] of a step over a cache, which it fills.
 
-        One path through the same layers, with the adapters that are in use, so that what is served is what was trained.
+        Both go through the same layers, with the adapters that are in use: what is served is what was trained.
         """
-        device = inputs.positions_1L.device if isinstance(inputs, CachedRows) else inputs.ids_BT.device
-        with torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32):
+        ids = inputs.ids_1L if isinstance(inputs, CachedRows) else inputs.ids_BT
+        with torch.autocast(ids.device.type, self.compute, enabled=self.compute != torch.float32):
             if not isinstance(inputs, CachedRows):
                 return self._outputs(inputs).last_hidden_state
-            embedded_1LD = self.base.get_input_embeddings()(inputs.ids_1L).to(self.compute)
+            embedded_1LD = self.base.get_input_embeddings()(ids).to(self.compute)
             return self.base.base_model(
                 inputs_embeds=embedded_1LD, position_ids=inputs.positions_1L, cached_rows=inputs, use_cache=False
             ).last_hidden_state
+
+    def cache_bytes_a_token(self) -> int:
+        """Of a PagedCache of all layers, found by computing one token."""
+        device = self.base.get_input_embeddings().weight.device
+        cache = PagedCache(1, 1, dtype=self.compute, device=device)
+        with torch.no_grad():
+            self.hidden(CachedRows.of(cache, [NewTokens([0], 0, [0])]))
+        return cache.bytes_a_token
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 [N, V]: of the token after each of these."""
         with torch.autocast(hidden_ND.device.type, self.compute, enabled=self.compute != torch.float32):
             logits_NV = self.base.get_output_embeddings()(hidden_ND).float()
-        scale, softcap = _logit_changes(self.base.config)
-        return changed(logits_NV, scale, softcap)
+        return changed(logits_NV, *_logit_changes(self.base.config))
 
     def _outputs(self, batch: Batch, neftune_alpha: float | None = None, *, output_router_logits: bool = False) -> Any:
         """What the transformers model gives."""

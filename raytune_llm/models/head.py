@@ -151,7 +151,7 @@ def _of_adjusted(
 
 
 def changed(logits_NV: Tensor, scale: float | None, softcap: float | None) -> Tensor:
-    """Logits as a few families have them: times scale, then capped."""
+    """What a few families do to the head's output: it is scaled, then capped."""
     if scale is not None:
         logits_NV = logits_NV * scale
     return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)

@@ -16,12 +16,10 @@ class Scorer(CausalLM):
 
     def forward(self, batch: Batch) -> Tensor:  # type: ignore[override]
         """[S - 1]: the score of every document, padding among them."""
-        device = batch.ids_BT.device.type
-        with torch.autocast(device, self.compute, enabled=self.compute != torch.float32):
-            hidden_BTD = self.hidden(batch)
+        hidden_BTD = self.hidden(batch)
         last_M = batch.cu_seqlens_S[1:].long() - 1
         hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, last_M)
         head = self.base.score
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden_MD.device.type, enabled=False):
             weight = next(parameter for parameter in head.parameters() if parameter.requires_grad)
             return head(hidden_MD.to(weight.dtype)).float().squeeze(-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.native.slots import Bank
-from raytune_llm.models.attention.cache import CachedRows, PagedCache, check_cached
+from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache, check_cached
 from raytune_llm.models.causal_lm import CausalLM
 
 
@@ -34,7 +34,7 @@ class PolicyRunner:
         self.bank: Bank | None = bank
         self.vocab_size: int = policy.base.config.get_text_config().vocab_size
         self._policy, self._bank = policy, bank
-        self._cache = PagedCache(policy.base.config, num_blocks, block_size, dtype=policy.compute, device=device)
+        self._cache = PagedCache(num_blocks, block_size, dtype=policy.compute, device=device)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """float32 [R, V]: logits at the last token of each piece that samples, in their order."""
@@ -43,7 +43,7 @@ class PolicyRunner:
         self._policy.eval()
         with self._eagerly(), self._using([pieces[number] for number in order]):
             hidden_1LD = self._policy.hidden(rows)
-        ends = dict(zip(order, (*rows.starts[1:], hidden_1LD.shape[1]), strict=True))
+        ends = dict(zip(order, rows.starts[1:], strict=True))
         wanted = [ends[number] - 1 for number, piece in enumerate(pieces) if piece.samples]
         if not wanted:
             return torch.empty(0, self.vocab_size, device=self.device)
@@ -54,40 +54,14 @@ class PolicyRunner:
 
     def _rows(self, pieces: Sequence[Piece]) -> CachedRows:
         """Pieces of one token first."""
-        size = self.block_size
-        sizes = np.array([stop - start for _, start, stop in pieces])
-        lengths = np.array([stop for *_, stop in pieces])
-        tables = np.zeros((len(pieces), max(-(-int(lengths.max()) // size), 1)), np.int32)
-        for number, (row, _, stop) in enumerate(pieces):
-            blocks = row.blocks[: -(-stop // size)]
-            tables[number, : len(blocks)] = blocks
-        positions = np.concatenate([np.arange(start, stop) for _, start, stop in pieces])
-        of_row = np.repeat(np.arange(len(pieces)), sizes)
-        places = tables[of_row, positions // size].astype(np.int64) * size + positions % size
-        ids = np.concatenate([row.ids[start:stop] for row, start, stop in pieces])
-        decoding = int((sizes == 1).sum())
-        return CachedRows(
-            ids_1L=self._put(ids.astype(np.int64))[None],
-            positions_1L=self._put(positions)[None],
-            cache=self._cache,
-            decoding=decoding,
-            places_L=self._put(places),
-            tables_RK=self._put(tables),
-            lengths_R=self._put(lengths.astype(np.int32)),
-            starts=tuple((np.cumsum(sizes) - sizes).tolist()),
-            lengths=tuple(lengths.tolist()),
-            max_length=int(lengths[:decoding].max()) if decoding else 0,
-        )
-
-    def _put(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        return CachedRows.of(self._cache, [NewTokens(row.ids[start:stop], start, row.blocks) for row, start, stop in pieces])
 
     def _using(self, pieces: Sequence[Piece]) -> AbstractContextManager[Any]:
         """Each token under its row's adapter."""
         if self._bank is None:
             return nullcontext()
         slots = np.repeat([row.slot for row, *_ in pieces], [stop - start for _, start, stop in pieces])
-        return self._bank.using(self._put(slots.astype(np.int64)))
+        return self._bank.using(torch.from_numpy(slots.astype(np.int64)).to(self.device, non_blocking=True))
 
     def _eagerly(self) -> AbstractContextManager[Any]:
         """Layers that were compiled for training run as they are written: every step is another shape."""

@@ -2,6 +2,8 @@
 
 A back end takes query [B, H, T, Dh], key and value with fewer heads where they are grouped, what is done to scores, and of the
 batch what it needs: its boundaries, cu_seqlens_S and max_seqlen, its prefixes, or block masks. It returns [B, T, H, Dh].
+
+Over a cache (cached_rows) all of them compute the same (cached_attention.py).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial, wraps
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +22,15 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.attention.cache import CachedRows, cached_attention
+from raytune_llm.models.attention.cache import CachedRows
+from raytune_llm.models.attention.cached_attention import cached_attention
 from raytune_llm.models.attention.document_attention import document_attention
 from raytune_llm.models.attention.documents import document_mask
+from raytune_llm.models.attention.masked import Scores, masked_attention
 from raytune_llm.records import Prefixes
 
 # torch 2.11 takes grouped heads as they are; later releases ask for the flag.
 _GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
-class Scores(NamedTuple):
-    """What is done to the scores of a layer."""
-
-    scaling: float | None
-    """None: 1 / sqrt(Dh)."""
-    sliding_window: int | None
-    """How many tokens a token sees, itself among them; None: all that came before."""
-    softcap: float | None
-    """Scores become softcap tanh(score / softcap), as in Gemma 2."""
 
 
 def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
@@ -58,11 +51,11 @@ def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[
         cached_rows: CachedRows | None = None,
         **of_batch: Any,
     ) -> tuple[Tensor, None]:
-        _check(module, attention_mask, s_aux, of_batch if cached_rows is None else {"cu_seqlens_S": None})
-        if cached_rows is not None:
-            settings = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-            return cached_attention(module, query, key, value, rows=cached_rows, **settings), None
         scores = Scores(scaling, sliding_window, softcap)
+        _check(module, attention_mask)
+        if cached_rows is not None:
+            return cached_attention(module, query, key, value, scores, cached_rows, s_aux), None
+        _check_of_batch(s_aux, of_batch)
         narrower = query.shape[-1] - value.shape[-1]  # as in multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434)
         if narrower:
             out = attend(query, key, F.pad(value, (0, narrower)), scores, **of_batch)
@@ -72,14 +65,17 @@ def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[
     return called
 
 
-def _check(module: nn.Module, attention_mask: Tensor | None, s_aux: Tensor | None, of_batch: Mapping[str, Any]) -> None:
+def _check(module: nn.Module, attention_mask: Tensor | None) -> None:
     """That a layer, of a family that is not known beforehand not to, asks for what there is."""
-    if s_aux is not None:
-        raise ConfigError("model.path", "must be a model without attention sinks, which no back end here computes")
     if attention_mask is not None:
         raise ConfigError("model.path", "must be a model without a mask of its own, which no back end here takes")
     if not getattr(module, "is_causal", True):
         raise ConfigError("model.path", "must be a model whose tokens see those before them, not those after them")
+
+
+def _check_of_batch(s_aux: Tensor | None, of_batch: Mapping[str, Any]) -> None:
+    if s_aux is not None:
+        raise ConfigError("model.path", "must be a model without attention sinks, which no back end here computes")
     if "cu_seqlens_S" not in of_batch and "block_masks" not in of_batch:
         raise ConfigError("model.path", "must be a model that hands its layers what it is given: boundaries of rows")
 
@@ -109,10 +105,7 @@ def varlen(
         out = document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scaling)
     else:
         out = torch.cat(
-            [
-                _one_document(q[start:end], k[start:end], v[start:end], scaling, sliding_window, softcap)
-                for start, end in _documents(cu_seqlens_S)
-            ]
+            [_one_document(q[start:end], k[start:end], v[start:end], scores) for start, end in _documents(cu_seqlens_S)]
         )
     return out.view(B, T, H, head)
 
@@ -236,7 +229,7 @@ def sdpa(
 ) -> Tensor:
     """The plain twin: one call with a mask of T x T a pack. Costs the whole square; for checks, and where nothing else runs."""
     mask = document_mask(cu_seqlens_S, query.shape[0], query.shape[2], scores.sliding_window, prefixes)
-    return _masked(query, key, value, mask, scores.scaling, scores.softcap).transpose(1, 2).contiguous()
+    return masked_attention(query, key, value, mask, scores).transpose(1, 2).contiguous()
 
 
 def _whole(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
@@ -253,31 +246,15 @@ def _documents(cu_seqlens_S: Tensor) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def _one_document(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, sliding_window: int | None, softcap: float | None
-) -> Tensor:
+def _one_document(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
     """[L, H, Dh] for q, [L, Hk, Dh] for k and v."""
-    L = q.shape[0]
+    L, (scaling, sliding_window, softcap) = q.shape[0], scores
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     if softcap is not None or (sliding_window is not None and sliding_window < L):
-        out = _masked(q, k, v, document_mask(torch.tensor([0, L]), 1, L, sliding_window), scaling, softcap)
+        out = masked_attention(q, k, v, document_mask(torch.tensor([0, L]), 1, L, sliding_window), scores)
     else:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1])
     return out.squeeze(0).transpose(0, 1)
-
-
-def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
-    """[B, H, T, Dh]. Capped scores (softcap tanh(score / softcap)) are spelled out.
-
-    Each head gets its key and value: of torch's kernels for a mask on a GPU, the memory-efficient one takes no grouped heads.
-    """
-    if (groups := query.shape[1] // key.shape[1]) > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _flat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

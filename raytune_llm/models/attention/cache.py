@@ -1,176 +1,139 @@
-"""Attention over a paged cache of keys and values: for decoding, with the layers that training computes with.
+"""Keys and values of tokens that were computed before, in blocks that rows are given as they grow.
 
-Blocks of `block_size` tokens lie in one tensor a layer; a row's block table says which are its. A step computes new tokens of
-several rows, one of each that decodes and chunks of prompts, end to end as a pack has its documents. Their keys and values are
-written to the cache first; then each token attends to its row's tokens up to itself.
+After vLLM's paged attention (Kwon et al. 2023, arXiv 2309.06180): a block holds `block_size` tokens of one row, and a row's table
+names its blocks in order, so that rows of any length share one piece of memory without gaps between them. A place is the number
+of a token's keys and values in all blocks laid end to end: block * block_size + its place in the block.
+
+A step computes new tokens of several rows, end to end as a pack has its documents: one token of each row that decodes, and chunks
+of prompts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.attention.isolation import ATTENDS
 
 
 class PagedCache:
-    """Keys and values of every layer, [num_blocks, block_size, kv heads, Dh]."""
+    """Keys and values of every layer: [num_blocks, block_size, heads, Dh] each.
 
-    def __init__(
-        self, config: PretrainedConfig, num_blocks: int, block_size: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        text: Any = config.get_text_config()
-        self.num_blocks, self.block_size = num_blocks, block_size
-        shape = (text.num_hidden_layers, num_blocks, block_size, *_kv_shape(config))
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    A layer's are made when it first computes, in the shape of what it computes: families differ in heads and their sizes, some of
+    them from layer to layer, and between keys and values.
+    """
 
+    def __init__(self, num_blocks: int, block_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_blocks, self.block_size, self.dtype, self.device = num_blocks, block_size, dtype, device
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-def bytes_a_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Of the cache, keys and values of all layers."""
-    text: Any = config.get_text_config()
-    heads, head = _kv_shape(config)
-    return 2 * text.num_hidden_layers * heads * head * dtype.itemsize
+    @property
+    def bytes_a_token(self) -> int:
+        """Of all layers; 0 before the first step."""
+        return sum(held[0, 0].numel() * held.element_size() for layer in self.layers.values() for held in layer)
+
+    def write(self, layer: int, places_L: Tensor, key_LHD: Tensor, value_LHD: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values, with these at their places."""
+        if layer not in self.layers:
+            self.layers[layer] = (self._empty(key_LHD), self._empty(value_LHD))
+        keys, values = self.layers[layer]
+        keys.flatten(0, 1).index_copy_(0, places_L, key_LHD.to(self.dtype))
+        values.flatten(0, 1).index_copy_(0, places_L, value_LHD.to(self.dtype))
+        return keys, values
+
+    def _empty(self, like_LHD: Tensor) -> Tensor:
+        """Zeros, since what is behind a row's end is masked, and a weight of 0 times what is not a number is none."""
+        shape = (self.num_blocks, self.block_size, *like_LHD.shape[1:])
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
 def check_cached(config: PretrainedConfig) -> None:
     """Raises ConfigError for a model whose layers carry more from token to token than keys and values."""
     text: Any = config.get_text_config()
-    lacking = None
-    if set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        lacking = "layers that carry a state, or see chunks"
-    elif getattr(text, "kv_lora_rank", None) is not None:
-        lacking = "latent attention"
-    elif getattr(text, "num_kv_shared_layers", 0):
-        lacking = "layers that share keys and values"
-    if lacking is not None:
+    if others := set(getattr(text, "layer_types", None) or ()) - ATTENDS:
+        kinds = ", ".join(sorted(others))
         raise ConfigError(
-            "engine", f"can't be native for {config.model_type}, which has {lacking}", got="native", fix="Take engine=hf."
+            "engine",
+            f"can't be native for {config.model_type}, whose layers ({kinds}) carry more on than keys and values",
+            got="native",
+            fix="Take engine=hf.",
         )
 
 
-def _kv_shape(config: PretrainedConfig) -> tuple[int, int]:
-    text: Any = config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads, head
+class NewTokens(NamedTuple):
+    """What a step computes of one row."""
+
+    ids: Sequence[int]
+    start: int
+    """So many tokens of the row are in the cache."""
+    blocks: Sequence[int]
+    """Of the row, in order: enough for the new tokens as well."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CachedRows:
-    """What a step computes, over R rows and L new tokens. Rows that decode, with one new token each, come first."""
+    """A step over a cache: R rows and L new tokens of theirs. Rows with one new token come first: those that decode."""
 
-    ids_1L: Tensor
-    """int64: the new tokens, row by row."""
-    positions_1L: Tensor
-    """int64: where each stands in its row."""
     cache: PagedCache
-    decoding: int
-    """How many rows decode."""
+    ids_1L: Tensor
+    positions_1L: Tensor
+    """Each token's place in its row."""
     places_L: Tensor
-    """int64: where in the cache, as one run of tokens, each new token's key and value go."""
+    """int64: where in the cache each token's key and value go (nano-vllm's slot_mapping)."""
+    cu_queries_S: Tensor
+    """int32 [R + 1]: where each row's new tokens begin among the L, and the end."""
     tables_RK: Tensor
-    """int32: the blocks of each row, in order; what stands behind a row's last block is not read."""
+    """int32: the blocks of each row, in order; what stands behind a row's last block is not looked at."""
     lengths_R: Tensor
-    """int32: tokens of each row with its new ones."""
+    """int32: tokens of each row, the new ones among them (vLLM's seqused_k)."""
+    decoding: int
+    """So many rows have one new token."""
     starts: tuple[int, ...]
-    """Of each row: where its new tokens begin among the L."""
+    """cu_queries_S on the host."""
     lengths: tuple[int, ...]
     """lengths_R on the host."""
     max_length: int
-    """The longest row that decodes; a bound is enough."""
+    """Of a row that decodes; a bound is enough."""
 
+    @staticmethod
+    def of(cache: PagedCache, rows: Sequence[NewTokens]) -> CachedRows:
+        """In this order, those with one new token first."""
+        size = cache.block_size
+        counts = np.array([len(row.ids) for row in rows])
+        starts = np.array([row.start for row in rows])
+        decoding = int((counts == 1).sum())
+        assert decoding == len(rows) or (counts[:decoding] == 1).all(), "rows that decode come first"
+        lengths = starts + counts
+        tables = np.zeros((len(rows), -(-int(lengths.max()) // size)), np.int32)
+        for number, row in enumerate(rows):
+            blocks = row.blocks[: -(-int(lengths[number]) // size)]
+            tables[number, : len(blocks)] = blocks
+        cu_queries = np.concatenate([[0], counts.cumsum()])
+        row_L = np.repeat(np.arange(len(rows)), counts)
+        positions = np.arange(len(row_L)) - cu_queries[row_L] + starts[row_L]
+        places = tables[row_L, positions // size].astype(np.int64) * size + positions % size
+        ids = np.concatenate([np.asarray(row.ids, np.int64) for row in rows])
 
-def cached_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    rows: CachedRows,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """query [1, H, L, Dh], key and value [1, kv heads, L, Dh] of the new tokens -> [1, L, H, Dh]."""
-    cache, layer = rows.cache, int(module.layer_idx)  # type: ignore[arg-type]
-    keys, values = (held[layer].flatten(0, 1) for held in (cache.keys, cache.values))
-    q_LHD, k_LHD, v_LHD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    keys.index_copy_(0, rows.places_L, k_LHD.to(keys.dtype))
-    values.index_copy_(0, rows.places_L, v_LHD.to(values.dtype))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    parts = []
-    if rows.decoding:
-        parts.append(_decoding(q_LHD[: rows.decoding], keys, values, rows, scale, sliding_window, softcap))
-    for row in range(rows.decoding, len(rows.lengths)):
-        start, stop = rows.starts[row], (*rows.starts, len(q_LHD))[row + 1]
-        parts.append(_chunk(q_LHD[start:stop], keys, values, rows, row, scale, sliding_window, softcap))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
+        def put(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(cache.device, non_blocking=True)
 
-
-def _decoding(
-    q_RHD: Tensor, keys: Tensor, values: Tensor, rows: CachedRows, scaling: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """One new token a row. The query heads of a group are rows of one product with the keys that they share."""
-    R, H, head = q_RHD.shape
-    heads, size = keys.shape[1], rows.cache.block_size
-    first = 0 if window is None else max(0, min(rows.lengths[:R]) - window) // size
-    blocks = -(-rows.max_length // size)
-    places_RT = _places(rows.tables_RK[:R, first:blocks], size)
-    positions_T = torch.arange(first * size, blocks * size, device=q_RHD.device)
-    lengths_R1 = rows.lengths_R[:R, None]
-    seen_RT = positions_T < lengths_R1
-    if window is not None:
-        seen_RT &= positions_T >= lengths_R1 - window
-    k_RKTD, v_RKTD = (held[places_RT].transpose(1, 2) for held in (keys, values))
-    q_RKGD = q_RHD.view(R, heads, H // heads, head)
-    return _attend(q_RKGD, k_RKTD, v_RKTD, seen_RT[:, None, None], scaling, softcap).reshape(R, H, head)
-
-
-def _chunk(
-    q_NHD: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    rows: CachedRows,
-    row: int,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """The last N tokens of one row."""
-    N, H, head = q_NHD.shape
-    heads, size, length = keys.shape[1], rows.cache.block_size, rows.lengths[row]
-    first = 0 if window is None else max(0, length - N + 1 - window) // size
-    places_T = _places(rows.tables_RK[row : row + 1, first : -(-length // size)], size)[0, : length - first * size]
-    k, v = (held[places_T].transpose(0, 1)[None] for held in (keys, values))
-    q = q_NHD.transpose(0, 1)[None]
-    T = k.shape[2]
-    if T == N and window is None and softcap is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=heads != H)
-        return out[0].transpose(0, 1)
-    i, j = torch.arange(T - N, T, device=q.device)[:, None], torch.arange(T, device=q.device)
-    seen_NT = j <= i
-    if window is not None:
-        seen_NT &= i - j < window
-    groups = H // heads
-    q_1KMD = q.view(1, heads, groups, N, head).flatten(2, 3)
-    out = _attend(q_1KMD, k, v, seen_NT.repeat(groups, 1)[None, None], scaling, softcap)
-    return out.view(H, N, head).transpose(0, 1)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """[R, kv heads, M, Dh] over [R, kv heads, T, Dh] where `seen`; capped scores are spelled out."""
-    if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling)
-    scores = q @ k.transpose(-1, -2) * scaling
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~seen, -torch.inf)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
-
-
-def _places(tables_RK: Tensor, block_size: int) -> Tensor:
-    """[R, K * block_size]: where the tokens of these blocks lie."""
-    within = torch.arange(block_size, device=tables_RK.device)
-    return (tables_RK.long()[:, :, None] * block_size + within).flatten(1)
+        return CachedRows(
+            cache=cache,
+            ids_1L=put(ids)[None],
+            positions_1L=put(positions)[None],
+            places_L=put(places),
+            cu_queries_S=put(cu_queries.astype(np.int32)),
+            tables_RK=put(tables),
+            lengths_R=put(lengths.astype(np.int32)),
+            decoding=decoding,
+            starts=tuple(cu_queries.tolist()),
+            lengths=tuple(lengths.tolist()),
+            max_length=int(lengths[:decoding].max(initial=0)),
+        )
