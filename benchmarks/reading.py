@@ -19,9 +19,10 @@ import numpy as np
 
 from raytune_llm.data import store as token_store
 from raytune_llm.data.dropped import Dropped
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.conversations import ConversationRow
 from raytune_llm.data.loader import Loader, Samples
 from raytune_llm.data.store import Store
-from raytune_llm.records import TokenRow
 
 MAX_LENGTH = 1024
 ROWS_PER_SHARD = 20_000
@@ -35,12 +36,12 @@ def make_store(folder: Path, num_rows: int) -> Store:
         shards = []
         for start in range(0, num_rows, ROWS_PER_SHARD):
             rows = [
-                TokenRow(random.integers(0, 49_000, length, dtype=np.int32), np.array([length // 2, length]))  # type: ignore[arg-type]
+                ConversationRow(random.integers(0, 49_000, length, dtype=np.int32), np.array([length // 2, length]))  # type: ignore[arg-type]
                 for length in lengths[start : start + ROWS_PER_SHARD]
             ]
             name = token_store.shard_name(len(shards))
-            shards.append(token_store.write_shard(building / name, rows, Dropped()))
-        token_store.complete(building, shards, {"benchmark": num_rows}, folder / "key")
+            shards.append(token_store.write_shard(building / name, rows, Dropped(), kind=KINDS["conversations"]))
+        token_store.complete(building, shards, {"benchmark": num_rows}, folder / "key", kind="conversations")
     return Store.open(folder / "key")
 
 

@@ -49,7 +49,7 @@ def same_rows(store: Store, theirs: Path) -> int:
     table = pq.read_table(theirs)
     columns = (table[name].to_pylist() for name in ("input_ids", "labels"))
     for number, (their_ids, their_labels) in enumerate(zip(*columns, strict=True)):
-        ids, spans = store.row(number)
+        ids, spans, _ = store.row(number)
         labels = np.full(len(ids), IGNORE)
         for start, end in spans.reshape(-1, 2).tolist():
             labels[start:end] = ids[start:end]

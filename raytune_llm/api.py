@@ -52,7 +52,7 @@ class TrainResult:
 
 def prepare(run: PrepareRun, *, on_progress: pipeline.OnProgress | None = None) -> Prepared:
     """The token stores of a run: opened where they exist, else made."""
-    return pipeline.prepare(run.model, run.data, run.resources, kind=STAGES[run.stage.name].rows, on_progress=on_progress)
+    return pipeline.prepare(run.model, run.data, run.resources, kind=STAGES[run.stage.name].kind, on_progress=on_progress)
 
 
 def train(
@@ -81,7 +81,7 @@ def train(
     if run.resources.name != "inline":
         session.connect(run.resources)
     clock.enter("prepare")
-    kind = STAGES[run.stage.name].rows
+    kind = STAGES[run.stage.name].kind
     if run.data.streaming:
         prepared = pipeline.stream(run.model, run.data, run.resources, kind=kind)
     else:

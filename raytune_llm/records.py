@@ -10,22 +10,19 @@ Tensor shape suffixes, used in names all over the package:
     S  boundaries: the documents of a batch plus one
     P  pairs, or labelled rows
     M  documents, one sequence each
-    X  documents that go on from the beginning of another
+    X  documents that share their prompt with another
     A  all rows of a global batch
-    J, K  values of a row
+    K  values of a row
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from numpy import ndarray
     from torch import Tensor
-
-    Ids = Sequence[int] | ndarray
 
 Role = Literal["system", "user", "assistant", "tool"]
 IGNORE = -100
@@ -67,7 +64,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One prompt and two ways to go on, the first preferred."""
+    """One prompt and two answers, the first preferred."""
 
     prompt: Conversation
     chosen: tuple[Message, ...]
@@ -94,45 +91,8 @@ class Text:
 Record = Conversation | Pair | Labeled | Text
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRow:
-    """Token ids of a row and the trained ranges in them: spans [start, end), flattened as start, end, start, end, ..."""
-
-    ids: Ids
-    spans: Ids
-    weights: Sequence[float] | ndarray = ()
-    """Of each span in the loss; none where all weigh 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class PairRow:
-    """Token ids of a request and of two answers to it, the first preferred."""
-
-    prompt_ids: Ids
-    chosen_ids: Ids
-    rejected_ids: Ids
-    margin: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class LabeledRow:
-    """Token ids of a request and of an answer to it, and whether it is a good one."""
-
-    prompt_ids: Ids
-    answer_ids: Ids
-    desirable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PromptRow:
-    """Token ids of a request, and of the answer that came with it, if any did."""
-
-    prompt_ids: Ids
-    answer_ids: Ids
-
-
 class Prefixes(NamedTuple):
-    """Documents that go on from the beginning of another one: they see its first tokens as if they were their own.
+    """Documents that share their prompt with another one: they see its first tokens as if they were their own.
 
     So what several answers share is computed once, and none of them sees another. Positions are flat, b * T + t.
     """
@@ -140,7 +100,7 @@ class Prefixes(NamedTuple):
     queries_Q: Tensor
     """int64: positions of these documents' own tokens, one document after another."""
     keys_K: Tensor
-    """int64: positions of the tokens that they go on from, in the same order."""
+    """int64: positions of the tokens that come before them, in the same order."""
     cu_queries_X: Tensor
     """int32: where each document begins in queries_Q, and the end."""
     cu_keys_X: Tensor
@@ -151,86 +111,51 @@ class Prefixes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward pass sees. Attention never crosses a document's boundary, but for what it goes on from.
+    """What one forward pass sees. Attention never crosses a document's boundary, but for a shared prompt.
 
-    trained_N holds the flat positions b * T + t that are to predict the tokens targets_N (the next ones, so no target lies across
-    a boundary), document by document; known on the CPU side, so no step waits for a device. A position that several documents go
-    on from is there for each of them.
-    weights_N is float32, what each of them counts in the loss; none where all count 1.
-    cu_seqlens_S are the boundaries of the documents in the flattened batch (int32, from 0 to B * T; padding is a document too).
-    attention_pairs counts the query-key pairs of a layer: a token and itself or one before it in its document; padding is left
-    out, and what the batch holds of other batches is in it.
-    sample_ids name the samples (packs or rows, by their number in the train split) that are in it.
-    seed is the step's: what is drawn for a document, not for a batch, starts from it.
+    Documents are numbered by cu_seqlens_S: document d is from cu_seqlens_S[d] to cu_seqlens_S[d + 1] of the flattened batch,
+    padding among them, S - 1 in all. What a stage, an enricher or a model reads beside them stands in maps by name. Everything is
+    known on the CPU side, so no step waits for a device.
     """
 
     ids_BT: Tensor
+    """int64."""
     positions_BT: Tensor
+    """int64: in the document."""
     trained_N: Tensor
+    """int64: flat positions b * T + t that are to predict targets_N, document by document. A position of a shared prompt is there
+    for each document that predicts from it."""
     targets_N: Tensor
+    """int64: the tokens after them in their documents, so that no target lies across a boundary."""
     cu_seqlens_S: Tensor
+    """int32: the boundaries of the documents, from 0 to B * T."""
     max_seqlen: int
-    weights_N: Tensor | None = None
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    """[N] each. weights: float32, what a token counts in the loss; absent where all count 1. documents: int64, each token's
+    document, where a loss is one of whole answers."""
+    per_answer: Mapping[str, Tensor] = field(default_factory=dict)
+    """[P, ...] each. documents: int64 [P, sides], those of a pair (chosen, rejected) or of a single answer; there may be none (a
+    micro-batch of padding). Then what a kind of row says (margins, desirable), and what enrichers add (reference, numbers of the
+    whole global batch)."""
+    media: Mapping[str, Tensor] = field(default_factory=dict)
+    """From the rows to the model, untouched: pixels, say."""
+    beside: Mapping[str, Batch] = field(default_factory=dict)
+    """Batches of the same rows that only some losses run. mismatched: the prompts of labelled answers with answers of other
+    rows."""
+    adapter_M: Tensor | None = None
+    """int64 [S - 1]: the adapter that each document is for, by its number; None where one is for all."""
     prefixes: Prefixes | None = None
     attention_pairs: int = 0
+    """Query-key pairs of a layer: a token and itself or one before it in its document, without padding, with the batches
+    beside."""
     sample_ids: tuple[int, ...] = ()
+    """The samples (packs or rows, by their number in the train split) that are in it."""
+    rows: tuple[int, ...] = ()
+    """Of the store: whose documents are in it, in order."""
+    partners: tuple[int, ...] = ()
+    """Of each row: the one whose answer is mismatched with its prompt, where there is one."""
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairBatch(Batch):
-    """A batch of pairs: each side is a document, of which the answer is trained: both with a copy of the request, or the rejected
-    side going on from the request in the chosen one's.
-
-    Documents are numbered by cu_seqlens_S: document d is from cu_seqlens_S[d] to cu_seqlens_S[d + 1], padding among them, S - 1
-    in all. Log-probabilities of the trained tokens, in the order of trained_N, become those of answers by adding each to that of
-    its document.
-    """
-
-    documents_N: Tensor
-    """int64: the document of each trained position."""
-    chosen_P: Tensor
-    """int64: the document of each pair's preferred side. There may be no pair (a micro-batch of padding)."""
-    rejected_P: Tensor
-    margin_P: Tensor
-    """float32: by how much the preferred side's score is to be higher."""
-    rows: tuple[int, ...]
-    """Each pair's row in the store."""
-    reference_P2: Tensor | None = None
-    """float32: the reference's log-probabilities of the chosen and the rejected answer, where the stage asks for them."""
-    whole_PJ: Tensor | None = None
-    """What the stage's coupling says of these pairs in the whole global batch, where it has one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerBatch(Batch):
-    """A batch of answers, each a document with its request, numbered like PairBatch's."""
-
-    documents_N: Tensor
-    """int64: the document of each trained position."""
-    answers_P: Tensor
-    """int64: the document of each row."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabeledBatch(AnswerBatch):
-    """A batch of labelled answers.
-
-    With it comes another of the same shape and rows: their requests with the answers of other rows, to estimate how far the
-    policy has moved from the reference.
-    """
-
-    mismatched: AnswerBatch
-    desirable_P: Tensor
-    """bool."""
-    rows: tuple[int, ...]
-    """Each one's row in the store."""
-    partners: tuple[int, ...]
-    """The row whose answer is the mismatched one."""
-    reference_P2: Tensor | None = None
-    """float32: the reference's log-probabilities of the answer and of the mismatched one, where the stage asks for them."""
-    whole_PJ: Tensor | None = None
-    """What the stage's coupling says of these rows in the whole global batch, where it has one."""
+    """The step's: what is drawn for a document, not for a batch, starts from it."""
 
 
 @dataclass(frozen=True, slots=True)

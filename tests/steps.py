@@ -15,9 +15,11 @@ from torch.nn.utils import get_total_norm
 from raytune_llm.config.load import load_config
 from raytune_llm.data import store as token_store
 from raytune_llm.data.dropped import Dropped
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.labeled import LabeledRow
+from raytune_llm.data.kinds.pairs import PairRow
 from raytune_llm.data.loader import Loader, Samples, Step
 from raytune_llm.data.store import Store
-from raytune_llm.records import LabeledRow, PairRow
 from raytune_llm.stages import STAGES, Objective
 from raytune_llm.train.coupling import Coupled
 
@@ -31,7 +33,7 @@ def objective_of(*overrides: str) -> Objective:
 def make_store(cache: Path, kind: str, rows: Sequence[Any], key: str = "key") -> Store:
     with token_store.under_construction(cache, key) as folder:
         if folder is not None:
-            shard = token_store.write_shard(folder / token_store.shard_name(0), rows, Dropped(), kind=kind)
+            shard = token_store.write_shard(folder / token_store.shard_name(0), rows, Dropped(), kind=KINDS[kind])
             token_store.complete(folder, [shard], {"key": key}, cache / key, kind=kind)
     return Store.open(cache / key)
 
@@ -78,9 +80,11 @@ def run_step(model: nn.Module, objective: Objective, step: Step, reference: nn.M
     if objective.reference is not None:
         assert reference is not None
         logps = objective.reference
-        batches = [replace(batch, reference_P2=logps(reference, batch).detach()) for batch in batches]
-    if objective.coupling is not None:
-        batches = Coupled(objective.coupling, None).attach(model, batches, step, seed=0, remember=True)
+        batches = [
+            replace(batch, per_answer={**batch.per_answer, "reference": logps(reference, batch).detach()}) for batch in batches
+        ]
+    if objective.statistics is not None:
+        batches = Coupled(objective.statistics, None).attach(model, batches, step, seed=0, remember=True)
     sums: dict[str, list[float]] = {}
     for batch in batches:
         out = objective.loss(model, batch)

@@ -12,7 +12,7 @@ from rich.table import Table
 from raytune_llm import api
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.stage import DPO, KTO
-from raytune_llm.data.batches import KINDS
+from raytune_llm.data.kinds import KINDS
 from raytune_llm.memory.model import Memory
 from raytune_llm.runs.plan import Data, Plan, Verdict
 from raytune_llm.stages import STAGES
@@ -151,7 +151,7 @@ def _model(run: TrainRun) -> str:
 
 def _limited(run: TrainRun) -> str:
     """What data.max_length is a limit of."""
-    return "side of a pair" if KINDS[STAGES[run.stage.name].rows].sides == 2 else _sample(run)
+    return "side of a pair" if KINDS[STAGES[run.stage.name].kind].sides == 2 else _sample(run)
 
 
 def _sample(run: TrainRun) -> str:

@@ -15,11 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 from raytune_llm import api
 from raytune_llm.config.run import PrepareRun
-from raytune_llm.data.batches import KINDS
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.kind import Place
 from raytune_llm.data.loader import Samples
 from raytune_llm.data.pipeline import Prepared
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokens.tokenizer import run_tokenizer
+from raytune_llm.stages import STAGES
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -27,8 +29,8 @@ PERCENTILES = (50, 90, 99, 100)
 def main(run: PrepareRun) -> int:
     console = Console()
     prepared = prepare_with_progress(run, console)
-    tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=prepared.store.kind != "text")
-    shares = shares_prompts(run, prepared.store.kind, tokenizer)
+    tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=prepared.store.kind.renders_chat)
+    shares = shares_prompts(run, STAGES[run.stage.name].kind, tokenizer)
     for title, store in (("train", prepared.store), ("eval", prepared.eval_store)):
         if store is not None:
             console.print(_summary(title, store, run.data.max_length, share_prompts=shares))
@@ -46,7 +48,7 @@ def main(run: PrepareRun) -> int:
 
 def shares_prompts(run: PrepareRun, kind: str, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether packs hold one copy of a request for both of its answers."""
-    if not KINDS[kind].shares and run.data.share_prompts is not True:
+    if not KINDS[kind].can_share_prompts and run.data.share_prompts is not True:
         return False
     # Seconds to import, and only rows of two answers need them.
     from raytune_llm.models.policy import run_config
@@ -65,7 +67,9 @@ def prepare_with_progress(run: PrepareRun, console: Console) -> Prepared:
 def shown(store: Store, row: int, tokenizer: PreTrainedTokenizerFast) -> Text:
     """The row's documents one under another, trained text in green and all other dim."""
     text = Text()
-    for number, document in enumerate(KINDS[store.kind].documents(store, row, row, int(store.lengths[row]), False)):
+    length = int(store.lengths[row])
+    documents = store.kind.documents(store, Place(row, row, 0, length), max_length=length, share_prompts=False)
+    for number, document in enumerate(documents[: store.kind.sides]):
         text.append("\n" if number else "")
         edges = [0, *document.spans.tolist(), len(document.ids)]
         for place, (start, end) in enumerate(pairwise(edges)):

@@ -8,8 +8,17 @@ from raytune_llm.config.section import Fraction, PositiveFloat, PositiveInt, sec
 from raytune_llm.errors import ConfigError
 
 
+class RowFormat:
+    """What the rules between sections ask of any format."""
+
+    @property
+    def pair_margin(self) -> str | None:
+        """The column that says by how much the chosen answer of a pair is better, where rows can have one."""
+        return None
+
+
 @section
-class Columns:
+class Columns(RowFormat):
     """Columns that rows of messages can have, whatever their form. A column that is null, or that a row lacks, is not there.
 
     Rows with `chosen` and `rejected` are pairs, rows with a true or false `label` are labelled answers. `margin` is a number that
@@ -24,6 +33,10 @@ class Columns:
     images: str | None
     videos: str | None
     audios: str | None
+
+    @property
+    def pair_margin(self) -> str | None:
+        return self.margin
 
 
 @section
@@ -76,7 +89,7 @@ class OpenAIFormat(Tags):
 
 
 @section
-class PromptCompletionFormat:
+class PromptCompletionFormat(RowFormat):
     """Rows with a request and the answer to it, each a text or a list of {role, content} messages."""
 
     name: Literal["prompt_completion"]
@@ -87,9 +100,13 @@ class PromptCompletionFormat:
     margin: str | None
     label: str | None
 
+    @property
+    def pair_margin(self) -> str | None:
+        return self.margin
+
 
 @section
-class TextFormat:
+class TextFormat(RowFormat):
     """Rows with one text each, for pre-training."""
 
     name: Literal["text"]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.config.checkpoint import CheckpointConfig
-from raytune_llm.config.data import DataConfig, TextFormat
+from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.quantization import QuantizationConfig
@@ -286,8 +286,8 @@ def _stages_read_what_is_said_of_their_rows(stage: StageConfig, data: DataConfig
             "data.preserve_thinking": data.preserve_thinking,
             "data.overlong": data.overlong if data.packing and data.overlong != "truncate" else None,
         }
-    if not isinstance(stage, Reward) and not isinstance(data.format, TextFormat):
-        unread["data.format.margin"] = data.format.margin
+    if not isinstance(stage, Reward):
+        unread["data.format.margin"] = data.format.pair_margin
     for setting, value in unread.items():
         if value:
             raise ConfigError(setting, f"is not read with stage={stage.name}", got=value, fix="Leave it out.")

@@ -1,126 +1,62 @@
-"""Rows of a store -> documents -> batches. What a row of each kind is in a batch is decided here.
-
-A conversation is one document. A pair is two: its request with each answer, or the rejected answer alone, going on from the
-request in the first document. A labelled answer is two as well, its request with its own answer and with another row's, in two
-batches since not both are always run.
-"""
+"""Documents -> batches, and batches on their way to a device."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from raytune_llm.data.kinds.kind import Document, Kind
 from raytune_llm.data.store import Rows
-from raytune_llm.data.tokens.truncation import shares
-from raytune_llm.records import AnswerBatch, Batch, LabeledBatch, PairBatch, Prefixes
+from raytune_llm.records import Batch, Prefixes
 
 PADDING_DOCUMENT = 64
 """Tokens of a document of padding where there is no other."""
+Line = Sequence[Document]
+"""The documents of a row of a batch."""
 
 
-class Document(NamedTuple):
-    ids: np.ndarray
-    spans: np.ndarray
-    """Trained ranges, flattened: start, end, start, end, ..."""
-    prefix: int = 0
-    """It goes on from so many first tokens of the document before it."""
-    weights: Sequence[float] | np.ndarray = ()
-    """Of each span in the loss; none where all weigh 1."""
-
-
-class Fields(NamedTuple):
-    batch: dict[str, Any]
-    """The fields of a Batch."""
-    numbers: torch.Tensor
-    """int64: the number in it of each document; a row's are next to each other."""
-    documents_N: torch.Tensor
-    """int64: the document of each trained token."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How rows of a store are batched."""
-
-    sides: int
-    """Documents of a row in one batch: a pack holds so many times data.max_length tokens."""
-    parts: int
-    """Batches of the same shape that a row's documents are dealt out to."""
-    documents: Callable[[Rows, int, int, int, bool], list[Document]]
-    """Of a row, its partner (another row), max_length, and whether answers share their request where they can."""
-    batch: Callable[[list[Fields], np.ndarray, np.ndarray, Rows], Batch]
-    """From the fields of each part, the rows, their partners and the store."""
-    shares: bool = False
-    """Whether a row's documents can share their request."""
-
-
-def _conversation(store: Rows, row: int, partner: int, max_length: int, share: bool) -> list[Document]:
-    return [Document(*store.row(row), weights=store.weights(row))]
-
-
-def _text(store: Rows, row: int, partner: int, max_length: int, share: bool) -> list[Document]:
-    return [Document(*store.row(row))]
-
-
-def _pair(store: Rows, row: int, partner: int, max_length: int, share: bool) -> list[Document]:
-    prompt, chosen, rejected = store.row(row)
-    if share:
-        return [_answered(prompt, chosen), Document(rejected, np.array([0, len(rejected)], np.int32), len(prompt))]
-    return [_answered(prompt, chosen), _answered(prompt, rejected)]
-
-
-def _labeled(store: Rows, row: int, partner: int, max_length: int, share: bool) -> list[Document]:
-    prompt, answer = store.row(row)
-    _, other = store.row(partner)
-    source, target = shares(len(prompt), len(other), max_length)
-    if len(prompt) + len(other) <= max_length:
-        source, target = len(prompt), len(other)
-    return [_answered(prompt, answer), _answered(prompt[:source], other[:target])]
-
-
-def _answered(prompt: np.ndarray, answer: np.ndarray) -> Document:
-    return Document(np.concatenate([prompt, answer]), np.array([len(prompt), len(prompt) + len(answer)], np.int32))
-
-
-def _plain_batch(made: list[Fields], rows: np.ndarray, partners: np.ndarray, store: Rows) -> Batch:
-    return Batch(**made[0].batch)
-
-
-def _pair_batch(made: list[Fields], rows: np.ndarray, partners: np.ndarray, store: Rows) -> PairBatch:
-    (both,) = made
-    return PairBatch(
-        **both.batch,
-        documents_N=both.documents_N,
-        chosen_P=both.numbers[0::2].contiguous(),
-        rejected_P=both.numbers[1::2].contiguous(),
-        margin_P=torch.from_numpy(store.margins[rows]),
+def assemble(
+    store: Rows,
+    lines: Sequence[Line],
+    rows: np.ndarray,
+    partners: np.ndarray,
+    *,
+    length: int,
+    pad_id: int,
+    sample_ids: tuple[int, ...],
+) -> Batch:
+    """The batch of these rows of a store (or pieces of them), whose documents are in the lines: one a row of the batch."""
+    kind = store.kind
+    own, *others = (
+        _collated(part, length=length, pad_id=pad_id, sample_ids=sample_ids, end_of_row=store.end_of_row)
+        for part in dealt(kind, lines)
+    )
+    batches = [own.batch, *(other.batch for other in others)]
+    if kind.judges_answers:
+        batches = [_answers(one, kind.sides if one is own else 1) for one in (own, *others)]
+    batch, *beside = batches
+    return dataclasses.replace(
+        batch,
+        per_answer={**batch.per_answer, **_tensors(kind.per_answer(store, rows))},
+        media=_tensors(kind.media(store, rows)),
+        beside=dict(zip(kind.beside, beside, strict=True)),
+        attention_pairs=sum(one.attention_pairs for one in batches),
         rows=tuple(rows.tolist()),
+        partners=tuple(partners.tolist()) if kind.has_partners else (),
     )
 
 
-def _labeled_batch(made: list[Fields], rows: np.ndarray, partners: np.ndarray, store: Rows) -> LabeledBatch:
-    own, other = made
-    return LabeledBatch(
-        **{**own.batch, "attention_pairs": own.batch["attention_pairs"] + other.batch["attention_pairs"]},
-        documents_N=own.documents_N,
-        answers_P=own.numbers,
-        mismatched=AnswerBatch(**other.batch, documents_N=other.documents_N, answers_P=other.numbers),
-        desirable_P=torch.from_numpy(store.desirable[rows]),
-        rows=tuple(rows.tolist()),
-        partners=tuple(partners.tolist()),
-    )
-
-
-KINDS = {
-    "conversations": Kind(1, 1, _conversation, _plain_batch),
-    "text": Kind(1, 1, _text, _plain_batch),
-    "pairs": Kind(2, 1, _pair, _pair_batch, shares=True),
-    "labeled": Kind(1, 2, _labeled, _labeled_batch),
-}
+def dealt(kind: Kind, lines: Sequence[Line]) -> list[Sequence[Line]]:
+    """The lines of the batch, and those of each batch beside it. A row's documents follow one another."""
+    if not kind.beside:
+        return [lines]
+    each = kind.sides + len(kind.beside)
+    own = [[document for number, document in enumerate(line) if number % each < kind.sides] for line in lines]
+    return [own, *([line[place::each] for line in lines] for place in range(kind.sides, each))]
 
 
 def collate(
@@ -132,36 +68,38 @@ def collate(
     end_of_row: int | None = None,
 ) -> Batch:
     """Documents end to end, one list a row of the batch, each row padded to `length` tokens."""
-    return Batch(**fields(lines, length=length, pad_id=pad_id, sample_ids=sample_ids, end_of_row=end_of_row).batch)
+    documents = [[Document(*document) for document in line] for line in lines]
+    return _collated(documents, length=length, pad_id=pad_id, sample_ids=sample_ids, end_of_row=end_of_row).batch
 
 
-def fields(
-    lines: Sequence[Sequence[tuple[Any, ...]]],
-    *,
-    length: int,
-    pad_id: int,
-    sample_ids: tuple[int, ...] = (),
-    end_of_row: int | None = None,
-) -> Fields:
-    """Documents end to end, as `collate` does it.
+class _Collated(NamedTuple):
+    batch: Batch
+    numbers: np.ndarray
+    """int64: the number in the batch of each document that is no padding."""
+    trained: np.ndarray
+    """int64: its trained tokens."""
 
-    Padding makes documents of its own, none longer than the longest real one, so that it does not set max_seqlen. Where
+
+def _collated(
+    lines: Sequence[Line], *, length: int, pad_id: int, sample_ids: tuple[int, ...], end_of_row: int | None
+) -> _Collated:
+    """Padding makes documents of its own, none longer than the longest real one, so that it does not set max_seqlen. Where
     end_of_row is given, it is the target at the end of every span, whatever stands there.
     """
     ids_L = np.full(len(lines) * length, pad_id, np.int64)
     positions_L = np.zeros(len(lines) * length, np.int64)
-    documents = [[Document(*document) for document in line] for line in lines]
-    longest = max((len(one.ids) for line in documents for one in line), default=0) or min(length, PADDING_DOCUMENT)
-    ramp = np.arange(max((len(one.ids) + one.prefix for line in documents for one in line), default=longest))
+    longest = max((len(one.ids) for line in lines for one in line), default=0) or min(length, PADDING_DOCUMENT)
+    ramp = np.arange(max((len(one.ids) + one.prefix for line in lines for one in line), default=longest))
     boundaries, numbers, counts, attention_pairs = [0], [], [], 0
     trained, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     weights: list[float] = []
     """Of each trained range."""
+    adapters: list[int] = []
     prefixed: list[tuple[int, int, int, int]] = []
-    """Start and end of each document that goes on from another, and of what it goes on from."""
-    for number, line in enumerate(documents):
+    """Start and end of each document that shares its prompt, and of the prompt."""
+    for number, line in enumerate(lines):
         before, at = 0, number * length
-        for ids, spans, prefix, of_spans in line:
+        for ids, spans, prefix, of_spans, adapter in line:
             end = at + len(ids)
             weights.extend(of_spans if len(of_spans) else [1.0] * (len(spans) // 2))
             ids_L[at:end] = ids
@@ -182,31 +120,44 @@ def fields(
             counts.append(count)
             numbers.append(len(boundaries) - 1)
             boundaries.append(end)
+            adapters.append(adapter)
             before, at = at, end
         while at < (number + 1) * length:
             end = min(at + longest, (number + 1) * length)
             positions_L[at:end] = ramp[: end - at]
             boundaries.append(end)
+            adapters.append(0)
             at = end
-    weighted = any(len(one.weights) for line in documents for one in line)
+    weighted = any(len(one.weights) for line in lines for one in line)
     weights_N = np.repeat(np.array(weights, np.float32), [len(part) for part in targets[1:]]) if weighted else None
-    numbers_M = torch.tensor(numbers, dtype=torch.int64)
-    return Fields(
-        {
-            "ids_BT": torch.from_numpy(ids_L).view(len(lines), length),
-            "positions_BT": torch.from_numpy(positions_L).view(len(lines), length),
-            "trained_N": torch.from_numpy(np.concatenate(trained)),
-            "targets_N": torch.from_numpy(np.concatenate(targets)),
-            "weights_N": None if weights_N is None else torch.from_numpy(weights_N),
-            "cu_seqlens_S": torch.tensor(boundaries, dtype=torch.int32),
-            "max_seqlen": longest,
-            "prefixes": _prefixes(np.array(prefixed)) if prefixed else None,
-            "attention_pairs": attention_pairs,
-            "sample_ids": sample_ids,
-        },
-        numbers_M,
-        numbers_M.repeat_interleave(torch.tensor(counts, dtype=torch.int64)),
+    batch = Batch(
+        ids_BT=torch.from_numpy(ids_L).view(len(lines), length),
+        positions_BT=torch.from_numpy(positions_L).view(len(lines), length),
+        trained_N=torch.from_numpy(np.concatenate(trained)),
+        targets_N=torch.from_numpy(np.concatenate(targets)),
+        cu_seqlens_S=torch.tensor(boundaries, dtype=torch.int32),
+        max_seqlen=longest,
+        per_token={} if weights_N is None else {"weights": torch.from_numpy(weights_N)},
+        adapter_M=torch.tensor(adapters) if any(adapters) else None,
+        prefixes=_prefixes(np.array(prefixed)) if prefixed else None,
+        attention_pairs=attention_pairs,
+        sample_ids=sample_ids,
     )
+    return _Collated(batch, np.array(numbers, np.int64), np.array(counts, np.int64))
+
+
+def _answers(collated: _Collated, sides: int) -> Batch:
+    """With the documents of each answer and of each trained token."""
+    batch, numbers, trained = collated
+    return dataclasses.replace(
+        batch,
+        per_token={**batch.per_token, "documents": torch.from_numpy(np.repeat(numbers, trained))},
+        per_answer={"documents": torch.from_numpy(numbers.reshape(-1, sides))},
+    )
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _prefixes(ranges_X4: np.ndarray) -> Prefixes:
@@ -222,15 +173,25 @@ def _prefixes(ranges_X4: np.ndarray) -> Prefixes:
     return Prefixes(queries_Q, keys_K, cu_queries_X, cu_keys_X, max_queries, max_keys)
 
 
-def moved(batch: Batch, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The batch with each of its tensors moved, those of batches in it among them."""
-    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    tensors: dict[str, Any] = {name: move(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
-    batches = {name: moved(value, move) for name, value in values.items() if isinstance(value, Batch)}
-    if batch.prefixes is not None:
-        queries, keys, cu_queries, cu_keys, *longest = batch.prefixes
-        tensors["prefixes"] = Prefixes(move(queries), move(keys), move(cu_queries), move(cu_keys), *longest)
-    return dataclasses.replace(batch, **tensors, **batches)
+def moved(batch: Batch, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    """The batch with each of its tensors moved, those in its maps and in batches beside it among them."""
+
+    def all_of(value: Any) -> Any:
+        match value:
+            case torch.Tensor():
+                return move(value)
+            case Prefixes(queries, keys, cu_queries, cu_keys):
+                return value._replace(
+                    queries_Q=move(queries), keys_K=move(keys), cu_queries_X=move(cu_queries), cu_keys_X=move(cu_keys)
+                )
+            case Batch():
+                return moved(value, move)
+            case Mapping():
+                return {name: all_of(one) for name, one in value.items()}
+            case _:
+                return value
+
+    return Batch(**{field.name: all_of(getattr(batch, field.name)) for field in dataclasses.fields(batch)})
 
 
 def pinned(batch: Batch) -> Batch:

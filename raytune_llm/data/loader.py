@@ -18,12 +18,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from raytune_llm.data.batches import KINDS, Document, collate, fields, pinned
+from raytune_llm.data.batches import assemble, dealt, pinned
+from raytune_llm.data.kinds.kind import Document, Place
 from raytune_llm.data.packing import plan
 from raytune_llm.data.store import Rows, Store
 from raytune_llm.records import Batch
-
-__all__ = ["Loader", "Samples", "Step", "collate", "permutation", "pinned", "split", "split_sources"]
 
 JOINED_MULTIPLE = 64
 """Joined rows are padded to a multiple of this, so that fewer shapes occur."""
@@ -104,20 +103,15 @@ class Samples:
         """`rows` are numbers of rows; one that is there twice comes twice in an epoch. share_prompts: the two answers of a pair
         share their request."""
         self.store, self.max_length, self.packing, self.share_prompts = store, max_length, packing, share_prompts
-        self.kind = KINDS[store.kind]
+        self.kind = store.kind
         self.capacity = max_length * self.kind.sides
         """Tokens of a pack."""
         self.rows = rows = np.asarray(rows)
         partners = np.roll(rows, 1)
-        lengths = room = store.lengths[rows].astype(np.int64)
-        if share_prompts:
-            lengths = room = lengths - store.prompt_lengths[rows]
-        if store.kind == "labeled":
-            prompts = store.prompt_lengths[rows]
-            mismatched = np.minimum(prompts + np.roll(lengths - prompts, 1), max_length)
-            lengths, room = lengths + mismatched, np.maximum(lengths, mismatched)
+        lengths, room = self.kind.sizes(store, rows, partners, max_length=max_length, share_prompts=share_prompts)
         starts = np.zeros_like(lengths)
-        if packing and store.kind == "text":
+        self._cut = packing and self.kind.end_to_end
+        if self._cut:
             order, starts, lengths, self._offsets = _blocks(lengths, max_length)
         elif packing:
             packs = plan(room, self.capacity)
@@ -128,14 +122,9 @@ class Samples:
         self._rows, self._partners, self._starts, self._lengths = rows[order], partners[order], starts, lengths
         self.tokens = _sums(lengths, self._offsets)
         """int64: real tokens of each sample."""
-        counts = np.ones(len(order), np.int64)
-        if store.kind == "text":
-            counts = lengths - 1
-        elif store.kind == "conversations":
-            counts = store.weighted_targets[self._rows]
-        self.targets = _sums(counts, self._offsets)
-        """What a loss over each sample is divided by: trained tokens with a predecessor, or pairs, or labelled rows. int64, or
-        float64 where tokens have weights."""
+        self.counts = _sums(lengths - 1 if self._cut else store.counts[self._rows], self._offsets)
+        """What a loss over each sample is divided by: trained tokens with a predecessor, by their weights, or pairs, or labelled
+        rows. int64, or float64 where tokens have weights."""
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -150,8 +139,8 @@ class Samples:
 
     @property
     def trained_tokens(self) -> int:
-        """Of an epoch: targets of a conversation or a text, tokens of all answers of other rows."""
-        return int(self.targets.sum() if self.store.kind == "text" else self.store.targets[self._rows].sum())
+        """Of an epoch."""
+        return int(self.counts.sum() if self._cut else self.store.trained[self._rows].sum())
 
     def over(self, rows: np.ndarray) -> Samples:
         """Samples of other rows of the same store, made in the same way."""
@@ -172,7 +161,7 @@ class Samples:
             self._lengths[places],
             offsets,
             self.tokens[samples],
-            self.targets[samples],
+            self.counts[samples],
         )
 
     def followed_by(self, others: Samples) -> Samples:
@@ -187,26 +176,23 @@ class Samples:
             np.concatenate([self._lengths, others._lengths]),
             np.concatenate([self._offsets, self._offsets[-1] + others._offsets[1:]]),
             np.concatenate([self.tokens, others.tokens]),
-            np.concatenate([self.targets, others.targets]),
+            np.concatenate([self.counts, others.counts]),
         )
 
     def _changed(self, store: Rows, rows: np.ndarray, partners: np.ndarray, *arrays: np.ndarray) -> Samples:
         changed = copy(self)
         changed.store, changed.rows, changed._rows, changed._partners = store, np.unique(rows), rows, partners
-        changed._starts, changed._lengths, changed._offsets, changed.tokens, changed.targets = arrays
+        changed._starts, changed._lengths, changed._offsets, changed.tokens, changed.counts = arrays
         return changed
 
     def __getitem__(self, sample: int) -> list[Document]:
-        """The documents of the sample: ids and spans."""
+        """The documents of the sample."""
         documents: list[Document] = []
         for place in range(self._offsets[sample], self._offsets[sample + 1]):
-            row, partner = int(self._rows[place]), int(self._partners[place])
-            if self.packing and self.store.kind == "text":
-                start, length = int(self._starts[place]), int(self._lengths[place])
-                ids = self.store.row(row)[0][start : start + length]
-                documents.append(Document(ids, np.array([0, length], np.int32)))
-            else:
-                documents += self.kind.documents(self.store, row, partner, self.max_length, self.share_prompts)
+            numbers = (self._rows[place], self._partners[place], self._starts[place], self._lengths[place])
+            documents += self.kind.documents(
+                self.store, Place(*map(int, numbers)), max_length=self.max_length, share_prompts=self.share_prompts
+            )
         return documents
 
     @property
@@ -221,23 +207,20 @@ class Samples:
             lines += [[] for _ in range(micro_batch_size - len(lines))]
             length = self.capacity
         else:
-            lines = [[row for sample in samples.tolist() for row in self[sample]]]
-            parts = (lines[0][part :: self.kind.parts] for part in range(self.kind.parts))
-            joined = max(sum(len(document.ids) for document in part) for part in parts)
+            lines = [[document for sample in samples.tolist() for document in self[sample]]]
+            joined = max(sum(len(document.ids) for document in line) for (line,) in dealt(self.kind, lines))
             length = max(-(-joined // JOINED_MULTIPLE), 1) * JOINED_MULTIPLE
-        made = [
-            fields(
-                [line[part :: self.kind.parts] for line in lines],
-                length=length,
-                pad_id=pad_id,
-                sample_ids=tuple(samples.tolist()),
-                end_of_row=self.store.end_of_row,
-            )
-            for part in range(self.kind.parts)
-        ]
         spans = (slice(*self._offsets[sample : sample + 2].tolist()) for sample in samples.tolist())
         places = np.r_[(slice(0, 0), *spans)]
-        return self.kind.batch(made, self._rows[places], self._partners[places], self.store)
+        return assemble(
+            self.store,
+            lines,
+            self._rows[places],
+            self._partners[places],
+            length=length,
+            pad_id=pad_id,
+            sample_ids=tuple(samples.tolist()),
+        )
 
 
 def _blocks(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -354,7 +337,7 @@ class Loader:
                     fraction=1.0 if ends else consumed / (self.samples.num_samples or math.inf),
                     batches=[self._batch(samples, step[start:end]) for start, end in shares],
                     first_rows=[int(rows_before[start]) for start, _ in shares],
-                    count=samples.targets[step].sum().item(),
+                    count=samples.counts[step].sum().item(),
                     tokens=int(samples.tokens[step].sum()),
                     sample_ids=tuple(step.tolist()),
                 )

@@ -25,13 +25,15 @@ from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.resources import Inline, ResourcesConfig
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.formats import Reading, converter
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.kind import Targets
 from raytune_llm.data.readers import sources
 from raytune_llm.data.readers.chunks import Chunk, Source
 from raytune_llm.data.readers.declarations import Declared, declared, declared_for_evaluation
-from raytune_llm.data.rows import Targets
 from raytune_llm.data.shards import Recipe, Timed, fetched, prepare_chunk
 from raytune_llm.data.store import (
     FAILED,
+    FORMAT_VERSION,
     MANIFEST,
     Shard,
     Store,
@@ -150,7 +152,7 @@ def prepare(
     started = time.perf_counter()
     made: list[Timed] = []
     preprocessor = _preprocessor(model, data, kind)
-    ranked = kind == "pairs"
+    ranked = KINDS[kind].ranked
     job = Job(data, resources, on_progress)
     return Prepared(
         store=_prepare_all(declared(data, ranked=ranked), preprocessor, job, made),
@@ -166,7 +168,7 @@ def prepare(
 def stream(model: ModelConfig, data: DataConfig, resources: ResourcesConfig, *, kind: str = "conversations") -> Streamed:
     """As `prepare`, but the store to train on is left to be made while training goes on (see Streamed.making)."""
     preprocessor = _preprocessor(model, data, kind)
-    ranked = kind == "pairs"
+    ranked = KINDS[kind].ranked
     held_out = declared_for_evaluation(data, ranked=ranked)
     (one,) = declared(data, ranked=ranked)
 
@@ -196,7 +198,7 @@ def find_stores(model: ModelConfig, data: DataConfig, *, kind: str = "conversati
             folders = [_cache(data) / key_of(joined)]
         return folders[0] if len(folders) == 1 and (folders[0] / MANIFEST).exists() else None
 
-    ranked = kind == "pairs"
+    ranked = KINDS[kind].ranked
     return found(declared(data, ranked=ranked)), found(declared_for_evaluation(data, ranked=ranked))
 
 
@@ -223,27 +225,20 @@ class Preprocessor:
 
 
 def _preprocessor(model: ModelConfig, data: DataConfig, kind: str) -> Preprocessor:
-    tokenizer, template = run_tokenizer(model, data, needs_template=kind != "text")
-    renderer = PlainText(tokenizer) if kind == "text" else renderer_of(tokenizer, template, data)
+    of_kind = KINDS[kind]
+    tokenizer, template = run_tokenizer(model, data, needs_template=of_kind.renders_chat)
+    renderer = renderer_of(tokenizer, template, data) if of_kind.renders_chat else PlainText(tokenizer)
     end = renderer.end_of_row
-    first = tokenizer("a").input_ids[:1]
-    return Preprocessor(
-        kind,
-        tokenizer,
-        template,
-        renderer,
-        Targets(
-            max_length=data.max_length,
-            overlong=data.overlong,
-            mask_history=data.mask_history,
-            train_on_prompt=data.train_on_prompt,
-            preserve_thinking=data.preserve_thinking,
-            end_of_row=None if end is None else tokenizer.convert_tokens_to_ids(end),  # type: ignore[arg-type]
-            text_start=first[0] if kind == "text" and first == [tokenizer.bos_token_id] else None,
-            text_end=tokenizer.eos_token_id if kind == "text" else None,  # type: ignore[arg-type]
-            texts_whole=kind == "text" and data.packing,
-        ),
+    targets = Targets(
+        max_length=data.max_length,
+        overlong=data.overlong,
+        mask_history=data.mask_history,
+        train_on_prompt=data.train_on_prompt,
+        preserve_thinking=data.preserve_thinking,
+        end_of_row=None if end is None else tokenizer.convert_tokens_to_ids(end),  # type: ignore[arg-type]
     )
+    targets = of_kind.targets(targets, tokenizer, packing=data.packing)
+    return Preprocessor(kind=kind, tokenizer=tokenizer, template=template, renderer=renderer, targets=targets)
 
 
 def renderer_of(tokenizer: PreTrainedTokenizerFast, template: NamedTemplate | None, data: DataConfig) -> Renderer:
@@ -298,6 +293,7 @@ def _made_from(one: Declared, preprocessor: Preprocessor, data: DataConfig, sour
     """Everything that determines the tokens, and nothing else: not where the files lie, not who makes the store."""
     return {
         "transforms_version": TRANSFORMS_VERSION,
+        "format_version": FORMAT_VERSION,
         "kind": preprocessor.kind,
         "source": source_hash,
         "split": one.split,

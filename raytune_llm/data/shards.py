@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.data.dropped import BadRow, Dropped, RefusedRow
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.kind import Targets
 from raytune_llm.data.readers import sources
 from raytune_llm.data.readers.chunks import Chunk, NumberedRow
-from raytune_llm.data.rows import KINDS, StoreRow, Targets
 from raytune_llm.data.store import Shard, write_shard
 from raytune_llm.data.templates.render import PlainText, Rendered, Renderer
 from raytune_llm.data.tokens.tokenize import BlockTokenizer
@@ -69,7 +70,7 @@ def prepare_chunk(chunk: Chunk, recipe: Recipe, path: Path) -> Timed:
     """Read, convert, render, tokenize and write one chunk."""
     started = time.time()
     dropped = Dropped()
-    rows: list[StoreRow] = []
+    rows: list[Any] = []
     numbered = sources.read(chunk)
     while block := list(islice(numbered, BLOCK_ROWS)):
         for number, row in made_rows(block, recipe):
@@ -80,11 +81,11 @@ def prepare_chunk(chunk: Chunk, recipe: Recipe, path: Path) -> Timed:
                     raise DataError(sources.where(chunk, number), row.problem, row.fix)
                 case _:
                     rows.append(row)
-    shard = write_shard(path, rows, dropped, kind=recipe.kind)
+    shard = write_shard(path, rows, dropped, kind=KINDS[recipe.kind])
     return Timed(shard, started, time.time())
 
 
-def made_rows(block: list[NumberedRow], recipe: Recipe) -> Iterator[tuple[int, StoreRow | BadRow | RefusedRow]]:
+def made_rows(block: list[NumberedRow], recipe: Recipe) -> Iterator[tuple[int, Any]]:
     """A block of raw rows, each as a row of the store or why it is none; first those that can't be rendered."""
     kind = KINDS[recipe.kind]
     usable: list[tuple[int, Record, tuple[Rendered, ...]]] = []
@@ -109,7 +110,7 @@ def made_rows(block: list[NumberedRow], recipe: Recipe) -> Iterator[tuple[int, S
     for number, record, rendered in usable:
         mine = list(islice(tokens, len(rendered)))
         try:
-            yield number, kind.row(record, rendered, mine, recipe.targets)
+            yield number, kind.make(record, rendered, mine, recipe.targets)
         except (BadRow, RefusedRow) as bad:
             yield number, bad
 

@@ -1,13 +1,7 @@
 """The token store: token rows on disk, memory-mapped.
 
 `<cache>/<key>/` holds shard-00000.arrow, ... (Arrow IPC files of one record batch) and manifest.json, which says the kind of
-its rows:
-
-    conversations         ids, spans, weights: TokenRow
-    text                  ids, spans: TokenRow
-    pairs                 prompt_ids, chosen_ids, rejected_ids, margin: PairRow
-    labeled               prompt_ids, answer_ids, desirable: LabeledRow
-    prompts               prompt_ids, answer_ids: PromptRow
+its rows, and so their columns (data/kinds/).
 
 Several stores of one kind make a joined store: a folder with a manifest that lists them, and no shards of its own.
 
@@ -28,7 +22,7 @@ import json
 import os
 import shutil
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -39,24 +33,17 @@ import numpy as np
 import pyarrow as pa
 
 from raytune_llm.data.dropped import Dropped
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.kind import Column, Kind, MappedShard, sizes_of
 from raytune_llm.errors import DataError, ResourceError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Raise it when a shard or a manifest is read in another way."""
 MANIFEST = "manifest.json"
 OUTLINE = "outline.json"
 """In a store that is being made: the number of its shards, their kind and end_of_row."""
 FAILED = "failed.txt"
 """In a store that is not being made any more: why."""
-LISTS = {
-    "conversations": ("ids", "spans"),
-    "text": ("ids", "spans"),
-    "pairs": ("prompt_ids", "chosen_ids", "rejected_ids"),
-    "labeled": ("prompt_ids", "answer_ids"),
-    "prompts": ("prompt_ids", "answer_ids"),
-}
-"""Columns of int32 lists of each kind of rows."""
-NUMBERS = {"pairs": ("margin", np.float32), "labeled": ("desirable", np.bool_)}
-"""The column of one number a row, where a kind has one."""
 _STATS = b"raytune_llm.stats"
 
 
@@ -96,18 +83,16 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.arrow"
 
 
-def write_shard(path: Path, rows: Sequence[Any], dropped: Dropped, *, kind: str = "conversations", source: int = 0) -> Shard:
+def write_shard(path: Path, rows: Sequence[Any], dropped: Dropped, *, kind: Kind, source: int = 0) -> Shard:
     """Write beside, then rename. The same rows always give the same bytes."""
-    columns = {name: _lists([getattr(row, name) for row in rows]) for name in LISTS[kind]}
-    lists = {name: _offsets_and_values(column) for name, column in columns.items()}
+    columns = {name: _arrow([getattr(row, name) for row in rows], column) for name, column in kind.columns.items()}
+    written = {name: _as_numpy(column) for name, column in columns.items()}
     stats = ShardStats(
-        rows=len(rows), tokens=int(_lengths(lists).sum()), trained_tokens=int(_targets(lists).sum()), dropped=dropped
+        rows=len(rows),
+        tokens=int(kind.lengths(written).sum()),
+        trained_tokens=int(kind.trained(written).sum()),
+        dropped=dropped,
     )
-    if kind in NUMBERS:
-        name, dtype = NUMBERS[kind]
-        columns[name] = pa.array(np.array([getattr(row, name) for row in rows], dtype))
-    if kind == "conversations":
-        columns["weights"] = _lists([row.weights for row in rows], np.float32)
     columns["source"] = pa.array(np.full(len(rows), source, np.int16))
     batch = pa.record_batch(columns)
     schema = batch.schema.with_metadata({_STATS: json.dumps(stats.to_json(), sort_keys=True).encode()})
@@ -142,45 +127,6 @@ def finished_shard(path: Path) -> Shard | None:
     if metadata is None or _STATS not in metadata:
         return None
     return Shard(path.name, path.stat().st_size, _sha256(path), ShardStats.from_json(json.loads(metadata[_STATS])))
-
-
-def targets(span_offsets: np.ndarray, spans: np.ndarray, weights: np.ndarray | int = 1) -> np.ndarray:
-    """Trained positions of each row that have a predecessor to be predicted from, by the weights of their spans."""
-    starts, ends = spans[0::2], spans[1::2]
-    counts = (ends - np.maximum(starts, 1)).astype(np.int64) * weights
-    passed = np.concatenate([np.zeros(1, counts.dtype), np.cumsum(counts)])
-    return passed[span_offsets[1:] // 2] - passed[span_offsets[:-1] // 2]
-
-
-MappedShard = Mapping[str, Any]
-"""Offsets and flat values of each column of lists, and the values of any other, as views of the file."""
-Lists = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Offsets and flat values of each column of lists."""
-
-
-def _lengths(lists: Lists) -> np.ndarray:
-    """Tokens of each row; of a pair, those of both sides, each with the request."""
-    sizes = {name: np.diff(offsets) for name, (offsets, _) in lists.items()}
-    if "ids" in sizes:
-        return sizes["ids"]
-    return sum(sizes.values()) + (sizes["prompt_ids"] if "rejected_ids" in sizes else 0)  # type: ignore[return-value]
-
-
-def _targets(lists: Lists) -> np.ndarray:
-    """Trained tokens of each row."""
-    if "spans" in lists:
-        return targets(*lists["spans"])
-    return sum(np.diff(offsets) for name, (offsets, _) in lists.items() if name != "prompt_ids")  # type: ignore[return-value]
-
-
-def _weighted_targets(shard: MappedShard) -> np.ndarray:
-    """Of each conversation: its trained tokens, by their weights. int64 where all weigh 1, else float64."""
-    (offsets, weights), (span_offsets, spans) = shard["weights"], shard["spans"]
-    if not len(weights):
-        return targets(span_offsets, spans)
-    of_spans = np.ones(len(spans) // 2)
-    of_spans[np.repeat(np.diff(offsets) > 0, np.diff(span_offsets) // 2)] = weights
-    return targets(span_offsets, spans, of_spans)
 
 
 @contextmanager
@@ -230,10 +176,10 @@ def complete(
     made_from: Mapping[str, Any],
     target: Path,
     *,
-    kind: str = "conversations",
+    kind: str,
     end_of_row: int | None = None,
 ) -> None:
-    """Write the manifest and give the folder its name."""
+    """Write the manifest and give the folder its name. `kind` is a name in KINDS."""
     dropped = Dropped()
     for shard in shards:
         dropped.merge(shard.stats.dropped)
@@ -270,7 +216,7 @@ def join(cache: Path, members: Sequence[tuple[str, Store]]) -> Store:
                 dropped.merge(store.dropped)
             manifest = {
                 "format_version": FORMAT_VERSION,
-                "kind": stores[0].kind,
+                "kind": stores[0].manifest["kind"],
                 "end_of_row": stores[0].end_of_row,
                 "made_from": made_from,
                 "rows": sum(store.num_rows for store in stores),
@@ -288,13 +234,14 @@ def join(cache: Path, members: Sequence[tuple[str, Store]]) -> Store:
 class Rows:
     """Rows of mapped shards of one kind, numbered through them."""
 
-    def __init__(self, kind: str, end_of_row: int | None, shards: Sequence[MappedShard]) -> None:
+    def __init__(self, kind: Kind, end_of_row: int | None, shards: Sequence[MappedShard]) -> None:
         self.kind = kind
         self.end_of_row = end_of_row
         """The id that is the target at the end of every span, where the template writes no end of its own."""
         self.shards = list(shards)
         self._first_rows = np.cumsum([0, *(num_rows(shard) for shard in self.shards)]).tolist()
         self.num_rows: int = self._first_rows[-1]
+        self._over_shards: dict[str, np.ndarray] = {}
 
     def only(self, rows: np.ndarray) -> tuple[Rows, np.ndarray]:
         """The shards that these rows are in, and the rows' numbers among them."""
@@ -310,53 +257,43 @@ class Rows:
         return self.num_rows
 
     def row(self, number: int) -> Any:
-        """The row's lists as a tuple, in the order of LISTS (ids and flattened spans, say), as int32 views of the file."""
+        """As the kind has it: lists are views of the file."""
         shard = bisect_right(self._first_rows, number) - 1
         local = number - self._first_rows[shard]
         columns = self.shards[shard]
-        return tuple(
-            values[offsets[local] : offsets[local + 1]] for offsets, values in (columns[name] for name in LISTS[self.kind])
-        )
+        return self.kind.row(*(_value(columns[name], local) for name in self.kind.columns))
 
-    def weights(self, number: int) -> np.ndarray:
-        """float32: of each span of a conversation in the loss; empty where all weigh 1."""
-        shard = bisect_right(self._first_rows, number) - 1
-        local = number - self._first_rows[shard]
-        offsets, values = self.shards[shard]["weights"]
-        return values[offsets[local] : offsets[local + 1]]
+    def prompt_and_answer(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of what the row asks, and of what stands there as the answer."""
+        return self.kind.prompt_and_answer(self.row(number))
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int32: tokens of each row; of a pair, those of both sides, each with the request."""
-        return _joined([_lengths(self._lists(shard)) for shard in self.shards], np.int32)
+        """int32: tokens of each row in one batch, every document with its prompt."""
+        return _joined([self.kind.lengths(shard) for shard in self.shards], np.int32)
 
     @cached_property
-    def prompt_lengths(self) -> np.ndarray:
-        """int64: tokens of each row's request, where rows have one."""
-        return _joined([np.diff(shard["prompt_ids"][0]) for shard in self.shards], np.int64)
-
-    @cached_property
-    def targets(self) -> np.ndarray:
+    def trained(self) -> np.ndarray:
         """int32: trained tokens of each row that have a predecessor."""
-        return _joined([_targets(self._lists(shard)) for shard in self.shards], np.int32)
+        return _joined([self.kind.trained(shard) for shard in self.shards], np.int32)
 
     @cached_property
-    def weighted_targets(self) -> np.ndarray:
-        """Of each conversation: its trained tokens, by their weights. int64 where all weigh 1, else float64."""
-        return np.concatenate([np.zeros(0, np.int64), *map(_weighted_targets, self.shards)])
+    def counts(self) -> np.ndarray:
+        """int64 or float64: what a loss over each row is divided by."""
+        return np.concatenate([np.zeros(0, np.int64), *map(self.kind.counts, self.shards)])
 
-    @cached_property
-    def desirable(self) -> np.ndarray:
-        """bool: the verdicts of labelled rows."""
-        return _joined([shard["desirable"] for shard in self.shards], bool)
+    def list_lengths(self, column: str) -> np.ndarray:
+        """int64: how long each row's list of this column is."""
+        return self._once(column, lambda shard: sizes_of(shard[column]).astype(np.int64))
 
-    @cached_property
-    def margins(self) -> np.ndarray:
-        """float32: by how much the first answer of each pair is preferred."""
-        return _joined([shard["margin"] for shard in self.shards], np.float32)
+    def numbers(self, column: str) -> np.ndarray:
+        """The values of a column of one number a row."""
+        return self._once(column, lambda shard: shard[column])
 
-    def _lists(self, shard: Mapping[str, Any]) -> Lists:
-        return {name: shard[name] for name in LISTS[self.kind]}
+    def _once(self, column: str, of_shard: Callable[[MappedShard], np.ndarray]) -> np.ndarray:
+        if column not in self._over_shards:
+            self._over_shards[column] = np.concatenate([of_shard(shard) for shard in self.shards])
+        return self._over_shards[column]
 
 
 class Store(Rows):
@@ -372,7 +309,7 @@ class Store(Rows):
         """Names of a joined store's members."""
         shards = [_map_listed_shard(folder / shard["name"], shard) for shard in manifest["shards"]]
         shards += [shard for member in self.members for shard in member.shards]
-        super().__init__(manifest["kind"], manifest["end_of_row"], shards)
+        super().__init__(KINDS[manifest["kind"]], manifest["end_of_row"], shards)
 
     @classmethod
     def open(cls, folder: str | Path) -> Store:
@@ -389,6 +326,8 @@ class Store(Rows):
                 f"is a token store of version {manifest.get('format_version')}, this program reads version {FORMAT_VERSION}",
                 "Delete the folder and run prepare again.",
             )
+        if manifest["kind"] not in KINDS:
+            raise _corrupt(folder / MANIFEST, f"says that its rows are {manifest['kind']!r}, a kind that there is not")
         return cls(folder, manifest)
 
     @cached_property
@@ -427,10 +366,7 @@ def map_shard(path: Path) -> MappedShard:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     except pa.ArrowInvalid as error:
         raise _corrupt(path, f"is not readable ({error})") from None
-    return {
-        name: _offsets_and_values(column) if pa.types.is_list(column.type) else column.to_numpy(zero_copy_only=False)
-        for name, column in zip(batch.schema.names, batch.columns, strict=True)
-    }
+    return {name: _as_numpy(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
 
 def num_rows(shard: MappedShard) -> int:
@@ -441,14 +377,26 @@ def _corrupt(path: Path, problem: str) -> DataError:
     return DataError(str(path), problem, f"Delete the folder {path.parent} and run prepare again.")
 
 
-def _offsets_and_values(lists: Any) -> tuple[np.ndarray, np.ndarray]:
-    return lists.offsets.to_numpy(), lists.values.to_numpy()
+def _as_numpy(column: Any) -> Any:
+    """(offsets, values) of lists, the values of numbers; views, but of booleans."""
+    if pa.types.is_list(column.type):
+        return column.offsets.to_numpy(), column.values.to_numpy()
+    return column.to_numpy(zero_copy_only=False)
 
 
-def _lists(rows: Sequence[Any], dtype: Any = np.int32) -> Any:
-    offsets = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(_joined(rows, dtype)))
+def _value(column: Any, row: int) -> Any:
+    if not isinstance(column, tuple):
+        return column[row]
+    offsets, values = column
+    return values[offsets[row] : offsets[row + 1]]
+
+
+def _arrow(values: Sequence[Any], column: Column) -> Any:
+    if not column.is_list:
+        return pa.array(np.array(values, column.dtype))
+    offsets = np.zeros(len(values) + 1, np.int32)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(_joined(values, column.dtype)))
 
 
 def _joined(arrays: Sequence[Any], dtype: Any) -> np.ndarray:

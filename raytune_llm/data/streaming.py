@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.kind import MappedShard
 from raytune_llm.data.loader import Ordered, Samples, permutation
-from raytune_llm.data.store import FAILED, MANIFEST, OUTLINE, MappedShard, Rows, map_shard, num_rows, partial, shard_name
+from raytune_llm.data.store import FAILED, MANIFEST, OUTLINE, Rows, map_shard, num_rows, partial, shard_name
 from raytune_llm.errors import DataError
 
 T = TypeVar("T")
@@ -58,7 +60,7 @@ class Stream:
         """Rows of these shards that no window holds yet."""
 
         def window(stop: int) -> Samples:
-            return self.samples(Rows(outline["kind"], outline["end_of_row"], shards), np.arange(start, stop))
+            return self.samples(Rows(KINDS[outline["kind"]], outline["end_of_row"], shards), np.arange(start, stop))
 
         for number in range(outline["num_shards"]):
             shards.append(self._awaited(lambda folder, number=number: map_shard(folder / shard_name(number)), stopped))

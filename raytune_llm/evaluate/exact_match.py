@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raytune_llm.data.prompts import last_answer
 from raytune_llm.engines.requests import Request, Sampling
 
 if TYPE_CHECKING:
@@ -45,11 +44,9 @@ def exact_match(
     max_new_tokens: int,
     adapter: str | None = None,
 ) -> ExactMatch:
-    """Greedy answers to at least one row of a token store, compared with what stands there.
-
-    A row is (ids, spans): the tokens before its last trained span are the prompt, that span is the reference.
-    """
-    prompts, references = zip(*(last_answer(ids, spans) for ids, spans in rows), strict=True)
+    """Greedy answers to at least one row of a token store, each given as ids of its prompt and of the answer that stands there,
+    with which they are compared."""
+    prompts, references = zip(*rows, strict=True)
     sampling = Sampling(max_new_tokens=max_new_tokens)
     completions = engine.generate([Request(prompt_ids=prompt, sampling=sampling, adapter=adapter) for prompt in prompts])
 

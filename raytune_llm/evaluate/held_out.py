@@ -50,7 +50,7 @@ def answer_held_out_rows(
         return exact_match(
             engine,
             tokenizer,
-            [store.row(row) for row in rows],
+            [store.prompt_and_answer(row) for row in rows],
             max_new_tokens=run.train.max_new_tokens,
             adapter=None if adapter is None else "final",
         )

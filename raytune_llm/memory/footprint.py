@@ -17,7 +17,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.config.section import settings_of
 from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.config.strategy import StrategyConfig
-from raytune_llm.data.batches import KINDS
+from raytune_llm.data.kinds import KINDS
 from raytune_llm.memory.model import (
     FP32,
     STATES,
@@ -119,7 +119,7 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     )
     states = states_of(needs.parameters)
     saved = quantized_bytes(needs.parameters, dtype.itemsize, quantization_of(needs.quantization))
-    pack = needs.max_length * KINDS[STAGES[run.stage.name].rows].sides
+    pack = needs.max_length * KINDS[STAGES[run.stage.name].kind].sides
     memory = memory_per_gpu(
         dimensions(config),
         needs.parameters,

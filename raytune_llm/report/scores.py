@@ -51,7 +51,7 @@ def _of_source(
     for step in loader.steps(0):
         for batch in step.batches:
             scores_P2 = scores(model, to_device(batch, device)).float().tolist()
-            for row, (chosen, rejected) in zip(batch.rows, scores_P2, strict=True):  # type: ignore[attr-defined]
+            for row, (chosen, rejected) in zip(batch.rows, scores_P2, strict=True):
                 yield PairScores(source, row, chosen, rejected)
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from raytune_llm.config.run import TrainRun
+from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.loader import Samples, split_sources
 from raytune_llm.data.pipeline import find_stores
 from raytune_llm.data.store import Store
@@ -98,7 +99,7 @@ class Plan:
 
 def plan(run: TrainRun) -> Plan:
     """Raises ConfigError and DataError as training would, without loading weights or reading more of the data than its hash."""
-    tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=STAGES[run.stage.name].rows != "text")
+    tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=KINDS[STAGES[run.stage.name].kind].renders_chat)
     config = run_config(run.model, tokenizer, run.data.max_length)
     gpus = gpus_here()
     world_size = _world_size(run, len(gpus))
@@ -167,10 +168,10 @@ def _accumulation(run: TrainRun, world_size: int) -> int:
 def _data(run: TrainRun, config: PretrainedConfig) -> Data | None:
     if run.data.streaming:
         return None
-    store, eval_store = find_stores(run.model, run.data, kind=STAGES[run.stage.name].rows)
+    store, eval_store = find_stores(run.model, run.data, kind=STAGES[run.stage.name].kind)
     if store is None or (eval_store is None and (run.data.eval_path or run.data.eval_names)):
         return None
-    shares = shares_prompts(run, Store.open(store).kind, lambda: config)
+    shares = shares_prompts(run, STAGES[run.stage.name].kind, lambda: config)
     stores = open_stores(run, str(store), None if eval_store is None else str(eval_store), share_prompts=shares)
     samples = stores.train
     assert isinstance(samples, Samples)

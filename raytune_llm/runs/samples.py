@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raytune_llm.data.prompts import PROMPTS
 from raytune_llm.data.store import Store
 from raytune_llm.engines.hf import HFEngine
 from raytune_llm.engines.requests import Request, Sampling
@@ -53,7 +52,7 @@ class Sampler:
         self._strategy, self._tokenizer, self._rows = strategy, tokenizer, rows
         self._stop_ids, self._device = stop_ids, device
         self._rank = dist.get_rank() if dist.is_initialized() else 0
-        asked = [PROMPTS[store.kind](*store.row(row)) for row in rows]
+        asked = [store.prompt_and_answer(row) for row in rows]
         sampling = Sampling(max_new_tokens=max_new_tokens)
         self._requests = [Request(prompt_ids=prompt.tolist(), sampling=sampling) for prompt, _ in asked]
         self._sources = [store.sources[store.row_sources[row]] if store.sources else "" for row in rows]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from raytune_llm.config.run import TrainRun
-from raytune_llm.data.batches import KINDS
+from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.loader import Loader, Samples
 from raytune_llm.data.streaming import Stream
 from raytune_llm.data.tokens.tokenizer import run_tokenizer, stop_ids
@@ -66,13 +66,13 @@ class Setup:
         return Path(self.run.output_dir)
 
     def learner(self, progress: Progress) -> loop.Learner:
-        coupling = self.objective.coupling
+        statistics = self.objective.statistics
         return loop.Learner(
             strategy=self.built.strategy,
             objective=self.objective,
             device=self.device,
             reference=self.references.online,
-            coupled=None if coupling is None else Coupled(coupling, progress.stage_state),
+            coupled=None if statistics is None else Coupled(statistics, progress.stage_state),
         )
 
     def plan(self) -> loop.Plan:
@@ -107,10 +107,10 @@ def set_up(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     stage = STAGES[run.stage.name]
     objective = stage.objective(run.stage)
-    tokenizer, template = run_tokenizer(run.model, run.data, needs_template=stage.rows != "text")
+    tokenizer, template = run_tokenizer(run.model, run.data, needs_template=KINDS[stage.kind].renders_chat)
     pad_id: int = tokenizer.pad_token_id or 0  # type: ignore[assignment]  # transformers types all special tokens alike
     config = run_config(run.model, tokenizer, run.data.max_length)
-    shares = shares_prompts(run, stage.rows, lambda: config)
+    shares = shares_prompts(run, stage.kind, lambda: config)
     stores = open_stores(run, train_store, eval_store, share_prompts=shares)
     builder = Builder(run, config, device)
     with explained(builder, "loading the model"):
@@ -128,7 +128,7 @@ def set_up(
             tell=lambda done, total: tell(ReferencePass(done=done, total=total)) if rank == 0 else None,
         )
     choices = built.choices + references.choices
-    if KINDS[stage.rows].shares:
+    if KINDS[stage.kind].can_share_prompts:
         choices += (f"requests: {'computed once for both answers' if shares else 'a copy for each of two answers'}",)
     if run.data.evaluates and not stores.held_out:
         choices += (f"evaluation: none, since data.eval_fraction={run.data.eval_fraction} of so few rows is no row",)

@@ -6,20 +6,20 @@ To add a stage: its entry here and its objective in a file beside, its section i
 from __future__ import annotations
 
 from raytune_llm.stages.kto import kto
-from raytune_llm.stages.objective import AnswerLogprobs, Coupling, Objective, Stage, StageLoss
+from raytune_llm.stages.objective import AnswerLogprobs, GlobalStatistics, Objective, Stage, StageLoss
 from raytune_llm.stages.preference import cpo, dpo, orpo, simpo
 from raytune_llm.stages.reward import pair_scores, reward
 from raytune_llm.stages.sft import pretrain, sft
 
-__all__ = ["STAGES", "AnswerLogprobs", "Coupling", "Objective", "Stage", "StageLoss"]
+__all__ = ["STAGES", "AnswerLogprobs", "GlobalStatistics", "Objective", "Stage", "StageLoss"]
 
 STAGES: dict[str, Stage] = {
-    "sft": Stage(rows="conversations", objective=sft),
-    "pretrain": Stage(rows="text", objective=pretrain),
-    "dpo": Stage(rows="pairs", objective=dpo),
-    "orpo": Stage(rows="pairs", objective=orpo),
-    "simpo": Stage(rows="pairs", objective=simpo),
-    "cpo": Stage(rows="pairs", objective=cpo),
-    "reward": Stage(rows="pairs", objective=reward, scores=pair_scores),
-    "kto": Stage(rows="labeled", objective=kto),
+    "sft": Stage(kind="conversations", objective=sft),
+    "pretrain": Stage(kind="text", objective=pretrain),
+    "dpo": Stage(kind="pairs", objective=dpo),
+    "orpo": Stage(kind="pairs", objective=orpo),
+    "simpo": Stage(kind="pairs", objective=simpo),
+    "cpo": Stage(kind="pairs", objective=cpo),
+    "reward": Stage(kind="pairs", objective=reward, scores=pair_scores),
+    "kto": Stage(kind="labeled", objective=kto),
 }

@@ -6,38 +6,27 @@ import torch
 from torch import Tensor, nn
 
 from raytune_llm.losses.tokens import segment_counts, segment_sums, split_sums, token_logprobs
-from raytune_llm.records import AnswerBatch, PairBatch
+from raytune_llm.records import Batch
 
 
-def pair_logprobs(model: nn.Module, batch: PairBatch, *, ld_alpha: float | None = None) -> Tensor:
-    """[P, 2]: sums over the tokens of the chosen and of the rejected answer.
+def answer_logprobs(model: nn.Module, batch: Batch, *, ld_alpha: float | None = None) -> Tensor:
+    """[P, sides]: sums over the tokens of each answer: of a pair the chosen and the rejected one, else of the only one.
 
     ld_alpha weighs the tokens past the shorter answer's length (LD-DPO, arXiv 2409.06411); None weighs them like the others.
     """
     logprobs_N = model(batch, token_logprobs)
-    num_documents = len(batch.cu_seqlens_S) - 1
+    num_documents, documents_PS = len(batch.cu_seqlens_S) - 1, batch.per_answer["documents"]
     if ld_alpha is None:
-        sums_M = segment_sums(logprobs_N, batch.documents_N, num_documents)
+        sums_M = segment_sums(logprobs_N, batch.per_token["documents"], num_documents)
     else:
-        shared_P = pair_tokens(batch).amin(1)
-        shared_M = torch.zeros(num_documents, dtype=shared_P.dtype, device=shared_P.device)
-        shared_M = shared_M.index_copy(0, batch.chosen_P, shared_P).index_copy(0, batch.rejected_P, shared_P)
-        head_M, tail_M = split_sums(logprobs_N, batch.documents_N, shared_M)
+        shared_PS = answer_tokens(batch).amin(1, keepdim=True).expand_as(documents_PS)
+        shared_M = torch.zeros(num_documents, dtype=shared_PS.dtype, device=shared_PS.device)
+        shared_M = shared_M.index_copy(0, documents_PS.flatten(), shared_PS.flatten())
+        head_M, tail_M = split_sums(logprobs_N, batch.per_token["documents"], shared_M)
         sums_M = head_M + ld_alpha * tail_M
-    return torch.stack([sums_M[batch.chosen_P], sums_M[batch.rejected_P]], dim=1)
+    return sums_M[documents_PS]
 
 
-def answer_logprobs(model: nn.Module, batch: AnswerBatch) -> Tensor:
-    """[P]: sums over the tokens of each answer."""
-    return segment_sums(model(batch, token_logprobs), batch.documents_N, len(batch.cu_seqlens_S) - 1)[batch.answers_P]
-
-
-def pair_tokens(batch: PairBatch) -> Tensor:
-    """int64 [P, 2]: trained tokens of the chosen and of the rejected answer."""
-    counts_M = segment_counts(batch.documents_N, len(batch.cu_seqlens_S) - 1)
-    return torch.stack([counts_M[batch.chosen_P], counts_M[batch.rejected_P]], dim=1)
-
-
-def answer_tokens(batch: AnswerBatch) -> Tensor:
-    """int64 [P]: trained tokens of each answer."""
-    return segment_counts(batch.documents_N, len(batch.cu_seqlens_S) - 1)[batch.answers_P]
+def answer_tokens(batch: Batch) -> Tensor:
+    """int64 [P, sides]: trained tokens of each answer."""
+    return segment_counts(batch.per_token["documents"], len(batch.cu_seqlens_S) - 1)[batch.per_answer["documents"]]

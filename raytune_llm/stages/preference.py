@@ -1,6 +1,6 @@
 """Learning from pairs of answers: DPO and its family with a reference, ORPO, SimPO and CPO without.
 
-Most losses are of one pair at a time. Those in OF_THE_WHOLE are of all pairs of a global batch together: there, a first pass
+Most losses are of one pair at a time. Those in GLOBAL_LOSSES are of all pairs of a global batch together: there, a first pass
 takes every pair's log-probabilities, the loss is computed on all of them at once, and the second pass carries each one's slope
 back into the model, which gives the gradient of the whole (Gao et al. 2021, arXiv 2101.06983, section 3.2).
 """
@@ -24,16 +24,16 @@ from raytune_llm.losses.preference import (
     rewards,
     weighted_sum,
 )
-from raytune_llm.records import LossOut, PairBatch
-from raytune_llm.stages.logprobs import pair_logprobs, pair_tokens
-from raytune_llm.stages.objective import Coupling, Objective, StageLoss
+from raytune_llm.records import Batch, LossOut
+from raytune_llm.stages.logprobs import answer_logprobs, answer_tokens
+from raytune_llm.stages.objective import GlobalStatistics, Objective, StageLoss
 
-Logps = Callable[[nn.Module, PairBatch], Tensor]
+Logps = Callable[[nn.Module, Batch], Tensor]
 Rewards = Callable[[PairLogprobs], tuple[Tensor, Tensor]]
 
 ARGUMENTS = {"discopop_tau": "tau", "f_alpha": "alpha"}
 """Settings of DPO -> how their loss calls them, where that is shorter."""
-OF_THE_WHOLE = {"aot", "aot_unpaired", "aot_pair", "bco_pair"}
+GLOBAL_LOSSES = {"aot", "aot_unpaired", "aot_pair", "bco_pair"}
 """Losses that need the log-probabilities of all pairs of a global batch."""
 
 
@@ -54,7 +54,7 @@ def dpo(section: DPO) -> Objective:
     return _objective(
         terms,
         partial(rewards, beta=section.beta),
-        logps=partial(pair_logprobs, ld_alpha=section.ld_alpha),
+        logps=partial(answer_logprobs, ld_alpha=section.ld_alpha),
         has_reference=section.reference != "none",
     )
 
@@ -79,67 +79,66 @@ def _sft(weight: float) -> list[Term]:
 
 
 def _objective(
-    terms: Sequence[Term], rewards: Rewards, *, logps: Logps = pair_logprobs, has_reference: bool = False
+    terms: Sequence[Term], rewards: Rewards, *, logps: Logps = answer_logprobs, has_reference: bool = False
 ) -> Objective:
     names = {term.loss for term in terms}
     pairs_of = partial(_pairs, logps=logps, has_reference=has_reference)
     loss: StageLoss = partial(_loss, pairs_of=pairs_of, terms=terms, rewards=rewards)
-    coupling = None
-    if names & OF_THE_WHOLE:
-        loss = partial(_loss_of_the_whole, pairs_of=pairs_of, rewards=rewards)
-        settle = partial(_slopes, terms=terms, rewards=rewards)
-        coupling = Coupling(values=partial(_columns, pairs_of=pairs_of), settle=settle, state=(0.0, 0.0))
+    statistics = None
+    if names & GLOBAL_LOSSES:
+        loss = partial(_global_loss, pairs_of=pairs_of, rewards=rewards)
+        reduce = partial(_slopes, terms=terms, rewards=rewards)
+        statistics = GlobalStatistics(values=partial(_columns, pairs_of=pairs_of), reduce=reduce, state=(0.0, 0.0))
     elif "sft" in names:
-        coupling = Coupling(values=_chosen_tokens, settle=_mean_chosen_tokens)
+        statistics = GlobalStatistics(values=_chosen_tokens, reduce=_mean_chosen_tokens)
     return Objective(
         loss=loss,
-        coupling=coupling,
+        statistics=statistics,
         reference=logps if has_reference else None,
     )
 
 
-def _pairs(model: nn.Module, batch: PairBatch, *, logps: Logps, has_reference: bool) -> PairLogprobs:
+def _pairs(model: nn.Module, batch: Batch, *, logps: Logps, has_reference: bool) -> PairLogprobs:
     policy_P2 = logps(model, batch)
-    reference_P2 = batch.reference_P2 if has_reference else torch.zeros_like(policy_P2)
-    assert reference_P2 is not None, "the reference's log-probabilities come with the batch"
-    return PairLogprobs(*policy_P2.unbind(1), *reference_P2.unbind(1), *pair_tokens(batch).unbind(1))
+    reference_P2 = batch.per_answer["reference"] if has_reference else torch.zeros_like(policy_P2)
+    return PairLogprobs(*policy_P2.unbind(1), *reference_P2.unbind(1), *answer_tokens(batch).unbind(1))
 
 
 def _loss(
     model: nn.Module,
-    batch: PairBatch,
+    batch: Batch,
     *,
-    pairs_of: Callable[[nn.Module, PairBatch], PairLogprobs],
+    pairs_of: Callable[[nn.Module, Batch], PairLogprobs],
     terms: Sequence[Term],
     rewards: Rewards,
 ) -> LossOut:
     pairs = pairs_of(model, batch)
-    if batch.whole_PJ is not None:
-        pairs = replace(pairs, mean_chosen_tokens=batch.whole_PJ[:, 0].to(pairs.chosen_P.dtype))
+    if (mean_chosen_tokens := batch.per_answer.get("mean_chosen_tokens")) is not None:
+        pairs = replace(pairs, mean_chosen_tokens=mean_chosen_tokens.to(pairs.chosen_P.dtype))
     loss_P = weighted_sum(pairs, terms)
     return LossOut(total=loss_P.sum(), count=len(loss_P), metrics=preference_metrics(pairs, *rewards(pairs)))
 
 
-def _chosen_tokens(model: nn.Module, batch: PairBatch) -> Tensor:
-    return pair_tokens(batch)[:, :1].double()
+def _chosen_tokens(model: nn.Module, batch: Batch) -> Tensor:
+    return answer_tokens(batch)[:, :1].double()
 
 
-def _mean_chosen_tokens(tokens_A1: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    return tokens_A1.mean(0, keepdim=True).expand_as(tokens_A1), state
+def _mean_chosen_tokens(tokens_A1: Tensor, state: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    return {"mean_chosen_tokens": tokens_A1.mean(0).expand(len(tokens_A1))}, state
 
 
-def _loss_of_the_whole(
-    model: nn.Module, batch: PairBatch, *, pairs_of: Callable[[nn.Module, PairBatch], PairLogprobs], rewards: Rewards
+def _global_loss(
+    model: nn.Module, batch: Batch, *, pairs_of: Callable[[nn.Module, Batch], PairLogprobs], rewards: Rewards
 ) -> LossOut:
     pairs = pairs_of(model, batch)
-    assert batch.whole_PJ is not None
-    loss_P, chosen_slope_P, rejected_slope_P = batch.whole_PJ.unbind(1)
+    loss_P, slopes_P2 = batch.per_answer["loss"], batch.per_answer["slopes"]
+    chosen_slope_P, rejected_slope_P = slopes_P2.unbind(1)
     line_P = chosen_slope_P * pairs.chosen_P + rejected_slope_P * pairs.rejected_P
     total = line_P.sum() + (loss_P - line_P.detach()).sum()  # the loss's value, the line's gradient
     return LossOut(total=total, count=len(loss_P), metrics=preference_metrics(pairs, *rewards(pairs)))
 
 
-def _columns(model: nn.Module, batch: PairBatch, *, pairs_of: Callable[[nn.Module, PairBatch], PairLogprobs]) -> Tensor:
+def _columns(model: nn.Module, batch: Batch, *, pairs_of: Callable[[nn.Module, Batch], PairLogprobs]) -> Tensor:
     """[P, 6]: what a PairLogprobs holds."""
     pairs = pairs_of(model, batch)
     return torch.stack(
@@ -155,8 +154,8 @@ def _columns(model: nn.Module, batch: PairBatch, *, pairs_of: Callable[[nn.Modul
     )
 
 
-def _slopes(values_A6: Tensor, state: Tensor, *, terms: Sequence[Term], rewards: Rewards) -> tuple[Tensor, Tensor]:
-    """[A, 3]: each pair's loss, and the slopes of all losses' sum towards its two log-probabilities.
+def _slopes(values_A6: Tensor, state: Tensor, *, terms: Sequence[Term], rewards: Rewards) -> tuple[dict[str, Tensor], Tensor]:
+    """Each pair's loss [A], and the slopes of all losses' sum towards its two log-probabilities [A, 2].
 
     The state is a RunningMean of rewards, which bco_pair takes with this batch in it.
     """
@@ -168,4 +167,5 @@ def _slopes(values_A6: Tensor, state: Tensor, *, terms: Sequence[Term], rewards:
         running = RunningMean(*state.unbind()).with_batch(both_2A.sum(), both_2A.numel())
         loss_A = weighted_sum(replace(pairs, reward_mean=running.mean), terms)
         slopes = torch.autograd.grad(loss_A.sum(), (chosen_A, rejected_A))
-    return torch.stack([loss_A.detach(), *slopes], dim=1), torch.stack([running.mean, running.num_batches])  # type: ignore[list-item]
+    state = torch.stack([running.mean, running.num_batches])  # type: ignore[list-item]
+    return {"loss": loss_A.detach(), "slopes": torch.stack(slopes, dim=1)}, state

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from raytune_llm.config.stage import Reward
 from raytune_llm.losses.reward import bradley_terry, centering, reward_metrics
-from raytune_llm.records import LossOut, PairBatch
+from raytune_llm.records import Batch, LossOut
 from raytune_llm.stages.objective import Objective
 
 SEPARATE_HEAD = {"score": False, "v_head": True}
@@ -23,15 +22,14 @@ def reward(section: Reward) -> Objective:
     )
 
 
-def pair_scores(model: nn.Module, batch: PairBatch) -> Tensor:
+def pair_scores(model: nn.Module, batch: Batch) -> Tensor:
     """[P, 2]: the scores of the chosen and of the rejected answer, each at its last token."""
-    scores_M = model(batch)
-    return torch.stack([scores_M[batch.chosen_P], scores_M[batch.rejected_P]], dim=1)
+    return model(batch)[batch.per_answer["documents"]]
 
 
-def _loss(model: nn.Module, batch: PairBatch, *, margin: float, centering_weight: float) -> LossOut:
+def _loss(model: nn.Module, batch: Batch, *, margin: float, centering_weight: float) -> LossOut:
     chosen_P, rejected_P = pair_scores(model, batch).unbind(1)
-    loss_P = bradley_terry(chosen_P, rejected_P, margin + batch.margin_P)
+    loss_P = bradley_terry(chosen_P, rejected_P, margin + batch.per_answer["margins"])
     if centering_weight:
         loss_P = loss_P + centering_weight * centering(chosen_P, rejected_P)
     return LossOut(total=loss_P.sum(), count=len(loss_P), metrics=reward_metrics(chosen_P, rejected_P))

@@ -94,7 +94,7 @@ def _next_token(
         metrics = {"router_aux_loss": (balance_N.detach().sum(), len(balance_N))}
     seen = values_NK[:, 1:].detach().unbind(1)
     metrics |= {name: (value_N.sum(), len(value_N)) for name, value_N in zip(METRICS, seen, strict=False)}
-    total, count = total_and_count(loss_N, batch.weights_N)
+    total, count = total_and_count(loss_N, batch.per_token.get("weights"))
     return LossOut(total=total, count=count, metrics=metrics)
 
 

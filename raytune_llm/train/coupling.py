@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import nn
 
 from raytune_llm.data.loader import Step
-from raytune_llm.stages import Coupling
+from raytune_llm.stages import GlobalStatistics
 
 
 class Coupled:
     """A stage's coupling, and what it remembers from step to step."""
 
-    def __init__(self, coupling: Coupling, remembered: Sequence[float] | None) -> None:
+    def __init__(self, coupling: GlobalStatistics, remembered: Sequence[float] | None) -> None:
         """remembered: from a checkpoint; None at the start of a run."""
         self._coupling = coupling
         self._state = torch.tensor(coupling.state if remembered is None else remembered, dtype=torch.float64)
@@ -41,11 +41,14 @@ class Coupled:
                 whole_AK[first : first + len(part_PK)] = part_PK
             if dist.is_initialized():
                 dist.all_reduce(whole_AK)  # every row is one worker's: the others add zero
-            whole_AJ, state = self._coupling.settle(whole_AK, self._state.to(whole_AK.device))
+            columns, state = self._coupling.reduce(whole_AK, self._state.to(whole_AK.device))
         if remember:
             self._state = state
         spans = ((first, first + len(part)) for first, part in zip(step.first_rows, parts, strict=True))
-        return [replace(batch, whole_PJ=whole_AJ[start:end]) for batch, (start, end) in zip(batches, spans, strict=True)]
+        return [
+            replace(batch, per_answer={**batch.per_answer, **{name: column[start:end] for name, column in columns.items()}})
+            for batch, (start, end) in zip(batches, spans, strict=True)
+        ]
 
 
 def seed_dropout(seed: int, sample_ids: tuple[int, ...]) -> None:

@@ -80,7 +80,7 @@ def find_references(
     for store in {id(one.store): one.store for one in samples}.values():
         assert isinstance(store, Store)
         of_store = [one for one in samples if one.store is store]
-        if store.kind == "pairs":
+        if not store.kind.has_partners:
             of_store = [of_store[0].over(np.arange(len(store)))]
         with as_found():
             tables[store.manifest_hash], where = precomputed(
@@ -112,7 +112,7 @@ class Online:
         with torch.no_grad(), self.initially():
             reference_P2 = self.logps(self.model, batch).detach()
         self.model.train(was_training)
-        return replace(batch, reference_P2=reference_P2)
+        return replace(batch, per_answer={**batch.per_answer, "reference": reference_P2})
 
 
 def online(run: TrainRun, strategy: Strategy, logps: AnswerLogprobs, other: nn.Module | None) -> Online:

@@ -29,7 +29,7 @@ from raytune_llm.data.batches import to_device
 from raytune_llm.data.loader import Samples
 from raytune_llm.data.store import write_whole
 from raytune_llm.errors import DataError
-from raytune_llm.records import LabeledBatch, PairBatch
+from raytune_llm.records import Batch
 from raytune_llm.stages import AnswerLogprobs
 
 VERSION = 1
@@ -54,13 +54,14 @@ class Table:
 
     def attach(self, batch: Any) -> Any:
         places_P = np.searchsorted(self.keys_E, keys_of(batch, self.num_rows))
-        return replace(batch, reference_P2=torch.from_numpy(np.array(self.values_E2[places_P])))
+        reference_P2 = torch.from_numpy(np.array(self.values_E2[places_P]))
+        return replace(batch, per_answer={**batch.per_answer, "reference": reference_P2})
 
 
-def keys_of(batch: PairBatch | LabeledBatch, num_rows: int) -> np.ndarray:
+def keys_of(batch: Batch, num_rows: int) -> np.ndarray:
     """int64 [P]: a number for each row and its partner."""
     rows = np.array(batch.rows, np.int64)
-    return rows * num_rows + (np.array(batch.partners, np.int64) if isinstance(batch, LabeledBatch) else rows)
+    return rows * num_rows + np.array(batch.partners or batch.rows, np.int64)
 
 
 # What decides the numbers ---------------------------------------------------------------------------------------------
@@ -104,8 +105,10 @@ def _files(path: str, *, content: bool = False) -> Any:
 
 
 def _rows(samples: Samples) -> Any:
-    """Pairs are all computed. What a labelled answer is mismatched with depends on the rows and their order."""
-    return None if samples.store.kind == "pairs" else hashlib.sha256(np.asarray(samples.rows, np.int64).tobytes()).hexdigest()
+    """None where all rows are computed. What a row's partner is depends on the rows and their order."""
+    return (
+        None if not samples.store.kind.has_partners else hashlib.sha256(np.asarray(samples.rows, np.int64).tobytes()).hexdigest()
+    )
 
 
 def precomputed(

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from raytune_llm.config.run import PrepareRun, TrainRun
-from raytune_llm.data.batches import KINDS
+from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.loader import Samples, split_sources
 from raytune_llm.data.mixture import mixed_rows
 from raytune_llm.data.store import Store
@@ -32,9 +32,9 @@ class Stores:
 def shares_prompts(run: TrainRun | PrepareRun, kind: str, model_config: Callable[[], PretrainedConfig]) -> bool:
     """Whether the two answers of a row share one computation of their request, where rows of this kind have two."""
     asked = run.data.share_prompts
-    if asked is True and not KINDS[kind].shares:
+    if asked is True and not KINDS[kind].can_share_prompts:
         raise ConfigError("data.share_prompts", f"can't be true where rows are {kind}", got=asked, fix="Set it to auto.")
-    if asked is False or not KINDS[kind].shares:
+    if asked is False or not KINDS[kind].can_share_prompts:
         return False
     config = model_config()
     possible = shares_prefixes(run.model.attention, config)
@@ -76,7 +76,7 @@ def open_stores(run: TrainRun, train_store: str, eval_store: str | None, *, shar
         held_out = {name: packed(evaluated, rows) for name, rows in held_out_rows.items()}
         manifests["evaluation"] = evaluated.manifest_hash
     for what, samples in (("train", train), *((f"held-out {name}".strip(), samples) for name, samples in held_out.items())):
-        if isinstance(samples, Samples) and not samples.targets.sum():
+        if isinstance(samples, Samples) and not samples.counts.sum():
             raise DataError(str(run.data.path), f"the {what} rows have no token to learn", "Check data.format and the answers.")
     return Stores(train, held_out, evaluated, manifests)
 

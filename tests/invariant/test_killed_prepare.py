@@ -13,8 +13,9 @@ import pytest
 
 from raytune_llm import ResourceError, api, load_config
 from raytune_llm.data.dropped import Dropped
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.text import TextRow
 from raytune_llm.data.store import write_shard
-from raytune_llm.records import TokenRow
 
 
 @pytest.fixture
@@ -55,11 +56,11 @@ def test_finished_shards_outlive_a_kill(rows: Path, tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    row = TokenRow(range(1000), [0, 1000])
+    row = TextRow(range(1000))
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         with pytest.raises(ResourceError, match=r"can't be written .*GiB are free.*data\.cache"):
-            write_shard(tmp_path / "shard", [row] * 1000, Dropped())
+            write_shard(tmp_path / "shard", [row] * 1000, Dropped(), kind=KINDS["text"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())

@@ -146,7 +146,7 @@ def test_two_workers_give_the_numbers_of_one(
     api.train(plain)
     chosen = load_config("train", [f"strategy={strategy}", "data.path=x"])
     run = stage_run(rows, tmp_path / "two", tmp_path / "spread", stage, f"stage.reference={how}", "train.micro_batch_size=2")
-    store = prepare(run.model, run.data, run.resources, kind=STAGES[stage].rows).store
+    store = prepare(run.model, run.data, run.resources, kind=STAGES[stage].kind).store
     two_workers.run(replace(run, strategy=chosen.strategy, resources=chosen.resources), str(store.folder))
     assert losses(run) == pytest.approx(losses(plain), rel=1e-4)
 

@@ -50,7 +50,7 @@ def margin_of_held_out_rows(run: TrainRun, score) -> float:
     _, held_out = split(len(store), run.data.eval_fraction, run.train.seed)
     margins = []
     for row in held_out.tolist():
-        prompt, chosen, rejected = (torch.from_numpy(part.copy()).long() for part in store.row(row))
+        prompt, chosen, rejected = (torch.from_numpy(part.copy()).long() for part in store.row(row)[:3])
         margins.append(score(torch.cat([prompt, chosen])[None]) - score(torch.cat([prompt, rejected])[None]))
     return sum(margins) / len(margins)
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from raytune_llm.data import store as token_store
 from raytune_llm.data.dropped import Dropped
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.pairs import PairRow
 from raytune_llm.data.loader import Samples
 from raytune_llm.data.store import Store
 from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.records import PairBatch, PairRow
-from raytune_llm.stages.logprobs import pair_logprobs
+from raytune_llm.stages.logprobs import answer_logprobs
 from tests.models import VOCABULARY, tiny_llama
 
 MAX_LENGTH = 40
@@ -37,7 +38,7 @@ def rows(seed: int = 0) -> list[PairRow]:
 def store_of(folder: Path, rows: Sequence[PairRow]) -> Store:
     with token_store.under_construction(folder, "key") as partial:
         assert partial is not None
-        shards = [token_store.write_shard(partial / token_store.shard_name(0), rows, Dropped(), kind="pairs")]
+        shards = [token_store.write_shard(partial / token_store.shard_name(0), rows, Dropped(), kind=KINDS["pairs"])]
         token_store.complete(partial, shards, {}, folder / "key", kind="pairs")
     return Store.open(folder / "key")
 
@@ -48,8 +49,7 @@ def logprobs(model: CausalLM, samples: Samples, together: int = 1) -> Tensor:
     for start in range(0, len(samples), together):
         numbers = np.arange(start, min(start + together, len(samples)))
         batch = samples.batch(numbers, micro_batch_size=together, pad_id=0)
-        assert isinstance(batch, PairBatch)
-        for row, both in zip(batch.rows, pair_logprobs(model, batch), strict=True):
+        for row, both in zip(batch.rows, answer_logprobs(model, batch), strict=True):
             found[row] = both
     return torch.stack(found)
 
@@ -108,4 +108,4 @@ def test_shared_requests_take_fewer_tokens_and_no_less_training(tmp_path: Path) 
     batches = [samples.batch(np.arange(7), micro_batch_size=7, pad_id=0) for samples in (plain, shared)]
     assert len(batches[0].trained_N) == len(batches[1].trained_N)
     assert plain.tokens.sum() > shared.tokens.sum()
-    assert plain.targets.sum() == shared.targets.sum() == 7
+    assert plain.counts.sum() == shared.counts.sum() == 7

@@ -90,7 +90,7 @@ def assert_same_scores(run: TrainRun, other: TrainRun) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
 def test_two_workers_give_the_numbers_of_one(strategy: str, plain: TrainRun, two_workers: Group, tmp_path: Path) -> None:
     run = elsewhere(plain, tmp_path, strategy=strategy, micro=2)
-    store = prepare(plain.model, plain.data, plain.resources, kind=STAGES[plain.stage.name].rows).store
+    store = prepare(plain.model, plain.data, plain.resources, kind=STAGES[plain.stage.name].kind).store
     two_workers.run(run, str(store.folder))
     assert_same_numbers(plain, run)
 

@@ -6,8 +6,8 @@ import pytest
 
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.formats import Reading, convert
+from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.readers.declarations import _format
-from raytune_llm.data.rows import KINDS
 from raytune_llm.errors import DataError
 from tests.parity.llamafactory import FOLDER, KIND_OF_STAGE, recipe, recorded, rows_of, unified, wanted
 

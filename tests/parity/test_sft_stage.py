@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raytune_llm.data.kinds.conversations import ConversationRow
 from raytune_llm.models.head import together
-from raytune_llm.records import Batch, TokenRow
+from raytune_llm.records import Batch
 from tests.parity.test_stage_steps import LAYOUTS, SHARED, assert_reference_values, cases, model_of
 from tests.steps import make_store, objective_of, run_step, step_of
 
@@ -69,9 +70,9 @@ def test_a_loss_of_the_stage_is_the_formulas(case: dict[str, Any]) -> None:
     assert out.metrics["token_accuracy"] == (right, out.count)
 
 
-def token_rows(rows: list[tuple[list[int], list[int]]]) -> list[TokenRow]:
+def token_rows(rows: list[tuple[list[int], list[int]]]) -> list[ConversationRow]:
     return [
-        TokenRow(np.array(prompt + answer, np.int32), np.array([len(prompt), len(prompt) + len(answer)], np.int32))
+        ConversationRow(np.array(prompt + answer, np.int32), np.array([len(prompt), len(prompt) + len(answer)], np.int32))
         for prompt, answer in rows
     ]
 

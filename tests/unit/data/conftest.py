@@ -13,9 +13,10 @@ from raytune_llm.config.load import load_config
 from raytune_llm.config.run import PrepareRun
 from raytune_llm.data import store as token_store
 from raytune_llm.data.dropped import Dropped
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.conversations import ConversationRow
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
-from raytune_llm.records import TokenRow
 
 
 @pytest.fixture(scope="session")
@@ -61,9 +62,11 @@ def make_store(tmp_path: Path) -> Callable[..., Store]:
             assert folder is not None
             shards = []
             for number, start in enumerate(range(0, len(rows), rows_per_shard)):
-                part = [TokenRow(np.array(ids), np.array(spans)) for ids, spans in rows[start : start + rows_per_shard]]
-                shards.append(token_store.write_shard(folder / token_store.shard_name(number), part, Dropped()))
-            token_store.complete(folder, shards, {"rows": len(rows)}, tmp_path / "stores" / "key")
+                part = [ConversationRow(np.array(ids), np.array(spans)) for ids, spans in rows[start : start + rows_per_shard]]
+                shards.append(
+                    token_store.write_shard(folder / token_store.shard_name(number), part, Dropped(), kind=KINDS["conversations"])
+                )
+            token_store.complete(folder, shards, {"rows": len(rows)}, tmp_path / "stores" / "key", kind="conversations")
         return Store.open(tmp_path / "stores" / "key")
 
     return make

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_llm.data.loader import Loader, Samples, collate, permutation, split, split_sources
+from raytune_llm.data.batches import collate
+from raytune_llm.data.loader import Loader, Samples, permutation, split, split_sources
 from tests import steps
 
 NUM_ROWS = 53
@@ -71,7 +72,7 @@ def test_every_row_is_in_one_sample(store, packing):
         store.row(row)[0].tolist() for row in range(NUM_ROWS)
     )
     assert samples.tokens.sum() == store.num_tokens
-    assert samples.targets.sum() == store.num_trained_tokens
+    assert samples.counts.sum() == store.num_trained_tokens
 
 
 def test_a_batch_is_shifted_and_keeps_documents_apart():
@@ -121,7 +122,7 @@ def test_world_and_micro_batch_size_do_not_change_what_a_step_sees(store, packin
 def test_the_tokens_of_an_epoch_are_those_of_the_store(store):
     trained = [batch.targets_N for step in loader_of(samples_of(store)).steps(0) for batch in step.batches]
     counted = np.bincount(np.concatenate(trained), minlength=NUM_ROWS + 1)[1:]
-    assert counted.tolist() == store.targets.tolist()
+    assert counted.tolist() == store.trained.tolist()
 
 
 @settings(max_examples=20)

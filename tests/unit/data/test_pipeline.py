@@ -7,6 +7,7 @@ import pytest
 
 from raytune_llm.config.load import load_config
 from raytune_llm.data import pipeline
+from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.data.readers import sources
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
@@ -26,7 +27,7 @@ def test_rows_come_out_in_order_with_their_answers_trained(jsonl, prepare_run):
     tokenizer = byte_tokenizer()
     texts = [tokenizer.decode(store.row(number)[0]) for number in range(2)]
     assert texts[0] == "<|im_start|>user\nrequest 0<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
-    ids, (start, end) = store.row(1)
+    ids, (start, end), _ = store.row(1)
     assert tokenizer.decode(ids[start:end]) == "no<|im_end|>"
 
 
@@ -171,7 +172,7 @@ def test_a_model_folder_without_a_tokenizer_is_refused(jsonl, tmp_path):
 
 def test_a_named_template_takes_the_place_of_the_tokenizers_own(jsonl, prepare_run):
     store = prepared(prepare_run(jsonl([chat(0)]), "data.template=vicuna", "data.default_system=Be brief.")).store
-    ids, (start, end) = store.row(0)
+    ids, (start, end), _ = store.row(0)
     text = byte_tokenizer().decode(ids)
     assert text.startswith("Be brief.") and "USER: request 0 ASSISTANT:" in text
     assert byte_tokenizer().decode(ids[start:end]) == "yes<|im_end|>"
@@ -201,7 +202,7 @@ def test_rows_of_every_kind_are_stored(jsonl, prepare_run, kind):
         row["messages"] = row["messages"][:1]
     data = {"pairs": "chat_pairs", "labeled": "chat_labeled", "prompts": "chat", "text": "text"}[kind]
     store = prepared(prepare_run(jsonl([row]), data=data), kind=kind).store
-    assert (store.kind, len(store)) == (kind, 1)
+    assert (store.kind, len(store)) == (KINDS[kind], 1)
 
 
 def test_entries_of_a_dataset_info_have_a_store_each_and_one_together(jsonl, prepare_run, tmp_path):

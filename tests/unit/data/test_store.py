@@ -4,51 +4,41 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from raytune_llm.data.dropped import BadRow, Dropped
-from raytune_llm.data.store import Store, finished_shard, key_of, targets, under_construction, write_shard
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.conversations import ConversationRow
+from raytune_llm.data.store import Store, finished_shard, key_of, under_construction, write_shard
 from raytune_llm.errors import DataError
-from raytune_llm.records import TokenRow
 
 ROWS = [([1, 2, 3], [1, 3]), ([4], [0, 1]), ([5, 6, 7, 8], [0, 2, 3, 4]), ([9, 9], [])]
 
 
 def test_rows_come_back_over_all_shards(make_store):
     store = make_store(ROWS, rows_per_shard=3)
-    assert [(ids.tolist(), spans.tolist()) for ids, spans in map(store.row, range(len(store)))] == ROWS
+    assert [(ids.tolist(), spans.tolist()) for ids, spans, _ in map(store.row, range(len(store)))] == ROWS
     assert store.lengths.tolist() == [3, 1, 4, 2]
 
 
 def test_targets_leave_out_a_first_token_which_nothing_predicts(make_store):
-    assert make_store(ROWS, rows_per_shard=3).targets.tolist() == [2, 0, 2, 0]
-
-
-@given(st.lists(st.lists(st.integers(0, 9), max_size=6).map(lambda cuts: sorted(set(cuts))[: len(set(cuts)) // 2 * 2])))
-def test_targets_of_flat_spans_are_those_of_each_row(spans):
-    offsets = np.cumsum([0, *map(len, spans)])
-    flat = np.array([value for row in spans for value in row], dtype=np.int32)
-    assert targets(offsets, flat).tolist() == [
-        sum(end - max(start, 1) for start, end in zip(row[::2], row[1::2], strict=True)) for row in spans
-    ]
+    assert make_store(ROWS, rows_per_shard=3).trained.tolist() == [2, 0, 2, 0]
 
 
 def test_the_same_rows_make_the_same_bytes(tmp_path):
-    rows = [TokenRow(np.array(ids), np.array(spans)) for ids, spans in ROWS]
-    shards = [write_shard(tmp_path / name, rows, Dropped()) for name in "ab"]
+    rows = [ConversationRow(np.array(ids), np.array(spans)) for ids, spans in ROWS]
+    shards = [write_shard(tmp_path / name, rows, Dropped(), kind=KINDS["conversations"]) for name in "ab"]
     assert shards[0].sha256 == shards[1].sha256
 
 
 def test_a_finished_shard_is_known_again_with_its_dropped_rows(tmp_path):
     dropped = Dropped()
     dropped.add(BadRow("too odd", "7"), "a.jsonl, row 3")
-    shard = write_shard(tmp_path / "shard", [TokenRow([1, 2], [1, 2])], dropped)
+    shard = write_shard(tmp_path / "shard", [ConversationRow([1, 2], [1, 2])], dropped, kind=KINDS["conversations"])
     assert finished_shard(tmp_path / "shard") == shard
 
 
 def test_a_shard_that_is_cut_off_is_not_taken_for_finished(tmp_path):
-    write_shard(tmp_path / "shard", [TokenRow([1, 2], [1, 2])], Dropped())
+    write_shard(tmp_path / "shard", [ConversationRow([1, 2], [1, 2])], Dropped(), kind=KINDS["conversations"])
     (tmp_path / "shard").write_bytes((tmp_path / "shard").read_bytes()[:-20])
     assert finished_shard(tmp_path / "shard") is None
 

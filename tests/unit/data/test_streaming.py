@@ -14,21 +14,25 @@ from hypothesis import strategies as st
 
 from raytune_llm.data import store as token_store
 from raytune_llm.data.dropped import Dropped
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.conversations import ConversationRow
+from raytune_llm.data.kinds.labeled import LabeledRow
+from raytune_llm.data.kinds.pairs import PairRow
+from raytune_llm.data.kinds.text import TextRow
 from raytune_llm.data.loader import Loader, Samples
 from raytune_llm.data.store import FAILED, shard_name, write_outline, write_shard
 from raytune_llm.data.streaming import Stream
 from raytune_llm.errors import DataError
-from raytune_llm.records import LabeledRow, PairRow, TokenRow
 
 MAX_LENGTH = 16
 
 
 def token_row(number, length):
-    return TokenRow(np.full(length, number + 1), np.array([length // 2, length]))
+    return ConversationRow(np.full(length, number + 1), np.array([length // 2, length]))
 
 
 def text_row(number, length):
-    return TokenRow(np.full(length, number + 1), np.array([0, length]))
+    return TextRow(np.full(length, number + 1))
 
 
 def pair_row(number, length):
@@ -48,7 +52,7 @@ def publish(folder, shards, kind="conversations", order=None):
     making.mkdir(parents=True, exist_ok=True)
     write_outline(making, len(shards), kind, None)
     for number in order or range(len(shards)):
-        write_shard(making / shard_name(number), shards[number], Dropped(), kind=kind)
+        write_shard(making / shard_name(number), shards[number], Dropped(), kind=KINDS[kind])
         if order is not None:
             time.sleep(0.02)
 

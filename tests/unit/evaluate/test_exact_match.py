@@ -35,9 +35,14 @@ def row(tokenizer, word, answer):
     return ids, np.array([len(prompt), len(prompt) + len(reference)], dtype=np.int32)
 
 
+def asked(rows):
+    """Prompts and answers."""
+    return [(ids[:start], ids[start:end]) for ids, (start, end) in rows]
+
+
 def test_texts_are_compared_without_special_tokens_and_outer_white_space(tokenizer):
     rows = [row(tokenizer, "yes", "yes"), row(tokenizer, "no", "no"), row(tokenizer, "a b", "a b")]
-    result = exact_match(Scripted(" yes\n", "No", "a  b"), tokenizer, rows, max_new_tokens=4)
+    result = exact_match(Scripted(" yes\n", "No", "a  b"), tokenizer, asked(rows), max_new_tokens=4)
     assert (result.matches, result.total, result.fraction) == (1, 3, 1 / 3)
     assert [sample.correct for sample in result.samples] == [True, False, False]
     assert [sample.reference for sample in result.samples] == ["yes", "no", "a b"]
@@ -47,7 +52,7 @@ def test_texts_are_compared_without_special_tokens_and_outer_white_space(tokeniz
 
 def test_the_model_is_asked_greedily_with_the_very_ids_of_training(tokenizer):
     engine = Scripted("x")
-    exact_match(engine, tokenizer, [row(tokenizer, "x", "x")], max_new_tokens=7, adapter="mine")
+    exact_match(engine, tokenizer, asked([row(tokenizer, "x", "x")]), max_new_tokens=7, adapter="mine")
     [request] = engine.requests
     assert list(request.prompt_ids) == tokenizer.encode(PROMPT.format("x"))
     assert (request.sampling.temperature, request.sampling.max_new_tokens, request.adapter) == (0, 7, "mine")
@@ -58,7 +63,7 @@ def test_a_model_that_learnt_its_rows_by_heart_scores_full_marks(tokenizer):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=None, bos_token_id=None, **sizes))
-    before = exact_match(HFEngine(model, tokenizer), tokenizer, rows, max_new_tokens=8)
+    before = exact_match(HFEngine(model, tokenizer), tokenizer, asked(rows), max_new_tokens=8)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(40):
@@ -69,5 +74,5 @@ def test_a_model_that_learnt_its_rows_by_heart_scores_full_marks(tokenizer):
         optimizer.step()
         optimizer.zero_grad()
 
-    after = exact_match(HFEngine(model, tokenizer), tokenizer, rows, max_new_tokens=8)
+    after = exact_match(HFEngine(model, tokenizer), tokenizer, asked(rows), max_new_tokens=8)
     assert (before.matches, after.matches) == (0, 2)

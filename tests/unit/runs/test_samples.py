@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from raytune_llm import ConfigError, api
 from raytune_llm.data.pipeline import prepare
-from raytune_llm.data.prompts import PROMPTS
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.engines.hf import HFEngine
 from raytune_llm.engines.requests import Request, Sampling
@@ -58,7 +57,7 @@ def test_the_answers_are_those_of_the_saved_model(done):
         model = PeftModel.from_pretrained(base, str(result.final))
     store = prepare(run.model, run.data, run.resources).store
     requests = [
-        Request(prompt_ids=PROMPTS[store.kind](*store.row(sample.row))[0].tolist(), sampling=Sampling(max_new_tokens=8))
+        Request(prompt_ids=store.prompt_and_answer(sample.row)[0].tolist(), sampling=Sampling(max_new_tokens=8))
         for sample in told[-1]
     ]
     answers = [completion.text.strip() for completion in HFEngine(model, tokenizer).generate(requests)]

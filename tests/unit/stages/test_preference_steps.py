@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from raytune_llm.config.stage import DPO_READS, DPOLoss
-from raytune_llm.records import PairRow
-from raytune_llm.stages.logprobs import pair_logprobs, pair_tokens
+from raytune_llm.data.kinds.pairs import PairRow
+from raytune_llm.stages.logprobs import answer_logprobs, answer_tokens
 from tests.models import VOCABULARY, tiny_llama
 from tests.steps import make_store, objective_of, run_step, step_of
 
@@ -40,8 +40,8 @@ def test_without_a_reference_rewards_are_the_policys_own(step):
 def test_ld_alpha_of_one_is_plain_dpo_and_of_zero_forgets_what_is_longer(step):
     model = tiny_llama()
     for batch in step.batches:
-        plain, none = pair_logprobs(model, batch), pair_logprobs(model, batch, ld_alpha=0.0)
-        assert torch.allclose(plain, pair_logprobs(model, batch, ld_alpha=1.0))
+        plain, none = answer_logprobs(model, batch), answer_logprobs(model, batch, ld_alpha=0.0)
+        assert torch.allclose(plain, answer_logprobs(model, batch, ld_alpha=1.0))
         assert torch.all(none >= plain) and torch.all((none == plain).any(1))
 
 
@@ -81,6 +81,6 @@ def test_the_weight_of_cross_entropy_adds_the_chosen_answers(step, stage):
     model = tiny_llama()
     plain, more, twice = (run_step(model, objective_of(f"stage={stage}", f"stage.sft_weight={w}"), step).loss for w in (0, 1, 2))
     assert math.isclose(twice - more, more - plain, rel_tol=1e-4)
-    nll = -sum(float(pair_logprobs(model, batch)[:, 0].sum()) for batch in step.batches)
-    tokens = sum(int(pair_tokens(batch)[:, 0].sum()) for batch in step.batches)
+    nll = -sum(float(answer_logprobs(model, batch)[:, 0].sum()) for batch in step.batches)
+    tokens = sum(int(answer_tokens(batch)[:, 0].sum()) for batch in step.batches)
     assert math.isclose(more - plain, nll / tokens, rel_tol=1e-4)

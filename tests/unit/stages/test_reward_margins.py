@@ -10,8 +10,8 @@ from torch import nn
 from raytune_llm import ConfigError, load_config
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.formats import Reading, convert
+from raytune_llm.data.kinds.pairs import PairRow
 from raytune_llm.losses.reward import bradley_terry
-from raytune_llm.records import PairRow
 from tests.steps import make_store, objective_of, run_step, step_of
 
 REWARD = ["stage=reward", "data.path=rows.jsonl", "data.format.margin=margin"]

@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from raytune_llm import ConfigError
+from raytune_llm.data.kinds.conversations import ConversationRow
 from raytune_llm.losses.tokens import asft, cross_entropy, dft, token_entropy
 from raytune_llm.models import attention
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.neftune import neftune_noise
-from raytune_llm.records import TokenRow
 from tests.models import VOCABULARY, logits, packed, some_rows, tiny_llama
 from tests.steps import Outcome, make_store, objective_of, run_step, step_of
 
@@ -26,7 +26,7 @@ LAYOUTS = {"packs": (True, 8), "packs one by one": (True, 1), "rows joined": (Fa
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory):
-    rows = [TokenRow(ids, spans) for ids, spans in some_rows(LENGTHS)]
+    rows = [ConversationRow(ids, spans) for ids, spans in some_rows(LENGTHS)]
     return make_store(tmp_path_factory.mktemp("store"), "conversations", rows)
 
 
@@ -189,7 +189,7 @@ def test_tokens_count_in_the_loss_by_the_weight_of_their_answer(tmp_path, overri
     rows = []
     for of_spans in weights:
         spans = [2, 5] if len(of_spans) < 2 else [0, 4, 6, 11]
-        rows.append(TokenRow(draw.integers(0, VOCABULARY, 12).astype(np.int32), np.array(spans, np.int32), of_spans))
+        rows.append(ConversationRow(draw.integers(0, VOCABULARY, 12).astype(np.int32), np.array(spans, np.int32), of_spans))
     model = tiny_llama()
     outs = in_layouts(model, make_store(tmp_path, "conversations", rows), *overrides)
     batch = packed([(row.ids, row.spans) for row in rows])  # type: ignore[misc]

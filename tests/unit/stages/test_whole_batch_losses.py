@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from raytune_llm.data.kinds.labeled import LabeledRow
+from raytune_llm.data.kinds.pairs import PairRow
 from raytune_llm.losses.preference import PREFERENCE_LOSSES, PairLogprobs
-from raytune_llm.records import LabeledRow, PairRow
-from raytune_llm.stages.logprobs import pair_logprobs, pair_tokens
+from raytune_llm.stages.logprobs import answer_logprobs, answer_tokens
 from tests.models import VOCABULARY, tiny_llama
 from tests.steps import make_store, objective_of, run_step, step_of
 
@@ -67,8 +68,8 @@ def test_the_second_pass_gives_the_gradient_of_the_loss_on_all_pairs_at_once(nam
     step = step_of(pairs, max_length=24, packing=False, micro=16)
     (batch,) = step.batches
     with torch.no_grad():
-        reference_P2 = pair_logprobs(reference, batch)
-    everything = PairLogprobs(*pair_logprobs(policy, batch).unbind(1), *reference_P2.unbind(1), *pair_tokens(batch).unbind(1))
+        reference_P2 = answer_logprobs(reference, batch)
+    everything = PairLogprobs(*answer_logprobs(policy, batch).unbind(1), *reference_P2.unbind(1), *answer_tokens(batch).unbind(1))
     loss = PREFERENCE_LOSSES[name](everything, beta=0.3).mean()
     loss.backward()
     expected = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}

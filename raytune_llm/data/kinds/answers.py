@@ -1,0 +1,76 @@
+"""Prompts and the answers to them: how they are told apart in a rendered text, shortened and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from raytune_llm.data.dropped import BadRow, RefusedRow
+from raytune_llm.data.kinds.kind import Document, Targets
+from raytune_llm.data.tokens.tokenize import Tokens
+from raytune_llm.data.tokens.truncation import shares
+from raytune_llm.records import Conversation, Message
+
+NOTHING_LEFT = "no trained token is left after truncation to data.max_length"
+
+
+def prompt_and_answer(tokens: Tokens, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
+    """Of the last answer, with the end that the template does not write."""
+    start, end = tokens.answers[-2:].tolist()
+    answer = tokens.ids[start:end]
+    return tokens.ids[:start], answer if targets.end_of_row is None else np.append(answer, np.int32(targets.end_of_row))
+
+
+def shortened(tokens: Tokens, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
+    """The same, of at most max_length tokens together."""
+    prompt, answer = prompt_and_answer(tokens, targets)
+    check_length(len(prompt) + len(answer), targets)
+    source, target = shares(len(prompt), len(answer), targets.max_length)
+    return prompt[:source], answer[:target]
+
+
+def answered(prompt: np.ndarray, answer: np.ndarray) -> Document:
+    """A document of both, of which the answer is trained."""
+    return Document(np.concatenate([prompt, answer]), np.array([len(prompt), len(prompt) + len(answer)], np.int32))
+
+
+def check_answer(answer: Message) -> None:
+    """An answer of its end alone would be judged: to say nothing is better, or worse, than to answer."""
+    if not (answer.content.strip() or answer.tool_calls or answer.reasoning):
+        raise BadRow("an answer is empty")
+
+
+def check_media(conversation: Conversation) -> None:
+    media = conversation.media
+    for column, values in (("images", media.images), ("videos", media.videos), ("audios", media.audios)):
+        if values:
+            raise RefusedRow(
+                f"the row has {column}, which are not trained on yet",
+                f"Set data.format.{column}=null to train on its text alone.",
+            )
+
+
+def check_length(length: int, targets: Targets) -> None:
+    """Before a row is shortened: raises BadRow or RefusedRow where it is too long and is not to be."""
+    if length > targets.max_length:
+        OVERLONG[targets.overlong](length, targets.max_length)
+
+
+def _truncate(length: int, max_length: int) -> None:
+    pass
+
+
+def _drop(length: int, max_length: int) -> None:
+    raise BadRow("the row is longer than data.max_length", f"{length} tokens")
+
+
+def _refuse(length: int, max_length: int) -> None:
+    raise RefusedRow(
+        f"the row has {length} tokens, data.max_length is {max_length}",
+        "Raise data.max_length, or set data.overlong to truncate or drop.",
+    )
+
+
+OVERLONG: dict[str, Callable[[int, int], None]] = {"truncate": _truncate, "drop": _drop, "error": _refuse}
+"""What is done about a row that is too long."""

@@ -1,0 +1,126 @@
+"""Conversations: one document, of which every trained answer is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+
+from raytune_llm.data.dropped import BadRow
+from raytune_llm.data.formats import last_answer_only
+from raytune_llm.data.kinds.answers import NOTHING_LEFT, check_length, check_media
+from raytune_llm.data.kinds.kind import IDS, Column, Document, Ids, Kind, MappedShard, Place, Targets, sizes_of
+from raytune_llm.data.kinds.text import rest_of_text
+from raytune_llm.data.templates.render import Rendered, Renderer
+from raytune_llm.data.tokens.tokenize import Tokens
+from raytune_llm.data.tokens.truncation import shorten
+from raytune_llm.records import Conversation, Labeled, Pair, Record, Text
+
+if TYPE_CHECKING:
+    from raytune_llm.data.store import Rows
+
+WHAT = {
+    Pair: "a pair of answers, as stage=dpo, orpo, simpo, cpo or reward learns from",
+    Labeled: "an answer with a verdict, as stage=kto learns from",
+    Text: "plain text, as stage=pretrain learns from",
+}
+"""Of a row that is no conversation."""
+
+
+class ConversationRow(NamedTuple):
+    ids: Ids
+    spans: Ids
+    """Trained ranges [start, end), flattened: start, end, start, end, ..."""
+    weights: Sequence[float] | np.ndarray = ()
+    """Of each span in the loss; none where all weigh 1."""
+
+
+class ConversationKind(Kind):
+    row = ConversationRow
+    columns: ClassVar = {"ids": IDS, "spans": IDS, "weights": Column(np.float32)}
+
+    def render(self, record: Record, renderer: Renderer, targets: Targets) -> tuple[Rendered, ...]:
+        if not isinstance(record, Conversation):
+            raise BadRow("the row is no plain conversation", f"it is {WHAT[type(record)]}")
+        conversation = last_answer_only(record) if targets.mask_history else record
+        if not any(message.role == "assistant" for message in conversation.messages):
+            raise BadRow("there is no answer to learn")
+        if not any(message.trained for message in conversation.messages):
+            raise BadRow("no answer is trained")
+        check_media(conversation)
+        return (renderer.render(conversation, earlier_answers=not targets.mask_history or targets.preserve_thinking),)
+
+    def make(self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets) -> ConversationRow:
+        (text,), (whole,) = rendered, tokens
+        room = targets.max_length - (targets.end_of_row is not None)
+        kept = whole
+        if len(whole.ids) > room:
+            check_length(len(whole.ids) + targets.max_length - room, targets)
+            kept = shorten(whole, room, last_first=targets.mask_history)
+        if targets.end_of_row is not None:
+            return _ended(kept, text.weights, targets.end_of_row)
+        if targets.train_on_prompt:
+            return _trained(kept.ids, np.array([(0, len(kept.ids))]), (1.0,))
+        return _trained(kept.ids, kept.answers.reshape(-1, 2), text.weights)
+
+    def lengths(self, shard: MappedShard) -> np.ndarray:
+        return sizes_of(shard["ids"])
+
+    def trained(self, shard: MappedShard) -> np.ndarray:
+        return targets_of_spans(*shard["spans"])
+
+    def counts(self, shard: MappedShard) -> np.ndarray:
+        """Trained tokens of each row, by their weights. int64 where all weigh 1, else float64."""
+        (offsets, weights), (span_offsets, spans) = shard["weights"], shard["spans"]
+        if not len(weights):
+            return targets_of_spans(span_offsets, spans)
+        of_spans = np.ones(len(spans) // 2)
+        of_spans[np.repeat(np.diff(offsets) > 0, np.diff(span_offsets) // 2)] = weights
+        return targets_of_spans(span_offsets, spans, of_spans)
+
+    def documents(self, store: Rows, place: Place, *, max_length: int, share_prompts: bool) -> list[Document]:
+        ids, spans, weights = store.row(place.row)
+        return [Document(ids, spans, weights=weights)]
+
+    def prompt_and_answer(self, row: ConversationRow) -> tuple[np.ndarray, np.ndarray]:
+        """The last answer, and what stands before it. A row that is trained whole is asked for its rest, as a text is."""
+        ids = np.asarray(row.ids)
+        start, end = row.spans[-2:]
+        return (ids[:start], ids[start:end]) if start > 0 else rest_of_text(ids)
+
+
+def targets_of_spans(span_offsets: np.ndarray, spans: np.ndarray, weights: np.ndarray | int = 1) -> np.ndarray:
+    """Trained positions of each row that have a predecessor to be predicted from, by the weights of their spans."""
+    starts, ends = spans[0::2], spans[1::2]
+    counts = (ends - np.maximum(starts, 1)).astype(np.int64) * weights
+    passed = np.concatenate([np.zeros(1, counts.dtype), np.cumsum(counts)])
+    return passed[span_offsets[1:] // 2] - passed[span_offsets[:-1] // 2]
+
+
+def _ended(tokens: Tokens, weights: tuple[float, ...], end: int) -> ConversationRow:
+    """With the end token after the last answer. At the end of every span it is the target, whatever follows in the text.
+
+    A turn whose prompt is cut away altogether has no place for the end of the turn before it: it goes, with those after it.
+    """
+    answers = tokens.answers.reshape(-1, 2)
+    touching = np.flatnonzero((answers[1:, 0] == answers[:-1, 1]) & (answers[1:, 1] > answers[1:, 0]))
+    if len(touching):
+        answers = answers[: touching[0] + 1]
+    ids = np.append(tokens.ids[: answers[-1, 1]], np.int32(end))
+    ended = answers[:, 1] > answers[:, 0]
+    ended[-1] = True  # also where all of it is cut away, but not its end
+    return _trained(ids, np.stack([answers[:, 0], answers[:, 1] + ended], axis=1), weights[: len(answers)])
+
+
+def _trained(ids: np.ndarray, answers: np.ndarray, weights: tuple[float, ...]) -> ConversationRow:
+    """With the answers that weigh something and hold a target. The very first token is none: nothing predicts it."""
+    # By hand: numpy takes its time over three or four answers.
+    turns = zip(answers.tolist(), weights, strict=True)
+    targets = [(start, end, weight) for (start, end), weight in turns if weight > 0 and end > max(start, 1)]
+    if not targets:
+        raise BadRow(NOTHING_LEFT)
+    spans = np.array([edge for start, end, _ in targets for edge in (start, end)], np.int32)
+    if all(weight == 1 for *_, weight in targets):
+        return ConversationRow(ids, spans)
+    return ConversationRow(ids, spans, np.array([weight for *_, weight in targets], np.float32))

@@ -1,0 +1,84 @@
+"""Labelled answers: a prompt, an answer to it, and whether it is a good one.
+
+One document, and another in a batch beside it: the same prompt with the answer of another row, by which it is estimated how far
+the policy has moved from the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+
+from raytune_llm.data.dropped import BadRow
+from raytune_llm.data.kinds.answers import NOTHING_LEFT, answered, check_answer, check_media, shortened
+from raytune_llm.data.kinds.kind import IDS, Column, Document, Ids, Kind, MappedShard, Place, Targets, ones, sizes_of
+from raytune_llm.data.templates.render import Rendered, Renderer
+from raytune_llm.data.tokens.tokenize import Tokens
+from raytune_llm.data.tokens.truncation import shares
+from raytune_llm.records import Labeled, Record
+
+if TYPE_CHECKING:
+    from raytune_llm.data.store import Rows
+
+
+class LabeledRow(NamedTuple):
+    prompt_ids: Ids
+    answer_ids: Ids
+    desirable: bool
+
+
+class LabeledKind(Kind):
+    row = LabeledRow
+    columns: ClassVar = {"prompt_ids": IDS, "answer_ids": IDS, "desirable": Column(np.bool_, is_list=False)}
+    beside = ("mismatched",)
+    has_partners = True
+    judges_answers = True
+
+    def render(self, record: Record, renderer: Renderer, targets: Targets) -> tuple[Rendered, ...]:
+        if not isinstance(record, Labeled):
+            raise BadRow("the row has no verdict", "set data.format.label to a column that is true or false")
+        check_media(record.conversation)
+        if record.conversation.messages[-1].role != "assistant":
+            raise BadRow("there is no answer to judge")
+        check_answer(record.conversation.messages[-1])
+        return (renderer.render(record.conversation, earlier_answers=False),)
+
+    def make(self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets) -> LabeledRow:
+        assert isinstance(record, Labeled)
+        prompt, answer = shortened(tokens[0], targets)
+        if not min(len(prompt), len(answer)):
+            raise BadRow(NOTHING_LEFT)
+        return LabeledRow(prompt, answer, record.desirable)
+
+    def lengths(self, shard: MappedShard) -> np.ndarray:
+        return sizes_of(shard["prompt_ids"]) + sizes_of(shard["answer_ids"])
+
+    def trained(self, shard: MappedShard) -> np.ndarray:
+        return sizes_of(shard["answer_ids"])
+
+    def counts(self, shard: MappedShard) -> np.ndarray:
+        return ones(shard["prompt_ids"])
+
+    def sizes(
+        self, store: Rows, rows: np.ndarray, partners: np.ndarray, *, max_length: int, share_prompts: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        own, prompts = store.lengths[rows].astype(np.int64), store.list_lengths("prompt_ids")
+        mismatched = np.minimum(prompts[rows] + store.list_lengths("answer_ids")[partners], max_length)
+        return own + mismatched, np.maximum(own, mismatched)
+
+    def documents(self, store: Rows, place: Place, *, max_length: int, share_prompts: bool) -> list[Document]:
+        prompt, answer, _ = store.row(place.row)
+        _, other, _ = store.row(place.partner)
+        source, target = len(prompt), len(other)
+        if source + target > max_length:
+            source, target = shares(source, target, max_length)
+        return [answered(prompt, answer), answered(prompt[:source], other[:target])]
+
+    def per_answer(self, store: Rows, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        """desirable: bool."""
+        return {"desirable": store.numbers("desirable")[rows]}
+
+    def prompt_and_answer(self, row: LabeledRow) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(row.prompt_ids), np.asarray(row.answer_ids)
