@@ -16,7 +16,7 @@ import yaml
 
 from scripts.manifests.entrypoints import check_entrypoint
 from scripts.manifests.kustomize import KustomizeError, Object, render
-from scripts.manifests.rules import check_rules
+from scripts.manifests.rules import check_rules, pods_are_restricted
 from scripts.manifests.schemas import check_builtin, check_definition, check_pod
 from scripts.manifests.serving import check_serve_config
 from scripts.manifests.workloads import cluster_spec, pod_templates
@@ -55,7 +55,7 @@ def check_object(found: Object, crds: Path | None) -> list[str]:
     if found["apiVersion"] in UNCHECKED:
         return []
     if found["apiVersion"] != "ray.io/v1":
-        return check_builtin(found)
+        return check_builtin(found) + list(pods_are_restricted(found))
     problems = check_definition(found, crds) if crds else []
     problems += check_rules(found) + _version(found)
     problems += [f"{where}: {problem}" for where, template in pod_templates(found) for problem in check_pod(template)]

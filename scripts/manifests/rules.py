@@ -165,7 +165,7 @@ def _queued(found: Object) -> Iterator[str]:
         yield f"Kueue refuses the autoscaler without the annotation {ELASTIC}"
 
 
-def _pods_are_restricted(found: Object) -> Iterator[str]:
+def pods_are_restricted(found: Object) -> Iterator[str]:
     """The Pod Security Standard `restricted`, which the namespace enforces, and limits for all."""
     for where, template in pod_templates(found):
         spec = template["spec"]
@@ -233,7 +233,7 @@ RULES: tuple[Callable[[Object], Iterator[str]], ...] = (
     _jobs,
     _schedules,
     _queued,
-    _pods_are_restricted,
+    pods_are_restricted,
     _shared_memory,
     _grace,
 )

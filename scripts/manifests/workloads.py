@@ -10,7 +10,8 @@ Object = dict[str, Any]
 
 def job_spec(found: Object) -> Object | None:
     """Of a RayJob, or of the jobs that a RayCronJob makes."""
-    return {"RayJob": found["spec"], "RayCronJob": found["spec"].get("jobTemplate", {})}.get(found["kind"])
+    spec = found.get("spec", {})
+    return {"RayJob": spec, "RayCronJob": spec.get("jobTemplate", {})}.get(found["kind"])
 
 
 def cluster_spec(found: Object) -> Object | None:
@@ -18,11 +19,14 @@ def cluster_spec(found: Object) -> Object | None:
     job = job_spec(found)
     if job is not None:
         return job.get("rayClusterSpec")
-    return {"RayCluster": found["spec"], "RayService": found["spec"].get("rayClusterConfig")}.get(found["kind"])
+    spec = found.get("spec", {})
+    return {"RayCluster": spec, "RayService": spec.get("rayClusterConfig")}.get(found["kind"])
 
 
 def pod_templates(found: Object) -> Iterator[tuple[str, Object]]:
-    """Each pod template with a name for messages."""
+    """Each pod template with a name for messages; a Pod is its own."""
+    if found["kind"] == "Pod":
+        yield "pod", found
     cluster = cluster_spec(found)
     if cluster:
         yield "head", cluster["headGroupSpec"]["template"]
