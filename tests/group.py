@@ -33,10 +33,10 @@ class Group:
         for process in self.processes:
             process.start()
 
-    def run(self, run: TrainRun, store: str, *, stop_after: int | None = None) -> list[Any]:
+    def run(self, run: TrainRun, store: str, eval_store: str | None = None, *, stop_after: int | None = None) -> list[Any]:
         """stop_after: all workers fall over after that step, before anything is made of it."""
         for jobs in self.jobs:
-            jobs.put((run, store, stop_after))
+            jobs.put((run, (store, eval_store), stop_after))
         answers: dict[int, Any] = {}
         while len(answers) < len(self.processes):
             rank, answer = self.results.get(timeout=120)
@@ -67,9 +67,9 @@ def _serve(rank: int, world: int, port: int, device_type: str, jobs: Any, result
     from raytune_llm.runs.worker import work
 
     while (job := jobs.get()) is not None:
-        run, store, stop_after = job
+        run, stores, stop_after = job
         try:
-            outcome: Any = work(run, store, None, device=device, on_step=power_cut_at(stop_after))
+            outcome: Any = work(run, *stores, device=device, on_step=power_cut_at(stop_after))
         except PowerCut:
             outcome = None
         except BaseException:
