@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune_llm import session
 from raytune_llm.config.load import as_plain, to_yaml
+from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.resources import Cluster
 from raytune_llm.config.run import DoctorRun, ImportRun, PrepareRun, TrainRun
 from raytune_llm.data import pipeline
@@ -70,14 +71,32 @@ def train(
     (again after a lost worker); on_samples gets a list of `train.samples.Sample` at each evaluation. `began`: when the command
     started, in epoch seconds.
     """
-    from raytune_llm.report.plots import loss_curve
-    from raytune_llm.runs.launch import check_devices, fit, spare_cpus
-    from raytune_llm.runs.output import identity, open_output
+    from raytune_llm.runs import preflight
+    from raytune_llm.runs.output import check_writable
+    from raytune_llm.runs.owner import owned
 
     clock = _Phases(began or time.time())
-    check_devices(run)
-    output = Path(run.output_dir).resolve()
-    run = replace(run, output_dir=str(output))
+    run = with_absolute_paths(run)
+    preflight.check(run)
+    output = Path(run.output_dir)
+    check_writable(output)
+    with owned(output):
+        return _train(run, output, clock, sinks, on_begin, on_samples, on_progress)
+
+
+def _train(
+    run: TrainRun,
+    output: Path,
+    clock: _Phases,
+    sinks: Sequence[Sink],
+    on_begin: Callable[[Any], None],
+    on_samples: Callable[[Any], None],
+    on_progress: pipeline.OnProgress | None,
+) -> TrainResult:
+    from raytune_llm.report.plots import loss_curve
+    from raytune_llm.runs.launch import fit, spare_cpus
+    from raytune_llm.runs.output import finished, identity, mark_finished, open_output
+
     if run.resources.name != "inline":
         session.connect(run.resources)
     clock.enter("prepare")
@@ -87,8 +106,10 @@ def train(
     else:
         prepared = pipeline.prepare(run.model, run.data, run.resources, kind=kind, on_progress=on_progress)
     clock.enter("start")
-    resumed_from = open_output(run, identity(run, prepared.manifests))
-    if (done := _finished(output)) is not None:
+    this_run = identity(run, prepared.manifests)
+    done = _summary_of(output) if run.resume != "never" and finished(output, this_run) else None
+    resumed_from = open_output(run, this_run)
+    if done is not None:
         return TrainResult(summary=done, output_dir=output, resumed_from=resumed_from, already_done=True, before=None, after=None)
     output.mkdir(parents=True, exist_ok=True)
     (output / "run.yaml").write_text(to_yaml(run))
@@ -116,6 +137,7 @@ def train(
     loss_curve(read_metrics(output / "metrics.jsonl"), output / "loss.png", title=run.name)
     summary = _summary(outcome, clock, before, after)
     write_summary(output / "summary.json", summary)
+    mark_finished(output, this_run)
     return TrainResult(
         summary=summary, output_dir=output, resumed_from=resumed_from, already_done=False, before=before, after=after
     )
@@ -185,12 +207,9 @@ def _summary(outcome: TrainOutcome, clock: _Phases, before: ExactMatch | None, a
     )
 
 
-def _finished(output: Path) -> Summary | None:
-    """The summary of a run that is done. It is written last."""
-    path = output / "summary.json"
-    if not path.exists() or not (output / "final").is_dir():
-        return None
-    values = json.loads(path.read_text())
+def _summary_of(output: Path) -> Summary:
+    """Of a run that is done."""
+    values = json.loads((output / "summary.json").read_text())
     return Summary(**{**values, "wall_s": WallTime(**values["wall_s"])})
 
 

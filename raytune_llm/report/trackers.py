@@ -6,6 +6,7 @@ A resumed run goes on in the same place: services give a run an id, which is kep
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,12 @@ class Tracker:
 def open_tracker(tracking: TrackingConfig, run: TrackedRun) -> Tracker:
     """Raises ResourceError where the place's package is not installed."""
     return TRACKERS[tracking.name](tracking, run)
+
+
+def check_tracker(tracking: TrackingConfig) -> None:
+    """Raises ResourceError where the place's package is not installed. Nothing is imported yet."""
+    if TRACKERS[tracking.name] is not nowhere and importlib.util.find_spec(tracking.name) is None:
+        raise _missing(tracking.name)
 
 
 def nowhere(tracking: TrackingConfig, run: TrackedRun) -> Tracker:
@@ -138,10 +145,14 @@ def _package(name: str, module: str | None = None) -> Any:
     try:
         return importlib.import_module(module or name)
     except ImportError:
-        raise ResourceError(
-            f"tracking={name} needs the package {name}, which is not installed",
-            f"Run `pip install {name}`, or choose another place, say tracking=tensorboard.",
-        ) from None
+        raise _missing(name) from None
+
+
+def _missing(name: str) -> ResourceError:
+    return ResourceError(
+        f"tracking={name} needs the package {name}, which is not installed",
+        f"Run `pip install {name}`, or choose another place, say tracking=tensorboard.",
+    )
 
 
 def _by_path(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -11,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
@@ -21,6 +24,18 @@ from raytune_llm.models.scorer import Scorer
 from raytune_llm.runs.score_head import mark_padding, save_with_separate_head, separate_head_of_adapter
 from raytune_llm.train import checkpoint
 
+log = logging.getLogger(__name__)
+FINISHED = "finished.json"
+UNREAD_WITHOUT_SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+"""Settings of a generation config, with their defaults."""
 # What may differ between a run and its continuation: where and how it is computed, and what is told about it.
 # Data sources are compared by content (the stores' manifests), not by path.
 _FREE = {
@@ -49,16 +64,64 @@ def open_output(run: TrainRun, identity_now: dict[str, str]) -> int | None:
     if run.resume == "never":
         for path in (checkpoints, folder / "final", folder / "tensorboard", folder / "profile"):
             shutil.rmtree(path, ignore_errors=True)
-        for name in ("metrics.jsonl", "samples.jsonl", "scores.jsonl", "scores.png", "summary.json", "loss.png"):
+        for name in ("metrics.jsonl", "samples.jsonl", "scores.jsonl", "scores.png", "summary.json", "loss.png", FINISHED):
             (folder / name).unlink(missing_ok=True)
-    steps = checkpoint.complete_steps(checkpoints)
-    if not steps:
+    step = checkpoint.newest_sound(checkpoints)
+    if step is None:
         if run.resume == "must":
             raise ConfigError("resume", f"can't be must where {checkpoints} holds no complete checkpoint", fix="Set resume=auto.")
         return None
-    _, identity_then = checkpoint.read_progress(checkpoints, steps[-1])
+    _, identity_then = checkpoint.read_progress(checkpoints, step)
     _same_run(folder, identity_then, identity_now)
-    return steps[-1]
+    return step
+
+
+def finished(folder: Path, identity_now: dict[str, str]) -> bool:
+    """The folder holds this run, with all that it wrote at its end. Raises ConfigError where it holds another run's end.
+
+    A `final/` that lost files, or whose files changed, is no end: the run goes on from its newest checkpoint and writes it again.
+    """
+    try:
+        then = json.loads((folder / FINISHED).read_text())
+        files, identity_then = then["files"], then["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    _same_run(folder, identity_then, identity_now)
+    lost = [name for name, digest in files.items() if _digest(folder / name) != digest]
+    if lost:
+        log.warning("%s is not as it was written (%s): it is written again", folder / "final", ", ".join(lost[:3]))
+    return not lost
+
+
+def mark_finished(folder: Path, identity_now: dict[str, str]) -> None:
+    """Written last: which run finished here, and what it wrote."""
+    paths = [folder / "summary.json", *sorted(path for path in (folder / "final").rglob("*") if path.is_file())]
+    files = {str(path.relative_to(folder)): _digest(path) for path in paths}
+    beside = folder / f".{FINISHED}-new"
+    beside.write_text(json.dumps({"identity": identity_now, "files": files}, indent=1))
+    beside.rename(folder / FINISHED)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ConfigError for a place where no output folder can be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            "output_dir", f"must be a folder that can be written ({reason})", got=str(folder), fix="Choose another one."
+        ) from None
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _same_run(folder: Path, then: dict[str, str], now: dict[str, str]) -> None:
@@ -129,7 +192,7 @@ def write_final(
         known = generation.eos_token_id
         known = known if isinstance(known, list) else [] if known is None else [known]
         generation.eos_token_id = sorted({*known, *stop_ids})
-        generation.save_pretrained(beside)
+        savable(generation).save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     (beside / "README.md").write_text(card)
     old = folder.with_name(f".{folder.name}-old")
@@ -138,6 +201,22 @@ def write_final(
         folder.rename(old)
     beside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def savable(generation: GenerationConfig) -> GenerationConfig:
+    """Without the settings of sampling that `do_sample: false` leaves unread, which transformers loads and refuses to save."""
+    if not generation.do_sample:
+        for name, default in UNREAD_WITHOUT_SAMPLING.items():
+            if getattr(generation, name, None) not in (None, default):
+                setattr(generation, name, None)
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        raise ConfigError(
+            "model.path", f"must be a model whose generation_config.json transformers can save ({str(error).splitlines()[0]})",
+            fix="Correct that file.",
+        ) from None  # fmt: skip
+    return generation
 
 
 def _say_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raytune_llm.config.run import TrainRun
+from raytune_llm.errors import ResourceError
 from raytune_llm.models.load import load_model
 from raytune_llm.report.metrics import JsonLines, Report
 from raytune_llm.report.profile import StepProfile
@@ -23,7 +25,7 @@ from raytune_llm.runs.output import identity, model_card, write_final
 from raytune_llm.runs.samples import SAMPLES, Sample, Sampler
 from raytune_llm.runs.setup import ReferencePass, Setup, explained, set_up
 from raytune_llm.train import loop
-from raytune_llm.train.checkpoint import Checkpoints, Progress, complete_steps, read_progress
+from raytune_llm.train.checkpoint import Checkpoints, Progress, read_progress
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.strategies.base import Strategy
 
@@ -89,6 +91,7 @@ def work(
         strategy.model.train()
         progress = loop.run(setup.learner(progress), setup.loader, setup.eval_loaders, progress, plan, hooks, clock)
         trained = time.perf_counter()
+        check_loss(progress)
         finish(setup, checkpoints, progress)
     rate = clock.rate()
     return TrainOutcome(
@@ -219,13 +222,22 @@ def language_model(run: TrainRun, config: PretrainedConfig) -> PreTrainedModel:
     )
 
 
+def check_loss(progress: Progress) -> None:
+    """Raises ResourceError where training ended in a loss that is no number: what it made is no model."""
+    if progress.loss_last is not None and not math.isfinite(progress.loss_last):
+        raise ResourceError(
+            f"the loss at step {progress.step} is {progress.loss_last}: what was trained is no model, and final/ is not written",
+            "Lower optimizer.lr, lengthen schedule.warmup_ratio, or set train.precision=bf16 or fp32.",
+        )
+
+
 def restore(checkpoints: Checkpoints, strategy: Strategy) -> Progress:
-    """From the newest complete checkpoint, where there is one."""
-    steps = complete_steps(checkpoints.folder)
-    if not steps:
+    """From the newest sound checkpoint, where there is one."""
+    step = checkpoints.newest()
+    if step is None:
         return Progress()
-    progress, _ = read_progress(checkpoints.folder, steps[-1])
-    checkpoints.load(steps[-1], strategy.load)
+    progress, _ = read_progress(checkpoints.folder, step)
+    checkpoints.load(step, strategy.load)
     return progress
 
 

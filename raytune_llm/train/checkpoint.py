@@ -1,5 +1,8 @@
 """Checkpoints: `checkpoints/step-<n>/` with the training state, progress.json, and COMPLETE written last.
 
+progress.json holds a hash of every file of the state. A checkpoint whose files don't have it any more is passed over, said, and
+the one before is taken.
+
 The state is torch's distributed checkpoint format: each worker writes its part, and a reader of any world size or strategy takes
 what it needs. A folder without COMPLETE is never read and is swept at the next start.
 """
@@ -7,7 +10,10 @@ what it needs. A folder without COMPLETE is never read and is swept at the next 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import logging
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -28,8 +35,12 @@ from torch.distributed.tensor import DTensor
 
 from raytune_llm.errors import DataError, ResourceError
 
+log = logging.getLogger(__name__)
 COMPLETE = "COMPLETE"
 PROGRESS = "progress.json"
+FILES = "files"
+"""In progress.json: name -> sha256 of each file of the state."""
+STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(kw_only=True)
@@ -68,12 +79,27 @@ class Checkpoints:
     def save(self, state: Mapping[str, Tensor], progress: Progress, identity: Mapping[str, str]) -> None:
         """All workers call it together. `identity` holds what a resumed run must have in common with this one."""
         self.wait()
-        document = json.dumps({**asdict(progress), **identity}, indent=1)
+        document = {**asdict(progress), **identity}
         if self._pool is None:
             self._write(dict(state), progress.step, progress.best_step, document)
         else:
             on_cpu = {name: _copy_to_cpu(value) for name, value in state.items()}
             self._writing = self._pool.submit(self._write, on_cpu, progress.step, progress.best_step, document)
+
+    def newest(self) -> int | None:
+        """The newest sound one, as the first worker finds it. All workers call it together."""
+        if self._group is None:
+            return newest_sound(self.folder)
+        found: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                found = [newest_sound(self.folder)]
+            except DataError as error:
+                found = [error]
+        dist.broadcast_object_list(found, src=0, group=self._group)
+        if isinstance(found[0], DataError):
+            raise found[0]
+        return found[0]
 
     def wait(self) -> None:
         """Until what is being written is on disk. Raises what went wrong there."""
@@ -91,7 +117,7 @@ class Checkpoints:
         folder = path_of(self.folder, step) / "state"
         try:
             entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, UnpicklingError) as error:
             raise DataError(
                 str(folder), f"can't be read ({error})", "Delete this checkpoint; an older one is taken then."
             ) from None
@@ -108,7 +134,7 @@ class Checkpoints:
 
         fill(sizes, read)
 
-    def _write(self, state: dict[str, Tensor], step: int, best_step: int | None, document: str) -> None:
+    def _write(self, state: dict[str, Tensor], step: int, best_step: int | None, document: Mapping[str, Any]) -> None:
         folder = path_of(self.folder, step)
         try:
             if self.rank == 0:
@@ -119,8 +145,9 @@ class Checkpoints:
             writer = FileSystemWriter(folder / "state", single_file_per_rank=True)
             with _one_process_is_meant():
                 dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            hashes = self._hashes(folder / "state")
             if self.rank == 0:
-                (folder / PROGRESS).write_text(document)
+                (folder / PROGRESS).write_text(json.dumps({**document, FILES: hashes}, indent=1))
                 (folder / COMPLETE).touch()
                 self._prune(step, best_step)
         except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
@@ -134,6 +161,16 @@ class Checkpoints:
                 ) from error
             raise
 
+    def _hashes(self, folder: Path) -> dict[str, str]:
+        """Of all files, each worker its share. All workers call it together, after the last of them has written."""
+        rank, world = (self.rank, dist.get_world_size(self._group)) if self._group is not None else (0, 1)
+        mine = {path.name: _hash(path) for path in sorted(folder.iterdir())[rank::world]}
+        if self._group is None:
+            return mine
+        found: list[dict[str, str]] = [{} for _ in range(world)]
+        dist.all_gather_object(found, mine, group=self._group)
+        return {name: digest for part in found for name, digest in part.items()}
+
     def _prune(self, newest: int, best: int | None) -> None:
         for step in complete_steps(self.folder)[: -self.keep]:
             if step != newest and not (self.keep_best and step == best):
@@ -145,22 +182,80 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps whose checkpoint is whole, ascending."""
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob(f"step-*/{COMPLETE}"))
+    """Steps whose checkpoint was written to its end, ascending. Folders of other names are none of ours."""
+    marks = folder.glob(f"step-*/{COMPLETE}")
+    return sorted(int(found[1]) for mark in marks if (found := STEP.fullmatch(mark.parent.name)) is not None)
+
+
+def newest_sound(folder: Path) -> int | None:
+    """The newest checkpoint that is as it was written; None where there are none at all.
+
+    Says which newer ones are damaged. Raises DataError where all are.
+    """
+    problems: list[str] = []
+    for step in reversed(complete_steps(folder)):
+        problem = damage(folder, step)
+        if problem is None:
+            for known in problems:
+                log.warning("checkpoint %s: step-%d is taken", known, step)
+            return step
+        problems.append(f"step-{step} is damaged ({problem})")
+    if problems:
+        what, fix = "; ".join(problems), "Set resume=never to start anew, or choose another output_dir."
+        raise DataError(str(folder), f"holds no sound checkpoint: {what}", fix)
+    return None
+
+
+def damage(folder: Path, step: int) -> str | None:
+    """What is wrong with a checkpoint's files; None where they are as they were written."""
+    place = path_of(folder, step)
+    try:
+        values = _read_progress(place)
+    except DataError as error:
+        return error.problem
+    hashes = values[FILES]
+    for name, digest in hashes.items():
+        try:
+            if _hash(place / "state" / name) != digest:
+                return f"{name} has other bytes than were written"
+        except OSError as error:
+            return f"{name} can't be read ({error.strerror})"
+    return None
 
 
 def read_progress(folder: Path, step: int) -> tuple[Progress, dict[str, str]]:
     """Where the run stood, and the identity that it was saved with."""
-    values = json.loads((path_of(folder, step) / PROGRESS).read_text())
+    values = _read_progress(path_of(folder, step))
     names = Progress.__dataclass_fields__
     progress = Progress(**{name: value for name, value in values.items() if name in names})
-    return progress, {name: value for name, value in values.items() if name not in names}
+    return progress, {name: value for name, value in values.items() if name not in names and name != FILES}
+
+
+def _read_progress(place: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((place / PROGRESS).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(str(place / PROGRESS), f"can't be read ({error})", "Delete this checkpoint.") from None
+    if not isinstance(values, dict) or values.get("step") != int(place.name.removeprefix("step-")):
+        raise DataError(str(place / PROGRESS), "is not the progress of this step", "Delete this checkpoint.")
+    if not isinstance(values.get(FILES), dict):
+        raise DataError(
+            str(place / PROGRESS),
+            "holds no hashes of the checkpoint's files: an earlier version of this package wrote it",
+            "Set resume=never, or finish the run with that version.",
+        )
+    return values
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a crash left half-written."""
+    """Remove what a crash left half-written. What is no checkpoint of ours by its name stays."""
     for path in folder.glob("step-*"):
-        if not (path / COMPLETE).exists():
+        if STEP.fullmatch(path.name) and not (path / COMPLETE).exists():
             shutil.rmtree(path, ignore_errors=True)
 
 

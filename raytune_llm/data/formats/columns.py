@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,10 @@ class Reading:
 WRITTEN_LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
+LARGEST = 3.4028234663852886e38
+"""In float32, which weights and margins are kept in."""
+
+
 def judged(conversation: Conversation, label: Any, reading: Reading) -> Conversation | Labeled:
     """Labelled where the label is true or false; anything else is no label."""
     if reading.untyped and isinstance(label, str):
@@ -51,7 +54,7 @@ def margin_of(row: Row, column: str | None, reading: Reading) -> float:
             raise BadRow("a margin must be a number", f"got {shown(value)}") from None
     if value is None:
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
         raise BadRow("a margin must be a number that is not negative", f"got {shown(value)}")
     return float(value)
 
@@ -127,9 +130,11 @@ def weight_of(message: Row) -> float:
         value = message.get(flag)
         if value is None:
             continue
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if not isinstance(value, int | float) or not 0 <= value <= LARGEST:
             raise BadRow(f"a message's {flag} must be true, false or a number that is not negative", f"got {shown(value)}")
         weight *= value
+    if weight > LARGEST:
+        raise BadRow("a message's weights must make a number that float32 holds", f"got {weight:g}")
     return weight
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch.autograd import DeviceType
 
 from raytune_llm import api
-from raytune_llm.models.adapters.lora import rank
 from raytune_llm.report.profile import TABLE, TRACE, gpu_rows, table
 from tests.runs import tiny_run
 
@@ -62,7 +61,7 @@ def test_a_low_rank_product_of_the_loss_stays_the_losss():
 
 def test_the_rank_is_that_of_the_adapters_there_are():
     model = nn.ModuleDict({"q_proj": nn.Linear(32, 32), "lm_head": nn.Linear(32, 32)})
-    assert rank(model) == 0
+    assert model.adapters.max_rank == 0
     config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], rank_pattern={"lm_head": 16})
     assert rank(get_peft_model(nn.ModuleDict(model), config)) == 16
 

@@ -1,0 +1,140 @@
+"""One process owns an output folder at a time.
+
+The owner keeps a lock file whose time it renews. A lock is free to take where its process is gone (on this host) or its time is
+old (on any, as the folder's own file system counts time), so a crash leaves nothing to clean up, on shared storage too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.errors import ConfigError
+
+LOCK = ".owner.json"
+RENEWED_EVERY_S, STALE_AFTER_S = 10.0, 60.0
+TAKEN_AFTER_S = 0.2
+"""Two who take the same stale lock both write; after this time the file says whose it is."""
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Raises ConfigError where a living process owns the folder. The folder is there."""
+    path, mine = folder / LOCK, _new_lock()
+    _take(path, mine)
+    stop = threading.Event()
+    keeper = threading.Thread(target=_renew, args=(path, mine, stop), name="owner", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        keeper.join()
+        if _read(path).get("token") == mine["token"]:
+            path.unlink(missing_ok=True)
+
+
+def _take(path: Path, mine: dict[str, Any]) -> None:
+    text = json.dumps(mine)
+    try:
+        with path.open("x") as file:
+            file.write(text)
+        return
+    except FileExistsError:
+        pass
+    holder = _read(path)
+    if _alive(path, holder):
+        raise ConfigError(
+            "output_dir",
+            f"is in use by process {holder.get('pid')} on {holder.get('host')}: two runs in one folder would spoil both",
+            got=str(path.parent),
+            fix="Wait for it, end it, or choose another output_dir.",
+        )
+    beside = path.with_name(f"{path.name}.{mine['token']}")
+    beside.write_text(text)
+    beside.replace(path)
+    time.sleep(TAKEN_AFTER_S)
+    if _read(path).get("token") != mine["token"]:
+        raise ConfigError(
+            "output_dir", "was taken by another process just now", got=str(path.parent), fix="Choose another output_dir."
+        )
+
+
+def _new_lock() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "token": secrets.token_hex(8),
+    }
+
+
+def _alive(path: Path, holder: dict[str, Any]) -> bool:
+    if not holder:
+        return _age_s(path) < RENEWED_EVERY_S  # it is being written
+    here = holder.get("host") == socket.gethostname() and holder.get("boot") == _boot()
+    if here:
+        return _started(holder.get("pid")) is not None and _started(holder.get("pid")) == holder.get("started")
+    return _age_s(path) < STALE_AFTER_S
+
+
+def _age_s(path: Path) -> float:
+    """By the clock of the file system, which several hosts may share."""
+    probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        probe.touch()
+        now = probe.stat().st_mtime
+        return now - path.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _renew(path: Path, mine: dict[str, Any], stop: threading.Event) -> None:
+    while not stop.wait(RENEWED_EVERY_S):
+        try:
+            if _read(path).get("token") == mine["token"]:
+                os.utime(path)
+        except OSError:
+            continue  # storage that is away for a moment
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _boot() -> str:
+    """Which run of the machine: process numbers mean nothing in another one."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _started(pid: object) -> str | None:
+    """When a process began, in the kernel's count; None where there is none."""
+    if not isinstance(pid, int):
+        return None
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        pass
+    try:  # without /proc
+        os.kill(pid, 0)
+    except (OSError, OverflowError):
+        return None
+    return "unknown"

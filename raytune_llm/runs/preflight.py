@@ -1,0 +1,54 @@
+"""What can be known to fail, before anything is prepared or written: each part is asked what it lacks.
+
+The model is looked at without its weights: on torch's meta device it has its layers and their sizes, and takes no memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import GenerationConfig
+
+from raytune_llm import packaged
+from raytune_llm.config.run import TrainRun
+from raytune_llm.data.readers.declarations import declared, declared_for_evaluation
+from raytune_llm.data.tokens.tokenizer import run_tokenizer
+from raytune_llm.models.adapters import adapt
+from raytune_llm.models.load import load_model
+from raytune_llm.models.policy import run_config
+from raytune_llm.report.trackers import check_tracker
+from raytune_llm.runs.launch import check_devices
+from raytune_llm.runs.output import savable
+from raytune_llm.stages import STAGES
+
+
+def check(run: TrainRun) -> None:
+    """Raises a UserError for a run that can't be."""
+    check_tracker(run.tracking)
+    check_devices(run)
+    stage = STAGES[run.stage.name]
+    ranked = stage.rows == "pairs"
+    declared(run.data, ranked=ranked)
+    declared_for_evaluation(run.data, ranked=ranked)
+    tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=stage.rows != "text")
+    config = run_config(run.model, tokenizer, run.data.max_length)
+    model = load_model(
+        config,
+        run.model.path,
+        weights=run.model.weights,
+        dtype=torch.float32,
+        seed=run.train.seed,
+        device="meta",
+        trust_remote_code=run.model.trust_remote_code,
+        scores=stage.scores is not None,
+    )
+    savable(_generation_config(run.model.path))
+    with torch.device("meta"):
+        adapt(model, run.adapter, scores=stage.scores is not None)
+
+
+def _generation_config(path: str | None) -> GenerationConfig:
+    """The model's own, or none in particular."""
+    try:
+        return GenerationConfig() if path is None else GenerationConfig.from_pretrained(packaged.resolve(path))
+    except OSError:
+        return GenerationConfig()
