@@ -6,8 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
-from torch import nn
 from torch.autograd import DeviceType
 
 from raytune_llm import api
@@ -57,13 +55,6 @@ def test_a_low_rank_product_of_the_loss_stays_the_losss():
         launch("aten::mm", [[8192, 8], [8, 4096]], [("gemm_a", 1000)], within="head and loss"),
     ]
     assert dict(gpu_rows(events, thin=32)) == {"loss": 1, "matmul": 4, "idle": 0}
-
-
-def test_the_rank_is_that_of_the_adapters_there_are():
-    model = nn.ModuleDict({"q_proj": nn.Linear(32, 32), "lm_head": nn.Linear(32, 32)})
-    assert model.adapters.max_rank == 0
-    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], rank_pattern={"lm_head": 16})
-    assert rank(get_peft_model(nn.ModuleDict(model), config)) == 16
 
 
 def test_a_head_with_an_adapter_is_in_the_loss(chat_rows, cache, tmp_path):
