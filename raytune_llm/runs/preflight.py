@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from raytune_llm import packaged
 from raytune_llm.config.run import TrainRun
+from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.readers.declarations import declared, declared_for_evaluation
 from raytune_llm.data.tokens.tokenizer import run_tokenizer
 from raytune_llm.models.adapters import adapt
@@ -26,10 +27,10 @@ def check(run: TrainRun) -> None:
     check_tracker(run.tracking)
     check_devices(run)
     stage = STAGES[run.stage.name]
-    ranked = stage.rows == "pairs"
-    declared(run.data, ranked=ranked)
-    declared_for_evaluation(run.data, ranked=ranked)
-    tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=stage.rows != "text")
+    kind = KINDS[stage.kind]
+    declared(run.data, ranked=kind.ranked)
+    declared_for_evaluation(run.data, ranked=kind.ranked)
+    tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=kind.renders_chat)
     config = run_config(run.model, tokenizer, run.data.max_length)
     model = load_model(
         config,
