@@ -143,7 +143,7 @@ class Batch:
     """Batches of the same rows that only some losses run. mismatched: the prompts of labelled answers with answers of other
     rows."""
     adapter_M: Tensor | None = None
-    """int64 [S - 1]: the adapter that each document is for, by its number; None where one is for all."""
+    """int64 [S - 1]: the adapter that each document is for, by its number, -1 for none; None where what is in use is for all."""
     prefixes: Prefixes | None = None
     attention_pairs: int = 0
     """Query-key pairs of a layer: a token and itself or one before it in its document, without padding, with the batches

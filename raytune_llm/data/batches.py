@@ -126,7 +126,7 @@ def _collated(
             end = min(at + longest, (number + 1) * length)
             positions_L[at:end] = ramp[: end - at]
             boundaries.append(end)
-            adapters.append(0)
+            adapters.append(-1)
             at = end
     weighted = any(len(one.weights) for line in lines for one in line)
     weights_N = np.repeat(np.array(weights, np.float32), [len(part) for part in targets[1:]]) if weighted else None
@@ -138,7 +138,7 @@ def _collated(
         cu_seqlens_S=torch.tensor(boundaries, dtype=torch.int32),
         max_seqlen=longest,
         per_token={} if weights_N is None else {"weights": torch.from_numpy(weights_N)},
-        adapter_M=torch.tensor(adapters) if any(adapters) else None,
+        adapter_M=torch.tensor(adapters) if max(adapters) >= 0 else None,
         prefixes=_prefixes(np.array(prefixed)) if prefixed else None,
         attention_pairs=attention_pairs,
         sample_ids=sample_ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
@@ -48,6 +49,7 @@ class CausalLM(nn.Module):
         self,
         model: nn.Module,
         *,
+        adapters: Adapters | None = None,
         compute: torch.dtype = torch.float32,
         attention_backend: str = "varlen",
         chunk_tokens: int = CHUNK_TOKENS,
@@ -56,11 +58,11 @@ class CausalLM(nn.Module):
     ) -> None:
         """Matrix products and the residual stream are in `compute`, whatever the weights are kept in.
 
-        offloads: activations wait in host memory for the backward pass.
+        adapters: the model's, where they are not PEFT's. offloads: activations wait in host memory for the backward pass.
         """
         super().__init__()
         self.model: Any = model
-        self.adapters: Adapters = PeftAdapters(model, scores=self.scores)
+        self.adapters: Adapters = adapters or PeftAdapters(model, scores=self.scores)
         self.compute = compute
         self.attention_backend = attention_backend
         self.chunk_tokens = chunk_tokens
@@ -96,18 +98,23 @@ class CausalLM(nn.Module):
             values = self._values(_trained(outputs.last_hidden_state, batch), batch, token_function, other_ND)
         return (values, torch.stack(outputs.router_logits), self._experts_per_token()) if routers else values
 
-    def hidden(self, inputs: Batch | CachedRows) -> Tensor:
+    def hidden(self, inputs: Batch | CachedRows, route: Mapping[str, Any] | None = None) -> Tensor:
         """The last hidden states: [B, T, D] of a batch of packs, [1, L, D] of a step over a cache, which it fills.
 
-        Both go through the same layers, with the adapters that are in use: what is served is what was trained.
+        Both go through the same layers, with the adapters that are in use: what is served is what was trained. route: what a bank
+        of several adapters has layers know of the pass; that of a batch by itself is its documents' (adapter_M).
         """
         ids = inputs.ids_1L if isinstance(inputs, CachedRows) else inputs.ids_BT
         with torch.autocast(ids.device.type, self.compute, enabled=self.compute != torch.float32):
             if not isinstance(inputs, CachedRows):
-                return self._outputs(inputs).last_hidden_state
+                return self._outputs(inputs, route=route).last_hidden_state
             embedded_1LD = self.base.get_input_embeddings()(ids).to(self.compute)
             return self.base.base_model(
-                inputs_embeds=embedded_1LD, position_ids=inputs.positions_1L, cached_rows=inputs, use_cache=False
+                inputs_embeds=embedded_1LD,
+                position_ids=inputs.positions_1L,
+                cached_rows=inputs,
+                use_cache=False,
+                **(route or {}),
             ).last_hidden_state
 
     def cache_bytes_a_token(self) -> int:
@@ -124,7 +131,14 @@ class CausalLM(nn.Module):
             logits_NV = self.base.get_output_embeddings()(hidden_ND).float()
         return changed(logits_NV, *_logit_changes(self.base.config))
 
-    def _outputs(self, batch: Batch, neftune_alpha: float | None = None, *, output_router_logits: bool = False) -> Any:
+    def _outputs(
+        self,
+        batch: Batch,
+        neftune_alpha: float | None = None,
+        *,
+        output_router_logits: bool = False,
+        route: Mapping[str, Any] | None = None,
+    ) -> Any:
         """What the transformers model gives."""
         base = self.base
         if output_router_logits:
@@ -149,8 +163,15 @@ class CausalLM(nn.Module):
                 prefixes=prefixes,
                 use_cache=False,
                 **masks,
+                **(self._route(batch) if route is None else route),
                 **({"output_router_logits": True} if output_router_logits else {}),
             )
+
+    def _route(self, batch: Batch) -> Mapping[str, Any]:
+        """Which adapter each document goes to, where there are several."""
+        if batch.adapter_M is None:
+            return {}
+        return self.adapters.by_documents(batch.adapter_M, batch.cu_seqlens_S, batch.ids_BT.numel())
 
     def _trains_first_layer(self) -> bool:
         """Where it does not, the backward pass ends at the first one that does."""

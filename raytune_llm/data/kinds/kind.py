@@ -45,8 +45,8 @@ class Document(NamedTuple):
     """So many first tokens of the document before it come before its own."""
     weights: Sequence[float] | np.ndarray = ()
     """Of each span in the loss; none where all weigh 1."""
-    adapter: int = 0
-    """The number of the adapter that it is for, where there are several."""
+    adapter: int = -1
+    """The number of the adapter that it is for, where there are several; -1 for none."""
 
 
 class Place(NamedTuple):

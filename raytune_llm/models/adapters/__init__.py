@@ -6,10 +6,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
+from raytune_llm.models.adapters.bank import LoraBank, Weights
 from raytune_llm.models.adapters.in_peft import PeftAdapters
 from raytune_llm.models.adapters.protocol import OWN, Adapters
 
-__all__ = ["OWN", "Adapters", "PeftAdapters", "adapt"]
+__all__ = ["OWN", "Adapters", "LoraBank", "PeftAdapters", "Weights", "adapt"]
 
 
 def adapt(model: PreTrainedModel, adapter: AdapterConfig | SavedAdapter, *, scores: bool = False) -> nn.Module:

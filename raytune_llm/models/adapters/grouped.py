@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
+from raytune_llm.models.adapters.banked import BankedLinear, banked
 from raytune_llm.models.adapters.gated import MAX_RANK, gated, gated_backward
 from raytune_llm.models.quantization import QUANTIZATIONS, QuantizedLinear
 
@@ -40,13 +41,15 @@ SILU = {"SiLU", "SiLUActivation"}
 
 
 def project(x_BTD: Tensor, layers: Sequence[nn.Module], gate_BTD: Tensor | None = None) -> list[Tensor]:
-    """The output of each layer for one input: x, or silu(gate) * x where there is a gate. A layer at a time where an adapter is
-    off, merged or of another kind."""
+    """The output of each layer for one input: x, or silu(gate) * x where there is a gate. Several adapters at once where layers
+    have banks; a layer at a time where an adapter is off, merged or of another kind."""
     name = _shared_adapter(layers)
     adapted: list[Any] = list(layers)
     drops = name is not None and not isinstance(adapted[0].lora_dropout[name], nn.Identity)
     if gate_BTD is not None and (name is None or drops or torch.compiler.is_compiling()):  # compilers see what is best kept
         x_BTD, gate_BTD = F.silu(gate_BTD) * x_BTD, None
+    if all(isinstance(layer, BankedLinear) for layer in layers):
+        return banked(x_BTD, layers)
     if name is None:
         return [layer(x_BTD) for layer in layers]
     dtype = _compute_type(x_BTD)

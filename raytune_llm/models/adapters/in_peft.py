@@ -106,6 +106,9 @@ class PeftAdapters:
                     switch._active_adapter = [key]
             yield
 
+    def by_documents(self, slot_M: Tensor, cu_seqlens_S: Tensor, num_tokens: int) -> Mapping[str, Any]:
+        raise AssertionError("PEFT's layers compute one adapter a pass; a bank computes several")
+
     @contextmanager
     def _as_it_is(self) -> Iterator[None]:
         """Afterwards, what is at work now is at work again: none, in layers that are adapted in between."""

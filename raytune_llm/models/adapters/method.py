@@ -13,8 +13,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters.banked import BankedLinear
 from raytune_llm.models.layers import named_layers
+from raytune_llm.models.quantization.base import QuantizedLinear
 
+LINEAR = nn.Linear | Conv1D | QuantizedLinear
 Layers = Mapping[str, nn.Module]
 """Those that an adapter goes on, by their names in the model."""
 
@@ -33,7 +36,7 @@ class Method:
 
 def targeted(model: PreTrainedModel, targets: str | list[str], last_layers: int | None) -> Layers:
     """The layers that adapter.targets and adapter.last_layers name. Raises ConfigError for a name that no layer has."""
-    linear = {name: module for name, module in _of_base(model) if isinstance(module, nn.Linear | Conv1D | nn.Embedding)}
+    linear = {name: module for name, module in _of_base(model) if isinstance(module, LINEAR | nn.Embedding)}
     head, all_linear = model.get_output_embeddings(), targets == "all-linear"
     found: dict[str, nn.Module] = {}
     for name, module in linear.items():
@@ -54,8 +57,8 @@ def targeted(model: PreTrainedModel, targets: str | list[str], last_layers: int 
 
 def _of_base(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The modules of the base model by their names there, whatever adapters lie around them."""
-    if isinstance(module, BaseTunerLayer):
-        yield name, module.get_base_layer()
+    if isinstance(module, BaseTunerLayer | BankedLinear):
+        yield name, module.get_submodule("base_layer")
         return
     yield name, module
     for child_name, child in module.named_children():
@@ -73,7 +76,7 @@ def sides(layer: nn.Module) -> tuple[int, int]:
     """Inputs and outputs."""
     if isinstance(layer, nn.Embedding):
         return layer.num_embeddings, layer.embedding_dim
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear | QuantizedLinear):
         return layer.in_features, layer.out_features
     assert isinstance(layer, Conv1D)
     return layer.nx, layer.nf

@@ -62,3 +62,7 @@ class Adapters(Protocol):
         """This adapter is at work meanwhile, or with None the base alone. What is trained stays so. Where a backward pass
         computes layers again, it must run inside."""
         ...
+
+    def by_documents(self, slot_M: Tensor, cu_seqlens_S: Tensor, num_tokens: int) -> Mapping[str, Any]:
+        """What layers are to be given of a pass whose documents are for several adapters. slot_M: by number, -1 for none."""
+        ...

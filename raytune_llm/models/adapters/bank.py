@@ -1,0 +1,213 @@
+"""Many LoRA adapters over one model, several in one forward pass: a bank of slots in every linear layer.
+
+PEFT's layers hold one adapter beside another and compute one at a time; here the A and B of all slots are two tensors a layer, on
+the device. An adapter is put into a slot, or taken out of one, between two passes, and nothing is built or compiled anew. Which
+token goes to which slot is said of each pass (routes.py): it travels with what layers are given, so that a layer which a backward
+pass computes again sees what it saw.
+
+A frozen bank is for serving: values in the type of the products, the scale in B. A trained one is for several runs over one base:
+A and B in float32, the scale beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters.bank_weights import Layout, Weights, write
+from raytune_llm.models.adapters.banked import BankedLinear, BankShape, Now
+from raytune_llm.models.adapters.grouped import group
+from raytune_llm.models.adapters.method import LINEAR, sides
+from raytune_llm.models.adapters.routes import Masked, One, Ranges, Route, Sorted
+from raytune_llm.models.layers import named_layers
+
+ROUTE = "adapter_route"
+"""The name under which a model's layers are given the route of a pass."""
+ALIGNED = 8
+"""Ranks have room in multiples of it: grouped products want rows of 16 bytes at least."""
+
+
+class LoraBank:
+    """Implements `Adapters`, with several at work at once; low-rank adapters alone."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_slots: int,
+        max_rank: int,
+        dtype: torch.dtype,
+        targets: Sequence[str] | None = None,
+        trains: bool = False,
+    ) -> None:
+        """Of a transformers model without adapters, whose linear layers may be quantized. dtype: of its products.
+
+        targets: the layers that adapters may be on, by the last part of their names; None takes every linear layer in the model's
+        layers. Each has room for max_rank in every slot, and costs two products a pass.
+        """
+        self.model = self._base = model
+        self.num_slots, self._dtype, self._now = num_slots, dtype, Now()
+        self._shape = BankShape(num_slots, -(-max_rank // ALIGNED) * ALIGNED, torch.float32 if trains else dtype, trains)
+        self._layers = self._wrap(targets)
+        on_gpu = next(iter(self._layers.values())).a_GRK.is_cuda
+        self._layout = Layout({name: sides(layer.base_layer) for name, layer in self._layers.items()}, self._shape, on_gpu)
+        self._held: dict[int, Weights] = {}
+        self._slots: dict[str, int] = {}
+        self._default: Route | None = None
+        group(model)
+        for _, layer in named_layers(model):
+            layer.register_forward_pre_hook(self._see_route, with_kwargs=True)
+            for part in layer.children():
+                # Attention is given what its layer is given, and is called again where its layer is computed again.
+                part.register_forward_pre_hook(self._take_route, with_kwargs=True)
+
+    # Slots ---------------------------------------------------------------------------------------------------------------
+
+    def read(self, folder: str | Path, *, setting: str = "the adapter") -> Weights:
+        """An adapter from its folder, on any thread. Raises ConfigError for one that doesn't fit the model or a slot."""
+        return self._layout.read(folder, setting)
+
+    @torch.no_grad()
+    def load(self, slot: int, weights: Weights | str | Path) -> None:
+        """Between two passes. What the slot held is gone."""
+        if not isinstance(weights, Weights):
+            weights = self.read(weights)
+        self.clear(slot)
+        places = [place for name, rank in weights.ranks.items() for place in self._places(slot, name, rank)]
+        flat = weights.flat.to(places[0].device, non_blocking=True)
+        values = flat.split([place.numel() for place in places])
+        torch._foreach_copy_(places, [value.view(place.shape) for value, place in zip(values, places, strict=True)])
+        for name, scale in weights.scales.items():
+            scale_G11 = self._layers[name].scale_G11
+            if scale_G11 is not None:
+                scale_G11[slot] = scale
+        self._held[slot] = weights
+
+    @torch.no_grad()
+    def clear(self, slot: int) -> None:
+        assert 0 <= slot < self.num_slots, slot
+        torch._foreach_zero_([place for name in self._layers for place in self._places(slot, name, self._shape.rank)])
+        self._held.pop(slot, None)
+
+    def draw(self, slot: int, section: AdapterConfig, seed: int) -> None:
+        """A new adapter, the one that a run of its own with this seed begins with."""
+        self.load(slot, self._layout.drawn(self._base, section, seed, self._dtype))
+
+    # Routes: which token goes to which slot --------------------------------------------------------------------------------
+
+    def by_documents(self, slot_M: Tensor, cu_seqlens_S: Tensor, num_tokens: int, *, in_order: bool = False) -> dict[str, Route]:
+        """For packs and long prompts: what layers are to be given. slot_M: of each document, -1 for none. in_order: slots ascend,
+        and documents of none come last, so that no token has to move."""
+        if cu_seqlens_S.device.type == "cpu":
+            return {ROUTE: Ranges.of(slot_M.tolist(), cu_seqlens_S.diff().tolist())}
+        slot_T = slot_M.to(cu_seqlens_S.device).repeat_interleave(cu_seqlens_S.diff(), output_size=num_tokens)
+        return {ROUTE: Sorted.of(slot_T, self.num_slots, in_order=in_order)}
+
+    def by_tokens(self, slot_T: Tensor) -> dict[str, Route]:
+        """For decoding, a token a row: what layers are to be given. slot_T: on the device, -1 for none; a graph may hold it."""
+        return {ROUTE: Masked.of(slot_T, self.num_slots, self._shape.rank, self._dtype)}
+
+    # Adapters by name ------------------------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> PreTrainedModel:
+        return self._base
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._slots)
+
+    @property
+    def slots(self) -> Mapping[str, int]:
+        """By name."""
+        return self._slots
+
+    @property
+    def max_rank(self) -> int:
+        """That a slot has room for."""
+        return self._shape.rank
+
+    def described(self, device_type: str) -> str | None:
+        return f"{self.num_slots} slots of rank {self.max_rank}, several adapters in one pass"
+
+    def add(self, name: str, source: AdapterConfig | SavedAdapter, *, seed: int = 0) -> None:
+        """seed: of a new one."""
+        assert name not in self._slots, name
+        slot = next((slot for slot in range(self.num_slots) if slot not in self._held), None)
+        if slot is None:
+            raise ConfigError("the adapter", f"can't be added: all {self.num_slots} slots are taken", got=name)
+        if source.path is None:
+            assert not isinstance(source, SavedAdapter)
+            self.draw(slot, source, seed)
+        else:
+            setting = source.setting if isinstance(source, SavedAdapter) else "adapter.path"
+            self.load(slot, self.read(source.path, setting=setting))
+        self._slots[name] = slot
+
+    def remove(self, name: str) -> None:
+        self.clear(self._slots.pop(name))
+
+    def save(
+        self, name: str, folder: Path, *, base_model: str | None = None, parameters: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """parameters: the bank's, whole, of which the adapter is a part."""
+        slot, given = self._slots[name], parameters or {}
+        held, tensors = self._held[slot], {}
+        for layer, rank in held.ranks.items():
+            a_RK, b_RO = self._places(slot, layer, rank)
+            if f"{layer}.a_GRK" in given:
+                a_RK, b_RO = (given[f"{layer}.{own}"][slot, :rank] for own in ("a_GRK", "b_GRO"))
+            scaled = 1.0 if self._shape.trains else held.scales[layer]
+            tensors[layer] = a_RK.cpu().clone(), (b_RO.float() / scaled).to(b_RO.dtype).T.cpu()
+        write(folder, held.config, tensors, base_model=base_model)
+
+    def trained(self, name: str) -> dict[str, nn.Parameter]:
+        """The whole bank's: an adapter is a part of each of its parameters."""
+        assert name in self._slots, name
+        return {own: parameter for own, parameter in self._base.named_parameters() if parameter.requires_grad}
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """In passes that are given no route."""
+        before, self._default = self._default, None if name is None else One(self._slots[name])
+        try:
+            yield
+        finally:
+            self._default = before
+
+    # Within ----------------------------------------------------------------------------------------------------------------
+
+    def _wrap(self, targets: Sequence[str] | None) -> dict[str, BankedLinear]:
+        """Put a bank around each linear layer in the model's layers that is asked for."""
+        self._base.requires_grad_(False)
+        wrapped: dict[str, BankedLinear] = {}
+        for layer_name, layer in named_layers(self._base):
+            for parent_name, parent in list(layer.named_modules(prefix=layer_name)):
+                for name, child in list(parent.named_children()):
+                    if isinstance(child, LINEAR) and (targets is None or name in targets):
+                        wrapped[f"{parent_name}.{name}"] = made = BankedLinear(child, *sides(child), self._shape, self._now)
+                        setattr(parent, name, made)
+        if not wrapped:
+            raise ConfigError("adapter.targets", "must name linear layers in the model's layers", got=targets)
+        return wrapped
+
+    def _see_route(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._now.route = kwargs.get(ROUTE, self._default)
+
+    def _take_route(self, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if ROUTE not in kwargs:
+            return None
+        self._now.route = kwargs[ROUTE]
+        return args, {name: value for name, value in kwargs.items() if name != ROUTE}
+
+    def _places(self, slot: int, name: str, rank: int) -> tuple[Tensor, Tensor]:
+        layer = self._layers[name]
+        return layer.a_GRK.detach()[slot, :rank], layer.b_GRO.detach()[slot, :rank]

@@ -1,0 +1,176 @@
+"""One adapter in host memory, in the order in which a bank of LoRA adapters takes it: read from a folder, or drawn anew."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raytune_llm.config.adapter import AdapterConfig
+from raytune_llm.config.section import settings_of
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters.banked import BankShape
+from raytune_llm.models.adapters.method import in_layers_before, sides, targeted
+from raytune_llm.models.adapters.methods import METHODS
+from raytune_llm.models.adapters.saved import WEIGHTS, read_config
+
+PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+"""In a file, a tensor is called PREFIX, the layer's name, and A or B."""
+MORE = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias",
+    "modules_to_save": "whole modules",
+    "trainable_token_indices": "tokens of its own",
+    "target_parameters": "parameters that are no layer's",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "use_bdlora": "BD-LoRA",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+}
+"""What of PEFT's LoRA is more than B A, by its config."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """As a bank takes them."""
+
+    flat: Tensor
+    """A [r, K], then B.T [r, O] of each layer that the adapter is on, end to end."""
+    ranks: Mapping[str, int]
+    """By layer, in the bank's order."""
+    scales: Mapping[str, float]
+    config: LoraConfig
+
+    @property
+    def rank(self) -> int:
+        return max(self.ranks.values())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a bank has room for."""
+
+    sizes: Mapping[str, tuple[int, int]]
+    """Inputs and outputs of each of its layers, by their names in the model."""
+    shape: BankShape
+    pinned: bool
+    """Host memory is to be page-locked, from which a GPU copies beside its work."""
+
+    def read(self, folder: str | Path, setting: str) -> Weights:
+        """Raises ConfigError, which blames the setting, for an adapter that doesn't fit the model or a slot."""
+        path, config = str(folder), read_config(str(folder), setting)
+        if (more := _more(config)) is not None:
+            raise ConfigError(setting, f"must be plain LoRA, which several in one pass can be, and is {more}", got=path)
+        assert isinstance(config, LoraConfig)
+        if not (Path(path) / WEIGHTS[0]).is_file():
+            raise ConfigError(setting, f"must be a folder with {WEIGHTS[0]}", got=path, fix="Save it as safetensors.")
+        try:
+            return self.arranged(config, load_file(Path(path) / WEIGHTS[0]))
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(setting, f"must hold weights that can be read ({error})", got=path) from error
+        except Misfit as misfit:
+            base = config.base_model_name_or_path
+            fix = f"It was trained on {base}." if base else ""
+            raise ConfigError(setting, f"must be an adapter of this model: {misfit}", got=path, fix=fix) from None
+
+    def drawn(self, model: PreTrainedModel, section: AdapterConfig, seed: int, kept_in: torch.dtype) -> Weights:
+        """What a run of its own with this seed begins with. kept_in: the type of the model's weights, where it doesn't show."""
+        settings, method = settings_of(section), METHODS[section.name]
+        targets, last_layers, path = (settings.pop(name) for name in ("targets", "last_layers", "path"))
+        assert path is None
+        layers = targeted(model, targets, last_layers)
+        method.check(layers, **settings)
+        config = method.config(**settings)
+        more = _more(config) or ("with dropout" if section.dropout else None)
+        if more is not None:
+            raise ConfigError("adapter", f"must be plain LoRA to be trained beside others, and is {more}", got=section.name)
+        assert isinstance(config, LoraConfig)
+        config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
+        config.exclude_modules = None if last_layers is None else in_layers_before(model, last_layers)
+        config.task_type = "CAUSAL_LM"  # type: ignore[assignment]
+        drawn: dict[str, Tensor] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name, layer in layers.items():
+                inputs, outputs = sides(layer)
+                # PEFT makes both layers as torch does, which draws for each, and then draws A once more.
+                a, b = nn.Linear(inputs, config.r, bias=False), nn.Linear(config.r, outputs, bias=False)
+                nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+                weight = getattr(layer, "weight", None)
+                first_in = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else kept_in
+                drawn[PREFIX + name + A] = a.weight.detach().to(first_in)
+                drawn[PREFIX + name + B] = torch.zeros_like(b.weight)
+        try:
+            return self.arranged(config, drawn)
+        except Misfit as misfit:
+            raise ConfigError("adapter", f"must fit the bank: {misfit}", got=section.name) from None
+
+    def arranged(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> Weights:
+        """The tensors of an adapter's file, checked and in the bank's order. Raises Misfit."""
+        unknown = sorted(tensors.keys() - {PREFIX + name + own for name in self.sizes for own in (A, B)})
+        if unknown:
+            raise Misfit(f"{len(unknown)} of its tensors are of no layer with a bank ({unknown[0]} for one)")
+        parts: list[Tensor] = []
+        ranks: dict[str, int] = {}
+        scales: dict[str, float] = {}
+        for name, (inputs, outputs) in self.sizes.items():
+            a_RK, b_OR = tensors.get(PREFIX + name + A), tensors.get(PREFIX + name + B)
+            if a_RK is None and b_OR is None:
+                continue
+            if a_RK is None or b_OR is None:
+                raise Misfit(f"of {name} it holds A or B alone")
+            rank = len(a_RK)
+            if a_RK.shape != (rank, inputs) or b_OR.shape != (outputs, rank):
+                raise Misfit(f"{name} has A {list(a_RK.shape)} and B {list(b_OR.shape)} there, and is {inputs} -> {outputs} here")
+            if rank > self.shape.rank:
+                raise Misfit(f"{name} has rank {rank}, and slots have room for {self.shape.rank}")
+            if not (a_RK.isfinite().all() and b_OR.isfinite().all()):
+                raise Misfit(f"{name} has weights that are not finite, which would reach other adapters")
+            ranks[name], scales[name] = rank, _scale(config, name, rank)
+            b_RO = b_OR.T if self.shape.trains else b_OR.T.float() * scales[name]
+            parts += [a_RK.to(self.shape.dtype).flatten(), b_RO.to(self.shape.dtype).flatten()]
+        if not ranks:
+            raise Misfit("it holds no tensor")
+        flat = torch.cat(parts)
+        return Weights(flat=flat.pin_memory() if self.pinned else flat, ranks=ranks, scales=scales, config=config)
+
+
+class Misfit(Exception):
+    """Why an adapter can't be in a bank."""
+
+
+def write(folder: Path, config: LoraConfig, tensors: Mapping[str, tuple[Tensor, Tensor]], *, base_model: str | None) -> None:
+    """A [r, K] and B [O, r] by layer, as PEFT saves them."""
+    named = {PREFIX + name + own: value for name, pair in tensors.items() for own, value in zip((A, B), pair, strict=True)}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in named.items()}, folder / WEIGHTS[0], metadata={"format": "pt"})
+    config = copy.copy(config)
+    config.inference_mode, config.base_model_name_or_path = True, base_model
+    config.save_pretrained(str(folder))
+
+
+def _more(config: PeftConfig) -> str | None:
+    """What an adapter has that can't be shared in a pass, if anything."""
+    if not isinstance(config, LoraConfig):
+        return str(getattr(config.peft_type, "value", config.peft_type))
+    if config.bias != "none":
+        return "with biases"
+    found = next((what for name, what in MORE.items() if getattr(config, name, None)), None)
+    return None if found is None else f"with {found}"
+
+
+def _scale(config: LoraConfig, name: str, rank: int) -> float:
+    patterns = config.alpha_pattern or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)

@@ -1,0 +1,165 @@
+"""Which adapter each token of a forward pass goes to, and the low-rank products that follow from it.
+
+Several adapters lie in a bank: a [G, R, K] and b [G, R, O] of every layer, one slot an adapter, ranks padded with zeros. Each
+form adds to y = x @ weight.T, token by token, (x @ a[slot].T) @ b[slot]; a token of no adapter (slot -1) keeps y to the bit.
+
+Ranges: documents lie one after another, so an adapter's tokens are ranges, whose bounds the host knows. A product a range costs
+what the tokens cost and no more; rows of other adapters have no part in it. For CPUs, where starting a product costs little.
+
+Sorted: tokens are brought into the order of their slots, and one grouped product takes them all. The host needs no number of it,
+shapes depend on the number of tokens alone, and gradients of one adapter take nothing from another's tokens, be they infinite.
+For training and long prompts on GPUs, where a product a range would wait for launches, and bounds would be compiled in.
+
+Masked: one product with all adapters, end to end, of which each token keeps its own columns. G times the arithmetic, and few
+large kernels of fixed shapes, which a CUDA graph can hold: for decoding, whose time goes by the weights that are read. There is
+no safety from other adapters' infinite weights, so for trained banks it is not.
+
+Suffixes: T tokens of all rows, K inputs, O outputs, R rank, G slots, L layers that share an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Route(Protocol):
+    """For the tokens of one forward pass."""
+
+    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs [T, O] of layers that share the input x, with what the adapters add. a, b: the bank of each layer, of G + 1
+        slots, the last of zeros."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    slots: tuple[int, ...]
+    """Of each range; -1 for none."""
+    lengths: tuple[int, ...]
+    """In tokens; together all there are."""
+
+    @classmethod
+    def of(cls, slots: Sequence[int], lengths: Sequence[int]) -> Ranges:
+        """Of documents: neighbours of one slot are one range."""
+        runs = [
+            (slot, sum(length for _, length in run)) for slot, run in groupby(zip(slots, lengths, strict=True), lambda x: x[0])
+        ]
+        return cls(tuple(slot for slot, _ in runs), tuple(length for _, length in runs))
+
+    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+        xs = x_TK.split(self.lengths)
+        parts = [list(out_TO.split(self.lengths)) for out_TO in outs]
+        a_by_slot, b_by_slot = [a_GRK.unbind() for a_GRK in a], [b_GRO.unbind() for b_GRO in b]
+        for number, (slot, x) in enumerate(zip(self.slots, xs, strict=True)):
+            if slot < 0:
+                continue
+            a_of_slot = [of_layer[slot] for of_layer in a_by_slot]
+            lows = (x @ torch.cat(a_of_slot).T).split([len(a_RK) for a_RK in a_of_slot], dim=1)
+            for part, low_TR, of_layer in zip(parts, lows, b_by_slot, strict=True):
+                part[number] = torch.addmm(part[number], low_TR, of_layer[slot])
+        return [torch.cat(part) for part in parts]
+
+
+@dataclass(frozen=True)
+class One:
+    """Every token goes to one slot."""
+
+    slot: int
+
+    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+        return Ranges((self.slot,), (len(x_TK),)).add(outs, x_TK, a, b)
+
+
+@dataclass(frozen=True, eq=False)
+class Sorted:
+    ends_G1: Tensor
+    """int32: where the tokens of each slot end, in their order, those of none last."""
+    order_T: Tensor | None
+    """int64: the tokens by slot; None where they lie so already."""
+    places_T: Tensor | None
+    """int64: where each token is in that order."""
+
+    @classmethod
+    def of(cls, slot_T: Tensor, num_slots: int, *, in_order: bool = False) -> Sorted:
+        """slot_T: int, -1 for none, on the device that computes. in_order: its slots ascend, those of none come last."""
+        slot_T = torch.where(slot_T < 0, num_slots, slot_T)
+        order_T = places_T = None
+        if not in_order:
+            slot_T, order_T = slot_T.sort(stable=True)
+            places_T = torch.empty_like(order_T).scatter_(0, order_T, torch.arange(len(order_T), device=order_T.device))
+        every = torch.arange(num_slots + 1, device=slot_T.device, dtype=slot_T.dtype)
+        return cls(torch.searchsorted(slot_T, every, right=True).int(), order_T, places_T)
+
+    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+        x_TK = x_TK if self.order_T is None else x_TK.index_select(0, self.order_T)
+        low_TR = grouped_product(x_TK, torch.cat(list(a), dim=1).transpose(1, 2), self.ends_G1)
+        lows = low_TR.split([a_GRK.shape[1] for a_GRK in a], dim=1)
+        added = [grouped_product(low, b_GRO, self.ends_G1) for low, b_GRO in zip(lows, b, strict=True)]
+        if self.places_T is not None:
+            added = [more_TO.index_select(0, self.places_T) for more_TO in added]
+        return [out_TO + more_TO for out_TO, more_TO in zip(outs, added, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    mask_TC: Tensor
+    """In the type of the products: 1 where the column C, of all slots' ranks end to end, is of the token's slot, 0 elsewhere."""
+
+    @classmethod
+    def of(cls, slot_T: Tensor, num_slots: int, rank: int, dtype: torch.dtype) -> Masked:
+        slot_C = torch.arange(num_slots, device=slot_T.device, dtype=slot_T.dtype).repeat_interleave(rank)
+        return cls((slot_T[:, None] == slot_C).to(dtype))
+
+    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+        T, C = self.mask_TC.shape
+        a_CK = [a_GRK[:-1].flatten(0, 1) for a_GRK in a]
+        low_TLC = (x_TK @ (a_CK[0] if len(a_CK) == 1 else torch.cat(a_CK)).T).view(T, len(a), C) * self.mask_TC[:, None]
+        return [
+            torch.addmm(out, low_TC, b_GRO[:-1].flatten(0, 1))
+            for out, low_TC, b_GRO in zip(outs, low_TLC.unbind(1), b, strict=True)
+        ]
+
+
+@torch.library.custom_op("raytune_llm::grouped_product", mutates_args=())
+def grouped_product(x_TK: Tensor, w_GKO: Tensor, ends_G: Tensor) -> Tensor:
+    """x [T, K] @ w [G, K, O], with the w of the group that a row belongs to: rows up to the group's end, from that before it.
+
+    An operator of ours, since the compiler knows torch's for one type alone, and kernels take rows one after another only.
+    """
+    return F.grouped_mm(x_TK.contiguous(), w_GKO, offs=ends_G)
+
+
+@grouped_product.register_fake
+def _(x_TK: Tensor, w_GKO: Tensor, ends_G: Tensor) -> Tensor:
+    return x_TK.new_empty(x_TK.shape[0], w_GKO.shape[2])
+
+
+@torch.library.custom_op("raytune_llm::grouped_outer", mutates_args=())
+def _grouped_outer(x_TK: Tensor, y_TO: Tensor, ends_G: Tensor) -> Tensor:
+    """x.T @ y of each group's rows: [G, K, O]."""
+    return F.grouped_mm(x_TK.contiguous().T, y_TO.contiguous(), offs=ends_G)
+
+
+@_grouped_outer.register_fake
+def _(x_TK: Tensor, y_TO: Tensor, ends_G: Tensor) -> Tensor:
+    return x_TK.new_empty(ends_G.shape[0], x_TK.shape[1], y_TO.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor, None]:
+    x_TK, w_GKO, ends_G = ctx.saved_tensors
+    towards_x = grouped_product(grad_TO, w_GKO.transpose(1, 2), ends_G)
+    return towards_x, _grouped_outer(x_TK, grad_TO, ends_G), None
+
+
+grouped_product.register_autograd(_backward, setup_context=_keep)
