@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import main as hydra_main
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -79,7 +80,7 @@ def compose(
 ) -> DictConfig:
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError("--config-dir", "must be a folder", got=str(config_dir))
-    overrides = _where_it_lies(config_name or verb, list(overrides), config_dir)
+    overrides = _where_it_lies(config_name or verb, [as_typed(override) for override in overrides], config_dir)
     try:
         return _compose(config_name or verb, overrides, config_dir)
     except (HydraException, OmegaConfBaseException) as error:
@@ -97,9 +98,60 @@ def _where_it_lies(config_name: str, overrides: list[str], config_dir: str | Pat
 
 
 def quoted(text: str) -> str:
-    """As Hydra's overrides take any text."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    """As Hydra's overrides take any text: a backslash is one of its own but before a quote."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return f"'{escaped}{escaped[len(escaped.rstrip(chr(92))) :]}'"
+
+
+def as_typed(override: str, *, several: bool = False) -> str:
+    """The override with what Hydra's grammar has no letters for in quotes: ~/rows.jsonl, données.jsonl, train[:10], a (1).jsonl.
+
+    Lists and objects are read as YAML where Hydra can't. `several`: commas part values, as with -m. Raises ConfigError.
+    """
+    if _is_read(override):
+        return override
+    found = re.fullmatch(r"([+~]*[^=\s]+)=(.*)", override, re.DOTALL)
+    if found is None or not _is_read(f"{found[1]}=1"):
+        raise ConfigError("an override", "must read key=value", got=override, fix="See --help for the settings.")
+    key, value = found[1], found[2].strip()
+    if _is_open(value):
+        raise ConfigError(key, "has a quote or a bracket that is not closed", got=value, fix=f"Say, '{key}=[a,b]'.")
+    if value.startswith(("[", "{")) and _is_read(literal := f"{key}={_literal(value)}"):
+        return literal
+    values = re.split(r",(?![^\[]*\])", value) if several else [value]
+    return f"{key}={','.join(one if _is_read(f'{key}={one}') else quoted(one) for one in values)}"
+
+
+def _is_read(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def _is_open(value: str) -> bool:
+    """Whether it begins like a list, an object or a quoted text and has no end."""
+    if value.startswith(("'", '"')):
+        return len(value) == 1 or not value.endswith(value[0])
+    return any(value.startswith(start) and value.count(start) > value.count(end) for start, end in ("[]", "{}"))
+
+
+def _literal(value: str) -> str:
+    """A list or an object as Hydra writes it, its texts in quotes; the value itself where it is no YAML."""
+    try:
+        return _in_hydras_words(yaml.load(value, yaml.BaseLoader))
+    except YAMLError:
+        return value
+
+
+def _in_hydras_words(node: Any) -> str:
+    if isinstance(node, list):
+        return f"[{','.join(map(_in_hydras_words, node))}]"
+    if isinstance(node, dict):
+        return f"{{{','.join(f'{key}:{_in_hydras_words(item)}' for key, item in node.items())}}}"
+    is_text = not _is_read(f"key={node}") or isinstance(OverridesParser.create().parse_override(f"key={node}").value(), str)
+    return quoted(node) if is_text else node
 
 
 def _compose(config_name: str, overrides: list[str], config_dir: str | Path | None) -> DictConfig:
@@ -179,8 +231,9 @@ def run_under_hydra(
     config_name: str | None = None,
 ) -> int:
     """Let Hydra read its own flags. With -m each job gets a folder of its own in output_dir, named by its overrides."""
-    overrides = _where_it_lies(config_name or verb, overrides, config_dir)
-    if "-m" not in flags and "--multirun" not in flags:
+    several = "-m" in flags or "--multirun" in flags
+    overrides = _where_it_lies(config_name or verb, [as_typed(one, several=several) for one in overrides], config_dir)
+    if not several:
         compose(verb, overrides, config_dir=config_dir, config_name=config_name)  # our errors before Hydra's
     failed: list[int] = []
 
@@ -265,6 +318,9 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
         return ConfigError(
             "an override", "must read key=value", got=got, fix="Quote values with spaces or brackets: 'key=[a,b]'."
         )
+    if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^=]+)=(.*)'", text):
+        fix = f'Add -m for a run of each, or write "{match[1]}={quoted(match[2])}" where it is one.'
+        return ConfigError(match[1], "has several values", got=match[2], fix=fix)
     if match := re.search(r"Multiple values for (\S+?)[.\s]", text):
         return ConfigError(match[1], "was chosen twice", fix="Choose it once.")
     if match := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
@@ -336,6 +392,8 @@ def _named(error: ValidationError, values: dict[str, Any]) -> ConfigError:
         case kind if kind in UNEXPECTED:
             unexpected = [_path(complaint, values) for complaint in complaints if complaint["type"] in UNEXPECTED]
             return _of_other_options(unexpected, values) or _unknown_key(setting, list(_flat_keys(values)))
+        case "string_type" if isinstance(first["input"], int | float) and not setting.rpartition(".")[2].isdigit():
+            fix = f"Quote it twice: \"{setting}='{_shown(first['input'])}'\"."
         case "literal_error":
             known = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
             near = difflib.get_close_matches(str(first["input"]), known, n=1)

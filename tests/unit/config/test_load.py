@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,7 +53,11 @@ STREAM = ["data.streaming=true", "train.max_steps=9", "checkpoint.every_steps=3"
         ([DATA, "data.eval_fraction=1.0"], "data.eval_fraction must be at least 0 and below 1"),
         ([DATA, "model=hub"], "model.path must name a folder or a hub id"),
         ([DATA, "model=tiny_random", "model.tokenizer=null"], "model.tokenizer must be given"),
-        (["data.path=[a"], "must read key=value"),
+        (["data.path=[a"], "data.path has a quote or a bracket that is not closed, got '[a'"),
+        ([DATA, "data.cache='x"], "data.cache has a quote or a bracket that is not closed"),
+        ([DATA, "données=1"], "an override must read key=value, got 'données=1'"),
+        (["data.path=a,b.jsonl"], "data.path has several values, got 'a,b.jsonl'. Add -m"),
+        (["data.path=2024"], "data.path must be text, got 2024. Quote it twice"),
         ([DATA, "schedule.warmup_steps=10"], "schedule.warmup_steps must be given where schedule.warmup_ratio is null, and only"),
         ([DATA, "schedule.warmup_ratio=null"], "schedule.warmup_steps must be given where schedule.warmup_ratio is null"),
         ([DATA, "train=1"], "train"),
@@ -123,3 +128,37 @@ def test_a_users_folder_adds_options_and_experiments(tmp_path):
 def test_an_unset_environment_variable_is_a_mistake_in_the_setting_that_asks_for_it():
     with pytest.raises(ConfigError, match=r"data\.cache can't be resolved"):
         load_config("train", [DATA, "data.cache=${oc.env:NO_SUCH_VARIABLE}"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "~/rows.jsonl", "données.jsonl", "rows (1).jsonl", "rows(1).jsonl", "a=b.jsonl", "it's.jsonl", "日本 語.jsonl",
+        "a;b&c#d!.jsonl",
+        "{lang}/rows.jsonl", "[final].jsonl", "C:\\rows~1\\a.jsonl", 'say "yes".jsonl', "a\\'b.jsonl", "dé, it.jsonl",
+    ],
+)  # fmt: skip
+def test_a_path_is_taken_as_it_is_typed(value):
+    assert load_config("prepare", [f"data.path={value}"]).data.path == value
+
+
+@pytest.mark.parametrize("split", ["train[:10]", "train[10%:20%]", "validation[-100:]"])
+def test_a_part_of_a_split_is_taken_as_it_is_typed(split):
+    assert load_config("prepare", [DATA, f"data.split={split}"]).data.split == split
+
+
+def test_lists_and_objects_hold_texts_as_they_are_typed():
+    run = load_config("prepare", ["data.path=null", "data.dataset_info=~/info", "data.names=[dé (1), b, ~/c]"])
+    assert run.data.names == ["dé (1)", "b", "~/c"]
+    assert load_config("prepare", [DATA, "data.eval_path={a: dé.jsonl}"]).data.eval_path == {"a": "dé.jsonl"}
+
+
+def test_with_several_values_each_is_taken_as_it_is_typed():
+    typed = load.as_typed("data.split=train[:10],train[10:]", several=True)
+    assert typed == "data.split='train[:10]','train[10:]'"
+
+
+@given(st.text(st.characters(blacklist_categories=["Cs", "Cc"]), max_size=12))
+def test_any_text_in_quotes_is_that_text(text):
+    override = OverridesParser.create().parse_override(f"key={load.quoted(text)}")
+    assert override.value() == text
