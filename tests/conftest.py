@@ -4,7 +4,6 @@ import json
 import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,16 +14,6 @@ from hypothesis import settings
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Reference values and demo data that lie beside some checkouts."""
-    if not SHARED.is_dir():
-        pytest.skip("no ../shared beside this checkout")
-    return SHARED
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from raytune_llm.config.data import DataConfig
@@ -16,15 +16,7 @@ from raytune_llm.data.templates.tool_calls import parse_call_turn
 from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.records import IGNORE, Conversation, Labeled, Message, Pair, Record, Text
 
-FOLDER = Path(__file__).parents[2].parent / "shared" / "parity" / "llamafactory"
-DEMO = FOLDER.parents[1] / "data"
 KIND_OF_STAGE = {"sft": "conversations", "rm": "pairs", "kto": "labeled", "pt": "text", "predict": "prompts", "ppo": "prompts"}
-
-
-def recorded(file: str) -> Iterator[dict[str, Any]]:
-    path = FOLDER / file
-    if path.exists():
-        yield from map(json.loads, path.read_text().splitlines())
 
 
 def unified(record: Record) -> dict[str, Any]:
@@ -114,6 +106,20 @@ def recipe(stage: str, **settings: Any) -> Recipe:
     ]
     run = load_config("prepare", ["model=smollm2_135m", "data.path=rows.jsonl", *overrides])
     return recipe_of(stage, run.model, run.data)
+
+
+def recipe_for(case: Mapping[str, Any]) -> Recipe:
+    """Of a case of labels.jsonl."""
+    stage = case["stage"]
+    settings = {name: value for name, value in case["args"].items() if not name.startswith("packing")}
+    settings |= {"template": None if stage == "pt" else case["template"], "max_length": case["effective_cutoff_len"]}
+    settings |= {"enable_thinking": case["enable_thinking"], "today": "31 Jan 2025"}
+    if stage == "pt":
+        settings["packing"] = "no_packing" not in case["id"]
+    ours = recipe(stage, **settings)
+    if case.get("tokenizer_add_bos_token"):
+        ours = replace(ours, targets=replace(ours.targets, text_start=case["tokenizer"]["bos_token_id"]))
+    return ours
 
 
 def recipe_of(stage: str, model: Any, data: DataConfig) -> Recipe:

@@ -9,10 +9,10 @@ from raytune_llm.data.formats import Reading, convert
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.readers.declarations import _format
 from raytune_llm.errors import DataError
-from tests.parity.llamafactory import FOLDER, KIND_OF_STAGE, recipe, recorded, rows_of, unified, wanted
+from tests.parity.llamafactory import KIND_OF_STAGE, recipe, rows_of, unified, wanted
+from tests.parity.sets import recorded
 
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the recorded rows are not here")
-ROWS = {row["id"]: row for row in recorded("converters.jsonl")}
+ROWS = {row["id"]: row for row in recorded("converters")}
 REFUSED = {
     "alpaca/missing_output_key": BadRow,
     "alpaca/columns_named_missing": BadRow,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from raytune_llm.losses.kto import KTO_LOSSES, LOSSES_WITH_KL, desirable_nll, kto_metrics, reference_point
+from tests.parity.sets import oracle
 from tests.steps import labeled_rows, make_store, step_of
 
-FILE = Path(__file__).parents[2].parent / "shared" / "parity" / "losses" / "kto.json"
-ORACLE = json.loads(FILE.read_text()) if FILE.exists() else {"inputs": {}, "cases": []}
+ORACLE = oracle("kto")
 PAIRING = [case for case in ORACLE["cases"] if case["kind"] == "kl_pairing"]
 LOSS = [case for case in ORACLE["cases"] if case["kind"] != "kl_pairing"]
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from raytune_llm.data.dropped import BadRow
-from tests.parity.llamafactory import FOLDER, labels_of, recipe, record_of, recorded, rows_of, template_of
+from tests.parity.llamafactory import labels_of, recipe_for, record_of, rows_of, template_of
+from tests.parity.sets import recorded
 
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the recorded labels are not here")
-CASES = {row["id"]: row for row in recorded("labels.jsonl")}
+CASES = {row["id"]: row for row in recorded("labels")}
 PACKED = {id for id, row in CASES.items() if "packing" in id and row["stage"] != "pt"}
 
 
@@ -19,14 +17,7 @@ def of_stage(*stages):
 
 
 def made(row):
-    settings = {name: value for name, value in row["args"].items() if not name.startswith("packing")}
-    settings |= {"template": None if row["stage"] == "pt" else row["template"], "max_length": row["effective_cutoff_len"]}
-    settings |= {"enable_thinking": row["enable_thinking"], "today": "31 Jan 2025"}
-    if row["stage"] == "pt":
-        settings["packing"] = "no_packing" not in row["id"]
-    ours = recipe(row["stage"], **settings)
-    if row.get("tokenizer_add_bos_token"):
-        ours = replace(ours, targets=replace(ours.targets, text_start=row["tokenizer"]["bos_token_id"]))
+    ours = recipe_for(row)
     return ours, rows_of(ours, [record_of(record, row["stage"], template_of(row["stage"], ours)) for record in row["records"]])
 
 

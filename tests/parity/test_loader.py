@@ -12,10 +12,10 @@ from raytune_llm.data.loader import split
 from raytune_llm.data.readers import sources
 from raytune_llm.data.readers.declarations import from_dataset_info
 from raytune_llm.errors import DataError
-from tests.parity.llamafactory import FOLDER, KIND_OF_STAGE, recorded, unified, wanted
+from tests.parity.llamafactory import KIND_OF_STAGE, unified, wanted
+from tests.parity.sets import recorded
 
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the recorded files are not here")
-CASES = {row["id"]: row for row in recorded("loader.jsonl")}
+CASES = {row["id"]: row for row in recorded("loader")}
 RANDOM = {id for id in CASES if id.startswith(("interleave", "num_samples", "val_size"))}
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from raytune_llm.losses.tokens import segment_counts, segment_sums, token_entropy, token_logprobs
 from raytune_llm.records import IGNORE
+from tests.parity.sets import oracle
 
-FILE = Path(__file__).parents[2].parent / "shared" / "parity" / "losses" / "logprobs.json"
-ORACLE = json.loads(FILE.read_text()) if FILE.exists() else {"inputs": {}, "cases": []}
+ORACLE = oracle("logprobs")
 
 
 @pytest.mark.parametrize("case", ORACLE["cases"], ids=lambda case: case["id"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,20 +16,18 @@ from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.models import attention
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.records import Batch
+from tests.parity.sets import folder, oracle
 
-SHARED = Path(__file__).resolve().parents[3] / "shared/parity/losses"
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared beside this checkout")
+FOLDER = folder("losses")
 
 
 def cases(kind: str) -> list[Any]:
-    if not SHARED.is_dir():
-        return []
-    everything = json.loads((SHARED / "model_steps.json").read_text())["cases"]
+    everything = oracle("model_steps")["cases"]
     return [pytest.param(case, id=case["id"]) for case in everything if case["kind"].startswith(kind)]
 
 
 def policy(backend: str) -> CausalLM:
-    model = AutoModelForCausalLM.from_pretrained(SHARED / "tiny_llama", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / "tiny_llama", dtype=torch.float32)
     attention.attach(model, backend)
     return CausalLM(model)
 
@@ -77,7 +73,7 @@ def test_sft_step_has_the_reference_loss_and_gradients(case: dict[str, Any], bac
 @pytest.mark.parametrize("case", cases("adapter"))
 def test_adapters_have_the_reference_logits(case: dict[str, Any]) -> None:
     base = policy("varlen").base
-    adapted = PeftModel.from_pretrained(base, SHARED / f"adapter_{case['kind'].removeprefix('adapter_')}_s{case['seed']}")
+    adapted = PeftModel.from_pretrained(base, FOLDER / f"adapter_{case['kind'].removeprefix('adapter_')}_s{case['seed']}")
     model = CausalLM(adapted)
     ids = np.array(case["inputs"]["input_ids"], np.int32).reshape(-1)
     batch = collate([[(ids, np.array([0, len(ids)], np.int32))]], length=len(ids), pad_id=0)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +13,11 @@ from raytune_llm.train.optimizers.adamw import adamw
 from raytune_llm.train.optimizers.groups import Trained
 from raytune_llm.train.optimizers.muon import muon
 from raytune_llm.train.strategies.own_optimizer import LossScale, clipped_step
-
-SHARED = Path(__file__).resolve().parents[3] / "shared/parity/losses"
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared beside this checkout")
+from tests.parity.sets import oracle
 
 
 def cases(kind: str) -> list[Any]:
-    if not SHARED.is_dir():
-        return []
-    read = json.loads((SHARED / "optim.json").read_text())
+    read = oracle("optim")
     return [pytest.param(case, read["inputs"][case["input"]], id=case["id"]) for case in read["cases"] if case["kind"] == kind]
 
 

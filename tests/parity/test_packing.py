@@ -1,16 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from raytune_llm.data.packing import plan
-from tests.parity.llamafactory import FOLDER, recorded
-
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the recorded packs are not here")
+from tests.parity.sets import recorded
 
 
 def test_packs_hold_what_the_recorded_ones_hold_and_are_no_more():
-    rows = [row for row in recorded("packing_knapsack.jsonl") if isinstance(row["expected"], list)]
+    rows = [row for row in recorded("packing_knapsack") if isinstance(row["expected"], list)]
     assert rows
     for row in rows:
         fitting = np.array([length for length in row["lengths"] if 0 < length <= row["capacity"]], np.int64)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +18,9 @@ from raytune_llm.losses.preference import (
     weighted_sum,
 )
 from raytune_llm.losses.tokens import split_sums
+from tests.parity.sets import oracle
 
-FILE = Path(__file__).parents[2].parent / "shared" / "parity" / "losses" / "preference.json"
-ORACLE = json.loads(FILE.read_text()) if FILE.exists() else {"inputs": {}, "cases": []}
+ORACLE = oracle("preference")
 RUNNING = [case for case in ORACLE["cases"] if case["kind"] == "bco_running"]
 SINGLE = [case for case in ORACLE["cases"] if case["kind"] != "bco_running"]
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from raytune_llm.losses.reward import bradley_terry, centering, reward_metrics
+from tests.parity.sets import oracle
 
-FILE = Path(__file__).parents[2].parent / "shared" / "parity" / "losses" / "reward.json"
-ORACLE = json.loads(FILE.read_text()) if FILE.exists() else {"inputs": {}, "cases": []}
+ORACLE = oracle("reward")
 
 
 def close(got, want):

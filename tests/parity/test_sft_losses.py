@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from raytune_llm.losses.tokens import asft, cross_entropy, dft, eaft, segment_counts, segment_sums, total_and_count
 from raytune_llm.records import IGNORE
+from tests.parity.sets import oracle
 
-FILE = Path(__file__).parents[2].parent / "shared" / "parity" / "losses" / "sft.json"
-ORACLE = json.loads(FILE.read_text()) if FILE.exists() else {"inputs": {}, "cases": []}
+ORACLE = oracle("sft")
 
 
 def sft_loss(kind, params, logits, targets, reference_logits, weights, row):

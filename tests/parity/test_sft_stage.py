@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ from torch import Tensor, nn
 from raytune_llm.data.kinds.conversations import ConversationRow
 from raytune_llm.models.head import together
 from raytune_llm.records import Batch
-from tests.parity.test_stage_steps import LAYOUTS, SHARED, assert_reference_values, cases, model_of
+from tests.parity.sets import oracle
+from tests.parity.test_stage_steps import LAYOUTS, assert_reference_values, cases, model_of
 from tests.steps import make_store, objective_of, run_step, step_of
 
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared beside this checkout")
-FILE = SHARED / "sft.json"
-ORACLE = json.loads(FILE.read_text()) if FILE.exists() else {"inputs": {}, "cases": []}
+ORACLE = oracle("sft")
 SETTINGS = {
     "ce": lambda p: [],
     "nll_sum": lambda p: [],

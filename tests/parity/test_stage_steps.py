@@ -3,7 +3,6 @@ from the definition."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -21,22 +20,20 @@ from raytune_llm.models.scorer import Scorer
 from raytune_llm.records import LossOut
 from raytune_llm.stages import Objective
 from raytune_llm.stages.reward import pair_scores
+from tests.parity.sets import folder, oracle
 from tests.steps import Outcome, labeled_rows, make_store, objective_of, pair_rows, run_step, step_of
 
-SHARED = Path(__file__).resolve().parents[3] / "shared/parity/losses"
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared beside this checkout")
+FOLDER = folder("losses")
 LAYOUTS = {"packed": (True, 8), "packs one by one": (True, 1), "rows joined": (False, 8), "rows one by one": (False, 1)}
 
 
 def cases(*kinds: str) -> list[Any]:
-    if not SHARED.is_dir():
-        return []
-    everything = json.loads((SHARED / "model_steps.json").read_text())["cases"]
+    everything = oracle("model_steps")["cases"]
     return [pytest.param(case, id=case["id"]) for case in everything if case["kind"] in kinds]
 
 
 def model_of(folder: str, backend: str = "varlen") -> CausalLM:
-    model = AutoModelForCausalLM.from_pretrained(SHARED / folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / folder, dtype=torch.float32)
     attention.attach(model, backend)
     return CausalLM(model)
 
@@ -99,8 +96,8 @@ def test_a_step_of_a_reward_model_has_the_reference_loss_and_gradients(case: dic
     store = make_store(tmp_path, "pairs", pair_rows(case["inputs"]["chosen"], case["inputs"]["rejected"]))
     packing, micro = LAYOUTS[layout]
     step = step_of(store, max_length=16, packing=packing, micro=micro)
-    config = AutoConfig.from_pretrained(SHARED / "tiny_llama")
-    base: Any = load_model(config, str(SHARED / "tiny_llama"), weights="pretrained", dtype=torch.float32, seed=0, scores=True)
+    config = AutoConfig.from_pretrained(FOLDER / "tiny_llama")
+    base: Any = load_model(config, str(FOLDER / "tiny_llama"), weights="pretrained", dtype=torch.float32, seed=0, scores=True)
     base.score.weight.data[0] = torch.tensor(case["inputs"]["score_weight"])
     attention.attach(base, "varlen")
     model = Scorer(base)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import date
 from functools import lru_cache
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import jinja2
@@ -19,24 +19,20 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from raytune_llm.data.templates.named import NamedTemplate, apply_to_tokenizer, load, names, stop_tokens
 from raytune_llm.data.templates.tool_calls import parse_call_turn, render_calls
 from raytune_llm.errors import ConfigError
+from tests.parity.sets import recorded
 
-FOLDER = Path(__file__).parents[2].parent / "shared" / "parity" / "llamafactory"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the recorded texts are not here")
 UNMARKED = {f"{name}/tool_format=None/default_system=None" for name in ("glm4_moe", "minimax2", "seed_oss")}
 """Rows that hold a call as those three wrongly write it, like others that are marked as defects."""
+NUM_TEMPLATES = 121
+"""That 0.9.5 registers."""
 ROLES = {"user": "user", "assistant": "assistant", "function": "assistant", "observation": "tool"}
-
-
-def recorded(*files: str) -> Iterator[dict[str, Any]]:
-    for path in (FOLDER / file for file in files):
-        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else ())
 
 
 @lru_cache(maxsize=1)
 def cases() -> dict[str, list[dict[str, Any]]]:
     """The recorded renderings of each template."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names()}
-    for row in recorded("templates.jsonl", "templates_minimal.jsonl", "template_overrides.jsonl"):
+    for row in chain.from_iterable(map(recorded, ("templates", "templates_minimal", "template_overrides"))):
         found[row["template"]].append(row)
     return found
 
@@ -118,7 +114,7 @@ def actual(row: Mapping[str, Any]) -> list[tuple[str, str]] | str:
     return [*earlier, last]
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [name for name, rows in cases().items() if any(map(is_defect, rows))])
 def test_defects_are_not_repeated(name):
     for row in filter(is_defect, cases()[name]):
         template = named(row)
@@ -133,9 +129,10 @@ def test_defects_are_not_repeated(name):
 
 
 def test_the_settings_of_every_template_are_those_recorded():
-    meta = {row["template"]: row for row in recorded("template_meta.jsonl")}
-    assert set(names()) == set(meta)
-    for name in names():
+    meta = {row["template"]: row for row in recorded("template_meta")}
+    assert len(meta) >= 20 and set(names()) >= set(meta)
+    assert len(names()) == NUM_TEMPLATES
+    for name in meta:
         template, row = load(name), meta[name]
         assert (template.default_system, list(template.stop_tokens)) == (row["default_system"], row["stop_words"])
         assert (template.efficient_eos, template.replace_eos) == (row["efficient_eos"], row["replace_eos"])
@@ -146,7 +143,7 @@ def test_the_settings_of_every_template_are_those_recorded():
         ]
 
 
-@pytest.mark.parametrize("row", recorded("template_exports.jsonl"), ids=lambda row: row["id"])
+@pytest.mark.parametrize("row", recorded("template_exports"), ids=lambda row: row["id"])
 def test_a_saved_template_gives_the_text_that_was_trained(row):
     turns = [("user", "Hi"), ("assistant", "Hello! How can I help?")]
     longer = [*turns, ("user", "What is 2+2?"), ("assistant", "4"), ("user", "And 3*3?"), ("assistant", "9")]
@@ -162,7 +159,7 @@ def test_a_saved_template_gives_the_text_that_was_trained(row):
         assert (text.replace(blank, "").replace(template.thought[1], "") if template.reasons else text) == row["jinja"][key]
 
 
-@pytest.mark.parametrize("row", recorded("template_meta.jsonl"), ids=lambda row: row["id"])
+@pytest.mark.parametrize("row", recorded("template_meta"), ids=lambda row: row["id"])
 def test_end_padding_and_stop_tokens_of_a_tokenizer_are_those_recorded(row):
     # SmolLM2's tokens, as far as templates name them.
     vocabulary = {token: index for index, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "###"])}

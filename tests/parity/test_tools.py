@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import pytest
 
 from raytune_llm.data.templates.tool_calls import EXTRACTORS, extract_calls, parse_call_turn, render_calls, render_tools
-
-FOLDER = Path(__file__).parents[2].parent / "shared" / "parity" / "llamafactory"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the recorded texts are not here")
+from tests.parity.sets import recorded
 
 READ_HERE = {
     "default/extract/dash_name": [["my-tool", "{}"]],
@@ -26,9 +23,7 @@ READ_HERE = {
 
 
 def rows(direction: str, *, defect: bool) -> Iterator[Any]:
-    path = FOLDER / "tools.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        row = json.loads(line)
+    for row in recorded("tools"):
         if row["direction"] == direction and ("defect" in row) == defect:
             yield pytest.param(row, id=row["id"])
 

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-import pytest
-
 from raytune_llm.data.tokens.truncation import shares
-from tests.parity.llamafactory import FOLDER, recorded
-
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the recorded lengths are not here")
+from tests.parity.sets import recorded
 
 
 def test_requests_and_answers_keep_the_recorded_shares():
-    rows = [row for row in recorded("truncation.jsonl") if "error" not in row["expected"]]
+    rows = [row for row in recorded("truncation") if "error" not in row["expected"]]
     assert rows
     for row in rows:
         kept = shares(row["source_len"], row["target_len"], row["cutoff_len"])

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 from itertools import pairwise
 
@@ -8,6 +7,7 @@ import pytest
 
 from raytune_llm.config.schedule import Linear
 from raytune_llm.train.schedules import SCHEDULES, learning_rate
+from tests.parity.sets import oracle
 
 OURS = {
     "constant": ("constant", {}),
@@ -21,10 +21,8 @@ OURS = {
 }
 
 
-def test_every_reference_schedule_is_met(shared):
-    cases = [
-        case for case in json.loads((shared / "parity/losses/optim.json").read_text())["cases"] if case["kind"] == "schedule"
-    ]
+def test_every_reference_schedule_is_met():
+    cases = [case for case in oracle("optim")["cases"] if case["kind"] == "schedule"]
     assert len(cases) >= 8
     for case in cases:
         params = case["params"]
