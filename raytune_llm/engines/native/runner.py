@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,8 +41,8 @@ class PolicyRunner:
         order = sorted(range(len(pieces)), key=lambda number: pieces[number].stop - pieces[number].start > 1)
         rows = self._rows([pieces[number] for number in order])
         self._policy.eval()
-        with self._eagerly(), self._using([pieces[number] for number in order]):
-            hidden_1LD = self._policy.hidden(rows)
+        with self._eagerly():
+            hidden_1LD = self._policy.hidden(rows, self._routes([pieces[number] for number in order]))
         ends = dict(zip(order, rows.starts[1:], strict=True))
         wanted = [ends[number] - 1 for number, piece in enumerate(pieces) if piece.samples]
         if not wanted:
@@ -50,18 +50,27 @@ class PolicyRunner:
         return self._policy.logits(hidden_1LD[0, torch.tensor(wanted, device=self.device)])
 
     def read_adapter(self, folder: Path) -> tuple[Any, int]:
-        return self._bank.read(folder)
+        weights = self._bank.read(folder)
+        return weights, weights.rank
+
+    def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, slot: int) -> list[list[float]]:
+        """A vector a prompt: a batch of packs without a cache, as in training."""
 
     def _rows(self, pieces: Sequence[Piece]) -> CachedRows:
         """Pieces of one token first."""
         return CachedRows.of(self._cache, [NewTokens(row.ids[start:stop], start, row.blocks) for row, start, stop in pieces])
 
-    def _using(self, pieces: Sequence[Piece]) -> AbstractContextManager[Any]:
-        """Each token under its row's adapter."""
-        if self._bank is None:
-            return nullcontext()
-        slots = np.repeat([row.slot for row, *_ in pieces], [stop - start for _, start, stop in pieces])
-        return self._bank.using(torch.from_numpy(slots.astype(np.int64)).to(self.device, non_blocking=True))
+    def _routes(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """What layers are to be given, so that each token goes to its row's adapter."""
+        slots = [row.slot for row, *_ in pieces]
+        if self._bank is None or all(slot < 0 for slot in slots):
+            return {}
+        slot_M = torch.tensor(slots)
+        sizes = [stop - start for _, start, stop in pieces]
+        if max(sizes) == 1:
+            return self._bank.by_tokens(slot_M.to(self.device))
+        cu_seqlens_S = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(self.device)
+        return self._bank.by_documents(slot_M, cu_seqlens_S, sum(sizes))
 
     def _eagerly(self) -> AbstractContextManager[Any]:
         """Layers that were compiled for training run as they are written: every step is another shape."""

@@ -1,0 +1,100 @@
+"""A model's settings -> the engine that serves it: weights, slots of adapters and cache on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from raytune_llm.config.adapter import NoAdapter
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.quantization import QuantizationConfig
+from raytune_llm.config.serve import NativeEngine as NativeSettings
+from raytune_llm.engines.native.engine import NativeEngine
+from raytune_llm.engines.native.runner import PolicyRunner
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters import LoraBank
+from raytune_llm.models.attention.cache import bytes_a_token, check_cached
+from raytune_llm.models.load import positions
+from raytune_llm.models.policy import build_policy
+
+CPU_CACHE_BYTES = 4 * 2**30
+CPU_ROW_TOKENS = 2048
+"""On a CPU the cache holds so many tokens of each row, and at most CPU_CACHE_BYTES."""
+WORKING_BYTES = 2 * 2**30
+"""Of a GPU, for what a step computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What an engine is built from, beside its own settings."""
+
+    model: ModelConfig
+    quantization: QuantizationConfig
+    config: PretrainedConfig
+    tokenizer: Any
+    end_ids: list[int]
+    compute: torch.dtype
+    device: torch.device
+    max_length: int | None
+    max_adapters: int
+    max_rank: int
+    max_host_adapters: int
+    scores: bool = False
+
+
+def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
+    check_cached(serving.config)
+    policy, _ = build_policy(
+        serving.config,
+        serving.model,
+        NoAdapter(name="none"),
+        compute=serving.compute,
+        seed=0,
+        device=serving.device,
+        quantization=serving.quantization,
+        scores=serving.scores,
+        trains=False,
+    )
+    bank = LoraBank(policy.base, num_slots=serving.max_adapters, max_rank=serving.max_rank, dtype=serving.compute)
+    limit = min(filter(None, (serving.max_length, positions(serving.config))), default=2**20)
+    runner = PolicyRunner(
+        policy,
+        num_blocks=_num_blocks(settings, serving, limit),
+        block_size=settings.block_size,
+        device=serving.device,
+        bank=bank,
+    )
+    return NativeEngine(
+        runner,
+        serving.tokenizer,
+        end_ids=serving.end_ids,
+        max_length=limit,
+        max_rows=settings.max_rows,
+        step_tokens=settings.step_tokens,
+        max_host_adapters=serving.max_host_adapters,
+        prefix_cache=settings.prefix_cache,
+    )
+
+
+def _num_blocks(settings: NativeSettings, serving: Serving, limit: int) -> int:
+    """That fit the memory, and are no more than all rows can fill."""
+    a_block = settings.block_size * bytes_a_token(serving.config, serving.compute)
+    if settings.cache_gib is not None:
+        memory = int(settings.cache_gib * 2**30)
+    elif serving.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(serving.device)
+        memory = int(free - (1 - settings.gpu_memory) * total) - WORKING_BYTES
+    else:
+        memory = min(CPU_CACHE_BYTES, settings.max_rows * CPU_ROW_TOKENS * bytes_a_token(serving.config, serving.compute))
+    number = min(memory // a_block, settings.max_rows * -(-limit // settings.block_size))
+    if number < 1:
+        raise ConfigError(
+            "engine.cache_gib",
+            f"must hold a block of {settings.block_size} tokens, {a_block / 2**30:.2g} GiB",
+            got=round(memory / 2**30, 3),
+            fix="Raise it or engine.gpu_memory, or take a smaller model.",
+        )
+    return number
