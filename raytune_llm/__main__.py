@@ -16,6 +16,7 @@ VERBS = {
     "train": "prepare what is missing, train, write the output folder (the default)",
     "prepare": "raw rows to a token store, no training",
     "plan": "steps, tokens, parameters and memory of a run, without running it",
+    "serve": "an OpenAI-compatible server of one model and many adapters",
     "import": "a LLaMA-Factory training file to an experiment of yours: import FILE.yaml",
     "doctor": "versions, devices and optional packages of this machine",
 }

@@ -17,7 +17,7 @@ from raytune_llm import session
 from raytune_llm.config.load import as_plain, to_yaml
 from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.resources import Cluster
-from raytune_llm.config.run import DoctorRun, ImportRun, PrepareRun, TrainRun
+from raytune_llm.config.run import DoctorRun, ImportRun, PrepareRun, ServeRun, TrainRun
 from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared, Streamed
 from raytune_llm.evaluate.exact_match import ExactMatch
@@ -153,6 +153,13 @@ def plan(run: TrainRun) -> Plan:
 def import_(run: ImportRun) -> Path:
     """A LLaMA-Factory training file as an experiment of ours; where it was written."""
     return write(run, translate_file(run))
+
+
+def serve(run: ServeRun, *, told: Callable[[str], None] = lambda line: None) -> None:
+    """Serve a model and its adapters until it is interrupted. `told` gets a line at each part of the start."""
+    from raytune_llm.serve.inprocess import serve_inline
+
+    serve_inline(run, told=told)
 
 
 def doctor(run: DoctorRun) -> Doctor:

@@ -65,6 +65,9 @@ class ToyRunner:
                 logits.append(values)
         return torch.stack(logits) if logits else torch.zeros(0, V)
 
+    def pooled(self, prompts: list[list[int]], pooling: str, slot: int) -> list[list[float]]:
+        return [[float(sum(ids)), float(slot)] for ids in prompts]
+
     def read_adapter(self, folder: Path) -> tuple[int, int]:
         weights = json.loads((folder / "adapter_model.safetensors").read_text())
         if weights < 0:

@@ -16,7 +16,7 @@ from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.native.runner import PolicyRunner
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters import LoraBank
-from raytune_llm.models.attention.cache import bytes_a_token, check_cached
+from raytune_llm.models.attention.cache import check_cached
 from raytune_llm.models.load import positions
 from raytune_llm.models.policy import build_policy
 
@@ -58,11 +58,12 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
         scores=serving.scores,
         trains=False,
     )
+    a_token = policy.cache_bytes_a_token()
     bank = LoraBank(policy.base, num_slots=serving.max_adapters, max_rank=serving.max_rank, dtype=serving.compute)
     limit = min(filter(None, (serving.max_length, positions(serving.config))), default=2**20)
     runner = PolicyRunner(
         policy,
-        num_blocks=_num_blocks(settings, serving, limit),
+        num_blocks=_num_blocks(settings, serving.device, a_token, limit),
         block_size=settings.block_size,
         device=serving.device,
         bank=bank,
@@ -79,16 +80,16 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
     )
 
 
-def _num_blocks(settings: NativeSettings, serving: Serving, limit: int) -> int:
+def _num_blocks(settings: NativeSettings, device: torch.device, bytes_a_token: int, limit: int) -> int:
     """That fit the memory, and are no more than all rows can fill."""
-    a_block = settings.block_size * bytes_a_token(serving.config, serving.compute)
+    a_block = settings.block_size * bytes_a_token
     if settings.cache_gib is not None:
         memory = int(settings.cache_gib * 2**30)
-    elif serving.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(serving.device)
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
         memory = int(free - (1 - settings.gpu_memory) * total) - WORKING_BYTES
     else:
-        memory = min(CPU_CACHE_BYTES, settings.max_rows * CPU_ROW_TOKENS * bytes_a_token(serving.config, serving.compute))
+        memory = min(CPU_CACHE_BYTES, settings.max_rows * CPU_ROW_TOKENS * bytes_a_token)
     number = min(memory // a_block, settings.max_rows * -(-limit // settings.block_size))
     if number < 1:
         raise ConfigError(

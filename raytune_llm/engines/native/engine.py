@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from raytune_llm.engines.native.grammars import Grammars
 from raytune_llm.engines.native.row import Row
 from raytune_llm.engines.native.sampler import RowSampler, logprobs, sample
 from raytune_llm.engines.native.scheduler import Piece, Scheduler
-from raytune_llm.engines.native.slots import Bank, Slots
+from raytune_llm.engines.native.slots import Adapter, Bank, Slots
 from raytune_llm.engines.native.text import TextStream
 from raytune_llm.engines.requests import Completion, Delta, Finish, Grammar, Request, Stream, TokenLogprob
 from raytune_llm.errors import ConfigError, ResourceError
@@ -46,6 +47,10 @@ class Runner(Protocol):
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """float32 [R, V]: logits at the last token of each piece that samples, in their order."""
+        ...
+
+    def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, slot: int) -> list[list[float]]:
+        """A vector a prompt, each computed under the adapter in the slot; -1: the base."""
         ...
 
     def read_adapter(self, folder: Path) -> tuple[Any, int]:
@@ -76,6 +81,8 @@ class NativeEngine:
         self._scheduler = Scheduler(self._blocks, self._slots, max_rows=max_rows, step_tokens=max(step_tokens, max_rows))
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """For the loop, from other threads."""
+        self._later: list[Callable[[], None]] = []
+        """For its next round."""
         self._store = AdapterStore(runner.read_adapter, max_host=max_host_adapters, on_read=lambda: self._calls.put(lambda: None))
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()
@@ -121,6 +128,15 @@ class NativeEngine:
         """One completion a request, in the order of the requests."""
         streams = [self.submit(request) for request in requests]
         return [stream.result() for stream in streams]
+
+    def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
+        self._check_alive()
+        version = None
+        if adapter is not None and (version := self._store.get(adapter)) is None:
+            raise ConfigError("the model", "must be the base or an adapter that is loaded", got=adapter)
+        future: Future[list[list[float]]] = Future()
+        self._calls.put(partial(self._pool, prompts, pooling, version, future))
+        return future
 
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> str:
         self._check_alive()
@@ -230,6 +246,9 @@ class NativeEngine:
 
     def _take_calls(self, *, wait: bool) -> None:
         """What other threads asked for."""
+        for call in self._later:
+            self._calls.put(call)
+        self._later = []
         try:
             call = self._calls.get(timeout=IDLE_S) if wait else self._calls.get_nowait()
             while True:
@@ -243,6 +262,28 @@ class NativeEngine:
             elif row.adapter is not None and not self._store.ready(row.adapter) and row.adapter.failure is not None:
                 self._scheduler.end(row)
                 row.stream.fail(row.adapter.failure)
+
+    def _pool(
+        self, prompts: Sequence[Sequence[int]], pooling: str, adapter: Adapter | None, future: Future[list[list[float]]]
+    ) -> None:
+        """Between two steps. Its adapter takes a slot like a row's; where none is free, it waits for one."""
+        slot = -1
+        if adapter is not None:
+            assert self._slots is not None
+            taken = self._slots.take(adapter) if self._store.ready(adapter) else None
+            if taken is None and adapter.failure is None:
+                self._later.append(partial(self._pool, prompts, pooling, adapter, future))
+                return
+            slot = -1 if taken is None else taken
+        try:
+            if adapter is not None and adapter.failure is not None:
+                raise adapter.failure
+            future.set_result(self._runner.pooled(prompts, pooling, slot))
+        except Exception as error:  # theirs, not the loop's
+            future.set_exception(error)
+        finally:
+            if adapter is not None and slot >= 0 and self._slots is not None:
+                self._slots.give_back(adapter)
 
     def _publish(self, row: Row, token: int, told: TokenLogprob | None) -> None:
         """The token is the row's: tell its text, and end the row where the answer ends."""

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from raytune_llm.data.batches import collate, to_device
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.native.slots import Bank
 from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache, check_cached
 from raytune_llm.models.causal_lm import CausalLM
+
+NOTHING = np.zeros(0, np.int32)
+POOLED: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda hidden_ND: F.normalize(hidden_ND.mean(0), dim=0),
+    "last": lambda hidden_ND: F.normalize(hidden_ND[-1], dim=0),
+}
+"""Hidden states of a text -> a vector of length 1."""
 
 
 class PolicyRunner:
@@ -54,19 +64,28 @@ class PolicyRunner:
         return weights, weights.rank
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, slot: int) -> list[list[float]]:
-        """A vector a prompt: a batch of packs without a cache, as in training."""
+        """A vector a prompt, of packs without a cache, as in training. pooling: one of POOLED, or a reward model's score."""
+        lengths = [len(ids) for ids in prompts]
+        rows = [(np.asarray(ids, np.int32), NOTHING) for ids in prompts]
+        batch = to_device(collate([rows], length=sum(lengths), pad_id=0), self.device)
+        route = {} if slot < 0 else self._route([slot] * len(prompts), lengths)
+        self._policy.eval()
+        with self._eagerly():
+            hidden_LD = self._policy.hidden(batch, route)[0].float()
+        return [POOLED[pooling](part_ND).tolist() for part_ND in hidden_LD.split(lengths)]
 
     def _rows(self, pieces: Sequence[Piece]) -> CachedRows:
         """Pieces of one token first."""
         return CachedRows.of(self._cache, [NewTokens(row.ids[start:stop], start, row.blocks) for row, start, stop in pieces])
 
     def _routes(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        return self._route([row.slot for row, *_ in pieces], [stop - start for _, start, stop in pieces])
+
+    def _route(self, slots: Sequence[int], sizes: Sequence[int]) -> dict[str, Any]:
         """What layers are to be given, so that each token goes to its row's adapter."""
-        slots = [row.slot for row, *_ in pieces]
         if self._bank is None or all(slot < 0 for slot in slots):
             return {}
         slot_M = torch.tensor(slots)
-        sizes = [stop - start for _, start, stop in pieces]
         if max(sizes) == 1:
             return self._bank.by_tokens(slot_M.to(self.device))
         cu_seqlens_S = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(self.device)
