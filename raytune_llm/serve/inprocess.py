@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -17,6 +18,9 @@ from raytune_llm.serve.backend import InProcess
 from raytune_llm.serve.engines import base_name, build_engine, tokenizer_of
 from raytune_llm.serve.prompts import Prompts
 from raytune_llm.serve.watch import Watcher
+
+DRAIN_S = 30
+"""Answers that are being made have so long to end when the server is stopped."""
 
 
 def access_of(run: ServeRun) -> Access:
@@ -46,10 +50,12 @@ def serve_inline(run: ServeRun, *, told: Callable[[str], None]) -> None:
             watcher.start()
         logging.getLogger("raytune_llm.serve").setLevel(serve.log_level.upper())
         app = build_app(InProcess(engine, facts), Prompts(tokenizer), access_of(run))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=DRAIN_S))
         told(f"models: {', '.join([facts.name, *(one.name for one in engine.adapters())])}")
         told(f"ready at {url}")
-        server.run(sockets=[listening])
+        with suppress(KeyboardInterrupt):  # it drained by then
+            server.run(sockets=[listening])
+        told("stopped")
     finally:
         if watcher is not None:
             watcher.stop()
