@@ -1,12 +1,12 @@
 """Training steps on one GPU: random weights in the shape of a published model, packs of documents as long as Alpaca's.
 
-    python benchmarks/gpu.py [--variants NAME ...] [--steps 8] [--profile FOLDER] [--set KEY=VALUE ...]
+    python benchmarks/gpu.py [--variants NAME ...] [--steps 8] [--workers N] [--profile FOLDER] [--set KEY=VALUE ...]
 
-A variant over several workers runs where there are as many GPUs. Prints JSON: for each variant real tokens/s of a worker
-(padding not counted), the median step, peak memory and mfu: 4 operations a frozen weight and token (6 a trained one), and 12 for
-each number of the query heads as often as there are query-key pairs, against the rate of a bf16
-8192 x 8192 x 8192 product measured just before (memory/flops.py). Steps are the loop's own (`train.loop.one_step`): forward,
-backward, clipping, fused AdamW, metrics.
+A variant over several workers runs where there are as many GPUs; one that fails says so, and the others go on. Prints JSON: for
+each variant real tokens/s of a worker (padding not counted), the median step, peak memory and mfu: 4 operations a frozen weight
+and token (6 a trained one), and 12 for each number of the query heads as often as there are query-key pairs, against the rate of
+a bf16 8192 x 8192 x 8192 product measured just before (memory/flops.py). Steps are the loop's own (`train.loop.one_step`):
+forward, backward, clipping, fused AdamW, metrics.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, islice, pairwise
 from pathlib import Path
 from statistics import median
@@ -163,13 +165,13 @@ def make_steps(variant: Variant, vocab_size: int) -> Iterator[Step]:
 
 def measure(
     name: str,
+    variant: Variant,
     settings: list[str],
     num_steps: int,
     matmul: float,
     trace: Path | None,
     device: torch.device,
 ) -> dict[str, Any]:
-    variant = VARIANTS[name]
     began = time.perf_counter()
     run = make_run(variant, settings)
     config = load_model_config(None, run.model.config)
@@ -242,21 +244,36 @@ def measure_in_group(rank: int, port: int, world: int, folder: str, trace: Path 
     dist.destroy_process_group()
 
 
-def measured(name: str, settings: list[str], num_steps: int, matmul: float, trace: Path | None) -> dict[str, Any]:
+def measured(
+    name: str, variant: Variant, settings: list[str], num_steps: int, matmul: float, trace: Path | None
+) -> dict[str, Any]:
     """Tokens/s are a worker's where there are several."""
-    world = VARIANTS[name].workers
-    if world > torch.cuda.device_count():
-        return {"not_run": f"needs {world} GPUs"}
-    if world == 1:
-        return measure(name, settings, num_steps, matmul, trace, torch.device("cuda", 0))
+    if variant.workers > torch.cuda.device_count():
+        return {"not_run": f"needs {variant.workers} GPUs"}
+    arguments = (name, variant, settings, num_steps, matmul)
+    if variant.workers == 1:
+        return measure(*arguments, trace, torch.device("cuda", 0))
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        torch.multiprocessing.spawn(
-            measure_in_group, (port, world, folder, trace, name, settings, num_steps, matmul), nprocs=world
-        )
+        torch.multiprocessing.spawn(measure_in_group, (port, variant.workers, folder, trace, *arguments), nprocs=variant.workers)
         return json.loads((Path(folder) / "result.json").read_text())
+
+
+def each(measures: Mapping[str, Callable[[], dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The result of each, or what it failed of."""
+    for name, measure_one in measures.items():
+        try:
+            result = measure_one()
+        except Exception as error:
+            traceback.print_exc()
+            # of a worker's error, the last line of its traceback
+            why = f"{type(error).__name__}: {error}".strip().splitlines()
+            short = why[-1] if isinstance(error, torch.multiprocessing.ProcessRaisedException) else why[0]
+            result = {"out_of_memory" if "OutOfMemoryError" in short else "failed": short}
+        print(name, json.dumps(result), file=sys.stderr, flush=True)
+        yield name, result
 
 
 def matmul_flops() -> float:
@@ -278,6 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--variants", nargs="+", default=list(COMPARED), choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--workers", type=int, help="in place of each variant's own number")
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--set", nargs="*", default=[], help="settings of the run, as on the command line")
     arguments = parser.parse_args()
@@ -289,12 +307,15 @@ def main() -> None:
         "matmul_tflops": round(matmul / 1e12, 1),
         "mfu_counts": "4N a token for LoRA, 6N where all is trained, attention within documents added; of matmul_tflops",
     }
-    for name in arguments.variants:
-        try:
-            results[name] = measured(name, arguments.set, arguments.steps, matmul, arguments.profile)
-        except torch.OutOfMemoryError as error:
-            results[name] = {"out_of_memory": str(error).splitlines()[0]}
-        print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
+    variants = {name: VARIANTS[name] for name in arguments.variants}
+    if arguments.workers is not None:
+        variants = {name: replace(variant, workers=arguments.workers) for name, variant in variants.items()}
+    measures = {
+        name: partial(measured, name, variant, arguments.set, arguments.steps, matmul, arguments.profile)
+        for name, variant in variants.items()
+    }
+    for name, result in each(measures):
+        results[name] = result
         gc.collect()
         torch._dynamo.reset()
         torch.cuda.empty_cache()

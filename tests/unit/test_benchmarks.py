@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from benchmarks.__main__ import worse
+from benchmarks.gpu import each
 
 
 def test_a_loss_of_five_percent_is_named_in_either_direction() -> None:
@@ -19,3 +24,27 @@ def test_a_figure_that_is_gone_is_a_loss() -> None:
     assert worse({"lora": {"tokens_per_s": 1000, "tokens": 8}}, {"lora": {"out_of_memory": "so much"}}) == [
         "lora.tokens_per_s: 1000 -> none"
     ]
+
+
+def runs_out(rank: int) -> None:
+    if rank == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+
+def in_two_processes() -> dict[str, Any]:
+    torch.multiprocessing.spawn(runs_out, nprocs=2)
+    return {}
+
+
+def fails() -> dict[str, Any]:
+    raise ValueError("no such setting\nat all")
+
+
+def test_a_variant_that_fails_says_so_and_leaves_the_others_their_results() -> None:
+    measured = dict(each({"a": lambda: {"step_s": 1.0}, "b": in_two_processes, "c": fails, "d": lambda: {"step_s": 2.0}}))
+    assert measured == {
+        "a": {"step_s": 1.0},
+        "b": {"out_of_memory": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."},
+        "c": {"failed": "ValueError: no such setting"},
+        "d": {"step_s": 2.0},
+    }
