@@ -37,8 +37,9 @@ import torch.distributed as dist
 from raytune_llm.config.load import load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.batches import collate, pinned
-from raytune_llm.data.loader import JOINED_MULTIPLE, Step
+from raytune_llm.data.loader import JOINED_MULTIPLE
 from raytune_llm.data.packing import plan
+from raytune_llm.data.steps import Step
 from raytune_llm.models.load import load_config as load_model_config
 from raytune_llm.report.profile import TABLE, StepProfile
 from raytune_llm.runs.build import Builder
@@ -157,6 +158,7 @@ def make_steps(variant: Variant, vocab_size: int) -> Iterator[Step]:
             fraction=0.0,
             batches=[batch],
             first_rows=[0],
+            num_rows=len(lines),
             count=len(batch.trained_N),
             tokens=tokens,
             sample_ids=(start,),

@@ -78,7 +78,7 @@ def main() -> None:
         }
         loader = Loader(samples, micro_batch_size=4, global_batch_size=8, rank=0, world_size=1, seed=0, pad_id=0)
         started, tokens = time.perf_counter(), 0
-        for step in loader.steps(0):
+        for step in loader.epoch(0):
             tokens += step.tokens
         results["loader_tokens_per_s"] = round(tokens / (time.perf_counter() - started))
         results["planning_adds_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before_mib, 1)

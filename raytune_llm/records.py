@@ -18,7 +18,7 @@ Tensor shape suffixes, used in names all over the package:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ class Batch:
     adapter_M: Tensor | None = None
     """int64 [S - 1]: the adapter that each document is for, by its number, -1 for none; None where what is in use is for all."""
     prefixes: Prefixes | None = None
+    count: int | float = 0
+    """What a loss over it is divided by, were it alone: trained tokens by their weights, or pairs, or labelled rows."""
     attention_pairs: int = 0
     """Query-key pairs of a layer: a token and itself or one before it in its document, without padding, with the batches
     beside."""
@@ -156,6 +158,10 @@ class Batch:
     """Of each row: the one whose answer is mismatched with its prompt, where there is one."""
     seed: int = 0
     """The step's: what is drawn for a document, not for a batch, starts from it."""
+
+    def with_answers(self, columns: Mapping[str, Tensor]) -> Batch:
+        """With more of per_answer."""
+        return replace(self, per_answer={**self.per_answer, **columns})
 
 
 @dataclass(frozen=True, slots=True)

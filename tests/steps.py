@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.labeled import LabeledRow
 from raytune_llm.data.kinds.pairs import PairRow
-from raytune_llm.data.loader import Loader, Samples, Step
+from raytune_llm.data.loader import Loader, Samples
+from raytune_llm.data.steps import Step
 from raytune_llm.data.store import Store
 from raytune_llm.stages import STAGES, Objective
-from raytune_llm.train.coupling import Coupled
+from raytune_llm.train.enrichers import Enricher, enriched
+from raytune_llm.train.enrichers.global_statistics import FirstPass
+from raytune_llm.train.enrichers.online_reference import OnlineReference
 
 
 def objective_of(*overrides: str) -> Objective:
@@ -61,7 +64,7 @@ def step_of(store: Store, *, max_length: int, packing: bool, micro: int, rank: i
         pad_id=0,
         shuffle=False,
     )
-    (step,) = loader.steps(0)
+    (step,) = loader.epoch(0)
     return step
 
 
@@ -76,15 +79,13 @@ class Outcome:
 def run_step(model: nn.Module, objective: Objective, step: Step, reference: nn.Module | None = None) -> Outcome:
     """Loss, metrics and gradients of a step, as the mean over what it counts."""
     model.zero_grad()
-    batches: list[Any] = list(step.batches)
+    enrichers: list[Enricher] = []
     if objective.reference is not None:
         assert reference is not None
-        logps = objective.reference
-        batches = [
-            replace(batch, per_answer={**batch.per_answer, "reference": logps(reference, batch).detach()}) for batch in batches
-        ]
+        enrichers.append(OnlineReference(objective.reference, other=reference))
     if objective.statistics is not None:
-        batches = Coupled(objective.statistics, None).attach(model, batches, step, seed=0, remember=True)
+        enrichers.append(FirstPass(objective.statistics))
+    batches = enriched(enrichers, model, step.batches, step)
     sums: dict[str, list[float]] = {}
     for batch in batches:
         out = objective.loss(model, batch)
@@ -92,7 +93,7 @@ def run_step(model: nn.Module, objective: Objective, step: Step, reference: nn.M
         for name, (total, count) in {"loss": (out.total, out.count), **out.metrics}.items():
             entry = sums.setdefault(name, [0.0, 0.0])
             entry[0], entry[1] = entry[0] + float(total), entry[1] + float(count)
-    assert math.isclose(sums["loss"][1], step.count, rel_tol=1e-6)
+    assert step.count is not None and math.isclose(sums["loss"][1], step.count, rel_tol=1e-6)
     means = {name: total / count for name, (total, count) in sums.items() if count}
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return Outcome(means.pop("loss"), means, gradients, float(get_total_norm(list(gradients.values()))))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from raytune_llm import api
 from raytune_llm.config.run import TrainRun
-from raytune_llm.config.stage import DPO, KTO
+from raytune_llm.config.stage import StageConfig
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.memory.model import Memory
 from raytune_llm.runs.plan import Data, Plan, Verdict
@@ -69,7 +69,7 @@ def _choices(run: TrainRun, planned: Plan) -> Table:
         f"{_times(run.train.micro_batch_size, _sample(run))} x {_times(planned.accumulation, 'micro-batch', 'micro-batches')}"
         f"{_rows_of_a_step(run, planned.data)}",
     )
-    if isinstance(run.stage, DPO | KTO):
+    if run.stage.has_reference:
         table.add_row("reference", REFERENCES[run.stage.reference].format(escape(_reference(run.stage, run))))
     table.add_row(
         "computed",
@@ -101,7 +101,7 @@ def _rows_of_a_step(run: TrainRun, data: Data | None) -> str:
     return "" if data is None or not run.data.packing else f", about {data.rows / data.steps_per_epoch:.3g} rows"
 
 
-def _reference(stage: DPO | KTO, run: TrainRun) -> str:
+def _reference(stage: StageConfig, run: TrainRun) -> str:
     """Whose log-probabilities the policy is held against."""
     if stage.reference_model is None and stage.reference_adapter is None:
         goes_on = run.adapter.path is not None

@@ -52,7 +52,7 @@ def shares_prompts(run: PrepareRun, kind: str, tokenizer: PreTrainedTokenizerFas
         return False
     # Seconds to import, and only rows of two answers need them.
     from raytune_llm.models.policy import run_config
-    from raytune_llm.train.stores import shares_prompts
+    from raytune_llm.runs.stores import shares_prompts
 
     return shares_prompts(run, kind, lambda: run_config(run.model, tokenizer, run.data.max_length))
 

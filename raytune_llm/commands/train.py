@@ -15,7 +15,6 @@ from rich.table import Table
 from raytune_llm import api
 from raytune_llm.__main__ import BEGAN
 from raytune_llm.config.run import TrainRun
-from raytune_llm.config.stage import Pretrain, Reward
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.report.profile import TABLE, TRACE
 from raytune_llm.report.progress import ProgressBar
@@ -155,10 +154,10 @@ def _last_line(prompt: str) -> str:
 
 def next_command(run: TrainRun, final: Path) -> str | None:
     """How to go on from what a run left. None where that is of no use as it is: a reward model, or one that can't chat yet."""
-    if isinstance(run.stage, Reward):
+    if not run.stage.writes:
         return None
     there = f"output_dir={final.parent}_next"
-    if run.adapter.trains_base or isinstance(run.stage, Pretrain):
+    if run.adapter.trains_base or run.stage.plain_text:
         if not (final / "chat_template.jinja").exists():
             return None
         model = f"model.path={final}" if run.adapter.trains_base else f"model.path={run.model.path} adapter.path={final}"

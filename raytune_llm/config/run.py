@@ -16,7 +16,7 @@ from raytune_llm.config.resources import ResourcesConfig
 from raytune_llm.config.schedule import ScheduleConfig
 from raytune_llm.config.section import NonNegativeInt, PositiveInt, section
 from raytune_llm.config.serve import EngineConfig, ServeConfig
-from raytune_llm.config.stage import DPO, KTO, SFT, Pretrain, Reward, StageConfig
+from raytune_llm.config.stage import StageConfig
 from raytune_llm.config.strategy import DeepSpeed, StrategyConfig
 from raytune_llm.config.tracking import TrackingConfig
 from raytune_llm.config.train import LoopConfig
@@ -48,7 +48,7 @@ class TrainRun:
         """Why its layers can't be compiled on any device; None where they can."""
         if isinstance(self.strategy, DeepSpeed) and self.strategy.stage == 3:
             return "strategy=zero3 gathers weights in hooks of the layers"
-        if isinstance(self.stage, SFT | Pretrain) and self.stage.router_aux_loss_coef is not None:
+        if self.stage.router_aux_loss_coef is not None:
             return "stage.router_aux_loss_coef reads routers within the layers"
         return None
 
@@ -229,7 +229,7 @@ def _streams_know_what_they_need(run: TrainRun) -> None:
         "data.names": (run.data.names, len(run.data.names) > 1, "Take one data set, or set data.streaming=false."),
         "stage.reference": (
             "precomputed",
-            isinstance(run.stage, DPO | KTO) and run.stage.reference == "precomputed",
+            run.stage.reference == "precomputed",
             "Set stage.reference=online, since a pass over all rows comes first, or data.streaming=false.",
         ),
         "data.mix_epochs": (run.data.mix_epochs, run.data.mix_epochs, "Take it away, or set data.streaming=false."),
@@ -250,9 +250,7 @@ def _sharding_has_workers(run: TrainRun) -> None:
 
 
 def _anchored_policies_have_a_new_adapter(run: TrainRun) -> None:
-    if run.stage.name != "sft" or run.stage.loss != "asft":
-        return
-    if not run.adapter.starts_at_base:
+    if run.stage.anchored and not run.adapter.starts_at_base:
         raise ConfigError(
             "stage.loss",
             "can be asft with a new adapter only (adapter=lora adapter.path=null): its reference is the model without it",
@@ -262,11 +260,13 @@ def _anchored_policies_have_a_new_adapter(run: TrainRun) -> None:
 
 
 def _models_answer_what_is_asked(run: TrainRun) -> None:
-    if isinstance(run.stage, Reward) and run.train.sample_rows:
+    if not run.stage.writes and run.train.sample_rows:
         raise ConfigError(
-            "train.sample_rows", "must be 0 with stage=reward, whose model writes nothing", got=run.train.sample_rows
+            "train.sample_rows",
+            f"must be 0 with stage={run.stage.name}, whose model writes nothing",
+            got=run.train.sample_rows,
         )
-    if not isinstance(run.stage, SFT) and run.train.exact_match_rows:
+    if not run.stage.has_right_answers and run.train.exact_match_rows:
         raise ConfigError(
             "train.exact_match_rows",
             f"must be 0 with stage={run.stage.name}, whose rows have no one right answer",
@@ -276,9 +276,9 @@ def _models_answer_what_is_asked(run: TrainRun) -> None:
 
 def _stages_read_what_is_said_of_their_rows(stage: StageConfig, data: DataConfig) -> None:
     unread: dict[str, Any] = {}
-    if not isinstance(stage, SFT):  # the one answer of each side is trained, or the whole text
+    if not stage.trains_turns:
         unread |= {"data.mask_history": data.mask_history, "data.train_on_prompt": data.train_on_prompt}
-    if isinstance(stage, Pretrain):
+    if stage.plain_text:
         unread |= {
             "data.default_system": data.default_system,
             "data.tool_format": data.tool_format,
@@ -286,7 +286,7 @@ def _stages_read_what_is_said_of_their_rows(stage: StageConfig, data: DataConfig
             "data.preserve_thinking": data.preserve_thinking,
             "data.overlong": data.overlong if data.packing and data.overlong != "truncate" else None,
         }
-    if not isinstance(stage, Reward):
+    if not stage.reads_margins:
         unread["data.format.margin"] = data.format.pair_margin
     for setting, value in unread.items():
         if value:
@@ -333,8 +333,6 @@ def _layers_can_be_compiled(run: TrainRun) -> None:
 
 
 def _references_can_be_had(run: TrainRun) -> None:
-    if not isinstance(run.stage, DPO | KTO):
-        return
     stage = run.stage
     partitioned = isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3
     if stage.reference == "online" and partitioned and not (stage.reference_model or stage.reference_adapter):

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -67,9 +67,39 @@ def _are_read(settings: Mapping[str, float | None], losses: Set[str], reads: Map
             raise ConfigError(f"stage.{setting}", f"must be a number with stage.loss={chosen}", got="null")
 
 
+class StageRules:
+    """What rules between sections, and whoever plans a run, ask of any stage."""
+
+    has_reference: ClassVar[bool] = False
+    writes: ClassVar[bool] = True
+    """Its model answers with text."""
+    trains_turns: ClassVar[bool] = False
+    """Which turns of a conversation are trained can be chosen; elsewhere it is the one answer of each side, or the whole text."""
+    has_right_answers: ClassVar[bool] = False
+    """A held-out row has an answer that can be compared word for word."""
+    reads_margins: ClassVar[bool] = False
+    plain_text: ClassVar[bool] = False
+    """Its rows are no conversations."""
+    anchored: ClassVar[bool] = False
+    """Its loss holds the policy near the model without its adapter."""
+
+
+class WithoutReference(StageRules):
+    reference: ClassVar[Literal["none"]] = "none"
+    reference_model: ClassVar[None] = None
+    reference_adapter: ClassVar[None] = None
+
+
+class WithoutRouters(StageRules):
+    router_aux_loss_coef: ClassVar[None] = None
+
+
 @section
-class SFT:
+class SFT(WithoutReference):
     """Supervised fine-tuning: the likelihood of the trained tokens."""
+
+    trains_turns: ClassVar[bool] = True
+    has_right_answers: ClassVar[bool] = True
 
     name: Literal["sft"]
     loss: Literal["cross_entropy", "dft", "eaft", "asft"]
@@ -97,10 +127,16 @@ class SFT:
         }
         _are_read(given, {self.loss}, SFT_READS)
 
+    @property
+    def anchored(self) -> bool:  # type: ignore[override]  # of the loss, not of the stage
+        return self.loss == "asft"
+
 
 @section
-class Pretrain:
+class Pretrain(WithoutReference):
     """Cross-entropy over every token of plain texts."""
+
+    plain_text: ClassVar[bool] = True
 
     name: Literal["pretrain"]
     z_loss: NonNegativeFloat
@@ -110,8 +146,11 @@ class Pretrain:
 
 
 @section
-class Reward:
+class Reward(WithoutReference, WithoutRouters):
     """A reward model: it gives the chosen answer a higher score than the rejected one (Bradley-Terry)."""
+
+    writes: ClassVar[bool] = False
+    reads_margins: ClassVar[bool] = True
 
     name: Literal["reward"]
     margin: NonNegativeFloat
@@ -124,8 +163,10 @@ class Reward:
 
 
 @section
-class DPO:
+class DPO(WithoutRouters):
     """Direct preference optimisation and its family: answers get likelier or less likely than under a reference."""
+
+    has_reference: ClassVar[bool] = True
 
     name: Literal["dpo"]
     loss: DPOLoss | dict[DPOLoss, float]
@@ -169,7 +210,7 @@ class DPO:
 
 
 @section
-class ORPO:
+class ORPO(WithoutReference, WithoutRouters):
     """Odds-ratio preference optimisation: cross-entropy of the chosen answer, and odds against the rejected one."""
 
     name: Literal["orpo"]
@@ -178,7 +219,7 @@ class ORPO:
 
 
 @section
-class SimPO:
+class SimPO(WithoutReference, WithoutRouters):
     """Simple preference optimisation: mean log-probabilities a token, and a margin between them."""
 
     name: Literal["simpo"]
@@ -191,7 +232,7 @@ class SimPO:
 
 
 @section
-class CPO:
+class CPO(WithoutReference, WithoutRouters):
     """Contrastive preference optimisation: DPO as if the reference were uniform."""
 
     name: Literal["cpo"]
@@ -202,8 +243,10 @@ class CPO:
 
 
 @section
-class KTO:
+class KTO(WithoutRouters):
     """Kahneman-Tversky optimisation: single answers, each desirable or not."""
+
+    has_reference: ClassVar[bool] = True
 
     name: Literal["kto"]
     loss: Literal["kto", "apo_zero_unpaired"]

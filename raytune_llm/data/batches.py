@@ -28,6 +28,7 @@ def assemble(
     length: int,
     pad_id: int,
     sample_ids: tuple[int, ...],
+    count: int | float,
 ) -> Batch:
     """The batch of these rows of a store (or pieces of them), whose documents are in the lines: one a row of the batch."""
     kind = store.kind
@@ -44,6 +45,7 @@ def assemble(
         per_answer={**batch.per_answer, **_tensors(kind.per_answer(store, rows))},
         media=_tensors(kind.media(store, rows)),
         beside=dict(zip(kind.beside, beside, strict=True)),
+        count=count,
         attention_pairs=sum(one.attention_pairs for one in batches),
         rows=tuple(rows.tolist()),
         partners=tuple(partners.tolist()) if kind.has_partners else (),

@@ -8,11 +8,11 @@ at a time. World size, micro-batch size and restarts only change who computes wh
 from __future__ import annotations
 
 import math
-import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,8 @@ import torch
 from raytune_llm.data.batches import assemble, dealt, pinned
 from raytune_llm.data.kinds.kind import Document, Place
 from raytune_llm.data.packing import plan
+from raytune_llm.data.read_ahead import read_ahead
+from raytune_llm.data.steps import Position, Step
 from raytune_llm.data.store import Rows, Store
 from raytune_llm.records import Batch
 
@@ -79,7 +81,7 @@ class Ordered:
     """The epoch ends with it."""
 
 
-class Source(Protocol):
+class SampleOrder(Protocol):
     """What a loader goes through: samples that are all there, or a stream (data/streaming.py)."""
 
     @property
@@ -220,6 +222,7 @@ class Samples:
             length=length,
             pad_id=pad_id,
             sample_ids=tuple(samples.tolist()),
+            count=self.counts[samples].sum().item(),
         )
 
 
@@ -241,34 +244,12 @@ def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return passed[offsets[1:]] - passed[offsets[:-1]]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One optimizer step of one rank. Everything but `batches` is the same on all ranks."""
-
-    epoch: int
-    cursor: int
-    """Samples of this epoch that are consumed after the step."""
-    fraction: float
-    """The part of the epoch that is done after the step: 1 at its end; 0 before, where its length is not known."""
-    batches: list[Batch]
-    """This rank's micro-batches; some of an epoch's last ones may be padding only."""
-    first_rows: list[int]
-    """Of each of them: how many of the step's rows, over all ranks and in the order of sample_ids, come before its own."""
-    count: int | float
-    """What the step's loss is divided by, over all ranks and micro-batches: trained tokens by their weights, or pairs, or
-    labelled rows."""
-    tokens: int
-    """Real tokens of the step over all ranks."""
-    sample_ids: tuple[int, ...]
-    """The samples of the step over all ranks, in order."""
-
-
 class Loader:
-    """The steps of one rank, made ahead by a thread."""
+    """The steps of one rank over samples: a source for the loop, or one epoch of what is held out. A thread makes them ahead."""
 
     def __init__(
         self,
-        samples: Source,
+        samples: SampleOrder,
         *,
         micro_batch_size: int,
         global_batch_size: int,
@@ -278,50 +259,36 @@ class Loader:
         pad_id: int,
         shuffle: bool = True,
         prefetch: int = 2,
-        finish: Callable[[Any], Batch] = lambda batch: batch,
     ) -> None:
-        """finish: gives each batch what is known of its rows beside their tokens."""
         assert 0 <= rank < world_size
+        assert samples.num_samples != 0, "an epoch of no samples would never give a step"
         self.samples, self.seed, self.pad_id, self.shuffle, self.prefetch = samples, seed, pad_id, shuffle, prefetch
-        self.finish = finish
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = None if samples.num_samples is None else -(-samples.num_samples // global_batch_size)
 
-    def steps(self, epoch: int, cursor: int = 0) -> Generator[Step]:
-        """The steps of the epoch from its sample number `cursor` on. Close the iterator to stop the thread early."""
-        made: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=self.prefetch)
-        stopped = threading.Event()
+    def steps(self, progress: Position, policy: Any = None) -> Generator[Step]:
+        """As StepSource has it."""
+        return self._ahead(partial(self._from, progress.epoch, progress.cursor))
 
-        def hand_over(item: Step | BaseException | None) -> None:
-            while not stopped.is_set():
-                try:
-                    return made.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
+    def state(self) -> Mapping[str, Any]:
+        """Nothing: the cursor says all."""
+        return {}
 
-        def run() -> None:
-            try:
-                for step in self._steps(epoch, cursor, stopped):
-                    hand_over(step)
-                    if stopped.is_set():
-                        return
-                hand_over(None)
-            except BaseException as error:
-                hand_over(error)  # raised again where it is waited for
+    def epoch(self, epoch: int, cursor: int = 0) -> Generator[Step]:
+        """The steps of the epoch from its sample number `cursor` on."""
+        return self._ahead(partial(self._epoch, epoch, cursor))
 
-        thread = threading.Thread(target=run, name="loader", daemon=True)
-        thread.start()
-        try:
-            while (item := made.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
-            thread.join()
+    def _ahead(self, make: Callable[[threading.Event], Iterator[Step]]) -> Generator[Step]:
+        return read_ahead(make, ahead=self.prefetch, name="loader")
 
-    def _steps(self, epoch: int, cursor: int, stopped: threading.Event) -> Iterator[Step]:
+    def _from(self, epoch: int, cursor: int, stopped: threading.Event) -> Iterator[Step]:
+        yield from self._epoch(epoch, cursor, stopped)
+        while True:
+            epoch += 1
+            yield from self._epoch(epoch, 0, stopped)
+
+    def _epoch(self, epoch: int, cursor: int, stopped: threading.Event) -> Iterator[Step]:
         passed = 0
         for part in self.samples.ordered(self.seed if self.shuffle else None, epoch, self.global_batch_size, stopped):
             samples = part.samples
@@ -337,9 +304,11 @@ class Loader:
                     fraction=1.0 if ends else consumed / (self.samples.num_samples or math.inf),
                     batches=[self._batch(samples, step[start:end]) for start, end in shares],
                     first_rows=[int(rows_before[start]) for start, _ in shares],
+                    num_rows=int(rows_before[-1]),
                     count=samples.counts[step].sum().item(),
                     tokens=int(samples.tokens[step].sum()),
                     sample_ids=tuple(step.tolist()),
+                    store=samples.store.identity,
                 )
             passed += len(part.order)
 
@@ -350,5 +319,5 @@ class Loader:
         return [(min(start, num_samples), min(start + micro, num_samples)) for start in starts]
 
     def _batch(self, samples: Samples, numbers: np.ndarray) -> Batch:
-        batch = self.finish(samples.batch(numbers, micro_batch_size=self.micro_batch_size, pad_id=self.pad_id))
+        batch = samples.batch(numbers, micro_batch_size=self.micro_batch_size, pad_id=self.pad_id)
         return pinned(batch) if torch.cuda.is_available() else batch

@@ -234,6 +234,9 @@ def join(cache: Path, members: Sequence[tuple[str, Store]]) -> Store:
 class Rows:
     """Rows of mapped shards of one kind, numbered through them."""
 
+    identity: str = ""
+    """What names them for other programs and runs; none while there may come more."""
+
     def __init__(self, kind: Kind, end_of_row: int | None, shards: Sequence[MappedShard]) -> None:
         self.kind = kind
         self.end_of_row = end_of_row
@@ -309,6 +312,7 @@ class Store(Rows):
         """Names of a joined store's members."""
         shards = [_map_listed_shard(folder / shard["name"], shard) for shard in manifest["shards"]]
         shards += [shard for member in self.members for shard in member.shards]
+        self.identity = self.manifest_hash
         super().__init__(KINDS[manifest["kind"]], manifest["end_of_row"], shards)
 
     @classmethod

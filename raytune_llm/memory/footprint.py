@@ -15,7 +15,6 @@ from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.section import settings_of
-from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.config.strategy import StrategyConfig
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.memory.model import (
@@ -93,12 +92,12 @@ def needs_set(run: TrainRun) -> dict[str, Any]:
         "micro_batch_size": run.train.micro_batch_size,
         "max_length": run.data.max_length,
         "checkpointing": "none" if asked == "auto" else asked,
-        "reference": run.stage.reference if isinstance(run.stage, DPO | KTO) else "none",
+        "reference": run.stage.reference,
     }
 
 
 def _reference_parameters(run: TrainRun, config: PretrainedConfig) -> int:
-    if not isinstance(run.stage, DPO | KTO) or (run.stage.reference_model is None and run.stage.reference_adapter is None):
+    if run.stage.reference_model is None and run.stage.reference_adapter is None:
         return 0
     path, trusted = run.stage.reference_model, run.model.trust_remote_code
     found = config if path is None else load_config(path, {}, trust_remote_code=trusted)

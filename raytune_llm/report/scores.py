@@ -48,7 +48,7 @@ def held_out_scores(
 def _of_source(
     model: nn.Module, scores: Callable[[nn.Module, Any], Tensor], source: str, loader: Loader, device: torch.device
 ) -> Iterator[PairScores]:
-    for step in loader.steps(0):
+    for step in loader.epoch(0):
         for batch in step.batches:
             scores_P2 = scores(model, to_device(batch, device)).float().tolist()
             for row, (chosen, rejected) in zip(batch.rows, scores_P2, strict=True):

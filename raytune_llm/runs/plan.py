@@ -23,8 +23,8 @@ from raytune_llm.memory.footprint import GIB, USABLE, estimate, least_recomputat
 from raytune_llm.memory.model import Memory, Parameters, count_parameters
 from raytune_llm.models.activations import compiles
 from raytune_llm.models.policy import run_config
+from raytune_llm.runs.stores import open_stores, shares_prompts, total_steps
 from raytune_llm.stages import STAGES
-from raytune_llm.train.stores import open_stores, shares_prompts, total_steps
 
 GPU_CLASSES = (24 * GIB, 40 * GIB, 80 * GIB)
 """Bytes of usual GPUs, to compare with where there is none."""

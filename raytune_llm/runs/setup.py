@@ -20,14 +20,14 @@ from raytune_llm.data.tokens.tokenizer import run_tokenizer, stop_ids
 from raytune_llm.memory.flops import peak_flops
 from raytune_llm.models.policy import run_config
 from raytune_llm.runs.build import Builder, Built
+from raytune_llm.runs.reference import find_reference
+from raytune_llm.runs.stores import Stores, open_stores, shares_prompts, total_steps
 from raytune_llm.stages import STAGES, Objective, Stage
 from raytune_llm.train import loop
-from raytune_llm.train.checkpoint import Progress
 from raytune_llm.train.clock import Rate
-from raytune_llm.train.coupling import Coupled
-from raytune_llm.train.reference import References, find_references
+from raytune_llm.train.enrichers import Enricher
+from raytune_llm.train.enrichers.global_statistics import FirstPass
 from raytune_llm.train.schedules import learning_rate
-from raytune_llm.train.stores import Stores, open_stores, shares_prompts, total_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ class Setup:
     stores: Stores
     builder: Builder
     built: Built
-    references: References
-    loader: Loader
-    eval_loaders: Mapping[str, Loader]
+    enrichers: Sequence[Enricher]
+    source: Loader
+    held_out: Mapping[str, Loader]
     """By source."""
     choices: tuple[str, ...]
     """What was chosen and why, a line each."""
@@ -65,20 +65,13 @@ class Setup:
     def output(self) -> Path:
         return Path(self.run.output_dir)
 
-    def learner(self, progress: Progress) -> loop.Learner:
-        statistics = self.objective.statistics
-        return loop.Learner(
-            strategy=self.built.strategy,
-            objective=self.objective,
-            device=self.device,
-            reference=self.references.online,
-            coupled=None if statistics is None else Coupled(statistics, progress.stage_state),
-        )
+    def learner(self) -> loop.Learner:
+        return loop.Learner(strategy=self.built.strategy, objective=self.objective, device=self.device, enrichers=self.enrichers)
 
-    def plan(self) -> loop.Plan:
+    def loop_settings(self) -> loop.LoopSettings:
         run = self.run
-        steps = total_steps(run, self.loader.steps_per_epoch)
-        return loop.Plan(
+        steps = total_steps(run, self.source.steps_per_epoch)
+        return loop.LoopSettings(
             total_steps=steps,
             learning_rate=learning_rate(run.schedule, peak=run.optimizer.lr, total=steps),
             log_every=run.train.log_every_steps,
@@ -115,21 +108,26 @@ def set_up(
     builder = Builder(run, config, device)
     with explained(builder, "loading the model"):
         built = builder.build()
-    with explained(builder, "the pass of the reference"):
-        references = find_references(
-            run,
-            objective.reference,
-            built.strategy,
-            stores,
-            config,
-            device=device,
-            compute=built.policy.compute,
-            pad_id=pad_id,
-            tell=lambda done, total: tell(ReferencePass(done=done, total=total)) if rank == 0 else None,
-        )
-    choices = built.choices + references.choices
+    choices, enrichers = built.choices, []
+    if objective.reference is not None:
+        with explained(builder, "the pass of the reference"):
+            reference = find_reference(
+                run,
+                objective.reference,
+                built.strategy,
+                stores,
+                config,
+                device=device,
+                compute=built.policy.compute,
+                pad_id=pad_id,
+                tell=lambda done, total: tell(ReferencePass(done=done, total=total)) if rank == 0 else None,
+            )
+        choices += reference.choices
+        enrichers.append(reference.enricher)
+    if objective.statistics is not None:
+        enrichers.append(FirstPass(objective.statistics))  # of what the reference says, too
     if KINDS[stage.kind].can_share_prompts:
-        choices += (f"requests: {'computed once for both answers' if shares else 'a copy for each of two answers'}",)
+        choices += (f"prompts: {'shared by both answers' if shares else 'a copy for each of two answers'}",)
     if run.data.evaluates and not stores.held_out:
         choices += (f"evaluation: none, since data.eval_fraction={run.data.eval_fraction} of so few rows is no row",)
 
@@ -143,7 +141,6 @@ def set_up(
             seed=run.train.seed,
             pad_id=pad_id,
             shuffle=shuffle,
-            **references.finish(samples),
         )
 
     return Setup(
@@ -159,9 +156,9 @@ def set_up(
         stores=stores,
         builder=builder,
         built=built,
-        references=references,
-        loader=loader(stores.train, shuffle=True),
-        eval_loaders={source: loader(samples, shuffle=False) for source, samples in stores.held_out.items()},
+        enrichers=enrichers,
+        source=loader(stores.train, shuffle=True),
+        held_out={source: loader(samples, shuffle=False) for source, samples in stores.held_out.items()},
         choices=choices,
     )
 

@@ -72,12 +72,12 @@ def work(
     is called after each step, on every worker."""
     began = time.perf_counter()
     setup = set_up(run, train_store, eval_store, device, on_begin)
-    strategy, plan, clock = setup.built.strategy, setup.plan(), Clock()
+    strategy, settings, clock = setup.built.strategy, setup.loop_settings(), Clock()
     with explained(setup.builder, "training"), ExitStack() as stack:
         checkpoints = Checkpoints(
             setup.output / "checkpoints",
             keep=run.checkpoint.keep,
-            keep_best=plan.save_best,
+            keep_best=settings.save_best,
             asynchronous=run.checkpoint.asynchronous,
         )
         stack.callback(checkpoints.close)
@@ -85,11 +85,11 @@ def work(
         recorder = Recorder(setup, clock, checkpoints, stack, progress.step, sinks, on_samples)
         loaded = time.perf_counter()
         if setup.rank == 0:
-            on_begin(Begin(total_steps=plan.total_steps, first_step=progress.step, choices=setup.choices))
-        stepped = (profiled(setup, plan.total_steps, progress.step, stack), on_step)
+            on_begin(Begin(total_steps=settings.total_steps, first_step=progress.step, choices=setup.choices))
+        stepped = (profiled(setup, settings.total_steps, progress.step, stack), on_step)
         hooks = loop.Hooks(log=recorder.log, save=recorder.save, sample=recorder.sample, stepped=stepped)
         strategy.model.train()
-        progress = loop.run(setup.learner(progress), setup.loader, setup.eval_loaders, progress, plan, hooks, clock)
+        progress = loop.run(setup.learner(), setup.source, setup.held_out, progress, settings, hooks, clock)
         trained = time.perf_counter()
         check_loss(progress)
         finish(setup, checkpoints, progress)
@@ -188,8 +188,8 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress) -> None:
     best = progress.best_step if run.checkpoint.final == "best" else None
     if best is not None and best != progress.step:
         checkpoints.load(best, strategy.load)
-    if setup.stage.scores is not None and setup.eval_loaders:
-        pairs = held_out_scores(strategy.model, setup.stage.scores, setup.eval_loaders, setup.device)
+    if setup.stage.scores is not None and setup.held_out:
+        pairs = held_out_scores(strategy.model, setup.stage.scores, setup.held_out, setup.device)
         if setup.rank == 0:
             write_scores(pairs, setup.output)
     parameters = {name: value for name, value in strategy.full_parameters() if setup.rank == 0}

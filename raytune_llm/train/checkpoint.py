@@ -41,6 +41,8 @@ PROGRESS = "progress.json"
 FILES = "files"
 """In progress.json: name -> sha256 of each file of the state."""
 STEP = re.compile(r"step-(\d+)")
+FORMAT_VERSION = 2
+"""Raise it when progress.json or the state is read in another way."""
 
 
 @dataclass(kw_only=True)
@@ -56,8 +58,10 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     evals_without_gain: int = 0
-    stage_state: list[float] | None = None
-    """What the stage remembers from step to step."""
+    source_state: Mapping[str, Any] = field(default_factory=dict)
+    """What the source of steps remembers beside epoch and cursor."""
+    enricher_states: list[Any] = field(default_factory=list)
+    """What each enricher remembers from step to step, in their order."""
     window: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Sums and counts since the last log step."""
     loss_first: float | None = None
@@ -79,7 +83,7 @@ class Checkpoints:
     def save(self, state: Mapping[str, Tensor], progress: Progress, identity: Mapping[str, str]) -> None:
         """All workers call it together. `identity` holds what a resumed run must have in common with this one."""
         self.wait()
-        document = {**asdict(progress), **identity}
+        document = {"format_version": FORMAT_VERSION, **asdict(progress), **identity}
         if self._pool is None:
             self._write(dict(state), progress.step, progress.best_step, document)
         else:
@@ -238,10 +242,10 @@ def _read_progress(place: Path) -> dict[str, Any]:
         raise DataError(str(place / PROGRESS), f"can't be read ({error})", "Delete this checkpoint.") from None
     if not isinstance(values, dict) or values.get("step") != int(place.name.removeprefix("step-")):
         raise DataError(str(place / PROGRESS), "is not the progress of this step", "Delete this checkpoint.")
-    if not isinstance(values.get(FILES), dict):
+    if (version := values.pop("format_version", None)) != FORMAT_VERSION or not isinstance(values.get(FILES), dict):
         raise DataError(
             str(place / PROGRESS),
-            "holds no hashes of the checkpoint's files: an earlier version of this package wrote it",
+            f"was written by another version of this package (form {version or 1} of checkpoints, this one reads form {FORMAT_VERSION})",
             "Set resume=never, or finish the run with that version.",
         )
     return values

@@ -1,8 +1,8 @@
 """The training loop. One optimizer step is `one_step`; everything around it decides when to log, evaluate, save and stop.
 
 Nothing in a step waits for the device except at log steps: the number that a step's loss is divided by is known from the data,
-and with AdamW a step whose gradient is not finite skips itself on the device. With another optimizer, and with ZeRO, the host
-waits once a step for the gradient's norm, to know whether to step.
+or added up over workers on the device, and with AdamW a step whose gradient is not finite skips itself there. With another
+optimizer, and with ZeRO, the host waits once a step for the gradient's norm, to know whether to step.
 """
 
 from __future__ import annotations
@@ -14,36 +14,37 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from raytune_llm.data.batches import to_device
-from raytune_llm.data.loader import Loader, Step
+from raytune_llm.data.loader import Loader
+from raytune_llm.data.steps import Step, StepSource
 from raytune_llm.errors import ResourceError
 from raytune_llm.records import Batch
 from raytune_llm.stages import Objective
 from raytune_llm.train.checkpoint import Progress
 from raytune_llm.train.clock import Clock
-from raytune_llm.train.coupling import Coupled, seed_dropout
+from raytune_llm.train.dropout import seed_dropout
+from raytune_llm.train.enrichers import Enricher, enriched
 from raytune_llm.train.phases import phase
-from raytune_llm.train.reference import Online
 from raytune_llm.train.strategies.base import Strategy
 from raytune_llm.train.window import Window, added, means
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """What computes a step: the model under its strategy, the objective, and what the objective is to know beside the batch."""
+    """What computes a step: the model under its strategy, the objective, and what adds to a batch what the objective reads."""
 
     strategy: Strategy
     objective: Objective
     device: torch.device
-    reference: Online | None = None
-    """None where batches come with the reference's log-probabilities, or need none."""
-    coupled: Coupled | None = None
-    """None where the loss needs to know nothing of the whole global batch."""
+    enrichers: Sequence[Enricher] = ()
+    """In order: each finds what those before it have added."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class LoopSettings:
     """What is due when, in steps."""
 
     total_steps: int
@@ -75,61 +76,69 @@ class Hooks:
 
 def run(
     learner: Learner,
-    loader: Loader,
-    eval_loaders: Mapping[str, Loader],
+    source: StepSource,
+    held_out: Mapping[str, Loader],
     progress: Progress,
-    plan: Plan,
+    settings: LoopSettings,
     hooks: Hooks,
     clock: Clock,
 ) -> Progress:
-    """Train from `progress` to the plan's end (or an early stop) and return where it stands then."""
+    """Train from `progress` to the last step (or an early stop) and return where the run stands then. held_out: by source."""
     window = Window(learner.device, progress.window)
+    resume(learner.enrichers, progress)
     clock.start()
-    stopped = False
-    while progress.step < plan.total_steps and not stopped:
-        with closing(loader.steps(progress.epoch, progress.cursor)) as steps:
-            for step in steps:
-                lr = plan.learning_rate(progress.step)
-                one_step(learner, step, window, lr=lr, seed=plan.seed + progress.step)
-                progress.step += 1
-                progress.cursor = step.cursor
-                progress.tokens_seen += step.tokens
-                clock.stepped(step.tokens, learner.strategy.world * sum(batch.attention_pairs for batch in step.batches))
-                for stepped in hooks.stepped:
-                    stepped(progress.step)
-                last = progress.step == plan.total_steps
-                epoch_ends = step.fraction == 1.0
+    if progress.step >= settings.total_steps:
+        return progress
+    with closing(source.steps(progress, learner.strategy.model)) as steps:
+        for step in steps:
+            lr = settings.learning_rate(progress.step)
+            one_step(learner, step, window, lr=lr, seed=settings.seed + progress.step)
+            progress.step += 1
+            progress.epoch, progress.cursor = step.epoch, step.cursor
+            progress.tokens_seen += step.tokens
+            clock.stepped(step.tokens, learner.strategy.world * sum(batch.attention_pairs for batch in step.batches))
+            for stepped in hooks.stepped:
+                stepped(progress.step)
+            last = progress.step == settings.total_steps
 
-                if last or progress.step == 1 or progress.step % plan.log_every == 0:
-                    log_step(progress, learner.objective, window, clock, plan, hooks, epoch=progress.epoch + step.fraction, lr=lr)
-                if eval_loaders and (last or due(progress.step, plan.eval_every, epoch_ends)):
-                    with clock.stopped():
-                        stopped = evaluate(learner, eval_loaders, progress, plan, hooks)
-                        hooks.sample(progress.step)
-                best = plan.save_best and progress.best_step == progress.step
-                if last or stopped or best or due(progress.step, plan.save_every, epoch_ends):
-                    with clock.stopped():
-                        progress.window = window.read()
-                        progress.stage_state = None if learner.coupled is None else learner.coupled.remembered()
-                        hooks.save(replace(progress))
-                if last or stopped:
-                    return progress
-        progress.epoch, progress.cursor = progress.epoch + 1, 0
+            if last or progress.step == 1 or progress.step % settings.log_every == 0:
+                log_step(progress, learner.objective, window, clock, settings, hooks, epoch=step.epoch + step.fraction, lr=lr)
+            stopped = False
+            if held_out and (last or due(progress.step, settings.eval_every, step.ends_epoch)):
+                with clock.stopped():
+                    stopped = evaluate(learner, held_out, progress, settings, hooks)
+                    hooks.sample(progress.step)
+            best = settings.save_best and progress.best_step == progress.step
+            if last or stopped or best or due(progress.step, settings.save_every, step.ends_epoch):
+                with clock.stopped():
+                    progress.window = window.read()
+                    progress.source_state = source.state()
+                    progress.enricher_states = [enricher.state() for enricher in learner.enrichers]
+                    hooks.save(replace(progress))
+            if last or stopped:
+                break
     return progress
+
+
+def resume(enrichers: Sequence[Enricher], progress: Progress) -> None:
+    """They go on from what a checkpoint says of them, where there is one."""
+    if progress.step:
+        for enricher, state in zip(enrichers, progress.enricher_states, strict=True):
+            enricher.load(state)
 
 
 def one_step(learner: Learner, step: Step, window: Window, *, lr: float, seed: int) -> None:
     """Forward and backward over this worker's micro-batches, then one update with the gradient of the whole global batch."""
     strategy = learner.strategy
-    batches = ready(learner, step, seed=seed, remember=True)
+    batches, count = ready(learner, step, seed=seed), count_of(step, learner.device)
     for number, batch in enumerate(batches):
-        seed_dropout(seed, batch.sample_ids)
+        seed_dropout(batch)
         last = number == len(batches) - 1
         with strategy.accumulate(last=last):
             with phase("forward pass"):
                 out = learner.objective.loss(strategy.model, batch)
             with phase("backward pass"):
-                strategy.backward(out.total / (step.count or 1))
+                strategy.backward(out.total / count)
         window.add_loss(out)
     with phase("optimizer step"):
         done = strategy.step(lr)
@@ -144,7 +153,7 @@ def log_step(
     objective: Objective,
     window: Window,
     clock: Clock,
-    plan: Plan,
+    settings: LoopSettings,
     hooks: Hooks,
     *,
     epoch: float,
@@ -172,22 +181,22 @@ def log_step(
     if progress.nonfinite_steps:
         record["nonfinite_steps"] = progress.nonfinite_steps
     hooks.log(record)
-    if progress.nonfinite_steps > plan.max_nonfinite_steps:
+    if progress.nonfinite_steps > settings.max_nonfinite_steps:
         raise ResourceError(
             f"{progress.nonfinite_steps} steps up to step {progress.step} had a gradient that is not finite, "
-            f"more than train.max_nonfinite_steps={plan.max_nonfinite_steps}",
+            f"more than train.max_nonfinite_steps={settings.max_nonfinite_steps}",
             "Lower optimizer.lr, lengthen schedule.warmup_ratio, or set train.precision=bf16 or fp32.",
         )
 
 
-def evaluate(learner: Learner, loaders: Mapping[str, Loader], progress: Progress, plan: Plan, hooks: Hooks) -> bool:
+def evaluate(learner: Learner, held_out: Mapping[str, Loader], progress: Progress, settings: LoopSettings, hooks: Hooks) -> bool:
     """Loss and metrics over what is held out, as eval_loss and so on. True where the run is to stop early.
 
     Where there are several sources, each has its own too (eval_<source>_loss); those of the whole are over all their tokens.
     """
     model, objective = learner.strategy.model, learner.objective
     model.eval()
-    sources = {name: held_out_sums(learner, loader, seed=plan.seed) for name, loader in loaders.items()}
+    sources = {name: held_out_sums(learner, loader, seed=settings.seed) for name, loader in held_out.items()}
     model.train()
     values = reported(objective, added(sources.values()))
     eval_loss = values["loss"]
@@ -200,15 +209,15 @@ def evaluate(learner: Learner, loaders: Mapping[str, Loader], progress: Progress
         progress.best_loss, progress.best_step, progress.evals_without_gain = eval_loss, progress.step, 0
     else:
         progress.evals_without_gain += 1
-    return plan.early_stopping is not None and progress.evals_without_gain >= plan.early_stopping
+    return settings.early_stopping is not None and progress.evals_without_gain >= settings.early_stopping
 
 
 @torch.no_grad()
 def held_out_sums(learner: Learner, loader: Loader, *, seed: int) -> dict[str, tuple[float, float]]:
     """(sum, count) of loss and metrics over the loader's samples and all workers."""
     window = Window(learner.device, {})
-    for step in loader.steps(0):
-        for batch in ready(learner, step, seed=seed, remember=False):
+    for step in loader.epoch(0):
+        for batch in ready(learner, replace(step, held_out=True), seed=seed):
             with phase("evaluation"):
                 out = learner.objective.loss(learner.strategy.model, batch)
             window.add_loss(out)
@@ -224,13 +233,17 @@ def due(step: int, every: int | None, epoch_ends: bool) -> bool:
     return epoch_ends if every is None else step % every == 0
 
 
-def ready(learner: Learner, step: Step, *, seed: int, remember: bool) -> list[Batch]:
-    """This worker's micro-batches on the device, with what the loss is to know of the reference and of the whole global batch."""
+def ready(learner: Learner, step: Step, *, seed: int) -> list[Batch]:
+    """This worker's micro-batches on the device, with all that the loss is to know."""
     batches = [to_device(replace(batch, seed=seed), learner.device) for batch in step.batches]
-    if learner.reference is not None:
-        with phase("reference"):
-            batches = [learner.reference.attach(batch) for batch in batches]
-    if learner.coupled is None:
-        return batches
-    with phase("first pass over the global batch"):
-        return learner.coupled.attach(learner.strategy.model, batches, step, seed=seed, remember=remember)
+    return enriched(learner.enrichers, learner.strategy.model, batches, step)
+
+
+def count_of(step: Step, device: torch.device) -> float | Tensor:
+    """What the step's loss is divided by; where only its batches say it, their sum over workers, who call it together."""
+    if step.count is not None:
+        return step.count or 1
+    count = torch.full((), sum(batch.count for batch in step.batches), dtype=torch.float32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(count)
+    return torch.where(count == 0, 1.0, count)

@@ -12,9 +12,9 @@ from raytune_llm import api, load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import Loader
 from raytune_llm.data.pipeline import prepare
+from raytune_llm.runs.stores import open_stores
 from raytune_llm.runs.worker import work
 from raytune_llm.train.checkpoint import complete_steps
-from raytune_llm.train.stores import open_stores
 from tests.group import Group, metrics
 from tests.invariant.test_same_run_everywhere import SAMPLED, assert_same_run, lines
 from tests.runs import PowerCut, cut_at, tiny_run
@@ -88,7 +88,7 @@ def test_the_order_of_samples_is_the_same_from_any_step_on(whole: TrainRun) -> N
         loader = Loader(
             samples, micro_batch_size=1, global_batch_size=4, rank=world - 1, world_size=world, seed=whole.train.seed, pad_id=0
         )
-        return [step.sample_ids for step in loader.steps(1, cursor)]
+        return [step.sample_ids for step in loader.epoch(1, cursor)]
 
     assert seen(1, 0)[2:] == seen(2, 8) == seen(4, 8)
 

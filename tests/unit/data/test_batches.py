@@ -76,7 +76,7 @@ def test_each_side_of_a_pair_is_a_document_with_the_prompt(make, packing):
 def test_a_step_of_pairs_counts_pairs(make):
     samples = Samples(make("pairs", PAIRS), np.arange(7), max_length=12, packing=False)
     options = {"micro_batch_size": 2, "global_batch_size": 4, "world_size": 1, "seed": 0, "pad_id": 0}
-    assert [step.count for step in Loader(samples, rank=0, **options).steps(0)] == [4, 3]
+    assert [step.count for step in Loader(samples, rank=0, **options).epoch(0)] == [4, 3]
 
 
 def test_a_micro_batch_of_padding_has_no_pairs(make):

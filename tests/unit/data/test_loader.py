@@ -95,9 +95,9 @@ def test_padding_is_cut_into_documents_no_longer_than_the_longest_row():
 
 
 def test_packs_have_one_shape_and_joined_rows_are_padded_to_a_multiple_of_64(store):
-    packed = [batch for step in loader_of(samples_of(store)).steps(0) for batch in step.batches]
+    packed = [batch for step in loader_of(samples_of(store)).epoch(0) for batch in step.batches]
     assert {tuple(batch.ids_BT.shape) for batch in packed} == {(2, 32)}
-    joined = [batch for step in loader_of(samples_of(store, False), micro_batch_size=8).steps(0) for batch in step.batches]
+    joined = [batch for step in loader_of(samples_of(store, False), micro_batch_size=8).epoch(0) for batch in step.batches]
     assert {batch.ids_BT.shape[0] for batch in joined} == {1}
     assert {batch.ids_BT.shape[1] % 64 for batch in joined} == {0}
 
@@ -106,8 +106,8 @@ def test_packs_have_one_shape_and_joined_rows_are_padded_to_a_multiple_of_64(sto
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2), (8, 1)])
 def test_world_and_micro_batch_size_do_not_change_what_a_step_sees(store, packing, world_size, micro_batch_size):
     samples = samples_of(store, packing)
-    reference = list(loader_of(samples).steps(1))
-    ranks = [list(loader_of(samples, world_size, micro_batch_size, rank).steps(1)) for rank in range(world_size)]
+    reference = list(loader_of(samples).epoch(1))
+    ranks = [list(loader_of(samples, world_size, micro_batch_size, rank).epoch(1)) for rank in range(world_size)]
     for number, expected in enumerate(reference):
         steps = [rank[number] for rank in ranks]
         seen = [sample for step in steps for batch in step.batches for sample in batch.sample_ids]
@@ -120,7 +120,7 @@ def test_world_and_micro_batch_size_do_not_change_what_a_step_sees(store, packin
 
 
 def test_the_tokens_of_an_epoch_are_those_of_the_store(store):
-    trained = [batch.targets_N for step in loader_of(samples_of(store)).steps(0) for batch in step.batches]
+    trained = [batch.targets_N for step in loader_of(samples_of(store)).epoch(0) for batch in step.batches]
     counted = np.bincount(np.concatenate(trained), minlength=NUM_ROWS + 1)[1:]
     assert counted.tolist() == store.trained.tolist()
 
@@ -136,27 +136,27 @@ def test_an_epoch_goes_on_from_any_cursor(data):
 
 def test_resumed_steps_are_those_of_the_uninterrupted_epoch(store):
     loader = loader_of(samples_of(store, packing=False))
-    steps = list(loader.steps(2))
+    steps = list(loader.epoch(2))
     for number, step in enumerate(steps):
-        rest = list(loader.steps(2, step.cursor))
+        rest = list(loader.epoch(2, step.cursor))
         assert [one.sample_ids for one in rest] == [one.sample_ids for one in steps[number + 1 :]]
 
 
 def test_an_epoch_has_the_promised_steps_and_every_sample_once(store):
     samples = samples_of(store)
     loader = loader_of(samples)
-    steps = list(loader.steps(0))
+    steps = list(loader.epoch(0))
     assert len(steps) == loader.steps_per_epoch
     assert sorted(chain.from_iterable(step.sample_ids for step in steps)) == list(range(len(samples)))
 
 
 def test_without_shuffling_samples_come_as_they_are(store):
     loader = loader_of(samples_of(store, packing=False), shuffle=False)
-    assert list(chain.from_iterable(step.sample_ids for step in loader.steps(5))) == list(range(NUM_ROWS))
+    assert list(chain.from_iterable(step.sample_ids for step in loader.epoch(5))) == list(range(NUM_ROWS))
 
 
 def test_closing_the_iterator_ends_its_thread(store):
-    steps = loader_of(samples_of(store)).steps(0)
+    steps = loader_of(samples_of(store)).epoch(0)
     next(steps)
     steps.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "loader"]
@@ -168,7 +168,7 @@ def test_an_error_in_the_thread_reaches_the_consumer(store):
     loader = loader_of(samples)
     loader.pad_id = "no number"
     with pytest.raises(ValueError, match="no number"):
-        next(loader.steps(0))
+        next(loader.epoch(0))
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -100,7 +100,7 @@ def test_no_token_is_lost_or_doubled(kind, packing, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stores") / "key"
     publish(folder, rows_in_shards(lengths, sizes, kind), kind)
     stream = stream_of(folder, data.draw(st.integers(1, 12)), packing)
-    steps = list(loader_of(stream, global_batch_size=data.draw(st.integers(1, 6))).steps(0))
+    steps = list(loader_of(stream, global_batch_size=data.draw(st.integers(1, 6))).epoch(0))
     trained = [batch.targets_N for step in steps for batch in step.batches]
     counted = np.bincount(np.concatenate(trained), minlength=len(lengths) + 1)[1:]
     if kind == "conversations":
@@ -116,11 +116,11 @@ def test_no_token_is_lost_or_doubled(kind, packing, data, tmp_path_factory):
 
 def test_the_pace_and_order_in_which_shards_come_do_not_show(shards, tmp_path):
     publish(tmp_path / "there", shards)
-    expected = seen(loader_of(stream_of(tmp_path / "there")).steps(1))
+    expected = seen(loader_of(stream_of(tmp_path / "there")).epoch(1))
     order = random.Random(5).sample(range(len(shards)), len(shards))
     writer = threading.Thread(target=publish, args=(tmp_path / "growing", shards), kwargs={"order": order})
     writer.start()
-    assert seen(loader_of(stream_of(tmp_path / "growing")).steps(1)) == expected
+    assert seen(loader_of(stream_of(tmp_path / "growing")).epoch(1)) == expected
     writer.join()
 
 
@@ -128,7 +128,7 @@ def test_training_starts_with_the_first_window(shards, tmp_path):
     publish(tmp_path / "key", shards)
     for number in (3, 4):
         (token_store.partial(tmp_path / "key") / shard_name(number)).unlink()
-    steps = loader_of(stream_of(tmp_path / "key"), global_batch_size=1).steps(0)
+    steps = loader_of(stream_of(tmp_path / "key"), global_batch_size=1).epoch(0)
     assert next(steps).cursor == 1
     steps.close()
 
@@ -136,14 +136,14 @@ def test_training_starts_with_the_first_window(shards, tmp_path):
 def test_the_store_may_be_completed_on_the_way(shards, make_store, tmp_path):
     rows = list(chain.from_iterable(shards))
     complete = make_store([(row.ids.tolist(), row.spans.tolist()) for row in rows], rows_per_shard=10)
-    expected = seen(loader_of(stream_of(complete.folder)).steps(0))
+    expected = seen(loader_of(stream_of(complete.folder)).epoch(0))
     partly = tmp_path / "stores" / "other"
     making = token_store.partial(partly)
     shutil.copytree(complete.folder, making)
     (making / "manifest.json").unlink()
     write_outline(making, 5, "conversations", None)
     (making / shard_name(4)).rename(making / "later")
-    steps = loader_of(stream_of(partly)).steps(0)
+    steps = loader_of(stream_of(partly)).epoch(0)
     first = next(steps)
     (making / "later").rename(making / shard_name(4))
     shutil.copy(complete.folder / "manifest.json", making)
@@ -159,23 +159,23 @@ def test_world_and_micro_batch_size_do_not_change_what_a_step_sees(shards, tmp_p
         for steps in zip(*steps_of_ranks, strict=True):
             yield sorted(line for step in steps for batch in step.batches for line in batch.ids_BT.tolist() if any(line))
 
-    expected = list(lines([loader_of(stream_of(tmp_path / "key")).steps(0)]))
+    expected = list(lines([loader_of(stream_of(tmp_path / "key")).epoch(0)]))
     shares = {"world_size": world_size, "micro_batch_size": micro_batch_size}
-    ranks = [loader_of(stream_of(tmp_path / "key"), rank=rank, **shares).steps(0) for rank in range(world_size)]
+    ranks = [loader_of(stream_of(tmp_path / "key"), rank=rank, **shares).epoch(0) for rank in range(world_size)]
     assert list(lines(ranks)) == expected
 
 
 def test_resumed_steps_are_those_of_the_uninterrupted_stream(shards, tmp_path):
     publish(tmp_path / "key", shards)
-    steps = list(loader_of(stream_of(tmp_path / "key")).steps(2))
+    steps = list(loader_of(stream_of(tmp_path / "key")).epoch(2))
     for number, step in enumerate(steps):
-        rest = loader_of(stream_of(tmp_path / "key")).steps(2, step.cursor)
+        rest = loader_of(stream_of(tmp_path / "key")).epoch(2, step.cursor)
         assert seen(rest) == seen(steps[number + 1 :])
 
 
 def test_epochs_differ_in_their_order_alone(shards, tmp_path):
     publish(tmp_path / "key", shards)
-    first, second = (list(loader_of(stream_of(tmp_path / "key")).steps(epoch)) for epoch in (0, 1))
+    first, second = (list(loader_of(stream_of(tmp_path / "key")).epoch(epoch)) for epoch in (0, 1))
     assert seen(first) != seen(second)
     counts = [
         np.bincount(np.concatenate([batch.ids_BT.view(-1) for step in steps for batch in step.batches]))
@@ -190,7 +190,7 @@ def test_what_goes_wrong_with_the_store_reaches_who_waits_for_it(shards, tmp_pat
     (making / shard_name(5)).unlink()
     (making / FAILED).write_text("row 7 is bad")
     with pytest.raises(DataError, match="row 7 is bad"):
-        list(loader_of(stream_of(tmp_path / "key")).steps(0))
+        list(loader_of(stream_of(tmp_path / "key")).epoch(0))
 
 
 def test_a_stream_that_nobody_wants_any_more_stops_waiting(tmp_path):

@@ -71,7 +71,7 @@ def test_media_travel_from_their_rows_to_the_batch_untouched(pictures, packing):
     rows, store = pictures
     samples = Samples(store, np.arange(len(rows)), max_length=8, packing=packing)
     loader = Loader(samples, micro_batch_size=2, global_batch_size=4, rank=0, world_size=1, seed=0, pad_id=0)
-    batches = [batch for step in loader.steps(0) for batch in step.batches]
+    batches = [batch for step in loader.epoch(0) for batch in step.batches]
     assert sorted(row for batch in batches for row in batch.rows) == list(range(len(rows)))
     for batch in batches:
         found = batch.media["pixels"].split(batch.media["sizes"].tolist())

@@ -36,7 +36,7 @@ def test_prompts_are_stored_and_stepped_through(making, tmp_path, packing):
     samples = Samples(store, np.arange(len(store)), max_length=64, packing=packing)
     loader = Loader(samples, micro_batch_size=1, global_batch_size=2, rank=0, world_size=1, seed=0, pad_id=0)
     seen = {}
-    for step in loader.steps(0):
+    for step in loader.epoch(0):
         assert step.count == sum(len(batch.rows) for batch in step.batches)
         for batch in step.batches:
             assert len(batch.trained_N) == 0

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from raytune_llm import packaged
-from raytune_llm.config.run import TrainRun
-from raytune_llm.config.section import settings_of
-from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.data.batches import to_device
 from raytune_llm.data.loader import Samples
+from raytune_llm.data.steps import Step
 from raytune_llm.data.store import write_whole
 from raytune_llm.errors import DataError
 from raytune_llm.records import Batch
 from raytune_llm.stages import AnswerLogprobs
 
-VERSION = 1
 CHECKED_ROWS = 10
 MANIFEST, KEYS, VALUES = "manifest.json", "keys.npy", "values.npy"
 TOLERANCE = {torch.float32: (0.02, 1e-4), torch.bfloat16: (1.0, 0.02), torch.float16: (0.5, 0.01)}
@@ -42,8 +38,8 @@ Told = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Table:
-    """Reference log-probabilities by row (and by the row whose answer is the mismatched one, where there is one)."""
+class ReferenceTable:
+    """Log-probabilities under the reference by row (and by its partner, where it has one)."""
 
     keys_E: np.ndarray
     """int64, ascending: see `keys_of`."""
@@ -52,63 +48,37 @@ class Table:
     num_rows: int
     """Of the store."""
 
-    def attach(self, batch: Any) -> Any:
+    def of(self, batch: Batch) -> Tensor:
+        """float32 [P, 2], on the CPU."""
         places_P = np.searchsorted(self.keys_E, keys_of(batch, self.num_rows))
-        reference_P2 = torch.from_numpy(np.array(self.values_E2[places_P]))
-        return replace(batch, per_answer={**batch.per_answer, "reference": reference_P2})
+        return torch.from_numpy(np.array(self.values_E2[places_P]))
+
+
+@dataclass(frozen=True)
+class ReferenceTables:
+    """Adds `reference`: float32 [P, 2]."""
+
+    by_store: Mapping[str, ReferenceTable]
+    """By the hash of the token store that a step's rows are of."""
+    phase = "reference"
+
+    def attach(self, policy: nn.Module, batches: Sequence[Batch], step: Step) -> list[Batch]:
+        table = self.by_store[step.store]
+        return [
+            batch.with_answers({"reference": table.of(batch).to(batch.ids_BT.device, non_blocking=True)}) for batch in batches
+        ]
+
+    def state(self) -> None:
+        """The tables are files."""
+
+    def load(self, state: None) -> None:
+        pass
 
 
 def keys_of(batch: Batch, num_rows: int) -> np.ndarray:
     """int64 [P]: a number for each row and its partner."""
     rows = np.array(batch.rows, np.int64)
     return rows * num_rows + np.array(batch.partners or batch.rows, np.int64)
-
-
-# What decides the numbers ---------------------------------------------------------------------------------------------
-
-
-def key_of(
-    run: TrainRun, logps: AnswerLogprobs, samples: Sequence[Samples], manifest_hash: str, compute: torch.dtype
-) -> dict[str, Any]:
-    """As a JSON object."""
-    assert isinstance(logps, partial)
-    assert isinstance(run.stage, DPO | KTO)
-    other = run.stage.reference_model is not None or run.stage.reference_adapter is not None
-    adapter = run.stage.reference_adapter if other else run.adapter.path
-    model = run.stage.reference_model or run.model.path
-    seed = run.train.seed if run.model.weights == "random" and run.stage.reference_model is None else None
-    return {
-        "version": VERSION,
-        "model": [
-            model and _files(packaged.resolve(model)),
-            run.model.config,
-            run.model.revision,
-            seed,
-        ],
-        "adapter": adapter and _files(adapter, content=True),
-        "computed": [str(compute), run.quantization.name, *settings_of(run.quantization).values()],
-        "formula": [logps.func.__name__, logps.keywords],
-        "data": [manifest_hash, run.data.max_length, [_rows(one) for one in samples]],
-    }
-
-
-def _files(path: str, *, content: bool = False) -> Any:
-    """What is in a model's folder; of weights by size and time, or by content. A hub id stands for itself."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return path
-    weights = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf"))
-    files = [*weights, *folder.glob("*config.json")]
-    if content:
-        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-
-
-def _rows(samples: Samples) -> Any:
-    """None where all rows are computed. What a row's partner is depends on the rows and their order."""
-    return (
-        None if not samples.store.kind.has_partners else hashlib.sha256(np.asarray(samples.rows, np.int64).tobytes()).hexdigest()
-    )
 
 
 def precomputed(
@@ -123,7 +93,7 @@ def precomputed(
     device: torch.device,
     compute: torch.dtype,
     tell: Told,
-) -> tuple[Table, str]:
+) -> tuple[ReferenceTable, str]:
     """The table of these samples' rows, and where it is from. All workers call it together."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
@@ -135,7 +105,7 @@ def precomputed(
     num_rows = len(samples[0].store)
     run_pass = partial(_pass, model, logps, micro_batch_size=micro_batch_size, pad_id=pad_id, device=device)
     if there:
-        table = Table(np.load(target / KEYS, mmap_mode="r"), np.load(target / VALUES, mmap_mode="r"), num_rows)
+        table = ReferenceTable(np.load(target / KEYS, mmap_mode="r"), np.load(target / VALUES, mmap_mode="r"), num_rows)
         some = _some_rows(samples[0], drawn)
         _compare(table, *run_pass([(samples[0], some)], 0, 1, tell=lambda done, total: None), target, TOLERANCE[compute])
         return table, f"read from {target}"
@@ -145,7 +115,7 @@ def precomputed(
         parts = [None] * world
         dist.all_gather_object(parts, mine)
     keys_E, first = np.unique(np.concatenate([keys for keys, _ in parts]), return_index=True)
-    table = Table(keys_E, np.concatenate([values for _, values in parts])[first], num_rows)
+    table = ReferenceTable(keys_E, np.concatenate([values for _, values in parts])[first], num_rows)
     if rank == 0:
         _write(table, target, key)
     return table, f"computed, and kept in {target}"
@@ -189,7 +159,7 @@ def _some_rows(samples: Samples, seed: int) -> np.ndarray:
     return numbers[: int(np.searchsorted(np.cumsum(samples.num_rows[numbers]), CHECKED_ROWS)) + 1]
 
 
-def _compare(table: Table, keys: np.ndarray, values: np.ndarray, folder: Path, tolerance: tuple[float, float]) -> None:
+def _compare(table: ReferenceTable, keys: np.ndarray, values: np.ndarray, folder: Path, tolerance: tuple[float, float]) -> None:
     stored = table.values_E2[np.searchsorted(table.keys_E, keys)]
     nats, part = tolerance
     wrong = np.flatnonzero((np.abs(stored - values) > nats + part * np.abs(values)).any(1))
@@ -204,7 +174,7 @@ def _compare(table: Table, keys: np.ndarray, values: np.ndarray, folder: Path, t
         )
 
 
-def _write(table: Table, target: Path, key: Mapping[str, Any]) -> None:
+def _write(table: ReferenceTable, target: Path, key: Mapping[str, Any]) -> None:
     """Beside, then renamed. Where another run was first, its table stays."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))

@@ -1,0 +1,168 @@
+"""The reference of a run: what it finds, before its first step, or another model; and how batches get what it says.
+
+precomputed: one pass over the rows, by the run's own workers with the model that they are about to train, however it is spread.
+What an adapter that the run continues has learnt is part of the reference so, and no second model is needed. The table stands
+beside the token store, under a key of all that decides its numbers, and later runs read it by row.
+
+online: the same model in each step, with its trained weights as they were. Another model (stage.reference_model,
+stage.reference_adapter) is loaded beside the policy, whole and frozen: for the pass, or for the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from raytune_llm import packaged
+from raytune_llm.config.adapter import NoAdapter, SavedAdapter
+from raytune_llm.config.run import TrainRun
+from raytune_llm.config.section import settings_of
+from raytune_llm.data.loader import Samples
+from raytune_llm.data.store import Store
+from raytune_llm.errors import DataError
+from raytune_llm.models.load import load_config
+from raytune_llm.models.policy import UNQUANTIZED, build_policy, compute_dtype
+from raytune_llm.runs.stores import Stores
+from raytune_llm.stages import AnswerLogprobs
+from raytune_llm.train.enrichers import Enricher
+from raytune_llm.train.enrichers.online_reference import OnlineReference, as_they_are
+from raytune_llm.train.enrichers.reference_table import ReferenceTable, ReferenceTables, Told, precomputed
+from raytune_llm.train.strategies.base import Strategy
+
+TABLE_VERSION = 2
+"""Raise it when the same key would give other numbers."""
+
+
+class Reference(NamedTuple):
+    enricher: Enricher
+    choices: tuple[str, ...]
+    """What was chosen and why, a line each."""
+
+
+def find_reference(
+    run: TrainRun,
+    logps: AnswerLogprobs,
+    strategy: Strategy,
+    stores: Stores,
+    config: PretrainedConfig,
+    *,
+    device: torch.device,
+    compute: torch.dtype,
+    pad_id: int,
+    tell: Told,
+) -> Reference:
+    """Call it before weights are restored from a checkpoint: what they are then is the reference, unless another one is named."""
+    other = _other_model(run, config, device)
+    if run.stage.reference == "online":
+        as_found = nullcontext if other is not None else _without_new_adapter(run, strategy) or as_they_are(strategy.module)
+        return Reference(OnlineReference(logps, as_found, other), ("reference: in each step",))
+    as_found = (None if other is not None else _without_new_adapter(run, strategy)) or nullcontext
+    tables: dict[str, ReferenceTable] = {}
+    choices = []
+    assert isinstance(stores.train, Samples), "config/run.py lets a stream's reference be online only"
+    samples = [stores.train, *stores.held_out.values()]
+    for store in {id(one.store): one.store for one in samples}.values():
+        assert isinstance(store, Store)
+        of_store = [one for one in samples if one.store is store]
+        if not store.kind.has_partners:
+            of_store = [of_store[0].over(np.arange(len(store)))]
+        with as_found():
+            tables[store.manifest_hash], where = precomputed(
+                other or strategy.model,
+                logps,
+                of_store,
+                store.folder.parent,
+                _key_of(run, logps, of_store, store.manifest_hash, compute),
+                micro_batch_size=run.train.micro_batch_size,
+                pad_id=pad_id,
+                device=device,
+                compute=compute,
+                tell=tell,
+            )
+        choices.append(f"reference: {where}")
+    return Reference(ReferenceTables(tables), tuple(choices))
+
+
+def _without_new_adapter(run: TrainRun, strategy: Strategy) -> Callable[[], AbstractContextManager[None]] | None:
+    """Around calls of the model: without the adapter that the run has put on it, whose products come to nothing before the first
+    step. None where the run continues an adapter, or has none."""
+    return partial(strategy.module.adapters.using, None) if run.adapter.starts_at_base else None
+
+
+def _other_model(run: TrainRun, config: PretrainedConfig, device: torch.device) -> nn.Module | None:
+    """The frozen model that stage.reference_model and stage.reference_adapter name, whole on this worker."""
+    path, adapter = run.stage.reference_model, run.stage.reference_adapter
+    if path is None and adapter is None:
+        return None
+    section = run.model if path is None else replace(run.model, path=path, weights="pretrained", config={})
+    found = config if path is None else load_config(path, {}, trust_remote_code=run.model.trust_remote_code)
+    if found.get_text_config().vocab_size != config.get_text_config().vocab_size:
+        raise DataError(str(path), "is a reference with another vocabulary than the model's", "Take one of the same family.")
+    compute = compute_dtype(run.train.precision, device)
+    model, _ = build_policy(
+        found,
+        section,
+        NoAdapter(name="none") if adapter is None else SavedAdapter(path=adapter, setting="stage.reference_adapter"),
+        compute=compute,
+        seed=run.train.seed,
+        device=device,
+        trains=False,
+        quantization=UNQUANTIZED if adapter is None else run.quantization,
+    )
+    return model.requires_grad_(False).to(device).eval()
+
+
+# What decides the numbers of a table ----------------------------------------------------------------------------------
+
+
+def _key_of(
+    run: TrainRun, logps: AnswerLogprobs, samples: Sequence[Samples], manifest_hash: str, compute: torch.dtype
+) -> dict[str, Any]:
+    """As a JSON object."""
+    assert isinstance(logps, partial)
+    other = run.stage.reference_model is not None or run.stage.reference_adapter is not None
+    adapter = run.stage.reference_adapter if other else run.adapter.path
+    model = run.stage.reference_model or run.model.path
+    seed = run.train.seed if run.model.weights == "random" and run.stage.reference_model is None else None
+    return {
+        "version": TABLE_VERSION,
+        "model": [
+            model and _files(packaged.resolve(model)),
+            run.model.config,
+            run.model.revision,
+            seed,
+        ],
+        "adapter": adapter and _files(adapter, content=True),
+        "computed": [str(compute), run.quantization.name, *settings_of(run.quantization).values()],
+        "formula": [logps.func.__name__, logps.keywords],
+        "data": [manifest_hash, run.data.max_length, [_rows(one) for one in samples]],
+    }
+
+
+def _files(path: str, *, content: bool = False) -> Any:
+    """What is in a model's folder; of weights by size and time, or by content. A hub id stands for itself."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    weights = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf"))
+    files = [*weights, *folder.glob("*config.json")]
+    if content:
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def _rows(samples: Samples) -> str | None:
+    """None where all rows are computed. What a row's partner is depends on the rows and their order."""
+    if not samples.store.kind.has_partners:
+        return None
+    return hashlib.sha256(np.asarray(samples.rows, np.int64).tobytes()).hexdigest()

@@ -1,0 +1,69 @@
+"""Log-probabilities of answers under the reference, in each step: by the policy as the run found it, or by another model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from raytune_llm.data.steps import Step
+from raytune_llm.records import Batch
+from raytune_llm.stages import AnswerLogprobs
+from raytune_llm.train.strategies.base import trained
+
+
+@dataclass(frozen=True)
+class OnlineReference:
+    """Adds `reference`: float32 [P, 2]."""
+
+    logps: AnswerLogprobs
+    as_found: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around calls of the policy: it is what the run found."""
+    other: nn.Module | None = None
+    """The reference, where it is not the policy."""
+    phase = "reference"
+
+    @torch.no_grad()
+    def attach(self, policy: nn.Module, batches: Sequence[Batch], step: Step) -> list[Batch]:
+        model = policy if self.other is None else self.other
+        was_training = model.training
+        model.eval()
+        with self.as_found():
+            references = [self.logps(model, batch).detach() for batch in batches]
+        model.train(was_training)
+        return [batch.with_answers({"reference": found}) for batch, found in zip(batches, references, strict=True)]
+
+    def state(self) -> None:
+        """The reference is what the weights were before they were restored."""
+
+    def load(self, state: None) -> None:
+        pass
+
+
+def as_they_are(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """Contexts in which the trained parameters have the values that they have now."""
+    kept = [parameter.detach().clone() for _, parameter in trained(module)]
+    return lambda: _with_values(module, kept)
+
+
+@contextmanager
+def _with_values(module: nn.Module, kept: Sequence[torch.Tensor]) -> Iterator[None]:
+    parameters = [parameter.detach() for _, parameter in trained(module)]
+    now = [parameter.clone() for parameter in parameters]
+    units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+
+    def become(values: Sequence[torch.Tensor]) -> None:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+        for unit in units:
+            unit.reshard()  # what is gathered already is not what the shards are now
+
+    become(kept)
+    try:
+        yield
+    finally:
+        become(now)
