@@ -245,7 +245,7 @@ def _read_progress(place: Path) -> dict[str, Any]:
     if (version := values.pop("format_version", None)) != FORMAT_VERSION or not isinstance(values.get(FILES), dict):
         raise DataError(
             str(place / PROGRESS),
-            f"was written by another version of this package (form {version or 1} of checkpoints, this one reads form {FORMAT_VERSION})",
+            f"was written by another version of this package (checkpoint format {version or 1}, not {FORMAT_VERSION})",
             "Set resume=never, or finish the run with that version.",
         )
     return values
