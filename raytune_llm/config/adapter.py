@@ -19,6 +19,8 @@ class NoAdapter:
 
     trains_base: ClassVar[bool] = True
     """Base weights are trained. If not, they are frozen, and final/ holds an adapter."""
+    reads_base_weights: ClassVar[bool] = False
+    """Beside calling the layers that it is on, it reads their weights."""
     path: ClassVar[str | None] = None
     """The saved adapter that a run continues."""
     dropout: ClassVar[float] = 0.0
@@ -42,6 +44,7 @@ class Layered:
     """A saved adapter of this kind to continue; its sizes, targets and layers are then the saved ones."""
 
     trains_base: ClassVar[bool] = False
+    reads_base_weights: ClassVar[bool] = False
 
     @property
     def starts_at_base(self) -> bool:
@@ -49,12 +52,44 @@ class Layered:
 
 
 @section
-class LoRA(Layered):
+class LowRank(Layered):
+    rank: PositiveInt
+    alpha: Annotated[float, Field(gt=0)]
+
+
+@section
+class LoRA(LowRank):
     """Hu et al. 2021 (arXiv 2106.09685): W + alpha / rank * B A, with A and B trained."""
 
     name: Literal["lora"]
-    rank: PositiveInt
-    alpha: Annotated[float, Field(gt=0)]
+
+
+@section
+class RsLoRA(LowRank):
+    """Kalajdzievski 2023 (arXiv 2312.03732): W + alpha / sqrt(rank) * B A, so that higher ranks learn as fast as lower ones."""
+
+    name: Literal["rslora"]
+
+
+@section
+class DoRA(LowRank):
+    """Liu et al. 2024 (arXiv 2402.09353): m * V / |V| by row with V = W + alpha / rank * B A, and m trained beside A and B."""
+
+    name: Literal["dora"]
+
+    reads_base_weights: ClassVar[bool] = True
+
+
+@section
+class OFT(Layered):
+    """Qiu et al. 2023 (arXiv 2306.07280), as in Qiu et al. 2025 (arXiv 2506.19847): W R, where R turns inputs in blocks.
+
+    Each block is the Cayley transform of a skew-symmetric matrix, whose part above the diagonal is trained.
+    """
+
+    name: Literal["oft"]
+    block_size: Annotated[int, Field(ge=2)]
+    """Inputs that are turned together; must divide those of each layer. Larger ones train more: (block_size - 1) / 2 an input."""
 
 
 @section
@@ -71,4 +106,4 @@ class SavedAdapter:
     starts_at_base: ClassVar[bool] = False
 
 
-AdapterConfig = Annotated[NoAdapter | LoRA, Field(discriminator="name")]
+AdapterConfig = Annotated[NoAdapter | LoRA | RsLoRA | DoRA | OFT, Field(discriminator="name")]

@@ -61,6 +61,7 @@ class TrainRun:
         _sharding_has_workers(self)
         _quantized_weights_can_be_had(self)
         _optimizer_finds_its_matrices(self)
+        _adapters_find_the_weights_that_they_read(self)
         _anchored_policies_have_a_new_adapter(self)
         _models_answer_what_is_asked(self)
         _references_can_be_had(self)
@@ -317,6 +318,18 @@ def _optimizer_finds_its_matrices(run: TrainRun) -> None:
             f"can't be {run.strategy.name} with optimizer={run.optimizer.name}: it needs matrices, and ZeRO flattens them",
             fix="Take strategy=fsdp, or optimizer=adamw.",
         )
+
+
+def _adapters_find_the_weights_that_they_read(run: TrainRun) -> None:
+    if not run.adapter.reads_base_weights:
+        return
+    reads = f"with adapter={run.adapter.name}, which reads the weights that it is on"
+    if run.quantization.replaces_layers:
+        rule, fix = f"can't be {run.quantization.name} {reads}", "Take adapter=lora, or quantization=none."
+        raise ConfigError("quantization", rule, fix=fix)
+    if isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3:
+        rule, fix = f"can't be zero3 {reads}: it gathers those of layers that are called", "Take strategy=fsdp, or adapter=lora."
+        raise ConfigError("strategy", rule, fix=fix)
 
 
 def _layers_can_be_compiled(run: TrainRun) -> None:

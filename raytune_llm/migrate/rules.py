@@ -102,27 +102,53 @@ def adapter(
     lora_alpha: float | None,
     lora_dropout: float,
     lora_target: str | Sequence[str],
+    use_rslora: bool,
+    use_dora: bool,
 ) -> Settings:
     if finetuning_type == "full":
         if adapter_name_or_path is not None:
-            raise Refusal("goes with finetuning_type=lora alone", "adapter_name_or_path")
+            raise Refusal("goes with finetuning_type=lora or oft alone", "adapter_name_or_path")
         return {"adapter": "none"}
-    if finetuning_type != "lora":
-        raise Refusal(f"{finetuning_type} {LATER}; there are lora and full", "finetuning_type")
+    if finetuning_type not in ("lora", "oft"):
+        raise Refusal(f"{finetuning_type} {LATER}; there are lora, oft and full", "finetuning_type")
+    if use_rslora and use_dora:
+        raise Refusal(f"rslora and dora in one {LATER}; take one of them", "use_rslora")
     adapters = [] if adapter_name_or_path is None else _listed(adapter_name_or_path)
     if len(adapters) > 1:
         raise Refusal(f"merging several adapters {LATER}; name one", "adapter_name_or_path")
     if adapters and create_new_adapter:
         raise Refusal(f"a new adapter over a merged one {LATER}", "create_new_adapter")
-    targets = _listed(lora_target)
+    path = {"adapter.path": adapters[0] if adapters else None}
+    if finetuning_type == "oft":
+        return path
     return {
-        "adapter": "lora",
+        "adapter": "dora" if use_dora else "rslora" if use_rslora else "lora",
         "adapter.rank": lora_rank,
         "adapter.alpha": float(2 * lora_rank if lora_alpha is None else lora_alpha),
         "adapter.dropout": float(lora_dropout),
-        "adapter.targets": "all-linear" if targets == ["all"] else targets,
-        "adapter.path": adapters[0] if adapters else None,
+        "adapter.targets": _targets(lora_target),
+        **path,
     }
+
+
+def oft(
+    finetuning_type: str, oft_rank: int, oft_block_size: int, oft_target: str | Sequence[str], module_dropout: float
+) -> Settings | NoEffect:
+    if finetuning_type != "oft":
+        return NoEffect("read with finetuning_type=oft alone")
+    if oft_rank:
+        raise Refusal("a number of blocks a layer is not here; set oft_block_size, and oft_rank to 0", "oft_rank")
+    return {
+        "adapter": "oft",
+        "adapter.block_size": oft_block_size,
+        "adapter.dropout": float(module_dropout),
+        "adapter.targets": _targets(oft_target),
+    }
+
+
+def _targets(names: str | Sequence[str]) -> str | list[str]:
+    targets = _listed(names)
+    return "all-linear" if targets == ["all"] else targets
 
 
 STAGES: Mapping[str, str] = {"sft": "sft", "pt": "pretrain", "rm": "reward", "kto": "kto"}

@@ -114,7 +114,7 @@ def build_policy(
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
     offloads = activation_checkpointing == "offload" and runs_on.type == "cuda"
     policy = Scorer if scores else CausalLM
-    chunk = {"chunk_tokens": CHUNK_TOKENS[runs_on.type]} if runs_on.type in CHUNK_TOKENS else {}
+    chunk: dict[str, Any] = {"chunk_tokens": CHUNK_TOKENS[runs_on.type]} if runs_on.type in CHUNK_TOKENS else {}
     made = policy(adapted, compute=compute, attention_backend=backend, compiled=compile_layers, offloads=offloads, **chunk)
     dropout = attention.dropout_of(config) if trains else 0.0
     left_out = f"; without the model's attention dropout of {dropout:g}" if dropout else ""

@@ -34,7 +34,7 @@ def in_memory_logits(run: TrainRun, ids: torch.Tensor) -> torch.Tensor:
     policy, _ = build_policy(config, run.model, run.adapter, compute=torch.float32, seed=run.train.seed, device=cpu)
     strategy = DDPStrategy(
         policy,
-        lambda parameters, fused: torch.optim.AdamW([p for _, p in parameters if p.requires_grad], fused=fused),
+        lambda model, fused: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=fused),
         device=cpu,
         precision=Precision(torch.float32),
         max_grad_norm=None,

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from raytune_llm.config.load import load_config
 from raytune_llm.data.batches import collate
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.models import attention
+from raytune_llm.models.adapters import adapt
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.records import Batch
 from tests.parity.sets import folder, oracle
@@ -72,9 +73,9 @@ def test_sft_step_has_the_reference_loss_and_gradients(case: dict[str, Any], bac
 
 @pytest.mark.parametrize("case", cases("adapter"))
 def test_adapters_have_the_reference_logits(case: dict[str, Any]) -> None:
-    base = policy("varlen").base
-    adapted = PeftModel.from_pretrained(base, FOLDER / f"adapter_{case['kind'].removeprefix('adapter_')}_s{case['seed']}")
-    model = CausalLM(adapted)
+    kind = case["kind"].removeprefix("adapter_")
+    settings = ["data.path=x", f"adapter={kind}", f"adapter.path={FOLDER}/adapter_{kind}_s{case['seed']}"]
+    model = CausalLM(adapt(policy("varlen").base, load_config("train", settings).adapter))
     ids = np.array(case["inputs"]["input_ids"], np.int32).reshape(-1)
     batch = collate([[(ids, np.array([0, len(ids)], np.int32))]], length=len(ids), pad_id=0)
     with torch.no_grad():

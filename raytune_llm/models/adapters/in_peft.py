@@ -60,7 +60,10 @@ class PeftAdapters:
         return max((rank for layer in layers for rank in layer.r.values()), default=0)
 
     def described(self, device_type: str) -> str | None:
-        return described(self._base, device_type)
+        configs = self._peft.peft_config.values() if self._peft else ()
+        kinds = {kind: method for kind, method in METHODS.items() if any(map(method.describes, configs))}
+        alone = [kind for kind, method in kinds.items() if not method.grouped]
+        return f"a layer at a time, as PEFT computes {alone[0]}" if alone else described(self._base, device_type)
 
     def add(self, name: str, source: AdapterConfig | SavedAdapter) -> None:
         with self._as_it_is():
@@ -139,7 +142,9 @@ class PeftAdapters:
         for parameter in names_of(self._peft, key).values():
             parameter.requires_grad_(False)
             parameter.data = parameter.data.float()  # PEFT does it to adapters, but not to a score head
-        if source.path is not None:
+        if source.path is None:
+            METHODS[source.name].begin(self._base, key)
+        else:
             try:
                 may_lack = SCORE_HEAD if self._scores else ()
                 load_weights(self._peft, key, source.path, setting, may_lack=may_lack, base_model=base_model)

@@ -16,7 +16,7 @@ def lora(*, rank: int, alpha: float, dropout: float, **variant: bool) -> LoraCon
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **variant)  # type: ignore[arg-type]  # whole or not
 
 
-def is_plain(saved: PeftConfig) -> bool:
+def describes(saved: PeftConfig) -> bool:
     return isinstance(saved, LoraConfig) and not saved.use_rslora and not saved.use_dora
 
 
@@ -29,4 +29,4 @@ def rank_fits(layers: Layers, *, rank: int, **settings: float) -> None:
             raise ConfigError("adapter.rank", f"must be at most {short}, the smaller side of {last}", got=rank, fix="Lower it.")
 
 
-LORA = Method(config=lora, describes=is_plain, check=rank_fits)
+LORA = Method(config=lora, describes=describes, check=rank_fits)

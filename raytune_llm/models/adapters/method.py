@@ -32,6 +32,10 @@ class Method:
     """Whether the config of a saved adapter is of this kind."""
     check: Callable[..., None]
     """(layers, **settings): raises ConfigError where the settings don't fit one of the layers."""
+    begin: Callable[[nn.Module, str], None] = lambda model, key: None
+    """Called with the model and PEFT's name of the adapter once it is in the layers, where it is new."""
+    grouped: bool = True
+    """grouped.py knows its products; if not, PEFT computes it, a layer at a time."""
 
 
 def targeted(model: PreTrainedModel, targets: str | list[str], last_layers: int | None) -> Layers:

@@ -39,6 +39,12 @@ CONVERTED = {
         {**LORA, "ray_num_workers": 4, "ray_init_kwargs": {"runtime_env": {"pip": ["emoji"]}}},
         {"train.global_batch_size": 32},
     ),
+    "extras/oft": (
+        {**LORA, "finetuning_type": "oft", "oft_block_size": 16, "oft_target": "q_proj,v_proj", "module_dropout": 0.1},
+        {"adapter.name": "oft", "adapter.block_size": 16, "adapter.targets": ["q_proj", "v_proj"], "adapter.dropout": 0.1},
+    ),
+    "extras/dora": ({**LORA, "use_dora": True}, {"adapter.name": "dora", "adapter.rank": 8, "adapter.alpha": 16.0}),
+    "extras/rslora": ({**LORA, "use_rslora": True, "lora_rank": 32}, {"adapter.name": "rslora", "adapter.rank": 32}),
     "lora/preprocess": ({**LORA, "tokenized_path": "saves/dataset"}, {"data.max_samples": 1000}),
     "lora/pretrain": ({**LORA, "stage": "pt", "dataset": "c4_demo"}, {"stage.name": "pretrain", "data.packing": True}),
     "lora/dpo": (
@@ -104,7 +110,8 @@ REFUSED = {
     "extras/llama_pro": ({**FULL, "finetuning_type": "freeze", "use_llama_pro": True, "freeze_trainable_layers": 8}, "freeze"),
     "extras/loraplus": ({**LORA, "loraplus_lr_ratio": 16.0}, "loraplus"),
     "extras/mod": ({**FULL, "mixture_of_depths": "convert"}, "mixture_of_depths"),
-    "extras/oft": ({**LORA, "finetuning_type": "oft", "oft_block_size": 32}, "oft"),
+    "extras/oft_rank": ({**LORA, "finetuning_type": "oft", "oft_rank": 8}, "oft_rank"),
+    "extras/rslora_dora": ({**LORA, "use_rslora": True, "use_dora": True}, "take one of them"),
     "extras/pissa": ({**LORA, "pissa_init": True, "pissa_iter": 16, "pissa_convert": True}, "pissa"),
     "extras/new_tokens": ({**LORA, "resize_vocab": True, "new_special_tokens_config": "tokens.yaml"}, "new tokens"),
     "merge_lora": ({**LORA, "export_dir": "output", "export_size": 5, "export_device": "cpu"}, "export"),

@@ -1,0 +1,31 @@
+"""Orthogonal turns of a layer's inputs, block by block (Qiu et al. 2023, arXiv 2306.07280; 2025, arXiv 2506.19847).
+
+The inverse in the Cayley transform is the first terms of its Neumann series, as in the second paper and by PEFT's default.
+"""
+
+from __future__ import annotations
+
+from peft import OFTConfig, PeftConfig
+
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters.method import Layers, Method, sides
+
+
+def oft(*, block_size: int, dropout: float) -> OFTConfig:
+    """dropout: the part of the blocks that are not turned in a pass."""
+    return OFTConfig(r=0, oft_block_size=block_size, module_dropout=dropout)
+
+
+def describes(saved: PeftConfig) -> bool:
+    return isinstance(saved, OFTConfig)
+
+
+def blocks_fit(layers: Layers, *, block_size: int, **settings: float) -> None:
+    for name, layer in layers.items():
+        inputs, _ = sides(layer)
+        if inputs % block_size:
+            rule = f"must divide the {inputs} inputs of {name.rpartition('.')[2]}"
+            raise ConfigError("adapter.block_size", rule, got=block_size, fix="Take another, or name other adapter.targets.")
+
+
+OFT = Method(config=oft, describes=describes, check=blocks_fit, grouped=False)

@@ -1,0 +1,195 @@
+"""Each kind of adapter is its formula, changes nothing before it is trained, and is the same in a pack, saved, and merged."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from raytune_llm.config.load import load_config
+from raytune_llm.errors import ConfigError
+from raytune_llm.losses.tokens import cross_entropy
+from raytune_llm.models import attention
+from raytune_llm.models.adapters import OWN, PeftAdapters
+from raytune_llm.models.adapters.methods import METHODS
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.records import Batch
+from tests.models import packed, some_rows
+
+KINDS = list(METHODS)
+LENGTHS = (3, 17, 5, 12)
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def section(kind: str, *overrides: str) -> Any:
+    small = ["adapter.block_size=8"] if kind == "oft" else ["adapter.rank=4", "adapter.alpha=6"]
+    return load_config("train", ["data.path=x", f"adapter={kind}", *small, *overrides]).adapter
+
+
+def base(backend: str = "varlen") -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", num_key_value_heads=2, **SIZES)).eval()
+    attention.attach(model, backend)
+    return model
+
+
+def adapted(kind: str, *overrides: str, drawn: bool = True) -> CausalLM:
+    """drawn: as if it had learned something."""
+    adapters = PeftAdapters(base())
+    adapters.add_own(section(kind, *overrides))
+    torch.manual_seed(1)
+    for parameter in adapters.trained(OWN).values():
+        if drawn:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return CausalLM(adapters.model)
+
+
+def hidden(policy: CausalLM, batch: Batch | None = None) -> Tensor:
+    with torch.no_grad():
+        return policy.hidden(batch or packed(some_rows(LENGTHS)))
+
+
+def skew(vectors: Tensor, size: int) -> Tensor:
+    """Skew-symmetric matrices, by the part above the diagonal in row-major order."""
+    filled = torch.zeros(len(vectors), size, size, dtype=vectors.dtype)
+    rows, columns = torch.triu_indices(size, size, 1)
+    filled[:, rows, columns] = vectors
+    return filled - filled.transpose(1, 2)
+
+
+def formula(kind: str, w: Tensor, x: Tensor, own: dict[str, Tensor]) -> Tensor:
+    if kind == "oft":
+        q = skew(own["oft_R"], 8)
+        powers = [torch.linalg.matrix_power(q, n) for n in range(5)]
+        turns = powers[0] + 2 * (powers[1] + powers[2] + powers[3]) + powers[4]  # (I + Q)(I - Q)^-1, to the fourth power
+        return x @ torch.block_diag(*turns) @ w.T
+    scale = 6 / math.sqrt(4) if kind == "rslora" else 6 / 4
+    v = w + scale * own["lora_B"] @ own["lora_A"]
+    if kind == "dora":
+        v = own["lora_magnitude_vector"][:, None] * v / v.norm(dim=1, keepdim=True)
+    return x @ v.T
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_is_the_formula_of_its_kind(kind: str) -> None:
+    policy = adapted(kind)
+    for name in ("self_attn.k_proj", "mlp.down_proj"):
+        layer = policy.base.model.layers[1].get_submodule(name)
+        x = torch.randn(5, layer.in_features)
+        own = {n.partition(".")[0]: p.detach().double() for n, p in layer.named_parameters() if p.requires_grad}
+        expected = formula(kind, layer.base_layer.weight.double(), x.double(), own)
+        assert (expected - x.double() @ layer.base_layer.weight.double().T).abs().max() > 0.01
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_adapter_leaves_the_model_as_it_was_and_trains_small_parts_of_it(kind: str) -> None:
+    policy, bare = adapted(kind, drawn=False), CausalLM(base())
+    torch.testing.assert_close(hidden(policy), hidden(bare), rtol=1e-5, atol=1e-6)
+    with policy.adapters.using(None):
+        assert torch.equal(hidden(policy), hidden(bare))
+    trained = {name for name, parameter in policy.base.named_parameters() if parameter.requires_grad}
+    prefix = "oft_" if kind == "oft" else "lora_"
+    assert trained and all(f".{prefix}" in name for name in trained)
+    assert all(parameter.dtype == torch.float32 for parameter in policy.adapters.trained(OWN).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_in_a_pack_is_computed_as_if_alone_and_gradients_add_up(kind: str) -> None:
+    rows = some_rows(LENGTHS)
+    together, alone = adapted(kind), adapted(kind)
+    values = together(packed(rows, length=50), cross_entropy)
+    values.sum().backward()
+    parts = [alone(packed([row]), cross_entropy) for row in rows]
+    torch.testing.assert_close(values, torch.cat(parts), rtol=1e-5, atol=1e-5)
+    sum(part.sum() for part in parts).backward()  # type: ignore[union-attr]
+    for (name, ours), theirs in zip(together.adapters.trained(OWN).items(), alone.adapters.trained(OWN).values(), strict=True):
+        assert ours.grad is not None and ours.grad.any(), name
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    assert all(parameter.grad is None for parameter in together.parameters() if not parameter.requires_grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_adapter_says_the_same_in_plain_peft_merged_and_continued(kind: str, tmp_path: Path) -> None:
+    policy = adapted(kind)
+    policy.adapters.save(OWN, tmp_path, base_model="some/base")
+    ids = torch.arange(24).view(2, 12)
+    eager = base()
+    eager.set_attn_implementation("eager")
+    elsewhere: Any = PeftModel.from_pretrained(eager, str(tmp_path)).eval()
+    with torch.no_grad():
+        logits = elsewhere(ids).logits
+        policy.base.set_attn_implementation("eager")
+        torch.testing.assert_close(policy.base(ids).logits, logits, rtol=1e-5, atol=1e-5)
+        continued = PeftAdapters(base())
+        continued.add_own(section(kind, f"adapter.path={tmp_path}"))
+        continued.base.set_attn_implementation("eager")
+        torch.testing.assert_close(continued.base(ids).logits, logits, rtol=1e-5, atol=1e-5)
+        merged = elsewhere.merge_and_unload()
+        assert list(merged.state_dict()) == list(base().state_dict())
+        torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-5, atol=1e-5)
+    others = [other for other in KINDS if other != kind]
+    for other in others:
+        with pytest.raises(
+            ConfigError, match=rf"adapter\.path must hold an adapter of the kind .*{other}, which is {kind} there"
+        ):
+            PeftAdapters(base()).add_own(section(other, f"adapter.path={tmp_path}"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_and_recomputed_layers_say_the_same(kind: str) -> None:
+    torch._dynamo.reset()
+    rows, found = packed(some_rows(LENGTHS)), []
+    for way in ("plain", "compiled", "recomputed"):
+        policy = adapted(kind).train()
+        for layer in policy.base.model.layers:
+            if way == "compiled":
+                layer.compile(backend="aot_eager")
+        if way == "recomputed":
+            policy.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy(rows, cross_entropy).sum().backward()
+        found.append({name: parameter.grad for name, parameter in policy.adapters.trained(OWN).items()})
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_how_each_kind_is_computed_is_told() -> None:
+    said = {kind: adapted(kind).adapters.described("cpu") for kind in KINDS}
+    together = "projections of one input together"
+    assert said == {
+        "lora": together,
+        "rslora": together,
+        "dora": "a layer at a time, as PEFT computes dora",
+        "oft": "a layer at a time, as PEFT computes oft",
+    }
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora"])
+def test_kinds_of_lora_refuse_a_rank_above_a_layers_size(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.rank must be at most 16, the smaller side of k_proj"):
+        PeftAdapters(base()).add_own(section(kind, "adapter.rank=20"))
+
+
+def test_blocks_of_oft_must_divide_what_they_turn() -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.block_size must divide the 48 inputs of down_proj, got 32"):
+        PeftAdapters(base()).add_own(section("oft", "adapter.block_size=32"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["adapter=dora", "quantization=bnb_nf4"], r"quantization can't be bnb_nf4 with adapter=dora, which reads the weights"),
+        (["adapter=dora", "quantization=fp8"], r"quantization can't be fp8 with adapter=dora"),
+        (["adapter=dora", "strategy=zero3", "resources=local"], r"strategy can't be zero3 with adapter=dora"),
+    ],
+)
+def test_what_a_kind_can_not_go_with_is_refused_by_name(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config("train", ["data.path=x", *overrides])
