@@ -73,7 +73,7 @@ def _choices(run: TrainRun, planned: Plan) -> Table:
         table.add_row("reference", REFERENCES[run.stage.reference].format(escape(_reference(run.stage, run))))
     table.add_row(
         "computed",
-        f"{run.strategy.name}, {run.train.precision}, activation checkpointing {run.train.activation_checkpointing}, "
+        f"{run.strategy.option}, {run.train.precision}, activation checkpointing {run.train.activation_checkpointing}, "
         f"{COMPILED[run.train.compile]}",
     )
     table.add_row("learned", f"{run.optimizer.name}, lr {run.optimizer.lr:g}, schedule {run.schedule.name}")

@@ -31,7 +31,7 @@ def main(run: TrainRun) -> int:
     console = Console()
     console.print(
         f"[bold]{escape(run.name)}[/bold]: {run.stage.name} of {run.model.path or run.model.config.get('model_type')}, "
-        f"adapter {run.adapter.name}, strategy {run.strategy.name}, resources {run.resources.name}",
+        f"adapter {run.adapter.name}, strategy {run.strategy.option}, resources {run.resources.name}",
         highlight=False,
     )
     bars = _Bars(console)

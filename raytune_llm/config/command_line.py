@@ -5,11 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from raytune_llm.config import load as composer
 from raytune_llm.errors import ConfigError
 
+HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(("--cfg", "-c"), ("job", "hydra", "all")),
+    **dict.fromkeys(("--info", "-i"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
+    **dict.fromkeys(("--package", "-p", "--config-path", "-cp", "--experimental-rerun"), ()),
+    **dict.fromkeys(("--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc", "--hydra-help", "--version")),
+}
+"""Hydra's own flags -> the words that may follow: none (None), these, or any one (empty)."""
 WITHOUT_A_KEY = {"import": "file"}
 """Verb -> the setting that a word without a key is for."""
 
@@ -36,15 +44,41 @@ def parse(verb: str, argv: list[str]) -> Call:
     known, rest = parser.parse_known_args(argv)
     flags: list[str] = []
     overrides: list[str] = []
+    positional = 0
     words = iter(rest)
     for word in words:
         if not word.startswith("-"):
+            positional += "=" not in word and not word.startswith(("+", "~"))
+            if positional > 1 and verb in WITHOUT_A_KEY:
+                raise ConfigError(
+                    "the command line", f"has one {WITHOUT_A_KEY[verb]} after {verb}", got=word, fix="Take one at a time."
+                )
             overrides.append(word if "=" in word else _with_key(verb, word))
             continue
+        flag, sign, value = word.partition("=")
+        if flag not in HYDRA_FLAGS:
+            near = get_close_matches(flag, [*HYDRA_FLAGS, "--config-dir", "--config-name", "--help"], n=1)
+            fix = f"Did you mean {near[0]}?" if near else "See --help."
+            raise ConfigError("the command line", "has no such flag", got=word, fix=fix)
         flags.append(word)
-        if word in ("--cfg", "-c", "--package", "-p", "--experimental-rerun"):
-            flags.append(next(words, ""))
+        allowed = HYDRA_FLAGS[flag]
+        if allowed is not None and not sign:
+            value = next(words, "")
+            flags.append(value)
+        if allowed and value not in allowed:
+            raise ConfigError(flag, f"must be followed by {', '.join(allowed)}", got=value or "nothing")
+    _check_together(flags)
     return Call(verb, overrides, known.config_dir, known.config_name, flags)
+
+
+def _check_together(flags: list[str]) -> None:
+    shows = [
+        flag for flag in flags if flag in ("--cfg", "-c", "--info", "-i", "--run", "-r", "--multirun", "-m", "--shell-completion")
+    ]
+    if len(shows) > 1:
+        raise ConfigError("the command line", "can have one of these flags", got=" ".join(shows), fix="Take one away.")
+    if "--resolve" in flags and not {"--cfg", "-c"} & set(flags):
+        raise ConfigError("--resolve", "goes with --cfg job", fix="Write --cfg job --resolve.")
 
 
 def _with_key(verb: str, word: str) -> str:

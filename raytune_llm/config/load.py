@@ -81,10 +81,56 @@ def compose(
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError("--config-dir", "must be a folder", got=str(config_dir))
     overrides = _where_it_lies(config_name or verb, [as_typed(override) for override in overrides], config_dir)
+    _check_choices(overrides, config_dir)
     try:
         return _compose(config_name or verb, overrides, config_dir)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explained(error, config_name or verb, overrides, config_dir) from None
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise _unreadable(error, overrides, config_dir) from None
+
+
+def _check_choices(overrides: Sequence[str], config_dir: str | Path | None) -> None:
+    """That each group is given the name of an option, and each setting a name: Hydra would fail without a word on which."""
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        group = key.lstrip("+~").partition("@")[0]
+        if sign and not group:
+            raise ConfigError("an override", "must read key=value", got=text, fix="See --help for the settings.")
+        if not sign or "." in group or group not in groups():
+            continue
+        if key.startswith("~"):
+            raise ConfigError(group, "is taken out by its name alone", got=text, fix=f"Write ~{group}.")
+        if group == "experiment" and not key.startswith("+"):
+            raise ConfigError("experiment", "is added with a plus sign", got=text, fix=f"Write +{text}.")
+        chosen = OverridesParser.create().parse_override(text).value() if _is_read(text) else value
+        if not isinstance(chosen, str | list) and not _is_sweep(chosen):
+            there = f"There are: {', '.join(options(group, config_dir))}."
+            raise ConfigError(group, "must be the name of one of its options", got=value, fix=there)
+
+
+def _is_sweep(value: Any) -> bool:
+    """Several values, for -m."""
+    return type(value).__module__.startswith("hydra.")
+
+
+def _unreadable(error: Exception, overrides: Sequence[str], config_dir: str | Path | None) -> ConfigError:
+    """A YAML file of the user's that can't be read."""
+    if isinstance(error, RecursionError):
+        chosen = [text for text in overrides if text.lstrip("+").partition("=")[0] in groups()]
+        return ConfigError("the config", "includes itself", got=" ".join(chosen), fix="Take it out of its own `defaults`.")
+    if isinstance(error, UnicodeDecodeError):
+        for file in sorted(Path(config_dir or CONF).rglob("*.yaml")):
+            try:
+                file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as found:
+                return ConfigError(
+                    "--config-dir", f"must hold files in UTF-8 ({found.reason})", got=str(file), fix="Save it anew."
+                )
+    mark = getattr(error, "problem_mark", None)
+    place = f"{mark.name}, line {mark.line + 1}" if mark is not None else str(config_dir)
+    what = getattr(error, "problem", None) or _first_line(error)
+    return ConfigError("--config-dir", f"must hold YAML files: {what}", got=place, fix="Correct the file.")
 
 
 def _where_it_lies(config_name: str, overrides: list[str], config_dir: str | Path | None) -> list[str]:
@@ -325,14 +371,32 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
         return ConfigError(match[1], "was chosen twice", fix="Choose it once.")
     if match := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
         return ConfigError(match[1], "exists already", fix=f"Write {match[1]}=... without the plus sign.")
+    if match := re.search(r"Could not delete from config. '([^']+)'", text):
+        return ConfigError(match[1], "can't be taken out: it is not in the config", fix="Leave it out.")
+    if match := re.search(r"Error merging override (?:\+\+)?([\w.]+)=(.*?)\.?(?:\n|$)", text):
+        return ConfigError(match[1], "can't have this value", got=match[2], fix="`--cfg job` shows what it has now.")
     return ConfigError("the config", f"can't be composed: {_first_line(error)}")
 
 
 def _unknown_key(key: str, known: list[str]) -> ConfigError:
-    known = [name for name in known if name != key]
+    if key == "experiment":
+        fix = "Let the file begin with the line `# @package _global_`, and with `key: value` lines below it."
+        return ConfigError("+experiment", "must be a file of settings for the whole run", fix=fix)
+    if elsewhere := _options_with(key):
+        group, chosen = key.partition(".")[0], " or ".join(elsewhere)
+        return ConfigError(key, f"is no setting of the {group} that is chosen", fix=f"It is one of {chosen}.")
+    known = [name for name in known if name != key and not name.startswith((f"{key}.", "hydra"))]
     near = difflib.get_close_matches(key, known, n=1) or _same_last_part(key, known)
     fix = f"Did you mean {near[0]}?" if near else "`python -m raytune_llm train --cfg job` shows every setting."
     return ConfigError(key, "is no setting", fix=fix)
+
+
+def _options_with(key: str) -> list[str]:
+    """group=option of each option that has this setting."""
+    group, _, name = key.partition(".")
+    if not name or group not in groups():
+        return []
+    return [f"{group}={option}" for option in options(group) if name in read_yaml(CONF / group / f"{option}.yaml", setting=group)]
 
 
 def _same_last_part(key: str, known: list[str]) -> list[str]:
@@ -401,10 +465,39 @@ def _named(error: ValidationError, values: dict[str, Any]) -> ConfigError:
         case "union_tag_invalid":
             expected = first["ctx"]["expected_tags"].replace("'", "")
             return ConfigError(f"{setting}.name", f"must be one of {expected}", got=first["ctx"]["tag"])
-    rule = first["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
-    rule = rule.replace("less than or equal to", "at most").replace("less than", "below").replace("greater than", "above")
+    ways = [_rule(one) for one in complaints if _path(one, values) == setting and one["type"] not in UNEXPECTED]
+    if len(dict.fromkeys(ways)) > 1:
+        return ConfigError(setting, "must be " + " or ".join(dict.fromkeys(ways)), got=first["input"], fix=fix)
+    rule = _in_words(first["msg"].replace("Input should be", "must be"))
     rule = re.sub(r"must be a valid (\w+)", lambda m: f"must be {_article(m[1])}", rule)
     return ConfigError(setting, rule, got=first["input"], fix=fix)
+
+
+def _rule(complaint: Mapping[str, Any]) -> str:
+    """What it asks for, without the verb."""
+    match complaint["type"]:
+        case "literal_error":
+            return complaint["ctx"]["expected"].replace("'", "")
+        case "bool_type" | "bool_parsing":
+            return "true or false"
+        case "list_type":
+            return "a list ([a,b])"
+        case "dict_type" | "dataclass_type":
+            return "an object"
+        case "int_type" | "int_from_float" | "int_parsing":
+            return "a whole number"
+        case "float_type" | "float_parsing":
+            return "a number"
+        case "string_type":
+            return "text"
+        case "none_required":
+            return "null"
+    return _in_words(complaint["msg"].removeprefix("Input should be "))
+
+
+def _in_words(rule: str) -> str:
+    rule = rule.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    return rule.replace("less than", "below").replace("greater than", "above")
 
 
 def _path(complaint: Mapping[str, Any], values: Any) -> str:
@@ -421,7 +514,9 @@ def _path(complaint: Mapping[str, Any], values: Any) -> str:
 
 
 def _article(noun: str) -> str:
-    noun = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}.get(noun, noun)
+    noun = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "array": "list"}.get(
+        noun, noun
+    )
     return noun if noun in ("text", "true or false") else f"a {noun}"
 
 

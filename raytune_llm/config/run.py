@@ -14,7 +14,7 @@ from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.resources import ResourcesConfig
 from raytune_llm.config.schedule import ScheduleConfig
-from raytune_llm.config.section import NonNegativeInt, PositiveInt, section
+from raytune_llm.config.section import NonNegativeInt, PositiveInt, Seed, section
 from raytune_llm.config.serve import EngineConfig, ServeConfig
 from raytune_llm.config.stage import StageConfig
 from raytune_llm.config.strategy import DeepSpeed, StrategyConfig
@@ -53,6 +53,7 @@ class TrainRun:
         return None
 
     def __post_init__(self) -> None:
+        _name_is_a_name(self.name)
         _batch_sizes_fit(self)
         _held_out_rows_exist_where_they_are_used(self)
         _model_is_given(self.model)
@@ -77,7 +78,7 @@ class PrepareRun:
     data: DataConfig
     stage: StageConfig
     resources: ResourcesConfig
-    seed: NonNegativeInt
+    seed: Seed
     look: NonNegativeInt
     """Show so many rows as the model sees them, what is trained in another colour."""
 
@@ -153,6 +154,14 @@ RUNS: dict[str, Any] = {
     "doctor": DoctorRun,
     "serve": ServeRun,
 }
+
+
+def _name_is_a_name(name: str) -> None:
+    """It names the output folder, and a served model later."""
+    if not name.strip() or "/" in name or "\\" in name or name in (".", ".."):
+        raise ConfigError(
+            "name", "must be a plain name, which output_dir ends with", got=name, fix="Set output_dir for another place."
+        )
 
 
 def _batch_sizes_fit(run: TrainRun) -> None:
@@ -245,7 +254,7 @@ def _sharding_has_workers(run: TrainRun) -> None:
         raise ConfigError(
             "strategy",
             "must be ddp where resources=inline, which is one process without a process group",
-            got=run.strategy.name,
+            got=run.strategy.option,
             fix="Take resources=local.",
         )
 
@@ -306,7 +315,7 @@ def _quantized_weights_can_be_had(run: TrainRun) -> None:
     if refusal is not None:
         raise ConfigError(
             "strategy",
-            f"can't be {run.strategy.name} where quantization={quantization.name}: {refusal}",
+            f"can't be {run.strategy.option} where quantization={quantization.name}: {refusal}",
             fix="Take strategy=ddp, or quantization=none.",
         )
 
@@ -315,7 +324,7 @@ def _optimizer_finds_its_matrices(run: TrainRun) -> None:
     if run.optimizer.needs_matrices and not run.strategy.keeps_matrices:
         raise ConfigError(
             "strategy",
-            f"can't be {run.strategy.name} with optimizer={run.optimizer.name}: it needs matrices, and ZeRO flattens them",
+            f"can't be {run.strategy.option} with optimizer={run.optimizer.name}: it needs matrices, and ZeRO flattens them",
             fix="Take strategy=fsdp, or optimizer=adamw.",
         )
 

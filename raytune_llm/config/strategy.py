@@ -12,6 +12,7 @@ class DDP:
     """Every worker holds the whole model; gradients are summed over workers."""
 
     name: Literal["ddp"]
+    option: ClassVar[str] = "ddp"
     keeps_matrices: ClassVar[bool] = True
     """Parameters keep their shapes, whole or in shards that know them."""
 
@@ -25,6 +26,7 @@ class FSDP:
     """FSDP2 (`fully_shard`): parameters, gradients and optimizer state are sharded over workers, gathered layer by layer."""
 
     name: Literal["fsdp"]
+    option: ClassVar[str] = "fsdp"
     keeps_matrices: ClassVar[bool] = True
     reshard: Literal["full", "grad_only"]
     """full: gathered layers are given back after the forward pass and gathered again for the backward pass. grad_only: they are
@@ -49,6 +51,11 @@ class DeepSpeed:
     stage: Literal[1, 2, 3]
     offload: bool
     """Keep optimizer state (and with stage 3 parameters) in host memory."""
+
+    @property
+    def option(self) -> str:
+        """What chooses it: strategy=zero2."""
+        return f"zero{self.stage}"
 
     def refuses_quantized(self, *, trained: bool) -> str | None:
         return "DeepSpeed casts every weight to one type"

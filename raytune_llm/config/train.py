@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from raytune_llm.config.section import NonNegativeInt, PositiveFloat, PositiveInt, section
+from raytune_llm.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Seed, section
 
 
 @section
@@ -15,7 +15,7 @@ class LoopConfig:
     """What one worker computes at once."""
     global_batch_size: PositiveInt
     """What one optimizer step sees over all workers; accumulation follows."""
-    seed: NonNegativeInt
+    seed: Seed
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     """auto: bf16 where the hardware multiplies it, else fp32."""
     compile: bool | Literal["auto"]

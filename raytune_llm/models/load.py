@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,10 +42,48 @@ def load_config(
     try:
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file():
+            fix = f"Set adapter.path={path}, and model.path to the model that it is for."
+            raise ConfigError("model.path", "must be a model, and this folder holds an adapter", got=path, fix=fix) from None
         raise _unreachable(path, error) from None
-    for key, value in changes.items():
-        setattr(config, key, value)
-    return config
+    return _changed(config, changes) if changes else config
+
+
+def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
+    """As transformers reads its config.json with these entries in it: old names of rotary settings are what they are there."""
+    values, changes = config.to_dict(), dict(changes)
+    rope = {name: changes.pop(name) for name in ("rope_theta", "rope_scaling") if name in changes}
+    known = {*values, *dir(type(config)), *getattr(config, "attribute_map", {})}
+    for key in changes:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(values), n=1)
+            fix = f"Did you mean model.config.{near[0]}?" if near else f"{type(config).__name__} has no such entry."
+            raise ConfigError(f"model.config.{key}", "is read by nothing in this model", got=changes[key], fix=fix)
+    if rope:
+        if "rope_parameters" not in values:
+            raise ConfigError(
+                f"model.config.{next(iter(rope))}", "is read by nothing in this model, which has no rotary positions", got=rope
+            )
+        parameters = dict(values["rope_parameters"] or {})
+        if scaling := rope.get("rope_scaling"):
+            parameters |= scaling
+            parameters["rope_type"] = scaling.get("rope_type", scaling.get("type", parameters.get("rope_type", "default")))
+            parameters.pop("type", None)
+        if "rope_theta" in rope:
+            parameters["rope_theta"] = rope["rope_theta"]
+        changes["rope_parameters"] = parameters
+    try:
+        changed = type(config).from_dict({**values, **changes})
+    except Exception as error:  # whatever a config's own rules raise
+        raise ConfigError(
+            "model.config", f"must be a config that transformers takes ({_last_line(error)})", got=changes
+        ) from error
+    changed.name_or_path = config.name_or_path
+    return changed
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 
 def load_model(

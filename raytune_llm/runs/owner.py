@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ TAKEN_AFTER_S = 0.2
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Raises ConfigError where a living process owns the folder. The folder is there."""
+    """Raises ConfigError where a living process owns the folder. It is made, and removed again where nothing was put into it."""
     path, mine = folder / LOCK, _new_lock()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     _take(path, mine)
     stop = threading.Event()
     keeper = threading.Thread(target=_renew, args=(path, mine, stop), name="owner", daemon=True)
@@ -40,6 +42,9 @@ def owned(folder: Path) -> Iterator[None]:
         keeper.join()
         if _read(path).get("token") == mine["token"]:
             path.unlink(missing_ok=True)
+        with suppress(OSError):
+            for place in made:
+                place.rmdir()
 
 
 def _take(path: Path, mine: dict[str, Any]) -> None:

@@ -5,6 +5,9 @@ The model is looked at without its weights: on torch's meta device it has its la
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import GenerationConfig
 
@@ -13,6 +16,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.readers.declarations import declared, declared_for_evaluation
 from raytune_llm.data.tokens.tokenizer import run_tokenizer
+from raytune_llm.errors import ConfigError, UserError
 from raytune_llm.models.adapters import adapt
 from raytune_llm.models.load import load_model
 from raytune_llm.models.policy import run_config
@@ -32,16 +36,17 @@ def check(run: TrainRun) -> None:
     declared_for_evaluation(run.data, ranked=kind.ranked)
     tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=kind.renders_chat)
     config = run_config(run.model, tokenizer, run.data.max_length)
-    model = load_model(
-        config,
-        run.model.path,
-        weights=run.model.weights,
-        dtype=torch.float32,
-        seed=run.train.seed,
-        device="meta",
-        trust_remote_code=run.model.trust_remote_code,
-        scores=stage.scores is not None,
-    )
+    with _sizes_fit():
+        model = load_model(
+            config,
+            run.model.path,
+            weights=run.model.weights,
+            dtype=torch.float32,
+            seed=run.train.seed,
+            device="meta",
+            trust_remote_code=run.model.trust_remote_code,
+            scores=stage.scores is not None,
+        )
     savable(_generation_config(run.model.path))
     with torch.device("meta"):
         adapt(model, run.adapter, scores=stage.scores is not None)
@@ -53,3 +58,15 @@ def _generation_config(path: str | None) -> GenerationConfig:
         return GenerationConfig() if path is None else GenerationConfig.from_pretrained(packaged.resolve(path))
     except OSError:
         return GenerationConfig()
+
+
+@contextmanager
+def _sizes_fit() -> Iterator[None]:
+    """A config may hold what no model can be made of: a negative size, heads that don't divide a width."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError, AssertionError) as error:
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError("model.config", f"must make a model, which transformers can't build of it ({what})") from error

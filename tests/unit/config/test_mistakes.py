@@ -1,0 +1,104 @@
+"""Mistakes on the command line and in users' files: exit code 2, the setting named, no traceback, and nothing written."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from raytune_llm.__main__ import main
+from raytune_llm.config import load
+
+ROWS = "data.path=rows.jsonl"
+
+
+def answer(capsys: pytest.CaptureFixture[str], *line: str) -> str:
+    """What a refused command says."""
+    assert main(list(line)) == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Commands run in an empty folder, which stays empty."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    yield
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["null", "1", "false", "[]", "{a: 1}"])
+@pytest.mark.parametrize("group", ["model", "data", "stage", "optimizer", "resources", "adapter"])
+def test_a_group_is_given_the_name_of_an_option(capsys, group: str, value: str):
+    said = answer(capsys, f"{group}={value}", *([ROWS] if group != "data" else []))
+    assert group in said
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["=1"], "must read key=value"),
+        (["experiment=sft_qwen"], r"Write +experiment=sft_qwen."),
+        (["adapter=none", "adapter.rank=8"], "It is one of adapter="),
+        (["stage=dpo", "stage.z_loss=1"], "stage=sft"),
+        (["schedule=constant", "schedule.floor=0.1"], "schedule=cosine"),
+        (["resources=inline", "resources.cpus_per_worker=2"], "resources=local"),
+        (["+foo.bar=1"], "foo is no setting"),
+        (["adapter.targets=q_proj"], "a list ([a,b])"),
+        (["data.share_prompts=yes"], "true or false"),
+        (["train.compile=maybe"], "true or false or auto"),
+        (["data.names=a"], "must be a list"),
+        (["strategy=zero1", "resources=inline"], "got 'zero1'"),
+        (["name=../x"], "name must be a plain name"),
+        (["optimizer.lr=inf"], "a finite number"),
+        (["adapter.alpha=inf"], "a finite number"),
+        (["train.seed=12345678901234567890123456"], "train.seed must be below"),
+        (["~data.path"], "data.path can't be taken out"),
+        (["--resolve"], "--cfg job --resolve"),
+        (["--multirun", "--cfg", "job"], "one of these flags"),
+        (["--foo"], "no such flag"),
+        (["--cfg", "nothing"], "--cfg must be followed by job"),
+        (["--config-nam", "x"], "--config-name"),
+    ],
+)
+def test_the_answer_names_the_setting_and_the_way_out(capsys, line: list[str], said: str):
+    assert said in answer(capsys, *line, ROWS)
+
+
+def test_a_second_file_is_not_ignored(capsys):
+    assert "one file after import" in answer(capsys, "import", "a.yaml", "b.yaml")
+
+
+FILES = {
+    "unclosed": ("# @package _global_\ntrain: {epochs: 1\n", "line 3"),
+    "tabs": ("# @package _global_\ntrain:\n\tepochs: 1\n", "line 3"),
+    "twice": ("# @package _global_\ntrain:\n  epochs: 1\n  epochs: 2\n", "duplicate key epochs"),
+    "latin": (b"# @package _global_\nname: caf\xe9\n", "UTF-8"),
+    "itself": ("# @package _global_\ndefaults:\n  - itself\n", "includes itself"),
+    "no_package": ("train:\n  epochs: 2\n", "# @package _global_"),
+    "a_list": ("- a\n- b\n", "# @package _global_"),
+    "empty": ("", "# @package _global_"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_user_s_file_is_named_with_what_is_wrong(capsys, tmp_path: Path, name: str):
+    content, said = FILES[name]
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / f"mine/experiment/{name}.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert said in answer(capsys, "--config-dir", str(tmp_path / "mine"), f"+experiment={name}", ROWS)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_overrides_are_taken_or_refused_without_a_traceback(seed: int):
+    draw = random.Random(seed)
+    keys = [*(line.partition(":")[0] for line in load.defaults("train")), *load.groups(), "foo", "", "model.config.rope_theta"]
+    values = ["null", "1", "-1", "1e400", "nan", "true", "[]", "{}", "[a,b]", "{a: b}", "'", "é", "a b", "${x}", "~/x", "../x",
+              "1,2", "\\", "9" * 30, "=", "x" * 5000, "null,null", "{a", "]", "%", "\n"]  # fmt: skip
+    line = []
+    for _ in range(3):
+        prefix = draw.choice(["", "", "", "+", "++", "~"])
+        line.append(f"{prefix}{draw.choice(keys)}={draw.choice(values)}")
+    # data.path stays a file that is not there: no run starts.
+    assert main([*line, "data=chat", "data.path=/nothing/there.jsonl", "resources=inline", "model=smollm2_135m"]) == 2
