@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared, Streamed
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.migrate.experiment import translate_file, write
-from raytune_llm.report.metrics import Summary, WallTime, read_metrics, write_summary
+from raytune_llm.report.metrics import Sink, Summary, WallTime, read_metrics, write_summary
 from raytune_llm.report.trackers import TrackedRun, open_tracker
 from raytune_llm.stages import STAGES
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from raytune_llm.doctor import Doctor
     from raytune_llm.runs.plan import Plan
     from raytune_llm.runs.worker import TrainOutcome
-
-Sink = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +65,9 @@ def train(
 ) -> TrainResult:
     """Prepare what is missing (while training, where data.streaming), train (or go on), and write the output folder.
 
-    Sinks get every record of metrics.jsonl as it comes; on_begin gets a `train.worker.Begin` when the first step is about to come
-    (again after a lost worker); on_samples gets a list of `train.samples.Sample` at each evaluation. `began`: when the command
-    started, in epoch seconds.
+    Sinks get every record of metrics.jsonl as it comes; on_begin gets a `runs.worker.Begin` when the first step is about to
+    come (again after a lost worker); on_samples gets a list of `runs.samples.SampledAnswer` at each evaluation. `began`: when the
+    command started, in epoch seconds.
     """
     from raytune_llm.runs import preflight
     from raytune_llm.runs.output import check_writable

@@ -20,7 +20,7 @@ from raytune_llm.data.kinds.kind import Place
 from raytune_llm.data.loader import Samples
 from raytune_llm.data.pipeline import Prepared
 from raytune_llm.data.store import Store
-from raytune_llm.data.tokens.tokenizer import run_tokenizer
+from raytune_llm.runs.tokenizer import tokenizer_of
 from raytune_llm.stages import STAGES
 
 PERCENTILES = (50, 90, 99, 100)
@@ -29,7 +29,7 @@ PERCENTILES = (50, 90, 99, 100)
 def main(run: PrepareRun) -> int:
     console = Console()
     prepared = prepare_with_progress(run, console)
-    tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=prepared.store.kind.renders_chat)
+    tokenizer, _ = tokenizer_of(run)
     shares = shares_prompts(run, STAGES[run.stage.name].kind, tokenizer)
     for title, store in (("train", prepared.store), ("eval", prepared.eval_store)):
         if store is not None:

@@ -18,7 +18,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.report.profile import TABLE, TRACE
 from raytune_llm.report.progress import ProgressBar
-from raytune_llm.runs.samples import Sample
+from raytune_llm.runs.samples import SampledAnswer
 from raytune_llm.runs.worker import Begin, ReferencePass
 
 SAMPLES = 3
@@ -93,7 +93,7 @@ class _Bars:
         if self._bar is not None:
             self._bar.update(record)
 
-    def samples(self, samples: Sequence[Sample]) -> None:
+    def samples(self, samples: Sequence[SampledAnswer]) -> None:
         for sample in samples[:SAMPLES]:
             table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
             table.add_row("asked", escape(_shortened(_last_line(sample.request))), style="dim")

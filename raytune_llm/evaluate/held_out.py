@@ -12,11 +12,11 @@ import torch
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import split_sources
 from raytune_llm.data.store import Store
-from raytune_llm.data.tokens.tokenizer import run_tokenizer
 from raytune_llm.engines.hf import HFEngine
 from raytune_llm.evaluate.exact_match import ExactMatch, exact_match
 from raytune_llm.models.load import load_model
 from raytune_llm.models.policy import compute_dtype, run_config
+from raytune_llm.runs.tokenizer import tokenizer_of
 
 
 def answer_held_out_rows(
@@ -31,7 +31,7 @@ def answer_held_out_rows(
     adapter = None if trained_whole else final
     _, by_source = split_sources(store := Store.open(store_folder), held_out, run.train.seed)
     rows = islice(chain.from_iterable(rows.tolist() for rows in by_source.values()), run.train.exact_match_rows)
-    tokenizer, _ = run_tokenizer(run.model, run.data)
+    tokenizer, _ = tokenizer_of(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_model(
         run_config(model, tokenizer, run.data.max_length),

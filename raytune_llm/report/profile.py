@@ -16,7 +16,7 @@ WARMUP, STEPS = 5, 3
 """Steps before the first that is looked at (compiling is over then), and those that are."""
 TABLE, TRACE = "profile/table.txt", "profile/trace.json.gz"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
-KINDS = {
+KERNELS = {
     "communication": ("nccl", "c10d::", "gloo"),
     "attention": ("flash", "fmha", "cudnn_generated", "_attention", "_varlen_attn", "flex_"),
     "matmul": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "gemv", "_scaled_mm", *PRODUCTS),
@@ -88,7 +88,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def kind_of(name: str) -> str:
     lower = name.lower()
-    return next((kind for kind, parts in KINDS.items() if any(part in lower for part in parts)), OTHER)
+    return next((kind for kind, parts in KERNELS.items() if any(part in lower for part in parts)), OTHER)
 
 
 def gpu_rows(events: Iterable[Any], thin: int) -> list[Row]:

@@ -15,8 +15,9 @@ from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError, UserError
 from raytune_llm.models.quantization import check_device
-from raytune_llm.runs.samples import Sample
-from raytune_llm.runs.worker import Begin, ReferencePass, Sink, TrainOutcome, work
+from raytune_llm.report.metrics import Sink
+from raytune_llm.runs.samples import SampledAnswer
+from raytune_llm.runs.worker import Begin, ReferencePass, TrainOutcome, work
 from raytune_llm.train.strategies.base import COLLECTIVES
 
 COLLECTIVE_TIMEOUT_S = 600
@@ -24,7 +25,7 @@ COLLECTIVE_TIMEOUT_S = 600
 POLL_S = 0.2
 TOKENIZING_CPUS = 1
 """Are left to data.streaming, at least."""
-News = Mapping[str, Any] | Begin | ReferencePass | Sequence[Sample]
+News = Mapping[str, Any] | Begin | ReferencePass | Sequence[SampledAnswer]
 """A record for the sinks, the beginning, or samples, as a list."""
 
 
@@ -35,7 +36,7 @@ def fit(
     *,
     sinks: Sequence[Sink] = (),
     on_begin: Callable[[Begin | ReferencePass], None] = lambda begin: None,
-    on_samples: Callable[[Sequence[Sample]], None] = lambda samples: None,
+    on_samples: Callable[[Sequence[SampledAnswer]], None] = lambda samples: None,
 ) -> TrainOutcome:
     """Train where `resources` says. Every record goes to the sinks here, on the driver, while training goes on."""
     if isinstance(run.resources, Local | Cluster):
@@ -58,7 +59,7 @@ def _fit_on_ray(
     eval_store: str | None,
     sinks: Sequence[Sink],
     on_begin: Callable[[Begin | ReferencePass], None],
-    on_samples: Callable[[Sequence[Sample]], None],
+    on_samples: Callable[[Sequence[SampledAnswer]], None],
 ) -> TrainOutcome:
     session.connect(resources)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -139,7 +140,7 @@ class Channel:
         self,
         sinks: Sequence[Sink],
         on_begin: Callable[[Begin | ReferencePass], None],
-        on_samples: Callable[[Sequence[Sample]], None],
+        on_samples: Callable[[Sequence[SampledAnswer]], None],
     ) -> None:
         import ray
 

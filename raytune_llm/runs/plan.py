@@ -12,11 +12,9 @@ import torch
 from transformers import PretrainedConfig
 
 from raytune_llm.config.run import TrainRun
-from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.loader import Samples, split_sources
 from raytune_llm.data.pipeline import find_stores
 from raytune_llm.data.store import Store
-from raytune_llm.data.tokens.tokenizer import run_tokenizer
 from raytune_llm.errors import ConfigError
 from raytune_llm.memory.fixes import Fix, SuggestedFixes
 from raytune_llm.memory.footprint import GIB, USABLE, estimate, least_recomputation, needs_of
@@ -24,6 +22,7 @@ from raytune_llm.memory.model import Memory, Parameters, count_parameters
 from raytune_llm.models.activations import compiles
 from raytune_llm.models.policy import run_config
 from raytune_llm.runs.stores import open_stores, shares_prompts, total_steps
+from raytune_llm.runs.tokenizer import tokenizer_of
 from raytune_llm.stages import STAGES
 
 GPU_CLASSES = (24 * GIB, 40 * GIB, 80 * GIB)
@@ -99,7 +98,7 @@ class Plan:
 
 def plan(run: TrainRun) -> Plan:
     """Raises ConfigError and DataError as training would, without loading weights or reading more of the data than its hash."""
-    tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=KINDS[STAGES[run.stage.name].kind].renders_chat)
+    tokenizer, _ = tokenizer_of(run)
     config = run_config(run.model, tokenizer, run.data.max_length)
     gpus = gpus_here()
     world_size = _world_size(run, len(gpus))

@@ -15,7 +15,6 @@ from raytune_llm import packaged
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.readers.declarations import declared, declared_for_evaluation
-from raytune_llm.data.tokens.tokenizer import run_tokenizer
 from raytune_llm.errors import ConfigError, UserError
 from raytune_llm.models.adapters import adapt
 from raytune_llm.models.load import load_model
@@ -23,6 +22,7 @@ from raytune_llm.models.policy import run_config
 from raytune_llm.report.trackers import check_tracker
 from raytune_llm.runs.launch import check_devices
 from raytune_llm.runs.output import savable
+from raytune_llm.runs.tokenizer import tokenizer_of
 from raytune_llm.stages import STAGES
 
 
@@ -34,7 +34,7 @@ def check(run: TrainRun) -> None:
     kind = KINDS[stage.kind]
     declared(run.data, ranked=kind.ranked)
     declared_for_evaluation(run.data, ranked=kind.ranked)
-    tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=kind.renders_chat)
+    tokenizer, _ = tokenizer_of(run)
     config = run_config(run.model, tokenizer, run.data.max_length)
     with _sizes_fit():
         model = load_model(

@@ -19,7 +19,7 @@ SAMPLES = "samples.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class SampledAnswer:
     """A line of samples.jsonl. Texts are without special tokens and outer white space."""
 
     step: int
@@ -58,7 +58,7 @@ class Sampler:
         self._sources = [store.sources[store.row_sources[row]] if store.sources else "" for row in rows]
         self._texts = [(self._text(prompt), self._text(answer)) for prompt, answer in asked]
 
-    def __call__(self, step: int) -> list[Sample]:
+    def __call__(self, step: int) -> list[SampledAnswer]:
         """All workers call it together; the first has the samples then."""
         strategy, policy = self._strategy, self._strategy.module
         if not strategy.sharded and self._rank > 0:
@@ -75,7 +75,7 @@ class Sampler:
         with strategy.parts(), attention.detached(policy.base), autocast:
             completions = engine.generate(self._requests)
         return [
-            Sample(step=step, source=source, row=row, request=request, answer=completion.text.strip(), reference=reference)
+            SampledAnswer(step=step, source=source, row=row, request=request, answer=completion.text.strip(), reference=reference)
             for source, row, (request, reference), completion in zip(
                 self._sources, self._rows, self._texts, completions, strict=True
             )

@@ -16,12 +16,13 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.loader import Loader, Samples
 from raytune_llm.data.streaming import Stream
-from raytune_llm.data.tokens.tokenizer import run_tokenizer, stop_ids
+from raytune_llm.data.tokens.tokenizer import stop_ids
 from raytune_llm.memory.flops import peak_flops
 from raytune_llm.models.policy import run_config
 from raytune_llm.runs.build import Builder, Built
 from raytune_llm.runs.reference import find_reference
 from raytune_llm.runs.stores import Stores, open_stores, shares_prompts, total_steps
+from raytune_llm.runs.tokenizer import tokenizer_of
 from raytune_llm.stages import STAGES, Objective, Stage
 from raytune_llm.train import loop
 from raytune_llm.train.clock import Rate
@@ -100,7 +101,7 @@ def set_up(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     stage = STAGES[run.stage.name]
     objective = stage.objective(run.stage)
-    tokenizer, template = run_tokenizer(run.model, run.data, needs_template=KINDS[stage.kind].renders_chat)
+    tokenizer, template = tokenizer_of(run)
     pad_id: int = tokenizer.pad_token_id or 0  # type: ignore[assignment]  # transformers types all special tokens alike
     config = run_config(run.model, tokenizer, run.data.max_length)
     shares = shares_prompts(run, stage.kind, lambda: config)

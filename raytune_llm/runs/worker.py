@@ -18,18 +18,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ResourceError
 from raytune_llm.models.load import load_model
-from raytune_llm.report.metrics import JsonLines, Report
+from raytune_llm.report.metrics import JsonLines, Report, Sink
 from raytune_llm.report.profile import StepProfile
 from raytune_llm.report.scores import held_out_scores, write_scores
 from raytune_llm.runs.output import identity, model_card, write_final
-from raytune_llm.runs.samples import SAMPLES, Sample, Sampler
+from raytune_llm.runs.samples import SAMPLES, SampledAnswer, Sampler
 from raytune_llm.runs.setup import ReferencePass, Setup, explained, set_up
 from raytune_llm.train import loop
 from raytune_llm.train.checkpoint import Checkpoints, Progress, read_progress
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.strategies.base import Strategy
-
-Sink = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +63,7 @@ def work(
     device: torch.device,
     sinks: Sequence[Sink] = (),
     on_begin: Callable[[Begin | ReferencePass], None] = lambda begin: None,
-    on_samples: Callable[[Sequence[Sample]], None] = lambda samples: None,
+    on_samples: Callable[[Sequence[SampledAnswer]], None] = lambda samples: None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> TrainOutcome:
     """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only; on_step
@@ -117,7 +115,7 @@ class Recorder:
         stack: ExitStack,
         from_step: int,
         sinks: Sequence[Sink],
-        on_samples: Callable[[Sequence[Sample]], None],
+        on_samples: Callable[[Sequence[SampledAnswer]], None],
     ) -> None:
         """`stack` closes the files, which go on from the step `from_step`."""
         self.save_s = 0.0
