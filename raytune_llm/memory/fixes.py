@@ -19,8 +19,8 @@ from raytune_llm.config.overrides import changed
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.strategy import DDP
 from raytune_llm.errors import ConfigError, ResourceError
-from raytune_llm.memory.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_set
-from raytune_llm.memory.model import Memory, count_parameters
+from raytune_llm.memory.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_set, parameters_of
+from raytune_llm.memory.model import Memory
 from raytune_llm.models.activations import CHECKPOINTING
 from raytune_llm.models.quantization import QUANTIZATIONS, quantization_of
 
@@ -110,8 +110,7 @@ class SuggestedFixes:
 
     def _needs_of(self, run: TrainRun) -> Needs:
         if run.adapter.name not in self._counted:
-            trusted = run.model.trust_remote_code
-            self._counted[run.adapter.name] = count_parameters(self.config, run.adapter, trust_remote_code=trusted)
+            self._counted[run.adapter.name] = parameters_of(run, self.config)
         assert isinstance(run.resources.num_workers, int)
         needs = replace(
             self.needs,

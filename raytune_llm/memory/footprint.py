@@ -72,13 +72,19 @@ def needs_of(
 ) -> Needs:
     """Where activation checkpointing is auto, as if there were none. case: by itself, a GPU of the Hopper kind."""
     return Needs(
-        parameters=count_parameters(config, run.adapter, trust_remote_code=run.model.trust_remote_code),
+        parameters=parameters_of(run, config),
         world_size=world_size,
         compiled=compiled,
         reference_parameters=_reference_parameters(run, config),
         case=case or attention.case_of(config, "cuda", (9, 0), DTYPES.get(run.train.precision, torch.bfloat16)),
         **needs_set(run),
     )
+
+
+def parameters_of(run: TrainRun, config: PretrainedConfig) -> Parameters:
+    """Of the run's model, with the head and the adapter that it trains."""
+    scores = STAGES[run.stage.name].scores is not None
+    return count_parameters(config, run.adapter, trust_remote_code=run.model.trust_remote_code, scores=scores)
 
 
 def needs_set(run: TrainRun) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.models.adapters import adapt
 from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS
 from raytune_llm.models.layers import layers
+from raytune_llm.models.load import load_model
 from raytune_llm.models.quantization import Quantization, has_frozen_experts, linears_but
 
 FP32 = 4
@@ -132,11 +133,14 @@ def _intermediate(text: Any) -> int:
     return experts * each + (getattr(text, "shared_expert_intermediate_size", None) or 0)
 
 
-def count_parameters(config: PretrainedConfig, adapter: AdapterConfig, *, trust_remote_code: bool = False) -> Parameters:
-    """Of the adapted model, built without memory (on torch's meta device)."""
+def count_parameters(
+    config: PretrainedConfig, adapter: AdapterConfig, *, trust_remote_code: bool = False, scores: bool = False
+) -> Parameters:
+    """Of the adapted model, built without memory (on torch's meta device). scores: it has a score head, not one of language."""
+    settings: dict[str, Any] = {"weights": "random", "dtype": torch.float32, "seed": 0, "device": "meta"}
+    model = load_model(config, None, **settings, trust_remote_code=trust_remote_code, scores=scores)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        adapted = adapt(model, adapter)
+        adapted = adapt(model, adapter, scores=scores)
     blocks = [_numel(block) for block in layers(adapted)]
     weights = (
         []

@@ -17,8 +17,8 @@ from raytune_llm.data.pipeline import find_stores
 from raytune_llm.data.store import Store
 from raytune_llm.errors import ConfigError
 from raytune_llm.memory.fixes import Fix, SuggestedFixes
-from raytune_llm.memory.footprint import GIB, USABLE, estimate, least_recomputation, needs_of
-from raytune_llm.memory.model import Memory, Parameters, count_parameters
+from raytune_llm.memory.footprint import GIB, USABLE, estimate, least_recomputation, needs_of, parameters_of
+from raytune_llm.memory.model import Memory, Parameters
 from raytune_llm.models.activations import compiles
 from raytune_llm.models.policy import run_config
 from raytune_llm.runs.stores import open_stores, shares_prompts, total_steps
@@ -107,7 +107,7 @@ def plan(run: TrainRun) -> Plan:
     return Plan(
         world_size=world_size,
         accumulation=accumulation,
-        parameters=count_parameters(config, run.adapter, trust_remote_code=run.model.trust_remote_code),
+        parameters=parameters_of(run, config),
         data=_data(run, config),
         verdicts=tuple(_verdict(run, config, device, world_size) for device in devices),
     )

@@ -246,3 +246,8 @@ def test_a_trained_head_keeps_the_gradients_of_all_logits_before_its_chunk():
         memory_per_gpu(dimensions(SMALL), parameters, states, compute=2, tokens=tokens, chunk_tokens=64) for tokens in (512, 576)
     )
     assert two.logits - one.logits == 64 * 64 * 2
+
+
+def test_a_reward_model_is_counted_with_the_head_that_it_trains() -> None:
+    language, reward = (count_parameters(SMALL, lora(), scores=scores) for scores in (False, True))
+    assert reward.trained - language.trained == SMALL.hidden_size
