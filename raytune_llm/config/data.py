@@ -125,9 +125,11 @@ class DataConfig:
     hub: Literal["huggingface", "modelscope"]
     subset: str | None
     split: str
-    """Also a part of it, as train[:1000] or train[10%:20%]."""
+    """Also a part of it, as train[:1000] or train[10%:20%]. Of a folder: by its files' names, as on the Hugging Face hub."""
     eval_path: str | dict[str, str] | None
     """Data of the same format to evaluate on; several as {name: path}."""
+    eval_split: str | None
+    """Of eval_path, or where that is null of path; null: split, of eval_path."""
     eval_names: list[str]
     """Entries of dataset_info to evaluate on."""
     eval_fraction: Fraction | dict[str, Fraction]
@@ -221,10 +223,21 @@ class DataConfig:
     def evaluates(self) -> bool:
         """Whether there are held-out rows."""
         fractions = self.eval_fraction.values() if isinstance(self.eval_fraction, dict) else [self.eval_fraction]
-        return bool(self.eval_path or self.eval_names or any(fractions))
+        return bool(self.eval_path or self.eval_split or self.eval_names or any(fractions))
 
     def _held_out_rows_are_said_once(self) -> None:
-        given = {"data.eval_path": self.eval_path, "data.eval_names": self.eval_names, "data.eval_fraction": self.eval_fraction}
+        given = {
+            "data.eval_path": self.eval_path or self.eval_split,
+            "data.eval_names": self.eval_names,
+            "data.eval_fraction": self.eval_fraction,
+        }
+        if self.eval_path is None and self.eval_split is not None:
+            given["data.eval_split"] = given.pop("data.eval_path")
+            if self.dataset_info is not None:
+                raise ConfigError(
+                    "data.eval_split", "can't go with data.dataset_info: its entries have a split", got=self.eval_split,
+                    fix="Set data.eval_names.",
+                )  # fmt: skip
         several = [setting for setting, value in given.items() if value]
         if len(several) > 1:
             raise ConfigError(several[1], f"can't go with {several[0]}", got=given[several[1]], fix="Take one.")

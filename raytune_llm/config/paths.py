@@ -41,4 +41,4 @@ def _absolute(value: Any, *, always: bool) -> Any:
         there = always or path.exists()
     except OSError:
         there = False  # too long for a path: what it is meant to be is asked later
-    return str(path.resolve()) if there else value
+    return str(path.absolute()) if there else value  # a link keeps its name, which says the type of the file

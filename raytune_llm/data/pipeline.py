@@ -24,7 +24,7 @@ from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.resources import Inline, ResourcesConfig
 from raytune_llm.data.dropped import Dropped
-from raytune_llm.data.formats import Reading, converter
+from raytune_llm.data.formats import Reading, columns_of, converter
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import Targets
 from raytune_llm.data.readers import sources
@@ -261,12 +261,13 @@ def _prepare_one(one: Declared, preprocessor: Preprocessor, job: Job, made: list
             markers = {} if template is None else {"thought": template.thought, "call_words": template.tool_call_words}
             recipe = Recipe(
                 kind=preprocessor.kind,
+                columns=columns_of(one.format),
                 convert=converter(one.format, Reading(media_dir=one.media_dir, untyped=source.kind == "csv", **markers)),
                 renderer=preprocessor.renderer,
                 tokenize=BlockTokenizer(preprocessor.tokenizer),
                 targets=preprocessor.targets,
             )
-            part = None if source.kind == "hub" else one.split
+            part = None if source.is_hub else one.split
             chunks = sources.plan(source, data.max_samples, part=part, num_samples=one.num_samples)
             write_outline(folder, len(chunks), preprocessor.kind, preprocessor.targets.end_of_row)
             shards = _make_shards(chunks, recipe, folder, job, made)
@@ -278,7 +279,7 @@ def _prepare_one(one: Declared, preprocessor: Preprocessor, job: Job, made: list
 
 
 def _source(one: Declared) -> Source:
-    return sources.find(one.path, subset=one.subset, split=one.split, folder=one.folder, hub=one.hub)
+    return sources.find(one.path, subset=one.subset, split=one.split, folder=one.folder, hub=one.hub, setting=one.setting)
 
 
 def _cache(data: DataConfig) -> Path:

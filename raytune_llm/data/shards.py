@@ -37,6 +37,8 @@ class Recipe:
     """All that turns a row into tokens."""
 
     kind: str
+    columns: tuple[str, ...]
+    """That `convert` reads of a row."""
     convert: Callable[[Any], Record]
     renderer: Renderer | PlainText
     tokenize: BlockTokenizer
@@ -71,7 +73,7 @@ def prepare_chunk(chunk: Chunk, recipe: Recipe, path: Path) -> Timed:
     started = time.time()
     dropped = Dropped()
     rows: list[Any] = []
-    numbered = sources.read(chunk)
+    numbered = sources.read(chunk, recipe.columns)
     while block := list(islice(numbered, BLOCK_ROWS)):
         for number, row in made_rows(block, recipe):
             match row:

@@ -168,7 +168,7 @@ def _data(run: TrainRun, config: PretrainedConfig) -> Data | None:
     if run.data.streaming:
         return None
     store, eval_store = find_stores(run.model, run.data, kind=STAGES[run.stage.name].kind)
-    if store is None or (eval_store is None and (run.data.eval_path or run.data.eval_names)):
+    if store is None or (eval_store is None and (run.data.eval_path or run.data.eval_split or run.data.eval_names)):
         return None
     shares = shares_prompts(run, STAGES[run.stage.name].kind, lambda: config)
     stores = open_stores(run, str(store), None if eval_store is None else str(eval_store), share_prompts=shares)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from raytune_llm.data.dropped import BadRow
@@ -42,6 +42,12 @@ def convert(row: Row, format: FormatConfig, reading: Reading = ROW_ALONE) -> Rec
     if not isinstance(row, Mapping):
         raise BadRow("a row must be an object", shown(row))
     return FORMATS[format.name](row, format, reading)
+
+
+def columns_of(format: FormatConfig) -> tuple[str, ...]:
+    """The columns of a row that its format reads."""
+    settings = asdict(format)
+    return tuple(value for name, value in settings.items() if value is not None and name != "name" and not name.endswith("_tag"))
 
 
 def last_answer_only(conversation: Conversation) -> Conversation:

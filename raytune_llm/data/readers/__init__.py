@@ -5,7 +5,7 @@ To add one: its two functions in a file here, their entries below, and its suffi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from raytune_llm.data.readers.chunks import Chunk, NumberedRow, Source
 from raytune_llm.data.readers.hubs import plan_hub, read_hub
@@ -23,7 +23,7 @@ PLANNERS: dict[str, Callable[[Source, str, int], Iterator[Chunk]]] = {
     "hub": plan_hub,
 }
 """(source, one of its files, bytes aimed at) -> the file's chunks in order. A hub data set is its id."""
-READERS: dict[str, Callable[[Chunk], Iterator[NumberedRow]]] = {
+READERS: dict[str, Callable[[Chunk, Collection[str] | None], Iterator[NumberedRow]]] = {
     "json": read_json,
     "lines": read_json_lines,
     "text": read_text_lines,

@@ -15,13 +15,22 @@ NumberedRow = tuple[int, Any]
 class Source:
     """Files of one type in order, or one hub data set."""
 
-    kind: str
+    kinds: tuple[str, ...]
+    """Of each file: a JSON file holds an array or lines."""
     files: tuple[str, ...]
     subset: str | None = None
     split: str | None = None
     folder: str | None = None
     """Of a hub data set, where its files lie in one."""
     hub: str = "huggingface"
+
+    @property
+    def kind(self) -> str:
+        return self.kinds[0]
+
+    @property
+    def is_hub(self) -> bool:
+        return self.kinds == ("hub",)
 
 
 @dataclass(frozen=True, slots=True)

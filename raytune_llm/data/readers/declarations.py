@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.config.data import AlpacaFormat, DataConfig, FormatConfig, OpenAIFormat, ShareGPTFormat
+from raytune_llm.data.readers.entries import TAG_NAMES, check_entry
 from raytune_llm.data.readers.files import folder_of
 from raytune_llm.errors import ConfigError, DataError
 
@@ -34,6 +35,8 @@ class Declared:
     media_dir: str
     hub: str
     """The one that a data set without files of its own is from."""
+    setting: str = "data.path"
+    """What says where it lies."""
 
 
 def declared(data: DataConfig, *, ranked: bool) -> list[Declared]:
@@ -51,9 +54,17 @@ def declared_for_evaluation(data: DataConfig, *, ranked: bool) -> list[Declared]
         return from_dataset_info(
             data.dataset_info, data.eval_names, media_dir=data.media_dir, ranked=ranked, hub=data.hub, setting="data.eval_names"
         )
+    split = data.eval_split or data.split
     if isinstance(data.eval_path, dict):
-        return [replace(at_path(data, path), name=name) for name, path in data.eval_path.items()]
-    return [] if data.eval_path is None else [at_path(data, data.eval_path)]
+        return [
+            replace(at_path(data, path), name=name, split=split, setting=f"data.eval_path.{name}")
+            for name, path in data.eval_path.items()
+        ]
+    if data.eval_path is None and data.eval_split is None:
+        return []
+    path = data.eval_path or data.path
+    assert path is not None
+    return [replace(at_path(data, path), split=split, setting="data.eval_path" if data.eval_path else "data.path")]
 
 
 def at_path(data: DataConfig, path: str) -> Declared:
@@ -76,12 +87,12 @@ def from_dataset_info(
 ) -> list[Declared]:
     """Entries of a dataset_info.json, which may be named by its folder."""
     file = Path(path).expanduser()
-    file = file / "dataset_info.json" if file.is_dir() else file
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        file = file / "dataset_info.json" if file.is_dir() else file
+        entries = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except OSError as error:
         raise ConfigError("data.dataset_info", f"must be a file that can be read ({error.strerror})", got=path) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(str(file), f"is not valid JSON ({error})", "Correct the file.") from None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise DataError(str(file), "must hold an object of data sets by name", "Correct the file.")
@@ -103,7 +114,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | None, ranked: bool, hub: str) -> Declared:
     where = f"{file}, {name}"
-    _check_types(where, entry)
+    check_entry(where, entry)
     if bool(entry.get("ranking", False)) != ranked:
         raise DataError(
             where,
@@ -123,29 +134,8 @@ def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | 
         num_samples=entry.get("num_samples"),
         format=_format(where, entry),
         media_dir=media_dir or str(file.parent),
+        setting=f"file_name of {name} in {file}",
     )
-
-
-TYPES: Mapping[str, type] = {
-    **dict.fromkeys(("file_name", "cloud_file_name", "hf_hub_url", "ms_hub_url", "formatting", "subset", "split", "folder"), str),
-    "ranking": bool,
-    "num_samples": int,
-    "columns": dict,
-    "tags": dict,
-}
-"""Of the values of an entry; null is as if it were not there."""
-
-
-def _check_types(where: str, entry: Mapping[str, Any]) -> None:
-    given = [(key, entry[key], kind) for key, kind in TYPES.items() if entry.get(key) is not None]
-    for key, value, kind in given:
-        if not isinstance(value, kind) or (kind is int and value < 1):
-            said = "a positive number" if kind is int else {str: "text", bool: "true or false", dict: "an object"}[kind]
-            raise DataError(where, f"{key} must be {said}, got {value!r}", "Correct it.")
-    for key in ("columns", "tags"):
-        for name, value in (entry.get(key) or {}).items():
-            if not isinstance(value, str | None):
-                raise DataError(where, f"{key}.{name} must be text, got {value!r}", "Correct it.")
 
 
 HUB_KEYS = {"huggingface": "hf_hub_url", "modelscope": "ms_hub_url"}
@@ -157,7 +147,7 @@ def _place(where: str, entry: Mapping[str, Any], folder: Path, hub: str) -> tupl
         if entry.get(HUB_KEYS[name]):
             return entry[HUB_KEYS[name]], name
     if entry.get("file_name"):
-        return str(folder / entry["file_name"]), hub
+        return str((folder / entry["file_name"]).absolute()), hub
     if entry.get("cloud_file_name"):
         return entry["cloud_file_name"], hub
     given = ", ".join(sorted({"om_hub_url", "script_url"} & entry.keys())) or "no source"
@@ -175,7 +165,7 @@ def _format(where: str, entry: Mapping[str, Any]) -> FormatConfig:
     shared["rejected"] = columns.get("rejected") if ranked else None
     shared["margin"] = columns.get("margin") if ranked else None
     shared["label"] = columns.get("kto_tag")
-    formatting = entry.get("formatting", "alpaca")
+    formatting = entry.get("formatting") or "alpaca"
     if formatting == "alpaca":
         if columns.get("prompt") is None:
             raise DataError(where, "names no column for prompt", "Add it to columns.")
@@ -187,8 +177,6 @@ def _format(where: str, entry: Mapping[str, Any]) -> FormatConfig:
             history=columns.get("history"),
             **shared,
         )
-    if formatting not in TAGGED:
-        raise DataError(where, f"has the formatting {formatting!r}; there are alpaca, {', '.join(TAGGED)}", "Correct it.")
     if columns.get("messages") is None:
         raise DataError(where, "names no column for messages", "Add it to columns.")
     tags: Mapping[str, Any] | None = entry.get("tags")
@@ -200,7 +188,7 @@ def _format(where: str, entry: Mapping[str, Any]) -> FormatConfig:
             "function_tag": "function_call",
             "system_tag": "system",
         }
-    roles = {name: tags.get(name) for name in ("user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")}
+    roles = {name: tags.get(name) for name in TAG_NAMES[2:]}
     keys = {"role_tag": tags.get("role_tag", "from"), "content_tag": tags.get("content_tag", "value")}
     section: Any = TAGGED[formatting]
     return section(name=formatting, messages=columns["messages"], **shared, **roles, **keys)

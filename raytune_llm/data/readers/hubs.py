@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
 from raytune_llm.data.readers.chunks import Chunk, NumberedRow, Source
+from raytune_llm.data.readers.tables import unpadded
 from raytune_llm.errors import DataError, ResourceError
 from raytune_llm.hub import ask_hub
 
@@ -23,17 +24,19 @@ def _huggingface_rows(name: str, part: Source | Chunk) -> Any:
         raise DataError(
             name,
             f"there is no such file or folder, and no hub answers at {address}",
-            "Check data.path, or set HF_ENDPOINT to a hub that this machine reaches; with HF_HUB_OFFLINE=1 what was fetched "
+            "Check its name, or set HF_ENDPOINT to a hub that this machine reaches; with HF_HUB_OFFLINE=1 what was fetched "
             "before is taken.",
         )
     try:
         return load_dataset(name, part.subset, split=part.split, data_dir=part.folder)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if reason.startswith("Unknown split"):
+            raise DataError(name, f"has no such split ({reason})", "Correct data.split.") from None
         raise DataError(
             name,
             f"there is no such file or folder, and the hub gives no data set of that name ({reason})",
-            "Check data.path, data.subset and data.split, and that the hub is reached (HF_ENDPOINT, HF_TOKEN).",
+            "Check its name, subset and split, and that the hub is reached (HF_ENDPOINT, HF_TOKEN).",
         ) from None
 
 
@@ -52,7 +55,7 @@ def _modelscope_rows(name: str, part: Source | Chunk) -> Any:
         raise DataError(
             name,
             f"there is no such file or folder, and ModelScope gives no data set of that name ({reason})",
-            "Check data.path, data.subset and data.split, and that the hub is reached (MODELSCOPE_API_TOKEN for private ones).",
+            "Check its name, subset and split, and that the hub is reached (MODELSCOPE_API_TOKEN for private ones).",
         ) from None
     return rows.to_hf_dataset() if isinstance(rows, MsDataset) else rows
 
@@ -74,7 +77,11 @@ def plan_hub(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
         yield replace(chunk, subset=source.subset, split=source.split, folder=source.folder, hub=source.hub)
 
 
-def read_hub(chunk: Chunk) -> Iterator[NumberedRow]:
+def read_hub(chunk: Chunk, wanted: Collection[str] | None) -> Iterator[NumberedRow]:
     rows = HUBS[chunk.hub](chunk.file, chunk)
+    empty = dict.fromkeys(rows.column_names)
+    if wanted is not None:
+        rows = rows.select_columns([name for name in rows.column_names if name in wanted])
     for number in range(chunk.start, chunk.end):
-        yield number + 1, rows[number]
+        row = rows[number] if rows.column_names else {}
+        yield number + 1, {**empty, **{name: unpadded(value) for name, value in row.items()}}

@@ -6,7 +6,7 @@ import io
 import json
 import re
 from codecs import getincrementaldecoder
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
 from raytune_llm.data.readers import files
@@ -14,6 +14,7 @@ from raytune_llm.data.readers.chunks import MAX_ROW_CHARS, Chunk, NumberedRow, S
 from raytune_llm.errors import DataError
 
 READ_BYTES = 1 << 20
+FIX = "Correct the file, or save it as jsonl."
 
 
 class _JsonArray:
@@ -22,10 +23,11 @@ class _JsonArray:
     json's decoder wants an element whole, so the buffer grows until the element at its head is complete.
     """
 
-    _BETWEEN = re.compile(r"[\s,]*")
+    _SPACE = re.compile(r"\s*")
 
-    def __init__(self, stream: BinaryIO, file: str, first_row: int) -> None:
-        self.stream, self.file, self.row = stream, file, first_row
+    def __init__(self, stream: BinaryIO, file: str, first_row: int, *, after_another: bool = False) -> None:
+        """`after_another`: the stream starts behind an element, not behind the opening bracket."""
+        self.stream, self.file, self.row, self.after_another = stream, file, first_row, after_another
         self.bytes_passed = stream.tell()
         self.decode_utf8 = getincrementaldecoder("utf-8")()
         self.decode_json = json.JSONDecoder().raw_decode
@@ -33,13 +35,19 @@ class _JsonArray:
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            self._pass_between()
-            if self.head == len(self.buffer):
-                return
-            if self.buffer[self.head] == "]":
+            next_one = self._next_character()
+            if next_one == "]":
                 self.closed = True
                 return
+            if next_one and self.after_another:
+                self._pass_comma(next_one)
+                next_one = self._next_character()
+            if not next_one:
+                return
+            if next_one == ",":
+                raise DataError(f"{self.file}, row {self.row}", "is not valid JSON (a comma where a row should be)", FIX)
             yield self._element()
+            self.after_another = True
             self.row += 1
 
     def is_last(self) -> bool:
@@ -56,13 +64,24 @@ class _JsonArray:
         self._drop_passed()
         return self.bytes_passed
 
-    def _pass_between(self) -> None:
+    def _next_character(self) -> str:
+        """Behind white space; empty at the end."""
         while True:
-            match = self._BETWEEN.match(self.buffer, self.head)
+            match = self._SPACE.match(self.buffer, self.head)
             assert match is not None
             self.head = match.end()
-            if self.head < len(self.buffer) or not self._grow():
-                return
+            if self.head < len(self.buffer):
+                return self.buffer[self.head]
+            if not self._grow():
+                return ""
+
+    def _pass_comma(self, found: str) -> None:
+        where = f"{self.file}, row {self.row}"
+        if found != ",":
+            raise DataError(where, "no comma parts this row from the one before it", FIX)
+        self.head += 1
+        if self._next_character() == "]":
+            raise DataError(where, "a comma stands after the last row", FIX)
 
     def _element(self) -> Any:
         while True:
@@ -71,14 +90,16 @@ class _JsonArray:
             except json.JSONDecodeError as error:
                 if len(self.buffer) - self.head > MAX_ROW_CHARS:
                     problem = f"has no end within {MAX_ROW_CHARS:,} characters"
-                    raise DataError(f"{self.file}, row {self.row}", problem, "Correct the file, or save it as jsonl.") from None
+                    raise DataError(f"{self.file}, row {self.row}", problem, FIX) from None
                 cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
                 if cut_off and self._grow():
                     continue
                 problem = "the file ends in the middle of this row" if cut_off else f"is not valid JSON ({error.msg})"
-                raise DataError(f"{self.file}, row {self.row}", problem, "Correct the file, or save it as jsonl.") from None
+                raise DataError(f"{self.file}, row {self.row}", problem, FIX) from None
             except (ValueError, RecursionError) as error:  # a number without end, brackets within brackets without end
                 raise DataError(f"{self.file}, row {self.row}", f"can't be read ({error})", "Leave that row out.") from None
+            if head == len(self.buffer) and not isinstance(value, dict | list | str) and self._grow():
+                continue  # a number's other half
             self.head = head
             return value
 
@@ -130,8 +151,9 @@ def plan_json(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
             yield Chunk(source.kind, file, start, end, first_row, num_rows)
 
 
-def read_json(chunk: Chunk) -> Iterator[NumberedRow]:
+def read_json(chunk: Chunk, wanted: Collection[str] | None) -> Iterator[NumberedRow]:
     with files.open_file(chunk.file) as stream:
         stream.seek(chunk.start)
         part = io.BytesIO(stream.read(chunk.end - chunk.start))
-    yield from enumerate(_JsonArray(part, chunk.file, chunk.first_row), chunk.first_row)
+    after_another = chunk.first_row > 1
+    yield from enumerate(_JsonArray(part, chunk.file, chunk.first_row, after_another=after_another), chunk.first_row)

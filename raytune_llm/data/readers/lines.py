@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.readers import files
@@ -38,7 +38,7 @@ def _numbered_lines(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
             number += 1
 
 
-def read_json_lines(chunk: Chunk) -> Iterator[NumberedRow]:
+def read_json_lines(chunk: Chunk, wanted: Collection[str] | None) -> Iterator[NumberedRow]:
     for number, line in _numbered_lines(chunk):
         try:
             yield number, json.loads(line)
@@ -46,7 +46,7 @@ def read_json_lines(chunk: Chunk) -> Iterator[NumberedRow]:
             yield number, BadRow("the line is not valid JSON", str(error))
 
 
-def read_text_lines(chunk: Chunk) -> Iterator[NumberedRow]:
+def read_text_lines(chunk: Chunk, wanted: Collection[str] | None) -> Iterator[NumberedRow]:
     for number, line in _numbered_lines(chunk):
         try:
             yield number, {"text": line.decode().rstrip("\r\n")}

@@ -10,19 +10,25 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
+import os
 import re
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 
 from raytune_llm.data.readers import PLANNERS, READERS, files, hubs
 from raytune_llm.data.readers.chunks import Chunk, NumberedRow, Source
+from raytune_llm.data.readers.splits import Part, of_one_file, of_readme, saved, splits_of
 from raytune_llm.errors import DataError
+
+log = logging.getLogger(__name__)
 
 MIN_CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 64 << 20
@@ -38,52 +44,134 @@ KIND_OF_SUFFIX = {
     ".txt": "text",
 }
 TEXTS = ("json", "lines", "csv", "text")
-PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ\x00": "xz"}
-"""What a packed file starts with, whatever its name."""
+BESIDE_DATA = re.compile(
+    r"(readme|licen[cs]e|notice|changelog|citation|authors|contributing)(\..*)?"
+    r"|config\.json|dataset_infos?\.json|dataset_dict\.json|dummy_data\.zip|_success|_metadata|_common_metadata"
+    r"|.*\.(md|rst|py|ipynb|sh|yaml|yml|toml|lock|metadata|crc|md5|sha256|png|jpe?g|gif|webp|bmp|mp4|avi|mov|mkv|webm|wav|mp3|flac"
+    r"|ogg|m4a)",
+    re.IGNORECASE,
+)
+"""Files that lie beside data and hold no rows: what describes them, what tools leave, what rows refer to."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def find(
-    path: str, *, subset: str | None = None, split: str = "train", folder: str | None = None, hub: str = "huggingface"
+    path: str,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    folder: str | None = None,
+    hub: str = "huggingface",
+    setting: str = "data.path",
 ) -> Source:
-    """What `data.path` names: a file, a folder of files of one type (sorted by name), either also by address, or a hub data set
-    id."""
+    """What `data.path` names: a file, a folder of files of one type, either also by address, or a hub data set id.
+
+    Of a folder, the files of the split (data/readers/splits.py). `setting` is blamed where nothing is there.
+    """
+    if not path.strip():
+        raise DataError(setting, "names no file or folder", f"Say, {setting}=rows.jsonl.")
     if files.is_address(path):
-        return _of_files(path, files.found_at(path))
+        place = path if folder is None else f"{path.rstrip('/')}/{folder}"
+        found = files.found_at(place, setting)
+        above = place.rstrip("/") + "/"
+        if found == [place]:
+            return _of_file(place, Part.of(split), subset)
+        return _of_folder(path, {file.partition(above)[2] or file: file for file in found}, Part.of(split), subset)
     here = Path(path).expanduser()
-    if here.is_file():
-        return _of_files(path, [str(here)])
-    if here.is_dir():
-        below = sorted(file for file in here.rglob("*") if file.is_file() and not file.name.startswith("."))
-        return _of_files(path, [str(file) for file in below])
+    with files.readable(path):
+        is_file, is_dir = here.is_file(), here.is_dir()
+        if is_dir and folder is not None and not (here / folder).is_dir():
+            raise DataError(str(here / folder), "there is no such folder", f"Correct folder of {setting}.")
+    if is_file:
+        return _of_file(str(here), Part.of(split), subset)
+    if is_dir:
+        here = here / (folder or ".")
+        there = {os.path.relpath(file, here): file for file in files.below(str(here))}
+        return _of_folder(path, there, Part.of(split), subset)
     if here.suffix.lower() in KIND_OF_SUFFIX or path.startswith(("/", "~", ".")) or not _HUB_ID.fullmatch(path):
-        raise _missing(path, here)
-    return Source("hub", (path,), subset, split, folder, hub)
+        raise _missing(path, here, setting)
+    return Source(("hub",), (path,), subset, split, folder, hub)
 
 
-def _of_files(path: str, found: list[str]) -> Source:
-    suffixes = sorted({PurePosixPath(file).suffix.lower() for file in found})
-    if not found:
-        raise DataError(path, "the folder holds no files", f"Put {_types()} files there.")
-    if len(suffixes) > 1:
-        raise DataError(path, f"the folder mixes files of several types: {', '.join(suffixes)}", "Name one file, or part them.")
-    return Source(_kind(found[0]), tuple(found))
+def _of_file(file: str, part: Part, subset: str | None) -> Source:
+    if subset is not None:
+        raise _no_subset(file, subset)
+    splits = of_one_file(PurePosixPath(file).name)
+    if part.split not in splits:
+        raise DataError(file, f"has no split {part.split!r}: a file is all {' or '.join(sorted(splits))}", "Leave the split out.")
+    return Source((_kind(file),), (file,))
+
+
+def _of_folder(path: str, there: Mapping[str, str], part: Part, subset: str | None) -> Source:
+    """Of files by their names below the folder."""
+
+    def read(name: str) -> bytes:
+        with files.readable(there[name]), files.open_raw(there[name]) as stream:
+            return stream.read()
+
+    names = {name: file for name, file in there.items() if not _is_beside_data(name)}
+    splits = saved(there, read, path)
+    if splits is None and "README.md" in there:
+        splits = of_readme(read("README.md").decode(errors="replace"), list(names), subset, path)
+    elif subset is not None:
+        raise _no_subset(path, subset)
+    if splits is None:
+        if subset is not None:
+            raise _no_subset(path, subset)
+        splits = splits_of(list(names))
+        if unnamed := names.keys() - set(chain.from_iterable(splits.values())):
+            log.warning("%s: in no split by their names: %s", path, ", ".join(sorted(unnamed)[:5]))
+    if not names:
+        raise DataError(path, "the folder holds no files with rows", f"Put {_types()} files there.")
+    if part.split not in splits:
+        raise DataError(path, f"has no split {part.split!r}", f"Set data.split to one of {', '.join(sorted(splits))}.")
+    chosen = tuple(there[name] for name in splits[part.split])
+    if not chosen:
+        raise DataError(path, f"holds no file of the split {part.split!r}", "Fetch the files that its README.md names.")
+    kinds = tuple(_kind(file) for file in chosen)
+    types = sorted({PurePosixPath(_without_packing(file)).suffix.lower() for file in chosen})
+    if len({TYPES.get(kind, kind) for kind in kinds}) > 1:
+        raise DataError(path, f"the folder mixes files of several types: {', '.join(types)}", "Name one file, or part them.")
+    return Source(kinds, chosen)
+
+
+TYPES = {"json": "lines"}
+"""Kinds of files that may lie in one folder."""
+
+
+def _is_beside_data(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return any(part.startswith((".", "__")) for part in parts) or BESIDE_DATA.fullmatch(parts[-1]) is not None
+
+
+def _no_subset(path: str, subset: str) -> DataError:
+    return DataError(path, f"has no subset {subset!r}: files have none but by a README.md", "Leave data.subset out.")
 
 
 def _types() -> str:
     return ", ".join(KIND_OF_SUFFIX)
 
 
+def _without_packing(file: str) -> str:
+    return next((file[: -len(suffix)] for suffix in files.PACKED_SUFFIXES if file.lower().endswith(suffix)), file)
+
+
 def _kind(file: str) -> str:
-    start = _first_bytes(file)
-    if packed := next((name for magic, name in PACKED.items() if start.startswith(magic)), None):
-        raise DataError(file, f"is packed ({packed})", "Unpack it first.")
-    suffix = PurePosixPath(file).suffix
+    suffix = PurePosixPath(_without_packing(file)).suffix
     kind = KIND_OF_SUFFIX.get(suffix.lower())
+    raw = _first_bytes(file, files.open_raw)
+    way = next((name for magic, name in files.ARCHIVES.items() if raw.startswith(magic)), None)
+    if way is None and kind not in TEXTS:
+        way = files.packing(raw) if kind is not None else None
+    if way is not None:
+        raise DataError(file, f"is packed ({way})", "Unpack it first.")
     if kind is None:
         raise DataError(file, f"has a type that is not read ({suffix or 'no suffix'}); there are {_types()}", "Convert it.")
+    start = _first_bytes(file, files.open_file) if files.packing(raw) else raw
     if kind in TEXTS and start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
         raise DataError(file, "is UTF-16", "Save it as UTF-8.")
+    if kind in TEXTS and b"\0" in start:
+        raise DataError(file, "is no text: it holds zero bytes", "Save it as UTF-8.")
     text = start.removeprefix(BOM_UTF8).lstrip()
     first = text[:1]
     if kind in ("json", "lines") and text.partition(b"\n")[0].strip() == b"{":
@@ -92,47 +180,52 @@ def _kind(file: str) -> str:
     return "lines" if kind == "json" and first == b"{" else "json" if kind == "lines" and first == b"[" else kind
 
 
-def _first_bytes(file: str) -> bytes:
-    with files.open_file(file) as stream:
+def _first_bytes(file: str, opened: Callable[[str], BinaryIO]) -> bytes:
+    if not files.is_address(file) and not os.path.isfile(file):
+        broken = os.path.islink(file)
+        raise DataError(file, "is a link to nothing" if broken else "is no file that can be read", "Fetch it, or take it away.")
+    with files.readable(file), opened(file) as stream:
         return stream.read(4096)
 
 
-def _missing(path: str, here: Path) -> DataError:
+def _missing(path: str, here: Path, setting: str) -> DataError:
     folder = here.parent
-    while not folder.is_dir():
-        folder = folder.parent
-    near = difflib.get_close_matches(here.name, [entry.name for entry in folder.iterdir()], n=1)
-    hint = (
-        f"Did you mean {folder / near[0]}?" if near else "Check data.path; it is taken from the folder that the command runs in."
+    with files.readable(path):
+        while not folder.is_dir():
+            folder = folder.parent
+        near = difflib.get_close_matches(here.name, os.listdir(folder), n=1)
+    where = "" if not setting.startswith("data.") else "; it is taken from the folder that the command runs in"
+    return DataError(
+        path, "there is no such file or folder", f"Did you mean {folder / near[0]}?" if near else f"Check {setting}{where}."
     )
-    return DataError(path, "there is no such file or folder", hint)
 
 
 def fingerprint(source: Source) -> str:
     """A hash of the contents: of the files' bytes in order, whatever their names, or of a hub data set's revision."""
-    digest = hashlib.sha256(source.kind.encode())
-    if source.kind == "hub":
+    digest = hashlib.sha256(" ".join(sorted(set(source.kinds))).encode())
+    if source.is_hub:
         digest.update(f"{source.files[0]} {source.subset} {source.split} {hubs.fingerprint(source)}".encode())
         return digest.hexdigest()
     for file in source.files:
-        digest.update(files.contents_hash(file))
+        with files.readable(file):
+            digest.update(files.contents_hash(file))
     return digest.hexdigest()
 
 
 def plan(source: Source, max_rows: int | None = None, *, part: str | None = None, num_samples: int | None = None) -> list[Chunk]:
     """The chunks of a source in order, with the rows in each.
 
-    Of the first max_rows rows only, where given. `part` is a split as LLaMA-Factory and `datasets` write it, train[:100] or
-    train[10%:20%]; num_samples draws so many of its rows, the same ones for the same number of rows.
+    Of the first max_rows rows only, where given. `part` is a split or rows of one (splits.Part); num_samples draws so many of its
+    rows, the same ones for the same number of rows.
     """
-    start, stop = _part(part)
-    whole = (start, stop) == (None, None) and num_samples is None
+    rows = Part("train") if part is None else Part.of(part)
+    whole = rows.is_whole and num_samples is None
     chunks = _plan_whole(source, max_rows if whole else None)
     if whole:
         return chunks
     num_rows = sum(chunk.num_rows for chunk in chunks)
-    first, last = (_bound(edge, num_rows) for edge in (start or "0", stop or "100%"))
-    chosen = np.arange(first, max(first, last))
+    meant = rows.rows(num_rows)
+    chosen = np.arange(meant.start, meant.stop)
     if num_samples is not None and len(chosen):
         draw = np.random.Generator(np.random.PCG64(num_rows))
         chosen = np.concatenate([draw.permutation(chosen), draw.choice(chosen, max(num_samples - len(chosen), 0))])
@@ -146,37 +239,17 @@ def plan(source: Source, max_rows: int | None = None, *, part: str | None = None
         if len(inside):
             picked.append(replace(chunk, picks=tuple(inside.tolist())))
     if not picked:
-        raise DataError(", ".join(source.files[:3]), f"holds no rows in {part}", "Correct data.split.")
+        raise DataError(", ".join(source.files[:3]), f"holds no rows in {part}: there are {num_rows}", "Correct data.split.")
     return picked
 
 
-_PART = re.compile(r"\w+(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
-
-
-def _part(split: str | None) -> tuple[str | None, str | None]:
-    """The bounds of train[a:b], or none."""
-    if split is None:
-        return None, None
-    found = _PART.fullmatch(split.replace(" ", ""))
-    if found is None:
-        raise DataError(f"data.split={split}", "is no split", "Say, train, train[:1000] or train[10%:20%].")
-    return found[1], found[2]
-
-
-def _bound(edge: str, num_rows: int) -> int:
-    """A row number; negative and percent count from the end and of the whole."""
-    number = round(int(edge[:-1]) * num_rows / 100) if edge.endswith("%") else int(edge)
-    return min(max(number + num_rows if number < 0 else number, 0), num_rows)
-
-
 def _plan_whole(source: Source, max_rows: int | None) -> list[Chunk]:
-    planner = PLANNERS[source.kind]
-    total_bytes = 0 if source.kind == "hub" else sum(files.size(file) for file in source.files)
+    total_bytes = 0 if source.is_hub else sum(_size(file) for file in source.files)
     chunk_bytes = min(max(total_bytes // NUM_CHUNKS, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
     chunks: list[Chunk] = []
     left = max_rows
-    for file in source.files:
-        for chunk in planner(source, file, chunk_bytes):
+    for kind, file in zip(source.kinds, source.files, strict=True):
+        for chunk in _planned(kind, source, file, chunk_bytes):
             chunks.append(chunk if left is None else replace(chunk, num_rows=min(chunk.num_rows, left)))
             if left is not None:
                 left -= chunks[-1].num_rows
@@ -187,16 +260,28 @@ def _plan_whole(source: Source, max_rows: int | None) -> list[Chunk]:
     return chunks
 
 
-def read(chunk: Chunk) -> Iterator[NumberedRow]:
-    """The rows of a chunk with their numbers."""
-    rows = READERS[chunk.kind](chunk)
-    numbered = enumerate(row for _, row in zip(range(chunk.num_rows), rows, strict=False))
-    if chunk.picks is None:
-        yield from (row for _, row in numbered)
-        return
-    times = Counter(chunk.picks)
-    for offset, row in numbered:
-        yield from repeat(row, times[offset])
+def _planned(kind: str, source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
+    with files.readable(file):
+        yield from PLANNERS[kind](replace(source, kinds=(kind,), files=(file,)), file, chunk_bytes)
+
+
+def _size(file: str) -> int:
+    with files.readable(file):
+        packed = file.lower().endswith(files.PACKED_SUFFIXES)
+        return files.size(file) * (files.UNPACKED_TIMES if packed else 1)
+
+
+def read(chunk: Chunk, columns: Collection[str] | None = None) -> Iterator[NumberedRow]:
+    """The rows of a chunk with their numbers. Of a table only these columns are read, and the others are null; none: all are."""
+    with files.readable(chunk.file):
+        rows = READERS[chunk.kind](chunk, columns)
+        numbered = enumerate(row for _, row in zip(range(chunk.num_rows), rows, strict=False))
+        if chunk.picks is None:
+            yield from (row for _, row in numbered)
+            return
+        times = Counter(chunk.picks)
+        for offset, row in numbered:
+            yield from repeat(row, times[offset])
 
 
 def where(chunk: Chunk, row: int) -> str:

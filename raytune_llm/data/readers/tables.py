@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from raytune_llm.data.dropped import BadRow
@@ -29,8 +29,7 @@ def plan_csv(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
         rows = csv.reader(lines(stream), strict=True)
         first_row, num_rows = 1, 0
         try:
-            columns = tuple(next(rows, ()))
-            _check_names(file, columns)
+            columns = tuple(_chosen(file, next(rows, []), None))
             start = passed
             for row in rows:
                 num_rows += bool(row)
@@ -45,7 +44,7 @@ def plan_csv(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
             yield Chunk(source.kind, file, start, passed, first_row, num_rows, columns)
 
 
-def read_csv(chunk: Chunk) -> Iterator[NumberedRow]:
+def read_csv(chunk: Chunk, wanted: Collection[str] | None) -> Iterator[NumberedRow]:
     csv.field_size_limit(MAX_ROW_CHARS)  # Python's own limit is less than a long document
     with files.open_file(chunk.file) as stream:
         stream.seek(chunk.start)
@@ -59,15 +58,18 @@ def read_csv(chunk: Chunk) -> Iterator[NumberedRow]:
 
 
 def plan_parquet(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
-    from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
 
     try:
         with files.open_arrow(file) as opened, ParquetFile(opened) as parquet:
+            groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
             num_rows = parquet.metadata.num_rows
-            _check_names(file, parquet.schema_arrow.names)
-    except ArrowInvalid as error:
-        raise DataError(file, f"is not a parquet file ({error})", "Write it again.") from None
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged footer fails in ways of no common kind
+        raise _unreadable(file, "is not a parquet file", error) from None
+    if num_rows != sum(groups) or min(groups, default=0) < 0:
+        raise DataError(file, "is not a parquet file (its footer contradicts itself)", "Write it again.")
     yield from _chunks_of_rows(source, file, num_rows, chunk_bytes)
 
 
@@ -78,80 +80,167 @@ def _chunks_of_rows(source: Source, file: str, num_rows: int, chunk_bytes: int) 
         yield Chunk(source.kind, file, start, end, start + 1, end - start)
 
 
-def read_parquet(chunk: Chunk) -> Iterator[NumberedRow]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
+def read_parquet(chunk: Chunk, wanted: Collection[str] | None) -> Iterator[NumberedRow]:
     passed = 0
     try:
-        with files.open_arrow(chunk.file) as opened, ParquetFile(opened) as parquet:
-            for group in range(parquet.num_row_groups):
-                group_rows = parquet.metadata.row_group(group).num_rows
-                if passed + group_rows > chunk.start and passed < chunk.end:
-                    for batch in parquet.iter_batches(batch_size=1024, row_groups=[group]):
-                        yield from _rows_of_batch(batch, passed, chunk)
-                        passed += batch.num_rows
-                else:
-                    passed += group_rows
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{chunk.file}, after row {passed}", f"can't be read ({error})", "Write the file again.") from None
+        for first, batch, names in _parquet_batches(chunk, wanted):
+            passed = first
+            yield from _rows_of_batch(batch, passed, chunk, names)
+            passed += batch.num_rows
+    except (DataError, FileNotFoundError):
+        raise
+    except Exception as error:
+        raise _unreadable(f"{chunk.file}, after row {passed}", "can't be read", error) from None
+    if passed < chunk.end:
+        raise DataError(f"{chunk.file}, after row {passed}", "holds fewer rows than its footer says", "Write the file again.")
 
 
-def _rows_of_batch(batch: Any, passed: int, chunk: Chunk) -> Iterator[NumberedRow]:
-    """The chunk's rows in a record batch that comes after so many rows."""
-    first, last = max(chunk.start - passed, 0), min(chunk.end - passed, batch.num_rows)
-    if first < last:
-        mine = batch.slice(first, last - first)
-        try:
-            rows = mine.to_pylist()
-        except UnicodeDecodeError:
-            rows = [_row(mine, number) for number in range(len(mine))]
-        yield from enumerate(rows, passed + first + 1)
+def _parquet_batches(chunk: Chunk, wanted: Collection[str] | None) -> Iterator[tuple[int, Any, list[str]]]:
+    """(rows before it, batch, names of all columns) of those groups of rows that the chunk is in."""
+    from pyarrow.parquet import ParquetFile
 
-
-def _row(batch: Any, number: int) -> Any:
-    try:
-        return batch.slice(number, 1).to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return BadRow("a text is not UTF-8", str(error))
+    with files.open_arrow(chunk.file) as opened, ParquetFile(opened) as parquet:
+        names = parquet.schema_arrow.names
+        columns = _chosen(chunk.file, names, wanted)
+        passed = 0
+        for group in range(parquet.num_row_groups):
+            group_rows = parquet.metadata.row_group(group).num_rows
+            if passed + group_rows > chunk.start and passed < chunk.end:
+                for batch in parquet.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
+                    yield passed, batch.select(columns), names
+                    passed += batch.num_rows
+            else:
+                passed += group_rows
 
 
 def plan_arrow(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
-    from pyarrow import ArrowInvalid
-
     try:
-        num_rows = sum(batch.num_rows for batch in _arrow_batches(file, check=True))
-    except (ArrowInvalid, OSError) as error:
-        raise DataError(file, f"is not an arrow file ({error})", "Write it again.") from None
+        num_rows = sum(batch.num_rows for batch, _ in _arrow_batches(file, ()))
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise _unreadable(file, "is not an arrow file", error) from None
     yield from _chunks_of_rows(source, file, num_rows, chunk_bytes)
 
 
-def read_arrow(chunk: Chunk) -> Iterator[NumberedRow]:
+def read_arrow(chunk: Chunk, wanted: Collection[str] | None) -> Iterator[NumberedRow]:
     passed = 0
-    for batch in _arrow_batches(chunk.file):
-        yield from _rows_of_batch(batch, passed, chunk)
-        passed += batch.num_rows
+    try:
+        for batch, names in _arrow_batches(chunk.file, wanted):
+            yield from _rows_of_batch(batch, passed, chunk, names)
+            passed += batch.num_rows
+    except (DataError, FileNotFoundError):
+        raise
+    except Exception as error:
+        raise _unreadable(f"{chunk.file}, after row {passed}", "can't be read", error) from None
 
 
-def _arrow_batches(file: str, *, check: bool = False) -> Iterator[Any]:
-    """Record batches of either form that Arrow has for disks and pipes; `datasets` writes the latter. Memory-mapped."""
+def _arrow_batches(file: str, wanted: Collection[str] | None) -> Iterator[tuple[Any, list[str]]]:
+    """Record batches of either form that Arrow has for disks and pipes; `datasets` writes the latter. Memory-mapped.
+
+    Of the wanted columns only, with the names of all.
+    """
     import pyarrow as pa
 
     with files.open_arrow(file) as mapped:
-        if mapped.read(6) == b"ARROW1":
-            with pa.ipc.open_file(mapped) as reader:
-                if check:
-                    _check_names(file, reader.schema.names)
-                yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-            return
+        is_file = mapped.read(6) == b"ARROW1"
         mapped.seek(0)
-        with pa.ipc.open_stream(mapped) as reader:
-            if check:
-                _check_names(file, reader.schema.names)
-            yield from reader
+        opened = pa.ipc.open_file if is_file else pa.ipc.open_stream
+        with opened(mapped) as reader:
+            names = reader.schema.names
+        columns = _chosen(file, names, wanted)
+        options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
+        mapped.seek(0)
+        with opened(mapped, options=options) as reader:
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches)) if is_file else reader
+            for batch in batches:
+                yield batch, names
 
 
-def _check_names(file: str, columns: Sequence[str]) -> None:
-    twice = sorted(name for name, count in Counter(columns).items() if count > 1)
+def _chosen(file: str, names: list[str], wanted: Collection[str] | None) -> list[str]:
+    """The wanted of these columns. One that is there twice is not known by its name."""
+    chosen = [name for name in names if wanted is None or name in wanted]
+    twice = sorted(name for name, count in Counter(chosen).items() if count > 1)
     if twice:
         raise DataError(file, f"names the column {twice[0]!r} twice", "Rename one of the two.")
+    return chosen
+
+
+def _rows_of_batch(batch: Any, passed: int, chunk: Chunk, names: Sequence[str]) -> Iterator[NumberedRow]:
+    """The chunk's rows in a record batch that comes after so many rows."""
+    first, last = max(chunk.start - passed, 0), min(chunk.end - passed, batch.num_rows)
+    if first >= last:
+        return
+    _check_layout(batch)
+    mine = batch.slice(first, last - first)
+    empty = dict.fromkeys(names)
+    try:
+        rows = [{**empty, **row} for row in _as_json(mine)]
+    except Exception:  # a value that Python has not: a date of the year 10000, say
+        rows = [_row(mine, number, empty) for number in range(len(mine))]
+    yield from enumerate(rows, passed + first + 1)
+
+
+def _row(batch: Any, number: int, empty: Mapping[str, Any]) -> Any:
+    try:
+        return {**empty, **_as_json(batch.slice(number, 1))[0]}
+    except UnicodeDecodeError as error:
+        return BadRow("a text is not UTF-8", str(error))
+    except Exception as error:
+        return BadRow("the row holds a value that can't be read", f"{type(error).__name__}: {error}")
+
+
+def _as_json(batch: Any) -> list[dict[str, Any]]:
+    """Rows as a JSON file would give them: what a table pads objects of other rows' keys with is not there, maps are objects."""
+    if not batch.num_columns:
+        return [{} for _ in range(batch.num_rows)]
+    rows = batch.to_pylist(maps_as_pydicts="lossy")
+    for field in batch.schema:
+        if field.type.num_fields:  # nested
+            for row in rows:
+                row[field.name] = unpadded(row[field.name])
+    return rows
+
+
+def unpadded(value: Any) -> Any:
+    """Without the null values of objects: tables have each key in every row, and null where a row lacks it."""
+    if isinstance(value, dict):
+        return {key: unpadded(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [unpadded(item) for item in value]
+    return value
+
+
+def _check_layout(batch: Any) -> None:
+    """That no offset of a damaged file leads out of its data, which would end the process. Raises ArrowInvalid."""
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except ValueError as error:
+            if "UTF8" not in str(error):
+                raise
+            _as_bytes(column).validate(full=True)  # texts that are none are skipped row by row
+
+
+def _as_bytes(array: Any) -> Any:
+    """The same layout, with texts as bytes."""
+    import pyarrow as pa
+
+    kind = array.type
+    if pa.types.is_string(kind):
+        return array.view(pa.binary())
+    if pa.types.is_large_string(kind):
+        return array.view(pa.large_binary())
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = _as_bytes(array.values)
+        new = pa.list_(inner.type) if pa.types.is_list(kind) else pa.large_list(inner.type)
+        return pa.Array.from_buffers(new, len(array), array.buffers()[:2], offset=array.offset, children=[inner])
+    if pa.types.is_struct(kind):
+        children = [_as_bytes(array.field(number)) for number in range(kind.num_fields)]
+        return pa.StructArray.from_arrays(children, names=[str(number) for number in range(kind.num_fields)])
+    return array
+
+
+def _unreadable(where: str, problem: str, error: Exception) -> DataError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return DataError(where, f"{problem} ({reason})", "Write the file again.")

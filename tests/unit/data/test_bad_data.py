@@ -59,8 +59,9 @@ REFUSED = {
     "csv in Latin-1": ("a.csv", "messages\né\n".encode("latin-1"), "row 1: is not valid csv"),
     "csv with an open quote": ("a.csv", 'messages\n"a', "row 1: is not valid csv"),
     "csv with a column twice": ("a.csv", "messages,messages\na,b\n", "names the column 'messages' twice"),
-    "gzip": ("a.jsonl.gz", gzip.compress(LINE.encode()), "is packed (gzip). Unpack it first"),
-    "gzip under another name": ("a.jsonl", gzip.compress(LINE.encode()), "is packed (gzip). Unpack it first"),
+    "a packed file that is cut off": ("a.jsonl.gz", gzip.compress(LINE.encode())[:-10], "is damaged after"),
+    "packed parquet": ("a.parquet.gz", gzip.compress(damaged_parquet()), "is packed (gzip). Unpack it first"),
+    "a JSON array without a comma": ("a.json", json.dumps([ROW]).replace("}, {", "} {"), "row 1: is not valid JSON"),
     "zip": ("a.zip", packed_as_zip(LINE), "is packed (zip). Unpack it first"),
     "an empty file": ("a.jsonl", "", "holds no rows"),
     "an empty array": ("a.json", "[]", "holds no rows"),
@@ -214,7 +215,7 @@ def test_a_hub_data_set_can_lie_in_a_folder(tmp_path, monkeypatch):
     for folder, text in (("a", "first"), ("b", "second")):
         (tmp_path / "set" / folder).mkdir(parents=True)
         (tmp_path / "set" / folder / "rows.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    source = Source("hub", (str(tmp_path / "set"),), split="train", folder="b")
+    source = Source(("hub",), (str(tmp_path / "set"),), split="train", folder="b")
     (chunk,) = sources.plan(source)
     assert list(sources.read(chunk)) == [(1, {"text": "second"})]
 

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import json
+import os
+import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -110,10 +114,122 @@ def test_a_missing_file_names_the_one_that_was_meant(tmp_path):
         sources.find(str(tmp_path / "trian.jsonl"))
 
 
-def test_a_packed_file_says_to_unpack_it(tmp_path):
-    (tmp_path / "rows.jsonl.gz").write_bytes(b"\x1f\x8b")
-    with pytest.raises(DataError, match="Unpack it"):
-        sources.find(str(tmp_path / "rows.jsonl.gz"))
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True)}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.txt"])
+def test_a_packed_text_gives_the_rows_that_are_in_it(tmp_path, name, suffix, small_chunks):
+    WRITERS.get(name, write_json_lines)(tmp_path / name)
+    packed = tmp_path / f"{name}{suffix}"
+    packed.write_bytes(PACKERS[suffix]((tmp_path / name).read_bytes()))
+    assert len(sources.plan(sources.find(str(packed)))) > 2
+    assert read_all(packed) == read_all(tmp_path / name)
+
+
+def test_what_a_file_is_packed_with_its_bytes_say(tmp_path):
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(b'{"a": 1}\n'))
+    (tmp_path / "plain.jsonl.gz").write_bytes(b'{"a": 1}\n')
+    assert read_all(tmp_path / "packed.jsonl") == read_all(tmp_path / "plain.jsonl.gz") == [(1, {"a": 1})]
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_a_packed_file_that_is_cut_off_is_refused(tmp_path, suffix):
+    draw = random.Random(1)
+    lines = "".join(json.dumps({"text": f"{draw.random()}"}) + "\n" for _ in range(5000))
+    packed = PACKERS[suffix](lines.encode())
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match=r"a\.jsonl.*: is damaged after"):
+        read_all(tmp_path / f"a.jsonl{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("a.zip", b"PK\x03\x04"), ("a.jsonl", b"PK\x03\x04"), ("a.jsonl.xz", b"\xfd7zXZ\0"), ("a.parquet.gz", b"\x1f\x8b")],
+)
+def test_other_packed_files_say_to_unpack_them(tmp_path, name, start):
+    (tmp_path / name).write_bytes(start)
+    with pytest.raises(DataError, match=r"is packed \((zip|xz|gzip)\)\. Unpack it"):
+        sources.find(str(tmp_path / name))
+
+
+def test_each_file_of_a_folder_is_looked_at(tmp_path):
+    (tmp_path / "a.json").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:200]))
+    (tmp_path / "b.json").write_text(json.dumps(ROWS[200:]))
+    assert [row for _, row in read_all(tmp_path)] == ROWS
+
+
+def broken_link(folder):
+    (folder / "b.jsonl").symlink_to(folder / "nowhere.jsonl")
+    return "b.jsonl: is a link to nothing"
+
+
+def second_file_in_utf16(folder):
+    (folder / "b.jsonl").write_text('{"a": 1}\n', encoding="utf-16")
+    return "b.jsonl: is UTF-16"
+
+
+def second_file_of_another_type(folder):
+    (folder / "b.xlsx").write_bytes(b"x")
+    return "b.xlsx: has a type that is not read"
+
+
+def second_file_in_a_zip(folder):
+    (folder / "b.jsonl").write_bytes(b"PK\x03\x04")
+    return "b.jsonl: is packed (zip)"
+
+
+def second_file_with_zero_bytes(folder):
+    (folder / "b.jsonl").write_bytes(b"{\0}")
+    return "b.jsonl: is no text"
+
+
+def a_pipe(folder):
+    os.mkfifo(folder / "b.jsonl")
+    return "b.jsonl: is no file that can be read"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [broken_link, second_file_in_utf16, second_file_of_another_type, second_file_in_a_zip, second_file_with_zero_bytes, a_pipe],
+)
+def test_no_file_of_a_folder_is_lost_without_a_word(tmp_path, spoil):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "c.jsonl").write_text('{"a": 1}\n')
+    said = spoil(tmp_path)
+    with pytest.raises(DataError) as error:
+        read_all(tmp_path)
+    assert said in str(error.value)
+
+
+def test_a_folder_that_can_not_be_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "sub").mkdir()
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root, who may run the tests, may read all
+    with pytest.raises(DataError, match="sub: can't be read \\(Permission denied"):
+        sources.find(str(tmp_path))
+
+
+def test_folders_behind_links_are_read_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "above").symlink_to(tmp_path / "set")
+    assert read_all(tmp_path / "set") == [(1, {"a": 1})]
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "/" + "a/" * 3000, "nul\0.jsonl", "", " "])
+def test_a_path_that_can_be_none_is_an_error(path):
+    with pytest.raises(DataError):
+        sources.find(path)
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.json", ""), ("a.json", "[]"), ("a.jsonl", "\n\n"), ("a.csv", "a,b\n")])
@@ -128,6 +244,24 @@ def test_a_line_that_is_not_json_is_a_bad_row(tmp_path):
     rows = read_all(tmp_path / "a.jsonl")
     assert [number for number, _ in rows] == [1, 2, 3]
     assert isinstance(rows[1][1], BadRow)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[{"a": 1} {"a": 2}]', "row 2: no comma parts this row"),
+        ('[{"a": 1}\n{"a": 2}, {"a": 3}]', "row 2: no comma parts this row"),
+        ('[{"a": 1}, {"a": 2},]', "row 3: a comma stands after the last row"),
+        ('[{"a": 1},, {"a": 2}]', "row 2: is not valid JSON"),
+        ('[, {"a": 2}]', "row 1: is not valid JSON"),
+        ("[,]", "row 1: is not valid JSON"),
+    ],
+)
+def test_a_json_array_with_missing_or_more_commas_is_refused(tmp_path, content, said):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError) as error:
+        read_all(tmp_path / "a.json")
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("content", ['[{"a": 1}, {"a": "x', '[{"a": 1}, {"a": 2}', '[{"a": 1}, {"a": 2'])
