@@ -1,0 +1,54 @@
+"""What a run has before its first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from raytune_llm.data.pipeline import prepare
+from raytune_llm.runs.setup import Setup, set_up
+from raytune_llm.stages import STAGES
+from raytune_llm.train.enrichers.global_statistics import FirstPass
+from raytune_llm.train.enrichers.online_reference import OnlineReference
+from raytune_llm.train.enrichers.reference_table import ReferenceTables
+from tests.runs import tiny_run
+
+PAIRS = '{"prompt": "one two", "chosen": "three", "rejected": "four five"}\n{"prompt": "six", "chosen": "7", "rejected": "8"}\n'
+
+
+@pytest.fixture
+def made(tmp_path: Path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(PAIRS * 6)
+
+    def made(*overrides: str) -> Setup:
+        settings = ("data=prompt_completion_pairs", *overrides)
+        run = tiny_run(str(path), str(tmp_path / "cache"), tmp_path / "out", *settings)
+        store = prepare(run.model, run.data, run.resources, kind=STAGES[run.stage.name].kind).store
+        return set_up(run, str(store.folder), None, torch.device("cpu"), lambda news: None)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("overrides", "enrichers"),
+    [
+        (["stage=orpo"], []),
+        (["stage=cpo", "stage.sft_weight=1.0"], [FirstPass]),
+        (["stage=dpo"], [ReferenceTables]),
+        (["stage=dpo", "stage.loss=bco_pair", "stage.reference=online"], [OnlineReference, FirstPass]),
+    ],
+)
+def test_a_batch_is_enriched_by_what_its_loss_reads_the_reference_first(made, overrides, enrichers):
+    setup = made(*overrides)
+    assert [type(enricher) for enricher in setup.enrichers] == enrichers
+    assert setup.learner().enrichers is setup.enrichers
+
+
+def test_the_loop_has_the_steps_of_the_data_and_sources_of_what_is_held_out(made):
+    setup = made("stage=orpo", "data.packing=false", "data.eval_fraction=0.25", "train.epochs=3")
+    assert setup.loop_settings().total_steps == 3 * setup.source.steps_per_epoch == 6
+    (held_out,) = setup.held_out.values()
+    assert sum(len(batch.rows) for step in held_out.epoch(0) for batch in step.batches) == 3
