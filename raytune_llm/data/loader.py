@@ -103,7 +103,7 @@ class Samples:
 
     def __init__(self, store: Rows, rows: np.ndarray, *, max_length: int, packing: bool, share_prompts: bool = False) -> None:
         """`rows` are numbers of rows; one that is there twice comes twice in an epoch. share_prompts: the two answers of a pair
-        share their request."""
+        share their prompt."""
         self.store, self.max_length, self.packing, self.share_prompts = store, max_length, packing, share_prompts
         self.kind = store.kind
         self.capacity = max_length * self.kind.sides

@@ -60,6 +60,6 @@ class StepSource(Protocol):
         ...
 
     def state(self) -> Mapping[str, Any]:
-        """What it must know beside epoch and cursor to go on after the step that it gave last, as JSON: part of a checkpoint, and
+        """What it must know beside epoch and cursor to resume after the step it gave last, as JSON: part of a checkpoint, and
         back as progress.source_state."""
         ...

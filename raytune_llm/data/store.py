@@ -108,7 +108,7 @@ def write_shard(path: Path, rows: Sequence[Any], dropped: Dropped, *, kind: Kind
         free = shutil.disk_usage(path.parent).free / 2**30
         raise ResourceError(
             f"the token store can't be written to {path.parent}: {error.strerror} ({free:.1f} GiB are free)",
-            "Free some space, or set data.cache on a larger disk; repeating the command goes on from the finished shards.",
+            "Free some space, or set data.cache on a larger disk; repeating the command resumes from the finished shards.",
         ) from error
     finally:
         beside.unlink(missing_ok=True)
@@ -148,7 +148,7 @@ def under_construction(cache: Path, key: str) -> Iterator[Path | None]:
         try:
             yield folder
         except InterruptedError:
-            raise  # another run may go on with it
+            raise  # another run may continue it
         except Exception as error:
             with suppress(OSError):
                 write_whole(folder / FAILED, str(error))

@@ -30,7 +30,7 @@ class Stores:
 
 
 def shares_prompts(run: TrainRun | PrepareRun, kind: str, model_config: Callable[[], PretrainedConfig]) -> bool:
-    """Whether the two answers of a row share one computation of their request, where rows of this kind have two."""
+    """Whether the two answers of a row share one computation of their prompt, where rows of this kind have two."""
     asked = run.data.share_prompts
     if asked is True and not KINDS[kind].can_share_prompts:
         raise ConfigError("data.share_prompts", f"can't be true where rows are {kind}", got=asked, fix="Set it to auto.")

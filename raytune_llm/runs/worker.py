@@ -36,7 +36,7 @@ class Begin:
 
     total_steps: int
     first_step: int
-    """The step of the checkpoint that it goes on from, or 0."""
+    """The step of the checkpoint that it resumes from, or 0."""
     choices: tuple[str, ...]
     """What was chosen for it and why, a line each."""
 
@@ -117,7 +117,7 @@ class Recorder:
         sinks: Sequence[Sink],
         on_samples: Callable[[Sequence[SampledAnswer]], None],
     ) -> None:
-        """`stack` closes the files, which go on from the step `from_step`."""
+        """`stack` closes the files, which are resumed from the step `from_step`."""
         self.save_s = 0.0
         """Seconds that training waited for checkpoints."""
         self._setup, self._clock, self._checkpoints, self._on_samples = setup, clock, checkpoints, on_samples

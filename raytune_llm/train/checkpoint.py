@@ -161,7 +161,7 @@ class Checkpoints:
                 free = shutil.disk_usage(self.folder).free / 2**30
                 raise ResourceError(
                     f"checkpoint step-{step} can't be written to {self.folder}: {no_space} ({free:.1f} GiB are free)",
-                    "Free some space, lower checkpoint.keep, or set output_dir on a larger disk; repeating the command goes on.",
+                    "Free some space, lower checkpoint.keep, or set output_dir on a larger disk; repeating the command resumes.",
                 ) from error
             raise
 

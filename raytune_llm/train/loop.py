@@ -121,7 +121,7 @@ def run(
 
 
 def resume(enrichers: Sequence[Enricher], progress: Progress) -> None:
-    """They go on from what a checkpoint says of them, where there is one."""
+    """They resume from what a checkpoint says of them, where there is one."""
     if progress.step:
         for enricher, state in zip(enrichers, progress.enricher_states, strict=True):
             enricher.load(state)

@@ -124,7 +124,7 @@ def test_no_room_for_a_checkpoint_is_said_and_leaves_nothing_half_written(chat_r
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # files end where a full disk would end them
     try:
-        with pytest.raises(ResourceError, match=r"checkpoint step-2 can't be written .* repeating the command goes on"):
+        with pytest.raises(ResourceError, match=r"checkpoint step-2 can't be written .* repeating the command resumes"):
             api.train(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

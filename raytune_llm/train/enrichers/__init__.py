@@ -35,7 +35,7 @@ class Enricher(Protocol):
         ...
 
     def load(self, state: Any) -> None:
-        """Go on from such a state."""
+        """Resume from such a state."""
         ...
 
 
