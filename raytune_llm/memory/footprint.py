@@ -29,6 +29,7 @@ from raytune_llm.memory.model import (
 )
 from raytune_llm.models import attention
 from raytune_llm.models.activations import CHECKPOINTING
+from raytune_llm.models.adapters import Kept, kept_by
 from raytune_llm.models.load import load_config
 from raytune_llm.models.policy import DTYPES
 from raytune_llm.models.quantization import quantization_of
@@ -47,6 +48,8 @@ class Needs:
 
     parameters: Parameters
     dropout: bool
+    """Of the inputs of adapted layers."""
+    adapter: Kept
     quantization: QuantizationConfig
     optimizer: OptimizerConfig
     strategy: StrategyConfig
@@ -91,7 +94,8 @@ def needs_set(run: TrainRun) -> dict[str, Any]:
     """Those of the needs that stand in the settings."""
     asked = run.train.activation_checkpointing
     return {
-        "dropout": run.adapter.dropout > 0,
+        "dropout": run.adapter.dropout > 0 and kept_by(run.adapter).drops_inputs,
+        "adapter": kept_by(run.adapter),
         "quantization": run.quantization,
         "optimizer": run.optimizer,
         "strategy": run.strategy,
@@ -132,6 +136,7 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
         compute=dtype.itemsize,
         tokens=needs.micro_batch_size * pack,
         dropout=needs.dropout,
+        adapter=needs.adapter,
         kept=CHECKPOINTING[needs.checkpointing].on_device,
         inputs_leave=CHECKPOINTING[needs.checkpointing].leaves,
         compiled=needs.compiled,

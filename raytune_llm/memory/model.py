@@ -19,7 +19,7 @@ import torch
 from transformers import PretrainedConfig
 
 from raytune_llm.config.adapter import AdapterConfig
-from raytune_llm.models.adapters import adapt
+from raytune_llm.models.adapters import Kept, adapt
 from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_model
@@ -30,6 +30,7 @@ LOGIT_BYTES, COMPILED_LOGIT_BYTES = 2 + 3 * FP32, 2 * FP32
 """Of each logit at the loss's widest point: the logit in 16 bits and in float32, the softmax that is kept, and the product that
 the entropy sums or the gradient. Compiled, by its kernels: the logit, one float32 buffer for the gradient through the target's
 logit, and the result."""
+PLAIN = Kept()
 IN_FLIGHT = 4
 """Layers whose inputs are on the device while they come and go from host memory."""
 ZERO_BUCKET, ZERO3_LIVE = 500_000_000, 1_000_000_000
@@ -171,6 +172,7 @@ def memory_per_gpu(
     compute: int,
     tokens: int,
     dropout: bool = False,
+    adapter: Kept = PLAIN,
     kept: float = 1.0,
     inputs_leave: bool = False,
     compiled: bool = False,
@@ -179,15 +181,16 @@ def memory_per_gpu(
 ) -> Memory:
     """The peak of a training step, if every token were trained.
 
-    compute: bytes of a number in matrix products and between layers. tokens: of a micro-batch, padding included. dropout: in the
-    adapter. kept: the part of a layer's activations that is not computed again. inputs_leave: what layers that are computed again
-    start from waits in host memory. mask_bytes: of an attention mask, where the back end takes one. chunk_tokens: trained tokens
-    whose logits exist at once beside a frozen head; a trained one takes more, and keeps the gradients of all.
+    compute: bytes of a number in matrix products and between layers. tokens: of a micro-batch, padding included. dropout: of the
+    inputs of adapted layers. adapter: what these keep. kept: the part of a layer's activations that is not computed again.
+    inputs_leave: what layers that are computed again start from waits in host memory. mask_bytes: of an attention mask, where the
+    back end takes one. chunk_tokens: trained tokens whose logits exist at once beside a frozen head; a trained one takes more,
+    and keeps the gradients of all.
     """
     d = dimensions
     trains_all = parameters.frozen == 0
     layer = tokens * _layer_bytes(
-        d, compute, trains_all=trains_all, wide_norms=states.wide_norms, dropout=dropout, compiled=compiled
+        d, compute, trains_all=trains_all, wide_norms=states.wide_norms, dropout=dropout, adapter=adapter, compiled=compiled
     )
     inputs = tokens * compute * d.hidden * (0 if kept == 1 else min(d.layers, IN_FLIGHT) if inputs_leave else d.layers)
     # Gradients of the MLP's product and of its two factors, and of what goes through a norm in float32.
@@ -208,7 +211,9 @@ def memory_per_gpu(
     )
 
 
-def _layer_bytes(d: Dimensions, compute: int, *, trains_all: bool, wide_norms: bool, dropout: bool, compiled: bool) -> int:
+def _layer_bytes(
+    d: Dimensions, compute: int, *, trains_all: bool, wide_norms: bool, dropout: bool, adapter: Kept, compiled: bool
+) -> int:
     """What one layer keeps of a token for its backward pass. With LoRA, as if every linear layer had one.
 
     Each norm keeps its input in float32 and, where its weight is trained, what it multiplies with. Attention keeps queries, keys,
@@ -217,16 +222,20 @@ def _layer_bytes(d: Dimensions, compute: int, *, trains_all: bool, wide_norms: b
     that share it, unless each converts it for itself; with dropout the dropped copy as well, and a mask of one byte.
     Compiled, a norm keeps its input as it came, and the activated gate is computed again.
     """
-    product_again = not trains_all and not dropout
+    product_again = not trains_all and not dropout and not adapter.alone
+    outputs = adapter.outputs * compute * (d.query + 2 * d.key_value + 2 * d.hidden + 2 * d.intermediate)
     attention = compute * 2 * (d.query + d.key_value)
     if compiled:
-        return compute * (4 * d.hidden + (2 if product_again else 3) * d.intermediate) + attention
+        return compute * (4 * d.hidden + (2 if product_again else 3) * d.intermediate) + attention + outputs
     norms = 2 * d.hidden * (FP32 + (compute if trains_all else 0))
     mlp = compute * (2 if product_again else 3) * d.intermediate
-    inputs = compute * ((5 if wide_norms else 2) * d.hidden + (0 if product_again else d.intermediate))
+    converts = wide_norms or (adapter.converts and compute < FP32)
+    inputs = compute * ((5 if converts else 2) * d.hidden + (0 if product_again else d.intermediate))
+    if adapter.converts and compute < FP32:
+        inputs += compute * d.query
     if dropout:
-        inputs += (compute + 1) * (2 * d.hidden + d.query + d.intermediate)
-    return norms + attention + mlp + inputs
+        inputs += (compute + 1) * ((5 if adapter.alone else 2) * d.hidden + d.query + d.intermediate)
+    return norms + attention + mlp + inputs + outputs
 
 
 def quantized_bytes(parameters: Parameters, compute: int, quantization: Quantization | None) -> int:

@@ -8,9 +8,16 @@ from transformers import PreTrainedModel
 from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
 from raytune_llm.models.adapters.bank import LoraBank, Weights
 from raytune_llm.models.adapters.in_peft import PeftAdapters
+from raytune_llm.models.adapters.method import Kept
+from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.adapters.protocol import OWN, Adapters
 
-__all__ = ["OWN", "Adapters", "LoraBank", "PeftAdapters", "Weights", "adapt"]
+__all__ = ["OWN", "Adapters", "Kept", "LoraBank", "PeftAdapters", "Weights", "adapt", "kept_by"]
+
+
+def kept_by(adapter: AdapterConfig) -> Kept:
+    """What its layers keep for the backward pass."""
+    return Kept() if adapter.trains_base else METHODS[adapter.name].kept
 
 
 def adapt(model: PreTrainedModel, adapter: AdapterConfig | SavedAdapter, *, scores: bool = False) -> nn.Module:

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from raytune_llm.models.adapters.lora import lora, rank_fits
-from raytune_llm.models.adapters.method import Method
+from raytune_llm.models.adapters.method import Kept, Method
 from raytune_llm.models.stored import Stored
 
 
@@ -34,4 +34,6 @@ def measure_stored(model: nn.Module, key: str) -> None:
             lengths.weight.copy_(torch.linalg.norm(weight.read(torch.device("cpu")), dim=1))
 
 
-DORA = Method(config=partial(lora, use_dora=True), describes=describes, check=rank_fits, begin=measure_stored, grouped=False)
+KEPT = Kept(alone=True, outputs=2)
+"""What the base layer gave, and what A and B did: the length's gradient needs both."""
+DORA = Method(config=partial(lora, use_dora=True), describes=describes, check=rank_fits, begin=measure_stored, kept=KEPT)

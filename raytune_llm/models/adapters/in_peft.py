@@ -62,7 +62,7 @@ class PeftAdapters:
     def described(self, device_type: str) -> str | None:
         configs = self._peft.peft_config.values() if self._peft else ()
         kinds = {kind: method for kind, method in METHODS.items() if any(map(method.describes, configs))}
-        alone = [kind for kind, method in kinds.items() if not method.grouped]
+        alone = [kind for kind, method in kinds.items() if method.kept.alone]
         return f"a layer at a time, as PEFT computes {alone[0]}" if alone else described(self._base, device_type)
 
     def add(self, name: str, source: AdapterConfig | SavedAdapter) -> None:

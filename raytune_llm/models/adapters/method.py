@@ -23,6 +23,20 @@ Layers = Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What the layers of a kind keep of their activations for the backward pass, where it is not what LoRA's keep in groups."""
+
+    alone: bool = False
+    """Each is computed by itself, by PEFT, and makes nothing of its input again."""
+    outputs: int = 0
+    """So many numbers for each of its output's."""
+    converts: bool = False
+    """Each keeps its input as it has converted it, shared or not."""
+    drops_inputs: bool = True
+    """adapter.dropout is of the input."""
+
+
+@dataclass(frozen=True)
 class Method:
     """A kind of adapter."""
 
@@ -34,8 +48,7 @@ class Method:
     """(layers, **settings): raises ConfigError where the settings don't fit one of the layers."""
     begin: Callable[[nn.Module, str], None] = lambda model, key: None
     """Called with the model and PEFT's name of the adapter once it is in the layers, where it is new."""
-    grouped: bool = True
-    """grouped.py knows its products; if not, PEFT computes it, a layer at a time."""
+    kept: Kept = Kept()
 
 
 def targeted(model: PreTrainedModel, targets: str | list[str], last_layers: int | None) -> Layers:

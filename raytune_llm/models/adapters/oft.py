@@ -8,7 +8,7 @@ from __future__ import annotations
 from peft import OFTConfig, PeftConfig
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.adapters.method import Layers, Method, sides
+from raytune_llm.models.adapters.method import Kept, Layers, Method, sides
 
 
 def oft(*, block_size: int, dropout: float) -> OFTConfig:
@@ -28,4 +28,6 @@ def blocks_fit(layers: Layers, *, block_size: int, **settings: float) -> None:
             raise ConfigError("adapter.block_size", rule, got=block_size, fix="Take another, or name other adapter.targets.")
 
 
-OFT = Method(config=oft, describes=describes, check=blocks_fit, grouped=False)
+KEPT = Kept(alone=True, converts=True, drops_inputs=False)
+"""PEFT turns inputs in float32, and products take them back."""
+OFT = Method(config=oft, describes=describes, check=blocks_fit, kept=KEPT)

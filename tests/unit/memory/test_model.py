@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
-from raytune_llm.config.adapter import LoRA, NoAdapter
+from raytune_llm.config.adapter import OFT, DoRA, LoRA, NoAdapter
 from raytune_llm.config.load import load_config
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.memory.model import (
@@ -26,6 +26,7 @@ from raytune_llm.memory.model import (
     memory_per_gpu,
     quantized_bytes,
 )
+from raytune_llm.models.adapters import kept_by
 from raytune_llm.models.head import TRAINED_CHUNKS
 from raytune_llm.models.policy import DTYPES, build_policy
 from raytune_llm.models.quantization.nf4 import NF4
@@ -52,6 +53,14 @@ FULL = NoAdapter(name="none")
 
 def lora(rank: int = 8, dropout: float = 0.0) -> LoRA:
     return LoRA(name="lora", rank=rank, alpha=16.0, dropout=dropout, targets="all-linear", last_layers=None, path=None)
+
+
+def dora(dropout: float = 0.0) -> DoRA:
+    return DoRA(name="dora", rank=8, alpha=16.0, dropout=dropout, targets="all-linear", last_layers=None, path=None)
+
+
+def oft() -> OFT:
+    return OFT(name="oft", block_size=32, dropout=0.0, targets="all-linear", last_layers=None, path=None)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +98,11 @@ def test_estimates_come_within_a_tenth_of_peaks_measured_on_an_h100(llama_with_l
 
 @pytest.mark.parametrize(
     ("adapter", "precision"),
-    [(lora(), "bf16"), (lora(), "fp32"), (lora(dropout=0.1), "bf16"), (FULL, "bf16"), (FULL, "fp32")],
-    ids=["lora-bf16", "lora-fp32", "lora-dropout-bf16", "full-bf16", "full-fp32"],
+    [
+        *((adapter, precision) for adapter in (lora(), dora(), oft(), FULL) for precision in ("bf16", "fp32")),
+        *((adapter, "bf16") for adapter in (lora(dropout=0.1), dora(dropout=0.1))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.name}-{value.dropout}",
 )
 def test_activations_are_what_autograd_keeps(adapter, precision):
     tokens, compute = 512, {"bf16": 2, "fp32": 4}[precision]
@@ -106,7 +118,8 @@ def test_activations_are_what_autograd_keeps(adapter, precision):
         states,
         compute=compute,
         tokens=tokens,
-        dropout=adapter.name == "lora" and adapter.dropout > 0,
+        dropout=adapter.dropout > 0,
+        adapter=kept_by(adapter),
         chunk_tokens=1,
     )
     assert estimate.activations == pytest.approx(kept, rel=0.1)
