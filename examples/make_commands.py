@@ -229,11 +229,16 @@ def new(intent: Callable[[Random], tuple[str, Command]], rng: Random, seen: set[
             return said, written
 
 
-def main() -> None:
+def made() -> list[tuple[str, str]]:
+    """The requests and commands of the file, in its order."""
     rng = Random(SEED)
-    made = list(islice(rows(rng), NUM_ROWS))
-    rng.shuffle(made)
-    for request, command in made:
+    pairs = list(islice(rows(rng), NUM_ROWS))
+    rng.shuffle(pairs)
+    return pairs
+
+
+def main() -> None:
+    for request, command in made():
         turns = (("system", SYSTEM), ("user", request), ("assistant", command))
         row = {"messages": [{"role": role, "content": content} for role, content in turns]}
         sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -10,6 +10,7 @@ import time
 import warnings
 from importlib import import_module
 from keyword import iskeyword
+from typing import Any
 
 BEGAN = time.time()
 VERBS = {
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         return _run(verb, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        if error.instead and (command := _instead(verb, argv, error.instead)) is not None:
+            print(f"This works here: {command}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
@@ -42,17 +45,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(verb: str | None, argv: list[str]) -> int:
+    from raytune_llm import packaged
     from raytune_llm.config import command_line
+    from raytune_llm.config.run import PrepareRun, TrainRun
 
     if any(flag in argv for flag in ("--help", "-h")):
         print(command_line.usage(verb, VERBS))
         return 0
     call = command_line.parse(verb or "train", argv)
     module = f"raytune_llm.commands.{call.verb}{'_' if iskeyword(call.verb) else ''}"
-    verb_main = lambda run: import_module(module).main(run)  # noqa: E731
+
+    def verb_main(run: Any) -> int:
+        if isinstance(run, TrainRun | PrepareRun):
+            packaged.check_models(run)  # before what is slow to import
+        return import_module(module).main(run)
+
     if call.hydra_flags:
         return command_line.run_hydra(call, verb_main)
     return verb_main(command_line.load(call))
+
+
+def _instead(verb: str | None, argv: list[str], override: str) -> str | None:
+    from raytune_llm.config import command_line
+
+    return command_line.with_override(verb, argv, override)
 
 
 def _unknown_verb(word: str) -> Exception:

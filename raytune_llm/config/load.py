@@ -35,8 +35,25 @@ from raytune_llm.errors import ConfigError
 
 UNEXPECTED = ("unexpected_keyword_argument", "extra_forbidden")
 """How pydantic calls a setting that there is not."""
-OmegaConf.register_new_resolver("examples", lambda name: str(CONF.parent / "examples" / name), replace=True)
-"""${examples:rows.jsonl} in YAML is a file of examples/, which lies beside conf/."""
+EXAMPLES = CONF.parent / "examples"
+
+
+def _example(name: str, *, _parent_: DictConfig) -> str | None:
+    return None if _parent_.get("dataset_info") else str(EXAMPLES / name)
+
+
+OmegaConf.register_new_resolver("examples", _example, replace=True)
+"""${examples:rows.jsonl} in YAML is a file of examples/, which lies beside conf/; null in a section whose dataset_info takes its
+place."""
+
+
+def _with_examples(value: Any, otherwise: Any, *, _parent_: DictConfig) -> Any:
+    path = _parent_.get("path")
+    return value if path is not None and Path(str(path)).parent == EXAMPLES else otherwise
+
+
+OmegaConf.register_new_resolver("with_examples", _with_examples, replace=True)
+"""${with_examples:0.1,0.0} in YAML is 0.1 where the section's path is a file of examples/, and 0.0 where it is a user's own."""
 
 
 def _with_loss(loss: str, value: Any, *, _parent_: DictConfig) -> Any:

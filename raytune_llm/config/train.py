@@ -30,6 +30,8 @@ class LoopConfig:
     log_every_steps: PositiveInt
     eval_every_steps: PositiveInt | None
     """none: at each epoch's end, where there is an eval split."""
+    eval_on_start: bool
+    """Also before the first step, where there is an eval split: what training starts from."""
     early_stopping: PositiveInt | None
     """Stop after so many evaluations without a lower loss."""
     exact_match_rows: NonNegativeInt

@@ -322,7 +322,7 @@ TRAINING: Table = {
     "eval_strategy": Joined("no", rules.evaluation),
     "eval_steps": Joined(None, rules.evaluation),
     "eval_delay": NoEffect("evaluation comes every train.eval_every_steps"),
-    "eval_on_start": NoEffect("evaluation comes every train.eval_every_steps"),
+    "eval_on_start": Becomes(False, "train.eval_on_start"),
     "eval_accumulation_steps": NoEffect("losses are summed as they come"),
     "eval_do_concat_batches": NoEffect("losses are summed as they come"),
     "eval_use_gather_object": NoEffect("losses are summed as they come"),

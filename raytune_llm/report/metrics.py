@@ -1,7 +1,8 @@
 """What a run says about itself: metrics.jsonl while it trains, summary.json at its end.
 
-A record is a flat mapping with `step` (counted from 1) and, in this order where they apply: epoch, loss, lr, grad_norm,
-tokens_seen, tokens_per_s, mfu, memory_gib, then the stage's own metrics. A record of an evaluation holds eval_loss.
+A record is a flat mapping with `step` (counted from 1; 0 is an evaluation before the first) and, in this order where they apply:
+epoch, loss, lr, grad_norm, tokens_seen, tokens_per_s, mfu, memory_gib, then the stage's own metrics. A record of an evaluation
+holds eval_loss.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from raytune_llm.stages import STAGES
 def check(run: TrainRun) -> None:
     """Raises a UserError for a run that can't be."""
     check_tracker(run.tracking)
+    packaged.check_models(run)
     check_devices(run)
     stage = STAGES[run.stage.name]
     kind = KINDS[stage.kind]

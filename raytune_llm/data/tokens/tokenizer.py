@@ -83,7 +83,7 @@ def load_tokenizer(
         return byte_tokenizer()
     setting, place = ("model.path", path) if kind is None else ("model.tokenizer", kind)
     assert place is not None, "model.path or model.tokenizer is given"
-    folder = packaged.resolve(place)
+    folder = packaged.resolve(place, setting)
     try:
         tokenizer: Any = _loader(Path(folder)).from_pretrained(
             folder, revision=revision if kind is None else None, trust_remote_code=trust_remote_code

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
@@ -94,8 +96,28 @@ def test_every_option_of_every_group_composes(group):
 
 
 @pytest.mark.parametrize("experiment", load.options("experiment"))
-def test_every_experiment_composes(experiment):
-    load_config("train", [f"+experiment={experiment}", DATA])
+def test_every_experiment_is_complete_as_it_is(experiment):
+    run = load_config("train", [f"+experiment={experiment}"])
+    assert Path(run.data.path).is_file()
+    assert run.data.evaluates and (run.train.eval_on_start or run.train.exact_match_rows)
+
+
+@pytest.mark.parametrize("experiment", load.options("experiment"))
+def test_a_users_own_data_take_the_place_of_an_experiments(experiment):
+    assert load_config("train", [f"+experiment={experiment}", DATA]).data.path == "rows.jsonl"
+    run = load_config("train", [f"+experiment={experiment}", "data.dataset_info=info.json", "data.names=[mine]"])
+    assert run.data.path is None
+
+
+def test_another_data_set_by_name_takes_the_place_of_an_experiments():
+    run = load_config("train", ["+experiment=dpo_qwen", "data=ultrafeedback_binarized"])
+    assert (run.data.path, run.data.split) == ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")
+
+
+def test_a_part_of_a_trials_own_rows_is_held_out_and_of_a_users_only_what_is_asked_for():
+    assert load_config("train", ["+experiment=sft_full_tiny"]).data.eval_fraction == 0.1
+    assert load_config("train", ["+experiment=sft_full_tiny", DATA]).data.eval_fraction == 0
+    assert load_config("train", ["+experiment=sft_full_tiny", DATA, "data.eval_path=held_out.json"]).data.evaluates
 
 
 @settings(max_examples=10)

