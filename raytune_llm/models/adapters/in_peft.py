@@ -73,6 +73,8 @@ class PeftAdapters:
         """The adapter that the policy is for: the first one, at work from now on, and trained."""
         self._put(OWN, OWN, source)
         self.model = adapted = cast(PeftModel, self._peft)
+        for switch in self._switches:
+            switch.cast_input_dtype_enabled = False  # autocast casts what it needs to; a copy in float32 would be for nothing
         for parameter in names_of(adapted, OWN).values():
             parameter.requires_grad_(True)
 
@@ -197,7 +199,4 @@ class PeftAdapters:
 
 def _switches(model: nn.Module) -> list[Any]:
     """PEFT's layers that know which adapter is at work."""
-    found: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    for module in found:
-        module.cast_input_dtype_enabled = False  # autocast casts what it needs to; a copy in float32 would be for nothing
-    return found
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytune_llm.config.adapter import LoRA, SavedAdapter
 from raytune_llm.models.adapters import OWN, PeftAdapters
@@ -103,3 +104,18 @@ def test_a_new_adapter_beside_others_is_frozen_and_not_at_work(folders: list[Pat
     assert torch.equal(model(IDS).logits, before)
     assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
     assert not adapters.trained("two")
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_an_adapter_over_a_base_in_16_bits_computes_without_autocast_too(family: str, tmp_path: Path) -> None:
+    """Adapters are kept in float32, and engines call the model as it is."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, pad_token_id=0, **sizes)
+    model, other = (AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16) for _ in range(2))
+    own = PeftAdapters(other)
+    own.add_own(lora())
+    own.save(OWN, tmp_path)
+    adapters = PeftAdapters(model.eval())
+    adapters.add("served", saved(tmp_path))
+    with torch.no_grad(), adapters.using("served"):
+        assert model(IDS).logits.dtype == torch.bfloat16
