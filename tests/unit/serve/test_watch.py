@@ -1,0 +1,88 @@
+"""Output folders become models while the server runs: the engine is real, the model is a toy."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raytune_llm.engines.native.engine import NativeEngine
+from raytune_llm.engines.requests import Request, Sampling
+from raytune_llm.serve.watch import Watcher
+from tests.toy_engine import END, Tokenizer, ToyRunner, adapter_folder, answer
+
+
+@pytest.fixture
+def engine() -> Iterator[NativeEngine]:
+    made = NativeEngine(ToyRunner(), Tokenizer(), end_ids=[END], max_length=100)
+    yield made
+    made.close()
+
+
+def names(engine: NativeEngine) -> set[str]:
+    return {one.name for one in engine.adapters()}
+
+
+def finished(outputs: Path, run: str, weights: int) -> Path:
+    """As a run writes it: beside, then renamed."""
+    (outputs / run).mkdir(parents=True, exist_ok=True)
+    beside = adapter_folder(outputs / run / ".final-new", weights)
+    shutil.rmtree(outputs / run / "final", ignore_errors=True)
+    return beside.rename(outputs / run / "final")
+
+
+def asked(engine: NativeEngine, name: str) -> list[int]:
+    return list(engine.submit(Request(prompt_ids=[5], adapter=name, sampling=Sampling(max_new_tokens=4))).result().ids)
+
+
+def test_runs_become_models_by_their_names_and_go_with_their_folders(engine: NativeEngine, tmp_path: Path):
+    watcher = Watcher(tmp_path, engine, base_name="base")
+    watcher.look()
+    assert names(engine) == set()
+    finished(tmp_path, "one", 1)
+    (tmp_path / "two").mkdir()
+    watcher.look()
+    assert names(engine) == {"one"}
+    finished(tmp_path, "two", 2)
+    shutil.rmtree(tmp_path / "one")
+    watcher.look()
+    assert names(engine) == {"two"}
+
+
+def test_a_run_that_writes_again_is_a_new_version(engine: NativeEngine, tmp_path: Path):
+    watcher = Watcher(tmp_path, engine, base_name="base")
+    finished(tmp_path, "mine", 1)
+    watcher.look()
+    assert asked(engine, "mine") == answer([5], 1, 4)
+    finished(tmp_path, "mine", 2)
+    watcher.look()
+    assert asked(engine, "mine") == answer([5], 2, 4)
+
+
+def test_what_does_not_fit_is_said_once_and_tried_again_when_it_changed(engine: NativeEngine, tmp_path: Path):
+    told: list[str] = []
+    watcher = Watcher(tmp_path, engine, base_name="base", told=told.append)
+    finished(tmp_path, "mine", -1)
+    finished(tmp_path, "base", 1)
+    for _ in range(3):
+        watcher.look()
+    assert names(engine) == set() and len(told) == 2 and "must not be the base's" in told[0]
+    finished(tmp_path, "mine", 3)
+    watcher.look()
+    assert asked(engine, "mine") == answer([5], 3, 4)
+
+
+def test_it_looks_by_itself(engine: NativeEngine, tmp_path: Path):
+    watcher = Watcher(tmp_path, engine, base_name="base", interval_s=0.02)
+    watcher.start()
+    try:
+        finished(tmp_path, "late", 1)
+        until = time.monotonic() + 5
+        while names(engine) != {"late"} and time.monotonic() < until:
+            time.sleep(0.01)
+        assert names(engine) == {"late"}
+    finally:
+        watcher.stop()
