@@ -7,18 +7,21 @@ whole: final/ is written beside and renamed, a checkpoint has its COMPLETE.
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 from raytune_llm.errors import UserError
+from raytune_llm.runs.checkpoint_adapter import adapter_of_checkpoint
 from raytune_llm.serve.adapters import checked_folder, checked_name
+from raytune_llm.train.checkpoint import complete_steps, path_of
 
 log = logging.getLogger("raytune_llm.serve")
 INTERVAL_S = 1.0
 Stamp = tuple[int, int, int]
-"""By which a changed folder is known: inode, size and time of its weights."""
+"""By which a changed folder is known: inode, size and time of its first file."""
 
 
 class Adapters(Protocol):
@@ -44,6 +47,7 @@ class Watcher:
         self._served: dict[str, tuple[Path, Stamp]] = {}
         self._refused: dict[str, tuple[Path, Stamp]] = {}
         """What did not fit is not tried again until it changes."""
+        self._written = tempfile.TemporaryDirectory(prefix="raytune-llm-watch-")
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -55,6 +59,7 @@ class Watcher:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._written.cleanup()
 
     def look(self) -> None:
         """Once: what is new, what changed, and what went."""
@@ -64,7 +69,11 @@ class Watcher:
                 continue
             try:
                 checked_name(name, self._base_name)
-                version = self._engine.add_adapter(name, checked_folder(str(place), [self._folder]))
+                folder = self._of_checkpoint(place) if place.parent.name == "checkpoints" else place
+                if folder is None:
+                    self._refused[name] = (place, stamp)
+                    continue
+                version = self._engine.add_adapter(name, checked_folder(str(folder), [self._folder, Path(self._written.name)]))
             except UserError as error:
                 self._refused[name] = (place, stamp)
                 self._told(f"{name} is not served: {error}")
@@ -75,6 +84,12 @@ class Watcher:
             del self._served[name]
             self._engine.remove_adapter(name)
             self._told(f"{name} is no longer served: its folder went")
+
+    def _of_checkpoint(self, place: Path) -> Path | None:
+        """Its adapter in a folder of this server's own, from which weights that left host memory are read again."""
+        run, step = place.parent.parent, int(place.name.removeprefix("step-"))
+        folder = Path(self._written.name) / f"{run.name}-{step}"
+        return folder if adapter_of_checkpoint(run, step, folder) else None
 
     def _run(self) -> None:
         while not self._stopping.wait(self._interval_s):
@@ -87,27 +102,17 @@ class Watcher:
         if not self._folder.is_dir():
             return
         for run in sorted(self._folder.iterdir()):
-            if (stamp := _stamp(run / "final")) is not None:
+            if (stamp := _stamp(run / "final", "adapter_model.safetensors", "adapter_config.json")) is not None:
                 yield run.name, (run / "final", stamp)
-            if (newest := _newest_checkpoint(run)) is not None and (stamp := _stamp(newest[1])) is not None:
-                yield f"{run.name}@{newest[0]}", (newest[1], stamp)
+            steps = complete_steps(run / "checkpoints")
+            if steps and (stamp := _stamp(place := path_of(run / "checkpoints", steps[-1]), "progress.json")) is not None:
+                yield f"{run.name}@{steps[-1]}", (place, stamp)
 
 
-def _stamp(folder: Path) -> Stamp | None:
-    """None where there is no adapter."""
+def _stamp(folder: Path, *files: str) -> Stamp | None:
+    """Of the first of these files; None where they are not all there."""
     try:
-        weights = (folder / "adapter_model.safetensors").stat()
-        (folder / "adapter_config.json").stat()
+        first, *_ = [(folder / name).stat() for name in files]
     except OSError:
         return None
-    return weights.st_ino, weights.st_size, weights.st_mtime_ns
-
-
-def _newest_checkpoint(run: Path) -> tuple[int, Path] | None:
-    """Its step, and the adapter in it."""
-    steps = [
-        int(number)
-        for folder in (run / "checkpoints").glob("step-*")
-        if (number := folder.name.removeprefix("step-")).isdigit() and (folder / "COMPLETE").exists()
-    ]
-    return (max(steps), run / "checkpoints" / f"step-{max(steps)}" / "adapter") if steps else None
+    return first.st_ino, first.st_size, first.st_mtime_ns

@@ -133,7 +133,7 @@ class Checkpoints:
                 raise DataError(
                     str(folder), f"holds other parameters than this run trains (such as {missing[0]})", "Set resume=never."
                 )
-            with _one_process_is_meant():
+            with one_process_is_meant():
                 dcp.load(state, storage_reader=FileSystemReader(folder), process_group=self._group, no_dist=self._group is None)
 
         fill(sizes, read)
@@ -147,7 +147,7 @@ class Checkpoints:
             if self._group is not None:
                 dist.barrier(self._group)
             writer = FileSystemWriter(folder / "state", single_file_per_rank=True)
-            with _one_process_is_meant():
+            with one_process_is_meant():
                 dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
             hashes = self._hashes(folder / "state")
             if self.rank == 0:
@@ -270,7 +270,7 @@ def remove(folder: Path, step: int) -> None:
 
 
 @contextmanager
-def _one_process_is_meant() -> Iterator[None]:
+def one_process_is_meant() -> Iterator[None]:
     """torch warns that without a process group it takes one process for all."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from raytune_llm import api
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.requests import Request, Sampling
+from raytune_llm.runs.checkpoint_adapter import adapter_of_checkpoint
 from raytune_llm.serve.watch import Watcher
+from tests.runs import tiny_run
 from tests.toy_engine import END, Tokenizer, ToyRunner, adapter_folder, answer
 
 
@@ -86,3 +91,15 @@ def test_it_looks_by_itself(engine: NativeEngine, tmp_path: Path):
         assert names(engine) == {"late"}
     finally:
         watcher.stop()
+
+
+def test_the_newest_checkpoint_of_a_run_is_its_adapter(chat_rows: str, cache: str, tmp_path: Path):
+    """Of the checkpoint of its last step: what final/ holds."""
+    run = tiny_run(
+        chat_rows, cache, tmp_path / "mine", "adapter=lora", "adapter.rank=4", "train.max_steps=2", "checkpoint.every_steps=1"
+    )
+    api.train(run)
+    assert adapter_of_checkpoint(tmp_path / "mine", 2, tmp_path / "made")
+    made, final = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "made", tmp_path / "mine/final"))
+    assert made.keys() == final.keys() and all(torch.equal(made[name], final[name]) for name in made)
+    assert any(value.abs().max() > 0 for name, value in made.items() if "lora_B" in name)

@@ -1,0 +1,58 @@
+"""The adapter that a checkpoint holds, as files that PEFT and a server load: of a run that still trains, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from raytune_llm.config.load import load_config as load_run
+from raytune_llm.errors import DataError
+from raytune_llm.models.adapters import OWN, PeftAdapters
+from raytune_llm.models.load import load_config, load_model
+from raytune_llm.train.checkpoint import one_process_is_meant, path_of
+
+PARAMETERS = "parameters.model."
+"""What the names of trained parameters begin with in a checkpoint's state."""
+
+
+def adapter_of_checkpoint(run_folder: Path, step: int, into: Path) -> bool:
+    """Write the adapter of step `step` into a folder; False where the run trains all of its model.
+
+    The model is made without its weights. Raises a UserError where the checkpoint or the run's settings can't be read.
+    """
+    run = load_run("train", config_dir=run_folder, config_name="run")
+    if run.adapter.trains_base:
+        return False
+    model = run.model
+    place = path_of(run_folder / "checkpoints", step) / "state"
+    try:
+        entries = FileSystemReader(place).read_metadata().state_dict_metadata
+        state = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in entries.items()
+            if name.startswith(PARAMETERS) and isinstance(entry, TensorStorageMetadata)
+        }
+        with one_process_is_meant():
+            dcp.load(state, storage_reader=FileSystemReader(place), no_dist=True)
+    except (OSError, EOFError, ValueError, dcp.api.CheckpointException) as error:
+        raise DataError(str(place), f"can't be read ({error})") from None
+    config = load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    skeleton = load_model(
+        config,
+        model.path,
+        weights=model.weights,
+        dtype=torch.float32,
+        seed=0,
+        device="meta",
+        trust_remote_code=model.trust_remote_code,
+    )
+    with torch.device("meta"):
+        adapters = PeftAdapters(skeleton)
+        adapters.add_own(run.adapter)
+    parameters = {name.removeprefix(PARAMETERS): value for name, value in state.items()}
+    adapters.save(OWN, into, base_model=model.path, parameters=parameters)
+    return True
