@@ -33,8 +33,8 @@ class Route(Protocol):
     """For the tokens of one forward pass."""
 
     def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs [T, O] of layers that share the input x, with what the adapters add. a, b: the bank of each layer, of G + 1
-        slots, the last of zeros."""
+        """The outputs [T, O] of layers that share the input x, with what the adapters add; outs may be changed. a, b: the bank of
+        each layer, of G + 1 slots, the last of zeros."""
         ...
 
 
@@ -121,10 +121,10 @@ class Masked:
         T, C = self.mask_TC.shape
         a_CK = [a_GRK[:-1].flatten(0, 1) for a_GRK in a]
         low_TLC = (x_TK @ (a_CK[0] if len(a_CK) == 1 else torch.cat(a_CK)).T).view(T, len(a), C) * self.mask_TC[:, None]
-        return [
-            torch.addmm(out, low_TC, b_GRO[:-1].flatten(0, 1))
-            for out, low_TC, b_GRO in zip(outs, low_TLC.unbind(1), b, strict=True)
-        ]
+        # In their place where nothing goes back through them: else torch copies an output before it adds to it.
+        add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+        lows = zip(outs, low_TLC.unbind(1), b, strict=True)
+        return [add(out_TO, low_TC, b_GRO[:-1].flatten(0, 1)) for out_TO, low_TC, b_GRO in lows]
 
 
 @torch.library.custom_op("raytune_llm::grouped_product", mutates_args=())
