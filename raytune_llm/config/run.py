@@ -100,17 +100,21 @@ class ServeRun:
 
     def __post_init__(self) -> None:
         _model_is_given(self.model)
-        serve, keys = self.serve, [os.environ.get(API_KEY), os.environ.get(ADMIN_KEY)]
-        if not serve.on_loopback and serve.api_key is None and not keys[0] and serve.write is None:
+        serve = self.serve
+        if not serve.on_loopback and serve.api_key is None and not os.environ.get(API_KEY):
             raise ConfigError(
                 "serve.api_key",
                 "must be given where serve.host is no loopback address: everybody who reaches it could ask",
                 got="null",
                 fix=f"Set {API_KEY} in the environment, or serve.host=127.0.0.1.",
             )
-        if serve.write is not None and self.resources.name == "inline":
-            fix = "Take resources=cluster."
-            raise ConfigError("serve.write", "needs Ray Serve, which resources=inline does without", got=serve.write, fix=fix)
+        if self.resources.name != "inline":
+            raise ConfigError(
+                "resources",
+                "must be inline to serve: one process without Ray; Ray Serve is not built yet",
+                got=self.resources.name,
+                fix="Take resources=inline.",
+            )
 
 
 API_KEY, ADMIN_KEY = "RAYTUNE_LLM_API_KEY", "RAYTUNE_LLM_ADMIN_KEY"

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -46,17 +46,11 @@ class ServeConfig:
     template: str | None
     """A named chat template; null: the tokenizer's own."""
     log_level: Literal["debug", "info", "warning", "error"]
-    write: str | None
-    """Write Ray Serve's config, which a RayService takes, to this file, and serve nothing."""
-    replicas: PositiveInt | list[PositiveInt]
-    """Engines on Ray Serve: a number, or [fewest, most] that follow the load."""
 
     def __post_init__(self) -> None:
         for setting, key in (("serve.api_key", self.api_key), ("serve.admin_key", self.admin_key)):
             if key is not None and len(key) < MIN_KEY:
                 raise ConfigError(setting, f"must have at least {MIN_KEY} characters", got="a shorter one")
-        if isinstance(self.replicas, list) and (len(self.replicas) != 2 or self.replicas[0] > self.replicas[1]):
-            raise ConfigError("serve.replicas", "must be a number, or [fewest, most]", got=self.replicas)
         if "@" in "".join(self.adapters):
             fix = "Take another name: `name@step` are checkpoints of serve.watch."
             raise ConfigError("serve.adapters", "must hold no name with an @", got=sorted(self.adapters), fix=fix)
@@ -90,33 +84,5 @@ class NativeEngine:
     """Layers are compiled and decoding steps captured as CUDA graphs. auto: on a GPU."""
 
 
-@section
-class HFEngine:
-    """transformers' generate, one adapter at a time: for models whose cache is not keys and values."""
-
-    name: Literal["hf"]
-    max_rows: PositiveInt
-
-
-@section
-class VLLMEngine:
-    """vLLM in an environment of its own, since its versions of torch and transformers are not ours."""
-
-    name: Literal["vllm"]
-    packages: list[str]
-    """For pip, in the engine's Ray runtime environment; empty: vLLM is in this one."""
-    settings: dict[str, Any]
-    """Of vLLM's AsyncEngineArgs, as they are called there."""
-
-
-@section
-class SGLangEngine:
-    """SGLang in an environment of its own."""
-
-    name: Literal["sglang"]
-    packages: list[str]
-    settings: dict[str, Any]
-    """Of sglang.Engine, as they are called there."""
-
-
-EngineConfig = Annotated[NativeEngine | HFEngine | VLLMEngine | SGLangEngine, Field(discriminator="name")]
+EngineConfig = NativeEngine
+"""A union by name, once there is a second one."""

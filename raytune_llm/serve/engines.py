@@ -15,7 +15,7 @@ from raytune_llm.data.templates.named import apply_to_tokenizer, load, stop_toke
 from raytune_llm.data.tokens.tokenizer import load_tokenizer
 from raytune_llm.engines.engine import Engine
 from raytune_llm.engines.native.build import Serving, native_engine
-from raytune_llm.errors import UserError
+from raytune_llm.errors import ConfigError, UserError
 from raytune_llm.models.load import load_config
 from raytune_llm.models.policy import choose_precision
 from raytune_llm.serve.backend import ModelFacts
@@ -65,6 +65,11 @@ def _serving(run: ServeRun) -> Serving:
     tokenizer, ends = tokenizer_of(run)
     model = run.model
     config = load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    if _scores(config):
+        raise ConfigError(
+            "model.path", "must be a model that writes text: reward models are not served yet", got=str(model.path),
+            fix="Score with transformers or PEFT, which load it.",
+        )  # fmt: skip
     return Serving(
         model=model,
         quantization=run.quantization,
