@@ -126,6 +126,7 @@ def recipe_of(stage: str, model: Any, data: DataConfig) -> Recipe:
     preprocessor = pipeline._preprocessor(model, data, KIND_OF_STAGE[stage])
     return Recipe(
         preprocessor.kind,
+        (),
         lambda record: record,
         preprocessor.renderer,
         BlockTokenizer(preprocessor.tokenizer),

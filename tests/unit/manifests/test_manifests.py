@@ -110,7 +110,7 @@ def test_a_broken_manifest_is_refused(overlay, path, value, problem):
     ("before", "after", "problem"),
     [
         ("checkpoint.every_steps", "checkpoint.every_step", "Did you mean"),
-        ("num_workers=8", "num_workers=16", "must be the nodes' 8 GPUs"),
+        ("num_workers=8", "num_workers=16 train.global_batch_size=16", "must be the nodes' 8 GPUs"),
         ("num_workers=8", "num_workers=8 train.global_batch_size=12", "must be a multiple of train.micro_batch_size"),
         ("resources=cluster resources.num_workers=8", "resources=local", "resources must be cluster"),
         ("/shared/outputs", "outputs", "output_dir must be in /shared"),

@@ -79,7 +79,14 @@ def learner_of(objective: Objective | None = None, enrichers: Any = ()) -> loop.
 
 
 def settings_of(total_steps: int, **others: Any) -> loop.LoopSettings:
-    usual = {"log_every": 1, "eval_every": None, "save_every": 2, "save_best": False, "early_stopping": None}
+    usual = {
+        "log_every": 1,
+        "eval_every": None,
+        "save_every": 2,
+        "save_best": False,
+        "early_stopping": None,
+        "eval_on_start": False,
+    }
     return loop.LoopSettings(
         total_steps=total_steps, learning_rate=lambda step: 1e-2, max_nonfinite_steps=0, seed=0, **{**usual, **others}
     )

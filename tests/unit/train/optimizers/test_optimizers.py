@@ -90,5 +90,5 @@ def test_gradient_descent_without_momentum_keeps_nothing() -> None:
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 def test_muon_is_refused_where_matrices_are_flattened(strategy: str) -> None:
-    with pytest.raises(ConfigError, match="strategy can't be deepspeed with optimizer=muon: it needs matrices"):
+    with pytest.raises(ConfigError, match=f"strategy can't be {strategy} with optimizer=muon: it needs matrices"):
         settings("muon", f"strategy={strategy}")
