@@ -199,7 +199,7 @@ def _devices() -> tuple[tuple[Gpu, ...], tuple[Attention, ...], list[Finding]]:
         import torch
 
         from raytune_llm.models.attention import Case, choose
-        from raytune_llm.models.policy import DTYPES
+        from raytune_llm.models.build import DTYPES
     except Exception as error:  # a broken installation can raise anything, and to say so is the errand
         fix = "Install the versions listed above anew."
         return (

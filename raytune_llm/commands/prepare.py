@@ -51,7 +51,7 @@ def shares_prompts(run: PrepareRun, kind: str, tokenizer: PreTrainedTokenizerFas
     if not KINDS[kind].can_share_prompts and run.data.share_prompts is not True:
         return False
     # Seconds to import, and only rows of two answers need them.
-    from raytune_llm.models.policy import run_config
+    from raytune_llm.models.build import run_config
     from raytune_llm.runs.stores import shares_prompts
 
     return shares_prompts(run, kind, lambda: run_config(run.model, tokenizer, run.data.max_length))

@@ -1,4 +1,4 @@
-"""Text from a transformers model in this process, batch by batch: for evaluation, for `chat` and for machines without vLLM."""
+"""Text from any transformers model by its own `generate`, batch by batch: for families that have no place in a paged cache."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from raytune_llm.config.adapter import SavedAdapter
 from raytune_llm.data.templates.render import ChatTemplate
 from raytune_llm.engines.requests import Completion, Request, Sampling
 from raytune_llm.models.adapters import Adapters, PeftAdapters
+from raytune_llm.models.generation_config import end_ids_of
 
 
 class HFEngine:
     """Answers requests with a model that is already in memory; it may have several adapters, of which one at a time is in use.
 
-    Prompts are padded on the left. The model may be in the middle of its training: its mode, its adapter in use and the
-    global random state are as before when `generate` returns. Only its attention must be transformers' own, since ours for
-    packs knows no cache (models.attention.detached). Answers are a function of the requests; those that share a batch change
+    Prompts are padded on the left, and attention must be transformers' own. The model's mode, its adapter in use and the global
+    random state are as before when `generate` returns. Answers are a function of the requests; those that share a batch change
     each other's rounding, and where they are drawn, each other's draws.
     """
 
@@ -36,17 +36,12 @@ class HFEngine:
         adapters: Adapters | None = None,
         batch_size: int = 32,
         stop_ids: Sequence[int] = (),
-        device: torch.device | None = None,
-        in_step: bool = False,
     ) -> None:
         """adapters: the model's, where there is an object for them. stop_ids end an answer beside those that model and tokenizer
-        name. device: where the model computes, if not where its weights are. in_step: its parts are spread over the workers of
-        the process group, who all generate, and none stops before the others do."""
+        name."""
         self._adapters: Adapters = adapters or PeftAdapters(model)
         self._model: Any = self._adapters.base
         self._tokenizer, self._batch_size = tokenizer, batch_size
-        self._device: torch.device = device or model.device
-        self._in_step = in_step
         self._added: set[str] = set()
         """Adapters that are the engine's own."""
         self._end_ids = tuple(dict.fromkeys([*end_ids(model, tokenizer), *stop_ids]))
@@ -129,14 +124,13 @@ class HFEngine:
     @torch.no_grad()  # not inference_mode: what it makes (a rotary table, gathered weights) can't be trained with
     def _generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         ids_BT, mask_BT = pad_left(prompts, self._pad_id)
-        device = self._device
+        device = self._model.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(sampling.seed)
             out_BT = self._model.generate(
                 input_ids=ids_BT.to(device),
                 attention_mask=mask_BT.to(device),
                 generation_config=self._config(sampling),
-                synced_gpus=self._in_step,
             )
         return [
             self._completion(new_ids, len(prompt))
@@ -171,9 +165,8 @@ class HFEngine:
 
 def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end an answer: the tokenizer's, which training taught, and those of the model's generation config."""
-    configured = model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    return tuple(dict.fromkeys(token for token in (tokenizer.eos_token_id, *listed) if token is not None))
+    named = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return tuple(dict.fromkeys([*named, *end_ids_of(model.generation_config)]))
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

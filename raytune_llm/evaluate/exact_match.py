@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from raytune_llm.engines.requests import Request, Sampling
+from raytune_llm.engines.requests import Completion, Request, Sampling
 
-if TYPE_CHECKING:
-    from raytune_llm.engines.hf import HFEngine  # two seconds to import, of every command
+
+class Generates(Protocol):
+    """An engine, as far as it is asked here."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class ExactMatch:
 
 
 def exact_match(
-    engine: HFEngine,
+    engine: Generates,
     tokenizer: Any,
     rows: Iterable[tuple[np.ndarray, np.ndarray]],
     *,

@@ -9,14 +9,19 @@ from pathlib import Path
 
 import torch
 
+from raytune_llm.config.adapter import NoAdapter, SavedAdapter
+from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import split_sources
 from raytune_llm.data.store import Store
-from raytune_llm.engines.hf import HFEngine
+from raytune_llm.data.tokens.tokenizer import stop_ids
+from raytune_llm.engines.batch import BatchEngine
 from raytune_llm.evaluate.exact_match import ExactMatch, exact_match
-from raytune_llm.models.load import load_model
-from raytune_llm.models.policy import compute_dtype, run_config
+from raytune_llm.models.build import build_policy, compute_dtype, run_config
+from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.runs.tokenizer import tokenizer_of
+
+NO_ADAPTER = NoAdapter(name="none")
 
 
 def answer_held_out_rows(
@@ -26,33 +31,32 @@ def answer_held_out_rows(
 
     `held_out`: the part of the store's rows that is, or of each source's.
     """
-    trained_whole = final is not None and run.adapter.trains_base
-    model = replace(run.model, path=str(final), weights="pretrained") if trained_whole else run.model
-    adapter = None if trained_whole else final
+    model, adapter = _trained(run, final) if final is not None else (run.model, NO_ADAPTER)
     _, by_source = split_sources(store := Store.open(store_folder), held_out, run.train.seed)
     rows = islice(chain.from_iterable(rows.tolist() for rows in by_source.values()), run.train.exact_match_rows)
-    tokenizer, _ = tokenizer_of(run)
+    tokenizer, template = tokenizer_of(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_model(
+    policy, _ = build_policy(
         run_config(model, tokenizer, run.data.max_length),
-        model.path,
-        weights=model.weights,
-        dtype=compute_dtype(run.train.precision, device) if device.type == "cuda" else torch.float32,
+        model,
+        adapter,
+        compute=compute_dtype(run.train.precision, device),
         seed=run.train.seed,
         device=device,
-        revision=run.model.revision,
-        trust_remote_code=run.model.trust_remote_code,
+        quantization=run.quantization,
+        trains=False,
     )
-    engine = HFEngine(base, tokenizer)
-    if adapter is not None:
-        engine.add_adapter("final", adapter)
-    try:
-        return exact_match(
-            engine,
-            tokenizer,
-            [store.prompt_and_answer(row) for row in rows],
-            max_new_tokens=run.train.max_new_tokens,
-            adapter=None if adapter is None else "final",
-        )
-    finally:
-        engine.close()
+    assert isinstance(policy, CausalLM)
+    return exact_match(
+        BatchEngine(policy, tokenizer, stop_ids=stop_ids(tokenizer, template), device=device),
+        tokenizer,
+        [store.prompt_and_answer(row) for row in rows],
+        max_new_tokens=run.train.max_new_tokens,
+    )
+
+
+def _trained(run: TrainRun, final: Path) -> tuple[ModelConfig, NoAdapter | SavedAdapter]:
+    """What a run saved there: a whole model, or an adapter for its own."""
+    if run.adapter.trains_base:
+        return replace(run.model, path=str(final), weights="pretrained"), NO_ADAPTER
+    return run.model, SavedAdapter(path=str(final), setting="final")

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from raytune_llm.memory.model import dimensions
-from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
+from raytune_llm.models.policy import Policy
 from raytune_llm.models.quantization import QuantizedLinear
 
 PEAK_FLOPS = {
@@ -43,7 +43,7 @@ class Operations:
         return tokens * self.per_token + attention_pairs * self.per_pair
 
 
-def operations(policy: CausalLM, config: Any) -> Operations:
+def operations(policy: Policy, config: Any) -> Operations:
     """Layers below the first that trains run forward alone."""
     embedding = policy.base.get_input_embeddings().weight
     output = policy.base.get_output_embeddings()

@@ -30,8 +30,8 @@ from raytune_llm.memory.model import (
 from raytune_llm.models import attention
 from raytune_llm.models.activations import CHECKPOINTING
 from raytune_llm.models.adapters import Kept, kept_by
+from raytune_llm.models.build import DTYPES
 from raytune_llm.models.load import load_config
-from raytune_llm.models.policy import DTYPES
 from raytune_llm.models.quantization import quantization_of
 from raytune_llm.stages import STAGES
 

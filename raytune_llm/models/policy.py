@@ -1,167 +1,253 @@
-"""The model that a run trains: loaded, adapted, with its attention and its precision."""
+"""A policy: a model with its quantization, its adapters and its attention, for trainer, evaluator, engine and server alike.
+
+There is one path through its layers, for packs in training and for steps over a cache in decoding, so that what is served or
+evaluated is what was trained. What is made of the last hidden states is its subclasses': values of trained tokens and
+next-token logits (causal_lm.py), scores of documents (scorer.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
-from raytune_llm.config.model import ModelConfig
-from raytune_llm.config.quantization import NoQuantization, QuantizationConfig
 from raytune_llm.errors import ConfigError
-from raytune_llm.models import activations, attention
-from raytune_llm.models.adapters import adapt
-from raytune_llm.models.attention.isolation import check_isolation
-from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.models.layers import layers
-from raytune_llm.models.load import load_config, load_model, model_class, positions
-from raytune_llm.models.quantization import quantize
-from raytune_llm.models.scorer import Scorer
-from raytune_llm.models.stored import Files, bring
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-UNQUANTIZED = NoQuantization(name="none")
-
-CHUNK_TOKENS = {"cpu": 128}
-"""Whose logits exist at once, by device, where it is not CausalLM's default: on a CPU so few that the C library hands the same
-memory out again, where larger pieces come from the system, and every page of them is cleared anew."""
+from raytune_llm.models import attention
+from raytune_llm.models.activations import HostMemory
+from raytune_llm.models.adapters import OWN, Adapters, PeftAdapters
+from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache
+from raytune_llm.models.attention.documents import document_numbers
+from raytune_llm.models.layers import named_layers
+from raytune_llm.models.neftune import neftune_noise
+from raytune_llm.records import Batch
 
 
-def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """What matrix products run in, and why. auto: bf16 where the hardware has it, else fp32, which is faster than bf16 in
-    software. Raises ConfigError where bf16 was asked for of a GPU without it; a CPU computes it whatever it has."""
-    on_gpu = device.type == "cuda"
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_has_bf16()
-    if precision == "auto":
-        what = "GPU" if on_gpu else "CPU"
-        return (torch.bfloat16, f"this {what} multiplies it") if has_bf16 else (torch.float32, f"this {what} multiplies no bf16")
-    if precision == "bf16" and on_gpu and not has_bf16:
-        raise ConfigError(
-            "train.precision",
-            f"can't be bf16 on {torch.cuda.get_device_name(device)}, which does not multiply it",
-            got=precision,
-            fix="Take fp16, or fp32.",
-        )
-    return DTYPES[precision], "asked for"
+class Policy(nn.Module):
+    """The root that a strategy wraps: one call of it is one forward pass of everything that the strategy shards."""
 
+    scores: ClassVar[bool] = False
+    """It has a score head in place of the language model's."""
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    return choose_precision(precision, device)[0]
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        adapters: Adapters | None = None,
+        compute: torch.dtype = torch.float32,
+        attention_backend: str = "varlen",
+        compiled: bool = False,
+        offloads: bool = False,
+        has_new_adapter: bool = False,
+        has_changed_config: bool = False,
+    ) -> None:
+        """Matrix products and the residual stream are in `compute`, whatever the weights are kept in.
 
+        adapters: the model's, where they are not PEFT's. offloads: activations wait in host memory for the backward pass.
+        has_new_adapter: what it found is itself without its adapter. has_changed_config: its config is not the one that lies
+        beside the base's weights.
+        """
+        super().__init__()
+        self.model: Any = model
+        self.adapters: Adapters = adapters or PeftAdapters(model, scores=self.scores)
+        self.compute = compute
+        self.attention_backend = attention_backend
+        self.compiled = compiled
+        self.offloads = offloads
+        self._has_new_adapter, self._has_changed_config = has_new_adapter, has_changed_config
+        self._as_found: list[Tensor] | None = None
+        """Of the trained parameters, in their order."""
 
-def precision_name(dtype: torch.dtype) -> str:
-    """As train.precision has it."""
-    return next(name for name, known in DTYPES.items() if known is dtype)
+    @property
+    def base(self) -> Any:
+        """The transformers model, with or without adapters in its layers."""
+        return self.adapters.base
 
+    # Through the layers ----------------------------------------------------------------------------------------------------
 
-def _cpu_has_bf16() -> bool:
-    """oneDNN multiplies bf16 in hardware from AVX512-BF16 or AMX on (and on Arm from the bf16 extension on)."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return any(f" {flag} " in flags.replace("\n", " ") for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    def hidden(self, inputs: Batch | CachedRows, route: Mapping[str, Any] | None = None) -> Tensor:
+        """The last hidden states: [B, T, D] of a batch of packs, [1, L, D] of a step over a cache, which it fills.
 
+        The adapters that are in use compute. route: what a bank of several adapters has layers know of the pass; that of a batch
+        by itself is its documents' (adapter_M).
+        """
+        return self.outputs(inputs, route=route).last_hidden_state
 
-def build_policy(
-    config: PretrainedConfig,
-    model: ModelConfig,
-    adapter: AdapterConfig | SavedAdapter,
-    *,
-    compute: torch.dtype,
-    seed: int,
-    device: torch.device,
-    runs_on: torch.device | None = None,
-    quantization: QuantizationConfig = UNQUANTIZED,
-    compile_layers: bool = False,
-    activation_checkpointing: str = "none",
-    scores: bool = False,
-    trains: bool = True,
-    files: Files | None = None,
-) -> tuple[CausalLM, str]:
-    """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
-    float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
-    scores: it is a Scorer. trains: false where nothing of it will be trained, adapter or not. files: its weights are read from
-    these as they are quantized, or, with the meta device, stay there for a strategy to read.
-    """
-    runs_on = runs_on or device
-    case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
-    backend, reason = attention.choose(model.attention, case)
-    frozen = not adapter.trains_base or not trains
-    loaded = load_model(
-        config,
-        model.path,
-        weights=model.weights,
-        dtype=compute if frozen else torch.float32,
-        seed=seed,
-        device=device,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        scores=scores,
-        files=files,
-    )
-    attention.attach(loaded, backend)
-    if not scores:
-        _check_head(loaded)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapted = adapt(loaded, adapter, scores=scores)
-    quantize(layers(loaded), quantization, runs_on)
-    if files is not None and device.type != "meta":
-        bring(adapted, device)
-    activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
-    offloads = activation_checkpointing == "offload" and runs_on.type == "cuda"
-    policy = Scorer if scores else CausalLM
-    chunk: dict[str, Any] = {"chunk_tokens": CHUNK_TOKENS[runs_on.type]} if runs_on.type in CHUNK_TOKENS else {}
-    made = policy(adapted, compute=compute, attention_backend=backend, compiled=compile_layers, offloads=offloads, **chunk)
-    dropout = attention.dropout_of(config) if trains else 0.0
-    left_out = f"; without the model's attention dropout of {dropout:g}" if dropout else ""
-    return made, f"attention: {backend} ({reason}{left_out})"
+    def outputs(
+        self,
+        inputs: Batch | CachedRows,
+        *,
+        route: Mapping[str, Any] | None = None,
+        neftune_alpha: float | None = None,
+        router_logits: bool = False,
+    ) -> Any:
+        """What the transformers model gives: `last_hidden_state` and, where they are asked for, `router_logits`, [B * T, E] a
+        layer. neftune_alpha: noise on the embeddings of a batch."""
+        if router_logits:
+            self._check_routers()
+        with self.autocast(inputs.ids_BT.device):
+            embedded_BTD = self._embedded(inputs, neftune_alpha)
+            with self._kept(embedded_BTD):
+                return self.base.base_model(
+                    inputs_embeds=embedded_BTD,
+                    position_ids=inputs.positions_BT,
+                    use_cache=False,
+                    **self._of_rows(inputs),
+                    **(self._route(inputs) if route is None else route),
+                    **({"output_router_logits": True} if router_logits else {}),
+                )
 
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Products on the device are in `compute` meanwhile."""
+        return torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32)
 
-def _check_head(model: PreTrainedModel) -> None:
-    """Logits are made of the last hidden states by the head alone (CausalLM), which is to be all that comes after them."""
-    parts = (model.base_model, model.get_output_embeddings())
-    more = [name for name, child in model.named_children() if child not in parts and any(True for _ in child.parameters())]
-    if more:
-        raise ConfigError(
-            "model.path",
-            f"must be a model with nothing but a head over its last hidden states, where {model.config.model_type} has {more[0]}",
-            got=model.config.name_or_path or model.config.model_type,
-        )
+    def cache_bytes_a_token(self) -> int:
+        """Of a PagedCache of all layers, found by computing one token."""
+        cache = PagedCache(1, 1, dtype=self.compute, device=self.base.get_input_embeddings().weight.device)
+        with torch.no_grad():
+            self.hidden(CachedRows.of(cache, [NewTokens([0], 0, [0])]))
+        return cache.bytes_a_token
 
+    def _embedded(self, inputs: Batch | CachedRows, neftune_alpha: float | None) -> Tensor:
+        embedded_BTD = self.base.get_input_embeddings()(inputs.ids_BT)
+        if neftune_alpha is not None:
+            assert not isinstance(inputs, CachedRows), "noise is for training"
+            embedded_BTD = embedded_BTD + self._noise(inputs, embedded_BTD.shape[-1], neftune_alpha)
+        embedded_BTD = embedded_BTD.to(self.compute)
+        if self.compiled and torch.is_grad_enabled() and self._trains_first_layer() and not embedded_BTD.requires_grad:
+            embedded_BTD.requires_grad_()  # or the first layer, whose input alone needs no gradient, would be compiled by itself
+        return embedded_BTD
 
-def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> PretrainedConfig:
-    """The transformers config of the run's model. Where there is no path, vocabulary and marks are the tokenizer's."""
-    for name in attention.DROPOUT:
-        if model.config.get(name):
-            raise ConfigError(
-                f"model.config.{name}",
-                "must be 0, since attention is trained without dropout",
-                got=model.config[name],
-                fix="Leave it out; adapter.dropout is for LoRA.",
-            )
-    changes: Mapping[str, Any] = model.config
-    if model.path is None:
-        marks = {
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
+    def _noise(self, batch: Batch, width: int, alpha: float) -> Tensor:
+        B, T = batch.ids_BT.shape
+        document_L = document_numbers(batch.cu_seqlens_S, B, T).flatten() - 1
+        ids_L, positions_L = batch.ids_BT.flatten(), batch.positions_BT.flatten()
+        return neftune_noise(ids_L, positions_L, document_L, width=width, alpha=alpha, seed=batch.seed).view(B, T, width)
+
+    def _trains_first_layer(self) -> bool:
+        """Where it does not, the backward pass ends at the first one that does."""
+        first = next((layer for _, layer in named_layers(self.base)), None)
+        return first is not None and any(parameter.requires_grad for parameter in first.parameters())
+
+    def _of_rows(self, inputs: Batch | CachedRows) -> dict[str, Any]:
+        """What attention is to know of the documents of a batch, or of the rows of a step."""
+        if isinstance(inputs, CachedRows):
+            return {"cached_rows": inputs}
+        B, T = inputs.ids_BT.shape
+        cu_seqlens_S, max_seqlen = attention.fixed(inputs.cu_seqlens_S, inputs.max_seqlen)
+        window = getattr(self.base.config.get_text_config(), "sliding_window", None)
+        return {
+            "cu_seqlens_S": cu_seqlens_S,
+            "max_seqlen": max_seqlen,
+            "prefixes": attention.fixed_prefixes(inputs.prefixes),
+            **attention.block_masks(self.attention_backend, inputs.cu_seqlens_S, B, T, window, inputs.prefixes),
         }
-        changes = {"vocab_size": len(tokenizer), **marks, **model.config}
-    config = load_config(model.path, changes, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    if (known := model_class(config)) is not None:
-        check_isolation(config, known)
-    limit = positions(config)
-    if limit is not None and max_length > limit:
-        raise ConfigError("data.max_length", f"must be at most the model's {limit} positions", got=max_length, fix="Lower it.")
-    if len(tokenizer) > config.get_text_config().vocab_size:
-        raise ConfigError(
-            "model.tokenizer",
-            f"must have at most the model's {config.get_text_config().vocab_size} entries",
-            got=len(tokenizer),
-            fix="Take the model's own: model.tokenizer=null.",
-        )
-    return config
+
+    def _route(self, inputs: Batch | CachedRows) -> Mapping[str, Any]:
+        """Which adapter each document goes to, where there are several."""
+        if isinstance(inputs, CachedRows) or inputs.adapter_M is None:
+            return {}
+        return self.adapters.by_documents(inputs.adapter_M, inputs.cu_seqlens_S, inputs.ids_BT.numel())
+
+    def _check_routers(self) -> None:
+        setting = "stage.router_aux_loss_coef"
+        if "router_logits" not in self.base.base_model.can_record_outputs:
+            model_type = self.base.config.model_type
+            raise ConfigError(setting, f"must be null for {model_type}, which has no routers", fix="Leave it out.")
+
+    def _kept(self, embedded_BTD: Tensor) -> AbstractContextManager[Any]:
+        """Where the layers' activations are kept. Boundaries and rotary tables, small and shared, stay on the device."""
+        if not self.offloads or not torch.is_grad_enabled():
+            return nullcontext()
+        return HostMemory(min_bytes=embedded_BTD.numel() * embedded_BTD.element_size() // 4)()
+
+    # What the run found ----------------------------------------------------------------------------------------------------
+
+    def keep_as_found(self) -> None:
+        """Remember what the trained parameters are now, before the first step and before a checkpoint is restored. Where a new
+        adapter can be left out there is nothing to remember."""
+        if not self._has_new_adapter:
+            self._as_found = [parameter.detach().clone() for parameter in self._trained()]
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Meanwhile it is what the run found: without the adapter that is new, whose products come to nothing before the first
+        step, or with its trained parameters as they were at keep_as_found. Until that was called, it is what was found."""
+        if self._has_new_adapter:
+            return self.adapters.using(None)
+        return nullcontext() if self._as_found is None else self._with_values(self._as_found)
+
+    @contextmanager
+    def _with_values(self, values: Sequence[Tensor]) -> Iterator[None]:
+        parameters = [parameter.detach() for parameter in self._trained()]
+        now = [parameter.clone() for parameter in parameters]
+        units = [unit for unit in self.modules() if isinstance(unit, FSDPModule)]
+
+        def become(values: Sequence[Tensor]) -> None:
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)
+            for unit in units:
+                unit.reshard()  # what is gathered already is not what the shards are now
+
+        with torch.no_grad():
+            become(values)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                become(now)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    # Saved -----------------------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        folder: Path,
+        *,
+        parameters: Mapping[str, Tensor],
+        tokenizer: Any,
+        stop_ids: Sequence[int],
+        base_model: str | None = None,
+    ) -> None:
+        """All that its reload needs: an adapter that PEFT loads or a model that transformers loads, in `compute`, with a config
+        that was changed, the tokens that end answers, tokenizer and chat template.
+
+        parameters: the trained ones, whole, by their names here; a strategy may have spread the policy's own. base_model: the
+        path or hub id of the model that an adapter is for.
+        """
+        own = {name.removeprefix("model."): value for name, value in parameters.items()}
+        if self.adapters.names:
+            self.adapters.save(OWN, folder, base_model=base_model, parameters=own)
+            if self._has_changed_config:
+                self.base.config.save_pretrained(folder)
+        else:
+            weights = {name: value.to(self.compute) for name, value in own.items()}
+            self._save_weights(folder, weights | dict(saved_buffers(self.base)))
+        if (folder / "config.json").exists():
+            _say_dtype(folder / "config.json", self.compute)
+        tokenizer.save_pretrained(folder)
+
+    def _save_weights(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        self.base.save_pretrained(folder, state_dict=weights)
+
+
+def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that belong to a model's weights, though nobody trains them: routers' biases of DeepSeek V3, say."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer.detach().cpu()
+
+
+def _say_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Training kept the weights in float32; the config is to name the type that was saved."""
+    values = json.loads(path.read_text())
+    values["dtype"] = str(dtype).removeprefix("torch.")
+    values.pop("_attn_implementation", None)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

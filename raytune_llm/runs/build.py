@@ -19,10 +19,10 @@ from raytune_llm.memory.footprint import GIB, USABLE, Needs, estimate, least_rec
 from raytune_llm.models import quantization
 from raytune_llm.models.activations import compiles, lacks_for_compiling
 from raytune_llm.models.attention import capability_of, case_of
-from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.build import build_policy, choose_precision, precision_name
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import files_to_read
-from raytune_llm.models.policy import build_policy, choose_precision, precision_name
+from raytune_llm.models.policy import Policy
 from raytune_llm.models.stored import Files
 from raytune_llm.packaged import cache_dir
 from raytune_llm.stages import STAGES
@@ -33,7 +33,7 @@ from raytune_llm.train.strategies.base import Precision, Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    policy: CausalLM
+    policy: Policy
     strategy: Strategy
     operations: Operations
     choices: tuple[str, ...]
@@ -78,6 +78,7 @@ class Builder:
             compile_layers=self.compiled,
             activation_checkpointing=checkpointing,
             scores=STAGES[run.stage.name].scores is not None,
+            separate_head=STAGES[run.stage.name].objective(run.stage).separate_head,
         )
         counted = operations(policy, self.config)
         strategy = spread(

@@ -8,35 +8,17 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
-
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.adapters import OWN
-from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.models.scorer import Scorer
-from raytune_llm.runs.score_head import mark_padding, save_with_separate_head, separate_head_of_adapter
 from raytune_llm.train import checkpoint
 
 log = logging.getLogger(__name__)
 FINISHED = "finished.json"
-UNREAD_WITHOUT_SAMPLING = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 50,
-    "min_p": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
-"""Settings of a generation config, with their defaults."""
 # What may differ between a run and its continuation: where and how it is computed, and what is told about it.
 # Data sources are compared by content (the stores' manifests), not by path.
 _FREE = {
@@ -155,48 +137,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield path, value
 
 
-def write_final(
-    folder: Path,
-    policy: CausalLM,
-    parameters: dict[str, Tensor],
-    tokenizer: Any,
-    *,
-    stop_ids: Sequence[int],
-    base_model: str,
-    dtype: torch.dtype,
-    card: str,
-    language_model: Callable[[], PreTrainedModel] | None = None,
-) -> None:
-    """An adapter that PEFT loads, or a model that transformers loads, with tokenizer, chat template and a card.
-
-    language_model: loads what a Scorer was made from, where its head is to lie in a file of its own beside a language model.
-
-    `parameters` are the trained ones, whole, by the policy's names. `stop_ids` are the tokens that end the trained answers: the
-    generation config names them, beside those that it named before. Written beside, then renamed.
-    """
+def write_final(folder: Path, save: Callable[[Path], None], card: str) -> None:
+    """What `save` writes, and a card beside it; beside what was there before, then renamed."""
     beside = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(beside, ignore_errors=True)
-    own = {name.removeprefix("model."): value for name, value in parameters.items()}
-    if policy.adapters.names:
-        policy.adapters.save(OWN, beside, base_model=base_model, parameters=own)
-        if language_model is not None:
-            separate_head_of_adapter(beside)
-    else:
-        weights = {name: value.to(dtype) for name, value in own.items()}
-        if language_model is None:
-            policy.base.save_pretrained(beside, state_dict=weights)
-        else:
-            save_with_separate_head(beside, language_model().to(dtype), weights)  # type: ignore[arg-type]
-        _say_dtype(beside / "config.json", dtype)
-    if isinstance(policy, Scorer):
-        mark_padding(beside, tokenizer, stop_ids)
-    else:
-        generation = policy.base.generation_config
-        known = generation.eos_token_id
-        known = known if isinstance(known, list) else [] if known is None else [known]
-        generation.eos_token_id = sorted({*known, *stop_ids})
-        savable(generation).save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    save(beside)
     (beside / "README.md").write_text(card)
     old = folder.with_name(f".{folder.name}-old")
     shutil.rmtree(old, ignore_errors=True)
@@ -204,30 +149,6 @@ def write_final(
         folder.rename(old)
     beside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def savable(generation: GenerationConfig) -> GenerationConfig:
-    """Without the settings of sampling that `do_sample: false` leaves unread, which transformers loads and refuses to save."""
-    if not generation.do_sample:
-        for name, default in UNREAD_WITHOUT_SAMPLING.items():
-            if getattr(generation, name, None) not in (None, default):
-                setattr(generation, name, None)
-    try:
-        generation.validate(strict=True)
-    except ValueError as error:
-        raise ConfigError(
-            "model.path", f"must be a model whose generation_config.json transformers can save ({str(error).splitlines()[0]})",
-            fix="Correct that file.",
-        ) from None  # fmt: skip
-    return generation
-
-
-def _say_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Training kept the weights in float32; the config is to name the type that was saved."""
-    values = json.loads(path.read_text())
-    values["dtype"] = str(dtype).removeprefix("torch.")
-    values.pop("_attn_implementation", None)
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def model_card(run: TrainRun, step: int, loss: float | None) -> str:

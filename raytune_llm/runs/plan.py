@@ -20,7 +20,7 @@ from raytune_llm.memory.fixes import Fix, SuggestedFixes
 from raytune_llm.memory.footprint import GIB, USABLE, estimate, least_recomputation, needs_of, parameters_of
 from raytune_llm.memory.model import Memory, Parameters
 from raytune_llm.models.activations import compiles
-from raytune_llm.models.policy import run_config
+from raytune_llm.models.build import run_config
 from raytune_llm.runs.stores import open_stores, shares_prompts, total_steps
 from raytune_llm.runs.tokenizer import tokenizer_of
 from raytune_llm.stages import STAGES

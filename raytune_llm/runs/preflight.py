@@ -17,11 +17,11 @@ from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.readers.declarations import declared, declared_for_evaluation
 from raytune_llm.errors import ConfigError, UserError
 from raytune_llm.models.adapters import adapt
+from raytune_llm.models.build import run_config
+from raytune_llm.models.generation_config import savable
 from raytune_llm.models.load import load_model
-from raytune_llm.models.policy import run_config
 from raytune_llm.report.trackers import check_tracker
 from raytune_llm.runs.launch import check_devices
-from raytune_llm.runs.output import savable
 from raytune_llm.runs.tokenizer import tokenizer_of
 from raytune_llm.stages import STAGES
 

@@ -11,8 +11,8 @@ stage.reference_adapter) is loaded beside the policy, whole and frozen: for the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,12 +30,12 @@ from raytune_llm.config.section import settings_of
 from raytune_llm.data.loader import Samples
 from raytune_llm.data.store import Store
 from raytune_llm.errors import DataError
+from raytune_llm.models.build import UNQUANTIZED, build_policy, compute_dtype
 from raytune_llm.models.load import load_config
-from raytune_llm.models.policy import UNQUANTIZED, build_policy, compute_dtype
 from raytune_llm.runs.stores import Stores
 from raytune_llm.stages import AnswerLogprobs
 from raytune_llm.train.enrichers import Enricher
-from raytune_llm.train.enrichers.online_reference import OnlineReference, as_they_are
+from raytune_llm.train.enrichers.online_reference import OnlineReference
 from raytune_llm.train.enrichers.reference_table import ReferenceTable, ReferenceTables, Told, precomputed
 from raytune_llm.train.strategies.base import Strategy
 
@@ -63,10 +63,11 @@ def find_reference(
 ) -> Reference:
     """Call it before weights are restored from a checkpoint: what they are then is the reference, unless another one is named."""
     other = _other_model(run, config, device)
+    as_found = strategy.module.reference if other is None else nullcontext
     if run.stage.reference == "online":
-        as_found = nullcontext if other is not None else _without_new_adapter(run, strategy) or as_they_are(strategy.module)
+        if other is None:
+            strategy.module.keep_as_found()
         return Reference(OnlineReference(logps, as_found, other), ("reference: in each step",))
-    as_found = (None if other is not None else _without_new_adapter(run, strategy)) or nullcontext
     tables: dict[str, ReferenceTable] = {}
     choices = []
     assert isinstance(stores.train, Samples), "config/run.py lets a stream's reference be online only"
@@ -91,12 +92,6 @@ def find_reference(
             )
         choices.append(f"reference: {where}")
     return Reference(ReferenceTables(tables), tuple(choices))
-
-
-def _without_new_adapter(run: TrainRun, strategy: Strategy) -> Callable[[], AbstractContextManager[None]] | None:
-    """Around calls of the model: without the adapter that the run has put on it, whose products come to nothing before the first
-    step. None where the run continues an adapter, or has none."""
-    return partial(strategy.module.adapters.using, None) if run.adapter.starts_at_base else None
 
 
 def _other_model(run: TrainRun, config: PretrainedConfig, device: torch.device) -> nn.Module | None:

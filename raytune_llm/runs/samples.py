@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from raytune_llm.data.store import Store
-from raytune_llm.engines.hf import HFEngine
+from raytune_llm.engines.batch import BatchEngine
+from raytune_llm.engines.native.runner import PolicyRunner
+from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.requests import Request, Sampling
-from raytune_llm.models import attention
+from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.train.strategies.base import Strategy
 
 SAMPLES = "samples.jsonl"
@@ -33,6 +36,17 @@ class SampledAnswer:
 
     def to_json(self) -> Mapping[str, Any]:
         return asdict(self)
+
+
+class TogetherRunner(PolicyRunner):
+    """Of a policy that is spread over workers, who all go through its layers: they choose the same tokens, and so take the same
+    steps."""
+
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        logits_RV = super().run(pieces)
+        if len(logits_RV):
+            dist.broadcast(logits_RV, src=0)
+        return logits_RV
 
 
 class Sampler:
@@ -63,16 +77,10 @@ class Sampler:
         strategy, policy = self._strategy, self._strategy.module
         if not strategy.sharded and self._rank > 0:
             return []
-        engine = HFEngine(
-            policy.base,
-            self._tokenizer,
-            adapters=policy.adapters,
-            stop_ids=self._stop_ids,
-            device=self._device,
-            in_step=strategy.sharded,
-        )
-        autocast = torch.autocast(self._device.type, policy.compute, enabled=policy.compute != torch.float32)
-        with strategy.parts(), attention.detached(policy.base), autocast:
+        assert isinstance(policy, CausalLM), "config/run.py lets no reward model be asked"
+        runner = TogetherRunner if strategy.sharded else PolicyRunner
+        engine = BatchEngine(policy, self._tokenizer, stop_ids=self._stop_ids, device=self._device, runner=runner)
+        with strategy.parts():
             completions = engine.generate(self._requests)
         return [
             SampledAnswer(step=step, source=source, row=row, request=request, answer=completion.text.strip(), reference=reference)

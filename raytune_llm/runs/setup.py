@@ -18,7 +18,7 @@ from raytune_llm.data.loader import Loader, Samples
 from raytune_llm.data.streaming import Stream
 from raytune_llm.data.tokens.tokenizer import stop_ids
 from raytune_llm.memory.flops import peak_flops
-from raytune_llm.models.policy import run_config
+from raytune_llm.models.build import run_config
 from raytune_llm.runs.build import Builder, Built
 from raytune_llm.runs.reference import find_reference
 from raytune_llm.runs.stores import Stores, open_stores, shares_prompts, total_steps

@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PretrainedConfig, PreTrainedModel
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ResourceError
-from raytune_llm.models.load import load_model
 from raytune_llm.report.metrics import JsonLines, Report, Sink
 from raytune_llm.report.profile import StepProfile
 from raytune_llm.report.scores import held_out_scores, write_scores
@@ -192,32 +190,16 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress) -> None:
             write_scores(pairs, setup.output)
     parameters = {name: value for name, value in strategy.full_parameters() if setup.rank == 0}
     if setup.rank == 0:
-        write_final(
-            setup.output / "final",
-            policy,
-            parameters,
-            setup.tokenizer,
+        save = partial(
+            policy.save,
+            parameters=parameters,
+            tokenizer=setup.tokenizer,
             stop_ids=setup.stop_ids,
             base_model=run.model.path or "",
-            dtype=policy.compute,
-            card=model_card(run, progress.step, progress.loss_last),
-            language_model=partial(language_model, run, setup.config) if setup.objective.separate_head else None,
         )
+        write_final(setup.output / "final", save, model_card(run, progress.step, progress.loss_last))
     if dist.is_initialized():
         dist.barrier()
-
-
-def language_model(run: TrainRun, config: PretrainedConfig) -> PreTrainedModel:
-    """What the run's model was made from, as a language model in host memory."""
-    return load_model(
-        config,
-        run.model.path,
-        weights=run.model.weights,
-        dtype=torch.float32,
-        seed=run.train.seed,
-        revision=run.model.revision,
-        trust_remote_code=run.model.trust_remote_code,
-    )
 
 
 def check_loss(progress: Progress) -> None:

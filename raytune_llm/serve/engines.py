@@ -16,8 +16,9 @@ from raytune_llm.data.tokens.tokenizer import load_tokenizer
 from raytune_llm.engines.engine import Engine
 from raytune_llm.engines.native.build import Serving, native_engine
 from raytune_llm.errors import ConfigError, UserError
+from raytune_llm.models.build import choose_precision
+from raytune_llm.models.generation_config import end_ids_of
 from raytune_llm.models.load import load_config
-from raytune_llm.models.policy import choose_precision
 from raytune_llm.serve.backend import ModelFacts
 
 ENGINES: dict[str, Callable[[Any, Serving], Engine]] = {"native": native_engine}
@@ -91,10 +92,9 @@ def _configured_ends(path: str | None) -> list[int]:
     if path is None:
         return []
     try:
-        ends = GenerationConfig.from_pretrained(packaged.resolve(path)).eos_token_id
+        return end_ids_of(GenerationConfig.from_pretrained(packaged.resolve(path)))
     except OSError:
         return []
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def _scores(config: PretrainedConfig) -> bool:

@@ -1,4 +1,4 @@
-"""Models of every kind: rows of a pack do not see each other, or the model is refused."""
+"""Models of every kind: rows are computed as by themselves, in a pack and over a cache, or the model is refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
+from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache
 from raytune_llm.models.attention.isolation import check_isolation
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import model_class
@@ -53,9 +54,31 @@ def test_a_row_of_a_pack_gets_what_transformers_gives_the_row_alone(model_type: 
     model, rows = made(tiny(model_type)), some_rows([7, 12])
     with torch.no_grad():
         together = model(packed(rows), logits)
-        with attention.detached(model.base):
-            alone = torch.cat([_by_itself(model, ids, first) for ids, (first, _) in rows])
+        alone = _alone(model, rows)
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", KEPT_APART.split())
+def test_a_row_over_a_cache_gets_what_transformers_gives_it_at_once(model_type: str) -> None:
+    """A chunk, then the rest a token at a time, which ends beyond the window; two rows in a step."""
+    model, rows = made(tiny(model_type)), some_rows([12, 12])
+    cache = PagedCache(6, 4, dtype=torch.float32, device=torch.device("cpu"))
+    tables, found = ([4, 0, 3], [1, 5, 2]), ([], [])
+    with torch.no_grad():
+        for start, end in [(0, 3), *((at, at + 1) for at in range(3, 12))]:
+            new = [NewTokens(ids[start:end].tolist(), start, table) for (ids, _), table in zip(rows, tables, strict=True)]
+            parts = model.hidden(CachedRows.of(cache, new))[0].chunk(2)
+            for number, part in enumerate(parts):
+                found[number].append(model.logits(part))
+        alone = _alone(model, rows)
+    cached = torch.cat([torch.cat(parts)[first - 1 : -1] for parts, (_, (first, _)) in zip(found, rows, strict=True)])
+    torch.testing.assert_close(cached, alone, atol=2e-5, rtol=1e-4)
+
+
+def _alone(model: CausalLM, rows: list) -> torch.Tensor:
+    """By transformers' own attention, of which sdpa leaves caps of scores out."""
+    model.base.set_attn_implementation("eager")
+    return torch.cat([_by_itself(model, ids, first) for ids, (first, _) in rows])
 
 
 def _by_itself(model: CausalLM, ids: object, first: int) -> torch.Tensor:

@@ -18,8 +18,8 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import split
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.data.tokens.tokenizer import run_tokenizer
+from raytune_llm.models.build import run_config
 from raytune_llm.models.load import load_model
-from raytune_llm.models.policy import run_config
 from tests.group import metrics
 from tests.runs import tiny_run
 

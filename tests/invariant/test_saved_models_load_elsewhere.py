@@ -15,8 +15,8 @@ from raytune_llm import api, load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.data.tokens.tokenizer import load_tokenizer
+from raytune_llm.models.build import build_policy, run_config
 from raytune_llm.models.load import load_model
-from raytune_llm.models.policy import build_policy, run_config
 from raytune_llm.runs.worker import restore
 from raytune_llm.train.checkpoint import Checkpoints
 from raytune_llm.train.strategies.base import Precision

@@ -17,8 +17,8 @@ from raytune_llm.engines.native.runner import PolicyRunner
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters import LoraBank
 from raytune_llm.models.attention.cache import check_cached
+from raytune_llm.models.build import build_policy
 from raytune_llm.models.load import positions
-from raytune_llm.models.policy import build_policy
 
 CPU_CACHE_BYTES = 4 * 2**30
 CPU_ROW_TOKENS = 2048

@@ -71,8 +71,10 @@ class NativeEngine:
         max_host_adapters: int = 256,
         prefix_cache: bool = True,
         render: Callable[[Any], Sequence[int]] | None = None,
+        threaded: bool = True,
     ) -> None:
-        """max_length: tokens of a prompt and its answer, at most. step_tokens: of a step. render: a Conversation's prompt ids."""
+        """max_length: tokens of a prompt and its answer, at most. step_tokens: of a step. render: a Conversation's prompt ids.
+        threaded: false where `generate` is all that will be called, and is to take the steps itself."""
         self._runner, self._tokenizer, self._render = runner, tokenizer, render
         self._end_ids = tuple(end_ids)
         self._max_length = min(max_length, runner.num_blocks * runner.block_size)
@@ -90,8 +92,9 @@ class NativeEngine:
         self._last_step_at = time.monotonic()
         self._closed = threading.Event()
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True) if threaded else None
+        if self._thread is not None:
+            self._thread.start()
 
     # From any thread -----------------------------------------------------------------------------------------------------
 
@@ -127,6 +130,8 @@ class NativeEngine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion a request, in the order of the requests."""
         streams = [self.submit(request) for request in requests]
+        if self._thread is None:
+            self._answer_all()
         return [stream.result() for stream in streams]
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
@@ -194,7 +199,8 @@ class NativeEngine:
     def close(self) -> None:
         self._closed.set()
         self._calls.put(lambda: None)
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         self._store.close()
 
     # The loop's own ------------------------------------------------------------------------------------------------------
@@ -212,6 +218,14 @@ class NativeEngine:
             self._failure = error
             self._fail(error)
             raise
+
+    @torch.no_grad()
+    def _answer_all(self) -> None:
+        """In the caller's thread, until nobody waits."""
+        self._take_calls(wait=False)
+        while self._scheduler.running or self._scheduler.waiting:
+            worked = self._step()
+            assert worked, "a row that fits the cache can be computed"
 
     def _step(self) -> bool:
         """False where there was nothing to compute."""

@@ -17,7 +17,7 @@ from raytune_llm.data.batches import collate, to_device
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.native.slots import Bank
 from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache, check_cached
-from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.policy import Policy
 
 NOTHING = np.zeros(0, np.int32)
 POOLED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,7 +32,7 @@ class PolicyRunner:
 
     def __init__(
         self,
-        policy: CausalLM,
+        policy: Policy,
         *,
         num_blocks: int,
         block_size: int,
@@ -43,7 +43,8 @@ class PolicyRunner:
         self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
         self.bank: Bank | None = bank
         self.vocab_size: int = policy.base.config.get_text_config().vocab_size
-        self._policy, self._bank = policy, bank
+        self._policy: Any = policy
+        self._bank = bank
         self._cache = PagedCache(num_blocks, block_size, dtype=policy.compute, device=device)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
@@ -72,6 +73,9 @@ class PolicyRunner:
         self._policy.eval()
         with self._eagerly():
             hidden_LD = self._policy.hidden(batch, route)[0].float()
+        if pooling == "score":
+            last_MD = hidden_LD.index_select(0, batch.cu_seqlens_S[1:].long() - 1)
+            return self._policy.scores_of(last_MD).unsqueeze(1).tolist()
         return [POOLED[pooling](part_ND).tolist() for part_ND in hidden_LD.split(lengths)]
 
     def _rows(self, pieces: Sequence[Piece]) -> CachedRows:

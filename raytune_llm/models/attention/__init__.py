@@ -8,8 +8,7 @@ come along, to the back ends that know what to make of them (PREFIXED).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -203,7 +202,7 @@ def expected(asked: str, case: Case) -> str:
 
 
 def attach(model: PreTrainedModel, backend: str) -> None:
-    """Let the model's layers call the back end. Generation needs it `detached`, since back ends know no cache.
+    """Let the model's layers call the back end, for packs and over a cache.
 
     Raises ConfigError for a model that has more than them to take something from token to token."""
     check_isolation(model.config, type(model))
@@ -228,18 +227,6 @@ def tell_torch(backend: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators")  # that these are overridden
         activate_flash_attention_impl(wanted)
-
-
-@contextmanager
-def detached(model: PreTrainedModel) -> Iterator[None]:
-    """The model with transformers' own attention, for generation in the middle of training."""
-    attached: str = model.config._attn_implementation  # type: ignore[assignment]
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    model.set_attn_implementation("eager" if capped else "sdpa")  # transformers' sdpa leaves the cap out
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(attached)
 
 
 def shares_prefixes(asked: str, config: PretrainedConfig) -> bool:

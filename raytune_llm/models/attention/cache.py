@@ -82,9 +82,10 @@ class CachedRows:
     """A step over a cache: R rows and L new tokens of theirs. Rows with one new token come first: those that decode."""
 
     cache: PagedCache
-    ids_1L: Tensor
-    positions_1L: Tensor
-    """Each token's place in its row."""
+    ids_BT: Tensor
+    """int64 [1, L]: the new tokens, row by row."""
+    positions_BT: Tensor
+    """int64 [1, L]: each one's place in its row."""
     places_L: Tensor
     """int64: where in the cache each token's key and value go (nano-vllm's slot_mapping)."""
     cu_queries_S: Tensor
@@ -126,8 +127,8 @@ class CachedRows:
 
         return CachedRows(
             cache=cache,
-            ids_1L=put(ids)[None],
-            positions_1L=put(positions)[None],
+            ids_BT=put(ids)[None],
+            positions_BT=put(positions)[None],
             places_L=put(places),
             cu_queries_S=put(cu_queries.astype(np.int32)),
             tables_RK=put(tables),

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from raytune_llm.data.steps import Step
 from raytune_llm.records import Batch
 from raytune_llm.stages import AnswerLogprobs
-from raytune_llm.train.strategies.base import trained
 
 
 @dataclass(frozen=True)
@@ -42,28 +40,3 @@ class OnlineReference:
 
     def load(self, state: None) -> None:
         pass
-
-
-def as_they_are(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-    """Contexts in which the trained parameters have the values that they have now."""
-    kept = [parameter.detach().clone() for _, parameter in trained(module)]
-    return lambda: _with_values(module, kept)
-
-
-@contextmanager
-def _with_values(module: nn.Module, kept: Sequence[torch.Tensor]) -> Iterator[None]:
-    parameters = [parameter.detach() for _, parameter in trained(module)]
-    now = [parameter.clone() for parameter in parameters]
-    units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
-
-    def become(values: Sequence[torch.Tensor]) -> None:
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(value)
-        for unit in units:
-            unit.reshard()  # what is gathered already is not what the shards are now
-
-    become(kept)
-    try:
-        yield
-    finally:
-        become(now)

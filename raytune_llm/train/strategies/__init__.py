@@ -8,7 +8,7 @@ import torch
 
 from raytune_llm.config.section import settings_of
 from raytune_llm.config.strategy import StrategyConfig
-from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.policy import Policy
 from raytune_llm.train.strategies.base import Precision, Strategy
 
 BuildOptimizer = Callable[..., torch.optim.Optimizer]
@@ -43,7 +43,7 @@ weights."""
 
 def spread(
     strategy: StrategyConfig,
-    model: CausalLM,
+    model: Policy,
     build_optimizer: BuildOptimizer,
     *,
     device: torch.device,

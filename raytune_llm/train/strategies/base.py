@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.policy import Policy
 
 COLLECTIVES = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """By the kind of device that workers have. On GPUs both, since parameters that wait in host memory add up their norm there."""
@@ -38,12 +38,12 @@ class StepOut:
 class Strategy(Protocol):
     @property
     def model(self) -> nn.Module:
-        """What to call: the CausalLM, wrapped or not."""
+        """What to call: the Policy, wrapped or not."""
         ...
 
     @property
-    def module(self) -> CausalLM:
-        """The CausalLM itself."""
+    def module(self) -> Policy:
+        """The Policy itself."""
         ...
 
     @property

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.policy import Policy
 from raytune_llm.train.strategies.base import Precision
 from raytune_llm.train.strategies.own_optimizer import OwnOptimizer
 
@@ -19,7 +19,7 @@ class DDPStrategy(OwnOptimizer):
     sharded = False
 
     def __init__(
-        self, model: CausalLM, build_optimizer: Any, *, device: torch.device, precision: Precision, max_grad_norm: float | None
+        self, model: Policy, build_optimizer: Any, *, device: torch.device, precision: Precision, max_grad_norm: float | None
     ) -> None:
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.model: nn.Module = model.to(device)

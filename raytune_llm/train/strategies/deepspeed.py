@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raytune_llm.errors import ConfigError, ResourceError
-from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
+from raytune_llm.models.policy import Policy
 from raytune_llm.models.stored import bring
 from raytune_llm.train.optimizers.groups import set_learning_rate
 from raytune_llm.train.strategies.base import Precision, StepOut, trained
@@ -28,7 +28,7 @@ class DeepSpeedStrategy:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: Policy,
         build_optimizer: Any,
         *,
         device: torch.device,

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
+from raytune_llm.models.policy import Policy
 from raytune_llm.models.stored import Stored
 from raytune_llm.train.strategies.base import Precision
 from raytune_llm.train.strategies.own_optimizer import OwnOptimizer
@@ -33,7 +33,7 @@ class FSDPStrategy(OwnOptimizer):
 
     def __init__(
         self,
-        model: CausalLM,
+        model: Policy,
         build_optimizer: Any,
         *,
         device: torch.device,

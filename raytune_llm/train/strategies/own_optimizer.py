@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.policy import Policy
 from raytune_llm.train.optimizers.groups import set_learning_rate
 from raytune_llm.train.strategies.base import Precision, StepOut, trained
 
@@ -19,7 +19,7 @@ class OwnOptimizer:
 
     def __init__(
         self,
-        module: CausalLM,
+        module: Policy,
         build_optimizer: Any,
         *,
         world: int,

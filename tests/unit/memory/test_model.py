@@ -27,8 +27,8 @@ from raytune_llm.memory.model import (
     quantized_bytes,
 )
 from raytune_llm.models.adapters import kept_by
+from raytune_llm.models.build import DTYPES, build_policy
 from raytune_llm.models.head import TRAINED_CHUNKS
-from raytune_llm.models.policy import DTYPES, build_policy
 from raytune_llm.models.quantization.nf4 import NF4
 from raytune_llm.records import Batch
 from raytune_llm.stages.sft import sft

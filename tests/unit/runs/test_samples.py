@@ -16,8 +16,8 @@ from raytune_llm.data.pipeline import prepare
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.engines.hf import HFEngine
 from raytune_llm.engines.requests import Request, Sampling
+from raytune_llm.models.build import run_config
 from raytune_llm.models.load import load_model
-from raytune_llm.models.policy import run_config
 from tests.group import metrics
 from tests.runs import tiny_run
 

@@ -13,9 +13,9 @@ from raytune_llm.config.adapter import LoRA
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.quantization import NF4, NoQuantization, QuantizationConfig
 from raytune_llm.losses.tokens import cross_entropy
+from raytune_llm.models.build import build_policy
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import files_to_read, load_config
-from raytune_llm.models.policy import build_policy
 from raytune_llm.models.quantization.base import QuantizedLinear
 from raytune_llm.models.quantization.nf4 import NF4Linear
 from tests.models import packed, some_rows, tiny_llama

@@ -9,8 +9,8 @@ from raytune_llm.config.adapter import NoAdapter
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.build import build_policy, run_config
 from raytune_llm.models.load import load_config
-from raytune_llm.models.policy import build_policy, run_config
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 300}
 

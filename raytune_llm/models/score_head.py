@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,23 @@ SEPARATE = "value_head.safetensors"
 """LLaMA-Factory's file: the linear layer v_head.summary over the last hidden state, with a bias."""
 
 
-def mark_padding(folder: Path, tokenizer: Any, stop_ids: Sequence[int]) -> None:
-    """Let the padding token be one that ends no answer: transformers scores a text at its last token that is not padding."""
+def choose_padding(tokenizer: Any, stop_ids: Sequence[int]) -> int | None:
+    """Let the padding token be one that ends no answer: transformers scores a text at its last token that is not padding.
+    None where there is no such token."""
     candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
     fitting = [id for id in candidates if id is not None and id not in stop_ids]
     if not fitting:
-        return
+        return None
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fitting[0])
+    return fitting[0]
+
+
+def name_padding(folder: Path, id: int) -> None:
+    """In the folder's config, where it has one."""
     config = folder / "config.json"
     if config.exists():
         values = json.loads(config.read_text())
-        config.write_text(json.dumps({**values, "pad_token_id": fitting[0]}, indent=2, sort_keys=True) + "\n")
+        config.write_text(json.dumps({**values, "pad_token_id": id}, indent=2, sort_keys=True) + "\n")
 
 
 def separate_head_of_adapter(folder: Path) -> None:
@@ -41,7 +47,7 @@ def separate_head_of_adapter(folder: Path) -> None:
     _save_head(folder, *head.values())
 
 
-def save_with_separate_head(folder: Path, language_model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+def save_with_separate_head(folder: Path, language_model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
     """A language model with these weights, and the score head among them in a file of its own."""
     weights = dict(weights)
     head = weights.pop("score.weight")

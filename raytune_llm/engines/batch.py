@@ -1,0 +1,69 @@
+"""Answers of a policy in the thread that asks: for evaluation, and for samples in the middle of training.
+
+The engine's own steps, without its thread: its policy may be spread over workers, who then must take each step together, and is
+trained on when the answers are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from raytune_llm.engines.native.engine import NativeEngine
+from raytune_llm.engines.native.runner import PolicyRunner
+from raytune_llm.engines.requests import Completion, Request
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.generation_config import end_ids_of
+from raytune_llm.models.load import positions
+
+BLOCK_SIZE = 16
+MAX_ROWS = 32
+STEP_TOKENS = 2048
+"""Of a step: prompts are computed in chunks."""
+
+
+class BatchEngine:
+    """A policy's answers, with the adapter that is in use. When `generate` returns, its mode is as before, and nothing was drawn
+    from torch's generators."""
+
+    def __init__(
+        self,
+        policy: CausalLM,
+        tokenizer: Any,
+        *,
+        stop_ids: Sequence[int] = (),
+        device: torch.device,
+        max_rows: int = MAX_ROWS,
+        runner: Callable[..., PolicyRunner] = PolicyRunner,
+    ) -> None:
+        """stop_ids end an answer, beside the tokens that the generation config and the tokenizer name. max_rows are computed at
+        once."""
+        self._policy, self._tokenizer, self._device, self._max_rows, self._runner = policy, tokenizer, device, max_rows, runner
+        self._end_ids = sorted({*stop_ids, *end_ids_of(policy.base.generation_config), *_end_of(tokenizer)})
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion a request, in the order of the requests."""
+        lengths = sorted((len(request.prompt_ids) + request.sampling.max_new_tokens for request in requests), reverse=True)
+        blocks = sum(-(-length // BLOCK_SIZE) for length in lengths[: self._max_rows])
+        runner = self._runner(self._policy, num_blocks=blocks, block_size=BLOCK_SIZE, device=self._device)
+        engine = NativeEngine(
+            runner,
+            self._tokenizer,
+            end_ids=self._end_ids,
+            max_length=min(lengths[0], positions(self._policy.base.config) or lengths[0]),
+            max_rows=self._max_rows,
+            step_tokens=STEP_TOKENS,
+            threaded=False,
+        )
+        was_training = self._policy.training
+        try:
+            return engine.generate(requests)
+        finally:
+            engine.close()
+            self._policy.train(was_training)
+
+
+def _end_of(tokenizer: Any) -> tuple[int, ...]:
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

@@ -1,0 +1,178 @@
+"""From settings to a policy: a model loaded, adapted, quantized, with its attention and its precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.quantization import NoQuantization, QuantizationConfig
+from raytune_llm.errors import ConfigError
+from raytune_llm.models import activations, attention, head
+from raytune_llm.models.adapters import adapt
+from raytune_llm.models.attention.isolation import check_isolation
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.layers import layers
+from raytune_llm.models.load import load_config, load_model, model_class, positions
+from raytune_llm.models.policy import Policy
+from raytune_llm.models.quantization import quantize
+from raytune_llm.models.scorer import Scorer
+from raytune_llm.models.stored import Files, bring
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+UNQUANTIZED = NoQuantization(name="none")
+
+CHUNK_TOKENS = {"cpu": 128}
+"""Whose logits exist at once, by device, where it is not CausalLM's default: on a CPU so few that the C library hands the same
+memory out again, where larger pieces come from the system, and every page of them is cleared anew."""
+
+
+def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """What matrix products run in, and why. auto: bf16 where the hardware has it, else fp32, which is faster than bf16 in
+    software. Raises ConfigError where bf16 was asked for of a GPU without it; a CPU computes it whatever it has."""
+    on_gpu = device.type == "cuda"
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_has_bf16()
+    if precision == "auto":
+        what = "GPU" if on_gpu else "CPU"
+        return (torch.bfloat16, f"this {what} multiplies it") if has_bf16 else (torch.float32, f"this {what} multiplies no bf16")
+    if precision == "bf16" and on_gpu and not has_bf16:
+        raise ConfigError(
+            "train.precision",
+            f"can't be bf16 on {torch.cuda.get_device_name(device)}, which does not multiply it",
+            got=precision,
+            fix="Take fp16, or fp32.",
+        )
+    return DTYPES[precision], "asked for"
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    return choose_precision(precision, device)[0]
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """As train.precision has it."""
+    return next(name for name, known in DTYPES.items() if known is dtype)
+
+
+def _cpu_has_bf16() -> bool:
+    """oneDNN multiplies bf16 in hardware from AVX512-BF16 or AMX on (and on Arm from the bf16 extension on)."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return any(f" {flag} " in flags.replace("\n", " ") for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def build_policy(
+    config: PretrainedConfig,
+    model: ModelConfig,
+    adapter: AdapterConfig | SavedAdapter,
+    *,
+    compute: torch.dtype,
+    seed: int,
+    device: torch.device,
+    runs_on: torch.device | None = None,
+    quantization: QuantizationConfig = UNQUANTIZED,
+    compile_layers: bool = False,
+    activation_checkpointing: str = "none",
+    scores: bool = False,
+    separate_head: bool = False,
+    trains: bool = True,
+    files: Files | None = None,
+) -> tuple[Policy, str]:
+    """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
+    float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
+    scores: it is a Scorer, else a CausalLM. separate_head: the Scorer's head is saved beside a language model. trains: false
+    where nothing of it will be trained, adapter or not. files: its weights are read from these as they are quantized, or, with
+    the meta device, stay there for a strategy to read.
+    """
+    runs_on = runs_on or device
+    case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
+    backend, reason = attention.choose(model.attention, case)
+    frozen = not adapter.trains_base or not trains
+    load = partial(
+        load_model,
+        config,
+        model.path,
+        weights=model.weights,
+        seed=seed,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    loaded = load(dtype=compute if frozen else torch.float32, device=device, scores=scores, files=files)
+    attention.attach(loaded, backend)
+    if not scores:
+        _check_head(loaded)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = adapt(loaded, adapter, scores=scores)
+    quantize(layers(loaded), quantization, runs_on)
+    if files is not None and device.type != "meta":
+        bring(adapted, device)
+    activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
+    offloads = activation_checkpointing == "offload" and runs_on.type == "cuda"
+    settings: dict[str, Any] = {
+        "compute": compute,
+        "attention_backend": backend,
+        "compiled": compile_layers,
+        "offloads": offloads,
+        "has_new_adapter": adapter.starts_at_base,
+        "has_changed_config": bool(model.config),
+    }
+    if scores:
+        made = Scorer(adapted, language_model=partial(load, dtype=torch.float32) if separate_head else None, **settings)
+    else:
+        made = CausalLM(adapted, chunk_tokens=CHUNK_TOKENS.get(runs_on.type, head.CHUNK_TOKENS), **settings)
+    dropout = attention.dropout_of(config) if trains else 0.0
+    left_out = f"; without the model's attention dropout of {dropout:g}" if dropout else ""
+    return made, f"attention: {backend} ({reason}{left_out})"
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    """Logits are made of the last hidden states by the head alone (CausalLM), which is to be all that comes after them."""
+    parts = (model.base_model, model.get_output_embeddings())
+    more = [name for name, child in model.named_children() if child not in parts and any(True for _ in child.parameters())]
+    if more:
+        raise ConfigError(
+            "model.path",
+            f"must be a model with nothing but a head over its last hidden states, where {model.config.model_type} has {more[0]}",
+            got=model.config.name_or_path or model.config.model_type,
+        )
+
+
+def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> PretrainedConfig:
+    """The transformers config of the run's model. Where there is no path, vocabulary and marks are the tokenizer's."""
+    for name in attention.DROPOUT:
+        if model.config.get(name):
+            raise ConfigError(
+                f"model.config.{name}",
+                "must be 0, since attention is trained without dropout",
+                got=model.config[name],
+                fix="Leave it out; adapter.dropout is for LoRA.",
+            )
+    changes: Mapping[str, Any] = model.config
+    if model.path is None:
+        marks = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        changes = {"vocab_size": len(tokenizer), **marks, **model.config}
+    config = load_config(model.path, changes, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    if (known := model_class(config)) is not None:
+        check_isolation(config, known)
+    limit = positions(config)
+    if limit is not None and max_length > limit:
+        raise ConfigError("data.max_length", f"must be at most the model's {limit} positions", got=max_length, fix="Lower it.")
+    if len(tokenizer) > config.get_text_config().vocab_size:
+        raise ConfigError(
+            "model.tokenizer",
+            f"must have at most the model's {config.get_text_config().vocab_size} entries",
+            got=len(tokenizer),
+            fix="Take the model's own: model.tokenizer=null.",
+        )
+    return config
