@@ -40,7 +40,11 @@ class Message:
     """Of its tokens in the loss, where it is trained."""
     reasoning: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
-    """Calls as {"name": str, "arguments": JSON object}."""
+    """Calls as they were written: {"name", "arguments"}, or that as `function` of an object with an id. Arguments are an object
+    or its JSON text."""
+    written: Mapping[str, Any] | None = field(default=None, compare=False)
+    """The whole message as it was written, for chat templates that read more of it (ids and names of tool calls and results, null
+    in place of a content); none where the row has another form."""
 
 
 @dataclass(frozen=True, slots=True)

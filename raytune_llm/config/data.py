@@ -89,20 +89,12 @@ class OpenAIFormat(Tags):
 
 
 @section
-class PromptCompletionFormat(RowFormat):
+class PromptCompletionFormat(Columns):
     """Rows with a request and the answer to it, each a text or a list of {role, content} messages."""
 
     name: Literal["prompt_completion"]
     prompt: str
     completion: str | None
-    chosen: str | None
-    rejected: str | None
-    margin: str | None
-    label: str | None
-
-    @property
-    def pair_margin(self) -> str | None:
-        return self.margin
 
 
 @section
@@ -175,6 +167,9 @@ class DataConfig:
     enable_thinking: bool | None
     """How a template that reasons treats answers without a thought: true: it learns to say an empty one; false: the empty
     one is asked for, and thoughts that are there are left out; null: as each answer has it."""
+    reasoning: Literal["keep", "drop"]
+    """Thoughts of answers, kept apart or between <think> marks: keep them (a template that can't say them is refused) or leave
+    them out."""
     preserve_thinking: bool
     """Thoughts of earlier answers stay also where these are not trained."""
     mask_history: bool
@@ -214,6 +209,7 @@ class DataConfig:
             if values is not None and len(values) != len(self.names):
                 raise ConfigError(setting, f"must be {len(self.names)} numbers, as data.names", got=values)
         self._held_out_rows_are_said_once()
+        _is_a_pair_or_has_a_verdict(self.format)
         if self.tool_format is not None and self.template is None:
             raise ConfigError(
                 "data.tool_format", "needs data.template: a tokenizer's own template has its own way", got=self.tool_format
@@ -250,6 +246,17 @@ class DataConfig:
                 _below_one(f"data.eval_fraction.{name}", fraction)
         else:
             _below_one("data.eval_fraction", self.eval_fraction)
+
+
+def _is_a_pair_or_has_a_verdict(format: RowFormat) -> None:
+    if not isinstance(format, Columns):
+        return
+    if (format.chosen is None) != (format.rejected is None):
+        one, other = ("chosen", "rejected") if format.rejected is None else ("rejected", "chosen")
+        raise ConfigError(f"data.format.{other}", f"must be given where data.format.{one} is", fix="Both make a pair.")
+    if format.chosen is not None and format.label is not None:
+        rule = "must be null where data.format.chosen is given: a row is a pair or has a verdict"
+        raise ConfigError("data.format.label", rule, got=format.label, fix="Take one of the two.")
 
 
 def _below_one(setting: str, fraction: float) -> None:

@@ -52,7 +52,7 @@ from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.data.tokens.tokenizer import fingerprint, run_tokenizer
 from raytune_llm.errors import DataError, UserError
 
-TRANSFORMS_VERSION = 5
+TRANSFORMS_VERSION = 6
 """Raise it when the same row would give other tokens, so that old stores are not taken for new ones."""
 TASK_ROWS, TASKS_PER_WORKER = 2_000, 4
 """A task of Ray's makes so many rows, where its chunks are smaller, since handing it out takes as long as a hundred; unless that
@@ -259,10 +259,13 @@ def _prepare_one(one: Declared, preprocessor: Preprocessor, job: Job, made: list
         if folder is not None:
             template = preprocessor.template
             markers = {} if template is None else {"thought": template.thought, "call_words": template.tool_call_words}
+            reading = Reading(
+                media_dir=one.media_dir, drop_thoughts=data.reasoning == "drop", untyped=source.kind == "csv", **markers
+            )
             recipe = Recipe(
                 kind=preprocessor.kind,
                 columns=columns_of(one.format),
-                convert=converter(one.format, Reading(media_dir=one.media_dir, untyped=source.kind == "csv", **markers)),
+                convert=converter(one.format, reading),
                 renderer=preprocessor.renderer,
                 tokenize=BlockTokenizer(preprocessor.tokenizer),
                 targets=preprocessor.targets,
@@ -304,6 +307,7 @@ def _made_from(one: Declared, preprocessor: Preprocessor, data: DataConfig, sour
         "template": preprocessor.tokenizer.chat_template,
         "default_system": data.default_system,
         "enable_thinking": data.enable_thinking,
+        "reasoning": data.reasoning,
         "tokenizer": fingerprint(preprocessor.tokenizer),
         **asdict(preprocessor.targets),
     }

@@ -12,7 +12,7 @@ from raytune_llm.config.data import DataConfig
 from raytune_llm.config.load import load_config
 from raytune_llm.data import pipeline
 from raytune_llm.data.shards import Recipe, made_rows
-from raytune_llm.data.templates.tool_calls import parse_call_turn
+from raytune_llm.data.templates.tool_calls import name_and_arguments, parse_call_turn
 from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.records import IGNORE, Conversation, Labeled, Message, Pair, Record, Text
 
@@ -50,7 +50,8 @@ def unified(record: Record) -> dict[str, Any]:
 
 def _turn(message: Message) -> dict[str, Any]:
     if message.tool_calls:
-        return {"role": "function", "content": message.content, "calls": list(message.tool_calls)}
+        calls = [dict(zip(("name", "arguments"), name_and_arguments(call), strict=True)) for call in message.tool_calls]
+        return {"role": "function", "content": message.content, "calls": calls}
     return {"role": {"tool": "observation"}.get(message.role, message.role), "content": message.content}
 
 

@@ -8,7 +8,7 @@ Conversation, which may lack an answer where only prompts are wanted.
 
 `sharegpt`, `openai` and `alpaca` keep LLaMA-Factory's rules about order and about values of the wrong type. Different here: no
 "detailed thinking off" is added to system texts, text beside tool calls and results at the end are kept, parallel results stay
-apart, and a row with an unknown role or with a wrong role in an answer is dropped and counted.
+apart, and a row with an unknown role, with a wrong role in an answer or with a history of a wrong type is dropped and counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from raytune_llm.data.formats.alpaca import alpaca
 from raytune_llm.data.formats.columns import Reading, Row, required, shown, text_of
 from raytune_llm.data.formats.messages import chat, prompt_completion
 from raytune_llm.data.formats.tagged import openai, sharegpt
-from raytune_llm.records import Conversation, Record, Text
+from raytune_llm.data.templates.kept import REASONING
+from raytune_llm.records import Conversation, Labeled, Message, Pair, Record, Text
 
 if TYPE_CHECKING:
     from raytune_llm.config.data import FormatConfig, TextFormat
@@ -41,7 +42,36 @@ def converter(format: FormatConfig, reading: Reading = ROW_ALONE) -> Callable[[R
 def convert(row: Row, format: FormatConfig, reading: Reading = ROW_ALONE) -> Record:
     if not isinstance(row, Mapping):
         raise BadRow("a row must be an object", shown(row))
-    return FORMATS[format.name](row, format, reading)
+    record = FORMATS[format.name](row, format, reading)
+    return without_thoughts(record, reading.thought) if reading.drop_thoughts else record
+
+
+def without_thoughts(record: Record, thought: tuple[str, str]) -> Record:
+    """With answers that say what comes after their thoughts."""
+
+    def shortened(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        return tuple(_without_thought(message, thought) for message in messages)
+
+    def within(conversation: Conversation) -> Conversation:
+        return replace(conversation, messages=shortened(conversation.messages))
+
+    match record:
+        case Conversation():
+            return within(record)
+        case Labeled():
+            return replace(record, conversation=within(record.conversation))
+        case Pair():
+            sides = (shortened(record.chosen), shortened(record.rejected))
+            return replace(record, prompt=within(record.prompt), chosen=sides[0], rejected=sides[1])
+    return record
+
+
+def _without_thought(message: Message, thought: tuple[str, str]) -> Message:
+    if message.role != "assistant":
+        return message
+    _, ends, said = message.content.rpartition(thought[1].strip())
+    written = {key: value for key, value in (message.written or {}).items() if key not in REASONING}
+    return replace(message, content=said.lstrip() if ends else message.content, reasoning=None, written=written or None)
 
 
 def columns_of(format: FormatConfig) -> tuple[str, ...]:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 def alpaca(row: Row, columns: AlpacaFormat, reading: Reading) -> Record:
     """One request, with its input on a new line, and its answer; before it, [request, answer] pairs of history.
 
-    Every answer is trained. An answer that is no text is none.
+    Every answer is trained. An output that is no text is none: the row is a prompt. A history that is no list of pairs of texts
+    makes the row unusable (LLaMA-Factory takes a row without it): nobody can tell what was meant.
     """
     requested = text_of(required(row, "instruction", columns.instruction), columns.instruction)
     context = optional_text(row, columns.input)

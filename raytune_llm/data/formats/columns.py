@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune_llm.data.dropped import BadRow
+from raytune_llm.data.templates.kept import REASONING
+from raytune_llm.data.templates.tool_calls import name_and_arguments
 from raytune_llm.records import Conversation, Labeled, Media, Message
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ class Reading:
     thought: tuple[str, str] = ("<think>\n", "\n</think>\n\n")
     call_words: tuple[str, str] = ("<tool_call>", "</tool_call>")
     """What encloses a thought, and JSON calls, in a message of tool calls: as the chat template writes them."""
+    drop_thoughts: bool = False
+    """Thoughts of answers are left out."""
     untyped: bool = False
     """Every value is a text, as in csv: a label is true where it reads true or 1, and false where it reads false or 0."""
 
@@ -67,15 +72,21 @@ def system_of(text: str, tools: Any) -> tuple[Message, ...]:
 
 def tools_of(tools: Any) -> tuple[Mapping[str, Any], ...]:
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise BadRow("the tools must be a JSON list", shown(tools)) from None
+        tools = _json(tools, "the tools must be a JSON list")
     if not tools or (isinstance(tools, str) and not tools.strip()):
         return ()
+    if isinstance(tools, list):
+        tools = [_json(tool, "a tool must be a JSON object") if isinstance(tool, str) else tool for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRow("the tools must be a list of objects", shown(tools))
     return tuple(tools)
+
+
+def _json(text: str, rule: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise BadRow(rule, shown(text)) from None
 
 
 def media_of(row: Row, columns: Columns, reading: Reading) -> Media:
@@ -92,8 +103,11 @@ def _reference(item: Any, reading: Reading) -> Any:
     """A path is that of a file in media_dir, if there is one; a list is the frames of a video."""
     if isinstance(item, list):
         return [_reference(frame, reading) for frame in item]
-    if isinstance(item, str) and reading.media_dir is not None and (path := Path(reading.media_dir, item)).is_file():
-        return str(path)
+    if isinstance(item, str) and reading.media_dir is not None:
+        path = Path(reading.media_dir, item)
+        with suppress(OSError):  # a data: URL is too long for a path
+            if path.is_file():
+                return str(path)
     return item
 
 
@@ -123,44 +137,59 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+WEIGHTS = ("train", "training", "trainable", "loss", "weight", "loss_weight", "loss_scale", "loss_mask", "step_loss_mask")
+"""Keys of a message by which programs say that an answer is trained (true, 1) or not (false, 0), or how much it counts: OpenAI's
+and Mistral's weight, LLaMA-Factory's loss_weight, axolotl's training, ms-swift's and xtuner's loss, slime's step_loss_mask."""
+NO_WEIGHTS = ("mask", "train_detail", "training_detail", "train_on", "ignore_loss", "no_loss")
+"""Others, of which nobody can tell what they mean, or that mean parts of an answer."""
+
+
 def weight_of(message: Row) -> float:
-    """Of an answer in the loss, 0 where it is not trained: what `train`, `weight` and `loss_weight` say together."""
+    """Of an answer in the loss, 0 where it is not trained: what all its WEIGHTS say together, and torchtune's `masked`."""
     weight = 1.0
-    for flag in ("train", "weight", "loss_weight"):
-        value = message.get(flag)
+    for key in (*WEIGHTS, "masked"):
+        value = message.get(key)
         if value is None:
             continue
         if not isinstance(value, int | float) or not 0 <= value <= LARGEST:
-            raise BadRow(f"a message's {flag} must be true, false or a number that is not negative", f"got {shown(value)}")
-        weight *= value
+            raise BadRow(f"a message's {key} must be true, false or a number that is not negative", f"got {shown(value)}")
+        weight *= not value if key == "masked" else value
     if weight > LARGEST:
         raise BadRow("a message's weights must make a number that float32 holds", f"got {weight:g}")
-    return weight
+    unread = next((key for key in NO_WEIGHTS if message.get(key) is not None), None)
+    if unread is not None:
+        raise BadRow(f"a message's {unread} is not read", "say what is trained with train: true or false, or weight")
+    return float(weight)
 
 
 def reasoning_of(message: Row) -> str | None:
-    reasoning = message.get("reasoning_content")
-    return None if reasoning is None else text_of(reasoning, "a message's reasoning_content")
+    given = [(key, message[key]) for key in REASONING if message.get(key) is not None]
+    texts = [text_of(value, f"a message's {key}") for key, value in given]
+    if len({*texts}) > 1:
+        raise BadRow("a message has several thoughts", " and ".join(key for key, _ in given))
+    return texts[0] if texts else None
 
 
-def calls_of(calls: Any) -> tuple[dict[str, Any], ...]:
+def calls_of(message: Row) -> tuple[Mapping[str, Any], ...]:
+    """Its tool_calls, or the one function_call that they came from, as they are written. Raises BadRow for what is no call."""
+    calls = message.get("tool_calls") or ()
+    if not calls and message.get("function_call"):
+        calls = [message["function_call"]]
     if not isinstance(calls, list | tuple):
         raise BadRow("tool_calls must be a list", shown(calls))
-    return tuple(_call(call) for call in calls)
+    return tuple(checked_call(call) for call in calls)
 
 
-def _call(call: Any) -> dict[str, Any]:
-    """{name, arguments}, also where it is wrapped as {type: function, function: {...}} or holds its arguments as JSON text."""
-    if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
-        call = call["function"]
-    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
-        raise BadRow("a tool call must have a name", shown(call))
-    arguments = call.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise BadRow("a tool call's arguments must be a JSON object", shown(call)) from None
-    if not isinstance(arguments or {}, Mapping):
-        raise BadRow("a tool call's arguments must be a JSON object", shown(call))
-    return {"name": call["name"], "arguments": dict(arguments or {})}
+def checked_call(call: Any) -> Mapping[str, Any]:
+    try:
+        name_and_arguments(call)
+    except ValueError as error:
+        raise BadRow(str(error), shown(call)) from None
+    return call
+
+
+def as_written(message: Row, role: str) -> dict[str, Any]:
+    """For the chat template, by whatever keys the row has it: without nulls, as transformers passes it on, and without what only
+    says how it is trained."""
+    left_out = (*WEIGHTS, "masked", "role")
+    return {"role": role, **{key: value for key, value in message.items() if key not in left_out and value is not None}}

@@ -11,7 +11,9 @@ from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.formats.columns import (
     Reading,
     Row,
+    as_written,
     calls_of,
+    checked_call,
     judged,
     margin_of,
     media_of,
@@ -23,10 +25,10 @@ from raytune_llm.data.formats.columns import (
     tools_of,
     weight_of,
 )
-from raytune_llm.records import Conversation, Media, Message, Pair, Record, Role
+from raytune_llm.records import Conversation, Message, Pair, Record, Role
 
 if TYPE_CHECKING:
-    from raytune_llm.config.data import ChatFormat, PromptCompletionFormat
+    from raytune_llm.config.data import ChatFormat, Columns, PromptCompletionFormat
 
 ROLES = get_args(Role)
 
@@ -38,49 +40,51 @@ def chat(row: Row, columns: ChatFormat, reading: Reading) -> Record:
     texts, messages, or lists of messages, with the request or after it.
     """
     turns: tuple[Message, ...] = ()
-    media = media_of(row, columns, reading)
+    images: list[Any] = []
     ranked = columns.chosen is not None and columns.rejected is not None
     if columns.messages is not None and not (ranked and row.get(columns.messages) is None):
-        turns, media = _messages(required(row, "messages", columns.messages), columns.messages, media)
+        turns = _messages(required(row, "messages", columns.messages), columns.messages, images)
     if any(turn.role == "system" for turn in turns[1:]):
         raise BadRow("a system message must come first")
-    conversation = Conversation(turns, tools_of(optional(row, columns.tools)), media)
-    if columns.chosen is not None and columns.rejected is not None:
-        return _pair(
-            conversation,
-            _side(required(row, "chosen", columns.chosen), columns.chosen),
-            _side(required(row, "rejected", columns.rejected), columns.rejected),
-            margin_of(row, columns.margin, reading),
-        )
-    if not turns:
+    record = _judged_or_pair(row, columns, reading, turns, images)
+    if isinstance(record, Conversation) and not turns:
         raise BadRow("there are no messages")
-    return judged(conversation, optional(row, columns.label), reading)
+    return record
 
 
 def prompt_completion(row: Row, columns: PromptCompletionFormat, reading: Reading) -> Record:
     """A request and an answer, each a text or a list of messages. Every answer of the completion is trained."""
+    images: list[Any] = []
     prompt = required(row, "prompt", columns.prompt)
-    turns = (Message("user", prompt),) if isinstance(prompt, str) else _messages(prompt, columns.prompt, Media())[0]
+    turns = (Message("user", prompt),) if isinstance(prompt, str) else _messages(prompt, columns.prompt, images)
     turns = tuple(replace(turn, trained=False) for turn in turns)
-    if columns.chosen is not None and columns.rejected is not None:
-        return _pair(
-            Conversation(turns),
-            _side(required(row, "chosen", columns.chosen), columns.chosen),
-            _side(required(row, "rejected", columns.rejected), columns.rejected),
-            margin_of(row, columns.margin, reading),
-        )
-    if columns.completion is None:
-        return Conversation(turns)
-    answer = _side(required(row, "completion", columns.completion), columns.completion)
-    return judged(Conversation((*turns, *answer)), optional(row, columns.label), reading)
+    if columns.completion is not None and columns.chosen is None:
+        turns += _side(required(row, "completion", columns.completion), columns.completion, images)
+    return _judged_or_pair(row, columns, reading, turns, images)
 
 
-def _messages(column: Any, name: str, media: Media) -> tuple[tuple[Message, ...], Media]:
+def _judged_or_pair(row: Row, columns: Columns, reading: Reading, turns: tuple[Message, ...], images: list[Any]) -> Record:
+    """These turns with the row's tools and media; and with its two answers, where it has them, or else with its verdict."""
+    tools = tools_of(optional(row, columns.tools))
+
+    def conversation() -> Conversation:
+        media = media_of(row, columns, reading)
+        return Conversation(turns, tools, replace(media, images=(*media.images, *images)))
+
+    if columns.chosen is None or columns.rejected is None:
+        return judged(conversation(), optional(row, columns.label), reading)
+    sides = [
+        _side(required(row, setting, name), name, images)
+        for setting, name in (("chosen", columns.chosen), ("rejected", columns.rejected))
+    ]
+    return _pair(conversation(), sides[0], sides[1], margin_of(row, columns.margin, reading))
+
+
+def _messages(column: Any, name: str, images: list[Any]) -> tuple[Message, ...]:
+    """Images within the messages are added to the list."""
     if not isinstance(column, list) or not column:
         raise BadRow(f"{name} must be a list of messages", shown(column))
-    images = list(media.images)
-    turns = tuple(_message(message, images) for message in column)
-    return turns, replace(media, images=tuple(images))
+    return tuple(_message(message, images) for message in column)
 
 
 def _message(message: Any, images: list[Any]) -> Message:
@@ -89,13 +93,17 @@ def _message(message: Any, images: list[Any]) -> Message:
     role: Any = message.get("role")
     if role not in ROLES:
         raise BadRow(f"a message's role must be one of {', '.join(ROLES)}", f"got {shown(role)}")
-    calls = list(calls_of(message.get("tool_calls") or ()))
+    written = as_written(message, role)
+    calls = list(calls_of(message))
     content, reasoning = message.get("content"), reasoning_of(message)
     if content is None and calls:
         content = ""
     if isinstance(content, list):
         content, thoughts = _joined(content, calls, images)
         reasoning = thoughts if reasoning is None else reasoning
+        written |= {"content": content}
+        written |= {"reasoning_content": reasoning} if thoughts is not None else {}
+        written |= {"tool_calls": calls} if calls else {}
     weight = weight_of(message)
     return Message(
         role=role,
@@ -104,6 +112,7 @@ def _message(message: Any, images: list[Any]) -> Message:
         weight=weight,
         reasoning=reasoning,
         tool_calls=tuple(calls),
+        written=written,
     )
 
 
@@ -117,10 +126,10 @@ def _joined(parts: Sequence[Any], calls: list[Any], images: list[Any]) -> tuple[
         match part.get("type"):
             case "text":
                 said += text_of(value, "a text part")
-            case "reasoning":
+            case "reasoning" | "thinking":
                 thoughts = (thoughts or "") + text_of(value, "a reasoning part")
             case "tool_call":
-                calls += calls_of(_parsed(value))
+                calls += [checked_call(call) for call in _parsed(value)]
             case "image" | "image_url":
                 said += "<image>"
                 images.append(value.get("url") if isinstance(value, Mapping) else value)
@@ -137,11 +146,11 @@ def _parsed(value: Any) -> list[Any]:
     return parsed if isinstance(parsed, list) else [parsed]
 
 
-def _side(side: Any, name: str) -> tuple[Message, ...]:
+def _side(side: Any, name: str, images: list[Any]) -> tuple[Message, ...]:
     """One side of a pair, or a completion: a text, a message or a list of messages."""
     if isinstance(side, str):
         return (Message("assistant", side, trained=True),)
-    return _messages([side] if isinstance(side, Mapping) else side, name, Media())[0]
+    return _messages([side] if isinstance(side, Mapping) else side, name, images)
 
 
 def _pair(request: Conversation, chosen: tuple[Message, ...], rejected: tuple[Message, ...], margin: float) -> Pair:

@@ -10,6 +10,7 @@ from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.formats.columns import (
     Reading,
     Row,
+    as_written,
     calls_of,
     judged,
     margin_of,
@@ -67,7 +68,14 @@ def _tagged(message: Any, columns: Tags, reading: Reading) -> Message:
     content = text_of(content, f"a message's {columns.content_tag}")
     weight = weight_of(message)
     if role != "function":
-        return Message(role, content, trained=role == "assistant" and weight > 0, weight=weight)
+        return Message(
+            role,
+            content,
+            trained=role == "assistant" and weight > 0,
+            weight=weight,
+            reasoning=reasoning_of(message),
+            written=_written(message, role, content, columns),
+        )
     try:
         said, calls = parse_call_turn(content, thought=reading.thought, call_words=reading.call_words)
     except ValueError as error:
@@ -79,15 +87,28 @@ def _tagged(message: Any, columns: Tags, reading: Reading) -> Message:
 
 def _tagged_with_calls(message: Any, columns: Tags, reading: Reading) -> Message:
     """One message whose calls may stand beside its text."""
-    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    calls = calls_of(message) if isinstance(message, Mapping) else ()
     if calls and message.get(columns.role_tag) in (columns.assistant_tag, columns.function_tag):
         content = message.get(columns.content_tag)
         said = "" if content is None else text_of(content, f"a message's {columns.content_tag}")
         weight = weight_of(message)
-        read = Message("assistant", said, trained=weight > 0, weight=weight, tool_calls=calls_of(calls))
-    else:
-        read = _tagged(message, columns, reading)
+        return Message(
+            "assistant",
+            said,
+            trained=weight > 0,
+            weight=weight,
+            reasoning=reasoning_of(message),
+            tool_calls=calls,
+            written=_written(message, "assistant", content, columns),
+        )
+    read = _tagged(message, columns, reading)
     return replace(read, reasoning=reasoning_of(message)) if read.role == "assistant" else read
+
+
+def _written(message: Mapping[str, Any], role: str, content: Any, columns: Tags) -> dict[str, Any]:
+    """By the keys that chat templates read."""
+    others = {key: value for key, value in message.items() if key not in (columns.role_tag, columns.content_tag)}
+    return as_written({"content": content, **others}, role)
 
 
 def _alternating(

@@ -5,6 +5,10 @@ answers are found by rendering the conversation up to an answer, with the mark t
 begin the whole text. This holds for any template, marked with {% generation %} or not, and a template that rewrites earlier
 turns is refused, not mis-trained. A named template marks its answers itself.
 
+A message goes to the tokenizer's own template as the row has it, so that the text is what apply_chat_template makes of it. Where
+the template can't read it so (arguments as an object, say, where it joins texts), it is given the usual form instead. A text that
+lacks something of its row is refused (kept.py).
+
 Rendering is most of the work of a short row. So conversations of one shape are filled into one form (forms.py): with a
 tokenizer's own template, where the form gives the text that the template gives; with a named one, wherever its rules write
 contents as they are.
@@ -12,21 +16,25 @@ contents as they are.
 
 from __future__ import annotations
 
+import functools
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2 import Template, TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from raytune_llm.data.dropped import BadRow, RefusedRow
+from raytune_llm.data.templates import kept
 from raytune_llm.data.templates.control_tokens import CUT, ControlTokens, control_tokens, escape, unescape
 from raytune_llm.data.templates.forms import Form, Shape, placeholders, shape_of
-from raytune_llm.data.templates.named import NamedTemplate
+from raytune_llm.data.templates.kept import Lost
+from raytune_llm.data.templates.named import NamedTemplate, guess
 from raytune_llm.data.templates.named import stop_tokens as named_stop_tokens
+from raytune_llm.data.templates.tool_calls import name_and_arguments
 from raytune_llm.errors import ConfigError
 from raytune_llm.records import Conversation, Message
 
@@ -97,7 +105,9 @@ class ChatTemplate:
         self.end_token = self._find_end_token()
         self.control = control_tokens(specials)
         self._answered = control_tokens({self.end_token or "", *_ends(tokenizer)})
-        self._forms: dict[tuple[Shape, tuple[float, ...]], tuple[Form, tuple[float, ...]] | None] = {}
+        self._forms: dict[tuple[Shape, tuple[float, ...]], tuple[Form, _Found] | None] = {}
+        self._lost: dict[Any, Lost | None] = {}
+        self._other_template = suggested(tokenizer)
 
     def render(self, conversation: Conversation, *, earlier_answers: bool = True) -> Rendered:
         if self.end_token is None:
@@ -107,13 +117,27 @@ class ChatTemplate:
                 got=self.tokenizer_name,
                 fix="Set data.template, or model.tokenizer to one whose template does.",
             )
+        told = self._with_system(conversation if earlier_answers else _last_answer_trained(conversation))
+        refused: BadRow | RefusedRow | None = None
+        for form in _forms_of(told.messages):
+            try:
+                return self._rendered(told, form)
+            except (BadRow, RefusedRow) as error:
+                refused = refused or error
+        assert refused is not None
+        raise refused
+
+    def _rendered(self, told: Conversation, form: _MessageForm) -> Rendered:
         escaped: list[str] = []
-        told = self._with_system(conversation)
-        messages = [_as_dict(message, self.control, self._answered, escaped) for message in told.messages]
+        messages = [form(message, self.control, self._answered, escaped) for message in told.messages]
         tools = escape(list(told.tools), self.control, escaped) or None
         try:
             text = self._render(messages, tools)
-            found = self._from_form(text, messages, told) or self._from_prefixes(text, messages, tools, told)
+            found = self._from_form(text, messages, told)
+            if found is None:
+                found = self._from_prefixes(text, messages, tools, told)
+                if lost := self._what_is_lost(text, messages, tools, told, found):
+                    raise _refusal(lost, self.tokenizer_name, self._other_template)
         except TemplateError as error:
             raise BadRow("the chat template refuses the conversation", str(error)) from None
         answers = tuple((start, self._end_of_answer(text, start, end)) for start, end in found.turns)
@@ -121,6 +145,24 @@ class ChatTemplate:
             return Rendered(text, answers, found.weights)
         unescaped = unescape(text, escaped, [position for answer in answers for position in answer])
         return Rendered(unescaped.text, _in_twos(unescaped.positions), found.weights, plain=unescaped.plain)
+
+    def _what_is_lost(
+        self, text: str, messages: list[dict[str, Any]], tools: Any, told: Conversation, found: _Found
+    ) -> Lost | None:
+        shape = kept.shape_of(messages, told.messages, tools or ())
+        if shape not in self._lost:
+            if len(self._lost) >= MAX_FORMS:
+                self._lost.clear()
+            self._lost[shape] = self._lost_of_shape(messages, tools, told)
+        turns = dict(zip(found.numbers, found.turns, strict=True))
+        return self._lost[shape] or kept.lost(text, messages, told.messages, tools or (), turns)
+
+    def _lost_of_shape(self, messages: list[dict[str, Any]], tools: Any, told: Conversation) -> Lost | None:
+        probes, declared, placed = kept.probe(messages, tools or ())
+        try:
+            return kept.lost_of_shape(self._render(probes, declared or None), placed, told.messages)
+        except TemplateError:
+            return None  # it asks for more than placeholders: this row's own values must do
 
     def pair(self, chosen: Conversation, rejected: Conversation) -> tuple[Rendered, Rendered]:
         sides = (self.render(chosen, earlier_answers=False), self.render(rejected, earlier_answers=False))
@@ -133,10 +175,18 @@ class ChatTemplate:
         return sides
 
     def prompt(self, conversation: Conversation) -> str:
-        """The text that asks for the next answer."""
+        """The text that asks for the next answer. Raises TemplateError."""
         nothing = ControlTokens(re.compile(r"(?!)"), "")
-        messages = [_as_dict(message, nothing, nothing, []) for message in self._with_system(conversation).messages]
-        return self._render(messages, list(conversation.tools) or None, add_generation_prompt=True)
+        told = self._with_system(conversation).messages
+        refused: TemplateError | None = None
+        for form in _forms_of(told):
+            messages = [form(message, nothing, nothing, []) for message in told]
+            try:
+                return self._render(messages, list(conversation.tools) or None, add_generation_prompt=True)
+            except TemplateError as error:
+                refused = refused or error
+        assert refused is not None
+        raise refused
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         messages = conversation.messages
@@ -170,36 +220,42 @@ class ChatTemplate:
         known = self._forms[shape]
         if known is None:
             return None
-        form, weights = known
+        form, found = known
         filled, positions, _ = form.fill([message["content"] for message in messages])
-        return _Found(_in_twos(positions), weights) if filled == text else None
+        return replace(found, turns=_in_twos(positions)) if filled == text else None
 
-    def _form(self, told: Conversation, contents: list[str]) -> tuple[Form, tuple[float, ...]] | None:
+    def _form(self, told: Conversation, contents: list[str]) -> tuple[Form, _Found] | None:
+        """None where a content is not in it, or answers can't be found: each row is then looked at for itself."""
         messages = [{"role": message.role, "content": content} for message, content in zip(told.messages, contents, strict=True)]
         try:
             text = self._render(messages, None)
             found = self._from_prefixes(text, messages, None, told)
         except (RefusedRow, TemplateError):
             return None
-        return Form.of(text, [position for turn in found.turns for position in turn]), found.weights
+        form = Form.of(text, [position for turn in found.turns for position in turn])
+        return (form, found) if {*form.slots} == {number for number, content in enumerate(contents) if content} else None
 
     def _from_prefixes(self, text: str, messages: list[dict[str, Any]], tools: Any, told: Conversation) -> _Found:
         turns: list[tuple[int, int]] = []
         weights: list[float] = []
+        numbers: list[int] = []
         for number, message in enumerate(told.messages):
             if message.role != "assistant":
                 continue
             try:
                 turns.append(self._turn(text, messages, tools, number))
                 weights.append(_weight(message))
+                numbers.append(number)
             except (RefusedRow, TemplateError):
                 if message.trained:
                     raise
-        return _Found(tuple(turns), tuple(weights))
+        return _Found(tuple(turns), tuple(weights), tuple(numbers))
 
     def _turn(self, text: str, messages: list[dict[str, Any]], tools: Any, turn: int) -> tuple[int, int]:
         before = self._render(messages[:turn], tools, add_generation_prompt=True) if turn else ""
         through = self._render(messages[: turn + 1], tools) if turn + 1 < len(messages) else text
+        if not text.startswith(before) and text.startswith(self._render(messages[:turn], tools)):
+            raise self._asked_otherwise(text, before)
         if not text.startswith(before) or not text.startswith(through) or len(through) <= len(before):
             raise RefusedRow(
                 f"the chat template of {self.tokenizer_name} does not keep the text before and through turn {turn + 1} "
@@ -208,6 +264,15 @@ class ChatTemplate:
                 "to one whose template leaves earlier turns as they are.",
             )
         return len(before), len(through)
+
+    def _asked_otherwise(self, text: str, before: str) -> RefusedRow:
+        """The prompt is not what the template writes before the last answer."""
+        common = next((at for at, (one, other) in enumerate(zip(text, before, strict=False)) if one != other), len(text))
+        return RefusedRow(
+            f"the chat template of {self.tokenizer_name} asks for an answer with {before[common:]!r}, which it does not write "
+            f"before the answer that is there ({text[common : common + 20]!r}...)",
+            f"Set data.template={self._other_template}, or model.tokenizer to one whose template writes both alike.",
+        )
 
     def _end_of_answer(self, text: str, start: int, end: int) -> int:
         """Past the answer's first end token: what the template writes after it (a newline, say) the model need not learn.
@@ -249,9 +314,11 @@ class _Found:
     turns: tuple[tuple[int, int], ...]
     """Characters from the end of what asks for the answer to the end of what the template writes with it."""
     weights: tuple[float, ...]
+    numbers: tuple[int, ...]
+    """Of the answers' messages."""
 
 
-@lru_cache
+@functools.lru_cache
 def _compiled(source: str) -> tuple[Template, dict[str, Any]]:
     """The template as `apply_chat_template` compiles it, and the globals of its environment."""
     template = _compile_jinja_template(source)
@@ -296,17 +363,35 @@ class NamedChat:
         return first, second  # type: ignore[possibly-undefined]
 
     def _render(self, conversation: Conversation, earlier_answers: bool, thinking: bool | None) -> Rendered:
+        conversation = conversation if earlier_answers else _last_answer_trained(conversation)
         weights = tuple([_weight(message) for message in conversation.messages if message.role == "assistant"])
         if self._writes_as_is(conversation):
             form = self._form(shape_of(conversation), earlier_answers, thinking)
             text, answers, cuts = form.fill([message.content for message in conversation.messages])
             return Rendered(text, _in_twos(answers), weights, tuple(cuts))
         escaped: list[str] = []
-        messages = [_as_dict(message, self.control, self._answered, escaped) for message in conversation.messages]
+        messages = [_as_objects(message, self.control, self._answered, escaped) for message in conversation.messages]
         tools = escape(list(conversation.tools), self.control, escaped) or None
         text, spans = self._marked(messages, tools, earlier_answers, thinking)
+        if lost := self._what_is_lost(text, messages, tools, conversation.messages, spans, thinking):
+            raise _refusal(lost, f"data.template={self.template.name}", "qwen")
         unescaped = unescape(text, escaped, spans)
         return Rendered(unescaped.text, _in_twos(unescaped.positions), weights, unescaped.cuts, unescaped.plain)
+
+    def _what_is_lost(
+        self,
+        text: str,
+        messages: list[dict[str, Any]],
+        tools: Any,
+        told: Sequence[Message],
+        spans: list[int],
+        thinking: bool | None,
+    ) -> Lost | None:
+        """All that a named template leaves out it does by its rules, which depend on nothing but this text."""
+        numbers = [number for number, message in enumerate(told) if message.role == "assistant"]
+        turns = dict(zip(numbers, _in_twos(spans), strict=True))
+        found = kept.lost(text, messages, told, tools or (), turns, self.template.thought)
+        return None if found is not None and found.what == kept.THOUGHT and self.template.reasons and thinking is False else found
 
     def _writes_as_is(self, conversation: Conversation) -> bool:
         """Whether nothing is to be escaped and the rules in templates/turns.jinja do nothing with the contents but write them.
@@ -369,10 +454,19 @@ class PlainText:
 
 
 def _is_plain(conversation: Conversation) -> bool:
-    """Nothing but contents: no tools, no calls, no thoughts kept apart."""
-    return not conversation.tools and not any(
-        message.tool_calls or message.reasoning is not None for message in conversation.messages
-    )
+    """Nothing but contents: no tools, no calls, no thoughts kept apart, no other keys."""
+    return not conversation.tools and not any(map(_says_more, conversation.messages))
+
+
+BARE: Mapping[str, Any] = {"role": "", "content": ""}
+"""Keys of a message that says nothing else."""
+
+
+def _last_answer_trained(conversation: Conversation) -> Conversation:
+    """Earlier ones are told as what was said: many templates leave their thoughts out."""
+    *earlier, last = conversation.messages
+    told = (replace(message, trained=False) if message.trained else message for message in earlier)
+    return replace(conversation, messages=(*told, last))
 
 
 def _weight(message: Message) -> float:
@@ -392,14 +486,112 @@ def _ends(tokenizer: PreTrainedTokenizerFast) -> set[str]:
     return {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token is not None}
 
 
-def _as_dict(message: Message, typed: ControlTokens, answered: ControlTokens, escaped: list[str]) -> dict[str, Any]:
-    """As chat templates take it. Reasoning goes by the two names that they read."""
+_MessageForm = Callable[[Message, ControlTokens, ControlTokens, list[str]], dict[str, Any]]
+"""(message, control tokens in what is told, in answers, where escaped ones go) -> the message as a chat template takes it."""
+
+
+def _forms_of(messages: Sequence[Message]) -> tuple[_MessageForm, ...]:
+    """The forms in which a template is given messages, in turn, until it can read one."""
+    if not any(map(_says_more, messages)):
+        return USUAL_FORMS[:1]
+    written = (_as_written,) if any(message.written for message in messages) else ()
+    return (*written, *USUAL_FORMS)
+
+
+def _says_more(message: Message) -> bool:
+    """Than a content."""
+    return bool(message.tool_calls) or message.reasoning is not None or (message.written or BARE).keys() != BARE.keys()
+
+
+def _as_written(message: Message, typed: ControlTokens, answered: ControlTokens, escaped: list[str]) -> dict[str, Any]:
+    """As the row has it; the parts of a content are one text."""
+    if message.written is None:
+        return _as_objects(message, typed, answered, escaped)
     tokens = answered if message.role == "assistant" else typed
-    plain: dict[str, Any] = {"role": message.role, "content": escape(message.content, tokens, escaped)}
+    plain = {
+        key: message.role if key == "role" else escape(message.content if key == "content" else value, tokens, escaped)
+        for key, value in message.written.items()
+    }
+    if message.reasoning is None:
+        return plain
+    # transformers' own way to have a thought by the names that templates read
+    reasoning = next(plain[key] for key in kept.REASONING if key in plain)
+    return {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _usual(
+    message: Message,
+    typed: ControlTokens,
+    answered: ControlTokens,
+    escaped: list[str],
+    *,
+    arguments_as: Callable[[Any], Any],
+    nothing_said: str | None,
+) -> dict[str, Any]:
+    """By the keys that most templates read; a thought goes by both of its names."""
+    tokens = answered if message.role == "assistant" else typed
+    content = escape(message.content, tokens, escaped)
+    plain: dict[str, Any] = {"role": message.role, "content": nothing_said if message.tool_calls and not content else content}
     if message.reasoning is not None:
         reasoning = escape(message.reasoning, tokens, escaped)
         plain |= {"reasoning_content": reasoning, "thinking": reasoning}
     if message.tool_calls:
-        calls: Sequence[Mapping[str, Any]] = [dict(call) for call in message.tool_calls]
-        plain["tool_calls"] = [{"type": "function", "function": call} for call in escape(calls, tokens, escaped)]
-    return plain
+        plain["tool_calls"] = [_usual_call(call, tokens, escaped, arguments_as) for call in message.tool_calls]
+    used = (*plain, *kept.REASONING, "tool_calls", "function_call")
+    others = {key: value for key, value in (message.written or {}).items() if key not in used}
+    return plain | escape(others, tokens, escaped)
+
+
+def _json(arguments: Any) -> str:
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+def _as_it_is(arguments: Any) -> Any:
+    return arguments
+
+
+USUAL_FORMS: tuple[_MessageForm, ...] = tuple(
+    functools.partial(_usual, arguments_as=arguments_as, nothing_said=nothing_said)
+    for nothing_said in ("", None)
+    for arguments_as in (_as_it_is, _json)
+)
+"""Arguments are objects, as most templates want them, or JSON, as those that join texts; beside calls alone the content is empty,
+or null (DeepSeek V3's)."""
+_as_objects = USUAL_FORMS[0]
+
+
+def _usual_call(
+    call: Mapping[str, Any], tokens: ControlTokens, escaped: list[str], arguments_as: Callable[[Any], Any]
+) -> dict[str, Any]:
+    name, arguments = name_and_arguments(call)
+    function = escape({"name": name, "arguments": arguments}, tokens, escaped)
+    function["arguments"] = arguments_as(function["arguments"])
+    named = {"id": call["id"]} if "id" in call else {}
+    return {"type": "function", **named, "function": function}
+
+
+def suggested(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The name of a template that can say all that a row holds, and brings no token that the tokenizer has not."""
+    known = tokenizer.get_vocab()
+    if {"<|im_start|>", "<|im_end|>"} <= known.keys():
+        return "qwen3" if {"<think>", "</think>"} <= known.keys() else "qwen"
+    return guess(tokenizer.name_or_path or "") or ("llama3" if "<|eot_id|>" in known else "mistral")
+
+
+def _refusal(lost: Lost, template: str, other: str) -> RefusedRow | BadRow:
+    """Of a row whose text is not all of it."""
+    named = f"the chat template of {template}" if "=" not in template else template
+    detail = f" ({lost.detail})" if lost.detail else ""
+    choose = f"Set data.template={other}, or model.tokenizer to one whose template writes them."
+    match lost.what:
+        case kept.TOOLS:
+            return RefusedRow(
+                f"{named} does not write the row's tools{detail}", f"{choose} data.format.tools=null leaves them out."
+            )
+        case kept.CALLS:
+            return RefusedRow(f"{named} does not write the row's tool calls{detail}", choose)
+        case kept.THOUGHT:
+            return RefusedRow(
+                f"{named} does not write the row's thoughts{detail}", f"Set data.reasoning=drop to leave them out. Or: {choose}"
+            )
+    return BadRow(f"{named} leaves out what a message says; set data.template={other}, say", lost.detail)

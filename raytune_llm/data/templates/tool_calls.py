@@ -28,6 +28,26 @@ class ToolCall(NamedTuple):
     """JSON text, as the chat APIs carry it; not an object where the model wrote none."""
 
 
+def name_and_arguments(call: Any) -> tuple[str, dict[str, Any]]:
+    """Of a call as rows have it: as `function` of an object or by itself, the arguments as an object, as its JSON text, or none.
+
+    Raises ValueError.
+    """
+    function = call.get("function") if isinstance(call, Mapping) else None
+    function = function if isinstance(function, Mapping) else call
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError("a tool call must have a name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except ValueError:
+            raise ValueError("a tool call's arguments must be a JSON object") from None
+    if not isinstance(arguments or {}, Mapping):
+        raise ValueError("a tool call's arguments must be a JSON object")
+    return function["name"], dict(arguments or {})
+
+
 def render_tools(tool_format: str, tools: Sequence[Mapping[str, Any]], *, date: str | None = None) -> str:
     """The text that declares `tools`. `date` is what llama3 takes for today, written as 31 Jan 2025.
 

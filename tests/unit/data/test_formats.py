@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from raytune_llm.config.load import load_config
 from raytune_llm.data.dropped import BadRow
-from raytune_llm.data.formats import convert
+from raytune_llm.data.formats import Reading, convert
+from raytune_llm.data.templates.tool_calls import name_and_arguments
+from raytune_llm.errors import ConfigError
 
 
 def format_of(name, **columns):
@@ -48,7 +52,7 @@ def test_tool_calls_are_taken_in_both_their_forms():
     wrapped = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [wrapped]}], "tools": '[{"name": "add"}]'}
     conversation = convert(row, CHAT)
-    assert conversation.messages[1].tool_calls == ({"name": "add", "arguments": {"a": 1}},)
+    assert [name_and_arguments(call) for call in conversation.messages[1].tool_calls] == [("add", {"a": 1})]
     assert conversation.tools == ({"name": "add"},)
 
 
@@ -125,3 +129,91 @@ def test_a_missing_column_names_those_that_exist():
     with pytest.raises(BadRow) as caught:
         convert({"question": "?", "answer": "!"}, CHAT)
     assert caught.value.detail == "there are question, answer"
+
+
+@pytest.mark.parametrize(
+    ("mark", "weight"),
+    [
+        ({"loss": False}, 0), ({"loss": True}, 1), ({"training": False}, 0), ({"trainable": 0}, 0), ({"loss_scale": 0.5}, 0.5),
+        ({"step_loss_mask": 0}, 0), ({"loss_mask": 1}, 1), ({"masked": True}, 0), ({"masked": False}, 1), ({"loss": None}, 1),
+        ({"loss": True, "weight": 2}, 2),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["chat", "openai"])
+def test_other_programs_marks_of_what_is_trained_are_read(name, mark, weight):
+    answer = convert({"messages": [USER, ANSWER | mark]}, format_of(name)).messages[1]
+    assert (answer.weight if answer.trained else 0) == weight
+
+
+@pytest.mark.parametrize("mark", ["mask", "train_detail", "train_on", "no_loss"])
+def test_marks_of_which_nobody_knows_the_meaning_are_refused(mark):
+    with pytest.raises(BadRow, match=f"a message's {mark} is not read"):
+        convert({"messages": [USER, ANSWER | {mark: [1]}]}, CHAT)
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ({}, {"prompt": "hi", "completion": "yes"}),
+        ({"chosen": "chosen", "rejected": "rejected"}, {"prompt": [USER], "chosen": "yes", "rejected": "no"}),
+        ({"label": "label"}, {"prompt": "hi", "completion": [ANSWER], "label": True}),
+    ],
+)
+@pytest.mark.parametrize("tools", [[{"name": "add"}], '[{"name": "add"}]', ['{"name": "add"}']])
+def test_tools_beside_a_prompt_and_its_completion_are_read(columns, row, tools):
+    record = convert({**row, "tools": tools, "images": ["a.png"]}, format_of("prompt_completion", **columns))
+    conversation = getattr(record, "prompt", None) or getattr(record, "conversation", record)
+    assert conversation.tools == ({"name": "add"},) and conversation.media.images == ("a.png",)
+
+
+def test_images_within_a_prompt_or_a_side_are_not_lost():
+    image = {"type": "image_url", "image_url": {"url": "a.png"}}
+    prompt = [{"role": "user", "content": [image, {"type": "text", "text": "What?"}]}]
+    answered = convert({"prompt": prompt, "completion": "A cat."}, format_of("prompt_completion"))
+    side = {"role": "assistant", "content": [image, {"type": "text", "text": "This."}]}
+    pair = convert(
+        {"messages": [USER], "chosen": side, "rejected": "no"}, format_of("chat", chosen="chosen", rejected="rejected")
+    )
+    assert answered.media.images == pair.prompt.media.images == ("a.png",)
+
+
+def test_an_image_may_be_given_as_a_data_url(tmp_path):
+    url = "data:image/png;base64," + "A" * 10_000
+    row = {"messages": [USER, ANSWER], "images": [url]}
+    assert convert(row, CHAT, Reading(media_dir=str(tmp_path))).media.images == (url,)
+
+
+@pytest.mark.parametrize("name", ["weight", "margin"])
+@pytest.mark.parametrize("value", [10**400, 1e39, -1, float("inf"), "7"])
+def test_a_number_that_float32_has_not_makes_a_bad_row(name, value):
+    row = {"messages": [USER], "chosen": ANSWER | {"weight": value}, "rejected": "no", "margin": 1}
+    if name == "margin":
+        row = {"messages": [USER], "chosen": "yes", "rejected": "no", "margin": value}
+    with pytest.raises(BadRow):
+        convert(row, replace(CHAT, chosen="chosen", rejected="rejected", margin="margin"))
+
+
+@pytest.mark.parametrize("history", [7, "q", {"a": 1}, [1], [["a"]], [["a", "b", "c"]], [["a", 1]], ["ab"]])
+def test_a_history_of_a_wrong_type_makes_a_bad_row(history):
+    with pytest.raises(BadRow):
+        convert({"instruction": "a", "output": "b", "history": history}, ALPACA)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"chosen": "a", "rejected": "b", "label": "c"}, "data.format.label must be null where data.format.chosen is given"),
+        ({"chosen": "a"}, "data.format.rejected must be given where data.format.chosen is"),
+        ({"rejected": "a"}, "data.format.chosen must be given where data.format.rejected is"),
+    ],
+)
+@pytest.mark.parametrize("name", ["chat", "alpaca", "sharegpt", "openai", "prompt_completion"])
+def test_rows_are_pairs_or_have_a_verdict(name, columns, said):
+    with pytest.raises(ConfigError, match=said):
+        format_of(name, **columns)
+
+
+def test_a_thought_has_one_text():
+    row = {"messages": [USER, ANSWER | {"reasoning": "a", "reasoning_content": "b"}]}
+    with pytest.raises(BadRow, match="a message has several thoughts"):
+        convert(row, CHAT)

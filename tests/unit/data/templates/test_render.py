@@ -17,9 +17,9 @@ TOKENIZERS = [byte_tokenizer()] + ([load_tokenizer(SMOLLM2)] if importlib.util.f
 TEMPLATES = [(tokenizer, ChatTemplate(tokenizer)) for tokenizer in TOKENIZERS]
 
 LAST_ANSWER_ONLY = (
-    "{% for m in messages %}{% if m.role == 'user' or loop.last %}"
-    "<|im_start|>{{ m.content }}<|im_end|>"
-    "{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>"
+    "{{ '(earlier) ' if m.role == 'assistant' and not loop.last }}{{ m.content }}<|im_end|>"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
 
@@ -64,11 +64,11 @@ def test_the_prompt_asks_for_the_next_answer():
 def test_tool_calls_and_tools_reach_the_template():
     template = with_template(
         "{% if tools %}{{ tools[0].name }}:{% endif %}{% for m in messages %}"
-        "{% for c in m.tool_calls %}{{ c.function.arguments.a }}{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
     )
     calls = ({"name": "add", "arguments": {"a": 1}},)
     chat = Conversation((Message("user", "hi"), Message("assistant", "", tool_calls=calls)), tools=({"name": "add"},))
-    assert template.render(chat).text == "add:hi<|im_end|>1<|im_end|>"
+    assert template.render(chat).text == 'add:hi<|im_end|>{"name": "add", "arguments": {"a": 1}}<|im_end|>'
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():

@@ -1,0 +1,223 @@
+"""Whether a rendered text holds what its row does: contents, thoughts, tool calls and tools.
+
+What a template can write at all is seen once a shape of conversations, from one of placeholders. What it wrote of this row is
+looked up in its text, answers in their own turns. White space is left out of account, and so is how a format escapes texts:
+templates trim and indent, and write arguments as JSON or between tags.
+
+Thoughts must be there where they are trained. Earlier ones that are not, many templates leave out, as they do when the model is
+asked.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raytune_llm.data.templates.tool_calls import name_and_arguments
+from raytune_llm.records import Message
+
+CONTENT, THOUGHT, CALLS, TOOLS = "content", "thought", "calls", "tools"
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a message by which chat templates read its thought, the first that is there; transformers' order."""
+SWITCHES = re.compile(r"/(no_)?think\b|/system_override\b")
+"""What templates read in a text as a setting, and take out."""
+THOUGHT_WORDS = ("<think>", "</think>")
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Something of a row that its text does not hold."""
+
+    what: str
+    """CONTENT, THOUGHT, CALLS or TOOLS."""
+    detail: str
+
+
+def lost(
+    text: str,
+    messages: Sequence[Mapping[str, Any]],
+    told: Sequence[Message],
+    tools: Sequence[Any],
+    turns: Mapping[int, tuple[int, int]],
+    thought_words: Sequence[str] = THOUGHT_WORDS,
+) -> Lost | None:
+    """The first thing that the text lacks, if any.
+
+    `messages` are those that the template was given, one for each of `told`; `turns` says where in the text answers stand, by the
+    numbers of their messages.
+    """
+    whole = _squeezed(text)
+    spans = {number: _squeezed(text[start:end]) for number, (start, end) in turns.items()}
+    elsewhere: Counter[str] = Counter()
+    for number, (message, plain) in enumerate(zip(told, messages, strict=True)):
+        place = spans.get(number, whole)
+        content = plain.get("content")
+        if isinstance(content, str) and (needle := _squeezed(content)):
+            elsewhere[needle] += 1
+            enough = elsewhere[needle] if place is whole else 1
+            if place.count(needle) < enough and (part := _missing_of_content(place, content, message, thought_words)):
+                return Lost(part, f"{message.role}: {_shown(content)}")
+        if message.trained and message.reasoning is not None and not _has_text(place, _thought_of(plain) or message.reasoning):
+            return Lost(THOUGHT, _shown(message.reasoning))
+        for call in plain.get("tool_calls") or (plain.get("function_call"),):
+            if call and (detail := _missing_of_call(place, call)):
+                return Lost(CALLS, detail)
+    for tool in tools:
+        if detail := _missing_of_tool(whole, tool):
+            return Lost(TOOLS, detail)
+    return None
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def _has_text(place: str, text: str) -> bool:
+    """As it is, or as JSON or HTML has it."""
+    return any(_squeezed(form) in place for form in _forms(text))
+
+
+def _forms(text: str) -> Iterator[str]:
+    yield text
+    yield json.dumps(text, ensure_ascii=False)[1:-1]
+    yield json.dumps(text)[1:-1]
+    yield html.escape(text)
+
+
+def _missing_of_content(place: str, content: str, message: Message, thought_words: Sequence[str]) -> str | None:
+    """CONTENT or THOUGHT, where one of them is missing."""
+    if _has_text(place, content) or _has_text(place, SWITCHES.sub("", content)):
+        return None
+    *thoughts, said = re.split("|".join(re.escape(word.strip()) for word in thought_words), content)
+    if message.role != "assistant" or not thoughts or not _has_text(place, said):
+        return CONTENT
+    return THOUGHT if message.trained and not all(_has_text(place, thought) for thought in thoughts) else None
+
+
+def _thought_of(plain: Mapping[str, Any]) -> str | None:
+    return next((plain[key] for key in REASONING if isinstance(plain.get(key), str)), None)
+
+
+def _missing_of_call(place: str, call: Any) -> str | None:
+    name, arguments = name_and_arguments(call)
+    if not _has_text(place, name):
+        return f"the call of {name}"
+    written = _function_of(call).get("arguments")
+    if isinstance(written, str) and _has_text(place, written):
+        return None
+    if arguments and _squeezed(str(arguments)) in place and _squeezed(json.dumps(arguments, ensure_ascii=False)) not in place:
+        return f"the arguments of {name} as JSON: {_shown(str(arguments))} is Python's way to write them"
+    absent = next((leaf for leaf in _leaves(arguments) if not _has_leaf(place, leaf)), None)
+    return None if absent is None else f"{_shown(str(absent))} of the arguments of {name}"
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """All keys, texts and numbers."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _has_leaf(place: str, leaf: Any) -> bool:
+    if isinstance(leaf, str):
+        # A text of JSON within a text of JSON is escaped twice.
+        return _has_text(place, leaf) or _has_text(place, json.dumps(leaf, ensure_ascii=False)[1:-1])
+    return json.dumps(leaf) in place or str(leaf) in place
+
+
+def _missing_of_tool(whole: str, tool: Any) -> str | None:
+    function = _function_of(tool)
+    for key in ("name", "description"):
+        if isinstance(text := function.get(key), str) and not _has_text(whole, text):
+            return f"the {key} of a tool: {_shown(text)}"
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    names = properties if isinstance(properties, Mapping) else ()
+    absent = next((name for name in names if not _has_text(whole, str(name))), None)
+    return None if absent is None else f"the parameter {absent} of a tool"
+
+
+def probe(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, tuple[str, int]]]:
+    """The same conversation of placeholders: its messages, its tools, and what each placeholder is of which message."""
+    placed: dict[str, tuple[str, int]] = {}
+
+    def place(what: str, number: int) -> str:
+        mark = f"zq{len(placed):04}qz"
+        placed[mark] = (what, number)
+        return mark
+
+    probes = []
+    for number, message in enumerate(messages):
+        marked = dict(message)
+        if marked.get("content"):
+            marked["content"] = place(CONTENT, number)
+        if _thought_of(message) is not None:
+            mark = place(THOUGHT, number)
+            marked |= {key: mark for key in REASONING if isinstance(message.get(key), str)}
+        if message.get("tool_calls"):
+            marked["tool_calls"] = [_probe_call(call, place, number) for call in message["tool_calls"]]
+        probes.append(marked)
+    if not tools:
+        return probes, [], placed
+    function = _function_of(tools[0])
+    parameter = {"type": "string", "description": "a parameter"}
+    declared: dict[str, Any] = {key: place(TOOLS, -1) for key in ("name", "description") if isinstance(function.get(key), str)}
+    if "parameters" in function:
+        declared["parameters"] = {"type": "object", "properties": {"parameter": parameter}, "required": ["parameter"]}
+    return probes, [declared if function is tools[0] else {**tools[0], "function": declared}], placed
+
+
+def _function_of(tool: Any) -> Mapping[str, Any]:
+    """What a declaration of a tool wraps, or itself."""
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    return function if isinstance(function, Mapping) else tool
+
+
+def _probe_call(call: Mapping[str, Any], place: Any, number: int) -> dict[str, Any]:
+    inner = call.get("function")
+    function: Mapping[str, Any] = inner if isinstance(inner, Mapping) else call
+    arguments: Any = {"argument": place(CALLS, number)}
+    arguments = json.dumps(arguments) if isinstance(function.get("arguments"), str) else arguments
+    marked = {**function, "name": place(CALLS, number), "arguments": arguments}
+    return {**call, "function": marked} if function is inner else marked
+
+
+def shape_of(messages: Sequence[Mapping[str, Any]], told: Sequence[Message], tools: Sequence[Any]) -> tuple[Any, ...]:
+    """What decides which parts a template writes, contents aside."""
+    return (
+        tuple(
+            (
+                message.role,
+                message.trained,
+                tuple((key, None if value is None else bool(value)) for key, value in plain.items()),
+                tuple((*call, type(_function_of(call).get("arguments"))) for call in plain.get("tool_calls") or ()),
+            )
+            for message, plain in zip(told, messages, strict=True)
+        ),
+        tuple(_function_of(tools[0])) if tools else (),
+    )
+
+
+def lost_of_shape(text: str, placed: Mapping[str, tuple[str, int]], told: Sequence[Message]) -> Lost | None:
+    """The first placeholder that is not in the text."""
+    for mark, (what, number) in placed.items():
+        if mark not in text and (what != THOUGHT or told[number].trained):
+            return Lost(what, "" if number < 0 else f"{told[number].role}: {_shown(told[number].content)}")
+    return None
