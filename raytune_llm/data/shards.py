@@ -37,12 +37,12 @@ class Recipe:
     """All that turns a row into tokens."""
 
     kind: str
+    columns: tuple[str, ...]
+    """That `convert` reads of a row."""
     convert: Callable[[Any], Record]
     renderer: Renderer | PlainText
     tokenize: BlockTokenizer
     targets: Targets
-    columns: tuple[str, ...] | None = None
-    """That `convert` reads of a row; none: any."""
 
 
 @dataclass(frozen=True)
