@@ -13,21 +13,11 @@ MIN_KEY = 8
 
 
 @section
-class ServeConfig:
+class ServedModels:
+    """A base and its adapters, as an engine holds them."""
+
     adapters: dict[str, str]
     """Adapters by the names that requests use: folders that training wrote (`outputs/x/final`), or PEFT saved."""
-    watch: str | None
-    """A folder of output folders: each run's `final/` becomes a model by the run's name the moment it is written, and its newest
-    checkpoint becomes `<name>@<step>`."""
-    adapter_roots: list[str]
-    """Folders that adapters may be loaded from while it runs, beside `watch` and those of `adapters`."""
-    host: str
-    port: Annotated[int, Field(ge=0, le=65535)]
-    """0: a free one."""
-    api_key: str | None
-    """null: RAYTUNE_LLM_API_KEY; without either, everybody may ask, which is allowed on a loopback address alone."""
-    admin_key: str | None
-    """Of those who may change adapters. null: RAYTUNE_LLM_ADMIN_KEY."""
     base_name: str | None
     """What requests call the model without an adapter; null: its folder's or hub name."""
     max_adapters: PositiveInt
@@ -40,11 +30,27 @@ class ServeConfig:
     """auto: bf16 where the hardware has it."""
     max_length: PositiveInt | None
     """Tokens of a prompt and its answer; null: as many as the model has positions for, and the cache holds."""
+    template: str | None
+    """A named chat template; null: the tokenizer's own."""
+
+
+@section
+class ServeConfig(ServedModels):
+    watch: str | None
+    """A folder of output folders: each run's `final/` becomes a model by the run's name the moment it is written, and its newest
+    checkpoint becomes `<name>@<step>`."""
+    adapter_roots: list[str]
+    """Folders that adapters may be loaded from while it runs, beside `watch` and those of `adapters`."""
+    host: str
+    port: Annotated[int, Field(ge=0, le=65535)]
+    """0: a free one."""
+    api_key: str | None
+    """null: RAYTUNE_LLM_API_KEY; without either, everybody may ask, which is allowed on a loopback address alone."""
+    admin_key: str | None
+    """Of those who may change adapters. null: RAYTUNE_LLM_ADMIN_KEY."""
     max_waiting: NonNegativeInt
     """Requests that may wait; one more is answered with 429."""
     max_body_bytes: PositiveInt
-    template: str | None
-    """A named chat template; null: the tokenizer's own."""
     log_level: Literal["debug", "info", "warning", "error"]
 
     def __post_init__(self) -> None:

@@ -10,7 +10,9 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from raytune_llm import packaged
-from raytune_llm.config.run import ServeRun
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.quantization import QuantizationConfig
+from raytune_llm.config.serve import EngineConfig, ServedModels
 from raytune_llm.data.templates.named import apply_to_tokenizer, load, stop_tokens
 from raytune_llm.data.tokens.tokenizer import load_tokenizer
 from raytune_llm.engines.engine import Engine
@@ -24,13 +26,17 @@ from raytune_llm.serve.backend import ModelFacts
 ENGINES: dict[str, Callable[[Any, Serving], Engine]] = {"native": native_engine}
 
 
-def build_engine(run: ServeRun) -> tuple[Engine, ModelFacts]:
-    serving = _serving(run)
-    engine = ENGINES[run.engine.name](run.engine, serving)
+def build_engine(
+    model: ModelConfig, quantization: QuantizationConfig, engine_settings: EngineConfig, served: ServedModels
+) -> tuple[Engine, ModelFacts]:
+    serving = _serving(model, quantization, served)
+    engine = ENGINES[engine_settings.name](engine_settings, serving)
     text: Any = serving.config.get_text_config()
-    facts = ModelFacts(name=base_name(run), max_length=engine.max_length, hidden_size=text.hidden_size, scores=serving.scores)
+    facts = ModelFacts(
+        name=base_name(model, served), max_length=engine.max_length, hidden_size=text.hidden_size, scores=serving.scores
+    )
     try:
-        for name, folder in run.serve.adapters.items():
+        for name, folder in served.adapters.items():
             engine.add_adapter(name, folder)
     except UserError:
         engine.close()
@@ -38,13 +44,12 @@ def build_engine(run: ServeRun) -> tuple[Engine, ModelFacts]:
     return engine, facts
 
 
-def base_name(run: ServeRun) -> str:
-    return run.serve.base_name or Path(run.model.path or "base").name
+def base_name(model: ModelConfig, served: ServedModels) -> str:
+    return served.base_name or Path(model.path or "base").name
 
 
-def tokenizer_of(run: ServeRun) -> tuple[Any, list[int]]:
+def tokenizer_of(model: ModelConfig, served: ServedModels) -> tuple[Any, list[int]]:
     """With the chat template that it is asked by, and the tokens that end an answer."""
-    model = run.model
     tokenizer = load_tokenizer(
         model.path,
         revision=model.revision,
@@ -53,18 +58,17 @@ def tokenizer_of(run: ServeRun) -> tuple[Any, list[int]]:
         needs_chat_template=False,
     )
     ends = [str(tokenizer.eos_token)] if tokenizer.eos_token else []
-    if run.serve.template is not None:
-        template = load(run.serve.template)
+    if served.template is not None:
+        template = load(served.template)
         apply_to_tokenizer(tokenizer, template)
         ends = list(stop_tokens(tokenizer, template))
     return tokenizer, [int(tokenizer.convert_tokens_to_ids(token)) for token in ends]  # type: ignore[arg-type]
 
 
-def _serving(run: ServeRun) -> Serving:
+def _serving(model: ModelConfig, quantization: QuantizationConfig, served: ServedModels) -> Serving:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute, _ = choose_precision(run.serve.precision, device)
-    tokenizer, ends = tokenizer_of(run)
-    model = run.model
+    compute, _ = choose_precision(served.precision, device)
+    tokenizer, ends = tokenizer_of(model, served)
     config = load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
     if _scores(config):
         raise ConfigError(
@@ -73,16 +77,16 @@ def _serving(run: ServeRun) -> Serving:
         )  # fmt: skip
     return Serving(
         model=model,
-        quantization=run.quantization,
+        quantization=quantization,
         config=config,
         tokenizer=tokenizer,
         end_ids=sorted({*ends, *_configured_ends(model.path)}),
         compute=compute,
         device=device,
-        max_length=run.serve.max_length,
-        max_adapters=run.serve.max_adapters,
-        max_rank=run.serve.max_rank,
-        max_host_adapters=run.serve.max_host_adapters,
+        max_length=served.max_length,
+        max_adapters=served.max_adapters,
+        max_rank=served.max_rank,
+        max_host_adapters=served.max_host_adapters,
         scores=_scores(config),
     )
 

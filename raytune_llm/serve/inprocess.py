@@ -41,12 +41,12 @@ def serve_inline(run: ServeRun, *, told: Callable[[str], None]) -> None:
     listening = _bound(serve.host, serve.port)
     url = f"http://{serve.host}:{listening.getsockname()[1]}"
     told(f"loading {run.model.path or 'a model'}")
-    tokenizer, _ = tokenizer_of(run)
-    engine, facts = build_engine(run)
+    tokenizer, _ = tokenizer_of(run.model, serve)
+    engine, facts = build_engine(run.model, run.quantization, run.engine, serve)
     watcher = None
     try:
         if serve.watch is not None:
-            watcher = Watcher(Path(serve.watch).resolve(), engine, base_name=base_name(run), told=told)
+            watcher = Watcher(Path(serve.watch).resolve(), engine, base_name=base_name(run.model, serve), told=told)
             watcher.start()
         logging.getLogger("raytune_llm.serve").setLevel(serve.log_level.upper())
         app = build_app(InProcess(engine, facts), Prompts(tokenizer), access_of(run))
