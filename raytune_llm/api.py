@@ -65,8 +65,8 @@ def train(
 ) -> TrainResult:
     """Prepare what is missing (while training, where data.streaming), train (or go on), and write the output folder.
 
-    Sinks get every record of metrics.jsonl as it comes; on_begin gets a `runs.worker.Begin` when the first step is about to
-    come (again after a lost worker); on_samples gets a list of `runs.samples.SampledAnswer` at each evaluation. `began`: when the
+    Sinks get every record of metrics.jsonl as it comes; on_begin gets a `report.news.Begin` when the first step is about to
+    come (again after a lost worker); on_samples gets a list of `report.news.SampledAnswer` at each evaluation. `began`: when the
     command started, in epoch seconds.
     """
     from raytune_llm.runs import preflight

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,10 @@ from raytune_llm import api
 from raytune_llm.__main__ import BEGAN
 from raytune_llm.config.run import TrainRun
 from raytune_llm.evaluate.exact_match import ExactMatch
+from raytune_llm.report.display import SHOWN_SAMPLES, Display, last_line
 from raytune_llm.report.metrics import METRICS, read_metrics
 from raytune_llm.report.profile import TABLE, TRACE
-from raytune_llm.report.progress import ProgressBar
-from raytune_llm.runs.samples import SampledAnswer
-from raytune_llm.runs.worker import Begin, ReferencePass
 
-SAMPLES = 3
-SHOWN_CHARS = 300
-"""Of each text of a sample; samples.jsonl has all of it."""
-REFERENCE_EVERY_S = 10.0
 HELD_OUT = {
     "eval_loss": ("loss, held out", "{:.4f}"),
     "eval_rewards/margins": ("margin, held out", "{:.3g}"),
@@ -42,7 +34,7 @@ def main(run: TrainRun) -> int:
         f"adapter {run.adapter.name}, strategy {run.strategy.option}, resources {run.resources.name}",
         highlight=False,
     )
-    bars = _Bars(console)
+    bars = Display(console)
     try:
         result = api.train(
             run, sinks=[bars.record], on_begin=bars.begin, on_samples=bars.samples, on_progress=bars.rows, began=BEGAN
@@ -61,59 +53,6 @@ def main(run: TrainRun) -> int:
     if (command := next_command(run, result.final)) is not None:
         console.print(f"\nNext: [bold]{escape(command)}[/bold]", highlight=False, soft_wrap=True)
     return 0
-
-
-class _Bars:
-    """Rows while they are prepared, then steps while the model trains."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar: ProgressBar | None = None
-        self._told_rows = False
-        self._told_reference = 0.0
-
-    def rows(self, done: int, total: int) -> None:
-        if not self._told_rows and done >= total:
-            self._told_rows = True
-            self._console.print(f"prepared {total:,} rows", highlight=False)
-
-    def begin(self, begin: Begin | ReferencePass) -> None:
-        if isinstance(begin, ReferencePass):
-            self._reference(begin)
-            return
-        self.close()
-        if begin.first_step:
-            self._console.print(f"going on from the checkpoint at step {begin.first_step}", highlight=False)
-        for choice in begin.choices:
-            self._console.print(escape(choice), style="dim", highlight=False, soft_wrap=True)
-        self._bar = ProgressBar(begin.total_steps, first_step=begin.first_step, console=self._console)
-
-    def _reference(self, news: ReferencePass) -> None:
-        """A line now and then, which reads as well in a log."""
-        now = time.monotonic()
-        if news.done == 0 or now - self._told_reference >= REFERENCE_EVERY_S:
-            self._told_reference = now
-            self._console.print(
-                f"reference log-probabilities: {news.done:,} of {news.total:,} rows", style="dim", highlight=False
-            )
-
-    def record(self, record: Mapping[str, Any]) -> None:
-        if self._bar is not None:
-            self._bar.update(record)
-
-    def samples(self, samples: Sequence[SampledAnswer]) -> None:
-        for sample in samples[:SAMPLES]:
-            table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
-            table.add_row("asked", escape(_shortened(_last_line(sample.request))), style="dim")
-            table.add_row("expected", escape(_shortened(sample.reference)), style="dim")
-            table.add_row(f"step {sample.step}", escape(_shortened(sample.answer)))
-            self._console.print(table, highlight=False)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-        sys.stdout.flush()
 
 
 def _print_summary(console: Console, result: api.TrainResult) -> None:
@@ -159,24 +98,14 @@ def held_out_figures(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, st
 
 
 def _print_answers(console: Console, before: ExactMatch, after: ExactMatch) -> None:
-    for old, new in list(zip(before.samples, after.samples, strict=True))[:SAMPLES]:
+    for old, new in list(zip(before.samples, after.samples, strict=True))[:SHOWN_SAMPLES]:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title_justify="left")
-        table.add_row("asked", escape(_last_line(old.prompt)))
+        table.add_row("asked", escape(last_line(old.prompt)))
         table.add_row("expected", escape(new.reference))
         table.add_row("before", escape(old.answer), style="dim")
         table.add_row("after", escape(new.answer), style="green" if new.correct else "red")
         console.print()
         console.print(table, highlight=False)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS].rstrip()} ..."
-
-
-def _last_line(prompt: str) -> str:
-    """Of what was asked, without the name of who is to answer, which stands on a line of its own."""
-    lines = prompt.splitlines()
-    return lines[-2] if len(lines) > 1 else prompt
 
 
 def next_command(run: TrainRun, final: Path) -> str | None:

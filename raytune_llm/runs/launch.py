@@ -16,8 +16,8 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError, UserError
 from raytune_llm.models.quantization import check_device
 from raytune_llm.report.metrics import Sink
-from raytune_llm.runs.samples import SampledAnswer
-from raytune_llm.runs.worker import Begin, ReferencePass, TrainOutcome, work
+from raytune_llm.report.news import Begin, ReferencePass, SampledAnswer
+from raytune_llm.runs.worker import TrainOutcome, work
 from raytune_llm.train.strategies.base import COLLECTIVES
 
 COLLECTIVE_TIMEOUT_S = 600

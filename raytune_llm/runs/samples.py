@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,26 +15,10 @@ from raytune_llm.engines.native.runner import PolicyRunner
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.requests import Request, Sampling
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.report.news import SampledAnswer
 from raytune_llm.train.strategies.base import Strategy
 
 SAMPLES = "samples.jsonl"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampledAnswer:
-    """A line of samples.jsonl. Texts are without special tokens and outer white space."""
-
-    step: int
-    source: str
-    """The source of the row where there are several."""
-    row: int
-    """In the store of what is held out."""
-    request: str
-    answer: str
-    reference: str
-
-    def to_json(self) -> Mapping[str, Any]:
-        return asdict(self)
 
 
 class TogetherRunner(PolicyRunner):

@@ -19,6 +19,7 @@ from raytune_llm.data.streaming import Stream
 from raytune_llm.data.tokens.tokenizer import stop_ids
 from raytune_llm.memory.flops import peak_flops
 from raytune_llm.models.build import run_config
+from raytune_llm.report.news import ReferencePass
 from raytune_llm.runs.build import Builder, Built
 from raytune_llm.runs.reference import find_reference
 from raytune_llm.runs.stores import Stores, open_stores, shares_prompts, total_steps
@@ -29,14 +30,6 @@ from raytune_llm.train.clock import Rate
 from raytune_llm.train.enrichers import Enricher
 from raytune_llm.train.enrichers.global_statistics import FirstPass
 from raytune_llm.train.schedules import learning_rate
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferencePass:
-    """How far log-probabilities under the reference are computed, in rows."""
-
-    done: int
-    total: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,26 +17,16 @@ import torch.distributed as dist
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ResourceError
 from raytune_llm.report.metrics import JsonLines, Report, Sink
+from raytune_llm.report.news import Begin, ReferencePass, SampledAnswer
 from raytune_llm.report.profile import StepProfile
 from raytune_llm.report.scores import held_out_scores, write_scores
 from raytune_llm.runs.output import identity, model_card, write_final
-from raytune_llm.runs.samples import SAMPLES, SampledAnswer, Sampler
-from raytune_llm.runs.setup import ReferencePass, Setup, explained, set_up
+from raytune_llm.runs.samples import SAMPLES, Sampler
+from raytune_llm.runs.setup import Setup, explained, set_up
 from raytune_llm.train import loop
 from raytune_llm.train.checkpoint import Checkpoints, Progress, read_progress
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.strategies.base import Strategy
-
-
-@dataclass(frozen=True, kw_only=True)
-class Begin:
-    """What a run knows of itself when its first step is about to come."""
-
-    total_steps: int
-    first_step: int
-    """The step of the checkpoint that it resumes from, or 0."""
-    choices: tuple[str, ...]
-    """What was chosen for it and why, a line each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from raytune_llm.config.load import CONF, load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.errors import ConfigError, DataError
-from raytune_llm.runs.worker import Begin, ReferencePass
+from raytune_llm.report.news import Begin, ReferencePass
 from raytune_llm.stages import STAGES
 from tests.group import Group, metrics
 from tests.runs import tiny_run

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from raytune_llm.data.pipeline import prepare
-from raytune_llm.runs.worker import Begin, work
+from raytune_llm.report.news import Begin
+from raytune_llm.runs.worker import work
 from tests.runs import tiny_run
 
 

@@ -1,0 +1,83 @@
+"""A run on the user's terminal while it goes on: rows while they are prepared, then steps while the model trains."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from raytune_llm.report.news import Begin, ReferencePass, SampledAnswer
+from raytune_llm.report.progress import ProgressBar
+
+SHOWN_SAMPLES = 3
+SHOWN_CHARS = 300
+"""Of each text of a sample; samples.jsonl has all of it."""
+REFERENCE_EVERY_S = 10.0
+
+
+class Display:
+    """Rows while they are prepared, then steps while the model trains."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: ProgressBar | None = None
+        self._told_rows = False
+        self._told_reference = 0.0
+
+    def rows(self, done: int, total: int) -> None:
+        if not self._told_rows and done >= total:
+            self._told_rows = True
+            self._console.print(f"prepared {total:,} rows", highlight=False)
+
+    def begin(self, begin: Begin | ReferencePass) -> None:
+        if isinstance(begin, ReferencePass):
+            self._reference(begin)
+            return
+        self.close()
+        if begin.first_step:
+            self._console.print(f"going on from the checkpoint at step {begin.first_step}", highlight=False)
+        for choice in begin.choices:
+            self._console.print(escape(choice), style="dim", highlight=False, soft_wrap=True)
+        self._bar = ProgressBar(begin.total_steps, first_step=begin.first_step, console=self._console)
+
+    def _reference(self, news: ReferencePass) -> None:
+        """A line now and then, which reads as well in a log."""
+        now = time.monotonic()
+        if news.done == 0 or now - self._told_reference >= REFERENCE_EVERY_S:
+            self._told_reference = now
+            self._console.print(
+                f"reference log-probabilities: {news.done:,} of {news.total:,} rows", style="dim", highlight=False
+            )
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        if self._bar is not None:
+            self._bar.update(record)
+
+    def samples(self, samples: Sequence[SampledAnswer]) -> None:
+        for sample in samples[:SHOWN_SAMPLES]:
+            table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
+            table.add_row("asked", escape(_shortened(last_line(sample.request))), style="dim")
+            table.add_row("expected", escape(_shortened(sample.reference)), style="dim")
+            table.add_row(f"step {sample.step}", escape(_shortened(sample.answer)))
+            self._console.print(table, highlight=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        sys.stdout.flush()
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS].rstrip()} ..."
+
+
+def last_line(prompt: str) -> str:
+    """Of what was asked, without the name of who is to answer, which stands on a line of its own."""
+    lines = prompt.splitlines()
+    return lines[-2] if len(lines) > 1 else prompt

@@ -1,0 +1,43 @@
+"""What a run tells while it goes on, beside its records: light, so that who only listens loads nothing that computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """What a run knows of itself when its first step is about to come."""
+
+    total_steps: int
+    first_step: int
+    """The step of the checkpoint that it resumes from, or 0."""
+    choices: tuple[str, ...]
+    """What was chosen for it and why, a line each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferencePass:
+    """How far log-probabilities under the reference are computed, in rows."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledAnswer:
+    """A line of samples.jsonl. Texts are without special tokens and outer white space."""
+
+    step: int
+    source: str
+    """The source of the row where there are several."""
+    row: int
+    """In the store of what is held out."""
+    request: str
+    answer: str
+    reference: str
+
+    def to_json(self) -> Mapping[str, Any]:
+        return asdict(self)
