@@ -22,7 +22,7 @@ from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared, Streamed
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.migrate.experiment import translate_file, write
-from raytune_llm.report.metrics import Sink, Summary, WallTime, read_metrics, write_summary
+from raytune_llm.report.metrics import Sink, Summary, WallTime, read_metrics, summary_of, write_summary
 from raytune_llm.report.trackers import TrackedRun, open_tracker
 from raytune_llm.stages import STAGES
 
@@ -214,8 +214,7 @@ def _summary(outcome: TrainOutcome, clock: _Phases, before: ExactMatch | None, a
 
 def _summary_of(output: Path) -> Summary:
     """Of a run that is done."""
-    values = json.loads((output / "summary.json").read_text())
-    return Summary(**{**values, "wall_s": WallTime(**values["wall_s"])})
+    return summary_of(json.loads((output / "summary.json").read_text()))
 
 
 def _exact_match(run: TrainRun, prepared: Prepared | Streamed, final: Path | None) -> ExactMatch | None:

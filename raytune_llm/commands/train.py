@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from raytune_llm import api
 from raytune_llm.__main__ import BEGAN
+from raytune_llm.config.load import to_yaml
 from raytune_llm.config.run import TrainRun
-from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.report.display import SHOWN_SAMPLES, Display, last_line
+from raytune_llm.report.events import EventLog
 from raytune_llm.report.metrics import METRICS, read_metrics
+from raytune_llm.report.news import Done
 from raytune_llm.report.profile import TABLE, TRACE
 
 HELD_OUT = {
@@ -28,57 +28,55 @@ HELD_OUT = {
 
 
 def main(run: TrainRun) -> int:
-    console = Console()
-    console.print(
-        f"[bold]{escape(run.name)}[/bold]: {run.stage.name} of {run.model.path or run.model.config.get('model_type')}, "
-        f"adapter {run.adapter.name}, strategy {run.strategy.option}, resources {run.resources.name}",
-        highlight=False,
-    )
-    bars = Display(console)
+    face = FACES[run.log_format]()
+    face.run(run.name, _description(run), to_yaml(run))
     try:
         result = api.train(
-            run, sinks=[bars.record], on_begin=bars.begin, on_samples=bars.samples, on_progress=bars.rows, began=BEGAN
+            run, sinks=[face.record], on_begin=face.begin, on_samples=face.samples, on_progress=face.rows, began=BEGAN
         )
     finally:
-        bars.close()
-    if result.already_done:
-        console.print(f"{result.output_dir} holds this run, finished. Nothing to do (resume=never starts anew).")
-    _print_summary(console, result)
-    if run.train.profile and (seen := result.output_dir / TABLE).exists():
-        console.print(
-            f"\na step, by kind of work ({result.output_dir / TRACE} for a viewer)\n{seen.read_text()}", highlight=False
-        )
-    if result.before is not None and result.after is not None:
-        _print_answers(console, result.before, result.after)
-    if (command := next_command(run, result.final)) is not None:
-        console.print(f"\nNext: [bold]{escape(command)}[/bold]", highlight=False, soft_wrap=True)
+        face.close()
+    face.done(_done(run, result))
     return 0
 
 
-def _print_summary(console: Console, result: api.TrainResult) -> None:
-    summary = result.summary
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    if summary.loss_first is not None and summary.loss_last is not None:
-        table.add_row("loss", f"{summary.loss_first:.4f} -> {summary.loss_last:.4f}")
-    path = result.output_dir / METRICS
-    for name, figures in held_out_figures(read_metrics(path) if path.exists() else []):
-        table.add_row(name, figures)
-    if summary.exact_match_before is not None and summary.exact_match_after is not None:
-        table.add_row(
-            "exact match, held out", f"{summary.exact_match_before:.1%} -> [bold]{summary.exact_match_after:.1%}[/bold]"
-        )
-    rate = "" if summary.tokens_per_s is None else f", {summary.tokens_per_s:,.0f} tokens/s"
-    mfu = "" if summary.mfu is None else f", mfu {summary.mfu:.1%}"
-    table.add_row("trained", f"{summary.steps:,} steps, {summary.tokens:,} tokens{rate}{mfu}")
-    wall = summary.wall_s
-    table.add_row(
-        "time",
-        f"{wall.total:.0f} s (start {wall.start:.0f}, prepare {wall.prepare:.0f}, load {wall.load:.0f}, "
-        f"train {wall.train:.0f}, save {wall.save:.0f})",
+FACES: dict[str, Callable[[], Display | EventLog]] = {"text": lambda: Display(Console()), "json": EventLog}
+"""By log_format."""
+
+
+def _description(run: TrainRun) -> str:
+    return (
+        f"{run.stage.name} of {run.model.path or run.model.config.get('model_type')}, "
+        f"adapter {run.adapter.name}, strategy {run.strategy.option}, resources {run.resources.name}"
     )
-    table.add_row("model", str(result.final))
-    table.add_row("curve", str(result.output_dir / "loss.png"))
-    console.print(table, highlight=False)
+
+
+def _done(run: TrainRun, result: api.TrainResult) -> Done:
+    metrics, table = result.output_dir / METRICS, result.output_dir / TABLE
+    profile = None
+    if run.train.profile and table.exists():
+        profile = f"a step, by kind of work ({result.output_dir / TRACE} for a viewer)\n{table.read_text()}"
+    answers = []
+    if result.before is not None and result.after is not None:
+        answers = [
+            {
+                "asked": last_line(old.prompt),
+                "expected": new.reference,
+                "before": old.answer,
+                "after": new.answer,
+                "right": new.correct,
+            }
+            for old, new in list(zip(result.before.samples, result.after.samples, strict=True))[:SHOWN_SAMPLES]
+        ]
+    return Done(
+        summary=result.summary,
+        output_dir=str(result.output_dir),
+        already_done=result.already_done,
+        held_out=held_out_figures(read_metrics(metrics) if metrics.exists() else []),
+        answers=answers,
+        profile=profile,
+        next_command=next_command(run, result.final),
+    )
 
 
 def held_out_figures(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -95,17 +93,6 @@ def held_out_figures(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, st
         for name, (title, form) in HELD_OUT.items()
         if name in last
     ]
-
-
-def _print_answers(console: Console, before: ExactMatch, after: ExactMatch) -> None:
-    for old, new in list(zip(before.samples, after.samples, strict=True))[:SHOWN_SAMPLES]:
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title_justify="left")
-        table.add_row("asked", escape(last_line(old.prompt)))
-        table.add_row("expected", escape(new.reference))
-        table.add_row("before", escape(old.answer), style="dim")
-        table.add_row("after", escape(new.answer), style="green" if new.correct else "red")
-        console.print()
-        console.print(table, highlight=False)
 
 
 def next_command(run: TrainRun, final: Path) -> str | None:

@@ -30,6 +30,8 @@ class TrainRun:
     name: str
     output_dir: str
     resume: Literal["auto", "never", "must"]
+    log_format: Literal["text", "json"]
+    """Of what the command prints. json: a line for each event, for programs that read logs (report/events.py)."""
     model: ModelConfig
     data: DataConfig
     stage: StageConfig

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from raytune_llm.report.news import Begin, ReferencePass, SampledAnswer
+from raytune_llm.report.news import Begin, Done, ReferencePass, SampledAnswer
 from raytune_llm.report.progress import ProgressBar
 
 SHOWN_SAMPLES = 3
@@ -28,6 +29,10 @@ class Display:
         self._bar: ProgressBar | None = None
         self._told_rows = False
         self._told_reference = 0.0
+
+    def run(self, name: str, text: str, settings: str) -> None:
+        """`settings`: the whole run, which a terminal has no room for."""
+        self._console.print(f"[bold]{escape(name)}[/bold]: {escape(text)}", highlight=False)
 
     def rows(self, done: int, total: int) -> None:
         if not self._told_rows and done >= total:
@@ -54,9 +59,9 @@ class Display:
                 f"reference log-probabilities: {news.done:,} of {news.total:,} rows", style="dim", highlight=False
             )
 
-    def record(self, record: Mapping[str, Any]) -> None:
+    def record(self, record: Mapping[str, Any], left_s: float | None = None) -> None:
         if self._bar is not None:
-            self._bar.update(record)
+            self._bar.update(record, left_s)
 
     def samples(self, samples: Sequence[SampledAnswer]) -> None:
         for sample in samples[:SHOWN_SAMPLES]:
@@ -66,11 +71,53 @@ class Display:
             table.add_row(f"step {sample.step}", escape(_shortened(sample.answer)))
             self._console.print(table, highlight=False)
 
+    def done(self, done: Done) -> None:
+        if done.already_done:
+            self._console.print(f"{done.output_dir} holds this run, finished. Nothing to do (resume=never starts anew).")
+        self._console.print(_figures(done), highlight=False)
+        if done.profile is not None:
+            self._console.print(f"\n{done.profile}", highlight=False)
+        for answer in done.answers:
+            table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title_justify="left")
+            table.add_row("asked", escape(str(answer["asked"])))
+            table.add_row("expected", escape(str(answer["expected"])))
+            table.add_row("before", escape(str(answer["before"])), style="dim")
+            table.add_row("after", escape(str(answer["after"])), style="green" if answer["right"] else "red")
+            self._console.print()
+            self._console.print(table, highlight=False)
+        if done.next_command is not None:
+            self._console.print(f"\nNext: [bold]{escape(done.next_command)}[/bold]", highlight=False, soft_wrap=True)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         sys.stdout.flush()
+
+
+def _figures(done: Done) -> Table:
+    summary = done.summary
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    if summary.loss_first is not None and summary.loss_last is not None:
+        table.add_row("loss", f"{summary.loss_first:.4f} -> {summary.loss_last:.4f}")
+    for name, figures in done.held_out:
+        table.add_row(name, figures)
+    if summary.exact_match_before is not None and summary.exact_match_after is not None:
+        table.add_row(
+            "exact match, held out", f"{summary.exact_match_before:.1%} -> [bold]{summary.exact_match_after:.1%}[/bold]"
+        )
+    rate = "" if summary.tokens_per_s is None else f", {summary.tokens_per_s:,.0f} tokens/s"
+    mfu = "" if summary.mfu is None else f", mfu {summary.mfu:.1%}"
+    table.add_row("trained", f"{summary.steps:,} steps, {summary.tokens:,} tokens{rate}{mfu}")
+    wall = summary.wall_s
+    table.add_row(
+        "time",
+        f"{wall.total:.0f} s (start {wall.start:.0f}, prepare {wall.prepare:.0f}, load {wall.load:.0f}, "
+        f"train {wall.train:.0f}, save {wall.save:.0f})",
+    )
+    table.add_row("model", str(Path(done.output_dir) / "final"))
+    table.add_row("curve", str(Path(done.output_dir) / "loss.png"))
+    return table
 
 
 def _shortened(text: str) -> str:

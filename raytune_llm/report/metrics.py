@@ -37,7 +37,7 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(_finite_or_named(record), allow_nan=False) + "\n")
+        self._file.write(json.dumps(finite_or_named(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -67,9 +67,7 @@ class Report(JsonLines):
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl in order. A last line that a crash cut short is left out; raises DataError for any other."""
-    return [
-        {name: float(value) if value in _NON_FINITE else value for name, value in record.items()} for _, record in _lines(path)
-    ]
+    return [named_as_numbers(record) for _, record in _lines(path)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +100,13 @@ class Summary:
     wall_s: WallTime
 
 
+def summary_of(values: Mapping[str, Any]) -> Summary:
+    """From the object in a summary.json."""
+    return Summary(**{**named_as_numbers(values), "wall_s": WallTime(**values["wall_s"])})
+
+
 def write_summary(path: Path, summary: Summary) -> None:
-    _write_whole(path, json.dumps(_finite_or_named(asdict(summary)), indent=2, allow_nan=False) + "\n")
+    _write_whole(path, json.dumps(finite_or_named(asdict(summary)), indent=2, allow_nan=False) + "\n")
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -122,10 +125,15 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return lines
 
 
-def _finite_or_named(values: Record) -> dict[str, Any]:
+def named_as_numbers(record: Record) -> dict[str, Any]:
+    """What `finite_or_named` made strings of, as numbers again."""
+    return {name: float(value) if isinstance(value, str) and value in _NON_FINITE else value for name, value in record.items()}
+
+
+def finite_or_named(values: Record) -> dict[str, Any]:
     """JSON has no NaN or infinity; as the strings "NaN", "Infinity" and "-Infinity" they stay readable to every parser."""
     return {
-        name: _finite_or_named(value)
+        name: finite_or_named(value)
         if isinstance(value, Mapping)
         else json.dumps(value)
         if isinstance(value, float) and not math.isfinite(value)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from raytune_llm.report.metrics import Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +43,20 @@ class SampledAnswer:
 
     def to_json(self) -> Mapping[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a run came to, as the terminal shows it."""
+
+    summary: Summary
+    output_dir: str
+    already_done: bool
+    """The output folder held the finished run; nothing was computed."""
+    held_out: Sequence[Sequence[str]]
+    """Names and figures of the last evaluation."""
+    answers: Sequence[Mapping[str, str | bool]]
+    """To held-out rows: asked, expected, before and after training, and whether the last is right."""
+    profile: str | None
+    """The table of a step by kind of work, and where its trace is."""
+    next_command: str | None

@@ -14,6 +14,20 @@ PLAIN_EVERY_S = 10.0
 PLAIN_EVERY_FRACTION = 0.1
 
 
+class Pace:
+    """Seconds that a run has left, from the steps since its first record: what lies before that is warm-up and says nothing."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self._start: tuple[int, float] | None = None
+
+    def left_s(self, step: int, now: float) -> float | None:
+        """None at the first record. `now` is of any clock, in seconds."""
+        self._start = self._start or (step, now)
+        first_step, first_time = self._start
+        return (now - first_time) / (step - first_step) * (self.total_steps - step) if step > first_step else None
+
+
 class ProgressBar:
     """Fed with the records of a run (see report.py): `update` is a sink."""
 
@@ -26,28 +40,21 @@ class ProgressBar:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """first_step is the step that the run resumes from."""
-        self._total, self._clock = total_steps, clock
+        self._clock, self._pace = clock, Pace(total_steps)
         self._shown: dict[str, Any] = {"step": first_step}
-        self._start: tuple[int, float] | None = None
-        """Step and time of the first record: what lies before it is warm-up and says nothing of the rest."""
         console = console or Console()
         self._line = (
             _Moving(console, total_steps, first_step) if console.is_terminal else _Plain(console, total_steps, first_step, clock)
         )
 
-    def update(self, record: Mapping[str, Any]) -> None:
+    def update(self, record: Mapping[str, Any], left_s: float | None = None) -> None:
+        """left_s: the seconds that the run has left, where somebody measured them as the record came."""
         self._shown |= record
-        now = self._clock()
-        self._start = self._start or (record["step"], now)
-        self._line.show(record["step"], describe(self._shown, self._time_left(record["step"], now)))
+        measured = self._pace.left_s(record["step"], self._clock())
+        self._line.show(record["step"], describe(self._shown, measured if left_s is None else left_s))
 
     def close(self) -> None:
         self._line.close()
-
-    def _time_left(self, step: int, now: float) -> float | None:
-        assert self._start is not None
-        first_step, first_time = self._start
-        return (now - first_time) / (step - first_step) * (self._total - step) if step > first_step else None
 
 
 def describe(record: Mapping[str, Any], left_s: float | None) -> str:

@@ -22,7 +22,7 @@ FINISHED = "finished.json"
 # What may differ between a run and its continuation: where and how it is computed, and what is told about it.
 # Data sources are compared by content (the stores' manifests), not by path.
 _FREE = {
-    "name", "output_dir", "resume", "resources", "strategy", "checkpoint", "tracking",
+    "name", "output_dir", "resume", "log_format", "resources", "strategy", "checkpoint", "tracking",
     "data.cache", "data.path", "data.eval_path", "data.eval_split", "data.eval_names",
     "data.max_bad_fraction", "model.attention", "train.micro_batch_size", "train.compile", "train.activation_checkpointing",
     "train.log_every_steps", "train.eval_every_steps", "train.eval_on_start", "train.early_stopping", "train.exact_match_rows",
