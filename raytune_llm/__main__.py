@@ -18,6 +18,7 @@ VERBS = {
     "prepare": "raw rows to a token store, no training",
     "plan": "steps, tokens, parameters and memory of a run, without running it",
     "serve": "an OpenAI-compatible server of one model and many adapters",
+    "chat": "a conversation in the terminal, with a model and adapters here or a server elsewhere",
     "import": "a LLaMA-Factory training file to an experiment of yours: import FILE.yaml",
     "doctor": "versions, devices and optional packages of this machine",
 }
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(verb: str | None, argv: list[str]) -> int:
     from raytune_llm import packaged
     from raytune_llm.config import command_line
-    from raytune_llm.config.run import PrepareRun, TrainRun
+    from raytune_llm.config.run import ChatRun, PrepareRun, ServeRun, TrainRun
 
     if any(flag in argv for flag in ("--help", "-h")):
         print(command_line.usage(verb, VERBS))
@@ -56,7 +57,7 @@ def _run(verb: str | None, argv: list[str]) -> int:
     module = f"raytune_llm.commands.{call.verb}{'_' if iskeyword(call.verb) else ''}"
 
     def verb_main(run: Any) -> int:
-        if isinstance(run, TrainRun | PrepareRun):
+        if isinstance(run, TrainRun | PrepareRun | ServeRun | ChatRun):
             packaged.check_models(run)  # before what is slow to import
         return import_module(module).main(run)
 

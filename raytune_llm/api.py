@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from raytune_llm import session
 from raytune_llm.config.load import as_plain, to_yaml
 from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.resources import Cluster
-from raytune_llm.config.run import DoctorRun, ImportRun, PrepareRun, ServeRun, TrainRun
+from raytune_llm.config.run import ChatRun, DoctorRun, ImportRun, PrepareRun, ServeRun, TrainRun
 from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared, Streamed
 from raytune_llm.evaluate.exact_match import ExactMatch
@@ -27,6 +28,7 @@ from raytune_llm.report.trackers import TrackedRun, open_tracker
 from raytune_llm.stages import STAGES
 
 if TYPE_CHECKING:
+    from raytune_llm.chat.dialogue import Dialogue
     from raytune_llm.doctor import Doctor
     from raytune_llm.runs.plan import Plan
     from raytune_llm.runs.worker import TrainOutcome
@@ -158,6 +160,19 @@ def serve(run: ServeRun, *, told: Callable[[str], None] = lambda line: None) -> 
     from raytune_llm.serve.inprocess import serve_inline
 
     serve_inline(run, told=told)
+
+
+def chat(run: ChatRun) -> AbstractContextManager[Dialogue]:
+    """A conversation with a model of this process, or with a server's:
+
+    with api.chat(load_config("chat", ["model=smollm2_135m"])) as dialogue:
+        dialogue.say("hello")
+        for piece in dialogue.ask(Answer()):
+            print(piece.text, end="")
+    """
+    from raytune_llm.chat.open import open_dialogue
+
+    return open_dialogue(run)
 
 
 def doctor(run: DoctorRun) -> Doctor:

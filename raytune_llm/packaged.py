@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from raytune_llm.config.run import PrepareRun, TrainRun
+from raytune_llm.config.run import ChatRun, PrepareRun, ServeRun, TrainRun
 from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.errors import ConfigError
 from raytune_llm.hub import ask_hub
@@ -63,9 +63,12 @@ def resolve(path: str, setting: str = "model.path") -> str:
     return str(folder)
 
 
-def check_models(run: TrainRun | PrepareRun) -> None:
+def check_models(run: TrainRun | PrepareRun | ServeRun | ChatRun) -> None:
     """Raises ConfigError where a model of the run is neither here nor to be had."""
-    reference = run.stage.reference_model if isinstance(run.stage, DPO | KTO) else None
+    if isinstance(run, ChatRun) and run.chat.url is not None:
+        return
+    stage = run.stage if isinstance(run, TrainRun | PrepareRun) else None
+    reference = stage.reference_model if isinstance(stage, DPO | KTO) else None
     for setting, path in (("model.path", run.model.path), ("stage.reference_model", reference)):
         if path is not None:
             check(path, setting)

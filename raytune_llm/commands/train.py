@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from raytune_llm import api
 from raytune_llm.__main__ import BEGAN
 from raytune_llm.config.load import to_yaml
 from raytune_llm.config.run import TrainRun
+from raytune_llm.packaged import PACKAGED
 from raytune_llm.report.display import SHOWN_SAMPLES, Display, last_line
 from raytune_llm.report.events import EventLog
 from raytune_llm.report.metrics import METRICS, read_metrics
@@ -75,7 +77,9 @@ def _done(run: TrainRun, result: api.TrainResult) -> Done:
         held_out=held_out_figures(read_metrics(metrics) if metrics.exists() else []),
         answers=answers,
         profile=profile,
-        next_command=next_command(run, result.final),
+        next_commands=[
+            command for command in (chat_command(run, result.final), next_command(run, result.final)) if command is not None
+        ],
     )
 
 
@@ -106,3 +110,26 @@ def next_command(run: TrainRun, final: Path) -> str | None:
         model = f"model.path={final}" if run.adapter.trains_base else f"model.path={run.model.path} adapter.path={final}"
         return f"python -m raytune_llm model=hub {model} data.path=MORE.jsonl {there}"
     return f"python -m raytune_llm --config-dir {final.parent} --config-name run adapter.path={final} {there}"
+
+
+def chat_command(run: TrainRun, final: Path) -> str | None:
+    """How to talk with what a run left. None where that can't be: a reward model, a model without a chat template, an adapter
+    that isn't served, or a base that is not in a file."""
+    model, adapter = run.model, run.adapter
+    if not run.stage.writes or not (final / "chat_template.jinja").exists():
+        return None
+    if adapter.trains_base:
+        return f"python -m raytune_llm chat model=hub {_override('model.path', final)}"
+    if not adapter.mixes or model.path is None or model.weights == "random" or model.config:
+        return None
+    option = next((package.option for path, package in PACKAGED.items() if path == model.path), None)
+    words = [option] if option else ["model=hub", _override("model.path", model.path)]
+    given = {"revision": model.revision, "tokenizer": model.tokenizer, "trust_remote_code": model.trust_remote_code or None}
+    words += [_override(f"model.{name}", value) for name, value in given.items() if value is not None]
+    words += [f"quantization={run.quantization.name}"] if run.quantization.replaces_layers else []
+    words += [_override("chat.template", run.data.template)] if run.data.template is not None else []
+    return " ".join(["python -m raytune_llm chat", *words, _override("chat.adapter", final)])
+
+
+def _override(setting: str, value: object) -> str:
+    return shlex.quote(f"{setting}={value}")

@@ -21,6 +21,8 @@ class NoAdapter:
     """Base weights are trained. If not, they are frozen, and final/ holds an adapter."""
     reads_base_weights: ClassVar[bool] = False
     """Beside calling the layers that it is on, it reads their weights."""
+    mixes: ClassVar[bool] = False
+    """Rows with different adapters of this kind are computed in one pass, which is how they are served."""
     path: ClassVar[str | None] = None
     """The saved adapter that a run continues."""
     dropout: ClassVar[float] = 0.0
@@ -45,6 +47,7 @@ class Layered:
 
     trains_base: ClassVar[bool] = False
     reads_base_weights: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
 
     @property
     def starts_at_base(self) -> bool:
@@ -63,12 +66,16 @@ class LoRA(LowRank):
 
     name: Literal["lora"]
 
+    mixes: ClassVar[bool] = True
+
 
 @section
 class RsLoRA(LowRank):
     """Kalajdzievski 2023 (arXiv 2312.03732): W + alpha / sqrt(rank) * B A, so that higher ranks learn as fast as lower ones."""
 
     name: Literal["rslora"]
+
+    mixes: ClassVar[bool] = True
 
 
 @section

@@ -7,6 +7,7 @@ import re
 from typing import Any, Literal
 
 from raytune_llm.config.adapter import AdapterConfig
+from raytune_llm.config.chat import ChatConfig
 from raytune_llm.config.checkpoint import CheckpointConfig
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
@@ -119,6 +120,20 @@ class ServeRun:
             )
 
 
+@section
+class ChatRun:
+    """`chat`."""
+
+    model: ModelConfig
+    quantization: QuantizationConfig
+    engine: EngineConfig
+    chat: ChatConfig
+
+    def __post_init__(self) -> None:
+        if self.chat.url is None:
+            _model_is_given(self.model)
+
+
 API_KEY, ADMIN_KEY = "RAYTUNE_LLM_API_KEY", "RAYTUNE_LLM_ADMIN_KEY"
 """Of the environment: secrets that no config file should hold."""
 
@@ -159,6 +174,7 @@ RUNS: dict[str, Any] = {
     "import": ImportRun,
     "doctor": DoctorRun,
     "serve": ServeRun,
+    "chat": ChatRun,
 }
 
 

@@ -85,8 +85,8 @@ class Display:
             table.add_row("after", escape(str(answer["after"])), style="green" if answer["right"] else "red")
             self._console.print()
             self._console.print(table, highlight=False)
-        if done.next_command is not None:
-            self._console.print(f"\nNext: [bold]{escape(done.next_command)}[/bold]", highlight=False, soft_wrap=True)
+        for begin, command in zip(["\nNext: ", *["      "] * len(done.next_commands)], done.next_commands, strict=False):
+            self._console.print(f"{begin}[bold]{escape(command)}[/bold]", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:

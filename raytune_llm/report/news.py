@@ -59,4 +59,4 @@ class Done:
     """To held-out rows: asked, expected, before and after training, and whether the last is right."""
     profile: str | None
     """The table of a step by kind of work, and where its trace is."""
-    next_command: str | None
+    next_commands: Sequence[str]

@@ -28,10 +28,21 @@ class Prompts:
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def exact_text(self, ids: Sequence[int]) -> str:
+        """With its control tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, settings: Mapping[str, Any], *, ends: bool = False
     ) -> tuple[list[int], AnswerForm]:
         """The prompt, and how the answer to it is written. ends: the last message is an answer, and nothing is asked for."""
+        text = self.chat_text(messages, tools, settings, ends=ends)
+        return self.ids(text), AnswerForm.of(str(self.tokenizer.get_chat_template()), prompt=text, tools=bool(tools))
+
+    def chat_text(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, settings: Mapping[str, Any], *, ends: bool = False
+    ) -> str:
+        """As the chat template writes them."""
         if self.tokenizer.chat_template is None:
             raise invalid("This model has no chat template: use /v1/completions", "messages")
         if unknown := sorted(set(settings) - KNOWN_TEMPLATE_SETTINGS):
@@ -42,14 +53,13 @@ class Prompts:
             tuple(tool.model_dump(exclude_none=True) for tool in tools or ()),
         )
         try:
-            text = template.render(conversation).text if ends else template.prompt(conversation)
+            return template.render(conversation).text if ends else template.prompt(conversation)
         except (BadRow, RefusedRow) as error:
             raise invalid(f"The chat template refuses the messages: {error}", "messages") from None
         except Exception as error:
             if type(error).__module__.partition(".")[0] == "jinja2":
                 raise invalid(f"The chat template refuses the messages: {error}", "messages") from None
             raise
-        return self.ids(text), AnswerForm.of(str(self.tokenizer.get_chat_template()), prompt=text, tools=bool(tools))
 
     def _template(self, thinking: bool | None) -> ChatTemplate:
         if thinking not in (None, True, False):

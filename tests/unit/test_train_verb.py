@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from raytune_llm import ConfigError, DataError, ResourceError, api, load_config
-from raytune_llm.commands.train import held_out_figures, next_command
+from raytune_llm.commands.train import chat_command, held_out_figures, next_command
 from raytune_llm.train import checkpoint
 from raytune_llm.train.checkpoint import complete_steps
 from tests.group import metrics
@@ -97,6 +97,28 @@ def test_a_pretrained_model_that_knows_a_chat_template_is_to_learn_to_chat_next(
     command = next_command(run, tmp_path)
     assert command is not None
     assert load_config("train", command.split()[3:]).stage.name == "sft"
+
+
+def smollm2(folder, *overrides):
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return tiny_run("rows.json", "cache", folder, "model=smollm2_135m", *overrides)
+
+
+def test_a_model_that_chats_is_to_be_talked_with_next(tmp_path):
+    command = chat_command(smollm2(tmp_path), tmp_path)
+    assert command == f"python -m raytune_llm chat model=smollm2_135m chat.adapter={tmp_path}"
+    assert load_config("chat", command.split()[4:]).chat.adapter == str(tmp_path)
+    whole = chat_command(smollm2(tmp_path, "adapter=none"), tmp_path)
+    assert whole is not None and load_config("chat", whole.split()[4:]).model.path == str(tmp_path)
+    named = chat_command(smollm2(tmp_path, "data.template=chatml", "quantization=bnb_nf4"), tmp_path)
+    assert named is not None
+    run = load_config("chat", named.split()[4:])
+    assert (run.chat.template, run.quantization.name) == ("chatml", "bnb_nf4")
+
+
+@pytest.mark.parametrize("other", [["adapter=dora"], ["stage=reward", "data=sharegpt_pairs"], ["model=tiny_random"]])
+def test_nobody_is_sent_to_talk_with_what_can_not_be_served(other, tmp_path):
+    assert chat_command(smollm2(tmp_path, *other), tmp_path) is None
 
 
 @pytest.mark.parametrize(

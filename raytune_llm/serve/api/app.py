@@ -35,11 +35,13 @@ from raytune_llm.serve.api.sampling import forced_tool_grammar, grammar_of, samp
 from raytune_llm.serve.api.schema import (
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     EmbeddingRequest,
     LoadAdapter,
     NamedTool,
     PinAdapter,
     ScoreRequest,
+    TokenizeRequest,
     UnloadAdapter,
 )
 from raytune_llm.serve.backend import Backend
@@ -184,6 +186,23 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
         data = [{"object": "score", "index": n, "score": value[0]} for n, value in enumerate(values)]
         usage = {"prompt_tokens": sum(map(len, asked)), "total_tokens": sum(map(len, asked))}
         return _json({"object": "list", "data": data, "model": body.model, "usage": usage}, body.ignored)
+
+    @app.post("/tokenize", dependencies=[Depends(user)])
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        await adapter_of(body.model)
+        if body.messages is None:
+            text = body.prompt or ""
+        else:
+            settings = body.chat_template_kwargs or {}
+            text = prompts.chat_text(body.messages, body.tools, settings, ends=not body.add_generation_prompt)
+        ids = prompts.ids(text)
+        strings = [prompts.exact_text([id]) for id in ids] if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": facts.max_length, "tokens": ids, "token_strs": strings, "prompt": text}
+
+    @app.post("/detokenize", dependencies=[Depends(user)])
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        await adapter_of(body.model)
+        return {"prompt": prompts.exact_text(_known_ids(body.tokens, len(prompts.tokenizer)))}
 
     # Adapters -----------------------------------------------------------------------------------------------------------
 

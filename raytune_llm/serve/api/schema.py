@@ -297,6 +297,29 @@ class ScoreRequest(Body):
         return self
 
 
+class TokenizeRequest(Body):
+    """vLLM's /tokenize: a text, or messages as the chat template writes them."""
+
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    add_generation_prompt: bool = True
+    """The text ends where an answer would begin."""
+    add_special_tokens: Literal[False] = False
+    return_token_strs: bool = False
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=32)
+
+    @model_validator(mode="after")
+    def _is_one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("exactly one of prompt and messages must be given")
+        return self
+
+
+class DetokenizeRequest(Body):
+    tokens: list[int]
+
+
 class LoadAdapter(BaseModel):
     """vLLM's /v1/load_lora_adapter."""
 

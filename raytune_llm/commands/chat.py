@@ -1,0 +1,97 @@
+"""`chat`: a conversation in the terminal; where it is piped, one answer to all that stands on standard input."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+
+from rich.console import Console
+from rich.text import Text
+
+from raytune_llm.chat.client import Answer
+from raytune_llm.chat.dialogue import Dialogue
+from raytune_llm.chat.open import open_dialogue
+from raytune_llm.chat.slash import COMMANDS, Leave, run_command
+from raytune_llm.chat.terminal import Terminal
+from raytune_llm.config.run import ChatRun
+from raytune_llm.errors import ConfigError, UserError
+
+
+def main(run: ChatRun) -> int:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return _answer_once(run)
+    console = Console(highlight=False)
+    loading = console.status(f"loading {run.model.path}" if run.chat.url is None else f"asking {run.chat.url}")
+    loading.start()
+    try:
+        with open_dialogue(run) as dialogue:
+            loading.stop()
+            names = ", ".join(model.id for model in dialogue.models[1:])
+            console.print(Text(f"{dialogue.base}{', adapters: ' + names if names else ''}. /help lists what else can be done."))
+            _complete_commands()
+            _converse(Terminal(dialogue, console))
+    finally:
+        loading.stop()
+    return 0
+
+
+def _answer_once(run: ChatRun) -> int:
+    """Nothing but the answer's text goes to standard output."""
+    said = sys.stdin.read().strip("\n")
+    if not said.strip():
+        raise ConfigError("standard input", "must hold a message", got="nothing", fix='Say, echo "hello" | raytune-llm chat.')
+    with open_dialogue(run) as dialogue:
+        dialogue.say(said)
+        try:
+            for kind, text in dialogue.ask(Answer()):
+                if kind == "content":
+                    print(text, end="", flush=True)
+            print()
+        except BrokenPipeError:  # who reads had enough
+            sys.stdout = None
+    return 0
+
+
+def _converse(terminal: Terminal) -> None:
+    while True:
+        try:
+            text = terminal.message()
+            if text is None:
+                terminal.console.print()
+                return
+            if text.startswith("/"):
+                run_command(terminal, text)
+            elif text.strip():
+                _answered(terminal, text)
+        except Leave:
+            return
+        except KeyboardInterrupt:
+            terminal.console.print("\nCtrl-D or /exit leaves", style="dim")
+        except UserError as error:
+            terminal.console.print(Text(str(error), style="red"))
+
+
+def _answered(terminal: Terminal, text: str) -> None:
+    dialogue: Dialogue = terminal.dialogue
+    before = list(dialogue.messages)
+    dialogue.say(text)
+    try:
+        if dialogue.open_call is None:  # else the next result is asked for
+            terminal.answer()
+    except UserError:
+        dialogue.messages = before  # it was not asked
+        raise
+
+
+def _complete_commands() -> None:
+    """By the tab key, and earlier messages by the arrow keys."""
+    with suppress(ImportError):
+        import readline
+
+        def complete(text: str, state: int) -> str | None:
+            known = [f"/{name} " for name in COMMANDS if text and f"/{name}".startswith(text)]
+            return known[state] if state < len(known) else None
+
+        readline.set_completer_delims("")
+        readline.set_completer(complete)
+        readline.parse_and_bind("tab: complete")

@@ -1,0 +1,166 @@
+"""Conversations with a model that says what the test lets it say: thoughts, calls of tools, files."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+import uvicorn
+
+from raytune_llm.chat.client import Answer, Client
+from raytune_llm.chat.dialogue import Dialogue
+from raytune_llm.chat.open import adapter_name
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
+from raytune_llm.engines.native.engine import NativeEngine
+from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.serve.api.app import Access, build_app
+from raytune_llm.serve.backend import InProcess, ModelFacts
+from raytune_llm.serve.prompts import Prompts
+from tests.toy_engine import ToyRunner
+
+TEMPLATE = """{% for tool in tools or [] %}tool {{ tool.function.name }}
+{% endfor %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content or "" }}{% for call in message.tool_calls or [] -%}
+<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+
+
+class ScriptedRunner(ToyRunner):
+    """Says `script`, whatever is asked."""
+
+    script = b""
+
+    def run(self, pieces) -> torch.Tensor:
+        logits_RV = torch.zeros(0, self.vocab_size)
+        for row, _, stop in pieces:
+            if stop == len(row.ids):
+                values_V = torch.zeros(self.vocab_size)
+                said = stop - row.prompt_tokens
+                values_V[self.script[said] if said < len(self.script) else 257] = 1.0
+                logits_RV = torch.cat([logits_RV, values_V[None]])
+        return logits_RV
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[tuple[ScriptedRunner, Client]]:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    runner = ScriptedRunner(num_blocks=512, block_size=4, vocab_size=len(tokenizer))
+    engine = NativeEngine(runner, tokenizer, end_ids=[257], max_length=1000, max_rows=4, step_tokens=64)
+    backend = InProcess(engine, ModelFacts(name="base", max_length=1000, hidden_size=4, scores=False))
+    access = Access(api_key=None, admin_key=None, roots=[], max_waiting=8, max_body_bytes=100_000)
+    http = uvicorn.Server(uvicorn.Config(build_app(backend, Prompts(tokenizer), access), port=0, log_level="warning"))
+    thread = threading.Thread(target=http.run, daemon=True)
+    thread.start()
+    while not http.started:
+        time.sleep(0.01)
+    client = Client.at(f"http://127.0.0.1:{http.servers[0].sockets[0].getsockname()[1]}", None)
+    yield runner, client
+    client.close()
+    http.should_exit = True
+    thread.join()
+    engine.close()
+
+
+@pytest.fixture
+def dialogue(scripted) -> Dialogue:
+    return Dialogue(scripted[1], scripted[1].models(), "base", settings={"temperature": 0})
+
+
+def answered(dialogue: Dialogue) -> tuple[Answer, list[tuple[str, str]]]:
+    answer = Answer()
+    return answer, [(kind, text) for kind, text in dialogue.ask(answer)]
+
+
+def test_thoughts_are_told_apart_from_the_answer(scripted, dialogue):
+    scripted[0].script = "<think>\nA fox? Käse!\n</think>\n\nYes.".encode()
+    dialogue.say("Is it?")
+    answer, pieces = answered(dialogue)
+    assert (answer.reasoning, answer.text, answer.finish) == ("A fox? Käse!", "Yes.", "stop")
+    assert "".join(text for kind, text in pieces if kind == "reasoning") == "A fox? Käse!"
+    assert answer.tokens == len(scripted[0].script) and answer.tokens_per_s > 0 and answer.first_s > 0
+    assert dialogue.messages[-1] == {"role": "assistant", "content": "Yes.", "reasoning_content": "A fox? Käse!"}
+
+
+def test_thinking_goes_to_the_template(dialogue):
+    dialogue.say("Is it?")
+    assert not dialogue.prompt().text.endswith("</think>\n\n")
+    dialogue.thinking = False
+    assert dialogue.prompt().text.endswith("<think>\n\n</think>\n\n")
+
+
+def test_a_called_tool_waits_for_its_result_which_the_model_is_told(scripted, dialogue, tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
+    dialogue.take_tools(tmp_path / "tools.json")
+    scripted[0].script = b'Let me see.<tool_call>{"name": "weather", "arguments": {"city": "Bern"}}</tool_call>'
+    dialogue.say("How is it in Bern?")
+    answer, _ = answered(dialogue)
+    assert answer.text == "Let me see." and answer.finish == "tool_calls"
+    call = dialogue.open_call
+    assert call is not None and call["function"] == {"name": "weather", "arguments": '{"city": "Bern"}'}
+    dialogue.say("sunny")
+    assert dialogue.open_call is None and dialogue.messages[-1] == {
+        "role": "tool",
+        "tool_call_id": call["id"],
+        "content": "sunny",
+    }
+    scripted[0].script = b"It is sunny."
+    answer, _ = answered(dialogue)
+    assert answer.text == "It is sunny."
+    text = dialogue.prompt().text
+    assert text.startswith("tool weather\n") and '"city": "Bern"' in text and "<|im_start|>tool\nsunny" in text
+
+
+def test_a_saved_conversation_is_loaded_as_it_was(scripted, dialogue, tmp_path):
+    scripted[0].script = b"Yes."
+    dialogue.system, dialogue.tools = "Be brief.", [{"type": "function", "function": WEATHER}]
+    dialogue.say("Is it?")
+    answered(dialogue)
+    dialogue.save(tmp_path / "talk.jsonl")
+    other = Dialogue(dialogue.client, dialogue.models, "base")
+    other.load(tmp_path / "talk.jsonl")
+    assert (other.system, other.messages, other.tools) == (dialogue.system, dialogue.messages, dialogue.tools)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"messages": [1]}', '{"rows": []}'])
+def test_a_file_without_a_conversation_is_refused_by_its_name(dialogue, tmp_path, text):
+    (tmp_path / "talk.json").write_text(text)
+    with pytest.raises(DataError, match=r"talk\.json"):
+        dialogue.load(tmp_path / "talk.json")
+    with pytest.raises(DataError, match=r"missing\.json"):
+        dialogue.take_tools(tmp_path / "missing.json")
+
+
+def test_an_answer_can_be_had_anew_and_a_question_taken_back(scripted, dialogue):
+    scripted[0].script = b"Yes."
+    for question in ("One?", "Two?"):
+        dialogue.say(question)
+        answered(dialogue)
+    assert dialogue.take_back_answer() and dialogue.messages[-1]["content"] == "Two?"
+    assert dialogue.undo() and [message["content"] for message in dialogue.messages] == ["One?", "Yes."]
+    assert dialogue.undo() and not dialogue.undo() and not dialogue.take_back_answer()
+
+
+def test_settings_have_the_types_that_the_api_takes(dialogue):
+    dialogue.set("top_k", "5")
+    dialogue.set("stop", "END")
+    assert dialogue.settings == {"temperature": 0, "top_k": 5, "stop": "END"}
+    dialogue.set("top_k", "none")
+    assert "top_k" not in dialogue.settings
+    with pytest.raises(ConfigError, match="top_k must be a whole number, got 'x'"):
+        dialogue.set("top_k", "x")
+
+
+def test_an_adapter_is_called_by_its_runs_name(tmp_path):
+    assert adapter_name(tmp_path / "mine" / "final") == "mine"
+    assert adapter_name(tmp_path / "other") == "other"
