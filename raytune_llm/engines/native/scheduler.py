@@ -99,7 +99,8 @@ class Scheduler:
             self.waiting.remove(row)
 
     def waiting_by_reason(self) -> Mapping[str, int]:
-        return Counter(row.blocked_on or "rows" for row in self.waiting)
+        rows = tuple(self.waiting)  # at once: other threads ask, while the loop changes it
+        return Counter(row.blocked_on or "rows" for row in rows)
 
     def _admissible(self) -> list[Row]:
         """Waiting rows in the order in which they may start."""

@@ -212,3 +212,14 @@ def test_whoever_waits_is_told_when_the_engine_breaks(engine_of):
             engine.submit(Request(prompt_ids=[1]))
     finally:
         threading.excepthook = before
+
+
+def test_stats_can_be_asked_while_rows_come_and_go(engine_of):
+    engine = engine_of(ToyRunner(num_blocks=512), max_rows=2)
+    streams = [
+        engine.submit(Request(prompt_ids=[1 + number % 90], sampling=Sampling(max_new_tokens=2))) for number in range(1000)
+    ]
+    seen = set()
+    while engine.stats().generated_tokens < 2000:
+        seen.update(engine.stats().waiting_by_reason)
+    assert seen == {"rows"} and all(stream.result().finish == "length" for stream in streams)
