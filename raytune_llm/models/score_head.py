@@ -18,14 +18,11 @@ SEPARATE = "value_head.safetensors"
 
 
 def choose_padding(tokenizer: Any, stop_ids: Sequence[int]) -> int | None:
-    """Let the padding token be one that ends no answer: transformers scores a text at its last token that is not padding.
-    None where there is no such token."""
+    """The padding token of a model whose config names none, one that ends no answer: transformers scores a text at its last
+    token that is not padding. None where there is no such token."""
     candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
     fitting = [id for id in candidates if id is not None and id not in stop_ids]
-    if not fitting:
-        return None
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fitting[0])
-    return fitting[0]
+    return fitting[0] if fitting else None
 
 
 def name_padding(folder: Path, id: int) -> None:

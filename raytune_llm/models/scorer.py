@@ -16,7 +16,7 @@ from raytune_llm.records import Batch
 
 
 class Scorer(Policy):
-    """A language model whose head gives a document one number, at its last token."""
+    """A language model whose head gives a document one number, at its last token that is not padding."""
 
     scores = True
 
@@ -29,8 +29,27 @@ class Scorer(Policy):
     def forward(self, batch: Batch) -> Tensor:
         """[S - 1]: the score of every document, padding among them."""
         hidden_BTD = self.hidden(batch)
-        last_M = batch.cu_seqlens_S[1:].long() - 1
-        return self.scores_of(hidden_BTD.flatten(0, 1).index_select(0, last_M))
+        return self.scores_of(hidden_BTD.flatten(0, 1).index_select(0, self.scored_positions(batch)))
+
+    def scored_positions(self, batch: Batch) -> Tensor:
+        """int64 [S - 1]: the token of each document, in the flattened batch, that its score is read from.
+
+        It is where transformers reads it: the last token that is not the padding token of the model's config. An adapter can't
+        change that config, and where padding is the token that ends answers (SmolLM2) this is the token before the end.
+        LLaMA-Factory's separate head reads the last token, whatever it is.
+        """
+        boundaries_S = batch.cu_seqlens_S.long()
+        last_M, padding = boundaries_S[1:] - 1, self._padding
+        if padding is None:
+            return last_M
+        ids_L = batch.ids_BT.flatten()
+        counted_L = torch.where(ids_L != padding, torch.arange(len(ids_L), device=ids_L.device), 0)
+        counted_M = counted_L.cummax(0).values.index_select(0, last_M)
+        return torch.maximum(counted_M, boundaries_S[:-1]).minimum(last_M)
+
+    @property
+    def _padding(self) -> int | None:
+        return None if self._language_model is not None else self.base.config.get_text_config().pad_token_id
 
     def scores_of(self, hidden_MD: Tensor) -> Tensor:
         """float32 [M]: of documents that end in these hidden states."""
@@ -48,7 +67,9 @@ class Scorer(Policy):
         stop_ids: Sequence[int],
         base_model: str | None = None,
     ) -> None:
-        padding = choose_padding(tokenizer, stop_ids)
+        padding = choose_padding(tokenizer, stop_ids) if self._padding is None else self._padding
+        if padding is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
         super().save(folder, parameters=parameters, tokenizer=tokenizer, stop_ids=stop_ids, base_model=base_model)
         if padding is not None:
             name_padding(folder, padding)

@@ -23,7 +23,7 @@ def reward(section: Reward) -> Objective:
 
 
 def pair_scores(model: nn.Module, batch: Batch) -> Tensor:
-    """[P, 2]: the scores of the chosen and of the rejected answer, each at its last token."""
+    """[P, 2]: the scores of the chosen and of the rejected answer, each at its last token that is not padding."""
     return model(batch)[batch.per_answer["documents"]]
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from raytune_llm import api
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import split
 from raytune_llm.data.pipeline import prepare
-from raytune_llm.data.tokens.tokenizer import run_tokenizer
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer, run_tokenizer
 from raytune_llm.models.build import run_config
 from raytune_llm.models.load import load_model
 from tests.group import metrics
@@ -74,6 +74,30 @@ def test_transformers_gives_the_scores_of_the_last_evaluation(adapter: str, pair
     with torch.no_grad():
         ours = margin_of_held_out_rows(run, lambda ids: model.eval()(input_ids=ids).logits.item())
     assert math.isclose(ours, metrics(str(tmp_path))[-1]["eval_margin"], rel_tol=1e-4, abs_tol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_scores_are_the_same_elsewhere_where_padding_is_the_token_that_ends_answers(
+    adapter: str, pairs: str, cache: str, tmp_path: Path
+) -> None:
+    """As SmolLM2 has it: transformers leaves that token out."""
+    end = byte_tokenizer().eos_token_id
+    config = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**config, eos_token_id=end, pad_token_id=end))
+    base.save_pretrained(tmp_path / "base")
+    path = ["model=hub", f"model.path={tmp_path / 'base'}", "model.tokenizer=bytes"]
+    run = trained(pairs, cache, tmp_path / "run", f"adapter={adapter}", "optimizer.lr=1e-2", *path)
+    final = tmp_path / "run" / "final"
+    model = AutoModelForSequenceClassification.from_pretrained(final if adapter == "none" else tmp_path / "base", num_labels=1)
+    if adapter == "lora":
+        model = PeftModel.from_pretrained(model, final)
+    assert AutoTokenizer.from_pretrained(final).pad_token_id == model.config.pad_token_id == end
+    rows = prepare(run.model, run.data, run.resources, kind="pairs").store
+    assert rows.row(0)[1][-1] == end
+    with torch.no_grad():
+        ours = margin_of_held_out_rows(run, lambda ids: model.eval()(input_ids=ids).logits.item())
+    assert math.isclose(ours, metrics(str(tmp_path / "run"))[-1]["eval_margin"], rel_tol=1e-4, abs_tol=1e-5)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])

@@ -74,7 +74,7 @@ class PolicyRunner:
         with self._eagerly():
             hidden_LD = self._policy.hidden(batch, route)[0].float()
         if pooling == "score":
-            last_MD = hidden_LD.index_select(0, batch.cu_seqlens_S[1:].long() - 1)
+            last_MD = hidden_LD.index_select(0, self._policy.scored_positions(batch))
             return self._policy.scores_of(last_MD).unsqueeze(1).tolist()
         return [POOLED[pooling](part_ND).tolist() for part_ND in hidden_LD.split(lengths)]
 
