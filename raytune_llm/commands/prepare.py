@@ -103,7 +103,8 @@ def _summary(title: str, store: Store, max_length: int, *, share_prompts: bool) 
     table.add_row("trained", f"{store.num_trained_tokens / store.num_tokens:.1%} of the tokens")
     table.add_row("lengths", ", ".join(f"{value:,} at {share}%" for share, value in zip(PERCENTILES, percentiles, strict=True)))
     table.add_row("packs", f"{num_packs:,} of {capacity:,} tokens, {num_tokens / (num_packs * capacity):.1%} full")
-    for reason, count in sorted(store.dropped.counts.items(), key=lambda item: -item[1]):
-        table.add_row("dropped", f"{count:,}: {reason}\n" + "\n".join(store.dropped.examples[reason]))
+    for title, counted in (("shortened", store.shortened), ("dropped", store.dropped)):
+        for reason, count in sorted(counted.counts.items(), key=lambda item: -item[1]):
+            table.add_row(title, f"{count:,}: {reason}\n" + "\n".join(counted.examples[reason]))
     table.add_row("store", str(store.folder))
     return table

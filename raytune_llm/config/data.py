@@ -154,8 +154,9 @@ class DataConfig:
     """Rows of a stream that are shuffled and packed together; training starts when so many are there."""
     max_length: PositiveInt
     """Tokens of a row and of a pack; of each side of a pair."""
-    overlong: Literal["truncate", "drop", "error"]
-    """truncate: requests and answers both give way, the longer one more."""
+    overlong: Literal["truncate", "llamafactory", "drop", "error"]
+    """Of rows with more tokens: truncate: whole turns go, then the longest texts lose their ends, and the template's own tokens
+    stay; llamafactory: tokens are cut by that program's rule; drop: they are left out, which is not counted as a fault."""
     template: str | None
     """A named chat template; null: the tokenizer's own, or where it has none, the one that goes with the model's name."""
     default_system: str | None

@@ -1,4 +1,4 @@
-"""Rows that can't be used: raised as BadRow by the step that finds out, counted by reason, shown with three examples."""
+"""Rows that can't be used, or not whole: raised by the step that finds out, counted by reason, shown with three examples."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NUM_EXAMPLES = 3
+LEFT_OUT = "the row is longer than data.max_length"
+"""The reason of rows that a setting (data.overlong=drop) leaves out. There is nothing wrong with them."""
 
 
 class BadRow(Exception):
@@ -25,9 +27,17 @@ class RefusedRow(Exception):
         self.problem, self.fix = problem, fix
 
 
+class TooLong(Exception):
+    """A row of `length` tokens, more than data.max_length. What is to be done about it data.overlong says (overlong.py)."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.length = length
+
+
 @dataclass
 class Dropped:
-    """Counts by reason, with the first few examples of each as `file, row N: detail`."""
+    """Counts of rows by reason, with the first few examples of each as `file, row N: detail`."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -36,11 +46,16 @@ class Dropped:
     def total(self) -> int:
         return sum(self.counts.values())
 
-    def add(self, bad: BadRow, where: str) -> None:
-        self.counts[bad.reason] = self.counts.get(bad.reason, 0) + 1
-        examples = self.examples.setdefault(bad.reason, [])
+    @property
+    def num_bad(self) -> int:
+        """Without those that a setting leaves out."""
+        return self.total - self.counts.get(LEFT_OUT, 0)
+
+    def add(self, reason: str, detail: str, where: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        examples = self.examples.setdefault(reason, [])
         if len(examples) < NUM_EXAMPLES:
-            examples.append(f"{where}: {bad.detail}" if bad.detail else where)
+            examples.append(f"{where}: {detail}" if detail else where)
 
     def merge(self, other: Dropped) -> None:
         for reason, count in other.counts.items():

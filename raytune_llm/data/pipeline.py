@@ -52,7 +52,7 @@ from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.data.tokens.tokenizer import fingerprint, run_tokenizer
 from raytune_llm.errors import DataError, UserError
 
-TRANSFORMS_VERSION = 6
+TRANSFORMS_VERSION = 7
 """Raise it when the same row would give other tokens, so that old stores are not taken for new ones."""
 TASK_ROWS, TASKS_PER_WORKER = 2_000, 4
 """A task of Ray's makes so many rows, where its chunks are smaller, since handing it out takes as long as a hundred; unless that
@@ -403,11 +403,11 @@ def _check_dropped(path: str, num_rows: int, dropped: Dropped, max_bad_fraction:
     """Nothing left to train on is refused, and so are more bad rows than the user allows."""
     if num_rows == 0:
         raise DataError(path, f"no row can be used. Dropped: {dropped}", "Correct the data, or the settings that are named.")
-    bad_fraction = dropped.total / (num_rows + dropped.total)
+    bad_fraction = dropped.num_bad / (num_rows + dropped.total)
     if bad_fraction > max_bad_fraction:
         raise DataError(
             path,
-            f"{dropped.total} of {num_rows + dropped.total} rows can't be used, more than data.max_bad_fraction = "
+            f"{dropped.num_bad} of {num_rows + dropped.total} rows can't be used, more than data.max_bad_fraction = "
             f"{max_bad_fraction:g} of them. Dropped: {dropped}",
             f"Correct the data, or allow it with data.max_bad_fraction={-(-bad_fraction * 100 // 1) / 100:g}.",
         )

@@ -15,14 +15,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.data.dropped import BadRow, Dropped, RefusedRow
+from raytune_llm.data.dropped import BadRow, Dropped, RefusedRow, TooLong
 from raytune_llm.data.kinds import KINDS
-from raytune_llm.data.kinds.kind import Targets
+from raytune_llm.data.kinds.kind import Kind, Targets
+from raytune_llm.data.overlong import OVERLONG, Overlong
 from raytune_llm.data.readers import sources
 from raytune_llm.data.readers.chunks import Chunk, NumberedRow
 from raytune_llm.data.store import Shard, write_shard
 from raytune_llm.data.templates.render import PlainText, Rendered, Renderer
-from raytune_llm.data.tokens.tokenize import BlockTokenizer
+from raytune_llm.data.tokens.tokenize import BlockTokenizer, Tokens
 from raytune_llm.errors import DataError
 from raytune_llm.records import Record
 
@@ -54,6 +55,16 @@ class Timed:
     ended: float
 
 
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """A row of the store that is not whole."""
+
+    row: Any
+    how: str
+    length: int
+    """Tokens that it had."""
+
+
 @contextmanager
 def without_collection() -> Iterator[None]:
     """Without the search for cycles. Rows have none, and the search would go through a chunk's rows again and again: an eighth
@@ -71,24 +82,28 @@ def without_collection() -> Iterator[None]:
 def prepare_chunk(chunk: Chunk, recipe: Recipe, path: Path) -> Timed:
     """Read, convert, render, tokenize and write one chunk."""
     started = time.time()
-    dropped = Dropped()
+    dropped, shortened = Dropped(), Dropped()
     rows: list[Any] = []
     numbered = sources.read(chunk, recipe.columns)
     while block := list(islice(numbered, BLOCK_ROWS)):
         for number, row in made_rows(block, recipe):
             match row:
-                case BadRow():
-                    dropped.add(row, sources.where(chunk, number))
+                case BadRow(reason=reason, detail=detail):
+                    dropped.add(reason, detail, sources.where(chunk, number))
                 case RefusedRow():
                     raise DataError(sources.where(chunk, number), row.problem, row.fix)
+                case Shortened():
+                    rows.append(row.row)
+                    shortened.add(row.how, f"{row.length} tokens", sources.where(chunk, number))
                 case _:
                     rows.append(row)
-    shard = write_shard(path, rows, dropped, kind=KINDS[recipe.kind])
+    shard = write_shard(path, rows, dropped, kind=KINDS[recipe.kind], shortened=shortened)
     return Timed(shard, started, time.time())
 
 
 def made_rows(block: list[NumberedRow], recipe: Recipe) -> Iterator[tuple[int, Any]]:
-    """A block of raw rows, each as a row of the store or why it is none; first those that can't be rendered."""
+    """A block of raw rows, each as a row of the store, one that was Shortened, or why it is none; first those that can't be
+    rendered."""
     kind = KINDS[recipe.kind]
     usable: list[tuple[int, Record, tuple[Rendered, ...]]] = []
     for number, row in block:
@@ -112,9 +127,18 @@ def made_rows(block: list[NumberedRow], recipe: Recipe) -> Iterator[tuple[int, A
     for number, record, rendered in usable:
         mine = list(islice(tokens, len(rendered)))
         try:
-            yield number, kind.make(record, rendered, mine, recipe.targets)
+            yield number, _made(record, rendered, mine, kind, recipe)
         except (BadRow, RefusedRow) as bad:
             yield number, bad
+
+
+def _made(record: Record, rendered: tuple[Rendered, ...], tokens: list[Tokens], kind: Kind, recipe: Recipe) -> Any:
+    try:
+        return kind.make(record, rendered, tokens, recipe.targets)
+    except TooLong as long:
+        row = Overlong(long.length, record, rendered, tokens, kind, recipe.targets, recipe.renderer, recipe.tokenize)
+        made, how = OVERLONG[recipe.targets.overlong](row)
+        return Shortened(made, how, long.length)
 
 
 @lru_cache(maxsize=1)

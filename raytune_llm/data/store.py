@@ -37,7 +37,7 @@ from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import Column, Kind, MappedShard, sizes_of
 from raytune_llm.errors import DataError, ResourceError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raise it when a shard or a manifest is read in another way."""
 MANIFEST = "manifest.json"
 OUTLINE = "outline.json"
@@ -55,13 +55,16 @@ class ShardStats:
     tokens: int
     trained_tokens: int
     dropped: Dropped = field(default_factory=Dropped)
+    shortened: Dropped = field(default_factory=Dropped)
+    """Rows that are there, but not whole."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "dropped": self.dropped.to_json()}
+        return {**asdict(self), "dropped": self.dropped.to_json(), "shortened": self.shortened.to_json()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ShardStats:
-        return cls(**{**values, "dropped": Dropped.from_json(values["dropped"])})
+        counted = {name: Dropped.from_json(values[name]) for name in ("dropped", "shortened")}
+        return cls(**{**values, **counted})
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.arrow"
 
 
-def write_shard(path: Path, rows: Sequence[Any], dropped: Dropped, *, kind: Kind, source: int = 0) -> Shard:
+def write_shard(
+    path: Path, rows: Sequence[Any], dropped: Dropped, *, kind: Kind, shortened: Dropped | None = None, source: int = 0
+) -> Shard:
     """Write beside, then rename. The same rows always give the same bytes."""
     columns = {name: _arrow([getattr(row, name) for row in rows], column) for name, column in kind.columns.items()}
     written = {name: _as_numpy(column) for name, column in columns.items()}
@@ -92,6 +97,7 @@ def write_shard(path: Path, rows: Sequence[Any], dropped: Dropped, *, kind: Kind
         tokens=int(kind.lengths(written).sum()),
         trained_tokens=int(kind.trained(written).sum()),
         dropped=dropped,
+        shortened=shortened or Dropped(),
     )
     columns["source"] = pa.array(np.full(len(rows), source, np.int16))
     batch = pa.record_batch(columns)
@@ -180,9 +186,10 @@ def complete(
     end_of_row: int | None = None,
 ) -> None:
     """Write the manifest and give the folder its name. `kind` is a name in KINDS."""
-    dropped = Dropped()
+    dropped, shortened = Dropped(), Dropped()
     for shard in shards:
         dropped.merge(shard.stats.dropped)
+        shortened.merge(shard.stats.shortened)
     listed = {shard.name for shard in shards}
     for file in folder.iterdir():
         if file.name not in listed:
@@ -196,6 +203,7 @@ def complete(
         "tokens": sum(shard.stats.tokens for shard in shards),
         "trained_tokens": sum(shard.stats.trained_tokens for shard in shards),
         "dropped": dropped.to_json(),
+        "shortened": shortened.to_json(),
         "shards": [
             {"name": shard.name, "rows": shard.stats.rows, "bytes": shard.bytes, "sha256": shard.sha256} for shard in shards
         ],
@@ -211,9 +219,10 @@ def join(cache: Path, members: Sequence[tuple[str, Store]]) -> Store:
     target = cache / key_of(made_from)
     with under_construction(cache, target.name) as folder:
         if folder is not None:
-            dropped = Dropped()
+            dropped, shortened = Dropped(), Dropped()
             for store in stores:
                 dropped.merge(store.dropped)
+                shortened.merge(store.shortened)
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "kind": stores[0].manifest["kind"],
@@ -223,6 +232,7 @@ def join(cache: Path, members: Sequence[tuple[str, Store]]) -> Store:
                 "tokens": sum(store.num_tokens for store in stores),
                 "trained_tokens": sum(store.num_trained_tokens for store in stores),
                 "dropped": dropped.to_json(),
+                "shortened": shortened.to_json(),
                 "members": [{"source": name, "store": store.folder.name} for name, store in members],
                 "shards": [],
             }
@@ -306,7 +316,7 @@ class Store(Rows):
         self.folder, self.manifest = folder, manifest
         self.num_tokens: int = manifest["tokens"]
         self.num_trained_tokens: int = manifest["trained_tokens"]
-        self.dropped = Dropped.from_json(manifest["dropped"])
+        self.dropped, self.shortened = (Dropped.from_json(manifest[name]) for name in ("dropped", "shortened"))
         self.members = [Store.open(folder.parent / member["store"]) for member in manifest.get("members", ())]
         self.sources = tuple(member["source"] for member in manifest.get("members", ()))
         """Names of a joined store's members."""

@@ -120,7 +120,7 @@ DATA: Table = {
     "max_samples": Becomes(None, "data.max_samples"),
     "mix_strategy": Becomes("concat", "data.mix"),
     "interleave_probs": Becomes(None, "data.mix_weights", rules.numbers),
-    "cutoff_len": Becomes(2048, "data.max_length"),
+    "cutoff_len": Joined(2048, rules.max_length),
     "packing": Joined(None, rules.packing),
     "neat_packing": Joined(False, rules.packing),
     "template": Joined(None, rules.template),

@@ -341,6 +341,13 @@ def packing(stage: str, packing: bool | None, neat_packing: bool) -> Settings:
     return {"data.packing": bool(packing or neat_packing or (packing is None and stage == "pt"))}
 
 
+def max_length(cutoff_len: int, stage: str, packing: bool | None) -> Settings:
+    """And its way of cutting rows to it. Texts that are packed end to end are not cut."""
+    if stage == "pt" and packing is not False:
+        return {"data.max_length": cutoff_len}
+    return {"data.max_length": cutoff_len, "data.overlong": "llamafactory"}
+
+
 def streaming(streaming: bool, buffer_size: int, dataset: str | Sequence[str] | None, max_steps: int) -> Settings:
     if not streaming:
         return {"data.streaming": False}

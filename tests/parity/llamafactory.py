@@ -11,7 +11,7 @@ from typing import Any
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.load import load_config
 from raytune_llm.data import pipeline
-from raytune_llm.data.shards import Recipe, made_rows
+from raytune_llm.data.shards import Recipe, Shortened, made_rows
 from raytune_llm.data.templates.tool_calls import name_and_arguments, parse_call_turn
 from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.records import IGNORE, Conversation, Labeled, Message, Pair, Record, Text
@@ -105,7 +105,7 @@ def recipe(stage: str, **settings: Any) -> Recipe:
     overrides = [
         f"data.{name}={'null' if value is None else json.dumps(value, ensure_ascii=False)}" for name, value in settings.items()
     ]
-    run = load_config("prepare", ["model=smollm2_135m", "data.path=rows.jsonl", *overrides])
+    run = load_config("prepare", ["model=smollm2_135m", "data.path=rows.jsonl", "data.overlong=llamafactory", *overrides])
     return recipe_of(stage, run.model, run.data)
 
 
@@ -141,7 +141,8 @@ def template_of(stage: str, recipe: Recipe) -> Any:
 
 def rows_of(recipe: Recipe, records: Sequence[Record]) -> list[Any]:
     """In the order of the records."""
-    return [row for _, row in sorted(made_rows(list(enumerate(records)), recipe), key=lambda numbered: numbered[0])]
+    made = sorted(made_rows(list(enumerate(records)), recipe), key=lambda numbered: numbered[0])
+    return [row.row if isinstance(row, Shortened) else row for _, row in made]
 
 
 def labels_of(ids: Sequence[int], spans: Sequence[int], end_of_row: int | None) -> list[int]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from raytune_llm.data.dropped import BadRow, RefusedRow
+from raytune_llm.data.dropped import BadRow, RefusedRow, TooLong
 from raytune_llm.data.kinds.kind import Document, Targets
+from raytune_llm.data.templates.render import Rendered
 from raytune_llm.data.tokens.tokenize import Tokens
 from raytune_llm.data.tokens.truncation import shares
 from raytune_llm.records import Conversation, Message
@@ -15,17 +14,19 @@ from raytune_llm.records import Conversation, Message
 NOTHING_LEFT = "no trained token is left after truncation to data.max_length"
 
 
-def prompt_and_answer(tokens: Tokens, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
+def prompt_and_answer(text: Rendered, tokens: Tokens, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
     """Of the last answer, with the end that the template does not write."""
     start, end = tokens.answers[-2:].tolist()
     answer = tokens.ids[start:end]
-    return tokens.ids[:start], answer if targets.end_of_row is None else np.append(answer, np.int32(targets.end_of_row))
+    if text.ends_early or targets.end_of_row is None:
+        return tokens.ids[:start], answer
+    return tokens.ids[:start], np.append(answer, np.int32(targets.end_of_row))
 
 
-def shortened(tokens: Tokens, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
+def shortened(text: Rendered, tokens: Tokens, targets: Targets, *, cut: bool) -> tuple[np.ndarray, np.ndarray]:
     """The same, of at most max_length tokens together."""
-    prompt, answer = prompt_and_answer(tokens, targets)
-    check_length(len(prompt) + len(answer), targets)
+    prompt, answer = prompt_and_answer(text, tokens, targets)
+    check_length(len(prompt) + len(answer), targets, cut=cut)
     source, target = shares(len(prompt), len(answer), targets.max_length)
     return prompt[:source], answer[:target]
 
@@ -51,26 +52,7 @@ def check_media(conversation: Conversation) -> None:
             )
 
 
-def check_length(length: int, targets: Targets) -> None:
-    """Before a row is shortened: raises BadRow or RefusedRow where it is too long and is not to be."""
-    if length > targets.max_length:
-        OVERLONG[targets.overlong](length, targets.max_length)
-
-
-def _truncate(length: int, max_length: int) -> None:
-    pass
-
-
-def _drop(length: int, max_length: int) -> None:
-    raise BadRow("the row is longer than data.max_length", f"{length} tokens")
-
-
-def _refuse(length: int, max_length: int) -> None:
-    raise RefusedRow(
-        f"the row has {length} tokens, data.max_length is {max_length}",
-        "Raise data.max_length, or set data.overlong to truncate or drop.",
-    )
-
-
-OVERLONG: dict[str, Callable[[int, int], None]] = {"truncate": _truncate, "drop": _drop, "error": _refuse}
-"""What is done about a row that is too long."""
+def check_length(length: int, targets: Targets, *, cut: bool) -> None:
+    """Raises TooLong, unless the row is to be cut."""
+    if length > targets.max_length and not cut:
+        raise TooLong(length)

@@ -51,17 +51,23 @@ class ConversationKind(Kind):
         check_media(conversation)
         return (renderer.render(conversation, earlier_answers=not targets.mask_history or targets.preserve_thinking),)
 
-    def make(self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets) -> ConversationRow:
+    def keeps_last_answer(self, targets: Targets) -> bool:
+        return targets.mask_history
+
+    def make(
+        self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets, *, cut: bool = False
+    ) -> ConversationRow:
         (text,), (whole,) = rendered, tokens
         room = targets.max_length - (targets.end_of_row is not None)
         kept = whole
         if len(whole.ids) > room:
-            check_length(len(whole.ids) + targets.max_length - room, targets)
+            check_length(len(whole.ids) + targets.max_length - room, targets, cut=cut)
             kept = shorten(whole, room, last_first=targets.mask_history)
         if targets.end_of_row is not None:
             return _ended(kept, text.weights, targets.end_of_row)
         if targets.train_on_prompt:
-            return _trained(kept.ids, np.array([(0, len(kept.ids))]), (1.0,))
+            end = kept.answers[-1] if text.ends_early else len(kept.ids)
+            return _trained(kept.ids, np.array([(0, end)]), (1.0,))
         return _trained(kept.ids, kept.answers.reshape(-1, 2), text.weights)
 
     def lengths(self, shard: MappedShard) -> np.ndarray:

@@ -110,9 +110,19 @@ class Kind(ABC):
     def render(self, record: Record, renderer: Any, targets: Targets) -> tuple[Rendered, ...]:
         """The texts that a row is made from. Raises BadRow or RefusedRow."""
 
+    def keeps_last_answer(self, targets: Targets) -> bool:
+        """Whether the last answer is what a row is there for, and turns before it go first where it is too long; else those after
+        its first trained answer do."""
+        return True
+
     @abstractmethod
-    def make(self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets) -> Any:
-        """The row. Raises BadRow where nothing is left to train, RefusedRow where it is too long and may not be."""
+    def make(
+        self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets, *, cut: bool = False
+    ) -> Any:
+        """The row. Raises BadRow where nothing is left to train, TooLong where it is too long.
+
+        cut: then its tokens are cut by the rule of tokens/truncation.py instead.
+        """
 
     # Lengths
 

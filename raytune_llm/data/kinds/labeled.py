@@ -16,7 +16,6 @@ from raytune_llm.data.kinds.answers import NOTHING_LEFT, answered, check_answer,
 from raytune_llm.data.kinds.kind import IDS, Column, Document, Ids, Kind, MappedShard, Place, Targets, ones, sizes_of
 from raytune_llm.data.templates.render import Rendered, Renderer
 from raytune_llm.data.tokens.tokenize import Tokens
-from raytune_llm.data.tokens.truncation import shares
 from raytune_llm.records import Labeled, Record
 
 if TYPE_CHECKING:
@@ -45,9 +44,11 @@ class LabeledKind(Kind):
         check_answer(record.conversation.messages[-1])
         return (renderer.render(record.conversation, earlier_answers=False),)
 
-    def make(self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets) -> LabeledRow:
+    def make(
+        self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets, *, cut: bool = False
+    ) -> LabeledRow:
         assert isinstance(record, Labeled)
-        prompt, answer = shortened(tokens[0], targets)
+        prompt, answer = shortened(rendered[0], tokens[0], targets, cut=cut)
         if not min(len(prompt), len(answer)):
             raise BadRow(NOTHING_LEFT)
         return LabeledRow(prompt, answer, record.desirable)
@@ -71,10 +72,7 @@ class LabeledKind(Kind):
     def documents(self, store: Rows, place: Place, *, max_length: int, share_prompts: bool) -> list[Document]:
         prompt, answer, _ = store.row(place.row)
         _, other, _ = store.row(place.partner)
-        source, target = len(prompt), len(other)
-        if source + target > max_length:
-            source, target = shares(source, target, max_length)
-        return [answered(prompt, answer), answered(prompt[:source], other[:target])]
+        return [answered(prompt, answer), answered(prompt, other[: max_length - len(prompt)])]
 
     def per_answer(self, store: Rows, rows: np.ndarray) -> Mapping[str, np.ndarray]:
         """desirable: bool."""

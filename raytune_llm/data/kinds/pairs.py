@@ -52,11 +52,15 @@ class PairKind(Kind):
         # Cut before the answers, so that the prompt has the same tokens on both sides.
         return tuple(replace(side, cuts=(*side.cuts, side.answers[-1][0])) for side in renderer.pair(*sides))
 
-    def make(self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets) -> PairRow:
+    def make(
+        self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets, *, cut: bool = False
+    ) -> PairRow:
         assert isinstance(record, Pair)
-        (prompt, chosen), (_, rejected) = (prompt_and_answer(side, targets) for side in tokens)
+        (prompt, chosen), (_, rejected) = (
+            prompt_and_answer(text, side, targets) for text, side in zip(rendered, tokens, strict=True)
+        )
         longer = max(len(chosen), len(rejected))
-        check_length(len(prompt) + longer, targets)
+        check_length(len(prompt) + longer, targets, cut=cut)
         source, target = shares(len(prompt), longer, targets.max_length)
         row = PairRow(prompt[:source], chosen[:target], rejected[:target], record.margin)
         if not min(len(row.prompt_ids), len(row.chosen_ids), len(row.rejected_ids)):

@@ -42,8 +42,10 @@ class PromptKind(Kind):
             messages = (*messages, Message("assistant", ""))
         return (renderer.render(replace(conversation, messages=messages), earlier_answers=False),)
 
-    def make(self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets) -> PromptRow:
-        prompt, answer = shortened(tokens[0], targets)
+    def make(
+        self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets, *, cut: bool = False
+    ) -> PromptRow:
+        prompt, answer = shortened(rendered[0], tokens[0], targets, cut=cut)
         if not len(prompt):
             raise BadRow("the prompt is empty")
         return PromptRow(prompt, answer)

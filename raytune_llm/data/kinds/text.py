@@ -51,12 +51,14 @@ class TextKind(Kind):
             raise BadRow("the text is empty")
         return (Rendered(text, (), (), plain=tuple(found.span() for found in renderer.control.finditer(text))),)
 
-    def make(self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets) -> TextRow:
+    def make(
+        self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets, *, cut: bool = False
+    ) -> TextRow:
         start = [] if targets.text_start is None else [targets.text_start]
         end = [] if targets.text_end is None else [targets.text_end]
         ids = np.concatenate([start, tokens[0].ids, end]).astype(np.int32)
         if not targets.texts_whole:
-            check_length(len(ids), targets)
+            check_length(len(ids), targets, cut=cut)
             ids = ids[: targets.max_length]
         if len(ids) < 2:  # nothing predicts the very first token
             raise BadRow(NOTHING_LEFT)

@@ -57,6 +57,8 @@ class Rendered:
     """Where the text is cut into pieces that are tokenized each by itself."""
     plain: tuple[tuple[int, int], ...] = ()
     """Characters that are no control tokens, whatever they look like."""
+    ends_early: bool = False
+    """The last answer ends where it was cut, before what the template writes after it."""
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:

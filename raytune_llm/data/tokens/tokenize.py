@@ -99,6 +99,10 @@ class BlockTokenizer:
         starts = np.cumsum([0, *map(len, rows)])
         return np.fromiter(chain.from_iterable(rows), np.int32, starts[-1]), starts
 
+    def ends(self, text: str) -> list[int]:
+        """Where in the text (one without control tokens) each of its tokens ends."""
+        return [end for _, end in self._rust.encode(text, add_special_tokens=False).offsets]
+
     def _with_letters(self, one: Rendered, edges: list[int], ids: list[np.ndarray]) -> Tokens:
         """What only looks like a control token is encoded letter by letter."""
         letters = {start for start, _ in one.plain}

@@ -1,4 +1,7 @@
-"""What is kept of a row that is too long: requests and answers both give way, the longer one more."""
+"""LLaMA-Factory's rule for the tokens of a row that is too long: requests and answers both give way, the longer one more.
+
+Whatever stands at their ends goes, the template's own tokens among it.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from raytune_llm.data.dropped import BadRow, Dropped
+from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.conversations import ConversationRow
 from raytune_llm.data.store import Store, finished_shard, key_of, under_construction, write_shard
@@ -32,7 +32,7 @@ def test_the_same_rows_make_the_same_bytes(tmp_path):
 
 def test_a_finished_shard_is_known_again_with_its_dropped_rows(tmp_path):
     dropped = Dropped()
-    dropped.add(BadRow("too odd", "7"), "a.jsonl, row 3")
+    dropped.add("too odd", "7", "a.jsonl, row 3")
     shard = write_shard(tmp_path / "shard", [ConversationRow([1, 2], [1, 2])], dropped, kind=KINDS["conversations"])
     assert finished_shard(tmp_path / "shard") == shard
 

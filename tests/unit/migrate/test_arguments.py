@@ -58,3 +58,18 @@ def test_a_part_is_one_of_an_argument_that_is_refused_when_it_is_on(switch, on):
     given = {"model_name_or_path": "m", "dataset": "d", switch: True if on is None else on}
     found = translate(given, world_size=None, dataset_info=None, find=lambda path: None)
     assert [outcome.argument for outcome in found.refused] == [switch]
+
+
+@pytest.mark.parametrize(
+    ("given", "overlong"),
+    [
+        ({}, "llamafactory"),
+        ({"stage": "dpo"}, "llamafactory"),
+        ({"stage": "pt"}, None),
+        ({"stage": "pt", "packing": False}, "llamafactory"),
+    ],
+)
+def test_rows_are_cut_as_llamafactory_cuts_them_where_they_are_cut_at_all(given, overlong):
+    given = {"model_name_or_path": "m", "dataset": "d", "cutoff_len": 77, **given}
+    settings = translate(given, world_size=None, dataset_info=None, find=lambda path: None).settings
+    assert (settings["data.max_length"], settings.get("data.overlong")) == (77, overlong)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import Targets
+from raytune_llm.data.shards import Recipe, Shortened, made_rows
 from raytune_llm.data.templates.render import ChatTemplate
 from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
@@ -25,8 +25,12 @@ class Making:
 
     def row(self, kind: str, record: Record, *, renderer: Any = None, **targets: Any) -> Any:
         changed = replace(self.targets, **targets)
-        rendered = KINDS[kind].render(record, renderer or self.renderer, changed)
-        return KINDS[kind].make(record, rendered, BlockTokenizer(self.tokenizer)(rendered), changed)
+        tokenize = BlockTokenizer(self.tokenizer)
+        recipe = Recipe(kind, (), lambda record: record, renderer or self.renderer, tokenize, changed)
+        [(_, row)] = made_rows([(0, record)], recipe)  # type: ignore[list-item]
+        if isinstance(row, Exception):
+            raise row
+        return row.row if isinstance(row, Shortened) else row
 
     def text(self, ids: Any) -> str:
         return str(self.tokenizer.decode(ids))
