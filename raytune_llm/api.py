@@ -159,7 +159,7 @@ def serve(run: ServeRun, *, told: Callable[[str], None] = lambda line: None) -> 
     """Serve a model and its adapters until it is interrupted. `told` gets a line at each part of the start."""
     from raytune_llm.serve.inprocess import serve_inline
 
-    serve_inline(run, told=told)
+    serve_inline(with_absolute_paths(run), told=told)
 
 
 def chat(run: ChatRun) -> AbstractContextManager[Dialogue]:
@@ -172,7 +172,7 @@ def chat(run: ChatRun) -> AbstractContextManager[Dialogue]:
     """
     from raytune_llm.chat.open import open_dialogue
 
-    return open_dialogue(run)
+    return open_dialogue(with_absolute_paths(run))
 
 
 def doctor(run: DoctorRun) -> Doctor:

@@ -13,6 +13,7 @@ from raytune_llm.chat.dialogue import Dialogue
 from raytune_llm.chat.open import open_dialogue
 from raytune_llm.chat.slash import COMMANDS, Leave, run_command
 from raytune_llm.chat.terminal import Terminal
+from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.run import ChatRun
 from raytune_llm.errors import ConfigError, UserError
 
@@ -24,7 +25,7 @@ def main(run: ChatRun) -> int:
     loading = console.status(f"loading {run.model.path}" if run.chat.url is None else f"asking {run.chat.url}")
     loading.start()
     try:
-        with open_dialogue(run) as dialogue:
+        with open_dialogue(with_absolute_paths(run)) as dialogue:
             loading.stop()
             names = ", ".join(model.id for model in dialogue.models[1:])
             console.print(Text(f"{dialogue.base}{', adapters: ' + names if names else ''}. /help lists what else can be done."))
@@ -40,7 +41,7 @@ def _answer_once(run: ChatRun) -> int:
     said = sys.stdin.read().strip("\n")
     if not said.strip():
         raise ConfigError("standard input", "must hold a message", got="nothing", fix='Say, echo "hello" | raytune-llm chat.')
-    with open_dialogue(run) as dialogue:
+    with open_dialogue(with_absolute_paths(run)) as dialogue:
         dialogue.say(said)
         try:
             for kind, text in dialogue.ask(Answer()):

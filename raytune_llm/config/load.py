@@ -65,6 +65,10 @@ OmegaConf.register_new_resolver("with_loss", _with_loss, replace=True)
 """${with_loss:eaft,1.0} in YAML is 1.0 where the section's loss is eaft, or a sum with it, and null beside another one."""
 
 
+ANY_KEY = ("model.config", "serve.adapters", "chat.adapters")
+"""Settings whose keys are the user's, or another program's."""
+
+
 def load_config(
     verb: str, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, config_name: str | None = None
 ) -> Any:
@@ -236,8 +240,8 @@ def _compose(config_name: str, overrides: list[str], config_dir: str | Path | No
 
 
 def _free(override: str) -> str:
-    """model.config takes any key of the transformers config; Hydra asks for a plus sign where a key is new."""
-    return f"++{override}" if re.match(r"model\.config[.=]", override) else override
+    """Some settings take any key; Hydra asks for a plus sign where a key is new."""
+    return f"++{override}" if re.match(rf"({'|'.join(map(re.escape, ANY_KEY))})[.=]", override) else override
 
 
 def as_plain(run: Any) -> dict[str, Any]:
@@ -316,7 +320,7 @@ def run_under_hydra(
         ["--config-name", config_name] if config_name else []
     )
     before, before_env = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = ["raytune_llm", *place, *flags, *overrides, *quiet, *sweep]
+    sys.argv = ["raytune_llm", *place, *flags, *map(_free, overrides), *quiet, *sweep]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # leave errors to us
     try:
         hydra_main(version_base="1.3", config_path=str(CONF), config_name=verb)(job)()

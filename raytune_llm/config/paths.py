@@ -10,7 +10,7 @@ from typing import Any
 ALWAYS = ("output_dir", "data.cache")
 IF_THERE = (
     "model.path", "model.tokenizer", "data.path", "data.eval_path", "data.dataset_info", "data.media_dir", "adapter.path",
-    "stage.reference_model", "stage.reference_adapter",
+    "stage.reference_model", "stage.reference_adapter", "serve.adapters", "serve.watch", "serve.adapter_roots", "chat.adapters",
 )  # fmt: skip
 """That may name something on a hub or in a store as well: they are made absolute where a file or folder is there."""
 
@@ -34,6 +34,8 @@ def _changed(section: Any, names: Sequence[str], *, always: bool) -> Any:
 def _absolute(value: Any, *, always: bool) -> Any:
     if isinstance(value, dict):
         return {name: _absolute(path, always=always) for name, path in value.items()}
+    if isinstance(value, list):
+        return [_absolute(path, always=always) for path in value]
     if not isinstance(value, str) or "://" in value:
         return value
     path = Path(value).expanduser()

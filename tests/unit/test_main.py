@@ -52,6 +52,8 @@ def test_cfg_job_prints_the_composed_config(capsys):
     assert code == 0
     assert "name: sft_smollm2" in out
     assert "rank: 16" in out
+    code, out, _ = said(capsys, "--cfg", "job", "model.config.rope_theta=5.0")
+    assert code == 0 and "rope_theta: 5.0" in out
 
 
 def test_multirun_gives_each_job_a_folder(capsys, tmp_path, chat_rows, cache):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from raytune_llm import ConfigError, load_config
 from raytune_llm.config import load
 from raytune_llm.config.load import to_yaml
+from raytune_llm.config.paths import with_absolute_paths
 
 DATA = "data.path=rows.jsonl"
 STREAM = ["data.streaming=true", "train.max_steps=9", "checkpoint.every_steps=3"]
@@ -76,6 +77,15 @@ def test_every_key_can_be_overridden_without_a_plus_sign():
     assert run.model.config == {"rope_theta": 1e5}
     assert run.optimizer.lr == 3e-4
     assert run.resources.num_workers == 2
+
+
+def test_served_adapters_are_named_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    run = load_config("serve", ["serve.adapters={mine: mine, b.2: /b/final}", "serve.adapters.c=~"])
+    assert run.serve.adapters == {"mine": "mine", "b.2": "/b/final", "c": "~"}
+    assert with_absolute_paths(run).serve.adapters == {"mine": f"{tmp_path}/mine", "b.2": "/b/final", "c": str(Path.home())}
+    assert load_config("chat", ["chat.adapters={mine: mine}"]).chat.adapters == {"mine": "mine"}
 
 
 def test_a_run_is_frozen():

@@ -1,0 +1,58 @@
+"""The verb as it is typed: a process, its first line and its end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from raytune_llm import api
+from tests.runs import tiny_run
+
+
+@pytest.fixture(scope="module")
+def trained(chat_rows, cache, tmp_path_factory) -> Path:
+    run = tiny_run(chat_rows, cache, tmp_path_factory.mktemp("runs") / "mine", "train.max_steps=1")
+    return api.train(run).final
+
+
+@pytest.fixture(scope="module")
+def verb(trained: Path, tmp_path_factory) -> Iterator[subprocess.Popen[str]]:
+    words = ["model=tiny_random", "serve.port=0", f"serve.adapters={{mine: {trained}}}", f"serve.watch={trained.parents[1]}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "raytune_llm", "serve", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.long
+def test_adapters_are_served_from_their_folders_until_it_is_interrupted(verb):
+    said = []
+    for line in verb.stdout:
+        said.append(line)
+        if line.startswith("ready at "):
+            break
+    url = said[-1].removeprefix("ready at ").strip()
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    assert {"base", "mine"} <= {model.id for model in client.models.list()}
+    answer = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": "hi"}], max_tokens=4)
+    assert answer.model == "mine" and answer.usage.completion_tokens <= 4
+    verb.send_signal(signal.SIGINT)
+    assert verb.wait(timeout=60) == 0
+    assert verb.stdout.read() == "stopped\n"
+
+
+@pytest.mark.long
+def test_a_trained_adapter_is_talked_with_by_its_folder(trained: Path):
+    words = ["model=tiny_random", f"chat.adapter={trained}", "chat.max_tokens=4", "chat.temperature=0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "raytune_llm", "chat", *words], input="hello", capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("\n")
