@@ -106,5 +106,8 @@ def _summary(title: str, store: Store, max_length: int, *, share_prompts: bool) 
     for title, counted in (("shortened", store.shortened), ("dropped", store.dropped)):
         for reason, count in sorted(counted.counts.items(), key=lambda item: -item[1]):
             table.add_row(title, f"{count:,}: {reason}\n" + "\n".join(counted.examples[reason]))
+    for remark in store.kind.remarks(store):
+        name, _, said = remark.partition(": ")
+        table.add_row(name, said)
     table.add_row("store", str(store.folder))
     return table

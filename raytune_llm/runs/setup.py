@@ -123,6 +123,8 @@ def set_up(
         enrichers.append(FirstPass(objective.statistics))  # of what the reference says, too
     if KINDS[stage.kind].can_share_prompts:
         choices += (f"prompts: {'shared by both answers' if shares else 'a copy for each of two answers'}",)
+    if isinstance(stores.train, Samples):
+        choices += KINDS[stage.kind].remarks(stores.train.store)
     if run.data.evaluates and not stores.held_out:
         choices += (f"evaluation: none, since data.eval_fraction={run.data.eval_fraction} of so few rows is no row",)
 

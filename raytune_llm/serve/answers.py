@@ -10,7 +10,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Literal
 
-from raytune_llm.data.templates.tool_calls import ToolCall, extract_calls
+from raytune_llm.data.templates.tool_calls import ToolCall, beside_calls, extract_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,8 @@ class AnswerReader:
         if isinstance(found, str) or (self.names is not None and any(call.name not in self.names for call in found)):
             return [*parts, Part("content", rest)] if rest.strip() or not self.form.tool_format else parts
         self.calls += len(found)
+        if said := beside_calls(str(self.form.tool_format), rest):
+            parts.append(Part("content", said))
         return [*parts, *(Part("call", call=call, id=f"call_{secrets.token_hex(12)}") for call in found)]
 
     def _read(self, text: str, *, final: bool) -> list[Part]:

@@ -29,14 +29,17 @@ if TYPE_CHECKING:
 def alpaca(row: Row, columns: AlpacaFormat, reading: Reading) -> Record:
     """One request, with its input on a new line, and its answer; before it, [request, answer] pairs of history.
 
-    Every answer is trained. An output that is no text is none: the row is a prompt. A history that is no list of pairs of texts
-    makes the row unusable (LLaMA-Factory takes a row without it): nobody can tell what was meant.
+    Every answer is trained. An output that is no text is none: the row is a prompt. A history of any other type than a list of
+    pairs of texts (null and an empty text aside, which are none) makes the row unusable, where LLaMA-Factory takes the row
+    without it: nobody can tell what was meant.
     """
     requested = text_of(required(row, "instruction", columns.instruction), columns.instruction)
     context = optional_text(row, columns.input)
     tools = optional(row, columns.tools)
     turns = [*system_of(optional_text(row, columns.system), tools)]
-    history = optional(row, columns.history) or ()
+    history = optional(row, columns.history)
+    if history is None or history == "":
+        history = ()
     if not isinstance(history, list | tuple):
         raise BadRow(f"{columns.history} must be a list of [request, answer] pairs", shown(history))
     for pair in history:

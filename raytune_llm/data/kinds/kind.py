@@ -145,6 +145,10 @@ class Kind(ABC):
         lengths = store.lengths[rows].astype(np.int64)
         return lengths, lengths
 
+    def remarks(self, store: Rows) -> tuple[str, ...]:
+        """What a user should know of these rows before training on them."""
+        return ()
+
     # From a row to a batch
 
     @abstractmethod

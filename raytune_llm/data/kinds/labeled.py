@@ -69,6 +69,13 @@ class LabeledKind(Kind):
         mismatched = np.minimum(prompts[rows] + store.list_lengths("answer_ids")[partners], max_length)
         return own + mismatched, np.maximum(own, mismatched)
 
+    def remarks(self, store: Rows) -> tuple[str, ...]:
+        verdicts = store.numbers("desirable")
+        if not len(verdicts) or len(np.unique(verdicts)) > 1:
+            return ()
+        each = "good" if verdicts[0] else "bad"
+        return (f"verdicts: every answer is a {each} one, so that there is no difference to learn from; stage=kto needs both",)
+
     def documents(self, store: Rows, place: Place, *, max_length: int, share_prompts: bool) -> list[Document]:
         prompt, answer, _ = store.row(place.row)
         _, other, _ = store.row(place.partner)

@@ -65,12 +65,23 @@ def render_calls(tool_format: str, calls: Sequence[Mapping[str, Any]]) -> str:
 
 
 def extract_calls(tool_format: str, text: str) -> str | list[ToolCall]:
-    """The calls that a model wrote, or `text` itself if it holds none that parse. Never raises on what a model wrote."""
+    """The calls that a model wrote, or `text` itself if it holds none that parse. Never raises on what a model wrote.
+
+    What it said beside them is beside_calls.
+    """
     try:
         calls = EXTRACTORS[tool_format](text)
     except (ValueError, KeyError, TypeError, SyntaxError, RecursionError):
         return text
     return text if calls is None else calls
+
+
+def beside_calls(tool_format: str, text: str) -> str:
+    """What a model said before, between and after its calls. Formats without words around their calls leave no room for it."""
+    words = CALL_WORDS.get(tool_format)
+    if words is None:
+        return ""
+    return re.sub(f"{re.escape(words[0])}.*?{re.escape(words[1])}", "", text, flags=re.DOTALL).strip()
 
 
 def parse_call_turn(
@@ -81,7 +92,8 @@ def parse_call_turn(
 ) -> tuple[str, tuple[dict[str, Any], ...]]:
     """The text and the calls of a turn that holds JSON: one call or a list, bare, after a thought, or between the call words.
 
-    Text outside the call words stays as it is, in front of the calls. Arguments given as JSON text are read.
+    Text outside the call words, after a call too, stays as it is, in front of the calls: a message has a content, and calls after
+    it. Arguments given as JSON text are read.
     Raises ValueError if a call is not {"name": ..., "arguments": {...}}.
     """
     wrapped = re.compile(f"{re.escape(call_words[0])}(.*?){re.escape(call_words[1])}", re.DOTALL)
@@ -180,17 +192,17 @@ def _extract_glm4_moe(text: str) -> list[ToolCall] | None:
 
 
 def _extract_lfm2(text: str) -> list[ToolCall] | None:
-    found = re.search(r"<\|tool_call_start\|>\s*(\[.*?\])\s*<\|tool_call_end\|>", text, re.DOTALL)
-    if not found:
-        return None
-    calls = ast.parse(found[1], mode="eval").body
-    if not isinstance(calls, ast.List) or not all(isinstance(call, ast.Call) for call in calls.elts):
-        return None
-    return [
-        ToolCall(ast.unparse(call.func), _json({word.arg: _literal(word.value) for word in call.keywords}))
-        for call in calls.elts
-        if isinstance(call, ast.Call)
-    ] or None
+    """A list of calls in Python's words; a single call, or several, may lack its brackets."""
+    calls: list[ToolCall] = []
+    for body in re.findall(r"<\|tool_call_start\|>(.*?)<\|tool_call_end\|>", text, re.DOTALL):
+        written = ast.parse(body.strip(), mode="eval").body
+        listed = written.elts if isinstance(written, ast.List | ast.Tuple) else [written]
+        for call in listed:
+            if not isinstance(call, ast.Call):
+                return None
+            arguments = {word.arg: _literal(word.value) for word in call.keywords}
+            calls.append(ToolCall(ast.unparse(call.func), _json(arguments)))
+    return calls or None
 
 
 def _literal(node: ast.expr) -> Any:
@@ -253,6 +265,19 @@ def _parameters(body: str, start: str, before_end: str = "") -> str:
     return _json({name: _value(value) for name, value in pairs})
 
 
+_QWEN_WORDS = ("<tool_call>", "</tool_call>")
+CALL_WORDS: dict[str, tuple[str, str]] = {
+    "gemma4": ("<|tool_call>", "<tool_call|>"),
+    "glm4_moe": _QWEN_WORDS,
+    "lfm2": ("<|tool_call_start|>", "<|tool_call_end|>"),
+    "ling": _QWEN_WORDS,
+    "minimax1": ("<tool_calls>", "</tool_calls>"),
+    "minimax2": ("<minimax:tool_call>", "</minimax:tool_call>"),
+    "qwen": _QWEN_WORDS,
+    "qwen3_5": _QWEN_WORDS,
+    "seed_oss": ("<seed:tool_call>", "</seed:tool_call>"),
+}
+"""Around calls, in the formats that have such words."""
 EXTRACTORS: dict[str, Callable[[str], list[ToolCall] | None]] = {
     "default": _extract_default,
     "gemma4": _extract_gemma4,

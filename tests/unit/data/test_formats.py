@@ -193,7 +193,7 @@ def test_a_number_that_float32_has_not_makes_a_bad_row(name, value):
         convert(row, replace(CHAT, chosen="chosen", rejected="rejected", margin="margin"))
 
 
-@pytest.mark.parametrize("history", [7, "q", {"a": 1}, [1], [["a"]], [["a", "b", "c"]], [["a", 1]], ["ab"]])
+@pytest.mark.parametrize("history", [0, False, {}, 7, "q", {"a": 1}, [1], [["a"]], [["a", "b", "c"]], [["a", 1]], ["ab"]])
 def test_a_history_of_a_wrong_type_makes_a_bad_row(history):
     with pytest.raises(BadRow):
         convert({"instruction": "a", "output": "b", "history": history}, ALPACA)

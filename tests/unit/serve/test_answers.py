@@ -31,6 +31,7 @@ def in_pieces(text: str, size: int) -> list[str]:
         ("<think>\nhm <tool\n</think>\n\nyes", "yes", "hm <tool", []),
         (f"Sure.\n{CALL}", "Sure.", "", ["light {'room': 'hall'}"]),
         (f"<think>\nlet me\n</think>\n\n{CALL}\n{CALL}", "", "let me", ["light {'room': 'hall'}"] * 2),
+        (f"Sure.\n{CALL}\nDone, I hope.", "Sure.Done, I hope.", "", ["light {'room': 'hall'}"]),
         ("a < b and <tool", "a < b and <tool", "", []),
         ("<tool_call>\nnot json\n</tool_call>", "<tool_call>\nnot json\n</tool_call>", "", []),
         ("<think>\nnever ends", "", "never ends", []),

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from raytune_llm.data.dropped import BadRow
+from raytune_llm.data.dropped import BadRow, Dropped
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.labeled import LabeledRow
+from raytune_llm.data.store import Rows, map_shard, write_shard
 from raytune_llm.records import Labeled
 
 
@@ -19,3 +22,12 @@ def test_a_record_without_a_verdict_is_dropped(making, talk):
 def test_an_empty_answer_is_not_judged(making, talk):
     with pytest.raises(BadRow, match="an answer is empty"):
         making.row("labeled", Labeled(talk("why?", ""), desirable=False))
+
+
+@pytest.mark.parametrize(("verdicts", "said"), [((True, False), None), ((True, True), "good"), ((False,), "bad")])
+def test_verdicts_that_are_all_the_same_are_remarked_on(tmp_path, verdicts, said):
+    kind = KINDS["labeled"]
+    rows = [LabeledRow([1], [2, 3], verdict) for verdict in verdicts]
+    write_shard(tmp_path / "shard", rows, Dropped(), kind=kind)
+    remarks = kind.remarks(Rows(kind, None, [map_shard(tmp_path / "shard")]))
+    assert remarks == () if said is None else f"every answer is a {said} one" in remarks[0]

@@ -10,7 +10,15 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from raytune_llm.data.templates.named import MODELS, apply_to_tokenizer, guess, load, names, stop_tokens
-from raytune_llm.data.templates.tool_calls import EXTRACTORS, extract_calls, parse_call_turn, render_calls, render_tools
+from raytune_llm.data.templates.tool_calls import (
+    CALL_WORDS,
+    EXTRACTORS,
+    beside_calls,
+    extract_calls,
+    parse_call_turn,
+    render_calls,
+    render_tools,
+)
 from raytune_llm.errors import ConfigError
 
 TOOL = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
@@ -225,3 +233,26 @@ def test_a_turn_with_two_wrapped_calls_keeps_both():
     one, two = '{"name": "a", "arguments": {}}', '{"name": "b", "arguments": "{}"}'
     text, calls = parse_call_turn(f"Hm. <tool_call>{one}</tool_call><tool_call>{two}</tool_call>")
     assert (text, [call["name"] for call in calls]) == ("Hm. ", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        ('<|tool_call_start|>add(x=1)<|tool_call_end|>', ["add"]),
+        ('<|tool_call_start|> [add(x=1)] <|tool_call_end|>', ["add"]),
+        ('<|tool_call_start|>add(x=1), now()<|tool_call_end|>', ["add", "now"]),
+        ('<|tool_call_start|>[add(x=1)]<|tool_call_end|> and <|tool_call_start|>now()<|tool_call_end|>', ["add", "now"]),
+        ('<|tool_call_start|>add<|tool_call_end|>', None),
+        ('<|tool_call_start|>add(x=1), 7<|tool_call_end|>', None),
+    ],
+)  # fmt: skip
+def test_lfm2_calls_are_read_with_and_without_brackets(written, names):
+    read = extract_calls("lfm2", written)
+    assert read == written if names is None else [call.name for call in read] == names
+
+
+@pytest.mark.parametrize("tool_format", sorted(CALL_WORDS))
+def test_what_is_said_beside_a_call_is_kept(tool_format):
+    call = render_calls(tool_format, [{"name": "add", "arguments": {"x": 1}}])
+    assert beside_calls(tool_format, f"Let me see. {call} Done.").split() == ["Let", "me", "see.", "Done."]
+    assert parse_call_turn('<tool_call>{"name": "a", "arguments": {}}</tool_call> Done.')[0] == " Done."
