@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from raytune_llm.config.adapter import SavedAdapter
 from raytune_llm.data.templates.render import ChatTemplate
 from raytune_llm.engines.requests import Completion, Request, Sampling
 from raytune_llm.models.adapters import Adapters, PeftAdapters
 from raytune_llm.models.generation_config import end_ids_of
+from raytune_llm.models.load import auto_class
 
 
 class HFEngine:
@@ -58,7 +59,7 @@ class HFEngine:
         batch_size: int = 32,
     ) -> HFEngine:
         """From a folder (or hub id) of a model with its tokenizer, and folders of adapters by the names that requests use."""
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model: Any = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=dtype)
         engine = cls(model.to(device), AutoTokenizer.from_pretrained(path), batch_size=batch_size)
         for name, folder in (adapters or {}).items():
             engine.add_adapter(name, folder)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
@@ -19,7 +20,8 @@ from raytune_llm.models.adapters import adapt
 from raytune_llm.models.attention.isolation import check_isolation
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
-from raytune_llm.models.load import load_config, load_model, model_class, positions
+from raytune_llm.models.load import check_trainable, load_config, load_model, model_class, positions
+from raytune_llm.models.multimodal import is_multimodal
 from raytune_llm.models.policy import Policy
 from raytune_llm.models.quantization import quantize
 from raytune_llm.models.scorer import Scorer
@@ -123,6 +125,8 @@ def build_policy(
         "has_new_adapter": adapter.starts_at_base,
         "has_changed_config": bool(model.config),
     }
+    if is_multimodal(config):
+        settings["left_out"] = partial(_other_media, loaded, partial(load, dtype=torch.float32, scores=scores, text_only=False))
     if scores:
         made = Scorer(adapted, language_model=partial(load, dtype=torch.float32) if separate_head else None, **settings)
     else:
@@ -130,6 +134,12 @@ def build_policy(
     dropout = attention.dropout_of(config) if trains else 0.0
     left_out = f"; without the model's attention dropout of {dropout:g}" if dropout else ""
     return made, f"attention: {backend} ({reason}{left_out})"
+
+
+def _other_media(model: PreTrainedModel, load: Callable[[], PreTrainedModel]) -> dict[str, Tensor]:
+    """The weights that `model` lacks of the whole one, by their names there."""
+    own = model.state_dict().keys()
+    return {name: value for name, value in load().named_parameters() if name not in own}
 
 
 def _check_head(model: PreTrainedModel) -> None:
@@ -163,6 +173,7 @@ def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> Pretraine
         }
         changes = {"vocab_size": len(tokenizer), **marks, **model.config}
     config = load_config(model.path, changes, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    check_trainable(config)
     if (known := model_class(config)) is not None:
         check_isolation(config, known)
     limit = positions(config)

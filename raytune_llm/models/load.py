@@ -13,9 +13,11 @@ import torch
 import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,6 +25,7 @@ from transformers import (
 
 from raytune_llm import packaged
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.multimodal import TRAINED_ON_TEXT, is_multimodal, leave_other_media_out
 from raytune_llm.models.stored import Files, files_of, model_in_files
 
 
@@ -98,18 +101,49 @@ def load_model(
     trust_remote_code: bool = False,
     scores: bool = False,
     files: Files | None = None,
+    text_only: bool = True,
 ) -> PreTrainedModel:
     """Weights in `dtype` on `device`, read straight to it. Random weights are a function of the config, the seed and the kind of
     device. On the meta device there are no weights.
 
     files: they stay in these, whatever the device. scores: with a head that gives a text one number, in place of the language
-    model's. Where the folder has none, it is random.
+    model's. Where the folder has none, it is random. text_only: false for a multimodal model with its towers.
     """
     transformers.logging.disable_progress_bar()
-    auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    check_trainable(config)
+    auto: Any = AutoModelForSequenceClassification if scores else auto_class(config)
     if scores:
         config = _with_score_head(config)
-    device = torch.device(device)
+    model = _model_of(
+        auto,
+        config,
+        path,
+        weights=weights,
+        dtype=dtype,
+        seed=seed,
+        device=torch.device(device),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        scores=scores,
+        files=files,
+    )
+    return leave_other_media_out(model) if text_only else model
+
+
+def _model_of(
+    auto: Any,
+    config: PretrainedConfig,
+    path: str | None,
+    *,
+    weights: str,
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device,
+    revision: str | None,
+    trust_remote_code: bool,
+    scores: bool,
+    files: Files | None,
+) -> PreTrainedModel:
     if files is not None:
         assert path is not None
         folder = packaged.resolve(path)
@@ -202,7 +236,30 @@ def _with_score_head(config: PretrainedConfig) -> PretrainedConfig:
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """Of the language model; None where it is the model's own code, which comes with it."""
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # typed as if a family could have two language models
-    return known.get(type(config), None)
+    with_images: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return known.get(type(config), None) or with_images.get(type(config), None)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes the language model of a config."""
+    only_with_images = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
+
+
+def check_trainable(config: PretrainedConfig) -> None:
+    """Raises ConfigError for a model that is no language model, or one of several media whose text isn't a language model's."""
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if own_code or (is_multimodal(config) and config.model_type in TRAINED_ON_TEXT):
+        return
+    if is_multimodal(config):
+        rule = f"must be a language model, or one of several media that is trained on text, which {config.model_type} is not"
+        fix = f"Of several media there are {', '.join(TRAINED_ON_TEXT)}."
+    elif config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        rule = f"must be a language model that predicts each token from those before it, which {config.model_type} is not"
+        fix = "Take one of another family: llama, mistral, qwen3, gemma3_text, phi3, granite, olmo2 are some that do."
+    else:
+        return
+    raise ConfigError("model.path", rule, got=config.name_or_path or config.model_type, fix=fix)
 
 
 def positions(config: PretrainedConfig) -> int | None:

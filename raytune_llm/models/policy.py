@@ -8,10 +8,10 @@ next-token logits (causal_lm.py), scores of documents (scorer.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from raytune_llm.models.adapters import OWN, Adapters, PeftAdapters
 from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache
 from raytune_llm.models.attention.documents import document_numbers
 from raytune_llm.models.layers import named_layers
+from raytune_llm.models.multimodal import text_model
 from raytune_llm.models.neftune import neftune_noise
 from raytune_llm.records import Batch
 
@@ -45,12 +46,13 @@ class Policy(nn.Module):
         offloads: bool = False,
         has_new_adapter: bool = False,
         has_changed_config: bool = False,
+        left_out: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
         """Matrix products and the residual stream are in `compute`, whatever the weights are kept in.
 
         adapters: the model's, where they are not PEFT's. offloads: activations wait in host memory for the backward pass.
         has_new_adapter: what it found is itself without its adapter. has_changed_config: its config is not the one that lies
-        beside the base's weights.
+        beside the base's weights. left_out: weights that are saved with a whole model and lie beside what text goes through.
         """
         super().__init__()
         self.model: Any = model
@@ -60,6 +62,7 @@ class Policy(nn.Module):
         self.compiled = compiled
         self.offloads = offloads
         self._has_new_adapter, self._has_changed_config = has_new_adapter, has_changed_config
+        self._left_out = left_out
         self._as_found: list[Tensor] | None = None
         """Of the trained parameters, in their order."""
 
@@ -93,7 +96,7 @@ class Policy(nn.Module):
         with self.autocast(inputs.ids_BT.device):
             embedded_BTD = self._embedded(inputs, neftune_alpha)
             with self._kept(embedded_BTD):
-                return self.base.base_model(
+                return text_model(self.base)(
                     inputs_embeds=embedded_BTD,
                     position_ids=inputs.positions_BT,
                     use_cache=False,
@@ -156,7 +159,7 @@ class Policy(nn.Module):
 
     def _check_routers(self) -> None:
         setting = "stage.router_aux_loss_coef"
-        if "router_logits" not in self.base.base_model.can_record_outputs:
+        if "router_logits" not in cast(Any, text_model(self.base)).can_record_outputs:
             model_type = self.base.config.model_type
             raise ConfigError(setting, f"must be null for {model_type}, which has no routers", fix="Leave it out.")
 
@@ -228,7 +231,8 @@ class Policy(nn.Module):
                 self.base.config.save_pretrained(folder)
         else:
             weights = {name: value.to(self.compute) for name, value in own.items()}
-            self._save_weights(folder, weights | dict(saved_buffers(self.base)))
+            beside = {name: value.to(self.compute) for name, value in self._left_out().items()}
+            self._save_weights(folder, beside | weights | dict(saved_buffers(self.base)))
         if (folder / "config.json").exists():
             _say_dtype(folder / "config.json", self.compute)
         tokenizer.save_pretrained(folder)

@@ -23,6 +23,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models.attention import documents
 from raytune_llm.models.attention.backends import flash2, flash3, flash4, flex, sdpa, varlen
 from raytune_llm.models.attention.isolation import check_isolation
+from raytune_llm.models.multimodal import text_model
 from raytune_llm.records import Prefixes
 
 BACKENDS: dict[str, Callable] = {
@@ -209,7 +210,8 @@ def attach(model: PreTrainedModel, backend: str) -> None:
     tell_torch(backend)
     name = f"raytune_{backend.replace('flash', 'fa')}"  # where a name says flash, transformers prepares its own FlashAttention
     AttentionInterface.register(name, BACKENDS[backend])
-    model.set_attn_implementation(name)
+    text: Any = text_model(model)
+    text.set_attn_implementation(name)
 
 
 def tell_torch(backend: str) -> None:

@@ -1,0 +1,32 @@
+"""Models of several media, of which a run trains the text: what of them is the language model, and what lies beside it.
+
+Towers and projectors of images are left out while text is trained: it does not go through them, a strategy would wait for their
+gradients, and they would take memory. They are as they were in what full fine-tuning saves (Policy.save).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+TRAINED_ON_TEXT = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+"""Families, by their model_type, that compute rows of text as their language model alone does."""
+
+
+def is_multimodal(config: PretrainedConfig) -> bool:
+    return config.get_text_config() is not config
+
+
+def text_model(model: PreTrainedModel) -> nn.Module:
+    """What embedded tokens go through to their last hidden states."""
+    return model.get_decoder() if is_multimodal(model.config) else model.base_model
+
+
+def leave_other_media_out(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with nothing but what text goes through, under the names that it had."""
+    if is_multimodal(model.config):
+        text = text_model(model)
+        for name, child in list(model.base_model.named_children()):
+            if child is not text:
+                setattr(model.base_model, name, None)
+    return model

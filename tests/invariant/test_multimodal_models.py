@@ -1,0 +1,138 @@
+"""Text training on checkpoints of several media: towers and projectors are left out of it, and whole in what is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from raytune_llm import ConfigError, api
+from raytune_llm.data.pipeline import prepare
+from raytune_llm.models import attention
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.load import auto_class, load_config, load_model
+from raytune_llm.models.multimodal import TRAINED_ON_TEXT
+from tests.group import Group, metrics
+from tests.models import logits, packed, some_rows
+from tests.runs import tiny_run
+
+TEXT = {
+    "vocab_size": 262, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "eos_token_id": 257, "pad_token_id": 258,
+    "bos_token_id": 256,
+}  # fmt: skip
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+TOWER = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28,
+    "patch_size": 14, "head_dim": 8,
+}  # fmt: skip
+QWEN = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 1, "intermediate_size": 48}
+QWEN |= {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [0]}
+CONFIGS = {
+    "gemma3": {
+        "text_config": TEXT | {"sliding_window": 4, "query_pre_attn_scalar": 8},
+        "vision_config": TOWER,
+        "mm_tokens_per_image": 4,
+    },
+    "llava": {"text_config": TEXT | {"model_type": "llama"}, "vision_config": TOWER | {"model_type": "clip_vision_model"}},
+    "mistral3": {"text_config": TEXT | {"model_type": "mistral"}, "vision_config": TOWER | {"model_type": "pixtral"}},
+    "qwen2_vl": {"text_config": TEXT | ROPE, "vision_config": QWEN},
+    "qwen2_5_vl": {"text_config": TEXT | ROPE, "vision_config": QWEN},
+    "qwen3_vl": {"text_config": TEXT | ROPE, "vision_config": QWEN},
+}
+MARKS = {"image_token_id": 259, "image_token_index": 259, "video_token_id": 260, "boi_token_index": 260, "eoi_token_index": 261}
+
+
+def stored(model_type: str, folder: Path) -> str:
+    """A folder with such a model, its weights random."""
+    known = AutoConfig.for_model(model_type).to_dict()
+    marks = {name: value for name, value in MARKS.items() if name in known}
+    config = AutoConfig.for_model(model_type, **CONFIGS[model_type], **marks, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    auto_class(config).from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return str(folder)
+
+
+def whole(folder: str | Path):
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def of_other_media(model) -> dict[str, torch.Tensor]:
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if "visual." in name or "vision" in name or "multi_modal" in name
+    }
+
+
+def test_every_family_is_tried() -> None:
+    assert sorted(CONFIGS) == sorted(TRAINED_ON_TEXT)
+
+
+@pytest.mark.parametrize("model_type", TRAINED_ON_TEXT)
+def test_a_row_of_a_pack_gets_what_the_whole_model_gives_it(model_type: str, tmp_path: Path) -> None:
+    path = stored(model_type, tmp_path)
+    model = load_model(load_config(path, {}), path, weights="pretrained", dtype=torch.float32, seed=0)
+    assert not of_other_media(model) and of_other_media(whole(path))
+    attention.attach(model, "varlen")
+    rows, plain = some_rows([7, 12]), whole(path)
+    with torch.no_grad():
+        together = CausalLM(model.eval())(packed(rows), logits)
+        alone = [plain(input_ids=torch.tensor(ids).long()[None]).logits[0, first - 1 : -1] for ids, (first, _) in rows]
+    torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_vl"])
+def test_what_is_saved_loads_in_transformers_with_its_towers_as_they_were(
+    model_type: str, adapter: str, chat_rows: str, cache: str, tmp_path: Path
+) -> None:
+    path = stored(model_type, tmp_path / "base")
+    settings = ["model=hub", f"model.path={path}", "model.tokenizer=bytes", f"adapter={adapter}", "train.max_steps=2"]
+    run = tiny_run(chat_rows, cache, tmp_path / "run", *settings)
+    api.train(run)
+    final = tmp_path / "run" / "final"
+    if adapter == "lora":
+        names = load_file(final / "adapter_model.safetensors")
+        assert names and not any("vis" in name or "projector" in name for name in names)
+        PeftModel.from_pretrained(whole(path), final)
+        return
+    before, after = whole(path), whole(final)
+    assert before.state_dict().keys() == after.state_dict().keys()
+    towers = of_other_media(after)
+    assert towers and all(torch.equal(value, towers[name]) for name, value in of_other_media(before).items())
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
+def test_two_workers_train_an_adapter_and_the_whole_under_each_strategy(chat_rows: str, cache: str, tmp_path: Path) -> None:
+    path = stored("gemma3", tmp_path / "base")
+    settings = ["model=hub", f"model.path={path}", "model.tokenizer=bytes", "train.max_steps=3", "data.eval_fraction=0"]
+    one = tiny_run(chat_rows, cache, tmp_path / "one", *settings)
+    store = str(prepare(one.model, one.data, one.resources, kind="conversations").store.folder)
+    api.train(one)
+    group = Group(2)
+    try:
+        for number, changes in enumerate((["strategy=ddp"], ["strategy=fsdp"], ["strategy=fsdp", "adapter=none"])):
+            folder = tmp_path / str(number)
+            group.run(tiny_run(chat_rows, cache, folder, *settings, "resources=local", *changes), store)
+            if "adapter=none" in changes:
+                assert of_other_media(whole(folder / "final"))
+            else:
+                losses = [[record["loss"] for record in metrics(str(at))] for at in (tmp_path / "one", folder)]
+                assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart", "gemma3n", "mllama", "idefics3", "whisper", "clip"])
+def test_what_is_no_language_model_is_refused_by_name(model_type: str, chat_rows: str, cache: str, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "base")
+    path = ["model=hub", f"model.path={tmp_path / 'base'}", "model.tokenizer=bytes"]
+    with pytest.raises(ConfigError, match=rf"model\.path must be .*{model_type}.*(llama, mistral|gemma3, llava)"):
+        api.train(tiny_run(chat_rows, cache, tmp_path / "run", *path))
+    assert not (tmp_path / "run").exists()
