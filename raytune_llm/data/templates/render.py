@@ -577,6 +577,8 @@ def suggested(tokenizer: PreTrainedTokenizerFast) -> str:
     known = tokenizer.get_vocab()
     if {"<|im_start|>", "<|im_end|>"} <= known.keys():
         return "qwen3" if {"<think>", "</think>"} <= known.keys() else "qwen"
+    if "<｜Assistant｜>" in known:
+        return "deepseekr1" if {"<think>", "</think>"} <= known.keys() else "deepseek3"
     return guess(tokenizer.name_or_path or "") or ("llama3" if "<|eot_id|>" in known else "mistral")
 
 

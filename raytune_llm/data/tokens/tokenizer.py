@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
 
 from raytune_llm import packaged
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.data.templates.named import NamedTemplate, apply_to_tokenizer, guess, load, stop_tokens
+from raytune_llm.data.templates.render import suggested
 from raytune_llm.errors import ConfigError
 
 BYTES = "bytes"
@@ -36,7 +39,7 @@ def run_tokenizer(
 
     Plain text needs no template: then a tokenizer without one stays as it is, unless data.template names one.
 
-    A named template can bring tokens that are new to the model: then len(tokenizer) is more than it has embeddings.
+    Raises ConfigError where the tokenizer, or what a named template adds to it, has more tokens than the model has embeddings.
     """
     tokenizer = load_tokenizer(
         model.path,
@@ -56,12 +59,49 @@ def run_tokenizer(
                 fix="Say, data.template=chatml.",
             )
     if name is None:
+        _check_embeddings(tokenizer, model)
         return tokenizer, None
     template = load(name, default_system=data.default_system, tool_format=data.tool_format, date=data.today)
     if template.efficient_eos and data.train_on_prompt:
         raise ConfigError("data.train_on_prompt", f"must be false with data.template={name}", got=True, fix="Take another one.")
-    apply_to_tokenizer(tokenizer, template)
+    other = "null for the model's own" if tokenizer.chat_template else suggested(tokenizer)
+    added = apply_to_tokenizer(tokenizer, template)
+    _check_embeddings(tokenizer, model, name, added, other)
     return tokenizer, template
+
+
+def _check_embeddings(
+    tokenizer: PreTrainedTokenizerFast, model: ModelConfig, template: str = "", added: Sequence[str] = (), other: str = ""
+) -> None:
+    """`added`: what the template added; there is another one in its place."""
+    room = _num_embeddings(model)
+    if room is None or len(tokenizer) <= room:
+        return
+    if added:
+        raise ConfigError(
+            "data.template",
+            f"must have tokens that the model has: {', '.join(added)} would be new to its {room} embeddings",
+            got=template,
+            fix=f"Set data.template={other}.",
+        )
+    raise ConfigError(
+        "model.tokenizer", f"must have at most the model's {room} entries", got=len(tokenizer),
+        fix="Take the model's own: model.tokenizer=null.",
+    )  # fmt: skip
+
+
+def _num_embeddings(model: ModelConfig) -> int | None:
+    """None where the tokenizer says it: of a model made from a config alone."""
+    if "vocab_size" in model.config or model.path is None:
+        return model.config.get("vocab_size")
+    folder = Path(packaged.resolve(model.path))
+    try:  # a hub's is here, as the tokenizer was read with it
+        there = folder.is_dir()
+        file = folder / "config.json" if there else cached_file(model.path, "config.json", revision=model.revision)
+        config = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return next((part["vocab_size"] for part in (config.get("text_config"), config) if part and "vocab_size" in part), None)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast, template: NamedTemplate | None) -> list[int]:

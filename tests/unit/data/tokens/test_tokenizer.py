@@ -5,9 +5,20 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from raytune_llm.data.tokens.tokenizer import ANY_FAST, NO_CLASS_OF_THEIR_OWN, byte_tokenizer, fingerprint, load_tokenizer
+from raytune_llm.config.load import load_config
+from raytune_llm.data.templates.render import suggested
+from raytune_llm.data.tokens.tokenizer import (
+    ANY_FAST,
+    NO_CLASS_OF_THEIR_OWN,
+    byte_tokenizer,
+    fingerprint,
+    load_tokenizer,
+    run_tokenizer,
+)
 from raytune_llm.errors import ConfigError
 
 BYTES = byte_tokenizer()
@@ -66,3 +77,27 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
     plain.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.tokenizer must have a chat template"):
         load_tokenizer(None, kind=str(tmp_path))
+
+
+NEW_TO_IT = r"data\.template .*<\|eom_id\|>, <\|eot_id\|> would be new .*got 'llama3'.*data\.template=null"
+TOO_MANY = r"model\.tokenizer must have at most .* 77 "
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["model=smollm2_135m", "data.template=llama3"], NEW_TO_IT),
+        (["model=tiny_random", "+model.config.vocab_size=77"], TOO_MANY),
+    ],
+)
+def test_tokens_that_the_model_has_no_embeddings_of_are_refused_before_rows_are_prepared(settings, said):
+    run = load_config("prepare", ["data.path=rows.jsonl", *settings])
+    with pytest.raises(ConfigError, match=said):
+        run_tokenizer(run.model, run.data)
+
+
+def test_another_template_is_suggested_by_the_tokens_that_there_are():
+    vocabulary = {"<｜Assistant｜>": 0, "<think>": 1, "</think>": 2}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab=vocabulary, merges=[])))
+    assert suggested(tokenizer) == "deepseekr1"
+    assert suggested(byte_tokenizer()) == "qwen"
