@@ -37,8 +37,8 @@ import torch.distributed as dist
 from raytune_llm.config.load import load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.batches import collate, pinned
-from raytune_llm.data.loader import JOINED_MULTIPLE
 from raytune_llm.data.packing import plan
+from raytune_llm.data.samples import JOINED_MULTIPLE
 from raytune_llm.data.steps import Step
 from raytune_llm.models.load import load_config as load_model_config
 from raytune_llm.report.profile import TABLE, StepProfile

@@ -21,7 +21,8 @@ from raytune_llm.data import store as token_store
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.conversations import ConversationRow
-from raytune_llm.data.loader import Loader, Samples
+from raytune_llm.data.loader import Loader
+from raytune_llm.data.samples import Samples
 from raytune_llm.data.store import Store
 
 MAX_LENGTH = 1024

@@ -25,7 +25,6 @@ from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.migrate.experiment import translate_file, write
 from raytune_llm.report.metrics import Sink, Summary, WallTime, read_metrics, summary_of, write_summary
 from raytune_llm.report.trackers import TrackedRun, open_tracker
-from raytune_llm.stages import STAGES
 
 if TYPE_CHECKING:
     from raytune_llm.chat.dialogue import Dialogue
@@ -53,7 +52,7 @@ class TrainResult:
 
 def prepare(run: PrepareRun, *, on_progress: pipeline.OnProgress | None = None) -> Prepared:
     """The token stores of a run: opened where they exist, else made."""
-    return pipeline.prepare(run.model, run.data, run.resources, kind=STAGES[run.stage.name].kind, on_progress=on_progress)
+    return pipeline.prepare(run.model, run.data, run.resources, kind=run.stage.kind, on_progress=on_progress)
 
 
 def train(
@@ -100,7 +99,7 @@ def _train(
     if run.resources.name != "inline":
         session.connect(run.resources)
     clock.enter("prepare")
-    kind = STAGES[run.stage.name].kind
+    kind = run.stage.kind
     if run.data.streaming:
         prepared = pipeline.stream(run.model, run.data, run.resources, kind=kind)
     else:

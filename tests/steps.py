@@ -18,7 +18,8 @@ from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.labeled import LabeledRow
 from raytune_llm.data.kinds.pairs import PairRow
-from raytune_llm.data.loader import Loader, Samples
+from raytune_llm.data.loader import Loader
+from raytune_llm.data.samples import Samples
 from raytune_llm.data.steps import Step
 from raytune_llm.data.store import Store
 from raytune_llm.stages import STAGES, Objective

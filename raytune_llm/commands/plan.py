@@ -15,7 +15,6 @@ from raytune_llm.config.stage import StageConfig
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.memory.model import Memory
 from raytune_llm.runs.plan import Data, Plan, Verdict
-from raytune_llm.stages import STAGES
 
 GIB = 2**30
 REFERENCES = {
@@ -151,7 +150,7 @@ def _model(run: TrainRun) -> str:
 
 def _limited(run: TrainRun) -> str:
     """What data.max_length is a limit of."""
-    return "side of a pair" if KINDS[STAGES[run.stage.name].kind].sides == 2 else _sample(run)
+    return "side of a pair" if KINDS[run.stage.kind].sides == 2 else _sample(run)
 
 
 def _sample(run: TrainRun) -> str:

@@ -17,11 +17,10 @@ from raytune_llm import api
 from raytune_llm.config.run import PrepareRun
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import Place
-from raytune_llm.data.loader import Samples
 from raytune_llm.data.pipeline import Prepared
+from raytune_llm.data.samples import Samples
 from raytune_llm.data.store import Store
 from raytune_llm.runs.tokenizer import tokenizer_of
-from raytune_llm.stages import STAGES
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -30,7 +29,7 @@ def main(run: PrepareRun) -> int:
     console = Console()
     prepared = prepare_with_progress(run, console)
     tokenizer, _ = tokenizer_of(run)
-    shares = shares_prompts(run, STAGES[run.stage.name].kind, tokenizer)
+    shares = shares_prompts(run, run.stage.kind, tokenizer)
     for title, store in (("train", prepared.store), ("eval", prepared.eval_store)):
         if store is not None:
             console.print(_summary(title, store, run.data.max_length, share_prompts=shares))

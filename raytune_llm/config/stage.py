@@ -70,9 +70,11 @@ def _are_read(settings: Mapping[str, float | None], losses: Set[str], reads: Map
 class StageRules:
     """What rules between sections, and whoever plans a run, ask of any stage."""
 
+    kind: ClassVar[str]
+    """Of the rows that it trains on: one of data.kinds.KINDS."""
     has_reference: ClassVar[bool] = False
     writes: ClassVar[bool] = True
-    """Its model answers with text."""
+    """Its model answers with text; otherwise it is a Scorer, which answers with a number."""
     trains_turns: ClassVar[bool] = False
     """Which turns of a conversation are trained can be chosen; elsewhere it is the one answer of each side, or the whole text."""
     has_right_answers: ClassVar[bool] = False
@@ -98,6 +100,7 @@ class WithoutRouters(StageRules):
 class SFT(WithoutReference):
     """Supervised fine-tuning: the likelihood of the trained tokens."""
 
+    kind: ClassVar[str] = "conversations"
     trains_turns: ClassVar[bool] = True
     has_right_answers: ClassVar[bool] = True
 
@@ -136,6 +139,7 @@ class SFT(WithoutReference):
 class Pretrain(WithoutReference):
     """Cross-entropy over every token of plain texts."""
 
+    kind: ClassVar[str] = "text"
     plain_text: ClassVar[bool] = True
 
     name: Literal["pretrain"]
@@ -149,6 +153,7 @@ class Pretrain(WithoutReference):
 class Reward(WithoutReference, WithoutRouters):
     """A reward model: it gives the chosen answer a higher score than the rejected one (Bradley-Terry)."""
 
+    kind: ClassVar[str] = "pairs"
     writes: ClassVar[bool] = False
     reads_margins: ClassVar[bool] = True
 
@@ -166,6 +171,7 @@ class Reward(WithoutReference, WithoutRouters):
 class DPO(WithoutRouters):
     """Direct preference optimisation and its family: answers get likelier or less likely than under a reference."""
 
+    kind: ClassVar[str] = "pairs"
     has_reference: ClassVar[bool] = True
 
     name: Literal["dpo"]
@@ -213,6 +219,8 @@ class DPO(WithoutRouters):
 class ORPO(WithoutReference, WithoutRouters):
     """Odds-ratio preference optimisation: cross-entropy of the chosen answer, and odds against the rejected one."""
 
+    kind: ClassVar[str] = "pairs"
+
     name: Literal["orpo"]
     beta: PositiveFloat
     """The weight of the odds ratio (lambda in the paper)."""
@@ -221,6 +229,8 @@ class ORPO(WithoutReference, WithoutRouters):
 @section
 class SimPO(WithoutReference, WithoutRouters):
     """Simple preference optimisation: mean log-probabilities a token, and a margin between them."""
+
+    kind: ClassVar[str] = "pairs"
 
     name: Literal["simpo"]
     beta: PositiveFloat
@@ -235,6 +245,8 @@ class SimPO(WithoutReference, WithoutRouters):
 class CPO(WithoutReference, WithoutRouters):
     """Contrastive preference optimisation: DPO as if the reference were uniform."""
 
+    kind: ClassVar[str] = "pairs"
+
     name: Literal["cpo"]
     beta: PositiveFloat
     label_smoothing: HalfOpen
@@ -246,6 +258,7 @@ class CPO(WithoutReference, WithoutRouters):
 class KTO(WithoutRouters):
     """Kahneman-Tversky optimisation: single answers, each desirable or not."""
 
+    kind: ClassVar[str] = "labeled"
     has_reference: ClassVar[bool] = True
 
     name: Literal["kto"]

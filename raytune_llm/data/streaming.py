@@ -20,7 +20,7 @@ import numpy as np
 
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import MappedShard
-from raytune_llm.data.loader import Ordered, Samples, permutation
+from raytune_llm.data.samples import Ordered, Samples, permutation
 from raytune_llm.data.store import FAILED, MANIFEST, OUTLINE, Rows, map_shard, num_rows, partial, shard_name
 from raytune_llm.errors import DataError
 

@@ -12,7 +12,7 @@ import torch
 from raytune_llm.config.adapter import NoAdapter, SavedAdapter
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.run import TrainRun
-from raytune_llm.data.loader import split_sources
+from raytune_llm.data.samples import split_sources
 from raytune_llm.data.store import Store
 from raytune_llm.data.tokens.tokenizer import stop_ids
 from raytune_llm.engines.batch import BatchEngine

@@ -33,7 +33,6 @@ from raytune_llm.models.adapters import Kept, kept_by
 from raytune_llm.models.build import DTYPES
 from raytune_llm.models.load import load_config
 from raytune_llm.models.quantization import quantization_of
-from raytune_llm.stages import STAGES
 
 GIB = 2**30
 USABLE = 0.92
@@ -86,7 +85,7 @@ def needs_of(
 
 def parameters_of(run: TrainRun, config: PretrainedConfig) -> Parameters:
     """Of the run's model, with the head and the adapter that it trains."""
-    scores = STAGES[run.stage.name].scores is not None
+    scores = not run.stage.writes
     return count_parameters(config, run.adapter, trust_remote_code=run.model.trust_remote_code, scores=scores)
 
 
@@ -128,7 +127,7 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     )
     states = states_of(needs.parameters)
     saved = quantized_bytes(needs.parameters, dtype.itemsize, quantization_of(needs.quantization))
-    pack = needs.max_length * KINDS[STAGES[run.stage.name].kind].sides
+    pack = needs.max_length * KINDS[run.stage.kind].sides
     memory = memory_per_gpu(
         dimensions(config),
         needs.parameters,

@@ -77,7 +77,7 @@ class Builder:
             quantization=run.quantization,
             compile_layers=self.compiled,
             activation_checkpointing=checkpointing,
-            scores=STAGES[run.stage.name].scores is not None,
+            scores=not run.stage.writes,
             separate_head=STAGES[run.stage.name].objective(run.stage).separate_head,
         )
         counted = operations(policy, self.config)
@@ -158,7 +158,7 @@ class Builder:
             run.model.path,
             revision=run.model.revision,
             trust_remote_code=run.model.trust_remote_code,
-            scores=STAGES[run.stage.name].scores is not None,
+            scores=not run.stage.writes,
         )
         if not reads:
             return files

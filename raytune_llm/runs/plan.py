@@ -12,8 +12,8 @@ import torch
 from transformers import PretrainedConfig
 
 from raytune_llm.config.run import TrainRun
-from raytune_llm.data.loader import Samples, split_sources
 from raytune_llm.data.pipeline import find_stores
+from raytune_llm.data.samples import Samples, split_sources
 from raytune_llm.data.store import Store
 from raytune_llm.errors import ConfigError
 from raytune_llm.memory.fixes import Fix, SuggestedFixes
@@ -23,7 +23,6 @@ from raytune_llm.models.activations import compiles
 from raytune_llm.models.build import run_config
 from raytune_llm.runs.stores import open_stores, shares_prompts, total_steps
 from raytune_llm.runs.tokenizer import tokenizer_of
-from raytune_llm.stages import STAGES
 
 GPU_CLASSES = (24 * GIB, 40 * GIB, 80 * GIB)
 """Bytes of usual GPUs, to compare with where there is none."""
@@ -167,10 +166,10 @@ def _accumulation(run: TrainRun, world_size: int) -> int:
 def _data(run: TrainRun, config: PretrainedConfig) -> Data | None:
     if run.data.streaming:
         return None
-    store, eval_store = find_stores(run.model, run.data, kind=STAGES[run.stage.name].kind)
+    store, eval_store = find_stores(run.model, run.data, kind=run.stage.kind)
     if store is None or (eval_store is None and (run.data.eval_path or run.data.eval_split or run.data.eval_names)):
         return None
-    shares = shares_prompts(run, STAGES[run.stage.name].kind, lambda: config)
+    shares = shares_prompts(run, run.stage.kind, lambda: config)
     stores = open_stores(run, str(store), None if eval_store is None else str(eval_store), share_prompts=shares)
     samples = stores.train
     assert isinstance(samples, Samples)

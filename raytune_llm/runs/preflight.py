@@ -32,7 +32,7 @@ def check(run: TrainRun) -> None:
     packaged.check_models(run)
     check_devices(run)
     stage = STAGES[run.stage.name]
-    kind = KINDS[stage.kind]
+    kind = KINDS[run.stage.kind]
     declared(run.data, ranked=kind.ranked)
     declared_for_evaluation(run.data, ranked=kind.ranked)
     tokenizer, _ = tokenizer_of(run)

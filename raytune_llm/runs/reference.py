@@ -27,7 +27,7 @@ from raytune_llm import packaged
 from raytune_llm.config.adapter import NoAdapter, SavedAdapter
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.section import settings_of
-from raytune_llm.data.loader import Samples
+from raytune_llm.data.samples import Samples
 from raytune_llm.data.store import Store
 from raytune_llm.errors import DataError
 from raytune_llm.models.build import UNQUANTIZED, build_policy, compute_dtype

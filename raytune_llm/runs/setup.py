@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.kinds import KINDS
-from raytune_llm.data.loader import Loader, Samples
+from raytune_llm.data.loader import Loader
+from raytune_llm.data.samples import Samples
 from raytune_llm.data.streaming import Stream
 from raytune_llm.data.tokens.tokenizer import stop_ids
 from raytune_llm.memory.flops import peak_flops
@@ -98,7 +99,7 @@ def set_up(
     tokenizer, template = tokenizer_of(run)
     pad_id: int = tokenizer.pad_token_id or 0  # type: ignore[assignment]  # transformers types all special tokens alike
     config = run_config(run.model, tokenizer, run.data.max_length)
-    shares = shares_prompts(run, stage.kind, lambda: config)
+    shares = shares_prompts(run, run.stage.kind, lambda: config)
     stores = open_stores(run, train_store, eval_store, share_prompts=shares)
     builder = Builder(run, config, device)
     with explained(builder, "loading the model"):
@@ -121,10 +122,10 @@ def set_up(
         enrichers.append(reference.enricher)
     if objective.statistics is not None:
         enrichers.append(FirstPass(objective.statistics))  # of what the reference says, too
-    if KINDS[stage.kind].can_share_prompts:
+    if KINDS[run.stage.kind].can_share_prompts:
         choices += (f"prompts: {'shared by both answers' if shares else 'a copy for each of two answers'}",)
     if isinstance(stores.train, Samples):
-        choices += KINDS[stage.kind].remarks(stores.train.store)
+        choices += KINDS[run.stage.kind].remarks(stores.train.store)
     if run.data.evaluates and not stores.held_out:
         choices += (f"evaluation: none, since data.eval_fraction={run.data.eval_fraction} of so few rows is no row",)
 

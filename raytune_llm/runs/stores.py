@@ -11,8 +11,8 @@ from transformers import PretrainedConfig
 
 from raytune_llm.config.run import PrepareRun, TrainRun
 from raytune_llm.data.kinds import KINDS
-from raytune_llm.data.loader import Samples, split_sources
 from raytune_llm.data.mixture import mixed_rows
+from raytune_llm.data.samples import Samples, split_sources
 from raytune_llm.data.store import Store
 from raytune_llm.data.streaming import Stream
 from raytune_llm.errors import ConfigError, DataError

@@ -8,9 +8,8 @@ from raytune_llm.config.run import PrepareRun, TrainRun
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.templates.named import NamedTemplate
 from raytune_llm.data.tokens.tokenizer import run_tokenizer
-from raytune_llm.stages import STAGES
 
 
 def tokenizer_of(run: TrainRun | PrepareRun) -> tuple[PreTrainedTokenizerFast, NamedTemplate | None]:
     """As run_tokenizer gives them: the very ones that the run's rows are made with."""
-    return run_tokenizer(run.model, run.data, needs_template=KINDS[STAGES[run.stage.name].kind].renders_chat)
+    return run_tokenizer(run.model, run.data, needs_template=KINDS[run.stage.kind].renders_chat)

@@ -14,12 +14,12 @@ from raytune_llm.stages.sft import pretrain, sft
 __all__ = ["STAGES", "AnswerLogprobs", "GlobalStatistics", "Objective", "Stage", "StageLoss"]
 
 STAGES: dict[str, Stage] = {
-    "sft": Stage(kind="conversations", objective=sft),
-    "pretrain": Stage(kind="text", objective=pretrain),
-    "dpo": Stage(kind="pairs", objective=dpo),
-    "orpo": Stage(kind="pairs", objective=orpo),
-    "simpo": Stage(kind="pairs", objective=simpo),
-    "cpo": Stage(kind="pairs", objective=cpo),
-    "reward": Stage(kind="pairs", objective=reward, scores=pair_scores),
-    "kto": Stage(kind="labeled", objective=kto),
+    "sft": Stage(objective=sft),
+    "pretrain": Stage(objective=pretrain),
+    "dpo": Stage(objective=dpo),
+    "orpo": Stage(objective=orpo),
+    "simpo": Stage(objective=simpo),
+    "cpo": Stage(objective=cpo),
+    "reward": Stage(objective=reward, scores=pair_scores),
+    "kto": Stage(objective=kto),
 }

@@ -1,4 +1,4 @@
-"""What a stage is: the kind of rows that it trains on, and what a setting of it computes from a batch of them."""
+"""What a stage computes from a batch of its rows."""
 
 from __future__ import annotations
 
@@ -50,8 +50,6 @@ class Objective:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    kind: str
-    """Of the rows that it trains on: one of data.kinds.KINDS."""
     objective: Callable[[Any], Objective]
     """From the stage's section of the config."""
     scores: Callable[[nn.Module, Batch], Tensor] | None = None

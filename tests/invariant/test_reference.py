@@ -17,7 +17,6 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.errors import ConfigError, DataError
 from raytune_llm.report.news import Begin, ReferencePass
-from raytune_llm.stages import STAGES
 from tests.group import Group, metrics
 from tests.runs import tiny_run
 
@@ -146,7 +145,7 @@ def test_two_workers_give_the_numbers_of_one(
     api.train(plain)
     chosen = load_config("train", [f"strategy={strategy}", "data.path=x"])
     run = stage_run(rows, tmp_path / "two", tmp_path / "spread", stage, f"stage.reference={how}", "train.micro_batch_size=2")
-    store = prepare(run.model, run.data, run.resources, kind=STAGES[stage].kind).store
+    store = prepare(run.model, run.data, run.resources, kind=run.stage.kind).store
     two_workers.run(replace(run, strategy=chosen.strategy, resources=chosen.resources), str(store.folder))
     assert losses(run) == pytest.approx(losses(plain), rel=1e-4)
 

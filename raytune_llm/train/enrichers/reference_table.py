@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raytune_llm.data.batches import to_device
-from raytune_llm.data.loader import Samples
+from raytune_llm.data.samples import Samples
 from raytune_llm.data.steps import Step
 from raytune_llm.data.store import write_whole
 from raytune_llm.errors import DataError

@@ -15,7 +15,8 @@ from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.labeled import LabeledRow
 from raytune_llm.data.kinds.pairs import PairRow
 from raytune_llm.data.kinds.text import TextRow
-from raytune_llm.data.loader import Loader, Samples, _blocks
+from raytune_llm.data.loader import Loader
+from raytune_llm.data.samples import Samples, _blocks
 from raytune_llm.data.store import Store, join
 from raytune_llm.models.attention.documents import document_mask
 

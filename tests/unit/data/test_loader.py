@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_llm.data.batches import collate
-from raytune_llm.data.loader import Loader, Samples, permutation, split, split_sources
+from raytune_llm.data.loader import Loader
+from raytune_llm.data.samples import Samples, permutation, split, split_sources
 from tests import steps
 
 NUM_ROWS = 53

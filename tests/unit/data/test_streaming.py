@@ -19,7 +19,8 @@ from raytune_llm.data.kinds.conversations import ConversationRow
 from raytune_llm.data.kinds.labeled import LabeledRow
 from raytune_llm.data.kinds.pairs import PairRow
 from raytune_llm.data.kinds.text import TextRow
-from raytune_llm.data.loader import Loader, Samples
+from raytune_llm.data.loader import Loader
+from raytune_llm.data.samples import Samples
 from raytune_llm.data.store import FAILED, shard_name, write_outline, write_shard
 from raytune_llm.data.streaming import Stream
 from raytune_llm.errors import DataError

@@ -9,7 +9,6 @@ import torch
 
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.runs.setup import Setup, set_up
-from raytune_llm.stages import STAGES
 from raytune_llm.train.enrichers.global_statistics import FirstPass
 from raytune_llm.train.enrichers.online_reference import OnlineReference
 from raytune_llm.train.enrichers.reference_table import ReferenceTables
@@ -26,7 +25,7 @@ def made(tmp_path: Path):
     def made(*overrides: str) -> Setup:
         settings = ("data=prompt_completion_pairs", *overrides)
         run = tiny_run(str(path), str(tmp_path / "cache"), tmp_path / "out", *settings)
-        store = prepare(run.model, run.data, run.resources, kind=STAGES[run.stage.name].kind).store
+        store = prepare(run.model, run.data, run.resources, kind=run.stage.kind).store
         return set_up(run, str(store.folder), None, torch.device("cpu"), lambda news: None)
 
     return made

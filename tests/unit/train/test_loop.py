@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from raytune_llm.data.kinds.conversations import ConversationRow
-from raytune_llm.data.loader import Loader, Samples
+from raytune_llm.data.loader import Loader
+from raytune_llm.data.samples import Samples
 from raytune_llm.data.steps import Step
 from raytune_llm.stages import Objective
 from raytune_llm.train import loop

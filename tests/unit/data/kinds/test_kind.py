@@ -13,7 +13,8 @@ from raytune_llm.data.batches import moved
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import IDS, Column, Document, Ids, Kind, sizes_of
-from raytune_llm.data.loader import Loader, Samples
+from raytune_llm.data.loader import Loader
+from raytune_llm.data.samples import Samples
 from raytune_llm.data.store import Rows, map_shard, write_shard
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from raytune_llm import load_config
 from raytune_llm.data.dropped import BadRow
-from raytune_llm.data.loader import Loader, Samples
+from raytune_llm.data.loader import Loader
 from raytune_llm.data.pipeline import prepare
+from raytune_llm.data.samples import Samples
 from raytune_llm.records import Text
 
 
