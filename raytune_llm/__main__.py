@@ -17,6 +17,8 @@ VERBS = {
     "train": "prepare what is missing, train, write the output folder (the default)",
     "prepare": "raw rows to a token store, no training",
     "plan": "steps, tokens, parameters and memory of a run, without running it",
+    "submit": "train as a job of a Ray cluster, followed from here",
+    "jobs": "of a cluster: jobs [status|logs|stop|fetch NAME]",
     "serve": "an OpenAI-compatible server of one model and many adapters",
     "chat": "a conversation in the terminal, with a model and adapters here or a server elsewhere",
     "import": "a LLaMA-Factory training file to an experiment of yours: import FILE.yaml",
@@ -57,7 +59,7 @@ def _run(verb: str | None, argv: list[str]) -> int:
     module = f"raytune_llm.commands.{call.verb}{'_' if iskeyword(call.verb) else ''}"
 
     def verb_main(run: Any) -> int:
-        if isinstance(run, TrainRun | PrepareRun | ServeRun | ChatRun):
+        if type(run) in (TrainRun, PrepareRun, ServeRun, ChatRun):  # a job's model is looked for where the job runs
             packaged.check_models(run)  # before what is slow to import
         return import_module(module).main(run)
 

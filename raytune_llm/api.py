@@ -18,7 +18,7 @@ from raytune_llm import session
 from raytune_llm.config.load import as_plain, to_yaml
 from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.resources import Cluster
-from raytune_llm.config.run import ChatRun, DoctorRun, ImportRun, PrepareRun, ServeRun, TrainRun
+from raytune_llm.config.run import ChatRun, DoctorRun, ImportRun, PrepareRun, ServeRun, SubmitRun, TrainRun
 from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared, Streamed
 from raytune_llm.evaluate.exact_match import ExactMatch
@@ -28,6 +28,7 @@ from raytune_llm.report.trackers import TrackedRun, open_tracker
 
 if TYPE_CHECKING:
     from raytune_llm.chat.dialogue import Dialogue
+    from raytune_llm.cluster.jobs import Job
     from raytune_llm.doctor import Doctor
     from raytune_llm.runs.plan import Plan
     from raytune_llm.runs.worker import TrainOutcome
@@ -172,6 +173,13 @@ def chat(run: ChatRun) -> AbstractContextManager[Dialogue]:
     from raytune_llm.chat.open import open_dialogue
 
     return open_dialogue(with_absolute_paths(run))
+
+
+def submit(run: SubmitRun) -> Job:
+    """Send a run to a cluster as a job, which it starts when it can; raytune_llm.cluster.jobs.Jobs tells how it fares."""
+    from raytune_llm.cluster.submit import submit
+
+    return submit(run)
 
 
 def doctor(run: DoctorRun) -> Doctor:

@@ -20,8 +20,8 @@ HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys(("--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc", "--hydra-help", "--version")),
 }
 """Hydra's own flags -> the words that may follow: none (None), these, or any one (empty)."""
-WITHOUT_A_KEY = {"import": "file"}
-"""Verb -> the setting that a word without a key is for."""
+WITHOUT_A_KEY = {"import": ("file",), "jobs": ("action", "job")}
+"""Verb -> the settings that words without a key are for, in order."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,11 @@ def parse(verb: str, argv: list[str]) -> Call:
     words = iter(rest)
     for word in words:
         if not word.startswith("-"):
-            positional += "=" not in word and not word.startswith(("+", "~"))
-            if positional > 1 and verb in WITHOUT_A_KEY:
-                raise ConfigError(
-                    "the command line", f"has one {WITHOUT_A_KEY[verb]} after {verb}", got=word, fix="Take one at a time."
-                )
-            overrides.append(word if "=" in word else _with_key(verb, word))
+            if "=" in word or word.startswith(("+", "~")) or verb not in WITHOUT_A_KEY:
+                overrides.append(word)
+                continue
+            overrides.append(f"{_setting_at(verb, positional, word)}={composer.quoted(word)}")
+            positional += 1
             continue
         flag, sign, value = word.partition("=")
         if flag not in HYDRA_FLAGS:
@@ -83,10 +82,11 @@ def _check_together(flags: list[str]) -> None:
         raise ConfigError("--resolve", "goes with --cfg job", fix="Write --cfg job --resolve.")
 
 
-def _with_key(verb: str, word: str) -> str:
-    if verb not in WITHOUT_A_KEY or word.startswith(("+", "~")):
-        return word
-    return f"{WITHOUT_A_KEY[verb]}={composer.quoted(word)}"
+def _setting_at(verb: str, place: int, word: str) -> str:
+    settings = WITHOUT_A_KEY[verb]
+    if place >= len(settings):
+        raise ConfigError("the command line", f"has one {settings[-1]} after {verb}", got=word, fix="Take one at a time.")
+    return settings[place]
 
 
 def load(call: Call) -> Any:

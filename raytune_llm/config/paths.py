@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,34 @@ IF_THERE = (
 
 def with_absolute_paths(run: Any) -> Any:
     """The same run; sections and settings that it has not are passed over."""
+    return with_paths(run, lambda setting, value: _absolute(value, always=setting in ALWAYS))
+
+
+def with_paths(run: Any, change: Callable[[str, str], str]) -> Any:
+    """The run with each of its paths as `change(setting, path)` gives it; what has a scheme (s3://) is no path."""
     for setting in (*ALWAYS, *IF_THERE):
-        run = _changed(run, setting.split("."), always=setting in ALWAYS)
+        run = _changed(run, setting.split("."), lambda path, setting=setting: change(setting, path))
     return run
 
 
-def _changed(section: Any, names: Sequence[str], *, always: bool) -> Any:
+def _changed(section: Any, names: Sequence[str], change: Callable[[str], str]) -> Any:
     name, *rest = names
     value = getattr(section, name, None)
     if value is None:
         return section
-    new = _changed(value, rest, always=always) if rest else _absolute(value, always=always)
+    new = _changed(value, rest, change) if rest else _each(value, change)
     return section if new is value or new == value else replace(section, **{name: new})
 
 
-def _absolute(value: Any, *, always: bool) -> Any:
+def _each(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
-        return {name: _absolute(path, always=always) for name, path in value.items()}
+        return {name: _each(path, change) for name, path in value.items()}
     if isinstance(value, list):
-        return [_absolute(path, always=always) for path in value]
-    if not isinstance(value, str) or "://" in value:
-        return value
+        return [_each(path, change) for path in value]
+    return value if not isinstance(value, str) or "://" in value else change(value)
+
+
+def _absolute(value: str, *, always: bool) -> str:
     path = Path(value).expanduser()
     try:
         there = always or path.exists()

@@ -19,6 +19,7 @@ from raytune_llm.config.section import NonNegativeInt, PositiveInt, Seed, sectio
 from raytune_llm.config.serve import EngineConfig, ServeConfig
 from raytune_llm.config.stage import StageConfig
 from raytune_llm.config.strategy import DeepSpeed, StrategyConfig
+from raytune_llm.config.submit import JobServer, SubmitConfig
 from raytune_llm.config.tracking import TrackingConfig
 from raytune_llm.config.train import LoopConfig
 from raytune_llm.errors import ConfigError
@@ -167,8 +168,42 @@ class ImportRun:
             raise ConfigError("name", "must be of letters, digits, dots, hyphens and underscores", got=self.name)
 
 
+@section
+class SubmitRun(TrainRun):
+    """`submit`: a run as a job of a cluster."""
+
+    submit: SubmitConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resources.name != "cluster":
+            raise ConfigError(
+                "resources",
+                "must be cluster for a job: its driver joins the cluster that it is submitted to",
+                got=self.resources.name,
+                instead="resources=cluster",
+            )
+
+
+@section
+class JobsRun:
+    """`jobs`: what a cluster has of them."""
+
+    action: Literal["list", "status", "logs", "stop", "fetch"]
+    """The first word after the verb."""
+    job: str | None
+    """The second: a job, or a run's name for the newest of it."""
+    submit: JobServer
+
+    def __post_init__(self) -> None:
+        if self.job is None and self.action != "list":
+            raise ConfigError("job", "must name a job or its run", fix=f"Say, raytune-llm jobs {self.action} NAME.")
+
+
 RUNS: dict[str, Any] = {
     "train": TrainRun,
+    "submit": SubmitRun,
+    "jobs": JobsRun,
     "plan": TrainRun,
     "prepare": PrepareRun,
     "import": ImportRun,

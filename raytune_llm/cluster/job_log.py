@@ -1,0 +1,83 @@
+"""What a job's log tells of its run: how far it is, and the small files that a run leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.report.events import done_of, event_of, record_of
+from raytune_llm.report.metrics import METRICS, SUMMARY, JsonLines, write_summary
+from raytune_llm.report.news import Done
+
+SAMPLES, CURVE, SETTINGS = "samples.jsonl", "loss.png", "run.yaml"
+
+
+@dataclass
+class JobLog:
+    """A log that was read so far."""
+
+    settings: str | None = None
+    """The run as YAML."""
+    step: int | None = None
+    total_steps: int | None = None
+    left_s: float | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    done: Done | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """Of the newest step that logged one."""
+        return next((record["loss"] for record in reversed(self.records) if "loss" in record), None)
+
+    def read(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "run":
+                self.settings = event["settings"]
+            case "begin":
+                self.step, self.total_steps, self.left_s = event["first_step"], event["total_steps"], None
+                self.records = [record for record in self.records if record["step"] <= event["first_step"]]
+                self.samples = [sample for sample in self.samples if sample["step"] <= event["first_step"]]
+            case "step":
+                record = record_of(event)
+                self.records.append(record)
+                self.step, self.total_steps, self.left_s = record["step"], event["total_steps"], event.get("left_s")
+            case "samples":
+                self.samples += event["samples"]
+            case "done":
+                self.done = done_of(event)
+                self.step, self.left_s = self.done.summary.steps, None
+
+    def write(self, folder: Path) -> list[str]:
+        """The files of an output folder that the log has all of; their names. A resumed run's has the steps that it made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        if self.settings is not None:
+            (folder / SETTINGS).write_text(self.settings)
+            written.append(SETTINGS)
+        for name, lines in ((METRICS, self.records), (SAMPLES, self.samples)):
+            if lines:
+                with JsonLines(folder / name, from_step=0) as file:
+                    for line in lines:
+                        file.write(line)
+                written.append(name)
+        if self.records:
+            from raytune_llm.report.plots import loss_curve
+
+            loss_curve(self.records, folder / CURVE, title=folder.name)
+            written.append(CURVE)
+        if self.done is not None:
+            write_summary(folder / SUMMARY, self.done.summary)
+            written.append(SUMMARY)
+        return written
+
+
+def read(lines: Iterable[str]) -> JobLog:
+    log = JobLog()
+    for line in lines:
+        event = event_of(line)
+        if event is not None:
+            log.read(event)
+    return log

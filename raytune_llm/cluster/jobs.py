@@ -1,0 +1,312 @@
+"""Jobs of a Ray cluster: submitted, listed, followed, stopped. [ray]"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gzip
+import ipaddress
+import logging
+import os
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from raytune_llm.cluster.package import write_zip
+from raytune_llm.errors import ConfigError, ResourceError
+
+SILENT_S = 30.0
+"""Without a line for so long, the cluster is asked whether the job still runs."""
+RETRY_S = (1.0, 2.0, 5.0, 10.0)
+GIVE_UP_S = 600.0
+"""A cluster that doesn't answer for so long is given up; the job may go on."""
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+NAME = "run"
+OUTPUT = "output_dir"
+STOPPED_EXIT_CODE = 130
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+SETTINGS = "RAYTUNE_LLM_RUN"
+COMMAND = (
+    f'folder=$(mktemp -d) && echo "${SETTINGS}" | base64 -d | gzip -d > "$folder/run.yaml" && '
+    'python -u -m raytune_llm train --config-dir "$folder" --config-name run log_format=json; '
+    'code=$?; rm -rf "$folder"; exit $code'
+)
+"""Of a job: train as environment_of says, and tell it in events."""
+RAYS_OWN = ("Running entrypoint for job ", "Runtime env is setting up.")
+"""What Ray writes to a job's log before its first line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job as the cluster knows it."""
+
+    id: str
+    run: str
+    """The run's name."""
+    status: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    message: str
+    exit_code: int | None
+    """Of the driver's process, once it has ended."""
+    started: float | None
+    """Epoch seconds."""
+    ended: float | None
+    output_dir: str | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def reason(self) -> str:
+        """A line on why it ended, where it failed."""
+        if self.status == "FAILED" and self.exit_code is not None:
+            return f"its driver ended with exit code {self.exit_code}"
+        return self.message.splitlines()[0] if self.message else "no reason was given"
+
+    @property
+    def outcome(self) -> int:
+        """The exit code for whoever followed it."""
+        if self.status == "SUCCEEDED":
+            return 0
+        return self.exit_code or (STOPPED_EXIT_CODE if self.status == "STOPPED" else 1)
+
+
+class Jobs:
+    """The jobs of the cluster whose dashboard is at `address`."""
+
+    def __init__(self, address: str) -> None:
+        """Raises ResourceError where nobody answers or the cluster wants a token."""
+        self.address = address
+        if token_there():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # before ray is imported, which reads it once
+        from ray.job_submission import JobSubmissionClient
+
+        for module in ("dashboard_sdk", "job.sdk"):
+            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+        with self._explained(), _no_other_address():
+            self._client = JobSubmissionClient(address)
+
+    def submit(
+        self,
+        name: str,
+        command: str,
+        *,
+        files: Mapping[str, Path],
+        requirements: Sequence[str] = (),
+        image: str | None = None,
+        env: Mapping[str, str] | None = None,
+        output_dir: str,
+    ) -> str:
+        """The job's id. `files`: places in its working folder -> files here; none for an image's own."""
+        environment: dict[str, Any] = {"env_vars": dict(env or {})}
+        if requirements:
+            environment["pip"] = {"packages": list(requirements), "pip_check": False}
+        if image is not None:
+            environment["image_uri"] = image
+        job = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{secrets.token_hex(3)}"
+        with tempfile.TemporaryDirectory(prefix="raytune-llm-") as folder, self._explained():
+            if files:
+                package = Path(folder) / "package.zip"
+                write_zip(files, package)
+                environment["working_dir"] = str(package)
+            return self._client.submit_job(
+                entrypoint=command, submission_id=job, runtime_env=environment, metadata={NAME: name, OUTPUT: output_dir}
+            )
+
+    def all(self) -> list[Job]:
+        """Those that were submitted, the newest first."""
+        with self._explained():
+            found = [_job(details) for details in self._client.list_jobs() if details.submission_id]
+        return sorted(found, key=lambda job: -(job.started or time.time()))
+
+    def find(self, name: str) -> Job:
+        """By its id, or the newest of a run's name. Raises ConfigError."""
+        jobs = self.all()
+        for job in jobs:
+            if name == job.id:
+                return job
+        for job in jobs:
+            if name == job.run:
+                return job
+        there = ", ".join(job.id for job in jobs[:10]) or "none"
+        raise ConfigError("job", f"must be a job of {self.address} or a run's name", got=name, fix=f"There are: {there}.")
+
+    def get(self, job: str) -> Job:
+        with self._explained():
+            return _job(self._client.get_job_info(job))
+
+    def log(self, job: str) -> str:
+        with self._explained():
+            return self._client.get_job_logs(job)
+
+    def stop(self, job: str) -> None:
+        with self._explained():
+            self._client.stop_job(job)
+
+    def lines(self, job: str, told: Callable[[str], None]) -> Iterator[str]:
+        """The lines of a job's log as they come, from its own first one until it has ended; `told` hears of lost connections."""
+        with asyncio.Runner() as runner:  # an interrupt cancels what it waits for
+            lines = self._lines(job, told)
+
+            async def coming() -> str | None:
+                return await anext(lines, None)
+
+            try:
+                while (line := runner.run(coming())) is not None:
+                    if not any(words in line for words in RAYS_OWN):
+                        yield line
+            finally:
+                runner.run(lines.aclose())
+
+    async def _lines(self, job: str, told: Callable[[str], None]) -> AsyncGenerator[str, None]:
+        seen, rest, failures, lost = 0, "", 0, 0.0
+        while True:
+            skip = seen  # a new connection begins with the log's first line
+            try:
+                async for text in self._tail(job):
+                    failures = 0
+                    new, skip = text[skip:], max(0, skip - len(text))
+                    seen += len(new)
+                    *whole, rest = (rest + new).split("\n")
+                    for line in whole:
+                        yield line
+                ended = self.get(job).has_ended
+            except (ResourceError, *_broken()) as error:
+                lost = lost if failures else time.monotonic()
+                if time.monotonic() - lost > GIVE_UP_S:
+                    raise ResourceError(
+                        f"{self.address} doesn't answer any more ({error})", come_back(job, self.address)
+                    ) from None
+                if failures == 0:
+                    told(f"the connection to {self.address} broke ({str(error).splitlines()[0]}): trying again")
+                await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
+                failures += 1
+                continue
+            if ended:
+                break
+            await asyncio.sleep(RETRY_S[0])
+        for line in (rest + self.log(job)[seen:]).splitlines():
+            yield line
+
+    async def _tail(self, job: str) -> AsyncGenerator[str, None]:
+        """Ends where the log does, or where the job has ended and nothing more comes."""
+        tail = self._client.tail_job_logs(job)
+        coming: asyncio.Future[str] | None = None
+        try:
+            while True:
+                coming = coming or asyncio.ensure_future(anext(tail))
+                if not (await asyncio.wait({coming}, timeout=SILENT_S))[0]:
+                    if self.get(job).has_ended:
+                        return
+                    continue
+                done, coming = coming, None
+                try:
+                    text = done.result()
+                except StopAsyncIteration:
+                    return
+                yield text
+        finally:
+            if coming is not None:
+                coming.cancel()
+                await asyncio.wait({coming})
+            await tail.aclose()  # pyright: ignore[reportAttributeAccessIssue]  # an async generator
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError as error:
+            raise ResourceError(
+                f"{self.address} wants another token than this machine has ({str(error).splitlines()[0]})",
+                "Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's.",
+            ) from None
+        except (ConnectionError, OSError) as error:
+            raise ResourceError(
+                f"no Ray dashboard answers at {self.address} ({str(error).splitlines()[0]})",
+                "Start the head with --include-dashboard=true, or forward its port 8265 to this machine.",
+            ) from None
+        except RuntimeError as error:
+            if "does not exist" in str(error):
+                raise ConfigError("job", f"must be a job of {self.address}: {str(error).strip()}") from None
+            raise ResourceError(f"{self.address} refused: {str(error).strip()}") from None
+
+
+def address_of(setting: str | None) -> str:
+    """Raises ConfigError where there is none."""
+    address = setting or next((os.environ[name] for name in ADDRESSES if os.environ.get(name, "").startswith("http")), None)
+    if address is None:
+        raise ConfigError(
+            "submit.address", "must be given where RAY_API_SERVER_ADDRESS is not set", fix="Say, submit.address=http://head:8265."
+        )
+    return address.rstrip("/")
+
+
+def token_there() -> bool:
+    paths = (os.environ.get("RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token")
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or any(path is not None and Path(path).is_file() for path in paths)
+
+
+def open_to_all(address: str) -> str | None:
+    """A warning where who reaches the address may run anything there, as far as this machine can tell."""
+    host = urlsplit(address).hostname or ""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if local or token_there():
+        return None
+    return (
+        f"{address} is used without a token: whoever reaches it may run anything there. To switch tokens on, make one with "
+        "`ray get-auth-token --generate`, start the head and its nodes with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN=..., and set "
+        "RAY_AUTH_TOKEN here."
+    )
+
+
+def environment_of(settings: str) -> dict[str, str]:
+    """What COMMAND reads: a run as YAML. It is no part of the package, which stays the same from run to run."""
+    return {SETTINGS: base64.b64encode(gzip.compress(settings.encode(), mtime=0)).decode()}
+
+
+def come_back(job: str, address: str) -> str:
+    return f"Follow it with: python -m raytune_llm jobs logs {job} submit.address={address}"
+
+
+def _job(details: Any) -> Job:
+    metadata = details.metadata or {}
+    return Job(
+        id=details.submission_id,
+        run=metadata.get(NAME, details.submission_id),
+        status=str(getattr(details.status, "value", details.status)),
+        message=details.message or "",
+        exit_code=details.driver_exit_code,
+        started=None if details.start_time is None else details.start_time / 1000,
+        ended=None if not details.end_time else details.end_time / 1000,
+        output_dir=metadata.get(OUTPUT),
+    )
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """How a connection ends early."""
+    import aiohttp
+
+    return (RuntimeError, OSError, aiohttp.ClientError)
+
+
+@contextmanager
+def _no_other_address() -> Iterator[None]:
+    """Ray would take an address of the environment in place of the one that it is given."""
+    before = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)

@@ -1,0 +1,65 @@
+"""A run's paths, from this machine's to the cluster's. Refuses those that would mean nothing there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from raytune_llm.cluster.package import CARRIED
+from raytune_llm.config.paths import ALWAYS, with_paths
+from raytune_llm.errors import ConfigError
+
+Run = TypeVar("Run")
+SHARED = "Set {setting}=/shared/..., a folder that all nodes of the cluster see."
+
+
+def on_cluster(run: Run, folder: Path, files: Mapping[str, Path]) -> Run:
+    """The run with paths that the job finds: relative to its working folder where they travel with it, else as they are.
+
+    `files`: what travels, from `package.files_of`; empty where nothing does. Raises ConfigError.
+    """
+    travelling = {path.absolute(): name for name, path in files.items()}
+    places = {folder.absolute(): Path()} | {root: Path(place) for place, root in CARRIED.items()}
+
+    def moved(setting: str, value: str) -> str:
+        path = Path(value).expanduser().absolute()
+        place = _place(path, travelling, places)
+        if place is not None and setting not in ALWAYS:
+            return place
+        if Path(value).is_absolute() or not _is_path(setting, value):
+            return value
+        if setting in ALWAYS:
+            raise ConfigError(
+                setting,
+                "must be an absolute path for a job, whose working folder goes with it",
+                got=value,
+                fix=SHARED.format(setting=setting),
+            )
+        left_out = path.exists() and path.is_relative_to(folder.absolute())
+        why = "git or submit.ignore leaves it out" if left_out else "it is not in submit.folder"
+        raise ConfigError(
+            setting,
+            f"must travel with the job or be an absolute path of the cluster: {why}",
+            got=value,
+            fix=SHARED.format(setting=setting),
+        )
+
+    return with_paths(run, moved)
+
+
+def _place(path: Path, travelling: Mapping[Path, str], places: Mapping[Path, Path]) -> str | None:
+    """In the job's working folder: of a file that travels, or of a folder that has some."""
+    if path in travelling:
+        return travelling[path]
+    if not any(file.is_relative_to(path) for file in travelling):
+        return None
+    return next((str(place / path.relative_to(root)) for root, place in places.items() if path.is_relative_to(root)), None)
+
+
+def _is_path(setting: str, value: str) -> bool:
+    """Whether it can't be the name of a model or data set on a hub."""
+    if setting in ALWAYS or value.startswith((".", "~")) or Path(value).exists():
+        return True
+    return value.count("/") > 1 or re.search(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|ya?ml)$", value) is not None

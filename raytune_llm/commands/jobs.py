@@ -1,0 +1,116 @@
+"""`jobs`: those of a Ray cluster that `submit` sent. list, status, logs, stop, fetch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from raytune_llm.cluster.job_log import JobLog, read
+from raytune_llm.cluster.jobs import Job, Jobs, address_of, open_to_all
+from raytune_llm.commands.submit import follow_to_its_end, say
+from raytune_llm.config.run import JobsRun
+
+LISTED = 20
+STOP_WAITS_S = 60.0
+
+
+def main(run: JobsRun) -> int:
+    console = Console()
+    address = address_of(run.submit.address)
+    if (warning := open_to_all(address)) is not None:
+        say(console, f"warning: {warning}")
+    return ACTIONS[run.action](console, Jobs(address), run)
+
+
+def _list(console: Console, jobs: Jobs, run: JobsRun) -> int:
+    found = jobs.all()
+    if not found:
+        say(console, f"{jobs.address} has no jobs")
+        return 0
+    table = Table("run", "job", "status", "step", "loss", "left", "took", box=None, padding=(0, 2, 0, 0))
+    for job in found[:LISTED]:
+        log = read(jobs.log(job.id).splitlines())
+        table.add_row(*(escape(text) for text in (job.run, job.id, job.status.lower(), *_how_far(log), _took(job))))
+    console.print(table, highlight=False, soft_wrap=True)
+    if len(found) > LISTED:
+        say(console, f"and {len(found) - LISTED} older ones")
+    return 0
+
+
+def _status(console: Console, jobs: Jobs, run: JobsRun) -> int:
+    job = jobs.find(run.job or "")
+    step, loss, left = _how_far(read(jobs.log(job.id).splitlines()))
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    rows = {
+        "run": job.run,
+        "job": job.id,
+        "status": job.status.lower(),
+        "exit code": "" if job.exit_code is None else str(job.exit_code),
+        "step": step,
+        "loss": loss,
+        "left": left,
+        "took": _took(job),
+        "output": job.output_dir or "",
+        "message": job.reason,
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, escape(value))
+    console.print(table, highlight=False)
+    return 0
+
+
+def _logs(console: Console, jobs: Jobs, run: JobsRun) -> int:
+    return follow_to_its_end(console, jobs, jobs.find(run.job or ""), Path(run.submit.results))
+
+
+def _stop(console: Console, jobs: Jobs, run: JobsRun) -> int:
+    job = jobs.find(run.job or "")
+    if job.has_ended:
+        say(console, f"{job.id} had ended: {job.status.lower()}")
+        return 0
+    jobs.stop(job.id)
+    until = time.monotonic() + STOP_WAITS_S
+    while not jobs.get(job.id).has_ended:
+        if time.monotonic() > until:
+            say(console, f"{job.id} was told to stop {STOP_WAITS_S:g} s ago and has not ended yet")
+            return 1
+        time.sleep(0.5)
+    say(console, f"{job.id} stopped; the same run, submitted again, resumes from its newest checkpoint")
+    return 0
+
+
+def _fetch(console: Console, jobs: Jobs, run: JobsRun) -> int:
+    job = jobs.find(run.job or "")
+    folder = Path(run.submit.results) / job.id
+    written = read(jobs.log(job.id).splitlines()).write(folder)
+    say(console, f"fetched to {folder}: {', '.join(written)}" if written else f"{job.id} has told nothing yet")
+    return 0
+
+
+ACTIONS: Mapping[str, Callable[[Console, Jobs, JobsRun], int]] = {
+    "list": _list,
+    "status": _status,
+    "logs": _logs,
+    "stop": _stop,
+    "fetch": _fetch,
+}
+
+
+def _how_far(log: JobLog) -> tuple[str, str, str]:
+    """Step, loss and time left, each empty where it is not known."""
+    step = "" if log.step is None else f"{log.step:,}/{log.total_steps:,}" if log.total_steps else f"{log.step:,}"
+    loss = "" if log.loss is None else f"{log.loss:.4f}"
+    return step, loss, "" if log.left_s is None or log.done is not None else str(timedelta(seconds=round(log.left_s)))
+
+
+def _took(job: Job) -> str:
+    if job.started is None:
+        return ""
+    return str(timedelta(seconds=round((job.ended or time.time()) - job.started)))

@@ -1,0 +1,55 @@
+"""`submit`: a run as a job of a Ray cluster, followed from here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from raytune_llm import api
+from raytune_llm.cluster.jobs import Job, Jobs, address_of, come_back, open_to_all
+from raytune_llm.cluster.submit import follow
+from raytune_llm.config.run import SubmitRun
+from raytune_llm.report.display import Display
+
+DETACHED_EXIT_CODE = 130
+
+
+def main(run: SubmitRun) -> int:
+    console = Console()
+    address = address_of(run.submit.address)
+    if (warning := open_to_all(address)) is not None:
+        say(console, f"warning: {warning}")
+    job = api.submit(run)
+    say(console, f"{address} has the job {job.id}")
+    if run.submit.detach:
+        say(console, come_back(job.id, address))
+        return 0
+    return follow_to_its_end(console, Jobs(address), job, Path(run.submit.results))
+
+
+def follow_to_its_end(console: Console, jobs: Jobs, job: Job, results: Path) -> int:
+    """The exit code of the job's own driver. An interrupt leaves the job as it is."""
+    try:
+        log = follow(
+            jobs,
+            job.id,
+            Display(console),
+            line=lambda text: say(console, text),
+            told=lambda text: say(console, text),
+        )
+    except KeyboardInterrupt:
+        say(console, f"\ndetached: {job.id} goes on. {come_back(job.id, jobs.address)}")
+        say(console, f"Stop it with: python -m raytune_llm jobs stop {job.id} submit.address={jobs.address}")
+        return DETACHED_EXIT_CODE
+    ended = jobs.get(job.id)
+    folder = results / job.id
+    if written := log.write(folder):
+        say(console, f"fetched to {folder}: {', '.join(written)}")
+    if ended.outcome:
+        say(console, f"{job.id} {ended.status.lower()}: {ended.reason}")
+    return ended.outcome
+
+
+def say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

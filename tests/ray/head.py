@@ -1,0 +1,73 @@
+"""A Ray head of a test's own: with a dashboard, on ports of its own, ended with all that it started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextmanager
+def ray_head(*, cpus: int = 2, **environment: str) -> Iterator[str]:
+    """The address of its dashboard."""
+    folder = tempfile.mkdtemp(prefix="rt-", dir="/tmp")  # short: sockets lie in it
+    port = free_port()
+    binaries = str(Path(sys.executable).parent)
+    options = [
+        f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--num-cpus={cpus}",
+        "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
+        f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
+        "--min-worker-port=0", "--max-worker-port=0", f"--metrics-export-port={free_port()}", "--disable-usage-stats",
+    ]  # fmt: skip
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    variables |= {"PATH": f"{binaries}:{variables['PATH']}", "RAY_AUTH_MODE": "disabled", **environment}
+    with (Path(folder) / "start.txt").open("w") as said:
+        head = subprocess.Popen(
+            [f"{binaries}/ray", "start", "--head", "--block", *options], stdout=said, stderr=said, env=variables, cwd=folder
+        )
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/api/version", head, Path(folder) / "start.txt")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        _end(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for(url: str, head: subprocess.Popen[bytes], said: Path) -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until and head.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            return  # it wants a token
+        except OSError:
+            time.sleep(0.3)
+    raise AssertionError(f"no head at {url}: {said.read_text()}")
+
+
+def _end(head: subprocess.Popen[bytes]) -> None:
+    processes = [psutil.Process(head.pid)]
+    processes += processes[0].children(recursive=True)
+    head.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=10)

@@ -1,0 +1,82 @@
+"""What travels to a cluster: the folder without what is ignored, and this package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from raytune_llm.cluster.package import SOURCE, files_of, write_zip
+from raytune_llm.cluster.requirements import pinned, requirements
+from raytune_llm.errors import ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("rows.jsonl", "conf/mine.yaml", "outputs/big.bin", "deep/outputs/x", "notes.pyc"):
+        path = tmp_path / "work" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path / "work"
+
+
+def own(files: dict[str, Path]) -> set[str]:
+    return {name for name in files if not name.startswith("raytune_llm/")}
+
+
+def test_what_is_ignored_stays(folder):
+    assert own(files_of(folder, ["outputs", "*.pyc"], max_mib=100)) == {"rows.jsonl", "conf/mine.yaml"}
+    assert own(files_of(folder, ["deep/outputs", "conf/*"], max_mib=100)) == {"rows.jsonl", "outputs/big.bin", "notes.pyc"}
+
+
+def test_what_git_ignores_stays(folder):
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    (folder / ".gitignore").write_text("*.pyc\nrows.jsonl\n")
+    assert own(files_of(folder, ["outputs"], max_mib=100)) == {".gitignore", "conf/mine.yaml"}
+
+
+def test_a_folder_that_is_too_large_is_refused_with_its_largest_files(folder):
+    (folder / "weights.bin").write_bytes(bytes(3 * 2**20))
+    with pytest.raises(ConfigError, match=r"submit\.max_mib=2 MiB, got \d+: weights.bin \(3\)"):
+        files_of(folder, [], max_mib=2)
+
+
+def test_the_package_that_travels_runs_by_itself(folder, tmp_path):
+    write_zip(files_of(folder, [], max_mib=100), tmp_path / "package.zip")
+    place = tmp_path / "there"
+    with zipfile.ZipFile(tmp_path / "package.zip") as archive:
+        archive.extractall(place)
+    code = "import raytune_llm, raytune_llm.config.load as load; print(raytune_llm.__file__, load.CONF, load.EXAMPLES.is_dir())"
+    said = subprocess.run([sys.executable, "-c", code], cwd=place, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert said.stdout.split() == [f"{place}/raytune_llm/__init__.py", f"{place}/raytune_llm/conf", "True"], said.stderr
+
+
+def test_a_checkout_carries_itself_once():
+    files = files_of(SOURCE.parent, [".git", ".venv", "outputs", "tests", "benchmarks"], max_mib=100)
+    assert "conf/train.yaml" in files and "raytune_llm/conf/train.yaml" not in files
+    assert files["raytune_llm/api.py"] == SOURCE.parent / "raytune_llm/api.py"
+
+
+def test_the_same_files_make_the_same_bytes(folder, tmp_path):
+    for name in ("one.zip", "two.zip"):
+        write_zip(files_of(folder, [], max_mib=100), tmp_path / name)
+        (folder / "rows.jsonl").touch()
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+
+
+def test_pinned_requirements_are_those_of_this_machine_without_ray_and_build_labels():
+    pins = dict(str(pin).split("==") for pin in map(Requirement, pinned()))
+    assert pins["torch"] == version("torch").partition("+")[0]
+    assert {"transformers", "peft", "filelock"} <= pins.keys() and not {"ray", "raytune-llm", "pytest"} & pins.keys()
+
+
+def test_a_requirements_file_is_read_here(tmp_path):
+    (tmp_path / "more.txt").write_text("# what we add\nrich==14.0\n\n")
+    assert requirements(str(tmp_path / "more.txt")) == ["rich==14.0"]
+    with pytest.raises(ConfigError, match=r"submit\.requirements must be pinned or a file"):
+        requirements("no_such.txt")

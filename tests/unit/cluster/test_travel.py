@@ -1,0 +1,106 @@
+"""A run's paths on a cluster: those of files that travel, and those that mean something there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_llm import load_config
+from raytune_llm.cluster.jobs import Job, address_of, open_to_all
+from raytune_llm.cluster.package import files_of
+from raytune_llm.cluster.travel import on_cluster
+from raytune_llm.errors import ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "data").mkdir()
+    for name in ("data/rows.jsonl", "left_out.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def there(folder: Path, *overrides: str) -> Any:
+    run = load_config("submit", ["model=tiny_random", "output_dir=/shared/run", *overrides])
+    return on_cluster(run, folder, files_of(folder, ["left_out.jsonl"], max_mib=100))
+
+
+@pytest.mark.parametrize("path", ["data/rows.jsonl", "./data/rows.jsonl", "{folder}/data/rows.jsonl"])
+def test_a_file_that_travels_is_found_in_the_job_s_folder(folder, path):
+    assert there(folder, f"data.path={path.format(folder=folder)}").data.path == "data/rows.jsonl"
+
+
+def test_a_folder_that_travels_is_found_there(folder):
+    assert there(folder, "data.path=data").data.path == "data"
+
+
+def test_examples_travel_with_the_package(folder):
+    run = there(folder, "+experiment=sft_full_tiny")
+    assert run.data.path.startswith("raytune_llm/examples/")
+
+
+@pytest.mark.parametrize("path", ["/shared/rows.jsonl", "s3://bucket/rows.jsonl", "squad", "owner/squad"])
+def test_what_the_cluster_has_stays_as_it_is(folder, path):
+    assert there(folder, f"data.path={path}").data.path == path
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.path=left_out.jsonl", r"data\.path must travel .*git or submit\.ignore leaves it out, got 'left_out"),
+        ("data.path=no_such.jsonl", r"data\.path must travel .*not in submit\.folder"),
+        ("data.path=../rows.jsonl", r"data\.path must travel .*not in submit\.folder"),
+        ("model.path=~/models/mine", r"model\.path must travel"),
+        ("output_dir=outputs/run", r"output_dir must be an absolute path .* Set output_dir=/shared/"),
+        ("data.cache=tokens", r"data\.cache must be an absolute path"),
+    ],
+)
+def test_what_means_nothing_there_is_refused(folder, override, said):
+    with pytest.raises(ConfigError, match=said):
+        there(folder, "data.path=data/rows.jsonl", override)
+
+
+def test_a_job_s_driver_joins_its_cluster(folder):
+    with pytest.raises(ConfigError, match="resources must be cluster") as refused:
+        load_config("submit", ["data.path=data", "resources=inline"])
+    assert refused.value.instead == "resources=cluster"
+
+
+def test_an_image_brings_its_packages():
+    with pytest.raises(ConfigError, match=r"submit\.requirements can't go with submit\.image"):
+        load_config("submit", ["data.path=x", "submit.image=mine:1", "submit.requirements=pinned"])
+
+
+def test_the_address_is_the_dashboard_s(monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"submit\.address must be given"):
+        address_of(None)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://10.0.0.1:8265/")
+    assert address_of(None) == "http://10.0.0.1:8265"
+    assert address_of("http://other:1") == "http://other:1"
+    with pytest.raises(ConfigError, match=r"submit\.address must be that of the cluster's dashboard, got '10"):
+        load_config("jobs", ["submit.address=10.0.0.1:6379"])
+
+
+def test_an_address_of_others_without_a_token_is_warned_of(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert open_to_all("http://127.0.0.1:8265") is open_to_all("http://localhost:8265") is None
+    assert "RAY_AUTH_MODE=token" in (open_to_all("http://head:8265") or "")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    assert open_to_all("http://head:8265") is None
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "outcome"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", None, 1), ("STOPPED", None, 130), ("STOPPED", 143, 143)],
+)
+def test_the_driver_s_exit_code_is_passed_on(status, code, outcome):
+    job = Job(id="a", run="a", status=status, message="", exit_code=code, started=None, ended=None, output_dir=None)
+    assert job.outcome == outcome
