@@ -157,9 +157,18 @@ def import_(run: ImportRun) -> Path:
 
 def serve(run: ServeRun, *, told: Callable[[str], None] = lambda line: None) -> None:
     """Serve a model and its adapters until it is interrupted. `told` gets a line at each part of the start."""
-    from raytune_llm.serve.inprocess import serve_inline
+    run = with_absolute_paths(run)
+    if run.resources.name == "inline":
+        from raytune_llm.serve.inprocess import serve_inline
 
-    serve_inline(with_absolute_paths(run), told=told)
+        serve_inline(run, told=told)
+        return
+    from raytune_llm.serve import onray
+
+    if run.serve.write is not None:
+        onray.write(run, told=told)
+    else:
+        onray.serve_on_ray(run, told=told)
 
 
 def chat(run: ChatRun) -> AbstractContextManager[Dialogue]:

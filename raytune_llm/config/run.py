@@ -104,21 +104,33 @@ class ServeRun:
 
     def __post_init__(self) -> None:
         _model_is_given(self.model)
-        serve = self.serve
-        if not serve.on_loopback and serve.api_key is None and not os.environ.get(API_KEY):
+        serve, resources = self.serve, self.resources
+        if serve.write is not None:
+            _can_be_written(self)
+        elif not serve.on_loopback and serve.api_key is None and not os.environ.get(API_KEY):
             raise ConfigError(
                 "serve.api_key",
                 "must be given where serve.host is no loopback address: everybody who reaches it could ask",
                 got="null",
                 fix=f"Set {API_KEY} in the environment, or serve.host=127.0.0.1.",
             )
-        if self.resources.name != "inline":
-            raise ConfigError(
-                "resources",
-                "must be inline to serve: one process without Ray; Ray Serve is not built yet",
-                got=self.resources.name,
-                fix="Take resources=inline.",
-            )
+        if resources.name == "inline" and serve.most > 1:
+            fix = "Take resources=local or resources=cluster."
+            raise ConfigError("serve.replicas", "must be 1 with resources=inline, which is one process", got=serve.most, fix=fix)
+        if resources.name != "inline" and resources.num_workers != "auto":
+            fix = "Set serve.replicas."
+            raise ConfigError("resources.num_workers", "is for training, not for serving", got=resources.num_workers, fix=fix)
+
+
+def _can_be_written(run: ServeRun) -> None:
+    """As Ray Serve's config: where it runs is known, and no secret comes into a file."""
+    if run.resources.name == "inline":
+        fix = "Take resources=cluster."
+        raise ConfigError("serve.write", "is for Ray Serve, which resources=inline does without", got=run.serve.write, fix=fix)
+    for setting, key in (("serve.api_key", run.serve.api_key), ("serve.admin_key", run.serve.admin_key)):
+        if key is not None:
+            fix = f"Set {API_KEY} and {ADMIN_KEY} in the environment of the cluster's nodes."
+            raise ConfigError(setting, "must not be given with serve.write: keys belong in no file", got="a key", fix=fix)
 
 
 @section

@@ -48,8 +48,14 @@ class ServeConfig(ServedModels):
     """null: RAYTUNE_LLM_API_KEY; without either, everybody may ask, which is allowed on a loopback address alone."""
     admin_key: str | None
     """Of those who may change adapters. null: RAYTUNE_LLM_ADMIN_KEY."""
+    replicas: PositiveInt | tuple[PositiveInt, PositiveInt]
+    """Engines on Ray Serve, each with the whole model: a number, or the fewest and the most, between which load decides."""
     max_waiting: NonNegativeInt
-    """Requests that may wait; one more is answered with 429."""
+    """Requests that may wait for an engine; one more is answered with 429."""
+    drain_s: PositiveInt
+    """Answers that are being made have so many seconds to end when the server is stopped or updated."""
+    write: str | None
+    """Write Ray Serve's config of this server to the file, for a RayService or `serve deploy`, and serve nothing."""
     max_body_bytes: PositiveInt
     log_level: Literal["debug", "info", "warning", "error"]
 
@@ -60,6 +66,18 @@ class ServeConfig(ServedModels):
         if "@" in "".join(self.adapters):
             fix = "Take another name: `name@step` are checkpoints of serve.watch."
             raise ConfigError("serve.adapters", "must hold no name with an @", got=sorted(self.adapters), fix=fix)
+
+        if self.fewest > self.most:
+            raise ConfigError("serve.replicas", "must be the fewest and then the most", got=list(self.replicas))  # type: ignore[arg-type]
+
+    @property
+    def fewest(self) -> int:
+        """Replicas, at least."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas[0]
+
+    @property
+    def most(self) -> int:
+        return self.replicas if isinstance(self.replicas, int) else self.replicas[1]
 
     @property
     def on_loopback(self) -> bool:

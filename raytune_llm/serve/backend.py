@@ -9,6 +9,10 @@ from typing import Literal, Protocol
 
 from raytune_llm.engines.engine import AdapterState, Engine, Stats
 from raytune_llm.engines.requests import Delta, Request
+from raytune_llm.errors import ResourceError
+
+RETRY_AFTER_S = 1.0
+"""An overloaded server is worth asking again after this long."""
 
 Pooling = Literal["mean", "last", "score"]
 
@@ -25,11 +29,40 @@ class ModelFacts:
     """It is a reward model: it gives texts a number and writes nothing."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """An engine's state, now."""
+
+    engine: str
+    """Its name among the server's engines."""
+    stats: Stats
+    adapters: Sequence[AdapterState]
+
+
+class Overloaded(ResourceError):
+    """As many requests wait as may wait."""
+
+    def __init__(self) -> None:
+        super().__init__("the server has as many requests as it takes", "Try again later.")
+
+    def __reduce__(self):
+        return Overloaded, ()
+
+
 class Backend(Protocol):
     facts: ModelFacts
 
     def stream(self, request: Request) -> AsyncIterator[Delta]:
-        """Raises ConfigError before its first item where the request can't be computed. Closing it cancels the request."""
+        """Raises ConfigError or Overloaded before its first item where the request can't be computed, ResourceError where its
+        engine is lost. Closing it cancels the request."""
+        ...
+
+    async def serves(self, adapter: str) -> bool:
+        """It can be asked for. Quick: each request asks."""
+        ...
+
+    async def reports(self) -> Sequence[Report]:
+        """One an engine."""
         ...
 
     async def pooled(self, prompts: Sequence[Sequence[int]], pooling: Pooling, adapter: str | None) -> list[list[float]]:
@@ -44,16 +77,23 @@ class Backend(Protocol):
 
     async def pin(self, name: str, pinned: bool) -> None: ...
 
-    async def stats(self) -> Stats: ...
-
 
 class InProcess:
     """An engine of this process."""
 
-    def __init__(self, engine: Engine, facts: ModelFacts) -> None:
-        self._engine, self.facts = engine, facts
+    def __init__(self, engine: Engine, facts: ModelFacts, *, max_waiting: int, name: str = "0") -> None:
+        """max_waiting: requests that may wait."""
+        self._engine, self.facts, self._max_waiting, self._name = engine, facts, max_waiting, name
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:
+        async for deltas in self.batches(request):
+            for delta in deltas:
+                yield delta
+
+    async def batches(self, request: Request) -> AsyncIterator[list[Delta]]:
+        """All that came since the last time, at once."""
+        if self._engine.stats().waiting >= self._max_waiting:
+            raise Overloaded
         loop, news = asyncio.get_running_loop(), asyncio.Event()
         # A grammar takes milliseconds to compile.
         submit = asyncio.to_thread(self._engine.submit, request) if request.sampling.grammar else None
@@ -62,9 +102,9 @@ class InProcess:
         try:
             while True:
                 news.clear()
-                for delta in stream.take(timeout_s=0):
-                    yield delta
-                    if delta.completion is not None:
+                if deltas := stream.take(timeout_s=0):
+                    yield deltas
+                    if deltas[-1].completion is not None:
                         return
                 await news.wait()
         finally:
@@ -85,5 +125,8 @@ class InProcess:
     async def pin(self, name: str, pinned: bool) -> None:
         self._engine.pin(name, pinned)
 
-    async def stats(self) -> Stats:
-        return self._engine.stats()
+    async def serves(self, adapter: str) -> bool:
+        return any(one.name == adapter for one in self._engine.adapters())
+
+    async def reports(self) -> Sequence[Report]:
+        return [Report(engine=self._name, stats=self._engine.stats(), adapters=self._engine.adapters())]

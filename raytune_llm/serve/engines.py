@@ -65,16 +65,27 @@ def tokenizer_of(model: ModelConfig, served: ServedModels) -> tuple[Any, list[in
     return tokenizer, [int(tokenizer.convert_tokens_to_ids(token)) for token in ends]  # type: ignore[arg-type]
 
 
-def _serving(model: ModelConfig, quantization: QuantizationConfig, served: ServedModels) -> Serving:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute, _ = choose_precision(served.precision, device)
-    tokenizer, ends = tokenizer_of(model, served)
-    config = load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
+def check_servable(model: ModelConfig, served: ServedModels) -> None:
+    """What a replica elsewhere would refuse, as far as it can be known without weights. Raises ConfigError."""
+    tokenizer_of(model, served)
+    _servable(load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code), model)
+
+
+def _servable(config: PretrainedConfig, model: ModelConfig) -> PretrainedConfig:
     if _scores(config):
         raise ConfigError(
             "model.path", "must be a model that writes text: reward models are not served yet", got=str(model.path),
             fix="Score with transformers or PEFT, which load it.",
         )  # fmt: skip
+    return config
+
+
+def _serving(model: ModelConfig, quantization: QuantizationConfig, served: ServedModels) -> Serving:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute, _ = choose_precision(served.precision, device)
+    tokenizer, ends = tokenizer_of(model, served)
+    config = load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    _servable(config, model)
     return Serving(
         model=model,
         quantization=quantization,

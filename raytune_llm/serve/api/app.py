@@ -44,7 +44,7 @@ from raytune_llm.serve.api.schema import (
     TokenizeRequest,
     UnloadAdapter,
 )
-from raytune_llm.serve.backend import Backend
+from raytune_llm.serve.backend import RETRY_AFTER_S, Backend, Overloaded
 from raytune_llm.serve.prompts import Prompts
 
 log = logging.getLogger("raytune_llm.serve")
@@ -60,8 +60,6 @@ class Access:
     """None: nobody may change adapters, unless there is no api_key either."""
     roots: Sequence[Path]
     """Adapters may be loaded from these folders."""
-    max_waiting: int
-    """Requests that may wait; one more is answered with 429."""
     max_body_bytes: int
 
 
@@ -88,14 +86,9 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
     async def adapter_of(model: str) -> str | None:
         if model == facts.name:
             return None
-        if all(one.name != model for one in await backend.adapters()):
+        if not await backend.serves(model):
             raise unknown_model(model)
         return model
-
-    async def room() -> None:
-        stats = await backend.stats()
-        if stats.waiting >= access.max_waiting:
-            raise overloaded(1.0)
 
     # What can be asked ------------------------------------------------------------------------------------------------------
 
@@ -120,7 +113,6 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         _writes(facts.scores)
         adapter = await adapter_of(body.model)
-        await room()
         settings = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             settings.setdefault("enable_thinking", body.reasoning_effort != "none")
@@ -143,7 +135,6 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         _writes(facts.scores)
         adapter = await adapter_of(body.model)
-        await room()
         asked = [prompts.ids(one) if isinstance(one, str) else _known_ids(one, len(prompts.tokenizer)) for one in body.prompts]
         sampling = sampling_of(
             body,
@@ -209,8 +200,7 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
     @app.post("/v1/load_lora_adapter", dependencies=[Depends(admin)])
     async def load_adapter(body: LoadAdapter) -> dict[str, Any]:
         name = checked_name(body.lora_name, facts.name)
-        there = any(one.name == name for one in await backend.adapters())
-        if there and not body.load_inplace:
+        if await backend.serves(name) and not body.load_inplace:
             raise invalid(f"The adapter `{name}` is loaded already: set load_inplace to replace it", "lora_name")
         folder = checked_folder(body.lora_path, access.roots)
         version = await backend.add_adapter(name, str(folder), pinned=body.pinned)
@@ -218,7 +208,7 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
 
     @app.post("/v1/unload_lora_adapter", dependencies=[Depends(admin)])
     async def unload_adapter(body: UnloadAdapter) -> dict[str, Any]:
-        if all(one.name != body.lora_name for one in await backend.adapters()):
+        if not await backend.serves(body.lora_name):
             raise unknown_model(body.lora_name)
         await backend.remove_adapter(body.lora_name)
         return {"status": "unloaded", "name": body.lora_name}
@@ -229,7 +219,7 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
 
     @app.post("/admin/adapters/{name}/pin", dependencies=[Depends(admin)])
     async def pin_adapter(name: str, body: PinAdapter) -> dict[str, Any]:
-        if all(one.name != name for one in await backend.adapters()):
+        if not await backend.serves(name):
             raise unknown_model(name)
         await backend.pin(name, body.pinned)
         return {"name": name, "pinned": body.pinned}
@@ -238,12 +228,13 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        stats = await backend.stats()
-        return {"status": "ok", "running": str(stats.running), "waiting": str(stats.waiting)}
+        stats = [report.stats for report in await backend.reports()]
+        running, waiting = sum(one.running for one in stats), sum(one.waiting for one in stats)
+        return {"status": "ok", "running": str(running), "waiting": str(waiting)}
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        text = metrics.text(await backend.stats(), await backend.adapters())
+        text = metrics.text(await backend.reports())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     # Answers --------------------------------------------------------------------------------------------------------------
@@ -442,6 +433,8 @@ def _model(name: str, created: int, root: str) -> dict[str, Any]:
 
 
 def _api_error(error: UserError) -> APIError:
+    if isinstance(error, Overloaded):
+        return overloaded(RETRY_AFTER_S)
     if isinstance(error, ResourceError):
         return broken(str(error))
     return invalid(str(error))

@@ -5,12 +5,13 @@ Prometheus' own client keeps and writes them; engines are asked when somebody lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from raytune_llm.engines.engine import AdapterState, Stats
+from raytune_llm.engines.engine import Stats
+from raytune_llm.serve.backend import Report
 
 LATENCIES_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 
@@ -32,50 +33,52 @@ class Metrics:
         )
         self.refused = Counter("raytune_llm:requests_refused", "By HTTP status", (*labels, "status"), registry=self._registry)
 
-    def text(self, stats: Stats, adapters: Sequence[AdapterState]) -> bytes:
+    def text(self, reports: Sequence[Report]) -> bytes:
         registry = CollectorRegistry()
-        registry.register(_Engine(self._model, stats, adapters))
+        registry.register(_Engines(self._model, reports))
         return generate_latest(self._registry) + generate_latest(registry)
 
 
-class _Engine:
-    """An engine's state as a collector."""
+GAUGES: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
+    ("vllm:num_requests_running", "Rows of the batch", lambda stats: stats.running),
+    ("vllm:num_requests_waiting", "Requests that wait", lambda stats: stats.waiting),
+    ("vllm:kv_cache_usage_perc", "Part of the cache's blocks that is held (1: all)", lambda stats: stats.cache_used),
+)
+COUNTERS: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
+    ("vllm:prompt_tokens", "Tokens of prompts that were computed", lambda stats: stats.prompt_tokens),
+    ("vllm:generation_tokens", "Tokens that were drawn", lambda stats: stats.generated_tokens),
+    ("vllm:num_preemptions", "Rows that gave up their blocks", lambda stats: stats.preemptions),
+    ("vllm:prefix_cache_queries", "Tokens of prompts", lambda stats: stats.prefix_queries),
+    ("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held", lambda stats: stats.prefix_hits),
+    ("raytune_llm:adapter_loads", "Adapters that were copied into a slot", lambda stats: stats.adapter_loads),
+    ("raytune_llm:adapter_evictions", "Adapters that left their slot for another", lambda stats: stats.adapter_evictions),
+)
+LABELS = ("model_name", "engine")
 
-    def __init__(self, model: str, stats: Stats, adapters: Sequence[AdapterState]) -> None:
-        self._model, self._stats, self._adapters = model, stats, adapters
+
+class _Engines:
+    """Engines' states as a collector. Each has its own number or replica as the label `engine`, as vLLM has it."""
+
+    def __init__(self, model: str, reports: Sequence[Report]) -> None:
+        self._model, self._reports = model, reports
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        stats = self._stats
-        for name, text, value in (
-            ("vllm:num_requests_running", "Rows of the batch", stats.running),
-            ("vllm:num_requests_waiting", "Requests that wait", stats.waiting),
-            ("vllm:kv_cache_usage_perc", "Part of the cache's blocks that is held (1: all)", stats.cache_used),
-        ):
-            gauge = GaugeMetricFamily(name, text, labels=["model_name"])
-            gauge.add_metric([self._model], value)
-            yield gauge
-        for name, text, value in (
-            ("vllm:prompt_tokens", "Tokens of prompts that were computed", stats.prompt_tokens),
-            ("vllm:generation_tokens", "Tokens that were drawn", stats.generated_tokens),
-            ("vllm:num_preemptions", "Rows that gave up their blocks", stats.preemptions),
-            ("vllm:prefix_cache_queries", "Tokens of prompts", stats.prefix_queries),
-            ("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held", stats.prefix_hits),
-            ("raytune_llm:adapter_loads", "Adapters that were copied into a slot", stats.adapter_loads),
-            ("raytune_llm:adapter_evictions", "Adapters that left their slot for another", stats.adapter_evictions),
-        ):
-            counter = CounterMetricFamily(name, text, labels=["model_name"])
-            counter.add_metric([self._model], value)
-            yield counter
-        waiting = GaugeMetricFamily("raytune_llm:requests_waiting", "By what they wait for", labels=["model_name", "reason"])
-        for reason in ("rows", "cache", "adapter"):
-            waiting.add_metric([self._model, reason], stats.waiting_by_reason.get(reason, 0))
-        yield waiting
+        for family, kinds in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+            for name, text, value in kinds:
+                told = family(name, text, labels=LABELS)
+                for report in self._reports:
+                    told.add_metric([self._model, report.engine], value(report.stats))
+                yield told
+        waiting = GaugeMetricFamily("raytune_llm:requests_waiting", "By what they wait for", labels=(*LABELS, "reason"))
         resident = GaugeMetricFamily(
-            "raytune_llm:adapter_resident", "Where an adapter's weights are (1)", labels=["model_name", "adapter", "level"]
+            "raytune_llm:adapter_resident", "Where an adapter's weights are (1)", labels=(*LABELS, "adapter", "level")
         )
-        used = GaugeMetricFamily("raytune_llm:adapter_requests", "Rows that run with it", labels=["model_name", "adapter"])
-        for adapter in self._adapters:
-            resident.add_metric([self._model, adapter.name, adapter.residency], 1)
-            used.add_metric([self._model, adapter.name], adapter.in_use)
-        yield resident
-        yield used
+        used = GaugeMetricFamily("raytune_llm:adapter_requests", "Rows that run with it", labels=(*LABELS, "adapter"))
+        for report in self._reports:
+            labels = [self._model, report.engine]
+            for reason in ("rows", "cache", "adapter"):
+                waiting.add_metric([*labels, reason], report.stats.waiting_by_reason.get(reason, 0))
+            for adapter in report.adapters:
+                resident.add_metric([*labels, adapter.name, adapter.residency], 1)
+                used.add_metric([*labels, adapter.name], adapter.in_use)
+        yield from (waiting, resident, used)

@@ -39,8 +39,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     engine = NativeEngine(runner, tokenizer, end_ids=[end], max_length=600, max_rows=8, step_tokens=64)
     for number in (1, 2):
         engine.add_adapter(f"a{number}", adapter_folder(root / f"a{number}", number))
-    backend = InProcess(engine, ModelFacts(name="base", max_length=engine.max_length, hidden_size=4, scores=False))
-    access = Access(api_key=KEY, admin_key=ADMIN, roots=[root], max_waiting=32, max_body_bytes=100_000)
+    facts = ModelFacts(name="base", max_length=engine.max_length, hidden_size=4, scores=False)
+    backend = InProcess(engine, facts, max_waiting=32)
+    access = Access(api_key=KEY, admin_key=ADMIN, roots=[root], max_body_bytes=100_000)
     config = uvicorn.Config(build_app(backend, Prompts(tokenizer), access), port=0, log_level="warning")
     http = uvicorn.Server(config)
     thread = threading.Thread(target=http.run, daemon=True)

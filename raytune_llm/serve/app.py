@@ -1,0 +1,136 @@
+"""A server's settings -> a Ray Serve application: ingresses, which speak HTTP, before replicas of the engine, which compute.
+
+    applications: [{name: raytune-llm, import_path: "raytune_llm.serve.app:build", args: {...}}]
+
+is what `serve.write=FILE` writes. One of the few files that import ray.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, ProxyLocation, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig, ServeDeploySchema
+
+from raytune_llm.config.parts import parts_of, run_of
+from raytune_llm.config.run import ServeRun
+from raytune_llm.serve.access import access_of
+from raytune_llm.serve.api.app import Access, build_app
+from raytune_llm.serve.engines import build_engine, tokenizer_of
+from raytune_llm.serve.prompts import Prompts
+from raytune_llm.serve.replica import BuildEngine, EngineReplica
+from raytune_llm.serve.replicas import Replicas
+from raytune_llm.serve.router import STATS_S, AdapterRouter
+
+APP, ENGINE, INGRESS = "raytune-llm", "engine", "ingress"
+CONTROL_REQUESTS = 64
+"""Calls to a replica beside answers: reports, changes of adapters."""
+INGRESS_CPUS = 0.1
+"""Reserved for one. It computes little; 0 would put it on a cluster's head, which has none to give."""
+INGRESS_REQUESTS = 256
+"""That an ingress forwards at once, before there is a second one."""
+LOAD = 0.75
+"""Of an engine's rows in use, on average; above it there are more replicas, below it fewer."""
+
+
+def build(args: dict[str, Any]) -> Application:
+    """From a serve.yaml, on the cluster. Keys are those of its environment."""
+    return application(run_of("serve", args))
+
+
+def application(run: ServeRun, *, build: BuildEngine | None = None) -> Application:
+    """cpus_per_worker and gpus_per_worker are of an engine, and numbers. build: another engine than the settings name."""
+    serve_settings, rows, resources = run.serve, run.engine.max_rows, run.resources
+    assert resources.name != "inline" and "auto" not in (resources.cpus_per_worker, resources.gpus_per_worker)
+    answers = rows + serve_settings.max_waiting
+    shared: dict[str, Any] = {
+        "logging_config": LoggingConfig(log_level="WARNING", enable_access_log=False),
+        "graceful_shutdown_timeout_s": serve_settings.drain_s,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": 30.0,
+        "max_constructor_retry_count": 1 if resources.name == "local" else 3,
+    }
+    deployment: Callable[..., Any] = serve.deployment  # its overloads say less than it takes
+    engine = deployment(
+        EngineReplica,
+        name=ENGINE,
+        ray_actor_options={"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker},
+        # The engine refuses what is too much, within its step; Serve's router would wait.
+        max_ongoing_requests=answers + CONTROL_REQUESTS,
+        request_router_config=RequestRouterConfig.model_validate(
+            {"request_router_class": AdapterRouter, "request_routing_stats_period_s": STATS_S}
+        ),
+        **_number(serve_settings.fewest, serve_settings.most, target=max(1.0, LOAD * rows)),
+        **shared,
+    ).bind(run, build or _engine_of)
+    ingresses = max(1, round(serve_settings.most * rows / INGRESS_REQUESTS))
+    return deployment(
+        serve.ingress()(Ingress),
+        name=INGRESS,
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        max_ongoing_requests=serve_settings.most * answers + CONTROL_REQUESTS,
+        **_number(1, ingresses, target=INGRESS_REQUESTS),
+        **shared,
+    ).bind(run, engine)
+
+
+class Ingress:
+    """The API, without a state of its own: there may be several."""
+
+    async def __init__(self, run: ServeRun, engines: DeploymentHandle) -> None:
+        logging.basicConfig(level=run.serve.log_level.upper())
+        access: Access = access_of(run)
+        tokenizer, _ = tokenizer_of(run.model, run.serve)
+        facts = await engines.options(method_name="facts").remote()
+        self._app = build_app(Replicas(engines, facts), Prompts(tokenizer), access)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+
+def written(run: ServeRun) -> dict[str, Any]:
+    """The server as Ray Serve's config, checked by its own schema. Holds no key."""
+    parts = parts_of("serve", run)
+    parts.get("serve", {}).pop("write", None)  # it is to be served there, not written
+    config = {
+        "proxy_location": ProxyLocation.EveryNode.value,
+        "http_options": http_options(run, run.serve.port),
+        "applications": [
+            {
+                "name": APP,
+                "route_prefix": "/",
+                "import_path": f"{__name__}:build",
+                "args": parts,
+            }
+        ],
+    }
+    ServeDeploySchema.model_validate(config)
+    return config
+
+
+def http_options(run: ServeRun, port: int) -> dict[str, Any]:
+    return {"host": run.serve.host, "port": port}
+
+
+def _engine_of(run: ServeRun) -> Any:
+    return build_engine(run.model, run.quantization, run.engine, run.serve)
+
+
+def _number(fewest: int, most: int, *, target: float) -> dict[str, Any]:
+    if fewest == most:
+        return {"num_replicas": fewest}
+    bounds = AutoscalingConfig(
+        min_replicas=fewest,
+        max_replicas=most,
+        target_ongoing_requests=target,
+        upscale_delay_s=5.0,
+        downscale_delay_s=300.0,
+    )
+    return {"autoscaling_config": bounds}

@@ -1,0 +1,23 @@
+"""The port of a server, taken before a model is loaded, which takes long."""
+
+from __future__ import annotations
+
+import socket
+
+from raytune_llm.errors import ResourceError
+
+
+def bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ResourceError(
+            f"serve.host={host} serve.port={port} can't be listened at ({error.strerror})",
+            "Take another port, or 0 for a free one.",
+        ) from None
+    listening.listen(512)
+    return listening

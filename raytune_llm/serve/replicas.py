@@ -1,0 +1,138 @@
+"""The API's backend over the engine deployment's replicas. One of the few files that import ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ray.exceptions import RayError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from raytune_llm.engines.engine import AdapterState
+from raytune_llm.engines.requests import Delta, Request
+from raytune_llm.errors import ResourceError
+from raytune_llm.serve.backend import ModelFacts, Overloaded, Pooling, Report
+from raytune_llm.serve.ledger import Change, now_after
+from raytune_llm.serve.replica import Failure, merged
+
+FRESH_S = 1.0
+"""Reports are as old as this, at most."""
+LOAD_S = 120.0
+"""Replicas have so long to load an adapter."""
+TRIES = 3
+"""A request that was lost with its replica before it answered is asked of another one."""
+
+
+class Replicas:
+    def __init__(self, engines: DeploymentHandle, facts: ModelFacts) -> None:
+        self._engines, self.facts = engines, facts
+        self._streams = engines.options(method_name="stream", stream=True)
+        self._reports: list[Report] = []
+        self._names: frozenset[str] = frozenset()
+        self._reported_at = -FRESH_S
+        self._asking = asyncio.Lock()
+
+    async def stream(self, request: Request) -> AsyncIterator[Delta]:
+        handle = self._streams
+        if request.adapter is not None:
+            handle = handle.options(multiplexed_model_id=request.adapter)
+        for attempt in range(1, TRIES + 1):
+            begun = False
+            response: Any = handle.remote(request)
+            try:
+                async for item in response:
+                    if isinstance(item, Failure):
+                        raise item.error()
+                    begun = True
+                    for delta in item:
+                        yield delta
+                        if delta.completion is not None:
+                            return
+                raise ResourceError("a replica ended in the middle of the answer", "Ask again")
+            except TaskCancelledError:  # nobody waits for it
+                raise
+            except (RayError, RayServeException) as error:
+                if begun or attempt == TRIES:
+                    raise _lost(error) from None
+            finally:
+                response.cancel()  # nothing where it ended
+
+    async def pooled(self, prompts: Sequence[Sequence[int]], pooling: Pooling, adapter: str | None) -> list[list[float]]:
+        handle = self._engines.options(method_name="pooled", multiplexed_model_id=adapter or "")
+        try:
+            values = await handle.remote(prompts, pooling, adapter)
+        except (RayError, RayServeException) as error:
+            raise _lost(error) from None
+        if isinstance(values, Failure):
+            raise values.error()
+        return values
+
+    async def serves(self, adapter: str) -> bool:
+        if adapter not in self._names or time.monotonic() - self._reported_at > FRESH_S:
+            await self.reports()
+        return adapter in self._names
+
+    async def reports(self) -> Sequence[Report]:
+        async with self._asking:  # those who wait share the answer
+            if time.monotonic() - self._reported_at > FRESH_S:
+                await self._ask_again()
+        return self._reports
+
+    async def adapters(self) -> Sequence[AdapterState]:
+        return merged(await self.reports())
+
+    async def add_adapter(self, name: str, folder: str, *, pinned: bool) -> str:
+        at, before = await self._time_and_folder(name)
+        outcomes = await self._tell(Change(at=at, name=name, what="folder", folder=folder, pinned=pinned))
+        failures = [one for one in outcomes if isinstance(one, Failure)]
+        if failures:
+            if len(failures) < len(outcomes):  # not everywhere: then nowhere
+                await self._tell(Change(at=at + 1, name=name, what="folder", folder=before))
+            raise failures[0].error()
+        return str(outcomes[0])
+
+    async def remove_adapter(self, name: str) -> None:
+        at, _ = await self._time_and_folder(name)
+        await self._tell(Change(at=at, name=name, what="folder"))
+
+    async def pin(self, name: str, pinned: bool) -> None:
+        at, _ = await self._time_and_folder(name)
+        await self._tell(Change(at=at, name=name, what="pinned", pinned=pinned))
+
+    async def _ask_again(self) -> None:
+        self._reports = await self._broadcast("report")
+        self._names = frozenset(state.name for report in self._reports for state in report.adapters)
+        self._reported_at = time.monotonic()
+
+    async def _time_and_folder(self, name: str) -> tuple[int, str | None]:
+        """A time after all changes of this name, and the folder that the last of them named."""
+        changes = [one for ledger in await self._broadcast("ledger") for one in ledger if one.name == name]
+        folders = [one for one in changes if one.what == "folder"]
+        return now_after(changes), max(folders, key=lambda one: one.at).folder if folders else None
+
+    async def _tell(self, change: Change) -> list[Any]:
+        """All replicas: what came of it, a replica each."""
+        outcomes = await self._broadcast("change", change)
+        async with self._asking:
+            await self._ask_again()
+        return outcomes
+
+    async def _broadcast(self, method: str, *arguments: Any) -> list[Any]:
+        """Replicas that died meanwhile are left out."""
+        try:
+            response = self._engines.broadcast(method, *arguments)
+            told = await asyncio.wait_for(response.results_async(return_exceptions=True), LOAD_S)
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise _lost(error) from None
+        if answered := [one for one in told if not isinstance(one, BaseException)]:
+            return answered
+        raise ResourceError("no engine answers", "Ask again")
+
+
+def _lost(error: Exception) -> ResourceError:
+    if isinstance(error, BackPressureError):
+        return Overloaded()
+    return ResourceError(f"the engine that answered was lost ({type(error).__name__})", "Ask again")
