@@ -22,7 +22,7 @@ STEP_S = 0.05
 
 def toy_engine(run: ServeRun, *, step_s: float) -> tuple[Any, ModelFacts]:
     tokenizer = byte_tokenizer()
-    runner = ToyRunner(num_blocks=512, block_size=4, vocab_size=len(tokenizer), slots=run.serve.max_adapters)
+    runner: Any = ToyRunner(num_blocks=512, block_size=4, vocab_size=len(tokenizer), slots=run.serve.max_adapters)
     runner.delay_s = step_s
     end: Any = tokenizer.convert_tokens_to_ids("<|im_end|>")
     rows = run.engine.max_rows

@@ -29,8 +29,8 @@ def client_here(run: ChatRun) -> Iterator[Client]:
     tokenizer, _ = tokenizer_of(run.model, run.chat)
     engine, facts = build_engine(run.model, run.quantization, run.engine, run.chat)
     try:
-        access = Access(api_key=None, admin_key=None, roots=[], max_waiting=MAX_WAITING, max_body_bytes=MAX_BODY_BYTES)
-        app = build_app(InProcess(engine, facts), Prompts(tokenizer), access)
+        access = Access(api_key=None, admin_key=None, roots=[], max_body_bytes=MAX_BODY_BYTES)
+        app = build_app(InProcess(engine, facts, max_waiting=MAX_WAITING), Prompts(tokenizer), access)
         with tempfile.TemporaryDirectory(prefix="raytune-llm-") as folder:
             place = str(Path(folder) / "api")
             server = uvicorn.Server(uvicorn.Config(app, uds=place, log_level="warning", lifespan="off"))

@@ -194,3 +194,8 @@ def test_with_several_values_each_is_taken_as_it_is_typed():
 def test_any_text_in_quotes_is_that_text(text):
     override = OverridesParser.create().parse_override(f"key={load.quoted(text)}")
     assert override.value() == text
+
+
+def test_adapters_are_named_as_the_user_likes():
+    typed = ["serve.adapters={a: /outputs/a/final, b-2: /outputs/b}"]
+    assert load_config("serve", typed).serve.adapters == {"a": "/outputs/a/final", "b-2": "/outputs/b"}

@@ -9,7 +9,7 @@ from raytune_llm.errors import ConfigError
 LINES = [
     [],
     ["model=tiny_random", "serve.adapters={a: outputs/a}", "serve.replicas=[1,4]", "resources=cluster"],
-    ["model=hub", "model.path=org/name", "+model.config.rope_theta=1e6", "quantization=bnb_nf4", "engine.max_rows=7"],
+    ["model=hub", "model.path=org/name", "model.config.rope_theta=1e6", "quantization=bnb_nf4", "engine.max_rows=7"],
 ]
 
 
