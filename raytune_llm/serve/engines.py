@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from raytune_llm import packaged
+from raytune_llm.config.adapter import SavedAdapter
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.serve import EngineConfig, ServedModels
@@ -18,6 +19,7 @@ from raytune_llm.data.tokens.tokenizer import load_tokenizer
 from raytune_llm.engines.engine import Engine
 from raytune_llm.engines.native.build import Serving, native_engine
 from raytune_llm.errors import ConfigError, UserError
+from raytune_llm.models.adapters.saved import task_of
 from raytune_llm.models.build import choose_precision
 from raytune_llm.models.generation_config import end_ids_of
 from raytune_llm.models.load import load_config
@@ -29,19 +31,37 @@ ENGINES: dict[str, Callable[[Any, Serving], Engine]] = {"native": native_engine}
 def build_engine(
     model: ModelConfig, quantization: QuantizationConfig, engine_settings: EngineConfig, served: ServedModels
 ) -> tuple[Engine, ModelFacts]:
-    serving = _serving(model, quantization, served)
+    """A reward adapter brings a head, which the base has not: it is served alone, under its own name."""
+    reward = reward_adapter(served)
+    serving = _serving(model, quantization, served, reward and reward[1])
     engine = ENGINES[engine_settings.name](engine_settings, serving)
     text: Any = serving.config.get_text_config()
     facts = ModelFacts(
-        name=base_name(model, served), max_length=engine.max_length, hidden_size=text.hidden_size, scores=serving.scores
+        name=base_name(model, served) if reward is None else reward[0],
+        max_length=engine.max_length,
+        hidden_size=text.hidden_size,
+        scores=serving.scores,
     )
     try:
-        for name, folder in served.adapters.items():
+        for name, folder in served.adapters.items() if reward is None else ():
             engine.add_adapter(name, folder)
     except UserError:
         engine.close()
         raise
     return engine, facts
+
+
+def reward_adapter(served: ServedModels) -> tuple[str, SavedAdapter] | None:
+    """The adapter that makes the base a reward model, and its name. Raises ConfigError where it is not alone."""
+    for name, folder in served.adapters.items():
+        setting = f"serve.adapters.{name}"
+        if task_of(folder, setting) != "SEQ_CLS":
+            continue
+        if len(served.adapters) > 1:
+            rule = f"must be {name} alone, whose head no other has: it is a reward model's"
+            raise ConfigError("serve.adapters", rule, got=sorted(served.adapters), fix="Serve it by a process of its own.")
+        return name, SavedAdapter(path=folder, setting=setting)
+    return None
 
 
 def base_name(model: ModelConfig, served: ServedModels) -> str:
@@ -68,24 +88,14 @@ def tokenizer_of(model: ModelConfig, served: ServedModels) -> tuple[Any, list[in
 def check_servable(model: ModelConfig, served: ServedModels) -> None:
     """What a replica elsewhere would refuse, as far as it can be known without weights. Raises ConfigError."""
     tokenizer_of(model, served)
-    _servable(load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code), model)
+    load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
-def _servable(config: PretrainedConfig, model: ModelConfig) -> PretrainedConfig:
-    if _scores(config):
-        raise ConfigError(
-            "model.path", "must be a model that writes text: reward models are not served yet", got=str(model.path),
-            fix="Score with transformers or PEFT, which load it.",
-        )  # fmt: skip
-    return config
-
-
-def _serving(model: ModelConfig, quantization: QuantizationConfig, served: ServedModels) -> Serving:
+def _serving(model: ModelConfig, quantization: QuantizationConfig, served: ServedModels, reward: SavedAdapter | None) -> Serving:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute, _ = choose_precision(served.precision, device)
     tokenizer, ends = tokenizer_of(model, served)
     config = load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    _servable(config, model)
     return Serving(
         model=model,
         quantization=quantization,
@@ -98,7 +108,8 @@ def _serving(model: ModelConfig, quantization: QuantizationConfig, served: Serve
         max_adapters=served.max_adapters,
         max_rank=served.max_rank,
         max_host_adapters=served.max_host_adapters,
-        scores=_scores(config),
+        scores=reward is not None or _scores(config),
+        adapter=reward,
     )
 
 

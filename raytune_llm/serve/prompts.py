@@ -33,27 +33,32 @@ class Prompts:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def chat(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, settings: Mapping[str, Any], *, ends: bool = False
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, settings: Mapping[str, Any]
     ) -> tuple[list[int], AnswerForm]:
-        """The prompt, and how the answer to it is written. ends: the last message is an answer, and nothing is asked for."""
-        text = self.chat_text(messages, tools, settings, ends=ends)
+        """The prompt, and how the answer to it is written."""
+        text = self.chat_text(messages, tools, settings)
         return self.ids(text), AnswerForm.of(str(self.tokenizer.get_chat_template()), prompt=text, tools=bool(tools))
 
     def chat_text(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, settings: Mapping[str, Any], *, ends: bool = False
     ) -> str:
-        """As the chat template writes them."""
+        """As the chat template writes them. ends: they end with an answer, and so does the text."""
         if self.tokenizer.chat_template is None:
             raise invalid("This model has no chat template: use /v1/completions", "messages")
         if unknown := sorted(set(settings) - KNOWN_TEMPLATE_SETTINGS):
             raise invalid(f"chat_template_kwargs has unknown settings: {', '.join(unknown)}", "chat_template_kwargs")
+        if ends and messages[-1].role != "assistant":
+            raise invalid("The last message must be an answer", "messages")
         template = self._template(settings.get("enable_thinking"))
         conversation = Conversation(
             tuple(_message(message) for message in messages),
             tuple(tool.model_dump(exclude_none=True) for tool in tools or ()),
         )
         try:
-            return template.render(conversation).text if ends else template.prompt(conversation)
+            if not ends:
+                return template.prompt(conversation)
+            rendered = template.render(conversation)
+            return rendered.text[: rendered.answers[-1][1]]  # without what the template writes after it, as in training
         except (BadRow, RefusedRow) as error:
             raise invalid(f"The chat template refuses the messages: {error}", "messages") from None
         except Exception as error:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from raytune_llm.config.adapter import NoAdapter
+from raytune_llm.config.adapter import NoAdapter, SavedAdapter
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.serve import NativeEngine as NativeSettings
@@ -43,6 +43,9 @@ class Serving:
     max_rank: int
     max_host_adapters: int
     scores: bool = False
+    """It is a reward model."""
+    adapter: SavedAdapter | None = None
+    """That is part of the model: a reward model's."""
 
 
 def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
@@ -50,7 +53,7 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
     policy, _ = build_policy(
         serving.config,
         serving.model,
-        NoAdapter(name="none"),
+        serving.adapter or NoAdapter(name="none"),
         compute=serving.compute,
         seed=0,
         device=serving.device,
@@ -59,7 +62,9 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
         trains=False,
     )
     a_token = policy.cache_bytes_a_token()
-    bank = LoraBank(policy.base, num_slots=serving.max_adapters, max_rank=serving.max_rank, dtype=serving.compute)
+    bank = None
+    if serving.adapter is None:
+        bank = LoraBank(policy.base, num_slots=serving.max_adapters, max_rank=serving.max_rank, dtype=serving.compute)
     limit = min(filter(None, (serving.max_length, positions(serving.config))), default=2**20)
     runner = PolicyRunner(
         policy,

@@ -74,8 +74,8 @@ class PolicyRunner:
         with self._eagerly():
             hidden_LD = self._policy.hidden(batch, route)[0].float()
         if pooling == "score":
-            last_MD = hidden_LD.index_select(0, self._policy.scored_positions(batch))
-            return self._policy.scores_of(last_MD).unsqueeze(1).tolist()
+            scored_MD = hidden_LD.index_select(0, self._policy.scored_positions(batch))
+            return self._policy.scores_of(scored_MD).unsqueeze(1).tolist()
         return [POOLED[pooling](part_ND).tolist() for part_ND in hidden_LD.split(lengths)]
 
     def _rows(self, pieces: Sequence[Piece]) -> CachedRows:

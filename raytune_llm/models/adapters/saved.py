@@ -35,6 +35,11 @@ def read_config(path: str, setting: str) -> PeftConfig:
     return config
 
 
+def task_of(path: str, setting: str) -> str | None:
+    """PEFT's word for what the adapter's model does: CAUSAL_LM, SEQ_CLS, ..."""
+    return read_config(path, setting).task_type
+
+
 def load_weights(
     model: PeftModel, key: str, path: str, setting: str, *, may_lack: tuple[str, ...] = (), base_model: str | None = None
 ) -> None:

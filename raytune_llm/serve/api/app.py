@@ -168,7 +168,7 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
             raise invalid("This model writes answers: scores are a reward model's", "model")
         adapter = await adapter_of(body.model)
         if body.messages is not None:
-            asked = [prompts.chat(body.messages, None, {}, ends=True)[0]]
+            asked = [prompts.ids(prompts.chat_text(body.messages, None, {}, ends=True))]
         else:
             texts = [body.input] if isinstance(body.input, str) else body.input or []
             asked = [prompts.ids(text) for text in texts]

@@ -1,0 +1,110 @@
+"""A served reward model gives the scores that transformers gives, and embeddings are those of its hidden states."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from peft import PeftModel
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+
+from raytune_llm import ConfigError, api, load_config
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
+from raytune_llm.serve.api.app import Access, build_app
+from raytune_llm.serve.backend import InProcess
+from raytune_llm.serve.engines import build_engine, tokenizer_of
+from raytune_llm.serve.prompts import Prompts
+from tests.runs import tiny_run
+
+TALK = [{"role": "user", "content": "the quick fox?"}, {"role": "assistant", "content": "jumps over"}]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As SmolLM2 has it, padding is the token that ends answers."""
+    folder, end = tmp_path_factory.mktemp("base"), byte_tokenizer().eos_token_id
+    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, eos_token_id=end, pad_token_id=end)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"what is {n}?"}],
+            "chosen": {"role": "assistant", "content": f"{n} it is"},
+            "rejected": {"role": "assistant", "content": f"no {n * n}"},
+        }
+        for n in range(16)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def client_of(*settings: str):
+    run = load_config("serve", ["serve.precision=fp32", *settings])
+    engine, facts = build_engine(run.model, run.quantization, run.engine, run.serve)
+    prompts = Prompts(tokenizer_of(run.model, run.serve)[0])
+    access = Access(api_key=None, admin_key=None, roots=[], max_waiting=8, max_body_bytes=100_000)
+    return engine, TestClient(build_app(InProcess(engine, facts), prompts, access))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_scores_are_those_of_transformers(adapter: str, base: Path, pairs: str, cache: str, tmp_path: Path):
+    settings = ["data=chat_pairs", "stage=reward", "train.epochs=1", "optimizer.lr=1e-2", f"adapter={adapter}"]
+    final = api.train(tiny_run(pairs, cache, tmp_path, *settings, "model=hub", f"model.path={base}")).final
+    if adapter == "lora":
+        engine, client = client_of("model=hub", f"model.path={base}", f"serve.adapters={{reward: {final}}}")
+        plain = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), final).eval()
+    else:
+        engine, client = client_of("model=hub", f"model.path={final}", "serve.base_name=reward")
+        plain = AutoModelForSequenceClassification.from_pretrained(final).eval()
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    text = tokenizer.apply_chat_template(TALK, tokenize=False)
+    ids = tokenizer(
+        text[: text.rindex("<|im_end|>") + len("<|im_end|>")], return_tensors="pt", add_special_tokens=False
+    ).input_ids
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits.item()
+    try:
+        told = client.post("/v1/score", json={"model": "reward", "messages": TALK}).json()
+        assert told["data"][0]["score"] == pytest.approx(expected, abs=1e-5)
+        assert told["usage"]["prompt_tokens"] == ids.shape[1]
+        several = client.post("/v1/score", json={"model": "reward", "input": ["a fox", "no"]}).json()
+        alone = [client.post("/v1/score", json={"model": "reward", "input": one}).json()["data"][0] for one in ("a fox", "no")]
+        assert [one["score"] for one in several["data"]] == pytest.approx([one["score"] for one in alone], abs=1e-5)
+        asked = client.post("/v1/chat/completions", json={"model": "reward", "messages": TALK[:1]})
+        assert asked.status_code == 400 and "/v1/score" in asked.json()["error"]["message"]
+        unanswered = client.post("/v1/score", json={"model": "reward", "messages": TALK[:1]})
+        assert unanswered.status_code == 400 and "must be an answer" in unanswered.json()["error"]["message"]
+        assert [one["id"] for one in client.get("/v1/models").json()["data"]] == ["reward"]
+    finally:
+        engine.close()
+    if adapter == "lora":
+        with pytest.raises(ConfigError, match="must be reward alone"):
+            client_of("model=hub", f"model.path={base}", f"serve.adapters={{reward: {final}, other: {final}}}")
+
+
+def test_embeddings_are_those_of_the_last_hidden_states(base: Path):
+    engine, client = client_of("model=hub", f"model.path={base}", "serve.base_name=base")
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer()
+    texts = ["a fox", "a lazy dog jumps"]
+    try:
+        for pooling in ("mean", "last"):
+            body = {"model": "base", "input": texts, "pooling": pooling}
+            told = client.post("/v1/embeddings", json=body).json()["data"]
+            for text, one in zip(texts, told, strict=True):
+                with torch.no_grad():
+                    hidden_LD = plain.model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).last_hidden_state[0]
+                expected = F.normalize(hidden_LD.mean(0) if pooling == "mean" else hidden_LD[-1], dim=0)
+                assert torch.allclose(torch.tensor(one["embedding"]), expected, atol=1e-5)
+    finally:
+        engine.close()
