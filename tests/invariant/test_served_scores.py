@@ -53,8 +53,8 @@ def client_of(*settings: str):
     run = load_config("serve", ["serve.precision=fp32", *settings])
     engine, facts = build_engine(run.model, run.quantization, run.engine, run.serve)
     prompts = Prompts(tokenizer_of(run.model, run.serve)[0])
-    access = Access(api_key=None, admin_key=None, roots=[], max_waiting=8, max_body_bytes=100_000)
-    return engine, TestClient(build_app(InProcess(engine, facts), prompts, access))
+    access = Access(api_key=None, admin_key=None, roots=[], max_body_bytes=100_000)
+    return engine, TestClient(build_app(InProcess(engine, facts, max_waiting=8), prompts, access))
 
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])
