@@ -255,7 +255,7 @@ def _exact_match(run: TrainRun, prepared: Prepared | Streamed, final: Path | Non
     from raytune_llm.evaluate.held_out import answer_held_out_rows
 
     store = str((prepared.eval_store or prepared).folder)
-    held_out = run.data.eval_fraction if prepared.eval_store is None else 1.0
+    apart = prepared.eval_store is not None
     if isinstance(run.resources, Cluster):
         import ray
 
@@ -263,5 +263,5 @@ def _exact_match(run: TrainRun, prepared: Prepared | Streamed, final: Path | Non
 
         _, cpus, gpus = group_size(run.resources)
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(answer_held_out_rows)
-        return ray.get(remote.remote(run, store, held_out, final))
-    return answer_held_out_rows(run, store, held_out, final)
+        return ray.get(remote.remote(run, store, final, apart))
+    return answer_held_out_rows(run, store, final, apart)

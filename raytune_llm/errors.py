@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A setting breaks a rule: `train.epochs must be at least 1, got 0. Raise it.`"""
+    """A setting breaks a rule: `train.max_steps must be at least 1, got 0. Raise it.`"""
 
     def __init__(self, setting: str, rule: str, *, got: object = None, fix: str = "", instead: str = "") -> None:
         super().__init__(setting, rule, got, fix, instead)

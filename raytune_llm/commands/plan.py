@@ -157,7 +157,8 @@ def _sample(run: TrainRun) -> str:
     return "pack" if run.data.packing else "row"
 
 
-def _times(count: int, one: str, many: str | None = None) -> str:
+def _times(count: float, one: str, many: str | None = None) -> str:
+    count = int(count) if count == int(count) else count
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 

@@ -127,6 +127,8 @@ class DataConfig:
     eval_fraction: Fraction | dict[str, Fraction]
     """Part of the rows of each source that is held out, chosen by train.seed; several as {name: part}, where an entry of names
     that is not there keeps its rows. 0 without eval_path and eval_names trains without evaluation."""
+    eval_rows: PositiveInt | None
+    """So many rows are held out instead, of several sources in proportion to their rows."""
     format: FormatConfig
     dataset_info: str | None
     """A LLaMA-Factory dataset_info.json, or its folder: its entries take the place of path, subset, split and format."""
@@ -220,13 +222,14 @@ class DataConfig:
     def evaluates(self) -> bool:
         """Whether there are held-out rows."""
         fractions = self.eval_fraction.values() if isinstance(self.eval_fraction, dict) else [self.eval_fraction]
-        return bool(self.eval_path or self.eval_split or self.eval_names or any(fractions))
+        return bool(self.eval_path or self.eval_split or self.eval_names or self.eval_rows or any(fractions))
 
     def _held_out_rows_are_said_once(self) -> None:
         given = {
             "data.eval_path": self.eval_path or self.eval_split,
             "data.eval_names": self.eval_names,
             "data.eval_fraction": self.eval_fraction,
+            "data.eval_rows": self.eval_rows,
         }
         if self.eval_path is None and self.eval_split is not None:
             given["data.eval_split"] = given.pop("data.eval_path")

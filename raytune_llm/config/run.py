@@ -262,7 +262,7 @@ def _held_out_rows_exist_where_they_are_used(run: TrainRun) -> None:
                 setting,
                 "needs held-out rows",
                 got=value,
-                fix="Set data.eval_fraction (say 0.1) or data.eval_path.",
+                fix="Set data.eval_fraction (say 0.1), data.eval_rows or data.eval_path.",
             )
 
 
@@ -305,6 +305,7 @@ def _streams_know_what_they_need(run: TrainRun) -> None:
     refused = {
         "train.epochs": (run.train.epochs, run.train.epochs != 1, "Leave it at 1: train.max_steps says how long."),
         "data.eval_fraction": (run.data.eval_fraction, run.data.eval_fraction, "Set data.eval_path or data.eval_names."),
+        "data.eval_rows": (run.data.eval_rows, run.data.eval_rows, "Set data.eval_path or data.eval_names."),
         "data.names": (run.data.names, len(run.data.names) > 1, "Take one data set, or set data.streaming=false."),
         "stage.reference": (
             "precomputed",

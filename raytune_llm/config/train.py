@@ -9,7 +9,8 @@ from raytune_llm.config.section import NonNegativeInt, PositiveFloat, PositiveIn
 class LoopConfig:
     """The `train` group. Batch sizes count packs, or samples without packing."""
 
-    epochs: PositiveInt
+    epochs: PositiveFloat
+    """1.5 ends after half of the steps of the second."""
     max_steps: PositiveInt | None
     micro_batch_size: PositiveInt
     """What one worker computes at once."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -19,20 +18,20 @@ from raytune_llm.engines.batch import BatchEngine
 from raytune_llm.evaluate.exact_match import ExactMatch, exact_match
 from raytune_llm.models.build import build_policy, compute_dtype, run_config
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.runs.stores import held_out_part
 from raytune_llm.runs.tokenizer import tokenizer_of
 
 NO_ADAPTER = NoAdapter(name="none")
 
 
-def answer_held_out_rows(
-    run: TrainRun, store_folder: str, held_out: float | Mapping[str, float], final: Path | None
-) -> ExactMatch:
+def answer_held_out_rows(run: TrainRun, store_folder: str, final: Path | None, whole_store: bool) -> ExactMatch:
     """What the base model answers or, with `final`, what training made of it.
 
-    `held_out`: the part of the store's rows that is, or of each source's.
+    whole_store: all its rows are held out, not a part of them.
     """
     model, adapter = _trained(run, final) if final is not None else (run.model, NO_ADAPTER)
-    _, by_source = split_sources(store := Store.open(store_folder), held_out, run.train.seed)
+    store = Store.open(store_folder)
+    _, by_source = split_sources(store, 1.0 if whole_store else held_out_part(run.data, store), run.train.seed)
     rows = islice(chain.from_iterable(rows.tolist() for rows in by_source.values()), run.train.exact_match_rows)
     tokenizer, template = tokenizer_of(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

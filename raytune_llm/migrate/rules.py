@@ -283,8 +283,6 @@ def held_out(
 ) -> Settings:
     if eval_dataset is not None and val_size:
         raise Refusal("can't go with val_size", "eval_dataset")
-    if val_size > 1:
-        raise Refusal("a number of rows is not read; say the part of all rows that it is", "val_size")
     names = [] if eval_dataset is None else _listed(eval_dataset)
     if eval_strategy != "no" and not (val_size or names):
         raise Refusal("needs rows to evaluate on; set val_size or eval_dataset", "eval_strategy")
@@ -294,6 +292,8 @@ def held_out(
         path, here = _declaration(dataset_dir, dataset_info, find)
         if here:
             _check(path, names, stage, "eval_dataset")
+    if val_size > 1:  # so many rows
+        return {"data.eval_fraction": 0.0, "data.eval_rows": int(val_size), "data.eval_names": names}
     return {"data.eval_fraction": float(val_size), "data.eval_names": names}
 
 
@@ -398,9 +398,9 @@ def epochs(num_train_epochs: float, max_steps: int, streaming: bool) -> Settings
     if max_steps > 0:
         # There, max_steps alone says how long a run is. An epoch has a step or more; a stream has no epochs.
         return {"train.epochs": 1 if streaming else max_steps, "train.max_steps": max_steps}
-    if num_train_epochs < 1 or num_train_epochs != int(num_train_epochs):
-        raise Refusal("parts of an epoch are not trained; say max_steps", "num_train_epochs")
-    return {"train.epochs": int(num_train_epochs), "train.max_steps": None}
+    if not num_train_epochs > 0:
+        raise Refusal("must be above 0", "num_train_epochs")
+    return {"train.epochs": float(num_train_epochs), "train.max_steps": None}
 
 
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_npu_fused")

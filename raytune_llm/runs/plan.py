@@ -21,7 +21,7 @@ from raytune_llm.memory.footprint import GIB, USABLE, estimate, least_recomputat
 from raytune_llm.memory.model import Memory, Parameters
 from raytune_llm.models.activations import compiles
 from raytune_llm.models.build import run_config
-from raytune_llm.runs.stores import open_stores, shares_prompts, total_steps
+from raytune_llm.runs.stores import held_out_part, open_stores, shares_prompts, total_steps
 from raytune_llm.runs.tokenizer import tokenizer_of
 
 GPU_CLASSES = (24 * GIB, 40 * GIB, 80 * GIB)
@@ -173,7 +173,7 @@ def _data(run: TrainRun, config: PretrainedConfig) -> Data | None:
     stores = open_stores(run, str(store), None if eval_store is None else str(eval_store), share_prompts=shares)
     samples = stores.train
     assert isinstance(samples, Samples)
-    trained_rows, _ = split_sources(Store.open(store), run.data.eval_fraction, run.train.seed)
+    trained_rows, _ = split_sources(found := Store.open(store), held_out_part(run.data, found), run.train.seed)
     tokens = int(samples.tokens.sum())
     steps_per_epoch = -(-len(samples) // run.train.global_batch_size)
     return Data(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from raytune_llm.config.data import DataConfig
 from raytune_llm.config.run import PrepareRun, TrainRun
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.mixture import mixed_rows
@@ -57,7 +59,7 @@ def open_stores(run: TrainRun, train_store: str, eval_store: str | None, *, shar
         held_out, evaluated, manifests = {}, None, {"train": train.folder.name}
     else:
         store = evaluated = Store.open(train_store)
-        rows, held_out_rows = split_sources(store, run.data.eval_fraction, run.train.seed)
+        rows, held_out_rows = split_sources(store, held_out_part(run.data, store), run.train.seed)
         rows = mixed_rows(
             store,
             rows,
@@ -81,10 +83,21 @@ def open_stores(run: TrainRun, train_store: str, eval_store: str | None, *, shar
     return Stores(train, held_out, evaluated, manifests)
 
 
+def held_out_part(data: DataConfig, store: Store) -> float | Mapping[str, float]:
+    """Of the store's rows, or of each source's."""
+    if data.eval_rows is None:
+        return data.eval_fraction
+    if data.eval_rows >= len(store):
+        raise ConfigError(
+            "data.eval_rows", f"must leave rows to train on, of which there are {len(store)}", got=data.eval_rows, fix="Lower it."
+        )
+    return data.eval_rows / len(store)
+
+
 def total_steps(run: TrainRun, steps_per_epoch: int | None) -> int:
     """steps_per_epoch is none in a stream, which begins again until train.max_steps."""
     if steps_per_epoch is None:
         assert run.train.max_steps is not None
         return run.train.max_steps
-    steps = run.train.epochs * steps_per_epoch
+    steps = math.ceil(round(run.train.epochs * steps_per_epoch, 6))  # 1.1 * 10 is 11.000000000000002
     return steps if run.train.max_steps is None else min(steps, run.train.max_steps)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from raytune_llm.data.pipeline import prepare
+from raytune_llm.errors import ConfigError
 from raytune_llm.runs.setup import Setup, set_up
 from raytune_llm.train.enrichers.global_statistics import FirstPass
 from raytune_llm.train.enrichers.online_reference import OnlineReference
@@ -51,3 +52,18 @@ def test_the_loop_has_the_steps_of_the_data_and_sources_of_what_is_held_out(made
     assert setup.loop_settings().total_steps == 3 * setup.source.steps_per_epoch == 6
     (held_out,) = setup.held_out.values()
     assert sum(len(batch.rows) for step in held_out.epoch(0) for batch in step.batches) == 3
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.5, 1), (1.5, 3), (1.1, 3), (2, 4)])
+def test_a_part_of_an_epoch_is_trained(made, epochs, steps):
+    setup = made("stage=orpo", "data.packing=false", "data.eval_fraction=0.25", f"train.epochs={epochs}")
+    assert setup.source.steps_per_epoch == 2
+    assert setup.loop_settings().total_steps == steps
+
+
+def test_so_many_rows_are_held_out_as_eval_rows_says(made):
+    setup = made("stage=orpo", "data.packing=false", "data.eval_fraction=0", "data.eval_rows=5")
+    (held_out,) = setup.held_out.values()
+    assert sum(len(batch.rows) for step in held_out.epoch(0) for batch in step.batches) == 5
+    with pytest.raises(ConfigError, match=r"data\.eval_rows must leave rows to train on, of which there are 12, got 12"):
+        made("stage=orpo", "data.packing=false", "data.eval_fraction=0", "data.eval_rows=12")
