@@ -41,6 +41,9 @@ class Cluster:
     cpus_per_worker: PositiveFloat | Literal["auto"]
     gpus_per_worker: NonNegativeFloat | Literal["auto"]
     max_failures: NonNegativeInt
+    preflight: Literal["full", "quick", "off"]
+    """Where there are several nodes, they are asked before the run whether they are alike and see one storage; full: and how fast
+    an all-reduce over them is, which takes as long as torch does to load."""
 
 
 ResourcesConfig = Annotated[Inline | Local | Cluster, Field(discriminator="name")]

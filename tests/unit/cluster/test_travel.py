@@ -104,3 +104,8 @@ def test_an_address_of_others_without_a_token_is_warned_of(monkeypatch, tmp_path
 def test_the_driver_s_exit_code_is_passed_on(status, code, outcome):
     job = Job(id="a", run="a", status=status, message="", exit_code=code, started=None, ended=None, output_dir=None)
     assert job.outcome == outcome
+
+
+def test_tokens_go_where_the_cluster_sees_them_not_to_this_machine_s_home(folder):
+    assert there(folder, "data.path=data").data.cache == "/shared/run/tokens"
+    assert there(folder, "+experiment=sft_full_tiny").data.cache == "/shared/run/tokens"

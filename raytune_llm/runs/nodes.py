@@ -1,0 +1,339 @@
+"""A cluster's nodes before a run that needs several: whether they are alike, see one storage, and reach each other. [ray]
+
+A driver asks each of them at once, in seconds; what is found is a table, and what can't work is refused before anything is
+prepared or written.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import platform
+import socket
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.config.resources import Cluster
+from raytune_llm.errors import ConfigError, ResourceError
+
+PACKAGES = ("raytune-llm", "ray", "torch", "transformers", "peft", "numpy", "pyarrow")
+"""Whose versions decide the numbers of a run, or whether its processes understand each other."""
+SHM = Path("/dev/shm")
+MIN_SHM_GIB = 1.0
+"""Below it, NCCL and Ray's object store fail in ways that don't name it; containers have 64 MiB unless told otherwise."""
+MAX_SKEW_S = 5.0
+"""Of clocks: shared storage and logs are read by their times."""
+SEEN_WITHIN_S = 10.0
+"""Network file systems show another node's new file with a delay."""
+REDUCED_BYTES = {"cpu": (2**10, 2**20, 2**24), "cuda": (2**10, 2**20, 2**28)}
+REDUCED_TIMES = 3
+ANSWER_S = 60.0
+INTERFACES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What a node says of itself."""
+
+    address: str
+    python: str
+    versions: Mapping[str, str]
+    gpus: float
+    shm_gib: float
+    interface: str
+    """The one that has its address."""
+    chosen: Mapping[str, str]
+    """Variables that choose another one for collectives."""
+    name_is_loopback: bool
+    """Its host name resolves to a loopback address, which is what gloo gives the others unless told an interface."""
+    skew_s: float = 0.0
+    """Of its clock, beside the driver's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """The nodes of a run, and how fast an all-reduce over one process of each is."""
+
+    nodes: Sequence[Node]
+    backend: str
+    reduced: int = 0
+    """Of so many nodes."""
+    reduce_s: Mapping[int, float] = field(default_factory=dict)
+    """Bytes -> seconds."""
+
+    def lines(self) -> list[str]:
+        rows = [("node", "python", "torch", "ray", "GPUs", "/dev/shm GiB", "clock", "interface")]
+        for node in self.nodes:
+            interface = next((f"{value} ({name})" for name, value in node.chosen.items()), node.interface)
+            rows.append(
+                (
+                    node.address, node.python, node.versions["torch"], node.versions["ray"], f"{node.gpus:g}",
+                    f"{node.shm_gib:.1f}", f"{node.skew_s:+.2f} s", interface,
+                )
+            )  # fmt: skip
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        for num_bytes, seconds in self.reduce_s.items():
+            rate = 2 * (self.reduced - 1) / self.reduced * num_bytes / seconds / 2**30
+            size = f"{num_bytes / 2**20:g} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:g} KiB"
+            lines.append(f"all-reduce of {size} by {self.backend}: {seconds * 1e3:.2f} ms, {rate:.2f} GiB/s")
+        return lines
+
+
+def check_nodes(
+    resources: Cluster,
+    folders: Mapping[str, str],
+    *,
+    workers: int,
+    each: Mapping[str, float],
+    tell: Callable[[str], None],
+) -> Nodes | None:
+    """Ask the nodes of the connected cluster, tell what they say, and raise ResourceError or ConfigError for what can't work.
+
+    `folders`: setting -> a folder that all nodes are to see, whose rows are prepared on each of them. `each`: CPU and GPU of a
+    worker; a process on each node where there may be one takes part in an all-reduce, unless one node has room for all `workers`.
+    None where the cluster is one node, or resources.preflight=off.
+    """
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    alive.sort(key=lambda node: ipaddress.ip_address(node["NodeManagerAddress"]))
+    if len(alive) < 2 or resources.preflight == "off":
+        return None
+    ids = [node["NodeID"] for node in alive]
+    backend = "nccl" if each.get("GPU") else "gloo"
+    found = Nodes(nodes=_ask(ids), backend=backend)
+    for line in found.lines():
+        tell(line)
+    refuse_unlike(found.nodes)
+    refuse_unreachable(found)
+    for node in found.nodes:
+        if node.shm_gib < MIN_SHM_GIB:
+            tell(f"warning: {node.address} has {node.shm_gib:.2f} GiB of /dev/shm: mount a memory volume (docker: --shm-size)")
+        if abs(node.skew_s) > MAX_SKEW_S:
+            tell(f"warning: the clock of {node.address} is {node.skew_s:+.1f} s off the driver's: run an NTP client on both")
+    for setting, folder in folders.items():
+        _check_shared(setting, Path(folder), ids, [node.address for node in found.nodes])
+    room = {node["NodeID"]: room_of(node["Resources"], each) for node in alive}
+    if resources.preflight == "full" and max(room.values()) < workers:
+        those = [node for node in ids if room[node]]
+        found = replace(found, reduced=len(those), reduce_s=_reduce(those, backend))
+        for line in found.lines()[len(found.nodes) + 1 :]:
+            tell(line)
+    return found
+
+
+def room_of(there: Mapping[str, float], each: Mapping[str, float]) -> int:
+    """Workers that fit where there is so much."""
+    return min(int(there.get(kind, 0.0) / amount + 1e-6) for kind, amount in each.items() if amount)
+
+
+def refuse_unlike(nodes: Sequence[Node]) -> None:
+    """Raises ResourceError where versions differ, with who has which."""
+    first = nodes[0]
+    for name in ("python", *PACKAGES):
+        values = {node.address: node.python if name == "python" else node.versions[name] for node in nodes}
+        if len(set(values.values())) > 1:
+            other = next(address for address, value in values.items() if value != values[first.address])
+            raise ResourceError(
+                f"the cluster's nodes have {name} {values[first.address]} on {first.address} and {values[other]} on {other}",
+                "Give all nodes the same image or environment, or set submit.requirements=pinned.",
+            )
+
+
+def refuse_unreachable(found: Nodes) -> None:
+    """Raises ResourceError where gloo would give the others an address that leads them to themselves."""
+    variable = INTERFACES[found.backend]
+    if found.backend != "gloo":
+        return
+    for node in found.nodes:
+        if node.name_is_loopback and variable not in node.chosen:
+            raise ResourceError(
+                f"the host name of {node.address} resolves to a loopback address, which no other node can reach",
+                f"Start Ray there with {variable}={node.interface}, or correct its /etc/hosts.",
+            )
+
+
+def _ask(ids: Sequence[str]) -> list[Node]:
+    import ray
+
+    asked = [_on(node, look).remote() for node in ids]
+    nodes = _answers(asked, "say what they are")
+    skews = []
+    for watch in [_on(node, clock) for node in ids]:  # by processes that have just worked, and so answer at once
+        before = time.time()
+        there = ray.get(watch.remote())
+        skews.append(there - (before + time.time()) / 2)
+    return [Node(**{**values, "skew_s": skew}) for values, skew in zip(nodes, skews, strict=True)]
+
+
+def look() -> dict[str, Any]:
+    """What `Node` holds of this machine, less its clock."""
+    import psutil
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    interfaces = [name for name, found in psutil.net_if_addrs().items() if any(one.address == address for one in found)]
+    shm = os.statvfs(SHM) if SHM.is_dir() else None
+    return {
+        "address": address,
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "gpus": next((one["Resources"].get("GPU", 0) for one in ray.nodes() if one["NodeManagerAddress"] == address), 0),
+        "shm_gib": 0.0 if shm is None else shm.f_blocks * shm.f_frsize / 2**30,
+        "interface": interfaces[0] if interfaces else "none",
+        "chosen": {name: os.environ[name] for name in INTERFACES.values() if name in os.environ},
+        "name_is_loopback": _is_loopback(socket.gethostname()),
+    }
+
+
+def clock() -> float:
+    return time.time()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host, None, family=socket.AF_INET)
+    except OSError:
+        return True  # unknown: gloo falls back to loopback
+    return all(ipaddress.ip_address(one[4][0]).is_loopback for one in found)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _check_shared(setting: str, folder: Path, ids: Sequence[str], addresses: Sequence[str]) -> None:
+    """A file that the first node writes must be seen by the others."""
+    name = f".seen-by-all-{uuid.uuid4().hex}"
+    (failure,) = _answers([_on(ids[0], write_marker).remote(folder, name)], f"write to {folder}")
+    if failure:
+        raise ConfigError(setting, f"must be a folder that {addresses[0]} can write ({failure})", got=str(folder))
+    try:
+        seen = [*_answers([_on(node, sees).remote(folder / name) for node in ids[1:]], f"read {folder}"), sees(folder / name)]
+    finally:
+        _answers([_on(ids[0], take_away).remote(folder, name)], f"clean {folder}")
+    blind = [address for address, there in zip([*addresses[1:], "the driver"], seen, strict=True) if not there]
+    if blind:
+        raise ConfigError(
+            setting,
+            f"must be on storage that all nodes share: what {addresses[0]} writes there, {', '.join(blind)} can't see",
+            got=str(folder),
+            fix="Mount the same network file system on all nodes, and name a folder in it.",
+        )
+
+
+def write_marker(folder: Path, name: str) -> str:
+    """Why it can't, or nothing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def sees(path: Path) -> bool:
+    until = time.monotonic() + SEEN_WITHIN_S
+    while time.monotonic() < until:
+        try:
+            os.listdir(path.parent)  # makes a network file system look again
+            if path.read_text() == path.name:
+                return True
+        except OSError:
+            pass
+        time.sleep(0.2)
+    return False
+
+
+def take_away(folder: Path, name: str) -> None:
+    """The marker, and the folder where nothing else is in it."""
+    (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _reduce(ids: Sequence[str], backend: str) -> dict[int, float]:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayTaskError
+
+    device = "cuda" if backend == "nccl" else "cpu"
+    port = _answers([_on(ids[0], free_port).remote()], "listen")[0]
+    gpus = 1 if device == "cuda" else 0
+    asked = [_on(node, all_reduce, num_gpus=gpus).remote(rank, len(ids), port, backend, device) for rank, node in enumerate(ids)]
+    try:
+        times = ray.get(asked, timeout=ANSWER_S * 2)
+    except (RayTaskError, GetTimeoutError) as error:
+        for one in asked:
+            ray.cancel(one, force=True)
+        what = "no answer" if isinstance(error, GetTimeoutError) else str(error).strip().splitlines()[-1]
+        raise ResourceError(
+            f"an all-reduce over one process of each node failed by {backend} ({what})",
+            "Open all ports between the nodes, and where they have several networks start Ray with "
+            f"{INTERFACES[backend]} set to the interface that they share.",
+        ) from None
+    return {num_bytes: max(one[num_bytes] for one in times) for num_bytes in times[0]}
+
+
+def free_port() -> tuple[str, int]:
+    import ray
+
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return ray.util.get_node_ip_address(), found.getsockname()[1]
+
+
+def all_reduce(rank: int, world: int, meeting: tuple[str, int], backend: str, device: str) -> dict[int, float]:
+    """Bytes -> median seconds of an all-reduce of them over all processes."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    address, port = meeting
+    timeout = timedelta(seconds=ANSWER_S)
+    dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world, timeout=timeout)
+    times: dict[int, float] = {}
+    try:
+        for num_bytes in REDUCED_BYTES[device]:
+            numbers = torch.zeros(num_bytes // 4, device=device)
+            took = []
+            for _ in range(1 + REDUCED_TIMES):
+                began = time.perf_counter()
+                dist.all_reduce(numbers)
+                numbers[0].item()  # waits for a device
+                took.append(time.perf_counter() - began)
+            times[num_bytes] = statistics.median(took[1:])
+    finally:
+        dist.destroy_process_group()
+    return times
+
+
+def _on(node: str, function: Callable[..., Any], **options: Any) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    return ray.remote(num_cpus=0, max_retries=0, **options)(function).options(scheduling_strategy=there)
+
+
+def _answers(asked: Sequence[Any], what: str) -> list[Any]:
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    try:
+        return ray.get(list(asked), timeout=ANSWER_S)
+    except GetTimeoutError:
+        raise ResourceError(
+            f"nodes of the cluster did not {what} within {ANSWER_S:g} s", "See `ray status` for those that are gone."
+        ) from None

@@ -1,0 +1,107 @@
+"""Two Ray nodes in network namespaces of this machine: what is told and refused of them before a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and `ip`"),
+]
+ROOT = Path(__file__).parent.parent.parent
+FIRST, SECOND = "10.231.9.1", "10.231.9.2"
+LINK, PORT = "vrt0", 6399
+DRIVER = """
+import sys
+import ray
+from raytune_llm import UserError, load_config
+from raytune_llm.runs.nodes import check_nodes
+
+ray.init(address="{first}:{port}", _node_ip_address="{first}", log_to_driver=False)
+resources = load_config("train", ["data.path=x", "resources=cluster"]).resources
+try:
+    check_nodes(resources, {{"output_dir": sys.argv[1]}}, workers=int(sys.argv[2]), each={{"CPU": 1.0}}, tell=print)
+except UserError as error:
+    print("refused:", error)
+"""
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[tuple[str, Path]]:
+    """The namespace of the head, and a folder whose `own` is another one on each node."""
+    folder = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+    names = [f"raytune-{os.getpid()}-{end}" for end in "ab"]
+    started: list[subprocess.Popen[bytes]] = []
+    (folder / "own").mkdir()
+    try:
+        for name in names:
+            run("ip", "netns", "add", name)
+        run("ip", "link", "add", LINK, "netns", names[0], "type", "veth", "peer", "name", LINK, "netns", names[1])
+        for name, address in zip(names, (FIRST, SECOND), strict=True):
+            run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", LINK)
+            for device in ("lo", LINK):
+                run("ip", "-n", name, "link", "set", device, "up")
+            place = f"--head --port={PORT} --include-dashboard=false" if address == FIRST else f"--address={FIRST}:{PORT}"
+            ray = f"{Path(sys.executable).with_name('ray')} start --block {place} --node-ip-address={address} --num-cpus=1"
+            # `ip netns exec` has mounts of its own, so that a node can lack what the other has.
+            own = "true" if address == FIRST else f"mount -t tmpfs none {folder}/own"
+            command = f"{own} && exec {ray} --temp-dir={folder}/ray --disable-usage-stats"
+            variables = {"RAY_AUTH_MODE": "disabled", "GLOO_SOCKET_IFNAME": LINK, "PYTHONPATH": str(ROOT)}
+            with (folder / "started.txt").open("a") as said:
+                inside = ["ip", "netns", "exec", name, "sh", "-c", command]
+                started.append(subprocess.Popen(inside, stdout=said, stderr=said, env={**os.environ, **variables}))
+            until = time.monotonic() + 90
+            while (folder / "started.txt").read_text().count("Ray runtime started") < len(started):
+                assert time.monotonic() < until and started[-1].poll() is None, (folder / "started.txt").read_text()
+                time.sleep(0.3)
+        yield names[0], folder
+    finally:
+        processes = [child for one in started for child in psutil.Process(one.pid).children(recursive=True)]
+        for process in processes:
+            process.kill()
+        for one in started:
+            one.kill()
+            one.wait()
+        psutil.wait_procs(processes, timeout=10)
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def told(nodes: tuple[str, Path], folder: str, workers: int) -> str:
+    head, place = nodes
+    driver = DRIVER.format(first=FIRST, port=PORT)
+    variables = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    command = ["ip", "netns", "exec", head, sys.executable, "-c", driver, f"{place}/{folder}", str(workers)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_nodes_that_can_work_together_are_told_with_their_all_reduce(nodes):
+    said = told(nodes, "shared", workers=2)
+    assert "refused" not in said
+    for address in (FIRST, SECOND):
+        assert any(line.startswith(address) and f"{LINK} (GLOO_SOCKET_IFNAME)" in line for line in said.splitlines()), said
+    assert "all-reduce of 16 MiB by gloo" in said
+    assert not (nodes[1] / "shared").exists()
+
+
+def test_a_folder_that_a_node_does_not_see_is_refused(nodes):
+    said = told(nodes, "own", workers=1)
+    assert f"refused: output_dir must be on storage that all nodes share: what {FIRST} writes there, {SECOND} can't see" in said
+    assert "all-reduce" not in said

@@ -1,0 +1,74 @@
+"""What is refused of a cluster's nodes, from what they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from raytune_llm.errors import ResourceError
+from raytune_llm.runs.nodes import (
+    PACKAGES,
+    Node,
+    Nodes,
+    refuse_unlike,
+    refuse_unreachable,
+    room_of,
+    sees,
+    take_away,
+    write_marker,
+)
+
+ONE = Node(
+    address="10.0.0.1",
+    python="3.11.9",
+    versions=dict.fromkeys(PACKAGES, "1.0"),
+    gpus=8,
+    shm_gib=64.0,
+    interface="eth0",
+    chosen={},
+    name_is_loopback=False,
+)
+TWO = replace(ONE, address="10.0.0.2", skew_s=-0.25)
+
+
+def test_nodes_of_other_versions_are_refused_by_name():
+    refuse_unlike([ONE, TWO])
+    other = replace(TWO, versions={**TWO.versions, "torch": "2.0"})
+    with pytest.raises(ResourceError, match=r"have torch 1\.0 on 10\.0\.0\.1 and 2\.0 on 10\.0\.0\.2"):
+        refuse_unlike([ONE, other])
+    with pytest.raises(ResourceError, match=r"python 3\.11\.9 on 10\.0\.0\.1 and 3\.12\.1"):
+        refuse_unlike([ONE, replace(TWO, python="3.12.1")])
+
+
+def test_a_name_that_leads_back_is_refused_unless_an_interface_is_named():
+    lost = replace(TWO, name_is_loopback=True)
+    with pytest.raises(ResourceError, match=r"host name of 10\.0\.0\.2 .* GLOO_SOCKET_IFNAME=eth0"):
+        refuse_unreachable(Nodes(nodes=[ONE, lost], backend="gloo"))
+    refuse_unreachable(Nodes(nodes=[ONE, replace(lost, chosen={"GLOO_SOCKET_IFNAME": "eth1"})], backend="gloo"))
+    refuse_unreachable(Nodes(nodes=[ONE, lost], backend="nccl"))
+
+
+def test_the_table_says_what_each_node_has_and_how_fast_they_are_together():
+    lines = Nodes(nodes=[ONE, TWO], backend="nccl", reduced=2, reduce_s={2**28: 0.01, 2**10: 1e-4}).lines()
+    assert lines[2].split() == ["10.0.0.2", "3.11.9", "1.0", "1.0", "8", "64.0", "-0.25", "s", "eth0"]
+    assert lines[3:] == [
+        "all-reduce of 256 MiB by nccl: 10.00 ms, 25.00 GiB/s",
+        "all-reduce of 1 KiB by nccl: 0.10 ms, 0.01 GiB/s",
+    ]
+
+
+def test_workers_take_part_where_there_is_room_for_one():
+    assert room_of({"CPU": 4.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 1.0}) == 2
+    assert room_of({"CPU": 4.0}, {"CPU": 1.0, "GPU": 0.5}) == 0
+    assert room_of({"CPU": 0.6}, {"CPU": 0.2, "GPU": 0.0}) == 3
+
+
+def test_a_marker_leaves_nothing_behind(tmp_path: Path):
+    folder = tmp_path / "new"
+    assert write_marker(folder, "mark") == "" and sees(folder / "mark")
+    take_away(folder, "mark")
+    assert not folder.exists()
+    (tmp_path / "file").touch()
+    assert write_marker(tmp_path / "file", "mark")
