@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -107,6 +107,22 @@ class NativeEngine:
     compile: bool | Literal["auto"]
     """Layers are compiled and decoding steps captured as CUDA graphs. auto: on a GPU."""
 
+    said: ClassVar[str | None] = None
+    """At the start, of what a user should know."""
 
-EngineConfig = NativeEngine
-"""A union by name, once there is a second one."""
+
+@section
+class HFEngine:
+    """transformers' own forward and cache, one row and one adapter at a time: for models whose cache is more than keys and
+    values, and adapters that can't be computed beside others."""
+
+    name: Literal["hf"]
+    max_rows: PositiveInt
+    """Answers that are made side by side."""
+    max_length: PositiveInt
+    """Of models that have no positions, where serve.max_length says nothing."""
+
+    said: ClassVar[str | None] = "engine=hf: rows are computed one at a time, with transformers' own forward"
+
+
+EngineConfig = Annotated[NativeEngine | HFEngine, Field(discriminator="name")]

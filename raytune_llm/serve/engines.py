@@ -17,6 +17,7 @@ from raytune_llm.config.serve import EngineConfig, ServedModels
 from raytune_llm.data.templates.named import apply_to_tokenizer, load, stop_tokens
 from raytune_llm.data.tokens.tokenizer import load_tokenizer
 from raytune_llm.engines.engine import Engine
+from raytune_llm.engines.hf_runner import hf_engine
 from raytune_llm.engines.native.build import Serving, native_engine
 from raytune_llm.errors import ConfigError, UserError
 from raytune_llm.models.adapters.saved import task_of
@@ -25,7 +26,7 @@ from raytune_llm.models.generation_config import end_ids_of
 from raytune_llm.models.load import load_config
 from raytune_llm.serve.backend import ModelFacts
 
-ENGINES: dict[str, Callable[[Any, Serving], Engine]] = {"native": native_engine}
+ENGINES: dict[str, Callable[[Any, Serving], Engine]] = {"native": native_engine, "hf": hf_engine}
 
 
 def build_engine(

@@ -71,7 +71,8 @@ class Layout:
         """Raises ConfigError, which blames the setting, for an adapter that doesn't fit the model or a slot."""
         path, config = str(folder), read_config(str(folder), setting)
         if (more := _more(config)) is not None:
-            raise ConfigError(setting, f"must be plain LoRA, which several in one pass can be, and is {more}", got=path)
+            fix = "Serve it with engine=hf, or merge it into its base."
+            raise ConfigError(setting, f"must be plain LoRA, which several in one pass can be, and is {more}", got=path, fix=fix)
         assert isinstance(config, LoraConfig)
         if not (Path(path) / WEIGHTS[0]).is_file():
             raise ConfigError(setting, f"must be a folder with {WEIGHTS[0]}", got=path, fix="Save it as safetensors.")

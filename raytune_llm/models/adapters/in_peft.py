@@ -160,6 +160,8 @@ class PeftAdapters:
             for switch in self._switches:
                 switch._active_adapter = [other for other in switch.active_adapters if other != key]
             self._peft.delete_adapter(key)
+            # What PEFT takes for active must be there when another one comes; layers have their own switches.
+            self._peft.active_adapter = self._peft.base_model.active_adapter = next(iter(self._keys.values()))
         else:
             self._peft.unload()  # PEFT can't be without any adapter
             self._peft = None

@@ -40,6 +40,11 @@ def task_of(path: str, setting: str) -> str | None:
     return read_config(path, setting).task_type
 
 
+def rank_of(path: str, setting: str) -> int:
+    """0: it has none."""
+    return int(getattr(read_config(path, setting), "r", 0))
+
+
 def load_weights(
     model: PeftModel, key: str, path: str, setting: str, *, may_lack: tuple[str, ...] = (), base_model: str | None = None
 ) -> None:
@@ -72,7 +77,7 @@ def names_of(model: PeftModel, key: str) -> dict[str, nn.Parameter]:
 
 
 def _read(model: PeftModel, path: str, setting: str) -> dict[str, Tensor]:
-    renamed: Any = getattr(model.get_base_model(), "_checkpoint_conversion_mapping", None)
+    renamed: Any = getattr(model.base_model.model, "_checkpoint_conversion_mapping", None)
     try:
         return load_peft_weights(path, device="cpu", key_mapping=renamed)
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:

@@ -63,7 +63,7 @@ def check_cached(config: PretrainedConfig) -> None:
             "engine",
             f"can't be native for {config.model_type}, whose layers ({kinds}) carry more on than keys and values",
             got="native",
-            fix="It can be trained; to generate with it, take transformers.",
+            fix="Take engine=hf.",
         )
 
 

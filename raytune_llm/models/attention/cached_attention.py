@@ -24,7 +24,7 @@ def cached_attention(
         raise ConfigError(
             "engine",
             f"can't be native for a model whose {type(module).__name__} knows no number of its layer",
-            fix="It can be trained; to generate with it, take transformers.",
+            fix="Take engine=hf.",
         )
     q_LHD, k_LHD, v_LHD = (x.squeeze(0).transpose(0, 1).to(rows.cache.dtype) for x in (query, key, value))
     keys, values = rows.cache.write(layer, rows.places_L, k_LHD, v_LHD)

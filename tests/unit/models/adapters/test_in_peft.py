@@ -119,3 +119,17 @@ def test_an_adapter_over_a_base_in_16_bits_computes_without_autocast_too(family:
     adapters.add("served", saved(tmp_path))
     with torch.no_grad(), adapters.using("served"):
         assert model(IDS).logits.dtype == torch.bfloat16
+
+
+def test_an_adapter_comes_after_the_first_one_went(folders: list[Path]):
+    adapters = PeftAdapters(base())
+    adapters.add("first", saved(folders[0]))
+    adapters.add("second", saved(folders[1]))
+    with adapters.using("second"):
+        pass
+    adapters.remove("first")
+    adapters.add("third", saved(folders[2]))
+    assert adapters.names == ("second", "third")
+    for name in adapters.names:
+        adapters.remove(name)
+    assert adapters.names == ()

@@ -1,0 +1,163 @@
+"""A runner for models that the paged cache can't hold: transformers' own forward and cache, one row at a time.
+
+The engine around it is the same (requests, sampling, grammars, adapters that come and go); a step computes its rows one after
+another, each with its own cache object of transformers and with its own adapter at work, so that rows of several adapters are
+answered side by side, though not in one pass. A prompt is computed whole: recurrent layers of transformers can't go on with
+several tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+
+from raytune_llm import packaged
+from raytune_llm.config.adapter import SavedAdapter
+from raytune_llm.config.serve import HFEngine as HFSettings
+from raytune_llm.engines.native.build import Serving
+from raytune_llm.engines.native.engine import NativeEngine
+from raytune_llm.engines.native.row import Row
+from raytune_llm.engines.native.scheduler import Piece
+from raytune_llm.engines.native.slots import Bank
+from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.models.adapters import PeftAdapters
+from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS, rank_of
+from raytune_llm.models.load import positions
+
+BLOCK_SIZE = 16
+CACHE_NAMES = ("past_key_values", "cache_params")
+"""What forward calls its cache: most models, and those of one state."""
+
+
+def hf_engine(settings: HFSettings, serving: Serving) -> NativeEngine:
+    if serving.quantization.replaces_layers:
+        raise ConfigError("quantization", "must be none with engine=hf", got=serving.quantization.name)
+    model = _load(serving, serving.device)
+    limit = min(filter(None, (serving.max_length, positions(serving.config))), default=settings.max_length)
+    runner = HFRunner(
+        model,
+        checked_on=PeftAdapters(_load(serving, torch.device("meta"))),
+        num_slots=serving.max_adapters,
+        num_blocks=settings.max_rows * -(-limit // BLOCK_SIZE),
+        own=serving.adapter,
+    )
+    return NativeEngine(
+        runner,
+        serving.tokenizer,
+        end_ids=serving.end_ids,
+        max_length=limit,
+        max_rows=settings.max_rows,
+        step_tokens=settings.max_rows * limit,  # so that no prompt is cut
+        max_host_adapters=serving.max_host_adapters,
+        prefix_cache=False,
+    )
+
+
+def _load(serving: Serving, device: torch.device) -> Any:
+    """On the meta device without weights."""
+    transformers.logging.disable_progress_bar()
+    auto: Any = AutoModelForSequenceClassification if serving.scores else AutoModelForCausalLM
+    model, settings = serving.model, {"dtype": serving.compute, "trust_remote_code": serving.model.trust_remote_code}
+    config = serving.config
+    if serving.scores:
+        config.num_labels = 1
+    if device.type == "meta" or model.weights == "random":
+        with torch.random.fork_rng(devices=[]), device:
+            torch.manual_seed(0)
+            return auto.from_config(config, **settings).eval()
+    path = packaged.resolve(str(model.path))
+    return auto.from_pretrained(path, config=config, revision=model.revision, **settings).to(device).eval()
+
+
+class Copied:
+    """An adapter's files in a folder of ours: what stood there when it was read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._kept = tempfile.TemporaryDirectory(prefix="raytune-llm-adapter-")
+        self.path = self._kept.name
+        for name in (WEIGHTS[0], CONFIG):
+            if not (folder / name).is_file():
+                raise DataError(str(folder), f"is no folder with {name}", "Save the adapter as safetensors.")
+            shutil.copyfile(folder / name, Path(self.path) / name)
+
+
+class HFBank:
+    """Slots as adapters of PEFT's in the model."""
+
+    def __init__(self, adapters: PeftAdapters, num_slots: int) -> None:
+        self.adapters, self.num_slots = adapters, num_slots
+
+    def load(self, slot: int, weights: Copied) -> None:
+        self.clear(slot)
+        self.adapters.add(str(slot), SavedAdapter(path=weights.path, setting="the adapter"))
+
+    def clear(self, slot: int) -> None:
+        if str(slot) in self.adapters.names:
+            self.adapters.remove(str(slot))
+
+
+class HFRunner:
+    """Implements the engine's Runner."""
+
+    block_size = BLOCK_SIZE
+
+    def __init__(
+        self, model: Any, *, checked_on: PeftAdapters, num_slots: int, num_blocks: int, own: SavedAdapter | None = None
+    ) -> None:
+        """checked_on: of the same model without weights, on which adapters are tried. own: an adapter that is part of it."""
+        self._adapters = PeftAdapters(model, scores=own is not None)
+        if own is not None:
+            self._adapters.add_own(own)
+        self._model = model
+        self.num_blocks, self.device = num_blocks, model.device
+        self.bank: Bank | None = None if own is not None else HFBank(self._adapters, num_slots)
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self._checked_on, self._checking = checked_on, threading.Lock()
+        taken = inspect.signature(type(model).forward).parameters
+        self._cache_name = next((name for name in CACHE_NAMES if name in taken), CACHE_NAMES[0])
+        self._caches: WeakKeyDictionary[Row, Any] = WeakKeyDictionary()
+
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        logits_RV = [self._forward(*piece) for piece in pieces]
+        wanted = [logits_V for piece, logits_V in zip(pieces, logits_RV, strict=True) if piece.samples]
+        return torch.stack(wanted) if wanted else torch.empty(0, self.vocab_size, device=self.device)
+
+    def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, slot: int) -> list[list[float]]:
+        told = []
+        for ids in prompts:
+            ids_BT = torch.tensor([list(ids)], device=self.device)
+            if pooling == "score":
+                told.append(self._model(input_ids=ids_BT, use_cache=False).logits[0].float().tolist())
+                continue
+            with self._adapters.using(None if slot < 0 else str(slot)):
+                hidden_TD = self._model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[0].float()
+            told.append(F.normalize(hidden_TD.mean(0) if pooling == "mean" else hidden_TD[-1], dim=0).tolist())
+        return told
+
+    def read_adapter(self, folder: Path) -> tuple[Copied, int]:
+        copied = Copied(folder)
+        with self._checking:
+            self._checked_on.add("tried", SavedAdapter(path=copied.path, setting="the adapter"))
+            self._checked_on.remove("tried")
+        return copied, rank_of(copied.path, "the adapter")
+
+    def _forward(self, row: Row, start: int, stop: int) -> Tensor:
+        """float32 [V]: logits after the row's tokens up to `stop`, of which those before `start` are in its cache."""
+        if start == 0:
+            self._caches[row] = DynamicCache(config=self._model.config.get_text_config())
+        ids_BT = torch.tensor([row.ids[start:stop]], device=self.device)
+        with self._adapters.using(None if row.slot < 0 else str(row.slot)):
+            out = self._model(input_ids=ids_BT, use_cache=True, **{self._cache_name: self._caches[row]})
+        return out.logits[0, -1].float()
