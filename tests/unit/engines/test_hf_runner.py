@@ -55,9 +55,9 @@ def save_base(name: str, folder: Path) -> Path:
 
 
 def save_adapter(name: str, folder: Path, seed: int, config: Any = None) -> Path:
-    torch.manual_seed(seed)
     config = config or LoraConfig(r=4, target_modules=TARGETS[name], task_type="CAUSAL_LM")
     adapted = get_peft_model(base_model(name), config)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for key, parameter in adapted.named_parameters():
             if "lora_B" in key or "oft_R" in key:
