@@ -88,6 +88,7 @@ def tokenizer_of(model: ModelConfig, served: ServedModels) -> tuple[Any, list[in
 
 def check_servable(model: ModelConfig, served: ServedModels) -> None:
     """What a replica elsewhere would refuse, as far as it can be known without weights. Raises ConfigError."""
+    reward_adapter(served)
     tokenizer_of(model, served)
     load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
 

@@ -26,7 +26,7 @@ from raytune_llm.config.load import to_yaml_text
 from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import ADMIN_KEY, API_KEY, ServeRun
 from raytune_llm.errors import ConfigError, ResourceError
-from raytune_llm.serve.app import APP, ENGINE, INGRESS_CPUS, application, http_options, written
+from raytune_llm.serve.app import APP, ENGINE, INGRESS_CPUS, TRANSPORT, application, http_options, written
 from raytune_llm.serve.engines import check_servable
 from raytune_llm.serve.port import bound
 from raytune_llm.serve.replica import REFUSED, BuildEngine
@@ -67,6 +67,9 @@ def serve_on_ray(run: ServeRun, *, told: Told, build: BuildEngine | None = None)
     signals = _Signals()
     try:
         told("starting Ray" if isinstance(resources, Local) else "joining the cluster")
+        if isinstance(resources, Local):
+            for name, value in TRANSPORT.items():
+                os.environ.setdefault(name, value)
         session.connect(resources)
         signals.interrupt()  # Ray has set its own handler
         _start(run, port)

@@ -74,7 +74,7 @@ class EngineReplica:
         self._ledger = Ledger()
         self._broken: UserError | None = None
         self._watcher: Watcher | None = None
-        self._engine, self._facts = _built(run, build)
+        self._engine, self._facts = await asyncio.to_thread(_built, run, build)
         self._backend = InProcess(self._engine, self._facts, max_waiting=run.serve.max_waiting, name=self._name)
         self._rows, self._slots = run.engine.max_rows, run.serve.max_adapters
         if run.serve.watch is not None:
