@@ -24,6 +24,7 @@ from raytune_llm.data.pipeline import Prepared, Streamed
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.migrate.experiment import translate_file, write
 from raytune_llm.report.metrics import Sink, Summary, WallTime, read_metrics, summary_of, write_summary
+from raytune_llm.report.news import Notice
 from raytune_llm.report.trackers import TrackedRun, open_tracker
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def _train(
 
     if run.resources.name != "inline":
         session.connect(run.resources)
+    if isinstance(run.resources, Cluster):
+        _check_nodes(run, run.resources, on_begin)
     clock.enter("prepare")
     kind = run.stage.kind
     if run.data.streaming:
@@ -140,6 +143,20 @@ def _train(
     mark_finished(output, this_run)
     return TrainResult(
         summary=summary, output_dir=output, resumed_from=resumed_from, already_done=False, before=before, after=after
+    )
+
+
+def _check_nodes(run: TrainRun, resources: Cluster, on_begin: Callable[[Any], None]) -> None:
+    from raytune_llm.runs.launch import group_size
+    from raytune_llm.runs.nodes import check_nodes
+
+    workers, cpus, gpus = group_size(resources)
+    check_nodes(
+        resources,
+        {"output_dir": run.output_dir, "data.cache": run.data.cache},
+        workers=workers,
+        each={"CPU": cpus, "GPU": gpus},
+        tell=lambda line: on_begin(Notice(text=line)),
     )
 
 

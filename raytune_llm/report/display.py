@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from raytune_llm.report.news import Begin, Done, ReferencePass, SampledAnswer
+from raytune_llm.report.news import Begin, Done, Notice, ReferencePass, SampledAnswer
 from raytune_llm.report.progress import ProgressBar
 
 SHOWN_SAMPLES = 3
@@ -39,7 +39,10 @@ class Display:
             self._told_rows = True
             self._console.print(f"prepared {total:,} rows", highlight=False)
 
-    def begin(self, begin: Begin | ReferencePass) -> None:
+    def begin(self, begin: Begin | ReferencePass | Notice) -> None:
+        if isinstance(begin, Notice):
+            self._console.print(escape(begin.text), style="dim", highlight=False, soft_wrap=True)
+            return
         if isinstance(begin, ReferencePass):
             self._reference(begin)
             return

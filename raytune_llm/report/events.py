@@ -5,6 +5,7 @@ An event is `{"event": kind, "time": epoch seconds, ...}`. The kinds:
     rows       done and total, once all are prepared
     begin      total_steps, first_step, choices
     reference  done and total rows of the reference's pass
+    notice     a line for the user (text): what takes long, what a run waits for, what became of a worker
     step       a record of metrics.jsonl, with total_steps, and left_s where it can be told
     samples    answers to held-out rows
     done       what the run came to
@@ -21,7 +22,7 @@ from typing import Any
 
 from raytune_llm.report.display import REFERENCE_EVERY_S, Display
 from raytune_llm.report.metrics import finite_or_named, named_as_numbers, summary_of
-from raytune_llm.report.news import Begin, Done, ReferencePass, SampledAnswer
+from raytune_llm.report.news import Begin, Done, Notice, ReferencePass, SampledAnswer
 from raytune_llm.report.progress import Pace
 
 ABOUT_TIME = ("time", "total_steps", "left_s", "rank")
@@ -45,10 +46,12 @@ class EventLog:
             self._told_rows = True
             self._tell("rows", done=done, total=total)
 
-    def begin(self, begin: Begin | ReferencePass) -> None:
+    def begin(self, begin: Begin | ReferencePass | Notice) -> None:
         if isinstance(begin, Begin):
             self._pace = Pace(begin.total_steps)
             self._tell("begin", **asdict(begin))
+        elif isinstance(begin, Notice):
+            self._tell("notice", text=begin.text)
         elif begin.done == 0 or time.monotonic() - self._told_reference >= REFERENCE_EVERY_S:
             self._told_reference = time.monotonic()
             self._tell("reference", **asdict(begin))
@@ -102,6 +105,8 @@ def show(event: Mapping[str, Any], display: Display) -> None:
             display.begin(Begin(**{**values, "choices": tuple(values["choices"])}))
         case "reference":
             display.begin(ReferencePass(**values))
+        case "notice":
+            display.begin(Notice(**values))
         case "step":
             display.record(record_of(event), values.get("left_s"))
         case "samples":

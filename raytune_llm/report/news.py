@@ -28,6 +28,13 @@ class ReferencePass:
     total: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """A line for the user: what takes long, what a run waits for, what became of a worker."""
+
+    text: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledAnswer:
     """A line of samples.jsonl. Texts are without special tokens and outer white space."""

@@ -169,7 +169,7 @@ def _ask(ids: Sequence[str]) -> list[Node]:
     skews = []
     for watch in [_on(node, clock) for node in ids]:  # by processes that have just worked, and so answer at once
         before = time.time()
-        there = ray.get(watch.remote())
+        there: Any = ray.get(watch.remote())
         skews.append(there - (before + time.time()) / 2)
     return [Node(**{**values, "skew_s": skew}) for values, skew in zip(nodes, skews, strict=True)]
 
