@@ -29,6 +29,7 @@ VERBS = {
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = argv.pop(0) if argv and argv[0] in VERBS else None
+    from raytune_llm import interrupts
     from raytune_llm.errors import UserError
 
     # What a library will change one day is for us to read, not for the user.
@@ -36,15 +37,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb is None and argv and not argv[0].startswith(("-", "+", "~")) and "=" not in argv[0]:
             raise _unknown_verb(argv[0])
-        return _run(verb, argv)
+        with interrupts.heard():
+            return _run(verb, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         if error.instead and (command := _instead(verb, argv, error.instead)) is not None:
             print(f"This works here: {command}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        what = "terminated" if isinstance(interrupt, interrupts.Terminated) else "interrupted"
+        print("\n" + "; ".join([what, *getattr(interrupt, "__notes__", ())]), file=sys.stderr)
+        return interrupts.exit_code(interrupt)
 
 
 def _run(verb: str | None, argv: list[str]) -> int:

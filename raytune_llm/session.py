@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 
+from raytune_llm import interrupts
 from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.errors import ConfigError, ResourceError
 
@@ -18,6 +19,10 @@ _QUICK = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Records reach the driver through its own channel; workers' prints would show twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # Workers that wait for a place, or for a busy machine, are not given up after a minute; who waits says so.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    # A group whose worker is gone does not wait half a minute for its farewell.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
 
 
@@ -33,7 +38,16 @@ def connect(resources: Local | Cluster) -> None:
         # A cluster that only this process uses needs no token; the shared ones keep theirs.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            with interrupts.kept():
+                ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except (RuntimeError, TimeoutError, ConnectionError, OSError) as error:
+            what = str(error).strip().splitlines()[0]
+            raise ResourceError(
+                f"Ray did not start on this machine ({what})",
+                "The machine is busy, or lacks memory or space in /tmp: try again, or set resources=inline.",
+            ) from error
+        _keep_paragraphs_off_the_screen()
         return
     address = resources.address or os.environ.get("RAY_ADDRESS")
     if address is None:
@@ -45,9 +59,18 @@ def connect(resources: Local | Cluster) -> None:
         )
     _answers(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    except ConnectionError as error:
-        raise _nobody(address, error) from None
+        with interrupts.kept():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        raise _nobody(address, str(error).strip().splitlines()[0]) from error
+    _keep_paragraphs_off_the_screen()
+
+
+def _keep_paragraphs_off_the_screen() -> None:
+    """Ray prints what its daemons say of a lost worker, in paragraphs, whatever log_to_driver says; its logs have it, too."""
+    import ray._private.worker
+
+    ray._private.worker._worker_logs_enabled = False
 
 
 def _answers(address: str) -> None:
@@ -60,5 +83,5 @@ def _answers(address: str) -> None:
             raise _nobody(address, error) from None
 
 
-def _nobody(address: str, error: Exception) -> ResourceError:
+def _nobody(address: str, error: object) -> ResourceError:
     return ResourceError(f"no Ray cluster answers at {address} ({error})", "Start one with `ray start --head`.")

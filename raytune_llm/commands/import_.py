@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,12 +18,12 @@ STYLES = {"mapped": "", "no effect": "dim", "refused": "red"}
 def main(run: ImportRun) -> int:
     console = Console()
     translation = translate_file(run)
+    path = write(run, translation)  # or its error, before a table that looks like success
     console.print(_table(translation), highlight=False)
-    path = write(run, translation)
     console.print(f"\nWrote {escape(str(path))}, with LLaMA-Factory's defaults for what the file does not say.", highlight=False)
     if not_found := declaration_elsewhere(translation):
         console.print(f"{escape(not_found)} is not here, so the data sets were not checked.", style="yellow", highlight=False)
-    command = f"python -m raytune_llm --config-dir {run.config_dir} +experiment={experiment_name(run)}"
+    command = f"python -m raytune_llm --config-dir {shlex.quote(run.config_dir)} +experiment={experiment_name(run)}"
     console.print(f"Next: [bold]{escape(command)}[/bold]", highlight=False, soft_wrap=True)
     return 0
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from raytune_llm import api
 from raytune_llm.__main__ import BEGAN
 from raytune_llm.config.load import to_yaml
+from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.run import TrainRun
 from raytune_llm.packaged import PACKAGED
 from raytune_llm.report.display import SHOWN_SAMPLES, Display, last_line
@@ -36,10 +37,22 @@ def main(run: TrainRun) -> int:
         result = api.train(
             run, sinks=[face.record], on_begin=face.begin, on_samples=face.samples, on_progress=face.rows, began=BEGAN
         )
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(how_to_resume(Path(run.output_dir)))
+        raise
     finally:
         face.close()
     face.done(_done(run, result))
     return 0
+
+
+def how_to_resume(output: Path) -> str:
+    """What the same command does after this one was interrupted."""
+    steps = [mark.parent.name.removeprefix("step-") for mark in (output / "checkpoints").glob("step-*/COMPLETE")]
+    newest = max((int(step) for step in steps if step.isdigit()), default=None)
+    if newest is None:
+        return "nothing was saved yet: the same command begins again"
+    return f"the same command resumes from the checkpoint at step {newest}"
 
 
 FACES: dict[str, Callable[[], Display | EventLog]] = {"text": lambda: Display(Console()), "json": EventLog}
@@ -103,13 +116,30 @@ def next_command(run: TrainRun, final: Path) -> str | None:
     """How to go on from what a run left. None where that is of no use as it is: a reward model, or one that can't chat yet."""
     if not run.stage.writes:
         return None
-    there = f"output_dir={final.parent}_next"
-    if run.adapter.trains_base or run.stage.plain_text:
+    there = _override("output_dir", f"{final.parent}_next")
+    if run.stage.plain_text:
         if not (final / "chat_template.jinja").exists():
             return None
-        model = f"model.path={final}" if run.adapter.trains_base else f"model.path={run.model.path} adapter.path={final}"
-        return f"python -m raytune_llm model=hub {model} data.path=MORE.jsonl {there}"
-    return f"python -m raytune_llm --config-dir {final.parent} --config-name run adapter.path={final} {there}"
+        model = _base(run.model, final) if run.adapter.trains_base else _base(run.model, run.model.path)
+        adapter = [] if run.adapter.trains_base else [_override("adapter.path", final)]
+        return " ".join(["python -m raytune_llm", *model, *adapter, "data=commands", there])
+    words = ["python -m raytune_llm --config-dir", shlex.quote(str(final.parent)), "--config-name run"]
+    if run.adapter.trains_base:
+        words += [_override("model.path", final)]
+        words += ["model.weights=pretrained"] if run.model.weights != "pretrained" else []
+        words += [f"~model.config.{name}" for name in run.model.config]
+    else:
+        words += [_override("adapter.path", final)]
+    return " ".join([*words, there])
+
+
+def _base(model: ModelConfig, path: object) -> list[str]:
+    """Overrides that choose the model at `path` as the run had its own."""
+    option = next((package.option for known, package in PACKAGED.items() if known == path), None)
+    words = [option] if option else ["model=hub", _override("model.path", path)]
+    revision = model.revision if path == model.path else None
+    given = {"revision": revision, "tokenizer": model.tokenizer, "trust_remote_code": model.trust_remote_code or None}
+    return [*words, *(_override(f"model.{name}", value) for name, value in given.items() if value is not None)]
 
 
 def chat_command(run: TrainRun, final: Path) -> str | None:
@@ -119,13 +149,11 @@ def chat_command(run: TrainRun, final: Path) -> str | None:
     if not run.stage.writes or not (final / "chat_template.jinja").exists():
         return None
     if adapter.trains_base:
-        return f"python -m raytune_llm chat model=hub {_override('model.path', final)}"
+        trusted = ["model.trust_remote_code=true"] if model.trust_remote_code else []
+        return " ".join(["python -m raytune_llm chat model=hub", _override("model.path", final), *trusted])
     if not adapter.mixes or model.path is None or model.weights == "random" or model.config:
         return None
-    option = next((package.option for path, package in PACKAGED.items() if path == model.path), None)
-    words = [option] if option else ["model=hub", _override("model.path", model.path)]
-    given = {"revision": model.revision, "tokenizer": model.tokenizer, "trust_remote_code": model.trust_remote_code or None}
-    words += [_override(f"model.{name}", value) for name, value in given.items() if value is not None]
+    words = _base(model, model.path)
     words += [f"quantization={run.quantization.name}"] if run.quantization.replaces_layers else []
     words += [_override("chat.template", run.data.template)] if run.data.template is not None else []
     return " ".join(["python -m raytune_llm chat", *words, _override("chat.adapter", final)])

@@ -34,6 +34,8 @@ from raytune_llm.config.run import RUNS
 from raytune_llm.errors import ConfigError
 
 UNEXPECTED = ("unexpected_keyword_argument", "extra_forbidden")
+RENAMED = {"quantization.wide": "quantization.skip_modules"}
+"""Settings of earlier versions, and what they are called now."""
 """How pydantic calls a setting that there is not."""
 EXAMPLES = CONF.parent / "examples"
 
@@ -400,6 +402,8 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
 
 
 def _unknown_key(key: str, known: list[str]) -> ConfigError:
+    if key in RENAMED:
+        return ConfigError(key, f"has another name now, {RENAMED[key]}", fix=f"Write {RENAMED[key]}=...")
     if key == "experiment":
         fix = "Let the file begin with the line `# @package _global_`, and with `key: value` lines below it."
         return ConfigError("+experiment", "must be a file of settings for the whole run", fix=fix)

@@ -28,6 +28,8 @@ class Local:
     """auto: one if there are any."""
     max_failures: NonNegativeInt
     """How often lost workers are replaced, going on from the newest checkpoint."""
+    collective_timeout_s: PositiveFloat
+    """A worker that waits longer than this for the others gives up, and one that doesn't answer for as long is replaced."""
 
 
 @section
@@ -44,6 +46,7 @@ class Cluster:
     preflight: Literal["full", "quick", "off"]
     """Where there are several nodes, they are asked before the run whether they are alike and see one storage; full: and how fast
     an all-reduce over them is, which takes as long as torch does to load."""
+    collective_timeout_s: PositiveFloat
 
 
 ResourcesConfig = Annotated[Inline | Local | Cluster, Field(discriminator="name")]

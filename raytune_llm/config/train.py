@@ -26,6 +26,8 @@ class LoopConfig:
     max_grad_norm: PositiveFloat | None
     max_nonfinite_steps: NonNegativeInt
     """Steps with a non-finite gradient are skipped; more than this many stop the run."""
+    stall_timeout_s: PositiveFloat
+    """A worker that makes no step for so long is named, with where it is (resources=local and cluster)."""
     profile: bool
     """Write a trace of a few steps and a table of where their time goes."""
     log_every_steps: PositiveInt

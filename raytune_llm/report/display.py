@@ -48,7 +48,7 @@ class Display:
             return
         self.close()
         if begin.first_step:
-            self._console.print(f"going on from the checkpoint at step {begin.first_step}", highlight=False)
+            self._console.print(f"resuming from the checkpoint at step {begin.first_step}", highlight=False)
         for choice in begin.choices:
             self._console.print(escape(choice), style="dim", highlight=False, soft_wrap=True)
         self._bar = ProgressBar(begin.total_steps, first_step=begin.first_step, console=self._console)
@@ -69,7 +69,7 @@ class Display:
     def samples(self, samples: Sequence[SampledAnswer]) -> None:
         for sample in samples[:SHOWN_SAMPLES]:
             table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
-            table.add_row("asked", escape(_shortened(last_line(sample.request))), style="dim")
+            table.add_row("asked", escape(_shortened(last_line(sample.prompt))), style="dim")
             table.add_row("expected", escape(_shortened(sample.reference)), style="dim")
             table.add_row(f"step {sample.step}", escape(_shortened(sample.answer)))
             self._console.print(table, highlight=False)

@@ -44,7 +44,7 @@ class SampledAnswer:
     """The source of the row where there are several."""
     row: int
     """In the store of what is held out."""
-    request: str
+    prompt: str
     answer: str
     reference: str
 

@@ -66,8 +66,8 @@ class Sampler:
         with strategy.parts():
             completions = engine.generate(self._requests)
         return [
-            SampledAnswer(step=step, source=source, row=row, request=request, answer=completion.text.strip(), reference=reference)
-            for source, row, (request, reference), completion in zip(
+            SampledAnswer(step=step, source=source, row=row, prompt=prompt, answer=completion.text.strip(), reference=reference)
+            for source, row, (prompt, reference), completion in zip(
                 self._sources, self._rows, self._texts, completions, strict=True
             )
         ]

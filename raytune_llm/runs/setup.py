@@ -20,7 +20,8 @@ from raytune_llm.data.streaming import Stream
 from raytune_llm.data.tokens.tokenizer import stop_ids
 from raytune_llm.memory.flops import peak_flops
 from raytune_llm.models.build import run_config
-from raytune_llm.report.news import ReferencePass
+from raytune_llm.report.news import Notice, ReferencePass
+from raytune_llm.report.slow import say_nothing, told_if_slow
 from raytune_llm.runs.build import Builder, Built
 from raytune_llm.runs.reference import find_reference
 from raytune_llm.runs.stores import Stores, open_stores, shares_prompts, total_steps
@@ -90,7 +91,7 @@ def set_up(
     train_store: str,
     eval_store: str | None,
     device: torch.device,
-    tell: Callable[[ReferencePass], None],
+    tell: Callable[[ReferencePass | Notice], None],
 ) -> Setup:
     """The data, the model as the run finds it, and what the reference says."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -102,7 +103,7 @@ def set_up(
     shares = shares_prompts(run, run.stage.kind, lambda: config)
     stores = open_stores(run, train_store, eval_store, share_prompts=shares)
     builder = Builder(run, config, device)
-    with explained(builder, "loading the model"):
+    with explained(builder, "loading the model"), told_if_slow(tell if rank == 0 else say_nothing, "loading the model"):
         built = builder.build()
     choices, enrichers = built.choices, []
     if objective.reference is not None:

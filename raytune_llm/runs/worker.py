@@ -17,16 +17,17 @@ import torch.distributed as dist
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ResourceError
 from raytune_llm.report.metrics import JsonLines, Report, Sink
-from raytune_llm.report.news import Begin, ReferencePass, SampledAnswer
+from raytune_llm.report.news import Begin, Notice, ReferencePass, SampledAnswer
 from raytune_llm.report.profile import StepProfile
 from raytune_llm.report.scores import held_out_scores, write_scores
+from raytune_llm.report.slow import say_nothing, told_if_slow
 from raytune_llm.runs.output import identity, model_card, write_final
 from raytune_llm.runs.samples import SAMPLES, Sampler
 from raytune_llm.runs.setup import Setup, explained, set_up
 from raytune_llm.train import loop
 from raytune_llm.train.checkpoint import Checkpoints, Progress, read_progress
 from raytune_llm.train.clock import Clock
-from raytune_llm.train.strategies.base import Strategy
+from raytune_llm.train.strategies.base import Strategy, trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +51,14 @@ def work(
     *,
     device: torch.device,
     sinks: Sequence[Sink] = (),
-    on_begin: Callable[[Begin | ReferencePass], None] = lambda begin: None,
+    on_begin: Callable[[Begin | ReferencePass | Notice], None] = lambda begin: None,
     on_samples: Callable[[Sequence[SampledAnswer]], None] = lambda samples: None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> TrainOutcome:
     """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only; on_step
     is called after each step, on every worker."""
     began = time.perf_counter()
+    tell = on_begin if not dist.is_initialized() or dist.get_rank() == 0 else say_nothing
     setup = set_up(run, train_store, eval_store, device, on_begin)
     strategy, settings, clock = setup.built.strategy, setup.loop_settings(), Clock()
     with explained(setup.builder, "training"), ExitStack() as stack:
@@ -67,18 +69,21 @@ def work(
             asynchronous=run.checkpoint.asynchronous,
         )
         stack.callback(checkpoints.close)
-        progress = restore(checkpoints, strategy)
-        recorder = Recorder(setup, clock, checkpoints, stack, progress.step, sinks, on_samples)
+        with told_if_slow(tell, "loading the checkpoint"):
+            progress = restore(checkpoints, strategy)
+        recorder = Recorder(setup, clock, checkpoints, stack, progress.step, sinks, on_samples, tell)
         loaded = time.perf_counter()
         if setup.rank == 0:
             on_begin(Begin(total_steps=settings.total_steps, first_step=progress.step, choices=setup.choices))
-        stepped = (profiled(setup, settings.total_steps, progress.step, stack), on_step)
+        first = stack.enter_context(ExitStack())
+        first.enter_context(told_if_slow(tell, f"the first step{', layers are compiled' if setup.built.policy.compiled else ''}"))
+        stepped = (lambda step: first.close(), profiled(setup, settings.total_steps, progress.step, stack), on_step)
         hooks = loop.Hooks(log=recorder.log, save=recorder.save, sample=recorder.sample, stepped=stepped)
         strategy.model.train()
         progress = loop.run(setup.learner(), setup.source, setup.held_out, progress, settings, hooks, clock)
         trained = time.perf_counter()
         check_loss(progress)
-        finish(setup, checkpoints, progress)
+        finish(setup, checkpoints, progress, tell)
     rate = clock.rate()
     return TrainOutcome(
         progress=progress,
@@ -104,11 +109,13 @@ class Recorder:
         from_step: int,
         sinks: Sequence[Sink],
         on_samples: Callable[[Sequence[SampledAnswer]], None],
+        tell: Callable[[Notice], None],
     ) -> None:
         """`stack` closes the files, which are resumed from the step `from_step`."""
         self.save_s = 0.0
         """Seconds that training waited for checkpoints."""
         self._setup, self._clock, self._checkpoints, self._on_samples = setup, clock, checkpoints, on_samples
+        self._tell = tell
         self._identity = identity(setup.run, setup.stores.manifests)
         self._sampler = sampler_of(setup)
         self._report = self._samples = None
@@ -130,7 +137,8 @@ class Recorder:
 
     def save(self, progress: Progress) -> None:
         at = time.perf_counter()
-        self._checkpoints.save(self._setup.built.strategy.state(), progress, self._identity)
+        with told_if_slow(self._tell, f"saving the checkpoint at step {progress.step}"):
+            self._checkpoints.save(self._setup.built.strategy.state(), progress, self._identity)
         self.save_s += time.perf_counter() - at
 
     def sample(self, step: int) -> None:
@@ -167,10 +175,11 @@ def profiled(setup: Setup, total_steps: int, first_step: int, stack: ExitStack) 
     return profile.stepped
 
 
-def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress) -> None:
+def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, tell: Callable[[Notice], None]) -> None:
     """Write `final/`, and what a reward model makes of the held-out pairs. All workers call it together."""
     run, strategy, policy = setup.run, setup.built.strategy, setup.built.policy
-    checkpoints.wait()
+    with told_if_slow(tell, "writing the last checkpoint"):
+        checkpoints.wait()
     best = progress.best_step if run.checkpoint.final == "best" else None
     if best is not None and best != progress.step:
         checkpoints.load(best, strategy.load)
@@ -178,7 +187,12 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress) -> None:
         pairs = held_out_scores(strategy.model, setup.stage.scores, setup.held_out, setup.device)
         if setup.rank == 0:
             write_scores(pairs, setup.output)
-    parameters = {name: value for name, value in strategy.full_parameters() if setup.rank == 0}
+    with told_if_slow(tell, "gathering what was trained") as gathering:
+        total, parameters = len(trained(strategy.model)), {}
+        for number, (name, value) in enumerate(strategy.full_parameters(), start=1):
+            gathering.of(number, total)
+            if setup.rank == 0:
+                parameters[name] = value
     if setup.rank == 0:
         save = partial(
             policy.save,
@@ -187,7 +201,8 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress) -> None:
             stop_ids=setup.stop_ids,
             base_model=run.model.path or "",
         )
-        write_final(setup.output / "final", save, model_card(run, progress.step, progress.loss_last))
+        with told_if_slow(tell, "writing final/"):
+            write_final(setup.output / "final", save, model_card(run, progress.step, progress.loss_last))
     if dist.is_initialized():
         dist.barrier()
 

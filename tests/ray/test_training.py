@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +18,7 @@ import pytest
 from raytune_llm import api, load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.report.news import Begin, Notice
 from tests.group import metrics
 from tests.invariant.test_same_run_everywhere import SAMPLED, assert_same_run
 from tests.runs import tiny_run
@@ -58,8 +63,21 @@ def test_a_worker_killed_in_the_middle_does_not_show(plain: TrainRun, tmp_path: 
             killed.append(victim)
 
     told: list[Any] = []
-    result = api.train(run, sinks=[kill_one], on_begin=lambda begin: begun.append(begin.first_step), on_samples=told.append)
+    notices: list[str] = []
+
+    def begin(news: Any) -> None:
+        if isinstance(news, Begin):
+            begun.append(news.first_step)
+        elif isinstance(news, Notice):
+            notices.append(news.text)
+
+    result = api.train(run, sinks=[kill_one], on_begin=begin, on_samples=told.append)
     assert killed
+    [line] = [notice for notice in notices if "failure 1 of 3" in notice]
+    assert re.fullmatch(
+        r"worker [01] on [\d.]+ died \(killed\); starting again from step \d+, failure 1 of 3 \(.*workers\.log.*", line
+    )
+    assert "died" in (tmp_path / "workers.log").read_text()
     assert begun[0] == 0
     assert begun[1] >= 4, "the group went on from a checkpoint"
     assert result.summary.world_size == 2
@@ -98,3 +116,65 @@ def test_a_cluster_that_does_not_answer_is_named(plain: TrainRun, tmp_path: Path
     resources = load_config("train", ["data.path=x", "resources=cluster", "resources.address=127.0.0.1:1"]).resources
     with pytest.raises(ResourceError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
         api.train(replace(plain, output_dir=str(tmp_path), resources=resources))
+
+
+def test_a_frozen_worker_is_named_and_the_run_goes_on(plain: TrainRun, tmp_path: Path) -> None:
+    run = on_ray(plain, tmp_path, "resources.collective_timeout_s=20")
+    run = replace(run, train=replace(run.train, stall_timeout_s=5.0))
+    frozen: list[int] = []
+    notices: list[str] = []
+
+    def freeze_one(record: Mapping[str, Any]) -> None:
+        if record["step"] >= 3 and not frozen:
+            frozen.append(worker_processes()[0])
+            os.kill(frozen[0], signal.SIGSTOP)
+
+    api.train(run, sinks=[freeze_one], on_begin=lambda news: notices.append(news.text) if isinstance(news, Notice) else None)
+    assert any(re.match(r"worker [01] on [\d.]+ has not answered for \d+ s", notice) for notice in notices), notices
+    assert any("waits for the others" in notice for notice in notices), notices
+    assert any("starting again from step" in notice for notice in notices), notices
+    assert_same_run(plain, run)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("when", ["starting the workers", "step 1/"])
+def test_a_signal_ends_a_run_on_ray_at_once(plain: TrainRun, tmp_path: Path, number: int, code: int, when: str) -> None:
+    command = [
+        "model=tiny_random", "resources=local", "resources.num_workers=2", "train.epochs=5000", "train.log_every_steps=1",
+        "train.global_batch_size=2", "data.max_length=128", "data.eval_fraction=0", f"data.path={plain.data.path}",
+        f"data.cache={plain.data.cache}", f"output_dir={tmp_path / 'o'}", "tracking=none",
+    ]  # fmt: skip
+    log = (tmp_path / "log").open("w+")
+    running = subprocess.Popen([sys.executable, "-m", "raytune_llm", *command], stdout=log, stderr=log, text=True)
+    deadline = time.monotonic() + 240
+    while when not in (tmp_path / "log").read_text() and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.2)
+    running.send_signal(number)
+    sent = time.monotonic()
+    assert running.wait(60) == code, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    print(f"{when}: {time.monotonic() - sent:.1f} s")
+    assert "the same command" in said and "Traceback" not in said and "@" not in said, said
+
+
+def test_a_cluster_whose_cpus_are_taken_says_what_it_waits_for(plain: TrainRun, tmp_path: Path) -> None:
+    import ray
+
+    from raytune_llm.runs.launch import _wait_for
+
+    total = ray.cluster_resources()["CPU"]
+    holder = ray.remote(num_cpus=total)(Holder).remote()
+    ray.get(holder.hold.remote())
+    told: list[Any] = []
+
+    def release(news: Any) -> None:
+        told.append(news.text)
+        ray.kill(holder)
+
+    _wait_for(2, 1.0, 0.0, release)
+    assert told == [f"waiting for 2 workers of 1 CPU; the cluster has 0 of {total:g} CPUs free"]
+
+
+class Holder:
+    def hold(self) -> None:
+        pass

@@ -48,4 +48,4 @@ def test_a_fresh_model_learns_plain_text_packed_end_to_end(cache, tmp_path):
     assert logged[0]["tokens_seen"] == 8 * 128 < store.num_tokens, "every pack of the first step is full"
     samples = [json.loads(line) for line in (result.output_dir / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 0, 6, 6, 12, 12]
-    assert all(line.startswith(sample["request"]) for sample in samples)
+    assert all(line.startswith(sample["prompt"]) for sample in samples)

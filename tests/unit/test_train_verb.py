@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,20 @@ def test_the_command_that_is_named_next_can_be_typed(done):
     *_, folder, _, name, adapter, output = command.split()
     following = load_config("train", [adapter, output], config_dir=folder, config_name=name)
     assert following.adapter.path == str(first.final) and following.output_dir == f"{run.output_dir}_next"
+
+
+def test_the_command_after_full_fine_tuning_works_as_it_is_pasted(done, chat_rows, cache, tmp_path):
+    folder = tmp_path / "my runs" / "it's here"
+    run = tiny_run(chat_rows, cache, folder, "adapter=none", "train.max_steps=4", "optimizer.lr=1e-2", "data.eval_fraction=0")
+    first = api.train(run)
+    command = next_command(run, first.final)
+    assert command is not None
+    words = shlex.split(command)
+    folder_of_run, name, *overrides = words[4], words[6], *words[7:]
+    following = load_config("train", overrides, config_dir=folder_of_run, config_name=name)
+    assert following.model.path == str(folder / "final") and following.output_dir == f"{folder}_next"
+    api.train(following)
+    assert metrics(following.output_dir)[0]["loss"] < metrics(run.output_dir)[0]["loss"]
 
 
 def test_held_out_figures_are_told_from_before_the_first_step_to_the_last():

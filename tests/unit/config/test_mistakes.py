@@ -102,3 +102,9 @@ def test_random_overrides_are_taken_or_refused_without_a_traceback(seed: int):
         line.append(f"{prefix}{draw.choice(keys)}={draw.choice(values)}")
     # data.path stays a file that is not there: no run starts.
     assert main([*line, "data=chat", "data.path=/nothing/there.jsonl", "resources=inline", "model=smollm2_135m"]) == 2
+
+
+@pytest.mark.parametrize("old", load.RENAMED)
+def test_a_setting_of_an_earlier_version_is_answered_with_its_new_name(capsys, old: str):
+    said = answer(capsys, "quantization=fp8", f"{old}=[down_proj]", ROWS)
+    assert said == f"error: {old} has another name now, {load.RENAMED[old]}. Write {load.RENAMED[old]}=...\n"

@@ -42,7 +42,7 @@ def test_the_first_held_out_rows_are_answered_at_each_evaluation(done):
     lines = samples(run.output_dir)
     assert [line["step"] for line in lines] == [3, 3, 3, 6, 6, 6]
     assert [line["row"] for line in lines[:3]] == [line["row"] for line in lines[3:]] == sorted(line["row"] for line in lines[:3])
-    assert all("assistant" in line["request"] and line["reference"] for line in lines)
+    assert all("assistant" in line["prompt"] and line["reference"] for line in lines)
     assert [[sample.to_json() for sample in samples] for samples in told] == [lines[:3], lines[3:]]
 
 

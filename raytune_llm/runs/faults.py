@@ -1,0 +1,123 @@
+"""What befalls the workers of a group, in a line each: one that died, one that stopped moving, all that wait for a place.
+
+Whatever else Ray and a worker have to say of it is in workers.log, in the output folder.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+WORKERS_LOG = "workers.log"
+BEAT_S = 5.0
+COLLECTIVES = ("torch/distributed/", "torch/autograd/graph.py")
+"""Where a worker is that waits for the others, by its stack: in a call of its own, or for gradients in a backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """Workers fell over, and their group with them."""
+
+    how: Mapping[int, str]
+    """By rank: what became of it."""
+    details: str
+    failure: int
+    """Which of this run's it is, from 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stalled:
+    """A worker that made no step for long."""
+
+    rank: int
+    step: int
+    seconds: float
+    where: str
+    """The function that it is in, and its place in the code."""
+    waits: bool
+    """For the other workers."""
+    stack: str
+
+
+def lost_line(lost: Lost, hosts: Mapping[int, str], *, limit: int, resumes_from: int | None, log: Path) -> str:
+    """`worker 1 on 10.0.0.2 died (killed); starting again from step 20, failure 1 of 3`"""
+    died = {rank: how for rank, how in lost.how.items() if how.startswith("died")} or dict(list(lost.how.items())[:1])
+    who = ", ".join(f"{name(rank, hosts)} {how}" for rank, how in sorted(died.items()))
+    if lost.failure > limit:
+        return f"{who}; not started again, failure {lost.failure} of {limit} ({log} has more)"
+    again = "from the beginning" if resumes_from is None else f"from step {resumes_from}"
+    return f"{who}; starting again {again}, failure {lost.failure} of {limit} ({log} has more)"
+
+
+def stalled_line(stalled: Stalled, hosts: Mapping[int, str], log: Path) -> str:
+    does = "waits for the others" if stalled.waits else "is"
+    place = f"{name(stalled.rank, hosts)} {does} in {stalled.where}"
+    return f"no step for {stalled.seconds:.0f} s since step {stalled.step}: {place} ({log} has its stack)"
+
+
+def silent_line(rank: int, seconds: float, hosts: Mapping[int, str]) -> str:
+    return f"{name(rank, hosts)} has not answered for {seconds:.0f} s: its process or its machine stands still"
+
+
+def name(rank: int, hosts: Mapping[int, str]) -> str:
+    return f"worker {rank} on {hosts[rank]}" if rank in hosts else f"worker {rank}"
+
+
+def waiting_line(workers: int, each: Mapping[str, float], free: Mapping[str, float], total: Mapping[str, float]) -> str | None:
+    """`waiting for 2 more workers of 1 GPU; the cluster has 6 of 8 GPUs free`; None where all find a place."""
+    short = [kind for kind, amount in each.items() if amount and free.get(kind, 0.0) + 1e-6 < amount * workers]
+    if not short:
+        return None
+    kind = short[-1]  # of CPUs and GPUs, in this order: what is scarce
+    amount, there = each[kind], free.get(kind, 0.0)
+    missing = workers - int((there + 1e-6) // amount)
+    of = f"{amount:g} {kind}{'' if amount == 1 else 's'}"
+    more = "" if missing == workers else "more "
+    return (
+        f"waiting for {missing} {more}worker{'' if missing == 1 else 's'} of {of}; "
+        f"the cluster has {there:g} of {total.get(kind, 0.0):g} {kind}s free"
+    )
+
+
+class Pulse:
+    """Of one worker: a second thread tells that it lives, and where it is when it made no step for long."""
+
+    def __init__(self, rank: int, stall_timeout_s: float, beat: Callable[[int], None], tell: Callable[[Stalled], None]) -> None:
+        """Of the thread that makes it, which is the one that trains. Its first step may take as long as it likes."""
+        self._rank, self._limit_s, self._beat, self._tell = rank, stall_timeout_s, beat, tell
+        self._thread = threading.get_ident()
+        self._last: tuple[int, float] | None = None
+        self._told = False
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="pulse", daemon=True).start()
+
+    def stepped(self, step: int) -> None:
+        self._last, self._told = (step, time.monotonic()), False
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.wait(min(BEAT_S, self._limit_s / 4)):
+            self._beat(self._rank)
+            last = self._last
+            if last is None or self._told or (seconds := time.monotonic() - last[1]) < self._limit_s:
+                continue
+            frame = sys._current_frames().get(self._thread)
+            if frame is not None:
+                self._told = True
+                self._tell(_stalled(self._rank, last[0], seconds, frame))
+
+
+def _stalled(rank: int, step: int, seconds: float, frame: FrameType) -> Stalled:
+    stack = traceback.extract_stack(frame)
+    last = stack[-1]
+    waits = any(part in entry.filename for entry in stack[-8:] for part in COLLECTIVES)
+    where = f"{last.name} ({Path(last.filename).name}:{last.lineno})"
+    return Stalled(rank=rank, step=step, seconds=seconds, where=where, waits=waits, stack="".join(stack.format()))
