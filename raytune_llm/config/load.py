@@ -37,6 +37,8 @@ UNEXPECTED = ("unexpected_keyword_argument", "extra_forbidden")
 RENAMED = {"quantization.wide": "quantization.skip_modules"}
 """Settings of earlier versions, and what they are called now."""
 """How pydantic calls a setting that there is not."""
+MAX_OPTION_CHARS = 200
+"""An option is a file, whose name can be no longer than a file system allows."""
 EXAMPLES = CONF.parent / "examples"
 
 
@@ -120,6 +122,10 @@ def _check_choices(overrides: Sequence[str], config_dir: str | Path | None) -> N
         group = key.lstrip("+~").partition("@")[0]
         if sign and not group:
             raise ConfigError("an override", "must read key=value", got=text, fix="See --help for the settings.")
+        if len(value) > MAX_OPTION_CHARS and (group == "experiment" or group in groups()):
+            raise ConfigError(
+                group, "must be the name of an option", got=f"{value[:40]}...", fix="See --help for those that there are."
+            )
         if not sign or "." in group or group not in groups():
             continue
         if key.startswith("~"):
