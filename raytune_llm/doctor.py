@@ -248,7 +248,7 @@ def _gpu_findings(gpus: tuple[Gpu, ...]) -> list[Finding]:
         Finding(
             what=f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}",
             costs="bf16 and FlashAttention, which need 8.0",
-            fix="Take train.precision=fp16 model.attention=sdpa.",
+            fix="Set train.precision=fp16 model.attention=sdpa.",
         )
         for gpu in dict.fromkeys(gpus)
         if gpu.capability < BF16_CAPABILITY

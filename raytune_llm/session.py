@@ -53,9 +53,9 @@ def connect(resources: Local | Cluster) -> None:
     if address is None:
         raise ConfigError(
             "resources.address",
-            "must be given where RAY_ADDRESS is not set",
+            "must be given if RAY_ADDRESS is not set",
             got="null",
-            fix="Say, resources.address=auto on a node of the cluster, or resources=local.",
+            fix="For example, resources.address=auto on a node of the cluster, or resources=local.",
         )
     _answers(address)
     try:

@@ -136,7 +136,7 @@ class Client:
                     continue
                 chunk = json.loads(data)
                 if "error" in chunk:
-                    raise ResourceError(f"the answer broke off: {chunk['error'].get('message')}")
+                    raise ResourceError(f"the answer was interrupted: {chunk['error'].get('message')}")
                 yield from answer.add(chunk)
 
     def prompt(self, model: str, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Prompt:

@@ -107,7 +107,7 @@ class Dialogue:
         known = [model.id for model in self.models]
         chosen = self.base if name == "none" else name
         if chosen not in known:
-            raise ConfigError("the adapter", f"must be none or one of {', '.join(known[1:]) or 'none that is loaded'}", got=name)
+            raise ConfigError("the adapter", f"must be none or one of {', '.join(known[1:]) or 'none is loaded'}", got=name)
         self.model = chosen
 
     def set(self, name: str, value: str) -> None:
@@ -143,7 +143,7 @@ class Dialogue:
     def take_tools(self, path: Path) -> None:
         tools = _json_of(path)
         if not isinstance(tools, list) or not all(isinstance(one, dict) for one in tools):
-            raise DataError(str(path), "must hold a list of tools, as the API takes them")
+            raise DataError(str(path), "must hold a list of tools, as in the API")
         self.tools = [one if "function" in one else {"type": "function", "function": one} for one in tools]
 
     @property

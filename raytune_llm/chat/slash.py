@@ -59,7 +59,7 @@ def _compare(terminal: Terminal, text: str) -> None:
     dialogue = terminal.dialogue
     question = text or dialogue.question
     if question is None:
-        raise ConfigError("/compare", "needs a question", fix="Say, /compare What is a fox?")
+        raise ConfigError("/compare", "needs a question", fix="For example, /compare What is a fox?")
     asked = _asking(dialogue, question, anew=bool(text))
     names = list(dict.fromkeys([dialogue.base, dialogue.model, *(model.id for model in dialogue.models)]))[:MAX_COMPARED]
     answers = {name: Answer() for name in names}
@@ -138,13 +138,13 @@ def _tools(terminal: Terminal, file: str) -> None:
 
 def _retry(terminal: Terminal, _: str) -> None:
     if not terminal.dialogue.take_back_answer():
-        raise ConfigError("/retry", "needs a question that was asked", fix="Say something first.")
+        raise ConfigError("/retry", "needs an earlier question", fix="Say something first.")
     terminal.answer()
 
 
 def _undo(terminal: Terminal, _: str) -> None:
     if not terminal.dialogue.undo():
-        raise ConfigError("/undo", "needs a question that was asked", fix="There is nothing to take back.")
+        raise ConfigError("/undo", "needs an earlier question", fix="There is nothing to undo.")
 
 
 def _save(terminal: Terminal, file: str) -> None:
@@ -183,7 +183,7 @@ def _exit(terminal: Terminal, _: str) -> None:
 
 def _file(command: str, file: str) -> Path:
     if not file:
-        raise ConfigError(command, "needs a file", fix=f"Say, {command} talk.json")
+        raise ConfigError(command, "needs a file", fix=f"For example, {command} talk.json")
     return Path(file).expanduser()
 
 

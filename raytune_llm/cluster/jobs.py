@@ -182,9 +182,7 @@ class Jobs:
             except (ResourceError, *_broken()) as error:
                 lost = lost if failures else time.monotonic()
                 if time.monotonic() - lost > GIVE_UP_S:
-                    raise ResourceError(
-                        f"{self.address} doesn't answer any more ({error})", come_back(job, self.address)
-                    ) from None
+                    raise ResourceError(f"{self.address} no longer answers ({error})", come_back(job, self.address)) from None
                 if failures == 0:
                     told(f"the connection to {self.address} broke ({str(error).splitlines()[0]}): trying again")
                 await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
@@ -227,7 +225,7 @@ class Jobs:
             yield
         except AuthenticationError as error:
             raise ResourceError(
-                f"{self.address} wants another token than this machine has ({str(error).splitlines()[0]})",
+                f"{self.address} rejects this machine's token ({str(error).splitlines()[0]})",
                 "Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's.",
             ) from None
         except (ConnectionError, OSError) as error:
@@ -246,7 +244,9 @@ def address_of(setting: str | None) -> str:
     address = setting or next((os.environ[name] for name in ADDRESSES if os.environ.get(name, "").startswith("http")), None)
     if address is None:
         raise ConfigError(
-            "submit.address", "must be given where RAY_API_SERVER_ADDRESS is not set", fix="Say, submit.address=http://head:8265."
+            "submit.address",
+            "must be given if RAY_API_SERVER_ADDRESS is not set",
+            fix="For example, submit.address=http://head:8265.",
         )
     return address.rstrip("/")
 

@@ -33,7 +33,7 @@ def on_cluster(run: Run, folder: Path, files: Mapping[str, Path]) -> Run:
         if setting in ALWAYS:
             raise ConfigError(
                 setting,
-                "must be an absolute path for a job, whose working folder goes with it",
+                "must be an absolute path for a job, whose working folder is deleted with it",
                 got=value,
                 fix=SHARED.format(setting=setting),
             )
@@ -41,7 +41,7 @@ def on_cluster(run: Run, folder: Path, files: Mapping[str, Path]) -> Run:
         why = "git or submit.ignore leaves it out" if left_out else "it is not in submit.folder"
         raise ConfigError(
             setting,
-            f"must travel with the job or be an absolute path of the cluster: {why}",
+            f"must be sent with the job or be an absolute path on the cluster: {why}",
             got=value,
             fix=SHARED.format(setting=setting),
         )

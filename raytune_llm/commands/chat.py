@@ -28,7 +28,7 @@ def main(run: ChatRun) -> int:
         with open_dialogue(with_absolute_paths(run)) as dialogue:
             loading.stop()
             names = ", ".join(model.id for model in dialogue.models[1:])
-            console.print(Text(f"{dialogue.base}{', adapters: ' + names if names else ''}. /help lists what else can be done."))
+            console.print(Text(f"{dialogue.base}{', adapters: ' + names if names else ''}. /help lists the commands."))
             _complete_commands()
             _converse(Terminal(dialogue, console))
     finally:
@@ -40,7 +40,9 @@ def _answer_once(run: ChatRun) -> int:
     """Nothing but the answer's text goes to standard output."""
     said = sys.stdin.read().strip("\n")
     if not said.strip():
-        raise ConfigError("standard input", "must hold a message", got="nothing", fix='Say, echo "hello" | raytune-llm chat.')
+        raise ConfigError(
+            "standard input", "must hold a message", got="nothing", fix='For example, echo "hello" | raytune-llm chat.'
+        )
     with open_dialogue(with_absolute_paths(run)) as dialogue:
         dialogue.say(said)
         try:
@@ -67,7 +69,7 @@ def _converse(terminal: Terminal) -> None:
         except Leave:
             return
         except KeyboardInterrupt:
-            terminal.console.print("\nCtrl-D or /exit leaves", style="dim")
+            terminal.console.print("\nCtrl-D or /exit ends the chat", style="dim")
         except UserError as error:
             terminal.console.print(Text(str(error), style="red"))
 

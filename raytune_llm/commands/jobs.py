@@ -79,7 +79,7 @@ def _stop(console: Console, jobs: Jobs, run: JobsRun) -> int:
     until = time.monotonic() + STOP_WAITS_S
     while not jobs.get(job.id).has_ended:
         if time.monotonic() > until:
-            say(console, f"{job.id} was told to stop {STOP_WAITS_S:g} s ago and has not ended yet")
+            say(console, f"{job.id} was asked to stop {STOP_WAITS_S:g} s ago and has not ended yet")
             return 1
         time.sleep(0.5)
     say(console, f"{job.id} stopped; the same run, submitted again, resumes from its newest checkpoint")
@@ -90,7 +90,7 @@ def _fetch(console: Console, jobs: Jobs, run: JobsRun) -> int:
     job = jobs.find(run.job or "")
     folder = Path(run.submit.results) / job.id
     written = read(jobs.log(job.id).splitlines()).write(folder)
-    say(console, f"fetched to {folder}: {', '.join(written)}" if written else f"{job.id} has told nothing yet")
+    say(console, f"fetched to {folder}: {', '.join(written)}" if written else f"{job.id} has reported nothing yet")
     return 0
 
 

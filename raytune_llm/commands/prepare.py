@@ -38,10 +38,10 @@ def main(run: PrepareRun) -> int:
     for row in range(min(run.look, len(prepared.store))):
         console.print(Panel(shown(prepared.store, row, tokenizer), title=f"row {row + 1}", title_align="left"))
     if prepared.reused:
-        console.print("Nothing to do: the store was there.")
+        console.print("Nothing to do: the store exists.")
     else:
         console.print(f"{prepared.rows_per_s:.0f} rows/s; {prepared.seconds:.1f} s in all", highlight=False)
-    console.print("Next: `python -m raytune_llm train` with the same model and data settings takes this store as it is.")
+    console.print("Next: `python -m raytune_llm train` with the same model and data settings uses this store.")
     return 0
 
 

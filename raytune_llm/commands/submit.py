@@ -21,7 +21,7 @@ def main(run: SubmitRun) -> int:
     if (warning := open_to_all(address)) is not None:
         say(console, f"warning: {warning}")
     job = api.submit(run)
-    say(console, f"{address} has the job {job.id}")
+    say(console, f"job {job.id} was submitted to {address}")
     if run.submit.detach:
         say(console, come_back(job.id, address))
         return 0
@@ -39,7 +39,7 @@ def follow_to_its_end(console: Console, jobs: Jobs, job: Job, results: Path) -> 
             told=lambda text: say(console, text),
         )
     except KeyboardInterrupt:
-        say(console, f"\ndetached: {job.id} goes on. {come_back(job.id, jobs.address)}")
+        say(console, f"\ndetached: {job.id} keeps running. {come_back(job.id, jobs.address)}")
         say(console, f"Stop it with: python -m raytune_llm jobs stop {job.id} submit.address={jobs.address}")
         return DETACHED_EXIT_CODE
     ended = jobs.get(job.id)

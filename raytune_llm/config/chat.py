@@ -37,4 +37,6 @@ class ChatConfig(ServedModels):
             raise ConfigError("chat.url", "must begin with http:// or https://", got=self.url)
         if self.adapters:
             fix = "Give them to the server (serve.adapters), and name one with chat.adapter."
-            raise ConfigError("chat.adapters", "can't go with chat.url: a server has its own", got=self.adapters, fix=fix)
+            raise ConfigError(
+                "chat.adapters", "can't be combined with chat.url: a server has its own", got=self.adapters, fix=fix
+            )

@@ -77,7 +77,7 @@ def _check_together(flags: list[str]) -> None:
         flag for flag in flags if flag in ("--cfg", "-c", "--info", "-i", "--run", "-r", "--multirun", "-m", "--shell-completion")
     ]
     if len(shows) > 1:
-        raise ConfigError("the command line", "can have one of these flags", got=" ".join(shows), fix="Take one away.")
+        raise ConfigError("the command line", "can have one of these flags", got=" ".join(shows), fix="Remove one.")
     if "--resolve" in flags and not {"--cfg", "-c"} & set(flags):
         raise ConfigError("--resolve", "goes with --cfg job", fix="Write --cfg job --resolve.")
 
@@ -85,7 +85,7 @@ def _check_together(flags: list[str]) -> None:
 def _setting_at(verb: str, place: int, word: str) -> str:
     settings = WITHOUT_A_KEY[verb]
     if place >= len(settings):
-        raise ConfigError("the command line", f"has one {settings[-1]} after {verb}", got=word, fix="Take one at a time.")
+        raise ConfigError("the command line", f"has one {settings[-1]} after {verb}", got=word, fix="Choose one at a time.")
     return settings[place]
 
 

@@ -190,24 +190,24 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.mask_history and self.train_on_prompt:
-            raise ConfigError("data.mask_history", "must be false where data.train_on_prompt is true", got=True, fix="Take one.")
+            raise ConfigError("data.mask_history", "must be false if data.train_on_prompt is true", got=True, fix="Choose one.")
         if bool(self.names) != (self.dataset_info is not None):
             raise ConfigError(
                 "data.names",
                 "must name entries of data.dataset_info, and needs it",
                 got=self.names,
-                fix="Say, data.dataset_info=data/dataset_info.json data.names=[identity].",
+                fix="For example, data.dataset_info=data/dataset_info.json data.names=[identity].",
             )
         if self.dataset_info is not None and self.path is not None:
-            raise ConfigError("data.path", "must be null where data.dataset_info is given", got=self.path, fix="Take one.")
+            raise ConfigError("data.path", "must be null if data.dataset_info is given", got=self.path, fix="Choose one.")
         shares = {"data.mix_weights": self.mix_weights, "data.mix_temperature": self.mix_temperature}
         for setting, value in shares.items():
             if value is not None and self.mix == "concat":
-                raise ConfigError(setting, "must be null where data.mix=concat", got=value, fix="Set data.mix=interleave_over.")
+                raise ConfigError(setting, "must be null if data.mix=concat", got=value, fix="Set data.mix=interleave_over.")
         if self.mix != "concat" and len(self.names) < 2:
             raise ConfigError("data.mix", "needs several data.names", got=self.mix, fix="Set data.mix=concat.")
         if None not in shares.values():
-            raise ConfigError("data.mix_temperature", "must be null where data.mix_weights is given", got=self.mix_temperature)
+            raise ConfigError("data.mix_temperature", "must be null if data.mix_weights is given", got=self.mix_temperature)
         for setting, values in (("data.mix_weights", self.mix_weights), ("data.mix_epochs", self.mix_epochs)):
             if values is not None and len(values) != len(self.names):
                 raise ConfigError(setting, f"must be {len(self.names)} numbers, as data.names", got=values)
@@ -215,7 +215,7 @@ class DataConfig:
         _is_a_pair_or_has_a_verdict(self.format)
         if self.tool_format is not None and self.template is None:
             raise ConfigError(
-                "data.tool_format", "needs data.template: a tokenizer's own template has its own way", got=self.tool_format
+                "data.tool_format", "needs data.template: a tokenizer's own template has its own format", got=self.tool_format
             )
 
     @property
@@ -235,12 +235,12 @@ class DataConfig:
             given["data.eval_split"] = given.pop("data.eval_path")
             if self.dataset_info is not None:
                 raise ConfigError(
-                    "data.eval_split", "can't go with data.dataset_info: its entries have a split", got=self.eval_split,
+                    "data.eval_split", "can't be combined with data.dataset_info: its entries have a split", got=self.eval_split,
                     fix="Set data.eval_names.",
                 )  # fmt: skip
         several = [setting for setting, value in given.items() if value]
         if len(several) > 1:
-            raise ConfigError(several[1], f"can't go with {several[0]}", got=given[several[1]], fix="Take one.")
+            raise ConfigError(several[1], f"can't be combined with {several[0]}", got=given[several[1]], fix="Choose one.")
         if self.eval_names and self.dataset_info is None:
             raise ConfigError("data.eval_names", "needs data.dataset_info", got=self.eval_names, fix="Or set data.eval_path.")
         if isinstance(self.eval_fraction, dict):
@@ -257,12 +257,12 @@ def _is_a_pair_or_has_a_verdict(format: RowFormat) -> None:
         return
     if (format.chosen is None) != (format.rejected is None):
         one, other = ("chosen", "rejected") if format.rejected is None else ("rejected", "chosen")
-        raise ConfigError(f"data.format.{other}", f"must be given where data.format.{one} is", fix="Both make a pair.")
+        raise ConfigError(f"data.format.{other}", f"must be given if data.format.{one} is", fix="Both make a pair.")
     if format.chosen is not None and format.label is not None:
-        rule = "must be null where data.format.chosen is given: a row is a pair or has a verdict"
-        raise ConfigError("data.format.label", rule, got=format.label, fix="Take one of the two.")
+        rule = "must be null if data.format.chosen is given: a row is a pair or has a verdict"
+        raise ConfigError("data.format.label", rule, got=format.label, fix="Choose one of the two.")
 
 
 def _below_one(setting: str, fraction: float) -> None:
     if fraction == 1:
-        raise ConfigError(setting, "must be at least 0 and below 1", got=fraction, fix="Say, 0.1.")
+        raise ConfigError(setting, "must be at least 0 and below 1", got=fraction, fix="For example, 0.1.")

@@ -129,7 +129,7 @@ def _check_choices(overrides: Sequence[str], config_dir: str | Path | None) -> N
         if not sign or "." in group or group not in groups():
             continue
         if key.startswith("~"):
-            raise ConfigError(group, "is taken out by its name alone", got=text, fix=f"Write ~{group}.")
+            raise ConfigError(group, "is removed by its name alone", got=text, fix=f"Write ~{group}.")
         if group == "experiment" and not key.startswith("+"):
             raise ConfigError("experiment", "is added with a plus sign", got=text, fix=f"Write +{text}.")
         chosen = OverridesParser.create().parse_override(text).value() if _is_read(text) else value
@@ -147,14 +147,14 @@ def _unreadable(error: Exception, overrides: Sequence[str], config_dir: str | Pa
     """A YAML file of the user's that can't be read."""
     if isinstance(error, RecursionError):
         chosen = [text for text in overrides if text.lstrip("+").partition("=")[0] in groups()]
-        return ConfigError("the config", "includes itself", got=" ".join(chosen), fix="Take it out of its own `defaults`.")
+        return ConfigError("the config", "includes itself", got=" ".join(chosen), fix="Remove it from its own `defaults`.")
     if isinstance(error, UnicodeDecodeError):
         for file in sorted(Path(config_dir or CONF).rglob("*.yaml")):
             try:
                 file.read_text(encoding="utf-8")
             except UnicodeDecodeError as found:
                 return ConfigError(
-                    "--config-dir", f"must hold files in UTF-8 ({found.reason})", got=str(file), fix="Save it anew."
+                    "--config-dir", f"must hold files in UTF-8 ({found.reason})", got=str(file), fix="Save it as UTF-8."
                 )
     mark = getattr(error, "problem_mark", None)
     place = f"{mark.name}, line {mark.line + 1}" if mark is not None else str(config_dir)
@@ -190,7 +190,7 @@ def as_typed(override: str, *, several: bool = False) -> str:
         raise ConfigError("an override", "must read key=value", got=override, fix="See --help for the settings.")
     key, value = found[1], found[2].strip()
     if _is_open(value):
-        raise ConfigError(key, "has a quote or a bracket that is not closed", got=value, fix=f"Say, '{key}=[a,b]'.")
+        raise ConfigError(key, "has a quote or a bracket that is not closed", got=value, fix=f"For example, '{key}=[a,b]'.")
     if value.startswith(("[", "{")) and _is_read(literal := f"{key}={_literal(value)}"):
         return literal
     values = re.split(r",(?![^\[]*\])", value) if several else [value]
@@ -401,9 +401,9 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
     if match := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
         return ConfigError(match[1], "exists already", fix=f"Write {match[1]}=... without the plus sign.")
     if match := re.search(r"Could not delete from config. '([^']+)'", text):
-        return ConfigError(match[1], "can't be taken out: it is not in the config", fix="Leave it out.")
+        return ConfigError(match[1], "can't be removed: it is not in the config", fix="Leave it out.")
     if match := re.search(r"Error merging override (?:\+\+)?([\w.]+)=(.*?)\.?(?:\n|$)", text):
-        return ConfigError(match[1], "can't have this value", got=match[2], fix="`--cfg job` shows what it has now.")
+        return ConfigError(match[1], "can't have this value", got=match[2], fix="`--cfg job` shows its current value.")
     return ConfigError("the config", f"can't be composed: {_first_line(error)}")
 
 

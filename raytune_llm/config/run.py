@@ -110,12 +110,12 @@ class ServeRun:
         elif not serve.on_loopback and serve.api_key is None and not os.environ.get(API_KEY):
             raise ConfigError(
                 "serve.api_key",
-                "must be given where serve.host is no loopback address: everybody who reaches it could ask",
+                "must be given if serve.host is no loopback address: otherwise everybody who reaches it could use the server",
                 got="null",
                 fix=f"Set {API_KEY} in the environment, or serve.host=127.0.0.1.",
             )
         if resources.name == "inline" and serve.most > 1:
-            fix = "Take resources=local or resources=cluster."
+            fix = "Set resources=local or resources=cluster."
             raise ConfigError("serve.replicas", "must be 1 with resources=inline, which is one process", got=serve.most, fix=fix)
         if resources.name != "inline" and resources.num_workers != "auto":
             fix = "Set serve.replicas."
@@ -125,12 +125,12 @@ class ServeRun:
 def _can_be_written(run: ServeRun) -> None:
     """As Ray Serve's config: where it runs is known, and no secret comes into a file."""
     if run.resources.name == "inline":
-        fix = "Take resources=cluster."
-        raise ConfigError("serve.write", "is for Ray Serve, which resources=inline does without", got=run.serve.write, fix=fix)
+        fix = "Set resources=cluster."
+        raise ConfigError("serve.write", "is for Ray Serve, which resources=inline does not use", got=run.serve.write, fix=fix)
     for setting, key in (("serve.api_key", run.serve.api_key), ("serve.admin_key", run.serve.admin_key)):
         if key is not None:
             fix = f"Set {API_KEY} and {ADMIN_KEY} in the environment of the cluster's nodes."
-            raise ConfigError(setting, "must not be given with serve.write: keys belong in no file", got="a key", fix=fix)
+            raise ConfigError(setting, "must not be given with serve.write, which writes no keys", got="a key", fix=fix)
 
 
 @section
@@ -175,9 +175,11 @@ class ImportRun:
 
     def __post_init__(self) -> None:
         if self.file is None:
-            raise ConfigError("file", "must name a training file of LLaMA-Factory", fix="Say, raytune-llm import FILE.yaml.")
+            raise ConfigError(
+                "file", "must name a training file of LLaMA-Factory", fix="For example, raytune-llm import FILE.yaml."
+            )
         if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
-            raise ConfigError("name", "must be of letters, digits, dots, hyphens and underscores", got=self.name)
+            raise ConfigError("name", "must consist of letters, digits, dots, hyphens and underscores", got=self.name)
 
 
 @section
@@ -209,7 +211,7 @@ class JobsRun:
 
     def __post_init__(self) -> None:
         if self.job is None and self.action != "list":
-            raise ConfigError("job", "must name a job or its run", fix=f"Say, raytune-llm jobs {self.action} NAME.")
+            raise ConfigError("job", "must name a job or its run", fix=f"For example, raytune-llm jobs {self.action} NAME.")
 
 
 RUNS: dict[str, Any] = {
@@ -229,7 +231,10 @@ def _name_is_a_name(name: str) -> None:
     """It names the output folder, and a served model later."""
     if not name.strip() or "/" in name or "\\" in name or name in (".", ".."):
         raise ConfigError(
-            "name", "must be a plain name, which output_dir ends with", got=name, fix="Set output_dir for another place."
+            "name",
+            "must be a name without slashes, since output_dir ends with it",
+            got=name,
+            fix="Set output_dir for another place.",
         )
 
 
@@ -242,7 +247,7 @@ def _batch_sizes_fit(run: TrainRun) -> None:
             "train.global_batch_size",
             f"must be a multiple of train.micro_batch_size x resources.num_workers = {micro} x {world}",
             got=total,
-            fix=f"Take {-(-total // (micro * world)) * micro * world}, or a smaller train.micro_batch_size.",
+            fix=f"Set it to {-(-total // (micro * world)) * micro * world}, or lower train.micro_batch_size.",
         )
 
 
@@ -272,21 +277,24 @@ def _model_is_given(model: ModelConfig) -> None:
     if model.weights == "pretrained":
         raise ConfigError(
             "model.path",
-            "must name a folder or a hub id where model.weights=pretrained",
+            "must name a folder or a hub id if model.weights=pretrained",
             got="null",
             fix="Set model.path, choose another model=..., or set model.weights=random with model.config.",
         )
     if "model_type" not in model.config:
         raise ConfigError(
-            "model.config", "must hold model_type where model.path is none", got=model.config, fix="Say, {model_type: llama}."
+            "model.config",
+            "must hold model_type if model.path is null",
+            got=model.config,
+            fix="For example, {model_type: llama}.",
         )
     if model.tokenizer is None:
-        raise ConfigError("model.tokenizer", "must be given where model.path is none", fix="Say, model.tokenizer=bytes.")
+        raise ConfigError("model.tokenizer", "must be given if model.path is null", fix="For example, model.tokenizer=bytes.")
 
 
 def _data_are_given(data: DataConfig) -> None:
     if data.path is None and data.dataset_info is None:
-        raise ConfigError("data.path", "must name a file, a folder or a hub data set", fix="Say, data.path=rows.jsonl.")
+        raise ConfigError("data.path", "must name a file, a folder or a hub data set", fix="For example, data.path=rows.jsonl.")
 
 
 def _streams_know_what_they_need(run: TrainRun) -> None:
@@ -298,34 +306,34 @@ def _streams_know_what_they_need(run: TrainRun) -> None:
         if value is None:
             raise ConfigError(
                 setting,
-                "must be given where data.streaming=true: the end of an epoch is not known beforehand",
+                "must be given if data.streaming=true: the end of an epoch is not known beforehand",
                 got="null",
-                fix=f"Say, {setting}=1000, or set data.streaming=false.",
+                fix=f"For example, {setting}=1000, or set data.streaming=false.",
             )
     refused = {
         "train.epochs": (run.train.epochs, run.train.epochs != 1, "Leave it at 1: train.max_steps says how long."),
         "data.eval_fraction": (run.data.eval_fraction, run.data.eval_fraction, "Set data.eval_path or data.eval_names."),
         "data.eval_rows": (run.data.eval_rows, run.data.eval_rows, "Set data.eval_path or data.eval_names."),
-        "data.names": (run.data.names, len(run.data.names) > 1, "Take one data set, or set data.streaming=false."),
+        "data.names": (run.data.names, len(run.data.names) > 1, "Use one data set, or set data.streaming=false."),
         "stage.reference": (
             "precomputed",
             run.stage.reference == "precomputed",
             "Set stage.reference=online, since a pass over all rows comes first, or data.streaming=false.",
         ),
-        "data.mix_epochs": (run.data.mix_epochs, run.data.mix_epochs, "Take it away, or set data.streaming=false."),
+        "data.mix_epochs": (run.data.mix_epochs, run.data.mix_epochs, "Remove it, or set data.streaming=false."),
     }
     for setting, (value, given, fix) in refused.items():
         if given:
-            raise ConfigError(setting, "can't go with data.streaming=true", got=value, fix=fix)
+            raise ConfigError(setting, "can't be combined with data.streaming=true", got=value, fix=fix)
 
 
 def _sharding_has_workers(run: TrainRun) -> None:
     if run.resources.name == "inline" and run.strategy.name != "ddp":
         raise ConfigError(
             "strategy",
-            "must be ddp where resources=inline, which is one process without a process group",
+            "must be ddp if resources=inline, which is one process",
             got=run.strategy.option,
-            fix="Take resources=local.",
+            fix="Set resources=local.",
         )
 
 
@@ -335,7 +343,7 @@ def _anchored_policies_have_a_new_adapter(run: TrainRun) -> None:
             "stage.loss",
             "can be asft with a new adapter only (adapter=lora adapter.path=null): its reference is the model without it",
             got="asft",
-            fix="Take stage.loss=dft, or merge the adapter that there is into the model.",
+            fix="Set stage.loss=dft, or merge the existing adapter into the model.",
         )
 
 
@@ -343,13 +351,13 @@ def _models_answer_what_is_asked(run: TrainRun) -> None:
     if not run.stage.writes and run.train.sample_rows:
         raise ConfigError(
             "train.sample_rows",
-            f"must be 0 with stage={run.stage.name}, whose model writes nothing",
+            f"must be 0 with stage={run.stage.name}, whose model generates no text",
             got=run.train.sample_rows,
         )
     if not run.stage.has_right_answers and run.train.exact_match_rows:
         raise ConfigError(
             "train.exact_match_rows",
-            f"must be 0 with stage={run.stage.name}, whose rows have no one right answer",
+            f"must be 0 with stage={run.stage.name}, whose rows have no single right answer",
             got=run.train.exact_match_rows,
         )
 
@@ -378,15 +386,15 @@ def _quantized_weights_can_be_had(run: TrainRun) -> None:
     if trains_all and not quantization.trains_base:
         raise ConfigError(
             "quantization",
-            f"can't be {quantization.name} where adapter=none: its weights can't be trained",
-            fix="Take adapter=lora, or quantization=none.",
+            f"can't be {quantization.name} if adapter=none: its weights can't be trained",
+            fix="Set adapter=lora, or quantization=none.",
         )
     refusal = run.strategy.refuses_quantized(trained=trains_all) if quantization.replaces_layers else None
     if refusal is not None:
         raise ConfigError(
             "strategy",
-            f"can't be {run.strategy.option} where quantization={quantization.name}: {refusal}",
-            fix="Take strategy=ddp, or quantization=none.",
+            f"can't be {run.strategy.option} if quantization={quantization.name}: {refusal}",
+            fix="Set strategy=ddp, or quantization=none.",
         )
 
 
@@ -395,7 +403,7 @@ def _optimizer_finds_its_matrices(run: TrainRun) -> None:
         raise ConfigError(
             "strategy",
             f"can't be {run.strategy.option} with optimizer={run.optimizer.name}: it needs matrices, and ZeRO flattens them",
-            fix="Take strategy=fsdp, or optimizer=adamw.",
+            fix="Set strategy=fsdp, or optimizer=adamw.",
         )
 
 
@@ -404,23 +412,23 @@ def _adapters_find_the_weights_that_they_read(run: TrainRun) -> None:
         return
     reads = f"with adapter={run.adapter.name}, which reads the weights that it is on"
     if run.quantization.replaces_layers:
-        rule, fix = f"can't be {run.quantization.name} {reads}", "Take adapter=lora, or quantization=none."
+        rule, fix = f"can't be {run.quantization.name} {reads}", "Set adapter=lora, or quantization=none."
         raise ConfigError("quantization", rule, fix=fix)
     if isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3:
-        rule, fix = f"can't be zero3 {reads}: it gathers those of layers that are called", "Take strategy=fsdp, or adapter=lora."
+        rule, fix = f"can't be zero3 {reads}: it gathers those of layers that are called", "Set strategy=fsdp, or adapter=lora."
         raise ConfigError("strategy", rule, fix=fix)
 
 
 def _layers_can_be_compiled(run: TrainRun) -> None:
     if run.train.compile is True and run.uncompiled is not None:
-        raise ConfigError("train.compile", f"can't be true: {run.uncompiled}", got=True, fix="Take train.compile=auto.")
+        raise ConfigError("train.compile", f"can't be true: {run.uncompiled}", got=True, fix="Set train.compile=auto.")
     never = run.train.compile is False or run.uncompiled is not None
     if run.train.activation_checkpointing == "selective" and never:
         raise ConfigError(
             "train.activation_checkpointing",
-            f"can be selective where layers are compiled only{f': {run.uncompiled}' if run.uncompiled else ''}",
+            f"can be selective only if layers are compiled{f': {run.uncompiled}' if run.uncompiled else ''}",
             got="selective",
-            fix="Take full.",
+            fix="Set full.",
         )
 
 
@@ -430,7 +438,7 @@ def _references_can_be_had(run: TrainRun) -> None:
     if stage.reference == "online" and partitioned and not (stage.reference_model or stage.reference_adapter):
         raise ConfigError(
             "stage.reference",
-            "must be precomputed with strategy=zero3, whose model can't be run as another within a step",
+            "must be precomputed with strategy=zero3, which can't compute a reference within a step",
             got=stage.reference,
-            fix="Set stage.reference=precomputed, or take strategy=fsdp.",
+            fix="Set stage.reference=precomputed, or strategy=fsdp.",
         )

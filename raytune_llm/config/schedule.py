@@ -22,7 +22,7 @@ class Warmup:
         if (self.warmup_ratio is None) == (self.warmup_steps is None):
             raise ConfigError(
                 "schedule.warmup_steps",
-                "must be given where schedule.warmup_ratio is null, and only there",
+                "must be given if schedule.warmup_ratio is null, and only there",
                 got="null" if self.warmup_steps is None else self.warmup_steps,
                 fix="Set one of the two, and the other to null.",
             )

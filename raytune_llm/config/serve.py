@@ -64,11 +64,11 @@ class ServeConfig(ServedModels):
             if key is not None and len(key) < MIN_KEY:
                 raise ConfigError(setting, f"must have at least {MIN_KEY} characters", got="a shorter one")
         if "@" in "".join(self.adapters):
-            fix = "Take another name: `name@step` are checkpoints of serve.watch."
+            fix = "Choose another name: `name@step` are checkpoints of serve.watch."
             raise ConfigError("serve.adapters", "must hold no name with an @", got=sorted(self.adapters), fix=fix)
 
         if self.fewest > self.most:
-            raise ConfigError("serve.replicas", "must be the fewest and then the most", got=list(self.replicas))  # type: ignore[arg-type]
+            raise ConfigError("serve.replicas", "must be a minimum and then a maximum", got=list(self.replicas))  # type: ignore[arg-type]
 
     @property
     def fewest(self) -> int:

@@ -61,7 +61,7 @@ def _are_read(settings: Mapping[str, float | None], losses: Set[str], reads: Map
                 f"stage.{setting}",
                 f"is not read with stage.loss={chosen}",
                 got=value,
-                fix=f"Leave it out, or take stage.loss={' or '.join(readers)}.",
+                fix=f"Leave it out, or set stage.loss={' or '.join(readers)}.",
             )
         if value is None and losses & set(readers):
             raise ConfigError(f"stage.{setting}", f"must be a number with stage.loss={chosen}", got="null")
@@ -199,18 +199,20 @@ class DPO(WithoutRouters):
     def __post_init__(self) -> None:
         names = {self.loss} if isinstance(self.loss, str) else set(self.loss)
         if not names:
-            raise ConfigError("stage.loss", "must name a loss", got="{}", fix="Say, sigmoid.")
+            raise ConfigError("stage.loss", "must name a loss", got="{}", fix="For example, sigmoid.")
         weights = {} if isinstance(self.loss, str) else self.loss
         for loss, weight in weights.items():
             if weight <= 0:
-                raise ConfigError(f"stage.loss.{loss}", "must be above 0", got=weight, fix="Leave out what is not to count.")
+                raise ConfigError(
+                    f"stage.loss.{loss}", "must be above 0", got=weight, fix="Leave out losses that should not count."
+                )
         given = {"label_smoothing": self.label_smoothing, "discopop_tau": self.discopop_tau, "f_alpha": self.f_alpha}
         _are_read(given, names, DPO_READS)
         if "exo_pair" in names and not self.label_smoothing:
-            raise ConfigError("stage.label_smoothing", "must be above 0 with exo_pair", got=0.0, fix="Say, 0.001.")
+            raise ConfigError("stage.label_smoothing", "must be above 0 with exo_pair", got=0.0, fix="For example, 0.001.")
         for setting in ("reference_model", "reference_adapter"):
             if self.reference == "none" and getattr(self, setting) is not None:
-                raise ConfigError(f"stage.{setting}", "must be null where stage.reference=none", got=getattr(self, setting))
+                raise ConfigError(f"stage.{setting}", "must be null if stage.reference=none", got=getattr(self, setting))
         if "f_alpha" in names and self.f_alpha == 1:
             raise ConfigError("stage.f_alpha", "must not be 1, where the loss is sigmoid", got=1.0, fix="Set stage.loss=sigmoid.")
 

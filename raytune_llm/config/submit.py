@@ -21,9 +21,9 @@ class JobServer:
         if self.address is not None and not self.address.startswith(("http://", "https://")):
             raise ConfigError(
                 "submit.address",
-                "must be that of the cluster's dashboard",
+                "must be the address of the cluster's dashboard",
                 got=self.address,
-                fix="Say, submit.address=http://head:8265.",
+                fix="For example, submit.address=http://head:8265.",
             )
 
 
@@ -52,7 +52,7 @@ class SubmitConfig(JobServer):
         if self.image is not None and self.requirements is not None:
             raise ConfigError(
                 "submit.requirements",
-                "can't go with submit.image, which has its packages",
+                "can't be combined with submit.image, which has its own packages",
                 got=self.requirements,
-                fix="Take one of them away.",
+                fix="Remove one of them.",
             )

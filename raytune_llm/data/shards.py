@@ -118,9 +118,9 @@ def made_rows(block: list[NumberedRow], recipe: Recipe) -> Iterator[tuple[int, A
                 part.text.encode()
             usable.append((number, record, rendered))
         except UnicodeEncodeError as error:
-            yield number, BadRow("a text holds half a character (a lone surrogate)", repr(error.object[error.start]))
+            yield number, BadRow("a text holds a lone surrogate", repr(error.object[error.start]))
         except RecursionError:
-            yield number, BadRow("values lie too deep within one another")
+            yield number, BadRow("values are nested too deeply")
         except (BadRow, RefusedRow) as bad:
             yield number, bad
     tokens = iter(recipe.tokenize([text for _, _, rendered in usable for text in rendered]))

@@ -87,7 +87,7 @@ class Stream:
             if (making / FAILED).exists():
                 raise DataError(str(self.folder), f"can't be made: {(making / FAILED).read_text()}")
             if stopped.wait(POLL_S):
-                raise InterruptedError("nobody waits for the stream any more")
+                raise InterruptedError("the reader of the stream has ended")
 
 
 def _outline(folder: Path) -> dict[str, Any]:

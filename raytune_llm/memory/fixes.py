@@ -187,8 +187,8 @@ def ran_out(
     held = f"; other processes hold {others / GIB:.1f} GiB of it" if others else ""
     return ResourceError(
         f"out of GPU memory during {during}: the estimate was {expected / GIB:.1f} GiB, {taken / GIB:.1f} GiB "
-        f"of {total / GIB:.1f} GiB were allocated when more was asked for{held}",
-        f"{'End those (nvidia-smi lists them), or take' if others else 'Take'} {', or '.join(ways)}.",
+        f"of {total / GIB:.1f} GiB were allocated{held}",
+        f"{'End those (nvidia-smi lists them), or set' if others else 'Set'} {', or '.join(ways)}.",
     )
 
 

@@ -15,16 +15,16 @@ Table = Mapping[str, ArgumentRule]
 
 # Reasons that several arguments share.
 ELSEWHERE = NoEffect("read by other commands than train")
-FASTEST = NoEffect("the fastest way that the machine has is taken")
-GENERATION = NoEffect("how text is generated; training generates none")
+FASTEST = NoEffect("the fastest kernels that the machine has are used")
+GENERATION = NoEffect("for generation; training generates nothing")
 LOGGED = NoEffect("metrics.jsonl, loss.png and the progress line are always written")
 PLACED = NoEffect("Ray places and connects the workers; see resources")
-STORED = NoEffect("token stores are made by all cores, and found again by what they were made from")
-LOADED = NoEffect("batches are made ahead in the background")
+STORED = NoEffect("token stores are made on all cores and cached by their inputs")
+LOADED = NoEffect("batches are prefetched")
 SECRET = NoEffect("secrets stay out of files; set it in the environment")
 PROFILE = NoEffect("train.profile traces a few steps of its own choice")
-NO_HUB = "pushing to a hub is not here yet"
-VISION = "training on images, videos or audio (vision) is not here yet"
+NO_HUB = "pushing to a hub is not supported yet"
+VISION = "training on images, videos or audio (vision) is not supported yet"
 
 MODEL: Table = {
     "model_name_or_path": Joined(None, rules.model),
@@ -39,8 +39,8 @@ MODEL: Table = {
     "adapter_folder": Refused(None, "name the folder itself in adapter_name_or_path"),
     "cache_dir": NoEffect("set HF_HOME in the environment"),
     "use_fast_tokenizer": NoEffect("tokenizers are fast ones"),
-    "split_special_tokens": NoEffect("control tokens inside a text are never read as such"),
-    "low_cpu_mem_usage": NoEffect("weights are read straight to where they are needed"),
+    "split_special_tokens": NoEffect("special tokens within a text are always escaped"),
+    "low_cpu_mem_usage": NoEffect("weights are read directly to their device"),
     "use_kv_cache": GENERATION,
     "infer_backend": ELSEWHERE,
     "infer_dtype": ELSEWHERE,
@@ -54,14 +54,14 @@ MODEL: Table = {
     "use_v1_kernels": FASTEST,
     "upcast_layernorm": NoEffect("norms are computed in fp32"),
     "upcast_lmhead_output": NoEffect("losses are computed in fp32"),
-    "resize_vocab": Refused(False, "new tokens are not here yet"),
-    "add_tokens": Refused(None, "new tokens are not here yet"),
-    "add_special_tokens": Refused(None, "new tokens are not here yet"),
-    "new_special_tokens_config": Refused(None, "new tokens are not here yet"),
+    "resize_vocab": Refused(False, "new tokens are not supported yet"),
+    "add_tokens": Refused(None, "new tokens are not supported yet"),
+    "add_special_tokens": Refused(None, "new tokens are not supported yet"),
+    "new_special_tokens_config": Refused(None, "new tokens are not supported yet"),
     "init_special_tokens": PartOf("resize_vocab"),
-    "rope_scaling": Refused(None, "rope_scaling by name is not here yet; give its numbers in model.config.rope_scaling"),
-    "shift_attn": Refused(False, "shift_attn (S2 attention) is not here"),
-    "mixture_of_depths": Refused(None, "mixture_of_depths is not here"),
+    "rope_scaling": Refused(None, "rope_scaling by name is not supported yet; give its numbers in model.config.rope_scaling"),
+    "shift_attn": Refused(False, "shift_attn (S2 attention) is not supported"),
+    "mixture_of_depths": Refused(None, "mixture_of_depths is not supported"),
     "moe_aux_loss_coef": Joined(None, rules.routers),
     # Quantization
     "quantization_bit": Joined(None, rules.quantization),
@@ -91,7 +91,7 @@ MODEL: Table = {
     "export_legacy_format": PartOf("export_dir"),
     "export_hub_model_id": PartOf("export_dir"),
     # KTransformers
-    "use_kt": Refused(False, "ktransformers (experts on the CPU) is not here"),
+    "use_kt": Refused(False, "ktransformers (experts on the CPU) is not supported"),
     "kt_weight_path": PartOf("use_kt"),
     "kt_expert_checkpoint_path": PartOf("use_kt"),
     "kt_use_lora_experts": PartOf("use_kt"),
@@ -116,7 +116,7 @@ DATA: Table = {
     "media_dir": Becomes(None, "data.media_dir"),
     "eval_dataset": Joined(None, rules.held_out),
     "val_size": Joined(0.0, rules.held_out),
-    "eval_on_each_dataset": NoEffect("each data set to evaluate on has its own loss"),
+    "eval_on_each_dataset": NoEffect("each eval set has its own loss"),
     "max_samples": Becomes(None, "data.max_samples"),
     "mix_strategy": Becomes("concat", "data.mix"),
     "interleave_probs": Becomes(None, "data.mix_weights", rules.numbers),
@@ -149,19 +149,19 @@ FINETUNING: Table = {
     "lora_dropout": Joined(0.0, rules.adapter),
     "lora_target": Joined("all", rules.adapter),
     "create_new_adapter": Joined(False, rules.adapter),
-    "additional_target": Refused(None, "whole modules beside an adapter (additional_target) are not here yet"),
+    "additional_target": Refused(None, "whole modules beside an adapter (additional_target) are not supported yet"),
     "use_rslora": Joined(False, rules.adapter),
     "use_dora": Joined(False, rules.adapter),
-    "pissa_init": Refused(False, "pissa is not here yet"),
+    "pissa_init": Refused(False, "pissa is not supported yet"),
     "pissa_iter": PartOf("pissa_init"),
     "pissa_convert": PartOf("pissa_init"),
-    "loraplus_lr_ratio": Refused(None, "loraplus is not here yet"),
+    "loraplus_lr_ratio": Refused(None, "loraplus is not supported yet"),
     "loraplus_lr_embedding": PartOf("loraplus_lr_ratio"),
     "pure_bf16": Joined(False, rules.precision),
     "freeze_trainable_layers": PartOf("finetuning_type", "freeze"),
     "freeze_trainable_modules": PartOf("finetuning_type", "freeze"),
     "freeze_extra_modules": PartOf("finetuning_type", "freeze"),
-    "use_llama_pro": Refused(False, "llama_pro is not here yet"),
+    "use_llama_pro": Refused(False, "llama_pro is not supported yet"),
     "oft_rank": Joined(0, rules.oft),
     "oft_block_size": Joined(32, rules.oft),
     "oft_target": Joined("all", rules.oft),
@@ -170,7 +170,7 @@ FINETUNING: Table = {
     "freeze_multi_modal_projector": NoEffect("there is no projector to train"),
     "freeze_language_model": Refused(False, VISION),
     "compute_accuracy": NoEffect("eval loss is what is computed"),
-    "disable_shuffling": Refused(False, "every epoch has an order of its own, drawn by train.seed"),
+    "disable_shuffling": Refused(False, "each epoch is shuffled by train.seed"),
     "early_stopping_steps": Becomes(None, "train.early_stopping"),
     "plot_loss": LOGGED,
     "include_effective_tokens_per_second": LOGGED,
@@ -190,8 +190,8 @@ FINETUNING: Table = {
     "ld_alpha": Joined(None, rules.preference),
     "kto_chosen_weight": Joined(1.0, rules.preference),
     "kto_rejected_weight": Joined(1.0, rules.preference),
-    "ref_model": Refused(None, "a reference model of its own (ref_model) is not here yet"),
-    "ref_model_adapters": Refused(None, "a reference model of its own (ref_model) is not here yet"),
+    "ref_model": Refused(None, "a separate reference model (ref_model) is not supported yet"),
+    "ref_model_adapters": Refused(None, "a separate reference model (ref_model) is not supported yet"),
     "ref_model_quantization_bit": PartOf("ref_model"),
     # PPO
     "ppo_buffer_size": PartOf("stage", "ppo"),
@@ -204,14 +204,14 @@ FINETUNING: Table = {
     "reward_model_quantization_bit": PartOf("stage", "ppo"),
     "reward_model_type": PartOf("stage", "ppo"),
     # Optimizers
-    "use_galore": Refused(False, "galore is not here yet"),
+    "use_galore": Refused(False, "galore is not supported yet"),
     "galore_target": PartOf("use_galore"),
     "galore_rank": PartOf("use_galore"),
     "galore_update_interval": PartOf("use_galore"),
     "galore_scale": PartOf("use_galore"),
     "galore_proj_type": PartOf("use_galore"),
     "galore_layerwise": PartOf("use_galore"),
-    "use_apollo": Refused(False, "apollo is not here yet"),
+    "use_apollo": Refused(False, "apollo is not supported yet"),
     "apollo_target": PartOf("use_apollo"),
     "apollo_rank": PartOf("use_apollo"),
     "apollo_update_interval": PartOf("use_apollo"),
@@ -221,7 +221,7 @@ FINETUNING: Table = {
     "apollo_scale_type": PartOf("use_apollo"),
     "apollo_layerwise": PartOf("use_apollo"),
     "apollo_scale_front": PartOf("use_apollo"),
-    "use_badam": Refused(False, "badam is not here yet"),
+    "use_badam": Refused(False, "badam is not supported yet"),
     "badam_mode": PartOf("use_badam"),
     "badam_start_block": PartOf("use_badam"),
     "badam_switch_mode": PartOf("use_badam"),
@@ -229,11 +229,11 @@ FINETUNING: Table = {
     "badam_update_ratio": PartOf("use_badam"),
     "badam_mask_mode": PartOf("use_badam"),
     "badam_verbose": PartOf("use_badam"),
-    "use_adam_mini": Refused(False, "adam_mini is not here yet"),
+    "use_adam_mini": Refused(False, "adam_mini is not supported yet"),
     "use_muon": Joined(False, rules.optimizer),
     # Back ends
-    "use_mca": Refused(False, "megatron is not here"),
-    "use_hyper_parallel": Refused(False, "hyper_parallel is not here"),
+    "use_mca": Refused(False, "megatron is not supported"),
+    "use_hyper_parallel": Refused(False, "hyper_parallel is not supported"),
     "hyper_parallel_args": PartOf("use_hyper_parallel"),
     # SwanLab
     "use_swanlab": Joined(False, rules.tracking),
@@ -243,16 +243,16 @@ FINETUNING: Table = {
     "swanlab_mode": Refused("cloud", "runs go where swanlab's own settings send them"),
     "swanlab_logdir": NoEffect("logs go where swanlab's own settings send them"),
     "swanlab_api_key": SECRET,
-    "swanlab_lark_webhook_url": Refused(None, "messages to Lark are not here"),
+    "swanlab_lark_webhook_url": Refused(None, "messages to Lark are not supported"),
     "swanlab_lark_secret": SECRET,
 }
 
 TRAINING: Table = {
     "output_dir": Joined(None, rules.output),
-    "overwrite_output_dir": NoEffect("an interrupted run goes on; resume=never starts anew"),
+    "overwrite_output_dir": NoEffect("an interrupted run resumes; resume=never starts again"),
     "resume_from_checkpoint": Becomes(None, "resume", rules.resume),
     "do_train": Joined(True, rules.task),  # false there; but a file that names data to train on is meant to train
-    "do_eval": NoEffect("there is evaluation where there are held-out rows"),
+    "do_eval": NoEffect("evaluation runs if there are held-out rows"),
     "do_predict": Joined(False, rules.task),
     "predict_with_generate": Joined(False, rules.task),
     # Batches and steps
@@ -264,12 +264,12 @@ TRAINING: Table = {
     "seed": Becomes(42, "train.seed"),
     "data_seed": NoEffect("the order of rows follows train.seed"),
     "per_device_eval_batch_size": NoEffect("evaluation takes train.micro_batch_size"),
-    "auto_find_batch_size": Refused(False, "say a batch size; `plan` shows what fits"),
-    "average_tokens_across_devices": Refused(True, "every trained token counts alike, whatever device it is on"),
+    "auto_find_batch_size": Refused(False, "set a batch size; `plan` shows what fits"),
+    "average_tokens_across_devices": Refused(True, "every trained token counts alike, on any number of devices"),
     # Optimizer
     "optim": Joined("adamw_torch_fused", rules.optimizer),
     "optim_args": Refused(None, "no optimizer here has such arguments"),
-    "optim_target_modules": Refused(None, "galore is not here yet"),
+    "optim_target_modules": Refused(None, "galore is not supported yet"),
     "learning_rate": Becomes(5e-5, "optimizer.lr"),
     "weight_decay": Becomes(0.0, "optimizer.weight_decay"),
     "adam_beta1": Joined(0.9, rules.optimizer),
@@ -288,7 +288,7 @@ TRAINING: Table = {
     "bf16_full_eval": NoEffect("evaluation computes as training does"),
     "fp16_full_eval": NoEffect("evaluation computes as training does"),
     "tf32": NoEffect("fp32 products keep their full precision"),
-    "fp8": Refused(False, "fp8 training is not here yet; quantization=fp8 holds frozen weights so"),
+    "fp8": Refused(False, "fp8 training is not supported yet; quantization=fp8 is for frozen weights"),
     "fp8_backend": PartOf("fp8"),
     "fp8_enable_fsdp_float8_all_gather": PartOf("fp8"),
     "gradient_checkpointing": NoEffect("disable_gradient_checkpointing is what turns it off"),
@@ -300,14 +300,14 @@ TRAINING: Table = {
     "liger_kernel_config": FASTEST,
     "use_cache": GENERATION,
     "use_cpu": NoEffect("GPUs are used where there are any; hide them with CUDA_VISIBLE_DEVICES"),
-    "full_determinism": NoEffect("orders and draws follow from train.seed alone"),
-    "torch_empty_cache_steps": NoEffect("GPU memory grows in place"),
+    "full_determinism": NoEffect("order and randomness follow from train.seed alone"),
+    "torch_empty_cache_steps": NoEffect("expandable GPU memory segments are used"),
     # Several GPUs
     "deepspeed": Joined(None, rules.strategy),
     "fsdp": Joined(None, rules.strategy),
     "fsdp_config": Joined(None, rules.strategy),
-    "accelerator_config": Refused(None, "its settings are others here; leave it out"),
-    "parallelism_config": Refused(None, "tensor and context parallelism are not here yet"),
+    "accelerator_config": Refused(None, "its settings have no equivalent; leave it out"),
+    "parallelism_config": Refused(None, "tensor and context parallelism are not supported yet"),
     "local_rank": PLACED,
     "ray_init_kwargs": PLACED,
     "master_addr": PLACED,
@@ -323,12 +323,12 @@ TRAINING: Table = {
     "eval_steps": Joined(None, rules.evaluation),
     "eval_delay": NoEffect("evaluation comes every train.eval_every_steps"),
     "eval_on_start": Becomes(False, "train.eval_on_start"),
-    "eval_accumulation_steps": NoEffect("losses are summed as they come"),
-    "eval_do_concat_batches": NoEffect("losses are summed as they come"),
-    "eval_use_gather_object": NoEffect("losses are summed as they come"),
-    "batch_eval_metrics": NoEffect("losses are summed as they come"),
-    "prediction_loss_only": NoEffect("losses are summed as they come"),
-    "include_for_metrics": NoEffect("losses are summed as they come"),
+    "eval_accumulation_steps": NoEffect("losses are accumulated without storing logits"),
+    "eval_do_concat_batches": NoEffect("losses are accumulated without storing logits"),
+    "eval_use_gather_object": NoEffect("losses are accumulated without storing logits"),
+    "batch_eval_metrics": NoEffect("losses are accumulated without storing logits"),
+    "prediction_loss_only": NoEffect("losses are accumulated without storing logits"),
+    "include_for_metrics": NoEffect("losses are accumulated without storing logits"),
     # Checkpoints
     "save_strategy": Joined("steps", rules.checkpoints),
     "save_steps": Joined(500, rules.checkpoints),
@@ -336,11 +336,11 @@ TRAINING: Table = {
     "load_best_model_at_end": Joined(False, rules.best),
     "metric_for_best_model": Joined(None, rules.best),
     "greater_is_better": Joined(None, rules.best),
-    "save_only_model": NoEffect("checkpoints are whole, so that a run can go on"),
-    "save_on_each_node": NoEffect("checkpoints lie in output_dir"),
-    "enable_jit_checkpoint": NoEffect("a lost worker goes on from the newest checkpoint"),
-    "ignore_data_skip": NoEffect("a run goes on at the row that comes next, without reading what came before"),
-    "restore_callback_states_from_checkpoint": NoEffect("a run goes on exactly"),
+    "save_only_model": NoEffect("checkpoints are complete, so that a run can resume"),
+    "save_on_each_node": NoEffect("checkpoints are in output_dir"),
+    "enable_jit_checkpoint": NoEffect("the run resumes from the newest checkpoint after losing a worker"),
+    "ignore_data_skip": NoEffect("a run resumes at the next row without reading earlier ones"),
+    "restore_callback_states_from_checkpoint": NoEffect("a run resumes exactly"),
     "push_to_hub": Refused(False, NO_HUB),
     "hub_model_id": PartOf("push_to_hub"),
     "hub_strategy": PartOf("push_to_hub"),
@@ -376,16 +376,16 @@ TRAINING: Table = {
     "profiler_record_shapes": PROFILE,
     "profiler_profile_memory": PROFILE,
     "profiler_with_stack": PROFILE,
-    "profile_modules": Refused(None, "times of single modules are not here"),
+    "profile_modules": Refused(None, "times of single modules are not supported"),
     # Batches in the making
     "dataloader_num_workers": LOADED,
     "dataloader_pin_memory": LOADED,
     "dataloader_persistent_workers": LOADED,
     "dataloader_prefetch_factor": LOADED,
-    "dataloader_drop_last": Refused(False, "an epoch's last rows are trained too"),
+    "dataloader_drop_last": Refused(False, "the last rows of an epoch are trained too"),
     "remove_unused_columns": LOADED,
     "label_names": LOADED,
-    "train_sampling_strategy": Refused("random", "every epoch has an order of its own, drawn by train.seed"),
+    "train_sampling_strategy": Refused("random", "each epoch is shuffled by train.seed"),
     "length_column_name": PartOf("train_sampling_strategy", "group_by_length"),
     # Generation
     "sortish_sampler": GENERATION,
@@ -421,28 +421,28 @@ FORMER: Mapping[str, str] = {
 """Names that earlier versions used, and those of today."""
 
 GONE: Table = {
-    "group_by_length": Refused(False, "every epoch has an order of its own, drawn by train.seed"),
+    "group_by_length": Refused(False, "each epoch is shuffled by train.seed"),
     "save_safetensors": NoEffect("weights are saved as safetensors"),
     "no_cuda": NoEffect("GPUs are used where there are any; hide them with CUDA_VISIBLE_DEVICES"),
-    "fp16_opt_level": NoEffect("autocast is torch's own"),
-    "half_precision_backend": NoEffect("autocast is torch's own"),
-    "fp16_backend": NoEffect("autocast is torch's own"),
+    "fp16_opt_level": NoEffect("torch's autocast is used"),
+    "half_precision_backend": NoEffect("torch's autocast is used"),
+    "fp16_backend": NoEffect("torch's autocast is used"),
     "use_mps_device": NoEffect("GPUs are used where there are any"),
-    "tpu_num_cores": Refused(None, "tpus are not here"),
-    "torchdynamo": Refused(None, "say torch_compile"),
-    "include_inputs_for_metrics": NoEffect("losses are summed as they come"),
-    "fsdp_min_num_params": NoEffect("each layer is a unit of its own"),
-    "fsdp_transformer_layer_cls_to_wrap": NoEffect("each layer is a unit of its own"),
+    "tpu_num_cores": Refused(None, "tpus are not supported"),
+    "torchdynamo": Refused(None, "set torch_compile"),
+    "include_inputs_for_metrics": NoEffect("losses are accumulated without storing logits"),
+    "fsdp_min_num_params": NoEffect("each layer is one FSDP unit"),
+    "fsdp_transformer_layer_cls_to_wrap": NoEffect("each layer is one FSDP unit"),
     "push_to_hub_model_id": PartOf("push_to_hub"),
     "push_to_hub_organization": PartOf("push_to_hub"),
     "push_to_hub_token": SECRET,
-    "adafactor": Refused(False, "adafactor is not here yet"),
+    "adafactor": Refused(False, "adafactor is not supported yet"),
     "include_tokens_per_second": LOGGED,
     "ray_run_name": PLACED,
     "ray_storage_path": PLACED,
     "placement_strategy": PLACED,
     "resources_per_worker": PLACED,
-    "visual_inputs": NoEffect("the columns of a data set say what is in it"),
+    "visual_inputs": NoEffect("the columns of a data set are given by its entry"),
 }
 """Arguments of earlier versions that are no more."""
 
@@ -451,7 +451,7 @@ NEW: Table = {
     "kt_config": PartOf("use_kt"),
     "kt_cpu_activation": PartOf("use_kt"),
     "kt_non_expert_weight_path": PartOf("use_kt"),
-    "use_megatron_bridge": Refused(False, "megatron is not here"),
+    "use_megatron_bridge": Refused(False, "megatron is not supported"),
 }
 """Arguments of the version in development."""
 

@@ -23,7 +23,7 @@ from raytune_llm.errors import UserError
 from raytune_llm.migrate.argument_rules import NoEffect, Refusal, Settings
 
 Find = Callable[[str], str | None]
-LATER = "is not here yet"
+LATER = "is not supported yet"
 
 # One value -----------------------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def numbers(interleave_probs: str | Sequence[float] | None) -> list[float] | Non
 
 def resume(resume_from_checkpoint: str | bool | None) -> str:
     if isinstance(resume_from_checkpoint, str):
-        raise Refusal("checkpoints of LLaMA-Factory can't be gone on from; adapter_name_or_path starts from a trained adapter")
+        raise Refusal("checkpoints of LLaMA-Factory can't be resumed; adapter_name_or_path continues a trained adapter")
     return "must" if resume_from_checkpoint else "auto"
 
 
@@ -51,7 +51,7 @@ def clipping(max_grad_norm: float) -> float | None:
 
 def whole_steps(steps: float) -> int:
     if steps < 1 or steps != int(steps):
-        raise Refusal("parts of the run are not read; say a number of steps")
+        raise Refusal("fractions of the run are not supported; give a number of steps")
     return int(steps)
 
 
@@ -63,14 +63,14 @@ def task(do_train: bool, do_predict: bool, predict_with_generate: bool) -> NoEff
         raise Refusal(f"predict {LATER}; import the file that trains", "do_predict" if do_predict else "predict_with_generate")
     if not do_train:
         raise Refusal("only training is imported", "do_train")
-    return NoEffect("training is what is imported")
+    return NoEffect("only training is imported")
 
 
 def model(model_name_or_path: str | None) -> Settings:
     if model_name_or_path is None:
         raise Refusal("must name a model")
     if found := re.search(r"gptq|awq|aqlm|hqq", Path(model_name_or_path).name, re.IGNORECASE):
-        raise Refusal(f"training on weights that are quantized already ({found[0].lower()}) {LATER}; take the model as it was")
+        raise Refusal(f"training on weights that are already quantized ({found[0].lower()}) {LATER}; use the original model")
     return {"model": "hub", "model.path": model_name_or_path}
 
 
@@ -90,7 +90,7 @@ def quantization(
     if quantization_type != "nf4":
         raise Refusal(f"quantization to {quantization_type} {LATER}; there is nf4", "quantization_type")
     if not double_quantization:
-        raise Refusal("scales are always quantized too; leave it out", "double_quantization")
+        raise Refusal("scales are always quantized (double quantization); leave it out", "double_quantization")
     return {"quantization": "bnb_nf4"}
 
 
@@ -107,12 +107,12 @@ def adapter(
 ) -> Settings:
     if finetuning_type == "full":
         if adapter_name_or_path is not None:
-            raise Refusal("goes with finetuning_type=lora or oft alone", "adapter_name_or_path")
+            raise Refusal("works with finetuning_type=lora or oft only", "adapter_name_or_path")
         return {"adapter": "none"}
     if finetuning_type not in ("lora", "oft"):
         raise Refusal(f"{finetuning_type} {LATER}; there are lora, oft and full", "finetuning_type")
     if use_rslora and use_dora:
-        raise Refusal(f"rslora and dora in one {LATER}; take one of them", "use_rslora")
+        raise Refusal(f"rslora and dora together {LATER}; choose one", "use_rslora")
     adapters = [] if adapter_name_or_path is None else _listed(adapter_name_or_path)
     if len(adapters) > 1:
         raise Refusal(f"merging several adapters {LATER}; name one", "adapter_name_or_path")
@@ -135,9 +135,9 @@ def oft(
     finetuning_type: str, oft_rank: int, oft_block_size: int, oft_target: str | Sequence[str], module_dropout: float
 ) -> Settings | NoEffect:
     if finetuning_type != "oft":
-        return NoEffect("read with finetuning_type=oft alone")
+        return NoEffect("read with finetuning_type=oft only")
     if oft_rank:
-        raise Refusal("a number of blocks a layer is not here; set oft_block_size, and oft_rank to 0", "oft_rank")
+        raise Refusal("a number of blocks per layer is not supported; set oft_block_size, and oft_rank to 0", "oft_rank")
     return {
         "adapter": "oft",
         "adapter.block_size": oft_block_size,
@@ -282,7 +282,7 @@ def held_out(
     find: Find,
 ) -> Settings:
     if eval_dataset is not None and val_size:
-        raise Refusal("can't go with val_size", "eval_dataset")
+        raise Refusal("can't be combined with val_size", "eval_dataset")
     names = [] if eval_dataset is None else _listed(eval_dataset)
     if eval_strategy != "no" and not (val_size or names):
         raise Refusal("needs rows to evaluate on; set val_size or eval_dataset", "eval_strategy")
@@ -354,7 +354,7 @@ def streaming(streaming: bool, buffer_size: int, dataset: str | Sequence[str] | 
     if max_steps <= 0:
         raise Refusal("needs max_steps", "streaming")
     if dataset is not None and len(_listed(dataset)) > 1:
-        raise Refusal("several data sets can't be streamed; without streaming they are tokenized once, by all cores", "streaming")
+        raise Refusal("several data sets can't be streamed; without streaming they are tokenized once, on all cores", "streaming")
     return {"data.streaming": True, "data.streaming_buffer_rows": buffer_size}
 
 
@@ -371,7 +371,7 @@ def template(
     if template is not None and template not in named_templates.names():
         raise Refusal(f"there is no such template; there are {', '.join(named_templates.names())}", "template")
     if tool_format is not None and template is None:
-        raise Refusal("needs template: a tokenizer's own has its own way", "tool_format")
+        raise Refusal("needs template: a tokenizer's own template has its own format", "tool_format")
     return {
         "data.template": template,
         "data.tool_format": tool_format,
@@ -453,7 +453,7 @@ def warmup(lr_scheduler_type: str, warmup_steps: float, warmup_ratio: float | No
         return {"schedule.warmup_ratio": 0.0, "schedule.warmup_steps": None}
     if warmup_steps and warmup_ratio:
         raise Refusal(
-            "goes not with warmup_ratio: which of the two counts depends on the version of transformers", "warmup_steps"
+            "can't be combined with warmup_ratio: which of the two counts depends on the version of transformers", "warmup_steps"
         )
     if warmup_steps >= 1:
         return {"schedule.warmup_ratio": None, "schedule.warmup_steps": int(warmup_steps)}
@@ -465,7 +465,7 @@ def warmup(lr_scheduler_type: str, warmup_steps: float, warmup_ratio: float | No
 
 def precision(bf16: bool, fp16: bool, pure_bf16: bool) -> Settings:
     if fp16 and (bf16 or pure_bf16):
-        raise Refusal("can't go with bf16", "fp16")
+        raise Refusal("can't be combined with bf16", "fp16")
     return {"train.precision": "bf16" if bf16 or pure_bf16 else "fp16" if fp16 else "auto"}
 
 
@@ -498,7 +498,7 @@ def strategy(
     find: Find,
 ) -> Settings:
     if deepspeed and fsdp:
-        raise Refusal("can't go with deepspeed", "fsdp")
+        raise Refusal("can't be combined with deepspeed", "fsdp")
     if deepspeed:
         return _zero(_read_json(deepspeed, "deepspeed", find))
     if fsdp:
@@ -509,7 +509,7 @@ def strategy(
 
 def _zero(config: Mapping[str, Any]) -> Settings:
     if sections := [name for name in ("optimizer", "scheduler") if name in config]:
-        raise Refusal(f"its section {sections[0]} would take the place of the arguments for that; leave it out", "deepspeed")
+        raise Refusal(f"its section {sections[0]} would override the arguments; leave it out", "deepspeed")
     if int(config.get("tensor_parallel", {}).get("autotp_size", 1)) > 1:
         raise Refusal(f"tensor parallelism {LATER}", "deepspeed")
     zero = config.get("zero_optimization", {})
@@ -598,7 +598,7 @@ def tracking(
         return {"tracking": tracker}
     projects = {"wandb": "llamafactory", "mlflow": "llamafactory", "swanlab": swanlab_project, "trackio": project}
     if tracker not in projects:
-        raise Refusal(f"{tracker} is not here; there are tensorboard, {', '.join(projects)}", "report_to")
+        raise Refusal(f"{tracker} is not supported; there are tensorboard, {', '.join(projects)}", "report_to")
     name = swanlab_run_name if tracker == "swanlab" and swanlab_run_name else run_name
     return {"tracking": tracker, "tracking.project": projects[tracker], "tracking.run": name}
 

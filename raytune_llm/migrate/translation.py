@@ -106,7 +106,7 @@ def _result(name: str, values: Mapping[str, Any], applied: dict[Rule, Result]) -
         case PartOf(switch, on) as rule:
             if values[switch] if on is None else values[switch] == on:
                 return rule
-            return NoEffect(f"is read with {switch}{'' if on is None else f'={on}'} alone")
+            return NoEffect(f"is read with {switch}{'' if on is None else f'={on}'} only")
         case Becomes(_, setting, read):
             return _apply(lambda: {setting: read(value)}, values)
         case Joined(_, join):

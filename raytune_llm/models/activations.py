@@ -83,7 +83,7 @@ def compiles(asked: bool | str, device_type: str, *, never: str | None = None, l
         against = never or lacking
         return against is None, against or "a GPU"
     if asked and lacking is not None:
-        raise ConfigError("train.compile", f"can't be true here: {lacking}", got=True, fix="Take train.compile=auto.")
+        raise ConfigError("train.compile", f"can't be true here: {lacking}", got=True, fix="Set train.compile=auto.")
     return bool(asked), "asked for"
 
 
@@ -110,9 +110,9 @@ def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str
     if not chosen.possible(compiled=compile_layers):
         raise ConfigError(
             "train.activation_checkpointing",
-            "can be selective where layers are compiled only",
+            "can be selective only if layers are compiled",
             got=checkpointing,
-            fix="Take full.",
+            fix="Set full.",
         )
     if compile_layers:
         if partitioner.activation_memory_budget != chosen.budget:

@@ -47,9 +47,9 @@ def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype,
     if precision == "bf16" and on_gpu and not has_bf16:
         raise ConfigError(
             "train.precision",
-            f"can't be bf16 on {torch.cuda.get_device_name(device)}, which does not multiply it",
+            f"can't be bf16 on {torch.cuda.get_device_name(device)}, which does not support it",
             got=precision,
-            fix="Take fp16, or fp32.",
+            fix="Set fp16 or fp32.",
         )
     return DTYPES[precision], "asked for"
 
@@ -149,7 +149,7 @@ def _check_head(model: PreTrainedModel) -> None:
     if more:
         raise ConfigError(
             "model.path",
-            f"must be a model with nothing but a head over its last hidden states, where {model.config.model_type} has {more[0]}",
+            f"must be a model with only a head over its last hidden states; {model.config.model_type} has {more[0]}",
             got=model.config.name_or_path or model.config.model_type,
         )
 
@@ -184,6 +184,6 @@ def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> Pretraine
             "model.tokenizer",
             f"must have at most the model's {config.get_text_config().vocab_size} entries",
             got=len(tokenizer),
-            fix="Take the model's own: model.tokenizer=null.",
+            fix="Set model.tokenizer=null to use the model's own.",
         )
     return config

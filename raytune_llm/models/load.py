@@ -39,7 +39,7 @@ def load_config(
             return AutoConfig.for_model(entries.pop("model_type"), **entries)
         except (ValueError, KeyError) as error:
             raise ConfigError(
-                "model.config.model_type", "must be one that transformers knows", got=changes["model_type"]
+                "model.config.model_type", "must be one that transformers has", got=changes["model_type"]
             ) from error
     folder = packaged.resolve(path)
     try:
@@ -47,7 +47,7 @@ def load_config(
     except (OSError, ValueError) as error:
         if (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file():
             fix = f"Set adapter.path={path}, and model.path to the model that it is for."
-            raise ConfigError("model.path", "must be a model, and this folder holds an adapter", got=path, fix=fix) from None
+            raise ConfigError("model.path", "must be a model, but this folder holds an adapter", got=path, fix=fix) from None
         raise _unreachable(path, error) from None
     return _changed(config, changes) if changes else config
 
@@ -61,11 +61,11 @@ def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> Pretrained
         if key not in known:
             near = difflib.get_close_matches(key, sorted(values), n=1)
             fix = f"Did you mean model.config.{near[0]}?" if near else f"{type(config).__name__} has no such entry."
-            raise ConfigError(f"model.config.{key}", "is read by nothing in this model", got=changes[key], fix=fix)
+            raise ConfigError(f"model.config.{key}", "is unknown to this model", got=changes[key], fix=fix)
     if rope:
         if "rope_parameters" not in values:
             raise ConfigError(
-                f"model.config.{next(iter(rope))}", "is read by nothing in this model, which has no rotary positions", got=rope
+                f"model.config.{next(iter(rope))}", "is unknown to this model, which has no rotary positions", got=rope
             )
         parameters = dict(values["rope_parameters"] or {})
         if scaling := rope.get("rope_scaling"):
@@ -79,7 +79,7 @@ def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> Pretrained
         changed = type(config).from_dict({**values, **changes})
     except Exception as error:  # whatever a config's own rules raise
         raise ConfigError(
-            "model.config", f"must be a config that transformers takes ({_last_line(error)})", got=changes
+            "model.config", f"must be a config that transformers accepts ({_last_line(error)})", got=changes
         ) from error
     changed.name_or_path = config.name_or_path
     return changed
@@ -180,18 +180,18 @@ def _model_of(
         name, stored, expected = min(found["mismatched_keys"])
         raise ConfigError(
             "model.config",
-            f"must leave the sizes of the weights at model.path: {name} is {list(stored)} there, {list(expected)} by the config",
+            f"must keep the shapes of the weights at model.path: {name} is {list(stored)} there, {list(expected)} in the config",
             got=path,
-            fix="Leave out what changes sizes, or set model.weights=random.",
+            fix="Leave out what changes shapes, or set model.weights=random.",
         )
     backbone = f"{model.base_model_prefix}."
     missing = sorted(name for name in found["missing_keys"] if not scores or name.startswith(backbone))
     if missing:
         raise ConfigError(
             "model.path",
-            f"must have all weights of a {type(model).__name__}: {len(missing)} are missing, {missing[0]} for one",
+            f"must have all weights of a {type(model).__name__}: {len(missing)} are missing, such as {missing[0]}",
             got=path,
-            fix="A part of the model was not copied, or it is another kind of model than its config.json says.",
+            fix="A part of the model was not copied, or its config.json names another architecture.",
         )
     return model
 
@@ -227,7 +227,9 @@ def _report_kept_back() -> Iterator[None]:
 def _with_score_head(config: PretrainedConfig) -> PretrainedConfig:
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         known = "llama, mistral, qwen2, qwen3, gemma3_text, phi3 among others"
-        raise ConfigError("model", f"must be of a family that transformers has with a score head: {known}", got=config.model_type)
+        raise ConfigError(
+            "model", f"must be of a family that transformers has for sequence classification: {known}", got=config.model_type
+        )
     config = copy.deepcopy(config)
     config.num_labels = 1
     return config
@@ -256,7 +258,7 @@ def check_trainable(config: PretrainedConfig) -> None:
         fix = f"Of several media there are {', '.join(TRAINED_ON_TEXT)}."
     elif config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         rule = f"must be a language model that predicts each token from those before it, which {config.model_type} is not"
-        fix = "Take one of another family: llama, mistral, qwen3, gemma3_text, phi3, granite, olmo2 are some that do."
+        fix = "Choose one of another family: llama, mistral, qwen3, gemma3_text, phi3, granite, olmo2 are some that do."
     else:
         return
     raise ConfigError("model.path", rule, got=config.name_or_path or config.model_type, fix=fix)

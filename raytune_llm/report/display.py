@@ -76,7 +76,7 @@ class Display:
 
     def done(self, done: Done) -> None:
         if done.already_done:
-            self._console.print(f"{done.output_dir} holds this run, finished. Nothing to do (resume=never starts anew).")
+            self._console.print(f"{done.output_dir} holds this run, finished. Nothing to do (resume=never starts again).")
         self._console.print(_figures(done), highlight=False)
         if done.profile is not None:
             self._console.print(f"\n{done.profile}", highlight=False)

@@ -151,7 +151,7 @@ def _package(name: str, module: str | None = None) -> Any:
 def _missing(name: str) -> ResourceError:
     return ResourceError(
         f"tracking={name} needs the package {name}, which is not installed",
-        f"Run `pip install {name}`, or choose another place, say tracking=tensorboard.",
+        f"Run `pip install {name}`, or choose another tracker, such as tracking=tensorboard.",
     )
 
 

@@ -82,7 +82,7 @@ def _fit_on_ray(
             "train.global_batch_size",
             f"must be a multiple of train.micro_batch_size x {workers} workers = {world}",
             got=run.train.global_batch_size,
-            fix=f"Take {-(-run.train.global_batch_size // world) * world}, or set resources.num_workers.",
+            fix=f"Set it to {-(-run.train.global_batch_size // world) * world}, or set resources.num_workers.",
         )
     _fits(workers, cpus, gpus, leaving_cpus=leaving)
     _wait_for(workers, cpus, gpus, on_begin)

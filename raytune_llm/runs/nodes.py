@@ -227,7 +227,7 @@ def _check_shared(setting: str, folder: Path, ids: Sequence[str], addresses: Seq
     if blind:
         raise ConfigError(
             setting,
-            f"must be on storage that all nodes share: what {addresses[0]} writes there, {', '.join(blind)} can't see",
+            f"must be on storage that all nodes share: {', '.join(blind)} can't see what {addresses[0]} writes there",
             got=str(folder),
             fix="Mount the same network file system on all nodes, and name a folder in it.",
         )
@@ -279,7 +279,7 @@ def _reduce(ids: Sequence[str], backend: str) -> dict[int, float]:
         what = "no answer" if isinstance(error, GetTimeoutError) else str(error).strip().splitlines()[-1]
         raise ResourceError(
             f"an all-reduce over one process of each node failed by {backend} ({what})",
-            "Open all ports between the nodes, and where they have several networks start Ray with "
+            "Open all ports between the nodes, and if they have several networks, start Ray with "
             f"{INTERFACES[backend]} set to the interface that they share.",
         ) from None
     return {num_bytes: max(one[num_bytes] for one in times) for num_bytes in times[0]}

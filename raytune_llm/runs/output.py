@@ -72,7 +72,7 @@ def finished(folder: Path, identity_now: dict[str, str]) -> bool:
     _same_run(folder, identity_then, identity_now)
     lost = [name for name, digest in files.items() if _digest(folder / name) != digest]
     if lost:
-        log.warning("%s is not as it was written (%s): it is written again", folder / "final", ", ".join(lost[:3]))
+        log.warning("%s has changed since it was written (%s); it is written again", folder / "final", ", ".join(lost[:3]))
     return not lost
 
 
@@ -120,9 +120,9 @@ def _same_run(folder: Path, then: dict[str, str], now: dict[str, str]) -> None:
     if changed:
         raise ConfigError(
             "output_dir",
-            f"holds another run: what changed is {', '.join(changed)}",
+            f"holds another run; what changed: {', '.join(changed)}",
             got=str(folder),
-            fix="Restore it to go on, choose another output_dir, or set resume=never to start anew there.",
+            fix="Restore it to resume, choose another output_dir, or set resume=never to start again there.",
         )
 
 

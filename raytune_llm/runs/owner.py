@@ -59,9 +59,9 @@ def _take(path: Path, mine: dict[str, Any]) -> None:
     if _alive(path, holder):
         raise ConfigError(
             "output_dir",
-            f"is in use by process {holder.get('pid')} on {holder.get('host')}: two runs in one folder would spoil both",
+            f"is in use by process {holder.get('pid')} on {holder.get('host')}: two runs can't share a folder",
             got=str(path.parent),
-            fix="Wait for it, end it, or choose another output_dir.",
+            fix="Wait for it, stop it, or choose another output_dir.",
         )
     beside = path.with_name(f"{path.name}.{mine['token']}")
     beside.write_text(text)
@@ -69,7 +69,7 @@ def _take(path: Path, mine: dict[str, Any]) -> None:
     time.sleep(TAKEN_AFTER_S)
     if _read(path).get("token") != mine["token"]:
         raise ConfigError(
-            "output_dir", "was taken by another process just now", got=str(path.parent), fix="Choose another output_dir."
+            "output_dir", "was just taken by another process", got=str(path.parent), fix="Choose another output_dir."
         )
 
 

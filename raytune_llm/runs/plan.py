@@ -158,7 +158,7 @@ def _accumulation(run: TrainRun, world_size: int) -> int:
             "train.global_batch_size",
             f"must be a multiple of train.micro_batch_size x {world_size} workers = {together}",
             got=run.train.global_batch_size,
-            fix=f"Take {-(-run.train.global_batch_size // together) * together}, or set resources.num_workers.",
+            fix=f"Set it to {-(-run.train.global_batch_size // together) * together}, or set resources.num_workers.",
         )
     return run.train.global_batch_size // together
 

@@ -102,7 +102,7 @@ def _other_model(run: TrainRun, config: PretrainedConfig, device: torch.device) 
     section = run.model if path is None else replace(run.model, path=path, weights="pretrained", config={})
     found = config if path is None else load_config(path, {}, trust_remote_code=run.model.trust_remote_code)
     if found.get_text_config().vocab_size != config.get_text_config().vocab_size:
-        raise DataError(str(path), "is a reference with another vocabulary than the model's", "Take one of the same family.")
+        raise DataError(str(path), "is a reference with another vocabulary than the model's", "Choose one of the same family.")
     compute = compute_dtype(run.train.precision, device)
     model, _ = build_policy(
         found,

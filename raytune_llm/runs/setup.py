@@ -124,11 +124,11 @@ def set_up(
     if objective.statistics is not None:
         enrichers.append(FirstPass(objective.statistics))  # of what the reference says, too
     if KINDS[run.stage.kind].can_share_prompts:
-        choices += (f"prompts: {'shared by both answers' if shares else 'a copy for each of two answers'}",)
+        choices += (f"prompts: {'shared by both answers' if shares else 'one copy an answer'}",)
     if isinstance(stores.train, Samples):
         choices += KINDS[run.stage.kind].remarks(stores.train.store)
     if run.data.evaluates and not stores.held_out:
-        choices += (f"evaluation: none, since data.eval_fraction={run.data.eval_fraction} of so few rows is no row",)
+        choices += (f"evaluation: none, since data.eval_fraction={run.data.eval_fraction} of these rows is no row",)
 
     def loader(samples: Samples | Stream, *, shuffle: bool) -> Loader:
         return Loader(

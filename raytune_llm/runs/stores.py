@@ -35,7 +35,7 @@ def shares_prompts(run: TrainRun | PrepareRun, kind: str, model_config: Callable
     """Whether the two answers of a row share one computation of their prompt, where rows of this kind have two."""
     asked = run.data.share_prompts
     if asked is True and not KINDS[kind].can_share_prompts:
-        raise ConfigError("data.share_prompts", f"can't be true where rows are {kind}", got=asked, fix="Set it to auto.")
+        raise ConfigError("data.share_prompts", f"can't be true for rows of {kind}", got=asked, fix="Set it to auto.")
     if asked is False or not KINDS[kind].can_share_prompts:
         return False
     config = model_config()
@@ -43,8 +43,8 @@ def shares_prompts(run: TrainRun | PrepareRun, kind: str, model_config: Callable
     if asked is True and not possible:
         raise ConfigError(
             "data.share_prompts",
-            f"can't be true with model.attention={run.model.attention} and a model of the kind {config.model_type}: both must be "
-            "able to look at all that came before, wherever it lies",
+            f"can't be true with model.attention={run.model.attention} and a {config.model_type} model: both must be "
+            "able to attend to all earlier tokens, wherever they are",
             got=asked,
             fix="Set it to auto or false.",
         )
@@ -79,7 +79,7 @@ def open_stores(run: TrainRun, train_store: str, eval_store: str | None, *, shar
         manifests["evaluation"] = evaluated.manifest_hash
     for what, samples in (("train", train), *((f"held-out {name}".strip(), samples) for name, samples in held_out.items())):
         if isinstance(samples, Samples) and not samples.counts.sum():
-            raise DataError(str(run.data.path), f"the {what} rows have no token to learn", "Check data.format and the answers.")
+            raise DataError(str(run.data.path), f"the {what} rows have no trained token", "Check data.format and the answers.")
     return Stores(train, held_out, evaluated, manifests)
 
 

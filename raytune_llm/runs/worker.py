@@ -211,7 +211,7 @@ def check_loss(progress: Progress) -> None:
     """Raises ResourceError where training ended in a loss that is no number: what it made is no model."""
     if progress.loss_last is not None and not math.isfinite(progress.loss_last):
         raise ResourceError(
-            f"the loss at step {progress.step} is {progress.loss_last}: what was trained is no model, and final/ is not written",
+            f"the loss at step {progress.step} is {progress.loss_last}: the model is unusable, so final/ is not written",
             "Lower optimizer.lr, lengthen schedule.warmup_ratio, or set train.precision=bf16 or fp32.",
         )
 

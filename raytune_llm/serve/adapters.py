@@ -17,7 +17,7 @@ def checked_name(name: str, base_name: str) -> str:
         rule = "must begin with a letter or a digit and be of letters, digits, dots, hyphens, underscores and @, at most 128"
         raise ConfigError("an adapter's name", rule, got=name[:200])
     if name == base_name:
-        fix = "Take another one, or set serve.base_name."
+        fix = "Choose another one, or set serve.base_name."
         raise ConfigError("an adapter's name", "must not be the base's", got=name, fix=fix)
     return name
 
@@ -31,7 +31,7 @@ def checked_folder(folder: str, roots: Sequence[Path]) -> Path:
     if not any(real.is_relative_to(root.resolve()) for root in roots):
         raise ConfigError(
             "an adapter's folder",
-            "must lie in a folder that adapters may come from",
+            "must be in a folder that adapters may come from",
             got=folder[:500],
             fix="They are serve.watch, serve.adapter_roots, and the folders of serve.adapters.",
         )

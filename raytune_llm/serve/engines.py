@@ -60,7 +60,7 @@ def reward_adapter(served: ServedModels) -> tuple[str, SavedAdapter] | None:
             continue
         if len(served.adapters) > 1:
             rule = f"must be {name} alone, whose head no other has: it is a reward model's"
-            raise ConfigError("serve.adapters", rule, got=sorted(served.adapters), fix="Serve it by a process of its own.")
+            raise ConfigError("serve.adapters", rule, got=sorted(served.adapters), fix="Serve it in a separate process.")
         return name, SavedAdapter(path=folder, setting=setting)
     return None
 

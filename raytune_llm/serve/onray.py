@@ -123,8 +123,8 @@ def _port(run: ServeRun) -> int:
     """A free one where it is 0. On a cluster, its nodes' is not for this machine to try."""
     if isinstance(run.resources, Cluster):
         if run.serve.port == 0:
-            fix = "Say, serve.port=8000."
-            raise ConfigError("serve.port", "must be given with resources=cluster: every node has the same", got=0, fix=fix)
+            fix = "For example, serve.port=8000."
+            raise ConfigError("serve.port", "must be given with resources=cluster: every node uses the same port", got=0, fix=fix)
         return run.serve.port
     with closing(bound(run.serve.host, run.serve.port)) as listening:
         return listening.getsockname()[1]

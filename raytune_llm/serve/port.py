@@ -16,8 +16,8 @@ def bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         raise ResourceError(
-            f"serve.host={host} serve.port={port} can't be listened at ({error.strerror})",
-            "Take another port, or 0 for a free one.",
+            f"serve.host={host} serve.port={port} can't be opened ({error.strerror})",
+            "Choose another port, or 0 for a free one.",
         ) from None
     listening.listen(512)
     return listening

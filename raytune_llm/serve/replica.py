@@ -144,7 +144,7 @@ class EngineReplica:
     def check_health(self) -> None:
         silent_s = time.monotonic() - self._engine.stats().last_step_at
         if self._broken is not None or silent_s > STALLED_S:
-            raise RuntimeError(f"the engine is gone: {self._broken or f'no sign of life for {silent_s:.0f} s'}")
+            raise RuntimeError(f"the engine is gone: {self._broken or f'no heartbeat for {silent_s:.0f} s'}")
 
     def __del__(self) -> None:
         """After its requests ended."""

@@ -123,7 +123,7 @@ class Checkpoints:
             entries = FileSystemReader(folder).read_metadata().state_dict_metadata
         except (OSError, EOFError, ValueError, UnpicklingError) as error:
             raise DataError(
-                str(folder), f"can't be read ({error})", "Delete this checkpoint; an older one is taken then."
+                str(folder), f"can't be read ({error})", "Delete this checkpoint; the run then resumes from an older one."
             ) from None
         sizes = {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
@@ -201,12 +201,12 @@ def newest_sound(folder: Path) -> int | None:
         problem = damage(folder, step)
         if problem is None:
             for known in problems:
-                log.warning("checkpoint %s: step-%d is taken", known, step)
+                log.warning("checkpoint %s: using step-%d", known, step)
             return step
         problems.append(f"step-{step} is damaged ({problem})")
     if problems:
         what, fix = "; ".join(problems), "Set resume=never to start anew, or choose another output_dir."
-        raise DataError(str(folder), f"holds no sound checkpoint: {what}", fix)
+        raise DataError(str(folder), f"holds no usable checkpoint: {what}", fix)
     return None
 
 

@@ -189,7 +189,7 @@ def log_step(
     hooks.log(record)
     if progress.nonfinite_steps > settings.max_nonfinite_steps:
         raise ResourceError(
-            f"{progress.nonfinite_steps} steps up to step {progress.step} had a gradient that is not finite, "
+            f"{progress.nonfinite_steps} steps up to step {progress.step} had a nonfinite gradient, "
             f"more than train.max_nonfinite_steps={settings.max_nonfinite_steps}",
             "Lower optimizer.lr, lengthen schedule.warmup_ratio, or set train.precision=bf16 or fp32.",
         )

@@ -98,7 +98,8 @@ def test_a_model_whose_rows_would_see_each_other_is_refused_by_its_config(model_
 
 
 @pytest.mark.parametrize(
-    ("model_type", "said"), [("doge", "a mask of its own"), ("nemotron", "hands its layers"), ("bert", "see those before them")]
+    ("model_type", "said"),
+    [("doge", "its own attention mask"), ("nemotron", "passes cu_seqlens on"), ("bert", "causal attention")],
 )
 def test_a_model_of_which_that_shows_in_its_layers_is_refused_by_them(model_type: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):

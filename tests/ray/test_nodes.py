@@ -103,5 +103,5 @@ def test_nodes_that_can_work_together_are_told_with_their_all_reduce(nodes):
 
 def test_a_folder_that_a_node_does_not_see_is_refused(nodes):
     said = told(nodes, "own", workers=1)
-    assert f"refused: output_dir must be on storage that all nodes share: what {FIRST} writes there, {SECOND} can't see" in said
+    assert f"refused: output_dir must be on storage that all nodes share: {SECOND} can't see what {FIRST} writes there" in said
     assert "all-reduce" not in said

@@ -79,7 +79,7 @@ def test_a_worker_killed_in_the_middle_does_not_show(plain: TrainRun, tmp_path: 
     )
     assert "died" in (tmp_path / "workers.log").read_text()
     assert begun[0] == 0
-    assert begun[1] >= 4, "the group went on from a checkpoint"
+    assert begun[1] >= 4, "the group resumed from a checkpoint"
     assert result.summary.world_size == 2
     assert_same_run(plain, run)
     assert heard[-1] == metrics(run.output_dir)[-1]["step"] == told[-1][0].step

@@ -217,7 +217,7 @@ def test_steps_with_a_broken_gradient_change_nothing_and_end_the_run_at_the_limi
         "train.max_nonfinite_steps=2",
         "schedule.warmup_ratio=0",
     ]
-    with pytest.raises(ResourceError, match=r"3 steps up to step \d+ had a gradient that is not finite"):
+    with pytest.raises(ResourceError, match=r"3 steps up to step \d+ had a nonfinite gradient"):
         api.train(tiny_run(chat_rows, cache, tmp_path, *overrides))
     assert metrics(tmp_path)[-1]["nonfinite_steps"] == 3
 
@@ -241,7 +241,7 @@ def test_early_stopping_keeps_the_best(chat_rows, cache, tmp_path):
         (["data.max_length=4096"], r"data.max_length must be at most the model's 2048 positions, got 4096"),
         (["adapter.targets=[nope]"], r"adapter.targets must name linear layers"),
         (["adapter.path=/no/such/folder"], r"adapter.path must be a folder with adapter_config.json"),
-        (["model.config.model_type=nope"], r"model.config.model_type must be one that transformers knows"),
+        (["model.config.model_type=nope"], r"model.config.model_type must be one that transformers has"),
         (["model=hub", "model.path=/no/such/folder"], r"model.path"),
     ],
 )

@@ -41,10 +41,10 @@ def alpaca(row: Row, columns: AlpacaFormat, reading: Reading) -> Record:
     if history is None or history == "":
         history = ()
     if not isinstance(history, list | tuple):
-        raise BadRow(f"{columns.history} must be a list of [request, answer] pairs", shown(history))
+        raise BadRow(f"{columns.history} must be a list of [prompt, answer] pairs", shown(history))
     for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise BadRow(f"{columns.history} must be a list of [request, answer] pairs", shown(pair))
+            raise BadRow(f"{columns.history} must be a list of [prompt, answer] pairs", shown(pair))
         turns.append(Message("user", text_of(pair[0], f"{columns.history}")))
         turns.append(Message("assistant", text_of(pair[1], f"{columns.history}"), trained=True))
     turns.append(Message("user", "\n".join(part for part in (requested, context) if part)))

@@ -155,10 +155,10 @@ def weight_of(message: Row) -> float:
             raise BadRow(f"a message's {key} must be true, false or a number that is not negative", f"got {shown(value)}")
         weight *= not value if key == "masked" else value
     if weight > LARGEST:
-        raise BadRow("a message's weights must make a number that float32 holds", f"got {weight:g}")
+        raise BadRow("the product of a message's weights must fit float32", f"got {weight:g}")
     unread = next((key for key in NO_WEIGHTS if message.get(key) is not None), None)
     if unread is not None:
-        raise BadRow(f"a message's {unread} is not read", "say what is trained with train: true or false, or weight")
+        raise BadRow(f"a message's {unread} is not read", "use train: true or false, or weight")
     return float(weight)
 
 
@@ -166,7 +166,7 @@ def reasoning_of(message: Row) -> str | None:
     given = [(key, message[key]) for key in REASONING if message.get(key) is not None]
     texts = [text_of(value, f"a message's {key}") for key, value in given]
     if len({*texts}) > 1:
-        raise BadRow("a message has several thoughts", " and ".join(key for key, _ in given))
+        raise BadRow("a message has several fields of reasoning", " and ".join(key for key, _ in given))
     return texts[0] if texts else None
 
 

@@ -163,10 +163,12 @@ def _pair(request: Conversation, chosen: tuple[Message, ...], rejected: tuple[Me
         common += 1
     prompt, answers = chosen[:common], (chosen[common:], rejected[common:])
     if not prompt:
-        raise BadRow("the two sides of a pair must answer the same request")
+        raise BadRow("both sides of a pair must answer the same prompt")
     for answer in answers:
         if len(answer) != 1 or answer[0].role != "assistant":
-            raise BadRow("each side of a pair must add one answer to a common request", f"roles {[turn.role for turn in answer]}")
+            raise BadRow(
+                "each side of a pair must add one answer to the shared prompt", f"roles {[turn.role for turn in answer]}"
+            )
     prompt = tuple(replace(message, trained=False) for message in prompt)
     chosen, rejected = ((replace(answer, trained=True),) for (answer,) in answers)
     return Pair(replace(request, messages=prompt), chosen, rejected, margin)

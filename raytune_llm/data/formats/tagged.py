@@ -130,13 +130,15 @@ def _alternating(
             raise BadRow("a system message must come first")
         follows_result = several_results and earlier is not None and earlier.role == message.role == "tool"
         if not follows_result and (message.role != "assistant") == told_last:
-            raise BadRow("requests or tool results must take turns with answers or tool calls", f"{message.role} is out of turn")
+            raise BadRow(
+                "user messages or tool results must alternate with answers or tool calls", f"{message.role} is out of turn"
+            )
         told_last = message.role != "assistant"
     tools = optional(row, columns.tools)
     conversation = Conversation((*system_of(system, tools), *messages), tools_of(tools), media_of(row, columns, reading))
     if columns.chosen is not None and columns.rejected is not None:
         if not told_last:
-            raise BadRow("the messages before a pair of answers must end with a request")
+            raise BadRow("the messages before a pair of answers must end with a user message")
         sides = []
         for name in (columns.chosen, columns.rejected):
             side = required(row, name, name)

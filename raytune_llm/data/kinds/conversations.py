@@ -42,7 +42,7 @@ class ConversationKind(Kind):
 
     def render(self, record: Record, renderer: Renderer, targets: Targets) -> tuple[Rendered, ...]:
         if not isinstance(record, Conversation):
-            raise BadRow("the row is no plain conversation", f"it is {WHAT[type(record)]}")
+            raise BadRow("the row is not a plain conversation", f"it is {WHAT[type(record)]}")
         conversation = last_answer_only(record) if targets.mask_history else record
         if not any(message.role == "assistant" for message in conversation.messages):
             raise BadRow("there is no answer to learn")

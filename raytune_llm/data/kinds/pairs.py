@@ -41,7 +41,7 @@ class PairKind(Kind):
 
     def render(self, record: Record, renderer: Renderer, targets: Targets) -> tuple[Rendered, ...]:
         if not isinstance(record, Pair):
-            raise BadRow("the row is no pair of answers", "set data.format.chosen and data.format.rejected to its columns")
+            raise BadRow("the row is not a pair of answers", "set data.format.chosen and data.format.rejected to its columns")
         check_media(record.prompt)
         if record.chosen == record.rejected:
             raise BadRow("both answers are the same")

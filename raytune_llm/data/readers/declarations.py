@@ -118,7 +118,7 @@ def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | 
     if bool(entry.get("ranking", False)) != ranked:
         raise DataError(
             where,
-            "holds pairs of answers, which this stage has no use for"
+            "holds pairs of answers, which this stage does not use"
             if not ranked
             else "holds no pairs of answers (ranking: true)",
             "Choose another data set, or another stage.",

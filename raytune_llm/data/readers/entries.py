@@ -48,7 +48,7 @@ def check_entry(where: str, entry: Mapping[str, Any]) -> None:
     _known(where, "columns", columns, COLUMNS[formatting], f"with the formatting {formatting}")
     _known(where, "tags", entry.get("tags") or {}, TAG_NAMES)
     if formatting == "alpaca" and entry.get("tags"):
-        raise DataError(where, "has tags, which rows of the formatting alpaca have not", "Correct formatting, or leave them out.")
+        raise DataError(where, "has tags, which formatting alpaca does not use", "Correct formatting, or leave them out.")
     _check_pairs(where, columns, ranking=bool(entry.get("ranking")))
 
 
@@ -70,7 +70,7 @@ def _known(where: str, place: str, given: Mapping[str, Any], known: Sequence[str
         meant = MEANT[place].get(key)
         near = [meant] if meant in known or (meant and not place) else difflib.get_close_matches(key, known, n=1, cutoff=0.55)
         fix = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
-        raise DataError(where, f"{path} is read by nothing {said}".rstrip(), fix)
+        raise DataError(where, f"{path} is an unknown key {said}".rstrip(), fix)
 
 
 def _check_types(where: str, entry: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ def readable(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or _first_line(error)
-        raise DataError(path, f"can't be read ({reason})", "Check the file and who may read it.") from None
+        raise DataError(path, f"can't be read ({reason})", "Check the file and its permissions.") from None
 
 
 def open_file(path: str) -> BinaryIO:
@@ -107,7 +107,9 @@ class _Unpacked(io.RawIOBase):
             data = self._inner.read(size)
         except OSError as error:
             raise DataError(
-                self._path, f"is damaged after {self._at:,} bytes of what is packed ({_first_line(error)})", "Fetch it again."
+                self._path,
+                f"is damaged after {self._at:,} bytes of the compressed data ({_first_line(error)})",
+                "Fetch it again.",
             ) from None
         self._at += len(data)
         return data
@@ -173,7 +175,7 @@ def below(folder: str) -> list[str]:
     """All files of a folder and of those in it, in order; hidden ones aside. Raises DataError for what can't be read of it."""
 
     def refuse(error: OSError) -> None:
-        raise DataError(str(error.filename), f"can't be read ({error.strerror})", "Check who may read it, or take it away.")
+        raise DataError(str(error.filename), f"can't be read ({error.strerror})", "Check its permissions, or remove it.")
 
     found: list[str] = []
     seen: set[tuple[int, int]] = set()

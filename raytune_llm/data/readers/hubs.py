@@ -24,7 +24,7 @@ def _huggingface_rows(name: str, part: Source | Chunk) -> Any:
         raise DataError(
             name,
             f"there is no such file or folder, and no hub answers at {address}",
-            "Check its name, or set HF_ENDPOINT to a hub that this machine reaches; with HF_HUB_OFFLINE=1 what was fetched "
+            "Check its name, or set HF_ENDPOINT to a hub that this machine reaches; with HF_HUB_OFFLINE=1 only what is cached "
             "before is taken.",
         )
     try:

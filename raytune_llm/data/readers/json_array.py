@@ -78,10 +78,10 @@ class _JsonArray:
     def _pass_comma(self, found: str) -> None:
         where = f"{self.file}, row {self.row}"
         if found != ",":
-            raise DataError(where, "no comma parts this row from the one before it", FIX)
+            raise DataError(where, "there is no comma between this row and the one before it", FIX)
         self.head += 1
         if self._next_character() == "]":
-            raise DataError(where, "a comma stands after the last row", FIX)
+            raise DataError(where, "there is a comma after the last row", FIX)
 
     def _element(self) -> Any:
         while True:
@@ -145,7 +145,7 @@ def plan_json(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
         end = array.offset()
         if not array.is_last():
             raise DataError(
-                file, f"goes on after the array's closing bracket (row {array.row - 1})", "Make it one array, or jsonl."
+                file, f"continues after the array's closing bracket (row {array.row - 1})", "Make it one array, or jsonl."
             )
         if num_rows:
             yield Chunk(source.kind, file, start, end, first_row, num_rows)

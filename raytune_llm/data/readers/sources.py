@@ -69,7 +69,7 @@ def find(
     Of a folder, the files of the split (data/readers/splits.py). `setting` is blamed where nothing is there.
     """
     if not path.strip():
-        raise DataError(setting, "names no file or folder", f"Say, {setting}=rows.jsonl.")
+        raise DataError(setting, "names no file or folder", f"For example, {setting}=rows.jsonl.")
     if files.is_address(path):
         place = path if folder is None else f"{path.rstrip('/')}/{folder}"
         found = files.found_at(place, setting)
@@ -98,7 +98,9 @@ def _of_file(file: str, part: Part, subset: str | None) -> Source:
         raise _no_subset(file, subset)
     splits = of_one_file(PurePosixPath(file).name)
     if part.split not in splits:
-        raise DataError(file, f"has no split {part.split!r}: a file is all {' or '.join(sorted(splits))}", "Leave the split out.")
+        raise DataError(
+            file, f"has no split {part.split!r}: a file without a split is {' or '.join(sorted(splits))}", "Leave the split out."
+        )
     return Source((_kind(file),), (file,))
 
 
@@ -120,7 +122,7 @@ def _of_folder(path: str, there: Mapping[str, str], part: Part, subset: str | No
             raise _no_subset(path, subset)
         splits = splits_of(list(names))
         if unnamed := names.keys() - set(chain.from_iterable(splits.values())):
-            log.warning("%s: in no split by their names: %s", path, ", ".join(sorted(unnamed)[:5]))
+            log.warning("%s: these files are in no split, by their names: %s", path, ", ".join(sorted(unnamed)[:5]))
     if not names:
         raise DataError(path, "the folder holds no files with rows", f"Put {_types()} files there.")
     if part.split not in splits:
@@ -131,7 +133,7 @@ def _of_folder(path: str, there: Mapping[str, str], part: Part, subset: str | No
     kinds = tuple(_kind(file) for file in chosen)
     types = sorted({PurePosixPath(_without_packing(file)).suffix.lower() for file in chosen})
     if len({TYPES.get(kind, kind) for kind in kinds}) > 1:
-        raise DataError(path, f"the folder mixes files of several types: {', '.join(types)}", "Name one file, or part them.")
+        raise DataError(path, f"the folder mixes files of several types: {', '.join(types)}", "Name one file, or separate them.")
     return Source(kinds, chosen)
 
 
@@ -145,7 +147,7 @@ def _is_beside_data(name: str) -> bool:
 
 
 def _no_subset(path: str, subset: str) -> DataError:
-    return DataError(path, f"has no subset {subset!r}: files have none but by a README.md", "Leave data.subset out.")
+    return DataError(path, f"has no subset {subset!r}: subsets need a README.md", "Leave data.subset out.")
 
 
 def _types() -> str:
@@ -164,14 +166,14 @@ def _kind(file: str) -> str:
     if way is None and kind not in TEXTS:
         way = files.packing(raw) if kind is not None else None
     if way is not None:
-        raise DataError(file, f"is packed ({way})", "Unpack it first.")
+        raise DataError(file, f"is compressed ({way})", "Decompress it first.")
     if kind is None:
         raise DataError(file, f"has a type that is not read ({suffix or 'no suffix'}); there are {_types()}", "Convert it.")
     start = _first_bytes(file, files.open_file) if files.packing(raw) else raw
     if kind in TEXTS and start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
         raise DataError(file, "is UTF-16", "Save it as UTF-8.")
     if kind in TEXTS and b"\0" in start:
-        raise DataError(file, "is no text: it holds zero bytes", "Save it as UTF-8.")
+        raise DataError(file, "is not text: it holds zero bytes", "Save it as UTF-8.")
     text = start.removeprefix(BOM_UTF8).lstrip()
     first = text[:1]
     if kind in ("json", "lines") and text.partition(b"\n")[0].strip() == b"{":
@@ -183,7 +185,7 @@ def _kind(file: str) -> str:
 def _first_bytes(file: str, opened: Callable[[str], BinaryIO]) -> bytes:
     if not files.is_address(file) and not os.path.isfile(file):
         broken = os.path.islink(file)
-        raise DataError(file, "is a link to nothing" if broken else "is no file that can be read", "Fetch it, or take it away.")
+        raise DataError(file, "is a broken link" if broken else "is no file that can be read", "Fetch it, or remove it.")
     with files.readable(file), opened(file) as stream:
         return stream.read(4096)
 

@@ -48,7 +48,7 @@ class Part:
         found = _SPLIT.fullmatch(text.replace(" ", ""))
         edges = (found["start"], found["stop"]) if found else ()
         if found is None or any(edge and edge.endswith("%") and abs(int(edge[:-1])) > 100 for edge in edges):
-            raise DataError(f"{setting}={text}", "is no split", "Say, train, train[:1000] or train[10%:20%].")
+            raise DataError(f"{setting}={text}", "is no split", "For example, train, train[:1000] or train[10%:20%].")
         return cls(found["name"], *edges)
 
     @property

@@ -598,4 +598,4 @@ def _refusal(lost: Lost, template: str, other: str) -> RefusedRow | BadRow:
             return RefusedRow(
                 f"{named} does not write the row's thoughts{detail}", f"Set data.reasoning=drop to leave them out. Or: {choose}"
             )
-    return BadRow(f"{named} leaves out what a message says; set data.template={other}, say", lost.detail)
+    return BadRow(f"{named} leaves out a part of a message; set data.template={other}, for example", lost.detail)

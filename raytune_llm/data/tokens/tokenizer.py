@@ -54,16 +54,16 @@ def run_tokenizer(
         if name is None:
             raise ConfigError(
                 "data.template",
-                "must name a template: the tokenizer has none of its own, and the model's name does not say which",
+                "must name a template: the tokenizer has none, and the model's name does not identify one",
                 got="null",
-                fix="Say, data.template=chatml.",
+                fix="For example, data.template=chatml.",
             )
     if name is None:
         _check_embeddings(tokenizer, model)
         return tokenizer, None
     template = load(name, default_system=data.default_system, tool_format=data.tool_format, date=data.today)
     if template.efficient_eos and data.train_on_prompt:
-        raise ConfigError("data.train_on_prompt", f"must be false with data.template={name}", got=True, fix="Take another one.")
+        raise ConfigError("data.train_on_prompt", f"must be false with data.template={name}", got=True, fix="Choose another one.")
     other = "null for the model's own" if tokenizer.chat_template else suggested(tokenizer)
     added = apply_to_tokenizer(tokenizer, template)
     _check_embeddings(tokenizer, model, name, added, other)
@@ -80,13 +80,13 @@ def _check_embeddings(
     if added:
         raise ConfigError(
             "data.template",
-            f"must have tokens that the model has: {', '.join(added)} would be new to its {room} embeddings",
+            f"must use tokens that the model has: its {room} embeddings lack {', '.join(added)}",
             got=template,
             fix=f"Set data.template={other}.",
         )
     raise ConfigError(
         "model.tokenizer", f"must have at most the model's {room} entries", got=len(tokenizer),
-        fix="Take the model's own: model.tokenizer=null.",
+        fix="Set model.tokenizer=null to use the model's own.",
     )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def load_tokenizer(
             setting,
             "must have a chat template",
             got=place,
-            fix="Take the model's chat version, set data.template, or set model.tokenizer.",
+            fix="Choose the model's chat version, or set data.template or model.tokenizer.",
         )
     return tokenizer
 

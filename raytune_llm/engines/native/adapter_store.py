@@ -44,7 +44,7 @@ class AdapterStore:
             return before, None
         weights, rank = self._read(folder)
         if digest_of(folder) != version:
-            raise DataError(str(folder), "changed while it was read", "Write the adapter beside, then rename its folder.")
+            raise DataError(str(folder), "changed while it was read", "Write the adapter to another folder, then rename that.")
         adapter = Adapter(name=name, version=version, rank=rank, folder=folder, weights=weights, pinned=pinned)
         with self._lock:
             before, self._current[name] = self._current.get(name), adapter

@@ -213,7 +213,7 @@ class NativeEngine:
                     self._take_calls(wait=not worked)
                     self._last_step_at = time.monotonic()
                     worked = self._step()
-            self._fail(ResourceError("the engine was closed before the answer was there"))
+            self._fail(ResourceError("the engine was closed before the answer was complete"))
         except Exception as error:  # nobody waits for a thread: whoever waits for an answer is told
             self._failure = error
             self._fail(error)

@@ -183,7 +183,7 @@ class PeftAdapters:
             if not method.describes(config):
                 kind = next((name for name, other in METHODS.items() if other.describes(config)), config.peft_type)
                 rule = f"must hold an adapter of the kind that is trained, {section.name}, which is {kind} there"
-                raise ConfigError("adapter.path", rule, got=path, fix=f"Take adapter={kind}, if there is one.")
+                raise ConfigError("adapter.path", rule, got=path, fix=f"Set adapter={kind}, if there is one.")
         else:
             method.check(targeted(self._base, targets, last_layers), **settings)
             config: Any = method.config(**settings)

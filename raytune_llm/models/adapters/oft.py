@@ -25,7 +25,7 @@ def blocks_fit(layers: Layers, *, block_size: int, **settings: float) -> None:
         inputs, _ = sides(layer)
         if inputs % block_size:
             rule = f"must divide the {inputs} inputs of {name.rpartition('.')[2]}"
-            raise ConfigError("adapter.block_size", rule, got=block_size, fix="Take another, or name other adapter.targets.")
+            raise ConfigError("adapter.block_size", rule, got=block_size, fix="Choose another, or set other adapter.targets.")
 
 
 KEPT = Kept(alone=True, converts=True, drops_inputs=False)

@@ -29,7 +29,7 @@ def read_config(path: str, setting: str) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(path)
         if config.peft_type is None or config.is_prompt_learning:
-            raise ValueError("peft_type is none of an adapter in a model's layers")
+            raise ValueError("peft_type is not a method that changes a model's layers")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(setting, f"must hold an {CONFIG} that PEFT reads ({_line(error)})", got=path) from error
     return config
@@ -87,7 +87,7 @@ def _read(model: PeftModel, path: str, setting: str) -> dict[str, Tensor]:
 def unfit(what: str, path: str, setting: str, base_model: str | None) -> ConfigError:
     return ConfigError(
         setting,
-        f"must be an adapter of this model, which it is not: {what}",
+        f"must be an adapter of this model: {what}",
         got=path,
         fix=f"It was trained on {base_model}." if base_model else "Name an adapter of this model.",
     )

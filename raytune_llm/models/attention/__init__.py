@@ -94,7 +94,7 @@ def _flash_lacks(case: Case, *, name: str) -> str | None:
     if case.capability < (8, 0):
         return f"{name} needs compute capability 8.0, this GPU has {case.capability[0]}.{case.capability[1]}"
     if case.head > 256 or case.head % 8:
-        return f"{name} takes heads of at most 256 numbers, a multiple of 8, these have {case.head}"
+        return f"{name} needs a head_dim of at most 256 and a multiple of 8, this model has {case.head}"
     return None
 
 
@@ -105,7 +105,7 @@ def _varlen_lacks(case: Case) -> str | None:
 
 
 def _capping_lacks(case: Case) -> str | None:
-    return "torch's FlashAttention caps no scores" if case.softcap else None
+    return "torch's FlashAttention has no softcap" if case.softcap else None
 
 
 def _flash2_lacks(case: Case) -> str | None:
@@ -114,7 +114,7 @@ def _flash2_lacks(case: Case) -> str | None:
 
 def _flash3_lacks(case: Case) -> str | None:
     if not _is_hopper(case):
-        return "FlashAttention 3 needs a GPU of the Hopper kind"
+        return "FlashAttention 3 needs a Hopper GPU (sm_90)"
     lacking = _capping_lacks(case) or _flash_lacks(case, name="FlashAttention 3")
     return lacking or _import_lacks("flash_attn_interface", "flash_attn_interface") or _operators_lack()
 
@@ -178,7 +178,7 @@ def choose(asked: str, case: Case) -> tuple[str, str]:
     if asked != "auto":
         lacking = LACKS[asked](case)
         if lacking is not None:
-            raise ConfigError("model.attention", f"can't be {asked} here: {lacking}", got=asked, fix="Take model.attention=auto.")
+            raise ConfigError("model.attention", f"can't be {asked} here: {lacking}", got=asked, fix="Set model.attention=auto.")
         return asked, "asked for"
     order = _order(case)
     lacks = {name: LACKS[name](case) for name in order}

@@ -68,16 +68,16 @@ def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[
 def _check(module: nn.Module, attention_mask: Tensor | None) -> None:
     """That a layer, of a family that is not known beforehand not to, asks for what there is."""
     if attention_mask is not None:
-        raise ConfigError("model.path", "must be a model without a mask of its own, which no back end here takes")
+        raise ConfigError("model.path", "must be a model without its own attention mask, which no back end supports")
     if not getattr(module, "is_causal", True):
-        raise ConfigError("model.path", "must be a model whose tokens see those before them, not those after them")
+        raise ConfigError("model.path", "must be a model with causal attention")
 
 
 def _check_of_batch(s_aux: Tensor | None, of_batch: Mapping[str, Any]) -> None:
     if s_aux is not None:
-        raise ConfigError("model.path", "must be a model without attention sinks, which no back end here computes")
+        raise ConfigError("model.path", "must be a model without attention sinks, which no back end supports")
     if "cu_seqlens_S" not in of_batch and "block_masks" not in of_batch:
-        raise ConfigError("model.path", "must be a model that hands its layers what it is given: boundaries of rows")
+        raise ConfigError("model.path", "must be a model that passes cu_seqlens on to its layers")
 
 
 @as_transformers_calls

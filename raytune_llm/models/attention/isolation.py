@@ -22,9 +22,9 @@ def check_isolation(config: PretrainedConfig, model_class: type[PreTrainedModel]
     if mixes is not None:
         raise ConfigError(
             "model.path",
-            f"must be a model that keeps the rows of a pack apart, which {config.model_type} does not: {mixes}",
+            f"must be a model that keeps the rows of a pack separate, which {config.model_type} does not: {mixes}",
             got=config.name_or_path or config.model_type,
-            fix="Take one of another family: llama, mistral, qwen3, gemma3_text, phi3, granite, olmo2 are some that do.",
+            fix="Choose one of another family: llama, mistral, qwen3, gemma3_text, phi3, granite, olmo2 are some that do.",
         )
 
 

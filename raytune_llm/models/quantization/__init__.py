@@ -64,11 +64,11 @@ def quantize(layers: Iterable[nn.Module], section: QuantizationConfig, runs_on: 
     layers = list(layers)
     linears = linears_but(layers, quantization.skip_modules)
     if has_frozen_experts(layers):
-        rule = "can't be had of a mixture of experts, whose experts are one tensor, and no linear layers"
+        rule = "does not support mixtures of experts, whose experts are one tensor, not linear layers"
         raise ConfigError("quantization", rule, got=section.name, fix="Set quantization=none.")
     if not linears:
         fix = "Set quantization=none, or name fewer in quantization.skip_modules."
-        raise ConfigError("quantization", "finds no linear layer to take the place of", got=section.name, fix=fix)
+        raise ConfigError("quantization", "finds no linear layer to quantize", got=section.name, fix=fix)
     frozen = [found for found in linears if not found[2].weight.requires_grad]
     if not frozen and quantization.trained_layer is None:
         raise ConfigError("quantization", "needs frozen weights", got=section.name, fix="Set adapter=lora, or quantization=none.")

@@ -43,7 +43,7 @@ def unauthorized() -> APIError:
 def overloaded(retry_after_s: float) -> APIError:
     return APIError(
         429,
-        "The server has as many requests as it takes; try again later",
+        "The server is at its limit of requests; try again later",
         type="rate_limit_error",
         code="rate_limit_exceeded",
         headers={"Retry-After": str(max(1, round(retry_after_s)))},

@@ -201,7 +201,7 @@ class ChatMessage(BaseModel):
     @model_validator(mode="after")
     def _says_something(self) -> ChatMessage:
         if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal is None)):
-            raise ValueError(f"a message of role {self.role} must have a content")
+            raise ValueError(f"a message of role {self.role} must have content")
         return self
 
     @property

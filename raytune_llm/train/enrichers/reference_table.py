@@ -168,9 +168,9 @@ def _compare(table: ReferenceTable, keys: np.ndarray, values: np.ndarray, folder
         raise DataError(
             str(folder),
             f"holds other reference log-probabilities than this run computes: {len(wrong)} of {len(keys)} rows differ, row "
-            f"{keys[at] // table.num_rows + 1} has {stored[at].tolist()} there and {values[at].tolist()} now, though model, "
-            "adapter, data and formula are the same by name",
-            "The weights must have changed under their name, or the file is broken: delete the folder, and it is computed again.",
+            f"{keys[at] // table.num_rows + 1} has {stored[at].tolist()} there and {values[at].tolist()} now, although model, "
+            "adapter, data and formula have the same names",
+            "The weights changed under the same name, or the file is damaged. Delete the folder to compute them again.",
         )
 
 

@@ -106,7 +106,10 @@ def _mesh(device_type: str, world: int, shard_workers: int) -> DeviceMesh:
     what splits one copy's computation, by positions or by matrices: nothing does so yet."""
     if world % shard_workers:
         raise ConfigError(
-            "strategy.shard_workers", f"must divide the {world} workers", got=shard_workers, fix="Say, the GPUs of a node."
+            "strategy.shard_workers",
+            f"must divide the {world} workers",
+            got=shard_workers,
+            fix="For example, the GPUs of a node.",
         )
     names = ("replicate", "shard", "split")
     mesh = init_device_mesh(device_type, (world // shard_workers, shard_workers, 1), mesh_dim_names=names)

@@ -78,7 +78,7 @@ def test_system_settings_undo_and_load(chat, tmp_path):
     assert [message["role"] for message in before] == ["system", "user", "assistant"]
     typist.says("/undo", "> ")
     assert [message["role"] for message in saved(typist, tmp_path / "undone.json")] == ["system"]
-    typist.says("/undo", "nothing to take back", "> ")
+    typist.says("/undo", "nothing to undo", "> ")
     typist.says(f"/load {path}", "user: hello", "> ")
     assert saved(typist, tmp_path / "loaded.json") == before
 
@@ -138,7 +138,7 @@ def test_ctrl_c_stops_the_answer_and_frees_its_row(chat, server, tmp_path):
     messages = saved(typist, tmp_path / "talk.json")
     assert [message["role"] for message in messages] == ["user", "assistant"] and messages[-1]["content"]
     typist.types("\x03")
-    typist.sees("Ctrl-D or /exit leaves", "> ")
+    typist.sees("Ctrl-D or /exit ends the chat", "> ")
     typist.types("\x04")
     assert typist.process.wait(timeout=20) == 0
 

@@ -70,7 +70,7 @@ def test_a_job_s_driver_joins_its_cluster(folder):
 
 
 def test_an_image_brings_its_packages():
-    with pytest.raises(ConfigError, match=r"submit\.requirements can't go with submit\.image"):
+    with pytest.raises(ConfigError, match=r"submit\.requirements can't be combined with submit\.image"):
         load_config("submit", ["data.path=x", "submit.image=mine:1", "submit.requirements=pinned"])
 
 
@@ -83,7 +83,7 @@ def test_the_address_is_the_dashboard_s(monkeypatch):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://10.0.0.1:8265/")
     assert address_of(None) == "http://10.0.0.1:8265"
     assert address_of("http://other:1") == "http://other:1"
-    with pytest.raises(ConfigError, match=r"submit\.address must be that of the cluster's dashboard, got '10"):
+    with pytest.raises(ConfigError, match=r"submit\.address must be the address of the cluster's dashboard, got '10"):
         load_config("jobs", ["submit.address=10.0.0.1:6379"])
 
 

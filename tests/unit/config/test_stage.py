@@ -24,14 +24,14 @@ def test_it_is_known_of_every_loss_what_it_reads():
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["stage.eaft_alpha=2.0"], "stage.eaft_alpha is not read with stage.loss=cross_entropy, got 2.0. Leave it out, or take"),
-        (["stage.loss=eaft", "stage.asft_alpha=0.1"], "or take stage.loss=asft."),
+        (["stage.eaft_alpha=2.0"], "stage.eaft_alpha is not read with stage.loss=cross_entropy, got 2.0. Leave it out, or set"),
+        (["stage.loss=eaft", "stage.asft_alpha=0.1"], "or set stage.loss=asft."),
         (["stage.loss=dft", "stage.z_loss=1e-4"], "stage.z_loss is not read with stage.loss=dft, got 0.0001"),
         (["stage.loss=dft", "stage.label_smoothing=0.1"], "stage.label_smoothing is not read with stage.loss=dft"),
         (["stage.loss=eaft", "stage.eaft_alpha=null"], "stage.eaft_alpha must be a number with stage.loss=eaft, got 'null'"),
         (["stage=dpo", "stage.f_alpha=0.0"], "stage.f_alpha is not read with stage.loss=sigmoid, got 0.0"),
         (["stage=dpo", "stage.discopop_tau=0.1", "stage.loss={hinge:1,sft:1}"], "is not read with stage.loss=hinge+sft"),
-        (["stage=dpo", "stage.label_smoothing=0.1", "stage.loss=ipo"], "or take stage.loss=sigmoid or robust or exo_pair or aot"),
+        (["stage=dpo", "stage.label_smoothing=0.1", "stage.loss=ipo"], "or set stage.loss=sigmoid or robust or exo_pair or aot"),
         (["stage=dpo", "stage.loss={sigmoid:1,ipo:0}"], "stage.loss.ipo must be above 0, got 0.0. Leave out"),
         (["stage=dpo", "data.mask_history=true"], "data.mask_history is not read with stage=dpo, got True. Leave it out."),
         (["stage=kto", "data.train_on_prompt=true"], "data.train_on_prompt is not read with stage=kto"),

@@ -202,9 +202,9 @@ def test_a_history_of_a_wrong_type_makes_a_bad_row(history):
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"chosen": "a", "rejected": "b", "label": "c"}, "data.format.label must be null where data.format.chosen is given"),
-        ({"chosen": "a"}, "data.format.rejected must be given where data.format.chosen is"),
-        ({"rejected": "a"}, "data.format.chosen must be given where data.format.rejected is"),
+        ({"chosen": "a", "rejected": "b", "label": "c"}, "data.format.label must be null if data.format.chosen is given"),
+        ({"chosen": "a"}, "data.format.rejected must be given if data.format.chosen is"),
+        ({"rejected": "a"}, "data.format.chosen must be given if data.format.rejected is"),
     ],
 )
 @pytest.mark.parametrize("name", ["chat", "alpaca", "sharegpt", "openai", "prompt_completion"])
@@ -215,5 +215,5 @@ def test_rows_are_pairs_or_have_a_verdict(name, columns, said):
 
 def test_a_thought_has_one_text():
     row = {"messages": [USER, ANSWER | {"reasoning": "a", "reasoning_content": "b"}]}
-    with pytest.raises(BadRow, match="a message has several thoughts"):
+    with pytest.raises(BadRow, match="a message has several fields of reasoning"):
         convert(row, CHAT)

@@ -111,7 +111,7 @@ REFUSED = {
     "extras/loraplus": ({**LORA, "loraplus_lr_ratio": 16.0}, "loraplus"),
     "extras/mod": ({**FULL, "mixture_of_depths": "convert"}, "mixture_of_depths"),
     "extras/oft_rank": ({**LORA, "finetuning_type": "oft", "oft_rank": 8}, "oft_rank"),
-    "extras/rslora_dora": ({**LORA, "use_rslora": True, "use_dora": True}, "take one of them"),
+    "extras/rslora_dora": ({**LORA, "use_rslora": True, "use_dora": True}, "choose one"),
     "extras/pissa": ({**LORA, "pissa_init": True, "pissa_iter": 16, "pissa_convert": True}, "pissa"),
     "extras/new_tokens": ({**LORA, "resize_vocab": True, "new_special_tokens_config": "tokens.yaml"}, "new tokens"),
     "merge_lora": ({**LORA, "export_dir": "output", "export_size": 5, "export_device": "cpu"}, "export"),

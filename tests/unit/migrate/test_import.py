@@ -63,9 +63,9 @@ def test_everything_that_is_refused_is_said_at_once_and_nothing_is_written(train
     code = main(["import", str(training_file(**MODEL, use_galore=True, galore_rank=8, learning_rat=1e-4, stage="ppo"))])
     err = capsys.readouterr().err
     assert code == 2
-    assert "use_galore: galore is not here yet" in err
+    assert "use_galore: galore is not supported yet" in err
     assert "learning_rat: is no argument of LLaMA-Factory 0.9.5; did you mean learning_rate?" in err
-    assert "stage: ppo is not here yet" in err
+    assert "stage: ppo is not supported yet" in err
     assert not (factory / "conf").exists()
 
 
@@ -99,7 +99,7 @@ def test_the_data_declaration_is_found_above_the_file_from_any_folder(training_f
 def test_a_declaration_that_is_not_here_is_taken_over_unchecked(training_file, factory, capsys):
     (factory / "data/dataset_info.json").unlink()
     assert main(["import", str(training_file(**MODEL)), "name=x"]) == 0
-    assert "data/dataset_info.json is not here" in capsys.readouterr().out
+    assert "data/dataset_info.json does not exist" in capsys.readouterr().out
     assert load_config("train", ["+experiment=x"], config_dir="conf").data.dataset_info == "data/dataset_info.json"
 
 
@@ -135,7 +135,7 @@ def test_a_file_must_be_given(capsys):
 
 def test_a_name_is_that_of_a_file(capsys):
     assert main(["import", "mine.yaml", "name=a/b"]) == 2
-    assert "name must be of letters" in capsys.readouterr().err
+    assert "name must consist of letters" in capsys.readouterr().err
 
 
 def test_any_path_can_be_typed(factory, capsys):

@@ -40,7 +40,7 @@ def test_dropout_of_attention_that_a_user_asks_for_is_refused():
 def test_a_model_with_more_than_a_head_over_its_hidden_states_is_refused():
     model = random_model(model_type="modernbert-decoder", hidden_size=32, intermediate_size=32, num_attention_heads=2)
     config = load_config(None, model.config | {"num_hidden_layers": 1, "vocab_size": 300, "pad_token_id": 0})
-    with pytest.raises(ConfigError, match=r"nothing but a head .*, where modernbert-decoder has lm_head"):
+    with pytest.raises(ConfigError, match=r"only a head .*; modernbert-decoder has lm_head"):
         build_policy(config, model, NoAdapter(name="none"), compute=torch.float32, seed=0, device=torch.device("cpu"))
 
 

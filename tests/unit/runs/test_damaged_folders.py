@@ -68,7 +68,7 @@ def test_where_every_checkpoint_is_damaged_it_is_said(whole: TrainRun, tmp_path:
     (tmp_path / "finished.json").unlink()
     for step in (2, 4):
         damaged(tmp_path / f"checkpoints/step-{step}/progress.json", "list")
-    with pytest.raises(DataError, match=r"no sound checkpoint.*resume=never"):
+    with pytest.raises(DataError, match=r"no usable checkpoint.*resume=never"):
         api.train(run)
 
 

@@ -168,10 +168,10 @@ def test_perplexity_follows_from_the_mean_over_all_tokens() -> None:
         (["stage.loss=no_such_loss"], r"stage\.loss"),
         (["stage.router_aux_loss_coef=0.1", "train.compile=true"], r"train\.compile can't be true: stage\.router_aux"),
         (["strategy=zero3", "resources=local", "train.compile=true"], r"train\.compile can't be true: strategy=zero3"),
-        (["train.compile=false", "train.activation_checkpointing=selective"], r"can be selective where layers are compiled only"),
+        (["train.compile=false", "train.activation_checkpointing=selective"], r"can be selective only if layers are compiled"),
         (
             ["strategy=zero3", "resources=local", "train.activation_checkpointing=selective"],
-            r"can be selective where layers are compiled only: strategy=zero3",
+            r"can be selective only if layers are compiled: strategy=zero3",
         ),
         (["stage=reward", "data.eval_fraction=0.1", "train.sample_rows=2"], r"train\.sample_rows must be 0 with stage=reward"),
     ],

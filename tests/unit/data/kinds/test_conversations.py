@@ -58,7 +58,7 @@ def test_an_answer_that_says_nothing_is_its_end(making, talk):
 
 
 def test_a_record_of_another_kind_is_dropped(making, talk):
-    with pytest.raises(BadRow, match="no plain conversation"):
+    with pytest.raises(BadRow, match="not a plain conversation"):
         making.row("conversations", Labeled(talk("q", "a"), desirable=True))
 
 

@@ -28,7 +28,7 @@ def test_a_pair_that_is_too_long_keeps_both_answers(making, talk):
 
 
 def test_a_record_of_another_kind_is_dropped(making, talk):
-    with pytest.raises(BadRow, match="no pair of answers"):
+    with pytest.raises(BadRow, match="not a pair of answers"):
         making.row("pairs", talk("q", "a"))
 
 

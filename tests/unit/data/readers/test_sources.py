@@ -149,7 +149,7 @@ def test_a_packed_file_that_is_cut_off_is_refused(tmp_path, suffix):
 )
 def test_other_packed_files_say_to_unpack_them(tmp_path, name, start):
     (tmp_path / name).write_bytes(start)
-    with pytest.raises(DataError, match=r"is packed \((zip|xz|gzip)\)\. Unpack it"):
+    with pytest.raises(DataError, match=r"is compressed \((zip|xz|gzip)\)\. Decompress it"):
         sources.find(str(tmp_path / name))
 
 
@@ -161,7 +161,7 @@ def test_each_file_of_a_folder_is_looked_at(tmp_path):
 
 def broken_link(folder):
     (folder / "b.jsonl").symlink_to(folder / "nowhere.jsonl")
-    return "b.jsonl: is a link to nothing"
+    return "b.jsonl: is a broken link"
 
 
 def second_file_in_utf16(folder):
@@ -176,12 +176,12 @@ def second_file_of_another_type(folder):
 
 def second_file_in_a_zip(folder):
     (folder / "b.jsonl").write_bytes(b"PK\x03\x04")
-    return "b.jsonl: is packed (zip)"
+    return "b.jsonl: is compressed (zip)"
 
 
 def second_file_with_zero_bytes(folder):
     (folder / "b.jsonl").write_bytes(b"{\0}")
-    return "b.jsonl: is no text"
+    return "b.jsonl: is not text"
 
 
 def a_pipe(folder):
@@ -249,9 +249,9 @@ def test_a_line_that_is_not_json_is_a_bad_row(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('[{"a": 1} {"a": 2}]', "row 2: no comma parts this row"),
-        ('[{"a": 1}\n{"a": 2}, {"a": 3}]', "row 2: no comma parts this row"),
-        ('[{"a": 1}, {"a": 2},]', "row 3: a comma stands after the last row"),
+        ('[{"a": 1} {"a": 2}]', "row 2: there is no comma between this row"),
+        ('[{"a": 1}\n{"a": 2}, {"a": 3}]', "row 2: there is no comma between this row"),
+        ('[{"a": 1}, {"a": 2},]', "row 3: there is a comma after the last row"),
         ('[{"a": 1},, {"a": 2}]', "row 2: is not valid JSON"),
         ('[, {"a": 2}]', "row 1: is not valid JSON"),
         ("[,]", "row 1: is not valid JSON"),

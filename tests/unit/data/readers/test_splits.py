@@ -133,7 +133,7 @@ def test_what_lies_beside_data_is_no_data(tmp_path):
 def test_what_no_split_has_is_said(tmp_path, caplog):
     write(tmp_path, "train.jsonl", "more.jsonl")
     assert texts(tmp_path) == ["train.jsonl"]
-    assert "in no split by their names: more.jsonl" in caplog.text
+    assert "in no split, by their names: more.jsonl" in caplog.text
 
 
 README = """---

@@ -170,12 +170,12 @@ LOST = {
     "a system text": (
         NO_SYSTEM,
         {"messages": [{"role": "system", "content": "Be brief."}, *row_of(WEATHER_ANSWER)["messages"]]},
-        "leaves out what a message says",
+        "leaves out a part of a message",
     ),
     "a system text that others say": (
         NO_SYSTEM,
         {"messages": [{"role": "system", "content": "Oslo?"}, *row_of(WEATHER_ANSWER)["messages"]]},
-        "leaves out what a message says",
+        "leaves out a part of a message",
     ),
 }
 
