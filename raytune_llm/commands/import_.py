@@ -20,9 +20,9 @@ def main(run: ImportRun) -> int:
     translation = translate_file(run)
     path = write(run, translation)  # or its error, before a table that looks like success
     console.print(_table(translation), highlight=False)
-    console.print(f"\nWrote {escape(str(path))}, with LLaMA-Factory's defaults for what the file does not say.", highlight=False)
+    console.print(f"\nWrote {escape(str(path))}, with LLaMA-Factory's defaults for what the file does not set.", highlight=False)
     if not_found := declaration_elsewhere(translation):
-        console.print(f"{escape(not_found)} is not here, so the data sets were not checked.", style="yellow", highlight=False)
+        console.print(f"{escape(not_found)} does not exist, so the data sets were not checked.", style="yellow", highlight=False)
     command = f"python -m raytune_llm --config-dir {shlex.quote(run.config_dir)} +experiment={experiment_name(run)}"
     console.print(f"Next: [bold]{escape(command)}[/bold]", highlight=False, soft_wrap=True)
     return 0

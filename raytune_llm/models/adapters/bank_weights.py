@@ -72,7 +72,7 @@ class Layout:
         path, config = str(folder), read_config(str(folder), setting)
         if (more := _more(config)) is not None:
             fix = "Serve it with engine=hf, or merge it into its base."
-            raise ConfigError(setting, f"must be plain LoRA, which several in one pass can be, and is {more}", got=path, fix=fix)
+            raise ConfigError(setting, f"must be plain LoRA, to share a batch with others, and is {more}", got=path, fix=fix)
         assert isinstance(config, LoraConfig)
         if not (Path(path) / WEIGHTS[0]).is_file():
             raise ConfigError(setting, f"must be a folder with {WEIGHTS[0]}", got=path, fix="Save it as safetensors.")
@@ -95,7 +95,7 @@ class Layout:
         config = method.config(**settings)
         more = _more(config) or ("with dropout" if section.dropout else None)
         if more is not None:
-            raise ConfigError("adapter", f"must be plain LoRA to be trained beside others, and is {more}", got=section.name)
+            raise ConfigError("adapter", f"must be plain LoRA to be trained with others, and is {more}", got=section.name)
         assert isinstance(config, LoraConfig)
         config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
         config.exclude_modules = None if last_layers is None else in_layers_before(model, last_layers)

@@ -61,9 +61,9 @@ def check_cached(config: PretrainedConfig) -> None:
         kinds = ", ".join(sorted(others))
         raise ConfigError(
             "engine",
-            f"can't be native for {config.model_type}, whose layers ({kinds}) carry more on than keys and values",
+            f"can't be native for {config.model_type}, whose layers ({kinds}) have more state than keys and values",
             got="native",
-            fix="Take engine=hf.",
+            fix="Set engine=hf.",
         )
 
 

@@ -23,8 +23,8 @@ def cached_attention(
     if layer is None:
         raise ConfigError(
             "engine",
-            f"can't be native for a model whose {type(module).__name__} knows no number of its layer",
-            fix="Take engine=hf.",
+            f"can't be native for a model whose {type(module).__name__} has no layer index",
+            fix="Set engine=hf.",
         )
     q_LHD, k_LHD, v_LHD = (x.squeeze(0).transpose(0, 1).to(rows.cache.dtype) for x in (query, key, value))
     keys, values = rows.cache.write(layer, rows.places_L, k_LHD, v_LHD)
