@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from raytune_llm.data.batches import collate
@@ -49,9 +50,13 @@ def base_model() -> Any:
 
 
 def save_adapter(folder: Path, rank: int, seed: int) -> Path:
-    torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(base_model(), config)
+    torch.manual_seed(seed)  # after the base, which has its own
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            for key in module.lora_A:
+                torch.nn.init.kaiming_uniform_(module.lora_A[key].weight, a=5**0.5)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
