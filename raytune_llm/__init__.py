@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
 
-__all__ = ["ConfigError", "DataError", "ResourceError", "UserError", "load_config"]
+__all__ = ["ConfigError", "DataError", "ResourceError", "UserError", "load_config", "load_sweep"]
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from raytune_llm.config.load import load_config
+    from raytune_llm.config.sweep import load_sweep
 
 
 def __getattr__(name: str) -> Any:
-    if name != "load_config":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from raytune_llm.config.load import load_config
+    if name == "load_config":
+        from raytune_llm.config.load import load_config
 
-    return load_config
+        return load_config
+    if name == "load_sweep":
+        from raytune_llm.config.sweep import load_sweep
+
+        return load_sweep
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

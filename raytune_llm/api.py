@@ -30,9 +30,11 @@ from raytune_llm.report.trackers import TrackedRun, open_tracker
 if TYPE_CHECKING:
     from raytune_llm.chat.dialogue import Dialogue
     from raytune_llm.cluster.jobs import Job
+    from raytune_llm.config.sweep import Sweep
     from raytune_llm.doctor import Doctor
     from raytune_llm.runs.plan import Plan
     from raytune_llm.runs.worker import TrainOutcome
+    from raytune_llm.tune.run import OnChange, TuneResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,25 @@ def plan(run: TrainRun) -> Plan:
     from raytune_llm.runs.plan import plan
 
     return plan(run)
+
+
+def tune(sweep: Sweep, *, on_change: OnChange = lambda study, trial: None) -> TuneResult:
+    """Run a sweep, or what is left of it, and write its folder. on_change is called when a trial begins, reports or ends.
+
+    from raytune_llm import api, load_sweep
+    result = api.tune(load_sweep(["+experiment=sft_smollm2", "adapter.rank=8,16", "tune=grid", "resources=inline"]))
+    result.best.point, result.best.value, result.folder
+    """
+    from raytune_llm.tune.run import run_sweep
+
+    return run_sweep(sweep, train, on_change)
+
+
+def products_per_s() -> float:
+    """Operations of matrix products that this machine does in a second, as measured now."""
+    from raytune_llm.memory.flops import measured_flops
+
+    return measured_flops()
 
 
 def import_(run: ImportRun) -> Path:

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from raytune_llm.config import load as composer
+from raytune_llm.config import sweep
 from raytune_llm.errors import ConfigError
 
 HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {
@@ -20,6 +21,8 @@ HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys(("--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc", "--hydra-help", "--version")),
 }
 """Hydra's own flags -> the words that may follow: none (None), these, or any one (empty)."""
+OWN_FLAGS = {"tune": {"--dry-run": "tune.dry_run=true"}}
+"""Flags of a verb, which stand for a setting."""
 WITHOUT_A_KEY = {"import": ("file",), "jobs": ("action", "job")}
 """Verb -> the settings that words without a key are for, in order."""
 
@@ -56,9 +59,14 @@ def parse(verb: str, argv: list[str]) -> Call:
             overrides.append(f"{_setting_at(verb, positional, word)}={composer.quoted(word)}")
             positional += 1
             continue
+        if word in OWN_FLAGS.get(verb, {}):
+            overrides.append(OWN_FLAGS[verb][word])
+            continue
         flag, sign, value = word.partition("=")
         if flag not in HYDRA_FLAGS:
-            near = get_close_matches(flag, [*HYDRA_FLAGS, "--config-dir", "--config-name", "--help"], n=1)
+            near = get_close_matches(
+                flag, [*HYDRA_FLAGS, *OWN_FLAGS.get(verb, ()), "--config-dir", "--config-name", "--help"], n=1
+            )
             fix = f"Did you mean {near[0]}?" if near else "See --help."
             raise ConfigError("the command line", "has no such flag", got=word, fix=fix)
         flags.append(word)
@@ -90,6 +98,8 @@ def _setting_at(verb: str, place: int, word: str) -> str:
 
 
 def load(call: Call) -> Any:
+    if call.verb == sweep.VERB:
+        return sweep.load_sweep(call.overrides, config_dir=call.config_dir, config_name=call.config_name)
     return composer.load_config(call.verb, call.overrides, config_dir=call.config_dir, config_name=call.config_name)
 
 
@@ -104,9 +114,14 @@ def with_override(verb: str | None, argv: Sequence[str], override: str) -> str |
 
 
 def run_hydra(call: Call, verb_main: Callable[[Any], int]) -> int:
-    """--cfg, --info, -m, tab completion and what else Hydra offers."""
+    """--cfg, --info, -m, tab completion and what else Hydra offers. Of a sweep it shows the base."""
+    overrides = call.overrides
+    if call.verb == sweep.VERB:
+        if {"-m", "--multirun"} & set(call.hydra_flags):
+            raise ConfigError("-m", "can't go with tune, which runs several values by itself", fix="Leave it out.")
+        overrides, _ = sweep.split(call.overrides)
     return composer.run_under_hydra(
-        call.verb, call.overrides, call.hydra_flags, verb_main, config_dir=call.config_dir, config_name=call.config_name
+        call.verb, overrides, call.hydra_flags, verb_main, config_dir=call.config_dir, config_name=call.config_name
     )
 
 
@@ -126,6 +141,7 @@ def usage(verb: str | None, verbs: Mapping[str, str]) -> str:
         "  --config-dir DIR   a folder of your own groups and experiments, beside ours",
         "  --config-name N    another primary config; `--config-dir outputs/x --config-name run` runs x again",
         "  -m                 one run for each combination of comma-separated values",
+        "  --dry-run          of tune: show the trials and what they need, and run nothing",
         "  --info, --shell-completion, ...   Hydra's own",
         "",
         "Examples",

@@ -22,6 +22,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, IntervalSweep, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -31,6 +32,7 @@ from yaml import YAMLError
 
 from raytune_llm.config.overrides import CONF
 from raytune_llm.config.run import RUNS
+from raytune_llm.config.space import Choice, Interval, Values
 from raytune_llm.errors import ConfigError
 
 UNEXPECTED = ("unexpected_keyword_argument", "extra_forbidden")
@@ -195,6 +197,46 @@ def as_typed(override: str, *, several: bool = False) -> str:
         return literal
     values = re.split(r",(?![^\[]*\])", value) if several else [value]
     return f"{key}={','.join(one if _is_read(f'{key}={one}') else quoted(one) for one in values)}"
+
+
+def swept(override: str) -> tuple[str, Values] | None:
+    """The setting, with its plus signs, and the values that an override gives to it, where it gives several: 8,16,32,
+    choice(8,16), range(0,4), interval(0,1), int(interval(8,64)), tag(log,interval(1e-5,1e-3)), glob(*) for options of a group."""
+    read = OverridesParser.create().parse_override(as_typed(override, several=True))
+    if not read.is_sweep_override():
+        return None
+    setting = read.input_line.partition("=")[0] if read.input_line else read.key_or_group
+    values = cast(Any, read.value())
+    if isinstance(values, Glob):
+        return setting, Choice(tuple(values.filter(options(read.key_or_group))))
+    if isinstance(values, IntervalSweep):
+        assert values.start is not None and values.end is not None
+        whole = isinstance(values.start, int) and isinstance(values.end, int)
+        return setting, Interval(values.start, values.end, log="log" in values.tags, whole=whole)
+    return setting, Choice(tuple(_plain(value) for value in read.sweep_iterator()))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(_plain(key)): _plain(item) for key, item in value.items()}
+    return value
+
+
+def as_override(setting: str, value: Any) -> str:
+    """The word that gives a plain value to a setting."""
+    return f"{setting}={_word(value)}"
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_word, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_word(item)}' for key, item in value.items())}}}"
+    return quoted(value) if isinstance(value, str) else _shown(value)
 
 
 def _is_read(override: str) -> bool:

@@ -22,6 +22,7 @@ from raytune_llm.config.strategy import DeepSpeed, StrategyConfig
 from raytune_llm.config.submit import JobServer, SubmitConfig
 from raytune_llm.config.tracking import TrackingConfig
 from raytune_llm.config.train import LoopConfig
+from raytune_llm.config.tune import EVALUATIONS, EXACT_MATCH, TuneConfig
 from raytune_llm.errors import ConfigError
 
 
@@ -72,6 +73,17 @@ class TrainRun:
         _references_can_be_had(self)
         _layers_can_be_compiled(self)
         _stages_read_what_is_said_of_their_rows(self.stage, self.data)
+
+
+@section
+class TuneRun(TrainRun):
+    """`tune`: the run that a sweep varies, and how. `output_dir` is the sweep's folder."""
+
+    tune: TuneConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _trials_are_judged(self)
 
 
 @section
@@ -219,6 +231,7 @@ RUNS: dict[str, Any] = {
     "submit": SubmitRun,
     "jobs": JobsRun,
     "plan": TrainRun,
+    "tune": TuneRun,
     "prepare": PrepareRun,
     "import": ImportRun,
     "doctor": DoctorRun,
@@ -248,6 +261,28 @@ def _batch_sizes_fit(run: TrainRun) -> None:
             f"must be a multiple of train.micro_batch_size x resources.num_workers = {micro} x {world}",
             got=total,
             fix=f"Set it to {-(-total // (micro * world)) * micro * world}, or lower train.micro_batch_size.",
+        )
+
+
+def _trials_are_judged(run: TuneRun) -> None:
+    metric, data, train = run.tune.metric, run.data, run.train
+    if metric.startswith(EVALUATIONS) and not data.evaluates:
+        fix = "Set data.eval_fraction (say 0.1) or data.eval_path."
+        raise ConfigError("tune.metric", "needs held-out rows", got=metric, fix=fix)
+    if metric == EXACT_MATCH and not train.exact_match_rows:
+        raise ConfigError(
+            "tune.metric", "needs train.exact_match_rows above 0", got=metric, fix="Say, train.exact_match_rows=100."
+        )
+    if not metric.startswith(EVALUATIONS) and not run.tune.at_end:
+        fix = "Say, tune.metric=eval_loss, exact_match or module:function."
+        raise ConfigError("tune.metric", "must be a figure of an evaluation or of a trial's end", got=metric, fix=fix)
+    if run.tune.scheduler != "none" and train.eval_every_steps is None and train.epochs <= 1:
+        raise ConfigError(
+            "train.eval_every_steps",
+            f"must be given where tune.scheduler={run.tune.scheduler}: trials are compared at their evaluations, and one "
+            "at the end is too late",
+            got="null",
+            fix="Say, a tenth of the steps.",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -77,3 +78,17 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def measured_flops(size: int = 1024, repeats: int = 8) -> float:
+    """Operations a second of products of square matrices, in what training would compute in: on the first GPU, or this CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    size = 8 * size if device.type == "cuda" else size
+    left = torch.ones(size, size, device=device, dtype=dtype)
+    float((left @ left).sum())
+    began = time.perf_counter()
+    for _ in range(repeats):
+        product = left @ left
+    float(product.sum())
+    return repeats * 2 * size**3 / (time.perf_counter() - began)

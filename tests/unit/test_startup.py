@@ -39,6 +39,7 @@ def test_help_answers_before_anything_heavy_is_loaded(argv):
         (["model=no_such_model"], "model"),
         (["trian"], "train"),
         (["import", "no_such.yaml"], "no_such.yaml"),
+        (["tune", "+experiment=sft_smollm2", "adapter.rank=8,0"], "adapter.rank=0"),
     ],
 )
 def test_a_mistake_in_a_setting_answers_before_anything_heavy_is_loaded(argv, said):

@@ -101,8 +101,11 @@ def test_every_option_of_every_group_composes(group):
     for option in load.options(group):
         given_path = ["model.path=some/model"] if option == "hub" else []
         resources = ["resources=local"] if group != "resources" else []
-        if group == "engine":
-            load_config("serve", [f"{group}={option}"])
+        verb = {"engine": "serve", "tune": "tune"}.get(group)
+        if verb is not None:
+            load_config(
+                verb, [f"{group}={option}", *([] if verb == "serve" else [DATA, "data.eval_fraction=0.1", "train.epochs=2"])]
+            )
             continue
         load_config("train", [DATA, *resources, f"{group}={option}", *given_path])
 

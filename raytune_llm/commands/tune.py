@@ -1,0 +1,180 @@
+"""`tune`: the trials of a sweep while they run, and the best of them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from raytune_llm import api
+from raytune_llm.config.sweep import Sweep
+from raytune_llm.runs.plan import Plan
+from raytune_llm.tune.results import PAGE, TABLE
+from raytune_llm.tune.study import Study, Trial
+
+GIB = 2**30
+SHOWN = 20
+"""Trials of the live table, the latest ones."""
+STYLES = {"running": "bold", "finished": "green", "stopped": "dim", "failed": "red"}
+
+
+def main(sweep: Sweep) -> int:
+    console = Console()
+    if sweep.tune.dry_run:
+        return _dry_run(sweep, console)
+    scheduler = "" if sweep.tune.scheduler == "none" else f", {sweep.tune.scheduler}"
+    console.print(
+        f"[bold]{escape(sweep.run.name)}[/bold]: {sweep.tune.name} over {', '.join(axis.name for axis in sweep.axes)}"
+        f"{scheduler}; {sweep.tune.better} {sweep.tune.metric}",
+        highlight=False,
+    )
+    face = _Face(console, sweep)
+    try:
+        with face:
+            result = api.tune(sweep, on_change=face.changed)
+    except KeyboardInterrupt as interrupt:
+        interrupt.__notes__ = [f"{face.standing()}this resumes the sweep: {_command()}"]
+        raise
+    _print_best(console, sweep, result)
+    return 0
+
+
+class _Face:
+    """A live table on a terminal; a line when a trial begins and ends elsewhere."""
+
+    def __init__(self, console: Console, sweep: Sweep) -> None:
+        self._console, self._sweep = console, sweep
+        self._study: Study | None = None
+        self._began = time.monotonic()
+        self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
+        self._told: set[tuple[int, str]] = set()
+
+    def __enter__(self) -> _Face:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+        sys.stdout.flush()
+
+    def changed(self, study: Study, trial: Trial) -> None:
+        self._study = study
+        if self._live is not None:
+            self._live.update(Group(trials_table(study), self._left(study)), refresh=True)
+            return
+        if (trial.number, trial.state) in self._told:
+            return
+        self._told.add((trial.number, trial.state))
+        values = ", ".join(f"{name}={_text(value)}" for name, value in trial.point.items()) or "base"
+        figure = "" if trial.latest is None else f" {study.metric.name} {trial.latest:.4f}"
+        at = "" if trial.total_steps is None else f" at step {trial.step} of {trial.total_steps}"
+        why = f": {trial.reason}" if trial.reason else ""
+        self._console.print(f"trial {trial.number} {trial.state}: {values}{figure}{at}{why}", highlight=False, markup=False)
+
+    def standing(self) -> str:
+        if self._study is None:
+            return ""
+        ended = sum(trial.state != "running" for trial in self._study.trials)
+        return f"{ended} trials ended; "
+
+    def _left(self, study: Study) -> Text:
+        """By the mean time of the trials that ended here."""
+        ended = [trial.seconds for trial in study.trials if trial.state != "running"]
+        number = self._sweep.tune.trials
+        total = (number or sum(1 for _ in self._sweep.planned())) * self._sweep.tune.seeds
+        left = f", about {_duration(sum(ended) / len(ended) * (total - len(ended)))} left" if ended else ""
+        return Text(f"{len(ended)} of {total} trials{left}", style="dim")
+
+
+def trials_table(study: Study) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    settings = [setting for axis in study.sweep.axes for setting in axis.settings]
+    for name in ("trial", *settings, "step", study.metric.name, "state"):
+        table.add_column(name, overflow="fold")
+    best = study.ranked[0].trials if study.ranked else ()
+    for trial in study.trials[-SHOWN:]:
+        values = [_text(trial.point[name]) if name in trial.point else "base" for name in settings]
+        at = f"{trial.step}/{trial.total_steps}" if trial.total_steps else ""
+        figure = "" if trial.latest is None else f"{trial.latest:.4f}"
+        state = "best" if trial in best else trial.state
+        table.add_row(str(trial.number), *values, at, figure, state, style="bold green" if trial in best else STYLES[trial.state])
+    return table
+
+
+def _dry_run(sweep: Sweep, console: Console) -> int:
+    """Each planned trial with its memory and time. Exit code 1 where one doesn't fit."""
+    points = list(sweep.planned())
+    settings = [setting for axis in sweep.axes for setting in axis.settings]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("trial", *settings, "steps", "GiB", "fits", "time, at least"):
+        table.add_column(name)
+    plans = [api.plan(sweep.composed(point)) for point in points]
+    rate = api.products_per_s()
+    seconds = [
+        at_least_s(plan, rate, trains_base=sweep.composed(point).adapter.trains_base)
+        for point, plan in zip(points, plans, strict=True)
+    ]
+    for number, (point, plan, time_s) in enumerate(zip(points, plans, seconds, strict=True)):
+        values = [_text(point[name]) if name in point else "base" for name in settings]
+        steps = "not prepared" if plan.data is None else f"{plan.data.total_steps:,}"
+        memory = f"{plan.memory.total / GIB:.2f}"
+        fits = "yes" if plan.verdicts[0].fits else "no"
+        table.add_row(str(number), *values, steps, memory, fits, "" if time_s is None else _duration(time_s))
+    console.print(table, highlight=False)
+    more = "" if sweep.tune.name != "optuna" else f", and {(sweep.tune.trials or 0) - len(points)} that optuna chooses"
+    known = [time_s for time_s in seconds if time_s is not None]
+    total = f"; one after another at least {_duration(sum(known) * sweep.tune.seeds)} without early stops" if known else ""
+    console.print(f"\n{len(points)} trials{more}, of {sweep.tune.seeds} seeds each{total}. Nothing was run.", highlight=False)
+    return 0 if all(plan.verdicts[0].fits for plan in plans) else 1
+
+
+def at_least_s(plan: Plan, products_per_s: float, *, trains_base: bool) -> float | None:
+    """Of training alone, were all of it matrix products at the rate of this machine: 4 operations a parameter and token with an
+    adapter, 6 without. None before the data are prepared."""
+    if plan.data is None:
+        return None
+    epochs = plan.data.total_steps / max(plan.data.steps_per_epoch, 1)
+    return plan.data.tokens * epochs * plan.parameters.total * (6 if trains_base else 4) / products_per_s
+
+
+def _print_best(console: Console, sweep: Sweep, result: Any) -> None:
+    best, study = result.best, result.study
+    states = [trial.state for trial in study.trials]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    values = ", ".join(f"{name}={_text(value)}" for name, value in best.point.items()) or "the base configuration"
+    table.add_row("best", escape(values))
+    table.add_row(study.metric.name, f"{best.value:.4f}")
+    table.add_row(
+        "trials", f"{states.count('finished')} finished, {states.count('stopped')} stopped early, {states.count('failed')} failed"
+    )
+    table.add_row("model", str(result.folder / "final") if sweep.tune.keep else "none is kept (tune.keep=0)")
+    table.add_row("table", str(sweep.folder / TABLE))
+    table.add_row("plots", str(sweep.folder / PAGE))
+    console.print()
+    console.print(table, highlight=False)
+    command = f"python -m raytune_llm --config-dir {shlex.quote(str(sweep.folder))} --config-name best"
+    console.print(f"\nNext: [bold]{escape(command)}[/bold] trains the best setting again", highlight=False, soft_wrap=True)
+
+
+def _command(argv: Sequence[str] | None = None) -> str:
+    return shlex.join(["python", "-m", "raytune_llm", *(sys.argv[1:] if argv is None else argv)])
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

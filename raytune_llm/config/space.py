@@ -1,0 +1,166 @@
+"""What a sweep varies: settings with the values that they may take, and how points of them are drawn or counted out."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from raytune_llm.errors import ConfigError
+
+DIGITS = 3
+"""Significant digits of a number that is drawn: settings stay readable, and the same when they are typed again."""
+
+Point = Mapping[str, Any]
+"""Setting -> value."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several values."""
+
+    values: tuple[Any, ...]
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        return self.values
+
+    def draw(self, share: float) -> Any:
+        """share: evenly distributed from 0 to 1."""
+        return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
+
+    def holds(self, value: Any) -> bool:
+        return value in self.values
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Any number from `low` to `high`; whole numbers where `whole`, equally likely by their logarithm where `log`."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.low, self.high
+
+    def draw(self, share: float) -> float:
+        if self.log:
+            low, high = math.log(self.low), math.log(self.high)
+            return self.rounded(math.exp(low + share * (high - low)))
+        return self.rounded(self.low + share * (self.high - self.low))
+
+    def rounded(self, value: float) -> float:
+        short = round(value) if self.whole else float(f"{value:.{DIGITS}g}")
+        return min(max(short, self.low), self.high)
+
+    def holds(self, value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
+
+
+Values = Choice | Interval
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Settings that change together, one value each; usually a single one."""
+
+    settings: tuple[str, ...]
+    values: Values
+    """Of several settings a Choice of tuples."""
+
+    def point(self, value: Any) -> dict[str, Any]:
+        return {self.settings[0]: value} if len(self.settings) == 1 else dict(zip(self.settings, value, strict=True))
+
+    def value_in(self, point: Point) -> Any:
+        """The opposite of `point`."""
+        return point[self.settings[0]] if len(self.settings) == 1 else tuple(point[setting] for setting in self.settings)
+
+    def base(self, run: Any) -> Any:
+        """What a run has for it; for a group the name of the chosen one. None for what it has not."""
+        return self.value_in({setting: _of_run(run, setting) for setting in self.settings})
+
+    @property
+    def name(self) -> str:
+        return ",".join(self.settings)
+
+
+def check(setting: str, values: Values) -> None:
+    """Raises ConfigError for values that can't be drawn from."""
+    if isinstance(values, Choice):
+        if not values.values:
+            raise ConfigError(setting, "has no value to try", fix="Say, 1,2,4.")
+        if len({repr(value) for value in values.values}) < len(values.values):
+            raise ConfigError(setting, "has a value twice", got=", ".join(map(str, values.values)), fix="Take it out.")
+        return
+    got = f"interval({values.low:g},{values.high:g})"
+    if not values.low < values.high:
+        turned = f"Write interval({values.high:g},{values.low:g})." if values.high < values.low else "Give it as one value."
+        raise ConfigError(setting, "must have the lower end of its interval first", got=got, fix=turned)
+    if values.log and values.low <= 0:
+        raise ConfigError(setting, "must be above 0 to be drawn by its logarithm", got=got, fix="Raise the lower end.")
+
+
+def axes_of(space: Mapping[str, Values], zips: Sequence[Sequence[str]]) -> tuple[Axis, ...]:
+    """The space with zipped settings joined, in the order that they were given in. Raises ConfigError."""
+    joined: dict[str, tuple[str, ...]] = {}
+    for together in zips:
+        for setting in together:
+            if setting not in space:
+                raise ConfigError(
+                    "tune.zip", "must name settings of the space", got=setting, fix=f"There are: {', '.join(space)}."
+                )
+            if setting in joined:
+                raise ConfigError("tune.zip", "has a setting twice", got=setting)
+            if isinstance(space[setting], Interval):
+                raise ConfigError("tune.zip", "must name settings with a list of values", got=setting)
+            joined[setting] = tuple(together)
+        lengths = {setting: len(space[setting].ends) for setting in together}
+        if len(set(lengths.values())) > 1:
+            got = ", ".join(f"{setting} has {length}" for setting, length in lengths.items())
+            raise ConfigError("tune.zip", "must name settings with as many values each", got=got)
+    axes: dict[tuple[str, ...], Axis] = {}
+    for setting, values in space.items():
+        together = joined.get(setting, (setting,))
+        if together not in axes:
+            several = Choice(tuple(zip(*(space[one].ends for one in together), strict=True)))
+            axes[together] = Axis(together, values if len(together) == 1 else several)
+    return tuple(axes.values())
+
+
+def grid(axes: Sequence[Axis]) -> Iterator[Point]:
+    """All combinations, the last axis fastest. Raises ConfigError for an interval, which has no end of values."""
+    for axis in axes:
+        if isinstance(axis.values, Interval):
+            raise ConfigError(axis.name, "must be a list of values where tune=grid", fix="Take tune=random, or write the values.")
+    for values in product(*(axis.values.ends for axis in axes)):
+        yield merged(axis.point(value) for axis, value in zip(axes, values, strict=True))
+
+
+def drawn(axes: Sequence[Axis], seed: int, number: int) -> Point:
+    """The point with this number of those that a seed draws: a function of the three alone."""
+    shares = random.Random(f"{seed}:{number}")
+    return merged(axis.point(axis.values.draw(shares.random())) for axis in axes)
+
+
+def ends(axes: Sequence[Axis]) -> Iterator[Point]:
+    """Each value of a list and both ends of an interval, one after another, with the rest as the base has it."""
+    for axis in axes:
+        for value in axis.values.ends:
+            yield axis.point(value)
+
+
+def _of_run(run: Any, setting: str) -> Any:
+    found = run
+    for name in setting.lstrip("+").split("."):
+        found = found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)
+    return getattr(found, "name", found)
+
+
+def merged(points: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    return {setting: value for point in points for setting, value in point.items()}

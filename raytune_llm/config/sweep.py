@@ -1,0 +1,194 @@
+"""A sweep from the words of a command line: overrides with several values are its space, the others its base.
+
+    sweep = load_sweep(["+experiment=sft_smollm2", "adapter.rank=8,16", "tune=grid"])
+    sweep.trial_run({"adapter.rank": 16}, seed=42, folder=Path("outputs/sweep/trials/001")).adapter.rank  # 16
+
+Each trial's run is composed and validated as if its values had been typed, so groups can be swept, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.config.load import as_override, as_plain, compose, swept, to_run
+from raytune_llm.config.run import TrainRun, TuneRun
+from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, drawn, ends, grid
+from raytune_llm.config.tune import TuneConfig
+from raytune_llm.errors import ConfigError
+
+VERB = "tune"
+GIVEN_BY_THE_SWEEP = ("output_dir", "name", "resume", "resources", "tracking", "checkpoint.keep")
+"""Settings that are the same for all trials, or their own by what they are: no values to choose among."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A base and a space around it."""
+
+    run: TuneRun
+    axes: tuple[Axis, ...]
+    words: tuple[str, ...]
+    """The base's overrides."""
+    config_dir: str | Path | None = None
+    config_name: str | None = None
+
+    @property
+    def tune(self) -> TuneConfig:
+        return self.run.tune
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.output_dir)
+
+    @cached_property
+    def base(self) -> TrainRun:
+        return as_train_run(self.run)
+
+    def composed(self, point: Point) -> TrainRun:
+        """The run with these values, in the sweep's folder. Raises ConfigError, with the values of the point."""
+        if not point:
+            return self.base
+        if (known := self._composed.get(repr(point))) is None:
+            known = self._composed[repr(point)] = self._compose(point)
+        return known
+
+    @cached_property
+    def _composed(self) -> dict[str, TrainRun]:
+        """By point: what was composed before."""
+        return {}
+
+    def _compose(self, point: Point) -> TrainRun:
+        words = [*self.words, *(as_override(setting, value) for setting, value in point.items())]
+        try:
+            return as_train_run(to_run(VERB, compose(VERB, words, config_dir=self.config_dir, config_name=self.config_name)))
+        except ConfigError as error:
+            where = ", ".join(f"{setting}={value}" for setting, value in point.items())
+            raise ConfigError(error.setting, f"{error.rule} (with {where})", got=error.got, fix=error.fix) from None
+
+    def trial_run(self, point: Point, *, seed: int, folder: Path) -> TrainRun:
+        """seed: train.seed of this repetition."""
+        run = self.composed(point)
+        place = {"name": f"{run.name}_{folder.name}", "output_dir": str(folder), "resume": "auto"}
+        return replace(run, **place, train=replace(run.train, seed=seed))
+
+    def planned(self) -> Iterator[Point]:
+        """The points that are known beforehand, in order and each run once: base, tune.first, then a grid's or drawn ones; for a
+        searcher that learns, those that it starts with."""
+        tune = self.tune
+        seen: list[TrainRun] = []
+        for point in self._candidates():
+            run = self.composed(point)
+            if run in seen:
+                continue
+            seen.append(run)
+            yield point
+            if len(seen) == tune.trials:
+                return
+
+    def _candidates(self) -> Iterator[Point]:
+        tune = self.tune
+        if tune.base_first:
+            yield {}
+        yield from tune.first
+        if tune.name == "grid":
+            yield from grid(self.axes)
+        elif tune.name == "random":
+            assert tune.trials is not None
+            tries = range(50 * tune.trials)  # small spaces are exhausted sooner
+            yield from (drawn(self.axes, tune.seed, number) for number in tries)
+
+    def validate(self) -> list[Point]:
+        """The planned points, each composed; and each value of a list and both ends of each interval. Raises ConfigError."""
+        for point in ends(self.axes):
+            self.composed(point)
+        return list(self.planned())
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What makes it this sweep and no other, as plain values: base and space, and how points are chosen."""
+        free = {"output_dir", "name", "resume", "resources", "tracking", "checkpoint", "log_format"}
+        base = {name: value for name, value in as_plain(self.base).items() if name not in free}
+        how = ("name", "metric", "mode", "scheduler", "grace", "reduction", "seed", "seeds", "first", "base_first")
+        space = {axis.name: repr(axis.values) for axis in self.axes}
+        return {"base": base, "space": space, "tune": {name: as_plain(self.tune)[name] for name in how}}
+
+
+def load_sweep(words: Sequence[str] = (), *, config_dir: str | Path | None = None, config_name: str | None = None) -> Sweep:
+    """The sweep that `python -m raytune_llm tune <words>` starts. Raises ConfigError for a space that can't be, too."""
+    base, space = split(words)
+    run = to_run(VERB, compose(VERB, base, config_dir=config_dir, config_name=config_name))
+    typed = {word.lstrip("+").partition("=")[0] for word in base}
+    for setting, values in of_yaml(run.tune.space).items():
+        if setting.lstrip("+") not in typed and setting not in space:  # the command line has the last word
+            space[setting] = values
+    for setting, values in space.items():
+        check(setting, values)
+        _can_vary(setting)
+    if not space:
+        fix = "Say, 'optimizer.lr=tag(log,interval(1e-5,1e-3))' or adapter.rank=8,16."
+        raise ConfigError("the space", "is empty: no setting has several values", fix=fix)
+    axes = axes_of(space, run.tune.zip)
+    for point in run.tune.first:
+        if not point:
+            raise ConfigError("tune.first", "must hold settings with their values", got="{}", fix="Say, [{optimizer.lr: 1e-4}].")
+    sweep = Sweep(run, axes, tuple(base), config_dir, config_name)
+    sweep.validate()
+    return sweep
+
+
+def split(words: Sequence[str]) -> tuple[list[str], dict[str, Values]]:
+    """Overrides that give one value, and those that give several. Raises ConfigError where a setting is given twice."""
+    base: list[str] = []
+    space: dict[str, Values] = {}
+    given: set[str] = set()
+    for word in words:
+        setting = word.lstrip("+").partition("=")[0]
+        found = None if setting.startswith(f"{VERB}.") or word.startswith("~") else swept(word)
+        if setting in given and (found or setting in {name.lstrip("+") for name in space}):
+            raise ConfigError(setting, "is given twice", got=word, fix="Give all of its values at once, or one.")
+        given.add(setting)
+        if found is None:
+            base.append(word)
+        else:
+            space[found[0]] = found[1]
+    return base, space
+
+
+def of_yaml(space: Mapping[str, Any], prefix: str = "") -> dict[str, Values]:
+    """tune.space: its leaves are lists of values, or text as on the command line. It may be nested as the run's settings are, or
+    have dotted names, or both."""
+    found: dict[str, Values] = {}
+    for name, leaf in space.items():
+        setting = f"{prefix}{name}"
+        if isinstance(leaf, Mapping):
+            inner = of_yaml(leaf, f"{setting}.")
+        elif isinstance(leaf, list):
+            inner = {setting: Choice(tuple(leaf))}
+        else:
+            read = swept(f"{setting}={leaf}")
+            if read is None:
+                fix = "Write a list, or text such as tag(log,interval(1e-5,1e-3))."
+                raise ConfigError(f"tune.space.{setting}", "must have several values", got=leaf, fix=fix)
+            inner = dict([read])
+        for one in inner:
+            if one in found:
+                raise ConfigError(f"tune.space.{one}", "is given twice", fix="Give all of its values at once.")
+        found |= inner
+    return found
+
+
+def as_train_run(run: TuneRun) -> TrainRun:
+    """Without what makes it a sweep."""
+    return TrainRun(**{field.name: getattr(run, field.name) for field in fields(TrainRun)})  # type: ignore[arg-type]
+
+
+def _can_vary(setting: str) -> None:
+    plain = setting.lstrip("+")
+    if plain.partition(".")[0] in GIVEN_BY_THE_SWEEP or plain in GIVEN_BY_THE_SWEEP:
+        raise ConfigError(plain, "can't be varied: it is the same for all trials, or a trial's own", fix="Give it one value.")
+    if plain == "train.seed":
+        raise ConfigError(plain, "can't be varied: seeds are averaged", fix="Set tune.seeds=3 to repeat each setting.")

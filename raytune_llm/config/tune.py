@@ -1,0 +1,88 @@
+"""The `tune` group: how a sweep chooses its settings, compares its trials and stops the worse ones."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from raytune_llm.config.section import NonNegativeInt, PositiveInt, Seed, section
+from raytune_llm.errors import ConfigError
+
+MODES = {"loss": "min", "perplexity": "min", "accuracy": "max", "accuracies": "max", "margins": "max", "exact_match": "max"}
+"""Which way is better, by how a metric's name ends."""
+EVALUATIONS, EXACT_MATCH = "eval_", "exact_match"
+
+
+@section
+class TuneConfig:
+    name: Literal["grid", "random", "optuna"]
+    """What chooses the settings of the next trial. grid: all combinations; random: drawn from `seed`; optuna: its TPE sampler,
+    which learns from the trials before."""
+    trials: PositiveInt | None
+    """Settings that are tried, base and `first` included. null: all of a grid."""
+    metric: str
+    """eval_loss or another figure of an evaluation; exact_match; or module:function, which gets the TrainResult of a trial."""
+    mode: Literal["auto", "min", "max"]
+    """Whether less or more of the metric is better. auto: by its name."""
+    scheduler: Literal["none", "asha", "median", "hyperband"]
+    """What ends trials early, at their evaluations."""
+    grace: Annotated[float, Field(gt=0, lt=1)]
+    """No trial is ended before this part of its steps: the first rung."""
+    reduction: Annotated[int, Field(ge=2)]
+    """asha, hyperband: the best 1/reduction of the trials at a rung go on, to a rung that is so many times as far."""
+    seed: Seed
+    """Of the draws. Trials keep train.seed."""
+    seeds: PositiveInt
+    """Each setting is trained with train.seed, train.seed + 1 and so on, and judged by the mean."""
+    zip: list[list[str]]
+    """Settings whose values change together: [[adapter.rank, adapter.alpha]]."""
+    first: list[dict[str, Any]]
+    """Settings that are known to be good, tried first: [{optimizer.lr: 1e-4}]."""
+    base_first: bool
+    """The base configuration, without any value of the space, is the first trial."""
+    keep: NonNegativeInt
+    """So many trials, the best ones, keep their model and checkpoints."""
+    max_concurrent: PositiveInt | Literal["auto"]
+    """Trials at once. auto: as many as the machine's CPUs or GPUs take; one where resources=inline."""
+    max_failures: PositiveInt
+    """So many trials that failed one after another end the sweep."""
+    dry_run: bool
+    """Show the trials and what they need, and run nothing: --dry-run."""
+    space: dict[str, Any]
+    """Setting -> values, as on the command line: {optimizer.lr: "tag(log,interval(1e-5,1e-3))", adapter.rank: [8, 16]}."""
+
+    def __post_init__(self) -> None:
+        if self.name != "grid" and self.trials is None:
+            raise ConfigError("tune.trials", f"must be given where tune={self.name}", got="null", fix="Say, tune.trials=16.")
+        if self.at_end and self.scheduler != "none":
+            raise ConfigError(
+                "tune.scheduler",
+                f"must be none where tune.metric={self.metric}, which is known at a trial's end",
+                got=self.scheduler,
+                fix="Set tune.scheduler=none, or a metric of an evaluation.",
+            )
+        if self.seeds > 1 and self.scheduler != "none":
+            raise ConfigError(
+                "tune.seeds",
+                "must be 1 where trials are ended early: a setting is judged by the mean of its seeds, at their end",
+                got=self.seeds,
+                fix="Set tune.scheduler=none.",
+            )
+        if self.mode == "auto" and self.better is None:
+            raise ConfigError(
+                "tune.mode", f"must be min or max: tune.metric={self.metric} doesn't say which is better", got="auto"
+            )
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the metric is known at a trial's end only."""
+        return self.metric == EXACT_MATCH or ":" in self.metric
+
+    @property
+    def better(self) -> str | None:
+        """min or max; none where the metric's name doesn't say."""
+        if self.mode != "auto":
+            return self.mode
+        ending = self.metric.rpartition("/")[2].removeprefix(EVALUATIONS)
+        return next((mode for word, mode in MODES.items() if ending.endswith(word)), None)

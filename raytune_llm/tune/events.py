@@ -1,0 +1,61 @@
+"""The log of a sweep: which trials began, what they reported, how they ended, one JSON object a line, in order.
+
+It is all that a sweep knows. Whoever reads it again knows as much, so a sweep that was killed anywhere is resumed from it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from raytune_llm.errors import DataError, ResourceError
+
+EVENTS = "events.jsonl"
+
+
+class EventLog:
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / EVENTS
+        self._file: TextIO | None = None
+
+    def read(self) -> list[dict[str, Any]]:
+        """A last line that a crash cut short is left out, here and of the file when something is added."""
+        return [json.loads(line) for line in self._whole_lines()]
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """On the disk when it returns."""
+        try:
+            file = self._file = self._file or self._open()
+            file.write(json.dumps(event) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            room = "Make room there, and type the same command again." if error.errno == errno.ENOSPC else ""
+            raise ResourceError(f"{self._path} can't be written ({error.strerror})", room) from None
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> TextIO:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        size = sum(len(line.encode()) + 1 for line in self._whole_lines())
+        self._path.touch()
+        os.truncate(self._path, size)
+        return self._path.open("a", encoding="utf-8")
+
+    def _whole_lines(self) -> list[str]:
+        if not self._path.exists():
+            return []
+        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        for number, line in enumerate(lines, start=1):
+            try:
+                json.loads(line)
+            except ValueError:
+                raise DataError(f"{self._path}, row {number}", "is no JSON object", "Set resume=never to start anew.") from None
+        return lines

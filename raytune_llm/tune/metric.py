@@ -1,0 +1,73 @@
+"""What trials are compared by: a figure of their evaluations, or one of their end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from raytune_llm.config.tune import EVALUATIONS, EXACT_MATCH, TuneConfig
+from raytune_llm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    name: str
+    sign: int
+    """1 where less is better, -1 where more is."""
+    at_end: Callable[[Any], float | None] | None
+    """Of a TrainResult; none where evaluations have the metric."""
+
+    def score(self, value: float) -> float:
+        """Less is better; what is no number is worst."""
+        return math.inf if math.isnan(value) else self.sign * value
+
+    def of_record(self, record: Mapping[str, Any]) -> float | None:
+        """None of a record that is no evaluation, or where the metric is known at the end. Raises ConfigError for an evaluation
+        without the metric."""
+        if self.at_end is not None or "eval_loss" not in record:
+            return None
+        if self.name not in record:
+            there = ", ".join(name for name in record if name.startswith(EVALUATIONS))
+            raise MetricMissing(
+                "tune.metric", "must be a figure that evaluations report", got=self.name, fix=f"There are: {there}."
+            )
+        return float(record[self.name])
+
+    def of_trial(self, records: Sequence[Mapping[str, Any]], result: Any, *, best: bool) -> float:
+        """Of a finished trial. best: its model is the one with the lowest held-out loss, not the last one."""
+        if self.at_end is not None:
+            value = self.at_end(result)
+            if value is None:
+                raise MetricMissing("tune.metric", "must be a figure that trials report", got=self.name)
+            return float(value)
+        evaluations = [record for record in records if self.of_record(record) is not None and record["step"] > 0]
+        if not evaluations:
+            raise MetricMissing("tune.metric", "is reported by no evaluation: there was none", got=self.name)
+        kept = min(evaluations, key=lambda record: float(record["eval_loss"])) if best else evaluations[-1]
+        return float(kept[self.name])
+
+
+class MetricMissing(ConfigError):
+    """No trial will report it: the sweep ends."""
+
+
+def metric_of(tune: TuneConfig) -> Metric:
+    """Raises ConfigError where a function can't be found."""
+    at_end = None
+    if tune.metric == EXACT_MATCH:
+        at_end = lambda result: result.summary.exact_match_after  # noqa: E731
+    elif tune.at_end:
+        at_end = _function(tune.metric)
+    return Metric(name=tune.metric, sign=-1 if tune.better == "max" else 1, at_end=at_end)
+
+
+def _function(name: str) -> Callable[[Any], float]:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        fix = "The module must be importable: set PYTHONPATH to its folder."
+        raise ConfigError("tune.metric", f"must be module:function ({error})", got=name, fix=fix) from None

@@ -1,0 +1,178 @@
+"""A page of pictures of a sweep: the curves of all trials, parallel coordinates, and the metric over each setting."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raytune_llm.config.space import Axis, Interval
+from raytune_llm.tune.study import Study, Trial
+
+INK, FAINT, BEST = "#333333", "#8a8a8a", "#d9622b"
+
+
+def sweep_page(study: Study, path: Path) -> None:
+    """As PNG: two panels above, one for each setting below, three a row."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    axes = study.sweep.axes
+    rows = -(-len(axes) // 3)
+    figure = Figure(figsize=(12, 4.2 + 3 * rows), dpi=150, layout="constrained")
+    grid = figure.add_gridspec(1 + rows, 6, height_ratios=[4.2, *[3] * rows])
+    trials = [trial for trial in study.trials if trial.latest is not None and math.isfinite(trial.latest)]
+    best = study.ranked[0].trials if study.ranked else ()
+    colors = _colors(trials, study, colormaps["viridis"])
+    _curves(figure.add_subplot(grid[0, :3]), trials, colors, best, study)
+    _parallel(figure.add_subplot(grid[0, 3:]), trials, colors, best, study)
+    for number, axis in enumerate(axes):
+        column = 2 * (number % 3)
+        _over(figure.add_subplot(grid[1 + number // 3, column : column + 2]), trials, colors, best, axis, study)
+    figure.suptitle(f"{study.sweep.run.name}: {len(study.trials)} trials, {study.metric.name}", color=INK, x=0.01, ha="left")
+    beside = path.with_name(f".{path.name}.partial")
+    figure.savefig(beside, format="png")
+    beside.replace(path)
+
+
+def _colors(trials: list[Trial], study: Study, map: Any) -> dict[int, Any]:
+    """By rank: dark is good."""
+    order = sorted(trials, key=study.score_of)
+    return {trial.number: map(0.9 * place / max(len(order) - 1, 1)) for place, trial in enumerate(order)}
+
+
+def _curves(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, study: Study) -> None:
+    for trial in sorted(trials, key=study.score_of, reverse=True):
+        steps = sorted(trial.reports)
+        chosen = trial in best
+        style = {"color": BEST if chosen else colors[trial.number], "linewidth": 2.2 if chosen else 1.2}
+        axes.plot(steps, [trial.reports[step] for step in steps], **style)
+        if steps:
+            mark = {"stopped": "x", "finished": "o"}.get(trial.state, ".")
+            axes.plot(steps[-1], trial.reports[steps[-1]], mark, color=style["color"], markersize=5)
+    values = [value for trial in trials for value in trial.reports.values() if math.isfinite(value)]
+    if values and min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+    axes.set_title("each trial (x: stopped early)", loc="left", fontsize=10, color=INK)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel(study.metric.name, color=INK)
+    _quiet(axes)
+
+
+def _parallel(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, study: Study) -> None:
+    """A line a trial, over the settings and the metric, each from its lowest to its highest value."""
+    columns = list(study.sweep.axes)
+    for trial in sorted(trials, key=study.score_of, reverse=True):
+        places = [_place(axis, _value(axis, trial, study)) for axis in columns]
+        heights = [*places, _scaled(trial.latest or 0.0, [one.latest or 0.0 for one in trials])]
+        chosen = trial in best
+        color, width = (BEST, 2.2) if chosen else (colors[trial.number], 1.0)
+        axes.plot(range(len(heights)), heights, color=color, linewidth=width, alpha=1 if chosen else 0.7)
+    for column, axis in enumerate(columns):
+        low, high = (_text(value) for value in (axis.values.ends[0], axis.values.ends[-1]))
+        axes.text(column, -0.04, low, ha="center", va="top", fontsize=8, color=FAINT)
+        axes.text(column, 1.04, high, ha="center", va="bottom", fontsize=8, color=FAINT)
+    names = [*(_short_name(axis) for axis in columns), study.metric.name]
+    axes.set_xticks(range(len(names)), names, fontsize=9, color=INK)
+    axes.tick_params(axis="x", pad=14, length=0)
+    axes.set_yticks([])
+    axes.set_ylim(-0.12, 1.12)
+    for column in range(len(names)):
+        axes.axvline(column, color="#dddddd", linewidth=0.8, zorder=0)
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axes.set_title("settings and metric, a line a trial", loc="left", fontsize=10, color=INK)
+
+
+def _over(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, axis: Axis, study: Study) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    for trial in trials:
+        value = _value(axis, trial, study)
+        at = value if isinstance(axis.values, Interval) else _index(axis, value)
+        if at is None:
+            continue
+        whole = trial.state == "finished"
+        color = BEST if trial in best else colors[trial.number]
+        axes.plot(at, trial.latest, "o" if whole else "x", color=color, markersize=6 if whole else 5)
+    if isinstance(axis.values, Interval):
+        if axis.values.log:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xticks(range(len(axis.values.values)), [_text(value) for value in axis.values.values])
+        axes.set_xlim(-0.5, len(axis.values.values) - 0.5)
+    share = importance(axis, trials, study)
+    said = "" if share is None else f"  explains {share:.0%}"
+    axes.set_title(f"{axis.name}{said}", loc="left", fontsize=10, color=INK)
+    axes.set_ylabel(study.metric.name, color=INK)
+    _quiet(axes)
+
+
+def importance(axis: Axis, trials: list[Trial], study: Study) -> float | None:
+    """The part of the variance of the trials' ranks that this setting alone explains: by group means for a list of values, by a
+    parabola over (the logarithm of) an interval. A rough figure, adjusted for the number of means or coefficients; none where
+    there are too few trials."""
+    known = [(_value(axis, trial, study), study.score_of(trial)) for trial in trials]
+    known = [(value, score) for value, score in known if axis.values.holds(value)]
+    ranks = np.argsort(np.argsort([score for _, score in known])).astype(float)
+    total = float(((ranks - ranks.mean()) ** 2).sum()) if len(ranks) else 0.0
+    if isinstance(axis.values, Interval):
+        places = np.array([_place(axis, value) for value, _ in known])
+        free = len(known) - 3
+        if free < 2 or total == 0 or np.ptp(places) == 0:
+            return None
+        left = ranks - np.polyval(np.polyfit(places, ranks, 2), places)
+    else:
+        groups = np.array([axis.values.values.index(value) for value, _ in known])
+        free = len(known) - len(set(groups.tolist()))
+        if free < 2 or total == 0 or len(set(groups.tolist())) < 2:
+            return None
+        left = ranks - np.array([ranks[groups == group].mean() for group in groups])
+    adjusted = 1 - float((left**2).sum()) / free / (total / (len(known) - 1))
+    return max(adjusted, 0.0)
+
+
+def _value(axis: Axis, trial: Trial, study: Study) -> Any:
+    known = all(setting in trial.point for setting in axis.settings)
+    return axis.value_in(trial.point) if known else axis.base(study.sweep.base)
+
+
+def _place(axis: Axis, value: Any) -> float:
+    """From 0 to 1; none (NaN) outside the space."""
+    values = axis.values
+    if isinstance(values, Interval):
+        if not values.holds(value):
+            return math.nan
+        if values.log:
+            return math.log(value / values.low) / math.log(values.high / values.low)
+        return (value - values.low) / (values.high - values.low)
+    index = _index(axis, value)
+    return math.nan if index is None else index / max(len(values.values) - 1, 1)
+
+
+def _index(axis: Axis, value: Any) -> int | None:
+    values: Any = axis.values.ends
+    return list(values).index(value) if value in values else None
+
+
+def _scaled(value: float, values: list[float]) -> float:
+    low, high = min(values), max(values)
+    return 0.5 if low == high else (value - low) / (high - low)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _short_name(axis: Axis) -> str:
+    return ",".join(setting.rpartition(".")[2] for setting in axis.settings)
+
+
+def _quiet(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#bbbbbb")
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(color="#bbbbbb", labelcolor=INK, labelsize=9)

@@ -1,0 +1,95 @@
+"""What a sweep leaves: trials.csv, results.json, best.yaml, sweep.png; the best models, and no others."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.config.load import to_yaml
+from raytune_llm.tune.page import sweep_page
+from raytune_llm.tune.study import Study, Trial
+
+TABLE, RESULTS, BEST, PAGE = "trials.csv", "results.json", "best.yaml", "sweep.png"
+
+
+def write_results(study: Study) -> None:
+    """With what is known so far."""
+    folder = study.sweep.folder
+    _write(folder / TABLE, _table(study))
+    _write(folder / RESULTS, json.dumps(results(study), indent=2) + "\n")
+    if study.ranked:
+        _write(folder / BEST, best_run(study))
+    if any(trial.reports or trial.value is not None for trial in study.trials):
+        sweep_page(study, folder / PAGE)
+
+
+def results(study: Study) -> dict[str, Any]:
+    """best: settings, metric and folder of the best setting's first trial, or null; then all trials."""
+    ranked = study.ranked
+    best = None
+    if ranked:
+        first = ranked[0].trials[0]
+        best = {"settings": dict(ranked[0].point), "metric": ranked[0].value, "folder": str(first.folder)}
+    metric = {"name": study.metric.name, "mode": "min" if study.metric.sign == 1 else "max"}
+    return {"best": best, "metric": metric, "trials": [_plain(trial) for trial in study.trials]}
+
+
+def best_run(study: Study) -> str:
+    """The best setting as a run that trains again: --config-dir SWEEP --config-name best."""
+    sweep, best = study.sweep, study.ranked[0]
+    run = sweep.composed(best.point)
+    return to_yaml(replace(run, name=f"{run.name}_best", output_dir=f"{sweep.folder.absolute()}_best"))
+
+
+def prune(study: Study) -> None:
+    """Take away models and checkpoints of all trials that are not among the best tune.keep settings."""
+    kept = {trial.number for setting in study.ranked[: study.sweep.tune.keep] for trial in setting.trials}
+    for trial in study.trials:
+        if trial.number not in kept and trial.state != "running":
+            for name in ("checkpoints", "final"):
+                shutil.rmtree(trial.folder / name, ignore_errors=True)
+
+
+def _plain(trial: Trial) -> dict[str, Any]:
+    return {
+        "trial": trial.number,
+        "settings": dict(trial.point),
+        "seed": trial.seed,
+        "state": trial.state,
+        "metric": None if trial.latest is None or math.isnan(trial.latest) else trial.latest,
+        "step": trial.step,
+        "steps": trial.total_steps,
+        "seconds": round(trial.seconds, 1),
+        "folder": str(trial.folder),
+        "reason": trial.reason,
+    }
+
+
+def _table(study: Study) -> str:
+    settings = [setting for axis in study.sweep.axes for setting in axis.settings]
+    settings += [name for point in study.sweep.tune.first for name in point if name not in settings]
+    rest = ("seed", "state", "metric", "step", "steps", "seconds", "folder", "reason")
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["trial", *settings, *rest])
+    base = {setting: value for axis in study.sweep.axes for setting, value in _base_values(study, axis)}
+    for trial in study.trials:
+        plain, values = _plain(trial), {**base, **trial.point}
+        table.writerow([trial.number, *(values.get(name) for name in settings), *(plain[name] for name in rest)])
+    return text.getvalue()
+
+
+def _base_values(study: Study, axis: Any) -> list[tuple[str, Any]]:
+    return list(axis.point(axis.base(study.sweep.base)).items())
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,103 @@
+"""What ends trials early. Each scheduler is asked at each evaluation of a trial, and knows what it was asked before.
+
+A trial's progress is the part of its own steps that it has made, so that trials of different lengths compare. Scores: less is
+better. A scheduler's answers follow from the order of questions alone, so that an interrupted sweep is resumed by asking again.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import Protocol
+
+from raytune_llm.config.tune import TuneConfig
+
+ROUNDING = 1e-9
+"""Step 18 of 60 is at the rung of 0.1 x 3, whatever floats make of it."""
+
+
+class Scheduler(Protocol):
+    def goes_on(self, trial: int, progress: float, score: float) -> bool: ...
+
+
+class Never:
+    """All trials run to their end."""
+
+    def goes_on(self, trial: int, progress: float, score: float) -> bool:
+        return True
+
+
+class Asha:
+    """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934), as trials are stopped rather than promoted.
+
+    At each rung a trial goes on if it is among the best 1/reduction of those that came so far; the first one always does.
+    """
+
+    def __init__(self, *, grace: float, reduction: int) -> None:
+        self._reduction = reduction
+        self._rungs: list[tuple[float, dict[int, float]]] = []
+        """From the last to the first: progress, and scores by trial."""
+        while grace < 1:
+            self._rungs.insert(0, (grace, {}))
+            grace *= reduction
+
+    def goes_on(self, trial: int, progress: float, score: float) -> bool:
+        for rung, scores in self._rungs:
+            if progress < rung - ROUNDING or trial in scores:
+                continue
+            better = sum(other < score for other in scores.values())
+            scores[trial] = score
+            return better < max(1, len(scores) // self._reduction)
+        return True
+
+
+class Hyperband:
+    """Asynchronous HyperBand (ibid.): brackets of successive halving, each with a later first rung than the one before, over
+    which trials are spread in turn. So some are judged by more than their first steps."""
+
+    def __init__(self, *, grace: float, reduction: int) -> None:
+        count = 1 + math.floor(-math.log(grace, reduction))
+        self._brackets = [Asha(grace=grace * reduction**number, reduction=reduction) for number in range(count)]
+
+    def goes_on(self, trial: int, progress: float, score: float) -> bool:
+        return self._brackets[trial % len(self._brackets)].goes_on(trial, progress, score)
+
+
+class Median:
+    """The median stopping rule (Golovin et al. 2017, Google Vizier): a trial ends where the best that it has reached is worse
+    than the median of the others' means up to that progress."""
+
+    LEAST = 3
+    """Others that there must be."""
+
+    def __init__(self, *, grace: float) -> None:
+        self._grace = grace
+        self._scores: dict[int, list[tuple[float, float]]] = {}
+
+    def goes_on(self, trial: int, progress: float, score: float) -> bool:
+        own = self._scores.setdefault(trial, [])
+        own.append((progress, score))
+        if progress < self._grace - ROUNDING:
+            return True
+        others = [
+            _mean([score for at, score in scores if at <= progress])
+            for number, scores in self._scores.items()
+            if number != trial and scores[-1][0] >= progress
+        ]
+        return len(others) < self.LEAST or min(score for _, score in own) <= median(others)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.inf
+
+
+SCHEDULERS = {
+    "none": lambda tune: Never(),
+    "asha": lambda tune: Asha(grace=tune.grace, reduction=tune.reduction),
+    "hyperband": lambda tune: Hyperband(grace=tune.grace, reduction=tune.reduction),
+    "median": lambda tune: Median(grace=tune.grace),
+}
+
+
+def scheduler_of(tune: TuneConfig) -> Scheduler:
+    return SCHEDULERS[tune.scheduler](tune)

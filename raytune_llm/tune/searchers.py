@@ -1,0 +1,114 @@
+"""What chooses the next point: the planned ones in order, or a sampler that learns from trials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from raytune_llm.config.space import Axis, Choice, Point
+from raytune_llm.config.sweep import Sweep
+from raytune_llm.errors import ResourceError
+
+
+class Searcher(Protocol):
+    def ask(self) -> Point | None:
+        """The next point; none at the end."""
+        ...
+
+    def tell(self, number: int, reports: Sequence[tuple[int, float]], score: float | None, *, whole: bool) -> None:
+        """What came of the point that was asked for as the number-th (from 0): (step, score) of its evaluations, and the last
+        score; whole: it ran to its end. A score of none: it failed."""
+        ...
+
+
+class Planned:
+    """Points that are known beforehand: of a grid, or drawn."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self._points = iter(points)
+
+    def ask(self) -> Point | None:
+        return next(self._points, None)
+
+    def tell(self, number: int, reports: Sequence[tuple[int, float]], score: float | None, *, whole: bool) -> None:
+        pass
+
+
+class Optuna:
+    """Optuna's TPE sampler, after the planned points, from which it learns as well where the space holds them."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        try:
+            import optuna
+        except ImportError as error:
+            raise ResourceError("tune=optuna needs the package optuna", "pip install 'raytune-llm[tune]'") from error
+        self._optuna = optuna
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._axes, self._left = sweep.axes, sweep.tune.trials or 0
+        self._first = list(sweep.planned())
+        sampler = optuna.samplers.TPESampler(seed=sweep.tune.seed, constant_liar=True, n_startup_trials=STARTUP)
+        self._study = optuna.create_study(direction="minimize", sampler=sampler)
+        self._distributions = {axis.name: self._distribution(axis) for axis in sweep.axes}
+        self._asked: list[Any] = []
+        """Optuna's trials, or the parameters of planned points; none for a point outside the space."""
+        self._base = {axis.name: axis.base(sweep.base) for axis in sweep.axes}
+
+    def ask(self) -> Point | None:
+        if not self._left:
+            return None
+        self._left -= 1
+        if self._first:
+            point = self._first.pop(0)
+            self._asked.append(self._parameters(point))
+            return point
+        trial = self._study.ask(self._distributions)
+        self._asked.append(trial)
+        return {name: value for axis in self._axes for name, value in axis.point(self._value(axis, trial)).items()}
+
+    def tell(self, number: int, reports: Sequence[tuple[int, float]], score: float | None, *, whole: bool) -> None:
+        asked, states = self._asked[number], self._optuna.trial.TrialState
+        state = states.FAIL if score is None else states.COMPLETE if whole else states.PRUNED
+        if isinstance(asked, self._optuna.trial.Trial):
+            for step, value in reports:
+                asked.report(value, step)
+            self._study.tell(asked, score if state == states.COMPLETE else None, state=state)
+        elif asked is not None and state == states.COMPLETE:
+            done = self._optuna.trial.create_trial(params=asked, distributions=self._distributions, value=score)
+            self._study.add_trial(done)
+
+    def _distribution(self, axis: Axis) -> Any:
+        kinds, values = self._optuna.distributions, axis.values
+        if isinstance(values, Choice):
+            return kinds.CategoricalDistribution(list(range(len(values.values))))  # values may be lists, which Optuna can't hold
+        kind = kinds.IntDistribution if values.whole else kinds.FloatDistribution
+        return kind(values.low, values.high, log=values.log)
+
+    def _value(self, axis: Axis, trial: Any) -> Any:
+        drawn = trial.params[axis.name]
+        return axis.values.values[drawn] if isinstance(axis.values, Choice) else axis.values.rounded(drawn)
+
+    def _parameters(self, point: Point) -> dict[str, Any] | None:
+        """As Optuna knows them; none where a value lies outside the space."""
+        found: dict[str, Any] = {}
+        for axis in self._axes:
+            names = axis.settings
+            value = axis.value_in(point) if all(name in point for name in names) else self._base[axis.name]
+            if not axis.values.holds(value):
+                return None
+            found[axis.name] = axis.values.values.index(value) if isinstance(axis.values, Choice) else value
+        return found
+
+
+STARTUP = 5
+"""Points that are drawn before TPE begins to learn."""
+
+
+def searcher_of(sweep: Sweep) -> Searcher:
+    return SEARCHERS[sweep.tune.name](sweep)
+
+
+SEARCHERS = {
+    "grid": lambda sweep: Planned(list(sweep.planned())),
+    "random": lambda sweep: Planned(list(sweep.planned())),
+    "optuna": Optuna,
+}

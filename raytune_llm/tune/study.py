@@ -1,0 +1,233 @@
+"""A sweep as it stands: its trials, what each has reported, and which comes next. Every change is an event of its log first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from raytune_llm.config.run import TrainRun
+from raytune_llm.config.space import Point
+from raytune_llm.config.sweep import Sweep
+from raytune_llm.errors import ConfigError
+from raytune_llm.tune.events import EVENTS, EventLog
+from raytune_llm.tune.metric import Metric
+from raytune_llm.tune.schedulers import scheduler_of
+from raytune_llm.tune.searchers import searcher_of
+
+State = Literal["running", "finished", "stopped", "failed"]
+TRIALS = "trials"
+LONGEST_NAME = 60
+WRITTEN = ("results.json", "trials.csv", "best.yaml", "sweep.png")
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One run of one point."""
+
+    number: int
+    point: Point
+    seed: int
+    folder: Path
+    state: State = "running"
+    reports: dict[int, float] = field(default_factory=dict)
+    """The metric by step, as evaluations said it."""
+    total_steps: int | None = None
+    value: float | None = None
+    """The metric of its model, or the last one where it was stopped."""
+    reason: str | None = None
+    """Why it failed."""
+    seconds: float = 0.0
+    """Of this process's part."""
+    stopping: bool = False
+    """The scheduler has ended it."""
+
+    @property
+    def step(self) -> int:
+        return max(self.reports, default=0)
+
+    @property
+    def latest(self) -> float | None:
+        return self.value if self.value is not None or not self.reports else self.reports[self.step]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A point with the trials of all its seeds."""
+
+    point: Point
+    trials: tuple[Trial, ...]
+
+    @property
+    def value(self) -> float | None:
+        """The mean of its trials; none until all are finished."""
+        values = [trial.value for trial in self.trials if trial.state == "finished" and trial.value is not None]
+        return sum(values) / len(values) if len(values) == len(self.trials) else None
+
+
+class Study:
+    def __init__(self, sweep: Sweep, metric: Metric) -> None:
+        """With what the folder knows already. Raises ConfigError where it holds another sweep."""
+        self.sweep, self.metric = sweep, metric
+        self.trials: list[Trial] = []
+        self._searcher, self._scheduler = searcher_of(sweep), scheduler_of(sweep.tune)
+        self._points: list[Point] = []
+        self._log = EventLog(sweep.folder)
+        self._interrupted: list[Trial] = []
+        self._resume()
+
+    def next(self) -> Trial | None:
+        """An interrupted trial, or a new one; none where all have begun."""
+        while self._interrupted:
+            trial = self._interrupted.pop(0)
+            if trial.stopping:
+                self.end(trial, "stopped", trial.reports[trial.step])
+            else:
+                return trial
+        number = len(self.trials)
+        seeds = self.sweep.tune.seeds
+        point = self._points[number // seeds] if number // seeds < len(self._points) else self._searcher.ask()
+        if point is None:
+            return None
+        self._log.append({"event": "began", "trial": number, "point": point})
+        return self._begin(number, point)
+
+    def run_of(self, trial: Trial) -> TrainRun:
+        return self.sweep.trial_run(trial.point, seed=trial.seed, folder=trial.folder)
+
+    def report(self, trial: Trial, step: int, total_steps: int, value: float) -> bool:
+        """What an evaluation says; whether the trial is to go on. A report that is known is not asked about again."""
+        if step not in trial.reports:
+            event = {"event": "reported", "trial": trial.number, "step": step, "of": total_steps, "value": value}
+            self._log.append(event)
+            self._report(trial, step, total_steps, value)
+        return not (trial.stopping and step >= trial.step)
+
+    def end(self, trial: Trial, state: State, value: float | None, reason: str | None = None) -> None:
+        event = {"event": "ended", "trial": trial.number, "state": state, "value": value, "seconds": round(trial.seconds, 3)}
+        self._log.append({**event, **({"reason": reason} if reason else {})})
+        self._end(trial, state, value, reason)
+
+    def close(self) -> None:
+        self._log.close()
+
+    @property
+    def settings(self) -> list[Setting]:
+        seeds = self.sweep.tune.seeds
+        together = [self.trials[at : at + seeds] for at in range(0, len(self.trials), seeds)]
+        return [Setting(point=trials[0].point, trials=tuple(trials)) for trials in together if len(trials) == seeds]
+
+    @property
+    def ranked(self) -> list[Setting]:
+        """Finished settings, the best first."""
+        done = [setting for setting in self.settings if setting.value is not None]
+        return sorted(done, key=lambda setting: self.metric.score(setting.value or 0.0))
+
+    def score_of(self, trial: Trial) -> float:
+        return math.inf if trial.latest is None else self.metric.score(trial.latest)
+
+    def _resume(self) -> None:
+        folder, resume = self.sweep.folder, self.sweep.run.resume
+        identity = json.loads(json.dumps(self.sweep.identity))
+        if resume == "never":
+            shutil.rmtree(folder / TRIALS, ignore_errors=True)
+            for name in (EVENTS, *WRITTEN):
+                (folder / name).unlink(missing_ok=True)
+        events = self._log.read()
+        if not events:
+            if resume == "must":
+                raise ConfigError("resume", f"can't be must where {folder} holds no sweep", fix="Set resume=auto.")
+            self._log.append({"event": "sweep", "identity": identity})
+            return
+        _same_sweep(folder, events[0]["identity"], identity)
+        for event in events[1:]:
+            self._apply(event)
+        self._interrupted = [trial for trial in self.trials if trial.state == "running"]
+
+    def _apply(self, event: Mapping[str, Any]) -> None:
+        number = event["trial"]
+        match event["event"]:
+            case "began":
+                if number % self.sweep.tune.seeds == 0:
+                    self._searcher.ask()  # it draws as it did; what it drew is in the log
+                self._begin(number, event["point"])
+            case "reported":
+                self._report(self.trials[number], event["step"], event["of"], event["value"])
+            case "ended":
+                self.trials[number].seconds = event["seconds"]
+                self._end(self.trials[number], event["state"], event["value"], event.get("reason"))
+
+    def _begin(self, number: int, point: Point) -> Trial:
+        seeds = self.sweep.tune.seeds
+        if number % seeds == 0:
+            self._points.append(point)
+        repetition = number % seeds
+        name = f"{number:03d}_{folder_name(point)}" + (f"_seed{repetition}" if seeds > 1 else "")
+        trial = Trial(
+            number=number,
+            point=point,
+            seed=self.sweep.run.train.seed + repetition,
+            folder=(self.sweep.folder / TRIALS / name).absolute(),
+        )
+        self.trials.append(trial)
+        return trial
+
+    def _report(self, trial: Trial, step: int, total_steps: int, value: float) -> None:
+        trial.reports[step], trial.total_steps = value, total_steps
+        if step < total_steps and not self._scheduler.goes_on(trial.number, step / total_steps, self.metric.score(value)):
+            trial.stopping = True
+
+    def _end(self, trial: Trial, state: State, value: float | None, reason: str | None) -> None:
+        trial.state, trial.value, trial.reason = state, value, reason
+        seeds = self.sweep.tune.seeds
+        trials = self.trials[trial.number // seeds * seeds :][:seeds]
+        if len(trials) < seeds or any(one.state == "running" for one in trials):
+            return
+        values = [one.value for one in trials if one.state != "failed" and one.value is not None]
+        score = self.metric.score(sum(values) / len(values)) if len(values) == seeds else None
+        reports = [(step, self.metric.score(value)) for step, value in trial.reports.items()]
+        self._searcher.tell(trial.number // seeds, reports, score, whole=all(one.state == "finished" for one in trials))
+
+
+def folder_name(point: Point) -> str:
+    """`base`, `lr=0.001,rank=8`, or a hash where that is long."""
+    if not point:
+        return "base"
+    last = {setting.rpartition(".")[2].lstrip("+"): _short(value) for setting, value in point.items()}
+    name = ",".join(f"{setting}={value}" for setting, value in last.items())
+    if len(last) == len(point) and len(name) <= LONGEST_NAME and all(letter.isalnum() or letter in "=,.-_+" for letter in name):
+        return name
+    return hashlib.sha256(json.dumps(dict(point), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _same_sweep(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [
+        f"{path} from {old.get(path)} to {new.get(path)}"
+        for old, new in [(dict(_flat(then)), dict(_flat(now)))]
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path)
+    ]
+    if changed:
+        raise ConfigError(
+            "output_dir",
+            f"holds another sweep: what changed is {', '.join(changed[:5])}",
+            got=str(folder),
+            fix="Restore it to resume, choose another output_dir, or set resume=never to start anew there.",
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        found += _flat(value, f"{path}.") if isinstance(value, dict) and value else [(path.removeprefix("base."), value)]
+    return found

@@ -1,0 +1,94 @@
+"""One trial: a whole run in this process, which its scheduler may end at any evaluation."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.config.run import TrainRun
+from raytune_llm.errors import UserError
+from raytune_llm.report.metrics import METRICS, read_metrics
+from raytune_llm.tune.metric import Metric, MetricMissing
+from raytune_llm.tune.study import State
+
+Train = Callable[..., Any]
+"""api.train."""
+Reported = Callable[[int, int, float], bool]
+"""(step, of so many, metric) -> whether the trial is to go on."""
+
+
+class Stopped(Exception):
+    """The scheduler ended the trial; raised where it trains, so that all that it holds is let go on the way out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    state: State
+    value: float | None
+    reason: str | None = None
+
+
+def run_trial(run: TrainRun, metric: Metric, reported: Reported, train: Train) -> Outcome:
+    """Train it, or resume it from its output folder. What goes wrong ends this trial alone, with its reason; raises
+    MetricMissing where no other trial could do better."""
+    listener = _Listener(run, metric, reported)
+    try:
+        result = train(run, sinks=[listener.record], on_begin=listener.begin)
+        records = _records(run)
+        return Outcome(state="finished", value=metric.of_trial(records, result, best=run.checkpoint.final == "best"))
+    except Stopped:
+        return Outcome(state="stopped", value=listener.latest)
+    except MetricMissing:
+        raise
+    except (UserError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
+        return Outcome(state="failed", value=None, reason=_reason(error))
+    finally:
+        _free()
+
+
+class _Listener:
+    """Hears what a run logs."""
+
+    def __init__(self, run: TrainRun, metric: Metric, reported: Reported) -> None:
+        self.latest: float | None = None
+        self._run, self._metric, self._reported = run, metric, reported
+        self._total: int | None = None
+
+    def begin(self, begin: Any) -> None:
+        """What a resumed run has logged up to its checkpoint is not logged again, and may not have been heard."""
+        total = getattr(begin, "total_steps", None)
+        if total is None:
+            return  # news of a reference
+        self._total = total
+        for record in _records(self._run) if begin.first_step else ():
+            self.record(record)
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        value = self._metric.of_record(record)
+        if value is None or record["step"] == 0:
+            return
+        assert self._total is not None
+        self.latest = value
+        if not self._reported(record["step"], self._total, value) and record["step"] < self._total:
+            raise Stopped
+
+
+def _records(run: TrainRun) -> list[dict[str, Any]]:
+    path = Path(run.output_dir) / METRICS
+    return read_metrics(path) if path.exists() else []
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _free() -> None:
+    """A model's modules refer to each other in circles: without this, two would lie in memory for a while."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

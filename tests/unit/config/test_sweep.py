@@ -1,0 +1,119 @@
+"""A sweep from words: what becomes its space, what its base, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raytune_llm import ConfigError, load_config, load_sweep
+from raytune_llm.config.space import Choice, Interval
+
+BASE = ["+experiment=sft_smollm2", "resources=inline"]
+
+
+def sweep(*words: str):
+    return load_sweep([*BASE, *words])
+
+
+def test_settings_with_several_values_are_the_space_and_the_others_the_base():
+    made = sweep(
+        "optimizer.lr=tag(log,interval(1e-5,1e-3))", "adapter.rank=8,16,32", "adapter.alpha=64.0", "optimizer=adamw,muon"
+    )
+    values = {axis.name: axis.values for axis in made.axes}
+    assert values == {
+        "optimizer.lr": Interval(1e-5, 1e-3, log=True),
+        "adapter.rank": Choice((8, 16, 32)),
+        "optimizer": Choice(("adamw", "muon")),
+    }
+    assert made.base.adapter.alpha == 64.0
+
+
+def test_a_trial_is_the_run_that_its_values_would_be_if_they_were_typed(tmp_path):
+    made = sweep("optimizer.lr=1e-5,1e-3", "optimizer=adamw,muon", "tune=grid")
+    point = {"optimizer.lr": 1e-3, "optimizer": "muon"}
+    run = made.trial_run(point, seed=42, folder=tmp_path / "001")
+    typed = load_config("train", [*BASE, "optimizer.lr=1e-3", "optimizer=muon", f"output_dir={tmp_path}/001", f"name={run.name}"])
+    assert run == typed
+
+
+def test_a_grid_has_every_combination_and_random_points_depend_on_the_seed_alone():
+    words = ("optimizer.lr=1e-4,1e-3", "adapter.rank=range(1,4)")
+    assert len(list(sweep(*words, "tune=grid").planned())) == 6
+    drawn = [list(sweep(*words, "tune.trials=4", f"tune.seed={seed}").planned()) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0][0] == {}  # the base
+
+
+def test_more_trials_begin_with_the_same_ones():
+    few, many = (list(sweep("optimizer.lr=interval(0.1,0.9)", f"tune.trials={count}").planned()) for count in (3, 7))
+    assert many[:3] == few
+
+
+def test_a_point_that_is_the_base_runs_once():
+    made = sweep("adapter.rank=8,16", "tune.trials=9")
+    assert list(made.planned()) == [{}, {"adapter.rank": 8}]  # the experiment's rank is 16
+
+
+def test_zipped_values_change_together():
+    made = sweep("adapter.rank=8,16", "adapter.alpha=16.0,32.0", "tune=grid", "tune.zip=[[adapter.rank,adapter.alpha]]")
+    assert [dict(point) for point in made.planned()] == [
+        {"adapter.rank": 8, "adapter.alpha": 16.0},
+        {"adapter.rank": 16, "adapter.alpha": 32.0},
+    ]
+
+
+def test_known_good_points_come_after_the_base():
+    made = sweep("adapter.rank=8,16", "tune.trials=3", "tune.first=[{optimizer.lr: 3.0e-4}]")
+    assert list(made.planned())[:2] == [{}, {"optimizer.lr": 3e-4}]
+
+
+def test_a_space_in_yaml_may_be_nested_or_dotted_and_the_command_line_has_the_last_word(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - sft_smollm2\n"
+        "tune:\n  space:\n    optimizer.lr: tag(log,interval(1e-5,1e-3))\n    adapter:\n      rank: [8, 32]\n"
+    )
+    made = load_sweep(["+experiment=mine"], config_dir=tmp_path)
+    assert {axis.name: axis.values for axis in made.axes} == {
+        "optimizer.lr": Interval(1e-5, 1e-3, log=True),
+        "adapter.rank": Choice((8, 32)),
+    }
+    fixed = load_sweep(["+experiment=mine", "adapter.rank=4"], config_dir=tmp_path)
+    assert [axis.name for axis in fixed.axes] == ["optimizer.lr"] and fixed.base.adapter.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["adapter.rank=8,0"], "adapter.rank must be at least 1 (with adapter.rank=0)"),
+        (["optimizer.lr=interval(-1e-3,1e-3)"], "(with optimizer.lr=-0.001)"),
+        (["optimizer.lr=interval(1e-3,1e-5)"], "Write interval(1e-05,0.001)."),
+        (["optimizer.lr=tag(log,interval(0,1e-3))"], "must be above 0 to be drawn by its logarithm"),
+        (["adapter.rank=8,16", "adapter.rank=4"], "adapter.rank is given twice"),
+        (["adapter.rank=8,8"], "has a value twice"),
+        (["adapter.rnk=8,16"], "Did you mean adapter.rank?"),
+        (["optimizer=adamw,moun"], "Did you mean optimizer=muon?"),
+        (["tune=grid", "optimizer.lr=interval(1e-5,1e-3)"], "must be a list of values where tune=grid"),
+        (["adapter.rank=8,16", "tune.metric=loss"], "must be a figure of an evaluation"),
+        (["adapter.rank=8,16", "tune.metric=exact_match", "train.exact_match_rows=0"], "needs train.exact_match_rows"),
+        (["adapter.rank=8,16", "tune.metric=a.b:c"], "tune.mode must be min or max"),
+        (["adapter.rank=8,16", "tune=asha", "train.eval_every_steps=null"], "train.eval_every_steps must be given"),
+        (["adapter.rank=8,16", "tune=asha", "tune.seeds=3"], "tune.seeds must be 1"),
+        (["output_dir=a,b"], "can't be varied"),
+        (["train.seed=1,2"], "Set tune.seeds=3"),
+        ([], "the space is empty"),
+        (["tune.zip=[[adapter.rank,adapter.alpha]]", "adapter.rank=8,16", "adapter.alpha=8.0,9.0,10.0"], "as many values each"),
+        (["tune.zip=[[adapter.rank,adapter.dropout]]", "adapter.rank=8,16"], "must name settings of the space"),
+    ],
+)
+def test_a_wrong_space_is_refused_with_the_setting(words, said):
+    with pytest.raises(ConfigError) as error:
+        sweep(*words)
+    assert said in str(error.value)
+
+
+def test_the_sweeps_folder_holds_its_trials():
+    made = sweep("adapter.rank=8,16", "output_dir=somewhere")
+    run = made.trial_run({"adapter.rank": 8}, seed=1, folder=Path("somewhere/trials/001"))
+    assert run.output_dir == "somewhere/trials/001" and run.train.seed == 1

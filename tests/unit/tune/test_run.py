@@ -1,0 +1,102 @@
+"""Sweeps of a tiny model, as the command runs them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from raytune_llm import ConfigError, ResourceError, api, load_config, load_sweep
+from raytune_llm.report.metrics import read_metrics
+
+GRID = ("optimizer.lr=1e-9,1e-2,1e-8", "tune=grid", "tune.scheduler=asha", "tune.grace=0.5", "tune.base_first=true")
+
+
+def words(rows, cache, folder, *more):
+    return [
+        "model=tiny_random", "resources=inline", "tracking=none", "train.precision=fp32", "train.log_every_steps=1",
+        "train.global_batch_size=4", "train.max_steps=3", "train.eval_every_steps=1", "data.max_length=64",
+        "data.eval_fraction=0.1",
+        f"data.path={rows}", f"data.cache={cache}", f"output_dir={folder}", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(chat_rows, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder, api.tune(load_sweep(words(chat_rows, cache, folder, *GRID)))
+
+
+def test_the_best_trial_is_found_and_kept_and_the_others_leave_no_model(swept):
+    folder, result = swept
+    assert result.best.point == {"optimizer.lr": 1e-2}
+    assert (result.folder / "final" / "adapter_model.safetensors").exists()
+    assert [path.parent.name for path in (folder / "trials").glob("*/final")] == [result.folder.name]
+
+
+def test_worse_trials_are_stopped_early(swept):
+    _, result = swept
+    states = {trial.number: (trial.state, trial.step) for trial in result.study.trials}
+    assert states[0] == ("finished", 3)  # the base came first
+    assert states[1] == ("stopped", 2) and states[3] == ("stopped", 2)
+
+
+def test_the_folder_says_what_was_tried(swept):
+    folder, result = swept
+    said = json.loads((folder / "results.json").read_text())
+    assert said["best"] == {"settings": {"optimizer.lr": 1e-2}, "metric": result.best.value, "folder": str(result.folder)}
+    rows = list(csv.DictReader((folder / "trials.csv").open()))
+    assert [float(row["optimizer.lr"]) for row in rows] == [2e-4, 1e-9, 1e-2, 1e-8]
+    assert (folder / "sweep.png").stat().st_size > 10_000
+
+
+def test_the_best_setting_trains_again_as_it_stands(swept, tmp_path):
+    folder, result = swept
+    run = load_config("train", [f"output_dir={tmp_path}"], config_dir=folder, config_name="best")
+    api.train(run)
+    again = [record["eval_loss"] for record in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in record]
+    assert again[-1] == result.best.value
+
+
+def test_a_finished_sweep_is_not_run_again(swept, chat_rows, cache):
+    folder, first = swept
+    sweep = load_sweep(words(chat_rows, cache, folder, *GRID))
+    changes = []
+    again = api.tune(sweep, on_change=lambda study, trial: changes.append(trial))
+    assert (again.best.point, again.best.value, again.folder) == (
+        first.best.point,
+        first.best.value,
+        first.folder,
+    ) and not changes
+
+
+def test_a_metric_that_no_trial_reports_ends_the_sweep_with_those_that_there_are(chat_rows, cache, tmp_path):
+    sweep = load_sweep(words(chat_rows, cache, tmp_path, "adapter.rank=2,4", "tune=grid", "tune.metric=eval_rewards/accuracies"))
+    with pytest.raises(ConfigError, match=r"There are: .*eval_loss"):
+        api.tune(sweep)
+
+
+def test_what_can_be_known_to_fail_is_refused_before_the_first_trial(chat_rows, cache, tmp_path):
+    sweep = load_sweep(words(chat_rows, cache, tmp_path, "adapter.targets=[q_proj],[no_such_layer]", "tune=grid"))
+    with pytest.raises(ConfigError, match="no_such_layer"):
+        api.tune(sweep)
+    assert not list(Path(tmp_path).glob("trials/*"))
+
+
+def test_a_trial_that_breaks_ends_with_its_reason_and_the_others_go_on(chat_rows, cache, tmp_path):
+    def train(run, **hooks):
+        if run.adapter.rank == 2:
+            raise ResourceError("it broke")
+        return api.train(run, **hooks)
+
+    from raytune_llm.tune.run import run_sweep
+
+    result = run_sweep(load_sweep(words(chat_rows, cache, tmp_path, "adapter.rank=2,4", "tune=grid")), train)
+    assert [(trial.state, trial.reason) for trial in result.study.trials] == [("failed", "it broke."), ("finished", None)]
+
+
+def test_sweeps_run_in_this_process_only(chat_rows, cache, tmp_path):
+    with pytest.raises(ConfigError, match="must be inline"):
+        api.tune(load_sweep(words(chat_rows, cache, tmp_path, "adapter.rank=2,4", "tune=grid", "resources=local")))

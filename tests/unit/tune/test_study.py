@@ -1,0 +1,137 @@
+"""A sweep's state follows from its log: whatever is cut off, the same trials come next."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from raytune_llm import ConfigError, load_sweep
+from raytune_llm.tune.events import EVENTS
+from raytune_llm.tune.metric import metric_of
+from raytune_llm.tune.results import results
+from raytune_llm.tune.study import Study, folder_name
+
+
+@cache
+def sweep(*words):
+    lr = "optimizer.lr=tag(log,interval(1e-5,1e-1))"
+    return load_sweep(["+experiment=sft_smollm2", "resources=inline", lr, "adapter.rank=4,8", *words])
+
+
+def study_in(folder, *words):
+    made = sweep(*words)
+    there = replace(made, run=replace(made.run, output_dir=str(folder)))
+    return Study(there, metric_of(made.tune))
+
+
+def loss_of(run, step):
+    return 1 + abs(math.log(run.optimizer.lr / 1e-3)) / (1 + step) + 1 / run.adapter.rank
+
+
+def advance(study, trial, *, until=4, then="ends"):
+    """Reports of four steps, as a run would make them."""
+    run = study.run_of(trial)
+    for step in range(1, until + 1):
+        if not study.report(trial, step, 4, loss_of(run, step)) and step < 4:
+            study.end(trial, "stopped", loss_of(run, step))
+            return
+    if then == "ends":
+        study.end(trial, "finished", loss_of(run, 4))
+
+
+def to_the_end(study):
+    while (trial := study.next()) is not None:
+        advance(study, trial)
+    return results(study)
+
+
+def without_places(found):
+    trials = [{name: value for name, value in one.items() if name not in ("folder", "seconds")} for one in found["trials"]]
+    return found["best"]["settings"], found["best"]["metric"], trials
+
+
+@pytest.mark.parametrize("how", ["tune=asha", "tune=random", "tune=optuna"])
+@pytest.mark.parametrize("cut", [("whole", 3), ("in a trial", 5), ("in a line", 4)])
+def test_a_resumed_sweep_is_an_uninterrupted_one(how, cut, tmp_path):
+    if "optuna" in how:
+        pytest.importorskip("optuna")
+    words = (how, "tune.trials=9", "tune.grace=0.25")
+    whole = to_the_end(study_in(tmp_path / "whole", *words))
+
+    kind, trials = cut
+    study = study_in(tmp_path / "cut", *words)
+    for _ in range(trials):
+        advance(study, study.next())
+    advance(study, study.next(), until=1, then="is cut")
+    study.close()
+    log = tmp_path / "cut" / EVENTS
+    if kind == "in a line":
+        log.write_bytes(log.read_bytes()[:-9])
+    again = study_in(tmp_path / "cut", *words)
+    assert len(again.trials) == trials + 1
+    assert without_places(to_the_end(again)) == without_places(whole)
+
+
+def test_finished_trials_do_not_come_again(tmp_path):
+    study = study_in(tmp_path, "tune.trials=3")
+    advance(study, study.next())
+    study.close()
+    assert study_in(tmp_path, "tune.trials=3").next().number == 1
+
+
+def test_a_trial_that_was_to_be_stopped_when_the_power_went_is_stopped(tmp_path):
+    study = study_in(tmp_path, "tune=asha", "tune.trials=3", "tune.grace=0.25")
+    first, second = study.next(), study.next()
+    study.report(first, 1, 4, 1.0)
+    assert not study.report(second, 1, 4, 2.0)
+    study.close()
+    again = study_in(tmp_path, "tune=asha", "tune.trials=3", "tune.grace=0.25")
+    assert [again.next().number, again.next().number] == [0, 2]
+    assert again.trials[1].state == "stopped"
+
+
+def test_more_trials_may_be_asked_for_later_but_no_other_space(tmp_path):
+    to_the_end(study_in(tmp_path, "tune.trials=2"))
+    assert study_in(tmp_path, "tune.trials=3").next().number == 2
+    with pytest.raises(ConfigError, match=r"holds another sweep: what changed is space.adapter.alpha"):
+        study_in(tmp_path, "tune.trials=3", "adapter.alpha=1.0,2.0")
+
+
+def test_resume_never_starts_anew(tmp_path):
+    to_the_end(study_in(tmp_path, "tune.trials=2"))
+    assert study_in(tmp_path, "tune.trials=2", "resume=never").trials == []
+
+
+def test_seeds_are_averaged_and_a_setting_that_lost_one_has_no_value(tmp_path):
+    study = study_in(tmp_path, "tune.trials=2", "tune.seeds=2")
+    for value in (1.0, 2.0):
+        study.end(study.next(), "finished", value)
+    study.end(study.next(), "finished", 0.5)
+    study.end(study.next(), "failed", None, "it broke")
+    assert [trial.seed for trial in study.trials] == [42, 43, 42, 43]
+    assert [setting.value for setting in study.settings] == [1.5, None]
+    assert results(study)["best"]["metric"] == 1.5
+
+
+def test_optuna_learns_from_what_it_is_told(tmp_path):
+    pytest.importorskip("optuna")
+
+    def points(folder, sign):
+        study = study_in(folder, "tune=optuna", "tune.trials=10")
+        while (trial := study.next()) is not None:
+            study.end(trial, "finished", sign * study.run_of(trial).optimizer.lr)
+        return [dict(trial.point) for trial in study.trials]
+
+    less, again, more = points(tmp_path / "a", 1), points(tmp_path / "b", 1), points(tmp_path / "c", -1)
+    assert less == again
+    assert less[:5] == more[:5] and less[5:] != more[5:]
+    assert sum(math.log(point["optimizer.lr"]) for point in less[6:]) < sum(math.log(point["optimizer.lr"]) for point in more[6:])
+
+
+def test_folders_are_named_by_their_values_or_by_a_hash():
+    assert folder_name({"optimizer.lr": 0.001, "adapter.rank": 8}) == "lr=0.001,rank=8"
+    assert folder_name({}) == "base"
+    assert len(folder_name({"data.path": "/a/very/long path"})) == 12
