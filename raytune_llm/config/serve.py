@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from raytune_llm.config.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, section
+from raytune_llm.config.section import Fraction, PositiveFloat, PositiveInt, section
 from raytune_llm.errors import ConfigError
 
 MIN_KEY = 8
@@ -50,7 +50,7 @@ class ServeConfig(ServedModels):
     """Of those who may change adapters. null: RAYTUNE_LLM_ADMIN_KEY."""
     replicas: PositiveInt | tuple[PositiveInt, PositiveInt]
     """Engines on Ray Serve, each with the whole model: a number, or the fewest and the most, between which load decides."""
-    max_waiting: NonNegativeInt
+    max_waiting: PositiveInt
     """Requests that may wait for an engine; one more is answered with 429."""
     drain_s: PositiveInt
     """Answers that are being made have so many seconds to end when the server is stopped or updated."""

@@ -27,7 +27,7 @@ from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import ADMIN_KEY, API_KEY, ServeRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.serve.app import APP, ENGINE, INGRESS_CPUS, TRANSPORT, application, http_options, written
-from raytune_llm.serve.engines import check_servable
+from raytune_llm.serve.engines import base_name, check_servable
 from raytune_llm.serve.port import bound
 from raytune_llm.serve.replica import REFUSED, BuildEngine
 
@@ -46,7 +46,8 @@ def write(run: ServeRun, *, told: Told) -> None:
     cpus, gpus = run.resources.cpus_per_worker, run.resources.gpus_per_worker
     # Where this is written is not where it runs.
     sized = _sized(run, cpus=1.0 if cpus == "auto" else cpus, gpus=1.0 if gpus == "auto" else gpus)
-    head = f"# Ray Serve's config of a server, for `serve deploy` or a RayService's serveConfigV2: {run.model.path}\n"
+    name = base_name(run.model, run.serve)
+    head = f"# Ray Serve's config of a server of {name}, for `serve deploy` or a RayService's serveConfigV2.\n"
     try:
         path.write_text(head + to_yaml_text(written(sized)))
     except OSError as error:
@@ -64,7 +65,7 @@ def serve_on_ray(run: ServeRun, *, told: Told, build: BuildEngine | None = None)
     if build is None:
         check_servable(run.model, run.serve)
     joined = ray.is_initialized()
-    signals = _Signals()
+    signals, is_ours = _Signals(), False
     try:
         told("starting Ray" if isinstance(resources, Local) else "joining the cluster")
         if isinstance(resources, Local):
@@ -73,6 +74,7 @@ def serve_on_ray(run: ServeRun, *, told: Told, build: BuildEngine | None = None)
         session.connect(resources)
         signals.interrupt()  # Ray has set its own handler
         _start(run, port)
+        is_ours = True
         update(run, build=build)
         _wait_until_ready(run, port, told)
         _watch_over(told)
@@ -80,7 +82,7 @@ def serve_on_ray(run: ServeRun, *, told: Told, build: BuildEngine | None = None)
         told("draining")
     finally:
         signals.are_counted()
-        if ray.is_initialized():
+        if is_ours:
             _stop(run, hurried=lambda: signals.number > 0)
         if not joined:
             ray.shutdown()
