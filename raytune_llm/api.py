@@ -75,7 +75,7 @@ def train(
     command started, in epoch seconds.
     """
     from raytune_llm.runs import preflight
-    from raytune_llm.runs.output import check_writable
+    from raytune_llm.runs.output import check_writable, full_disk_explained
     from raytune_llm.runs.owner import owned
 
     clock = _Phases(began or time.time())
@@ -83,7 +83,7 @@ def train(
     preflight.check(run)
     output = Path(run.output_dir)
     check_writable(output)
-    with owned(output):
+    with owned(output), full_disk_explained(output):
         return _train(run, output, clock, sinks, on_begin, on_samples, on_progress)
 
 

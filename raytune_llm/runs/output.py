@@ -9,12 +9,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, ResourceError, UserError
 from raytune_llm.train import checkpoint
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,24 @@ def mark_finished(folder: Path, identity_now: dict[str, str]) -> None:
     beside = folder / f".{FINISHED}-new"
     beside.write_text(json.dumps({"identity": identity_now, "files": files}, indent=1))
     beside.rename(folder / FINISHED)
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """A full disk (or quota, or limit on a file's size) becomes an error that says what to do, whichever file it was."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = checkpoint.no_space_in(error)
+        if reason is None:
+            raise
+        free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free / 2**30
+        raise ResourceError(
+            f"{folder} can't be written: {reason} ({free:.1f} GiB are free)",
+            "Free some space, or set output_dir on a larger disk; the same command resumes from the newest checkpoint.",
+        ) from error
 
 
 def check_writable(folder: Path) -> None:

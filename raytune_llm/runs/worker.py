@@ -21,7 +21,7 @@ from raytune_llm.report.news import Begin, Notice, ReferencePass, SampledAnswer
 from raytune_llm.report.profile import StepProfile
 from raytune_llm.report.scores import held_out_scores, write_scores
 from raytune_llm.report.slow import say_nothing, told_if_slow
-from raytune_llm.runs.output import identity, model_card, write_final
+from raytune_llm.runs.output import full_disk_explained, identity, model_card, write_final
 from raytune_llm.runs.samples import SAMPLES, Sampler
 from raytune_llm.runs.setup import Setup, explained, set_up
 from raytune_llm.train import loop
@@ -61,7 +61,7 @@ def work(
     tell = on_begin if not dist.is_initialized() or dist.get_rank() == 0 else say_nothing
     setup = set_up(run, train_store, eval_store, device, on_begin)
     strategy, settings, clock = setup.built.strategy, setup.loop_settings(), Clock()
-    with explained(setup.builder, "training"), ExitStack() as stack:
+    with full_disk_explained(setup.output), explained(setup.builder, "training"), ExitStack() as stack:
         checkpoints = Checkpoints(
             setup.output / "checkpoints",
             keep=run.checkpoint.keep,

@@ -134,7 +134,12 @@ class Checkpoints:
                     str(folder), f"holds other parameters than this run trains (such as {missing[0]})", "Set resume=never."
                 )
             with one_process_is_meant():
-                dcp.load(state, storage_reader=FileSystemReader(folder), process_group=self._group, no_dist=self._group is None)
+                try:
+                    reader = FileSystemReader(folder)
+                    dcp.load(state, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+                except CheckpointException as error:
+                    _raise_interrupt(error)
+                    raise
 
         fill(sizes, read)
 
@@ -157,7 +162,8 @@ class Checkpoints:
         except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-            if no_space := _no_space(error):
+            _raise_interrupt(error)
+            if no_space := no_space_in(error):
                 free = shutil.disk_usage(self.folder).free / 2**30
                 raise ResourceError(
                     f"checkpoint step-{step} can't be written to {self.folder}: {no_space} ({free:.1f} GiB are free)",
@@ -287,7 +293,15 @@ def _copy_to_cpu(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True)
 
 
-def _no_space(error: BaseException) -> str | None:
+def _raise_interrupt(error: BaseException) -> None:
+    """That came while torch wrote or read: it makes an error of its own of it."""
+    if isinstance(error, CheckpointException):
+        for failure, _ in error.failures.values():
+            if isinstance(failure, KeyboardInterrupt):
+                raise failure from None
+
+
+def no_space_in(error: BaseException) -> str | None:
     """Whether a full disk (or a limit on file size or quota) is what went wrong, anywhere in the chain."""
     seen: list[BaseException] = [error]
     while seen:

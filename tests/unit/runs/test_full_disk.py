@@ -1,0 +1,59 @@
+"""A disk that is full, wherever it shows: an error that names the folder, and a run that resumes once there is space."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from raytune_llm import api
+from raytune_llm.errors import ResourceError
+from raytune_llm.runs.output import full_disk_explained, write_final
+from tests.group import metrics
+from tests.runs import tiny_run
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_while_metrics_are_written(chat_rows: str, cache: str, tmp_path: Path) -> None:
+    run = tiny_run(chat_rows, cache, tmp_path / "o", "train.max_steps=6", "checkpoint.every_steps=2")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(record: Mapping[str, Any]) -> None:
+        if record["step"] == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "o" / "metrics.jsonl").stat().st_size, unlimited[1]))
+
+    try:
+        with pytest.raises(ResourceError, match=r"o can't be written: .*resumes from the newest checkpoint"):
+            api.train(run, sinks=[fill])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert api.train(run).resumed_from == 4
+    assert [record["step"] for record in metrics(run.output_dir) if "loss" in record] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_disk_that_fills_up_while_the_model_is_written_leaves_the_one_before(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        save_file({"weight": torch.zeros(1_000_000)}, folder / "model.safetensors")
+
+    write_final(final, save, "before")
+    with no_file_larger_than(100_000), pytest.raises(ResourceError, match="can't be written"), full_disk_explained(tmp_path):
+        write_final(final, save, "after")
+    assert (final / "README.md").read_text() == "before"
