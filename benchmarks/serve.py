@@ -5,6 +5,8 @@ installed, and beside PEFT's own batches.
 
 Clients ask one request after the other, each with a prompt of its own, and read a stream. Rounds of all sides alternate; figures
 are medians of the rounds. Tokens are counted from the answers' texts, by one tokenizer for all. PEFT answers without HTTP.
+LLaMA-Factory imports torchaudio, which texts do not need: where it can't be loaded beside a torch for CPUs, an empty module
+of that name does, without torchvision.
 """
 
 from __future__ import annotations

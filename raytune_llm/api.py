@@ -196,6 +196,8 @@ def import_(run: ImportRun) -> Path:
 def serve(run: ServeRun, *, told: Callable[[str], None] = lambda line: None) -> None:
     """Serve a model and its adapters until it is interrupted. `told` gets a line at each part of the start."""
     run = with_absolute_paths(run)
+    if run.engine.said is not None:
+        told(run.engine.said)
     if run.resources.name == "inline":
         from raytune_llm.serve.inprocess import serve_inline
 

@@ -28,8 +28,6 @@ def serve_inline(run: ServeRun, *, told: Callable[[str], None]) -> None:
     tokenizer, _ = tokenizer_of(run.model, serve)
     engine, facts = build_engine(run.model, run.quantization, run.engine, serve)
     watcher = None
-    if run.engine.said is not None:
-        told(run.engine.said)
     try:
         if serve.watch is not None:
             watcher = Watcher(Path(serve.watch).resolve(), engine, base_name=base_name(run.model, serve), told=told)

@@ -21,9 +21,10 @@ def trained(chat_rows, cache, tmp_path_factory) -> Path:
     return api.train(run).final
 
 
-@pytest.fixture(scope="module")
-def verb(trained: Path, tmp_path_factory) -> Iterator[subprocess.Popen[str]]:
-    words = ["model=tiny_random", "serve.port=0", f"serve.adapters={{mine: {trained}}}", f"serve.watch={trained.parents[1]}"]
+@pytest.fixture(params=["native", "hf"])
+def verb(request: pytest.FixtureRequest, trained: Path) -> Iterator[subprocess.Popen[str]]:
+    words = ["model=tiny_random", "serve.port=0", f"serve.adapters={{mine: {trained}}}", f"engine={request.param}"]
+    words += [f"serve.watch={trained.parents[1]}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "raytune_llm", "serve", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -39,6 +40,7 @@ def test_adapters_are_served_from_their_folders_until_it_is_interrupted(verb):
         said.append(line)
         if line.startswith("ready at "):
             break
+    assert ("engine=hf" in said[0]) == ("engine=hf" in verb.args)
     url = said[-1].removeprefix("ready at ").strip()
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     assert {"base", "mine"} <= {model.id for model in client.models.list()}
