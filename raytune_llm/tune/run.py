@@ -17,7 +17,6 @@ from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.runs import preflight
 from raytune_llm.runs.output import check_writable
 from raytune_llm.runs.owner import owned
-from raytune_llm.stages import STAGES
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.results import prune, write_results
 from raytune_llm.tune.study import Setting, Study, Trial
@@ -103,9 +102,9 @@ def _prepare(sweep: Sweep) -> None:
     runs = [with_absolute_paths(run) for run in _distinct(sweep)]
     for run in runs:
         preflight.check(run)
-    stores = {repr((run.model, run.data, STAGES[run.stage.name].kind)): run for run in runs if not run.data.streaming}
+    stores = {repr((run.model, run.data, run.stage.kind)): run for run in runs if not run.data.streaming}
     for run in stores.values():
-        pipeline.prepare(run.model, run.data, run.resources, kind=STAGES[run.stage.name].kind)
+        pipeline.prepare(run.model, run.data, run.resources, kind=run.stage.kind)
 
 
 def _distinct(sweep: Sweep) -> Iterator[TrainRun]:
