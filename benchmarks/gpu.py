@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--variants NAME ...] [--steps 8] [--workers N] [--profile FOLDER] [--set KEY=VALUE ...]
 
-A variant over several workers runs where there are as many GPUs; one that fails says so, and the others go on. Prints JSON: for
+A variant over several workers runs where there are as many GPUs; one that fails says so, and the others run. Prints JSON: for
 each variant real tokens/s of a worker (padding not counted), the median step, peak memory and mfu: 4 operations a frozen weight
 and token (6 a trained one), and 12 for each number of the query heads as often as there are query-key pairs, against the rate of
 a bf16 8192 x 8192 x 8192 product measured just before (memory/flops.py). Steps are the loop's own (`train.loop.one_step`):

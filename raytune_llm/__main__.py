@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     from raytune_llm import interrupts
     from raytune_llm.errors import UserError
 
-    # What a library will change one day is for us to read, not for the user.
+    # Libraries' announcements of future changes are for developers, not for users.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         if verb is None and argv and not argv[0].startswith(("-", "+", "~")) and "=" not in argv[0]:

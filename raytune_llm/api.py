@@ -42,7 +42,7 @@ class TrainResult:
     summary: Summary
     output_dir: Path
     resumed_from: int | None
-    """The step that training went on from."""
+    """The step that training resumed from."""
     already_done: bool
     """The output folder held the finished run; nothing was computed."""
     before: ExactMatch | None
@@ -68,7 +68,7 @@ def train(
     on_progress: pipeline.OnProgress | None = None,
     began: float | None = None,
 ) -> TrainResult:
-    """Prepare what is missing (while training, where data.streaming), train (or go on), and write the output folder.
+    """Prepare what is missing (while training, where data.streaming), train (or resume), and write the output folder.
 
     Sinks get every record of metrics.jsonl as it comes; on_begin gets a `report.news.Begin` when the first step is about to
     come (again after a lost worker); on_samples gets a list of `report.news.SampledAnswer` at each evaluation. `began`: when the
@@ -225,7 +225,7 @@ def chat(run: ChatRun) -> AbstractContextManager[Dialogue]:
 
 
 def submit(run: SubmitRun) -> Job:
-    """Send a run to a cluster as a job, which it starts when it can; raytune_llm.cluster.jobs.Jobs tells how it fares."""
+    """Send a run to a cluster as a job; raytune_llm.cluster.jobs.Jobs follows it."""
     from raytune_llm.cluster.submit import submit
 
     return submit(run)

@@ -1,4 +1,4 @@
-"""Whether the hub of models and data sets answers: asked before its libraries are, which try for most of a minute."""
+"""Whether the hub of models and data sets answers. Its libraries would try for most of a minute."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Package(NamedTuple):
 
     @property
     def folder(self) -> Path | None:
-        """Where it is installed."""
+        """Its installed folder."""
         spec = importlib.util.find_spec(self.module)
         return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
@@ -51,7 +51,7 @@ def cache_dir() -> Path:
 def resolve(path: str, setting: str = "model.path") -> str:
     """The folder that holds the model `path` where a package carries it, else `path` itself: a folder, or an id for the hub.
 
-    Raises ConfigError, which blames the setting, where it is neither here nor to be had.
+    Raises ConfigError, which names the setting, if the model is neither on this machine nor available from a hub.
     """
     check(path, setting)
     package = PACKAGED.get(path)
@@ -64,7 +64,7 @@ def resolve(path: str, setting: str = "model.path") -> str:
 
 
 def check_models(run: TrainRun | PrepareRun | ServeRun | ChatRun) -> None:
-    """Raises ConfigError where a model of the run is neither here nor to be had."""
+    """Raises ConfigError if a model of the run is neither on this machine nor available from a hub."""
     if isinstance(run, ChatRun) and run.chat.url is not None:
         return
     stage = run.stage if isinstance(run, TrainRun | PrepareRun) else None
@@ -75,8 +75,10 @@ def check_models(run: TrainRun | PrepareRun | ServeRun | ChatRun) -> None:
 
 
 def check(path: str, setting: str) -> None:
-    """Within seconds, and without fetching anything: raises ConfigError, which blames the setting, where the model is neither
-    here nor to be had."""
+    """Raises ConfigError, which names the setting, if the model is neither on this machine nor available from a hub.
+
+    It takes seconds and fetches nothing.
+    """
     package = PACKAGED.get(path)
     if Path(path).is_dir() or (package is not None and package.folder is not None):
         return
@@ -101,7 +103,7 @@ def check(path: str, setting: str) -> None:
 
 
 def _fetched_before(path: str) -> bool:
-    """Whether any revision of the model lies in the hub's cache."""
+    """Whether any revision of the model is in the hub's cache."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 

@@ -74,7 +74,7 @@ class Pair:
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     margin: float = 0.0
-    """By how much it is preferred, in a reward model's scores."""
+    """By how much the chosen answer should score higher, in a reward model's units."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,9 @@ Record = Conversation | Pair | Labeled | Text
 
 
 class Prefixes(NamedTuple):
-    """Documents that share their prompt with another one: they see its first tokens as if they were their own.
+    """Documents that share their prompt with another one: they attend to its first tokens as if these were their own.
 
-    So what several answers share is computed once, and none of them sees another. Positions are flat, b * T + t.
+    So a shared prompt is computed once, and no answer attends to another. Positions are flat, b * T + t.
     """
 
     queries_Q: Tensor
@@ -117,9 +117,9 @@ class Prefixes(NamedTuple):
 class Batch:
     """What one forward pass sees. Attention never crosses a document's boundary, but for a shared prompt.
 
-    Documents are numbered by cu_seqlens_S: document d is from cu_seqlens_S[d] to cu_seqlens_S[d + 1] of the flattened batch,
-    padding among them, S - 1 in all. What a stage, an enricher or a model reads beside them stands in maps by name. Everything is
-    known on the CPU side, so no step waits for a device.
+    Document d covers positions cu_seqlens_S[d] to cu_seqlens_S[d + 1] of the flattened batch; padding counts as documents, S - 1
+    in all. What a stage, an enricher or a model also reads is in maps by name. Everything is known on the CPU side, so no step waits
+    for a device.
     """
 
     ids_BT: Tensor
@@ -127,7 +127,7 @@ class Batch:
     positions_BT: Tensor
     """int64: in the document."""
     trained_N: Tensor
-    """int64: flat positions b * T + t that are to predict targets_N, document by document. A position of a shared prompt is there
+    """int64: flat positions b * T + t that predict targets_N, document by document. A position of a shared prompt is there
     for each document that predicts from it."""
     targets_N: Tensor
     """int64: the tokens after them in their documents, so that no target lies across a boundary."""
@@ -147,10 +147,10 @@ class Batch:
     """Batches of the same rows that only some losses run. mismatched: the prompts of labelled answers with answers of other
     rows."""
     adapter_M: Tensor | None = None
-    """int64 [S - 1]: the adapter that each document is for, by its number, -1 for none; None where what is in use is for all."""
+    """int64 [S - 1]: the number of each document's adapter, -1 for none. None: the adapter in use is for all documents."""
     prefixes: Prefixes | None = None
     count: int | float = 0
-    """What a loss over it is divided by, were it alone: trained tokens by their weights, or pairs, or labelled rows."""
+    """The divisor of its loss, if it were a step by itself: trained tokens times weights, or pairs, or labelled rows."""
     attention_pairs: int = 0
     """Query-key pairs of a layer: a token and itself or one before it in its document, without padding, with the batches
     beside."""
@@ -161,7 +161,7 @@ class Batch:
     partners: tuple[int, ...] = ()
     """Of each row: the one whose answer is mismatched with its prompt, where there is one."""
     seed: int = 0
-    """The step's: what is drawn for a document, not for a batch, starts from it."""
+    """The step's seed, from which random numbers of each document are derived."""
 
     def with_answers(self, columns: Mapping[str, Tensor]) -> Batch:
         """With more of per_answer."""
@@ -170,7 +170,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class LossOut:
-    """A sum and the number that it is to be divided by, never a mean. Metrics are (sum, count) pairs as well."""
+    """A sum and its divisor, never a mean. Metrics are (sum, count) pairs as well."""
 
     total: Tensor
     count: Tensor | int

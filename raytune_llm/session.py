@@ -27,7 +27,7 @@ _QUICK = {
 
 
 def connect(resources: Local | Cluster) -> None:
-    """Start a cluster on this machine (local) or join the one at the address (cluster). Does nothing where that was done."""
+    """Start a cluster on this machine (local) or join the one at the address (cluster). Does nothing if already connected."""
     import ray
 
     if ray.is_initialized():
@@ -74,7 +74,7 @@ def _keep_paragraphs_off_the_screen() -> None:
 
 
 def _answers(address: str) -> None:
-    """Ray would try for a minute where nobody listens."""
+    """Fail within seconds if nobody listens; Ray would try for a minute."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if port.isdigit():
         try:

@@ -26,7 +26,7 @@ SILENT_S = 30.0
 """Without a line for so long, the cluster is asked whether the job still runs."""
 RETRY_S = (1.0, 2.0, 5.0, 10.0)
 GIVE_UP_S = 600.0
-"""A cluster that doesn't answer for so long is given up; the job may go on."""
+"""Seconds without an answer after which a cluster is given up; the job may keep running."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 NAME = "run"
 OUTPUT = "output_dir"

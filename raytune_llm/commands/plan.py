@@ -103,8 +103,8 @@ def _rows_of_a_step(run: TrainRun, data: Data | None) -> str:
 def _reference(stage: StageConfig, run: TrainRun) -> str:
     """Whose log-probabilities the policy is held against."""
     if stage.reference_model is None and stage.reference_adapter is None:
-        goes_on = run.adapter.path is not None
-        return f"the model as the run finds it{', with the adapter that it goes on from' if goes_on else ''}"
+        continues = run.adapter.path is not None
+        return f"the model at the start of the run{', with the adapter that it continues' if continues else ''}"
     adapter = "" if stage.reference_adapter is None else f" with {stage.reference_adapter}"
     return f"{stage.reference_model or _model(run)}{adapter}"
 

@@ -113,7 +113,7 @@ def held_out_figures(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, st
 
 
 def next_command(run: TrainRun, final: Path) -> str | None:
-    """How to go on from what a run left. None where that is of no use as it is: a reward model, or one that can't chat yet."""
+    """The command to type after a run. None if there is none: for a reward model, or a model that can't chat yet."""
     if not run.stage.writes:
         return None
     there = _override("output_dir", f"{final.parent}_next")

@@ -12,6 +12,6 @@ class CheckpointConfig:
     keep: PositiveInt
     """The newest so many stay on disk (the best one as well where final=best)."""
     asynchronous: bool
-    """Write while training goes on."""
+    """Write checkpoints while training continues."""
     final: Literal["last", "best"]
     """Which state becomes `final/`: the last, or the one with the lowest eval loss."""

@@ -49,7 +49,7 @@ class ChatFormat(Columns):
 
 @section
 class AlpacaFormat(Columns):
-    """Rows with an instruction, an optional input that goes on a new line after it, and the output to learn."""
+    """Rows with an instruction, an optional input that follows on a new line, and the output to learn."""
 
     name: Literal["alpaca"]
     instruction: str
@@ -182,7 +182,7 @@ class DataConfig:
     packing: bool
     share_prompts: Literal["auto"] | bool
     """The two answers of a pair share one computation of their request; auto: where model.attention allows it and every layer of
-    the model looks at all that came before."""
+    the model attends to all earlier tokens."""
     max_bad_fraction: Fraction
     """More unusable rows than this part of all stop the run."""
     cache: str

@@ -165,7 +165,7 @@ def _unreadable(error: Exception, overrides: Sequence[str], config_dir: str | Pa
 
 
 def _where_it_lies(config_name: str, overrides: list[str], config_dir: str | Path | None) -> list[str]:
-    """A run that is composed from the run.yaml of its output folder goes on there: the folder may have been moved or copied."""
+    """A run that is composed from the run.yaml of its output folder resumes in that folder, also after it was moved."""
     if config_dir is None or any(override.startswith("output_dir=") for override in overrides):
         return overrides
     folder = Path(config_dir).resolve()

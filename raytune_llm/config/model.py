@@ -19,4 +19,4 @@ class ModelConfig:
     trust_remote_code: bool
     attention: Literal["auto", "varlen", "flash2", "flash3", "flash4", "flex", "sdpa"]
     """varlen is torch's own FlashAttention; flash2 to flash4 are packages. auto takes flash3 where it is installed and the GPU
-    of the Hopper kind, else the first of varlen, sdpa and flex that can run."""
+    with Hopper's architecture (sm_90), else the first of varlen, sdpa and flex that can run."""

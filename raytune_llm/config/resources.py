@@ -27,7 +27,7 @@ class Local:
     gpus_per_worker: NonNegativeFloat | Literal["auto"]
     """auto: one if there are any."""
     max_failures: NonNegativeInt
-    """How often lost workers are replaced, going on from the newest checkpoint."""
+    """How often lost workers are replaced; the run then resumes from the newest checkpoint."""
     collective_timeout_s: PositiveFloat
     """A worker that waits longer than this for the others gives up, and one that doesn't answer for as long is replaced."""
 

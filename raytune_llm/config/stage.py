@@ -9,7 +9,7 @@ from raytune_llm.config.section import NonNegativeFloat, PositiveFloat, section
 from raytune_llm.errors import ConfigError
 
 Reference = Literal["precomputed", "online"]
-"""Log-probabilities under the reference, which is the model as the run finds it, with the adapter that it goes on from:
+"""Log-probabilities under the reference, which is the model at the start of the run, with the adapter that it continues:
 precomputed: once for all rows, before the first step; online: in each step."""
 HalfOpen = Annotated[float, Field(ge=0, lt=0.5)]
 DPOLoss = Literal[
@@ -192,7 +192,7 @@ class DPO(WithoutRouters):
     reference: Reference | Literal["none"]
     """none: reference-free, as if every answer were as likely as any other under the reference."""
     reference_model: str | None
-    """A folder or hub id of another model as the reference; null: what the run finds, with the adapter that it goes on from."""
+    """A folder or hub id of another model as the reference; null: the model at the start of the run, with its adapter."""
     reference_adapter: str | None
     """An adapter folder that the reference has on that model."""
 
@@ -274,7 +274,7 @@ class KTO(WithoutRouters):
     """Of the desirable answers' cross-entropy a token, which is added (pref_ftx)."""
     reference: Reference
     reference_model: str | None
-    """A folder or hub id of another model as the reference; null: what the run finds, with the adapter that it goes on from."""
+    """A folder or hub id of another model as the reference; null: the model at the start of the run, with its adapter."""
     reference_adapter: str | None
     """An adapter folder that the reference has on that model."""
 

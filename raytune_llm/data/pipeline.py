@@ -166,7 +166,7 @@ def prepare(
 
 
 def stream(model: ModelConfig, data: DataConfig, resources: ResourcesConfig, *, kind: str = "conversations") -> Streamed:
-    """As `prepare`, but the store to train on is left to be made while training goes on (see Streamed.making)."""
+    """As `prepare`, but the train store is written while the run trains (see Streamed.making)."""
     preprocessor = _preprocessor(model, data, kind)
     ranked = KINDS[kind].ranked
     held_out = declared_for_evaluation(data, ranked=ranked)

@@ -55,7 +55,7 @@ class StepSource(Protocol):
     def steps(self, progress: Position, policy: Any) -> Generator[Step]:
         """The steps after `progress`, epoch after epoch, without an end: the loop closes it when it has enough.
 
-        A source that does not look at the policy may make them ahead; one that does finds it as the step before has left it.
+        A source that does not read the policy may prefetch them; one that does sees the policy after the previous step.
         """
         ...
 

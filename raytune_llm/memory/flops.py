@@ -1,4 +1,4 @@
-"""How much arithmetic a token of training takes, and how much a GPU can do."""
+"""FLOPs per trained token, and the peak FLOP/s of GPUs."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ PEAK_FLOPS = {
     "4090": 165e12,
     "B200": 2250e12,
 }
-"""Dense bf16 products a second, by what a GPU's name contains, the first that fits; the makers' figures."""
+"""Dense bf16 FLOP/s (the makers' figures), by a part of the GPU's name; the first that matches counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operations:
-    """Sums and products of training, by the convention of Chowdhery et al. 2022 (arXiv 2204.02311, appendix B): what the model
-    asks for, whatever is computed again, in fewer bits, or left out since nobody trains on it."""
+    """FLOPs of training by the convention of Chowdhery et al. 2022 (2204.02311, appendix B): those of the model, whatever is
+    recomputed, computed in fewer bits, or left out because no token trains on it."""
 
     per_token: float
-    """2 a weight forward, 2 for the gradient of its input, and 2 for its own where it is trained: 4N for LoRA, 6N for full
-    fine-tuning. Embeddings are looked up, not multiplied; of experts count those that a token visits."""
+    """Per weight: 2 forward, 2 for the gradient of its input, and 2 for its own gradient if it is trained: 4N for LoRA, 6N for
+    full fine-tuning. Embeddings are looked up, not multiplied; only the experts that a token visits count."""
     per_pair: float
-    """Of a token at one before it, or at itself, in all layers: 4 a number of the query heads forward, 8 backward. So a document
-    of L tokens has L (L + 1) / 2 times as many, and documents in a pack have no more than alone. Windows are not taken off."""
+    """Per query-key pair, over all layers: for each query head and dimension, 4 forward and 8 backward. So a document
+    of L tokens has L (L + 1) / 2 times as many, in a pack as alone. Sliding windows are not subtracted."""
 
     def of(self, tokens: float, attention_pairs: float) -> float:
         return tokens * self.per_token + attention_pairs * self.per_pair

@@ -72,7 +72,7 @@ MemoryOf = Callable[[Needs], Memory]
 def needs_of(
     run: TrainRun, config: PretrainedConfig, world_size: int, *, compiled: bool, case: attention.Case | None = None
 ) -> Needs:
-    """Where activation checkpointing is auto, as if there were none. case: by itself, a GPU of the Hopper kind."""
+    """With activation checkpointing auto, as if there were none. case: by default, a Hopper GPU (sm_90)."""
     return Needs(
         parameters=parameters_of(run, config),
         world_size=world_size,

@@ -1,6 +1,6 @@
 """How much GPU memory a run needs, from the model's dimensions alone.
 
-The estimate counts what torch's eager autograd keeps for a decoder of the Llama kind (RMS norms in float32, rotary positions,
+The estimate counts what torch's eager autograd keeps for a decoder like Llama (RMS norms in float32, rotary positions,
 grouped heads, a gated MLP), after Korthikanti et al. 2022 (arXiv 2205.05198, section 4), with today's layers in place of theirs.
 Other families come close: a layer without a gate keeps a little less, one with more norms a little more, and of a mixture's
 experts those count that a token visits. Left out: the CUDA context and libraries (about 1 GiB), and gaps between blocks.

@@ -107,7 +107,7 @@ def _nested(settings: Settings, chosen: Sequence[str]) -> dict[str, Any]:
 
 
 def _finder(file: Path) -> Find:
-    """Looks where the command runs, then beside the file, then in every folder above it: examples/x.yaml names data/."""
+    """Searches the working folder, then the file's folder, then every folder above it: examples/x.yaml names data/."""
 
     def find(path: str) -> str | None:
         wanted = Path(path).expanduser()

@@ -95,7 +95,7 @@ def lacks_for_compiling(device: torch.device) -> str | None:
         return "Triton is not installed"
     if not (os.environ.get("CC") or which("gcc") or which("clang")):
         return "Triton needs a C compiler, and finds neither gcc nor clang"
-    headers = Path(sysconfig.get_path("include", "posix_prefix"))  # where Triton looks, also with Debian's own Python
+    headers = Path(sysconfig.get_path("include", "posix_prefix"))  # where Triton searches, also with Debian's own Python
     if not (headers / "Python.h").exists():
         return f"Triton needs Python's headers, which {headers} lacks (the package python3-dev)"
     found = torch.cuda.get_device_capability(device)
@@ -116,7 +116,7 @@ def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str
         )
     if compile_layers:
         if partitioner.activation_memory_budget != chosen.budget:
-            torch._dynamo.reset()  # code that is compiled already does not look at the budget again
+            torch._dynamo.reset()  # code that is compiled already does not read the budget again
         partitioner.activation_memory_budget = chosen.budget
         inductor.joint_custom_pre_pass = KeepAttention()
         for layer in layers:

@@ -1,4 +1,4 @@
-"""A run on the user's terminal while it goes on: rows while they are prepared, then steps while the model trains."""
+"""A run on the user's terminal while it is running: rows while they are prepared, then steps while the model trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, beside its records: light, so that who only listens loads nothing that computes."""
+"""What a run reports while it is running, beside its records. Imports nothing heavy, so that listeners stay light."""
 
 from __future__ import annotations
 

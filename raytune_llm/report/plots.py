@@ -88,7 +88,7 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     """The mean of about `window` values around each.
 
     Towards the start both sides shrink alike, since a steep fall would be flattened by looking ahead only; at the end the
-    mean looks back, so that the curve closes on a mean and not on its last value.
+    mean is taken over earlier values, so that the curve ends in a mean and not in its last value.
     """
     centers = np.arange(len(values))
     before = np.minimum(window // 2, centers)

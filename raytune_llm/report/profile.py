@@ -32,7 +32,7 @@ Row = tuple[str, float]
 
 
 class StepProfile:
-    """Looks at a few steps of a run and writes what it saw. `thin`: products with a side no longer than this are LoRA's."""
+    """Profiles a few steps of a run and writes a table and a trace. Products with a side of at most `thin` are LoRA's."""
 
     def __init__(self, folder: Path, device: torch.device, *, first_step: int, total_steps: int, thin: int) -> None:
         self.folder, self.device, self.thin = folder, device, thin

@@ -1,6 +1,6 @@
 """Places that show a run's curves while it trains. One function a place; each is a sink for records (see report.py).
 
-A resumed run goes on in the same place: services give a run an id, which is kept in the output folder.
+A resumed run continues under the same id, which the service gave it and which is kept in the output folder.
 """
 
 from __future__ import annotations

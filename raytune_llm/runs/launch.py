@@ -47,7 +47,7 @@ def fit(
     on_begin: Callable[[Told], None] = lambda begin: None,
     on_samples: Callable[[Sequence[SampledAnswer]], None] = lambda samples: None,
 ) -> TrainOutcome:
-    """Train where `resources` says. Every record goes to the sinks here, on the driver, while training goes on."""
+    """Train where `resources` says. Every record goes to the sinks here, on the driver, as it comes."""
     if isinstance(run.resources, Local | Cluster):
         return _fit_on_ray(run, run.resources, train_store, eval_store, sinks, on_begin, on_samples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -296,7 +296,7 @@ class Channel:
         self.mistake: UserError | None = None
         self.outcome: TrainOutcome | None = None
         self.failure: Exception | None = None
-        """What a sink fell over. It gets no more records then; training goes on to its end."""
+        """The error of a sink. That sink gets no more records; training continues."""
         self.lost = ""
         """The line that told of the last worker that was lost."""
         self._sinks, self._on_begin, self._on_samples = sinks, on_begin, on_samples

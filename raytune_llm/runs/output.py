@@ -38,7 +38,7 @@ def identity(run: TrainRun, manifests: dict[str, str]) -> dict[str, str]:
 
 
 def open_output(run: TrainRun, identity_now: dict[str, str]) -> int | None:
-    """Make the folder ready for the run and return the step to go on from, if any.
+    """Make the folder ready for the run and return the step to resume from, if any.
 
     Raises ConfigError where `resume` forbids what is there, or where it belongs to another run.
     """
@@ -63,7 +63,8 @@ def open_output(run: TrainRun, identity_now: dict[str, str]) -> int | None:
 def finished(folder: Path, identity_now: dict[str, str]) -> bool:
     """The folder holds this run, with all that it wrote at its end. Raises ConfigError where it holds another run's end.
 
-    A `final/` that lost files, or whose files changed, is no end: the run goes on from its newest checkpoint and writes it again.
+    A `final/` with lost or changed files does not count as finished: the run resumes from its newest checkpoint and writes it
+    again.
     """
     try:
         then = json.loads((folder / FINISHED).read_text())

@@ -33,7 +33,7 @@ class TogetherRunner(PolicyRunner):
 
 
 class Sampler:
-    """Asks the policy about the same rows each time. It draws nothing, so training goes on as if nobody had asked."""
+    """Asks the policy about the same rows each time. It draws no random numbers, so training is unaffected."""
 
     def __init__(
         self,

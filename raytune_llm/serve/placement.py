@@ -36,7 +36,7 @@ def ordered(adapter: str | None, places: Mapping[Key, Place]) -> list[Key]:
 
     A request for the base goes where the fewest are. One for an adapter goes where the adapter is on the device and a row is
     free, then where a slot and a row are free, then to any that can load it, and last to those that have not heard of it (they
-    look for it); of these again where the fewest are.
+    look for it); among equals, the replica with the fewest requests comes first.
     """
 
     def rank(place: Place) -> int:

@@ -32,7 +32,7 @@ def _margin(means: Mapping[str, float]) -> dict[str, float]:
 
 
 def _logps(model: nn.Module, batch: Batch, *, mismatched: bool) -> Tensor:
-    """[P, 2]: of the row's own answer and, where the loss looks at it, of the mismatched one."""
+    """[P, 2]: of the row's own answer and, if the loss uses it, of the mismatched one."""
     own_P1 = answer_logprobs(model, batch)
     others_P1 = answer_logprobs(model, batch.beside["mismatched"]) if mismatched else torch.zeros_like(own_P1)
     return torch.cat([own_P1, others_P1], dim=1)

@@ -270,7 +270,7 @@ def sweep(folder: Path) -> None:
 
 
 def remove(folder: Path, step: int) -> None:
-    """The mark goes first, so that a crash in between leaves no folder that looks whole."""
+    """COMPLETE is removed first, so that a crash in between leaves no folder that seems complete."""
     (path_of(folder, step) / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(path_of(folder, step), ignore_errors=True)
 

@@ -15,7 +15,7 @@ def job_spec(found: Object) -> Object | None:
 
 
 def cluster_spec(found: Object) -> Object | None:
-    """The cluster of any of the four kinds; none of another kind, or of a job that selects a cluster."""
+    """The cluster of a RayJob, RayService, RayCluster or RayCronJob; None for others, and for a job that selects a cluster."""
     job = job_spec(found)
     if job is not None:
         return job.get("rayClusterSpec")

@@ -221,7 +221,7 @@ def test_flash_attention_in_a_window_is_masked_attention(flash: str) -> None:
 
 def test_flash_attention_goes_on_from_another_document(flash: str) -> None:
     if flash not in attention.PREFIXED:
-        pytest.skip("documents do not go on from others here, and shares_prefixes says so")
+        pytest.skip("prompt sharing is not supported here, and shares_prefixes says so")
     own, seen = (torch.arange(*ends, device=CUDA) for ends in ((300, 512), (0, 150)))
     ends = [torch.tensor([0, len(positions)], device=CUDA, dtype=torch.int32) for positions in (own, seen)]
     is_masked_attention(flash, (300, 212), prefixes=Prefixes(own, seen, *ends, len(own), len(seen)))

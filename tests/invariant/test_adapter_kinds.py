@@ -1,4 +1,4 @@
-"""A run with any kind of adapter trains it alone, goes on exactly, is the same on two workers, and loads in plain PEFT."""
+"""A run with any kind of adapter trains only the adapter, resumes exactly, is the same on two workers, and loads in PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparing that was killed goes on with the shards that it had finished, and makes the store that it would have made."""
+"""Preparing that was killed resumes from its finished shards, and writes the same store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every optimizer makes the same run on any strategy that takes it, steps over broken gradients, and goes on exactly."""
+"""Every optimizer makes the same run under any strategy that supports it, skips nonfinite gradients, and resumes exactly."""
 
 from __future__ import annotations
 

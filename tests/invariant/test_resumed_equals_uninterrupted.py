@@ -1,4 +1,4 @@
-"""A run that was cut off anywhere and goes on is the run that was never cut off."""
+"""A run that is interrupted anywhere and resumed equals an uninterrupted run."""
 
 from __future__ import annotations
 

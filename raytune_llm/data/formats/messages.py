@@ -154,7 +154,7 @@ def _side(side: Any, name: str, images: list[Any]) -> tuple[Message, ...]:
 
 
 def _pair(request: Conversation, chosen: tuple[Message, ...], rejected: tuple[Message, ...], margin: float) -> Pair:
-    """What both sides start with is the prompt; each goes on with one answer."""
+    """The messages that both sides start with are the prompt; each side adds one answer."""
     start = len(request.messages)
     if not start or chosen[:start] != request.messages or rejected[:start] != request.messages:
         chosen, rejected = (*request.messages, *chosen), (*request.messages, *rejected)

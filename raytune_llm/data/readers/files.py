@@ -48,7 +48,7 @@ def readable(path: str) -> Iterator[None]:
 
 
 def open_file(path: str) -> BinaryIO:
-    """Its bytes, unpacked where it is packed. Such a one goes back to the start to go back at all."""
+    """Its bytes, decompressed if it is compressed. A compressed file can only be rewound to its start."""
     stream = open_raw(path)
     way = packing(stream.read(16))
     stream.seek(0)

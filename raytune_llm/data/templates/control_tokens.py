@@ -1,4 +1,4 @@
-"""Marks that a text carries through a chat template: where it is to be cut, and words that only look like control tokens.
+"""Markers that a text carries through a chat template: where it is to be cut, and text that only resembles control tokens.
 
 A control token that somebody typed must not end a turn. So it is escaped behind a mark while the conversation is rendered, put
 back afterwards, and encoded letter by letter: the model sees what was typed, and no control token.
@@ -20,7 +20,7 @@ MARK = re.compile(f"\ufdd0(\\d+)\ufdd1|{CUT}")
 
 @dataclass(frozen=True, slots=True)
 class ControlTokens:
-    """What `escape` looks for."""
+    """What `escape` searches for."""
 
     pattern: re.Pattern[str]
     first_characters: str
@@ -79,7 +79,7 @@ class Unescaped:
 
 
 def unescape(text: str, escaped: Sequence[str], positions: Sequence[int]) -> Unescaped:
-    """Take the marks out. `positions`, ascending, are carried over; one within a mark would be a bug."""
+    """Remove the markers. `positions`, ascending, are carried over; a position within a marker would be a bug."""
     pieces: list[str] = []
     cuts: list[int] = []
     plain: list[tuple[int, int]] = []

@@ -24,7 +24,7 @@ def shape_of(conversation: Conversation) -> Shape:
 
 
 def placeholders(shape: Shape) -> list[str]:
-    """Contents for a conversation that Form.of is made from. Each has a length of its own, for templates that look at it."""
+    """Contents for a conversation that Form.of is made from. Each has its own length, for templates that read it."""
     return [placeholder(number, number + 1) if says_something else "" for number, (_, says_something) in enumerate(shape)]
 
 

@@ -58,7 +58,7 @@ class NamedTemplate:
     video_token: str | None
     audio_token: str | None
     control_tokens: tuple[str, ...]
-    """Markers with a meaning to the model, which a user's text must not be able to forge. Longest first."""
+    """Control tokens of the template, which are escaped in a user's text. Longest first."""
 
 
 MODELS: tuple[tuple[str, str], ...] = (

@@ -56,7 +56,7 @@ class Rendered:
     cuts: tuple[int, ...] = ()
     """Where the text is cut into pieces that are tokenized each by itself."""
     plain: tuple[tuple[int, int], ...] = ()
-    """Characters that are no control tokens, whatever they look like."""
+    """Characters that are not control tokens, although they have the same text."""
     ends_early: bool = False
     """The last answer ends where it was cut, before what the template writes after it."""
 
@@ -398,7 +398,7 @@ class NamedChat:
     def _writes_as_is(self, conversation: Conversation) -> bool:
         """Whether nothing is to be escaped and the rules in templates/turns.jinja do nothing with the contents but write them.
 
-        They look for thoughts and take the newlines after one away; and what they write of calls and tools is no content.
+        They search for reasoning and remove the newlines after it; their rendering of calls and tools is not content.
         """
         if not _is_plain(conversation):
             return False

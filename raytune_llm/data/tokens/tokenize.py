@@ -1,7 +1,7 @@
 """Rendered texts -> tokens, a block at a time: word by word where that is faster, else in one call into Rust.
 
 Ids are those of the whole text, and equal `apply_chat_template`'s: the template holds the special tokens, none is added. A text
-that is cut into pieces has the ids of each piece; a piece that only looks like control tokens is encoded letter by letter.
+that is cut into pieces has the ids of each piece; a piece that only resembles control tokens is encoded character by character.
 
 Where a span of characters lies among the tokens can be asked of the tokenizer, but to keep count of characters takes it
 half as long again. So spans are found from special tokens instead, which no other token crosses: a span ends with one, and
@@ -104,7 +104,7 @@ class BlockTokenizer:
         return [end for _, end in self._rust.encode(text, add_special_tokens=False).offsets]
 
     def _with_letters(self, one: Rendered, edges: list[int], ids: list[np.ndarray]) -> Tokens:
-        """What only looks like a control token is encoded letter by letter."""
+        """Text that only resembles a control token is encoded character by character."""
         letters = {start for start, _ in one.plain}
         for number, start in enumerate(edges[:-1]):
             if start in letters:

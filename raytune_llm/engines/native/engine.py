@@ -33,7 +33,7 @@ from raytune_llm.engines.requests import Completion, Delta, Finish, Grammar, Req
 from raytune_llm.errors import ConfigError, ResourceError
 
 IDLE_S = 0.2
-"""An idle loop looks up so often, so that its heartbeat is seen."""
+"""Seconds between heartbeats of an idle loop."""
 
 
 class Runner(Protocol):

@@ -37,7 +37,7 @@ class RowSampler:
         return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
 
     def restart(self, answer: Sequence[int]) -> None:
-        """The row is computed again from its beginning, with what was drawn of it; its numbers go on where they were."""
+        """The row is computed again from its first token, with the tokens sampled so far; its random numbers continue."""
         self.drawn = len(answer)
 
     def told(self, token: int) -> None:

@@ -20,7 +20,7 @@ class BankShape(NamedTuple):
 
 
 class Now:
-    """What the layers of one model look up: the route of the pass that they are in."""
+    """What the layers of one model read: the route of the current forward pass."""
 
     route: Route | None = None
 

@@ -8,7 +8,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.method import Layers, Method, sides
 
 GATE = 16
-"""A layer so many times longer than wide is a gate, of a mixture's experts say, and may have less room than the rank."""
+"""A layer with at least this ratio of its sides is a gate (of experts, for example), whose smaller side may be below the rank."""
 
 
 def lora(*, rank: int, alpha: float, dropout: float, **variant: bool) -> LoraConfig:

@@ -19,7 +19,7 @@ from raytune_llm.models.quantization.base import QuantizedLinear
 
 LINEAR = nn.Linear | Conv1D | QuantizedLinear
 Layers = Mapping[str, nn.Module]
-"""Those that an adapter goes on, by their names in the model."""
+"""The layers that get an adapter, by their names in the model."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Adapters(Protocol):
         ...
 
     def described(self, device_type: str) -> str | None:
-        """How they are computed on such a device, in words; None without any."""
+        """How they are computed on this device, in words; None without any."""
         ...
 
     def add(self, name: str, source: AdapterConfig | SavedAdapter) -> None:

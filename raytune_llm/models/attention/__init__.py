@@ -1,7 +1,7 @@
 """Attention within documents: which back ends there are, how one is chosen, and how a model comes to call it.
 
 A model passes the batch's boundaries, cu_seqlens_S and max_seqlen, through to every layer. No back end lets a token see another
-document; one that can't keep that is not in the list. Where documents go on from the beginning of others, the batch's prefixes
+document; a back end that can't guarantee this is not in the list. If documents share a prompt, the batch's prefixes
 come along, to the back ends that know what to make of them (PREFIXED).
 """
 
@@ -37,13 +37,13 @@ BACKENDS: dict[str, Callable] = {
 IN_TORCH: dict[str, str | None] = {"varlen": None, "flash3": "FA3"}
 """Back ends that call torch's FlashAttention, and whose kernels it is then to take in place of its own, by its name for them."""
 PREFIXED = {"varlen", "flash3", "flex", "sdpa"}
-"""Back ends that let documents go on from others."""
+"""Back ends that support prompt sharing."""
 BLOCK_MASKED = {"flex"}
 """Back ends that take block masks, built once a batch, beside the boundaries."""
 BY_ITSELF = ("varlen", "sdpa", "flex")
-"""What auto takes, the first that is possible. Before them, on GPUs of the Hopper kind, FlashAttention 3, which is made for them;
+"""What auto takes, the first that is possible. Before them, on Hopper GPUs (sm_90), FlashAttention 3;
 other packages are taken where they are asked for. FlexAttention comes last, and so for capped scores alone (_order): else what
-varlen leaves is float32, for which torch (2.13) computes its backward pass in tiles of 16 by 16, heads of more than 256 numbers,
+varlen leaves is float32, for which torch (2.13) computes its backward pass in tiles of 16 by 16, a head_dim above 256,
 for which it has no tiles of their own, and GPUs that it does not run on."""
 
 DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
@@ -59,7 +59,7 @@ class Case:
     capability: tuple[int, int] = (9, 0)
     """Of a CUDA device."""
     head: int = 128
-    """Numbers a head."""
+    """head_dim."""
     softcap: bool = False
     """Scores are capped, as in Gemma 2."""
 
@@ -232,7 +232,7 @@ def tell_torch(backend: str) -> None:
 
 
 def shares_prefixes(asked: str, config: PretrainedConfig) -> bool:
-    """Whether documents can go on from the beginning of others: the back end lets them, and every layer of the model looks at all
+    """Whether documents can share a prompt: the back end supports it, and every layer of the model attends to all
     that came before, not at a window of it or at a state that is carried on. On every device the same, so that runs are."""
     text: Any = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
@@ -260,7 +260,7 @@ def fixed(cu_seqlens_S: Tensor, max_seqlen: int) -> tuple[Tensor, int]:
 
 
 def fixed_prefixes(prefixes: Prefixes | None) -> Prefixes | None:
-    """The same of what documents go on from."""
+    """The same for shared prompts."""
     if prefixes is None:
         return None
     queries_Q, keys_K, cu_queries_X, cu_keys_X, max_queries, max_keys = prefixes

@@ -92,7 +92,7 @@ def varlen(
     prefixes: Prefixes | None = None,
     **_: object,
 ) -> Tensor:
-    """Each document attends to itself, and to what it goes on from: FlashAttention over boundaries on a GPU, a document at a time
+    """Each document attends to itself and to its shared prompt: FlashAttention over boundaries on a GPU, a document at a time
     on a CPU."""
     scaling, sliding_window, softcap = scores
     B, H, T, head = query.shape
@@ -149,7 +149,7 @@ def _flash2(*args: Tensor, **settings: Any) -> Any:
 
 @torch.compiler.disable
 def _flash4(*args: Tensor, **settings: Any) -> Any:
-    """For the Hopper and Blackwell kinds, from flash-attn-4, which makes its kernels as it first needs them: no compiler may look
+    """For Hopper and Blackwell GPUs, from flash-attn-4, which compiles its kernels at their first call: no compiler may trace
     into that. It means by a window of -1 one that reaches a token back, and by None all that came before."""
     from flash_attn.cute import flash_attn_varlen_func
 

@@ -1,6 +1,6 @@
-"""Attention of packed documents, some of which go on from the beginning of others, as an operator on flattened tokens.
+"""Attention of packed documents, some of which share a prompt with another, as an operator on flattened tokens.
 
-The tokens of a document that goes on from another see that one's first tokens and, up to themselves, their own: two calls of a
+The tokens of a document that shares another's prompt attend to that prompt and, causally, to their own document: two calls of a
 kernel, merged by the log-sum-exp of their scores (Milakov & Gimelshein 2018, arXiv 1805.02867). The backward pass has nothing to
 merge: the kernel's own, given the merged output and log-sum-exp, gives a call's share of the gradients (as in ring attention, Liu
 et al. 2023, arXiv 2310.01889). Both are exact.
@@ -186,7 +186,7 @@ def _slices(cu_seqlens: Tensor) -> list[slice]:
 
 
 def _ranges(prefixes: Prefixes | None) -> list[tuple[slice, slice]]:
-    """Of each document that goes on from another: its own tokens, and those before them."""
+    """Of each document that shares another's prompt: its own tokens, and the prompt's."""
     if prefixes is None:
         return []
     return list(zip(_runs(prefixes.queries_Q, prefixes.cu_queries_X), _runs(prefixes.keys_K, prefixes.cu_keys_X), strict=True))

@@ -20,7 +20,7 @@ def document_numbers(cu_seqlens_S: Tensor, B: int, T: int) -> Tensor:
 
 
 def prefix_bounds(prefixes: Prefixes, B: int, T: int) -> tuple[Tensor, Tensor]:
-    """[B, T] each: first and end, in the row, of what each position's document goes on from; 0 and 0 where it does not."""
+    """[B, T] each: start and end, in the row, of the shared prompt of each position's document; 0 and 0 if it has none."""
     lengths_X = prefixes.cu_queries_X.diff()
     firsts_X, lasts_X = (prefixes.keys_K[places.long()] % T for places in (prefixes.cu_keys_X[:-1], prefixes.cu_keys_X[1:] - 1))
     first_L, end_L = (
@@ -36,7 +36,7 @@ def document_mask(
     cu_seqlens_S: Tensor, B: int, T: int, sliding_window: int | None = None, prefixes: Prefixes | None = None
 ) -> Tensor:
     """[B, 1, T, T], true where position i may see position j: same document, j not after i, and within the window; or j is among
-    what i's document goes on from."""
+    the shared prompt of i's document."""
     document_BT = document_numbers(cu_seqlens_S, B, T)
     i, j = torch.arange(T, device=document_BT.device)[:, None], torch.arange(T, device=document_BT.device)[None, :]
     mask = (document_BT[:, :, None] == document_BT[:, None, :]) & (j <= i)

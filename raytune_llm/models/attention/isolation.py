@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from raytune_llm.errors import ConfigError
 
 ATTENDS = {"full_attention", "sliding_attention"}
-"""Kinds of layers, by transformers' names, that look at other tokens in attention alone: all that came before, or a window."""
+"""Kinds of layers, by transformers' names, that mix tokens only in causal attention, full or in a sliding window."""
 
 
 def check_isolation(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> None:

@@ -80,7 +80,7 @@ def quantize(layers: Iterable[nn.Module], section: QuantizationConfig, runs_on: 
     in_place = quantization.layer if frozen else quantization.trained_layer
     assert in_place is not None
     reads_to = runs_on if frozen else None
-    linears = frozen = []  # or the wide weights would live as long as these
+    linears = frozen = []  # or the unquantized weights would live as long as these
     replace(replaced, in_place, reads_to)
     if runs_on.type == "cuda":
         torch.cuda.empty_cache()  # what held the weights as they were loaded

@@ -57,7 +57,7 @@ class Quantization(ABC):
     layer: ClassVar[type[QuantizedLinear]]
     """Takes the place of a frozen linear layer."""
     trained_layer: ClassVar[type[nn.Module] | None] = None
-    """Takes the place of one that is trained; None where those can't be had."""
+    """Replaces a trained layer; None if trained layers are not supported."""
     bits_per_weight: ClassVar[float]
     """That `layer` holds, its scales with it."""
     package: ClassVar[str | None] = None

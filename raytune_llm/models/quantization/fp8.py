@@ -43,7 +43,7 @@ class FP8Linear(QuantizedLinear):
 
 
 class TrainedFP8Linear(nn.Linear):
-    """A trained linear layer with products in FP8; its weight and its gradient stay wide.
+    """A trained linear layer with products in FP8; its weight and its gradient keep the run's precision.
 
     Of the three products of a step, the two with the weight are in FP8; the weight's gradient, which sums over thousands of
     tokens and goes to the optimizer, is in the run's precision.

@@ -1,6 +1,6 @@
 """Prometheus metrics: vLLM's names for what vLLM has, and ours for adapters.
 
-Prometheus' own client keeps and writes them; engines are asked when somebody looks.
+Prometheus' own client keeps and writes them; engines are asked when /metrics is read.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Enricher(Protocol):
         ...
 
     def load(self, state: Any) -> None:
-        """Resume from such a state."""
+        """Resume from a state that `state()` returned."""
         ...
 
 

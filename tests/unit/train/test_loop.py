@@ -39,7 +39,7 @@ def loader(tmp_path_factory: pytest.TempPathFactory) -> Loader:
 
 
 class Counting:
-    """A source that looks at the policy, is not read ahead, knows no counts, and remembers how often it was asked."""
+    """A source that reads the policy, is not prefetched, knows no counts, and remembers how often it was asked."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader, self.asked, self.seen = loader, 0, []
