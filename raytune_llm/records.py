@@ -117,9 +117,9 @@ class Prefixes(NamedTuple):
 class Batch:
     """What one forward pass sees. Attention never crosses a document's boundary, but for a shared prompt.
 
-    Document d covers positions cu_seqlens_S[d] to cu_seqlens_S[d + 1] of the flattened batch; padding counts as documents, S - 1
-    in all. What a stage, an enricher or a model also reads is in maps by name. Everything is known on the CPU side, so no step waits
-    for a device.
+    Document d covers positions cu_seqlens_S[d] to cu_seqlens_S[d + 1] of the flattened batch. Padding counts as documents, so
+    there are S - 1. What a stage, an enricher or a model also reads is in maps by name. Everything is known on the CPU side, so
+    no step waits for a device.
     """
 
     ids_BT: Tensor
