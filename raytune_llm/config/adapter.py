@@ -1,4 +1,4 @@
-"""What is trained of a model: all of it, or an adapter. What others ask of the choice, they ask its section."""
+"""What is trained of a model: all weights, or an adapter. Other modules ask the section, never its name."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ class NoAdapter:
     trains_base: ClassVar[bool] = True
     """Base weights are trained. If not, they are frozen, and final/ holds an adapter."""
     reads_base_weights: ClassVar[bool] = False
-    """Beside calling the layers that it is on, it reads their weights."""
+    """It reads the weights of its layers, beside calling them."""
     mixes: ClassVar[bool] = False
-    """Rows with different adapters of this kind are computed in one pass, which is how they are served."""
+    """Rows with different adapters of this method can share a batch, as in serving."""
     path: ClassVar[str | None] = None
     """The saved adapter that a run continues."""
     dropout: ClassVar[float] = 0.0
 
     @property
     def starts_at_base(self) -> bool:
-        """Before its first step, and with its adapter switched off at any step, the policy is the base model."""
+        """Whether the policy equals the base model before its first step, and at any step with the adapter disabled."""
         return False
 
 
 @section
 class Layered:
-    """What adapters on linear layers have in common."""
+    """Settings of all adapters on linear layers."""
 
     dropout: Dropout
     targets: Literal["all-linear"] | list[str]
     """Names of the linear layers, by their last part; all-linear takes every one but the head."""
     last_layers: PositiveInt | None
-    """At most so many of the model's layers, the last ones, get an adapter, and the backward pass ends there; null: all."""
+    """Only the last N layers of the model get an adapter, and the backward pass ends there; null: all layers."""
     path: str | None
-    """A saved adapter of this kind to continue; its sizes, targets and layers are then the saved ones."""
+    """A saved adapter of this method to continue, with its own rank, targets and layers."""
 
     trains_base: ClassVar[bool] = False
     reads_base_weights: ClassVar[bool] = False
@@ -80,7 +80,7 @@ class RsLoRA(LowRank):
 
 @section
 class DoRA(LowRank):
-    """Liu et al. 2024 (arXiv 2402.09353): m * V / |V| by row with V = W + alpha / rank * B A, and m trained beside A and B."""
+    """Liu et al. 2024 (arXiv 2402.09353): m * V / |V| by row with V = W + alpha / rank * B A, and m trained with A and B."""
 
     name: Literal["dora"]
 
@@ -89,23 +89,23 @@ class DoRA(LowRank):
 
 @section
 class OFT(Layered):
-    """Qiu et al. 2023 (arXiv 2306.07280), as in Qiu et al. 2025 (arXiv 2506.19847): W R, where R turns inputs in blocks.
+    """Qiu et al. 2023 (arXiv 2306.07280), as in Qiu et al. 2025 (arXiv 2506.19847): W R, where R rotates blocks of inputs.
 
     Each block is the Cayley transform of a skew-symmetric matrix, whose part above the diagonal is trained.
     """
 
     name: Literal["oft"]
     block_size: Annotated[int, Field(ge=2)]
-    """Inputs that are turned together; must divide those of each layer. Larger ones train more: (block_size - 1) / 2 an input."""
+    """Inputs of a block; must divide each layer's inputs. There are (block_size - 1) / 2 parameters an input."""
 
 
 @section
 class SavedAdapter:
-    """An adapter of any kind in a folder, to be used as it is. For code: no setting is one."""
+    """An adapter of any method in a folder, used as it is. Only code makes one; it is not a setting."""
 
     path: str
     setting: str
-    """That names the folder, for errors."""
+    """The setting that names the folder, for errors."""
 
     name: ClassVar[str] = "saved"
     trains_base: ClassVar[bool] = False

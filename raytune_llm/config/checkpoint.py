@@ -8,9 +8,9 @@ from raytune_llm.config.section import PositiveInt, section
 @section
 class CheckpointConfig:
     every_steps: PositiveInt | None
-    """none: one at each epoch's end."""
+    """Steps between checkpoints; null: one at the end of each epoch."""
     keep: PositiveInt
-    """The newest so many stay on disk (the best one as well where final=best)."""
+    """Number of newest checkpoints to keep (and the best one, if final=best)."""
     asynchronous: bool
     """Write checkpoints while training continues."""
     final: Literal["last", "best"]

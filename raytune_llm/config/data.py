@@ -9,17 +9,17 @@ from raytune_llm.errors import ConfigError
 
 
 class RowFormat:
-    """What the rules between sections ask of any format."""
+    """What rules between sections read of any format."""
 
     @property
     def pair_margin(self) -> str | None:
-        """The column that says by how much the chosen answer of a pair is better, where rows can have one."""
+        """The column with a pair's margin; None if the format has none."""
         return None
 
 
 @section
 class Columns(RowFormat):
-    """Columns that rows of messages can have, whatever their form. A column that is null, or that a row lacks, is not there.
+    """Columns of all formats with messages. A column that is null, or that a row lacks, is skipped.
 
     Rows with `chosen` and `rejected` are pairs, rows with a true or false `label` are labelled answers. `margin` is a number that
     is not negative: by how much the chosen answer is better.
@@ -41,7 +41,7 @@ class Columns(RowFormat):
 
 @section
 class ChatFormat(Columns):
-    """Rows with a list of {role, content} messages. Where `messages` is null, each side of a pair is a whole conversation."""
+    """Rows with a list of {role, content} messages. If `messages` is null, each side of a pair is a whole conversation."""
 
     name: Literal["chat"]
     messages: str | None
@@ -61,7 +61,7 @@ class AlpacaFormat(Columns):
 
 @section
 class Tags(Columns):
-    """Rows with a list of messages whose keys and roles have names of their own. A role without a name does not occur."""
+    """Rows with a list of messages with configurable keys and role names. A role whose name is null does not occur."""
 
     messages: str
     system: str | None
@@ -76,21 +76,21 @@ class Tags(Columns):
 
 @section
 class ShareGPTFormat(Tags):
-    """Requests or tool results in turn with answers or tool calls; a call is a message that holds JSON."""
+    """User messages or tool results alternate with answers or tool calls; a call is a message that holds JSON."""
 
     name: Literal["sharegpt"]
 
 
 @section
 class OpenAIFormat(Tags):
-    """The same with calls as `tool_calls` of an answer, and several tool results in a row."""
+    """Messages with calls as `tool_calls` of an answer, and several tool results in a row."""
 
     name: Literal["openai"]
 
 
 @section
 class PromptCompletionFormat(Columns):
-    """Rows with a request and the answer to it, each a text or a list of {role, content} messages."""
+    """Rows with a prompt and its completion, each a text or a list of {role, content} messages."""
 
     name: Literal["prompt_completion"]
     prompt: str
@@ -117,74 +117,74 @@ class DataConfig:
     hub: Literal["huggingface", "modelscope"]
     subset: str | None
     split: str
-    """Also a part of it, as train[:1000] or train[10%:20%]. Of a folder: by its files' names, as on the Hugging Face hub."""
+    """A split or a part of it: train[:1000], train[10%:20%]. In a folder, file names decide, as on the Hugging Face hub."""
     eval_path: str | dict[str, str] | None
     """Data of the same format to evaluate on; several as {name: path}."""
     eval_split: str | None
-    """Of eval_path, or where that is null of path; null: split, of eval_path."""
+    """The split of eval_path, or of path if eval_path is null. null: `split`, of eval_path."""
     eval_names: list[str]
     """Entries of dataset_info to evaluate on."""
     eval_fraction: Fraction | dict[str, Fraction]
-    """Part of the rows of each source that is held out, chosen by train.seed; several as {name: part}, where an entry of names
-    that is not there keeps its rows. 0 without eval_path and eval_names trains without evaluation."""
+    """Fraction of each source's rows that is held out, chosen by train.seed; several as {name: fraction}, where an absent entry
+    of names keeps its rows. 0 without eval_path and eval_names trains without evaluation."""
     eval_rows: PositiveInt | None
-    """So many rows are held out instead, of several sources in proportion to their rows."""
+    """Number of rows that are held out instead; several sources contribute in proportion to their rows."""
     format: FormatConfig
     dataset_info: str | None
-    """A LLaMA-Factory dataset_info.json, or its folder: its entries take the place of path, subset, split and format."""
+    """A LLaMA-Factory dataset_info.json, or its folder: its entries replace path, subset, split and format."""
     names: list[str]
     """Entries of dataset_info, one after another."""
     mix: Literal["concat", "interleave_under", "interleave_over", "interleave_once"]
-    """How several data sets make an epoch: each row once; or drawn in turn, until the first is exhausted, until all are (with
-    repeats), or until all are (without)."""
+    """How several data sets make an epoch: concatenated; or interleaved until the first is exhausted, until all are (with
+    repeats), or until all are (without repeats)."""
     mix_weights: list[PositiveFloat] | None
-    """The share of each of names in what is drawn; null: they take turns."""
+    """The probability of each of names; null: equal."""
     mix_temperature: PositiveFloat | None
-    """Shares by size instead: 1 proportional to rows, the higher the more even."""
+    """Probabilities by size instead: 1 is proportional to rows, higher is more even."""
     mix_epochs: list[PositiveFloat] | None
-    """How often each of names goes into one epoch, before they are mixed: 2 is every row twice, 0.5 half of the rows, drawn by
+    """How often each of names is in one epoch, before they are mixed: 2 is every row twice, 0.5 half of the rows, drawn by
     train.seed; null: once."""
     media_dir: str | None
-    """Where images, videos and audios lie; null: beside the data."""
+    """The folder of images, videos and audios; null: the folder of the data."""
     num_samples: PositiveInt | None
-    """So many rows drawn at random, by their content alone; more than there are repeats rows."""
+    """Number of rows to sample, by a hash of their content; more than there are repeats rows."""
     max_samples: PositiveInt | None
-    """The first so many rows."""
+    """Use only the first N rows."""
     streaming: bool
     """Train while rows are still being tokenized. The order is then that of the data, shuffled within a buffer."""
     streaming_buffer_rows: PositiveInt
-    """Rows of a stream that are shuffled and packed together; training starts when so many are there."""
+    """Rows of a stream that are shuffled and packed together; training starts when this many are tokenized."""
     max_length: PositiveInt
-    """Tokens of a row and of a pack; of each side of a pair."""
+    """Maximum tokens of a row, of a pack, and of each side of a pair."""
     overlong: Literal["truncate", "llamafactory", "drop", "error"]
-    """Of rows with more tokens: truncate: whole turns go, then the longest texts lose their ends, and the template's own tokens
-    stay; llamafactory: tokens are cut by that program's rule; drop: they are left out, which is not counted as a fault."""
+    """What happens to longer rows. truncate: whole turns are removed, then the longest texts lose their ends; special tokens
+    stay. llamafactory: tokens are cut by LLaMA-Factory's rule. drop: rows are left out, and do not count as bad."""
     template: str | None
-    """A named chat template; null: the tokenizer's own, or where it has none, the one that goes with the model's name."""
+    """A named chat template; null: the tokenizer's own, or if it has none, the one for the model's name."""
     default_system: str | None
-    """The system text of conversations without one; null: the template's."""
+    """The system message of conversations without one; null: the template's default."""
     tool_format: str | None
-    """How tools are declared and called, other than in the named template's own way."""
+    """The format of tool declarations and calls; null: the template's own."""
     today: str | None
-    """The day that llama3 takes for today where it has tools, as 31 Jan 2025; null: a fixed one."""
+    """The date that the template llama3 writes with tools, as 31 Jan 2025; null: a fixed one."""
     enable_thinking: bool | None
-    """How a template that reasons treats answers without a thought: true: it learns to say an empty one; false: the empty
-    one is asked for, and thoughts that are there are left out; null: as each answer has it."""
+    """How a reasoning template treats answers without reasoning. true: an empty block is trained. false: an empty
+    block is part of the prompt, and existing reasoning is left out. null: each answer stays as it is."""
     reasoning: Literal["keep", "drop"]
-    """Thoughts of answers, kept apart or between <think> marks: keep them (a template that can't say them is refused) or leave
-    them out."""
+    """Reasoning of answers, in its own field or between <think> tags: keep it (a template that can't express it is refused) or
+    drop it."""
     preserve_thinking: bool
-    """Thoughts of earlier answers stay also where these are not trained."""
+    """Reasoning of earlier answers is kept even if these are not trained."""
     mask_history: bool
-    """Only the last answer is trained."""
+    """Mask all answers but the last."""
     train_on_prompt: bool
-    """Requests are trained too."""
+    """Train on prompts too."""
     packing: bool
     share_prompts: Literal["auto"] | bool
-    """The two answers of a pair share one computation of their request; auto: where model.attention allows it and every layer of
+    """The two answers of a pair share one computation of their prompt. auto: if model.attention supports it and every layer of
     the model attends to all earlier tokens."""
     max_bad_fraction: Fraction
-    """More unusable rows than this part of all stop the run."""
+    """A larger fraction of unusable rows stops the run."""
     cache: str
     """Folder of the token stores."""
 

@@ -12,11 +12,11 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 @section
 class AdamW:
-    """Loshchilov & Hutter 2017. Weight decay leaves out vectors (norms and biases)."""
+    """Loshchilov & Hutter 2017. Weight decay skips vectors (norms and biases)."""
 
     name: Literal["adamw"]
     needs_matrices: ClassVar[bool] = False
-    """It steps by matrices, not by numbers: a strategy must keep their shapes."""
+    """It steps by matrix, so a strategy must keep shapes."""
     lr: PositiveFloat
     beta1: Beta
     beta2: Beta
@@ -24,7 +24,7 @@ class AdamW:
     weight_decay: NonNegativeFloat
 
     def state_size(self, *, matrices: int, others: int) -> int:
-        """How many numbers it keeps for so many trained in matrices of the layers, and so many elsewhere."""
+        """Number of state values, given the trained parameters in matrices of the layers and elsewhere."""
         return 2 * (matrices + others)
 
 
@@ -32,7 +32,7 @@ class AdamW:
 class Muon:
     """Steps along the orthogonalized momentum of a matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon), as large as
     AdamW's (Liu et al. 2025, arXiv 2502.16982), so that rates and decay carry over from it. Muon takes the matrices of layers.
-    AdamW takes what else is trained: embeddings, heads, norms and biases."""
+    AdamW trains the rest: embeddings, heads, norms and biases."""
 
     name: Literal["muon"]
     needs_matrices: ClassVar[bool] = True
@@ -44,7 +44,7 @@ class Muon:
     beta2: Beta
     eps: PositiveFloat
     adamw_lr_factor: PositiveFloat
-    """The learning rate of AdamW's part, over lr."""
+    """AdamW's learning rate over lr."""
 
     def state_size(self, *, matrices: int, others: int) -> int:
         return matrices + 2 * others
@@ -52,7 +52,7 @@ class Muon:
 
 @section
 class SGD:
-    """Gradient descent with momentum (Sutskever et al. 2013). Weight decay is added to the gradient, and leaves out vectors."""
+    """Gradient descent with momentum (Sutskever et al. 2013). Weight decay is added to the gradient, and skips vectors."""
 
     name: Literal["sgd"]
     needs_matrices: ClassVar[bool] = False

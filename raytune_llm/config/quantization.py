@@ -11,9 +11,9 @@ from raytune_llm.config.section import section
 class NoQuantization:
     name: Literal["none"]
     replaces_layers: ClassVar[bool] = False
-    """Other layers take the place of linear ones."""
+    """Whether linear layers are replaced."""
     trains_base: ClassVar[bool] = True
-    """The weights of the model itself can be trained with it."""
+    """Whether the model's weights can be trained with it."""
 
 
 @section
@@ -25,8 +25,8 @@ class FP8:
     replaces_layers: ClassVar[bool] = True
     trains_base: ClassVar[bool] = True
     skip_modules: Literal["auto"] | list[str]
-    """Linear layers that stay in the run's precision, by the last part of their names. auto: those that make queries, keys and
-    values, where the rounding costs most loss for its gain; [] for none."""
+    """Linear layers that stay in the run's precision, by the last part of their names. auto: the q, k and v projections, where
+    FP8 costs most loss for its speed-up; [] for none."""
 
 
 @section

@@ -23,13 +23,13 @@ class Local:
     num_workers: PositiveInt | Literal["auto"]
     """auto: one for each GPU, or one."""
     cpus_per_worker: PositiveFloat | Literal["auto"]
-    """auto: one beside a GPU; without GPUs, this machine's CPUs shared among the workers."""
+    """auto: one per GPU worker; without GPUs, this machine's CPUs shared among the workers."""
     gpus_per_worker: NonNegativeFloat | Literal["auto"]
     """auto: one if there are any."""
     max_failures: NonNegativeInt
     """How often lost workers are replaced; the run then resumes from the newest checkpoint."""
     collective_timeout_s: PositiveFloat
-    """A worker that waits longer than this for the others gives up, and one that doesn't answer for as long is replaced."""
+    """A worker stops after waiting this long for the others; a worker that does not answer for this long is replaced."""
 
 
 @section
@@ -38,14 +38,14 @@ class Cluster:
 
     name: Literal["cluster"]
     address: str | None
-    """none: RAY_ADDRESS."""
+    """null: RAY_ADDRESS."""
     num_workers: PositiveInt | Literal["auto"]
     cpus_per_worker: PositiveFloat | Literal["auto"]
     gpus_per_worker: NonNegativeFloat | Literal["auto"]
     max_failures: NonNegativeInt
     preflight: Literal["full", "quick", "off"]
-    """Where there are several nodes, they are asked before the run whether they are alike and see one storage; full: and how fast
-    an all-reduce over them is, which takes as long as torch does to load."""
+    """Before a run on several nodes, check that their versions agree and that they share storage. full: also measure an
+    all-reduce, which takes as long as importing torch."""
     collective_timeout_s: PositiveFloat
 
 

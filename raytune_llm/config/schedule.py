@@ -1,4 +1,4 @@
-"""Learning-rate schedules. Every one warms up linearly from 0: over a part of all steps (rounded up) or a number of them."""
+"""Learning-rate schedules. Every one warms up linearly from 0: over a fraction of all steps (rounded up) or a number of steps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from raytune_llm.errors import ConfigError
 
 @section
 class Warmup:
-    """What all schedules begin with."""
+    """The warm-up of all schedules."""
 
     warmup_ratio: Fraction | None
     warmup_steps: NonNegativeInt | None
-    """One of the two."""
+    """Exactly one of the two is given."""
 
     def __post_init__(self) -> None:
         if (self.warmup_ratio is None) == (self.warmup_steps is None):
@@ -42,14 +42,14 @@ class Linear(Warmup):
 class Cosine(Warmup):
     name: Literal["cosine"]
     floor: Fraction
-    """The part of the peak rate at which the descent ends."""
+    """The final learning rate over the peak."""
 
 
 @section
 class WarmupStableDecay(Warmup):
     name: Literal["wsd"]
     decay_ratio: Fraction | None
-    """Part of all steps in the final descent; none leaves a third of the steps after warm-up stable and lets the rest decay."""
+    """Fraction of all steps in the final decay; null: after warm-up, a third of the steps is constant and the rest decays."""
     floor: Fraction
 
 
@@ -57,7 +57,7 @@ class WarmupStableDecay(Warmup):
 class InverseSqrt(Warmup):
     name: Literal["inverse_sqrt"]
     timescale: PositiveInt | None
-    """Steps after which the rate has fallen by sqrt(2); none takes the warm-up's length."""
+    """Steps after which the rate has fallen by sqrt(2); null: the length of the warm-up."""
 
 
 @section

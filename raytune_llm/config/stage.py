@@ -68,20 +68,20 @@ def _are_read(settings: Mapping[str, float | None], losses: Set[str], reads: Map
 
 
 class StageRules:
-    """What rules between sections, and whoever plans a run, ask of any stage."""
+    """What rules between sections and `plan` read of any stage."""
 
     kind: ClassVar[str]
-    """Of the rows that it trains on: one of data.kinds.KINDS."""
+    """The kind of row that it trains on: one of data.kinds.KINDS."""
     has_reference: ClassVar[bool] = False
     writes: ClassVar[bool] = True
     """Its model answers with text; otherwise it is a Scorer, which answers with a number."""
     trains_turns: ClassVar[bool] = False
-    """Which turns of a conversation are trained can be chosen; elsewhere it is the one answer of each side, or the whole text."""
+    """Whether the trained turns can be chosen; otherwise they are the answer of each side, or the whole text."""
     has_right_answers: ClassVar[bool] = False
-    """A held-out row has an answer that can be compared word for word."""
+    """Whether exact match with a held-out row's answer makes sense."""
     reads_margins: ClassVar[bool] = False
     plain_text: ClassVar[bool] = False
-    """Its rows are no conversations."""
+    """Its rows are not conversations."""
     anchored: ClassVar[bool] = False
     """Its loss holds the policy near the model without its adapter."""
 
@@ -106,20 +106,20 @@ class SFT(WithoutReference):
 
     name: Literal["sft"]
     loss: Literal["cross_entropy", "dft", "eaft", "asft"]
-    """dft: tokens weigh as the model believes in them. eaft: as it is in doubt about them. asft: dft, held near the model without
-    its adapter."""
+    """dft: each token is weighted by its probability. eaft: by the entropy of its distribution. asft: dft, and a KL term to the
+    model without its adapter."""
     label_smoothing: HalfOpen
-    """With cross_entropy: the part of the target that is spread over the whole vocabulary."""
+    """With cross_entropy: the fraction of the target that is spread over the whole vocabulary."""
     z_loss: NonNegativeFloat
-    """With cross_entropy: of the squared logarithm of the softmax normaliser, which is added."""
+    """With cross_entropy: the weight of the added squared logsumexp of the logits."""
     eaft_alpha: PositiveFloat | None
     """With eaft: the exponent of a token's entropy."""
     asft_alpha: PositiveFloat | None
-    """With asft: the weight of the divergence from the reference."""
+    """With asft: the weight of the KL term."""
     neftune_alpha: PositiveFloat | None
-    """Noise on the embeddings in training: alpha / sqrt(tokens x width) at most. 5 is usual."""
+    """Uniform noise on the embeddings in training, of at most alpha / sqrt(tokens x hidden size). 5 is usual."""
     router_aux_loss_coef: PositiveFloat | None
-    """Of the loss that lets the routers of a mixture of experts use all experts alike, over each document."""
+    """The weight of the load-balancing loss of a mixture of experts, computed over each document."""
 
     def __post_init__(self) -> None:
         given = {
@@ -144,9 +144,9 @@ class Pretrain(WithoutReference):
 
     name: Literal["pretrain"]
     z_loss: NonNegativeFloat
-    """Of the squared logarithm of the softmax normaliser, which is added."""
+    """The weight of the added squared logsumexp of the logits."""
     router_aux_loss_coef: PositiveFloat | None
-    """Of the loss that lets the routers of a mixture of experts use all experts alike, over each document."""
+    """The weight of the load-balancing loss of a mixture of experts, computed over each document."""
 
 
 @section
@@ -159,7 +159,7 @@ class Reward(WithoutReference, WithoutRouters):
 
     name: Literal["reward"]
     margin: NonNegativeFloat
-    """By how much it is to be higher, beside what a pair says itself (data.format.margin)."""
+    """By how much the chosen score should be higher, in addition to the pair's own margin (data.format.margin)."""
     centering: NonNegativeFloat
     """The weight of (chosen + rejected)^2, which keeps scores around 0."""
     value_head: Literal["score", "v_head"]
@@ -169,7 +169,7 @@ class Reward(WithoutReference, WithoutRouters):
 
 @section
 class DPO(WithoutRouters):
-    """Direct preference optimisation and its family: answers get likelier or less likely than under a reference."""
+    """Direct preference optimisation and its family: log-probabilities of answers relative to a reference."""
 
     kind: ClassVar[str] = "pairs"
     has_reference: ClassVar[bool] = True
@@ -178,23 +178,23 @@ class DPO(WithoutRouters):
     loss: DPOLoss | dict[DPOLoss, float]
     """One loss, or several with their weights: {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0} is MPO."""
     beta: PositiveFloat
-    """How much a log-ratio counts: the smaller, the further the policy may go from the reference."""
+    """The scale of log-ratios: the smaller, the further the policy may move from the reference."""
     label_smoothing: HalfOpen
     """The probability that a label is wrong: with sigmoid, cDPO."""
     ld_alpha: Annotated[float, Field(ge=0, le=1)] | None
-    """LD-DPO: the weight of what makes an answer longer than its rival."""
+    """LD-DPO: the weight of the tokens of an answer beyond the other's length."""
     sft_weight: NonNegativeFloat
-    """Of the chosen answer's cross-entropy a token, which is added (pref_ftx, rpo_alpha)."""
+    """The weight of the added cross-entropy of the chosen answer, per token (pref_ftx, rpo_alpha)."""
     discopop_tau: PositiveFloat | None
-    """With discopop: how sharply it changes over between its two parts."""
+    """With discopop: the temperature of the switch between its two parts."""
     f_alpha: float | None
-    """With f_alpha: which divergence."""
+    """With f_alpha: the alpha of the divergence."""
     reference: Reference | Literal["none"]
     """none: reference-free, as if every answer were as likely as any other under the reference."""
     reference_model: str | None
     """A folder or hub id of another model as the reference; null: the model at the start of the run, with its adapter."""
     reference_adapter: str | None
-    """An adapter folder that the reference has on that model."""
+    """A folder with the reference's adapter."""
 
     def __post_init__(self) -> None:
         names = {self.loss} if isinstance(self.loss, str) else set(self.loss)
@@ -240,7 +240,7 @@ class SimPO(WithoutReference, WithoutRouters):
     """The margin, in units of the reward: the paper's gamma, not a share of beta."""
     label_smoothing: HalfOpen
     sft_weight: NonNegativeFloat
-    """Of the chosen answers' cross-entropy, which is added (cpo_alpha)."""
+    """The weight of the added cross-entropy of the chosen answers (cpo_alpha)."""
 
 
 @section
@@ -253,7 +253,7 @@ class CPO(WithoutReference, WithoutRouters):
     beta: PositiveFloat
     label_smoothing: HalfOpen
     sft_weight: NonNegativeFloat
-    """Of the chosen answers' cross-entropy, which is added (cpo_alpha)."""
+    """The weight of the added cross-entropy of the chosen answers (cpo_alpha)."""
 
 
 @section
@@ -271,12 +271,12 @@ class KTO(WithoutRouters):
     undesirable_weight: NonNegativeFloat
     """The paper keeps (weight x rows) of the desirable over that of the others between 1 and 4/3."""
     sft_weight: NonNegativeFloat
-    """Of the desirable answers' cross-entropy a token, which is added (pref_ftx)."""
+    """The weight of the added cross-entropy of the desirable answers, per token (pref_ftx)."""
     reference: Reference
     reference_model: str | None
     """A folder or hub id of another model as the reference; null: the model at the start of the run, with its adapter."""
     reference_adapter: str | None
-    """An adapter folder that the reference has on that model."""
+    """A folder with the reference's adapter."""
 
 
 StageConfig = Annotated[SFT | Pretrain | Reward | DPO | ORPO | SimPO | CPO | KTO, Field(discriminator="name")]

@@ -1,4 +1,4 @@
-"""The reference of a run: what it finds, before its first step, or another model; and how batches get what it says.
+"""The reference of a run: the policy before its first step, or another model; and how batches get its log-probabilities.
 
 precomputed: one pass over the rows, by the run's own workers with the model that they are about to train, however it is spread.
 What an adapter that the run continues has learnt is part of the reference so, and no second model is needed. The table stands
@@ -40,7 +40,7 @@ from raytune_llm.train.enrichers.reference_table import ReferenceTable, Referenc
 from raytune_llm.train.strategies.base import Strategy
 
 TABLE_VERSION = 2
-"""Raise it when the same key would give other numbers."""
+"""Increase it when the same key would give other numbers."""
 
 
 class Reference(NamedTuple):
@@ -61,7 +61,7 @@ def find_reference(
     pad_id: int,
     tell: Told,
 ) -> Reference:
-    """Call it before weights are restored from a checkpoint: what they are then is the reference, unless another one is named."""
+    """Call it before weights are restored from a checkpoint: they are the reference, unless another one is named."""
     other = _other_model(run, config, device)
     as_found = strategy.module.reference if other is None else nullcontext
     if run.stage.reference == "online":
@@ -145,7 +145,7 @@ def _key_of(
 
 
 def _files(path: str, *, content: bool = False) -> Any:
-    """What is in a model's folder; of weights by size and time, or by content. A hub id stands for itself."""
+    """A fingerprint of a model's folder: weights by size and time, or by content. A hub id stands for itself."""
     folder = Path(path)
     if not folder.is_dir():
         return path

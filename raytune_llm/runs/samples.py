@@ -1,4 +1,4 @@
-"""What the policy answers while it is trained: greedy answers to the first held-out rows, to see more than a loss."""
+"""Samples during training: the policy's greedy answers to the first held-out rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAMPLES = "samples.jsonl"
 
 
 class TogetherRunner(PolicyRunner):
-    """Of a policy that is spread over workers, who all go through its layers: they choose the same tokens, and so take the same
+    """Generates with a sharded policy. All workers run its layers, choose the same tokens, and so take the same
     steps."""
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
@@ -56,7 +56,7 @@ class Sampler:
         self._texts = [(self._text(prompt), self._text(answer)) for prompt, answer in asked]
 
     def __call__(self, step: int) -> list[SampledAnswer]:
-        """All workers call it together; the first has the samples then."""
+        """Collective over all workers; rank 0 gets the samples."""
         strategy, policy = self._strategy, self._strategy.module
         if not strategy.sharded and self._rank > 0:
             return []

@@ -1,4 +1,4 @@
-"""A run on one worker before its first step: the data, the model as the run finds it, and what the reference says."""
+"""A run on one worker before its first step: the data, the model, and the reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from raytune_llm.train.schedules import learning_rate
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A run on this worker with all that it has before a checkpoint is read."""
+    """A run on this worker before a checkpoint is read."""
 
     run: TrainRun
     device: torch.device
@@ -55,7 +55,7 @@ class Setup:
     held_out: Mapping[str, Loader]
     """By source."""
     choices: tuple[str, ...]
-    """What was chosen and why, a line each."""
+    """Automatic choices and their reasons, a line each."""
 
     @property
     def output(self) -> Path:
@@ -81,7 +81,7 @@ class Setup:
         )
 
     def mfu(self, rate: Rate | None) -> float | None:
-        """Model FLOPs utilisation, of the peak in bf16 that the device's maker states. None where it or the rate is not known."""
+        """Model FLOPs utilization, relative to the maker's bf16 peak. None if the peak or the rate is unknown."""
         peak = peak_flops(self.device)
         return None if peak is None or rate is None else self.built.operations.of(*rate) / (peak * self.world)
 
@@ -93,7 +93,7 @@ def set_up(
     device: torch.device,
     tell: Callable[[ReferencePass | Notice], None],
 ) -> Setup:
-    """The data, the model as the run finds it, and what the reference says."""
+    """The data, the model, and the reference."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     stage = STAGES[run.stage.name]
     objective = stage.objective(run.stage)
@@ -122,7 +122,7 @@ def set_up(
         choices += reference.choices
         enrichers.append(reference.enricher)
     if objective.statistics is not None:
-        enrichers.append(FirstPass(objective.statistics))  # of what the reference says, too
+        enrichers.append(FirstPass(objective.statistics))  # after the reference, which it may read
     if KINDS[run.stage.kind].can_share_prompts:
         choices += (f"prompts: {'shared by both answers' if shares else 'one copy an answer'}",)
     if isinstance(stores.train, Samples):
@@ -164,7 +164,7 @@ def set_up(
 
 @contextmanager
 def explained(builder: Builder, during: str) -> Iterator[None]:
-    """A GPU whose memory ran out becomes an error that says what to do."""
+    """Turns a CUDA out-of-memory error into one that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,4 +1,4 @@
-"""Token stores -> the samples of a run: what it trains on, what is held out, and how many steps that makes."""
+"""Token stores -> the samples of a run: the train split, the held-out split, and the number of steps."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Stores:
     held_out: dict[str, Samples]
     """By source; a single one has no name ("")."""
     evaluated: Store | None
-    """Where the held-out rows are; none without any, in a stream."""
+    """The store of the held-out rows; None without any, and in a stream."""
     manifests: dict[str, str]
 
 
 def shares_prompts(run: TrainRun | PrepareRun, kind: str, model_config: Callable[[], PretrainedConfig]) -> bool:
-    """Whether the two answers of a row share one computation of their prompt, where rows of this kind have two."""
+    """Whether the two answers of a row share one computation of their prompt (for kinds of rows with two answers)."""
     asked = run.data.share_prompts
     if asked is True and not KINDS[kind].can_share_prompts:
         raise ConfigError("data.share_prompts", f"can't be true for rows of {kind}", got=asked, fix="Set it to auto.")
@@ -95,7 +95,7 @@ def held_out_part(data: DataConfig, store: Store) -> float | Mapping[str, float]
 
 
 def total_steps(run: TrainRun, steps_per_epoch: int | None) -> int:
-    """steps_per_epoch is none in a stream, which begins again until train.max_steps."""
+    """steps_per_epoch is None in a stream, which starts again until train.max_steps."""
     if steps_per_epoch is None:
         assert run.train.max_steps is not None
         return run.train.max_steps

@@ -19,7 +19,7 @@ chosen and the rejected one, or of the row's own and the mismatched one."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalStatistics:
-    """What a loss needs to know of the whole global batch before it can be computed on a part of it.
+    """Statistics of the global batch that a loss needs before it can be computed on a micro-batch.
 
     A first pass, without gradient and with dropout as in the second, takes `values` of every row of a step; what `reduce` makes
     of all of them comes to the loss in batch.per_answer.

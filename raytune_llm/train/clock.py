@@ -7,21 +7,21 @@ from typing import NamedTuple
 
 
 class Rate(NamedTuple):
-    """What is done in a second, by all workers."""
+    """Rates per second, over all workers."""
 
     tokens: float
-    """Real ones."""
+    """Tokens without padding."""
     attention_pairs: float
     """Query-key pairs (Batch.attention_pairs)."""
 
 
 class Clock:
-    """The rate of training between two readings, without what is spent on evaluation and checkpoints."""
+    """The rate of training between two readings, without the time of evaluation and checkpoints."""
 
     def __init__(self) -> None:
         self.latest: Rate | None = None
         self._tokens = self._attention_pairs = 0
-        self._total, self._warm = (0, 0, 0.0), (0, 0, 0.0)  # the latter without the first reading, which holds warming up
+        self._total, self._warm = (0, 0, 0.0), (0, 0, 0.0)  # the latter without the first reading, which includes warm-up
         self._since, self._paused_s = 0.0, 0.0
 
     def start(self) -> None:
@@ -42,7 +42,7 @@ class Clock:
         return self.latest
 
     def rate(self) -> Rate | None:
-        """Over the run, without what warming up distorts where there is more than one reading."""
+        """Over the run; without the first reading, which includes warm-up, if there are more."""
         return _rate(*(self._warm if self._warm[2] else self._total)) if self.latest is not None else None
 
     @contextmanager

@@ -34,31 +34,31 @@ from raytune_llm.train.window import Window, added, means
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """What computes a step: the model under its strategy, the objective, and what adds to a batch what the objective reads."""
+    """What computes a step: the model under its strategy, the objective, and the enrichers of its batches."""
 
     strategy: Strategy
     objective: Objective
     device: torch.device
     enrichers: Sequence[Enricher] = ()
-    """In order: each finds what those before it have added."""
+    """In order: each sees what the previous ones added."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """What is due when, in steps."""
+    """When to log, evaluate, save and stop, in steps."""
 
     total_steps: int
     learning_rate: Callable[[int], float]
-    """Of the step with this number, from 0."""
+    """Takes the number of the step, from 0."""
     log_every: int
     eval_every: int | None
-    """None: at each epoch's end."""
+    """None: at the end of each epoch."""
     eval_on_start: bool
-    """Before the first step too."""
+    """Evaluate before the first step too."""
     save_every: int | None
-    """None: at each epoch's end."""
+    """None: at the end of each epoch."""
     save_best: bool
-    """Save as well after each evaluation with the lowest loss so far."""
+    """Also save after each evaluation with the lowest loss so far."""
     early_stopping: int | None
     max_nonfinite_steps: int
     seed: int
@@ -66,14 +66,14 @@ class LoopSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What happens then. All workers call them together."""
+    """Callbacks. All workers call them together."""
 
     log: Callable[[Mapping[str, Any]], None]
     save: Callable[[Progress], None]
     sample: Callable[[int], None]
-    """At each evaluation, with the step."""
+    """Called at each evaluation, with the step."""
     stepped: Sequence[Callable[[int], None]] = ()
-    """After each step, with its number."""
+    """Called after each step, with its number."""
 
 
 def run(
@@ -85,7 +85,7 @@ def run(
     hooks: Hooks,
     clock: Clock,
 ) -> Progress:
-    """Train from `progress` to the last step (or an early stop) and return where the run stands then. held_out: by source."""
+    """Train from `progress` to the last step (or an early stop) and return the final progress. held_out: by source."""
     window = Window(learner.device, progress.window)
     resume(learner.enrichers, progress)
     clock.start()
@@ -127,7 +127,7 @@ def run(
 
 
 def resume(enrichers: Sequence[Enricher], progress: Progress) -> None:
-    """They resume from what a checkpoint says of them, where there is one."""
+    """Enrichers resume from their state in the checkpoint, if there is one."""
     if progress.step:
         for enricher, state in zip(enrichers, progress.enricher_states, strict=True):
             enricher.load(state)
@@ -148,7 +148,7 @@ def one_step(learner: Learner, step: Step, window: Window, *, lr: float, seed: i
         window.add_loss(out)
     with phase("optimizer step"):
         done = strategy.step(lr)
-    # The same on all workers: only one of them counts it.
+    # The same on all workers, so only one of them counts it.
     share = 1.0 / strategy.world
     window.add("grad_norm", torch.where(done.skipped, 0.0, done.grad_norm) * share, (~done.skipped) * share)
     window.add("nonfinite", done.skipped * share, share)
@@ -196,7 +196,7 @@ def log_step(
 
 
 def evaluate(learner: Learner, held_out: Mapping[str, Loader], progress: Progress, settings: LoopSettings, hooks: Hooks) -> bool:
-    """Log an evaluation and remember the lowest loss. True where the run is to stop early."""
+    """Log an evaluation and remember the lowest loss. Returns True if the run should stop early."""
     record = evaluation(learner, held_out, seed=settings.seed)
     eval_loss = record["eval_loss"]
     hooks.log({"step": progress.step, **record})
@@ -208,7 +208,7 @@ def evaluate(learner: Learner, held_out: Mapping[str, Loader], progress: Progres
 
 
 def evaluation(learner: Learner, held_out: Mapping[str, Loader], *, seed: int) -> dict[str, float]:
-    """Loss and metrics over what is held out, as eval_loss and so on.
+    """Loss and metrics over the held-out rows, as eval_loss and so on.
 
     Where there are several sources, each has its own too (eval_<source>_loss); those of the whole are over all their tokens.
     """
@@ -245,13 +245,13 @@ def due(step: int, every: int | None, epoch_ends: bool) -> bool:
 
 
 def ready(learner: Learner, step: Step, *, seed: int) -> list[Batch]:
-    """This worker's micro-batches on the device, with all that the loss is to know."""
+    """This worker's micro-batches on the device, with the columns of all enrichers."""
     batches = [to_device(replace(batch, seed=seed), learner.device) for batch in step.batches]
     return enriched(learner.enrichers, learner.strategy.model, batches, step)
 
 
 def count_of(step: Step, device: torch.device) -> float | Tensor:
-    """What the step's loss is divided by; where only its batches say it, their sum over workers, who call it together."""
+    """The divisor of the step's loss. If only the batches know it, their sum over workers (collective)."""
     if step.count is not None:
         return step.count or 1
     count = torch.full((), sum(batch.count for batch in step.batches), dtype=torch.float32, device=device)

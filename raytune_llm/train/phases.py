@@ -1,4 +1,4 @@
-"""The phases of a run, for those who ask where time went and where memory ran out."""
+"""The phases of a step, for profiles and for out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.profiler import record_function
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A range in traces. Where the GPU's memory runs out inside, the error carries the name as its note."""
+    """A range in traces. If the GPU runs out of memory inside, the error has the name as a note."""
     with record_function(name):
         try:
             yield

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step, so that a resumed run needs no state of them.
+"""Learning rates as functions of the step, so that a resumed run needs no state for them.
 
 Each takes the step about to be made (from 0), the steps of warm-up and of the whole run, and gives the part of the peak rate.
 Names and forms follow transformers' schedules of the same names.
@@ -30,7 +30,7 @@ def cosine(step: int, warmup: int, total: int, *, floor: float) -> float:
 
 
 def wsd(step: int, warmup: int, total: int, *, decay_ratio: float | None, floor: float) -> float:
-    """Warm-up, stable, decay (Hu et al. 2024): the descent is a half cosine over the last decay_ratio of all steps."""
+    """Warm-up, stable, decay (Hu et al. 2024): the decay is a half cosine over the last decay_ratio of all steps."""
     decay = total - warmup - (total - warmup) // 3 if decay_ratio is None else math.ceil(decay_ratio * total)
     stable_end = max(warmup, total - decay)
     if step < stable_end:

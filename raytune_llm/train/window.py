@@ -1,4 +1,4 @@
-"""Sums between two log steps, kept on the device and added up over workers when they are read."""
+"""Sums between two log steps, kept on the device and reduced over workers when they are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from raytune_llm.records import LossOut
 
 
 class Window:
-    """Sums and counts by name. Nothing waits for the device until `read`."""
+    """Sums and counts by name. Only `read` synchronizes with the device."""
 
     def __init__(self, device: torch.device, restored: Mapping[str, tuple[float, float]]) -> None:
         self.device = device
@@ -26,13 +26,13 @@ class Window:
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def add_loss(self, out: LossOut) -> None:
-        """A loss, as `loss`, and its metrics."""
+        """Add a loss, as `loss`, and its metrics."""
         self.add("loss", out.total, out.count)
         for name, (total, count) in out.metrics.items():
             self.add(name, total, count)
 
     def read(self) -> dict[str, tuple[float, float]]:
-        """(sum, count) of each name over all workers. Every worker must call it, with the same names or none."""
+        """(sum, count) of each name over all workers. Collective: every worker calls it, with the same names or none."""
         names = sorted(self._sums)
         if not names:
             return {}
@@ -60,7 +60,7 @@ def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
 
 
 def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
-    # float64 on the device: sums over a window lose nothing, and a resumed window is the very same one
+    # float64 on the device: sums over a window lose no precision, and a resumed window is identical
     if isinstance(value, Tensor):
         return value.detach().to(torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)

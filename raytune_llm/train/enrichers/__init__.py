@@ -1,4 +1,4 @@
-"""What a loss must know of a batch beside its rows: each enricher adds it, in the order of a list.
+"""Enrichers add to a batch what a loss needs beside the rows, in the order of a list.
 
 To add one: its file here, and its place in the list (runs/setup.py).
 """
@@ -18,7 +18,7 @@ from raytune_llm.train.phases import phase
 class Enricher(Protocol):
     @property
     def phase(self) -> str:
-        """What it does, for those who ask where time went."""
+        """What it does, for profiles."""
         ...
 
     def attach(self, policy: nn.Module, batches: Sequence[Batch], step: Step) -> list[Batch]:
@@ -31,7 +31,7 @@ class Enricher(Protocol):
         ...
 
     def state(self) -> Any:
-        """What it remembers from step to step, as JSON: part of a checkpoint."""
+        """Its state as JSON, part of a checkpoint."""
         ...
 
     def load(self, state: Any) -> None:
@@ -40,7 +40,7 @@ class Enricher(Protocol):
 
 
 def enriched(enrichers: Sequence[Enricher], policy: nn.Module, batches: Sequence[Batch], step: Step) -> list[Batch]:
-    """With the columns of all."""
+    """The batches with the columns of all enrichers."""
     batches = list(batches)
     for enricher in enrichers:
         with phase(enricher.phase):

@@ -1,4 +1,4 @@
-"""Numbers of the whole global batch, for losses that can't be computed on a part of it alone.
+"""Statistics of the global batch, for losses that can't be computed from one micro-batch.
 
 A first pass over the step's micro-batches, without gradient, takes some values of each row; they are put together in the order of
 the step, so that nothing depends on how the step is split. What the stage makes of them goes with the batches into the second.
@@ -19,7 +19,7 @@ from raytune_llm.train.dropout import seed_dropout
 
 
 class FirstPass:
-    """A stage's global statistics, and what it remembers from step to step."""
+    """A stage's global statistics, and their state."""
 
     phase = "first pass over the global batch"
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of answers under the reference, in each step: by the policy as the run found it, or by another model."""
+"""Reference log-probabilities of answers, computed in each step by the policy as it was at the start, or by another model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class OnlineReference:
 
     logps: AnswerLogprobs
     as_found: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Around calls of the policy: it is what the run found."""
+    """A context in which the policy is what it was at the start of the run."""
     other: nn.Module | None = None
-    """The reference, where it is not the policy."""
+    """The reference, if it is not the policy."""
     phase = "reference"
 
     @torch.no_grad()
@@ -36,7 +36,7 @@ class OnlineReference:
         return [batch.with_answers({"reference": found}) for batch, found in zip(batches, references, strict=True)]
 
     def state(self) -> None:
-        """The reference is what the weights were before they were restored."""
+        """The reference is the weights before they were restored from a checkpoint."""
 
     def load(self, state: None) -> None:
         pass

@@ -32,14 +32,14 @@ from raytune_llm.stages import AnswerLogprobs
 CHECKED_ROWS = 10
 MANIFEST, KEYS, VALUES = "manifest.json", "keys.npy", "values.npy"
 TOLERANCE = {torch.float32: (0.02, 1e-4), torch.bfloat16: (1.0, 0.02), torch.float16: (0.5, 0.01)}
-"""By what products are computed in: nats, and the part of the value, by which a row may differ when it is computed again."""
+"""By compute dtype: absolute (nats) and relative tolerance of a row that is computed again."""
 Told = Callable[[int, int], None]
-"""Called with the rows done and the rows in all."""
+"""Called with the rows done and the total."""
 
 
 @dataclass(frozen=True)
 class ReferenceTable:
-    """Log-probabilities under the reference by row (and by its partner, where it has one)."""
+    """Log-probabilities under the reference, by row (and by its partner, if it has one)."""
 
     keys_E: np.ndarray
     """int64, ascending: see `keys_of`."""
@@ -59,7 +59,7 @@ class ReferenceTables:
     """Adds `reference`: float32 [P, 2]."""
 
     by_store: Mapping[str, ReferenceTable]
-    """By the hash of the token store that a step's rows are of."""
+    """By the hash of the token store of a step's rows."""
     phase = "reference"
 
     def attach(self, policy: nn.Module, batches: Sequence[Batch], step: Step) -> list[Batch]:
@@ -94,7 +94,7 @@ def precomputed(
     compute: torch.dtype,
     tell: Told,
 ) -> tuple[ReferenceTable, str]:
-    """The table of these samples' rows, and where it is from. All workers call it together."""
+    """The table of these samples' rows, and its origin. Collective over all workers."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     target = folder / f"reference-{digest}"
@@ -134,7 +134,7 @@ def _pass(
     device: torch.device,
     tell: Told,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values of this worker's share. Every worker calls the model as often."""
+    """Keys and values of this worker's share. All workers call the model equally often."""
     was_training = model.training
     model.eval()
     keys: list[np.ndarray] = []
@@ -175,7 +175,7 @@ def _compare(table: ReferenceTable, keys: np.ndarray, values: np.ndarray, folder
 
 
 def _write(table: ReferenceTable, target: Path, key: Mapping[str, Any]) -> None:
-    """Beside, then renamed. Where another run was first, its table stays."""
+    """Writes to a temporary folder, then renames it. If another run was first, its table stays."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
