@@ -97,7 +97,7 @@ def check(path: str, setting: str) -> None:
     if setting.startswith("model."):
         carried = next((found.option for found in PACKAGED.values() if found.folder is not None), "")
     if carried:
-        fixes.append(f"take the model that a package carries here ({carried})")
+        fixes.append(f"use the model of an installed package ({carried})")
     fix = f"{', '.join(fixes[:-1])}, or {fixes[-1]}."
     raise ConfigError(setting, f"must be a folder, since {why}", got=path, fix=fix, instead=carried)
 

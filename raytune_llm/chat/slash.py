@@ -172,7 +172,7 @@ def _help(terminal: Terminal, _: str) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, command in COMMANDS.items():
         table.add_row(Text(f"/{name} {command.argument}".rstrip()), Text(command.does))
-    table.add_row('"""', Text("begins and ends a message of several lines; pasted lines need no marks"))
+    table.add_row('"""', Text("begins and ends a message of several lines; pasted lines need none"))
     table.add_row("Ctrl-C", Text("stops an answer; Ctrl-D leaves"))
     terminal.console.print(table)
 

@@ -9,7 +9,7 @@ from raytune_llm.config.section import Fraction, PositiveFloat, PositiveInt, sec
 from raytune_llm.errors import ConfigError
 
 MIN_KEY = 8
-"""Characters of a key."""
+"""Minimum characters of a key."""
 
 
 @section
@@ -19,17 +19,17 @@ class ServedModels:
     adapters: dict[str, str]
     """Adapters by the names that requests use: folders that training wrote (`outputs/x/final`), or PEFT saved."""
     base_name: str | None
-    """What requests call the model without an adapter; null: its folder's or hub name."""
+    """The model id of the base; null: its folder's or hub name."""
     max_adapters: PositiveInt
-    """Adapters that compute at once, each in a slot of the device. More may be loaded: they take turns."""
+    """Adapters on the device at once, each in a slot. More may be loaded; they share the slots."""
     max_host_adapters: PositiveInt
     """Adapters that are held in host memory."""
     max_rank: PositiveInt
     """The highest rank that a slot holds."""
     precision: Literal["auto", "bf16", "fp32"]
-    """auto: bf16 where the hardware has it."""
+    """auto: bf16 if the hardware supports it."""
     max_length: PositiveInt | None
-    """Tokens of a prompt and its answer; null: as many as the model has positions for, and the cache holds."""
+    """Maximum tokens of a prompt and its answer; null: the model's positions, as far as the cache holds them."""
     template: str | None
     """A named chat template; null: the tokenizer's own."""
 
@@ -37,23 +37,23 @@ class ServedModels:
 @section
 class ServeConfig(ServedModels):
     watch: str | None
-    """A folder of output folders: each run's `final/` becomes a model by the run's name the moment it is written, and its newest
-    checkpoint becomes `<name>@<step>`."""
+    """A folder of output folders: each run's `final/` is served under the run's name as soon as it is written, and its newest
+    checkpoint as `<name>@<step>`."""
     adapter_roots: list[str]
     """Folders that adapters may be loaded from while it runs, beside `watch` and those of `adapters`."""
     host: str
     port: Annotated[int, Field(ge=0, le=65535)]
     """0: a free one."""
     api_key: str | None
-    """null: RAYTUNE_LLM_API_KEY; without either, everybody may ask, which is allowed on a loopback address alone."""
+    """null: RAYTUNE_LLM_API_KEY; without either, no key is needed, which is allowed on a loopback address only."""
     admin_key: str | None
-    """Of those who may change adapters. null: RAYTUNE_LLM_ADMIN_KEY."""
+    """The key for changing adapters. null: RAYTUNE_LLM_ADMIN_KEY."""
     replicas: PositiveInt | tuple[PositiveInt, PositiveInt]
-    """Engines on Ray Serve, each with the whole model: a number, or the fewest and the most, between which load decides."""
+    """Engines on Ray Serve, each with the whole model: a number, or a minimum and a maximum for autoscaling."""
     max_waiting: PositiveInt
     """Requests that may wait for an engine; one more is answered with 429."""
     drain_s: PositiveInt
-    """Answers that are being made have so many seconds to end when the server is stopped or updated."""
+    """Seconds that running answers get when the server is stopped or updated."""
     write: str | None
     """Write Ray Serve's config of this server to the file, for a RayService or `serve deploy`, and serve nothing."""
     max_body_bytes: PositiveInt
@@ -93,17 +93,17 @@ class NativeEngine:
 
     name: Literal["native"]
     max_rows: PositiveInt
-    """Answers that are made at once."""
+    """Answers that are generated at once."""
     step_tokens: PositiveInt
-    """A step computes at most so many tokens: one of each answer, and pieces of new prompts."""
+    """Maximum tokens of a step: one of each answer, and chunks of new prompts."""
     block_size: PositiveInt
-    """Tokens of a block of the cache."""
+    """Tokens of a block of the KV cache."""
     cache_gib: PositiveFloat | None
-    """Memory of the cache; null: `gpu_memory` of a GPU; on a CPU, room for max_rows answers of 2,048 tokens, at most 4 GiB."""
+    """Memory of the KV cache; null: `gpu_memory` of a GPU; on a CPU, room for max_rows answers of 2,048 tokens, at most 4 GiB."""
     gpu_memory: Fraction
-    """Part of a GPU's memory for weights, adapters and cache together."""
+    """Fraction of a GPU's memory for weights, adapters and cache together."""
     prefix_cache: bool
-    """Prompts that begin alike are computed once."""
+    """Shared prefixes of prompts are computed once."""
     compile: bool | Literal["auto"]
     """Layers are compiled and decoding steps captured as CUDA graphs. auto: on a GPU."""
 

@@ -24,7 +24,7 @@ from raytune_llm.records import Batch
 
 
 class Loader:
-    """The steps of one rank over samples: a source for the loop, or one epoch of what is held out. A thread makes them ahead."""
+    """The steps of one rank over samples: a source for the loop, or one epoch of held-out rows. A thread prefetches them."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Loader:
         return self._ahead(partial(self._from, progress.epoch, progress.cursor))
 
     def state(self) -> Mapping[str, Any]:
-        """Nothing: the cursor says all."""
+        """Empty: the cursor is the whole state."""
         return {}
 
     def epoch(self, epoch: int, cursor: int = 0) -> Generator[Step]:

@@ -17,7 +17,7 @@ class Step:
     cursor: int
     """Samples of this epoch that are consumed after the step."""
     fraction: float
-    """The part of the epoch that is done after the step: 1 at its end; 0 before, where its length is not known."""
+    """The fraction of the epoch that is done after the step: 1 at its end; 0 before, if its length is unknown."""
     batches: Sequence[Batch]
     """This rank's micro-batches, as many on each; some of an epoch's last ones may be padding only."""
     first_rows: Sequence[int]
@@ -26,13 +26,13 @@ class Step:
     """Of the step, over all ranks."""
     count: int | float | None
     """What the step's loss is divided by, over all ranks and micro-batches: trained tokens by their weights, or pairs, or
-    labelled rows. None where it is not known before the batches are made: then it is the sum of Batch.count over ranks."""
+    labelled rows. None if it is unknown before the batches are made: then it is the sum of Batch.count over ranks."""
     tokens: int
     """Real tokens of the step over all ranks."""
     sample_ids: tuple[int, ...]
     """The samples of the step over all ranks, in order."""
     store: str = ""
-    """The hash of the token store that its rows are of, where it is complete."""
+    """The hash of the token store of its rows, if the store is complete."""
     held_out: bool = False
     """It is evaluated, not learned from: nothing is remembered of it."""
 

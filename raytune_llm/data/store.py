@@ -375,7 +375,7 @@ def _map_listed_shard(path: Path, listed: Mapping[str, Any]) -> MappedShard:
 
 
 def map_shard(path: Path) -> MappedShard:
-    """Raises FileNotFoundError, and DataError where it is cut off."""
+    """Raises FileNotFoundError, and DataError if it is truncated."""
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     except pa.ArrowInvalid as error:

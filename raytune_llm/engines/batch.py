@@ -1,4 +1,4 @@
-"""Answers of a policy in the thread that asks: for evaluation, and for samples in the middle of training.
+"""Batch generation in the calling thread: for evaluation, and for samples during training.
 
 The engine's own steps, without its thread: its policy may be spread over workers, who then must take each step together, and is
 trained on when the answers are there.

@@ -1,4 +1,4 @@
-"""What every engine can do: requests in, tokens out, adapters that come and go while it answers."""
+"""The protocol of engines: requests in, tokens out, adapters loaded and unloaded while it runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AdapterState:
     """device: computes at once; host: is copied to the device between two steps; disk: is read first."""
     pinned: bool
     in_use: int
-    """Requests that are being answered with this version."""
+    """Running requests with this version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Stats:
     waiting_by_reason: Mapping[str, int]
     """adapter: for a slot or for its weights; cache: for free blocks; rows: for one of the batch's rows."""
     cache_used: float
-    """The part of the cache's blocks that is held."""
+    """The fraction of the KV cache's blocks in use."""
     prefix_hits: int
     prefix_queries: int
     """Tokens of prompts that the prefix cache held, and tokens of prompts."""
@@ -46,7 +46,7 @@ class Stats:
     adapter_evictions: int
     steps: int
     last_step_at: float
-    """time.monotonic() of the loop's last sign of life."""
+    """time.monotonic() of the loop's last heartbeat."""
 
 
 class Engine(Protocol):
@@ -54,7 +54,7 @@ class Engine(Protocol):
 
     @property
     def max_length(self) -> int:
-        """Tokens of a prompt and its answer, at most."""
+        """Maximum tokens of a prompt and its answer."""
         ...
 
     def submit(self, request: Request) -> Stream:

@@ -76,7 +76,7 @@ def desirable_nll(
 def kto_metrics(
     ratio_M: Tensor, policy_M: Tensor, desirable_M: Tensor, kl: Tensor, *, beta: float
 ) -> dict[str, tuple[Tensor, Tensor | int]]:
-    """Sums and counts of what the field logs, by verdict. kl is z, one value or one a row, 0 where it is not used.
+    """Sums and counts of KTO's usual metrics, by verdict. kl is z, one value or one a row, 0 if it is not used.
 
     A side without rows has a count of 0. `rewards/margins` is the difference of the two sides' means: it exists only once they
     have been taken over all ranks, and only if both sides have rows. No gradient.

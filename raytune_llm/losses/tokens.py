@@ -121,7 +121,7 @@ def _wide(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def _target_and_log_z(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The target's logit [N], and log sum exp of all of them [N]."""
+    """The target's logit [N], and the logsumexp over the vocabulary [N]."""
     if torch.compiler.is_compiling():  # a compiler fuses what is plainly written
         return _at(logits_NV, targets_N), logits_NV.logsumexp(-1)
     return _TargetAndLogZ.apply(logits_NV, targets_N)

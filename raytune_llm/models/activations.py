@@ -1,4 +1,4 @@
-"""What layers keep of their activations for the backward pass, where they keep it, and how they are compiled.
+"""Activation checkpointing and offloading of the layers, and their compilation.
 
 Compiled layers leave the choice to the compiler's partitioner, which knows what the backward pass needs: it recomputes less than
 running a layer again (not its last product, for one). Layers that are not compiled run again as a whole.
@@ -27,12 +27,12 @@ from transformers import PreTrainedModel
 from raytune_llm.errors import ConfigError
 
 CAPABILITY = (7, 0)
-"""CUDA compute capability from which Triton makes kernels."""
+"""The lowest CUDA compute capability that Triton supports."""
 
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """What a layer keeps of its activations for the backward pass."""
+    """The activations that a layer saves for the backward pass."""
 
     budget: float
     """The part, beside attention's output where it is compiled (KeepAttention). 0.0 is the input alone."""
@@ -56,7 +56,7 @@ CHECKPOINTING = {
     "full": Checkpointing(0.0),
     "offload": Checkpointing(0.01, leaves=True),
 }
-"""By train.activation_checkpointing, what needs most memory and least time first."""
+"""By train.activation_checkpointing: most memory and least time first."""
 ATTENTION = {"_scaled_dot_product_cudnn_attention", "_varlen_attn", "document_attention"}
 """Its operators by name, but for those that the partitioner knows."""
 
@@ -88,7 +88,7 @@ def compiles(asked: bool | str, device_type: str, *, never: str | None = None, l
 
 
 def lacks_for_compiling(device: torch.device) -> str | None:
-    """What stands in the way of compiled kernels on a GPU."""
+    """What prevents compiled kernels on a GPU; None if nothing does."""
     if device.type != "cuda":
         return None
     if find_spec("triton") is None:
@@ -141,7 +141,7 @@ class HostMemory:
     """
 
     AHEAD = 2
-    """Tensors that are fetched before they are asked for."""
+    """Number of tensors to prefetch."""
 
     def __init__(self, *, min_bytes: int) -> None:
         self.min_bytes = min_bytes

@@ -32,13 +32,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 UNQUANTIZED = NoQuantization(name="none")
 
 CHUNK_TOKENS = {"cpu": 128}
-"""Whose logits exist at once, by device, where it is not CausalLM's default: on a CPU so few that the C library hands the same
-memory out again, where larger pieces come from the system, and every page of them is cleared anew."""
+"""Tokens of a chunk of logits, by device, if it is not the policy's default. On a CPU so few that malloc reuses the same memory;
+larger pieces come from the system, which clears every page."""
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """What matrix products run in, and why. auto: bf16 where the hardware has it, else fp32, which is faster than bf16 in
-    software. Raises ConfigError where bf16 was asked for of a GPU without it; a CPU computes it whatever it has."""
+    """The dtype of matrix products, and why. auto: bf16 if the hardware supports it, else fp32, which is faster than bf16 in
+    software. Raises ConfigError for bf16 on a GPU without it; any CPU computes it."""
     on_gpu = device.type == "cuda"
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_has_bf16()
     if precision == "auto":
@@ -137,13 +137,13 @@ def build_policy(
 
 
 def _other_media(model: PreTrainedModel, load: Callable[[], PreTrainedModel]) -> dict[str, Tensor]:
-    """The weights that `model` lacks of the whole one, by their names there."""
+    """The weights of the whole model that `model` lacks, by name."""
     own = model.state_dict().keys()
     return {name: value for name, value in load().named_parameters() if name not in own}
 
 
 def _check_head(model: PreTrainedModel) -> None:
-    """Logits are made of the last hidden states by the head alone (CausalLM), which is to be all that comes after them."""
+    """Raises ConfigError if anything but the head follows the last hidden states: logits are computed from them (CausalLM)."""
     parts = (model.base_model, model.get_output_embeddings())
     more = [name for name, child in model.named_children() if child not in parts and any(True for _ in child.parameters())]
     if more:
@@ -155,7 +155,7 @@ def _check_head(model: PreTrainedModel) -> None:
 
 
 def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> PretrainedConfig:
-    """The transformers config of the run's model. Where there is no path, vocabulary and marks are the tokenizer's."""
+    """The transformers config of the run's model. Without a path, vocabulary size and special tokens are the tokenizer's."""
     for name in attention.DROPOUT:
         if model.config.get(name):
             raise ConfigError(
@@ -166,12 +166,12 @@ def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> Pretraine
             )
     changes: Mapping[str, Any] = model.config
     if model.path is None:
-        marks = {
+        special_tokens = {
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        changes = {"vocab_size": len(tokenizer), **marks, **model.config}
+        changes = {"vocab_size": len(tokenizer), **special_tokens, **model.config}
     config = load_config(model.path, changes, revision=model.revision, trust_remote_code=model.trust_remote_code)
     check_trainable(config)
     if (known := model_class(config)) is not None:

@@ -1,4 +1,4 @@
-"""A language model as the stages see it: what it says about the trained tokens of a batch; as engines do: the next token."""
+"""A language model for stages (values of the trained tokens of a batch) and engines (logits of the next token)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class CausalLM(Policy):
         beside_reference: bool = False,
         routers: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor, int]:
-        """What token_function says of the trained tokens: [N], or [N, K] where it says several things.
+        """token_function of the trained tokens: [N], or [N, K] if it returns several values.
 
         neftune_alpha: noise on the embeddings, in training. beside_reference: token_function takes, after the targets, the logits
         of the model without its adapter. routers: with the logits of every layer's router [layers, B * T, E], and how many
@@ -127,7 +127,7 @@ def _trained(hidden_BTD: Tensor, batch: Batch) -> Tensor:
 
 
 def _logit_changes(config: Any) -> tuple[float | None, float | None]:
-    """What a few families do to the head's output: Granite divides, Cohere multiplies, Gemma caps."""
+    """How a few families change the logits: Granite divides, Cohere multiplies, Gemma caps."""
     divided = getattr(config, "logits_scaling", None)
     scale = 1 / divided if divided else getattr(config, "logit_scale", None)
     return scale, getattr(config, "final_logit_softcapping", None)

@@ -1,4 +1,4 @@
-"""The generation config that lies beside weights: which tokens end an answer, and how a model's makers sample from it."""
+"""The generation config beside the weights: stop tokens and the makers' sampling settings."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def savable(generation: GenerationConfig) -> GenerationConfig:
 
 
 def end_ids_of(generation: GenerationConfig) -> list[int]:
-    """The tokens that it says end an answer."""
+    """Its stop tokens."""
     ids = generation.eos_token_id
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def ending_at(generation: GenerationConfig, stop_ids: Sequence[int]) -> GenerationConfig:
-    """The same, to be saved, with these tokens beside those that it names already."""
+    """The config to save, with these stop tokens added."""
     changed = copy.deepcopy(generation)
     changed.eos_token_id = sorted({*end_ids_of(generation), *stop_ids})
     return savable(changed)

@@ -1,4 +1,4 @@
-"""What the head says about the trained tokens, a chunk of them at a time, without computing any logits twice.
+"""Functions of the logits of the trained tokens, chunk by chunk, without computing any logits twice.
 
 A token function's value depends on its own row of logits alone. So its gradient with respect to the hidden states can be taken
 in the forward pass, while the chunk's logits exist, for an upstream gradient of one, and scaled by the real one in the backward
@@ -37,7 +37,7 @@ def token_values(
     compiled: bool = False,
     other_ND: Tensor | None = None,
 ) -> Tensor:
-    """token_function(hidden @ weight.T, targets), with products in `compute`: [N], or [N, K] where it gives several values.
+    """token_function(hidden @ weight.T, targets), with products in `compute`: [N], or [N, K] if it returns several values.
     Differentiable in hidden and weight, once. Where there are other hidden states, it takes their logits as well, which are
     constants."""
     run = _compiled(token_function) if compiled else token_function
@@ -119,7 +119,7 @@ class _TokenValues(torch.autograd.Function):
 def _of_chunk(
     hidden: Tensor, weight: Tensor, targets: Tensor, others: Sequence[Tensor], run: TokenFunction
 ) -> tuple[Tensor, list[int], list[Tensor]]:
-    """What the function says of a chunk, which of its values have a gradient, and those towards the logits."""
+    """The function's values of a chunk, which of them have a gradient, and their gradients by the logits."""
     logits = (hidden @ weight.T).requires_grad_()
     torch._dynamo.maybe_mark_dynamic(logits, 0)
     torch._dynamo.maybe_mark_dynamic(targets, 0)
@@ -151,7 +151,7 @@ def _of_adjusted(
 
 
 def changed(logits_NV: Tensor, scale: float | None, softcap: float | None) -> Tensor:
-    """What a few families do to the head's output: it is scaled, then capped."""
+    """How a few families change the logits: scale, then softcap."""
     if scale is not None:
         logits_NV = logits_NV * scale
     return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)

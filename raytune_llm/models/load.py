@@ -199,7 +199,7 @@ def _model_of(
 def files_to_read(
     config: PretrainedConfig, path: str, *, revision: str | None = None, trust_remote_code: bool = False, scores: bool = False
 ) -> Files | None:
-    """Where the weights lie, if a worker can read its part of each from there."""
+    """The files of the weights, if a worker can read its part of each tensor."""
     model = load_model(
         config,
         path,
@@ -236,20 +236,20 @@ def _with_score_head(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Of the language model; None where it is the model's own code, which comes with it."""
+    """Of the language model; None if the model comes with its own code."""
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # typed as if a family could have two language models
     with_images: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return known.get(type(config), None) or with_images.get(type(config), None)
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """The class of transformers that makes the language model of a config."""
+    """transformers' class for the language model of a config."""
     only_with_images = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
 
 
 def check_trainable(config: PretrainedConfig) -> None:
-    """Raises ConfigError for a model that is no language model, or one of several media whose text isn't a language model's."""
+    """Raises ConfigError for a model that is not a causal language model, and for multimodal ones without one inside."""
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if own_code or (is_multimodal(config) and config.model_type in TRAINED_ON_TEXT):
         return
@@ -265,7 +265,7 @@ def check_trainable(config: PretrainedConfig) -> None:
 
 
 def positions(config: PretrainedConfig) -> int | None:
-    """The longest text that the model was made for, where the config says it."""
+    """The model's number of positions, if the config has it."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -1,4 +1,4 @@
-"""Models of several media, of which a run trains the text: what of them is the language model, and what lies beside it.
+"""Multimodal models in text training: which part is the language model, and which parts are left out.
 
 Towers and projectors of images are left out while text is trained: it does not go through them, a strategy would wait for their
 gradients, and they would take memory. They are as they were in what full fine-tuning saves (Policy.save).
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 TRAINED_ON_TEXT = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
-"""Families, by their model_type, that compute rows of text as their language model alone does."""
+"""Families, by model_type, that compute text exactly as their language model alone does."""
 
 
 def is_multimodal(config: PretrainedConfig) -> bool:
@@ -23,7 +23,7 @@ def text_model(model: PreTrainedModel) -> nn.Module:
 
 
 def leave_other_media_out(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with nothing but what text goes through, under the names that it had."""
+    """The model reduced to what text passes through, with its original names."""
     if is_multimodal(model.config):
         text = text_model(model)
         for name, child in list(model.base_model.named_children()):

@@ -33,7 +33,7 @@ class Policy(nn.Module):
     """The root that a strategy wraps: one call of it is one forward pass of everything that the strategy shards."""
 
     scores: ClassVar[bool] = False
-    """It has a score head in place of the language model's."""
+    """It has a score head instead of a language model head."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Policy(nn.Module):
         has_changed_config: bool = False,
         left_out: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
-        """Matrix products and the residual stream are in `compute`, whatever the weights are kept in.
+        """Matrix products and the residual stream are in `compute`, whatever the dtype of the weights.
 
         adapters: the model's, where they are not PEFT's. offloads: activations wait in host memory for the backward pass.
         has_new_adapter: what it found is itself without its adapter. has_changed_config: its config is not the one that lies
@@ -106,7 +106,7 @@ class Policy(nn.Module):
                 )
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Products on the device are in `compute` meanwhile."""
+        """A context in which matrix products are in `compute`."""
         return torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32)
 
     def cache_bytes_a_token(self) -> int:
@@ -138,7 +138,7 @@ class Policy(nn.Module):
         return first is not None and any(parameter.requires_grad for parameter in first.parameters())
 
     def _of_rows(self, inputs: Batch | CachedRows) -> dict[str, Any]:
-        """What attention is to know of the documents of a batch, or of the rows of a step."""
+        """Attention's arguments for the documents of a batch, or the rows of a step."""
         if isinstance(inputs, CachedRows):
             return {"cached_rows": inputs}
         B, T = inputs.ids_BT.shape
@@ -164,7 +164,7 @@ class Policy(nn.Module):
             raise ConfigError(setting, f"must be null for {model_type}, which has no routers", fix="Leave it out.")
 
     def _kept(self, embedded_BTD: Tensor) -> AbstractContextManager[Any]:
-        """Where the layers' activations are kept. Boundaries and rotary tables, small and shared, stay on the device."""
+        """Where activations are kept (a context). Boundaries and rotary tables, which are small, stay on the device."""
         if not self.offloads or not torch.is_grad_enabled():
             return nullcontext()
         return HostMemory(min_bytes=embedded_BTD.numel() * embedded_BTD.element_size() // 4)()
@@ -172,14 +172,14 @@ class Policy(nn.Module):
     # What the run found ----------------------------------------------------------------------------------------------------
 
     def keep_as_found(self) -> None:
-        """Remember what the trained parameters are now, before the first step and before a checkpoint is restored. Where a new
-        adapter can be left out there is nothing to remember."""
+        """Copy the trained parameters, before the first step and before a checkpoint is restored. If disabling a new adapter
+        gives the same model, nothing is copied."""
         if not self._has_new_adapter:
             self._as_found = [parameter.detach().clone() for parameter in self._trained()]
 
     def reference(self) -> AbstractContextManager[None]:
-        """Meanwhile it is what the run found: without the adapter that is new, whose products come to nothing before the first
-        step, or with its trained parameters as they were at keep_as_found. Until that was called, it is what was found."""
+        """A context in which the policy is what it was at the start of the run: with a new adapter disabled (its output is zero
+        before the first step), or with its trained parameters as they were at keep_as_found."""
         if self._has_new_adapter:
             return self.adapters.using(None)
         return nullcontext() if self._as_found is None else self._with_values(self._as_found)
@@ -242,7 +242,7 @@ class Policy(nn.Module):
 
 
 def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Those that belong to a model's weights, though nobody trains them: routers' biases of DeepSeek V3, say."""
+    """Buffers that belong to a model's weights but are not trained, such as DeepSeek V3's router biases."""
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
@@ -250,7 +250,7 @@ def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _say_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Training kept the weights in float32; the config is to name the type that was saved."""
+    """Weights are trained in float32; the saved config names the saved dtype."""
     values = json.loads(path.read_text())
     values["dtype"] = str(dtype).removeprefix("torch.")
     values.pop("_attn_implementation", None)

@@ -1,4 +1,4 @@
-"""Files of a reward model: what of them differs from a language model's."""
+"""The files of a reward model that differ from a language model's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def name_padding(folder: Path, id: int) -> None:
 
 
 def separate_head_of_adapter(folder: Path) -> None:
-    """The adapter as a language model's, and its score head in a file of its own."""
+    """The adapter as a language model's adapter, and its score head in a separate file."""
     weights = load_file(folder / ADAPTER)
     head = {name: weights.pop(name) for name in list(weights) if name.endswith("score.weight")}
     save_file(weights, folder / ADAPTER, metadata={"format": "pt"})
@@ -45,7 +45,7 @@ def separate_head_of_adapter(folder: Path) -> None:
 
 
 def save_with_separate_head(folder: Path, language_model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """A language model with these weights, and the score head among them in a file of its own."""
+    """A language model with these weights, and the score head in a separate file."""
     weights = dict(weights)
     head = weights.pop("score.weight")
     language_model.load_state_dict(weights, strict=False)

@@ -16,7 +16,7 @@ from raytune_llm.records import Batch
 
 
 class Scorer(Policy):
-    """A language model whose head gives a document one number, at its last token that is not padding."""
+    """A language model whose head gives each document one score, at its last token that is not padding."""
 
     scores = True
 

@@ -27,14 +27,14 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Stored(nn.Parameter):
-    """A weight in its file: it has a shape and a type, and takes no memory."""
+    """A weight in its file: it has a shape and a dtype, and takes no memory."""
 
     file: str
     key: str
 
     @classmethod
     def of(cls, weight: nn.Parameter, file: str, key: str) -> Self:
-        """In place of a weight on the meta device."""
+        """Replaces a weight on the meta device."""
         made = cls(torch.empty((), dtype=weight.dtype).expand(weight.shape), requires_grad=weight.requires_grad)
         made.file, made.key = file, key
         return made
@@ -83,7 +83,7 @@ def files_of(model: PreTrainedModel, path: str, *, revision: str | None) -> File
 
 
 def _files(path: str, revision: str | None) -> Files:
-    """The file of each tensor that a model's safetensors hold; nothing where it has none."""
+    """The file of each tensor in a model's safetensors; empty if it has none."""
 
     def find(name: str) -> str | None:
         return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -102,7 +102,7 @@ def _files(path: str, revision: str | None) -> Files:
 def model_in_files(
     auto: Any, config: PretrainedConfig, path: str, files: Files, *, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The model with its weights in their files, to be of `dtype`. Its buffers are computed."""
+    """The model with its weights left in their files, for `dtype`. Its buffers are computed."""
     with init_empty_weights(include_buffers=False):
         model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()

@@ -1,4 +1,4 @@
-"""What a run would be, without running it: its data, its steps, its parameters, its memory, and what would not fit."""
+"""The plan of a run, without running it: data, steps, parameters, memory, and what would not fit."""
 
 from __future__ import annotations
 
@@ -56,21 +56,21 @@ class Device:
     """By all workers, as a host's memory is; a GPU is one worker's."""
 
     def share(self, memory: Memory, world_size: int) -> float:
-        """The part of the device that a run needs."""
+        """The fraction of the device's memory that a run needs."""
         return memory.total * (world_size if self.shared else 1) / self.memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """How a run does on a device."""
+    """Whether a run fits on a device, and how."""
 
     device: Device
     checkpointing: str
-    """train.activation_checkpointing, or what auto takes there."""
+    """train.activation_checkpointing, or what auto chooses there."""
     memory: Memory
     """The peak of one worker."""
     fixes: tuple[Fix, ...]
-    """Where it does not fit: the sets of changes with which it would, none of them needlessly large."""
+    """If it does not fit: sets of changes with which it would, each minimal."""
     fits: bool
 
 

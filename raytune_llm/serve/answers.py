@@ -29,7 +29,7 @@ class AnswerForm:
         """From a chat template's source and the end of the prompt that it wrote."""
         think = ("<think>", "</think>") if "</think>" in template or "<think>" in template else None
         starts = think is not None and prompt.rstrip().endswith(think[0])
-        name, start = next(((name, start) for mark, name, start in TOOL_FORMATS if mark in template), (None, None))
+        name, start = next(((name, start) for sign, name, start in TOOL_FORMATS if sign in template), (None, None))
         return cls(name if tools else None, start if tools else None, think, starts)
 
 
@@ -67,7 +67,7 @@ class AnswerReader:
     _begun: bool = False
     """Text came: a thought comes before it."""
     _trims: bool = field(init=False)
-    """Line ends that follow belong to the mark before them."""
+    """Newlines that follow belong to the tag before them."""
     _held: str = ""
     _calls: str = ""
     """From the first call's beginning on."""
@@ -131,19 +131,19 @@ class AnswerReader:
             break
         return parts
 
-    def _until(self, mark: str, final: bool) -> list[Part]:
-        """Thoughts, up to the mark that ends them."""
-        at = self._held.find(mark)
+    def _until(self, tag: str, final: bool) -> list[Part]:
+        """Reasoning, up to the tag that ends it."""
+        at = self._held.find(tag)
         if at >= 0:
-            told, self._held = self._held[:at].rstrip("\n"), self._held[at + len(mark) :]
+            told, self._held = self._held[:at].rstrip("\n"), self._held[at + len(tag) :]
             self._thinking, self._begun, self._trims = False, True, True
         else:
-            keep = 0 if final else _overlap(self._held, mark)
+            keep = 0 if final else _overlap(self._held, tag)
             told, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return [Part("reasoning", told)] if told else []
 
 
-def _overlap(text: str, mark: str) -> int:
-    """Characters at the text's end that may become white space and the mark."""
-    size = next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:size])), 0)
+def _overlap(text: str, tag: str) -> int:
+    """Characters at the text's end that may become white space and the tag."""
+    size = next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:size])), 0)
     return len(text) - len(text[: len(text) - size].rstrip())

@@ -33,7 +33,7 @@ def test_a_model_that_cannot_be_had_names_the_one_that_a_package_carries(monkeyp
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(packaged, "PACKAGED", {SMOLLM2: packaged.Package("json", "some-package", "a.gguf", "model=smollm2_135m")})
-    with pytest.raises(ConfigError, match=r"take the model that a package carries here \(model=smollm2_135m\)") as error:
+    with pytest.raises(ConfigError, match=r"use the model of an installed package \(model=smollm2_135m\)") as error:
         packaged.resolve("nobody/nothing")
     assert pickle.loads(pickle.dumps(error.value)).instead == "model=smollm2_135m"
     with pytest.raises(ConfigError, match=r"stage\.reference_model must be a folder") as error:

@@ -1,4 +1,4 @@
-"""What a kind of row is: its columns in a token store, how it is made of a record, and what it is in a batch.
+"""A kind of row: its columns in a token store, how it is made from a record, and its documents in a batch.
 
 Arrays are numpy's: workers that make stores do not load torch.
 """
@@ -36,17 +36,17 @@ IDS = Column(np.int32)
 
 
 class Document(NamedTuple):
-    """A sequence that attends to itself alone, and to the beginning of the document before it where it shares its prompt."""
+    """A sequence that attends only to itself, and, if it shares a prompt, to the start of the document before it."""
 
     ids: np.ndarray
     spans: np.ndarray
     """Trained ranges, flattened: start, end, start, end, ..."""
     prefix: int = 0
-    """So many first tokens of the document before it come before its own."""
+    """Number of first tokens of the previous document that precede its own (the shared prompt)."""
     weights: Sequence[float] | np.ndarray = ()
-    """Of each span in the loss; none where all weigh 1."""
+    """Loss weight of each span; empty if all are 1."""
     adapter: int = -1
-    """The number of the adapter that it is for, where there are several; -1 for none."""
+    """The number of its adapter if there are several; -1 for none."""
 
 
 class Place(NamedTuple):
@@ -62,7 +62,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Targets:
-    """How rows are shortened and what of them is trained."""
+    """How rows are shortened, and which of their tokens are trained."""
 
     max_length: int
     overlong: str
@@ -73,7 +73,7 @@ class Targets:
     """The id after a row's last answer, trained at the end of each, where the template writes no end of its own."""
     text_start: int | None = None
     text_end: int | None = None
-    """What stands before and after each plain text."""
+    """The ids before and after each plain text."""
     texts_whole: bool = False
     """Plain texts may be of any length: they are packed end to end."""
 
@@ -92,7 +92,7 @@ class Kind(ABC):
     beside: ClassVar[tuple[str, ...]] = ()
     """Batches of the same rows and shape that come with each batch (Batch.beside): a row has a document more for each."""
     has_partners: ClassVar[bool] = False
-    """What stands in `beside` is made with another row."""
+    """The documents in `beside` are made with another row."""
     can_share_prompts: ClassVar[bool] = False
     """A row's documents can share their prompt."""
     end_to_end: ClassVar[bool] = False
@@ -119,7 +119,7 @@ class Kind(ABC):
     def make(
         self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets, *, cut: bool = False
     ) -> Any:
-        """The row. Raises BadRow where nothing is left to train, TooLong where it is too long.
+        """The row. Raises BadRow if nothing is left to train, TooLong if it is too long.
 
         cut: then its tokens are cut by the rule of tokens/truncation.py instead.
         """

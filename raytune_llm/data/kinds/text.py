@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from raytune_llm.data.store import Rows
 
 PROMPT_TOKENS = 32
-"""A plain text is a prompt up to so many tokens, or after its half where it is short."""
+"""The prompt of a plain text: its first tokens, at most this many, or half of a short text."""
 
 
 class TextRow(NamedTuple):

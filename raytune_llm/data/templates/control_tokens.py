@@ -1,9 +1,9 @@
-"""Markers that a text carries through a chat template: where it is to be cut, and text that only resembles control tokens.
+"""Placeholders that a text carries through a chat template: cuts, and typed text that only resembles control tokens.
 
-A control token that somebody typed must not end a turn. So it is escaped behind a mark while the conversation is rendered, put
-back afterwards, and encoded letter by letter: the model sees what was typed, and no control token.
+A control token that somebody typed must not end a turn. So it is replaced by a placeholder while the conversation is rendered,
+restored afterwards, and encoded character by character: the model sees what was typed, and no control token.
 
-Marks are noncharacters of Unicode, which text has no business to hold; where it does, they are escaped like control tokens.
+Placeholders are Unicode noncharacters. If a text contains some, they are escaped like control tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 CUT = "\ufdd2"
-MARK = re.compile(f"\ufdd0(\\d+)\ufdd1|{CUT}")
-"""Something escaped, by its number, or a cut."""
+PLACEHOLDER = re.compile(f"\ufdd0(\\d+)\ufdd1|{CUT}")
+"""Escaped text, by its number, or a cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class ControlTokens:
 
     pattern: re.Pattern[str]
     first_characters: str
-    """A text without any of these has nothing to hide, which is far quicker to see."""
+    """A text without any of these has no control tokens, which is much faster to check."""
 
     def is_in(self, text: str) -> bool:
         return self._may_be_in(text) and self.pattern.search(text) is not None
@@ -40,26 +40,26 @@ class ControlTokens:
 
 
 def control_tokens(tokens: Iterable[str]) -> ControlTokens:
-    """These tokens, the longest first, and the marks themselves."""
+    """These tokens, the longest first, and the placeholders' own characters."""
     longest_first = sorted(filter(None, tokens), key=len, reverse=True)
     pattern = re.compile("|".join([*map(re.escape, longest_first), "[\ufdd0-\ufdd2]"]))
     return ControlTokens(pattern, "".join(sorted({token[0] for token in longest_first})) + "\ufdd0\ufdd1\ufdd2")
 
 
 def placeholder(number: int, digits: int = 1) -> str:
-    """What stands in a text for the escaped thing of that number, written with so many digits at least."""
+    """The placeholder for escaped text `number`, with at least `digits` digits."""
     return f"\ufdd0{number:0{digits}}\ufdd1"
 
 
 def escape(value: Any, tokens: ControlTokens, escaped: list[str]) -> Any:
-    """The text, or the value with all texts in it, with a mark for each token; these are added to `escaped`."""
+    """The value with a placeholder for each control token in its texts; the tokens are appended to `escaped`."""
     if isinstance(value, str):
 
-        def mark(found: re.Match[str]) -> str:
+        def replace(found: re.Match[str]) -> str:
             escaped.append(found.group())
             return placeholder(len(escaped) - 1)
 
-        return tokens.sub(mark, value)
+        return tokens.sub(replace, value)
     if isinstance(value, dict):
         return {escape(key, tokens, escaped): escape(item, tokens, escaped) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -69,7 +69,7 @@ def escape(value: Any, tokens: ControlTokens, escaped: list[str]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Unescaped:
-    """A text without marks. Positions are characters of it."""
+    """A text without placeholders. Positions are characters of it."""
 
     text: str
     cuts: tuple[int, ...]
@@ -79,7 +79,7 @@ class Unescaped:
 
 
 def unescape(text: str, escaped: Sequence[str], positions: Sequence[int]) -> Unescaped:
-    """Remove the markers. `positions`, ascending, are carried over; a position within a marker would be a bug."""
+    """Remove the placeholders. `positions`, ascending, are carried over; a position within a placeholder would be a bug."""
     pieces: list[str] = []
     cuts: list[int] = []
     plain: list[tuple[int, int]] = []
@@ -92,18 +92,18 @@ def unescape(text: str, escaped: Sequence[str], positions: Sequence[int]) -> Une
             moved.append(length + positions[passed] - at)
             passed += 1
 
-    for mark in MARK.finditer(text):
-        carry(mark.start())
-        pieces.append(text[at : mark.start()])
-        length += mark.start() - at
-        if mark[1] is None:
+    for found in PLACEHOLDER.finditer(text):
+        carry(found.start())
+        pieces.append(text[at : found.start()])
+        length += found.start() - at
+        if found[1] is None:
             cuts.append(length)
         else:
-            word = escaped[int(mark[1])]
+            word = escaped[int(found[1])]
             pieces.append(word)
             plain.append((length, length + len(word)))
             length += len(word)
-        at = mark.end()
+        at = found.end()
     carry(len(text))
     pieces.append(text[at:])
     return Unescaped("".join(pieces), tuple(cuts), tuple(plain), tuple(moved))

@@ -1,8 +1,8 @@
 """What the texts of all conversations of one shape share: the conversation rendered without what its messages say.
 
-Most templates write the same words around each message, whatever it says. So a conversation of marks is rendered once, and any
-other of its shape is that form with its own contents filled in. Whether a template is of this kind its renderer knows, or
-finds out by comparing (data/templates/render.py).
+Most templates write the same words around each message, whatever it says. So a conversation of placeholders is rendered once,
+and any other of its shape is that form with its own contents filled in. The renderer knows whether a template works like this,
+or finds out by comparing (data/templates/render.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raytune_llm.data.templates.control_tokens import MARK, placeholder
+from raytune_llm.data.templates.control_tokens import PLACEHOLDER, placeholder
 from raytune_llm.records import Conversation
 
 Position = tuple[int, int]
@@ -51,13 +51,13 @@ class Form:
                 kept.append((len(slots), len(pieces[-1]) + positions[len(kept)] - at))
             pieces[-1] += text[at:end]
 
-        for mark in MARK.finditer(text):
-            go_to(mark.start())
-            at = mark.end()
-            if mark[1] is None:
+        for found in PLACEHOLDER.finditer(text):
+            go_to(found.start())
+            at = found.end()
+            if found[1] is None:
                 cuts.append((len(slots), len(pieces[-1])))
             else:
-                slots.append(int(mark[1]))
+                slots.append(int(found[1]))
                 pieces.append("")
         go_to(len(text))
         return cls(tuple(pieces), tuple(slots), tuple(kept), tuple(cuts))

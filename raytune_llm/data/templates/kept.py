@@ -1,4 +1,4 @@
-"""Whether a rendered text holds what its row does: contents, thoughts, tool calls and tools.
+"""Whether a rendered text contains all of its row: contents, reasoning, tool calls and tools.
 
 What a template can write at all is seen once a shape of conversations, from one of placeholders. What it wrote of this row is
 looked up in its text, answers in their own turns. White space is left out of account, and so is how a format escapes texts:
@@ -31,7 +31,7 @@ THOUGHT_WORDS = ("<think>", "</think>")
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Something of a row that its text does not hold."""
+    """A part of a row that is missing from its text."""
 
     what: str
     """CONTENT, THOUGHT, CALLS or TOOLS."""
@@ -159,21 +159,21 @@ def probe(
     placed: dict[str, tuple[str, int]] = {}
 
     def place(what: str, number: int) -> str:
-        mark = f"zq{len(placed):04}qz"
-        placed[mark] = (what, number)
-        return mark
+        text = f"zq{len(placed):04}qz"
+        placed[text] = (what, number)
+        return text
 
     probes = []
     for number, message in enumerate(messages):
-        marked = dict(message)
-        if marked.get("content"):
-            marked["content"] = place(CONTENT, number)
+        probed = dict(message)
+        if probed.get("content"):
+            probed["content"] = place(CONTENT, number)
         if _thought_of(message) is not None:
-            mark = place(THOUGHT, number)
-            marked |= {key: mark for key in REASONING if isinstance(message.get(key), str)}
+            text = place(THOUGHT, number)
+            probed |= {key: text for key in REASONING if isinstance(message.get(key), str)}
         if message.get("tool_calls"):
-            marked["tool_calls"] = [_probe_call(call, place, number) for call in message["tool_calls"]]
-        probes.append(marked)
+            probed["tool_calls"] = [_probe_call(call, place, number) for call in message["tool_calls"]]
+        probes.append(probed)
     if not tools:
         return probes, [], placed
     function = _function_of(tools[0])
@@ -195,8 +195,8 @@ def _probe_call(call: Mapping[str, Any], place: Any, number: int) -> dict[str, A
     function: Mapping[str, Any] = inner if isinstance(inner, Mapping) else call
     arguments: Any = {"argument": place(CALLS, number)}
     arguments = json.dumps(arguments) if isinstance(function.get("arguments"), str) else arguments
-    marked = {**function, "name": place(CALLS, number), "arguments": arguments}
-    return {**call, "function": marked} if function is inner else marked
+    probed = {**function, "name": place(CALLS, number), "arguments": arguments}
+    return {**call, "function": probed} if function is inner else probed
 
 
 def shape_of(messages: Sequence[Mapping[str, Any]], told: Sequence[Message], tools: Sequence[Any]) -> tuple[Any, ...]:
@@ -217,7 +217,7 @@ def shape_of(messages: Sequence[Mapping[str, Any]], told: Sequence[Message], too
 
 def lost_of_shape(text: str, placed: Mapping[str, tuple[str, int]], told: Sequence[Message]) -> Lost | None:
     """The first placeholder that is not in the text."""
-    for mark, (what, number) in placed.items():
-        if mark not in text and (what != THOUGHT or told[number].trained):
+    for probed, (what, number) in placed.items():
+        if probed not in text and (what != THOUGHT or told[number].trained):
             return Lost(what, "" if number < 0 else f"{told[number].role}: {_shown(told[number].content)}")
     return None

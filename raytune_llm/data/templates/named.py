@@ -10,7 +10,7 @@ needs nothing else, in the variables that transformers passes to a chat template
     preserve_thinking   earlier thoughts stay; they are stripped by default
     train_history       every answer is treated like the last one: what training on all turns wants
 
-What the model has to say itself stands between {% generation %} marks: transformers gives the trained spans with the text.
+What the model has to say itself stands between {% generation %} tags: transformers gives the trained spans with the text.
 Kept for the sake of models that were trained so: the "default" tool text follows the system text with nothing in between,
 vicuna and the llava family have no space before the first "USER:", and qwen's tool text starts with two newlines.
 """
@@ -50,7 +50,7 @@ class NamedTemplate:
     efficient_eos: bool
     """Answers have no end of their own in the text: one end token belongs after the last."""
     reasons: bool
-    """Thoughts are kept, stripped or marked as empty by enable_thinking; otherwise they are plain text."""
+    """Reasoning is kept, stripped or replaced by an empty block, by enable_thinking; otherwise they are plain text."""
     thought: tuple[str, str]
     tool_call_words: tuple[str, str]
     """What encloses JSON calls in the data of LLaMA-Factory users."""

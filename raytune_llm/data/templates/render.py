@@ -1,9 +1,9 @@
-"""A conversation -> the text that the model sees, and which of it the model says.
+"""A conversation -> the text that the model sees, and the spans that the model generates.
 
 The text is the tokenizer's own chat template, rendered as `apply_chat_template` does, or a named one. In the tokenizer's own,
-answers are found by rendering the conversation up to an answer, with the mark that asks for one, and through it: both must
-begin the whole text. This holds for any template, marked with {% generation %} or not, and a template that rewrites earlier
-turns is refused, not mis-trained. A named template marks its answers itself.
+answers are found by rendering the conversation up to an answer, with the generation prompt, and through it: both must be
+prefixes of the whole text. This works for any template, with {% generation %} tags or without. A template that rewrites earlier
+turns is refused, not mis-trained. A named template tags its answers itself.
 
 A message goes to the tokenizer's own template as the row has it, so that the text is what apply_chat_template makes of it. Where
 the template can't read it so (arguments as an object, say, where it joins texts), it is given the usual form instead. A text that
@@ -280,7 +280,7 @@ class ChatTemplate:
         """Past the answer's first end token: what the template writes after it (a newline, say) the model need not learn.
 
         It is looked for among the special tokens at the very end, with nothing but white space between and after them. Where
-        the usual end token is not among them, it is the first, such as the mark that ends a tool call in Llama 3.
+        the usual end token is not among them, it is the first, such as the token that ends a tool call in Llama 3.
         """
         run: list[re.Match[str]] = []
         edge = end
@@ -426,7 +426,7 @@ class NamedChat:
     def _marked(
         self, messages: list[dict[str, Any]], tools: Any, earlier_answers: bool, thinking: bool | None
     ) -> tuple[str, list[int]]:
-        """The text with its marks, and where each answer starts and ends."""
+        """The text with its placeholders, and where each answer starts and ends."""
         template = _compile_jinja_template(self.template.source)
         blocks: list[str] = []
         spans: list[tuple[int, int]] = []

@@ -158,7 +158,7 @@ def _extract_gemma4(text: str) -> list[ToolCall] | None:
 
 
 def _gemma_arguments(body: str) -> str:
-    """JSON of bare keys and strings between <|"|> marks: keys outside of strings get quotes. The text itself if that fails."""
+    """JSON of bare keys and strings between <|"|> quotes: keys outside of strings get quotes. The text itself if that fails."""
     pieces = f"{{{body}}}".split('<|"|>')
     for i, piece in enumerate(pieces):
         pieces[i] = (

@@ -21,7 +21,7 @@ def kept_by(adapter: AdapterConfig) -> Kept:
 
 
 def adapt(model: PreTrainedModel, adapter: AdapterConfig | SavedAdapter, *, scores: bool = False) -> nn.Module:
-    """The model with its trained part marked. Adapter weights are in float32, new ones drawn from torch's generator.
+    """The model with requires_grad set on what is trained. Adapter weights are in float32, new ones drawn from torch's generator.
 
     scores: the model has a score head, which is trained whole beside the adapter and saved with it.
     """

@@ -30,13 +30,13 @@ from raytune_llm.models.adapters.routes import Masked, One, Ranges, Route, Sorte
 from raytune_llm.models.layers import named_layers
 
 ROUTE = "adapter_route"
-"""The name under which a model's layers are given the route of a pass."""
+"""The keyword under which a model's layers get the route of a forward pass."""
 ALIGNED = 8
 """Ranks have room in multiples of it: grouped products want rows of 16 bytes at least."""
 
 
 class LoraBank:
-    """Implements `Adapters`, with several at work at once; low-rank adapters alone."""
+    """Implements `Adapters` with several adapters in one forward pass; LoRA and rsLoRA only."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class LoraBank:
 
     @torch.no_grad()
     def load(self, slot: int, weights: Weights | str | Path) -> None:
-        """Between two passes. What the slot held is gone."""
+        """Call it between two forward passes. The slot's previous adapter is overwritten."""
         if not isinstance(weights, Weights):
             weights = self.read(weights)
         self.clear(slot)
@@ -98,7 +98,7 @@ class LoraBank:
         self._held.pop(slot, None)
 
     def draw(self, slot: int, section: AdapterConfig, seed: int) -> None:
-        """A new adapter, the one that a run of its own with this seed begins with."""
+        """A new adapter, equal to that of a separate run with this seed."""
         self.load(slot, self._layout.drawn(self._base, section, seed, self._dtype))
 
     # Routes: which token goes to which slot --------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class LoraBank:
     # Within ----------------------------------------------------------------------------------------------------------------
 
     def _wrap(self, targets: Sequence[str] | None) -> dict[str, BankedLinear]:
-        """Put a bank around each linear layer in the model's layers that is asked for."""
+        """Put a bank around each targeted linear layer."""
         self._base.requires_grad_(False)
         wrapped: dict[str, BankedLinear] = {}
         for layer_name, layer in named_layers(self._base):

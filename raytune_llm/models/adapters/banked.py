@@ -1,4 +1,4 @@
-"""A linear layer with a bank around it: what several adapters add to its output, each to its own tokens'."""
+"""A linear layer with a bank: each adapter adds to the output of its own tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Now:
 
 class BankedLinear(nn.Module):
     def __init__(self, base_layer: nn.Module, inputs: int, outputs: int, shape: BankShape, now: Now) -> None:
-        """The last slot, beside those that adapters use, stays zero: it is that of tokens without one."""
+        """The last slot stays zero; tokens without an adapter use it."""
         super().__init__()
         self.base_layer, self.now = base_layer, now
         device = next(iter((*base_layer.parameters(), *base_layer.buffers()))).device

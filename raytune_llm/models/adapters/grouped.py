@@ -42,7 +42,7 @@ SILU = {"SiLU", "SiLUActivation"}
 
 def project(x_BTD: Tensor, layers: Sequence[nn.Module], gate_BTD: Tensor | None = None) -> list[Tensor]:
     """The output of each layer for one input: x, or silu(gate) * x where there is a gate. Several adapters at once where layers
-    have banks; a layer at a time where an adapter is off, merged or of another kind."""
+    have banks; a layer at a time if an adapter is disabled, merged or of another method."""
     name = _shared_adapter(layers)
     adapted: list[Any] = list(layers)
     drops = name is not None and not isinstance(adapted[0].lora_dropout[name], nn.Identity)
@@ -79,7 +79,7 @@ def gated_mlp(x_BTD: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
 
 
 def lacks_for_gated(gate: nn.Module, up: nn.Module, down: nn.Module, activation: nn.Module) -> str | None:
-    """What keeps these layers from being one operation, if anything."""
+    """Why these layers can't be one operation; None if they can."""
     name = _shared_adapter((gate, up, down))
     if name is None:
         return "not one plain adapter over all its layers"
@@ -94,7 +94,7 @@ def lacks_for_gated(gate: nn.Module, up: nn.Module, down: nn.Module, activation:
 
 
 class GroupedAttention(nn.Module):
-    """Attention of the families in ATTENTIONS, around the projections that it takes over."""
+    """Attention of the families in ATTENTIONS, around their grouped projections."""
 
     q_proj: nn.Module
     k_proj: nn.Module
@@ -153,7 +153,7 @@ class GroupedAttention(nn.Module):
 
 
 class GroupedMLP(nn.Module):
-    """The gated MLP of the families in MLPS, around the projections that it takes over."""
+    """The gated MLP of the families in MLPS, around their grouped projections."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -204,7 +204,7 @@ def described(model: nn.Module, device_type: str) -> str | None:
 
 
 def _adapter(layer: nn.Module) -> str | None:
-    """The plain LoRA adapter that is at work in the layer; None where there is none or it is of another kind."""
+    """The plain LoRA adapter in use in the layer; None if there is none, or another method."""
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name = layer.active_adapters[0]
@@ -212,7 +212,7 @@ def _adapter(layer: nn.Module) -> str | None:
 
 
 def _shared_adapter(layers: Sequence[nn.Module]) -> str | None:
-    """The plain LoRA adapter that is at work in all the layers, over base layers of one kind; None where there is none."""
+    """The plain LoRA adapter in use in all the layers, over base layers of one type; None if there is none."""
     name = _adapter(layers[0])
     kind = type(getattr(layers[0], "base_layer", None))
     others: list[Any] = list(layers[1:])

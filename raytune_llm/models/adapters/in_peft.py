@@ -1,4 +1,4 @@
-"""Adapters as PEFT holds them: its layers in the model, under its names, one adapter at work at a time."""
+"""Adapters in PEFT's layers, under its names, with one adapter in use at a time."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class PeftAdapters:
             self._put(name, f"adapter{next(self._numbers)}", source)
 
     def add_own(self, source: AdapterConfig | SavedAdapter) -> None:
-        """The adapter that the policy is for: the first one, at work from now on, and trained."""
+        """Add the policy's own adapter: the first one, in use and trained from now on."""
         self._put(OWN, OWN, source)
         self.model = adapted = cast(PeftModel, self._peft)
         for switch in self._switches:
@@ -102,7 +102,7 @@ class PeftAdapters:
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
-        """Unlike by PEFT's own switch, what is trained stays so: strategies have looked already."""
+        """Unlike PEFT's own switch, it leaves requires_grad alone, which strategies have read already."""
         key = None if name is None else self._keys[name]
         with self._as_it_is():
             for switch in self._switches:
@@ -116,7 +116,7 @@ class PeftAdapters:
 
     @contextmanager
     def _as_it_is(self) -> Iterator[None]:
-        """Afterwards, what is at work now is at work again: none, in layers that are adapted in between."""
+        """Restores the adapter in use afterwards; layers that were adapted in between have none."""
         before = {switch: (switch._active_adapter, switch._disable_adapters) for switch in self._switches}
         try:
             yield
@@ -200,5 +200,5 @@ class PeftAdapters:
 
 
 def _switches(model: nn.Module) -> list[Any]:
-    """PEFT's layers that know which adapter is at work."""
+    """PEFT's layers that know the adapter in use."""
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]

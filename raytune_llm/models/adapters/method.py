@@ -1,4 +1,4 @@
-"""What a kind of adapter is to the rest of this folder: PEFT's config for it, and what its settings ask of a model."""
+"""An adapter method: PEFT's config for it, and what its settings need of a model."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Layers = Mapping[str, nn.Module]
 
 @dataclass(frozen=True)
 class Kept:
-    """What the layers of a kind keep of their activations for the backward pass, where it is not what LoRA's keep in groups."""
+    """Activations that the layers of a method save for the backward pass, if they differ from grouped LoRA's."""
 
     alone: bool = False
-    """Each is computed by itself, by PEFT, and makes nothing of its input again."""
+    """Each layer is computed alone, by PEFT, and recomputes nothing."""
     outputs: int = 0
-    """So many numbers for each of its output's."""
+    """Saved values for each value of the output."""
     converts: bool = False
-    """Each keeps its input as it has converted it, shared or not."""
+    """Each saves its own converted input."""
     drops_inputs: bool = True
     """adapter.dropout is of the input."""
 
@@ -45,9 +45,9 @@ class Method:
     describes: Callable[[PeftConfig], bool]
     """Whether the config of a saved adapter is of this kind."""
     check: Callable[..., None]
-    """(layers, **settings): raises ConfigError where the settings don't fit one of the layers."""
+    """(layers, **settings): raises ConfigError if the settings don't fit one of the layers."""
     begin: Callable[[nn.Module, str], None] = lambda model, key: None
-    """Called with the model and PEFT's name of the adapter once it is in the layers, where it is new."""
+    """For new adapters: called with the model and PEFT's name of the adapter once it is in the layers."""
     kept: Kept = Kept()
 
 

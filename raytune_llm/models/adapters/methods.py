@@ -1,4 +1,4 @@
-"""Kinds of adapters: name -> what PEFT and this folder need to know of it."""
+"""Adapter methods: name -> method."""
 
 from __future__ import annotations
 

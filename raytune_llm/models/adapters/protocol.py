@@ -1,4 +1,4 @@
-"""What the rest of the package knows of adapters. PEFT's classes, and what kind an adapter is of, stay in this folder."""
+"""The protocol of adapters for the rest of the package. PEFT's classes and the methods stay in this folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN = "default"
 
 
 class Adapters(Protocol):
-    """The adapters in the layers of one model, by name, any of which may be at work, or none."""
+    """The adapters in the layers of one model, by name. One of them is in use, or none."""
 
     @property
     def base(self) -> PreTrainedModel:
@@ -37,7 +37,7 @@ class Adapters(Protocol):
         ...
 
     def add(self, name: str, source: AdapterConfig | SavedAdapter) -> None:
-        """A new adapter by its settings, or a saved one. It is frozen, and which one is at work does not change.
+        """Add a new adapter by its settings, or a saved one. It is frozen, and the adapter in use does not change.
 
         Raises ConfigError for a folder that holds no adapter of this model, and for settings that don't fit the model.
         """
@@ -55,14 +55,14 @@ class Adapters(Protocol):
         ...
 
     def trained(self, name: str) -> dict[str, nn.Parameter]:
-        """What of the adapter takes gradients, by its names in the policy's model."""
+        """The trainable parameters of the adapter, by their names in the policy's model."""
         ...
 
     def using(self, name: str | None) -> AbstractContextManager[Any]:
-        """This adapter is at work meanwhile, or with None the base alone. What is trained stays so. Where a backward pass
-        computes layers again, it must run inside."""
+        """A context with this adapter in use, or with None the base only. requires_grad does not change. A backward pass with
+        activation checkpointing must run inside."""
         ...
 
     def by_documents(self, slot_M: Tensor, cu_seqlens_S: Tensor, num_tokens: int) -> Mapping[str, Any]:
-        """What layers are to be given of a pass whose documents are for several adapters. slot_M: by number, -1 for none."""
+        """The arguments of the layers for documents with several adapters. slot_M: adapter numbers, -1 for none."""
         ...

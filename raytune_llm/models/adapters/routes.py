@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 
 class Route(Protocol):
-    """For the tokens of one forward pass."""
+    """The route of the tokens of one forward pass."""
 
     def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
         """The outputs [T, O] of layers that share the input x, with what the adapters add; outs may be changed. a, b: the bank of

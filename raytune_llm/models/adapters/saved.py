@@ -1,4 +1,4 @@
-"""An adapter's folder as PEFT writes it: what it holds, and whether it fits a model."""
+"""A folder with an adapter, as PEFT writes it: its config, its tensors, and whether they fit a model."""
 
 from __future__ import annotations
 

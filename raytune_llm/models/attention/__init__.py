@@ -1,4 +1,4 @@
-"""Attention within documents: which back ends there are, how one is chosen, and how a model comes to call it.
+"""Attention within documents: the back ends, how one is chosen, and how a model calls it.
 
 A model passes the batch's boundaries, cu_seqlens_S and max_seqlen, through to every layer. No back end lets a token see another
 document; a back end that can't guarantee this is not in the list. If documents share a prompt, the batch's prefixes
@@ -41,7 +41,7 @@ PREFIXED = {"varlen", "flash3", "flex", "sdpa"}
 BLOCK_MASKED = {"flex"}
 """Back ends that take block masks, built once a batch, beside the boundaries."""
 BY_ITSELF = ("varlen", "sdpa", "flex")
-"""What auto takes, the first that is possible. Before them, on Hopper GPUs (sm_90), FlashAttention 3;
+"""What auto chooses: the first that can run. Before them, on Hopper GPUs (sm_90), FlashAttention 3;
 other packages are taken where they are asked for. FlexAttention comes last, and so for capped scores alone (_order): else what
 varlen leaves is float32, for which torch (2.13) computes its backward pass in tiles of 16 by 16, a head_dim above 256,
 for which it has no tiles of their own, and GPUs that it does not run on."""

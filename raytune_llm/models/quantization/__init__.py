@@ -36,13 +36,13 @@ QUANTIZATIONS: dict[str, type[Quantization] | None] = {"none": None, "fp8": FP8,
 
 
 def quantization_of(section: QuantizationConfig) -> Quantization | None:
-    """None where weights stay as they are."""
+    """None if nothing is quantized."""
     kind = QUANTIZATIONS[section.name]
     return None if kind is None else kind(**settings_of(section))
 
 
 def check_device(section: QuantizationConfig, device: torch.device) -> None:
-    """Raises ConfigError where weights can't be quantized so on this device of this machine."""
+    """Raises ConfigError if this machine's device does not support the quantization."""
     quantization = quantization_of(section)
     if quantization is None:
         return
@@ -97,7 +97,7 @@ def replace(linears: list[Found], kind: Callable[[nn.Linear], nn.Module], reads_
 
 
 def described(layers: Iterable[nn.Module], section: QuantizationConfig) -> str | None:
-    """How many layers it took the place of, and which it left; None where it did none."""
+    """How many layers were replaced, and which were left; None without quantization."""
     quantization = quantization_of(section)
     if quantization is None:
         return None

@@ -1,4 +1,4 @@
-"""What a quantization is asked, and the frozen layer that all kinds share."""
+"""The protocol of a quantization, and the frozen layer that all of them share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 SkipModules = Literal["auto"] | Sequence[str]
-"""Linear layers that stay in the run's precision, by the last part of their names. auto: those that make queries, keys and
+"""Linear layers that stay in the run's precision, by the last part of their names. auto: the projections of queries, keys and
 values."""
 
 
@@ -52,10 +52,10 @@ class _Product(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Quantization(ABC):
-    """One way to hold linear layers, or to multiply them, in fewer bits. Made of the settings of its section."""
+    """A quantization of linear layers' weights or products. Made from its config section."""
 
     layer: ClassVar[type[QuantizedLinear]]
-    """Takes the place of a frozen linear layer."""
+    """Replaces a frozen linear layer."""
     trained_layer: ClassVar[type[nn.Module] | None] = None
     """Replaces a trained layer; None if trained layers are not supported."""
     bits_per_weight: ClassVar[float]
@@ -68,8 +68,8 @@ class Quantization(ABC):
     @staticmethod
     @abstractmethod
     def lacks(device_type: str, capability: tuple[int, int]) -> str | None:
-        """What keeps it from a device of this type and CUDA compute capability; None where it runs there."""
+        """Why it can't run on a device of this type and CUDA compute capability; None if it can."""
 
     @abstractmethod
     def misfit(self, linear: nn.Linear) -> str | None:
-        """What keeps this layer from being quantized; None where nothing does."""
+        """Why this layer can't be quantized; None if it can."""

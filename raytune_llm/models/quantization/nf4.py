@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
 
 BLOCK, SCALES_BLOCK = 64, 256
-"""Weights that share a scale, and scales that share one of theirs."""
+"""Weights per scale, and scales per scale of scales."""
 
 
 class NF4Linear(QuantizedLinear):
