@@ -42,26 +42,26 @@ FILES = "files"
 """In progress.json: name -> sha256 of each file of the state."""
 STEP = re.compile(r"step-(\d+)")
 FORMAT_VERSION = 2
-"""Raise it when progress.json or the state is read in another way."""
+"""Increase it when the format of progress.json or of the state changes."""
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where a run stands. With the config and the manifest it decides everything that follows."""
+    """The state of a run after a step. With the config and the manifest it determines all later steps."""
 
     step: int = 0
     epoch: int = 0
     cursor: int = 0
-    """Samples of this epoch that are consumed."""
+    """Samples of this epoch that were consumed."""
     tokens_seen: int = 0
     nonfinite_steps: int = 0
     best_loss: float | None = None
     best_step: int | None = None
     evals_without_gain: int = 0
     source_state: Mapping[str, Any] = field(default_factory=dict)
-    """What the source of steps remembers beside epoch and cursor."""
+    """The state of the source of steps, beside epoch and cursor."""
     enricher_states: list[Any] = field(default_factory=list)
-    """What each enricher remembers from step to step, in their order."""
+    """The state of each enricher, in order."""
     window: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Sums and counts since the last log step."""
     loss_first: float | None = None
@@ -72,16 +72,16 @@ class Checkpoints:
     """The checkpoints of one run, as one worker sees them."""
 
     def __init__(self, folder: Path, *, keep: int, asynchronous: bool, keep_best: bool = False) -> None:
-        """The newest `keep` stay, and the one with the lowest eval loss where `keep_best`."""
+        """Keeps the newest `keep` checkpoints, and with `keep_best` the one with the lowest eval loss."""
         self.folder, self.keep, self.keep_best = folder, keep, keep_best
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._writing: Future[None] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
-        # A background writer talks to the others in a group of its own, so that it can't get between the training's messages.
+        # The background writer has its own process group, so that its collectives don't interleave with training's.
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def save(self, state: Mapping[str, Tensor], progress: Progress, identity: Mapping[str, str]) -> None:
-        """All workers call it together. `identity` holds what a resumed run must have in common with this one."""
+        """Collective over all workers. `identity` is what a resumed run must share with this one."""
         self.wait()
         document = {"format_version": FORMAT_VERSION, **asdict(progress), **identity}
         if self._pool is None:
@@ -91,7 +91,7 @@ class Checkpoints:
             self._writing = self._pool.submit(self._write, on_cpu, progress.step, progress.best_step, document)
 
     def newest(self) -> int | None:
-        """The newest sound one, as the first worker finds it. All workers call it together."""
+        """The newest intact checkpoint, as rank 0 finds it. Collective over all workers."""
         if self._group is None:
             return newest_sound(self.folder)
         found: list[Any] = [None]
@@ -106,7 +106,7 @@ class Checkpoints:
         return found[0]
 
     def wait(self) -> None:
-        """Until what is being written is on disk. Raises what went wrong there."""
+        """Wait until the checkpoint is on disk. Raises the writer's error."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
@@ -172,7 +172,7 @@ class Checkpoints:
             raise
 
     def _hashes(self, folder: Path) -> dict[str, str]:
-        """Of all files, each worker its share. All workers call it together, after the last of them has written."""
+        """Hashes of all files, each worker its share. Collective over all workers, after all of them have written."""
         rank, world = (self.rank, dist.get_world_size(self._group)) if self._group is not None else (0, 1)
         mine = {path.name: _hash(path) for path in sorted(folder.iterdir())[rank::world]}
         if self._group is None:
@@ -192,13 +192,13 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps whose checkpoint was written to its end, ascending. Folders of other names are none of ours."""
+    """Steps with a complete checkpoint, ascending. Folders with other names are ignored."""
     marks = folder.glob(f"step-*/{COMPLETE}")
     return sorted(int(found[1]) for mark in marks if (found := STEP.fullmatch(mark.parent.name)) is not None)
 
 
 def newest_sound(folder: Path) -> int | None:
-    """The newest checkpoint that is as it was written; None where there are none at all.
+    """The newest checkpoint whose files match their hashes; None if there is no checkpoint.
 
     Says which newer ones are damaged. Raises DataError where all are.
     """
@@ -217,7 +217,7 @@ def newest_sound(folder: Path) -> int | None:
 
 
 def damage(folder: Path, step: int) -> str | None:
-    """What is wrong with a checkpoint's files; None where they are as they were written."""
+    """What is wrong with a checkpoint's files; None if they match their hashes."""
     place = path_of(folder, step)
     try:
         values = _read_progress(place)
@@ -234,7 +234,7 @@ def damage(folder: Path, step: int) -> str | None:
 
 
 def read_progress(folder: Path, step: int) -> tuple[Progress, dict[str, str]]:
-    """Where the run stood, and the identity that it was saved with."""
+    """The progress of the run, and the identity that it was saved with."""
     values = _read_progress(path_of(folder, step))
     names = Progress.__dataclass_fields__
     progress = Progress(**{name: value for name, value in values.items() if name in names})
@@ -263,7 +263,7 @@ def _hash(path: Path) -> str:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a crash left half-written. What is no checkpoint of ours by its name stays."""
+    """Remove what a crash left half-written. Folders with other names stay."""
     for path in folder.glob("step-*"):
         if STEP.fullmatch(path.name) and not (path / COMPLETE).exists():
             shutil.rmtree(path, ignore_errors=True)
@@ -277,7 +277,7 @@ def remove(folder: Path, step: int) -> None:
 
 @contextmanager
 def one_process_is_meant() -> Iterator[None]:
-    """torch warns that without a process group it takes one process for all."""
+    """Silences torch's warning that without a process group it assumes a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -286,7 +286,7 @@ def one_process_is_meant() -> Iterator[None]:
 def _copy_to_cpu(value: Tensor) -> Tensor:
     if isinstance(value, DTensor):
         local = value.to_local().detach().to("cpu", copy=True)
-        # The writer asks the mesh for ranks only; where the shard lies is the shard's own business.
+        # The writer reads only ranks from the mesh; the shard itself knows its device.
         return DTensor.from_local(
             local, value.device_mesh, value.placements, shape=value.shape, stride=value.stride(), run_check=False
         )
@@ -302,7 +302,7 @@ def _raise_interrupt(error: BaseException) -> None:
 
 
 def no_space_in(error: BaseException) -> str | None:
-    """Whether a full disk (or a limit on file size or quota) is what went wrong, anywhere in the chain."""
+    """Whether a full disk (or a limit on file size or quota) caused the error, anywhere in its chain."""
     seen: list[BaseException] = [error]
     while seen:
         cause = seen.pop()
