@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,15 +75,15 @@ def train(
     come (again after a lost worker); on_samples gets a list of `report.news.SampledAnswer` at each evaluation. `began`: when the
     command started, in epoch seconds.
     """
-    from raytune_llm.runs import preflight
-    from raytune_llm.runs.output import check_writable, full_disk_explained
-    from raytune_llm.runs.owner import owned
+    from raytune_llm.runs.owner import check_writable, owned
 
     clock = _Phases(began or time.time())
     run = with_absolute_paths(run)
-    preflight.check(run)
     output = Path(run.output_dir)
     check_writable(output)
+    _start(run)
+    from raytune_llm.runs.output import full_disk_explained  # torch is loaded by now
+
     with owned(output), full_disk_explained(output):
         return _train(run, output, clock, sinks, on_begin, on_samples, on_progress)
 
@@ -100,8 +101,6 @@ def _train(
     from raytune_llm.runs.launch import fit, spare_cpus
     from raytune_llm.runs.output import finished, identity, mark_finished, open_output
 
-    if run.resources.name != "inline":
-        session.connect(run.resources)
     if isinstance(run.resources, Cluster):
         _check_nodes(run, run.resources, on_begin)
     clock.enter("prepare")
@@ -146,6 +145,22 @@ def _train(
     return TrainResult(
         summary=summary, output_dir=output, resumed_from=resumed_from, already_done=False, before=before, after=after
     )
+
+
+def _start(run: TrainRun) -> None:
+    """Check the run, and connect to Ray where it is to run there, at the same time: one takes seconds to load torch and make the
+    model without its weights, the other to wait for Ray's processes."""
+    with ThreadPoolExecutor(1, "preflight") as beside:
+        checked = beside.submit(_preflight, run)
+        if run.resources.name != "inline":
+            session.connect(run.resources)
+        checked.result()
+
+
+def _preflight(run: TrainRun) -> None:
+    from raytune_llm.runs import preflight
+
+    preflight.check(run)
 
 
 def _check_nodes(run: TrainRun, resources: Cluster, on_begin: Callable[[Any], None]) -> None:

@@ -17,9 +17,8 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.packaged import PACKAGED
 from raytune_llm.report.display import SHOWN_SAMPLES, Display, last_line
 from raytune_llm.report.events import EventLog
-from raytune_llm.report.metrics import METRICS, read_metrics
+from raytune_llm.report.metrics import METRICS, TABLE, TRACE, read_metrics
 from raytune_llm.report.news import Done
-from raytune_llm.report.profile import TABLE, TRACE
 
 HELD_OUT = {
     "eval_loss": ("loss, held out", "{:.4f}"),

@@ -23,6 +23,8 @@ Sink = Callable[[Record], None]
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+TABLE, TRACE = "profile/table.txt", "profile/trace.json.gz"
+"""Of train.profile."""
 _NON_FINITE = {"NaN", "Infinity", "-Infinity"}
 
 

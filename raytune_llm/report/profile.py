@@ -12,9 +12,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from raytune_llm.report.metrics import TABLE, TRACE
+
 WARMUP, STEPS = 5, 3
 """Steps before the first that is looked at (compiling is over then), and those that are."""
-TABLE, TRACE = "profile/table.txt", "profile/trace.json.gz"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 KERNELS = {
     "communication": ("nccl", "c10d::", "gloo"),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,22 +101,6 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
             f"{folder} can't be written: {reason} ({free:.1f} GiB are free)",
             "Free some space, or set output_dir on a larger disk; the same command resumes from the newest checkpoint.",
         ) from error
-
-
-def check_writable(folder: Path) -> None:
-    """Raises ConfigError for a place where no output folder can be."""
-    try:
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        if not there.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        probe = there / f".probe-{os.getpid()}"
-        probe.mkdir()
-        probe.rmdir()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(
-            "output_dir", f"must be a folder that can be written ({reason})", got=str(folder), fix="Choose another one."
-        ) from None
 
 
 def _digest(path: Path) -> str | None:

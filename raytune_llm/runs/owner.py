@@ -6,6 +6,7 @@ old (on any, as the folder's own file system counts time), so a crash leaves not
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -23,6 +24,22 @@ LOCK = ".owner.json"
 RENEWED_EVERY_S, STALE_AFTER_S = 10.0, 60.0
 TAKEN_AFTER_S = 0.2
 """Two who take the same stale lock both write; after this time the file says whose it is."""
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ConfigError for a place where no output folder can be."""
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        probe = there / f".probe-{os.getpid()}"
+        probe.mkdir()
+        probe.rmdir()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            "output_dir", f"must be a folder that can be written ({reason})", got=str(folder), fix="Choose another one."
+        ) from None
 
 
 @contextmanager

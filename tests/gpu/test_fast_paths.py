@@ -29,7 +29,7 @@ from raytune_llm.models.quantization import QuantizedLinear, quantize
 from raytune_llm.models.quantization.fp8 import FP8Linear
 from raytune_llm.models.quantization.nf4 import NF4Linear
 from raytune_llm.records import Batch, Prefixes
-from raytune_llm.report.profile import TABLE
+from raytune_llm.report.metrics import TABLE
 from raytune_llm.runs.build import Builder
 from raytune_llm.train.loop import to_device
 

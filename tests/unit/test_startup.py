@@ -82,3 +82,13 @@ def test_preparing_loads_nothing_that_only_training_needs(tmp_path):
     exit_code, modules, stderr = run("prepare", *settings)
     assert exit_code == 0, stderr
     assert not modules & {"torch", "ray", "peft", "datasets", "raytune_llm.models.attention"}
+
+
+def test_who_only_sends_or_starts_a_run_loads_nothing_that_computes():
+    code = (
+        "import sys, json, raytune_llm.api, raytune_llm.commands.train, raytune_llm.commands.submit, raytune_llm.commands.jobs; "
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(json.dumps(list(sys.modules)))"], capture_output=True, text=True, check=True
+    )
+    assert not set(json.loads(done.stdout)) & {"torch", "peft", "bitsandbytes", "accelerate", "ray", "matplotlib"}

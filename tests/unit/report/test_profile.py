@@ -9,7 +9,8 @@ import pytest
 from torch.autograd import DeviceType
 
 from raytune_llm import api
-from raytune_llm.report.profile import TABLE, TRACE, gpu_rows, table
+from raytune_llm.report.metrics import TABLE, TRACE
+from raytune_llm.report.profile import gpu_rows, table
 from tests.runs import tiny_run
 
 
