@@ -104,9 +104,10 @@ def _summary(title: str, store: Store, max_length: int, *, share_prompts: bool) 
     table.add_row("packs", f"{num_packs:,} of {capacity:,} tokens, {num_tokens / (num_packs * capacity):.1%} full")
     for title, counted in (("shortened", store.shortened), ("dropped", store.dropped)):
         for reason, count in sorted(counted.counts.items(), key=lambda item: -item[1]):
-            table.add_row(title, f"{count:,}: {reason}\n" + "\n".join(counted.examples[reason]))
+            # Text, since what a row holds may look like markup.
+            table.add_row(title, Text(f"{count:,}: {reason}\n" + "\n".join(counted.examples[reason])))
     for remark in store.kind.remarks(store):
         name, _, said = remark.partition(": ")
         table.add_row(name, said)
-    table.add_row("store", str(store.folder))
+    table.add_row("store", Text(str(store.folder)))
     return table

@@ -40,7 +40,7 @@ def chat(row: Row, columns: ChatFormat, reading: Reading) -> Record:
     texts, messages, or lists of messages, with the request or after it.
     """
     turns: tuple[Message, ...] = ()
-    images: list[Any] = []
+    images: list[Any] | None = None if columns.images is None else []
     ranked = columns.chosen is not None and columns.rejected is not None
     if columns.messages is not None and not (ranked and row.get(columns.messages) is None):
         turns = _messages(required(row, "messages", columns.messages), columns.messages, images)
@@ -54,7 +54,7 @@ def chat(row: Row, columns: ChatFormat, reading: Reading) -> Record:
 
 def prompt_completion(row: Row, columns: PromptCompletionFormat, reading: Reading) -> Record:
     """A request and an answer, each a text or a list of messages. Every answer of the completion is trained."""
-    images: list[Any] = []
+    images: list[Any] | None = None if columns.images is None else []
     prompt = required(row, "prompt", columns.prompt)
     turns = (Message("user", prompt),) if isinstance(prompt, str) else _messages(prompt, columns.prompt, images)
     turns = tuple(replace(turn, trained=False) for turn in turns)
@@ -63,13 +63,13 @@ def prompt_completion(row: Row, columns: PromptCompletionFormat, reading: Readin
     return _judged_or_pair(row, columns, reading, turns, images)
 
 
-def _judged_or_pair(row: Row, columns: Columns, reading: Reading, turns: tuple[Message, ...], images: list[Any]) -> Record:
+def _judged_or_pair(row: Row, columns: Columns, reading: Reading, turns: tuple[Message, ...], images: list[Any] | None) -> Record:
     """These turns with the row's tools and media; and with its two answers, where it has them, or else with its verdict."""
     tools = tools_of(optional(row, columns.tools))
 
     def conversation() -> Conversation:
         media = media_of(row, columns, reading)
-        return Conversation(turns, tools, replace(media, images=(*media.images, *images)))
+        return Conversation(turns, tools, replace(media, images=(*media.images, *(images or ()))))
 
     if columns.chosen is None or columns.rejected is None:
         return judged(conversation(), optional(row, columns.label), reading)
@@ -80,17 +80,18 @@ def _judged_or_pair(row: Row, columns: Columns, reading: Reading, turns: tuple[M
     return _pair(conversation(), sides[0], sides[1], margin_of(row, columns.margin, reading))
 
 
-def _messages(column: Any, name: str, images: list[Any]) -> tuple[Message, ...]:
+def _messages(column: Any, name: str, images: list[Any] | None) -> tuple[Message, ...]:
     """Images within the messages are added to the list."""
     if not isinstance(column, list) or not column:
         raise BadRow(f"{name} must be a list of messages", shown(column))
     return tuple(_message(message, images) for message in column)
 
 
-def _message(message: Any, images: list[Any]) -> Message:
+def _message(message: Any, images: list[Any] | None) -> Message:
     if not isinstance(message, Mapping):
         raise BadRow("a message must be an object with role and content", shown(message))
     role: Any = message.get("role")
+    role = "tool" if role == "function" else role  # the result of a function_call
     if role not in ROLES:
         raise BadRow(f"a message's role must be one of {', '.join(ROLES)}", f"got {shown(role)}")
     written = as_written(message, role)
@@ -116,8 +117,9 @@ def _message(message: Any, images: list[Any]) -> Message:
     )
 
 
-def _joined(parts: Sequence[Any], calls: list[Any], images: list[Any]) -> tuple[str, str | None]:
-    """Text and thoughts of a content in typed parts. Calls and images are added to the lists; an image leaves a placeholder."""
+def _joined(parts: Sequence[Any], calls: list[Any], images: list[Any] | None) -> tuple[str, str | None]:
+    """Text and thoughts of a content in typed parts. Calls and images are added to the lists; an image leaves a placeholder,
+    and nothing where there is no list: data.format.images=null."""
     said, thoughts = "", None
     for part in parts:
         if not isinstance(part, Mapping):
@@ -131,8 +133,9 @@ def _joined(parts: Sequence[Any], calls: list[Any], images: list[Any]) -> tuple[
             case "tool_call":
                 calls += [checked_call(call) for call in _parsed(value)]
             case "image" | "image_url":
-                said += "<image>"
-                images.append(value.get("url") if isinstance(value, Mapping) else value)
+                if images is not None:
+                    said += "<image>"
+                    images.append(value.get("url") if isinstance(value, Mapping) else value)
             case other:
                 raise BadRow("a part of a message's content has a type that is not read", f"got {shown(other)}")
     return said, thoughts
@@ -146,7 +149,7 @@ def _parsed(value: Any) -> list[Any]:
     return parsed if isinstance(parsed, list) else [parsed]
 
 
-def _side(side: Any, name: str, images: list[Any]) -> tuple[Message, ...]:
+def _side(side: Any, name: str, images: list[Any] | None) -> tuple[Message, ...]:
     """One side of a pair, or a completion: a text, a message or a list of messages."""
     if isinstance(side, str):
         return (Message("assistant", side, trained=True),)

@@ -167,6 +167,10 @@ def _kind(file: str) -> str:
         way = files.packing(raw) if kind is not None else None
     if way is not None:
         raise DataError(file, f"is compressed ({way})", "Decompress it first.")
+    if raw.startswith(b"version https://git-lfs"):
+        raise DataError(file, "is a Git LFS pointer, not the file itself", "Fetch it with `git lfs pull`.")
+    if raw.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        raise DataError(file, "is a web page", "Fetch the file itself (on a hub under /resolve/; /blob/ is its page).")
     if kind is None:
         raise DataError(file, f"has a type that is not read ({suffix or 'no suffix'}); there are {_types()}", "Convert it.")
     start = _first_bytes(file, files.open_file) if files.packing(raw) else raw

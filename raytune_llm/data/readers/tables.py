@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
@@ -243,4 +244,5 @@ def _as_bytes(array: Any) -> Any:
 
 def _unreadable(where: str, problem: str, error: Exception) -> DataError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return DataError(where, f"{problem} ({reason})", "Write the file again.")
+    encrypted = re.search("decrypt|encrypt", reason, re.IGNORECASE)
+    return DataError(where, f"{problem} ({reason})", "Write it without encryption." if encrypted else "Write the file again.")

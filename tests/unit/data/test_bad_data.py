@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
 import io
@@ -11,6 +12,7 @@ import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as encryption
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +48,23 @@ def damaged_parquet():
     return bytes(data)
 
 
+def encrypted_parquet() -> bytes:
+    class Keys(encryption.KmsClient):
+        def __init__(self, _: object) -> None:
+            super().__init__()
+
+        def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
+            return base64.b64encode(key_bytes)
+
+    factory = encryption.CryptoFactory(Keys)
+    settings = encryption.EncryptionConfiguration(footer_key="f", column_keys={"c": ["a"]})
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), settings)
+    stream, table = io.BytesIO(), pa.table({"a": ["secret"]})
+    with pq.ParquetWriter(stream, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    return stream.getvalue()
+
+
 REFUSED = {
     "a JSON array that is cut off": ("a.json", json.dumps([ROW, ROW])[:-40], "row 2: the file ends in the middle"),
     "a JSON array that lacks its bracket": ("a.json", json.dumps([ROW])[:-1], "the file ends before the array's closing"),
@@ -63,6 +82,9 @@ REFUSED = {
     "packed parquet": ("a.parquet.gz", gzip.compress(damaged_parquet()), "is compressed (gzip). Decompress it first"),
     "a JSON array without a comma": ("a.json", json.dumps([ROW]).replace("}, {", "} {"), "row 1: is not valid JSON"),
     "zip": ("a.zip", packed_as_zip(LINE), "is compressed (zip). Decompress it first"),
+    "a pointer of Git LFS": ("a.parquet", "version https://git-lfs.github.com/spec/v1\noid 7\n", "`git lfs pull`"),
+    "a web page": ("a.jsonl", "\n<!DOCTYPE html><html></html>", "is a web page"),
+    "an encrypted parquet": ("a.parquet", encrypted_parquet(), "Write it without encryption"),
     "an empty file": ("a.jsonl", "", "holds no rows"),
     "an empty array": ("a.json", "[]", "holds no rows"),
     "an empty parquet": ("a.parquet", "", "is not a parquet file"),

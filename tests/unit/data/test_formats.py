@@ -9,6 +9,7 @@ from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.formats import Reading, convert
 from raytune_llm.data.templates.tool_calls import name_and_arguments
 from raytune_llm.errors import ConfigError
+from raytune_llm.records import Conversation
 
 
 def format_of(name, **columns):
@@ -217,3 +218,27 @@ def test_a_thought_has_one_text():
     row = {"messages": [USER, ANSWER | {"reasoning": "a", "reasoning_content": "b"}]}
     with pytest.raises(BadRow, match="a message has several fields of reasoning"):
         convert(row, CHAT)
+
+
+def test_the_result_of_a_function_call_is_one_of_a_tool():
+    call = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": "{}"}}
+    record = convert({"messages": [USER, call, {"role": "function", "name": "add", "content": "1"}, ANSWER]}, CHAT)
+    assert isinstance(record, Conversation)
+    result = record.messages[2]
+    assert (result.role, result.written) == ("tool", {"role": "tool", "name": "add", "content": "1"})
+
+
+def test_images_within_messages_are_left_out_where_they_are_not_to_be_read():
+    parts = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
+    row = {"messages": [{"role": "user", "content": parts}, ANSWER]}
+    with_images, without = convert(row, CHAT), convert(row, replace(CHAT, images=None))
+    assert isinstance(with_images, Conversation) and isinstance(without, Conversation)
+    assert (with_images.messages[0].content, len(with_images.media.images)) == ("see<image>", 1)
+    assert (without.messages[0].content, without.media.images) == ("see", ())
+
+
+@pytest.mark.parametrize("calls", [7, "add", [None], [{"name": 7}]])
+def test_calls_of_a_wrong_type_are_a_bad_row_where_only_the_template_reads_them_too(calls):
+    turns = [{"from": "human", "value": "a", "tool_calls": calls}, {"from": "gpt", "value": "b"}]
+    with pytest.raises(BadRow):
+        convert({"conversations": turns}, format_of("sharegpt"))

@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytune_llm.__main__ import main
 from raytune_llm.data import pipeline
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.overlong import _cap
@@ -156,10 +157,17 @@ def test_rows_that_are_shortened_are_counted_and_those_left_out_on_purpose_are_n
 
 
 def test_prepare_says_how_many_rows_are_shortened(jsonl, tmp_path, capsys):
-    from raytune_llm.__main__ import main
-
     rows = [{"messages": [{"role": "user", "content": "q " * 500}, {"role": "assistant", "content": "a"}]}]
     path = jsonl(rows)
     arguments = ["prepare", "model=tiny_random", "resources=inline", f"data.path={path}", "data.max_length=100"]
     assert main([*arguments, f"data.cache={tmp_path / 'cache'}"]) == 0
     assert "1: its longest texts are cut" in " ".join(capsys.readouterr().out.split())
+
+
+def test_prepare_shows_what_a_row_holds_as_it_is(jsonl, tmp_path, capsys):
+    """Rich would take [/b] for markup that closes nothing, and end in a traceback."""
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = jsonl([row] * 3 + [{"messages": "[/b] [red]not a list"}])
+    arguments = ["prepare", "model=tiny_random", "resources=inline", f"data.path={path}", "data.max_bad_fraction=0.5"]
+    assert main([*arguments, f"data.cache={tmp_path / 'cache'}"]) == 0
+    assert "[/b] [red]not a list" in capsys.readouterr().out
