@@ -5,7 +5,8 @@
 A token's text is the time at which the engine gave it, so a client on this machine knows how long it was under way. The same
 engine and the same API serve in one process (`resources=inline`) and on Ray Serve (`resources=local`, two replicas); the
 difference is what is added. Client, servers and all of Ray's processes share the machine's cores. Prints JSON: medians and 99th
-percentiles in milliseconds, and how many streams ended whole. Goals: 4 ms added at the median of a single stream; 400 streams.
+percentiles in milliseconds, and how many streams ended whole. Goals: 4 ms added at the median of a single stream; 400 streams;
+50 ms until a request that is too much is refused.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class StubEngine:
 
     max_length = 10_000
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
         self._due: list[tuple[float, int, int, Any, Any]] = []
         self._news = threading.Condition()
         self._number = 0
@@ -100,10 +102,17 @@ class StubEngine:
         from raytune_llm.engines.engine import Stats
 
         counts = dict.fromkeys(
-            ["waiting", "cache_used", "prefix_hits", "prefix_queries", "generated_tokens", "prompt_tokens", "preemptions"], 0
+            ["cache_used", "prefix_hits", "prefix_queries", "generated_tokens", "prompt_tokens", "preemptions"], 0
         )
         counts |= dict.fromkeys(["adapter_loads", "adapter_evictions", "steps"], 0)
-        return Stats(running=len(self._due), waiting_by_reason={}, last_step_at=time.monotonic(), **counts)
+        waiting = max(0, len(self._due) - self._rows)
+        return Stats(
+            running=len(self._due) - waiting,
+            waiting=waiting,
+            waiting_by_reason={},
+            last_step_at=time.monotonic(),
+            **counts,
+        )
 
     def close(self) -> None:
         self._closed = True
@@ -111,16 +120,18 @@ class StubEngine:
 
 
 def stub_engine(run: Any) -> tuple[Any, Any]:
+    """Streams beyond engine.max_rows get their tokens too, but count as waiting."""
     from raytune_llm.serve.backend import ModelFacts
 
-    return StubEngine(), ModelFacts(name="base", max_length=StubEngine.max_length, hidden_size=1, scores=False)
+    return StubEngine(run.engine.max_rows), ModelFacts(name="base", max_length=StubEngine.max_length, hidden_size=1, scores=False)
 
 
-def serve(resources: str) -> None:
-    """In a process of its own, until it is terminated."""
+def serve(resources: str, rows: int) -> None:
+    """In a process of its own, until it is terminated. One request may wait for an engine."""
     from raytune_llm import load_config
 
-    settings = ["model=tiny_random", "serve.port=0", f"engine.max_rows={ROWS}", "serve.drain_s=1", f"resources={resources}"]
+    settings = ["model=tiny_random", "serve.port=0", "serve.drain_s=1", f"resources={resources}"]
+    settings += [f"engine.max_rows={rows}", "serve.max_waiting=1"]
     if resources == "inline":
         serve_alone(load_config("serve", settings))
     else:
@@ -150,9 +161,9 @@ def serve_alone(run: Any) -> None:
 
 
 @contextmanager
-def server(resources: str) -> Iterator[int]:
+def server(resources: str, rows: int = ROWS) -> Iterator[int]:
     """Its port, once it is ready."""
-    command = [sys.executable, __file__, "--serve", resources]
+    command = [sys.executable, __file__, "--serve", resources, "--rows", str(rows)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
@@ -196,20 +207,49 @@ async def measure(port: int, streams: int, tokens: int) -> dict[str, float]:
     }
 
 
+async def refusals(port: int, asked: int = 50) -> dict[str, float]:
+    """How long those wait who are refused, one after the other, while two engines of one row have as many as they take."""
+    busy = [asyncio.create_task(stream(port, 400)) for _ in range(8)]
+    await asyncio.sleep(2)
+    refused = []
+    for _ in range(asked):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        body = b'{"model": "base", "prompt": "ab", "max_tokens": 4}'
+        began = time.monotonic()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        writer.write(b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        status = await reader.readline()
+        refused += [1000 * (time.monotonic() - began)] if b" 429 " in status else []
+        writer.close()
+    for task in busy:
+        task.cancel()
+    await asyncio.gather(*busy, return_exceptions=True)
+    refused.sort()
+    return {
+        "refused": len(refused),
+        "asked": asked,
+        "refused_p50_ms": round(statistics.median(refused), 1),
+        "refused_p99_ms": round(refused[int(0.99 * (len(refused) - 1))], 1),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 400])
     parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--rows", type=int, default=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--serve", choices=["inline", "local"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve)
+        serve(arguments.serve, arguments.rows)
         return
     results: dict[str, Any] = {}
     for resources in ("inline", "local"):
         with server(resources) as port:
             found = {str(number): asyncio.run(measure(port, number, arguments.tokens)) for number in arguments.streams}
         results[resources] = found
+    with server("local", rows=1) as port:
+        results["overload"] = asyncio.run(refusals(port))
     added = {
         number: round(results["local"][number]["token_p50_ms"] - results["inline"][number]["token_p50_ms"], 2)
         for number in results["local"]

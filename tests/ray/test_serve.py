@@ -108,7 +108,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     )
     server = Server(process, root, mark)
     threading.Thread(target=server.follow, daemon=True).start()
-    wait_for(lambda: process.poll() is not None or any("ready at" in line for line in server.said), 120)
+    wait_for(lambda: process.poll() is not None or any("ready at" in line for line in server.said), 240)
     server.url = server.said[-1].removeprefix("ready at ")
     yield server
     process.kill()
