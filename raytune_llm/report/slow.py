@@ -11,6 +11,8 @@ from raytune_llm.report.news import Notice
 
 FIRST_AFTER_S = 2.0
 THEN_EVERY_S = 10.0
+"""Then twice as long each time, up to a minute."""
+AT_MOST_S = 60.0
 
 
 def say_nothing(news: object) -> None:
@@ -36,7 +38,7 @@ def told_if_slow(tell: Callable[[Notice], None], what: str, *, first_after_s: fl
         wait_s = first_after_s
         while not ended.wait(wait_s):
             tell(Notice(text=_line(what, task, time.monotonic() - began)))
-            wait_s = THEN_EVERY_S
+            wait_s = min(max(2 * wait_s, THEN_EVERY_S), AT_MOST_S)
 
     watcher = threading.Thread(target=watch, name="slow", daemon=True)
     watcher.start()
