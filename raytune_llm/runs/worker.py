@@ -76,12 +76,9 @@ def work(
         if setup.rank == 0:
             on_begin(Begin(total_steps=settings.total_steps, first_step=progress.step, choices=setup.choices))
         first = stack.enter_context(ExitStack())
-        first.enter_context(
-            told_if_slow(
-                tell,
-                f"{'an evaluation and ' * settings.eval_on_start}the first step{', layers are compiled' if setup.built.policy.compiled else ''}",
-            )
-        )
+        compiled = ", layers are compiled" if setup.built.policy.compiled else ""
+        evaluated = "an evaluation and " if settings.eval_on_start else ""
+        first.enter_context(told_if_slow(tell, f"{evaluated}the first step{compiled}"))
         stepped = (lambda step: first.close(), profiled(setup, settings.total_steps, progress.step, stack), on_step)
         hooks = loop.Hooks(log=recorder.log, save=recorder.save, sample=recorder.sample, stepped=stepped)
         strategy.model.train()
