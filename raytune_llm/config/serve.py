@@ -105,7 +105,7 @@ class NativeEngine:
     prefix_cache: bool
     """Shared prefixes of prompts are computed once."""
     compile: bool | Literal["auto"]
-    """Layers are compiled and decoding steps captured as CUDA graphs. auto: on a GPU."""
+    """Decoding steps are captured as CUDA graphs. auto: on a GPU, which alone can."""
 
     said: ClassVar[str | None] = None
     """At the start, of what a user should know."""

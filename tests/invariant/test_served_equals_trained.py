@@ -92,12 +92,16 @@ def expected(folders: dict[str, Path]):
 def engine_of(folders: dict[str, Path]) -> Iterator[Any]:
     made: list[NativeEngine] = []
 
-    def make(*, slots: int = 5, num_blocks: int = 200, step_tokens: int = 64, max_rows: int = 8) -> NativeEngine:
+    def make(
+        *, slots: int = 5, num_blocks: int = 200, step_tokens: int = 64, max_rows: int = 8, decode_rows: int = 0
+    ) -> NativeEngine:
         model = base_model()
         attention.attach(model, "varlen")
         bank = LoraBank(model, num_slots=slots, max_rank=16, dtype=torch.float32)
         policy = CausalLM(model, adapters=bank)
-        runner = PolicyRunner(policy, num_blocks=num_blocks, block_size=8, device=torch.device("cpu"), bank=bank)
+        runner = PolicyRunner(
+            policy, num_blocks=num_blocks, block_size=8, device=torch.device("cpu"), bank=bank, decode_rows=decode_rows
+        )
         engine = NativeEngine(runner, Tokenizer(), end_ids=[2], max_length=400, max_rows=max_rows, step_tokens=step_tokens)
         for name, folder in folders.items():
             engine.add_adapter(name, folder)

@@ -72,7 +72,10 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
         block_size=settings.block_size,
         device=serving.device,
         bank=bank,
+        decode_rows=settings.max_rows if _captures(settings, serving) else 0,
+        row_tokens=limit,
     )
+    runner.warm()
     return NativeEngine(
         runner,
         serving.tokenizer,
@@ -83,6 +86,16 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
         max_host_adapters=serving.max_host_adapters,
         prefix_cache=settings.prefix_cache,
     )
+
+
+DYNAMIC_ROPE = {"dynamic", "longrope"}
+"""Rotary tables that the host makes anew as rows grow: no graph can hold them."""
+
+
+def _captures(settings: NativeSettings, serving: Serving) -> bool:
+    rope = getattr(serving.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
+    return bool(settings.compile) and serving.device.type == "cuda" and not kinds & DYNAMIC_ROPE
 
 
 def _num_blocks(settings: NativeSettings, device: torch.device, bytes_a_token: int, limit: int) -> int:

@@ -54,7 +54,7 @@ class RowSampler:
         return self.seen_V, self.counts_V
 
     def change(self, logits_V: Tensor) -> None:
-        """Penalties, biases and forbidden ends, in place."""
+        """Penalties and biases, in place."""
         s = self.sampling
         if self.penalized:
             seen_V, counts_V = self._counted(len(logits_V), logits_V.device)
@@ -65,21 +65,27 @@ class RowSampler:
         if s.logit_bias:
             tokens, biases = zip(*s.logit_bias, strict=True)
             logits_V[list(tokens)] += torch.tensor(biases, device=logits_V.device)
-        if self.end_ids and (s.ignore_end or self.drawn < s.min_new_tokens):
-            logits_V[list(self.end_ids)] = -torch.inf
+
+    @property
+    def forbidden(self) -> tuple[int, ...]:
+        """Tokens that would end the answer, where it may not end yet."""
+        return self.end_ids if self.sampling.ignore_end or self.drawn < self.sampling.min_new_tokens else ()
 
     @property
     def changes(self) -> bool:
-        s = self.sampling
-        return self.penalized or bool(s.logit_bias) or s.ignore_end or self.drawn < s.min_new_tokens
+        return self.penalized or bool(self.sampling.logit_bias)
 
 
 def sample(logits_RV: Tensor, rows: Sequence[RowSampler], bitmask_RW: Tensor | None = None) -> Tensor:
     """int64 [R]: the tokens. logits_RV: float32, and changed in place. bitmask_RW: int32, one bit a token that a row's grammar
     allows (all ones for rows without one)."""
-    for row, logits_V in zip(rows, logits_RV, strict=True):
+    for number, row in enumerate(rows):
         if row.changes:
-            row.change(logits_V)
+            row.change(logits_RV[number])
+    forbidden = [(number, token) for number, row in enumerate(rows) for token in row.forbidden]
+    if forbidden:
+        places_2N = torch.tensor(forbidden).T.to(logits_RV.device)
+        logits_RV[places_2N[0], places_2N[1]] = -torch.inf
     if bitmask_RW is not None:
         logits_RV.masked_fill_(~allowed(bitmask_RW, logits_RV.shape[1]), -torch.inf)
     tokens_R = logits_RV.argmax(dim=1)

@@ -1,10 +1,12 @@
-"""Attention of new tokens over a paged cache, in torch's own operations, on any device.
+"""Attention of new tokens over a paged cache, in torch's own operations, with a kernel for rows that decode on a GPU.
 
 The new keys and values are written to the cache first. Then each new token attends to its row's tokens up to itself: rows that
-decode all in one call, over their blocks side by side, and each chunk of a prompt in a call of its own.
+decode all in one call (on a GPU in paged_kernels.py, whose plain twin is here), and each chunk of a prompt in a call of its own.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.attention.cache import CachedRows
+from raytune_llm.models.attention.document_attention import document_attention
 from raytune_llm.models.attention.masked import Scores, masked_attention
 
 
@@ -31,6 +34,12 @@ def cached_attention(
     out_LHD = q_LHD.new_empty((*q_LHD.shape[:2], v_LHD.shape[-1]))
     if rows.decoding:
         out_LHD[: rows.decoding] = _decoding(q_LHD[: rows.decoding], keys, values, scores, rows, sinks_H)
+    if rows.decoding < len(rows.lengths) and _all_whole(q_LHD, v_LHD, scores, rows, sinks_H):
+        first = rows.starts[rows.decoding]
+        cu_seqlens_S = rows.cu_queries_S[rows.decoding :] - first
+        new_LHD = (x[first:].contiguous() for x in (q_LHD, k_LHD, v_LHD))
+        out_LHD[first:] = document_attention(*new_LHD, cu_seqlens_S, max(rows.lengths[rows.decoding :]), None, scores.scaling)
+        return out_LHD.unsqueeze(0)
     for row in range(rows.decoding, len(rows.lengths)):
         new = slice(rows.starts[row], rows.starts[row + 1])
         count, length = new.stop - new.start, rows.lengths[row]
@@ -42,9 +51,28 @@ def cached_attention(
     return out_LHD.unsqueeze(0)
 
 
+def _all_whole(q_LHD: Tensor, v_LHD: Tensor, scores: Scores, rows: CachedRows, sinks_H: Tensor | None) -> bool:
+    """All prompts of the step begin in it, so that FlashAttention takes them in one call, like the documents of a pack."""
+    head, sixteen_bits = q_LHD.shape[-1], q_LHD.dtype in (torch.bfloat16, torch.float16)
+    takes = q_LHD.is_cuda and sixteen_bits and head == v_LHD.shape[-1] and head <= 256 and head % 8 == 0
+    counts = (stop - start for start, stop in pairwise(rows.starts[rows.decoding :]))
+    lengths = rows.lengths[rows.decoding :]
+    bounded = scores.sliding_window is None or max(lengths) <= scores.sliding_window
+    return takes and bounded and scores.softcap is None and sinks_H is None and tuple(counts) == lengths
+
+
 def _decoding(q_RHD: Tensor, keys: Tensor, values: Tensor, scores: Scores, rows: CachedRows, sinks_H: Tensor | None) -> Tensor:
-    """One new token a row. The query heads that share a key are rows of one product with it, so that no key is copied for them
-    (at 32 rows on a CPU, 4.5 times as fast as torch's grouped heads)."""
+    """One new token a row."""
+    if q_RHD.is_cuda:
+        from raytune_llm.models.attention.paged_kernels import paged_decoding  # Triton is there with torch for GPUs alone
+
+        return paged_decoding(q_RHD, keys, values, rows.tables_RK, rows.lengths_R, scores, sinks_H)
+    return decoding(q_RHD, keys, values, scores, rows, sinks_H)
+
+
+def decoding(q_RHD: Tensor, keys: Tensor, values: Tensor, scores: Scores, rows: CachedRows, sinks_H: Tensor | None) -> Tensor:
+    """The plain twin of the kernel. The query heads that share a key are rows of one product with it, so that no key is copied
+    for them (at 32 rows on a CPU, 4.5 times as fast as torch's grouped heads)."""
     R, H, head = q_RHD.shape
     size, heads, window = rows.cache.block_size, keys.shape[2], scores.sliding_window
     first = 0 if window is None else max(0, min(rows.lengths[:R]) - window) // size
