@@ -93,9 +93,9 @@ class NativeEngine:
 
     name: Literal["native"]
     max_rows: PositiveInt
-    """Answers that are generated at once."""
-    step_tokens: PositiveInt
-    """Maximum tokens of a step: one of each answer, and chunks of new prompts."""
+    """Answers that are generated at once. A GPU has room for more: 128, say."""
+    step_tokens: PositiveInt | None
+    """Maximum tokens of a step: one of each answer, and chunks of new prompts. null: 8,192 on a GPU, 512 on a CPU."""
     block_size: PositiveInt
     """Tokens of a block of the KV cache."""
     cache_gib: PositiveFloat | None
@@ -105,7 +105,7 @@ class NativeEngine:
     prefix_cache: bool
     """Shared prefixes of prompts are computed once."""
     compile: bool | Literal["auto"]
-    """Decoding steps are captured as CUDA graphs. auto: on a GPU, which alone can."""
+    """Layers are compiled and decoding steps captured as CUDA graphs. auto: on a GPU, which alone can."""
 
     said: ClassVar[str | None] = None
     """At the start, of what a user should know."""

@@ -22,6 +22,7 @@ from raytune_llm.models import attention
 from raytune_llm.models.activations import HostMemory
 from raytune_llm.models.adapters import OWN, Adapters, PeftAdapters
 from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache
+from raytune_llm.models.attention.decode_step import DecodeStep
 from raytune_llm.models.attention.documents import document_numbers
 from raytune_llm.models.layers import named_layers
 from raytune_llm.models.multimodal import text_model
@@ -73,7 +74,7 @@ class Policy(nn.Module):
 
     # Through the layers ----------------------------------------------------------------------------------------------------
 
-    def hidden(self, inputs: Batch | CachedRows, route: Mapping[str, Any] | None = None) -> Tensor:
+    def hidden(self, inputs: Batch | CachedRows | DecodeStep, route: Mapping[str, Any] | None = None) -> Tensor:
         """The last hidden states: [B, T, D] of a batch of packs, [1, L, D] of a step over a cache, which it fills.
 
         The adapters that are in use compute. route: what a bank of several adapters has layers know of the pass; that of a batch
@@ -83,7 +84,7 @@ class Policy(nn.Module):
 
     def outputs(
         self,
-        inputs: Batch | CachedRows,
+        inputs: Batch | CachedRows | DecodeStep,
         *,
         route: Mapping[str, Any] | None = None,
         neftune_alpha: float | None = None,
@@ -116,10 +117,10 @@ class Policy(nn.Module):
             self.hidden(CachedRows.of(cache, [NewTokens([0], 0, [0])]))
         return cache.bytes_a_token
 
-    def _embedded(self, inputs: Batch | CachedRows, neftune_alpha: float | None) -> Tensor:
+    def _embedded(self, inputs: Batch | CachedRows | DecodeStep, neftune_alpha: float | None) -> Tensor:
         embedded_BTD = self.base.get_input_embeddings()(inputs.ids_BT)
         if neftune_alpha is not None:
-            assert not isinstance(inputs, CachedRows), "noise is for training"
+            assert not isinstance(inputs, CachedRows | DecodeStep), "noise is for training"
             embedded_BTD = embedded_BTD + self._noise(inputs, embedded_BTD.shape[-1], neftune_alpha)
         embedded_BTD = embedded_BTD.to(self.compute)
         if self.compiled and torch.is_grad_enabled() and self._trains_first_layer() and not embedded_BTD.requires_grad:
@@ -137,9 +138,9 @@ class Policy(nn.Module):
         first = next((layer for _, layer in named_layers(self.base)), None)
         return first is not None and any(parameter.requires_grad for parameter in first.parameters())
 
-    def _of_rows(self, inputs: Batch | CachedRows) -> dict[str, Any]:
+    def _of_rows(self, inputs: Batch | CachedRows | DecodeStep) -> dict[str, Any]:
         """Attention's arguments for the documents of a batch, or the rows of a step."""
-        if isinstance(inputs, CachedRows):
+        if isinstance(inputs, CachedRows | DecodeStep):
             return {"cached_rows": inputs}
         B, T = inputs.ids_BT.shape
         cu_seqlens_S, max_seqlen = attention.fixed(inputs.cu_seqlens_S, inputs.max_seqlen)
@@ -151,9 +152,9 @@ class Policy(nn.Module):
             **attention.block_masks(self.attention_backend, inputs.cu_seqlens_S, B, T, window, inputs.prefixes),
         }
 
-    def _route(self, inputs: Batch | CachedRows) -> Mapping[str, Any]:
+    def _route(self, inputs: Batch | CachedRows | DecodeStep) -> Mapping[str, Any]:
         """Which adapter each document goes to, where there are several."""
-        if isinstance(inputs, CachedRows) or inputs.adapter_M is None:
+        if isinstance(inputs, CachedRows | DecodeStep) or inputs.adapter_M is None:
             return {}
         return self.adapters.by_documents(inputs.adapter_M, inputs.cu_seqlens_S, inputs.ids_BT.numel())
 

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from raytune_llm.data.batches import collate
 from raytune_llm.engines.native.engine import NativeEngine
+from raytune_llm.engines.native.graphs import DecodeGraphs
 from raytune_llm.engines.native.runner import PolicyRunner
 from raytune_llm.engines.requests import Completion, Request, Sampling
 from raytune_llm.errors import ConfigError
@@ -93,14 +95,20 @@ def engine_of(folders: dict[str, Path]) -> Iterator[Any]:
     made: list[NativeEngine] = []
 
     def make(
-        *, slots: int = 5, num_blocks: int = 200, step_tokens: int = 64, max_rows: int = 8, decode_rows: int = 0
+        *, slots: int = 5, num_blocks: int = 200, step_tokens: int = 64, max_rows: int = 8, fixed_shapes: bool = False
     ) -> NativeEngine:
         model = base_model()
         attention.attach(model, "varlen")
         bank = LoraBank(model, num_slots=slots, max_rank=16, dtype=torch.float32)
         policy = CausalLM(model, adapters=bank)
+        graphs = partial(DecodeGraphs, policy, bank=bank, max_rows=max_rows, max_length=400, compiled=False, captured=False)
         runner = PolicyRunner(
-            policy, num_blocks=num_blocks, block_size=8, device=torch.device("cpu"), bank=bank, decode_rows=decode_rows
+            policy,
+            num_blocks=num_blocks,
+            block_size=8,
+            device=torch.device("cpu"),
+            bank=bank,
+            graphs=graphs if fixed_shapes else None,
         )
         engine = NativeEngine(runner, Tokenizer(), end_ids=[2], max_length=400, max_rows=max_rows, step_tokens=step_tokens)
         for name, folder in folders.items():

@@ -36,14 +36,14 @@ class AdapterStore:
 
     def add(self, name: str, folder: Path, *, pinned: bool) -> tuple[Adapter, Adapter | None]:
         """The new version under this name, and the one that had it before. The same content under the same name is no new one."""
-        version = digest_of(folder)
+        stamp, version = _stamp_of(folder), digest_of(folder)
         with self._lock:
             before = self._current.get(name)
         if before is not None and before.version == version:
             before.pinned = pinned or before.pinned
             return before, None
         weights, rank = self._read(folder)
-        if digest_of(folder) != version:
+        if _stamp_of(folder) != stamp:
             raise DataError(str(folder), "changed while it was read", "Write the adapter to another folder, then rename that.")
         adapter = Adapter(name=name, version=version, rank=rank, folder=folder, weights=weights, pinned=pinned)
         with self._lock:
@@ -103,6 +103,15 @@ class AdapterStore:
             if old is not adapter and not old.users and not old.pinned and old.slot is None:
                 del self._in_host[old]
                 old.weights = None
+
+
+def _stamp_of(folder: Path) -> list[tuple[int, int, int]]:
+    """Of its files: it changes where one is written or replaced."""
+    try:
+        found = [(folder / name).stat() for name in (WEIGHTS, CONFIG)]
+    except OSError as error:
+        raise DataError(str(folder), f"is no folder with an adapter ({error.strerror}: {error.filename})") from None
+    return [(file.st_ino, file.st_size, file.st_mtime_ns) for file in found]
 
 
 def digest_of(folder: Path) -> str:

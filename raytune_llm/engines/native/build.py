@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,17 @@ from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.serve import NativeEngine as NativeSettings
 from raytune_llm.engines.native.engine import NativeEngine
+from raytune_llm.engines.native.graphs import DecodeGraphs, alike_layers
 from raytune_llm.engines.native.runner import PolicyRunner
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.activations import lacks_for_compiling
 from raytune_llm.models.adapters import LoraBank
 from raytune_llm.models.attention.cache import check_cached
 from raytune_llm.models.build import build_policy
 from raytune_llm.models.load import positions
 
+STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Where it isn't set: what keeps a device busy, and no answer waiting for long while a prompt is computed."""
 CPU_CACHE_BYTES = 4 * 2**30
 CPU_ROW_TOKENS = 2048
 """On a CPU the cache holds so many tokens of each row, and at most CPU_CACHE_BYTES."""
@@ -66,36 +71,40 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
     if serving.adapter is None:
         bank = LoraBank(policy.base, num_slots=serving.max_adapters, max_rank=serving.max_rank, dtype=serving.compute)
     limit = min(filter(None, (serving.max_length, positions(serving.config))), default=2**20)
+    graphs = None
+    if _captures(settings, serving):
+        graphs = partial(DecodeGraphs, policy, bank=bank, max_rows=settings.max_rows, max_length=limit, compiled=True)
     runner = PolicyRunner(
         policy,
         num_blocks=_num_blocks(settings, serving.device, a_token, limit),
         block_size=settings.block_size,
         device=serving.device,
         bank=bank,
-        decode_rows=settings.max_rows if _captures(settings, serving) else 0,
-        row_tokens=limit,
+        graphs=graphs,
     )
-    runner.warm()
     return NativeEngine(
         runner,
         serving.tokenizer,
         end_ids=serving.end_ids,
         max_length=limit,
         max_rows=settings.max_rows,
-        step_tokens=settings.step_tokens,
+        step_tokens=settings.step_tokens or STEP_TOKENS.get(serving.device.type, STEP_TOKENS["cpu"]),
         max_host_adapters=serving.max_host_adapters,
         prefix_cache=settings.prefix_cache,
     )
 
 
-DYNAMIC_ROPE = {"dynamic", "longrope"}
-"""Rotary tables that the host makes anew as rows grow: no graph can hold them."""
-
-
 def _captures(settings: NativeSettings, serving: Serving) -> bool:
-    rope = getattr(serving.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
-    return bool(settings.compile) and serving.device.type == "cuda" and not kinds & DYNAMIC_ROPE
+    """Whether decoding steps are compiled and captured."""
+    on_gpu = serving.device.type == "cuda"
+    lacking = None if on_gpu else "it needs a GPU"
+    if on_gpu:
+        lacking = lacks_for_compiling(serving.device)
+    if lacking is None and not alike_layers(serving.config):
+        lacking = f"keys and values of {serving.config.model_type} differ from layer to layer"
+    if settings.compile is True and lacking is not None:
+        raise ConfigError("engine.compile", f"can't be true here: {lacking}", got=True, fix="Take engine.compile=auto.")
+    return settings.compile is not False and lacking is None
 
 
 def _num_blocks(settings: NativeSettings, device: torch.device, bytes_a_token: int, limit: int) -> int:

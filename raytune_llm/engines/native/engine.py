@@ -72,9 +72,12 @@ class NativeEngine:
         prefix_cache: bool = True,
         render: Callable[[Any], Sequence[int]] | None = None,
         threaded: bool = True,
+        overlaps: bool | None = None,
     ) -> None:
         """max_length: tokens of a prompt and its answer, at most. step_tokens: of a step. render: a Conversation's prompt ids.
-        threaded: false where `generate` is all that will be called, and is to take the steps itself."""
+        threaded: false where `generate` is all that will be called, and is to take the steps itself. overlaps: a step's text is
+        made while the device computes the next one; None: on a GPU, where starting a step doesn't wait for it."""
+        self._overlaps = runner.device.type == "cuda" if overlaps is None else overlaps
         self._runner, self._tokenizer, self._render = runner, tokenizer, render
         self._end_ids = tuple(end_ids)
         self._max_length = min(max_length, runner.num_blocks * runner.block_size)
@@ -85,6 +88,8 @@ class NativeEngine:
         """For the loop, from other threads."""
         self._later: list[Callable[[], None]] = []
         """For its next round."""
+        self._untold: list[tuple[Row, int, TokenLogprob | None, Finish | None]] = []
+        """Tokens of the last step that nobody was told of yet."""
         self._store = AdapterStore(runner.read_adapter, max_host=max_host_adapters, on_read=lambda: self._calls.put(lambda: None))
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()
@@ -223,7 +228,7 @@ class NativeEngine:
     def _answer_all(self) -> None:
         """In the caller's thread, until nobody waits."""
         self._take_calls(wait=False)
-        while self._scheduler.running or self._scheduler.waiting:
+        while self._scheduler.running or self._scheduler.waiting or self._untold:
             worked = self._step()
             assert worked, "a row that fits the cache can be computed"
 
@@ -231,28 +236,33 @@ class NativeEngine:
         """False where there was nothing to compute."""
         pieces = self._scheduler.schedule()
         if not pieces:
-            return False
+            return self._tell()
         logits_RV = self._runner.run(pieces)
+        self._tell()  # of the step before, while the device computes this one
         rows = [piece.row for piece in pieces if piece.samples]
         tokens, told = self._sample(logits_RV, rows) if rows else ([], {})
         for piece in pieces:
-            self._prompted += max(0, min(piece.stop, piece.row.prompt_tokens) - piece.start)
-            self._scheduler.computed(piece)
+            if not piece.row.done:
+                self._prompted += max(0, min(piece.stop, piece.row.prompt_tokens) - piece.start)
+                self._scheduler.computed(piece)
         for row, token in zip(rows, tokens, strict=True):
-            self._publish(row, token, told.get(row))
+            if not row.done:
+                self._untold.append((row, token, told.get(row), self._take(row, token)))
+        if not self._overlaps:
+            self._tell()
         self._steps += 1
         return True
 
     def _sample(self, logits_RV: Tensor, rows: Sequence[Row]) -> tuple[list[int], dict[Row, TokenLogprob]]:
         """The rows' next tokens, and the log-probabilities of those who ask for them."""
         asking = [number for number, row in enumerate(rows) if row.sampling.logprobs is not None]
-        own_RV = logits_RV[asking]  # a copy: sampling changes the logits
+        own_RV = logits_RV[asking] if asking else None  # a copy: sampling changes the logits
         bitmask_RW = None if self._grammars is None else self._grammars.bitmask([row.matcher for row in rows])
         if bitmask_RW is not None:
             bitmask_RW = bitmask_RW.to(logits_RV.device, non_blocking=True)
         tokens_R = sample(logits_RV, [row.sampler for row in rows], bitmask_RW)
         told: dict[Row, TokenLogprob] = {}
-        if asking:
+        if own_RV is not None:
             most = max(rows[number].sampling.logprobs or 0 for number in asking)
             for number, one in zip(asking, logprobs(own_RV, tokens_R[asking], most), strict=True):
                 told[rows[number]] = replace(one, top=one.top[: rows[number].sampling.logprobs])
@@ -274,6 +284,7 @@ class NativeEngine:
             if row.stream.cancelled.is_set():
                 self._end(row, "cancelled")
             elif row.adapter is not None and not self._store.ready(row.adapter) and row.adapter.failure is not None:
+                row.done = True
                 self._scheduler.end(row)
                 row.stream.fail(row.adapter.failure)
 
@@ -299,27 +310,45 @@ class NativeEngine:
             if adapter is not None and slot >= 0 and self._slots is not None:
                 self._slots.give_back(adapter)
 
-    def _publish(self, row: Row, token: int, told: TokenLogprob | None) -> None:
-        """The token is the row's: tell its text, and end the row where the answer ends."""
+    def _take(self, row: Row, token: int) -> Finish | None:
+        """The token is the row's, which leaves the batch where it is its last."""
         self._generated += 1
         if row.matcher is not None:
             row.matcher.accept_token(token)
         if token in self._end_ids and not row.sampling.ignore_end:
-            self._end(row, "stop")
-            return
+            self._scheduler.end(row)
+            return "stop"
         row.ids.append(token)
         row.sampler.told(token)
+        if len(row.ids) >= row.limit:
+            self._scheduler.end(row)
+            return "length"
+        return None
+
+    def _tell(self) -> bool:
+        """Publish the text of tokens that were taken, and end the rows whose answers end with them. False: there were none."""
+        untold, self._untold = self._untold, []
+        for row, token, told, finish in untold:
+            if not row.done:
+                self._publish(row, token, told, finish)
+        return bool(untold)
+
+    def _publish(self, row: Row, token: int, told: TokenLogprob | None, finish: Finish | None) -> None:
+        if finish == "stop":
+            self._end(row, "stop")  # the token that ends an answer is no text
+            return
         text = row.text.push(token)
         if told is not None:
             row.logprobs.append(told)
         if row.text.stopped is not None:
             self._end(row, "stop", text, told)
-        elif len(row.ids) >= row.limit:
-            self._end(row, "length", text, told)
+        elif finish is not None:
+            self._end(row, finish, text, told)
         elif text or told:
             row.stream.put(Delta(text=text, logprobs=() if told is None else (told,)))
 
     def _end(self, row: Row, finish: Finish, text: str = "", told: TokenLogprob | None = None) -> None:
+        row.done = True
         self._scheduler.end(row)
         text += row.text.finish()
         if row.text.stopped is not None and finish != "cancelled":

@@ -37,6 +37,8 @@ class Row:
     """Of the prompt, what was found in the prefix cache."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
+    done: bool = False
+    """Its stream has its end: what is computed of it still is nobody's."""
     blocked_on: str | None = None
     """Why it waits."""
     _digests: list[bytes] = field(default_factory=list)

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raytune_llm.data.batches import collate, to_device
+from raytune_llm.engines.native.graphs import DecodeGraphs, alike_layers
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.native.slots import Bank
-from raytune_llm.engines.native.static_steps import StaticSteps
 from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache, check_cached
 from raytune_llm.models.policy import Policy
 
@@ -39,34 +39,28 @@ class PolicyRunner:
         block_size: int,
         device: torch.device,
         bank: Any = None,
-        decode_rows: int = 0,
-        row_tokens: int | None = None,
+        graphs: Callable[[PagedCache], DecodeGraphs] | None = None,
     ) -> None:
-        """decode_rows: steps of up to so many rows that all decode have static shapes, and are CUDA graphs on a GPU; 0: none.
-        row_tokens: of a row, at most."""
+        """graphs: for steps in which every row decodes, over the cache that is made here; their layers are alike."""
         check_cached(policy.base.config)
         self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
         self.bank: Bank | None = bank
         self.vocab_size: int = policy.base.config.get_text_config().vocab_size
         self._policy: Any = policy
         self._bank = bank
-        spare = 1 if decode_rows else 0  # a block that rows which fill a static shape up write to
-        self._cache = PagedCache(num_blocks + spare, block_size, dtype=policy.compute, device=device)
-        row_blocks = num_blocks if row_tokens is None else min(num_blocks, -(-row_tokens // block_size))
-        self._static = (
-            StaticSteps(self._cache, self._logits_of, max_rows=decode_rows, row_blocks=row_blocks, captures=device.type == "cuda")
-            if decode_rows
-            else None
-        )
+        alike = alike_layers(policy.base.config) if graphs is not None else 0
+        self._cache = PagedCache(num_blocks, block_size, dtype=policy.compute, device=device, alike=alike)
+        self._graphs = None
+        if graphs is not None:
+            with self._eagerly(), torch.no_grad():
+                policy.hidden(CachedRows.of(self._cache, [NewTokens([0], 0, [0])]))  # so that the cache has its shape
+            self._graphs = graphs(self._cache)
+            self._graphs.warm_up()
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """float32 [R, V]: logits at the last token of each piece that samples, in their order."""
-        if (
-            self._static is not None
-            and len(pieces) <= self._static.max_rows
-            and all(stop - start == 1 for _, start, stop in pieces)
-        ):
-            return self._static_run(self._static, pieces)
+        if self._graphs is not None and all(stop - start == 1 and stop == len(row.ids) for row, start, stop in pieces):
+            return self._graphs.run(pieces)
         order = sorted(range(len(pieces)), key=lambda number: pieces[number].stop - pieces[number].start > 1)
         rows = self._rows([pieces[number] for number in order])
         self._evaluates()
@@ -77,27 +71,6 @@ class PolicyRunner:
         if not wanted:
             return torch.empty(0, self.vocab_size, device=self.device)
         return self._policy.logits(hidden_1LD[0, torch.tensor(wanted, device=self.device)])
-
-    def warm(self) -> None:
-        """Capture what steps that decode will replay, so that no request waits for it."""
-        if self._static is not None:
-            for routed in (False, True) if self._bank is not None else (False,):
-                self._static.warm(routed=routed)
-
-    def _static_run(self, static: StaticSteps, pieces: Sequence[Piece]) -> Tensor:
-        routed = self._bank is not None and any(row.slot >= 0 for row, *_ in pieces)
-        new = [NewTokens(row.ids[start:stop], start, row.blocks) for row, start, stop in pieces]
-        logits_RV = static.run(new, [row.slot for row, *_ in pieces], routed=routed)
-        wanted = [number for number, piece in enumerate(pieces) if piece.samples]
-        return logits_RV if len(wanted) == len(pieces) else logits_RV[torch.tensor(wanted, device=self.device)]
-
-    @torch.no_grad()
-    def _logits_of(self, rows: CachedRows, slot_R: Tensor | None) -> Tensor:
-        """float32 [R, V], of rows that decode. slot_R: None where no row has an adapter."""
-        self._policy.eval()
-        with self._eagerly():
-            hidden_1RD = self._policy.hidden(rows, {} if slot_R is None else self._bank.by_tokens(slot_R))
-            return self._policy.logits(hidden_1RD[0])
 
     def read_adapter(self, folder: Path) -> tuple[Any, int]:
         weights = self._bank.read(folder)

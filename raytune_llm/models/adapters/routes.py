@@ -14,6 +14,8 @@ Masked: one product with all adapters, end to end, of which each token keeps its
 large kernels of fixed shapes, which a CUDA graph can hold: for decoding, whose time goes by the weights that are read. There is
 no safety from other adapters' infinite weights, so for trained banks it is not.
 
+BySlot: each row reads the columns of its own adapter, in a kernel of ours: for a few decoding rows on a GPU (slot_kernels.py).
+
 Suffixes: T tokens of all rows, K inputs, O outputs, R rank, G slots, L layers that share an input.
 """
 
@@ -125,6 +127,35 @@ class Masked:
         add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
         lows = zip(outs, low_TLC.unbind(1), b, strict=True)
         return [add(out_TO, low_TC, b_GRO[:-1].flatten(0, 1)) for out_TO, low_TC, b_GRO in lows]
+
+
+@dataclass(frozen=True, eq=False)
+class BySlot:
+    slot_T: Tensor
+    """int, on the device; -1 for none."""
+
+    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+        return slot_products(list(outs), x_TK, self.slot_T, list(a), list(b))
+
+
+@torch.library.custom_op("raytune_llm::slot_products", mutates_args=())
+def slot_products(outs: list[Tensor], x_TK: Tensor, slot_T: Tensor, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    """out + (x @ a[slot].T) @ b[slot] of each layer that shares x, row by row."""
+    if not x_TK.is_cuda:
+        return [_by_row(out_TO, x_TK, slot_T, a_GRK, b_GRO) for out_TO, a_GRK, b_GRO in zip(outs, a, b, strict=True)]
+    from raytune_llm.models.adapters.slot_kernels import products
+
+    return products(outs, x_TK.contiguous(), slot_T, a, b)
+
+
+def _by_row(out_TO: Tensor, x_TK: Tensor, slot_T: Tensor, a_GRK: Tensor, b_GRO: Tensor) -> Tensor:
+    low_TR = torch.einsum("tk,trk->tr", x_TK.float(), a_GRK[slot_T].float())  # slot -1 is the last one, of zeros
+    return (out_TO + torch.einsum("tr,tro->to", low_TR, b_GRO[slot_T].float())).to(out_TO.dtype)
+
+
+@slot_products.register_fake
+def _(outs: list[Tensor], x_TK: Tensor, slot_T: Tensor, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(out, memory_format=torch.contiguous_format) for out in outs]
 
 
 @torch.library.custom_op("raytune_llm::grouped_product", mutates_args=())

@@ -8,7 +8,6 @@ Over a cache (cached_rows) all of them compute the same (cached_attention.py).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial, wraps
 from itertools import pairwise
@@ -19,18 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.attention.cache import CachedRows
 from raytune_llm.models.attention.cached_attention import cached_attention
+from raytune_llm.models.attention.decode_step import DecodeStep
 from raytune_llm.models.attention.document_attention import document_attention
 from raytune_llm.models.attention.documents import document_mask
 from raytune_llm.models.attention.masked import Scores, masked_attention
+from raytune_llm.models.attention.varlen import varlen_over
 from raytune_llm.records import Prefixes
-
-# torch 2.11 takes grouped heads as they are; later releases ask for the flag.
-_GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
@@ -48,7 +45,7 @@ def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
-        cached_rows: CachedRows | None = None,
+        cached_rows: CachedRows | DecodeStep | None = None,
         **of_batch: Any,
     ) -> tuple[Tensor, None]:
         scores = Scores(scaling, sliding_window, softcap)
@@ -134,10 +131,7 @@ def flash3(
 
 def _over_boundaries(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_S: Tensor, max_seqlen: int, scores: Scores) -> Any:
     """[L, H, Dh] each. What torch has for FlashAttention, on a GPU; it caps no scores, and choose knows."""
-    window = (-1 if scores.sliding_window is None else scores.sliding_window - 1, 0)
-    return varlen_attn(
-        q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scale=scores.scaling, window_size=window, **_GROUPED_HEADS
-    )
+    return varlen_over(q, k, v, cu_seqlens_S, cu_seqlens_S, max_seqlen, max_seqlen, scores.scaling, scores.sliding_window)
 
 
 def _flash2(*args: Tensor, **settings: Any) -> Any:

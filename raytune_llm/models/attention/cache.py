@@ -30,9 +30,17 @@ class PagedCache:
     them from layer to layer, and between keys and values.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, dtype: torch.dtype, device: torch.device, alike: int = 0) -> None:
+        """alike: so many layers share a shape, and lie in one tensor (whole)."""
         self.num_blocks, self.block_size, self.dtype, self.device = num_blocks, block_size, dtype, device
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._alike = alike
+        self._whole: tuple[Tensor, Tensor] | None = None
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all layers, which are alike, once one has computed: [layers, num_blocks, block_size, heads, Dh]."""
+        assert self._whole is not None
+        return self._whole
 
     @property
     def bytes_a_token(self) -> int:
@@ -42,15 +50,24 @@ class PagedCache:
     def write(self, layer: int, places_L: Tensor, key_LHD: Tensor, value_LHD: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's keys and values, with these at their places."""
         if layer not in self.layers:
-            self.layers[layer] = (self._empty(key_LHD), self._empty(value_LHD))
+            self.layers[layer] = self._made(layer, key_LHD, value_LHD)
         keys, values = self.layers[layer]
         keys.flatten(0, 1).index_copy_(0, places_L, key_LHD.to(self.dtype))
         values.flatten(0, 1).index_copy_(0, places_L, value_LHD.to(self.dtype))
         return keys, values
 
-    def _empty(self, like_LHD: Tensor) -> Tensor:
+    def _made(self, layer: int, key_LHD: Tensor, value_LHD: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._alike:
+            return self._empty(key_LHD), self._empty(value_LHD)
+        if self._whole is None:
+            self._whole = self._empty(key_LHD, self._alike), self._empty(value_LHD, self._alike)
+        keys, values = self._whole
+        assert keys.shape[3:] == key_LHD.shape[1:] and values.shape[3:] == value_LHD.shape[1:], "layers are alike"
+        return keys[layer], values[layer]
+
+    def _empty(self, like_LHD: Tensor, *layers: int) -> Tensor:
         """Zeros, since what is behind a row's end is masked, and a weight of 0 times what is not a number is none."""
-        shape = (self.num_blocks, self.block_size, *like_LHD.shape[1:])
+        shape = (*layers, self.num_blocks, self.block_size, *like_LHD.shape[1:])
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
@@ -75,6 +92,17 @@ class NewTokens(NamedTuple):
     """So many tokens of the row are in the cache."""
     blocks: Sequence[int]
     """Of the row, in order: enough for the new tokens as well."""
+
+
+class ReadPlaces(NamedTuple):
+    """What a step reads of the cache: all tokens of its rows, end to end."""
+
+    places_T: Tensor
+    """int64: where they are."""
+    cu_keys_S: Tensor
+    """int32 [R + 1]: where each row's begin among them."""
+    max_queries: int
+    max_keys: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +130,8 @@ class CachedRows:
     """lengths_R on the host."""
     max_length: int
     """Of a row that decodes; a bound is enough."""
+    read: ReadPlaces | None = None
+    """On a GPU."""
 
     @staticmethod
     def of(cache: PagedCache, rows: Sequence[NewTokens]) -> CachedRows:
@@ -125,6 +155,13 @@ class CachedRows:
         def put(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).to(cache.device, non_blocking=True)
 
+        read = None
+        if cache.device.type == "cuda":
+            cu_keys = np.concatenate([[0], lengths.cumsum()])
+            row_T = np.repeat(np.arange(len(rows)), lengths)
+            at = np.arange(len(row_T)) - cu_keys[row_T]
+            read_places = tables[row_T, at // size].astype(np.int64) * size + at % size
+            read = ReadPlaces(put(read_places), put(cu_keys.astype(np.int32)), int(counts.max()), int(lengths.max()))
         return CachedRows(
             cache=cache,
             ids_BT=put(ids)[None],
@@ -137,4 +174,5 @@ class CachedRows:
             starts=tuple(cu_queries.tolist()),
             lengths=tuple(lengths.tolist()),
             max_length=int(lengths[:decoding].max(initial=0)),
+            read=read,
         )

@@ -1,27 +1,35 @@
-"""Attention of new tokens over a paged cache, in torch's own operations, with a kernel for rows that decode on a GPU.
+"""Attention of new tokens over a paged cache, in torch's own operations, on any device.
 
 The new keys and values are written to the cache first. Then each new token attends to its row's tokens up to itself: rows that
-decode all in one call (on a GPU in paged_kernels.py, whose plain twin is here), and each chunk of a prompt in a call of its own.
+decode all in one call, over their blocks side by side, and each chunk of a prompt in a call of its own.
 """
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.attention.cache import CachedRows
-from raytune_llm.models.attention.document_attention import document_attention
+from raytune_llm.models.attention.cache import CachedRows, ReadPlaces
+from raytune_llm.models.attention.decode_step import DecodeStep
 from raytune_llm.models.attention.masked import Scores, masked_attention
+from raytune_llm.models.attention.paged_decode import paged_decode
+from raytune_llm.models.attention.varlen import varlen_over
 
 
 def cached_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores, rows: CachedRows, sinks_H: Tensor | None = None
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Scores,
+    rows: CachedRows | DecodeStep,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """query [1, H, L, Dh], key and value [1, heads, L, Dh] of the new tokens -> [1, L, H, Dh] in the cache's type."""
+    if isinstance(rows, DecodeStep):
+        return _decode_step(module, query, key, value, scores, rows)
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise ConfigError(
@@ -31,15 +39,11 @@ def cached_attention(
         )
     q_LHD, k_LHD, v_LHD = (x.squeeze(0).transpose(0, 1).to(rows.cache.dtype) for x in (query, key, value))
     keys, values = rows.cache.write(layer, rows.places_L, k_LHD, v_LHD)
+    if rows.read is not None and scores.softcap is None and sinks_H is None and _flash_takes(q_LHD, v_LHD):
+        return _flash(q_LHD, keys, values, scores, rows, rows.read).unsqueeze(0)
     out_LHD = q_LHD.new_empty((*q_LHD.shape[:2], v_LHD.shape[-1]))
     if rows.decoding:
         out_LHD[: rows.decoding] = _decoding(q_LHD[: rows.decoding], keys, values, scores, rows, sinks_H)
-    if rows.decoding < len(rows.lengths) and _all_whole(q_LHD, v_LHD, scores, rows, sinks_H):
-        first = rows.starts[rows.decoding]
-        cu_seqlens_S = rows.cu_queries_S[rows.decoding :] - first
-        new_LHD = (x[first:].contiguous() for x in (q_LHD, k_LHD, v_LHD))
-        out_LHD[first:] = document_attention(*new_LHD, cu_seqlens_S, max(rows.lengths[rows.decoding :]), None, scores.scaling)
-        return out_LHD.unsqueeze(0)
     for row in range(rows.decoding, len(rows.lengths)):
         new = slice(rows.starts[row], rows.starts[row + 1])
         count, length = new.stop - new.start, rows.lengths[row]
@@ -51,28 +55,20 @@ def cached_attention(
     return out_LHD.unsqueeze(0)
 
 
-def _all_whole(q_LHD: Tensor, v_LHD: Tensor, scores: Scores, rows: CachedRows, sinks_H: Tensor | None) -> bool:
-    """All prompts of the step begin in it, so that FlashAttention takes them in one call, like the documents of a pack."""
-    head, sixteen_bits = q_LHD.shape[-1], q_LHD.dtype in (torch.bfloat16, torch.float16)
-    takes = q_LHD.is_cuda and sixteen_bits and head == v_LHD.shape[-1] and head <= 256 and head % 8 == 0
-    counts = (stop - start for start, stop in pairwise(rows.starts[rows.decoding :]))
-    lengths = rows.lengths[rows.decoding :]
-    bounded = scores.sliding_window is None or max(lengths) <= scores.sliding_window
-    return takes and bounded and scores.softcap is None and sinks_H is None and tuple(counts) == lengths
+def _decode_step(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores, step: DecodeStep) -> Tensor:
+    q_RHD, k_RKD, v_RKD = (x.squeeze(0).transpose(0, 1).to(step.keys.dtype) for x in (query, key, value))
+    layer_1: Tensor = module.cache_layer  # type: ignore[assignment]
+    scaling = q_RHD.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling
+    window, softcap = scores.sliding_window or 0, scores.softcap or 0.0
+    out_RHD = paged_decode(
+        q_RHD, k_RKD, v_RKD, step.keys, step.values, layer_1, step.numbers, step.rows, scaling, window, softcap
+    )
+    return out_RHD.unsqueeze(0)
 
 
 def _decoding(q_RHD: Tensor, keys: Tensor, values: Tensor, scores: Scores, rows: CachedRows, sinks_H: Tensor | None) -> Tensor:
-    """One new token a row."""
-    if q_RHD.is_cuda:
-        from raytune_llm.models.attention.paged_kernels import paged_decoding  # Triton is there with torch for GPUs alone
-
-        return paged_decoding(q_RHD, keys, values, rows.tables_RK, rows.lengths_R, scores, sinks_H)
-    return decoding(q_RHD, keys, values, scores, rows, sinks_H)
-
-
-def decoding(q_RHD: Tensor, keys: Tensor, values: Tensor, scores: Scores, rows: CachedRows, sinks_H: Tensor | None) -> Tensor:
-    """The plain twin of the kernel. The query heads that share a key are rows of one product with it, so that no key is copied
-    for them (at 32 rows on a CPU, 4.5 times as fast as torch's grouped heads)."""
+    """One new token a row. The query heads that share a key are rows of one product with it, so that no key is copied for them
+    (at 32 rows on a CPU, 4.5 times as fast as torch's grouped heads)."""
     R, H, head = q_RHD.shape
     size, heads, window = rows.cache.block_size, keys.shape[2], scores.sliding_window
     first = 0 if window is None else max(0, min(rows.lengths[:R]) - window) // size
@@ -91,6 +87,27 @@ def decoding(q_RHD: Tensor, keys: Tensor, values: Tensor, scores: Scores, rows: 
         None if sinks_H is None else sinks_H.view(heads, H // heads),
     )
     return out_RKGD.flatten(1, 2)
+
+
+def _flash_takes(q_LHD: Tensor, v_LHD: Tensor) -> bool:
+    head = q_LHD.shape[-1]
+    return q_LHD.dtype in (torch.bfloat16, torch.float16) and v_LHD.shape[-1] == head and head <= 256 and head % 8 == 0
+
+
+def _flash(q_LHD: Tensor, keys: Tensor, values: Tensor, scores: Scores, rows: CachedRows, read: ReadPlaces) -> Tensor:
+    """All rows in one call: FlashAttention over boundaries takes the queries of a row for its last tokens."""
+    k_THD, v_THD = (held.flatten(0, 1).index_select(0, read.places_T) for held in (keys, values))
+    return varlen_over(
+        q_LHD,
+        k_THD,
+        v_THD,
+        rows.cu_queries_S,
+        read.cu_keys_S,
+        read.max_queries,
+        read.max_keys,
+        scores.scaling,
+        scores.sliding_window,
+    )
 
 
 def _chunk(

@@ -1,10 +1,4 @@
-"""Attention of one new token a row over a paged cache, on a GPU, in Triton.
-
-A program takes one row, one head of keys and a part of the row's tokens, with the query heads that share those keys as rows of
-its products; what it finds is merged with the other parts by the log-sum-exp of their scores (flash decoding, Dao et al. 2023).
-How many parts there are depends on the number of rows alone, and where they lie on lengths that the device reads, so a CUDA graph
-may hold the launch.
-"""
+"""The kernels behind `paged_decode`. A step's numbers, int32 end to end: see `DecodeStep`."""
 
 from __future__ import annotations
 
@@ -15,129 +9,129 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raytune_llm.models.attention.masked import Scores
-
-TILE = 64
-"""Tokens that a program reads at once."""
-PROGRAMS = 512
-"""That a launch is split into, where rows and heads alone are fewer: about four for each multiprocessor of an H100."""
-MAX_PARTS = 64
+TOKENS, WARPS = 64, 4
+"""Of a row, that a program reads at once."""
 
 
-def paged_decoding(
+def write(k_RKD: Tensor, v_RKD: Tensor, keys: Tensor, values: Tensor, layer_1: Tensor, step: Tensor, columns: int) -> None:
+    """The new keys and values, to their places; rows without a place are padding."""
+    width = k_RKD[0].numel()
+    kernel: Any = _write
+    kernel[(len(k_RKD),)](
+        k_RKD, v_RKD, keys, values, layer_1, step, columns, keys.stride(0), width,
+        WIDTH=triton.next_power_of_2(width), num_warps=WARPS,
+    )  # fmt: skip
+
+
+def attend(
     q_RHD: Tensor,
     keys: Tensor,
     values: Tensor,
-    tables_RK: Tensor,
-    lengths_R: Tensor,
-    scores: Scores,
-    sinks_H: Tensor | None = None,
+    layer_1: Tensor,
+    step: Tensor,
+    columns: int,
+    scaling: float,
+    window: int,
+    softcap: float,
+    splits: int,
 ) -> Tensor:
-    """[R, H, Dv]: the last token of each row over its tokens. keys, values: [blocks, block_size, heads, Dh] each, Dv of values
-    may differ. tables_RK, lengths_R: int32."""
-    R, H, head = q_RHD.shape
-    heads, head_v = keys.shape[2], values.shape[3]
-    parts = max(1, min(MAX_PARTS, PROGRAMS // (R * heads)))
-    q_RHD = q_RHD.contiguous()
-    out_RHV = q_RHD.new_empty(R, H, head_v)
-    part_RHPV = torch.empty(R, H, parts, head_v, device=q_RHD.device, dtype=torch.float32)
-    lse_RHP = torch.empty(R, H, parts, device=q_RHD.device, dtype=torch.float32)
-    attend: Any = _attend
-    attend[(R, heads, parts)](
-        part_RHPV, lse_RHP, q_RHD, keys, values, tables_RK, lengths_R,
-        head**-0.5 if scores.scaling is None else scores.scaling,
-        scores.softcap or 0.0,
-        tables_RK.stride(0),
-        keys.stride(0), keys.stride(1), keys.stride(2),
-        values.stride(0), values.stride(1), values.stride(2),
-        HEADS=H, GROUP=H // heads, PADDED_GROUP=max(16, triton.next_power_of_2(H // heads)),
-        HEAD=head, PADDED_HEAD=max(16, triton.next_power_of_2(head)),
-        HEAD_V=head_v, PADDED_HEAD_V=max(16, triton.next_power_of_2(head_v)),
-        BLOCK_SIZE=keys.shape[1], WINDOW=scores.sliding_window or 0, CAPPED=scores.softcap is not None,
-        PARTS=parts, TILE=TILE, num_warps=4,
+    R, H, D = q_RHD.shape
+    heads = keys.shape[3]
+    groups = H // heads
+    out = torch.empty_like(q_RHD)
+    parts = q_RHD.new_empty((R, H, splits, D), dtype=torch.float32) if splits > 1 else out
+    sums = q_RHD.new_empty((R, H, splits, 2), dtype=torch.float32) if splits > 1 else out
+    kernel, reduce = (_attend, _reduce)
+    sizes = {"WIDTH": triton.next_power_of_2(D), "num_warps": WARPS}
+    launched: Any = kernel[(R, heads, splits)]
+    launched(
+        q_RHD, keys, values, layer_1, step, out, parts, sums, columns, keys.stride(0), keys.shape[2], scaling, window, softcap,
+        D=D, HEADS=heads, GROUPS=groups, SPLITS=splits, PADDED=max(16, triton.next_power_of_2(groups)), TOKENS=TOKENS,
+        CAPPED=softcap > 0, EXACT=q_RHD.dtype == torch.float32, **sizes,
     )  # fmt: skip
-    merge: Any = _merge
-    merge[(R, H)](
-        out_RHV, part_RHPV, lse_RHP, lse_RHP if sinks_H is None else sinks_H,
-        HAS_SINKS=sinks_H is not None, HEADS=H, HEAD_V=head_v, PADDED_HEAD_V=triton.next_power_of_2(head_v),
-        PARTS=parts, PADDED_PARTS=triton.next_power_of_2(parts), num_warps=2,
-    )  # fmt: skip
-    return out_RHV
+    if splits > 1:
+        launched = reduce[(R, H)]
+        launched(parts, sums, out, D=D, SPLITS=splits, PADDED=triton.next_power_of_2(splits), **sizes)
+    return out
+
+
+@triton.jit
+def _write(k, v, keys, values, layer, step, columns, layer_stride, width, WIDTH: tl.constexpr):
+    row = tl.program_id(0)
+    place = tl.load(step + 1 + 2 * columns + row)
+    if place >= 0:
+        i = tl.arange(0, WIDTH)
+        inside = i < width
+        to = tl.load(layer).to(tl.int64) * layer_stride + place.to(tl.int64) * width + i
+        tl.store(keys + to, tl.load(k + row * width + i, mask=inside).to(keys.dtype.element_ty), mask=inside)
+        tl.store(values + to, tl.load(v + row * width + i, mask=inside).to(values.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _attend(
-    part_out, part_lse, queries, keys, values, tables, lengths, scaling, softcap, table_stride,
-    key_block, key_token, key_head, value_block, value_token, value_head,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, HEAD: tl.constexpr, PADDED_HEAD: tl.constexpr,
-    HEAD_V: tl.constexpr, PADDED_HEAD_V: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    PARTS: tl.constexpr, TILE: tl.constexpr,
+    q, keys, values, layer, step, out, parts, sums, columns, layer_stride, block_size, scaling, window, softcap,
+    D: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
+    TOKENS: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths + row)
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(length - WINDOW, 0)
-    size = tl.cdiv(tl.cdiv(length - first, PARTS), TILE) * TILE
-    start = first + part * size
-    stop = tl.minimum(start + size, length)
-
-    g = tl.arange(0, PADDED_GROUP)
-    d = tl.arange(0, PADDED_HEAD)
-    v = tl.arange(0, PADDED_HEAD_V)
-    t = tl.arange(0, TILE)
-    of_group = g < GROUP
-    query_head = row * HEADS + head * GROUP + g
-    q = tl.load(queries + query_head[:, None] * HEAD + d[None, :], mask=of_group[:, None] & (d < HEAD)[None, :], other=0.0)
-    best = tl.full([PADDED_GROUP], -1e30, tl.float32)
-    total = tl.zeros([PADDED_GROUP], tl.float32)
-    out = tl.zeros([PADDED_GROUP, PADDED_HEAD_V], tl.float32)
-    for at in range(start, stop, TILE):
-        position = at + t
-        inside = position < stop
-        block = tl.load(tables + row * table_stride + position // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-        token = position % BLOCK_SIZE
-        key_at = block * key_block + token * key_token + head * key_head
-        k = tl.load(keys + key_at[None, :] + d[:, None], mask=inside[None, :] & (d < HEAD)[:, None], other=0.0)
-        score = tl.dot(q, k, input_precision="ieee") * scaling
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    table = step + 1 + 5 * columns + row * tl.load(step)
+    length = tl.load(step + 1 + 3 * columns + row)
+    first = tl.maximum(length - window, 0) if window > 0 else 0
+    share = tl.cdiv(tl.cdiv(length - first, TOKENS), SPLITS) * TOKENS
+    start = first + split * share
+    end = tl.minimum(start + share, length)
+    base = tl.load(layer).to(tl.int64) * layer_stride
+    g, d, t = tl.arange(0, PADDED), tl.arange(0, WIDTH), tl.arange(0, TOKENS)
+    from_q = (row * HEADS * GROUPS + head * GROUPS + g[:, None]) * D + d[None, :]
+    of_q = (g[:, None] < GROUPS) & (d[None, :] < D)
+    query = tl.load(q + from_q, mask=of_q, other=0.0)
+    highest = tl.full([PADDED], -float("inf"), tl.float32)
+    total = tl.zeros([PADDED], tl.float32)
+    gathered = tl.zeros([PADDED, WIDTH], tl.float32)
+    for at in range(start, end, TOKENS):
+        token = at + t
+        seen = token < end
+        block = tl.load(table + token // block_size, mask=seen, other=0).to(tl.int64)
+        place = base + ((block * block_size + token % block_size) * HEADS + head) * D
+        inside = seen[:, None] & (d[None, :] < D)
+        key = tl.load(keys + place[:, None] + d[None, :], mask=inside, other=0.0)
+        value = tl.load(values + place[:, None] + d[None, :], mask=inside, other=0.0)
+        if EXACT:
+            scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scaling
+        else:
+            scores = tl.dot(query, tl.trans(key)) * scaling
         if CAPPED:
-            score = softcap * (1 - 2 / (tl.exp(2 * score / softcap) + 1))  # tanh
-        score = tl.where(inside[None, :], score, -1e30)
-        now = tl.maximum(best, tl.max(score, axis=1))
-        weight = tl.where(inside[None, :], tl.exp(score - now[:, None]), 0.0)
-        keep = tl.exp(best - now)
-        total = total * keep + tl.sum(weight, axis=1)
-        value_at = block * value_block + token * value_token + head * value_head
-        value = tl.load(values + value_at[:, None] + v[None, :], mask=inside[:, None] & (v < HEAD_V)[None, :], other=0.0)
-        out = out * keep[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
-        best = now
-    place = query_head * PARTS + part
-    found = total > 0
-    out = out / tl.where(found, total, 1.0)[:, None]
-    tl.store(part_out + place[:, None] * HEAD_V + v[None, :], out, mask=of_group[:, None] & (v < HEAD_V)[None, :])
-    tl.store(part_lse + place, tl.where(found, best + tl.log(tl.where(found, total, 1.0)), -1e30), mask=of_group)
+            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp(scores - higher[:, None])
+        shrink = tl.exp(highest - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        if EXACT:
+            gathered = gathered * shrink[:, None] + tl.dot(weights, value, input_precision="ieee")
+        else:
+            gathered = gathered * shrink[:, None] + tl.dot(weights.to(value.dtype), value)
+        highest = higher
+    if SPLITS == 1:
+        result = gathered / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(out + from_q, result.to(out.dtype.element_ty), mask=of_q)
+    else:
+        lane = (row * HEADS * GROUPS + head * GROUPS + g) * SPLITS + split
+        tl.store(parts + lane[:, None] * D + d[None, :], gathered, mask=of_q)
+        tl.store(sums + lane * 2, highest, mask=g < GROUPS)
+        tl.store(sums + lane * 2 + 1, total, mask=g < GROUPS)
 
 
 @triton.jit
-def _merge(
-    out, part_out, part_lse, sinks,
-    HAS_SINKS: tl.constexpr, HEADS: tl.constexpr, HEAD_V: tl.constexpr, PADDED_HEAD_V: tl.constexpr,
-    PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr,
-):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
-    p = tl.arange(0, PADDED_PARTS)
-    v = tl.arange(0, PADDED_HEAD_V)
-    place = (row * HEADS + head) * PARTS + p
-    lse = tl.load(part_lse + place, mask=p < PARTS, other=-1e30)
-    best = tl.max(lse, axis=0)
-    if HAS_SINKS:
-        sink = tl.load(sinks + head).to(tl.float32)
-        best = tl.maximum(best, sink)
-    weight = tl.exp(lse - best)
-    total = tl.sum(weight, axis=0)
-    if HAS_SINKS:
-        total += tl.exp(sink - best)
-    inside = (p < PARTS)[:, None] & (v < HEAD_V)[None, :]
-    parts = tl.load(part_out + place[:, None] * HEAD_V + v[None, :], mask=inside, other=0.0)
-    merged = tl.sum(parts * (weight / total)[:, None], axis=0)
-    tl.store(out + (row * HEADS + head) * HEAD_V + v, merged.to(out.dtype.element_ty), mask=v < HEAD_V)
+def _reduce(parts, sums, out, D: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr):
+    lane = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    s, d = tl.arange(0, PADDED), tl.arange(0, WIDTH)
+    there = s < SPLITS
+    highest = tl.load(sums + (lane * SPLITS + s) * 2, mask=there, other=-float("inf"))
+    total = tl.load(sums + (lane * SPLITS + s) * 2 + 1, mask=there, other=0.0)
+    # A part without tokens counts nothing; a row without any is padding.
+    shrink = tl.where(total > 0, tl.exp(highest - tl.max(highest, 0)), 0.0)
+    part = tl.load(parts + (lane * SPLITS + s[:, None]) * D + d[None, :], mask=there[:, None] & (d[None, :] < D), other=0.0)
+    gathered = tl.sum(tl.where(total[:, None] > 0, part, 0.0) * shrink[:, None], 0)
+    whole = tl.sum(total * shrink, 0)
+    tl.store(out + lane * D + d, (gathered / tl.where(whole > 0, whole, 1.0)).to(out.dtype.element_ty), mask=d < D)  # type: ignore[operator]

@@ -40,7 +40,8 @@ def test_each_row_is_what_it_would_be_alone(engine_of, tmp_path: Path, seed: int
     """Few blocks, few slots, few tokens a step: rows are cut, preempted, find each other's beginnings and wait for slots."""
     draw = random.Random(seed)
     runner = ToyRunner(num_blocks=draw.choice([16, 24, 64]), slots=draw.choice([1, 2, 4]))
-    engine = engine_of(runner, max_rows=draw.choice([2, 8]), step_tokens=draw.choice([8, 16, 64]), max_length=60)
+    sizes = {"max_rows": draw.choice([2, 8]), "step_tokens": draw.choice([8, 16, 64])}
+    engine = engine_of(runner, **sizes, max_length=60, overlaps=seed % 2 == 1)
     for number in range(1, 7):
         engine.add_adapter(f"a{number}", adapter_folder(tmp_path / f"a{number}", number))
     beginnings = [[draw.randrange(1, V) for _ in range(draw.randrange(1, 20))] for _ in range(3)]

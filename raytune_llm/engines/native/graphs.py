@@ -1,0 +1,128 @@
+"""Steps in which every row decodes, captured as CUDA graphs: a replay starts all kernels of a step at once.
+
+A graph holds a step of so many rows; smaller steps are padded to the next size with rows that write nothing and are not read.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from raytune_llm.engines.native.scheduler import Piece
+from raytune_llm.models.attention.cache import PagedCache
+from raytune_llm.models.attention.decode_step import PLACE, SLOT, DecodeStep, StepNumbers
+from raytune_llm.models.layers import named_layers
+from raytune_llm.models.policy import Policy
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+
+
+def alike_layers(config: PretrainedConfig) -> int:
+    """How many layers a model has, whose keys and values have one shape; 0 where it isn't known that they have."""
+    text: Any = config.get_text_config()
+    known = ("head_dim", "num_key_value_heads", "num_attention_heads")
+    odd = any(getattr(text, name, None) is not None for name in ("kv_lora_rank", "num_kv_shared_layers", "global_head_dim"))
+    sinks = text.model_type.startswith("gpt_oss")
+    return 0 if odd or sinks or not all(hasattr(text, name) for name in known[1:]) else int(text.num_hidden_layers)
+
+
+class DecodeGraphs:
+    def __init__(
+        self,
+        policy: Policy,
+        cache: PagedCache,
+        bank: Any,
+        *,
+        max_rows: int,
+        max_length: int,
+        compiled: bool,
+        captured: bool = True,
+    ) -> None:
+        """captured: false on a device that holds no graphs, where steps run as they are written, for tests."""
+        self._policy: Any = policy
+        self._cache, self._bank, self._captured = cache, bank, captured
+        self.sizes = sorted({size for size in SIZES if size < max_rows} | {max_rows})
+        self._numbers = StepNumbers(max_rows, -(-max_length // cache.block_size), cache.device)
+        self._graphs: dict[tuple[int, bool], tuple[Any, Tensor]] = {}
+        self._pool: Any = None
+        for number, (_, layer) in enumerate(named_layers(policy.base)):
+            attention = next(part for part in layer.modules() if hasattr(part, "layer_idx") and _attends(part))
+            # Of a tensor, since a number would make the compiler take each layer for another.
+            attention.register_buffer(
+                "cache_layer", torch.tensor([number], dtype=torch.int32, device=cache.device), persistent=False
+            )
+            if compiled:
+                layer.compile(dynamic=True)
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Compile, and capture every size, the largest first, whose memory the others share."""
+        self._policy.eval()
+        for size in reversed(self.sizes):
+            for adapted in (True, False) if self._bank is not None else (False,):
+                self._logits(size, adapted)
+
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        """float32 [R, V]: logits of each piece, a token each. They are the next step's to overwrite."""
+        rows = [piece.row for piece in pieces]
+        size = self.sizes[bisect_left(self.sizes, len(rows))]
+        lengths = [piece.stop for piece in pieces]
+        slots = [row.slot for row in rows]
+        self._put(
+            size,
+            [row.ids[piece.start] for row, piece in zip(rows, pieces, strict=True)],
+            lengths,
+            slots,
+            [r.blocks for r in rows],
+        )
+        return self._logits(size, any(slot >= 0 for slot in slots))[: len(rows)]
+
+    def _put(
+        self, size: int, tokens: Sequence[int], lengths: Sequence[int], slots: Sequence[int], blocks: Sequence[Sequence[int]]
+    ) -> None:
+        own = [row[: -(-length // self._cache.block_size)] for row, length in zip(blocks, lengths, strict=True)]
+        self._numbers.put(size, tokens, lengths, slots, own, self._cache.block_size)
+
+    def _logits(self, size: int, adapted: bool) -> Tensor:
+        if not self._captured:
+            return self._computed(size, adapted)
+        if (size, adapted) not in self._graphs:
+            self._graphs[size, adapted] = self._capture(size, adapted)
+        graph, logits_RV = self._graphs[size, adapted]
+        graph.replay()
+        return logits_RV
+
+    def _capture(self, size: int, adapted: bool) -> tuple[Any, Tensor]:
+        device = self._cache.device
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        held = self._numbers.device.clone()
+        self._numbers.device.zero_()  # of padding alone: what is computed before the capture writes to no row's place
+        numbers = self._numbers.device[1 : 1 + 5 * size].view(5, size)
+        numbers[PLACE].fill_(-1)
+        numbers[SLOT].fill_(-1)
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # to compile, and to let libraries take their memory
+                self._computed(size, adapted)
+        torch.cuda.current_stream(device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits_RV = self._computed(size, adapted)
+        self._pool = self._pool or graph.pool()
+        self._numbers.device.copy_(held)
+        return graph, logits_RV
+
+    def _computed(self, size: int, adapted: bool) -> Tensor:
+        step = DecodeStep.of(self._cache, self._numbers, size)
+        route: Mapping[str, Any] = self._bank.by_tokens(step.column(SLOT)) if adapted else {}
+        hidden_1RD = self._policy.hidden(step, route)
+        return self._policy.logits(hidden_1RD[0])
+
+
+def _attends(part: nn.Module) -> bool:
+    return "attention" in type(part).__name__.lower()

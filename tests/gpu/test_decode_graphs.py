@@ -1,0 +1,114 @@
+"""Captured steps of rows that decode, compiled and not, beside steps as they are written: the same tokens in float32."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from raytune_llm.engines.native.engine import NativeEngine
+from raytune_llm.engines.native.graphs import DecodeGraphs
+from raytune_llm.engines.native.runner import PolicyRunner
+from raytune_llm.engines.requests import Request, Sampling
+from raytune_llm.models import attention
+from raytune_llm.models.adapters import LoraBank
+from raytune_llm.models.adapters.routes import _by_row, slot_products
+from raytune_llm.models.attention.decode_step import StepNumbers
+from raytune_llm.models.attention.paged_decode import paged_decode, plain
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.quantization.fp8 import _rows_in_fp8, few_rows_in_fp8
+from tests.invariant.test_served_equals_trained import CONFIG, Tokenizer, save_adapter
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "groups", "head", "window", "softcap"), [(8, 4, 128, 0, 0.0), (2, 1, 80, 100, 0.0), (1, 7, 64, 0, 30.0)]
+)
+def test_decoding_equals_its_plain_twin(heads, groups, head, window, softcap, dtype):
+    torch.manual_seed(0)
+    size, blocks, lengths = 16, 400, [1, 2000, 17, 300, 64]
+    keys, values = (torch.randn(3, blocks, size, heads, head, device=CUDA, dtype=dtype) for _ in range(2))
+    free = torch.randperm(blocks).tolist()
+    numbers = StepNumbers(8, 200, CUDA)
+    numbers.put(8, [1] * 5, lengths, [0] * 5, [[free.pop() for _ in range(-(-length // size))] for length in lengths], size)
+    q, k, v = (torch.randn(8, count, head, device=CUDA, dtype=dtype) for count in (heads * groups, heads, heads))
+    layer = torch.tensor([1], dtype=torch.int32, device=CUDA)
+    theirs = keys.clone(), values.clone()
+    expected = plain(q, k, v, *theirs, layer, numbers.device, 8, head**-0.5, window, softcap)
+    got = paged_decode(q, k, v, keys, values, layer, numbers.device, 8, head**-0.5, window, softcap)
+    assert torch.equal(keys, theirs[0])
+    assert torch.equal(values, theirs[1])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_by_slot_equal_their_plain_twin(dtype):
+    torch.manual_seed(0)
+    slots = torch.tensor([2, -1, 0, 2, 1], dtype=torch.int32, device=CUDA)
+    for inputs, rank, widths in ((4096, 8, (4096, 1024, 1024)), (14336, 8, (4096,)), (96, 64, (100, 36))):
+        x = torch.randn(5, inputs, device=CUDA, dtype=dtype)
+        a = [torch.randn(4, rank, inputs, device=CUDA, dtype=dtype) / inputs**0.5 for _ in widths]
+        b = [torch.randn(4, rank, width, device=CUDA, dtype=dtype) for width in widths]
+        for bank in (*a, *b):
+            bank[-1] = 0
+        outs = [torch.randn(5, width, device=CUDA, dtype=dtype) for width in widths]
+        got = slot_products(outs, x, slots, a, b)
+        for out, one, a_GRK, b_GRO in zip(outs, got, a, b, strict=True):
+            torch.testing.assert_close(
+                one, _by_row(out, x, slots, a_GRK, b_GRO), rtol=1e-2, atol=1e-2 if dtype != torch.float32 else 1e-3
+            )
+            assert torch.equal(one[1], out[1])
+
+
+def answers(folders: dict[str, Path], *, compiled: bool | None) -> list[tuple[int, ...]]:
+    """compiled: None for steps as they are written."""
+    torch.manual_seed(3)
+    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIG), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
+    model.to(CUDA)
+    attention.attach(model, "sdpa")
+    policy = CausalLM(model)
+    bank = LoraBank(model, num_slots=2, max_rank=8, dtype=torch.float32)
+    made = partial(DecodeGraphs, policy, bank=bank, max_rows=6, max_length=64, compiled=bool(compiled))
+    runner = PolicyRunner(policy, num_blocks=60, block_size=4, device=CUDA, bank=bank, graphs=None if compiled is None else made)
+    engine = NativeEngine(runner, Tokenizer(), end_ids=(), max_length=64, max_rows=6)
+    for name, folder in folders.items():
+        engine.add_adapter(name, folder)
+    names = [None, *folders] * 3
+    found = engine.generate(
+        [
+            Request(prompt_ids=[5 + number, 9, 40] * (1 + number), adapter=name, sampling=Sampling(max_new_tokens=9 + number))
+            for number, name in enumerate(names[:5])
+        ]
+    )
+    engine.close()
+    return [completion.ids for completion in found]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_captured_steps_give_the_same_tokens(tmp_path, compiled):
+    folders = {name: save_adapter(tmp_path / name, rank, seed=rank) for name, rank in (("a", 4), ("b", 8))}
+    assert answers(folders, compiled=compiled) == answers(folders, compiled=None)
+
+
+def test_rows_in_fp8_equal_their_plain_twin():
+    torch.manual_seed(0)
+    x = torch.randn(5, 14336, device=CUDA, dtype=torch.bfloat16)
+    x[3] = 0
+    few, scale = few_rows_in_fp8(x)
+    with torch.enable_grad():
+        plain_rows, plain_scale = _rows_in_fp8(x)
+    torch.testing.assert_close(scale, plain_scale)
+    assert (few.float() - plain_rows.float()).abs().max() <= 32  # one step of e4m3 at its largest
+    assert (few.float() != plain_rows.float()).float().mean() < 1e-3

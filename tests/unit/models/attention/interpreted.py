@@ -1,0 +1,62 @@
+"""Run with TRITON_INTERPRET=1: kernels beside their plain twins, on the CPU."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from raytune_llm.models.adapters.routes import _by_row
+from raytune_llm.models.adapters.slot_kernels import products
+from raytune_llm.models.attention.decode_step import StepNumbers
+from raytune_llm.models.attention.paged_decode import plain
+from raytune_llm.models.attention.paged_kernels import attend, write
+
+
+def paged_decode() -> None:
+    torch.manual_seed(0)
+    size, blocks = 4, 60
+    for heads, groups, head, splits, window, softcap in (
+        (2, 3, 16, 1, 0, 0.0),
+        (1, 4, 24, 5, 0, 0.0),
+        (2, 1, 16, 3, 70, 0.0),
+        (1, 2, 8, 2, 0, 20.0),
+    ):
+        keys, values = (torch.randn(3, blocks, size, heads, head) for _ in range(2))
+        numbers = StepNumbers(8, 40, torch.device("cpu"))
+        lengths = [1, 150, 7]
+        free = torch.randperm(blocks).tolist()
+        tables = [[free.pop() for _ in range(-(-length // size))] for length in lengths]
+        numbers.put(4, [1, 2, 3], lengths, [0, -1, 1], tables, size)
+        numbers.device[:] = numbers.host
+        q, k, v = torch.randn(4, heads * groups, head), torch.randn(4, heads, head), torch.randn(4, heads, head)
+        layer = torch.tensor([1], dtype=torch.int32)
+        theirs = keys.clone(), values.clone()
+        expected = plain(q, k, v, *theirs, layer, numbers.device, 4, 0.3, window, softcap)
+        write(k, v, keys, values, layer, numbers.device, 4)
+        got = attend(q, keys, values, layer, numbers.device, 4, 0.3, window, softcap, splits)
+        assert torch.equal(keys, theirs[0])
+        assert torch.equal(values, theirs[1])
+        torch.testing.assert_close(got[:3], expected[:3], rtol=1e-5, atol=1e-5)
+        assert got[3].eq(0).all()
+        print("equal", heads, groups, head)
+
+
+def slot_products() -> None:
+    torch.manual_seed(0)
+    for inputs, rank, widths in ((40, 8, (24,)), (3000, 8, (700, 40)), (64, 16, (64, 32, 32)), (2100, 24, (33, 1030, 5))):
+        x, slots = torch.randn(5, inputs), torch.tensor([2, -1, 0, 2, 1], dtype=torch.int32)
+        a = [torch.randn(4, rank, inputs) / inputs**0.5 for _ in widths]
+        b = [torch.randn(4, rank, width) for width in widths]
+        for bank in (*a, *b):
+            bank[-1] = 0
+        outs = [torch.randn(5, width) for width in widths]
+        got = products(outs, x, slots, a, b)
+        for out, one, a_GRK, b_GRO in zip(outs, got, a, b, strict=True):
+            torch.testing.assert_close(one, _by_row(out, x, slots, a_GRK, b_GRO), rtol=1e-4, atol=1e-4)
+            assert torch.equal(one[1], out[1])
+        print("equal", inputs, rank, widths)
+
+
+if __name__ == "__main__":
+    {"paged_decode": paged_decode, "slot_products": slot_products}[sys.argv[1]]()
