@@ -86,7 +86,8 @@ def measured_flops(size: int = 1024, repeats: int = 8) -> float:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = 8 * size if device.type == "cuda" else size
     left = torch.ones(size, size, device=device, dtype=dtype)
-    float((left @ left).sum())
+    product = left @ left
+    float(product.sum())
     began = time.perf_counter()
     for _ in range(repeats):
         product = left @ left

@@ -15,8 +15,7 @@ from raytune_llm.config.sweep import Sweep
 from raytune_llm.data import pipeline
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.runs import preflight
-from raytune_llm.runs.output import check_writable
-from raytune_llm.runs.owner import owned
+from raytune_llm.runs.owner import check_writable, owned
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.results import prune, write_results
 from raytune_llm.tune.study import Setting, Study, Trial

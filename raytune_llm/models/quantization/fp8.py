@@ -14,7 +14,6 @@ E4M3_MAX = torch.finfo(E4M3).max
 MIN_CAPABILITY = (9, 0)
 """Tensor cores take a scale a row from Hopper on, in layers whose sizes are multiples of SIZE_MULTIPLE."""
 SIZE_MULTIPLE = 16
-FEW_ROWS = 256
 
 
 class FP8Linear(QuantizedLinear):
@@ -82,24 +81,8 @@ def _fp8_product(x_MK: Tensor, weight_NK: Tensor, scale_1N: Tensor) -> Tensor:
 
 def _rows_in_fp8(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Each row over its largest magnitude, and what to multiply it with again, [M, 1] float32."""
-    if x_MK.is_cuda and x_MK.shape[0] <= FEW_ROWS and not torch.is_grad_enabled():
-        return few_rows_in_fp8(x_MK)
     scale_M1 = x_MK.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
     return (x_MK.float() / scale_M1).to(E4M3), scale_M1
-
-
-@torch.library.custom_op("raytune_llm::few_rows_in_fp8", mutates_args=())
-def few_rows_in_fp8(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of the rows of a decoding step, a program a row: the compiler, which knows not how few they are, takes 20 times as
-    long."""
-    from raytune_llm.models.quantization.fp8_kernels import rows
-
-    return rows(x_MK.contiguous())
-
-
-@few_rows_in_fp8.register_fake
-def _(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_MK, dtype=E4M3), x_MK.new_empty((x_MK.shape[0], 1), dtype=torch.float32)
 
 
 class FP8(Quantization):
