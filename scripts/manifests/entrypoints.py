@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from raytune_llm.config.load import load_config
 from raytune_llm.config.resources import Cluster
 from raytune_llm.config.run import RUNS, TrainRun
+from raytune_llm.config.sweep import load_sweep
 from raytune_llm.errors import ConfigError
 from scripts.manifests.rules import amount
 from scripts.manifests.workloads import Object, cluster_spec, job_spec
@@ -37,13 +38,14 @@ def _wrong(entrypoint: str, cluster: Object) -> Iterator[str]:
     if verb not in RUNS:
         return  # not a verb of this version
     try:
-        run = load_config(verb, [word.replace("${RAY_CLUSTER_NAME%-*}", "night") for word in words])
+        words = [word.replace("${RAY_CLUSTER_NAME%-*}", "night") for word in words]
+        run = load_sweep(words).run if verb == "tune" else load_config(verb, words)
     except ConfigError as error:
         yield str(error)
         return
     if not isinstance(run.resources, Cluster):
         yield "resources must be cluster"
-    elif isinstance(run, TrainRun):
+    elif isinstance(run, TrainRun) and verb != "tune":  # a trial takes a part of the nodes
         yield from _fits(run, run.resources, cluster)
 
 

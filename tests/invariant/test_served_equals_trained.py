@@ -149,8 +149,9 @@ def test_alone(engine_of, expected):
         {"step_tokens": 8},  # prompts in chunks, beside rows that decode
         {"num_blocks": 14, "max_rows": 6},  # rows are preempted and computed again
         {"slots": 2},  # adapters take turns
+        {"fixed_shapes": True},  # as a CUDA graph holds them
     ],
-    ids=["mixed", "chunks", "preempted", "evicted"],
+    ids=["mixed", "chunks", "preempted", "evicted", "fixed shapes"],
 )
 def test_many_at_once_that_join_and_leave(engine_of, expected, settings: dict[str, int]):
     engine = engine_of(**settings)
