@@ -53,9 +53,10 @@ TINY = (
     "optimizer.lr=3e-3", "optimizer.weight_decay=0.1", "schedule.warmup_ratio=0",
 )  # fmt: skip
 RUNS: dict[str, tuple[str, ...]] = {
-    "sft_packed": ("data=chat", "data.path={rows}/chat.jsonl", "adapter=lora"),
+    "sft_packed": ("data=chat", "data.overlong=llamafactory", "data.path={rows}/chat.jsonl", "adapter=lora"),
     "sft_unpacked": (
-        "data=chat", "data.path={rows}/chat.jsonl", "adapter=none", "data.packing=false", "train.global_batch_size=8",
+        "data=chat", "data.overlong=llamafactory", "data.path={rows}/chat.jsonl", "adapter=none", "data.packing=false",
+        "train.global_batch_size=8",
         "train.micro_batch_size=2",
     ),
     "pretrain": ("data=text", "data.path={rows}/text.jsonl", "stage=pretrain", "adapter=none"),
@@ -71,7 +72,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "reward": ("data=chat_pairs", "data.path={rows}/pairs.jsonl", "stage=reward", "adapter=lora"),
     "orpo": ("data=chat_pairs", "data.path={rows}/pairs.jsonl", "stage=orpo", "adapter=none"),
     "streaming": (
-        "data=chat", "data.path={rows}/stream", "adapter=lora", "data.streaming=true", "data.streaming_buffer_rows=17",
+        "data=chat", "data.overlong=llamafactory", "data.path={rows}/stream", "adapter=lora", "data.streaming=true",
+        "data.streaming_buffer_rows=17",
         "data.eval_fraction=0", "train.eval_every_steps=null", "train.epochs=1",
     ),
     "mixture": (

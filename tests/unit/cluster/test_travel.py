@@ -50,10 +50,10 @@ def test_what_the_cluster_has_stays_as_it_is(folder, path):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("data.path=left_out.jsonl", r"data\.path must travel .*git or submit\.ignore leaves it out, got 'left_out"),
-        ("data.path=no_such.jsonl", r"data\.path must travel .*not in submit\.folder"),
-        ("data.path=../rows.jsonl", r"data\.path must travel .*not in submit\.folder"),
-        ("model.path=~/models/mine", r"model\.path must travel"),
+        ("data.path=left_out.jsonl", r"data\.path must be sent .*git or submit\.ignore leaves it out, got 'left_out"),
+        ("data.path=no_such.jsonl", r"data\.path must be sent .*not in submit\.folder"),
+        ("data.path=../rows.jsonl", r"data\.path must be sent .*not in submit\.folder"),
+        ("model.path=~/models/mine", r"model\.path must be sent"),
         ("output_dir=outputs/run", r"output_dir must be an absolute path .* Set output_dir=/shared/"),
         ("data.cache=tokens", r"data\.cache must be an absolute path"),
     ],

@@ -37,7 +37,7 @@ def test_it_says_the_phase_the_estimate_what_was_allocated_and_three_ways_out() 
     said = explained("adapter=lora", "train.micro_batch_size=2", "train.global_batch_size=2", taken_gib=39.5, total_gib=40)
     assert "out of GPU memory during backward pass: the estimate was " in said
     assert "39.5 GiB of 40.0 GiB were allocated" in said
-    ways = said.partition("Take ")[2].split(", or ")
+    ways = said.partition("Set ")[2].split(", or ")
     assert len(ways) == 3
     assert ways[0].startswith("train.activation_checkpointing=full (about ")
     assert "quantization=bnb_nf4" in said
@@ -73,7 +73,7 @@ def test_what_still_does_not_fit_gets_shorter_by_as_little_as_it_takes() -> None
 
 def test_where_nothing_fits_it_says_so() -> None:
     said = explained("adapter=none", "strategy=zero1", taken_gib=0.9, total_gib=1)
-    assert "Take a smaller model, or a GPU with more memory." in said
+    assert "Set a smaller model, or a GPU with more memory." in said
 
 
 RUNS = [

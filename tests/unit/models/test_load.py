@@ -31,7 +31,7 @@ def test_a_folder_gives_the_weights_that_were_saved(folder: Path) -> None:
 
 def test_a_config_of_other_sizes_than_the_weights_is_a_mistake_in_the_config(folder: Path) -> None:
     config = load_config(str(folder), {"hidden_size": 16})
-    with pytest.raises(ConfigError, match=r"model\.config must leave the sizes of the weights .* \[97, 32\] there, \[97, 16\]"):
+    with pytest.raises(ConfigError, match=r"model\.config must keep the shapes of the weights .* \[97, 32\] there, \[97, 16\]"):
         load_model(config, str(folder), weights="pretrained", dtype=torch.float32, seed=1)
 
 
@@ -43,7 +43,9 @@ def test_weights_that_are_not_there_are_named(folder: Path, tmp_path: Path) -> N
     save_file(weights, cut / "model.safetensors", metadata={"format": "pt"})
     config = load_config(str(cut), {})
     for scores in (False, True):
-        with pytest.raises(ConfigError, match=r"must have all weights .* 1 are missing, model\.layers\.1\.mlp\.up_proj\.weight"):
+        with pytest.raises(
+            ConfigError, match=r"must have all weights .* 1 are missing, such as model\.layers\.1\.mlp\.up_proj\.weight"
+        ):
             load_model(config, str(cut), weights="pretrained", dtype=torch.float32, seed=1, scores=scores)
 
 

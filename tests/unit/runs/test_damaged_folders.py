@@ -87,7 +87,7 @@ def test_a_finished_folder_knows_which_run_finished_in_it(whole: TrainRun, tmp_p
         shutil.rmtree(tmp_path / "checkpoints")
     assert api.train(run).already_done
     other = replace(run, optimizer=replace(run.optimizer, lr=0.5))
-    with pytest.raises(ConfigError, match=r"holds another run: what changed is optimizer\.lr"):
+    with pytest.raises(ConfigError, match=r"holds another run; what changed: optimizer\.lr"):
         api.train(other)
 
 

@@ -79,7 +79,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
         load_tokenizer(None, kind=str(tmp_path))
 
 
-NEW_TO_IT = r"data\.template .*<\|eom_id\|>, <\|eot_id\|> would be new .*got 'llama3'.*data\.template=null"
+NEW_TO_IT = r"data\.template .*<\|eom_id\|>, <\|eot_id\|>, got 'llama3'.*data\.template=null"
 TOO_MANY = r"model\.tokenizer must have at most .* 77 "
 
 
