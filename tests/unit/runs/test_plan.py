@@ -188,4 +188,4 @@ def test_packs_of_pairs_hold_both_sides_and_train_both_answers(tmp_path):
 def test_a_plan_says_whose_reference_it_is_and_how_many_rows_a_step_has(chat_rows, cache, tmp_path, capsys):
     command.main(tiny_run(chat_rows, str(cache), tmp_path / "out", "data=chat_pairs", "stage=dpo"))
     said = " ".join(capsys.readouterr().out.split())
-    assert "the model as the run finds it, once for all rows before the first step" in said
+    assert "once for all rows before the first step" in said
