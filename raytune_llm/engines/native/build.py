@@ -14,7 +14,7 @@ from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.serve import NativeEngine as NativeSettings
 from raytune_llm.engines.native.engine import NativeEngine
-from raytune_llm.engines.native.graphs import DecodeGraphs, alike_layers
+from raytune_llm.engines.native.graphs import DecodeGraphs, lacks_for_graphs
 from raytune_llm.engines.native.runner import PolicyRunner
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.activations import lacks_for_compiling
@@ -96,12 +96,12 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
 
 def _captures(settings: NativeSettings, serving: Serving) -> bool:
     """Whether decoding steps are compiled and captured."""
-    on_gpu = serving.device.type == "cuda"
-    lacking = None if on_gpu else "it needs a GPU"
-    if on_gpu:
-        lacking = lacks_for_compiling(serving.device)
-    if lacking is None and not alike_layers(serving.config):
-        lacking = f"keys and values of {serving.config.model_type} differ from layer to layer"
+    if serving.device.type != "cuda":
+        lacking: str | None = "it needs a GPU"
+    elif serving.scores:
+        lacking = "a reward model doesn't decode"
+    else:
+        lacking = lacks_for_compiling(serving.device) or lacks_for_graphs(serving.config)
     if settings.compile is True and lacking is not None:
         raise ConfigError("engine.compile", f"can't be true here: {lacking}", got=True, fix="Take engine.compile=auto.")
     return settings.compile is not False and lacking is None

@@ -19,16 +19,28 @@ from raytune_llm.models.attention.decode_step import PLACE, SLOT, DecodeStep, St
 from raytune_llm.models.layers import named_layers
 from raytune_llm.models.policy import Policy
 
+DYNAMIC_ROPE = {"dynamic", "longrope"}
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
 
-def alike_layers(config: PretrainedConfig) -> int:
-    """How many layers a model has, whose keys and values have one shape; 0 where it isn't known that they have."""
+def lacks_for_graphs(config: PretrainedConfig) -> str | None:
+    """What keeps a model's decoding steps from being captured, if anything: what the host decides anew in each step, and layers
+    whose keys and values have other shapes."""
     text: Any = config.get_text_config()
-    known = ("head_dim", "num_key_value_heads", "num_attention_heads")
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
+    if kinds & DYNAMIC_ROPE:
+        return "its rotary tables change as rows grow"
+    if any(getattr(text, name, None) for name in EXPERTS):
+        return "its experts are chosen on the host"
+    if text.model_type.startswith("gpt_oss"):
+        return "it has attention sinks"
     odd = any(getattr(text, name, None) is not None for name in ("kv_lora_rank", "num_kv_shared_layers", "global_head_dim"))
-    sinks = text.model_type.startswith("gpt_oss")
-    return 0 if odd or sinks or not all(hasattr(text, name) for name in known[1:]) else int(text.num_hidden_layers)
+    heads = [getattr(text, name, None) for name in ("num_key_value_heads", "num_attention_heads")]
+    if odd or not all(isinstance(number, int) for number in heads):
+        return "keys and values may differ from layer to layer"
+    return None
 
 
 class DecodeGraphs:
@@ -73,20 +85,11 @@ class DecodeGraphs:
         size = self.sizes[bisect_left(self.sizes, len(rows))]
         lengths = [piece.stop for piece in pieces]
         slots = [row.slot for row in rows]
-        self._put(
-            size,
-            [row.ids[piece.start] for row, piece in zip(rows, pieces, strict=True)],
-            lengths,
-            slots,
-            [r.blocks for r in rows],
-        )
+        tokens = [row.ids[piece.start] for row, piece in zip(rows, pieces, strict=True)]
+        block_size = self._cache.block_size
+        blocks = [row.blocks[: -(-length // block_size)] for row, length in zip(rows, lengths, strict=True)]
+        self._numbers.put(size, tokens, lengths, slots, blocks, block_size)
         return self._logits(size, any(slot >= 0 for slot in slots))[: len(rows)]
-
-    def _put(
-        self, size: int, tokens: Sequence[int], lengths: Sequence[int], slots: Sequence[int], blocks: Sequence[Sequence[int]]
-    ) -> None:
-        own = [row[: -(-length // self._cache.block_size)] for row, length in zip(blocks, lengths, strict=True)]
-        self._numbers.put(size, tokens, lengths, slots, own, self._cache.block_size)
 
     def _logits(self, size: int, adapted: bool) -> Tensor:
         if not self._captured:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raytune_llm.data.batches import collate, to_device
-from raytune_llm.engines.native.graphs import DecodeGraphs, alike_layers
+from raytune_llm.engines.native.graphs import DecodeGraphs
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.native.slots import Bank
 from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache, check_cached
@@ -48,7 +48,7 @@ class PolicyRunner:
         self.vocab_size: int = policy.base.config.get_text_config().vocab_size
         self._policy: Any = policy
         self._bank = bank
-        alike = alike_layers(policy.base.config) if graphs is not None else 0
+        alike = 0 if graphs is None else policy.base.config.get_text_config().num_hidden_layers
         self._cache = PagedCache(num_blocks, block_size, dtype=policy.compute, device=device, alike=alike)
         self._graphs = None
         if graphs is not None:

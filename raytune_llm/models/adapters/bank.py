@@ -32,7 +32,8 @@ from raytune_llm.models.layers import named_layers
 ROUTE = "adapter_route"
 """The keyword under which a model's layers get the route of a forward pass."""
 BY_SLOT = 256
-"""Up to so many rows read their own adapter's columns faster than one product takes all adapters'."""
+"""Up to so many rows each read their own adapter's columns; more take one product with all adapters'. With 16 slots
+of rank 8 on an H100, the first is faster at 32 rows and below, and about as fast at 128."""
 ALIGNED = 8
 """Ranks have room in multiples of it: grouped products want rows of 16 bytes at least."""
 

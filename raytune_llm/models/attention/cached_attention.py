@@ -29,6 +29,7 @@ def cached_attention(
 ) -> Tensor:
     """query [1, H, L, Dh], key and value [1, heads, L, Dh] of the new tokens -> [1, L, H, Dh] in the cache's type."""
     if isinstance(rows, DecodeStep):
+        assert sinks_H is None, "a model with attention sinks is not captured"
         return _decode_step(module, query, key, value, scores, rows)
     layer = getattr(module, "layer_idx", None)
     if layer is None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raytune_llm.models.attention.decode_step import LENGTH, PLACE
+
 SPLITS, PROGRAMS = 32, 264
 """A row's tokens are split over programs until there are about so many of these, two for each multiprocessor of an H100."""
 
@@ -69,7 +71,7 @@ def plain(
 ) -> Tensor:
     """The same, a row after another."""
     blocks = int(step[0])
-    place_R, length_R = (step[1 + number * columns : 1 + (number + 1) * columns].tolist() for number in (2, 3))
+    place_R, length_R = (step[1 + number * columns : 1 + (number + 1) * columns].tolist() for number in (PLACE, LENGTH))
     tables_RK = step[1 + 5 * columns : 1 + 5 * columns + columns * blocks].view(columns, blocks).long()
     own_keys, own_values = (held[int(layer_1)] for held in (keys, values))
     out = torch.zeros_like(q_RHD)

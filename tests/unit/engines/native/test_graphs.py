@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, LlamaConfig, MistralConfig, MixtralConfig
 
 from raytune_llm.engines.native.engine import NativeEngine
-from raytune_llm.engines.native.graphs import DecodeGraphs
+from raytune_llm.engines.native.graphs import DecodeGraphs, lacks_for_graphs
 from raytune_llm.engines.native.runner import PolicyRunner
 from raytune_llm.engines.requests import Request, Sampling
 from raytune_llm.models import attention
@@ -66,3 +66,19 @@ def test_adapters_too(tmp_path):
     found = answers(CONFIG, folders, graphs=True)
     assert found == answers(CONFIG, folders, graphs=False)
     assert found[:2] != answers(CONFIG, {}, graphs=False)[:2]
+
+
+@pytest.mark.parametrize(
+    ("config", "lacking"),
+    [
+        (CONFIG, None),
+        (WINDOWED, None),
+        (LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "rotary tables change"),
+        (MixtralConfig(), "experts"),
+        (GptOssConfig(), "experts"),
+        (DeepseekV3Config(), "experts"),
+    ],
+)
+def test_what_a_graph_can_not_hold_runs_as_it_is_written(config, lacking):
+    found = lacks_for_graphs(config)
+    assert found is None if lacking is None else lacking in found
