@@ -1,6 +1,6 @@
 """The engine on one GPU: random weights in the shape of a published model, prompts of 128 tokens, 128 new ones.
 
-    scripts/bench gpu_serve [--rows 1 8 32 128] [--shape llama3_8b] [--adapters 16] [--bases bf16 fp8] [--profile] [--eager]
+    scripts/bench gpu_serve [--rows 1 8 32 128] [--shape llama3_8b] [--adapters 16] [--bases none fp8] [--profile] [--eager]
 
 For each base and number of rows, without adapters and with each row's own of 16 of rank 8: tokens/s of whole answers, their
 prompts included, and of decoding alone, from the steps in which every row decodes; a step's time. Then a prompt of 8,192 tokens
@@ -198,10 +198,6 @@ def prefill(engine: Any) -> dict[str, float]:
     return {"tokens_per_s": round(8192 / min(times)), "seconds": round(min(times), 4)}
 
 
-def close(engine: Any) -> None:
-    engine.close()
-
-
 def clear() -> None:
     gc.collect()
     torch._dynamo.reset()
@@ -261,7 +257,7 @@ def main() -> None:
                 if not label:
                     take(f"{base} prefill 8192", lambda engine=engine: prefill(engine))
                     take(f"{base} adapter load", lambda engine=engine, names=names: adapter_load(engine, folders[-1], names))
-                close(engine)
+                engine.close()
                 del engine
                 clear()
     print("\n".join(lines), file=sys.stderr)

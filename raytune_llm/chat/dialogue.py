@@ -135,7 +135,7 @@ class Dialogue:
         messages = row.get("messages") if isinstance(row, dict) else None
         if not isinstance(messages, list) or not all(isinstance(one, dict) and "role" in one for one in messages):
             raise DataError(str(path), 'must hold one conversation: {"messages": [{"role": ..., "content": ...}, ...]}')
-        system = [one["content"] for one in messages if one["role"] == "system"]
+        system = [one.get("content") for one in messages if one["role"] == "system"]
         self.system = system[0] if system else None
         self.messages = [one for one in messages if one["role"] != "system"]
         self.tools = row.get("tools") or []

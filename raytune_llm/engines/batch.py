@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from raytune_llm.engines.hf import end_ids
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.native.runner import PolicyRunner
 from raytune_llm.engines.requests import Completion, Request
 from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.models.generation_config import end_ids_of
 from raytune_llm.models.load import positions
 
 BLOCK_SIZE = 16
@@ -41,7 +41,7 @@ class BatchEngine:
         """stop_ids end an answer, beside the tokens that the generation config and the tokenizer name. max_rows are computed at
         once."""
         self._policy, self._tokenizer, self._device, self._max_rows, self._runner = policy, tokenizer, device, max_rows, runner
-        self._end_ids = sorted({*stop_ids, *end_ids_of(policy.base.generation_config), *_end_of(tokenizer)})
+        self._end_ids = sorted({*stop_ids, *end_ids(policy.base, tokenizer)})
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion a request, in the order of the requests."""
@@ -63,7 +63,3 @@ class BatchEngine:
         finally:
             engine.close()
             self._policy.train(was_training)
-
-
-def _end_of(tokenizer: Any) -> tuple[int, ...]:
-    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

@@ -36,8 +36,8 @@ INGRESS_CPUS = 0.1
 INGRESS_REQUESTS = 256
 """That an ingress forwards at once, before there is a second one."""
 TRANSPORT = {
-    # Tokens go from process to process by gRPC, not as Ray objects, and stay in one thread of each: with 400 streams on two cores
-    # the median token was 21 ms under way instead of 1,900 (benchmarks/serve_overhead.py).
+    # Tokens go from process to process by gRPC, not as Ray objects, and stay in one thread of each. What that saves shows
+    # benchmarks/serve_overhead.py, run with other values in its environment.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -100,7 +100,7 @@ class Ingress:
         access: Access = access_of(run)
         tokenizer, _ = tokenizer_of(run.model, run.serve)
         facts = await engines.options(method_name="facts").remote()
-        self._app = build_app(Replicas(engines, facts), Prompts(tokenizer), access)
+        self._app = build_app(Replicas(engines, facts, run.serve.adapters), Prompts(tokenizer), access)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

@@ -13,7 +13,7 @@ from raytune_llm.config.run import ServeRun
 from raytune_llm.serve.access import access_of
 from raytune_llm.serve.api.app import build_app
 from raytune_llm.serve.backend import InProcess
-from raytune_llm.serve.engines import base_name, build_engine, tokenizer_of
+from raytune_llm.serve.engines import build_engine, tokenizer_of
 from raytune_llm.serve.port import bound
 from raytune_llm.serve.prompts import Prompts
 from raytune_llm.serve.watch import Watcher
@@ -30,7 +30,7 @@ def serve_inline(run: ServeRun, *, told: Callable[[str], None]) -> None:
     watcher = None
     try:
         if serve.watch is not None:
-            watcher = Watcher(Path(serve.watch).resolve(), engine, base_name=base_name(run.model, serve), told=told)
+            watcher = Watcher(Path(serve.watch).resolve(), engine, base_name=facts.name, told=told)
             watcher.start()
         logging.getLogger("raytune_llm.serve").setLevel(serve.log_level.upper())
         app = build_app(InProcess(engine, facts, max_waiting=serve.max_waiting), Prompts(tokenizer), access_of(run))

@@ -7,7 +7,6 @@ be asked who is right, and the ledger lives as long as any replica does.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,30 +26,24 @@ class Change:
 
 
 class Ledger:
-    """Safe to call from any thread."""
+    """A replica's event loop owns it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._changes: dict[tuple[str, str], Change] = {}
 
-    def take(self, change: Change) -> Change | None:
-        """Keep it, unless a later one is known. What it replaces, or None."""
-        with self._lock:
-            before = self._changes.get((change.name, change.what))
-            if before is None or before.at < change.at:
-                self._changes[change.name, change.what] = change
-            return before
+    def take(self, change: Change) -> None:
+        """Keep it, unless a later one is known."""
+        if self.news([change]):
+            self._changes[change.name, change.what] = change
 
     def news(self, changes: Iterable[Change]) -> list[Change]:
         """Those that are not known here, nor replaced, in the order in which they were made."""
-        with self._lock:
-            known = dict(self._changes)
+        known = self._changes
         fresh = [one for one in changes if (before := known.get((one.name, one.what))) is None or before.at < one.at]
         return sorted(fresh, key=lambda one: one.at)
 
     def all(self) -> list[Change]:
-        with self._lock:
-            return sorted(self._changes.values(), key=lambda one: one.at)
+        return sorted(self._changes.values(), key=lambda one: one.at)
 
 
 def now_after(changes: Iterable[Change]) -> int:

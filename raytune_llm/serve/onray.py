@@ -142,7 +142,7 @@ def _placed(run: ServeRun) -> ServeRun:
         gpus = 1.0 if there.get("GPU", 0) else 0.0
     cpus = resources.cpus_per_worker
     if cpus == "auto":
-        spare = there["CPU"] - 2 * INGRESS_CPUS
+        spare = there.get("CPU", 0.0) - 2 * INGRESS_CPUS
         cpus = round(spare / run.serve.most, 2) if isinstance(resources, Local) and not gpus else 1.0
     for kind, each, spare in (("CPU", cpus, INGRESS_CPUS), ("GPU", gpus, 0.0)):
         # A cluster may grow; this machine doesn't.

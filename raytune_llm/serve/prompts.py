@@ -25,9 +25,6 @@ class Prompts:
         """Of a plain prompt. Control tokens that are written in it are control tokens, and none is added."""
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
-    def text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
     def exact_text(self, ids: Sequence[int]) -> str:
         """With its control tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

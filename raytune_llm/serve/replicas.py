@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from ray.exceptions import RayError, TaskCancelledError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from raytune_llm.engines.engine import AdapterState
 from raytune_llm.engines.requests import Delta, Request
 from raytune_llm.errors import ResourceError
-from raytune_llm.serve.backend import ModelFacts, Overloaded, Pooling, Report
+from raytune_llm.serve.backend import ModelFacts, Pooling, Report
 from raytune_llm.serve.ledger import Change, now_after
 from raytune_llm.serve.replica import Failure, merged
 
@@ -27,8 +27,9 @@ TRIES = 3
 
 
 class Replicas:
-    def __init__(self, engines: DeploymentHandle, facts: ModelFacts) -> None:
-        self._engines, self.facts = engines, facts
+    def __init__(self, engines: DeploymentHandle, facts: ModelFacts, adapters: Mapping[str, str]) -> None:
+        """adapters: folders that replicas start with, by name."""
+        self._engines, self.facts, self._adapters = engines, facts, adapters
         self._streams = engines.options(method_name="stream", stream=True)
         self._reports: list[Report] = []
         self._names: frozenset[str] = frozenset()
@@ -89,7 +90,7 @@ class Replicas:
         outcomes = await self._tell(Change(at=at, name=name, what="folder", folder=folder, pinned=pinned))
         failures = [one for one in outcomes if isinstance(one, Failure)]
         if failures:
-            if len(failures) < len(outcomes):  # not everywhere: then nowhere
+            if len(failures) < len(outcomes):  # not everywhere: then as before
                 await self._tell(Change(at=at + 1, name=name, what="folder", folder=before))
             raise failures[0].error()
         return str(outcomes[0])
@@ -108,10 +109,10 @@ class Replicas:
         self._reported_at = time.monotonic()
 
     async def _time_and_folder(self, name: str) -> tuple[int, str | None]:
-        """A time after all changes of this name, and the folder that the last of them named."""
+        """A time after all changes of this name, and the folder that it has now."""
         changes = [one for ledger in await self._broadcast("ledger") for one in ledger if one.name == name]
         folders = [one for one in changes if one.what == "folder"]
-        return now_after(changes), max(folders, key=lambda one: one.at).folder if folders else None
+        return now_after(changes), max(folders, key=lambda one: one.at).folder if folders else self._adapters.get(name)
 
     async def _tell(self, change: Change) -> list[Any]:
         """All replicas: what came of it, a replica each."""
@@ -133,6 +134,4 @@ class Replicas:
 
 
 def _lost(error: Exception) -> ResourceError:
-    if isinstance(error, BackPressureError):
-        return Overloaded()
     return ResourceError(f"the engine that answered was lost ({type(error).__name__})", "Ask again")

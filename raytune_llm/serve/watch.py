@@ -10,10 +10,11 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from raytune_llm.errors import UserError
+from raytune_llm.errors import ConfigError, UserError
 from raytune_llm.runs.checkpoint_adapter import adapter_of_checkpoint
 from raytune_llm.serve.adapters import checked_folder, checked_name
 from raytune_llm.train.checkpoint import complete_steps, path_of
@@ -48,6 +49,8 @@ class Watcher:
         self._refused: dict[str, tuple[Path, Stamp]] = {}
         """What did not fit is not tried again until it changes."""
         self._written = tempfile.TemporaryDirectory(prefix="raytune-llm-watch-")
+        self._looking = threading.Lock()
+        """A request for an adapter that isn't here looks too."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -62,7 +65,11 @@ class Watcher:
         self._written.cleanup()
 
     def look(self) -> None:
-        """Once: what is new, what changed, and what went."""
+        """Once: what is new, what changed, and what went. From any thread."""
+        with self._looking:
+            self._look()
+
+    def _look(self) -> None:
         found = dict(self._found())
         for name, (place, stamp) in found.items():
             if (place, stamp) in (self._served.get(name), self._refused.get(name)):
@@ -82,7 +89,8 @@ class Watcher:
             self._told(f"{name} is served ({place}, version {version[:12]})")
         for name in self._served.keys() - found.keys():
             del self._served[name]
-            self._engine.remove_adapter(name)
+            with suppress(ConfigError):  # it was unloaded through the API
+                self._engine.remove_adapter(name)
             self._told(f"{name} is no longer served: its folder went")
 
     def _of_checkpoint(self, place: Path) -> Path | None:

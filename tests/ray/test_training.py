@@ -150,10 +150,8 @@ def test_a_signal_ends_a_run_on_ray_at_once(plain: TrainRun, tmp_path: Path, num
     while when not in (tmp_path / "log").read_text() and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.2)
     running.send_signal(number)
-    sent = time.monotonic()
     assert running.wait(60) == code, (tmp_path / "log").read_text()
     said = (tmp_path / "log").read_text()
-    print(f"{when}: {time.monotonic() - sent:.1f} s")
     assert "the same command" in said and "Traceback" not in said and "@" not in said, said
 
 

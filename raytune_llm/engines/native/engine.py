@@ -292,6 +292,9 @@ class NativeEngine:
         self, prompts: Sequence[Sequence[int]], pooling: str, adapter: Adapter | None, future: Future[list[list[float]]]
     ) -> None:
         """Between two steps. Its adapter takes a slot like a row's; where none is free, it waits for one."""
+        if self._closed.is_set():
+            future.set_exception(self._gone())
+            return
         slot = -1
         if adapter is not None:
             assert self._slots is not None
@@ -327,11 +330,12 @@ class NativeEngine:
 
     def _tell(self) -> bool:
         """Publish the text of tokens that were taken, and end the rows whose answers end with them. False: there were none."""
-        untold, self._untold = self._untold, []
-        for row, token, told, finish in untold:
+        some = bool(self._untold)
+        for row, token, told, finish in self._untold:
             if not row.done:
                 self._publish(row, token, told, finish)
-        return bool(untold)
+        self._untold.clear()
+        return some
 
     def _publish(self, row: Row, token: int, told: TokenLogprob | None, finish: Finish | None) -> None:
         if finish == "stop":
@@ -367,14 +371,21 @@ class NativeEngine:
     def _fail(self, error: Exception) -> None:
         """Whoever waits is told."""
         self._closed.set()
+        for call in self._later:
+            self._calls.put(call)
         while not self._calls.empty():
             self._calls.get_nowait()()  # a request that was never looked at is among them
-        for row in (*self._scheduler.running, *self._scheduler.waiting):
-            row.stream.fail(error)
+        ended = (row for row, *_ in self._untold)  # of the last step: they are in no queue
+        for row in {*self._scheduler.running, *self._scheduler.waiting, *ended}:
+            if not row.done:
+                row.stream.fail(error)
 
     def _check_alive(self) -> None:
         if self._closed.is_set():
-            raise ResourceError("the engine is not running", str(self._failure or "It was closed."))
+            raise self._gone()
+
+    def _gone(self) -> ResourceError:
+        return ResourceError("the engine is not running", str(self._failure or "It was closed."))
 
     def _prompt_ids(self, request: Request) -> Sequence[int]:
         if request.conversation is None:

@@ -34,8 +34,6 @@ def lacks_for_graphs(config: PretrainedConfig) -> str | None:
         return "its rotary tables change as rows grow"
     if any(getattr(text, name, None) for name in EXPERTS):
         return "its experts are chosen on the host"
-    if text.model_type.startswith("gpt_oss"):
-        return "it has attention sinks"
     odd = any(getattr(text, name, None) is not None for name in ("kv_lora_rank", "num_kv_shared_layers", "global_head_dim"))
     heads = [getattr(text, name, None) for name in ("num_key_value_heads", "num_attention_heads")]
     if odd or not all(isinstance(number, int) for number in heads):

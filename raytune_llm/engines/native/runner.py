@@ -63,14 +63,16 @@ class PolicyRunner:
             return self._graphs.run(pieces)
         order = sorted(range(len(pieces)), key=lambda number: pieces[number].stop - pieces[number].start > 1)
         rows = self._rows([pieces[number] for number in order])
+        ends = dict(zip(order, rows.starts[1:], strict=True))
+        # Made before the layers run: a copy to the device would wait for them.
+        wanted = [ends[number] - 1 for number, piece in enumerate(pieces) if piece.samples]
+        wanted_R = torch.tensor(wanted, dtype=torch.int64, device=self.device)
         self._evaluates()
         with self._eagerly():
             hidden_1LD = self._policy.hidden(rows, self._routes([pieces[number] for number in order]))
-        ends = dict(zip(order, rows.starts[1:], strict=True))
-        wanted = [ends[number] - 1 for number, piece in enumerate(pieces) if piece.samples]
         if not wanted:
             return torch.empty(0, self.vocab_size, device=self.device)
-        return self._policy.logits(hidden_1LD[0, torch.tensor(wanted, device=self.device)])
+        return self._policy.logits(hidden_1LD[0, wanted_R])
 
     def read_adapter(self, folder: Path) -> tuple[Any, int]:
         weights = self._bank.read(folder)

@@ -36,10 +36,6 @@ class RowSampler:
         s = self.sampling
         return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
 
-    def restart(self, answer: Sequence[int]) -> None:
-        """The row is computed again from its first token, with the tokens sampled so far; its random numbers continue."""
-        self.drawn = len(answer)
-
     def told(self, token: int) -> None:
         self.drawn += 1
         if self.counts_V is not None and self.seen_V is not None:
@@ -103,25 +99,26 @@ def allowed(bitmask_RW: Tensor, size: int) -> Tensor:
 
 
 def _draw(logits_KV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
-    device = logits_KV.device
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
-
+    device, size = logits_KV.device, logits_KV.shape[1]
     settings = [row.sampling for row in rows]
-    uniform_K1 = column([uniform(row.sampling.seed, row.drawn) for row in rows])
-    probs_KV, order_KV = torch.softmax(logits_KV / column([s.temperature for s in settings]), dim=1).sort(dim=1, descending=True)
+    numbers = [
+        (uniform(s.seed, row.drawn), s.temperature, s.top_k or size, s.top_p, s.min_p)
+        for s, row in zip(settings, rows, strict=True)
+    ]
+    # One copy: on a GPU each of them waits for the step.
+    columns_5K1 = torch.tensor(numbers, dtype=torch.float32).to(device).T[:, :, None]
+    uniform_K1, temperature_K1, top_k_K1, top_p_K1, min_p_K1 = columns_5K1
+    probs_KV, order_KV = torch.softmax(logits_KV / temperature_K1, dim=1).sort(dim=1, descending=True)
     kept_KV = torch.ones_like(probs_KV, dtype=torch.bool)
     if any(s.top_k for s in settings):
-        limit_K1 = column([s.top_k or logits_KV.shape[1] for s in settings])
-        kept_KV &= torch.arange(logits_KV.shape[1], device=device) < limit_K1
+        kept_KV &= torch.arange(size, device=device) < top_k_K1
         probs_KV = probs_KV * kept_KV
         probs_KV = probs_KV / probs_KV.sum(dim=1, keepdim=True)  # top_p is a part of what top_k left
     if any(s.top_p < 1 for s in settings):
         before_KV = probs_KV.cumsum(dim=1) - probs_KV
-        kept_KV &= before_KV < column([s.top_p for s in settings])
+        kept_KV &= before_KV < top_p_K1
     if any(s.min_p for s in settings):
-        kept_KV &= probs_KV >= probs_KV[:, :1] * column([s.min_p for s in settings])
+        kept_KV &= probs_KV >= probs_KV[:, :1] * min_p_K1
     kept_KV[:, 0] = True
     cumulated_KV = (probs_KV * kept_KV).cumsum(dim=1)
     place_K = torch.searchsorted(cumulated_KV, uniform_K1 * cumulated_KV[:, -1:], right=True)

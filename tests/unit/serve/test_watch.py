@@ -80,6 +80,16 @@ def test_what_does_not_fit_is_said_once_and_tried_again_when_it_changed(engine: 
     assert asked(engine, "mine") == answer([5], 3, 4)
 
 
+def test_what_was_unloaded_meanwhile_may_go(engine: NativeEngine, tmp_path: Path):
+    watcher = Watcher(tmp_path, engine, base_name="base")
+    finished(tmp_path, "one", 1)
+    watcher.look()
+    engine.remove_adapter("one")
+    shutil.rmtree(tmp_path / "one")
+    watcher.look()
+    assert names(engine) == set()
+
+
 def test_it_looks_by_itself(engine: NativeEngine, tmp_path: Path):
     watcher = Watcher(tmp_path, engine, base_name="base", interval_s=0.02)
     watcher.start()

@@ -215,6 +215,38 @@ def test_whoever_waits_is_told_when_the_engine_breaks(engine_of):
         threading.excepthook = before
 
 
+def test_a_row_with_its_last_token_is_told_too_when_the_engine_is_closed_before_its_text_is_made(engine_of):
+    runner = ToyRunner()
+    engine = engine_of(runner, overlaps=True)
+    runner.go.clear()
+    stream = engine.submit(Request(prompt_ids=[1], sampling=Sampling(max_new_tokens=1)))
+    while not engine.stats().running:
+        time.sleep(0.001)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    time.sleep(0.1)
+    runner.go.set()
+    with pytest.raises(ResourceError, match="was closed"):
+        stream.take(timeout_s=5)
+    closing.join()
+
+
+def test_a_text_that_waits_for_a_slot_is_told_when_the_engine_is_closed(engine_of, tmp_path: Path):
+    runner = ToyRunner(slots=1)
+    runner.delay_s = 0.02
+    engine = engine_of(runner)
+    for number in (1, 2):
+        engine.add_adapter(f"a{number}", adapter_folder(tmp_path / f"a{number}", number))
+    engine.submit(Request(prompt_ids=[1], adapter="a1", sampling=Sampling(max_new_tokens=150)))
+    while not engine.stats().running:
+        time.sleep(0.001)
+    pooled = engine.pooled([[1]], "mean", "a2")
+    time.sleep(0.1)
+    engine.close()
+    with pytest.raises(ResourceError, match="not running"):
+        pooled.result(timeout=5)
+
+
 def test_stats_can_be_asked_while_rows_come_and_go(engine_of):
     engine = engine_of(ToyRunner(num_blocks=512), max_rows=2)
     streams = [
