@@ -6,12 +6,15 @@
 Importing this package imports neither torch nor ray, and Hydra only with `load_config`: each Ray worker imports it.
 """
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
 
 __all__ = ["ConfigError", "DataError", "ResourceError", "UserError", "load_config", "load_sweep"]
 __version__ = "0.1.0"
+BEGAN = time.time()
+"""Epoch seconds. Of a command its start: the package is imported before `__main__`, which `python -m` names otherwise."""
 
 if TYPE_CHECKING:
     from raytune_llm.config.load import load_config

@@ -6,13 +6,11 @@ Imports nothing heavy: help and mistakes in settings answer before torch or ray 
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from importlib import import_module
 from keyword import iskeyword
 from typing import Any
 
-BEGAN = time.time()
 VERBS = {
     "train": "prepare what is missing, train, write the output folder (the default)",
     "prepare": "raw rows to a token store, no training",

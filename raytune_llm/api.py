@@ -188,7 +188,7 @@ def tune(sweep: Sweep, *, on_change: OnChange = lambda study, trial: None) -> Tu
     """Run a sweep, or what is left of it, and write its folder. on_change is called when a trial begins, reports or ends.
 
     from raytune_llm import api, load_sweep
-    result = api.tune(load_sweep(["+experiment=sft_smollm2", "adapter.rank=8,16", "tune=grid", "resources=inline"]))
+    result = api.tune(load_sweep(["+experiment=sft_smollm2", "adapter.rank=8,16", "tune=grid"]))
     result.best.point, result.best.value, result.folder
     """
     from raytune_llm.tune.run import run_sweep

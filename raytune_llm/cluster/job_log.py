@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.report.events import done_of, event_of, record_of
-from raytune_llm.report.metrics import METRICS, SUMMARY, JsonLines, write_summary
+from raytune_llm.report.metrics import METRICS, SAMPLES, SUMMARY, JsonLines, write_summary
 from raytune_llm.report.news import Done
 
-SAMPLES, CURVE, SETTINGS = "samples.jsonl", "loss.png", "run.yaml"
+CURVE, SETTINGS = "loss.png", "run.yaml"
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 from raytune_llm.cluster.job_log import JobLog
@@ -12,7 +11,7 @@ from raytune_llm.cluster.package import files_of
 from raytune_llm.cluster.requirements import requirements
 from raytune_llm.cluster.travel import on_cluster
 from raytune_llm.config.load import to_yaml
-from raytune_llm.config.run import SubmitRun, TrainRun
+from raytune_llm.config.run import SubmitRun, as_train_run
 from raytune_llm.report.display import Display
 from raytune_llm.report.events import event_of, show
 
@@ -23,7 +22,7 @@ def submit(run: SubmitRun) -> Job:
     address = address_of(settings.address)
     folder = Path(settings.folder).expanduser().absolute()
     files = {} if settings.image is not None else files_of(folder, settings.ignore, max_mib=settings.max_mib)
-    training = on_cluster(_training(run), folder, files)
+    training = on_cluster(as_train_run(run), folder, files)
     packages = [] if settings.requirements is None else requirements(settings.requirements)
     jobs = Jobs(address)
     job = jobs.submit(
@@ -38,22 +37,18 @@ def submit(run: SubmitRun) -> Job:
     return jobs.get(job)
 
 
-def follow(jobs: Jobs, job: str, display: Display, *, line: Callable[[str], None], told: Callable[[str], None]) -> JobLog:
-    """Show a job as a run here would show itself, from its beginning to its end. `line` gets what is not of the run itself;
-    `told` hears of lost connections."""
+def follow(jobs: Jobs, job: str, display: Display, tell: Callable[[str], None]) -> JobLog:
+    """Show a job as a run here would show itself, from its beginning to its end. `tell` gets the lines that are not of
+    the run itself, and hears of lost connections."""
     log = JobLog()
     try:
-        for text in jobs.lines(job, told):
+        for text in jobs.lines(job, tell):
             event = event_of(text)
             if event is None:
-                line(text)
+                tell(text)
                 continue
             log.read(event)
             show(event, display)
     finally:
         display.close()
     return log
-
-
-def _training(run: SubmitRun) -> TrainRun:
-    return TrainRun(**{field.name: getattr(run, field.name) for field in fields(TrainRun)})  # pyright: ignore[reportArgumentType]  # pydantic's dataclasses are dataclasses

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from raytune_llm.cluster.job_log import JobLog, read
-from raytune_llm.cluster.jobs import Job, Jobs, address_of, open_to_all
-from raytune_llm.commands.submit import follow_to_its_end, say
+from raytune_llm.cluster.jobs import Job, Jobs
+from raytune_llm.commands.submit import follow_to_its_end, known_address, say
 from raytune_llm.config.run import JobsRun
 
 LISTED = 20
@@ -22,10 +22,7 @@ STOP_WAITS_S = 60.0
 
 def main(run: JobsRun) -> int:
     console = Console()
-    address = address_of(run.submit.address)
-    if (warning := open_to_all(address)) is not None:
-        say(console, f"warning: {warning}")
-    return ACTIONS[run.action](console, Jobs(address), run)
+    return ACTIONS[run.action](console, Jobs(known_address(console, run.submit.address)), run)
 
 
 def _list(console: Console, jobs: Jobs, run: JobsRun) -> int:

@@ -20,6 +20,7 @@ from raytune_llm.data.kinds.kind import Place
 from raytune_llm.data.pipeline import Prepared
 from raytune_llm.data.samples import Samples
 from raytune_llm.data.store import Store
+from raytune_llm.report.plots import save
 from raytune_llm.runs.tokenizer import tokenizer_of
 
 PERCENTILES = (50, 90, 99, 100)
@@ -46,7 +47,7 @@ def main(run: PrepareRun) -> int:
 
 
 def shares_prompts(run: PrepareRun, kind: str, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether packs hold one copy of a request for both of its answers."""
+    """Whether packs hold one copy of a prompt for both of its answers."""
     if not KINDS[kind].can_share_prompts and run.data.share_prompts is not True:
         return False
     # Seconds to import, and only rows of two answers need them.
@@ -85,9 +86,7 @@ def plot_lengths(store: Store, path: Path) -> None:
     axes.hist(store.lengths, bins=50)
     axes.locator_params(axis="y", integer=True)
     axes.set(xlabel="tokens", ylabel="rows", title=f"{len(store):,} rows, {store.num_tokens:,} tokens")
-    beside = path.with_name(f".{path.name}.partial")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    save(figure, path)
 
 
 def _summary(title: str, store: Store, max_length: int, *, share_prompts: bool) -> Table:

@@ -17,9 +17,7 @@ DETACHED_EXIT_CODE = 130
 
 def main(run: SubmitRun) -> int:
     console = Console()
-    address = address_of(run.submit.address)
-    if (warning := open_to_all(address)) is not None:
-        say(console, f"warning: {warning}")
+    address = known_address(console, run.submit.address)
     job = api.submit(run)
     say(console, f"job {job.id} was submitted to {address}")
     if run.submit.detach:
@@ -28,16 +26,18 @@ def main(run: SubmitRun) -> int:
     return follow_to_its_end(console, Jobs(address), job, Path(run.submit.results))
 
 
+def known_address(console: Console, setting: str | None) -> str:
+    """Of the cluster, after a warning where it is open to all."""
+    address = address_of(setting)
+    if (warning := open_to_all(address)) is not None:
+        say(console, f"warning: {warning}")
+    return address
+
+
 def follow_to_its_end(console: Console, jobs: Jobs, job: Job, results: Path) -> int:
     """The exit code of the job's own driver. An interrupt leaves the job as it is."""
     try:
-        log = follow(
-            jobs,
-            job.id,
-            Display(console),
-            line=lambda text: say(console, text),
-            told=lambda text: say(console, text),
-        )
+        log = follow(jobs, job.id, Display(console), lambda text: say(console, text))
     except KeyboardInterrupt:
         say(console, f"\ndetached: {job.id} keeps running. {come_back(job.id, jobs.address)}")
         say(console, f"Stop it with: python -m raytune_llm jobs stop {job.id} submit.address={jobs.address}")

@@ -9,8 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from raytune_llm import api
-from raytune_llm.__main__ import BEGAN
+from raytune_llm import BEGAN, api
 from raytune_llm.config.load import to_yaml
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.run import TrainRun

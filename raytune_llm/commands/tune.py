@@ -5,8 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,8 +16,10 @@ from rich.text import Text
 from raytune_llm import api
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.runs.plan import Plan
-from raytune_llm.tune.results import PAGE, TABLE
-from raytune_llm.tune.study import Study, Trial
+from raytune_llm.tune.study import PAGE, TABLE, Study, Trial
+
+if TYPE_CHECKING:
+    from raytune_llm.tune.run import TuneResult
 
 GIB = 2**30
 SHOWN = 20
@@ -41,7 +42,8 @@ def main(sweep: Sweep) -> int:
         with face:
             result = api.tune(sweep, on_change=face.changed)
     except KeyboardInterrupt as interrupt:
-        interrupt.__notes__ = [f"{face.standing()}this resumes the sweep: {_command()}"]
+        command = shlex.join(["python", "-m", "raytune_llm", *sys.argv[1:]])
+        interrupt.add_note(f"{face.standing()}this resumes the sweep: {command}")
         raise
     _print_best(console, sweep, result)
     return 0
@@ -90,15 +92,14 @@ class _Face:
     def _left(self, study: Study) -> Text:
         """By the mean time of the trials that ended here."""
         ended = [trial.seconds for trial in study.trials if trial.state != "running"]
-        number = self._sweep.tune.trials
-        total = (number or sum(1 for _ in self._sweep.planned())) * self._sweep.tune.seeds
+        total = (self._sweep.tune.trials or len(self._sweep.planned)) * self._sweep.tune.seeds
         left = f", about {_duration(sum(ended) / len(ended) * (total - len(ended)))} left" if ended else ""
         return Text(f"{len(ended)} of {total} trials{left}", style="dim")
 
 
 def trials_table(study: Study) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    settings = [setting for axis in study.sweep.axes for setting in axis.settings]
+    settings = study.sweep.settings
     for name in ("trial", *settings, "step", study.metric.name, "state"):
         table.add_column(name, overflow="fold")
     best = study.ranked[0].trials if study.ranked else ()
@@ -113,8 +114,8 @@ def trials_table(study: Study) -> Table:
 
 def _dry_run(sweep: Sweep, console: Console) -> int:
     """Each planned trial with its memory and time. Exit code 1 where one doesn't fit."""
-    points = list(sweep.planned())
-    settings = [setting for axis in sweep.axes for setting in axis.settings]
+    points = sweep.planned
+    settings = sweep.settings
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("trial", *settings, "steps", "GiB", "fits", "time, at least"):
         table.add_column(name)
@@ -147,7 +148,7 @@ def at_least_s(plan: Plan, products_per_s: float, *, trains_base: bool) -> float
     return plan.data.tokens * epochs * plan.parameters.total * (6 if trains_base else 4) / products_per_s
 
 
-def _print_best(console: Console, sweep: Sweep, result: Any) -> None:
+def _print_best(console: Console, sweep: Sweep, result: TuneResult) -> None:
     best, study = result.best, result.study
     states = [trial.state for trial in study.trials]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -164,10 +165,6 @@ def _print_best(console: Console, sweep: Sweep, result: Any) -> None:
     console.print(table, highlight=False)
     command = f"python -m raytune_llm --config-dir {shlex.quote(str(sweep.folder))} --config-name best"
     console.print(f"\nNext: [bold]{escape(command)}[/bold] trains the best setting again", highlight=False, soft_wrap=True)
-
-
-def _command(argv: Sequence[str] | None = None) -> str:
-    return shlex.join(["python", "-m", "raytune_llm", *(sys.argv[1:] if argv is None else argv)])
 
 
 def _text(value: Any) -> str:

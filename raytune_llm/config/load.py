@@ -36,9 +36,9 @@ from raytune_llm.config.space import Choice, Interval, Values
 from raytune_llm.errors import ConfigError
 
 UNEXPECTED = ("unexpected_keyword_argument", "extra_forbidden")
+"""How pydantic calls a setting that there is not."""
 RENAMED = {"quantization.wide": "quantization.skip_modules"}
 """Settings of earlier versions, and what they are called now."""
-"""How pydantic calls a setting that there is not."""
 MAX_OPTION_CHARS = 200
 """An option is a file, whose name can be no longer than a file system allows."""
 EXAMPLES = CONF.parent / "examples"
@@ -78,7 +78,7 @@ ANY_KEY = ("model.config", "serve.adapters", "chat.adapters")
 def load_config(
     verb: str, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, config_name: str | None = None
 ) -> Any:
-    """The run that `python -m raytune_llm <verb> <overrides>` starts: a TrainRun, PrepareRun or DoctorRun.
+    """The run that `python -m raytune_llm <verb> <overrides>` starts, of the class that RUNS has for the verb.
 
     config_dir adds a folder to the search path (its groups and experiments come beside ours); config_name takes another
     primary config than the verb's, say `run` from an output folder. Raises ConfigError.
@@ -335,7 +335,7 @@ def groups() -> list[str]:
 def defaults(verb: str) -> list[str]:
     """`setting: value` lines of a verb's config as it composes without overrides."""
     composed = OmegaConf.to_container(_without_hydra(_compose(verb, [], None)), resolve=False)
-    return [f"{path}: {_shown(value)}" for path, value in _flat_items(composed)]
+    return [f"{path}: {_shown(value)}" for path, value in flat_items(composed)]
 
 
 def run_under_hydra(
@@ -387,10 +387,11 @@ def _without_hydra(composed: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
-def _flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by dotted path, with its value."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
-            yield from _flat_items(value, f"{prefix}{key}.")
+            yield from flat_items(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -602,6 +603,7 @@ __all__ = [
     "as_plain",
     "compose",
     "defaults",
+    "flat_items",
     "groups",
     "load_config",
     "options",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import fields
 from typing import Any, Literal
 
 from raytune_llm.config.adapter import AdapterConfig
@@ -73,6 +74,11 @@ class TrainRun:
         _references_can_be_had(self)
         _layers_can_be_compiled(self)
         _stages_read_what_is_said_of_their_rows(self.stage, self.data)
+
+
+def as_train_run(run: TrainRun) -> TrainRun:
+    """Of a sweep or a job the run alone."""
+    return TrainRun(**{field.name: getattr(run, field.name) for field in fields(TrainRun)})  # pyright: ignore[reportArgumentType]  # pydantic's dataclasses are dataclasses
 
 
 @section

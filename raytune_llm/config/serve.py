@@ -66,7 +66,6 @@ class ServeConfig(ServedModels):
         if "@" in "".join(self.adapters):
             fix = "Choose another name: `name@step` are checkpoints of serve.watch."
             raise ConfigError("serve.adapters", "must hold no name with an @", got=sorted(self.adapters), fix=fix)
-
         if self.fewest > self.most:
             raise ConfigError("serve.replicas", "must be a minimum and then a maximum", got=list(self.replicas))  # type: ignore[arg-type]
 

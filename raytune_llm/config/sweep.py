@@ -9,13 +9,13 @@ Each trial's run is composed and validated as if its values had been typed, so g
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from raytune_llm.config.load import as_override, as_plain, compose, swept, to_run
-from raytune_llm.config.run import TrainRun, TuneRun
+from raytune_llm.config.run import TrainRun, TuneRun, as_train_run
 from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, drawn, ends, grid
 from raytune_llm.config.tune import TuneConfig
 from raytune_llm.errors import ConfigError
@@ -43,6 +43,15 @@ class Sweep:
     @property
     def folder(self) -> Path:
         return Path(self.run.output_dir)
+
+    @property
+    def settings(self) -> list[str]:
+        """That vary, in the order of the axes."""
+        return [setting for axis in self.axes for setting in axis.settings]
+
+    def value_of(self, axis: Axis, point: Point) -> Any:
+        """The point's, or the base's where the point has none."""
+        return axis.value_in(point) if all(setting in point for setting in axis.settings) else axis.base(self.base)
 
     @cached_property
     def base(self) -> TrainRun:
@@ -75,19 +84,22 @@ class Sweep:
         place = {"name": f"{run.name}_{folder.name}", "output_dir": str(folder), "resume": "auto"}
         return replace(run, **place, train=replace(run.train, seed=seed))
 
-    def planned(self) -> Iterator[Point]:
+    @cached_property
+    def planned(self) -> list[Point]:
         """The points that are known beforehand, in order and each run once: base, tune.first, then a grid's or drawn ones; for a
         searcher that learns, those that it starts with."""
         tune = self.tune
+        points: list[Point] = []
         seen: list[TrainRun] = []
         for point in self._candidates():
             run = self.composed(point)
             if run in seen:
                 continue
             seen.append(run)
-            yield point
+            points.append(point)
             if len(seen) == tune.trials:
-                return
+                break
+        return points
 
     def _candidates(self) -> Iterator[Point]:
         tune = self.tune
@@ -105,7 +117,7 @@ class Sweep:
         """The planned points, each composed; and each value of a list and both ends of each interval. Raises ConfigError."""
         for point in ends(self.axes):
             self.composed(point)
-        return list(self.planned())
+        return self.planned
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -179,11 +191,6 @@ def of_yaml(space: Mapping[str, Any], prefix: str = "") -> dict[str, Values]:
                 raise ConfigError(f"tune.space.{one}", "is given twice", fix="Give all of its values at once.")
         found |= inner
     return found
-
-
-def as_train_run(run: TuneRun) -> TrainRun:
-    """Without what makes it a sweep."""
-    return TrainRun(**{field.name: getattr(run, field.name) for field in fields(TrainRun)})  # type: ignore[arg-type]
 
 
 def _can_vary(setting: str) -> None:

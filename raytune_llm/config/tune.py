@@ -43,8 +43,6 @@ class TuneConfig:
     """The base configuration, without any value of the space, is the first trial."""
     keep: NonNegativeInt
     """So many trials, the best ones, keep their model and checkpoints."""
-    max_concurrent: PositiveInt | Literal["auto"]
-    """Trials at once. auto: as many as the machine's CPUs or GPUs take; one where resources=inline."""
     max_failures: PositiveInt
     """So many trials that failed one after another end the sweep."""
     dry_run: bool

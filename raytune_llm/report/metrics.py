@@ -23,6 +23,7 @@ Sink = Callable[[Record], None]
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+SAMPLES = "samples.jsonl"
 TABLE, TRACE = "profile/table.txt", "profile/trace.json.gz"
 """Of train.profile."""
 _NON_FINITE = {"NaN", "Infinity", "-Infinity"}
@@ -35,7 +36,7 @@ class JsonLines:
         """from_step is the last step that is in the checkpoint: later records are dropped, since those steps come again."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line, record in _lines(path) if record["step"] <= from_step] if from_step and path.exists() else []
-        _write_whole(path, "".join(kept))
+        write_whole(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -108,7 +109,7 @@ def summary_of(values: Mapping[str, Any]) -> Summary:
 
 
 def write_summary(path: Path, summary: Summary) -> None:
-    _write_whole(path, json.dumps(finite_or_named(asdict(summary)), indent=2, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(finite_or_named(asdict(summary)), indent=2, allow_nan=False) + "\n")
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -144,7 +145,8 @@ def finite_or_named(values: Record) -> dict[str, Any]:
     }
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Beside what was there, then in its place."""
     beside = path.with_name(f".{path.name}.partial")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)

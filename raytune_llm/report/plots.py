@@ -53,7 +53,7 @@ def loss_curve(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
     axes.set_ylabel("loss", color=INK)
     lowest.set_xlabel("step", color=INK)
     lowest.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _save(figure, path)
+    save(figure, path)
 
 
 def score_scatter(chosen_P: Sequence[float], rejected_P: Sequence[float], path: Path) -> None:
@@ -75,10 +75,11 @@ def score_scatter(chosen_P: Sequence[float], rejected_P: Sequence[float], path: 
     axes.set_title(f"held-out pairs: {right.mean():.0%} right", loc="left", color=INK, fontsize=12, pad=10)
     axes.set_xlabel("score of the rejected answer", color=INK)
     axes.set_ylabel("score of the chosen answer", color=INK)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """As PNG, whole or not at all."""
     beside = path.with_name(f".{path.name}.partial")
     figure.savefig(beside, format="png")
     beside.replace(path)

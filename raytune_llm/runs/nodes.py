@@ -68,7 +68,7 @@ class Nodes:
     reduce_s: Mapping[int, float] = field(default_factory=dict)
     """Bytes -> seconds."""
 
-    def lines(self) -> list[str]:
+    def table(self) -> list[str]:
         rows = [("node", "python", "torch", "ray", "GPUs", "/dev/shm GiB", "clock", "interface")]
         for node in self.nodes:
             interface = next((f"{value} ({name})" for name, value in node.chosen.items()), node.interface)
@@ -79,7 +79,11 @@ class Nodes:
                 )
             )  # fmt: skip
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+    def rates(self) -> list[str]:
+        """Of the all-reduce, a line a size."""
+        lines = []
         for num_bytes, seconds in self.reduce_s.items():
             rate = 2 * (self.reduced - 1) / self.reduced * num_bytes / seconds / 2**30
             size = f"{num_bytes / 2**20:g} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:g} KiB"
@@ -110,7 +114,7 @@ def check_nodes(
     ids = [node["NodeID"] for node in alive]
     backend = "nccl" if each.get("GPU") else "gloo"
     found = Nodes(nodes=_ask(ids), backend=backend)
-    for line in found.lines():
+    for line in found.table():
         tell(line)
     refuse_unlike(found.nodes)
     refuse_unreachable(found)
@@ -125,7 +129,7 @@ def check_nodes(
     if resources.preflight == "full" and max(room.values()) < workers:
         those = [node for node in ids if room[node]]
         found = replace(found, reduced=len(those), reduce_s=_reduce(those, backend))
-        for line in found.lines()[len(found.nodes) + 1 :]:
+        for line in found.rates():
             tell(line)
     return found
 

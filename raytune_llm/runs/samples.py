@@ -18,8 +18,6 @@ from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.report.news import SampledAnswer
 from raytune_llm.train.strategies.base import Strategy
 
-SAMPLES = "samples.jsonl"
-
 
 class TogetherRunner(PolicyRunner):
     """Generates with a sharded policy. All workers run its layers, choose the same tokens, and so take the same

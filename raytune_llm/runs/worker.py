@@ -16,13 +16,13 @@ import torch.distributed as dist
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ResourceError
-from raytune_llm.report.metrics import JsonLines, Report, Sink
+from raytune_llm.report.metrics import SAMPLES, JsonLines, Report, Sink
 from raytune_llm.report.news import Begin, Notice, ReferencePass, SampledAnswer
 from raytune_llm.report.profile import StepProfile
 from raytune_llm.report.scores import held_out_scores, write_scores
 from raytune_llm.report.slow import say_nothing, told_if_slow
 from raytune_llm.runs.output import full_disk_explained, identity, model_card, write_final
-from raytune_llm.runs.samples import SAMPLES, Sampler
+from raytune_llm.runs.samples import Sampler
 from raytune_llm.runs.setup import Setup, explained, set_up
 from raytune_llm.train import loop
 from raytune_llm.train.checkpoint import Checkpoints, Progress, read_progress

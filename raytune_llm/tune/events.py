@@ -5,19 +5,18 @@ It is all that a sweep knows. Whoever reads it again knows as much, so a sweep t
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from raytune_llm.errors import DataError, ResourceError
+from raytune_llm.errors import DataError
 
 EVENTS = "events.jsonl"
 
 
-class EventLog:
+class SweepLog:
     def __init__(self, folder: Path) -> None:
         self._path = folder / EVENTS
         self._file: TextIO | None = None
@@ -28,14 +27,10 @@ class EventLog:
 
     def append(self, event: Mapping[str, Any]) -> None:
         """On the disk when it returns."""
-        try:
-            file = self._file = self._file or self._open()
-            file.write(json.dumps(event) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError as error:
-            room = "Make room there, and type the same command again." if error.errno == errno.ENOSPC else ""
-            raise ResourceError(f"{self._path} can't be written ({error.strerror})", room) from None
+        file = self._file = self._file or self._open()
+        file.write(json.dumps(event) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
     def close(self) -> None:
         if self._file is not None:

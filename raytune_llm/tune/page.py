@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from raytune_llm.config.space import Axis, Interval
+from raytune_llm.report.plots import save
 from raytune_llm.tune.study import Study, Trial
 
 INK, FAINT, BEST = "#333333", "#8a8a8a", "#d9622b"
@@ -32,9 +33,7 @@ def sweep_page(study: Study, path: Path) -> None:
         column = 2 * (number % 3)
         _over(figure.add_subplot(grid[1 + number // 3, column : column + 2]), trials, colors, best, axis, study)
     figure.suptitle(f"{study.sweep.run.name}: {len(study.trials)} trials, {study.metric.name}", color=INK, x=0.01, ha="left")
-    beside = path.with_name(f".{path.name}.partial")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    save(figure, path)
 
 
 def _colors(trials: list[Trial], study: Study, map: Any) -> dict[int, Any]:
@@ -65,7 +64,7 @@ def _parallel(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any,
     """A line a trial, over the settings and the metric, each from its lowest to its highest value."""
     columns = list(study.sweep.axes)
     for trial in sorted(trials, key=study.score_of, reverse=True):
-        places = [_place(axis, _value(axis, trial, study)) for axis in columns]
+        places = [_place(axis, study.sweep.value_of(axis, trial.point)) for axis in columns]
         heights = [*places, _scaled(trial.latest or 0.0, [one.latest or 0.0 for one in trials])]
         chosen = trial in best
         color, width = (BEST, 2.2) if chosen else (colors[trial.number], 1.0)
@@ -89,7 +88,7 @@ def _over(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, axi
     from matplotlib.ticker import NullFormatter
 
     for trial in trials:
-        value = _value(axis, trial, study)
+        value = study.sweep.value_of(axis, trial.point)
         at = value if isinstance(axis.values, Interval) else _index(axis, value)
         if at is None:
             continue
@@ -114,7 +113,7 @@ def importance(axis: Axis, trials: list[Trial], study: Study) -> float | None:
     """The part of the variance of the trials' ranks that this setting alone explains: by group means for a list of values, by a
     parabola over (the logarithm of) an interval. A rough figure, adjusted for the number of means or coefficients; none where
     there are too few trials."""
-    known = [(_value(axis, trial, study), study.score_of(trial)) for trial in trials]
+    known = [(study.sweep.value_of(axis, trial.point), study.score_of(trial)) for trial in trials]
     known = [(value, score) for value, score in known if axis.values.holds(value)]
     ranks = np.argsort(np.argsort([score for _, score in known])).astype(float)
     total = float(((ranks - ranks.mean()) ** 2).sum()) if len(ranks) else 0.0
@@ -132,11 +131,6 @@ def importance(axis: Axis, trials: list[Trial], study: Study) -> float | None:
         left = ranks - np.array([ranks[groups == group].mean() for group in groups])
     adjusted = 1 - float((left**2).sum()) / free / (total / (len(known) - 1))
     return max(adjusted, 0.0)
-
-
-def _value(axis: Axis, trial: Trial, study: Study) -> Any:
-    known = all(setting in trial.point for setting in axis.settings)
-    return axis.value_in(trial.point) if known else axis.base(study.sweep.base)
 
 
 def _place(axis: Axis, value: Any) -> float:

@@ -8,23 +8,22 @@ import json
 import math
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from raytune_llm.config.load import to_yaml
+from raytune_llm.config.space import merged
+from raytune_llm.report.metrics import write_whole
 from raytune_llm.tune.page import sweep_page
-from raytune_llm.tune.study import Study, Trial
-
-TABLE, RESULTS, BEST, PAGE = "trials.csv", "results.json", "best.yaml", "sweep.png"
+from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Study, Trial
 
 
 def write_results(study: Study) -> None:
     """With what is known so far."""
     folder = study.sweep.folder
-    _write(folder / TABLE, _table(study))
-    _write(folder / RESULTS, json.dumps(results(study), indent=2) + "\n")
+    write_whole(folder / TABLE, _table(study))
+    write_whole(folder / RESULTS, json.dumps(results(study), indent=2) + "\n")
     if study.ranked:
-        _write(folder / BEST, best_run(study))
+        write_whole(folder / BEST, best_run(study))
     if any(trial.reports or trial.value is not None for trial in study.trials):
         sweep_page(study, folder / PAGE)
 
@@ -72,24 +71,14 @@ def _plain(trial: Trial) -> dict[str, Any]:
 
 
 def _table(study: Study) -> str:
-    settings = [setting for axis in study.sweep.axes for setting in axis.settings]
+    settings = study.sweep.settings
     settings += [name for point in study.sweep.tune.first for name in point if name not in settings]
     rest = ("seed", "state", "metric", "step", "steps", "seconds", "folder", "reason")
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["trial", *settings, *rest])
-    base = {setting: value for axis in study.sweep.axes for setting, value in _base_values(study, axis)}
+    base = merged(axis.point(axis.base(study.sweep.base)) for axis in study.sweep.axes)
     for trial in study.trials:
         plain, values = _plain(trial), {**base, **trial.point}
         table.writerow([trial.number, *(values.get(name) for name in settings), *(plain[name] for name in rest)])
     return text.getvalue()
-
-
-def _base_values(study: Study, axis: Any) -> list[tuple[str, Any]]:
-    return list(axis.point(axis.base(study.sweep.base)).items())
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)

@@ -15,6 +15,7 @@ from raytune_llm.config.sweep import Sweep
 from raytune_llm.data import pipeline
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.runs import preflight
+from raytune_llm.runs.output import full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.results import prune, write_results
@@ -45,7 +46,7 @@ def run_sweep(sweep: Sweep, train: Train, on_change: OnChange = lambda study, tr
     check_runnable(sweep)
     metric = metric_of(sweep.tune)
     check_writable(sweep.folder)
-    with owned(sweep.folder):
+    with owned(sweep.folder), full_disk_explained(sweep.folder):
         study = Study(sweep, metric)
         try:
             _prepare(sweep)
@@ -65,17 +66,15 @@ def check_runnable(sweep: Sweep) -> None:
             "resources",
             "must be inline to sweep: trials run one after another in this process",
             got=sweep.run.resources.name,
-            fix="Take resources=inline.",
+            instead="resources=inline",
         )
-    if sweep.tune.max_concurrent not in ("auto", 1):
-        raise ConfigError("tune.max_concurrent", "must be 1 where resources=inline", got=sweep.tune.max_concurrent)
 
 
 def _run(study: Study, train: Train, on_change: OnChange) -> None:
     failures = 0
     while (trial := study.next()) is not None:
         on_change(study, trial)
-        began, before = time.monotonic(), trial.seconds
+        began = time.monotonic()
 
         def reported(step: int, total_steps: int, value: float, trial: Trial = trial, began: float = began) -> bool:
             goes_on = study.report(trial, step, total_steps, value)
@@ -84,7 +83,7 @@ def _run(study: Study, train: Train, on_change: OnChange) -> None:
             return goes_on
 
         outcome = run_trial(study.run_of(trial), study.metric, reported, train)
-        trial.seconds = before + time.monotonic() - began
+        trial.seconds = time.monotonic() - began
         study.end(trial, outcome.state, outcome.value, outcome.reason)
         on_change(study, trial)
         prune(study)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from raytune_llm.config.space import Axis, Choice, Point
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.errors import ResourceError
+
+STARTUP = 5
+"""Points that are drawn before TPE begins to learn."""
 
 
 class Searcher(Protocol):
@@ -24,8 +27,8 @@ class Searcher(Protocol):
 class Planned:
     """Points that are known beforehand: of a grid, or drawn."""
 
-    def __init__(self, points: Sequence[Point]) -> None:
-        self._points = iter(points)
+    def __init__(self, sweep: Sweep) -> None:
+        self._points = iter(sweep.planned)
 
     def ask(self) -> Point | None:
         return next(self._points, None)
@@ -44,14 +47,13 @@ class Optuna:
             raise ResourceError("tune=optuna needs the package optuna", "pip install 'raytune-llm[tune]'") from error
         self._optuna = optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._axes, self._left = sweep.axes, sweep.tune.trials or 0
-        self._first = list(sweep.planned())
+        self._sweep, self._axes, self._left = sweep, sweep.axes, sweep.tune.trials or 0
+        self._first = list(sweep.planned)
         sampler = optuna.samplers.TPESampler(seed=sweep.tune.seed, constant_liar=True, n_startup_trials=STARTUP)
         self._study = optuna.create_study(direction="minimize", sampler=sampler)
         self._distributions = {axis.name: self._distribution(axis) for axis in sweep.axes}
         self._asked: list[Any] = []
         """Optuna's trials, or the parameters of planned points; none for a point outside the space."""
-        self._base = {axis.name: axis.base(sweep.base) for axis in sweep.axes}
 
     def ask(self) -> Point | None:
         if not self._left:
@@ -91,24 +93,15 @@ class Optuna:
         """As Optuna knows them; none where a value lies outside the space."""
         found: dict[str, Any] = {}
         for axis in self._axes:
-            names = axis.settings
-            value = axis.value_in(point) if all(name in point for name in names) else self._base[axis.name]
+            value = self._sweep.value_of(axis, point)
             if not axis.values.holds(value):
                 return None
             found[axis.name] = axis.values.values.index(value) if isinstance(axis.values, Choice) else value
         return found
 
 
-STARTUP = 5
-"""Points that are drawn before TPE begins to learn."""
-
-
 def searcher_of(sweep: Sweep) -> Searcher:
     return SEARCHERS[sweep.tune.name](sweep)
 
 
-SEARCHERS = {
-    "grid": lambda sweep: Planned(list(sweep.planned())),
-    "random": lambda sweep: Planned(list(sweep.planned())),
-    "optuna": Optuna,
-}
+SEARCHERS: dict[str, Callable[[Sweep], Searcher]] = {"grid": Planned, "random": Planned, "optuna": Optuna}

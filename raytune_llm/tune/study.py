@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from raytune_llm.config.load import flat_items
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.space import Point
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.errors import ConfigError
-from raytune_llm.tune.events import EVENTS, EventLog
+from raytune_llm.tune.events import EVENTS, SweepLog
 from raytune_llm.tune.metric import Metric
 from raytune_llm.tune.schedulers import scheduler_of
 from raytune_llm.tune.searchers import searcher_of
@@ -23,7 +24,7 @@ from raytune_llm.tune.searchers import searcher_of
 State = Literal["running", "finished", "stopped", "failed"]
 TRIALS = "trials"
 LONGEST_NAME = 60
-WRITTEN = ("results.json", "trials.csv", "best.yaml", "sweep.png")
+TABLE, RESULTS, BEST, PAGE = "trials.csv", "results.json", "best.yaml", "sweep.png"
 
 
 @dataclass(kw_only=True)
@@ -43,7 +44,7 @@ class Trial:
     reason: str | None = None
     """Why it failed."""
     seconds: float = 0.0
-    """Of this process's part."""
+    """Of the process that ended it; an interrupted one's are not counted."""
     stopping: bool = False
     """The scheduler has ended it."""
 
@@ -76,8 +77,7 @@ class Study:
         self.sweep, self.metric = sweep, metric
         self.trials: list[Trial] = []
         self._searcher, self._scheduler = searcher_of(sweep), scheduler_of(sweep.tune)
-        self._points: list[Point] = []
-        self._log = EventLog(sweep.folder)
+        self._log = SweepLog(sweep.folder)
         self._interrupted: list[Trial] = []
         self._resume()
 
@@ -91,7 +91,7 @@ class Study:
                 return trial
         number = len(self.trials)
         seeds = self.sweep.tune.seeds
-        point = self._points[number // seeds] if number // seeds < len(self._points) else self._searcher.ask()
+        point = self.trials[-1].point if number % seeds else self._searcher.ask()
         if point is None:
             return None
         self._log.append({"event": "began", "trial": number, "point": point})
@@ -136,7 +136,7 @@ class Study:
         identity = json.loads(json.dumps(self.sweep.identity))
         if resume == "never":
             shutil.rmtree(folder / TRIALS, ignore_errors=True)
-            for name in (EVENTS, *WRITTEN):
+            for name in (EVENTS, TABLE, RESULTS, BEST, PAGE):
                 (folder / name).unlink(missing_ok=True)
         events = self._log.read()
         if not events:
@@ -164,8 +164,6 @@ class Study:
 
     def _begin(self, number: int, point: Point) -> Trial:
         seeds = self.sweep.tune.seeds
-        if number % seeds == 0:
-            self._points.append(point)
         repetition = number % seeds
         name = f"{number:03d}_{folder_name(point)}" + (f"_seed{repetition}" if seeds > 1 else "")
         trial = Trial(
@@ -210,9 +208,9 @@ def _short(value: Any) -> str:
 
 
 def _same_sweep(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    old, new = dict(flat_items(then)), dict(flat_items(now))
     changed = [
-        f"{path} from {old.get(path)} to {new.get(path)}"
-        for old, new in [(dict(_flat(then)), dict(_flat(now)))]
+        f"{path.removeprefix('base.')} from {old.get(path)} to {new.get(path)}"
         for path in sorted(old.keys() | new.keys())
         if old.get(path) != new.get(path)
     ]
@@ -223,11 +221,3 @@ def _same_sweep(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -
             got=str(folder),
             fix="Restore it to resume, choose another output_dir, or set resume=never to start anew there.",
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        path = f"{prefix}{name}"
-        found += _flat(value, f"{path}.") if isinstance(value, dict) and value else [(path.removeprefix("base."), value)]
-    return found

@@ -11,6 +11,7 @@ from typing import Any
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import UserError
 from raytune_llm.report.metrics import METRICS, read_metrics
+from raytune_llm.report.news import Begin
 from raytune_llm.tune.metric import Metric, MetricMissing
 from raytune_llm.tune.study import State
 
@@ -59,10 +60,9 @@ class _Listener:
 
     def begin(self, begin: Any) -> None:
         """What a resumed run has logged up to its checkpoint is not logged again, and may not have been heard."""
-        total = getattr(begin, "total_steps", None)
-        if total is None:
-            return  # news of a reference
-        self._total = total
+        if not isinstance(begin, Begin):
+            return
+        self._total = begin.total_steps
         for record in _records(self._run) if begin.first_step else ():
             self.record(record)
 

@@ -24,6 +24,13 @@ def run(*argv: str) -> tuple[int, set[str], str]:
     return exit_code, set(modules), done.stderr
 
 
+def test_the_time_of_a_run_counts_from_the_start_of_its_command():
+    """`python -m` runs raytune_llm/__main__.py as `__main__`: who imports it by its name has it run again, later."""
+    code = "import sys, raytune_llm.commands.train; print('raytune_llm.__main__' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["plan", "--help"]])
 def test_help_answers_before_anything_heavy_is_loaded(argv):
     exit_code, modules, _ = run(*argv)

@@ -39,25 +39,25 @@ def test_a_trial_is_the_run_that_its_values_would_be_if_they_were_typed(tmp_path
 
 def test_a_grid_has_every_combination_and_random_points_depend_on_the_seed_alone():
     words = ("optimizer.lr=1e-4,1e-3", "adapter.rank=range(1,4)")
-    assert len(list(sweep(*words, "tune=grid").planned())) == 6
-    drawn = [list(sweep(*words, "tune.trials=4", f"tune.seed={seed}").planned()) for seed in (0, 0, 1)]
+    assert len(sweep(*words, "tune=grid").planned) == 6
+    drawn = [sweep(*words, "tune.trials=4", f"tune.seed={seed}").planned for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0][0] == {}  # the base
 
 
 def test_more_trials_begin_with_the_same_ones():
-    few, many = (list(sweep("optimizer.lr=interval(0.1,0.9)", f"tune.trials={count}").planned()) for count in (3, 7))
+    few, many = (sweep("optimizer.lr=interval(0.1,0.9)", f"tune.trials={count}").planned for count in (3, 7))
     assert many[:3] == few
 
 
 def test_a_point_that_is_the_base_runs_once():
     made = sweep("adapter.rank=8,16", "tune.trials=9")
-    assert list(made.planned()) == [{}, {"adapter.rank": 8}]  # the experiment's rank is 16
+    assert made.planned == [{}, {"adapter.rank": 8}]  # the experiment's rank is 16
 
 
 def test_zipped_values_change_together():
     made = sweep("adapter.rank=8,16", "adapter.alpha=16.0,32.0", "tune=grid", "tune.zip=[[adapter.rank,adapter.alpha]]")
-    assert [dict(point) for point in made.planned()] == [
+    assert [dict(point) for point in made.planned] == [
         {"adapter.rank": 8, "adapter.alpha": 16.0},
         {"adapter.rank": 16, "adapter.alpha": 32.0},
     ]
@@ -65,7 +65,7 @@ def test_zipped_values_change_together():
 
 def test_known_good_points_come_after_the_base():
     made = sweep("adapter.rank=8,16", "tune.trials=3", "tune.first=[{optimizer.lr: 3.0e-4}]")
-    assert list(made.planned())[:2] == [{}, {"optimizer.lr": 3e-4}]
+    assert made.planned[:2] == [{}, {"optimizer.lr": 3e-4}]
 
 
 def test_a_space_in_yaml_may_be_nested_or_dotted_and_the_command_line_has_the_last_word(tmp_path):

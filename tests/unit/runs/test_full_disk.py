@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from raytune_llm import api
 from raytune_llm.errors import ResourceError
 from raytune_llm.runs.output import full_disk_explained, write_final
+from raytune_llm.tune.events import SweepLog
 from tests.group import metrics
 from tests.runs import tiny_run
 
@@ -57,3 +58,11 @@ def test_a_disk_that_fills_up_while_the_model_is_written_leaves_the_one_before(t
     with no_file_larger_than(100_000), pytest.raises(ResourceError, match="can't be written"), full_disk_explained(tmp_path):
         write_final(final, save, "after")
     assert (final / "README.md").read_text() == "before"
+
+
+def test_a_disk_that_fills_up_while_a_sweep_logs_keeps_the_events_before(tmp_path: Path) -> None:
+    log = SweepLog(tmp_path)
+    log.append({"event": "sweep"})
+    with no_file_larger_than(30), pytest.raises(ResourceError, match="can't be written"), full_disk_explained(tmp_path):
+        log.append({"event": "began", "trial": 0})
+    assert SweepLog(tmp_path).read() == [{"event": "sweep"}]

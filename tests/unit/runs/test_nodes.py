@@ -51,9 +51,9 @@ def test_a_name_that_leads_back_is_refused_unless_an_interface_is_named():
 
 
 def test_the_table_says_what_each_node_has_and_how_fast_they_are_together():
-    lines = Nodes(nodes=[ONE, TWO], backend="nccl", reduced=2, reduce_s={2**28: 0.01, 2**10: 1e-4}).lines()
-    assert lines[2].split() == ["10.0.0.2", "3.11.9", "1.0", "1.0", "8", "64.0", "-0.25", "s", "eth0"]
-    assert lines[3:] == [
+    nodes = Nodes(nodes=[ONE, TWO], backend="nccl", reduced=2, reduce_s={2**28: 0.01, 2**10: 1e-4})
+    assert nodes.table()[2].split() == ["10.0.0.2", "3.11.9", "1.0", "1.0", "8", "64.0", "-0.25", "s", "eth0"]
+    assert nodes.rates() == [
         "all-reduce of 256 MiB by nccl: 10.00 ms, 25.00 GiB/s",
         "all-reduce of 1 KiB by nccl: 0.10 ms, 0.01 GiB/s",
     ]
