@@ -17,7 +17,7 @@ Tensor shape suffixes, used in names all over the package:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -93,6 +93,30 @@ class Text:
 
 
 Record = Conversation | Pair | Labeled | Text
+
+
+def with_messages(record: Record, change: Callable[[Message], Message]) -> Record:
+    """The record with all its messages changed; plain text has none."""
+
+    def within(conversation: Conversation) -> Conversation:
+        return replace(conversation, messages=tuple(map(change, conversation.messages)))
+
+    match record:
+        case Conversation():
+            return within(record)
+        case Labeled():
+            return replace(record, conversation=within(record.conversation))
+        case Pair():
+            chosen, rejected = (tuple(map(change, side)) for side in (record.chosen, record.rejected))
+            return replace(record, prompt=within(record.prompt), chosen=chosen, rejected=rejected)
+    return record
+
+
+def last_answer_only(conversation: Conversation) -> Conversation:
+    """With no answer trained but the last message, if that is one that was to be trained."""
+    *earlier, last = conversation.messages
+    told = (replace(message, trained=False) if message.trained else message for message in earlier)
+    return replace(conversation, messages=(*told, last))
 
 
 class Prefixes(NamedTuple):

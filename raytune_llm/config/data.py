@@ -34,6 +34,14 @@ class Columns(RowFormat):
     videos: str | None
     audios: str | None
 
+    def __post_init__(self) -> None:
+        if (self.chosen is None) != (self.rejected is None):
+            one, other = ("chosen", "rejected") if self.rejected is None else ("rejected", "chosen")
+            raise ConfigError(f"data.format.{other}", f"must be given if data.format.{one} is", fix="Both make a pair.")
+        if self.chosen is not None and self.label is not None:
+            rule = "must be null if data.format.chosen is given: a row is a pair or has a verdict"
+            raise ConfigError("data.format.label", rule, got=self.label, fix="Choose one of the two.")
+
     @property
     def pair_margin(self) -> str | None:
         return self.margin
@@ -212,7 +220,6 @@ class DataConfig:
             if values is not None and len(values) != len(self.names):
                 raise ConfigError(setting, f"must be {len(self.names)} numbers, as data.names", got=values)
         self._held_out_rows_are_said_once()
-        _is_a_pair_or_has_a_verdict(self.format)
         if self.tool_format is not None and self.template is None:
             raise ConfigError(
                 "data.tool_format", "needs data.template: a tokenizer's own template has its own format", got=self.tool_format
@@ -250,17 +257,6 @@ class DataConfig:
                 _below_one(f"data.eval_fraction.{name}", fraction)
         else:
             _below_one("data.eval_fraction", self.eval_fraction)
-
-
-def _is_a_pair_or_has_a_verdict(format: RowFormat) -> None:
-    if not isinstance(format, Columns):
-        return
-    if (format.chosen is None) != (format.rejected is None):
-        one, other = ("chosen", "rejected") if format.rejected is None else ("rejected", "chosen")
-        raise ConfigError(f"data.format.{other}", f"must be given if data.format.{one} is", fix="Both make a pair.")
-    if format.chosen is not None and format.label is not None:
-        rule = "must be null if data.format.chosen is given: a row is a pair or has a verdict"
-        raise ConfigError("data.format.label", rule, got=format.label, fix="Choose one of the two.")
 
 
 def _below_one(setting: str, fraction: float) -> None:

@@ -19,7 +19,7 @@ from raytune_llm.data.kinds.kind import Kind, Targets
 from raytune_llm.data.templates.kept import REASONING
 from raytune_llm.data.templates.render import PlainText, Rendered, Renderer
 from raytune_llm.data.tokens.tokenize import BlockTokenizer, Tokens
-from raytune_llm.records import Conversation, Labeled, Message, Pair, Record
+from raytune_llm.records import Conversation, Labeled, Message, Pair, Record, with_messages
 
 LATER_TURNS, EARLIER_TURNS = "its later turns are left out", "its earlier turns are left out"
 CUT_TEXTS, CUT_TOKENS = "its longest texts are cut", "its tokens are cut"
@@ -69,7 +69,7 @@ def refuse(row: Overlong) -> tuple[Any, str]:
 
 
 def cut_tokens(row: Overlong) -> tuple[Any, str]:
-    """By LLaMA-Factory's rule: the starts of requests and answers, whatever the template has at their ends."""
+    """By LLaMA-Factory's rule: the starts of prompts and answers, whatever the template has at their ends."""
     return row.kind.make(row.record, row.rendered, row.tokens, row.targets, cut=True), CUT_TOKENS
 
 
@@ -78,6 +78,8 @@ def shorten(row: Overlong) -> tuple[Any, str]:
     if not row.kind.renders_chat:
         return cut_tokens(row)
     record = row.record
+    if isinstance(record, Pair) and len(row.rendered) == 1:
+        record = record.prompt  # where only prompts are wanted
     for how, candidates in ((LATER_TURNS, _without_later_turns), (EARLIER_TURNS, _without_earlier_turns)):
         shorter = candidates(record, keeps_last=row.kind.keeps_last_answer(row.targets))
         if (made := _first_that_fits(row, shorter)) is not None:
@@ -116,7 +118,7 @@ def _without_later_turns(record: Record, *, keeps_last: bool) -> list[Record]:
 
 
 def _without_earlier_turns(record: Record, *, keeps_last: bool) -> list[Record]:
-    """From each request on, from the second to the last. The system message stays."""
+    """From each user message on, from the second to the last. The system message stays."""
 
     def cut(messages: Messages) -> list[Messages]:
         first = 1 if messages and messages[0].role == "system" else 0
@@ -139,7 +141,8 @@ def _without_earlier_turns(record: Record, *, keeps_last: bool) -> list[Record]:
 
 def _with_shorter_texts(row: Overlong, record: Record) -> Any:
     """No text has more than so many tokens, the most that fit; what a message thinks and says is one text."""
-    counts = [[sum(len(row.tokenize.ends(text)) for text in _texts(message)) for message in side] for side in _sides(record)]
+    ends = functools.cache(row.tokenize.ends)
+    counts = [[sum(len(ends(text)) for text in _texts(message)) for message in side] for side in _sides(record)]
     budgets = [sum(side) for side in counts]
     beside = row.length - max(len(one.ids) for one in row.tokens)
     shorter = record
@@ -152,11 +155,11 @@ def _with_shorter_texts(row: Overlong, record: Record) -> Any:
             return row.kind.make(shorter, rendered, tokens, row.targets)
         except TooLong:
             excess = [max(0, len(one.ids) + beside - row.targets.max_length) for one in tokens]
-            budgets = [budget - over for budget, over in zip(budgets, excess, strict=False)]
+            budgets = [budget - over for budget, over in zip(budgets, excess, strict=True)]
             cap = min(map(_cap, counts, budgets))
         if cap < 1:
             break
-        shorter = _with_texts(record, functools.partial(_capped, cap=cap, ends=row.tokenize.ends))
+        shorter = with_messages(record, functools.partial(_capped, cap=cap, ends=ends))
     raise BadRow(NOTHING_LEFT, f"{row.length} tokens, of which {row.length - max(map(sum, counts))} are not of its texts")
 
 
@@ -176,21 +179,6 @@ def _sides(record: Record) -> list[Messages]:
             return [messages]
         case Pair(prompt=Conversation(messages=messages), chosen=chosen, rejected=rejected):
             return [(*messages, *chosen), (*messages, *rejected)]
-    raise AssertionError("plain text has no messages")
-
-
-def _with_texts(record: Record, change: Callable[[Message], Message]) -> Record:
-    def within(conversation: Conversation) -> Conversation:
-        return replace(conversation, messages=tuple(map(change, conversation.messages)))
-
-    match record:
-        case Conversation():
-            return within(record)
-        case Labeled():
-            return replace(record, conversation=within(record.conversation))
-        case Pair():
-            chosen, rejected = (tuple(map(change, side)) for side in (record.chosen, record.rejected))
-            return replace(record, prompt=within(record.prompt), chosen=chosen, rejected=rejected)
     raise AssertionError("plain text has no messages")
 
 

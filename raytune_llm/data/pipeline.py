@@ -52,7 +52,7 @@ from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.data.tokens.tokenizer import fingerprint, run_tokenizer
 from raytune_llm.errors import DataError, UserError
 
-TRANSFORMS_VERSION = 7
+TRANSFORMS_VERSION = 8
 """Raise it when the same row would give other tokens, so that old stores are not taken for new ones."""
 TASK_ROWS, TASKS_PER_WORKER = 2_000, 4
 """A task of Ray's makes so many rows, where its chunks are smaller, since handing it out takes as long as a hundred; unless that

@@ -126,9 +126,9 @@ def build_policy(
         "has_changed_config": bool(model.config),
     }
     if is_multimodal(config):
-        settings["left_out"] = partial(_other_media, loaded, partial(load, dtype=torch.float32, scores=scores, text_only=False))
+        settings["left_out"] = partial(_other_media, loaded, partial(load, dtype=compute, scores=scores, text_only=False))
     if scores:
-        made = Scorer(adapted, language_model=partial(load, dtype=torch.float32) if separate_head else None, **settings)
+        made = Scorer(adapted, language_model=partial(load, dtype=compute) if separate_head else None, **settings)
     else:
         made = CausalLM(adapted, chunk_tokens=CHUNK_TOKENS.get(runs_on.type, head.CHUNK_TOKENS), **settings)
     dropout = attention.dropout_of(config) if trains else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -71,16 +71,7 @@ class CausalLM(Policy):
             logits_NV = self.base.get_output_embeddings()(hidden_ND).float()
         return changed(logits_NV, *_logit_changes(self.base.config))
 
-    def save(
-        self,
-        folder: Path,
-        *,
-        parameters: Mapping[str, Tensor],
-        tokenizer: Any,
-        stop_ids: Sequence[int],
-        base_model: str | None = None,
-    ) -> None:
-        super().save(folder, parameters=parameters, tokenizer=tokenizer, stop_ids=stop_ids, base_model=base_model)
+    def _complete(self, folder: Path, tokenizer: Any, stop_ids: Sequence[int]) -> None:
         ending_at(self.base.generation_config, stop_ids).save_pretrained(folder)
 
     def _values(self, hidden_ND: Tensor, batch: Batch, token_function: TokenFunction, other_ND: Tensor | None) -> Tensor:

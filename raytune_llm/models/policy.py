@@ -29,6 +29,8 @@ from raytune_llm.models.multimodal import text_model
 from raytune_llm.models.neftune import neftune_noise
 from raytune_llm.records import Batch
 
+Inputs = Batch | CachedRows | DecodeStep
+
 
 class Policy(nn.Module):
     """The root that a strategy wraps: one call of it is one forward pass of everything that the strategy shards."""
@@ -74,7 +76,7 @@ class Policy(nn.Module):
 
     # Through the layers ----------------------------------------------------------------------------------------------------
 
-    def hidden(self, inputs: Batch | CachedRows | DecodeStep, route: Mapping[str, Any] | None = None) -> Tensor:
+    def hidden(self, inputs: Inputs, route: Mapping[str, Any] | None = None) -> Tensor:
         """The last hidden states: [B, T, D] of a batch of packs, [1, L, D] of a step over a cache, which it fills.
 
         The adapters that are in use compute. route: what a bank of several adapters has layers know of the pass; that of a batch
@@ -84,7 +86,7 @@ class Policy(nn.Module):
 
     def outputs(
         self,
-        inputs: Batch | CachedRows | DecodeStep,
+        inputs: Inputs,
         *,
         route: Mapping[str, Any] | None = None,
         neftune_alpha: float | None = None,
@@ -117,7 +119,7 @@ class Policy(nn.Module):
             self.hidden(CachedRows.of(cache, [NewTokens([0], 0, [0])]))
         return cache.bytes_a_token
 
-    def _embedded(self, inputs: Batch | CachedRows | DecodeStep, neftune_alpha: float | None) -> Tensor:
+    def _embedded(self, inputs: Inputs, neftune_alpha: float | None) -> Tensor:
         embedded_BTD = self.base.get_input_embeddings()(inputs.ids_BT)
         if neftune_alpha is not None:
             assert not isinstance(inputs, CachedRows | DecodeStep), "noise is for training"
@@ -138,7 +140,7 @@ class Policy(nn.Module):
         first = next((layer for _, layer in named_layers(self.base)), None)
         return first is not None and any(parameter.requires_grad for parameter in first.parameters())
 
-    def _of_rows(self, inputs: Batch | CachedRows | DecodeStep) -> dict[str, Any]:
+    def _of_rows(self, inputs: Inputs) -> dict[str, Any]:
         """Attention's arguments for the documents of a batch, or the rows of a step."""
         if isinstance(inputs, CachedRows | DecodeStep):
             return {"cached_rows": inputs}
@@ -152,7 +154,7 @@ class Policy(nn.Module):
             **attention.block_masks(self.attention_backend, inputs.cu_seqlens_S, B, T, window, inputs.prefixes),
         }
 
-    def _route(self, inputs: Batch | CachedRows | DecodeStep) -> Mapping[str, Any]:
+    def _route(self, inputs: Inputs) -> Mapping[str, Any]:
         """Which adapter each document goes to, where there are several."""
         if isinstance(inputs, CachedRows | DecodeStep) or inputs.adapter_M is None:
             return {}
@@ -191,19 +193,18 @@ class Policy(nn.Module):
         now = [parameter.clone() for parameter in parameters]
         units = [unit for unit in self.modules() if isinstance(unit, FSDPModule)]
 
+        @torch.no_grad()
         def become(values: Sequence[Tensor]) -> None:
             for parameter, value in zip(parameters, values, strict=True):
                 parameter.copy_(value)
             for unit in units:
                 unit.reshard()  # what is gathered already is not what the shards are now
 
-        with torch.no_grad():
-            become(values)
+        become(values)
         try:
             yield
         finally:
-            with torch.no_grad():
-                become(now)
+            become(now)
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -236,7 +237,11 @@ class Policy(nn.Module):
             self._save_weights(folder, beside | weights | dict(saved_buffers(self.base)))
         if (folder / "config.json").exists():
             _say_dtype(folder / "config.json", self.compute)
+        self._complete(folder, tokenizer, stop_ids)
         tokenizer.save_pretrained(folder)
+
+    def _complete(self, folder: Path, tokenizer: Any, stop_ids: Sequence[int]) -> None:
+        """Add what the head needs beside the weights. The tokenizer is saved afterwards."""
 
     def _save_weights(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         self.base.save_pretrained(folder, state_dict=weights)

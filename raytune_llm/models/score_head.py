@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS
+
 SEPARATE = "value_head.safetensors"
 """LLaMA-Factory's file: the linear layer v_head.summary over the last hidden state, with a bias."""
 
@@ -35,12 +36,12 @@ def name_padding(folder: Path, id: int) -> None:
 
 def separate_head_of_adapter(folder: Path) -> None:
     """The adapter as a language model's adapter, and its score head in a separate file."""
-    weights = load_file(folder / ADAPTER)
+    weights = load_file(folder / WEIGHTS[0])
     head = {name: weights.pop(name) for name in list(weights) if name.endswith("score.weight")}
-    save_file(weights, folder / ADAPTER, metadata={"format": "pt"})
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
+    config = json.loads((folder / CONFIG).read_text())
     config |= {"task_type": "CAUSAL_LM", "modules_to_save": None}
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     _save_head(folder, *head.values())
 
 

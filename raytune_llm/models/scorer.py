@@ -58,20 +58,10 @@ class Scorer(Policy):
             weights = sorted(head.parameters(), key=lambda parameter: parameter.requires_grad)  # an adapter has a copy, trained
             return head(hidden_MD.to(weights[-1].dtype)).float().squeeze(-1)
 
-    def save(
-        self,
-        folder: Path,
-        *,
-        parameters: Mapping[str, Tensor],
-        tokenizer: Any,
-        stop_ids: Sequence[int],
-        base_model: str | None = None,
-    ) -> None:
+    def _complete(self, folder: Path, tokenizer: Any, stop_ids: Sequence[int]) -> None:
         padding = choose_padding(tokenizer, stop_ids) if self._padding is None else self._padding
         if padding is not None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
-        super().save(folder, parameters=parameters, tokenizer=tokenizer, stop_ids=stop_ids, base_model=base_model)
-        if padding is not None:
             name_padding(folder, padding)
         if self._language_model is not None and self.adapters.names:
             separate_head_of_adapter(folder)
@@ -80,5 +70,4 @@ class Scorer(Policy):
         if self._language_model is None:
             super()._save_weights(folder, weights)
         else:
-            model: Any = self._language_model()
-            save_with_separate_head(folder, model.to(self.compute), weights)
+            save_with_separate_head(folder, self._language_model(), weights)

@@ -24,7 +24,7 @@ from raytune_llm.data.formats.columns import Reading, Row, required, shown, text
 from raytune_llm.data.formats.messages import chat, prompt_completion
 from raytune_llm.data.formats.tagged import openai, sharegpt
 from raytune_llm.data.templates.kept import REASONING
-from raytune_llm.records import Conversation, Labeled, Message, Pair, Record, Text
+from raytune_llm.records import Message, Record, Text, with_messages
 
 if TYPE_CHECKING:
     from raytune_llm.config.data import FormatConfig, TextFormat
@@ -43,30 +43,13 @@ def convert(row: Row, format: FormatConfig, reading: Reading = ROW_ALONE) -> Rec
     if not isinstance(row, Mapping):
         raise BadRow("a row must be an object", shown(row))
     record = FORMATS[format.name](row, format, reading)
-    return without_thoughts(record, reading.thought) if reading.drop_thoughts else record
-
-
-def without_thoughts(record: Record, thought: tuple[str, str]) -> Record:
-    """With answers that say what comes after their thoughts."""
-
-    def shortened(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        return tuple(_without_thought(message, thought) for message in messages)
-
-    def within(conversation: Conversation) -> Conversation:
-        return replace(conversation, messages=shortened(conversation.messages))
-
-    match record:
-        case Conversation():
-            return within(record)
-        case Labeled():
-            return replace(record, conversation=within(record.conversation))
-        case Pair():
-            sides = (shortened(record.chosen), shortened(record.rejected))
-            return replace(record, prompt=within(record.prompt), chosen=sides[0], rejected=sides[1])
-    return record
+    if not reading.drop_thoughts:
+        return record
+    return with_messages(record, functools.partial(_without_thought, thought=reading.thought))
 
 
 def _without_thought(message: Message, thought: tuple[str, str]) -> Message:
+    """An answer that says what comes after its thought."""
     if message.role != "assistant":
         return message
     _, ends, said = message.content.rpartition(thought[1].strip())
@@ -78,12 +61,6 @@ def columns_of(format: FormatConfig) -> tuple[str, ...]:
     """The columns of a row that its format reads."""
     settings = asdict(format)
     return tuple(value for name, value in settings.items() if value is not None and name != "name" and not name.endswith("_tag"))
-
-
-def last_answer_only(conversation: Conversation) -> Conversation:
-    """With no answer trained but the last message, if that is one that was to be trained."""
-    *earlier, last = conversation.messages
-    return replace(conversation, messages=(*(replace(message, trained=False) for message in earlier), last))
 
 
 def text(row: Row, columns: TextFormat, reading: Reading) -> Text:

@@ -1,4 +1,4 @@
-"""One request and its answer a row."""
+"""One prompt and its answer a row."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def alpaca(row: Row, columns: AlpacaFormat, reading: Reading) -> Record:
-    """One request, with its input on a new line, and its answer; before it, [request, answer] pairs of history.
+    """One prompt, with its input on a new line, and its answer; before it, [prompt, answer] pairs of history.
 
     Every answer is trained. An output that is no text is none: the row is a prompt. A history of any other type than a list of
     pairs of texts (null and an empty text aside, which are none) makes the row unusable, where LLaMA-Factory takes the row

@@ -191,6 +191,5 @@ def checked_call(call: Any) -> Mapping[str, Any]:
 def as_written(message: Row, role: str) -> dict[str, Any]:
     """For the chat template, by whatever keys the row has it: without nulls, as transformers passes it on, and without what only
     says how it is trained."""
-    calls_of(message)  # templates and what looks at their texts take calls for such
     left_out = (*WEIGHTS, "masked", "role")
     return {"role": role, **{key: value for key, value in message.items() if key not in left_out and value is not None}}

@@ -1,4 +1,4 @@
-"""{role, content} messages, in any order that the chat template takes: whole conversations, or a request and its completion."""
+"""{role, content} messages, in any order that the chat template takes: whole conversations, or a prompt and its completion."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chat(row: Row, columns: ChatFormat, reading: Reading) -> Record:
     """{role, content} messages, as OpenAI's API takes them, in any order that the chat template takes.
 
     Every answer is trained, by its weight where it says one: `train: false` and `weight: 0` leave it out. The sides of a pair are
-    texts, messages, or lists of messages, with the request or after it.
+    texts, messages, or lists of messages, with the prompt or after it.
     """
     turns: tuple[Message, ...] = ()
     images: list[Any] | None = None if columns.images is None else []
@@ -53,7 +53,7 @@ def chat(row: Row, columns: ChatFormat, reading: Reading) -> Record:
 
 
 def prompt_completion(row: Row, columns: PromptCompletionFormat, reading: Reading) -> Record:
-    """A request and an answer, each a text or a list of messages. Every answer of the completion is trained."""
+    """A prompt and its completion, each a text or a list of messages. Every answer of the completion is trained."""
     images: list[Any] | None = None if columns.images is None else []
     prompt = required(row, "prompt", columns.prompt)
     turns = (Message("user", prompt),) if isinstance(prompt, str) else _messages(prompt, columns.prompt, images)
@@ -156,11 +156,11 @@ def _side(side: Any, name: str, images: list[Any] | None) -> tuple[Message, ...]
     return _messages([side] if isinstance(side, Mapping) else side, name, images)
 
 
-def _pair(request: Conversation, chosen: tuple[Message, ...], rejected: tuple[Message, ...], margin: float) -> Pair:
+def _pair(shared: Conversation, chosen: tuple[Message, ...], rejected: tuple[Message, ...], margin: float) -> Pair:
     """The messages that both sides start with are the prompt; each side adds one answer."""
-    start = len(request.messages)
-    if not start or chosen[:start] != request.messages or rejected[:start] != request.messages:
-        chosen, rejected = (*request.messages, *chosen), (*request.messages, *rejected)
+    start = len(shared.messages)
+    if not start or chosen[:start] != shared.messages or rejected[:start] != shared.messages:
+        chosen, rejected = (*shared.messages, *chosen), (*shared.messages, *rejected)
     common = 0
     while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
         common += 1
@@ -174,4 +174,4 @@ def _pair(request: Conversation, chosen: tuple[Message, ...], rejected: tuple[Me
             )
     prompt = tuple(replace(message, trained=False) for message in prompt)
     chosen, rejected = ((replace(answer, trained=True),) for (answer,) in answers)
-    return Pair(replace(request, messages=prompt), chosen, rejected, margin)
+    return Pair(replace(shared, messages=prompt), chosen, rejected, margin)

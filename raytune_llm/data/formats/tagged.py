@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def sharegpt(row: Row, columns: ShareGPTFormat, reading: Reading) -> Record:
-    """Requests or tool results in turn with answers or tool calls, after an optional system message.
+    """User messages or tool results alternate with answers or tool calls, after an optional system message.
 
     A call is a message with JSON in it. Every answer is trained, by its weight where it says one.
     """
@@ -68,6 +68,7 @@ def _tagged(message: Any, columns: Tags, reading: Reading) -> Message:
     content = text_of(content, f"a message's {columns.content_tag}")
     weight = weight_of(message)
     if role != "function":
+        calls_of(message)  # of another role's message only the template reads them
         return Message(
             role,
             content,

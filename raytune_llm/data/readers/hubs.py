@@ -24,8 +24,8 @@ def _huggingface_rows(name: str, part: Source | Chunk) -> Any:
         raise DataError(
             name,
             f"there is no such file or folder, and no hub answers at {address}",
-            "Check its name, or set HF_ENDPOINT to a hub that this machine reaches; with HF_HUB_OFFLINE=1 only what is cached "
-            "before is taken.",
+            "Check its name, or set HF_ENDPOINT to a hub that this machine reaches; with HF_HUB_OFFLINE=1 only what is "
+            "cached is used.",
         )
     try:
         return load_dataset(name, part.subset, split=part.split, data_dir=part.folder)

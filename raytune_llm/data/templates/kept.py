@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytune_llm.data.templates.tool_calls import name_and_arguments
+from raytune_llm.data.templates.tool_calls import function_of, name_and_arguments
 from raytune_llm.records import Message
 
 CONTENT, THOUGHT, CALLS, TOOLS = "content", "thought", "calls", "tools"
@@ -111,7 +111,7 @@ def _missing_of_call(place: str, call: Any) -> str | None:
     name, arguments = name_and_arguments(call)
     if not _has_text(place, name):
         return f"the call of {name}"
-    written = _function_of(call).get("arguments")
+    written = function_of(call).get("arguments")
     if isinstance(written, str) and _has_text(place, written):
         return None
     if arguments and _squeezed(str(arguments)) in place and _squeezed(json.dumps(arguments, ensure_ascii=False)) not in place:
@@ -141,7 +141,7 @@ def _has_leaf(place: str, leaf: Any) -> bool:
 
 
 def _missing_of_tool(whole: str, tool: Any) -> str | None:
-    function = _function_of(tool)
+    function = function_of(tool)
     for key in ("name", "description"):
         if isinstance(text := function.get(key), str) and not _has_text(whole, text):
             return f"the {key} of a tool: {_shown(text)}"
@@ -176,7 +176,7 @@ def probe(
         probes.append(probed)
     if not tools:
         return probes, [], placed
-    function = _function_of(tools[0])
+    function = function_of(tools[0])
     parameter = {"type": "string", "description": "a parameter"}
     declared: dict[str, Any] = {key: place(TOOLS, -1) for key in ("name", "description") if isinstance(function.get(key), str)}
     if "parameters" in function:
@@ -184,19 +184,12 @@ def probe(
     return probes, [declared if function is tools[0] else {**tools[0], "function": declared}], placed
 
 
-def _function_of(tool: Any) -> Mapping[str, Any]:
-    """What a declaration of a tool wraps, or itself."""
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    return function if isinstance(function, Mapping) else tool
-
-
 def _probe_call(call: Mapping[str, Any], place: Any, number: int) -> dict[str, Any]:
-    inner = call.get("function")
-    function: Mapping[str, Any] = inner if isinstance(inner, Mapping) else call
+    function = function_of(call)
     arguments: Any = {"argument": place(CALLS, number)}
     arguments = json.dumps(arguments) if isinstance(function.get("arguments"), str) else arguments
     probed = {**function, "name": place(CALLS, number), "arguments": arguments}
-    return {**call, "function": probed} if function is inner else probed
+    return probed if function is call else {**call, "function": probed}
 
 
 def shape_of(messages: Sequence[Mapping[str, Any]], told: Sequence[Message], tools: Sequence[Any]) -> tuple[Any, ...]:
@@ -207,11 +200,11 @@ def shape_of(messages: Sequence[Mapping[str, Any]], told: Sequence[Message], too
                 message.role,
                 message.trained,
                 tuple((key, None if value is None else bool(value)) for key, value in plain.items()),
-                tuple((*call, type(_function_of(call).get("arguments"))) for call in plain.get("tool_calls") or ()),
+                tuple((*call, type(function_of(call).get("arguments"))) for call in plain.get("tool_calls") or ()),
             )
             for message, plain in zip(told, messages, strict=True)
         ),
-        tuple(_function_of(tools[0])) if tools else (),
+        tuple(function_of(tools[0])) if tools else (),
     )
 
 

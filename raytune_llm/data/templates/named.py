@@ -50,7 +50,7 @@ class NamedTemplate:
     efficient_eos: bool
     """Answers have no end of their own in the text: one end token belongs after the last."""
     reasons: bool
-    """Reasoning is kept, stripped or replaced by an empty block, by enable_thinking; otherwise they are plain text."""
+    """Reasoning is kept, stripped or replaced by an empty block, by enable_thinking; otherwise it is plain text."""
     thought: tuple[str, str]
     tool_call_words: tuple[str, str]
     """What encloses JSON calls in the data of LLaMA-Factory users."""

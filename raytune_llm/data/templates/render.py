@@ -36,7 +36,7 @@ from raytune_llm.data.templates.named import NamedTemplate, guess
 from raytune_llm.data.templates.named import stop_tokens as named_stop_tokens
 from raytune_llm.data.templates.tool_calls import name_and_arguments
 from raytune_llm.errors import ConfigError
-from raytune_llm.records import Conversation, Message
+from raytune_llm.records import Conversation, Message, last_answer_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -119,7 +119,7 @@ class ChatTemplate:
                 got=self.tokenizer_name,
                 fix="Set data.template, or model.tokenizer to one whose template does.",
             )
-        told = self._with_system(conversation if earlier_answers else _last_answer_trained(conversation))
+        told = self._with_system(conversation if earlier_answers else last_answer_only(conversation))
         refused: BadRow | RefusedRow | None = None
         for form in _forms_of(told.messages):
             try:
@@ -171,7 +171,7 @@ class ChatTemplate:
         first, second = (side.text[: side.answers[-1][0]] for side in sides)
         if first != second:
             raise RefusedRow(
-                f"the chat template of {self.tokenizer_name} writes the request differently before the two answers",
+                f"the chat template of {self.tokenizer_name} writes the prompt differently before the two answers",
                 "Set data.template, or model.tokenizer to one whose template does not.",
             )
         return sides
@@ -365,7 +365,7 @@ class NamedChat:
         return first, second  # type: ignore[possibly-undefined]
 
     def _render(self, conversation: Conversation, earlier_answers: bool, thinking: bool | None) -> Rendered:
-        conversation = conversation if earlier_answers else _last_answer_trained(conversation)
+        conversation = conversation if earlier_answers else last_answer_only(conversation)
         weights = tuple([_weight(message) for message in conversation.messages if message.role == "assistant"])
         if self._writes_as_is(conversation):
             form = self._form(shape_of(conversation), earlier_answers, thinking)
@@ -462,13 +462,6 @@ def _is_plain(conversation: Conversation) -> bool:
 
 BARE: Mapping[str, Any] = {"role": "", "content": ""}
 """Keys of a message that says nothing else."""
-
-
-def _last_answer_trained(conversation: Conversation) -> Conversation:
-    """Earlier ones are told as what was said: many templates leave their thoughts out."""
-    *earlier, last = conversation.messages
-    told = (replace(message, trained=False) if message.trained else message for message in earlier)
-    return replace(conversation, messages=(*told, last))
 
 
 def _weight(message: Message) -> float:

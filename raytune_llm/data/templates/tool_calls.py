@@ -28,13 +28,18 @@ class ToolCall(NamedTuple):
     """JSON text, as the chat APIs carry it; not an object where the model wrote none."""
 
 
+def function_of(tool: Any) -> Any:
+    """What a call or a declaration of a tool wraps as its `function`, or itself."""
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    return function if isinstance(function, Mapping) else tool
+
+
 def name_and_arguments(call: Any) -> tuple[str, dict[str, Any]]:
     """Of a call as rows have it: as `function` of an object or by itself, the arguments as an object, as its JSON text, or none.
 
     Raises ValueError.
     """
-    function = call.get("function") if isinstance(call, Mapping) else None
-    function = function if isinstance(function, Mapping) else call
+    function = function_of(call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError("a tool call must have a name")
     arguments = function.get("arguments")

@@ -143,8 +143,8 @@ class Layout:
             raise Misfit("it holds no tensor")
         flat = torch.cat(parts)
         if not flat.sum(dtype=torch.float32).isfinite():  # one pass over all; only where it fails, each by itself
-            for name in ranks:
-                if not all(tensors[PREFIX + name + own].isfinite().all() for own in (A, B)):
+            for name, a, b in zip(ranks, parts[::2], parts[1::2], strict=True):
+                if not (a.isfinite().all() and b.isfinite().all()):
                     raise Misfit(f"{name} has weights that are not finite, which would reach other adapters")
         return Weights(flat=flat.pin_memory() if self.pinned else flat, ranks=ranks, scales=scales, config=config)
 

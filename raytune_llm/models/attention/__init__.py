@@ -127,7 +127,7 @@ def _operators_lack() -> str | None:
 
 def _flash4_lacks(case: Case) -> str | None:
     if case.capability[0] not in (9, 10):
-        return "FlashAttention 4 needs a GPU of the Hopper or the Blackwell kind (compute capability 9 or 10)"
+        return "FlashAttention 4 needs a Hopper or Blackwell GPU (compute capability 9 or 10)"
     if case.capability[0] == 10 and case.head > 128:
         return f"FlashAttention 4 takes heads of at most 128 numbers on this GPU, these have {case.head}"
     return _flash_lacks(case, name="FlashAttention 4") or _import_lacks("flash-attn-4", "flash_attn.cute")

@@ -80,6 +80,13 @@ class DecodeStep:
         return self.numbers[1 + number * self.rows : 1 + (number + 1) * self.rows]
 
     @property
+    def tables_RK(self) -> Tensor:
+        """int32: numbers of the rows' blocks."""
+        start = 1 + 5 * self.rows
+        blocks = int(self.numbers[0])
+        return self.numbers[start : start + self.rows * blocks].view(self.rows, blocks)
+
+    @property
     def ids_BT(self) -> Tensor:
         """int32 [1, R]"""
         return self.column(TOKEN)[None]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytune_llm.models.attention.decode_step import LENGTH, PLACE
+from raytune_llm.models.attention.decode_step import LENGTH, PLACE, DecodeStep
 
 SPLITS, PROGRAMS = 32, 264
 """A row's tokens are split over programs until there are about so many of these, two for each multiprocessor of an H100."""
@@ -70,9 +70,8 @@ def plain(
     softcap: float,
 ) -> Tensor:
     """The same, a row after another."""
-    blocks = int(step[0])
-    place_R, length_R = (step[1 + number * columns : 1 + (number + 1) * columns].tolist() for number in (PLACE, LENGTH))
-    tables_RK = step[1 + 5 * columns : 1 + 5 * columns + columns * blocks].view(columns, blocks).long()
+    read = DecodeStep(keys, values, step, columns)
+    place_R, length_R, tables_RK = read.column(PLACE).tolist(), read.column(LENGTH).tolist(), read.tables_RK.long()
     own_keys, own_values = (held[int(layer_1)] for held in (keys, values))
     out = torch.zeros_like(q_RHD)
     for row, (place, length) in enumerate(zip(place_R, length_R, strict=True)):

@@ -84,16 +84,15 @@ def prepared(capsys: pytest.CaptureFixture[str], cache: Path, *settings: str) ->
     return manifest["rows"] + sum(dropped["rows"] for dropped in manifest["dropped"].values()), said.out
 
 
-@pytest.mark.parametrize("seed", range(1))
 @pytest.mark.parametrize("form", GOOD)
-def test_odd_rows_are_used_or_counted(capsys, tmp_path: Path, form: str, seed: int):
-    draw = random.Random(f"{form} {seed}")
+def test_odd_rows_are_used_or_counted(capsys, tmp_path: Path, form: str):
+    draw = random.Random(f"{form} 0")
     settings, good = GOOD[form]
     rows = [good] * 3 + [made_odd(good, draw) for _ in range(40)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     num_rows, said = prepared(capsys, tmp_path / "cache", *settings, f"data.path={path}")
-    assert num_rows == len(rows) or re.search(r"rows\.jsonl, row \d+: ", said), said
+    assert num_rows == len(rows) or (num_rows is None and re.search(r"rows\.jsonl, row \d+: ", said)), said
 
 
 ENTRIES: list[dict[str, Any]] = [

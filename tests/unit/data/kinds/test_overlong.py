@@ -91,6 +91,13 @@ def test_both_sides_of_a_pair_keep_the_prompt_and_its_header(making, talk):
     assert len(row.prompt_ids) + len(row.chosen_ids) in (119, 120)
 
 
+def test_a_prompt_of_a_pair_is_cut_by_its_own_texts(making, talk):
+    chosen, rejected = ((Message("assistant", text, trained=True),) for text in ("a" * 9000, "no"))
+    row = making.row("prompts", Pair(talk("q" * 200), chosen, rejected), max_length=100)
+    (_, question), _ = texts_of(making.text([*row.prompt_ids, *row.answer_ids]))
+    assert set(question) == {"q"} and len(row.prompt_ids) + len(row.answer_ids) in (99, 100)
+
+
 def test_a_thought_is_cut_with_all_that_comes_after_it(making):
     answer = Message("assistant", "So.", trained=True, reasoning="t" * 200)
     qwen = recipe("sft", template="qwen3", max_length=40, overlong="truncate")

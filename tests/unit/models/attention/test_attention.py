@@ -53,7 +53,7 @@ def test_auto_takes_the_fastest_that_can_run_and_says_why(case, backend):
         ("flash3", GPU, "not installed"),
         ("flash3", Case(device_type="cuda", dtype=torch.bfloat16, capability=(8, 0)), "a Hopper GPU"),
         ("flash4", GPU, "not installed"),
-        ("flash4", Case(device_type="cuda", dtype=torch.bfloat16, capability=(8, 0)), "Hopper or the Blackwell kind"),
+        ("flash4", Case(device_type="cuda", dtype=torch.bfloat16, capability=(8, 0)), "Hopper or Blackwell GPU"),
         ("flash4", Case(device_type="cuda", dtype=torch.bfloat16, capability=(10, 0), head=256), "at most 128"),
         ("varlen", Case(device_type="cuda", dtype=torch.bfloat16, softcap=True), "has no softcap"),
     ],
