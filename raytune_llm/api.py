@@ -26,6 +26,7 @@ from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.migrate.experiment import translate_file, write
 from raytune_llm.report.metrics import Sink, Summary, WallTime, read_metrics, summary_of, write_summary
 from raytune_llm.report.news import Notice
+from raytune_llm.report.slow import told_if_slow
 from raytune_llm.report.trackers import TrackedRun, open_tracker
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _train(
     (output / "run.yaml").write_text(to_yaml(run))
 
     clock.enter("evaluate")
-    before = _exact_match(run, prepared, None)
+    before = _exact_match(run, prepared, None, on_begin)
     clock.enter("fit")
     tracked = TrackedRun(name=run.name, output_dir=output, from_step=resumed_from or 0, settings=as_plain(run))
     tracker = open_tracker(run.tracking, tracked)
@@ -136,7 +137,7 @@ def _train(
     finally:
         tracker.close()
     clock.enter("evaluate")
-    after = _exact_match(run, prepared, output / "final")
+    after = _exact_match(run, prepared, output / "final", on_begin)
     clock.enter("save")
     loss_curve(read_metrics(output / "metrics.jsonl"), output / "loss.png", title=run.name)
     summary = _summary(outcome, clock, before, after)
@@ -303,10 +304,18 @@ def _summary_of(output: Path) -> Summary:
     return summary_of(json.loads((output / "summary.json").read_text()))
 
 
-def _exact_match(run: TrainRun, prepared: Prepared | Streamed, final: Path | None) -> ExactMatch | None:
+def _exact_match(
+    run: TrainRun, prepared: Prepared | Streamed, final: Path | None, tell: Callable[[Any], None]
+) -> ExactMatch | None:
     """How many held-out rows the base model (or what training made of it) answers exactly, where the run asks for it."""
     if not run.train.exact_match_rows:
         return None
+    which = "before" if final is None else "after"
+    with told_if_slow(tell, f"answering {run.train.exact_match_rows} held-out rows {which} training"):
+        return _answered(run, prepared, final)
+
+
+def _answered(run: TrainRun, prepared: Prepared | Streamed, final: Path | None) -> ExactMatch:
     from raytune_llm.evaluate.held_out import answer_held_out_rows
 
     store = str((prepared.eval_store or prepared).folder)

@@ -7,7 +7,6 @@ is what `serve.write=FILE` writes. One of the few files that import ray.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from raytune_llm.config.run import ServeRun
 from raytune_llm.serve.access import access_of
 from raytune_llm.serve.api.app import Access, build_app
 from raytune_llm.serve.engines import build_engine, tokenizer_of
+from raytune_llm.serve.logs import log_at
 from raytune_llm.serve.prompts import Prompts
 from raytune_llm.serve.replica import BuildEngine, EngineReplica
 from raytune_llm.serve.replicas import Replicas
@@ -96,7 +96,7 @@ class Ingress:
     """The API, without a state of its own: there may be several."""
 
     async def __init__(self, run: ServeRun, engines: DeploymentHandle) -> None:
-        logging.basicConfig(level=run.serve.log_level.upper())
+        log_at(run.serve.log_level)
         access: Access = access_of(run)
         tokenizer, _ = tokenizer_of(run.model, run.serve)
         facts = await engines.options(method_name="facts").remote()

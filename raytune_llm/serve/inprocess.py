@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from raytune_llm.serve.access import access_of
 from raytune_llm.serve.api.app import build_app
 from raytune_llm.serve.backend import InProcess
 from raytune_llm.serve.engines import build_engine, tokenizer_of
+from raytune_llm.serve.logs import log_at
 from raytune_llm.serve.port import bound
 from raytune_llm.serve.prompts import Prompts
 from raytune_llm.serve.watch import Watcher
@@ -32,7 +32,7 @@ def serve_inline(run: ServeRun, *, told: Callable[[str], None]) -> None:
         if serve.watch is not None:
             watcher = Watcher(Path(serve.watch).resolve(), engine, base_name=facts.name, told=told)
             watcher.start()
-        logging.getLogger("raytune_llm.serve").setLevel(serve.log_level.upper())
+        log_at(serve.log_level)
         app = build_app(InProcess(engine, facts, max_waiting=serve.max_waiting), Prompts(tokenizer), access_of(run))
         settings = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=serve.drain_s)
         server = uvicorn.Server(settings)

@@ -19,6 +19,7 @@ from raytune_llm.engines.requests import Delta, Request, Sampling
 from raytune_llm.errors import DataError, ResourceError, UserError
 from raytune_llm.serve.backend import InProcess, ModelFacts, Overloaded, Pooling, Report
 from raytune_llm.serve.ledger import Change, Ledger
+from raytune_llm.serve.logs import log_at
 from raytune_llm.serve.watch import Watcher
 
 log = logging.getLogger("raytune_llm.serve")
@@ -68,7 +69,7 @@ class Refused(DataError):
 class EngineReplica:
     async def __init__(self, run: ServeRun, build: BuildEngine) -> None:
         """It is ready when it answered once."""
-        logging.basicConfig(level=run.serve.log_level.upper())
+        log_at(run.serve.log_level)
         context = serve.get_replica_context()
         self._name = context.replica_id.unique_id
         self._ledger = Ledger()

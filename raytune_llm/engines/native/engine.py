@@ -130,6 +130,8 @@ class NativeEngine:
             matcher=matcher,
         )
         self._calls.put(partial(self._scheduler.add, row))
+        if self._closed.is_set():  # meanwhile: it may have been put after the loop took up what was left
+            stream.fail(self._gone())
         return stream
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -221,7 +223,7 @@ class NativeEngine:
             self._fail(ResourceError("the engine was closed before the answer was complete"))
         except Exception as error:  # nobody waits for a thread: whoever waits for an answer is told
             self._failure = error
-            self._fail(error)
+            self._fail(self._gone())
             raise
 
     @torch.no_grad()

@@ -30,8 +30,10 @@ IGNORED = {
     "prompt_cache_retention",
     "verbosity",
     "add_generation_prompt",
+    "parallel_tool_calls",
+    "lora_int_id",
 }
-"""What says nothing about the answer's tokens."""
+"""What changes nothing here."""
 
 
 class Body(BaseModel):
@@ -219,7 +221,6 @@ class ChatRequest(Sampled):
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=32)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
 
@@ -335,7 +336,6 @@ class UnloadAdapter(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     lora_name: str
-    lora_int_id: int | None = None
 
 
 class PinAdapter(BaseModel):
