@@ -21,6 +21,8 @@ class NoAdapter:
     """Base weights are trained. If not, they are frozen, and final/ holds an adapter."""
     reads_base_weights: ClassVar[bool] = False
     """It reads the weights of its layers, beside calling them."""
+    trains_tokens: ClassVar[bool] = False
+    """It can have embeddings of tokens that the model lacks."""
     mixes: ClassVar[bool] = False
     """Rows with different adapters of this method can share a batch, as in serving."""
     path: ClassVar[str | None] = None
@@ -47,6 +49,7 @@ class Layered:
 
     trains_base: ClassVar[bool] = False
     reads_base_weights: ClassVar[bool] = False
+    trains_tokens: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
 
     @property
@@ -58,6 +61,8 @@ class Layered:
 class LowRank(Layered):
     rank: PositiveInt
     alpha: Annotated[float, Field(gt=0)]
+
+    trains_tokens: ClassVar[bool] = True
 
 
 @section

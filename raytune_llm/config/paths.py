@@ -13,6 +13,8 @@ IF_THERE = (
     "stage.reference_model", "stage.reference_adapter", "serve.adapters", "serve.watch", "serve.adapter_roots", "chat.adapters",
 )  # fmt: skip
 """That may name something on a hub or in a store as well: they are made absolute where a file or folder is there."""
+ONE_FILE = ("model.new_tokens",)
+"""As IF_THERE, but what a list or an object holds is no path."""
 
 
 def with_absolute_paths(run: Any) -> Any:
@@ -22,17 +24,18 @@ def with_absolute_paths(run: Any) -> Any:
 
 def with_paths(run: Any, change: Callable[[str, str], str]) -> Any:
     """The run with each of its paths as `change(setting, path)` gives it; what has a scheme (s3://) is no path."""
-    for setting in (*ALWAYS, *IF_THERE):
-        run = _changed(run, setting.split("."), lambda path, setting=setting: change(setting, path))
+    for setting in (*ALWAYS, *IF_THERE, *ONE_FILE):
+        each = _one if setting in ONE_FILE else _each
+        run = _changed(run, setting.split("."), lambda path, setting=setting: change(setting, path), each)
     return run
 
 
-def _changed(section: Any, names: Sequence[str], change: Callable[[str], str]) -> Any:
+def _changed(section: Any, names: Sequence[str], change: Callable[[str], str], each: Callable[..., Any]) -> Any:
     name, *rest = names
     value = getattr(section, name, None)
     if value is None:
         return section
-    new = _changed(value, rest, change) if rest else _each(value, change)
+    new = _changed(value, rest, change, each) if rest else each(value, change)
     return section if new is value or new == value else replace(section, **{name: new})
 
 
@@ -41,6 +44,10 @@ def _each(value: Any, change: Callable[[str], str]) -> Any:
         return {name: _each(path, change) for name, path in value.items()}
     if isinstance(value, list):
         return [_each(path, change) for path in value]
+    return _one(value, change)
+
+
+def _one(value: Any, change: Callable[[str], str]) -> Any:
     return value if not isinstance(value, str) or "://" in value else change(value)
 
 

@@ -69,6 +69,7 @@ class TrainRun:
         _quantized_weights_can_be_had(self)
         _optimizer_finds_its_matrices(self)
         _adapters_find_the_weights_that_they_read(self)
+        _new_tokens_can_be_trained(self)
         _anchored_policies_have_a_new_adapter(self)
         _models_answer_what_is_asked(self)
         _references_can_be_had(self)
@@ -458,6 +459,19 @@ def _adapters_find_the_weights_that_they_read(run: TrainRun) -> None:
     if isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3:
         rule, fix = f"can't be zero3 {reads}: it gathers those of layers that are called", "Set strategy=fsdp, or adapter=lora."
         raise ConfigError("strategy", rule, fix=fix)
+
+
+def _new_tokens_can_be_trained(run: TrainRun) -> None:
+    if not run.model.adds_tokens or run.adapter.trains_base:
+        return
+    setting = "model.new_tokens" if run.model.new_tokens else "model.resize_vocab"
+    got = run.model.new_tokens or True
+    if not run.adapter.trains_tokens:
+        rule = f"can't be combined with adapter={run.adapter.name}, which has no embeddings of its own"
+        raise ConfigError(setting, rule, got=got, fix="Set adapter=lora, or adapter=none.")
+    if isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3:
+        rule = "can't be combined with strategy=zero3 and an adapter: it gathers the weights of layers that are called"
+        raise ConfigError(setting, rule, got=got, fix="Set strategy=fsdp.")
 
 
 def _layers_can_be_compiled(run: TrainRun) -> None:

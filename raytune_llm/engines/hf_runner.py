@@ -32,9 +32,10 @@ from raytune_llm.engines.native.row import Row
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.native.slots import Bank
 from raytune_llm.errors import ConfigError, DataError
-from raytune_llm.models.adapters import PeftAdapters
+from raytune_llm.models.adapters import OWN, PeftAdapters
 from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS, rank_of
 from raytune_llm.models.load import positions
+from raytune_llm.models.vocabulary import grow
 
 BLOCK_SIZE = 16
 CACHE_NAMES = ("past_key_values", "cache_params")
@@ -52,6 +53,8 @@ def hf_engine(settings: HFSettings, serving: Serving) -> NativeEngine:
         num_slots=serving.max_adapters,
         num_blocks=settings.max_rows * -(-limit // BLOCK_SIZE),
         own=serving.adapter,
+        scores=serving.scores,
+        new_ids=serving.new_ids,
     )
     return NativeEngine(
         runner,
@@ -114,14 +117,25 @@ class HFRunner:
     block_size = BLOCK_SIZE
 
     def __init__(
-        self, model: Any, *, checked_on: PeftAdapters, num_slots: int, num_blocks: int, own: SavedAdapter | None = None
+        self,
+        model: Any,
+        *,
+        checked_on: PeftAdapters,
+        num_slots: int,
+        num_blocks: int,
+        own: SavedAdapter | None = None,
+        scores: bool = False,
+        new_ids: Sequence[int] = (),
     ) -> None:
-        """checked_on: of the same model without weights, on which adapters are tried. own: an adapter that is part of it."""
-        self._adapters = PeftAdapters(model, scores=own is not None)
+        """checked_on: of the same model without weights, on which adapters are tried. own: an adapter that is part of it.
+        new_ids: the tokens that it adds."""
+        grow(model, dict.fromkeys(new_ids, ()))
+        self._adapters = PeftAdapters(model, scores=scores)
         if own is not None:
-            self._adapters.add_own(own)
+            self._adapters.add_own(own, new_ids)
         self._model = model
         self.num_blocks, self.device = num_blocks, model.device
+        self._without_bank = None if own is None else OWN
         self.bank: Bank | None = None if own is not None else HFBank(self._adapters, num_slots)
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self._checked_on, self._checking = checked_on, threading.Lock()
@@ -141,7 +155,7 @@ class HFRunner:
             if pooling == "score":
                 told.append(self._model(input_ids=ids_BT, use_cache=False).logits[0].float().tolist())
                 continue
-            with self._adapters.using(None if slot < 0 else str(slot)):
+            with self._adapters.using(self._without_bank if slot < 0 else str(slot)):
                 hidden_TD = self._model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[0].float()
             told.append(F.normalize(hidden_TD.mean(0) if pooling == "mean" else hidden_TD[-1], dim=0).tolist())
         return told
@@ -158,6 +172,6 @@ class HFRunner:
         if start == 0:
             self._caches[row] = DynamicCache(config=self._model.config.get_text_config())
         ids_BT = torch.tensor([row.ids[start:stop]], device=self.device)
-        with self._adapters.using(None if row.slot < 0 else str(row.slot)):
+        with self._adapters.using(self._without_bank if row.slot < 0 else str(row.slot)):
             out = self._model(input_ids=ids_BT, use_cache=True, **{self._cache_name: self._caches[row]})
         return out.logits[0, -1].float()

@@ -13,7 +13,7 @@ from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.samples import split_sources
 from raytune_llm.data.store import Store
-from raytune_llm.data.tokens.tokenizer import stop_ids
+from raytune_llm.data.tokens.tokenizer import first_pieces, stop_ids
 from raytune_llm.engines.batch import BatchEngine
 from raytune_llm.evaluate.exact_match import ExactMatch, exact_match
 from raytune_llm.models.build import build_policy, compute_dtype, run_config
@@ -44,6 +44,7 @@ def answer_held_out_rows(run: TrainRun, store_folder: str, final: Path | None, w
         device=device,
         quantization=run.quantization,
         trains=False,
+        first_pieces=first_pieces(model, tokenizer),
     )
     assert isinstance(policy, CausalLM)
     return exact_match(
@@ -57,5 +58,5 @@ def answer_held_out_rows(run: TrainRun, store_folder: str, final: Path | None, w
 def _trained(run: TrainRun, final: Path) -> tuple[ModelConfig, NoAdapter | SavedAdapter]:
     """What a run saved there: a whole model, or an adapter for its own."""
     if run.adapter.trains_base:
-        return replace(run.model, path=str(final), weights="pretrained"), NO_ADAPTER
+        return replace(run.model, path=str(final), weights="pretrained", new_tokens=None, resize_vocab=False), NO_ADAPTER
     return run.model, SavedAdapter(path=str(final), setting="final")

@@ -46,11 +46,10 @@ class Operations:
 
 def operations(policy: Policy, config: Any) -> Operations:
     """Layers below the first that trains run forward alone."""
-    embedding = policy.base.get_input_embeddings().weight
-    output = policy.base.get_output_embeddings()
-    head = None if output is None else output.weight
+    embeddings, output = policy.base.get_input_embeddings(), policy.base.get_output_embeddings()
+    embedding, head = _matrix(embeddings), None if output is None else _matrix(output)
     blocks = layers(policy)
-    first = [] if embedding.requires_grad else list(takewhile(_is_frozen, blocks))
+    first = [] if not _is_frozen(embeddings) else list(takewhile(_is_frozen, blocks))
     forward_alone = {*(p for layer in first for p in layer.parameters()), *(m for layer in first for m in layer.modules())}
 
     visited = getattr(config.get_text_config(), "num_experts_per_tok", None)
@@ -66,6 +65,11 @@ def operations(policy: Policy, config: Any) -> Operations:
         if isinstance(module, QuantizedLinear):
             total += 2 * (1 if module in forward_alone else 2) * module.in_features * module.out_features
     return Operations(per_token=total, per_pair=4 * dimensions(config).query * (3 * len(blocks) - 2 * len(first)))
+
+
+def _matrix(part: nn.Module) -> torch.Tensor | None:
+    """Of an embedding or a head, beside which an adapter may have rows of its own; none where it is quantized."""
+    return max(part.parameters(), key=torch.Tensor.numel, default=None)
 
 
 def _is_frozen(layer: nn.Module) -> bool:

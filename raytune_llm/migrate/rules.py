@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from raytune_llm.data.readers import declarations
 from raytune_llm.data.templates import named as named_templates
 from raytune_llm.errors import UserError
@@ -76,6 +78,44 @@ def model(model_name_or_path: str | None) -> Settings:
 
 def weights(train_from_scratch: bool) -> Settings:
     return {"model.weights": "random" if train_from_scratch else "pretrained"}
+
+
+def new_tokens(
+    add_tokens: str | Sequence[str] | None,
+    add_special_tokens: str | Sequence[str] | None,
+    new_special_tokens_config: str | Mapping[str, str] | None,
+    init_special_tokens: str,
+    find: Find,
+) -> Settings | NoEffect:
+    """There, the file wins over add_special_tokens, and special tokens too are read in the texts of rows.
+
+    New embeddings begin there as the mean of all, with noise; here as that of the token's pieces, or of its description.
+    """
+    described = _descriptions(new_special_tokens_config, find)
+    special = list(described) if described else _listed(add_special_tokens or ())
+    tokens = list(dict.fromkeys(str(token) for token in (*_listed(add_tokens or ()), *special)))
+    if not tokens:
+        return NoEffect("there are no new tokens")
+    if init_special_tokens == "desc_init_w_noise":
+        raise Refusal("noise is not added to descriptions; set desc_init", "init_special_tokens")
+    if described and init_special_tokens == "desc_init":
+        return {"model.new_tokens": {token: described.get(token, token) for token in tokens}}
+    return {"model.new_tokens": tokens}
+
+
+def _descriptions(given: str | Mapping[str, str] | None, find: Find) -> Mapping[str, str]:
+    if given is None or isinstance(given, Mapping):
+        return given or {}
+    found = find(given)
+    if found is None:
+        raise Refusal("there is no such file", "new_special_tokens_config")
+    try:
+        read = yaml.safe_load(Path(found).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise Refusal(f"can't be read ({error})", "new_special_tokens_config") from None
+    if not isinstance(read, dict) or not all(isinstance(text, str) for pair in read.items() for text in pair):
+        raise Refusal("must hold a description (text) for each token", "new_special_tokens_config")
+    return read
 
 
 def quantization(

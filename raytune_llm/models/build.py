@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from raytune_llm.models.policy import Policy
 from raytune_llm.models.quantization import quantize
 from raytune_llm.models.scorer import Scorer
 from raytune_llm.models.stored import Files, bring
+from raytune_llm.models.vocabulary import grow
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -85,12 +87,14 @@ def build_policy(
     separate_head: bool = False,
     trains: bool = True,
     files: Files | None = None,
+    first_pieces: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> tuple[Policy, str]:
     """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
     float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
     scores: it is a Scorer, else a CausalLM. separate_head: the Scorer's head is saved beside a language model. trains: false
     where nothing of it will be trained, adapter or not. files: its weights are read from these as they are quantized, or, with
-    the meta device, stay there for a strategy to read.
+    the meta device, stay there for a strategy to read. first_pieces: of each token that the vocabulary lacks; an adapter has the
+    embeddings of these tokens.
     """
     runs_on = runs_on or device
     case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
@@ -107,11 +111,13 @@ def build_policy(
     )
     loaded = load(dtype=compute if frozen else torch.float32, device=device, scores=scores, files=files)
     attention.attach(loaded, backend)
+    base_vocabulary = config.get_text_config().vocab_size
+    grow(loaded, first_pieces)
     if not scores:
         _check_head(loaded)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted = adapt(loaded, adapter, scores=scores)
+        adapted = adapt(loaded, adapter, scores=scores, new_ids=sorted(first_pieces))
     quantize(layers(loaded), quantization, runs_on)
     if files is not None and device.type != "meta":
         bring(adapted, device)
@@ -124,6 +130,7 @@ def build_policy(
         "offloads": offloads,
         "has_new_adapter": adapter.starts_at_base,
         "has_changed_config": bool(model.config),
+        "base_vocabulary": base_vocabulary,
     }
     if is_multimodal(config):
         settings["left_out"] = partial(_other_media, loaded, partial(load, dtype=compute, scores=scores, text_only=False))
@@ -179,7 +186,7 @@ def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> Pretraine
     limit = positions(config)
     if limit is not None and max_length > limit:
         raise ConfigError("data.max_length", f"must be at most the model's {limit} positions", got=max_length, fix="Lower it.")
-    if len(tokenizer) > config.get_text_config().vocab_size:
+    if len(tokenizer) > config.get_text_config().vocab_size and not model.adds_tokens:
         raise ConfigError(
             "model.tokenizer",
             f"must have at most the model's {config.get_text_config().vocab_size} entries",

@@ -7,6 +7,7 @@ next-token logits (causal_lm.py), scores of documents (scorer.py).
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -49,13 +50,15 @@ class Policy(nn.Module):
         offloads: bool = False,
         has_new_adapter: bool = False,
         has_changed_config: bool = False,
+        base_vocabulary: int | None = None,
         left_out: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
         """Matrix products and the residual stream are in `compute`, whatever the dtype of the weights.
 
         adapters: the model's, where they are not PEFT's. offloads: activations wait in host memory for the backward pass.
         has_new_adapter: what it found is itself without its adapter. has_changed_config: its config is not the one that lies
-        beside the base's weights. left_out: weights that are saved with a whole model and lie beside what text goes through.
+        beside the base's weights. base_vocabulary: the rows of its embeddings, of which an adapter may have more. left_out:
+        weights that are saved with a whole model and lie beside what text goes through.
         """
         super().__init__()
         self.model: Any = model
@@ -65,7 +68,7 @@ class Policy(nn.Module):
         self.compiled = compiled
         self.offloads = offloads
         self._has_new_adapter, self._has_changed_config = has_new_adapter, has_changed_config
-        self._left_out = left_out
+        self._base_vocabulary, self._left_out = base_vocabulary, left_out
         self._as_found: list[Tensor] | None = None
         """Of the trained parameters, in their order."""
 
@@ -230,7 +233,7 @@ class Policy(nn.Module):
         if self.adapters.names:
             self.adapters.save(OWN, folder, base_model=base_model, parameters=own)
             if self._has_changed_config:
-                self.base.config.save_pretrained(folder)
+                self._config_of_base().save_pretrained(folder)
         else:
             weights = {name: value.to(self.compute) for name, value in own.items()}
             beside = {name: value.to(self.compute) for name, value in self._left_out().items()}
@@ -239,6 +242,13 @@ class Policy(nn.Module):
             _say_dtype(folder / "config.json", self.compute)
         self._complete(folder, tokenizer, stop_ids)
         tokenizer.save_pretrained(folder)
+
+    def _config_of_base(self) -> Any:
+        """An adapter's tokens are its own, and none of the base's."""
+        config = copy.deepcopy(self.base.config)
+        if self._base_vocabulary is not None:
+            config.get_text_config().vocab_size = self._base_vocabulary
+        return config
 
     def _complete(self, folder: Path, tokenizer: Any, stop_ids: Sequence[int]) -> None:
         """Add what the head needs beside the weights. The tokenizer is saved afterwards."""

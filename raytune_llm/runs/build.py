@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -43,8 +44,15 @@ class Built:
 class Builder:
     """Builds a run's model on one worker. Knows what the run was estimated to need, should memory run out."""
 
-    def __init__(self, run: TrainRun, config: PretrainedConfig, device: torch.device) -> None:
-        self.run, self.config, self.device = run, config, device
+    def __init__(
+        self,
+        run: TrainRun,
+        config: PretrainedConfig,
+        device: torch.device,
+        first_pieces: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    ) -> None:
+        """first_pieces: of each token that the run adds to the model's."""
+        self.run, self.config, self.device, self._first_pieces = run, config, device, first_pieces
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.compiled, self._why_compiled = compiles(
             run.train.compile, device.type, never=run.uncompiled, lacking=lacks_for_compiling(device)
@@ -79,6 +87,7 @@ class Builder:
             activation_checkpointing=checkpointing,
             scores=not run.stage.writes,
             separate_head=STAGES[run.stage.name].objective(run.stage).separate_head,
+            first_pieces=self._first_pieces,
         )
         counted = operations(policy, self.config)
         strategy = spread(
@@ -151,6 +160,8 @@ class Builder:
         run = self.run
         reads = READS_FILES[run.strategy.name]
         keeps_less = reads or run.quantization.replaces_layers
+        if self._first_pieces:
+            return None  # what lies in files has fewer rows
         if not keeps_less or run.model.weights != "pretrained" or run.model.path is None:
             return None
         files = files_to_read(

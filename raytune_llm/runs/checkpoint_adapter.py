@@ -10,9 +10,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from raytune_llm.config.load import load_config as load_run
+from raytune_llm.data.tokens.tokenizer import first_pieces
 from raytune_llm.errors import DataError
 from raytune_llm.models.adapters import OWN, PeftAdapters
 from raytune_llm.models.load import load_config, load_model
+from raytune_llm.models.vocabulary import grow
+from raytune_llm.runs.tokenizer import tokenizer_of
 from raytune_llm.train.checkpoint import one_process_is_meant, path_of
 
 PARAMETERS = "parameters.model."
@@ -50,9 +53,12 @@ def adapter_of_checkpoint(run_folder: Path, step: int, into: Path) -> bool:
         device="meta",
         trust_remote_code=model.trust_remote_code,
     )
+    tokenizer, _ = tokenizer_of(run)
+    pieces = first_pieces(model, tokenizer)
+    grow(skeleton, pieces)
     with torch.device("meta"):
         adapters = PeftAdapters(skeleton)
-        adapters.add_own(run.adapter)
+        adapters.add_own(run.adapter, sorted(pieces))
     parameters = {name.removeprefix(PARAMETERS): value for name, value in state.items()}
     adapters.save(OWN, into, base_model=model.path, parameters=parameters)
     return True

@@ -15,11 +15,13 @@ from raytune_llm import packaged
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.readers.declarations import declared, declared_for_evaluation
+from raytune_llm.data.tokens.tokenizer import first_pieces
 from raytune_llm.errors import ConfigError, UserError
 from raytune_llm.models.adapters import adapt
 from raytune_llm.models.build import run_config
 from raytune_llm.models.generation_config import savable
 from raytune_llm.models.load import load_model
+from raytune_llm.models.vocabulary import grow
 from raytune_llm.report.trackers import check_tracker
 from raytune_llm.runs.launch import check_devices
 from raytune_llm.runs.tokenizer import tokenizer_of
@@ -48,9 +50,11 @@ def check(run: TrainRun) -> None:
             trust_remote_code=run.model.trust_remote_code,
             scores=stage.scores is not None,
         )
+    pieces = first_pieces(run.model, tokenizer)
+    grow(model, pieces)
     savable(_generation_config(run.model.path))
     with torch.device("meta"):
-        adapt(model, run.adapter, scores=stage.scores is not None)
+        adapt(model, run.adapter, scores=stage.scores is not None, new_ids=sorted(pieces))
 
 
 def _generation_config(path: str | None) -> GenerationConfig:

@@ -11,7 +11,7 @@ stage.reference_adapter) is loaded beside the policy, whole and frozen: for the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -56,13 +56,17 @@ def find_reference(
     stores: Stores,
     config: PretrainedConfig,
     *,
+    first_pieces: Mapping[int, Sequence[int]],
     device: torch.device,
     compute: torch.dtype,
     pad_id: int,
     tell: Told,
 ) -> Reference:
-    """Call it before weights are restored from a checkpoint: they are the reference, unless another one is named."""
-    other = _other_model(run, config, device)
+    """first_pieces: of each token that the run adds to the model's.
+
+    Call it before weights are restored from a checkpoint: they are the reference, unless another one is named.
+    """
+    other = _other_model(run, config, first_pieces, device)
     as_found = strategy.module.reference if other is None else nullcontext
     if run.stage.reference == "online":
         if other is None:
@@ -94,7 +98,9 @@ def find_reference(
     return Reference(ReferenceTables(tables), tuple(choices))
 
 
-def _other_model(run: TrainRun, config: PretrainedConfig, device: torch.device) -> nn.Module | None:
+def _other_model(
+    run: TrainRun, config: PretrainedConfig, first_pieces: Mapping[int, Sequence[int]], device: torch.device
+) -> nn.Module | None:
     """The frozen model that stage.reference_model and stage.reference_adapter name, whole on this worker."""
     path, adapter = run.stage.reference_model, run.stage.reference_adapter
     if path is None and adapter is None:
@@ -113,6 +119,7 @@ def _other_model(run: TrainRun, config: PretrainedConfig, device: torch.device) 
         device=device,
         trains=False,
         quantization=UNQUANTIZED if adapter is None else run.quantization,
+        first_pieces=first_pieces,
     )
     return model.requires_grad_(False).to(device).eval()
 

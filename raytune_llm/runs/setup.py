@@ -17,7 +17,7 @@ from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.loader import Loader
 from raytune_llm.data.samples import Samples
 from raytune_llm.data.streaming import Stream
-from raytune_llm.data.tokens.tokenizer import stop_ids
+from raytune_llm.data.tokens.tokenizer import first_pieces, stop_ids
 from raytune_llm.memory.flops import peak_flops
 from raytune_llm.models.build import run_config
 from raytune_llm.report.news import Notice, ReferencePass
@@ -102,7 +102,8 @@ def set_up(
     config = run_config(run.model, tokenizer, run.data.max_length)
     shares = shares_prompts(run, run.stage.kind, lambda: config)
     stores = open_stores(run, train_store, eval_store, share_prompts=shares)
-    builder = Builder(run, config, device)
+    pieces = first_pieces(run.model, tokenizer)
+    builder = Builder(run, config, device, pieces)
     with explained(builder, "loading the model"), told_if_slow(tell if rank == 0 else say_nothing, "loading the model"):
         built = builder.build()
     choices, enrichers = built.choices, []
@@ -114,6 +115,7 @@ def set_up(
                 built.strategy,
                 stores,
                 config,
+                first_pieces=pieces,
                 device=device,
                 compute=built.policy.compute,
                 pad_id=pad_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from raytune_llm.engines.engine import Engine
 from raytune_llm.engines.hf_runner import hf_engine
 from raytune_llm.engines.native.build import Serving, native_engine
 from raytune_llm.errors import ConfigError, UserError
-from raytune_llm.models.adapters.saved import task_of
+from raytune_llm.models.adapters.saved import task_of, token_ids_of
 from raytune_llm.models.build import choose_precision
 from raytune_llm.models.generation_config import end_ids_of
 from raytune_llm.models.load import load_config
@@ -32,19 +33,19 @@ ENGINES: dict[str, Callable[[Any, Serving], Engine]] = {"native": native_engine,
 def build_engine(
     model: ModelConfig, quantization: QuantizationConfig, engine_settings: EngineConfig, served: ServedModels
 ) -> tuple[Engine, ModelFacts]:
-    """A reward adapter brings a head, which the base has not: it is served alone, under its own name."""
-    reward = reward_adapter(served)
-    serving = _serving(model, quantization, served, reward and reward[1])
+    """An adapter that brings a head or tokens, which the base lacks, is served alone, under its own name."""
+    alone = lone_adapter(served)
+    serving = _serving(model, quantization, served, alone)
     engine = ENGINES[engine_settings.name](engine_settings, serving)
     text: Any = serving.config.get_text_config()
     facts = ModelFacts(
-        name=base_name(model, served) if reward is None else reward[0],
+        name=base_name(model, served) if alone is None else alone.name,
         max_length=engine.max_length,
         hidden_size=text.hidden_size,
         scores=serving.scores,
     )
     try:
-        for name, folder in served.adapters.items() if reward is None else ():
+        for name, folder in served.adapters.items() if alone is None else ():
             engine.add_adapter(name, folder)
     except UserError:
         engine.close()
@@ -52,16 +53,30 @@ def build_engine(
     return engine, facts
 
 
-def reward_adapter(served: ServedModels) -> tuple[str, SavedAdapter] | None:
-    """The adapter that makes the base a reward model, and its name. Raises ConfigError where it is not alone."""
+@dataclass(frozen=True)
+class LoneAdapter:
+    """An adapter that changes the model itself, so that no other can be beside it."""
+
+    name: str
+    source: SavedAdapter
+    scores: bool
+    """It makes the base a reward model."""
+    token_ids: list[int]
+    """Tokens that the base lacks."""
+
+
+def lone_adapter(served: ServedModels) -> LoneAdapter | None:
+    """Raises ConfigError where there are others beside it."""
     for name, folder in served.adapters.items():
         setting = f"serve.adapters.{name}"
-        if task_of(folder, setting) != "SEQ_CLS":
+        scores, token_ids = task_of(folder, setting) == "SEQ_CLS", token_ids_of(folder, setting)
+        if not scores and not token_ids:
             continue
         if len(served.adapters) > 1:
-            rule = f"must be {name} alone, whose head no other has: it is a reward model's"
-            raise ConfigError("serve.adapters", rule, got=sorted(served.adapters), fix="Serve it in a separate process.")
-        return name, SavedAdapter(path=folder, setting=setting)
+            what = "whose head no other has: it is a reward model's" if scores else "which has tokens that no other has"
+            fix = "Serve it in a separate process."
+            raise ConfigError("serve.adapters", f"must be {name} alone, {what}", got=sorted(served.adapters), fix=fix)
+        return LoneAdapter(name, SavedAdapter(path=folder, setting=setting), scores, token_ids)
     return None
 
 
@@ -70,12 +85,13 @@ def base_name(model: ModelConfig, served: ServedModels) -> str:
 
 
 def tokenizer_of(model: ModelConfig, served: ServedModels) -> tuple[Any, list[int]]:
-    """With the chat template that it is asked by, and the tokens that end an answer."""
+    """With the chat template that it is asked by, and the tokens that end an answer; that of an adapter which adds tokens."""
+    alone = lone_adapter(served)
     tokenizer = load_tokenizer(
         model.path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
-        kind=model.tokenizer,
+        kind=alone.source.path if alone is not None and alone.token_ids else model.tokenizer,
         needs_chat_template=False,
     )
     ends = [str(tokenizer.eos_token)] if tokenizer.eos_token else []
@@ -88,12 +104,11 @@ def tokenizer_of(model: ModelConfig, served: ServedModels) -> tuple[Any, list[in
 
 def check_servable(model: ModelConfig, served: ServedModels) -> None:
     """What a replica elsewhere would refuse, as far as it can be known without weights. Raises ConfigError."""
-    reward_adapter(served)
     tokenizer_of(model, served)
     load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
-def _serving(model: ModelConfig, quantization: QuantizationConfig, served: ServedModels, reward: SavedAdapter | None) -> Serving:
+def _serving(model: ModelConfig, quantization: QuantizationConfig, served: ServedModels, alone: LoneAdapter | None) -> Serving:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute, _ = choose_precision(served.precision, device)
     tokenizer, ends = tokenizer_of(model, served)
@@ -110,8 +125,9 @@ def _serving(model: ModelConfig, quantization: QuantizationConfig, served: Serve
         max_adapters=served.max_adapters,
         max_rank=served.max_rank,
         max_host_adapters=served.max_host_adapters,
-        scores=reward is not None or _scores(config),
-        adapter=reward,
+        scores=_scores(config) if alone is None else alone.scores,
+        adapter=None if alone is None else alone.source,
+        new_ids=() if alone is None else alone.token_ids,
     )
 
 

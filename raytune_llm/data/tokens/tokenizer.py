@@ -17,6 +17,7 @@ from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.data.templates.named import NamedTemplate, apply_to_tokenizer, guess, load, stop_tokens
 from raytune_llm.data.templates.render import suggested
+from raytune_llm.data.tokens.vocabulary import add_new_tokens, new_tokens
 from raytune_llm.errors import ConfigError
 
 BYTES = "bytes"
@@ -39,15 +40,47 @@ def run_tokenizer(
 
     Plain text needs no template: then a tokenizer without one stays as it is, unless data.template names one.
 
-    Raises ConfigError where the tokenizer, or what a named template adds to it, has more tokens than the model has embeddings.
+    model.new_tokens are in it. Raises ConfigError where the tokenizer, or what a named template adds to it, has more tokens than
+    the model has embeddings, unless model.resize_vocab adds them.
     """
-    tokenizer = load_tokenizer(
+    tokenizer = _unchanged(model)
+    described = new_tokens(model)
+    _check_embeddings(tokenizer, model)
+    template = _take_template(tokenizer, model, data, needs_template=needs_template)
+    add_new_tokens(tokenizer, described)
+    return tokenizer, template
+
+
+def first_pieces(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> dict[int, list[int]]:
+    """For each token that the run adds to the model's, by id: the tokens whose embeddings' mean its own begins as.
+
+    tokenizer: the run's, as run_tokenizer gave it.
+    """
+    if not model.adds_tokens:
+        return {}
+    before, described = _unchanged(model), new_tokens(model)
+    known = before.get_vocab()
+    added = {token: id for token, id in tokenizer.get_vocab().items() if token not in known}
+    if not model.resize_vocab:
+        added = {token: id for token, id in added.items() if token in described}
+    encode = before.backend_tokenizer.encode
+    return {id: encode(described.get(token, token), add_special_tokens=False).ids for token, id in added.items()}
+
+
+def _unchanged(model: ModelConfig) -> PreTrainedTokenizerFast:
+    return load_tokenizer(
         model.path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         kind=model.tokenizer,
         needs_chat_template=False,
     )
+
+
+def _take_template(
+    tokenizer: PreTrainedTokenizerFast, model: ModelConfig, data: DataConfig, *, needs_template: bool
+) -> NamedTemplate | None:
+    """Give the tokenizer the named template, if there is one."""
     name = data.template
     if name is None and tokenizer.chat_template is None and needs_template:
         name = guess(model.path or model.tokenizer or "")
@@ -59,15 +92,15 @@ def run_tokenizer(
                 fix="For example, data.template=chatml.",
             )
     if name is None:
-        _check_embeddings(tokenizer, model)
-        return tokenizer, None
+        return None
     template = load(name, default_system=data.default_system, tool_format=data.tool_format, date=data.today)
     if template.efficient_eos and data.train_on_prompt:
         raise ConfigError("data.train_on_prompt", f"must be false with data.template={name}", got=True, fix="Choose another one.")
     other = "null for the model's own" if tokenizer.chat_template else suggested(tokenizer)
     added = apply_to_tokenizer(tokenizer, template)
-    _check_embeddings(tokenizer, model, name, added, other)
-    return tokenizer, template
+    if not model.resize_vocab:
+        _check_embeddings(tokenizer, model, name, added, other)
+    return template
 
 
 def _check_embeddings(
@@ -82,7 +115,7 @@ def _check_embeddings(
             "data.template",
             f"must use tokens that the model has: its {room} embeddings lack {', '.join(added)}",
             got=template,
-            fix=f"Set data.template={other}.",
+            fix=f"Set data.template={other}, or model.resize_vocab=true to add and train them.",
         )
     raise ConfigError(
         "model.tokenizer", f"must have at most the model's {room} entries", got=len(tokenizer),

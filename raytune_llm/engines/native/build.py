@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,7 +51,9 @@ class Serving:
     scores: bool = False
     """It is a reward model."""
     adapter: SavedAdapter | None = None
-    """That is part of the model: a reward model's."""
+    """That is part of the model: a reward model's, or one with tokens that the base lacks."""
+    new_ids: Sequence[int] = ()
+    """Those tokens."""
 
 
 def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
@@ -65,6 +68,7 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
         quantization=serving.quantization,
         scores=serving.scores,
         trains=False,
+        first_pieces=dict.fromkeys(serving.new_ids, ()),  # their embeddings are in the adapter
     )
     a_token = policy.cache_bytes_a_token()
     bank = None
@@ -98,6 +102,8 @@ def _captures(settings: NativeSettings, serving: Serving) -> bool:
     """Whether decoding steps are compiled and captured."""
     if serving.device.type != "cuda":
         lacking: str | None = "it needs a GPU"
+    elif serving.new_ids:
+        lacking = "the adapter has tokens of its own"
     elif serving.scores:
         lacking = "a reward model doesn't decode"
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,13 +22,16 @@ def kept_by(adapter: AdapterConfig) -> Kept:
     return Kept() if adapter.trains_base else METHODS[adapter.name].kept
 
 
-def adapt(model: PreTrainedModel, adapter: AdapterConfig | SavedAdapter, *, scores: bool = False) -> nn.Module:
+def adapt(
+    model: PreTrainedModel, adapter: AdapterConfig | SavedAdapter, *, scores: bool = False, new_ids: Sequence[int] = ()
+) -> nn.Module:
     """The model with requires_grad set on what is trained. Adapter weights are in float32, new ones drawn from torch's generator.
 
-    scores: the model has a score head, which is trained whole beside the adapter and saved with it.
+    scores: the model has a score head, which is trained whole beside the adapter and saved with it. new_ids: tokens whose
+    embeddings are the adapter's.
     """
     if adapter.trains_base:
         return model.requires_grad_(True)
     adapters = PeftAdapters(model, scores=scores)
-    adapters.add_own(adapter)
+    adapters.add_own(adapter, new_ids)
     return adapters.model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
@@ -24,7 +25,7 @@ from raytune_llm.models.adapters.grouped import described, group
 from raytune_llm.models.adapters.method import in_layers_before, targeted
 from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.adapters.protocol import OWN
-from raytune_llm.models.adapters.saved import WEIGHTS, load_weights, names_of, read_config, unfit
+from raytune_llm.models.adapters.saved import WEIGHTS, load_weights, names_of, read_config, token_ids_of, unfit
 
 SCORE_HEAD = ("score.weight",)
 PREFIX = "base_model.model."
@@ -69,9 +70,10 @@ class PeftAdapters:
         with self._as_it_is():
             self._put(name, f"adapter{next(self._numbers)}", source)
 
-    def add_own(self, source: AdapterConfig | SavedAdapter) -> None:
-        """Add the policy's own adapter: the first one, in use and trained from now on."""
-        self._put(OWN, OWN, source)
+    def add_own(self, source: AdapterConfig | SavedAdapter, new_ids: Sequence[int] = ()) -> None:
+        """Add the policy's own adapter: the first one, in use and trained from now on. new_ids: tokens whose embeddings are the
+        adapter's, which the model has room for."""
+        self._put(OWN, OWN, source, new_ids)
         self.model = adapted = cast(PeftModel, self._peft)
         for switch in self._switches:
             switch.cast_input_dtype_enabled = False  # autocast casts what it needs to; a copy in float32 would be for nothing
@@ -108,7 +110,7 @@ class PeftAdapters:
             for switch in self._switches:
                 switch._disable_adapters = key is None
                 if key is not None:
-                    switch._active_adapter = [key]
+                    switch._active_adapter = [key] if _has(switch, key) else []
             yield
 
     def by_documents(self, slot_M: Tensor, cu_seqlens_S: Tensor, num_tokens: int) -> Mapping[str, Any]:
@@ -124,10 +126,11 @@ class PeftAdapters:
             for switch in self._switches:
                 switch._active_adapter, switch._disable_adapters = before.get(switch, (switch._active_adapter, True))
 
-    def _put(self, name: str, key: str, source: AdapterConfig | SavedAdapter) -> None:
+    def _put(self, name: str, key: str, source: AdapterConfig | SavedAdapter, new_ids: Sequence[int] = ()) -> None:
         assert name not in self._keys, name
         config = self._config(source)
         setting = source.setting if isinstance(source, SavedAdapter) else "adapter.path"
+        self._take_tokens(config, new_ids, source.path, setting)
         base_model, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns where it is another
         try:
             if self._peft is None:
@@ -175,6 +178,20 @@ class PeftAdapters:
         config.inference_mode = False  # or a score head would have no parameters of its own
         return config
 
+    def _take_tokens(self, config: Any, new_ids: Sequence[int], path: str | None, setting: str) -> None:
+        """The embeddings of new tokens are the adapter's, and the head's rows where they are not the same."""
+        saved = [] if path is None else token_ids_of(path, setting)
+        if path is not None and saved != list(new_ids):
+            rule = f"must hold the embeddings of the run's new tokens: {len(saved)} there, {len(new_ids)} here"
+            fix = "Set model.new_tokens and model.resize_vocab as that adapter was trained with; served, it is alone."
+            raise ConfigError(setting, rule, got=path, fix=fix)
+        if path is not None or not new_ids:
+            return
+        embeddings, head = self._base.get_input_embeddings(), self._base.get_output_embeddings()
+        parts = [embeddings] if head is None or head.weight is embeddings.weight else [embeddings, head]
+        names = [name for name, module in self._base.named_modules() if any(module is part for part in parts)]
+        config.trainable_token_indices = {name: list(new_ids) for name in names}
+
     def _config_of(self, section: AdapterConfig) -> PeftConfig:
         settings, method = settings_of(section), METHODS[section.name]
         targets, last_layers, path = (settings.pop(name) for name in ("targets", "last_layers", "path"))
@@ -197,6 +214,11 @@ class PeftAdapters:
 
     def _in_model(self, name: str) -> str:
         return name if self.model is self._peft else name.removeprefix(PREFIX)
+
+
+def _has(switch: Any, key: str) -> bool:
+    """Tokens are of an adapter that brings some."""
+    return not isinstance(switch, TrainableTokensLayer) or key in switch.trainable_tokens_delta
 
 
 def _switches(model: nn.Module) -> list[Any]:

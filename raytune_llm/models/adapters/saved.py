@@ -45,6 +45,12 @@ def rank_of(path: str, setting: str) -> int:
     return int(getattr(read_config(path, setting), "r", 0))
 
 
+def token_ids_of(path: str, setting: str) -> list[int]:
+    """The tokens whose embeddings are the adapter's own."""
+    given = getattr(read_config(path, setting), "trainable_token_indices", None) or []
+    return sorted({id for ids in given.values() for id in ids} if isinstance(given, dict) else given)
+
+
 def load_weights(
     model: PeftModel, key: str, path: str, setting: str, *, may_lack: tuple[str, ...] = (), base_model: str | None = None
 ) -> None:

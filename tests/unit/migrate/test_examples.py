@@ -84,6 +84,14 @@ CONVERTED = {
         {"optimizer.name": "muon", "optimizer.momentum": 0.95, "optimizer.beta2": 0.95, "optimizer.weight_decay": 0.0},
     ),
     "extras/neftune": ({**LORA, "neftune_noise_alpha": 5}, {"stage.neftune_alpha": 5.0, "stage.loss": "cross_entropy"}),
+    "extras/new_tokens": (
+        {**LORA, "add_tokens": "<a>,<b>", "add_special_tokens": ["<c>"], "resize_vocab": True},
+        {"model.new_tokens": ["<a>", "<b>", "<c>"], "model.resize_vocab": True},
+    ),
+    "extras/new_tokens_described": (
+        {**LORA, "new_special_tokens_config": {"<c>": "a lamp"}, "init_special_tokens": "desc_init", "add_tokens": "<a>"},
+        {"model.new_tokens": {"<a>": "<a>", "<c>": "a lamp"}},
+    ),
     "extras/moe": ({**LORA, "moe_aux_loss_coef": 0.001}, {"stage.router_aux_loss_coef": 0.001}),
     "extras/neat_packing": ({**LORA, "neat_packing": True, "flash_attn": "fa2"}, {"data.packing": True}),
 }
@@ -112,8 +120,12 @@ REFUSED = {
     "extras/mod": ({**FULL, "mixture_of_depths": "convert"}, "mixture_of_depths"),
     "extras/oft_rank": ({**LORA, "finetuning_type": "oft", "oft_rank": 8}, "oft_rank"),
     "extras/rslora_dora": ({**LORA, "use_rslora": True, "use_dora": True}, "choose one"),
+    "extras/new_tokens_noise": (
+        {**LORA, "new_special_tokens_config": {"<c>": "a lamp"}, "init_special_tokens": "desc_init_w_noise"},
+        "noise is not added",
+    ),
+    "extras/new_tokens_file": ({**LORA, "new_special_tokens_config": "nothing.yaml"}, "no such file"),
     "extras/pissa": ({**LORA, "pissa_init": True, "pissa_iter": 16, "pissa_convert": True}, "pissa"),
-    "extras/new_tokens": ({**LORA, "resize_vocab": True, "new_special_tokens_config": "tokens.yaml"}, "new tokens"),
     "merge_lora": ({**LORA, "export_dir": "output", "export_size": 5, "export_device": "cpu"}, "export"),
 }
 

@@ -1,0 +1,68 @@
+"""Tokens that a run adds to its tokenizer, and what their embeddings begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.errors import ConfigError
+
+SETTING = "model.new_tokens"
+EXAMPLE = "For example, 'model.new_tokens=[<light>,<door>]'."
+
+
+def new_tokens(model: ModelConfig) -> dict[str, str]:
+    """Each token of model.new_tokens, and the text whose embeddings its own begins as the mean of: its description, or itself.
+
+    Raises ConfigError for a file that can't be read, and for what is no token.
+    """
+    given: Any = _read(model.new_tokens) if isinstance(model.new_tokens, str) else model.new_tokens or {}
+    described = given if isinstance(given, dict) else {token: token for token in given}
+    if isinstance(given, list) and len(described) < len(given):
+        twice = next(token for token in given if given.count(token) > 1)
+        raise ConfigError(SETTING, "must name each token once", got=twice, fix="Leave the second one out.")
+    for token, text in described.items():
+        if not token.strip() or not text.strip():
+            raise ConfigError(SETTING, "must not hold an empty token or description", got=[token, text], fix=EXAMPLE)
+    return described
+
+
+def add_new_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> None:
+    """As words of the text: found wherever a text has them, never escaped, and kept where text is decoded."""
+    known = tokenizer.get_vocab()
+    if there := [token for token in tokens if token in known]:
+        rule = f"must be new to the tokenizer, which has {', '.join(there[:3])} already"
+        raise ConfigError(SETTING, rule, got=there, fix="Leave them out: they need no new embedding.")
+    added: Any = [AddedToken(token, normalized=False) for token in tokens]  # transformers has it under another name
+    tokenizer.add_tokens(added)
+
+
+def _read(given: str) -> list[str] | dict[str, str]:
+    """Descriptions as typed ({<light>: a lamp}, whose keys Hydra can't read), or a file: YAML or JSON with a list or with a
+    description a token, and any other with a token a line."""
+    try:
+        content = _content(given)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        rule = f"must be a list of tokens, or a file with one ({reason})"
+        raise ConfigError(SETTING, rule, got=given, fix=EXAMPLE) from None
+    if isinstance(content, list) and all(isinstance(token, str) for token in content):
+        return [token.strip() for token in content if token.strip()]
+    if isinstance(content, dict) and all(isinstance(item, str) for pair in content.items() for item in pair):
+        return content
+    rule = "must be a list of tokens, or have a description (text) for each"
+    raise ConfigError(SETTING, rule, got=given, fix="For example, {<light>: a lamp in a room}.")
+
+
+def _content(given: str) -> Any:
+    if given.startswith("{"):
+        return yaml.safe_load(given)
+    file = Path(given).expanduser()
+    text = file.read_text(encoding="utf-8")
+    return yaml.safe_load(text) if file.suffix in (".yaml", ".yml", ".json") else text.splitlines()
