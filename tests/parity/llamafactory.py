@@ -105,7 +105,8 @@ def recipe(stage: str, **settings: Any) -> Recipe:
     overrides = [
         f"data.{name}={'null' if value is None else json.dumps(value, ensure_ascii=False)}" for name, value in settings.items()
     ]
-    run = load_config("prepare", ["model=smollm2_135m", "data.path=rows.jsonl", "data.overlong=llamafactory", *overrides])
+    model = ["model=tiny_random", "model.tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct"]  # as many embeddings as tokens
+    run = load_config("prepare", [*model, "data.path=rows.jsonl", "data.overlong=llamafactory", *overrides])
     return recipe_of(stage, run.model, run.data)
 
 

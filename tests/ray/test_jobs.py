@@ -55,7 +55,7 @@ def command(*argv: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def job_in(text: str) -> str:
-    found = re.search(r"has the job (\S+)", text)
+    found = re.search(r"job (\S+) was submitted", text)
     assert found, text
     return found[1]
 
@@ -89,7 +89,7 @@ def test_an_interrupt_leaves_the_job_which_is_stopped_by_its_run_s_name(head, pl
     follower = command(*words(head, place, "name=left", f"output_dir={place}/left", "train.epochs=2000"))
     assert follower.stdout is not None
     for line in follower.stdout:
-        if "has the job" in line:
+        if "was submitted" in line:
             break
     time.sleep(1)
     follower.send_signal(signal.SIGINT)
