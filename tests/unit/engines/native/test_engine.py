@@ -207,7 +207,7 @@ def test_whoever_waits_is_told_when_the_engine_breaks(engine_of):
     runner.cache.clear()
     threading.excepthook, before = lambda args: None, threading.excepthook
     try:
-        with pytest.raises(ResourceError, match="not running. list assignment index"):
+        with pytest.raises(ResourceError, match=r"not running\. list assignment index"):
             engine.submit(Request(prompt_ids=[1])).result()
         with pytest.raises(ResourceError, match="not running"):
             engine.submit(Request(prompt_ids=[1]))
