@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,9 @@ PACE_S = 0.25
 
 
 class StubEngine:
-    """Gives each stream a token every PACE_S."""
+    """What the server needs of an engine (engines/engine.py), and no model: each stream gets a token every PACE_S, and the
+    token's text is the time at which it was given. Streams beyond `rows` get theirs too, but count as waiting, so that the server
+    refuses more. It has no adapters and no vectors."""
 
     max_length = 10_000
 
@@ -92,6 +94,9 @@ class StubEngine:
     def remove_adapter(self, name: str) -> None:
         raise NotImplementedError
 
+    def has_adapter(self, name: str) -> bool:
+        return False
+
     def adapters(self) -> list[Any]:
         return []
 
@@ -120,7 +125,7 @@ class StubEngine:
 
 
 def stub_engine(run: Any) -> tuple[Any, Any]:
-    """Streams beyond engine.max_rows get their tokens too, but count as waiting."""
+    """As `build_engine`, for a StubEngine of engine.max_rows rows."""
     from raytune_llm.serve.backend import ModelFacts
 
     return StubEngine(run.engine.max_rows), ModelFacts(name="base", max_length=StubEngine.max_length, hidden_size=1, scores=False)
@@ -138,7 +143,8 @@ def serve(resources: str, rows: int) -> None:
         from raytune_llm.serve.onray import serve_on_ray
 
         run = load_config("serve", [*settings, "serve.replicas=2"])
-        serve_on_ray(run, told=partial(print, flush=True), build=stub_engine)
+        with suppress(KeyboardInterrupt):
+            serve_on_ray(run, told=partial(print, flush=True), build=stub_engine)
 
 
 def serve_alone(run: Any) -> None:

@@ -39,7 +39,8 @@ def heard() -> Iterator[None]:
 def kept() -> Iterator[None]:
     """What SIGTERM did before it does again afterwards, whatever a library (Ray) makes of it: its own handler, which exits, is
     taken for Terminated meanwhile."""
-    hears = signal.getsignal(signal.SIGTERM) is terminate
+    before = signal.getsignal(signal.SIGTERM)
+    hears = callable(before)
     try:
         yield
     except SystemExit:
@@ -48,4 +49,35 @@ def kept() -> Iterator[None]:
         raise
     finally:
         if hears and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)
+            signal.signal(signal.SIGTERM, before)
+
+
+class Later:
+    """Signals that came after the first one."""
+
+    def __init__(self) -> None:
+        self.first: KeyboardInterrupt | None = None
+        self.number = 0
+
+    def hear(self, signum: int, frame: FrameType | None) -> None:
+        if self.first is not None:
+            self.number += 1
+            return
+        self.first = Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
+        raise self.first
+
+
+@contextmanager
+def heard_once() -> Iterator[Later]:
+    """Meanwhile the first Ctrl-C or SIGTERM raises in the main thread, KeyboardInterrupt or Terminated. Those that follow are
+    counted, so that what ends in order isn't cut short, and can be told that somebody asks again."""
+    later = Later()
+    if threading.current_thread() is not threading.main_thread():
+        yield later
+        return
+    before = {number: signal.signal(number, later.hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield later
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -10,7 +10,7 @@ import threading
 from functools import partial
 from typing import Any
 
-from raytune_llm import load_config
+from raytune_llm import interrupts, load_config
 from raytune_llm.config.run import ServeRun
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.engines.native.engine import NativeEngine
@@ -43,7 +43,10 @@ def main(overrides: list[str]) -> None:
             print("updated", flush=True)
 
     threading.Thread(target=updates, daemon=True).start()
-    onray.serve_on_ray(run, told=partial(print, flush=True), build=partial(toy_engine, step_s=STEP_S))
+    try:
+        onray.serve_on_ray(run, told=partial(print, flush=True), build=partial(toy_engine, step_s=STEP_S))
+    except KeyboardInterrupt as interrupt:
+        sys.exit(interrupts.exit_code(interrupt))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ class InProcess:
         self._engine.pin(name, pinned)
 
     async def serves(self, adapter: str) -> bool:
-        return any(one.name == adapter for one in self._engine.adapters())
+        return self._engine.has_adapter(adapter)
 
     async def reports(self) -> Sequence[Report]:
         return [Report(engine=self._name, stats=self._engine.stats(), adapters=self._engine.adapters())]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -20,7 +19,8 @@ from raytune_llm.serve.watch import Watcher
 
 
 def serve_inline(run: ServeRun, *, told: Callable[[str], None]) -> None:
-    """Until it is interrupted. The port is taken before the model is loaded, which takes long."""
+    """Until Ctrl-C or SIGTERM, which it raises (KeyboardInterrupt, Terminated) when it has drained. The port is taken before the
+    model is loaded, which takes long."""
     serve = run.serve
     listening = bound(serve.host, serve.port)
     url = f"http://{serve.host}:{listening.getsockname()[1]}"
@@ -38,9 +38,10 @@ def serve_inline(run: ServeRun, *, told: Callable[[str], None]) -> None:
         server = uvicorn.Server(settings)
         told(f"models: {', '.join([facts.name, *(one.name for one in engine.adapters())])}")
         told(f"ready at {url}")
-        with suppress(KeyboardInterrupt):  # it drained by then
+        try:
             server.run(sockets=[listening])
-        told("stopped")
+        finally:
+            told("stopped")
     finally:
         if watcher is not None:
             watcher.stop()

@@ -7,10 +7,13 @@ be asked who is right, and the ledger lives as long as any replica does.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from raytune_llm.errors import ConfigError, UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,42 @@ class Ledger:
 
     def all(self) -> list[Change]:
         return sorted(self._changes.values(), key=lambda one: one.at)
+
+
+class Changes:
+    """Keeps a replica's adapters as its ledger has them: changes are applied one after another, and one that a later change of
+    the same name has replaced is not applied, however late it is heard of. The replica's event loop owns it."""
+
+    def __init__(self, apply: Callable[[Change], Awaitable[str | None]]) -> None:
+        """apply: makes a change, and gives the version of an adapter that was loaded."""
+        self._apply = apply
+        self._ledger = Ledger()
+        self._applying = asyncio.Lock()
+
+    def all(self) -> list[Change]:
+        return self._ledger.all()
+
+    async def make(self, change: Change) -> str | None:
+        """Gives the version of an adapter that was loaded. Raises ConfigError for a change that was replaced, and what applying
+        it raises; then it is as if it had never been asked for."""
+        async with self._applying:
+            if change in self._ledger.all():  # told twice
+                return None
+            if not self._ledger.news([change]):
+                raise ConfigError("the adapter", "was changed meanwhile by a later request", got=change.name, fix="Ask again.")
+            version = await self._apply(change)
+            self._ledger.take(change)
+            return version
+
+    async def catch_up(self, changes: Iterable[Change], refused: Callable[[Change, UserError], None]) -> None:
+        """Those that are news here. One that can't be made is told as `refused`, and not tried again."""
+        async with self._applying:
+            for change in self._ledger.news(changes):
+                self._ledger.take(change)
+                try:
+                    await self._apply(change)
+                except UserError as error:
+                    refused(change, error)
 
 
 def now_after(changes: Iterable[Change]) -> int:

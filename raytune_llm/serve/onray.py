@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import time
 import urllib.request
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from raytune_llm import session
+from raytune_llm import interrupts, session
 from raytune_llm.config.load import to_yaml_text
 from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import ADMIN_KEY, API_KEY, ServeRun
@@ -58,64 +57,36 @@ def write(run: ServeRun, *, told: Told) -> None:
 
 
 def serve_on_ray(run: ServeRun, *, told: Told, build: BuildEngine | None = None) -> None:
-    """Until it is interrupted, by Ctrl-C or SIGTERM. build: another engine than the settings name."""
+    """Until it is interrupted, by Ctrl-C or SIGTERM, which it raises (KeyboardInterrupt, Terminated) when it has ended in order.
+    build: another engine than the settings name."""
     resources = run.resources
     assert resources.name != "inline"
     port = _port(run)
     if build is None:
         check_servable(run.model, run.serve)
-    joined = ray.is_initialized()
-    signals, is_ours = _Signals(), False
-    try:
-        told("starting Ray" if isinstance(resources, Local) else "joining the cluster")
-        if isinstance(resources, Local):
-            for name, value in TRANSPORT.items():
-                os.environ.setdefault(name, value)
-        session.connect(resources)
-        signals.interrupt()  # Ray has set its own handler
-        _start(run, port)
-        is_ours = True
-        update(run, build=build)
-        _wait_until_ready(run, port, told)
-        _watch_over(told)
-    except KeyboardInterrupt:
-        told("draining")
-    finally:
-        signals.are_counted()
-        if is_ours:
-            _stop(run, hurried=lambda: signals.number > 0)
-        if not joined:
-            ray.shutdown()
-        signals.restore()
-    told("stopped")
-
-
-class _Signals:
-    """SIGTERM, from a service manager, is Ctrl-C. Both interrupt the server once; while it ends they are counted."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.interrupt()
-
-    def interrupt(self) -> None:
-        for number in self._before:
-            signal.signal(number, self._interrupt)
-
-    def are_counted(self) -> None:
-        for number in self._before:
-            signal.signal(number, self._count)
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _interrupt(self, number: int, frame: Any) -> None:
-        self.are_counted()
-        raise KeyboardInterrupt
-
-    def _count(self, number: int, frame: Any) -> None:
-        self.number += 1
+    joined, is_ours = ray.is_initialized(), False
+    with interrupts.heard_once() as later:
+        try:
+            told("starting Ray" if isinstance(resources, Local) else "joining the cluster")
+            if isinstance(resources, Local):
+                for name, value in TRANSPORT.items():
+                    os.environ.setdefault(name, value)
+            session.connect(resources)
+            _start(run, port)
+            is_ours = True
+            update(run, build=build)
+            _wait_until_ready(run, port, told)
+            _watch_over(told)
+        except KeyboardInterrupt:
+            told("draining")
+            raise
+        finally:
+            if is_ours:
+                _stop(run, hurried=lambda: later.number > 0)
+            if not joined:
+                ray.shutdown()
+            if later.first is not None:
+                told("stopped")
 
 
 # Before anything is deployed ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from raytune_llm.engines.engine import AdapterState, Engine
 from raytune_llm.engines.requests import Delta, Request, Sampling
 from raytune_llm.errors import DataError, ResourceError, UserError
 from raytune_llm.serve.backend import InProcess, ModelFacts, Overloaded, Pooling, Report
-from raytune_llm.serve.ledger import Change, Ledger
+from raytune_llm.serve.ledger import Change, Changes
 from raytune_llm.serve.logs import log_at
 from raytune_llm.serve.watch import Watcher
 
@@ -72,7 +72,7 @@ class EngineReplica:
         log_at(run.serve.log_level)
         context = serve.get_replica_context()
         self._name = context.replica_id.unique_id
-        self._ledger = Ledger()
+        self._changes = Changes(self._apply)
         self._broken: UserError | None = None
         self._watcher: Watcher | None = None
         self._engine, self._facts = await asyncio.to_thread(_built, run, build)
@@ -120,16 +120,14 @@ class EngineReplica:
         return report
 
     async def ledger(self) -> list[Change]:
-        return self._ledger.all()
+        return self._changes.all()
 
     async def change(self, change: Change) -> str | Failure | None:
         """Gives the version of an adapter that was loaded."""
         try:
-            version = await self._apply(change)
+            return await self._changes.make(change)
         except UserError as error:
             return self._failed(error)
-        self._ledger.take(change)
-        return version
 
     # What Ray Serve asks --------------------------------------------------------------------------------------------------
 
@@ -182,12 +180,10 @@ class EngineReplica:
         except (TimeoutError, DeploymentUnavailableError):  # it is the first one
             return
         known = [change for ledger in told if isinstance(ledger, list) for change in ledger]
-        for change in self._ledger.news(known):
-            self._ledger.take(change)
-            try:
-                await self._apply(change)
-            except UserError as error:
-                log.warning("%s is not served by %s: %s", change.name, self._name, error)
+        await self._changes.catch_up(known, self._refused)
+
+    def _refused(self, change: Change, error: UserError) -> None:
+        log.warning("%s is not served by %s: %s", change.name, self._name, error)
 
     async def _apply(self, change: Change) -> str | None:
         states = {one.name: one for one in self._engine.adapters()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -18,8 +19,11 @@ from raytune_llm.serve.backend import ModelFacts, Pooling, Report
 from raytune_llm.serve.ledger import Change, now_after
 from raytune_llm.serve.replica import Failure, merged
 
+log = logging.getLogger("raytune_llm.serve")
 FRESH_S = 1.0
 """Reports are as old as this, at most."""
+REPORT_S = 5.0
+"""Replicas have so long to say what they hold."""
 LOAD_S = 120.0
 """Replicas have so long to load an adapter."""
 TRIES = 3
@@ -35,6 +39,7 @@ class Replicas:
         self._names: frozenset[str] = frozenset()
         self._reported_at = -FRESH_S
         self._asking = asyncio.Lock()
+        self._renewing: asyncio.Task[None] | None = None
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:
         handle = self._streams
@@ -72,13 +77,16 @@ class Replicas:
         return values
 
     async def serves(self, adapter: str) -> bool:
-        if adapter not in self._names or time.monotonic() - self._reported_at > FRESH_S:
+        """By the last reports. They are renewed beside the requests: only one for an adapter that nobody reported waits."""
+        if adapter not in self._names:
             await self.reports()
+        elif self._stale and (self._renewing is None or self._renewing.done()):
+            self._renewing = asyncio.create_task(self._renew())
         return adapter in self._names
 
     async def reports(self) -> Sequence[Report]:
         async with self._asking:  # those who wait share the answer
-            if time.monotonic() - self._reported_at > FRESH_S:
+            if self._stale:
                 await self._ask_again()
         return self._reports
 
@@ -103,29 +111,40 @@ class Replicas:
         at, _ = await self._time_and_folder(name)
         await self._tell(Change(at=at, name=name, what="pinned", pinned=pinned))
 
+    @property
+    def _stale(self) -> bool:
+        return time.monotonic() - self._reported_at > FRESH_S
+
+    async def _renew(self) -> None:
+        try:
+            await self.reports()
+        except ResourceError as error:
+            log.warning("the engines did not say what they hold: %s", error)
+
     async def _ask_again(self) -> None:
-        self._reports = await self._broadcast("report")
+        self._reports = await self._broadcast("report", limit_s=REPORT_S)
         self._names = frozenset(state.name for report in self._reports for state in report.adapters)
         self._reported_at = time.monotonic()
 
     async def _time_and_folder(self, name: str) -> tuple[int, str | None]:
         """A time after all changes of this name, and the folder that it has now."""
-        changes = [one for ledger in await self._broadcast("ledger") for one in ledger if one.name == name]
+        ledgers = await self._broadcast("ledger", limit_s=REPORT_S)
+        changes = [one for ledger in ledgers for one in ledger if one.name == name]
         folders = [one for one in changes if one.what == "folder"]
         return now_after(changes), max(folders, key=lambda one: one.at).folder if folders else self._adapters.get(name)
 
     async def _tell(self, change: Change) -> list[Any]:
         """All replicas: what came of it, a replica each."""
-        outcomes = await self._broadcast("change", change)
+        outcomes = await self._broadcast("change", change, limit_s=LOAD_S)
         async with self._asking:
             await self._ask_again()
         return outcomes
 
-    async def _broadcast(self, method: str, *arguments: Any) -> list[Any]:
+    async def _broadcast(self, method: str, *arguments: Any, limit_s: float) -> list[Any]:
         """Replicas that died meanwhile are left out."""
         try:
             response = self._engines.broadcast(method, *arguments)
-            told = await asyncio.wait_for(response.results_async(return_exceptions=True), LOAD_S)
+            told = await asyncio.wait_for(response.results_async(return_exceptions=True), limit_s)
         except (RayError, RayServeException, TimeoutError) as error:
             raise _lost(error) from None
         if answered := [one for one in told if not isinstance(one, BaseException)]:

@@ -166,6 +166,9 @@ class NativeEngine:
         assert self._slots is not None
         self._calls.put(partial(self._slots.forget, adapter))
 
+    def has_adapter(self, name: str) -> bool:
+        return self._store.get(name) is not None
+
     def adapters(self) -> list[AdapterState]:
         return [
             AdapterState(

@@ -38,6 +38,7 @@ class Grammars:
             "json": lambda text: self._compiler.compile_builtin_json_grammar(),
             "regex": self._compiler.compile_regex,
             "ebnf": self._compiler.compile_grammar,
+            "structural_tag": self._compiler.compile_structural_tag,
         }[grammar.kind]
         try:
             return self._xgrammar.GrammarMatcher(compile_one(grammar.text))

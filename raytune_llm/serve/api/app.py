@@ -14,7 +14,7 @@ import secrets
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from raytune_llm.serve.api.answers import ChatAnswer, Collected, CompletionAnswe
 from raytune_llm.serve.api.errors import APIError, broken, invalid, overloaded, unauthorized, unknown_model
 from raytune_llm.serve.api.metrics import Metrics
 from raytune_llm.serve.api.middleware import Limits, Named
-from raytune_llm.serve.api.sampling import forced_tool_grammar, grammar_of, sampling_of
+from raytune_llm.serve.api.sampling import forced_tool_grammar, grammar_of, sampling_of, strict_tools_grammar
 from raytune_llm.serve.api.schema import (
     ChatRequest,
     CompletionRequest,
@@ -119,11 +119,19 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
         shown = None if body.tool_choice == "none" else body.tools
         ids, form = prompts.chat(body.messages, shown, settings)
         forced = _forced_tools(body)
+        if forced:
+            grammar = forced_tool_grammar(forced)
+        else:
+            grammar = grammar_of(body.response_format, body.structured_outputs)
+            strict = strict_tools_grammar(shown or (), form.tool_format)
+            if grammar is not None and strict is not None:
+                raise invalid("A strict tool and a format of the answer can't both be given: leave out one of them", "tools")
+            grammar = grammar or strict
         sampling = sampling_of(
             body,
             limit=body.max_completion_tokens or body.max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=forced_tool_grammar(forced) if forced else grammar_of(body.response_format, body.structured_outputs),
+            grammar=grammar,
             prompt_tokens=len(ids),
             max_length=facts.max_length,
             vocabulary=len(prompts.tokenizer),
@@ -266,7 +274,7 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
 
         async def collect() -> None:
             async for index, delta in _with_first(first, merged):
-                timed.told(delta)
+                timed.told(index, delta)
                 collected.add(index, delta)
 
         await _before_disconnect(request, collect())
@@ -283,20 +291,21 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
 
 @dataclass(slots=True)
 class _Timed:
-    """What a client waits for, as metrics."""
+    """What a client waits for, as metrics: each of a request's answers (`n`, or several prompts) for itself, as in vLLM."""
 
     metrics: Metrics
     model: str
     began: float
-    latest: float | None = None
+    latest: dict[int, float] = field(default_factory=dict)
+    """Of each answer, when something of it was last told."""
 
-    def told(self, delta: Delta) -> None:
-        now = time.monotonic()
-        if self.latest is None:
+    def told(self, index: int, delta: Delta) -> None:
+        now, before = time.monotonic(), self.latest.get(index)
+        if before is None:
             self.metrics.first_token_s.labels(self.model).observe(now - self.began)
         else:
-            self.metrics.between_tokens_s.labels(self.model).observe(now - self.latest)
-        self.latest = now
+            self.metrics.between_tokens_s.labels(self.model).observe(now - before)
+        self.latest[index] = now
         if delta.completion is not None:
             self.metrics.request_s.labels(self.model).observe(now - self.began)
             self.metrics.success.labels(self.model, delta.completion.finish).inc()
@@ -341,7 +350,7 @@ async def _events(
     usage = Usage()
     try:
         async for index, delta in _with_first(first, rest):
-            timed.told(delta)
+            timed.told(index, delta)
             usage.add(delta)
             for chunk in answer.chunks(index, delta, usage=None if not include_usage else "later"):
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"

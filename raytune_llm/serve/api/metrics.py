@@ -25,11 +25,11 @@ class Metrics:
         def histogram(name: str, text: str) -> Histogram:
             return Histogram(name, text, labels, buckets=LATENCIES_S, registry=self._registry)
 
-        self.first_token_s = histogram("vllm:time_to_first_token_seconds", "From a request's arrival to its first token")
-        self.between_tokens_s = histogram("vllm:inter_token_latency_seconds", "From one told token to the next")
-        self.request_s = histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end")
+        self.first_token_s = histogram("vllm:time_to_first_token_seconds", "From a request's arrival to an answer's first token")
+        self.between_tokens_s = histogram("vllm:inter_token_latency_seconds", "From one told token of an answer to its next")
+        self.request_s = histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to an answer's end")
         self.success = Counter(
-            "vllm:request_success_total", "Requests that were answered", (*labels, "finished_reason"), registry=self._registry
+            "vllm:request_success_total", "Answers that were completed", (*labels, "finished_reason"), registry=self._registry
         )
         self.refused = Counter("raytune_llm:requests_refused", "By HTTP status", (*labels, "status"), registry=self._registry)
 

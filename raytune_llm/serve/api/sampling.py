@@ -9,7 +9,7 @@ from typing import Any
 
 from raytune_llm.engines.requests import Grammar, Sampling
 from raytune_llm.serve.api.errors import invalid
-from raytune_llm.serve.api.schema import ResponseFormat, Sampled, StructuredOutputs, Tool, schema_text
+from raytune_llm.serve.api.schema import FunctionDeclaration, ResponseFormat, Sampled, StructuredOutputs, Tool, schema_text
 
 
 def sampling_of(
@@ -84,7 +84,7 @@ def forced_tool_grammar(tools: Sequence[Tool]) -> Grammar:
             "type": "object",
             "properties": {
                 "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object", "properties": {}, "additionalProperties": False},
+                "arguments": tool.function.parameters or NO_ARGUMENTS,
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
@@ -95,6 +95,51 @@ def forced_tool_grammar(tools: Sequence[Tool]) -> Grammar:
         return Grammar(kind="json_schema", text=schema_text(json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})))
     except ValueError as error:
         raise invalid(str(error), "tools") from None
+
+
+def strict_tools_grammar(tools: Sequence[Tool], tool_format: str | None) -> Grammar | None:
+    """Text that may hold calls, where arguments of a strict tool are of its schema; None where no tool is strict. Raises APIError
+    for a format whose calls can't be told from text while they are written."""
+    if not any(tool.function.strict for tool in tools):
+        return None
+    if tool_format not in STRICT_CALLS:
+        raise invalid(
+            "This model's way of writing calls can't be held to a schema beside text: "
+            "set tool_choice to `required` or to a tool, or leave out strict",
+            "tools",
+        )
+    word, begin, end, style = STRICT_CALLS[tool_format]
+    tags = [
+        {
+            "type": "tag",
+            "begin": begin.format(name=tool.function.name),
+            "content": {"type": "json_schema", "style": style, "json_schema": _arguments_schema(tool.function)},
+            "end": end,
+        }
+        for tool in tools
+    ]
+    tag = {"type": "structural_tag", "format": {"type": "triggered_tags", "triggers": [word], "tags": tags}}
+    try:
+        return Grammar(kind="structural_tag", text=schema_text(json.dumps(tag)))
+    except ValueError as error:
+        raise invalid(str(error), "tools") from None
+
+
+STRICT_CALLS: dict[str | None, tuple[str, str, str, str]] = {
+    "qwen": ("<tool_call>", '<tool_call>\n{{"name": "{name}", "arguments": ', "}\n</tool_call>", "json"),
+    "qwen3_5": ("<tool_call>", "<tool_call>\n<function={name}>\n", "\n</function>\n</tool_call>", "qwen_xml"),
+}
+"""Formats of calls (data/templates/tool_calls.py): the word that only a call begins with, what stands before and after a call's
+arguments, and xgrammar's name for how they are written."""
+
+
+def _arguments_schema(function: FunctionDeclaration) -> dict[str, Any]:
+    if not function.strict:
+        return {"type": "object"}
+    return function.parameters or NO_ARGUMENTS
+
+
+NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def _or(value: Any, default: Any) -> Any:

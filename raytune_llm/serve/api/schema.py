@@ -71,6 +71,7 @@ class JSONSchema(BaseModel):
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
     strict: bool | None = None
+    """Answers are of the schema either way."""
 
 
 class ResponseFormat(BaseModel):
@@ -138,6 +139,7 @@ class FunctionDeclaration(BaseModel):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    """Arguments are of `parameters`, also where the model may answer with text. They always are where a call is required."""
 
 
 class Tool(BaseModel):

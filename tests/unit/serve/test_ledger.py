@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 from itertools import permutations
 
-from raytune_llm.serve.ledger import Change, Ledger, now_after
+import pytest
+
+from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.serve.ledger import Change, Changes, Ledger, now_after
 
 LOADED = Change(at=1, name="a", what="folder", folder="/one")
 MOVED = Change(at=2, name="a", what="folder", folder="/two")
@@ -28,3 +32,56 @@ def test_news_are_what_is_not_known_and_not_replaced():
 def test_a_change_is_later_than_what_it_replaces_though_a_clock_is_ahead():
     ahead = Change(at=2**63, name="a", what="folder", folder="/one")
     assert now_after([ahead, LOADED]) == 2**63 + 1
+
+
+class Adapters:
+    """What changes do to an engine, each after a while."""
+
+    def __init__(self) -> None:
+        self.folders: dict[str, str] = {}
+        self.changes = Changes(self.apply)
+
+    async def apply(self, change: Change) -> str | None:
+        await asyncio.sleep(0.02 if change is LOADED else 0)
+        if change.folder == "/bad":
+            raise DataError("/bad", "doesn't fit")
+        if change.folder is None:
+            self.folders.pop(change.name, None)
+        else:
+            self.folders[change.name] = change.folder
+        return change.folder
+
+
+@pytest.mark.parametrize(
+    "order", permutations([LOADED, MOVED, REMOVED]), ids=lambda order: "-".join(str(one.at) for one in order)
+)
+def test_a_change_that_arrives_late_does_not_undo_a_later_one(order):
+    async def all_at_once() -> None:
+        told = await asyncio.gather(*(adapters.changes.make(change) for change in order), return_exceptions=True)
+        late = [change.at < max(one.at for one in order[: number + 1]) for number, change in enumerate(order)]
+        assert [isinstance(one, ConfigError) for one in told] == late
+
+    adapters = Adapters()
+    asyncio.run(all_at_once())
+    assert adapters.folders == {} and adapters.changes.all() == [REMOVED]
+
+
+def test_what_peers_know_is_made_beside_what_is_told_in_its_order():
+    async def both() -> None:
+        await asyncio.gather(adapters.changes.make(LOADED), adapters.changes.catch_up([MOVED], refused=print))
+
+    adapters = Adapters()
+    asyncio.run(both())
+    assert adapters.folders == {"a": "/two"}
+
+
+def test_a_change_that_is_refused_is_as_if_nobody_had_asked():
+    adapters, bad = Adapters(), Change(at=5, name="a", what="folder", folder="/bad")
+
+    async def refused_then_older() -> None:
+        with pytest.raises(DataError):
+            await adapters.changes.make(bad)
+        await adapters.changes.make(LOADED)
+
+    asyncio.run(refused_then_older())
+    assert adapters.folders == {"a": "/one"}
