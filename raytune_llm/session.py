@@ -42,7 +42,7 @@ def connect(resources: Local | Cluster) -> None:
             with interrupts.kept():
                 ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # a slow start is a plain one
-            what = str(error).strip().splitlines()[0]
+            what = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ResourceError(
                 f"Ray did not start on this machine ({what})",
                 "The machine is busy, or lacks memory or space in /tmp: try again, or set resources=inline.",

@@ -133,12 +133,20 @@ class ServeRun:
                 got="null",
                 fix=f"Set {API_KEY} in the environment, or serve.host=127.0.0.1.",
             )
+        if resources.name == "inline":
+            _engine_is_here(self.engine)
         if resources.name == "inline" and serve.most > 1:
             fix = "Set resources=local or resources=cluster."
             raise ConfigError("serve.replicas", "must be 1 with resources=inline, which is one process", got=serve.most, fix=fix)
         if resources.name != "inline" and resources.num_workers != "auto":
             fix = "Set serve.replicas."
             raise ConfigError("resources.num_workers", "is for training, not for serving", got=resources.num_workers, fix=fix)
+
+
+def _engine_is_here(engine: EngineConfig) -> None:
+    if engine.python is not None:
+        rule, fix = "is for engines of Ray Serve, which are other processes", "Start this command with that Python."
+        raise ConfigError("engine.python", rule, got=engine.python, fix=fix)
 
 
 def _can_be_written(run: ServeRun) -> None:
@@ -162,6 +170,7 @@ class ChatRun:
     chat: ChatConfig
 
     def __post_init__(self) -> None:
+        _engine_is_here(self.engine)
         if self.chat.url is None:
             _model_is_given(self.model)
 

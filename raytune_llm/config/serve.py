@@ -108,6 +108,10 @@ class NativeEngine:
 
     said: ClassVar[str | None] = None
     """At the start, of what a user should know."""
+    python: ClassVar[str | None] = None
+    """Another Python than this process's, which the engine needs."""
+    keeps_seeds: ClassVar[bool] = True
+    """A request's seed gives the same answer again."""
 
 
 @section
@@ -122,6 +126,52 @@ class HFEngine:
     """Of models that have no positions, where serve.max_length says nothing."""
 
     said: ClassVar[str | None] = "engine=hf: rows are computed one at a time, with transformers' own forward"
+    python: ClassVar[str | None] = None
+    keeps_seeds: ClassVar[bool] = True
 
 
-EngineConfig = Annotated[NativeEngine | HFEngine, Field(discriminator="name")]
+@section
+class HostedEngine:
+    """Another package's engine, in an environment that has the package."""
+
+    max_rows: PositiveInt
+    """Answers that are generated at once."""
+    step_tokens: PositiveInt | None
+    """Maximum tokens of a step; null: the package's own default."""
+    gpu_memory: Fraction
+    """Fraction of a GPU's memory for weights, adapters and cache together."""
+    prefix_cache: bool
+    """Shared prefixes of prompts are computed once."""
+    python: str | None
+    """The Python that has the package and raytune-llm, for the engines of Ray Serve; null: this one."""
+
+
+@section
+class VLLMEngine(HostedEngine):
+    """vLLM's."""
+
+    name: Literal["vllm"]
+    compile: bool
+    """Layers are compiled and decoding steps captured as CUDA graphs."""
+
+    said: ClassVar[str | None] = "engine=vllm: vLLM computes; it gives no embeddings and no scores"
+    keeps_seeds: ClassVar[bool] = True
+
+
+@section
+class SGLangEngine(HostedEngine):
+    """SGLang's."""
+
+    name: Literal["sglang"]
+    seeds: bool
+    """A request's seed gives the same answer whatever else is computed: SGLang's deterministic mode, which is slower. Without
+    it, `seed` is ignored, and answers say so."""
+
+    said: ClassVar[str | None] = "engine=sglang: SGLang computes; it gives no embeddings and no scores"
+
+    @property
+    def keeps_seeds(self) -> bool:
+        return self.seeds
+
+
+EngineConfig = Annotated[NativeEngine | HFEngine | VLLMEngine | SGLangEngine, Field(discriminator="name")]

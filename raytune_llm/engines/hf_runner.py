@@ -34,7 +34,6 @@ from raytune_llm.engines.native.slots import Bank
 from raytune_llm.errors import ConfigError, DataError
 from raytune_llm.models.adapters import OWN, PeftAdapters
 from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS, rank_of
-from raytune_llm.models.load import positions
 from raytune_llm.models.vocabulary import grow
 
 BLOCK_SIZE = 16
@@ -46,7 +45,7 @@ def hf_engine(settings: HFSettings, serving: Serving) -> NativeEngine:
     if serving.quantization.replaces_layers:
         raise ConfigError("quantization", "must be none with engine=hf", got=serving.quantization.name)
     model = _load(serving, serving.device)
-    limit = min(filter(None, (serving.max_length, positions(serving.config))), default=settings.max_length)
+    limit = serving.limit or settings.max_length
     runner = HFRunner(
         model,
         checked_on=PeftAdapters(_load(serving, torch.device("meta"))),

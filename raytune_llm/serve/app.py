@@ -68,11 +68,16 @@ def application(run: ServeRun, *, build: BuildEngine | None = None) -> Applicati
     }
     deployment: Callable[..., Any] = serve.deployment  # its overloads say less than it takes
     # A cluster that was started for this server has them from its start.
-    environment = {} if resources.name == "local" else {"runtime_env": {"env_vars": TRANSPORT}}
+    environment = {} if resources.name == "local" else {"env_vars": TRANSPORT}
+    engines_environment = environment | ({} if run.engine.python is None else {"py_executable": run.engine.python})
     engine = deployment(
         EngineReplica,
         name=ENGINE,
-        ray_actor_options={"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, **environment},
+        ray_actor_options={
+            "num_cpus": resources.cpus_per_worker,
+            "num_gpus": resources.gpus_per_worker,
+            "runtime_env": engines_environment,
+        },
         # The engine refuses what is too much, within its step; Serve's router would wait.
         max_ongoing_requests=answers + CONTROL_REQUESTS,
         request_router_config=RequestRouterConfig.model_validate(
@@ -85,7 +90,7 @@ def application(run: ServeRun, *, build: BuildEngine | None = None) -> Applicati
     return deployment(
         serve.ingress()(Ingress),
         name=INGRESS,
-        ray_actor_options={"num_cpus": INGRESS_CPUS, **environment},
+        ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": environment},
         max_ongoing_requests=serve_settings.most * answers + CONTROL_REQUESTS,
         **_number(1, ingresses, target=INGRESS_REQUESTS),
         **shared,

@@ -27,6 +27,8 @@ class ModelFacts:
     hidden_size: int
     scores: bool
     """It is a reward model: it gives texts a number and writes nothing."""
+    keeps_seeds: bool = True
+    """A seed gives the same answer again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
@@ -20,6 +20,8 @@ from raytune_llm.data.tokens.tokenizer import load_tokenizer
 from raytune_llm.engines.engine import Engine
 from raytune_llm.engines.hf_runner import hf_engine
 from raytune_llm.engines.native.build import Serving, native_engine
+from raytune_llm.engines.sglang_host import check_sglang, sglang_engine
+from raytune_llm.engines.vllm_host import check_vllm, vllm_engine
 from raytune_llm.errors import ConfigError, UserError
 from raytune_llm.models.adapters.saved import task_of, token_ids_of
 from raytune_llm.models.build import choose_precision
@@ -27,22 +29,37 @@ from raytune_llm.models.generation_config import end_ids_of
 from raytune_llm.models.load import load_config
 from raytune_llm.serve.backend import ModelFacts
 
-ENGINES: dict[str, Callable[[Any, Serving], Engine]] = {"native": native_engine, "hf": hf_engine}
+
+class EngineKind(NamedTuple):
+    build: Callable[[Any, Serving], Engine]
+    check: Callable[[Any, ModelConfig, QuantizationConfig, ServedModels], None] = lambda *settings: None
+    """Raises a UserError for what can be known to fail before anything is loaded, by the engine's settings and the model's."""
+
+
+ENGINES: dict[str, EngineKind] = {
+    "native": EngineKind(native_engine),
+    "hf": EngineKind(hf_engine),
+    "vllm": EngineKind(vllm_engine, check_vllm),
+    "sglang": EngineKind(sglang_engine, check_sglang),
+}
 
 
 def build_engine(
     model: ModelConfig, quantization: QuantizationConfig, engine_settings: EngineConfig, served: ServedModels
 ) -> tuple[Engine, ModelFacts]:
     """An adapter that brings a head or tokens, which the base lacks, is served alone, under its own name."""
+    kind = ENGINES[engine_settings.name]
+    kind.check(engine_settings, model, quantization, served)
     alone = lone_adapter(served)
     serving = _serving(model, quantization, served, alone)
-    engine = ENGINES[engine_settings.name](engine_settings, serving)
+    engine = kind.build(engine_settings, serving)
     text: Any = serving.config.get_text_config()
     facts = ModelFacts(
         name=base_name(model, served) if alone is None else alone.name,
         max_length=engine.max_length,
         hidden_size=text.hidden_size,
         scores=serving.scores,
+        keeps_seeds=engine_settings.keeps_seeds,
     )
     try:
         for name, folder in served.adapters.items() if alone is None else ():
@@ -102,8 +119,11 @@ def tokenizer_of(model: ModelConfig, served: ServedModels) -> tuple[Any, list[in
     return tokenizer, [int(tokenizer.convert_tokens_to_ids(token)) for token in ends]  # type: ignore[arg-type]
 
 
-def check_servable(model: ModelConfig, served: ServedModels) -> None:
-    """What a replica elsewhere would refuse, as far as it can be known without weights. Raises ConfigError."""
+def check_servable(
+    model: ModelConfig, quantization: QuantizationConfig, engine_settings: EngineConfig, served: ServedModels
+) -> None:
+    """What a replica elsewhere would refuse, as far as it can be known without weights. Raises a UserError."""
+    ENGINES[engine_settings.name].check(engine_settings, model, quantization, served)
     tokenizer_of(model, served)
     load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
 

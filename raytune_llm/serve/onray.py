@@ -63,7 +63,7 @@ def serve_on_ray(run: ServeRun, *, told: Told, build: BuildEngine | None = None)
     assert resources.name != "inline"
     port = _port(run)
     if build is None:
-        check_servable(run.model, run.serve)
+        check_servable(run.model, run.quantization, run.engine, run.serve)
     joined, is_ours = ray.is_initialized(), False
     with interrupts.heard_once() as later:
         try:

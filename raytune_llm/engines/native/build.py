@@ -55,6 +55,11 @@ class Serving:
     new_ids: Sequence[int] = ()
     """Those tokens."""
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a prompt and its answer, at most; None: nothing says."""
+        return min(filter(None, (self.max_length, positions(self.config))), default=None)
+
 
 def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
     check_cached(serving.config)
@@ -74,7 +79,7 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
     bank = None
     if serving.adapter is None:
         bank = LoraBank(policy.base, num_slots=serving.max_adapters, max_rank=serving.max_rank, dtype=serving.compute)
-    limit = min(filter(None, (serving.max_length, positions(serving.config))), default=2**20)
+    limit = serving.limit or 2**20
     graphs = None
     if _captures(settings, serving):
         graphs = partial(DecodeGraphs, policy, bank=bank, max_rows=settings.max_rows, max_length=limit, compiled=True)

@@ -264,7 +264,8 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
         ]
         merged = _merged([backend.stream(one) for one in wanted])
         first = await _before_disconnect(request, anext(merged))  # or an error before anything is sent
-        headers = _headers(body.ignored)
+        seed_is_ignored = body.seed is not None and not facts.keeps_seeds
+        headers = _headers(sorted([*body.ignored, "seed"]) if seed_is_ignored else body.ignored)
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
             events = _events(first, merged, answer, usage, _Timed(metrics, facts.name, began))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 from raytune_llm import api, load_config
 from raytune_llm.config.parts import run_of
 from raytune_llm.errors import ConfigError
-from raytune_llm.serve.app import build, written
+from raytune_llm.serve.app import application, build, written
 
 OVERLAYS = Path(__file__).parents[3] / "cluster" / "kuberay" / "overlays"
 
@@ -60,3 +61,12 @@ def test_a_file_that_cannot_be_written_is_refused_by_its_setting(tmp_path: Path)
 def test_what_does_not_go_together_is_refused(overrides: list[str], setting: str):
     with pytest.raises(ConfigError, match=setting):
         load_config("serve", overrides)
+
+
+def test_engines_run_with_the_python_that_has_their_package():
+    settings = ["model=smollm2_135m", "engine=vllm", "engine.python=/opt/vllm/bin/python", "resources=cluster"]
+    run = load_config("serve", [*settings, "resources.cpus_per_worker=1", "resources.gpus_per_worker=1"])
+    ingress: Any = application(run)._bound_deployment
+    engine = ingress.init_args[1]._bound_deployment
+    assert engine.ray_actor_options["runtime_env"]["py_executable"] == "/opt/vllm/bin/python"
+    assert "py_executable" not in ingress.ray_actor_options["runtime_env"]

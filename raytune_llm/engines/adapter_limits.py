@@ -1,0 +1,85 @@
+"""What another package's engine computes of an adapter, told from its config before the package is asked.
+
+Packages refuse some of what they don't compute when they load an adapter, and read past the rest. Here all of it is refused, by
+the name that adapter_config.json has for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.errors import ConfigError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+"""`init_lora_weights` that leave the base as it is. Others (PiSSA, OLoRA, CorDA, LoftQ) change it when PEFT loads the adapter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterLimits:
+    """Of one package."""
+
+    package: str
+    """By its own name, and as a module."""
+    module: str
+    max_rank: int
+    lacks: frozenset[str] = field(default=frozenset())
+    """Of UNCOMPUTED, what the package doesn't compute."""
+
+    def check(self, folder: str | Path, setting: str) -> int:
+        """Gives its rank. Raises ConfigError, which names the setting, for a folder whose adapter the package can't compute."""
+        config = _read(Path(folder), setting)
+        for name, what in UNCOMPUTED.items():
+            if name in self.lacks and what(config):
+                rule = f"must be an adapter that {self.package} computes; {name} it doesn't"
+                raise ConfigError(setting, rule, got=_told(config.get(name)), fix="Serve it with engine=native or engine=hf.")
+        rank = max([int(config["r"]), *(int(one) for one in (config.get("rank_pattern") or {}).values())])
+        if rank > self.max_rank:
+            fix = f"Set serve.max_rank={rank}."
+            raise ConfigError(setting, f"must have a rank of at most serve.max_rank={self.max_rank}", got=rank, fix=fix)
+        return rank
+
+
+UNCOMPUTED: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    "peft_type": lambda config: config.get("peft_type") != "LORA",
+    "task_type": lambda config: config.get("task_type") not in ("CAUSAL_LM", None),
+    "use_dora": lambda config: bool(config.get("use_dora")),
+    "use_rslora": lambda config: bool(config.get("use_rslora")),
+    "modules_to_save": lambda config: bool(config.get("modules_to_save")),
+    "bias": lambda config: config.get("bias", "none") != "none",
+    "lora_bias": lambda config: bool(config.get("lora_bias")),
+    "rank_pattern": lambda config: bool(config.get("rank_pattern")),
+    "alpha_pattern": lambda config: bool(config.get("alpha_pattern")),
+    "init_lora_weights": lambda config: _changes_the_base(config.get("init_lora_weights", True)),
+    "layer_replication": lambda config: bool(config.get("layer_replication")),
+    "target_parameters": lambda config: bool(config.get("target_parameters")),
+    "trainable_token_indices": lambda config: bool(config.get("trainable_token_indices")),
+    "alora_invocation_tokens": lambda config: bool(config.get("alora_invocation_tokens")),
+    "use_bdlora": lambda config: bool(config.get("use_bdlora")),
+    "use_qalora": lambda config: bool(config.get("use_qalora")),
+}
+"""Fields of adapter_config.json -> whether a config asks for what a package may not compute."""
+
+
+def _changes_the_base(start: Any) -> bool:
+    return isinstance(start, str) and start.lower() not in PLAIN_STARTS
+
+
+def _read(folder: Path, setting: str) -> Mapping[str, Any]:
+    if not (folder / WEIGHTS).is_file():
+        raise ConfigError(setting, f"must be a folder with {WEIGHTS}", got=str(folder), fix="Save it as safetensors.")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        return config if "peft_type" in config and config["peft_type"] != "LORA" else {**config, "r": int(config["r"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            setting, f"must hold an {CONFIG} of PEFT's ({type(error).__name__}: {error})", got=str(folder)
+        ) from None
+
+
+def _told(value: Any) -> str:
+    return json.dumps(value)[:200]
