@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.score_head import refuse_separate_head
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
@@ -32,6 +33,7 @@ class AdapterLimits:
 
     def check(self, folder: str | Path, setting: str) -> int:
         """Gives its rank. Raises ConfigError, which names the setting, for a folder whose adapter the package can't compute."""
+        refuse_separate_head(folder, setting)
         config = _read(Path(folder), setting)
         for name, what in UNCOMPUTED.items():
             if name in self.lacks and what(config):

@@ -34,6 +34,7 @@ from raytune_llm.engines.native.slots import Bank
 from raytune_llm.errors import ConfigError, DataError
 from raytune_llm.models.adapters import OWN, PeftAdapters
 from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS, rank_of
+from raytune_llm.models.score_head import refuse_separate_head
 from raytune_llm.models.vocabulary import grow
 
 BLOCK_SIZE = 16
@@ -44,6 +45,9 @@ CACHE_NAMES = ("past_key_values", "cache_params")
 def hf_engine(settings: HFSettings, serving: Serving) -> NativeEngine:
     if serving.quantization.replaces_layers:
         raise ConfigError("quantization", "must be none with engine=hf", got=serving.quantization.name)
+    if serving.head is not None:
+        fix = "Use engine=native."
+        raise ConfigError("engine", "must be native for a reward model whose head is in a file of its own", got="hf", fix=fix)
     model = _load(serving, serving.device)
     limit = serving.limit or settings.max_length
     runner = HFRunner(
@@ -160,6 +164,7 @@ class HFRunner:
         return told
 
     def read_adapter(self, folder: Path) -> tuple[Copied, int]:
+        refuse_separate_head(folder, "the adapter")
         copied = Copied(folder)
         with self._checking:
             self._checked_on.add("tried", SavedAdapter(path=copied.path, setting="the adapter"))

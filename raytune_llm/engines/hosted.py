@@ -31,6 +31,7 @@ from raytune_llm.engines.native.build import Serving
 from raytune_llm.engines.native.text import TextStream
 from raytune_llm.engines.requests import Completion, Delta, Finish, Request, Sampling, Stream, TokenLogprob
 from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
+from raytune_llm.models.score_head import refuse_separate_head
 
 WATCH_S = 0.05
 """A request that nobody waits for is given up within this."""
@@ -208,6 +209,7 @@ class HostedEngine:
 
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> str:
         self._check_alive()
+        refuse_separate_head(folder, f"the adapter {name}")
         with self._adding:
             files = _copied(Path(folder))
             try:
@@ -455,6 +457,8 @@ def check_hosted(
     lacking = f"with engine={limits.module}, which reads a model's own files"
     if model.path is None or model.weights == "random":
         raise ConfigError("model.weights", f"must be a model's {lacking}", got=model.weights)
+    if model.adds_tokens:
+        raise ConfigError("model.new_tokens", f"can't be added {lacking}", got=model.new_tokens)
     if model.config:
         raise ConfigError("model.config", f"must be empty {lacking}", got=sorted(model.config))
     if quantization.name != "none":

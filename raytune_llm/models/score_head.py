@@ -8,14 +8,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from raytune_llm.errors import ConfigError, DataError
 from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS
 
 SEPARATE = "value_head.safetensors"
 """LLaMA-Factory's file: the linear layer v_head.summary over the last hidden state, with a bias."""
+
+
+def has_separate_head(folder: str | Path) -> bool:
+    """It holds a reward model whose files are a language model's, or its adapter's, and a score head."""
+    return (Path(folder) / SEPARATE).is_file()
+
+
+def refuse_separate_head(folder: str | Path, setting: str) -> None:
+    """Raises ConfigError, which names the setting, where an adapter that writes answers is asked for."""
+    if has_separate_head(folder):
+        fix = "Serve it from the start and alone, in serve.adapters: it gives scores."
+        raise ConfigError(setting, f"must be no reward model's, as its {SEPARATE} says it is", got=str(folder), fix=fix)
+
+
+def read_separate_head(folder: str | Path) -> tuple[Tensor, Tensor]:
+    """float32 [1, D] and [1]: a linear layer over the last hidden state. Raises DataError for a file that is none of these."""
+    file = Path(folder) / SEPARATE
+    try:
+        head = load_file(file)
+        weight_1D, bias_1 = (head[f"v_head.summary.{name}"].float() for name in ("weight", "bias"))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(str(file), f"is no head of a reward model ({error})") from error
+    return weight_1D, bias_1
 
 
 def choose_padding(tokenizer: Any, stop_ids: Sequence[int]) -> int | None:

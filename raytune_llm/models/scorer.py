@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from raytune_llm.errors import ConfigError
 from raytune_llm.models.policy import Policy
-from raytune_llm.models.score_head import choose_padding, name_padding, save_with_separate_head, separate_head_of_adapter
+from raytune_llm.models.score_head import (
+    choose_padding,
+    name_padding,
+    read_separate_head,
+    save_with_separate_head,
+    separate_head_of_adapter,
+)
 from raytune_llm.records import Batch
 
 
@@ -57,6 +64,17 @@ class Scorer(Policy):
         with torch.autocast(hidden_MD.device.type, enabled=False):
             weights = sorted(head.parameters(), key=lambda parameter: parameter.requires_grad)  # an adapter has a copy, trained
             return head(hidden_MD.to(weights[-1].dtype)).float().squeeze(-1)
+
+    def take_separate_head(self, folder: str | Path) -> None:
+        """The head that stands in the folder beside a language model, or its adapter, in place of the model's own."""
+        weight_1D, bias_1 = read_separate_head(folder)
+        here = next(self.base.score.parameters())
+        if weight_1D.shape != here.shape:
+            rule = f"must have a head over {here.shape[1]} numbers, as this model has"
+            raise ConfigError("the reward model", rule, got=list(weight_1D.shape))
+        head = nn.Linear(here.shape[1], 1, device=here.device, dtype=torch.float32).requires_grad_(False)
+        head.load_state_dict({"weight": weight_1D, "bias": bias_1})
+        self.base.score = head
 
     def _complete(self, folder: Path, tokenizer: Any, stop_ids: Sequence[int]) -> None:
         padding = choose_padding(tokenizer, stop_ids) if self._padding is None else self._padding

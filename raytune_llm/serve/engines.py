@@ -27,6 +27,7 @@ from raytune_llm.models.adapters.saved import task_of, token_ids_of
 from raytune_llm.models.build import choose_precision
 from raytune_llm.models.generation_config import end_ids_of
 from raytune_llm.models.load import load_config
+from raytune_llm.models.score_head import has_separate_head
 from raytune_llm.serve.backend import ModelFacts
 
 
@@ -86,7 +87,8 @@ def lone_adapter(served: ServedModels) -> LoneAdapter | None:
     """Raises ConfigError where there are others beside it."""
     for name, folder in served.adapters.items():
         setting = f"serve.adapters.{name}"
-        scores, token_ids = task_of(folder, setting) == "SEQ_CLS", token_ids_of(folder, setting)
+        scores = task_of(folder, setting) == "SEQ_CLS" or has_separate_head(folder)
+        token_ids = token_ids_of(folder, setting)
         if not scores and not token_ids:
             continue
         if len(served.adapters) > 1:
@@ -133,6 +135,8 @@ def _serving(model: ModelConfig, quantization: QuantizationConfig, served: Serve
     compute, _ = choose_precision(served.precision, device)
     tokenizer, ends = tokenizer_of(model, served)
     config = load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    source = alone.source.path if alone is not None else model.path and packaged.resolve(model.path)
+    head = source if source is not None and has_separate_head(source) else None
     return Serving(
         model=model,
         quantization=quantization,
@@ -145,9 +149,10 @@ def _serving(model: ModelConfig, quantization: QuantizationConfig, served: Serve
         max_adapters=served.max_adapters,
         max_rank=served.max_rank,
         max_host_adapters=served.max_host_adapters,
-        scores=_scores(config) if alone is None else alone.scores,
+        scores=head is not None or (_scores(config) if alone is None else alone.scores),
         adapter=None if alone is None else alone.source,
         new_ids=() if alone is None else alone.token_ids,
+        head=head,
     )
 
 

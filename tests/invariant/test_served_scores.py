@@ -9,6 +9,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
@@ -91,6 +92,41 @@ def test_scores_are_those_of_transformers(adapter: str, base: Path, pairs: str, 
     if adapter == "lora":
         with pytest.raises(ConfigError, match="must be reward alone"):
             client_of("model=hub", f"model.path={base}", f"serve.adapters={{reward: {final}, other: {final}}}")
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_scores_of_a_head_in_a_separate_file_are_those_of_its_layer(
+    adapter: str, base: Path, pairs: str, cache: str, tmp_path: Path
+):
+    settings = ["data=chat_pairs", "stage=reward", "stage.value_head=v_head", "train.epochs=1", f"adapter={adapter}"]
+    final = api.train(tiny_run(pairs, cache, tmp_path, *settings, "model=hub", f"model.path={base}")).final
+    head = load_file(final / "value_head.safetensors")
+    head["v_head.summary.bias"] = torch.tensor([0.25])  # as LLaMA-Factory trains one
+    save_file(head, final / "value_head.safetensors")
+    if adapter == "lora":
+        where = ["model=hub", f"model.path={base}", f"serve.adapters={{reward: {final}}}"]
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), final).eval()
+    else:
+        where = ["model=hub", f"model.path={final}", "serve.base_name=reward"]
+        plain = AutoModelForCausalLM.from_pretrained(final).eval()
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    ids = tokenizer("the quick fox<|im_end|>", return_tensors="pt", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        last_1D = plain(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1:].float()
+    expected = F.linear(last_1D, head["v_head.summary.weight"], head["v_head.summary.bias"]).item()
+    engine, client = client_of(*where)
+    try:
+        told = client.post("/v1/score", json={"model": "reward", "input": "the quick fox<|im_end|>"}).json()
+        assert told["data"][0]["score"] == pytest.approx(expected, abs=1e-5)
+    finally:
+        engine.close()
+    with pytest.raises(ConfigError, match="engine"):
+        client_of(*where, "engine=hf")
+    if adapter == "lora":
+        engine, _ = client_of("model=hub", f"model.path={base}")
+        with pytest.raises(ConfigError, match=r"value_head\.safetensors"):
+            engine.add_adapter("reward", final)
+        engine.close()
 
 
 def test_embeddings_are_those_of_the_last_hidden_states(base: Path):

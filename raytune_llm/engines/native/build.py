@@ -23,6 +23,7 @@ from raytune_llm.models.adapters import LoraBank
 from raytune_llm.models.attention.cache import check_cached
 from raytune_llm.models.build import build_policy
 from raytune_llm.models.load import positions
+from raytune_llm.models.scorer import Scorer
 
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 """Where it isn't set: what keeps a device busy, and no answer waiting for long while a prompt is computed."""
@@ -54,6 +55,8 @@ class Serving:
     """That is part of the model: a reward model's, or one with tokens that the base lacks."""
     new_ids: Sequence[int] = ()
     """Those tokens."""
+    head: str | None = None
+    """The folder that has a reward model's score head in a file of its own."""
 
     @property
     def limit(self) -> int | None:
@@ -72,9 +75,13 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
         device=serving.device,
         quantization=serving.quantization,
         scores=serving.scores,
+        separate_head=serving.head is not None,
         trains=False,
         first_pieces=dict.fromkeys(serving.new_ids, ()),  # their embeddings are in the adapter
     )
+    if serving.head is not None:
+        assert isinstance(policy, Scorer)
+        policy.take_separate_head(serving.head)
     a_token = policy.cache_bytes_a_token()
     bank = None
     if serving.adapter is None:

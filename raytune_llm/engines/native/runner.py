@@ -19,6 +19,7 @@ from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.native.slots import Bank
 from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache, check_cached
 from raytune_llm.models.policy import Policy
+from raytune_llm.models.score_head import refuse_separate_head
 
 NOTHING = np.zeros(0, np.int32)
 POOLED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -75,6 +76,7 @@ class PolicyRunner:
         return self._policy.logits(hidden_1LD[0, wanted_R])
 
     def read_adapter(self, folder: Path) -> tuple[Any, int]:
+        refuse_separate_head(folder, "the adapter")
         weights = self._bank.read(folder)
         return weights, weights.rank
 
