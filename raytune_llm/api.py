@@ -19,7 +19,7 @@ from raytune_llm import session
 from raytune_llm.config.load import as_plain, to_yaml
 from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.resources import Cluster
-from raytune_llm.config.run import ChatRun, DoctorRun, ImportRun, PrepareRun, ServeRun, SubmitRun, TrainRun
+from raytune_llm.config.run import ChatRun, DoctorRun, ImportRun, PredictRun, PrepareRun, ServeRun, SubmitRun, TrainRun
 from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared, Streamed
 from raytune_llm.evaluate.exact_match import ExactMatch
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from raytune_llm.cluster.jobs import Job
     from raytune_llm.config.sweep import Sweep
     from raytune_llm.doctor import Doctor
+    from raytune_llm.predict.run import Predicted
     from raytune_llm.runs.plan import Plan
     from raytune_llm.runs.worker import TrainOutcome
     from raytune_llm.tune.run import OnChange, TuneResult
@@ -238,6 +239,18 @@ def chat(run: ChatRun) -> AbstractContextManager[Dialogue]:
     from raytune_llm.chat.open import open_dialogue
 
     return open_dialogue(with_absolute_paths(run))
+
+
+def predict(run: PredictRun, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Predicted:
+    """Answers for a data set, written as they come, and their metrics. What the output folder has is not computed again.
+
+    from raytune_llm import api, load_config
+    predicted = api.predict(load_config("predict", ["predict.run=outputs/x", "data.path=rows.jsonl", "output_dir=out"]))
+    predicted.metrics["x"]["exact_match"]
+    """
+    from raytune_llm.predict.run import predict
+
+    return predict(with_absolute_paths(run), on_progress)
 
 
 def submit(run: SubmitRun) -> Job:

@@ -11,6 +11,7 @@ ALWAYS = ("output_dir", "data.cache")
 IF_THERE = (
     "model.path", "model.tokenizer", "data.path", "data.eval_path", "data.dataset_info", "data.media_dir", "adapter.path",
     "stage.reference_model", "stage.reference_adapter", "serve.adapters", "serve.watch", "serve.adapter_roots", "chat.adapters",
+    "predict.run", "predict.adapters",
 )  # fmt: skip
 """That may name something on a hub or in a store as well: they are made absolute where a file or folder is there."""
 ONE_FILE = ("model.new_tokens",)

@@ -13,6 +13,7 @@ from raytune_llm.config.checkpoint import CheckpointConfig
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.optimizer import OptimizerConfig
+from raytune_llm.config.predict import PredictConfig
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.resources import ResourcesConfig
 from raytune_llm.config.schedule import ScheduleConfig
@@ -175,6 +176,26 @@ class ChatRun:
             _model_is_given(self.model)
 
 
+@section
+class PredictRun:
+    """`predict`: answers for a data set."""
+
+    output_dir: str | None
+    model: ModelConfig
+    quantization: QuantizationConfig
+    engine: EngineConfig
+    data: DataConfig
+    resources: ResourcesConfig
+    predict: PredictConfig
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ConfigError("output_dir", "must be given", fix="For example, output_dir=outputs/mine/predictions.")
+        _model_or_run_is_given(self.model, "predict.run", self.predict.run)
+        _data_are_given(self.data)
+        _data_are_read_only(self.data)
+
+
 API_KEY, ADMIN_KEY = "RAYTUNE_LLM_API_KEY", "RAYTUNE_LLM_ADMIN_KEY"
 """Of the environment: secrets that no config file should hold."""
 
@@ -253,7 +274,35 @@ RUNS: dict[str, Any] = {
     "doctor": DoctorRun,
     "serve": ServeRun,
     "chat": ChatRun,
+    "predict": PredictRun,
 }
+
+
+def _model_or_run_is_given(model: ModelConfig, setting: str, folder: str | None) -> None:
+    if folder is None:
+        _model_is_given(model)
+    elif model.path is not None or model.config:
+        fix = "Leave one of them out: a run says what model it trained."
+        raise ConfigError("model", f"can't be combined with {setting}", got=model.path or model.config, fix=fix)
+
+
+def _data_are_read_only(data: DataConfig) -> None:
+    """Settings that are for training on the data, which a user may have meant to change something here."""
+    for setting, given in (
+        ("streaming", data.streaming),
+        ("eval_path", data.eval_path),
+        ("eval_split", data.eval_split),
+        ("eval_names", data.eval_names),
+        ("eval_fraction", data.eval_fraction),
+        ("eval_rows", data.eval_rows),
+        ("mix_epochs", data.mix_epochs),
+        ("mix", data.mix != "concat"),
+        ("train_on_prompt", data.train_on_prompt),
+        ("mask_history", data.mask_history),
+    ):
+        if given:
+            rule = "is for training: every row of data.path is read here"
+            raise ConfigError(f"data.{setting}", rule, got=getattr(data, setting), fix="Leave it out.")
 
 
 def _name_is_a_name(name: str) -> None:

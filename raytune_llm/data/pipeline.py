@@ -151,7 +151,7 @@ def prepare(
     """
     started = time.perf_counter()
     made: list[Timed] = []
-    preprocessor = _preprocessor(model, data, kind)
+    preprocessor = preprocessor_of(model, data, kind)
     ranked = KINDS[kind].ranked
     job = Job(data, resources, on_progress)
     return Prepared(
@@ -167,7 +167,7 @@ def prepare(
 
 def stream(model: ModelConfig, data: DataConfig, resources: ResourcesConfig, *, kind: str = "conversations") -> Streamed:
     """As `prepare`, but the train store is written while the run trains (see Streamed.making)."""
-    preprocessor = _preprocessor(model, data, kind)
+    preprocessor = preprocessor_of(model, data, kind)
     ranked = KINDS[kind].ranked
     held_out = declared_for_evaluation(data, ranked=ranked)
     (one,) = declared(data, ranked=ranked)
@@ -189,7 +189,7 @@ def _prepare_all(sets: list[Declared], preprocessor: Preprocessor, job: Job, mad
 
 def find_stores(model: ModelConfig, data: DataConfig, *, kind: str = "conversations") -> tuple[Path | None, Path | None]:
     """The folders of the stores that `prepare` would open, where they are complete, and make, where they are none."""
-    preprocessor = _preprocessor(model, data, kind)
+    preprocessor = preprocessor_of(model, data, kind)
 
     def found(sets: list[Declared]) -> Path | None:
         folders = [_folder(one, preprocessor, data) for one in sets]
@@ -224,7 +224,7 @@ class Preprocessor:
     targets: Targets
 
 
-def _preprocessor(model: ModelConfig, data: DataConfig, kind: str) -> Preprocessor:
+def preprocessor_of(model: ModelConfig, data: DataConfig, kind: str) -> Preprocessor:
     of_kind = KINDS[kind]
     tokenizer, template = run_tokenizer(model, data, needs_template=of_kind.renders_chat)
     renderer = renderer_of(tokenizer, template, data) if of_kind.renders_chat else PlainText(tokenizer)
@@ -252,26 +252,13 @@ def renderer_of(tokenizer: PreTrainedTokenizerFast, template: NamedTemplate | No
 
 def _prepare_one(one: Declared, preprocessor: Preprocessor, job: Job, made: list[Timed]) -> Store:
     data = job.data
-    source = _source(one)
+    source = source_of(one)
     made_from = _made_from(one, preprocessor, data, sources.fingerprint(source))
     target = _cache(data) / key_of(made_from)
     with under_construction(_cache(data), target.name) as folder:
         if folder is not None:
-            template = preprocessor.template
-            markers = {} if template is None else {"thought": template.thought, "call_words": template.tool_call_words}
-            reading = Reading(
-                media_dir=one.media_dir, drop_thoughts=data.reasoning == "drop", untyped=source.kind == "csv", **markers
-            )
-            recipe = Recipe(
-                kind=preprocessor.kind,
-                columns=columns_of(one.format),
-                convert=converter(one.format, reading),
-                renderer=preprocessor.renderer,
-                tokenize=BlockTokenizer(preprocessor.tokenizer),
-                targets=preprocessor.targets,
-            )
-            part = None if source.is_hub else one.split
-            chunks = sources.plan(source, data.max_samples, part=part, num_samples=one.num_samples)
+            recipe = recipe_of(one, source, preprocessor, data)
+            chunks = chunks_of(one, source, data)
             write_outline(folder, len(chunks), preprocessor.kind, preprocessor.targets.end_of_row)
             shards = _make_shards(chunks, recipe, folder, job, made)
             _check(one.path, shards, data.max_bad_fraction)
@@ -281,8 +268,28 @@ def _prepare_one(one: Declared, preprocessor: Preprocessor, job: Job, made: list
     return store
 
 
-def _source(one: Declared) -> Source:
+def recipe_of(one: Declared, source: Source, preprocessor: Preprocessor, data: DataConfig) -> Recipe:
+    """All that turns a data set's rows into tokens."""
+    template = preprocessor.template
+    markers = {} if template is None else {"thought": template.thought, "call_words": template.tool_call_words}
+    reading = Reading(media_dir=one.media_dir, drop_thoughts=data.reasoning == "drop", untyped=source.kind == "csv", **markers)
+    return Recipe(
+        kind=preprocessor.kind,
+        columns=columns_of(one.format),
+        convert=converter(one.format, reading),
+        renderer=preprocessor.renderer,
+        tokenize=BlockTokenizer(preprocessor.tokenizer),
+        targets=preprocessor.targets,
+    )
+
+
+def source_of(one: Declared) -> Source:
     return sources.find(one.path, subset=one.subset, split=one.split, folder=one.folder, hub=one.hub, setting=one.setting)
+
+
+def chunks_of(one: Declared, source: Source, data: DataConfig) -> list[Chunk]:
+    part = None if source.is_hub else one.split
+    return sources.plan(source, data.max_samples, part=part, num_samples=one.num_samples)
 
 
 def _cache(data: DataConfig) -> Path:
@@ -290,7 +297,7 @@ def _cache(data: DataConfig) -> Path:
 
 
 def _folder(one: Declared, preprocessor: Preprocessor, data: DataConfig) -> Path:
-    return _cache(data) / key_of(_made_from(one, preprocessor, data, sources.fingerprint(_source(one))))
+    return _cache(data) / key_of(_made_from(one, preprocessor, data, sources.fingerprint(source_of(one))))
 
 
 def _made_from(one: Declared, preprocessor: Preprocessor, data: DataConfig, source_hash: str) -> dict[str, Any]:

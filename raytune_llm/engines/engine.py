@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from raytune_llm.engines.requests import Completion, Request, Stream
+from raytune_llm.engines.requests import Completion, Request, ScoredToken, Stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,13 @@ class Engine(Protocol):
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
         """A vector a prompt, of the last hidden states: their `mean`, that of the `last` token, or a reward model's `score`."""
+        ...
+
+    def answer_logprobs(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], adapter: str | None = None
+    ) -> Future[list[list[ScoredToken]]]:
+        """How likely each token of an answer is after its prompt (at least one token) and the answer's tokens before it. All are
+        computed in one pass."""
         ...
 
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> str:

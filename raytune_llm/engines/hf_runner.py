@@ -31,6 +31,7 @@ from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.native.row import Row
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.native.slots import Bank
+from raytune_llm.engines.requests import ScoredToken
 from raytune_llm.errors import ConfigError, DataError
 from raytune_llm.models.adapters import OWN, PeftAdapters
 from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS, rank_of
@@ -161,6 +162,20 @@ class HFRunner:
             with self._adapters.using(self._without_bank if slot < 0 else str(slot)):
                 hidden_TD = self._model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[0].float()
             told.append(F.normalize(hidden_TD.mean(0) if pooling == "mean" else hidden_TD[-1], dim=0).tolist())
+        return told
+
+    def answer_logprobs(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int
+    ) -> list[list[ScoredToken]]:
+        told = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            with self._adapters.using(None if slot < 0 else str(slot)):
+                ids_BT = torch.tensor([[*prompt, *answer]], device=self.device)
+                logits_TV = self._model(input_ids=ids_BT, use_cache=False).logits[0].float()
+            logits_NV = logits_TV[len(prompt) - 1 : len(prompt) + len(answer) - 1]
+            targets_N = torch.tensor(list(answer), dtype=torch.int64, device=self.device)
+            logprobs_N = logits_NV.log_softmax(dim=1).gather(1, targets_N[:, None]).squeeze(1)
+            told.append(list(map(ScoredToken, logprobs_N.tolist(), (logits_NV.argmax(dim=1) == targets_N).tolist())))
         return told
 
     def read_adapter(self, folder: Path) -> tuple[Copied, int]:

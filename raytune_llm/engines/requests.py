@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from raytune_llm.records import Conversation
 
@@ -80,6 +80,15 @@ class TokenLogprob:
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens with theirs, the likeliest first."""
+
+
+class ScoredToken(NamedTuple):
+    """A token of an answer that was given, not made."""
+
+    logprob: float
+    """Of the model's own logits, in nats."""
+    likeliest: bool
+    """Whether it is what greedy decoding would have chosen here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,7 +84,7 @@ def _fit_on_ray(
             got=run.train.global_batch_size,
             fix=f"Set it to {-(-run.train.global_batch_size // world) * world}, or set resources.num_workers.",
         )
-    _fits(workers, cpus, gpus, leaving_cpus=leaving)
+    check_fits(workers, cpus, gpus, leaving_cpus=leaving)
     _wait_for(workers, cpus, gpus, on_begin)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{resources.collective_timeout_s:g}"
     channel = Channel(run, resources.max_failures, sinks, on_begin, on_samples)
@@ -416,7 +416,7 @@ def group_size(resources: Local | Cluster, *, leaving_cpus: int = 0) -> tuple[in
     return workers, float(cpus), float(gpus)
 
 
-def _fits(workers: int, cpus: float, gpus: float, *, leaving_cpus: int) -> None:
+def check_fits(workers: int, cpus: float, gpus: float, *, leaving_cpus: int = 0) -> None:
     """Ray would wait for ever for what the cluster doesn't have."""
     import ray
 

@@ -125,7 +125,7 @@ def recipe_for(case: Mapping[str, Any]) -> Recipe:
 
 
 def recipe_of(stage: str, model: Any, data: DataConfig) -> Recipe:
-    preprocessor = pipeline._preprocessor(model, data, KIND_OF_STAGE[stage])
+    preprocessor = pipeline.preprocessor_of(model, data, KIND_OF_STAGE[stage])
     return Recipe(
         preprocessor.kind,
         (),

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,9 +29,10 @@ from raytune_llm.engines.native.sampler import RowSampler, logprobs, sample
 from raytune_llm.engines.native.scheduler import Piece, Scheduler
 from raytune_llm.engines.native.slots import Adapter, Bank, Slots
 from raytune_llm.engines.native.text import TextStream
-from raytune_llm.engines.requests import Completion, Delta, Finish, Grammar, Request, Stream, TokenLogprob
+from raytune_llm.engines.requests import Completion, Delta, Finish, Grammar, Request, ScoredToken, Stream, TokenLogprob
 from raytune_llm.errors import ConfigError, ResourceError
 
+T = TypeVar("T")
 IDLE_S = 0.2
 """Seconds between heartbeats of an idle loop."""
 
@@ -51,6 +52,12 @@ class Runner(Protocol):
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, slot: int) -> list[list[float]]:
         """A vector a prompt, each computed under the adapter in the slot; -1: the base."""
+        ...
+
+    def answer_logprobs(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int
+    ) -> list[list[ScoredToken]]:
+        """Each answer's tokens as the model, asked with its prompt, would have written them."""
         ...
 
     def read_adapter(self, folder: Path) -> tuple[Any, int]:
@@ -142,12 +149,24 @@ class NativeEngine:
         return [stream.result() for stream in streams]
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
+        return self._between_steps(partial(self._runner.pooled, prompts, pooling), adapter)
+
+    def answer_logprobs(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], adapter: str | None = None
+    ) -> Future[list[list[ScoredToken]]]:
+        longest = max((len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)), default=0)
+        if longest > self._max_length:
+            raise ConfigError("a prompt and its answer", f"must have at most {self._max_length} tokens", got=longest)
+        return self._between_steps(partial(self._runner.answer_logprobs, prompts, answers), adapter)
+
+    def _between_steps(self, compute: Callable[[int], T], adapter: str | None) -> Future[T]:
+        """What `compute` gives for the slot that the adapter has then; -1: the base."""
         self._check_alive()
         version = None
         if adapter is not None and (version := self._store.get(adapter)) is None:
             raise ConfigError("the model", "must be the base or an adapter that is loaded", got=adapter)
-        future: Future[list[list[float]]] = Future()
-        self._calls.put(partial(self._pool, prompts, pooling, version, future))
+        future: Future[T] = Future()
+        self._calls.put(partial(self._compute, compute, version, future))
         return future
 
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> str:
@@ -293,10 +312,8 @@ class NativeEngine:
                 self._scheduler.end(row)
                 row.stream.fail(row.adapter.failure)
 
-    def _pool(
-        self, prompts: Sequence[Sequence[int]], pooling: str, adapter: Adapter | None, future: Future[list[list[float]]]
-    ) -> None:
-        """Between two steps. Its adapter takes a slot like a row's; where none is free, it waits for one."""
+    def _compute(self, compute: Callable[[int], T], adapter: Adapter | None, future: Future[T]) -> None:
+        """Its adapter takes a slot like a row's; where none is free, it waits for one."""
         if self._closed.is_set():
             future.set_exception(self._gone())
             return
@@ -305,13 +322,13 @@ class NativeEngine:
             assert self._slots is not None
             taken = self._slots.take(adapter) if self._store.ready(adapter) else None
             if taken is None and adapter.failure is None:
-                self._later.append(partial(self._pool, prompts, pooling, adapter, future))
+                self._later.append(partial(self._compute, compute, adapter, future))
                 return
             slot = -1 if taken is None else taken
         try:
             if adapter is not None and adapter.failure is not None:
                 raise adapter.failure
-            future.set_result(self._runner.pooled(prompts, pooling, slot))
+            future.set_result(compute(slot))
         except Exception as error:  # theirs, not the loop's
             future.set_exception(error)
         finally:

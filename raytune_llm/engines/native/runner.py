@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from raytune_llm.data.batches import collate, to_device
 from raytune_llm.engines.native.graphs import DecodeGraphs
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.native.slots import Bank
+from raytune_llm.engines.requests import ScoredToken
 from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache, check_cached
 from raytune_llm.models.policy import Policy
 from raytune_llm.models.score_head import refuse_separate_head
 
 NOTHING = np.zeros(0, np.int32)
+LOGIT_TOKENS = 1024
+"""Tokens whose logits exist at once, where answers are scored."""
 POOLED: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda hidden_ND: F.normalize(hidden_ND.mean(0), dim=0),
     "last": lambda hidden_ND: F.normalize(hidden_ND[-1], dim=0),
@@ -93,6 +96,41 @@ class PolicyRunner:
             scored_MD = hidden_LD.index_select(0, self._policy.scored_positions(batch))
             return self._policy.scores_of(scored_MD).unsqueeze(1).tolist()
         return [POOLED[pooling](part_ND).tolist() for part_ND in hidden_LD.split(lengths)]
+
+    def answer_logprobs(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int
+    ) -> list[list[ScoredToken]]:
+        """Of packs without a cache, as in training. Answers of one token to the same prompt, one after another, share its
+        computation."""
+        documents: list[tuple[np.ndarray, np.ndarray]] = []
+        places: list[int] = []
+        """Of each answer: the document that holds it, or whose prompt it was asked with."""
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            assert prompt, "the first token has nothing to be predicted from"
+            same = number > 0 and len(answer) == len(answers[number - 1]) == 1 and prompt == prompts[number - 1]
+            if not same:
+                ids = np.asarray([*prompt, *answer], np.int32)
+                documents.append((ids, np.array([len(prompt), len(ids)], np.int32)))
+            places.append(len(documents) - 1)
+        lengths = [len(ids) for ids, _ in documents]
+        batch = to_device(collate([documents], length=sum(lengths), pad_id=0), self.device)
+        route = {} if slot < 0 else self._route([slot] * len(documents), lengths)
+        self._evaluates()
+        with self._eagerly():
+            hidden_LD = self._policy.hidden(batch, route)[0]
+        first = list(accumulate(lengths, initial=0))
+        positions, targets = [], []
+        for place, prompt, answer in zip(places, prompts, answers, strict=True):
+            positions += range(first[place] + len(prompt) - 1, first[place] + len(prompt) + len(answer) - 1)
+            targets += answer
+        positions_N, targets_N = (torch.tensor(one, dtype=torch.int64, device=self.device) for one in (positions, targets))
+        scored: list[ScoredToken] = []
+        for position_C, target_C in zip(positions_N.split(LOGIT_TOKENS), targets_N.split(LOGIT_TOKENS), strict=True):
+            logits_CV = self._policy.logits(hidden_LD[position_C])
+            logprob_C = logits_CV.log_softmax(dim=1).gather(1, target_C[:, None]).squeeze(1)
+            scored += map(ScoredToken, logprob_C.tolist(), (logits_CV.argmax(dim=1) == target_C).tolist())
+        ends = list(accumulate(map(len, answers), initial=0))
+        return [scored[start:stop] for start, stop in pairwise(ends)]
 
     def _rows(self, pieces: Sequence[Piece]) -> CachedRows:
         """Pieces of one token first."""

@@ -1,0 +1,268 @@
+"""Blocks of questions -> their answers, by an engine of this process or by Ray actors with an engine each. [ray]
+
+Blocks are answered side by side, so that an engine's batch stays full from one block to the next, and come back in their order.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from raytune_llm import session
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.quantization import QuantizationConfig
+from raytune_llm.config.resources import Cluster, Local, ResourcesConfig
+from raytune_llm.config.serve import EngineConfig, ServedModels
+from raytune_llm.engines.engine import Engine
+from raytune_llm.engines.requests import Request, Sampling
+from raytune_llm.errors import ConfigError, ResourceError, UserError
+
+BLOCK_QUESTIONS = 16
+ROWS_AHEAD = 4
+"""So many times an engine's rows are asked at once: those that wait take the places of those that are answered."""
+SCORED_TOKENS = 4096
+"""Of a pass that scores given answers, at most, where it holds more than one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    prompt_ids: tuple[int, ...]
+    given_ids: tuple[int, ...]
+    """The answer that is to be scored; empty: none."""
+    adapter: str | None
+    sampling: Sampling | None
+    """None: no answer is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    text: str | None
+    finish: str | None
+    num_tokens: int
+    """That were made."""
+    logprobs: tuple[float, ...]
+    """Of the given answer's tokens."""
+    refused: str | None = None
+    """Why there is no answer."""
+
+
+Block = Sequence[Question]
+
+
+class Answering(Protocol):
+    max_length: int
+
+    def __call__(self, blocks: Iterable[Block]) -> Iterator[list[Answered]]: ...
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is built from, here or elsewhere."""
+
+    model: ModelConfig
+    quantization: QuantizationConfig
+    engine: EngineConfig
+    served: ServedModels
+
+    @property
+    def blocks_at_once(self) -> int:
+        return -(-ROWS_AHEAD * self.engine.max_rows // BLOCK_QUESTIONS)
+
+    def build(self) -> Engine:
+        from raytune_llm.serve.engines import build_engine  # torch
+
+        engine, facts = build_engine(self.model, self.quantization, self.engine, self.served)
+        if facts.scores:
+            engine.close()
+            fix = "raytune-llm serve answers /v1/score with it."
+            raise ConfigError("model.path", "must write texts: it is a reward model", got=self.model.path, fix=fix)
+        return engine
+
+
+def answer_block(engine: Engine, block: Block) -> list[Answered]:
+    """Waits until all of the block is answered."""
+    streams: dict[int, Any] = {}
+    refused: dict[int, str] = {}
+    for number, question in enumerate(block):
+        if len(question.prompt_ids) + max(1, len(question.given_ids)) > engine.max_length:
+            refused[number] = f"it is longer than {engine.max_length} tokens"
+        elif question.sampling is not None:
+            streams[number] = engine.submit(
+                Request(prompt_ids=question.prompt_ids, sampling=question.sampling, adapter=question.adapter)
+            )
+    scored = _scored(engine, [(number, one) for number, one in enumerate(block) if one.given_ids and number not in refused])
+    answers = []
+    for number in range(len(block)):
+        completion = streams[number].result() if number in streams else None
+        answers.append(
+            Answered(
+                text=None if completion is None else completion.text,
+                finish=None if completion is None else completion.finish,
+                num_tokens=0 if completion is None else len(completion.ids),
+                logprobs=scored.get(number, ()),
+                refused=refused.get(number),
+            )
+        )
+    return answers
+
+
+def _scored(engine: Engine, numbered: list[tuple[int, Question]]) -> dict[int, tuple[float, ...]]:
+    by_adapter: dict[str | None, list[tuple[int, Question]]] = defaultdict(list)
+    for number, question in numbered:
+        by_adapter[question.adapter].append((number, question))
+    waiting: list[tuple[list[int], Future[Any]]] = []
+    for adapter, own in by_adapter.items():
+        for group in _groups(own):
+            prompts, given = [list(one.prompt_ids) for _, one in group], [list(one.given_ids) for _, one in group]
+            waiting.append(([number for number, _ in group], engine.answer_logprobs(prompts, given, adapter)))
+    found = {}
+    for numbers, future in waiting:
+        for number, tokens in zip(numbers, future.result(), strict=True):
+            found[number] = tuple(token.logprob for token in tokens)
+    return found
+
+
+def _groups(numbered: list[tuple[int, Question]]) -> Iterator[list[tuple[int, Question]]]:
+    group: list[tuple[int, Question]] = []
+    tokens = 0
+    for number, question in numbered:
+        size = len(question.prompt_ids) + len(question.given_ids)
+        if group and tokens + size > SCORED_TOKENS:
+            yield group
+            group, tokens = [], 0
+        group.append((number, question))
+        tokens += size
+    if group:
+        yield group
+
+
+# Here ---------------------------------------------------------------------------------------------------------------------
+
+
+class AnsweringHere:
+    def __init__(self, engine: Engine, blocks_at_once: int, pool: ThreadPoolExecutor) -> None:
+        self.max_length = engine.max_length
+        self._engine, self._blocks_at_once, self._pool = engine, blocks_at_once, pool
+
+    def __call__(self, blocks: Iterable[Block]) -> Iterator[list[Answered]]:
+        waiting: deque[Future[list[Answered]]] = deque()
+        for block in blocks:
+            waiting.append(self._pool.submit(answer_block, self._engine, block))
+            if len(waiting) >= self._blocks_at_once:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextmanager
+def _answering_here(settings: EngineSettings, resources: Any) -> Iterator[Answering]:
+    engine = settings.build()
+    pool = ThreadPoolExecutor(settings.blocks_at_once, "predict")
+    try:
+        yield AnsweringHere(engine, settings.blocks_at_once, pool)
+    finally:
+        engine.close()  # first: what waits for an answer gets an error then, and ends
+        pool.shutdown(cancel_futures=True)
+
+
+# On Ray -------------------------------------------------------------------------------------------------------------------
+
+
+class Answerer:
+    """An actor: one engine. What a user can fix comes back as a value, since Ray wraps errors in its own."""
+
+    def __init__(self, settings: EngineSettings, num_threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, num_threads))
+        self._engine: Engine | None = None
+        self._refusal: UserError | None = None
+        try:
+            self._engine = settings.build()
+        except UserError as error:
+            self._refusal = error
+
+    def max_length(self) -> int | UserError:
+        return self._refusal or self._engine.max_length  # type: ignore[union-attr]
+
+    def answer(self, block: Block) -> list[Answered] | UserError:
+        try:
+            assert self._engine is not None
+            return answer_block(self._engine, block)
+        except UserError as error:
+            return error
+
+
+class AnsweringOnRay:
+    def __init__(self, actors: Sequence[Any], blocks_at_once: int) -> None:
+        import ray
+
+        self._ray, self._actors, self._blocks_at_once = ray, actors, blocks_at_once
+        self.max_length = min(map(self._value, [actor.max_length.remote() for actor in actors]))
+
+    def __call__(self, blocks: Iterable[Block]) -> Iterator[list[Answered]]:
+        """A block goes to the actor that has the fewest."""
+        waiting: deque[Any] = deque()
+        running: dict[Any, int] = {}
+        for block in blocks:
+            done, _ = self._ray.wait(list(running), num_returns=len(running), timeout=0) if running else ([], [])
+            for reference in done:
+                del running[reference]
+            loads = [list(running.values()).count(number) for number in range(len(self._actors))]
+            number = loads.index(min(loads))
+            reference = self._actors[number].answer.remote(block)
+            waiting.append(reference)
+            running[reference] = number
+            if len(waiting) >= self._blocks_at_once * len(self._actors):
+                yield self._value(waiting.popleft())
+        while waiting:
+            yield self._value(waiting.popleft())
+
+    def _value(self, reference: Any) -> Any:
+        try:
+            value = self._ray.get(reference)
+        except self._ray.exceptions.RayActorError as error:
+            fix = "What is answered is kept: the same command answers the rest."
+            raise ResourceError(f"a worker was lost too often ({str(error).splitlines()[0]})", fix) from None
+        if isinstance(value, UserError):
+            raise value
+        return value
+
+
+@contextmanager
+def _answering_on_ray(settings: EngineSettings, resources: Local | Cluster) -> Iterator[Answering]:
+    session.connect(resources)
+    import ray
+
+    from raytune_llm.runs.launch import check_fits, group_size
+
+    workers, cpus, gpus = group_size(resources)
+    check_fits(workers, cpus, gpus)
+    actor: Any = ray.remote(Answerer).options(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        max_restarts=resources.max_failures,
+        max_task_retries=resources.max_failures,
+        max_concurrency=settings.blocks_at_once + 1,
+    )
+    actors: list[Any] = [actor.remote(settings, int(cpus)) for _ in range(workers)]
+    try:
+        yield AnsweringOnRay(actors, settings.blocks_at_once)
+    finally:
+        for one in actors:
+            ray.kill(one)
+
+
+PLACES: dict[str, Callable[[EngineSettings, Any], AbstractContextManager[Answering]]] = {
+    "inline": _answering_here,
+    "local": _answering_on_ray,
+    "cluster": _answering_on_ray,
+}
+
+
+def answering(settings: EngineSettings, resources: ResourcesConfig) -> AbstractContextManager[Answering]:
+    return PLACES[resources.name](settings, resources)

@@ -1,0 +1,43 @@
+"""Answers as words: a word is a run of letters and digits, in lower case; a Chinese or Japanese character is one by itself."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+HAN = r"㐀-䶿一-鿿豈-﫿"
+KANA = r"぀-ヿ"
+_WORD = re.compile(rf"[{HAN}{KANA}]|[^\W_{HAN}{KANA}]+")
+_CJK = re.compile(f"[{HAN}{KANA}]")
+
+
+def words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def is_cjk(texts: Sequence[str]) -> bool:
+    """Whether Chinese or Japanese characters are most of the words."""
+    found = [word for text in texts for word in words(text)]
+    return sum(bool(_CJK.fullmatch(word)) for word in found) * 2 > len(found)
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The fraction that equals the reference, outer white space aside."""
+    pairs = zip(answers, references, strict=True)
+    return {"exact_match": fmean(answer.strip() == reference.strip() for answer, reference in pairs)}
+
+
+def f1(answers: Sequence[str], references: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean over rows of the harmonic mean of precision and recall of words, as SQuAD's (Rajpurkar et al. 2016), but with articles
+    like any other words. Two texts without words are equal."""
+    return {"f1": fmean(_f1(words(answer), words(reference)) for answer, reference in zip(answers, references, strict=True))}
+
+
+def _f1(answer: list[str], reference: list[str]) -> float:
+    if not answer or not reference:
+        return float(answer == reference)
+    common = (Counter(answer) & Counter(reference)).total()
+    return 2 * common / (len(answer) + len(reference))

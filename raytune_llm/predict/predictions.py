@@ -1,0 +1,92 @@
+"""predictions.jsonl: a line for each row and model, in their order, written as answers come.
+
+A killed run leaves whole lines from the beginning on, and at most a part of one more, which is cut off: what is left to do begins
+after them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.errors import ConfigError, DataError
+
+FILE = "predictions.jsonl"
+SETTINGS = "predict.json"
+"""What decides the predictions of the folder."""
+OWN = ("row", "model", "prompt", "predict", "label", "finish", "logprob", "label_tokens", "error")
+"""Names of ours in a line. The data's own column of such a name is written as input_<name>."""
+
+
+def line(own: Mapping[str, Any], columns: Mapping[str, Any]) -> str:
+    named = {f"input_{name}" if name in OWN else name: value for name, value in columns.items()}
+    return json.dumps({**own, **named}, ensure_ascii=False, default=str) + "\n"
+
+
+def lines(folder: Path) -> Iterator[dict[str, Any]]:
+    with (folder / FILE).open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def columns_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The data's own columns, under their names."""
+    return {name.removeprefix("input_") if name[6:] in OWN else name: value for name, value in line.items() if name not in OWN}
+
+
+def open_predictions(folder: Path, settings: Mapping[str, Any], *, resume: bool, models: int) -> int:
+    """Make the folder ready; gives how many lines are there and stay. Raises ConfigError where it holds other predictions.
+
+    models: lines of a row.
+    """
+    file = folder / FILE
+    if not resume:
+        for name in (FILE, SETTINGS, "metrics.json", "generated_predictions.jsonl", "predict_results.json"):
+            (folder / name).unlink(missing_ok=True)
+    if file.exists():
+        _check_same(folder, settings)
+        return _whole_lines(file, models)
+    beside = folder / f".{SETTINGS}-new"
+    beside.write_text(json.dumps(settings, indent=1, sort_keys=True))
+    beside.rename(folder / SETTINGS)
+    return 0
+
+
+def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
+    fix = "Choose another output_dir, or set predict.resume=never to start again there."
+    try:
+        then = json.loads((folder / SETTINGS).read_text())
+    except (OSError, ValueError):
+        raise ConfigError(
+            "output_dir", f"holds a {FILE} of which it isn't known how it was made", got=str(folder), fix=fix
+        ) from None
+    now = json.loads(json.dumps(settings))
+    changed = [
+        f"{key} from {then.get(key)} to {now.get(key)}"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
+    if changed:
+        what = "; ".join(changed)[:600]
+        raise ConfigError("output_dir", f"holds other predictions; what changed: {what}", got=str(folder), fix=fix)
+
+
+def _whole_lines(file: Path, models: int) -> int:
+    """Their number. What a crash left of one more is cut off."""
+    found = end = 0
+    with file.open("rb") as stream:
+        for one in stream:
+            if not one.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(one)["row"]
+            except (ValueError, KeyError, TypeError):
+                break
+            if row != found // models + 1:
+                fix = "Choose another output_dir, or set predict.resume=never."
+                raise DataError(f"{file}, line {found + 1}", f"must be of row {found // models + 1}, not {row}", fix)
+            found, end = found + 1, end + len(one)
+    with file.open("r+b") as stream:
+        stream.truncate(end)
+    return found

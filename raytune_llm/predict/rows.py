@@ -1,0 +1,95 @@
+"""A data set -> what is asked row by row, with the answer that stands there, if any does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from raytune_llm.config.data import DataConfig
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.data.dropped import BadRow, Dropped, RefusedRow
+from raytune_llm.data.pipeline import chunks_of, preprocessor_of, recipe_of, source_of
+from raytune_llm.data.readers import sources
+from raytune_llm.data.readers.chunks import Chunk
+from raytune_llm.data.readers.declarations import declared
+from raytune_llm.data.shards import BLOCK_ROWS, Recipe, made_rows
+from raytune_llm.data.tokens.tokenizer import stop_ids
+from raytune_llm.errors import DataError
+
+KIND = "prompts"
+UNBOUNDED = 2**31 - 1
+"""Prompts are not shortened here: how long they may be the engine says."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskedRow:
+    number: int
+    """In the data, counted from 1."""
+    where: str
+    columns: Mapping[str, Any]
+    """As the data have them."""
+    prompt_ids: tuple[int, ...] = ()
+    answer_ids: tuple[int, ...] = ()
+    """With the end of an answer; of its end alone where none is given."""
+    bad: str | None = None
+    """Why it can't be asked."""
+
+
+class AskedRows:
+    """Of all data sets, one after another, in the order of their rows. It can be gone through again and again."""
+
+    def __init__(self, model: ModelConfig, data: DataConfig) -> None:
+        """Raises ConfigError or DataError where there is nothing to read."""
+        preprocessor = preprocessor_of(model, data, KIND)
+        self.tokenizer = preprocessor.tokenizer
+        self.end_ids = stop_ids(preprocessor.tokenizer, preprocessor.template)
+        preprocessor = replace(preprocessor, targets=replace(preprocessor.targets, max_length=UNBOUNDED))
+        self._parts: list[tuple[Recipe, list[Chunk]]] = []
+        self.fingerprints: list[str] = []
+        """Of the data sets' contents."""
+        self._data = data
+        for one in declared(data, ranked=False):
+            source = source_of(one)
+            self.fingerprints.append(sources.fingerprint(source))
+            self._parts.append((recipe_of(one, source, preprocessor, data), chunks_of(one, source, data)))
+
+    def __iter__(self) -> Iterator[AskedRow]:
+        number = 0
+        for recipe, chunks in self._parts:
+            for chunk in chunks:
+                read = sources.read(chunk)
+                while block := list(islice(read, BLOCK_ROWS)):
+                    yield from _asked(block, chunk, recipe, number)
+                    number += len(block)
+
+    def check(self, max_prompt_tokens: int | None) -> int:
+        """The number of rows. Raises DataError where too many can't be asked."""
+        bad, number = Dropped(), 0
+        for row in self:
+            number = row.number
+            reason = row.bad
+            if reason is None and max_prompt_tokens is not None and len(row.prompt_ids) > max_prompt_tokens:
+                reason = f"the prompt is longer than {max_prompt_tokens} tokens"
+            if reason is not None:
+                bad.add(reason, "", row.where)
+        if number == 0 or bad.total > self._data.max_bad_fraction * number:
+            place = self._data.path or str(self._data.dataset_info)
+            problem = f"{bad.total} of {number} rows can't be asked, more than data.max_bad_fraction of them. {bad}"
+            raise DataError(place, problem if number else "holds no rows", "Correct the data, or data.format.")
+        return number
+
+
+def _asked(block: list[Any], chunk: Chunk, recipe: Recipe, before: int) -> Iterator[AskedRow]:
+    made = dict(made_rows([(place, row) for place, (_, row) in enumerate(block)], recipe))
+    for place, (in_file, columns) in enumerate(block):
+        where = sources.where(chunk, in_file)
+        row = AskedRow(before + place + 1, where, {} if isinstance(columns, BadRow) else columns)
+        match made[place]:
+            case BadRow(reason=reason, detail=detail):
+                yield replace(row, bad=f"{reason}: {detail}" if detail else reason)
+            case RefusedRow(problem=problem, fix=fix):
+                raise DataError(where, problem, fix)
+            case (prompt_ids, answer_ids):
+                yield replace(row, prompt_ids=tuple(map(int, prompt_ids)), answer_ids=tuple(map(int, answer_ids)))

@@ -1,0 +1,268 @@
+"""`predict`: each row of a data set is answered by each model, in order, and what is there is measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from raytune_llm.config.load import as_plain
+from raytune_llm.config.predict import PredictConfig
+from raytune_llm.config.run import PredictRun
+from raytune_llm.config.serve import ServedModels
+from raytune_llm.engines.requests import Sampling
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters.saved import WEIGHTS, rank_of, task_of
+from raytune_llm.predict.answering import BLOCK_QUESTIONS, Answered, Answering, EngineSettings, Question, answering
+from raytune_llm.predict.metrics import Metric, metrics_of
+from raytune_llm.predict.predictions import FILE, columns_of, line, lines, open_predictions
+from raytune_llm.predict.rows import AskedRow, AskedRows
+from raytune_llm.runs.output import full_disk_explained
+from raytune_llm.runs.owner import check_writable, owned
+from raytune_llm.runs.trained import read_trained
+
+MIN_RANK = 8
+OnProgress = Callable[[int, int], None]
+"""Called with the lines that are there and the lines in all."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    folder: Path
+    rows: int
+    models: tuple[str, ...]
+    found: int
+    """Lines that were there before."""
+    metrics: Mapping[str, Mapping[str, Any]]
+    """Of each model."""
+    generated_tokens: int
+    seconds: float
+    """Of answering, in this run."""
+
+
+def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None) -> Predicted:
+    assert run.output_dir is not None
+    folder = Path(run.output_dir)
+    check_writable(folder)
+    metrics = metrics_of(run.predict.metrics) if run.predict.generate else []
+    run, adapters = _with_trained(run)
+    models = _models(run.predict, adapters)
+    _check_adapters(adapters)
+    rows = AskedRows(run.model, run.data)
+    num_rows = rows.check(None if run.predict.max_length is None else run.predict.max_length - 1)
+    settings = EngineSettings(run.model, run.quantization, run.engine, _served(run, adapters))
+    with owned(folder), full_disk_explained(folder):
+        decides = _decides(run, adapters, rows.fingerprints)
+        found = open_predictions(folder, decides, resume=run.predict.resume == "auto", models=len(models))
+        total, tokens, began = num_rows * len(models), 0, time.perf_counter()
+        if found < total:
+            with answering(settings, run.resources) as answer:
+                began = time.perf_counter()
+                tokens = _write(folder, found, total, rows, models, answer, run.predict, on_progress)
+        seconds = time.perf_counter() - began
+        measured = {name or "base": _measured(folder, name, metrics) for name in models}
+        _write_metrics(folder, measured, llamafactory_files=run.predict.llamafactory_files)
+    return Predicted(folder, num_rows, tuple(name or "base" for name in models), found, measured, tokens, seconds)
+
+
+def _with_trained(run: PredictRun) -> tuple[PredictRun, dict[str, str]]:
+    """The run with the model and the prompts of predict.run, and all adapters by name."""
+    if run.predict.run is None:
+        return run, dict(run.predict.adapters)
+    trained = read_trained(run.predict.run, "predict.run")
+    adapters = dict(run.predict.adapters)
+    if trained.adapter is not None:
+        if trained.name in adapters:
+            rule = f"must not hold {trained.name}, the name of predict.run"
+            raise ConfigError("predict.adapters", rule, got=sorted(adapters), fix="Choose another name.")
+        adapters = {trained.name: str(trained.adapter), **adapters}
+    return replace(run, model=trained.model, data=trained.rendered(run.data)), adapters
+
+
+def _models(predict: PredictConfig, adapters: Mapping[str, str]) -> list[str | None]:
+    """Adapters' names, in their order, after None for the base where it answers."""
+    if "base" in adapters:
+        raise ConfigError("predict.adapters", "must hold no adapter called base: that is the model without one", got=["base"])
+    with_base = not adapters if predict.base == "auto" else predict.base
+    models = [*([None] if with_base else []), *adapters]
+    if not models:
+        raise ConfigError("predict.base", "must be true if there is no adapter", got=False)
+    return models
+
+
+def _check_adapters(adapters: Mapping[str, str]) -> None:
+    for name, folder in adapters.items():
+        setting = f"predict.adapters.{name}"
+        if task_of(folder, setting) == "SEQ_CLS":
+            rule = "must write texts: it is a reward model's"
+            raise ConfigError(setting, rule, got=folder, fix="raytune-llm serve answers /v1/score with it.")
+
+
+def _served(run: PredictRun, adapters: Mapping[str, str]) -> ServedModels:
+    predict = run.predict
+    ranks = [rank_of(folder, f"predict.adapters.{name}") for name, folder in adapters.items()]
+    return ServedModels(
+        adapters=dict(adapters),
+        base_name=None,
+        max_adapters=max(1, len(adapters)),
+        max_host_adapters=max(1, len(adapters)),
+        max_rank=predict.max_rank or max([MIN_RANK, *ranks]),
+        precision=predict.precision,
+        max_length=predict.max_length,
+        template=run.data.template,
+    )
+
+
+def _decides(run: PredictRun, adapters: Mapping[str, str], fingerprints: Sequence[str]) -> dict[str, Any]:
+    """What decides the answers. Where they are computed, and what they are measured by, does not."""
+    plain = as_plain(run)
+    data = {key: value for key, value in plain["data"].items() if key not in ("path", "cache", "max_bad_fraction")}
+    beside = ("run", "adapters", "metrics", "resume", "llamafactory_files", "max_rank")
+    predict = {f"predict.{key}": value for key, value in plain["predict"].items() if key not in beside}
+    return {
+        **predict,
+        "model": {key: value for key, value in plain["model"].items() if key != "attention"},
+        "quantization": plain["quantization"],
+        "engine": plain["engine"]["name"],
+        "data": data,
+        "contents of the data": list(fingerprints),
+        "adapters": {name: _digest(Path(folder)) for name, folder in adapters.items()},
+    }
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", *WEIGHTS):
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    row: AskedRow
+    model: str | None
+
+
+def _write(
+    folder: Path,
+    found: int,
+    total: int,
+    rows: AskedRows,
+    models: Sequence[str | None],
+    answer: Answering,
+    predict: PredictConfig,
+    on_progress: OnProgress,
+) -> int:
+    """The rest of the lines; gives how many tokens were made for them."""
+    asked = islice((_Asked(row, model) for row in rows for model in models), found, None)
+    ended = {tuple(rows.end_ids), *((end,) for end in rows.end_ids), ()}
+    questions: list[list[_Asked]] = []
+
+    def blocks() -> Iterator[list[Question]]:
+        while block := list(islice(asked, BLOCK_QUESTIONS)):
+            questions.append(block)
+            yield [_question(one, predict, nothing_given=one.row.answer_ids in ended) for one in block]
+
+    tokens, done = 0, found
+    on_progress(done, total)
+    with (folder / FILE).open("a", encoding="utf-8") as file:
+        for answers in answer(blocks()):
+            for one, answered in zip(questions.pop(0), answers, strict=True):
+                given = "" if one.row.answer_ids in ended else _text(rows.tokenizer, one.row.answer_ids)
+                file.write(_line(one, answered, rows.tokenizer, given))
+                tokens += answered.num_tokens
+            file.flush()
+            done += len(answers)
+            on_progress(done, total)
+    return tokens
+
+
+def _question(one: _Asked, predict: PredictConfig, *, nothing_given: bool) -> Question:
+    row = one.row
+    sampling = None
+    if predict.generate and row.bad is None:
+        sampling = Sampling(
+            max_new_tokens=predict.max_new_tokens,
+            temperature=predict.temperature,
+            top_p=predict.top_p,
+            top_k=predict.top_k,
+            repetition_penalty=predict.repetition_penalty,
+            stop=tuple(predict.stop),
+            seed=(predict.seed * 1_000_003 + row.number) % 2**63,
+        )
+    given = () if not predict.score or nothing_given or row.bad is not None else row.answer_ids
+    return Question(row.prompt_ids, given, one.model, sampling)
+
+
+def _line(one: _Asked, answered: Answered, tokenizer: Any, given: str) -> str:
+    row = one.row
+    own: dict[str, Any] = {
+        "row": row.number,
+        "model": one.model or "base",
+        "prompt": _text(tokenizer, row.prompt_ids),
+        "predict": answered.text,
+        "label": given or None,
+    }
+    if answered.finish is not None:
+        own["finish"] = answered.finish
+    if answered.logprobs:
+        own |= {"logprob": math.fsum(answered.logprobs), "label_tokens": len(answered.logprobs)}
+    if (error := row.bad or answered.refused) is not None:
+        own["error"] = error
+    return line(own, row.columns)
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def _measured(folder: Path, model: str | None, metrics: Iterable[Metric]) -> dict[str, Any]:
+    answers: list[str] = []
+    references: list[str] = []
+    columns: list[dict[str, Any]] = []
+    rows = failed = label_tokens = 0
+    logprobs: list[float] = []
+    for one in lines(folder):
+        if one["model"] != (model or "base"):
+            continue
+        rows += 1
+        failed += "error" in one
+        if "logprob" in one:
+            logprobs.append(one["logprob"])
+            label_tokens += one["label_tokens"]
+        if one["predict"] is not None and one["label"] is not None:
+            answers.append(one["predict"])
+            references.append(one["label"])
+            columns.append(columns_of(one))
+    numbers: dict[str, Any] = {"rows": rows, "failed": failed, "compared": len(answers)}
+    for metric in metrics if answers else ():
+        numbers |= metric(answers, references, columns)
+    if logprobs:
+        numbers |= {"logprob": fmean(logprobs), "perplexity": math.exp(-math.fsum(logprobs) / label_tokens)}
+    return numbers
+
+
+def _write_metrics(folder: Path, measured: Mapping[str, Mapping[str, Any]], *, llamafactory_files: bool) -> None:
+    """Of one model as they are; of several, by model."""
+    numbers: Any = next(iter(measured.values())) if len(measured) == 1 else measured
+    _write_whole(folder / "metrics.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+    if llamafactory_files:
+        chosen = ("prompt", "predict", "label")
+        theirs = [json.dumps({key: one[key] or "" for key in chosen}, ensure_ascii=False) for one in lines(folder)]
+        _write_whole(folder / "generated_predictions.jsonl", "".join(f"{text}\n" for text in theirs))
+        _write_whole(folder / "predict_results.json", json.dumps(numbers, indent=4, ensure_ascii=False))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}-new")
+    beside.write_text(text, encoding="utf-8")
+    beside.rename(path)

@@ -1,0 +1,62 @@
+"""What a run left behind: the model that it trained, or its base and the adapter for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from raytune_llm.config.data import DataConfig
+from raytune_llm.config.load import load_config
+from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.run import TrainRun
+from raytune_llm.errors import ConfigError
+
+RENDERING = ("template", "default_system", "tool_format", "today")
+"""Settings of data, null where nothing is said, by which a run's prompts are written."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    run: TrainRun
+    final: Path
+    """The folder with the adapter or the model."""
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    def adapter(self) -> Path | None:
+        """None: `model` itself was trained."""
+        return None if self.run.adapter.trains_base else self.final
+
+    @property
+    def model(self) -> ModelConfig:
+        """The whole model that was trained, or the base."""
+        if self.run.adapter.trains_base:
+            return replace(self.run.model, path=str(self.final), weights="pretrained", config={}, revision=None)
+        return self.run.model
+
+    def rendered(self, data: DataConfig) -> DataConfig:
+        """The settings of other data, so that prompts are written as in the run: what they leave open, the run says."""
+        own = self.run.data
+        open_ones = {name: getattr(own, name) for name in RENDERING if getattr(data, name) is None}
+        thinking = own.enable_thinking if data.enable_thinking is True else data.enable_thinking
+        return replace(data, **open_ones, enable_thinking=thinking)
+
+
+def read_trained(folder: str, setting: str) -> Trained:
+    """Of an output folder, or of the final/ in it. Raises ConfigError, which names the setting."""
+    place = Path(folder).expanduser().absolute()
+    if place.name == "final" and not (place / "run.yaml").is_file():
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(setting, "must be the output folder of a run", got=folder, fix="There is no such folder.")
+    if not (place / "run.yaml").is_file():
+        fix = "Set model.path, and name an adapter by itself, for what no run of ours wrote."
+        raise ConfigError(setting, "must be the output folder of a run, with its run.yaml", got=folder, fix=fix)
+    final = place / "final"
+    if not any((final / name).is_file() for name in ("adapter_config.json", "config.json")):
+        fix = "Resume the run: it writes final/ at its end."
+        raise ConfigError(setting, "must be the folder of a run that has ended, with its final/", got=folder, fix=fix)
+    return Trained(load_config("train", config_dir=place, config_name="run"), final)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raytune_llm import api
+from raytune_llm.errors import ConfigError, DataError, UserError
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def as_transformers_do(model, adapter: str | None, messages: list[dict]) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model)
+    if adapter is not None:
+        loaded = PeftModel.from_pretrained(loaded, adapter)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    out = loaded.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_each_row_is_answered_once_in_order_by_each_model_as_transformers_and_peft_would(prediction, model, adapters, chat_rows):
+    given = ",".join(f"{name}: {folder}" for name, folder in adapters.items())
+    done = api.predict(prediction("predict.base=true", f"predict.adapters={{{given}}}"))
+    found = lines(done.folder)
+    assert [(one["row"], one["model"]) for one in found] == [(n, m) for n in range(1, 13) for m in ("base", "one", "two")]
+    rows = [json.loads(line) for line in Path(chat_rows).read_text().splitlines()]
+    for one in found[:9]:
+        messages = rows[one["row"] - 1]["messages"]
+        assert one["messages"] == messages
+        assert one["label"] == messages[-1]["content"]
+        assert one["predict"] == as_transformers_do(model, adapters.get(one["model"]), messages[:-1])
+    assert json.loads((done.folder / "metrics.json").read_text()).keys() == {"base", "one", "two"}
+
+
+def test_what_a_killed_run_left_is_kept_and_the_rest_is_as_if_nothing_had_happened(prediction):
+    whole = api.predict(prediction())
+    text = (whole.folder / "predictions.jsonl").read_bytes()
+    cut = text.index(b"\n", len(text) // 2) + 20  # in the middle of a line
+    (whole.folder / "predictions.jsonl").write_bytes(text[:cut])
+    again = api.predict(prediction())
+    assert 0 < again.found < 12
+    assert (whole.folder / "predictions.jsonl").read_bytes() == text
+    assert api.predict(prediction()).generated_tokens == 0
+
+
+def test_answers_do_not_depend_on_what_shares_their_batch_also_where_they_are_drawn(prediction, tmp_path):
+    drawn = ["predict.temperature=1.0", "predict.seed=5"]
+    many = api.predict(prediction(*drawn, f"output_dir={tmp_path / 'many'}"))
+    single = api.predict(prediction(*drawn, f"output_dir={tmp_path / 'single'}", "engine.max_rows=1"))
+    assert lines(many.folder) == lines(single.folder)
+
+
+def test_other_settings_in_the_same_folder_are_refused(prediction):
+    api.predict(prediction())
+    with pytest.raises(ConfigError, match=r"predict\.temperature from 0\.0 to 0\.5"):
+        api.predict(prediction("predict.temperature=0.5"))
+    assert api.predict(prediction("predict.temperature=0.5", "predict.resume=never")).found == 0
+
+
+def test_given_answers_are_scored_as_the_model_itself_scores_them(prediction, model, chat_rows):
+    done = api.predict(prediction("predict.score=true", "predict.generate=false", "data.max_samples=5"))
+    tokenizer, loaded = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    total = tokens = 0.0
+    for one in lines(done.folder):
+        prompt = tokenizer.apply_chat_template(one["messages"][:-1], add_generation_prompt=True, return_dict=False)
+        answer = [*tokenizer.encode(one["label"]), tokenizer.eos_token_id]
+        logits = loaded(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(1).gather(1, torch.tensor(answer)[:, None]).sum().item()
+        assert one["logprob"] == pytest.approx(expected, abs=1e-3)
+        assert one["label_tokens"] == len(answer)
+        total, tokens = total + expected, tokens + len(answer)
+    assert done.metrics["base"]["perplexity"] == pytest.approx(float(torch.tensor(-total / tokens).exp()), rel=1e-4)
+
+
+def test_rows_that_cannot_be_asked_keep_their_place_and_more_of_them_than_allowed_stop_it_before_a_model_is_loaded(
+    prediction, tmp_path
+):
+    rows = [{"messages": [{"role": "user", "content": "hi"}], "label": 7}, {"messages": []}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"1 of 2 rows can't be asked"):
+        api.predict(prediction(f"data.path={path}"))
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
+    done = api.predict(prediction(f"data.path={path}", "data.max_bad_fraction=0.5"))
+    good, bad = lines(done.folder)
+    assert good["label"] is None and good["input_label"] == 7 and good["predict"] is not None
+    assert bad["row"] == 2 and bad["predict"] is None and "messages" in bad["error"]
+    assert done.metrics["base"] == {"rows": 2, "failed": 1, "compared": 0}
+
+
+def test_a_prompt_that_is_longer_than_the_model_is_told_in_its_line(prediction, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "x" * 600}]}) + "\n")
+    (one,) = lines(api.predict(prediction(f"data.path={path}")).folder)
+    assert one["error"] == "it is longer than 512 tokens"
+
+
+def test_llamafactory_s_files_are_written_on_request(prediction):
+    folder = api.predict(prediction("predict.llamafactory_files=true")).folder
+    first = json.loads((folder / "generated_predictions.jsonl").read_text().splitlines()[0])
+    assert list(first) == ["prompt", "predict", "label"]
+    assert json.loads((folder / "predict_results.json").read_text())["rows"] == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["predict.run=/nothing/there", "model.path=null"], "predict.run"),
+        (["predict.adapters={one: /nothing/there}"], "predict.adapters.one"),
+        (["predict.adapters={base: /nothing/there}"], "base"),
+        (["predict.metrics=[blue]"], "predict.metrics"),
+        (["predict.metrics=[nothing.py:there]"], "there is no file nothing.py"),
+        (["data.path=/nothing/there.jsonl"], "/nothing/there.jsonl"),
+        (["output_dir=/dev/null/there"], "output_dir"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_written(prediction, tmp_path, settings, said):
+    run = prediction(*settings)
+    with pytest.raises(UserError) as raised:
+        api.predict(run)
+    assert said in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["output_dir=null"], "output_dir must be given"),
+        (["predict.run=x"], "model can't be combined with predict.run"),
+        (["data.streaming=true"], "data.streaming is for training"),
+        (["data.eval_fraction=0.1"], "data.eval_fraction is for training"),
+        (["predict.generate=false"], "predict.generate must be true"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(prediction, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        prediction(*settings)
