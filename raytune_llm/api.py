@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from raytune_llm.predict.run import Predicted
     from raytune_llm.runs.plan import Plan
     from raytune_llm.runs.worker import TrainOutcome
+    from raytune_llm.runs.workspace import Workspace
     from raytune_llm.tune.run import OnChange, TuneResult
 
 
@@ -70,12 +72,13 @@ def train(
     on_samples: Callable[[Any], None] = lambda samples: None,
     on_progress: pipeline.OnProgress | None = None,
     began: float | None = None,
+    workspace: Workspace | None = None,
 ) -> TrainResult:
     """Prepare what is missing (while training, where data.streaming), train (or resume), and write the output folder.
 
     Sinks get every record of metrics.jsonl as it comes; on_begin gets a `report.news.Begin` when the first step is about to
     come (again after a lost worker); on_samples gets a list of `report.news.SampledAnswer` at each evaluation. `began`: when the
-    command started, in epoch seconds.
+    command started, in epoch seconds. `workspace`: what earlier runs of this process left for this one.
     """
     from raytune_llm.runs.owner import check_writable, owned
 
@@ -83,11 +86,11 @@ def train(
     run = with_absolute_paths(run)
     output = Path(run.output_dir)
     check_writable(output)
-    _start(run)
+    workspace = _start(run, workspace)
     from raytune_llm.runs.output import full_disk_explained  # torch is loaded by now
 
     with owned(output), full_disk_explained(output):
-        return _train(run, output, clock, sinks, on_begin, on_samples, on_progress)
+        return _train(run, output, clock, sinks, on_begin, on_samples, on_progress, workspace)
 
 
 def _train(
@@ -98,6 +101,7 @@ def _train(
     on_begin: Callable[[Any], None],
     on_samples: Callable[[Any], None],
     on_progress: pipeline.OnProgress | None,
+    workspace: Workspace,
 ) -> TrainResult:
     from raytune_llm.report.plots import loss_curve
     from raytune_llm.runs.launch import fit, spare_cpus
@@ -110,7 +114,8 @@ def _train(
     if run.data.streaming:
         prepared = pipeline.stream(run.model, run.data, run.resources, kind=kind)
     else:
-        prepared = pipeline.prepare(run.model, run.data, run.resources, kind=kind, on_progress=on_progress)
+        make = partial(pipeline.prepare, run.model, run.data, run.resources, kind=kind, on_progress=on_progress)
+        prepared = workspace.once("stores", (run.model, run.data, kind), make)
     clock.enter("start")
     this_run = identity(run, prepared.manifests)
     done = _summary_of(output) if run.resume != "never" and finished(output, this_run) else None
@@ -121,7 +126,12 @@ def _train(
     (output / "run.yaml").write_text(to_yaml(run))
 
     clock.enter("evaluate")
-    before = _exact_match(run, prepared, None, on_begin)
+    answered = (run.train.exact_match_rows, run.train.max_new_tokens, run.train.precision, run.train.seed)
+    before = workspace.once(
+        "answered by the base",
+        (run.model, run.data, run.quantization, answered, prepared.folder),
+        lambda: _exact_match(run, prepared, None, on_begin, workspace),
+    )
     clock.enter("fit")
     tracked = TrackedRun(name=run.name, output_dir=output, from_step=resumed_from or 0, settings=as_plain(run))
     tracker = open_tracker(run.tracking, tracked)
@@ -134,11 +144,12 @@ def _train(
                 sinks=[*sinks, tracker],
                 on_begin=on_begin,
                 on_samples=on_samples,
+                workspace=workspace,
             )
     finally:
         tracker.close()
     clock.enter("evaluate")
-    after = _exact_match(run, prepared, output / "final", on_begin)
+    after = _exact_match(run, prepared, output / "final", on_begin, workspace)
     clock.enter("save")
     loss_curve(read_metrics(output / "metrics.jsonl"), output / "loss.png", title=run.name)
     summary = _summary(outcome, clock, before, after)
@@ -149,20 +160,23 @@ def _train(
     )
 
 
-def _start(run: TrainRun) -> None:
+def _start(run: TrainRun, workspace: Workspace | None) -> Workspace:
     """Check the run, and connect to Ray where it is to run there, at the same time: one takes seconds to load torch and make the
     model without its weights, the other to wait for Ray's processes."""
     with ThreadPoolExecutor(1, "preflight") as beside:
-        checked = beside.submit(_preflight, run)
+        checked = beside.submit(_preflight, run, workspace)
         if run.resources.name != "inline":
             session.connect(run.resources)
-        checked.result()
+        return checked.result()
 
 
-def _preflight(run: TrainRun) -> None:
+def _preflight(run: TrainRun, workspace: Workspace | None) -> Workspace:
     from raytune_llm.runs import preflight
+    from raytune_llm.runs.workspace import Workspace
 
-    preflight.check(run)
+    workspace = workspace or Workspace()
+    preflight.check(run, workspace)
+    return workspace
 
 
 def _check_nodes(run: TrainRun, resources: Cluster, on_begin: Callable[[Any], None]) -> None:
@@ -318,17 +332,17 @@ def _summary_of(output: Path) -> Summary:
 
 
 def _exact_match(
-    run: TrainRun, prepared: Prepared | Streamed, final: Path | None, tell: Callable[[Any], None]
+    run: TrainRun, prepared: Prepared | Streamed, final: Path | None, tell: Callable[[Any], None], workspace: Workspace
 ) -> ExactMatch | None:
     """How many held-out rows the base model (or what training made of it) answers exactly, where the run asks for it."""
     if not run.train.exact_match_rows:
         return None
     which = "before" if final is None else "after"
     with told_if_slow(tell, f"answering {run.train.exact_match_rows} held-out rows {which} training"):
-        return _answered(run, prepared, final)
+        return _answered(run, prepared, final, workspace)
 
 
-def _answered(run: TrainRun, prepared: Prepared | Streamed, final: Path | None) -> ExactMatch:
+def _answered(run: TrainRun, prepared: Prepared | Streamed, final: Path | None, workspace: Workspace) -> ExactMatch:
     from raytune_llm.evaluate.held_out import answer_held_out_rows
 
     store = str((prepared.eval_store or prepared).folder)
@@ -341,4 +355,4 @@ def _answered(run: TrainRun, prepared: Prepared | Streamed, final: Path | None) 
         _, cpus, gpus = group_size(run.resources)
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(answer_held_out_rows)
         return ray.get(remote.remote(run, store, final, apart))
-    return answer_held_out_rows(run, store, final, apart)
+    return answer_held_out_rows(run, store, final, apart, workspace)

@@ -19,21 +19,24 @@ from raytune_llm.evaluate.exact_match import ExactMatch, exact_match
 from raytune_llm.models.build import build_policy, compute_dtype, run_config
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.runs.stores import held_out_part
-from raytune_llm.runs.tokenizer import tokenizer_of
+from raytune_llm.runs.workspace import Workspace
 
 NO_ADAPTER = NoAdapter(name="none")
 
 
-def answer_held_out_rows(run: TrainRun, store_folder: str, final: Path | None, whole_store: bool) -> ExactMatch:
+def answer_held_out_rows(
+    run: TrainRun, store_folder: str, final: Path | None, whole_store: bool, workspace: Workspace | None = None
+) -> ExactMatch:
     """What the base model answers or, with `final`, what training made of it.
 
     whole_store: all its rows are held out, not a part of them.
     """
+    workspace = workspace or Workspace()
     model, adapter = _trained(run, final) if final is not None else (run.model, NO_ADAPTER)
     store = Store.open(store_folder)
     _, by_source = split_sources(store, 1.0 if whole_store else held_out_part(run.data, store), run.train.seed)
     rows = islice(chain.from_iterable(rows.tolist() for rows in by_source.values()), run.train.exact_match_rows)
-    tokenizer, template = tokenizer_of(run)
+    tokenizer, template = workspace.tokenizer_of(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy, _ = build_policy(
         run_config(model, tokenizer, run.data.max_length),
@@ -45,6 +48,7 @@ def answer_held_out_rows(run: TrainRun, store_folder: str, final: Path | None, w
         quantization=run.quantization,
         trains=False,
         first_pieces=first_pieces(model, tokenizer),
+        shared=None if run.quantization.replaces_layers else workspace.base,
     )
     assert isinstance(policy, CausalLM)
     return exact_match(

@@ -26,6 +26,7 @@ from raytune_llm.models.multimodal import is_multimodal
 from raytune_llm.models.policy import Policy
 from raytune_llm.models.quantization import quantize
 from raytune_llm.models.scorer import Scorer
+from raytune_llm.models.shared import SharedModel
 from raytune_llm.models.stored import Files, bring
 from raytune_llm.models.vocabulary import grow
 
@@ -88,13 +89,14 @@ def build_policy(
     trains: bool = True,
     files: Files | None = None,
     first_pieces: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    shared: SharedModel | None = None,
 ) -> tuple[Policy, str]:
     """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
     float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
     scores: it is a Scorer, else a CausalLM. separate_head: the Scorer's head is saved beside a language model. trains: false
     where nothing of it will be trained, adapter or not. files: its weights are read from these as they are quantized, or, with
     the meta device, stay there for a strategy to read. first_pieces: of each token that the vocabulary lacks; an adapter has the
-    embeddings of these tokens.
+    embeddings of these tokens. shared: where a frozen base's weights are kept for the next model.
     """
     runs_on = runs_on or device
     case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
@@ -109,7 +111,11 @@ def build_policy(
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
     )
-    loaded = load(dtype=compute if frozen else torch.float32, device=device, scores=scores, files=files)
+    read = partial(load, dtype=compute if frozen else torch.float32, device=device, scores=scores, files=files)
+    if shared is not None and frozen and files is None and device.type != "meta":
+        loaded = shared.copy_of(repr((model, config.to_json_string(), compute, device, seed, scores)), read)
+    else:
+        loaded = read()
     attention.attach(loaded, backend)
     base_vocabulary = config.get_text_config().vocab_size
     grow(loaded, first_pieces)

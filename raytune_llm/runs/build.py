@@ -24,6 +24,7 @@ from raytune_llm.models.build import build_policy, choose_precision, precision_n
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import files_to_read
 from raytune_llm.models.policy import Policy
+from raytune_llm.models.shared import SharedModel
 from raytune_llm.models.stored import Files
 from raytune_llm.packaged import cache_dir
 from raytune_llm.stages import STAGES
@@ -50,9 +51,12 @@ class Builder:
         config: PretrainedConfig,
         device: torch.device,
         first_pieces: Mapping[int, Sequence[int]] = MappingProxyType({}),
+        shared: SharedModel | None = None,
     ) -> None:
-        """first_pieces: of each token that the run adds to the model's."""
+        """first_pieces: of each token that the run adds to the model's. shared: where the base is kept for the next run."""
         self.run, self.config, self.device, self._first_pieces = run, config, device, first_pieces
+        spreads = READS_FILES[run.strategy.name] or FIRST_LOADS[run.strategy.name]
+        self._shared = None if spreads or run.quantization.replaces_layers else shared
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.compiled, self._why_compiled = compiles(
             run.train.compile, device.type, never=run.uncompiled, lacking=lacks_for_compiling(device)
@@ -88,6 +92,7 @@ class Builder:
             scores=not run.stage.writes,
             separate_head=STAGES[run.stage.name].objective(run.stage).separate_head,
             first_pieces=self._first_pieces,
+            shared=self._shared,
         )
         counted = operations(policy, self.config)
         strategy = spread(

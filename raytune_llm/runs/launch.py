@@ -22,6 +22,7 @@ from raytune_llm.report.news import Begin, Notice, ReferencePass, SampledAnswer
 from raytune_llm.report.slow import told_if_slow
 from raytune_llm.runs.faults import WORKERS_LOG, Lost, Pulse, Stalled, lost_line, silent_line, stalled_line, waiting_line
 from raytune_llm.runs.worker import TrainOutcome, work
+from raytune_llm.runs.workspace import Workspace
 from raytune_llm.train.checkpoint import complete_steps
 from raytune_llm.train.strategies.base import COLLECTIVES
 
@@ -46,12 +47,14 @@ def fit(
     sinks: Sequence[Sink] = (),
     on_begin: Callable[[Told], None] = lambda begin: None,
     on_samples: Callable[[Sequence[SampledAnswer]], None] = lambda samples: None,
+    workspace: Workspace | None = None,
 ) -> TrainOutcome:
-    """Train where `resources` says. Every record goes to the sinks here, on the driver, as it comes."""
+    """Train where `resources` says. Every record goes to the sinks here, on the driver, as it comes. workspace: see api.train."""
     if isinstance(run.resources, Local | Cluster):
         return _fit_on_ray(run, run.resources, train_store, eval_store, sinks, on_begin, on_samples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return work(run, train_store, eval_store, device=device, sinks=sinks, on_begin=on_begin, on_samples=on_samples)
+    hooks: dict[str, Any] = {"sinks": sinks, "on_begin": on_begin, "on_samples": on_samples}
+    return work(run, train_store, eval_store, device=device, workspace=workspace, **hooks)
 
 
 def check_devices(run: TrainRun) -> None:

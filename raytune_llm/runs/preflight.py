@@ -24,12 +24,18 @@ from raytune_llm.models.load import load_model
 from raytune_llm.models.vocabulary import grow
 from raytune_llm.report.trackers import check_tracker
 from raytune_llm.runs.launch import check_devices
-from raytune_llm.runs.tokenizer import tokenizer_of
+from raytune_llm.runs.workspace import Workspace
 from raytune_llm.stages import STAGES
 
 
-def check(run: TrainRun) -> None:
+def check(run: TrainRun, workspace: Workspace | None = None) -> None:
     """Raises a UserError for a run that can't be."""
+    workspace = workspace or Workspace()
+    of_model = (run.model, run.data, run.stage, run.adapter, run.quantization, run.strategy, run.tracking, run.resources)
+    workspace.once("checked", of_model, lambda: _check(run, workspace))
+
+
+def _check(run: TrainRun, workspace: Workspace) -> None:
     check_tracker(run.tracking)
     packaged.check_models(run)
     check_devices(run)
@@ -37,7 +43,7 @@ def check(run: TrainRun) -> None:
     kind = KINDS[run.stage.kind]
     declared(run.data, ranked=kind.ranked)
     declared_for_evaluation(run.data, ranked=kind.ranked)
-    tokenizer, _ = tokenizer_of(run)
+    tokenizer, _ = workspace.tokenizer_of(run)
     config = run_config(run.model, tokenizer, run.data.max_length)
     with _sizes_fit():
         model = load_model(

@@ -25,7 +25,7 @@ from raytune_llm.report.slow import say_nothing, told_if_slow
 from raytune_llm.runs.build import Builder, Built
 from raytune_llm.runs.reference import find_reference
 from raytune_llm.runs.stores import Stores, open_stores, shares_prompts, total_steps
-from raytune_llm.runs.tokenizer import tokenizer_of
+from raytune_llm.runs.workspace import Workspace
 from raytune_llm.stages import STAGES, Objective, Stage
 from raytune_llm.train import loop
 from raytune_llm.train.clock import Rate
@@ -92,18 +92,20 @@ def set_up(
     eval_store: str | None,
     device: torch.device,
     tell: Callable[[ReferencePass | Notice], None],
+    workspace: Workspace | None = None,
 ) -> Setup:
     """The data, the model, and the reference."""
+    workspace = workspace or Workspace()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     stage = STAGES[run.stage.name]
     objective = stage.objective(run.stage)
-    tokenizer, template = tokenizer_of(run)
+    tokenizer, template = workspace.tokenizer_of(run)
     pad_id: int = tokenizer.pad_token_id or 0  # type: ignore[assignment]  # transformers types all special tokens alike
     config = run_config(run.model, tokenizer, run.data.max_length)
     shares = shares_prompts(run, run.stage.kind, lambda: config)
     stores = open_stores(run, train_store, eval_store, share_prompts=shares)
     pieces = first_pieces(run.model, tokenizer)
-    builder = Builder(run, config, device, pieces)
+    builder = Builder(run, config, device, pieces, workspace.base)
     with explained(builder, "loading the model"), told_if_slow(tell if rank == 0 else say_nothing, "loading the model"):
         built = builder.build()
     choices, enrichers = built.choices, []

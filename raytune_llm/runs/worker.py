@@ -24,6 +24,7 @@ from raytune_llm.report.slow import say_nothing, told_if_slow
 from raytune_llm.runs.output import full_disk_explained, identity, model_card, write_final
 from raytune_llm.runs.samples import Sampler
 from raytune_llm.runs.setup import Setup, explained, set_up
+from raytune_llm.runs.workspace import Workspace
 from raytune_llm.train import loop
 from raytune_llm.train.checkpoint import Checkpoints, Progress, read_progress
 from raytune_llm.train.clock import Clock
@@ -54,12 +55,13 @@ def work(
     on_begin: Callable[[Begin | ReferencePass | Notice], None] = lambda begin: None,
     on_samples: Callable[[Sequence[SampledAnswer]], None] = lambda samples: None,
     on_step: Callable[[int], None] = lambda step: None,
+    workspace: Workspace | None = None,
 ) -> TrainOutcome:
     """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only; on_step
     is called after each step, on every worker."""
     began = time.perf_counter()
     tell = on_begin if not dist.is_initialized() or dist.get_rank() == 0 else say_nothing
-    setup = set_up(run, train_store, eval_store, device, on_begin)
+    setup = set_up(run, train_store, eval_store, device, on_begin, workspace)
     strategy, settings, clock = setup.built.strategy, setup.loop_settings(), Clock()
     with full_disk_explained(setup.output), explained(setup.builder, "training"), ExitStack() as stack:
         checkpoints = Checkpoints(

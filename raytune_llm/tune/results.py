@@ -24,8 +24,11 @@ def write_results(study: Study) -> None:
     write_whole(folder / RESULTS, json.dumps(results(study), indent=2) + "\n")
     if study.ranked:
         write_whole(folder / BEST, best_run(study))
+
+
+def write_plots(study: Study) -> None:
     if any(trial.reports or trial.value is not None for trial in study.trials):
-        sweep_page(study, folder / PAGE)
+        sweep_page(study, study.sweep.folder / PAGE)
 
 
 def results(study: Study) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from raytune_llm.config.paths import with_absolute_paths
@@ -17,8 +18,9 @@ from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.runs import preflight
 from raytune_llm.runs.output import full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
+from raytune_llm.runs.workspace import Workspace
 from raytune_llm.tune.metric import metric_of
-from raytune_llm.tune.results import prune, write_results
+from raytune_llm.tune.results import prune, write_plots, write_results
 from raytune_llm.tune.study import Setting, Study, Trial
 from raytune_llm.tune.trial import Train, run_trial
 
@@ -49,11 +51,13 @@ def run_sweep(sweep: Sweep, train: Train, on_change: OnChange = lambda study, tr
     with owned(sweep.folder), full_disk_explained(sweep.folder):
         study = Study(sweep, metric)
         try:
-            _prepare(sweep)
-            _run(study, train, on_change)
+            workspace = Workspace(keeps_base=True)
+            _prepare(sweep, workspace)
+            _run(study, partial(train, workspace=workspace), on_change)
         finally:
             study.close()
             write_results(study)
+            write_plots(study)
         if not study.ranked:
             reasons = [trial.reason for trial in study.trials if trial.reason]
             raise ResourceError(f"no trial came to its end: {reasons[0] if reasons else 'all were stopped'}", "See trials.csv.")
@@ -87,6 +91,7 @@ def _run(study: Study, train: Train, on_change: OnChange) -> None:
         study.end(trial, outcome.state, outcome.value, outcome.reason)
         on_change(study, trial)
         prune(study)
+        write_results(study)
         failures = failures + 1 if outcome.state == "failed" else 0
         if failures == study.sweep.tune.max_failures:
             raise ResourceError(
@@ -95,14 +100,15 @@ def _run(study: Study, train: Train, on_change: OnChange) -> None:
             )
 
 
-def _prepare(sweep: Sweep) -> None:
+def _prepare(sweep: Sweep, workspace: Workspace) -> None:
     """What can be known to fail of any value, and the token stores, once for all trials that share them."""
     runs = [with_absolute_paths(run) for run in _distinct(sweep)]
     for run in runs:
-        preflight.check(run)
-    stores = {repr((run.model, run.data, run.stage.kind)): run for run in runs if not run.data.streaming}
-    for run in stores.values():
-        pipeline.prepare(run.model, run.data, run.resources, kind=run.stage.kind)
+        preflight.check(run, workspace)
+    for run in runs:
+        if not run.data.streaming:
+            make = partial(pipeline.prepare, run.model, run.data, run.resources, kind=run.stage.kind)
+            workspace.once("stores", (run.model, run.data, run.stage.kind), make)
 
 
 def _distinct(sweep: Sweep) -> Iterator[TrainRun]:

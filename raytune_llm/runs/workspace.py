@@ -1,0 +1,35 @@
+"""What runs that come one after another in one process need to do once: read the tokenizer, open the stores, load the base.
+
+A sweep's trials share one. A run by itself has its own, which goes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerFast
+
+from raytune_llm.config.run import TrainRun
+from raytune_llm.data.templates.named import NamedTemplate
+from raytune_llm.models.shared import SharedModel
+from raytune_llm.runs.tokenizer import tokenizer_of
+
+T = TypeVar("T")
+
+
+class Workspace:
+    def __init__(self, *, keeps_base: bool = False) -> None:
+        """keeps_base: there will be another run of the same frozen base."""
+        self.base = SharedModel() if keeps_base else None
+        self._found: dict[str, Any] = {}
+
+    def tokenizer_of(self, run: TrainRun) -> tuple[PreTrainedTokenizerFast, NamedTemplate | None]:
+        return self.once("tokenizer", (run.model, run.data, run.stage.kind), lambda: tokenizer_of(run))
+
+    def once(self, what: str, of: object, make: Callable[[], T]) -> T:
+        """What was made before of the same, by its repr."""
+        key = f"{what} {of!r}"
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
