@@ -59,6 +59,11 @@ class TrainRun:
             return "stage.router_aux_loss_coef reads routers within the layers"
         return None
 
+    @property
+    def fits_one_process(self) -> bool:
+        """It needs no group of workers: nothing of it is sharded."""
+        return self.strategy.name == "ddp"
+
     def __post_init__(self) -> None:
         _name_is_a_name(self.name)
         _batch_sizes_fit(self)
@@ -331,6 +336,11 @@ def _batch_sizes_fit(run: TrainRun) -> None:
 
 def _trials_are_judged(run: TuneRun) -> None:
     metric, data, train = run.tune.metric, run.data, run.train
+    if run.resources.name == "inline" and (run.tune.max_concurrent or 1) > 1:
+        fix = "Set resources=local."
+        raise ConfigError(
+            "tune.max_concurrent", "must be 1 with resources=inline, which is one process", got=run.tune.max_concurrent, fix=fix
+        )
     if metric.startswith(EVALUATIONS) and not data.evaluates:
         fix = "Set data.eval_fraction (say 0.1) or data.eval_path."
         raise ConfigError("tune.metric", "needs held-out rows", got=metric, fix=fix)
@@ -428,7 +438,7 @@ def _streams_know_what_they_need(run: TrainRun) -> None:
 
 
 def _sharding_has_workers(run: TrainRun) -> None:
-    if run.resources.name == "inline" and run.strategy.name != "ddp":
+    if run.resources.name == "inline" and not run.fits_one_process:
         raise ConfigError(
             "strategy",
             "must be ddp if resources=inline, which is one process",

@@ -41,6 +41,8 @@ class TuneConfig:
     """Settings that are known to be good, tried first: [{optimizer.lr: 1e-4}]."""
     base_first: bool
     """The base configuration, without any value of the space, is the first trial."""
+    max_concurrent: PositiveInt | None
+    """So many trials at once. null: as many as there are CPUs and GPUs for, and as their memory, by `plan`, has room for."""
     keep: NonNegativeInt
     """So many trials, the best ones, keep their model and checkpoints."""
     max_failures: PositiveInt

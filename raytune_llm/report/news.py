@@ -20,6 +20,10 @@ class Begin:
     """What was chosen for it and why, a line each."""
 
 
+class EndOfRun(Exception):
+    """Raised by a sink: the run is to end where it is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReferencePass:
     """How far log-probabilities under the reference are computed, in rows."""

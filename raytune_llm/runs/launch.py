@@ -18,7 +18,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError, UserError
 from raytune_llm.models.quantization import check_device
 from raytune_llm.report.metrics import Sink
-from raytune_llm.report.news import Begin, Notice, ReferencePass, SampledAnswer
+from raytune_llm.report.news import Begin, EndOfRun, Notice, ReferencePass, SampledAnswer
 from raytune_llm.report.slow import told_if_slow
 from raytune_llm.runs.faults import WORKERS_LOG, Lost, Pulse, Stalled, lost_line, silent_line, stalled_line, waiting_line
 from raytune_llm.runs.worker import TrainOutcome, work
@@ -114,6 +114,8 @@ def _fit_on_ray(
     )
     try:
         _fit(trainer, channel)
+    except EndOfRun:
+        raise
     except Exception as error:
         channel.close()
         raise (channel.mistake or _cause(error, channel)) from None
@@ -141,7 +143,7 @@ def _wait_for(workers: int, cpus: float, gpus: float, tell: Callable[[Told], Non
 
 
 def _fit(trainer: Any, channel: Channel) -> None:
-    """In a thread, so that Ray takes no signals: an interrupt ends the group also while it comes up."""
+    """In a thread, so that Ray takes no signals: an interrupt, or a sink's EndOfRun, ends the group also while it comes up."""
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -155,6 +157,8 @@ def _fit(trainer: Any, channel: Channel) -> None:
     try:
         while thread.is_alive():
             thread.join(POLL_S)
+            if isinstance(channel.failure, EndOfRun):
+                raise channel.failure
     except BaseException:
         channel.abort()
         raise
@@ -327,6 +331,7 @@ class Channel:
         import ray
 
         self._closing.set()
+        self._thread.join(ABORT_S)
         self._starting.close()
         with suppress(Exception):
             controller: Any = ray.get(self.actor.controller.remote(), timeout=ABORT_S)

@@ -64,6 +64,13 @@ def owned(folder: Path) -> Iterator[None]:
                 place.rmdir()
 
 
+def wait_until_free(folder: Path) -> None:
+    """Until the process that owned the folder, and is gone, is known to be; of another host that is so when its lock is old."""
+    path, until = folder / LOCK, time.monotonic() + STALE_AFTER_S + RENEWED_EVERY_S
+    while path.exists() and _alive(path, _read(path)) and time.monotonic() < until:
+        time.sleep(TAKEN_AFTER_S)
+
+
 def _take(path: Path, mine: dict[str, Any]) -> None:
     text = json.dumps(mine)
     try:

@@ -1,30 +1,30 @@
-"""A sweep from its first trial to its results: what is checked and prepared before, trials one after another, what is kept."""
+"""A sweep from its first trial to its results: what is checked and prepared before, its trials, what is kept."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from raytune_llm import session
 from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.resources import Inline
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.space import ends
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.data import pipeline
-from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.errors import ResourceError
 from raytune_llm.runs import preflight
 from raytune_llm.runs.output import full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
 from raytune_llm.runs.workspace import Workspace
+from raytune_llm.tune.conduct import Conduct, OnChange
 from raytune_llm.tune.metric import metric_of
-from raytune_llm.tune.results import prune, write_plots, write_results
-from raytune_llm.tune.study import Setting, Study, Trial
+from raytune_llm.tune.places import run_at, workers_of
+from raytune_llm.tune.results import write_plots, write_results
+from raytune_llm.tune.study import Setting, Study
 from raytune_llm.tune.trial import Train, run_trial
-
-OnChange = Callable[[Study, Trial], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +45,16 @@ def run_sweep(sweep: Sweep, train: Train, on_change: OnChange = lambda study, tr
     Raises ConfigError and DataError for what can be known to fail before the first trial, and ResourceError where no trial
     came to its end.
     """
-    check_runnable(sweep)
     metric = metric_of(sweep.tune)
     check_writable(sweep.folder)
     with owned(sweep.folder), full_disk_explained(sweep.folder):
         study = Study(sweep, metric)
+        conduct = Conduct(study, on_change)
         try:
-            workspace = Workspace(keeps_base=True)
-            _prepare(sweep, workspace)
-            _run(study, partial(train, workspace=workspace), on_change)
+            if isinstance(sweep.run.resources, Inline):
+                _run_here(conduct, train)
+            else:
+                _run_on_ray(conduct, train)
         finally:
             study.close()
             write_results(study)
@@ -64,45 +65,32 @@ def run_sweep(sweep: Sweep, train: Train, on_change: OnChange = lambda study, tr
         return TuneResult(best=study.ranked[0], study=study)
 
 
-def check_runnable(sweep: Sweep) -> None:
-    if not isinstance(sweep.run.resources, Inline):
-        raise ConfigError(
-            "resources",
-            "must be inline to sweep: trials run one after another in this process",
-            got=sweep.run.resources.name,
-            instead="resources=inline",
-        )
+def _run_here(conduct: Conduct, train: Train) -> None:
+    """One after another, in this process."""
+    workspace = Workspace(keeps_base=True)
+    _prepare(_distinct(conduct.study.sweep), workspace)
+    train = partial(train, workspace=workspace)
+    while (trial := conduct.next()) is not None:
+        reported = partial(conduct.reported, trial)
+        conduct.ended(trial, run_trial(conduct.run_of(trial), conduct.study.metric, reported, train))
 
 
-def _run(study: Study, train: Train, on_change: OnChange) -> None:
-    failures = 0
-    while (trial := study.next()) is not None:
-        on_change(study, trial)
-        began = time.monotonic()
+def _run_on_ray(conduct: Conduct, train: Train) -> None:
+    """As many at once as there are places."""
+    sweep = conduct.study.sweep
+    assert not isinstance(sweep.run.resources, Inline)
+    grouped = workers_of(sweep.run.resources) > 1 or not sweep.base.fits_one_process
+    session.connect(sweep.run.resources, dashboard=grouped)
+    from raytune_llm.tune.onray import places_on_ray  # ray takes seconds to import
 
-        def reported(step: int, total_steps: int, value: float, trial: Trial = trial, began: float = began) -> bool:
-            goes_on = study.report(trial, step, total_steps, value)
-            trial.seconds = time.monotonic() - began
-            on_change(study, trial)
-            return goes_on
-
-        outcome = run_trial(study.run_of(trial), study.metric, reported, train)
-        trial.seconds = time.monotonic() - began
-        study.end(trial, outcome.state, outcome.value, outcome.reason)
-        on_change(study, trial)
-        prune(study)
-        write_results(study)
-        failures = failures + 1 if outcome.state == "failed" else 0
-        if failures == study.sweep.tune.max_failures:
-            raise ResourceError(
-                f"{failures} trials failed one after another, the last one since {trial.reason}",
-                "Correct it, or raise tune.max_failures; the same command resumes the sweep.",
-            )
+    runs = _distinct(sweep)
+    _prepare(runs, Workspace())
+    with places_on_ray(sweep, train, runs) as places:
+        run_at(places, conduct)
 
 
-def _prepare(sweep: Sweep, workspace: Workspace) -> None:
+def _prepare(runs: list[TrainRun], workspace: Workspace) -> None:
     """What can be known to fail of any value, and the token stores, once for all trials that share them."""
-    runs = [with_absolute_paths(run) for run in _distinct(sweep)]
     for run in runs:
         preflight.check(run, workspace)
     for run in runs:
@@ -111,12 +99,15 @@ def _prepare(sweep: Sweep, workspace: Workspace) -> None:
             workspace.once("stores", (run.model, run.data, run.stage.kind), make)
 
 
-def _distinct(sweep: Sweep) -> Iterator[TrainRun]:
+def _distinct(sweep: Sweep) -> list[TrainRun]:
     """The base, and a run for each value that changes more than how it is optimized."""
-    seen: set[str] = set()
+    return list({_needs(run): run for run in _each_end(sweep)}.values())
+
+
+def _each_end(sweep: Sweep) -> Iterator[TrainRun]:
     for point in ({}, *ends(sweep.axes)):
-        run = sweep.composed(point)
-        key = repr((run.model, run.data, run.stage, run.adapter, run.quantization, run.strategy))
-        if key not in seen:
-            seen.add(key)
-            yield replace(run, output_dir=str(sweep.folder))
+        yield with_absolute_paths(replace(sweep.composed(point), output_dir=str(sweep.folder)))
+
+
+def _needs(run: TrainRun) -> str:
+    return repr((run.model, run.data, run.stage, run.adapter, run.quantization, run.strategy))

@@ -1,4 +1,4 @@
-"""One trial: a whole run in this process, which its scheduler may end at any evaluation."""
+"""One trial: a whole run, which its scheduler may end at any evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import UserError
 from raytune_llm.report.metrics import METRICS, read_metrics
-from raytune_llm.report.news import Begin
+from raytune_llm.report.news import Begin, EndOfRun
 from raytune_llm.tune.metric import Metric, MetricMissing
 from raytune_llm.tune.study import State
 
@@ -21,7 +21,7 @@ Reported = Callable[[int, int, float], bool]
 """(step, of so many, metric) -> whether the trial is to go on."""
 
 
-class Stopped(Exception):
+class Stopped(EndOfRun):
     """The scheduler ended the trial; raised where it trains, so that all that it holds is let go on the way out."""
 
 

@@ -97,6 +97,6 @@ def test_a_trial_that_breaks_ends_with_its_reason_and_the_others_go_on(chat_rows
     assert [(trial.state, trial.reason) for trial in result.study.trials] == [("failed", "it broke."), ("finished", None)]
 
 
-def test_sweeps_run_in_this_process_only(chat_rows, cache, tmp_path):
-    with pytest.raises(ConfigError, match="must be inline"):
-        api.tune(load_sweep(words(chat_rows, cache, tmp_path, "adapter.rank=2,4", "tune=grid", "resources=local")))
+def test_one_process_runs_one_trial_at_a_time(chat_rows, cache, tmp_path):
+    with pytest.raises(ConfigError, match="must be 1 with resources=inline"):
+        load_sweep(words(chat_rows, cache, tmp_path, "adapter.rank=2,4", "tune=grid", "tune.max_concurrent=2"))

@@ -1,0 +1,56 @@
+"""What becomes of a study when a trial begins, reports and ends, wherever it trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from raytune_llm.config.paths import with_absolute_paths
+from raytune_llm.config.run import TrainRun
+from raytune_llm.errors import ResourceError
+from raytune_llm.tune.results import prune, write_results
+from raytune_llm.tune.study import Study, Trial
+from raytune_llm.tune.trial import Outcome
+
+OnChange = Callable[[Study, Trial], None]
+
+
+class Conduct:
+    def __init__(self, study: Study, on_change: OnChange) -> None:
+        self.study = study
+        self._on_change = on_change
+        self._began: dict[int, float] = {}
+        self._failures = 0
+        """One after another."""
+
+    def next(self) -> Trial | None:
+        trial = self.study.next()
+        if trial is not None:
+            self._began[trial.number] = time.monotonic()
+            self._on_change(self.study, trial)
+        return trial
+
+    def run_of(self, trial: Trial) -> TrainRun:
+        """With absolute paths: other processes have other working folders."""
+        return with_absolute_paths(self.study.run_of(trial))
+
+    def reported(self, trial: Trial, step: int, total_steps: int, value: float) -> bool:
+        """Whether it is to go on."""
+        goes_on = self.study.report(trial, step, total_steps, value)
+        trial.seconds = time.monotonic() - self._began[trial.number]
+        self._on_change(self.study, trial)
+        return goes_on
+
+    def ended(self, trial: Trial, outcome: Outcome) -> None:
+        """Raises ResourceError where too many trials failed one after another."""
+        trial.seconds = time.monotonic() - self._began[trial.number]
+        self.study.end(trial, outcome.state, outcome.value, outcome.reason)
+        prune(self.study)
+        write_results(self.study)
+        self._on_change(self.study, trial)
+        self._failures = self._failures + 1 if outcome.state == "failed" else 0
+        if self._failures == self.study.sweep.tune.max_failures:
+            raise ResourceError(
+                f"{self._failures} trials failed one after another, the last one since {trial.reason}",
+                "Correct it, or raise tune.max_failures; the same command resumes the sweep.",
+            )

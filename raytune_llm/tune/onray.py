@@ -1,0 +1,175 @@
+"""Places on a Ray cluster: an actor each, which trains one trial after another. One of the few files that import ray.
+
+An actor keeps what trials share (runs/workspace.py), so a trial after its first imports and loads nothing. There is no trainer
+inside: one that is stopped early unwinds in its process, and its part of the cluster is free for the next. A trial of several
+workers is a Ray Train group, driven from a thread of this process (see launch.py); it ends with its trial.
+
+An actor that dies is started again, and its trial resumes from its own output folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+
+from raytune_llm.config.resources import Cluster, Inline, Local
+from raytune_llm.config.run import TrainRun
+from raytune_llm.config.sweep import Sweep
+from raytune_llm.config.tune import TuneConfig
+from raytune_llm.errors import UserError
+from raytune_llm.memory.footprint import USABLE
+from raytune_llm.runs.owner import wait_until_free
+from raytune_llm.runs.plan import plan
+from raytune_llm.runs.workspace import Workspace
+from raytune_llm.tune.metric import metric_of
+from raytune_llm.tune.places import Place, Share, share_of, workers_of
+from raytune_llm.tune.trial import Outcome, Reported, Train, run_trial
+
+INLINE = Inline(name="inline", num_workers=1)
+MESSAGES = "messages"
+
+
+class TrialProcess:
+    """The actor. `run` trains in one thread; reports and answers go by others meanwhile."""
+
+    def __init__(self, train: Train, tune: TuneConfig, cpus: float) -> None:
+        self._train = partial(train, workspace=Workspace(keeps_base=True))
+        self._metric, self._threads = metric_of(tune), max(1, int(cpus))
+        self._reports, self._answers = Queue[tuple[int, int, float]](), Queue[bool]()
+
+    def run(self, run: TrainRun) -> Outcome | UserError:
+        """An error is one that ends the sweep."""
+        if not torch.cuda.is_available():
+            torch.set_num_threads(self._threads)
+        wait_until_free(Path(run.output_dir))
+        try:
+            return run_trial(run, self._metric, self._reported, self._train)
+        except UserError as error:
+            return error
+
+    def report(self) -> tuple[int, int, float]:
+        """The next one, when it comes."""
+        return self._reports.get()
+
+    def answer(self, goes_on: bool) -> None:
+        self._answers.put(goes_on)
+
+    def _reported(self, step: int, total_steps: int, value: float) -> bool:
+        self._reports.put((step, total_steps, value))
+        return self._answers.get()
+
+
+class ActorPlace:
+    """An actor, started when its first trial comes."""
+
+    def __init__(self, train: Train, tune: TuneConfig, share: Share, max_failures: int) -> None:
+        options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "concurrency_groups": {MESSAGES: 2}}
+        self._start = partial(ray.remote(**options)(TrialProcess).remote, train, tune, share.cpus)
+        self._max_failures = max_failures
+        self._actor: Any = None
+        self._report: Any = None
+        """The next one of the actor, which it is waiting for; it outlives a trial."""
+        self._closed = False
+
+    def __call__(self, run: TrainRun, reported: Reported) -> Outcome:
+        run = replace(run, resources=INLINE)
+        how = ""
+        for _ in range(self._max_failures + 1):
+            try:
+                outcome = self._run(run, reported)
+            except RayError as error:
+                if self._closed or not isinstance(error, RayActorError | OutOfMemoryError):
+                    raise
+                how = "out of memory" if "memory" in str(error) else "killed, or its node is gone"
+                self._end()
+                continue
+            if isinstance(outcome, UserError):
+                raise outcome
+            return outcome
+        return Outcome(state="failed", value=None, reason=f"its process died {self._max_failures + 1} times ({how})")
+
+    def close(self) -> None:
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
+        actor, self._actor = self._actor, None
+        if actor is not None:
+            ray.kill(actor)
+
+    def _run(self, run: TrainRun, reported: Reported) -> Outcome | UserError:
+        if self._actor is None:
+            self._actor = self._start()
+            self._report = self._messages("report").remote()
+        done = self._actor.run.remote(run)
+        while True:
+            ready, _ = ray.wait([self._report, done], num_returns=1)
+            if ready == [done]:
+                return ray.get(done)
+            step, total_steps, value = ray.get(self._report)
+            self._report = self._messages("report").remote()
+            self._messages("answer").remote(reported(step, total_steps, value))
+
+    def _messages(self, method: str) -> Any:
+        return getattr(self._actor, method).options(concurrency_group=MESSAGES)
+
+
+class TrainerPlace:
+    """Ray Train groups, one for each trial."""
+
+    def __init__(self, train: Train, tune: TuneConfig, share: Share) -> None:
+        self._train, self._metric, self._share = partial(train, workspace=Workspace()), metric_of(tune), share
+        self._checked = False
+
+    def __call__(self, run: TrainRun, reported: Reported) -> Outcome:
+        resources = run.resources
+        assert isinstance(resources, Local | Cluster)
+        resources = replace(resources, cpus_per_worker=self._share.cpus, gpus_per_worker=self._share.gpus)
+        if isinstance(resources, Cluster) and self._checked:
+            resources = replace(resources, preflight="off")  # nodes are looked at once
+        self._checked = True
+        return run_trial(replace(run, resources=resources), self._metric, reported, self._train)
+
+    def close(self) -> None:
+        """A group goes with its trial, or with this process."""
+
+
+@contextmanager
+def places_on_ray(sweep: Sweep, train: Train, runs: Sequence[TrainRun]) -> Iterator[list[Place]]:
+    """A cluster must be connected. runs: those that differ in what they need. What is started ends with the context."""
+    resources, tune = sweep.run.resources, sweep.tune
+    assert isinstance(resources, Local | Cluster)
+    grouped = workers_of(resources) > 1 or not all(run.fits_one_process for run in runs)
+    fit = 1 if grouped else fits(runs, on_gpu=bool(ray.cluster_resources().get("GPU")))
+    share = share_of(resources, ray.cluster_resources(), most=tune.max_concurrent, fit=fit)
+    if grouped:
+        places = [TrainerPlace(train, tune, share) for _ in range(share.count)]
+    else:
+        places = [ActorPlace(train, tune, share, resources.max_failures) for _ in range(share.count)]
+    try:
+        yield list(places)
+    finally:
+        for place in places:
+            place.close()
+
+
+def fits(runs: Sequence[TrainRun], *, on_gpu: bool) -> int:
+    """So many of the largest of these runs at once in the memory of a GPU, or of this host where there is none. At least one:
+    where a plan says that none fits, one is tried."""
+    if on_gpu:
+        return ray.get(ray.remote(num_cpus=0, num_gpus=1)(_fits).remote(runs))
+    return _fits(runs)
+
+
+def _fits(runs: Sequence[TrainRun]) -> int:
+    verdicts = [plan(replace(run, resources=INLINE)).verdicts[0] for run in runs]
+    return max(1, int(USABLE * verdicts[0].device.memory // max(verdict.memory.total for verdict in verdicts)))

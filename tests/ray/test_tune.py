@@ -1,0 +1,81 @@
+"""Trials on Ray have the numbers of one process, also when an actor is killed; what is stopped early frees its place."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from raytune_llm import api, load_sweep
+from raytune_llm.report.metrics import read_metrics
+
+pytestmark = pytest.mark.ray
+
+
+def words(rows, cache, folder, *more):
+    return [
+        "model=tiny_random", "tracking=none", "train.precision=fp32", "train.log_every_steps=1",
+        "train.global_batch_size=4", "train.max_steps=4", "train.eval_every_steps=1", "checkpoint.every_steps=1",
+        "data.max_length=64", "data.eval_fraction=0.1",
+        f"data.path={rows}", f"data.cache={cache}", f"output_dir={folder}", *more,
+    ]  # fmt: skip
+
+
+def numbers(folder):
+    trials = json.loads((folder / "results.json").read_text())["trials"]
+    losses = [
+        [record["eval_loss"] for record in read_metrics(Path(trial["folder"]) / "metrics.jsonl") if "eval_loss" in record]
+        for trial in trials
+    ]
+    return [(trial["settings"], trial["state"], trial["metric"], trial["step"]) for trial in trials], losses
+
+
+def processes_of(name):
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and name in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue  # it has ended meanwhile
+    return found
+
+
+def test_trials_in_actors_are_those_of_one_process_also_when_one_is_killed(chat_rows, cache, tmp_path):
+    grid = ("optimizer.lr=1e-3,1e-2", "adapter.rank=2,4", "tune=grid")
+    api.tune(load_sweep(words(chat_rows, cache, tmp_path / "here", *grid, "resources=inline")))
+    before, killed = set(processes_of(b"ray::TrialProcess")), []
+
+    def kill_one(study, trial):
+        if trial.number == 1 and trial.step == 2 and trial.state == "running" and not killed:
+            killed.extend(set(processes_of(b"ray::TrialProcess")) - before)
+            os.kill(killed[0], signal.SIGKILL)
+
+    local = ("resources=local", "tune.max_concurrent=2")
+    sweep = load_sweep(words(chat_rows, cache, tmp_path / "there", *grid, *local))
+    result = api.tune(sweep, on_change=kill_one)
+    assert len(killed) == 2  # two at once
+    assert numbers(tmp_path / "there") == numbers(tmp_path / "here")
+    assert (result.folder / "final" / "adapter_model.safetensors").exists()
+    until = time.monotonic() + 20
+    while set(processes_of(b"ray::TrialProcess")) - before:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+@pytest.mark.long
+def test_a_group_of_workers_that_is_stopped_early_frees_its_place(chat_rows, cache, tmp_path):
+    import ray
+
+    stopped = ("optimizer.lr=1e-2,1e-9,1e-8", "tune=grid", "tune.scheduler=asha", "tune.grace=0.5")
+    sweep = load_sweep(words(chat_rows, cache, tmp_path, *stopped, "resources=local", "resources.num_workers=2"))
+    result = api.tune(sweep)
+    assert [trial.state for trial in result.study.trials] == ["finished", "stopped", "stopped"]
+    until = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] or processes_of(b"ray::RayTrainWorker"):
+        assert time.monotonic() < until, ray.available_resources()
+        time.sleep(0.2)
