@@ -82,7 +82,7 @@ class Sweep:
         """seed: train.seed of this repetition."""
         run = self.composed(point)
         place = {"name": f"{run.name}_{folder.name}", "output_dir": str(folder), "resume": "auto"}
-        return replace(run, **place, train=replace(run.train, seed=seed))
+        return replace(run, **place, tracking=run.tracking.in_group(run.name), train=replace(run.train, seed=seed))
 
     @cached_property
     def planned(self) -> list[Point]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -11,10 +12,17 @@ from raytune_llm.config.section import section
 class NoTracking:
     name: Literal["none"]
 
+    def in_group(self, group: str) -> NoTracking:
+        return self
+
 
 @section
 class TensorBoard:
     name: Literal["tensorboard"]
+
+    def in_group(self, group: str) -> TensorBoard:
+        """Its files lie in the runs' folders, which a sweep has together."""
+        return self
 
 
 @section
@@ -25,6 +33,11 @@ class Tracker:
     project: str
     run: str | None
     """none: the run's `name`."""
+    group: str | None
+    """Of runs that belong together. none: of a sweep's trials its `name`."""
+
+    def in_group(self, group: str) -> Tracker:
+        return self if self.group is not None else replace(self, group=group)
 
 
 TrackingConfig = Annotated[NoTracking | TensorBoard | Tracker, Field(discriminator="name")]

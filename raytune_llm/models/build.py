@@ -112,7 +112,7 @@ def build_policy(
         trust_remote_code=model.trust_remote_code,
     )
     read = partial(load, dtype=compute if frozen else torch.float32, device=device, scores=scores, files=files)
-    if shared is not None and frozen and files is None and device.type != "meta":
+    if shared is not None and frozen and files is None and device.type != "meta" and not first_pieces:  # which change weights
         loaded = shared.copy_of(repr((model, config.to_json_string(), compute, device, seed, scores)), read)
     else:
         loaded = read()

@@ -83,6 +83,7 @@ def wandb(service: Service, run: TrackedRun) -> Tracker:
         resume="allow",
         dir=str(run.output_dir),
         config=dict(run.settings),
+        **_group(service),
     )
     _keep_id(service, run, tracked.id)
     return Tracker(lambda numbers, step: tracked.log(numbers, step=step), tracked.finish)
@@ -98,7 +99,8 @@ def mlflow(service: Service, run: TrackedRun) -> Tracker:
         client.set_tracking_uri(f"sqlite:///{(run.output_dir / 'mlflow.db').absolute()}")
     client.set_experiment(service.project)
     earlier = _earlier_id(service, run)
-    active = client.start_run(run_id=earlier, run_name=None if earlier else service.run or run.name)
+    name = None if earlier else service.run or run.name
+    active = client.start_run(run_id=earlier, run_name=name, tags=_group(service))
     if earlier is None:
         client.log_params({name: str(value)[:6000] for name, value in _by_path(run.settings)})
     _keep_id(service, run, active.info.run_id)
@@ -113,6 +115,7 @@ def swanlab(service: Service, run: TrackedRun) -> Tracker:
         experiment_name=service.run or run.name,
         logdir=str(run.output_dir / "swanlab"),
         config=dict(run.settings),
+        **_group(service),
         **({"id": earlier, "resume": "allow"} if earlier else {}),
     )
     _keep_id(service, run, tracked.id)
@@ -127,6 +130,7 @@ def trackio(service: Service, run: TrackedRun) -> Tracker:
         config=dict(run.settings),
         resume="allow" if run.from_step else "never",
         embed=False,
+        **_group(service),
     )
     return Tracker(lambda numbers, step: tracked.log(numbers, step=step), tracked.finish)
 
@@ -153,6 +157,11 @@ def _missing(name: str) -> ResourceError:
         f"tracking={name} needs the package {name}, which is not installed",
         f"Run `pip install {name}`, or choose another tracker, such as tracking=tensorboard.",
     )
+
+
+def _group(service: Service) -> dict[str, str]:
+    """For MLflow, which has no groups, it is a tag."""
+    return {} if service.group is None else {"group": service.group}
 
 
 def _by_path(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -100,12 +100,12 @@ def run_at(places: Sequence[Place], conduct: Conduct) -> None:
         match news.get():
             case Report() as told:
                 told.answer.put(conduct.reported(told.trial, told.step, told.total_steps, told.value))
-            case End(outcome=BaseException() as failure):
-                raise failure
-            case End(trial, place, outcome):
+            case End(trial, place, Outcome() as outcome):
                 running -= 1
                 free.append(place)
                 conduct.ended(trial, outcome)
+            case End(outcome=BaseException() as failure):
+                raise failure
 
 
 def _train(place: Place, trial: Trial, run: TrainRun, news: Queue[Report | End]) -> None:

@@ -19,8 +19,8 @@ def run_at(folder, from_step=0):
     return TrackedRun("demo", folder, from_step, {"train": {"seed": 1}})
 
 
-def service(name):
-    return Service(name=name, project="p", run=None)
+def service(name, group=None):
+    return Service(name=name, project="p", run=None, group=group)
 
 
 @pytest.fixture
@@ -104,3 +104,9 @@ def test_an_id_of_another_service_is_not_taken(wandb_client, tmp_path):
 
 def test_every_place_of_the_config_has_its_function():
     assert set(TRACKERS) == {"none", "tensorboard", *SERVICES}
+
+
+def test_runs_that_belong_together_are_one_group(wandb_client, tmp_path):
+    open_tracker(service("wandb", group="sweep"), run_at(tmp_path)).close()
+    open_tracker(service("wandb"), run_at(tmp_path)).close()
+    assert [start.get("group") for start in wandb_client["starts"]] == ["sweep", None]
