@@ -17,6 +17,7 @@ from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.serve import EngineConfig, ServedModels
 from raytune_llm.data.templates.named import apply_to_tokenizer, load, stop_tokens
 from raytune_llm.data.tokens.tokenizer import load_tokenizer
+from raytune_llm.engines.apart import apart
 from raytune_llm.engines.engine import Engine
 from raytune_llm.engines.hf_runner import hf_engine
 from raytune_llm.engines.native.build import Serving, native_engine
@@ -53,7 +54,7 @@ def build_engine(
     kind.check(engine_settings, model, quantization, served)
     alone = lone_adapter(served)
     serving = _serving(model, quantization, served, alone)
-    engine = kind.build(engine_settings, serving)
+    engine = apart(lambda: kind.build(engine_settings, serving))
     text: Any = serving.config.get_text_config()
     facts = ModelFacts(
         name=base_name(model, served) if alone is None else alone.name,

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from raytune_llm.engines.apart import apart
 from raytune_llm.engines.native.slots import Adapter
 from raytune_llm.errors import DataError
 
@@ -42,7 +43,7 @@ class AdapterStore:
         if before is not None and before.version == version:
             before.pinned = pinned or before.pinned
             return before, None
-        weights, rank = self._read(folder)
+        weights, rank = apart(lambda: self._read(folder))
         if _stamp_of(folder) != stamp:
             raise DataError(str(folder), "changed while it was read", "Write the adapter to another folder, then rename that.")
         adapter = Adapter(name=name, version=version, rank=rank, folder=folder, weights=weights, pinned=pinned)
@@ -84,7 +85,7 @@ class AdapterStore:
         try:
             if digest_of(adapter.folder) != adapter.version:
                 raise DataError(str(adapter.folder), f"holds another version than {adapter.name} had", "Load it again.")
-            weights, _ = self._read(adapter.folder)
+            weights, _ = apart(lambda: self._read(adapter.folder))
         except Exception as error:  # told to the rows that wait for it
             adapter.failure, weights = error, None
         with self._lock:

@@ -10,7 +10,7 @@ Sorted: tokens are brought into the order of their slots, and one grouped produc
 shapes depend on the number of tokens alone, and gradients of one adapter take nothing from another's tokens, be they infinite.
 For training and long prompts on GPUs, where a product a range would wait for launches, and bounds would be compiled in.
 
-Masked: one product with all adapters, end to end, of which each token keeps its own columns. G times the arithmetic, and few
+Masked: one product with the adapters, end to end, of which each token keeps its own columns. G times the arithmetic, and few
 large kernels of fixed shapes, which a CUDA graph can hold: for decoding, whose time goes by the weights that are read. There is
 no safety from other adapters' infinite weights, so for trained banks it is not.
 
@@ -112,21 +112,28 @@ class Sorted:
 @dataclass(frozen=True, eq=False)
 class Masked:
     mask_TC: Tensor
-    """In the type of the products: 1 where the column C, of all slots' ranks end to end, is of the token's slot, 0 elsewhere."""
+    """In the type of the products: 1 where the column C, of the slots' ranks end to end, is of the token's slot, 0 elsewhere."""
+    slots: slice
+    """That are multiplied with."""
 
     @classmethod
     def of(cls, slot_T: Tensor, num_slots: int, rank: int, dtype: torch.dtype) -> Masked:
-        slot_C = torch.arange(num_slots, device=slot_T.device, dtype=slot_T.dtype).repeat_interleave(rank)
-        return cls((slot_T[:, None] == slot_C).to(dtype))
+        """On a CPU, the slots from the first to the last one in use: a step's time there goes by what it reads. On a GPU all, so
+        that shapes stay and nobody waits for the numbers."""
+        first, last = 0, num_slots
+        if slot_T.device.type == "cpu" and (used := slot_T[slot_T >= 0]).numel():
+            first, last = int(used.min()), int(used.max()) + 1
+        slot_C = torch.arange(first, last, device=slot_T.device, dtype=slot_T.dtype).repeat_interleave(rank)
+        return cls((slot_T[:, None] == slot_C).to(dtype), slice(first, last))
 
     def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
         T, C = self.mask_TC.shape
-        a_CK = [a_GRK[:-1].flatten(0, 1) for a_GRK in a]
+        a_CK = [a_GRK[self.slots].flatten(0, 1) for a_GRK in a]
         low_TLC = (x_TK @ (a_CK[0] if len(a_CK) == 1 else torch.cat(a_CK)).T).view(T, len(a), C) * self.mask_TC[:, None]
         # In their place where nothing goes back through them: else torch copies an output before it adds to it.
         add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
         lows = zip(outs, low_TLC.unbind(1), b, strict=True)
-        return [add(out_TO, low_TC, b_GRO[:-1].flatten(0, 1)) for out_TO, low_TC, b_GRO in lows]
+        return [add(out_TO, low_TC, b_GRO[self.slots].flatten(0, 1)) for out_TO, low_TC, b_GRO in lows]
 
 
 @dataclass(frozen=True, eq=False)
