@@ -21,6 +21,7 @@ VERBS = {
     "serve": "an OpenAI-compatible server of one model and many adapters",
     "chat": "a conversation in the terminal, with a model and adapters here or a server elsewhere",
     "predict": "answers for a data set, of a run or of any model and adapters, with metrics",
+    "export": "a merged model, as transformers and other programs load it",
     "import": "a LLaMA-Factory training file to an experiment of yours: import FILE.yaml",
     "doctor": "versions, devices and optional packages of this machine",
 }
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(verb: str | None, argv: list[str]) -> int:
     from raytune_llm import packaged
     from raytune_llm.config import command_line
-    from raytune_llm.config.run import ChatRun, PredictRun, PrepareRun, ServeRun, TrainRun
+    from raytune_llm.config.run import ChatRun, ExportRun, PredictRun, PrepareRun, ServeRun, TrainRun
 
     if any(flag in argv for flag in ("--help", "-h")):
         print(command_line.usage(verb, VERBS))
@@ -62,7 +63,8 @@ def _run(verb: str | None, argv: list[str]) -> int:
     module = f"raytune_llm.commands.{call.verb}{'_' if iskeyword(call.verb) else ''}"
 
     def verb_main(run: Any) -> int:
-        if type(run) in (TrainRun, PrepareRun, ServeRun, ChatRun, PredictRun):  # a job's model is looked for where the job runs
+        # a job's model is looked for where the job runs
+        if type(run) in (TrainRun, PrepareRun, ServeRun, ChatRun, PredictRun, ExportRun):
             packaged.check_models(run)  # before what is slow to import
         return import_module(module).main(run)
 

@@ -20,7 +20,7 @@ from raytune_llm import session
 from raytune_llm.config.load import as_plain, to_yaml
 from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.resources import Cluster
-from raytune_llm.config.run import ChatRun, DoctorRun, ImportRun, PredictRun, PrepareRun, ServeRun, SubmitRun, TrainRun
+from raytune_llm.config.run import ChatRun, DoctorRun, ExportRun, ImportRun, PredictRun, PrepareRun, ServeRun, SubmitRun, TrainRun
 from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared, Streamed
 from raytune_llm.evaluate.exact_match import ExactMatch
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from raytune_llm.cluster.jobs import Job
     from raytune_llm.config.sweep import Sweep
     from raytune_llm.doctor import Doctor
+    from raytune_llm.export.run import Exported
     from raytune_llm.predict.run import Predicted
     from raytune_llm.runs.plan import Plan
     from raytune_llm.runs.worker import TrainOutcome
@@ -265,6 +266,13 @@ def predict(run: PredictRun, *, on_progress: Callable[[int, int], None] = lambda
     from raytune_llm.predict.run import predict
 
     return predict(with_absolute_paths(run), on_progress)
+
+
+def export(run: ExportRun, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Exported:
+    """Write a merged model, checked against what it was merged from. on_progress gets the bytes done and in all."""
+    from raytune_llm.export.run import export
+
+    return export(with_absolute_paths(run), on_progress)
 
 
 def submit(run: SubmitRun) -> Job:

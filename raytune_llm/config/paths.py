@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ALWAYS = ("output_dir", "data.cache")
+ALWAYS = ("output_dir", "data.cache", "export.output_dir")
 IF_THERE = (
     "model.path", "model.tokenizer", "data.path", "data.eval_path", "data.dataset_info", "data.media_dir", "adapter.path",
     "stage.reference_model", "stage.reference_adapter", "serve.adapters", "serve.watch", "serve.adapter_roots", "chat.adapters",
-    "predict.run", "predict.adapters",
+    "predict.run", "predict.adapters", "export.run", "export.adapters",
 )  # fmt: skip
 """That may name something on a hub or in a store as well: they are made absolute where a file or folder is there."""
 ONE_FILE = ("model.new_tokens",)

@@ -11,6 +11,7 @@ from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.config.chat import ChatConfig
 from raytune_llm.config.checkpoint import CheckpointConfig
 from raytune_llm.config.data import DataConfig
+from raytune_llm.config.export import ExportConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.predict import PredictConfig
@@ -201,6 +202,22 @@ class PredictRun:
         _data_are_read_only(self.data)
 
 
+@section
+class ExportRun:
+    """`export`: a model as other programs load it."""
+
+    model: ModelConfig
+    export: ExportConfig
+
+    def __post_init__(self) -> None:
+        _model_or_run_is_given(self.model, "export.run", self.export.run)
+        if self.export.run is None and self.model.weights == "random":
+            raise ConfigError("model.weights", "must be pretrained, to be exported", got="random")
+        if self.model.config:
+            rule = "must be empty: an export has the config that its weights were trained with"
+            raise ConfigError("model.config", rule, got=self.model.config)
+
+
 API_KEY, ADMIN_KEY = "RAYTUNE_LLM_API_KEY", "RAYTUNE_LLM_ADMIN_KEY"
 """Of the environment: secrets that no config file should hold."""
 
@@ -280,6 +297,7 @@ RUNS: dict[str, Any] = {
     "serve": ServeRun,
     "chat": ChatRun,
     "predict": PredictRun,
+    "export": ExportRun,
 }
 
 

@@ -70,7 +70,7 @@ def files_of(model: PreTrainedModel, path: str, *, revision: str | None) -> File
     has_saved_buffers = any(name in model.state_dict() for name, _ in model.named_buffers())
     if changed or widened or has_saved_buffers:
         return None
-    weights, files = dict(model.named_parameters()), _files(path, revision)
+    weights, files = dict(model.named_parameters()), tensor_files(path, revision)
     if not weights.keys() <= files.keys():
         return None
     for file in set(files.values()):
@@ -82,7 +82,7 @@ def files_of(model: PreTrainedModel, path: str, *, revision: str | None) -> File
     return {key: files[key] for key in weights}
 
 
-def _files(path: str, revision: str | None) -> Files:
+def tensor_files(path: str, revision: str | None) -> Files:
     """The file of each tensor in a model's safetensors; empty if it has none."""
 
     def find(name: str) -> str | None:

@@ -1,0 +1,23 @@
+"""`export`: a merged model, and how far it is from what it was merged from."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from raytune_llm import api
+from raytune_llm.config.run import ExportRun
+
+
+def main(run: ExportRun) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("writing", total=None)
+        exported = api.export(run, on_progress=lambda done, total: progress.update(bar, completed=done, total=total))
+    console.print(f"{exported.num_bytes / 2**30:.2f} GiB written to {exported.place}")
+    if exported.difference is not None:
+        console.print(f"Compared with the base and its adapter {exported.difference.said()}.")
+    elif exported.unchecked is not None:
+        console.print(f"Not compared with the base and its adapter: {exported.unchecked}.")
+    return 0

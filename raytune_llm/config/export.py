@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from raytune_llm.config.section import NonNegativeFloat, NonNegativeInt, section
+from raytune_llm.errors import ConfigError
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@section
+class ExportConfig:
+    """A model as other programs load it: a base with adapters merged into it, or what a run trained whole."""
+
+    run: str | None
+    """The output folder of a run: what it trained. null: `model`, with `adapters`."""
+    adapters: dict[str, str]
+    """Adapters of the base by name, folders that training wrote or PEFT saved; beside the one of `run`, which has the run's name.
+    What each changes is added up."""
+    weights: dict[str, float]
+    """By the adapters' names: {a: 0.5} adds half of what a changes. Others count 1."""
+    format: Literal["hf"]
+    """hf: a folder that transformers, vLLM and SGLang load."""
+    output_dir: str | None
+    dtype: Literal["auto", "fp32", "bf16", "fp16"]
+    """Of the weights. auto: each tensor's own in the base."""
+    shard_size: str
+    """Files of at most so much, as 5GB or 500MiB; one tensor may be larger."""
+    check: Literal["auto"] | bool
+    """Compare what was written with the base and its adapter on held-out rows. auto: where there is memory for the model in
+    float32."""
+    check_rows: NonNegativeInt
+    max_kl: NonNegativeFloat
+    """The largest mean divergence from the base with its adapter, in nats a token (of a reward model: the largest difference of
+    a score), with which it is written at all."""
+    overwrite: bool
+    """Take the place of an export that is there."""
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ConfigError("export.output_dir", "must be given", fix="For example, export.output_dir=exported/mine.")
+        if self.check is True and self.check_rows == 0:
+            raise ConfigError("export.check_rows", "must be at least 1 if export.check=true", got=0)
+        assert self.shard_bytes
+
+    @property
+    def shard_bytes(self) -> int:
+        found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})", self.shard_size)
+        if found is None or float(found[1]) == 0:
+            rule = f"must be a number with a unit ({', '.join(UNITS)})"
+            raise ConfigError("export.shard_size", rule, got=self.shard_size, fix="For example, 5GB.")
+        return int(float(found[1]) * UNITS[found[2]])

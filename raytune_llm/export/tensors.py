@@ -1,0 +1,131 @@
+"""A model's tensors from files to files, one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytune_llm.errors import DataError
+from raytune_llm.models.stored import INDEX, WHOLE
+
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+"""As safetensors writes them."""
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFact:
+    """What is known of a tensor before it is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TensorFiles:
+    """Tensors in safetensors files. One is read by itself, and its file is not mapped, so that no more than it takes memory."""
+
+    def __init__(self, files: Mapping[str, str]) -> None:
+        """files: the file of each tensor. Raises DataError for one that is not whole."""
+        self.facts: dict[str, TensorFact] = {}
+        """In the order of the files and of the tensors in them."""
+        self._places: dict[str, tuple[str, int]] = {}
+        for path in dict.fromkeys(files.values()):
+            header, start = _header(path)
+            size = os.path.getsize(path)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                begin, end = entry["data_offsets"]
+                if start + end > size:
+                    raise DataError(path, f"is cut off: it ends within {name}", "Copy or download it again.")
+                self.facts[name] = TensorFact(name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+                self._places[name] = (path, start + begin)
+
+    def read(self, name: str) -> Tensor:
+        path, start = self._places[name]
+        fact = self.facts[name]
+        buffer = bytearray(fact.num_bytes)
+        with open(path, "rb") as file:
+            file.seek(start)
+            file.readinto(buffer)
+        if not buffer:
+            return torch.empty(fact.shape, dtype=fact.dtype)
+        return torch.frombuffer(buffer, dtype=fact.dtype).reshape(fact.shape)
+
+
+def _header(path: str) -> tuple[dict[str, Any], int]:
+    """What it says of each tensor, and where the first one begins."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return header, 8 + length
+    except (OSError, struct.error, ValueError, MemoryError, OverflowError) as error:
+        problem = f"is no safetensors file that can be read ({type(error).__name__})"
+        raise DataError(path, problem, "Copy or download it again.") from None
+
+
+def shards_of(facts: Sequence[TensorFact], shard_bytes: int) -> list[list[TensorFact]]:
+    """In their order, each shard of at most so many bytes, or of one tensor."""
+    shards: list[list[TensorFact]] = [[]]
+    size = 0
+    for fact in facts:
+        if shards[-1] and size + fact.num_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(fact)
+        size += fact.num_bytes
+    return shards
+
+
+def write(
+    folder: Path, facts: Sequence[TensorFact], shard_bytes: int, make: Callable[[str], Tensor], on_tensor: Callable[[int], None]
+) -> None:
+    """Files as transformers names them, with an index where they are several. make: a tensor by its name, of the shape and dtype
+    that its fact says. on_tensor is told the bytes of each as it is written."""
+    shards = shards_of(facts, shard_bytes)
+    names = [WHOLE] if len(shards) == 1 else [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(folder / name, shard, make, on_tensor)
+    if len(shards) > 1:
+        weight_map = {fact.name: name for name, shard in zip(names, shards, strict=True) for fact in shard}
+        index = {"metadata": {"total_size": sum(fact.num_bytes for fact in facts)}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_file(path: Path, facts: Sequence[TensorFact], make: Callable[[str], Tensor], on_tensor: Callable[[int], None]) -> None:
+    """The format of safetensors, whose own writer wants all tensors of a file at once: the length of the header, a JSON header
+    with each tensor's dtype, shape and place, and the tensors' bytes."""
+    header = json.dumps({"__metadata__": {"format": "pt"}, **dict(_entries(facts))}).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for fact in facts:
+            tensor = make(fact.name)
+            assert tuple(tensor.shape) == fact.shape and tensor.dtype == fact.dtype, fact
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            on_tensor(fact.num_bytes)
+
+
+def _entries(facts: Sequence[TensorFact]) -> Iterator[tuple[str, dict[str, object]]]:
+    at = 0
+    for fact in facts:
+        end = at + fact.num_bytes
+        yield fact.name, {"dtype": NAMES[fact.dtype], "shape": list(fact.shape), "data_offsets": [at, end]}
+        at = end

@@ -1,0 +1,128 @@
+"""An adapter merged into its base's weights, one layer at a time: no more of the base is in memory than that layer.
+
+PEFT merges: the layer alone is put into an otherwise empty model under its own name, so that what the adapter's config says of it
+(targets, ranks by pattern, DoRA, OFT) holds for it as in the whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters.saved import WEIGHTS, read_config
+
+PREFIX = "base_model.model."
+BASE = ".base_layer.weight"
+OF_ADAPTERS = (".lora_", ".oft_", ".boft_", ".hada_", ".lokr_", ".vera_", ".ia3_", ".ln_tuning_", ".hra_")
+"""What begins the part of a tensor's name that is the adapter's, after the name of its layer."""
+
+
+class Mergeable:
+    """An adapter's folder, which the setting names."""
+
+    def __init__(self, folder: str, setting: str) -> None:
+        """Raises ConfigError where it holds no adapter, or one that can't be merged."""
+        self.folder, self.setting = folder, setting
+        self._config: Any = read_config(folder, setting)
+        if getattr(self._config, "fan_in_fan_out", False):
+            raise ConfigError(setting, "must be of linear layers, to be merged from files", got=folder)
+        for name in ("target_parameters", "trainable_token_indices", "lora_bias"):
+            if getattr(self._config, name, None):
+                raise ConfigError(setting, f"must not have {name}, to be merged from files", got=folder)
+        self._file = str(Path(folder) / WEIGHTS[0])
+        if not Path(self._file).is_file():
+            raise ConfigError(setting, f"must be a folder with {WEIGHTS[0]}", got=folder, fix="Save it as safetensors.")
+        self._keys: dict[str, list[str]] = defaultdict(list)
+        self._bases: dict[str, str] = {}
+        """Of layers whose base PEFT saved beside the adapter: embeddings, which may have grown."""
+        self.wholes: dict[str, str] = {}
+        """Weights that it has whole, by their names in the model -> in the file."""
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  (no dict)
+                    self._sort(key)
+        except SafetensorError as error:
+            raise ConfigError(setting, f"must hold weights that can be read ({error})", got=folder) from None
+
+    def _sort(self, key: str) -> None:
+        name = key.removeprefix(PREFIX)
+        layer = next((name.partition(part)[0] for part in OF_ADAPTERS if part in name), None)
+        if layer is None and name.endswith(BASE):
+            self._bases[name.removesuffix(BASE)] = key
+        elif layer is None:
+            self.wholes[name] = key
+        else:
+            self._keys[layer].append(key)
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """That it changes, by their names in the model."""
+        return frozenset(self._keys)
+
+    @property
+    def scores(self) -> bool:
+        """It is a reward model's."""
+        return self._config.task_type == "SEQ_CLS"
+
+    @property
+    def base_model(self) -> str | None:
+        return self._config.base_model_name_or_path
+
+    def whole(self, name: str) -> Tensor:
+        return self._read([self.wholes[name]])[self.wholes[name]]
+
+    @torch.no_grad()
+    def merged(self, layer: str, weight_OK: Tensor) -> Tensor:
+        """float32 [O, K]: the layer's weight with the adapter in it."""
+        tensors = self._read(self._keys[layer])
+        if layer in self._bases and (saved := self._read([self._bases[layer]])[self._bases[layer]]).shape != weight_OK.shape:
+            raise self._unfit(layer, f"it is {list(saved.shape)} there and {list(weight_OK.shape)} in the base")
+        one = _alone(layer, weight_OK.to(torch.float32, copy=True), is_embedding=_embeds(tensors))
+        config = copy.deepcopy(self._config)
+        config.task_type, config.modules_to_save, config.base_model_name_or_path = None, None, None
+        config.inference_mode = False
+        try:
+            adapted: Any = get_peft_model(one, config, autocast_adapter_dtype=True)
+            found = set_peft_model_state_dict(adapted, tensors)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise self._unfit(layer, str(error).splitlines()[0]) from None
+        assert isinstance(adapted, PeftModel)
+        if found.unexpected_keys or any(not key.endswith((".weight", ".bias")) for key in found.missing_keys):
+            raise self._unfit(layer, f"tensors don't fit ({[*found.unexpected_keys, *found.missing_keys][0]})")
+        return adapted.merge_and_unload().get_submodule(layer).weight.data
+
+    def _read(self, keys: list[str]) -> dict[str, Tensor]:
+        with safe_open(self._file, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in keys}
+
+    def _unfit(self, layer: str, what: str) -> ConfigError:
+        fix = f"It was trained on {self.base_model}." if self.base_model else ""
+        return ConfigError(self.setting, f"must be an adapter of this model: {layer}: {what}", got=self.folder, fix=fix)
+
+
+def _embeds(tensors: Mapping[str, Tensor]) -> bool:
+    return any(".lora_embedding_" in key for key in tensors)
+
+
+def _alone(name: str, weight_OK: Tensor, *, is_embedding: bool) -> nn.Module:
+    """A model of this layer alone, under its name."""
+    rows, columns = weight_OK.shape
+    with torch.device("meta"):
+        made = nn.Embedding(rows, columns) if is_embedding else nn.Linear(columns, rows, bias=False)
+    made.weight = nn.Parameter(weight_OK, requires_grad=False)
+    *path, last = name.split(".")
+    root = place = nn.Module()
+    for part in path:
+        place.add_module(part, nn.Module())
+        place = place.get_submodule(part)
+    place.add_module(last, made)
+    return root

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from raytune_llm import api
+from raytune_llm.config.load import load_config
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
+from raytune_llm.errors import ConfigError, UserError
+
+TARGETS = ["q_proj", "o_proj", "down_proj"]
+METHODS = {
+    "lora": LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM"),
+    "rslora with patterns": LoraConfig(
+        r=4, use_rslora=True, rank_pattern={"layers.1.self_attn.q_proj": 2}, alpha_pattern={"down_proj": 3},
+        target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM", exclude_modules=r".*layers\.0\.mlp.*",
+    ),
+    "dora": LoraConfig(r=4, use_dora=True, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM"),
+    "oft": OFTConfig(oft_block_size=8, target_modules=TARGETS, init_weights=False, task_type="CAUSAL_LM"),
+    "embeddings and a whole head": LoraConfig(
+        r=4, target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"], init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    ),
+}  # fmt: skip
+IDS = torch.arange(40).remainder(256)[None]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "base"
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, pad_token_id=258,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def adapter_of(base: Path, config: Any, name: str, auto: Any = AutoModelForCausalLM, **settings: Any) -> Path:
+    torch.manual_seed(len(name))
+    folder = base.parent / name.replace(" ", "_")
+    adapted = get_peft_model(auto.from_pretrained(base, **settings), config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.01 * torch.randn_like(parameter)
+    adapted.save_pretrained(str(folder))
+    return folder
+
+
+def exported(base: Path, place: Path, *settings: str):
+    return api.export(load_config("export", [f"model.path={base}", f"export.output_dir={place}", *settings]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_merged_adapter_gives_the_logits_of_base_and_adapter(base, tmp_path, name):
+    folder = adapter_of(base, METHODS[name], name)
+    done = exported(base, tmp_path / "out", f"export.adapters={{a: '{folder}'}}", "export.check_rows=2")
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()(IDS).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(IDS).logits
+        plain = AutoModelForCausalLM.from_pretrained(base).eval()(IDS).logits
+    assert (found - expected).abs().max() < 1e-5
+    assert (plain - expected).abs().max() > 1e-2
+    assert done.difference is not None and done.difference.max_abs < 1e-5
+    assert f"{done.difference.divergence:.2e}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_weighted_adapters_add_up(base, tmp_path):
+    one, two = (adapter_of(base, METHODS["lora"], name) for name in ("first", "number two"))
+    done = exported(base, tmp_path / "out", f"export.adapters={{a: '{one}', b: '{two}'}}", "export.weights={b: 0.5}")
+    assert done.difference is None and "several adapters" in str(done.unchecked)
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = load_file(base / "model.safetensors")[name]
+    for folder, factor in ((one, 1.0), (two, 0.5)):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        a, b = (tensors[f"base_model.model.{name.replace('.weight', f'.lora_{side}.weight')}"] for side in "AB")
+        weight = weight + factor * 4 * (b @ a)
+    assert torch.allclose(load_file(tmp_path / "out" / "model.safetensors")[name], weight, atol=1e-6)
+
+
+def test_a_reward_model_gives_the_scores_of_base_and_adapter(base, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["score"], init_lora_weights=False, task_type="SEQ_CLS")
+    folder = adapter_of(base, config, "reward", AutoModelForSequenceClassification, num_labels=1)
+    done = exported(base, tmp_path / "out", f"export.adapters={{a: '{folder}'}}", "export.check_rows=2")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    before = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    with torch.no_grad():
+        assert torch.allclose(loaded(IDS).logits, PeftModel.from_pretrained(before, folder).eval()(IDS).logits, atol=1e-5)
+    assert loaded.config.num_labels == 1
+    assert done.difference is not None and done.difference.max_abs < 1e-5
+
+
+def test_shards_hold_every_tensor_once_in_the_dtype_that_was_asked_for(base, tmp_path):
+    exported(base, tmp_path / "out", "export.shard_size=20KB", "export.dtype=bf16", "export.max_kl=1")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    before = load_file(base / "model.safetensors")
+    files = {file: load_file(tmp_path / "out" / file) for file in set(index.values())}
+    assert len(files) > 2 and sum(map(len, files.values())) == len(before)
+    for name, weight in before.items():
+        assert torch.equal(files[index[name]][name], weight.bfloat16())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_what_would_change_the_answers_more_than_allowed_is_not_written(base, tmp_path):
+    with pytest.raises(ConfigError, match=r"export\.max_kl is less than the divergence"):
+        exported(base, tmp_path / "out", "export.dtype=bf16", "export.max_kl=0")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_crash_leaves_no_folder_that_looks_whole(base, tmp_path, monkeypatch):
+    def crash(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.export(load_config("export", [f"model.path={base}", f"export.output_dir={tmp_path / 'out'}"]), on_progress=crash)
+    assert not any(tmp_path.iterdir())
+
+
+LIMITED = """
+import resource, sys, torch
+from raytune_llm import api, load_config
+torch.set_num_threads(1)
+import raytune_llm.export.run
+from transformers import LlamaConfig
+held = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData"))) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (held + 40 * 2**20,) * 2)
+api.export(load_config("export", sys.argv[1:]))
+"""
+
+
+def test_it_needs_the_memory_of_a_layer_not_of_the_model(base, tmp_path):
+    """Weights of 160 MiB, with 40 MiB of memory beside what the process had when it began."""
+    big = tmp_path / "big"
+    big.mkdir()
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (big / file).write_bytes((base / file).read_bytes())
+    parts = {"a": load_file(base / "model.safetensors")}
+    parts["b"] = {f"model.more.{number}.weight": torch.zeros(1024, 1024) for number in range(40)}
+    for name, tensors in parts.items():
+        save_file(tensors, big / f"{name}.safetensors")
+    index = {
+        "metadata": {},
+        "weight_map": {tensor: f"{name}.safetensors" for name, tensors in parts.items() for tensor in tensors},
+    }
+    (big / "model.safetensors.index.json").write_text(json.dumps(index))
+    folder = adapter_of(base, METHODS["lora"], "lora")
+    words = [
+        f"model.path={big}",
+        f"export.output_dir={tmp_path / 'out'}",
+        f"export.adapters={{a: '{folder}'}}",
+        "export.check=false",
+    ]
+    done = subprocess.run([sys.executable, "-c", LIMITED, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 160 * 2**20
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["export.adapters={a: /nothing/there}"], "export.adapters.a"),
+        (["export.weights={a: 0.5}"], "export.weights"),
+        (["export.shard_size=5"], "export.shard_size"),
+        (["export.output_dir=null"], "export.output_dir must be given"),
+        (["export.output_dir=/dev/null/x"], "export.output_dir"),
+        (["model.path=null"], "model.path"),
+        (["export.run=/nothing/there"], "can't be combined"),
+        (["model.path=null", "export.run=/nothing/there"], "export.run"),
+        (["export.check=true", "export.check_rows=0"], "export.check_rows"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_written(base, tmp_path, settings, said):
+    with pytest.raises(UserError) as raised:
+        exported(base, tmp_path / "out", *settings)
+    assert said in str(raised.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_adapter_of_another_base_and_a_place_that_is_taken_are_refused(base, tmp_path):
+    values: dict[str, Any] = {**json.loads((base / "config.json").read_text()), "hidden_size": 48, "head_dim": 12}
+    config = LlamaConfig(**values)
+    other = tmp_path / "other"
+    AutoModelForCausalLM.from_config(config).save_pretrained(other)
+    folder = adapter_of(base, METHODS["lora"], "lora")
+    with pytest.raises(ConfigError, match="must be an adapter of this model"):
+        exported(other, tmp_path / "out", f"export.adapters={{a: '{folder}'}}")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="must be empty"):
+        exported(base, other)
