@@ -53,6 +53,8 @@ class TrainResult:
     """The output folder held the finished run; nothing was computed."""
     before: ExactMatch | None
     after: ExactMatch | None
+    paused: bool = False
+    """By train.pause_at: the folder holds a checkpoint, and no final/."""
 
     @property
     def final(self) -> Path:
@@ -149,6 +151,18 @@ def _train(
             )
     finally:
         tracker.close()
+    if outcome.paused:
+        clock.enter("save")
+        summary = _summary(outcome, clock, before, None)
+        return TrainResult(
+            summary=summary,
+            output_dir=output,
+            resumed_from=resumed_from,
+            already_done=False,
+            before=before,
+            after=None,
+            paused=True,
+        )
     clock.enter("evaluate")
     after = _exact_match(run, prepared, output / "final", on_begin, workspace)
     clock.enter("save")

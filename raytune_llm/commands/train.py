@@ -17,7 +17,7 @@ from raytune_llm.packaged import PACKAGED
 from raytune_llm.report.display import SHOWN_SAMPLES, Display, last_line
 from raytune_llm.report.events import EventLog
 from raytune_llm.report.metrics import METRICS, TABLE, TRACE, read_metrics
-from raytune_llm.report.news import Done
+from raytune_llm.report.news import Done, Notice
 
 HELD_OUT = {
     "eval_loss": ("loss, held out", "{:.4f}"),
@@ -40,6 +40,11 @@ def main(run: TrainRun) -> int:
         raise
     finally:
         face.close()
+    if result.paused:
+        face.begin(
+            Notice(text=f"paused at step {result.summary.steps}: the same command without train.pause_at resumes from there")
+        )
+        return 0
     face.done(_done(run, result))
     return 0
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 SHOWN = 20
 """Trials of the live table, the latest ones."""
-STYLES = {"running": "bold", "finished": "green", "stopped": "dim", "failed": "red"}
+STYLES = {"running": "bold", "paused": "yellow", "finished": "green", "stopped": "dim", "failed": "red"}
 
 
 def main(sweep: Sweep) -> int:
@@ -45,7 +45,10 @@ def main(sweep: Sweep) -> int:
         command = shlex.join(["python", "-m", "raytune_llm", *sys.argv[1:]])
         interrupt.add_note(f"{face.standing()}this resumes the sweep: {command}")
         raise
-    _print_best(console, sweep, result)
+    if result.paused:
+        _print_paused(console, sweep, result.study)
+    else:
+        _print_best(console, sweep, result)
     return 0
 
 
@@ -165,6 +168,20 @@ def _print_best(console: Console, sweep: Sweep, result: TuneResult) -> None:
     console.print(table, highlight=False)
     command = f"python -m raytune_llm --config-dir {shlex.quote(str(sweep.folder))} --config-name best"
     console.print(f"\nNext: [bold]{escape(command)}[/bold] trains the best setting again", highlight=False, soft_wrap=True)
+
+
+def _print_paused(console: Console, sweep: Sweep, study: Study) -> None:
+    console.print()
+    for trial in study.paused:
+        values = ", ".join(f"{name}={_text(value)}" for name, value in trial.point.items()) or "the base configuration"
+        figure = "" if trial.latest is None else f"{study.metric.name} {trial.latest:.4f}, "
+        console.print(f"trial {trial.number} waits at step {trial.step}: {figure}{values}", highlight=False, markup=False)
+    command = f"python -m raytune_llm tune resume {shlex.quote(str(sweep.folder))}"
+    console.print(
+        f"\nNext: [bold]{escape(command)} keep=3[/bold] trains the best three to their end", highlight=False, soft_wrap=True
+    )
+    example = f"{command} clone={study.paused[0].number} {sweep.settings[0]}=..."
+    console.print(f"      [bold]{escape(example)}[/bold] trains one on with another value", highlight=False, soft_wrap=True)
 
 
 def _text(value: Any) -> str:

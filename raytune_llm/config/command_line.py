@@ -98,6 +98,8 @@ def _setting_at(verb: str, place: int, word: str) -> str:
 
 
 def load(call: Call) -> Any:
+    if call.verb == sweep.VERB and call.overrides[:1] == ["resume"]:
+        return sweep.load_paused(call.overrides[1:])
     if call.verb == sweep.VERB:
         return sweep.load_sweep(call.overrides, config_dir=call.config_dir, config_name=call.config_name)
     return composer.load_config(call.verb, call.overrides, config_dir=call.config_dir, config_name=call.config_name)

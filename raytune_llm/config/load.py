@@ -216,6 +216,12 @@ def swept(override: str) -> tuple[str, Values] | None:
     return setting, Choice(tuple(_plain(value) for value in read.sweep_iterator()))
 
 
+def one_value(override: str) -> tuple[str, Any]:
+    """The setting, and the value that an override gives to it."""
+    word = as_typed(override)
+    return word.partition("=")[0], _plain(OverridesParser.create().parse_override(word).value())
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, QuotedString):
         return value.text

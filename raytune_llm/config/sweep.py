@@ -8,13 +8,14 @@ Each trial's run is composed and validated as if its values had been typed, so g
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.config.load import as_override, as_plain, compose, swept, to_run
+from raytune_llm.config.load import as_override, as_plain, compose, one_value, quoted, swept, to_run
 from raytune_llm.config.run import TrainRun, TuneRun, as_train_run
 from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, drawn, ends, grid
 from raytune_llm.config.tune import TuneConfig
@@ -23,6 +24,21 @@ from raytune_llm.errors import ConfigError
 VERB = "tune"
 GIVEN_BY_THE_SWEEP = ("output_dir", "name", "resume", "resources", "tracking", "checkpoint.keep")
 """Settings that are the same for all trials, or their own by what they are: no values to choose among."""
+
+
+COMMAND = "sweep.json"
+"""In a sweep's folder: the words that it was started with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What goes on of a sweep that is paused."""
+
+    keep: int | None
+    """So many of the best trials; the others end. None: all stay where they are."""
+    clone: int | None
+    """The number of a trial that goes on a second time, with `changes`."""
+    changes: Point
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,9 @@ class Sweep:
     """The base's overrides."""
     config_dir: str | Path | None = None
     config_name: str | None = None
+    command: tuple[str, ...] = ()
+    """All words, those of the space among them."""
+    chosen: Chosen | None = None
 
     @property
     def tune(self) -> TuneConfig:
@@ -147,9 +166,44 @@ def load_sweep(words: Sequence[str] = (), *, config_dir: str | Path | None = Non
     for point in run.tune.first:
         if not point:
             raise ConfigError("tune.first", "must hold settings with their values", got="{}", fix="Say, [{optimizer.lr: 1e-4}].")
-    sweep = Sweep(run, axes, tuple(base), config_dir, config_name)
+    sweep = Sweep(run, axes, tuple(base), config_dir, config_name, tuple(words))
     sweep.validate()
     return sweep
+
+
+def command_of(sweep: Sweep) -> str:
+    """As COMMAND has it."""
+    config_dir = None if sweep.config_dir is None else str(Path(sweep.config_dir).absolute())
+    return json.dumps({"words": sweep.command, "config_dir": config_dir, "config_name": sweep.config_name})
+
+
+def load_paused(words: Sequence[str]) -> Sweep:
+    """The sweep that `python -m raytune_llm tune resume <words>` resumes: its folder, then keep=3, or clone=4 and settings."""
+    folder, rest = Path(words[0]) if words else Path(), words[1:]
+    try:
+        then = json.loads((folder / COMMAND).read_text())
+    except (OSError, ValueError):
+        raise ConfigError("tune resume", "needs the folder of a sweep", got=str(folder), fix="Say, outputs/sweep.") from None
+    given = {setting: value for word in rest for setting, value in [one_value(word)]}
+    keep, clone = (_whole(name, given.pop(name, None)) for name in ("keep", "clone"))
+    if keep is None and clone is None:
+        raise ConfigError("tune resume", "must say what goes on", fix="Say, keep=3, or clone=4 optimizer.lr=1e-4.")
+    if bool(given) != (clone is not None):
+        raise ConfigError(
+            "clone", "goes with the settings that it changes", got=list(rest), fix="Say, clone=4 optimizer.lr=1e-4."
+        )
+    others = [word for word in then["words"] if word.partition("=")[0] != "output_dir"]
+    place = f"output_dir={quoted(str(folder.absolute()))}"
+    sweep = load_sweep([*others, place], config_dir=then["config_dir"], config_name=then["config_name"])
+    for setting in given:
+        _can_vary(setting)
+    return replace(sweep, chosen=Chosen(keep=keep, clone=clone, changes=given))
+
+
+def _whole(name: str, value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ConfigError(name, "must be a whole number", got=value)
+    return value
 
 
 def split(words: Sequence[str]) -> tuple[list[str], dict[str, Values]]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from raytune_llm.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Seed, section
 
@@ -12,6 +14,8 @@ class LoopConfig:
     epochs: PositiveFloat
     """1.5 ends after half of the steps of the second."""
     max_steps: PositiveInt | None
+    pause_at: Annotated[float, Field(gt=0, lt=1)] | None
+    """After this part of the steps the run ends with an evaluation and a checkpoint, and resumes from there without this."""
     micro_batch_size: PositiveInt
     """What one worker computes at once."""
     global_batch_size: PositiveInt

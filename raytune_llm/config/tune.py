@@ -41,6 +41,8 @@ class TuneConfig:
     """Settings that are known to be good, tried first: [{optimizer.lr: 1e-4}]."""
     base_first: bool
     """The base configuration, without any value of the space, is the first trial."""
+    pause_at: Annotated[float, Field(gt=0, lt=1)] | None
+    """All trials are trained to this part of their steps, and wait there until `tune resume` says which go on."""
     max_concurrent: PositiveInt | None
     """So many trials at once. null: as many as there are CPUs and GPUs for, and as their memory, by `plan`, has room for."""
     keep: NonNegativeInt
@@ -62,6 +64,9 @@ class TuneConfig:
                 got=self.scheduler,
                 fix="Set tune.scheduler=none, or a metric of an evaluation.",
             )
+        if self.pause_at is not None and (self.at_end or self.seeds > 1):
+            why = "tune.seeds=1" if self.seeds > 1 else f"a metric of an evaluation, which {self.metric} is not"
+            raise ConfigError("tune.pause_at", f"needs {why}", got=self.pause_at, fix="Leave it out.")
         if self.seeds > 1 and self.scheduler != "none":
             raise ConfigError(
                 "tune.seeds",

@@ -136,14 +136,18 @@ def finished_shard(path: Path) -> Shard | None:
 
 
 @contextmanager
-def under_construction(cache: Path, key: str) -> Iterator[Path | None]:
-    """The folder in which to make the store `key`, or None where it is complete; other runs that want it wait here.
-
-    The lock is the kernel's and goes with the process, so a crash leaves none behind.
-    """
+def locked(cache: Path, key: str) -> Iterator[None]:
+    """One at a time. The lock is the kernel's and goes with the process, so a crash leaves none behind."""
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f".{key}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def under_construction(cache: Path, key: str) -> Iterator[Path | None]:
+    """The folder in which to make the store `key`, or None where it is complete; other runs that want it wait here."""
+    with locked(cache, key):
         if (cache / key / MANIFEST).exists():
             yield None
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ _FREE = {
     "data.cache", "data.path", "data.eval_path", "data.eval_split", "data.eval_names",
     "data.max_bad_fraction", "model.attention", "train.micro_batch_size", "train.compile", "train.activation_checkpointing",
     "train.log_every_steps", "train.eval_every_steps", "train.eval_on_start", "train.early_stopping", "train.exact_match_rows",
-    "train.sample_rows", "train.max_new_tokens", "train.max_nonfinite_steps", "train.stall_timeout_s", "train.profile",
+    "train.pause_at", "train.sample_rows", "train.max_new_tokens", "train.max_nonfinite_steps", "train.stall_timeout_s",
+    "train.profile",
 }  # fmt: skip
 
 
@@ -56,6 +58,30 @@ def open_output(run: TrainRun, identity_now: dict[str, str]) -> int | None:
     _, identity_then = checkpoint.read_progress(checkpoints, step)
     _same_run(folder, identity_then, identity_now)
     return step
+
+
+def adopt(run: TrainRun, donor: Path) -> int:
+    """Give the run the newest checkpoint of another one, to resume from as if it had made it. Returns the checkpoint's step.
+
+    Files are linked where both lie on one file system. Raises ConfigError where the other one has no checkpoint.
+    """
+    step = checkpoint.newest_sound(donor / "checkpoints")
+    if step is None:
+        raise ConfigError("a clone", "needs a trial with a checkpoint", got=str(donor), fix="Choose another one.")
+    there, here = (checkpoint.path_of(folder / "checkpoints", step) for folder in (donor, Path(run.output_dir)))
+    shutil.rmtree(here, ignore_errors=True)
+    shutil.copytree(there / "state", here / "state", copy_function=_link)
+    document = json.loads((there / checkpoint.PROGRESS).read_text())
+    (here / checkpoint.PROGRESS).write_text(json.dumps({**document, **identity(run, {})}, indent=1))
+    (here / checkpoint.COMPLETE).touch()
+    return step
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def finished(folder: Path, identity_now: dict[str, str]) -> bool:

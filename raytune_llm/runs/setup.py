@@ -69,6 +69,7 @@ class Setup:
         steps = total_steps(run, self.source.steps_per_epoch)
         return loop.LoopSettings(
             total_steps=steps,
+            pause_step=None if run.train.pause_at is None else max(1, round(run.train.pause_at * steps)),
             learning_rate=learning_rate(run.schedule, peak=run.optimizer.lr, total=steps),
             log_every=run.train.log_every_steps,
             eval_every=run.train.eval_every_steps,

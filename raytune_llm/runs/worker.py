@@ -43,6 +43,8 @@ class TrainOutcome:
     load_s: float
     train_s: float
     save_s: float
+    paused: bool
+    """By train.pause_at: there is a checkpoint, and no final/."""
 
 
 def work(
@@ -87,7 +89,9 @@ def work(
         progress = loop.run(setup.learner(), setup.source, setup.held_out, progress, settings, hooks, clock)
         trained = time.perf_counter()
         check_loss(progress)
-        finish(setup, checkpoints, progress, tell)
+        paused = settings.pause_step is not None and settings.pause_step <= progress.step < settings.total_steps
+        if not paused:
+            finish(setup, checkpoints, progress, tell)
     rate = clock.rate()
     return TrainOutcome(
         progress=progress,
@@ -98,6 +102,7 @@ def work(
         load_s=loaded - began,
         train_s=trained - loaded - recorder.save_s,
         save_s=recorder.save_s + time.perf_counter() - trained,
+        paused=paused,
     )
 
 

@@ -48,6 +48,8 @@ class LoopSettings:
     """When to log, evaluate, save and stop, in steps."""
 
     total_steps: int
+    pause_step: int | None
+    """Evaluate and save after it, and end."""
     learning_rate: Callable[[int], float]
     """Takes the number of the step, from 0."""
     log_every: int
@@ -85,11 +87,11 @@ def run(
     hooks: Hooks,
     clock: Clock,
 ) -> Progress:
-    """Train from `progress` to the last step (or an early stop) and return the final progress. held_out: by source."""
+    """Train from `progress` to the last step (an early stop, a pause) and return the final progress. held_out: by source."""
     window = Window(learner.device, progress.window)
     resume(learner.enrichers, progress)
     clock.start()
-    if progress.step >= settings.total_steps:
+    if progress.step >= (settings.pause_step or settings.total_steps):
         return progress
     if settings.eval_on_start and held_out and progress.step == 0:
         with clock.stopped():
@@ -105,23 +107,23 @@ def run(
             clock.stepped(step.tokens, learner.strategy.world * sum(batch.attention_pairs for batch in step.batches))
             for stepped in hooks.stepped:
                 stepped(progress.step)
-            last = progress.step == settings.total_steps
+            last, paused = progress.step == settings.total_steps, progress.step == settings.pause_step
 
             if last or progress.step == 1 or progress.step % settings.log_every == 0:
                 log_step(progress, learner.objective, window, clock, settings, hooks, epoch=step.epoch + step.fraction, lr=lr)
             stopped = False
-            if held_out and (last or due(progress.step, settings.eval_every, step.ends_epoch)):
+            if held_out and (last or paused or due(progress.step, settings.eval_every, step.ends_epoch)):
                 with clock.stopped():
                     stopped = evaluate(learner, held_out, progress, settings, hooks)
                     hooks.sample(progress.step)
             best = settings.save_best and progress.best_step == progress.step
-            if last or stopped or best or due(progress.step, settings.save_every, step.ends_epoch):
+            if last or paused or stopped or best or due(progress.step, settings.save_every, step.ends_epoch):
                 with clock.stopped():
                     progress.window = window.read()
                     progress.source_state = source.state()
                     progress.enricher_states = [enricher.state() for enricher in learner.enrichers]
                     hooks.save(replace(progress))
-            if last or stopped:
+            if last or paused or stopped:
                 break
     return progress
 

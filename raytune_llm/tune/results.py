@@ -53,7 +53,7 @@ def prune(study: Study) -> None:
     """Take away models and checkpoints of all trials that are not among the best tune.keep settings."""
     kept = {trial.number for setting in study.ranked[: study.sweep.tune.keep] for trial in setting.trials}
     for trial in study.trials:
-        if trial.number not in kept and trial.state != "running":
+        if trial.number not in kept and trial.state not in ("running", "paused"):
             for name in ("checkpoints", "final"):
                 shutil.rmtree(trial.folder / name, ignore_errors=True)
 

@@ -12,11 +12,12 @@ from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.resources import Inline
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.space import ends
-from raytune_llm.config.sweep import Sweep
+from raytune_llm.config.sweep import COMMAND, Chosen, Sweep, command_of
 from raytune_llm.data import pipeline
-from raytune_llm.errors import ResourceError
+from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.report.metrics import write_whole
 from raytune_llm.runs import preflight
-from raytune_llm.runs.output import full_disk_explained
+from raytune_llm.runs.output import adopt, full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
 from raytune_llm.runs.workspace import Workspace
 from raytune_llm.tune.conduct import Conduct, OnChange
@@ -30,8 +31,13 @@ from raytune_llm.tune.trial import Train, run_trial
 @dataclass(frozen=True, kw_only=True)
 class TuneResult:
     best: Setting
-    """The best one that ran to its end."""
+    """The best one that ran to its end, or where none did, that is paused."""
     study: Study
+
+    @property
+    def paused(self) -> bool:
+        """Trials wait for `tune resume`."""
+        return bool(self.study.paused)
 
     @property
     def folder(self) -> Path:
@@ -49,8 +55,11 @@ def run_sweep(sweep: Sweep, train: Train, on_change: OnChange = lambda study, tr
     check_writable(sweep.folder)
     with owned(sweep.folder), full_disk_explained(sweep.folder):
         study = Study(sweep, metric)
+        write_whole(sweep.folder / COMMAND, command_of(sweep))
         conduct = Conduct(study, on_change)
         try:
+            if sweep.chosen is not None:
+                choose(study, sweep.chosen)
             if isinstance(sweep.run.resources, Inline):
                 _run_here(conduct, train)
             else:
@@ -59,10 +68,32 @@ def run_sweep(sweep: Sweep, train: Train, on_change: OnChange = lambda study, tr
             study.close()
             write_results(study)
             write_plots(study)
+        if study.paused and not study.ranked:
+            first = study.paused[0]
+            return TuneResult(best=Setting(point=first.point, trials=(first,)), study=study)
         if not study.ranked:
             reasons = [trial.reason for trial in study.trials if trial.reason]
             raise ResourceError(f"no trial came to its end: {reasons[0] if reasons else 'all were stopped'}", "See trials.csv.")
         return TuneResult(best=study.ranked[0], study=study)
+
+
+def choose(study: Study, chosen: Chosen) -> None:
+    """Which of the trials that wait go on. Raises ConfigError where there are none, or no such trial. Done already, before an
+    interruption, it is not done again."""
+    if not study.paused:
+        if study.interrupted:
+            return
+        raise ConfigError("tune resume", "needs a sweep that is paused (tune.pause_at)", got=str(study.sweep.folder))
+    if chosen.clone is not None:
+        found = [trial for trial in study.paused if trial.number == chosen.clone]
+        if not found:
+            numbers = ", ".join(str(trial.number) for trial in study.paused)
+            raise ConfigError("clone", "must be a trial that is paused", got=chosen.clone, fix=f"There are {numbers}.")
+        point = {**found[0].point, **chosen.changes}
+        if not any(trial.point == point for trial in study.interrupted):
+            study.clone(found[0], chosen.changes, adopt)
+    if chosen.keep is not None:
+        study.release(study.paused[: chosen.keep])
 
 
 def _run_here(conduct: Conduct, train: Train) -> None:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from raytune_llm.tune.metric import Metric
 from raytune_llm.tune.schedulers import scheduler_of
 from raytune_llm.tune.searchers import searcher_of
 
-State = Literal["running", "finished", "stopped", "failed"]
+State = Literal["running", "paused", "finished", "stopped", "failed"]
 TRIALS = "trials"
 LONGEST_NAME = 60
 TABLE, RESULTS, BEST, PAGE = "trials.csv", "results.json", "best.yaml", "sweep.png"
@@ -47,6 +47,10 @@ class Trial:
     """Of the process that ended it; an interrupted one's are not counted."""
     stopping: bool = False
     """The scheduler has ended it."""
+    asked: int | None = None
+    """Its point is the searcher's n-th; none of a clone's."""
+    released: bool = False
+    """It doesn't pause (any more)."""
 
     @property
     def step(self) -> int:
@@ -98,7 +102,33 @@ class Study:
         return self._begin(number, point)
 
     def run_of(self, trial: Trial) -> TrainRun:
-        return self.sweep.trial_run(trial.point, seed=trial.seed, folder=trial.folder)
+        run = self.sweep.trial_run(trial.point, seed=trial.seed, folder=trial.folder)
+        pause_at = None if trial.released else self.sweep.tune.pause_at
+        return run if pause_at is None else replace(run, train=replace(run.train, pause_at=pause_at))
+
+    @property
+    def interrupted(self) -> tuple[Trial, ...]:
+        return tuple(self._interrupted)
+
+    @property
+    def paused(self) -> list[Trial]:
+        """The best first."""
+        return sorted((trial for trial in self.trials if trial.state == "paused"), key=self.score_of)
+
+    def release(self, trials: Sequence[Trial]) -> None:
+        """These go on to their end; the others that wait are stopped where they are."""
+        self._log.append({"event": "released", "trials": [trial.number for trial in trials]})
+        self._release([trial.number for trial in trials])
+
+    def clone(self, trial: Trial, changes: Point, adopt: Callable[[TrainRun, Path], object]) -> Trial:
+        """A trial with other values, which goes on to its end from where this one is. adopt(run, folder): give it what lies
+        there."""
+        point = {**trial.point, **changes}
+        clone = self._begin(len(self.trials), point, from_=trial)
+        adopt(self.run_of(clone), trial.folder)
+        self._log.append({"event": "cloned", "trial": clone.number, "from": trial.number, "point": point})
+        self._interrupted.append(clone)
+        return clone
 
     def report(self, trial: Trial, step: int, total_steps: int, value: float) -> bool:
         """What an evaluation says; whether the trial is to go on. A report that is known is not asked about again."""
@@ -147,22 +177,39 @@ class Study:
         _same_sweep(folder, events[0]["identity"], identity)
         for event in events[1:]:
             self._apply(event)
+        if self.sweep.tune.pause_at is None:
+            for trial in self.paused:
+                trial.state = "running"
         self._interrupted = [trial for trial in self.trials if trial.state == "running"]
 
     def _apply(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "released":
+            self._release(event["trials"])
+            return
         number = event["trial"]
         match event["event"]:
             case "began":
                 if number % self.sweep.tune.seeds == 0:
                     self._searcher.ask()  # it draws as it did; what it drew is in the log
                 self._begin(number, event["point"])
+            case "cloned":
+                self._begin(number, event["point"], from_=self.trials[event["from"]])
             case "reported":
                 self._report(self.trials[number], event["step"], event["of"], event["value"])
             case "ended":
                 self.trials[number].seconds = event["seconds"]
                 self._end(self.trials[number], event["state"], event["value"], event.get("reason"))
 
-    def _begin(self, number: int, point: Point) -> Trial:
+    def _release(self, numbers: Sequence[int]) -> None:
+        for trial in self.paused:
+            if trial.number in numbers:
+                trial.state, trial.value, trial.released = "running", None, True
+                self._interrupted.append(trial)
+            else:
+                self._end(trial, "stopped", trial.latest, None)
+
+    def _begin(self, number: int, point: Point, from_: Trial | None = None) -> Trial:
+        """from_: the trial that it is a clone of."""
         seeds = self.sweep.tune.seeds
         repetition = number % seeds
         name = f"{number:03d}_{folder_name(point)}" + (f"_seed{repetition}" if seeds > 1 else "")
@@ -171,6 +218,8 @@ class Study:
             point=point,
             seed=self.sweep.run.train.seed + repetition,
             folder=(self.sweep.folder / TRIALS / name).absolute(),
+            asked=sum(trial.asked is not None for trial in self.trials) // seeds if from_ is None else None,
+            released=from_ is not None,
         )
         self.trials.append(trial)
         return trial
@@ -182,6 +231,8 @@ class Study:
 
     def _end(self, trial: Trial, state: State, value: float | None, reason: str | None) -> None:
         trial.state, trial.value, trial.reason = state, value, reason
+        if state == "paused" or trial.asked is None:
+            return
         seeds = self.sweep.tune.seeds
         trials = self.trials[trial.number // seeds * seeds :][:seeds]
         if len(trials) < seeds or any(one.state == "running" for one in trials):
@@ -189,7 +240,7 @@ class Study:
         values = [one.value for one in trials if one.state != "failed" and one.value is not None]
         score = self.metric.score(sum(values) / len(values)) if len(values) == seeds else None
         reports = [(step, self.metric.score(value)) for step, value in trial.reports.items()]
-        self._searcher.tell(trial.number // seeds, reports, score, whole=all(one.state == "finished" for one in trials))
+        self._searcher.tell(trial.asked, reports, score, whole=all(one.state == "finished" for one in trials))
 
 
 def folder_name(point: Point) -> str:

@@ -38,6 +38,8 @@ def run_trial(run: TrainRun, metric: Metric, reported: Reported, train: Train) -
     listener = _Listener(run, metric, reported)
     try:
         result = train(run, sinks=[listener.record], on_begin=listener.begin)
+        if result.paused:
+            return Outcome(state="paused", value=listener.latest)
         records = _records(run)
         return Outcome(state="finished", value=metric.of_trial(records, result, best=run.checkpoint.final == "best"))
     except Stopped:

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from raytune_llm.data.batches import to_device
 from raytune_llm.data.samples import Samples
 from raytune_llm.data.steps import Step
-from raytune_llm.data.store import write_whole
+from raytune_llm.data.store import locked, write_whole
 from raytune_llm.errors import DataError
 from raytune_llm.records import Batch
 from raytune_llm.stages import AnswerLogprobs
@@ -94,31 +95,33 @@ def precomputed(
     compute: torch.dtype,
     tell: Told,
 ) -> tuple[ReferenceTable, str]:
-    """The table of these samples' rows, and its origin. Collective over all workers."""
+    """The table of these samples' rows, and its origin. Collective over all workers. Where several processes want the same table,
+    each by itself, one makes it and the others wait."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     target = folder / f"reference-{digest}"
-    found = [(target / MANIFEST).exists(), secrets.randbits(32)]
-    if world > 1:
-        dist.broadcast_object_list(found)  # another run may finish it in between
-    there, drawn = found
-    num_rows = len(samples[0].store)
-    run_pass = partial(_pass, model, logps, micro_batch_size=micro_batch_size, pad_id=pad_id, device=device)
-    if there:
-        table = ReferenceTable(np.load(target / KEYS, mmap_mode="r"), np.load(target / VALUES, mmap_mode="r"), num_rows)
-        some = _some_rows(samples[0], drawn)
-        _compare(table, *run_pass([(samples[0], some)], 0, 1, tell=lambda done, total: None), target, TOLERANCE[compute])
-        return table, f"read from {target}"
-    parts: list[Any] = [run_pass([(one, np.arange(len(one))) for one in samples], rank, world, tell=tell)]
-    if world > 1:
-        mine = parts[0]
-        parts = [None] * world
-        dist.all_gather_object(parts, mine)
-    keys_E, first = np.unique(np.concatenate([keys for keys, _ in parts]), return_index=True)
-    table = ReferenceTable(keys_E, np.concatenate([values for _, values in parts])[first], num_rows)
-    if rank == 0:
-        _write(table, target, key)
-    return table, f"computed, and kept in {target}"
+    with locked(folder, target.name) if world == 1 else nullcontext():
+        found = [(target / MANIFEST).exists(), secrets.randbits(32)]
+        if world > 1:
+            dist.broadcast_object_list(found)  # another run may finish it in between
+        there, drawn = found
+        num_rows = len(samples[0].store)
+        run_pass = partial(_pass, model, logps, micro_batch_size=micro_batch_size, pad_id=pad_id, device=device)
+        if there:
+            table = ReferenceTable(np.load(target / KEYS, mmap_mode="r"), np.load(target / VALUES, mmap_mode="r"), num_rows)
+            some = _some_rows(samples[0], drawn)
+            _compare(table, *run_pass([(samples[0], some)], 0, 1, tell=lambda done, total: None), target, TOLERANCE[compute])
+            return table, f"read from {target}"
+        parts: list[Any] = [run_pass([(one, np.arange(len(one))) for one in samples], rank, world, tell=tell)]
+        if world > 1:
+            mine = parts[0]
+            parts = [None] * world
+            dist.all_gather_object(parts, mine)
+        keys_E, first = np.unique(np.concatenate([keys for keys, _ in parts]), return_index=True)
+        table = ReferenceTable(keys_E, np.concatenate([values for _, values in parts])[first], num_rows)
+        if rank == 0:
+            _write(table, target, key)
+        return table, f"computed, and kept in {target}"
 
 
 @torch.no_grad()

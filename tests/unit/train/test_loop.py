@@ -89,7 +89,12 @@ def settings_of(total_steps: int, **others: Any) -> loop.LoopSettings:
         "eval_on_start": False,
     }
     return loop.LoopSettings(
-        total_steps=total_steps, learning_rate=lambda step: 1e-2, max_nonfinite_steps=0, seed=0, **{**usual, **others}
+        pause_step=None,
+        total_steps=total_steps,
+        learning_rate=lambda step: 1e-2,
+        max_nonfinite_steps=0,
+        seed=0,
+        **{**usual, **others},
     )
 
 

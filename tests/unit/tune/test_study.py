@@ -18,7 +18,9 @@ from raytune_llm.tune.study import Study, folder_name
 @cache
 def sweep(*words):
     lr = "optimizer.lr=tag(log,interval(1e-5,1e-1))"
-    return load_sweep(["+experiment=sft_smollm2", "resources=inline", lr, "adapter.rank=4,8", *words])
+    ranks = [] if any(word.startswith("adapter.rank=") for word in words) else ["adapter.rank=4,8"]
+    lrs = [] if "tune=grid" in words else [lr]
+    return load_sweep(["+experiment=sft_smollm2", "resources=inline", *lrs, *ranks, *words])
 
 
 def study_in(folder, *words):
@@ -135,3 +137,44 @@ def test_folders_are_named_by_their_values_or_by_a_hash():
     assert folder_name({"optimizer.lr": 0.001, "adapter.rank": 8}) == "lr=0.001,rank=8"
     assert folder_name({}) == "base"
     assert len(folder_name({"data.path": "/a/very/long path"})) == 12
+
+
+def paused_study(folder):
+    study = study_in(folder, "tune=grid", "adapter.rank=4,8,16", "tune.pause_at=0.25")
+    while (trial := study.next()) is not None:
+        run = study.run_of(trial)
+        assert run.train.pause_at == 0.25
+        assert study.report(trial, 1, 4, loss_of(run, 1))
+        study.end(trial, "paused", loss_of(run, 1))
+    return study
+
+
+def test_trials_that_wait_go_on_where_they_are_chosen_and_the_others_end(tmp_path):
+    study = paused_study(tmp_path)
+    waiting = study.paused
+    assert len(waiting) == len(study.trials) and not study.ranked
+    assert [trial.latest for trial in waiting] == sorted(trial.latest for trial in waiting)
+    study.release(waiting[:2])
+    released = [study.next(), study.next()]
+    assert released == waiting[:2] and study.next() is None
+    assert study.run_of(released[0]).train.pause_at is None
+    study.close()
+    again = study_in(tmp_path, "tune=grid", "adapter.rank=4,8,16", "tune.pause_at=0.25")  # the power went
+    assert [trial.number for trial in again.interrupted] == sorted(trial.number for trial in released)
+    assert {trial.state for trial in again.trials} == {"running", "stopped"}
+    again.close()
+
+
+def test_a_clone_begins_with_what_its_model_has_learnt_and_goes_to_its_end(tmp_path):
+    study = paused_study(tmp_path)
+    first, adopted = study.paused[0], []
+    study.clone(first, {"optimizer.lr": 0.5}, lambda run, folder: adopted.append((run.output_dir, folder)))
+    clone = study.next()
+    assert clone.point == {**first.point, "optimizer.lr": 0.5} and study.next() is None
+    assert adopted == [(str(clone.folder), first.folder)]
+    assert study.run_of(clone).train.pause_at is None and study.run_of(clone).optimizer.lr == 0.5
+    study.close()
+    again = study_in(tmp_path, "tune=grid", "adapter.rank=4,8,16", "tune.pause_at=0.25")
+    assert [trial.point for trial in again.interrupted] == [clone.point]
+    assert len(again.paused) == len(again.trials) - 1
+    again.close()

@@ -1,0 +1,77 @@
+"""Sweeps that wait: what goes on comes to the numbers of trials that never waited."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from raytune_llm import ConfigError, api, load_sweep
+from raytune_llm.config.sweep import load_paused
+from raytune_llm.report.metrics import read_metrics
+from tests.unit.tune.test_run import words
+
+GRID = ("optimizer.lr=1e-3,1e-2,1e-9", "tune=grid", "train.max_steps=4")
+
+
+def records(folder):
+    """What depends on no clock."""
+    found = read_metrics(folder / "metrics.jsonl")
+    return [(record["step"], record.get("loss"), record.get("eval_loss"), record.get("lr")) for record in found]
+
+
+@pytest.fixture(scope="module")
+def paused(chat_rows, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paused")
+    return folder, api.tune(load_sweep(words(chat_rows, cache, folder, *GRID, "tune.pause_at=0.5")))
+
+
+def test_all_trials_wait_at_their_checkpoints(paused):
+    folder, result = paused
+    assert result.paused and result.best.point == {"optimizer.lr": 1e-2}
+    assert [(trial.state, trial.step) for trial in result.study.trials] == [("paused", 2)] * 3
+    assert len(list(folder.glob("trials/*/checkpoints/step-2/COMPLETE"))) == 3 and not list(folder.glob("trials/*/final"))
+
+
+def test_the_chosen_ones_end_as_if_they_had_never_waited(paused, chat_rows, cache, tmp_path, monkeypatch):
+    folder, before = paused
+    numbers = [trial.number for trial in before.study.paused]
+    clone = api.tune(load_paused([str(folder), f"clone={numbers[0]}", "optimizer.lr=5e-3"]))
+    last = clone.study.trials[-1]
+    assert last.state == "finished" and last.point == {"optimizer.lr": 5e-3} and len(clone.study.paused) == 3
+    own = records(last.folder)
+    assert [step for step, *_ in own] == [3, 3, 4, 4]  # its first steps are the other one's
+
+    result = api.tune(load_paused([str(folder), "keep=2"]))
+    assert not result.paused
+    states = {trial.number: trial.state for trial in result.study.trials}
+    assert states == {numbers[0]: "finished", numbers[1]: "finished", numbers[2]: "stopped", last.number: "finished"}
+
+    whole = api.tune(load_sweep(words(chat_rows, cache, tmp_path, *GRID)))
+    for number in numbers[:2]:
+        assert records(result.study.trials[number].folder) == records(whole.study.trials[number].folder)
+        assert result.study.trials[number].value == whole.study.trials[number].value
+    assert json.loads((folder / "results.json").read_text())["best"]["folder"] == str(result.folder)
+
+
+@pytest.mark.parametrize(
+    ("words_after", "rule"),
+    [
+        ([], "needs the folder of a sweep"),
+        (["{there}"], "must say what goes on"),
+        (["{there}", "keep=half"], "must be a whole number"),
+        (["{there}", "clone=1"], "goes with the settings that it changes"),
+        (["{there}", "keep=1", "optimizer.lr=1"], "goes with the settings that it changes"),
+        (["{there}", "clone=1", "resources=local"], "can't be varied"),
+    ],
+)
+def test_what_goes_on_is_said_in_words_that_make_sense(words_after, rule, tmp_path):
+    sweep = {
+        "words": ["data.path=x", "data.eval_fraction=0.1", "optimizer.lr=1,2", "tune=grid"],
+        "config_dir": None,
+        "config_name": None,
+    }
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    with pytest.raises(ConfigError, match=rule):
+        load_paused([word.format(there=os.fspath(tmp_path)) for word in words_after])
