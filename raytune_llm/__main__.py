@@ -21,6 +21,7 @@ VERBS = {
     "serve": "an OpenAI-compatible server of one model and many adapters",
     "chat": "a conversation in the terminal, with a model and adapters here or a server elsewhere",
     "predict": "answers for a data set, of a run or of any model and adapters, with metrics",
+    "evaluate": "benchmarks (MMLU, C-Eval, CMMLU) of runs, side by side",
     "export": "a merged model, as transformers and other programs load it",
     "import": "a LLaMA-Factory training file to an experiment of yours: import FILE.yaml",
     "doctor": "versions, devices and optional packages of this machine",
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(verb: str | None, argv: list[str]) -> int:
     from raytune_llm import packaged
     from raytune_llm.config import command_line
-    from raytune_llm.config.run import ChatRun, ExportRun, PredictRun, PrepareRun, ServeRun, TrainRun
+    from raytune_llm.config.run import ChatRun, EvaluateRun, ExportRun, PredictRun, PrepareRun, ServeRun, TrainRun
 
     if any(flag in argv for flag in ("--help", "-h")):
         print(command_line.usage(verb, VERBS))
@@ -64,7 +65,7 @@ def _run(verb: str | None, argv: list[str]) -> int:
 
     def verb_main(run: Any) -> int:
         # a job's model is looked for where the job runs
-        if type(run) in (TrainRun, PrepareRun, ServeRun, ChatRun, PredictRun, ExportRun):
+        if type(run) in (TrainRun, PrepareRun, ServeRun, ChatRun, PredictRun, ExportRun, EvaluateRun):
             packaged.check_models(run)  # before what is slow to import
         return import_module(module).main(run)
 

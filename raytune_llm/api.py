@@ -20,7 +20,18 @@ from raytune_llm import session
 from raytune_llm.config.load import as_plain, to_yaml
 from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.resources import Cluster
-from raytune_llm.config.run import ChatRun, DoctorRun, ExportRun, ImportRun, PredictRun, PrepareRun, ServeRun, SubmitRun, TrainRun
+from raytune_llm.config.run import (
+    ChatRun,
+    DoctorRun,
+    EvaluateRun,
+    ExportRun,
+    ImportRun,
+    PredictRun,
+    PrepareRun,
+    ServeRun,
+    SubmitRun,
+    TrainRun,
+)
 from raytune_llm.data import pipeline
 from raytune_llm.data.pipeline import Prepared, Streamed
 from raytune_llm.evaluate.exact_match import ExactMatch
@@ -35,6 +46,7 @@ if TYPE_CHECKING:
     from raytune_llm.cluster.jobs import Job
     from raytune_llm.config.sweep import Sweep
     from raytune_llm.doctor import Doctor
+    from raytune_llm.evaluate.run import Evaluated
     from raytune_llm.export.run import Exported
     from raytune_llm.predict.run import Predicted
     from raytune_llm.runs.plan import Plan
@@ -287,6 +299,14 @@ def export(run: ExportRun, *, on_progress: Callable[[int, int], None] = lambda d
     from raytune_llm.export.run import export
 
     return export(with_absolute_paths(run), on_progress)
+
+
+def evaluate(run: EvaluateRun, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Evaluated:
+    """Benchmarks of one or several models, written as results.json, results.md and results.png. on_progress gets the questions
+    answered and in all."""
+    from raytune_llm.evaluate.run import evaluate
+
+    return evaluate(with_absolute_paths(run), on_progress)
 
 
 def submit(run: SubmitRun) -> Job:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from raytune_llm.config.run import ChatRun, ExportRun, PredictRun, PrepareRun, ServeRun, TrainRun
+from raytune_llm.config.run import ChatRun, EvaluateRun, ExportRun, PredictRun, PrepareRun, ServeRun, TrainRun
 from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.errors import ConfigError
 from raytune_llm.hub import ask_hub
@@ -63,7 +63,7 @@ def resolve(path: str, setting: str = "model.path") -> str:
     return str(folder)
 
 
-def check_models(run: TrainRun | PrepareRun | ServeRun | ChatRun | PredictRun | ExportRun) -> None:
+def check_models(run: TrainRun | PrepareRun | ServeRun | ChatRun | PredictRun | ExportRun | EvaluateRun) -> None:
     """Raises ConfigError if a model of the run is neither on this machine nor available from a hub."""
     if isinstance(run, ChatRun) and run.chat.url is not None:
         return

@@ -12,6 +12,7 @@ IF_THERE = (
     "model.path", "model.tokenizer", "data.path", "data.eval_path", "data.dataset_info", "data.media_dir", "adapter.path",
     "stage.reference_model", "stage.reference_adapter", "serve.adapters", "serve.watch", "serve.adapter_roots", "chat.adapters",
     "predict.run", "predict.adapters", "export.run", "export.adapters",
+    "evaluate.models", "evaluate.data",
 )  # fmt: skip
 """That may name something on a hub or in a store as well: they are made absolute where a file or folder is there."""
 ONE_FILE = ("model.new_tokens",)

@@ -11,6 +11,7 @@ from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.config.chat import ChatConfig
 from raytune_llm.config.checkpoint import CheckpointConfig
 from raytune_llm.config.data import DataConfig
+from raytune_llm.config.evaluate import EvaluateConfig
 from raytune_llm.config.export import ExportConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.optimizer import OptimizerConfig
@@ -203,6 +204,23 @@ class PredictRun:
 
 
 @section
+class EvaluateRun:
+    """`evaluate`: benchmarks."""
+
+    output_dir: str | None
+    model: ModelConfig
+    quantization: QuantizationConfig
+    engine: EngineConfig
+    resources: ResourcesConfig
+    evaluate: EvaluateConfig
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ConfigError("output_dir", "must be given", fix="For example, output_dir=outputs/mmlu.")
+        _model_or_run_is_given(self.model, "evaluate.models", " ".join(self.evaluate.models) or None)
+
+
+@section
 class ExportRun:
     """`export`: a model as other programs load it."""
 
@@ -298,6 +316,7 @@ RUNS: dict[str, Any] = {
     "chat": ChatRun,
     "predict": PredictRun,
     "export": ExportRun,
+    "evaluate": EvaluateRun,
 }
 
 

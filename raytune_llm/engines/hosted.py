@@ -29,7 +29,7 @@ from raytune_llm.engines.engine import AdapterState, Stats
 from raytune_llm.engines.native.adapter_store import digest_of
 from raytune_llm.engines.native.build import Serving
 from raytune_llm.engines.native.text import TextStream
-from raytune_llm.engines.requests import Completion, Delta, Finish, Request, Sampling, Stream, TokenLogprob
+from raytune_llm.engines.requests import Completion, Delta, Finish, Request, Sampling, ScoredToken, Stream, TokenLogprob
 from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
 from raytune_llm.models.score_head import refuse_separate_head
 
@@ -183,6 +183,9 @@ class HostedEngine:
         ids = [int(id) for id in request.prompt_ids]
         if len(ids) + 1 > self._max_length:
             raise ConfigError("the prompt", f"must leave room for an answer within {self._max_length} tokens", got=len(ids))
+        if request.sampling.among:
+            rule = f"can't be asked of {self._limits.package}"
+            raise ConfigError("an answer of given tokens alone", rule, fix="Use engine=native or engine=hf.")
         with self._lock:
             version = None
             if request.adapter is not None and (version := self._versions.get(request.adapter)) is None:
@@ -206,6 +209,12 @@ class HostedEngine:
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
         rule = f"can't be given by {self._limits.package} from a model that writes answers"
         raise ConfigError(f"the {pooling} of a text", rule, fix="Use engine=native or engine=hf.")
+
+    def answer_logprobs(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], adapter: str | None = None
+    ) -> Future[list[list[ScoredToken]]]:
+        rule = f"can't be given by {self._limits.package}, which is asked for new tokens alone"
+        raise ConfigError("log-probabilities of given answers", rule, fix="Use engine=native or engine=hf.")
 
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> str:
         self._check_alive()

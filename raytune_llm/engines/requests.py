@@ -45,6 +45,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token, what is added to its logit), ..."""
+    among: tuple[int, ...] = ()
+    """Only these tokens are candidates; empty: all are."""
     seed: int = 0
     stop: tuple[str, ...] = ()
     """Strings that end the answer and are no part of it."""

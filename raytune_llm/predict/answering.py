@@ -42,8 +42,8 @@ class Question:
 class Answered:
     text: str | None
     finish: str | None
-    num_tokens: int
-    """That were made."""
+    ids: tuple[int, ...]
+    """Tokens that were made."""
     logprobs: tuple[float, ...]
     """Of the given answer's tokens."""
     refused: str | None = None
@@ -102,7 +102,7 @@ def answer_block(engine: Engine, block: Block) -> list[Answered]:
             Answered(
                 text=None if completion is None else completion.text,
                 finish=None if completion is None else completion.finish,
-                num_tokens=0 if completion is None else len(completion.ids),
+                ids=() if completion is None else completion.ids,
                 logprobs=scored.get(number, ()),
                 refused=refused.get(number),
             )

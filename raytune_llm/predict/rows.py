@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -15,8 +15,10 @@ from raytune_llm.data.readers import sources
 from raytune_llm.data.readers.chunks import Chunk
 from raytune_llm.data.readers.declarations import declared
 from raytune_llm.data.shards import BLOCK_ROWS, Recipe, made_rows
+from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.data.tokens.tokenizer import stop_ids
 from raytune_llm.errors import DataError
+from raytune_llm.records import Conversation
 
 KIND = "prompts"
 UNBOUNDED = 2**31 - 1
@@ -79,6 +81,38 @@ class AskedRows:
             problem = f"{bad.total} of {number} rows can't be asked, more than data.max_bad_fraction of them. {bad}"
             raise DataError(place, problem if number else "holds no rows", "Correct the data, or data.format.")
         return number
+
+
+class ConversationPrompts:
+    """Conversations without their answers -> the token ids that ask for them, as in training."""
+
+    def __init__(self, model: ModelConfig, data: DataConfig) -> None:
+        """Of the data's settings, those that say how conversations are written."""
+        preprocessor = preprocessor_of(model, data, KIND)
+        self.tokenizer = preprocessor.tokenizer
+        self.default_system = data.default_system
+        self._recipe = Recipe(
+            kind=KIND,
+            columns=(),
+            convert=lambda conversation: conversation,
+            renderer=preprocessor.renderer,
+            tokenize=BlockTokenizer(preprocessor.tokenizer),
+            targets=replace(preprocessor.targets, max_length=UNBOUNDED),
+        )
+
+    def __call__(self, conversations: Sequence[Conversation], where: str) -> list[tuple[int, ...]]:
+        """where: what a conversation that can't be written is blamed on."""
+        made = dict(made_rows(list(enumerate(conversations)), self._recipe))
+        found = []
+        for number in range(len(conversations)):
+            match made[number]:
+                case BadRow(reason=reason, detail=detail):
+                    raise DataError(f"{where}, question {number + 1}", f"{reason}: {detail}", "Choose another template.")
+                case RefusedRow(problem=problem, fix=fix):
+                    raise DataError(f"{where}, question {number + 1}", problem, fix)
+                case (prompt_ids, _):
+                    found.append(tuple(map(int, prompt_ids)))
+        return found
 
 
 def _asked(block: list[Any], chunk: Chunk, recipe: Recipe, before: int) -> Iterator[AskedRow]:

@@ -16,19 +16,18 @@ from typing import Any
 from raytune_llm.config.load import as_plain
 from raytune_llm.config.predict import PredictConfig
 from raytune_llm.config.run import PredictRun
-from raytune_llm.config.serve import ServedModels
 from raytune_llm.engines.requests import Sampling
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.adapters.saved import WEIGHTS, rank_of, task_of
+from raytune_llm.models.adapters.saved import WEIGHTS
 from raytune_llm.predict.answering import BLOCK_QUESTIONS, Answered, Answering, EngineSettings, Question, answering
 from raytune_llm.predict.metrics import Metric, metrics_of
+from raytune_llm.predict.models import check_writes, served_with
 from raytune_llm.predict.predictions import FILE, columns_of, line, lines, open_predictions
 from raytune_llm.predict.rows import AskedRow, AskedRows
 from raytune_llm.runs.output import full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
 from raytune_llm.runs.trained import read_trained
 
-MIN_RANK = 8
 OnProgress = Callable[[int, int], None]
 """Called with the lines that are there and the lines in all."""
 
@@ -54,10 +53,18 @@ def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None)
     metrics = metrics_of(run.predict.metrics) if run.predict.generate else []
     run, adapters = _with_trained(run)
     models = _models(run.predict, adapters)
-    _check_adapters(adapters)
+    for name, place in adapters.items():
+        check_writes(place, f"predict.adapters.{name}")
     rows = AskedRows(run.model, run.data)
     num_rows = rows.check(None if run.predict.max_length is None else run.predict.max_length - 1)
-    settings = EngineSettings(run.model, run.quantization, run.engine, _served(run, adapters))
+    served = served_with(
+        adapters,
+        max_rank=run.predict.max_rank,
+        precision=run.predict.precision,
+        max_length=run.predict.max_length,
+        template=run.data.template,
+    )
+    settings = EngineSettings(run.model, run.quantization, run.engine, served)
     with owned(folder), full_disk_explained(folder):
         decides = _decides(run, adapters, rows.fingerprints)
         found = open_predictions(folder, decides, resume=run.predict.resume == "auto", models=len(models))
@@ -95,29 +102,6 @@ def _models(predict: PredictConfig, adapters: Mapping[str, str]) -> list[str | N
     if not models:
         raise ConfigError("predict.base", "must be true if there is no adapter", got=False)
     return models
-
-
-def _check_adapters(adapters: Mapping[str, str]) -> None:
-    for name, folder in adapters.items():
-        setting = f"predict.adapters.{name}"
-        if task_of(folder, setting) == "SEQ_CLS":
-            rule = "must write texts: it is a reward model's"
-            raise ConfigError(setting, rule, got=folder, fix="raytune-llm serve answers /v1/score with it.")
-
-
-def _served(run: PredictRun, adapters: Mapping[str, str]) -> ServedModels:
-    predict = run.predict
-    ranks = [rank_of(folder, f"predict.adapters.{name}") for name, folder in adapters.items()]
-    return ServedModels(
-        adapters=dict(adapters),
-        base_name=None,
-        max_adapters=max(1, len(adapters)),
-        max_host_adapters=max(1, len(adapters)),
-        max_rank=predict.max_rank or max([MIN_RANK, *ranks]),
-        precision=predict.precision,
-        max_length=predict.max_length,
-        template=run.data.template,
-    )
 
 
 def _decides(run: PredictRun, adapters: Mapping[str, str], fingerprints: Sequence[str]) -> dict[str, Any]:
@@ -179,7 +163,7 @@ def _write(
             for one, answered in zip(questions.pop(0), answers, strict=True):
                 given = "" if one.row.answer_ids in ended else _text(rows.tokenizer, one.row.answer_ids)
                 file.write(_line(one, answered, rows.tokenizer, given))
-                tokens += answered.num_tokens
+                tokens += len(answered.ids)
             file.flush()
             done += len(answers)
             on_progress(done, total)

@@ -20,7 +20,9 @@ def test_help_shows_verbs_groups_experiments_and_settings(capsys):
         assert word in out
 
 
-@pytest.mark.parametrize("verb", ["prepare", "plan", "tune", "serve", "chat", "predict", "export", "import", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["prepare", "plan", "tune", "serve", "chat", "predict", "export", "evaluate", "import", "doctor"]
+)
 def test_each_verb_has_its_own_help(capsys, verb):
     code, out, _ = said(capsys, verb, "--help")
     assert code == 0

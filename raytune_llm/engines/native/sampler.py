@@ -61,6 +61,10 @@ class RowSampler:
         if s.logit_bias:
             tokens, biases = zip(*s.logit_bias, strict=True)
             logits_V[list(tokens)] += torch.tensor(biases, device=logits_V.device)
+        if s.among:
+            candidates_K = torch.tensor(s.among, device=logits_V.device)
+            kept_K = logits_V[candidates_K]
+            logits_V.fill_(-torch.inf)[candidates_K] = kept_K
 
     @property
     def forbidden(self) -> tuple[int, ...]:
@@ -69,7 +73,7 @@ class RowSampler:
 
     @property
     def changes(self) -> bool:
-        return self.penalized or bool(self.sampling.logit_bias)
+        return self.penalized or bool(self.sampling.logit_bias or self.sampling.among)
 
 
 def sample(logits_RV: Tensor, rows: Sequence[RowSampler], bitmask_RW: Tensor | None = None) -> Tensor:

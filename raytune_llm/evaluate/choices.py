@@ -1,0 +1,134 @@
+"""Multiple-choice benchmarks in LLaMA-Factory's protocol: of the letters A to D, which is likeliest to begin the answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.config.evaluate import EvaluateConfig
+from raytune_llm.data.shards import BLOCK_ROWS
+from raytune_llm.engines.requests import Sampling
+from raytune_llm.errors import DataError
+from raytune_llm.evaluate.choice_files import LETTERS, ChoiceQuestion, Subject, read_task
+from raytune_llm.evaluate.choice_prompts import asked, examples_of
+from raytune_llm.predict.answering import BLOCK_QUESTIONS, Answering, Question
+from raytune_llm.predict.rows import ConversationPrompts
+
+CHINESE = ("ceval", "cmmlu")
+AVERAGE = "Average"
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    subjects: Sequence[Subject]
+    lang: str
+
+
+@dataclass(frozen=True)
+class Score:
+    correct: int
+    questions: int
+
+    @property
+    def score(self) -> float:
+        return self.correct / self.questions
+
+    @property
+    def stderr(self) -> float | None:
+        """Of the score, as the mean of questions that are right or wrong."""
+        if self.questions < 2:
+            return None
+        return math.sqrt(self.score * (1 - self.score) / (self.questions - 1))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"score": self.score, "stderr": self.stderr, "correct": self.correct, "questions": self.questions}
+
+
+Letters = Mapping[str, Sequence[str]]
+"""The answers to each subject's questions."""
+
+
+def tasks_of(settings: EvaluateConfig) -> list[Task]:
+    """Raises ConfigError or DataError for one that can't be read."""
+    assert settings.data is not None
+    tasks = []
+    for name in settings.tasks:
+        lang = settings.lang if settings.lang != "auto" else "zh" if name.partition("_")[0] in CHINESE else "en"
+        tasks.append(Task(name, read_task(name, Path(settings.data)), lang))
+    return tasks
+
+
+def questions_of(subject: Subject, settings: EvaluateConfig) -> Sequence[ChoiceQuestion]:
+    return subject.questions[: settings.max_questions]
+
+
+def answer_task(
+    task: Task,
+    settings: EvaluateConfig,
+    prompts: ConversationPrompts,
+    adapter: str | None,
+    answer: Answering,
+    told: Callable[[int], None],
+) -> Letters:
+    """Raises DataError for a question that is too long. told: how many more are answered."""
+    letter_of = letter_ids(prompts.tokenizer)
+    sampling = Sampling(max_new_tokens=1, among=tuple(letter_of), ignore_end=True)
+    found: dict[str, list[str]] = {subject.key: [] for subject in task.subjects}
+    keys = [subject.key for subject in task.subjects for _ in questions_of(subject, settings)]
+    at = 0
+    for answers in answer(_blocks(_prompts(task, settings, prompts), adapter, sampling)):
+        for one in answers:
+            if one.refused is not None:
+                raise DataError(
+                    f"{task.name}, {keys[at]}, question {len(found[keys[at]]) + 1}",
+                    f"with {settings.shots} examples {one.refused}",
+                    "Lower evaluate.shots.",
+                )
+            found[keys[at]].append(letter_of[one.ids[0]])
+            at += 1
+        told(len(answers))
+    return found
+
+
+def letter_ids(tokenizer: Any) -> dict[int, str]:
+    """The last token of each letter by itself."""
+    ids = [tokenizer.encode(letter, add_special_tokens=False)[-1] for letter in LETTERS]
+    assert len(set(ids)) == len(LETTERS)
+    return dict(zip(ids, LETTERS, strict=True))
+
+
+def _prompts(task: Task, settings: EvaluateConfig, prompts: ConversationPrompts) -> Iterator[tuple[int, ...]]:
+    for subject in task.subjects:
+        examples = examples_of(subject, settings.shots, settings.seed)
+        questions = questions_of(subject, settings)
+        for start in range(0, len(questions), BLOCK_ROWS):
+            block = questions[start : start + BLOCK_ROWS]
+            yield from prompts([asked(question, examples, subject.name, task.lang) for question in block], subject.key)
+
+
+def _blocks(prompts: Iterable[tuple[int, ...]], adapter: str | None, sampling: Sampling) -> Iterator[list[Question]]:
+    block: list[Question] = []
+    for ids in prompts:
+        block.append(Question(ids, (), adapter, sampling))
+        if len(block) == BLOCK_QUESTIONS:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def scores_of(task: Task, letters: Letters, settings: EvaluateConfig) -> dict[str, Score]:
+    """Over all questions, and by category and subject. Questions without a known answer don't count."""
+    counts: dict[str, list[int]] = {}
+    for subject in task.subjects:
+        for question, letter in zip(questions_of(subject, settings), letters[subject.key], strict=True):
+            if question.answer:
+                for name in (AVERAGE, subject.category, f"{subject.category}/{subject.key}"):
+                    count = counts.setdefault(name, [0, 0])
+                    count[0] += letter == question.answer
+                    count[1] += 1
+    return {name: Score(*count) for name, count in counts.items()}

@@ -1,0 +1,41 @@
+"""What an engine is asked to hold: a base and adapters that write texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from raytune_llm.config.serve import ServedModels
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters.saved import rank_of, task_of
+
+MIN_RANK = 8
+
+
+def check_writes(folder: str, setting: str) -> None:
+    """Raises ConfigError for a folder, which the setting names, without an adapter of a language model."""
+    if task_of(folder, setting) == "SEQ_CLS":
+        rule = "must write texts: it is a reward model's"
+        raise ConfigError(setting, rule, got=folder, fix="raytune-llm serve answers /v1/score with it.")
+
+
+def served_with(
+    adapters: Mapping[str, str],
+    *,
+    max_rank: int | None,
+    precision: Literal["auto", "bf16", "fp32"],
+    max_length: int | None,
+    template: str | None,
+) -> ServedModels:
+    """With room for all of them. max_rank: None is the highest that they have."""
+    ranks = [rank_of(folder, f"the adapter {name}") for name, folder in adapters.items()]
+    return ServedModels(
+        adapters=dict(adapters),
+        base_name=None,
+        max_adapters=max(1, len(adapters)),
+        max_host_adapters=max(1, len(adapters)),
+        max_rank=max_rank or max([MIN_RANK, *ranks]),
+        precision=precision,
+        max_length=max_length,
+        template=template,
+    )

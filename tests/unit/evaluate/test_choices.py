@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from raytune_llm import api
+from raytune_llm.config.load import load_config
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
+from raytune_llm.errors import DataError, UserError
+from raytune_llm.evaluate.choice_files import ChoiceQuestion, read_task
+from raytune_llm.evaluate.choice_prompts import asked
+from raytune_llm.evaluate.choices import letter_ids
+
+ANSWERS = {"abstract_algebra": "BABBC", "virology": "BCD"}
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MMLU's layout in a zip file, C-Eval's as files: two subjects, and one."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    (folder / "mmlu").mkdir()
+    (folder / "ceval" / "val").mkdir(parents=True)
+    (folder / "ceval" / "dev").mkdir()
+    categories = {"abstract_algebra": "STEM", "virology": "Other"}
+    mapping = {key: {"name": key.replace("_", " "), "category": category} for key, category in categories.items()}
+    (folder / "mmlu" / "mapping.json").write_text(json.dumps(mapping))
+    with ZipFile(folder / "mmlu" / "mmlu.zip", "w") as archive:
+        for subject, answers in ANSWERS.items():
+            lines = [f'"Is {n}, or not?",one,None,"three, 3",four,{answer}\n' for n, answer in enumerate(answers)]
+            archive.writestr(f"data/test/{subject}_test.csv", "".join(lines))
+            archive.writestr(f"data/dev/{subject}_dev.csv", "What is it?,a,b,c,d,D\nAnd that?,e,f,g,h,A\n")
+    (folder / "ceval" / "mapping.json").write_text(json.dumps({"law": {"name": "法学", "category": "Humanities"}}))
+    for split in ("val", "dev"):
+        text = "id,question,A,B,C,D,answer,explanation\n0,谁？,甲,乙,丙,丁,B,因为\n"
+        (folder / "ceval" / split / f"law_{split}.csv").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It says nothing but an exclamation mark, and of the letters it prefers B: its layers add nothing, and its head says so."""
+    folder = tmp_path_factory.mktemp("models") / "planted"
+    tokenizer: Any = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False,
+    )  # fmt: skip
+    planted: Any = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for layer in planted.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        planted.model.embed_tokens.weight.fill_(1.0)
+        planted.lm_head.weight.zero_()
+        for letter, value in {"!": 9, "B": 3, "A": 2, "C": 1}.items():
+            planted.lm_head.weight[tokenizer.encode(letter)[0]] = value / 32
+    planted.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def evaluated(model: Path, benchmark: Path, place: Path, *settings: str):
+    ours = [f"model.path={model}", f"evaluate.data={benchmark}", f"output_dir={place}", "evaluate.tasks=[mmlu_test]"]
+    return api.evaluate(load_config("evaluate", [*ours, "evaluate.precision=fp32", *settings]))
+
+
+def test_a_question_is_asked_in_the_words_of_the_protocol():
+    example = ChoiceQuestion("What is it?", {"A": "a", "B": "b", "C": "c", "D": "d"}, "D")
+    question = ChoiceQuestion("And that?", {"A": "e", "B": "f", "C": "g", "D": "h"}, "A")
+    conversation = asked(question, [example], "abstract algebra", "en")
+    assert [(message.role, message.content) for message in conversation.messages] == [
+        (
+            "user",
+            "The following are multiple choice questions (with answers) about abstract algebra.\n\n"
+            "What is it?\nA. a\nB. b\nC. c\nD. d\nAnswer:",
+        ),
+        ("assistant", "D"),
+        ("user", "And that?\nA. e\nB. f\nC. g\nD. h\nAnswer:"),
+    ]
+    (only,) = asked(question, [], "法学", "zh").messages
+    assert (
+        only.content == "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\nAnd that?\nA. e\nB. f\nC. g\nD. h\n答案："
+    )
+
+
+def test_the_scores_of_planted_logits_are_known_by_hand(model, benchmark, tmp_path):
+    done = evaluated(model, benchmark, tmp_path / "out", "evaluate.tasks=[mmlu_test,ceval_validation]")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["protocol"] == "llamafactory" and results["shots"] == 5
+    mmlu = results["models"]["planted"]["mmlu_test"]
+    right = {"STEM": (3, 5), "Other": (1, 3), "Average": (4, 8)}
+    for name, (correct, questions) in right.items():
+        score = correct / questions
+        stderr = math.sqrt(score * (1 - score) / (questions - 1))
+        assert mmlu[name] == {
+            "score": pytest.approx(score), "stderr": pytest.approx(stderr), "correct": correct, "questions": questions
+        }  # fmt: skip
+    assert mmlu["STEM/abstract_algebra"]["correct"] == 3
+    assert results["models"]["planted"]["ceval_validation"]["Average"]["score"] == 1.0
+    letters = json.loads((done.folder / "answers" / "planted" / "mmlu_test.json").read_text())
+    assert letters == {"abstract_algebra": {str(n): "B" for n in range(5)}, "virology": {str(n): "B" for n in range(3)}}
+    table = (done.folder / "results.md").read_text()
+    assert "| planted | 50.00 ± 18.90 | 60.00 ± 24.49 | 33.33 ± 33.33 |" in table and "llamafactory" in table
+    assert (done.folder / "results.png").stat().st_size > 1000
+
+
+def test_texts_are_read_as_they_are_written(benchmark):
+    subject = read_task("mmlu_test", benchmark)[0]
+    assert subject.questions[1].question == "Is 1, or not?"
+    assert subject.questions[1].choices == {"A": "one", "B": "None", "C": "three, 3", "D": "four"}
+
+
+def test_letters_are_the_last_tokens_of_their_encodings():
+    tokenizer = byte_tokenizer()
+    assert letter_ids(tokenizer) == {ord(letter): letter for letter in "ABCD"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["evaluate.tasks=[mmlu]"], "evaluate.tasks"),
+        (["evaluate.tasks=[cmmlu_test]"], "cmmlu/mapping.json"),
+        (["evaluate.tasks=[mmlu_validation]"], "abstract_algebra_val.csv"),
+        (["evaluate.tasks=[]"], "evaluate.tasks must name a task"),
+        (["evaluate.data=null"], "evaluate.data must name"),
+        (["evaluate.models=[/nothing/there]"], "can't be combined with evaluate.models"),
+        (["evaluate.models=[/nothing/there]", "model.path=null"], "evaluate.models"),
+        (["output_dir=null"], "output_dir must be given"),
+        (["output_dir=/dev/null/x"], "output_dir"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_written(model, benchmark, tmp_path, settings, said):
+    with pytest.raises(UserError) as raised:
+        evaluated(model, benchmark, tmp_path / "out", *settings)
+    assert said in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_question_that_is_too_long_is_named(model, benchmark, tmp_path):
+    with pytest.raises(DataError, match="mmlu_test, abstract_algebra, question 1: with 5 examples it is longer than 128 tokens"):
+        evaluated(model, benchmark, tmp_path / "out", "evaluate.max_length=128")
