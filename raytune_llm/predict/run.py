@@ -90,7 +90,8 @@ def _with_trained(run: PredictRun) -> tuple[PredictRun, dict[str, str]]:
             rule = f"must not hold {trained.name}, the name of predict.run"
             raise ConfigError("predict.adapters", rule, got=sorted(adapters), fix="Choose another name.")
         adapters = {trained.name: str(trained.adapter), **adapters}
-    return replace(run, model=trained.model, data=trained.rendered(run.data)), adapters
+    predict = replace(run.predict, run=None)  # the model is given from here on
+    return replace(run, model=trained.model, data=trained.rendered(run.data), predict=predict), adapters
 
 
 def _models(predict: PredictConfig, adapters: Mapping[str, str]) -> list[str | None]:
