@@ -1,4 +1,4 @@
-"""Documents -> batches, and batches on their way to a device."""
+"""Assembles batches from documents, and moves them to a device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from raytune_llm.data.store import Rows
 from raytune_llm.records import Batch, Prefixes
 
 PADDING_DOCUMENT = 64
-"""Tokens of a document of padding where there is no other."""
+"""Length of a padding document in a batch without real documents."""
 Line = Sequence[Document]
-"""The documents of a row of a batch."""
+"""The documents of one row of a batch."""
 
 
 def assemble(
@@ -30,7 +30,11 @@ def assemble(
     sample_ids: tuple[int, ...],
     count: int | float,
 ) -> Batch:
-    """The batch of these rows of a store (or pieces of them), whose documents are in the lines: one a row of the batch."""
+    """The batch of these rows of a store, or of pieces of them.
+
+    lines: the documents of each row of the batch. length: tokens of each row of the batch, padding included. count: the number
+    that the batch's loss is divided by.
+    """
     kind = store.kind
     own, *others = (
         _collated(part, length=length, pad_id=pad_id, sample_ids=sample_ids, end_of_row=store.end_of_row)
@@ -53,7 +57,7 @@ def assemble(
 
 
 def dealt(kind: Kind, lines: Sequence[Line]) -> list[Sequence[Line]]:
-    """The lines of the batch, and those of each batch beside it. A row's documents follow one another."""
+    """The lines of the batch, and of each batch in `kind.beside`. The documents of a row of the store are consecutive."""
     if not kind.beside:
         return [lines]
     each = kind.sides + len(kind.beside)
@@ -69,7 +73,7 @@ def collate(
     sample_ids: tuple[int, ...] = (),
     end_of_row: int | None = None,
 ) -> Batch:
-    """Documents end to end, one list a row of the batch, each row padded to `length` tokens."""
+    """A batch with one list of documents per row, each row padded to `length` tokens."""
     documents = [[Document(*document) for document in line] for line in lines]
     return _collated(documents, length=length, pad_id=pad_id, sample_ids=sample_ids, end_of_row=end_of_row).batch
 
@@ -77,16 +81,17 @@ def collate(
 class _Collated(NamedTuple):
     batch: Batch
     numbers: np.ndarray
-    """int64: the number in the batch of each document that is no padding."""
+    """int64: the index in the batch of each document that is not padding."""
     trained: np.ndarray
-    """int64: its trained tokens."""
+    """int64: the number of trained tokens of each of these documents."""
 
 
 def _collated(
     lines: Sequence[Line], *, length: int, pad_id: int, sample_ids: tuple[int, ...], end_of_row: int | None
 ) -> _Collated:
-    """Padding makes documents of its own, none longer than the longest real one, so that it does not set max_seqlen. Where
-    end_of_row is given, it is the target at the end of every span, whatever stands there.
+    """Padding consists of separate documents, none longer than the longest real one, so that it does not determine max_seqlen.
+
+    end_of_row: if given, the last target of every trained span, in place of the token there.
     """
     ids_L = np.full(len(lines) * length, pad_id, np.int64)
     positions_L = np.zeros(len(lines) * length, np.int64)
@@ -95,10 +100,10 @@ def _collated(
     boundaries, numbers, counts, attention_pairs = [0], [], [], 0
     trained, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     weights: list[float] = []
-    """Of each trained range."""
+    """The loss weight of each trained span."""
     adapters: list[int] = []
     prefixed: list[tuple[int, int, int, int]] = []
-    """Start and end of each document that shares its prompt, and of the prompt."""
+    """Start and end of each document that shares a prompt, and start and end of the prompt."""
     for number, line in enumerate(lines):
         before, at = 0, number * length
         for ids, spans, prefix, of_spans, adapter in line:
@@ -109,7 +114,7 @@ def _collated(
             attention_pairs += len(ids) * (len(ids) + 1) // 2 + len(ids) * prefix
             count = 0
             for start, stop in spans.reshape(-1, 2).tolist():
-                start = start if prefix else max(start, 1)  # nothing predicts the first token
+                start = start if prefix else max(start, 1)  # no token predicts the first one
                 trained.append(np.arange(at + start - 1, at + stop - 1))
                 if start == 0:
                     trained[-1][0] = before + prefix - 1
@@ -149,7 +154,7 @@ def _collated(
 
 
 def _answers(collated: _Collated, sides: int) -> Batch:
-    """With the documents of each answer and of each trained token."""
+    """The batch with the documents of each answer, and the document of each trained token."""
     batch, numbers, trained = collated
     return dataclasses.replace(
         batch,
@@ -163,7 +168,7 @@ def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def _prefixes(ranges_X4: np.ndarray) -> Prefixes:
-    """From the ranges of own tokens and of those before them."""
+    """From (start, end) of a document's own tokens and (start, end) of its shared prompt, for each of X documents."""
 
     def flat(starts: np.ndarray, ends: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, int]:
         positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
@@ -176,7 +181,7 @@ def _prefixes(ranges_X4: np.ndarray) -> Prefixes:
 
 
 def moved(batch: Batch, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-    """The batch with each of its tensors moved, those in its maps and in batches beside it among them."""
+    """The batch with `move` applied to every tensor, including those in its maps and in `beside`."""
 
     def all_of(value: Any) -> Any:
         match value:
@@ -197,10 +202,10 @@ def moved(batch: Batch, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
 
 
 def pinned(batch: Batch) -> Batch:
-    """In page-locked memory, from which copies to a GPU do not wait."""
+    """The batch in page-locked memory, from which copies to a GPU are asynchronous."""
     return moved(batch, torch.Tensor.pin_memory)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """From page-locked memory without a wait; on a CPU, the batch itself."""
+    """The batch on the device, copied asynchronously from page-locked memory; on a CPU the batch itself."""
     return batch if device.type == "cpu" else moved(batch, lambda tensor: tensor.to(device, non_blocking=True))

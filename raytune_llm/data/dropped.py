@@ -1,4 +1,4 @@
-"""Rows that can't be used, or not whole: raised by the step that finds out, counted by reason, shown with three examples."""
+"""Rows that can't be used or were shortened: the exceptions that say so, and counts by reason with three examples each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 NUM_EXAMPLES = 3
 LEFT_OUT = "the row is longer than data.max_length"
-"""The reason of rows that a setting (data.overlong=drop) leaves out. There is nothing wrong with them."""
+"""The reason of rows that data.overlong=drop leaves out, which are not bad rows."""
 
 
 class BadRow(Exception):
@@ -28,7 +28,7 @@ class RefusedRow(Exception):
 
 
 class TooLong(Exception):
-    """A row of `length` tokens, more than data.max_length. What is to be done about it data.overlong says (overlong.py)."""
+    """The row has `length` tokens, more than data.max_length. Handled as data.overlong says (overlong.py)."""
 
     def __init__(self, length: int) -> None:
         super().__init__(length)
@@ -48,7 +48,7 @@ class Dropped:
 
     @property
     def num_bad(self) -> int:
-        """Without those that a setting leaves out."""
+        """Bad rows, without those that data.overlong=drop leaves out."""
         return self.total - self.counts.get(LEFT_OUT, 0)
 
     def add(self, reason: str, detail: str, where: str) -> None:

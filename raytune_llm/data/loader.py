@@ -1,8 +1,8 @@
-"""From the store to batches, in one global order.
+"""Iterates over a store in one global order and gives each rank its batches.
 
-The samples that a global step sees are a function of (seed, epoch, store) alone: `permutation(seed, epoch)[cursor:]`, so many
-at a time. World size, micro-batch size and restarts only change who computes which of them. All numbers that a step needs
-(the trained tokens of all ranks, by which the loss is divided) are known here from lengths, so no rank has to ask another.
+The samples of a global step are a function of (seed, epoch, store): the next global_batch_size of `permutation(seed, epoch)`
+after the cursor. World size, micro-batch size and restarts only change which rank computes which of them. The numbers that a
+step needs from all ranks, such as the trained tokens that the loss is divided by, are known from lengths, without communication.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ class Loader:
         prefetch: int = 2,
     ) -> None:
         assert 0 <= rank < world_size
-        assert samples.num_samples != 0, "an epoch of no samples would never give a step"
+        assert samples.num_samples != 0, "an epoch without samples has no step"
         self.samples, self.seed, self.pad_id, self.shuffle, self.prefetch = samples, seed, pad_id, shuffle, prefetch
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = None if samples.num_samples is None else -(-samples.num_samples // global_batch_size)
 
     def steps(self, progress: Position, policy: Any = None) -> Generator[Step]:
-        """As StepSource has it."""
+        """See StepSource."""
         return self._ahead(partial(self._from, progress.epoch, progress.cursor))
 
     def state(self) -> Mapping[str, Any]:
-        """Empty: the cursor is the whole state."""
+        """Empty, since epoch and cursor are the full state."""
         return {}
 
     def epoch(self, epoch: int, cursor: int = 0) -> Generator[Step]:
-        """The steps of the epoch from its sample number `cursor` on."""
+        """The steps of one epoch, from sample number `cursor` on."""
         return self._ahead(partial(self._epoch, epoch, cursor))
 
     def _ahead(self, make: Callable[[threading.Event], Iterator[Step]]) -> Generator[Step]:
@@ -92,7 +92,8 @@ class Loader:
             passed += len(part.order)
 
     def _shares(self, num_samples: int) -> list[tuple[int, int]]:
-        """The step's samples [start, end) that are this rank's, of each micro-batch. Every rank has as many micro-batches."""
+        """[start, end) of this rank's samples in the step, for each micro-batch. All ranks have the same number of
+        micro-batches."""
         micro, together = self.micro_batch_size, self.micro_batch_size * self.world_size
         starts = (at + self.rank * micro for at in range(0, num_samples, together))
         return [(min(start, num_samples), min(start + micro, num_samples)) for start in starts]

@@ -1,8 +1,8 @@
-"""What is done about a row that has more tokens than data.max_length.
+"""data.overlong: shortens, drops or rejects rows with more tokens than data.max_length.
 
-Shortening keeps the template's own tokens and the row's tools and calls, which make a conversation what it is: whole turns go,
-as many as it takes, and where one turn is left that is too long its longest texts lose their ends. Then it is rendered anew.
-After an answer that lost its end, nothing is trained: a model should not learn to stop in the middle of a sentence.
+`truncate` keeps the template's own tokens, the tools and the tool calls: it removes whole turns, and if a single turn is still
+too long, it cuts the ends of the longest texts; then the row is rendered again. An answer that was cut has no trained end token,
+since a model should not learn to stop in the middle of a sentence.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from raytune_llm.records import Conversation, Labeled, Message, Pair, Record, wi
 
 LATER_TURNS, EARLIER_TURNS = "its later turns are left out", "its earlier turns are left out"
 CUT_TEXTS, CUT_TOKENS = "its longest texts are cut", "its tokens are cut"
-"""How a row was shortened."""
+"""How a row was shortened, as counted in the store's statistics."""
 MAX_TRIES = 8
-"""The tokens of a text by itself are not quite those that it has within a template."""
+"""Attempts at cutting texts. A text alone may have a few more or fewer tokens than within the template."""
 
 Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
 class Overlong:
-    """A row that is too long, and what it was made with."""
+    """A row that is too long, and everything needed to build a shorter one."""
 
     length: int
-    """Tokens that it has; of the longer side of a pair."""
+    """Its tokens; for a pair, of the longer side."""
     record: Record
     rendered: tuple[Rendered, ...]
     tokens: Sequence[Tokens]
@@ -45,14 +45,14 @@ class Overlong:
     tokenize: BlockTokenizer
 
     def render(self, record: Record) -> tuple[Rendered, ...]:
-        """A shorter record. Raises BadRow where the template does not take it."""
+        """Render a shorter record. Raises BadRow if the template rejects it."""
         try:
             return self.kind.render(record, self.renderer, self.targets)
         except RefusedRow as refused:
             raise BadRow("the row can't be shortened to data.max_length", refused.problem) from None
 
     def made(self, record: Record) -> Any:
-        """The row of a shorter record. Raises TooLong, and BadRow."""
+        """The row of a shorter record. Raises TooLong or BadRow."""
         rendered = self.render(record)
         return self.kind.make(record, rendered, self.tokenize(rendered), self.targets)
 
@@ -69,17 +69,17 @@ def refuse(row: Overlong) -> tuple[Any, str]:
 
 
 def cut_tokens(row: Overlong) -> tuple[Any, str]:
-    """By LLaMA-Factory's rule: the starts of prompts and answers, whatever the template has at their ends."""
+    """LLaMA-Factory's rule: keeps the first tokens of prompts and answers, even if that cuts the template's end tokens."""
     return row.kind.make(row.record, row.rendered, row.tokens, row.targets, cut=True), CUT_TOKENS
 
 
 def shorten(row: Overlong) -> tuple[Any, str]:
-    """Fewer turns, or else shorter texts."""
+    """Remove turns, or if that is not enough, cut texts."""
     if not row.kind.renders_chat:
         return cut_tokens(row)
     record = row.record
     if isinstance(record, Pair) and len(row.rendered) == 1:
-        record = record.prompt  # where only prompts are wanted
+        record = record.prompt  # kind of row with prompts only
     for how, candidates in ((LATER_TURNS, _without_later_turns), (EARLIER_TURNS, _without_earlier_turns)):
         shorter = candidates(record, keeps_last=row.kind.keeps_last_answer(row.targets))
         if (made := _first_that_fits(row, shorter)) is not None:
@@ -94,11 +94,11 @@ OVERLONG: dict[str, Callable[[Overlong], tuple[Any, str]]] = {
     "drop": drop,
     "error": refuse,
 }
-"""By data.overlong: the row of the store and how it was shortened. Raises BadRow or RefusedRow."""
+"""data.overlong -> a function that returns the row and how it was shortened, or raises BadRow or RefusedRow."""
 
 
 def _first_that_fits(row: Overlong, records: list[Record]) -> Any:
-    """Made of the first of these records, each shorter than the one before, that is short enough; none of them may be."""
+    """The row of the first record that is short enough. None: all are too long. Each record is shorter than the one before."""
     low, high, found = 0, len(records), None
     while low < high:
         middle = (low + high) // 2
@@ -110,7 +110,7 @@ def _first_that_fits(row: Overlong, records: list[Record]) -> Any:
 
 
 def _without_later_turns(record: Record, *, keeps_last: bool) -> list[Record]:
-    """Up to each trained answer, from the last to the first."""
+    """The conversation up to each of its trained answers, longest first."""
     if keeps_last or not isinstance(record, Conversation):
         return []
     ends = [number + 1 for number, message in enumerate(record.messages) if message.trained]
@@ -118,7 +118,7 @@ def _without_later_turns(record: Record, *, keeps_last: bool) -> list[Record]:
 
 
 def _without_earlier_turns(record: Record, *, keeps_last: bool) -> list[Record]:
-    """From each user message on, from the second to the last. The system message stays."""
+    """The conversation from each user message on, longest first. The system message stays."""
 
     def cut(messages: Messages) -> list[Messages]:
         first = 1 if messages and messages[0].role == "system" else 0
@@ -140,7 +140,7 @@ def _without_earlier_turns(record: Record, *, keeps_last: bool) -> list[Record]:
 
 
 def _with_shorter_texts(row: Overlong, record: Record) -> Any:
-    """No text has more than so many tokens, the most that fit; what a message thinks and says is one text."""
+    """Cuts all texts to the same maximum number of tokens, the largest that fits. Reasoning and content count as one text."""
     ends = functools.cache(row.tokenize.ends)
     counts = [[sum(len(ends(text)) for text in _texts(message)) for message in side] for side in _sides(record)]
     budgets = [sum(side) for side in counts]
@@ -160,11 +160,11 @@ def _with_shorter_texts(row: Overlong, record: Record) -> Any:
         if cap < 1:
             break
         shorter = with_messages(record, functools.partial(_capped, cap=cap, ends=ends))
-    raise BadRow(NOTHING_LEFT, f"{row.length} tokens, of which {row.length - max(map(sum, counts))} are not of its texts")
+    raise BadRow(NOTHING_LEFT, f"{row.length} tokens, of which {row.length - max(map(sum, counts))} are not in its texts")
 
 
 def _cap(counts: Sequence[int], budget: int) -> int:
-    """The most that each of these may keep so that they come to no more than the budget."""
+    """The largest cap such that the counts, each cut to the cap, sum to no more than the budget."""
     for place, count in enumerate(sorted(counts)):
         share = budget // (len(counts) - place)
         if count > share:
@@ -187,7 +187,7 @@ def _texts(message: Message) -> tuple[str, str]:
 
 
 def _capped(message: Message, *, cap: int, ends: Callable[[str], list[int]]) -> Message:
-    """With the first so many tokens of what it thinks and says."""
+    """The message with the first `cap` tokens of its reasoning and content."""
     kept = []
     for text in _texts(message):
         at = ends(text)
@@ -199,13 +199,13 @@ def _capped(message: Message, *, cap: int, ends: Callable[[str], list[int]]) -> 
 
 
 def _ending_early(rendered: Rendered, shorter: Messages, whole: Messages) -> Rendered:
-    """Where its last answer was cut: it ends with what is left of it."""
+    """If the last answer was cut, the rendered row with the answer's span ending at the cut."""
     last = shorter[-1]
     if last.role != "assistant" or _texts(last) == _texts(whole[-1]):
         return rendered
-    said = (last.content or last.reasoning or "").strip()
+    text = (last.content or last.reasoning or "").strip()
     start, end = rendered.answers[-1]
-    at = rendered.text.rfind(said, start, end) if said else start
+    at = rendered.text.rfind(text, start, end) if text else start
     if at < 0:
         return rendered
-    return replace(rendered, answers=(*rendered.answers[:-1], (start, at + len(said))), ends_early=True)
+    return replace(rendered, answers=(*rendered.answers[:-1], (start, at + len(text))), ends_early=True)

@@ -1,4 +1,4 @@
-"""Rows into packs: best-fit decreasing over the whole data set, planned from lengths alone."""
+"""Packs rows by best-fit decreasing over the full data set, from their lengths alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Packs:
     rows: np.ndarray
     """int32: every row number once, grouped by pack."""
     offsets: np.ndarray
-    """int64: one more than there are packs."""
+    """int64 [packs + 1]."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -26,10 +26,10 @@ class Packs:
 def plan(lengths: np.ndarray, capacity: int) -> Packs:
     """Each row, longest first, goes to the fullest pack that still has room for it (Johnson 1974, best-fit decreasing).
 
-    Rows of one length are interchangeable, and so are packs with equal room left. So the plan is made a length at a time:
-    the packs with the least sufficient room take as many rows of this length as go in, then those with the next room, and
-    what remains opens new packs. This gives best-fit decreasing exactly, with work that grows with the number of distinct
-    lengths, not of rows. Lengths are tokens, 1 to capacity. The same lengths always give the same packs.
+    Rows of one length are interchangeable, and so are packs with equal room left. So all rows of a length are placed at once:
+    first in the packs with the least sufficient room, then in those with the next larger room, and the remaining ones in new
+    packs. The result is exactly that of best-fit decreasing, with work that grows with the number of distinct lengths, not of
+    rows. Lengths are in tokens, 1 to capacity. The same lengths always give the same packs.
     """
     lengths = np.asarray(lengths)
     if len(lengths) == 0:
@@ -45,7 +45,7 @@ def plan(lengths: np.ndarray, capacity: int) -> Packs:
     num_with_room = np.zeros(capacity + 1, np.int64)
 
     def place(packs: np.ndarray, left: int, length: int, remaining: int) -> int:
-        """Fill these packs, which have `left` tokens of room, with rows of this length; the number of rows that went in."""
+        """Fill these packs, which have `left` tokens of room, with rows of this length. Returns the number of placed rows."""
         nonlocal placed
         fit = left // length
         num_full = min(len(packs), remaining // fit)

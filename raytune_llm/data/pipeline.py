@@ -1,7 +1,7 @@
-"""Raw rows to a token store, through Ray Data or in this process. [ray]
+"""Builds token stores from raw rows, with Ray Data or in this process. [ray]
 
-Both ways map one function over the chunks of the source, `prepare_chunk`, which writes a shard and returns what is known of
-it; so both make the same shards, byte for byte. No row passes through the driver.
+Both map the function `prepare_chunk`, which writes a shard and returns its statistics, over the chunks of the source, so that
+both build identical shards. No row passes through the driver.
 """
 
 from __future__ import annotations
@@ -53,25 +53,25 @@ from raytune_llm.data.tokens.tokenizer import fingerprint, run_tokenizer
 from raytune_llm.errors import DataError, UserError
 
 TRANSFORMS_VERSION = 8
-"""Raise it when the same row would give other tokens, so that old stores are not taken for new ones."""
+"""Increase it when the same row would give other tokens, so that old stores are not reused."""
 TASK_ROWS, TASKS_PER_WORKER = 2_000, 4
-"""A task of Ray's makes so many rows, where its chunks are smaller, since handing it out takes as long as a hundred; unless that
-left fewer tasks for each worker, who all are to be busy to the end."""
+"""Small chunks are grouped into Ray tasks of TASK_ROWS rows, since scheduling a task takes as long as a hundred rows, unless a
+worker would then have fewer than TASKS_PER_WORKER tasks, which would leave some workers idle at the end."""
 OnProgress = Callable[[int, int], None]
-"""Called with the rows done and the rows in all, dropped ones among them."""
+"""Called with (rows done, rows in total), dropped ones included."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run's stores, and how fast they were made (both, where there are two)."""
+    """The stores of a run, and the speed at which they were built."""
 
     store: Store
     eval_store: Store | None
     rows_per_s: float
-    """Steady: without reading the source's outline and starting Ray. 0 where nothing was left to do."""
+    """Rows per second, without the time to start Ray and to list the source. 0: all stores existed."""
     seconds: float
     reused: bool
-    """Every store was there already."""
+    """All stores existed already."""
 
     @property
     def folder(self) -> Path:
@@ -79,7 +79,7 @@ class Prepared:
 
     @property
     def manifests(self) -> dict[str, str]:
-        """Hashes of what is trained and evaluated on."""
+        """ "train" or "evaluation" -> hash of the store's manifest."""
         evaluation = {} if self.eval_store is None else {"evaluation": self.eval_store.manifest_hash}
         return {"train": self.store.manifest_hash, **evaluation}
 
@@ -89,38 +89,38 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Streamed:
-    """The same of a run that trains while its store is being made."""
+    """The stores of a run with data.streaming, which trains while its store is built."""
 
     folder: Path
-    """Where the store will be."""
+    """The folder that the complete store will have."""
     eval_store: Store | None
     make: Callable[[OnProgress, int | None], None]
-    """Makes the store, with so many tasks at once."""
+    """Builds the store: make(on_progress, max_tasks)."""
 
     @property
     def manifests(self) -> dict[str, str]:
-        """The key of what is trained on, since its manifest comes last."""
+        """As in Prepared, but with the key of the training store, whose manifest is written last."""
         evaluation = {} if self.eval_store is None else {"evaluation": self.eval_store.manifest_hash}
         return {"train": self.folder.name, **evaluation}
 
     @contextmanager
     def making(self, *, max_tasks: int | None) -> Iterator[None]:
-        """The store is made in a thread, as far as it comes while the context lasts; then the chunks at hand are finished.
+        """Builds the store in a thread while the context lasts; at its end, the current chunks are finished.
 
-        A later run takes over the shards. What goes wrong with the store is raised at the end, since it is then the cause of
-        whatever went wrong in the context.
+        A later run can reuse the shards. An error of the thread is raised at the end of the context, in place of the error that
+        it caused there.
         """
         (partial(self.folder) / FAILED).unlink(missing_ok=True)
         stopped = threading.Event()
         failures: list[Exception] = []
 
-        def go_on(done: int, total: int) -> None:
+        def check_stopped(done: int, total: int) -> None:
             if stopped.is_set():
                 raise InterruptedError("training has ended")
 
         def run() -> None:
             try:
-                self.make(go_on, max_tasks)
+                self.make(check_stopped, max_tasks)
             except InterruptedError:
                 pass
             except Exception as error:
@@ -145,9 +145,10 @@ def prepare(
     kind: str = "conversations",
     on_progress: OnProgress | None = None,
 ) -> Prepared:
-    """The token stores of the data to train on and of those to evaluate on: opened where they exist, else made.
+    """Open or build the token stores of the training data and of the evaluation data.
 
-    `kind` is that of the rows which the stage trains on, one of KINDS. Several data sets have a store each, joined to one.
+    kind: the kind of row that the stage trains on, a name in KINDS. Several data sets have one store each, and a joined one.
+    Raises ConfigError for settings, DataError for the data.
     """
     started = time.perf_counter()
     made: list[Timed] = []
@@ -166,7 +167,7 @@ def prepare(
 
 
 def stream(model: ModelConfig, data: DataConfig, resources: ResourcesConfig, *, kind: str = "conversations") -> Streamed:
-    """As `prepare`, but the train store is written while the run trains (see Streamed.making)."""
+    """Like `prepare`, but the training store is built while the run trains (see Streamed.making)."""
     preprocessor = preprocessor_of(model, data, kind)
     ranked = KINDS[kind].ranked
     held_out = declared_for_evaluation(data, ranked=ranked)
@@ -188,7 +189,7 @@ def _prepare_all(sets: list[Declared], preprocessor: Preprocessor, job: Job, mad
 
 
 def find_stores(model: ModelConfig, data: DataConfig, *, kind: str = "conversations") -> tuple[Path | None, Path | None]:
-    """The folders of the stores that `prepare` would open, where they are complete, and make, where they are none."""
+    """Folders of the training and evaluation stores, if they are complete; None for each that `prepare` would build."""
     preprocessor = preprocessor_of(model, data, kind)
 
     def found(sets: list[Declared]) -> Path | None:
@@ -204,18 +205,18 @@ def find_stores(model: ModelConfig, data: DataConfig, *, kind: str = "conversati
 
 @dataclass(frozen=True)
 class Job:
-    """Where and how stores are made."""
+    """How stores are built."""
 
     data: DataConfig
     resources: ResourcesConfig
     on_progress: OnProgress | None = None
     max_tasks: int | None = None
-    """At once; none: as many as there are CPUs."""
+    """Maximum number of concurrent tasks. None: one per CPU."""
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """What all data sets of a run are prepared with."""
+    """The tokenizer, template and settings that all data sets of a run share."""
 
     kind: str
     tokenizer: PreTrainedTokenizerFast
@@ -242,9 +243,9 @@ def preprocessor_of(model: ModelConfig, data: DataConfig, kind: str) -> Preproce
 
 
 def renderer_of(tokenizer: PreTrainedTokenizerFast, template: NamedTemplate | None, data: DataConfig) -> Renderer:
-    """What run_tokenizer gave, ready to render."""
+    """The renderer for a tokenizer and template from run_tokenizer."""
     if template is None:
-        # Named templates take true for the default; a tokenizer's own has its own default.
+        # For named templates true is the default. A tokenizer's template has its own default, which None selects.
         thinking = False if data.enable_thinking is False else None
         return ChatTemplate(tokenizer, default_system=data.default_system, thinking=thinking)
     return NamedChat(template, tokenizer, enable_thinking=data.enable_thinking, preserve_thinking=data.preserve_thinking)
@@ -301,7 +302,7 @@ def _folder(one: Declared, preprocessor: Preprocessor, data: DataConfig) -> Path
 
 
 def _made_from(one: Declared, preprocessor: Preprocessor, data: DataConfig, source_hash: str) -> dict[str, Any]:
-    """Everything that determines the tokens, and nothing else: not where the files lie, not who makes the store."""
+    """Everything that determines the tokens, and nothing else, such as the location of files."""
     return {
         "transforms_version": TRANSFORMS_VERSION,
         "format_version": FORMAT_VERSION,
@@ -327,7 +328,7 @@ def _make_shards(
     job: Job,
     made: list[Timed],
 ) -> list[Shard]:
-    """One shard a chunk; those that a crashed run has finished are taken over."""
+    """Build one shard per chunk, except for those that an earlier run finished. Appends the built ones to `made`."""
     num_rows = sum(chunk.num_picked for chunk in chunks)
     shards = {number: shard for number in range(len(chunks)) if (shard := finished_shard(folder / shard_name(number)))}
     num_done = sum(chunks[number].num_picked for number in shards)
@@ -348,29 +349,29 @@ def _map_inline(chunks: Iterable[tuple[int, Chunk]], recipe: Recipe, folder: Pat
 
 
 def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, folder: Path, job: Job) -> Iterator[tuple[int, Timed]]:
-    """A Ray Data job of chunks. Only names and statistics travel; each task writes its own shards."""
+    """Map chunks with Ray Data. Each task writes its own shards, and only names and statistics are transferred."""
     assert not isinstance(job.resources, Inline)
     if not chunks:
         return
     session.connect(job.resources)
     import ray
 
-    # Workers take seconds to load what they need; they do so while this process loads Ray Data.
+    # Workers take seconds to import their modules, and do so while this process imports Ray Data.
     num_workers = min(len(chunks), job.max_tasks or int(ray.cluster_resources().get("CPU", 1)))
     load = ray.remote(num_cpus=1)(_load)
     for _ in range(num_workers):
         load.remote()
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own progress and errors say it all
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress and errors are reported by this program
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.op_resource_reservation_enabled = False  # what comes back is small, and a reservation would leave CPUs idle
+    context.op_resource_reservation_enabled = False  # results are small, and a reservation would leave CPUs idle
     recipe_ref = ray.put(recipe)
 
     def prepare_block(block: dict[str, Any]) -> dict[str, list[bytes]]:
-        """Mistakes in the data travel as values: Ray would wrap an exception in its own."""
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks themselves fill the cores
+        """Errors in the data are returned as values, since Ray would wrap an exception in its own."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks use all cores already
         done = []
         for number, chunk in map(pickle.loads, block["chunk"]):
             try:
@@ -393,7 +394,7 @@ def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, folder: Path,
 
 
 def _load() -> None:
-    """What a task imports."""
+    """Import the modules that a task needs."""
     import ray.data  # noqa: F401
 
     import raytune_llm.data.shards  # noqa: F401
@@ -407,7 +408,7 @@ def _check(path: str, shards: list[Shard], max_bad_fraction: float) -> None:
 
 
 def _check_dropped(path: str, num_rows: int, dropped: Dropped, max_bad_fraction: float) -> None:
-    """Nothing left to train on is refused, and so are more bad rows than the user allows."""
+    """Raises DataError if no row is left, or if more than max_bad_fraction of the rows are bad."""
     if num_rows == 0:
         raise DataError(path, f"no row can be used. Dropped: {dropped}", "Correct the data, or the settings that are named.")
     bad_fraction = dropped.num_bad / (num_rows + dropped.total)
@@ -421,7 +422,7 @@ def _check_dropped(path: str, num_rows: int, dropped: Dropped, max_bad_fraction:
 
 
 def _rows_per_s(made: list[Timed]) -> float:
-    """From the start of the chunk that was finished first to the end, over all rows."""
+    """Rows per second, from the start of the chunk that was finished first to the end of the last one."""
     if not made:
         return 0.0
     first = min(made, key=lambda timed: timed.ended)

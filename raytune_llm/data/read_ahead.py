@@ -1,4 +1,4 @@
-"""Things that a thread makes before they are asked for."""
+"""Runs an iterator ahead of its consumer, in a thread."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ POLL_S = 0.1
 
 
 def read_ahead(make: Callable[[threading.Event], Iterable[T]], *, ahead: int, name: str) -> Generator[T]:
-    """What `make` gives, `ahead` at most of it before it is asked for. Close the generator to stop the thread early.
+    """The items of `make(stopped)`, up to `ahead` of them computed in advance. Close the generator to stop the thread early.
 
-    `make` is told by an event when nobody waits for it any more. What goes wrong in the thread is raised here.
+    The event `stopped` is set when no more items are wanted. An error in the thread is raised here.
     """
     made: queue.Queue[T | _End] = queue.Queue(maxsize=ahead)
     stopped = threading.Event()
@@ -49,7 +49,7 @@ def read_ahead(make: Callable[[threading.Event], Iterable[T]], *, ahead: int, na
 
 
 class _End:
-    """There is no more, or something went wrong."""
+    """Marks the end of the items, or an error."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error

@@ -1,4 +1,4 @@
-"""Samples: what an epoch is made of, from the lengths of a store's rows alone, and their order."""
+"""Samples: the packs or rows of an epoch, planned from the lengths of a store's rows alone, and their order."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from raytune_llm.data.store import Rows, Store
 from raytune_llm.records import Batch
 
 JOINED_MULTIPLE = 64
-"""Joined rows are padded to a multiple of this, so that fewer shapes occur."""
+"""Unpacked rows of a batch are padded together to a multiple of this, so that fewer shapes occur."""
 _SPLIT, _EPOCH = 0, 1
 
 
 def split(num_rows: int, eval_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers to train on and row numbers held out, both ascending."""
+    """Numbers of rows to train on and of rows held out, both ascending."""
     num_eval = round(eval_fraction * num_rows)
     held_out = np.zeros(num_rows, bool)
     held_out[_generator(seed, _SPLIT).permutation(num_rows)[:num_eval]] = True
@@ -31,10 +31,10 @@ def split(num_rows: int, eval_fraction: float, seed: int) -> tuple[np.ndarray, n
 def split_sources(
     store: Store, eval_fraction: float | Mapping[str, float], seed: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Numbers of the rows to train on, and of those held out by source, all ascending. A fraction of 1 holds out everything.
+    """Numbers of the rows to train on, and source name -> numbers of held-out rows, all ascending.
 
-    What is held out of a source depends on that source alone, not on those beside it. A store that is no joined one is a single
-    source, by the name "".
+    eval_fraction: of every source, or by source name; 1 holds out everything. The held-out rows of a source don't depend on other
+    sources. A store that isn't joined is a single source with the name "".
     """
     trained: list[np.ndarray] = []
     held_out: dict[str, list[np.ndarray]] = {}
@@ -52,7 +52,7 @@ def split_sources(
 
 
 def permutation(num_samples: int, seed: int, epoch: int, window: int = 0) -> np.ndarray:
-    """The order of an epoch's samples, or of those of a window of a stream."""
+    """The order of an epoch's samples, or of the samples in a window of a stream."""
     return _generator(seed, _EPOCH, epoch, *([window] if window else [])).permutation(num_samples)
 
 
@@ -62,41 +62,44 @@ def _generator(seed: int, *stream: int) -> np.random.Generator:
 
 @dataclass(frozen=True, slots=True)
 class Ordered:
-    """Samples in the order in which steps take them: a whole epoch, or a part of one."""
+    """Samples of an epoch, or of a part of one, in the order in which steps use them."""
 
     samples: Samples
     order: np.ndarray
     last: bool
-    """The epoch ends with it."""
+    """It is the last part of its epoch."""
 
 
 class SampleOrder(Protocol):
-    """What a loader goes through: samples that are all there, or a stream (data/streaming.py)."""
+    """What a loader iterates over: the samples of a complete store, or a stream (data/streaming.py)."""
 
     @property
     def num_samples(self) -> int | None:
-        """Of an epoch; none where it is not known yet."""
+        """Samples per epoch. None: not known yet."""
         ...
 
     def ordered(self, seed: int | None, epoch: int, multiple: int, stopped: threading.Event) -> Iterator[Ordered]:
-        """The epoch in parts, each but the last of a multiple of `multiple` samples. Without a seed, as they lie."""
+        """An epoch in parts, all but the last with a multiple of `multiple` samples. seed=None: unshuffled.
+
+        stopped: set when nobody waits for the samples any more.
+        """
         ...
 
 
 class Samples:
-    """What the order is over: packs of at most max_length tokens a document of a row (two for a pair), or single rows.
+    """The samples of an epoch: packs of max_length tokens (twice that for pairs, which have two documents), or single rows.
 
-    Plain texts are packed end to end: the text of all rows, one after another, is cut every max_length tokens, so that only the
-    last sample is not full. A row may then lie in several samples.
+    Plain texts are packed end to end: all rows are concatenated and cut every max_length tokens, so that only the last sample is
+    not full and a row may be spread over several samples.
     """
 
     def __init__(self, store: Rows, rows: np.ndarray, *, max_length: int, packing: bool, share_prompts: bool = False) -> None:
-        """`rows` are numbers of rows; one that is there twice comes twice in an epoch. share_prompts: the two answers of a pair
-        share their prompt."""
+        """rows: numbers of rows; a number that occurs twice is used twice per epoch. share_prompts: the two answers of a pair are
+        computed after one prompt."""
         self.store, self.max_length, self.packing, self.share_prompts = store, max_length, packing, share_prompts
         self.kind = store.kind
         self.capacity = max_length * self.kind.sides
-        """Tokens of a pack."""
+        """Maximum tokens of a pack."""
         self.rows = rows = np.asarray(rows)
         partners = np.roll(rows, 1)
         lengths, room = self.kind.sizes(store, rows, partners, max_length=max_length, share_prompts=share_prompts)
@@ -112,10 +115,10 @@ class Samples:
             order, self._offsets = np.arange(len(rows)), np.arange(len(rows) + 1)
         self._rows, self._partners, self._starts, self._lengths = rows[order], partners[order], starts, lengths
         self.tokens = _sums(lengths, self._offsets)
-        """int64: real tokens of each sample."""
+        """int64 [samples]: tokens of each sample, without padding."""
         self.counts = _sums(lengths - 1 if self._cut else store.counts[self._rows], self._offsets)
-        """What a loss over each sample is divided by: trained tokens with a predecessor, by their weights, or pairs, or labelled
-        rows. int64, or float64 where tokens have weights."""
+        """int64, or float64 with weights [samples]: each sample's part of the number that the loss is divided by: trained tokens
+        with a predecessor times their weights, or pairs, or labelled rows."""
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -130,15 +133,15 @@ class Samples:
 
     @property
     def trained_tokens(self) -> int:
-        """Of an epoch."""
+        """Trained tokens per epoch."""
         return int(self.counts.sum() if self._cut else self.store.trained[self._rows].sum())
 
     def over(self, rows: np.ndarray) -> Samples:
-        """Samples of other rows of the same store, made in the same way."""
+        """The samples of other rows of the same store, with the same settings."""
         return Samples(self.store, rows, max_length=self.max_length, packing=self.packing, share_prompts=self.share_prompts)
 
     def take(self, samples: np.ndarray) -> Samples:
-        """These samples, in this order, with the shards that they are in."""
+        """These samples in this order, with only the shards that they are in."""
         sizes = np.diff(self._offsets)[samples]
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         places = np.arange(offsets[-1]) + np.repeat(self._offsets[samples] - offsets[:-1], sizes)
@@ -156,7 +159,7 @@ class Samples:
         )
 
     def followed_by(self, others: Samples) -> Samples:
-        """These samples and then those of other rows of the same kind."""
+        """These samples, followed by those of other rows of the same kind."""
         store = Rows(self.store.kind, self.store.end_of_row, [*self.store.shards, *others.store.shards])
         first = self.store.num_rows
         return self._changed(
@@ -188,12 +191,12 @@ class Samples:
 
     @property
     def num_rows(self) -> np.ndarray:
-        """int64: rows (of plain text: pieces) of each sample."""
+        """int64 [samples]: rows of each sample; pieces of rows if texts are packed end to end."""
         return np.diff(self._offsets)
 
     def batch(self, samples: np.ndarray, *, micro_batch_size: int, pad_id: int) -> Batch:
-        """The samples as one micro-batch: packs one a row, unpacked rows joined end to end in one row."""
-        from raytune_llm.data.batches import assemble, dealt  # torch: seconds to import, for whoever only counts
+        """One micro-batch of these samples: one pack per row of the batch, or unpacked rows end to end in a single row."""
+        from raytune_llm.data.batches import assemble, dealt  # imports torch, which takes seconds and is not needed for counting
 
         if self.packing:
             lines = [self[sample] for sample in samples.tolist()]
@@ -218,7 +221,8 @@ class Samples:
 
 
 def _blocks(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rows end to end, cut every `size` tokens: each piece's row, its start in the row, its length; offsets of the blocks."""
+    """Concatenates rows and cuts them every `size` tokens. Returns each piece's row, start in the row and length, and the
+    offsets of the blocks among the pieces."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     cuts = np.arange(0, total, size)

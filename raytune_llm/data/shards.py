@@ -1,4 +1,4 @@
-"""One chunk of the source -> one shard of the store: what runs on a worker.
+"""Builds one shard of a store from one chunk of the source, on a worker.
 
 Imports neither torch nor Ray. A recipe carries the tokenizer itself, so workers need no model folder and no hub.
 """
@@ -28,18 +28,18 @@ from raytune_llm.errors import DataError
 from raytune_llm.records import Record
 
 BLOCK_ROWS = 512
-"""Rows that are tokenized by one call into Rust."""
+"""Rows per call of the tokenizer."""
 MAX_ROW_CHARS = 1 << 25
-"""More is a broken file, not a document: eight million tokens, which would take gigabytes to make."""
+"""A longer row, of some eight million tokens, is a broken file and would take gigabytes of memory."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that turns a row into tokens."""
+    """Everything needed to turn a raw row into tokens."""
 
     kind: str
     columns: tuple[str, ...]
-    """That `convert` reads of a row."""
+    """The columns of a raw row that `convert` reads."""
     convert: Callable[[Any], Record]
     renderer: Renderer | PlainText
     tokenize: BlockTokenizer
@@ -48,7 +48,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Timed:
-    """A shard made by this run and when, in seconds of the machine's clock."""
+    """A shard that this run built, with the times of start and end in seconds since 1970."""
 
     shard: Shard
     started: float
@@ -57,18 +57,17 @@ class Timed:
 
 @dataclass(frozen=True, slots=True)
 class Shortened:
-    """A row of the store that is not whole."""
+    """A row that was shortened to data.max_length."""
 
     row: Any
     how: str
     length: int
-    """Tokens that it had."""
+    """Its tokens before."""
 
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Without the search for cycles. Rows have none, and the search would go through a chunk's rows again and again: an eighth
-    of the time."""
+    """Disables the garbage collector's search for cycles. Rows have none, and the repeated search takes an eighth of the time."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -102,8 +101,8 @@ def prepare_chunk(chunk: Chunk, recipe: Recipe, path: Path) -> Timed:
 
 
 def made_rows(block: list[NumberedRow], recipe: Recipe) -> Iterator[tuple[int, Any]]:
-    """A block of raw rows, each as a row of the store, one that was Shortened, or why it is none; first those that can't be
-    rendered."""
+    """(row number, result) for each raw row: a row of the store, a Shortened one, BadRow or RefusedRow. Rows that can't be
+    rendered come first."""
     kind = KINDS[recipe.kind]
     usable: list[tuple[int, Record, tuple[Rendered, ...]]] = []
     for number, row in block:
@@ -143,5 +142,5 @@ def _made(record: Record, rendered: tuple[Rendered, ...], tokens: list[Tokens], 
 
 @lru_cache(maxsize=1)
 def fetched(get: Callable[[Any], Recipe], reference: Any) -> Recipe:
-    """The recipe behind a reference into Ray's object store, unpacked once a process."""
+    """The recipe of a reference to Ray's object store, unpickled once per process."""
     return get(reference)

@@ -1,4 +1,4 @@
-"""Steps, and where they come from."""
+"""The data of optimizer steps, and the interface of their sources."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class Step:
     fraction: float
     """The fraction of the epoch that is done after the step: 1 at its end; 0 before, if its length is unknown."""
     batches: Sequence[Batch]
-    """This rank's micro-batches, as many on each; some of an epoch's last ones may be padding only."""
+    """This rank's micro-batches, the same number on every rank; at the end of an epoch some may be padding only."""
     first_rows: Sequence[int]
-    """Of each of them: how many of the step's rows, over all ranks and in the order of sample_ids, come before its own."""
+    """For each micro-batch, the number of the step's rows before its own, over all ranks in the order of sample_ids."""
     num_rows: int
-    """Of the step, over all ranks."""
+    """Rows of the step over all ranks."""
     count: int | float | None
-    """What the step's loss is divided by, over all ranks and micro-batches: trained tokens by their weights, or pairs, or
-    labelled rows. None if it is unknown before the batches are made: then it is the sum of Batch.count over ranks."""
+    """The number that the step's loss is divided by, over all ranks and micro-batches: trained tokens times their weights, or
+    pairs, or labelled rows. None: unknown until the batches are built; then the sum of Batch.count over ranks is used."""
     tokens: int
-    """Real tokens of the step over all ranks."""
+    """Tokens of the step over all ranks, without padding."""
     sample_ids: tuple[int, ...]
     """The samples of the step over all ranks, in order."""
     store: str = ""
     """The hash of the token store of its rows, if the store is complete."""
     held_out: bool = False
-    """It is evaluated, not learned from: nothing is remembered of it."""
+    """The step is for evaluation, so that enrichers keep no state of it."""
 
     @property
     def ends_epoch(self) -> bool:
@@ -42,7 +42,7 @@ class Step:
 
 
 class Position(Protocol):
-    """Where a run stands in its source."""
+    """A run's position in its source of steps."""
 
     epoch: int
     cursor: int
@@ -50,16 +50,16 @@ class Position(Protocol):
 
 
 class StepSource(Protocol):
-    """What the loop consumes: a store, a stream, or answers of the policy itself."""
+    """A source of steps for the training loop: a store, a stream, or completions of the policy itself."""
 
     def steps(self, progress: Position, policy: Any) -> Generator[Step]:
-        """The steps after `progress`, epoch after epoch, without an end: the loop closes it when it has enough.
+        """An endless generator of the steps after `progress`, epoch after epoch. The loop closes it after the last step.
 
         A source that does not read the policy may prefetch them; one that does sees the policy after the previous step.
         """
         ...
 
     def state(self) -> Mapping[str, Any]:
-        """What it must know beside epoch and cursor to resume after the step it gave last, as JSON: part of a checkpoint, and
-        back as progress.source_state."""
+        """State beside epoch and cursor that is needed to resume after the last step, as JSON values. It is saved in checkpoints
+        and given back as progress.source_state."""
         ...

@@ -1,16 +1,16 @@
-"""The token store: token rows on disk, memory-mapped.
+"""The token store: tokenized rows on disk, memory-mapped.
 
-`<cache>/<key>/` holds shard-00000.arrow, ... (Arrow IPC files of one record batch) and manifest.json, which says the kind of
-its rows, and so their columns (data/kinds/).
+`<cache>/<key>/` has shard-00000.arrow, ... (Arrow IPC files of one record batch) and manifest.json, which names the kind of the
+rows and so their columns (data/kinds/). The key is a hash of everything that determines the tokens (`key_of`).
 
-Several stores of one kind make a joined store: a folder with a manifest that lists them, and no shards of its own.
+Several stores of one kind can form a joined store: a folder with a manifest that lists them, and no shards of its own.
 
-While it is being made its name is `.<key>.partial`. Its shards come one by one, in any order, each whole by its rename, and
-outline.json says how many there will be: data/streaming.py reads them as they come. The rename of the folder at the end is the
-only way in which a store comes to be, so it is whole or absent. The key is a hash of everything that determines the tokens; see
-`key_of`.
+A store under construction is named `.<key>.partial`. Its shards are written in any order, each to a temporary file that is
+renamed, and outline.json has their number, so that data/streaming.py can read them as they appear. The folder is renamed at the
+end, so a store is complete or absent.
 
-The statistics of a shard travel in its Arrow schema's metadata, so that finished shards of a crashed run can be taken over.
+The statistics of a shard are in the metadata of its Arrow schema, so that a later run can reuse the finished shards of a crashed
+one.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ from raytune_llm.data.kinds.kind import Column, Kind, MappedShard, sizes_of
 from raytune_llm.errors import DataError, ResourceError
 
 FORMAT_VERSION = 4
-"""Raise it when a shard or a manifest is read in another way."""
+"""Increase it when the format of a shard or a manifest changes."""
 MANIFEST = "manifest.json"
 OUTLINE = "outline.json"
-"""In a store that is being made: the number of its shards, their kind and end_of_row."""
+"""In a store under construction: the number of its shards, their kind and end_of_row."""
 FAILED = "failed.txt"
-"""In a store that is not being made any more: why."""
+"""In a store whose construction failed: the error."""
 _STATS = b"raytune_llm.stats"
 
 
 @dataclass(frozen=True)
 class ShardStats:
-    """What is known of a shard without reading its rows."""
+    """Statistics of a shard, which are known without reading its rows."""
 
     rows: int
     tokens: int
     trained_tokens: int
     dropped: Dropped = field(default_factory=Dropped)
     shortened: Dropped = field(default_factory=Dropped)
-    """Rows that are there, but not whole."""
+    """Rows in the shard that were shortened to data.max_length."""
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "dropped": self.dropped.to_json(), "shortened": self.shortened.to_json()}
@@ -69,7 +69,7 @@ class ShardStats:
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard, as the manifest lists it."""
+    """A finished shard, as listed in the manifest."""
 
     name: str
     bytes: int
@@ -78,7 +78,7 @@ class Shard:
 
 
 def key_of(made_from: Mapping[str, Any]) -> str:
-    """The name of the store that these inputs make."""
+    """The name of a store: a hash of everything that determines its tokens."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -89,7 +89,10 @@ def shard_name(number: int) -> str:
 def write_shard(
     path: Path, rows: Sequence[Any], dropped: Dropped, *, kind: Kind, shortened: Dropped | None = None, source: int = 0
 ) -> Shard:
-    """Write beside, then rename. The same rows always give the same bytes."""
+    """Write rows to a temporary file and rename it. The same rows always give the same bytes.
+
+    Raises ResourceError if the disk is full.
+    """
     columns = {name: _arrow([getattr(row, name) for row in rows], column) for name, column in kind.columns.items()}
     written = {name: _as_numpy(column) for name, column in columns.items()}
     stats = ShardStats(
@@ -122,7 +125,7 @@ def write_shard(
 
 
 def finished_shard(path: Path) -> Shard | None:
-    """The shard that an earlier run left there, if it did."""
+    """A shard that an earlier run finished. None: there is none, or it is damaged."""
     if not path.exists():
         return None
     try:
@@ -137,7 +140,7 @@ def finished_shard(path: Path) -> Shard | None:
 
 @contextmanager
 def locked(cache: Path, key: str) -> Iterator[None]:
-    """One at a time. The lock is the kernel's and goes with the process, so a crash leaves none behind."""
+    """Holds the lock of a key inside the block. The kernel releases it when the process ends, so a crash leaves none."""
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f".{key}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -146,19 +149,19 @@ def locked(cache: Path, key: str) -> Iterator[None]:
 
 @contextmanager
 def under_construction(cache: Path, key: str) -> Iterator[Path | None]:
-    """The folder in which to make the store `key`, or None where it is complete; other runs that want it wait here."""
+    """The folder to build the store `key` in, or None if it is complete. Waits while another run builds it."""
     with locked(cache, key):
         if (cache / key / MANIFEST).exists():
             yield None
             return
-        shutil.rmtree(cache / key, ignore_errors=True)  # a folder without a manifest is no store
+        shutil.rmtree(cache / key, ignore_errors=True)  # a folder without a manifest is not a store
         folder = partial(cache / key)
         folder.mkdir(exist_ok=True)
         (folder / FAILED).unlink(missing_ok=True)
         try:
             yield folder
         except InterruptedError:
-            raise  # another run may continue it
+            raise  # another run can continue it
         except Exception as error:
             with suppress(OSError):
                 write_whole(folder / FAILED, str(error))
@@ -166,7 +169,7 @@ def under_construction(cache: Path, key: str) -> Iterator[Path | None]:
 
 
 def partial(target: Path) -> Path:
-    """The folder in which the store is made."""
+    """The folder of a store under construction."""
     return target.with_name(f".{target.name}.partial")
 
 
@@ -189,7 +192,7 @@ def complete(
     kind: str,
     end_of_row: int | None = None,
 ) -> None:
-    """Write the manifest and give the folder its name. `kind` is a name in KINDS."""
+    """Write the manifest and rename the folder. kind: a name in KINDS."""
     dropped, shortened = Dropped(), Dropped()
     for shard in shards:
         dropped.merge(shard.stats.dropped)
@@ -217,7 +220,7 @@ def complete(
 
 
 def join(cache: Path, members: Sequence[tuple[str, Store]]) -> Store:
-    """The store of the rows of these stores, one after another, with the names of their sources."""
+    """The joined store of (source name, store) members: their rows, one member after another."""
     stores = [store for _, store in members]
     made_from = {"joined": [[name, store.folder.name] for name, store in members]}
     target = cache / key_of(made_from)
@@ -246,22 +249,22 @@ def join(cache: Path, members: Sequence[tuple[str, Store]]) -> Store:
 
 
 class Rows:
-    """Rows of mapped shards of one kind, numbered through them."""
+    """The rows of memory-mapped shards of one kind, numbered from 0 over all shards."""
 
     identity: str = ""
-    """What names them for other programs and runs; none while there may come more."""
+    """The hash of a complete store; empty for a store under construction."""
 
     def __init__(self, kind: Kind, end_of_row: int | None, shards: Sequence[MappedShard]) -> None:
         self.kind = kind
         self.end_of_row = end_of_row
-        """The id that is the target at the end of every span, where the template writes no end of its own."""
+        """The token id that is the last target of every trained span, if the template itself writes no end token."""
         self.shards = list(shards)
         self._first_rows = np.cumsum([0, *(num_rows(shard) for shard in self.shards)]).tolist()
         self.num_rows: int = self._first_rows[-1]
         self._over_shards: dict[str, np.ndarray] = {}
 
     def only(self, rows: np.ndarray) -> tuple[Rows, np.ndarray]:
-        """The shards that these rows are in, and the rows' numbers among them."""
+        """A Rows with only the shards that these rows are in, and the numbers of the rows in it."""
         first_rows = np.array(self._first_rows)
         shard_of = np.searchsorted(first_rows, rows, side="right") - 1
         used = np.unique(shard_of)
@@ -274,37 +277,37 @@ class Rows:
         return self.num_rows
 
     def row(self, number: int) -> Any:
-        """As the kind has it: lists are views of the file."""
+        """The row as the kind's NamedTuple; its lists are views of the mapped file."""
         shard = bisect_right(self._first_rows, number) - 1
         local = number - self._first_rows[shard]
         columns = self.shards[shard]
         return self.kind.row(*(_value(columns[name], local) for name in self.kind.columns))
 
     def prompt_and_answer(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of what the row asks, and of what stands there as the answer."""
+        """Token ids of the row's prompt and of its answer."""
         return self.kind.prompt_and_answer(self.row(number))
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int32: tokens of each row in one batch, every document with its prompt."""
+        """int32 [rows]: tokens of each row in one batch, with the prompt counted for every document."""
         return _joined([self.kind.lengths(shard) for shard in self.shards], np.int32)
 
     @cached_property
     def trained(self) -> np.ndarray:
-        """int32: trained tokens of each row that have a predecessor."""
+        """int32 [rows]: trained tokens of each row, without a first token, which nothing predicts."""
         return _joined([self.kind.trained(shard) for shard in self.shards], np.int32)
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """int64 or float64: what a loss over each row is divided by."""
+        """int64 or float64 [rows]: each row's part of the number that the loss is divided by."""
         return np.concatenate([np.zeros(0, np.int64), *map(self.kind.counts, self.shards)])
 
     def list_lengths(self, column: str) -> np.ndarray:
-        """int64: how long each row's list of this column is."""
+        """int64 [rows]: the length of each row's list in this column."""
         return self._once(column, lambda shard: sizes_of(shard[column]).astype(np.int64))
 
     def numbers(self, column: str) -> np.ndarray:
-        """The values of a column of one number a row."""
+        """[rows]: the values of a column with one number per row."""
         return self._once(column, lambda shard: shard[column])
 
     def _once(self, column: str, of_shard: Callable[[MappedShard], np.ndarray]) -> np.ndarray:
@@ -314,7 +317,7 @@ class Rows:
 
 
 class Store(Rows):
-    """A complete store, memory-mapped. Rows are numbered through all shards."""
+    """A complete store, memory-mapped. Rows are numbered from 0 over all shards."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
@@ -323,7 +326,7 @@ class Store(Rows):
         self.dropped, self.shortened = (Dropped.from_json(manifest[name]) for name in ("dropped", "shortened"))
         self.members = [Store.open(folder.parent / member["store"]) for member in manifest.get("members", ())]
         self.sources = tuple(member["source"] for member in manifest.get("members", ()))
-        """Names of a joined store's members."""
+        """Source names of a joined store's members; empty for others."""
         shards = [_map_listed_shard(folder / shard["name"], shard) for shard in manifest["shards"]]
         shards += [shard for member in self.members for shard in member.shards]
         self.identity = self.manifest_hash
@@ -331,11 +334,14 @@ class Store(Rows):
 
     @classmethod
     def open(cls, folder: str | Path) -> Store:
+        """Raises DataError if the folder has no store, or one that is damaged or of another version."""
         folder = Path(folder)
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
         except FileNotFoundError:
-            raise DataError(str(folder), "is no token store (it has no manifest)", "Make it with the verb prepare.") from None
+            raise DataError(
+                str(folder), "is not a token store (it has no manifest)", "Create it with the verb prepare."
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise _corrupt(folder / MANIFEST, "is not readable") from None
         if manifest.get("format_version") != FORMAT_VERSION:
@@ -345,41 +351,41 @@ class Store(Rows):
                 "Delete the folder and run prepare again.",
             )
         if manifest["kind"] not in KINDS:
-            raise _corrupt(folder / MANIFEST, f"says that its rows are {manifest['kind']!r}, a kind that there is not")
+            raise _corrupt(folder / MANIFEST, f"has rows of the unknown kind {manifest['kind']!r}")
         return cls(folder, manifest)
 
     @cached_property
     def row_sources(self) -> np.ndarray:
-        """int16: the member that each row of a joined store is from; 0 in any other."""
+        """int16 [rows]: index of the member that each row of a joined store is from; 0 for other stores."""
         return np.repeat(np.arange(max(len(self.members), 1), dtype=np.int16), [len(one) for one in self.members] or [len(self)])
 
     @cached_property
     def manifest_hash(self) -> str:
-        """Of what was put in and what came out; the same on every machine."""
+        """A hash of the store's inputs and shards, equal on every machine."""
         content = {"made_from": self.manifest["made_from"], "shards": self.manifest["shards"]}
         if self.members:
             content["members"] = [member.manifest_hash for member in self.members]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Read every shard whole and compare its hash."""
+        """Read every shard in full and compare its hash. Raises DataError for a difference."""
         for member in self.members:
             member.verify()
         for shard in self.manifest["shards"]:
             if _sha256(self.folder / shard["name"]) != shard["sha256"]:
-                raise _corrupt(self.folder / shard["name"], "does not have the contents that the manifest says")
+                raise _corrupt(self.folder / shard["name"], "does not match its hash in the manifest")
 
 
 def _map_listed_shard(path: Path, listed: Mapping[str, Any]) -> MappedShard:
     if not path.exists():
         raise _corrupt(path, "is missing")
     if path.stat().st_size != listed["bytes"]:
-        raise _corrupt(path, f"has {path.stat().st_size} bytes, not the {listed['bytes']} that the manifest says")
+        raise _corrupt(path, f"has {path.stat().st_size} bytes, but {listed['bytes']} in the manifest")
     return map_shard(path)
 
 
 def map_shard(path: Path) -> MappedShard:
-    """Raises FileNotFoundError, and DataError if it is truncated."""
+    """The columns of a shard. Raises FileNotFoundError, and DataError if the file is truncated."""
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     except pa.ArrowInvalid as error:
@@ -396,7 +402,7 @@ def _corrupt(path: Path, problem: str) -> DataError:
 
 
 def _as_numpy(column: Any) -> Any:
-    """(offsets, values) of lists, the values of numbers; views, but of booleans."""
+    """(offsets, values) of a column of lists, or the values of any other; views, except for booleans."""
     if pa.types.is_list(column.type):
         return column.offsets.to_numpy(), column.values.to_numpy()
     return column.to_numpy(zero_copy_only=False)

@@ -1,11 +1,11 @@
-"""A token store to train on while it is still being made.
+"""Samples of a token store that is still being built (data.streaming).
 
-Its shards come in any order, each whole by its rename. What counts is the prefix: shard 0, 1, 2 and so on as far as they are
-there. It is cut into windows of so many rows, whatever shards these lie in; a window is packed and shuffled for itself. So the
-order of samples is a function of (seed, epoch, rows so far) alone: neither the pace at which shards come, nor world size, nor an
-interruption changes what a step sees. Samples that do not fill a step are carried over into the next window.
+Shards appear in any order, each complete through its rename, and are read in order: 0, 1, 2 and so on. Their rows are cut into
+windows of a fixed number of rows, independent of shard boundaries, and each window is packed and shuffled separately. So the
+order of samples is a function of (seed, epoch, rows so far): neither the pace at which shards appear, nor world size, nor an
+interruption changes which samples a step sees. Samples that don't fill a step are carried over to the next window.
 
-Memory is that of a window's row numbers: shards are memory-mapped and let go when a window has passed them.
+Memory is needed for one window's row numbers; shards are memory-mapped, and unmapped once windows have passed them.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ POLL_S = 0.05
 
 
 class Stream:
-    """The samples of a store that is, or will be, under construction, and whose final folder this is."""
+    """The samples of a store that is or will be under construction. folder: the one that the complete store will have."""
 
     num_samples = None
 
     def __init__(self, folder: Path, *, window_rows: int, samples: Callable[[Rows, np.ndarray], Samples]) -> None:
-        """`samples` packs the rows of a window."""
+        """samples: builds the Samples of some rows, those of a window."""
         self.folder, self.window_rows, self.samples = folder, window_rows, samples
 
     def ordered(self, seed: int | None, epoch: int, multiple: int, stopped: threading.Event) -> Iterator[Ordered]:
-        """Waits for what is not there yet. A part but the last has a multiple of `multiple` samples."""
+        """As SampleOrder.ordered. Waits for shards that don't exist yet."""
         rest: Samples | None = None
         for window, samples in enumerate(self._windows(stopped)):
             if seed is not None:
                 samples = samples.take(permutation(len(samples), seed, epoch, window))
             waiting = samples if rest is None else rest.followed_by(samples)
-            # A sample at least is held back, so that the last part is known to be the last.
+            # At least one sample is held back, so that the last part can be marked as the last.
             whole = (len(waiting) - 1) // multiple * multiple
             if whole:
                 yield Ordered(waiting, np.arange(whole), last=False)
             rest = waiting.take(np.arange(whole, len(waiting)))
         if rest is None:
-            raise DataError(str(self.folder), "holds no row that can be used", "Correct the data, or set data.format.")
+            raise DataError(str(self.folder), "has no row that can be used", "Correct the data, or set data.format.")
         yield Ordered(rest, np.arange(len(rest)), last=True)
 
     def _windows(self, stopped: threading.Event) -> Iterator[Samples]:
         outline = self._awaited(_outline, stopped)
         shards: list[MappedShard] = []
         start = end = 0
-        """Rows of these shards that no window holds yet."""
+        """Range of the rows in `shards` that are in no window yet."""
 
         def window(stop: int) -> Samples:
             return self.samples(Rows(KINDS[outline["kind"]], outline["end_of_row"], shards), np.arange(start, stop))
@@ -75,7 +75,7 @@ class Stream:
             yield window(end)
 
     def _awaited(self, read: Callable[[Path], T], stopped: threading.Event) -> T:
-        """What `read` finds in the store's folder, as soon as it is there."""
+        """The result of `read`, as soon as it raises no FileNotFoundError. Raises DataError if the construction failed."""
         making = partial(self.folder)
         while True:
             complete = (self.folder / MANIFEST).exists()

@@ -1,6 +1,6 @@
-"""A kind of row: its columns in a token store, how it is made from a record, and its documents in a batch.
+"""The interface of a kind of row: its columns in a token store, how a row is built from a record, and its documents in a batch.
 
-Arrays are numpy's: workers that make stores do not load torch.
+Arrays are numpy's, since workers that build stores do not import torch.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 Ids = Sequence[int] | np.ndarray
 MappedShard = Mapping[str, Any]
-"""Of some rows: (offsets, flat values) of each column of lists, and the values of any other column."""
+"""Column -> (offsets, flat values) if it has lists, else its values."""
 
 
 class Column(NamedTuple):
-    """Of a store: a list of numbers a row, or one number a row."""
+    """The type of a store's column: a list of numbers per row, or one number."""
 
     dtype: Any
     is_list: bool = True
@@ -42,27 +42,27 @@ class Document(NamedTuple):
     spans: np.ndarray
     """Trained ranges, flattened: start, end, start, end, ..."""
     prefix: int = 0
-    """Number of first tokens of the previous document that precede its own (the shared prompt)."""
+    """The first tokens of the previous document that come before its own: the length of the shared prompt."""
     weights: Sequence[float] | np.ndarray = ()
     """Loss weight of each span; empty if all are 1."""
     adapter: int = -1
-    """The number of its adapter if there are several; -1 for none."""
+    """Index of its adapter in a batch for several adapters; -1: none."""
 
 
 class Place(NamedTuple):
-    """A row of a sample, or a piece of one."""
+    """A row of the store, or a piece of one, in a sample."""
 
     row: int
     partner: int
-    """Another row, for kinds whose rows are compared with one."""
+    """Another row, for kinds that need one to compare with (KTO)."""
     start: int
     length: int
-    """Of the piece, in tokens."""
+    """Tokens of the piece."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """How rows are shortened, and which of their tokens are trained."""
+    """Settings on how rows are shortened and which of their tokens are trained."""
 
     max_length: int
     overlong: str
@@ -70,12 +70,12 @@ class Targets:
     train_on_prompt: bool = False
     preserve_thinking: bool = False
     end_of_row: int | None = None
-    """The id after a row's last answer, trained at the end of each, where the template writes no end of its own."""
+    """The token id to train at the end of each answer, if the template itself writes no end token."""
     text_start: int | None = None
     text_end: int | None = None
-    """The ids before and after each plain text."""
+    """Token ids that are added before and after each plain text."""
     texts_whole: bool = False
-    """Plain texts may be of any length: they are packed end to end."""
+    """Plain texts are never shortened, since they are packed end to end."""
 
 
 class Kind(ABC):
@@ -86,92 +86,92 @@ class Kind(ABC):
     renders_chat: ClassVar[bool] = True
     """Rows are rendered by a chat template."""
     ranked: ClassVar[bool] = False
-    """A row holds two answers, the first preferred, as `ranking: true` says in a dataset_info.json."""
+    """A row has two answers, the first preferred (`ranking: true` in a dataset_info.json)."""
     sides: ClassVar[int] = 1
-    """Documents of a row in one batch: a pack holds so many times data.max_length tokens."""
+    """Documents of a row in one batch. A pack holds `sides` times data.max_length tokens."""
     beside: ClassVar[tuple[str, ...]] = ()
-    """Batches of the same rows and shape that come with each batch (Batch.beside): a row has a document more for each."""
+    """Names of further batches with the same rows and shape (Batch.beside); each needs one more document of every row."""
     has_partners: ClassVar[bool] = False
-    """The documents in `beside` are made with another row."""
+    """The documents in `beside` are built with a second row, the partner."""
     can_share_prompts: ClassVar[bool] = False
     """A row's documents can share their prompt."""
     end_to_end: ClassVar[bool] = False
-    """Packs hold rows end to end, cut where a pack is full: every token of a piece but its first is trained, and counts 1."""
+    """Rows are concatenated and cut where a pack is full; every token of a piece except its first is trained."""
     judges_answers: ClassVar[bool] = False
-    """A loss over it is one of whole answers, each a document: batches say which document is whose."""
+    """The loss is over whole answers, each of which is a document, so that batches have the documents of each answer."""
 
     # From a record to a row
 
     def targets(self, common: Targets, tokenizer: PreTrainedTokenizerFast, *, packing: bool) -> Targets:
-        """With what is this kind's own."""
+        """The settings with those that are specific to this kind."""
         return common
 
     @abstractmethod
     def render(self, record: Record, renderer: Any, targets: Targets) -> tuple[Rendered, ...]:
-        """The texts that a row is made from. Raises BadRow or RefusedRow."""
+        """The rendered texts of a row. Raises BadRow or RefusedRow."""
 
     def keeps_last_answer(self, targets: Targets) -> bool:
-        """Whether the last answer is what a row is there for, and turns before it go first where it is too long; else those after
-        its first trained answer do."""
+        """True: the last answer is essential, so a row that is too long loses its earlier turns first. False: it loses its later
+        turns first, after the first trained answer."""
         return True
 
     @abstractmethod
     def make(
         self, record: Record, rendered: tuple[Rendered, ...], tokens: Sequence[Tokens], targets: Targets, *, cut: bool = False
     ) -> Any:
-        """The row. Raises BadRow if nothing is left to train, TooLong if it is too long.
+        """The row. Raises BadRow if no token is trained, and TooLong if it is too long.
 
-        cut: then its tokens are cut by the rule of tokens/truncation.py instead.
+        cut: cut the tokens of a row that is too long instead, as in tokens/truncation.py.
         """
 
     # Lengths
 
     @abstractmethod
     def lengths(self, shard: MappedShard) -> np.ndarray:
-        """int: tokens of each row in one batch, every document with its prompt."""
+        """int [rows]: tokens of each row in one batch, with the prompt counted for every document."""
 
     @abstractmethod
     def trained(self, shard: MappedShard) -> np.ndarray:
-        """int: trained tokens of each row that have a predecessor to be predicted from."""
+        """int [rows]: trained tokens of each row that have a token before them."""
 
     @abstractmethod
     def counts(self, shard: MappedShard) -> np.ndarray:
-        """int64 or float64: what a loss over each row is divided by."""
+        """int64 or float64 [rows]: each row's part of the number that the loss is divided by."""
 
     def sizes(
         self, store: Rows, rows: np.ndarray, partners: np.ndarray, *, max_length: int, share_prompts: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """int64: tokens of these rows in all their batches, and what they take of a pack."""
+        """int64 [rows], twice: tokens of each row over all its batches, and the room that it takes in a pack."""
         lengths = store.lengths[rows].astype(np.int64)
         return lengths, lengths
 
     def remarks(self, store: Rows) -> tuple[str, ...]:
-        """What a user should know of these rows before training on them."""
+        """Lines of text for the user about these rows, before training."""
         return ()
 
     # From a row to a batch
 
     @abstractmethod
     def documents(self, store: Rows, place: Place, *, max_length: int, share_prompts: bool) -> list[Document]:
-        """`sides` of them for the batch, then one for each in `beside`."""
+        """The documents of a row: `sides` for the batch, then one for each name in `beside`."""
 
     def per_answer(self, store: Rows, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Columns of a batch beside its tokens, a value a row: [P, ...]."""
+        """Columns of Batch.per_answer, one value per row: [P, ...]."""
         return {}
 
     def media(self, store: Rows, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        """What else a batch of these rows holds, for the model alone to understand: pixels, say."""
+        """Columns of Batch.media, such as pixels, which only the model reads."""
         return {}
 
     # Prompts
 
     @abstractmethod
     def prompt_and_answer(self, row: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of what the row asks, and of what stands there as the answer."""
+        """Token ids of the row's prompt and of its answer."""
 
 
 def sizes_of(lists: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """How long each list is."""
+    """The length of each list."""
     offsets, _ = lists
     return np.diff(offsets)
 
