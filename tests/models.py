@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from raytune_llm.config.adapter import LoRA
 from raytune_llm.data.batches import collate
 from raytune_llm.models import attention
 from raytune_llm.models.causal_lm import CausalLM
@@ -24,6 +26,13 @@ LLAMA3_8B = LlamaConfig(
     tie_word_embeddings=False,
 )
 """Its sizes; nobody makes its weights here."""
+
+
+def lora_section(**changed: Any) -> LoRA:
+    """adapter=lora, with rank 4 and alpha 8 unless they are changed."""
+    of_all = {"targets": "all-linear", "last_layers": None, "layers": None, "modules_to_save": [], "path": None}
+    own = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
+    return LoRA(name="lora", **{**of_all, **own, **changed})
 
 
 def tiny_llama(backend: str = "varlen", dtype: torch.dtype = torch.float32, seed: int = 0) -> CausalLM:

@@ -60,7 +60,7 @@ def _choices(run: TrainRun, planned: Plan) -> Table:
     table.add_row(
         "parameters",
         f"{_short(parameters.total)}, trained {_short(parameters.trained)} ({parameters.trained / parameters.total:.2%}), "
-        f"adapter {run.adapter.name}",
+        f"adapter {run.adapter.name}; {planned.saved_bytes / 2**20:,.1f} MiB in final/",
     )
     table.add_row(
         "a step",

@@ -131,6 +131,7 @@ def next_command(run: TrainRun, final: Path) -> str | None:
         words += [_override("model.path", final)]
         words += ["model.weights=pretrained"] if run.model.weights != "pretrained" else []
         words += [f"~model.config.{name}" for name in run.model.config]
+        words += ["model.merged_adapters=[]"] if run.model.merged_adapters else []
     else:
         words += [_override("adapter.path", final)]
     return " ".join([*words, there])
@@ -141,7 +142,13 @@ def _base(model: ModelConfig, path: object) -> list[str]:
     option = next((package.option for known, package in PACKAGED.items() if known == path), None)
     words = [option] if option else ["model=hub", _override("model.path", path)]
     revision = model.revision if path == model.path else None
-    given = {"revision": revision, "tokenizer": model.tokenizer, "trust_remote_code": model.trust_remote_code or None}
+    merged = model.merged_adapters if path == model.path else []
+    given = {
+        "revision": revision,
+        "merged_adapters": merged or None,
+        "tokenizer": model.tokenizer,
+        "trust_remote_code": model.trust_remote_code or None,
+    }
     return [*words, *(_override(f"model.{name}", value) for name, value in given.items() if value is not None)]
 
 

@@ -1,4 +1,4 @@
-"""What is trained of a model: all weights, or an adapter. Other modules ask the section, never its name."""
+"""What is trained of a model: all weights, a part of them, or an adapter. Other modules ask the section, never its name."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from raytune_llm.config.section import PositiveInt, section
+from raytune_llm.config.section import NonNegativeInt, PositiveFloat, PositiveInt, section
+from raytune_llm.errors import ConfigError
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
+Targets = str | list[str]
+"""all-linear, every linear layer but the head; names of layers, by their last part; or a regular expression of whole names."""
 
 
 @section
-class NoAdapter:
-    """Full fine-tuning."""
-
-    name: Literal["none"]
+class WholeModel:
+    """What is trained are the model's own weights, and final/ holds a model."""
 
     trains_base: ClassVar[bool] = True
     """Base weights are trained. If not, they are frozen, and final/ holds an adapter."""
-    reads_base_weights: ClassVar[bool] = False
-    """It reads the weights of its layers, beside calling them."""
+    changes_base: ClassVar[bool] = False
+    """The model that is trained has other frozen weights, or other layers, than the one that it was made of."""
+    refuses_quantized: ClassVar[str | None] = None
+    """Why it can't be on quantized weights; None if it can."""
+    refuses_partitioned: ClassVar[str | None] = None
+    """Why its layers' weights can't be partitioned by ZeRO-3; None if they can."""
     trains_tokens: ClassVar[bool] = False
     """It can have embeddings of tokens that the model lacks."""
     mixes: ClassVar[bool] = False
@@ -36,21 +41,86 @@ class NoAdapter:
 
 
 @section
+class NoAdapter(WholeModel):
+    """Full fine-tuning."""
+
+    name: Literal["none"]
+
+    trains_tokens: ClassVar[bool] = True
+
+
+WHOLE_IN_BITS = "its model is saved whole, frozen weights with the trained ones"
+
+
+@section
+class Freeze(WholeModel):
+    """Some layers of the model are trained, and the rest is frozen."""
+
+    name: Literal["freeze"]
+    first_layers: PositiveInt | None
+    last_layers: PositiveInt | None
+    layers: list[int] | None
+    """Which layers: the first N, the last N, or those of these numbers, negative ones from the end. One of the three."""
+    modules: Literal["all"] | list[str]
+    """Of these layers, the modules with one of these names; all: the whole layer."""
+    extra_modules: list[str]
+    """Modules outside of the layers that are trained too, by the last part of their names: embed_tokens, norm, lm_head."""
+
+    refuses_quantized: ClassVar[str | None] = WHOLE_IN_BITS
+
+    @property
+    def trains_tokens(self) -> bool:  # type: ignore[override]
+        """Where the embeddings are among what is trained too."""
+        return bool(self.extra_modules)
+
+    def __post_init__(self) -> None:
+        given = {name: value for name in ("first_layers", "last_layers", "layers") if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            rule = "must be one of adapter.first_layers, adapter.last_layers and adapter.layers"
+            raise ConfigError("adapter", rule, got=given, fix="Set the others to null.")
+
+
+@section
+class LlamaPro(WholeModel):
+    """Wu et al. 2024 (arXiv 2401.02415): new layers between the model's own, which pass on their input before they are trained,
+    and are the only ones that are."""
+
+    name: Literal["llama_pro"]
+    new_layers: PositiveInt
+    """How many; they are inserted at equal distances, so it must divide the number of the model's layers."""
+
+    changes_base: ClassVar[bool] = True
+    refuses_quantized: ClassVar[str | None] = WHOLE_IN_BITS
+
+
+@section
 class Layered:
     """Settings of all adapters on linear layers."""
 
-    dropout: Dropout
-    targets: Literal["all-linear"] | list[str]
-    """Names of the linear layers, by their last part; all-linear takes every one but the head."""
+    targets: Targets
+    """Names of the linear layers, by their last part; a regular expression of their whole names; all-linear takes every one but
+    the head."""
     last_layers: PositiveInt | None
     """Only the last N layers of the model get an adapter, and the backward pass ends there; null: all layers."""
+    layers: list[int] | None
+    """Only layers of these numbers get an adapter, negative ones counted from the end; null: all layers."""
+    modules_to_save: list[str]
+    """Modules that are trained whole beside the adapter and saved with it, by the last part of their names: embed_tokens,
+    lm_head, norms."""
     path: str | None
     """A saved adapter of this method to continue, with its own rank, targets and layers."""
 
     trains_base: ClassVar[bool] = False
-    reads_base_weights: ClassVar[bool] = False
+    changes_base: ClassVar[bool] = False
+    refuses_quantized: ClassVar[str | None] = None
+    refuses_partitioned: ClassVar[str | None] = None
     trains_tokens: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and self.last_layers is not None:
+            fix = "Set one of them to null."
+            raise ConfigError("adapter.layers", "can't be combined with adapter.last_layers", got=self.layers, fix=fix)
 
     @property
     def starts_at_base(self) -> bool:
@@ -59,8 +129,17 @@ class Layered:
 
 @section
 class LowRank(Layered):
+    dropout: Dropout
     rank: PositiveInt
-    alpha: Annotated[float, Field(gt=0)]
+    alpha: PositiveFloat
+    rank_pattern: dict[str, PositiveInt]
+    """Other ranks for some layers: the end of a layer's name, or a regular expression of it, -> rank."""
+    alpha_pattern: dict[str, PositiveFloat]
+    """Likewise for alpha."""
+
+    @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        return not self.modules_to_save
 
     trains_tokens: ClassVar[bool] = True
 
@@ -71,8 +150,6 @@ class LoRA(LowRank):
 
     name: Literal["lora"]
 
-    mixes: ClassVar[bool] = True
-
 
 @section
 class RsLoRA(LowRank):
@@ -80,7 +157,19 @@ class RsLoRA(LowRank):
 
     name: Literal["rslora"]
 
-    mixes: ClassVar[bool] = True
+
+@section
+class LoRAPlus(LowRank):
+    """Hayou et al. 2024 (arXiv 2402.12354): LoRA, with a higher learning rate for B than for A."""
+
+    name: Literal["lora_plus"]
+    lr_ratio: PositiveFloat
+    """B's learning rate over optimizer.lr."""
+    embedding_lr_ratio: PositiveFloat
+    """Likewise of adapters on embeddings."""
+
+
+READS_WEIGHTS = "it reads the weights that it is on"
 
 
 @section
@@ -89,7 +178,29 @@ class DoRA(LowRank):
 
     name: Literal["dora"]
 
-    reads_base_weights: ClassVar[bool] = True
+    refuses_quantized: ClassVar[str | None] = READS_WEIGHTS
+    refuses_partitioned: ClassVar[str | None] = READS_WEIGHTS
+
+    @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        return False
+
+
+@section
+class PiSSA(LowRank):
+    """Meng et al. 2024 (arXiv 2404.02948): LoRA that begins as a weight's largest singular values, which the frozen weight then
+    lacks. It is saved as LoRA of twice the rank on the original weights: what it is at the end, less what it began as."""
+
+    name: Literal["pissa"]
+    svd_iterations: NonNegativeInt | None
+    """Of a randomized SVD (Halko et al. 2009), which is fast; null: an exact one."""
+
+    changes_base: ClassVar[bool] = True
+
+    @property
+    def starts_at_base(self) -> bool:
+        """Without the adapter, its base is not the model that it was made of."""
+        return False
 
 
 @section
@@ -100,8 +211,34 @@ class OFT(Layered):
     """
 
     name: Literal["oft"]
+    dropout: Dropout
     block_size: Annotated[int, Field(ge=2)]
     """Inputs of a block; must divide each layer's inputs. There are (block_size - 1) / 2 parameters an input."""
+
+
+@section
+class VeRA(Layered):
+    """Kopiczko et al. 2023 (arXiv 2310.11454): W + diag(b) B diag(d) A, where A and B are random, fixed and the same in every
+    layer, and the vectors b and d are trained."""
+
+    name: Literal["vera"]
+    dropout: Dropout
+    rank: PositiveInt
+    initial_d: PositiveFloat
+    """What each entry of d is at first; b is 0."""
+    projection_seed: NonNegativeInt
+    """Of A and B, which are not saved: PEFT draws them again from it."""
+
+
+@section
+class IA3(Layered):
+    """Liu et al. 2022 (arXiv 2205.05638): outputs of layers, or inputs of others, times a trained vector."""
+
+    name: Literal["ia3"]
+    scaled_inputs: list[str]
+    """Of the targets, those whose inputs are scaled, by the last part of their names."""
+
+    dropout: ClassVar[float] = 0.0
 
 
 @section
@@ -113,9 +250,12 @@ class SavedAdapter:
     """The setting that names the folder, for errors."""
 
     name: ClassVar[str] = "saved"
+    changes_base: ClassVar[bool] = False
     trains_base: ClassVar[bool] = False
     dropout: ClassVar[float] = 0.0
     starts_at_base: ClassVar[bool] = False
 
 
-AdapterConfig = Annotated[NoAdapter | LoRA | RsLoRA | DoRA | OFT, Field(discriminator="name")]
+AdapterConfig = Annotated[
+    NoAdapter | Freeze | LlamaPro | LoRA | RsLoRA | LoRAPlus | DoRA | PiSSA | OFT | VeRA | IA3, Field(discriminator="name")
+]

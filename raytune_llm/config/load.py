@@ -71,7 +71,16 @@ OmegaConf.register_new_resolver("with_loss", _with_loss, replace=True)
 """${with_loss:eaft,1.0} in YAML is 1.0 where the section's loss is eaft, or a sum with it, and null beside another one."""
 
 
-ANY_KEY = ("model.config", "serve.adapters", "chat.adapters", "predict.adapters", "export.adapters", "export.weights")
+ANY_KEY = (
+    "model.config",
+    "adapter.rank_pattern",
+    "adapter.alpha_pattern",
+    "serve.adapters",
+    "chat.adapters",
+    "predict.adapters",
+    "export.adapters",
+    "export.weights",
+)
 """Settings whose keys are the user's, or another program's."""
 
 

@@ -23,6 +23,9 @@ class ModelConfig:
     resize_vocab: bool
     """Tokens that data.template needs and the tokenizer lacks are added in the same way, as special tokens."""
     trust_remote_code: bool
+    merged_adapters: list[str]
+    """Folders of adapters that are merged into the weights, in this order, as the model is loaded: it is then the base of
+    everything, also of a new adapter and of a reference."""
     attention: Literal["auto", "varlen", "flash2", "flash3", "flash4", "flex", "sdpa"]
     """varlen is torch's own FlashAttention; flash2 to flash4 are packages. auto takes flash3 if it is installed and the GPU
     is a Hopper GPU (sm_90), else the first of varlen, sdpa and flex that can run."""

@@ -9,7 +9,8 @@ from typing import Any
 
 ALWAYS = ("output_dir", "data.cache", "export.output_dir")
 IF_THERE = (
-    "model.path", "model.tokenizer", "data.path", "data.eval_path", "data.dataset_info", "data.media_dir", "adapter.path",
+    "model.path", "model.tokenizer", "model.merged_adapters",
+    "data.path", "data.eval_path", "data.dataset_info", "data.media_dir", "adapter.path",
     "stage.reference_model", "stage.reference_adapter", "serve.adapters", "serve.watch", "serve.adapter_roots", "chat.adapters",
     "predict.run", "predict.adapters", "export.run", "export.adapters",
     "evaluate.models", "evaluate.data",

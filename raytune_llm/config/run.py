@@ -536,6 +536,9 @@ def _quantized_weights_can_be_had(run: TrainRun) -> None:
             f"can't be {quantization.name} if adapter=none: its weights can't be trained",
             fix="Set adapter=lora, or quantization=none.",
         )
+    if quantization.replaces_layers and run.adapter.refuses_quantized is not None:
+        rule = f"can't be {quantization.name} with adapter={run.adapter.name}: {run.adapter.refuses_quantized}"
+        raise ConfigError("quantization", rule, fix="Set adapter=lora, or quantization=none.")
     refusal = run.strategy.refuses_quantized(trained=trains_all) if quantization.replaces_layers else None
     if refusal is not None:
         raise ConfigError(
@@ -555,26 +558,21 @@ def _optimizer_finds_its_matrices(run: TrainRun) -> None:
 
 
 def _adapters_find_the_weights_that_they_read(run: TrainRun) -> None:
-    if not run.adapter.reads_base_weights:
-        return
-    reads = f"with adapter={run.adapter.name}, which reads the weights that it is on"
-    if run.quantization.replaces_layers:
-        rule, fix = f"can't be {run.quantization.name} {reads}", "Set adapter=lora, or quantization=none."
-        raise ConfigError("quantization", rule, fix=fix)
-    if isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3:
-        rule, fix = f"can't be zero3 {reads}: it gathers those of layers that are called", "Set strategy=fsdp, or adapter=lora."
-        raise ConfigError("strategy", rule, fix=fix)
+    why = run.adapter.refuses_partitioned
+    if why is not None and isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3:
+        rule = f"can't be zero3 with adapter={run.adapter.name}: {why}, and ZeRO-3 gathers those of layers that are called"
+        raise ConfigError("strategy", rule, fix="Set strategy=fsdp, or adapter=lora.")
 
 
 def _new_tokens_can_be_trained(run: TrainRun) -> None:
-    if not run.model.adds_tokens or run.adapter.trains_base:
+    if not run.model.adds_tokens:
         return
     setting = "model.new_tokens" if run.model.new_tokens else "model.resize_vocab"
     got = run.model.new_tokens or True
     if not run.adapter.trains_tokens:
-        rule = f"can't be combined with adapter={run.adapter.name}, which has no embeddings of its own"
+        rule = f"can't be combined with adapter={run.adapter.name}, which trains no embeddings"
         raise ConfigError(setting, rule, got=got, fix="Set adapter=lora, or adapter=none.")
-    if isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3:
+    if not run.adapter.trains_base and isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3:
         rule = "can't be combined with strategy=zero3 and an adapter: it gathers the weights of layers that are called"
         raise ConfigError(setting, rule, got=got, fix="Set strategy=fsdp.")
 

@@ -62,5 +62,6 @@ def answer_held_out_rows(
 def _trained(run: TrainRun, final: Path) -> tuple[ModelConfig, NoAdapter | SavedAdapter]:
     """What a run saved there: a whole model, or an adapter for its own."""
     if run.adapter.trains_base:
-        return replace(run.model, path=str(final), weights="pretrained", new_tokens=None, resize_vocab=False), NO_ADAPTER
+        beside = {"new_tokens": None, "resize_vocab": False, "merged_adapters": []}
+        return replace(run.model, path=str(final), weights="pretrained", **beside), NO_ADAPTER
     return run.model, SavedAdapter(path=str(final), setting="final")

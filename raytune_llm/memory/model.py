@@ -19,7 +19,7 @@ import torch
 from transformers import PretrainedConfig
 
 from raytune_llm.config.adapter import AdapterConfig
-from raytune_llm.models.adapters import Kept, adapt
+from raytune_llm.models.adapters import OWN, Kept, adapt
 from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_model
@@ -64,6 +64,8 @@ class Parameters:
     """Embedding, head and the last norm."""
     trained_matrices: int = 0
     """Of those trained: in matrices within layers."""
+    saved: int = 0
+    """In the file of final/: the adapter's, or all of a model."""
     quantizable: int = 0
     """Of frozen linear layers within layers; none of a mixture of experts, which is not quantized."""
 
@@ -141,7 +143,8 @@ def count_parameters(
     settings: dict[str, Any] = {"weights": "random", "dtype": torch.float32, "seed": 0, "device": "meta"}
     model = load_model(config, None, **settings, trust_remote_code=trust_remote_code, scores=scores)
     with torch.device("meta"):
-        adapted = adapt(model, adapter, scores=scores)
+        adapters = adapt(model, adapter, scores=scores)
+    adapted = adapters.model
     blocks = [_numel(block) for block in layers(adapted)]
     weights = (
         []
@@ -152,6 +155,7 @@ def count_parameters(
     total = _numel(adapted)
     return Parameters(
         total=total,
+        saved=total if adapter.trains_base else adapters.saved_values(OWN),
         trained=sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad),
         layer=max(blocks, default=0),
         outside_layers=total - sum(blocks),

@@ -144,30 +144,70 @@ def adapter(
     lora_target: str | Sequence[str],
     use_rslora: bool,
     use_dora: bool,
+    pissa_init: bool,
+    pissa_iter: int,
+    loraplus_lr_ratio: float | None,
+    loraplus_lr_embedding: float,
+    additional_target: str | Sequence[str] | None,
+    learning_rate: float,
 ) -> Settings:
-    if finetuning_type == "full":
+    if finetuning_type in ("full", "freeze"):
         if adapter_name_or_path is not None:
             raise Refusal("works with finetuning_type=lora or oft only", "adapter_name_or_path")
-        return {"adapter": "none"}
+        return {"adapter": "none" if finetuning_type == "full" else "freeze"}
     if finetuning_type not in ("lora", "oft"):
-        raise Refusal(f"{finetuning_type} {LATER}; there are lora, oft and full", "finetuning_type")
-    if use_rslora and use_dora:
-        raise Refusal(f"rslora and dora together {LATER}; choose one", "use_rslora")
+        raise Refusal(f"{finetuning_type} {LATER}; there are lora, oft, freeze and full", "finetuning_type")
     adapters = [] if adapter_name_or_path is None else _listed(adapter_name_or_path)
-    if len(adapters) > 1:
-        raise Refusal(f"merging several adapters {LATER}; name one", "adapter_name_or_path")
-    if adapters and create_new_adapter:
-        raise Refusal(f"a new adapter over a merged one {LATER}", "create_new_adapter")
-    path = {"adapter.path": adapters[0] if adapters else None}
+    continued = None if create_new_adapter or not adapters else adapters.pop()
+    placed = {
+        "adapter.path": continued,
+        "model.merged_adapters": adapters,
+        "adapter.modules_to_save": [] if additional_target is None else _listed(additional_target),
+    }
     if finetuning_type == "oft":
-        return path
+        return placed
+    variants = {"rslora": use_rslora, "dora": use_dora, "pissa": pissa_init, "lora_plus": loraplus_lr_ratio is not None}
+    chosen = [name for name, wanted in variants.items() if wanted]
+    if len(chosen) > 1:
+        switch = {"rslora": "use_rslora", "dora": "use_dora", "pissa": "pissa_init"}[chosen[0]]
+        raise Refusal(f"{' and '.join(chosen)} together {LATER}; choose one", switch)
+    own: dict[str, Any] = {}
+    if pissa_init:
+        own = {"adapter.svd_iterations": None if pissa_iter == -1 else pissa_iter}
+        if continued is not None:
+            raise Refusal("is how a new adapter begins; leave it out, or set create_new_adapter", "pissa_init")
+    if loraplus_lr_ratio is not None:
+        of_embeddings = float(loraplus_lr_embedding) / learning_rate
+        own = {"adapter.lr_ratio": float(loraplus_lr_ratio), "adapter.embedding_lr_ratio": of_embeddings}
     return {
-        "adapter": "dora" if use_dora else "rslora" if use_rslora else "lora",
+        "adapter": chosen[0] if chosen else "lora",
         "adapter.rank": lora_rank,
         "adapter.alpha": float(2 * lora_rank if lora_alpha is None else lora_alpha),
         "adapter.dropout": float(lora_dropout),
         "adapter.targets": _targets(lora_target),
-        **path,
+        **own,
+        **placed,
+    }
+
+
+def freeze(
+    finetuning_type: str,
+    freeze_trainable_layers: int,
+    freeze_trainable_modules: str | Sequence[str],
+    freeze_extra_modules: str | Sequence[str] | None,
+) -> Settings | NoEffect:
+    if finetuning_type != "freeze":
+        return NoEffect("read with finetuning_type=freeze only")
+    if freeze_trainable_layers == 0:
+        raise Refusal("must be a number of layers: of the last ones, or below zero of the first", "freeze_trainable_layers")
+    modules = _listed(freeze_trainable_modules)
+    last = freeze_trainable_layers > 0
+    return {
+        "adapter": "freeze",
+        "adapter.first_layers": None if last else -freeze_trainable_layers,
+        "adapter.last_layers": freeze_trainable_layers if last else None,
+        "adapter.modules": "all" if modules == ["all"] else modules,
+        "adapter.extra_modules": [] if freeze_extra_modules is None else _listed(freeze_extra_modules),
     }
 
 

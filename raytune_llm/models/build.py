@@ -17,7 +17,7 @@ from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.quantization import NoQuantization, QuantizationConfig
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import activations, attention, head
-from raytune_llm.models.adapters import adapt
+from raytune_llm.models.adapters import adapt, merge
 from raytune_llm.models.attention.isolation import check_isolation
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
@@ -27,7 +27,7 @@ from raytune_llm.models.policy import Policy
 from raytune_llm.models.quantization import quantize
 from raytune_llm.models.scorer import Scorer
 from raytune_llm.models.shared import SharedModel
-from raytune_llm.models.stored import Files, bring
+from raytune_llm.models.stored import Files, bring, of_type
 from raytune_llm.models.vocabulary import grow
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -112,10 +112,12 @@ def build_policy(
         trust_remote_code=model.trust_remote_code,
     )
     read = partial(load, dtype=compute if frozen else torch.float32, device=device, scores=scores, files=files)
-    if shared is not None and frozen and files is None and device.type != "meta" and not first_pieces:  # which change weights
+    changes = adapter.changes_base or model.merged_adapters or first_pieces
+    if shared is not None and frozen and files is None and device.type != "meta" and not changes:
         loaded = shared.copy_of(repr((model, config.to_json_string(), compute, device, seed, scores)), read)
     else:
         loaded = read()
+    merge(loaded, model.merged_adapters)
     attention.attach(loaded, backend)
     base_vocabulary = config.get_text_config().vocab_size
     grow(loaded, first_pieces)
@@ -124,9 +126,11 @@ def build_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = adapt(loaded, adapter, scores=scores, new_ids=sorted(first_pieces))
+    if not frozen:
+        _narrow_frozen(loaded, compute)
     quantize(layers(loaded), quantization, runs_on)
     if files is not None and device.type != "meta":
-        bring(adapted, device)
+        bring(adapted.model, device)
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
     offloads = activation_checkpointing == "offload" and runs_on.type == "cuda"
     settings: dict[str, Any] = {
@@ -134,6 +138,7 @@ def build_policy(
         "attention_backend": backend,
         "compiled": compile_layers,
         "offloads": offloads,
+        "adapters": adapted,
         "has_new_adapter": adapter.starts_at_base,
         "has_changed_config": bool(model.config),
         "base_vocabulary": base_vocabulary,
@@ -141,12 +146,19 @@ def build_policy(
     if is_multimodal(config):
         settings["left_out"] = partial(_other_media, loaded, partial(load, dtype=compute, scores=scores, text_only=False))
     if scores:
-        made = Scorer(adapted, language_model=partial(load, dtype=compute) if separate_head else None, **settings)
+        made = Scorer(adapted.model, language_model=partial(load, dtype=compute) if separate_head else None, **settings)
     else:
-        made = CausalLM(adapted, chunk_tokens=CHUNK_TOKENS.get(runs_on.type, head.CHUNK_TOKENS), **settings)
+        made = CausalLM(adapted.model, chunk_tokens=CHUNK_TOKENS.get(runs_on.type, head.CHUNK_TOKENS), **settings)
     dropout = attention.dropout_of(config) if trains else 0.0
     left_out = f"; without the model's attention dropout of {dropout:g}" if dropout else ""
     return made, f"attention: {backend} ({reason}{left_out})"
+
+
+def _narrow_frozen(model: PreTrainedModel, compute: torch.dtype) -> None:
+    """The frozen part of a model whose own weights are trained, which was loaded as those are."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = of_type(parameter, compute)
 
 
 def _other_media(model: PreTrainedModel, load: Callable[[], PreTrainedModel]) -> dict[str, Tensor]:

@@ -226,7 +226,8 @@ class Policy(nn.Module):
         """All that its reload needs: an adapter that PEFT loads or a model that transformers loads, in `compute`, with a config
         that was changed, the tokens that end answers, tokenizer and chat template.
 
-        parameters: the trained ones, whole, by their names here; a strategy may have spread the policy's own. base_model: the
+        parameters: an adapter's, or all of a model, whole, by their names here; a strategy may have spread the policy's own.
+        base_model: the
         path or hub id of the model that an adapter is for.
         """
         own = {name.removeprefix("model."): value for name, value in parameters.items()}

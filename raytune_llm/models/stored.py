@@ -39,6 +39,9 @@ class Stored(nn.Parameter):
         made.file, made.key = file, key
         return made
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.of(self, self.file, self.key)
+
     def read(self, device: torch.device) -> nn.Parameter:
         """The whole of it on the device."""
         whole = self.rows(0, len(self)).to(device=device, dtype=self.dtype)
@@ -48,6 +51,13 @@ class Stored(nn.Parameter):
         """In the file's type. The file is mapped: what is read of it is these rows."""
         with safe_open(self.file, framework="pt") as file:
             return file.get_slice(self.key)[start:stop]
+
+
+def of_type(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """Its values in another type; of one that is in its file, what stands in their place."""
+    if isinstance(weight, Stored):
+        return torch.empty((), dtype=dtype).expand(weight.shape)
+    return weight.detach().to(dtype)
 
 
 def bring(model: nn.Module, device: torch.device) -> dict[nn.Parameter, nn.Parameter]:

@@ -98,7 +98,7 @@ class Builder:
         strategy = spread(
             run.strategy,
             policy,
-            partial(build_optimizer, run.optimizer),
+            partial(build_optimizer, run.optimizer, lr_factor=policy.adapters.lr_factor),
             device=device,
             precision=Precision(compute),
             max_grad_norm=run.train.max_grad_norm,
@@ -165,8 +165,8 @@ class Builder:
         run = self.run
         reads = READS_FILES[run.strategy.name]
         keeps_less = reads or run.quantization.replaces_layers
-        if self._first_pieces:
-            return None  # what lies in files has fewer rows
+        if self._first_pieces or run.adapter.changes_base or run.model.merged_adapters:
+            return None  # what lies in files has fewer rows, or other values
         if not keeps_less or run.model.weights != "pretrained" or run.model.path is None:
             return None
         files = files_to_read(

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from raytune_llm.config.load import load_config as load_run
 from raytune_llm.data.tokens.tokenizer import first_pieces
 from raytune_llm.errors import DataError
-from raytune_llm.models.adapters import OWN, PeftAdapters
+from raytune_llm.models.adapters import OWN, PeftAdapters, merge
 from raytune_llm.models.load import load_config, load_model
 from raytune_llm.models.vocabulary import grow
 from raytune_llm.runs.tokenizer import tokenizer_of
@@ -25,7 +25,8 @@ PARAMETERS = "parameters.model."
 def adapter_of_checkpoint(run_folder: Path, step: int, into: Path) -> bool:
     """Write the adapter of step `step` into a folder; False where the run trains all of its model.
 
-    The model is made without its weights. Raises a UserError where the checkpoint or the run's settings can't be read.
+    The model is made without its weights, unless the adapter changes them. Raises a UserError where the checkpoint or the run's
+    settings can't be read.
     """
     run = load_run("train", config_dir=run_folder, config_name="run")
     if run.adapter.trains_base:
@@ -44,20 +45,24 @@ def adapter_of_checkpoint(run_folder: Path, step: int, into: Path) -> bool:
     except (OSError, EOFError, ValueError, dcp.api.CheckpointException) as error:
         raise DataError(str(place), f"can't be read ({error})") from None
     config = load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    skeleton = load_model(
+    device = torch.device("cpu" if run.adapter.changes_base else "meta")  # what it changed is in what it learned
+    base = load_model(
         config,
         model.path,
         weights=model.weights,
         dtype=torch.float32,
-        seed=0,
-        device="meta",
+        seed=run.train.seed,
+        device=device,
         trust_remote_code=model.trust_remote_code,
     )
+    if run.adapter.changes_base:
+        merge(base, model.merged_adapters)
     tokenizer, _ = tokenizer_of(run)
     pieces = first_pieces(model, tokenizer)
-    grow(skeleton, pieces)
-    with torch.device("meta"):
-        adapters = PeftAdapters(skeleton)
+    grow(base, pieces)
+    with torch.random.fork_rng(devices=[]), device:
+        torch.manual_seed(run.train.seed)
+        adapters = PeftAdapters(base)
         adapters.add_own(run.adapter, sorted(pieces))
     parameters = {name.removeprefix(PARAMETERS): value for name, value in state.items()}
     adapters.save(OWN, into, base_model=model.path, parameters=parameters)

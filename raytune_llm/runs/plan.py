@@ -20,7 +20,7 @@ from raytune_llm.memory.fixes import Fix, SuggestedFixes
 from raytune_llm.memory.footprint import GIB, USABLE, estimate, least_recomputation, needs_of, parameters_of
 from raytune_llm.memory.model import Memory, Parameters
 from raytune_llm.models.activations import compiles
-from raytune_llm.models.build import run_config
+from raytune_llm.models.build import DTYPES, run_config
 from raytune_llm.runs.stores import held_out_part, open_stores, shares_prompts, total_steps
 from raytune_llm.runs.tokenizer import tokenizer_of
 
@@ -80,6 +80,8 @@ class Plan:
     accumulation: int
     """Micro-batches of a worker in one step."""
     parameters: Parameters
+    saved_bytes: int
+    """Of the weights in final/: an adapter's are float32, a model's as the run computes."""
     data: Data | None
     """None until the data are prepared: before that, neither steps nor tokens are known."""
     verdicts: tuple[Verdict, ...]
@@ -103,10 +105,13 @@ def plan(run: TrainRun) -> Plan:
     world_size = _world_size(run, len(gpus))
     accumulation = _accumulation(run, world_size)
     devices = tuple(dict.fromkeys(gpus)) or tuple(_devices_without_gpu(run))
+    parameters = parameters_of(run, config)
+    computed = DTYPES.get(run.train.precision, torch.bfloat16) if run.adapter.trains_base else torch.float32
     return Plan(
         world_size=world_size,
         accumulation=accumulation,
-        parameters=parameters_of(run, config),
+        parameters=parameters,
+        saved_bytes=parameters.saved * computed.itemsize,
         data=_data(run, config),
         verdicts=tuple(_verdict(run, config, device, world_size) for device in devices),
     )

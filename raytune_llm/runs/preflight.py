@@ -17,7 +17,7 @@ from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.readers.declarations import declared, declared_for_evaluation
 from raytune_llm.data.tokens.tokenizer import first_pieces
 from raytune_llm.errors import ConfigError, UserError
-from raytune_llm.models.adapters import adapt
+from raytune_llm.models.adapters import adapt, merge
 from raytune_llm.models.build import run_config
 from raytune_llm.models.generation_config import savable
 from raytune_llm.models.load import load_model
@@ -60,6 +60,7 @@ def _check(run: TrainRun, workspace: Workspace) -> None:
     grow(model, pieces)
     savable(_generation_config(run.model.path))
     with torch.device("meta"):
+        merge(model, run.model.merged_adapters)
         adapt(model, run.adapter, scores=stage.scores is not None, new_ids=sorted(pieces))
 
 

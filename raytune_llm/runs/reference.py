@@ -105,7 +105,7 @@ def _other_model(
     path, adapter = run.stage.reference_model, run.stage.reference_adapter
     if path is None and adapter is None:
         return None
-    section = run.model if path is None else replace(run.model, path=path, weights="pretrained", config={})
+    section = run.model if path is None else replace(run.model, path=path, weights="pretrained", config={}, merged_adapters=[])
     found = config if path is None else load_config(path, {}, trust_remote_code=run.model.trust_remote_code)
     if found.get_text_config().vocab_size != config.get_text_config().vocab_size:
         raise DataError(str(path), "is a reference with another vocabulary than the model's", "Choose one of the same family.")
@@ -134,7 +134,8 @@ def _key_of(
     assert isinstance(logps, partial)
     other = run.stage.reference_model is not None or run.stage.reference_adapter is not None
     adapter = run.stage.reference_adapter if other else run.adapter.path
-    model = run.stage.reference_model or run.model.path
+    stage_model = run.stage.reference_model
+    model = stage_model or run.model.path
     seed = run.train.seed if run.model.weights == "random" and run.stage.reference_model is None else None
     return {
         "version": TABLE_VERSION,
@@ -144,6 +145,7 @@ def _key_of(
             run.model.revision,
             seed,
         ],
+        "merged": [_files(folder, content=True) for folder in ([] if stage_model else run.model.merged_adapters)],
         "adapter": adapter and _files(adapter, content=True),
         "computed": [str(compute), run.quantization.name, *settings_of(run.quantization).values()],
         "formula": [logps.func.__name__, logps.keywords],

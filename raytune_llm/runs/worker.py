@@ -197,8 +197,9 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, tell: Cal
         if setup.rank == 0:
             write_scores(pairs, setup.output)
     with told_if_slow(tell, "gathering what was trained") as gathering:
-        total, parameters = len(trained(strategy.model)), {}
-        for number, (name, value) in enumerate(strategy.full_parameters(), start=1):
+        whole = run.adapter.trains_base
+        total, parameters = len(trained(strategy.model, frozen=whole)), {}
+        for number, (name, value) in enumerate(strategy.full_parameters(frozen=whole), start=1):
             gathering.of(number, total)
             if setup.rank == 0:
                 parameters[name] = value

@@ -75,7 +75,7 @@ def test_sft_step_has_the_reference_loss_and_gradients(case: dict[str, Any], bac
 def test_adapters_have_the_reference_logits(case: dict[str, Any]) -> None:
     kind = case["kind"].removeprefix("adapter_")
     settings = ["data.path=x", f"adapter={kind}", f"adapter.path={FOLDER}/adapter_{kind}_s{case['seed']}"]
-    model = CausalLM(adapt(policy("varlen").base, load_config("train", settings).adapter))
+    model = CausalLM(adapt(policy("varlen").base, load_config("train", settings).adapter).model)
     ids = np.array(case["inputs"]["input_ids"], np.int32).reshape(-1)
     batch = collate([[(ids, np.array([0, len(ids)], np.int32))]], length=len(ids), pad_id=0)
     with torch.no_grad():

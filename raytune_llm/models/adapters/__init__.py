@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
+from raytune_llm.config.section import settings_of
 from raytune_llm.models.adapters.bank import LoraBank, Weights
+from raytune_llm.models.adapters.freeze import freeze
 from raytune_llm.models.adapters.in_peft import PeftAdapters
+from raytune_llm.models.adapters.llama_pro import llama_pro
 from raytune_llm.models.adapters.method import Kept
 from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.adapters.protocol import OWN, Adapters
 
-__all__ = ["OWN", "Adapters", "Kept", "LoraBank", "PeftAdapters", "Weights", "adapt", "kept_by"]
+__all__ = ["OWN", "Adapters", "Kept", "LoraBank", "PeftAdapters", "Weights", "adapt", "kept_by", "merge"]
+
+
+def train_all(model: PreTrainedModel) -> None:
+    model.requires_grad_(True)
+
+
+WHOLE_MODELS: dict[str, Callable[..., None]] = {"none": train_all, "freeze": freeze, "llama_pro": llama_pro}
+"""What is trained of a model's own weights: name -> what sets requires_grad."""
 
 
 def kept_by(adapter: AdapterConfig) -> Kept:
@@ -22,16 +32,26 @@ def kept_by(adapter: AdapterConfig) -> Kept:
     return Kept() if adapter.trains_base else METHODS[adapter.name].kept
 
 
+def merge(model: PreTrainedModel, folders: Sequence[str]) -> None:
+    """Put saved adapters into the model's weights, one after another. Raises ConfigError for one that is not of this model."""
+    for path in folders:
+        PeftAdapters(model).merge(SavedAdapter(path=path, setting="model.merged_adapters"))
+
+
 def adapt(
     model: PreTrainedModel, adapter: AdapterConfig | SavedAdapter, *, scores: bool = False, new_ids: Sequence[int] = ()
-) -> nn.Module:
-    """The model with requires_grad set on what is trained. Adapter weights are in float32, new ones drawn from torch's generator.
+) -> PeftAdapters:
+    """The model and its adapter, with requires_grad set on what is trained. Adapter weights are in float32, new ones drawn from
+    torch's generator.
 
     scores: the model has a score head, which is trained whole beside the adapter and saved with it. new_ids: tokens whose
     embeddings are the adapter's.
     """
     if adapter.trains_base:
-        return model.requires_grad_(True)
+        WHOLE_MODELS[adapter.name](model, **settings_of(adapter))
+        if scores:
+            model.get_submodule("score").requires_grad_(True)
+        return PeftAdapters(model, scores=scores)
     adapters = PeftAdapters(model, scores=scores)
     adapters.add_own(adapter, new_ids)
-    return adapters.model
+    return adapters

@@ -179,6 +179,9 @@ class LoraBank:
         assert name in self._slots, name
         return {own: parameter for own, parameter in self._base.named_parameters() if parameter.requires_grad}
 
+    def lr_factor(self, name: str) -> float:
+        return 1.0
+
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
         """In passes that are given no route."""

@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raytune_llm.config.adapter import AdapterConfig
-from raytune_llm.config.section import settings_of
+from raytune_llm.config.adapter import AdapterConfig, Layered
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.banked import BankShape
-from raytune_llm.models.adapters.method import in_layers_before, sides, targeted
+from raytune_llm.models.adapters.method import new_config, sides
 from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.adapters.saved import WEIGHTS, read_config
 
@@ -87,26 +86,23 @@ class Layout:
 
     def drawn(self, model: PreTrainedModel, section: AdapterConfig, seed: int, kept_in: torch.dtype) -> Weights:
         """What a run of its own with this seed begins with. kept_in: the type of the model's weights, where it doesn't show."""
-        settings, method = settings_of(section), METHODS[section.name]
-        targets, last_layers, path = (settings.pop(name) for name in ("targets", "last_layers", "path"))
-        assert path is None
-        layers = targeted(model, targets, last_layers)
-        method.check(layers, **settings)
-        config = method.config(**settings)
+        assert isinstance(section, Layered) and section.path is None
+        config, layers = new_config(model, section, METHODS[section.name])
         more = _more(config) or ("with dropout" if section.dropout else None)
+        if more is None and getattr(config, "init_lora_weights", True) is not True:
+            more = "begun with singular values"
         if more is not None:
             raise ConfigError("adapter", f"must be plain LoRA to be trained with others, and is {more}", got=section.name)
         assert isinstance(config, LoraConfig)
-        config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
-        config.exclude_modules = None if last_layers is None else in_layers_before(model, last_layers)
-        config.task_type = "CAUSAL_LM"  # type: ignore[assignment]
         drawn: dict[str, Tensor] = {}
+        ranks = config.rank_pattern or {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for name, layer in layers.items():
                 inputs, outputs = sides(layer)
                 # PEFT makes both layers as torch does, which draws for each, and then draws A once more.
-                a, b = nn.Linear(inputs, config.r, bias=False), nn.Linear(config.r, outputs, bias=False)
+                rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+                a, b = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)
                 nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
                 weight = getattr(layer, "weight", None)
                 first_in = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else kept_in

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from raytune_llm.models.adapters.lora import lora, rank_fits
+from raytune_llm.models.adapters.lora import lora, ranks_fit
 from raytune_llm.models.adapters.method import Kept, Method
 from raytune_llm.models.stored import Stored
 
@@ -36,4 +36,4 @@ def measure_stored(model: nn.Module, key: str) -> None:
 
 KEPT = Kept(alone=True, outputs=2)
 """What the base layer gave, and what A and B did: the length's gradient needs both."""
-DORA = Method(config=partial(lora, use_dora=True), describes=describes, check=rank_fits, begin=measure_stored, kept=KEPT)
+DORA = Method(config=partial(lora, use_dora=True), describes=describes, check=ranks_fit, begin=measure_stored, kept=KEPT)

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -18,14 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
-from raytune_llm.config.section import settings_of
+from raytune_llm.config.adapter import AdapterConfig, Layered, SavedAdapter
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.grouped import described, group
-from raytune_llm.models.adapters.method import in_layers_before, targeted
+from raytune_llm.models.adapters.method import Method, new_config
 from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.adapters.protocol import OWN
 from raytune_llm.models.adapters.saved import WEIGHTS, load_weights, names_of, read_config, token_ids_of, unfit
+from raytune_llm.models.stored import of_type
 
 SCORE_HEAD = ("score.weight",)
 PREFIX = "base_model.model."
@@ -42,6 +43,9 @@ class PeftAdapters:
         self._peft: Any = model if isinstance(model, PeftModel) else None
         self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._scores = scores
+        self._own: AdapterConfig | SavedAdapter | None = None
+        self._begun: dict[str, dict[str, Tensor]] = {}
+        """As adapters began, by our names, where what is saved needs it."""
         self._keys: dict[str, str] = {key: key for key in self._peft.peft_config} if self._peft else {}
         """Our names -> PEFT's, which can hold no dot."""
         self._numbers = count()
@@ -74,11 +78,27 @@ class PeftAdapters:
         """Add the policy's own adapter: the first one, in use and trained from now on. new_ids: tokens whose embeddings are the
         adapter's, which the model has room for."""
         self._put(OWN, OWN, source, new_ids)
+        self._own = source
         self.model = adapted = cast(PeftModel, self._peft)
         for switch in self._switches:
             switch.cast_input_dtype_enabled = False  # autocast casts what it needs to; a copy in float32 would be for nothing
         for parameter in names_of(adapted, OWN).values():
             parameter.requires_grad_(True)
+
+    def merge(self, source: SavedAdapter) -> None:
+        """Put a saved adapter into the model's own weights. It must be the only one here.
+
+        Without weights (on the meta device), it is only looked at whether it fits.
+        """
+        assert self._peft is None
+        self._put(OWN, OWN, source)
+        if next(self._base.parameters()).is_meta:
+            self._take_off(OWN)
+            return
+        cast(Any, self._peft).merge_and_unload()
+        self._keys.pop(OWN)
+        self._peft, self._switches = None, _switches(self._base)
+        self._base.requires_grad_(True)  # as it was loaded: PEFT froze it
 
     def remove(self, name: str) -> None:
         assert name != OWN, "the policy was built with it"
@@ -88,19 +108,23 @@ class PeftAdapters:
     def save(
         self, name: str, folder: Path, *, base_model: str | None = None, parameters: Mapping[str, Tensor] | None = None
     ) -> None:
-        key = self._keys[name]
-        state = None if parameters is None else {self._in_peft(name): value for name, value in parameters.items()}
-        # Embeddings are frozen here; PEFT would ask the hub whether they have grown.
-        weights = get_peft_model_state_dict(self._peft, state, key, save_embedding_layers=False)
+        config, weights = self._file(name, parameters)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS[0], metadata={"format": "pt"})
-        config = copy.copy(self._peft.peft_config[key])
         config.inference_mode, config.base_model_name_or_path = True, base_model
         config.save_pretrained(str(folder))
+
+    def saved_values(self, name: str) -> int:
+        """How many numbers its file holds."""
+        return sum(value.numel() for value in self._file(name, None)[1].values())
 
     def trained(self, name: str) -> dict[str, nn.Parameter]:
         own = names_of(self._peft, self._keys[name])
         return {self._in_model(name): parameter for name, parameter in own.items() if parameter.requires_grad}
+
+    def lr_factor(self, name: str) -> float:
+        section = self._own
+        return METHODS[section.name].lr_factor(name, section) if isinstance(section, Layered) else 1.0
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -146,9 +170,9 @@ class PeftAdapters:
         self._switches = _switches(group(self._base))
         for parameter in names_of(self._peft, key).values():
             parameter.requires_grad_(False)
-            parameter.data = parameter.data.float()  # PEFT does it to adapters, but not to a score head
+            parameter.data = of_type(parameter, torch.float32)  # PEFT does it to adapters, but not to a score head
         if source.path is None:
-            METHODS[source.name].begin(self._base, key)
+            self._begin(name, METHODS[source.name])
         else:
             try:
                 may_lack = SCORE_HEAD if self._scores else ()
@@ -157,8 +181,31 @@ class PeftAdapters:
                 self._take_off(name)
                 raise
 
+    def _file(self, name: str, parameters: Mapping[str, Tensor] | None) -> tuple[PeftConfig, Mapping[str, Tensor]]:
+        """What is saved of an adapter: with these values, or with its own."""
+        key = self._keys[name]
+        state = None if parameters is None else {self._in_peft(name): value for name, value in parameters.items()}
+        # Embeddings are frozen here; PEFT would ask the hub whether they have grown.
+        weights = get_peft_model_state_dict(self._peft, state, key, save_embedding_layers=False)
+        config = copy.copy(self._peft.peft_config[key])
+        return (config, weights) if name not in self._begun else self._converted(name, config, weights)
+
+    def _begin(self, name: str, method: Method) -> None:
+        key = self._keys[name]
+        method.begin(self._base, key)
+        if method.saved is not None:
+            tensors = get_peft_model_state_dict(self._peft, adapter_name=key, save_embedding_layers=False)
+            self._begun[name] = {tensor: _host_copy(value) for tensor, value in tensors.items()}
+
+    def _converted(self, name: str, config: PeftConfig, weights: Mapping[str, Tensor]) -> tuple[PeftConfig, Mapping[str, Tensor]]:
+        assert name == OWN and self._own is not None
+        convert = METHODS[self._own.name].saved
+        assert convert is not None
+        return convert(config, weights, self._begun[name])
+
     def _take_off(self, name: str) -> None:
         key = self._keys.pop(name)
+        self._begun.pop(name, None)
         if self._keys:
             for switch in self._switches:
                 switch._active_adapter = [other for other in switch.active_adapters if other != key]
@@ -173,6 +220,8 @@ class PeftAdapters:
     def _config(self, source: AdapterConfig | SavedAdapter) -> PeftConfig:
         """PEFT's, of a kind and of sizes that fit."""
         config = read_config(source.path, source.setting) if isinstance(source, SavedAdapter) else self._config_of(source)
+        if isinstance(source, SavedAdapter) and not self._scores and not self._base.can_generate():
+            config.task_type = None  # of the language model that a model with a score head begins as
         if self._scores:
             config.task_type = "SEQ_CLS"  # type: ignore[assignment]  # PEFT's enum is one of strings
         config.inference_mode = False  # or a score head would have no parameters of its own
@@ -193,20 +242,16 @@ class PeftAdapters:
         config.trainable_token_indices = {name: list(new_ids) for name in names}
 
     def _config_of(self, section: AdapterConfig) -> PeftConfig:
-        settings, method = settings_of(section), METHODS[section.name]
-        targets, last_layers, path = (settings.pop(name) for name in ("targets", "last_layers", "path"))
-        if path is not None:
-            config = read_config(path, "adapter.path")
-            if not method.describes(config):
-                kind = next((name for name, other in METHODS.items() if other.describes(config)), config.peft_type)
-                rule = f"must hold an adapter of the kind that is trained, {section.name}, which is {kind} there"
-                raise ConfigError("adapter.path", rule, got=path, fix=f"Set adapter={kind}, if there is one.")
-        else:
-            method.check(targeted(self._base, targets, last_layers), **settings)
-            config: Any = method.config(**settings)
-            config.target_modules = targets if isinstance(targets, str) else set(targets)
-            config.exclude_modules = None if last_layers is None else in_layers_before(self._base, last_layers)
-        config.task_type = "CAUSAL_LM"
+        assert isinstance(section, Layered)
+        method, path = METHODS[section.name], section.path
+        if path is None:
+            return new_config(self._base, section, method)[0]
+        config = read_config(path, "adapter.path")
+        if not method.describes(config):
+            kind = next((name for name, other in METHODS.items() if other.describes(config)), config.peft_type)
+            rule = f"must hold an adapter of the kind that is trained, {section.name}, which is {kind} there"
+            raise ConfigError("adapter.path", rule, got=path, fix=f"Set adapter={kind}, if there is one.")
+        config.task_type = "CAUSAL_LM"  # type: ignore[assignment]
         return config
 
     def _in_peft(self, name: str) -> str:
@@ -219,6 +264,10 @@ class PeftAdapters:
 def _has(switch: Any, key: str) -> bool:
     """Tokens are of an adapter that brings some."""
     return not isinstance(switch, TrainableTokensLayer) or key in switch.trainable_tokens_delta
+
+
+def _host_copy(value: Tensor) -> Tensor:
+    return value.detach().float().to("meta" if value.is_meta else "cpu", copy=True)
 
 
 def _switches(model: nn.Module) -> list[Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from raytune_llm.config.adapter import Layered
+from raytune_llm.config.section import settings_of
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.banked import BankedLinear
 from raytune_llm.models.layers import named_layers
@@ -20,6 +23,9 @@ from raytune_llm.models.quantization.base import QuantizedLinear
 LINEAR = nn.Linear | Conv1D | QuantizedLinear
 Layers = Mapping[str, nn.Module]
 """The layers that get an adapter, by their names in the model."""
+Tensors = Mapping[str, Tensor]
+"""What an adapter's file holds, by names in the file."""
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -41,35 +47,105 @@ class Method:
     """A kind of adapter."""
 
     config: Callable[..., PeftConfig]
-    """Of those settings of its section that are not `targets`, `last_layers` or `path`."""
+    """Of those settings of its section that are not in Layered."""
     describes: Callable[[PeftConfig], bool]
     """Whether the config of a saved adapter is of this kind."""
     check: Callable[..., None]
     """(layers, **settings): raises ConfigError if the settings don't fit one of the layers."""
     begin: Callable[[nn.Module, str], None] = lambda model, key: None
     """For new adapters: called with the model and PEFT's name of the adapter once it is in the layers."""
+    saved: Callable[[PeftConfig, Tensors, Tensors], tuple[PeftConfig, Tensors]] | None = None
+    """(config, tensors, as they began) -> what is saved in their place. None: they are saved as they are."""
+    lr_factor: Callable[[str, Layered], float] = lambda name, section: 1.0
+    """(a parameter's name, the section) -> its learning rate over that of the schedule."""
     kept: Kept = Kept()
 
 
-def targeted(model: PreTrainedModel, targets: str | list[str], last_layers: int | None) -> Layers:
-    """The layers that adapter.targets and adapter.last_layers name. Raises ConfigError for a name that no layer has."""
+def new_config(model: PreTrainedModel, section: Layered, method: Method) -> tuple[PeftConfig, Layers]:
+    """PEFT's config of a new adapter, and the layers that it is for. Raises ConfigError for settings that don't fit the model."""
+    of_all = {name: getattr(section, name) for name in PLACEMENT}
+    settings = {name: value for name, value in settings_of(section).items() if name not in of_all}
+    layers = targeted(model, section)
+    whole = whole_modules(model, section.modules_to_save)
+    method.check(layers, **settings)
+    config: Any = method.config(**settings)
+    some_layers = section.last_layers is not None or section.layers is not None
+    targets = section.targets
+    if some_layers:
+        config.target_modules = "|".join(map(re.escape, layers))
+    else:
+        config.target_modules = targets if isinstance(targets, str) else set(targets)
+    config.modules_to_save = whole or None
+    config.task_type = "CAUSAL_LM"
+    return config, layers
+
+
+PLACEMENT = ("targets", "last_layers", "layers", "modules_to_save", "path")
+"""The settings of every section on layers."""
+
+
+def targeted(model: PreTrainedModel, section: Layered) -> Layers:
+    """The layers that adapter.targets names, of those that adapter.last_layers or adapter.layers do. Raises ConfigError for a
+    name that no layer has."""
+    targets = section.targets
     linear = {name: module for name, module in _of_base(model) if isinstance(module, LINEAR | nn.Embedding)}
-    head, all_linear = model.get_output_embeddings(), targets == "all-linear"
-    found: dict[str, nn.Module] = {}
-    for name, module in linear.items():
-        last = name.rpartition(".")[2]
-        wanted = module is not head and not isinstance(module, nn.Embedding) if all_linear else last in targets
-        if wanted:
-            found[name] = module
+    head, is_wanted = model.get_output_embeddings(), _pattern(targets)
+    found = {
+        name: module
+        for name, module in linear.items()
+        if (module is not head and not isinstance(module, nn.Embedding) if targets == ALL_LINEAR else is_wanted(name))
+    }
     named = {name.rpartition(".")[2] for name in found}
-    unknown = [] if all_linear else [target for target in targets if target not in named]
+    unknown = [] if isinstance(targets, str) else [target for target in targets if target not in named]
     if unknown or not found:
         names = sorted({name.rpartition(".")[2] for name, module in linear.items() if not isinstance(module, nn.Embedding)})
         raise ConfigError(
             "adapter.targets", "must name linear layers of the model", got=unknown or targets, fix=f"It has {', '.join(names)}."
         )
-    before = None if last_layers is None else in_layers_before(model, last_layers)
-    return {name: module for name, module in found.items() if before is None or not re.fullmatch(before, name)}
+    last, names = section.last_layers, [name for name, _ in named_layers(model)]
+    numbers = section.layers if last is None else range(max(len(names) - last, 0), len(names))
+    if numbers is None:
+        return found
+    chosen = tuple(f"{names[number]}." for number in layer_numbers(numbers, len(names)))
+    of_layers = tuple(f"{name}." for name in names)  # what lies outside of them, as embeddings do, was asked for by name
+    return {name: module for name, module in found.items() if name.startswith(chosen) or not name.startswith(of_layers)}
+
+
+def _pattern(targets: str | list[str]) -> Callable[[str], bool]:
+    if not isinstance(targets, str):
+        return lambda name: name.rpartition(".")[2] in targets
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        fix = f"It is none: {error}. Names of layers are a list, [{targets}]."
+        raise ConfigError("adapter.targets", "must be a list, all-linear or a regular expression", got=targets, fix=fix) from None
+    return lambda name: pattern.fullmatch(name) is not None
+
+
+def layer_numbers(numbers: Sequence[int], num_layers: int) -> list[int]:
+    """From 0, in order. Raises ConfigError for one that the model has not."""
+    unknown = [number for number in numbers if not -num_layers <= number < num_layers]
+    if unknown or not numbers:
+        rule = f"must be numbers of the model's {num_layers} layers, from 0 to {num_layers - 1} or from -{num_layers} to -1"
+        raise ConfigError("adapter.layers", rule, got=unknown or list(numbers))
+    return sorted({number % num_layers for number in numbers})
+
+
+def whole_modules(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """The whole names of the modules with these last parts: of parts, PEFT would take any end of a name (norm for layernorm)."""
+    modules = {name: module for name, module in _of_base(model) if any(True for _ in module.parameters())}
+    last = {name.rpartition(".")[2] for name in modules}
+    if unknown := [name for name in names if name not in last]:
+        fix = f"It has {', '.join(sorted(name for name in last if name and not name.isdigit()))}."
+        raise ConfigError("adapter.modules_to_save", "must name modules of the model", got=unknown, fix=fix)
+    of_both_ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tied = model.config.get_text_config().tie_word_embeddings
+    both_ends = {name.rpartition(".")[2] for name, module in modules.items() if module in of_both_ends}
+    if tied and (named := sorted(both_ends & set(names))):
+        rule = "can't name an embedding that is tied to the head: PEFT would train a copy of one of them"
+        fix = "Set adapter.targets to name it, for an adapter on it, or adapter=freeze with adapter.extra_modules."
+        raise ConfigError("adapter.modules_to_save", rule, got=named, fix=fix)
+    return [name for name in modules if name.rpartition(".")[2] in names]
 
 
 def _of_base(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -82,11 +158,11 @@ def _of_base(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module
         yield from _of_base(child, f"{name}.{child_name}".removeprefix("."))
 
 
-def in_layers_before(model: PreTrainedModel, last: int) -> str | None:
-    """A pattern of the names of all modules in the layers before the last so many. None where there are no others."""
-    names = [name for name, _ in named_layers(model)]
-    before = "|".join(map(re.escape, names[:-last]))
-    return rf"({before})\..*" if before else None
+def only_linear(layers: Layers, kind: str) -> None:
+    """Raises ConfigError for an embedding."""
+    if embeddings := sorted(name for name, layer in layers.items() if isinstance(layer, nn.Embedding)):
+        fix = "Set adapter=lora, or leave it out."
+        raise ConfigError("adapter.targets", f"must name linear layers with adapter={kind}", got=embeddings, fix=fix)
 
 
 def sides(layer: nn.Module) -> tuple[int, int]:

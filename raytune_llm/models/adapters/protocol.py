@@ -58,6 +58,10 @@ class Adapters(Protocol):
         """The trainable parameters of the adapter, by their names in the policy's model."""
         ...
 
+    def lr_factor(self, name: str) -> float:
+        """The learning rate of the policy's own parameter of this name, over that of the schedule."""
+        ...
+
     def using(self, name: str | None) -> AbstractContextManager[Any]:
         """A context with this adapter in use, or with None the base only. requires_grad does not change. A backward pass with
         activation checkpointing must run inside."""

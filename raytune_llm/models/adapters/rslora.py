@@ -6,7 +6,7 @@ from functools import partial
 
 from peft import LoraConfig, PeftConfig
 
-from raytune_llm.models.adapters.lora import lora, rank_fits
+from raytune_llm.models.adapters.lora import lora, ranks_fit
 from raytune_llm.models.adapters.method import Method
 
 
@@ -14,4 +14,4 @@ def describes(saved: PeftConfig) -> bool:
     return isinstance(saved, LoraConfig) and saved.use_rslora and not saved.use_dora
 
 
-RSLORA = Method(config=partial(lora, use_rslora=True), describes=describes, check=rank_fits)
+RSLORA = Method(config=partial(lora, use_rslora=True), describes=describes, check=ranks_fit)

@@ -27,7 +27,9 @@ def read_config(path: str, setting: str) -> PeftConfig:
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ConfigError(setting, f"must be a folder with {WEIGHTS[0]}", got=path, fix="Copy the whole folder.")
     try:
-        config = PeftConfig.from_pretrained(path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Specified to not save vera_A")
+            config = PeftConfig.from_pretrained(path)
         if config.peft_type is None or config.is_prompt_learning:
             raise ValueError("peft_type is not a method that changes a model's layers")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -66,6 +68,7 @@ def load_weights(
         name = others[0]
         raise unfit(f"{name} is {list(found[name].shape)} there and {list(here[name].shape)} here", path, setting, base_model)
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Specified to not load vera_A")
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
         loaded = set_peft_model_state_dict(model, found, adapter_name=key)
     own = names_of(model, key)

@@ -21,6 +21,9 @@ from raytune_llm.train.optimizers.sgd import sgd
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon, "sgd": sgd}
 
 
-def build_optimizer(optimizer: OptimizerConfig, model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
-    """Over the parameters of the model that are trained. fused: in one kernel, where it has one."""
-    return OPTIMIZERS[optimizer.name](trained_in(model), fused=fused, **settings_of(optimizer))
+def build_optimizer(
+    optimizer: OptimizerConfig, model: nn.Module, *, fused: bool, lr_factor: Callable[[str], float] = lambda name: 1.0
+) -> torch.optim.Optimizer:
+    """Over the parameters of the model that are trained. fused: in one kernel, where it has one. lr_factor: of a parameter's
+    name, its learning rate over that of the schedule."""
+    return OPTIMIZERS[optimizer.name](trained_in(model, lr_factor), fused=fused, **settings_of(optimizer))

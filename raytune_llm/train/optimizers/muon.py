@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from raytune_llm.train.optimizers.adamw import adamw
-from raytune_llm.train.optimizers.groups import Trained
+from raytune_llm.train.optimizers.groups import Trained, by_factor
 
 LIKE_ADAMW = "match_rms_adamw"
 """Steps of the size of AdamW's: lr * 0.2 * sqrt(the longer side)."""
@@ -29,17 +29,24 @@ def muon(
     fused: bool,
 ) -> torch.optim.Optimizer:
     """torch's Muon for matrices of the layers, AdamW for what else is trained."""
-    matrices = [one.parameter for one in trained if one.in_layer and one.parameter.ndim == 2]
+    matrices = [one for one in trained if one.in_layer and one.parameter.ndim == 2]
     others = [one for one in trained if not (one.in_layer and one.parameter.ndim == 2)]
     parts: list[torch.optim.Optimizer] = []
     if matrices:
         parts.append(
-            Muon(matrices, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, adjust_lr_fn=LIKE_ADAMW)
+            Muon(
+                by_factor(matrices),
+                lr=lr,
+                momentum=momentum,
+                nesterov=nesterov,
+                weight_decay=weight_decay,
+                adjust_lr_fn=LIKE_ADAMW,
+            )
         )
     if others:
         rest = adamw(others, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, fused=fused)
         for group in rest.param_groups:
-            group["lr_factor"] = adamw_lr_factor
+            group["lr_factor"] *= adamw_lr_factor
         parts.append(rest)
     return Joined(parts)
 

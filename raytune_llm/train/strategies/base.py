@@ -79,10 +79,12 @@ class Strategy(Protocol):
         """Fill parameters and optimizer state. `sizes` are those in the checkpoint; read(state) fills tensors in place."""
         ...
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every trained parameter whole, on the CPU, in float32 or as kept. All workers must go through it together."""
+    def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Every trained parameter whole, on the CPU, in float32 or as kept; with `frozen`, all others too. All workers must go
+        through it together."""
         ...
 
 
-def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+def trained(model: nn.Module, *, frozen: bool = False) -> list[tuple[str, nn.Parameter]]:
+    """The trained parameters; with `frozen`, all others too."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad or frozen]

@@ -137,11 +137,17 @@ class DeepSpeedStrategy:
                 if state[f"optimizer.{name}.{key}"].ndim:
                     safe_set_full_optimizer_state(parameter, state[f"optimizer.{name}.{key}"], key)
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
+        import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
-        for name, parameter in trained(self.module):
-            yield name, _whole(safe_get_full_fp32_param(parameter), parameter).cpu()
+        for name, parameter in trained(self.module, frozen=frozen):
+            if parameter.requires_grad:
+                yield name, _whole(safe_get_full_fp32_param(parameter), parameter).cpu()
+            else:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                    whole = parameter.detach().cpu().clone()
+                yield name, whole
 
     @property
     def _inner(self) -> torch.optim.Optimizer:

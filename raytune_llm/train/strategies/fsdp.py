@@ -82,9 +82,9 @@ class FSDPStrategy(OwnOptimizer):
         self._reshard()
         super().load(sizes, read)
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
         self._reshard()
-        yield from super().full_parameters()
+        yield from super().full_parameters(frozen=frozen)
 
     def _reshard(self) -> None:
         """After a pass that nothing goes back through, parameters may lie gathered, in memory that is FSDP's."""

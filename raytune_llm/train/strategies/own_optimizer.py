@@ -44,8 +44,8 @@ class OwnOptimizer:
     def load(self, sizes: Mapping[str, torch.Size], read: Any) -> None:
         load_optimizer_state(self.module, self.optimizer, sizes, read)
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in trained(self.module):
+    def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in trained(self.module, frozen=frozen):
             whole = parameter.detach()
             yield name, (whole.full_tensor() if isinstance(whole, DTensor) else whole).cpu()
 

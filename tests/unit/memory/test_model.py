@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
-from raytune_llm.config.adapter import OFT, DoRA, LoRA, NoAdapter
+from raytune_llm.config.adapter import DoRA, LoRA, NoAdapter
 from raytune_llm.config.load import load_config
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.memory.model import (
@@ -32,7 +32,7 @@ from raytune_llm.models.head import TRAINED_CHUNKS
 from raytune_llm.models.quantization.nf4 import NF4
 from raytune_llm.records import Batch
 from raytune_llm.stages.sft import sft
-from tests.models import LLAMA3_8B
+from tests.models import LLAMA3_8B, lora_section
 
 GIB = 2**30
 SMALL = AutoConfig.for_model(
@@ -46,21 +46,31 @@ SMALL = AutoConfig.for_model(
     tie_word_embeddings=False,
 )
 MODEL = ModelConfig(
-    path=None, revision=None, weights="random", config={}, tokenizer=None, trust_remote_code=False, attention="varlen"
+    merged_adapters=[],
+    path=None,
+    revision=None,
+    weights="random",
+    config={},
+    tokenizer=None,
+    trust_remote_code=False,
+    attention="varlen",
 )
 FULL = NoAdapter(name="none")
 
 
 def lora(rank: int = 8, dropout: float = 0.0) -> LoRA:
-    return LoRA(name="lora", rank=rank, alpha=16.0, dropout=dropout, targets="all-linear", last_layers=None, path=None)
+    return lora_section(rank=rank, alpha=16.0, dropout=dropout)
+
+
+def kind(name: str, *overrides: str) -> Any:
+    return load_config("train", ["data.path=x", f"adapter={name}", *overrides]).adapter
 
 
 def dora(dropout: float = 0.0) -> DoRA:
-    return DoRA(name="dora", rank=8, alpha=16.0, dropout=dropout, targets="all-linear", last_layers=None, path=None)
+    return kind("dora", f"adapter.dropout={dropout}")
 
 
-def oft() -> OFT:
-    return OFT(name="oft", block_size=32, dropout=0.0, targets="all-linear", last_layers=None, path=None)
+OTHERS = (kind("oft"), kind("vera", "adapter.rank=64"), kind("ia3"))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +109,7 @@ def test_estimates_come_within_a_tenth_of_peaks_measured_on_an_h100(llama_with_l
 @pytest.mark.parametrize(
     ("adapter", "precision"),
     [
-        *((adapter, precision) for adapter in (lora(), dora(), oft(), FULL) for precision in ("bf16", "fp32")),
+        *((adapter, precision) for adapter in (lora(), dora(), *OTHERS, FULL) for precision in ("bf16", "fp32")),
         *((adapter, "bf16") for adapter in (lora(dropout=0.1), dora(dropout=0.1))),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.name}-{value.dropout}",

@@ -44,6 +44,36 @@ CONVERTED = {
         {"adapter.name": "oft", "adapter.block_size": 16, "adapter.targets": ["q_proj", "v_proj"], "adapter.dropout": 0.1},
     ),
     "extras/dora": ({**LORA, "use_dora": True}, {"adapter.name": "dora", "adapter.rank": 8, "adapter.alpha": 16.0}),
+    "extras/pissa": (
+        {**LORA, "pissa_init": True, "pissa_iter": -1, "pissa_convert": True},
+        {"adapter.name": "pissa", "adapter.svd_iterations": None, "adapter.alpha": 16.0},
+    ),
+    "extras/loraplus": (
+        {**LORA, "loraplus_lr_ratio": 16.0, "loraplus_lr_embedding": 1e-5, "learning_rate": 1e-4},
+        {"adapter.name": "lora_plus", "adapter.lr_ratio": 16.0, "adapter.embedding_lr_ratio": 0.1},
+    ),
+    "extras/freeze": (
+        {**FULL, "finetuning_type": "freeze", "freeze_trainable_layers": -3, "freeze_extra_modules": "embed_tokens,norm"},
+        {
+            "adapter.name": "freeze",
+            "adapter.first_layers": 3,
+            "adapter.last_layers": None,
+            "adapter.modules": "all",
+            "adapter.extra_modules": ["embed_tokens", "norm"],
+        },
+    ),
+    "extras/modules_to_save": (
+        {**LORA, "additional_target": "embed_tokens,lm_head"},
+        {"adapter.modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    "extras/stacked": (
+        {**LORA, "adapter_name_or_path": "saves/one,saves/two"},
+        {"model.merged_adapters": ["saves/one"], "adapter.path": "saves/two"},
+    ),
+    "extras/new_on_merged": (
+        {**LORA, "adapter_name_or_path": "saves/one,saves/two", "create_new_adapter": True},
+        {"model.merged_adapters": ["saves/one", "saves/two"], "adapter.path": None},
+    ),
     "extras/rslora": ({**LORA, "use_rslora": True, "lora_rank": 32}, {"adapter.name": "rslora", "adapter.rank": 32}),
     "lora/preprocess": ({**LORA, "tokenized_path": "saves/dataset"}, {"data.max_samples": 1000}),
     "lora/pretrain": ({**LORA, "stage": "pt", "dataset": "c4_demo"}, {"stage.name": "pretrain", "data.packing": True}),
@@ -115,8 +145,8 @@ REFUSED = {
     "extras/badam": ({**FULL, "use_badam": True, "badam_mode": "layer", "badam_verbose": 2}, "badam"),
     "extras/fp8": ({**FULL, "fp8": True, "fp8_backend": "te"}, "fp8"),
     "extras/galore": ({**FULL, "use_galore": True, "galore_layerwise": True, "galore_rank": 128}, "galore"),
-    "extras/llama_pro": ({**FULL, "finetuning_type": "freeze", "use_llama_pro": True, "freeze_trainable_layers": 8}, "freeze"),
-    "extras/loraplus": ({**LORA, "loraplus_lr_ratio": 16.0}, "loraplus"),
+    "extras/llama_pro": ({**FULL, "finetuning_type": "freeze", "use_llama_pro": True, "freeze_trainable_layers": 8}, "llama_pro"),
+    "extras/freeze_nothing": ({**FULL, "finetuning_type": "freeze", "freeze_trainable_layers": 0}, "freeze_trainable_layers"),
     "extras/mod": ({**FULL, "mixture_of_depths": "convert"}, "mixture_of_depths"),
     "extras/oft_rank": ({**LORA, "finetuning_type": "oft", "oft_rank": 8}, "oft_rank"),
     "extras/rslora_dora": ({**LORA, "use_rslora": True, "use_dora": True}, "choose one"),
@@ -125,7 +155,8 @@ REFUSED = {
         "noise is not added",
     ),
     "extras/new_tokens_file": ({**LORA, "new_special_tokens_config": "nothing.yaml"}, "no such file"),
-    "extras/pissa": ({**LORA, "pissa_init": True, "pissa_iter": 16, "pissa_convert": True}, "pissa"),
+    "extras/pissa_dora": ({**LORA, "pissa_init": True, "use_dora": True}, "choose one"),
+    "extras/pissa_continued": ({**LORA, "pissa_init": True, "adapter_name_or_path": "saves/one"}, "new adapter"),
     "merge_lora": ({**LORA, "export_dir": "output", "export_size": 5, "export_device": "cpu"}, "export"),
 }
 

@@ -225,7 +225,6 @@ def test_arguments_become_settings(arguments, settings):
         ({"report_to": "neptune"}, "report_to"),
         ({"template": "no_such"}, "template"),
         ({"template": None, "tool_format": "qwen"}, "tool_format"),
-        ({"adapter_name_or_path": "a,b"}, "adapter_name_or_path"),
         ({"stage": "dpo", "pref_loss": "kto_pair"}, "pref_loss"),
         ({"stage": "dpo", "neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
         ({"stage": "kto", "moe_aux_loss_coef": 0.001}, "moe_aux_loss_coef"),

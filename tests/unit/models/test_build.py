@@ -17,7 +17,14 @@ GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positi
 
 def random_model(**config: object) -> ModelConfig:
     return ModelConfig(
-        path=None, revision=None, weights="random", config=config, tokenizer=None, trust_remote_code=False, attention="auto"
+        merged_adapters=[],
+        path=None,
+        revision=None,
+        weights="random",
+        config=config,
+        tokenizer=None,
+        trust_remote_code=False,
+        attention="auto",
     )
 
 

@@ -46,6 +46,7 @@ def saved(config: PretrainedConfig, folder) -> str:
 def policy_of(path: str, adapter=None, **changes: object) -> CausalLM:
     section = ModelConfig(
         path=path, revision=None, weights="pretrained", config=changes, tokenizer="bytes", trust_remote_code=False,
+        merged_adapters=[],
         attention="auto",
     )  # fmt: skip
     settings = {"compute": torch.float32, "seed": 0, "device": CPU}

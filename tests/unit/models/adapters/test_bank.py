@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raytune_llm.config.adapter import LoRA, SavedAdapter
+from raytune_llm.config.adapter import SavedAdapter
 from raytune_llm.data.batches import collate
 from raytune_llm.errors import ConfigError
 from raytune_llm.losses.tokens import cross_entropy
@@ -25,7 +25,7 @@ from raytune_llm.models.adapters.banked import BankedLinear
 from raytune_llm.models.adapters.routes import Masked, Ranges, Route, Sorted
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.records import Batch
-from tests.models import packed, some_rows
+from tests.models import lora_section, packed, some_rows
 
 SIZES = {
     "vocab_size": 97,
@@ -197,7 +197,7 @@ def test_a_bank_is_asked_by_name_as_any_adapters_are(folders: list[Path], tmp_pa
 
 
 def test_a_new_adapter_in_a_trained_bank_is_the_one_that_a_run_begins_with() -> None:
-    section = LoRA(name="lora", rank=3, alpha=6.0, dropout=0.0, targets="all-linear", last_layers=1, path=None)
+    section = lora_section(rank=3, alpha=6.0, last_layers=1)
     adapters = PeftAdapters(base())
     with torch.random.fork_rng():
         torch.manual_seed(7)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytune_llm.config.adapter import LoRA, SavedAdapter
 from raytune_llm.models.adapters import OWN, PeftAdapters
-from tests.models import tiny_llama
+from tests.models import lora_section, tiny_llama
 
 IDS = torch.arange(20).view(2, 10)
 
@@ -25,7 +25,7 @@ def base() -> Any:
 
 
 def lora(rank: int = 4) -> LoRA:
-    return LoRA(name="lora", rank=rank, alpha=8.0, dropout=0.0, targets="all-linear", last_layers=None, path=None)
+    return lora_section(rank=rank)
 
 
 def saved(folder: Path) -> SavedAdapter:

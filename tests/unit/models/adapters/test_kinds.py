@@ -27,9 +27,20 @@ LENGTHS = (3, 17, 5, 12)
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
+LOW_RANK = ["adapter.rank=4", "adapter.alpha=6"]
+SMALL = {
+    **dict.fromkeys(("lora", "rslora", "lora_plus", "dora", "pissa"), LOW_RANK),
+    "oft": ["adapter.block_size=8"],
+    "vera": ["adapter.rank=6"],
+    "ia3": ["adapter.targets=all-linear"],
+}
+SAVED_AS = {"lora_plus": "lora", "pissa": "lora"}
+"""What a folder with one of these holds, for whoever reads it."""
+PREFIXES = {"oft": "oft_", "vera": "vera_", "ia3": "ia3_"}
+
+
 def section(kind: str, *overrides: str) -> Any:
-    small = ["adapter.block_size=8"] if kind == "oft" else ["adapter.rank=4", "adapter.alpha=6"]
-    return load_config("train", ["data.path=x", f"adapter={kind}", *small, *overrides]).adapter
+    return load_config("train", ["data.path=x", f"adapter={kind}", *SMALL[kind], *overrides]).adapter
 
 
 def base(backend: str = "varlen") -> Any:
@@ -63,7 +74,14 @@ def skew(vectors: Tensor, size: int) -> Tensor:
     return filled - filled.transpose(1, 2)
 
 
-def formula(kind: str, w: Tensor, x: Tensor, own: dict[str, Tensor]) -> Tensor:
+def formula(kind: str, layer: Any, x: Tensor, own: dict[str, Tensor]) -> Tensor:
+    w = layer.base_layer.weight.double()
+    if kind == "ia3":
+        given = own["ia3_l"].flatten()
+        return (x * given) @ w.T if layer.is_feedforward else x @ w.T * given
+    if kind == "vera":
+        a, b = layer.vera_A["default"][:, : w.shape[1]].double(), layer.vera_B["default"][: w.shape[0]].double()
+        return x @ (w + own["vera_lambda_b"][:, None] * b @ (own["vera_lambda_d"][:, None] * a)).T
     if kind == "oft":
         q = skew(own["oft_R"], 8)
         powers = [torch.linalg.matrix_power(q, n) for n in range(5)]
@@ -83,7 +101,7 @@ def test_a_layer_is_the_formula_of_its_kind(kind: str) -> None:
         layer = policy.base.model.layers[1].get_submodule(name)
         x = torch.randn(5, layer.in_features)
         own = {n.partition(".")[0]: p.detach().double() for n, p in layer.named_parameters() if p.requires_grad}
-        expected = formula(kind, layer.base_layer.weight.double(), x.double(), own)
+        expected = formula(kind, layer, x.double(), own)
         assert (expected - x.double() @ layer.base_layer.weight.double().T).abs().max() > 0.01
         torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -93,10 +111,9 @@ def test_a_new_adapter_leaves_the_model_as_it_was_and_trains_small_parts_of_it(k
     policy, bare = adapted(kind, drawn=False), CausalLM(base())
     torch.testing.assert_close(hidden(policy), hidden(bare), rtol=1e-5, atol=1e-6)
     with policy.adapters.using(None):
-        assert torch.equal(hidden(policy), hidden(bare))
+        assert torch.equal(hidden(policy), hidden(bare)) != section(kind).changes_base
     trained = {name for name, parameter in policy.base.named_parameters() if parameter.requires_grad}
-    prefix = "oft_" if kind == "oft" else "lora_"
-    assert trained and all(f".{prefix}" in name for name in trained)
+    assert trained and all(f".{PREFIXES.get(kind, 'lora_')}" in name for name in trained)
     assert all(parameter.dtype == torch.float32 for parameter in policy.adapters.trained(OWN).values())
 
 
@@ -119,6 +136,7 @@ def test_a_row_in_a_pack_is_computed_as_if_alone_and_gradients_add_up(kind: str)
 def test_a_saved_adapter_says_the_same_in_plain_peft_merged_and_continued(kind: str, tmp_path: Path) -> None:
     policy = adapted(kind)
     policy.adapters.save(OWN, tmp_path, base_model="some/base")
+    saved_as = SAVED_AS.get(kind, kind)
     ids = torch.arange(24).view(2, 12)
     eager = base()
     eager.set_attn_implementation("eager")
@@ -128,16 +146,16 @@ def test_a_saved_adapter_says_the_same_in_plain_peft_merged_and_continued(kind: 
         policy.base.set_attn_implementation("eager")
         torch.testing.assert_close(policy.base(ids).logits, logits, rtol=1e-5, atol=1e-5)
         continued = PeftAdapters(base())
-        continued.add_own(section(kind, f"adapter.path={tmp_path}"))
+        continued.add_own(section(saved_as, f"adapter.path={tmp_path}"))
         continued.base.set_attn_implementation("eager")
         torch.testing.assert_close(continued.base(ids).logits, logits, rtol=1e-5, atol=1e-5)
         merged = elsewhere.merge_and_unload()
         assert list(merged.state_dict()) == list(base().state_dict())
         torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-5, atol=1e-5)
-    others = [other for other in KINDS if other != kind]
+    others = [other for other in KINDS if SAVED_AS.get(other, other) != saved_as or other == "pissa"]
     for other in others:
         with pytest.raises(
-            ConfigError, match=rf"adapter\.path must hold an adapter of the kind .*{other}, which is {kind} there"
+            ConfigError, match=rf"adapter\.path must hold an adapter of the kind .*{other}, which is {saved_as} there"
         ):
             PeftAdapters(base()).add_own(section(other, f"adapter.path={tmp_path}"))
 
@@ -163,15 +181,11 @@ def test_compiled_and_recomputed_layers_say_the_same(kind: str) -> None:
 def test_how_each_kind_is_computed_is_told() -> None:
     said = {kind: adapted(kind).adapters.described("cpu") for kind in KINDS}
     together = "projections of one input together"
-    assert said == {
-        "lora": together,
-        "rslora": together,
-        "dora": "a layer at a time, as PEFT computes dora",
-        "oft": "a layer at a time, as PEFT computes oft",
-    }
+    alone = {kind: f"a layer at a time, as PEFT computes {kind}" for kind in ("dora", "oft", "vera", "ia3")}
+    assert said == {**dict.fromkeys(("lora", "rslora", "lora_plus", "pissa"), together), **alone}
 
 
-@pytest.mark.parametrize("kind", ["rslora", "dora"])
+@pytest.mark.parametrize("kind", ["rslora", "lora_plus", "dora", "pissa"])
 def test_kinds_of_lora_refuse_a_rank_above_a_layers_size(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.rank must be at most 16, the smaller side of k_proj"):
         PeftAdapters(base()).add_own(section(kind, "adapter.rank=20"))
@@ -185,8 +199,10 @@ def test_blocks_of_oft_must_divide_what_they_turn() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["adapter=dora", "quantization=bnb_nf4"], r"quantization can't be bnb_nf4 with adapter=dora, which reads the weights"),
+        (["adapter=dora", "quantization=bnb_nf4"], r"quantization can't be bnb_nf4 with adapter=dora: it reads the weights"),
         (["adapter=dora", "quantization=fp8"], r"quantization can't be fp8 with adapter=dora"),
+        (["adapter=freeze", "quantization=bnb_nf4"], r"quantization can't be bnb_nf4 (if|with) adapter"),
+        (["adapter=freeze", "quantization=fp8"], r"quantization can't be fp8 with adapter=freeze: its model is saved whole"),
         (["adapter=dora", "strategy=zero3", "resources=local"], r"strategy can't be zero3 with adapter=dora"),
     ],
 )

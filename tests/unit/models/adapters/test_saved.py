@@ -13,18 +13,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from raytune_llm.config.adapter import LoRA, SavedAdapter
+from raytune_llm.config.adapter import SavedAdapter
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters import OWN, PeftAdapters, adapt
-from tests.models import tiny_llama
+from tests.models import lora_section, tiny_llama
 
 WEIGHTS = "adapter_model.safetensors"
 IDS = torch.arange(20).view(2, 10)
 
 
-def lora(**changed: Any) -> LoRA:
-    settings = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "last_layers": None, "path": None}
-    return LoRA(name="lora", **{**settings, **changed})
+lora = lora_section
 
 
 def base() -> Any:
@@ -48,7 +46,7 @@ def change(folder: Path, changed: Callable[[dict[str, Tensor]], dict[str, Tensor
 
 
 def test_a_saved_adapter_is_continued_as_it_was(folder: Path) -> None:
-    continued = adapt(base(), lora(path=str(folder)))
+    continued = adapt(base(), lora(path=str(folder))).model
     elsewhere = PeftModel.from_pretrained(base(), str(folder))
     torch.testing.assert_close(continued(IDS).logits, elsewhere(IDS).logits)
     assert not torch.equal(elsewhere(IDS).logits, base()(IDS).logits)
@@ -132,7 +130,7 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_it_has_weights(se
 
 
 def test_an_adapter_that_is_refused_leaves_the_model_and_its_adapters_as_they_were(folder: Path) -> None:
-    model = adapt(base(), lora(path=str(folder)))
+    model = adapt(base(), lora(path=str(folder))).model
     adapters, before = PeftAdapters(model), model(IDS).logits
     change(folder, lambda w: {name: w[name] for name in list(w)[1:]})
     with pytest.raises(ConfigError, match="must be an adapter of this model"):

@@ -9,7 +9,6 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
-from raytune_llm.config.adapter import LoRA
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.quantization import NF4, NoQuantization, QuantizationConfig
 from raytune_llm.losses.tokens import cross_entropy
@@ -18,7 +17,7 @@ from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import files_to_read, load_config
 from raytune_llm.models.quantization.base import QuantizedLinear
 from raytune_llm.models.quantization.nf4 import NF4Linear
-from tests.models import packed, some_rows, tiny_llama
+from tests.models import lora_section, packed, some_rows, tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -55,8 +54,8 @@ def test_everything_that_it_holds_is_a_number_of_the_weight() -> None:
 
 def policy(folder: Path, quantization: QuantizationConfig, *, in_files: bool = False) -> CausalLM:
     where = {"path": str(folder), "revision": None, "weights": "pretrained", "config": {}, "tokenizer": None}
-    model = ModelConfig(**where, trust_remote_code=False, attention="auto")
-    lora = LoRA(name="lora", rank=4, alpha=8.0, dropout=0.0, targets="all-linear", last_layers=None, path=None)
+    model = ModelConfig(merged_adapters=[], **where, trust_remote_code=False, attention="auto")
+    lora = lora_section()
     config = load_config(str(folder), {})
     files = files_to_read(config, str(folder)) if in_files else None
     settings = {"compute": torch.float32, "seed": 0, "device": CPU, "files": files}

@@ -1,0 +1,59 @@
+"""LoRA that begins as the largest singular values of a weight (Meng et al. 2024, arXiv 2404.02948).
+
+W = U S V^T: B A begins as the first r of them, split evenly, over the scale; the frozen weight is what is left. At the end it is
+saved as LoRA of rank 2 r on the original weight, [B, -B0] [A; A0], as PEFT converts it: plain LoRA, for PEFT and servers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from raytune_llm.models.adapters.lora import check_rank, lora, ranks_fit
+from raytune_llm.models.adapters.method import Layers, Method, Tensors, only_linear
+
+
+def config(*, svd_iterations: int | None, **settings: Any) -> LoraConfig:
+    made = lora(**settings)
+    # PEFT's own word for it. It would split the weight itself as it loads the adapter, so that none is left of it in the file.
+    made.init_lora_weights = "pissa" if svd_iterations is None else f"pissa_niter_{svd_iterations}"  # type: ignore[assignment]
+    return made
+
+
+def describes(saved: PeftConfig) -> bool:
+    """No saved one is: it is saved as LoRA."""
+    return False
+
+
+def check(layers: Layers, *, svd_iterations: int | None, **settings: Any) -> None:
+    only_linear(layers, "pissa")
+    ranks_fit(layers, **settings)
+    for name, layer in layers.items():
+        key = get_pattern_key(list(settings["rank_pattern"]), name)
+        check_rank(name, layer, settings["rank_pattern"].get(key, settings["rank"]), "rank", gate=float("inf"))
+
+
+def saved(config: PeftConfig, tensors: Tensors, begun: Tensors) -> tuple[PeftConfig, Tensors]:
+    """Twice the rank, and alpha that keeps the scale."""
+    assert isinstance(config, LoraConfig)
+    config = copy.copy(config)
+    config.init_lora_weights = True
+    config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    config.rank_pattern = {name: 2 * rank for name, rank in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {name: 2 * alpha for name, alpha in (config.alpha_pattern or {}).items()}
+    return config, {name: _joined(name, value, begun) for name, value in tensors.items()}
+
+
+def _joined(name: str, value: Tensor, begun: Mapping[str, Tensor]) -> Tensor:
+    if ".lora_A." in name:
+        return torch.cat([value, begun[name].to(value)])
+    return torch.cat([value, -begun[name].to(value)], dim=1) if ".lora_B." in name else value
+
+
+PISSA = Method(config=config, describes=describes, check=check, saved=saved)
