@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from raytune_llm.config.adapter import LoRA
+from raytune_llm.config.load import load_config
+from raytune_llm.config.model import ModelConfig
 from raytune_llm.data.batches import collate
 from raytune_llm.models import attention
 from raytune_llm.models.causal_lm import CausalLM
@@ -26,6 +29,11 @@ LLAMA3_8B = LlamaConfig(
     tie_word_embeddings=False,
 )
 """Its sizes; nobody makes its weights here."""
+
+
+def model_section(**changed: Any) -> ModelConfig:
+    """model=hub, with other values for some of its settings."""
+    return replace(load_config("train", ["data.path=x", "model=hub", "model.path=x"]).model, **changed)
 
 
 def lora_section(**changed: Any) -> LoRA:

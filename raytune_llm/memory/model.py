@@ -227,14 +227,14 @@ def _layer_bytes(
     Compiled, a norm keeps its input as it came, and the activated gate is computed again.
     """
     product_again = not trains_all and not dropout and not adapter.alone
-    outputs = adapter.outputs * compute * (d.query + 2 * d.key_value + 2 * d.hidden + 2 * d.intermediate)
+    outputs = round(adapter.outputs * compute * (d.query + 2 * d.key_value + 2 * d.hidden + 2 * d.intermediate))
     attention = compute * 2 * (d.query + d.key_value)
     if compiled:
         return compute * (4 * d.hidden + (2 if product_again else 3) * d.intermediate) + attention + outputs
     norms = 2 * d.hidden * (FP32 + (compute if trains_all else 0))
     mlp = compute * (2 if product_again else 3) * d.intermediate
     converts = wide_norms or (adapter.converts and compute < FP32)
-    inputs = compute * ((5 if converts else 2) * d.hidden + (0 if product_again else d.intermediate))
+    inputs = compute * ((5 if converts else 2) * d.hidden + (0 if product_again else d.intermediate)) if adapter.inputs else 0
     if adapter.converts and compute < FP32:
         inputs += compute * d.query
     if dropout:

@@ -26,6 +26,6 @@ def check(layers: Layers, *, scaled_inputs: list[str]) -> None:
         raise ConfigError("adapter.scaled_inputs", "must name some of adapter.targets", got=unknown, fix="Add them there.")
 
 
-KEPT = Kept(alone=True, outputs=1)
-"""What the base layer gave, for the vector's gradient."""
+KEPT = Kept(alone=True, inputs=False, outputs=0.25)
+"""What the base layer gave, of keys and values, and the input of the MLP's last layer, for the vectors' gradients."""
 IA3 = Method(config=ia3, describes=describes, check=check, kept=KEPT)

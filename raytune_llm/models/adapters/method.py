@@ -34,8 +34,10 @@ class Kept:
 
     alone: bool = False
     """Each layer is computed alone, by PEFT, and recomputes nothing."""
-    outputs: int = 0
-    """Saved values for each value of the output."""
+    inputs: bool = True
+    """Each layer's input is saved."""
+    outputs: float = 0
+    """Saved values for each value of all linear layers' outputs."""
     converts: bool = False
     """Each saves its own converted input."""
     drops_inputs: bool = True

@@ -25,6 +25,6 @@ def check(layers: Layers, **settings: Any) -> None:
     only_linear(layers, "vera")
 
 
-KEPT = Kept(alone=True, outputs=1)
-"""What A and B did, before the last vector."""
+KEPT = Kept(alone=True, inputs=False, outputs=1)
+"""What A and B did, before the last vector. No input, since A is not trained."""
 VERA = Method(config=vera, describes=describes, check=check, kept=KEPT)

@@ -14,7 +14,6 @@ from transformers import AutoConfig
 
 from raytune_llm.config.adapter import DoRA, LoRA, NoAdapter
 from raytune_llm.config.load import load_config
-from raytune_llm.config.model import ModelConfig
 from raytune_llm.memory.model import (
     Memory,
     Parameters,
@@ -32,7 +31,7 @@ from raytune_llm.models.head import TRAINED_CHUNKS
 from raytune_llm.models.quantization.nf4 import NF4
 from raytune_llm.records import Batch
 from raytune_llm.stages.sft import sft
-from tests.models import LLAMA3_8B, lora_section
+from tests.models import LLAMA3_8B, lora_section, model_section
 
 GIB = 2**30
 SMALL = AutoConfig.for_model(
@@ -45,8 +44,7 @@ SMALL = AutoConfig.for_model(
     vocab_size=64,
     tie_word_embeddings=False,
 )
-MODEL = ModelConfig(
-    merged_adapters=[],
+MODEL = model_section(
     path=None,
     revision=None,
     weights="random",

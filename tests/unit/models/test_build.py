@@ -11,13 +11,13 @@ from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.build import build_policy, run_config
 from raytune_llm.models.load import load_config
+from tests.models import model_section
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 300}
 
 
 def random_model(**config: object) -> ModelConfig:
-    return ModelConfig(
-        merged_adapters=[],
+    return model_section(
         path=None,
         revision=None,
         weights="random",

@@ -10,14 +10,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PretrainedConfig
 
 from raytune_llm.config.adapter import NoAdapter, SavedAdapter
-from raytune_llm.config.model import ModelConfig
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.engines.batch import BatchEngine
 from raytune_llm.engines.requests import Request, Sampling
 from raytune_llm.models.build import build_policy
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import load_config
-from tests.models import packed, some_rows
+from tests.models import model_section, packed, some_rows
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -44,9 +43,8 @@ def saved(config: PretrainedConfig, folder) -> str:
 
 
 def policy_of(path: str, adapter=None, **changes: object) -> CausalLM:
-    section = ModelConfig(
+    section = model_section(
         path=path, revision=None, weights="pretrained", config=changes, tokenizer="bytes", trust_remote_code=False,
-        merged_adapters=[],
         attention="auto",
     )  # fmt: skip
     settings = {"compute": torch.float32, "seed": 0, "device": CPU}

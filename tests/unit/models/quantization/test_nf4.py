@@ -9,7 +9,6 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
-from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.quantization import NF4, NoQuantization, QuantizationConfig
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.models.build import build_policy
@@ -17,7 +16,7 @@ from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import files_to_read, load_config
 from raytune_llm.models.quantization.base import QuantizedLinear
 from raytune_llm.models.quantization.nf4 import NF4Linear
-from tests.models import lora_section, packed, some_rows, tiny_llama
+from tests.models import lora_section, model_section, packed, some_rows, tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -54,7 +53,7 @@ def test_everything_that_it_holds_is_a_number_of_the_weight() -> None:
 
 def policy(folder: Path, quantization: QuantizationConfig, *, in_files: bool = False) -> CausalLM:
     where = {"path": str(folder), "revision": None, "weights": "pretrained", "config": {}, "tokenizer": None}
-    model = ModelConfig(merged_adapters=[], **where, trust_remote_code=False, attention="auto")
+    model = model_section(**where, trust_remote_code=False, attention="auto")
     lora = lora_section()
     config = load_config(str(folder), {})
     files = files_to_read(config, str(folder)) if in_files else None
