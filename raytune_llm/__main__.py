@@ -22,6 +22,7 @@ VERBS = {
     "chat": "a conversation in the terminal, with a model and adapters here or a server elsewhere",
     "predict": "answers for a data set, of a run or of any model and adapters, with metrics",
     "evaluate": "benchmarks (MMLU, C-Eval, CMMLU) of runs, side by side",
+    "compare": "runs side by side: compare outputs/*",
     "export": "a merged model, as transformers and other programs load it",
     "import": "a LLaMA-Factory training file to an experiment of yours: import FILE.yaml",
     "doctor": "versions, devices and optional packages of this machine",

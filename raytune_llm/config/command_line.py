@@ -25,6 +25,8 @@ OWN_FLAGS = {"tune": {"--dry-run": "tune.dry_run=true"}}
 """Flags of a verb, which stand for a setting."""
 WITHOUT_A_KEY = {"import": ("file",), "jobs": ("action", "job")}
 """Verb -> the settings that words without a key are for, in order."""
+LISTS = {"compare": "runs"}
+"""Verb -> the setting that takes all words without a key."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,13 @@ def parse(verb: str, argv: list[str]) -> Call:
     flags: list[str] = []
     overrides: list[str] = []
     positional = 0
+    listed: list[str] = []
     words = iter(rest)
     for word in words:
         if not word.startswith("-"):
+            if "=" not in word and verb in LISTS:
+                listed.append(word)
+                continue
             if "=" in word or word.startswith(("+", "~")) or verb not in WITHOUT_A_KEY:
                 overrides.append(word)
                 continue
@@ -76,6 +82,8 @@ def parse(verb: str, argv: list[str]) -> Call:
             flags.append(value)
         if allowed and value not in allowed:
             raise ConfigError(flag, f"must be followed by {', '.join(allowed)}", got=value or "nothing")
+    if listed:
+        overrides.append(f"{LISTS[verb]}=[{','.join(map(composer.quoted, listed))}]")
     _check_together(flags)
     return Call(verb, overrides, known.config_dir, known.config_name, flags)
 

@@ -204,6 +204,21 @@ class PredictRun:
 
 
 @section
+class CompareRun:
+    """`compare`: runs side by side."""
+
+    runs: list[str]
+    """Their output folders: the words after the verb."""
+    page: str | None
+    """A file for the same as HTML."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            fix = "For example, raytune-llm compare outputs/*."
+            raise ConfigError("runs", "must name output folders of runs", fix=fix)
+
+
+@section
 class EvaluateRun:
     """`evaluate`: benchmarks."""
 
@@ -316,6 +331,7 @@ RUNS: dict[str, Any] = {
     "chat": ChatRun,
     "predict": PredictRun,
     "export": ExportRun,
+    "compare": CompareRun,
     "evaluate": EvaluateRun,
 }
 

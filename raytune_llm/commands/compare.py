@@ -1,0 +1,55 @@
+"""`compare`: runs side by side, on the screen and as a page."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from raytune_llm.config.run import CompareRun
+from raytune_llm.errors import ConfigError
+from raytune_llm.runs.comparison import Comparison, Rows, compare
+
+PAGE_WIDTH = 200
+"""Characters of a page's lines."""
+
+
+def main(run: CompareRun) -> int:
+    comparison = compare(run.runs)
+    page = None if run.page is None else Path(run.page)
+    if page is not None and not page.absolute().parent.is_dir():
+        raise ConfigError("page", "must be a file in a folder that is there", got=run.page)
+    _show(comparison, Console())
+    if page is not None:
+        recorded = Console(record=True, width=PAGE_WIDTH, file=StringIO())
+        _show(comparison, recorded)
+        page.write_text(recorded.export_html(), encoding="utf-8")
+        print(f"Written: {page}")
+    return 0
+
+
+def _show(comparison: Comparison, console: Console) -> None:
+    console.print(_table("settings that differ", comparison.names, comparison.settings))
+    console.print(_table("figures", comparison.names, comparison.figures))
+    for sample in comparison.samples:
+        table = Table(title=Text(sample.prompt), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_row("reference", Text(sample.reference))
+        for name, answer in zip(comparison.names, sample.answers, strict=True):
+            table.add_row(Text(name), Text(answer or ""))
+        console.print(table)
+
+
+def _table(title: str, names: Any, rows: Rows) -> Table:
+    table = Table("", *map(escape, names), title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name, values in rows.items():
+        table.add_row(Text(name), *(Text(_shown(value)) for value in values))
+    return table
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

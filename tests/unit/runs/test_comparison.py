@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raytune_llm.__main__ import main
+from raytune_llm.runs.comparison import compare
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[str]:
+    """One that has ended, and one that is at its third step."""
+    for name, lr in (("a", 0.1), ("b", 0.2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "run.yaml").write_text(f"name: {name}\nmodel:\n  path: same\noptimizer:\n  lr: {lr}\n")
+        records = [{"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": 1.0 + lr}, {"step": 3, "loss": 1.2}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+        samples = [{"step": n, "source": "", "row": 4, "prompt": "hi", "reference": "ho", "answer": f"{name}{n}"} for n in (1, 2)]
+        (folder / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples) + '{"step": 3, "sou')
+    summary = {"loss_last": 1.2, "world_size": 2, "wall_s": {"total": 1800.0}}
+    (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
+    return [str(tmp_path / name) for name in "ab"]
+
+
+def test_settings_that_differ_figures_and_newest_answers_stand_side_by_side(runs):
+    found = compare(runs)
+    assert list(found.names) == ["a", "b"]
+    assert dict(found.settings) == {"optimizer.lr": [0.1, 0.2]}
+    assert found.figures["eval_loss"] == [1.1, 1.2]
+    assert found.figures["worker hours"] == [1.0, None]
+    assert [(one.prompt, list(one.answers)) for one in found.samples] == [("hi", ["a2", "b2"])]
+
+
+def test_compare_takes_folders_as_words_and_writes_a_page(runs, tmp_path, capsys):
+    page = tmp_path / "runs.html"
+    assert main(["compare", *runs, f"page={page}"]) == 0
+    out = capsys.readouterr().out
+    assert "optimizer.lr" in out and "0.2" in out
+    assert "optimizer.lr" in page.read_text() and "<html" in page.read_text()
+
+
+def test_what_is_no_run_is_refused(runs, tmp_path, capsys):
+    assert main(["compare", *runs, str(tmp_path)]) == 2
+    assert "runs must be output folders of runs" in capsys.readouterr().err
+    assert main(["compare"]) == 2
+    assert "runs must name" in capsys.readouterr().err

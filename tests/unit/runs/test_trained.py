@@ -1,0 +1,77 @@
+"""What comes after training, for a run that was really trained: two steps of LoRA on a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from raytune_llm import api
+from raytune_llm.config.load import load_config
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
+from raytune_llm.models.generation_config import end_ids_of
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, chat_rows: str, cache: str) -> Path:
+    root = tmp_path_factory.mktemp("trained")
+    tokenizer: Any = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.3,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    settings = [
+        f"model.path={root / 'base'}", f"data.path={chat_rows}", f"data.cache={cache}", f"output_dir={root / 'out'}", "name=mine",
+        "resources=inline", "tracking=none", "train.max_steps=2", "train.global_batch_size=4", "data.eval_fraction=0.1",
+        "optimizer.lr=0.05", "train.compile=false", "data.default_system=Be brief.",
+    ]  # fmt: skip
+    api.train(load_config("train", settings))
+    return root / "out"
+
+
+def test_predict_asks_a_run_with_its_adapter_and_its_own_system_text(trained, chat_rows, tmp_path):
+    settings = [f"predict.run={trained}", f"data.path={chat_rows}", f"output_dir={tmp_path / 'out'}", "data.max_samples=2"]
+    done = api.predict(load_config("predict", [*settings, "predict.max_new_tokens=5", "predict.precision=fp32"]))
+    assert done.models == ("mine",)
+    first = json.loads((done.folder / "predictions.jsonl").read_text().splitlines()[0])
+    messages = [{"role": "system", "content": "Be brief."}, *first["messages"][:-1]]
+    tokenizer: Any = AutoTokenizer.from_pretrained(trained / "final")
+    base: Any = AutoModelForCausalLM.from_pretrained(trained.parent / "base")
+    loaded: Any = PeftModel.from_pretrained(base, str(trained / "final"))
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    out = loaded.eval().generate(**asked, max_new_tokens=5, do_sample=False)
+    assert first["predict"] == tokenizer.decode(out[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_export_merges_a_run_and_compares_it_on_its_held_out_rows(trained, tmp_path):
+    done = api.export(load_config("export", [f"export.run={trained}", f"export.output_dir={tmp_path / 'out'}"]))
+    assert done.difference is not None and done.difference.max_abs < 1e-4  # of log-probabilities of tens of nats
+    assert "held-out rows of the run" in done.difference.rows
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert 257 in end_ids_of(merged.generation_config)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_evaluate_puts_a_run_and_its_base_side_by_side(trained, tmp_path):
+    place = tmp_path / "evaluation" / "mmlu"
+    place.mkdir(parents=True)
+    (place / "mapping.json").write_text(json.dumps({"virology": {"name": "virology", "category": "Other"}}))
+    with ZipFile(place / "mmlu.zip", "w") as archive:
+        archive.writestr("data/test/virology_test.csv", "What?,a,b,c,d,A\nWho?,e,f,g,h,B\n")
+        archive.writestr("data/dev/virology_dev.csv", "Where?,a,b,c,d,C\n")
+    settings = [
+        f"evaluate.models=[{trained}]",
+        "evaluate.base=true",
+        "evaluate.tasks=[mmlu_test]",
+        f"output_dir={tmp_path / 'out'}",
+    ]
+    done = api.evaluate(load_config("evaluate", [*settings, f"evaluate.data={place.parent}"]))
+    assert list(done.scores) == ["base", "mine"]
+    assert all(score["mmlu_test"]["Average"].questions == 2 for score in done.scores.values())
