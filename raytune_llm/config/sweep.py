@@ -29,6 +29,9 @@ GIVEN_BY_THE_SWEEP = ("output_dir", "name", "resume", "resources", "tracking", "
 COMMAND = "sweep.json"
 """In a sweep's folder: the words that it was started with."""
 
+ON_THE_WAY = ("optimizer.", "schedule.", "stage.", "adapter.dropout", "train.max_grad_norm")
+"""Settings that a checkpoint doesn't fix."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
@@ -163,6 +166,8 @@ def load_sweep(words: Sequence[str] = (), *, config_dir: str | Path | None = Non
         fix = "Say, 'optimizer.lr=tag(log,interval(1e-5,1e-3))' or adapter.rank=8,16."
         raise ConfigError("the space", "is empty: no setting has several values", fix=fix)
     axes = axes_of(space, run.tune.zip)
+    for setting in (setting for axis in axes for setting in axis.settings) if run.tune.rounds else ():
+        _can_change_on_the_way(setting)
     for point in run.tune.first:
         if not point:
             raise ConfigError("tune.first", "must hold settings with their values", got="{}", fix="Say, [{optimizer.lr: 1e-4}].")
@@ -245,6 +250,13 @@ def of_yaml(space: Mapping[str, Any], prefix: str = "") -> dict[str, Values]:
                 raise ConfigError(f"tune.space.{one}", "is given twice", fix="Give all of its values at once.")
         found |= inner
     return found
+
+
+def _can_change_on_the_way(setting: str) -> None:
+    if not setting.lstrip("+").startswith(ON_THE_WAY):
+        there = ", ".join(f"{name}*" if name.endswith(".") else name for name in ON_THE_WAY)
+        rule = "can't be varied with tune.scheduler=pbt, which goes on from the checkpoint of a trial with another value"
+        raise ConfigError(setting, rule, fix=f"Give it one value. What can be varied: {there}.")
 
 
 def _can_vary(setting: str) -> None:

@@ -25,12 +25,13 @@ class TuneConfig:
     """eval_loss or another figure of an evaluation; exact_match; or module:function, which gets the TrainResult of a trial."""
     mode: Literal["auto", "min", "max"]
     """Whether less or more of the metric is better. auto: by its name."""
-    scheduler: Literal["none", "asha", "median", "hyperband"]
-    """What ends trials early, at their evaluations."""
+    scheduler: Literal["none", "asha", "median", "hyperband", "pbt"]
+    """What ends trials early, at their evaluations. pbt ends none: the worst take over what the best have learnt."""
     grace: Annotated[float, Field(gt=0, lt=1)]
-    """No trial is ended before this part of its steps: the first rung."""
+    """No trial is ended before this part of its steps: the first rung. pbt: a round is this part of the steps."""
     reduction: Annotated[int, Field(ge=2)]
-    """asha, hyperband: the best 1/reduction of the trials at a rung go on, to a rung that is so many times as far."""
+    """asha, hyperband: the best 1/reduction of the trials at a rung go on, to a rung that is so many times as far. pbt: the worst
+    1/reduction take over the best ones."""
     seed: Seed
     """Of the draws. Trials keep train.seed."""
     seeds: PositiveInt
@@ -64,6 +65,11 @@ class TuneConfig:
                 got=self.scheduler,
                 fix="Set tune.scheduler=none, or a metric of an evaluation.",
             )
+        if self.rounds and (self.name == "optuna" or self.pause_at is not None):
+            other = "tune=random or grid" if self.name == "optuna" else "tune.pause_at=null"
+            raise ConfigError(
+                "tune.scheduler", f"can be pbt with {other}", got=self.scheduler, fix="Set it, or another scheduler."
+            )
         if self.pause_at is not None and (self.at_end or self.seeds > 1):
             why = "tune.seeds=1" if self.seeds > 1 else f"a metric of an evaluation, which {self.metric} is not"
             raise ConfigError("tune.pause_at", f"needs {why}", got=self.pause_at, fix="Leave it out.")
@@ -78,6 +84,11 @@ class TuneConfig:
             raise ConfigError(
                 "tune.mode", f"must be min or max: tune.metric={self.metric} doesn't say which is better", got="auto"
             )
+
+    @property
+    def rounds(self) -> bool:
+        """All trials train to the same steps, and wait there for each other."""
+        return self.scheduler == "pbt"
 
     @property
     def at_end(self) -> bool:

@@ -54,7 +54,7 @@ def run_sweep(sweep: Sweep, train: Train, on_change: OnChange = lambda study, tr
     metric = metric_of(sweep.tune)
     check_writable(sweep.folder)
     with owned(sweep.folder), full_disk_explained(sweep.folder):
-        study = Study(sweep, metric)
+        study = Study(sweep, metric, adopt)
         write_whole(sweep.folder / COMMAND, command_of(sweep))
         conduct = Conduct(study, on_change)
         try:
@@ -91,7 +91,7 @@ def choose(study: Study, chosen: Chosen) -> None:
             raise ConfigError("clone", "must be a trial that is paused", got=chosen.clone, fix=f"There are {numbers}.")
         point = {**found[0].point, **chosen.changes}
         if not any(trial.point == point for trial in study.interrupted):
-            study.clone(found[0], chosen.changes, adopt)
+            study.clone(found[0], chosen.changes)
     if chosen.keep is not None:
         study.release(study.paused[: chosen.keep])
 

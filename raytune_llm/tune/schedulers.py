@@ -96,6 +96,7 @@ SCHEDULERS = {
     "asha": lambda tune: Asha(grace=tune.grace, reduction=tune.reduction),
     "hyperband": lambda tune: Hyperband(grace=tune.grace, reduction=tune.reduction),
     "median": lambda tune: Median(grace=tune.grace),
+    "pbt": lambda tune: Never(),
 }
 
 

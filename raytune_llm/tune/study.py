@@ -18,10 +18,13 @@ from raytune_llm.config.sweep import Sweep
 from raytune_llm.errors import ConfigError
 from raytune_llm.tune.events import EVENTS, SweepLog
 from raytune_llm.tune.metric import Metric
+from raytune_llm.tune.population import exploited
 from raytune_llm.tune.schedulers import scheduler_of
 from raytune_llm.tune.searchers import searcher_of
 
 State = Literal["running", "paused", "finished", "stopped", "failed"]
+Adopt = Callable[[TrainRun, Path], object]
+"""(run, folder): give the run the checkpoint of another one."""
 TRIALS = "trials"
 LONGEST_NAME = 60
 TABLE, RESULTS, BEST, PAGE = "trials.csv", "results.json", "best.yaml", "sweep.png"
@@ -51,6 +54,8 @@ class Trial:
     """Its point is the searcher's n-th; none of a clone's."""
     released: bool = False
     """It doesn't pause (any more)."""
+    round: int = 0
+    """Of tune.scheduler=pbt."""
 
     @property
     def step(self) -> int:
@@ -76,8 +81,10 @@ class Setting:
 
 
 class Study:
-    def __init__(self, sweep: Sweep, metric: Metric) -> None:
-        """With what the folder knows already. Raises ConfigError where it holds another sweep."""
+    def __init__(self, sweep: Sweep, metric: Metric, adopt: Adopt | None = None) -> None:
+        """With what the folder knows already. Raises ConfigError where it holds another sweep. adopt: for trials that take over
+        what others have learnt."""
+        self._adopt = adopt
         self.sweep, self.metric = sweep, metric
         self.trials: list[Trial] = []
         self._searcher, self._scheduler = searcher_of(sweep), scheduler_of(sweep.tune)
@@ -97,14 +104,45 @@ class Study:
         seeds = self.sweep.tune.seeds
         point = self.trials[-1].point if number % seeds else self._searcher.ask()
         if point is None:
-            return None
+            return self._next_of_round() if self.sweep.tune.rounds else None
         self._log.append({"event": "began", "trial": number, "point": point})
         return self._begin(number, point)
 
     def run_of(self, trial: Trial) -> TrainRun:
         run = self.sweep.trial_run(trial.point, seed=trial.seed, folder=trial.folder)
-        pause_at = None if trial.released else self.sweep.tune.pause_at
+        pause_at = None if trial.released else self._pause_at(trial)
         return run if pause_at is None else replace(run, train=replace(run.train, pause_at=pause_at))
+
+    def _pause_at(self, trial: Trial) -> float | None:
+        tune = self.sweep.tune
+        if not tune.rounds:
+            return tune.pause_at
+        end = (trial.round + 1) * tune.grace
+        return None if end > 1 - tune.grace / 2 else end  # the last round takes what is left
+
+    def _next_of_round(self) -> Trial | None:
+        """Of the next one, once all trials wait."""
+        waiting = self.paused
+        if not waiting or any(trial.state == "running" for trial in self.trials):
+            return None
+        assert self._adopt is not None
+        taken = list(exploited(self.sweep, waiting, waiting[0].round))
+        for trial, donor, point in taken:
+            # Before it is in the log: it is the same if it must be done again, since no trial goes on before.
+            self._adopt(self.sweep.trial_run(point, seed=trial.seed, folder=trial.folder), donor.folder)
+        changed = [{"trial": trial.number, "from": donor.number, "point": point} for trial, donor, point in taken]
+        self._log.append({"event": "exploited", "trials": [trial.number for trial in waiting], "changed": changed})
+        self._begin_round([trial.number for trial in waiting], changed)
+        return self.next()
+
+    def _begin_round(self, numbers: Sequence[int], changed: Sequence[Mapping[str, Any]]) -> None:
+        for number in sorted(numbers):
+            trial = self.trials[number]
+            trial.state, trial.value = "running", None
+            trial.round += 1
+            self._interrupted.append(trial)
+        for change in changed:
+            self.trials[change["trial"]].point = change["point"]
 
     @property
     def interrupted(self) -> tuple[Trial, ...]:
@@ -120,12 +158,12 @@ class Study:
         self._log.append({"event": "released", "trials": [trial.number for trial in trials]})
         self._release([trial.number for trial in trials])
 
-    def clone(self, trial: Trial, changes: Point, adopt: Callable[[TrainRun, Path], object]) -> Trial:
-        """A trial with other values, which goes on to its end from where this one is. adopt(run, folder): give it what lies
-        there."""
+    def clone(self, trial: Trial, changes: Point) -> Trial:
+        """A trial with other values, which goes on to its end from where this one is."""
+        assert self._adopt is not None
         point = {**trial.point, **changes}
         clone = self._begin(len(self.trials), point, from_=trial)
-        adopt(self.run_of(clone), trial.folder)
+        self._adopt(self.run_of(clone), trial.folder)
         self._log.append({"event": "cloned", "trial": clone.number, "from": trial.number, "point": point})
         self._interrupted.append(clone)
         return clone
@@ -177,7 +215,7 @@ class Study:
         _same_sweep(folder, events[0]["identity"], identity)
         for event in events[1:]:
             self._apply(event)
-        if self.sweep.tune.pause_at is None:
+        if self.sweep.tune.pause_at is None and not self.sweep.tune.rounds:
             for trial in self.paused:
                 trial.state = "running"
         self._interrupted = [trial for trial in self.trials if trial.state == "running"]
@@ -185,6 +223,9 @@ class Study:
     def _apply(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "released":
             self._release(event["trials"])
+            return
+        if event["event"] == "exploited":
+            self._begin_round(event["trials"], event["changed"])
             return
         number = event["trial"]
         match event["event"]:

@@ -23,10 +23,10 @@ def sweep(*words):
     return load_sweep(["+experiment=sft_smollm2", "resources=inline", *lrs, *ranks, *words])
 
 
-def study_in(folder, *words):
+def study_in(folder, *words, adopt=None):
     made = sweep(*words)
     there = replace(made, run=replace(made.run, output_dir=str(folder)))
-    return Study(there, metric_of(made.tune))
+    return Study(there, metric_of(made.tune), adopt)
 
 
 def loss_of(run, step):
@@ -139,8 +139,8 @@ def test_folders_are_named_by_their_values_or_by_a_hash():
     assert len(folder_name({"data.path": "/a/very/long path"})) == 12
 
 
-def paused_study(folder):
-    study = study_in(folder, "tune=grid", "adapter.rank=4,8,16", "tune.pause_at=0.25")
+def paused_study(folder, adopt=None):
+    study = study_in(folder, "tune=grid", "adapter.rank=4,8,16", "tune.pause_at=0.25", adopt=adopt)
     while (trial := study.next()) is not None:
         run = study.run_of(trial)
         assert run.train.pause_at == 0.25
@@ -155,21 +155,22 @@ def test_trials_that_wait_go_on_where_they_are_chosen_and_the_others_end(tmp_pat
     assert len(waiting) == len(study.trials) and not study.ranked
     assert [trial.latest for trial in waiting] == sorted(trial.latest for trial in waiting)
     study.release(waiting[:2])
-    released = [study.next(), study.next()]
-    assert released == waiting[:2] and study.next() is None
-    assert study.run_of(released[0]).train.pause_at is None
+    assert [study.next(), study.next(), study.next()] == [*waiting[:2], None]
+    assert study.run_of(waiting[0]).train.pause_at is None
     study.close()
     again = study_in(tmp_path, "tune=grid", "adapter.rank=4,8,16", "tune.pause_at=0.25")  # the power went
-    assert [trial.number for trial in again.interrupted] == sorted(trial.number for trial in released)
+    assert [trial.number for trial in again.interrupted] == sorted(trial.number for trial in waiting[:2])
     assert {trial.state for trial in again.trials} == {"running", "stopped"}
     again.close()
 
 
 def test_a_clone_begins_with_what_its_model_has_learnt_and_goes_to_its_end(tmp_path):
-    study = paused_study(tmp_path)
-    first, adopted = study.paused[0], []
-    study.clone(first, {"optimizer.lr": 0.5}, lambda run, folder: adopted.append((run.output_dir, folder)))
+    adopted = []
+    study = paused_study(tmp_path, adopt=lambda run, folder: adopted.append((run.output_dir, folder)))
+    first = study.paused[0]
+    study.clone(first, {"optimizer.lr": 0.5})
     clone = study.next()
+    assert clone is not None
     assert clone.point == {**first.point, "optimizer.lr": 0.5} and study.next() is None
     assert adopted == [(str(clone.folder), first.folder)]
     assert study.run_of(clone).train.pause_at is None and study.run_of(clone).optimizer.lr == 0.5

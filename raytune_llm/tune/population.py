@@ -1,0 +1,45 @@
+"""Population-based training (Jaderberg et al. 2017, arXiv 1711.09846), all trials at the same steps.
+
+All are trained to the same part of their steps and wait there. Then the worst ones take over weights, optimizer and place in the
+data of some of the best, with values near theirs, and all go on. What is taken over follows from the metric, the seed and the
+round alone, not from which trial was faster, so that an interrupted sweep is resumed to the same numbers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from raytune_llm.config.space import Axis, Choice, Point
+from raytune_llm.config.sweep import Sweep
+
+if TYPE_CHECKING:
+    from raytune_llm.tune.study import Trial
+
+FACTORS = (0.8, 1.2)
+
+
+def exploited(sweep: Sweep, waiting: Sequence[Trial], number: int) -> Iterator[tuple[Trial, Trial, Point]]:
+    """(trial, whom it takes over, its new values) of a round. waiting: the best first. number: of the round."""
+    count = min(max(1, len(waiting) // sweep.tune.reduction), len(waiting) // 2)
+    draws = random.Random(f"{sweep.tune.seed} {number}")
+    for trial in waiting[len(waiting) - count :]:
+        donor = draws.choice(waiting[:count])
+        yield trial, donor, near(sweep, donor.point, draws)
+
+
+def near(sweep: Sweep, point: Point, draws: random.Random) -> dict[str, Any]:
+    """Each number times 0.8 or 1.2, within its interval; of a list the value before or after."""
+    found: dict[str, Any] = {}
+    for axis in sweep.axes:
+        found |= axis.point(_near(axis, sweep.value_of(axis, point), draws))
+    return found
+
+
+def _near(axis: Axis, value: Any, draws: random.Random) -> Any:
+    if not isinstance(axis.values, Choice):
+        return axis.values.rounded(value * draws.choice(FACTORS))
+    values = axis.values.values
+    at = values.index(value) + draws.choice((-1, 1)) if value in values else 0
+    return values[min(max(at, 0), len(values) - 1)]
