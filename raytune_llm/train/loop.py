@@ -48,8 +48,6 @@ class LoopSettings:
     """When to log, evaluate, save and stop, in steps."""
 
     total_steps: int
-    pause_step: int | None
-    """Evaluate and save after it, and end."""
     learning_rate: Callable[[int], float]
     """Takes the number of the step, from 0."""
     log_every: int
@@ -64,6 +62,8 @@ class LoopSettings:
     early_stopping: int | None
     max_nonfinite_steps: int
     seed: int
+    pause_step: int | None = None
+    """Evaluate and save after it, and end."""
 
 
 @dataclass(frozen=True, kw_only=True)
