@@ -390,11 +390,7 @@ def _answered(run: TrainRun, prepared: Prepared | Streamed, final: Path | None, 
     store = str((prepared.eval_store or prepared).folder)
     apart = prepared.eval_store is not None
     if isinstance(run.resources, Cluster):
-        import ray
+        from raytune_llm.runs.launch import on_a_node
 
-        from raytune_llm.runs.launch import group_size
-
-        _, cpus, gpus = group_size(run.resources)
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(answer_held_out_rows)
-        return ray.get(remote.remote(run, store, final, apart))
+        return on_a_node(run.resources, partial(answer_held_out_rows, run, store, final, apart))
     return answer_held_out_rows(run, store, final, apart, workspace)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from yaml import YAMLError
+
+NOT_YAML = (YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
+"""What PyYAML raises for texts that it can't read: a value that its tag doesn't fit is a bare KeyError or AttributeError."""
+
 
 class UserError(Exception):
     """A mistake or a circumstance that the user can fix: shown without a traceback, exit code 2."""
@@ -50,3 +55,8 @@ class ResourceError(UserError):
 
     def __str__(self) -> str:
         return f"{self.lacking}. {self.fix}".rstrip()
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says of its error, in a line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -8,7 +8,7 @@ import socket
 
 from raytune_llm import interrupts
 from raytune_llm.config.resources import Cluster, Local
-from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.errors import ConfigError, ResourceError, first_line
 
 _QUICK = {
     # A worker's death is seen, and its last report registered, after this long (Ray's default is 2 s).
@@ -31,6 +31,7 @@ def connect(resources: Local | Cluster, *, dashboard: bool = False) -> None:
 
     dashboard: of one that is started; Ray Train asks it which of its groups are left over."""
     import ray
+    from ray.exceptions import RayError
 
     if ray.is_initialized():
         return
@@ -44,9 +45,8 @@ def connect(resources: Local | Cluster, *, dashboard: bool = False) -> None:
             with interrupts.kept():
                 ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # a slow start is a plain one
-            what = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ResourceError(
-                f"Ray did not start on this machine ({what})",
+                f"Ray did not start on this machine ({first_line(error)})",
                 "The machine is busy, or lacks memory or space in /tmp: try again, or set resources=inline.",
             ) from error
         _keep_paragraphs_off_the_screen()
@@ -63,8 +63,11 @@ def connect(resources: Local | Cluster, *, dashboard: bool = False) -> None:
     try:
         with interrupts.kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
-        raise _nobody(address, str(error).strip().splitlines()[0]) from error
+    except ValueError as error:
+        rule = f"must be an address that Ray can read ({first_line(error)})"
+        raise ConfigError("resources.address", rule, got=address, fix="For example, 10.0.0.1:6379, or auto.") from error
+    except (RayError, RuntimeError, TimeoutError, OSError, AssertionError) as error:
+        raise _nobody(address, first_line(error)) from error
     _keep_paragraphs_off_the_screen()
 
 

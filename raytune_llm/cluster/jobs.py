@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from raytune_llm.cluster.package import write_zip
-from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.errors import ConfigError, ResourceError, first_line
 
 SILENT_S = 30.0
 """Without a line for so long, the cluster is asked whether the job still runs."""
@@ -184,7 +184,7 @@ class Jobs:
                 if time.monotonic() - lost > GIVE_UP_S:
                     raise ResourceError(f"{self.address} no longer answers ({error})", come_back(job, self.address)) from None
                 if failures == 0:
-                    told(f"the connection to {self.address} broke ({str(error).splitlines()[0]}): trying again")
+                    told(f"the connection to {self.address} broke ({first_line(error)}): trying again")
                 await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
                 failures += 1
                 continue
@@ -225,12 +225,12 @@ class Jobs:
             yield
         except AuthenticationError as error:
             raise ResourceError(
-                f"{self.address} rejects this machine's token ({str(error).splitlines()[0]})",
+                f"{self.address} rejects this machine's token ({first_line(error)})",
                 "Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's.",
             ) from None
         except (ConnectionError, OSError) as error:
             raise ResourceError(
-                f"no Ray dashboard answers at {self.address} ({str(error).splitlines()[0]})",
+                f"no Ray dashboard answers at {self.address} ({first_line(error)})",
                 "Start the head with --include-dashboard=true, or forward its port 8265 to this machine.",
             ) from None
         except RuntimeError as error:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +34,7 @@ from yaml import YAMLError
 from raytune_llm.config.overrides import CONF
 from raytune_llm.config.run import RUNS
 from raytune_llm.config.space import Choice, Interval, Values
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import NOT_YAML, ConfigError, first_line
 
 UNEXPECTED = ("unexpected_keyword_argument", "extra_forbidden")
 """How pydantic calls a setting that there is not."""
@@ -100,7 +101,7 @@ def to_run(verb: str, composed: DictConfig) -> Any:
     try:
         values = OmegaConf.to_container(_without_hydra(composed), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(error.full_key or "the config", f"can't be resolved: {_first_line(error)}") from None
+        raise ConfigError(error.full_key or "the config", f"can't be resolved: {first_line(error)}") from None
     return validate(RUNS[verb], cast(dict[str, Any], values))
 
 
@@ -122,7 +123,9 @@ def compose(
         return _compose(config_name or verb, overrides, config_dir)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explained(error, config_name or verb, overrides, config_dir) from None
-    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except NOT_YAML as error:
+        if not isinstance(error, YAMLError | UnicodeDecodeError | RecursionError) and not _is_of_yaml(error):
+            raise
         raise _unreadable(error, overrides, config_dir) from None
 
 
@@ -154,6 +157,11 @@ def _is_sweep(value: Any) -> bool:
     return type(value).__module__.startswith("hydra.")
 
 
+def _is_of_yaml(error: Exception) -> bool:
+    """It was raised where a file is read, not by us."""
+    return any(frame.f_globals.get("__name__", "").startswith("yaml.") for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def _unreadable(error: Exception, overrides: Sequence[str], config_dir: str | Path | None) -> ConfigError:
     """A YAML file of the user's that can't be read."""
     if isinstance(error, RecursionError):
@@ -169,7 +177,7 @@ def _unreadable(error: Exception, overrides: Sequence[str], config_dir: str | Pa
                 )
     mark = getattr(error, "problem_mark", None)
     place = f"{mark.name}, line {mark.line + 1}" if mark is not None else str(config_dir)
-    what = getattr(error, "problem", None) or _first_line(error)
+    what = getattr(error, "problem", None) or first_line(error)
     return ConfigError("--config-dir", f"must hold YAML files: {what}", got=place, fix="Correct the file.")
 
 
@@ -329,8 +337,8 @@ def read_yaml(path: Path, *, setting: str) -> dict[str, Any]:
         read = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
         raise ConfigError(setting, f"must be a YAML file that can be read ({error.strerror})", got=str(path)) from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(setting, f"must be a YAML file: {_first_line(error)}", got=str(path)) from None
+    except (OmegaConfBaseException, *NOT_YAML) as error:
+        raise ConfigError(setting, f"must be a YAML file: {first_line(error)}", got=str(path)) from None
     if not isinstance(read, dict):
         raise ConfigError(setting, "must be a YAML file with key: value lines", got=str(path))
     return {str(key): value for key, value in read.items()}
@@ -462,7 +470,7 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
         return ConfigError(match[1], "can't be removed: it is not in the config", fix="Leave it out.")
     if match := re.search(r"Error merging override (?:\+\+)?([\w.]+)=(.*?)\.?(?:\n|$)", text):
         return ConfigError(match[1], "can't have this value", got=match[2], fix="`--cfg job` shows its current value.")
-    return ConfigError("the config", f"can't be composed: {_first_line(error)}")
+    return ConfigError("the config", f"can't be composed: {_reason(error)}")
 
 
 def _unknown_key(key: str, known: list[str]) -> ConfigError:
@@ -609,10 +617,6 @@ def _article(noun: str) -> str:
     return noun if noun in ("text", "true or false") else f"a {noun}"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
-
-
 __all__ = [
     "CONF",
     "as_plain",
@@ -628,3 +632,9 @@ __all__ = [
     "to_yaml",
     "validate",
 ]
+
+
+def _reason(error: Exception) -> str:
+    """Hydra says where in the first line, and what in the second."""
+    where, _, what = str(error).strip().partition("\n")
+    return f"{where} {what.strip().partition(chr(10))[0]}".rstrip(" .") if where.endswith(":") else first_line(error)

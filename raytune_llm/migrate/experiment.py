@@ -42,13 +42,23 @@ def write(run: ImportRun, translation: Translation) -> Path:
         trial.write_text(text)
         load_config("train", [f"+experiment={name}"], config_dir=folder)
     target = Path(run.config_dir, "experiment", f"{name}.yaml").expanduser()
-    if target.exists() and target.read_text() != text and not run.overwrite:
+    if target.exists() and not _holds(target, text) and not run.overwrite:
         raise ConfigError("name", f"must be that of no experiment: {target} is there", got=name, fix="Or set overwrite=true.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.partial")
-    beside.write_text(text)
-    beside.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.partial")
+        beside.write_text(text)
+        beside.replace(target)
+    except OSError as error:
+        raise ConfigError("config_dir", f"must be a folder that can be written ({error.strerror})", got=run.config_dir) from None
     return target
+
+
+def _holds(file: Path, text: str) -> bool:
+    try:
+        return file.read_text(encoding="utf-8") == text
+    except (OSError, ValueError):
+        return False
 
 
 def declaration_elsewhere(translation: Translation) -> str | None:

@@ -21,7 +21,7 @@ import yaml
 
 from raytune_llm.data.readers import declarations
 from raytune_llm.data.templates import named as named_templates
-from raytune_llm.errors import UserError
+from raytune_llm.errors import NOT_YAML, UserError, first_line
 from raytune_llm.migrate.argument_rules import NoEffect, Refusal, Settings
 
 Find = Callable[[str], str | None]
@@ -111,8 +111,8 @@ def _descriptions(given: str | Mapping[str, str] | None, find: Find) -> Mapping[
         raise Refusal("there is no such file", "new_special_tokens_config")
     try:
         read = yaml.safe_load(Path(found).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise Refusal(f"can't be read ({error})", "new_special_tokens_config") from None
+    except (OSError, *NOT_YAML) as error:
+        raise Refusal(f"can't be read ({first_line(error)})", "new_special_tokens_config") from None
     if not isinstance(read, dict) or not all(isinstance(text, str) for pair in read.items() for text in pair):
         raise Refusal("must hold a description (text) for each token", "new_special_tokens_config")
     return read

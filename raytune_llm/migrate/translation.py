@@ -59,8 +59,9 @@ def translate(given: Mapping[str, Any], *, world_size: int | None, dataset_info:
     results = {name: _result(name, values, applied) for name in {**ARGUMENTS, **current}} | mistyped
     reasons = {result.argument or name: result.why for name, result in results.items() if isinstance(result, Refusal)}
     settings = {path: value for result in results.values() if isinstance(result, dict) for path, value in result.items()}
-    missing = [name for name in reasons if name not in current]
-    outcomes = (_outcome(name, current.get(name), results[name], reasons) for name in (*current, *missing))
+    outcomes = [_outcome(name, value, results[name], reasons) for name, value in current.items()]
+    # What is refused and stands nowhere in the file: an argument that it needs, or a setting of the import (dataset_info).
+    outcomes += [ArgumentOutcome(name, None, "refused", why) for name, why in reasons.items() if name not in current]
     return Translation(settings, tuple(outcomes))
 
 

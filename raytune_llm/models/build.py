@@ -22,7 +22,7 @@ from raytune_llm.models.attention.isolation import check_isolation
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import check_trainable, load_config, load_model, model_class, positions
-from raytune_llm.models.multimodal import is_multimodal
+from raytune_llm.models.multimodal import is_multimodal, processor_files
 from raytune_llm.models.policy import Policy
 from raytune_llm.models.quantization import quantize
 from raytune_llm.models.scorer import Scorer
@@ -145,6 +145,7 @@ def build_policy(
     }
     if is_multimodal(config):
         settings["left_out"] = partial(_other_media, loaded, partial(load, dtype=compute, scores=scores, text_only=False))
+        settings["files_beside"] = partial(processor_files, model.path, model.revision)
     if scores:
         made = Scorer(adapted.model, language_model=partial(load, dtype=compute) if separate_head else None, **settings)
     else:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import GenerationConfig
 
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, first_line
 
 UNREAD_WITHOUT_SAMPLING = {
     "temperature": 1.0,
@@ -31,7 +31,7 @@ def savable(generation: GenerationConfig) -> GenerationConfig:
         generation.validate(strict=True)
     except ValueError as error:
         raise ConfigError(
-            "model.path", f"must be a model whose generation_config.json transformers can save ({str(error).splitlines()[0]})",
+            "model.path", f"must be a model whose generation_config.json transformers can save ({first_line(error)})",
             fix="Correct that file.",
         ) from None  # fmt: skip
     return generation

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from raytune_llm import packaged
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.models.multimodal import TRAINED_ON_TEXT, is_multimodal, leave_other_media_out
 from raytune_llm.models.stored import Files, files_of, model_in_files
 
@@ -271,10 +271,10 @@ def positions(config: PretrainedConfig) -> int | None:
 
 def _unreachable(path: str, error: Exception) -> ConfigError:
     if Path(path).is_dir():
-        return ConfigError("model.path", f"must be a folder with a model ({str(error).splitlines()[0]})", got=path)
+        return ConfigError("model.path", f"must be a folder with a model ({first_line(error)})", got=path)
     return ConfigError(
         "model.path",
         "must be a folder or the id of a model on a hub that this machine reaches",
         got=path,
-        fix=f"({str(error).splitlines()[0]})",
+        fix=f"({first_line(error)})",
     )

@@ -6,8 +6,14 @@ gradients, and they would take memory. They are as they were in what full fine-t
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils.hub import cached_file
+
+from raytune_llm import packaged
 
 TRAINED_ON_TEXT = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 """Families, by model_type, that compute text exactly as their language model alone does."""
@@ -30,3 +36,13 @@ def leave_other_media_out(model: PreTrainedModel) -> PreTrainedModel:
             if child is not text:
                 setattr(model.base_model, name, None)
     return model
+
+
+def processor_files(path: str | None, revision: str | None) -> list[Path]:
+    """What makes inputs of images, videos and sounds, as it lies beside a model's weights."""
+    if path is None:
+        return []
+    missing_is_none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    names = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
+    found = (cached_file(packaged.resolve(path), name, revision=revision, **missing_is_none) for name in names)
+    return [Path(file) for file in found if file is not None]

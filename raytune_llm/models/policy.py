@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -52,13 +53,15 @@ class Policy(nn.Module):
         has_changed_config: bool = False,
         base_vocabulary: int | None = None,
         left_out: Callable[[], Mapping[str, Tensor]] = dict,
+        files_beside: Callable[[], Sequence[Path]] = tuple,
     ) -> None:
         """Matrix products and the residual stream are in `compute`, whatever the dtype of the weights.
 
         adapters: the model's, where they are not PEFT's. offloads: activations wait in host memory for the backward pass.
         has_new_adapter: what it found is itself without its adapter. has_changed_config: its config is not the one that lies
         beside the base's weights. base_vocabulary: the rows of its embeddings, of which an adapter may have more. left_out:
-        weights that are saved with a whole model and lie beside what text goes through.
+        weights that are saved with a whole model and lie beside what text goes through. files_beside: of the base, copied with
+        them: they make inputs of images.
         """
         super().__init__()
         self.model: Any = model
@@ -68,7 +71,7 @@ class Policy(nn.Module):
         self.compiled = compiled
         self.offloads = offloads
         self._has_new_adapter, self._has_changed_config = has_new_adapter, has_changed_config
-        self._base_vocabulary, self._left_out = base_vocabulary, left_out
+        self._base_vocabulary, self._left_out, self._files_beside = base_vocabulary, left_out, files_beside
         self._as_found: list[Tensor] | None = None
         """Of the trained parameters, in their order."""
 
@@ -239,6 +242,8 @@ class Policy(nn.Module):
             weights = {name: value.to(self.compute) for name, value in own.items()}
             beside = {name: value.to(self.compute) for name, value in self._left_out().items()}
             self._save_weights(folder, beside | weights | dict(saved_buffers(self.base)))
+            for file in self._files_beside():
+                shutil.copyfile(file, folder / file.name)
         if (folder / "config.json").exists():
             _say_dtype(folder / "config.json", self.compute)
         self._complete(folder, tokenizer, stop_ids)

@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from raytune_llm import session
 from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import ConfigError, ResourceError, UserError
+from raytune_llm.errors import ConfigError, ResourceError, UserError, first_line
 from raytune_llm.models.quantization import check_device
 from raytune_llm.report.metrics import Sink
 from raytune_llm.report.news import Begin, EndOfRun, Notice, ReferencePass, SampledAnswer
@@ -26,6 +26,7 @@ from raytune_llm.runs.workspace import Workspace
 from raytune_llm.train.checkpoint import complete_steps
 from raytune_llm.train.strategies.base import COLLECTIVES
 
+T = TypeVar("T")
 POLL_S = 0.2
 TOKENIZING_CPUS = 1
 """Are left to data.streaming, at least."""
@@ -441,8 +442,24 @@ def check_fits(workers: int, cpus: float, gpus: float, *, leaving_cpus: int = 0)
             )
 
 
+def on_a_node(resources: Cluster, work: Callable[[], T]) -> T:
+    """What `work` gives, on a node of the cluster that has what a worker has. Raises what it raised there."""
+    import ray
+    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+
+    _, cpus, gpus = group_size(resources)
+    try:
+        return ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus)(work).remote())
+    except RayTaskError as error:
+        raise error.cause from None
+    except (OutOfMemoryError, WorkerCrashedError) as error:
+        what = f"a process on a node of the cluster died ({first_line(error)})"
+        raise ResourceError(what, "The same command resumes.") from error
+
+
 def _cause(error: BaseException, channel: Channel) -> BaseException:
     """What a worker fell over, where Ray tells it."""
+    from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
     from ray.train import ControllerError
 
     failures = getattr(error, "worker_failures", None) or {}
@@ -450,15 +467,19 @@ def _cause(error: BaseException, channel: Channel) -> BaseException:
         cause = getattr(failure, "cause", failure)
         if isinstance(cause, UserError):
             return cause
-    if "OutOfMemory" in str(error):
+    if any(isinstance(failure, OutOfMemoryError) for failure in (error, *failures.values())):
         return ResourceError("a worker ran out of memory", "Lower train.micro_batch_size or data.max_length.")
     if isinstance(error, ControllerError):
-        what = (str(error.controller_failure).strip() or type(error.controller_failure).__name__).splitlines()[0]
         return ResourceError(
-            f"the workers did not come up ({what})", "Look whether the machines are busy or gone; the same command resumes."
+            f"the workers did not come up ({first_line(error.controller_failure)})",
+            "Look whether the machines are busy or gone; the same command resumes.",
         )
     if " died (" in channel.lost or " lost the others (" in channel.lost:
         return ResourceError(
             channel.lost, "The same command resumes from the newest checkpoint; resources.max_failures allows more."
+        )
+    if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        return ResourceError(
+            f"Ray lost the run ({first_line(error)})", "The same command resumes from the newest checkpoint, once Ray is back."
         )
     return error

@@ -16,7 +16,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.readers.declarations import declared, declared_for_evaluation
 from raytune_llm.data.tokens.tokenizer import first_pieces
-from raytune_llm.errors import ConfigError, UserError
+from raytune_llm.errors import ConfigError, UserError, first_line
 from raytune_llm.models.adapters import adapt, merge
 from raytune_llm.models.build import run_config
 from raytune_llm.models.generation_config import savable
@@ -80,5 +80,5 @@ def _sizes_fit() -> Iterator[None]:
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError, AssertionError) as error:
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = first_line(error)
         raise ConfigError("model.config", f"must make a model, which transformers can't build of it ({what})") from error

@@ -92,6 +92,9 @@ def test_what_is_saved_loads_in_transformers_with_its_towers_as_they_were(
     model_type: str, adapter: str, chat_rows: str, cache: str, tmp_path: Path
 ) -> None:
     path = stored(model_type, tmp_path / "base")
+    processor = [tmp_path / "base" / name for name in ("preprocessor_config.json", "processor_config.json")]
+    for file in processor:
+        file.write_text(f'{{"size": {len(file.name)}}}')
     settings = ["model=hub", f"model.path={path}", "model.tokenizer=bytes", f"adapter={adapter}", "train.max_steps=2"]
     run = tiny_run(chat_rows, cache, tmp_path / "run", *settings)
     api.train(run)
@@ -101,6 +104,7 @@ def test_what_is_saved_loads_in_transformers_with_its_towers_as_they_were(
         assert names and not any("vis" in name or "projector" in name for name in names)
         PeftModel.from_pretrained(whole(path), final)
         return
+    assert all((final / file.name).read_text() == file.read_text() for file in processor)
     before, after = whole(path), whole(final)
     assert before.state_dict().keys() == after.state_dict().keys()
     towers = of_other_media(after)

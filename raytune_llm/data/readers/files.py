@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from raytune_llm.errors import DataError, ResourceError
+from raytune_llm.errors import DataError, ResourceError, first_line
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extras of this package by protocol."""
@@ -43,7 +43,7 @@ def readable(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or _first_line(error)
+        reason = error.strerror or first_line(error)
         raise DataError(path, f"can't be read ({reason})", "Check the file and its permissions.") from None
 
 
@@ -108,7 +108,7 @@ class _Unpacked(io.RawIOBase):
         except OSError as error:
             raise DataError(
                 self._path,
-                f"is damaged after {self._at:,} bytes of the compressed data ({_first_line(error)})",
+                f"is damaged after {self._at:,} bytes of the compressed data ({first_line(error)})",
                 "Fetch it again.",
             ) from None
         self._at += len(data)
@@ -159,11 +159,11 @@ def found_at(address: str, setting: str = "data.path") -> list[str]:
     except ImportError as error:
         extra = EXTRAS.get(protocol)
         fix = f"pip install 'raytune-llm[{extra}]'." if extra else "Install it."
-        raise ResourceError(f"{protocol}:// needs another package ({_first_line(error)})", fix) from None
+        raise ResourceError(f"{protocol}:// needs another package ({first_line(error)})", fix) from None
     except Exception as error:  # each store has errors of its own, of no common kind
         raise DataError(
             address,
-            f"can't be reached ({type(error).__name__}: {_first_line(error)})",
+            f"can't be reached ({type(error).__name__}: {first_line(error)})",
             "Check the address, and the credentials in the environment.",
         ) from None
     if not names:
@@ -202,7 +202,3 @@ def folder_of(path: str) -> str:
 def _info(address: str) -> dict[str, Any]:
     store, inside = fsspec.url_to_fs(address)
     return store.info(inside)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0].rstrip(".")

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from fsspec.utils import glob_translate
 
-from raytune_llm.errors import DataError
+from raytune_llm.errors import NOT_YAML, DataError
 
 Splits = dict[str, list[str]]
 WORDS = {
@@ -123,7 +123,7 @@ def _configs(text: str) -> list[Mapping[str, Any]]:
     found = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
         head = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+    except NOT_YAML:
         return []
     configs = head.get("configs") if isinstance(head, dict) else None
     return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []

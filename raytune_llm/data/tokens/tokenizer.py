@@ -18,7 +18,7 @@ from raytune_llm.config.model import ModelConfig
 from raytune_llm.data.templates.named import NamedTemplate, apply_to_tokenizer, guess, load, stop_tokens
 from raytune_llm.data.templates.render import suggested
 from raytune_llm.data.tokens.vocabulary import add_new_tokens, new_tokens
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, first_line
 
 BYTES = "bytes"
 NO_CLASS_OF_THEIR_OWN = ("llama", "qwen3", "granite", "olmo2", "smollm3")
@@ -167,7 +167,7 @@ def load_tokenizer(
             if Path(folder).is_dir()
             else "names neither a local folder nor a tokenizer on a hub that answers"
         )
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = first_line(error)
         fix = f"({reason}). Check {setting}, or set model.tokenizer to a folder that has one."
         raise ConfigError(setting, what, got=place, fix=fix) from None
     if not tokenizer.is_fast:

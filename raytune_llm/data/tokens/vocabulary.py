@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from raytune_llm.config.model import ModelConfig
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import NOT_YAML, ConfigError, first_line
 
 SETTING = "model.new_tokens"
 EXAMPLE = "For example, 'model.new_tokens=[<light>,<door>]'."
@@ -48,8 +48,8 @@ def _read(given: str) -> list[str] | dict[str, str]:
     description a token, and any other with a token a line."""
     try:
         content = _content(given)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, *NOT_YAML) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         rule = f"must be a list of tokens, or a file with one ({reason})"
         raise ConfigError(SETTING, rule, got=given, fix=EXAMPLE) from None
     if isinstance(content, list) and all(isinstance(token, str) for token in content):

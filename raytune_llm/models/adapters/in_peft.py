@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytune_llm.config.adapter import AdapterConfig, Layered, SavedAdapter
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.models.adapters.grouped import described, group
 from raytune_llm.models.adapters.method import Method, new_config
 from raytune_llm.models.adapters.methods import METHODS
@@ -164,7 +164,7 @@ class PeftAdapters:
         except (ValueError, TypeError) as error:
             if source.path is None:
                 raise
-            raise unfit(str(error).splitlines()[0], str(source.path), setting, base_model) from error
+            raise unfit(first_line(error), str(source.path), setting, base_model) from error
         self._keys[name] = key
         self._base.train(self._base.training)  # PEFT's new layers are in training mode
         self._switches = _switches(group(self._base))

@@ -11,7 +11,7 @@ from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, first_line
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -33,7 +33,7 @@ def read_config(path: str, setting: str) -> PeftConfig:
         if config.peft_type is None or config.is_prompt_learning:
             raise ValueError("peft_type is not a method that changes a model's layers")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(setting, f"must hold an {CONFIG} that PEFT reads ({_line(error)})", got=path) from error
+        raise ConfigError(setting, f"must hold an {CONFIG} that PEFT reads ({first_line(error)})", got=path) from error
     return config
 
 
@@ -90,7 +90,7 @@ def _read(model: PeftModel, path: str, setting: str) -> dict[str, Tensor]:
     try:
         return load_peft_weights(path, device="cpu", key_mapping=renamed)
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ConfigError(setting, f"must hold weights that can be read ({_line(error)})", got=path) from error
+        raise ConfigError(setting, f"must hold weights that can be read ({first_line(error)})", got=path) from error
 
 
 def unfit(what: str, path: str, setting: str, base_model: str | None) -> ConfigError:
@@ -100,7 +100,3 @@ def unfit(what: str, path: str, setting: str, base_model: str | None) -> ConfigE
         got=path,
         fix=f"It was trained on {base_model}." if base_model else "Name an adapter of this model.",
     )
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

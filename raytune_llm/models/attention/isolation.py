@@ -32,7 +32,7 @@ def _mixes(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> str 
     text: Any = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or (["state"] if model_class._is_stateful else []))
     if unknown := sorted(kinds - ATTENDS):
-        return f"it has layers of the kind {', '.join(unknown)}, which know no boundaries between rows"
+        return f"it has layers of the kind {', '.join(unknown)}, which no back end here masks by rows"
     if not (model_class._supports_attention_backend and model_class._can_set_attn_implementation()):
         return "its layers compute attention in a way of their own"
     return None

@@ -1,0 +1,56 @@
+"""What Ray raises when it does not start, or when it loses a run, is told plainly."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RaySystemError
+from ray.train import ControllerError, WorkerGroupError
+
+from raytune_llm import session
+from raytune_llm.config.load import load_config
+from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.runs.launch import _cause
+
+NOTHING_LOST: Any = SimpleNamespace(lost="")
+
+
+def resources(name: str, *more: str):
+    return load_config("train", [f"resources={name}", "data.path=x", *more]).resources
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError(""), TimeoutError("30 s\nmore"), RaySystemError("x"), ValueError("/tmp"), OSError(28, "No space left")]
+)
+def test_a_start_that_fails_names_the_machine_and_the_way_out(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    def fails(**settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", fails)
+    with pytest.raises(ResourceError, match=r"Ray did not start on this machine .*resources=inline"):
+        session.connect(resources("local"))
+    with pytest.raises((ResourceError, ConfigError), match=r"no Ray cluster answers at|resources\.address must be an address"):
+        session.connect(resources("cluster", "resources.address=auto"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ControllerError(RuntimeError("")), "the workers did not come up (RuntimeError)"),
+        (ControllerError(TimeoutError("no place in 300 s\nmore")), "the workers did not come up (no place in 300 s)"),
+        (WorkerGroupError("", {0: OutOfMemoryError("killed")}), "a worker ran out of memory"),
+        (WorkerGroupError("", {1: ConfigError("train.x", "must be y")}), "train.x must be y"),
+        (ActorDiedError(), "Ray lost the run"),
+    ],
+)
+def test_the_end_of_a_group_is_told_by_its_cause(error: Exception, said: str):
+    told = _cause(error, NOTHING_LOST)
+    assert isinstance(told, ResourceError | ConfigError) and said in str(told)
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    error = WorkerGroupError("AssertionError", {0: AssertionError("OutOfMemory")})
+    assert _cause(error, NOTHING_LOST) is error
