@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +35,7 @@ import pyarrow as pa
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import Column, Kind, MappedShard, sizes_of
-from raytune_llm.errors import DataError, ResourceError
+from raytune_llm.errors import ConfigError, DataError, ResourceError
 
 FORMAT_VERSION = 4
 """Increase it when the format of a shard or a manifest changes."""
@@ -141,10 +141,20 @@ def finished_shard(path: Path) -> Shard | None:
 @contextmanager
 def locked(cache: Path, key: str) -> Iterator[None]:
     """Holds the lock of a key inside the block. The kernel releases it when the process ends, so a crash leaves none."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / f".{key}.lock", "w") as lock:
+    with _open_lock(cache, key) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _open_lock(cache: Path, key: str) -> IO[str]:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return open(cache / f".{key}.lock", "w")
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise  # a full disk has its own error
+        rule = f"must be a folder that can be written ({getattr(error, 'strerror', None) or error})"
+        raise ConfigError("data.cache", rule, got=str(cache), fix="Choose another one.") from None
 
 
 @contextmanager

@@ -28,11 +28,19 @@ from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.models.multimodal import TRAINED_ON_TEXT, is_multimodal, leave_other_media_out
 from raytune_llm.models.stored import Files, files_of, model_in_files
 
+MAX_LAYERS = 1_000
+"""Far beyond any model, and made on the meta device within seconds."""
+
 
 def load_config(
     path: str | None, changes: Mapping[str, Any], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
     """The model's own config with the changes; with no path, a config of the changes alone."""
+    for key, value in changes.items():
+        if (
+            key.endswith("layers") and isinstance(value, int) and value > MAX_LAYERS
+        ):  # each is made, and lists have an entry for it
+            raise ConfigError(f"model.config.{key}", f"must be at most {MAX_LAYERS:,}", got=value, fix="Lower it.")
     if path is None:
         entries = dict(changes)
         try:

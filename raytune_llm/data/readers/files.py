@@ -196,7 +196,7 @@ def folder_of(path: str) -> str:
     if is_address(path):
         return path.rpartition("/")[0] if PurePosixPath(path).suffix else path
     here = Path(path).expanduser()
-    return str(here if here.is_dir() else here.parent)
+    return str(here if os.path.isdir(here) else here.parent)  # of no error for a name that is too long, which is told elsewhere
 
 
 def _info(address: str) -> dict[str, Any]:

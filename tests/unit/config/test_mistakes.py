@@ -108,3 +108,16 @@ def test_random_overrides_are_taken_or_refused_without_a_traceback(seed: int):
 def test_a_setting_of_an_earlier_version_is_answered_with_its_new_name(capsys, old: str):
     said = answer(capsys, "quantization=fp8", f"{old}=[down_proj]", ROWS)
     assert said == f"error: {old} has another name now, {load.RENAMED[old]}. Write {load.RENAMED[old]}=...\n"
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x", "rows.jsonl", "a" * 300, "/" + "a/" * 3000])
+def test_a_cache_that_can_not_be_and_a_path_that_is_too_long(capsys, tmp_path: Path, monkeypatch, place: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    words = ["prepare", "model=tiny_random", "data=chat", "resources=inline"]
+    assert "data.cache must be a folder that can be written" in answer(capsys, *words, ROWS, f"data.cache={place}")
+    if len(place) > 100:
+        assert place[:100] in answer(capsys, *words, f"data.path={place}")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "here"] == ["rows.jsonl"]

@@ -59,3 +59,9 @@ def test_a_language_model_gets_a_new_score_head_without_a_word(folder: Path, cap
         transformers.logging.disable_propagation()
     assert model.get_parameter("score.weight").shape == (1, 32)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "max_window_layers"])
+def test_a_model_of_endless_layers_is_refused_at_once(folder: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.config\.{key} must be at most"):
+        load_config(str(folder), {key: 10**10})
