@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from raytune_llm.export.run import Exported
     from raytune_llm.predict.run import Predicted
     from raytune_llm.runs.plan import Plan
+    from raytune_llm.runs.together import Part
     from raytune_llm.runs.worker import TrainOutcome
     from raytune_llm.runs.workspace import Workspace
     from raytune_llm.tune.run import OnChange, TuneResult
@@ -118,28 +119,140 @@ def _train(
     on_progress: pipeline.OnProgress | None,
     workspace: Workspace,
 ) -> TrainResult:
-    from raytune_llm.report.plots import loss_curve
     from raytune_llm.runs.launch import fit, spare_cpus
-    from raytune_llm.runs.output import finished, identity, mark_finished, open_output
 
     if isinstance(run.resources, Cluster):
         _check_nodes(run, run.resources, on_begin)
     clock.enter("prepare")
-    kind = run.stage.kind
     if run.data.streaming:
-        prepared = pipeline.stream(run.model, run.data, run.resources, kind=kind)
+        prepared = pipeline.stream(run.model, run.data, run.resources, kind=run.stage.kind)
     else:
-        make = partial(pipeline.prepare, run.model, run.data, run.resources, kind=kind, on_progress=on_progress)
-        prepared = workspace.once("stores", (run.model, run.data, kind), make)
+        prepared = _prepared(run, workspace, on_progress)
+    opened = _opened(run, output, prepared, clock, on_begin, workspace)
+    if opened.done is not None:
+        return opened.done
+    with opened.tracking() as tracker, prepared.making(max_tasks=spare_cpus(run)):
+        outcome = fit(
+            run,
+            *_stores(prepared),
+            sinks=[*sinks, tracker],
+            on_begin=on_begin,
+            on_samples=on_samples,
+            workspace=workspace,
+        )
+    return _closed(opened, outcome, on_begin, workspace)
+
+
+def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None) -> list[TrainResult | Exception | None]:
+    """Train several runs that see the same packs over one base, in one pass a step (config/sharing.py says which can). Each has
+    an output folder, as `train` writes it and resumes from it.
+
+    In the order of the parts: what each came to, the error that ended it, or none where its `stops` did.
+    """
+    from raytune_llm.runs.owner import check_writable, owned
+    from raytune_llm.runs.together import fit_together
+    from raytune_llm.runs.workspace import Workspace
+
+    workspace = workspace or Workspace()
+    parts = [replace(part, run=with_absolute_paths(part.run)) for part in parts]
+    with ExitStack() as stack:
+        clocks = [_Phases(time.time()) for _ in parts]
+        for part in parts:
+            check_writable(Path(part.run.output_dir))
+            stack.enter_context(owned(Path(part.run.output_dir)))
+        for clock in clocks:
+            clock.enter("prepare")
+        prepared = _prepared(parts[0].run, workspace, None)
+        opened = [
+            _opened(part.run, Path(part.run.output_dir), prepared, clock, part.on_begin, workspace)
+            for part, clock in zip(parts, clocks, strict=True)
+        ]
+        left = [number for number, one in enumerate(opened) if one.done is None]
+        results: list[TrainResult | Exception | None] = [one.done for one in opened]
+        if not left:
+            return results
+        with ExitStack() as trackers:
+            heard = [
+                replace(parts[number], sinks=[*parts[number].sinks, trackers.enter_context(opened[number].tracking())])
+                for number in left
+            ]
+            outcomes = fit_together(heard, *_stores(prepared), workspace=workspace)
+        for number, outcome in zip(left, outcomes, strict=True):
+            if outcome is None or isinstance(outcome, Exception):
+                results[number] = outcome
+                continue
+            try:
+                results[number] = _closed(opened[number], outcome, parts[number].on_begin, workspace)
+            except Exception as error:
+                results[number] = error
+        return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A run whose folder is ready for its training."""
+
+    run: TrainRun
+    output: Path
+    prepared: Prepared | Streamed
+    identity: dict[str, str]
+    resumed_from: int | None
+    done: TrainResult | None
+    """Where the folder holds its end already."""
+    before: ExactMatch | None
+    clock: _Phases
+
+    @contextmanager
+    def tracking(self) -> Iterator[Sink]:
+        run, from_step = self.run, self.resumed_from or 0
+        tracked = TrackedRun(name=run.name, output_dir=self.output, from_step=from_step, settings=as_plain(run))
+        tracker = open_tracker(run.tracking, tracked)
+        try:
+            yield tracker
+        finally:
+            tracker.close()
+
+
+def _prepared(run: TrainRun, workspace: Workspace, on_progress: pipeline.OnProgress | None) -> Prepared:
+    kind = run.stage.kind
+    make = partial(pipeline.prepare, run.model, run.data, run.resources, kind=kind, on_progress=on_progress)
+    return workspace.once("stores", (run.model, run.data, kind), make)
+
+
+def _stores(prepared: Prepared | Streamed) -> tuple[str, str | None]:
+    """Of training and of evaluation."""
+    return str(prepared.folder), None if prepared.eval_store is None else str(prepared.eval_store.folder)
+
+
+def _opened(
+    run: TrainRun,
+    output: Path,
+    prepared: Prepared | Streamed,
+    clock: _Phases,
+    on_begin: Callable[[Any], None],
+    workspace: Workspace,
+) -> _Opened:
+    from raytune_llm.runs.output import finished, identity, open_output
+
     clock.enter("start")
     this_run = identity(run, prepared.manifests)
     done = _summary_of(output) if run.resume != "never" and finished(output, this_run) else None
     resumed_from = open_output(run, this_run)
+    opened = _Opened(
+        run=run,
+        output=output,
+        prepared=prepared,
+        identity=this_run,
+        resumed_from=resumed_from,
+        done=done
+        and TrainResult(summary=done, output_dir=output, resumed_from=resumed_from, already_done=True, before=None, after=None),
+        before=None,
+        clock=clock,
+    )
     if done is not None:
-        return TrainResult(summary=done, output_dir=output, resumed_from=resumed_from, already_done=True, before=None, after=None)
+        return opened
     output.mkdir(parents=True, exist_ok=True)
     (output / "run.yaml").write_text(to_yaml(run))
-
     clock.enter("evaluate")
     answered = (run.train.exact_match_rows, run.train.max_new_tokens, run.train.precision, run.train.seed)
     before = workspace.once(
@@ -148,43 +261,27 @@ def _train(
         lambda: _exact_match(run, prepared, None, on_begin, workspace),
     )
     clock.enter("fit")
-    tracked = TrackedRun(name=run.name, output_dir=output, from_step=resumed_from or 0, settings=as_plain(run))
-    tracker = open_tracker(run.tracking, tracked)
-    try:
-        with prepared.making(max_tasks=spare_cpus(run)):
-            outcome = fit(
-                run,
-                str(prepared.folder),
-                None if prepared.eval_store is None else str(prepared.eval_store.folder),
-                sinks=[*sinks, tracker],
-                on_begin=on_begin,
-                on_samples=on_samples,
-                workspace=workspace,
-            )
-    finally:
-        tracker.close()
+    return replace(opened, before=before)
+
+
+def _closed(opened: _Opened, outcome: TrainOutcome, on_begin: Callable[[Any], None], workspace: Workspace) -> TrainResult:
+    """What follows the last step, or a pause."""
+    from raytune_llm.report.plots import loss_curve
+    from raytune_llm.runs.output import mark_finished
+
+    run, output, clock = opened.run, opened.output, opened.clock
+    result = partial(TrainResult, output_dir=output, resumed_from=opened.resumed_from, already_done=False, before=opened.before)
     if outcome.paused:
         clock.enter("save")
-        summary = _summary(outcome, clock, before, None)
-        return TrainResult(
-            summary=summary,
-            output_dir=output,
-            resumed_from=resumed_from,
-            already_done=False,
-            before=before,
-            after=None,
-            paused=True,
-        )
+        return result(summary=_summary(outcome, clock, opened.before, None), after=None, paused=True)
     clock.enter("evaluate")
-    after = _exact_match(run, prepared, output / "final", on_begin, workspace)
+    after = _exact_match(run, opened.prepared, output / "final", on_begin, workspace)
     clock.enter("save")
     loss_curve(read_metrics(output / "metrics.jsonl"), output / "loss.png", title=run.name)
-    summary = _summary(outcome, clock, before, after)
+    summary = _summary(outcome, clock, opened.before, after)
     write_summary(output / "summary.json", summary)
-    mark_finished(output, this_run)
-    return TrainResult(
-        summary=summary, output_dir=output, resumed_from=resumed_from, already_done=False, before=before, after=after
-    )
+    mark_finished(output, opened.identity)
+    return result(summary=summary, after=after)
 
 
 def _start(run: TrainRun, workspace: Workspace | None) -> Workspace:
@@ -227,8 +324,14 @@ def plan(run: TrainRun) -> Plan:
     return plan(run)
 
 
-def tune(sweep: Sweep, *, on_change: OnChange = lambda study, trial: None) -> TuneResult:
-    """Run a sweep, or what is left of it, and write its folder. on_change is called when a trial begins, reports or ends.
+def tune(
+    sweep: Sweep,
+    *,
+    on_change: OnChange = lambda study, trial: None,
+    told: Callable[[str], None] = lambda line: None,
+) -> TuneResult:
+    """Run a sweep, or what is left of it, and write its folder. on_change is called when a trial begins, reports or ends; told
+    gets a line where trials share a base.
 
     from raytune_llm import api, load_sweep
     result = api.tune(load_sweep(["+experiment=sft_smollm2", "adapter.rank=8,16", "tune=grid"]))
@@ -236,7 +339,7 @@ def tune(sweep: Sweep, *, on_change: OnChange = lambda study, trial: None) -> Tu
     """
     from raytune_llm.tune.run import run_sweep
 
-    return run_sweep(sweep, train, on_change)
+    return run_sweep(sweep, train, on_change, train_together=train_together, told=told)
 
 
 def products_per_s() -> float:

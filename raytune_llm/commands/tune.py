@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -40,7 +41,8 @@ def main(sweep: Sweep) -> int:
     face = _Face(console, sweep)
     try:
         with face:
-            result = api.tune(sweep, on_change=face.changed)
+            told = partial(console.print, highlight=False, markup=False)
+            result = api.tune(sweep, on_change=face.changed, told=told)
     except KeyboardInterrupt as interrupt:
         command = shlex.join(["python", "-m", "raytune_llm", *sys.argv[1:]])
         interrupt.add_note(f"{face.standing()}this resumes the sweep: {command}")

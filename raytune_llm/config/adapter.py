@@ -29,6 +29,8 @@ class WholeModel:
     trains_tokens: ClassVar[bool] = False
     """It can have embeddings of tokens that the model lacks."""
     mixes: ClassVar[bool] = False
+    shares_pass: ClassVar[bool] = False
+    """Several runs with such adapters can be trained in one pass over one base (tune.share_base)."""
     """Rows with different adapters of this method can share a batch, as in serving."""
     path: ClassVar[str | None] = None
     """The saved adapter that a run continues."""
@@ -116,6 +118,8 @@ class Layered:
     refuses_partitioned: ClassVar[str | None] = None
     trains_tokens: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    shares_pass: ClassVar[bool] = False
+    """Several runs with such adapters can be trained in one pass over one base (tune.share_base)."""
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.last_layers is not None:
@@ -141,6 +145,12 @@ class LowRank(Layered):
     def mixes(self) -> bool:  # type: ignore[override]
         return not self.modules_to_save
 
+    @property
+    def plain(self) -> bool:
+        """On the same layers in every run, with one rank for all of them."""
+        by_name = self.targets == "all-linear" or not isinstance(self.targets, str)
+        return by_name and self.layers is None and not self.modules_to_save and not self.rank_pattern
+
     trains_tokens: ClassVar[bool] = True
 
 
@@ -150,12 +160,20 @@ class LoRA(LowRank):
 
     name: Literal["lora"]
 
+    @property
+    def shares_pass(self) -> bool:  # type: ignore[override]
+        return self.plain
+
 
 @section
 class RsLoRA(LowRank):
     """Kalajdzievski 2023 (arXiv 2312.03732): W + alpha / sqrt(rank) * B A, so that higher ranks learn as fast as lower ones."""
 
     name: Literal["rslora"]
+
+    @property
+    def shares_pass(self) -> bool:  # type: ignore[override]
+        return self.plain
 
 
 @section

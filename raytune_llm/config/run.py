@@ -79,6 +79,7 @@ class TrainRun:
         _adapters_find_the_weights_that_they_read(self)
         _new_tokens_can_be_trained(self)
         _anchored_policies_have_a_new_adapter(self)
+        _adapters_are_drawn(self)
         _models_answer_what_is_asked(self)
         _references_can_be_had(self)
         _layers_can_be_compiled(self)
@@ -508,6 +509,12 @@ def _anchored_policies_have_a_new_adapter(run: TrainRun) -> None:
             got="asft",
             fix="Set stage.loss=dft, or merge the existing adapter into the model.",
         )
+
+
+def _adapters_are_drawn(run: TrainRun) -> None:
+    seed = run.train.adapter_seed
+    if seed is not None and run.adapter.trains_base:
+        raise ConfigError("train.adapter_seed", "is for a new adapter", got=seed, fix="Set adapter=lora, or leave it out.")
 
 
 def _models_answer_what_is_asked(run: TrainRun) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from raytune_llm.config.load import as_override, as_plain, compose, one_value, quoted, swept, to_run
 from raytune_llm.config.run import TrainRun, TuneRun, as_train_run
+from raytune_llm.config.sharing import obstacle
 from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, drawn, ends, grid
 from raytune_llm.config.tune import TuneConfig
 from raytune_llm.errors import ConfigError
@@ -104,7 +105,9 @@ class Sweep:
         """seed: train.seed of this repetition."""
         run = self.composed(point)
         place = {"name": f"{run.name}_{folder.name}", "output_dir": str(folder), "resume": "auto"}
-        return replace(run, **place, tracking=run.tracking.in_group(run.name), train=replace(run.train, seed=seed))
+        # Trials over one base see the same packs, which follow from train.seed.
+        seeds = {"adapter_seed": seed} if self.tune.share_base is True and self.tune.seeds > 1 else {"seed": seed}
+        return replace(run, **place, tracking=run.tracking.in_group(run.name), train=replace(run.train, **seeds))
 
     @cached_property
     def planned(self) -> list[Point]:
@@ -139,7 +142,15 @@ class Sweep:
         """The planned points, each composed; and each value of a list and both ends of each interval. Raises ConfigError."""
         for point in ends(self.axes):
             self.composed(point)
+        if self.tune.share_base is True and self.unshared is not None:
+            raise self.unshared
         return self.planned
+
+    @cached_property
+    def unshared(self) -> ConfigError | None:
+        """What keeps trials from sharing one base, of the values that are known beforehand."""
+        runs = [self.base, *(self.composed(point) for point in (*ends(self.axes), *self.planned))]
+        return next((found for run in runs if (found := obstacle(run, self.base)) is not None), None)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -50,6 +50,9 @@ class TuneConfig:
     """So many trials, the best ones, keep their model and checkpoints."""
     max_failures: PositiveInt
     """So many trials that failed one after another end the sweep."""
+    share_base: bool | Literal["auto"]
+    """Trials are adapters over one base, several of them in one pass a step. auto: where nothing of the space forbids it and it
+    is faster, which is said."""
     dry_run: bool
     """Show the trials and what they need, and run nothing: --dry-run."""
     space: dict[str, Any]
@@ -73,6 +76,13 @@ class TuneConfig:
         if self.pause_at is not None and (self.at_end or self.seeds > 1):
             why = "tune.seeds=1" if self.seeds > 1 else f"a metric of an evaluation, which {self.metric} is not"
             raise ConfigError("tune.pause_at", f"needs {why}", got=self.pause_at, fix="Leave it out.")
+        if self.share_base is True and self.rounds:
+            raise ConfigError(
+                "tune.share_base",
+                f"can't be true where tune.scheduler={self.scheduler}, whose trials take each other's adapters",
+                got=True,
+                fix="Set tune.share_base=false.",
+            )
         if self.seeds > 1 and self.scheduler != "none":
             raise ConfigError(
                 "tune.seeds",
@@ -89,6 +99,11 @@ class TuneConfig:
     def rounds(self) -> bool:
         """All trials train to the same steps, and wait there for each other."""
         return self.scheduler == "pbt"
+
+    @property
+    def learns(self) -> bool:
+        """Whether a setting is chosen by what earlier ones came to."""
+        return self.name == "optuna"
 
     @property
     def at_end(self) -> bool:

@@ -17,7 +17,7 @@ from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.quantization import NoQuantization, QuantizationConfig
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import activations, attention, head
-from raytune_llm.models.adapters import adapt, merge
+from raytune_llm.models.adapters import Adapters, Slots, adapt, bank_of, merge
 from raytune_llm.models.attention.isolation import check_isolation
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
@@ -79,6 +79,7 @@ def build_policy(
     *,
     compute: torch.dtype,
     seed: int,
+    adapter_seed: int | None = None,
     device: torch.device,
     runs_on: torch.device | None = None,
     quantization: QuantizationConfig = UNQUANTIZED,
@@ -90,13 +91,15 @@ def build_policy(
     files: Files | None = None,
     first_pieces: Mapping[int, Sequence[int]] = MappingProxyType({}),
     shared: SharedModel | None = None,
+    slots: Slots | None = None,
 ) -> tuple[Policy, str]:
     """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
     float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
-    scores: it is a Scorer, else a CausalLM. separate_head: the Scorer's head is saved beside a language model. trains: false
-    where nothing of it will be trained, adapter or not. files: its weights are read from these as they are quantized, or, with
-    the meta device, stay there for a strategy to read. first_pieces: of each token that the vocabulary lacks; an adapter has the
-    embeddings of these tokens. shared: where a frozen base's weights are kept for the next model.
+    adapter_seed: of a new adapter's weights, if it is not `seed`. scores: it is a Scorer, else a CausalLM. separate_head: the
+    Scorer's head is saved beside a language model. trains: false where nothing of it will be trained, adapter or not. files: its
+    weights are read from these as they are quantized, or, with the meta device, stay there for a strategy to read. first_pieces:
+    of each token that the vocabulary lacks; an adapter has the embeddings of these tokens. shared: keeps a frozen base's weights
+    for the next model. slots: of a trained bank, empty, in place of the adapter.
     """
     runs_on = runs_on or device
     case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
@@ -123,14 +126,19 @@ def build_policy(
     grow(loaded, first_pieces)
     if not scores:
         _check_head(loaded)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapted = adapt(loaded, adapter, scores=scores, new_ids=sorted(first_pieces))
+    adapted: Adapters | None = None
+    if slots is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed if adapter_seed is None else adapter_seed)
+            adapted = adapt(loaded, adapter, scores=scores, new_ids=sorted(first_pieces))
     if not frozen:
         _narrow_frozen(loaded, compute)
     quantize(layers(loaded), quantization, runs_on)
     if files is not None and device.type != "meta":
-        bring(adapted.model, device)
+        bring(loaded if adapted is None else adapted.model, device)
+    if adapted is None:
+        assert slots is not None
+        adapted = bank_of(loaded, slots, compute)
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
     offloads = activation_checkpointing == "offload" and runs_on.type == "cuda"
     settings: dict[str, Any] = {

@@ -65,6 +65,12 @@ class CausalLM(Policy):
             values = self._values(_trained(outputs.last_hidden_state, batch), batch, token_function, other_ND)
         return (values, torch.stack(outputs.router_logits), self._experts_per_token()) if routers else values
 
+    def values(self, hidden_BTD: Tensor, batch: Batch, token_function: TokenFunction, other_BTD: Tensor | None = None) -> Tensor:
+        """What `forward` gives, of last hidden states that are known. other_BTD: those of the reference, where it takes them."""
+        with self.autocast(hidden_BTD.device):
+            other_ND = None if other_BTD is None else _trained(other_BTD, batch)
+            return self._values(_trained(hidden_BTD, batch), batch, token_function, other_ND)
+
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 [N, V]: of the token after each of these."""
         with self.autocast(hidden_ND.device):

@@ -225,17 +225,17 @@ class Policy(nn.Module):
         tokenizer: Any,
         stop_ids: Sequence[int],
         base_model: str | None = None,
+        adapter: str = OWN,
     ) -> None:
         """All that its reload needs: an adapter that PEFT loads or a model that transformers loads, in `compute`, with a config
         that was changed, the tokens that end answers, tokenizer and chat template.
 
         parameters: an adapter's, or all of a model, whole, by their names here; a strategy may have spread the policy's own.
-        base_model: the
-        path or hub id of the model that an adapter is for.
+        base_model: the path or hub id of the model that an adapter is for. adapter: which one, where there are several.
         """
         own = {name.removeprefix("model."): value for name, value in parameters.items()}
         if self.adapters.names:
-            self.adapters.save(OWN, folder, base_model=base_model, parameters=own)
+            self.adapters.save(adapter, folder, base_model=base_model, parameters=own)
             if self._has_changed_config:
                 self._config_of_base().save_pretrained(folder)
         else:

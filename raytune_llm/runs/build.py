@@ -16,9 +16,10 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ResourceError
 from raytune_llm.memory.fixes import held_by_others, ran_out
 from raytune_llm.memory.flops import Operations, operations
-from raytune_llm.memory.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_of
+from raytune_llm.memory.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_of, needs_together
 from raytune_llm.models import quantization
 from raytune_llm.models.activations import compiles, lacks_for_compiling
+from raytune_llm.models.adapters import OWN, Slots
 from raytune_llm.models.attention import capability_of, case_of
 from raytune_llm.models.build import build_policy, choose_precision, precision_name
 from raytune_llm.models.layers import layers
@@ -40,6 +41,8 @@ class Built:
     operations: Operations
     choices: tuple[str, ...]
     """What was chosen and why, a line each."""
+    adapter: str = OWN
+    """The name of the adapter that the run trains, where it trains one."""
 
 
 class Builder:
@@ -52,18 +55,36 @@ class Builder:
         device: torch.device,
         first_pieces: Mapping[int, Sequence[int]] = MappingProxyType({}),
         shared: SharedModel | None = None,
+        *,
+        together: Sequence[TrainRun] = (),
     ) -> None:
-        """first_pieces: of each token that the run adds to the model's. shared: where the base is kept for the next run."""
+        """first_pieces: of each token that the run adds to the model's. shared: where the base is kept for the next run.
+        together: runs that are trained in one pass over the base of `run`, of which it is one."""
         self.run, self.config, self.device, self._first_pieces = run, config, device, first_pieces
         spreads = READS_FILES[run.strategy.name] or FIRST_LOADS[run.strategy.name]
         self._shared = None if spreads or run.quantization.replaces_layers else shared
+        self._together = together
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.compiled, self._why_compiled = compiles(
-            run.train.compile, device.type, never=run.uncompiled, lacking=lacks_for_compiling(device)
+            run.train.compile, device.type, never=run.uncompiled or self._uncompiled, lacking=lacks_for_compiling(device)
         )
         self._auto = run.train.activation_checkpointing == "auto"
 
     def build(self) -> Built:
+        policy, counted, choices = self.policy()
+        run = self.run
+        strategy = spread(
+            run.strategy,
+            policy,
+            partial(build_optimizer, run.optimizer, lr_factor=policy.adapters.lr_factor),
+            device=self.device,
+            precision=Precision(policy.compute),
+            max_grad_norm=run.train.max_grad_norm,
+        )
+        return Built(policy=policy, strategy=strategy, operations=counted, choices=choices)
+
+    def policy(self) -> tuple[Policy, Operations, tuple[str, ...]]:
+        """The model, what it computes, and what was chosen. Of several runs, with a bank of empty slots."""
         run, device = self.run, self.device
         if device.type == "cpu":
             # transformers imports DeepSpeed, where it is installed, to save any model; told what it runs on, it does not warn
@@ -83,6 +104,7 @@ class Builder:
             run.adapter,
             compute=compute,
             seed=run.train.seed,
+            adapter_seed=run.train.adapter_seed,
             device=self._loads_to(files),
             files=files,
             runs_on=device,
@@ -93,32 +115,25 @@ class Builder:
             separate_head=STAGES[run.stage.name].objective(run.stage).separate_head,
             first_pieces=self._first_pieces,
             shared=self._shared,
-        )
-        counted = operations(policy, self.config)
-        strategy = spread(
-            run.strategy,
-            policy,
-            partial(build_optimizer, run.optimizer, lr_factor=policy.adapters.lr_factor),
-            device=device,
-            precision=Precision(compute),
-            max_grad_norm=run.train.max_grad_norm,
+            slots=Slots(tuple(one.adapter for one in self._together)) if self._together else None,
         )
         compiled = "layers compiled" if self.compiled else "layers not compiled"
         adapters = policy.adapters.described(device.type)
         quantized = quantization.described(layers(policy), run.quantization)
-        return Built(
-            policy=policy,
-            strategy=strategy,
-            operations=counted,
-            choices=(
-                f"precision: {precision_name(compute)} ({why_precision})",
-                attention,
-                *([] if quantized is None else [f"quantization: {quantized}"]),
-                f"compilation: {compiled} ({self._why_compiled})",
-                f"activation checkpointing: {checkpointing} ({why})",
-                *([] if adapters is None else [f"adapters: {adapters}"]),
-            ),
+        choices = (
+            f"precision: {precision_name(compute)} ({why_precision})",
+            attention,
+            *([] if quantized is None else [f"quantization: {quantized}"]),
+            f"compilation: {compiled} ({self._why_compiled})",
+            f"activation checkpointing: {checkpointing} ({why})",
+            *([] if adapters is None else [f"adapters: {adapters}"]),
         )
+        return policy, operations(policy, self.config), choices
+
+    @property
+    def fits(self) -> bool:
+        """By estimate; without a GPU, always."""
+        return self.device.type != "cuda" or self._memory_of(self.needs).total <= self._usable
 
     def out_of_memory(self, error: torch.OutOfMemoryError, during: str) -> ResourceError:
         """What a user can make of it. The innermost phase that it happened in is the error's first note."""
@@ -137,7 +152,14 @@ class Builder:
         compute, _ = choose_precision(self.run.train.precision, self.device)
         case = case_of(self.config, self.device.type, capability_of(self.device), compute)
         needs = needs_of(self.run, self.config, self.world, compiled=self.compiled, case=case)
+        if self._together:
+            needs = needs_together(needs, len(self._together))
         return least_recomputation(needs, self._memory_of, self._usable) if self._auto else needs
+
+    @property
+    def _uncompiled(self) -> str | None:
+        drops = any(one.adapter.dropout for one in self._together)
+        return "dropout of several adapters draws from generators of their own" if drops else None
 
     @property
     def _memory_of(self) -> Callable:

@@ -78,13 +78,45 @@ class Setup:
             save_best=run.checkpoint.final == "best",
             early_stopping=run.train.early_stopping,
             max_nonfinite_steps=run.train.max_nonfinite_steps,
-            seed=run.train.seed,
+            seed=run.train.seed if run.train.adapter_seed is None else run.train.adapter_seed,
         )
 
     def mfu(self, rate: Rate | None) -> float | None:
         """Model FLOPs utilization, relative to the maker's bf16 peak. None if the peak or the rate is unknown."""
         peak = peak_flops(self.device)
         return None if peak is None or rate is None else self.built.operations.of(*rate) / (peak * self.world)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reads:
+    """What a run reads, which runs over the same packs share."""
+
+    tokenizer: Any
+    stop_ids: Sequence[int]
+    config: PretrainedConfig
+    stores: Stores
+    shares_prompts: bool
+    first_pieces: Mapping[int, Sequence[int]]
+    """Of each token that the run adds to the model's."""
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+
+def reads_of(run: TrainRun, train_store: str, eval_store: str | None, workspace: Workspace) -> Reads:
+    tokenizer, template = workspace.tokenizer_of(run)
+    config = run_config(run.model, tokenizer, run.data.max_length)
+    shares = shares_prompts(run, run.stage.kind, lambda: config)
+    stores = open_stores(run, train_store, eval_store, share_prompts=shares)
+    return Reads(
+        tokenizer=tokenizer,
+        stop_ids=stop_ids(tokenizer, template),
+        config=config,
+        stores=stores,
+        shares_prompts=shares,
+        first_pieces=first_pieces(run.model, tokenizer),
+    )
 
 
 def set_up(
@@ -96,19 +128,22 @@ def set_up(
     workspace: Workspace | None = None,
 ) -> Setup:
     """The data, the model, and the reference."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
     workspace = workspace or Workspace()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    stage = STAGES[run.stage.name]
-    objective = stage.objective(run.stage)
-    tokenizer, template = workspace.tokenizer_of(run)
-    pad_id: int = tokenizer.pad_token_id or 0  # type: ignore[assignment]  # transformers types all special tokens alike
-    config = run_config(run.model, tokenizer, run.data.max_length)
-    shares = shares_prompts(run, run.stage.kind, lambda: config)
-    stores = open_stores(run, train_store, eval_store, share_prompts=shares)
-    pieces = first_pieces(run.model, tokenizer)
-    builder = Builder(run, config, device, pieces, workspace.base)
+    reads = reads_of(run, train_store, eval_store, workspace)
+    builder = Builder(run, reads.config, device, reads.first_pieces, workspace.base)
     with explained(builder, "loading the model"), told_if_slow(tell if rank == 0 else say_nothing, "loading the model"):
         built = builder.build()
+    return complete(run, reads, builder, built, tell)
+
+
+def complete(
+    run: TrainRun, reads: Reads, builder: Builder, built: Built, tell: Callable[[ReferencePass | Notice], None]
+) -> Setup:
+    """With the reference, of a run whose model is there."""
+    rank, world, device = builder.rank, builder.world, builder.device
+    stage, stores = STAGES[run.stage.name], reads.stores
+    objective = stage.objective(run.stage)
     choices, enrichers = built.choices, []
     if objective.reference is not None:
         with explained(builder, "the pass of the reference"):
@@ -117,11 +152,11 @@ def set_up(
                 objective.reference,
                 built.strategy,
                 stores,
-                config,
-                first_pieces=pieces,
+                reads.config,
+                first_pieces=reads.first_pieces,
                 device=device,
                 compute=built.policy.compute,
-                pad_id=pad_id,
+                pad_id=reads.pad_id,
                 tell=lambda done, total: tell(ReferencePass(done=done, total=total)) if rank == 0 else None,
             )
         choices += reference.choices
@@ -129,7 +164,7 @@ def set_up(
     if objective.statistics is not None:
         enrichers.append(FirstPass(objective.statistics))  # after the reference, which it may read
     if KINDS[run.stage.kind].can_share_prompts:
-        choices += (f"prompts: {'shared by both answers' if shares else 'one copy an answer'}",)
+        choices += (f"prompts: {'shared by both answers' if reads.shares_prompts else 'one copy an answer'}",)
     if isinstance(stores.train, Samples):
         choices += KINDS[run.stage.kind].remarks(stores.train.store)
     if run.data.evaluates and not stores.held_out:
@@ -143,7 +178,7 @@ def set_up(
             rank=rank,
             world_size=world,
             seed=run.train.seed,
-            pad_id=pad_id,
+            pad_id=reads.pad_id,
             shuffle=shuffle,
         )
 
@@ -154,9 +189,9 @@ def set_up(
         world=world,
         stage=stage,
         objective=objective,
-        tokenizer=tokenizer,
-        stop_ids=stop_ids(tokenizer, template),
-        config=config,
+        tokenizer=reads.tokenizer,
+        stop_ids=reads.stop_ids,
+        config=reads.config,
         stores=stores,
         builder=builder,
         built=built,

@@ -198,7 +198,7 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, tell: Cal
             write_scores(pairs, setup.output)
     with told_if_slow(tell, "gathering what was trained") as gathering:
         whole = run.adapter.trains_base
-        total, parameters = len(trained(strategy.model, frozen=whole)), {}
+        total, parameters = len(trained(policy, frozen=whole)), {}
         for number, (name, value) in enumerate(strategy.full_parameters(frozen=whole), start=1):
             gathering.of(number, total)
             if setup.rank == 0:
@@ -210,6 +210,7 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, tell: Cal
             tokenizer=setup.tokenizer,
             stop_ids=setup.stop_ids,
             base_model=run.model.path or "",
+            adapter=setup.built.adapter,
         )
         with told_if_slow(tell, "writing final/"):
             write_final(setup.output / "final", save, model_card(run, progress.step, progress.loss_last))

@@ -28,7 +28,7 @@ from raytune_llm.train.clock import Clock
 from raytune_llm.train.dropout import seed_dropout
 from raytune_llm.train.enrichers import Enricher, enriched
 from raytune_llm.train.phases import phase
-from raytune_llm.train.strategies.base import Strategy
+from raytune_llm.train.strategies.base import StepOut, Strategy
 from raytune_llm.train.window import Window, added, means
 
 
@@ -101,9 +101,7 @@ def run(
         for step in steps:
             lr = settings.learning_rate(progress.step)
             one_step(learner, step, window, lr=lr, seed=settings.seed + progress.step)
-            progress.step += 1
-            progress.epoch, progress.cursor = step.epoch, step.cursor
-            progress.tokens_seen += step.tokens
+            advance(progress, step)
             clock.stepped(step.tokens, learner.strategy.world * sum(batch.attention_pairs for batch in step.batches))
             for stepped in hooks.stepped:
                 stepped(progress.step)
@@ -119,10 +117,7 @@ def run(
             best = settings.save_best and progress.best_step == progress.step
             if last or paused or stopped or best or due(progress.step, settings.save_every, step.ends_epoch):
                 with clock.stopped():
-                    progress.window = window.read()
-                    progress.source_state = source.state()
-                    progress.enricher_states = [enricher.state() for enricher in learner.enrichers]
-                    hooks.save(replace(progress))
+                    save(progress, window, source, learner.enrichers, hooks)
             if last or paused or stopped:
                 break
     return progress
@@ -133,6 +128,19 @@ def resume(enrichers: Sequence[Enricher], progress: Progress) -> None:
     if progress.step:
         for enricher, state in zip(enrichers, progress.enricher_states, strict=True):
             enricher.load(state)
+
+
+def advance(progress: Progress, step: Step) -> None:
+    progress.step += 1
+    progress.epoch, progress.cursor = step.epoch, step.cursor
+    progress.tokens_seen += step.tokens
+
+
+def save(progress: Progress, window: Window, source: StepSource, enrichers: Sequence[Enricher], hooks: Hooks) -> None:
+    progress.window = window.read()
+    progress.source_state = source.state()
+    progress.enricher_states = [enricher.state() for enricher in enrichers]
+    hooks.save(replace(progress))
 
 
 def one_step(learner: Learner, step: Step, window: Window, *, lr: float, seed: int) -> None:
@@ -150,8 +158,12 @@ def one_step(learner: Learner, step: Step, window: Window, *, lr: float, seed: i
         window.add_loss(out)
     with phase("optimizer step"):
         done = strategy.step(lr)
+    add_step(window, done, strategy.world)
+
+
+def add_step(window: Window, done: StepOut, world: int) -> None:
     # The same on all workers, so only one of them counts it.
-    share = 1.0 / strategy.world
+    share = 1.0 / world
     window.add("grad_norm", torch.where(done.skipped, 0.0, done.grad_norm) * share, (~done.skipped) * share)
     window.add("nonfinite", done.skipped * share, share)
 
@@ -199,7 +211,11 @@ def log_step(
 
 def evaluate(learner: Learner, held_out: Mapping[str, Loader], progress: Progress, settings: LoopSettings, hooks: Hooks) -> bool:
     """Log an evaluation and remember the lowest loss. Returns True if the run should stop early."""
-    record = evaluation(learner, held_out, seed=settings.seed)
+    return judge(evaluation(learner, held_out, seed=settings.seed), progress, settings, hooks)
+
+
+def judge(record: Mapping[str, float], progress: Progress, settings: LoopSettings, hooks: Hooks) -> bool:
+    """Log what an evaluation found, and remember the lowest loss. Returns True if the run should stop early."""
     eval_loss = record["eval_loss"]
     hooks.log({"step": progress.step, **record})
     if progress.best_loss is None or eval_loss < progress.best_loss:
@@ -218,6 +234,11 @@ def evaluation(learner: Learner, held_out: Mapping[str, Loader], *, seed: int) -
     model.eval()
     sources = {name: held_out_sums(learner, loader, seed=seed) for name, loader in held_out.items()}
     model.train()
+    return evaluated(objective, sources)
+
+
+def evaluated(objective: Objective, sources: Mapping[str, Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """The record of an evaluation, from sums and counts by source."""
     record = {f"eval_{name}": value for name, value in reported(objective, added(sources.values())).items()}
     if len(sources) > 1:
         for source, sums in sources.items():
@@ -248,8 +269,12 @@ def due(step: int, every: int | None, epoch_ends: bool) -> bool:
 
 def ready(learner: Learner, step: Step, *, seed: int) -> list[Batch]:
     """This worker's micro-batches on the device, with the columns of all enrichers."""
-    batches = [to_device(replace(batch, seed=seed), learner.device) for batch in step.batches]
-    return enriched(learner.enrichers, learner.strategy.model, batches, step)
+    return completed(learner, step, [to_device(batch, learner.device) for batch in step.batches], seed=seed)
+
+
+def completed(learner: Learner, step: Step, batches: Sequence[Batch], *, seed: int) -> list[Batch]:
+    """The step's micro-batches, which are on the device, with the columns of all enrichers."""
+    return enriched(learner.enrichers, learner.strategy.model, [replace(batch, seed=seed) for batch in batches], step)
 
 
 def count_of(step: Step, device: torch.device) -> float | Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from raytune_llm.tune.conduct import Conduct, OnChange
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.places import run_at, workers_of
 from raytune_llm.tune.results import write_plots, write_results
+from raytune_llm.tune.shared import TrainTogether, run_banks, trials_together
 from raytune_llm.tune.study import Setting, Study
 from raytune_llm.tune.trial import Train, run_trial
 
@@ -45,8 +46,16 @@ class TuneResult:
         return self.best.trials[0].folder
 
 
-def run_sweep(sweep: Sweep, train: Train, on_change: OnChange = lambda study, trial: None) -> TuneResult:
-    """Run what is left of the sweep. on_change is called when a trial begins, reports or ends.
+def run_sweep(
+    sweep: Sweep,
+    train: Train,
+    on_change: OnChange = lambda study, trial: None,
+    *,
+    train_together: TrainTogether | None = None,
+    told: Callable[[str], None] = lambda line: None,
+) -> TuneResult:
+    """Run what is left of the sweep. on_change is called when a trial begins, reports or ends. train_together: for trials that
+    may share a base; told gets a line where they do.
 
     Raises ConfigError and DataError for what can be known to fail before the first trial, and ResourceError where no trial
     came to its end.
@@ -61,7 +70,7 @@ def run_sweep(sweep: Sweep, train: Train, on_change: OnChange = lambda study, tr
             if sweep.chosen is not None:
                 choose(study, sweep.chosen)
             if isinstance(sweep.run.resources, Inline):
-                _run_here(conduct, train)
+                _run_here(conduct, train, train_together, told)
             else:
                 _run_on_ray(conduct, train)
         finally:
@@ -96,10 +105,15 @@ def choose(study: Study, chosen: Chosen) -> None:
         study.release(study.paused[: chosen.keep])
 
 
-def _run_here(conduct: Conduct, train: Train) -> None:
-    """One after another, in this process."""
-    workspace = Workspace(keeps_base=True)
-    _prepare(_distinct(conduct.study.sweep), workspace)
+def _run_here(conduct: Conduct, train: Train, train_together: TrainTogether | None, told: Callable[[str], None]) -> None:
+    """In this process, one after another, or several in one pass over one base."""
+    workspace, sweep = Workspace(keeps_base=True), conduct.study.sweep
+    _prepare(_distinct(sweep), workspace)
+    size, why = trials_together(sweep, workspace)
+    if size > 1 and train_together is not None:
+        told(f"{size} trials at a time, in one pass over one base ({why})")
+        run_banks(conduct, size, partial(train_together, workspace=workspace))
+        return
     train = partial(train, workspace=workspace)
     while (trial := conduct.next()) is not None:
         reported = partial(conduct.reported, trial)

@@ -21,6 +21,10 @@ Reported = Callable[[int, int, float], bool]
 """(step, of so many, metric) -> whether the trial is to go on."""
 
 
+FAILURES = (UserError, OSError, RuntimeError, ArithmeticError, MemoryError)
+"""What ends a trial alone."""
+
+
 class Stopped(EndOfRun):
     """The scheduler ended the trial; raised where it trains, so that all that it holds is let go on the way out."""
 
@@ -35,24 +39,24 @@ class Outcome:
 def run_trial(run: TrainRun, metric: Metric, reported: Reported, train: Train) -> Outcome:
     """Train it, or resume it from its output folder. What goes wrong ends this trial alone, with its reason; raises
     MetricMissing where no other trial could do better."""
-    listener = _Listener(run, metric, reported)
+    listener = Listener(run, metric, reported)
     try:
         result = train(run, sinks=[listener.record], on_begin=listener.begin)
         if result.paused:
             return Outcome(state="paused", value=listener.latest)
-        records = _records(run)
+        records = records_of(run)
         return Outcome(state="finished", value=metric.of_trial(records, result, best=run.checkpoint.final == "best"))
     except Stopped:
         return Outcome(state="stopped", value=listener.latest)
     except MetricMissing:
         raise
-    except (UserError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
-        return Outcome(state="failed", value=None, reason=_reason(error))
+    except FAILURES as error:
+        return Outcome(state="failed", value=None, reason=reason_of(error))
     finally:
-        _free()
+        free()
 
 
-class _Listener:
+class Listener:
     """Hears what a run logs."""
 
     def __init__(self, run: TrainRun, metric: Metric, reported: Reported) -> None:
@@ -65,7 +69,7 @@ class _Listener:
         if not isinstance(begin, Begin):
             return
         self._total = begin.total_steps
-        for record in _records(self._run) if begin.first_step else ():
+        for record in records_of(self._run) if begin.first_step else ():
             self.record(record)
 
     def record(self, record: Mapping[str, Any]) -> None:
@@ -78,16 +82,16 @@ class _Listener:
             raise Stopped
 
 
-def _records(run: TrainRun) -> list[dict[str, Any]]:
+def records_of(run: TrainRun) -> list[dict[str, Any]]:
     path = Path(run.output_dir) / METRICS
     return read_metrics(path) if path.exists() else []
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _free() -> None:
+def free() -> None:
     """A model's modules refer to each other in circles: without this, two would lie in memory for a while."""
     import torch
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
@@ -16,7 +19,7 @@ from raytune_llm.models.adapters.method import Kept
 from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.adapters.protocol import OWN, Adapters
 
-__all__ = ["OWN", "Adapters", "Kept", "LoraBank", "PeftAdapters", "Weights", "adapt", "kept_by", "merge"]
+__all__ = ["OWN", "Adapters", "Kept", "LoraBank", "PeftAdapters", "Slots", "Weights", "adapt", "bank_of", "kept_by", "merge"]
 
 
 def train_all(model: PreTrainedModel) -> None:
@@ -25,6 +28,28 @@ def train_all(model: PreTrainedModel) -> None:
 
 WHOLE_MODELS: dict[str, Callable[..., None]] = {"none": train_all, "freeze": freeze, "llama_pro": llama_pro}
 """What is trained of a model's own weights: name -> what sets requires_grad."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Of a bank of new adapters that are trained together."""
+
+    sections: tuple[AdapterConfig, ...]
+    """The adapters' settings: of other ranks and scales, on the same layers."""
+
+
+def bank_of(model: PreTrainedModel, slots: Slots, compute: torch.dtype) -> LoraBank:
+    """A slot for each, still empty."""
+    first: Any = slots.sections[0]
+    return LoraBank(
+        model,
+        num_slots=len(slots.sections),
+        max_rank=max(section.rank for section in slots.sections),  # type: ignore[union-attr]  # config/sharing.py has LoRA only
+        dtype=compute,
+        targets=None if first.targets == "all-linear" else first.targets,
+        last_layers=first.last_layers,
+        trains=True,
+    )
 
 
 def kept_by(adapter: AdapterConfig) -> Kept:

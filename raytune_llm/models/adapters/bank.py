@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from transformers import PreTrainedModel
 
 from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.adapters.bank_weights import Layout, Weights, write
+from raytune_llm.models.adapters.bank_weights import PREFIX, Layout, Weights, write
 from raytune_llm.models.adapters.banked import BankedLinear, BankShape, Now
 from raytune_llm.models.adapters.grouped import group
 from raytune_llm.models.adapters.method import LINEAR, sides
-from raytune_llm.models.adapters.routes import BySlot, Masked, One, Ranges, Route, Sorted
+from raytune_llm.models.adapters.protocol import OWN
+from raytune_llm.models.adapters.routes import BySlot, Dropout, Dropped, Masked, One, Ranges, Route, Sorted
 from raytune_llm.models.layers import named_layers
 
 ROUTE = "adapter_route"
@@ -49,17 +51,18 @@ class LoraBank:
         max_rank: int,
         dtype: torch.dtype,
         targets: Sequence[str] | None = None,
+        last_layers: int | None = None,
         trains: bool = False,
     ) -> None:
         """Of a transformers model without adapters, whose linear layers may be quantized. dtype: of its products.
 
         targets: the layers that adapters may be on, by the last part of their names; None takes every linear layer in the model's
-        layers. Each has room for max_rank in every slot, and costs two products a pass.
+        layers, or in the last so many of them. Each has room for max_rank in every slot, and costs two products a pass.
         """
         self.model = self._base = model
         self.num_slots, self._dtype, self._now = num_slots, dtype, Now()
         self._shape = BankShape(num_slots, -(-max_rank // ALIGNED) * ALIGNED, torch.float32 if trains else dtype, trains)
-        self._layers = self._wrap(targets)
+        self._layers = self._wrap(targets, last_layers)
         on_gpu = next(iter(self._layers.values())).a_GRK.is_cuda
         self._layout = Layout({name: sides(layer.base_layer) for name, layer in self._layers.items()}, self._shape, on_gpu)
         self._held: dict[int, Weights] = {}
@@ -114,6 +117,16 @@ class LoraBank:
         slot_T = slot_M.to(cu_seqlens_S.device).repeat_interleave(cu_seqlens_S.diff(), output_size=num_tokens)
         return {ROUTE: Sorted.of(slot_T, self.num_slots, in_order=in_order)}
 
+    def in_turn(self, slots: Sequence[int], length: int, dropouts: Sequence[Dropout | None] = ()) -> dict[str, Route]:
+        """For runs over the same packs: what layers are to be given for `length` tokens of each of these slots, which ascend, -1
+        (none) last. dropouts: of each."""
+        device = next(iter(self._layers.values())).a_GRK.device
+        if device.type == "cpu":
+            route: Route = Ranges.of(slots, [length] * len(slots))
+        else:
+            route = Sorted.in_turn(slots, length, self.num_slots, device)
+        return {ROUTE: Dropped(route, length, tuple(dropouts)) if any(dropouts) else route}
+
     def by_tokens(self, slot_T: Tensor) -> dict[str, Route]:
         """For decoding, a token a row: what layers are to be given. slot_T: on the device, -1 for none; a graph may hold it."""
         if slot_T.is_cuda and len(slot_T) <= BY_SLOT and not self._shape.trains:
@@ -163,16 +176,40 @@ class LoraBank:
     def save(
         self, name: str, folder: Path, *, base_model: str | None = None, parameters: Mapping[str, Tensor] | None = None
     ) -> None:
-        """parameters: the bank's, whole, of which the adapter is a part."""
+        """parameters: the adapter's own, by the names of `part`."""
         slot, given = self._slots[name], parameters or {}
         held, tensors = self._held[slot], {}
         for layer, rank in held.ranks.items():
             a_RK, b_RO = self._places(slot, layer, rank)
-            if f"{layer}.a_GRK" in given:
-                a_RK, b_RO = (given[f"{layer}.{own}"][slot, :rank] for own in ("a_GRK", "b_GRO"))
+            if (names := _in_peft(layer))[0] in given:
+                a_RK, b_RO = given[names[0]], given[names[1]].T
             scaled = 1.0 if self._shape.trains else held.scales[layer]
             tensors[layer] = a_RK.cpu().clone(), (b_RO.float() / scaled).to(b_RO.dtype).T.cpu()
         write(folder, held.config, tensors, base_model=base_model)
+
+    def part(self, name: str, *, gradient: bool = False) -> dict[str, Tensor]:
+        """The adapter's A [r, K] and B [O, r] where they lie in the bank, or their gradients, by the names that they have in the
+        model of a run that is alone."""
+        slot, found = self._slots[name], {}
+        for layer, rank in self._held[slot].ranks.items():
+            banked = self._layers[layer]
+            a_GRK, b_GRO = (banked.a_GRK.grad, banked.b_GRO.grad) if gradient else (banked.a_GRK.detach(), banked.b_GRO.detach())
+            assert a_GRK is not None and b_GRO is not None
+            found |= zip(_in_peft(layer), (a_GRK[slot, :rank], b_GRO[slot, :rank].T), strict=True)
+        return found
+
+    @torch.no_grad()
+    def resize(self, num_slots: int) -> None:
+        """Call it between two steps, when no gradient is needed any more. Adapters keep their order, in the first slots."""
+        taken = sorted(self._held)
+        assert len(taken) <= num_slots
+        for layer in self._layers.values():
+            layer.resize(num_slots, taken)
+        slot_of = {old: new for new, old in enumerate(taken)}
+        self._held = {slot_of[slot]: held for slot, held in self._held.items()}
+        self._slots = {name: slot_of[slot] for name, slot in self._slots.items()}
+        self.num_slots, self._shape = num_slots, self._shape._replace(num_slots=num_slots)
+        self._layout = replace(self._layout, shape=self._shape)
 
     def trained(self, name: str) -> dict[str, nn.Parameter]:
         """The whole bank's: an adapter is a part of each of its parameters."""
@@ -193,11 +230,11 @@ class LoraBank:
 
     # Within ----------------------------------------------------------------------------------------------------------------
 
-    def _wrap(self, targets: Sequence[str] | None) -> dict[str, BankedLinear]:
+    def _wrap(self, targets: Sequence[str] | None, last_layers: int | None) -> dict[str, BankedLinear]:
         """Put a bank around each targeted linear layer."""
         self._base.requires_grad_(False)
         wrapped: dict[str, BankedLinear] = {}
-        for layer_name, layer in named_layers(self._base):
+        for layer_name, layer in list(named_layers(self._base))[-(last_layers or 0) :]:
             for parent_name, parent in list(layer.named_modules(prefix=layer_name)):
                 for name, child in list(parent.named_children()):
                     if isinstance(child, LINEAR) and (targets is None or name in targets):
@@ -208,7 +245,9 @@ class LoraBank:
         return wrapped
 
     def _see_route(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._now.route = kwargs.get(ROUTE, self._default)
+        self._now.route = route = kwargs.get(ROUTE, self._default)
+        if isinstance(route, Dropped):
+            route.begin(layer)
 
     def _take_route(self, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if ROUTE not in kwargs:
@@ -219,3 +258,8 @@ class LoraBank:
     def _places(self, slot: int, name: str, rank: int) -> tuple[Tensor, Tensor]:
         layer = self._layers[name]
         return layer.a_GRK.detach()[slot, :rank], layer.b_GRO.detach()[slot, :rank]
+
+
+def _in_peft(layer: str) -> tuple[str, str]:
+    """The names of its A and B in PEFT's model."""
+    return f"{PREFIX}{layer}.lora_A.{OWN}.weight", f"{PREFIX}{layer}.lora_B.{OWN}.weight"

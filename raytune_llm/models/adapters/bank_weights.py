@@ -88,7 +88,7 @@ class Layout:
         """What a run of its own with this seed begins with. kept_in: the type of the model's weights, where it doesn't show."""
         assert isinstance(section, Layered) and section.path is None
         config, layers = new_config(model, section, METHODS[section.name])
-        more = _more(config) or ("with dropout" if section.dropout else None)
+        more = _more(config)
         if more is None and getattr(config, "init_lora_weights", True) is not True:
             more = "begun with singular values"
         if more is not None:

@@ -47,6 +47,16 @@ class BankedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return banked(x, [self])[0]
 
+    def resize(self, num_slots: int, taken: Sequence[int]) -> None:
+        """Keep these slots, as the first ones."""
+        for name in ("a_GRK", "b_GRO", "scale_G11"):
+            old: Tensor | None = getattr(self, name)
+            if old is None:
+                continue
+            new = old.new_zeros(num_slots + 1, *old.shape[1:])
+            new[: len(taken)] = old[list(taken)]
+            setattr(self, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+
     def values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """a and b as the products take them."""
         b_GRO = self.b_GRO if self.scale_G11 is None else self.b_GRO * self.scale_G11

@@ -16,18 +16,20 @@ no safety from other adapters' infinite weights, so for trained banks it is not.
 
 BySlot: each row reads the columns of its own adapter, in a kernel of ours: for a few decoding rows on a GPU (slot_kernels.py).
 
+Dropped is around another one, in training: each part of the tokens goes to its adapter through a dropout of its own.
+
 Suffixes: T tokens of all rows, K inputs, O outputs, R rank, G slots, L layers that share an input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -89,6 +91,13 @@ class Sorted:
     """int64: where each token is in that order."""
 
     @classmethod
+    def in_turn(cls, slots: Sequence[int], length: int, num_slots: int, device: torch.device) -> Sorted:
+        """`length` tokens of each of these slots, which ascend, those of none (-1) last. The host knows where they end."""
+        lengths = [length * slots.count(slot) for slot in (*range(num_slots), -1)]
+        ends_G1 = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(ends_G1.to(device, non_blocking=True), None, None)
+
+    @classmethod
     def of(cls, slot_T: Tensor, num_slots: int, *, in_order: bool = False) -> Sorted:
         """slot_T: int, -1 for none, on the device that computes. in_order: its slots ascend, those of none come last."""
         slot_T = torch.where(slot_T < 0, num_slots, slot_T)
@@ -143,6 +152,44 @@ class BySlot:
 
     def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
         return slot_products(list(outs), x_TK, self.slot_T, list(a), list(b))
+
+
+@dataclass(frozen=True, eq=False)
+class Dropout:
+    """Of the inputs of one adapter's layers."""
+
+    rate: float
+    generator: torch.Generator
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        """As torch computes it on a CPU, so that it draws the same from the same seed."""
+        kept = 1 - self.rate
+        return x_TK * torch.empty_like(x_TK).bernoulli_(kept, generator=self.generator).div_(kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Dropped:
+    route: Route
+    length: int
+    """In tokens, of each part."""
+    dropouts: tuple[Dropout | None, ...]
+    """Of the parts, in order."""
+    begun: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+    """What the generators were as each of the model's layers began."""
+
+    def begin(self, layer: nn.Module) -> None:
+        """A layer that is computed again in the backward pass draws what it drew."""
+        generators = [dropout.generator for dropout in self.dropouts if dropout is not None]
+        if layer in self.begun:
+            for generator, state in zip(generators, self.begun[layer], strict=True):
+                generator.set_state(state)
+        else:
+            self.begun[layer] = [generator.get_state() for generator in generators]
+
+    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+        parts = zip(x_TK.split(self.length), self.dropouts, strict=True)
+        dropped = [part_TK if dropout is None else dropout(part_TK) for part_TK, dropout in parts]
+        return self.route.add(outs, torch.cat(dropped), a, b)
 
 
 @torch.library.custom_op("raytune_llm::slot_products", mutates_args=())

@@ -6,7 +6,7 @@ itself as it reads the gradient, like torch's fused AdamW, says it by torch's ow
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.section import settings_of
 from raytune_llm.train.optimizers.adamw import adamw
-from raytune_llm.train.optimizers.groups import trained_in
+from raytune_llm.train.optimizers.groups import Trained, trained_in
 from raytune_llm.train.optimizers.muon import muon
 from raytune_llm.train.optimizers.sgd import sgd
 
@@ -26,4 +26,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Over the parameters of the model that are trained. fused: in one kernel, where it has one. lr_factor: of a parameter's
     name, its learning rate over that of the schedule."""
-    return OPTIMIZERS[optimizer.name](trained_in(model, lr_factor), fused=fused, **settings_of(optimizer))
+    return optimizer_of(optimizer, trained_in(model, lr_factor), fused=fused)
+
+
+def optimizer_of(optimizer: OptimizerConfig, trained: Sequence[Trained], *, fused: bool) -> torch.optim.Optimizer:
+    return OPTIMIZERS[optimizer.name](trained, fused=fused, **settings_of(optimizer))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,10 @@ class OwnOptimizer:
         return clipped_step(self.optimizer, [p for _, p in trained(self.module)], lr, self.max_grad_norm, self.scale)
 
     def state(self) -> dict[str, Tensor]:
-        return optimizer_state(self.module, self.optimizer)
+        return optimizer_state(trained(self.module), self.optimizer)
 
     def load(self, sizes: Mapping[str, torch.Size], read: Any) -> None:
-        load_optimizer_state(self.module, self.optimizer, sizes, read)
+        load_optimizer_state(trained(self.module), self.optimizer, sizes, read)
 
     def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in trained(self.module, frozen=frozen):
@@ -100,18 +100,21 @@ def clipped_step(
     return StepOut(grad_norm=norm, skipped=overflow)
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+def optimizer_state(trained: Named, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    for name, parameter in trained(model):
+    for name, parameter in trained:
         state[f"parameters.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             state[f"optimizer.{name}.{key}"] = value
     return state
 
 
-def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sizes: Mapping[str, torch.Size], read: Any) -> None:
+def load_optimizer_state(trained: Named, optimizer: torch.optim.Optimizer, sizes: Mapping[str, torch.Size], read: Any) -> None:
     """Optimizers make their state in the first step; here it is laid out as the checkpoint has it, then read."""
-    for name, parameter in trained(model):
+    for name, parameter in trained:
         prefix = f"optimizer.{name}."
         for key in (full[len(prefix) :] for full in sizes if full.startswith(prefix)):
             size = sizes[prefix + key]
@@ -121,4 +124,4 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, siz
                 else torch.zeros(size, device=parameter.device)
             )
             optimizer.state[parameter][key] = like
-    read(optimizer_state(model, optimizer))
+    read(optimizer_state(trained, optimizer))

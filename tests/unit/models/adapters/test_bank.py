@@ -22,9 +22,10 @@ from raytune_llm.models import attention
 from raytune_llm.models.adapters import OWN, LoraBank, PeftAdapters
 from raytune_llm.models.adapters.bank import ROUTE
 from raytune_llm.models.adapters.banked import BankedLinear
-from raytune_llm.models.adapters.routes import Masked, Ranges, Route, Sorted
+from raytune_llm.models.adapters.routes import Dropout, Dropped, Masked, Ranges, Route, Sorted
 from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.records import Batch
+from raytune_llm.models.shared_pass import repeated
+from raytune_llm.records import Batch, Prefixes
 from tests.models import lora_section, packed, some_rows
 
 SIZES = {
@@ -346,3 +347,61 @@ def test_a_batch_says_which_adapter_each_of_its_documents_is_for(folders: list[P
         expected = policy.hidden(pack(), {ROUTE: route("ranges", slots, 2)})
         torch.testing.assert_close(policy.hidden(batch)[:, : sum(LENGTHS)], expected)
     assert not torch.allclose(without, mixed)
+
+
+def test_a_trained_bank_is_resized_between_steps_and_keeps_its_adapters(folders: list[Path]) -> None:
+    model = base()
+    bank = LoraBank(model, num_slots=5, max_rank=8, dtype=torch.float32, trains=True)
+    for name, folder in zip("abcd", folders, strict=False):
+        bank.add(name, SavedAdapter(path=str(folder), setting="adapter.path"))
+    parts = {name: {key: value.clone() for key, value in bank.part(name).items()} for name in "bd"}
+    for name in "ac":
+        bank.remove(name)
+    bank.resize(2)
+    assert bank.slots == {"b": 0, "d": 1} and bank.num_slots == 2
+    for name, part in parts.items():
+        assert all(torch.equal(value, part[key]) for key, value in bank.part(name).items())
+    rows, routed = pack(), bank.in_turn([0, 1], sum(LENGTHS))
+    both = CausalLM(model).hidden(repeated(rows, 2), routed)
+    for number, folder in enumerate((folders[1], folders[3])):
+        expected, _ = alone(folder, rows, torch.zeros(1, 1, 1))
+        torch.testing.assert_close(both[number : number + 1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_in_turn_is_the_same_for_ranges_and_for_sorted_tokens(folders: list[Path]) -> None:
+    turns = Sorted.in_turn([0, 2, -1], 4, 3, torch.device("cpu"))
+    by_token = Sorted.of(torch.tensor([0] * 4 + [2] * 4 + [-1] * 4), 3, in_order=True)
+    assert turns.ends_G1.tolist() == by_token.ends_G1.tolist() == [4, 4, 8, 12]
+
+
+def test_dropout_of_one_adapter_is_that_of_a_run_alone_also_where_a_layer_is_computed_again() -> None:
+    layer, x = nn.Linear(2, 2), torch.randn(6, 8)
+    generator = torch.Generator()
+    dropped = Dropped(Sums(), 3, (None, Dropout(0.5, generator)))
+    generator.manual_seed(5)
+    dropped.begin(layer)
+    (first,) = dropped.add([], x, [], [])
+    torch.manual_seed(5)
+    assert torch.equal(first[:3], x[:3]) and torch.equal(first[3:], nn.functional.dropout(x[3:], 0.5))
+    dropped.begin(layer)
+    (again,) = dropped.add([], x, [], [])
+    assert torch.equal(first, again)
+
+
+class Sums:
+    """A route that gives what it is given."""
+
+    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+        return [x_TK]
+
+
+def test_a_repeated_batch_keeps_its_documents_and_its_shared_prompts_apart() -> None:
+    batch = pack()
+    twice = repeated(batch, 2)
+    end = int(batch.cu_seqlens_S[-1])
+    assert twice.cu_seqlens_S.tolist() == [*batch.cu_seqlens_S.tolist(), *(end + batch.cu_seqlens_S[1:]).tolist()]
+    prefixes = Prefixes(*(torch.tensor(part) for part in ([3, 4], [0, 1, 0, 1], [0, 1, 2], [0, 2, 4])), 1, 2)
+    shared = repeated(replace(batch, prefixes=prefixes), 2).prefixes
+    assert shared is not None and shared.queries_Q.tolist() == [3, 4, end + 3, end + 4]
+    assert shared.keys_K.tolist() == [0, 1, 0, 1, end, end + 1, end, end + 1]
+    assert shared.cu_queries_X.tolist() == [0, 1, 2, 3, 4] and shared.cu_keys_X.tolist() == [0, 2, 4, 6, 8]

@@ -1,0 +1,67 @@
+"""Which runs can share one base in one pass a step (tune.share_base): LoRA adapters that see the same packs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from raytune_llm.config.load import as_plain, flat_items
+from raytune_llm.config.run import TrainRun
+from raytune_llm.errors import ConfigError
+
+VARIES = (
+    "adapter.name", "adapter.rank", "adapter.alpha", "adapter.dropout", "optimizer.", "schedule.", "stage.",
+    "train.adapter_seed", "train.epochs", "train.max_steps", "train.max_grad_norm", "train.max_nonfinite_steps",
+    "train.early_stopping", "train.log_every_steps", "train.eval_every_steps", "train.eval_on_start", "train.sample_rows",
+    "train.max_new_tokens", "checkpoint.every_steps", "checkpoint.final", "checkpoint.keep", "checkpoint.asynchronous",
+)  # fmt: skip
+"""Settings that may differ from run to run, or what those begin with."""
+FIXED = ("stage.name", "stage.reference", "stage.reference_model", "stage.reference_adapter")
+"""Of those, the ones that decide what rows are, or what is computed beside them."""
+OWN = ("name", "output_dir", "resume")
+WAY_OUT = "Set tune.share_base=false."
+
+
+def obstacle(run: TrainRun, base: TrainRun) -> ConfigError | None:
+    """What keeps a run from sharing the pass of another one, by its setting; none if nothing does."""
+    return next(_obstacles(run, base), None)
+
+
+def _obstacles(run: TrainRun, base: TrainRun) -> Iterator[ConfigError]:
+    mine, theirs = dict(flat_items(as_plain(run))), dict(flat_items(as_plain(base)))
+    if run.resources.name != "inline":
+        yield _refused("resources", "must be inline", run.resources.name)
+    if not run.adapter.shares_pass:
+        rule = "must be lora or rslora on named layers or all-linear, without patterns of ranks or whole modules,"
+        yield _refused("adapter", rule, run.adapter.name)
+    elif run.adapter.path is not None:
+        yield _refused("adapter.path", "must be null", run.adapter.path)
+    if not run.stage.writes:
+        yield _refused("stage", "can't be that of a model with a score head, which is trained whole", run.stage.name)
+    if run.stage.reference == "online":
+        yield _refused("stage.reference", "must be precomputed", "online")
+    for setting in ("stage.neftune_alpha", "stage.router_aux_loss_coef"):
+        if mine.get(setting) is not None:
+            yield _refused(setting, "must be null", mine[setting])
+    for setting in ("data.streaming", "train.profile", "model.resize_vocab"):
+        if mine.get(setting):
+            yield _refused(setting, "must be false", True)
+    if mine.get("model.new_tokens"):
+        yield _refused("model.new_tokens", "must be empty", mine["model.new_tokens"])
+    for setting in sorted(mine.keys() | theirs.keys()):
+        if mine.get(setting) != theirs.get(setting) and not _varies(setting):
+            both = f"{mine.get(setting)} and {theirs.get(setting)}"
+            yield ConfigError(
+                setting,
+                "can't vary where tune.share_base=true: trials see the same packs through one base",
+                got=both,
+                fix=f"Give it one value. {WAY_OUT}",
+            )
+
+
+def _refused(setting: str, rule: str, got: Any) -> ConfigError:
+    return ConfigError(setting, f"{rule} where tune.share_base=true", got=got, fix=WAY_OUT)
+
+
+def _varies(setting: str) -> bool:
+    return setting in OWN or (setting.startswith(VARIES) and setting not in FIXED)

@@ -1,0 +1,147 @@
+"""One pass through the layers for several runs over one base: the same batch for each, with an adapter of its own in a bank.
+
+Each run's stage is given a model of its own (OneOfSeveral) and calls it as if it were alone. The first that asks about a batch
+has the layers compute it for all; each then makes values of its own rows' last hidden states. What goes back from one run's loss
+comes to its rows alone, so one backward pass from the sum of all losses gives each adapter the gradient that it has alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytune_llm.models.adapters import LoraBank
+from raytune_llm.models.adapters.routes import Dropout
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.head import TokenFunction
+from raytune_llm.records import Batch, Prefixes
+
+
+class SharedPass:
+    def __init__(self, policy: CausalLM, bank: LoraBank) -> None:
+        """bank: the policy's adapters."""
+        self.policy, self.bank = policy, bank
+        self._together: list[OneOfSeveral] = []
+        self._hidden: dict[tuple[int, bool], tuple[Batch, list[Tensor]]] = {}
+        """By batch, and whether it is to be trained on: the batch, and each run's last hidden states."""
+        self._base_hidden: dict[int, tuple[Batch, Tensor]] = {}
+        self._drawn_for: tuple[bool, tuple[int, ...]] | None = None
+        """Whether it was to be trained on, and the samples of the batch that dropout was last seeded for."""
+
+    @contextmanager
+    def of(self, members: Sequence[OneOfSeveral]) -> Iterator[None]:
+        """A context in which all of these are asked about the same batches, which are forgotten at its end."""
+        self._together = sorted(members, key=lambda member: self.bank.slots[member.name])
+        try:
+            yield
+        finally:
+            self._together = []
+            self.forget()
+
+    def forget(self) -> None:
+        """Batches that were computed: call it once their gradients are there."""
+        self._hidden.clear()
+        self._base_hidden.clear()
+        self._drawn_for = None
+
+    def values(self, member: OneOfSeveral, batch: Batch, token_function: TokenFunction, *, beside_reference: bool) -> Tensor:
+        other_BTD = self._of_base(batch) if beside_reference else None
+        return self.policy.values(self._of_member(member, batch), batch, token_function, other_BTD)
+
+    def _of_member(self, member: OneOfSeveral, batch: Batch) -> Tensor:
+        key = id(batch.ids_BT), torch.is_grad_enabled()
+        if key not in self._hidden:
+            self._hidden[key] = batch, self._compute(batch)
+        return self._hidden[key][1][self._together.index(member)]
+
+    def _compute(self, batch: Batch) -> list[Tensor]:
+        """Compiled layers, which are compiled for each shape, always compute as many rows as the bank has slots."""
+        self._seed_dropout(batch)
+        count = len(self._together)
+        copies = self.bank.num_slots if self.policy.compiled else count
+        slots = [self.bank.slots[member.name] for member in self._together] + [-1] * (copies - count)
+        dropouts = [member.dropout if self.policy.training else None for member in self._together] + [None] * (copies - count)
+        route = self.bank.in_turn(slots, batch.ids_BT.numel(), dropouts)
+        hidden = self.policy.hidden(repeated(batch, copies), route)
+        return list(hidden.chunk(copies)[:count])
+
+    def _seed_dropout(self, batch: Batch) -> None:
+        """A batch beside another one, of the same samples, draws on."""
+        drawn_for = torch.is_grad_enabled(), batch.sample_ids
+        if drawn_for != self._drawn_for:
+            self._drawn_for = drawn_for
+            for member in self._together:
+                member.seed_dropout(batch)
+
+    @torch.no_grad()
+    def _of_base(self, batch: Batch) -> Tensor:
+        if (key := id(batch.ids_BT)) not in self._base_hidden:
+            self._base_hidden[key] = batch, self.policy.hidden(batch, {})
+        return self._base_hidden[key][1]
+
+    @property
+    def shared(self) -> bool:
+        """Whether it computes for several now."""
+        return bool(self._together)
+
+
+class OneOfSeveral(nn.Module):
+    """What the stage of one run calls."""
+
+    def __init__(self, pass_: SharedPass, name: str, dropout: Dropout | None) -> None:
+        """name: of its adapter in the bank."""
+        super().__init__()
+        self._pass, self.name, self.dropout = pass_, name, dropout
+        self.seed = 0
+        """Of the step: what the seed of its batches is."""
+
+    def train(self, mode: bool = True) -> OneOfSeveral:
+        self._pass.policy.train(mode)
+        return super().train(mode)
+
+    def seed_dropout(self, batch: Batch) -> None:
+        """As that of a run that is alone is seeded (train/dropout.py)."""
+        if self.dropout is not None:
+            self.dropout.generator.manual_seed(hash((self.seed, batch.sample_ids)))
+
+    def forward(self, batch: Batch, token_function: TokenFunction, *, beside_reference: bool = False) -> Any:
+        """As a CausalLM's. Outside of `SharedPass.of`, with the adapter that is in use."""
+        if not self._pass.shared:
+            return self._pass.policy(batch, token_function, beside_reference=beside_reference)
+        return self._pass.values(self, batch, token_function, beside_reference=beside_reference)
+
+
+def repeated(batch: Batch, copies: int) -> Batch:
+    """The batch so many times, one after another, as the layers see it."""
+    L = batch.ids_BT.numel()
+    return replace(
+        batch,
+        ids_BT=batch.ids_BT.repeat(copies, 1),
+        positions_BT=batch.positions_BT.repeat(copies, 1),
+        cu_seqlens_S=_bounds(batch.cu_seqlens_S, copies, L),
+        prefixes=None if batch.prefixes is None else _repeated(batch.prefixes, copies, L),
+    )
+
+
+def _repeated(prefixes: Prefixes, copies: int, length: int) -> Prefixes:
+    return prefixes._replace(
+        queries_Q=_places(prefixes.queries_Q, copies, length),
+        keys_K=_places(prefixes.keys_K, copies, length),
+        cu_queries_X=_bounds(prefixes.cu_queries_X, copies, len(prefixes.queries_Q)),
+        cu_keys_X=_bounds(prefixes.cu_keys_X, copies, len(prefixes.keys_K)),
+    )
+
+
+def _places(places_X: Tensor, copies: int, length: int) -> Tensor:
+    firsts = torch.arange(copies, device=places_X.device, dtype=places_X.dtype) * length
+    return (firsts[:, None] + places_X).flatten()
+
+
+def _bounds(bounds_S: Tensor, copies: int, length: int) -> Tensor:
+    """Of so many pieces of this length, each with these boundaries, from 0 to its length."""
+    return torch.cat([_places(bounds_S[:-1], copies, length), bounds_S.new_full((1,), copies * length)])

@@ -1,0 +1,231 @@
+"""Several runs over one base on one device, in one pass a step: what worker.py does of one, of each.
+
+They see the same packs. Each has a folder of its own, with the records, checkpoints and final adapter of a run that is alone, and
+can be resumed by itself from any of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from raytune_llm.config.run import TrainRun
+from raytune_llm.memory.flops import Operations
+from raytune_llm.models.adapters import LoraBank
+from raytune_llm.models.adapters.routes import Dropout
+from raytune_llm.models.build import run_config
+from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.shared_pass import OneOfSeveral, SharedPass
+from raytune_llm.report.metrics import Sink
+from raytune_llm.report.news import Begin, Notice, ReferencePass, SampledAnswer
+from raytune_llm.report.slow import told_if_slow
+from raytune_llm.runs.build import Builder, Built
+from raytune_llm.runs.setup import Reads, Setup, complete, explained, reads_of
+from raytune_llm.runs.worker import Recorder, TrainOutcome, check_loss, finish, memory_gib, restore
+from raytune_llm.runs.workspace import Workspace
+from raytune_llm.train import together
+from raytune_llm.train.checkpoint import Checkpoints
+from raytune_llm.train.clock import Clock
+from raytune_llm.train.optimizers import optimizer_of
+from raytune_llm.train.strategies.base import Precision
+from raytune_llm.train.strategies.in_bank import InBank
+from raytune_llm.train.together import Member
+from raytune_llm.train.window import Window
+
+SIZES = (16, 8, 4, 2)
+"""Of banks, the largest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One of the runs, and who hears of it."""
+
+    run: TrainRun
+    sinks: Sequence[Sink] = ()
+    on_begin: Callable[[Begin | ReferencePass | Notice], None] = lambda begin: None
+    on_samples: Callable[[Sequence[SampledAnswer]], None] = lambda samples: None
+    stops: Callable[[], bool] = lambda: False
+    """Asked after each evaluation: whether it is to end there, with a checkpoint and no final/."""
+
+
+Outcome = TrainOutcome | Exception | None
+"""Of a part: what it came to, what it failed with, or none where it was stopped."""
+
+
+def how_many(run: TrainRun, device: torch.device, workspace: Workspace) -> int:
+    """Runs like this one that fit the device together, by estimate; 1 where not even two do."""
+    tokenizer, _ = workspace.tokenizer_of(run)
+    config = run_config(run.model, tokenizer, run.data.max_length)
+    return next((size for size in SIZES if Builder(run, config, device, together=[run] * size).fits), 1)
+
+
+def fit_together(parts: Sequence[Part], train_store: str, eval_store: str | None, *, workspace: Workspace) -> list[Outcome]:
+    """On this process's device."""
+    return work_together(parts, train_store, eval_store, device=device_here(), workspace=workspace)
+
+
+def device_here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def work_together(
+    parts: Sequence[Part],
+    train_store: str,
+    eval_store: str | None,
+    *,
+    device: torch.device,
+    workspace: Workspace | None = None,
+) -> list[Outcome]:
+    """Train all, each from its newest checkpoint or from the start, until each has ended. Those that are not equally far take
+    turns: the ones that are furthest behind go first."""
+    began = time.perf_counter()
+    runs = [part.run for part in parts]
+    workspace = workspace or Workspace()
+    reads = reads_of(runs[0], train_store, eval_store, workspace)
+    builder = Builder(runs[0], reads.config, device, shared=workspace.base, together=runs)
+    with explained(builder, "loading the model"), told_if_slow(parts[0].on_begin, "loading the model"):
+        policy, counted, choices = builder.policy()
+    bank = policy.adapters
+    assert isinstance(bank, LoraBank) and isinstance(policy, CausalLM)
+    policy.to(device).train()
+    pass_ = SharedPass(policy, bank)
+    choices += (f"base: one for {len(parts)} runs, which are computed in one pass a step",)
+    with explained(builder, "training"), ExitStack() as stack:
+        all_of_them = [
+            _One(part, f"run{number}", pass_, reads, builder, counted, choices, stack, began) for number, part in enumerate(parts)
+        ]
+        of_member = {one.member: one for one in all_of_them}
+
+        def ended(member: Member, error: Exception | None) -> None:
+            of_member[member].end(error)
+            _make_room(bank, member, [one.member for one in all_of_them if not one.ended])
+
+        first = all_of_them[0].setup
+        for step in sorted({one.member.progress.step for one in all_of_them}):
+            members = [one.member for one in all_of_them if not one.ended and one.first_step == step]
+            together.run(pass_, members, first.source, first.held_out, ended)
+    return [one.outcome for one in all_of_them]
+
+
+def _make_room(bank: LoraBank, member: Member, others: Sequence[Member]) -> None:
+    """Take the adapter out of the bank, which then has as many slots as the next power of two holds of the others."""
+    bank.remove(member.model.name)
+    size = 1 << (len(others) - 1).bit_length()
+    if others and size < bank.num_slots:
+        bank.resize(size)
+        for other in others:
+            other.strategy.moved()
+
+
+@dataclass(eq=False)
+class _One:
+    """A run of several, from its first step to its end."""
+
+    part: Part
+    name: str
+    """Of its adapter in the bank."""
+    pass_: SharedPass
+    reads: Reads
+    builder: Builder
+    counted: Operations
+    choices: tuple[str, ...]
+    outer: ExitStack
+    began: float
+    ended: bool = False
+    outcome: Outcome = None
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def __post_init__(self) -> None:
+        part, setup = self.part, self._set_up()
+        self.setup = setup
+        self.outer.enter_context(self.stack)
+        settings, clock = setup.loop_settings(), Clock()
+        self.checkpoints = Checkpoints(
+            setup.output / "checkpoints",
+            keep=part.run.checkpoint.keep,
+            keep_best=settings.save_best,
+            asynchronous=part.run.checkpoint.asynchronous,
+        )
+        self.stack.callback(self.checkpoints.close)
+        strategy: Any = setup.built.strategy
+        progress = restore(self.checkpoints, strategy)
+        self.first_step = progress.step
+        self.recorder = Recorder(
+            setup, clock, self.checkpoints, self.stack, progress.step, part.sinks, part.on_samples, part.on_begin
+        )
+        self.loaded = time.perf_counter()
+        part.on_begin(Begin(total_steps=settings.total_steps, first_step=progress.step, choices=setup.choices))
+        self.member = Member(
+            strategy=strategy,
+            objective=setup.objective,
+            enrichers=setup.enrichers,
+            progress=progress,
+            settings=settings,
+            hooks=together.loop.Hooks(log=self.recorder.log, save=self.recorder.save, sample=self.recorder.sample),
+            clock=clock,
+            window=Window(setup.device, progress.window),
+            stops=part.stops,
+        )
+
+    def end(self, error: Exception | None) -> None:
+        """Write what a run writes at its end; keep what it failed with."""
+        self.ended, trained = True, time.perf_counter()
+        try:
+            if error is not None:
+                raise error
+            self.checkpoints.wait()
+            progress, settings = self.member.progress, self.member.settings
+            if self.part.stops() and progress.step < settings.total_steps:
+                return
+            paused = self.member.at_end and progress.step < settings.total_steps
+            if not paused:
+                check_loss(progress)
+                finish(self.setup, self.checkpoints, progress, self.part.on_begin)
+            self.outcome = self._outcome(trained, paused=paused)
+        except Exception as raised:
+            self.outcome = raised
+        finally:
+            self.stack.close()
+
+    def _set_up(self) -> Setup:
+        run, bank = self.part.run, self.pass_.bank
+        seed = run.train.seed if run.train.adapter_seed is None else run.train.adapter_seed
+        bank.add(self.name, run.adapter, seed=seed)
+        device, rate = self.builder.device, run.adapter.dropout
+        dropout = Dropout(rate, torch.Generator(device)) if rate else None
+        strategy = InBank(
+            self.pass_,
+            OneOfSeveral(self.pass_, self.name, dropout),
+            partial(optimizer_of, run.optimizer, fused=True),
+            device=device,
+            precision=Precision(self.pass_.policy.compute),
+            max_grad_norm=run.train.max_grad_norm,
+        )
+        built = Built(
+            policy=self.pass_.policy,
+            strategy=strategy,
+            operations=self.counted,
+            choices=self.choices,
+            adapter=self.name,
+        )
+        return complete(run, self.reads, self.builder, built, self.part.on_begin)
+
+    def _outcome(self, trained: float, *, paused: bool) -> TrainOutcome:
+        rate, saved_s = self.member.clock.rate(), self.recorder.save_s
+        return TrainOutcome(
+            progress=self.member.progress,
+            paused=paused,
+            world_size=1,
+            tokens_per_s=None if rate is None else rate.tokens,
+            mfu=self.setup.mfu(rate),
+            peak_memory_gib=memory_gib(self.setup.device),
+            load_s=self.loaded - self.began,
+            train_s=trained - self.loaded - saved_s,
+            save_s=saved_s + time.perf_counter() - trained,
+        )

@@ -1,0 +1,96 @@
+"""One of several runs that are trained in one pass over one base: its adapter is a part of a bank, its optimizer its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytune_llm.models.policy import Policy
+from raytune_llm.models.shared_pass import OneOfSeveral, SharedPass
+from raytune_llm.train.optimizers.groups import Trained
+from raytune_llm.train.strategies.base import Precision, StepOut
+from raytune_llm.train.strategies.own_optimizer import LossScale, clipped_step, load_optimizer_state, optimizer_state
+
+PREFIX = "model."
+"""The policy's name for its model: parameters are called as in a run that is alone."""
+
+
+class InBank:
+    """Implements Strategy. Parameters lie in the bank and are stepped there; the losses of all runs go back at once."""
+
+    sharded, world = False, 1
+
+    def __init__(
+        self,
+        pass_: SharedPass,
+        model: OneOfSeveral,
+        build_optimizer: Callable[[Sequence[Trained]], torch.optim.Optimizer],
+        *,
+        device: torch.device,
+        precision: Precision,
+        max_grad_norm: float | None,
+    ) -> None:
+        self.model, self.module = model, pass_.policy
+        self._bank, self._max_grad_norm = pass_.bank, max_grad_norm
+        self._named = {name: nn.Parameter(value) for name, value in self._bank.part(model.name).items()}
+        trained = [Trained(name, parameter, in_layer=True) for name, parameter in self._named.items()]
+        self.optimizer = build_optimizer(trained)
+        self._scale = LossScale(device, enabled=precision.scales_loss)
+        self.losses: list[Tensor] = []
+        """Of this step, to go back with those of other runs."""
+
+    def parts(self) -> AbstractContextManager[Any]:
+        return self._bank.using(self.model.name)
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.losses.append(loss * self._scale.scale)
+
+    def step(self, lr: float) -> StepOut:
+        for name, gradient in self._bank.part(self.model.name, gradient=True).items():
+            self._named[name].grad = gradient
+        return clipped_step(self.optimizer, list(self._named.values()), lr, self._max_grad_norm, self._scale)
+
+    def moved(self) -> None:
+        """After the bank was resized: the parameters are elsewhere."""
+        for name, place in self._bank.part(self.model.name).items():
+            self._named[name].data = place
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: value.contiguous() for name, value in optimizer_state(self._pairs, self.optimizer).items()}
+
+    def load(self, sizes: Mapping[str, torch.Size], read: Any) -> None:
+        def fill(state: dict[str, Tensor]) -> None:
+            whole = {name: value.contiguous() for name, value in state.items()}
+            read(whole)
+            for name, value in state.items():
+                value.copy_(whole[name])
+
+        load_optimizer_state(self._pairs, self.optimizer, sizes, fill)
+
+    def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._pairs:
+            yield name, parameter.detach().cpu().contiguous()
+
+    @property
+    def _pairs(self) -> list[tuple[str, nn.Parameter]]:
+        return [(PREFIX + name, parameter) for name, parameter in self._named.items()]
+
+
+def backward(strategies: list[InBank]) -> None:
+    """One backward pass from the losses of all."""
+    torch.stack([loss for strategy in strategies for loss in strategy.losses]).sum().backward()
+    for strategy in strategies:
+        strategy.losses.clear()
+
+
+def clear_gradients(policy: Policy) -> None:
+    """After all have made their step."""
+    for parameter in policy.parameters():
+        parameter.grad = None

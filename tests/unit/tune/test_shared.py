@@ -1,0 +1,123 @@
+"""Sweeps whose trials share a base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raytune_llm import ConfigError, api, load_config, load_sweep
+from raytune_llm.config.sharing import obstacle
+from raytune_llm.report.metrics import read_metrics
+
+GRID = ("optimizer.lr=1e-9,1e-2,1e-8", "adapter.rank=2,4", "tune=grid", "tune.scheduler=asha", "tune.grace=0.5")
+
+
+def words(rows, cache, folder, *more):
+    return [
+        "model=tiny_random", "resources=inline", "tracking=none", "train.precision=fp32", "train.log_every_steps=1",
+        "train.global_batch_size=4", "train.max_steps=4", "train.eval_every_steps=1", "data.max_length=64",
+        "data.eval_fraction=0.1", "checkpoint.every_steps=1", "tune.share_base=true",
+        f"data.path={rows}", f"data.cache={cache}", f"output_dir={folder}", *more,
+    ]  # fmt: skip
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["eval_loss"] for record in read_metrics(folder / "metrics.jsonl") if "eval_loss" in record]
+
+
+@pytest.fixture(scope="module")
+def both(chat_rows, cache, tmp_path_factory):
+    """The same sweep with one pass for all trials, and with trials one after another."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("shared", "alone")]
+    told: list[str] = []
+    shared = api.tune(load_sweep(words(chat_rows, cache, folders[0], *GRID)), told=told.append)
+    alone = api.tune(load_sweep(words(chat_rows, cache, folders[1], *GRID, "tune.share_base=false")), told=told.append)
+    assert told == ["6 trials at a time, in one pass over one base (asked for)"]
+    return shared, alone
+
+
+def test_trials_that_share_a_base_come_to_the_results_of_trials_alone(both):
+    shared, alone = both
+    for mine, its in zip(shared.study.trials, alone.study.trials, strict=True):
+        assert (mine.point, mine.state, mine.step) == (its.point, its.state, its.step)
+        assert mine.latest == pytest.approx(its.latest, abs=1e-6)
+    assert {trial.state for trial in shared.study.trials} == {"finished", "stopped"}
+    assert shared.best.point == alone.best.point
+
+
+def test_the_best_model_is_kept_as_a_run_leaves_it(both):
+    shared, alone = both
+    names = {str(path.relative_to(alone.folder)) for path in alone.folder.rglob("*") if path.is_file()}
+    assert {str(path.relative_to(shared.folder)) for path in shared.folder.rglob("*") if path.is_file()} == names
+    finals = (shared.study.sweep.folder / "trials").glob("*/final")
+    assert [final.parent for final in finals] == [shared.folder]
+    run = load_config("train", ["resume=must"], config_dir=shared.folder, config_name="run")
+    assert api.train(run).already_done
+
+
+@pytest.mark.long
+def test_a_sweep_that_ends_in_the_middle_goes_on_where_it_was(chat_rows, cache, tmp_path, both):
+    class Cut(BaseException):
+        pass
+
+    def cut(study, trial):
+        if trial.number == 1 and trial.step == 2:
+            raise Cut
+
+    with pytest.raises(Cut):
+        api.tune(load_sweep(words(chat_rows, cache, tmp_path, *GRID)), on_change=cut)
+    result = api.tune(load_sweep(words(chat_rows, cache, tmp_path, *GRID)))
+    whole, _ = both
+    for mine, its in zip(result.study.trials, whole.study.trials, strict=True):
+        assert (mine.state, mine.step) == (its.state, its.step)
+        assert losses(mine.folder) == pytest.approx(losses(its.folder), abs=1e-6)
+
+
+def test_a_trial_that_breaks_ends_with_its_reason_and_the_others_go_on(chat_rows, cache, tmp_path):
+    more = ("optimizer.lr=1e-3,1e30", "tune=grid", "train.max_nonfinite_steps=0", "train.max_grad_norm=null")
+    result = api.tune(load_sweep(words(chat_rows, cache, tmp_path, *more)))
+    assert [trial.state for trial in result.study.trials] == ["finished", "failed"]
+    assert "loss" in result.study.trials[1].reason or "gradient" in result.study.trials[1].reason
+
+
+@pytest.mark.long
+def test_repeated_seeds_draw_other_adapters_over_the_same_packs(chat_rows, cache, tmp_path):
+    more = ("optimizer.lr=1e-3,1e-2", "tune=grid", "tune.seeds=2", "train.max_steps=2")
+    result = api.tune(load_sweep(words(chat_rows, cache, tmp_path, *more)))
+    runs = [load_config("train", [], config_dir=trial.folder, config_name="run") for trial in result.study.trials]
+    assert [(run.train.seed, run.train.adapter_seed) for run in runs] == [(42, 42), (42, 43)] * 2
+    first, second = (losses(trial.folder) for trial in result.study.trials[:2])
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("value", "setting"),
+    [
+        ("data.max_length=64,32", "data.max_length"),
+        ("train.global_batch_size=4,8", "train.global_batch_size"),
+        ("adapter.targets=[q_proj],[q_proj,v_proj]", "adapter.targets"),
+        ("adapter=lora,dora", "adapter"),
+        ("quantization=none,fp8", "quantization"),
+        ("stage=sft,pretrain", "stage"),
+        ("stage.neftune_alpha=5,10", "stage.neftune_alpha"),
+        ("train.precision=fp32,bf16", "train.precision"),
+    ],
+)
+def test_what_trials_over_one_base_cannot_vary_is_refused_by_name(value, setting, chat_rows, cache, tmp_path):
+    given = [word for word in words(chat_rows, cache, tmp_path) if not word.startswith(value.partition("=")[0] + "=")]
+    with pytest.raises(ConfigError) as caught:
+        load_sweep([*given, value, "tune=grid"])
+    assert caught.value.setting.startswith(setting) and "tune.share_base=true" in str(caught.value)
+    assert load_sweep([*given, value, "tune=grid", "tune.share_base=auto"]).unshared is not None
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_what_trials_can_vary_is_no_obstacle(chat_rows, cache, tmp_path):
+    base = words(chat_rows, cache, tmp_path)
+    base = [word for word in base if not word.startswith("tune.")]
+    others = ("adapter=rslora", "optimizer=muon", "schedule=wsd", "adapter.dropout=0.1", "stage.label_smoothing=0.1",
+              "train.max_steps=9", "train.adapter_seed=3", "checkpoint.final=best", "train.max_grad_norm=null")  # fmt: skip
+    run = load_config("train", base)
+    for other in others:
+        assert obstacle(load_config("train", [*base, other]), run) is None, other
