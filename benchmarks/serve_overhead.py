@@ -144,7 +144,7 @@ def serve(resources: str, rows: int) -> None:
 
         run = load_config("serve", [*settings, "serve.replicas=2"])
         with suppress(KeyboardInterrupt):
-            serve_on_ray(run, told=partial(print, flush=True), build=stub_engine)
+            serve_on_ray(run, notify=partial(print, flush=True), build=stub_engine)
 
 
 def serve_alone(run: Any) -> None:
@@ -153,7 +153,7 @@ def serve_alone(run: Any) -> None:
 
     from raytune_llm.serve.access import access_of
     from raytune_llm.serve.api.app import build_app
-    from raytune_llm.serve.backend import InProcess
+    from raytune_llm.serve.backend import InProcessBackend
     from raytune_llm.serve.engines import tokenizer_of
     from raytune_llm.serve.port import bound
     from raytune_llm.serve.prompts import Prompts
@@ -161,7 +161,7 @@ def serve_alone(run: Any) -> None:
     engine, facts = stub_engine(run)
     tokenizer, _ = tokenizer_of(run.model, run.serve)
     listening = bound(run.serve.host, 0)
-    app = build_app(InProcess(engine, facts, max_waiting=run.serve.max_waiting), Prompts(tokenizer), access_of(run))
+    app = build_app(InProcessBackend(engine, facts, max_waiting=run.serve.max_waiting), Prompts(tokenizer), access_of(run))
     print(f"ready at http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)).run([listening])
 

@@ -354,22 +354,22 @@ def import_(run: ImportRun) -> Path:
     return write(run, translate_file(run))
 
 
-def serve(run: ServeRun, *, told: Callable[[str], None] = lambda line: None) -> None:
-    """Serve a model and its adapters until it is interrupted. `told` gets a line at each part of the start."""
+def serve(run: ServeRun, *, notify: Callable[[str], None] = lambda line: None) -> None:
+    """Serve a model and its adapters until interrupted. notify: called with one line of text at each stage of the start."""
     run = with_absolute_paths(run)
-    if run.engine.said is not None:
-        told(run.engine.said)
+    if run.engine.notice is not None:
+        notify(run.engine.notice)
     if run.resources.name == "inline":
         from raytune_llm.serve.inprocess import serve_inline
 
-        serve_inline(run, told=told)
+        serve_inline(run, notify=notify)
         return
     from raytune_llm.serve import onray
 
     if run.serve.write is not None:
-        onray.write(run, told=told)
+        onray.write(run, notify=notify)
     else:
-        onray.serve_on_ray(run, told=told)
+        onray.serve_on_ray(run, notify=notify)
 
 
 def chat(run: ChatRun) -> AbstractContextManager[Dialogue]:

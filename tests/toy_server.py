@@ -44,7 +44,7 @@ def main(overrides: list[str]) -> None:
 
     threading.Thread(target=updates, daemon=True).start()
     try:
-        onray.serve_on_ray(run, told=partial(print, flush=True), build=partial(toy_engine, step_s=STEP_S))
+        onray.serve_on_ray(run, notify=partial(print, flush=True), build=partial(toy_engine, step_s=STEP_S))
     except KeyboardInterrupt as interrupt:
         sys.exit(interrupts.exit_code(interrupt))
 

@@ -15,7 +15,7 @@ import uvicorn
 from raytune_llm.chat.client import Client
 from raytune_llm.config.run import ChatRun
 from raytune_llm.serve.api.app import Access, build_app
-from raytune_llm.serve.backend import InProcess
+from raytune_llm.serve.backend import InProcessBackend
 from raytune_llm.serve.engines import build_engine, tokenizer_of
 from raytune_llm.serve.prompts import Prompts
 
@@ -30,7 +30,7 @@ def client_here(run: ChatRun) -> Iterator[Client]:
     engine, facts = build_engine(run.model, run.quantization, run.engine, run.chat)
     try:
         access = Access(api_key=None, admin_key=None, roots=[], max_body_bytes=MAX_BODY_BYTES)
-        app = build_app(InProcess(engine, facts, max_waiting=MAX_WAITING), Prompts(tokenizer), access)
+        app = build_app(InProcessBackend(engine, facts, max_waiting=MAX_WAITING), Prompts(tokenizer), access)
         with tempfile.TemporaryDirectory(prefix="raytune-llm-") as folder:
             place = str(Path(folder) / "api")
             server = uvicorn.Server(uvicorn.Config(app, uds=place, log_level="warning", lifespan="off"))

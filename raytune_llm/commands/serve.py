@@ -10,5 +10,5 @@ from raytune_llm.config.run import ServeRun
 
 def main(run: ServeRun) -> int:
     console = Console()
-    api.serve(run, told=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    api.serve(run, notify=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     return 0

@@ -144,9 +144,11 @@ class ServeRun:
             )
         if resources.name == "inline":
             _engine_is_here(self.engine)
-        if resources.name == "inline" and serve.most > 1:
+        if resources.name == "inline" and serve.max_replicas > 1:
             fix = "Set resources=local or resources=cluster."
-            raise ConfigError("serve.replicas", "must be 1 with resources=inline, which is one process", got=serve.most, fix=fix)
+            raise ConfigError(
+                "serve.replicas", "must be 1 with resources=inline, which is one process", got=serve.max_replicas, fix=fix
+            )
         if resources.name != "inline" and resources.num_workers != "auto":
             fix = "Set serve.replicas."
             raise ConfigError("resources.num_workers", "is for training, not for serving", got=resources.num_workers, fix=fix)

@@ -9,27 +9,27 @@ from raytune_llm.config.section import Fraction, PositiveFloat, PositiveInt, sec
 from raytune_llm.errors import ConfigError
 
 MIN_KEY = 8
-"""Minimum characters of a key."""
+"""Minimum length of an API key in characters."""
 
 
 @section
 class ServedModels:
-    """A base and its adapters, as an engine holds them."""
+    """The base model and adapters of an engine."""
 
     adapters: dict[str, str]
-    """Adapters by the names that requests use: folders that training wrote (`outputs/x/final`), or PEFT saved."""
+    """Name in requests -> folder of the adapter, written by training (`outputs/x/final`) or by PEFT."""
     base_name: str | None
-    """The model id of the base; null: its folder's or hub name."""
+    """The model id of the base model; null: the name of its folder or hub repository."""
     max_adapters: PositiveInt
-    """Adapters on the device at once, each in a slot. More may be loaded; they share the slots."""
+    """Number of slots for adapters on the device. More adapters can be loaded; they are swapped into the slots."""
     max_host_adapters: PositiveInt
-    """Adapters that are held in host memory."""
+    """Maximum number of adapters kept in host memory."""
     max_rank: PositiveInt
-    """The highest rank that a slot holds."""
+    """Maximum rank of an adapter."""
     precision: Literal["auto", "bf16", "fp32"]
     """auto: bf16 if the hardware supports it."""
     max_length: PositiveInt | None
-    """Maximum tokens of a prompt and its answer; null: the model's positions, as far as the cache holds them."""
+    """Maximum tokens of a prompt and its answer; null: the model's maximum, or the size of the KV cache if that is less."""
     template: str | None
     """A named chat template; null: the tokenizer's own."""
 
@@ -37,25 +37,25 @@ class ServedModels:
 @section
 class ServeConfig(ServedModels):
     watch: str | None
-    """A folder of output folders: each run's `final/` is served under the run's name as soon as it is written, and its newest
-    checkpoint as `<name>@<step>`."""
+    """A folder of output folders to watch: each run's `final/` is served under the run's name as soon as it is written, and its
+    newest checkpoint as `<name>@<step>`."""
     adapter_roots: list[str]
-    """Folders that adapters may be loaded from while it runs, beside `watch` and those of `adapters`."""
+    """Folders that adapters may be loaded from through the API, in addition to `watch` and the folders in `adapters`."""
     host: str
     port: Annotated[int, Field(ge=0, le=65535)]
-    """0: a free one."""
+    """0: any free port."""
     api_key: str | None
-    """null: RAYTUNE_LLM_API_KEY; without either, no key is needed, which is allowed on a loopback address only."""
+    """null: the environment's RAYTUNE_LLM_API_KEY. Without either no key is required, which needs a loopback `host`."""
     admin_key: str | None
-    """The key for changing adapters. null: RAYTUNE_LLM_ADMIN_KEY."""
+    """The key for changing adapters. null: the environment's RAYTUNE_LLM_ADMIN_KEY."""
     replicas: PositiveInt | tuple[PositiveInt, PositiveInt]
-    """Engines on Ray Serve, each with the whole model: a number, or a minimum and a maximum for autoscaling."""
+    """Engine replicas on Ray Serve, each with the full model: a number, or a minimum and a maximum for autoscaling."""
     max_waiting: PositiveInt
-    """Requests that may wait for an engine; one more is answered with 429."""
+    """Maximum number of waiting requests per engine; further ones are answered with status 429."""
     drain_s: PositiveInt
-    """Seconds that running answers get when the server is stopped or updated."""
+    """Seconds that running answers have to finish when the server is stopped or updated."""
     write: str | None
-    """Write Ray Serve's config of this server to the file, for a RayService or `serve deploy`, and serve nothing."""
+    """Write the Ray Serve config of this server to this file, for a RayService or `serve deploy`, and exit."""
     max_body_bytes: PositiveInt
     log_level: Literal["debug", "info", "warning", "error"]
 
@@ -64,18 +64,17 @@ class ServeConfig(ServedModels):
             if key is not None and len(key) < MIN_KEY:
                 raise ConfigError(setting, f"must have at least {MIN_KEY} characters", got="a shorter one")
         if "@" in "".join(self.adapters):
-            fix = "Choose another name: `name@step` are checkpoints of serve.watch."
+            fix = "Choose another name: `name@step` is the name of a checkpoint in serve.watch."
             raise ConfigError("serve.adapters", "must hold no name with an @", got=sorted(self.adapters), fix=fix)
-        if self.fewest > self.most:
+        if self.min_replicas > self.max_replicas:
             raise ConfigError("serve.replicas", "must be a minimum and then a maximum", got=list(self.replicas))  # type: ignore[arg-type]
 
     @property
-    def fewest(self) -> int:
-        """Replicas, at least."""
+    def min_replicas(self) -> int:
         return self.replicas if isinstance(self.replicas, int) else self.replicas[0]
 
     @property
-    def most(self) -> int:
+    def max_replicas(self) -> int:
         return self.replicas if isinstance(self.replicas, int) else self.replicas[1]
 
     @property
@@ -88,26 +87,26 @@ class ServeConfig(ServedModels):
 
 @section
 class NativeEngine:
-    """Ours: continuous batching, many adapters in one pass, on the layers that training computed with."""
+    """Our engine: continuous batching, several adapters in one forward pass, and the layers that training uses."""
 
     name: Literal["native"]
     max_rows: PositiveInt
-    """Answers that are generated at once. A GPU has room for more: 128, say."""
+    """Maximum number of answers generated concurrently. A GPU has room for more, for example 128."""
     step_tokens: PositiveInt | None
-    """Maximum tokens of a step: one of each answer, and chunks of new prompts. null: 8,192 on a GPU, 512 on a CPU."""
+    """Maximum tokens of a step: one of each running answer, plus chunks of new prompts. null: 8,192 on a GPU, 512 on a CPU."""
     block_size: PositiveInt
-    """Tokens of a block of the KV cache."""
+    """Tokens per block of the KV cache."""
     cache_gib: PositiveFloat | None
-    """Memory of the KV cache; null: `gpu_memory` of a GPU; on a CPU, room for max_rows answers of 2,048 tokens, at most 4 GiB."""
+    """GiB of the KV cache; null: on a GPU, what `gpu_memory` leaves; on a CPU, max_rows answers of 2,048 tokens, up to 4."""
     gpu_memory: Fraction
     """Fraction of a GPU's memory for weights, adapters and cache together."""
     prefix_cache: bool
     """Shared prefixes of prompts are computed once."""
     compile: bool | Literal["auto"]
-    """Layers are compiled and decoding steps captured as CUDA graphs. auto: on a GPU, which alone can."""
+    """Compile layers and capture decoding steps as CUDA graphs, which needs a GPU. auto: if there is one."""
 
-    said: ClassVar[str | None] = None
-    """At the start, of what a user should know."""
+    notice: ClassVar[str | None] = None
+    """A line that is printed when the server starts."""
     python: ClassVar[str | None] = None
     """Another Python than this process's, which the engine needs."""
     keeps_seeds: ClassVar[bool] = True
@@ -116,16 +115,16 @@ class NativeEngine:
 
 @section
 class HFEngine:
-    """transformers' own forward and cache, one row and one adapter at a time: for models whose cache is more than keys and
-    values, and adapters that can't be computed beside others."""
+    """transformers' forward pass and cache, one request at a time: for models whose cache is more than keys and values, and for
+    adapters that can't be computed in a batch with others."""
 
     name: Literal["hf"]
     max_rows: PositiveInt
-    """Answers that are made side by side."""
+    """Maximum number of answers generated concurrently."""
     max_length: PositiveInt
-    """Of models that have no positions, where serve.max_length says nothing."""
+    """Maximum tokens of a prompt and its answer for models without a maximum of their own, if serve.max_length is null."""
 
-    said: ClassVar[str | None] = "engine=hf: rows are computed one at a time, with transformers' own forward"
+    notice: ClassVar[str | None] = "engine=hf: requests are computed one at a time, with transformers' own forward pass"
     python: ClassVar[str | None] = None
     keeps_seeds: ClassVar[bool] = True
 
@@ -154,7 +153,7 @@ class VLLMEngine(HostedEngine):
     compile: bool
     """Layers are compiled and decoding steps captured as CUDA graphs."""
 
-    said: ClassVar[str | None] = "engine=vllm: vLLM computes; it gives no embeddings and no scores"
+    notice: ClassVar[str | None] = "engine=vllm: vLLM computes; it gives no embeddings and no scores"
     keeps_seeds: ClassVar[bool] = True
 
 
@@ -167,7 +166,7 @@ class SGLangEngine(HostedEngine):
     """A request's seed gives the same answer whatever else is computed: SGLang's deterministic mode, which is slower. Without
     it, `seed` is ignored, and answers say so."""
 
-    said: ClassVar[str | None] = "engine=sglang: SGLang computes; it gives no embeddings and no scores"
+    notice: ClassVar[str | None] = "engine=sglang: SGLang computes; it gives no embeddings and no scores"
 
     @property
     def keeps_seeds(self) -> bool:

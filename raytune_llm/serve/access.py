@@ -1,4 +1,4 @@
-"""Who may ask a server for what: its settings and its environment's keys."""
+"""Access control of a server: API keys from its settings or environment, and the folders adapters may be loaded from."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from raytune_llm.serve.api.app import Access
 
 
 def access_of(run: ServeRun) -> Access:
+    """Keys in the settings take precedence over RAYTUNE_LLM_API_KEY and RAYTUNE_LLM_ADMIN_KEY."""
+    """Keys in the settings take precedence over RAYTUNE_LLM_API_KEY and RAYTUNE_LLM_ADMIN_KEY."""
     serve = run.serve
     roots = [Path(folder) for folder in (*serve.adapter_roots, *serve.adapters.values(), *filter(None, [serve.watch]))]
     return Access(

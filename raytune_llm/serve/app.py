@@ -1,8 +1,8 @@
-"""A server's settings -> a Ray Serve application: ingresses, which speak HTTP, before replicas of the engine, which compute.
+"""Builds the Ray Serve application: a deployment of HTTP ingresses in front of a deployment of engine replicas.
 
     applications: [{name: raytune-llm, import_path: "raytune_llm.serve.app:build", args: {...}}]
 
-is what `serve.write=FILE` writes. One of the few files that import ray.
+is the config that `serve.write=FILE` writes. One of the few files that import ray.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from ray.serve.schema import LoggingConfig, ServeDeploySchema
 from raytune_llm.config.parts import parts_of, run_of
 from raytune_llm.config.run import ServeRun
 from raytune_llm.serve.access import access_of
-from raytune_llm.serve.api.app import Access, build_app
+from raytune_llm.serve.api.app import build_app
 from raytune_llm.serve.engines import build_engine, tokenizer_of
 from raytune_llm.serve.logs import log_at
 from raytune_llm.serve.prompts import Prompts
 from raytune_llm.serve.replica import BuildEngine, EngineReplica
-from raytune_llm.serve.replicas import Replicas
-from raytune_llm.serve.router import STATS_S, AdapterRouter
+from raytune_llm.serve.replicas import ReplicaBackend
+from raytune_llm.serve.router import STATS_INTERVAL_S, AdapterRouter
 
 APP, ENGINE, INGRESS = "raytune-llm", "engine", "ingress"
 CONTROL_REQUESTS = 64
-"""Calls to a replica beside answers: reports, changes of adapters."""
+"""Concurrent calls of a replica in addition to requests for answers: reports and changes of adapters."""
 INGRESS_CPUS = 0.1
-"""Reserved for one. It computes little; 0 would put it on a cluster's head, which has none to give."""
+"""CPUs reserved for an ingress, which computes little. With 0, Ray could place it on a head node that offers no CPUs."""
 INGRESS_REQUESTS = 256
-"""That an ingress forwards at once, before there is a second one."""
+"""Concurrent requests of one ingress above which a second ingress is started."""
 TRANSPORT = {
-    # Tokens go from process to process by gRPC, not as Ray objects, and stay in one thread of each. What that saves shows
-    # benchmarks/serve_overhead.py, run with other values in its environment.
+    # Tokens are sent between processes by gRPC instead of as Ray objects, and user code runs in the thread that receives them.
+    # benchmarks/serve_overhead.py measures the effect, run with other values in its environment.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
 }
-"""Of Serve's processes: these settings it has in no config."""
-LOAD = 0.75
-"""Of an engine's rows in use, on average; above it there are more replicas, below it fewer."""
+"""Environment variables of Serve's processes: Ray Serve has no config fields for these settings."""
+TARGET_UTILIZATION = 0.75
+"""Autoscaling adds or removes replicas to keep this fraction of an engine's rows in use, on average."""
 
 
 def build(args: dict[str, Any]) -> Application:
-    """From a serve.yaml, on the cluster. Keys are those of its environment."""
+    """The entry point of a serve.yaml, run on the cluster. API keys come from the cluster's environment."""
     return application(run_of("serve", args))
 
 
 def application(run: ServeRun, *, build: BuildEngine | None = None) -> Application:
-    """cpus_per_worker and gpus_per_worker are of an engine, and numbers. build: another engine than the settings name."""
+    """resources: CPUs and GPUs of one engine, as numbers. build: makes the engine, in place of the one in the settings."""
     serve_settings, rows, resources = run.serve, run.engine.max_rows, run.resources
     assert resources.name != "inline" and "auto" not in (resources.cpus_per_worker, resources.gpus_per_worker)
     answers = rows + serve_settings.max_waiting
@@ -67,7 +67,7 @@ def application(run: ServeRun, *, build: BuildEngine | None = None) -> Applicati
         "max_constructor_retry_count": 1 if resources.name == "local" else 3,
     }
     deployment: Callable[..., Any] = serve.deployment  # its overloads say less than it takes
-    # A cluster that was started for this server has them from its start.
+    # A Ray instance that was started for this server has these variables already.
     environment = {} if resources.name == "local" else {"env_vars": TRANSPORT}
     engines_environment = environment | ({} if run.engine.python is None else {"py_executable": run.engine.python})
     engine = deployment(
@@ -78,43 +78,43 @@ def application(run: ServeRun, *, build: BuildEngine | None = None) -> Applicati
             "num_gpus": resources.gpus_per_worker,
             "runtime_env": engines_environment,
         },
-        # The engine refuses what is too much, within its step; Serve's router would wait.
+        # The engine itself rejects requests over its limit at once; Serve's router would let them wait.
         max_ongoing_requests=answers + CONTROL_REQUESTS,
         request_router_config=RequestRouterConfig.model_validate(
-            {"request_router_class": AdapterRouter, "request_routing_stats_period_s": STATS_S}
+            {"request_router_class": AdapterRouter, "request_routing_stats_period_s": STATS_INTERVAL_S}
         ),
-        **_number(serve_settings.fewest, serve_settings.most, target=max(1.0, LOAD * rows)),
+        **_number(serve_settings.min_replicas, serve_settings.max_replicas, target=max(1.0, TARGET_UTILIZATION * rows)),
         **shared,
     ).bind(run, build or _engine_of)
-    ingresses = max(1, round(serve_settings.most * rows / INGRESS_REQUESTS))
+    ingresses = max(1, round(serve_settings.max_replicas * rows / INGRESS_REQUESTS))
     return deployment(
         serve.ingress()(Ingress),
         name=INGRESS,
         ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": environment},
-        max_ongoing_requests=serve_settings.most * answers + CONTROL_REQUESTS,
+        max_ongoing_requests=serve_settings.max_replicas * answers + CONTROL_REQUESTS,
         **_number(1, ingresses, target=INGRESS_REQUESTS),
         **shared,
     ).bind(run, engine)
 
 
 class Ingress:
-    """The API, without a state of its own: there may be several."""
+    """Serves the HTTP API. It has no state, so there can be several."""
 
     async def __init__(self, run: ServeRun, engines: DeploymentHandle) -> None:
         log_at(run.serve.log_level)
-        access: Access = access_of(run)
+        access = access_of(run)
         tokenizer, _ = tokenizer_of(run.model, run.serve)
         facts = await engines.options(method_name="facts").remote()
-        self._app = build_app(Replicas(engines, facts, run.serve.adapters), Prompts(tokenizer), access)
+        self._app = build_app(ReplicaBackend(engines, facts, run.serve.adapters), Prompts(tokenizer), access)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
 
-def written(run: ServeRun) -> dict[str, Any]:
-    """The server as Ray Serve's config, checked by its own schema. Holds no key."""
+def deploy_config(run: ServeRun) -> dict[str, Any]:
+    """The config of this server for `serve deploy`, validated by Ray Serve's schema. API keys are left out."""
     parts = parts_of("serve", run)
-    parts.get("serve", {}).pop("write", None)  # it is to be served there, not written
+    parts.get("serve", {}).pop("write", None)  # the deployed server must serve, not write again
     config = {
         "proxy_location": ProxyLocation.EveryNode.value,
         "http_options": http_options(run, run.serve.port),

@@ -1,4 +1,4 @@
-"""What the API asks of whatever computes: an engine in this process, or replicas behind a router."""
+"""The interface between the HTTP API and an engine: one in this process, or replicas behind a router."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from raytune_llm.engines.requests import Delta, Request
 from raytune_llm.errors import ResourceError
 
 RETRY_AFTER_S = 1.0
-"""An overloaded server is worth asking again after this long."""
+"""The Retry-After header of a server that is over its limit."""
 
 Pooling = Literal["mean", "last", "score"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """Of the base, as the API tells them."""
+    """Facts about the base model that the API reports or checks requests against."""
 
     name: str
     max_length: int
-    """Tokens of a prompt and its answer, at most."""
+    """Maximum tokens of a prompt and its answer together."""
     hidden_size: int
     scores: bool
-    """It is a reward model: it gives texts a number and writes nothing."""
+    """The model is a reward model: it scores texts and can't generate."""
     keeps_seeds: bool = True
     """A seed gives the same answer again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """An engine's state, now."""
+    """The current state of an engine."""
 
     engine: str
-    """Its name among the server's engines."""
+    """The engine's name, unique within the server."""
     stats: Stats
     adapters: Sequence[AdapterState]
 
 
 class Overloaded(ResourceError):
-    """As many requests wait as may wait."""
+    """The queue of waiting requests is full (serve.max_waiting)."""
 
     def __init__(self) -> None:
-        super().__init__("the server has as many requests as it takes", "Try again later.")
+        super().__init__("the server is at its limit of waiting requests", "Try again later.")
 
     def __reduce__(self):
         return Overloaded, ()
@@ -55,36 +55,41 @@ class Backend(Protocol):
     facts: ModelFacts
 
     def stream(self, request: Request) -> AsyncIterator[Delta]:
-        """Raises ConfigError or Overloaded before its first item where the request can't be computed, ResourceError where its
-        engine is lost. Closing it cancels the request."""
+        """The answer as it is generated. Raises ConfigError for an invalid request or Overloaded before the first item, and
+        ResourceError if the engine fails. Closing the iterator cancels the request."""
         ...
 
     async def serves(self, adapter: str) -> bool:
-        """It can be asked for. Quick: each request asks."""
+        """Whether requests can use this adapter. Called for every request, so it must be fast."""
         ...
 
     async def reports(self) -> Sequence[Report]:
-        """One an engine."""
+        """One report per engine."""
         ...
 
     async def pooled(self, prompts: Sequence[Sequence[int]], pooling: Pooling, adapter: str | None) -> list[list[float]]:
-        """A vector a prompt; of a reward model, one number."""
+        """One vector of hidden_size per prompt; with pooling=score, one number per prompt."""
         ...
 
     async def adapters(self) -> Sequence[AdapterState]: ...
 
-    async def add_adapter(self, name: str, folder: str, *, pinned: bool) -> str: ...
+    async def add_adapter(self, name: str, folder: str, *, pinned: bool) -> str:
+        """Load or replace an adapter and return its version. Raises ConfigError or DataError and leaves the server as it was if
+        the adapter doesn't fit."""
+        ...
 
     async def remove_adapter(self, name: str) -> None: ...
 
-    async def pin(self, name: str, pinned: bool) -> None: ...
+    async def pin(self, name: str, pinned: bool) -> None:
+        """A pinned adapter keeps its slot on the device."""
+        ...
 
 
-class InProcess:
-    """An engine of this process."""
+class InProcessBackend:
+    """The backend of one engine in this process."""
 
     def __init__(self, engine: Engine, facts: ModelFacts, *, max_waiting: int, name: str = "0") -> None:
-        """max_waiting: requests that may wait."""
+        """max_waiting: requests that may wait in the engine before further ones are rejected."""
         self._engine, self.facts, self._max_waiting, self._name = engine, facts, max_waiting, name
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:
@@ -93,11 +98,11 @@ class InProcess:
                 yield delta
 
     async def batches(self, request: Request) -> AsyncIterator[list[Delta]]:
-        """All that came since the last time, at once."""
+        """Yields the list of all deltas since the previous one."""
         if self._engine.stats().waiting >= self._max_waiting:
             raise Overloaded
         loop, news = asyncio.get_running_loop(), asyncio.Event()
-        # A grammar takes milliseconds to compile.
+        # Compiling a grammar takes milliseconds and would block the event loop.
         submit = asyncio.to_thread(self._engine.submit, request) if request.sampling.grammar else None
         stream = self._engine.submit(request) if submit is None else await submit
         stream.on_news = lambda: loop.call_soon_threadsafe(news.set)

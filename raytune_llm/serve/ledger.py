@@ -1,8 +1,8 @@
-"""What was changed while the server ran, so that every replica comes to hold the same, those that start later too.
+"""The changes of adapters since the server started, which bring all replicas to the same state, including later ones.
 
-Each replica keeps a ledger; a change is told to all of them, and a replica that starts asks the others for theirs. Of two
-changes of one name, the later one holds, whatever the order in which they are heard of (a last-writer-wins map), so nobody has to
-be asked who is right, and the ledger lives as long as any replica does.
+Every replica has a ledger. A change is broadcast to all replicas, and a new replica asks the others for their ledgers. Of two
+changes of one adapter the later one wins, in whatever order they arrive (a last-writer-wins map), so that no coordinator is
+needed, and the ledger exists as long as any replica does.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from raytune_llm.errors import ConfigError, UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class AdapterChange:
     at: int
-    """Nanoseconds since 1970 by the clock of the one who asked for it; later than what it replaces."""
+    """Nanoseconds since 1970 by the clock of the ingress that made the change; later than the change that it replaces."""
     name: str
-    """Of an adapter."""
+    """The adapter's name."""
     what: Literal["folder", "pinned"]
     folder: str | None = None
-    """Where it is loaded from; None: it was removed."""
+    """The folder that the adapter is loaded from. None: the adapter was removed."""
     pinned: bool = False
 
 
 class Ledger:
-    """A replica's event loop owns it."""
+    """Not thread-safe: used only in the replica's event loop."""
 
     def __init__(self) -> None:
-        self._changes: dict[tuple[str, str], Change] = {}
+        self._changes: dict[tuple[str, str], AdapterChange] = {}
 
-    def take(self, change: Change) -> None:
-        """Keep it, unless a later one is known."""
-        if self.news([change]):
+    def record(self, change: AdapterChange) -> None:
+        """Keep the change unless a later one of the same adapter is known."""
+        if self.unknown([change]):
             self._changes[change.name, change.what] = change
 
-    def news(self, changes: Iterable[Change]) -> list[Change]:
-        """Those that are not known here, nor replaced, in the order in which they were made."""
+    def unknown(self, changes: Iterable[AdapterChange]) -> list[AdapterChange]:
+        """The changes that are newer than those in this ledger, in the order in which they were made."""
         known = self._changes
         fresh = [one for one in changes if (before := known.get((one.name, one.what))) is None or before.at < one.at]
         return sorted(fresh, key=lambda one: one.at)
 
-    def all(self) -> list[Change]:
+    def all(self) -> list[AdapterChange]:
         return sorted(self._changes.values(), key=lambda one: one.at)
 
 
@@ -53,38 +53,39 @@ class Changes:
     """Keeps a replica's adapters as its ledger has them: changes are applied one after another, and one that a later change of
     the same name has replaced is not applied, however late it is heard of. The replica's event loop owns it."""
 
-    def __init__(self, apply: Callable[[Change], Awaitable[str | None]]) -> None:
-        """apply: makes a change, and gives the version of an adapter that was loaded."""
+    def __init__(self, apply: Callable[[AdapterChange], Awaitable[str | None]]) -> None:
+        """apply: applies a change and returns the version if an adapter was loaded."""
         self._apply = apply
         self._ledger = Ledger()
         self._applying = asyncio.Lock()
 
-    def all(self) -> list[Change]:
+    def all(self) -> list[AdapterChange]:
         return self._ledger.all()
 
-    async def make(self, change: Change) -> str | None:
-        """Gives the version of an adapter that was loaded. Raises ConfigError for a change that was replaced, and what applying
-        it raises; then it is as if it had never been asked for."""
+    async def make(self, change: AdapterChange) -> str | None:
+        """Apply a change and record it. Returns the version if an adapter was loaded. Raises ConfigError for a change that a
+        later one has replaced, and whatever applying it raises; then nothing is recorded."""
         async with self._applying:
-            if change in self._ledger.all():  # told twice
+            if change in self._ledger.all():  # it was received before
                 return None
-            if not self._ledger.news([change]):
+            if not self._ledger.unknown([change]):
                 raise ConfigError("the adapter", "was changed meanwhile by a later request", got=change.name, fix="Ask again.")
             version = await self._apply(change)
-            self._ledger.take(change)
+            self._ledger.record(change)
             return version
 
-    async def catch_up(self, changes: Iterable[Change], refused: Callable[[Change, UserError], None]) -> None:
-        """Those that are news here. One that can't be made is told as `refused`, and not tried again."""
+    async def catch_up(self, changes: Iterable[AdapterChange], refused: Callable[[AdapterChange, UserError], None]) -> None:
+        """Apply the changes that are newer than those in the ledger. `refused` is called for one that fails, which is not
+        retried."""
         async with self._applying:
-            for change in self._ledger.news(changes):
-                self._ledger.take(change)
+            for change in self._ledger.unknown(changes):
+                self._ledger.record(change)
                 try:
                     await self._apply(change)
                 except UserError as error:
                     refused(change, error)
 
 
-def now_after(changes: Iterable[Change]) -> int:
-    """A time for a change that replaces these, also where clocks differ."""
+def now_after(changes: Iterable[AdapterChange]) -> int:
+    """A time for a change that replaces `changes`, even if the clocks of the ingresses differ."""
     return max([time.time_ns(), *(one.at + 1 for one in changes)])

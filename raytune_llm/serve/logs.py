@@ -1,4 +1,4 @@
-"""The server's log: a line a request, on standard error."""
+"""The server's log on standard error, with one line per request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LOGGER = logging.getLogger("raytune_llm.serve")
 
 
 def log_at(level: str) -> None:
-    """From this level on. Other libraries keep theirs."""
+    """Log messages of `level` and above. The loggers of other libraries are not changed."""
     if not LOGGER.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -1,4 +1,4 @@
-"""`serve` with resources=local or cluster: the application is deployed on Ray Serve, watched over, and drained at the end.
+"""`serve` with resources=local or cluster: deploys the application on Ray Serve, monitors it, and drains it at the end.
 
 One of the few files that import ray.
 """
@@ -25,40 +25,42 @@ from raytune_llm.config.load import to_yaml_text
 from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import ADMIN_KEY, API_KEY, ServeRun
 from raytune_llm.errors import ConfigError, ResourceError
-from raytune_llm.serve.app import APP, ENGINE, INGRESS_CPUS, TRANSPORT, application, http_options, written
+from raytune_llm.serve.app import APP, ENGINE, INGRESS_CPUS, TRANSPORT, application, deploy_config, http_options
 from raytune_llm.serve.engines import base_name, check_servable
 from raytune_llm.serve.port import bound
 from raytune_llm.serve.replica import REFUSED, BuildEngine
 
-logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it says here is said by us
+logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its messages about the deployment would repeat ours
 POLL_S = 0.2
 WATCH_S = 2.0
-SPARE_S = 15.0
-"""Beside drain_s: for Serve to end what has drained."""
-Told = Callable[[str], None]
+SHUTDOWN_MARGIN_S = 15.0
+"""Time after drain_s for Ray Serve to stop the drained replicas."""
+Notify = Callable[[str], None]
 
 
-def write(run: ServeRun, *, told: Told) -> None:
-    """`serve.write`: the config of a RayService or of `serve deploy`."""
+def write(run: ServeRun, *, notify: Notify) -> None:
+    """`serve.write`: write the config for a RayService or `serve deploy` to a file. Raises ConfigError if that fails."""
     assert run.serve.write is not None and run.resources.name != "inline"
     path = Path(run.serve.write)
     cpus, gpus = run.resources.cpus_per_worker, run.resources.gpus_per_worker
-    # Where this is written is not where it runs.
+    # This machine's resources say nothing about the cluster's.
     sized = _sized(run, cpus=1.0 if cpus == "auto" else cpus, gpus=1.0 if gpus == "auto" else gpus)
     name = base_name(run.model, run.serve)
     head = f"# Ray Serve's config of a server of {name}, for `serve deploy` or a RayService's serveConfigV2.\n"
     try:
-        path.write_text(head + to_yaml_text(written(sized)))
+        path.write_text(head + to_yaml_text(deploy_config(sized)))
     except OSError as error:
         raise ConfigError("serve.write", f"must be a file that can be written ({error.strerror})", got=str(path)) from None
-    told(f"wrote {path}")
+    notify(f"wrote {path}")
     if gpus == "auto":
-        told("each replica takes one GPU: set resources.gpus_per_worker=0 for nodes without")
+        notify("each replica takes one GPU: set resources.gpus_per_worker=0 for nodes without GPUs")
 
 
-def serve_on_ray(run: ServeRun, *, told: Told, build: BuildEngine | None = None) -> None:
-    """Until it is interrupted, by Ctrl-C or SIGTERM, which it raises (KeyboardInterrupt, Terminated) when it has ended in order.
-    build: another engine than the settings name."""
+def serve_on_ray(run: ServeRun, *, notify: Notify, build: BuildEngine | None = None) -> None:
+    """Serve until Ctrl-C or SIGTERM, then drain and raise KeyboardInterrupt or Terminated.
+
+    notify: called with one line of text at each stage. build: makes the engine, in place of the one in the settings.
+    """
     resources = run.resources
     assert resources.name != "inline"
     port = _port(run)
@@ -67,7 +69,7 @@ def serve_on_ray(run: ServeRun, *, told: Told, build: BuildEngine | None = None)
     joined, is_ours = ray.is_initialized(), False
     with interrupts.heard_once() as later:
         try:
-            told("starting Ray" if isinstance(resources, Local) else "joining the cluster")
+            notify("starting Ray" if isinstance(resources, Local) else "joining the cluster")
             if isinstance(resources, Local):
                 for name, value in TRANSPORT.items():
                     os.environ.setdefault(name, value)
@@ -75,10 +77,10 @@ def serve_on_ray(run: ServeRun, *, told: Told, build: BuildEngine | None = None)
             _start(run, port)
             is_ours = True
             update(run, build=build)
-            _wait_until_ready(run, port, told)
-            _watch_over(told)
+            _wait_until_ready(run, port, notify)
+            _watch_over(notify)
         except KeyboardInterrupt:
-            told("draining")
+            notify("draining")
             raise
         finally:
             if is_ours:
@@ -86,14 +88,14 @@ def serve_on_ray(run: ServeRun, *, told: Told, build: BuildEngine | None = None)
             if not joined:
                 ray.shutdown()
             if later.first is not None:
-                told("stopped")
+                notify("stopped")
 
 
-# Before anything is deployed ------------------------------------------------------------------------------------------------
+# Before anything is deployed ----------------------------------------------------------------------------------------------
 
 
 def _port(run: ServeRun) -> int:
-    """A free one where it is 0. On a cluster, its nodes' is not for this machine to try."""
+    """The port to serve on; a free one if serve.port is 0. Whether it is free on a cluster's nodes can't be checked here."""
     if isinstance(run.resources, Cluster):
         if run.serve.port == 0:
             fix = "For example, serve.port=8000."
@@ -104,19 +106,19 @@ def _port(run: ServeRun) -> int:
 
 
 def _placed(run: ServeRun) -> ServeRun:
-    """With numbers for CPUs and GPUs of a replica, which are there."""
+    """The run with `auto` replaced by the CPUs and GPUs of a replica. Raises ResourceError if they don't fit this machine."""
     resources = run.resources
     assert resources.name != "inline"
-    there, fewest = ray.cluster_resources(), run.serve.fewest
+    there, fewest = ray.cluster_resources(), run.serve.min_replicas
     gpus = resources.gpus_per_worker
     if gpus == "auto":
         gpus = 1.0 if there.get("GPU", 0) else 0.0
     cpus = resources.cpus_per_worker
     if cpus == "auto":
         spare = there.get("CPU", 0.0) - 2 * INGRESS_CPUS
-        cpus = round(spare / run.serve.most, 2) if isinstance(resources, Local) and not gpus else 1.0
+        cpus = round(spare / run.serve.max_replicas, 2) if isinstance(resources, Local) and not gpus else 1.0
     for kind, each, spare in (("CPU", cpus, INGRESS_CPUS), ("GPU", gpus, 0.0)):
-        # A cluster may grow; this machine doesn't.
+        # A cluster may scale up; this machine can't.
         if isinstance(resources, Local) and each * fewest > there.get(kind, 0.0) - spare:
             raise ResourceError(
                 f"{fewest} replicas with {each:g} {kind}s each don't fit this machine's {there.get(kind, 0.0):g}",
@@ -131,13 +133,13 @@ def _sized(run: ServeRun, *, cpus: float, gpus: float) -> ServeRun:
 
 
 def _with_keys(run: ServeRun) -> ServeRun:
-    """The environment's keys are those of this process, not of the cluster's nodes."""
+    """API keys of this process's environment, since the cluster's nodes don't have them."""
     api_key = run.serve.api_key or os.environ.get(API_KEY)
     admin_key = run.serve.admin_key or os.environ.get(ADMIN_KEY)
     return replace(run, serve=replace(run.serve, api_key=api_key or None, admin_key=admin_key or None))
 
 
-# Its life -------------------------------------------------------------------------------------------------------------------
+# Deployment ---------------------------------------------------------------------------------------------------------------
 
 
 def _start(run: ServeRun, port: int) -> None:
@@ -146,39 +148,39 @@ def _start(run: ServeRun, port: int) -> None:
     )
     if APP in serve.status().applications:
         raise ResourceError(
-            "a server runs on this cluster already",
-            "Stop it first, or write its new config with serve.write=serve.yaml and update it with `serve deploy serve.yaml`.",
+            "a server is already running on this cluster",
+            "Stop it first, or write the new config with serve.write=serve.yaml and apply it with `serve deploy serve.yaml`.",
         )
 
 
 def update(run: ServeRun, *, build: BuildEngine | None = None) -> None:
-    """Deploy it, or take the place of what is deployed: replica by replica, each with drain_s for the answers that it makes."""
+    """Deploy the application, or update a deployed one replica by replica; each old replica has drain_s to finish its answers."""
     target = serve.RunTarget(target=application(_with_keys(_placed(run)), build=build), name=APP, route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False, wait_for_ingress_deployment_creation=False)
 
 
-def _wait_until_ready(run: ServeRun, port: int, told: Told) -> None:
-    """Until the first request would be answered."""
+def _wait_until_ready(run: ServeRun, port: int, notify: Notify) -> None:
+    """Wait until the server answers /health. Raises ResourceError if the deployment failed."""
     said = ""
     while True:
         app = serve.status().applications[APP]
         if app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
             raise _failed(app)
         if app.status == ApplicationStatus.RUNNING and _answers(run, port):
-            told(f"ready at http://{run.serve.host}:{port}")
+            notify(f"ready at http://{run.serve.host}:{port}")
             return
         if ENGINE in app.deployments:
             states = app.deployments[ENGINE].replica_states
             text = ", ".join(f"{number} {str(getattr(state, 'value', state)).lower()}" for state, number in states.items())
             if text != said:
-                told(f"replicas: {text}")
+                notify(f"replicas: {text}")
                 said = text
         time.sleep(POLL_S)
 
 
 def _answers(run: ServeRun, port: int) -> bool:
     if isinstance(run.resources, Cluster):
-        return True  # its address is not for this machine to reach
+        return True  # this machine may not reach the cluster's network
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(run.serve.host, run.serve.host)
     try:
         with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=5) as answer:
@@ -195,19 +197,19 @@ def _failed(app: Any) -> Exception:
     return ResourceError(f"the server did not start: {' '.join(texts).strip()[-2000:]}", "Its logs are in Ray's session folder.")
 
 
-def _watch_over(told: Told) -> None:
+def _watch_over(notify: Notify) -> None:
     before = ApplicationStatus.RUNNING
     while True:
         time.sleep(WATCH_S)
         status = serve.status().applications[APP].status
         if status != before:
-            told(f"the server is {str(status.value).lower()}")
+            notify(f"the server is {str(status.value).lower()}")
             before = status
 
 
 def _stop(run: ServeRun, *, hurried: Callable[[], bool]) -> None:
-    """Running answers first have drain_s to end, unless somebody asks again. On a cluster, Serve itself stays for others."""
-    until = time.monotonic() + run.serve.drain_s + SPARE_S
+    """Running answers get drain_s to finish, unless a second signal arrives. On a cluster, Ray Serve itself keeps running."""
+    until = time.monotonic() + run.serve.drain_s + SHUTDOWN_MARGIN_S
     if APP in serve.status().applications:
         serve.delete(APP, _blocking=False)
     while APP in serve.status().applications and time.monotonic() < until and not hurried():

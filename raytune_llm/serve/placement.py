@@ -1,4 +1,4 @@
-"""Which replica a request goes to: one that holds its adapter, and is not busier than it must be."""
+"""Ranks the replicas for a request by which adapters they have loaded and how busy they are."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """A replica, as far as a router knows it."""
+class ReplicaLoad:
+    """The load and adapters of a replica, as known to a router."""
 
     rows: int
-    """Requests that it answers at once; more of them wait."""
+    """Requests that the replica computes concurrently; further ones wait."""
     requests: int = 0
-    """That it answers or lets wait now."""
+    """Requests that the replica has now, running or waiting."""
     resident: Set[str] = frozenset()
-    """Adapters in slots of its device."""
+    """Adapters in the slots of its device."""
     slots: int = 0
     held: Set[str] | None = None
-    """Adapters that it can be asked for; None: it has not said so yet."""
+    """Adapters that the replica can serve. None: it has not reported them yet."""
 
     @property
     def has_room(self) -> bool:
@@ -31,21 +31,21 @@ class Place:
         return self.held is None or adapter in self.held
 
 
-def ordered(adapter: str | None, places: Mapping[Key, Place]) -> list[Key]:
-    """Replicas in the order in which they are to be asked; of equals, in the order given.
+def rank_replicas(adapter: str | None, loads: Mapping[Key, ReplicaLoad]) -> list[Key]:
+    """Keys of the replicas, best first; ties keep the given order.
 
-    A request for the base goes where the fewest are. One for an adapter goes where the adapter is on the device and a row is
-    free, then where a slot and a row are free, then to any that can load it, and last to those that have not heard of it (they
-    look for it); among equals, the replica with the fewest requests comes first.
+    A request for the base model goes to the replica with the fewest requests. A request for an adapter prefers replicas that have
+    the adapter on the device and a free row, then those with a free slot and a free row, then any that can load the adapter, and
+    last those that don't know it yet (they ask their peers for it). Within each group, fewer requests are better.
     """
 
-    def rank(place: Place) -> int:
+    def rank(load: ReplicaLoad) -> int:
         if adapter is None:
             return 0
-        if not place.holds(adapter):
+        if not load.holds(adapter):
             return 3
-        if place.has_room and adapter in place.resident:
+        if load.has_room and adapter in load.resident:
             return 0
-        return 1 if place.has_room and len(place.resident) < place.slots else 2
+        return 1 if load.has_room and len(load.resident) < load.slots else 2
 
-    return sorted(places, key=lambda key: (rank(places[key]), places[key].requests))
+    return sorted(loads, key=lambda key: (rank(loads[key]), loads[key].requests))

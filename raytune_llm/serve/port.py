@@ -1,4 +1,4 @@
-"""The port of a server, taken before a model is loaded, which takes long."""
+"""Opens the port of a server before the model is loaded, so that a port in use is reported at once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from raytune_llm.errors import ResourceError
 
 
 def bound(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 chooses a free one. Raises ResourceError if the port can't be opened."""
+    """A listening socket; port 0 chooses a free one. Raises ResourceError if the port can't be opened."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

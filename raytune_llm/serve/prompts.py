@@ -1,4 +1,4 @@
-"""Messages of the API -> the token ids that the model is asked with, rendered as in training."""
+"""Renders messages of the API to prompt token ids, with the same chat template code as training."""
 
 from __future__ import annotations
 
@@ -9,37 +9,45 @@ from typing import Any
 from raytune_llm.data.dropped import BadRow, RefusedRow
 from raytune_llm.data.templates.render import ChatTemplate
 from raytune_llm.records import Conversation, Message
-from raytune_llm.serve.answers import AnswerForm
 from raytune_llm.serve.api.errors import invalid
 from raytune_llm.serve.api.schema import ChatMessage, Tool
+from raytune_llm.serve.output_parser import OutputSyntax
 
 KNOWN_TEMPLATE_SETTINGS = {"enable_thinking"}
 
 
 class Prompts:
+    """A tokenizer and its chat template."""
+
+    """A tokenizer and its chat template."""
+
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._templates: dict[bool | None, ChatTemplate] = {}
 
     def ids(self, text: str) -> list[int]:
-        """Of a plain prompt. Control tokens that are written in it are control tokens, and none is added."""
+        """Token ids of a text. Control tokens in the text are encoded as control tokens; no special token is added."""
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def exact_text(self, ids: Sequence[int]) -> str:
-        """With its control tokens."""
+        """The text of token ids, control tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, settings: Mapping[str, Any]
-    ) -> tuple[list[int], AnswerForm]:
-        """The prompt, and how the answer to it is written."""
+    ) -> tuple[list[int], OutputSyntax]:
+        """The prompt's token ids, and the syntax of the answer for parsing it."""
         text = self.chat_text(messages, tools, settings)
-        return self.ids(text), AnswerForm.of(str(self.tokenizer.get_chat_template()), prompt=text, tools=bool(tools))
+        return self.ids(text), OutputSyntax.of(str(self.tokenizer.get_chat_template()), prompt=text, tools=bool(tools))
 
     def chat_text(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, settings: Mapping[str, Any], *, ends: bool = False
     ) -> str:
-        """As the chat template writes them. ends: they end with an answer, and so does the text."""
+        """The rendered messages, followed by the generation prompt.
+
+        ends: the last message is an answer, and the text ends with it instead. Raises APIError (400) for messages that the
+        template rejects.
+        """
         if self.tokenizer.chat_template is None:
             raise invalid("This model has no chat template: use /v1/completions", "messages")
         if unknown := sorted(set(settings) - KNOWN_TEMPLATE_SETTINGS):
@@ -55,12 +63,14 @@ class Prompts:
             if not ends:
                 return template.prompt(conversation)
             rendered = template.render(conversation)
-            return rendered.text[: rendered.answers[-1][1]]  # without what the template writes after it, as in training
+            return rendered.text[
+                : rendered.answers[-1][1]
+            ]  # without the text that the template adds after the answer, as in training
         except (BadRow, RefusedRow) as error:
-            raise invalid(f"The chat template refuses the messages: {error}", "messages") from None
+            raise invalid(f"The chat template rejects the messages: {error}", "messages") from None
         except Exception as error:
             if type(error).__module__.partition(".")[0] == "jinja2":
-                raise invalid(f"The chat template refuses the messages: {error}", "messages") from None
+                raise invalid(f"The chat template rejects the messages: {error}", "messages") from None
             raise
 
     def _template(self, thinking: bool | None) -> ChatTemplate:

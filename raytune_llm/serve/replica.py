@@ -1,4 +1,4 @@
-"""A replica of the engine deployment: one engine, asked through Ray Serve. One of the few files that import ray."""
+"""A replica of the engine deployment: one engine behind Ray Serve's calls. One of the few files that import ray."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from raytune_llm.config.run import ServeRun
 from raytune_llm.engines.engine import AdapterState, Engine
 from raytune_llm.engines.requests import Delta, Request, Sampling
 from raytune_llm.errors import DataError, ResourceError, UserError
-from raytune_llm.serve.backend import InProcess, ModelFacts, Overloaded, Pooling, Report
-from raytune_llm.serve.ledger import Change, Changes
+from raytune_llm.serve.backend import InProcessBackend, ModelFacts, Overloaded, Pooling, Report
+from raytune_llm.serve.ledger import AdapterChange, Changes
 from raytune_llm.serve.logs import log_at
 from raytune_llm.serve.watch import Watcher
 
 log = logging.getLogger("raytune_llm.serve")
 STALLED_S = 120.0
-"""An engine whose loop gave no sign of life for so long is replaced: more than the longest step, compilation included."""
-PEERS_S = 5.0
-"""A replica asks the others for their ledgers so often."""
+"""A replica whose engine had no heartbeat for this long is replaced. Longer than the longest step, compilation included."""
+PEER_INTERVAL_S = 5.0
+"""Interval at which a replica asks the others for their ledgers."""
 REFUSED = "refused:"
-"""Begins what a replica says that could not start, in Serve's status."""
+"""Prefix of the message of a replica that failed to start with a UserError, by which it is found in Serve's status."""
 
 BuildEngine = Callable[[ServeRun], tuple[Engine, ModelFacts]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """An error as a value: errors that cross Ray come out as other classes than they went in."""
+    """A UserError as a value. Ray wraps exceptions that a remote call raises, which would lose the class."""
 
     kind: Literal["invalid", "overloaded", "broken"]
     text: str
@@ -56,7 +56,7 @@ class Failure:
 
 
 class Refused(DataError):
-    """What an engine said elsewhere, in its words."""
+    """An engine's error in another process, with its text unchanged."""
 
     def __init__(self, text: str) -> None:
         UserError.__init__(self, text)
@@ -68,7 +68,7 @@ class Refused(DataError):
 
 class EngineReplica:
     async def __init__(self, run: ServeRun, build: BuildEngine) -> None:
-        """It is ready when it answered once."""
+        """Ray Serve routes requests to the replica once this returns, after a first warm-up request."""
         log_at(run.serve.log_level)
         context = serve.get_replica_context()
         self._name = context.replica_id.unique_id
@@ -76,11 +76,11 @@ class EngineReplica:
         self._broken: UserError | None = None
         self._watcher: Watcher | None = None
         self._engine, self._facts = await asyncio.to_thread(_built, run, build)
-        self._backend = InProcess(self._engine, self._facts, max_waiting=run.serve.max_waiting, name=self._name)
+        self._backend = InProcessBackend(self._engine, self._facts, max_waiting=run.serve.max_waiting, name=self._name)
         self._rows, self._slots = run.engine.max_rows, run.serve.max_adapters
         if run.serve.watch is not None:
             folder = Path(run.serve.watch).resolve()
-            self._watcher = Watcher(folder, self._engine, base_name=self._facts.name, told=log.info)
+            self._watcher = Watcher(folder, self._engine, base_name=self._facts.name, notify=log.info)
             await asyncio.to_thread(self._watcher.start)
         self._peers = serve.get_deployment_handle(context.deployment, context.app_name)
         await self._ask_peers()
@@ -88,13 +88,13 @@ class EngineReplica:
         if not self._facts.scores:
             await asyncio.to_thread(_answer_once, self._engine)
 
-    # What an ingress asks -------------------------------------------------------------------------------------------------
+    # Called by an ingress -------------------------------------------------------------------------------------------------
 
     async def facts(self) -> ModelFacts:
         return self._facts
 
     async def stream(self, request: Request) -> AsyncIterator[list[Delta] | Failure]:
-        """What comes of the answer, as it comes."""
+        """Deltas of the answer as they are generated, or a Failure as the last item."""
         try:
             if request.adapter is not None:
                 await self._look_for(request.adapter)
@@ -113,23 +113,23 @@ class EngineReplica:
         except UserError as error:
             return self._failed(error)
 
-    # What an ingress tells all replicas -------------------------------------------------------------------------------------
+    # Broadcast by an ingress -------------------------------------------------------------------------------------
 
     async def report(self) -> Report:
         (report,) = await self._backend.reports()
         return report
 
-    async def ledger(self) -> list[Change]:
+    async def ledger(self) -> list[AdapterChange]:
         return self._changes.all()
 
-    async def change(self, change: Change) -> str | Failure | None:
-        """Gives the version of an adapter that was loaded."""
+    async def change(self, change: AdapterChange) -> str | Failure | None:
+        """Apply a change. Returns the version if an adapter was loaded."""
         try:
             return await self._changes.make(change)
         except UserError as error:
             return self._failed(error)
 
-    # What Ray Serve asks --------------------------------------------------------------------------------------------------
+    # Called by Ray Serve --------------------------------------------------------------------------------------------------
 
     def record_routing_stats(self) -> dict[str, Any]:
         states = self._engine.adapters()
@@ -143,49 +143,51 @@ class EngineReplica:
     def check_health(self) -> None:
         silent_s = time.monotonic() - self._engine.stats().last_step_at
         if self._broken is not None or silent_s > STALLED_S:
-            raise RuntimeError(f"the engine is gone: {self._broken or f'no heartbeat for {silent_s:.0f} s'}")
+            raise RuntimeError(f"the engine has failed: {self._broken or f'no heartbeat for {silent_s:.0f} s'}")
 
     def __del__(self) -> None:
-        """After its requests ended."""
+        """Called by Ray Serve after the replica's requests have ended."""
         if self._watcher is not None:
             self._watcher.stop()
         self._engine.close()
 
-    # Its own ----------------------------------------------------------------------------------------------------------------
+    # Internal --------------------------------------------------------------------------------------------------------------
 
     def _failed(self, error: UserError) -> Failure:
         failure = Failure.of(error)
         if failure.kind == "broken":
-            self._broken = error  # an engine that failed stays so: the next health check has it replaced
+            self._broken = error  # a failed engine does not recover: the next health check makes Ray Serve replace the replica
         return failure
 
     async def _look_for(self, adapter: str) -> None:
-        """An adapter that another replica was told of, or saw in the watched folder, may not be here yet."""
+        """Load an adapter that other replicas have and this one doesn't yet: from the watched folder or a peer's ledger."""
         if await self._backend.serves(adapter):
             return
         if self._watcher is not None:
-            await asyncio.to_thread(self._watcher.look)
+            await asyncio.to_thread(self._watcher.scan)
         if not await self._backend.serves(adapter):
             await self._ask_peers()
 
     async def _keep_asking_peers(self) -> None:
         while True:
-            await asyncio.sleep(PEERS_S)
+            await asyncio.sleep(PEER_INTERVAL_S)
             await self._ask_peers()
 
     async def _ask_peers(self) -> None:
-        """For changes that were made before this replica could be told."""
+        """Apply changes that were broadcast before this replica could receive them."""
         try:
-            told = await asyncio.wait_for(self._peers.broadcast("ledger").results_async(return_exceptions=True), PEERS_S)
-        except (TimeoutError, DeploymentUnavailableError):  # it is the first one
+            ledgers = await asyncio.wait_for(
+                self._peers.broadcast("ledger").results_async(return_exceptions=True), PEER_INTERVAL_S
+            )
+        except (TimeoutError, DeploymentUnavailableError):  # this is the first replica
             return
-        known = [change for ledger in told if isinstance(ledger, list) for change in ledger]
+        known = [change for ledger in ledgers if isinstance(ledger, list) for change in ledger]
         await self._changes.catch_up(known, self._refused)
 
-    def _refused(self, change: Change, error: UserError) -> None:
+    def _refused(self, change: AdapterChange, error: UserError) -> None:
         log.warning("%s is not served by %s: %s", change.name, self._name, error)
 
-    async def _apply(self, change: Change) -> str | None:
+    async def _apply(self, change: AdapterChange) -> str | None:
         states = {one.name: one for one in self._engine.adapters()}
         if change.what == "pinned":
             if change.name in states:
@@ -197,8 +199,8 @@ class EngineReplica:
         return None
 
 
-def merged(reports: Sequence[Report]) -> list[AdapterState]:
-    """Adapters of all replicas: where the nearest of each is, and how many requests it has in all."""
+def merge_adapters(reports: Sequence[Report]) -> list[AdapterState]:
+    """Adapters of all replicas: each with its fastest residency on any replica and its requests summed over replicas."""
     nearness = ("device", "host", "disk")
     found: dict[str, AdapterState] = {}
     for state in (state for report in reports for state in report.adapters):
@@ -226,5 +228,5 @@ def _built(run: ServeRun, build: BuildEngine) -> tuple[Engine, ModelFacts]:
 
 
 def _answer_once(engine: Engine) -> None:
-    """What is compiled or read at first use is, before anybody waits for it."""
+    """A warm-up request, so that compilation at first use delays no user."""
     engine.submit(Request(prompt_ids=[0], sampling=Sampling(max_new_tokens=2, ignore_end=True))).result()

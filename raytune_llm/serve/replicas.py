@@ -1,4 +1,4 @@
-"""The API's backend over the engine deployment's replicas. One of the few files that import ray."""
+"""The backend over the replicas of the engine deployment. One of the few files that import ray."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from raytune_llm.engines.engine import AdapterState
 from raytune_llm.engines.requests import Delta, Request
 from raytune_llm.errors import ResourceError
 from raytune_llm.serve.backend import ModelFacts, Pooling, Report
-from raytune_llm.serve.ledger import Change, now_after
-from raytune_llm.serve.replica import Failure, merged
+from raytune_llm.serve.ledger import AdapterChange, now_after
+from raytune_llm.serve.replica import Failure, merge_adapters
 
 log = logging.getLogger("raytune_llm.serve")
-FRESH_S = 1.0
-"""Reports are as old as this, at most."""
+REPORT_MAX_AGE_S = 1.0
+"""Maximum age of cached reports."""
 REPORT_S = 5.0
 """Replicas have so long to say what they hold."""
-LOAD_S = 120.0
-"""Replicas have so long to load an adapter."""
-TRIES = 3
-"""A request that was lost with its replica before it answered is asked of another one."""
+BROADCAST_TIMEOUT_S = 120.0
+"""Timeout of a broadcast, in which replicas may load an adapter."""
+MAX_ATTEMPTS = 3
+"""A request whose replica failed before the first delta is sent to another replica, this often in all."""
 
 
-class Replicas:
+class ReplicaBackend:
     def __init__(self, engines: DeploymentHandle, facts: ModelFacts, adapters: Mapping[str, str]) -> None:
-        """adapters: folders that replicas start with, by name."""
+        """adapters: name -> folder of the adapters that replicas load at their start."""
         self._engines, self.facts, self._adapters = engines, facts, adapters
         self._streams = engines.options(method_name="stream", stream=True)
         self._reports: list[Report] = []
         self._names: frozenset[str] = frozenset()
-        self._reported_at = -FRESH_S
+        self._reported_at = -REPORT_MAX_AGE_S
         self._asking = asyncio.Lock()
         self._renewing: asyncio.Task[None] | None = None
 
@@ -45,7 +45,7 @@ class Replicas:
         handle = self._streams
         if request.adapter is not None:
             handle = handle.options(multiplexed_model_id=request.adapter)
-        for attempt in range(1, TRIES + 1):
+        for attempt in range(1, MAX_ATTEMPTS + 1):
             begun = False
             response: Any = handle.remote(request)
             try:
@@ -57,14 +57,14 @@ class Replicas:
                         yield delta
                         if delta.completion is not None:
                             return
-                raise ResourceError("a replica ended in the middle of the answer", "Ask again")
-            except TaskCancelledError:  # nobody waits for it
+                raise ResourceError("a replica stopped in the middle of the answer", "Send the request again")
+            except TaskCancelledError:  # the client is gone
                 raise
             except (RayError, RayServeException) as error:
-                if begun or attempt == TRIES:
+                if begun or attempt == MAX_ATTEMPTS:
                     raise _lost(error) from None
             finally:
-                response.cancel()  # nothing where it ended
+                response.cancel()  # does nothing to a response that has ended
 
     async def pooled(self, prompts: Sequence[Sequence[int]], pooling: Pooling, adapter: str | None) -> list[list[float]]:
         handle = self._engines.options(method_name="pooled", multiplexed_model_id=adapter or "")
@@ -85,35 +85,35 @@ class Replicas:
         return adapter in self._names
 
     async def reports(self) -> Sequence[Report]:
-        async with self._asking:  # those who wait share the answer
+        async with self._asking:  # concurrent callers share one broadcast
             if self._stale:
                 await self._ask_again()
         return self._reports
 
     async def adapters(self) -> Sequence[AdapterState]:
-        return merged(await self.reports())
+        return merge_adapters(await self.reports())
 
     async def add_adapter(self, name: str, folder: str, *, pinned: bool) -> str:
         at, before = await self._time_and_folder(name)
-        outcomes = await self._tell(Change(at=at, name=name, what="folder", folder=folder, pinned=pinned))
+        outcomes = await self._tell(AdapterChange(at=at, name=name, what="folder", folder=folder, pinned=pinned))
         failures = [one for one in outcomes if isinstance(one, Failure)]
         if failures:
-            if len(failures) < len(outcomes):  # not everywhere: then as before
-                await self._tell(Change(at=at + 1, name=name, what="folder", folder=before))
+            if len(failures) < len(outcomes):  # some replicas loaded it: restore the previous state there
+                await self._tell(AdapterChange(at=at + 1, name=name, what="folder", folder=before))
             raise failures[0].error()
         return str(outcomes[0])
 
     async def remove_adapter(self, name: str) -> None:
         at, _ = await self._time_and_folder(name)
-        await self._tell(Change(at=at, name=name, what="folder"))
+        await self._tell(AdapterChange(at=at, name=name, what="folder"))
 
     async def pin(self, name: str, pinned: bool) -> None:
         at, _ = await self._time_and_folder(name)
-        await self._tell(Change(at=at, name=name, what="pinned", pinned=pinned))
+        await self._tell(AdapterChange(at=at, name=name, what="pinned", pinned=pinned))
 
     @property
     def _stale(self) -> bool:
-        return time.monotonic() - self._reported_at > FRESH_S
+        return time.monotonic() - self._reported_at > REPORT_MAX_AGE_S
 
     async def _renew(self) -> None:
         try:
@@ -127,30 +127,30 @@ class Replicas:
         self._reported_at = time.monotonic()
 
     async def _time_and_folder(self, name: str) -> tuple[int, str | None]:
-        """A time after all changes of this name, and the folder that it has now."""
+        """A time later than all changes of this adapter, and its current folder (None: it has none)."""
         ledgers = await self._broadcast("ledger", limit_s=REPORT_S)
         changes = [one for ledger in ledgers for one in ledger if one.name == name]
         folders = [one for one in changes if one.what == "folder"]
         return now_after(changes), max(folders, key=lambda one: one.at).folder if folders else self._adapters.get(name)
 
-    async def _tell(self, change: Change) -> list[Any]:
-        """All replicas: what came of it, a replica each."""
-        outcomes = await self._broadcast("change", change, limit_s=LOAD_S)
+    async def _tell(self, change: AdapterChange) -> list[Any]:
+        """Broadcast a change. Returns each replica's result."""
+        outcomes = await self._broadcast("change", change, limit_s=BROADCAST_TIMEOUT_S)
         async with self._asking:
             await self._ask_again()
         return outcomes
 
     async def _broadcast(self, method: str, *arguments: Any, limit_s: float) -> list[Any]:
-        """Replicas that died meanwhile are left out."""
+        """The results of a call of all replicas, without those that failed. Raises ResourceError if none answered."""
         try:
             response = self._engines.broadcast(method, *arguments)
-            told = await asyncio.wait_for(response.results_async(return_exceptions=True), limit_s)
+            results = await asyncio.wait_for(response.results_async(return_exceptions=True), limit_s)
         except (RayError, RayServeException, TimeoutError) as error:
             raise _lost(error) from None
-        if answered := [one for one in told if not isinstance(one, BaseException)]:
+        if answered := [one for one in results if not isinstance(one, BaseException)]:
             return answered
-        raise ResourceError("no engine answers", "Ask again")
+        raise ResourceError("no engine answers", "Send the request again")
 
 
 def _lost(error: Exception) -> ResourceError:
-    return ResourceError(f"the engine that answered was lost ({type(error).__name__})", "Ask again")
+    return ResourceError(f"the engine failed during the request ({type(error).__name__})", "Send the request again")

@@ -1,7 +1,7 @@
-"""A folder of output folders, looked at again and again: what a run writes becomes a model, without anybody asking for it.
+"""serve.watch: polls a folder of output folders and serves the adapters that runs write there.
 
-A run's `final/` is served by the run's name, its newest complete checkpoint as `<name>@<step>`. A folder is taken when it is
-whole: final/ is written beside and renamed, a checkpoint has its COMPLETE.
+A run's `final/` is served under the run's name, its newest complete checkpoint as `<name>@<step>`. Incomplete folders are never
+read: `final/` is written to another folder and renamed, and a checkpoint has its file COMPLETE.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from raytune_llm.train.checkpoint import complete_steps, path_of
 log = logging.getLogger("raytune_llm.serve")
 INTERVAL_S = 1.0
 Stamp = tuple[int, int, int]
-"""By which a changed folder is known: inode, size and time of its first file."""
+"""Identifies a version of a folder: inode, size and modification time (ns) of its first file."""
 
 
 class Adapters(Protocol):
-    """An engine's, as far as they are changed here."""
+    """The methods of an engine that are used here."""
 
     def add_adapter(self, name: str, folder: str | Path) -> str: ...
 
@@ -40,22 +40,22 @@ class Watcher:
         engine: Adapters,
         *,
         base_name: str,
-        told: Callable[[str], None] = log.info,
+        notify: Callable[[str], None] = log.info,
         interval_s: float = INTERVAL_S,
     ) -> None:
-        self._folder, self._engine, self._base_name, self._told = folder, engine, base_name, told
+        self._folder, self._engine, self._base_name, self._notify = folder, engine, base_name, notify
         self._interval_s = interval_s
         self._served: dict[str, tuple[Path, Stamp]] = {}
         self._refused: dict[str, tuple[Path, Stamp]] = {}
-        """What did not fit is not tried again until it changes."""
+        """Adapters that the engine rejected; they are tried again only when they change."""
         self._written = tempfile.TemporaryDirectory(prefix="raytune-llm-watch-")
-        self._looking = threading.Lock()
-        """A request for an adapter that isn't here looks too."""
+        self._scanning = threading.Lock()
+        """A request for an unknown adapter scans from another thread."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
-        self.look()
+        self.scan()
         self._thread.start()
 
     def stop(self) -> None:
@@ -64,12 +64,12 @@ class Watcher:
             self._thread.join()
         self._written.cleanup()
 
-    def look(self) -> None:
-        """Once: what is new, what changed, and what went. From any thread."""
-        with self._looking:
-            self._look()
+    def scan(self) -> None:
+        """Scan once: load new and changed adapters, unload deleted ones. May be called from any thread."""
+        with self._scanning:
+            self._scan()
 
-    def _look(self) -> None:
+    def _scan(self) -> None:
         found = dict(self._found())
         for name, (place, stamp) in found.items():
             if (place, stamp) in (self._served.get(name), self._refused.get(name)):
@@ -83,18 +83,18 @@ class Watcher:
                 version = self._engine.add_adapter(name, checked_folder(str(folder), [self._folder, Path(self._written.name)]))
             except UserError as error:
                 self._refused[name] = (place, stamp)
-                self._told(f"{name} is not served: {error}")
+                self._notify(f"{name} is not served: {error}")
                 continue
             self._served[name] = (place, stamp)
-            self._told(f"{name} is served ({place}, version {version[:12]})")
+            self._notify(f"{name} is served ({place}, version {version[:12]})")
         for name in self._served.keys() - found.keys():
             del self._served[name]
-            with suppress(ConfigError):  # it was unloaded through the API
+            with suppress(ConfigError):  # it has been unloaded through the API
                 self._engine.remove_adapter(name)
-            self._told(f"{name} is no longer served: its folder went")
+            self._notify(f"{name} is no longer served: its folder was deleted")
 
     def _of_checkpoint(self, place: Path) -> Path | None:
-        """Its adapter in a folder of this server's own, from which weights that left host memory are read again."""
+        """Writes the checkpoint's adapter as a PEFT folder, from which the engine can also reload it later. None: it has none."""
         run, step = place.parent.parent, int(place.name.removeprefix("step-"))
         folder = Path(self._written.name) / f"{run.name}-{step}"
         return folder if adapter_of_checkpoint(run, step, folder) else None
@@ -102,9 +102,9 @@ class Watcher:
     def _run(self) -> None:
         while not self._stopping.wait(self._interval_s):
             try:
-                self.look()
-            except OSError as error:  # a folder that went while it was looked at, a share that is away
-                self._told(f"{self._folder} can't be looked at: {error}")
+                self.scan()
+            except OSError as error:  # a folder deleted during the scan, or a network share that is unavailable
+                self._notify(f"{self._folder} can't be read: {error}")
 
     def _found(self) -> Iterator[tuple[str, tuple[Path, Stamp]]]:
         if not self._folder.is_dir():
@@ -118,7 +118,7 @@ class Watcher:
 
 
 def _stamp(folder: Path, *files: str) -> Stamp | None:
-    """Of the first of these files; None where they are not all there."""
+    """The stamp of the first of these files; None unless all of them exist."""
     try:
         first, *_ = [(folder / name).stat() for name in files]
     except OSError:

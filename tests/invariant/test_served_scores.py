@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from raytune_llm import ConfigError, api, load_config
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.serve.api.app import Access, build_app
-from raytune_llm.serve.backend import InProcess
+from raytune_llm.serve.backend import InProcessBackend
 from raytune_llm.serve.engines import build_engine, tokenizer_of
 from raytune_llm.serve.prompts import Prompts
 from tests.runs import tiny_run
@@ -55,7 +55,7 @@ def client_of(*settings: str):
     engine, facts = build_engine(run.model, run.quantization, run.engine, run.serve)
     prompts = Prompts(tokenizer_of(run.model, run.serve)[0])
     access = Access(api_key=None, admin_key=None, roots=[], max_body_bytes=100_000)
-    return engine, TestClient(build_app(InProcess(engine, facts, max_waiting=8), prompts, access))
+    return engine, TestClient(build_app(InProcessBackend(engine, facts, max_waiting=8), prompts, access))
 
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])

@@ -1,6 +1,6 @@
-"""The OpenAI API as a FastAPI application over a Backend.
+"""The OpenAI-compatible HTTP API as a FastAPI application over a Backend.
 
-Each endpoint says what it does; what they share is below: who may ask, how much may be asked, and what an error looks like.
+`build_app` has one function per endpoint; below it is what they share: authentication, request limits and error responses.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from raytune_llm.engines.requests import Delta, Sampling
 from raytune_llm.engines.requests import Request as EngineRequest
 from raytune_llm.errors import ResourceError, UserError
 from raytune_llm.serve.adapters import checked_folder, checked_name
-from raytune_llm.serve.api.answers import ChatAnswer, Collected, CompletionAnswer, Usage
 from raytune_llm.serve.api.errors import APIError, broken, invalid, overloaded, unauthorized, unknown_model
 from raytune_llm.serve.api.metrics import Metrics
-from raytune_llm.serve.api.middleware import Limits, Named
+from raytune_llm.serve.api.middleware import BodySizeLimit, RequestId
+from raytune_llm.serve.api.responses import ChatResponse, Collected, CompletionResponse, Usage
 from raytune_llm.serve.api.sampling import forced_tool_grammar, grammar_of, sampling_of, strict_tools_grammar
 from raytune_llm.serve.api.schema import (
     ChatRequest,
@@ -52,14 +52,14 @@ log = logging.getLogger("raytune_llm.serve")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """Who may ask for what."""
+    """API keys and limits."""
 
     api_key: str | None
-    """None: everybody, which the caller allows on a loopback address alone."""
+    """None: no key is required. config/ allows that only on a loopback address."""
     admin_key: str | None
-    """None: nobody may change adapters, unless there is no api_key either."""
+    """None: adapters can't be changed, unless api_key is None too."""
     roots: Sequence[Path]
-    """Adapters may be loaded from these folders."""
+    """Folders that adapters may be loaded from."""
     max_body_bytes: int
 
 
@@ -69,7 +69,7 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
     metrics = Metrics(facts.name)
     created = int(time.time())
 
-    # Who may ask ----------------------------------------------------------------------------------------------------------
+    # Authentication --------------------------------------------------------------------------------------------------------
 
     def user(request: Request) -> None:
         if access.api_key is not None and not any(_same(_bearer(request), key) for key in (access.api_key, access.admin_key)):
@@ -90,7 +90,7 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
             raise unknown_model(model)
         return model
 
-    # What can be asked ------------------------------------------------------------------------------------------------------
+    # Models, generation, embeddings ----------------------------------------------------------------------------------------
 
     @app.get("/v1/models", dependencies=[Depends(user)])
     async def list_models() -> dict[str, Any]:
@@ -116,14 +116,14 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
         settings = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             settings.setdefault("enable_thinking", body.reasoning_effort != "none")
-        shown = None if body.tool_choice == "none" else body.tools
-        ids, form = prompts.chat(body.messages, shown, settings)
+        tools = None if body.tool_choice == "none" else body.tools
+        ids, syntax = prompts.chat(body.messages, tools, settings)
         forced = _forced_tools(body)
         if forced:
             grammar = forced_tool_grammar(forced)
         else:
             grammar = grammar_of(body.response_format, body.structured_outputs)
-            strict = strict_tools_grammar(shown or (), form.tool_format)
+            strict = strict_tools_grammar(tools or (), syntax.tool_format)
             if grammar is not None and strict is not None:
                 raise invalid("A strict tool and a format of the answer can't both be given: leave out one of them", "tools")
             grammar = grammar or strict
@@ -136,8 +136,8 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
             max_length=facts.max_length,
             vocabulary=len(prompts.tokenizer),
         )
-        answer = ChatAnswer(body, prompts.tokenizer, form, forced=bool(forced), created=int(time.time()))
-        return await respond(request, body, [ids], adapter, sampling, answer)
+        response = ChatResponse(body, prompts.tokenizer, syntax, forced=bool(forced), created=int(time.time()))
+        return await respond(request, body, [ids], adapter, sampling, response)
 
     @app.post("/v1/completions", dependencies=[Depends(user)], response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -153,8 +153,8 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
             max_length=facts.max_length,
             vocabulary=len(prompts.tokenizer),
         )
-        answer = CompletionAnswer(body, prompts.tokenizer, created=int(time.time()), prompts=asked)
-        return await respond(request, body, asked, adapter, sampling, answer)
+        response = CompletionResponse(body, prompts.tokenizer, created=int(time.time()), prompts=asked)
+        return await respond(request, body, asked, adapter, sampling, response)
 
     @app.post("/v1/embeddings", dependencies=[Depends(user)], response_model=None)
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
@@ -173,7 +173,7 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
     @app.post("/v1/score", dependencies=[Depends(user)], response_model=None)
     async def score(body: ScoreRequest) -> Response:
         if not facts.scores:
-            raise invalid("This model writes answers: scores are a reward model's", "model")
+            raise invalid("This is not a reward model, which /v1/score needs", "model")
         adapter = await adapter_of(body.model)
         if body.messages is not None:
             asked = [prompts.ids(prompts.chat_text(body.messages, None, {}, ends=True))]
@@ -209,7 +209,7 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
     async def load_adapter(body: LoadAdapter) -> dict[str, Any]:
         name = checked_name(body.lora_name, facts.name)
         if await backend.serves(name) and not body.load_inplace:
-            raise invalid(f"The adapter `{name}` is loaded already: set load_inplace to replace it", "lora_name")
+            raise invalid(f"The adapter `{name}` is already loaded: set load_inplace to replace it", "lora_name")
         folder = checked_folder(body.lora_path, access.roots)
         version = await backend.add_adapter(name, str(folder), pinned=body.pinned)
         return {"status": "loaded", "name": name, "version": version}
@@ -245,7 +245,7 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
         text = metrics.text(await backend.reports())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    # Answers --------------------------------------------------------------------------------------------------------------
+    # Responses -------------------------------------------------------------------------------------------------------------
 
     async def respond(
         request: Request,
@@ -253,7 +253,7 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
         asked: Sequence[Sequence[int]],
         adapter: str | None,
         sampling: Sampling,
-        answer: ChatAnswer | CompletionAnswer,
+        response: ChatResponse | CompletionResponse,
     ) -> Response:
         began = time.monotonic()
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**63
@@ -263,44 +263,44 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
             for n in range(body.n or 1)
         ]
         merged = _merged([backend.stream(one) for one in wanted])
-        first = await _before_disconnect(request, anext(merged))  # or an error before anything is sent
+        first = await _before_disconnect(request, anext(merged))  # so that an error can still be an HTTP status
         seed_is_ignored = body.seed is not None and not facts.keeps_seeds
         headers = _headers(sorted([*body.ignored, "seed"]) if seed_is_ignored else body.ignored)
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
-            events = _events(first, merged, answer, usage, _Timed(metrics, facts.name, began))
+            events = _events(first, merged, response, usage, _LatencyTimer(metrics, facts.name, began))
             return StreamingResponse(events, media_type="text/event-stream", headers={**headers, "Cache-Control": "no-cache"})
         collected = Collected(len(wanted))
-        timed = _Timed(metrics, facts.name, began)
+        timer = _LatencyTimer(metrics, facts.name, began)
 
         async def collect() -> None:
             async for index, delta in _with_first(first, merged):
-                timed.told(index, delta)
+                timer.observe(index, delta)
                 collected.add(index, delta)
 
         await _before_disconnect(request, collect())
-        return JSONResponse(answer.whole(collected), headers=headers)
+        return JSONResponse(response.full(collected), headers=headers)
 
     _install_errors(app, metrics, facts.name)
-    app.add_middleware(Limits, max_body_bytes=access.max_body_bytes)
-    app.add_middleware(Named)
+    app.add_middleware(BodySizeLimit, max_body_bytes=access.max_body_bytes)
+    app.add_middleware(RequestId)
     return app
 
 
-# One answer after the other ---------------------------------------------------------------------------------------------------
+# Streams ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class _Timed:
-    """What a client waits for, as metrics: each of a request's answers (`n`, or several prompts) for itself, as in vLLM."""
+class _LatencyTimer:
+    """Records the latencies of one request in the metrics, separately for each of its answers, as in vLLM."""
 
     metrics: Metrics
     model: str
     began: float
     latest: dict[int, float] = field(default_factory=dict)
-    """Of each answer, when something of it was last told."""
+    """Choice index -> time of its last delta."""
 
-    def told(self, index: int, delta: Delta) -> None:
+    def observe(self, index: int, delta: Delta) -> None:
         now, before = time.monotonic(), self.latest.get(index)
         if before is None:
             self.metrics.first_token_s.labels(self.model).observe(now - self.began)
@@ -313,7 +313,7 @@ class _Timed:
 
 
 async def _merged(streams: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:
-    """What comes of any of them, with its number."""
+    """The items of all streams as they arrive, each with the index of its stream."""
     waiting = {asyncio.ensure_future(anext(stream)): number for number, stream in enumerate(streams)}
     try:
         while waiting:
@@ -343,51 +343,51 @@ async def _with_first(first: tuple[int, Delta], rest: AsyncIterator[tuple[int, D
 async def _events(
     first: tuple[int, Delta],
     rest: AsyncIterator[tuple[int, Delta]],
-    answer: ChatAnswer | CompletionAnswer,
+    response: ChatResponse | CompletionResponse,
     include_usage: bool,
-    timed: _Timed,
+    timer: _LatencyTimer,
 ) -> AsyncIterator[str]:
-    """Server-sent events. An error in the middle is an event with an error object, and the stream ends."""
+    """Server-sent events. An error during the stream is sent as an event with an error object and ends the stream."""
     usage = Usage()
     try:
         async for index, delta in _with_first(first, rest):
-            timed.told(index, delta)
+            timer.observe(index, delta)
             usage.add(delta)
-            for chunk in answer.chunks(index, delta, usage=None if not include_usage else "later"):
+            for chunk in response.chunks(index, delta, usage=None if not include_usage else "later"):
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
         if include_usage:
-            yield f"data: {json.dumps(answer.usage_chunk(usage))}\n\n"
+            yield f"data: {json.dumps(response.usage_chunk(usage))}\n\n"
         yield "data: [DONE]\n\n"
     except UserError as error:
         yield f"data: {json.dumps(_api_error(error).body)}\n\n"
     except Exception as error:
-        log.exception("a stream broke")
+        log.exception("a stream failed")
         yield f"data: {json.dumps(broken(f'The engine failed: {type(error).__name__}').body)}\n\n"
     finally:
         await rest.aclose()  # type: ignore[attr-defined]
 
 
 async def _before_disconnect(request: Request, work: Awaitable[Any]) -> Any:
-    """What the work gives; cancelled where the client goes away first, so that its rows are free within a step."""
+    """The result of `work`, which is cancelled if the client disconnects first, so that its rows are free at the next step."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+    disconnected = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise APIError(499, "The client went away")
+        raise APIError(499, "The client disconnected")
     finally:
-        for one in (task, gone):
+        for one in (task, disconnected):
             one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, disconnected, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while not await request.is_disconnected():
         await asyncio.sleep(0.05)
 
 
-# What they share --------------------------------------------------------------------------------------------------------------
+# Shared by the endpoints --------------------------------------------------------------------------------------------------
 
 
 def _bearer(request: Request) -> str:
@@ -396,17 +396,17 @@ def _bearer(request: Request) -> str:
 
 
 def _same(given: str, key: str | None) -> bool:
-    """In a time that doesn't tell how much of it is right."""
+    """Compares in constant time, which reveals nothing about the key."""
     return key is not None and hmac.compare_digest(given.encode(), key.encode())
 
 
 def _writes(scores: bool) -> None:
     if scores:
-        raise invalid("This is a reward model, which writes nothing: use /v1/score", "model")
+        raise invalid("This is a reward model, which can't generate: use /v1/score", "model")
 
 
 def _forced_tools(body: ChatRequest) -> list[Any]:
-    """Tools of which one must be called."""
+    """The tools of which the answer must call one; empty: it need not call any."""
     if isinstance(body.tool_choice, NamedTool):
         return [tool for tool in body.tools or () if tool.function.name == body.tool_choice.function.name]
     return list(body.tools or ()) if body.tool_choice == "required" else []

@@ -1,6 +1,6 @@
-"""Prometheus metrics: vLLM's names for what vLLM has, and ours for adapters.
+"""Prometheus metrics, under vLLM's names where vLLM has the metric, and under `raytune_llm:` otherwise.
 
-Prometheus' own client keeps and writes them; engines are asked when /metrics is read.
+Latencies are recorded as requests are answered; the state of the engines is read when /metrics is requested.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Metrics:
             return Histogram(name, text, labels, buckets=LATENCIES_S, registry=self._registry)
 
         self.first_token_s = histogram("vllm:time_to_first_token_seconds", "From a request's arrival to an answer's first token")
-        self.between_tokens_s = histogram("vllm:inter_token_latency_seconds", "From one told token of an answer to its next")
+        self.between_tokens_s = histogram("vllm:inter_token_latency_seconds", "From one values token of an answer to its next")
         self.request_s = histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to an answer's end")
         self.success = Counter(
             "vllm:request_success_total", "Answers that were completed", (*labels, "finished_reason"), registry=self._registry
@@ -40,24 +40,24 @@ class Metrics:
 
 
 GAUGES: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
-    ("vllm:num_requests_running", "Rows of the batch", lambda stats: stats.running),
-    ("vllm:num_requests_waiting", "Requests that wait", lambda stats: stats.waiting),
-    ("vllm:kv_cache_usage_perc", "Part of the cache's blocks that is held (1: all)", lambda stats: stats.cache_used),
+    ("vllm:num_requests_running", "Requests in the batch", lambda stats: stats.running),
+    ("vllm:num_requests_waiting", "Requests that wait for a row of the batch", lambda stats: stats.waiting),
+    ("vllm:kv_cache_usage_perc", "Fraction of the KV cache's blocks in use", lambda stats: stats.cache_used),
 )
 COUNTERS: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
-    ("vllm:prompt_tokens", "Tokens of prompts that were computed", lambda stats: stats.prompt_tokens),
-    ("vllm:generation_tokens", "Tokens that were drawn", lambda stats: stats.generated_tokens),
-    ("vllm:num_preemptions", "Rows that gave up their blocks", lambda stats: stats.preemptions),
-    ("vllm:prefix_cache_queries", "Tokens of prompts", lambda stats: stats.prefix_queries),
-    ("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held", lambda stats: stats.prefix_hits),
-    ("raytune_llm:adapter_loads", "Adapters that were copied into a slot", lambda stats: stats.adapter_loads),
-    ("raytune_llm:adapter_evictions", "Adapters that left their slot for another", lambda stats: stats.adapter_evictions),
+    ("vllm:prompt_tokens", "Prompt tokens computed", lambda stats: stats.prompt_tokens),
+    ("vllm:generation_tokens", "Tokens generated", lambda stats: stats.generated_tokens),
+    ("vllm:num_preemptions", "Running requests that were preempted for lack of cache blocks", lambda stats: stats.preemptions),
+    ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache", lambda stats: stats.prefix_queries),
+    ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", lambda stats: stats.prefix_hits),
+    ("raytune_llm:adapter_loads", "Copies of adapters into a slot on the device", lambda stats: stats.adapter_loads),
+    ("raytune_llm:adapter_evictions", "Adapters replaced in their slot by another", lambda stats: stats.adapter_evictions),
 )
 LABELS = ("model_name", "engine")
 
 
 class _Engines:
-    """Engines' states as a collector. Each has its own number or replica as the label `engine`, as vLLM has it."""
+    """A collector of engines' states. The label `engine` is the engine's number or replica, as in vLLM."""
 
     def __init__(self, model: str, reports: Sequence[Report]) -> None:
         self._model, self._reports = model, reports
@@ -65,15 +65,19 @@ class _Engines:
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         for family, kinds in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
             for name, text, value in kinds:
-                told = family(name, text, labels=LABELS)
+                values = family(name, text, labels=LABELS)
                 for report in self._reports:
-                    told.add_metric([self._model, report.engine], value(report.stats))
-                yield told
-        waiting = GaugeMetricFamily("raytune_llm:requests_waiting", "By what they wait for", labels=(*LABELS, "reason"))
+                    values.add_metric([self._model, report.engine], value(report.stats))
+                yield values
+        waiting = GaugeMetricFamily(
+            "raytune_llm:requests_waiting", "Waiting requests, by what they wait for", labels=(*LABELS, "reason")
+        )
         resident = GaugeMetricFamily(
             "raytune_llm:adapter_resident", "Where an adapter's weights are (1)", labels=(*LABELS, "adapter", "level")
         )
-        used = GaugeMetricFamily("raytune_llm:adapter_requests", "Rows that run with it", labels=(*LABELS, "adapter"))
+        used = GaugeMetricFamily(
+            "raytune_llm:adapter_requests", "Running requests that use the adapter", labels=(*LABELS, "adapter")
+        )
         for report in self._reports:
             labels = [self._model, report.engine]
             for reason in ("rows", "cache", "adapter"):

@@ -1,4 +1,4 @@
-"""Around every request: how large a body may be, and a name for the log."""
+"""ASGI middleware: the maximum size of a request body, and request ids in headers and log."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from raytune_llm.serve.api.errors import APIError
 log = logging.getLogger("raytune_llm.serve")
 
 
-class Limits:
-    """Bodies of more than `max_body_bytes` are refused, also where the client doesn't say how long they are."""
+class BodySizeLimit:
+    """Rejects bodies of more than `max_body_bytes` with status 413, with or without a content-length header."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app, self._max = app, max_body_bytes
@@ -24,32 +24,32 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        said = Headers(scope=scope).get("content-length", "0")
-        if not said.isdigit() or int(said) > self._max:
+        length = Headers(scope=scope).get("content-length", "0")
+        if not length.isdigit() or int(length) > self._max:
             await self._refusal().response()(scope, receive, send)
             return
-        taken = 0
+        received = 0
 
         async def counted() -> Message:
-            nonlocal taken
+            nonlocal received
             message = await receive()
-            taken += len(message.get("body", b""))
-            return message if taken <= self._max else {"type": "http.disconnect"}
+            received += len(message.get("body", b""))
+            return message if received <= self._max else {"type": "http.disconnect"}
 
         async def unless_refused(message: Message) -> None:
-            if taken <= self._max:
+            if received <= self._max:
                 await send(message)
 
         await self._app(scope, counted, unless_refused)
-        if taken > self._max:
+        if received > self._max:
             await self._refusal().response()(scope, receive, send)
 
     def _refusal(self) -> APIError:
         return APIError(413, f"The body may have at most {self._max} bytes", code="body_too_large")
 
 
-class Named:
-    """Each request has an id: its own x-request-id, or a new one. It comes back and stands in the log."""
+class RequestId:
+    """Gives each request an id, from its header x-request-id or a new one. The id is in the response header and in the log."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Fields of a request -> how its tokens are drawn."""
+"""Converts the sampling fields of a request to the engine's `Sampling` and `Grammar`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from raytune_llm.engines.requests import Grammar, Sampling
 from raytune_llm.serve.api.errors import invalid
-from raytune_llm.serve.api.schema import FunctionDeclaration, ResponseFormat, Sampled, StructuredOutputs, Tool, schema_text
+from raytune_llm.serve.api.schema import FunctionDeclaration, GenerationBody, ResponseFormat, StructuredOutputs, Tool, schema_text
 
 
 def sampling_of(
-    body: Sampled,
+    body: GenerationBody,
     *,
     limit: int | None,
     logprobs: int | None,
@@ -22,12 +22,18 @@ def sampling_of(
     max_length: int,
     vocabulary: int,
 ) -> Sampling:
-    """limit: new tokens, at most; None: as many as there is room for. OpenAI's defaults hold: temperature 1, top_p 1."""
+    """OpenAI's defaults apply: temperature 1, top_p 1.
+
+    limit: maximum number of new tokens; None: as many as fit in max_length beside the prompt. logprobs: number of most likely
+    tokens to report; None: no log-probabilities. Raises APIError (400).
+    """
     room = max_length - prompt_tokens
     if room < 1 or (limit is not None and limit > room):
-        asked = f"{prompt_tokens} tokens of the prompt and {limit or 1} of the answer"
+        requested = f"{prompt_tokens} tokens of the prompt and {limit or 1} of the answer"
         raise invalid(
-            f"This model's context has at most {max_length} tokens, and {asked} were asked for", None, "context_length_exceeded"
+            f"This model's maximum length is {max_length} tokens, but the request needs {requested}",
+            None,
+            "context_length_exceeded",
         )
     if body.min_tokens is not None and body.min_tokens > (limit or room):
         raise invalid("min_tokens must be at most max_tokens", "min_tokens")
@@ -58,6 +64,7 @@ def sampling_of(
 
 
 def grammar_of(format: ResponseFormat | None, outputs: StructuredOutputs | None) -> Grammar | None:
+    """The grammar of OpenAI's response_format or vLLM's structured_outputs. None: the answer is free."""
     try:
         if format is not None and format.json_schema is not None:
             return Grammar(kind="json_schema", text=schema_text(format.json_schema.schema_))
@@ -78,7 +85,7 @@ def grammar_of(format: ResponseFormat | None, outputs: StructuredOutputs | None)
 
 
 def forced_tool_grammar(tools: Sequence[Tool]) -> Grammar:
-    """JSON that calls one of the tools with arguments of its schema: {"name": ..., "arguments": {...}}."""
+    """The grammar of a call of one of the tools, with arguments that match its schema: {"name": ..., "arguments": {...}}."""
     calls: list[dict[str, Any]] = [
         {
             "type": "object",

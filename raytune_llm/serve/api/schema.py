@@ -1,7 +1,7 @@
-"""Requests of the OpenAI API as they arrive: every field is read, named as ignored, or refused.
+"""The request bodies of the API, as pydantic models.
 
-Fields beside OpenAI's are vLLM's, under vLLM's names. A field that changes nothing here stands in IGNORED and is named in the
-answer's header `x-ignored-fields`; any other field is an error that names it.
+Fields that OpenAI's API doesn't have are vLLM's, under vLLM's names. A field in IGNORED has no effect here and is listed in the
+response header `x-ignored-fields`; any other unknown field is rejected.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ IGNORED = {
     "parallel_tool_calls",
     "lora_int_id",
 }
-"""What changes nothing here."""
+"""Fields that are accepted and have no effect."""
 
 
-class Body(BaseModel):
-    """Of a request. `ignored` are the fields that were given and change nothing."""
+class RequestBody(BaseModel):
+    """The base of request bodies. `ignored`: names of given fields that have no effect."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -61,7 +61,7 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     include_obfuscation: bool = False
-    """Nothing is added to hide lengths."""
+    """Accepted, but chunks are never padded."""
 
 
 class JSONSchema(BaseModel):
@@ -88,7 +88,7 @@ class ResponseFormat(BaseModel):
 
 
 class StructuredOutputs(BaseModel):
-    """vLLM's: exactly one of them."""
+    """vLLM's structured_outputs, of which exactly one field must be given."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
@@ -104,8 +104,8 @@ class StructuredOutputs(BaseModel):
         return self
 
 
-class Sampled(Body):
-    """What chat and plain completions share."""
+class GenerationBody(RequestBody):
+    """The fields that chat and plain completions share."""
 
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -126,7 +126,7 @@ class Sampled(Body):
     structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
-    def _options_have_a_stream(self) -> Sampled:
+    def _options_have_a_stream(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options may be given with stream=true only")
         return self
@@ -215,7 +215,7 @@ class ChatMessage(BaseModel):
         return self.content or ""
 
 
-class ChatRequest(Sampled):
+class ChatRequest(GenerationBody):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
@@ -246,7 +246,7 @@ class ChatRequest(Sampled):
 Prompt = str | list[int] | list[str] | list[list[int]]
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(GenerationBody):
     prompt: Prompt
     echo: bool = False
     best_of: Literal[1] | None = None
@@ -267,7 +267,7 @@ class CompletionRequest(Sampled):
         return self
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(RequestBody):
     input: Prompt
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1)
@@ -287,8 +287,8 @@ class EmbeddingRequest(Body):
         return self
 
 
-class ScoreRequest(Body):
-    """Of a reward model: texts, or conversations that end with the answer to be scored."""
+class ScoreRequest(RequestBody):
+    """A request to a reward model: texts, or one conversation that ends with the answer to score."""
 
     input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)] | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
@@ -300,14 +300,14 @@ class ScoreRequest(Body):
         return self
 
 
-class TokenizeRequest(Body):
-    """vLLM's /tokenize: a text, or messages as the chat template writes them."""
+class TokenizeRequest(RequestBody):
+    """vLLM's /tokenize: a text, or messages that are rendered with the chat template."""
 
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     add_generation_prompt: bool = True
-    """The text ends where an answer would begin."""
+    """The rendered text ends where an answer would begin."""
     add_special_tokens: Literal[False] = False
     return_token_strs: bool = False
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=32)
@@ -319,7 +319,7 @@ class TokenizeRequest(Body):
         return self
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestBody):
     tokens: list[int]
 
 
@@ -347,7 +347,7 @@ class PinAdapter(BaseModel):
 
 
 def schema_text(schema: dict[str, Any] | str) -> str:
-    """A JSON schema as text. Raises ValueError where it is too large."""
+    """A JSON schema as text. Raises ValueError if it is too large."""
     text = schema if isinstance(schema, str) else json.dumps(schema)
     if len(text.encode()) > MAX_SCHEMA_BYTES:
         raise ValueError(f"a JSON schema must have at most {MAX_SCHEMA_BYTES} bytes")

@@ -18,7 +18,7 @@ from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.errors import ConfigError, DataError
 from raytune_llm.serve.api.app import Access, build_app
-from raytune_llm.serve.backend import InProcess, ModelFacts
+from raytune_llm.serve.backend import InProcessBackend, ModelFacts
 from raytune_llm.serve.prompts import Prompts
 from tests.toy_engine import ToyRunner
 
@@ -57,7 +57,7 @@ def scripted() -> Iterator[tuple[ScriptedRunner, Client]]:
     tokenizer.chat_template = TEMPLATE
     runner = ScriptedRunner(num_blocks=512, block_size=4, vocab_size=len(tokenizer))
     engine = NativeEngine(runner, tokenizer, end_ids=[257], max_length=1000, max_rows=4, step_tokens=64)
-    backend = InProcess(engine, ModelFacts(name="base", max_length=1000, hidden_size=4, scores=False), max_waiting=32)
+    backend = InProcessBackend(engine, ModelFacts(name="base", max_length=1000, hidden_size=4, scores=False), max_waiting=32)
     access = Access(api_key=None, admin_key=None, roots=[], max_body_bytes=100_000)
     http = uvicorn.Server(uvicorn.Config(build_app(backend, Prompts(tokenizer), access), port=0, log_level="warning"))
     thread = threading.Thread(target=http.run, daemon=True)

@@ -13,7 +13,7 @@ from openai import OpenAI
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.serve.api.app import Access, build_app
-from raytune_llm.serve.backend import InProcess, ModelFacts
+from raytune_llm.serve.backend import InProcessBackend, ModelFacts
 from raytune_llm.serve.prompts import Prompts
 from tests.toy_engine import ToyRunner, adapter_folder
 
@@ -40,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     for number in (1, 2):
         engine.add_adapter(f"a{number}", adapter_folder(root / f"a{number}", number))
     facts = ModelFacts(name="base", max_length=engine.max_length, hidden_size=4, scores=False)
-    backend = InProcess(engine, facts, max_waiting=32)
+    backend = InProcessBackend(engine, facts, max_waiting=32)
     access = Access(api_key=KEY, admin_key=ADMIN, roots=[root], max_body_bytes=100_000)
     config = uvicorn.Config(build_app(backend, Prompts(tokenizer), access), port=0, log_level="warning")
     http = uvicorn.Server(config)

@@ -6,31 +6,31 @@ from itertools import permutations
 import pytest
 
 from raytune_llm.errors import ConfigError, DataError
-from raytune_llm.serve.ledger import Change, Changes, Ledger, now_after
+from raytune_llm.serve.ledger import AdapterChange, Changes, Ledger, now_after
 
-LOADED = Change(at=1, name="a", what="folder", folder="/one")
-MOVED = Change(at=2, name="a", what="folder", folder="/two")
-REMOVED = Change(at=3, name="a", what="folder")
-PINNED = Change(at=4, name="a", what="pinned", pinned=True)
+LOADED = AdapterChange(at=1, name="a", what="folder", folder="/one")
+MOVED = AdapterChange(at=2, name="a", what="folder", folder="/two")
+REMOVED = AdapterChange(at=3, name="a", what="folder")
+PINNED = AdapterChange(at=4, name="a", what="pinned", pinned=True)
 
 
 def test_the_latest_change_of_a_name_holds_in_whatever_order_they_come():
     for order in permutations([LOADED, MOVED, REMOVED, PINNED]):
         ledger = Ledger()
         for change in order:
-            ledger.take(change)
+            ledger.record(change)
         assert ledger.all() == [REMOVED, PINNED]
 
 
 def test_news_are_what_is_not_known_and_not_replaced():
     ledger = Ledger()
-    ledger.take(MOVED)
-    other = Change(at=0, name="b", what="folder", folder="/b")
-    assert ledger.news([LOADED, MOVED, REMOVED, other]) == [other, REMOVED]
+    ledger.record(MOVED)
+    other = AdapterChange(at=0, name="b", what="folder", folder="/b")
+    assert ledger.unknown([LOADED, MOVED, REMOVED, other]) == [other, REMOVED]
 
 
 def test_a_change_is_later_than_what_it_replaces_though_a_clock_is_ahead():
-    ahead = Change(at=2**63, name="a", what="folder", folder="/one")
+    ahead = AdapterChange(at=2**63, name="a", what="folder", folder="/one")
     assert now_after([ahead, LOADED]) == 2**63 + 1
 
 
@@ -41,7 +41,7 @@ class Adapters:
         self.folders: dict[str, str] = {}
         self.changes = Changes(self.apply)
 
-    async def apply(self, change: Change) -> str | None:
+    async def apply(self, change: AdapterChange) -> str | None:
         await asyncio.sleep(0.02 if change is LOADED else 0)
         if change.folder == "/bad":
             raise DataError("/bad", "doesn't fit")
@@ -76,7 +76,7 @@ def test_what_peers_know_is_made_beside_what_is_told_in_its_order():
 
 
 def test_a_change_that_is_refused_is_as_if_nobody_had_asked():
-    adapters, bad = Adapters(), Change(at=5, name="a", what="folder", folder="/bad")
+    adapters, bad = Adapters(), AdapterChange(at=5, name="a", what="folder", folder="/bad")
 
     async def refused_then_older() -> None:
         with pytest.raises(DataError):

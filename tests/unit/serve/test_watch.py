@@ -45,48 +45,48 @@ def asked(engine: NativeEngine, name: str) -> list[int]:
 
 def test_runs_become_models_by_their_names_and_go_with_their_folders(engine: NativeEngine, tmp_path: Path):
     watcher = Watcher(tmp_path, engine, base_name="base")
-    watcher.look()
+    watcher.scan()
     assert names(engine) == set()
     finished(tmp_path, "one", 1)
     (tmp_path / "two").mkdir()
-    watcher.look()
+    watcher.scan()
     assert names(engine) == {"one"}
     finished(tmp_path, "two", 2)
     shutil.rmtree(tmp_path / "one")
-    watcher.look()
+    watcher.scan()
     assert names(engine) == {"two"}
 
 
 def test_a_run_that_writes_again_is_a_new_version(engine: NativeEngine, tmp_path: Path):
     watcher = Watcher(tmp_path, engine, base_name="base")
     finished(tmp_path, "mine", 1)
-    watcher.look()
+    watcher.scan()
     assert asked(engine, "mine") == answer([5], 1, 4)
     finished(tmp_path, "mine", 2)
-    watcher.look()
+    watcher.scan()
     assert asked(engine, "mine") == answer([5], 2, 4)
 
 
 def test_what_does_not_fit_is_said_once_and_tried_again_when_it_changed(engine: NativeEngine, tmp_path: Path):
     told: list[str] = []
-    watcher = Watcher(tmp_path, engine, base_name="base", told=told.append)
+    watcher = Watcher(tmp_path, engine, base_name="base", notify=told.append)
     finished(tmp_path, "mine", -1)
     finished(tmp_path, "base", 1)
     for _ in range(3):
-        watcher.look()
+        watcher.scan()
     assert names(engine) == set() and len(told) == 2 and "must not be the base's" in told[0]
     finished(tmp_path, "mine", 3)
-    watcher.look()
+    watcher.scan()
     assert asked(engine, "mine") == answer([5], 3, 4)
 
 
 def test_what_was_unloaded_meanwhile_may_go(engine: NativeEngine, tmp_path: Path):
     watcher = Watcher(tmp_path, engine, base_name="base")
     finished(tmp_path, "one", 1)
-    watcher.look()
+    watcher.scan()
     engine.remove_adapter("one")
     shutil.rmtree(tmp_path / "one")
-    watcher.look()
+    watcher.scan()
     assert names(engine) == set()
 
 

@@ -12,7 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 from raytune_llm import api, load_config
 from raytune_llm.config.parts import run_of
 from raytune_llm.errors import ConfigError
-from raytune_llm.serve.app import application, build, written
+from raytune_llm.serve.app import application, build, deploy_config
 
 OVERLAYS = Path(__file__).parents[3] / "cluster" / "kuberay" / "overlays"
 
@@ -36,7 +36,7 @@ def test_what_is_written_is_a_ray_serve_config_that_builds_the_server(tmp_path: 
 def test_the_manifests_are_what_is_written(overlay: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAYTUNE_LLM_API_KEY", "a-key-of-the-cluster")
     config = yaml.safe_load((OVERLAYS / overlay / "serve.yaml").read_text())
-    assert written(run_of("serve", config["applications"][0]["args"])) == config
+    assert deploy_config(run_of("serve", config["applications"][0]["args"])) == config
 
 
 def test_keys_come_into_no_file(tmp_path: Path):

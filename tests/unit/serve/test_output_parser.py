@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from raytune_llm.serve.answers import AnswerForm, AnswerReader, Part
+from raytune_llm.serve.output_parser import OutputParser, OutputPart, OutputSyntax
 
-QWEN = AnswerForm("qwen", "<tool_call>", ("<think>", "</think>"))
+QWEN = OutputSyntax("qwen", "<tool_call>", ("<think>", "</think>"))
 CALL = '<tool_call>\n{"name": "light", "arguments": {"room": "hall"}}\n</tool_call>'
 
 
-def read(form: AnswerForm, pieces: list[str], names: frozenset[str] | None = None) -> dict[str, list[str]]:
-    reader = AnswerReader(form, names)
-    parts: list[Part] = [part for piece in pieces for part in reader.push(piece)] + reader.finish()
+def read(syntax: OutputSyntax, pieces: list[str], names: frozenset[str] | None = None) -> dict[str, list[str]]:
+    reader = OutputParser(syntax, names)
+    parts: list[OutputPart] = [part for piece in pieces for part in reader.push(piece)] + reader.finish()
     joined: dict[str, list[str]] = {"content": [], "reasoning": [], "call": []}
     for part in parts:
         joined[part.kind].append(part.text if part.call is None else f"{part.call.name} {json.loads(part.call.arguments)}")
@@ -44,13 +44,13 @@ def test_pieces_of_any_size_are_read_alike(size: int, text: str, content: str, r
 
 
 def test_text_is_told_as_it_comes():
-    reader = AnswerReader(QWEN)
+    reader = OutputParser(QWEN)
     assert [part.text for piece in ("one ", "two <", "b> ") for part in reader.push(piece)] == ["one", " two", " <b>"]
 
 
 def test_a_prompt_that_ends_in_a_thought_starts_the_answer_there():
-    form = AnswerForm.of("{{ '<think>' }}", prompt="<|im_start|>assistant\n<think>\n")
-    assert read(form, ["why\n</think>\n\nso"]) == {"content": ["so"], "reasoning": ["why"], "call": []}
+    syntax = OutputSyntax.of("{{ '<think>' }}", prompt="<|im_start|>assistant\n<think>\n")
+    assert read(syntax, ["why\n</think>\n\nso"]) == {"content": ["so"], "reasoning": ["why"], "call": []}
 
 
 def test_a_call_of_an_unknown_tool_stays_text():
@@ -58,11 +58,11 @@ def test_a_call_of_an_unknown_tool_stays_text():
 
 
 def test_without_tools_nothing_is_a_call():
-    form = AnswerForm.of("<tool_call>", tools=False)
-    assert "".join(read(form, [CALL])["content"]) == CALL
+    syntax = OutputSyntax.of("<tool_call>", tools=False)
+    assert "".join(read(syntax, [CALL])["content"]) == CALL
 
 
 def test_whole_answers_that_are_json_are_calls_of_formats_without_a_mark():
-    form = AnswerForm.of("<|python_tag|>", tools=True)
-    assert read(form, ['{"name": "f", ', '"parameters": {"a": 1}}'])["call"] == ["f {'a': 1}"]
-    assert "".join(read(form, ["just ", "text"])["content"]) == "just text"
+    syntax = OutputSyntax.of("<|python_tag|>", tools=True)
+    assert read(syntax, ['{"name": "f", ', '"parameters": {"a": 1}}'])["call"] == ["f {'a': 1}"]
+    assert "".join(read(syntax, ["just ", "text"])["content"]) == "just text"
