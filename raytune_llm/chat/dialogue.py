@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raytune_llm.atomic_file import write_atomically
 from raytune_llm.chat.client import Answer, Client, Model, Piece, Prompt
 from raytune_llm.errors import ConfigError, DataError
 
@@ -126,7 +127,7 @@ class Dialogue:
         """As a row that `data=openai` trains on. A conversation that was loaded from the file takes its place."""
         row = {"messages": self.told, **({"tools": self.tools} if self.tools else {})}
         try:
-            path.write_text(json.dumps(row, ensure_ascii=False) + "\n")
+            write_atomically(path, json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             raise DataError(str(path), f"can't be written ({error.strerror})") from None
 

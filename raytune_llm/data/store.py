@@ -32,6 +32,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
+from raytune_llm.atomic_file import write_atomically
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import Column, Kind, MappedShard, sizes_of
@@ -174,7 +175,7 @@ def under_construction(cache: Path, key: str) -> Iterator[Path | None]:
             raise  # another run can continue it
         except Exception as error:
             with suppress(OSError):
-                write_whole(folder / FAILED, str(error))
+                write_atomically(folder / FAILED, str(error))
             raise
 
 
@@ -184,13 +185,7 @@ def partial(target: Path) -> Path:
 
 
 def write_outline(folder: Path, num_shards: int, kind: str, end_of_row: int | None) -> None:
-    write_whole(folder / OUTLINE, json.dumps({"num_shards": num_shards, "kind": kind, "end_of_row": end_of_row}))
-
-
-def write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    beside.rename(path)
+    write_atomically(folder / OUTLINE, json.dumps({"num_shards": num_shards, "kind": kind, "end_of_row": end_of_row}))
 
 
 def complete(

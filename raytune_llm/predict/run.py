@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.load import as_plain
 from raytune_llm.config.predict import PredictConfig
 from raytune_llm.config.run import PredictRun
@@ -239,15 +240,9 @@ def _measured(folder: Path, model: str | None, metrics: Iterable[Metric]) -> dic
 def _write_metrics(folder: Path, measured: Mapping[str, Mapping[str, Any]], *, llamafactory_files: bool) -> None:
     """Of one model as they are; of several, by model."""
     numbers: Any = next(iter(measured.values())) if len(measured) == 1 else measured
-    _write_whole(folder / "metrics.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(folder / "metrics.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
     if llamafactory_files:
         chosen = ("prompt", "predict", "label")
         theirs = [json.dumps({key: one[key] or "" for key in chosen}, ensure_ascii=False) for one in lines(folder)]
-        _write_whole(folder / "generated_predictions.jsonl", "".join(f"{text}\n" for text in theirs))
-        _write_whole(folder / "predict_results.json", json.dumps(numbers, indent=4, ensure_ascii=False))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}-new")
-    beside.write_text(text, encoding="utf-8")
-    beside.rename(path)
+        write_atomically(folder / "generated_predictions.jsonl", "".join(f"{text}\n" for text in theirs))
+        write_atomically(folder / "predict_results.json", json.dumps(numbers, indent=4, ensure_ascii=False))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from raytune_llm.atomic_file import write_atomically
 from raytune_llm.errors import DataError
 
 Record = Mapping[str, Any]
@@ -36,7 +36,7 @@ class JsonLines:
         """from_step is the last step that is in the checkpoint: later records are dropped, since those steps come again."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line, record in _lines(path) if record["step"] <= from_step] if from_step and path.exists() else []
-        write_whole(path, "".join(kept))
+        write_atomically(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -109,7 +109,7 @@ def summary_of(values: Mapping[str, Any]) -> Summary:
 
 
 def write_summary(path: Path, summary: Summary) -> None:
-    write_whole(path, json.dumps(finite_or_named(asdict(summary)), indent=2, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(finite_or_named(asdict(summary)), indent=2, allow_nan=False) + "\n")
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -143,13 +143,3 @@ def finite_or_named(values: Record) -> dict[str, Any]:
         else value
         for name, value in values.items()
     }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Beside what was there, then in its place."""
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)

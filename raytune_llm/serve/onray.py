@@ -21,6 +21,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from raytune_llm import interrupts, session
+from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.load import to_yaml_text
 from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import ADMIN_KEY, API_KEY, ServeRun
@@ -48,7 +49,7 @@ def write(run: ServeRun, *, notify: Notify) -> None:
     name = base_name(run.model, run.serve)
     head = f"# Ray Serve's config of a server of {name}, for `serve deploy` or a RayService's serveConfigV2.\n"
     try:
-        path.write_text(head + to_yaml_text(deploy_config(sized)))
+        write_atomically(path, head + to_yaml_text(deploy_config(sized)))
     except OSError as error:
         raise ConfigError("serve.write", f"must be a file that can be written ({error.strerror})", got=str(path)) from None
     notify(f"wrote {path}")

@@ -10,9 +10,9 @@ import shutil
 from dataclasses import replace
 from typing import Any
 
+from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.load import to_yaml
 from raytune_llm.config.space import merged
-from raytune_llm.report.metrics import write_whole
 from raytune_llm.tune.page import sweep_page
 from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Study, Trial
 
@@ -20,10 +20,10 @@ from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Study, Trial
 def write_results(study: Study) -> None:
     """With what is known so far."""
     folder = study.sweep.folder
-    write_whole(folder / TABLE, _table(study))
-    write_whole(folder / RESULTS, json.dumps(results(study), indent=2) + "\n")
+    write_atomically(folder / TABLE, _table(study))
+    write_atomically(folder / RESULTS, json.dumps(results(study), indent=2) + "\n")
     if study.ranked:
-        write_whole(folder / BEST, best_run(study))
+        write_atomically(folder / BEST, best_run(study))
 
 
 def write_plots(study: Study) -> None:

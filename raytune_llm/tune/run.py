@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from raytune_llm import session
+from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.resources import Inline
 from raytune_llm.config.run import TrainRun
@@ -15,7 +16,6 @@ from raytune_llm.config.space import ends
 from raytune_llm.config.sweep import COMMAND, Chosen, Sweep, command_of
 from raytune_llm.data import pipeline
 from raytune_llm.errors import ConfigError, ResourceError
-from raytune_llm.report.metrics import write_whole
 from raytune_llm.runs import preflight
 from raytune_llm.runs.output import adopt, full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
@@ -64,7 +64,7 @@ def run_sweep(
     check_writable(sweep.folder)
     with owned(sweep.folder), full_disk_explained(sweep.folder):
         study = Study(sweep, metric, adopt)
-        write_whole(sweep.folder / COMMAND, command_of(sweep))
+        write_atomically(sweep.folder / COMMAND, command_of(sweep))
         conduct = Conduct(study, on_change)
         try:
             if sweep.chosen is not None:

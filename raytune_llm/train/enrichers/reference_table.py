@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raytune_llm.atomic_file import write_atomically
 from raytune_llm.data.batches import to_device
 from raytune_llm.data.samples import Samples
 from raytune_llm.data.steps import Step
-from raytune_llm.data.store import locked, write_whole
+from raytune_llm.data.store import locked
 from raytune_llm.errors import DataError
 from raytune_llm.records import Batch
 from raytune_llm.stages import AnswerLogprobs
@@ -184,7 +185,7 @@ def _write(table: ReferenceTable, target: Path, key: Mapping[str, Any]) -> None:
     try:
         np.save(beside / KEYS, table.keys_E)
         np.save(beside / VALUES, table.values_E2)
-        write_whole(beside / MANIFEST, json.dumps(key, indent=1, sort_keys=True))
+        write_atomically(beside / MANIFEST, json.dumps(key, indent=1, sort_keys=True))
         beside.rename(target)
     except OSError:
         if not (target / MANIFEST).exists():
