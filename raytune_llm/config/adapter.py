@@ -22,6 +22,8 @@ class WholeModel:
     """Base weights are trained. If not, they are frozen, and final/ holds an adapter."""
     changes_base: ClassVar[bool] = False
     """The model that is trained has other frozen weights, or other layers, than the one that it was made of."""
+    needs_quantized: ClassVar[bool] = False
+    """It is for quantized weights only."""
     refuses_quantized: ClassVar[str | None] = None
     """Why it can't be on quantized weights; None if it can."""
     refuses_partitioned: ClassVar[str | None] = None
@@ -114,6 +116,7 @@ class Layered:
 
     trains_base: ClassVar[bool] = False
     changes_base: ClassVar[bool] = False
+    needs_quantized: ClassVar[bool] = False
     refuses_quantized: ClassVar[str | None] = None
     refuses_partitioned: ClassVar[str | None] = None
     trains_tokens: ClassVar[bool] = False
@@ -222,6 +225,21 @@ class PiSSA(LowRank):
 
 
 @section
+class LoftQ(LowRank):
+    """Li et al. 2023 (arXiv 2310.08659): LoRA that begins as the largest singular values of what quantization takes off a weight.
+    One round of it, on the base as it is quantized without."""
+
+    name: Literal["loftq"]
+
+    needs_quantized: ClassVar[bool] = True
+
+    @property
+    def starts_at_base(self) -> bool:
+        """Without the adapter, its base is what quantization left of the model."""
+        return False
+
+
+@section
 class OFT(Layered):
     """Qiu et al. 2023 (arXiv 2306.07280), as in Qiu et al. 2025 (arXiv 2506.19847): W R, where R rotates blocks of inputs.
 
@@ -275,5 +293,6 @@ class SavedAdapter:
 
 
 AdapterConfig = Annotated[
-    NoAdapter | Freeze | LlamaPro | LoRA | RsLoRA | LoRAPlus | DoRA | PiSSA | OFT | VeRA | IA3, Field(discriminator="name")
+    NoAdapter | Freeze | LlamaPro | LoRA | RsLoRA | LoRAPlus | DoRA | PiSSA | LoftQ | OFT | VeRA | IA3,
+    Field(discriminator="name"),
 ]

@@ -38,4 +38,23 @@ class NF4:
     trains_base: ClassVar[bool] = False
 
 
-QuantizationConfig = Annotated[NoQuantization | FP8 | NF4, Field(discriminator="name")]
+@section
+class FP4:
+    """Frozen weights in four bits that are small floating-point numbers. Coarser than bnb_nf4 for weights, which are normally
+    distributed. Needs bitsandbytes."""
+
+    name: Literal["bnb_fp4"]
+    replaces_layers: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = False
+
+
+@section
+class Int8:
+    """Frozen weights in eight bits, as LLM.int8's (Dettmers et al. 2022), products in the run's precision. Needs bitsandbytes."""
+
+    name: Literal["bnb_int8"]
+    replaces_layers: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = False
+
+
+QuantizationConfig = Annotated[NoQuantization | FP8 | NF4 | FP4 | Int8, Field(discriminator="name")]

@@ -564,6 +564,9 @@ def _quantized_weights_can_be_had(run: TrainRun) -> None:
     if quantization.replaces_layers and run.adapter.refuses_quantized is not None:
         rule = f"can't be {quantization.name} with adapter={run.adapter.name}: {run.adapter.refuses_quantized}"
         raise ConfigError("quantization", rule, fix="Set adapter=lora, or quantization=none.")
+    if run.adapter.needs_quantized and not quantization.replaces_layers:
+        rule = f"must be one with adapter={run.adapter.name}, which begins as what it takes off the weights"
+        raise ConfigError("quantization", rule, got=quantization.name, fix="Set quantization=bnb_nf4, or adapter=lora.")
     refusal = run.strategy.refuses_quantized(trained=trains_all) if quantization.replaces_layers else None
     if refusal is not None:
         raise ConfigError(

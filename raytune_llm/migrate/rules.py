@@ -123,15 +123,17 @@ def quantization(
 ) -> Settings | NoEffect:
     if quantization_bit is None:
         return {"quantization": "none"}
-    if quantization_bit != 4:
-        raise Refusal(f"quantization to {quantization_bit} bits {LATER}; there is 4", "quantization_bit")
+    if quantization_bit not in (4, 8):
+        raise Refusal(f"quantization to {quantization_bit} bits {LATER}; there are 4 and 8", "quantization_bit")
     if str(quantization_method).lower() not in ("bnb", "bitsandbytes"):
         raise Refusal(f"quantization by {quantization_method} {LATER}; there is bnb", "quantization_method")
-    if quantization_type != "nf4":
-        raise Refusal(f"quantization to {quantization_type} {LATER}; there is nf4", "quantization_type")
+    if quantization_bit == 8:
+        return {"quantization": "bnb_int8"}
+    if quantization_type not in ("nf4", "fp4"):
+        raise Refusal(f"quantization to {quantization_type} {LATER}; there are nf4 and fp4", "quantization_type")
     if not double_quantization:
         raise Refusal("scales are always quantized (double quantization); leave it out", "double_quantization")
-    return {"quantization": "bnb_nf4"}
+    return {"quantization": f"bnb_{quantization_type}"}
 
 
 def adapter(

@@ -24,7 +24,7 @@ from raytune_llm.models.layers import layers
 from raytune_llm.models.load import check_trainable, load_config, load_model, model_class, positions
 from raytune_llm.models.multimodal import is_multimodal, processor_files
 from raytune_llm.models.policy import Policy
-from raytune_llm.models.quantization import quantize
+from raytune_llm.models.quantization import quantization_of, quantize
 from raytune_llm.models.scorer import Scorer
 from raytune_llm.models.shared import SharedModel
 from raytune_llm.models.stored import Files, bring, of_type
@@ -130,7 +130,8 @@ def build_policy(
     if slots is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed if adapter_seed is None else adapter_seed)
-            adapted = adapt(loaded, adapter, scores=scores, new_ids=sorted(first_pieces))
+            in_bits = quantization_of(quantization)
+            adapted = adapt(loaded, adapter, scores=scores, new_ids=sorted(first_pieces), quantization=in_bits)
     if not frozen:
         _narrow_frozen(loaded, compute)
     quantize(layers(loaded), quantization, runs_on)

@@ -26,6 +26,7 @@ from transformers import (
 from raytune_llm import packaged
 from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.models.multimodal import TRAINED_ON_TEXT, is_multimodal, leave_other_media_out
+from raytune_llm.models.quantization.prequantized import unpacked
 from raytune_llm.models.stored import Files, files_of, model_in_files
 
 MAX_LAYERS = 1_000
@@ -57,7 +58,7 @@ def load_config(
             fix = f"Set adapter.path={path}, and model.path to the model that it is for."
             raise ConfigError("model.path", "must be a model, but this folder holds an adapter", got=path, fix=fix) from None
         raise _unreachable(path, error) from None
-    return _changed(config, changes) if changes else config
+    return unpacked(_changed(config, changes) if changes else config, path)
 
 
 def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
@@ -208,6 +209,8 @@ def files_to_read(
     config: PretrainedConfig, path: str, *, revision: str | None = None, trust_remote_code: bool = False, scores: bool = False
 ) -> Files | None:
     """The files of the weights, if a worker can read its part of each tensor."""
+    if getattr(config, "quantization_config", None) is not None:
+        return None  # what they hold is unpacked as it is loaded
     model = load_model(
         config,
         path,

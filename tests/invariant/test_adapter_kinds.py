@@ -23,8 +23,8 @@ from tests.invariant.test_same_run_everywhere import assert_same_run, elsewhere
 from tests.invariant.test_saved_models_load_elsewhere import base_of, in_memory_logits
 from tests.runs import PowerCut, cut_at, tiny_run
 
-KINDS = [kind for kind in METHODS if kind != "lora"]
-"""LoRA has tests of its own for all of this."""
+KINDS = [kind for kind in METHODS if kind not in ("lora", "loftq")]
+"""LoRA has tests of its own for all of this, and LoftQ, over quantized weights alone, in tests/unit/models/quantization."""
 SETTINGS = {
     "vera": ["adapter.rank=32", "optimizer.lr=5e-2"],
     "ia3": ["optimizer.lr=5e-2"],

@@ -18,6 +18,7 @@ from raytune_llm.models.adapters.llama_pro import llama_pro
 from raytune_llm.models.adapters.method import Kept
 from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.adapters.protocol import OWN, Adapters
+from raytune_llm.models.quantization.base import Quantization
 
 __all__ = ["OWN", "Adapters", "Kept", "LoraBank", "PeftAdapters", "Slots", "Weights", "adapt", "bank_of", "kept_by", "merge"]
 
@@ -64,13 +65,18 @@ def merge(model: PreTrainedModel, folders: Sequence[str]) -> None:
 
 
 def adapt(
-    model: PreTrainedModel, adapter: AdapterConfig | SavedAdapter, *, scores: bool = False, new_ids: Sequence[int] = ()
+    model: PreTrainedModel,
+    adapter: AdapterConfig | SavedAdapter,
+    *,
+    scores: bool = False,
+    new_ids: Sequence[int] = (),
+    quantization: Quantization | None = None,
 ) -> PeftAdapters:
     """The model and its adapter, with requires_grad set on what is trained. Adapter weights are in float32, new ones drawn from
     torch's generator.
 
     scores: the model has a score head, which is trained whole beside the adapter and saved with it. new_ids: tokens whose
-    embeddings are the adapter's.
+    embeddings are the adapter's. quantization: what will be made of the weights under it.
     """
     if adapter.trains_base:
         WHOLE_MODELS[adapter.name](model, **settings_of(adapter))
@@ -78,5 +84,5 @@ def adapt(
             model.get_submodule("score").requires_grad_(True)
         return PeftAdapters(model, scores=scores)
     adapters = PeftAdapters(model, scores=scores)
-    adapters.add_own(adapter, new_ids)
+    adapters.add_own(adapter, new_ids, quantization=quantization)
     return adapters

@@ -15,6 +15,7 @@ from torch import nn
 
 from raytune_llm.models.adapters.lora import lora, ranks_fit
 from raytune_llm.models.adapters.method import Kept, Method
+from raytune_llm.models.quantization.base import Quantization
 from raytune_llm.models.stored import Stored
 
 
@@ -23,7 +24,7 @@ def describes(saved: PeftConfig) -> bool:
 
 
 @torch.no_grad()
-def measure_stored(model: nn.Module, key: str) -> None:
+def measure_stored(model: nn.Module, key: str, quantization: Quantization | None) -> None:
     """Lengths of the rows of weights that are still in their files, where PEFT has measured what stands in their place."""
     for module in model.modules():
         if not isinstance(module, LoraLayer) or key not in module.lora_magnitude_vector:

@@ -26,6 +26,7 @@ from raytune_llm.models.adapters.method import Method, new_config
 from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.adapters.protocol import OWN
 from raytune_llm.models.adapters.saved import WEIGHTS, load_weights, names_of, read_config, token_ids_of, unfit
+from raytune_llm.models.quantization.base import Quantization
 from raytune_llm.models.stored import of_type
 
 SCORE_HEAD = ("score.weight",)
@@ -43,6 +44,7 @@ class PeftAdapters:
         self._peft: Any = model if isinstance(model, PeftModel) else None
         self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._scores = scores
+        self._quantization: Quantization | None = None
         self._own: AdapterConfig | SavedAdapter | None = None
         self._begun: dict[str, dict[str, Tensor]] = {}
         """As adapters began, by our names, where what is saved needs it."""
@@ -74,9 +76,16 @@ class PeftAdapters:
         with self._as_it_is():
             self._put(name, f"adapter{next(self._numbers)}", source)
 
-    def add_own(self, source: AdapterConfig | SavedAdapter, new_ids: Sequence[int] = ()) -> None:
+    def add_own(
+        self,
+        source: AdapterConfig | SavedAdapter,
+        new_ids: Sequence[int] = (),
+        *,
+        quantization: Quantization | None = None,
+    ) -> None:
         """Add the policy's own adapter: the first one, in use and trained from now on. new_ids: tokens whose embeddings are the
-        adapter's, which the model has room for."""
+        adapter's, which the model has room for. quantization: what will be made of the weights of its layers."""
+        self._quantization = quantization
         self._put(OWN, OWN, source, new_ids)
         self._own = source
         self.model = adapted = cast(PeftModel, self._peft)
@@ -192,7 +201,7 @@ class PeftAdapters:
 
     def _begin(self, name: str, method: Method) -> None:
         key = self._keys[name]
-        method.begin(self._base, key)
+        method.begin(self._base, key, self._quantization)
         if method.saved is not None:
             tensors = get_peft_model_state_dict(self._peft, adapter_name=key, save_embedding_layers=False)
             self._begun[name] = {tensor: _host_copy(value) for tensor, value in tensors.items()}

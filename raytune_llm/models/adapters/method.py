@@ -18,7 +18,7 @@ from raytune_llm.config.section import settings_of
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.banked import BankedLinear
 from raytune_llm.models.layers import named_layers
-from raytune_llm.models.quantization.base import QuantizedLinear
+from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
 
 LINEAR = nn.Linear | Conv1D | QuantizedLinear
 Layers = Mapping[str, nn.Module]
@@ -54,8 +54,9 @@ class Method:
     """Whether the config of a saved adapter is of this kind."""
     check: Callable[..., None]
     """(layers, **settings): raises ConfigError if the settings don't fit one of the layers."""
-    begin: Callable[[nn.Module, str], None] = lambda model, key: None
-    """For new adapters: called with the model and PEFT's name of the adapter once it is in the layers."""
+    begin: Callable[[nn.Module, str, Quantization | None], None] = lambda model, key, quantization: None
+    """For new adapters: called with the model, PEFT's name of the adapter once it is in the layers, and what will be made of the
+    layers' weights."""
     saved: Callable[[PeftConfig, Tensors, Tensors], tuple[PeftConfig, Tensors]] | None = None
     """(config, tensors, as they began) -> what is saved in their place. None: they are saved as they are."""
     lr_factor: Callable[[str, Layered], float] = lambda name, section: 1.0

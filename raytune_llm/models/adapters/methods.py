@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from raytune_llm.models.adapters.dora import DORA
 from raytune_llm.models.adapters.ia3 import IA3
+from raytune_llm.models.adapters.loftq import LOFTQ
 from raytune_llm.models.adapters.lora import LORA
 from raytune_llm.models.adapters.lora_plus import LORA_PLUS
 from raytune_llm.models.adapters.method import Method
@@ -18,6 +19,7 @@ METHODS: dict[str, Method] = {
     "lora_plus": LORA_PLUS,
     "dora": DORA,
     "pissa": PISSA,
+    "loftq": LOFTQ,
     "oft": OFT,
     "vera": VERA,
     "ia3": IA3,

@@ -15,7 +15,9 @@ from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.section import settings_of
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
+from raytune_llm.models.quantization.fp4 import FP4
 from raytune_llm.models.quantization.fp8 import FP8
+from raytune_llm.models.quantization.int8 import Int8
 from raytune_llm.models.quantization.linears import Found, has_frozen_experts, linears_but, names_of_linears
 from raytune_llm.models.quantization.nf4 import NF4
 from raytune_llm.models.stored import Stored
@@ -32,7 +34,13 @@ __all__ = [
     "quantize",
 ]
 
-QUANTIZATIONS: dict[str, type[Quantization] | None] = {"none": None, "fp8": FP8, "bnb_nf4": NF4}
+QUANTIZATIONS: dict[str, type[Quantization] | None] = {
+    "none": None,
+    "fp8": FP8,
+    "bnb_nf4": NF4,
+    "bnb_fp4": FP4,
+    "bnb_int8": Int8,
+}
 
 
 def quantization_of(section: QuantizationConfig) -> Quantization | None:

@@ -5,6 +5,8 @@ bitsandbytes packs and unpacks them, on GPUs and on CPUs.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -17,29 +19,31 @@ BLOCK, SCALES_BLOCK = 64, 256
 class NF4Linear(QuantizedLinear):
     """Products are in the activations' type: the weight is unpacked once forward and once backward, and not kept."""
 
+    CODE: ClassVar[str] = "nf4"
+    """bitsandbytes' name of the sixteen values."""
     HELD = ("packed", "scales", "scales_of_scales", "code_of_scales", "mean_scale")
 
     def __init__(self, linear: nn.Linear) -> None:
         from bitsandbytes.functional import quantize_4bit
 
         super().__init__(linear)
-        packed, state = quantize_4bit(linear.weight.detach(), quant_type="nf4", blocksize=BLOCK, compress_statistics=True)
+        packed, state = quantize_4bit(linear.weight.detach(), quant_type=self.CODE, blocksize=BLOCK, compress_statistics=True)
         assert state.state2 is not None and state.offset is not None
         held = (packed, state.absmax, state.state2.absmax, state.state2.code, state.offset)
         for name, tensor in zip(self.HELD, held, strict=True):
             self.register_buffer(name, tensor, persistent=False)
 
-    @staticmethod
-    def product(x_MK: Tensor, *held: Tensor) -> Tensor:
-        return _nf4_product(x_MK, *held, transposed=False)
+    @classmethod
+    def product(cls, x_MK: Tensor, *held: Tensor) -> Tensor:
+        return _four_bit_product(x_MK, *held, transposed=False, code=cls.CODE)
 
-    @staticmethod
-    def transposed(grad_MN: Tensor, *held: Tensor) -> Tensor:
-        return _nf4_product(grad_MN, *held, transposed=True)
+    @classmethod
+    def transposed(cls, grad_MN: Tensor, *held: Tensor) -> Tensor:
+        return _four_bit_product(grad_MN, *held, transposed=True, code=cls.CODE)
 
 
-@torch.library.custom_op("raytune_llm::nf4_product", mutates_args=())
-def _nf4_product(
+@torch.library.custom_op("raytune_llm::four_bit_product", mutates_args=())
+def _four_bit_product(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -47,16 +51,17 @@ def _nf4_product(
     code_of_scales: Tensor,
     mean_scale: Tensor,
     transposed: bool,
+    code: str,
 ) -> Tensor:
     """x @ weight.T, or x @ weight. One op for the compiler, which would else keep the unpacked weight for the backward pass."""
     bnb = torch.ops.bitsandbytes
     wide = bnb.dequantize_blockwise(scales, scales_of_scales, code_of_scales, SCALES_BLOCK, torch.float32) + mean_scale
     shape = [x.shape[1], _other_size(x, packed)] if transposed else [_other_size(x, packed), x.shape[1]]
-    weight = bnb.dequantize_4bit(packed, wide, BLOCK, "nf4", shape, x.dtype)
+    weight = bnb.dequantize_4bit(packed, wide, BLOCK, code, shape, x.dtype)
     return x @ weight if transposed else x @ weight.T
 
 
-@_nf4_product.register_fake
+@_four_bit_product.register_fake
 def _(
     x: Tensor,
     packed: Tensor,
@@ -65,6 +70,7 @@ def _(
     code_of_scales: Tensor,
     mean_scale: Tensor,
     transposed: bool,
+    code: str,
 ) -> Tensor:
     return x.new_empty((x.shape[0], _other_size(x, packed)))
 

@@ -44,6 +44,8 @@ CONVERTED = {
         {"adapter.name": "oft", "adapter.block_size": 16, "adapter.targets": ["q_proj", "v_proj"], "adapter.dropout": 0.1},
     ),
     "extras/dora": ({**LORA, "use_dora": True}, {"adapter.name": "dora", "adapter.rank": 8, "adapter.alpha": 16.0}),
+    "qlora/8bit": ({**LORA, "quantization_bit": 8}, {"quantization.name": "bnb_int8"}),
+    "qlora/fp4": ({**LORA, "quantization_bit": 4, "quantization_type": "fp4"}, {"quantization.name": "bnb_fp4"}),
     "extras/pissa": (
         {**LORA, "pissa_init": True, "pissa_iter": -1, "pissa_convert": True},
         {"adapter.name": "pissa", "adapter.svd_iterations": None, "adapter.alpha": 16.0},
@@ -136,7 +138,7 @@ REFUSED = {
     "qlora/gptq": ({**LORA, "model_name_or_path": "TechxGenus/Meta-Llama-3-8B-Instruct-GPTQ"}, "gptq"),
     "qlora/awq": ({**LORA, "model_name_or_path": "TechxGenus/Meta-Llama-3-8B-Instruct-AWQ"}, "awq"),
     "qlora/aqlm": ({**LORA, "model_name_or_path": "ISTA-DASLab/Meta-Llama-3-8B-Instruct-AQLM-2Bit-1x16"}, "aqlm"),
-    "qlora/8bit": ({**LORA, "quantization_bit": 8}, "8 bits"),
+    "qlora/3bit": ({**LORA, "quantization_bit": 3}, "3 bits"),
     "qlora/hqq": ({**LORA, "quantization_bit": 4, "quantization_method": "hqq"}, "hqq"),
     "full/autotp": ({**FULL, "deepspeed": "examples/deepspeed/ds_z2_autotp_config.json"}, "tensor parallelism"),
     "extras/adam_mini": ({**FULL, "use_adam_mini": True}, "adam_mini"),

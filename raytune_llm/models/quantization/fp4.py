@@ -1,0 +1,13 @@
+"""Weights in four bits that are small floating-point numbers, in blocks with scales like NF4's. bitsandbytes' other code."""
+
+from __future__ import annotations
+
+from raytune_llm.models.quantization.nf4 import NF4, NF4Linear
+
+
+class FP4Linear(NF4Linear):
+    CODE = "fp4"
+
+
+class FP4(NF4):
+    layer = FP4Linear

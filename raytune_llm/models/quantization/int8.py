@@ -1,0 +1,59 @@
+"""Weights in eight bits, with a scale a row, as LLM.int8 holds them (Dettmers et al. 2022, arXiv 2208.07339).
+
+Products are in the activations' type, so that no outliers of theirs need be kept apart: only weights are rounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
+
+INT8_MAX = 127.0
+
+
+class Int8Linear(QuantizedLinear):
+    HELD = ("rounded", "scales")
+
+    def __init__(self, linear: nn.Linear) -> None:
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        super().__init__(linear)
+        rounded_NK, largest_N, _ = int8_vectorwise_quant(linear.weight.detach().to(torch.float16))
+        self.register_buffer("rounded", rounded_NK, persistent=False)
+        self.register_buffer("scales", largest_N.float() / INT8_MAX, persistent=False)
+
+    @staticmethod
+    def product(x_MK: Tensor, *held: Tensor) -> Tensor:
+        return _int8_product(x_MK, *held, transposed=False)
+
+    @staticmethod
+    def transposed(grad_MN: Tensor, *held: Tensor) -> Tensor:
+        return _int8_product(grad_MN, *held, transposed=True)
+
+
+@torch.library.custom_op("raytune_llm::int8_product", mutates_args=())
+def _int8_product(x: Tensor, rounded_NK: Tensor, scales_N: Tensor, transposed: bool) -> Tensor:
+    """x @ weight.T, or x @ weight. One op for the compiler, which would else keep the wider weight for the backward pass. Eight
+    bits are exact in any type that x has."""
+    wide_NK, scales_N = rounded_NK.to(x.dtype), scales_N.to(x.dtype)
+    return (x * scales_N) @ wide_NK if transposed else (x @ wide_NK.T) * scales_N
+
+
+@_int8_product.register_fake
+def _(x: Tensor, rounded_NK: Tensor, scales_N: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty((x.shape[0], rounded_NK.shape[1 if transposed else 0]))
+
+
+class Int8(Quantization):
+    layer = Int8Linear
+    bits_per_weight = 8.0
+    package = "bitsandbytes"
+
+    @staticmethod
+    def lacks(device_type: str, capability: tuple[int, int]) -> str | None:
+        return None
+
+    def misfit(self, linear: nn.Linear) -> str | None:
+        return None

@@ -1,0 +1,78 @@
+"""Models whose files hold quantized weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from raytune_llm.errors import ConfigError
+from raytune_llm.losses.tokens import cross_entropy
+from raytune_llm.models.build import build_policy
+from raytune_llm.models.load import files_to_read, load_config
+from tests.models import lora_section, model_section, packed, some_rows
+
+BLOCK = 128
+SIZES = {"vocab_size": 97, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+E4M3 = torch.float8_e4m3fn
+
+
+def blocks_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """In FP8, with a scale for each block, as DeepSeek's files have them."""
+    n, k = (size // BLOCK for size in weight.shape)
+    blocks = weight.view(n, BLOCK, k, BLOCK)
+    scales = blocks.abs().amax(dim=(1, 3)) / torch.finfo(E4M3).max
+    return (blocks / scales[:, None, :, None]).view(weight.shape).to(E4M3), scales
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def say(folder: Path, **quantization: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+
+
+def test_blocks_of_fp8_are_read_as_the_numbers_that_they_stand_for_and_trained_on(folder: Path) -> None:
+    weights, expected = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        rounded, scales = blocks_of(weights[name])
+        wide = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        expected[name], weights[name], weights[f"{name}_scale_inv"] = rounded.float() * wide, rounded, scales
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    say(folder, quant_method="fp8", weight_block_size=[BLOCK, BLOCK], activation_scheme="dynamic", fmt="e4m3")
+    config = load_config(str(folder), {})
+    assert files_to_read(config, str(folder)) is None
+    policy, _ = build_policy(
+        config, model_section(path=str(folder)), lora_section(), compute=torch.float32, seed=0, device=torch.device("cpu")
+    )
+    assert len(expected) == 7
+    for name, weight in expected.items():
+        layer = policy.base.get_submodule(name.removesuffix(".weight"))
+        torch.testing.assert_close(layer.base_layer.weight.detach(), weight, rtol=1e-6, atol=1e-7)
+    policy(packed(some_rows([20, 9])), cross_entropy).sum().backward()
+    assert all(parameter.grad is not None for parameter in policy.parameters() if parameter.requires_grad)
+    assert getattr(policy.base.config, "quantization_config", None) is None, "what is saved of it is not quantized"
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "aqlm", "eetq", "hqq", "compressed-tensors", "torchao", "fbgemm_fp8"])
+def test_what_can_not_be_trained_on_is_refused_by_name_before_anything_is_loaded(method: str, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    say(folder, quant_method=method, bits=4)
+    with pytest.raises(ConfigError, match=rf"model\.path must hold weights .* by {method}, which can't be"):
+        load_config(str(folder), {})
+
+
+def test_bitsandbytes_own_checkpoints_are_refused_too(folder: Path) -> None:
+    say(folder, load_in_4bit=True)
+    with pytest.raises(ConfigError, match="these are by bitsandbytes"):
+        load_config(str(folder), {})
