@@ -76,6 +76,7 @@ ANY_KEY = (
     "model.config",
     "adapter.rank_pattern",
     "adapter.alpha_pattern",
+    "optimizer.groups",
     "serve.adapters",
     "chat.adapters",
     "predict.adapters",

@@ -76,6 +76,7 @@ class TrainRun:
         _sharding_has_workers(self)
         _quantized_weights_can_be_had(self)
         _optimizer_finds_its_matrices(self)
+        _schedule_suits_the_optimizer(self)
         _adapters_find_the_weights_that_they_read(self)
         _new_tokens_can_be_trained(self)
         _anchored_policies_have_a_new_adapter(self)
@@ -577,11 +578,22 @@ def _quantized_weights_can_be_had(run: TrainRun) -> None:
 
 
 def _optimizer_finds_its_matrices(run: TrainRun) -> None:
-    if run.optimizer.needs_matrices and not run.strategy.keeps_matrices:
+    if run.optimizer.needs_whole is not None and not run.strategy.keeps_matrices:
         raise ConfigError(
             "strategy",
-            f"can't be {run.strategy.option} with optimizer={run.optimizer.name}: it needs matrices, and ZeRO flattens them",
+            f"can't be {run.strategy.option} with optimizer={run.optimizer.name}: {run.optimizer.needs_whole}",
             fix="Set strategy=fsdp, or optimizer=adamw.",
+        )
+
+
+def _schedule_suits_the_optimizer(run: TrainRun) -> None:
+    if run.optimizer.schedules is not None and run.schedule.name not in run.optimizer.schedules:
+        suits = " or ".join(sorted(run.optimizer.schedules))
+        raise ConfigError(
+            "schedule",
+            f"must be {suits} with optimizer={run.optimizer.name}, which averages steps instead",
+            got=run.schedule.name,
+            fix=f"Set schedule={suits}.",
         )
 
 

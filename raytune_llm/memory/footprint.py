@@ -18,7 +18,6 @@ from raytune_llm.config.section import settings_of
 from raytune_llm.config.strategy import StrategyConfig
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.memory.model import (
-    FP32,
     STATES,
     Memory,
     Parameters,
@@ -124,12 +123,12 @@ def _reference_parameters(run: TrainRun, config: PretrainedConfig) -> int:
 def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     """The peak of a step on one GPU."""
     dtype, backend = needs.case.dtype, attention.expected(run.model.attention, needs.case)
-    matrices = needs.parameters.trained_matrices
+    state = needs.optimizer.state_bytes(needs.parameters.trained_shapes)
     states_of = partial(
         STATES[needs.strategy.name],
         compute=dtype.itemsize,
         world=needs.world_size,
-        optimizer_bytes=FP32 * needs.optimizer.state_size(matrices=matrices, others=needs.parameters.trained - matrices),
+        optimizer_bytes=state.like_weights,
         accumulates=run.train.global_batch_size > needs.micro_batch_size * needs.world_size,
         **settings_of(needs.strategy),
     )
@@ -139,7 +138,7 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     memory = memory_per_gpu(
         dimensions(config),
         needs.parameters,
-        replace(states, weights=states.weights - saved),
+        replace(states, weights=states.weights - saved, optimizer=states.optimizer + state.whole),
         compute=dtype.itemsize,
         tokens=needs.micro_batch_size * pack,
         dropout=needs.dropout,

@@ -19,6 +19,7 @@ import torch
 from transformers import PretrainedConfig
 
 from raytune_llm.config.adapter import AdapterConfig
+from raytune_llm.config.optimizer import TrainedShape
 from raytune_llm.models.adapters import OWN, Kept, adapt
 from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS
 from raytune_llm.models.layers import layers
@@ -62,8 +63,8 @@ class Parameters:
     """In the largest layer: the unit that sharding gathers."""
     outside_layers: int
     """Embedding, head and the last norm."""
-    trained_matrices: int = 0
-    """Of those trained: in matrices within layers."""
+    trained_shapes: tuple[TrainedShape, ...] = ()
+    """Of every tensor that is trained."""
     saved: int = 0
     """In the file of final/: the adapter's, or all of a model."""
     quantizable: int = 0
@@ -151,7 +152,7 @@ def count_parameters(
         if has_frozen_experts(layers(adapted))
         else [linear.weight for *_, linear in linears_but(layers(adapted), skip_modules=())]
     )
-    in_layers = {parameter for layer in layers(adapted) for parameter in layer.parameters()}
+    in_layers = {parameter: number for number, layer in enumerate(layers(adapted)) for parameter in layer.parameters()}
     total = _numel(adapted)
     return Parameters(
         total=total,
@@ -159,7 +160,7 @@ def count_parameters(
         trained=sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad),
         layer=max(blocks, default=0),
         outside_layers=total - sum(blocks),
-        trained_matrices=sum(p.numel() for p in in_layers if p.requires_grad and p.ndim == 2),
+        trained_shapes=tuple(TrainedShape(tuple(p.shape), in_layers.get(p)) for p in adapted.parameters() if p.requires_grad),
         quantizable=sum(weight.numel() for weight in weights if not weight.requires_grad),
     )
 

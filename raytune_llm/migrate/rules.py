@@ -488,14 +488,109 @@ def epochs(num_train_epochs: float, max_steps: int, streaming: bool) -> Settings
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_npu_fused")
 
 
-def optimizer(optim: str, use_muon: bool, adam_beta1: float, adam_beta2: float, adam_epsilon: float) -> Settings:
-    """use_muon wins over optim. transformers' SGD has no momentum."""
-    if optim == "sgd" and not use_muon:
-        return {"optimizer": "sgd", "optimizer.momentum": 0.0}
-    if optim not in ADAMW and not use_muon:
-        raise Refusal(f"{optim} {LATER}; there are adamw_torch and sgd", "optim")
-    adam = {"optimizer.beta1": adam_beta1, "optimizer.beta2": adam_beta2, "optimizer.eps": adam_epsilon}
-    return {"optimizer": "muon" if use_muon else "adamw", **adam}
+BNB_8BIT = {"adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+SWITCHED = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+"""The first that is on wins, over optim too."""
+
+
+def optimizer(
+    optim: str,
+    use_galore: bool,
+    use_apollo: bool,
+    use_badam: bool,
+    use_adam_mini: bool,
+    use_muon: bool,
+    adam_beta1: float,
+    adam_beta2: float,
+    adam_epsilon: float,
+) -> Settings:
+    """transformers' SGD has no momentum. Its Adafactor has the schedule's rate, not one of its own."""
+    switches = (use_galore, use_apollo, use_badam, use_adam_mini, use_muon)
+    switched = next((name.removeprefix("use_") for name, on in zip(SWITCHED, switches, strict=True) if on), None)
+    if switched is None and optim in ("sgd", "adafactor"):
+        return {"optimizer": "sgd", "optimizer.momentum": 0.0} if optim == "sgd" else {"optimizer": "adafactor"}
+    betas = {"optimizer.beta1": adam_beta1, "optimizer.beta2": adam_beta2}
+    if switched is None and optim in ("lion", "lion_32bit"):
+        return {"optimizer": "lion", **betas}
+    chosen = switched or _adam_of(optim)
+    return {"optimizer": chosen, **betas, "optimizer.eps": adam_epsilon}
+
+
+def _adam_of(optim: str) -> str:
+    if optim in ADAMW:
+        return "adamw"
+    if optim in BNB_8BIT:
+        return BNB_8BIT[optim]
+    if optim == "schedule_free_adamw":
+        return "schedule_free"
+    if "lomo" in optim or "q_galore" in optim:
+        raise Refusal(f"{optim} has no package that is still kept; there are adafactor, galore and badam", "optim")
+    if optim.startswith(("galore", "apollo")):
+        raise Refusal(f"{optim} {LATER} with optim_target_modules; use use_galore or use_apollo", "optim")
+    raise Refusal(
+        f"{optim} {LATER}; there are adamw_torch, adamw_8bit, adafactor, lion_32bit, schedule_free_adamw and sgd", "optim"
+    )
+
+
+def galore(
+    use_galore: bool,
+    galore_target: str | list[str],
+    galore_rank: int,
+    galore_update_interval: int,
+    galore_scale: float,
+    galore_proj_type: str,
+    galore_layerwise: bool,
+) -> Settings:
+    if not use_galore:
+        return {}
+    _only("galore_target", galore_target, ("all", ["all"]), "every matrix of the layers is projected")
+    _only("galore_proj_type", galore_proj_type, ("std",), "the shorter side is projected, as std does")
+    _only("galore_layerwise", galore_layerwise, (False,), "steps are not taken layer by layer")
+    return _projected(galore_rank, galore_update_interval, galore_scale)
+
+
+def apollo(
+    use_apollo: bool,
+    apollo_target: str | list[str],
+    apollo_rank: int,
+    apollo_update_interval: int,
+    apollo_scale: float,
+    apollo_proj: str,
+    apollo_proj_type: str,
+    apollo_scale_type: str,
+    apollo_layerwise: bool,
+    apollo_scale_front: bool,
+) -> Settings:
+    if not use_apollo:
+        return {}
+    _only("apollo_target", apollo_target, ("all", ["all"]), "every matrix of the layers is projected")
+    _only("apollo_proj", apollo_proj, ("random",), "projections are random")
+    _only("apollo_proj_type", apollo_proj_type, ("std",), "the shorter side is projected, as std does")
+    _only("apollo_layerwise", apollo_layerwise, (False,), "steps are not taken layer by layer")
+    _only("apollo_scale_front", apollo_scale_front, (False,), "the scale comes after the limit of the norm's growth")
+    return {**_projected(apollo_rank, apollo_update_interval, apollo_scale), "optimizer.sizes": apollo_scale_type}
+
+
+def _projected(rank: int, update_every: int, scale: float) -> Settings:
+    return {"optimizer.rank": rank, "optimizer.update_every": update_every, "optimizer.scale": float(scale)}
+
+
+def badam(
+    use_badam: bool, badam_mode: str, badam_start_block: int | None, badam_switch_mode: str, badam_switch_interval: int
+) -> Settings:
+    if not use_badam:
+        return {}
+    _only("badam_mode", badam_mode, ("layer",), "blocks are layers")
+    _only("badam_start_block", badam_start_block, (None,), "the order says which block is first")
+    _only("badam_switch_mode", badam_switch_mode, ("ascending", "descending", "random"), "blocks take turns")
+    if badam_switch_interval < 1:
+        raise Refusal("must be at least 1: blocks take turns", "badam_switch_interval")
+    return {"optimizer.switch_every": badam_switch_interval, "optimizer.order": badam_switch_mode}
+
+
+def _only(argument: str, value: Any, taken: tuple[Any, ...], why: str) -> None:
+    if value not in taken:
+        raise Refusal(f"must be {str(taken[0]).lower()} here: {why}", argument)
 
 
 def schedule(lr_scheduler_type: str, lr_scheduler_kwargs: Mapping[str, Any] | str | None, learning_rate: float) -> Settings:

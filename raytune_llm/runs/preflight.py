@@ -26,13 +26,15 @@ from raytune_llm.report.trackers import check_tracker
 from raytune_llm.runs.launch import check_devices
 from raytune_llm.runs.workspace import Workspace
 from raytune_llm.stages import STAGES
+from raytune_llm.train.optimizers import build_optimizer
 
 
 def check(run: TrainRun, workspace: Workspace | None = None) -> None:
     """Raises a UserError for a run that can't be."""
     workspace = workspace or Workspace()
     of_model = (run.model, run.data, run.stage, run.adapter, run.quantization, run.strategy, run.tracking, run.resources)
-    workspace.once("checked", of_model, lambda: _check(run, workspace))
+    of_optimizer = (run.optimizer.name, run.optimizer.groups)  # trials of other rates fit where one does
+    workspace.once("checked", (*of_model, *of_optimizer), lambda: _check(run, workspace))
 
 
 def _check(run: TrainRun, workspace: Workspace) -> None:
@@ -61,7 +63,8 @@ def _check(run: TrainRun, workspace: Workspace) -> None:
     savable(_generation_config(run.model.path))
     with torch.device("meta"):
         merge(model, run.model.merged_adapters)
-        adapt(model, run.adapter, scores=stage.scores is not None, new_ids=sorted(pieces))
+        adapters = adapt(model, run.adapter, scores=stage.scores is not None, new_ids=sorted(pieces))
+    build_optimizer(run.optimizer, adapters.model, fused=False, lr_factor=adapters.lr_factor)
 
 
 def _generation_config(path: str | None) -> GenerationConfig:

@@ -193,7 +193,8 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, tell: Cal
     if best is not None and best != progress.step:
         checkpoints.load(best, strategy.load)
     if setup.stage.scores is not None and setup.held_out:
-        pairs = held_out_scores(strategy.model, setup.stage.scores, setup.held_out, setup.device)
+        with strategy.averaged():
+            pairs = held_out_scores(strategy.model, setup.stage.scores, setup.held_out, setup.device)
         if setup.rank == 0:
             write_scores(pairs, setup.output)
     with told_if_slow(tell, "gathering what was trained") as gathering:

@@ -116,8 +116,8 @@ class Checkpoints:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def load(self, step: int, fill: Callable[[Mapping[str, torch.Size], Callable[[dict[str, Tensor]], None]], None]) -> None:
-        """`fill(sizes, read)` is the strategy's `load`."""
+    def load(self, step: int, fill: Callable[[Mapping[str, Tensor], Callable[[dict[str, Tensor]], None]], None]) -> None:
+        """`fill(kept, read)` is the strategy's `load`."""
         folder = path_of(self.folder, step) / "state"
         try:
             entries = FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -125,10 +125,14 @@ class Checkpoints:
             raise DataError(
                 str(folder), f"can't be read ({error})", "Delete this checkpoint; the run then resumes from an older one."
             ) from None
-        sizes = {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+        kept = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
 
         def read(state: dict[str, Tensor]) -> None:
-            missing = sorted(state.keys() ^ sizes.keys())
+            missing = sorted(state.keys() ^ kept.keys())
             if missing:
                 raise DataError(
                     str(folder), f"holds other parameters than this run trains (such as {missing[0]})", "Set resume=never."
@@ -141,7 +145,7 @@ class Checkpoints:
                     _raise_interrupt(error)
                     raise
 
-        fill(sizes, read)
+        fill(kept, read)
 
     def _write(self, state: dict[str, Tensor], step: int, best_step: int | None, document: Mapping[str, Any]) -> None:
         folder = path_of(self.folder, step)

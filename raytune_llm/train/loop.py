@@ -232,7 +232,8 @@ def evaluation(learner: Learner, held_out: Mapping[str, Loader], *, seed: int) -
     """
     model, objective = learner.strategy.model, learner.objective
     model.eval()
-    sources = {name: held_out_sums(learner, loader, seed=seed) for name, loader in held_out.items()}
+    with learner.strategy.averaged():
+        sources = {name: held_out_sums(learner, loader, seed=seed) for name, loader in held_out.items()}
     model.train()
     return evaluated(objective, sources)
 

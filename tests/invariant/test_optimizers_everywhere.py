@@ -22,7 +22,27 @@ SETTINGS = {
     "muon": ["optimizer=muon", "optimizer.lr=2e-4", "optimizer.adamw_lr_factor=5"],
     "sgd": ["optimizer=sgd", "optimizer.lr=0.1"],
     "sgd without momentum": ["optimizer=sgd", "optimizer.lr=0.3", "optimizer.momentum=0"],
+    "muon with bf16 moments": ["optimizer=muon", "optimizer.lr=1e-3", "optimizer.adamw_moments=bfloat16"],
+    "adafactor": ["optimizer=adafactor", "optimizer.lr=3e-3"],
+    "adam_mini": ["optimizer=adam_mini", "optimizer.lr=3e-3"],
+    "adamw_8bit": ["optimizer=adamw_8bit", "optimizer.lr=3e-3"],
+    "adamw_bf16": ["optimizer=adamw_bf16", "optimizer.lr=3e-3"],
+    "apollo": ["optimizer=apollo", "optimizer.lr=3e-3", "optimizer.rank=8", "optimizer.scale=4", "optimizer.update_every=2"],
+    "apollo_mini": ["optimizer=apollo_mini", "optimizer.lr=3e-3", "optimizer.scale=16", "optimizer.update_every=2"],
+    "badam": ["optimizer=badam", "optimizer.lr=1e-2", "optimizer.switch_every=2", "optimizer.outside_layers=true"],
+    "galore": ["optimizer=galore", "optimizer.lr=3e-3", "optimizer.rank=8", "optimizer.update_every=2"],
+    "lion": ["optimizer=lion", "optimizer.lr=1e-3"],
+    "schedule_free": ["optimizer=schedule_free", "optimizer.lr=1e-2", "schedule=constant"],
 }
+SHORT = ("muon", "sgd", "sgd without momentum", "badam")
+EACH = [pytest.param(name, marks=[] if name in SHORT else pytest.mark.long) for name in SETTINGS]
+# Not here: rounding by chance is another on each shard.
+SHARDED = [
+    pytest.param(name, "fsdp", marks=pytest.mark.long)
+    for name in ("adafactor", "adam_mini", "adamw_8bit", "apollo", "badam", "galore", "lion", "schedule_free")
+]
+NEAR = {"galore": 1e-3}
+"""How far losses may be apart, and nothing but losses: singular vectors show the last digit of a sum over workers."""
 ZERO = ["zero1", "zero2", "zero3"]
 Runs = Callable[[str], TrainRun]
 
@@ -44,6 +64,14 @@ def plain(chat_rows: str, cache: str, tmp_path_factory: pytest.TempPathFactory) 
     return run
 
 
+def assert_near(one: TrainRun, other: TrainRun, optimizer: str) -> None:
+    if optimizer not in NEAR:
+        assert_same_run(one, other)
+        return
+    ours, theirs = ([record["loss"] for record in metrics(run.output_dir) if "loss" in record] for run in (one, other))
+    assert len(ours) > 5 and ours == pytest.approx(theirs, rel=NEAR[optimizer])
+
+
 def store(run: TrainRun) -> str:
     return str(prepare(run.model, run.data, run.resources).store.folder)
 
@@ -53,6 +81,9 @@ def store(run: TrainRun) -> str:
     [
         *[("muon", strategy) for strategy in ("ddp", "fsdp", "fsdp strategy.reshard=grad_only", "fsdp strategy.shard_workers=1")],
         *[("sgd", strategy) for strategy in ("ddp", "fsdp", *ZERO)],
+        *SHARDED,
+        *[pytest.param("lion", strategy, marks=pytest.mark.long) for strategy in ("ddp", "zero2", "zero3")],
+        pytest.param("badam", "ddp", marks=pytest.mark.long),
     ],
 )
 def test_two_workers_give_the_numbers_of_one(
@@ -61,10 +92,10 @@ def test_two_workers_give_the_numbers_of_one(
     one = plain(optimizer)
     two = elsewhere(one, tmp_path, strategy=strategy, micro=2)
     two_workers.run(two, store(one))
-    assert_same_run(one, two)
+    assert_near(one, two, optimizer)
 
 
-@pytest.mark.parametrize("optimizer", SETTINGS)
+@pytest.mark.parametrize("optimizer", EACH)
 def test_a_run_that_was_cut_off_goes_on_to_the_digit(optimizer: str, plain: Runs, tmp_path: Path) -> None:
     run = replace(plain(optimizer), output_dir=str(tmp_path))
     with pytest.raises(PowerCut):
@@ -80,7 +111,13 @@ def test_a_run_that_was_cut_off_goes_on_to_the_digit(optimizer: str, plain: Runs
 
 @pytest.mark.parametrize(
     ("optimizer", "strategy"),
-    [("muon", "fsdp"), *[("sgd", strategy) for strategy in ("fsdp", *ZERO)], ("sgd without momentum", "zero2")],
+    [
+        ("muon", "fsdp"),
+        *[("sgd", strategy) for strategy in ("fsdp", *ZERO)],
+        ("sgd without momentum", "zero2"),
+        *SHARDED,
+        pytest.param("lion", "zero2", marks=pytest.mark.long),
+    ],
 )
 def test_sharded_state_goes_on_in_one_process(
     optimizer: str, strategy: str, plain: Runs, two_workers: Group, tmp_path: Path
@@ -90,11 +127,12 @@ def test_sharded_state_goes_on_in_one_process(
     two_workers.run(sharded, store(one), stop_after=4)
     two_workers.run(sharded, store(one), stop_after=7)
     work(replace(one, output_dir=sharded.output_dir), store(one), None, device=torch.device("cpu"))
-    assert_same_run(one, sharded)
+    assert_near(one, sharded, optimizer)
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "strategy"), [("muon", "ddp"), ("muon", "fsdp"), *[("sgd", strategy) for strategy in ("ddp", "fsdp", *ZERO)]]
+    ("optimizer", "strategy"),
+    [("muon", "ddp"), ("muon", "fsdp"), *[("sgd", strategy) for strategy in ("ddp", "fsdp", *ZERO)], *SHARDED],
 )
 def test_steps_with_a_broken_gradient_change_nothing(
     optimizer: str, strategy: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path

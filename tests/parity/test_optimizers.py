@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from raytune_llm.train.optimizers.adamw import adamw
+from raytune_llm.train.optimizers.apollo import Apollo
+from raytune_llm.train.optimizers.galore import galore
 from raytune_llm.train.optimizers.groups import Trained
+from raytune_llm.train.optimizers.low_rank import low_rank_groups
 from raytune_llm.train.optimizers.muon import muon
 from raytune_llm.train.strategies.own_optimizer import LossScale, clipped_step
 from tests.parity.sets import oracle
@@ -22,10 +25,10 @@ def cases(kind: str) -> list[Any]:
 
 
 def weight_of(inputs: dict[str, Any]) -> Trained:
-    return Trained("matrix", nn.Parameter(torch.tensor(inputs["weight"], dtype=torch.float64)), True)
+    return Trained("matrix", nn.Parameter(torch.tensor(inputs["weight"], dtype=torch.float64)), layer=0)
 
 
-def weights_after(optimizer: torch.optim.Optimizer, weight: Tensor, inputs: dict[str, Any], lr: float) -> list[Tensor]:
+def weights_after(optimizer: torch.optim.Optimizer, weight: nn.Parameter, inputs: dict[str, Any], lr: float) -> list[Tensor]:
     after = []
     for gradient in inputs["grads"]:
         weight.grad = torch.tensor(gradient, dtype=torch.float64)
@@ -46,7 +49,7 @@ def test_adamw_has_the_reference_weights(case: dict[str, Any], inputs: dict[str,
 def test_muon_has_the_reference_weights_as_near_as_bf16_comes(case: dict[str, Any], inputs: dict[str, Any]) -> None:
     """Its orthogonalization is in bf16: each step to a twentieth of its size."""
     weight, params = weight_of(inputs), case["params"]
-    rest = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "adamw_lr_factor": 1.0}
+    rest = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "adamw_lr_factor": 1.0, "adamw_moments": "float32"}
     kept = {name: params[name] for name in ("lr", "momentum", "nesterov", "weight_decay")}
     before = weight.parameter.detach().clone()
     after = weights_after(muon([weight], **kept, **rest, fused=True), weight.parameter, inputs, params["lr"])
@@ -55,6 +58,37 @@ def test_muon_has_the_reference_weights_as_near_as_bf16_comes(case: dict[str, An
     assert (expected[0] - before).abs().max() > 3 * bound
     for step, (ours, theirs) in enumerate(zip(after[: len(expected)], expected, strict=True)):
         assert (ours - theirs).abs().max() < (step + 1) * bound
+
+
+@pytest.mark.parametrize(("case", "inputs"), cases("galore"))
+def test_galore_has_the_reference_weights(case: dict[str, Any], inputs: dict[str, Any]) -> None:
+    weight, params = weight_of(inputs), case["params"]
+    kept = {name: params[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "rank", "scale")}
+    optimizer = galore([weight], **kept, update_every=params["update_proj_gap"], fused=True)
+    after = weights_after(optimizer, weight.parameter, inputs, params["lr"])
+    expected = torch.tensor(case["expected"]["weight_after"], dtype=torch.float64)
+    torch.testing.assert_close(torch.stack(after[: len(expected)]), expected, rtol=1e-9, atol=1e-12)
+
+
+class Projected(Apollo):
+    """By a projection that is given."""
+
+    given: Tensor
+
+    def projection(self, gradient: Tensor, rank: int, seed: int) -> Tensor:
+        return self.given
+
+
+@pytest.mark.parametrize(("case", "inputs"), cases("apollo"))
+def test_apollo_has_the_reference_weights(case: dict[str, Any], inputs: dict[str, Any]) -> None:
+    weight, params = weight_of(inputs), case["params"]
+    projected = {name: params[name] for name in ("rank", "scale")} | {"sizes": params["scale_type"], "update_every": 200}
+    groups = low_rank_groups([weight], params["weight_decay"], **projected)
+    optimizer = Projected(groups, {"lr": params["lr"], "betas": (params["beta1"], params["beta2"]), "eps": params["eps"]})
+    optimizer.given = torch.tensor(params["projection"], dtype=torch.float64)
+    after = weights_after(optimizer, weight.parameter, inputs, params["lr"])
+    expected = torch.tensor(case["expected"]["weight_after"], dtype=torch.float64)
+    torch.testing.assert_close(torch.stack(after[: len(expected)]), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("case", "inputs"), cases("grad_clip"))

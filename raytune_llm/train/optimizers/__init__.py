@@ -13,12 +13,34 @@ from torch import nn
 
 from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.section import settings_of
+from raytune_llm.train.optimizers.adafactor import adafactor
+from raytune_llm.train.optimizers.adam_mini import adam_mini
 from raytune_llm.train.optimizers.adamw import adamw
-from raytune_llm.train.optimizers.groups import Trained, trained_in
+from raytune_llm.train.optimizers.adamw_8bit import adamw_8bit
+from raytune_llm.train.optimizers.adamw_bf16 import adamw_bf16
+from raytune_llm.train.optimizers.apollo import apollo
+from raytune_llm.train.optimizers.badam import badam
+from raytune_llm.train.optimizers.galore import galore
+from raytune_llm.train.optimizers.groups import Trained, trained_in, with_groups
+from raytune_llm.train.optimizers.lion import lion
 from raytune_llm.train.optimizers.muon import muon
+from raytune_llm.train.optimizers.schedule_free import schedule_free
 from raytune_llm.train.optimizers.sgd import sgd
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon, "sgd": sgd}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adafactor": adafactor,
+    "adam_mini": adam_mini,
+    "adamw": adamw,
+    "adamw_8bit": adamw_8bit,
+    "adamw_bf16": adamw_bf16,
+    "apollo": apollo,
+    "badam": badam,
+    "galore": galore,
+    "lion": lion,
+    "muon": muon,
+    "schedule_free": schedule_free,
+    "sgd": sgd,
+}
 
 
 def build_optimizer(
@@ -30,4 +52,7 @@ def build_optimizer(
 
 
 def optimizer_of(optimizer: OptimizerConfig, trained: Sequence[Trained], *, fused: bool) -> torch.optim.Optimizer:
-    return OPTIMIZERS[optimizer.name](trained, fused=fused, **settings_of(optimizer))
+    """Groups of the config multiply the factors of the learning rate."""
+    settings = settings_of(optimizer)
+    grouped = with_groups(trained, settings.pop("groups"))
+    return OPTIMIZERS[optimizer.name](grouped, fused=fused, **settings)

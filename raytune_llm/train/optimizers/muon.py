@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from raytune_llm.train.optimizers.adamw import adamw
-from raytune_llm.train.optimizers.groups import Trained, by_factor
+from raytune_llm.train.optimizers.adamw_bf16 import adamw_bf16
+from raytune_llm.train.optimizers.by_tensor import gathered, scatter
+from raytune_llm.train.optimizers.groups import Trained, by_decay
 
 LIKE_ADAMW = "match_rms_adamw"
 """Steps of the size of AdamW's: lr * 0.2 * sqrt(the longer side)."""
 MOMENTUM = "momentum_buffer"
+ADAMW = {"float32": adamw, "bfloat16": adamw_bf16}
+"""For what has no momentum, by the type of its moments."""
 
 
 def muon(
@@ -26,28 +31,18 @@ def muon(
     beta2: float,
     eps: float,
     adamw_lr_factor: float,
+    adamw_moments: str,
     fused: bool,
 ) -> torch.optim.Optimizer:
     """torch's Muon for matrices of the layers, AdamW for what else is trained."""
-    matrices = [one for one in trained if one.in_layer and one.parameter.ndim == 2]
-    others = [one for one in trained if not (one.in_layer and one.parameter.ndim == 2)]
+    matrices = [one for one in trained if one.is_layer_matrix]
+    others = [replace(one, lr_factor=one.lr_factor * adamw_lr_factor) for one in trained if not one.is_layer_matrix]
     parts: list[torch.optim.Optimizer] = []
     if matrices:
-        parts.append(
-            Muon(
-                by_factor(matrices),
-                lr=lr,
-                momentum=momentum,
-                nesterov=nesterov,
-                weight_decay=weight_decay,
-                adjust_lr_fn=LIKE_ADAMW,
-            )
-        )
+        parts.append(Muon(by_decay(matrices, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov, adjust_lr_fn=LIKE_ADAMW))
     if others:
-        rest = adamw(others, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, fused=fused)
-        for group in rest.param_groups:
-            group["lr_factor"] *= adamw_lr_factor
-        parts.append(rest)
+        rest = ADAMW[adamw_moments]
+        parts.append(rest(others, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, fused=fused))
     return Joined(parts)
 
 
@@ -70,25 +65,13 @@ class Muon(torch.optim.Muon):
         state = self.state[parameter]
         if MOMENTUM not in state:
             state[MOMENTUM] = torch.zeros_like(parameter.grad)
-        whole = nn.Parameter(_gathered(parameter))
-        whole.grad = _gathered(parameter.grad)
+        whole = nn.Parameter(gathered(parameter))
+        whole.grad = gathered(parameter.grad)
         alone = torch.optim.Muon([{**group, "params": [whole]}])
-        alone.state[whole][MOMENTUM] = momentum = _gathered(state[MOMENTUM])
+        alone.state[whole][MOMENTUM] = momentum = gathered(state[MOMENTUM])
         alone.step()
-        _scatter(whole.detach(), parameter)
-        _scatter(momentum, state[MOMENTUM])
-
-
-def _gathered(sharded: DTensor) -> Tensor:
-    """On the workers' device, also where shards wait in host memory."""
-    return sharded.full_tensor().to(sharded.device_mesh.device_type)
-
-
-def _scatter(whole: Tensor, sharded: DTensor) -> None:
-    """Every worker has the whole, and keeps its shard."""
-    mesh = sharded.device_mesh
-    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    sharded.to_local().copy_(everywhere.redistribute(placements=sharded.placements).to_local())
+        scatter(whole.detach(), parameter)
+        scatter(momentum, state[MOMENTUM])
 
 
 class Joined(torch.optim.Optimizer):

@@ -75,13 +75,19 @@ class Strategy(Protocol):
         the same names and sizes under every strategy and world size."""
         ...
 
-    def load(self, sizes: Mapping[str, torch.Size], read: Any) -> None:
-        """Fill parameters and optimizer state. `sizes` are those in the checkpoint; read(state) fills tensors in place."""
+    def load(self, kept: Mapping[str, Tensor], read: Any) -> None:
+        """Fill parameters and optimizer state. `kept`: what the checkpoint holds, on the meta device; read(state) fills
+        tensors in place."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Around evaluation: parameters are those that would be saved, where the optimizer takes gradients at others. All workers
+        enter it together."""
         ...
 
     def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Every trained parameter whole, on the CPU, in float32 or as kept; with `frozen`, all others too. All workers must go
-        through it together."""
+        """Every trained parameter whole, as it is to be saved, on the CPU, in float32 or as kept; with `frozen`, all others too.
+        All workers must go through it together."""
         ...
 
 

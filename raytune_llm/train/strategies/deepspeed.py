@@ -112,15 +112,18 @@ class DeepSpeedStrategy:
                 state[f"optimizer.{name}.{key}"] = whole
         return state
 
-    def load(self, sizes: Mapping[str, torch.Size], read: Any) -> None:
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()  # an optimizer that averages is refused here
+
+    def load(self, kept: Mapping[str, Tensor], read: Any) -> None:
         import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        state = {full: torch.zeros(size, device=self.device) for full, size in sizes.items()}
+        state = {full: torch.zeros(value.shape, device=self.device) for full, value in kept.items()}
         read(state)
         names = dict(trained(self.module))
         first = next(iter(names))
-        keys = [full.removeprefix(f"optimizer.{first}.") for full in sizes if full.startswith(f"optimizer.{first}.")]
+        keys = [full.removeprefix(f"optimizer.{first}.") for full in kept if full.startswith(f"optimizer.{first}.")]
         for flat in self._flat_parameters():
             self._inner.state[flat] = {
                 key: value.cpu().clone() if (value := state[f"optimizer.{first}.{key}"]).ndim == 0 else torch.zeros_like(flat)

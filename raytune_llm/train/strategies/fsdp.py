@@ -78,9 +78,16 @@ class FSDPStrategy(OwnOptimizer):
         self._reshard()
         return super().state()
 
-    def load(self, sizes: Mapping[str, torch.Size], read: Any) -> None:
+    def load(self, kept: Mapping[str, Tensor], read: Any) -> None:
         self._reshard()
-        super().load(sizes, read)
+        super().load(kept, read)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        self._reshard()
+        with super().averaged():
+            yield
+            self._reshard()
 
     def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
         self._reshard()

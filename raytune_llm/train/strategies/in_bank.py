@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -37,7 +38,7 @@ class InBank:
         self.model, self.module = model, pass_.policy
         self._bank, self._max_grad_norm = pass_.bank, max_grad_norm
         self._named = {name: nn.Parameter(value) for name, value in self._bank.part(model.name).items()}
-        trained = [Trained(name, parameter, in_layer=True) for name, parameter in self._named.items()]
+        trained = [Trained(name, parameter, _layer(name)) for name, parameter in self._named.items()]
         self.optimizer = build_optimizer(trained)
         self._scale = LossScale(device, enabled=precision.scales_loss)
         self.losses: list[Tensor] = []
@@ -65,14 +66,17 @@ class InBank:
     def state(self) -> dict[str, Tensor]:
         return {name: value.contiguous() for name, value in optimizer_state(self._pairs, self.optimizer).items()}
 
-    def load(self, sizes: Mapping[str, torch.Size], read: Any) -> None:
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()  # a run whose optimizer averages is trained alone
+
+    def load(self, kept: Mapping[str, Tensor], read: Any) -> None:
         def fill(state: dict[str, Tensor]) -> None:
             whole = {name: value.contiguous() for name, value in state.items()}
             read(whole)
             for name, value in state.items():
                 value.copy_(whole[name])
 
-        load_optimizer_state(self._pairs, self.optimizer, sizes, fill)
+        load_optimizer_state(self._pairs, self.optimizer, kept, fill)
 
     def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._pairs:
@@ -81,6 +85,12 @@ class InBank:
     @property
     def _pairs(self) -> list[tuple[str, nn.Parameter]]:
         return [(PREFIX + name, parameter) for name, parameter in self._named.items()]
+
+
+def _layer(name: str) -> int:
+    """Its number stands in the name: model.layers.3.mlp.up_proj.lora_A.weight."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else 0
 
 
 def backward(strategies: list[InBank]) -> None:

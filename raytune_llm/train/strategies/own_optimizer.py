@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from raytune_llm.models.policy import Policy
+from raytune_llm.train.optimizers.by_tensor import ByTensor
 from raytune_llm.train.optimizers.groups import set_learning_rate
 from raytune_llm.train.strategies.base import Precision, StepOut, trained
 
@@ -41,13 +43,17 @@ class OwnOptimizer:
     def state(self) -> dict[str, Tensor]:
         return optimizer_state(trained(self.module), self.optimizer)
 
-    def load(self, sizes: Mapping[str, torch.Size], read: Any) -> None:
-        load_optimizer_state(trained(self.module), self.optimizer, sizes, read)
+    def load(self, kept: Mapping[str, Tensor], read: Any) -> None:
+        load_optimizer_state(trained(self.module), self.optimizer, kept, read)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return self.optimizer.averaged() if isinstance(self.optimizer, ByTensor) else nullcontext()
 
     def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in trained(self.module, frozen=frozen):
-            whole = parameter.detach()
-            yield name, (whole.full_tensor() if isinstance(whole, DTensor) else whole).cpu()
+        with self.averaged():
+            for name, parameter in trained(self.module, frozen=frozen):
+                whole = parameter.detach()
+                yield name, (whole.full_tensor() if isinstance(whole, DTensor) else whole).to("cpu", copy=True)
 
 
 class LossScale:
@@ -76,6 +82,8 @@ def clipped_step(
     An optimizer that says that it can is told to scale the gradient as it reads it and to skip the step on the device. For any
     other, the gradient is scaled where it lies, and the host waits for the device to know whether to step.
     """
+    if isinstance(optimizer, ByTensor):
+        parameters = optimizer.in_turn(parameters)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(scale.scale.device) / scale.scale
@@ -112,16 +120,15 @@ def optimizer_state(trained: Named, optimizer: torch.optim.Optimizer) -> dict[st
     return state
 
 
-def load_optimizer_state(trained: Named, optimizer: torch.optim.Optimizer, sizes: Mapping[str, torch.Size], read: Any) -> None:
+def load_optimizer_state(trained: Named, optimizer: torch.optim.Optimizer, kept: Mapping[str, Tensor], read: Any) -> None:
     """Optimizers make their state in the first step; here it is laid out as the checkpoint has it, then read."""
     for name, parameter in trained:
         prefix = f"optimizer.{name}."
-        for key in (full[len(prefix) :] for full in sizes if full.startswith(prefix)):
-            size = sizes[prefix + key]
-            like = (
-                torch.zeros_like(parameter, dtype=torch.float32)
-                if size == parameter.shape
-                else torch.zeros(size, device=parameter.device)
+        for key in (full[len(prefix) :] for full in kept if full.startswith(prefix)):
+            like = kept[prefix + key]
+            optimizer.state[parameter][key] = (
+                torch.zeros_like(parameter, dtype=like.dtype)
+                if like.shape == parameter.shape
+                else torch.zeros_like(like, device=parameter.device)
             )
-            optimizer.state[parameter][key] = like
     read(optimizer_state(trained, optimizer))

@@ -115,6 +115,18 @@ CONVERTED = {
         {**FULL, "use_muon": True, "adam_beta2": 0.95},
         {"optimizer.name": "muon", "optimizer.momentum": 0.95, "optimizer.beta2": 0.95, "optimizer.weight_decay": 0.0},
     ),
+    "extras/adam_mini": (
+        {**FULL, "use_adam_mini": True, "deepspeed": None},
+        {"optimizer.name": "adam_mini", "optimizer.eps": 1e-8},
+    ),
+    "extras/badam": (
+        {**FULL, "use_badam": True, "badam_mode": "layer", "badam_verbose": 2, "deepspeed": None},
+        {"optimizer.name": "badam", "optimizer.switch_every": 50, "optimizer.order": "ascending"},
+    ),
+    "extras/galore": (
+        {**FULL, "use_galore": True, "galore_rank": 128, "galore_scale": 2.0},
+        {"optimizer.name": "galore", "optimizer.rank": 128, "optimizer.scale": 2.0},
+    ),
     "extras/neftune": ({**LORA, "neftune_noise_alpha": 5}, {"stage.neftune_alpha": 5.0, "stage.loss": "cross_entropy"}),
     "extras/new_tokens": (
         {**LORA, "add_tokens": "<a>,<b>", "add_special_tokens": ["<c>"], "resize_vocab": True},
@@ -141,12 +153,10 @@ REFUSED = {
     "qlora/3bit": ({**LORA, "quantization_bit": 3}, "3 bits"),
     "qlora/hqq": ({**LORA, "quantization_bit": 4, "quantization_method": "hqq"}, "hqq"),
     "full/autotp": ({**FULL, "deepspeed": "examples/deepspeed/ds_z2_autotp_config.json"}, "tensor parallelism"),
-    "extras/adam_mini": ({**FULL, "use_adam_mini": True}, "adam_mini"),
-    "extras/apollo": ({**FULL, "use_apollo": True, "apollo_rank": 128, "apollo_layerwise": True}, "apollo"),
+    "extras/apollo": ({**FULL, "use_apollo": True, "apollo_rank": 128, "apollo_layerwise": True}, "apollo_layerwise"),
     "extras/asft": ({**FULL, "use_asft_loss": True, "asft_alpha": 0.1}, "asft needs a new LoRA adapter"),
-    "extras/badam": ({**FULL, "use_badam": True, "badam_mode": "layer", "badam_verbose": 2}, "badam"),
     "extras/fp8": ({**FULL, "fp8": True, "fp8_backend": "te"}, "fp8"),
-    "extras/galore": ({**FULL, "use_galore": True, "galore_layerwise": True, "galore_rank": 128}, "galore"),
+    "extras/galore": ({**FULL, "use_galore": True, "galore_layerwise": True, "galore_rank": 128}, "galore_layerwise"),
     "extras/llama_pro": ({**FULL, "finetuning_type": "freeze", "use_llama_pro": True, "freeze_trainable_layers": 8}, "llama_pro"),
     "extras/freeze_nothing": ({**FULL, "finetuning_type": "freeze", "freeze_trainable_layers": 0}, "freeze_trainable_layers"),
     "extras/mod": ({**FULL, "mixture_of_depths": "convert"}, "mixture_of_depths"),

@@ -60,10 +60,10 @@ def test_the_verb_shows_what_became_of_every_argument(training_file, factory, ca
 
 
 def test_everything_that_is_refused_is_said_at_once_and_nothing_is_written(training_file, factory, capsys):
-    code = main(["import", str(training_file(**MODEL, use_galore=True, galore_rank=8, learning_rat=1e-4, stage="ppo"))])
+    code = main(["import", str(training_file(**MODEL, use_galore=True, galore_layerwise=True, learning_rat=1e-4, stage="ppo"))])
     err = capsys.readouterr().err
     assert code == 2
-    assert "use_galore: galore is not supported yet" in err
+    assert "galore_layerwise: must be false here: steps are not taken layer by layer" in err
     assert "learning_rat: is no argument of LLaMA-Factory 0.9.5; did you mean learning_rate?" in err
     assert "stage: ppo is not supported yet" in err
     assert not (factory / "conf").exists()
@@ -196,6 +196,18 @@ def test_warm_up_in_parts_and_in_steps(arguments, warmup):
         ({"torch_compile": True, "enable_torch_profiler": True}, {"train.compile": True, "train.profile": True}),
         ({"evaluation_strategy": "steps", "val_size": 0.1, "logging_steps": 5}, {"train.eval_every_steps": 5}),
         ({"deepspeed": {"zero_optimization": {"stage": 1}}}, {"strategy": "zero1"}),
+        ({"use_galore": True, "galore_rank": 64, "adam_beta2": 0.95},
+         {"optimizer": "galore", "optimizer.rank": 64, "optimizer.update_every": 200, "optimizer.beta2": 0.95}),
+        ({"use_apollo": True, "apollo_scale_type": "tensor", "apollo_rank": 1, "apollo_scale": 128},
+         {"optimizer": "apollo", "optimizer.rank": 1, "optimizer.scale": 128.0, "optimizer.sizes": "tensor"}),
+        ({"use_badam": True, "badam_switch_mode": "random"},
+         {"optimizer": "badam", "optimizer.switch_every": 50, "optimizer.order": "random"}),
+        ({"use_adam_mini": True, "use_muon": True}, {"optimizer": "adam_mini", "optimizer.eps": 1e-8}),
+        ({"optim": "adamw_bnb_8bit"}, {"optimizer": "adamw_8bit"}),
+        ({"optim": "paged_adamw_8bit"}, {"optimizer": "paged_adamw_8bit"}),
+        ({"optim": "adafactor"}, {"optimizer": "adafactor"}),
+        ({"optim": "lion_32bit"}, {"optimizer": "lion", "optimizer.beta2": 0.999}),
+        ({"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}, {"optimizer": "schedule_free"}),
         ({"optim": "sgd", "weight_decay": 0.1}, {"optimizer": "sgd", "optimizer.momentum": 0.0, "optimizer.weight_decay": 0.1}),
         ({"fsdp": "shard_grad_op auto_wrap", "fsdp_config": {"offload_params": True}},
          {"strategy": "fsdp", "strategy.reshard": "grad_only", "strategy.offload": True}),
@@ -218,7 +230,14 @@ def test_arguments_become_settings(arguments, settings):
         ({"deepspeed": {"zero_optimization": 3}}, "deepspeed"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs"),
-        ({"optim": "paged_adamw_8bit"}, "optim"),
+        ({"optim": "paged_adamw_32bit"}, "optim"),
+        ({"optim": "adalomo"}, "optim"),
+        ({"optim": "galore_adamw"}, "optim"),
+        ({"use_galore": True, "galore_layerwise": True}, "galore_layerwise"),
+        ({"use_galore": True, "galore_target": "q_proj,v_proj"}, "galore_target"),
+        ({"use_apollo": True, "apollo_proj": "svd"}, "apollo_proj"),
+        ({"use_badam": True, "badam_mode": "ratio"}, "badam_mode"),
+        ({"use_badam": True, "badam_switch_interval": -1}, "badam_switch_interval"),
         ({"bf16": True, "fp16": True}, "fp16"),
         ({"eval_strategy": "steps"}, "eval_strategy"),
         ({"report_to": "wandb,mlflow"}, "report_to"),
@@ -246,9 +265,11 @@ def test_a_value_without_an_equal_is_refused_under_its_own_name(arguments, blame
 
 def test_parts_of_what_is_off_have_no_effect_and_parts_of_what_is_refused_go_with_it():
     assert not refused(galore_rank=8, badam_mode="layer", freeze_trainable_layers=4, use_galore=False)
-    found = translate({**MODEL, "galore_rank": 8, "use_galore": True}, world_size=None, dataset_info=None, find=lambda path: None)
-    assert {outcome.argument for outcome in found.of("refused")} == {"galore_rank", "use_galore"}
-    assert [outcome.argument for outcome in found.refused] == ["use_galore"]
+    found = translate(
+        {**MODEL, "kt_lora_expert_num": 8, "use_kt": True}, world_size=None, dataset_info=None, find=lambda path: None
+    )
+    assert {outcome.argument for outcome in found.of("refused")} == {"kt_lora_expert_num", "use_kt"}
+    assert [outcome.argument for outcome in found.refused] == ["use_kt"]
 
 
 VALUES = (

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from raytune_llm.config.load import load_config
-from raytune_llm.config.optimizer import OptimizerConfig
+from raytune_llm.config.optimizer import OptimizerConfig, TrainedShape
 from raytune_llm.errors import ConfigError
 from raytune_llm.train.optimizers import OPTIMIZERS, build_optimizer
+from raytune_llm.train.optimizers.groups import set_learning_rate, trained_in
 from raytune_llm.train.optimizers.muon import Joined, Muon
 from tests.models import tiny_llama
 
@@ -54,7 +53,7 @@ def test_muon_takes_the_matrices_of_adapters() -> None:
     assert names == {"lora_A", "lora_B"}
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adafactor", "adamw_8bit", "adamw_bf16"])
 def test_vectors_are_not_decayed(name: str) -> None:
     model = tiny_llama()
     optimizer = build_optimizer(settings(name, "optimizer.weight_decay=0.5"), model, fused=True)
@@ -64,28 +63,69 @@ def test_vectors_are_not_decayed(name: str) -> None:
     ]
 
 
+LOW_RANK = {"galore": ["optimizer.rank=8"], "apollo": ["optimizer.rank=8"]}
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_trained_parameter_has_the_state_that_memory_is_counted_with(name: str) -> None:
     model = tiny_llama()
-    config = settings(name)
+    schedule = "constant" if name == "schedule_free" else "cosine"
+    config = settings(name, f"schedule={schedule}", *LOW_RANK.get(name, []))
     optimizer = build_optimizer(config, model, fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
 
-    def size(parameters: Sequence[nn.Parameter]) -> int:
-        return sum(value.numel() for p in parameters for value in optimizer.state[p].values() if value.ndim)
-
-    inside = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
-    every = list(model.parameters())
-    numels = sum(p.numel() for p in inside), sum(p.numel() for p in every)
-    assert size(every) == config.state_size(matrices=numels[0], others=numels[1] - numels[0])
+    kept = [(p.shape, value) for p in model.parameters() for value in optimizer.state[p].values() if value.ndim]
+    like_weights = sum(value.nbytes for shape, value in kept if value.shape == shape)
+    shapes = [TrainedShape(tuple(one.parameter.shape), one.layer) for one in trained_in(model)]
+    counted = config.state_bytes(shapes)
+    assert counted.like_weights == like_weights
+    # APOLLO keeps one more number a matrix; a head of queries, which AdamMini keeps one number of, is counted as its rows.
+    whole = sum(value.nbytes for _, value in kept) - like_weights
+    assert counted.whole == pytest.approx(whole, rel=0.05, abs=4 * 32 * 6)
 
 
 def test_gradient_descent_without_momentum_keeps_nothing() -> None:
-    assert settings("sgd", "optimizer.momentum=0").state_size(matrices=5, others=3) == 0
+    assert settings("sgd", "optimizer.momentum=0").state_bytes([TrainedShape((5, 3), 0)]) == (0, 0)
     with pytest.raises(ConfigError, match=r"optimizer\.nesterov needs a momentum, got True"):
         settings("sgd", "optimizer.momentum=0", "optimizer.nesterov=true")
+
+
+def test_groups_have_their_own_rate_and_decay() -> None:
+    model = tiny_llama()
+    groups = "optimizer.groups={embed: {lr_factor: 0.1}, 'layers\\.1\\..*norm': {weight_decay: 0.2}, norm: {lr_factor: 2.0}}"
+    optimizer = build_optimizer(settings("adamw", "optimizer.weight_decay=0.5", groups), model, fused=True)
+    found = [(names, group["weight_decay"], group.get("lr_factor", 1.0)) for names, group in names_in(model, optimizer)]
+    assert found == [
+        ({"embed_tokens"}, 0.5, 0.1),
+        (PROJECTIONS | {"lm_head"}, 0.5, 1.0),
+        (NORMS, 0.0, 2.0),
+        (NORMS - {"norm"}, 0.2, 1.0),
+    ]
+    set_learning_rate(optimizer.param_groups, 3.0)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.3, 3.0, 6.0, 3.0])
+
+
+def test_a_group_that_takes_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.groups must each take a trained parameter.*got 'norn'"):
+        build_optimizer(settings("adamw", "optimizer.groups={norn: {lr_factor: 2.0}}"), tiny_llama(), fused=True)
+
+
+def test_schedule_free_is_refused_with_a_schedule_that_falls() -> None:
+    with pytest.raises(ConfigError, match="schedule must be constant with optimizer=schedule_free"):
+        settings("schedule_free", "schedule=cosine")
+
+
+def test_pages_are_refused_without_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.paged needs a CUDA GPU"):
+        build_optimizer(settings("paged_adamw_8bit"), tiny_llama(), fused=True)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("adamw", "sgd", "lion", "muon")])
+def test_what_needs_whole_tensors_is_refused_by_zero(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"strategy can't be zero2 with optimizer={name}: "):
+        settings(name, "strategy=zero2", "schedule=constant")
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])

@@ -9,9 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raytune_llm.train.optimizers.adafactor import adafactor
+from raytune_llm.train.optimizers.adam_mini import adam_mini
 from raytune_llm.train.optimizers.adamw import adamw
+from raytune_llm.train.optimizers.adamw_8bit import adamw_8bit
+from raytune_llm.train.optimizers.adamw_bf16 import adamw_bf16
+from raytune_llm.train.optimizers.apollo import apollo
+from raytune_llm.train.optimizers.badam import badam
+from raytune_llm.train.optimizers.galore import galore
 from raytune_llm.train.optimizers.groups import Trained
+from raytune_llm.train.optimizers.lion import lion
 from raytune_llm.train.optimizers.muon import muon
+from raytune_llm.train.optimizers.schedule_free import schedule_free
 from raytune_llm.train.optimizers.sgd import sgd
 from raytune_llm.train.strategies.own_optimizer import LossScale, clipped_step
 
@@ -34,8 +43,28 @@ class SignDescent(torch.optim.Optimizer):
 BUILD: dict[str, Build] = {
     "adamw": lambda trained: adamw(trained, lr=0.1, **ADAM, weight_decay=0.1, fused=True),
     "muon": lambda trained: muon(
-        trained, lr=0.1, momentum=0.95, nesterov=True, weight_decay=0.1, **ADAM, adamw_lr_factor=0.5, fused=True
+        trained,
+        lr=0.1,
+        momentum=0.95,
+        nesterov=True,
+        weight_decay=0.1,
+        **ADAM,
+        adamw_lr_factor=0.5,
+        adamw_moments="float32",
+        fused=True,
     ),
+    "adafactor": lambda trained: adafactor(
+        trained, lr=0.1, beta2_decay=0.8, eps=1e-30, clip_threshold=1.0, relative_to_weights=False, weight_decay=0.1, fused=True
+    ),
+    "adam_mini": lambda trained: adam_mini(trained, lr=0.1, **ADAM, weight_decay=0.1, fused=True),
+    "adamw_8bit": lambda trained: adamw_8bit(trained, lr=0.1, **ADAM, weight_decay=0.1, paged=False, fused=True),
+    "adamw_bf16": lambda trained: adamw_bf16(trained, lr=0.1, **ADAM, weight_decay=0.1, fused=True),
+    "apollo": lambda trained: apollo(
+        trained, lr=0.1, **ADAM, weight_decay=0.1, rank=2, sizes="channel", update_every=2, scale=1.0, fused=True
+    ),
+    "galore": lambda trained: galore(trained, lr=0.1, **ADAM, weight_decay=0.1, rank=2, update_every=2, scale=1.0, fused=True),
+    "lion": lambda trained: lion(trained, lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1, fused=True),
+    "schedule_free": lambda trained: schedule_free(trained, lr=0.1, **ADAM, weight_decay=0.1, fused=True),
     "sgd": lambda trained: sgd(trained, lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.1, fused=True),
     "one that knows nothing of scales": lambda trained: SignDescent([one.parameter for one in trained]),
 }
@@ -44,7 +73,9 @@ BUILD: dict[str, Build] = {
 def trained() -> list[Trained]:
     torch.manual_seed(0)
     shapes = {"layer.matrix": (8, 6), "layer.vector": (6,), "embedding": (5, 4)}
-    return [Trained(name, nn.Parameter(torch.randn(shape)), name == "layer.matrix") for name, shape in shapes.items()]
+    return [
+        Trained(name, nn.Parameter(torch.randn(shape)), 0 if name == "layer.matrix" else None) for name, shape in shapes.items()
+    ]
 
 
 def gradients(step: int, size: float = 3.0) -> list[Tensor]:
@@ -112,8 +143,16 @@ def test_a_step_is_that_of_gradients_clipped_by_hand(name: str) -> None:
         assert (mine - without).abs().max() > 1e-3
 
 
+def test_badam_is_clipped_by_the_norm_of_the_block_in_turn() -> None:
+    one = trained()
+    optimizer = badam(one, lr=0.1, **ADAM, weight_decay=0.1, switch_every=2, order="ascending", outside_layers=True, fused=True)
+    grads = gradients(0)
+    out = step(optimizer, [each.parameter for each in one], grads, 1.0)
+    assert float(out.grad_norm) == pytest.approx(float(grads[0].norm()))
+
+
 def test_gradient_descent_moves_by_the_clipped_gradient() -> None:
-    one = Trained("matrix", nn.Parameter(torch.zeros(2, 2)), True)
+    one = Trained("matrix", nn.Parameter(torch.zeros(2, 2)), 0)
     optimizer = sgd([one], lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0, fused=True)
     step(optimizer, [one.parameter], [torch.tensor([[3.0, 0.0], [0.0, 4.0]])], 2.0)
     torch.testing.assert_close(one.parameter.detach(), -0.1 * torch.tensor([[3.0, 0.0], [0.0, 4.0]]) * 2 / 5)
@@ -133,7 +172,7 @@ def test_a_scaled_loss_is_unscaled(name: str) -> None:
 
 
 def test_a_group_has_a_factor_of_the_learning_rate() -> None:
-    slow, fast = (Trained(name, nn.Parameter(torch.zeros(3, 3)), True) for name in ("a", "b"))
+    slow, fast = (Trained(name, nn.Parameter(torch.zeros(3, 3)), 0) for name in ("a", "b"))
     optimizer = torch.optim.SGD([{"params": [slow.parameter]}, {"params": [fast.parameter], "lr_factor": 16.0}], lr=1.0)
     step(optimizer, [slow.parameter, fast.parameter], [torch.ones(3, 3)] * 2, lr=0.25)
     assert torch.equal(slow.parameter, torch.full((3, 3), -0.25))

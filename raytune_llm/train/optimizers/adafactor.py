@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytune_llm.train.optimizers.by_tensor import COUNT, ByTensor, Layout, State, counted, decay
+from raytune_llm.train.optimizers.groups import Trained, by_decay
+
+LEAST_SCALE = 1e-3
+"""Of steps that are relative to weights (the paper's epsilon 2)."""
+
+
+def adafactor(
+    trained: Sequence[Trained],
+    *,
+    lr: float,
+    beta2_decay: float,
+    eps: float,
+    clip_threshold: float,
+    relative_to_weights: bool,
+    weight_decay: float,
+    fused: bool,
+) -> torch.optim.Optimizer:
+    settings = {
+        "lr": lr,
+        "beta2_decay": beta2_decay,
+        "eps": eps,
+        "clip_threshold": clip_threshold,
+        "relative_to_weights": relative_to_weights,
+    }
+    return Adafactor(by_decay(trained, weight_decay), settings)
+
+
+class Adafactor(ByTensor):
+    """Shazeer & Stern 2018, algorithms 4 and 5: the second moment of a matrix is the product of its means by row and by column
+    over the mean of all; steps whose root mean square is above a threshold are shortened to it.
+
+    torch's own is always relative to the weights, and its rate falls by the number of the step below that of the schedule.
+    """
+
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:
+        if len(shape) < 2:
+            return {"step": COUNT, "exp_avg_sq": (shape, dtype)}
+        return {"step": COUNT, "row_mean": (shape[:-1], dtype), "column_mean": (shape[:-2] + shape[-1:], dtype)}
+
+    def update(self, weight: Tensor, gradient: Tensor, state: State, group: dict[str, Any], number: int) -> None:
+        kept = 1 - counted(state) ** -group["beta2_decay"]
+        square = gradient.square().add_(group["eps"])
+        if weight.ndim < 2:
+            step = gradient * state["exp_avg_sq"].lerp_(square, 1 - kept).rsqrt()
+        else:
+            rows = state["row_mean"].lerp_(square.mean(dim=-1), 1 - kept)
+            columns = state["column_mean"].lerp_(square.mean(dim=-2), 1 - kept)
+            by_row = (rows / rows.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+            step = gradient * by_row * columns.unsqueeze(-2).rsqrt()
+        step /= (rms(step) / group["clip_threshold"]).clamp(min=1.0)
+        scale = rms(weight).clamp(min=LEAST_SCALE) if group["relative_to_weights"] else 1.0
+        decay(weight, group)
+        weight.sub_(step * scale, alpha=group["lr"])
+
+
+def rms(value: Tensor) -> Tensor:
+    return value.square().mean().sqrt()

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytune_llm.train.optimizers.by_tensor import Layout, State
+from raytune_llm.train.optimizers.groups import Trained
+from raytune_llm.train.optimizers.low_rank import LowRank, adam_direction, low_rank_groups, project
+
+GROWTH = 1.01
+"""The most that the norm of a step may be over that of the last one (Chen et al. 2024, arXiv 2410.01623)."""
+TINY = 1e-8
+SEEDS_APART = 1_000_003
+
+
+def apollo(
+    trained: Sequence[Trained],
+    *,
+    lr: float,
+    rank: int,
+    sizes: str,
+    update_every: int,
+    scale: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    fused: bool,
+) -> torch.optim.Optimizer:
+    groups = low_rank_groups(trained, weight_decay, rank=rank, update_every=update_every, scale=scale, sizes=sizes)
+    return Apollo(groups, {"lr": lr, "betas": (beta1, beta2), "eps": eps})
+
+
+class Apollo(LowRank):
+    """Zhu et al. 2024, algorithm 1: the gradient, times how much Adam lengthens it where it is projected, by row or column or in
+    all.
+
+    The projection is drawn again in each step, from a seed that changes every `update_every` steps: nothing of it is kept.
+    """
+
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:
+        layout = super().layout(shape, dtype, group)
+        if group["rank"] is not None:
+            layout["last_norm"] = ((1,), dtype)
+        return layout
+
+    def projected_step(self, gradient: Tensor, state: State, group: dict[str, Any], count: int, number: int) -> Tensor:
+        seed = number * SEEDS_APART + (count - 1) // group["update_every"]
+        low = project(gradient, self.projection(gradient, group["rank"], seed))
+        step = gradient * lengthening(adam_direction(low, state, group), low, group["sizes"])
+        return limited(step, state["last_norm"], first=count == 1).mul_(sqrt(group["scale"]))
+
+    def projection(self, gradient: Tensor, rank: int, seed: int) -> Tensor:
+        """(shorter side, rank), of normal numbers with variance 1 / rank."""
+        generator = torch.Generator(gradient.device).manual_seed(seed)
+        drawn = torch.randn(min(gradient.shape), rank, generator=generator, dtype=gradient.dtype, device=gradient.device)
+        return drawn / sqrt(rank)
+
+
+def lengthening(stepped: Tensor, low: Tensor, sizes: str) -> Tensor:
+    """Of Adam's step over the gradient that it was made of."""
+    rows, columns = low.shape
+    along: Any = {"tensor": (0, 1), "channel": 1 if rows >= columns else 0}[sizes]
+    return stepped.norm(dim=along, keepdim=True) / (low.norm(dim=along, keepdim=True) + TINY)
+
+
+def limited(step: Tensor, last_norm: Tensor, *, first: bool) -> Tensor:
+    norm = step.norm()
+    if not first:
+        norm_allowed = torch.minimum(norm, (last_norm[0] + TINY) * GROWTH)
+        step, norm = step * (norm_allowed / (norm + torch.finfo(step.dtype).tiny)), norm_allowed
+    last_norm.fill_(norm)
+    return step
