@@ -21,7 +21,7 @@ from raytune_llm.train.optimizers.adamw_bf16 import adamw_bf16
 from raytune_llm.train.optimizers.apollo import apollo
 from raytune_llm.train.optimizers.badam import badam
 from raytune_llm.train.optimizers.galore import galore
-from raytune_llm.train.optimizers.groups import Trained, trained_in, with_groups
+from raytune_llm.train.optimizers.groups import Group, Trained, trained_in, with_groups
 from raytune_llm.train.optimizers.lion import lion
 from raytune_llm.train.optimizers.muon import muon
 from raytune_llm.train.optimizers.schedule_free import schedule_free
@@ -54,5 +54,5 @@ def build_optimizer(
 def optimizer_of(optimizer: OptimizerConfig, trained: Sequence[Trained], *, fused: bool) -> torch.optim.Optimizer:
     """Groups of the config multiply the factors of the learning rate."""
     settings = settings_of(optimizer)
-    grouped = with_groups(trained, settings.pop("groups"))
-    return OPTIMIZERS[optimizer.name](grouped, fused=fused, **settings)
+    groups = {pattern: Group(group.lr_factor, group.weight_decay) for pattern, group in settings.pop("groups").items()}
+    return OPTIMIZERS[optimizer.name](with_groups(trained, groups), fused=fused, **settings)

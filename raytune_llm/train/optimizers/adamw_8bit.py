@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytune_llm.config.optimizer import AdamW8bit as Settings
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.train.optimizers.by_tensor import COUNT, ByTensor, Layout, State, adamw_step, counted
 from raytune_llm.train.optimizers.groups import Trained, by_decay
+
+SMALL, BLOCK = 4096, 256
+"""Values of a tensor from which on it has 8-bit moments, and of a block; memory is counted with them (config/optimizer.py)."""
 
 
 def adamw_8bit(
@@ -48,9 +50,9 @@ class AdamW8bit(ByTensor):
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:
         numel = torch.Size(shape).numel()
-        if numel < Settings.SMALL:
+        if numel < SMALL:
             return {"step": COUNT, "exp_avg": (shape, torch.float32), "exp_avg_sq": (shape, torch.float32)}
-        blocks = ((-(-numel // Settings.BLOCK),), torch.float32)
+        blocks = ((-(-numel // BLOCK),), torch.float32)
         codes = (shape, torch.uint8)
         return {"step": COUNT, "exp_avg": codes, "exp_avg_sq": codes, "exp_avg_max": blocks, "exp_avg_sq_max": blocks}
 
@@ -62,7 +64,7 @@ class AdamW8bit(ByTensor):
     def update(self, weight: Tensor, gradient: Tensor, state: State, group: dict[str, Any], number: int) -> None:
         beta1, beta2 = group["betas"]
         count = counted(state)
-        if weight.numel() < Settings.SMALL:
+        if weight.numel() < SMALL:
             adamw_step(weight, gradient, state, group, count)
             return
         table, table_sq = self.tables_on(weight.device)

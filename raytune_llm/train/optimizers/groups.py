@@ -8,17 +8,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from raytune_llm.config.optimizer import Group
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.layers import layers
 
 Groups = list[dict[str, Any]]
 HEADED = ("q_proj", "k_proj")
 """The projections of an attention module whose rows belong to its heads."""
+
+
+class Group(NamedTuple):
+    """What differs for the parameters in whose names a pattern is found."""
+
+    lr_factor: float
+    weight_decay: float | None
+    """None: as for the others."""
 
 
 @dataclass(frozen=True)
