@@ -238,17 +238,18 @@ class PeftAdapters:
 
     def _take_tokens(self, config: Any, new_ids: Sequence[int], path: str | None, setting: str) -> None:
         """The embeddings of new tokens are the adapter's, and the head's rows where they are not the same."""
+        whole = [f".{name}" for name in getattr(config, "modules_to_save", None) or ()]  # trained with all their rows
+        embeddings, head = self._base.get_input_embeddings(), self._base.get_output_embeddings()
+        parts = [embeddings] if head is None or head.weight is embeddings.weight else [embeddings, head]
+        of_parts = [name for name, module in self._base.named_modules() if any(module is part for part in parts)]
+        names = [name for name in of_parts if not f".{name}".endswith(tuple(whole))]
         saved = [] if path is None else token_ids_of(path, setting)
-        if path is not None and saved != list(new_ids):
+        if path is not None and names and saved != list(new_ids):
             rule = f"must hold the embeddings of the run's new tokens: {len(saved)} there, {len(new_ids)} here"
             fix = "Set model.new_tokens and model.resize_vocab as that adapter was trained with; served, it is alone."
             raise ConfigError(setting, rule, got=path, fix=fix)
-        if path is not None or not new_ids:
-            return
-        embeddings, head = self._base.get_input_embeddings(), self._base.get_output_embeddings()
-        parts = [embeddings] if head is None or head.weight is embeddings.weight else [embeddings, head]
-        names = [name for name, module in self._base.named_modules() if any(module is part for part in parts)]
-        config.trainable_token_indices = {name: list(new_ids) for name in names}
+        if path is None and new_ids and names:
+            config.trainable_token_indices = {name: list(new_ids) for name in names}
 
     def _config_of(self, section: AdapterConfig) -> PeftConfig:
         assert isinstance(section, Layered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytune_llm.config.adapter import LoRA, SavedAdapter
 from raytune_llm.models.adapters import OWN, PeftAdapters
+from raytune_llm.models.vocabulary import grow
 from tests.models import lora_section, tiny_llama
 
 IDS = torch.arange(20).view(2, 10)
@@ -133,3 +135,16 @@ def test_an_adapter_comes_after_the_first_one_went(folders: list[Path]):
     for name in adapters.names:
         adapters.remove(name)
     assert adapters.names == ()
+
+
+@pytest.mark.parametrize("whole", [[], ["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_new_tokens_have_rows_of_their_own_where_a_matrix_is_not_trained_whole(whole: list[str]) -> None:
+    model = base()
+    grow(model, {97: [1, 2], 98: [3]})
+    adapters = PeftAdapters(model)
+    adapters.add_own(replace(lora(), modules_to_save=whole), [97, 98])
+    trained = adapters.trained(OWN)
+    for part in ("embed_tokens", "lm_head"):
+        (own,) = (name for name in trained if part in name)
+        assert ("modules_to_save" in own) == (part in whole) and len(trained[own]) == (99 if part in whole else 2)
+    assert model(torch.tensor([[97, 98, 3]])).logits.shape[-1] == 99
