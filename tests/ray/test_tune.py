@@ -65,3 +65,17 @@ def test_trials_in_actors_are_those_of_one_process_also_when_one_is_killed(chat_
     while set(processes_of(b"ray::TrialProcess")) - before:
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+@pytest.mark.long
+def test_a_group_of_workers_that_is_stopped_early_frees_its_place(chat_rows, cache, tmp_path):
+    import ray
+
+    stopped = ("optimizer.lr=1e-2,1e-9", "tune=grid", "tune.scheduler=asha", "tune.grace=0.5")
+    sweep = load_sweep(words(chat_rows, cache, tmp_path, *stopped, "resources=local", "resources.num_workers=2"))
+    result = api.tune(sweep)
+    assert [trial.state for trial in result.study.trials] == ["finished", "stopped"]
+    until = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] or processes_of(b"ray::RayTrainWorker"):
+        assert time.monotonic() < until, ray.available_resources()
+        time.sleep(0.2)
