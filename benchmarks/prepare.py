@@ -114,7 +114,7 @@ def rust_rows_per_s(num_rows: int = 999) -> float:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from raytune_llm.config.load import load_config
     from raytune_llm.data.formats import convert
-    from raytune_llm.data.templates.render import ChatTemplate
+    from raytune_llm.data.templates.chat_template import ChatTemplate
     from raytune_llm.data.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(MODEL)

@@ -17,7 +17,7 @@ from raytune_llm.data.dropped import LEFT_OUT, BadRow, RefusedRow, TooLong
 from raytune_llm.data.kinds.answers import NOTHING_LEFT
 from raytune_llm.data.kinds.kind import Kind, Targets
 from raytune_llm.data.templates.kept import REASONING
-from raytune_llm.data.templates.render import PlainText, Rendered, Renderer
+from raytune_llm.data.templates.rendered import PlainText, Rendered, Renderer
 from raytune_llm.data.tokens.tokenize import BlockTokenizer, Tokens
 from raytune_llm.records import Conversation, Labeled, Message, Pair, Record, with_messages
 

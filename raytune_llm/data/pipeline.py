@@ -46,8 +46,10 @@ from raytune_llm.data.store import (
     under_construction,
     write_outline,
 )
+from raytune_llm.data.templates.chat_template import ChatTemplate
 from raytune_llm.data.templates.named import NamedTemplate
-from raytune_llm.data.templates.render import ChatTemplate, NamedChat, PlainText, Renderer
+from raytune_llm.data.templates.named_chat import NamedChat
+from raytune_llm.data.templates.rendered import PlainText, Renderer
 from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.data.tokens.tokenizer import fingerprint, run_tokenizer
 from raytune_llm.errors import DataError, UserError

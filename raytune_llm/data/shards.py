@@ -22,7 +22,7 @@ from raytune_llm.data.overlong import OVERLONG, Overlong
 from raytune_llm.data.readers import sources
 from raytune_llm.data.readers.chunks import Chunk, NumberedRow
 from raytune_llm.data.store import Shard, write_shard
-from raytune_llm.data.templates.render import PlainText, Rendered, Renderer
+from raytune_llm.data.templates.rendered import PlainText, Rendered, Renderer
 from raytune_llm.data.tokens.tokenize import BlockTokenizer, Tokens
 from raytune_llm.errors import DataError
 from raytune_llm.records import Record

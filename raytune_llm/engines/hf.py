@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from raytune_llm.config.adapter import SavedAdapter
-from raytune_llm.data.templates.render import ChatTemplate
+from raytune_llm.data.templates.chat_template import ChatTemplate
 from raytune_llm.engines.requests import Completion, Request, Sampling
 from raytune_llm.models.adapters import Adapters, PeftAdapters
 from raytune_llm.models.generation_config import end_ids_of

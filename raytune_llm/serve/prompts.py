@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytune_llm.data.dropped import BadRow, RefusedRow
-from raytune_llm.data.templates.render import ChatTemplate
+from raytune_llm.data.templates.chat_template import ChatTemplate
 from raytune_llm.records import Conversation, Message
 from raytune_llm.serve.api.errors import invalid
 from raytune_llm.serve.api.schema import ChatMessage, Tool

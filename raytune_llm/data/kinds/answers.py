@@ -6,7 +6,7 @@ import numpy as np
 
 from raytune_llm.data.dropped import BadRow, RefusedRow, TooLong
 from raytune_llm.data.kinds.kind import Document, Targets
-from raytune_llm.data.templates.render import Rendered
+from raytune_llm.data.templates.rendered import Rendered
 from raytune_llm.data.tokens.tokenize import Tokens
 from raytune_llm.data.tokens.truncation import shares
 from raytune_llm.records import Conversation, Message

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from raytune_llm.data.store import Rows
-    from raytune_llm.data.templates.render import Rendered
+    from raytune_llm.data.templates.rendered import Rendered
     from raytune_llm.data.tokens.tokenize import Tokens
     from raytune_llm.records import Record
 

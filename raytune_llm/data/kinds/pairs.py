@@ -15,7 +15,7 @@ import numpy as np
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.kinds.answers import NOTHING_LEFT, answered, check_answer, check_length, check_media, prompt_and_answer
 from raytune_llm.data.kinds.kind import IDS, Column, Document, Ids, Kind, MappedShard, Place, Targets, ones, sizes_of
-from raytune_llm.data.templates.render import Rendered, Renderer
+from raytune_llm.data.templates.rendered import Rendered, Renderer
 from raytune_llm.data.tokens.tokenize import Tokens
 from raytune_llm.data.tokens.truncation import shares
 from raytune_llm.records import Pair, Record

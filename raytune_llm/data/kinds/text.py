@@ -11,7 +11,7 @@ import numpy as np
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.kinds.answers import NOTHING_LEFT, check_length
 from raytune_llm.data.kinds.kind import IDS, Document, Ids, Kind, MappedShard, Place, Targets, sizes_of
-from raytune_llm.data.templates.render import PlainText, Rendered
+from raytune_llm.data.templates.rendered import PlainText, Rendered
 from raytune_llm.data.tokens.tokenize import Tokens
 from raytune_llm.records import Conversation, Labeled, Pair, Record, Text
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raytune_llm.data.dropped import BadRow, RefusedRow
 from raytune_llm.data.templates.tool_calls import function_of, name_and_arguments
 from raytune_llm.records import Message
 
@@ -83,10 +84,10 @@ def _shown(text: str) -> str:
 
 def _has_text(place: str, text: str) -> bool:
     """As it is, or as JSON or HTML has it."""
-    return any(_squeezed(form) in place for form in _forms(text))
+    return any(_squeezed(skeleton) in place for skeleton in _skeletons(text))
 
 
-def _forms(text: str) -> Iterator[str]:
+def _skeletons(text: str) -> Iterator[str]:
     yield text
     yield json.dumps(text, ensure_ascii=False)[1:-1]
     yield json.dumps(text)[1:-1]
@@ -214,3 +215,19 @@ def lost_of_shape(text: str, placed: Mapping[str, tuple[str, int]], told: Sequen
         if probed not in text and (what != THOUGHT or told[number].trained):
             return Lost(what, "" if number < 0 else f"{told[number].role}: {_shown(told[number].content)}")
     return None
+
+
+def refusal(lost: Lost, template: str, other: str) -> RefusedRow | BadRow:
+    """The error for a text that lacks a part of its row. template: the one in use; other: one to suggest."""
+    named = f"the chat template of {template}" if "=" not in template else template
+    detail = f" ({lost.detail})" if lost.detail else ""
+    choose = f"Set data.template={other}, or model.tokenizer to one whose template writes them."
+    if lost.what == TOOLS:
+        return RefusedRow(f"{named} does not write the row's tools{detail}", f"{choose} data.format.tools=null leaves them out.")
+    if lost.what == CALLS:
+        return RefusedRow(f"{named} does not write the row's tool calls{detail}", choose)
+    if lost.what == THOUGHT:
+        return RefusedRow(
+            f"{named} does not write the row's thoughts{detail}", f"Set data.reasoning=drop to leave them out. Or: {choose}"
+        )
+    return BadRow(f"{named} leaves out a part of a message; set data.template={other}, for example", lost.detail)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from raytune_llm.data.templates.render import Rendered
+from raytune_llm.data.templates.rendered import Rendered
 from raytune_llm.data.tokens.words import word_tokenizer
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from transformers.utils.hub import cached_file
 from raytune_llm import packaged
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
+from raytune_llm.data.templates.chat_template import suggested
 from raytune_llm.data.templates.named import NamedTemplate, apply_to_tokenizer, guess, load, stop_tokens
-from raytune_llm.data.templates.render import suggested
 from raytune_llm.data.tokens.vocabulary import add_new_tokens, new_tokens
 from raytune_llm.errors import ConfigError, first_line
 

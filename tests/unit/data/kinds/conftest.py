@@ -8,7 +8,7 @@ import pytest
 
 from raytune_llm.data.kinds.kind import Targets
 from raytune_llm.data.shards import Recipe, Shortened, made_rows
-from raytune_llm.data.templates.render import ChatTemplate
+from raytune_llm.data.templates.chat_template import ChatTemplate
 from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.records import Conversation, Message, Record

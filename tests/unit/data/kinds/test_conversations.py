@@ -11,7 +11,7 @@ from raytune_llm.data.dropped import BadRow, RefusedRow
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.conversations import ConversationRow, targets_of_spans
 from raytune_llm.data.templates.named import apply_to_tokenizer, load
-from raytune_llm.data.templates.render import NamedChat
+from raytune_llm.data.templates.named_chat import NamedChat
 from raytune_llm.data.tokens.tokenize import BlockTokenizer, Tokens
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.data.tokens.truncation import shorten

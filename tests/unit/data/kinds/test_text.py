@@ -7,7 +7,7 @@ from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.conversations import ConversationRow
 from raytune_llm.data.kinds.text import PROMPT_TOKENS, TextRow
-from raytune_llm.data.templates.render import PlainText
+from raytune_llm.data.templates.rendered import PlainText
 from raytune_llm.records import Conversation, Message, Text
 
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from raytune_llm.config.load import load_config
 from raytune_llm.data.dropped import BadRow, RefusedRow
 from raytune_llm.data.formats import Reading, convert
+from raytune_llm.data.templates.chat_template import ChatTemplate
 from raytune_llm.data.templates.named import apply_to_tokenizer, load, names
-from raytune_llm.data.templates.render import ChatTemplate, NamedChat
+from raytune_llm.data.templates.named_chat import NamedChat
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer, load_tokenizer
 from raytune_llm.records import Conversation, Message
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_llm.data.dropped import BadRow, RefusedRow
-from raytune_llm.data.templates.render import ChatTemplate
+from raytune_llm.data.templates.chat_template import ChatTemplate
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer, load_tokenizer
 from raytune_llm.errors import ConfigError
 from raytune_llm.records import Conversation, Message

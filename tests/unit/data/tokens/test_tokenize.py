@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llm.data.templates.render import ChatTemplate, Rendered
+from raytune_llm.data.templates.chat_template import ChatTemplate
+from raytune_llm.data.templates.rendered import Rendered
 from raytune_llm.data.tokens.tokenize import BlockTokenizer, spans_from_offsets
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer, load_tokenizer
 from raytune_llm.records import Conversation, Message

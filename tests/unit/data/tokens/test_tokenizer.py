@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from raytune_llm.config.load import load_config
-from raytune_llm.data.templates.render import suggested
+from raytune_llm.data.templates.chat_template import suggested
 from raytune_llm.data.tokens.tokenizer import (
     ANY_FAST,
     NO_CLASS_OF_THEIR_OWN,

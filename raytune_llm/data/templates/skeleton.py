@@ -1,8 +1,8 @@
-"""What the texts of all conversations of one shape share: the conversation rendered without what its messages say.
+"""Skeletons: the rendered text of a conversation without the contents of its messages.
 
-Most templates write the same words around each message, whatever it says. So a conversation of placeholders is rendered once,
-and any other of its shape is that form with its own contents filled in. The renderer knows whether a template works like this,
-or finds out by comparing (data/templates/render.py).
+Most templates write the same text around each message, whatever its content is. So one conversation of placeholders is rendered,
+and others of the same shape are its skeleton with their own contents filled in. The renderers check whether a template works like
+this (chat_template.py, named_chat.py).
 """
 
 from __future__ import annotations
@@ -14,32 +14,35 @@ from raytune_llm.data.templates.control_tokens import PLACEHOLDER, placeholder
 from raytune_llm.records import Conversation
 
 Position = tuple[int, int]
-"""A piece of the form, and characters into it."""
+"""(index of a piece of the skeleton, characters into the piece)."""
 Shape = tuple[tuple[str, bool], ...]
 
 
 def shape_of(conversation: Conversation) -> Shape:
-    """The roles in order, and whether they say anything at all."""
+    """(role, whether it has a content) of each message."""
     return tuple([(message.role, message.content != "") for message in conversation.messages])
 
 
 def placeholders(shape: Shape) -> list[str]:
-    """Contents for a conversation that Form.of is made from. Each has its own length, for templates that read it."""
-    return [placeholder(number, number + 1) if says_something else "" for number, (_, says_something) in enumerate(shape)]
+    """Contents of the conversation for Skeleton.of. Each has a different length, for templates that depend on lengths."""
+    return [placeholder(number, number + 1) if has_content else "" for number, (_, has_content) in enumerate(shape)]
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class Skeleton:
+    """Fills contents into a text, and knows the places of answers and cuts in it."""
+
     pieces: tuple[str, ...]
     """The text before, between and after the contents."""
     slots: tuple[int, ...]
-    """The message whose content stands between a piece and the next."""
+    """The index of the message whose content is between a piece and the next."""
     positions: tuple[Position, ...]
+    """Where answers start and end."""
     cuts: tuple[Position, ...]
 
     @classmethod
-    def of(cls, text: str, positions: Sequence[int]) -> Form:
-        """The form of a rendered conversation of placeholders, and what lies at these characters of it (ascending)."""
+    def of(cls, text: str, positions: Sequence[int]) -> Skeleton:
+        """From the rendered conversation of placeholders. positions: characters of it to locate, ascending."""
         pieces = [""]
         slots: list[int] = []
         cuts: list[Position] = []
@@ -63,7 +66,7 @@ class Form:
         return cls(tuple(pieces), tuple(slots), tuple(kept), tuple(cuts))
 
     def fill(self, contents: Sequence[str]) -> tuple[str, list[int], list[int]]:
-        """The text with these contents, and the characters at which positions and cuts are."""
+        """(text, characters of the positions, characters of the cuts) with these contents."""
         parts = [self.pieces[0]]
         starts = [0]
         length = len(parts[0])

@@ -13,10 +13,11 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from raytune_llm.data.dropped import BadRow, RefusedRow
+from raytune_llm.data.templates.chat_template import ChatTemplate
 from raytune_llm.data.templates.control_tokens import CUT, placeholder, unescape
-from raytune_llm.data.templates.forms import Form
 from raytune_llm.data.templates.named import apply_to_tokenizer, load, names
-from raytune_llm.data.templates.render import ChatTemplate, NamedChat
+from raytune_llm.data.templates.named_chat import NamedChat
+from raytune_llm.data.templates.skeleton import Skeleton
 from raytune_llm.data.tokens.tokenizer import CHATML, byte_tokenizer
 from raytune_llm.records import Conversation, Message
 
@@ -137,9 +138,9 @@ def test_a_tokenizers_own_template_gives_what_rendering_every_prefix_gives(name,
 
 def test_a_form_keeps_what_lies_beside_a_content():
     text = f"[{placeholder(0)}]{CUT}({placeholder(1)}){CUT}"
-    form = Form.of(text, [1, text.index("]"), text.index(CUT) + 1, len(text)])
+    form = Skeleton.of(text, [1, text.index("]"), text.index(CUT) + 1, len(text)])
     assert form.fill(["ab", ""]) == ("[ab]()", [1, 3, 4, 6], [4, 6])
 
 
 def test_a_form_may_write_a_content_twice_or_not_at_all():
-    assert Form.of(f"{placeholder(1)}, {placeholder(1)}", [0]).fill(["a", "b"]) == ("b, b", [0], [])
+    assert Skeleton.of(f"{placeholder(1)}, {placeholder(1)}", [0]).fill(["a", "b"]) == ("b, b", [0], [])
