@@ -1,4 +1,4 @@
-"""A run on the user's terminal while it is running: rows while they are prepared, then steps while the model trains."""
+"""Shows the progress of a run on the terminal: rows while data is prepared, then steps while the model trains."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from raytune_llm.report.progress import ProgressBar
 
 SHOWN_SAMPLES = 3
 SHOWN_CHARS = 300
-"""Of each text of a sample; samples.jsonl has all of it."""
+"""Maximum characters shown of each text of a sample; samples.jsonl has the full text."""
 REFERENCE_EVERY_S = 10.0
 
 
 class Display:
-    """Rows while they are prepared, then steps while the model trains."""
+    """Prints the progress of one run to a console. `EventLog` has the same methods."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -31,7 +31,7 @@ class Display:
         self._told_reference = 0.0
 
     def run(self, name: str, text: str, settings: str) -> None:
-        """`settings`: the whole run, which a terminal has no room for."""
+        """`settings`: the full config as YAML, which is not shown here."""
         self._console.print(f"[bold]{escape(name)}[/bold]: {escape(text)}", highlight=False)
 
     def rows(self, done: int, total: int) -> None:
@@ -54,7 +54,7 @@ class Display:
         self._bar = ProgressBar(begin.total_steps, first_step=begin.first_step, console=self._console)
 
     def _reference(self, news: ReferencePass) -> None:
-        """A line now and then, which reads as well in a log."""
+        """One line every REFERENCE_EVERY_S seconds, which also works in a log file."""
         now = time.monotonic()
         if news.done == 0 or now - self._told_reference >= REFERENCE_EVERY_S:
             self._told_reference = now
@@ -128,6 +128,6 @@ def _shortened(text: str) -> str:
 
 
 def last_line(prompt: str) -> str:
-    """Of what was asked, without the name of who is to answer, which stands on a line of its own."""
+    """The last line of a rendered prompt, without the line that names the assistant as the next speaker."""
     lines = prompt.splitlines()
     return lines[-2] if len(lines) > 1 else prompt

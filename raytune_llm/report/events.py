@@ -1,15 +1,15 @@
-"""A run as lines of JSON, one an event: for logs that programs read, and for whoever follows a run from another machine.
+"""The progress of a run as JSON lines (log_format=json), for programs and for following a run from another machine.
 
-An event is `{"event": kind, "time": epoch seconds, ...}`. The kinds:
-    run        name, text, and the whole run as YAML (settings)
-    rows       done and total, once all are prepared
+An event is `{"event": kind, "time": seconds since 1970, ...}`. The kinds:
+    run        name, text, and the full config as YAML (settings)
+    rows       done and total, once all rows are prepared
     begin      total_steps, first_step, choices
-    reference  done and total rows of the reference's pass
-    notice     a line for the user (text): what takes long, what a run waits for, what became of a worker
-    step       a record of metrics.jsonl, with total_steps, and left_s where it can be told
-    samples    answers to held-out rows
-    done       what the run came to
-Not a number and the infinities are the strings that metrics.jsonl has for them.
+    reference  done and total rows of the pass that computes reference log-probabilities
+    notice     a line of text for the user, such as a slow task, what the run waits for, or a lost worker
+    step       a record of metrics.jsonl, with total_steps, and left_s (remaining seconds) once it can be estimated
+    samples    generated answers to held-out rows
+    done       the result of the run
+NaN and infinities are strings, as in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from raytune_llm.report.news import Begin, Done, Notice, ReferencePass, SampledA
 from raytune_llm.report.progress import Pace
 
 ABOUT_TIME = ("time", "total_steps", "left_s", "rank")
-"""What an event of a step has beside its record."""
+"""Fields of a `step` event that are not in the record of metrics.jsonl."""
 
 
 class EventLog:
-    """What Display shows, as events: it has the same methods."""
+    """Writes the progress of one run as events. `Display` has the same methods."""
 
     def __init__(self, write: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
         self._write = write
@@ -78,7 +78,7 @@ class EventLog:
 
 
 def event_of(line: str) -> dict[str, Any] | None:
-    """The event of a line of a log; None where it is another program's line."""
+    """The event in a line of a log. None: the line is other output."""
     if not line.startswith('{"event"'):
         return None
     try:
@@ -89,12 +89,12 @@ def event_of(line: str) -> dict[str, Any] | None:
 
 
 def record_of(event: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of metrics.jsonl that an event of a step holds."""
+    """The record of metrics.jsonl in a `step` event."""
     return named_as_numbers({name: value for name, value in event.items() if name not in ("event", *ABOUT_TIME)})
 
 
 def show(event: Mapping[str, Any], display: Display) -> None:
-    """On a terminal, as the run itself would show it. Kinds of a later version are passed over."""
+    """Show an event as the run itself would show it. Kinds that this version doesn't know are ignored."""
     values = {name: value for name, value in event.items() if name not in ("event", "time")}
     match event["event"]:
         case "run":

@@ -1,8 +1,8 @@
-"""What a run says about itself: metrics.jsonl while it trains, summary.json at its end.
+"""The metrics files of a run: metrics.jsonl while it trains, summary.json at its end.
 
-A record is a flat mapping with `step` (counted from 1; 0 is an evaluation before the first) and, in this order where they apply:
-epoch, loss, lr, grad_norm, tokens_seen, tokens_per_s, mfu, memory_gib, then the stage's own metrics. A record of an evaluation
-holds eval_loss.
+A record is a flat mapping with `step` (counted from 1; 0 is an evaluation before the first step) and, where they apply and in
+this order: epoch, loss, lr, grad_norm, tokens_seen, tokens_per_s, mfu, memory_gib, then the metrics of the stage. A record of an
+evaluation has eval_loss instead.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 SAMPLES = "samples.jsonl"
 TABLE, TRACE = "profile/table.txt", "profile/trace.json.gz"
-"""Of train.profile."""
+"""Files that train.profile writes."""
 _NON_FINITE = {"NaN", "Infinity", "-Infinity"}
 
 
 class JsonLines:
-    """A file of JSON objects with a `step`, one a line, for one writer at a time."""
+    """A file with one JSON object per line, each with a `step`, for one writer at a time."""
 
     def __init__(self, path: Path, *, from_step: int) -> None:
-        """from_step is the last step that is in the checkpoint: later records are dropped, since those steps come again."""
+        """from_step: step of the checkpoint that the run resumes from. Later records are deleted, as those steps are repeated."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line, record in _lines(path) if record["step"] <= from_step] if from_step and path.exists() else []
         write_atomically(path, "".join(kept))
@@ -54,14 +54,14 @@ class JsonLines:
 
 
 class Report(JsonLines):
-    """Appends records to metrics.jsonl and passes each on to the sinks; whoever opened a sink closes it. One a run, on rank 0."""
+    """Appends records to metrics.jsonl and passes them to the sinks, which it doesn't close. Used on rank 0 only."""
 
     def __init__(self, output_dir: Path, *, from_step: int, sinks: Sequence[Sink] = ()) -> None:
         super().__init__(output_dir / METRICS, from_step=from_step)
         self._sinks = tuple(sinks)
 
     def log(self, record: Record) -> None:
-        """Values are numbers or strings; those that are None are left out."""
+        """Values are numbers or strings; values of None are left out."""
         known = {name: value for name, value in record.items() if value is not None}
         self.write(known)
         for sink in self._sinks:
@@ -69,13 +69,14 @@ class Report(JsonLines):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in order. A last line that a crash cut short is left out; raises DataError for any other."""
+    """The records of a metrics.jsonl, in order. An incomplete last line, left by a crash, is ignored; other bad lines raise
+    DataError."""
     return [named_as_numbers(record) for _, record in _lines(path)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WallTime:
-    """Seconds by phase. The phases don't overlap; total holds what lies between them as well."""
+    """Seconds of each phase of a run. Phases don't overlap; total includes the time between them."""
 
     start: float
     prepare: float
@@ -87,12 +88,12 @@ class WallTime:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a finished run comes to. None where a thing was not measured or has no meaning here."""
+    """The results of a finished run, as in summary.json. None: not measured, or not defined for this run."""
 
     loss_first: float | None
     loss_last: float | None
     exact_match_before: float | None
-    """Fractions, 0 to 1."""
+    """Fraction of held-out rows, 0 to 1; the same for exact_match_after."""
     exact_match_after: float | None
     steps: int
     tokens: int
@@ -104,7 +105,7 @@ class Summary:
 
 
 def summary_of(values: Mapping[str, Any]) -> Summary:
-    """From the object in a summary.json."""
+    """The Summary in the values of a summary.json."""
     return Summary(**{**named_as_numbers(values), "wall_s": WallTime(**values["wall_s"])})
 
 
@@ -113,7 +114,7 @@ def write_summary(path: Path, summary: Summary) -> None:
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Each whole line, and the object in it."""
+    """Each complete line, and the object in it."""
     texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
     lines = []
     for number, text in enumerate(texts[:-1], start=1):
@@ -134,7 +135,7 @@ def named_as_numbers(record: Record) -> dict[str, Any]:
 
 
 def finite_or_named(values: Record) -> dict[str, Any]:
-    """JSON has no NaN or infinity; as the strings "NaN", "Infinity" and "-Infinity" they stay readable to every parser."""
+    """NaN and infinities, which JSON doesn't have, as the strings "NaN", "Infinity" and "-Infinity"."""
     return {
         name: finite_or_named(value)
         if isinstance(value, Mapping)

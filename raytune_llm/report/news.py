@@ -1,4 +1,4 @@
-"""What a run reports while it is running, beside its records. Imports nothing heavy, so that listeners stay light."""
+"""What a run reports while it is running, in addition to its records. Imports nothing heavy, so that it can be used anywhere."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from raytune_llm.report.metrics import Summary
 
 @dataclass(frozen=True, kw_only=True)
 class Begin:
-    """What a run knows of itself when its first step is about to come."""
+    """The run is about to train its first step, or resumes."""
 
     total_steps: int
     first_step: int
-    """The step of the checkpoint that it resumes from, or 0."""
+    """The step of the checkpoint that the run resumes from, or 0."""
     choices: tuple[str, ...]
-    """What was chosen for it and why, a line each."""
+    """Lines of text on settings that were chosen automatically, and why."""
 
 
 class EndOfRun(Exception):
@@ -26,7 +26,7 @@ class EndOfRun(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferencePass:
-    """How far log-probabilities under the reference are computed, in rows."""
+    """Progress of computing reference log-probabilities, in rows."""
 
     done: int
     total: int
@@ -34,20 +34,20 @@ class ReferencePass:
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:
-    """A line for the user: what takes long, what a run waits for, what became of a worker."""
+    """A line of text for the user, such as a slow task, what the run waits for, or a lost worker."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledAnswer:
-    """A line of samples.jsonl. Texts are without special tokens and outer white space."""
+    """A line of samples.jsonl. Texts have no special tokens and no white space at their ends."""
 
     step: int
     source: str
-    """The source of the row where there are several."""
+    """Name of the row's data source; empty if there is only one."""
     row: int
-    """In the store of what is held out."""
+    """Index of the row in the token store of held-out rows."""
     prompt: str
     answer: str
     reference: str
@@ -58,16 +58,16 @@ class SampledAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """What a run came to, as the terminal shows it."""
+    """The result of a run, as shown on the terminal."""
 
     summary: Summary
     output_dir: str
     already_done: bool
-    """The output folder held the finished run; nothing was computed."""
+    """The output folder already had the finished run, and nothing was computed."""
     held_out: Sequence[Sequence[str]]
-    """Names and figures of the last evaluation."""
+    """(name, text of the figures) of the last evaluation."""
     answers: Sequence[Mapping[str, str | bool]]
-    """To held-out rows: asked, expected, before and after training, and whether the last is right."""
+    """Of held-out rows: asked, expected, answers before and after training, and whether the last is right."""
     profile: str | None
-    """The table of a step by kind of work, and where its trace is."""
+    """The table of train.profile, and the path of the trace."""
     next_commands: Sequence[str]

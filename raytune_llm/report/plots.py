@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss curve, and a reward model's scores."""
+"""Plots of a run: the loss curve, and a reward model's scores."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ TRAIN, EVAL, INK, FAINT = "#2563a8", "#d9622b", "#333333", "#8a8a8a"
 
 
 def loss_curve(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Training loss as logged and smoothed, eval loss as points, and the learning rate in a strip below; 1600 x 1000 pixels."""
-    # Half a second to import, and only one process needs it, at the end of a run.
+    """Plots training loss, raw and smoothed, eval loss, and the learning rate in a strip below. A PNG of 1600 x 1000 pixels."""
+    # The import takes half a second and is needed once, at the end of a run, in one process.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -57,7 +57,10 @@ def loss_curve(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
 
 
 def score_scatter(chosen_P: Sequence[float], rejected_P: Sequence[float], path: Path) -> None:
-    """A point a pair, the chosen answer's score over the rejected one's: right where it is above the line; 1200 x 1200 pixels."""
+    """Plots one point per pair: the rejected answer's score on x, the chosen one's on y. A PNG of 1200 x 1200 pixels.
+
+    P: pairs. Points above the diagonal are ranked correctly.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 6), dpi=200, layout="constrained")
@@ -79,17 +82,17 @@ def score_scatter(chosen_P: Sequence[float], rejected_P: Sequence[float], path: 
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG, whole or not at all."""
+    """Write a PNG to a temporary file and rename it, so that an earlier one is never left half overwritten."""
     beside = path.with_name(f".{path.name}.partial")
     figure.savefig(beside, format="png")
     beside.replace(path)
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of about `window` values around each.
+    """The moving average over about `window` values around each one.
 
-    Towards the start both sides shrink alike, since a steep fall would be flattened by looking ahead only; at the end the
-    mean is taken over earlier values, so that the curve ends in a mean and not in its last value.
+    Near the start the window shrinks on both sides, since values after a steep fall would flatten it. At the end the window has
+    earlier values only, so that the curve doesn't end in a single value.
     """
     centers = np.arange(len(values))
     before = np.minimum(window // 2, centers)
@@ -99,7 +102,7 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the records that hold a finite value of that name."""
+    """Steps and values of the records with a finite value of that name."""
     pairs = [(record["step"], record[name]) for record in records if np.isfinite(record.get(name, np.nan))]
     steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
     return steps, values

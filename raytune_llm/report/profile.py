@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a trace for a viewer, and a table by kind of work."""
+"""train.profile: traces a few steps, and tabulates their time by kind of work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from raytune_llm.report.metrics import TABLE, TRACE
 
 WARMUP, STEPS = 5, 3
-"""Steps before the first that is looked at (compiling is over then), and those that are."""
+"""Steps before profiling starts, in which compilation happens, and steps that are profiled."""
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 KERNELS = {
     "communication": ("nccl", "c10d::", "gloo"),
@@ -23,17 +23,20 @@ KERNELS = {
     "matmul": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "gemv", "_scaled_mm", *PRODUCTS),
     "copies": ("memcpy", "memset", "aten::copy_", "pin_memory"),
 }  # fmt: skip
-"""What a kernel, or an operation on a CPU, is for, by a part of its name; the first that fits."""
+"""Kind of work -> substrings of the names of kernels or CPU operations; the first match counts."""
 OTHER, IDLE = "elementwise and the rest", "idle"
 RANGES = {"head and loss": "loss", "optimizer step": "optimizer"}
-"""Ranges in which everything is of one kind."""
+"""Profiler ranges in which all work is counted as one kind."""
 
 Row = tuple[str, float]
-"""A kind and its milliseconds a step."""
+"""(kind of work, milliseconds)."""
 
 
 class StepProfile:
-    """Profiles a few steps of a run and writes a table and a trace. Products with a side of at most `thin` are LoRA's."""
+    """Profiles a few steps of a run and writes a table and a trace.
+
+    thin: matrix products with a dimension of at most this size are counted as LoRA.
+    """
 
     def __init__(self, folder: Path, device: torch.device, *, first_step: int, total_steps: int, thin: int) -> None:
         self.folder, self.device, self.thin = folder, device, thin
@@ -45,7 +48,7 @@ class StepProfile:
         self.stepped(first_step)
 
     def stepped(self, step: int) -> None:
-        """After each step of the run, with its number."""
+        """Call after each step of the run."""
         if self._running:
             self._seen += 1
         if self._running and self._seen == STEPS:
@@ -56,7 +59,7 @@ class StepProfile:
             self._running = True
 
     def close(self) -> None:
-        """Write what there is, should the run end early."""
+        """Write the table and the trace, with fewer steps if the run ended early."""
         if not self._running:
             return
         self._synchronize()
@@ -80,7 +83,7 @@ class StepProfile:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The kinds by their time, idle last, with their share of the step."""
+    """The table: kinds of work by decreasing time, idle last, with their share of the step."""
     total = sum(ms for _, ms in rows)
     ordered = sorted(rows, key=lambda row: (row[0] == IDLE, -row[1]))
     lines = [f"{kind:<26}{ms:10.2f} ms{ms / max(total, 1e-9):8.1%}" for kind, ms in ordered if ms > 0 or kind == IDLE]
@@ -93,7 +96,7 @@ def kind_of(name: str) -> str:
 
 
 def gpu_rows(events: Iterable[Any], thin: int) -> list[Row]:
-    """Milliseconds by kind over all that was seen. What runs beside something else counts for both; idle is when nothing runs."""
+    """Milliseconds by kind over all profiled steps. Kernels that run at the same time count in full; idle: no kernel runs."""
     events = list(events)
     on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
     kernels = [event for event in on_gpu if not event.is_user_annotation]
@@ -118,7 +121,7 @@ def gpu_rows(events: Iterable[Any], thin: int) -> list[Row]:
 
 
 def cpu_rows(events: Iterable[Any], thin: int) -> list[Row]:
-    """Milliseconds of one thread's own time by kind."""
+    """Milliseconds by kind, of each event's own CPU time without its children."""
     totals: dict[str, float] = {}
     for event in events:
         kind = _range_of(event) or ("LoRA" if _is_thin(event, thin) else kind_of(event.name))
@@ -127,7 +130,7 @@ def cpu_rows(events: Iterable[Any], thin: int) -> list[Row]:
 
 
 def _lora_kernels(events: Iterable[Any], thin: int) -> Iterable[tuple[str, float]]:
-    """(kernel, milliseconds) of products with a low-rank matrix, but for those in ranges."""
+    """(kernel, milliseconds) of matrix products with a low-rank matrix outside of RANGES."""
     for event in events:
         if event.device_type == DeviceType.CUDA or not event.kernels:
             continue
@@ -136,7 +139,7 @@ def _lora_kernels(events: Iterable[Any], thin: int) -> Iterable[tuple[str, float
 
 
 def _range_of(event: Any) -> str | None:
-    """The kind of everything in the range that an event on the host is in."""
+    """The kind of the range in RANGES that a CPU event is in, if any."""
     kind = None
     while kind is None and event is not None:
         kind, event = RANGES.get(event.name), event.cpu_parent
@@ -144,13 +147,13 @@ def _range_of(event: Any) -> str | None:
 
 
 def _is_thin(event: Any, thin: int) -> bool:
-    """A product with a low-rank matrix."""
+    """Whether the event is a product with a low-rank matrix."""
     shapes = [shape for shape in event.input_shapes or () if shape]
     return event.name in PRODUCTS and any(0 < min(shape) <= thin for shape in shapes if len(shape) == 2)
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:
-    """The length of the union of intervals sorted by their start."""
+    """The total length of the union of intervals, which must be sorted by their start."""
     covered, reached = 0.0, spans[0][0]
     for start, end in spans:
         covered += max(end - max(start, reached), 0.0)

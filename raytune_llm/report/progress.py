@@ -1,4 +1,4 @@
-"""How far a run is, on the user's terminal: one line that moves, or now and then a plain one where there is no terminal."""
+"""The progress of training on the terminal: a progress bar, or plain lines if output is not a terminal."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ PLAIN_EVERY_FRACTION = 0.1
 
 
 class Pace:
-    """Seconds that a run has left, from the steps since its first record: what lies before that is warm-up and says nothing."""
+    """Estimates the remaining time of a run from the steps since its first record. The time before that is warm-up."""
 
     def __init__(self, total_steps: int) -> None:
         self.total_steps = total_steps
         self._start: tuple[int, float] | None = None
 
     def left_s(self, step: int, now: float) -> float | None:
-        """None at the first record. `now` is of any clock, in seconds."""
+        """Estimated remaining seconds; None at the first record. now: seconds of any monotonic clock."""
         self._start = self._start or (step, now)
         first_step, first_time = self._start
         return (now - first_time) / (step - first_step) * (self.total_steps - step) if step > first_step else None
 
 
 class ProgressBar:
-    """Fed with the records of a run (see report.py): `update` is a sink."""
+    """Shows the records of a run (metrics.py); `update` is a sink."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class ProgressBar:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """first_step is the step that the run resumes from."""
+        """first_step: the step that the run resumes from."""
         self._clock, self._pace = clock, Pace(total_steps)
         self._shown: dict[str, Any] = {"step": first_step}
         console = console or Console()
@@ -48,7 +48,7 @@ class ProgressBar:
         )
 
     def update(self, record: Mapping[str, Any], left_s: float | None = None) -> None:
-        """left_s: the seconds that the run has left, where somebody measured them as the record came."""
+        """left_s: remaining seconds, if they were measured elsewhere when the record was made."""
         self._shown |= record
         measured = self._pace.left_s(record["step"], self._clock())
         self._line.show(record["step"], describe(self._shown, measured if left_s is None else left_s))
@@ -58,7 +58,7 @@ class ProgressBar:
 
 
 def describe(record: Mapping[str, Any], left_s: float | None) -> str:
-    """What of a record fits on a line: `loss 0.8123  eval 0.9031  412 tokens/s  0:02:03 left`."""
+    """The main values of a record on one line: `loss 0.8123  eval 0.9031  412 tokens/s  0:02:03 left`."""
     parts = (
         ("loss", "loss {:.4f}"),
         ("rewards/accuracies", "accuracy {:.0%}"),
@@ -88,7 +88,7 @@ class _Moving:
 
 
 class _Plain:
-    """A line at the first record, then every tenth of the run or every ten seconds, and at the last step."""
+    """Prints a line at the first record, then every tenth of the run or every ten seconds, and at the last step."""
 
     def __init__(self, console: Console, total_steps: int, first_step: int, clock: Callable[[], float]) -> None:
         self._console, self._total, self._clock = console, total_steps, clock

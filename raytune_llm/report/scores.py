@@ -1,4 +1,4 @@
-"""What a reward model makes of held-out pairs: the scores of both answers, as lines of a file and as a picture."""
+"""A reward model's scores of the held-out pairs, as JSON lines and as a plot."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SCORES, PICTURE = "scores.jsonl", "scores.png"
 @dataclass(frozen=True, slots=True)
 class PairScores:
     source: str
-    """Of several; a single one has no name ("")."""
+    """Name of the data source; empty if there is only one."""
     row: int
-    """In the store."""
+    """Index of the row in the token store."""
     chosen: float
     rejected: float
 
@@ -33,7 +33,7 @@ class PairScores:
 def held_out_scores(
     model: nn.Module, scores: Callable[[nn.Module, Any], Tensor], loaders: Mapping[str, Loader], device: torch.device
 ) -> list[PairScores]:
-    """Of all held-out pairs, by source and row. All workers call it together, and all have them then."""
+    """Scores of all held-out pairs, sorted by source and row. A collective call: every worker gets all of them."""
     was_training = model.training
     model.eval()
     mine = [pair for source, loader in loaders.items() for pair in _of_source(model, scores, source, loader, device)]

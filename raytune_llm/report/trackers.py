@@ -1,6 +1,6 @@
-"""Places that show a run's curves while it trains. One function a place; each is a sink for records (see report.py).
+"""Experiment trackers (tracking=wandb and others), with one function each. A tracker is a sink for records (metrics.py).
 
-A resumed run continues under the same id, which the service gave it and which is kept in the output folder.
+A resumed run continues under the id that the service assigned to it, which is saved in the output folder.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class TrackedRun:
     name: str
     output_dir: Path
     from_step: int
-    """The step that the run resumes from; 0 where it is new."""
+    """The step that the run resumes from; 0 for a new run."""
     settings: Mapping[str, Any]
-    """The whole run as plain values, for the services that show it."""
+    """The full config as plain values, which some services show."""
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """A sink with an end."""
+    """A sink that has to be closed."""
 
     send: Callable[[dict[str, float], int], object]
-    """Takes named numbers and their step."""
+    """Called with (name -> value, step)."""
     close: Callable[[], object]
 
     def __call__(self, record: Mapping[str, Any]) -> None:
@@ -46,12 +46,12 @@ class Tracker:
 
 
 def open_tracker(tracking: TrackingConfig, run: TrackedRun) -> Tracker:
-    """Raises ResourceError where the place's package is not installed."""
+    """Raises ResourceError if the tracker's package is not installed."""
     return TRACKERS[tracking.name](tracking, run)
 
 
 def check_tracker(tracking: TrackingConfig) -> None:
-    """Raises ResourceError where the place's package is not installed. Nothing is imported yet."""
+    """Raises ResourceError if the tracker's package is not installed, without importing it."""
     if TRACKERS[tracking.name] is not nowhere and importlib.util.find_spec(tracking.name) is None:
         raise _missing(tracking.name)
 
@@ -61,7 +61,7 @@ def nowhere(tracking: TrackingConfig, run: TrackedRun) -> Tracker:
 
 
 def tensorboard(tracking: TrackingConfig, run: TrackedRun) -> Tracker:
-    """Event files in the output folder. Steps that come again replace the earlier ones."""
+    """Event files in the output folder. Steps that are repeated after a resume replace the earlier ones."""
     writer = _package("tensorboard", "torch.utils.tensorboard").SummaryWriter(
         str(run.output_dir / "tensorboard"), purge_step=run.from_step + 1
     )

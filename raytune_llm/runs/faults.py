@@ -1,6 +1,6 @@
-"""What befalls the workers of a group, in a line each: one that died, one that stopped moving, all that wait for a place.
+"""Workers that died, stalled or wait for resources, and a line of text on each for the user.
 
-Whatever else Ray and a worker have to say of it is in workers.log, in the output folder.
+Ray's full errors and the workers' stacks are in workers.log, in the output folder.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from types import FrameType
 WORKERS_LOG = "workers.log"
 BEAT_S = 5.0
 COLLECTIVES = ("torch/distributed/", "torch/autograd/graph.py")
-"""Where a worker is that waits for the others, by its stack: in a call of its own, or for gradients in a backward pass."""
+"""Files in the stack of a worker that waits for the others: in a collective, or for gradients in a backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lost:
-    """Workers fell over, and their group with them."""
+    """Workers failed, which ends the whole group."""
 
     how: Mapping[int, str]
-    """By rank: what became of it."""
+    """Rank -> how the worker ended, as the predicate of a sentence."""
     details: str
     failure: int
-    """Which of this run's it is, from 1."""
+    """Number of this failure in the run, from 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stalled:
-    """A worker that made no step for long."""
+    """A worker made no step for longer than train.stall_timeout_s."""
 
     rank: int
     step: int
     seconds: float
     where: str
-    """The function that it is in, and its place in the code."""
+    """The function that the worker is in, with file and line."""
     waits: bool
-    """For the other workers."""
+    """It waits for the other workers."""
     stack: str
 
 
@@ -74,7 +74,7 @@ def waiting_line(workers: int, each: Mapping[str, float], free: Mapping[str, flo
     short = [kind for kind, amount in each.items() if amount and free.get(kind, 0.0) + 1e-6 < amount * workers]
     if not short:
         return None
-    kind = short[-1]  # of CPUs and GPUs, in this order: what is scarce
+    kind = short[-1]  # the GPU if both are short
     amount, there = each[kind], free.get(kind, 0.0)
     missing = workers - int((there + 1e-6) // amount)
     of = f"{amount:g} {kind}{'' if amount == 1 else 's'}"
@@ -86,7 +86,7 @@ def waiting_line(workers: int, each: Mapping[str, float], free: Mapping[str, flo
 
 
 class Pulse:
-    """Of one worker: a second thread tells that it lives, and where it is when it made no step for long."""
+    """A thread beside a worker's training thread that sends heartbeats, and reports where training is if it stalls."""
 
     def __init__(self, rank: int, stall_timeout_s: float, beat: Callable[[int], None], tell: Callable[[Stalled], None]) -> None:
         """Of the thread that makes it, which is the one that trains. Its first step may take as long as it likes."""

@@ -1,7 +1,7 @@
-"""A cluster's nodes before a run that needs several: whether they are alike, see one storage, and reach each other. [ray]
+"""Checks a cluster's nodes before a run: same versions, shared storage, and a network between them. [ray]
 
-A driver asks each of them at once, in seconds; what is found is a table, and what can't work is refused before anything is
-prepared or written.
+The driver queries all nodes at once, which takes seconds, and shows the results as a table. A run that can't work is rejected
+before anything is prepared or written.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from raytune_llm.config.resources import Cluster
 from raytune_llm.errors import ConfigError, ResourceError
 
 PACKAGES = ("raytune-llm", "ray", "torch", "transformers", "peft", "numpy", "pyarrow")
-"""Whose versions decide the numbers of a run, or whether its processes understand each other."""
+"""Packages whose versions affect a run's numbers, or whether its processes can communicate."""
 SHM = Path("/dev/shm")
 MIN_SHM_GIB = 1.0
-"""Below it, NCCL and Ray's object store fail in ways that don't name it; containers have 64 MiB unless told otherwise."""
+"""With less, NCCL and Ray's object store fail with unrelated errors. The default of containers is 64 MiB."""
 MAX_SKEW_S = 5.0
-"""Of clocks: shared storage and logs are read by their times."""
+"""Maximum difference of clocks; times of files on shared storage and in logs are compared between nodes."""
 SEEN_WITHIN_S = 10.0
 """Network file systems show another node's new file with a delay."""
 REDUCED_BYTES = {"cpu": (2**10, 2**20, 2**24), "cuda": (2**10, 2**20, 2**28)}
@@ -40,7 +40,7 @@ INTERFACES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """What a node says of itself."""
+    """The properties of a node."""
 
     address: str
     python: str
@@ -48,25 +48,25 @@ class Node:
     gpus: float
     shm_gib: float
     interface: str
-    """The one that has its address."""
+    """Name of the network interface with the node's address."""
     chosen: Mapping[str, str]
-    """Variables that choose another one for collectives."""
+    """Environment variables that choose another interface for collectives, with their values."""
     name_is_loopback: bool
-    """Its host name resolves to a loopback address, which is what gloo gives the others unless told an interface."""
+    """The host name resolves to a loopback address, which gloo would give the other nodes unless an interface is set."""
     skew_s: float = 0.0
-    """Of its clock, beside the driver's."""
+    """Seconds that its clock is ahead of the driver's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nodes:
-    """The nodes of a run, and how fast an all-reduce over one process of each is."""
+    """The nodes of a run, and the time of an all-reduce over one process per node."""
 
     nodes: Sequence[Node]
     backend: str
     reduced: int = 0
-    """Of so many nodes."""
+    """Number of nodes in the all-reduce; 0: it was not measured."""
     reduce_s: Mapping[int, float] = field(default_factory=dict)
-    """Bytes -> seconds."""
+    """Size in bytes -> seconds."""
 
     def table(self) -> list[str]:
         rows = [("node", "python", "torch", "ray", "GPUs", "/dev/shm GiB", "clock", "interface")]
@@ -82,7 +82,7 @@ class Nodes:
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
     def rates(self) -> list[str]:
-        """Of the all-reduce, a line a size."""
+        """Time and bus bandwidth of the all-reduce, one line per size."""
         lines = []
         for num_bytes, seconds in self.reduce_s.items():
             rate = 2 * (self.reduced - 1) / self.reduced * num_bytes / seconds / 2**30
@@ -135,12 +135,12 @@ def check_nodes(
 
 
 def room_of(there: Mapping[str, float], each: Mapping[str, float]) -> int:
-    """Workers that fit where there is so much."""
+    """Number of workers with resources `each` that fit into the resources `there`."""
     return min(int(there.get(kind, 0.0) / amount + 1e-6) for kind, amount in each.items() if amount)
 
 
 def refuse_unlike(nodes: Sequence[Node]) -> None:
-    """Raises ResourceError where versions differ, with who has which."""
+    """Raises ResourceError if versions differ between nodes."""
     first = nodes[0]
     for name in ("python", *PACKAGES):
         values = {node.address: node.python if name == "python" else node.versions[name] for node in nodes}
@@ -153,7 +153,7 @@ def refuse_unlike(nodes: Sequence[Node]) -> None:
 
 
 def refuse_unreachable(found: Nodes) -> None:
-    """Raises ResourceError where gloo would give the others an address that leads them to themselves."""
+    """Raises ResourceError if gloo would give the other nodes a loopback address."""
     variable = INTERFACES[found.backend]
     if found.backend != "gloo":
         return
@@ -171,7 +171,7 @@ def _ask(ids: Sequence[str]) -> list[Node]:
     asked = [_on(node, look).remote() for node in ids]
     nodes = _answers(asked, "say what they are")
     skews = []
-    for watch in [_on(node, clock) for node in ids]:  # by processes that have just worked, and so answer at once
+    for watch in [_on(node, clock) for node in ids]:  # by processes that have just been started, and so answer at once
         before = time.time()
         there: Any = ray.get(watch.remote())
         skews.append(there - (before + time.time()) / 2)
@@ -179,7 +179,7 @@ def _ask(ids: Sequence[str]) -> list[Node]:
 
 
 def look() -> dict[str, Any]:
-    """What `Node` holds of this machine, less its clock."""
+    """The fields of `Node` for this machine, without skew_s."""
     import psutil
     import ray
 
@@ -218,7 +218,7 @@ def _version(package: str) -> str:
 
 
 def _check_shared(setting: str, folder: Path, ids: Sequence[str], addresses: Sequence[str]) -> None:
-    """A file that the first node writes must be seen by the others."""
+    """Raises ConfigError unless a file that the first node writes is visible on all nodes."""
     name = f".seen-by-all-{uuid.uuid4().hex}"
     (failure,) = _answers([_on(ids[0], write_marker).remote(folder, name)], f"write to {folder}")
     if failure:
@@ -238,7 +238,7 @@ def _check_shared(setting: str, folder: Path, ids: Sequence[str], addresses: Seq
 
 
 def write_marker(folder: Path, name: str) -> str:
-    """Why it can't, or nothing."""
+    """Returns the reason why it failed; empty: it did not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
@@ -251,7 +251,7 @@ def sees(path: Path) -> bool:
     until = time.monotonic() + SEEN_WITHIN_S
     while time.monotonic() < until:
         try:
-            os.listdir(path.parent)  # makes a network file system look again
+            os.listdir(path.parent)  # makes a network file system refresh its cache
             if path.read_text() == path.name:
                 return True
         except OSError:
@@ -261,7 +261,7 @@ def sees(path: Path) -> bool:
 
 
 def take_away(folder: Path, name: str) -> None:
-    """The marker, and the folder where nothing else is in it."""
+    """Delete the marker, and the folder if it is empty then."""
     (folder / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
@@ -298,7 +298,7 @@ def free_port() -> tuple[str, int]:
 
 
 def all_reduce(rank: int, world: int, meeting: tuple[str, int], backend: str, device: str) -> dict[int, float]:
-    """Bytes -> median seconds of an all-reduce of them over all processes."""
+    """Size in bytes -> median seconds of an all-reduce over all processes. meeting: address and port of rank 0."""
     from datetime import timedelta
 
     import torch
@@ -315,7 +315,7 @@ def all_reduce(rank: int, world: int, meeting: tuple[str, int], backend: str, de
             for _ in range(1 + REDUCED_TIMES):
                 began = time.perf_counter()
                 dist.all_reduce(numbers)
-                numbers[0].item()  # waits for a device
+                numbers[0].item()  # waits for the device to finish
                 took.append(time.perf_counter() - began)
             times[num_bytes] = statistics.median(took[1:])
     finally:

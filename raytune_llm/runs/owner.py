@@ -1,7 +1,7 @@
-"""One process owns an output folder at a time.
+"""A lock on an output folder: one process uses it at a time.
 
-The owner keeps a lock file whose time it renews. A lock is free to take where its process is gone (on this host) or its time is
-old (on any, as the folder's own file system counts time), so a crash leaves nothing to clean up, on shared storage too.
+The owner writes a lock file and renews its modification time. A lock is stale if its process no longer exists (on this host) or
+if the modification time is old (on any host, by the clock of the file system), so a crash leaves nothing to clean up.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from raytune_llm.errors import ConfigError
 LOCK = ".owner.json"
 RENEWED_EVERY_S, STALE_AFTER_S = 10.0, 60.0
 TAKEN_AFTER_S = 0.2
-"""Two who take the same stale lock both write; after this time the file says whose it is."""
+"""Two processes that take the same stale lock both write the file; after this time its content decides."""
 
 
 def check_writable(folder: Path) -> None:
-    """Raises ConfigError for a place where no output folder can be."""
+    """Raises ConfigError if the folder doesn't exist and can't be created, or can't be written to."""
     try:
         there = next(place for place in (folder, *folder.parents) if place.exists())
         if not there.is_dir():
@@ -44,7 +44,10 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Raises ConfigError where a living process owns the folder. It is made, and removed again where nothing was put into it."""
+    """Own the folder inside the block. It is created, and removed at the end if it is empty.
+
+    Raises ConfigError if a running process owns it.
+    """
     path, mine = folder / LOCK, _new_lock()
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +112,7 @@ def _new_lock() -> dict[str, Any]:
 
 def _alive(path: Path, holder: dict[str, Any]) -> bool:
     if not holder:
-        return _age_s(path) < RENEWED_EVERY_S  # it is being written
+        return _age_s(path) < RENEWED_EVERY_S  # the file may be empty because it is just being written
     here = holder.get("host") == socket.gethostname() and holder.get("boot") == _boot()
     if here:
         return _started(holder.get("pid")) is not None and _started(holder.get("pid")) == holder.get("started")
@@ -117,7 +120,7 @@ def _alive(path: Path, holder: dict[str, Any]) -> bool:
 
 
 def _age_s(path: Path) -> float:
-    """By the clock of the file system, which several hosts may share."""
+    """Seconds since the file was modified, by the clock of the file system, which hosts may share."""
     probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
         probe.touch()
@@ -135,7 +138,7 @@ def _renew(path: Path, mine: dict[str, Any], stop: threading.Event) -> None:
             if _read(path).get("token") == mine["token"]:
                 os.utime(path)
         except OSError:
-            continue  # storage that is away for a moment
+            continue  # storage that is unavailable for a moment
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -147,7 +150,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _boot() -> str:
-    """Which run of the machine: process numbers mean nothing in another one."""
+    """An id of the machine's current boot, since process ids start again with each."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -155,7 +158,7 @@ def _boot() -> str:
 
 
 def _started(pid: object) -> str | None:
-    """When a process began, in the kernel's count; None where there is none."""
+    """When a process started, in the kernel's clock ticks. None: there is no such process."""
     if not isinstance(pid, int):
         return None
     try:

@@ -1,4 +1,4 @@
-"""What one worker of a run does, from stores and config to trained weights. Knows no Ray: launch.py calls it in every process."""
+"""What one worker does, from token stores and config to trained weights. Independent of Ray: it is called in every process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from raytune_llm.train.strategies.base import Strategy, trained
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOutcome:
-    """What the first worker reports when a run is done."""
+    """The result of a run, from the worker with rank 0."""
 
     progress: Progress
     world_size: int
@@ -59,8 +59,10 @@ def work(
     on_step: Callable[[int], None] = lambda step: None,
     workspace: Workspace | None = None,
 ) -> TrainOutcome:
-    """Train from the newest checkpoint, or from the start, to the end. Sinks get every record, on the first worker only; on_step
-    is called after each step, on every worker."""
+    """Train from the newest checkpoint, or from the start, to the end.
+
+    sinks, on_begin, on_samples: called on rank 0 only. on_step: called with the step's number after each step, on every rank.
+    """
     began = time.perf_counter()
     tell = on_begin if not dist.is_initialized() or dist.get_rank() == 0 else say_nothing
     setup = set_up(run, train_store, eval_store, device, on_begin, workspace)
@@ -107,7 +109,7 @@ def work(
 
 
 class Recorder:
-    """What a run leaves behind while it trains: checkpoints by all workers together, records and samples by the first one."""
+    """Writes the files of a run while it trains: all ranks together write checkpoints, rank 0 writes records and samples."""
 
     def __init__(
         self,
@@ -120,7 +122,7 @@ class Recorder:
         on_samples: Callable[[Sequence[SampledAnswer]], None],
         tell: Callable[[Notice], None],
     ) -> None:
-        """`stack` closes the files, which are resumed from the step `from_step`."""
+        """stack: closes the files at its end. from_step: the step that the files are continued from."""
         self.save_s = 0.0
         """Seconds that training waited for checkpoints."""
         self._setup, self._clock, self._checkpoints, self._on_samples = setup, clock, checkpoints, on_samples
@@ -134,7 +136,7 @@ class Recorder:
             self._samples = stack.enter_context(JsonLines(setup.output / SAMPLES, from_step=from_step))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """With what the machine did, where it is a record of training."""
+        """Write a record; one of training gets memory_gib and mfu."""
         if self._report is None:
             return
         machine: dict[str, Any] = {}
@@ -159,7 +161,7 @@ class Recorder:
 
 
 def sampler_of(setup: Setup) -> Sampler | None:
-    """Where train.sample_rows asks for one, of the first rows of each held-out source."""
+    """A sampler of the first train.sample_rows rows of each held-out source. None: no samples are wanted."""
     train, stores = setup.run.train, setup.stores
     if not train.sample_rows or stores.evaluated is None:
         return None
@@ -175,17 +177,17 @@ def sampler_of(setup: Setup) -> Sampler | None:
 
 
 def profiled(setup: Setup, total_steps: int, first_step: int, stack: ExitStack) -> Callable[[int], None]:
-    """What is to be called after each step: the first worker's profile, where train.profile asks for one."""
+    """A function to call after each step, which profiles rank 0 if train.profile is set."""
     if not setup.run.train.profile or setup.rank != 0:
         return lambda step: None
-    thin = 4 * setup.built.policy.adapters.max_rank  # of q, k and v together, say
+    thin = 4 * setup.built.policy.adapters.max_rank  # fused projections, such as q, k and v, have several times the rank
     profile = StepProfile(setup.output, setup.device, first_step=first_step, total_steps=total_steps, thin=thin)
     stack.callback(profile.close)
     return profile.stepped
 
 
 def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, tell: Callable[[Notice], None]) -> None:
-    """Write `final/`, and what a reward model makes of the held-out pairs. All workers call it together."""
+    """Write `final/`, and a reward model's scores of the held-out pairs. A collective call."""
     run, strategy, policy = setup.run, setup.built.strategy, setup.built.policy
     with told_if_slow(tell, "writing the last checkpoint"):
         checkpoints.wait()
@@ -220,7 +222,7 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, tell: Cal
 
 
 def check_loss(progress: Progress) -> None:
-    """Raises ResourceError where training ended in a loss that is no number: what it made is no model."""
+    """Raises ResourceError if the last loss is NaN or infinite, since the model is then unusable."""
     if progress.loss_last is not None and not math.isfinite(progress.loss_last):
         raise ResourceError(
             f"the loss at step {progress.step} is {progress.loss_last}: the model is unusable, so final/ is not written",
@@ -229,7 +231,7 @@ def check_loss(progress: Progress) -> None:
 
 
 def restore(checkpoints: Checkpoints, strategy: Strategy) -> Progress:
-    """From the newest sound checkpoint, where there is one."""
+    """Load the newest complete and undamaged checkpoint, if there is one."""
     step = checkpoints.newest()
     if step is None:
         return Progress()
@@ -239,7 +241,7 @@ def restore(checkpoints: Checkpoints, strategy: Strategy) -> Progress:
 
 
 def memory_gib(device: torch.device) -> float:
-    """The most that this worker has used: of the GPU, or of the host without one."""
+    """Peak memory of this process in GiB: of the GPU, or of the host if there is no GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
