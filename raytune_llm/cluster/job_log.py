@@ -1,4 +1,4 @@
-"""What a job's log tells of its run: how far it is, and the small files that a run leaves."""
+"""Reads the events in a job's log: the progress of the run, and the contents of its small output files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CURVE, SETTINGS = "loss.png", "run.yaml"
 
 @dataclass
 class JobLog:
-    """A log that was read so far."""
+    """The state of a run, from the events read so far."""
 
     settings: str | None = None
-    """The run as YAML."""
+    """The config as YAML."""
     step: int | None = None
     total_steps: int | None = None
     left_s: float | None = None
@@ -29,7 +29,7 @@ class JobLog:
 
     @property
     def loss(self) -> float | None:
-        """Of the newest step that logged one."""
+        """The loss of the newest step that logged one."""
         return next((record["loss"] for record in reversed(self.records) if "loss" in record), None)
 
     def read(self, event: dict[str, Any]) -> None:
@@ -51,7 +51,8 @@ class JobLog:
                 self.step, self.left_s = self.done.summary.steps, None
 
     def write(self, folder: Path) -> list[str]:
-        """The files of an output folder that the log has all of; their names. A resumed run's has the steps that it made."""
+        """Write the files of an output folder that the log has in full, and return their names. The log of a resumed run has only
+        the steps of that run."""
         folder.mkdir(parents=True, exist_ok=True)
         written = []
         if self.settings is not None:

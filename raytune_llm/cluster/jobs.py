@@ -1,4 +1,4 @@
-"""Jobs of a Ray cluster: submitted, listed, followed, stopped. [ray]"""
+"""Ray jobs on a cluster: submit, list, follow and stop them. [ray]"""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from raytune_llm.cluster.package import write_zip
 from raytune_llm.errors import ConfigError, ResourceError, first_line
 
 SILENT_S = 30.0
-"""Without a line for so long, the cluster is asked whether the job still runs."""
+"""After this long without a line, the cluster is asked whether the job still runs."""
 RETRY_S = (1.0, 2.0, 5.0, 10.0)
 GIVE_UP_S = 600.0
-"""Seconds without an answer after which a cluster is given up; the job may keep running."""
+"""Seconds without an answer after which following ends with an error; the job may keep running."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 NAME = "run"
 OUTPUT = "output_dir"
@@ -38,14 +38,14 @@ COMMAND = (
     'python -u -m raytune_llm train --config-dir "$folder" --config-name run log_format=json; '
     'code=$?; rm -rf "$folder"; exit $code'
 )
-"""Of a job: train as environment_of says, and tell it in events."""
+"""The command of a job: train with the config of environment_of, and log events."""
 RAYS_OWN = ("Running entrypoint for job ", "Runtime env is setting up.")
-"""What Ray writes to a job's log before its first line."""
+"""Lines that Ray itself writes at the start of a job's log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job as the cluster knows it."""
+    """The state of a job, as the cluster reports it."""
 
     id: str
     run: str
@@ -54,9 +54,9 @@ class Job:
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     message: str
     exit_code: int | None
-    """Of the driver's process, once it has ended."""
+    """The exit code of the driver process. None: it has not ended."""
     started: float | None
-    """Epoch seconds."""
+    """Seconds since 1970; the same for `ended`."""
     ended: float | None
     output_dir: str | None
 
@@ -66,14 +66,14 @@ class Job:
 
     @property
     def reason(self) -> str:
-        """A line on why it ended, where it failed."""
+        """Why the job failed, in one line."""
         if self.status == "FAILED" and self.exit_code is not None:
             return f"its driver ended with exit code {self.exit_code}"
         return self.message.splitlines()[0] if self.message else "no reason was given"
 
     @property
     def outcome(self) -> int:
-        """The exit code for whoever followed it."""
+        """The exit code for a command that followed the job."""
         if self.status == "SUCCEEDED":
             return 0
         return self.exit_code or (STOPPED_EXIT_CODE if self.status == "STOPPED" else 1)
@@ -83,7 +83,7 @@ class Jobs:
     """The jobs of the cluster whose dashboard is at `address`."""
 
     def __init__(self, address: str) -> None:
-        """Raises ResourceError where nobody answers or the cluster wants a token."""
+        """Raises ResourceError if nothing answers at the address, or if the cluster rejects the token."""
         self.address = address
         if token_there():
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # before ray is imported, which reads it once
@@ -105,7 +105,8 @@ class Jobs:
         env: Mapping[str, str] | None = None,
         output_dir: str,
     ) -> str:
-        """The job's id. `files`: places in its working folder -> files here; none for an image's own."""
+        """Submit a job and return its id. files: path in the job's working folder -> local file; empty to use an image's own
+        files."""
         environment: dict[str, Any] = {"env_vars": dict(env or {})}
         if requirements:
             environment["pip"] = {"packages": list(requirements), "pip_check": False}
@@ -122,13 +123,13 @@ class Jobs:
             )
 
     def all(self) -> list[Job]:
-        """Those that were submitted, the newest first."""
+        """All submitted jobs, newest first."""
         with self._explained():
             found = [_job(details) for details in self._client.list_jobs() if details.submission_id]
         return sorted(found, key=lambda job: -(job.started or time.time()))
 
     def find(self, name: str) -> Job:
-        """By its id, or the newest of a run's name. Raises ConfigError."""
+        """The job with this id, or the newest one of the run with this name. Raises ConfigError if there is none."""
         jobs = self.all()
         for job in jobs:
             if name == job.id:
@@ -195,7 +196,7 @@ class Jobs:
             yield line
 
     async def _tail(self, job: str) -> AsyncGenerator[str, None]:
-        """Ends where the log does, or where the job has ended and nothing more comes."""
+        """New text of the log. Ends when the connection ends, or when the job has ended and no more text arrives."""
         tail = self._client.tail_job_logs(job)
         coming: asyncio.Future[str] | None = None
         try:
@@ -240,7 +241,7 @@ class Jobs:
 
 
 def address_of(setting: str | None) -> str:
-    """Raises ConfigError where there is none."""
+    """The address in the setting or the environment. Raises ConfigError if there is none."""
     address = setting or next((os.environ[name] for name in ADDRESSES if os.environ.get(name, "").startswith("http")), None)
     if address is None:
         raise ConfigError(
@@ -257,7 +258,7 @@ def token_there() -> bool:
 
 
 def open_to_all(address: str) -> str | None:
-    """A warning where who reaches the address may run anything there, as far as this machine can tell."""
+    """A warning if anyone who reaches the address can run code there, as far as this machine knows; else None."""
     host = urlsplit(address).hostname or ""
     try:
         local = ipaddress.ip_address(host).is_loopback
@@ -273,7 +274,8 @@ def open_to_all(address: str) -> str | None:
 
 
 def environment_of(settings: str) -> dict[str, str]:
-    """What COMMAND reads: a run as YAML. It is no part of the package, which stays the same from run to run."""
+    """The environment variable that COMMAND reads the config from. The config is not in the package, which stays the same for all
+    runs."""
     return {SETTINGS: base64.b64encode(gzip.compress(settings.encode(), mtime=0)).decode()}
 
 
@@ -296,7 +298,7 @@ def _job(details: Any) -> Job:
 
 
 def _broken() -> tuple[type[Exception], ...]:
-    """How a connection ends early."""
+    """Exceptions of a broken connection."""
     import aiohttp
 
     return (RuntimeError, OSError, aiohttp.ClientError)
@@ -304,7 +306,7 @@ def _broken() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def _no_other_address() -> Iterator[None]:
-    """Ray would take an address of the environment in place of the one that it is given."""
+    """Hides address variables, which Ray would prefer to the address that it is given."""
     before = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
     try:
         yield

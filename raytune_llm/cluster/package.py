@@ -1,6 +1,6 @@
-"""What travels to a cluster with a job: the working folder and this package, as one zip that Ray unpacks on every node.
+"""The zip that is uploaded with a job: the working folder and this package. Ray unpacks it on every node.
 
-The same files make the same bytes, so that Ray's hash tells what the cluster has already.
+The same files give the same bytes, so that Ray's hash shows whether the cluster has the zip already.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from raytune_llm.errors import ConfigError
 SOURCE = Path(__file__).resolve().parent.parent
 EXAMPLES = CONF.parent / "examples"
 CARRIED = {"raytune_llm": SOURCE, "raytune_llm/conf": CONF, "raytune_llm/examples": EXAMPLES}
-"""Places in the zip -> folders of this package, as an installed wheel has them."""
+"""Path in the zip -> folder of this package, in the layout of an installed wheel."""
 LARGEST = 3
 _TIME = (2020, 1, 1, 0, 0, 0)
 
 
 def files_of(folder: Path, ignore: Sequence[str], *, max_mib: int) -> dict[str, Path]:
-    """Places in the zip -> files: those of the folder, and this package unless the folder is its checkout.
+    """Path in the zip -> file, for the folder's files and for this package, unless the folder is its checkout.
 
-    Raises ConfigError where they are more than max_mib.
+    Raises ConfigError if the files are larger than max_mib MiB in total.
     """
     if not folder.is_dir():
         raise ConfigError("submit.folder", "must be a folder", got=str(folder))
@@ -52,7 +52,7 @@ def write_zip(files: Mapping[str, Path], to: Path) -> None:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Files of the folder, as git has them where it is in a checkout: tracked ones, and others that it doesn't ignore."""
+    """The folder's files; in a git checkout, those that git doesn't ignore."""
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=folder, capture_output=True, check=False
     )

@@ -1,4 +1,4 @@
-"""Packages that a job's nodes are to have, with their versions."""
+"""The packages, with versions, that Ray installs on the nodes of a job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OURS = "raytune-llm"
 
 
 def requirements(what: str) -> list[str]:
-    """pinned, or a file's lines. Raises ConfigError."""
+    """Requirements for `pinned` or from a file. Raises ConfigError if the file can't be read."""
     if what == "pinned":
         return pinned()
     try:
@@ -27,8 +27,8 @@ def requirements(what: str) -> list[str]:
 
 
 def pinned() -> list[str]:
-    """What this package depends on, directly or not, in the versions that are installed here, less those of Ray, which are the
-    cluster's. A build's label (+cpu) is left out: each node takes the build that it needs."""
+    """All dependencies of this package in the versions installed here, except Ray and its dependencies, which the cluster has.
+    Local version labels such as +cpu are removed, so that each node installs the build that it needs."""
     found: dict[str, str] = {}
     waiting = [OURS]
     while waiting:
@@ -40,6 +40,6 @@ def pinned() -> list[str]:
             try:
                 found[name] = version(name).partition("+")[0]
             except PackageNotFoundError:
-                continue  # of another platform, by a marker of its own
+                continue  # for another platform
             waiting.append(name)
     return [f"{name}=={found[name]}" for name in sorted(found)]

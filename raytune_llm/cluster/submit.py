@@ -1,4 +1,4 @@
-"""A run as a job of a Ray cluster: what it needs is checked and sent, and its log is followed to its end."""
+"""Submits a run as a Ray job, after checking everything that can be checked here, and follows its log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raytune_llm.report.events import event_of, show
 
 
 def submit(run: SubmitRun) -> Job:
-    """The job, which the cluster has and starts when it can. What can be refused is refused before anything is sent."""
+    """Submit a run. The cluster starts the job when it has room. Raises ConfigError before anything is uploaded."""
     settings = run.submit
     address = address_of(settings.address)
     folder = Path(settings.folder).expanduser().absolute()

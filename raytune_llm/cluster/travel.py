@@ -1,4 +1,4 @@
-"""A run's paths, from this machine's to the cluster's. Refuses those that would mean nothing there."""
+"""Translates the paths in a run's config for the cluster, and rejects those that don't exist there."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SHARED = "Set {setting}=/shared/..., a folder that all nodes of the cluster see.
 
 
 def on_cluster(run: Run, folder: Path, files: Mapping[str, Path]) -> Run:
-    """The run with paths that the job finds: relative to its working folder where they travel with it, else as they are.
+    """The run with paths as the job needs them: relative to its working folder for uploaded files, else unchanged.
 
-    `files`: what travels, from `package.files_of`; empty where nothing does. Raises ConfigError.
+    files: the uploaded files, from `package.files_of`. Raises ConfigError for a path that the job could not find.
     """
     travelling = {path.absolute(): name for name, path in files.items()}
     places = {folder.absolute(): Path()} | {root: Path(place) for place, root in CARRIED.items()}
@@ -50,7 +50,7 @@ def on_cluster(run: Run, folder: Path, files: Mapping[str, Path]) -> Run:
 
 
 def _place(path: Path, travelling: Mapping[Path, str], places: Mapping[Path, Path]) -> str | None:
-    """In the job's working folder: of a file that travels, or of a folder that has some."""
+    """The path in the job's working folder, of an uploaded file or of a folder with uploaded files. None: it is neither."""
     if path in travelling:
         return travelling[path]
     if not any(file.is_relative_to(path) for file in travelling):
@@ -59,7 +59,7 @@ def _place(path: Path, travelling: Mapping[Path, str], places: Mapping[Path, Pat
 
 
 def _is_path(setting: str, value: str) -> bool:
-    """Whether it can't be the name of a model or data set on a hub."""
+    """Whether the value can only be a path, not the name of a model or data set on a hub."""
     if setting in ALWAYS or value.startswith((".", "~")) or Path(value).exists():
         return True
     return value.count("/") > 1 or re.search(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|ya?ml)$", value) is not None
