@@ -23,13 +23,14 @@ PARAMETERS = "parameters.model."
 
 
 def adapter_of_checkpoint(run_folder: Path, step: int, into: Path) -> bool:
-    """Write the adapter of step `step` into a folder; False where the run trains all of its model.
+    """Write the adapter of step `step` into a folder; False where the run trains all of its model,
+    or where its optimizer trains other weights than the average that it saves at its end.
 
     The model is made without its weights, unless the adapter changes them. Raises a UserError where the checkpoint or the run's
     settings can't be read.
     """
     run = load_run("train", config_dir=run_folder, config_name="run")
-    if run.adapter.trains_base:
+    if run.adapter.trains_base or run.optimizer.schedules is not None:
         return False
     model = run.model
     place = path_of(run_folder / "checkpoints", step) / "state"
