@@ -27,7 +27,7 @@ KINDS = [kind for kind in METHODS if kind not in ("lora", "loftq")]
 """LoRA has tests of its own for all of this, and LoftQ, over quantized weights alone, in tests/unit/models/quantization."""
 SETTINGS = {
     "vera": ["adapter.rank=32", "optimizer.lr=5e-2"],
-    "ia3": ["optimizer.lr=5e-2"],
+    "ia3": ["adapter.targets=all-linear", "optimizer.lr=1e-1"],
     "lora_plus": ["adapter.lr_ratio=4.0"],
 }
 """Of the tiny model, which is to learn something in eight steps."""

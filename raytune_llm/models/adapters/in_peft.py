@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
@@ -165,11 +165,14 @@ class PeftAdapters:
         setting = source.setting if isinstance(source, SavedAdapter) else "adapter.path"
         self._take_tokens(config, new_ids, source.path, setting)
         base_model, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns where it is another
+        # Beside a base without weights an adapter has none either: what it begins as may be made of them.
+        place = torch.device("meta") if next(self._base.parameters()).is_meta else nullcontext()
         try:
-            if self._peft is None:
-                self._peft = get_peft_model(self._base, config, key, autocast_adapter_dtype=True)
-            else:
-                self._peft.add_adapter(key, config, autocast_adapter_dtype=True)
+            with place:
+                if self._peft is None:
+                    self._peft = get_peft_model(self._base, config, key, autocast_adapter_dtype=True)
+                else:
+                    self._peft.add_adapter(key, config, autocast_adapter_dtype=True)
         except (ValueError, TypeError) as error:
             if source.path is None:
                 raise
