@@ -86,7 +86,7 @@ def needs_together(needs: Needs, runs: int) -> Needs:
     """Of so many runs like this one in one pass over one base: each has an adapter and a micro-batch."""
     one = needs.parameters
     more = (runs - 1) * one.trained
-    parameters = replace(one, total=one.total + more, trained=one.trained + more, trained_matrices=runs * one.trained_matrices)
+    parameters = replace(one, total=one.total + more, trained=one.trained + more, trained_shapes=runs * one.trained_shapes)
     return replace(needs, parameters=parameters, micro_batch_size=runs * needs.micro_batch_size)
 
 

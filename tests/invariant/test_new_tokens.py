@@ -19,7 +19,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.serve.api.app import Access, build_app
-from raytune_llm.serve.backend import InProcess
+from raytune_llm.serve.backend import InProcessBackend
 from raytune_llm.serve.engines import build_engine, tokenizer_of
 from raytune_llm.serve.prompts import Prompts
 from tests.group import Group
@@ -103,7 +103,7 @@ def test_they_are_served_alone_as_they_were_trained(engine: str, whole: TrainRun
     built, facts = build_engine(run.model, run.quantization, run.engine, run.serve)
     tokenizer, _ = tokenizer_of(run.model, run.serve)
     access = Access(api_key=None, admin_key=None, roots=[], max_body_bytes=100_000)
-    client = TestClient(build_app(InProcess(built, facts, max_waiting=8), Prompts(tokenizer), access))
+    client = TestClient(build_app(InProcessBackend(built, facts, max_waiting=8), Prompts(tokenizer), access))
     base: Any = AutoModelForCausalLM.from_pretrained(str(whole.model.path))
     base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     plain: Any = PeftModel.from_pretrained(base, str(final(whole))).eval()
