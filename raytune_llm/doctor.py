@@ -23,7 +23,7 @@ from raytune_llm.packaged import PACKAGED, cache_dir
 DISTRIBUTION = "raytune-llm"
 FEATURES = {
     "deepspeed": "strategy=zero1, zero2, zero3",
-    "bitsandbytes": "quantization=bnb_nf4",
+    "bitsandbytes": "quantization=bnb_*, optimizer=adamw_8bit",
     "wandb": "tracking=wandb",
     "mlflow": "tracking=mlflow",
     "swanlab": "tracking=swanlab",

@@ -117,8 +117,8 @@ def held_out_figures(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, st
 
 def next_command(run: TrainRun, final: Path) -> str | None:
     """The command to type after a run. None if there is none: for a reward model, or a model that can't chat yet."""
-    if not run.stage.writes:
-        return None
+    if not run.stage.writes or (run.adapter.changes_base and not run.adapter.trains_base):
+        return None  # its adapter is saved as one of another method, on the base that it did not change
     there = _override("output_dir", f"{final.parent}_next")
     if run.stage.plain_text:
         if not (final / "chat_template.jinja").exists():

@@ -102,9 +102,11 @@ def targeted(model: PreTrainedModel, section: Layered) -> Layers:
     unknown = [] if isinstance(targets, str) else [target for target in targets if target not in named]
     if unknown or not found:
         names = sorted({name.rpartition(".")[2] for name, module in linear.items() if not isinstance(module, nn.Embedding)})
-        raise ConfigError(
-            "adapter.targets", "must name linear layers of the model", got=unknown or targets, fix=f"It has {', '.join(names)}."
-        )
+        rule, fix = "must name linear layers of the model", f"It has {', '.join(names)}."
+        if isinstance(targets, str):
+            rule = "is a regular expression, and must match whole names of the model's linear layers"
+            fix = f"Names are a list, adapter.targets=[{targets}]. {fix}"
+        raise ConfigError("adapter.targets", rule, got=unknown or targets, fix=fix)
     last, names = section.last_layers, [name for name, _ in named_layers(model)]
     numbers = section.layers if last is None else range(max(len(names) - last, 0), len(names))
     if numbers is None:
@@ -142,7 +144,8 @@ def whole_modules(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
         fix = f"It has {', '.join(sorted(name for name in last if name and not name.isdigit()))}."
         raise ConfigError("adapter.modules_to_save", "must name modules of the model", got=unknown, fix=fix)
     of_both_ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    tied = model.config.get_text_config().tie_word_embeddings
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)  # some say it of the whole model alone
+    tied = tied or getattr(model.config, "tie_word_embeddings", False)
     both_ends = {name.rpartition(".")[2] for name, module in modules.items() if module in of_both_ends}
     if tied and (named := sorted(both_ends & set(names))):
         rule = "can't name an embedding that is tied to the head: PEFT would train a copy of one of them"

@@ -96,6 +96,10 @@ def test_a_run_is_frozen():
         run.optimizer.lr = 1.0
 
 
+NEEDS = {"loftq": ["quantization=bnb_nf4"], "schedule_free": ["schedule=constant"]}
+"""What options can't be without."""
+
+
 @pytest.mark.parametrize("group", [group for group in load.groups() if group != "experiment"])
 def test_every_option_of_every_group_composes(group):
     for option in load.options(group):
@@ -107,7 +111,7 @@ def test_every_option_of_every_group_composes(group):
                 verb, [f"{group}={option}", *([] if verb == "serve" else [DATA, "data.eval_fraction=0.1", "train.epochs=2"])]
             )
             continue
-        load_config("train", [DATA, *resources, f"{group}={option}", *given_path])
+        load_config("train", [DATA, *resources, f"{group}={option}", *given_path, *NEEDS.get(option, ())])
 
 
 @pytest.mark.parametrize("experiment", load.options("experiment"))
