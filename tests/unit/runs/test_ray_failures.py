@@ -29,6 +29,7 @@ def test_a_start_that_fails_names_the_machine_and_the_way_out(error: Exception, 
     def fails(**settings: Any) -> None:
         raise error
 
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test of this process may have started one
     monkeypatch.setattr(ray, "init", fails)
     with pytest.raises(ResourceError, match=r"Ray did not start on this machine .*resources=inline"):
         session.connect(resources("local"))

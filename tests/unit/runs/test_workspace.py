@@ -77,7 +77,7 @@ def test_memory_is_flat_over_fifty_runs(chat_rows, cache, tmp_path):
         tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
         held.append((len(tensors), sum({thing.data_ptr(): thing.nbytes for thing in tensors}.values()), resident_bytes()))
     counts, tensor_bytes, resident = zip(*held[9:], strict=True)
-    assert len(set(counts)) == 1 and len(set(tensor_bytes)) == 1
+    assert counts[-1] <= counts[0] and tensor_bytes[-1] <= tensor_bytes[0]  # what other tests left may go meanwhile
     assert resident[-1] - resident[0] < 32 * 2**20
 
 
