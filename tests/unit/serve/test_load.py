@@ -106,7 +106,7 @@ async def load(url: str, models: list[str], seconds: float, process: int, *, wor
 
     async def client(number: int) -> None:
         draw = random.Random(number)
-        async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as http:
+        async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=300) as http:
             while time.monotonic() - began < seconds:
                 outcome = await _ask(http, draw, models, words)
                 outcomes[outcome] = outcomes.get(outcome, 0) + 1
