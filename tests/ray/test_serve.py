@@ -257,7 +257,7 @@ def test_a_second_server_on_the_cluster_is_refused_and_the_first_stays(server: S
     command = [sys.executable, "-m", "raytune_llm", "serve", *settings]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert second.returncode == 2 and "runs on this cluster already" in second.stderr
+    assert second.returncode == 2 and "a server is already running on this cluster" in second.stderr
     assert server.complete().status_code == 200
 
 
