@@ -266,7 +266,7 @@ def of_yaml(space: Mapping[str, Any], prefix: str = "") -> dict[str, Values]:
 def _can_change_on_the_way(setting: str) -> None:
     if not setting.lstrip("+").startswith(ON_THE_WAY):
         there = ", ".join(f"{name}*" if name.endswith(".") else name for name in ON_THE_WAY)
-        rule = "can't be varied with tune.scheduler=pbt, which goes on from the checkpoint of a trial with another value"
+        rule = "can't be varied with tune.scheduler=pbt, which resumes from the checkpoint of a trial with another value"
         raise ConfigError(setting, rule, fix=f"Give it one value. What can be varied: {there}.")
 
 
