@@ -23,9 +23,10 @@ from raytune_llm.records import Batch, Prefixes
 
 
 class SharedPass:
-    def __init__(self, policy: CausalLM, bank: LoraBank) -> None:
-        """bank: the policy's adapters."""
-        self.policy, self.bank = policy, bank
+    def __init__(self, policy: CausalLM) -> None:
+        """policy: one whose adapters are a bank."""
+        assert isinstance(policy.adapters, LoraBank)
+        self.policy, self.bank = policy, policy.adapters
         self._together: list[OneOfSeveral] = []
         self._hidden: dict[tuple[int, bool], tuple[Batch, list[Tensor]]] = {}
         """By batch, and whether it is to be trained on: the batch, and each run's last hidden states."""

@@ -91,10 +91,9 @@ def work_together(
     builder = Builder(runs[0], reads.config, device, shared=workspace.base, together=runs)
     with explained(builder, "loading the model"), told_if_slow(parts[0].on_begin, "loading the model"):
         policy, counted, choices = builder.policy()
-    bank = policy.adapters
-    assert isinstance(bank, LoraBank) and isinstance(policy, CausalLM)
+    assert isinstance(policy, CausalLM)
     policy.to(device).train()
-    pass_ = SharedPass(policy, bank)
+    pass_ = SharedPass(policy)
     choices += (f"base: one for {len(parts)} runs, which are computed in one pass a step",)
     with explained(builder, "training"), ExitStack() as stack:
         all_of_them = [
@@ -104,7 +103,7 @@ def work_together(
 
         def ended(member: Member, error: Exception | None) -> None:
             of_member[member].end(error)
-            _make_room(bank, member, [one.member for one in all_of_them if not one.ended])
+            _make_room(pass_.bank, member, [one.member for one in all_of_them if not one.ended])
 
         first = all_of_them[0].setup
         for step in sorted({one.member.progress.step for one in all_of_them}):
