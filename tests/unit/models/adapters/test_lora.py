@@ -153,7 +153,7 @@ def untied(**changed: Any) -> PreTrainedModel:
     ("overrides", "said"),
     [
         (["adapter.targets='.*['"], r"adapter\.targets must be a list, all-linear or a regular expression, got '\.\*\['"),
-        (["adapter.targets=q_proj"], r"adapter\.targets must name linear layers of the model, got 'q_proj'"),
+        (["adapter.targets=q_proj"], r"adapter\.targets is a regular expression, and must match whole names .*, got 'q_proj'"),
         (["adapter.layers=[3]"], r"adapter\.layers must be numbers of the model's 3 layers"),
         (["adapter.layers=[1]", "adapter.last_layers=1"], r"adapter\.layers can't be combined with adapter\.last_layers"),
         (
