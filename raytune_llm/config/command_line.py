@@ -140,7 +140,7 @@ def usage(verb: str | None, verbs: Mapping[str, str]) -> str:
     lines += ["  python -m raytune_llm [verb] [group=option ...] [setting=value ...]", "", "Verbs"]
     lines += [f"  {name:<10}{text}" for name, text in verbs.items()]
     lines += ["", "Groups (group=option)"]
-    lines += [f"  {group:<14}{' '.join(composer.options(group))}" for group in composer.groups() if group != "experiment"]
+    lines += [f"  {group:<14}{composer.listed(composer.options(group))}" for group in composer.groups() if group != "experiment"]
     lines += ["", "Experiments (+experiment=name)", f"  {' '.join(composer.options('experiment'))}"]
     lines += ["", f"Settings of {verb or 'train'} (setting=value) and their defaults"]
     lines += [f"  {line}" for line in composer.defaults(verb or "train")]

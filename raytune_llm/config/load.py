@@ -42,6 +42,8 @@ RENAMED = {"quantization.wide": "quantization.skip_modules"}
 """Settings of earlier versions, and what they are called now."""
 MAX_OPTION_CHARS = 200
 """An option is a file, whose name can be no longer than a file system allows."""
+MAX_LISTED_OPTIONS = 60
+"""More are not read to the end."""
 EXAMPLES = CONF.parent / "examples"
 
 
@@ -149,7 +151,7 @@ def _check_choices(overrides: Sequence[str], config_dir: str | Path | None) -> N
             raise ConfigError("experiment", "is added with a plus sign", got=text, fix=f"Write +{text}.")
         chosen = OverridesParser.create().parse_override(text).value() if _is_read(text) else value
         if not isinstance(chosen, str | list) and not _is_sweep(chosen):
-            there = f"There are: {', '.join(options(group, config_dir))}."
+            there = f"There are: {listed(options(group, config_dir), ', ')}."
             raise ConfigError(group, "must be the name of one of its options", got=value, fix=there)
 
 
@@ -351,6 +353,13 @@ def options(group: str, config_dir: str | Path | None = None) -> list[str]:
     return sorted({file.stem for folder in folders for file in folder.glob("[!_]*.yaml")})
 
 
+def listed(found: Sequence[str], separator: str = " ") -> str:
+    """A group's options: all, or where they are too many to read, some and where the rest is."""
+    if len(found) <= MAX_LISTED_OPTIONS:
+        return separator.join(found) or "none"
+    return f"{separator.join(found[:: len(found) // 8])}, and others ({len(found)} in all, in docs/models.md)"
+
+
 def groups() -> list[str]:
     """What can be chosen: model, data, ..., experiment."""
     return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
@@ -440,8 +449,9 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
         found = options(group, config_dir)
-        near = difflib.get_close_matches(option, found, n=1)
-        fix = f"Did you mean {group}={near[0]}?" if near else f"There are: {', '.join(found) or 'none'}."
+        started = [one for one in found if one.startswith(f"{option}_")]
+        near = started or difflib.get_close_matches(option, found, n=1)
+        fix = f"Did you mean {group}={' or '.join(near)}?" if near else f"There are: {listed(found, ', ')}."
         return ConfigError(f"{group}", "must be one of its options", got=option, fix=fix)
     if match := re.search(r"Cannot find primary config '([^']+)'", text):
         return ConfigError("--config-name", f"must be a YAML file of {config_dir or CONF}", got=match[1])
@@ -625,6 +635,7 @@ __all__ = [
     "defaults",
     "flat_items",
     "groups",
+    "listed",
     "load_config",
     "options",
     "quoted",

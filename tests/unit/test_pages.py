@@ -1,0 +1,40 @@
+"""Pages that are made from what the program does say what it does now."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from raytune_llm.config.load import options
+from tests.pages import models
+from tests.pages.__main__ import DOCS
+
+REMAKE = "python -m tests.pages makes it again"
+
+
+def test_the_page_of_models_is_current() -> None:
+    assert (DOCS / "models.md").read_text(encoding="utf-8") == models.page(), REMAKE
+
+
+def test_every_checkpoint_by_name_is_nothing_but_its_hub_id() -> None:
+    assert set(models.checkpoints()) | models.UNNAMED == set(options("model"))
+    for name, path in models.checkpoints().items():
+        option = yaml.safe_load((models.CONF / f"{name}.yaml").read_text())
+        assert option == {"defaults": ["_base"], "path": path} and path.count("/") == 1
+
+
+def test_no_two_names_are_the_same_checkpoint() -> None:
+    paths = list(models.checkpoints().values())
+    assert len(paths) == len(set(paths))
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"), [("qwen3_8b", "qwen3"), ("qwen3_moe_30b", "qwen3_moe"), ("deepseek_r1_distill_qwen_7b", "qwen2")]
+)
+def test_the_longest_start_of_a_name_says_its_architecture(name: str, model_type: str) -> None:
+    assert models.architecture(name) == model_type
+
+
+def test_every_architecture_by_name_has_a_checkpoint() -> None:
+    named = {models.architecture(name) for name in models.checkpoints()}
+    assert named == set(models.ARCHITECTURES.values())
