@@ -37,9 +37,9 @@ from raytune_llm.data.pipeline import Prepared, Streamed
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.migrate.experiment import translate_file, write
 from raytune_llm.report.metrics import Sink, Summary, WallTime, read_metrics, summary_of, write_summary
-from raytune_llm.report.news import Notice
-from raytune_llm.report.slow import told_if_slow
+from raytune_llm.report.slow import notify_if_slow
 from raytune_llm.report.trackers import TrackedRun, open_tracker
+from raytune_llm.report.updates import Notice
 
 if TYPE_CHECKING:
     from raytune_llm.chat.dialogue import Dialogue
@@ -84,7 +84,7 @@ def train(
     run: TrainRun,
     *,
     sinks: Sequence[Sink] = (),
-    on_begin: Callable[[Any], None] = lambda begin: None,
+    on_update: Callable[[Any], None] = lambda update: None,
     on_samples: Callable[[Any], None] = lambda samples: None,
     on_progress: pipeline.OnProgress | None = None,
     began: float | None = None,
@@ -92,9 +92,10 @@ def train(
 ) -> TrainResult:
     """Prepare what is missing (while training, where data.streaming), train (or resume), and write the output folder.
 
-    Sinks get every record of metrics.jsonl as it comes; on_begin gets a `report.news.Begin` when the first step is about to
-    come (again after a lost worker); on_samples gets a list of `report.news.SampledAnswer` at each evaluation. `began`: when the
-    command started, in epoch seconds. `workspace`: what earlier runs of this process left for this one.
+    Callbacks: sinks get every record of metrics.jsonl; on_update gets a `report.updates.RunStarted` before the first step, and
+    again when lost workers were replaced, and ReferencePass and Notice; on_samples gets a list of `report.updates.SampledAnswer`
+    at each evaluation. began: when the command started, in seconds since 1970. workspace: what earlier runs of this process
+    left for this one.
     """
     from raytune_llm.runs.owner import check_writable, owned
 
@@ -106,7 +107,7 @@ def train(
     from raytune_llm.runs.output import full_disk_explained  # torch is loaded by now
 
     with owned(output), full_disk_explained(output):
-        return _train(run, output, clock, sinks, on_begin, on_samples, on_progress, workspace)
+        return _train(run, output, clock, sinks, on_update, on_samples, on_progress, workspace)
 
 
 def _train(
@@ -114,21 +115,22 @@ def _train(
     output: Path,
     clock: _Phases,
     sinks: Sequence[Sink],
-    on_begin: Callable[[Any], None],
+    on_update: Callable[[Any], None],
     on_samples: Callable[[Any], None],
     on_progress: pipeline.OnProgress | None,
     workspace: Workspace,
 ) -> TrainResult:
-    from raytune_llm.runs.launch import fit, spare_cpus
+    from raytune_llm.runs.group_size import spare_cpus
+    from raytune_llm.runs.launch import fit
 
     if isinstance(run.resources, Cluster):
-        _check_nodes(run, run.resources, on_begin)
+        _check_nodes(run, run.resources, on_update)
     clock.enter("prepare")
     if run.data.streaming:
         prepared = pipeline.stream(run.model, run.data, run.resources, kind=run.stage.kind)
     else:
         prepared = _prepared(run, workspace, on_progress)
-    opened = _opened(run, output, prepared, clock, on_begin, workspace)
+    opened = _opened(run, output, prepared, clock, on_update, workspace)
     if opened.done is not None:
         return opened.done
     with opened.tracking() as tracker, prepared.making(max_tasks=spare_cpus(run)):
@@ -136,11 +138,11 @@ def _train(
             run,
             *_stores(prepared),
             sinks=[*sinks, tracker],
-            on_begin=on_begin,
+            on_update=on_update,
             on_samples=on_samples,
             workspace=workspace,
         )
-    return _closed(opened, outcome, on_begin, workspace)
+    return _closed(opened, outcome, on_update, workspace)
 
 
 def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None) -> list[TrainResult | Exception | None]:
@@ -164,7 +166,7 @@ def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None)
             clock.enter("prepare")
         prepared = _prepared(parts[0].run, workspace, None)
         opened = [
-            _opened(part.run, Path(part.run.output_dir), prepared, clock, part.on_begin, workspace)
+            _opened(part.run, Path(part.run.output_dir), prepared, clock, part.on_update, workspace)
             for part, clock in zip(parts, clocks, strict=True)
         ]
         left = [number for number, one in enumerate(opened) if one.done is None]
@@ -182,7 +184,7 @@ def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None)
                 results[number] = outcome
                 continue
             try:
-                results[number] = _closed(opened[number], outcome, parts[number].on_begin, workspace)
+                results[number] = _closed(opened[number], outcome, parts[number].on_update, workspace)
             except Exception as error:
                 results[number] = error
         return results
@@ -229,7 +231,7 @@ def _opened(
     output: Path,
     prepared: Prepared | Streamed,
     clock: _Phases,
-    on_begin: Callable[[Any], None],
+    on_update: Callable[[Any], None],
     workspace: Workspace,
 ) -> _Opened:
     from raytune_llm.runs.output import finished, identity, open_output
@@ -258,13 +260,13 @@ def _opened(
     before = workspace.once(
         "answered by the base",
         (run.model, run.data, run.quantization, answered, prepared.folder),
-        lambda: _exact_match(run, prepared, None, on_begin, workspace),
+        lambda: _exact_match(run, prepared, None, on_update, workspace),
     )
     clock.enter("fit")
     return replace(opened, before=before)
 
 
-def _closed(opened: _Opened, outcome: TrainOutcome, on_begin: Callable[[Any], None], workspace: Workspace) -> TrainResult:
+def _closed(opened: _Opened, outcome: TrainOutcome, on_update: Callable[[Any], None], workspace: Workspace) -> TrainResult:
     """What follows the last step, or a pause."""
     from raytune_llm.report.plots import loss_curve
     from raytune_llm.runs.output import mark_finished
@@ -275,7 +277,7 @@ def _closed(opened: _Opened, outcome: TrainOutcome, on_begin: Callable[[Any], No
         clock.enter("save")
         return result(summary=_summary(outcome, clock, opened.before, None), after=None, paused=True)
     clock.enter("evaluate")
-    after = _exact_match(run, opened.prepared, output / "final", on_begin, workspace)
+    after = _exact_match(run, opened.prepared, output / "final", on_update, workspace)
     clock.enter("save")
     loss_curve(read_metrics(output / "metrics.jsonl"), output / "loss.png", title=run.name)
     summary = _summary(outcome, clock, opened.before, after)
@@ -303,17 +305,17 @@ def _preflight(run: TrainRun, workspace: Workspace | None) -> Workspace:
     return workspace
 
 
-def _check_nodes(run: TrainRun, resources: Cluster, on_begin: Callable[[Any], None]) -> None:
-    from raytune_llm.runs.launch import group_size
+def _check_nodes(run: TrainRun, resources: Cluster, on_update: Callable[[Any], None]) -> None:
+    from raytune_llm.runs.group_size import group_size
     from raytune_llm.runs.nodes import check_nodes
 
-    workers, cpus, gpus = group_size(resources)
+    size = group_size(resources)
     check_nodes(
         resources,
         {"output_dir": run.output_dir, "data.cache": run.data.cache},
-        workers=workers,
-        each={"CPU": cpus, "GPU": gpus},
-        tell=lambda line: on_begin(Notice(text=line)),
+        workers=size.workers,
+        each=size.each,
+        report=lambda line: on_update(Notice(text=line)),
     )
 
 
@@ -483,7 +485,7 @@ def _exact_match(
     if not run.train.exact_match_rows:
         return None
     which = "before" if final is None else "after"
-    with told_if_slow(tell, f"answering {run.train.exact_match_rows} held-out rows {which} training"):
+    with notify_if_slow(tell, f"answering {run.train.exact_match_rows} held-out rows {which} training"):
         return _answered(run, prepared, final, workspace)
 
 
@@ -493,7 +495,7 @@ def _answered(run: TrainRun, prepared: Prepared | Streamed, final: Path | None, 
     store = str((prepared.eval_store or prepared).folder)
     apart = prepared.eval_store is not None
     if isinstance(run.resources, Cluster):
-        from raytune_llm.runs.launch import on_a_node
+        from raytune_llm.runs.remote_task import call_on_node
 
-        return on_a_node(run.resources, partial(answer_held_out_rows, run, store, final, apart))
+        return call_on_node(run.resources, partial(answer_held_out_rows, run, store, final, apart))
     return answer_held_out_rows(run, store, final, apart, workspace)

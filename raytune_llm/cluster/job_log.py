@@ -9,7 +9,7 @@ from typing import Any
 
 from raytune_llm.report.events import done_of, event_of, record_of
 from raytune_llm.report.metrics import METRICS, SAMPLES, SUMMARY, JsonLines, write_summary
-from raytune_llm.report.news import Done
+from raytune_llm.report.updates import RunFinished
 
 CURVE, SETTINGS = "loss.png", "run.yaml"
 
@@ -25,7 +25,7 @@ class JobLog:
     left_s: float | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    done: Done | None = None
+    done: RunFinished | None = None
 
     @property
     def loss(self) -> float | None:

@@ -17,7 +17,7 @@ from raytune_llm.packaged import PACKAGED
 from raytune_llm.report.display import SHOWN_SAMPLES, Display, last_line
 from raytune_llm.report.events import EventLog
 from raytune_llm.report.metrics import METRICS, TABLE, TRACE, read_metrics
-from raytune_llm.report.news import Done, Notice
+from raytune_llm.report.updates import Notice, RunFinished
 
 HELD_OUT = {
     "eval_loss": ("loss, held out", "{:.4f}"),
@@ -33,7 +33,7 @@ def main(run: TrainRun) -> int:
     face.run(run.name, _description(run), to_yaml(run))
     try:
         result = api.train(
-            run, sinks=[face.record], on_begin=face.begin, on_samples=face.samples, on_progress=face.rows, began=BEGAN
+            run, sinks=[face.record], on_update=face.update, on_samples=face.samples, on_progress=face.rows, began=BEGAN
         )
     except KeyboardInterrupt as interrupt:
         interrupt.add_note(how_to_resume(Path(run.output_dir)))
@@ -41,7 +41,7 @@ def main(run: TrainRun) -> int:
     finally:
         face.close()
     if result.paused:
-        face.begin(
+        face.update(
             Notice(text=f"paused at step {result.summary.steps}: the same command without train.pause_at resumes from there")
         )
         return 0
@@ -69,7 +69,7 @@ def _description(run: TrainRun) -> str:
     )
 
 
-def _done(run: TrainRun, result: api.TrainResult) -> Done:
+def _done(run: TrainRun, result: api.TrainResult) -> RunFinished:
     metrics, table = result.output_dir / METRICS, result.output_dir / TABLE
     profile = None
     if run.train.profile and table.exists():
@@ -86,7 +86,7 @@ def _done(run: TrainRun, result: api.TrainResult) -> Done:
             }
             for old, new in list(zip(result.before.samples, result.after.samples, strict=True))[:SHOWN_SAMPLES]
         ]
-    return Done(
+    return RunFinished(
         summary=result.summary,
         output_dir=str(result.output_dir),
         already_done=result.already_done,

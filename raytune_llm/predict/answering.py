@@ -238,18 +238,18 @@ def _answering_on_ray(settings: EngineSettings, resources: Local | Cluster) -> I
     session.connect(resources)
     import ray
 
-    from raytune_llm.runs.launch import check_fits, group_size
+    from raytune_llm.runs.group_size import check_fits, group_size
 
-    workers, cpus, gpus = group_size(resources)
-    check_fits(workers, cpus, gpus)
+    size = group_size(resources)
+    check_fits(size)
     actor: Any = ray.remote(Answerer).options(
-        num_cpus=cpus,
-        num_gpus=gpus,
+        num_cpus=size.cpus,
+        num_gpus=size.gpus,
         max_restarts=resources.max_failures,
         max_task_retries=resources.max_failures,
         max_concurrency=settings.blocks_at_once + 1,
     )
-    actors: list[Any] = [actor.remote(settings, int(cpus)) for _ in range(workers)]
+    actors: list[Any] = [actor.remote(settings, int(size.cpus)) for _ in range(size.workers)]
     try:
         yield AnsweringOnRay(actors, settings.blocks_at_once)
     finally:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from raytune_llm.report.news import Begin, Done, Notice, ReferencePass, SampledAnswer
 from raytune_llm.report.progress import ProgressBar
+from raytune_llm.report.updates import Notice, ReferencePass, RunFinished, RunStarted, SampledAnswer, Update
 
 SHOWN_SAMPLES = 3
 SHOWN_CHARS = 300
@@ -27,40 +27,44 @@ class Display:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar: ProgressBar | None = None
-        self._told_rows = False
-        self._told_reference = 0.0
+        self._rows_shown = False
+        self._reference_at = 0.0
 
     def run(self, name: str, text: str, settings: str) -> None:
         """`settings`: the full config as YAML, which is not shown here."""
         self._console.print(f"[bold]{escape(name)}[/bold]: {escape(text)}", highlight=False)
 
     def rows(self, done: int, total: int) -> None:
-        if not self._told_rows and done >= total:
-            self._told_rows = True
+        if not self._rows_shown and done >= total:
+            self._rows_shown = True
             self._console.print(f"prepared {total:,} rows", highlight=False)
 
-    def begin(self, begin: Begin | ReferencePass | Notice) -> None:
-        if isinstance(begin, Notice):
-            self._console.print(escape(begin.text), style="dim", highlight=False, soft_wrap=True)
-            return
-        if isinstance(begin, ReferencePass):
-            self._reference(begin)
-            return
-        self.close()
-        if begin.first_step:
-            self._console.print(f"resuming from the checkpoint at step {begin.first_step}", highlight=False)
-        for choice in begin.choices:
-            self._console.print(escape(choice), style="dim", highlight=False, soft_wrap=True)
-        self._bar = ProgressBar(begin.total_steps, first_step=begin.first_step, console=self._console)
+    def update(self, update: Update) -> None:
+        match update:
+            case Notice():
+                self._dim(update.text)
+            case ReferencePass():
+                self._reference(update)
+            case RunStarted():
+                self._started(update)
 
-    def _reference(self, news: ReferencePass) -> None:
+    def _started(self, run: RunStarted) -> None:
+        self.close()
+        if run.first_step:
+            self._console.print(f"resuming from the checkpoint at step {run.first_step}", highlight=False)
+        for choice in run.choices:
+            self._dim(choice)
+        self._bar = ProgressBar(run.total_steps, first_step=run.first_step, console=self._console)
+
+    def _reference(self, reference: ReferencePass) -> None:
         """One line every REFERENCE_EVERY_S seconds, which also works in a log file."""
         now = time.monotonic()
-        if news.done == 0 or now - self._told_reference >= REFERENCE_EVERY_S:
-            self._told_reference = now
-            self._console.print(
-                f"reference log-probabilities: {news.done:,} of {news.total:,} rows", style="dim", highlight=False
-            )
+        if reference.done == 0 or now - self._reference_at >= REFERENCE_EVERY_S:
+            self._reference_at = now
+            self._dim(f"reference log-probabilities: {reference.done:,} of {reference.total:,} rows")
+
+    def _dim(self, text: str) -> None:
+        self._console.print(escape(text), style="dim", highlight=False, soft_wrap=True)
 
     def record(self, record: Mapping[str, Any], left_s: float | None = None) -> None:
         if self._bar is not None:
@@ -74,7 +78,7 @@ class Display:
             table.add_row(f"step {sample.step}", escape(_shortened(sample.answer)))
             self._console.print(table, highlight=False)
 
-    def done(self, done: Done) -> None:
+    def done(self, done: RunFinished) -> None:
         if done.already_done:
             self._console.print(f"{done.output_dir} holds this run, finished. Nothing to do (resume=never starts again).")
         self._console.print(_figures(done), highlight=False)
@@ -98,7 +102,7 @@ class Display:
         sys.stdout.flush()
 
 
-def _figures(done: Done) -> Table:
+def _figures(done: RunFinished) -> Table:
     summary = done.summary
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     if summary.loss_first is not None and summary.loss_last is not None:

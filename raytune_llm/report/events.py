@@ -22,8 +22,8 @@ from typing import Any
 
 from raytune_llm.report.display import REFERENCE_EVERY_S, Display
 from raytune_llm.report.metrics import finite_or_named, named_as_numbers, summary_of
-from raytune_llm.report.news import Begin, Done, Notice, ReferencePass, SampledAnswer
 from raytune_llm.report.progress import Pace
+from raytune_llm.report.updates import Notice, ReferencePass, RunFinished, RunStarted, SampledAnswer, Update
 
 ABOUT_TIME = ("time", "total_steps", "left_s", "rank")
 """Fields of a `step` event that are not in the record of metrics.jsonl."""
@@ -34,45 +34,48 @@ class EventLog:
 
     def __init__(self, write: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
         self._write = write
-        self._told_rows = False
-        self._told_reference = 0.0
+        self._rows_written = False
+        self._reference_at = 0.0
         self._pace: Pace | None = None
 
     def run(self, name: str, text: str, settings: str) -> None:
-        self._tell("run", name=name, text=text, settings=settings)
+        self._event("run", name=name, text=text, settings=settings)
 
     def rows(self, done: int, total: int) -> None:
-        if not self._told_rows and done >= total:
-            self._told_rows = True
-            self._tell("rows", done=done, total=total)
+        if not self._rows_written and done >= total:
+            self._rows_written = True
+            self._event("rows", done=done, total=total)
 
-    def begin(self, begin: Begin | ReferencePass | Notice) -> None:
-        if isinstance(begin, Begin):
-            self._pace = Pace(begin.total_steps)
-            self._tell("begin", **asdict(begin))
-        elif isinstance(begin, Notice):
-            self._tell("notice", text=begin.text)
-        elif begin.done == 0 or time.monotonic() - self._told_reference >= REFERENCE_EVERY_S:
-            self._told_reference = time.monotonic()
-            self._tell("reference", **asdict(begin))
+    def update(self, update: Update) -> None:
+        match update:
+            case RunStarted():
+                self._pace = Pace(update.total_steps)
+                self._event("begin", **asdict(update))
+            case Notice():
+                self._event("notice", text=update.text)
+            case ReferencePass():
+                now = time.monotonic()
+                if update.done == 0 or now - self._reference_at >= REFERENCE_EVERY_S:
+                    self._reference_at = now
+                    self._event("reference", **asdict(update))
 
     def record(self, record: Mapping[str, Any]) -> None:
         assert self._pace is not None
         left = self._pace.left_s(record["step"], time.monotonic())
         about = {"total_steps": self._pace.total_steps, "rank": 0}
-        self._tell("step", **record, **about, **({} if left is None else {"left_s": round(left, 1)}))
+        self._event("step", **record, **about, **({} if left is None else {"left_s": round(left, 1)}))
 
     def samples(self, samples: Sequence[SampledAnswer]) -> None:
         if samples:
-            self._tell("samples", samples=[sample.to_json() for sample in samples])
+            self._event("samples", samples=[sample.to_json() for sample in samples])
 
-    def done(self, done: Done) -> None:
-        self._tell("done", **asdict(done))
+    def done(self, done: RunFinished) -> None:
+        self._event("done", **asdict(done))
 
     def close(self) -> None:
         pass
 
-    def _tell(self, kind: str, **values: Any) -> None:
+    def _event(self, kind: str, **values: Any) -> None:
         event = {"event": kind, "time": round(time.time(), 3), **finite_or_named(values)}
         self._write(json.dumps(event, allow_nan=False, ensure_ascii=False))
 
@@ -102,11 +105,11 @@ def show(event: Mapping[str, Any], display: Display) -> None:
         case "rows":
             display.rows(**values)
         case "begin":
-            display.begin(Begin(**{**values, "choices": tuple(values["choices"])}))
+            display.update(RunStarted(**{**values, "choices": tuple(values["choices"])}))
         case "reference":
-            display.begin(ReferencePass(**values))
+            display.update(ReferencePass(**values))
         case "notice":
-            display.begin(Notice(**values))
+            display.update(Notice(**values))
         case "step":
             display.record(record_of(event), values.get("left_s"))
         case "samples":
@@ -115,6 +118,6 @@ def show(event: Mapping[str, Any], display: Display) -> None:
             display.done(done_of(event))
 
 
-def done_of(event: Mapping[str, Any]) -> Done:
+def done_of(event: Mapping[str, Any]) -> RunFinished:
     values = {name: value for name, value in event.items() if name not in ("event", "time")}
-    return Done(**{**values, "summary": summary_of(values["summary"])})
+    return RunFinished(**{**values, "summary": summary_of(values["summary"])})

@@ -21,7 +21,7 @@ COLLECTIVES = ("torch/distributed/", "torch/autograd/graph.py")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lost:
+class WorkersLost:
     """Workers failed, which ends the whole group."""
 
     how: Mapping[int, str]
@@ -32,7 +32,7 @@ class Lost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stalled:
+class WorkerStalled:
     """A worker made no step for longer than train.stall_timeout_s."""
 
     rank: int
@@ -45,7 +45,7 @@ class Stalled:
     stack: str
 
 
-def lost_line(lost: Lost, hosts: Mapping[int, str], *, limit: int, resumes_from: int | None, log: Path) -> str:
+def lost_line(lost: WorkersLost, hosts: Mapping[int, str], *, limit: int, resumes_from: int | None, log: Path) -> str:
     """`worker 1 on 10.0.0.2 died (killed); starting again from step 20, failure 1 of 3`"""
     died = {rank: how for rank, how in lost.how.items() if how.startswith("died")} or dict(list(lost.how.items())[:1])
     who = ", ".join(f"{name(rank, hosts)} {how}" for rank, how in sorted(died.items()))
@@ -55,7 +55,7 @@ def lost_line(lost: Lost, hosts: Mapping[int, str], *, limit: int, resumes_from:
     return f"{who}; starting again {again}, failure {lost.failure} of {limit} ({log} has more)"
 
 
-def stalled_line(stalled: Stalled, hosts: Mapping[int, str], log: Path) -> str:
+def stalled_line(stalled: WorkerStalled, hosts: Mapping[int, str], log: Path) -> str:
     does = "waits for the others" if stalled.waits else "is"
     place = f"{name(stalled.rank, hosts)} {does} in {stalled.where}"
     return f"no step for {stalled.seconds:.0f} s since step {stalled.step}: {place} ({log} has its stack)"
@@ -85,20 +85,22 @@ def waiting_line(workers: int, each: Mapping[str, float], free: Mapping[str, flo
     )
 
 
-class Pulse:
+class Heartbeat:
     """A thread beside a worker's training thread that sends heartbeats, and reports where training is if it stalls."""
 
-    def __init__(self, rank: int, stall_timeout_s: float, beat: Callable[[int], None], tell: Callable[[Stalled], None]) -> None:
-        """Of the thread that makes it, which is the one that trains. Its first step may take as long as it likes."""
-        self._rank, self._limit_s, self._beat, self._tell = rank, stall_timeout_s, beat, tell
+    def __init__(
+        self, rank: int, stall_timeout_s: float, beat: Callable[[int], None], report: Callable[[WorkerStalled], None]
+    ) -> None:
+        """Call it in the thread that trains. Its first step may take any time."""
+        self._rank, self._limit_s, self._beat, self._report = rank, stall_timeout_s, beat, report
         self._thread = threading.get_ident()
         self._last: tuple[int, float] | None = None
-        self._told = False
+        self._reported = False
         self._ended = threading.Event()
-        threading.Thread(target=self._run, name="pulse", daemon=True).start()
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def stepped(self, step: int) -> None:
-        self._last, self._told = (step, time.monotonic()), False
+        self._last, self._reported = (step, time.monotonic()), False
 
     def close(self) -> None:
         self._ended.set()
@@ -107,17 +109,17 @@ class Pulse:
         while not self._ended.wait(min(BEAT_S, self._limit_s / 4)):
             self._beat(self._rank)
             last = self._last
-            if last is None or self._told or (seconds := time.monotonic() - last[1]) < self._limit_s:
+            if last is None or self._reported or (seconds := time.monotonic() - last[1]) < self._limit_s:
                 continue
             frame = sys._current_frames().get(self._thread)
             if frame is not None:
-                self._told = True
-                self._tell(_stalled(self._rank, last[0], seconds, frame))
+                self._reported = True
+                self._report(_stalled(self._rank, last[0], seconds, frame))
 
 
-def _stalled(rank: int, step: int, seconds: float, frame: FrameType) -> Stalled:
+def _stalled(rank: int, step: int, seconds: float, frame: FrameType) -> WorkerStalled:
     stack = traceback.extract_stack(frame)
     last = stack[-1]
     waits = any(part in entry.filename for entry in stack[-8:] for part in COLLECTIVES)
     where = f"{last.name} ({Path(last.filename).name}:{last.lineno})"
-    return Stalled(rank=rank, step=step, seconds=seconds, where=where, waits=waits, stack="".join(stack.format()))
+    return WorkerStalled(rank=rank, step=step, seconds=seconds, where=where, waits=waits, stack="".join(stack.format()))

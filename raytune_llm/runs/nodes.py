@@ -97,7 +97,7 @@ def check_nodes(
     *,
     workers: int,
     each: Mapping[str, float],
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Nodes | None:
     """Ask the nodes of the connected cluster, tell what they say, and raise ResourceError or ConfigError for what can't work.
 
@@ -115,14 +115,14 @@ def check_nodes(
     backend = "nccl" if each.get("GPU") else "gloo"
     found = Nodes(nodes=_ask(ids), backend=backend)
     for line in found.table():
-        tell(line)
+        report(line)
     refuse_unlike(found.nodes)
     refuse_unreachable(found)
     for node in found.nodes:
         if node.shm_gib < MIN_SHM_GIB:
-            tell(f"warning: {node.address} has {node.shm_gib:.2f} GiB of /dev/shm: mount a memory volume (docker: --shm-size)")
+            report(f"warning: {node.address} has {node.shm_gib:.2f} GiB of /dev/shm: mount a memory volume (docker: --shm-size)")
         if abs(node.skew_s) > MAX_SKEW_S:
-            tell(f"warning: the clock of {node.address} is {node.skew_s:+.1f} s off the driver's: run an NTP client on both")
+            report(f"warning: the clock of {node.address} is {node.skew_s:+.1f} s off the driver's: run an NTP client on both")
     for setting, folder in folders.items():
         _check_shared(setting, Path(folder), ids, [node.address for node in found.nodes])
     room = {node["NodeID"]: room_of(node["Resources"], each) for node in alive}
@@ -130,7 +130,7 @@ def check_nodes(
         those = [node for node in ids if room[node]]
         found = replace(found, reduced=len(those), reduce_s=_reduce(those, backend))
         for line in found.rates():
-            tell(line)
+            report(line)
     return found
 
 

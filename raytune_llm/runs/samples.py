@@ -15,7 +15,7 @@ from raytune_llm.engines.native.runner import PolicyRunner
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.requests import Request, Sampling
 from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.report.news import SampledAnswer
+from raytune_llm.report.updates import SampledAnswer
 from raytune_llm.train.strategies.base import Strategy
 
 

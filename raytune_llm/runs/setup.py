@@ -20,8 +20,8 @@ from raytune_llm.data.streaming import Stream
 from raytune_llm.data.tokens.tokenizer import first_pieces, stop_ids
 from raytune_llm.memory.flops import peak_flops
 from raytune_llm.models.build import run_config
-from raytune_llm.report.news import Notice, ReferencePass
-from raytune_llm.report.slow import say_nothing, told_if_slow
+from raytune_llm.report.slow import ignore, notify_if_slow
+from raytune_llm.report.updates import ReferencePass, Update
 from raytune_llm.runs.build import Builder, Built
 from raytune_llm.runs.reference import find_reference
 from raytune_llm.runs.stores import Stores, open_stores, shares_prompts, total_steps
@@ -124,7 +124,7 @@ def set_up(
     train_store: str,
     eval_store: str | None,
     device: torch.device,
-    tell: Callable[[ReferencePass | Notice], None],
+    on_update: Callable[[Update], None],
     workspace: Workspace | None = None,
 ) -> Setup:
     """The data, the model, and the reference."""
@@ -132,14 +132,12 @@ def set_up(
     workspace = workspace or Workspace()
     reads = reads_of(run, train_store, eval_store, workspace)
     builder = Builder(run, reads.config, device, reads.first_pieces, workspace.base)
-    with explained(builder, "loading the model"), told_if_slow(tell if rank == 0 else say_nothing, "loading the model"):
+    with explained(builder, "loading the model"), notify_if_slow(on_update if rank == 0 else ignore, "loading the model"):
         built = builder.build()
-    return complete(run, reads, builder, built, tell)
+    return complete(run, reads, builder, built, on_update)
 
 
-def complete(
-    run: TrainRun, reads: Reads, builder: Builder, built: Built, tell: Callable[[ReferencePass | Notice], None]
-) -> Setup:
+def complete(run: TrainRun, reads: Reads, builder: Builder, built: Built, on_update: Callable[[Update], None]) -> Setup:
     """With the reference, of a run whose model is there."""
     rank, world, device = builder.rank, builder.world, builder.device
     stage, stores = STAGES[run.stage.name], reads.stores
@@ -157,7 +155,7 @@ def complete(
                 device=device,
                 compute=built.policy.compute,
                 pad_id=reads.pad_id,
-                tell=lambda done, total: tell(ReferencePass(done=done, total=total)) if rank == 0 else None,
+                tell=lambda done, total: on_update(ReferencePass(done=done, total=total)) if rank == 0 else None,
             )
         choices += reference.choices
         enrichers.append(reference.enricher)

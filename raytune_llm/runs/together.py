@@ -23,8 +23,8 @@ from raytune_llm.models.build import run_config
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.shared_pass import OneOfSeveral, SharedPass
 from raytune_llm.report.metrics import Sink
-from raytune_llm.report.news import Begin, Notice, ReferencePass, SampledAnswer
-from raytune_llm.report.slow import told_if_slow
+from raytune_llm.report.slow import notify_if_slow
+from raytune_llm.report.updates import RunStarted, SampledAnswer, Update
 from raytune_llm.runs.build import Builder, Built
 from raytune_llm.runs.setup import Reads, Setup, complete, explained, reads_of
 from raytune_llm.runs.worker import Recorder, TrainOutcome, check_loss, finish, memory_gib, restore
@@ -48,7 +48,7 @@ class Part:
 
     run: TrainRun
     sinks: Sequence[Sink] = ()
-    on_begin: Callable[[Begin | ReferencePass | Notice], None] = lambda begin: None
+    on_update: Callable[[Update], None] = lambda update: None
     on_samples: Callable[[Sequence[SampledAnswer]], None] = lambda samples: None
     stops: Callable[[], bool] = lambda: False
     """Asked after each evaluation: whether it is to end there, with a checkpoint and no final/."""
@@ -89,7 +89,7 @@ def work_together(
     workspace = workspace or Workspace()
     reads = reads_of(runs[0], train_store, eval_store, workspace)
     builder = Builder(runs[0], reads.config, device, shared=workspace.base, together=runs)
-    with explained(builder, "loading the model"), told_if_slow(parts[0].on_begin, "loading the model"):
+    with explained(builder, "loading the model"), notify_if_slow(parts[0].on_update, "loading the model"):
         policy, counted, choices = builder.policy()
     assert isinstance(policy, CausalLM)
     policy.to(device).train()
@@ -156,10 +156,10 @@ class _One:
         progress = restore(self.checkpoints, strategy)
         self.first_step = progress.step
         self.recorder = Recorder(
-            setup, clock, self.checkpoints, self.stack, progress.step, part.sinks, part.on_samples, part.on_begin
+            setup, clock, self.checkpoints, self.stack, progress.step, part.sinks, part.on_samples, part.on_update
         )
         self.loaded = time.perf_counter()
-        part.on_begin(Begin(total_steps=settings.total_steps, first_step=progress.step, choices=setup.choices))
+        part.on_update(RunStarted(total_steps=settings.total_steps, first_step=progress.step, choices=setup.choices))
         self.member = Member(
             strategy=strategy,
             objective=setup.objective,
@@ -185,7 +185,7 @@ class _One:
             paused = self.member.at_end and progress.step < settings.total_steps
             if not paused:
                 check_loss(progress)
-                finish(self.setup, self.checkpoints, progress, self.part.on_begin)
+                finish(self.setup, self.checkpoints, progress, self.part.on_update)
             self.outcome = self._outcome(trained, paused=paused)
         except Exception as raised:
             self.outcome = raised
@@ -213,7 +213,7 @@ class _One:
             choices=self.choices,
             adapter=self.name,
         )
-        return complete(run, self.reads, self.builder, built, self.part.on_begin)
+        return complete(run, self.reads, self.builder, built, self.part.on_update)
 
     def _outcome(self, trained: float, *, paused: bool) -> TrainOutcome:
         rate, saved_s = self.member.clock.rate(), self.recorder.save_s

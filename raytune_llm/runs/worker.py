@@ -17,10 +17,10 @@ import torch.distributed as dist
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ResourceError
 from raytune_llm.report.metrics import SAMPLES, JsonLines, Report, Sink
-from raytune_llm.report.news import Begin, Notice, ReferencePass, SampledAnswer
 from raytune_llm.report.profile import StepProfile
 from raytune_llm.report.scores import held_out_scores, write_scores
-from raytune_llm.report.slow import say_nothing, told_if_slow
+from raytune_llm.report.slow import ignore, notify_if_slow
+from raytune_llm.report.updates import Notice, RunStarted, SampledAnswer, Update
 from raytune_llm.runs.output import full_disk_explained, identity, model_card, write_final
 from raytune_llm.runs.samples import Sampler
 from raytune_llm.runs.setup import Setup, explained, set_up
@@ -54,18 +54,18 @@ def work(
     *,
     device: torch.device,
     sinks: Sequence[Sink] = (),
-    on_begin: Callable[[Begin | ReferencePass | Notice], None] = lambda begin: None,
+    on_update: Callable[[Update], None] = lambda update: None,
     on_samples: Callable[[Sequence[SampledAnswer]], None] = lambda samples: None,
     on_step: Callable[[int], None] = lambda step: None,
     workspace: Workspace | None = None,
 ) -> TrainOutcome:
     """Train from the newest checkpoint, or from the start, to the end.
 
-    sinks, on_begin, on_samples: called on rank 0 only. on_step: called with the step's number after each step, on every rank.
+    sinks, on_update, on_samples: called on rank 0 only. on_step: called with the step's number after each step, on every rank.
     """
     began = time.perf_counter()
-    tell = on_begin if not dist.is_initialized() or dist.get_rank() == 0 else say_nothing
-    setup = set_up(run, train_store, eval_store, device, on_begin, workspace)
+    notify = on_update if not dist.is_initialized() or dist.get_rank() == 0 else ignore
+    setup = set_up(run, train_store, eval_store, device, on_update, workspace)
     strategy, settings, clock = setup.built.strategy, setup.loop_settings(), Clock()
     with full_disk_explained(setup.output), explained(setup.builder, "training"), ExitStack() as stack:
         checkpoints = Checkpoints(
@@ -75,16 +75,16 @@ def work(
             asynchronous=run.checkpoint.asynchronous,
         )
         stack.callback(checkpoints.close)
-        with told_if_slow(tell, "loading the checkpoint"):
+        with notify_if_slow(notify, "loading the checkpoint"):
             progress = restore(checkpoints, strategy)
-        recorder = Recorder(setup, clock, checkpoints, stack, progress.step, sinks, on_samples, tell)
+        recorder = Recorder(setup, clock, checkpoints, stack, progress.step, sinks, on_samples, notify)
         loaded = time.perf_counter()
         if setup.rank == 0:
-            on_begin(Begin(total_steps=settings.total_steps, first_step=progress.step, choices=setup.choices))
+            on_update(RunStarted(total_steps=settings.total_steps, first_step=progress.step, choices=setup.choices))
         first = stack.enter_context(ExitStack())
         compiled = ", layers are compiled" if setup.built.policy.compiled else ""
         evaluated = "an evaluation and " if settings.eval_on_start else ""
-        first.enter_context(told_if_slow(tell, f"{evaluated}the first step{compiled}"))
+        first.enter_context(notify_if_slow(notify, f"{evaluated}the first step{compiled}"))
         stepped = (lambda step: first.close(), profiled(setup, settings.total_steps, progress.step, stack), on_step)
         hooks = loop.Hooks(log=recorder.log, save=recorder.save, sample=recorder.sample, stepped=stepped)
         strategy.model.train()
@@ -93,7 +93,7 @@ def work(
         check_loss(progress)
         paused = settings.pause_step is not None and settings.pause_step <= progress.step < settings.total_steps
         if not paused:
-            finish(setup, checkpoints, progress, tell)
+            finish(setup, checkpoints, progress, notify)
     rate = clock.rate()
     return TrainOutcome(
         progress=progress,
@@ -120,13 +120,13 @@ class Recorder:
         from_step: int,
         sinks: Sequence[Sink],
         on_samples: Callable[[Sequence[SampledAnswer]], None],
-        tell: Callable[[Notice], None],
+        notify: Callable[[Notice], None],
     ) -> None:
         """stack: closes the files at its end. from_step: the step that the files are continued from."""
         self.save_s = 0.0
         """Seconds that training waited for checkpoints."""
         self._setup, self._clock, self._checkpoints, self._on_samples = setup, clock, checkpoints, on_samples
-        self._tell = tell
+        self._notify = notify
         self._identity = identity(setup.run, setup.stores.manifests)
         self._sampler = sampler_of(setup)
         self._report = self._samples = None
@@ -148,7 +148,7 @@ class Recorder:
 
     def save(self, progress: Progress) -> None:
         at = time.perf_counter()
-        with told_if_slow(self._tell, f"saving the checkpoint at step {progress.step}"):
+        with notify_if_slow(self._notify, f"saving the checkpoint at step {progress.step}"):
             self._checkpoints.save(self._setup.built.strategy.state(), progress, self._identity)
         self.save_s += time.perf_counter() - at
 
@@ -186,10 +186,10 @@ def profiled(setup: Setup, total_steps: int, first_step: int, stack: ExitStack) 
     return profile.stepped
 
 
-def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, tell: Callable[[Notice], None]) -> None:
+def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, notify: Callable[[Notice], None]) -> None:
     """Write `final/`, and a reward model's scores of the held-out pairs. A collective call."""
     run, strategy, policy = setup.run, setup.built.strategy, setup.built.policy
-    with told_if_slow(tell, "writing the last checkpoint"):
+    with notify_if_slow(notify, "writing the last checkpoint"):
         checkpoints.wait()
     best = progress.best_step if run.checkpoint.final == "best" else None
     if best is not None and best != progress.step:
@@ -199,7 +199,7 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, tell: Cal
             pairs = held_out_scores(strategy.model, setup.stage.scores, setup.held_out, setup.device)
         if setup.rank == 0:
             write_scores(pairs, setup.output)
-    with told_if_slow(tell, "gathering what was trained") as gathering:
+    with notify_if_slow(notify, "gathering what was trained") as gathering:
         whole = run.adapter.trains_base
         total, parameters = len(trained(policy, frozen=whole)), {}
         for number, (name, value) in enumerate(strategy.full_parameters(frozen=whole), start=1):
@@ -215,7 +215,7 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, tell: Cal
             base_model=run.model.path or "",
             adapter=setup.built.adapter,
         )
-        with told_if_slow(tell, "writing final/"):
+        with notify_if_slow(notify, "writing final/"):
             write_final(setup.output / "final", save, model_card(run, progress.step, progress.loss_last))
     if dist.is_initialized():
         dist.barrier()

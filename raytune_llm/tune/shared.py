@@ -99,7 +99,7 @@ class _Heard:
     def __init__(self, run: TrainRun, metric: Metric, reported: Reported) -> None:
         self.run, self.listener = run, Listener(run, metric, reported)
         self.stopped = False
-        self.part = Part(run=run, sinks=[self.record], on_begin=self._begin, stops=lambda: self.stopped)
+        self.part = Part(run=run, sinks=[self.record], on_update=self._update, stops=lambda: self.stopped)
 
     def record(self, record: Mapping[str, Any]) -> None:
         try:
@@ -107,8 +107,8 @@ class _Heard:
         except Stopped:
             self.stopped = True
 
-    def _begin(self, begin: Any) -> None:
+    def _update(self, update: Any) -> None:
         try:
-            self.listener.begin(begin)
+            self.listener.update(update)
         except Stopped:
             self.stopped = True

@@ -11,7 +11,7 @@ from typing import Any
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import UserError
 from raytune_llm.report.metrics import METRICS, read_metrics
-from raytune_llm.report.news import Begin, EndOfRun
+from raytune_llm.report.updates import EndOfRun, RunStarted
 from raytune_llm.tune.metric import Metric, MetricMissing
 from raytune_llm.tune.study import State
 
@@ -41,7 +41,7 @@ def run_trial(run: TrainRun, metric: Metric, reported: Reported, train: Train) -
     MetricMissing where no other trial could do better."""
     listener = Listener(run, metric, reported)
     try:
-        result = train(run, sinks=[listener.record], on_begin=listener.begin)
+        result = train(run, sinks=[listener.record], on_update=listener.update)
         if result.paused:
             return Outcome(state="paused", value=listener.latest)
         records = records_of(run)
@@ -64,12 +64,12 @@ class Listener:
         self._run, self._metric, self._reported = run, metric, reported
         self._total: int | None = None
 
-    def begin(self, begin: Any) -> None:
+    def update(self, update: Any) -> None:
         """What a resumed run has logged up to its checkpoint is not logged again, and may not have been heard."""
-        if not isinstance(begin, Begin):
+        if not isinstance(update, RunStarted):
             return
-        self._total = begin.total_steps
-        for record in records_of(self._run) if begin.first_step else ():
+        self._total = update.total_steps
+        for record in records_of(self._run) if update.first_step else ():
             self.record(record)
 
     def record(self, record: Mapping[str, Any]) -> None:

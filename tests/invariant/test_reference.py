@@ -16,7 +16,7 @@ from raytune_llm.config.load import CONF, load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.errors import ConfigError, DataError
-from raytune_llm.report.news import Begin, ReferencePass
+from raytune_llm.report.updates import ReferencePass, RunStarted
 from tests.group import Group, metrics
 from tests.runs import tiny_run
 
@@ -59,8 +59,8 @@ def losses(run: TrainRun) -> list[float]:
 def told(run: TrainRun) -> tuple[list[str], int]:
     """What a run says that it chose, and how often it told of a pass."""
     news: list[Any] = []
-    api.train(run, on_begin=news.append)
-    choices = [choice for one in news if isinstance(one, Begin) for choice in one.choices if choice.startswith("reference")]
+    api.train(run, on_update=news.append)
+    choices = [choice for one in news if isinstance(one, RunStarted) for choice in one.choices if choice.startswith("reference")]
     return choices, sum(isinstance(one, ReferencePass) for one in news)
 
 

@@ -30,7 +30,7 @@ from raytune_llm.runs.nodes import check_nodes
 ray.init(address="{first}:{port}", _node_ip_address="{first}", log_to_driver=False)
 resources = load_config("train", ["data.path=x", "resources=cluster"]).resources
 try:
-    check_nodes(resources, {{"output_dir": sys.argv[1]}}, workers=int(sys.argv[2]), each={{"CPU": 1.0}}, tell=print)
+    check_nodes(resources, {{"output_dir": sys.argv[1]}}, workers=int(sys.argv[2]), each={{"CPU": 1.0}}, report=print)
 except UserError as error:
     print("refused:", error)
 """

@@ -18,7 +18,7 @@ import pytest
 from raytune_llm import api, load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError
-from raytune_llm.report.news import Begin, Notice
+from raytune_llm.report.updates import Notice, RunStarted
 from tests.group import metrics
 from tests.invariant.test_same_run_everywhere import SAMPLED, assert_same_run
 from tests.runs import tiny_run
@@ -65,13 +65,13 @@ def test_a_worker_killed_in_the_middle_does_not_show(plain: TrainRun, tmp_path: 
     told: list[Any] = []
     notices: list[str] = []
 
-    def begin(news: Any) -> None:
-        if isinstance(news, Begin):
-            begun.append(news.first_step)
-        elif isinstance(news, Notice):
-            notices.append(news.text)
+    def begin(update: Any) -> None:
+        if isinstance(update, RunStarted):
+            begun.append(update.first_step)
+        elif isinstance(update, Notice):
+            notices.append(update.text)
 
-    result = api.train(run, sinks=[kill_one], on_begin=begin, on_samples=told.append)
+    result = api.train(run, sinks=[kill_one], on_update=begin, on_samples=told.append)
     assert killed
     [line] = [notice for notice in notices if "failure 1 of 3" in notice]
     assert re.fullmatch(
@@ -129,7 +129,9 @@ def test_a_frozen_worker_is_named_and_the_run_goes_on(plain: TrainRun, tmp_path:
             frozen.append(worker_processes()[0])
             os.kill(frozen[0], signal.SIGSTOP)
 
-    api.train(run, sinks=[freeze_one], on_begin=lambda news: notices.append(news.text) if isinstance(news, Notice) else None)
+    api.train(
+        run, sinks=[freeze_one], on_update=lambda update: notices.append(update.text) if isinstance(update, Notice) else None
+    )
     assert any(re.match(r"worker [01] on [\d.]+ has not answered for \d+ s", notice) for notice in notices), notices
     assert any("waits for the others" in notice for notice in notices), notices
     assert any("starting again from step" in notice for notice in notices), notices
@@ -158,18 +160,18 @@ def test_a_signal_ends_a_run_on_ray_at_once(plain: TrainRun, tmp_path: Path, num
 def test_a_cluster_whose_cpus_are_taken_says_what_it_waits_for(plain: TrainRun, tmp_path: Path) -> None:
     import ray
 
-    from raytune_llm.runs.launch import _wait_for
+    from raytune_llm.runs.group_size import GroupSize, wait_until_free
 
     total = ray.cluster_resources()["CPU"]
     holder = ray.remote(num_cpus=total)(Holder).remote()
     ray.get(holder.hold.remote())
     told: list[Any] = []
 
-    def release(news: Any) -> None:
-        told.append(news.text)
+    def release(update: Any) -> None:
+        told.append(update.text)
         ray.kill(holder)
 
-    _wait_for(2, 1.0, 0.0, release)
+    wait_until_free(GroupSize(workers=2, cpus=1.0, gpus=0.0), release)
     assert told == [f"waiting for 2 workers of 1 CPU; the cluster has 0 of {total:g} CPUs free"]
 
 

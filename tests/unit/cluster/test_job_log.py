@@ -12,7 +12,7 @@ from raytune_llm.cluster.job_log import read
 from raytune_llm.commands import train
 from raytune_llm.report.events import EventLog
 from raytune_llm.report.metrics import read_metrics
-from raytune_llm.report.news import Begin
+from raytune_llm.report.updates import RunStarted
 from tests.runs import tiny_run
 
 
@@ -23,10 +23,10 @@ def told() -> SimpleNamespace:
 
 
 def test_a_run_that_lost_a_worker_has_each_step_once(told):
-    told.log.begin(Begin(total_steps=5, first_step=0, choices=()))
+    told.log.update(RunStarted(total_steps=5, first_step=0, choices=()))
     for step in (1, 2, 3):
         told.log.record({"step": step, "loss": 9.0 - step})
-    told.log.begin(Begin(total_steps=5, first_step=2, choices=()))
+    told.log.update(RunStarted(total_steps=5, first_step=2, choices=()))
     assert read(told.lines).step == 2
     told.log.record({"step": 3, "loss": 0.5})
     told.log.record({"step": 3, "eval_loss": 0.7})
@@ -39,7 +39,7 @@ def test_the_files_are_those_that_the_run_wrote(told, chat_rows, cache, tmp_path
     settings = ["train.max_steps=3", "train.eval_every_steps=3", "train.sample_rows=1", "train.max_new_tokens=4"]
     run = tiny_run(chat_rows, cache, tmp_path / "there", *settings)
     told.log.run(run.name, "", "name: run\n")
-    result = api.train(run, sinks=[told.log.record], on_begin=told.log.begin, on_samples=told.log.samples)
+    result = api.train(run, sinks=[told.log.record], on_update=told.log.update, on_samples=told.log.samples)
     told.log.done(train._done(run, result))
     here = tmp_path / "here"
     written = read(told.lines).write(here)

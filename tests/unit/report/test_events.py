@@ -16,7 +16,7 @@ from raytune_llm.commands import train
 from raytune_llm.report.display import Display
 from raytune_llm.report.events import EventLog, done_of, event_of, record_of, show
 from raytune_llm.report.metrics import read_metrics
-from raytune_llm.report.news import Begin
+from raytune_llm.report.updates import RunStarted
 from tests.runs import tiny_run
 
 
@@ -38,7 +38,7 @@ def told(chat_rows, cache, tmp_path_factory) -> tuple[str, list[str], str]:
     result = api.train(
         run,
         sinks=[face.record for face in faces],
-        on_begin=lambda begin: [face.begin(begin) for face in faces],
+        on_update=lambda update: [face.update(update) for face in faces],
         on_samples=lambda samples: [face.samples(samples) for face in faces],
         on_progress=lambda done, total: [face.rows(done, total) for face in faces],
     )
@@ -72,7 +72,7 @@ def test_the_records_of_the_events_are_those_of_metrics_jsonl(told):
 def test_what_is_no_number_stays_so():
     lines: list[str] = []
     log = EventLog(lines.append)
-    log.begin(Begin(total_steps=3, first_step=0, choices=("one",)))
+    log.update(RunStarted(total_steps=3, first_step=0, choices=("one",)))
     log.record({"step": 1, "loss": math.nan, "grad_norm": math.inf})
     json.loads(lines[-1], parse_constant=pytest.fail)
     record = record_of(event_of(lines[-1]) or {})

@@ -6,20 +6,20 @@ import time
 
 import pytest
 
-from raytune_llm.report.news import Notice
-from raytune_llm.report.slow import told_if_slow
+from raytune_llm.report.slow import notify_if_slow
+from raytune_llm.report.updates import Notice
 
 
 def test_what_is_quick_says_nothing():
     told: list[Notice] = []
-    with told_if_slow(told.append, "saving", first_after_s=5.0):
+    with notify_if_slow(told.append, "saving", first_after_s=5.0):
         pass
     assert told == []
 
 
 def test_what_takes_long_says_what_it_is_and_how_far_it_is():
     told: list[Notice] = []
-    with told_if_slow(told.append, "gathering", first_after_s=0.05) as task:
+    with notify_if_slow(told.append, "gathering", first_after_s=0.05) as task:
         task.of(3, 4)
         time.sleep(0.3)
     assert [notice.text for notice in told] == ["gathering (3 of 4, 0 s)", "gathering: done in 0 s"]
@@ -33,6 +33,6 @@ def test_what_fails_is_not_done():
 
 
 def fail_slowly(told: list[Notice]) -> None:
-    with told_if_slow(told.append, "writing", first_after_s=0.05):
+    with notify_if_slow(told.append, "writing", first_after_s=0.05):
         time.sleep(0.2)
         raise OSError("full")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from raytune_llm.runs.faults import Lost, Pulse, Stalled, lost_line, silent_line, stalled_line, waiting_line
+from raytune_llm.runs.faults import Heartbeat, WorkersLost, WorkerStalled, lost_line, silent_line, stalled_line, waiting_line
 
 HOSTS, LOG = {0: "10.0.0.1", 1: "10.0.0.2"}, Path("o/workers.log")
 
 
 def test_a_worker_that_died_is_one_line():
-    lost = Lost(how={0: "lost the others (connection closed)", 1: "died (killed)"}, details="", failure=1)
+    lost = WorkersLost(how={0: "lost the others (connection closed)", 1: "died (killed)"}, details="", failure=1)
     assert lost_line(lost, HOSTS, limit=3, resumes_from=20, log=LOG) == (
         "worker 1 on 10.0.0.2 died (killed); starting again from step 20, failure 1 of 3 (o/workers.log has more)"
     )
-    first = Lost(how={0: "failed (ValueError: x)"}, details="", failure=4)
+    first = WorkersLost(how={0: "failed (ValueError: x)"}, details="", failure=4)
     assert lost_line(first, {}, limit=3, resumes_from=None, log=LOG) == (
         "worker 0 failed (ValueError: x); not started again, failure 4 of 3 (o/workers.log has more)"
     )
@@ -31,7 +31,7 @@ def test_who_waits_says_for_what():
 
 
 def test_a_worker_that_makes_no_step_tells_where_it_is():
-    told: list[Stalled] = []
+    told: list[WorkerStalled] = []
     beats: list[int] = []
 
     def stand_still() -> None:
@@ -39,13 +39,13 @@ def test_a_worker_that_makes_no_step_tells_where_it_is():
         while not told and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    pulse = Pulse(1, 0.2, beats.append, told.append)
+    heartbeat = Heartbeat(1, 0.2, beats.append, told.append)
     time.sleep(0.5)
     assert not told, "the first step may take as long as it likes"
-    pulse.stepped(7)
+    heartbeat.stepped(7)
     stand_still()
     time.sleep(0.3)
-    pulse.close()
+    heartbeat.close()
     [stalled] = told
     assert (stalled.rank, stalled.step, stalled.waits) == (1, 7, False) and stalled.where.startswith(
         "stand_still (test_faults.py:"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +12,7 @@ from ray.train import ControllerError, WorkerGroupError
 from raytune_llm import session
 from raytune_llm.config.load import load_config
 from raytune_llm.errors import ConfigError, ResourceError
-from raytune_llm.runs.launch import _cause
-
-NOTHING_LOST: Any = SimpleNamespace(lost="")
+from raytune_llm.runs.ray_failures import cause
 
 
 def resources(name: str, *more: str):
@@ -48,10 +45,10 @@ def test_a_start_that_fails_names_the_machine_and_the_way_out(error: Exception, 
     ],
 )
 def test_the_end_of_a_group_is_told_by_its_cause(error: Exception, said: str):
-    told = _cause(error, NOTHING_LOST)
+    told = cause(error, last_loss="")
     assert isinstance(told, ResourceError | ConfigError) and said in str(told)
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
     error = WorkerGroupError("AssertionError", {0: AssertionError("OutOfMemory")})
-    assert _cause(error, NOTHING_LOST) is error
+    assert cause(error, last_loss="") is error

@@ -10,7 +10,7 @@ from raytune_llm.report.metrics import Summary
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begin:
+class RunStarted:
     """The run is about to train its first step, or resumes."""
 
     total_steps: int
@@ -21,7 +21,7 @@ class Begin:
 
 
 class EndOfRun(Exception):
-    """Raised by a sink: the run is to end where it is."""
+    """A sink raises it to end the run where it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,9 @@ class Notice:
     """A line of text for the user, such as a slow task, what the run waits for, or a lost worker."""
 
     text: str
+
+
+Update = RunStarted | ReferencePass | Notice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +60,7 @@ class SampledAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Done:
+class RunFinished:
     """The result of a run, as shown on the terminal."""
 
     summary: Summary

@@ -1,0 +1,138 @@
+"""The driver's end of the messages from workers: it starts the inbox, polls it, and calls the run's callbacks. [ray]"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from raytune_llm.errors import UserError
+from raytune_llm.report.metrics import Sink
+from raytune_llm.report.slow import notify_if_slow
+from raytune_llm.report.updates import Notice, ReferencePass, RunStarted, SampledAnswer, Update
+from raytune_llm.runs.faults import WORKERS_LOG, WorkersLost, WorkerStalled, lost_line, silent_line, stalled_line
+from raytune_llm.runs.inbox import Inbox, Message
+from raytune_llm.runs.worker import TrainOutcome
+from raytune_llm.train.checkpoint import complete_steps
+
+POLL_S = 0.2
+ABORT_S = 3.0
+"""Timeout of each step of ending an interrupted group; then it is killed."""
+
+
+class Channel:
+    """Polls the inbox in a thread, from construction until `close` or `abort`."""
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        max_failures: int,
+        stall_timeout_s: float,
+        sinks: Sequence[Sink],
+        on_update: Callable[[Update], None],
+        on_samples: Callable[[Sequence[SampledAnswer]], None],
+    ) -> None:
+        import ray
+
+        self.inbox: Any = ray.remote(num_cpus=0)(Inbox).remote()
+        self.error: UserError | None = None
+        """The first error of a worker that the user has to fix."""
+        self.outcome: TrainOutcome | None = None
+        self.callback_error: Exception | None = None
+        """What a callback raised. None is called after it; training continues."""
+        self.last_loss = ""
+        """The notice of the last workers that were lost."""
+        self._sinks, self._on_update, self._on_samples = sinks, on_update, on_samples
+        self._output, self._max_failures, self._stall_timeout_s = output, max_failures, stall_timeout_s
+        self._silent: set[int] = set()
+        """Ranks whose missing heartbeats were reported."""
+        self._starting = ExitStack()
+        self._notify_if_start_is_slow()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="records", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Read the remaining messages, and end the inbox."""
+        self._closing.set()
+        self._thread.join()
+        self._take()
+        self._starting.close()
+        import ray
+
+        ray.kill(self.inbox)
+
+    def abort(self) -> None:
+        """End the group at once, even while it starts. Another interrupt leaves the rest to Ray, which ends with this process."""
+        import ray
+
+        self._closing.set()
+        self._thread.join(ABORT_S)
+        self._starting.close()
+        with suppress(Exception):
+            controller: Any = ray.get(self.inbox.controller.remote(), timeout=ABORT_S)
+            if controller is not None:
+                with suppress(Exception):
+                    ray.get(controller.abort.remote(), timeout=ABORT_S)
+                ray.kill(controller)
+        with suppress(Exception):
+            ray.kill(self.inbox)
+
+    def _run(self) -> None:
+        while not self._closing.wait(POLL_S):
+            self._take()
+
+    def _take(self) -> None:
+        import ray
+
+        contents = ray.get(self.inbox.take.remote())
+        self.error, self.outcome = contents.error, contents.outcome
+        try:
+            for message in contents.messages if self.callback_error is None else ():
+                self._deliver(message, contents.hosts)
+            self._report_silent(contents.silent_s, contents.hosts)
+        except Exception as error:
+            self.callback_error = error  # raised in the main thread, once the workers have finished
+
+    def _deliver(self, message: Message, hosts: Mapping[int, str]) -> None:
+        match message:
+            case RunStarted() | ReferencePass() | Notice():
+                self._starting.close()
+                self._on_update(message)
+            case WorkersLost():
+                self._report_lost(message, hosts)
+            case WorkerStalled():
+                self._log(f"worker {message.rank}, {message.seconds:.0f} s after step {message.step}:\n{message.stack}")
+                self._on_update(Notice(text=stalled_line(message, hosts, self._output / WORKERS_LOG)))
+            case list():
+                self._on_samples(message)
+            case _:
+                for sink in self._sinks:
+                    sink(message)
+
+    def _notify_if_start_is_slow(self) -> None:
+        self._starting.enter_context(notify_if_slow(self._on_update, "starting the workers"))
+
+    def _report_lost(self, lost: WorkersLost, hosts: Mapping[int, str]) -> None:
+        self._log(lost.details)
+        step = max(complete_steps(self._output / "checkpoints"), default=None)
+        log = self._output / WORKERS_LOG
+        self.last_loss = lost_line(lost, hosts, limit=self._max_failures, resumes_from=step, log=log)
+        if lost.failure <= self._max_failures:
+            self._starting.close()
+            self._on_update(Notice(text=self.last_loss))
+            self._notify_if_start_is_slow()
+
+    def _report_silent(self, silent_s: Mapping[int, float], hosts: Mapping[int, str]) -> None:
+        silent = {rank for rank, seconds in silent_s.items() if seconds > self._stall_timeout_s}
+        for rank in silent - self._silent:
+            self._on_update(Notice(text=silent_line(rank, silent_s[rank], hosts)))
+        self._silent = silent
+
+    def _log(self, text: str) -> None:
+        with (self._output / WORKERS_LOG).open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n\n")

@@ -1,0 +1,104 @@
+"""How many workers a run has, the CPUs and GPUs of each, and whether the cluster has room for them. [ray]
+
+Every function here needs a connected cluster, but for a run of this process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from raytune_llm.config.resources import Cluster, Local
+from raytune_llm.config.run import TrainRun
+from raytune_llm.errors import ConfigError
+from raytune_llm.report.updates import Notice
+from raytune_llm.runs.faults import waiting_line
+
+TOKENIZING_CPUS = 1
+"""Reserved, at least, for data.streaming, which tokenizes while the workers train."""
+POLL_S = 0.2
+NOTICE_AFTER_S = 2.0
+NOTICE_INTERVAL_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSize:
+    """A group of equal workers."""
+
+    workers: int
+    cpus: float
+    """Of each worker."""
+    gpus: float
+    """Of each worker."""
+
+    @property
+    def each(self) -> Mapping[str, float]:
+        """A worker's resources, by Ray's names."""
+        return {"CPU": self.cpus, "GPU": self.gpus}
+
+
+def group_size(resources: Local | Cluster, *, reserved_cpus: int = 0) -> GroupSize:
+    """The group that `resources` asks for. reserved_cpus: CPUs that `auto` leaves to other tasks."""
+    import ray
+
+    total = ray.cluster_resources()
+    gpus = resources.gpus_per_worker
+    if gpus == "auto":
+        gpus = 1.0 if total.get("GPU", 0) else 0.0
+    workers = resources.num_workers
+    if workers == "auto":
+        workers = int(total["GPU"] // gpus) if gpus else 1
+    cpus = resources.cpus_per_worker
+    if cpus == "auto":
+        cpus = 1.0
+        if isinstance(resources, Local) and not gpus:
+            each = (total["CPU"] - reserved_cpus) / workers
+            cpus = each // 1 or (each if reserved_cpus and each else 1.0)
+    return GroupSize(workers=workers, cpus=float(cpus), gpus=float(gpus))
+
+
+def reserved_cpus(run: TrainRun) -> int:
+    """CPUs that the workers leave to the run's other tasks."""
+    return TOKENIZING_CPUS if run.data.streaming else 0
+
+
+def spare_cpus(run: TrainRun) -> int | None:
+    """CPUs that are free for tokenizing while the workers train. None: the run trains in this process."""
+    if not isinstance(run.resources, Local | Cluster):
+        return None
+    import ray
+
+    size = group_size(run.resources, reserved_cpus=TOKENIZING_CPUS)
+    return max(TOKENIZING_CPUS, int(ray.cluster_resources()["CPU"] - size.workers * size.cpus))
+
+
+def check_fits(size: GroupSize, *, reserved_cpus: int = 0) -> None:
+    """Raises ConfigError for a group that even an idle cluster can't hold; Ray would wait for it forever."""
+    import ray
+
+    total = ray.cluster_resources()
+    for kind, each, reserved in (("CPU", size.cpus, reserved_cpus), ("GPU", size.gpus, 0)):
+        if each * size.workers > total.get(kind, 0.0) - reserved:
+            raise ConfigError(
+                "resources.num_workers",
+                f"times resources.{kind.lower()}s_per_worker={each:g} must be at most "
+                f"the {total.get(kind, 0.0):g} {kind}s that there are"
+                + (f", less {reserved} for data.streaming" if reserved else ""),
+                got=size.workers,
+                fix="Lower one of them.",
+            )
+
+
+def wait_until_free(size: GroupSize, notify: Callable[[Notice], None]) -> None:
+    """Wait until no other job holds what the workers need. `notify` gets what is missing, which Ray itself does not say."""
+    import ray
+
+    noticed, noticed_at = "", 0.0
+    began = time.monotonic()
+    while line := waiting_line(size.workers, size.each, ray.available_resources(), ray.cluster_resources()):
+        now = time.monotonic()
+        if now - began > NOTICE_AFTER_S and (line != noticed or now - noticed_at > NOTICE_INTERVAL_S):
+            notify(Notice(text=line))
+            noticed, noticed_at = line, now
+        time.sleep(POLL_S)

@@ -1,0 +1,82 @@
+"""The actor that holds the workers' messages until the driver reads them. Imports no torch, so that it starts at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raytune_llm.errors import UserError
+from raytune_llm.report.updates import SampledAnswer, Update
+from raytune_llm.runs.faults import WorkersLost, WorkerStalled
+
+if TYPE_CHECKING:
+    from raytune_llm.runs.worker import TrainOutcome
+
+Message = Mapping[str, Any] | Update | WorkersLost | WorkerStalled | Sequence[SampledAnswer]
+"""A record of metrics.jsonl, an update on the run, lost or stalled workers, or a list of samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What the driver takes out of the inbox."""
+
+    messages: Sequence[Message]
+    """Those that are new."""
+    error: UserError | None
+    outcome: TrainOutcome | None
+    hosts: Mapping[int, str]
+    """Rank -> address of the worker's node."""
+    silent_s: Mapping[int, float]
+    """Rank -> seconds since the last heartbeat."""
+
+
+class Inbox:
+    """Its methods are called remotely: by the workers, by Ray Train's controller, and by the driver (`controller`, `take`)."""
+
+    def __init__(self) -> None:
+        self._messages: list[Message] = []
+        self._error: UserError | None = None
+        self._outcome: TrainOutcome | None = None
+        self._hosts: dict[int, str] = {}
+        self._last_beat: dict[int, float] = {}
+        self._controller: Any = None
+
+    def join(self, rank: int, host: str) -> None:
+        self._hosts[rank] = host
+        self._last_beat[rank] = time.monotonic()
+
+    def beat(self, rank: int) -> None:
+        self._last_beat[rank] = time.monotonic()
+
+    def leave(self, rank: int) -> None:
+        self._last_beat.pop(rank, None)
+
+    def set_controller(self, controller: Any) -> None:
+        self._controller = controller
+
+    def controller(self) -> Any:
+        """The handle of Ray Train's controller. None: it has not started yet."""
+        return self._controller
+
+    def fail(self, error: UserError) -> None:
+        self._error = self._error or error
+
+    def error(self) -> UserError | None:
+        """The first error of a worker that the user has to fix."""
+        return self._error
+
+    def finish(self, outcome: TrainOutcome) -> None:
+        self._outcome = outcome
+
+    def put(self, message: Message) -> None:
+        if isinstance(message, WorkersLost):
+            self._last_beat.clear()
+        self._messages.append(message)
+
+    def take(self) -> Contents:
+        messages, self._messages = self._messages, []
+        now = time.monotonic()
+        silent_s = {rank: now - at for rank, at in self._last_beat.items()}
+        return Contents(messages=messages, error=self._error, outcome=self._outcome, hosts=self._hosts, silent_s=silent_s)

@@ -1,0 +1,55 @@
+"""What Ray's exceptions mean to the user: how a worker ended, and why a run on Ray failed. [ray]"""
+
+from __future__ import annotations
+
+from raytune_llm.errors import ResourceError, UserError, first_line
+
+
+def how_it_ended(error: Exception) -> str:
+    """How a worker ended, as the predicate of a sentence."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
+
+    error = getattr(error, "health_check_failure", error)
+    text = str(error)
+    if isinstance(error, WorkerHealthCheckTimeoutError):
+        return "died (it did not answer, and was killed)"
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
+        return "died (the machine ran out of memory)"
+    if isinstance(error, RayActorError):
+        return "died (its node is gone)" if "node has died" in text or "node was terminated" in text else "died (killed)"
+    first = (text.strip().splitlines() or [""])[0]
+    if any(word in text for word in ("gloo", "NCCL", "Connection closed", "Connection reset", "ProcessGroup")):
+        return f"lost the others ({first[:120]})"
+    return f"failed ({type(error).__name__}: {first[:200]})"
+
+
+def cause(error: BaseException, last_loss: str) -> BaseException:
+    """The error to raise for one of Ray Train's: a worker's own, or a ResourceError that explains it.
+
+    last_loss: the notice of the last workers that were lost. An error that is ours to fix is returned as it is.
+    """
+    from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+    from ray.train import ControllerError
+
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        raised = getattr(failure, "cause", failure)
+        if isinstance(raised, UserError):
+            return raised
+    if any(isinstance(failure, OutOfMemoryError) for failure in (error, *failures.values())):
+        return ResourceError("a worker ran out of memory", "Lower train.micro_batch_size or data.max_length.")
+    if isinstance(error, ControllerError):
+        return ResourceError(
+            f"the workers did not come up ({first_line(error.controller_failure)})",
+            "Look whether the machines are busy or gone; the same command resumes.",
+        )
+    if " died (" in last_loss or " lost the others (" in last_loss:
+        return ResourceError(
+            last_loss, "The same command resumes from the newest checkpoint; resources.max_failures allows more."
+        )
+    if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        return ResourceError(
+            f"Ray lost the run ({first_line(error)})", "The same command resumes from the newest checkpoint, once Ray is back."
+        )
+    return error
