@@ -13,6 +13,7 @@ from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.export.check import Difference, compare, has_memory, rows_to_check
 from raytune_llm.export.source import DTYPES, Source, source_of
 from raytune_llm.export.tensors import write
+from raytune_llm.models.config_file import MODEL_CONFIG, write_config
 from raytune_llm.runs.output import full_disk_explained
 from raytune_llm.runs.owner import check_writable
 
@@ -64,7 +65,7 @@ def _hf(run: ExportRun, source: Source, folder: Path, on_progress: OnProgress) -
         on_progress(done, total)
 
     source.copy_others(folder)
-    (folder / "config.json").write_text(json.dumps(source.config_json(dtype), indent=2, sort_keys=True) + "\n")
+    write_config(folder / MODEL_CONFIG, source.config_json(dtype))
     write(folder, facts, settings.shard_bytes, lambda name: source.tensor(name, dtypes[name]), told)
     difference, unchecked = _compared(run, source, folder)
     (folder / "README.md").write_text(_card(source, settings.dtype, difference, unchecked))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -112,64 +112,60 @@ def load_model(
     files: Files | None = None,
     text_only: bool = True,
 ) -> PreTrainedModel:
-    """Weights in `dtype` on `device`, read straight to it. Random weights are a function of the config, the seed and the kind of
-    device. On the meta device there are no weights.
+    """A model with weights in `dtype` on `device`, or without weights on the meta device.
 
-    files: they stay in these, whatever the device. scores: with a head that gives a text one number, in place of the language
-    model's. Where the folder has none, it is random. text_only: false for a multimodal model with its towers.
+    weights: "pretrained" or "random". Random weights depend on the config, the seed and the type of device (cpu, cuda). files:
+    the weights stay in these files until each worker reads its shard. scores: the model has a score head (one number for a text)
+    in place of a language model head; it is random if the folder has none. text_only: drop the other towers of a multimodal
+    model. Raises ConfigError if there is no such model at `path`, or if its weights don't fit the config.
     """
     transformers.logging.disable_progress_bar()
     check_trainable(config)
     auto: Any = AutoModelForSequenceClassification if scores else auto_class(config)
     if scores:
         config = _with_score_head(config)
-    model = _model_of(
-        auto,
-        config,
-        path,
-        weights=weights,
-        dtype=dtype,
-        seed=seed,
-        device=torch.device(device),
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        scores=scores,
-        files=files,
-    )
-    return leave_other_media_out(model) if text_only else model
-
-
-def _model_of(
-    auto: Any,
-    config: PretrainedConfig,
-    path: str | None,
-    *,
-    weights: str,
-    dtype: torch.dtype,
-    seed: int,
-    device: torch.device,
-    revision: str | None,
-    trust_remote_code: bool,
-    scores: bool,
-    files: Files | None,
-) -> PreTrainedModel:
+    device = torch.device(device)
     if files is not None:
         assert path is not None
         folder = packaged.resolve(path)
-        return model_in_files(auto, config, folder, files, dtype=dtype, trust_remote_code=trust_remote_code)
-    if device.type == "meta":
+        model = model_in_files(auto, config, folder, files, dtype=dtype, trust_remote_code=trust_remote_code)
+    elif device.type == "meta":
         with device:
-            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    if weights == "random" and device.type == "cuda":
-        with torch.random.fork_rng(devices=[device]), device:
-            torch.manual_seed(seed)
-            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    if weights == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        return model.to(device=device, dtype=dtype)
-    assert path is not None
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    elif weights == "random":
+        model = _with_random_weights(auto, config, dtype=dtype, seed=seed, device=device, trust_remote_code=trust_remote_code)
+    else:
+        assert path is not None
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model = _with_stored_weights(auto, config, path, dtype=dtype, seed=seed, device=device, scores=scores, **options)
+    return leave_other_media_out(model) if text_only else model
+
+
+def _with_random_weights(
+    auto: Any, config: PretrainedConfig, *, dtype: torch.dtype, seed: int, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_cuda else []), device if on_cuda else nullcontext():
+        torch.manual_seed(seed)
+        model = auto.from_config(config, dtype=dtype if on_cuda else torch.float32, trust_remote_code=trust_remote_code)
+    return model if on_cuda else model.to(device=device, dtype=dtype)
+
+
+def _with_stored_weights(
+    auto: Any,
+    config: PretrainedConfig,
+    path: str,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device,
+    scores: bool,
+    **options: Any,
+) -> PreTrainedModel:
+    """Raises ConfigError if weights are missing (but for a score head, which is then random) or have other shapes.
+
+    options: of from_pretrained.
+    """
     try:
         with torch.random.fork_rng(devices=[]), _report_kept_back():
             torch.manual_seed(seed)
@@ -178,10 +174,9 @@ def _model_of(
                 config=config,
                 dtype=dtype,
                 device_map={"": device},
-                revision=revision,
-                trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **options,
             )
     except OSError as error:
         raise _unreachable(path, error) from None

@@ -8,7 +8,6 @@ next-token logits (causal_lm.py), scores of documents (scorer.py).
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,6 +25,7 @@ from raytune_llm.models.adapters import OWN, Adapters, PeftAdapters
 from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache
 from raytune_llm.models.attention.decode_step import DecodeStep
 from raytune_llm.models.attention.documents import document_numbers
+from raytune_llm.models.config_file import MODEL_CONFIG, change_config
 from raytune_llm.models.layers import named_layers
 from raytune_llm.models.multimodal import text_model
 from raytune_llm.models.neftune import neftune_noise
@@ -109,8 +109,7 @@ class Policy(nn.Module):
                     inputs_embeds=embedded_BTD,
                     position_ids=inputs.positions_BT,
                     use_cache=False,
-                    **self._of_rows(inputs),
-                    **(self._route(inputs) if route is None else route),
+                    **self._layer_arguments(inputs, route),
                     **({"output_router_logits": True} if router_logits else {}),
                 )
 
@@ -128,7 +127,7 @@ class Policy(nn.Module):
     def _embedded(self, inputs: Inputs, neftune_alpha: float | None) -> Tensor:
         embedded_BTD = self.base.get_input_embeddings()(inputs.ids_BT)
         if neftune_alpha is not None:
-            assert not isinstance(inputs, CachedRows | DecodeStep), "noise is for training"
+            assert isinstance(inputs, Batch), "noise is for training"
             embedded_BTD = embedded_BTD + self._noise(inputs, embedded_BTD.shape[-1], neftune_alpha)
         embedded_BTD = embedded_BTD.to(self.compute)
         if self.compiled and torch.is_grad_enabled() and self._trains_first_layer() and not embedded_BTD.requires_grad:
@@ -146,25 +145,14 @@ class Policy(nn.Module):
         first = next((layer for _, layer in named_layers(self.base)), None)
         return first is not None and any(parameter.requires_grad for parameter in first.parameters())
 
-    def _of_rows(self, inputs: Inputs) -> dict[str, Any]:
-        """Attention's arguments for the documents of a batch, or the rows of a step."""
-        if isinstance(inputs, CachedRows | DecodeStep):
-            return {"cached_rows": inputs}
-        B, T = inputs.ids_BT.shape
-        cu_seqlens_S, max_seqlen = attention.fixed(inputs.cu_seqlens_S, inputs.max_seqlen)
+    def _layer_arguments(self, inputs: Inputs, route: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What the layers get beside hidden states and positions: attention's arguments, and the route of several adapters."""
+        if not isinstance(inputs, Batch):
+            return {"cached_rows": inputs, **(route or {})}
+        if route is None and inputs.adapter_M is not None:
+            route = self.adapters.by_documents(inputs.adapter_M, inputs.cu_seqlens_S, inputs.ids_BT.numel())
         window = getattr(self.base.config.get_text_config(), "sliding_window", None)
-        return {
-            "cu_seqlens_S": cu_seqlens_S,
-            "max_seqlen": max_seqlen,
-            "prefixes": attention.fixed_prefixes(inputs.prefixes),
-            **attention.block_masks(self.attention_backend, inputs.cu_seqlens_S, B, T, window, inputs.prefixes),
-        }
-
-    def _route(self, inputs: Inputs) -> Mapping[str, Any]:
-        """Which adapter each document goes to, where there are several."""
-        if isinstance(inputs, CachedRows | DecodeStep) or inputs.adapter_M is None:
-            return {}
-        return self.adapters.by_documents(inputs.adapter_M, inputs.cu_seqlens_S, inputs.ids_BT.numel())
+        return {**attention.arguments(self.attention_backend, inputs, window), **(route or {})}
 
     def _check_routers(self) -> None:
         setting = "stage.router_aux_loss_coef"
@@ -244,10 +232,14 @@ class Policy(nn.Module):
             self._save_weights(folder, beside | weights | dict(saved_buffers(self.base)))
             for file in self._files_beside():
                 shutil.copyfile(file, folder / file.name)
-        if (folder / "config.json").exists():
-            _say_dtype(folder / "config.json", self.compute)
+        change_config(folder / MODEL_CONFIG, self._with_saved_dtype)
         self._complete(folder, tokenizer, stop_ids)
         tokenizer.save_pretrained(folder)
+
+    def _with_saved_dtype(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config: the values of config.json. Weights are trained in float32 and saved in `compute`."""
+        kept = {name: value for name, value in config.items() if name != "_attn_implementation"}
+        return {**kept, "dtype": str(self.compute).removeprefix("torch.")}
 
     def _config_of_base(self) -> Any:
         """An adapter's tokens are its own, and none of the base's."""
@@ -269,11 +261,3 @@ def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in module.named_buffers(prefix, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
                 yield name, buffer.detach().cpu()
-
-
-def _say_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Weights are trained in float32; the saved config names the saved dtype."""
-    values = json.loads(path.read_text())
-    values["dtype"] = str(dtype).removeprefix("torch.")
-    values.pop("_attn_implementation", None)
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from raytune_llm.errors import ConfigError, DataError
 from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS
+from raytune_llm.models.config_file import MODEL_CONFIG, change_config
 
 SEPARATE = "value_head.safetensors"
 """LLaMA-Factory's file: the linear layer v_head.summary over the last hidden state, with a bias."""
@@ -52,11 +52,8 @@ def choose_padding(tokenizer: Any, stop_ids: Sequence[int]) -> int | None:
 
 
 def name_padding(folder: Path, id: int) -> None:
-    """In the folder's config, where it has one."""
-    config = folder / "config.json"
-    if config.exists():
-        values = json.loads(config.read_text())
-        config.write_text(json.dumps({**values, "pad_token_id": id}, indent=2, sort_keys=True) + "\n")
+    """Set pad_token_id in the folder's config.json, if it has one."""
+    change_config(folder / MODEL_CONFIG, lambda config: {**config, "pad_token_id": id})
 
 
 def separate_head_of_adapter(folder: Path) -> None:
@@ -64,9 +61,7 @@ def separate_head_of_adapter(folder: Path) -> None:
     weights = load_file(folder / WEIGHTS[0])
     head = {name: weights.pop(name) for name in list(weights) if name.endswith("score.weight")}
     save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
-    config = json.loads((folder / CONFIG).read_text())
-    config |= {"task_type": "CAUSAL_LM", "modules_to_save": None}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    change_config(folder / CONFIG, lambda config: {**config, "task_type": "CAUSAL_LM", "modules_to_save": None})
     _save_head(folder, *head.values())
 
 

@@ -24,7 +24,7 @@ from raytune_llm.models.attention import documents
 from raytune_llm.models.attention.backends import flash2, flash3, flash4, flex, sdpa, varlen
 from raytune_llm.models.attention.isolation import check_isolation
 from raytune_llm.models.multimodal import text_model
-from raytune_llm.records import Prefixes
+from raytune_llm.records import Batch, Prefixes
 
 BACKENDS: dict[str, Callable] = {
     "varlen": varlen,
@@ -240,32 +240,44 @@ def shares_prefixes(asked: str, config: PretrainedConfig) -> bool:
     return whole and getattr(text, "attn_logit_softcapping", None) is None and (asked == "auto" or asked in PREFIXED)
 
 
+def arguments(backend: str, batch: Batch, window: int | None) -> dict[str, Any]:
+    """The keyword arguments that the layers pass to a back end, for one batch. window: tokens of a sliding window."""
+    B, T = batch.ids_BT.shape
+    cu_seqlens_S, max_seqlen = _stable(batch.cu_seqlens_S, batch.max_seqlen)
+    return {
+        "cu_seqlens_S": cu_seqlens_S,
+        "max_seqlen": max_seqlen,
+        "prefixes": _stable_prefixes(batch.prefixes),
+        **block_masks(backend, batch.cu_seqlens_S, B, T, window, batch.prefixes),
+    }
+
+
 def block_masks(
     backend: str, cu_seqlens_S: Tensor, B: int, T: int, window: int | None, prefixes: Prefixes | None = None
 ) -> dict[str, Any]:
-    """What a back end takes beside the boundaries, by name, built once a batch."""
+    """The arguments that only some back ends take, by name. They are built once per batch."""
     if backend not in BLOCK_MASKED:
         return {}
     return {"block_masks": documents.block_masks(cu_seqlens_S, B, T, window, prefixes)}
 
 
-def fixed(cu_seqlens_S: Tensor, max_seqlen: int) -> tuple[Tensor, int]:
-    """The boundaries as compiled layers take them, so that no batch makes them compile again.
+def _stable(cu_seqlens_S: Tensor, max_seqlen: int) -> tuple[Tensor, int]:
+    """The boundaries in a form for which compiled layers are not compiled again at each batch.
 
-    How many there are may vary, and FlashAttention's bound on a document's length is rounded up to a power of two, 1,024 at
-    least: blocks past a document's end return at once (0.3% of a step), and the bound takes few values.
+    The number of boundaries is marked as dynamic. max_seqlen, which FlashAttention takes as an upper bound, is rounded up to a
+    power of two of at least 1,024, so that it has few values; blocks past a document's end return at once (0.3% of a step).
     """
     torch._dynamo.maybe_mark_dynamic(cu_seqlens_S, 0)
     return cu_seqlens_S, max(1 << (max_seqlen - 1).bit_length(), 1024)
 
 
-def fixed_prefixes(prefixes: Prefixes | None) -> Prefixes | None:
-    """The same for shared prompts."""
+def _stable_prefixes(prefixes: Prefixes | None) -> Prefixes | None:
+    """`_stable` for shared prompts."""
     if prefixes is None:
         return None
     queries_Q, keys_K, cu_queries_X, cu_keys_X, max_queries, max_keys = prefixes
     for tensor in (queries_Q, keys_K):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    cu_queries_X, max_queries = fixed(cu_queries_X, max_queries)
-    cu_keys_X, max_keys = fixed(cu_keys_X, max_keys)
+    cu_queries_X, max_queries = _stable(cu_queries_X, max_queries)
+    cu_keys_X, max_keys = _stable(cu_keys_X, max_keys)
     return Prefixes(queries_Q, keys_K, cu_queries_X, cu_keys_X, max_queries, max_keys)
