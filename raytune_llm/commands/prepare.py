@@ -42,7 +42,7 @@ def main(run: PrepareRun) -> int:
         console.print("Nothing to do: the store exists.")
     else:
         console.print(f"{prepared.rows_per_s:.0f} rows/s; {prepared.seconds:.1f} s in all", highlight=False)
-    console.print("Next: `python -m raytune_llm train` with the same model and data settings uses this store.")
+    console.print("Next: the same command with train in place of prepare, and without look, trains on this store.")
     return 0
 
 

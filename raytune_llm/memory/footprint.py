@@ -17,7 +17,9 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.config.section import settings_of
 from raytune_llm.config.strategy import StrategyConfig
 from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.tokens.tokenizer import first_pieces, run_tokenizer
 from raytune_llm.memory.model import (
+    NO_PIECES,
     STATES,
     Memory,
     Parameters,
@@ -91,9 +93,13 @@ def needs_together(needs: Needs, runs: int) -> Needs:
 
 
 def parameters_of(run: TrainRun, config: PretrainedConfig) -> Parameters:
-    """Of the run's model, with the head and the adapter that it trains."""
-    scores = not run.stage.writes
-    return count_parameters(config, run.adapter, trust_remote_code=run.model.trust_remote_code, scores=scores)
+    """Of the run's model, with the tokens that it gets, and the head and the adapter that it trains."""
+    scores, pieces = not run.stage.writes, NO_PIECES
+    if run.model.adds_tokens:
+        tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=KINDS[run.stage.kind].renders_chat)
+        pieces = first_pieces(run.model, tokenizer)
+    trusted = run.model.trust_remote_code
+    return count_parameters(config, run.adapter, trust_remote_code=trusted, scores=scores, first_pieces=pieces)
 
 
 def needs_set(run: TrainRun) -> dict[str, Any]:

@@ -11,8 +11,9 @@ come out within a tenth; the tests hold them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_model
 from raytune_llm.models.quantization import Quantization, has_frozen_experts, linears_but
+from raytune_llm.models.vocabulary import grow
 
 FP32 = 4
 LOGIT_BYTES, COMPILED_LOGIT_BYTES = 2 + 3 * FP32, 2 * FP32
@@ -32,6 +34,7 @@ LOGIT_BYTES, COMPILED_LOGIT_BYTES = 2 + 3 * FP32, 2 * FP32
 the entropy sums or the gradient. Compiled, by its kernels: the logit, one float32 buffer for the gradient through the target's
 logit, and the result."""
 PLAIN = Kept()
+NO_PIECES: Mapping[int, Sequence[int]] = MappingProxyType({})
 IN_FLIGHT = 4
 """Layers whose inputs are on the device while they come and go from host memory."""
 ZERO_BUCKET, ZERO3_LIVE = 500_000_000, 1_000_000_000
@@ -138,13 +141,22 @@ def _intermediate(text: Any) -> int:
 
 
 def count_parameters(
-    config: PretrainedConfig, adapter: AdapterConfig, *, trust_remote_code: bool = False, scores: bool = False
+    config: PretrainedConfig,
+    adapter: AdapterConfig,
+    *,
+    trust_remote_code: bool = False,
+    scores: bool = False,
+    first_pieces: Mapping[int, Sequence[int]] = NO_PIECES,
 ) -> Parameters:
-    """Of the adapted model, built without memory (on torch's meta device). scores: it has a score head, not one of language."""
+    """Of the adapted model, built without memory (on torch's meta device).
+
+    scores: it has a score head, not one of language. first_pieces: of the tokens that it gets, as models.vocabulary.grow takes them.
+    """
     settings: dict[str, Any] = {"weights": "random", "dtype": torch.float32, "seed": 0, "device": "meta"}
     model = load_model(config, None, **settings, trust_remote_code=trust_remote_code, scores=scores)
+    grow(model, first_pieces)
     with torch.device("meta"):
-        adapters = adapt(model, adapter, scores=scores)
+        adapters = adapt(model, adapter, scores=scores, new_ids=sorted(first_pieces))
     adapted = adapters.model
     blocks = [_numel(block) for block in layers(adapted)]
     weights = (

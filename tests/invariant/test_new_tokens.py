@@ -88,6 +88,11 @@ def test_they_are_trained_and_peft_loads_them_alone_and_merged(whole: TrainRun):
     assert torch.allclose(logits, merged, atol=1e-5)
 
 
+def test_a_plan_counts_them(whole: TrainRun):
+    saved = load_file(final(whole) / "adapter_model.safetensors")
+    assert api.plan(whole).saved_bytes == sum(value.numel() * value.itemsize for value in saved.values())
+
+
 def test_cut_off_and_resumed_they_are_the_same(whole: TrainRun, tmp_path: Path):
     run = replace(whole, output_dir=str(tmp_path), checkpoint=replace(whole.checkpoint, every_steps=2))
     with pytest.raises(PowerCut):

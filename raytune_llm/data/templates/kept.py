@@ -221,13 +221,13 @@ def refusal(lost: Lost, template: str, other: str) -> RefusedRow | BadRow:
     """The error for a text that lacks a part of its row. template: the one in use; other: one to suggest."""
     named = f"the chat template of {template}" if "=" not in template else template
     detail = f" ({lost.detail})" if lost.detail else ""
-    choose = f"Set data.template={other}, or model.tokenizer to one whose template writes them."
+    choose = f"data.template={other}, or model.tokenizer to one whose template writes them."
     if lost.what == TOOLS:
-        return RefusedRow(f"{named} does not write the row's tools{detail}", f"{choose} data.format.tools=null leaves them out.")
+        fix = f"Set {choose} data.format.tools=null leaves them out."
+        return RefusedRow(f"{named} does not write the row's tools{detail}", fix)
     if lost.what == CALLS:
-        return RefusedRow(f"{named} does not write the row's tool calls{detail}", choose)
+        return RefusedRow(f"{named} does not write the row's tool calls{detail}", f"Set {choose}")
     if lost.what == THOUGHT:
-        return RefusedRow(
-            f"{named} does not write the row's thoughts{detail}", f"Set data.reasoning=drop to leave them out. Or: {choose}"
-        )
+        fix = f"Set data.reasoning=drop, which leaves them out, {choose}"
+        return RefusedRow(f"{named} does not write the row's thoughts{detail}", fix)
     return BadRow(f"{named} leaves out a part of a message; set data.template={other}, for example", lost.detail)
