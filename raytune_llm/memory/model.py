@@ -150,7 +150,8 @@ def count_parameters(
 ) -> Parameters:
     """Of the adapted model, built without memory (on torch's meta device).
 
-    scores: it has a score head, not one of language. first_pieces: of the tokens that it gets, as models.vocabulary.grow takes them.
+    scores: it has a score head, not one of language. first_pieces: of the tokens that it gets, as
+    models.vocabulary.grow takes them.
     """
     settings: dict[str, Any] = {"weights": "random", "dtype": torch.float32, "seed": 0, "device": "meta"}
     model = load_model(config, None, **settings, trust_remote_code=trust_remote_code, scores=scores)

@@ -195,6 +195,10 @@ def _first_bytes(file: str, opened: Callable[[str], BinaryIO]) -> bytes:
 
 
 def _missing(path: str, here: Path, setting: str) -> DataError:
+    if here.is_symlink():
+        return DataError(path, "is a broken link", "Fetch what it leads to, or name another file.")
+    if here.exists():
+        return DataError(path, "is neither a file nor a folder", "Save the rows in a file.")
     folder = here.parent
     with files.readable(path):
         while not folder.is_dir():

@@ -226,6 +226,16 @@ def test_folders_behind_links_are_read_once(tmp_path):
     assert read_all(tmp_path / "set") == [(1, {"a": 1})]
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("circle.jsonl", "is a broken link"), ("pipe.jsonl", "is neither a file nor a folder")]
+)
+def test_what_is_there_and_is_no_file_is_not_called_missing(tmp_path, name, said):
+    (tmp_path / "circle.jsonl").symlink_to(tmp_path / "circle.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=said):
+        sources.find(str(tmp_path / name))
+
+
 @pytest.mark.parametrize("path", ["a" * 300, "/" + "a/" * 3000, "nul\0.jsonl", "", " "])
 def test_a_path_that_can_be_none_is_an_error(path):
     with pytest.raises(DataError):
