@@ -97,16 +97,18 @@ def train(
     at each evaluation. began: when the command started, in seconds since 1970. workspace: what earlier runs of this process
     left for this one.
     """
-    from raytune_llm.runs.owner import check_writable, owned
+    from raytune_llm.runs.remote_output import check_writable, owned
 
     clock = _Phases(began or time.time())
     run = with_absolute_paths(run)
-    output = Path(run.output_dir)
-    check_writable(output)
+    check_writable(run.output_dir)
     workspace = _start(run, workspace)
     from raytune_llm.runs.output import full_disk_explained  # torch is loaded by now
 
-    with owned(output), full_disk_explained(output):
+    def notify(line: str) -> None:
+        on_update(Notice(text=line))
+
+    with owned(run.output_dir, anew=run.resume == "never", notify=notify) as output, full_disk_explained(output):
         return _train(run, output, clock, sinks, on_update, on_samples, on_progress, workspace)
 
 
@@ -122,6 +124,7 @@ def _train(
 ) -> TrainResult:
     from raytune_llm.runs.group_size import spare_cpus
     from raytune_llm.runs.launch import fit
+    from raytune_llm.runs.remote_output import collect, remote_folder
 
     if isinstance(run.resources, Cluster):
         _check_nodes(run, run.resources, on_update)
@@ -142,6 +145,8 @@ def _train(
             on_samples=on_samples,
             workspace=workspace,
         )
+    if isinstance(run.resources, Cluster) and (remote := remote_folder(run.output_dir)) is not None:
+        collect(remote, output)
     return _closed(opened, outcome, on_update, workspace)
 
 
@@ -239,7 +244,7 @@ def _opened(
     clock.enter("start")
     this_run = identity(run, prepared.manifests)
     done = _summary_of(output) if run.resume != "never" and finished(output, this_run) else None
-    resumed_from = open_output(run, this_run)
+    resumed_from = open_output(run, output, this_run)
     opened = _Opened(
         run=run,
         output=output,

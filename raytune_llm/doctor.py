@@ -28,8 +28,8 @@ FEATURES = {
     "mlflow": "tracking=mlflow",
     "swanlab": "tracking=swanlab",
     "trackio": "tracking=trackio",
-    "s3fs": "data.path=s3://...",
-    "gcsfs": "data.path=gs://...",
+    "s3fs": "data.path, output_dir=s3://...",
+    "gcsfs": "data.path, output_dir=gs://...",
     "modelscope": "data.hub=modelscope",
 }
 """Optional package -> the settings that need it."""

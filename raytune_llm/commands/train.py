@@ -18,6 +18,7 @@ from raytune_llm.report.display import SHOWN_SAMPLES, Display, last_line
 from raytune_llm.report.events import EventLog
 from raytune_llm.report.metrics import METRICS, TABLE, TRACE, read_metrics
 from raytune_llm.report.updates import Notice, RunFinished
+from raytune_llm.runs.remote_output import work_folder
 
 HELD_OUT = {
     "eval_loss": ("loss, held out", "{:.4f}"),
@@ -36,7 +37,7 @@ def main(run: TrainRun) -> int:
             run, sinks=[face.record], on_update=face.update, on_samples=face.samples, on_progress=face.rows, began=BEGAN
         )
     except KeyboardInterrupt as interrupt:
-        interrupt.add_note(how_to_resume(Path(run.output_dir)))
+        interrupt.add_note(how_to_resume(work_folder(run.output_dir)))
         raise
     finally:
         face.close()

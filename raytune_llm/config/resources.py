@@ -6,6 +6,8 @@ from pydantic import Field
 
 from raytune_llm.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, section
 
+WorkerRange = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+
 
 @section
 class Inline:
@@ -39,7 +41,8 @@ class Cluster:
     name: Literal["cluster"]
     address: str | None
     """null: RAY_ADDRESS."""
-    num_workers: PositiveInt | Literal["auto"]
+    num_workers: PositiveInt | Literal["auto"] | WorkerRange
+    """[fewest, most]: as many as the cluster has room for. The run shrinks when a node is lost, and grows when one joins."""
     cpus_per_worker: PositiveFloat | Literal["auto"]
     gpus_per_worker: NonNegativeFloat | Literal["auto"]
     max_failures: NonNegativeInt
@@ -47,6 +50,15 @@ class Cluster:
     """Before a run on several nodes, check that their versions agree and that they share storage. full: also measure an
     all-reduce, which takes as long as importing torch."""
     collective_timeout_s: PositiveFloat
+
+
+def worker_counts(num_workers: int | str | list[int], micro_batches: int) -> list[int]:
+    """The sizes that a group of workers may have, ascending: of a range those that share a step's micro-batches evenly. Empty:
+    it is not known yet."""
+    if isinstance(num_workers, str):
+        return []
+    fewest, most = num_workers if isinstance(num_workers, list) else (num_workers, num_workers)
+    return [count for count in range(fewest, most + 1) if micro_batches % count == 0]
 
 
 ResourcesConfig = Annotated[Inline | Local | Cluster, Field(discriminator="name")]

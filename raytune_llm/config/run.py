@@ -17,7 +17,7 @@ from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.predict import PredictConfig
 from raytune_llm.config.quantization import QuantizationConfig
-from raytune_llm.config.resources import ResourcesConfig
+from raytune_llm.config.resources import ResourcesConfig, worker_counts
 from raytune_llm.config.schedule import ScheduleConfig
 from raytune_llm.config.section import NonNegativeInt, PositiveInt, Seed, section
 from raytune_llm.config.serve import EngineConfig, ServeConfig
@@ -100,6 +100,10 @@ class TuneRun(TrainRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _is_no_address("output_dir", self.output_dir, " for a sweep")
+        if isinstance(self.resources.num_workers, list):
+            rule, fix = "must be one number for a sweep, whose trials keep their size", "Set one number."
+            raise ConfigError("resources.num_workers", rule, got=self.resources.num_workers, fix=fix)
         _trials_are_judged(self)
 
 
@@ -202,6 +206,7 @@ class PredictRun:
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise ConfigError("output_dir", "must be given", fix="For example, output_dir=outputs/mine/predictions.")
+        _is_no_address("output_dir", self.output_dir, " for predictions")
         _model_or_run_is_given(self.model, "predict.run", self.predict.run)
         _data_are_given(self.data)
         _data_are_read_only(self.data)
@@ -236,6 +241,7 @@ class EvaluateRun:
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise ConfigError("output_dir", "must be given", fix="For example, output_dir=outputs/mmlu.")
+        _is_no_address("output_dir", self.output_dir, " for an evaluation")
         _model_or_run_is_given(self.model, "evaluate.models", " ".join(self.evaluate.models) or None)
 
 
@@ -247,6 +253,8 @@ class ExportRun:
     export: ExportConfig
 
     def __post_init__(self) -> None:
+        if self.export.output_dir is not None:
+            _is_no_address("export.output_dir", self.export.output_dir, " for an export")
         _model_or_run_is_given(self.model, "export.run", self.export.run)
         if self.export.run is None and self.model.weights == "random":
             raise ConfigError("model.weights", "must be pretrained, to be exported", got="random")
@@ -381,6 +389,8 @@ def _name_is_a_name(name: str) -> None:
 def _batch_sizes_fit(run: TrainRun) -> None:
     micro, total = run.train.micro_batch_size, run.train.global_batch_size
     workers = run.resources.num_workers
+    if isinstance(workers, list):
+        _group_can_change(run, workers)
     world = workers if isinstance(workers, int) else 1
     if total % (micro * world):
         raise ConfigError(
@@ -389,6 +399,27 @@ def _batch_sizes_fit(run: TrainRun) -> None:
             got=total,
             fix=f"Set it to {-(-total // (micro * world)) * micro * world}, or lower train.micro_batch_size.",
         )
+
+
+def _group_can_change(run: TrainRun, workers: list[int]) -> None:
+    fewest, most = workers
+    if fewest >= most:
+        fix = "For example, resources.num_workers=[2,8]."
+        raise ConfigError("resources.num_workers", "must be a range [fewest,most] with fewest < most", got=workers, fix=fix)
+    if run.data.streaming:
+        fix = "Set one number, or data.streaming=false."
+        raise ConfigError("resources.num_workers", "can't be a range with data.streaming=true", got=workers, fix=fix)
+    micro, total = run.train.micro_batch_size, run.train.global_batch_size
+    for count in (fewest, most):
+        if total % (micro * count):
+            fits = worker_counts([1, max(most, total // micro)], total // micro) if total % micro == 0 else []
+            raise ConfigError(
+                "resources.num_workers",
+                f"must begin and end with numbers of workers that train.global_batch_size={total} can be divided among, "
+                f"at train.micro_batch_size={micro}",
+                got=workers,
+                fix=f"Choose two of {', '.join(map(str, fits))}." if fits else "Change train.global_batch_size.",
+            )
 
 
 def _trials_are_judged(run: TuneRun) -> None:
@@ -462,6 +493,7 @@ def _model_is_given(model: ModelConfig) -> None:
 def _data_are_given(data: DataConfig) -> None:
     if data.path is None and data.dataset_info is None:
         raise ConfigError("data.path", "must name a file, a folder or a hub data set", fix="For example, data.path=rows.jsonl.")
+    _is_no_address("data.cache", data.cache, ", since token stores are mapped into memory")
 
 
 def _streams_know_what_they_need(run: TrainRun) -> None:
@@ -552,6 +584,12 @@ def _stages_read_what_is_said_of_their_rows(stage: StageConfig, data: DataConfig
     for setting, value in unread.items():
         if value:
             raise ConfigError(setting, f"is not read with stage={stage.name}", got=value, fix="Leave it out.")
+
+
+def _is_no_address(setting: str, value: str, why: str) -> None:
+    if "://" in value:
+        fix = "Name a folder. The output_dir of train alone can be in an object store."
+        raise ConfigError(setting, f"must be on a file system{why}", got=value, fix=fix)
 
 
 def _quantized_weights_can_be_had(run: TrainRun) -> None:

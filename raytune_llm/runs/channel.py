@@ -16,7 +16,6 @@ from raytune_llm.report.updates import Notice, ReferencePass, RunStarted, Sample
 from raytune_llm.runs.faults import WORKERS_LOG, WorkersLost, WorkerStalled, lost_line, silent_line, stalled_line
 from raytune_llm.runs.inbox import Inbox, Message
 from raytune_llm.runs.worker import TrainOutcome
-from raytune_llm.train.checkpoint import complete_steps
 
 POLL_S = 0.2
 ABORT_S = 3.0
@@ -30,23 +29,30 @@ class Channel:
         self,
         output: Path,
         *,
-        max_failures: int,
+        saved_steps: Callable[[], Sequence[int]],
+        max_failures: int | None,
         stall_timeout_s: float,
         sinks: Sequence[Sink],
         on_update: Callable[[Update], None],
         on_samples: Callable[[Sequence[SampledAnswer]], None],
     ) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self.inbox: Any = ray.remote(num_cpus=0)(Inbox).remote()
+        # On the driver's node: it is to outlive every other one.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.inbox: Any = ray.remote(num_cpus=0)(Inbox).options(scheduling_strategy=here).remote()
         self.error: UserError | None = None
         """The first error of a worker that the user has to fix."""
         self.outcome: TrainOutcome | None = None
         self.callback_error: Exception | None = None
         """What a callback raised. None is called after it; training continues."""
+        self.has_started = False
+        """The group came as far as its first step."""
         self.last_loss = ""
         """The notice of the last workers that were lost."""
         self._sinks, self._on_update, self._on_samples = sinks, on_update, on_samples
+        self._saved_steps = saved_steps
         self._output, self._max_failures, self._stall_timeout_s = output, max_failures, stall_timeout_s
         self._silent: set[int] = set()
         """Ranks whose missing heartbeats were reported."""
@@ -89,7 +95,7 @@ class Channel:
     def _take(self) -> None:
         import ray
 
-        contents = ray.get(self.inbox.take.remote())
+        contents: Any = ray.get(self.inbox.take.remote())
         self.error, self.outcome = contents.error, contents.outcome
         try:
             for message in contents.messages if self.callback_error is None else ():
@@ -102,27 +108,28 @@ class Channel:
         match message:
             case RunStarted() | ReferencePass() | Notice():
                 self._starting.close()
+                self.has_started = self.has_started or isinstance(message, RunStarted)
                 self._on_update(message)
             case WorkersLost():
                 self._report_lost(message, hosts)
             case WorkerStalled():
                 self._log(f"worker {message.rank}, {message.seconds:.0f} s after step {message.step}:\n{message.stack}")
                 self._on_update(Notice(text=stalled_line(message, hosts, self._output / WORKERS_LOG)))
-            case list():
-                self._on_samples(message)
-            case _:
+            case Mapping():
                 for sink in self._sinks:
                     sink(message)
+            case _:
+                self._on_samples(message)
 
     def _notify_if_start_is_slow(self) -> None:
         self._starting.enter_context(notify_if_slow(self._on_update, "starting the workers"))
 
     def _report_lost(self, lost: WorkersLost, hosts: Mapping[int, str]) -> None:
         self._log(lost.details)
-        step = max(complete_steps(self._output / "checkpoints"), default=None)
+        step = max(self._saved_steps(), default=None)
         log = self._output / WORKERS_LOG
         self.last_loss = lost_line(lost, hosts, limit=self._max_failures, resumes_from=step, log=log)
-        if lost.failure <= self._max_failures:
+        if self._max_failures is None or lost.failure <= self._max_failures:
             self._starting.close()
             self._on_update(Notice(text=self.last_loss))
             self._notify_if_start_is_slow()

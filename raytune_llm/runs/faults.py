@@ -45,14 +45,18 @@ class WorkerStalled:
     stack: str
 
 
-def lost_line(lost: WorkersLost, hosts: Mapping[int, str], *, limit: int, resumes_from: int | None, log: Path) -> str:
-    """`worker 1 on 10.0.0.2 died (killed); starting again from step 20, failure 1 of 3`"""
+def lost_line(lost: WorkersLost, hosts: Mapping[int, str], *, limit: int | None, resumes_from: int | None, log: Path) -> str:
+    """`worker 1 on 10.0.0.2 died (killed); starting again from step 20, failure 1 of 3`
+
+    limit: None for an elastic run, whose driver counts the failures once it knows whether a node is gone.
+    """
     died = {rank: how for rank, how in lost.how.items() if how.startswith("died")} or dict(list(lost.how.items())[:1])
     who = ", ".join(f"{name(rank, hosts)} {how}" for rank, how in sorted(died.items()))
-    if lost.failure > limit:
+    if limit is not None and lost.failure > limit:
         return f"{who}; not started again, failure {lost.failure} of {limit} ({log} has more)"
     again = "from the beginning" if resumes_from is None else f"from step {resumes_from}"
-    return f"{who}; starting again {again}, failure {lost.failure} of {limit} ({log} has more)"
+    failure = "" if limit is None else f", failure {lost.failure} of {limit}"
+    return f"{who}; starting again {again}{failure} ({log} has more)"
 
 
 def stalled_line(stalled: WorkerStalled, hosts: Mapping[int, str], log: Path) -> str:

@@ -39,7 +39,7 @@ class GroupSize:
 
 
 def group_size(resources: Local | Cluster, *, reserved_cpus: int = 0) -> GroupSize:
-    """The group that `resources` asks for. reserved_cpus: CPUs that `auto` leaves to other tasks."""
+    """The group that `resources` asks for; of a range the smallest. reserved_cpus: CPUs that `auto` leaves to other tasks."""
     import ray
 
     total = ray.cluster_resources()
@@ -49,6 +49,8 @@ def group_size(resources: Local | Cluster, *, reserved_cpus: int = 0) -> GroupSi
     workers = resources.num_workers
     if workers == "auto":
         workers = int(total["GPU"] // gpus) if gpus else 1
+    if isinstance(workers, list):
+        workers = workers[0]
     cpus = resources.cpus_per_worker
     if cpus == "auto":
         cpus = 1.0

@@ -42,6 +42,7 @@ class Inbox:
         self._hosts: dict[int, str] = {}
         self._last_beat: dict[int, float] = {}
         self._controller: Any = None
+        self._asked_to_yield = False
 
     def join(self, rank: int, host: str) -> None:
         self._hosts[rank] = host
@@ -59,6 +60,13 @@ class Inbox:
     def controller(self) -> Any:
         """The handle of Ray Train's controller. None: it has not started yet."""
         return self._controller
+
+    def ask_to_yield(self) -> None:
+        """The workers are to save and end at their next log step."""
+        self._asked_to_yield = True
+
+    def asked_to_yield(self) -> bool:
+        return self._asked_to_yield
 
     def fail(self, error: UserError) -> None:
         self._error = self._error or error

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.config.resources import Cluster
-from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.errors import ConfigError, ResourceError, UserError
+from raytune_llm.object_store import check_writable, is_address
 
 PACKAGES = ("raytune-llm", "ray", "torch", "transformers", "peft", "numpy", "pyarrow")
 """Packages whose versions affect a run's numbers, or whether its processes can communicate."""
@@ -124,7 +125,10 @@ def check_nodes(
         if abs(node.skew_s) > MAX_SKEW_S:
             report(f"warning: the clock of {node.address} is {node.skew_s:+.1f} s off the driver's: run an NTP client on both")
     for setting, folder in folders.items():
-        _check_shared(setting, Path(folder), ids, [node.address for node in found.nodes])
+        if is_address(folder):
+            _check_reached(setting, folder, ids, [node.address for node in found.nodes])
+        else:
+            _check_shared(setting, Path(folder), ids, [node.address for node in found.nodes])
     room = {node["NodeID"]: room_of(node["Resources"], each) for node in alive}
     if resources.preflight == "full" and max(room.values()) < workers:
         those = [node for node in ids if room[node]]
@@ -235,6 +239,23 @@ def _check_shared(setting: str, folder: Path, ids: Sequence[str], addresses: Seq
             got=str(folder),
             fix="Mount the same network file system on all nodes, and name a folder in it.",
         )
+
+
+def _check_reached(setting: str, address: str, ids: Sequence[str], addresses: Sequence[str]) -> None:
+    """Raises ConfigError unless all nodes can write to the object store: each needs its package and its credentials."""
+    refusals = _answers([_on(node, refusal).remote(address, setting) for node in ids], f"write to {address}")
+    for node, said in zip(addresses, refusals, strict=True):
+        if said:
+            raise ConfigError(setting, f"must be usable from all nodes, and {node} says: {said}", got=address)
+
+
+def refusal(address: str, setting: str) -> str:
+    """Why this node can't write there; empty: it can."""
+    try:
+        check_writable(address, setting)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def write_marker(folder: Path, name: str) -> str:

@@ -37,12 +37,11 @@ def identity(run: TrainRun, manifests: dict[str, str]) -> dict[str, str]:
     return {"settings": json.dumps(dict(_flat(settings)), sort_keys=True), **manifests}
 
 
-def open_output(run: TrainRun, identity_now: dict[str, str]) -> int | None:
+def open_output(run: TrainRun, folder: Path, identity_now: dict[str, str]) -> int | None:
     """Make the folder ready for the run and return the step to resume from, if any.
 
     Raises ConfigError where `resume` forbids what is there, or where it belongs to another run.
     """
-    folder = Path(run.output_dir)
     checkpoints = folder / "checkpoints"
     checkpoint.sweep(checkpoints)
     if run.resume == "never":

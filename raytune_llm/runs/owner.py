@@ -1,4 +1,4 @@
-"""A lock on an output folder: one process uses it at a time.
+"""A lock on an output folder, on a file system or in an object store: one process uses it at a time.
 
 The owner writes a lock file and renews its modification time. A lock is stale if its process no longer exists (on this host) or
 if the modification time is old (on any host, by the clock of the file system), so a crash leaves nothing to clean up.
@@ -16,9 +16,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.object_store import RemoteFolder
 
 LOCK = ".owner.json"
 RENEWED_EVERY_S, STALE_AFTER_S = 10.0, 60.0
@@ -42,62 +43,162 @@ def check_writable(folder: Path) -> None:
         ) from None
 
 
+class Lock(Protocol):
+    """Where the lock of a folder is kept."""
+
+    place: str
+    """The folder, for messages."""
+
+    def create(self, text: str) -> bool:
+        """False: there is one already."""
+        ...
+
+    def read(self) -> str: ...
+
+    def replace(self, text: str) -> None: ...
+
+    def renew(self, text: str) -> None: ...
+
+    def remove(self) -> None: ...
+
+    def age_s(self) -> float:
+        """Seconds since it was written or renewed, by the clock of the storage that hosts share; infinite if there is none."""
+        ...
+
+
+class FileLock:
+    def __init__(self, folder: Path) -> None:
+        self.place, self.path = str(folder), folder / LOCK
+
+    def create(self, text: str) -> bool:
+        try:
+            with self.path.open("x") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+        return True
+
+    def read(self) -> str:
+        return self.path.read_text()
+
+    def replace(self, text: str) -> None:
+        beside = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}")
+        beside.write_text(text)
+        beside.replace(self.path)
+
+    def renew(self, text: str) -> None:
+        os.utime(self.path)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def age_s(self) -> float:
+        probe = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}")
+        try:
+            probe.touch()
+            now = probe.stat().st_mtime
+            return now - self.path.stat().st_mtime
+        except FileNotFoundError:
+            return float("inf")
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+class ObjectLock:
+    """A store writes an object that is not there for one of those who ask at once (If-None-Match)."""
+
+    def __init__(self, folder: RemoteFolder) -> None:
+        self.place, self._folder = folder.address, folder
+
+    def create(self, text: str) -> bool:
+        return self._folder.create(LOCK, text.encode())
+
+    def read(self) -> str:
+        return (self._folder.read(LOCK) or b"").decode()
+
+    def replace(self, text: str) -> None:
+        self._folder.write(LOCK, text.encode())
+
+    def renew(self, text: str) -> None:
+        self._folder.write(LOCK, text.encode())
+
+    def remove(self) -> None:
+        self._folder.remove(LOCK)
+
+    def age_s(self) -> float:
+        probe = f"{LOCK}.{secrets.token_hex(4)}"
+        self._folder.write(probe, b"")
+        try:
+            return self._folder.modified(probe) - self._folder.modified(LOCK)
+        except FileNotFoundError:
+            return float("inf")
+        finally:
+            self._folder.remove(probe)
+
+
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """Own the folder inside the block. It is created, and removed at the end if it is empty.
 
     Raises ConfigError if a running process owns it.
     """
-    path, mine = folder / LOCK, _new_lock()
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    _take(path, mine)
+    try:
+        with _held(FileLock(folder)):
+            yield
+    finally:
+        with suppress(OSError):
+            for place in made:
+                place.rmdir()
+
+
+@contextmanager
+def owned_remotely(folder: RemoteFolder) -> Iterator[None]:
+    """As `owned`, of a folder of an object store."""
+    with _held(ObjectLock(folder)):
+        yield
+
+
+@contextmanager
+def _held(lock: Lock) -> Iterator[None]:
+    mine = _new_lock()
+    _take(lock, mine)
     stop = threading.Event()
-    keeper = threading.Thread(target=_renew, args=(path, mine, stop), name="owner", daemon=True)
+    keeper = threading.Thread(target=_renew, args=(lock, mine, stop), name="owner", daemon=True)
     keeper.start()
     try:
         yield
     finally:
         stop.set()
         keeper.join()
-        if _read(path).get("token") == mine["token"]:
-            path.unlink(missing_ok=True)
-        with suppress(OSError):
-            for place in made:
-                place.rmdir()
+        if _read(lock).get("token") == mine["token"]:
+            lock.remove()
 
 
 def wait_until_free(folder: Path) -> None:
     """Until the process that owned the folder, and is gone, is known to be; of another host that is so when its lock is old."""
-    path, until = folder / LOCK, time.monotonic() + STALE_AFTER_S + RENEWED_EVERY_S
-    while path.exists() and _alive(path, _read(path)) and time.monotonic() < until:
+    lock, until = FileLock(folder), time.monotonic() + STALE_AFTER_S + RENEWED_EVERY_S
+    while lock.path.exists() and _alive(lock, _read(lock)) and time.monotonic() < until:
         time.sleep(TAKEN_AFTER_S)
 
 
-def _take(path: Path, mine: dict[str, Any]) -> None:
+def _take(lock: Lock, mine: dict[str, Any]) -> None:
     text = json.dumps(mine)
-    try:
-        with path.open("x") as file:
-            file.write(text)
+    if lock.create(text):
         return
-    except FileExistsError:
-        pass
-    holder = _read(path)
-    if _alive(path, holder):
+    holder = _read(lock)
+    if _alive(lock, holder):
         raise ConfigError(
             "output_dir",
             f"is in use by process {holder.get('pid')} on {holder.get('host')}: two runs can't share a folder",
-            got=str(path.parent),
+            got=lock.place,
             fix="Wait for it, stop it, or choose another output_dir.",
         )
-    beside = path.with_name(f"{path.name}.{mine['token']}")
-    beside.write_text(text)
-    beside.replace(path)
+    lock.replace(text)
     time.sleep(TAKEN_AFTER_S)
-    if _read(path).get("token") != mine["token"]:
-        raise ConfigError(
-            "output_dir", "was just taken by another process", got=str(path.parent), fix="Choose another output_dir."
-        )
+    if _read(lock).get("token") != mine["token"]:
+        raise ConfigError("output_dir", "was just taken by another process", got=lock.place, fix="Choose another output_dir.")
 
 
 def _new_lock() -> dict[str, Any]:
@@ -110,41 +211,28 @@ def _new_lock() -> dict[str, Any]:
     }
 
 
-def _alive(path: Path, holder: dict[str, Any]) -> bool:
+def _alive(lock: Lock, holder: dict[str, Any]) -> bool:
     if not holder:
-        return _age_s(path) < RENEWED_EVERY_S  # the file may be empty because it is just being written
+        return lock.age_s() < RENEWED_EVERY_S  # the file may be empty because it is just being written
     here = holder.get("host") == socket.gethostname() and holder.get("boot") == _boot()
     if here:
         return _started(holder.get("pid")) is not None and _started(holder.get("pid")) == holder.get("started")
-    return _age_s(path) < STALE_AFTER_S
+    return lock.age_s() < STALE_AFTER_S
 
 
-def _age_s(path: Path) -> float:
-    """Seconds since the file was modified, by the clock of the file system, which hosts may share."""
-    probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    try:
-        probe.touch()
-        now = probe.stat().st_mtime
-        return now - path.stat().st_mtime
-    except FileNotFoundError:
-        return float("inf")
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def _renew(path: Path, mine: dict[str, Any], stop: threading.Event) -> None:
+def _renew(lock: Lock, mine: dict[str, Any], stop: threading.Event) -> None:
     while not stop.wait(RENEWED_EVERY_S):
         try:
-            if _read(path).get("token") == mine["token"]:
-                os.utime(path)
-        except OSError:
+            if _read(lock).get("token") == mine["token"]:
+                lock.renew(json.dumps(mine))
+        except (OSError, ResourceError):
             continue  # storage that is unavailable for a moment
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(lock: Lock) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(lock.read())
+    except (OSError, ValueError, ResourceError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -153,6 +153,8 @@ def _devices_without_gpu(run: TrainRun) -> Iterator[Device]:
 
 def _world_size(run: TrainRun, num_gpus: int) -> int:
     workers = run.resources.num_workers
+    if isinstance(workers, list):
+        return workers[0]  # of an elastic run the smallest group, whose workers need the most memory
     return workers if isinstance(workers, int) else max(num_gpus, 1)
 
 

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import torch
-
 from raytune_llm import session
-from raytune_llm.config.resources import Cluster, Local
+from raytune_llm.config.resources import Cluster, Local, worker_counts
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import ConfigError, UserError
+from raytune_llm.errors import ConfigError, UserError, first_line
 from raytune_llm.report.metrics import Sink
-from raytune_llm.report.updates import EndOfRun, SampledAnswer, Update
+from raytune_llm.report.updates import EndOfRun, Notice, SampledAnswer, Update
 from raytune_llm.runs.channel import Channel
-from raytune_llm.runs.faults import Heartbeat, WorkersLost
+from raytune_llm.runs.elastic import RoomToGrow, node_ids, of_all, wait_for_room
+from raytune_llm.runs.faults import WorkersLost
 from raytune_llm.runs.group_size import GroupSize, check_fits, group_size, reserved_cpus, wait_until_free
-from raytune_llm.runs.inbox import Message
+from raytune_llm.runs.group_worker import worker_main
 from raytune_llm.runs.ray_failures import cause, how_it_ended
-from raytune_llm.runs.worker import TrainOutcome, work
+from raytune_llm.runs.ray_metrics import RayMetrics
+from raytune_llm.runs.remote_output import remote_folder, saved_steps, work_folder
+from raytune_llm.runs.worker import TrainOutcome
 from raytune_llm.train.strategies.base import COLLECTIVES
 
 POLL_S = 0.2
 START_FAILURES = 3
 """The run fails after so many groups that could not be started."""
+START_S = "30"
 
 
 def fit_on_ray(
@@ -48,30 +52,138 @@ def fit_on_ray(
     size = group_size(resources, reserved_cpus=reserved)
     _check_batch_size(run, size.workers)
     check_fits(size, reserved_cpus=reserved)
-    wait_until_free(size, on_update)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{resources.collective_timeout_s:g}"
-    channel = Channel(
-        Path(run.output_dir),
-        max_failures=resources.max_failures,
-        stall_timeout_s=run.train.stall_timeout_s,
-        sinks=sinks,
-        on_update=on_update,
-        on_samples=on_samples,
+    group = Group(
+        run=run, resources=resources, stores=(train_store, eval_store), sinks=sinks, on_update=on_update, on_samples=on_samples
     )
+    if isinstance(resources.num_workers, list):
+        return fit_elastic(group, size, resources.num_workers)
+    wait_until_free(size, on_update)
     try:
-        _fit(_trainer(run, resources, size, (train_store, eval_store), channel.inbox), channel)
-    except EndOfRun:
-        raise
-    except Exception as error:
+        return group.fit(size, max_failures=resources.max_failures)
+    except GroupFailed as failed:
+        raise failed.reason from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Workers that train a run, started as often as it takes."""
+
+    run: TrainRun
+    resources: Local | Cluster
+    stores: tuple[str, str | None]
+    sinks: Sequence[Sink]
+    on_update: Callable[[Update], None]
+    on_samples: Callable[[Sequence[SampledAnswer]], None]
+
+    def fit(self, size: GroupSize, *, max_failures: int | None, grows: Callable[[], bool] = lambda: False) -> TrainOutcome:
+        """Train from the newest checkpoint. Ray Train replaces lost workers up to max_failures times; with None never, since the
+        caller does. grows: asked now and then; where it says yes, the group is asked to save and end.
+
+        Raises GroupFailed for lost workers, else what the user can fix, and whatever a callback raised.
+        """
+        channel = Channel(
+            work_folder(self.run.output_dir),
+            saved_steps=partial(saved_steps, self.run.output_dir),
+            max_failures=max_failures,
+            stall_timeout_s=self.run.train.stall_timeout_s,
+            sinks=self.sinks,
+            on_update=self.on_update,
+            on_samples=self.on_samples,
+        )
+        try:
+            _fit(self._trainer(size, max_failures, channel.inbox), channel, grows)
+        except EndOfRun:
+            raise
+        except Exception as error:
+            channel.close()
+            if channel.error is not None:
+                raise channel.error from None
+            if channel.callback_error is not None:
+                raise channel.callback_error from None
+            raise GroupFailed(cause(error, channel.last_loss), started=channel.has_started) from None
         channel.close()
-        raise (channel.error or cause(error, channel.last_loss)) from None
-    channel.close()
-    if channel.error is not None:
-        raise channel.error
-    if channel.callback_error is not None:
-        raise channel.callback_error
-    assert channel.outcome is not None
-    return channel.outcome
+        if channel.error is not None:
+            raise channel.error
+        if channel.callback_error is not None:
+            raise channel.callback_error
+        assert channel.outcome is not None
+        return channel.outcome
+
+    def _trainer(self, size: GroupSize, max_failures: int | None, inbox: Any) -> Any:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        resources = self.resources
+        elastic = max_failures is None
+        settings = {"run": self.run, "stores": self.stores, "inbox": inbox, "elastic": elastic, "threads": max(1, int(size.cpus))}
+        return TorchTrainer(
+            worker_main,
+            train_loop_config=settings,
+            torch_config=TorchConfig(
+                backend=COLLECTIVES["cuda" if size.gpus else "cpu"], timeout_s=max(1, round(resources.collective_timeout_s))
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=size.workers,
+                use_gpu=size.gpus > 0,
+                resources_per_worker={kind: amount for kind, amount in size.each.items() if kind == "CPU" or amount},
+            ),
+            run_config=RunConfig(
+                name=f"group-{os.getpid()}-{secrets.token_hex(4)}",
+                callbacks=_callbacks(inbox, self.run.name),
+                failure_config=FailureConfig(
+                    max_failures=max_failures or 0, controller_failure_limit=1 if elastic else START_FAILURES
+                ),
+                **_storage(self.run.output_dir, shared=isinstance(resources, Cluster)),
+            ),
+        )
+
+
+class GroupFailed(Exception):
+    """A group lost workers more often than it may, or could not be started."""
+
+    def __init__(self, reason: BaseException, *, started: bool) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+        """For the user."""
+        self.started = started
+        """It came as far as its first step."""
+
+
+def fit_elastic(group: Group, smallest: GroupSize, num_workers: list[int]) -> TrainOutcome:
+    """Train in one group after another, each as large as the cluster has room for (runs/elastic.py)."""
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_S  # a place that is gone meanwhile is not waited for
+    train, limit = group.run.train, group.resources.max_failures
+    counts = worker_counts(num_workers, train.global_batch_size // train.micro_batch_size)
+    outcomes: list[TrainOutcome] = []
+    failures = starts = before = 0
+    wanted, why = None, ""
+    while True:
+        workers = wait_for_room(counts, smallest.each, group.on_update, wanted=wanted)
+        if why:
+            size = f"{workers} worker{'' if workers == 1 else 's'}"
+            group.on_update(Notice(text=f"{why}; resuming with {size} ({before} before)"))
+        nodes, before = node_ids(), workers
+        room = RoomToGrow(counts=counts, workers=workers, each=smallest.each)
+        try:
+            outcome = group.fit(replace(smallest, workers=workers), max_failures=None, grows=room)
+        except GroupFailed as failed:
+            starts = 0 if failed.started else starts + 1
+            if nodes - node_ids():
+                why = "a node is gone, which does not count as a failure"
+            elif failed.started:
+                failures += 1
+                why = f"failure {failures} of {limit}"
+            else:
+                why = f"the workers did not start ({first_line(failed)})"
+            if failures > limit or starts > START_FAILURES:
+                raise failed.reason from None
+            wanted = workers
+            continue
+        outcomes.append(outcome)
+        if not outcome.yielded:
+            return of_all(outcomes)
+        wanted, why = room.found, f"saved at step {outcome.progress.step}, since there is room for {room.found} workers"
 
 
 def _check_batch_size(run: TrainRun, workers: int) -> None:
@@ -85,31 +197,17 @@ def _check_batch_size(run: TrainRun, workers: int) -> None:
         )
 
 
-def _trainer(run: TrainRun, resources: Local | Cluster, size: GroupSize, stores: tuple[str, str | None], inbox: Any) -> Any:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+def _storage(output_dir: str, *, shared: bool) -> dict[str, Any]:
+    """Where Ray Train keeps what it knows of the group: in the output folder. shared: all nodes of a cluster are to see it."""
+    remote = remote_folder(output_dir)
+    if remote is None or not shared:
+        return {"storage_path": str(work_folder(output_dir).resolve() / ".ray")}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    return TorchTrainer(
-        _worker_main,
-        train_loop_config={"run": run, "stores": stores, "inbox": inbox, "threads": max(1, int(size.cpus))},
-        torch_config=TorchConfig(
-            backend=COLLECTIVES["cuda" if size.gpus else "cpu"], timeout_s=max(1, round(resources.collective_timeout_s))
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=size.workers,
-            use_gpu=size.gpus > 0,
-            resources_per_worker={kind: amount for kind, amount in size.each.items() if kind == "CPU" or amount},
-        ),
-        run_config=RunConfig(
-            name=f"group-{os.getpid()}",
-            callbacks=_callbacks(inbox),
-            storage_path=str(Path(run.output_dir).resolve() / ".ray"),
-            failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=START_FAILURES),
-        ),
-    )
+    return {"storage_path": remote.path(".ray"), "storage_filesystem": PyFileSystem(FSSpecHandler(remote.store))}
 
 
-def _fit(trainer: Any, channel: Channel) -> None:
+def _fit(trainer: Any, channel: Channel, grows: Callable[[], bool]) -> None:
     """Run the trainer in a thread, where Ray can't install signal handlers.
 
     So an interrupt, or a callback's EndOfRun, ends the group even while it starts.
@@ -124,11 +222,15 @@ def _fit(trainer: Any, channel: Channel) -> None:
 
     thread = threading.Thread(target=run, name="trainer", daemon=True)
     thread.start()
+    asked = False
     try:
         while thread.is_alive():
             thread.join(POLL_S)
             if isinstance(channel.callback_error, EndOfRun):
                 raise channel.callback_error
+            if not asked and channel.has_started and grows():  # before, it does not hold its place yet
+                asked = True
+                channel.inbox.ask_to_yield.remote()
     except BaseException:
         channel.abort()
         raise
@@ -136,7 +238,7 @@ def _fit(trainer: Any, channel: Channel) -> None:
         raise failures[0]
 
 
-def _callbacks(inbox: Any) -> list[Any]:
+def _callbacks(inbox: Any, run_name: str) -> list[Any]:
     """Callbacks of Ray Train's controller: they send its handle, and the workers that it lost, to the inbox."""
     import ray
     from ray.train import UserCallback
@@ -149,46 +251,16 @@ def _callbacks(inbox: Any) -> list[Any]:
     class SendLosses(UserCallback):
         def __init__(self) -> None:
             self.failures = 0
+            self.metrics: RayMetrics | None = None
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             if any(isinstance(error, UserError) for error in worker_exceptions.values()):
                 return  # the worker has sent it itself
             self.failures += 1
+            self.metrics = self.metrics or RayMetrics(run_name)  # in the controller, since gauges can't be sent there
+            self.metrics.measured("failures", self.failures)
             how = {rank: how_it_ended(error) for rank, error in worker_exceptions.items()}
             details = "\n".join(f"worker {rank}: {error}" for rank, error in worker_exceptions.items())
             inbox.put.remote(WorkersLost(how=how, details=details, failure=self.failures))
 
     return [SendHandle(), SendLosses()]
-
-
-def _worker_main(settings: Mapping[str, Any]) -> None:
-    """Runs in each worker of the group."""
-    import ray
-    import ray.train.torch
-    import torch.distributed as dist
-
-    inbox = settings["inbox"]
-    if ray.get(inbox.error.remote()) is not None:
-        return  # Ray restarts the group after any error, but one that the user has to fix would only occur again
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(settings["threads"])
-
-    def send(message: Message) -> None:
-        inbox.put.remote(message)
-
-    run, rank = settings["run"], dist.get_rank()
-    inbox.join.remote(rank, ray.util.get_node_ip_address())
-    heartbeat = Heartbeat(rank, run.train.stall_timeout_s, inbox.beat.remote, send)
-    try:
-        outcome = work(
-            run, *settings["stores"], device=device, sinks=[send], on_update=send, on_samples=send, on_step=heartbeat.stepped
-        )
-    except UserError as error:
-        ray.get(inbox.fail.remote(error))
-        raise
-    finally:
-        heartbeat.close()
-    ray.get(inbox.leave.remote(rank))
-    if rank == 0:
-        ray.get(inbox.finish.remote(outcome))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from raytune_llm.data.streaming import Stream
 from raytune_llm.data.tokens.tokenizer import first_pieces, stop_ids
 from raytune_llm.memory.flops import peak_flops
 from raytune_llm.models.build import run_config
+from raytune_llm.object_store import RemoteFolder
 from raytune_llm.report.slow import ignore, notify_if_slow
 from raytune_llm.report.updates import ReferencePass, Update
 from raytune_llm.runs.build import Builder, Built
 from raytune_llm.runs.reference import find_reference
+from raytune_llm.runs.remote_output import remote_folder, work_folder
 from raytune_llm.runs.stores import Stores, open_stores, shares_prompts, total_steps
 from raytune_llm.runs.workspace import Workspace
 from raytune_llm.stages import STAGES, Objective, Stage
@@ -59,7 +62,12 @@ class Setup:
 
     @property
     def output(self) -> Path:
-        return Path(self.run.output_dir)
+        return work_folder(self.run.output_dir)
+
+    @cached_property
+    def remote(self) -> RemoteFolder | None:
+        """The output folder, where it is in an object store; `output` is this machine's copy then."""
+        return remote_folder(self.run.output_dir)
 
     def learner(self) -> loop.Learner:
         return loop.Learner(strategy=self.built.strategy, objective=self.objective, device=self.device, enrichers=self.enrichers)

@@ -22,12 +22,14 @@ from raytune_llm.report.scores import held_out_scores, write_scores
 from raytune_llm.report.slow import ignore, notify_if_slow
 from raytune_llm.report.updates import Notice, RunStarted, SampledAnswer, Update
 from raytune_llm.runs.output import full_disk_explained, identity, model_card, write_final
+from raytune_llm.runs.remote_output import CHECKPOINTS, pull_records, push_records, push_results
 from raytune_llm.runs.samples import Sampler
 from raytune_llm.runs.setup import Setup, explained, set_up
 from raytune_llm.runs.workspace import Workspace
 from raytune_llm.train import loop
 from raytune_llm.train.checkpoint import Checkpoints, Progress, read_progress
 from raytune_llm.train.clock import Clock
+from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
 from raytune_llm.train.strategies.base import Strategy, trained
 
 
@@ -43,6 +45,8 @@ class TrainOutcome:
     load_s: float
     train_s: float
     save_s: float
+    yielded: bool = False
+    """Ended before its last step with a checkpoint, so that a group of another size resumes."""
     paused: bool
     """By train.pause_at: there is a checkpoint, and no final/."""
 
@@ -57,11 +61,15 @@ def work(
     on_update: Callable[[Update], None] = lambda update: None,
     on_samples: Callable[[Sequence[SampledAnswer]], None] = lambda samples: None,
     on_step: Callable[[int], None] = lambda step: None,
+    on_measured: Callable[[str, float], None] = lambda name, value: None,
+    yields: Callable[[], bool] = lambda: False,
     workspace: Workspace | None = None,
 ) -> TrainOutcome:
     """Train from the newest checkpoint, or from the start, to the end.
 
-    sinks, on_update, on_samples: called on rank 0 only. on_step: called with the step's number after each step, on every rank.
+    sinks, on_update, on_samples, on_measured: called on rank 0 only. on_step: called with the step's number after each step, on
+    every rank. on_measured: gets figures that are not in records: `data_wait` and `checkpoint_s` (runs/ray_metrics.py).
+    yields: asked at log steps, on every rank, whether to save and end there.
     """
     began = time.perf_counter()
     notify = on_update if not dist.is_initialized() or dist.get_rank() == 0 else ignore
@@ -69,15 +77,18 @@ def work(
     strategy, settings, clock = setup.built.strategy, setup.loop_settings(), Clock()
     with full_disk_explained(setup.output), explained(setup.builder, "training"), ExitStack() as stack:
         checkpoints = Checkpoints(
-            setup.output / "checkpoints",
+            setup.output / CHECKPOINTS,
             keep=run.checkpoint.keep,
             keep_best=settings.save_best,
             asynchronous=run.checkpoint.asynchronous,
+            remote=setup.remote and RemoteCheckpoints(setup.remote / CHECKPOINTS, setup.output / CHECKPOINTS),
         )
         stack.callback(checkpoints.close)
         with notify_if_slow(notify, "loading the checkpoint"):
             progress = restore(checkpoints, strategy)
-        recorder = Recorder(setup, clock, checkpoints, stack, progress.step, sinks, on_samples, notify)
+        if setup.remote is not None and setup.rank == 0:
+            pull_records(setup.remote, setup.output)
+        recorder = Recorder(setup, clock, checkpoints, stack, progress.step, sinks, on_samples, notify, on_measured)
         loaded = time.perf_counter()
         if setup.rank == 0:
             on_update(RunStarted(total_steps=settings.total_steps, first_step=progress.step, choices=setup.choices))
@@ -86,13 +97,20 @@ def work(
         evaluated = "an evaluation and " if settings.eval_on_start else ""
         first.enter_context(notify_if_slow(notify, f"{evaluated}the first step{compiled}"))
         stepped = (lambda step: first.close(), profiled(setup, settings.total_steps, progress.step, stack), on_step)
-        hooks = loop.Hooks(log=recorder.log, save=recorder.save, sample=recorder.sample, stepped=stepped)
+        yielded = False
+
+        def yields_now() -> bool:
+            nonlocal yielded
+            yielded = yields()
+            return yielded
+
+        hooks = loop.Hooks(log=recorder.log, save=recorder.save, sample=recorder.sample, stepped=stepped, yields=yields_now)
         strategy.model.train()
         progress = loop.run(setup.learner(), setup.source, setup.held_out, progress, settings, hooks, clock)
         trained = time.perf_counter()
         check_loss(progress)
         paused = settings.pause_step is not None and settings.pause_step <= progress.step < settings.total_steps
-        if not paused:
+        if not paused and not yielded:
             finish(setup, checkpoints, progress, notify)
     rate = clock.rate()
     return TrainOutcome(
@@ -105,6 +123,7 @@ def work(
         train_s=trained - loaded - recorder.save_s,
         save_s=recorder.save_s + time.perf_counter() - trained,
         paused=paused,
+        yielded=yielded,
     )
 
 
@@ -121,12 +140,13 @@ class Recorder:
         sinks: Sequence[Sink],
         on_samples: Callable[[Sequence[SampledAnswer]], None],
         notify: Callable[[Notice], None],
+        on_measured: Callable[[str, float], None] = lambda name, value: None,
     ) -> None:
         """stack: closes the files at its end. from_step: the step that the files are continued from."""
         self.save_s = 0.0
         """Seconds that training waited for checkpoints."""
         self._setup, self._clock, self._checkpoints, self._on_samples = setup, clock, checkpoints, on_samples
-        self._notify = notify
+        self._notify, self._on_measured = notify, on_measured
         self._identity = identity(setup.run, setup.stores.manifests)
         self._sampler = sampler_of(setup)
         self._report = self._samples = None
@@ -144,13 +164,19 @@ class Recorder:
             machine["memory_gib"] = round(memory_gib(self._setup.device), 3)
             mfu = self._setup.mfu(self._clock.latest)
             machine["mfu"] = None if mfu is None else round(mfu, 4)
+            self._on_measured("data_wait", self._clock.data_wait)
         self._report.log({**record, **machine})
 
     def save(self, progress: Progress) -> None:
         at = time.perf_counter()
         with notify_if_slow(self._notify, f"saving the checkpoint at step {progress.step}"):
+            if self._setup.remote is not None and self._setup.rank == 0:
+                push_records(self._setup.remote, self._setup.output)
             self._checkpoints.save(self._setup.built.strategy.state(), progress, self._identity)
-        self.save_s += time.perf_counter() - at
+        waited = time.perf_counter() - at
+        self.save_s += waited
+        if self._setup.rank == 0:
+            self._on_measured("checkpoint_s", waited)
 
     def sample(self, step: int) -> None:
         samples = [] if self._sampler is None else self._sampler(step)
@@ -217,6 +243,9 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, notify: C
         )
         with notify_if_slow(notify, "writing final/"):
             write_final(setup.output / "final", save, model_card(run, progress.step, progress.loss_last))
+        if setup.remote is not None:
+            with notify_if_slow(notify, f"uploading final/ to {setup.remote.address}"):
+                push_results(setup.remote, setup.output)
     if dist.is_initialized():
         dist.barrier()
 

@@ -4,7 +4,8 @@ progress.json holds a hash of every file of the state. A checkpoint whose files 
 the one before is taken.
 
 The state is torch's distributed checkpoint format: each worker writes its part, and a reader of any world size or strategy takes
-what it needs. A folder without COMPLETE is never read and is swept at the next start.
+what it needs. A folder without COMPLETE is never read and is swept at the next start. Where they lie in an
+object store: remote_checkpoints.py.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -35,9 +37,14 @@ from torch.distributed.tensor import DTensor
 
 from raytune_llm.errors import DataError, ResourceError
 
+if TYPE_CHECKING:
+    from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
+
 log = logging.getLogger(__name__)
 COMPLETE = "COMPLETE"
 PROGRESS = "progress.json"
+METADATA = ".metadata"
+"""The file of torch's format that says which file holds what; the worker with rank 0 writes it."""
 FILES = "files"
 """In progress.json: name -> sha256 of each file of the state."""
 STEP = re.compile(r"step-(\d+)")
@@ -71,9 +78,20 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one run, as one worker sees them."""
 
-    def __init__(self, folder: Path, *, keep: int, asynchronous: bool, keep_best: bool = False) -> None:
-        """Keeps the newest `keep` checkpoints, and with `keep_best` the one with the lowest eval loss."""
-        self.folder, self.keep, self.keep_best = folder, keep, keep_best
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        asynchronous: bool,
+        keep_best: bool = False,
+        remote: RemoteCheckpoints | None = None,
+    ) -> None:
+        """Keeps the newest `keep` checkpoints, and with `keep_best` the one with the lowest eval loss.
+
+        remote: they are kept in an object store, and `folder` is this machine's part of them.
+        """
+        self.folder, self.keep, self.keep_best, self._remote = folder, keep, keep_best, remote
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._writing: Future[None] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
@@ -93,17 +111,20 @@ class Checkpoints:
     def newest(self) -> int | None:
         """The newest intact checkpoint, as rank 0 finds it. Collective over all workers."""
         if self._group is None:
-            return newest_sound(self.folder)
+            return self._newest()
         found: list[Any] = [None]
         if self.rank == 0:
             try:
-                found = [newest_sound(self.folder)]
-            except DataError as error:
+                found = [self._newest()]
+            except (DataError, ResourceError) as error:
                 found = [error]
         dist.broadcast_object_list(found, src=0, group=self._group)
-        if isinstance(found[0], DataError):
+        if isinstance(found[0], DataError | ResourceError):
             raise found[0]
         return found[0]
+
+    def _newest(self) -> int | None:
+        return newest_sound(self.folder) if self._remote is None else self._remote.newest_sound()
 
     def wait(self) -> None:
         """Wait until the checkpoint is on disk. Raises the writer's error."""
@@ -119,6 +140,8 @@ class Checkpoints:
     def load(self, step: int, fill: Callable[[Mapping[str, Tensor], Callable[[dict[str, Tensor]], None]], None]) -> None:
         """`fill(kept, read)` is the strategy's `load`."""
         folder = path_of(self.folder, step) / "state"
+        if self._remote is not None and (problem := self._remote.fetch(step, checked=True)) is not None:
+            raise DataError(f"{self._remote}/step-{step}", problem, "Repeat the command; it resumes from an older checkpoint.")
         try:
             entries = FileSystemReader(folder).read_metadata().state_dict_metadata
         except (OSError, EOFError, ValueError, UnpicklingError) as error:
@@ -153,19 +176,27 @@ class Checkpoints:
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
+                if self._remote is not None:
+                    self._remote.remove(step)
             if self._group is not None:
                 dist.barrier(self._group)
             writer = FileSystemWriter(folder / "state", single_file_per_rank=True)
             with one_process_is_meant():
                 dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-            hashes = self._hashes(folder / "state")
+            hashes = self._hashes(step)
             if self.rank == 0:
                 (folder / PROGRESS).write_text(json.dumps({**document, FILES: hashes}, indent=1))
                 (folder / COMPLETE).touch()
+                if self._remote is not None:
+                    self._remote.complete(step)
                 self._prune(step, best_step)
+            if self._remote is not None:
+                self._remote.keep_here([step])
         except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
+                if self._remote is not None:
+                    self._remote.discard(step)
             _raise_interrupt(error)
             if no_space := no_space_in(error):
                 free = shutil.disk_usage(self.folder).free / 2**30
@@ -175,10 +206,17 @@ class Checkpoints:
                 ) from error
             raise
 
-    def _hashes(self, folder: Path) -> dict[str, str]:
-        """Hashes of all files, each worker its share. Collective over all workers, after all of them have written."""
+    def _hashes(self, step: int) -> dict[str, str]:
+        """Hashes of all files, each worker its share, which it uploads to an object store. Collective over all workers, after all
+        of them have written."""
         rank, world = (self.rank, dist.get_world_size(self._group)) if self._group is not None else (0, 1)
-        mine = {path.name: _hash(path) for path in sorted(folder.iterdir())[rank::world]}
+        files = sorted((path_of(self.folder, step) / "state").iterdir())
+        if self._remote is None:
+            files = files[rank::world]
+        else:  # other machines have folders of their own
+            files = [path for path in files if path.name.startswith(f"__{rank}_") or (rank == 0 and path.name == METADATA)]
+            self._remote.upload(step, [path.name for path in files])
+        mine = {path.name: _hash(path) for path in files}
         if self._group is None:
             return mine
         found: list[dict[str, str]] = [{} for _ in range(world)]
@@ -186,8 +224,11 @@ class Checkpoints:
         return {name: digest for part in found for name, digest in part.items()}
 
     def _prune(self, newest: int, best: int | None) -> None:
-        for step in complete_steps(self.folder)[: -self.keep]:
+        steps = complete_steps(self.folder) if self._remote is None else self._remote.complete_steps()
+        for step in steps[: -self.keep]:
             if step != newest and not (self.keep_best and step == best):
+                if self._remote is not None:
+                    self._remote.remove(step)
                 remove(self.folder, step)
 
 
@@ -206,9 +247,14 @@ def newest_sound(folder: Path) -> int | None:
 
     Says which newer ones are damaged. Raises DataError where all are.
     """
+    return newest_of(str(folder), complete_steps(folder), partial(damage, folder))
+
+
+def newest_of(where: str, steps: Sequence[int], problem_of: Callable[[int], str | None]) -> int | None:
+    """As newest_sound, of these steps, ascending. problem_of: what is wrong with one; None if it is intact."""
     problems: list[str] = []
-    for step in reversed(complete_steps(folder)):
-        problem = damage(folder, step)
+    for step in reversed(steps):
+        problem = problem_of(step)
         if problem is None:
             for known in problems:
                 log.warning("checkpoint %s: using step-%d", known, step)
@@ -216,7 +262,7 @@ def newest_sound(folder: Path) -> int | None:
         problems.append(f"step-{step} is damaged ({problem})")
     if problems:
         what, fix = "; ".join(problems), "Set resume=never to start anew, or choose another output_dir."
-        raise DataError(str(folder), f"holds no usable checkpoint: {what}", fix)
+        raise DataError(where, f"holds no usable checkpoint: {what}", fix)
     return None
 
 
@@ -224,7 +270,7 @@ def damage(folder: Path, step: int) -> str | None:
     """What is wrong with a checkpoint's files; None if they match their hashes."""
     place = path_of(folder, step)
     try:
-        values = _read_progress(place)
+        values = read_document(place)
     except DataError as error:
         return error.problem
     hashes = values[FILES]
@@ -239,13 +285,13 @@ def damage(folder: Path, step: int) -> str | None:
 
 def read_progress(folder: Path, step: int) -> tuple[Progress, dict[str, str]]:
     """The progress of the run, and the identity that it was saved with."""
-    values = _read_progress(path_of(folder, step))
+    values = read_document(path_of(folder, step))
     names = Progress.__dataclass_fields__
     progress = Progress(**{name: value for name, value in values.items() if name in names})
     return progress, {name: value for name, value in values.items() if name not in names and name != FILES}
 
 
-def _read_progress(place: Path) -> dict[str, Any]:
+def read_document(place: Path) -> dict[str, Any]:
     try:
         values = json.loads((place / PROGRESS).read_text())
     except (OSError, ValueError) as error:
@@ -259,6 +305,14 @@ def _read_progress(place: Path) -> dict[str, Any]:
             "Set resume=never, or finish the run with that version.",
         )
     return values
+
+
+def digest(path: Path) -> str | None:
+    """None: it can't be read."""
+    try:
+        return _hash(path)
+    except OSError:
+        return None
 
 
 def _hash(path: Path) -> str:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Rate(NamedTuple):
@@ -22,10 +24,12 @@ class Clock:
         self.latest: Rate | None = None
         self._tokens = self._attention_pairs = 0
         self._total, self._warm = (0, 0, 0.0), (0, 0, 0.0)  # the latter without the first reading, which includes warm-up
-        self._since, self._paused_s = 0.0, 0.0
+        self._since, self._paused_s, self._waited_s = 0.0, 0.0, 0.0
+        self.data_wait = 0.0
+        """Fraction of the time between the last two readings in which the source of steps had none ready."""
 
     def start(self) -> None:
-        self._since, self._paused_s = time.perf_counter(), 0.0
+        self._since, self._paused_s, self._waited_s = time.perf_counter(), 0.0, 0.0
 
     def stepped(self, tokens: int, attention_pairs: int) -> None:
         self._tokens, self._attention_pairs = self._tokens + tokens, self._attention_pairs + attention_pairs
@@ -37,13 +41,25 @@ class Clock:
         if self.latest is not None:
             self._warm = _sum(self._warm, found)
         self._total = _sum(self._total, found)
-        self._tokens, self._attention_pairs, self._since, self._paused_s = 0, 0, now, 0.0
+        self.data_wait = self._waited_s / found[2]
+        self._tokens, self._attention_pairs, self._since, self._paused_s, self._waited_s = 0, 0, now, 0.0, 0.0
         self.latest = _rate(*found)
         return self.latest
 
     def rate(self) -> Rate | None:
         """Over the run; without the first reading, which includes warm-up, if there are more."""
         return _rate(*(self._warm if self._warm[2] else self._total)) if self.latest is not None else None
+
+    def awaited(self, steps: Iterator[T]) -> Iterator[T]:
+        """The same steps; counts how long each was waited for."""
+        while True:
+            began = time.perf_counter()
+            try:
+                step = next(steps)
+            except StopIteration:
+                return
+            self._waited_s += time.perf_counter() - began
+            yield step
 
     @contextmanager
     def stopped(self) -> Iterator[None]:

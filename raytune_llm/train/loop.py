@@ -76,6 +76,8 @@ class Hooks:
     """Called at each evaluation, with the step."""
     stepped: Sequence[Callable[[int], None]] = ()
     """Called after each step, with its number."""
+    yields: Callable[[], bool] = lambda: False
+    """Called at log steps: whether to save and end here, so that another group of workers resumes."""
 
 
 def run(
@@ -87,7 +89,10 @@ def run(
     hooks: Hooks,
     clock: Clock,
 ) -> Progress:
-    """Train from `progress` to the last step (an early stop, a pause) and return the final progress. held_out: by source."""
+    """Train from `progress` to the last step (an early stop, a pause, a yield). Returns the final progress.
+
+    held_out: by source.
+    """
     window = Window(learner.device, progress.window)
     resume(learner.enrichers, progress)
     clock.start()
@@ -98,7 +103,7 @@ def run(
             hooks.log({"step": 0, **evaluation(learner, held_out, seed=settings.seed)})
             hooks.sample(0)
     with closing(source.steps(progress, learner.strategy.model)) as steps:
-        for step in steps:
+        for step in clock.awaited(steps):
             lr = settings.learning_rate(progress.step)
             one_step(learner, step, window, lr=lr, seed=settings.seed + progress.step)
             advance(progress, step)
@@ -107,7 +112,8 @@ def run(
                 stepped(progress.step)
             last, paused = progress.step == settings.total_steps, progress.step == settings.pause_step
 
-            if last or progress.step == 1 or progress.step % settings.log_every == 0:
+            logs = last or progress.step == 1 or progress.step % settings.log_every == 0
+            if logs:
                 log_step(progress, learner.objective, window, clock, settings, hooks, epoch=step.epoch + step.fraction, lr=lr)
             stopped = False
             if held_out and (last or paused or due(progress.step, settings.eval_every, step.ends_epoch)):
@@ -115,10 +121,11 @@ def run(
                     stopped = evaluate(learner, held_out, progress, settings, hooks)
                     hooks.sample(progress.step)
             best = settings.save_best and progress.best_step == progress.step
-            if last or paused or stopped or best or due(progress.step, settings.save_every, step.ends_epoch):
+            ends = last or paused or stopped or (logs and hooks.yields())
+            if ends or best or due(progress.step, settings.save_every, step.ends_epoch):
                 with clock.stopped():
                     save(progress, window, source, learner.enrichers, hooks)
-            if last or paused or stopped:
+            if ends:
                 break
     return progress
 

@@ -62,7 +62,7 @@ def share_of(resources: Local | Cluster, there: Mapping[str, float], *, most: in
 
 def workers_of(resources: Local | Cluster) -> int:
     """Of each trial."""
-    return 1 if resources.num_workers == "auto" else resources.num_workers
+    return resources.num_workers if isinstance(resources.num_workers, int) else 1
 
 
 def _times(there: float, each: float) -> int:

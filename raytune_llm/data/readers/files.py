@@ -18,15 +18,10 @@ from typing import Any, BinaryIO
 import fsspec
 
 from raytune_llm.errors import DataError, ResourceError, first_line
+from raytune_llm.object_store import EXTRAS, is_address
 
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Extras of this package by protocol."""
 TAGS = ("md5Hash", "crc32c", "ETag", "etag", "content_md5")
 """Names under which stores tell what identifies a file's contents."""
-
-
-def is_address(path: str) -> bool:
-    return "://" in path
 
 
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh91AY&SY": "bz2"}

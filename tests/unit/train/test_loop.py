@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -203,3 +204,20 @@ def test_an_early_stop_saves_and_ends(loader: Loader) -> None:
     progress = loop.run(learner, loader, {"": loader}, Progress(), settings, recorder.hooks(), Clock())
     assert progress.step < 50
     assert [saved.step for saved in recorder.saved] == [progress.step]
+
+
+def test_the_time_that_steps_are_waited_for_is_a_fraction_of_the_clock_s():
+    def slow_steps() -> Iterator[int]:
+        for step in range(3):
+            time.sleep(0.05)
+            yield step
+
+    clock = Clock()
+    clock.start()
+    for _ in clock.awaited(slow_steps()):
+        time.sleep(0.05)
+    clock.read()
+    assert 0.3 < clock.data_wait < 0.7
+    time.sleep(0.01)
+    clock.read()
+    assert clock.data_wait == 0, "it is that of the steps since the last reading"

@@ -1,0 +1,186 @@
+"""A folder of an object store (s3://, gs://, whatever fsspec knows), such as a run's output folder.
+
+Objects are written whole or not at all, and can't be renamed: what makes others count (COMPLETE, finished.json) is written last.
+Credentials and endpoints are those that the store's own package takes from the environment (AWS_PROFILE, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS, ...).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from raytune_llm.errors import ConfigError, ResourceError, first_line
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Extras of this package by protocol."""
+NO_STORES = ("file", "local", "http", "https", "ftp", "github", "data")
+"""Protocols of fsspec that name no object store that can be written."""
+PATIENCE_S = 120.0
+"""A store that fails is asked again for so long."""
+PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
+AT_ONCE = 8
+"""Files that one process moves at the same time."""
+DECIDED = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError, IsADirectoryError, NotADirectoryError)
+"""Answers of a store that asking again doesn't change."""
+
+
+def is_address(path: str) -> bool:
+    return "://" in path
+
+
+class RemoteFolder:
+    """Names of files are relative to the folder, with slashes."""
+
+    def __init__(self, address: str, *, patience_s: float = PATIENCE_S) -> None:
+        """Raises ImportError where the package for the store is missing, ValueError where fsspec doesn't know the protocol."""
+        self.address, self._patience_s = address.rstrip("/"), patience_s
+        # Another process may write the same folder, so that a listing is never reused.
+        self.store, root = fsspec.url_to_fs(self.address, use_listings_cache=False)
+        self._root = str(root).rstrip("/")
+
+    def __truediv__(self, name: str) -> RemoteFolder:
+        return RemoteFolder(f"{self.address}/{name}", patience_s=self._patience_s)
+
+    def path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def files(self) -> dict[str, int]:
+        """Name -> size in bytes, of all files in the folder and below it."""
+
+        def found() -> dict[str, int]:
+            self.store.invalidate_cache()
+            entries: dict[str, Any] = self.store.find(self._root, detail=True)
+            return {path[len(self._root) + 1 :]: int(entry["size"]) for path, entry in entries.items()}
+
+        try:
+            return self._persist("listed", "", found)
+        except FileNotFoundError:
+            return {}
+
+    def read(self, name: str) -> bytes | None:
+        """None: there is no such file."""
+        try:
+            return self._persist("read", name, lambda: self.store.cat_file(self.path(name)))
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, content: bytes) -> None:
+        self._persist("written", name, lambda: self.store.pipe_file(self.path(name), content))
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file that is not there. False: it is there, also where another process wrote it at the same moment."""
+        try:
+            self._persist("written", name, lambda: self.store.pipe_file(self.path(name), content, mode="create"))
+        except FileExistsError:
+            return False
+        return True
+
+    def modified(self, name: str) -> float:
+        """When the file was written, in epoch seconds by the store's clock. Raises FileNotFoundError."""
+
+        def asked() -> float:
+            self.store.invalidate_cache()
+            return self.store.modified(self.path(name)).timestamp()
+
+        return self._persist("looked at", name, asked)
+
+    def upload(self, folder: Path, names: list[str]) -> None:
+        """The files of a local folder. Raises OSError where one arrives with another size."""
+
+        def one(name: str) -> None:
+            def put() -> None:
+                self.store.put_file(str(folder / name), self.path(name))
+                self.store.invalidate_cache()
+                size, there = (folder / name).stat().st_size, self.store.info(self.path(name))["size"]
+                if size != there:
+                    raise OSError(f"{there} of {size} bytes arrived")
+
+            self._persist("written", name, put)
+
+        self._at_once(one, names)
+
+    def download(self, names: list[str], folder: Path) -> None:
+        """To a local folder. A file is replaced once all of it is here."""
+
+        def one(name: str) -> None:
+            target = folder / name
+            beside = target.with_name(f".{target.name}.part")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._persist("read", name, lambda: self.store.get_file(self.path(name), str(beside)))
+            beside.replace(target)
+
+        self._at_once(one, names)
+
+    def remove(self, name: str) -> None:
+        """A file, or a folder with all that is below it. Nothing happens where it is not there."""
+
+        def gone() -> None:
+            self.store.invalidate_cache()
+            if self.store.exists(self.path(name)):
+                self.store.rm(self.path(name), recursive=True)
+
+        try:
+            self._persist("removed", name, gone)
+        except FileNotFoundError:
+            return
+
+    def _at_once(self, does: Callable[[str], None], names: list[str]) -> None:
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="object-store") as pool:
+            list(pool.map(does, names))
+
+    def _persist(self, done: str, name: str, ask: Callable[[], T]) -> T:
+        """Ask again while the store fails (throttling, timeouts, a network that is away), for a time."""
+        until, pause = time.monotonic() + self._patience_s, PAUSE_S
+        while True:
+            try:
+                return ask()
+            except DECIDED:
+                raise
+            except Exception as error:  # each store has errors of its own, of no common kind
+                what = f"{self.address}/{name}".rstrip("/")
+                if time.monotonic() + pause > until:
+                    reason = f"{what} can't be {done} ({type(error).__name__}: {first_line(error)})"
+                    raise ResourceError(
+                        reason, "The same command resumes from the newest checkpoint once the store answers."
+                    ) from error
+                log.warning("%s can't be %s (%s); trying again in %.1f s", what, done, first_line(error), pause)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def check_writable(address: str, setting: str) -> None:
+    """Raises ConfigError or ResourceError if the store can't be reached, or the folder not written, listed and read."""
+    protocol = address.partition("://")[0]
+    if protocol in NO_STORES:
+        raise ConfigError(
+            setting, "must be a folder, or the address of an object store (s3://, gs://)", got=address, fix="Choose another one."
+        )
+    name = f".probe-{time.time_ns():x}"
+    try:
+        folder = RemoteFolder(address, patience_s=0.0)
+        folder.write(name, b"probe")
+        readable = folder.read(name) == b"probe" and name in folder.files()
+        folder.remove(name)
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        fix = f"pip install 'raytune-llm[{extra}]'." if extra else "Install it."
+        raise ResourceError(f"{protocol}:// needs another package ({first_line(error)})", fix) from None
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, ResourceError) and error.__cause__ is not None else error
+        raise ConfigError(
+            setting,
+            f"must be a folder that can be written ({type(cause).__name__}: {first_line(cause)})",
+            got=address,
+            fix="Check the bucket, and the credentials and the endpoint in the environment (AWS_PROFILE, AWS_ENDPOINT_URL, ...).",
+        ) from None
+    if not readable:
+        raise ConfigError(setting, "must be a folder that can be read and listed", got=address, fix="Check the permissions.")

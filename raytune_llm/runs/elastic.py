@@ -1,0 +1,136 @@
+"""A group of workers that follows the cluster's size (resources.num_workers=[fewest,most]). [ray]
+
+The driver decides on the size. A group that there is room to enlarge is asked to save and end, and a larger one resumes, so that
+no step is lost. A group that lost a worker is started again with the size that there is room for: another one at once where its
+node is gone, the same one where the node has room for the worker again. Each size computes the same steps: the global batch, the
+order of the samples and the schedule don't depend on it.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from raytune_llm.report.updates import Notice
+from raytune_llm.runs.faults import waiting_line
+from raytune_llm.runs.nodes import room_of
+from raytune_llm.runs.worker import TrainOutcome
+
+POLL_S = 0.5
+LOOK_EVERY_S = 2.0
+SETTLED_S = 4.0
+"""There is room for a larger group once there has been for so long: nodes of a cluster join one after another."""
+RELEASED_WITHIN_S = 20.0
+"""What an ended group held is free after so long, or is not the run's any more."""
+ANSWERS_WITHIN_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+
+
+def nodes_there() -> list[Node]:
+    """Those that answer: Ray counts a node that is gone for some seconds more."""
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return [Node(total=node["Resources"], free=free[node["NodeID"]]) for node in _alive() if node["NodeID"] in free]
+
+
+def node_ids() -> set[str]:
+    return {node["NodeID"] for node in _alive()}
+
+
+def _alive() -> list[Mapping[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"] and _answers(node)]
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWERS_WITHIN_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def largest(counts: Sequence[int], nodes: Sequence[Node], each: Mapping[str, float], *, held: int = 0) -> int | None:
+    """The largest of the numbers of workers that there is room for now, `held` of them in their places. None: not one."""
+    room = held + sum(room_of(node.free, each) for node in nodes)
+    return max((count for count in counts if count <= room), default=None)
+
+
+def largest_ever(counts: Sequence[int], nodes: Sequence[Node], each: Mapping[str, float]) -> int | None:
+    """As `largest`, if nobody else held anything."""
+    return largest(counts, [Node(total=node.total, free=node.total) for node in nodes], each)
+
+
+def wait_for_room(
+    counts: Sequence[int], each: Mapping[str, float], notify: Callable[[Notice], None], *, wanted: int | None = None
+) -> int:
+    """How many workers the next group has. Waits for the fewest as long as it takes.
+
+    wanted: the size to wait for a moment, as long as the nodes have it and others, or a group that is ending, hold some of it.
+    """
+    began, noticed = time.monotonic(), ""
+    while True:
+        nodes = nodes_there()
+        found, possible = largest(counts, nodes, each), largest_ever(counts, nodes, each)
+        waited = time.monotonic() - began
+        aim = min(wanted, possible) if wanted is not None and possible is not None else counts[0]
+        if found is not None and (found >= aim or waited > RELEASED_WITHIN_S):
+            return found
+        line = waiting_line(counts[0], each, _sum(node.free for node in nodes), _sum(node.total for node in nodes))
+        if line is not None and line != noticed and waited > LOOK_EVERY_S:
+            notify(Notice(text=line))
+            noticed = line
+        time.sleep(POLL_S)
+
+
+def _sum(resources: Any) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for one in resources:
+        for kind, amount in one.items():
+            total[kind] = total.get(kind, 0.0) + amount
+    return total
+
+
+@dataclass(kw_only=True)
+class RoomToGrow:
+    """Watches for room for a larger group while one trains. Call it often."""
+
+    counts: Sequence[int]
+    workers: int
+    each: Mapping[str, float]
+    look: Callable[[], Sequence[Node]] = nodes_there
+    clock: Callable[[], float] = time.monotonic
+    found: int | None = field(default=None, init=False)
+    """The larger number of workers that there was room for when last looked at."""
+    _looked: float = field(default=float("-inf"), init=False)
+    _since: float | None = field(default=None, init=False)
+
+    def __call__(self) -> bool:
+        """Whether there has been room for SETTLED_S."""
+        now = self.clock()
+        if self.workers >= self.counts[-1] or now - self._looked < LOOK_EVERY_S:
+            return False
+        self._looked = now
+        self.found = largest(self.counts, self.look(), self.each, held=self.workers)
+        if self.found is None or self.found <= self.workers:
+            self._since = None
+            return False
+        self._since = now if self._since is None else self._since
+        return now - self._since >= SETTLED_S
+
+
+def of_all(outcomes: Sequence[TrainOutcome]) -> TrainOutcome:
+    """The result of groups that resumed one another, in order."""
+    last = outcomes[-1]
+    times = {name: sum(getattr(one, name) for one in outcomes) for name in ("load_s", "train_s", "save_s")}
+    return replace(last, **times)

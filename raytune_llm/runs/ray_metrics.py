@@ -1,0 +1,47 @@
+"""A run's figures as metrics of Ray, which Prometheus scrapes from every node and Grafana shows. [ray]
+
+Ray exports each under `ray_` and its name here, with the tag `run`. cluster/grafana/training.json is a dashboard of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+GAUGES = {
+    "step": "Optimizer steps that are done",
+    "loss": "Training loss of the last log step",
+    "eval_loss": "Loss over the held-out rows, of the last evaluation",
+    "lr": "Learning rate",
+    "grad_norm": "Norm of the gradient before clipping",
+    "tokens_seen": "Trained tokens, padding not counted",
+    "tokens_per_s": "Tokens a second, over all workers",
+    "mfu": "Model FLOPs utilization, 0 to 1",
+    "memory_gib": "Peak memory of rank 0 in GiB",
+    "data_wait": "Fraction of the time, 0 to 1, that rank 0 waited for batches since the last log step",
+    "checkpoint_s": "Seconds that training waited for the last checkpoint",
+    "workers": "Workers of the group, which changes where resources.num_workers is a range",
+    "failures": "Worker failures that the run has survived, or ended by",
+}
+"""Name of a record's field, or of another figure -> description."""
+PREFIX = "raytune_llm_"
+
+
+class RayMetrics:
+    """The figures of one run. Made in a process that is connected to Ray."""
+
+    def __init__(self, run: str) -> None:
+        from ray.util.metrics import Gauge
+
+        self._tags = {"run": run}
+        self._gauges = {name: Gauge(f"{PREFIX}{name}", text, tag_keys=("run",)) for name, text in GAUGES.items()}
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """A sink: sets the gauges of the fields that a record has."""
+        for name in record.keys() & self._gauges.keys():
+            self.measured(name, record[name])
+
+    def measured(self, name: str, value: float) -> None:
+        if math.isfinite(value):
+            self._gauges[name].set(value, tags=self._tags)

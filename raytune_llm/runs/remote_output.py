@@ -1,0 +1,145 @@
+"""An output folder in an object store (output_dir=s3://bucket/folder).
+
+Each machine of the run works in a local folder, and what counts is in the store: checkpoints, metrics and samples are there once
+a checkpoint is, `final/` once the run has written it, and what the driver writes (settings, summary, TensorBoard's files) at its
+end. A run resumes on any machine from what is in the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from raytune_llm import object_store
+from raytune_llm.errors import ResourceError
+from raytune_llm.object_store import RemoteFolder, is_address
+from raytune_llm.packaged import cache_dir
+from raytune_llm.report.metrics import METRICS, SAMPLES
+from raytune_llm.runs import owner
+
+FINISHED, CHECKPOINTS, FINAL = "finished.json", "checkpoints", "final"
+BY_WORKERS = (METRICS, SAMPLES, "scores.jsonl", "scores.png", FINAL, "profile")
+"""Files and folders that the worker with rank 0 writes."""
+
+
+def work_folder(output_dir: str) -> Path:
+    """Where a run writes on this machine: its output folder, or a folder in the cache if that is in an object store."""
+    if not is_address(output_dir):
+        return Path(output_dir)
+    return cache_dir() / "outputs" / hashlib.sha256(output_dir.rstrip("/").encode()).hexdigest()[:16]
+
+
+def remote_folder(output_dir: str) -> RemoteFolder | None:
+    """None: the output folder is on a file system."""
+    return RemoteFolder(output_dir) if is_address(output_dir) else None
+
+
+def check_writable(output_dir: str) -> None:
+    """Raises ConfigError or ResourceError where a run could not write."""
+    owner.check_writable(work_folder(output_dir))
+    if is_address(output_dir):
+        object_store.check_writable(output_dir, "output_dir")
+
+
+@contextmanager
+def owned(output_dir: str, *, anew: bool, notify: Callable[[str], None]) -> Iterator[Path]:
+    """Own the output folder inside the block. Yields the local one, which holds then what the store has of the run, and from
+    which the store has everything after the block, also where it raised an error.
+
+    anew: nothing of an earlier run is kept (resume=never).
+    """
+    folder, remote = work_folder(output_dir), remote_folder(output_dir)
+    with owner.owned(folder):
+        if remote is None:
+            yield folder
+            return
+        with owner.owned_remotely(remote):
+            pull(remote, folder, anew=anew)
+            try:
+                yield folder
+            except BaseException:
+                with suppress(OSError, ResourceError):
+                    push(remote, folder)
+                raise
+            push(remote, folder)
+            notify(f"{remote.address} has all of the run; a copy is in {folder}")
+
+
+def saved_steps(output_dir: str) -> list[int]:
+    """Those with a complete checkpoint, ascending."""
+    from raytune_llm.train.checkpoint import complete_steps  # loads torch
+    from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
+
+    folder, remote = work_folder(output_dir) / CHECKPOINTS, remote_folder(output_dir)
+    return complete_steps(folder) if remote is None else RemoteCheckpoints(remote / CHECKPOINTS, folder).complete_steps()
+
+
+def pull(remote: RemoteFolder, folder: Path, *, anew: bool = False) -> None:
+    """Make the local folder what the store has: of checkpoints the newest intact one, of `final/` what has been finished."""
+    from raytune_llm.train.remote_checkpoints import RemoteCheckpoints  # loads torch
+
+    if anew:
+        for name in {name.split("/")[0] for name in remote.files()} - {owner.LOCK}:
+            remote.remove(name)
+    checkpoints = RemoteCheckpoints(remote / CHECKPOINTS, folder / CHECKPOINTS)
+    checkpoints.sweep()
+    names = [name for name in remote.files() if not name.startswith((f"{CHECKPOINTS}/", "."))]
+    for path in local_files(folder):
+        if path not in names:
+            (folder / path).unlink()
+    remote.download([name for name in names if not name.startswith(f"{FINAL}/")], folder)
+    if FINISHED in names:
+        hashes = json.loads((folder / FINISHED).read_text())["files"]
+        final = [name for name in names if name.startswith(f"{FINAL}/")]
+        remote.download([name for name in final if _digest(folder / name) != hashes.get(name)], folder)
+    else:
+        shutil.rmtree(folder / FINAL, ignore_errors=True)
+    checkpoints.newest_sound()
+
+
+def push(remote: RemoteFolder, folder: Path) -> None:
+    """What the driver wrote. finished.json, which says that the run is complete, goes last."""
+    mine = [name for name in local_files(folder) if name.split("/")[0] not in BY_WORKERS]
+    remote.upload(folder, [name for name in mine if name != FINISHED])
+    if FINISHED in mine:
+        remote.upload(folder, [FINISHED])
+
+
+def push_records(remote: RemoteFolder, folder: Path) -> None:
+    """Of the worker with rank 0, before a checkpoint."""
+    remote.upload(folder, [name for name in (METRICS, SAMPLES) if (folder / name).exists()])
+
+
+def pull_records(remote: RemoteFolder, folder: Path) -> None:
+    """To the machine of rank 0, which appends to them from a checkpoint on; it may not be the one that wrote them."""
+    remote.download([name for name in (METRICS, SAMPLES) if name in remote.files()], folder)
+
+
+def push_results(remote: RemoteFolder, folder: Path) -> None:
+    """All that the worker with rank 0 wrote, after its last step."""
+    remote.remove(FINAL)
+    remote.upload(folder, [name for name in local_files(folder) if name.split("/")[0] in BY_WORKERS])
+
+
+def collect(remote: RemoteFolder, folder: Path) -> None:
+    """What the worker with rank 0 wrote comes to the driver's machine."""
+    shutil.rmtree(folder / FINAL, ignore_errors=True)
+    remote.download([name for name in remote.files() if name.split("/")[0] in BY_WORKERS], folder)
+
+
+def local_files(folder: Path) -> list[str]:
+    """Of a run, but its checkpoints, as names in the store. Hidden files, such as the lock, stay on the machine."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path.as_posix() for path in paths if path.parts[0] != CHECKPOINTS and not path.parts[0].startswith(".")]
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None

@@ -1,0 +1,111 @@
+"""Checkpoints in an object store: the files of a step, then its progress.json, then COMPLETE.
+
+A local folder on each machine holds what the machine wrote or read of them. A file there is read if it has the hash that
+progress.json says, and downloaded otherwise, once a machine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from raytune_llm.errors import DataError, ResourceError
+from raytune_llm.object_store import RemoteFolder
+from raytune_llm.train.checkpoint import COMPLETE, FILES, PROGRESS, STEP, digest, newest_of, path_of, read_document
+
+
+class RemoteCheckpoints:
+    def __init__(self, remote: RemoteFolder, folder: Path) -> None:
+        """folder: the local one."""
+        self._remote, self._folder = remote, folder
+
+    def __str__(self) -> str:
+        return self._remote.address
+
+    def complete_steps(self) -> list[int]:
+        """Ascending."""
+        marks = (name.split("/") for name in self._remote.files())
+        return sorted(int(found[1]) for step, *rest in marks if rest == [COMPLETE] and (found := STEP.fullmatch(step)))
+
+    def sweep(self) -> None:
+        """Remove what a crash left half-written."""
+        complete = {f"step-{step}" for step in self.complete_steps()}
+        for folder in {name.split("/")[0] for name in self._remote.files()}:
+            if STEP.fullmatch(folder) and folder not in complete:
+                self._remote.remove(folder)
+
+    def newest_sound(self) -> int | None:
+        """The newest intact one, which is here then. None if there is none. Raises DataError where all are damaged."""
+        steps = self.complete_steps()
+        self.keep_here(steps)
+        return newest_of(str(self), steps, self.fetch)
+
+    def fetch(self, step: int, *, checked: bool = False) -> str | None:
+        """Download what this machine lacks of a checkpoint. Returns what is wrong with it; None if its files have their hashes.
+
+        checked: another process of the run has looked at the hashes; the files of a machine are looked at once.
+        """
+        place, name = path_of(self._folder, step), f"step-{step}"
+        with self._one_process_of_this_machine():
+            try:
+                self._remote.download([f"{name}/{PROGRESS}"], self._folder)
+                seen = hashlib.sha256((place / PROGRESS).read_bytes()).hexdigest()
+                if checked and _text(place / COMPLETE) == seen:
+                    return None
+                hashes = read_document(place)[FILES]
+                lacking = [file for file, known in hashes.items() if digest(place / "state" / file) != known]
+                self._remote.download([f"{name}/state/{file}" for file in lacking], self._folder)
+            except FileNotFoundError as error:
+                return f"a file is missing in the store ({error})"
+            except DataError as error:
+                return error.problem
+            for file in lacking:
+                if digest(place / "state" / file) != hashes[file]:
+                    return f"{file} has other bytes than were written"
+            (place / COMPLETE).write_text(seen)
+        return None
+
+    def upload(self, step: int, files: Sequence[str]) -> None:
+        """Files of the state, which this process wrote."""
+        self._remote.upload(self._folder, [f"step-{step}/state/{file}" for file in files])
+
+    def complete(self, step: int) -> None:
+        """After all files of the state are there."""
+        self._remote.upload(self._folder, [f"step-{step}/{PROGRESS}"])
+        self._remote.write(f"step-{step}/{COMPLETE}", b"")
+
+    def remove(self, step: int) -> None:
+        """COMPLETE is removed first."""
+        self._remote.remove(f"step-{step}/{COMPLETE}")
+        self._remote.remove(f"step-{step}")
+
+    def discard(self, step: int) -> None:
+        """As `remove`, while something failed already: what stays has no COMPLETE, and is swept at the next start."""
+        try:
+            self.remove(step)
+        except (OSError, ResourceError):
+            return
+
+    def keep_here(self, steps: Sequence[int]) -> None:
+        """Remove the local files of all other steps."""
+        for place in self._folder.glob("step-*"):
+            if (found := STEP.fullmatch(place.name)) and int(found[1]) not in steps:
+                shutil.rmtree(place, ignore_errors=True)
+
+    @contextmanager
+    def _one_process_of_this_machine(self) -> Iterator[None]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / ".fetching").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None

@@ -1,0 +1,174 @@
+"""Runs whose output folder is in an object store: a store in memory, and S3 as a server in this process plays it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from raytune_llm import api, load_config
+from raytune_llm.config.run import TrainRun
+from raytune_llm.errors import ConfigError
+from raytune_llm.object_store import RemoteFolder
+from raytune_llm.report.metrics import read_metrics
+from raytune_llm.report.updates import Notice
+from raytune_llm.runs import owner
+from raytune_llm.runs.remote_output import work_folder
+from tests.runs import PowerCut, cut_at, tiny_run
+
+MEASURED = {"tokens_per_s", "memory_gib", "mfu"}
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (names | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("outputs")
+        yield "s3://outputs"
+    server.stop()
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Machines differ by their cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    return tmp_path
+
+
+@pytest.fixture
+def memory() -> str:
+    return f"memory://outputs/{uuid.uuid4().hex}"
+
+
+def numbers(folder: Path) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in record.items() if name not in MEASURED}
+        for record in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def run_of(rows: str, cache: str, output: object, *overrides: str) -> TrainRun:
+    return tiny_run(rows, cache, output, "checkpoint.every_steps=2", "train.max_steps=6", "train.sample_rows=1", *overrides)
+
+
+@pytest.fixture(scope="module")
+def plain(chat_rows: str, cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    api.train(run_of(chat_rows, cache, folder))
+    return folder
+
+
+@pytest.mark.parametrize("store", ["memory", "s3"])
+def test_a_run_resumes_on_another_machine_from_what_is_in_the_store(
+    store: str,
+    plain: Path,
+    chat_rows: str,
+    cache: str,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+):
+    address = request.getfixturevalue("memory") if store == "memory" else f"{request.getfixturevalue('s3')}/a/run"
+    run = run_of(chat_rows, cache, address, f"checkpoint.asynchronous={str(store == 's3').lower()}")
+    with pytest.raises(PowerCut):
+        api.train(run, sinks=[cut_at(5)])
+    remote = RemoteFolder(address)
+    there = remote.files()
+    assert {name for name in there if name.endswith("COMPLETE")} == {f"checkpoints/step-{n}/COMPLETE" for n in (2, 4)}
+    assert owner.LOCK not in there, "whoever failed owns the folder no more"
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_cache / "other"))
+    notices: list[str] = []
+    result = api.train(run, on_update=lambda news: notices.append(news.text) if isinstance(news, Notice) else None)
+    assert result.resumed_from == 4 and any(address in line for line in notices)
+    assert numbers(result.output_dir) == numbers(plain)
+    assert sorted(path.name for path in (plain / "final").iterdir()) == sorted(path.name for path in result.final.iterdir())
+    assert (result.final / "adapter_model.safetensors").read_bytes() == (
+        plain / "final" / "adapter_model.safetensors"
+    ).read_bytes()
+    there = remote.files()
+    assert {"run.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "summary.json", "finished.json"} <= there.keys()
+    assert {name.split("/")[1] for name in there if name.startswith("checkpoints/")} == {"step-4", "step-6"}, "checkpoint.keep=2"
+    assert f"output_dir: {address}" in (remote.read("run.yaml") or b"").decode()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_cache / "third"))
+    again = api.train(run)
+    assert again.already_done and again.final.is_dir()
+
+
+def test_a_damaged_checkpoint_in_the_store_is_passed_over_and_a_half_written_one_swept(
+    chat_rows: str, cache: str, own_cache: Path, memory: str, caplog: pytest.LogCaptureFixture
+):
+    run = run_of(chat_rows, cache, memory)
+    with pytest.raises(PowerCut):
+        api.train(run, sinks=[cut_at(5)])
+    remote = RemoteFolder(memory)
+    state = "checkpoints/step-4/state/__0_0.distcp"
+    content = remote.read(state)
+    assert content is not None
+    remote.write(state, b"x" + content[1:])
+    remote.write("checkpoints/step-9/state/__0_0.distcp", b"half of it")
+    shutil.rmtree(work_folder(memory))
+    assert api.train(run).resumed_from == 2
+    assert "has other bytes than were written" in caplog.text
+    assert not any(name.startswith("checkpoints/step-9/") for name in remote.files())
+
+
+def test_resume_never_keeps_nothing_of_what_was_in_the_store(chat_rows: str, cache: str, own_cache: Path, memory: str):
+    with pytest.raises(PowerCut):
+        api.train(run_of(chat_rows, cache, memory), sinks=[cut_at(5)])
+    with pytest.raises(ConfigError, match=r"output_dir holds another run; what changed: optimizer\.lr"):
+        api.train(run_of(chat_rows, cache, memory, "optimizer.lr=2e-3"))
+    result = api.train(run_of(chat_rows, cache, memory, "optimizer.lr=2e-3", "resume=never", "train.max_steps=2"))
+    assert result.resumed_from is None and result.summary.steps == 2
+    assert {name.split("/")[1] for name in RemoteFolder(memory).files() if name.startswith("checkpoints/")} == {"step-2"}
+
+
+def test_a_folder_that_another_host_uses_is_refused_until_its_lock_is_old(
+    chat_rows: str, cache: str, own_cache: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+):
+    remote = RemoteFolder(memory)
+    remote.write(owner.LOCK, json.dumps({"host": "elsewhere", "pid": 7, "started": "1", "token": "x"}).encode())
+    run = run_of(chat_rows, cache, memory, "train.max_steps=1")
+    with pytest.raises(ConfigError, match="process 7 on elsewhere"):
+        api.train(run)
+    assert set(remote.files()) == {owner.LOCK}
+    monkeypatch.setattr(owner, "STALE_AFTER_S", 0.2)
+    time.sleep(0.3)
+    assert api.train(run).summary.steps == 1
+
+
+def test_what_can_not_work_is_refused_before_anything_is_prepared(
+    s3: str, chat_rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
+    cache = tmp_path / "tokens"
+    with pytest.raises(ConfigError, match=r"output_dir must be a folder that can be written .*bucket.*s3://no-such-bucket/x"):
+        api.train(run_of(chat_rows, str(cache), "s3://no-such-bucket/x"))
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("tune", ["data.path=x", "output_dir=s3://b/x"]),
+        ("train", ["data.path=x", "data.cache=s3://b/tokens"]),
+        ("predict", ["data.path=x", "model=tiny_random", "output_dir=s3://b/x"]),
+        ("evaluate", ["model=tiny_random", "evaluate.tasks=[mmlu_test]", "evaluate.data=x", "output_dir=s3://b/x"]),
+        ("export", ["export.run=x", "export.output_dir=s3://b/x"]),
+    ],
+)
+def test_verbs_that_need_a_file_system_say_so(verb: str, words: list[str]):
+    with pytest.raises(ConfigError, match="must be on a file system"):
+        load_config(verb, words)

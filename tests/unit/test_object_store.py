@@ -1,0 +1,91 @@
+"""A folder in an object store that fails now and then, for a while, or for good."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from raytune_llm import object_store
+from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.object_store import RemoteFolder, check_writable
+
+
+class Failing(MemoryFileSystem):
+    """Answers every second question with the error of a store that is throttled."""
+
+    protocol = "failing"
+    questions = 0
+    always = False
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return MemoryFileSystem._strip_protocol(path.removeprefix("failing://"))
+
+    def _fail(self) -> None:
+        Failing.questions += 1
+        if self.always or Failing.questions % 2:
+            raise OSError("SlowDown: Please reduce your request rate.")
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        self._fail()
+        super().pipe_file(path, value, mode=mode, **kwargs)
+
+    def cat_file(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        self._fail()
+        return super().cat_file(path, *args, **kwargs)
+
+    def put_file(self, lpath: str, rpath: str, *args: Any, **kwargs: Any) -> None:
+        self._fail()
+        if Failing.questions % 4 == 0:  # of the file a part arrives
+            super().pipe_file(rpath, Path(lpath).read_bytes()[:3])
+        else:
+            super().put_file(lpath, rpath, *args, **kwargs)
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> RemoteFolder:
+    fsspec.register_implementation("failing", Failing, clobber=True)
+    monkeypatch.setattr(object_store, "PAUSE_S", 0.01)
+    Failing.questions = 0
+    return RemoteFolder(f"failing://bucket/{uuid.uuid4().hex}")
+
+
+def test_a_store_that_is_throttled_is_asked_again_and_no_part_of_a_file_passes_for_it(folder: RemoteFolder, tmp_path: Path):
+    names = [f"a/{number}" for number in range(9)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"the text of {name}")
+    folder.upload(tmp_path, names)
+    assert folder.files() == dict.fromkeys(names, 15)
+    folder.download(names, tmp_path / "back")
+    assert [(tmp_path / "back" / name).read_text() for name in names] == [f"the text of {name}" for name in names]
+    assert Failing.questions > 2 * len(names)
+    folder.remove("a")
+    assert folder.files() == {} and folder.read("a/0") is None
+
+
+def test_of_two_who_create_a_file_one_does(folder: RemoteFolder):
+    assert folder.create("lock", b"mine")
+    assert not folder.create("lock", b"theirs")
+    assert folder.read("lock") == b"mine"
+
+
+def test_a_store_that_stays_away_is_named(folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Failing, "always", True)
+    with pytest.raises(ResourceError, match=r"failing://bucket/\w+/x can't be written \(OSError: SlowDown"):
+        RemoteFolder(folder.address, patience_s=0.05).write("x", b"")
+    with pytest.raises(
+        ConfigError, match=r"output_dir must be a folder that can be written \(OSError: SlowDown.*AWS_ENDPOINT_URL"
+    ):
+        check_writable(folder.address, "output_dir")
+
+
+@pytest.mark.parametrize("address", ["http://host/x", "file:///tmp/x", "nothing://x"])
+def test_what_is_no_object_store_is_refused(address: str):
+    with pytest.raises(ConfigError, match="output_dir must be"):
+        check_writable(address, "output_dir")
