@@ -408,9 +408,16 @@ def _corrupt(path: Path, problem: str) -> DataError:
 
 def _as_numpy(column: Any) -> Any:
     """(offsets, values) of a column of lists, or the values of any other; views, except for booleans."""
-    if pa.types.is_list(column.type):
-        return column.offsets.to_numpy(), column.values.to_numpy()
-    return column.to_numpy(zero_copy_only=False)
+    return (_values(column.offsets), _values(column.values)) if pa.types.is_list(column.type) else _values(column)
+
+
+def _values(array: Any) -> np.ndarray:
+    """Of an array without nulls. pyarrow's own `to_numpy` imports pandas, for more than a second, wherever it is installed."""
+    first, last = array.offset, array.offset + len(array)
+    buffer = array.buffers()[1] or b""
+    if pa.types.is_boolean(array.type):
+        return np.unpackbits(np.frombuffer(buffer, np.uint8), bitorder="little")[first:last].astype(bool)
+    return np.frombuffer(buffer, array.type.to_pandas_dtype())[first:last]
 
 
 def _value(column: Any, row: int) -> Any:

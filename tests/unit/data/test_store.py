@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -91,3 +93,9 @@ def test_a_complete_store_is_not_made_again(tmp_path, make_store):
 
 def test_the_key_does_not_depend_on_the_order_of_its_parts():
     assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1}) != key_of({"a": 1, "b": 3})
+
+
+def test_a_store_is_read_without_pandas(make_store):
+    code = "import sys; from pathlib import Path; from raytune_llm.data.store import Store; Store.open(Path(sys.argv[1])).row(0)"
+    words = [sys.executable, "-c", f"{code}; print('pandas' in sys.modules)", str(make_store(ROWS).folder)]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "False\n"
