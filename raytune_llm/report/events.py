@@ -21,7 +21,7 @@ from dataclasses import asdict
 from typing import Any
 
 from raytune_llm.report.display import REFERENCE_EVERY_S, Display
-from raytune_llm.report.metrics import finite_or_named, named_as_numbers, summary_of
+from raytune_llm.report.metrics import non_finite_as_strings, strings_as_non_finite, summary_of
 from raytune_llm.report.progress import Pace
 from raytune_llm.report.updates import Notice, ReferencePass, RunFinished, RunStarted, SampledAnswer, Update
 
@@ -76,7 +76,7 @@ class EventLog:
         pass
 
     def _event(self, kind: str, **values: Any) -> None:
-        event = {"event": kind, "time": round(time.time(), 3), **finite_or_named(values)}
+        event = {"event": kind, "time": round(time.time(), 3), **non_finite_as_strings(values)}
         self._write(json.dumps(event, allow_nan=False, ensure_ascii=False))
 
 
@@ -93,7 +93,7 @@ def event_of(line: str) -> dict[str, Any] | None:
 
 def record_of(event: Mapping[str, Any]) -> dict[str, Any]:
     """The record of metrics.jsonl in a `step` event."""
-    return named_as_numbers({name: value for name, value in event.items() if name not in ("event", *ABOUT_TIME)})
+    return strings_as_non_finite({name: value for name, value in event.items() if name not in ("event", *ABOUT_TIME)})
 
 
 def show(event: Mapping[str, Any], display: Display) -> None:

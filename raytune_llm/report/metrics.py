@@ -40,7 +40,7 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(finite_or_named(record), allow_nan=False) + "\n")
+        self._file.write(json.dumps(non_finite_as_strings(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -71,7 +71,7 @@ class Report(JsonLines):
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, in order. An incomplete last line, left by a crash, is ignored; other bad lines raise
     DataError."""
-    return [named_as_numbers(record) for _, record in _lines(path)]
+    return [strings_as_non_finite(record) for _, record in _lines(path)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +106,11 @@ class Summary:
 
 def summary_of(values: Mapping[str, Any]) -> Summary:
     """The Summary in the values of a summary.json."""
-    return Summary(**{**named_as_numbers(values), "wall_s": WallTime(**values["wall_s"])})
+    return Summary(**{**strings_as_non_finite(values), "wall_s": WallTime(**values["wall_s"])})
 
 
 def write_summary(path: Path, summary: Summary) -> None:
-    write_atomically(path, json.dumps(finite_or_named(asdict(summary)), indent=2, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(non_finite_as_strings(asdict(summary)), indent=2, allow_nan=False) + "\n")
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -125,19 +125,19 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         if isinstance(record, dict) and "step" in record:
             lines.append((f"{text}\n", record))
         elif number < len(texts) - 1:
-            raise DataError(f"{path}, row {number}", "is no JSON object", "Remove the line.")
+            raise DataError(f"{path}, row {number}", "is not a JSON object", "Remove the line.")
     return lines
 
 
-def named_as_numbers(record: Record) -> dict[str, Any]:
-    """What `finite_or_named` made strings of, as numbers again."""
+def strings_as_non_finite(record: Record) -> dict[str, Any]:
+    """The inverse of `non_finite_as_strings`."""
     return {name: float(value) if isinstance(value, str) and value in _NON_FINITE else value for name, value in record.items()}
 
 
-def finite_or_named(values: Record) -> dict[str, Any]:
+def non_finite_as_strings(values: Record) -> dict[str, Any]:
     """NaN and infinities, which JSON doesn't have, as the strings "NaN", "Infinity" and "-Infinity"."""
     return {
-        name: finite_or_named(value)
+        name: non_finite_as_strings(value)
         if isinstance(value, Mapping)
         else json.dumps(value)
         if isinstance(value, float) and not math.isfinite(value)

@@ -32,10 +32,10 @@ def loss_curve(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
         strip.set_yticks([rates.max()], [f"{rates.max():.2g}"])
         strip.set_ylabel("lr", color=INK, rotation=0, ha="right", va="center")
         lowest = strip
-        _quiet(strip)
+        _style(strip)
     else:
         axes = lowest = figure.subplots()
-    _quiet(axes)
+    _style(axes)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
 
@@ -73,7 +73,7 @@ def score_scatter(chosen_P: Sequence[float], rejected_P: Sequence[float], path: 
     both = np.concatenate([chosen, rejected])
     margin = 0.05 * max(np.ptp(both), 1e-6)
     axes.set(xlim=(both.min() - margin, both.max() + margin), ylim=(both.min() - margin, both.max() + margin), aspect="equal")
-    _quiet(axes)
+    _style(axes)
     axes.legend(loc="lower right", labelcolor=INK, facecolor="white", edgecolor="none", framealpha=1)
     axes.set_title(f"held-out pairs: {right.mean():.0%} right", loc="left", color=INK, fontsize=12, pad=10)
     axes.set_xlabel("score of the rejected answer", color=INK)
@@ -108,7 +108,7 @@ def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray
     return steps, values
 
 
-def _quiet(axes: Any) -> None:
+def _style(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#bbbbbb")
     axes.margins(x=0.01)

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-PLAIN_EVERY_S = 10.0
-PLAIN_EVERY_FRACTION = 0.1
+LINE_EVERY_S = 10.0
+LINE_EVERY_FRACTION = 0.1
 
 
 class Pace:
@@ -44,7 +44,7 @@ class ProgressBar:
         self._shown: dict[str, Any] = {"step": first_step}
         console = console or Console()
         self._line = (
-            _Moving(console, total_steps, first_step) if console.is_terminal else _Plain(console, total_steps, first_step, clock)
+            _Bar(console, total_steps, first_step) if console.is_terminal else _Lines(console, total_steps, first_step, clock)
         )
 
     def update(self, record: Mapping[str, Any], left_s: float | None = None) -> None:
@@ -69,37 +69,37 @@ def describe(record: Mapping[str, Any], left_s: float | None) -> str:
         ("eval_accuracy", "eval accuracy {:.0%}"),
         ("tokens_per_s", "{:,.0f} tokens/s"),
     )
-    said = [form.format(record[name]) for name, form in parts if name in record]
-    return "  ".join([*said, *([f"{timedelta(seconds=round(left_s))} left"] if left_s is not None else [])])
+    text = [form.format(record[name]) for name, form in parts if name in record]
+    return "  ".join([*text, *([f"{timedelta(seconds=round(left_s))} left"] if left_s is not None else [])])
 
 
-class _Moving:
+class _Bar:
     def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
-        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
+        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
         self._progress = Progress(*columns, console=console)
-        self._task = self._progress.add_task("train", total=total_steps, completed=first_step, said="")
+        self._task = self._progress.add_task("train", total=total_steps, completed=first_step, text="")
         self._progress.start()
 
-    def show(self, step: int, said: str) -> None:
-        self._progress.update(self._task, completed=step, said=said)
+    def show(self, step: int, text: str) -> None:
+        self._progress.update(self._task, completed=step, text=text)
 
     def close(self) -> None:
         self._progress.stop()
 
 
-class _Plain:
+class _Lines:
     """Prints a line at the first record, then every tenth of the run or every ten seconds, and at the last step."""
 
     def __init__(self, console: Console, total_steps: int, first_step: int, clock: Callable[[], float]) -> None:
         self._console, self._total, self._clock = console, total_steps, clock
         self._next_step, self._next_time = first_step, clock()
 
-    def show(self, step: int, said: str) -> None:
+    def show(self, step: int, text: str) -> None:
         if step < min(self._next_step, self._total) and self._clock() < self._next_time:
             return
-        self._next_step = step + max(1, round(self._total * PLAIN_EVERY_FRACTION))
-        self._next_time = self._clock() + PLAIN_EVERY_S
-        self._console.print(f"step {step}/{self._total}  {said}", highlight=False, soft_wrap=True)
+        self._next_step = step + max(1, round(self._total * LINE_EVERY_FRACTION))
+        self._next_time = self._clock() + LINE_EVERY_S
+        self._console.print(f"step {step}/{self._total}  {text}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         pass

@@ -52,11 +52,11 @@ def open_tracker(tracking: TrackingConfig, run: TrackedRun) -> Tracker:
 
 def check_tracker(tracking: TrackingConfig) -> None:
     """Raises ResourceError if the tracker's package is not installed, without importing it."""
-    if TRACKERS[tracking.name] is not nowhere and importlib.util.find_spec(tracking.name) is None:
+    if TRACKERS[tracking.name] is not no_tracker and importlib.util.find_spec(tracking.name) is None:
         raise _missing(tracking.name)
 
 
-def nowhere(tracking: TrackingConfig, run: TrackedRun) -> Tracker:
+def no_tracker(tracking: TrackingConfig, run: TrackedRun) -> Tracker:
     return Tracker(send=lambda numbers, step: None, close=lambda: None)
 
 
@@ -75,7 +75,7 @@ def tensorboard(tracking: TrackingConfig, run: TrackedRun) -> Tracker:
 
 
 def wandb(service: Service, run: TrackedRun) -> Tracker:
-    """https://docs.wandb.ai/ref/python/init. Repeated steps are the same to the last bit, so that W&B drops them is no loss."""
+    """https://docs.wandb.ai/ref/python/init. W&B drops steps that are repeated after a resume; their values are identical."""
     tracked = _package("wandb").init(
         project=service.project,
         name=service.run or run.name,
@@ -92,7 +92,8 @@ def wandb(service: Service, run: TrackedRun) -> Tracker:
 def mlflow(service: Service, run: TrackedRun) -> Tracker:
     """https://mlflow.org/docs/latest/ml/tracking. The server is MLFLOW_TRACKING_URI; without one, a file in the output folder.
 
-    MLflow takes at most 6,000 characters a parameter, and no parameter twice. Steps that come again stand there twice, alike.
+    MLflow accepts at most 6,000 characters per parameter and each parameter once. Steps that are repeated after a resume
+    are there twice, with identical values.
     """
     client = _package("mlflow")
     if not client.is_tracking_uri_set():
@@ -136,7 +137,7 @@ def trackio(service: Service, run: TrackedRun) -> Tracker:
 
 
 TRACKERS: dict[str, Callable[[Any, TrackedRun], Tracker]] = {
-    "none": nowhere,
+    "none": no_tracker,
     "tensorboard": tensorboard,
     "wandb": wandb,
     "mlflow": mlflow,
