@@ -1,8 +1,8 @@
-"""An engine that is another package's, behind our protocol: what packages have in common.
+"""Another package's engine (vLLM, SGLang) behind our Engine protocol.
 
-A `Host` computes: it is asked for tokens, and loads adapters. Everything else is the same for all packages and for our own
-engine: stop strings and text from tokens, versions of adapters, cancellation, counts. One event loop in a thread of its own asks
-the host.
+A `Host` wraps the package: it generates tokens and loads adapters. HostedEngine does what is common to all packages and to our
+own engine: text and stop strings from tokens, versions of adapters, cancellation, counts. It calls the host in an event loop
+that has a thread of its own.
 """
 
 from __future__ import annotations
@@ -34,75 +34,78 @@ from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
 from raytune_llm.models.score_head import refuse_separate_head
 
 WATCH_S = 0.05
-"""A request that nobody waits for is given up within this."""
+"""Interval of the heartbeat, and the longest time until a cancelled request is aborted."""
 CLOSE_S = 60.0
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
-class Version:
-    """One version of an adapter: files of ours, so that a folder that is replaced changes nothing of it."""
+class AdapterVersion:
+    """One version of an adapter, with a copy of its files: they stay the same if the folder is replaced."""
 
     name: str
     number: int
-    """From 1 on; no two versions have the same, whatever their names."""
+    """From 1; unique among all versions of all adapters."""
     digest: str
     rank: int
     files: tempfile.TemporaryDirectory[str]
     pinned: bool
     users: int = 0
-    """Requests that are computed with it, or wait to be."""
+    """Number of its requests that are running or waiting."""
     retired: bool = False
-    """Nobody can ask for it any more."""
+    """It was replaced or removed: no new request uses it, and it is unloaded after the last one."""
 
     @property
     def key(self) -> str:
-        """What the package knows it by. Packages' prefix caches go by an adapter's name: a new version has another one."""
+        """Its name in the package. Each version has another one, because packages key their prefix caches by it."""
         return f"{self.name}@{self.number}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class HostRequest:
+    """A request in the form that hosts take."""
+
     key: str
-    """Of the request."""
+    """Unique in the engine."""
     prompt_ids: list[int]
     sampling: Sampling
     max_new_tokens: int
     end_ids: tuple[int, ...]
-    """Tokens that end the answer; none where sampling.ignore_end."""
-    version: Version | None
+    """Stop tokens; empty with sampling.ignore_end."""
+    version: AdapterVersion | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tokens:
-    """What a host made since the last time."""
+class GeneratedTokens:
+    """Tokens that were generated since the last ones."""
 
     ids: Sequence[int]
-    """With the token that ends the answer."""
+    """Including the stop token."""
     logprobs: Sequence[TokenLogprob] = ()
-    """One a token, where they were asked for."""
+    """One per token, if the request asks for them."""
     cached_tokens: int = 0
-    """Of the prompt, what the prefix cache held."""
+    """Tokens of the prompt that the prefix cache had."""
     finish: Finish | None = None
 
 
 class Host(Protocol):
-    """Methods are called in the event loop that the host was made in."""
+    """Its methods are called in the event loop in which it was created."""
 
-    def answer(self, asked: Asked) -> AsyncGenerator[Tokens, None]:
-        """Until its `finish`. Raises a UserError for what the package refuses. Closing it frees what the request holds."""
+    def generate(self, request: HostRequest) -> AsyncGenerator[GeneratedTokens, None]:
+        """Ends after tokens with a `finish`. Raises UserError for what the package refuses. Closing the generator aborts the
+        request."""
         ...
 
-    async def load(self, version: Version) -> None:
-        """Raises ConfigError for an adapter that the package refuses."""
+    async def load(self, version: AdapterVersion) -> None:
+        """Load the adapter, and pin it if it is pinned. Raises ConfigError if the package refuses it."""
         ...
 
-    async def unload(self, version: Version) -> None:
-        """No request uses it."""
+    async def unload(self, version: AdapterVersion) -> None:
+        """Called when no request uses it any more."""
         ...
 
     def failure(self) -> str | None:
-        """Why it computes nothing any more; None while it does."""
+        """Why the package has failed for good. None: it is running."""
         ...
 
     def close(self) -> None: ...
@@ -120,13 +123,12 @@ class _Counts:
 
 
 @dataclass(eq=False)
-class _Answer:
-    request: Request
+class _Generation:
     stream: Stream
-    asked: Asked
+    host_request: HostRequest
     text: TextStream
-    begun: bool = False
-    """Something of it was made."""
+    started: bool = False
+    """It has tokens."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     cached_tokens: int = 0
@@ -142,7 +144,7 @@ class HostedEngine:
         *,
         limits: AdapterLimits,
     ) -> None:
-        """start: makes the host, in the event loop that will ask it."""
+        """start: creates the host, and is called in the event loop that will call the host."""
         check_installed(limits)
         if serving.scores or serving.adapter is not None:
             rule = "must be native or hf for a reward model, and for an adapter that brings tokens"
@@ -153,19 +155,19 @@ class HostedEngine:
         self._tokenizer, self._end_ids, self._max_length = serving.tokenizer, tuple(serving.end_ids), serving.limit
         self._limits = limits
         self._lock = threading.Lock()
-        """For versions and counts: requests come from any thread."""
-        self._versions: dict[str, Version] = {}
+        """For versions and counts, which any thread may change."""
+        self._versions: dict[str, AdapterVersion] = {}
         self._adding = threading.Lock()
         self._numbers, self._requests = itertools.count(1), itertools.count(1)
         self._counts = _Counts()
-        self._answers: dict[asyncio.Task[None], Stream] = {}
+        self._generations: dict[asyncio.Task[None], Stream] = {}
         self._last_step_at = time.monotonic()
         self._closed = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
         try:
-            self._host: Host = self._wait(_made(start))
+            self._host: Host = self._run(_started(start))
         except BaseException:
             self._end_loop()
             raise
@@ -194,7 +196,7 @@ class HostedEngine:
                 version.users += 1
             self._counts.waiting += 1
         sampling, stream = request.sampling, Stream()
-        asked = Asked(
+        host_request = HostRequest(
             key=f"r{next(self._requests)}",
             prompt_ids=ids,
             sampling=sampling,
@@ -202,8 +204,8 @@ class HostedEngine:
             end_ids=() if sampling.ignore_end else self._end_ids,
             version=version,
         )
-        answer = _Answer(request, stream, asked, TextStream(self._tokenizer, sampling.stop))
-        self._loop.call_soon_threadsafe(self._begin, answer)
+        generation = _Generation(stream, host_request, TextStream(self._tokenizer, sampling.stop))
+        self._loop.call_soon_threadsafe(self._start, generation)
         return stream
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
@@ -229,7 +231,7 @@ class HostedEngine:
                 if before is not None and before.digest == digest and before.pinned == (pinned or before.pinned):
                     files.cleanup()
                     return digest
-                self._put(Version(name, next(self._numbers), digest, rank, files, pinned))
+                self._put(AdapterVersion(name, next(self._numbers), digest, rank, files, pinned))
             except BaseException:
                 files.cleanup()
                 raise
@@ -253,7 +255,7 @@ class HostedEngine:
                     name=one.name,
                     version=one.digest,
                     rank=one.rank,
-                    residency="device" if one.users or one.pinned else "host",  # packages don't tell
+                    residency="device" if one.users or one.pinned else "host",  # packages don't report it
                     pinned=one.pinned,
                     in_use=one.users,
                 )
@@ -261,7 +263,7 @@ class HostedEngine:
             ]
 
     def pin(self, name: str, pinned: bool) -> None:
-        """Packages pin an adapter when they load it: it is loaded once more."""
+        """Loads the adapter again, because packages pin an adapter while loading it."""
         with self._adding:
             with self._lock:
                 version = self._versions.get(name)
@@ -269,7 +271,7 @@ class HostedEngine:
                 raise ConfigError("the adapter", "must be one that is loaded", got=name)
             if version.pinned != pinned:
                 files = _copied(Path(version.files.name))
-                self._put(Version(name, next(self._numbers), version.digest, version.rank, files, pinned))
+                self._put(AdapterVersion(name, next(self._numbers), version.digest, version.rank, files, pinned))
 
     def stats(self) -> Stats:
         with self._lock:
@@ -278,7 +280,7 @@ class HostedEngine:
                 running=counts.running,
                 waiting=counts.waiting,
                 waiting_by_reason={"rows": counts.waiting},
-                cache_used=float("nan"),  # packages tell it to their own metrics
+                cache_used=float("nan"),  # packages report it only in their own metrics
                 prefix_hits=counts.cached,
                 prefix_queries=counts.prompted,
                 generated_tokens=counts.generated,
@@ -295,147 +297,148 @@ class HostedEngine:
             return
         self._closed.set()
         self._watching.cancel()
-        self._wait(self._give_up(ResourceError("the engine was closed before the answer was complete")))
+        self._run(self._fail_all(ResourceError("the engine was closed before the answer was complete")))
         try:
-            self._wait(_called(self._host.close))
+            self._run(_called(self._host.close))
         finally:
             self._end_loop()
             for version in self._versions.values():
                 version.files.cleanup()
 
-    # In the loop ------------------------------------------------------------------------------------------------------------
+    # In the event loop ------------------------------------------------------------------------------------------------------
 
-    def _begin(self, answer: _Answer) -> None:
-        task = self._loop.create_task(self._answer(answer))
-        self._answers[task] = answer.stream
-        task.add_done_callback(self._answers.pop)
+    def _start(self, generation: _Generation) -> None:
+        task = self._loop.create_task(self._generate(generation))
+        self._generations[task] = generation.stream
+        task.add_done_callback(self._generations.pop)
 
-    async def _answer(self, answer: _Answer) -> None:
+    async def _generate(self, generation: _Generation) -> None:
         ended: Finish | Exception | None = None
         try:
-            ended = await self._read(answer)
+            ended = await self._read(generation)
         except asyncio.CancelledError:
-            ended = "cancelled" if answer.stream.cancelled.is_set() else None  # None: it has failed, and was told so
+            ended = "cancelled" if generation.stream.cancelled.is_set() else None  # None: `_fail_all` has failed the stream
         except UserError as error:
             ended = error
-        except Exception as error:  # theirs: whoever waits is told
+        except Exception as error:  # of the package
             ended = ResourceError(f"{self._limits.package} failed ({type(error).__name__}: {error})")
-        self._left(answer)
+        self._release(generation)
         if isinstance(ended, Exception):
-            answer.stream.fail(ended)
+            generation.stream.fail(ended)
         elif ended is not None:
-            self._end(answer, ended)
+            self._end(generation, ended)
 
-    async def _read(self, answer: _Answer) -> Finish:
-        """What the host tells, published as it comes."""
-        async with aclosing(self._host.answer(answer.asked)) as told:
-            async for tokens in told:
-                if not answer.begun:
-                    answer.begun = True
+    async def _read(self, generation: _Generation) -> Finish:
+        """Publish the host's tokens as they come, until the answer is complete."""
+        async with aclosing(self._host.generate(generation.host_request)) as new_tokens:
+            async for tokens in new_tokens:
+                if not generation.started:
+                    generation.started = True
                     with self._lock:
                         self._counts.waiting, self._counts.running = self._counts.waiting - 1, self._counts.running + 1
-                finish = self._take(answer, tokens)
+                finish = self._publish(generation, tokens)
                 if finish is not None:
                     return finish
         raise ResourceError(f"{self._limits.package} ended an answer without a reason", "Ask again")
 
-    def _take(self, answer: _Answer, tokens: Tokens) -> Finish | None:
-        """Publish them, up to the end of the answer."""
-        text, told = "", []
+    def _publish(self, generation: _Generation, tokens: GeneratedTokens) -> Finish | None:
+        """Publish tokens up to the end of the answer. Returns the finish reason if it ends."""
+        text, logprobs = "", []
         finish = None
-        answer.cached_tokens = max(answer.cached_tokens, tokens.cached_tokens)
+        generation.cached_tokens = max(generation.cached_tokens, tokens.cached_tokens)
         for at, token in enumerate(tokens.ids):
             with self._lock:
                 self._counts.generated += 1
-            if token in answer.asked.end_ids:
+            if token in generation.host_request.end_ids:
                 finish = "stop"
                 break
-            answer.ids.append(token)
-            text += answer.text.push(token)
+            generation.ids.append(token)
+            text += generation.text.push(token)
             if tokens.logprobs:
-                told.append(tokens.logprobs[at])
-            if answer.text.stopped is not None:
+                logprobs.append(tokens.logprobs[at])
+            if generation.text.stopped is not None:
                 finish = "stop"
                 break
-        answer.logprobs += told
+        generation.logprobs += logprobs
         self._counts.steps += 1
-        if text or told:
-            answer.stream.put(Delta(text=text, logprobs=tuple(told)))
+        if text or logprobs:
+            generation.stream.put(Delta(text=text, logprobs=tuple(logprobs)))
         return finish or tokens.finish
 
-    def _end(self, answer: _Answer, finish: Finish) -> None:
-        text = answer.text.finish()
-        if answer.text.stopped is not None and finish != "cancelled":
+    def _end(self, generation: _Generation, finish: Finish) -> None:
+        text = generation.text.finish()
+        if generation.text.stopped is not None and finish != "cancelled":
             finish = "stop"
-        version = answer.asked.version
+        version = generation.host_request.version
         completion = Completion(
-            ids=tuple(answer.ids),
-            text=answer.text.text,
+            ids=tuple(generation.ids),
+            text=generation.text.text,
             finish=finish,
-            prompt_tokens=len(answer.asked.prompt_ids),
-            cached_tokens=answer.cached_tokens,
-            logprobs=tuple(answer.logprobs),
+            prompt_tokens=len(generation.host_request.prompt_ids),
+            cached_tokens=generation.cached_tokens,
+            logprobs=tuple(generation.logprobs),
             adapter_version=None if version is None else version.digest,
         )
-        answer.stream.put(Delta(text=text, completion=completion))
+        generation.stream.put(Delta(text=text, completion=completion))
 
-    def _left(self, answer: _Answer) -> None:
-        version, begun = answer.asked.version, answer.begun
+    def _release(self, generation: _Generation) -> None:
+        """Update the counts, and unload a retired version after its last request."""
+        version, started = generation.host_request.version, generation.started
         with self._lock:
             counts = self._counts
-            counts.running, counts.waiting = counts.running - begun, counts.waiting - (not begun)
-            if begun:
-                counts.prompted += len(answer.asked.prompt_ids)
-                counts.cached += answer.cached_tokens
+            counts.running, counts.waiting = counts.running - started, counts.waiting - (not started)
+            if started:
+                counts.prompted += len(generation.host_request.prompt_ids)
+                counts.cached += generation.cached_tokens
             if version is not None:
                 version.users -= 1
             drop = version is not None and version.retired and not version.users
         if drop and version is not None and not self._closed.is_set():
-            self._loop.create_task(self._drop(version))
+            self._loop.create_task(self._unload(version))
 
     async def _watch(self) -> None:
-        """Heartbeat; and requests that nobody waits for."""
+        """Every WATCH_S: check that the package is running, and cancel the requests that callers have cancelled."""
         while True:
             await asyncio.sleep(WATCH_S)
             error = self._failure()
             if error is not None:
                 self._closed.set()
-                await self._give_up(error)
+                await self._fail_all(error)
                 return
             self._last_step_at = time.monotonic()
-            for task, stream in list(self._answers.items()):
+            for task, stream in list(self._generations.items()):
                 if stream.cancelled.is_set():
                     task.cancel()
 
-    async def _give_up(self, error: ResourceError) -> None:
-        for task, stream in list(self._answers.items()):
+    async def _fail_all(self, error: ResourceError) -> None:
+        for task, stream in list(self._generations.items()):
             stream.fail(error)
             task.cancel()
-        await asyncio.gather(*self._answers, return_exceptions=True)
+        await asyncio.gather(*self._generations, return_exceptions=True)
 
-    async def _drop(self, version: Version) -> None:
+    async def _unload(self, version: AdapterVersion) -> None:
         await self._host.unload(version)
         version.files.cleanup()
 
-    # What they share --------------------------------------------------------------------------------------------------------
+    # Adapters and the loop, from any thread -------------------------------------------------------------------------------
 
-    def _put(self, version: Version) -> None:
-        """Loaded, and then in place of the one that has its name."""
-        self._wait(self._host.load(version))
+    def _put(self, version: AdapterVersion) -> None:
+        """Load the version, then let it replace the one of the same name."""
+        self._run(self._host.load(version))
         with self._lock:
             before, self._versions[version.name] = self._versions.get(version.name), version
             self._counts.loads += 1
         if before is not None:
             self._retire(before)
 
-    def _retire(self, version: Version) -> None:
+    def _retire(self, version: AdapterVersion) -> None:
         with self._lock:
             version.retired = True
             drop = not version.users
         if drop:
-            self._wait(self._drop(version))
+            self._run(self._unload(version))
 
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _end_loop(self) -> None:
@@ -460,7 +463,7 @@ def check_hosted(
     served: ServedModels,
     limits: AdapterLimits,
 ) -> None:
-    """What a package can't do for us, before anything is loaded. Raises ConfigError or, where it is missing, ResourceError."""
+    """Raises ConfigError for settings that the package can't serve, and ResourceError if it is not installed. Loads nothing."""
     if settings.python is None:
         check_installed(limits)
     lacking = f"with engine={limits.module}, which reads a model's own files"
@@ -478,13 +481,14 @@ def check_hosted(
 
 
 def check_installed(limits: AdapterLimits) -> None:
+    """Raises ResourceError if the package is not installed here."""
     if importlib.util.find_spec(limits.module) is None:
         extra = f"pip install 'raytune-llm[serve,{limits.module}]'"
         fix = f"Install it in an environment of its own ({extra}), and start `serve` there or set engine.python to its Python."
         raise ResourceError(f"engine={limits.module} needs {limits.package}, which is not installed here", fix)
 
 
-async def _made(start: Callable[[], Awaitable[Host]]) -> Host:
+async def _started(start: Callable[[], Awaitable[Host]]) -> Host:
     return await start()
 
 
@@ -493,6 +497,7 @@ async def _called(work: Callable[[], None]) -> None:
 
 
 def _copied(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """A copy of an adapter's files. Raises DataError if one is missing."""
     kept = tempfile.TemporaryDirectory(prefix="raytune-llm-adapter-")
     for name in (WEIGHTS, CONFIG):
         try:

@@ -1,6 +1,6 @@
-"""`engine=sglang`: SGLang's Engine computes, our server asks it. Written for SGLang 0.5.23; the only file that names the package.
+"""`engine=sglang`: SGLang's Engine computes, our server calls it. Written for SGLang 0.5.23; only this file names the package.
 
-SGLang needs another torch and another transformers than training does, so it has an environment of its own (docs/serving.md).
+SGLang needs another torch and another transformers than training does, so it needs an environment of its own (docs/serving.md).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.serve import ServedModels
 from raytune_llm.config.serve import SGLangEngine as SGLangSettings
 from raytune_llm.engines.adapter_limits import UNCOMPUTED, AdapterLimits
-from raytune_llm.engines.hosted import Asked, HostedEngine, Tokens, Version, check_hosted
+from raytune_llm.engines.hosted import AdapterVersion, GeneratedTokens, HostedEngine, HostRequest, check_hosted
 from raytune_llm.engines.native.build import Serving
 from raytune_llm.engines.requests import TokenLogprob
 from raytune_llm.errors import ConfigError, ResourceError
 
-LACKS = frozenset(UNCOMPUTED)
-"""SGLang reads an adapter's target_modules, r, lora_alpha and use_dora, and nothing else of its config."""
+UNSUPPORTED = frozenset(UNCOMPUTED)
+"""Of an adapter's config, SGLang reads target_modules, r, lora_alpha and use_dora only."""
 GRAMMARS = {"json_schema": "json_schema", "regex": "regex", "ebnf": "ebnf", "structural_tag": "structural_tag"}
 """Our kinds of grammar -> fields of SGLang's sampling parameters."""
 
 
 def limits_of(max_rank: int) -> AdapterLimits:
-    return AdapterLimits(package="SGLang", module="sglang", max_rank=max_rank, lacks=LACKS)
+    return AdapterLimits(package="SGLang", module="sglang", max_rank=max_rank, lacks=UNSUPPORTED)
 
 
 def check_sglang(settings: SGLangSettings, model: ModelConfig, quantization: QuantizationConfig, served: ServedModels) -> None:
@@ -37,7 +37,7 @@ def check_sglang(settings: SGLangSettings, model: ModelConfig, quantization: Qua
 
 def sglang_engine(settings: SGLangSettings, serving: Serving) -> HostedEngine:
     async def start() -> SGLangHost:
-        # Log-probabilities are of the model's own logits, as with the other engines; SGLang has no other place to say so.
+        # Log-probabilities are of the model's own logits, as with the other engines; SGLang reads this from the environment only.
         os.environ.setdefault("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
         from sglang import Engine
 
@@ -50,7 +50,7 @@ def sglang_engine(settings: SGLangSettings, serving: Serving) -> HostedEngine:
 
 
 def engine_arguments(settings: SGLangSettings, serving: Serving) -> Mapping[str, Any]:
-    """Of SGLang's ServerArgs."""
+    """Keyword arguments of SGLang's ServerArgs."""
     assert serving.model.path is not None
     slots = serving.max_adapters + 1  # the base takes one
     return {
@@ -80,59 +80,59 @@ class SGLangHost:
     """Implements Host."""
 
     def __init__(self, engine: Any) -> None:
-        """engine: SGLang's Engine, made in the loop that asks it."""
+        """engine: SGLang's Engine, created in the event loop that calls it."""
         self._engine = engine
 
-    async def answer(self, asked: Asked) -> AsyncGenerator[Tokens, None]:
-        sampling, ended = asked.sampling, False
+    async def generate(self, request: HostRequest) -> AsyncGenerator[GeneratedTokens, None]:
+        sampling, ended = request.sampling, False
         try:
-            told = await self._engine.async_generate(
-                input_ids=asked.prompt_ids,
-                sampling_params=sampling_arguments(asked),
+            outputs = await self._engine.async_generate(
+                input_ids=request.prompt_ids,
+                sampling_params=sampling_arguments(request),
                 return_logprob=sampling.logprobs is not None,
                 top_logprobs_num=sampling.logprobs or 0,
-                lora_path=None if asked.version is None else asked.version.key,
+                lora_path=None if request.version is None else request.version.key,
                 stream=True,
-                rid=asked.key,
+                rid=request.key,
             )
-            async with aclosing(told):
-                async for output in told:
-                    about = output["meta_info"]
-                    reason = about.get("finish_reason")
+            async with aclosing(outputs):
+                async for output in outputs:
+                    meta = output["meta_info"]
+                    reason = meta.get("finish_reason")
                     ended = reason is not None
-                    yield Tokens(
+                    yield GeneratedTokens(
                         ids=output["output_ids"],
-                        logprobs=[] if sampling.logprobs is None else _logprobs(about, sampling.logprobs),
-                        cached_tokens=about.get("cached_tokens", 0),
+                        logprobs=[] if sampling.logprobs is None else _logprobs(meta, sampling.logprobs),
+                        cached_tokens=meta.get("cached_tokens", 0),
                         finish=None if reason is None else _finish(reason),
                     )
         except ValueError as error:
             raise ConfigError("the request", f"must be one that SGLang computes ({error})") from error
         finally:
             if not ended:
-                self._engine.tokenizer_manager.abort_request(asked.key)
+                self._engine.tokenizer_manager.abort_request(request.key)
 
-    async def load(self, version: Version) -> None:
-        told = await self._engine.async_load_lora_adapter(version.key, version.files.name, version.pinned)
-        if not told.success:
-            raise ConfigError("the adapter", f"must be one that SGLang loads ({told.error_message})", got=version.name)
+    async def load(self, version: AdapterVersion) -> None:
+        loaded = await self._engine.async_load_lora_adapter(version.key, version.files.name, version.pinned)
+        if not loaded.success:
+            raise ConfigError("the adapter", f"must be one that SGLang loads ({loaded.error_message})", got=version.name)
 
-    async def unload(self, version: Version) -> None:
+    async def unload(self, version: AdapterVersion) -> None:
         await self._engine.async_unload_lora_adapter(version.key)
 
     def failure(self) -> str | None:
-        """SGLang ends the whole process when one of its own ends."""
+        """None: if one of SGLang's processes ends, SGLang ends ours, too."""
         return None
 
     def close(self) -> None:
         self._engine.shutdown()
 
 
-def sampling_arguments(asked: Asked) -> Mapping[str, Any]:
-    """Of SGLang's SamplingParams. Text and stop strings are made from the tokens by our own server."""
-    sampling = asked.sampling
+def sampling_arguments(request: HostRequest) -> Mapping[str, Any]:
+    """Keyword arguments of SGLang's SamplingParams. Our server makes text from the tokens, and looks for stop strings."""
+    sampling = request.sampling
     values: dict[str, Any] = {
-        "max_new_tokens": asked.max_new_tokens,
+        "max_new_tokens": request.max_new_tokens,
         "min_new_tokens": sampling.min_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -143,7 +143,7 @@ def sampling_arguments(asked: Asked) -> Mapping[str, Any]:
         "frequency_penalty": sampling.frequency_penalty,
         "logit_bias": {str(token): value for token, value in sampling.logit_bias} or None,
         "sampling_seed": sampling.seed % 2**31,
-        "stop_token_ids": list(asked.end_ids),
+        "stop_token_ids": list(request.end_ids),
         "ignore_eos": sampling.ignore_end,
         "skip_special_tokens": False,
     }
@@ -161,10 +161,10 @@ def _finish(reason: Mapping[str, Any]) -> Any:
             raise ResourceError(f"SGLang ended an answer ({reason.get('message') or reason['type']})", "Ask again")
 
 
-def _logprobs(about: Mapping[str, Any], number: int) -> list[TokenLogprob]:
-    """SGLang tells (log-probability, token, its text), a token each, and lists of the likeliest ones."""
-    chosen = about["output_token_logprobs"]
-    likeliest = about["output_top_logprobs"] if number else [[]] * len(chosen)
+def _logprobs(meta: Mapping[str, Any], number: int) -> list[TokenLogprob]:
+    """meta: SGLang's meta_info, with (log-probability, token id, text) per token, and lists of these for the likeliest tokens."""
+    chosen = meta["output_token_logprobs"]
+    likeliest = meta["output_top_logprobs"] if number else [[]] * len(chosen)
     return [
         TokenLogprob(token=token, logprob=value, top=tuple((other, logprob) for logprob, other, _ in top))
         for (value, token, _), top in zip(chosen, likeliest, strict=True)

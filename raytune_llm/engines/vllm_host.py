@@ -1,6 +1,6 @@
-"""`engine=vllm`: vLLM's AsyncLLM computes, our server asks it. Written for vLLM 0.33; the only file that names the package.
+"""`engine=vllm`: vLLM's AsyncLLM computes, our server calls it. Written for vLLM 0.33; the only file that names the package.
 
-vLLM needs another torch and another transformers than training does, so it has an environment of its own (docs/serving.md).
+vLLM needs another torch and another transformers than training does, so it needs an environment of its own (docs/serving.md).
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.serve import ServedModels
 from raytune_llm.config.serve import VLLMEngine as VLLMSettings
 from raytune_llm.engines.adapter_limits import AdapterLimits
-from raytune_llm.engines.hosted import Asked, HostedEngine, Tokens, Version, check_hosted
+from raytune_llm.engines.hosted import AdapterVersion, GeneratedTokens, HostedEngine, HostRequest, check_hosted
 from raytune_llm.engines.native.build import Serving
 from raytune_llm.engines.requests import Grammar, TokenLogprob
 from raytune_llm.errors import ConfigError, ResourceError
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""That vLLM has kernels for."""
-LACKS = frozenset(
+"""Ranks that vLLM has kernels for."""
+UNSUPPORTED = frozenset(
     {
         "peft_type", "task_type", "use_dora", "modules_to_save", "bias", "lora_bias", "init_lora_weights", "layer_replication",
         "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_bdlora", "use_qalora",
     }
 )  # fmt: skip
-"""Of an adapter, by adapter_config.json's names. vLLM computes rsLoRA, and ranks and alphas by module."""
+"""Fields of adapter_config.json that vLLM does not support. It supports rsLoRA, and ranks and alphas per module."""
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def limits_of(max_rank: int) -> AdapterLimits:
     if max_rank > RANKS[-1]:
         raise ConfigError("serve.max_rank", f"must be at most {RANKS[-1]} with engine=vllm", got=max_rank)
-    return AdapterLimits(package="vLLM", module="vllm", max_rank=max_rank, lacks=LACKS)
+    return AdapterLimits(package="vLLM", module="vllm", max_rank=max_rank, lacks=UNSUPPORTED)
 
 
 def check_vllm(settings: VLLMSettings, model: ModelConfig, quantization: QuantizationConfig, served: ServedModels) -> None:
@@ -59,7 +59,7 @@ def vllm_engine(settings: VLLMSettings, serving: Serving) -> HostedEngine:
 
 
 def engine_arguments(settings: VLLMSettings, serving: Serving) -> Mapping[str, Any]:
-    """Of vLLM's AsyncEngineArgs."""
+    """Keyword arguments of vLLM's AsyncEngineArgs."""
     assert serving.model.path is not None
     return {
         "model": packaged.resolve(str(serving.model.path)),
@@ -76,7 +76,7 @@ def engine_arguments(settings: VLLMSettings, serving: Serving) -> Mapping[str, A
         "max_loras": serving.max_adapters,
         "max_cpu_loras": max(serving.max_host_adapters, serving.max_adapters),
         "max_lora_rank": next(rank for rank in RANKS if rank >= serving.max_rank),
-        "generation_config": "vllm",  # requests say all of it; nothing is taken from the model's folder
+        "generation_config": "vllm",  # requests have all of it; the model's generation_config.json is not read
         "seed": 0,
         "enable_log_requests": False,
         "disable_log_stats": True,
@@ -87,42 +87,42 @@ class VLLMHost:
     """Implements Host."""
 
     def __init__(self, engine: Any) -> None:
-        """engine: vLLM's AsyncLLM, made in the loop that asks it."""
+        """engine: vLLM's AsyncLLM, created in the event loop that calls it."""
         self._engine = engine
 
-    async def answer(self, asked: Asked) -> AsyncGenerator[Tokens, None]:
+    async def generate(self, request: HostRequest) -> AsyncGenerator[GeneratedTokens, None]:
         from vllm import SamplingParams, TokensPrompt
         from vllm.exceptions import VLLMValidationError
 
         try:
-            told = self._engine.generate(
-                TokensPrompt(prompt_token_ids=asked.prompt_ids),
-                SamplingParams(**sampling_arguments(asked)),
-                asked.key,
-                lora_request=None if asked.version is None else _lora(asked.version),
+            outputs = self._engine.generate(
+                TokensPrompt(prompt_token_ids=request.prompt_ids),
+                SamplingParams(**sampling_arguments(request)),
+                request.key,
+                lora_request=None if request.version is None else _lora(request.version),
             )
-            async with aclosing(told):  # vLLM frees what was not ended
-                async for output in told:
-                    (made,) = output.outputs
-                    ids = list(made.token_ids)
-                    yield Tokens(
+            async with aclosing(outputs):  # closing aborts an unfinished request
+                async for output in outputs:
+                    (new,) = output.outputs
+                    ids = list(new.token_ids)
+                    yield GeneratedTokens(
                         ids=ids,
-                        logprobs=_logprobs(ids, made.logprobs, asked.sampling.logprobs),
+                        logprobs=_logprobs(ids, new.logprobs, request.sampling.logprobs),
                         cached_tokens=output.num_cached_tokens or 0,
-                        finish=_finish(made.finish_reason),
+                        finish=_finish(new.finish_reason),
                     )
         except (VLLMValidationError, ValueError) as error:
             raise ConfigError("the request", f"must be one that vLLM computes ({error})") from error
 
-    async def load(self, version: Version) -> None:
+    async def load(self, version: AdapterVersion) -> None:
         try:
             await self._engine.add_lora(_lora(version))
             if version.pinned:
                 await self._engine.pin_lora(version.number)
-        except Exception as error:  # of vLLM's own process: it comes as one of several classes
+        except Exception as error:  # vLLM's process raises it as one of several classes
             raise ConfigError("the adapter", f"must be one that vLLM loads ({error})", got=version.name) from error
 
-    async def unload(self, version: Version) -> None:
+    async def unload(self, version: AdapterVersion) -> None:
         await self._engine.remove_lora(version.number)
 
     def failure(self) -> str | None:
@@ -132,13 +132,13 @@ class VLLMHost:
         self._engine.shutdown()
 
 
-def sampling_arguments(asked: Asked) -> Mapping[str, Any]:
-    """Of vLLM's SamplingParams. Text and stop strings are made from the tokens by our own server."""
+def sampling_arguments(request: HostRequest) -> Mapping[str, Any]:
+    """Keyword arguments of vLLM's SamplingParams. Our server makes text from the tokens, and looks for stop strings."""
     from vllm.sampling_params import RequestOutputKind
 
-    sampling = asked.sampling
+    sampling = request.sampling
     return {
-        "max_tokens": asked.max_new_tokens,
+        "max_tokens": request.max_new_tokens,
         "min_tokens": sampling.min_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -149,7 +149,7 @@ def sampling_arguments(asked: Asked) -> Mapping[str, Any]:
         "frequency_penalty": sampling.frequency_penalty,
         "logit_bias": dict(sampling.logit_bias) or None,
         "seed": sampling.seed,
-        "stop_token_ids": list(asked.end_ids),
+        "stop_token_ids": list(request.end_ids),
         "ignore_eos": sampling.ignore_end,
         "logprobs": sampling.logprobs,
         "structured_outputs": None if sampling.grammar is None else _structured(sampling.grammar),
@@ -174,7 +174,7 @@ def _structured(grammar: Grammar) -> Any:
             return StructuredOutputsParams(structural_tag=grammar.text)
 
 
-def _lora(version: Version) -> Any:
+def _lora(version: AdapterVersion) -> Any:
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(lora_name=version.key, lora_int_id=version.number, lora_path=version.files.name)
@@ -190,12 +190,12 @@ def _finish(reason: str | None) -> Any:
             raise ResourceError(f"vLLM ended an answer ({reason})", "Ask again")
 
 
-def _logprobs(ids: list[int], told: Any, number: int | None) -> list[TokenLogprob]:
-    """told: a dict a token, by token id, of the likeliest ones and the chosen one."""
-    if number is None or told is None:
+def _logprobs(ids: list[int], by_position: Any, number: int | None) -> list[TokenLogprob]:
+    """by_position: for each token, a dict of token id -> vLLM's Logprob, of the most likely tokens and the sampled one."""
+    if number is None or by_position is None:
         return []
     found = []
-    for id, by_token in zip(ids, told, strict=True):
+    for id, by_token in zip(ids, by_position, strict=True):
         ranked = sorted(by_token.items(), key=lambda item: -item[1].logprob)[:number]
         top = tuple((token, one.logprob) for token, one in ranked)
         found.append(TokenLogprob(token=id, logprob=by_token[id].logprob, top=top))

@@ -1,8 +1,7 @@
-"""The engine: a thread that owns the policy and answers many requests at once, each with its own adapter and its own sampling.
+"""The native engine: a thread that owns the policy and answers many requests at once, each with its adapter and sampling.
 
-A step reads `schedule, run, sample, publish`. What comes from other threads (requests, cancellations, adapters) is taken up
-between two steps. Shapes and names follow nano-vllm, whose loop this is; what it computes is the policy's own path through its
-layers.
+A step is `schedule, run, sample, publish`. Calls of other threads (requests, cancellations, adapters) run between two steps.
+The loop follows nano-vllm's; the forward pass is `Policy.hidden`, as in training.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from raytune_llm.errors import ConfigError, ResourceError
 
 T = TypeVar("T")
 IDLE_S = 0.2
-"""Seconds between heartbeats of an idle loop."""
+"""Interval of an idle loop's heartbeat."""
 
 
 class Runner(Protocol):
@@ -51,21 +50,23 @@ class Runner(Protocol):
         ...
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, slot: int) -> list[list[float]]:
-        """A vector a prompt, each computed under the adapter in the slot; -1: the base."""
+        """One vector per prompt, [D], computed with the adapter in the slot; -1: the base model alone."""
         ...
 
     def answer_logprobs(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int
     ) -> list[list[ScoredToken]]:
-        """Each answer's tokens as the model, asked with its prompt, would have written them."""
+        """For each answer, the log-probability of each of its tokens after the prompt, with the adapter in the slot."""
         ...
 
     def read_adapter(self, folder: Path) -> tuple[Any, int]:
-        """Weights as the bank takes them, and their rank. Raises a UserError for an adapter that doesn't fit base and bank."""
+        """The weights in the bank's form, and their rank. Raises UserError for an adapter that does not fit."""
         ...
 
 
 class NativeEngine:
+    """Implements Engine. Public methods may be called from any thread."""
+
     def __init__(
         self,
         runner: Runner,
@@ -81,9 +82,10 @@ class NativeEngine:
         threaded: bool = True,
         overlaps: bool | None = None,
     ) -> None:
-        """max_length: tokens of a prompt and its answer, at most. step_tokens: of a step. render: a Conversation's prompt ids.
-        threaded: false where `generate` is all that will be called, and is to take the steps itself. overlaps: a step's text is
-        made while the device computes the next one; None: on a GPU, where starting a step doesn't wait for it."""
+        """max_length: maximum tokens of a prompt and its answer. max_rows, step_tokens: maximum requests and tokens in a step.
+        render: Conversation -> prompt ids. threaded: if False, only `generate` may be called, and it computes in the caller's
+        thread. overlaps: detokenize a step while the device computes the next one; None: if the device is a GPU.
+        """
         self._overlaps = runner.device.type == "cuda" if overlaps is None else overlaps
         self._runner, self._tokenizer, self._render = runner, tokenizer, render
         self._end_ids = tuple(end_ids)
@@ -92,11 +94,11 @@ class NativeEngine:
         self._slots = None if runner.bank is None else Slots(runner.bank)
         self._scheduler = Scheduler(self._blocks, self._slots, max_rows=max_rows, step_tokens=max(step_tokens, max_rows))
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        """For the loop, from other threads."""
+        """From other threads; the loop runs them between two steps."""
         self._later: list[Callable[[], None]] = []
-        """For its next round."""
-        self._untold: list[tuple[Row, int, TokenLogprob | None, Finish | None]] = []
-        """Tokens of the last step that nobody was told of yet."""
+        """Calls that are put into `_calls` again before the next step, because no slot was free."""
+        self._unpublished: list[tuple[Row, int, TokenLogprob | None, Finish | None]] = []
+        """Tokens of the last step that were not published yet: row, token, its log-probability, finish reason."""
         self._store = AdapterStore(runner.read_adapter, max_host=max_host_adapters, on_read=lambda: self._calls.put(lambda: None))
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()
@@ -137,12 +139,12 @@ class NativeEngine:
             matcher=matcher,
         )
         self._calls.put(partial(self._scheduler.add, row))
-        if self._closed.is_set():  # meanwhile: it may have been put after the loop took up what was left
+        if self._closed.is_set():  # the loop may have ended before it saw the call
             stream.fail(self._gone())
         return stream
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion a request, in the order of the requests."""
+        """One completion per request, in their order. Blocks until all are complete."""
         streams = [self.submit(request) for request in requests]
         if self._thread is None:
             self._answer_all()
@@ -160,7 +162,7 @@ class NativeEngine:
         return self._between_steps(partial(self._runner.answer_logprobs, prompts, answers), adapter)
 
     def _between_steps(self, compute: Callable[[int], T], adapter: str | None) -> Future[T]:
-        """What `compute` gives for the slot that the adapter has then; -1: the base."""
+        """The result of compute(slot of the adapter, or -1 for the base), which runs in the engine's thread."""
         self._check_alive()
         version = None
         if adapter is not None and (version := self._store.get(adapter)) is None:
@@ -232,68 +234,69 @@ class NativeEngine:
             self._thread.join()
         self._store.close()
 
-    # The loop's own ------------------------------------------------------------------------------------------------------
+    # In the engine's thread ---------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
         try:
             with torch.no_grad():
                 worked = False
                 while not self._closed.is_set():
-                    self._take_calls(wait=not worked)
+                    self._run_calls(wait=not worked)
                     self._last_step_at = time.monotonic()
                     worked = self._step()
             self._fail(ResourceError("the engine was closed before the answer was complete"))
-        except Exception as error:  # nobody waits for a thread: whoever waits for an answer is told
+        except Exception as error:  # raised where answers are awaited, since nobody joins the thread
             self._failure = error
             self._fail(self._gone())
             raise
 
     @torch.no_grad()
     def _answer_all(self) -> None:
-        """In the caller's thread, until nobody waits."""
-        self._take_calls(wait=False)
-        while self._scheduler.running or self._scheduler.waiting or self._untold:
+        """Compute steps in the caller's thread until every request is complete."""
+        self._run_calls(wait=False)
+        while self._scheduler.running or self._scheduler.waiting or self._unpublished:
             worked = self._step()
             assert worked, "a row that fits the cache can be computed"
 
     def _step(self) -> bool:
-        """False where there was nothing to compute."""
+        """Compute one step. Returns False if there was nothing to do."""
         pieces = self._scheduler.schedule()
         if not pieces:
-            return self._tell()
+            return self._publish_all()
         logits_RV = self._runner.run(pieces)
-        self._tell()  # of the step before, while the device computes this one
+        self._publish_all()  # the previous step's, while the device computes this one
         rows = [piece.row for piece in pieces if piece.samples]
-        tokens, told = self._sample(logits_RV, rows) if rows else ([], {})
+        tokens, scored = self._sample(logits_RV, rows) if rows else ([], {})
         for piece in pieces:
             if not piece.row.done:
                 self._prompted += max(0, min(piece.stop, piece.row.prompt_tokens) - piece.start)
                 self._scheduler.computed(piece)
         for row, token in zip(rows, tokens, strict=True):
             if not row.done:
-                self._untold.append((row, token, told.get(row), self._take(row, token)))
+                self._unpublished.append((row, token, scored.get(row), self._append(row, token)))
         if not self._overlaps:
-            self._tell()
+            self._publish_all()
         self._steps += 1
         return True
 
     def _sample(self, logits_RV: Tensor, rows: Sequence[Row]) -> tuple[list[int], dict[Row, TokenLogprob]]:
-        """The rows' next tokens, and the log-probabilities of those who ask for them."""
+        """The next token of each row, and the log-probabilities for rows that ask for them. logits_RV is changed."""
         asking = [number for number, row in enumerate(rows) if row.sampling.logprobs is not None]
-        own_RV = logits_RV[asking] if asking else None  # a copy: sampling changes the logits
+        unchanged_RV = logits_RV[asking] if asking else None  # a copy
         bitmask_RW = None if self._grammars is None else self._grammars.bitmask([row.matcher for row in rows])
         if bitmask_RW is not None:
             bitmask_RW = bitmask_RW.to(logits_RV.device, non_blocking=True)
         tokens_R = sample(logits_RV, [row.sampler for row in rows], bitmask_RW)
-        told: dict[Row, TokenLogprob] = {}
-        if own_RV is not None:
+        scored: dict[Row, TokenLogprob] = {}
+        if unchanged_RV is not None:
             most = max(rows[number].sampling.logprobs or 0 for number in asking)
-            for number, one in zip(asking, logprobs(own_RV, tokens_R[asking], most), strict=True):
-                told[rows[number]] = replace(one, top=one.top[: rows[number].sampling.logprobs])
-        return tokens_R.tolist(), told
+            for number, one in zip(asking, logprobs(unchanged_RV, tokens_R[asking], most), strict=True):
+                scored[rows[number]] = replace(one, top=one.top[: rows[number].sampling.logprobs])
+        return tokens_R.tolist(), scored
 
-    def _take_calls(self, *, wait: bool) -> None:
-        """What other threads asked for."""
+    def _run_calls(self, *, wait: bool) -> None:
+        """Run other threads' calls, then end rows that were cancelled or whose adapter can't be read. wait: up to IDLE_S for a
+        call."""
         for call in self._later:
             self._calls.put(call)
         self._later = []
@@ -313,7 +316,7 @@ class NativeEngine:
                 row.stream.fail(row.adapter.failure)
 
     def _compute(self, compute: Callable[[int], T], adapter: Adapter | None, future: Future[T]) -> None:
-        """Its adapter takes a slot like a row's; where none is free, it waits for one."""
+        """Call `compute` with the adapter in a slot; if none is free, do it after the next step."""
         if self._closed.is_set():
             future.set_exception(self._gone())
             return
@@ -329,14 +332,14 @@ class NativeEngine:
             if adapter is not None and adapter.failure is not None:
                 raise adapter.failure
             future.set_result(compute(slot))
-        except Exception as error:  # theirs, not the loop's
+        except Exception as error:  # the caller's, who waits for the future; the loop continues
             future.set_exception(error)
         finally:
             if adapter is not None and slot >= 0 and self._slots is not None:
                 self._slots.give_back(adapter)
 
-    def _take(self, row: Row, token: int) -> Finish | None:
-        """The token is the row's, which leaves the batch where it is its last."""
+    def _append(self, row: Row, token: int) -> Finish | None:
+        """Add a sampled token to the row. The row leaves the batch if it is its last token, for the reason that is returned."""
         self._generated += 1
         if row.matcher is not None:
             row.matcher.accept_token(token)
@@ -344,36 +347,36 @@ class NativeEngine:
             self._scheduler.end(row)
             return "stop"
         row.ids.append(token)
-        row.sampler.told(token)
+        row.sampler.append(token)
         if len(row.ids) >= row.limit:
             self._scheduler.end(row)
             return "length"
         return None
 
-    def _tell(self) -> bool:
-        """Publish the text of tokens that were taken, and end the rows whose answers end with them. False: there were none."""
-        some = bool(self._untold)
-        for row, token, told, finish in self._untold:
+    def _publish_all(self) -> bool:
+        """Publish the unpublished tokens, and end the rows that are complete. Returns False if there were none."""
+        some = bool(self._unpublished)
+        for row, token, logprob, finish in self._unpublished:
             if not row.done:
-                self._publish(row, token, told, finish)
-        self._untold.clear()
+                self._publish(row, token, logprob, finish)
+        self._unpublished.clear()
         return some
 
-    def _publish(self, row: Row, token: int, told: TokenLogprob | None, finish: Finish | None) -> None:
+    def _publish(self, row: Row, token: int, logprob: TokenLogprob | None, finish: Finish | None) -> None:
         if finish == "stop":
-            self._end(row, "stop")  # the token that ends an answer is no text
+            self._end(row, "stop")  # the stop token is not part of the text
             return
         text = row.text.push(token)
-        if told is not None:
-            row.logprobs.append(told)
+        if logprob is not None:
+            row.logprobs.append(logprob)
         if row.text.stopped is not None:
-            self._end(row, "stop", text, told)
+            self._end(row, "stop", text, logprob)
         elif finish is not None:
-            self._end(row, finish, text, told)
-        elif text or told:
-            row.stream.put(Delta(text=text, logprobs=() if told is None else (told,)))
+            self._end(row, finish, text, logprob)
+        elif text or logprob:
+            row.stream.put(Delta(text=text, logprobs=() if logprob is None else (logprob,)))
 
-    def _end(self, row: Row, finish: Finish, text: str = "", told: TokenLogprob | None = None) -> None:
+    def _end(self, row: Row, finish: Finish, text: str = "", logprob: TokenLogprob | None = None) -> None:
         row.done = True
         self._scheduler.end(row)
         text += row.text.finish()
@@ -388,16 +391,16 @@ class NativeEngine:
             logprobs=tuple(row.logprobs),
             adapter_version=None if row.adapter is None else row.adapter.version,
         )
-        row.stream.put(Delta(text=text, logprobs=() if told is None else (told,), completion=completion))
+        row.stream.put(Delta(text=text, logprobs=() if logprob is None else (logprob,), completion=completion))
 
     def _fail(self, error: Exception) -> None:
-        """Whoever waits is told."""
+        """End the engine: every request and pending call gets the error."""
         self._closed.set()
         for call in self._later:
             self._calls.put(call)
         while not self._calls.empty():
-            self._calls.get_nowait()()  # a request that was never looked at is among them
-        ended = (row for row, *_ in self._untold)  # of the last step: they are in no queue
+            self._calls.get_nowait()()  # may add requests, which are failed below
+        ended = (row for row, *_ in self._unpublished)  # they may have left the scheduler
         for row in {*self._scheduler.running, *self._scheduler.waiting, *ended}:
             if not row.done:
                 row.stream.fail(error)

@@ -36,7 +36,7 @@ class RowSampler:
         s = self.sampling
         return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
 
-    def told(self, token: int) -> None:
+    def append(self, token: int) -> None:
         self.drawn += 1
         if self.counts_V is not None and self.seen_V is not None:
             self.counts_V[token] += 1
