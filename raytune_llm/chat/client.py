@@ -1,10 +1,10 @@
-"""A server of the OpenAI API, asked over HTTP: one of ours, or another program's."""
+"""An HTTP client of the OpenAI API, for our server and for others."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -19,20 +19,20 @@ CONNECT_S = 10.0
 class Model(NamedTuple):
     id: str
     parent: str | None
-    """The base, of an adapter."""
+    """The base model, if this is an adapter."""
 
 
 class Prompt(NamedTuple):
-    """What a model is asked with."""
+    """A rendered prompt."""
 
     text: str
     tokens: int
     max_length: int | None
-    """Tokens of a prompt and its answer, at most."""
+    """Maximum tokens of a prompt and its answer. None: the server does not report it."""
 
 
 class Piece(NamedTuple):
-    """Of an answer, as it comes."""
+    """A part of a streamed answer."""
 
     kind: Literal["content", "reasoning"]
     text: str
@@ -40,93 +40,96 @@ class Piece(NamedTuple):
 
 @dataclass(slots=True)
 class Answer:
-    """In the making, or done."""
+    """An answer, complete or still being streamed. Times are of time.monotonic, in seconds."""
 
     text: str = ""
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
-    """As messages of the API hold them."""
+    """Tool calls, in the form of the API's messages."""
     finish: str | None = None
-    """None: it was not told to the end."""
+    """The finish reason. None: the stream has not ended."""
     prompt_tokens: int | None = None
-    """None, here and below: the server did not tell."""
+    """None, here and in `tokens`: the server did not report it."""
     tokens: int | None = None
+    """Tokens of the answer."""
     began: float = field(default_factory=time.monotonic)
     first: float | None = None
-    """When its first token was there."""
+    """Time of the first token."""
     last: float | None = None
 
     def add(self, chunk: Mapping[str, Any]) -> Iterator[Piece]:
-        """What the chunk says."""
+        """Add a chunk of the stream, and yield its parts."""
         if (usage := chunk.get("usage")) is not None:
             self.prompt_tokens, self.tokens = usage["prompt_tokens"], usage["completion_tokens"]
         for choice in chunk["choices"]:
-            said = choice["delta"]
-            reasoning = said.get("reasoning_content") or said.get("reasoning")  # vLLM's old name and its new one
-            if reasoning or said.get("content") or said.get("tool_calls"):
+            delta = choice["delta"]
+            reasoning = delta.get("reasoning_content") or delta.get("reasoning")  # vLLM's old name and its new one
+            if reasoning or delta.get("content") or delta.get("tool_calls"):
                 self.last = time.monotonic()
                 self.first = self.first or self.last
             if reasoning:
                 self.reasoning += reasoning
                 yield Piece("reasoning", reasoning)
-            if said.get("content"):
-                self.text += said["content"]
-                yield Piece("content", said["content"])
-            for call in said.get("tool_calls") or ():
+            if delta.get("content"):
+                self.text += delta["content"]
+                yield Piece("content", delta["content"])
+            for call in delta.get("tool_calls") or ():
                 self._add_call(call)
             self.finish = choice.get("finish_reason") or self.finish
 
     def message(self) -> dict[str, Any]:
-        """For the conversation."""
+        """The answer as a message of the conversation."""
         message: dict[str, Any] = {"role": "assistant", "content": self.text}
         message |= {"reasoning_content": self.reasoning} if self.reasoning else {}
         return message | ({"tool_calls": self.calls} if self.calls else {})
 
     @property
     def first_s(self) -> float | None:
-        """Seconds that its first token took."""
+        """Seconds until the first token."""
         return None if self.first is None else self.first - self.began
 
     @property
     def tokens_per_s(self) -> float | None:
-        """After the first token."""
+        """Rate after the first token."""
         if self.tokens is None or self.tokens < 2 or self.first is None or self.last is None or self.last <= self.first:
             return None
         return (self.tokens - 1) / (self.last - self.first)
 
-    def _add_call(self, told: Mapping[str, Any]) -> None:
-        """The first piece of a call has its name, and its arguments may come in several."""
-        if told["index"] >= len(self.calls):
-            self.calls.append({"id": told.get("id") or "", "type": "function", "function": {"name": "", "arguments": ""}})
-        function, said = self.calls[told["index"]]["function"], told["function"]
-        function["name"] += said.get("name") or ""
-        function["arguments"] += said.get("arguments") or ""
+    def _add_call(self, delta: Mapping[str, Any]) -> None:
+        """Add a part of a tool call. The first part has the name; the arguments may come in several parts."""
+        if delta["index"] >= len(self.calls):
+            self.calls.append({"id": delta.get("id") or "", "type": "function", "function": {"name": "", "arguments": ""}})
+        function, part = self.calls[delta["index"]]["function"], delta["function"]
+        function["name"] += part.get("name") or ""
+        function["arguments"] += part.get("arguments") or ""
 
 
 class Client:
+    """Methods raise ResourceError if the server can't be reached or answers with an error."""
+
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
 
     @classmethod
     def at(cls, url: str, api_key: str | None) -> Client:
-        """A server's address, with or without its /v1."""
+        """url: the server's address, with or without /v1."""
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         base_url = url.rstrip("/").removesuffix("/v1")
-        # An answer may take as long as it takes.
+        # no timeout for answers, whose duration has no bound
         return cls(httpx.Client(base_url=base_url, headers=headers, timeout=httpx.Timeout(None, connect=CONNECT_S)))
 
     def close(self) -> None:
         self._http.close()
 
     def models(self) -> list[Model]:
-        """The base first."""
-        told = self._told(lambda: self._http.get("/v1/models"))["data"]
-        return sorted((Model(one["id"], one.get("parent")) for one in told), key=lambda model: model.parent is not None)
+        """The base model first."""
+        listed = self._json(lambda: self._http.get("/v1/models"))["data"]
+        return sorted((Model(one["id"], one.get("parent")) for one in listed), key=lambda model: model.parent is not None)
 
     def stream(self, answer: Answer, body: Mapping[str, Any]) -> Generator[Piece]:
-        """The answer's pieces, as they are put into it. Closing it cancels the answer."""
-        wanted = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        with _reached(self._http.base_url), self._http.stream("POST", "/v1/chat/completions", json=wanted) as response:
+        """Fill `answer`, and yield its parts as they come. Closing the generator cancels the request."""
+        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        with _reached(self._http.base_url), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.is_error:
                 response.read()
                 raise _refusal(response)
@@ -140,18 +143,18 @@ class Client:
                 yield from answer.add(chunk)
 
     def prompt(self, model: str, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Prompt:
-        """What the model would be asked with."""
+        """The prompt of these messages, by the server's tokenizer and chat template."""
         body = {"model": model, "messages": messages, **settings}
-        told = self._told(lambda: self._http.post("/tokenize", json=body))
-        text = told.get("prompt")
-        if text is None:  # vLLM tells the ids alone
-            ids = {"model": model, "tokens": told["tokens"]}
-            text = self._told(lambda: self._http.post("/detokenize", json=ids))["prompt"]
-        return Prompt(text, told["count"], told.get("max_model_len"))
+        tokenized = self._json(lambda: self._http.post("/tokenize", json=body))
+        text = tokenized.get("prompt")
+        if text is None:  # vLLM returns token ids only
+            ids = {"model": model, "tokens": tokenized["tokens"]}
+            text = self._json(lambda: self._http.post("/detokenize", json=ids))["prompt"]
+        return Prompt(text, tokenized["count"], tokenized.get("max_model_len"))
 
-    def _told(self, ask: Any) -> Any:
+    def _json(self, request: Callable[[], httpx.Response]) -> Any:
         with _reached(self._http.base_url):
-            response = ask()
+            response = request()
         if response.is_error:
             raise _refusal(response)
         return response.json()

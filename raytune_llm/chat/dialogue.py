@@ -1,4 +1,4 @@
-"""A conversation with one model of several, and what it is asked with."""
+"""A conversation with a base model and its adapters: messages, tools and sampling settings."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ SETTINGS: dict[str, type] = {
     "temperature": float, "top_p": float, "top_k": int, "min_p": float, "max_tokens": int, "min_tokens": int, "seed": int,
     "stop": str, "repetition_penalty": float, "presence_penalty": float, "frequency_penalty": float,
 }  # fmt: skip
-"""Of an answer, by the API's names; rules about their values are the server's."""
+"""Sampling settings, by the API's names. The server checks their values."""
 
 
 @dataclass
 class Dialogue:
     client: Client
     models: Sequence[Model]
-    """The base first."""
+    """The base model first."""
     model: str
-    """That answers."""
+    """Id of the model that answers."""
     system: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     thinking: bool | None = None
-    """None: as the template has it."""
+    """None: the chat template decides."""
     tools: list[dict[str, Any]] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
-    """Without the system's."""
+    """All but the system message, in the API's form."""
 
     @property
     def base(self) -> str:
@@ -40,25 +40,25 @@ class Dialogue:
 
     @property
     def open_call(self) -> dict[str, Any] | None:
-        """A call of a tool whose result is still to be told."""
-        told = {message.get("tool_call_id") for message in self.messages}
+        """The newest tool call without a result, if there is one since the last user message."""
+        answered = {message.get("tool_call_id") for message in self.messages}
         for message in reversed(self.messages):
             if message["role"] == "user":
                 return None
             for call in message.get("tool_calls", ()):
-                if call["id"] not in told:
+                if call["id"] not in answered:
                     return call
         return None
 
     def say(self, text: str) -> None:
-        """The user's next message, or the result of the call that waits for one."""
+        """Add a user message, or the result of the open tool call."""
         if (call := self.open_call) is not None:
             self.messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
         else:
             self.messages.append({"role": "user", "content": text})
 
     def ask(self, answer: Answer) -> Generator[Piece]:
-        """The answer to what was said. As much of it as came is in the conversation when it ends, also where it is stopped."""
+        """Stream the model's answer. What was received is added to the conversation, also if the stream is stopped."""
         try:
             yield from self.client.stream(answer, self.request(self.model))
         finally:
@@ -66,22 +66,23 @@ class Dialogue:
                 self.messages.append(answer.message())
 
     def request(self, model: str) -> dict[str, Any]:
-        body = {"model": model, "messages": self.told, **self.settings, **self._template_settings}
+        """The body of a chat completion request."""
+        body = {"model": model, "messages": self.all_messages, **self.settings, **self._template_settings}
         return body | ({"tools": self.tools} if self.tools else {})
 
     @property
-    def told(self) -> list[dict[str, Any]]:
-        """All messages, as the model is told them."""
+    def all_messages(self) -> list[dict[str, Any]]:
+        """All messages, the system message first."""
         return [*([] if self.system is None else [{"role": "system", "content": self.system}]), *self.messages]
 
     @property
     def question(self) -> str | None:
-        """What the user said last."""
+        """The last user message."""
         return next((message["content"] for message in reversed(self.messages) if message["role"] == "user"), None)
 
     def prompt(self) -> Prompt:
-        """Of the next answer; where there is one already, of that one."""
-        messages = self.told
+        """The prompt of the last answer, or of the next one if the user has spoken last."""
+        messages = self.all_messages
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
@@ -91,20 +92,20 @@ class Dialogue:
         )
 
     def undo(self) -> bool:
-        """The last question and all that followed it are unsaid; False where there is none."""
+        """Remove the last user message and all that follows. False: there is none."""
         while self.messages:
             if self.messages.pop()["role"] == "user":
                 return True
         return False
 
-    def take_back_answer(self) -> bool:
-        """So that it can be asked for anew; False where nothing was said."""
+    def remove_answer(self) -> bool:
+        """Remove the last answer. False: no message is left that could be answered."""
         while self.messages and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
         return bool(self.messages)
 
     def use(self, name: str) -> None:
-        """An adapter, or the base (`none`)."""
+        """Let an adapter answer, or the base model (`none`)."""
         known = [model.id for model in self.models]
         chosen = self.base if name == "none" else name
         if chosen not in known:
@@ -112,7 +113,7 @@ class Dialogue:
         self.model = chosen
 
     def set(self, name: str, value: str) -> None:
-        """`none` leaves it to the server."""
+        """Change a sampling setting; `none` restores the server's default."""
         if name not in SETTINGS:
             raise ConfigError("the setting", f"must be one of {', '.join(SETTINGS)}", got=name)
         if value == "none":
@@ -124,14 +125,15 @@ class Dialogue:
             raise ConfigError(name, f"must be {'a whole number' if SETTINGS[name] is int else 'a number'}", got=value) from None
 
     def save(self, path: Path) -> None:
-        """As a row that `data=openai` trains on. A conversation that was loaded from the file takes its place."""
-        row = {"messages": self.told, **({"tools": self.tools} if self.tools else {})}
+        """Write the conversation as a row that `data=openai` trains on. An existing file is replaced."""
+        row = {"messages": self.all_messages, **({"tools": self.tools} if self.tools else {})}
         try:
             write_atomically(path, json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             raise DataError(str(path), f"can't be written ({error.strerror})") from None
 
     def load(self, path: Path) -> None:
+        """Replace the conversation by a saved one. Raises DataError for a file that has none."""
         row = _json_of(path)
         messages = row.get("messages") if isinstance(row, dict) else None
         if not isinstance(messages, list) or not all(isinstance(one, dict) and "role" in one for one in messages):
@@ -141,7 +143,8 @@ class Dialogue:
         self.messages = [one for one in messages if one["role"] != "system"]
         self.tools = row.get("tools") or []
 
-    def take_tools(self, path: Path) -> None:
+    def load_tools(self, path: Path) -> None:
+        """Raises DataError for a file that is not a JSON list of tools."""
         tools = _json_of(path)
         if not isinstance(tools, list) or not all(isinstance(one, dict) for one in tools):
             raise DataError(str(path), "must hold a list of tools, as in the API")

@@ -1,4 +1,4 @@
-"""A server in this process for one client: over a socket in a folder that nobody else can open."""
+"""A server in this process and its client, over a Unix socket in a folder that only this user can open."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ MAX_WAITING = 1024
 
 @contextmanager
 def client_here(run: ChatRun) -> Iterator[Client]:
-    """Of the model and the adapters that chat's settings name."""
+    """A client of a server that has the model and adapters of chat's settings. Both end with the context."""
     tokenizer, _ = tokenizer_of(run.model, run.chat)
     engine, facts = build_engine(run.model, run.quantization, run.engine, run.chat)
     try:
         access = Access(api_key=None, admin_key=None, roots=[], max_body_bytes=MAX_BODY_BYTES)
         app = build_app(InProcessBackend(engine, facts, max_waiting=MAX_WAITING), Prompts(tokenizer), access)
         with tempfile.TemporaryDirectory(prefix="raytune-llm-") as folder:
-            place = str(Path(folder) / "api")
-            server = uvicorn.Server(uvicorn.Config(app, uds=place, log_level="warning", lifespan="off"))
+            socket = str(Path(folder) / "api")
+            server = uvicorn.Server(uvicorn.Config(app, uds=socket, log_level="warning", lifespan="off"))
             thread = threading.Thread(target=server.run, name="api", daemon=True)
             thread.start()
             while not server.started and thread.is_alive():
                 time.sleep(0.01)
-            http = httpx.Client(transport=httpx.HTTPTransport(uds=place), base_url="http://this-process", timeout=None)
+            http = httpx.Client(transport=httpx.HTTPTransport(uds=socket), base_url="http://this-process", timeout=None)
             try:
                 yield Client(http)
             finally:

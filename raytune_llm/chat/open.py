@@ -1,4 +1,4 @@
-"""`chat`'s settings -> a conversation that can begin."""
+"""Opens the conversation that `chat`'s settings describe."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from raytune_llm.errors import ConfigError, ResourceError
 
 @contextmanager
 def open_dialogue(run: ChatRun) -> Iterator[Dialogue]:
+    """A dialogue with a server (chat.url) or with a model in this process. Raises ConfigError or ResourceError."""
     run = _with_adapter(run)
     chat = run.chat
     with _client(run) as client:
@@ -33,7 +34,7 @@ def open_dialogue(run: ChatRun) -> Iterator[Dialogue]:
 
 
 def adapter_name(folder: Path) -> str:
-    """A run's name, of its final/; another folder's own."""
+    """The name of an adapter's folder, or of the run if the folder is its final/."""
     folder = folder.absolute()
     return folder.parent.name if folder.name == "final" else folder.name
 
@@ -54,7 +55,7 @@ def _client(run: ChatRun) -> Iterator[Client]:
 
 
 def _with_adapter(run: ChatRun) -> ChatRun:
-    """An adapter that is given as a folder is one of the adapters."""
+    """A run whose chat.adapter is a name: a folder is entered in chat.adapters."""
     chat = run.chat
     if chat.url is not None or chat.adapter is None or chat.adapter in (*chat.adapters, "none"):
         return run

@@ -1,4 +1,4 @@
-"""What begins with a slash: commands within a conversation."""
+"""The commands of a conversation, which start with a slash."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_COMPARED = 8
 
 
 class Leave(Exception):
-    """The user is done."""
+    """The user ends the conversation."""
 
 
 class SlashCommand(NamedTuple):
@@ -33,7 +33,7 @@ class SlashCommand(NamedTuple):
 
 
 def run_command(terminal: Terminal, line: str) -> None:
-    """Raises UserError where it can't be done, and Leave."""
+    """Run a command line such as "/set top_p 0.9". Raises UserError if it is wrong, and Leave."""
     name, _, argument = line[1:].partition(" ")
     if name not in COMMANDS:
         near = [known for known in COMMANDS if name and known.startswith(name)]
@@ -55,18 +55,18 @@ def _adapter(terminal: Terminal, name: str) -> None:
 
 
 def _compare(terminal: Terminal, text: str) -> None:
-    """Base beside adapters, all at once. The conversation stays as it is."""
+    """Show the answers of the base model and the adapters side by side, generated at once, without changing the conversation."""
     dialogue = terminal.dialogue
     question = text or dialogue.question
     if question is None:
         raise ConfigError("/compare", "needs a question", fix="For example, /compare What is a fox?")
-    asked = _asking(dialogue, question, anew=bool(text))
+    request = _request(dialogue, question, is_new=bool(text))
     names = list(dict.fromkeys([dialogue.base, dialogue.model, *(model.id for model in dialogue.models)]))[:MAX_COMPARED]
     answers = {name: Answer() for name in names}
     stop = threading.Event()
 
     def fill(name: str) -> None:
-        with closing(dialogue.client.stream(answers[name], {**asked, "model": name})) as pieces:
+        with closing(dialogue.client.stream(answers[name], {**request, "model": name})) as pieces:
             for _ in pieces:
                 if stop.is_set():
                     return
@@ -83,10 +83,10 @@ def _compare(terminal: Terminal, text: str) -> None:
                 stop.set()
 
 
-def _asking(dialogue: Dialogue, question: str, *, anew: bool) -> dict:
-    """The request, as if the question were the last thing that was said."""
+def _request(dialogue: Dialogue, question: str, *, is_new: bool) -> dict:
+    """The body of a request in which the question is the last message. is_new: it is not in the conversation yet."""
     body = dialogue.request(dialogue.model)
-    messages = [*body["messages"], {"role": "user", "content": question}] if anew else list(body["messages"])
+    messages = [*body["messages"], {"role": "user", "content": question}] if is_new else list(body["messages"])
     while messages[-1]["role"] == "assistant":
         messages.pop()
     return {**body, "messages": messages}
@@ -113,8 +113,8 @@ def _set(terminal: Terminal, argument: str) -> None:
     dialogue = terminal.dialogue
     name, _, value = argument.replace("=", " ", 1).partition(" ")
     if not value.strip():
-        told = [f"{name}={value}" for name, value in dialogue.settings.items()] or ["all as the server has them"]
-        terminal.console.print(Text("  ".join(told)))
+        settings = [f"{name}={value}" for name, value in dialogue.settings.items()] or ["all as the server has them"]
+        terminal.console.print(Text("  ".join(settings)))
         return
     dialogue.set(name, value.strip())
 
@@ -132,12 +132,12 @@ def _tools(terminal: Terminal, file: str) -> None:
     if file == "none":
         dialogue.tools = []
     elif file:
-        dialogue.take_tools(Path(file))
+        dialogue.load_tools(Path(file))
     terminal.console.print(Text(", ".join(tool["function"].get("name", "?") for tool in dialogue.tools) or "no tools"))
 
 
 def _retry(terminal: Terminal, _: str) -> None:
-    if not terminal.dialogue.take_back_answer():
+    if not terminal.dialogue.remove_answer():
         raise ConfigError("/retry", "needs an earlier question", fix="Say something first.")
     terminal.answer()
 

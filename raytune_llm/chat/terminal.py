@@ -1,4 +1,4 @@
-"""A conversation at a terminal: what is typed, what is shown, and the keys that stop an answer."""
+"""A conversation at a terminal: reads messages, shows answers, and stops them at Ctrl-C."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from raytune_llm.chat.client import Answer
 from raytune_llm.chat.dialogue import Dialogue
 
 PASTE_S = 0.03
-"""Lines that follow one another so fast were pasted."""
+"""Lines that arrive within this time of each other were pasted."""
 FENCE = '"""'
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""What a terminal could take for a command of the model's."""
+"""Control characters, which would let a model's answer control the terminal."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Terminal:
     hides_thoughts: bool = False
 
     def message(self) -> str | None:
-        """What the user types or pastes next, several lines as one message; None where there is no more."""
+        """The user's next message; pasted lines are one message. None: the input has ended."""
         call = self.dialogue.open_call
         who = self.dialogue.model if self.dialogue.model != self.dialogue.base else ""
         try:
@@ -47,7 +47,7 @@ class Terminal:
             return None
 
     def answer(self) -> None:
-        """The model's next message, as it comes. Ctrl-C stops it."""
+        """Stream and show the model's answer. Ctrl-C stops it."""
         answer = Answer()
         thinking = stopped = False
         pieces = self.dialogue.ask(answer)
@@ -68,7 +68,7 @@ class Terminal:
         self.console.print(Text(_figures(answer, stopped), style="dim"))
 
     def show(self, text: str, style: str = "") -> None:
-        """The model's words, whatever they are."""
+        """Print text of the model. Control characters are replaced."""
         self.console.print(Text(CONTROLS.sub("\ufffd", text), style=style), end="", soft_wrap=True)
 
     def _more_was_pasted(self) -> bool:
@@ -81,9 +81,9 @@ class Terminal:
 
 def _figures(answer: Answer, stopped: bool) -> str:
     """`32 tokens, 21.3 tokens/s, the first after 0.12 s`, and why it ended."""
-    told = ["stopped"] if stopped else []
-    told += [] if answer.tokens is None else [f"{answer.tokens} token{'' if answer.tokens == 1 else 's'}"]
-    told += [] if answer.tokens_per_s is None else [f"{answer.tokens_per_s:.1f} tokens/s"]
-    told += [] if answer.first_s is None else [f"the first after {answer.first_s:.2f} s"]
-    told += ["cut at max_tokens"] if answer.finish == "length" else []
-    return ", ".join(told) or "no answer"
+    parts = ["stopped"] if stopped else []
+    parts += [] if answer.tokens is None else [f"{answer.tokens} token{'' if answer.tokens == 1 else 's'}"]
+    parts += [] if answer.tokens_per_s is None else [f"{answer.tokens_per_s:.1f} tokens/s"]
+    parts += [] if answer.first_s is None else [f"the first after {answer.first_s:.2f} s"]
+    parts += ["cut at max_tokens"] if answer.finish == "length" else []
+    return ", ".join(parts) or "no answer"

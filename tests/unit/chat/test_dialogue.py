@@ -101,7 +101,7 @@ def test_thinking_goes_to_the_template(dialogue):
 
 def test_a_called_tool_waits_for_its_result_which_the_model_is_told(scripted, dialogue, tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
-    dialogue.take_tools(tmp_path / "tools.json")
+    dialogue.load_tools(tmp_path / "tools.json")
     scripted[0].script = b'Let me see.<tool_call>{"name": "weather", "arguments": {"city": "Bern"}}</tool_call>'
     dialogue.say("How is it in Bern?")
     answer, _ = answered(dialogue)
@@ -138,7 +138,7 @@ def test_a_file_without_a_conversation_is_refused_by_its_name(dialogue, tmp_path
     with pytest.raises(DataError, match=r"talk\.json"):
         dialogue.load(tmp_path / "talk.json")
     with pytest.raises(DataError, match=r"missing\.json"):
-        dialogue.take_tools(tmp_path / "missing.json")
+        dialogue.load_tools(tmp_path / "missing.json")
 
 
 def test_an_answer_can_be_had_anew_and_a_question_taken_back(scripted, dialogue):
@@ -146,9 +146,9 @@ def test_an_answer_can_be_had_anew_and_a_question_taken_back(scripted, dialogue)
     for question in ("One?", "Two?"):
         dialogue.say(question)
         answered(dialogue)
-    assert dialogue.take_back_answer() and dialogue.messages[-1]["content"] == "Two?"
+    assert dialogue.remove_answer() and dialogue.messages[-1]["content"] == "Two?"
     assert dialogue.undo() and [message["content"] for message in dialogue.messages] == ["One?", "Yes."]
-    assert dialogue.undo() and not dialogue.undo() and not dialogue.take_back_answer()
+    assert dialogue.undo() and not dialogue.undo() and not dialogue.remove_answer()
 
 
 def test_settings_have_the_types_that_the_api_takes(dialogue):
