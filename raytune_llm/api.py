@@ -1,4 +1,4 @@
-"""One function a verb: takes the config, returns a typed result. The command line is a thin face over these.
+"""One function per command: it takes the config and returns a typed result. The command line only calls these.
 
 from raytune_llm import api, load_config
 result = api.train(load_config("train", ["+experiment=sft_smollm2"]))
@@ -63,11 +63,11 @@ class TrainResult:
     resumed_from: int | None
     """The step that training resumed from."""
     already_done: bool
-    """The output folder held the finished run; nothing was computed."""
+    """The output folder already had the finished run, and nothing was computed."""
     before: ExactMatch | None
     after: ExactMatch | None
     paused: bool = False
-    """By train.pause_at: the folder holds a checkpoint, and no final/."""
+    """The run stopped at train.pause_at: the folder has a checkpoint and no final/."""
 
     @property
     def final(self) -> Path:
@@ -76,7 +76,7 @@ class TrainResult:
 
 
 def prepare(run: PrepareRun, *, on_progress: pipeline.OnProgress | None = None) -> Prepared:
-    """The token stores of a run: opened where they exist, else made."""
+    """The token stores of a run, which are created unless they exist."""
     return pipeline.prepare(run.model, run.data, run.resources, kind=run.stage.kind, on_progress=on_progress)
 
 
@@ -90,7 +90,8 @@ def train(
     began: float | None = None,
     workspace: Workspace | None = None,
 ) -> TrainResult:
-    """Prepare what is missing (while training, where data.streaming), train (or resume), and write the output folder.
+    """Create the token stores if they are missing (with data.streaming, while training), train or resume, and write the output
+    folder.
 
     Callbacks: sinks get every record of metrics.jsonl; on_update gets a `report.updates.RunStarted` before the first step, and
     again when lost workers were replaced, and ReferencePass and Notice; on_samples gets a list of `report.updates.SampledAnswer`
@@ -151,10 +152,10 @@ def _train(
 
 
 def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None) -> list[TrainResult | Exception | None]:
-    """Train several runs that see the same packs over one base, in one pass a step (config/sharing.py says which can). Each has
-    an output folder, as `train` writes it and resumes from it.
+    """Train several adapters on one base and the same packs, in one forward pass per step (config/sharing.py has the rules).
 
-    In the order of the parts: what each came to, the error that ended it, or none where its `stops` did.
+    Each run has an output folder like that of `train`, and resumes from it. Returns, in the order of the parts, a result, the
+    error that ended the run, or None if its `stops` did.
     """
     from raytune_llm.runs.owner import check_writable, owned
     from raytune_llm.runs.together import fit_together
@@ -197,7 +198,7 @@ def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None)
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """A run whose folder is ready for its training."""
+    """A run that is ready for training."""
 
     run: TrainRun
     output: Path
@@ -205,7 +206,7 @@ class _Opened:
     identity: dict[str, str]
     resumed_from: int | None
     done: TrainResult | None
-    """Where the folder holds its end already."""
+    """The result, if the folder has the finished run."""
     before: ExactMatch | None
     clock: _Phases
 
@@ -227,7 +228,7 @@ def _prepared(run: TrainRun, workspace: Workspace, on_progress: pipeline.OnProgr
 
 
 def _stores(prepared: Prepared | Streamed) -> tuple[str, str | None]:
-    """Of training and of evaluation."""
+    """The folders of the token stores for training and, if separate, for evaluation."""
     return str(prepared.folder), None if prepared.eval_store is None else str(prepared.eval_store.folder)
 
 
@@ -272,7 +273,7 @@ def _opened(
 
 
 def _closed(opened: _Opened, outcome: TrainOutcome, on_update: Callable[[Any], None], workspace: Workspace) -> TrainResult:
-    """What follows the last step, or a pause."""
+    """Write what follows the last step or a pause: loss curve, exact match, summary."""
     from raytune_llm.report.plots import loss_curve
     from raytune_llm.runs.output import mark_finished
 
@@ -292,8 +293,8 @@ def _closed(opened: _Opened, outcome: TrainOutcome, on_update: Callable[[Any], N
 
 
 def _start(run: TrainRun, workspace: Workspace | None) -> Workspace:
-    """Check the run, and connect to Ray where it is to run there, at the same time: one takes seconds to load torch and make the
-    model without its weights, the other to wait for Ray's processes."""
+    """Check the run and connect to Ray, if it uses Ray, at the same time. Each takes seconds: importing torch and building the
+    model without weights, and starting Ray's processes."""
     with ThreadPoolExecutor(1, "preflight") as beside:
         checked = beside.submit(_preflight, run, workspace)
         if run.resources.name != "inline":
@@ -325,7 +326,7 @@ def _check_nodes(run: TrainRun, resources: Cluster, on_update: Callable[[Any], N
 
 
 def plan(run: TrainRun) -> Plan:
-    """What a run would be: steps, tokens, parameters, memory, and what would not fit. Nothing is trained or written."""
+    """The steps, tokens, parameters and memory of a run, and settings that would not work. Nothing is trained or written."""
     from raytune_llm.runs.plan import plan
 
     return plan(run)
@@ -350,14 +351,14 @@ def tune(
 
 
 def products_per_s() -> float:
-    """Operations of matrix products that this machine does in a second, as measured now."""
+    """FLOP/s of matrix products on this machine, measured now."""
     from raytune_llm.memory.flops import measured_flops
 
     return measured_flops()
 
 
 def import_(run: ImportRun) -> Path:
-    """A LLaMA-Factory training file as an experiment of ours; where it was written."""
+    """Translate a LLaMA-Factory training file to an experiment. Returns the path of the written file."""
     return write(run, translate_file(run))
 
 
@@ -393,7 +394,7 @@ def chat(run: ChatRun) -> AbstractContextManager[Dialogue]:
 
 
 def predict(run: PredictRun, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Predicted:
-    """Answers for a data set, written as they come, and their metrics. What the output folder has is not computed again.
+    """Answers for a data set, written as they are generated, and their metrics. Answers in the output folder are kept.
 
     from raytune_llm import api, load_config
     predicted = api.predict(load_config("predict", ["predict.run=outputs/x", "data.path=rows.jsonl", "output_dir=out"]))
@@ -405,29 +406,29 @@ def predict(run: PredictRun, *, on_progress: Callable[[int, int], None] = lambda
 
 
 def export(run: ExportRun, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Exported:
-    """Write a merged model, checked against what it was merged from. on_progress gets the bytes done and in all."""
+    """Write a merged model, and compare it with the base and adapters. on_progress(bytes written, bytes in total)."""
     from raytune_llm.export.run import export
 
     return export(with_absolute_paths(run), on_progress)
 
 
 def evaluate(run: EvaluateRun, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Evaluated:
-    """Benchmarks of one or several models, written as results.json, results.md and results.png. on_progress gets the questions
-    answered and in all."""
+    """Benchmark one or several models, and write results.json, results.md and results.png. on_progress(questions answered,
+    questions in total)."""
     from raytune_llm.evaluate.run import evaluate
 
     return evaluate(with_absolute_paths(run), on_progress)
 
 
 def submit(run: SubmitRun) -> Job:
-    """Send a run to a cluster as a job; raytune_llm.cluster.jobs.Jobs follows it."""
+    """Submit a run to a cluster as a job; raytune_llm.cluster.jobs.Jobs follows it."""
     from raytune_llm.cluster.submit import submit
 
     return submit(run)
 
 
 def doctor(run: DoctorRun) -> Doctor:
-    """What this machine has, and what is missing for which feature."""
+    """The hardware and packages of this machine, and which features lack something."""
     from raytune_llm.doctor import doctor
 
     return doctor()
@@ -479,14 +480,14 @@ def _summary(outcome: TrainOutcome, clock: _Phases, before: ExactMatch | None, a
 
 
 def _summary_of(output: Path) -> Summary:
-    """Of a run that is done."""
+    """The result of a run that its folder has finished."""
     return summary_of(json.loads((output / "summary.json").read_text()))
 
 
 def _exact_match(
     run: TrainRun, prepared: Prepared | Streamed, final: Path | None, tell: Callable[[Any], None], workspace: Workspace
 ) -> ExactMatch | None:
-    """How many held-out rows the base model (or what training made of it) answers exactly, where the run asks for it."""
+    """Exact match on held-out rows with train.exact_match_rows, else None. final: the trained model; None: the base model."""
     if not run.train.exact_match_rows:
         return None
     which = "before" if final is None else "after"

@@ -1,4 +1,4 @@
-"""`export`: what is asked for is written beside its place, checked, and renamed: a half-written export never looks whole."""
+"""Runs `export`: writes to a folder beside the target, checks it, and renames it, so that no incomplete export is left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytune_llm.runs.output import full_disk_explained
 from raytune_llm.runs.owner import check_writable
 
 OnProgress = Callable[[int, int], None]
-"""Called with the bytes that are written and the bytes in all."""
+"""Called with the bytes written and the bytes in total."""
 SPARE_BYTES = 64 * 2**20
 
 
@@ -28,7 +28,7 @@ class Exported:
     num_bytes: int
     difference: Difference | None
     unchecked: str | None
-    """Why nothing was compared."""
+    """Why the export was not compared with its source."""
 
 
 def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -> Exported:
@@ -49,7 +49,7 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
 
 
 def _hf(run: ExportRun, source: Source, folder: Path, on_progress: OnProgress) -> Exported:
-    """A folder that transformers loads."""
+    """Write a folder that transformers loads."""
     settings = run.export
     dtype = DTYPES.get(settings.dtype)
     facts = source.outputs(dtype)
@@ -112,7 +112,7 @@ def _take_place(beside: Path, place: Path) -> None:
 
 
 def _compared(run: ExportRun, source: Source, folder: Path) -> tuple[Difference | None, str | None]:
-    """Raises ConfigError where it differs more than it may."""
+    """The difference from the source, or why it was not computed. Raises ConfigError if it exceeds export.check's limit."""
     settings = run.export
     if settings.check is False or settings.check_rows == 0:
         return None, "it was not asked for (export.check)"

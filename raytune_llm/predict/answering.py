@@ -1,4 +1,4 @@
-"""Blocks of questions -> their answers, by an engine of this process or by Ray actors with an engine each. [ray]
+"""Answers blocks of questions with an engine in this process, or with Ray actors that have one engine each. [ray]
 
 Blocks are answered side by side, so that an engine's batch stays full from one block to the next, and come back in their order.
 """
@@ -23,19 +23,19 @@ from raytune_llm.errors import ConfigError, ResourceError, UserError
 
 BLOCK_QUESTIONS = 16
 ROWS_AHEAD = 4
-"""So many times an engine's rows are asked at once: those that wait take the places of those that are answered."""
+"""Requests that are submitted at once, as a multiple of the engine's rows, so that a free row always has a next request."""
 SCORED_TOKENS = 4096
-"""Of a pass that scores given answers, at most, where it holds more than one."""
+"""Maximum tokens of a forward pass that scores several given answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     prompt_ids: tuple[int, ...]
     given_ids: tuple[int, ...]
-    """The answer that is to be scored; empty: none."""
+    """The given answer, whose log-probabilities are computed; empty: none."""
     adapter: str | None
     sampling: Sampling | None
-    """None: no answer is asked for."""
+    """None: no answer is generated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,11 @@ class Answered:
     text: str | None
     finish: str | None
     ids: tuple[int, ...]
-    """Tokens that were made."""
+    """The generated tokens."""
     logprobs: tuple[float, ...]
-    """Of the given answer's tokens."""
+    """One per token of the given answer, in nats."""
     refused: str | None = None
-    """Why there is no answer."""
+    """Why the engine refused the question."""
 
 
 Block = Sequence[Question]
@@ -61,7 +61,7 @@ class Answering(Protocol):
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is built from, here or elsewhere."""
+    """What an engine is built from, in any process."""
 
     model: ModelConfig
     quantization: QuantizationConfig
@@ -84,7 +84,7 @@ class EngineSettings:
 
 
 def answer_block(engine: Engine, block: Block) -> list[Answered]:
-    """Waits until all of the block is answered."""
+    """The answers of a block, in its order. Blocks until all are complete."""
     streams: dict[int, Any] = {}
     refused: dict[int, str] = {}
     for number, question in enumerate(block):
@@ -173,7 +173,7 @@ def _answering_here(settings: EngineSettings, resources: Any) -> Iterator[Answer
 
 
 class Answerer:
-    """An actor: one engine. What a user can fix comes back as a value, since Ray wraps errors in its own."""
+    """An actor with one engine. A UserError is returned, not raised, because Ray would wrap it in an error of its own."""
 
     def __init__(self, settings: EngineSettings, num_threads: int) -> None:
         import torch
@@ -205,7 +205,7 @@ class AnsweringOnRay:
         self.max_length = min(map(self._value, [actor.max_length.remote() for actor in actors]))
 
     def __call__(self, blocks: Iterable[Block]) -> Iterator[list[Answered]]:
-        """A block goes to the actor that has the fewest."""
+        """Each block goes to the actor with the fewest unanswered blocks. Answers are yielded in the order of the blocks."""
         waiting: deque[Any] = deque()
         running: dict[Any, int] = {}
         for block in blocks:

@@ -1,4 +1,4 @@
-"""What an engine is asked to hold: a base and adapters that write texts."""
+"""The base model and adapters that an engine serves for a data set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIN_RANK = 8
 
 
 def check_writes(folder: str, setting: str) -> None:
-    """Raises ConfigError for a folder, which the setting names, without an adapter of a language model."""
+    """Raises ConfigError, naming the setting, unless the folder has an adapter of a language model."""
     if task_of(folder, setting) == "SEQ_CLS":
         rule = "must write texts: it is a reward model's"
         raise ConfigError(setting, rule, got=folder, fix="raytune-llm serve answers /v1/score with it.")
@@ -27,7 +27,7 @@ def served_with(
     max_length: int | None,
     template: str | None,
 ) -> ServedModels:
-    """With room for all of them. max_rank: None is the highest that they have."""
+    """Settings of an engine that holds all of these adapters at once. max_rank: None is the highest of their ranks."""
     ranks = [rank_of(folder, f"the adapter {name}") for name, folder in adapters.items()]
     return ServedModels(
         adapters=dict(adapters),

@@ -1,4 +1,4 @@
-"""predictions.jsonl: a line for each row and model, in their order, written as answers come.
+"""predictions.jsonl: one line per row and model, in their order, written while answers are generated.
 
 A killed run leaves whole lines from the beginning on, and at most a part of one more, which is cut off: what is left to do begins
 after them.
@@ -15,9 +15,9 @@ from raytune_llm.errors import ConfigError, DataError
 
 FILE = "predictions.jsonl"
 SETTINGS = "predict.json"
-"""What decides the predictions of the folder."""
+"""File with the settings and file contents that the folder's predictions depend on."""
 OWN = ("row", "model", "prompt", "predict", "label", "finish", "logprob", "label_tokens", "error")
-"""Names of ours in a line. The data's own column of such a name is written as input_<name>."""
+"""Keys of a line. A column of the data with one of these names is written as input_<name>."""
 
 
 def line(own: Mapping[str, Any], columns: Mapping[str, Any]) -> str:
@@ -31,12 +31,12 @@ def lines(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def columns_of(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The data's own columns, under their names."""
+    """The columns of the data, by their own names."""
     return {name.removeprefix("input_") if name[6:] in OWN else name: value for name, value in line.items() if name not in OWN}
 
 
 def open_predictions(folder: Path, settings: Mapping[str, Any], *, resume: bool, models: int) -> int:
-    """Make the folder ready; gives how many lines are there and stay. Raises ConfigError where it holds other predictions.
+    """Prepare the folder. Returns the number of lines to keep. Raises ConfigError if it has predictions of other settings.
 
     models: lines of a row.
     """
@@ -73,7 +73,7 @@ def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _whole_lines(file: Path, models: int) -> int:
-    """Their number. What a crash left of one more is cut off."""
+    """The number of complete lines. An incomplete one, left by a crash, is cut off."""
     found = end = 0
     with file.open("rb") as stream:
         for one in stream:

@@ -1,4 +1,4 @@
-"""A data set -> what is asked row by row, with the answer that stands there, if any does."""
+"""The rows of a data set as prompts, with the answer that the data give, if they give one."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ from raytune_llm.records import Conversation
 
 KIND = "prompts"
 UNBOUNDED = 2**31 - 1
-"""Prompts are not shortened here: how long they may be the engine says."""
+"""Prompts are not truncated here; the engine refuses those that are too long."""
 
 
 @dataclass(frozen=True, slots=True)
-class AskedRow:
+class PromptRow:
     number: int
-    """In the data, counted from 1."""
+    """Row number in the data, from 1."""
     where: str
     columns: Mapping[str, Any]
-    """As the data have them."""
+    """The row's columns as they are in the data."""
     prompt_ids: tuple[int, ...] = ()
     answer_ids: tuple[int, ...] = ()
-    """With the end of an answer; of its end alone where none is given."""
+    """The given answer with its stop tokens; only these if the data give none."""
     bad: str | None = None
-    """Why it can't be asked."""
+    """Why the row can't be rendered."""
 
 
-class AskedRows:
-    """Of all data sets, one after another, in the order of their rows. It can be gone through again and again."""
+class PromptRows:
+    """The rows of all data sets, in order. Can be iterated over repeatedly."""
 
     def __init__(self, model: ModelConfig, data: DataConfig) -> None:
-        """Raises ConfigError or DataError where there is nothing to read."""
+        """Raises ConfigError or DataError if there is nothing to read."""
         preprocessor = preprocessor_of(model, data, KIND)
         self.tokenizer = preprocessor.tokenizer
         self.end_ids = stop_ids(preprocessor.tokenizer, preprocessor.template)
         preprocessor = replace(preprocessor, targets=replace(preprocessor.targets, max_length=UNBOUNDED))
         self._parts: list[tuple[Recipe, list[Chunk]]] = []
         self.fingerprints: list[str] = []
-        """Of the data sets' contents."""
+        """One per data set, of its contents."""
         self._data = data
         for one in declared(data, ranked=False):
             source = source_of(one)
             self.fingerprints.append(sources.fingerprint(source))
             self._parts.append((recipe_of(one, source, preprocessor, data), chunks_of(one, source, data)))
 
-    def __iter__(self) -> Iterator[AskedRow]:
+    def __iter__(self) -> Iterator[PromptRow]:
         number = 0
         for recipe, chunks in self._parts:
             for chunk in chunks:
@@ -67,7 +67,7 @@ class AskedRows:
                     number += len(block)
 
     def check(self, max_prompt_tokens: int | None) -> int:
-        """The number of rows. Raises DataError where too many can't be asked."""
+        """The number of rows. Raises DataError if too many can't be rendered, or have too long a prompt."""
         bad, number = Dropped(), 0
         for row in self:
             number = row.number
@@ -84,10 +84,10 @@ class AskedRows:
 
 
 class ConversationPrompts:
-    """Conversations without their answers -> the token ids that ask for them, as in training."""
+    """Renders conversations that lack an answer to prompt token ids, as in training."""
 
     def __init__(self, model: ModelConfig, data: DataConfig) -> None:
-        """Of the data's settings, those that say how conversations are written."""
+        """data: of it, the settings of the chat template are used."""
         preprocessor = preprocessor_of(model, data, KIND)
         self.tokenizer = preprocessor.tokenizer
         self.default_system = data.default_system
@@ -101,7 +101,7 @@ class ConversationPrompts:
         )
 
     def __call__(self, conversations: Sequence[Conversation], where: str) -> list[tuple[int, ...]]:
-        """where: what a conversation that can't be written is blamed on."""
+        """One tuple of ids per conversation. where: named in the DataError for one that can't be rendered."""
         made = dict(made_rows(list(enumerate(conversations)), self._recipe))
         found = []
         for number in range(len(conversations)):
@@ -115,11 +115,11 @@ class ConversationPrompts:
         return found
 
 
-def _asked(block: list[Any], chunk: Chunk, recipe: Recipe, before: int) -> Iterator[AskedRow]:
+def _asked(block: list[Any], chunk: Chunk, recipe: Recipe, before: int) -> Iterator[PromptRow]:
     made = dict(made_rows([(place, row) for place, (_, row) in enumerate(block)], recipe))
     for place, (in_file, columns) in enumerate(block):
         where = sources.where(chunk, in_file)
-        row = AskedRow(before + place + 1, where, {} if isinstance(columns, BadRow) else columns)
+        row = PromptRow(before + place + 1, where, {} if isinstance(columns, BadRow) else columns)
         match made[place]:
             case BadRow(reason=reason, detail=detail):
                 yield replace(row, bad=f"{reason}: {detail}" if detail else reason)

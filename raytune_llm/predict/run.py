@@ -24,7 +24,7 @@ from raytune_llm.predict.answering import BLOCK_QUESTIONS, Answered, Answering, 
 from raytune_llm.predict.metrics import Metric, metrics_of
 from raytune_llm.predict.models import check_writes, served_with
 from raytune_llm.predict.predictions import FILE, columns_of, line, lines, open_predictions
-from raytune_llm.predict.rows import AskedRow, AskedRows
+from raytune_llm.predict.rows import PromptRow, PromptRows
 from raytune_llm.runs.output import full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
 from raytune_llm.runs.trained import read_trained
@@ -39,12 +39,12 @@ class Predicted:
     rows: int
     models: tuple[str, ...]
     found: int
-    """Lines that were there before."""
+    """Number of lines that an earlier run had written."""
     metrics: Mapping[str, Mapping[str, Any]]
-    """Of each model."""
+    """Model -> its metrics."""
     generated_tokens: int
     seconds: float
-    """Of answering, in this run."""
+    """Time of this run's answers, without loading."""
 
 
 def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None) -> Predicted:
@@ -56,7 +56,7 @@ def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None)
     models = _models(run.predict, adapters)
     for name, place in adapters.items():
         check_writes(place, f"predict.adapters.{name}")
-    rows = AskedRows(run.model, run.data)
+    rows = PromptRows(run.model, run.data)
     num_rows = rows.check(None if run.predict.max_length is None else run.predict.max_length - 1)
     served = served_with(
         adapters,
@@ -81,7 +81,7 @@ def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None)
 
 
 def _with_trained(run: PredictRun) -> tuple[PredictRun, dict[str, str]]:
-    """The run with the model and the prompts of predict.run, and all adapters by name."""
+    """The run with the model and the chat template of predict.run, and adapter name -> folder, predict.run's first."""
     if run.predict.run is None:
         return run, dict(run.predict.adapters)
     trained = read_trained(run.predict.run, "predict.run")
@@ -96,7 +96,7 @@ def _with_trained(run: PredictRun) -> tuple[PredictRun, dict[str, str]]:
 
 
 def _models(predict: PredictConfig, adapters: Mapping[str, str]) -> list[str | None]:
-    """Adapters' names, in their order, after None for the base where it answers."""
+    """None for the base model if it is to answer, then the adapters' names."""
     if "base" in adapters:
         raise ConfigError("predict.adapters", "must hold no adapter called base: that is the model without one", got=["base"])
     with_base = not adapters if predict.base == "auto" else predict.base
@@ -107,7 +107,7 @@ def _models(predict: PredictConfig, adapters: Mapping[str, str]) -> list[str | N
 
 
 def _decides(run: PredictRun, adapters: Mapping[str, str], fingerprints: Sequence[str]) -> dict[str, Any]:
-    """What decides the answers. Where they are computed, and what they are measured by, does not."""
+    """The settings and file contents that the answers depend on. Lines that were written under others can't be resumed."""
     plain = as_plain(run)
     data = {key: value for key, value in plain["data"].items() if key not in ("path", "cache", "max_bad_fraction")}
     beside = ("run", "adapters", "metrics", "resume", "llamafactory_files", "max_rank")
@@ -124,6 +124,7 @@ def _decides(run: PredictRun, adapters: Mapping[str, str], fingerprints: Sequenc
 
 
 def _digest(folder: Path) -> str:
+    """SHA-256 of an adapter's config and weights, in hex."""
     digest = hashlib.sha256()
     for name in ("adapter_config.json", *WEIGHTS):
         if (folder / name).is_file():
@@ -133,36 +134,37 @@ def _digest(folder: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    row: AskedRow
+class _Pair:
+    row: PromptRow
     model: str | None
+    """Name of an adapter. None: the base model."""
 
 
 def _write(
     folder: Path,
     found: int,
     total: int,
-    rows: AskedRows,
+    rows: PromptRows,
     models: Sequence[str | None],
     answer: Answering,
     predict: PredictConfig,
     on_progress: OnProgress,
 ) -> int:
-    """The rest of the lines; gives how many tokens were made for them."""
-    asked = islice((_Asked(row, model) for row in rows for model in models), found, None)
+    """Append the missing lines. Returns the number of generated tokens."""
+    pairs = islice((_Pair(row, model) for row in rows for model in models), found, None)
     ended = {tuple(rows.end_ids), *((end,) for end in rows.end_ids), ()}
-    questions: list[list[_Asked]] = []
+    pending: list[list[_Pair]] = []
 
     def blocks() -> Iterator[list[Question]]:
-        while block := list(islice(asked, BLOCK_QUESTIONS)):
-            questions.append(block)
-            yield [_question(one, predict, nothing_given=one.row.answer_ids in ended) for one in block]
+        while block := list(islice(pairs, BLOCK_QUESTIONS)):
+            pending.append(block)
+            yield [_question(one, predict, has_no_answer=one.row.answer_ids in ended) for one in block]
 
     tokens, done = 0, found
     on_progress(done, total)
     with (folder / FILE).open("a", encoding="utf-8") as file:
         for answers in answer(blocks()):
-            for one, answered in zip(questions.pop(0), answers, strict=True):
+            for one, answered in zip(pending.pop(0), answers, strict=True):
                 given = "" if one.row.answer_ids in ended else _text(rows.tokenizer, one.row.answer_ids)
                 file.write(_line(one, answered, rows.tokenizer, given))
                 tokens += len(answered.ids)
@@ -172,8 +174,8 @@ def _write(
     return tokens
 
 
-def _question(one: _Asked, predict: PredictConfig, *, nothing_given: bool) -> Question:
-    row = one.row
+def _question(pair: _Pair, predict: PredictConfig, *, has_no_answer: bool) -> Question:
+    row = pair.row
     sampling = None
     if predict.generate and row.bad is None:
         sampling = Sampling(
@@ -185,15 +187,15 @@ def _question(one: _Asked, predict: PredictConfig, *, nothing_given: bool) -> Qu
             stop=tuple(predict.stop),
             seed=(predict.seed * 1_000_003 + row.number) % 2**63,
         )
-    given = () if not predict.score or nothing_given or row.bad is not None else row.answer_ids
-    return Question(row.prompt_ids, given, one.model, sampling)
+    given = () if not predict.score or has_no_answer or row.bad is not None else row.answer_ids
+    return Question(row.prompt_ids, given, pair.model, sampling)
 
 
-def _line(one: _Asked, answered: Answered, tokenizer: Any, given: str) -> str:
-    row = one.row
+def _line(pair: _Pair, answered: Answered, tokenizer: Any, given: str) -> str:
+    row = pair.row
     own: dict[str, Any] = {
         "row": row.number,
-        "model": one.model or "base",
+        "model": pair.model or "base",
         "prompt": _text(tokenizer, row.prompt_ids),
         "predict": answered.text,
         "label": given or None,
@@ -238,7 +240,7 @@ def _measured(folder: Path, model: str | None, metrics: Iterable[Metric]) -> dic
 
 
 def _write_metrics(folder: Path, measured: Mapping[str, Mapping[str, Any]], *, llamafactory_files: bool) -> None:
-    """Of one model as they are; of several, by model."""
+    """Write metrics.json: one model's metrics, or model -> metrics if there are several."""
     numbers: Any = next(iter(measured.values())) if len(measured) == 1 else measured
     write_atomically(folder / "metrics.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
     if llamafactory_files:

@@ -24,9 +24,9 @@ from raytune_llm.records import Message
 
 CONTENT, THOUGHT, CALLS, TOOLS = "content", "thought", "calls", "tools"
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys of a message by which chat templates read its thought, the first that is there; transformers' order."""
+"""Keys of a message under which chat templates look for its reasoning, in transformers' order."""
 SWITCHES = re.compile(r"/(no_)?think\b|/system_override\b")
-"""What templates read in a text as a setting, and take out."""
+"""Words in a text that templates treat as settings and remove."""
 THOUGHT_WORDS = ("<think>", "</think>")
 
 
@@ -83,7 +83,7 @@ def _shown(text: str) -> str:
 
 
 def _has_text(place: str, text: str) -> bool:
-    """As it is, or as JSON or HTML has it."""
+    """Whether `place`, without white space, has the text as it is or escaped for JSON or HTML."""
     return any(_squeezed(skeleton) in place for skeleton in _skeletons(text))
 
 
@@ -95,7 +95,7 @@ def _skeletons(text: str) -> Iterator[str]:
 
 
 def _missing_of_content(place: str, content: str, message: Message, thought_words: Sequence[str]) -> str | None:
-    """CONTENT or THOUGHT, where one of them is missing."""
+    """CONTENT or THOUGHT, if one of them is missing."""
     if _has_text(place, content) or _has_text(place, SWITCHES.sub("", content)):
         return None
     *thoughts, said = re.split("|".join(re.escape(word.strip()) for word in thought_words), content)
@@ -122,7 +122,7 @@ def _missing_of_call(place: str, call: Any) -> str | None:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """All keys, texts and numbers."""
+    """All keys, strings and numbers in a JSON value."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield str(key)
@@ -156,7 +156,7 @@ def _missing_of_tool(whole: str, tool: Any) -> str | None:
 def probe(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, tuple[str, int]]]:
-    """The same conversation of placeholders: its messages, its tools, and what each placeholder is of which message."""
+    """The conversation with placeholders for its texts: messages, tools, and placeholder -> (part, index of the message)."""
     placed: dict[str, tuple[str, int]] = {}
 
     def place(what: str, number: int) -> str:
@@ -194,7 +194,7 @@ def _probe_call(call: Mapping[str, Any], place: Any, number: int) -> dict[str, A
 
 
 def shape_of(messages: Sequence[Mapping[str, Any]], told: Sequence[Message], tools: Sequence[Any]) -> tuple[Any, ...]:
-    """What decides which parts a template writes, contents aside."""
+    """All that a template's output can depend on, but for the texts: roles, keys, and which parts are empty."""
     return (
         tuple(
             (
@@ -210,7 +210,7 @@ def shape_of(messages: Sequence[Mapping[str, Any]], told: Sequence[Message], too
 
 
 def lost_of_shape(text: str, placed: Mapping[str, tuple[str, int]], told: Sequence[Message]) -> Lost | None:
-    """The first placeholder that is not in the text."""
+    """The part of the first placeholder that is missing from the text."""
     for probed, (what, number) in placed.items():
         if probed not in text and (what != THOUGHT or told[number].trained):
             return Lost(what, "" if number < 0 else f"{told[number].role}: {_shown(told[number].content)}")
