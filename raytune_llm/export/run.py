@@ -112,7 +112,7 @@ def _take_place(beside: Path, place: Path) -> None:
 
 
 def _compared(run: ExportRun, source: Source, folder: Path) -> tuple[Difference | None, str | None]:
-    """The difference from the source, or why it was not computed. Raises ConfigError if it exceeds export.check's limit."""
+    """The difference from the source, or why it was not computed. Raises ConfigError if it exceeds export.max_kl."""
     settings = run.export
     if settings.check is False or settings.check_rows == 0:
         return None, "it was not asked for (export.check)"

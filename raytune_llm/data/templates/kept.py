@@ -1,11 +1,10 @@
 """Whether a rendered text contains all of its row: contents, reasoning, tool calls and tools.
 
-What a template can write at all is seen once a shape of conversations, from one of placeholders. What it wrote of this row is
-looked up in its text, answers in their own turns. White space is left out of account, and so is how a format escapes texts:
-templates trim and indent, and write arguments as JSON or between tags.
+Two checks: which parts a template writes at all, once per shape of conversation, with placeholders for the texts; and whether
+this row's texts are in its rendered text, each answer in its own turn. White space and escapes are ignored, because templates
+trim and indent, and write arguments as JSON or between tags.
 
-Thoughts must be there where they are trained. Earlier ones that are not, many templates leave out, as they do when the model is
-asked.
+Reasoning is required only in trained messages: many templates leave out that of earlier messages, as in generation.
 """
 
 from __future__ import annotations
@@ -42,20 +41,20 @@ class Lost:
 def lost(
     text: str,
     messages: Sequence[Mapping[str, Any]],
-    told: Sequence[Message],
+    row_messages: Sequence[Message],
     tools: Sequence[Any],
     turns: Mapping[int, tuple[int, int]],
     thought_words: Sequence[str] = THOUGHT_WORDS,
 ) -> Lost | None:
-    """The first thing that the text lacks, if any.
+    """The first part of the row that is missing from the text, if any.
 
-    `messages` are those that the template was given, one for each of `told`; `turns` says where in the text answers stand, by the
-    numbers of their messages.
+    row_messages: the messages of the row. messages: the same messages, in the form that the template gets. turns: index of an answer's
+    message -> its (start, end) in the text, in characters.
     """
     whole = _squeezed(text)
     spans = {number: _squeezed(text[start:end]) for number, (start, end) in turns.items()}
     elsewhere: Counter[str] = Counter()
-    for number, (message, plain) in enumerate(zip(told, messages, strict=True)):
+    for number, (message, plain) in enumerate(zip(row_messages, messages, strict=True)):
         place = spans.get(number, whole)
         content = plain.get("content")
         if isinstance(content, str) and (needle := _squeezed(content)):
@@ -193,7 +192,7 @@ def _probe_call(call: Mapping[str, Any], place: Any, number: int) -> dict[str, A
     return probed if function is call else {**call, "function": probed}
 
 
-def shape_of(messages: Sequence[Mapping[str, Any]], told: Sequence[Message], tools: Sequence[Any]) -> tuple[Any, ...]:
+def shape_of(messages: Sequence[Mapping[str, Any]], row_messages: Sequence[Message], tools: Sequence[Any]) -> tuple[Any, ...]:
     """All that a template's output can depend on, but for the texts: roles, keys, and which parts are empty."""
     return (
         tuple(
@@ -203,17 +202,17 @@ def shape_of(messages: Sequence[Mapping[str, Any]], told: Sequence[Message], too
                 tuple((key, None if value is None else bool(value)) for key, value in plain.items()),
                 tuple((*call, type(function_of(call).get("arguments"))) for call in plain.get("tool_calls") or ()),
             )
-            for message, plain in zip(told, messages, strict=True)
+            for message, plain in zip(row_messages, messages, strict=True)
         ),
         tuple(function_of(tools[0])) if tools else (),
     )
 
 
-def lost_of_shape(text: str, placed: Mapping[str, tuple[str, int]], told: Sequence[Message]) -> Lost | None:
+def lost_of_shape(text: str, placed: Mapping[str, tuple[str, int]], row_messages: Sequence[Message]) -> Lost | None:
     """The part of the first placeholder that is missing from the text."""
     for probed, (what, number) in placed.items():
-        if probed not in text and (what != THOUGHT or told[number].trained):
-            return Lost(what, "" if number < 0 else f"{told[number].role}: {_shown(told[number].content)}")
+        if probed not in text and (what != THOUGHT or row_messages[number].trained):
+            return Lost(what, "" if number < 0 else f"{row_messages[number].role}: {_shown(row_messages[number].content)}")
     return None
 
 
