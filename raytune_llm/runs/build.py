@@ -1,4 +1,4 @@
-"""From a run's settings to its model, spread over the workers, and what was chosen on the way."""
+"""Builds the model of a run on a worker, sharded by its strategy, and makes the automatic choices."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Built:
     strategy: Strategy
     operations: Operations
     choices: tuple[str, ...]
-    """What was chosen and why, a line each."""
+    """Automatic choices and their reasons, one line each."""
     adapter: str = OWN
-    """The name of the adapter that the run trains, where it trains one."""
+    """Name of the adapter that the run trains, if it trains one."""
 
 
 class Builder:
-    """Builds a run's model on one worker. Knows what the run was estimated to need, should memory run out."""
+    """Builds a run's model on one worker. It keeps the memory estimate for the error that is raised if memory runs out."""
 
     def __init__(
         self,
@@ -58,8 +58,8 @@ class Builder:
         *,
         together: Sequence[TrainRun] = (),
     ) -> None:
-        """first_pieces: of each token that the run adds to the model's. shared: where the base is kept for the next run.
-        together: runs that are trained in one pass over the base of `run`, of which it is one."""
+        """first_pieces: for each token that the run adds, the token ids whose mean its embedding starts from. shared: keeps the
+        base for the next run. together: the runs that train on one base in one pass, `run` included."""
         self.run, self.config, self.device, self._first_pieces = run, config, device, first_pieces
         spreads = READS_FILES[run.strategy.name] or FIRST_LOADS[run.strategy.name]
         self._shared = None if spreads or run.quantization.replaces_layers else shared
@@ -84,10 +84,10 @@ class Builder:
         return Built(policy=policy, strategy=strategy, operations=counted, choices=choices)
 
     def policy(self) -> tuple[Policy, Operations, tuple[str, ...]]:
-        """The model, what it computes, and what was chosen. Of several runs, with a bank of empty slots."""
+        """The model, its strategy, and the automatic choices. For several runs, the model has a bank of empty adapter slots."""
         run, device = self.run, self.device
         if device.type == "cpu":
-            # transformers imports DeepSpeed, where it is installed, to save any model; told what it runs on, it does not warn
+            # transformers imports DeepSpeed, if it is installed, to save any model; this avoids its warning on a host without GPU
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if device.type == "cuda":
             # Read when the first tensor comes to the GPU: pages grow in place, so that changing sizes leave no holes.
@@ -132,11 +132,11 @@ class Builder:
 
     @property
     def fits(self) -> bool:
-        """By estimate; without a GPU, always."""
+        """Whether the estimate fits the GPU. True without a GPU."""
         return self.device.type != "cuda" or self._memory_of(self.needs).total <= self._usable
 
     def out_of_memory(self, error: torch.OutOfMemoryError, during: str) -> ResourceError:
-        """What a user can make of it. The innermost phase that it happened in is the error's first note."""
+        """The error for the user. The first note of `error` names the innermost phase in which memory ran out."""
         return ran_out(
             self.run,
             self.config,
@@ -182,8 +182,7 @@ class Builder:
         return self.needs.checkpointing, f"the least that fits: {fits}" if expected <= self._usable else f"nothing fits: {fits}"
 
     def _files(self) -> Files | None:
-        """Where each worker reads weights from by itself, if it keeps a part of them, or fewer bits, and every worker sees the
-        files."""
+        """The files of the weights, if each worker reads its own part: it keeps a shard or fewer bits, and can see the files."""
         run = self.run
         reads = READS_FILES[run.strategy.name]
         keeps_less = reads or run.quantization.replaces_layers
@@ -205,8 +204,8 @@ class Builder:
         return files if seen.item() else None
 
     def _loads_to(self, files: Files | None) -> torch.device:
-        """Where weights are loaded to. A strategy that shards them reads them from files, or gets them from the first worker's
-        host memory."""
+        """The device that weights are loaded to. A strategy that shards them reads them from files, or takes them from the host
+        memory of the worker with rank 0."""
         if files is not None and READS_FILES[self.run.strategy.name]:
             return torch.device("meta")
         if not FIRST_LOADS[self.run.strategy.name]:

@@ -1,4 +1,4 @@
-"""The adapter that a checkpoint holds, as files that PEFT and a server load: of a run that still trains, too."""
+"""Writes the adapter in a checkpoint as files that PEFT and a server load, also while the run is training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from raytune_llm.runs.tokenizer import tokenizer_of
 from raytune_llm.train.checkpoint import one_process_is_meant, path_of
 
 PARAMETERS = "parameters.model."
-"""What the names of trained parameters begin with in a checkpoint's state."""
+"""Prefix of the names of trained parameters in a checkpoint."""
 
 
 def adapter_of_checkpoint(run_folder: Path, step: int, into: Path) -> bool:
-    """Write the adapter of step `step` into a folder; False where the run trains all of its model,
-    or where its optimizer trains other weights than the average that it saves at its end.
+    """Write the adapter of step `step` into a folder. Returns False if the run trains the whole model, or if its optimizer
+    trains other weights than the average that it saves at the end.
 
     The model is made without its weights, unless the adapter changes them. Raises a UserError where the checkpoint or the run's
     settings can't be read.

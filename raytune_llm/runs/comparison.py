@@ -1,4 +1,4 @@
-"""Runs side by side: the settings that differ, the figures of each, and their answers to the same rows."""
+"""Compares runs: the settings that differ, their metrics, and their answers to the same rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNTOLD = ("name", "output_dir", "resume", "log_format")
 MAX_SAMPLES = 3
 
 Rows = Mapping[str, Sequence[Any]]
-"""By what is told, the value of each run; None where it has none."""
+"""Name of a setting or metric -> the value of each run; None: the run does not have it."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Sample:
     prompt: str
     reference: str
     answers: Sequence[str | None]
-    """Of each run, the newest."""
+    """The newest answer of each run."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Comparison:
 
 
 def compare(folders: Sequence[str]) -> Comparison:
-    """Raises ConfigError for a folder that is no run's."""
+    """Raises ConfigError for a folder that is not an output folder."""
     places = [_place(folder) for folder in folders]
     runs = [dict(flat_items(read_yaml(place / "run.yaml", setting="runs"))) for place in places]
     settings = _rows(runs)
@@ -58,7 +58,7 @@ def _place(folder: str) -> Path:
 
 
 def _names(places: Sequence[Path]) -> list[str]:
-    """The folders', with those above them where two are alike."""
+    """The folders' names, with parent folders if two are equal."""
     names = [place.resolve().name for place in places]
     return [
         name if names.count(name) == 1 else "/".join(place.resolve().parts[-2:])
@@ -76,19 +76,19 @@ def _differ(values: Sequence[Any]) -> bool:
 
 
 def _figures(place: Path) -> dict[str, Any]:
-    """Of the summary, the last evaluation, and the hours of all its workers; of a run that hasn't ended, what there is."""
+    """The metrics of the summary and of the last evaluation, and worker hours. A run that has not ended has only some."""
     summary = _json(place / SUMMARY) or {}
     evaluation = next((record for record in reversed(_lines(place / METRICS)) if "eval_loss" in record), {})
     last = {"last eval at step": evaluation.get("step")} if evaluation else {}
     last |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
-    told = {name: value for name, value in flat_items(summary) if value is not None}
-    total, workers = told.get("wall_s.total"), told.get("world_size")
+    known = {name: value for name, value in flat_items(summary) if value is not None}
+    total, workers = known.get("wall_s.total"), known.get("world_size")
     hours = {"worker hours": total * workers / 3600} if total is not None and workers is not None else {}
-    return {**told, **last, **hours}
+    return {**known, **last, **hours}
 
 
 def _samples(places: Sequence[Path]) -> list[Sample]:
-    """Of rows that all runs answered."""
+    """Answers to rows that all runs have answered."""
     newest = [{(one["source"], one["row"]): one for one in _lines(place / SAMPLES)} for place in places]
     common = [key for key in newest[0] if all(key in found for found in newest)] if newest else []
     return [
@@ -105,7 +105,7 @@ def _json(path: Path) -> Any:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole ones; a run may be writing the last."""
+    """The complete lines; a run may be writing the last one."""
     found = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:

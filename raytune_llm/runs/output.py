@@ -19,7 +19,7 @@ from raytune_llm.train import checkpoint
 
 log = logging.getLogger(__name__)
 FINISHED = "finished.json"
-# What may differ between a run and its continuation: where and how it is computed, and what is told about it.
+# Settings that may change when a run is resumed: where and how it is computed, and what it reports.
 # Data sources are compared by content (the stores' manifests), not by path.
 _FREE = {
     "name", "output_dir", "resume", "log_format", "resources", "strategy", "checkpoint", "tracking",
@@ -32,13 +32,13 @@ _FREE = {
 
 
 def identity(run: TrainRun, manifests: dict[str, str]) -> dict[str, str]:
-    """What decides the numbers of a run, as flat JSON: settings by dotted path, and the stores by their hash."""
+    """All that a run's numbers depend on, as flat JSON: settings by dotted path, and token stores by hash."""
     settings = asdict(run)  # type: ignore[call-overload]  # pydantic's dataclasses are dataclasses, which pyright can't see
     return {"settings": json.dumps(dict(_flat(settings)), sort_keys=True), **manifests}
 
 
 def open_output(run: TrainRun, folder: Path, identity_now: dict[str, str]) -> int | None:
-    """Make the folder ready for the run and return the step to resume from, if any.
+    """Prepare the folder for the run. Returns the step to resume from, if any.
 
     Raises ConfigError where `resume` forbids what is there, or where it belongs to another run.
     """
@@ -84,7 +84,7 @@ def _link(source: str, target: str) -> None:
 
 
 def finished(folder: Path, identity_now: dict[str, str]) -> bool:
-    """The folder holds this run, with all that it wrote at its end. Raises ConfigError where it holds another run's end.
+    """Whether the folder has this run, finished and complete. Raises ConfigError if another run finished in it.
 
     A `final/` with lost or changed files does not count as finished: the run resumes from its newest checkpoint and writes it
     again.
@@ -102,7 +102,7 @@ def finished(folder: Path, identity_now: dict[str, str]) -> bool:
 
 
 def mark_finished(folder: Path, identity_now: dict[str, str]) -> None:
-    """Written last: which run finished here, and what it wrote."""
+    """Record which run finished in the folder, and the files that it wrote. Called last."""
     paths = [folder / "summary.json", *sorted(path for path in (folder / "final").rglob("*") if path.is_file())]
     files = {str(path.relative_to(folder)): _digest(path) for path in paths}
     beside = folder / f".{FINISHED}-new"
@@ -112,7 +112,7 @@ def mark_finished(folder: Path, identity_now: dict[str, str]) -> None:
 
 @contextmanager
 def full_disk_explained(folder: Path) -> Iterator[None]:
-    """A full disk (or quota, or limit on a file's size) becomes an error that says what to do, whichever file it was."""
+    """Turns the OSError of a full disk, a quota or a file size limit into a ResourceError that says what to do."""
     try:
         yield
     except UserError:
@@ -165,7 +165,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def write_final(folder: Path, save: Callable[[Path], None], card: str) -> None:
-    """What `save` writes, and a card beside it; beside what was there before, then renamed."""
+    """Write the model with `save`, and a model card, to a folder that then replaces the old one by renaming."""
     beside = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(beside, ignore_errors=True)
     save(beside)

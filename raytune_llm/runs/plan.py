@@ -25,7 +25,7 @@ from raytune_llm.runs.stores import held_out_part, open_stores, shares_prompts, 
 from raytune_llm.runs.tokenizer import tokenizer_of
 
 GPU_CLASSES = (24 * GIB, 40 * GIB, 80 * GIB)
-"""Bytes of usual GPUs, to compare with where there is none."""
+"""Memory of common GPUs in bytes, for machines without a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +34,15 @@ class Data:
 
     store: Path
     rows: int
-    """That are trained on."""
+    """Rows in the train split."""
     held_out_rows: int
     samples: int
     """Packs, or rows without packing."""
     tokens: int
-    """In an epoch, padding left out."""
+    """Tokens in an epoch, without padding."""
     trained_tokens: int
     fill: float | None
-    """Part of the packs that holds tokens; none without packing."""
+    """Fraction of the packs that is not padding. None: without packing."""
     steps_per_epoch: int
     total_steps: int
 
@@ -51,9 +51,9 @@ class Data:
 class Device:
     name: str
     memory: int
-    """Bytes."""
+    """In bytes."""
     shared: bool = False
-    """By all workers, as a host's memory is; a GPU is one worker's."""
+    """All workers share the memory, as on a host without GPUs."""
 
     def share(self, memory: Memory, world_size: int) -> float:
         """The fraction of the device's memory that a run needs."""
@@ -81,11 +81,11 @@ class Plan:
     """Micro-batches of a worker in one step."""
     parameters: Parameters
     saved_bytes: int
-    """Of the weights in final/: an adapter's are float32, a model's as the run computes."""
+    """Size of the weights in final/: float32 for an adapter, the compute dtype for a model."""
     data: Data | None
     """None until the data are prepared: before that, neither steps nor tokens are known."""
     verdicts: tuple[Verdict, ...]
-    """On the GPUs here; without any, on this machine where the run would take place on it, and on GPUs of usual sizes."""
+    """For the GPUs of this machine; if it has none, for the machine itself (if the run would be on it) and for common GPUs."""
 
     @property
     def memory(self) -> Memory:
@@ -98,7 +98,7 @@ class Plan:
 
 
 def plan(run: TrainRun) -> Plan:
-    """Raises ConfigError and DataError as training would, without loading weights or reading more of the data than its hash."""
+    """Raises ConfigError and DataError as training would. Loads no weights, and reads the data only to hash them."""
     tokenizer, _ = tokenizer_of(run)
     config = run_config(run.model, tokenizer, run.data.max_length)
     gpus = gpus_here()
@@ -141,7 +141,7 @@ def gpus_here() -> list[Device]:
 
 
 def host_memory() -> int:
-    """Bytes of this machine."""
+    """Physical memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -1,4 +1,4 @@
-"""What can be known to fail, before anything is prepared or written: each part is asked what it lacks.
+"""Checks before anything is prepared or written: each part of a run raises an error for what it can't do.
 
 The model is looked at without its weights: on torch's meta device it has its layers and their sizes, and takes no memory.
 """
@@ -30,7 +30,7 @@ from raytune_llm.train.optimizers import build_optimizer
 
 
 def check(run: TrainRun, workspace: Workspace | None = None) -> None:
-    """Raises a UserError for a run that can't be."""
+    """Raises UserError for a run that would fail."""
     workspace = workspace or Workspace()
     of_model = (run.model, run.data, run.stage, run.adapter, run.quantization, run.strategy, run.tracking, run.resources)
     of_optimizer = (run.optimizer.name, run.optimizer.groups)  # trials of other rates fit where one does
@@ -77,7 +77,7 @@ def _generation_config(path: str | None) -> GenerationConfig:
 
 @contextmanager
 def _sizes_fit() -> Iterator[None]:
-    """A config may hold what no model can be made of: a negative size, heads that don't divide a width."""
+    """Raises ConfigError for a config of which no model can be built: a negative size, heads that don't divide a width."""
     try:
         yield
     except UserError:

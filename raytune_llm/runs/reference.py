@@ -1,4 +1,4 @@
-"""The reference of a run: the policy before its first step, or another model; and how batches get its log-probabilities.
+"""The reference model of a run (the policy before its first step, or another model), and where its log-probabilities come from.
 
 precomputed: one pass over the rows, by the run's own workers with the model that they are about to train, however it is spread.
 What an adapter that the run continues has learnt is part of the reference so, and no second model is needed. The table stands
@@ -40,13 +40,13 @@ from raytune_llm.train.enrichers.reference_table import ReferenceTable, Referenc
 from raytune_llm.train.strategies.base import Strategy
 
 TABLE_VERSION = 2
-"""Increase it when the same key would give other numbers."""
+"""Part of the key. Increase it when a change of the code changes the numbers."""
 
 
 class Reference(NamedTuple):
     enricher: Enricher
     choices: tuple[str, ...]
-    """What was chosen and why, a line each."""
+    """Automatic choices and their reasons, one line each."""
 
 
 def find_reference(
@@ -62,7 +62,7 @@ def find_reference(
     pad_id: int,
     tell: Told,
 ) -> Reference:
-    """first_pieces: of each token that the run adds to the model's.
+    """first_pieces: see Builder.
 
     Call it before weights are restored from a checkpoint: they are the reference, unless another one is named.
     """
@@ -101,7 +101,7 @@ def find_reference(
 def _other_model(
     run: TrainRun, config: PretrainedConfig, first_pieces: Mapping[int, Sequence[int]], device: torch.device
 ) -> nn.Module | None:
-    """The frozen model that stage.reference_model and stage.reference_adapter name, whole on this worker."""
+    """The frozen model of stage.reference_model and stage.reference_adapter, unsharded on this worker."""
     path, adapter = run.stage.reference_model, run.stage.reference_adapter
     if path is None and adapter is None:
         return None
@@ -166,7 +166,7 @@ def _files(path: str, *, content: bool = False) -> Any:
 
 
 def _rows(samples: Samples) -> str | None:
-    """None where all rows are computed. What a row's partner is depends on the rows and their order."""
+    """None if all rows are computed. A row's partner depends on the rows and their order."""
     if not samples.store.kind.has_partners:
         return None
     return hashlib.sha256(np.asarray(samples.rows, np.int64).tobytes()).hexdigest()

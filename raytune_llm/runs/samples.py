@@ -20,8 +20,7 @@ from raytune_llm.train.strategies.base import Strategy
 
 
 class TogetherRunner(PolicyRunner):
-    """Generates with a sharded policy. All workers run its layers, choose the same tokens, and so take the same
-    steps."""
+    """Generates with a sharded policy. All workers compute its layers and choose the same tokens, so they stay in step."""
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         logits_RV = super().run(pieces)
@@ -31,7 +30,7 @@ class TogetherRunner(PolicyRunner):
 
 
 class Sampler:
-    """Asks the policy about the same rows each time. It draws no random numbers, so training is unaffected."""
+    """Generates answers to the same rows each time. It draws no random numbers, so training is unaffected."""
 
     def __init__(
         self,

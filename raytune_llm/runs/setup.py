@@ -56,9 +56,9 @@ class Setup:
     enrichers: Sequence[Enricher]
     source: Loader
     held_out: Mapping[str, Loader]
-    """By source."""
+    """Data source -> its held-out samples."""
     choices: tuple[str, ...]
-    """Automatic choices and their reasons, a line each."""
+    """Automatic choices and their reasons, one line each."""
 
     @property
     def output(self) -> Path:
@@ -97,7 +97,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Reads:
-    """What a run reads, which runs over the same packs share."""
+    """The data and tokenizer of a run. Runs that train on the same packs in one pass share it."""
 
     tokenizer: Any
     stop_ids: Sequence[int]
@@ -105,7 +105,7 @@ class Reads:
     stores: Stores
     shares_prompts: bool
     first_pieces: Mapping[int, Sequence[int]]
-    """Of each token that the run adds to the model's."""
+    """For each token that the run adds: see Builder."""
 
     @property
     def pad_id(self) -> int:
@@ -146,7 +146,7 @@ def set_up(
 
 
 def complete(run: TrainRun, reads: Reads, builder: Builder, built: Built, on_update: Callable[[Update], None]) -> Setup:
-    """With the reference, of a run whose model is there."""
+    """The setup of a run whose model is built: adds its reference, learner and sources of steps."""
     rank, world, device = builder.rank, builder.world, builder.device
     stage, stores = STAGES[run.stage.name], reads.stores
     objective = stage.objective(run.stage)

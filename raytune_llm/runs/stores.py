@@ -1,4 +1,4 @@
-"""Token stores -> the samples of a run: the train split, the held-out split, and the number of steps."""
+"""The samples of a run from its token stores: train split, held-out split, and number of steps."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from raytune_llm.models.attention import shares_prefixes
 class Stores:
     train: Samples | Stream
     held_out: dict[str, Samples]
-    """By source; a single one has no name ("")."""
+    """Data source -> samples; the name of a single source is ""."""
     evaluated: Store | None
-    """The store of the held-out rows; None without any, and in a stream."""
+    """The store of the held-out rows. None: there are none, or the run streams."""
     manifests: dict[str, str]
 
 
@@ -52,7 +52,7 @@ def shares_prompts(run: TrainRun | PrepareRun, kind: str, model_config: Callable
 
 
 def open_stores(run: TrainRun, train_store: str, eval_store: str | None, *, share_prompts: bool = False) -> Stores:
-    """The samples to train on and those held out."""
+    """The samples of both splits."""
     packed = partial(Samples, max_length=run.data.max_length, packing=run.data.packing, share_prompts=share_prompts)
     if run.data.streaming:
         train = Stream(Path(train_store), window_rows=run.data.streaming_buffer_rows, samples=packed)
@@ -95,7 +95,7 @@ def held_out_part(data: DataConfig, store: Store) -> float | Mapping[str, float]
 
 
 def total_steps(run: TrainRun, steps_per_epoch: int | None) -> int:
-    """steps_per_epoch is None in a stream, which starts again until train.max_steps."""
+    """The number of steps of a run. steps_per_epoch: None for a stream, which is repeated until train.max_steps."""
     if steps_per_epoch is None:
         assert run.train.max_steps is not None
         return run.train.max_steps

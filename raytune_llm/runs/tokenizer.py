@@ -11,5 +11,5 @@ from raytune_llm.data.tokens.tokenizer import run_tokenizer
 
 
 def tokenizer_of(run: TrainRun | PrepareRun) -> tuple[PreTrainedTokenizerFast, NamedTemplate | None]:
-    """As run_tokenizer gives them: the very ones that the run's rows are made with."""
+    """The tokenizer and chat template with which the run's rows are rendered. See run_tokenizer."""
     return run_tokenizer(run.model, run.data, needs_template=KINDS[run.stage.kind].renders_chat)

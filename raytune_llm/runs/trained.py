@@ -1,4 +1,4 @@
-"""What a run left behind: the model that it trained, or its base and the adapter for it."""
+"""The result of a finished run: the model that it trained, or its base and adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
 
 RENDERING = ("template", "default_system", "tool_format", "today")
-"""Settings of data, null where nothing is said, by which a run's prompts are written."""
+"""Settings of `data` that decide how prompts are rendered; null: not set."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Trained:
 
     @property
     def model(self) -> ModelConfig:
-        """The whole model that was trained, or the base."""
+        """The model that was trained, or the base of the adapter."""
         if self.run.adapter.trains_base:
             return replace(self.run.model, path=str(self.final), weights="pretrained", config={}, revision=None)
         return self.run.model
 
     def rendered(self, data: DataConfig) -> DataConfig:
-        """The settings of other data, so that prompts are written as in the run: what they leave open, the run says."""
+        """`data` with the run's settings for those that it does not set, so that prompts are rendered as in training."""
         own = self.run.data
         open_ones = {name: getattr(own, name) for name in RENDERING if getattr(data, name) is None}
         thinking = own.enable_thinking if data.enable_thinking is True else data.enable_thinking
@@ -46,7 +46,7 @@ class Trained:
 
 
 def read_trained(folder: str, setting: str) -> Trained:
-    """Of an output folder, or of the final/ in it. Raises ConfigError, which names the setting."""
+    """folder: an output folder or its final/. Raises ConfigError, naming the setting, if it has no finished run."""
     place = Path(folder).expanduser().absolute()
     if place.name == "final" and not (place / "run.yaml").is_file():
         place = place.parent

@@ -1,4 +1,4 @@
-"""What one worker does, from token stores and config to trained weights. Independent of Ray: it is called in every process."""
+"""Trains a run on one worker, from token stores and config to weights. Independent of Ray: every process calls it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TrainOutcome:
     yielded: bool = False
     """Ended before its last step with a checkpoint, so that a group of another size resumes."""
     paused: bool
-    """By train.pause_at: there is a checkpoint, and no final/."""
+    """The run stopped at train.pause_at: there is a checkpoint and no final/."""
 
 
 def work(

@@ -1,4 +1,4 @@
-"""What runs that come one after another in one process need to do once: read the tokenizer, open the stores, load the base.
+"""What consecutive runs in one process share: the tokenizer, open token stores, and the base model.
 
 A sweep's trials share one. A run by itself has its own, which goes with it.
 """
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 class Workspace:
     def __init__(self, *, keeps_base: bool = False) -> None:
-        """keeps_base: there will be another run of the same frozen base."""
+        """keeps_base: keep the frozen base for a later run."""
         self.base = SharedModel() if keeps_base else None
         self._found: dict[str, Any] = {}
 
@@ -28,7 +28,7 @@ class Workspace:
         return self.once("tokenizer", (run.model, run.data, run.stage.kind), lambda: tokenizer_of(run))
 
     def once(self, what: str, of: object, make: Callable[[], T]) -> T:
-        """What was made before of the same, by its repr."""
+        """The result of `make`, which is called once per `what` and repr of `of`."""
         key = f"{what} {of!r}"
         if key not in self._found:
             self._found[key] = make()

@@ -1,4 +1,4 @@
-"""What becomes of a study when a trial begins, reports and ends, wherever it trains."""
+"""Updates a study when a trial starts, reports and ends, in whatever process it trains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Conduct:
         self._on_change = on_change
         self._began: dict[int, float] = {}
         self._failures = 0
-        """One after another."""
+        """The number of trials that failed in a row."""
 
     def next(self) -> Trial | None:
         trial = self.study.next()
@@ -31,18 +31,18 @@ class Conduct:
         return trial
 
     def run_of(self, trial: Trial) -> TrainRun:
-        """With absolute paths: other processes have other working folders."""
+        """The config of a trial. Its paths are absolute, because workers have other working folders."""
         return with_absolute_paths(self.study.run_of(trial))
 
     def reported(self, trial: Trial, step: int, total_steps: int, value: float) -> bool:
-        """Whether it is to go on."""
+        """Record a metric. Returns whether the trial is to continue."""
         goes_on = self.study.report(trial, step, total_steps, value)
         trial.seconds = time.monotonic() - self._began[trial.number]
         self._on_change(self.study, trial)
         return goes_on
 
     def ended(self, trial: Trial, outcome: Outcome) -> None:
-        """Raises ResourceError where too many trials failed one after another."""
+        """Record the end of a trial. Raises ResourceError if too many trials failed in a row."""
         trial.seconds = time.monotonic() - self._began[trial.number]
         self.study.end(trial, outcome.state, outcome.value, outcome.reason)
         prune(self.study)

@@ -1,4 +1,4 @@
-"""What trials are compared by: a figure of their evaluations, or one of their end."""
+"""The metric that trials are compared by: a value of each evaluation, or one of the finished run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from raytune_llm.errors import ConfigError
 class Metric:
     name: str
     sign: int
-    """1 where less is better, -1 where more is."""
+    """1 if lower is better, -1 if higher is."""
     at_end: Callable[[Any], float | None] | None
-    """Of a TrainResult; none where evaluations have the metric."""
+    """The metric of a finished run's TrainResult. None: evaluations have it."""
 
     def score(self, value: float) -> float:
-        """Less is better; what is no number is worst."""
+        """The value as a score, of which lower is better. NaN is the worst."""
         return math.inf if math.isnan(value) else self.sign * value
 
     def of_record(self, record: Mapping[str, Any]) -> float | None:
-        """None of a record that is no evaluation, or where the metric is known at the end. Raises ConfigError for an evaluation
-        without the metric."""
+        """The metric in a record. None: it is not an evaluation, or only a finished run has the metric. Raises ConfigError for an
+        evaluation without the metric."""
         if self.at_end is not None or "eval_loss" not in record:
             return None
         if self.name not in record:
@@ -37,7 +37,7 @@ class Metric:
         return float(record[self.name])
 
     def of_trial(self, records: Sequence[Mapping[str, Any]], result: Any, *, best: bool) -> float:
-        """Of a finished trial. best: its model is the one with the lowest held-out loss, not the last one."""
+        """The metric of a finished trial. best: its model is the one with the lowest held-out loss, not the last one."""
         if self.at_end is not None:
             value = self.at_end(result)
             if value is None:
@@ -51,11 +51,11 @@ class Metric:
 
 
 class MetricMissing(ConfigError):
-    """No trial will report it: the sweep ends."""
+    """No trial will report the metric, so the sweep ends."""
 
 
 def metric_of(tune: TuneConfig) -> Metric:
-    """Raises ConfigError where a function can't be found."""
+    """Raises ConfigError if its function does not exist."""
     at_end = None
     if tune.metric == EXACT_MATCH:
         at_end = lambda result: result.summary.exact_match_after  # noqa: E731

@@ -16,7 +16,7 @@ INK, FAINT, BEST = "#333333", "#8a8a8a", "#d9622b"
 
 
 def sweep_page(study: Study, path: Path) -> None:
-    """As PNG: two panels above, one for each setting below, three a row."""
+    """Write a PNG: two panels, and below them one per setting, three in a row."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -37,7 +37,7 @@ def sweep_page(study: Study, path: Path) -> None:
 
 
 def _colors(trials: list[Trial], study: Study, map: Any) -> dict[int, Any]:
-    """By rank: dark is good."""
+    """Trial number -> color by rank; the best is the darkest."""
     order = sorted(trials, key=study.score_of)
     return {trial.number: map(0.9 * place / max(len(order) - 1, 1)) for place, trial in enumerate(order)}
 
@@ -61,7 +61,7 @@ def _curves(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, s
 
 
 def _parallel(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, study: Study) -> None:
-    """A line a trial, over the settings and the metric, each from its lowest to its highest value."""
+    """Parallel coordinates: one line per trial over the settings and the metric, each scaled to its range."""
     columns = list(study.sweep.axes)
     for trial in sorted(trials, key=study.score_of, reverse=True):
         places = [_place(axis, study.sweep.value_of(axis, trial.point)) for axis in columns]
@@ -111,8 +111,8 @@ def _over(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, axi
 
 def importance(axis: Axis, trials: list[Trial], study: Study) -> float | None:
     """The part of the variance of the trials' ranks that this setting alone explains: by group means for a list of values, by a
-    parabola over (the logarithm of) an interval. A rough figure, adjusted for the number of means or coefficients; none where
-    there are too few trials."""
+    parabola over (the logarithm of) an interval. A rough estimate, adjusted for the number of means or coefficients. None: there
+    are too few trials."""
     known = [(study.sweep.value_of(axis, trial.point), study.score_of(trial)) for trial in trials]
     known = [(value, score) for value, score in known if axis.values.holds(value)]
     ranks = np.argsort(np.argsort([score for _, score in known])).astype(float)
@@ -134,7 +134,7 @@ def importance(axis: Axis, trials: list[Trial], study: Study) -> float | None:
 
 
 def _place(axis: Axis, value: Any) -> float:
-    """From 0 to 1; none (NaN) outside the space."""
+    """The value's place in the setting's range, from 0 to 1; NaN if it is outside."""
     values = axis.values
     if isinstance(values, Interval):
         if not values.holds(value):

@@ -29,7 +29,7 @@ PARTS = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """How many trials run at once, and the part of the cluster that each worker of them has."""
+    """How many trials run at once, and the resources of each of their workers."""
 
     count: int
     cpus: float
@@ -37,8 +37,8 @@ class Share:
 
 
 def share_of(resources: Local | Cluster, there: Mapping[str, float], *, most: int | None, fit: int) -> Share:
-    """there: the CPUs and GPUs of the cluster. most: at once. fit: trials of one worker that the memory of a GPU holds, or that
-    of a host without one. Raises ConfigError where no trial has a place."""
+    """there: CPUs and GPUs of the cluster. most: maximum number of trials at once. fit: number of single-worker trials that fit
+    in the memory of a GPU, or of a host without GPUs. Raises ConfigError if not even one trial has a place."""
     workers = workers_of(resources)
     cpus_there, gpus_there = there.get("CPU", 0.0), there.get("GPU", 0.0)
     cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
@@ -61,7 +61,7 @@ def share_of(resources: Local | Cluster, there: Mapping[str, float], *, most: in
 
 
 def workers_of(resources: Local | Cluster) -> int:
-    """Of each trial."""
+    """Number of workers of each trial."""
     return resources.num_workers if isinstance(resources.num_workers, int) else 1
 
 
@@ -86,7 +86,7 @@ class End:
 
 
 def run_at(places: Sequence[Place], conduct: Conduct) -> None:
-    """Until no trial is left. Raises what a place raises."""
+    """Train all trials, as many at once as there are places. Raises what a place raises."""
     free, news, running = list(places), Queue[Report | End](), 0
     while True:
         while free and (trial := conduct.next()) is not None:

@@ -21,7 +21,7 @@ FACTORS = (0.8, 1.2)
 
 
 def exploited(sweep: Sweep, waiting: Sequence[Trial], number: int) -> Iterator[tuple[Trial, Trial, Point]]:
-    """(trial, whom it takes over, its new values) of a round. waiting: the best first. number: of the round."""
+    """(replaced trial, trial whose checkpoint it copies, its new values). waiting: best first. number: of the round."""
     count = min(max(1, len(waiting) // sweep.tune.reduction), len(waiting) // 2)
     draws = random.Random(f"{sweep.tune.seed} {number}")
     for trial in waiting[len(waiting) - count :]:
@@ -30,7 +30,7 @@ def exploited(sweep: Sweep, waiting: Sequence[Trial], number: int) -> Iterator[t
 
 
 def near(sweep: Sweep, point: Point, draws: random.Random) -> dict[str, Any]:
-    """Each number times 0.8 or 1.2, within its interval; of a list the value before or after."""
+    """Each number of an interval is multiplied by 0.8 or 1.2; a value of a list is replaced by a neighbour."""
     found: dict[str, Any] = {}
     for axis in sweep.axes:
         found |= axis.point(_near(axis, sweep.value_of(axis, point), draws))

@@ -1,4 +1,4 @@
-"""What a sweep leaves: trials.csv, results.json, best.yaml, sweep.png; the best models, and no others."""
+"""The files of a sweep: trials.csv, results.json, best.yaml, sweep.png, and the models of the best settings only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Study, Trial
 
 
 def write_results(study: Study) -> None:
-    """With what is known so far."""
+    """Write the files from the trials so far."""
     folder = study.sweep.folder
     write_atomically(folder / TABLE, _table(study))
     write_atomically(folder / RESULTS, json.dumps(results(study), indent=2) + "\n")
@@ -32,7 +32,7 @@ def write_plots(study: Study) -> None:
 
 
 def results(study: Study) -> dict[str, Any]:
-    """best: settings, metric and folder of the best setting's first trial, or null; then all trials."""
+    """The content of results.json: `best` (settings, metric and folder of the best setting's first trial, or None), `trials`."""
     ranked = study.ranked
     best = None
     if ranked:
@@ -43,14 +43,14 @@ def results(study: Study) -> dict[str, Any]:
 
 
 def best_run(study: Study) -> str:
-    """The best setting as a run that trains again: --config-dir SWEEP --config-name best."""
+    """Write best.yaml, the config of the best setting. It trains with --config-dir SWEEP --config-name best."""
     sweep, best = study.sweep, study.ranked[0]
     run = sweep.composed(best.point)
     return to_yaml(replace(run, name=f"{run.name}_best", output_dir=f"{sweep.folder.absolute()}_best"))
 
 
 def prune(study: Study) -> None:
-    """Take away models and checkpoints of all trials that are not among the best tune.keep settings."""
+    """Delete models and checkpoints of all trials but those of the best tune.keep settings."""
     kept = {trial.number for setting in study.ranked[: study.sweep.tune.keep] for trial in setting.trials}
     for trial in study.trials:
         if trial.number not in kept and trial.state not in ("running", "paused"):

@@ -1,4 +1,4 @@
-"""What ends trials early. Each scheduler is asked at each evaluation of a trial, and knows what it was asked before.
+"""Schedulers end trials early. Each is called at every evaluation of a trial, and keeps what was reported before.
 
 A trial's progress is the part of its own steps that it has made, so that trials of different lengths compare. Scores: less is
 better. A scheduler's answers follow from the order of questions alone, so that an interrupted sweep is resumed by asking again.
@@ -13,7 +13,7 @@ from typing import Protocol
 from raytune_llm.config.tune import TuneConfig
 
 ROUNDING = 1e-9
-"""Step 18 of 60 is at the rung of 0.1 x 3, whatever floats make of it."""
+"""Tolerance of rungs: step 18 of 60 is at the rung of 0.1 x 3 in spite of rounding."""
 
 
 class Scheduler(Protocol):
@@ -21,7 +21,7 @@ class Scheduler(Protocol):
 
 
 class Never:
-    """All trials run to their end."""
+    """Ends no trial early."""
 
     def goes_on(self, trial: int, progress: float, score: float) -> bool:
         return True
@@ -36,7 +36,7 @@ class Asha:
     def __init__(self, *, grace: float, reduction: int) -> None:
         self._reduction = reduction
         self._rungs: list[tuple[float, dict[int, float]]] = []
-        """From the last to the first: progress, and scores by trial."""
+        """(progress, trial -> score) of each rung, the last rung first."""
         while grace < 1:
             self._rungs.insert(0, (grace, {}))
             grace *= reduction
@@ -52,8 +52,8 @@ class Asha:
 
 
 class Hyperband:
-    """Asynchronous HyperBand (ibid.): brackets of successive halving, each with a later first rung than the one before, over
-    which trials are spread in turn. So some are judged by more than their first steps."""
+    """Asynchronous HyperBand (ibid.): brackets of successive halving, each with a later first rung than the one before. Trials
+    are assigned to brackets in turn, so that some are not judged by their first steps alone."""
 
     def __init__(self, *, grace: float, reduction: int) -> None:
         count = 1 + math.floor(-math.log(grace, reduction))
@@ -64,11 +64,11 @@ class Hyperband:
 
 
 class Median:
-    """The median stopping rule (Golovin et al. 2017, Google Vizier): a trial ends where the best that it has reached is worse
-    than the median of the others' means up to that progress."""
+    """The median stopping rule (Golovin et al. 2017, Google Vizier): a trial ends if its best value is worse than the median of
+    the other trials' means up to the same progress."""
 
     LEAST = 3
-    """Others that there must be."""
+    """Minimum number of other trials."""
 
     def __init__(self, *, grace: float) -> None:
         self._grace = grace

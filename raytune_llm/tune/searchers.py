@@ -1,4 +1,4 @@
-"""What chooses the next point: the planned ones in order, or a sampler that learns from trials."""
+"""Searchers choose the next point: the planned ones in order, or those of a sampler that learns from trials."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from raytune_llm.config.sweep import Sweep
 from raytune_llm.errors import ResourceError
 
 STARTUP = 5
-"""Points that are drawn before TPE begins to learn."""
+"""Random points before TPE uses results."""
 
 
 class Searcher(Protocol):
     def ask(self) -> Point | None:
-        """The next point; none at the end."""
+        """The next point. None: the search has ended."""
         ...
 
     def tell(self, number: int, reports: Sequence[tuple[int, float]], score: float | None, *, whole: bool) -> None:
-        """What came of the point that was asked for as the number-th (from 0): (step, score) of its evaluations, and the last
-        score; whole: it ran to its end. A score of none: it failed."""
+        """Record the result of point `number` (from 0): (step, score) of its evaluations, and the last score; None: it failed.
+        whole: the trial ran to its end."""
         ...
 
 
 class Planned:
-    """Points that are known beforehand: of a grid, or drawn."""
+    """Points that are known in advance: a grid, or random ones."""
 
     def __init__(self, sweep: Sweep) -> None:
         self._points = iter(sweep.planned)
@@ -38,7 +38,7 @@ class Planned:
 
 
 class Optuna:
-    """Optuna's TPE sampler, after the planned points, from which it learns as well where the space holds them."""
+    """Optuna's TPE sampler, after the planned points. It learns from these, too, if they are in the space."""
 
     def __init__(self, sweep: Sweep) -> None:
         try:
@@ -53,7 +53,7 @@ class Optuna:
         self._study = optuna.create_study(direction="minimize", sampler=sampler)
         self._distributions = {axis.name: self._distribution(axis) for axis in sweep.axes}
         self._asked: list[Any] = []
-        """Optuna's trials, or the parameters of planned points; none for a point outside the space."""
+        """Optuna's trials, or the parameters of planned points. None: a point is outside the space."""
 
     def ask(self) -> Point | None:
         if not self._left:
@@ -90,7 +90,7 @@ class Optuna:
         return axis.values.values[drawn] if isinstance(axis.values, Choice) else axis.values.rounded(drawn)
 
     def _parameters(self, point: Point) -> dict[str, Any] | None:
-        """As Optuna knows them; none where a value lies outside the space."""
+        """The point as Optuna's parameters. None: a value is outside the space."""
         found: dict[str, Any] = {}
         for axis in self._axes:
             value = self._sweep.value_of(axis, point)

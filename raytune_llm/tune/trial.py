@@ -1,4 +1,4 @@
-"""One trial: a whole run, which its scheduler may end at any evaluation."""
+"""One trial: a run that the scheduler may end at any evaluation."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from raytune_llm.tune.study import State
 Train = Callable[..., Any]
 """api.train."""
 Reported = Callable[[int, int, float], bool]
-"""(step, of so many, metric) -> whether the trial is to go on."""
+"""(step, total steps, metric) -> whether the trial is to continue."""
 
 
 FAILURES = (UserError, OSError, RuntimeError, ArithmeticError, MemoryError)
-"""What ends a trial alone."""
+"""Errors that end only the trial, not the sweep."""
 
 
 class Stopped(EndOfRun):
-    """The scheduler ended the trial; raised where it trains, so that all that it holds is let go on the way out."""
+    """The scheduler ended the trial. It is raised in the training loop, so that memory is freed on the way out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ class Outcome:
 
 
 def run_trial(run: TrainRun, metric: Metric, reported: Reported, train: Train) -> Outcome:
-    """Train it, or resume it from its output folder. What goes wrong ends this trial alone, with its reason; raises
-    MetricMissing where no other trial could do better."""
+    """Train the trial, or resume it from its output folder. An error ends this trial only, and is in the outcome; but raises
+    MetricMissing, which every trial would."""
     listener = Listener(run, metric, reported)
     try:
         result = train(run, sinks=[listener.record], on_update=listener.update)
@@ -57,7 +57,7 @@ def run_trial(run: TrainRun, metric: Metric, reported: Reported, train: Train) -
 
 
 class Listener:
-    """Hears what a run logs."""
+    """Reports the metric in a run's records."""
 
     def __init__(self, run: TrainRun, metric: Metric, reported: Reported) -> None:
         self.latest: float | None = None
@@ -65,7 +65,7 @@ class Listener:
         self._total: int | None = None
 
     def update(self, update: Any) -> None:
-        """What a resumed run has logged up to its checkpoint is not logged again, and may not have been heard."""
+        """At the start of a resumed run, report its earlier records, which it does not log again."""
         if not isinstance(update, RunStarted):
             return
         self._total = update.total_steps
@@ -92,7 +92,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def free() -> None:
-    """A model's modules refer to each other in circles: without this, two would lie in memory for a while."""
+    """Free the memory of the trial's model now. Its modules form reference cycles, which Python frees only some time later."""
     import torch
 
     gc.collect()

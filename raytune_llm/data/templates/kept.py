@@ -48,8 +48,8 @@ def lost(
 ) -> Lost | None:
     """The first part of the row that is missing from the text, if any.
 
-    row_messages: the messages of the row. messages: the same messages, in the form that the template gets. turns: index of an answer's
-    message -> its (start, end) in the text, in characters.
+    row_messages: the messages of the row. messages: the same ones in the form that the template gets. turns: index of an
+    answer's message -> its (start, end) in the text, in characters.
     """
     whole = _squeezed(text)
     spans = {number: _squeezed(text[start:end]) for number, (start, end) in turns.items()}
