@@ -241,8 +241,11 @@ def _opened(
     workspace: Workspace,
 ) -> _Opened:
     from raytune_llm.runs.output import finished, identity, open_output
+    from raytune_llm.runs.stores import check_split
 
     clock.enter("start")
+    if not run.data.streaming:
+        check_split(run, prepared.store)
     this_run = identity(run, prepared.manifests)
     done = _summary_of(output) if run.resume != "never" and finished(output, this_run) else None
     resumed_from = open_output(run, output, this_run)

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from raytune_llm.errors import ConfigError
+
 ALWAYS = ("output_dir", "data.cache", "export.output_dir")
 IF_THERE = (
     "model.path", "model.tokenizer", "model.merged_adapters",
@@ -22,7 +24,7 @@ ONE_FILE = ("model.new_tokens",)
 
 def with_absolute_paths(run: Any) -> Any:
     """The same run; sections and settings that it has not are passed over."""
-    return with_paths(run, lambda setting, value: _absolute(value, always=setting in ALWAYS))
+    return with_paths(run, _absolute)
 
 
 def with_paths(run: Any, change: Callable[[str, str], str]) -> Any:
@@ -54,10 +56,12 @@ def _one(value: Any, change: Callable[[str], str]) -> Any:
     return value if not isinstance(value, str) or "://" in value else change(value)
 
 
-def _absolute(value: str, *, always: bool) -> str:
-    path = Path(value).expanduser()
+def _absolute(setting: str, value: str) -> str:
+    path, is_ours = Path(value).expanduser(), setting in ALWAYS
+    if is_ours and (not value.strip() or "\0" in value):
+        raise ConfigError(setting, "must name a folder", got=value, fix=f"For example, {setting}=mine.")
     try:
-        there = always or path.exists()
+        there = is_ours or path.exists()
     except OSError:
         there = False  # too long for a path: what it is meant to be is asked later
     return str(path.absolute()) if there else value  # a link keeps its name, which says the type of the file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -29,6 +30,8 @@ from raytune_llm.models.multimodal import TRAINED_ON_TEXT, is_multimodal, leave_
 from raytune_llm.models.quantization.prequantized import unpacked
 from raytune_llm.models.stored import Files, files_of, model_in_files
 
+ROPE = ("rope_theta", "rope_scaling")
+"""Old names of entries of rope_parameters."""
 MAX_LAYERS = 1_000
 """Far beyond any model, and made on the meta device within seconds."""
 
@@ -37,19 +40,9 @@ def load_config(
     path: str | None, changes: Mapping[str, Any], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
     """The model's own config with the changes; with no path, a config of the changes alone."""
-    for key, value in changes.items():
-        if (
-            key.endswith("layers") and isinstance(value, int) and value > MAX_LAYERS
-        ):  # each is made, and lists have an entry for it
-            raise ConfigError(f"model.config.{key}", f"must be at most {MAX_LAYERS:,}", got=value, fix="Lower it.")
+    _check_values(changes)
     if path is None:
-        entries = dict(changes)
-        try:
-            return AutoConfig.for_model(entries.pop("model_type"), **entries)
-        except (ValueError, KeyError) as error:
-            raise ConfigError(
-                "model.config.model_type", "must be one that transformers has", got=changes["model_type"]
-            ) from error
+        return _of_changes_alone(changes)
     folder = packaged.resolve(path)
     try:
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
@@ -61,21 +54,85 @@ def load_config(
     return unpacked(_changed(config, changes) if changes else config, path)
 
 
+def _check_values(changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        # each layer is made, and lists have an entry for it
+        if key.endswith("layers") and isinstance(value, int) and value > MAX_LAYERS:
+            raise ConfigError(f"model.config.{key}", f"must be at most {MAX_LAYERS:,}", got=value, fix="Lower it.")
+        for name, number in _numbers(f"model.config.{key}", value):
+            if not math.isfinite(number):
+                raise ConfigError(name, "must be a finite number", got=number)
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Floats in the value, each with its dotted name."""
+    if isinstance(value, float):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _numbers(f"{name}.{key}", item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(name, item)
+
+
+def _of_changes_alone(changes: Mapping[str, Any]) -> PretrainedConfig:
+    entries = dict(changes)
+    try:
+        kind = entries.pop("model_type")
+        plain = AutoConfig.for_model(kind)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(
+            "model.config.model_type", "must be one that transformers has", got=changes.get("model_type")
+        ) from error
+    _check_known(plain, entries)
+    with _accepted(changes):
+        config = AutoConfig.for_model(kind, **entries)
+    _check_heads(config)
+    return config
+
+
+def _check_known(config: PretrainedConfig, changes: Mapping[str, Any]) -> None:
+    """An entry that the config's class has not would change nothing."""
+    values, kind = config.to_dict(), type(config)
+    known = {*values, *(name for name in dir(kind) if not callable(getattr(kind, name))), *getattr(config, "attribute_map", {})}
+    for key, value in changes.items():
+        if key in ROPE and "rope_parameters" not in values:
+            raise ConfigError(f"model.config.{key}", "is unknown to this model, which has no rotary positions", got=value)
+        if key not in known and key not in ROPE:
+            near = difflib.get_close_matches(key, sorted(values), n=1)
+            fix = f"Did you mean model.config.{near[0]}?" if near else f"{kind.__name__} has no such entry."
+            raise ConfigError(f"model.config.{key}", "is unknown to this model", got=value, fix=fix)
+
+
+def _check_heads(config: PretrainedConfig) -> None:
+    """What transformers takes, and then computes wrong or not at all."""
+    text: Any = config.get_text_config()
+    heads, pairs = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(pairs, int) and (pairs < 1 or heads % pairs):
+        rule = f"must divide num_attention_heads, which is {heads}"
+        raise ConfigError("model.config.num_key_value_heads", rule, got=pairs)
+    head_dim = getattr(text, "head_dim", None)
+    if isinstance(head_dim, int) and head_dim % 2 and getattr(text, "rope_parameters", None):
+        raise ConfigError("model.config.head_dim", "must be even, since rotary positions turn pairs of numbers", got=head_dim)
+
+
+@contextmanager
+def _accepted(changes: Mapping[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a config's own rules raise
+        raise ConfigError(
+            "model.config", f"must be a config that transformers accepts ({_last_line(error)})", got=dict(changes)
+        ) from error
+
+
 def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
     """As transformers reads its config.json with these entries in it: old names of rotary settings are what they are there."""
+    _check_known(config, changes)
     values, changes = config.to_dict(), dict(changes)
-    rope = {name: changes.pop(name) for name in ("rope_theta", "rope_scaling") if name in changes}
-    known = {*values, *dir(type(config)), *getattr(config, "attribute_map", {})}
-    for key in changes:
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(values), n=1)
-            fix = f"Did you mean model.config.{near[0]}?" if near else f"{type(config).__name__} has no such entry."
-            raise ConfigError(f"model.config.{key}", "is unknown to this model", got=changes[key], fix=fix)
+    rope = {name: changes.pop(name) for name in ROPE if name in changes}
     if rope:
-        if "rope_parameters" not in values:
-            raise ConfigError(
-                f"model.config.{next(iter(rope))}", "is unknown to this model, which has no rotary positions", got=rope
-            )
         parameters = dict(values["rope_parameters"] or {})
         if scaling := rope.get("rope_scaling"):
             parameters |= scaling
@@ -84,12 +141,9 @@ def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> Pretrained
         if "rope_theta" in rope:
             parameters["rope_theta"] = rope["rope_theta"]
         changes["rope_parameters"] = parameters
-    try:
+    with _accepted(changes):
         changed = type(config).from_dict({**values, **changes})
-    except Exception as error:  # whatever a config's own rules raise
-        raise ConfigError(
-            "model.config", f"must be a config that transformers accepts ({_last_line(error)})", got=changes
-        ) from error
+    _check_heads(changed)
     changed.name_or_path = config.name_or_path
     return changed
 

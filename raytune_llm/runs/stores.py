@@ -79,8 +79,27 @@ def open_stores(run: TrainRun, train_store: str, eval_store: str | None, *, shar
         manifests["evaluation"] = evaluated.manifest_hash
     for what, samples in (("train", train), *((f"held-out {name}".strip(), samples) for name, samples in held_out.items())):
         if isinstance(samples, Samples) and not samples.counts.sum():
-            raise DataError(str(run.data.path), f"the {what} rows have no trained token", "Check data.format and the answers.")
+            raise _untrained(run, what)
     return Stores(train, held_out, evaluated, manifests)
+
+
+def check_split(run: TrainRun, store: Store) -> None:
+    """Raises a UserError where what is held out of the rows leaves nothing to learn from, before a run writes anything."""
+    rows, held_out = split_sources(store, held_out_part(run.data, store), run.train.seed)
+    if not len(rows):
+        setting, got = (
+            ("data.eval_rows", run.data.eval_rows) if run.data.eval_rows else ("data.eval_fraction", run.data.eval_fraction)
+        )
+        raise ConfigError(setting, f"must leave rows to train on, of which there are {len(store)}", got=got, fix="Lower it.")
+    if store.kind.end_to_end and run.data.packing:
+        return
+    for what, numbers in (("train", rows), *((f"held-out {name}".strip(), numbers) for name, numbers in held_out.items())):
+        if not store.counts[numbers].sum():
+            raise _untrained(run, what)
+
+
+def _untrained(run: TrainRun, what: str) -> DataError:
+    return DataError(str(run.data.path), f"the {what} rows have no trained token", "Check data.format and the answers.")
 
 
 def held_out_part(data: DataConfig, store: Store) -> float | Mapping[str, float]:

@@ -110,6 +110,46 @@ def test_a_setting_of_an_earlier_version_is_answered_with_its_new_name(capsys, o
     assert said == f"error: {old} has another name now, {load.RENAMED[old]}. Write {load.RENAMED[old]}=...\n"
 
 
+@pytest.fixture
+def four_rows(tmp_path: Path) -> list[str]:
+    row = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    (tmp_path / "rows.jsonl").write_text(4 * row)
+    return ["model=tiny_random", "resources=inline", f"data.path={tmp_path}/rows.jsonl", f"data.cache={tmp_path}/cache"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("hidden_sizee: 3", "Did you mean model.config.hidden_size?"),
+        ("from_dict: 3", "model.config.from_dict is unknown to this model"),
+        ("hidden_size: -1", "must be a config that transformers accepts"),
+        ("num_hidden_layers: abc", "must be a config that transformers accepts"),
+        ("torch_dtype: float7", "must be a config that transformers accepts"),
+        ("id2label: 3", "must be a config that transformers accepts"),
+        ("rope_parameters: 3", "must be a config that transformers accepts"),
+        ("hidden_size: 10000000000000", "must make a model"),
+        ("head_dim: 3", "model.config.head_dim must be even"),
+        ("num_key_value_heads: 3", "must divide num_attention_heads, which is 4"),
+        ("rope_theta: nan", "model.config.rope_theta must be a finite number"),
+        ("rope_parameters: {rope_theta: [1.0, inf]}", "model.config.rope_parameters.rope_theta must be a finite number"),
+    ],
+)
+def test_a_config_that_is_no_model_s_is_refused(capsys, four_rows: list[str], entry: str, said: str):
+    assert said in answer(capsys, *four_rows, f"model.config={{{entry}}}")
+
+
+@pytest.mark.parametrize("setting", ["data.eval_fraction=0.99", "data.eval_rows=4"])
+def test_rows_that_are_all_held_out_are_said_before_anything_is_written(capsys, four_rows: list[str], setting: str):
+    said = answer(capsys, *four_rows, setting)
+    assert said.startswith(f"error: {setting.partition('=')[0]} must leave rows to train on, of which there are 4")
+
+
+@pytest.mark.parametrize("place", ["", " ", "\0", "a\0b"])
+@pytest.mark.parametrize("setting", ["output_dir", "data.cache"])
+def test_a_folder_without_a_name_is_refused(capsys, four_rows: list[str], setting: str, place: str):
+    assert f"{setting} must name a folder" in answer(capsys, *four_rows, f"{setting}={place}")
+
+
 @pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x", "rows.jsonl", "a" * 300, "/" + "a/" * 3000])
 def test_a_cache_that_can_not_be_and_a_path_that_is_too_long(capsys, tmp_path: Path, monkeypatch, place: str):
     monkeypatch.chdir(tmp_path)
