@@ -70,17 +70,19 @@ def cluster(nodes: int) -> Iterator[Any]:
 class Driver:
     """A training command, and what it says."""
 
-    def __init__(self, settings: list[str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", TRAIN, *settings], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+    def __init__(self, settings: list[str], errors: Path) -> None:
+        self._errors = errors
+        with errors.open("w") as file:
+            command = [sys.executable, "-c", TRAIN, *settings]
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
 
     def events(self) -> Iterator[dict[str, float]]:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
                 yield json.loads(line)
-        raise AssertionError(f"the run ended with code {self.process.wait()} before its fault was over")
+        code = self.process.wait()
+        raise AssertionError(f"the run ended with code {code} before its fault was over: {self._errors.read_text()[-2000:]}")
 
     def end(self) -> None:
         for process in psutil.Process(self.process.pid).children(recursive=True):
@@ -108,15 +110,15 @@ def measure(fault: str, folder: Path) -> dict[str, float]:
         ]  # fmt: skip
         drivers: list[Driver] = []
         try:
-            return _measured(fault, drivers, nodes, settings)
+            return _measured(fault, drivers, nodes, settings, folder / "errors.txt")
         finally:
             for driver in drivers:
                 if driver.process.poll() is None:
                     driver.end()
 
 
-def _measured(fault: str, drivers: list[Driver], nodes: Any, settings: list[str]) -> dict[str, float]:
-    drivers.append(Driver(settings))
+def _measured(fault: str, drivers: list[Driver], nodes: Any, settings: list[str], errors: Path) -> dict[str, float]:
+    drivers.append(Driver(settings, errors))
     step, events = 0.0, drivers[0].events()
     while step < FAULT_AT:
         step = next(events).get("step", step)
@@ -135,7 +137,7 @@ def _measured(fault: str, drivers: list[Driver], nodes: Any, settings: list[str]
         at = time.time()
     if fault == "driver":
         drivers[0].process.wait()
-        drivers.append(Driver(settings))
+        drivers.append(Driver(settings, errors))
         events = drivers[1].events()
     first = None
     while True:

@@ -21,10 +21,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401  # what a forked process would import each time, as below
+
 from raytune_llm import api, load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.report.metrics import read_metrics
-from raytune_llm.runs import launch, output, together  # noqa: F401  # what a forked process would import each time
+from raytune_llm.runs import launch, output, remote_output, together  # noqa: F401
+from raytune_llm.train import remote_checkpoints  # noqa: F401
 
 MACHINE = {"tokens_per_s", "mfu", "memory_gib"}
 STEPS = 8

@@ -87,6 +87,8 @@ def wait_for_room(
         if found is not None and (found >= aim or waited > RELEASED_WITHIN_S):
             return found
         line = waiting_line(counts[0], each, _sum(node.free for node in nodes), _sum(node.total for node in nodes))
+        if found is None and line is None:
+            line = f"waiting for nodes with room for {counts[0]} whole workers; what is free is spread over nodes"
         if line is not None and line != noticed and waited > LOOK_EVERY_S:
             notify(Notice(text=line))
             noticed = line

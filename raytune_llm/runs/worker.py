@@ -215,10 +215,10 @@ def profiled(setup: Setup, total_steps: int, first_step: int, stack: ExitStack) 
 def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, notify: Callable[[Notice], None]) -> None:
     """Write `final/`, and a reward model's scores of the held-out pairs. A collective call."""
     run, strategy, policy = setup.run, setup.built.strategy, setup.built.policy
-    with notify_if_slow(notify, "writing the last checkpoint"):
-        checkpoints.wait()
     best = progress.best_step if run.checkpoint.final == "best" else None
     if best is not None and best != progress.step:
+        with notify_if_slow(notify, "writing the last checkpoint"):
+            checkpoints.wait()
         checkpoints.load(best, strategy.load)
     if setup.stage.scores is not None and setup.held_out:
         with strategy.averaged():

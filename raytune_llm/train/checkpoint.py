@@ -94,6 +94,7 @@ class Checkpoints:
         self.folder, self.keep, self.keep_best, self._remote = folder, keep, keep_best, remote
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._writing: Future[None] | None = None
+        self._staging = Staging()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
         # The background writer has its own process group, so that its collectives don't interleave with training's.
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
@@ -105,8 +106,7 @@ class Checkpoints:
         if self._pool is None:
             self._write(dict(state), progress.step, progress.best_step, document)
         else:
-            on_cpu = {name: _copy_to_cpu(value) for name, value in state.items()}
-            self._writing = self._pool.submit(self._write, on_cpu, progress.step, progress.best_step, document)
+            self._writing = self._pool.submit(self._write, self._staging.copy(state), progress.step, progress.best_step, document)
 
     def newest(self) -> int | None:
         """The newest intact checkpoint, as rank 0 finds it. Collective over all workers."""
@@ -341,14 +341,38 @@ def one_process_is_meant() -> Iterator[None]:
         yield
 
 
-def _copy_to_cpu(value: Tensor) -> Tensor:
-    if isinstance(value, DTensor):
-        local = value.to_local().detach().to("cpu", copy=True)
+class Staging:
+    """Copies of a state in the host's memory, which training leaves alone while they are written.
+
+    The memory is kept for the next copy. Of a GPU's tensors it is pinned, which the GPU writes to several times as fast, and all
+    are copied before the host waits for one.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def copy(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Valid until the next call."""
+        copies = {name: self._copy(name, value) for name, value in state.items()}
+        self._kept = {name: self._kept[name] for name in state}
+        if any(value.is_cuda for value in state.values()):
+            torch.cuda.synchronize()
+        return copies
+
+    def _copy(self, name: str, value: Tensor) -> Tensor:
+        local = (value.to_local() if isinstance(value, DTensor) else value).detach()
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != local.shape or kept.dtype != local.dtype:
+            kept = self._kept[name] = torch.empty_like(
+                local, device="cpu", memory_format=torch.contiguous_format, pin_memory=local.is_cuda
+            )
+        kept.copy_(local, non_blocking=True)
+        if not isinstance(value, DTensor):
+            return kept
         # The writer reads only ranks from the mesh; the shard itself knows its device.
         return DTensor.from_local(
-            local, value.device_mesh, value.placements, shape=value.shape, stride=value.stride(), run_check=False
+            kept, value.device_mesh, value.placements, shape=value.shape, stride=value.stride(), run_check=False
         )
-    return value.detach().to("cpu", copy=True)
 
 
 def _raise_interrupt(error: BaseException) -> None:

@@ -71,3 +71,46 @@ def _end(head: subprocess.Popen[bytes]) -> None:
     for process in alive:
         process.kill()
     psutil.wait_procs(alive, timeout=10)
+
+
+@contextmanager
+def head_without_cpus() -> Iterator[str]:
+    """The address of a cluster that `node` joins."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    if ray.is_initialized():
+        ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        yield cluster.address
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def node(address: str, **environment: str) -> subprocess.Popen[bytes]:
+    """A node with one CPU, in processes of its own."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    words = [ray, "start", f"--address={address}", "--num-cpus=1", "--block", "--disable-usage-stats"]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(words, stdout=quiet, stderr=quiet, env={**os.environ, **environment})
+
+
+def wait_for_cpus(count: int) -> None:
+    """Of the cluster that this process is connected to."""
+    import ray
+
+    until = time.monotonic() + 90
+    while ray.cluster_resources().get("CPU", 0) < count:
+        assert time.monotonic() < until, ray.nodes()
+        time.sleep(0.3)
+
+
+def kill(node: subprocess.Popen[bytes]) -> None:
+    """As a machine goes: all at once."""
+    if node.poll() is None:
+        for process in psutil.Process(node.pid).children(recursive=True):
+            process.kill()
+        node.kill()
+        node.wait()

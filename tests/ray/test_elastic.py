@@ -3,67 +3,37 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from raytune_llm import api, load_config
+from raytune_llm import api, load_config, session
 from raytune_llm.report.updates import Notice, RunStarted, Update
 from tests.group import metrics
+from tests.ray.head import head_without_cpus, kill, node, wait_for_cpus
 from tests.runs import tiny_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 CLOSE = {"loss": 2e-4, "grad_norm": 2e-3, "eval_loss": 2e-4}
 
 
-def node(address: str) -> subprocess.Popen[bytes]:
-    """With one CPU, in processes of its own."""
-    ray = str(Path(sys.executable).with_name("ray"))
-    words = [ray, "start", f"--address={address}", "--num-cpus=1", "--block", "--disable-usage-stats"]
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def kill(node: subprocess.Popen[bytes]) -> None:
-    """As a machine goes: all at once."""
-    if node.poll() is None:
-        for process in psutil.Process(node.pid).children(recursive=True):
-            process.kill()
-        node.kill()
-        node.wait()
-
-
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head without CPUs, and a node with one."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    if ray.is_initialized():
-        ray.shutdown()
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        found.add_node(num_cpus=1)
+    with head_without_cpus() as found:
         yield found
-    finally:
-        ray.shutdown()
-        found.shutdown()
 
 
 def test_a_run_follows_the_cluster_s_size_with_the_numbers_of_one_process(
-    cluster: Any, chat_rows: str, cache: str, tmp_path: Path
+    address: str, chat_rows: str, cache: str, tmp_path: Path
 ) -> None:
     settings = ["train.global_batch_size=16", "train.max_steps=60", "train.epochs=99", "checkpoint.every_steps=5"]
     settings += ["train.eval_every_steps=20"]
     plain = tiny_run(chat_rows, cache, tmp_path / "plain", *settings)
-    words = ["data.path=x", "resources=cluster", f"resources.address={cluster.address}", "resources.num_workers=[1,2]"]
+    words = ["data.path=x", "resources=cluster", f"resources.address={address}", "resources.num_workers=[1,2]"]
     run = replace(
         plain,
         output_dir=str(tmp_path / "elastic"),
@@ -71,13 +41,13 @@ def test_a_run_follows_the_cluster_s_size_with_the_numbers_of_one_process(
     )
     started: list[int] = []
     notices: list[str] = []
-    nodes: list[subprocess.Popen[bytes]] = []
+    nodes = [node(address)]
 
     def follow(record: Mapping[str, Any]) -> None:
-        if record["step"] >= 3 and not nodes:
-            nodes.append(node(cluster.address))
-        if len(started) == 2 and record["step"] >= started[1] + 7 and nodes[0].poll() is None:
-            kill(nodes[0])
+        if record["step"] >= 3 and len(nodes) == 1:
+            nodes.append(node(address))
+        if len(nodes) == len(started) == 2 and record["step"] >= started[1] + 7 and nodes[1].poll() is None:
+            kill(nodes[1])
 
     def update(news: Update) -> None:
         if isinstance(news, RunStarted):
@@ -86,6 +56,8 @@ def test_a_run_follows_the_cluster_s_size_with_the_numbers_of_one_process(
             notices.append(news.text)
 
     try:
+        session.connect(run.resources)
+        wait_for_cpus(1)
         result = api.train(run, sinks=[follow], on_update=update)
     finally:
         for started_node in nodes:
@@ -99,8 +71,6 @@ def test_a_run_follows_the_cluster_s_size_with_the_numbers_of_one_process(
     assert shrunk - grown >= 5 and shrunk % 5 == 0, "from the last checkpoint before the loss"
     assert any("a node is gone" in line and "with 1 worker" in line for line in notices), notices
     assert result.summary.steps == 60
-    if os.environ.get("SHOW"):
-        print(started, *notices, sep="\n")
 
     api.train(plain)
     for mine, theirs in zip(metrics(run.output_dir), metrics(plain.output_dir), strict=True):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.invariant.test_same_run_everywhere import SAMPLED, assert_same_run
 from tests.runs import tiny_run
 
 pytestmark = pytest.mark.ray
+EXPORTED = {"ray_raytune_llm_loss", "ray_raytune_llm_tokens_per_s", "ray_raytune_llm_workers"}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,16 @@ def plain(chat_rows: str, cache: str, tmp_path_factory: pytest.TempPathFactory) 
 def on_ray(run: TrainRun, folder: Path, *overrides: str) -> TrainRun:
     resources = load_config("train", ["data.path=x", "resources=local", "resources.num_workers=2", *overrides]).resources
     return replace(run, output_dir=str(folder), resources=resources)
+
+
+def metrics_of_this_node() -> set[str]:
+    """Names of what Prometheus would find of runs."""
+    import ray
+
+    [node] = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return set(re.findall(r"^(ray_raytune_llm_\w+)\{", answer.read().decode(), re.MULTILINE))
 
 
 def worker_processes() -> list[int]:
@@ -55,8 +67,12 @@ def test_a_worker_killed_in_the_middle_does_not_show(plain: TrainRun, tmp_path: 
     heard: list[int] = []
     begun: list[int] = []
 
+    exported: set[str] = set()
+
     def kill_one(record: Mapping[str, Any]) -> None:
         heard.append(record["step"])
+        if killed and not exported >= EXPORTED:
+            exported.update(metrics_of_this_node())
         if record["step"] >= 5 and not killed:
             victim = worker_processes()[0]
             os.kill(victim, signal.SIGKILL)
@@ -78,6 +94,11 @@ def test_a_worker_killed_in_the_middle_does_not_show(plain: TrainRun, tmp_path: 
         r"worker [01] on [\d.]+ died \(killed\); starting again from step \d+, failure 1 of 3 \(.*workers\.log.*", line
     )
     assert "died" in (tmp_path / "workers.log").read_text()
+    until = time.monotonic() + 20  # Ray exports what it has every ten seconds
+    while not exported >= EXPORTED and time.monotonic() < until:
+        time.sleep(0.5)
+        exported.update(metrics_of_this_node())
+    assert exported >= EXPORTED
     assert begun[0] == 0
     assert begun[1] >= 4, "the group resumed from a checkpoint"
     assert result.summary.world_size == 2

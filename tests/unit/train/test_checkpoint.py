@@ -10,6 +10,7 @@ from raytune_llm.train.checkpoint import (
     PROGRESS,
     Checkpoints,
     Progress,
+    Staging,
     complete_steps,
     newest_sound,
     path_of,
@@ -59,3 +60,15 @@ def test_a_checkpoint_of_another_format_is_refused(checkpoints, tmp_path, versio
         read_progress(tmp_path, 2)
     with pytest.raises(DataError, match=r"another version.*Set resume=never"):
         newest_sound(tmp_path)
+
+
+def test_what_is_staged_is_a_copy_in_memory_that_is_used_again():
+    staging = Staging()
+    state = {"a": torch.arange(6.0).reshape(2, 3).t(), "step": torch.tensor(3)}
+    first = staging.copy(state)
+    state["a"] += 1
+    assert first["a"].tolist() == [[0, 3], [1, 4], [2, 5]] and first["a"].is_contiguous() and first["step"] == 3
+    place = first["a"].data_ptr()
+    again = staging.copy(state)
+    assert again["a"].data_ptr() == place and again["a"].tolist() == [[1, 4], [2, 5], [3, 6]]
+    assert staging.copy({"a": torch.zeros(5, dtype=torch.bfloat16)})["a"].dtype == torch.bfloat16
