@@ -14,7 +14,8 @@ import uvicorn
 
 from raytune_llm.chat.client import Client
 from raytune_llm.config.run import ChatRun
-from raytune_llm.serve.api.app import Access, build_app
+from raytune_llm.serve.api.app import build_app
+from raytune_llm.serve.api.server import Access
 from raytune_llm.serve.backend import InProcessBackend
 from raytune_llm.serve.engines import build_engine, tokenizer_of
 from raytune_llm.serve.prompts import Prompts

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from raytune_llm.config.run import ADMIN_KEY, API_KEY, ServeRun
-from raytune_llm.serve.api.app import Access
+from raytune_llm.serve.api.server import Access
 
 
 def access_of(run: ServeRun) -> Access:

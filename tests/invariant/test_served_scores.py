@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from raytune_llm import ConfigError, api, load_config
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
-from raytune_llm.serve.api.app import Access, build_app
+from raytune_llm.serve.api.app import build_app
+from raytune_llm.serve.api.server import Access
 from raytune_llm.serve.backend import InProcessBackend
 from raytune_llm.serve.engines import build_engine, tokenizer_of
 from raytune_llm.serve.prompts import Prompts

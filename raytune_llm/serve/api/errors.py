@@ -7,6 +7,9 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from raytune_llm.errors import ResourceError, UserError
+from raytune_llm.serve.backend import RETRY_AFTER_S, Overloaded
+
 
 class APIError(Exception):
     def __init__(
@@ -52,3 +55,12 @@ def overloaded(retry_after_s: float) -> APIError:
 
 def broken(message: str) -> APIError:
     return APIError(503, message, type="server_error", code="engine_unavailable")
+
+
+def api_error(error: UserError) -> APIError:
+    """The response to an error of the engine or the backend."""
+    if isinstance(error, Overloaded):
+        return overloaded(RETRY_AFTER_S)
+    if isinstance(error, ResourceError):
+        return broken(str(error))
+    return invalid(str(error))

@@ -17,7 +17,8 @@ from raytune_llm.chat.open import adapter_name
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.errors import ConfigError, DataError
-from raytune_llm.serve.api.app import Access, build_app
+from raytune_llm.serve.api.app import build_app
+from raytune_llm.serve.api.server import Access
 from raytune_llm.serve.backend import InProcessBackend, ModelFacts
 from raytune_llm.serve.prompts import Prompts
 from tests.toy_engine import ToyRunner

@@ -1,0 +1,123 @@
+"""The endpoints that generate text: /v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from raytune_llm.engines.requests import Grammar, Sampling
+from raytune_llm.engines.requests import Request as EngineRequest
+from raytune_llm.serve.api.errors import invalid
+from raytune_llm.serve.api.responses import ChatResponse, Collected, CompletionResponse
+from raytune_llm.serve.api.sampling import forced_tool_grammar, grammar_of, sampling_of, strict_tools_grammar
+from raytune_llm.serve.api.schema import ChatRequest, CompletionRequest, NamedTool
+from raytune_llm.serve.api.server import Server, headers_of
+from raytune_llm.serve.api.streams import LatencyTimer, before_disconnect, events, merged, with_first
+
+
+@dataclass(frozen=True)
+class Generation:
+    server: Server
+
+    def routes(self) -> APIRouter:
+        router = APIRouter(dependencies=[Depends(self.server.user)])
+        router.post("/v1/chat/completions", response_model=None)(self.chat_completions)
+        router.post("/v1/completions", response_model=None)(self.completions)
+        return router
+
+    async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
+        self.server.check_generates()
+        adapter = await self.server.adapter_of(body.model)
+        prompts, facts = self.server.prompts, self.server.backend.facts
+        settings = dict(body.chat_template_kwargs or {})
+        if body.reasoning_effort is not None:
+            settings.setdefault("enable_thinking", body.reasoning_effort != "none")
+        tools = None if body.tool_choice == "none" else body.tools
+        ids, syntax = prompts.chat(body.messages, tools, settings)
+        forced = _forced_tools(body)
+        sampling = sampling_of(
+            body,
+            limit=body.max_completion_tokens or body.max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=forced_tool_grammar(forced) if forced else _grammar(body, tools or (), syntax.tool_format),
+            prompt_tokens=len(ids),
+            max_length=facts.max_length,
+            vocabulary=len(prompts.tokenizer),
+        )
+        response = ChatResponse(body, prompts.tokenizer, syntax, forced=bool(forced), created=int(time.time()))
+        return await self._respond(request, body, [ids], adapter, sampling, response)
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        self.server.check_generates()
+        adapter = await self.server.adapter_of(body.model)
+        prompts = self.server.prompts
+        ids = self.server.ids_of(body.prompts)
+        sampling = sampling_of(
+            body,
+            limit=body.max_tokens or 16,
+            logprobs=body.logprobs,
+            grammar=grammar_of(None, body.structured_outputs),
+            prompt_tokens=max(map(len, ids)),
+            max_length=self.server.backend.facts.max_length,
+            vocabulary=len(prompts.tokenizer),
+        )
+        response = CompletionResponse(body, prompts.tokenizer, created=int(time.time()), prompts=ids)
+        return await self._respond(request, body, ids, adapter, sampling, response)
+
+    async def _respond(
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        prompts: Sequence[Sequence[int]],
+        adapter: str | None,
+        sampling: Sampling,
+        response: ChatResponse | CompletionResponse,
+    ) -> Response:
+        """Generate body.n answers to each prompt, and send them at once or as a stream of events."""
+        began, backend = time.monotonic(), self.server.backend
+        seed = secrets.randbits(63) if body.seed is None else body.seed % 2**63
+        requests = [
+            EngineRequest(prompt_ids=ids, adapter=adapter, sampling=replace(sampling, seed=seed + n))
+            for ids in prompts
+            for n in range(body.n or 1)
+        ]
+        deltas = merged([backend.stream(one) for one in requests])
+        first = await before_disconnect(request, anext(deltas))  # so that an error can still be an HTTP status
+        seed_is_ignored = body.seed is not None and not backend.facts.keeps_seeds
+        headers = headers_of(sorted([*body.ignored, "seed"]) if seed_is_ignored else body.ignored)
+        timer = LatencyTimer(self.server.metrics, backend.facts.name, began)
+        if body.stream:
+            usage = bool(body.stream_options and body.stream_options.include_usage)
+            sent = events(first, deltas, response, usage, timer)
+            return StreamingResponse(sent, media_type="text/event-stream", headers={**headers, "Cache-Control": "no-cache"})
+        collected = Collected(len(requests))
+
+        async def collect() -> None:
+            async for index, delta in with_first(first, deltas):
+                timer.observe(index, delta)
+                collected.add(index, delta)
+
+        await before_disconnect(request, collect())
+        return JSONResponse(response.full(collected), headers=headers)
+
+
+def _grammar(body: ChatRequest, tools: Sequence[Any], tool_format: Any) -> Grammar | None:
+    """The grammar that the answer must follow, by its format or by strict tools."""
+    grammar = grammar_of(body.response_format, body.structured_outputs)
+    strict = strict_tools_grammar(tools, tool_format)
+    if grammar is not None and strict is not None:
+        raise invalid("A strict tool and a format of the answer can't both be given: leave out one of them", "tools")
+    return grammar or strict
+
+
+def _forced_tools(body: ChatRequest) -> list[Any]:
+    """The tools of which the answer must call one; empty: it need not call any."""
+    if isinstance(body.tool_choice, NamedTool):
+        return [tool for tool in body.tools or () if tool.function.name == body.tool_choice.function.name]
+    return list(body.tools or ()) if body.tool_choice == "required" else []

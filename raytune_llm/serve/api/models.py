@@ -1,0 +1,76 @@
+"""The endpoints of models and adapters: list them, and load, replace, unload and pin adapters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastapi import APIRouter, Depends
+
+from raytune_llm.engines.engine import AdapterState
+from raytune_llm.serve.adapters import checked_folder, checked_name
+from raytune_llm.serve.api.errors import invalid, unknown_model
+from raytune_llm.serve.api.schema import LoadAdapter, PinAdapter, UnloadAdapter
+from raytune_llm.serve.api.server import Server
+
+
+@dataclass(frozen=True)
+class Models:
+    server: Server
+
+    def routes(self) -> APIRouter:
+        router = APIRouter()
+        user, admin = [Depends(self.server.user)], [Depends(self.server.admin)]
+        router.get("/v1/models", dependencies=user)(self.list_models)
+        router.get("/v1/models/{model:path}", dependencies=user)(self.retrieve_model)
+        router.post("/v1/load_lora_adapter", dependencies=admin)(self.load_adapter)
+        router.post("/v1/unload_lora_adapter", dependencies=admin)(self.unload_adapter)
+        router.get("/admin/adapters", dependencies=admin)(self.list_adapters)
+        router.post("/admin/adapters/{name}/pin", dependencies=admin)(self.pin_adapter)
+        return router
+
+    async def list_models(self) -> dict[str, Any]:
+        adapters = await self.server.backend.adapters()
+        return {"object": "list", "data": [self._model(self._base), *map(self._adapter, adapters)]}
+
+    async def retrieve_model(self, model: str) -> dict[str, Any]:
+        if model == self._base:
+            return self._model(model)
+        for one in await self.server.backend.adapters():
+            if one.name == model:
+                return self._adapter(one)
+        raise unknown_model(model)
+
+    async def load_adapter(self, body: LoadAdapter) -> dict[str, Any]:
+        backend, name = self.server.backend, checked_name(body.lora_name, self._base)
+        if await backend.serves(name) and not body.load_inplace:
+            raise invalid(f"The adapter `{name}` is already loaded: set load_inplace to replace it", "lora_name")
+        folder = checked_folder(body.lora_path, self.server.access.roots)
+        version = await backend.add_adapter(name, str(folder), pinned=body.pinned)
+        return {"status": "loaded", "name": name, "version": version}
+
+    async def unload_adapter(self, body: UnloadAdapter) -> dict[str, Any]:
+        if not await self.server.backend.serves(body.lora_name):
+            raise unknown_model(body.lora_name)
+        await self.server.backend.remove_adapter(body.lora_name)
+        return {"status": "unloaded", "name": body.lora_name}
+
+    async def list_adapters(self) -> dict[str, Any]:
+        return {"adapters": [asdict(one) for one in await self.server.backend.adapters()]}
+
+    async def pin_adapter(self, name: str, body: PinAdapter) -> dict[str, Any]:
+        if not await self.server.backend.serves(name):
+            raise unknown_model(name)
+        await self.server.backend.pin(name, body.pinned)
+        return {"name": name, "pinned": body.pinned}
+
+    @property
+    def _base(self) -> str:
+        return self.server.backend.facts.name
+
+    def _model(self, name: str) -> dict[str, Any]:
+        facts = {"id": name, "object": "model", "created": self.server.created}
+        return {**facts, "owned_by": "raytune_llm", "root": self._base}
+
+    def _adapter(self, one: AdapterState) -> dict[str, Any]:
+        return {**self._model(one.name), "parent": self._base, "version": one.version}
