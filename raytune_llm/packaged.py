@@ -117,7 +117,7 @@ def _unpack(source: Path, gguf_file: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     transformers.logging.disable_progress_bar()
-    # Since transformers 5.2x weights stay in GGUF blocks unless told otherwise; before, there was no such choice.
+    # Since transformers 5.2x weights stay in GGUF blocks by default; before, there was no such choice.
     dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
 
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -115,8 +115,8 @@ def with_messages(record: Record, change: Callable[[Message], Message]) -> Recor
 def last_answer_only(conversation: Conversation) -> Conversation:
     """With no answer trained but the last message, if that is one that was to be trained."""
     *earlier, last = conversation.messages
-    told = (replace(message, trained=False) if message.trained else message for message in earlier)
-    return replace(conversation, messages=(*told, last))
+    untrained = (replace(message, trained=False) if message.trained else message for message in earlier)
+    return replace(conversation, messages=(*untrained, last))
 
 
 class Prefixes(NamedTuple):
@@ -154,7 +154,7 @@ class Batch:
     """int64: flat positions b * T + t that predict targets_N, document by document. A position of a shared prompt is there
     for each document that predicts from it."""
     targets_N: Tensor
-    """int64: the tokens after them in their documents, so that no target lies across a boundary."""
+    """int64: the tokens after them in their documents, so that no target is in another document."""
     cu_seqlens_S: Tensor
     """int32: the boundaries of the documents, from 0 to B * T."""
     max_seqlen: int

@@ -1,4 +1,4 @@
-"""`chat`: a conversation in the terminal; where it is piped, one answer to all that stands on standard input."""
+"""`chat`: a conversation in the terminal; if standard input is piped, one answer to all of it."""
 
 from __future__ import annotations
 

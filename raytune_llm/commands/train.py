@@ -26,7 +26,7 @@ HELD_OUT = {
     "eval_rewards/accuracies": ("better one right, held out", "{:.1%}"),
     "eval_accuracy": ("better one right, held out", "{:.1%}"),
 }
-"""What the summary tells of the last evaluation, and of one before the first step."""
+"""Metrics of the last evaluation, and of one before the first step, that the terminal shows: name and format."""
 
 
 def main(run: TrainRun) -> int:

@@ -22,7 +22,7 @@ HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {
 }
 """Hydra's own flags -> the words that may follow: none (None), these, or any one (empty)."""
 OWN_FLAGS = {"tune": {"--dry-run": "tune.dry_run=true"}}
-"""Flags of a verb, which stand for a setting."""
+"""Flags of a command that are short for a setting."""
 WITHOUT_A_KEY = {"import": ("file",), "jobs": ("action", "job")}
 """Verb -> the settings that words without a key are for, in order."""
 LISTS = {"compare": "runs"}

@@ -103,7 +103,7 @@ class AdamW8bit(Adam):
 
     name: Literal["adamw_8bit"]
     paged: bool
-    """State lies in memory that the GPU's driver moves to the host where there is no room. GPUs only."""
+    """The state is in unified memory, which the GPU's driver moves to the host when the GPU is full. GPUs only."""
 
     SMALL: ClassVar[int] = 4096
     """Tensors of fewer values keep float32 moments: 8 bits would save nothing there."""

@@ -16,7 +16,7 @@ from raytune_llm.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-"""In an installed wheel conf/ lies in the package, in a checkout beside it."""
+"""conf/ is in the package in an installed wheel, and beside it in a checkout."""
 
 Run = TypeVar("Run")
 

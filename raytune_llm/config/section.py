@@ -1,6 +1,6 @@
 """How a section of the config is declared: frozen, keyword-only, strict about types, refusing unknown keys.
 
-Sections hold types and rules but no values: each value stands once, in `conf/`.
+Sections hold types and rules but no values: each value is in one place, in `conf/`.
 """
 
 from __future__ import annotations

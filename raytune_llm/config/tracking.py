@@ -21,7 +21,7 @@ class TensorBoard:
     name: Literal["tensorboard"]
 
     def in_group(self, group: str) -> TensorBoard:
-        """Its files lie in the runs' folders, which a sweep has together."""
+        """Its files are in the runs' folders, which are in the sweep's folder."""
         return self
 
 

@@ -1,4 +1,4 @@
-"""What another package's engine computes of an adapter, told from its config before the package is asked.
+"""Which adapters another package's engine supports, by their config, before the package loads them.
 
 Packages refuse some of what they don't compute when they load an adapter, and read past the rest. Here all of it is refused, by
 the name that adapter_config.json has for it.

@@ -171,7 +171,7 @@ def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """ids_BT and mask_BT (1 where a token stands), both int64, with every prompt's last token in the last column."""
+    """ids_BT and mask_BT (1 for a token, 0 for padding), both int64, with every prompt's last token in the last column."""
     length = max(map(len, prompts))
     ids_BT = torch.full((len(prompts), length), pad_id)
     mask_BT = torch.zeros_like(ids_BT)

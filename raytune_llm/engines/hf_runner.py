@@ -89,7 +89,7 @@ def _load(serving: Serving, device: torch.device) -> Any:
 
 
 class Copied:
-    """An adapter's files in a folder of ours: what stood there when it was read."""
+    """A copy of an adapter's files, which stays the same if they are replaced."""
 
     def __init__(self, folder: Path) -> None:
         self._kept = tempfile.TemporaryDirectory(prefix="raytune-llm-adapter-")
@@ -153,21 +153,21 @@ class HFRunner:
         return torch.stack(wanted) if wanted else torch.empty(0, self.vocab_size, device=self.device)
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, slot: int) -> list[list[float]]:
-        told = []
+        results = []
         for ids in prompts:
             ids_BT = torch.tensor([list(ids)], device=self.device)
             if pooling == "score":
-                told.append(self._model(input_ids=ids_BT, use_cache=False).logits[0].float().tolist())
+                results.append(self._model(input_ids=ids_BT, use_cache=False).logits[0].float().tolist())
                 continue
             with self._adapters.using(self._without_bank if slot < 0 else str(slot)):
                 hidden_TD = self._model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[0].float()
-            told.append(F.normalize(hidden_TD.mean(0) if pooling == "mean" else hidden_TD[-1], dim=0).tolist())
-        return told
+            results.append(F.normalize(hidden_TD.mean(0) if pooling == "mean" else hidden_TD[-1], dim=0).tolist())
+        return results
 
     def answer_logprobs(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int
     ) -> list[list[ScoredToken]]:
-        told = []
+        results = []
         for prompt, answer in zip(prompts, answers, strict=True):
             with self._adapters.using(None if slot < 0 else str(slot)):
                 ids_BT = torch.tensor([[*prompt, *answer]], device=self.device)
@@ -175,8 +175,8 @@ class HFRunner:
             logits_NV = logits_TV[len(prompt) - 1 : len(prompt) + len(answer) - 1]
             targets_N = torch.tensor(list(answer), dtype=torch.int64, device=self.device)
             logprobs_N = logits_NV.log_softmax(dim=1).gather(1, targets_N[:, None]).squeeze(1)
-            told.append(list(map(ScoredToken, logprobs_N.tolist(), (logits_NV.argmax(dim=1) == targets_N).tolist())))
-        return told
+            results.append(list(map(ScoredToken, logprobs_N.tolist(), (logits_NV.argmax(dim=1) == targets_N).tolist())))
+        return results
 
     def read_adapter(self, folder: Path) -> tuple[Copied, int]:
         refuse_separate_head(folder, "the adapter")

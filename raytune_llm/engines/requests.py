@@ -16,7 +16,7 @@ Finish = Literal["stop", "length", "cancelled"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar:
     """What an answer must be, for xgrammar: the text of a JSON schema, of a regular expression, of an EBNF grammar, or of a
-    structural tag (JSON), which leaves text free and binds what stands between certain words."""
+    structural tag (JSON), which constrains the text between certain tags only."""
 
     kind: Literal["json_schema", "json", "regex", "ebnf", "structural_tag"]
     text: str = ""

@@ -103,7 +103,7 @@ def parameters_of(run: TrainRun, config: PretrainedConfig) -> Parameters:
 
 
 def needs_set(run: TrainRun) -> dict[str, Any]:
-    """Those of the needs that stand in the settings."""
+    """The needs that are settings, by their names."""
     asked = run.train.activation_checkpointing
     return {
         "dropout": run.adapter.dropout > 0 and kept_by(run.adapter).drops_inputs,

@@ -39,7 +39,7 @@ def leave_other_media_out(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def processor_files(path: str | None, revision: str | None) -> list[Path]:
-    """What makes inputs of images, videos and sounds, as it lies beside a model's weights."""
+    """The files of a model's processor for images, videos and sounds."""
     if path is None:
         return []
     missing_is_none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}

@@ -57,11 +57,11 @@ class Policy(nn.Module):
     ) -> None:
         """Matrix products and the residual stream are in `compute`, whatever the dtype of the weights.
 
-        adapters: the model's, where they are not PEFT's. offloads: activations wait in host memory for the backward pass.
-        has_new_adapter: what it found is itself without its adapter. has_changed_config: its config is not the one that lies
-        beside the base's weights. base_vocabulary: the rows of its embeddings, of which an adapter may have more. left_out:
-        weights that are saved with a whole model and lie beside what text goes through. files_beside: of the base, copied with
-        them: they make inputs of images.
+        adapters: the model's adapters, if they are not PEFT's. offloads: keep activations in host memory until the backward pass.
+        has_new_adapter: without its adapter, the policy is the one that the run started from. has_changed_config: the config
+        differs from the base's config.json. base_vocabulary: rows of the base's embeddings; an adapter may have more. left_out:
+        weights of a multimodal model that text does not go through; they are saved with a whole model. files_beside: files of
+        the base that are saved with them, such as an image processor's.
         """
         super().__init__()
         self.model: Any = model

@@ -66,7 +66,7 @@ class Scorer(Policy):
             return head(hidden_MD.to(weights[-1].dtype)).float().squeeze(-1)
 
     def take_separate_head(self, folder: str | Path) -> None:
-        """The head that stands in the folder beside a language model, or its adapter, in place of the model's own."""
+        """Replace the score head by the one in a separate file beside a language model or its adapter."""
         weight_1D, bias_1 = read_separate_head(folder)
         here = next(self.base.score.parameters())
         if weight_1D.shape != here.shape:

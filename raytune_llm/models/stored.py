@@ -54,7 +54,7 @@ class Stored(nn.Parameter):
 
 
 def of_type(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
-    """Its values in another type; of one that is in its file, what stands in their place."""
+    """The tensor in another dtype; if its values are still in a file, its placeholder."""
     if isinstance(weight, Stored):
         return torch.empty((), dtype=dtype).expand(weight.shape)
     return weight.detach().to(dtype)
@@ -73,7 +73,7 @@ def bring(model: nn.Module, device: torch.device) -> dict[nn.Parameter, nn.Param
 
 
 def files_of(model: PreTrainedModel, path: str, *, revision: str | None) -> Files | None:
-    """Where the weights lie of a model on the meta device, if all are in the files of a folder or of a hub's model as they are
+    """The files and names of a meta-device model's weights, if all are in the files of a folder or of a hub's model as they are
     in the model; None elsewhere."""
     changed = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
     widened = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict

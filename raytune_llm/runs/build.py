@@ -187,7 +187,7 @@ class Builder:
         reads = READS_FILES[run.strategy.name]
         keeps_less = reads or run.quantization.replaces_layers
         if self._first_pieces or run.adapter.changes_base or run.model.merged_adapters:
-            return None  # what lies in files has fewer rows, or other values
+            return None  # the files have fewer rows, or other values
         if not keeps_less or run.model.weights != "pretrained" or run.model.path is None:
             return None
         files = files_to_read(

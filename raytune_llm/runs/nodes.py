@@ -100,7 +100,7 @@ def check_nodes(
     each: Mapping[str, float],
     report: Callable[[str], None],
 ) -> Nodes | None:
-    """Ask the nodes of the connected cluster, tell what they say, and raise ResourceError or ConfigError for what can't work.
+    """Check the nodes of the connected cluster. Raises ResourceError or ConfigError if the run can't work on them.
 
     `folders`: setting -> a folder that all nodes are to see, whose rows are prepared on each of them. `each`: CPU and GPU of a
     worker; a process on each node where there may be one takes part in an all-reduce, unless one node has room for all `workers`.

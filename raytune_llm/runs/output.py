@@ -62,7 +62,7 @@ def open_output(run: TrainRun, folder: Path, identity_now: dict[str, str]) -> in
 def adopt(run: TrainRun, donor: Path) -> int:
     """Give the run the newest checkpoint of another one, to resume from as if it had made it. Returns the checkpoint's step.
 
-    Files are linked where both lie on one file system. Raises ConfigError where the other one has no checkpoint.
+    Files are linked if both are on one file system. Raises ConfigError if the other one has no checkpoint.
     """
     step = checkpoint.newest_sound(donor / "checkpoints")
     if step is None:

@@ -36,7 +36,7 @@ from raytune_llm.runs.stores import Stores
 from raytune_llm.stages import AnswerLogprobs
 from raytune_llm.train.enrichers import Enricher
 from raytune_llm.train.enrichers.online_reference import OnlineReference
-from raytune_llm.train.enrichers.reference_table import ReferenceTable, ReferenceTables, Told, precomputed
+from raytune_llm.train.enrichers.reference_table import OnRows, ReferenceTable, ReferenceTables, precomputed
 from raytune_llm.train.strategies.base import Strategy
 
 TABLE_VERSION = 2
@@ -60,7 +60,7 @@ def find_reference(
     device: torch.device,
     compute: torch.dtype,
     pad_id: int,
-    tell: Told,
+    on_rows: OnRows,
 ) -> Reference:
     """first_pieces: see Builder.
 
@@ -92,7 +92,7 @@ def find_reference(
                 pad_id=pad_id,
                 device=device,
                 compute=compute,
-                tell=tell,
+                on_rows=on_rows,
             )
         choices.append(f"reference: {where}")
     return Reference(ReferenceTables(tables), tuple(choices))

@@ -163,7 +163,7 @@ def complete(run: TrainRun, reads: Reads, builder: Builder, built: Built, on_upd
                 device=device,
                 compute=built.policy.compute,
                 pad_id=reads.pad_id,
-                tell=lambda done, total: on_update(ReferencePass(done=done, total=total)) if rank == 0 else None,
+                on_rows=lambda done, total: on_update(ReferencePass(done=done, total=total)) if rank == 0 else None,
             )
         choices += reference.choices
         enrichers.append(reference.enricher)

@@ -51,7 +51,7 @@ class Ledger:
 
 class Changes:
     """Keeps a replica's adapters as its ledger has them: changes are applied one after another, and one that a later change of
-    the same name has replaced is not applied, however late it is heard of. The replica's event loop owns it."""
+    the same name has replaced is not applied, however late it arrives. The replica's event loop owns it."""
 
     def __init__(self, apply: Callable[[AdapterChange], Awaitable[str | None]]) -> None:
         """apply: applies a change and returns the version if an adapter was loaded."""

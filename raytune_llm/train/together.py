@@ -191,7 +191,7 @@ def _save(member: Member, step: Step, source: StepSource, stopped: bool) -> bool
 
 
 def _each(active: list[Member], ended: Ended, does: Callable[[Member], bool]) -> None:
-    """Do it for each run: one that has come to its end by it, or fails in it, is taken out and told of, and the rest go on."""
+    """Call it for each run. A run that ends or fails in it is removed and reported; the others continue."""
     for member in list(active):
         error: Exception | None = None
         try:

@@ -31,7 +31,7 @@ def alpaca(row: Row, columns: AlpacaFormat, reading: Reading) -> Record:
 
     Every answer is trained. An output that is no text is none: the row is a prompt. A history of any other type than a list of
     pairs of texts (null and an empty text aside, which are none) makes the row unusable, where LLaMA-Factory takes the row
-    without it: nobody can tell what was meant.
+    without it: its meaning is unknown.
     """
     requested = text_of(required(row, "instruction", columns.instruction), columns.instruction)
     context = optional_text(row, columns.input)

@@ -141,7 +141,7 @@ WEIGHTS = ("train", "training", "trainable", "loss", "weight", "loss_weight", "l
 """Keys of a message by which programs say that an answer is trained (true, 1) or not (false, 0), or how much it counts: OpenAI's
 and Mistral's weight, LLaMA-Factory's loss_weight, axolotl's training, ms-swift's and xtuner's loss, slime's step_loss_mask."""
 NO_WEIGHTS = ("mask", "train_detail", "training_detail", "train_on", "ignore_loss", "no_loss")
-"""Others, of which nobody can tell what they mean, or that mean parts of an answer."""
+"""Other columns, whose meaning is unknown, or that are parts of an answer."""
 
 
 def weight_of(message: Row) -> float:

@@ -87,7 +87,7 @@ def _tagged(message: Any, columns: Tags, reading: Reading) -> Message:
 
 
 def _tagged_with_calls(message: Any, columns: Tags, reading: Reading) -> Message:
-    """One message whose calls may stand beside its text."""
+    """One message that may have both text and tool calls."""
     calls = calls_of(message) if isinstance(message, Mapping) else ()
     if calls and message.get(columns.role_tag) in (columns.assistant_tag, columns.function_tag):
         content = message.get(columns.content_tag)
@@ -115,7 +115,7 @@ def _written(message: Mapping[str, Any], role: str, content: Any, columns: Tags)
 def _alternating(
     row: Row, columns: Tags, reading: Reading, read: Callable[[Any, Tags, Reading], Message], *, several_results: bool
 ) -> Record:
-    """The record of messages whose order is right: what the model is told and what it says in turn, ending with the latter."""
+    """The record of messages in alternating order, prompts and answers in turn, of which an answer is the last."""
     column = required(row, "messages", columns.messages)
     if not isinstance(column, list):
         raise BadRow(f"{columns.messages} must be a list of messages", shown(column))

@@ -1,4 +1,4 @@
-"""Prompts and the answers to them: how they are told apart in a rendered text, shortened and refused."""
+"""Prompts with one or two answers: how a rendered text is split into them, truncated and refused."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class ConversationKind(Kind):
         return [Document(ids, spans, weights=weights)]
 
     def prompt_and_answer(self, row: ConversationRow) -> tuple[np.ndarray, np.ndarray]:
-        """The last answer, and what stands before it. A row that is trained whole is asked for its rest, as a text is."""
+        """The last answer and its prompt. Of a row that is trained whole, the rest is the answer, as for a text."""
         ids = np.asarray(row.ids)
         start, end = row.spans[-2:]
         return (ids[:start], ids[start:end]) if start > 0 else rest_of_text(ids)

@@ -1,4 +1,4 @@
-"""Prompts: what is asked, with the answer that stands there, if any does. Nothing of it is trained.
+"""Prompts, with the answer if the data give one. Nothing is trained.
 
 A batch holds the prompts; whoever answers them finds the rest of a row by Batch.rows.
 """

@@ -21,7 +21,7 @@ class Source:
     subset: str | None = None
     split: str | None = None
     folder: str | None = None
-    """Of a hub data set, where its files lie in one."""
+    """The path of its files in a hub data set, if it is one."""
     hub: str = "huggingface"
 
     @property
@@ -44,7 +44,7 @@ class Chunk:
     first_row: int
     num_rows: int
     columns: tuple[str, ...] = ()
-    """Of a csv file, whose header stands in its first chunk only."""
+    """The header of a csv file, which only its first chunk has."""
     subset: str | None = None
     split: str | None = None
     folder: str | None = None

@@ -1,4 +1,4 @@
-"""What data a run is made of: `data.path`, or entries of a LLaMA-Factory dataset_info.json as they stand.
+"""What data a run is made of: `data.path`, or entries of a LLaMA-Factory dataset_info.json as they are.
 
 Its rules: where an entry has `columns`, every column that it does not name is absent, and likewise for `tags`; only an entry
 without them has the usual names. Different here: a data set that is listed twice is there twice, an entry that names no column
@@ -29,14 +29,14 @@ class Declared:
     subset: str | None
     split: str
     folder: str | None
-    """Of a hub data set: where its files lie in it."""
+    """The path of its files in a hub data set."""
     num_samples: int | None
     format: FormatConfig
     media_dir: str
     hub: str
     """The one that a data set without files of its own is from."""
     setting: str = "data.path"
-    """What says where it lies."""
+    """The key that has its location."""
 
 
 def declared(data: DataConfig, *, ranked: bool) -> list[Declared]:

@@ -27,7 +27,7 @@ MEANT: Mapping[str, Mapping[str, str]] = {
         "role": "role_tag", "content": "content_tag", "from": "role_tag", "value": "content_tag", "tool_tag": "observation_tag",
     },
 }  # fmt: skip
-"""What a key that is none stands for in other programs, by where it stands."""
+"""Place of a key -> keys of other programs with the same meaning, for errors."""
 _OF_ALL = ("system", "tools", "images", "videos", "audios", "chosen", "rejected", "margin", "kto_tag")
 COLUMNS = {
     "alpaca": (*_OF_ALL, "prompt", "query", "response", "history"),

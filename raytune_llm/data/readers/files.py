@@ -1,4 +1,4 @@
-"""Files wherever they lie: on this machine by path, in object stores and elsewhere by address (s3://, gs://, what fsspec knows).
+"""Files in any place: on this machine by path, in object stores and elsewhere by address (s3://, gs://, what fsspec knows).
 
 Credentials and endpoints are those that each store's own package takes from the environment (AWS_PROFILE, AWS_ENDPOINT_URL,
 GOOGLE_APPLICATION_CREDENTIALS, ...); on a cluster every node needs them.
@@ -21,7 +21,7 @@ from raytune_llm.errors import DataError, ResourceError, first_line
 from raytune_llm.object_store import EXTRAS, is_address
 
 TAGS = ("md5Hash", "crc32c", "ETag", "etag", "content_md5")
-"""Names under which stores tell what identifies a file's contents."""
+"""Keys of a store's file info that identify the contents."""
 
 
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh91AY&SY": "bz2"}
@@ -187,11 +187,11 @@ def below(folder: str) -> list[str]:
 
 
 def folder_of(path: str) -> str:
-    """Where the file lies; a folder is its own."""
+    """The folder of a file; a folder itself."""
     if is_address(path):
         return path.rpartition("/")[0] if PurePosixPath(path).suffix else path
     here = Path(path).expanduser()
-    return str(here if os.path.isdir(here) else here.parent)  # of no error for a name that is too long, which is told elsewhere
+    return str(here if os.path.isdir(here) else here.parent)  # no error for a name that is too long, which is reported elsewhere
 
 
 def _info(address: str) -> dict[str, Any]:

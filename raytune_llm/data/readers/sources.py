@@ -51,7 +51,7 @@ BESIDE_DATA = re.compile(
     r"|ogg|m4a)",
     re.IGNORECASE,
 )
-"""Files that lie beside data and hold no rows: what describes them, what tools leave, what rows refer to."""
+"""Files beside data that have no rows: descriptions, leftovers of tools, and files that rows refer to."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -138,7 +138,7 @@ def _of_folder(path: str, there: Mapping[str, str], part: Part, subset: str | No
 
 
 TYPES = {"json": "lines"}
-"""Kinds of files that may lie in one folder."""
+"""Kinds of files that may be in one folder together."""
 
 
 def _is_beside_data(name: str) -> bool:

@@ -1,6 +1,6 @@
 """Chat templates by name, for models without one of their own: LLaMA-Factory's names and, character by character, its texts.
 
-A template is a Jinja file in templates/. Its settings stand in a YAML comment at its head, the pieces of text around each turn
+A template is a Jinja file in templates/. Its settings are in a YAML comment at its head, the pieces of text around each turn
 below, and the rules that all share in templates/turns.jinja and templates/tools/. `load` puts these together into one source that
 needs nothing else, in the variables that transformers passes to a chat template, so that what is trained is what is saved:
 
@@ -10,7 +10,7 @@ needs nothing else, in the variables that transformers passes to a chat template
     preserve_thinking   earlier thoughts stay; they are stripped by default
     train_history       every answer is treated like the last one: what training on all turns wants
 
-What the model has to say itself stands between {% generation %} tags: transformers gives the trained spans with the text.
+What the model generates is between {% generation %} tags, from which transformers returns the trained spans.
 Kept for the sake of models that were trained so: the "default" tool text follows the system text with nothing in between,
 vicuna and the llava family have no space before the first "USER:", and qwen's tool text starts with two newlines.
 """

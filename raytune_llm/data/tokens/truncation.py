@@ -1,6 +1,6 @@
 """LLaMA-Factory's rule for the tokens of a row that is too long: requests and answers both give way, the longer one more.
 
-Whatever stands at their ends goes, the template's own tokens among it.
+Tokens at their ends are cut, the template's own included.
 """
 
 from __future__ import annotations

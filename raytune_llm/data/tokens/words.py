@@ -176,7 +176,7 @@ def _for_known(pattern: str) -> re.Pattern[str] | None:
     pattern = in_class.sub(lambda found: found[0].replace(r"\p{L}", _LETTERS).replace(r"\p{N}", "0-9"), pattern)
     pattern = pattern.replace(r"\p{L}", f"[{_LETTERS}]").replace(r"\p{N}", "[0-9]")
     try:
-        # What stands between matches is a word too; and no group, for findall to give whole matches. White space and (?i:) are
+        # The text between matches is a word too; and no group, for findall to give whole matches. White space and (?i:) are
         # those of ASCII, as no other occurs.
         compiled = re.compile(rf"{pattern}|(?s:(?!{pattern}).)+", re.ASCII)
     except re.error:

@@ -86,7 +86,7 @@ class AdapterStore:
             if digest_of(adapter.folder) != adapter.version:
                 raise DataError(str(adapter.folder), f"holds another version than {adapter.name} had", "Load it again.")
             weights, _ = apart(lambda: self._read(adapter.folder))
-        except Exception as error:  # told to the rows that wait for it
+        except Exception as error:  # raised for the requests that wait for it
             adapter.failure, weights = error, None
         with self._lock:
             adapter.weights = weights

@@ -1,7 +1,7 @@
 """Blocks of the paged cache: who holds which, and which hold a beginning that another row has as well.
 
 A block holds the keys and values of `block_size` tokens of one row. A full block is known by a digest of its tokens, of all that
-stood before them, and of the adapter that computed them. A row that begins with the same tokens under the same adapter takes the
+came before them, and of the adapter that computed them. A row that begins with the same tokens under the same adapter takes the
 block over instead of computing it again (automatic prefix caching). The adapter is in the digest by its content, so a folder that
 was replaced under the same name shares nothing with what was there before.
 
@@ -84,7 +84,7 @@ class BlockPool:
 
 
 def root(adapter: str) -> bytes:
-    """What stands before the first block: the adapter's digest, or "" for the base alone."""
+    """The hash before the first block: the adapter's digest, or "" for the base model."""
     return blake2b(adapter.encode(), digest_size=16).digest()
 
 

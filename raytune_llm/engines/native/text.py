@@ -1,6 +1,6 @@
 """Tokens of an answer -> its text, as it comes: whole characters only, and nothing of a stop string.
 
-A token may end in the middle of a character (byte-level vocabularies), and a stop string may lie over a token's border. So text
+A token may end in the middle of a character (byte-level vocabularies), and a stop string may span several tokens. So text
 is held back while it is incomplete, or while it may still become a stop string.
 """
 
@@ -23,8 +23,8 @@ class TextStream:
         self._stop = tuple(filter(None, stop))
         self._ids: list[int] = []
         self._start = self._decoded = 0
-        """Tokens from `_start` on are decoded together, so that a tokenizer sees what stands before; those up to `_decoded` are
-        told."""
+        """Tokens from `_start` on are decoded together, because their text can depend on the ones before; those up to `_decoded`
+        are published."""
         self._held = ""
         self.text = ""
         """What was given out."""

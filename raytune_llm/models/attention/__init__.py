@@ -163,7 +163,7 @@ LACKS: dict[str, Callable[[Case], str | None]] = {
     "flex": _flex_lacks,
     "sdpa": _sdpa_lacks,
 }
-"""What stands in the way of a back end, if anything."""
+"""Back end -> function that returns why it can't be used, or None."""
 WHAT = {
     ("flash3", "cuda"): "FlashAttention 3 is installed",
     ("varlen", "cuda"): "torch's own FlashAttention over document boundaries",

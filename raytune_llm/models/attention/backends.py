@@ -119,7 +119,7 @@ def flash3(
     prefixes: Prefixes | None = None,
     **_: object,
 ) -> Tensor:
-    """FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608), which torch has been told to take in place of its own 2."""
+    """FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608), which torch uses in place of its own version 2."""
     B, H, T, head = query.shape
     q, k, v = _flat(query, key, value)
     if scores.sliding_window is None:

@@ -31,7 +31,7 @@ class PagedCache:
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, dtype: torch.dtype, device: torch.device, alike: int = 0) -> None:
-        """alike: so many layers share a shape, and lie in one tensor (whole)."""
+        """alike: number of layers that share a shape and are in one tensor (whole)."""
         self.num_blocks, self.block_size, self.dtype, self.device = num_blocks, block_size, dtype, device
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._alike = alike
@@ -119,7 +119,7 @@ class CachedRows:
     cu_queries_S: Tensor
     """int32 [R + 1]: where each row's new tokens begin among the L, and the end."""
     tables_RK: Tensor
-    """int32: the blocks of each row, in order; what stands behind a row's last block is not looked at."""
+    """int32: the blocks of each row, in order; entries after a row's last block are ignored."""
     lengths_R: Tensor
     """int32: tokens of each row, the new ones among them (vLLM's seqused_k)."""
     decoding: int

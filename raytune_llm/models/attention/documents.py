@@ -1,4 +1,4 @@
-"""Where the documents of a batch lie, and the masks that keep them apart."""
+"""The boundaries of the documents in a batch, and masks that keep attention within them."""
 
 from __future__ import annotations
 

@@ -33,11 +33,12 @@ def paged_decode(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """[R, H, D]: what each row's new token takes from its row, itself included.
+    """Attention of each row's new token over its row, itself included: [R, H, D].
 
-    keys and values: [layers, blocks, block_size, heads, D], which this layer's new ones are written to; no other operator of a
-    layer reads them, so that the compiler is not told, who would copy the cache to be safe. layer_1: int32 [1]. step: int32, of
-    `DecodeStep`, for `columns` rows. window: tokens that a token sees, 0 for all. softcap: 0 for none.
+    keys and values: the cache [layers, blocks, block_size, heads, D], to which this layer's new ones are written. The operator
+    does not declare that it changes them, or the compiler would copy the cache; no other operator of a layer reads them.
+    layer_1: int32 [1]. step: int32, of `DecodeStep`, for `columns` rows. window: tokens that a token attends to, 0 for all.
+    softcap: 0 for none.
     """
     if not q_RHD.is_cuda:
         return plain(q_RHD, k_RKD, v_RKD, keys, values, layer_1, step, columns, scaling, window, softcap)

@@ -1,6 +1,6 @@
 """Models whose files hold quantized weights, by their config.
 
-Some are read as the numbers that they stand for, in the run's precision: they train as any model, and `quantization=` is for them
+Some are dequantized to the run's precision: they train like any model, and `quantization=` is for them
 too. Of the others the layers are their packages' own, which no adapter here is on.
 """
 

@@ -106,7 +106,7 @@ def forced_tool_grammar(tools: Sequence[Tool]) -> Grammar:
 
 def strict_tools_grammar(tools: Sequence[Tool], tool_format: str | None) -> Grammar | None:
     """Text that may hold calls, where arguments of a strict tool are of its schema; None where no tool is strict. Raises APIError
-    for a format whose calls can't be told from text while they are written."""
+    for a format whose calls can't be distinguished from text while they are generated."""
     if not any(tool.function.strict for tool in tools):
         return None
     if tool_format not in STRICT_CALLS:

@@ -22,7 +22,7 @@ class Enricher(Protocol):
         ...
 
     def attach(self, policy: nn.Module, batches: Sequence[Batch], step: Step) -> list[Batch]:
-        """This worker's micro-batches of the step, each with more columns. They lie on the device, and columns that enrichers
+        """This worker's micro-batches of the step, each with more columns. They are on the device, and columns that enrichers
         before this one added are there.
 
         All workers call it together. A call of `policy` is a forward pass under the strategy. Nothing is remembered of a step

@@ -1,6 +1,6 @@
 """Log-probabilities of answers under the reference, computed once by a run's own workers and kept beside the token store.
 
-The table stands under a key of all that decides its numbers, and later runs read it by row. Some rows are computed again then.
+The table has a key of all that its numbers depend on, and later runs read it by row. Some rows are computed again then.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHECKED_ROWS = 10
 MANIFEST, KEYS, VALUES = "manifest.json", "keys.npy", "values.npy"
 TOLERANCE = {torch.float32: (0.02, 1e-4), torch.bfloat16: (1.0, 0.02), torch.float16: (0.5, 0.01)}
 """By compute dtype: absolute (nats) and relative tolerance of a row that is computed again."""
-Told = Callable[[int, int], None]
+OnRows = Callable[[int, int], None]
 """Called with the rows done and the total."""
 
 
@@ -94,7 +94,7 @@ def precomputed(
     pad_id: int,
     device: torch.device,
     compute: torch.dtype,
-    tell: Told,
+    on_rows: OnRows,
 ) -> tuple[ReferenceTable, str]:
     """The table of these samples' rows, and its origin. Collective over all workers. Where several processes want the same table,
     each by itself, one makes it and the others wait."""
@@ -111,9 +111,9 @@ def precomputed(
         if there:
             table = ReferenceTable(np.load(target / KEYS, mmap_mode="r"), np.load(target / VALUES, mmap_mode="r"), num_rows)
             some = _some_rows(samples[0], drawn)
-            _compare(table, *run_pass([(samples[0], some)], 0, 1, tell=lambda done, total: None), target, TOLERANCE[compute])
+            _compare(table, *run_pass([(samples[0], some)], 0, 1, on_rows=lambda done, total: None), target, TOLERANCE[compute])
             return table, f"read from {target}"
-        parts: list[Any] = [run_pass([(one, np.arange(len(one))) for one in samples], rank, world, tell=tell)]
+        parts: list[Any] = [run_pass([(one, np.arange(len(one))) for one in samples], rank, world, on_rows=on_rows)]
         if world > 1:
             mine = parts[0]
             parts = [None] * world
@@ -136,7 +136,7 @@ def _pass(
     micro_batch_size: int,
     pad_id: int,
     device: torch.device,
-    tell: Told,
+    on_rows: OnRows,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values of this worker's share. All workers call the model equally often."""
     was_training = model.training
@@ -144,7 +144,7 @@ def _pass(
     keys: list[np.ndarray] = []
     values: list[torch.Tensor] = []
     done, total = 0, sum(int(samples.num_rows[numbers].sum()) for samples, numbers in shares)
-    tell(0, total)
+    on_rows(0, total)
     for samples, numbers in shares:
         for at in range(0, len(numbers), micro_batch_size * world):
             mine = numbers[at + rank * micro_batch_size :][:micro_batch_size]
@@ -152,7 +152,7 @@ def _pass(
             keys.append(keys_of(batch, len(samples.store)))
             values.append(logps(model, to_device(batch, device)).float())
             done += int(samples.num_rows[numbers[at : at + micro_batch_size * world]].sum())
-            tell(done, total)
+            on_rows(done, total)
     model.train(was_training)
     return np.concatenate(keys), torch.cat(values).cpu().numpy()
 

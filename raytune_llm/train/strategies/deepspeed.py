@@ -54,7 +54,7 @@ class DeepSpeedStrategy:
             if stage == 3:
                 zero["offload_param"] = {"device": "cpu", "pin_memory": True}
         settings = {
-            "train_micro_batch_size_per_gpu": 1,  # ours is the loader's; DeepSpeed only divides by what it is told here
+            "train_micro_batch_size_per_gpu": 1,  # ours is the loader's; DeepSpeed only divides by this value
             "gradient_accumulation_steps": 1,
             "gradient_clipping": max_grad_norm or 0.0,
             "zero_optimization": zero,

@@ -94,7 +94,7 @@ class FSDPStrategy(OwnOptimizer):
         yield from super().full_parameters(frozen=frozen)
 
     def _reshard(self) -> None:
-        """After a pass that nothing goes back through, parameters may lie gathered, in memory that is FSDP's."""
+        """Reshard parameters, which stay gathered after a forward pass without a backward pass."""
         for unit in self.units:
             unit.reshard()
 
@@ -125,7 +125,7 @@ def _mesh(device_type: str, world: int, shard_workers: int) -> DeviceMesh:
 
 def _receive(unit: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, Stored]]:
     """Give every worker the first one's weights and buffers of a unit, on the device. Tied ones stay tied, sharded ones alone.
-    Returns those that are yet to be read from files, each once: what stands in their place has no values."""
+    Returns the parameters that must still be read from files, each once; they have no values yet."""
     moved: dict[Tensor, Tensor] = {}
     in_files = []
     for module in unit.modules():

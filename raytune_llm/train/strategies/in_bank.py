@@ -21,7 +21,7 @@ PREFIX = "model."
 
 
 class InBank:
-    """Implements Strategy. Parameters lie in the bank and are stepped there; the losses of all runs go back at once."""
+    """Implements Strategy. The parameters are in the bank and stepped there; all losses share a backward pass."""
 
     sharded, world = False, 1
 
@@ -88,7 +88,7 @@ class InBank:
 
 
 def _layer(name: str) -> int:
-    """Its number stands in the name: model.layers.3.mlp.up_proj.lora_A.weight."""
+    """The number in a name such as model.layers.3.mlp.up_proj.lora_A.weight."""
     found = re.search(r"\.(\d+)\.", name)
     return int(found[1]) if found else 0
 

@@ -79,8 +79,8 @@ def clipped_step(
 ) -> StepOut:
     """Clip by global norm (Pascanu et al. 2013), step, clear; a gradient that is not finite changes nothing.
 
-    An optimizer that says that it can is told to scale the gradient as it reads it and to skip the step on the device. For any
-    other, the gradient is scaled where it lies, and the host waits for the device to know whether to step.
+    An optimizer that supports it scales the gradient while reading it, and skips the step on the device. For any other, the
+    gradient is scaled in place, and the host waits for the device to know whether to step.
     """
     if isinstance(optimizer, ByTensor):
         parameters = optimizer.in_turn(parameters)
