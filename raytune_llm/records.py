@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Role = Literal["system", "user", "assistant", "tool"]
-IGNORE = -100
-"""The label of a token that is not trained, where labels are written out as other programs have them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,9 +78,6 @@ def token_kl(p_logits_NV: Tensor, q_logits_NV: Tensor) -> Tensor:
     return (p_logprobs_NV.exp() * gap_NV).sum(-1)
 
 
-TOKEN_LOSSES = {"cross_entropy": cross_entropy, "dft": dft, "eaft": eaft, "asft": asft}
-
-
 def total_and_count(values_N: Tensor, weights_N: Tensor | None = None) -> tuple[Tensor, Tensor | int]:
     """The sum of the values and the number it is to be divided by: how many there are, or their weights' sum."""
     if weights_N is None:

@@ -14,8 +14,10 @@ from raytune_llm.data import pipeline
 from raytune_llm.data.shards import Recipe, Shortened, made_rows
 from raytune_llm.data.templates.tool_calls import name_and_arguments, parse_call_turn
 from raytune_llm.data.tokens.tokenize import BlockTokenizer
-from raytune_llm.records import IGNORE, Conversation, Labeled, Message, Pair, Record, Text
+from raytune_llm.records import Conversation, Labeled, Message, Pair, Record, Text
 
+IGNORE = -100
+"""LLaMA-Factory's label of a token that is not trained."""
 KIND_OF_STAGE = {"sft": "conversations", "rm": "pairs", "kto": "labeled", "pt": "text", "predict": "prompts", "ppo": "prompts"}
 
 

@@ -18,9 +18,8 @@ from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.formats import Reading, converter
 from raytune_llm.data.readers import sources
 from raytune_llm.data.readers.declarations import from_dataset_info
-from raytune_llm.records import IGNORE
 from tests.parity import sets
-from tests.parity.llamafactory import labels_of, recipe, recipe_for, rows_of
+from tests.parity.llamafactory import IGNORE, labels_of, recipe, recipe_for, rows_of
 
 DEMO = sets.FULL.parent / "data"
 CASES: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raytune_llm.losses.tokens import segment_counts, segment_sums, token_entropy, token_logprobs
-from raytune_llm.records import IGNORE
+from tests.parity.llamafactory import IGNORE
 from tests.parity.sets import oracle
 
 ORACLE = oracle("logprobs")

@@ -11,7 +11,6 @@ from torch.distributions import Categorical
 from torch.nn import functional as F
 
 from raytune_llm.losses.tokens import (
-    TOKEN_LOSSES,
     asft,
     cross_entropy,
     dft,
@@ -25,6 +24,8 @@ from raytune_llm.losses.tokens import (
     token_logprobs,
     total_and_count,
 )
+
+TOKEN_LOSSES = {"cross_entropy": cross_entropy, "dft": dft, "eaft": eaft, "asft": asft}
 
 
 @pytest.fixture
