@@ -21,16 +21,16 @@ from raytune_llm.errors import ConfigError, ResourceError, first_line
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Extras of this package by protocol."""
+"""Protocol -> extra of this package that installs its client."""
 NO_STORES = ("file", "local", "http", "https", "ftp", "github", "data")
 """Protocols of fsspec that name no object store that can be written."""
 PATIENCE_S = 120.0
-"""A store that fails is asked again for so long."""
+"""Requests that fail are repeated for so long."""
 PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 AT_ONCE = 8
-"""Files that one process moves at the same time."""
+"""Files that one process transfers at the same time."""
 DECIDED = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError, IsADirectoryError, NotADirectoryError)
-"""Answers of a store that asking again doesn't change."""
+"""Errors that are not repeated, because the result would be the same."""
 
 
 def is_address(path: str) -> bool:
@@ -41,7 +41,7 @@ class RemoteFolder:
     """Names of files are relative to the folder, with slashes."""
 
     def __init__(self, address: str, *, patience_s: float = PATIENCE_S) -> None:
-        """Raises ImportError where the package for the store is missing, ValueError where fsspec doesn't know the protocol."""
+        """Raises ImportError if the store's package is missing, and ValueError if fsspec does not know the protocol."""
         self.address, self._patience_s = address.rstrip("/"), patience_s
         # Another process may write the same folder, so that a listing is never reused.
         self.store, root = fsspec.url_to_fs(self.address, use_listings_cache=False)
@@ -94,7 +94,7 @@ class RemoteFolder:
         return self._persist("looked at", name, asked)
 
     def upload(self, folder: Path, names: list[str]) -> None:
-        """The files of a local folder. Raises OSError where one arrives with another size."""
+        """Upload files of a local folder. Raises OSError if one has another size in the store."""
 
         def one(name: str) -> None:
             def put() -> None:
@@ -109,7 +109,7 @@ class RemoteFolder:
         self._at_once(one, names)
 
     def download(self, names: list[str], folder: Path) -> None:
-        """To a local folder. A file is replaced once all of it is here."""
+        """Download files to a local folder. A local file is replaced only by a complete one."""
 
         def one(name: str) -> None:
             target = folder / name
@@ -121,7 +121,7 @@ class RemoteFolder:
         self._at_once(one, names)
 
     def remove(self, name: str) -> None:
-        """A file, or a folder with all that is below it. Nothing happens where it is not there."""
+        """Delete a file, or a folder with its files, if it exists."""
 
         def gone() -> None:
             self.store.invalidate_cache()

@@ -16,15 +16,15 @@ from typing import Any
 
 from raytune_llm.report.updates import Notice
 from raytune_llm.runs.faults import waiting_line
-from raytune_llm.runs.nodes import room_of
+from raytune_llm.runs.nodes import workers_that_fit
 from raytune_llm.runs.worker import TrainOutcome
 
 POLL_S = 0.5
 LOOK_EVERY_S = 2.0
 SETTLED_S = 4.0
-"""There is room for a larger group once there has been for so long: nodes of a cluster join one after another."""
+"""A larger group starts only after there was room for it for so long, because nodes join one after another."""
 RELEASED_WITHIN_S = 20.0
-"""What an ended group held is free after so long, or is not the run's any more."""
+"""Longest wait for the resources of an ended group; after it, another job has them."""
 ANSWERS_WITHIN_S = 2.0
 
 
@@ -35,7 +35,7 @@ class Node:
 
 
 def nodes_there() -> list[Node]:
-    """Those that answer: Ray counts a node that is gone for some seconds more."""
+    """The nodes that answer. Ray still lists a lost node for some seconds."""
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
@@ -61,20 +61,20 @@ def _answers(node: Mapping[str, Any]) -> bool:
 
 
 def largest(counts: Sequence[int], nodes: Sequence[Node], each: Mapping[str, float], *, held: int = 0) -> int | None:
-    """The largest of the numbers of workers that there is room for now, `held` of them in their places. None: not one."""
-    room = held + sum(room_of(node.free, each) for node in nodes)
+    """The largest of the counts that there is room for now. held: workers that are running. None: there is room for none."""
+    room = held + sum(workers_that_fit(node.free, each) for node in nodes)
     return max((count for count in counts if count <= room), default=None)
 
 
 def largest_ever(counts: Sequence[int], nodes: Sequence[Node], each: Mapping[str, float]) -> int | None:
-    """As `largest`, if nobody else held anything."""
+    """`largest` on an idle cluster."""
     return largest(counts, [Node(total=node.total, free=node.total) for node in nodes], each)
 
 
 def wait_for_room(
     counts: Sequence[int], each: Mapping[str, float], notify: Callable[[Notice], None], *, wanted: int | None = None
 ) -> int:
-    """How many workers the next group has. Waits for the fewest as long as it takes.
+    """The number of workers of the next group. Waits without limit for the smallest one.
 
     wanted: the size to wait for a moment, as long as the nodes have it and others, or a group that is ending, hold some of it.
     """
@@ -105,7 +105,7 @@ def _sum(resources: Any) -> dict[str, float]:
 
 @dataclass(kw_only=True)
 class RoomToGrow:
-    """Watches for room for a larger group while one trains. Call it often."""
+    """Looks for room for a larger group while one trains. It must be called often."""
 
     counts: Sequence[int]
     workers: int
@@ -113,7 +113,7 @@ class RoomToGrow:
     look: Callable[[], Sequence[Node]] = nodes_there
     clock: Callable[[], float] = time.monotonic
     found: int | None = field(default=None, init=False)
-    """The larger number of workers that there was room for when last looked at."""
+    """The larger count that there was room for at the last look."""
     _looked: float = field(default=float("-inf"), init=False)
     _since: float | None = field(default=None, init=False)
 

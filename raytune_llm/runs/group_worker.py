@@ -1,7 +1,7 @@
-"""What each worker of a group does, from Ray Train's call to its return. [ray]
+"""The function that each worker of a group runs. [ray]
 
-Ray's controller of a group loads this file, too, to hand the function on. So torch and the models are imported in the function,
-where they are needed: the controller is up seconds earlier.
+Ray's controller of a group loads this file, too, to pass the function on. It starts seconds earlier because torch and the models
+are imported in the function only.
 """
 
 from __future__ import annotations

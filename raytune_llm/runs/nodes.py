@@ -31,11 +31,11 @@ MIN_SHM_GIB = 1.0
 """With less, NCCL and Ray's object store fail with unrelated errors. The default of containers is 64 MiB."""
 MAX_SKEW_S = 5.0
 """Maximum difference of clocks; times of files on shared storage and in logs are compared between nodes."""
-SEEN_WITHIN_S = 10.0
+VISIBLE_WITHIN_S = 10.0
 """Network file systems show another node's new file with a delay."""
-REDUCED_BYTES = {"cpu": (2**10, 2**20, 2**24), "cuda": (2**10, 2**20, 2**28)}
-REDUCED_TIMES = 3
-ANSWER_S = 60.0
+ALL_REDUCE_BYTES = {"cpu": (2**10, 2**20, 2**24), "cuda": (2**10, 2**20, 2**28)}
+ALL_REDUCE_REPEATS = 3
+ANSWER_TIMEOUT_S = 60.0
 INTERFACES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
 
 
@@ -50,7 +50,7 @@ class Node:
     shm_gib: float
     interface: str
     """Name of the network interface with the node's address."""
-    chosen: Mapping[str, str]
+    interface_variables: Mapping[str, str]
     """Environment variables that choose another interface for collectives, with their values."""
     name_is_loopback: bool
     """The host name resolves to a loopback address, which gloo would give the other nodes unless an interface is set."""
@@ -64,15 +64,15 @@ class Nodes:
 
     nodes: Sequence[Node]
     backend: str
-    reduced: int = 0
+    all_reduce_nodes: int = 0
     """Number of nodes in the all-reduce; 0: it was not measured."""
-    reduce_s: Mapping[int, float] = field(default_factory=dict)
+    all_reduce_s: Mapping[int, float] = field(default_factory=dict)
     """Size in bytes -> seconds."""
 
     def table(self) -> list[str]:
         rows = [("node", "python", "torch", "ray", "GPUs", "/dev/shm GiB", "clock", "interface")]
         for node in self.nodes:
-            interface = next((f"{value} ({name})" for name, value in node.chosen.items()), node.interface)
+            interface = next((f"{value} ({name})" for name, value in node.interface_variables.items()), node.interface)
             rows.append(
                 (
                     node.address, node.python, node.versions["torch"], node.versions["ray"], f"{node.gpus:g}",
@@ -85,8 +85,8 @@ class Nodes:
     def rates(self) -> list[str]:
         """Time and bus bandwidth of the all-reduce, one line per size."""
         lines = []
-        for num_bytes, seconds in self.reduce_s.items():
-            rate = 2 * (self.reduced - 1) / self.reduced * num_bytes / seconds / 2**30
+        for num_bytes, seconds in self.all_reduce_s.items():
+            rate = 2 * (self.all_reduce_nodes - 1) / self.all_reduce_nodes * num_bytes / seconds / 2**30
             size = f"{num_bytes / 2**20:g} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:g} KiB"
             lines.append(f"all-reduce of {size} by {self.backend}: {seconds * 1e3:.2f} ms, {rate:.2f} GiB/s")
         return lines
@@ -102,9 +102,9 @@ def check_nodes(
 ) -> Nodes | None:
     """Check the nodes of the connected cluster. Raises ResourceError or ConfigError if the run can't work on them.
 
-    `folders`: setting -> a folder that all nodes are to see, whose rows are prepared on each of them. `each`: CPU and GPU of a
-    worker; a process on each node where there may be one takes part in an all-reduce, unless one node has room for all `workers`.
-    None where the cluster is one node, or resources.preflight=off.
+    folders: setting -> folder that all nodes must share. workers, each: number of workers, and CPUs and GPUs of one. report:
+    called with lines of text for the user. The all-reduce is measured over one process on each node that can hold a worker,
+    unless one node can hold all workers. Returns None for a cluster of one node and with resources.preflight=off.
     """
     import ray
 
@@ -117,8 +117,8 @@ def check_nodes(
     found = Nodes(nodes=_ask(ids), backend=backend)
     for line in found.table():
         report(line)
-    refuse_unlike(found.nodes)
-    refuse_unreachable(found)
+    check_versions(found.nodes)
+    check_reachable(found)
     for node in found.nodes:
         if node.shm_gib < MIN_SHM_GIB:
             report(f"warning: {node.address} has {node.shm_gib:.2f} GiB of /dev/shm: mount a memory volume (docker: --shm-size)")
@@ -129,21 +129,21 @@ def check_nodes(
             _check_reached(setting, folder, ids, [node.address for node in found.nodes])
         else:
             _check_shared(setting, Path(folder), ids, [node.address for node in found.nodes])
-    room = {node["NodeID"]: room_of(node["Resources"], each) for node in alive}
+    room = {node["NodeID"]: workers_that_fit(node["Resources"], each) for node in alive}
     if resources.preflight == "full" and max(room.values()) < workers:
         those = [node for node in ids if room[node]]
-        found = replace(found, reduced=len(those), reduce_s=_reduce(those, backend))
+        found = replace(found, all_reduce_nodes=len(those), all_reduce_s=_measure_all_reduce(those, backend))
         for line in found.rates():
             report(line)
     return found
 
 
-def room_of(there: Mapping[str, float], each: Mapping[str, float]) -> int:
+def workers_that_fit(there: Mapping[str, float], each: Mapping[str, float]) -> int:
     """Number of workers with resources `each` that fit into the resources `there`."""
     return min(int(there.get(kind, 0.0) / amount + 1e-6) for kind, amount in each.items() if amount)
 
 
-def refuse_unlike(nodes: Sequence[Node]) -> None:
+def check_versions(nodes: Sequence[Node]) -> None:
     """Raises ResourceError if versions differ between nodes."""
     first = nodes[0]
     for name in ("python", *PACKAGES):
@@ -156,13 +156,13 @@ def refuse_unlike(nodes: Sequence[Node]) -> None:
             )
 
 
-def refuse_unreachable(found: Nodes) -> None:
+def check_reachable(found: Nodes) -> None:
     """Raises ResourceError if gloo would give the other nodes a loopback address."""
     variable = INTERFACES[found.backend]
     if found.backend != "gloo":
         return
     for node in found.nodes:
-        if node.name_is_loopback and variable not in node.chosen:
+        if node.name_is_loopback and variable not in node.interface_variables:
             raise ResourceError(
                 f"the host name of {node.address} resolves to a loopback address, which no other node can reach",
                 f"Start Ray there with {variable}={node.interface}, or correct its /etc/hosts.",
@@ -172,8 +172,8 @@ def refuse_unreachable(found: Nodes) -> None:
 def _ask(ids: Sequence[str]) -> list[Node]:
     import ray
 
-    asked = [_on(node, look).remote() for node in ids]
-    nodes = _answers(asked, "say what they are")
+    asked = [_on(node, describe_node).remote() for node in ids]
+    nodes = _answers(asked, "report their properties")
     skews = []
     for watch in [_on(node, clock) for node in ids]:  # by processes that have just been started, and so answer at once
         before = time.time()
@@ -182,7 +182,7 @@ def _ask(ids: Sequence[str]) -> list[Node]:
     return [Node(**{**values, "skew_s": skew}) for values, skew in zip(nodes, skews, strict=True)]
 
 
-def look() -> dict[str, Any]:
+def describe_node() -> dict[str, Any]:
     """The fields of `Node` for this machine, without skew_s."""
     import psutil
     import ray
@@ -197,7 +197,7 @@ def look() -> dict[str, Any]:
         "gpus": next((one["Resources"].get("GPU", 0) for one in ray.nodes() if one["NodeManagerAddress"] == address), 0),
         "shm_gib": 0.0 if shm is None else shm.f_blocks * shm.f_frsize / 2**30,
         "interface": interfaces[0] if interfaces else "none",
-        "chosen": {name: os.environ[name] for name in INTERFACES.values() if name in os.environ},
+        "interface_variables": {name: os.environ[name] for name in INTERFACES.values() if name in os.environ},
         "name_is_loopback": _is_loopback(socket.gethostname()),
     }
 
@@ -230,7 +230,7 @@ def _check_shared(setting: str, folder: Path, ids: Sequence[str], addresses: Seq
     try:
         seen = [*_answers([_on(node, sees).remote(folder / name) for node in ids[1:]], f"read {folder}"), sees(folder / name)]
     finally:
-        _answers([_on(ids[0], take_away).remote(folder, name)], f"clean {folder}")
+        _answers([_on(ids[0], remove_marker).remote(folder, name)], f"clean {folder}")
     blind = [address for address, there in zip([*addresses[1:], "the driver"], seen, strict=True) if not there]
     if blind:
         raise ConfigError(
@@ -269,7 +269,7 @@ def write_marker(folder: Path, name: str) -> str:
 
 
 def sees(path: Path) -> bool:
-    until = time.monotonic() + SEEN_WITHIN_S
+    until = time.monotonic() + VISIBLE_WITHIN_S
     while time.monotonic() < until:
         try:
             os.listdir(path.parent)  # makes a network file system refresh its cache
@@ -281,14 +281,14 @@ def sees(path: Path) -> bool:
     return False
 
 
-def take_away(folder: Path, name: str) -> None:
+def remove_marker(folder: Path, name: str) -> None:
     """Delete the marker, and the folder if it is empty then."""
     (folder / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
 
 
-def _reduce(ids: Sequence[str], backend: str) -> dict[int, float]:
+def _measure_all_reduce(ids: Sequence[str], backend: str) -> dict[int, float]:
     import ray
     from ray.exceptions import GetTimeoutError, RayTaskError
 
@@ -297,7 +297,7 @@ def _reduce(ids: Sequence[str], backend: str) -> dict[int, float]:
     gpus = 1 if device == "cuda" else 0
     asked = [_on(node, all_reduce, num_gpus=gpus).remote(rank, len(ids), port, backend, device) for rank, node in enumerate(ids)]
     try:
-        times = ray.get(asked, timeout=ANSWER_S * 2)
+        times = ray.get(asked, timeout=ANSWER_TIMEOUT_S * 2)
     except (RayTaskError, GetTimeoutError) as error:
         for one in asked:
             ray.cancel(one, force=True)
@@ -326,14 +326,14 @@ def all_reduce(rank: int, world: int, meeting: tuple[str, int], backend: str, de
     import torch.distributed as dist
 
     address, port = meeting
-    timeout = timedelta(seconds=ANSWER_S)
+    timeout = timedelta(seconds=ANSWER_TIMEOUT_S)
     dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world, timeout=timeout)
     times: dict[int, float] = {}
     try:
-        for num_bytes in REDUCED_BYTES[device]:
+        for num_bytes in ALL_REDUCE_BYTES[device]:
             numbers = torch.zeros(num_bytes // 4, device=device)
             took = []
-            for _ in range(1 + REDUCED_TIMES):
+            for _ in range(1 + ALL_REDUCE_REPEATS):
                 began = time.perf_counter()
                 dist.all_reduce(numbers)
                 numbers[0].item()  # waits for the device to finish
@@ -357,8 +357,8 @@ def _answers(asked: Sequence[Any], what: str) -> list[Any]:
     from ray.exceptions import GetTimeoutError
 
     try:
-        return ray.get(list(asked), timeout=ANSWER_S)
+        return ray.get(list(asked), timeout=ANSWER_TIMEOUT_S)
     except GetTimeoutError:
         raise ResourceError(
-            f"nodes of the cluster did not {what} within {ANSWER_S:g} s", "See `ray status` for those that are gone."
+            f"nodes of the cluster did not {what} within {ANSWER_TIMEOUT_S:g} s", "See `ray status` for nodes that are lost."
         ) from None

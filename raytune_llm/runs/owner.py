@@ -50,7 +50,7 @@ class Lock(Protocol):
     """The folder, for messages."""
 
     def create(self, text: str) -> bool:
-        """False: there is one already."""
+        """Create the lock. False: it exists already."""
         ...
 
     def read(self) -> str: ...
@@ -155,7 +155,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def owned_remotely(folder: RemoteFolder) -> Iterator[None]:
-    """As `owned`, of a folder of an object store."""
+    """`owned` for a folder in an object store."""
     with _held(ObjectLock(folder)):
         yield
 
@@ -177,7 +177,7 @@ def _held(lock: Lock) -> Iterator[None]:
 
 
 def wait_until_free(folder: Path) -> None:
-    """Until the process that owned the folder, and is gone, is known to be; of another host that is so when its lock is old."""
+    """Wait until the lock of a process that has died is stale: at once on this host, else when it was not renewed."""
     lock, until = FileLock(folder), time.monotonic() + STALE_AFTER_S + RENEWED_EVERY_S
     while lock.path.exists() and _alive(lock, _read(lock)) and time.monotonic() < until:
         time.sleep(TAKEN_AFTER_S)

@@ -34,12 +34,12 @@ def work_folder(output_dir: str) -> Path:
 
 
 def remote_folder(output_dir: str) -> RemoteFolder | None:
-    """None: the output folder is on a file system."""
+    """The output folder in the object store. None: it is on a file system."""
     return RemoteFolder(output_dir) if is_address(output_dir) else None
 
 
 def check_writable(output_dir: str) -> None:
-    """Raises ConfigError or ResourceError where a run could not write."""
+    """Raises ConfigError or ResourceError if a run could not write there."""
     owner.check_writable(work_folder(output_dir))
     if is_address(output_dir):
         object_store.check_writable(output_dir, "output_dir")
@@ -70,7 +70,7 @@ def owned(output_dir: str, *, anew: bool, notify: Callable[[str], None]) -> Iter
 
 
 def saved_steps(output_dir: str) -> list[int]:
-    """Those with a complete checkpoint, ascending."""
+    """Steps with a complete checkpoint, ascending."""
     from raytune_llm.train.checkpoint import complete_steps  # loads torch
     from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
 
@@ -102,7 +102,7 @@ def pull(remote: RemoteFolder, folder: Path, *, anew: bool = False) -> None:
 
 
 def push(remote: RemoteFolder, folder: Path) -> None:
-    """What the driver wrote. finished.json, which says that the run is complete, goes last."""
+    """Upload the driver's files. finished.json, which marks the run as complete, is the last."""
     mine = [name for name in local_files(folder) if name.split("/")[0] not in BY_WORKERS]
     remote.upload(folder, [name for name in mine if name != FINISHED])
     if FINISHED in mine:
@@ -110,23 +110,23 @@ def push(remote: RemoteFolder, folder: Path) -> None:
 
 
 def push_records(remote: RemoteFolder, folder: Path) -> None:
-    """Of the worker with rank 0, before a checkpoint."""
+    """Upload the records of the worker with rank 0. Called before a checkpoint."""
     remote.upload(folder, [name for name in (METRICS, SAMPLES) if (folder / name).exists()])
 
 
 def pull_records(remote: RemoteFolder, folder: Path) -> None:
-    """To the machine of rank 0, which appends to them from a checkpoint on; it may not be the one that wrote them."""
+    """Download the records to the machine of rank 0, which appends to them; another machine may have written them."""
     remote.download([name for name in (METRICS, SAMPLES) if name in remote.files()], folder)
 
 
 def push_results(remote: RemoteFolder, folder: Path) -> None:
-    """All that the worker with rank 0 wrote, after its last step."""
+    """Upload all files of the worker with rank 0. Called after its last step."""
     remote.remove(FINAL)
     remote.upload(folder, [name for name in local_files(folder) if name.split("/")[0] in BY_WORKERS])
 
 
 def collect(remote: RemoteFolder, folder: Path) -> None:
-    """What the worker with rank 0 wrote comes to the driver's machine."""
+    """Download the files of the worker with rank 0 to the driver's machine."""
     shutil.rmtree(folder / FINAL, ignore_errors=True)
     remote.download([name for name in remote.files() if name.split("/")[0] in BY_WORKERS], folder)
 

@@ -27,7 +27,7 @@ class RemoteCheckpoints:
         return self._remote.address
 
     def complete_steps(self) -> list[int]:
-        """Ascending."""
+        """Steps with a complete checkpoint, ascending."""
         marks = (name.split("/") for name in self._remote.files())
         return sorted(int(found[1]) for step, *rest in marks if rest == [COMPLETE] and (found := STEP.fullmatch(step)))
 
@@ -39,7 +39,7 @@ class RemoteCheckpoints:
                 self._remote.remove(folder)
 
     def newest_sound(self) -> int | None:
-        """The newest intact one, which is here then. None if there is none. Raises DataError where all are damaged."""
+        """The newest intact checkpoint, which is downloaded. None: there is none. Raises DataError if all are damaged."""
         steps = self.complete_steps()
         self.keep_here(steps)
         return newest_of(str(self), steps, self.fetch)
@@ -70,16 +70,16 @@ class RemoteCheckpoints:
         return None
 
     def upload(self, step: int, files: Sequence[str]) -> None:
-        """Files of the state, which this process wrote."""
+        """Upload the files of the state that this process wrote."""
         self._remote.upload(self._folder, [f"step-{step}/state/{file}" for file in files])
 
     def complete(self, step: int) -> None:
-        """After all files of the state are there."""
+        """Upload progress.json. Called after all files of the state are uploaded."""
         self._remote.upload(self._folder, [f"step-{step}/{PROGRESS}"])
         self._remote.write(f"step-{step}/{COMPLETE}", b"")
 
     def remove(self, step: int) -> None:
-        """COMPLETE is removed first."""
+        """Delete a checkpoint, COMPLETE first."""
         self._remote.remove(f"step-{step}/{COMPLETE}")
         self._remote.remove(f"step-{step}")
 

@@ -12,11 +12,11 @@ from raytune_llm.runs.nodes import (
     PACKAGES,
     Node,
     Nodes,
-    refuse_unlike,
-    refuse_unreachable,
-    room_of,
+    check_reachable,
+    check_versions,
+    remove_marker,
     sees,
-    take_away,
+    workers_that_fit,
     write_marker,
 )
 
@@ -27,31 +27,31 @@ ONE = Node(
     gpus=8,
     shm_gib=64.0,
     interface="eth0",
-    chosen={},
+    interface_variables={},
     name_is_loopback=False,
 )
 TWO = replace(ONE, address="10.0.0.2", skew_s=-0.25)
 
 
 def test_nodes_of_other_versions_are_refused_by_name():
-    refuse_unlike([ONE, TWO])
+    check_versions([ONE, TWO])
     other = replace(TWO, versions={**TWO.versions, "torch": "2.0"})
     with pytest.raises(ResourceError, match=r"have torch 1\.0 on 10\.0\.0\.1 and 2\.0 on 10\.0\.0\.2"):
-        refuse_unlike([ONE, other])
+        check_versions([ONE, other])
     with pytest.raises(ResourceError, match=r"python 3\.11\.9 on 10\.0\.0\.1 and 3\.12\.1"):
-        refuse_unlike([ONE, replace(TWO, python="3.12.1")])
+        check_versions([ONE, replace(TWO, python="3.12.1")])
 
 
 def test_a_name_that_leads_back_is_refused_unless_an_interface_is_named():
     lost = replace(TWO, name_is_loopback=True)
     with pytest.raises(ResourceError, match=r"host name of 10\.0\.0\.2 .* GLOO_SOCKET_IFNAME=eth0"):
-        refuse_unreachable(Nodes(nodes=[ONE, lost], backend="gloo"))
-    refuse_unreachable(Nodes(nodes=[ONE, replace(lost, chosen={"GLOO_SOCKET_IFNAME": "eth1"})], backend="gloo"))
-    refuse_unreachable(Nodes(nodes=[ONE, lost], backend="nccl"))
+        check_reachable(Nodes(nodes=[ONE, lost], backend="gloo"))
+    check_reachable(Nodes(nodes=[ONE, replace(lost, interface_variables={"GLOO_SOCKET_IFNAME": "eth1"})], backend="gloo"))
+    check_reachable(Nodes(nodes=[ONE, lost], backend="nccl"))
 
 
 def test_the_table_says_what_each_node_has_and_how_fast_they_are_together():
-    nodes = Nodes(nodes=[ONE, TWO], backend="nccl", reduced=2, reduce_s={2**28: 0.01, 2**10: 1e-4})
+    nodes = Nodes(nodes=[ONE, TWO], backend="nccl", all_reduce_nodes=2, all_reduce_s={2**28: 0.01, 2**10: 1e-4})
     assert nodes.table()[2].split() == ["10.0.0.2", "3.11.9", "1.0", "1.0", "8", "64.0", "-0.25", "s", "eth0"]
     assert nodes.rates() == [
         "all-reduce of 256 MiB by nccl: 10.00 ms, 25.00 GiB/s",
@@ -60,15 +60,15 @@ def test_the_table_says_what_each_node_has_and_how_fast_they_are_together():
 
 
 def test_workers_take_part_where_there_is_room_for_one():
-    assert room_of({"CPU": 4.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 1.0}) == 2
-    assert room_of({"CPU": 4.0}, {"CPU": 1.0, "GPU": 0.5}) == 0
-    assert room_of({"CPU": 0.6}, {"CPU": 0.2, "GPU": 0.0}) == 3
+    assert workers_that_fit({"CPU": 4.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 1.0}) == 2
+    assert workers_that_fit({"CPU": 4.0}, {"CPU": 1.0, "GPU": 0.5}) == 0
+    assert workers_that_fit({"CPU": 0.6}, {"CPU": 0.2, "GPU": 0.0}) == 3
 
 
 def test_a_marker_leaves_nothing_behind(tmp_path: Path):
     folder = tmp_path / "new"
     assert write_marker(folder, "mark") == "" and sees(folder / "mark")
-    take_away(folder, "mark")
+    remove_marker(folder, "mark")
     assert not folder.exists()
     (tmp_path / "file").touch()
     assert write_marker(tmp_path / "file", "mark")
