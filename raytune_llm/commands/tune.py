@@ -37,6 +37,7 @@ def main(sweep: Sweep) -> int:
         f"[bold]{escape(sweep.run.name)}[/bold]: {sweep.tune.name} over {', '.join(axis.name for axis in sweep.axes)}"
         f"{scheduler}; {sweep.tune.better} {sweep.tune.metric}",
         highlight=False,
+        soft_wrap=True,
     )
     face = _Face(console, sweep)
     try:
@@ -44,7 +45,7 @@ def main(sweep: Sweep) -> int:
             told = partial(console.print, highlight=False, markup=False)
             result = api.tune(sweep, on_change=face.changed, told=told)
     except KeyboardInterrupt as interrupt:
-        command = shlex.join(["python", "-m", "raytune_llm", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", "raytune_llm", *(word for word in sys.argv[1:] if word != "resume=never")])
         interrupt.add_note(f"{face.standing()}this resumes the sweep: {command}")
         raise
     if result.paused:
@@ -86,7 +87,9 @@ class _Face:
         figure = "" if trial.latest is None else f" {study.metric.name} {trial.latest:.4f}"
         at = "" if trial.total_steps is None else f" at step {trial.step} of {trial.total_steps}"
         why = f": {trial.reason}" if trial.reason else ""
-        self._console.print(f"trial {trial.number} {trial.state}: {values}{figure}{at}{why}", highlight=False, markup=False)
+        self._console.print(
+            f"trial {trial.number} {trial.state}: {values}{figure}{at}{why}", highlight=False, markup=False, soft_wrap=True
+        )
 
     def standing(self) -> str:
         if self._study is None:

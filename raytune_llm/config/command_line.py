@@ -141,7 +141,9 @@ def usage(verb: str | None, verbs: Mapping[str, str]) -> str:
     lines += [f"  {name:<10}{text}" for name, text in verbs.items()]
     lines += ["", "Groups (group=option)"]
     lines += [f"  {group:<14}{composer.listed(composer.options(group))}" for group in composer.groups() if group != "experiment"]
-    lines += ["", "Experiments (+experiment=name)", f"  {' '.join(composer.options('experiment'))}"]
+    sweeps = composer.sweeps()
+    runs = [name for name in composer.options("experiment") if name not in sweeps]
+    lines += ["", "Experiments (+experiment=name)", f"  {' '.join(runs)}", f"  of tune: {' '.join(sweeps)}"]
     lines += ["", f"Settings of {verb or 'train'} (setting=value) and their defaults"]
     lines += [f"  {line}" for line in composer.defaults(verb or "train")]
     lines += [

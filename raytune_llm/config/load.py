@@ -40,6 +40,8 @@ UNEXPECTED = ("unexpected_keyword_argument", "extra_forbidden")
 """How pydantic calls a setting that there is not."""
 RENAMED = {"quantization.wide": "quantization.skip_modules"}
 """Settings of earlier versions, and what they are called now."""
+SEVERAL = r"(choice|range|interval|tag|glob|sort|shuffle|int|float|str|bool)\("
+"""How a value begins that stands for several: Hydra's functions."""
 MAX_OPTION_CHARS = 200
 """An option is a file, whose name can be no longer than a file system allows."""
 MAX_LISTED_OPTIONS = 60
@@ -76,6 +78,7 @@ OmegaConf.register_new_resolver("with_loss", _with_loss, replace=True)
 
 ANY_KEY = (
     "model.config",
+    "tune.space",
     "adapter.rank_pattern",
     "adapter.alpha_pattern",
     "optimizer.groups",
@@ -122,6 +125,7 @@ def compose(
         raise ConfigError("--config-dir", "must be a folder", got=str(config_dir))
     overrides = _where_it_lies(config_name or verb, [as_typed(override) for override in overrides], config_dir)
     _check_choices(overrides, config_dir)
+    _check_experiments(verb, overrides, config_dir)
     try:
         return _compose(config_name or verb, overrides, config_dir)
     except (HydraException, OmegaConfBaseException) as error:
@@ -153,6 +157,16 @@ def _check_choices(overrides: Sequence[str], config_dir: str | Path | None) -> N
         if not isinstance(chosen, str | list) and not _is_sweep(chosen):
             there = f"There are: {listed(options(group, config_dir), ', ')}."
             raise ConfigError(group, "must be the name of one of its options", got=value, fix=there)
+
+
+def _check_experiments(verb: str, overrides: Sequence[str], config_dir: str | Path | None) -> None:
+    """That an experiment which is a sweep goes with the verb tune."""
+    chosen = [text.partition("=")[2] for text in overrides if text.startswith("+experiment=")]
+    if not chosen or verb == "tune":
+        return
+    for experiment in sorted(set(chosen) & set(sweeps(config_dir))):
+        fix = f"Write python -m raytune_llm tune +experiment={experiment}."
+        raise ConfigError("+experiment", f"is a sweep, which {verb} can't run", got=experiment, fix=fix)
 
 
 def _is_sweep(value: Any) -> bool:
@@ -222,7 +236,12 @@ def as_typed(override: str, *, several: bool = False) -> str:
 def swept(override: str) -> tuple[str, Values] | None:
     """The setting, with its plus signs, and the values that an override gives to it, where it gives several: 8,16,32,
     choice(8,16), range(0,4), interval(0,1), int(interval(8,64)), tag(log,interval(1e-5,1e-3)), glob(*) for options of a group."""
-    read = OverridesParser.create().parse_override(as_typed(override, several=True))
+    key, _, value = override.partition("=")
+    typed = as_typed(override, several=True)
+    if not _is_read(typed) or (not _is_read(override) and re.match(SEVERAL, value)):
+        fix = "Say, 8,16,32, range(0,4), interval(0,1) or tag(log,interval(1e-5,1e-3))."
+        raise ConfigError(key.lstrip("+"), "has values that can't be read", got=value, fix=fix)
+    read = OverridesParser.create().parse_override(typed)
     if not read.is_sweep_override():
         return None
     setting = read.input_line.partition("=")[0] if read.input_line else read.key_or_group
@@ -239,7 +258,11 @@ def swept(override: str) -> tuple[str, Values] | None:
 def one_value(override: str) -> tuple[str, Any]:
     """The setting, and the value that an override gives to it."""
     word = as_typed(override)
-    return word.partition("=")[0], _plain(OverridesParser.create().parse_override(word).value())
+    read = OverridesParser.create().parse_override(word)
+    setting, _, value = word.partition("=")
+    if read.is_sweep_override():
+        raise ConfigError(setting, "must have one value here", got=value)
+    return setting, _plain(read.value())
 
 
 def _plain(value: Any) -> Any:
@@ -358,6 +381,13 @@ def listed(found: Sequence[str], separator: str = " ") -> str:
     if len(found) <= MAX_LISTED_OPTIONS:
         return separator.join(found) or "none"
     return f"{separator.join(found[:: len(found) // 8])}, and others ({len(found)} in all, in docs/models.md)"
+
+
+def sweeps(config_dir: str | Path | None = None) -> list[str]:
+    """The experiments that have a `tune` section: they go with the verb tune alone."""
+    folders = [CONF / "experiment", *([Path(config_dir) / "experiment"] if config_dir else [])]
+    files = [file for folder in folders for file in folder.glob("[!_]*.yaml")]
+    return sorted({file.stem for file in files if re.search(r"^tune:", file.read_text(encoding="utf-8", errors="replace"), re.M)})
 
 
 def groups() -> list[str]:
@@ -570,6 +600,9 @@ def _named(error: ValidationError, values: dict[str, Any]) -> ConfigError:
             known = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
             near = difflib.get_close_matches(str(first["input"]), known, n=1)
             fix = f"Did you mean {near[0]}?" if near else ""
+        case "union_tag_not_found":
+            there = ", ".join(options(setting)) if setting in groups() else ""
+            return ConfigError(setting, "must be one of its options", got="none", fix=f"There are: {there}." if there else "")
         case "union_tag_invalid":
             expected = first["ctx"]["expected_tags"].replace("'", "")
             return ConfigError(f"{setting}.name", f"must be one of {expected}", got=first["ctx"]["tag"])

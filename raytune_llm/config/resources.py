@@ -61,4 +61,5 @@ def worker_counts(num_workers: int | str | list[int], micro_batches: int) -> lis
     return [count for count in range(fewest, most + 1) if micro_batches % count == 0]
 
 
+INLINE = Inline(name="inline", num_workers=1)
 ResourcesConfig = Annotated[Inline | Local | Cluster, Field(discriminator="name")]

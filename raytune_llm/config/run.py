@@ -424,11 +424,14 @@ def _group_can_change(run: TrainRun, workers: list[int]) -> None:
 
 def _trials_are_judged(run: TuneRun) -> None:
     metric, data, train = run.tune.metric, run.data, run.train
-    if run.resources.name == "inline" and (run.tune.max_concurrent or 1) > 1:
-        fix = "Set resources=local."
+    if run.resources.name == "inline" and (run.tune.max_concurrent or 1) > 1 and run.tune.share_base is not True:
+        fix = "Set resources=local, or tune.share_base=true."
         raise ConfigError(
             "tune.max_concurrent", "must be 1 with resources=inline, which is one process", got=run.tune.max_concurrent, fix=fix
         )
+    if train.pause_at is not None:
+        rule = "is for a run by itself: a sweep's trials wait where tune.pause_at says"
+        raise ConfigError("train.pause_at", rule, got=train.pause_at, fix=f"Set tune.pause_at={train.pause_at}.")
     if metric.startswith(EVALUATIONS) and not data.evaluates:
         fix = "Set data.eval_fraction (say 0.1) or data.eval_path."
         raise ConfigError("tune.metric", "needs held-out rows", got=metric, fix=fix)

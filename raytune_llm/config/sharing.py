@@ -22,6 +22,11 @@ OWN = ("name", "output_dir", "resume")
 WAY_OUT = "Set tune.share_base=false."
 
 
+def elsewhere(run: TrainRun) -> ConfigError | None:
+    """Trials in one pass train in the sweep's own process."""
+    return None if run.resources.name == "inline" else _refused("resources", "must be inline", run.resources.name)
+
+
 def obstacle(run: TrainRun, base: TrainRun) -> ConfigError | None:
     """What keeps a run from sharing the pass of another one, by its setting; none if nothing does."""
     return next(_obstacles(run, base), None)
@@ -29,8 +34,6 @@ def obstacle(run: TrainRun, base: TrainRun) -> ConfigError | None:
 
 def _obstacles(run: TrainRun, base: TrainRun) -> Iterator[ConfigError]:
     mine, theirs = dict(flat_items(as_plain(run))), dict(flat_items(as_plain(base)))
-    if run.resources.name != "inline":
-        yield _refused("resources", "must be inline", run.resources.name)
     if not run.adapter.shares_pass:
         rule = "must be lora or rslora on named layers or all-linear, without patterns of ranks or whole modules,"
         yield _refused("adapter", rule, run.adapter.name)

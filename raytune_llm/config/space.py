@@ -14,6 +14,8 @@ from raytune_llm.errors import ConfigError
 DIGITS = 3
 """Significant digits of a number that is drawn: settings stay readable, and the same when they are typed again."""
 
+MOST = 1000
+"""Values of a list, and points of a grid: each is composed before the first trial."""
 Point = Mapping[str, Any]
 """Setting -> value."""
 
@@ -93,6 +95,9 @@ class Axis:
 def check(setting: str, values: Values) -> None:
     """Raises ConfigError for values that can't be drawn from."""
     if isinstance(values, Choice):
+        if len(values.values) > MOST:
+            fix = f"Write int(interval({values.values[0]},{values.values[-1]}))."
+            raise ConfigError(setting, f"must have at most {MOST:,} values", got=f"{len(values.values):,} of them", fix=fix)
         if not values.values:
             raise ConfigError(setting, "has no value to try", fix="Say, 1,2,4.")
         if len({repr(value) for value in values.values}) < len(values.values):
@@ -110,6 +115,8 @@ def axes_of(space: Mapping[str, Values], zips: Sequence[Sequence[str]]) -> tuple
     """The space with zipped settings joined, in the order that they were given in. Raises ConfigError."""
     joined: dict[str, tuple[str, ...]] = {}
     for together in zips:
+        if len(together) < 2:
+            raise ConfigError("tune.zip", "must name two settings or more", got=together, fix="[[adapter.rank, adapter.alpha]]")
         for setting in together:
             if setting not in space:
                 raise ConfigError(
@@ -138,6 +145,10 @@ def grid(axes: Sequence[Axis]) -> Iterator[Point]:
     for axis in axes:
         if isinstance(axis.values, Interval):
             raise ConfigError(axis.name, "must be a list of values where tune=grid", fix="Take tune=random, or write the values.")
+    number = math.prod(len(axis.values.ends) for axis in axes)
+    if number > MOST:
+        fix = "Take tune=random, or fewer values."
+        raise ConfigError("tune", f"can be grid for up to {MOST:,} points", got=f"a grid of {number:,}", fix=fix)
     for values in product(*(axis.values.ends for axis in axes)):
         yield merged(axis.point(value) for axis, value in zip(axes, values, strict=True))
 

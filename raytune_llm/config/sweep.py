@@ -17,13 +17,13 @@ from typing import Any
 
 from raytune_llm.config.load import as_override, as_plain, compose, one_value, quoted, swept, to_run
 from raytune_llm.config.run import TrainRun, TuneRun, as_train_run
-from raytune_llm.config.sharing import obstacle
+from raytune_llm.config.sharing import elsewhere, obstacle
 from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, drawn, ends, grid
 from raytune_llm.config.tune import TuneConfig
 from raytune_llm.errors import ConfigError
 
 VERB = "tune"
-GIVEN_BY_THE_SWEEP = ("output_dir", "name", "resume", "resources", "tracking", "checkpoint.keep")
+GIVEN_BY_THE_SWEEP = ("tune", "output_dir", "name", "resume", "resources", "tracking", "checkpoint.keep")
 """Settings that are the same for all trials, or their own by what they are: no values to choose among."""
 
 
@@ -142,8 +142,8 @@ class Sweep:
         """The planned points, each composed; and each value of a list and both ends of each interval. Raises ConfigError."""
         for point in ends(self.axes):
             self.composed(point)
-        if self.tune.share_base is True and self.unshared is not None:
-            raise self.unshared
+        if self.tune.share_base is True and (refused := elsewhere(self.base) or self.unshared) is not None:
+            raise refused
         return self.planned
 
     @cached_property
@@ -178,10 +178,12 @@ def load_sweep(words: Sequence[str] = (), *, config_dir: str | Path | None = Non
         raise ConfigError("the space", "is empty: no setting has several values", fix=fix)
     axes = axes_of(space, run.tune.zip)
     for setting in (setting for axis in axes for setting in axis.settings) if run.tune.rounds else ():
-        _can_change_on_the_way(setting)
+        _can_change_on_the_way(setting, "with tune.scheduler=pbt, where a trial resumes from the checkpoint of another")
     for point in run.tune.first:
         if not point:
             raise ConfigError("tune.first", "must hold settings with their values", got="{}", fix="Say, [{optimizer.lr: 1e-4}].")
+        for setting in point:
+            _can_vary(setting)
     sweep = Sweep(run, axes, tuple(base), config_dir, config_name, tuple(words))
     sweep.validate()
     return sweep
@@ -200,7 +202,9 @@ def load_paused(words: Sequence[str]) -> Sweep:
         then = json.loads((folder / COMMAND).read_text())
     except (OSError, ValueError):
         raise ConfigError("tune resume", "needs the folder of a sweep", got=str(folder), fix="Say, outputs/sweep.") from None
-    given = {setting: value for word in rest for setting, value in [one_value(word)]}
+    given = dict(pairs := [one_value(word) for word in rest])
+    if len(given) < len(pairs):
+        raise ConfigError("tune resume", "has a setting twice", got=" ".join(rest))
     keep, clone = (_whole(name, given.pop(name, None)) for name in ("keep", "clone"))
     if keep is None and clone is None:
         raise ConfigError("tune resume", "must say what goes on", fix="Say, keep=3, or clone=4 optimizer.lr=1e-4.")
@@ -208,11 +212,12 @@ def load_paused(words: Sequence[str]) -> Sweep:
         raise ConfigError(
             "clone", "goes with the settings that it changes", got=list(rest), fix="Say, clone=4 optimizer.lr=1e-4."
         )
-    others = [word for word in then["words"] if word.partition("=")[0] != "output_dir"]
+    others = [word for word in then["words"] if word.partition("=")[0] not in ("output_dir", "resume")]
     place = f"output_dir={quoted(str(folder.absolute()))}"
-    sweep = load_sweep([*others, place], config_dir=then["config_dir"], config_name=then["config_name"])
+    sweep = load_sweep([*others, place, "resume=must"], config_dir=then["config_dir"], config_name=then["config_name"])
     for setting in given:
-        _can_vary(setting)
+        _can_change_on_the_way(setting, "by a clone, which resumes from the checkpoint of its trial")
+    sweep.composed(given)
     return replace(sweep, chosen=Chosen(keep=keep, clone=clone, changes=given))
 
 
@@ -229,7 +234,7 @@ def split(words: Sequence[str]) -> tuple[list[str], dict[str, Values]]:
     given: set[str] = set()
     for word in words:
         setting = word.lstrip("+").partition("=")[0]
-        found = None if setting.startswith(f"{VERB}.") or word.startswith("~") else swept(word)
+        found = None if setting.startswith(f"{VERB}.space") or word.startswith("~") else swept(word)
         if setting in given and (found or setting in {name.lstrip("+") for name in space}):
             raise ConfigError(setting, "is given twice", got=word, fix="Give all of its values at once, or one.")
         given.add(setting)
@@ -263,11 +268,11 @@ def of_yaml(space: Mapping[str, Any], prefix: str = "") -> dict[str, Values]:
     return found
 
 
-def _can_change_on_the_way(setting: str) -> None:
+def _can_change_on_the_way(setting: str, why: str) -> None:
+    """why: how a checkpoint of other settings is resumed."""
     if not setting.lstrip("+").startswith(ON_THE_WAY):
         there = ", ".join(f"{name}*" if name.endswith(".") else name for name in ON_THE_WAY)
-        rule = "can't be varied with tune.scheduler=pbt, which resumes from the checkpoint of a trial with another value"
-        raise ConfigError(setting, rule, fix=f"Give it one value. What can be varied: {there}.")
+        raise ConfigError(setting, f"can't be varied {why}", fix=f"What can be varied: {there}.")
 
 
 def _can_vary(setting: str) -> None:

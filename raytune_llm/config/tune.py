@@ -45,14 +45,15 @@ class TuneConfig:
     pause_at: Annotated[float, Field(gt=0, lt=1)] | None
     """All trials are trained to this part of their steps, and wait there until `tune resume` says which go on."""
     max_concurrent: PositiveInt | None
-    """So many trials at once. null: as many as there are CPUs and GPUs for, and as their memory, by `plan`, has room for."""
+    """So many trials at once, at most. null: as many as there are CPUs and GPUs for, and as their memory, by `plan`, has room
+    for; in one pass over one base 16."""
     keep: NonNegativeInt
     """So many trials, the best ones, keep their model and checkpoints."""
     max_failures: PositiveInt
     """So many trials that failed one after another end the sweep."""
     share_base: bool | Literal["auto"]
     """Trials are adapters over one base, several of them in one pass a step. auto: where nothing of the space forbids it and it
-    is faster, which is said."""
+    is faster, or max_concurrent processes don't fit the GPU; which is said."""
     dry_run: bool
     """Show the trials and what they need, and run nothing: --dry-run."""
     space: dict[str, Any]

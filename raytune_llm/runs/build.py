@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,19 @@ class Builder:
     @property
     def fits(self) -> bool:
         """Whether the estimate fits the GPU. True without a GPU."""
-        return self.device.type != "cuda" or self._memory_of(self.needs).total <= self._usable
+        return self.estimated_bytes <= self.usable_bytes
+
+    @property
+    def estimated_bytes(self) -> float:
+        """The estimate of a step's peak."""
+        return self._memory_of(self.needs).total
+
+    @cached_property
+    def usable_bytes(self) -> float:
+        """What the GPU has for the run; infinite without a GPU."""
+        if self.device.type != "cuda":
+            return math.inf
+        return USABLE * (torch.cuda.get_device_properties(self.device).total_memory - held_by_others(self.device))
 
     def out_of_memory(self, error: torch.OutOfMemoryError, during: str) -> ResourceError:
         """The error for the user. The first note of `error` names the innermost phase in which memory ran out."""
@@ -154,7 +167,7 @@ class Builder:
         needs = needs_of(self.run, self.config, self.world, compiled=self.compiled, case=case)
         if self._together:
             needs = needs_together(needs, len(self._together))
-        return least_recomputation(needs, self._memory_of, self._usable) if self._auto else needs
+        return least_recomputation(needs, self._memory_of, self.usable_bytes) if self._auto else needs
 
     @property
     def _uncompiled(self) -> str | None:
@@ -165,10 +178,6 @@ class Builder:
     def _memory_of(self) -> Callable:
         return partial(estimate, self.run, self.config)
 
-    @cached_property
-    def _usable(self) -> float:
-        return USABLE * (torch.cuda.get_device_properties(self.device).total_memory - held_by_others(self.device))
-
     def _checkpointing(self) -> tuple[str, str]:
         if not self._auto:
             asked = self.run.train.activation_checkpointing
@@ -178,8 +187,11 @@ class Builder:
         if self.device.type != "cuda":
             return "none", "not on a CPU"
         expected = self._memory_of(self.needs).total
-        fits = f"an estimated {expected / GIB:.1f} GiB of {self._usable / GIB:.1f} usable"
-        return self.needs.checkpointing, f"the least that fits: {fits}" if expected <= self._usable else f"nothing fits: {fits}"
+        fits = f"an estimated {expected / GIB:.1f} GiB of {self.usable_bytes / GIB:.1f} usable"
+        return (
+            self.needs.checkpointing,
+            f"the least that fits: {fits}" if expected <= self.usable_bytes else f"nothing fits: {fits}",
+        )
 
     def _files(self) -> Files | None:
         """The files of the weights, if each worker reads its own part: it keeps a shard or fewer bits, and can see the files."""

@@ -58,11 +58,30 @@ Outcome = TrainOutcome | Exception | None
 """Of a part: what it came to, what it failed with, or none where it was stopped."""
 
 
-def how_many(run: TrainRun, device: torch.device, workspace: Workspace) -> int:
-    """Runs like this one that fit the device together, by estimate; 1 where not even two do."""
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a device has for runs like one, by estimate."""
+
+    usable_bytes: float
+    """Without a GPU, any number."""
+    alone_bytes: float
+    """Of one run with a base of its own."""
+    pair_bytes: float
+    """Of two in one pass over one base."""
+    together: int
+    """Runs that fit in one pass; 1 where not even two do."""
+
+
+def room_for(run: TrainRun, device: torch.device, workspace: Workspace) -> Room:
     tokenizer, _ = workspace.tokenizer_of(run)
     config = run_config(run.model, tokenizer, run.data.max_length)
-    return next((size for size in SIZES if Builder(run, config, device, together=[run] * size).fits), 1)
+    builders = {size: Builder(run, config, device, together=[run] * size) for size in SIZES}
+    return Room(
+        usable_bytes=builders[2].usable_bytes,
+        alone_bytes=Builder(run, config, device).estimated_bytes,
+        pair_bytes=builders[2].estimated_bytes,
+        together=next((size for size, builder in builders.items() if builder.fits), 1),
+    )
 
 
 def fit_together(parts: Sequence[Part], train_store: str, eval_store: str | None, *, workspace: Workspace) -> list[Outcome]:

@@ -23,7 +23,15 @@ class SweepLog:
 
     def read(self) -> list[dict[str, Any]]:
         """A last line that a crash cut short is left out, here and of the file when something is added."""
-        return [json.loads(line) for line in self._whole_lines()]
+        events = [json.loads(line) for line in self._whole_lines()]
+        for row, event in enumerate(events, start=1):
+            if not isinstance(event, dict) or "event" not in event:
+                raise self.damaged(row, "is no event")
+        return events
+
+    def damaged(self, row: int, how: str) -> DataError:
+        """A crash cuts the last row short at most; all else was changed by others."""
+        return DataError(f"{self._path}, row {row}", how, "Restore the file, choose another output_dir, or set resume=never.")
 
     def append(self, event: Mapping[str, Any]) -> None:
         """On the disk when it returns."""
@@ -52,5 +60,5 @@ class SweepLog:
             try:
                 json.loads(line)
             except ValueError:
-                raise DataError(f"{self._path}, row {number}", "is no JSON object", "Set resume=never to start anew.") from None
+                raise self.damaged(number, "is no JSON object") from None
         return lines

@@ -21,7 +21,7 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
-from raytune_llm.config.resources import Cluster, Inline, Local
+from raytune_llm.config.resources import INLINE, Cluster, Local
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.config.tune import TuneConfig
@@ -34,7 +34,6 @@ from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.places import Place, Share, share_of, workers_of
 from raytune_llm.tune.trial import Outcome, Reported, Train, run_trial
 
-INLINE = Inline(name="inline", num_workers=1)
 MESSAGES = "messages"
 
 

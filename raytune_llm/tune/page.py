@@ -69,10 +69,11 @@ def _parallel(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any,
         chosen = trial in best
         color, width = (BEST, 2.2) if chosen else (colors[trial.number], 1.0)
         axes.plot(range(len(heights)), heights, color=color, linewidth=width, alpha=1 if chosen else 0.7)
-    for column, axis in enumerate(columns):
-        low, high = (_text(value) for value in (axis.values.ends[0], axis.values.ends[-1]))
-        axes.text(column, -0.04, low, ha="center", va="top", fontsize=8, color=FAINT)
-        axes.text(column, 1.04, high, ha="center", va="bottom", fontsize=8, color=FAINT)
+    values = [trial.latest or 0.0 for trial in trials]
+    ends = [*((axis.values.ends[0], axis.values.ends[-1]) for axis in columns), (min(values), max(values))]
+    for column, (low, high) in enumerate(ends):
+        axes.text(column, -0.04, _text(low), ha="center", va="top", fontsize=8, color=FAINT)
+        axes.text(column, 1.04, _text(high), ha="center", va="bottom", fontsize=8, color=FAINT)
     names = [*(_short_name(axis) for axis in columns), study.metric.name]
     axes.set_xticks(range(len(names)), names, fontsize=9, color=INK)
     axes.tick_params(axis="x", pad=14, length=0)
@@ -85,7 +86,7 @@ def _parallel(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any,
 
 
 def _over(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, axis: Axis, study: Study) -> None:
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import NullLocator
 
     for trial in trials:
         value = study.sweep.value_of(axis, trial.point)
@@ -98,7 +99,9 @@ def _over(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, axi
     if isinstance(axis.values, Interval):
         if axis.values.log:
             axes.set_xscale("log")
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_minor_locator(NullLocator())
+            ticks = [axis.values.draw(share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+            axes.set_xticks(ticks, [_text(tick) for tick in ticks])
     else:
         axes.set_xticks(range(len(axis.values.values)), [_text(value) for value in axis.values.values])
         axes.set_xlim(-0.5, len(axis.values.values) - 0.5)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from torch.cuda import device_count
+
 from raytune_llm import session
 from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.paths import with_absolute_paths
-from raytune_llm.config.resources import Inline
+from raytune_llm.config.resources import INLINE, Inline
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.space import ends
 from raytune_llm.config.sweep import COMMAND, Chosen, Sweep, command_of
@@ -19,14 +22,18 @@ from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.runs import preflight
 from raytune_llm.runs.output import adopt, full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
+from raytune_llm.runs.together import device_here, room_for
 from raytune_llm.runs.workspace import Workspace
 from raytune_llm.tune.conduct import Conduct, OnChange
 from raytune_llm.tune.metric import metric_of
-from raytune_llm.tune.places import run_at, workers_of
+from raytune_llm.tune.places import Place, run_at, workers_of
 from raytune_llm.tune.results import write_plots, write_results
 from raytune_llm.tune.shared import TrainTogether, run_banks, trials_together
 from raytune_llm.tune.study import Setting, Study
 from raytune_llm.tune.trial import Train, run_trial
+
+RunTrials = Callable[[Conduct], None]
+"""Train what is left of a sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,80 +71,99 @@ def run_sweep(
     check_writable(sweep.folder)
     with owned(sweep.folder), full_disk_explained(sweep.folder):
         study = Study(sweep, metric, adopt)
-        write_atomically(sweep.folder / COMMAND, command_of(sweep))
-        conduct = Conduct(study, on_change)
-        try:
-            if sweep.chosen is not None:
-                choose(study, sweep.chosen)
-            if isinstance(sweep.run.resources, Inline):
-                _run_here(conduct, train, train_together, told)
-            else:
-                _run_on_ray(conduct, train)
-        finally:
-            study.close()
-            write_results(study)
-            write_plots(study)
-        if study.paused and not study.ranked:
-            first = study.paused[0]
-            return TuneResult(best=Setting(point=first.point, trials=(first,)), study=study)
-        if not study.ranked:
-            reasons = [trial.reason for trial in study.trials if trial.reason]
-            raise ResourceError(f"no trial came to its end: {reasons[0] if reasons else 'all were stopped'}", "See trials.csv.")
+        if sweep.chosen is not None:
+            check_choice(study, sweep.chosen)
+        with _ready(sweep, train, train_together, told) as run_trials:
+            _run(study, run_trials, on_change)
+        return _result(study)
+
+
+def _run(study: Study, run_trials: RunTrials, on_change: OnChange) -> None:
+    write_atomically(study.sweep.folder / COMMAND, command_of(study.sweep))
+    try:
+        if study.sweep.chosen is not None:
+            choose(study, study.sweep.chosen)
+        run_trials(Conduct(study, on_change))
+    finally:
+        study.close()
+        write_results(study)
+        write_plots(study)
+
+
+def _result(study: Study) -> TuneResult:
+    if study.ranked:
         return TuneResult(best=study.ranked[0], study=study)
+    if study.paused:
+        first = study.paused[0]
+        return TuneResult(best=Setting(point=first.point, trials=(first,)), study=study)
+    reasons = [trial.reason for trial in study.trials if trial.reason]
+    raise ResourceError(f"no trial came to its end: {reasons[0] if reasons else 'all were stopped'}", "See trials.csv.")
+
+
+def check_choice(study: Study, chosen: Chosen) -> None:
+    """Raises ConfigError where no trial waits, or not the one that is to be cloned."""
+    if study.interrupted and not study.paused:
+        return  # it was chosen before an interruption
+    if not study.paused:
+        raise ConfigError("tune resume", "needs a sweep that is paused (tune.pause_at)", got=str(study.sweep.folder))
+    if chosen.clone is not None and chosen.clone not in (trial.number for trial in study.paused):
+        numbers = ", ".join(str(trial.number) for trial in study.paused)
+        raise ConfigError("clone", "must be a trial that is paused", got=chosen.clone, fix=f"There are {numbers}.")
 
 
 def choose(study: Study, chosen: Chosen) -> None:
-    """Which of the trials that wait go on. Raises ConfigError where there are none, or no such trial. Done already, before an
-    interruption, it is not done again."""
+    """Which of the trials that wait go on. What was chosen already, before an interruption, is not chosen again."""
     if not study.paused:
-        if study.interrupted:
-            return
-        raise ConfigError("tune resume", "needs a sweep that is paused (tune.pause_at)", got=str(study.sweep.folder))
+        return
     if chosen.clone is not None:
-        found = [trial for trial in study.paused if trial.number == chosen.clone]
-        if not found:
-            numbers = ", ".join(str(trial.number) for trial in study.paused)
-            raise ConfigError("clone", "must be a trial that is paused", got=chosen.clone, fix=f"There are {numbers}.")
-        point = {**found[0].point, **chosen.changes}
-        if not any(trial.point == point for trial in study.interrupted):
-            study.clone(found[0], chosen.changes)
+        origin = study.trials[chosen.clone]
+        point = {**origin.point, **chosen.changes}
+        if not any(trial.asked is None and trial.point == point for trial in study.trials):
+            study.clone(origin, chosen.changes)
     if chosen.keep is not None:
         study.release(study.paused[: chosen.keep])
 
 
-def _run_here(conduct: Conduct, train: Train, train_together: TrainTogether | None, told: Callable[[str], None]) -> None:
-    """In this process, one after another, or several in one pass over one base."""
-    workspace, sweep = Workspace(keeps_base=True), conduct.study.sweep
-    _prepare(_distinct(sweep), workspace)
-    size, why = trials_together(sweep, workspace)
+@contextmanager
+def _ready(sweep: Sweep, train: Train, train_together: TrainTogether | None, told: Callable[[str], None]) -> Iterator[RunTrials]:
+    """What trains the trials, once all is checked and prepared."""
+    runs, workspace = _distinct(sweep), Workspace(keeps_base=True)
+    for run in runs:
+        preflight.check(run, workspace)
+    size, why = trials_together(sweep, partial(room_for, device=device_here(), workspace=workspace), gpus=device_count())
     if size > 1 and train_together is not None:
         told(f"{size} trials at a time, in one pass over one base ({why})")
-        run_banks(conduct, size, partial(train_together, workspace=workspace))
-        return
-    train = partial(train, workspace=workspace)
+        _prepare([replace(run, resources=INLINE) for run in runs], workspace)
+        yield partial(run_banks, size=size, train_together=partial(train_together, workspace=workspace))
+    elif isinstance(sweep.run.resources, Inline):
+        _prepare(runs, workspace)
+        yield partial(_run_here, train=partial(train, workspace=workspace))
+    else:
+        with _on_ray(sweep, train, runs) as places:
+            yield partial(run_at, places)
+
+
+def _run_here(conduct: Conduct, train: Train) -> None:
+    """In this process, one after another."""
     while (trial := conduct.next()) is not None:
         reported = partial(conduct.reported, trial)
         conduct.ended(trial, run_trial(conduct.run_of(trial), conduct.study.metric, reported, train))
 
 
-def _run_on_ray(conduct: Conduct, train: Train) -> None:
-    """As many at once as there are places."""
-    sweep = conduct.study.sweep
-    assert not isinstance(sweep.run.resources, Inline)
-    grouped = workers_of(sweep.run.resources) > 1 or not sweep.base.fits_one_process
-    session.connect(sweep.run.resources, dashboard=grouped)
+@contextmanager
+def _on_ray(sweep: Sweep, train: Train, runs: list[TrainRun]) -> Iterator[list[Place]]:
+    resources = sweep.run.resources
+    assert not isinstance(resources, Inline)
+    session.connect(resources, dashboard=workers_of(resources) > 1 or not sweep.base.fits_one_process)
     from raytune_llm.tune.onray import places_on_ray  # ray takes seconds to import
 
-    runs = _distinct(sweep)
     _prepare(runs, Workspace())
     with places_on_ray(sweep, train, runs) as places:
-        run_at(places, conduct)
+        yield places
 
 
 def _prepare(runs: list[TrainRun], workspace: Workspace) -> None:
-    """What can be known to fail of any value, and the token stores, once for all trials that share them."""
-    for run in runs:
-        preflight.check(run, workspace)
+    """The token stores, once for all trials that share them."""
     for run in runs:
         if not run.data.streaming:
             make = partial(pipeline.prepare, run.model, run.data, run.resources, kind=run.stage.kind)

@@ -7,16 +7,19 @@ compare a trial with those before it at that rung, as where trials run one after
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
+from raytune_llm.config.resources import INLINE
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.sharing import obstacle
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.data.kinds import KINDS
-from raytune_llm.runs.together import Part, device_here, how_many
-from raytune_llm.runs.workspace import Workspace
+from raytune_llm.errors import ConfigError
+from raytune_llm.memory.footprint import GIB
+from raytune_llm.runs.together import Part, Room
 from raytune_llm.tune.conduct import Conduct
 from raytune_llm.tune.metric import Metric, MetricMissing
 from raytune_llm.tune.study import Trial
@@ -24,23 +27,69 @@ from raytune_llm.tune.trial import FAILURES, Listener, Outcome, Reported, Stoppe
 
 TrainTogether = Callable[..., Sequence[Any]]
 """api.train_together."""
-PAYS_BELOW = {"cuda": 2048, "cpu": 0}
-"""Tokens of a trial's pass: with more, several trials in one pass are hardly faster. On one H100, a loop over 8 layers of an 8B
-model made 6.3 times the tokens per second with 8 adapters of one's at 256 tokens, 2.1 times at 1,024, and as many at 4,096."""
+PAYS_BELOW = 2048
+"""Tokens of a trial's pass on a GPU: with more, several trials in one pass are hardly faster. On one H100, a loop over 8 layers
+of an 8B model made 6.3 times the tokens per second with 8 adapters of one's at 256 tokens, 2.1 times at 1,024, and as many at
+4,096. On a CPU one pass is never faster by itself."""
 
 
-def trials_together(sweep: Sweep, workspace: Workspace) -> tuple[int, str]:
-    """How many trials at a time are computed in one pass, and why; 1 where they run one after another."""
-    asked, run = sweep.tune.share_base, sweep.base
-    if asked is False or (asked == "auto" and (sweep.unshared is not None or _changes_the_search(sweep))):
+def trials_together(sweep: Sweep, room_for: Callable[[TrainRun], Room], *, gpus: int) -> tuple[int, str]:
+    """How many trials at a time are computed in one pass, and why; 1 where each has a pass of its own. room_for: of this
+    process's device. gpus: of this machine.
+
+    Raises ConfigError where one pass is asked for and not even two trials fit in it.
+    """
+    if sweep.tune.share_base is True:
+        return _as_asked(sweep, room_for(_largest(sweep)))
+    if sweep.tune.share_base is False or not gpus or sweep.unshared is not None or _changes_the_search(sweep):
         return 1, ""
-    device = device_here()
+    if sweep.base.resources.name == "inline":
+        return _where_faster(sweep, room_for)
+    return _where_crowded(sweep, room_for, gpus)
+
+
+def _as_asked(sweep: Sweep, room: Room) -> tuple[int, str]:
+    if room.together > 1:
+        return min(room.together, _most(sweep)), "asked for"
+    two = f"two trials need {room.pair_bytes / GIB:.1f} GiB of the {room.usable_bytes / GIB:.1f} usable ones"
+    raise ConfigError(
+        "tune.share_base",
+        f"can't be true where not even two trials fit in one pass: by estimate {two}",
+        got=True,
+        fix="Lower train.micro_batch_size or data.max_length, quantize the base, or set tune.share_base=false.",
+    )
+
+
+def _where_faster(sweep: Sweep, room_for: Callable[[TrainRun], Room]) -> tuple[int, str]:
+    """Rather than one after another."""
+    run = sweep.base
     tokens = run.train.micro_batch_size * run.data.max_length * KINDS[run.stage.kind].sides
-    if asked == "auto" and tokens >= PAYS_BELOW[device.type]:
+    if tokens >= PAYS_BELOW:
         return 1, ""
-    trials = (sweep.tune.trials or len(sweep.planned)) * sweep.tune.seeds
-    why = "asked for" if asked is True else f"passes of {tokens:,} tokens leave the GPU idle"
-    return min(how_many(_largest(sweep), device, workspace), trials), why
+    together = room_for(_largest(sweep)).together
+    return min(together, _most(sweep)), f"passes of {tokens:,} tokens leave the GPU idle"
+
+
+def _where_crowded(sweep: Sweep, room_for: Callable[[TrainRun], Room], gpus: int) -> tuple[int, str]:
+    """Rather than in processes with a base each, where so many at once are asked for and don't fit the one GPU that there is."""
+    run, asked = sweep.base, sweep.tune.max_concurrent
+    if run.resources.name != "local" or run.resources.num_workers not in ("auto", 1) or not run.fits_one_process:
+        return 1, ""
+    if gpus > 1 or asked is None or asked < 2:
+        return 1, ""
+    room = room_for(_largest(sweep))
+    wanted = _most(sweep)
+    if room.usable_bytes // room.alone_bytes >= wanted or room.together < wanted:
+        return 1, ""
+    each = f"{wanted} processes of {room.alone_bytes / GIB:.1f} GiB"
+    return wanted, f"{each} don't fit the GPU's {room.usable_bytes / GIB:.1f} usable GiB"
+
+
+def _most(sweep: Sweep) -> int:
+    """Trials at a time, if they fit."""
+    tune = sweep.tune
+    trials = (tune.trials or len(sweep.planned)) * tune.seeds
+    return min(tune.max_concurrent or trials, trials)
 
 
 def _changes_the_search(sweep: Sweep) -> bool:
@@ -54,7 +103,7 @@ def _largest(sweep: Sweep) -> TrainRun:
     return max(runs, key=lambda run: getattr(run.adapter, "rank", 0))
 
 
-def run_banks(conduct: Conduct, size: int, train_together: TrainTogether) -> None:
+def run_banks(conduct: Conduct, *, size: int, train_together: TrainTogether) -> None:
     """Run what is left of the sweep, so many trials at a time."""
     while trials := list(islice(iter(conduct.next, None), size)):
         _run_bank(conduct, trials, train_together)
@@ -97,7 +146,7 @@ class _Heard:
     """What is heard of one trial, and whether it is to go on."""
 
     def __init__(self, run: TrainRun, metric: Metric, reported: Reported) -> None:
-        self.run, self.listener = run, Listener(run, metric, reported)
+        self.run, self.listener = replace(run, resources=INLINE), Listener(run, metric, reported)
         self.stopped = False
         self.part = Part(run=run, sinks=[self.record], on_update=self._update, stops=lambda: self.stopped)
 

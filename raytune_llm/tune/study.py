@@ -90,7 +90,24 @@ class Study:
         self._searcher, self._scheduler = searcher_of(sweep), scheduler_of(sweep.tune)
         self._log = SweepLog(sweep.folder)
         self._interrupted: list[Trial] = []
+        self._identity = json.loads(json.dumps(sweep.identity))
+        self._began = False
         self._resume()
+
+    def _append(self, event: Mapping[str, Any]) -> None:
+        """To the log, which begins with what sweep it is of; what another one left in the folder goes then (resume=never)."""
+        if not self._began:
+            self._began = True
+            if self.sweep.run.resume == "never":
+                self._clear()
+            self._log.append({"event": "sweep", "identity": self._identity})
+        self._log.append(event)
+
+    def _clear(self) -> None:
+        folder = self.sweep.folder
+        shutil.rmtree(folder / TRIALS, ignore_errors=True)
+        for name in (EVENTS, TABLE, RESULTS, BEST, PAGE):
+            (folder / name).unlink(missing_ok=True)
 
     def next(self) -> Trial | None:
         """An interrupted trial, or a new one; none where all have begun."""
@@ -105,7 +122,7 @@ class Study:
         point = self.trials[-1].point if number % seeds else self._searcher.ask()
         if point is None:
             return self._next_of_round() if self.sweep.tune.rounds else None
-        self._log.append({"event": "began", "trial": number, "point": point})
+        self._append({"event": "began", "trial": number, "point": point})
         return self._begin(number, point)
 
     def run_of(self, trial: Trial) -> TrainRun:
@@ -131,7 +148,7 @@ class Study:
             # Before it is in the log: it is the same if it must be done again, since no trial goes on before.
             self._adopt(self.sweep.trial_run(point, seed=trial.seed, folder=trial.folder), donor.folder)
         changed = [{"trial": trial.number, "from": donor.number, "point": point} for trial, donor, point in taken]
-        self._log.append({"event": "exploited", "trials": [trial.number for trial in waiting], "changed": changed})
+        self._append({"event": "exploited", "trials": [trial.number for trial in waiting], "changed": changed})
         self._begin_round([trial.number for trial in waiting], changed)
         return self.next()
 
@@ -155,7 +172,7 @@ class Study:
 
     def release(self, trials: Sequence[Trial]) -> None:
         """These go on to their end; the others that wait are stopped where they are."""
-        self._log.append({"event": "released", "trials": [trial.number for trial in trials]})
+        self._append({"event": "released", "trials": [trial.number for trial in trials]})
         self._release([trial.number for trial in trials])
 
     def clone(self, trial: Trial, changes: Point) -> Trial:
@@ -164,7 +181,7 @@ class Study:
         point = {**trial.point, **changes}
         clone = self._begin(len(self.trials), point, from_=trial)
         self._adopt(self.run_of(clone), trial.folder)
-        self._log.append({"event": "cloned", "trial": clone.number, "from": trial.number, "point": point})
+        self._append({"event": "cloned", "trial": clone.number, "from": trial.number, "point": point})
         self._interrupted.append(clone)
         return clone
 
@@ -172,13 +189,13 @@ class Study:
         """What an evaluation says; whether the trial is to go on. A report that is known is not asked about again."""
         if step not in trial.reports:
             event = {"event": "reported", "trial": trial.number, "step": step, "of": total_steps, "value": value}
-            self._log.append(event)
+            self._append(event)
             self._report(trial, step, total_steps, value)
         return not (trial.stopping and step >= trial.step)
 
     def end(self, trial: Trial, state: State, value: float | None, reason: str | None = None) -> None:
         event = {"event": "ended", "trial": trial.number, "state": state, "value": value, "seconds": round(trial.seconds, 3)}
-        self._log.append({**event, **({"reason": reason} if reason else {})})
+        self._append({**event, **({"reason": reason} if reason else {})})
         self._end(trial, state, value, reason)
 
     def close(self) -> None:
@@ -201,20 +218,21 @@ class Study:
 
     def _resume(self) -> None:
         folder, resume = self.sweep.folder, self.sweep.run.resume
-        identity = json.loads(json.dumps(self.sweep.identity))
-        if resume == "never":
-            shutil.rmtree(folder / TRIALS, ignore_errors=True)
-            for name in (EVENTS, TABLE, RESULTS, BEST, PAGE):
-                (folder / name).unlink(missing_ok=True)
-        events = self._log.read()
+        events = [] if resume == "never" else self._log.read()
         if not events:
             if resume == "must":
                 raise ConfigError("resume", f"can't be must where {folder} holds no sweep", fix="Set resume=auto.")
-            self._log.append({"event": "sweep", "identity": identity})
             return
-        _same_sweep(folder, events[0]["identity"], identity)
-        for event in events[1:]:
-            self._apply(event)
+        self._began = True
+        first, *others = events
+        if first["event"] != "sweep" or "identity" not in first:
+            raise self._log.damaged(1, "must say what sweep it is of")
+        _same_sweep(folder, first["identity"], self._identity)
+        for row, event in enumerate(others, start=2):
+            try:
+                self._apply(event)
+            except (LookupError, TypeError, AssertionError) as error:
+                raise self._log.damaged(row, f"doesn't go with those before it ({error!r})") from None
         if self.sweep.tune.pause_at is None and not self.sweep.tune.rounds:
             for trial in self.paused:
                 trial.state = "running"

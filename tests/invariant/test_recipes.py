@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
-from raytune_llm import api, load_config
-from raytune_llm.config.load import options
+from raytune_llm import api, load_config, load_sweep
+from raytune_llm.config.load import options, sweeps
 from tests.group import metrics
 
 pytestmark = [
@@ -34,7 +35,7 @@ def run_for_two_steps(experiment: str, folder: Path) -> api.TrainResult:
     return api.train(load_config("train", [f"+experiment={experiment}", *here, *small, *answers]))
 
 
-@pytest.mark.parametrize("experiment", options("experiment"))
+@pytest.mark.parametrize("experiment", [name for name in options("experiment") if name not in sweeps()])
 def test_an_experiment_runs_as_typed(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if experiment in FIRST:
@@ -49,3 +50,19 @@ def test_an_experiment_runs_as_typed(experiment, tmp_path, monkeypatch):
         assert all(any(name in record for name in FIGURES) for record in held_out)
     else:
         assert held_out and result.after is not None
+
+
+@pytest.mark.parametrize("experiment", sweeps())
+def test_a_sweep_runs_as_typed(experiment, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "data.max_samples=32",
+        "train.max_steps=2",
+        "train.eval_every_steps=1",
+        "tune.trials=2",
+        f"data.cache={tmp_path / 'cache'}",
+    ]
+    result = api.tune(load_sweep([f"+experiment={experiment}", *small]))
+    assert result.folder.is_relative_to(tmp_path / "outputs" / experiment) and (result.folder / "final").is_dir()
+    written = json.loads((tmp_path / "outputs" / experiment / "results.json").read_text())
+    assert [trial["steps"] for trial in written["trials"]] == [2, 2] and written["best"]["metric"] == result.best.value

@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_llm import ConfigError, load_config
+from raytune_llm import ConfigError, load_config, load_sweep
 from raytune_llm.config import load
 from raytune_llm.config.load import to_yaml
 from raytune_llm.config.paths import with_absolute_paths
@@ -114,14 +114,32 @@ def test_every_option_of_every_group_composes(group):
         load_config("train", [DATA, *resources, f"{group}={option}", *given_path, *NEEDS.get(option, ())])
 
 
-@pytest.mark.parametrize("experiment", load.options("experiment"))
+RUNS = [name for name in load.options("experiment") if name not in load.sweeps()]
+"""Experiments that `train` runs; the others are for `tune`."""
+
+
+@pytest.mark.parametrize("experiment", RUNS)
 def test_every_experiment_is_complete_as_it_is(experiment):
     run = load_config("train", [f"+experiment={experiment}"])
     assert Path(run.data.path).is_file()
     assert run.data.evaluates and (run.train.eval_on_start or run.train.exact_match_rows)
 
 
-@pytest.mark.parametrize("experiment", load.options("experiment"))
+@pytest.mark.parametrize("experiment", load.sweeps())
+def test_every_sweep_is_complete_as_it_is(experiment):
+    sweep = load_sweep([f"+experiment={experiment}"])
+    assert Path(sweep.base.data.path).is_file()
+    assert sweep.base.data.evaluates and len(sweep.planned) == sweep.tune.trials
+    assert load_sweep([f"+experiment={experiment}", DATA]).base.data.path == "rows.jsonl"
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "submit"])
+def test_a_sweep_goes_with_tune_alone(verb):
+    with pytest.raises(ConfigError, match=r"experiment is a sweep, .*Write python -m raytune_llm tune \+experiment=tune_smollm2"):
+        load_config(verb, ["+experiment=tune_smollm2"])
+
+
+@pytest.mark.parametrize("experiment", RUNS)
 def test_a_users_own_data_take_the_place_of_an_experiments(experiment):
     assert load_config("train", [f"+experiment={experiment}", DATA]).data.path == "rows.jsonl"
     run = load_config("train", [f"+experiment={experiment}", "data.dataset_info=info.json", "data.names=[mine]"])

@@ -24,7 +24,7 @@ def records(folder):
 @pytest.fixture(scope="module")
 def paused(chat_rows, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("paused")
-    return folder, api.tune(load_sweep(words(chat_rows, cache, folder, *GRID, "tune.pause_at=0.5")))
+    return folder, api.tune(load_sweep(words(chat_rows, cache, folder, *GRID, "tune.pause_at=0.5", "resume=never")))
 
 
 def test_all_trials_wait_at_their_checkpoints(paused):
@@ -40,6 +40,8 @@ def test_the_chosen_ones_end_as_if_they_had_never_waited(paused, chat_rows, cach
     clone = api.tune(load_paused([str(folder), f"clone={numbers[0]}", "optimizer.lr=5e-3"]))
     last = clone.study.trials[-1]
     assert last.state == "finished" and last.point == {"optimizer.lr": 5e-3} and len(clone.study.paused) == 3
+    again = api.tune(load_paused([str(folder), f"clone={numbers[0]}", "optimizer.lr=5e-3"]))
+    assert len(again.study.trials) == 4  # the same words are the same clone
     own = records(last.folder)
     assert [step for step, *_ in own] == [3, 3, 4, 4]  # its first steps are the other one's
 
@@ -64,6 +66,10 @@ def test_the_chosen_ones_end_as_if_they_had_never_waited(paused, chat_rows, cach
         (["{there}", "clone=1"], "goes with the settings that it changes"),
         (["{there}", "keep=1", "optimizer.lr=1"], "goes with the settings that it changes"),
         (["{there}", "clone=1", "resources=local"], "can't be varied"),
+        (["{there}", "keep=1", "keep=2"], "has a setting twice"),
+        (["{there}", "clone=1", "optimizer.lr=1,2"], "must have one value here"),
+        (["{there}", "clone=1", "adapter.rank=4"], "can't be varied by a clone"),
+        (["{there}", "clone=1", "optimizer.lr=-1"], "optimizer.lr must be above 0"),
     ],
 )
 def test_what_goes_on_is_said_in_words_that_make_sense(words_after, rule, tmp_path):

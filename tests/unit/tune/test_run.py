@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from pathlib import Path
 
 import pytest
 
-from raytune_llm import ConfigError, ResourceError, api, load_config, load_sweep
+from raytune_llm import ConfigError, ResourceError, UserError, api, load_config, load_sweep
 from raytune_llm.report.metrics import read_metrics
 
 GRID = ("optimizer.lr=1e-9,1e-2,1e-8", "tune=grid", "tune.scheduler=asha", "tune.grace=0.5", "tune.base_first=true")
@@ -82,7 +81,17 @@ def test_what_can_be_known_to_fail_is_refused_before_the_first_trial(chat_rows, 
     sweep = load_sweep(words(chat_rows, cache, tmp_path, "adapter.targets=[q_proj],[no_such_layer]", "tune=grid"))
     with pytest.raises(ConfigError, match="no_such_layer"):
         api.tune(sweep)
-    assert not list(Path(tmp_path).glob("trials/*"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", ["data.path={}/no_such_rows.jsonl", "adapter.targets=[no_such_layer]"])
+def test_a_sweep_that_cannot_be_leaves_the_one_before_it(wrong, swept, chat_rows, cache):
+    folder, _ = swept
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    others = [word for word in words(chat_rows, cache, folder, *GRID) if not word.startswith(wrong.partition("=")[0])]
+    with pytest.raises(UserError, match="no_such"):
+        api.tune(load_sweep([*others, wrong.format(folder), "resume=never"]))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_trial_that_breaks_ends_with_its_reason_and_the_others_go_on(chat_rows, cache, tmp_path):

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from raytune_llm import ConfigError, api, load_config, load_sweep
 from raytune_llm.config.sharing import obstacle
 from raytune_llm.report.metrics import read_metrics
+from raytune_llm.runs.together import Room, room_for
+from raytune_llm.runs.workspace import Workspace
+from raytune_llm.tune.shared import trials_together
 
 GRID = ("optimizer.lr=1e-9,1e-2,1e-8", "adapter.rank=2,4", "tune=grid", "tune.scheduler=asha", "tune.grace=0.5")
 
@@ -89,6 +93,58 @@ def test_repeated_seeds_draw_other_adapters_over_the_same_packs(chat_rows, cache
     assert [(run.train.seed, run.train.adapter_seed) for run in runs] == [(42, 42), (42, 43)] * 2
     first, second = (losses(trial.folder) for trial in result.study.trials[:2])
     assert first != second
+
+
+def room(*, usable: float, alone: float, together: int) -> Room:
+    """In GiB."""
+    return Room(usable_bytes=usable * 2**30, alone_bytes=alone * 2**30, pair_bytes=1.1 * alone * 2**30, together=together)
+
+
+def together(rows, cache, folder, found: Room, *more: str, gpus: int = 1) -> tuple[int, str]:
+    given = [word for word in words(rows, cache, folder) if not word.startswith(("tune.", "resources", "data.max_length"))]
+    made = load_sweep([*given, "optimizer.lr=1e-4,1e-3,1e-2,1e-5,2e-5", "tune=grid", *more])
+    return trials_together(made, lambda run: found, gpus=gpus)
+
+
+LONG, SHORT = "data.max_length=4096", "data.max_length=256"
+BIG = room(usable=73.0, alone=20.0, together=16)
+"""Three bases fit beside each other."""
+
+
+@pytest.mark.parametrize(
+    ("more", "gpus", "size", "why"),
+    [
+        (["resources=inline", SHORT], 1, 5, "passes of 256 tokens leave the GPU idle"),
+        (["resources=inline", LONG], 1, 1, ""),
+        (["resources=inline", SHORT], 0, 1, ""),
+        (["resources=inline", SHORT, "tune.share_base=false"], 1, 1, ""),
+        (["resources=inline", LONG, "tune.share_base=true", "tune.max_concurrent=3"], 1, 3, "asked for"),
+        (["resources=local", LONG, "tune.max_concurrent=4"], 1, 4, "4 processes of 20.0 GiB don't fit the GPU's 73.0 usable GiB"),
+        (["resources=local", LONG, "tune.max_concurrent=3"], 1, 1, ""),
+        (["resources=local", LONG], 1, 1, ""),
+        (["resources=local", LONG, "tune.max_concurrent=4"], 2, 1, ""),
+        (["resources=local", LONG, "tune.max_concurrent=4", "adapter.targets=[q_proj],[v_proj]"], 1, 1, ""),
+        (["resources=local", LONG, "tune.max_concurrent=4", "resources.num_workers=2"], 1, 1, ""),
+    ],
+)
+def test_trials_share_a_base_where_it_pays_or_where_several_do_not_fit(more, gpus, size, why, chat_rows, cache, tmp_path):
+    assert together(chat_rows, cache, tmp_path, BIG, *more, gpus=gpus) == (size, why)
+
+
+def test_one_pass_in_which_not_even_two_trials_fit_is_refused_with_what_they_need(chat_rows, cache, tmp_path):
+    small = room(usable=21.0, alone=20.0, together=1)
+    with pytest.raises(ConfigError) as refused:
+        together(chat_rows, cache, tmp_path, small, "resources=inline", LONG, "tune.share_base=true")
+    assert "tune.share_base can't be true where not even two trials fit in one pass" in str(refused.value)
+    assert "two trials need 22.0 GiB of the 21.0 usable ones, got True. Lower train.micro_batch_size" in str(refused.value)
+    assert together(chat_rows, cache, tmp_path, small, "resources=inline", SHORT)[0] == 1
+    assert together(chat_rows, cache, tmp_path, small, "resources=local", LONG, "tune.max_concurrent=2") == (1, "")
+
+
+def test_one_more_trial_in_a_pass_takes_an_adapter_and_its_rows(chat_rows, cache, tmp_path):
+    run = load_config("train", [word for word in words(chat_rows, cache, tmp_path) if not word.startswith("tune.")])
+    found = room_for(run, torch.device("cpu"), Workspace())
+    assert found.together == 16 and found.alone_bytes < found.pair_bytes < 2 * found.alone_bytes
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from raytune_llm import ConfigError, load_sweep
+from raytune_llm import ConfigError, DataError, load_sweep
 from raytune_llm.tune.events import EVENTS
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.results import results
@@ -104,6 +104,28 @@ def test_more_trials_may_be_asked_for_later_but_no_other_space(tmp_path):
 
 def test_resume_never_starts_anew(tmp_path):
     to_the_end(study_in(tmp_path, "tune.trials=2"))
+    assert study_in(tmp_path, "tune.trials=2", "resume=never").trials == []
+
+
+@pytest.mark.parametrize(
+    ("row", "line", "how"),
+    [
+        (1, '{"event": "began", "trial": 0, "point": {}}', "must say what sweep it is of"),
+        (2, "[1, 2]", "is no event"),
+        (2, "{", "is no JSON object"),
+        (3, '{"event": "reported", "trial": 7, "step": 1, "of": 4, "value": 1.0}', "doesn't go with those before it"),
+        (3, '{"event": "reported", "trial": 0}', "doesn't go with those before it"),
+        (3, '{"event": "forgotten"}', "doesn't go with those before it"),
+    ],
+)
+def test_a_log_that_others_changed_is_named_with_its_row(row, line, how, tmp_path):
+    to_the_end(study_in(tmp_path, "tune.trials=2"))
+    log = tmp_path / EVENTS
+    lines = log.read_text().splitlines()
+    lines[row - 1] = line
+    log.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=f"{EVENTS}, row {row}: {how}"):
+        study_in(tmp_path, "tune.trials=2")
     assert study_in(tmp_path, "tune.trials=2", "resume=never").trials == []
 
 
