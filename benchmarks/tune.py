@@ -59,23 +59,24 @@ def run_commands(sweep: Sweep, folder: Path, steps: int) -> tuple[float, list[fl
 
 def run_sweep_here(sweep: Sweep) -> dict[str, Any]:
     """In this process: what each trial took, and the times between."""
+
     from raytune_llm import api
-    from raytune_llm.report.news import Begin
+    from raytune_llm.report.updates import RunStarted
     from raytune_llm.tune.run import run_sweep
 
     began: list[float] = []
     first_steps: list[float] = []
     ends: list[float] = []
 
-    def train(run: Any, *, on_begin: Any, **others: Any) -> Any:
-        def begin(said: Any) -> None:
-            on_begin(said)
-            if isinstance(said, Begin):
+    def train(run: Any, *, on_update: Any, **others: Any) -> Any:
+        def update(said: Any) -> None:
+            on_update(said)
+            if isinstance(said, RunStarted):
                 first_steps.append(time.perf_counter())
 
         began.append(time.perf_counter())
         try:
-            return api.train(run, on_begin=begin, **others)
+            return api.train(run, on_update=update, **others)
         finally:
             ends.append(time.perf_counter())
 
