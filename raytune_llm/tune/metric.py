@@ -39,15 +39,22 @@ class Metric:
     def of_trial(self, records: Sequence[Mapping[str, Any]], result: Any, *, best: bool) -> float:
         """The metric of a finished trial. best: its model is the one with the lowest held-out loss, not the last one."""
         if self.at_end is not None:
-            value = self.at_end(result)
-            if value is None:
-                raise MetricMissing("tune.metric", "must be a figure that trials report", got=self.name)
-            return float(value)
+            return self._computed(self.at_end, result)
         evaluations = [record for record in records if self.of_record(record) is not None and record["step"] > 0]
         if not evaluations:
             raise MetricMissing("tune.metric", "is reported by no evaluation: there was none", got=self.name)
         kept = min(evaluations, key=lambda record: float(record["eval_loss"])) if best else evaluations[-1]
         return float(kept[self.name])
+
+    def _computed(self, at_end: Callable[[Any], float | None], result: Any) -> float:
+        """A function of the user's may do anything."""
+        try:
+            value = at_end(result)
+            if value is not None:
+                return float(value)
+        except Exception as error:
+            raise MetricMissing("tune.metric", f"must return a number ({error!r})", got=self.name) from error
+        raise MetricMissing("tune.metric", "must be a figure that trials report", got=self.name)
 
 
 class MetricMissing(ConfigError):

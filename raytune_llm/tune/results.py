@@ -64,7 +64,7 @@ def _plain(trial: Trial) -> dict[str, Any]:
         "settings": dict(trial.point),
         "seed": trial.seed,
         "state": trial.state,
-        "metric": None if trial.latest is None or math.isnan(trial.latest) else trial.latest,
+        "metric": trial.latest if trial.latest is not None and math.isfinite(trial.latest) else None,
         "step": trial.step,
         "steps": trial.total_steps,
         "seconds": round(trial.seconds, 1),

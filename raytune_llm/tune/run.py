@@ -13,13 +13,14 @@ from torch.cuda import device_count
 from raytune_llm import session
 from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.paths import with_absolute_paths
-from raytune_llm.config.resources import INLINE, Inline
+from raytune_llm.config.resources import INLINE, Cluster, Inline
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.space import ends
 from raytune_llm.config.sweep import COMMAND, Chosen, Sweep, command_of
 from raytune_llm.data import pipeline
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.runs import preflight
+from raytune_llm.runs.nodes import check_nodes
 from raytune_llm.runs.output import adopt, full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
 from raytune_llm.runs.together import device_here, room_for
@@ -139,7 +140,7 @@ def _ready(sweep: Sweep, train: Train, train_together: TrainTogether | None, tol
         _prepare(runs, workspace)
         yield partial(_run_here, train=partial(train, workspace=workspace))
     else:
-        with _on_ray(sweep, train, runs) as places:
+        with _on_ray(sweep, train, runs, told) as places:
             yield partial(run_at, places)
 
 
@@ -151,12 +152,17 @@ def _run_here(conduct: Conduct, train: Train) -> None:
 
 
 @contextmanager
-def _on_ray(sweep: Sweep, train: Train, runs: list[TrainRun]) -> Iterator[list[Place]]:
+def _on_ray(sweep: Sweep, train: Train, runs: list[TrainRun], told: Callable[[str], None]) -> Iterator[list[Place]]:
     resources = sweep.run.resources
     assert not isinstance(resources, Inline)
-    session.connect(resources, dashboard=workers_of(resources) > 1 or not sweep.base.fits_one_process)
+    grouped = workers_of(resources) > 1 or not sweep.base.fits_one_process
+    session.connect(resources, dashboard=grouped)
     from raytune_llm.tune.onray import places_on_ray  # ray takes seconds to import
 
+    if isinstance(resources, Cluster) and not grouped:  # a group's nodes are looked at by its first trial
+        base = with_absolute_paths(sweep.base)
+        folders = {"output_dir": base.output_dir, "data.cache": base.data.cache}
+        check_nodes(resources, folders, workers=1, each={"CPU": 1.0}, report=told)
     _prepare(runs, Workspace())
     with places_on_ray(sweep, train, runs) as places:
         yield places

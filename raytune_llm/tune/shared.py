@@ -23,7 +23,7 @@ from raytune_llm.runs.together import Part, Room
 from raytune_llm.tune.conduct import Conduct
 from raytune_llm.tune.metric import Metric, MetricMissing
 from raytune_llm.tune.study import Trial
-from raytune_llm.tune.trial import FAILURES, Listener, Outcome, Reported, Stopped, free, reason_of, records_of
+from raytune_llm.tune.trial import FAILURES, Listener, Outcome, Reported, Stopped, free, outcome_of, reason_of
 
 TrainTogether = Callable[..., Sequence[Any]]
 """api.train_together."""
@@ -136,10 +136,7 @@ def _outcome(metric: Metric, heard: _Heard, result: Any) -> Outcome:
         raise result
     if result is None:
         return Outcome(state="stopped", value=heard.listener.latest)
-    if result.paused:
-        return Outcome(state="paused", value=heard.listener.latest)
-    best = heard.run.checkpoint.final == "best"
-    return Outcome(state="finished", value=metric.of_trial(records_of(heard.run), result, best=best))
+    return outcome_of(heard.run, metric, result, heard.listener.latest)
 
 
 class _Heard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,7 @@ def run_trial(run: TrainRun, metric: Metric, reported: Reported, train: Train) -
     listener = Listener(run, metric, reported)
     try:
         result = train(run, sinks=[listener.record], on_update=listener.update)
-        if result.paused:
-            return Outcome(state="paused", value=listener.latest)
-        records = records_of(run)
-        return Outcome(state="finished", value=metric.of_trial(records, result, best=run.checkpoint.final == "best"))
+        return outcome_of(run, metric, result, listener.latest)
     except Stopped:
         return Outcome(state="stopped", value=listener.latest)
     except MetricMissing:
@@ -54,6 +52,16 @@ def run_trial(run: TrainRun, metric: Metric, reported: Reported, train: Train) -
         return Outcome(state="failed", value=None, reason=reason_of(error))
     finally:
         free()
+
+
+def outcome_of(run: TrainRun, metric: Metric, result: Any, latest: float | None) -> Outcome:
+    """Of a TrainResult. latest: what its last evaluation said."""
+    if result.paused:
+        return Outcome(state="paused", value=latest)
+    value = metric.of_trial(records_of(run), result, best=run.checkpoint.final == "best")
+    if not math.isfinite(value):
+        return Outcome(state="failed", value=None, reason=f"its {metric.name} is {value}, which is no number to compare")
+    return Outcome(state="finished", value=value)
 
 
 class Listener:

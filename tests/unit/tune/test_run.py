@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 
 from raytune_llm import ConfigError, ResourceError, UserError, api, load_config, load_sweep
 from raytune_llm.report.metrics import read_metrics
+from raytune_llm.tune.metric import Metric
+from raytune_llm.tune.trial import outcome_of
 
 GRID = ("optimizer.lr=1e-9,1e-2,1e-8", "tune=grid", "tune.scheduler=asha", "tune.grace=0.5", "tune.base_first=true")
 
@@ -104,6 +108,17 @@ def test_a_trial_that_breaks_ends_with_its_reason_and_the_others_go_on(chat_rows
 
     result = run_sweep(load_sweep(words(chat_rows, cache, tmp_path, "adapter.rank=2,4", "tune=grid")), train)
     assert [(trial.state, trial.reason) for trial in result.study.trials] == [("failed", "it broke."), ("finished", None)]
+
+
+def test_a_metric_that_is_no_number_is_no_result(chat_rows, cache, tmp_path):
+    figure = ("tune.metric=operator:neg", "tune.mode=max", "train.max_steps=1")
+    with pytest.raises(ConfigError, match=r"tune.metric must return a number .*TypeError"):
+        api.tune(load_sweep(words(chat_rows, cache, tmp_path, "adapter.rank=2,4", "tune=grid", *figure)))
+
+    run = load_config("train", ["data.path=x", f"output_dir={tmp_path}"])
+    infinite = Metric(name="mine", sign=1, at_end=lambda result: math.inf)
+    ended = outcome_of(run, infinite, SimpleNamespace(paused=False), None)
+    assert (ended.state, ended.reason) == ("failed", "its mine is inf, which is no number to compare")
 
 
 def test_one_process_runs_one_trial_at_a_time(chat_rows, cache, tmp_path):
