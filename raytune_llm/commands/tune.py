@@ -126,7 +126,7 @@ def _dry_run(sweep: Sweep, console: Console) -> int:
     settings = sweep.settings
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("trial", *settings, "steps", "GiB", "fits", "time, at least"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     plans = [api.plan(sweep.composed(point)) for point in points]
     rate = api.products_per_s()
     seconds = [
