@@ -140,8 +140,8 @@ def axes_of(space: Mapping[str, Values], zips: Sequence[Sequence[str]]) -> tuple
     return tuple(axes.values())
 
 
-def grid(axes: Sequence[Axis]) -> Iterator[Point]:
-    """All combinations, the last axis fastest. Raises ConfigError for an interval, which has no end of values."""
+def check_grid(axes: Sequence[Axis]) -> None:
+    """Raises ConfigError for an interval, which has no end of values, and for more points than can be looked at beforehand."""
     for axis in axes:
         if isinstance(axis.values, Interval):
             raise ConfigError(axis.name, "must be a list of values where tune=grid", fix="Take tune=random, or write the values.")
@@ -149,6 +149,10 @@ def grid(axes: Sequence[Axis]) -> Iterator[Point]:
     if number > MOST:
         fix = "Take tune=random, or fewer values."
         raise ConfigError("tune", f"can be grid for up to {MOST:,} points", got=f"a grid of {number:,}", fix=fix)
+
+
+def grid(axes: Sequence[Axis]) -> Iterator[Point]:
+    """All combinations, the last axis fastest."""
     for values in product(*(axis.values.ends for axis in axes)):
         yield merged(axis.point(value) for axis, value in zip(axes, values, strict=True))
 

@@ -18,7 +18,7 @@ from typing import Any
 from raytune_llm.config.load import as_override, as_plain, compose, one_value, quoted, swept, to_run
 from raytune_llm.config.run import TrainRun, TuneRun, as_train_run
 from raytune_llm.config.sharing import elsewhere, obstacle
-from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, drawn, ends, grid
+from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, check_grid, drawn, ends, grid
 from raytune_llm.config.tune import TuneConfig
 from raytune_llm.errors import ConfigError
 
@@ -177,6 +177,8 @@ def load_sweep(words: Sequence[str] = (), *, config_dir: str | Path | None = Non
         fix = "Say, 'optimizer.lr=tag(log,interval(1e-5,1e-3))' or adapter.rank=8,16."
         raise ConfigError("the space", "is empty: no setting has several values", fix=fix)
     axes = axes_of(space, run.tune.zip)
+    if run.tune.name == "grid":
+        check_grid(axes)
     for setting in (setting for axis in axes for setting in axis.settings) if run.tune.rounds else ():
         _can_change_on_the_way(setting, "with tune.scheduler=pbt, where a trial resumes from the checkpoint of another")
     for point in run.tune.first:
