@@ -29,15 +29,22 @@ def assemble(
     pad_id: int,
     sample_ids: tuple[int, ...],
     count: int | float,
+    in_lines: bool = False,
 ) -> Batch:
     """The batch of these rows of a store, or of pieces of them.
 
     lines: the documents of each row of the batch. length: tokens of each row of the batch, padding included. count: the number
-    that the batch's loss is divided by.
+    that the batch's loss is divided by. in_lines: each document gets a row of the batch for itself.
     """
     kind = store.kind
     own, *others = (
-        _collated(part, length=length, pad_id=pad_id, sample_ids=sample_ids, end_of_row=store.end_of_row)
+        _collated(
+            _a_line_each(part) if in_lines else part,
+            length=length,
+            pad_id=pad_id,
+            sample_ids=sample_ids,
+            end_of_row=store.end_of_row,
+        )
         for part in dealt(kind, lines)
     )
     batches = [own.batch, *(other.batch for other in others)]
@@ -63,6 +70,10 @@ def dealt(kind: Kind, lines: Sequence[Line]) -> list[Sequence[Line]]:
     each = kind.sides + len(kind.beside)
     own = [[document for number, document in enumerate(line) if number % each < kind.sides] for line in lines]
     return [own, *([line[place::each] for line in lines] for place in range(kind.sides, each))]
+
+
+def _a_line_each(lines: Sequence[Line]) -> Sequence[Line]:
+    return [[document] for line in lines for document in line] or [[]]
 
 
 def collate(

@@ -93,10 +93,21 @@ class Samples:
     not full and a row may be spread over several samples.
     """
 
-    def __init__(self, store: Rows, rows: np.ndarray, *, max_length: int, packing: bool, share_prompts: bool = False) -> None:
+    def __init__(
+        self,
+        store: Rows,
+        rows: np.ndarray,
+        *,
+        max_length: int,
+        packing: bool,
+        share_prompts: bool = False,
+        in_lines: bool = False,
+    ) -> None:
         """rows: numbers of rows; a number that occurs twice is used twice per epoch. share_prompts: the two answers of a pair are
-        computed after one prompt."""
+        computed after one prompt. in_lines: each document has a line of its batch for itself."""
+        assert not (in_lines and (packing or share_prompts)), "a pack is a line of several documents"
         self.store, self.max_length, self.packing, self.share_prompts = store, max_length, packing, share_prompts
+        self.in_lines = in_lines
         self.kind = store.kind
         self.capacity = max_length * self.kind.sides
         """Maximum tokens of a pack."""
@@ -138,7 +149,8 @@ class Samples:
 
     def over(self, rows: np.ndarray) -> Samples:
         """The samples of other rows of the same store, with the same settings."""
-        return Samples(self.store, rows, max_length=self.max_length, packing=self.packing, share_prompts=self.share_prompts)
+        settings = {"packing": self.packing, "share_prompts": self.share_prompts, "in_lines": self.in_lines}
+        return Samples(self.store, rows, max_length=self.max_length, **settings)
 
     def take(self, samples: np.ndarray) -> Samples:
         """These samples in this order, with only the shards that they are in."""
@@ -195,7 +207,8 @@ class Samples:
         return np.diff(self._offsets)
 
     def batch(self, samples: np.ndarray, *, micro_batch_size: int, pad_id: int) -> Batch:
-        """One micro-batch of these samples: one pack per row of the batch, or unpacked rows end to end in a single row."""
+        """One micro-batch of these samples: one pack per row of the batch, or unpacked rows end to end in a single row, or each
+        document in a row of the batch for itself."""
         from raytune_llm.data.batches import assemble, dealt  # imports torch, which takes seconds and is not needed for counting
 
         if self.packing:
@@ -204,8 +217,9 @@ class Samples:
             length = self.capacity
         else:
             lines = [[document for sample in samples.tolist() for document in self[sample]]]
-            joined = max(sum(len(document.ids) for document in line) for (line,) in dealt(self.kind, lines))
-            length = max(-(-joined // JOINED_MULTIPLE), 1) * JOINED_MULTIPLE
+            together = max if self.in_lines else sum
+            longest = max(together([len(document.ids) for document in line] or [0]) for (line,) in dealt(self.kind, lines))
+            length = max(-(-longest // JOINED_MULTIPLE), 1) * JOINED_MULTIPLE
         spans = (slice(*self._offsets[sample : sample + 2].tolist()) for sample in samples.tolist())
         places = np.r_[(slice(0, 0), *spans)]
         return assemble(
@@ -217,6 +231,7 @@ class Samples:
             pad_id=pad_id,
             sample_ids=tuple(samples.tolist()),
             count=self.counts[samples].sum().item(),
+            in_lines=self.in_lines,
         )
 
 

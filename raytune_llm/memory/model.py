@@ -119,8 +119,8 @@ class States:
 
 def dimensions(config: PretrainedConfig) -> Dimensions:
     text: Any = config.get_text_config()
-    heads = text.num_attention_heads
-    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads = getattr(text, "num_attention_heads", None) or 0  # Mamba has none
+    head = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
     return Dimensions(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,

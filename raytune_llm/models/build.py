@@ -18,7 +18,7 @@ from raytune_llm.config.quantization import NoQuantization, QuantizationConfig
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import activations, attention, head
 from raytune_llm.models.adapters import Adapters, Slots, adapt, bank_of, merge
-from raytune_llm.models.attention.isolation import check_isolation
+from raytune_llm.models.attention.isolation import check_isolation, needs_lines
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import check_trainable, load_config, load_model, model_class, positions
@@ -102,8 +102,12 @@ def build_policy(
     for the next model. slots: of a trained bank, empty, in place of the adapter.
     """
     runs_on = runs_on or device
-    case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
-    backend, reason = attention.choose(model.attention, case)
+    in_lines = needs_lines(config, model_class(config))
+    if in_lines:
+        backend, reason = attention.own_layers(model.attention, config)
+    else:
+        case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
+        backend, reason = attention.choose(model.attention, case)
     frozen = not adapter.trains_base or not trains
     load = partial(
         load_model,
@@ -121,7 +125,8 @@ def build_policy(
     else:
         loaded = read()
     merge(loaded, model.merged_adapters)
-    attention.attach(loaded, backend)
+    if not in_lines:
+        attention.attach(loaded, backend)
     base_vocabulary = config.get_text_config().vocab_size
     grow(loaded, first_pieces)
     if not scores:
@@ -145,6 +150,7 @@ def build_policy(
     settings: dict[str, Any] = {
         "compute": compute,
         "attention_backend": backend,
+        "in_lines": in_lines,
         "compiled": compile_layers,
         "offloads": offloads,
         "adapters": adapted,
@@ -189,8 +195,9 @@ def _check_head(model: PreTrainedModel) -> None:
         )
 
 
-def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> PretrainedConfig:
-    """The transformers config of the run's model. Without a path, vocabulary size and special tokens are the tokenizer's."""
+def run_config(model: ModelConfig, tokenizer: Any, max_length: int, *, packing: bool = False) -> PretrainedConfig:
+    """The transformers config of the run's model. Without a path, vocabulary size and special tokens are the tokenizer's.
+    packing: rows are to share a line of a batch."""
     for name in attention.DROPOUT:
         if model.config.get(name):
             raise ConfigError(
@@ -210,10 +217,13 @@ def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> Pretraine
     config = load_config(model.path, changes, revision=model.revision, trust_remote_code=model.trust_remote_code)
     check_trainable(config)
     if (known := model_class(config)) is not None:
-        check_isolation(config, known)
+        check_isolation(config, known, packing=packing)
+        if needs_lines(config, known):
+            attention.own_layers(model.attention, config)
     limit = positions(config)
     if limit is not None and max_length > limit:
         raise ConfigError("data.max_length", f"must be at most the model's {limit} positions", got=max_length, fix="Lower it.")
+    _check_scaled_positions(config, max_length)
     if len(tokenizer) > config.get_text_config().vocab_size and not model.adds_tokens:
         raise ConfigError(
             "model.tokenizer",
@@ -222,3 +232,17 @@ def run_config(model: ModelConfig, tokenizer: Any, max_length: int) -> Pretraine
             fix="Set model.tokenizer=null to use the model's own.",
         )
     return config
+
+
+def _check_scaled_positions(config: PretrainedConfig, max_length: int) -> None:
+    """Raises ConfigError where a row's positions would depend on the rows beside it: LongRoPE (Ding et al. 2024, arXiv
+    2402.13753) has other frequencies for texts longer than the original model's, and transformers chooses by the longest."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and original is not None and max_length > original:
+        raise ConfigError(
+            "data.max_length",
+            f"must be at most {original}, the positions before LongRoPE's scaling: longer rows would change those beside them",
+            got=max_length,
+            fix="Lower it.",
+        )

@@ -124,7 +124,8 @@ def _trained(hidden_BTD: Tensor, batch: Batch) -> Tensor:
 
 
 def _logit_changes(config: Any) -> tuple[float | None, float | None]:
-    """How a few families change the logits: Granite divides, Cohere multiplies, Gemma caps."""
+    """How a few families change the logits: Granite divides, Cohere and Falcon-H1 multiply, Gemma and RecurrentGemma cap."""
     divided = getattr(config, "logits_scaling", None)
-    scale = 1 / divided if divided else getattr(config, "logit_scale", None)
-    return scale, getattr(config, "final_logit_softcapping", None)
+    multiplied = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    return 1 / divided if divided else multiplied, cap

@@ -296,16 +296,17 @@ def _with_score_head(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Of the language model; None if the model comes with its own code."""
+    """Of the language model, with what it has for other media; None if the model comes with its own code."""
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # typed as if a family could have two language models
     with_images: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return known.get(type(config), None) or with_images.get(type(config), None)
+    return (with_images.get(type(config), None) if is_multimodal(config) else None) or known.get(type(config), None)
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """transformers' class for the language model of a config."""
-    only_with_images = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
+    """transformers' class for the language model of a config, with what it has for other media: some families have one without
+    as well, whose weights have other names."""
+    with_images = is_multimodal(config) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if with_images else AutoModelForCausalLM
 
 
 def check_trainable(config: PretrainedConfig) -> None:

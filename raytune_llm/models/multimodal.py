@@ -15,7 +15,9 @@ from transformers.utils.hub import cached_file
 
 from raytune_llm import packaged
 
-TRAINED_ON_TEXT = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+TRAINED_ON_TEXT = (
+    "gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
+)  # fmt: skip
 """Families, by model_type, that compute text exactly as their language model alone does."""
 
 

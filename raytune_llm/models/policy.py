@@ -8,6 +8,7 @@ next-token logits (causal_lm.py), scores of documents (scorer.py).
 from __future__ import annotations
 
 import copy
+import inspect
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -47,6 +48,7 @@ class Policy(nn.Module):
         adapters: Adapters | None = None,
         compute: torch.dtype = torch.float32,
         attention_backend: str = "varlen",
+        in_lines: bool = False,
         compiled: bool = False,
         offloads: bool = False,
         has_new_adapter: bool = False,
@@ -57,7 +59,8 @@ class Policy(nn.Module):
     ) -> None:
         """Matrix products and the residual stream are in `compute`, whatever the dtype of the weights.
 
-        adapters: the model's adapters, if they are not PEFT's. offloads: keep activations in host memory until the backward pass.
+        in_lines: each document has a line of its batch for itself, which transformers' own layers compute. adapters: the model's
+        adapters, if they are not PEFT's. offloads: keep activations in host memory until the backward pass.
         has_new_adapter: without its adapter, the policy is the one that the run started from. has_changed_config: the config
         differs from the base's config.json. base_vocabulary: rows of the base's embeddings; an adapter may have more. left_out:
         weights of a multimodal model that text does not go through; they are saved with a whole model. files_beside: files of
@@ -68,6 +71,7 @@ class Policy(nn.Module):
         self.adapters: Adapters = adapters or PeftAdapters(model, scores=self.scores)
         self.compute = compute
         self.attention_backend = attention_backend
+        self._in_lines = in_lines
         self.compiled = compiled
         self.offloads = offloads
         self._has_new_adapter, self._has_changed_config = has_new_adapter, has_changed_config
@@ -107,7 +111,6 @@ class Policy(nn.Module):
             with self._kept(embedded_BTD):
                 return text_model(self.base)(
                     inputs_embeds=embedded_BTD,
-                    position_ids=inputs.positions_BT,
                     use_cache=False,
                     **self._layer_arguments(inputs, route),
                     **({"output_router_logits": True} if router_logits else {}),
@@ -146,13 +149,22 @@ class Policy(nn.Module):
         return first is not None and any(parameter.requires_grad for parameter in first.parameters())
 
     def _layer_arguments(self, inputs: Inputs, route: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What the layers get beside hidden states and positions: attention's arguments, and the route of several adapters."""
+        """What the layers get beside hidden states: positions, attention's arguments, and the route of several adapters."""
+        if self._in_lines:
+            assert isinstance(inputs, Batch), "check_cached refuses such a model"
+            return self._of_lines(inputs)
+        beside: dict[str, Any] = {"position_ids": inputs.positions_BT}
         if not isinstance(inputs, Batch):
-            return {"cached_rows": inputs, **(route or {})}
+            return {**beside, "cached_rows": inputs, **(route or {})}
         if route is None and inputs.adapter_M is not None:
             route = self.adapters.by_documents(inputs.adapter_M, inputs.cu_seqlens_S, inputs.ids_BT.numel())
         window = getattr(self.base.config.get_text_config(), "sliding_window", None)
-        return {**attention.arguments(self.attention_backend, inputs, window), **(route or {})}
+        return {**beside, **attention.arguments(self.attention_backend, inputs, window), **(route or {})}
+
+    def _of_lines(self, batch: Batch) -> dict[str, Any]:
+        """Of documents that begin their lines: positions, where the model takes them; what pads a line comes after them."""
+        takes_positions = "position_ids" in inspect.signature(cast(Any, text_model(self.base)).forward).parameters
+        return {"position_ids": batch.positions_BT} if takes_positions else {}
 
     def _check_routers(self) -> None:
         setting = "stage.router_aux_loss_coef"

@@ -100,7 +100,7 @@ class Plan:
 def plan(run: TrainRun) -> Plan:
     """Raises ConfigError and DataError as training would. Loads no weights, and reads the data only to hash them."""
     tokenizer, _ = tokenizer_of(run)
-    config = run_config(run.model, tokenizer, run.data.max_length)
+    config = run_config(run.model, tokenizer, run.data.max_length, packing=run.data.packing)
     gpus = gpus_here()
     world_size = _world_size(run, len(gpus))
     accumulation = _accumulation(run, world_size)

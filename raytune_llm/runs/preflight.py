@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from raytune_llm import packaged
 from raytune_llm.config.run import TrainRun
@@ -18,6 +18,7 @@ from raytune_llm.data.readers.declarations import declared, declared_for_evaluat
 from raytune_llm.data.tokens.tokenizer import first_pieces
 from raytune_llm.errors import ConfigError, UserError, first_line
 from raytune_llm.models.adapters import adapt, merge
+from raytune_llm.models.attention.cache import cache_lacks
 from raytune_llm.models.build import run_config
 from raytune_llm.models.generation_config import savable
 from raytune_llm.models.load import load_model
@@ -46,7 +47,7 @@ def _check(run: TrainRun, workspace: Workspace) -> None:
     declared(run.data, ranked=kind.ranked)
     declared_for_evaluation(run.data, ranked=kind.ranked)
     tokenizer, _ = workspace.tokenizer_of(run)
-    config = run_config(run.model, tokenizer, run.data.max_length)
+    config = run_config(run.model, tokenizer, run.data.max_length, packing=run.data.packing)
     with _sizes_fit():
         model = load_model(
             config,
@@ -58,6 +59,7 @@ def _check(run: TrainRun, workspace: Workspace) -> None:
             trust_remote_code=run.model.trust_remote_code,
             scores=stage.scores is not None,
         )
+    _check_answers(run, config)
     pieces = first_pieces(run.model, tokenizer)
     grow(model, pieces)
     savable(_generation_config(run.model.path))
@@ -65,6 +67,19 @@ def _check(run: TrainRun, workspace: Workspace) -> None:
         merge(model, run.model.merged_adapters)
         adapters = adapt(model, run.adapter, scores=stage.scores is not None, new_ids=sorted(pieces))
     build_optimizer(run.optimizer, adapters.model, fused=False, lr_factor=adapters.lr_factor)
+
+
+def _check_answers(run: TrainRun, config: PretrainedConfig) -> None:
+    """Raises ConfigError for answers during a run or after it of a model that the engine in this process does not compute."""
+    lacking = cache_lacks(config)
+    for setting, rows in (("sample_rows", run.train.sample_rows), ("exact_match_rows", run.train.exact_match_rows)):
+        if rows and lacking is not None:
+            raise ConfigError(
+                f"train.{setting}",
+                f"must be 0 for {config.model_type}, {lacking}",
+                got=rows,
+                fix="Set it to 0; predict engine=hf answers rows after training.",
+            )
 
 
 def _generation_config(path: str | None) -> GenerationConfig:

@@ -20,7 +20,9 @@ from raytune_llm.data.samples import Samples
 from raytune_llm.data.streaming import Stream
 from raytune_llm.data.tokens.tokenizer import first_pieces, stop_ids
 from raytune_llm.memory.flops import peak_flops
+from raytune_llm.models.attention.isolation import needs_lines
 from raytune_llm.models.build import run_config
+from raytune_llm.models.load import model_class
 from raytune_llm.object_store import RemoteFolder
 from raytune_llm.report.slow import ignore, notify_if_slow
 from raytune_llm.report.updates import ReferencePass, Update
@@ -114,9 +116,10 @@ class Reads:
 
 def reads_of(run: TrainRun, train_store: str, eval_store: str | None, workspace: Workspace) -> Reads:
     tokenizer, template = workspace.tokenizer_of(run)
-    config = run_config(run.model, tokenizer, run.data.max_length)
+    config = run_config(run.model, tokenizer, run.data.max_length, packing=run.data.packing)
     shares = shares_prompts(run, run.stage.kind, lambda: config)
-    stores = open_stores(run, train_store, eval_store, share_prompts=shares)
+    in_lines = needs_lines(config, model_class(config))
+    stores = open_stores(run, train_store, eval_store, share_prompts=shares, in_lines=in_lines)
     return Reads(
         tokenizer=tokenizer,
         stop_ids=stop_ids(tokenizer, template),

@@ -51,9 +51,12 @@ def shares_prompts(run: TrainRun | PrepareRun, kind: str, model_config: Callable
     return possible
 
 
-def open_stores(run: TrainRun, train_store: str, eval_store: str | None, *, share_prompts: bool = False) -> Stores:
-    """The samples of both splits."""
-    packed = partial(Samples, max_length=run.data.max_length, packing=run.data.packing, share_prompts=share_prompts)
+def open_stores(
+    run: TrainRun, train_store: str, eval_store: str | None, *, share_prompts: bool = False, in_lines: bool = False
+) -> Stores:
+    """The samples of both splits. in_lines: each document is to have a line of its batch for itself."""
+    settings = {"packing": run.data.packing, "share_prompts": share_prompts, "in_lines": in_lines}
+    packed = partial(Samples, max_length=run.data.max_length, **settings)
     if run.data.streaming:
         train = Stream(Path(train_store), window_rows=run.data.streaming_buffer_rows, samples=packed)
         held_out, evaluated, manifests = {}, None, {"train": train.folder.name}

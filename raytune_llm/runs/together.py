@@ -74,7 +74,7 @@ class Room:
 
 def room_for(run: TrainRun, device: torch.device, workspace: Workspace) -> Room:
     tokenizer, _ = workspace.tokenizer_of(run)
-    config = run_config(run.model, tokenizer, run.data.max_length)
+    config = run_config(run.model, tokenizer, run.data.max_length, packing=run.data.packing)
     builders = {size: Builder(run, config, device, together=[run] * size) for size in SIZES}
     return Room(
         usable_bytes=builders[2].usable_bytes,

@@ -6,13 +6,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from raytune_llm.data.batches import collate
 from raytune_llm.errors import ConfigError
+from raytune_llm.losses.tokens import cross_entropy
+from raytune_llm.memory.flops import operations
 from raytune_llm.models import attention
-from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache
-from raytune_llm.models.attention.isolation import check_isolation
+from raytune_llm.models.adapters.method import targeted
+from raytune_llm.models.attention.cache import ATTENDS_TWICE, CachedRows, NewTokens, PagedCache, check_cached
+from raytune_llm.models.attention.isolation import ONE_ROW_A_LINE, check_isolation, needs_lines
+from raytune_llm.models.build import build_policy
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import model_class
-from tests.models import VOCABULARY, logits, packed, some_rows
+from tests.models import VOCABULARY, logits, lora_section, model_section, packed, some_rows
 
 SIZES = (
     {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
@@ -23,16 +28,46 @@ SIZES = (
     | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "sliding_window": 4}
 )
 """By the names that families have for them."""
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}
+ROTARY = {"rotary_dim": 8}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 KEPT_APART = (
     "llama mistral ministral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 olmo olmo2 olmo3 olmoe "
     "cohere cohere2 granite granitemoe gpt2 gpt_bigcode gpt_neox opt starcoder2 glm glm4 glm4_moe smollm3 exaone4 ernie4_5 "
-    "seed_oss hunyuan_v1_dense deepseek_v2 deepseek_v3 minicpm3 helium jetmoe nanochat persimmon apertus"
+    "seed_oss hunyuan_v1_dense deepseek_v2 deepseek_v3 minicpm3 helium jetmoe nanochat persimmon apertus afmoe arcee bitnet "
+    "diffllama ernie4_5_moe exaone_moe flex_olmo glm4_moe_lite granitemoeshared hunyuan_v1_moe hyperclovax internlm3 iquestcoder "
+    "minimax_m2 ministral3 solar_open vaultgemma youtu gpt_oss flint granite_swa granitemoe_swa mimo_v2_flash"
 )
+IN_LINES = {
+    "bamba": MAMBA, "bloom": {}, "codegen": ROTARY, "falcon": {}, "falcon_mamba": {},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 2.0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 4},
+    "gptj": ROTARY, "granitemoehybrid": MAMBA | {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1}, "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}, "mamba": {},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 4},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, "nemotron": {},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 4},
+    "olmo_hybrid": LINEAR, "qwen3_5_moe_text": LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5_text": LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_next": LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 4, "num_hidden_layers": 3},
+    "rwkv": {}, "stablelm": {}, "xglm": {},
+}  # fmt: skip
+"""Architectures that compute a row in a line for itself, and what makes a small one of them."""
 NOT_KEPT_APART = {
-    "in a way of their own": "falcon mpt bloom xglm gptj codegen gpt_neo stablelm openai-gpt bart biogpt",
-    "layers of the kind": "mamba mamba2 falcon_mamba rwkv bamba jamba granitemoehybrid nemotron_h qwen3_next qwen3_5_text zamba2 "
-    "olmo_hybrid recurrent_gemma lfm3 falcon_h1 minimax llama4_text deepseek_v32 kimi_linear",
+    "in a way of their own": "openai-gpt bart biogpt",
+    "layers of the kind": "zamba2 lfm3 llama4_text deepseek_v32 kimi_linear",
+    "attention mask of their own": "doge",
 }
+
+
+ROPES = (
+    {"rope_type": "linear"}, {"rope_type": "dynamic"}, {"rope_type": "yarn", "original_max_position_embeddings": 16},
+    {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    {"rope_type": "longrope", "original_max_position_embeddings": 32, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+)  # fmt: skip
 
 
 def tiny(model_type: str, **changes: object) -> PretrainedConfig:
@@ -58,7 +93,58 @@ def test_a_row_of_a_pack_gets_what_transformers_gives_the_row_alone(model_type: 
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", KEPT_APART.split())
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+def test_scaled_positions_are_those_of_a_row_alone(rope: dict) -> None:
+    model, rows = made(tiny("llama", rope_parameters={"rope_theta": 10000.0, "factor": 2.0, **rope})), some_rows([7, 30, 12])
+    with torch.no_grad():
+        torch.testing.assert_close(model(packed(rows), logits), _alone(model, rows), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["varlen", "sdpa"])
+def test_attention_sinks_take_their_part_and_learn(backend: str) -> None:
+    model, rows = made(tiny("gpt_oss", layer_types=["sliding_attention", "full_attention"])), some_rows([7, 12])
+    for layer in model.base.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    attention.attach(model.base, backend)
+    model(packed(rows), cross_entropy).sum().backward()
+    found = [layer.self_attn.sinks.grad.clone() for layer in model.base.model.layers]
+    model.zero_grad()
+    model.base.set_attn_implementation("eager")
+    for ids, (first, _) in rows:
+        before = model.base(input_ids=torch.tensor(ids).long()[None], use_cache=False).logits[0, first - 1 : -1]
+        torch.nn.functional.cross_entropy(before, torch.tensor(ids[first:]).long(), reduction="sum").backward()
+    for layer, grad in zip(model.base.model.layers, found, strict=True):
+        torch.testing.assert_close(grad, layer.self_attn.sinks.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", IN_LINES)
+def test_a_row_in_a_line_for_itself_gets_what_transformers_gives_the_row_alone(model_type: str) -> None:
+    """Its adapter's tensors all get a gradient."""
+    config = tiny(model_type, **IN_LINES[model_type])
+    settings = {"compute": torch.float32, "seed": 0, "device": torch.device("cpu")}
+    model, choice = build_policy(config, model_section(path=None, weights="random"), lora_section(), **settings)
+    assert isinstance(model, CausalLM) and "a row in a line for itself" in choice
+    operations(model, config)
+    model, rows = model.eval(), some_rows([7, 12, 9])
+    batch = collate([[row] for row in rows], length=16, pad_id=0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch, logits), _by_itself_each(model, rows), atol=2e-5, rtol=1e-4)
+    model.train()(batch, cross_entropy).sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.grad is not None for parameter in trained)
+
+
+@pytest.mark.parametrize("model_type", IN_LINES)
+def test_a_model_that_needs_lines_is_refused_in_packs_with_the_setting_that_gives_them(model_type: str) -> None:
+    config = tiny(model_type, **IN_LINES[model_type])
+    known = model_class(config)
+    assert known is not None and needs_lines(config, known)
+    check_isolation(config, known)
+    with pytest.raises(ConfigError, match=rf"data\.packing must be false for {model_type}, .* Set data\.packing=false"):
+        check_isolation(config, known, packing=True)
+
+
+@pytest.mark.parametrize("model_type", sorted({*KEPT_APART.split()} - {*ATTENDS_TWICE}))
 def test_a_row_over_a_cache_gets_what_transformers_gives_it_at_once(model_type: str) -> None:
     """A chunk, then the rest a token at a time, which ends beyond the window; two rows in a step."""
     model, rows = made(tiny(model_type)), some_rows([12, 12])
@@ -78,6 +164,10 @@ def test_a_row_over_a_cache_gets_what_transformers_gives_it_at_once(model_type: 
 def _alone(model: CausalLM, rows: list) -> torch.Tensor:
     """By transformers' own attention, of which sdpa leaves caps of scores out."""
     model.base.set_attn_implementation("eager")
+    return _by_itself_each(model, rows)
+
+
+def _by_itself_each(model: CausalLM, rows: list) -> torch.Tensor:
     return torch.cat([_by_itself(model, ids, first) for ids, (first, _) in rows])
 
 
@@ -99,11 +189,42 @@ def test_a_model_whose_rows_would_see_each_other_is_refused_by_its_config(model_
 
 @pytest.mark.parametrize(
     ("model_type", "said"),
-    [("doge", "its own attention mask"), ("nemotron", "passes cu_seqlens on"), ("bert", "causal attention")],
+    [("bert", "causal attention"), ("roberta", "causal attention")],
 )
 def test_a_model_of_which_that_shows_in_its_layers_is_refused_by_them(model_type: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         made(tiny(model_type))(packed(some_rows([7, 12])), logits)
+
+
+def test_the_lines_of_every_family_that_needs_them_are_tried() -> None:
+    assert sorted(IN_LINES) == sorted(ONE_ROW_A_LINE)
+
+
+@pytest.mark.parametrize("model_type", ["phimoe", "qwen2_moe"])
+def test_a_window_that_a_model_puts_in_its_mask_alone_is_kept(model_type: str) -> None:
+    windows = {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}
+    model, rows = made(tiny(model_type, **windows if model_type == "qwen2_moe" else {})), some_rows([7, 12])
+    with torch.no_grad():
+        torch.testing.assert_close(model(packed(rows), logits), _alone(model, rows), atol=2e-5, rtol=1e-4)
+
+
+def test_no_adapter_is_put_on_a_layer_that_is_passed_over() -> None:
+    """A state-space mixer's kernels read the weights of its other layers."""
+    model = AutoModelForCausalLM.from_config(tiny("jamba", **IN_LINES["jamba"]))
+    names = {name.rpartition(".")[2] for name in targeted(model, lora_section())}
+    assert "in_proj" in names and not names & {"out_proj", "x_proj", "dt_proj", "conv1d"}
+    with pytest.raises(ConfigError, match=r"adapter\.targets must leave out layers that are not called.*dt_proj"):
+        targeted(model, lora_section(targets=["in_proj", "dt_proj"]))
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "bloom", "nemotron", "qwen3_next", *ATTENDS_TWICE])
+def test_a_model_that_a_cache_of_keys_and_values_is_not_enough_for_is_refused_by_it(model_type: str) -> None:
+    with pytest.raises(ConfigError, match=f"engine can't be native for {model_type}, whose layers .* Set engine=hf"):
+        check_cached(tiny(model_type, **IN_LINES.get(model_type, {})))
+
+
+def test_a_router_that_is_a_linear_layer_gets_no_adapter() -> None:
+    assert not any("router" in name for name in targeted(AutoModelForCausalLM.from_config(tiny("phimoe")), lora_section()))
 
 
 def test_a_hybrid_family_without_a_layer_that_carries_a_state_is_taken() -> None:

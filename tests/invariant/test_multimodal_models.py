@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from raytune_llm import ConfigError, api
+from raytune_llm.data.batches import collate
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.models import attention
+from raytune_llm.models.attention.isolation import needs_lines
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import auto_class, load_config, load_model
 from raytune_llm.models.multimodal import TRAINED_ON_TEXT
@@ -30,6 +32,11 @@ TOWER = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28,
     "patch_size": 14, "head_dim": 8,
 }  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+LINEAR = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
 QWEN = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 1, "intermediate_size": 48}
 QWEN |= {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [0]}
 CONFIGS = {
@@ -43,6 +50,9 @@ CONFIGS = {
     "qwen2_vl": {"text_config": TEXT | ROPE, "vision_config": QWEN},
     "qwen2_5_vl": {"text_config": TEXT | ROPE, "vision_config": QWEN},
     "qwen3_vl": {"text_config": TEXT | ROPE, "vision_config": QWEN},
+    "qwen3_vl_moe": {"text_config": TEXT | ROPE | EXPERTS, "vision_config": QWEN},
+    "qwen3_5": {"text_config": TEXT | ROPE | LINEAR, "vision_config": QWEN},
+    "qwen3_5_moe": {"text_config": TEXT | ROPE | LINEAR | EXPERTS, "vision_config": QWEN},
 }
 MARKS = {"image_token_id": 259, "image_token_index": 259, "video_token_id": 260, "boi_token_index": 260, "eoi_token_index": 261}
 
@@ -74,20 +84,24 @@ def test_every_family_is_tried() -> None:
 
 
 @pytest.mark.parametrize("model_type", TRAINED_ON_TEXT)
-def test_a_row_of_a_pack_gets_what_the_whole_model_gives_it(model_type: str, tmp_path: Path) -> None:
+def test_a_row_beside_another_gets_what_the_whole_model_gives_it(model_type: str, tmp_path: Path) -> None:
     path = stored(model_type, tmp_path)
     model = load_model(load_config(path, {}), path, weights="pretrained", dtype=torch.float32, seed=0)
     assert not of_other_media(model) and of_other_media(whole(path))
-    attention.attach(model, "varlen")
-    rows, plain = some_rows([7, 12]), whole(path)
+    rows, plain, in_lines = some_rows([7, 12]), whole(path), needs_lines(model.config, type(model))
+    if not in_lines:
+        attention.attach(model, "varlen")
+    batch = collate([[row] for row in rows], length=16, pad_id=0) if in_lines else packed(rows)
     with torch.no_grad():
-        together = CausalLM(model.eval())(packed(rows), logits)
+        together = CausalLM(model.eval(), in_lines=in_lines)(batch, logits)
         alone = [plain(input_ids=torch.tensor(ids).long()[None]).logits[0, first - 1 : -1] for ids, (first, _) in rows]
     torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "none"])
-@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_vl"])
+@pytest.mark.parametrize(
+    ("model_type", "adapter"),
+    [("gemma3", "lora"), ("gemma3", "none"), ("qwen2_vl", "lora"), ("qwen2_vl", "none"), ("qwen3_5", "none")],
+)
 def test_what_is_saved_loads_in_transformers_with_its_towers_as_they_were(
     model_type: str, adapter: str, chat_rows: str, cache: str, tmp_path: Path
 ) -> None:
@@ -96,6 +110,7 @@ def test_what_is_saved_loads_in_transformers_with_its_towers_as_they_were(
     for file in processor:
         file.write_text(f'{{"size": {len(file.name)}}}')
     settings = ["model=hub", f"model.path={path}", "model.tokenizer=bytes", f"adapter={adapter}", "train.max_steps=2"]
+    settings += ["data.packing=false"] if model_type == "qwen3_5" else []
     run = tiny_run(chat_rows, cache, tmp_path / "run", *settings)
     api.train(run)
     final = tmp_path / "run" / "final"

@@ -11,35 +11,56 @@ from transformers import AutoConfig
 
 from raytune_llm.data.templates.named import guess
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.attention.isolation import check_isolation
+from raytune_llm.models.attention.isolation import check_isolation, needs_lines
 from raytune_llm.models.load import check_trainable, model_class
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 UNNAMED = {"hub", "tiny_random"}
 """Options that are no checkpoint of the hub."""
 ARCHITECTURES = {
-    "apertus": "apertus", "arcee": "arcee", "aya": "cohere", "codegemma": "gemma", "cohere": "cohere", "cohere2": "cohere2",
-    "deepseek_coder": "llama", "deepseek_llm": "llama", "deepseek_r1": "deepseek_v3", "deepseek_r1_distill_llama": "llama",
-    "deepseek_r1_distill_qwen": "qwen2", "deepseek_v2": "deepseek_v2", "deepseek_v3": "deepseek_v3", "dots1": "dots1",
-    "ernie4_5": "ernie4_5", "ernie4_5_moe": "ernie4_5_moe", "exaone4": "exaone4", "falcon3": "llama", "gemma": "gemma",
-    "gemma2": "gemma2", "gemma3": "gemma3_text", "gemma3_vl": "gemma3", "glm4": "glm4", "glm4_moe": "glm4_moe",
-    "glm4_moe_lite": "glm4_moe_lite", "glm_4": "glm", "glm_z1": "glm4", "gpt2": "gpt2", "granite3": "granite",
+    "apertus": "apertus", "arcee": "arcee", "aya": "cohere", "bloom": "bloom", "codegemma": "gemma", "cohere": "cohere",
+    "cohere2": "cohere2", "deepseek_coder": "llama", "deepseek_llm": "llama", "deepseek_r1": "deepseek_v3",
+    "deepseek_r1_distill_llama": "llama", "deepseek_r1_distill_qwen": "qwen2", "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3", "dots1": "dots1", "ernie4_5": "ernie4_5", "ernie4_5_moe": "ernie4_5_moe",
+    "exaone4": "exaone4", "falcon": "falcon", "falcon3": "llama", "falcon_h1": "falcon_h1", "falcon_mamba": "falcon_mamba",
+    "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text", "gemma3_vl": "gemma3", "gemma3n": "gemma3n",
+    "gemma4": "gemma4", "glm4": "glm4", "glm4_moe": "glm4_moe", "glm4_moe_lite": "glm4_moe_lite", "glm_4": "glm",
+    "glm_z1": "glm4", "gpt2": "gpt2", "gpt_oss": "gpt_oss", "granite3": "granite", "granite4": "granitemoehybrid",
     "granitemoe": "granitemoe", "helium": "helium", "hunyuan": "hunyuan_v1_dense", "hunyuan_moe": "hunyuan_v1_moe",
-    "llama2": "llama", "llama3": "llama", "llava": "llava", "minicpm3": "minicpm3", "minimax_m2": "minimax_m2",
+    "jamba": "jamba", "lfm2": "lfm2", "lfm2_moe": "lfm2_moe", "llama2": "llama", "llama3": "llama", "llama4": "llama4",
+    "llava": "llava", "mamba": "mamba", "mamba2": "mamba2", "minicpm3": "minicpm3", "minimax_m2": "minimax_m2",
     "ministral": "mistral", "mistral": "mistral", "mistral3": "mistral3", "mixtral": "mixtral", "moonlight": "deepseek_v3",
-    "olmo": "olmo", "olmo2": "olmo2", "olmo3": "olmo3", "olmoe": "olmoe", "openchat": "mistral", "opencoder": "llama",
-    "opt": "opt", "phi1_5": "phi", "phi2": "phi", "phi3": "phi3", "phi4": "phi3", "pythia": "gpt_neox", "qwen1_5": "qwen2",
+    "nemotron": "nemotron", "nemotron_h": "nemotron_h", "olmo": "olmo", "olmo2": "olmo2", "olmo3": "olmo3",
+    "olmoe": "olmoe", "openchat": "mistral", "opencoder": "llama", "opt": "opt", "phi1_5": "phi", "phi2": "phi",
+    "phi3": "phi3", "phi4": "phi3", "phimoe": "phimoe", "pythia": "gpt_neox", "qwen1_5": "qwen2",
     "qwen1_5_moe": "qwen2_moe", "qwen2": "qwen2", "qwen2_5": "qwen2", "qwen2_5_vl": "qwen2_5_vl", "qwen2_vl": "qwen2_vl",
-    "qwen3": "qwen3", "qwen3_moe": "qwen3_moe", "qwen3_vl": "qwen3_vl", "qwq": "qwen2", "seed_coder": "llama",
-    "seed_oss": "seed_oss", "smollm": "llama", "smollm2": "llama", "smollm3": "smollm3", "solar": "llama",
-    "starcoder2": "starcoder2", "tinyllama": "llama", "vicuna": "llama", "yi1_5": "llama", "zephyr": "mistral",
+    "qwen3": "qwen3", "qwen3_5": "qwen3_5", "qwen3_5_moe": "qwen3_5_moe", "qwen3_moe": "qwen3_moe",
+    "qwen3_next": "qwen3_next", "qwen3_vl": "qwen3_vl", "qwq": "qwen2", "recurrent_gemma": "recurrent_gemma",
+    "seed_coder": "llama", "seed_oss": "seed_oss", "smollm": "llama", "smollm2": "llama", "smollm3": "smollm3",
+    "solar": "llama", "stablelm2": "stablelm", "starcoder2": "starcoder2", "tinyllama": "llama", "vicuna": "llama",
+    "yi1_5": "llama", "zephyr": "mistral",
 }  # fmt: skip
 """By the start of a name: the model_type in the checkpoint's config.json. The longest start counts."""
+LAYERS = {model_type: {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2} for model_type in ("lfm2", "lfm2_moe")}
+"""Where a config without entries has other layers than the checkpoints."""
+NOT_TRAINED = {"gemma3n": "a model of other media", "gemma4": "a model of other media", "llama4": "a model of other media"}
+"""What has several media and is not among those that are trained on text."""
 HEAD = """\
 # Models
 
 `model=NAME` takes a checkpoint of the hub by a short name; `model=hub model.path=...` takes any other, or a folder. What
 decides whether a model can be trained is its architecture, the `model_type` of its `config.json`, not whether it is listed here.
+
+`in packs` is `data.packing=true`, the default. `a row a line` needs `data.packing=false`: layers that carry a state from token to
+token, or that compute attention in a way of their own, know no boundaries between the rows of a pack, so each row has a line of
+its batch for itself, padded at its end, and transformers' own layers compute it. Such a model generates with `engine=hf`. Both
+are held against transformers by tests on small models with random weights; what neither fits is refused by name.
+
+Scaled positions (`model.config.rope_scaling`: linear, dynamic, yarn, llama3) are computed in packs as alone. LongRoPE has two
+sets of frequencies, chosen by the longest row of a batch, so `data.max_length` must stay within the positions of the first.
+
+An adapter on all linear layers leaves out routers that are linear layers, and of state-space mixers (Mamba) all but `in_proj`,
+since their kernels read the weights of the others past any adapter.
 
 The template is the one that `data.template=null` falls back on for a tokenizer without a chat template of its own, as base
 models often have; where there is none, set `data.template`.
@@ -75,13 +96,13 @@ def _rows() -> Iterator[str]:
 
 @lru_cache
 def trained(model_type: str) -> str:
-    """In packs, or why not at all."""
-    config = AutoConfig.for_model(model_type)
+    """In packs, in lines, or why not at all."""
+    config = AutoConfig.for_model(model_type, **LAYERS.get(model_type, {}))
     try:
         check_trainable(config)
         known = model_class(config)
         assert known is not None
         check_isolation(config, known)
     except ConfigError as error:
-        return f"no: {error.rule.rpartition(': ')[2].rpartition(', which ')[2] or error.rule}"
-    return "in packs"
+        return f"no: {NOT_TRAINED.get(model_type) or error.rule.rpartition(': ')[2]}"
+    return "a row a line" if needs_lines(config, known) else "in packs"

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from raytune_llm.config.load import options
-from tests.pages import models
+from tests.pages import models, support
 from tests.pages.__main__ import DOCS
 
 REMAKE = "python -m tests.pages makes it again"
@@ -14,6 +14,23 @@ REMAKE = "python -m tests.pages makes it again"
 
 def test_the_page_of_models_is_current() -> None:
     assert (DOCS / "models.md").read_text(encoding="utf-8") == models.page(), REMAKE
+
+
+def test_the_page_of_what_goes_with_what_is_current() -> None:
+    assert (DOCS / "support.md").read_text(encoding="utf-8") == support.page(), REMAKE
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({"adapter": "lora", "strategy": "fsdp"}, None),
+        ({"quantization": "bnb_nf4", "strategy": "zero3"}, "Set strategy=ddp, or quantization=none."),
+        ({"adapter": "loftq", "quantization": "none"}, "Set quantization=bnb_nf4, or adapter=lora."),
+    ],
+)
+def test_a_pair_is_what_the_rules_say_of_it(choice: dict[str, str], said: str | None) -> None:
+    refusal = support.refusal(choice)
+    assert refusal is None if said is None else refusal is not None and refusal.endswith(said)
 
 
 def test_every_checkpoint_by_name_is_nothing_but_its_hub_id() -> None:

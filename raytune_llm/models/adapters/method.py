@@ -17,7 +17,7 @@ from raytune_llm.config.adapter import Layered
 from raytune_llm.config.section import settings_of
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.banked import BankedLinear
-from raytune_llm.models.layers import named_layers
+from raytune_llm.models.layers import named_layers, reads_weights
 from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
 
 LINEAR = nn.Linear | Conv1D | QuantizedLinear
@@ -74,7 +74,7 @@ def new_config(model: PreTrainedModel, section: Layered, method: Method) -> tupl
     config: Any = method.config(**settings)
     some_layers = section.last_layers is not None or section.layers is not None
     targets = section.targets
-    if some_layers:
+    if some_layers or (targets == ALL_LINEAR and _passed_over(model)):
         config.target_modules = "|".join(map(re.escape, layers))
     else:
         config.target_modules = targets if isinstance(targets, str) else set(targets)
@@ -91,7 +91,12 @@ def targeted(model: PreTrainedModel, section: Layered) -> Layers:
     """The layers that adapter.targets names, of those that adapter.last_layers or adapter.layers do. Raises ConfigError for a
     name that no layer has."""
     targets = section.targets
-    linear = {name: module for name, module in _of_base(model) if isinstance(module, LINEAR | nn.Embedding)}
+    passed_over = _passed_over(model)
+    linear = {
+        name: module
+        for name, module in _of_base(model)
+        if isinstance(module, LINEAR | nn.Embedding) and (name not in passed_over or targets != ALL_LINEAR)
+    }
     head, is_wanted = model.get_output_embeddings(), _pattern(targets)
     found = {
         name: module
@@ -107,6 +112,9 @@ def targeted(model: PreTrainedModel, section: Layered) -> Layers:
             rule = "is a regular expression, and must match whole names of the model's linear layers"
             fix = f"Names are a list, adapter.targets=[{targets}]. {fix}"
         raise ConfigError("adapter.targets", rule, got=unknown or targets, fix=fix)
+    if never := sorted(passed_over & found.keys()):
+        rule = "must leave out layers that are not called: their model reads their weights, or takes more from them than products"
+        raise ConfigError("adapter.targets", rule, got=never[0], fix="Leave them out, or set adapter.targets=all-linear.")
     last, names = section.last_layers, [name for name, _ in named_layers(model)]
     numbers = section.layers if last is None else range(max(len(names) - last, 0), len(names))
     if numbers is None:
@@ -114,6 +122,18 @@ def targeted(model: PreTrainedModel, section: Layered) -> Layers:
     chosen = tuple(f"{names[number]}." for number in layer_numbers(numbers, len(names)))
     of_layers = tuple(f"{name}." for name in names)  # what lies outside of them, as embeddings do, was asked for by name
     return {name: module for name, module in found.items() if name.startswith(chosen) or not name.startswith(of_layers)}
+
+
+def _passed_over(model: PreTrainedModel) -> set[str]:
+    """Names of linear layers on which an adapter would have no effect (reads_weights), or break what calls them: routers of
+    experts that are linear layers and give more than a product (Phi-3.5-MoE, Llama 4)."""
+    mixers = {name for name, module in _of_base(model) if reads_weights(module)}
+    return {
+        name
+        for name, module in _of_base(model)
+        if isinstance(module, LINEAR)
+        and (type(module).__name__.endswith("Router") or (name.rpartition(".")[0] in mixers and not name.endswith(".in_proj")))
+    }
 
 
 def _pattern(targets: str | list[str]) -> Callable[[str], bool]:

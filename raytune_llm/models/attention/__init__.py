@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.attention import documents
 from raytune_llm.models.attention.backends import flash2, flash3, flash4, flex, sdpa, varlen
-from raytune_llm.models.attention.isolation import check_isolation
+from raytune_llm.models.attention.isolation import ONE_ROW_A_LINE, check_isolation
 from raytune_llm.models.multimodal import text_model
 from raytune_llm.records import Batch, Prefixes
 
@@ -46,6 +46,9 @@ other packages are taken where they are asked for. FlexAttention comes last, and
 varlen leaves is float32, for which torch (2.13) computes its backward pass in tiles of 16 by 16, a head_dim above 256,
 for which it has no tiles of their own, and GPUs that it does not run on."""
 
+WITH_SINKS = ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash")
+"""Architectures, by model_type, whose heads have attention sinks."""
+
 DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 """Names that configs of models have for the part of attention's weights that is dropped in training."""
 
@@ -62,6 +65,8 @@ class Case:
     """head_dim."""
     softcap: bool = False
     """Scores are capped, as in Gemma 2."""
+    sinks: bool = False
+    """Heads have a learnt score beside those of the keys, as in gpt-oss."""
 
 
 def case_of(config: PretrainedConfig, device_type: str, capability: tuple[int, int], dtype: torch.dtype) -> Case:
@@ -72,6 +77,7 @@ def case_of(config: PretrainedConfig, device_type: str, capability: tuple[int, i
         capability=capability,
         head=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
+        sinks=text.model_type in WITH_SINKS,
     )
 
 
@@ -91,6 +97,8 @@ def _flash_lacks(case: Case, *, name: str) -> str | None:
         return f"{name} needs a GPU"
     if case.dtype not in (torch.bfloat16, torch.float16):
         return f"{name} needs bf16 or fp16, this run computes in {str(case.dtype).removeprefix('torch.')}"
+    if case.sinks:
+        return f"{name} has no attention sinks"
     if case.capability < (8, 0):
         return f"{name} needs compute capability 8.0, this GPU has {case.capability[0]}.{case.capability[1]}"
     if case.head > 256 or case.head % 8:
@@ -187,8 +195,20 @@ def choose(asked: str, case: Case) -> tuple[str, str]:
     return backend, "; ".join([*passed_over, WHAT.get((backend, case.device_type), "")])
 
 
+def own_layers(asked: str, config: PretrainedConfig) -> tuple[str, str]:
+    """The choice for a model that computes a row in a line of its own, by transformers' layers as they are, and its reason."""
+    if asked != "auto":
+        raise ConfigError(
+            "model.attention",
+            f"must be auto for {config.model_type}, whose own layers compute a row in a line for itself",
+            got=asked,
+            fix="Set model.attention=auto.",
+        )
+    return "transformers", f"the own layers of {config.model_type}, a row in a line for itself"
+
+
 def _order(case: Case) -> tuple[str, ...]:
-    if case.softcap:
+    if case.softcap or case.sinks:
         return "varlen", "flex", "sdpa"
     return ("flash3", *BY_ITSELF) if _is_hopper(case) else BY_ITSELF
 
@@ -208,7 +228,8 @@ def attach(model: PreTrainedModel, backend: str) -> None:
     Raises ConfigError for a model that has more than them to take something from token to token."""
     check_isolation(model.config, type(model))
     tell_torch(backend)
-    name = f"raytune_{backend.replace('flash', 'fa')}"  # where a name says flash, transformers prepares its own FlashAttention
+    # Where a name says flash, transformers prepares its own FlashAttention; where it says sdpa, a model may have none.
+    name = f"raytune_{backend.replace('flash', 'fa').replace('sdpa', 'masked')}"
     AttentionInterface.register(name, BACKENDS[backend])
     text: Any = text_model(model)
     text.set_attn_implementation(name)
@@ -236,6 +257,10 @@ def shares_prefixes(asked: str, config: PretrainedConfig) -> bool:
     that came before, not at a window of it or at a state that is carried on. On every device the same, so that runs are."""
     text: Any = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if text.model_type in ONE_ROW_A_LINE:
+        return False
+    if text.model_type in WITH_SINKS:
+        return False
     whole = kinds == {"full_attention"} and getattr(text, "sliding_window", None) is None
     return whole and getattr(text, "attn_logit_softcapping", None) is None and (asked == "auto" or asked in PREFIXED)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.attention.cache import CachedRows
@@ -48,11 +48,13 @@ def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[
         cached_rows: CachedRows | DecodeStep | None = None,
         **of_batch: Any,
     ) -> tuple[Tensor, None]:
-        scores = Scores(scaling, sliding_window, softcap)
         _check(module, attention_mask)
+        sliding_window = _window_in_mask(module) if sliding_window is None else sliding_window
         if cached_rows is not None:
+            scores = Scores(scaling, sliding_window, softcap)
             return cached_attention(module, query, key, value, scores, cached_rows, s_aux), None
-        _check_of_batch(s_aux, of_batch)
+        scores = Scores(scaling, sliding_window, softcap, s_aux)
+        _check_of_batch(of_batch)
         narrower = query.shape[-1] - value.shape[-1]  # as in multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434)
         if narrower:
             out = attend(query, key, F.pad(value, (0, narrower)), scores, **of_batch)
@@ -70,9 +72,17 @@ def _check(module: nn.Module, attention_mask: Tensor | None) -> None:
         raise ConfigError("model.path", "must be a model with causal attention")
 
 
-def _check_of_batch(s_aux: Tensor | None, of_batch: Mapping[str, Any]) -> None:
-    if s_aux is not None:
-        raise ConfigError("model.path", "must be a model without attention sinks, which no back end supports")
+def _window_in_mask(module: nn.Module) -> int | None:
+    """The window of a layer whose model puts it in the mask that it makes (Qwen2-MoE, Phi-3.5-MoE), of which back ends see
+    nothing, and does not pass it."""
+    config: Any = getattr(module, "config", None)
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and kinds[module.layer_idx] != "sliding_attention"):  # type: ignore[index]
+        return None
+    return window
+
+
+def _check_of_batch(of_batch: Mapping[str, Any]) -> None:
     if "cu_seqlens_S" not in of_batch and "block_masks" not in of_batch:
         raise ConfigError("model.path", "must be a model that passes cu_seqlens on to its layers")
 
@@ -91,14 +101,17 @@ def varlen(
 ) -> Tensor:
     """Each document attends to itself and to its shared prompt: FlashAttention over boundaries on a GPU, a document at a time
     on a CPU."""
-    scaling, sliding_window, softcap = scores
+    scaling, sliding_window, softcap, sinks_H = scores
     B, H, T, head = query.shape
-    if cu_seqlens_S.shape[0] == 2 and sliding_window is None and softcap is None:
+    plain = sliding_window is None and softcap is None and sinks_H is None
+    if cu_seqlens_S.shape[0] == 2 and plain:
         return _whole(query, key, value, scaling)
     q, k, v = _flat(query, key, value)
+    if q.is_cuda:
+        _check_no_sinks(scores)
     if q.is_cuda and prefixes is None:
         out = _over_boundaries(q, k, v, cu_seqlens_S, max_seqlen, scores)
-    elif sliding_window is None and softcap is None:
+    elif plain:
         out = document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scaling)
     else:
         out = torch.cat(
@@ -121,6 +134,7 @@ def flash3(
 ) -> Tensor:
     """FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608), which torch uses in place of its own version 2."""
     B, H, T, head = query.shape
+    _check_no_sinks(scores)
     q, k, v = _flat(query, key, value)
     if scores.sliding_window is None:
         out: Any = document_attention(q, k, v, cu_seqlens_S, max_seqlen, prefixes, scores.scaling)
@@ -164,7 +178,8 @@ def _packaged(
     **_: object,
 ) -> Tensor:
     """FlashAttention from a package of its own."""
-    scaling, sliding_window, softcap = scores
+    scaling, sliding_window, softcap, _ = scores
+    _check_no_sinks(scores)
     B, H, T, head = query.shape
     q, k, v = _flat(query, key, value)
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
@@ -191,14 +206,14 @@ flash2, flash4 = (partial(_packaged, attend=attend) for attend in (_flash2, _fla
 @as_transformers_calls
 def flex(query: Tensor, key: Tensor, value: Tensor, scores: Scores, *, block_masks: dict[int, BlockMask], **_: object) -> Tensor:
     """FlexAttention (Dong et al. 2024, arXiv 2412.05496) over blocks that are not empty; `block_masks` by window, 0 for none."""
-    scaling, sliding_window, softcap = scores
+    scaling, sliding_window, softcap, sinks_H = scores
 
     def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
     attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    out = attend(
+    found = attend(
         query,
         key,
         value,
@@ -206,8 +221,15 @@ def flex(query: Tensor, key: Tensor, value: Tensor, scores: Scores, *, block_mas
         block_mask=block_masks[sliding_window or 0],
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
+        return_aux=None if sinks_H is None else AuxRequest(lse=True),
     )
+    out = found if sinks_H is None else with_sinks(found[0], found[1].lse, sinks_H)
     return out.transpose(1, 2).contiguous()
+
+
+def with_sinks(out_BHTD: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> Tensor:
+    """The weights of all keys and a sink add up to 1, so those of the keys alone are too large by 1 + exp(sink - log-sum-exp)."""
+    return out_BHTD * torch.sigmoid(lse_BHT - sinks_H.float()[:, None]).to(out_BHTD.dtype)[..., None]
 
 
 @as_transformers_calls
@@ -223,7 +245,7 @@ def sdpa(
 ) -> Tensor:
     """The plain twin: one call with a mask of T x T a pack. Costs the whole square; for checks, and where nothing else runs."""
     mask = document_mask(cu_seqlens_S, query.shape[0], query.shape[2], scores.sliding_window, prefixes)
-    return masked_attention(query, key, value, mask, scores).transpose(1, 2).contiguous()
+    return masked_attention(query, key, value, mask, scores, _over_queries(scores.sinks_H)).transpose(1, 2).contiguous()
 
 
 def _whole(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
@@ -242,13 +264,29 @@ def _documents(cu_seqlens_S: Tensor) -> list[tuple[int, int]]:
 
 def _one_document(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
     """[L, H, Dh] for q, [L, Hk, Dh] for k and v."""
-    L, (scaling, sliding_window, softcap) = q.shape[0], scores
+    L, (scaling, sliding_window, softcap, sinks_H) = q.shape[0], scores
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    if softcap is not None or (sliding_window is not None and sliding_window < L):
-        out = masked_attention(q, k, v, document_mask(torch.tensor([0, L]), 1, L, sliding_window), scores)
+    if softcap is not None or sinks_H is not None or (sliding_window is not None and sliding_window < L):
+        mask = document_mask(torch.tensor([0, L]), 1, L, sliding_window)
+        out = masked_attention(q, k, v, mask, scores, _over_queries(sinks_H))
     else:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1])
     return out.squeeze(0).transpose(0, 1)
+
+
+def _over_queries(sinks_H: Tensor | None) -> Tensor | None:
+    """[H, 1]"""
+    return None if sinks_H is None else sinks_H[:, None]
+
+
+def _check_no_sinks(scores: Scores) -> None:
+    """For a model that is not known beforehand to have some."""
+    if scores.sinks_H is not None:
+        raise ConfigError(
+            "model.attention",
+            "can't be FlashAttention for a model with attention sinks",
+            fix="Set model.attention=flex, or sdpa.",
+        )
 
 
 def _flat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

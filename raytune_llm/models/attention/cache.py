@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.attention.isolation import ATTENDS
+from raytune_llm.models.attention.isolation import ATTENDS, ONE_ROW_A_LINE
 
 
 class PagedCache:
@@ -71,17 +71,25 @@ class PagedCache:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
+ATTENDS_TWICE = ("diffllama",)
+"""Architectures, by model_type, whose layers call attention more than once: a cache would hold the last call's values alone."""
+
+
 def check_cached(config: PretrainedConfig) -> None:
-    """Raises ConfigError for a model whose layers carry more from token to token than keys and values."""
+    """Raises ConfigError for a model that a cache of keys and values is not enough for."""
+    if (lacking := cache_lacks(config)) is not None:
+        raise ConfigError("engine", f"can't be native for {config.model_type}, {lacking}", got="native", fix="Set engine=hf.")
+
+
+def cache_lacks(config: PretrainedConfig) -> str | None:
+    """Why a model is not computed over a cache of keys and values, if it is not."""
     text: Any = config.get_text_config()
-    if others := set(getattr(text, "layer_types", None) or ()) - ATTENDS:
-        kinds = ", ".join(sorted(others))
-        raise ConfigError(
-            "engine",
-            f"can't be native for {config.model_type}, whose layers ({kinds}) have more state than keys and values",
-            got="native",
-            fix="Set engine=hf.",
-        )
+    kinds = getattr(text, "layer_types", None) or []
+    if others := sorted(set(kinds) - ATTENDS):
+        return f"whose layers ({', '.join(others)}) have more state than keys and values"
+    if text.model_type in ATTENDS_TWICE:
+        return "whose layers attend twice, with the same keys and other values"
+    return "whose layers keep what they need in a way of their own" if text.model_type in ONE_ROW_A_LINE and not kinds else None
 
 
 class NewTokens(NamedTuple):

@@ -1,7 +1,8 @@
-"""Which models keep the documents of a pack apart.
+"""Which models keep the documents of a pack apart, and which need a line of a batch for each row.
 
 Attention's back ends do (attention.py), for layers that call them. Whatever else takes something from token to token, be it a
 recurrent or convolutional state or attention of the model's own, knows no boundaries, and documents would learn from each other.
+In a line of its own, padded at its end, a row is computed as by itself by any causal model: transformers' own layers then do it.
 """
 
 from __future__ import annotations
@@ -14,18 +15,49 @@ from raytune_llm.errors import ConfigError
 
 ATTENDS = {"full_attention", "sliding_attention"}
 """Kinds of layers, by transformers' names, that mix tokens only in causal attention, full or in a sliding window."""
+OWN_WAY = {
+    "doge": "its layers make an attention mask of their own",
+    "nemotron": "its layers do not pass boundaries on to attention",
+}
+"""Architectures that call attention as others do, but not with what they are given."""
+ONE_ROW_A_LINE = (
+    "bamba", "bloom", "codegen", "falcon", "falcon_h1", "falcon_mamba", "gpt_neo", "gptj", "granitemoehybrid", "jamba", "lfm2",
+    "lfm2_moe", "mamba", "mamba2", "minimax", "mpt", "nemotron", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text",
+    "qwen3_next", "recurrent_gemma", "rwkv", "stablelm", "xglm",
+)  # fmt: skip
+"""Architectures, by model_type, that compute a row in a line of its own exactly as by itself, padding after it or not."""
 
 
-def check_isolation(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> None:
-    """Raises ConfigError for a model whose documents would see each other in a pack."""
+def check_isolation(config: PretrainedConfig, model_class: type[PreTrainedModel], *, packing: bool = False) -> None:
+    """Raises ConfigError for a model whose documents would see each other: in a pack, or whatever is done.
+
+    packing: rows are to share a line of the batch."""
     mixes = _mixes(config, model_class)
-    if mixes is not None:
+    if mixes is None:
+        return
+    model_type = config.get_text_config().model_type
+    if model_type not in ONE_ROW_A_LINE:
         raise ConfigError(
             "model.path",
             f"must be a model that keeps the rows of a pack separate, which {config.model_type} does not: {mixes}",
             got=config.name_or_path or config.model_type,
             fix="Choose one of another family: llama, mistral, qwen3, gemma3_text, phi3, granite, olmo2 are some that do.",
         )
+    if packing:
+        raise ConfigError(
+            "data.packing",
+            f"must be false for {config.model_type}, which does not keep the rows of a pack separate: {mixes}",
+            got=True,
+            fix="Set data.packing=false: a row then has a line of the batch for itself, and train.micro_batch_size is a number "
+            "of rows.",
+        )
+
+
+def needs_lines(config: PretrainedConfig, model_class: type[PreTrainedModel] | None) -> bool:
+    """Whether each row needs a line for itself, which transformers' own layers compute."""
+    if model_class is None or config.get_text_config().model_type not in ONE_ROW_A_LINE:
+        return False
+    return _mixes(config, model_class) is not None
 
 
 def _mixes(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> str | None:
@@ -33,6 +65,8 @@ def _mixes(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> str 
     kinds = set(getattr(text, "layer_types", None) or (["state"] if model_class._is_stateful else []))
     if unknown := sorted(kinds - ATTENDS):
         return f"it has layers of the kind {', '.join(unknown)}, which no back end here masks by rows"
+    if text.model_type in OWN_WAY:
+        return OWN_WAY[text.model_type]
     if not (model_class._supports_attention_backend and model_class._can_set_attn_implementation()):
         return "its layers compute attention in a way of their own"
     return None

@@ -18,6 +18,9 @@ class Scores(NamedTuple):
     """How many tokens a token sees, itself among them; None: all that came before."""
     softcap: float | None
     """Scores become softcap tanh(score / softcap), as in Gemma 2."""
+    sinks_H: Tensor | None = None
+    """A score a head beside those of the keys, which takes its part of the weights and has no value (Xiao et al. 2023, arXiv
+    2309.17453; learnt ones: gpt-oss)."""
 
 
 def masked_attention(

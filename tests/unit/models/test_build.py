@@ -52,5 +52,18 @@ def test_a_model_with_more_than_a_head_over_its_hidden_states_is_refused():
 
 
 def test_a_model_whose_packed_rows_would_see_each_other_is_refused_before_it_is_loaded():
-    with pytest.raises(ConfigError, match=r"model.path must be a model .*, which mamba does not"):
-        run_config(random_model(model_type="mamba"), byte_tokenizer(), max_length=16)
+    with pytest.raises(ConfigError, match=r"model.path must be a model .*, which zamba2 does not"):
+        run_config(random_model(model_type="zamba2"), byte_tokenizer(), max_length=16)
+    with pytest.raises(ConfigError, match=r"data.packing must be false for mamba, .* Set data.packing=false"):
+        run_config(random_model(model_type="mamba"), byte_tokenizer(), max_length=16, packing=True)
+    assert run_config(random_model(model_type="mamba"), byte_tokenizer(), max_length=16).model_type == "mamba"
+
+
+def test_rows_for_which_longrope_would_change_the_positions_of_those_beside_them_are_refused():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64}
+    rope["original_max_position_embeddings"] = 32
+    model = random_model(model_type="phi3", **sizes, rope_parameters=rope, original_max_position_embeddings=32)
+    assert run_config(model, byte_tokenizer(), max_length=32)
+    with pytest.raises(ConfigError, match=r"data.max_length must be at most 32, .*LongRoPE.*, got 33\. Lower it"):
+        run_config(model, byte_tokenizer(), max_length=33)

@@ -14,9 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
 from raytune_llm.models.attention import BACKENDS, LACKS, Case, choose
+from raytune_llm.models.attention.backends import with_sinks
+from raytune_llm.models.attention.masked import Scores, masked_attention
 
 GPU = Case(device_type="cuda", dtype=torch.bfloat16)
 CPU = Case(device_type="cpu", dtype=torch.float32)
+
+
+SINKS = torch.tensor([-1.0, 0.5, 2.0, 0.0])
+"""A score a head."""
 
 
 def one_layer():
@@ -132,11 +138,12 @@ def test_every_back_end_knows_what_it_lacks():
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_a_document_at_a_time_is_masked_attention(window, softcap):
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, None), (2.0, None), (None, SINKS)])
+def test_a_document_at_a_time_is_masked_attention(window, softcap, sinks):
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, 16, 8) for heads in (4, 2, 2))
-    settings = {"cu_seqlens_S": torch.tensor([0, 3, 16, 29, 32]), "max_seqlen": 13, "sliding_window": window, "softcap": softcap}
+    of_scores = {"sliding_window": window, "softcap": softcap, "s_aux": sinks}
+    settings = {"cu_seqlens_S": torch.tensor([0, 3, 16, 29, 32]), "max_seqlen": 13, **of_scores}
     ours, _ = attention.varlen(nn.Identity(), query, key, value, None, **settings)
     plain, _ = attention.sdpa(nn.Identity(), query, key, value, None, **settings)
     assert torch.allclose(ours, plain, atol=1e-6)
@@ -155,18 +162,27 @@ def test_blocks_of_a_mask_are_masked_attention():
         assert torch.allclose(ours, plain, atol=1e-5)
 
 
+def test_sinks_take_their_part_after_attention_as_in_it():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 16, 8) for _ in range(3))
+    mask = torch.ones(16, 16, dtype=torch.bool).tril()
+    lse = (query @ key.mT / 8**0.5).masked_fill(~mask, -torch.inf).logsumexp(-1)
+    plain = Scores(None, None, None)
+    after = with_sinks(masked_attention(query, key, value, mask, plain), lse, SINKS)
+    assert torch.allclose(after, masked_attention(query, key, value, mask, plain, SINKS[:, None]), atol=1e-6)
+
+
 def test_gemma_2_is_known_by_its_capped_scores():
     config = AutoConfig.for_model("gemma2", head_dim=64)
     case = attention.case_of(config, "cpu", (0, 0), torch.float32)
     assert (case.softcap, case.head) == (True, 64)
 
 
-def test_attention_sinks_are_refused():
-    query = torch.randn(1, 2, 4, 8)
-    with pytest.raises(ConfigError, match="attention sinks"):
-        attention.varlen(
-            nn.Identity(), query, query, query, None, cu_seqlens_S=torch.tensor([0, 4]), max_seqlen=4, s_aux=torch.zeros(2)
-        )
+def test_attention_with_sinks_is_not_done_by_kernels_that_have_none():
+    case = attention.Case(device_type="cuda", dtype=torch.bfloat16, sinks=True)
+    assert attention.choose("auto", case)[0] == "flex"
+    with pytest.raises(ConfigError, match=r"model\.attention can't be flash2 here: .*no attention sinks"):
+        attention.choose("flash2", case)
 
 
 def test_compilers_are_told_how_what_attention_gives_on_a_cpu_lies_in_memory():
