@@ -11,6 +11,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.memory.flops import operations
 from raytune_llm.models import attention
+from raytune_llm.models.adapters import Slots, bank_of
 from raytune_llm.models.adapters.method import targeted
 from raytune_llm.models.attention.cache import ATTENDS_TWICE, CachedRows, NewTokens, PagedCache, check_cached
 from raytune_llm.models.attention.isolation import ONE_ROW_A_LINE, check_isolation, needs_lines
@@ -223,8 +224,10 @@ def test_a_model_that_a_cache_of_keys_and_values_is_not_enough_for_is_refused_by
         check_cached(tiny(model_type, **IN_LINES.get(model_type, {})))
 
 
-def test_a_router_that_is_a_linear_layer_gets_no_adapter() -> None:
-    assert not any("router" in name for name in targeted(AutoModelForCausalLM.from_config(tiny("phimoe")), lora_section()))
+def test_a_router_that_is_a_linear_layer_gets_no_adapter_alone_or_among_several() -> None:
+    model = AutoModelForCausalLM.from_config(tiny("phimoe"))
+    assert not any("router" in name for name in targeted(model, lora_section()))
+    assert not any("router" in name for name in bank_of(model, Slots((lora_section(),)), torch.float32)._layers)
 
 
 def test_a_hybrid_family_without_a_layer_that_carries_a_state_is_taken() -> None:

@@ -29,7 +29,7 @@ from raytune_llm.models.adapters.grouped import group
 from raytune_llm.models.adapters.method import LINEAR, sides
 from raytune_llm.models.adapters.protocol import OWN
 from raytune_llm.models.adapters.routes import BySlot, Dropout, Dropped, Masked, One, Ranges, Route, Sorted
-from raytune_llm.models.layers import named_layers
+from raytune_llm.models.layers import is_passed_over, named_layers
 
 ROUTE = "adapter_route"
 """The keyword under which a model's layers get the route of a forward pass."""
@@ -237,7 +237,8 @@ class LoraBank:
         for layer_name, layer in list(named_layers(self._base))[-(last_layers or 0) :]:
             for parent_name, parent in list(layer.named_modules(prefix=layer_name)):
                 for name, child in list(parent.named_children()):
-                    if isinstance(child, LINEAR) and (targets is None or name in targets):
+                    wanted = isinstance(child, LINEAR) and (targets is None or name in targets)
+                    if wanted and not is_passed_over(parent, name, child):
                         wrapped[f"{parent_name}.{name}"] = made = BankedLinear(child, *sides(child), self._shape, self._now)
                         setattr(parent, name, made)
         if not wrapped:

@@ -17,7 +17,7 @@ from raytune_llm.config.adapter import Layered
 from raytune_llm.config.section import settings_of
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.banked import BankedLinear
-from raytune_llm.models.layers import named_layers, reads_weights
+from raytune_llm.models.layers import is_passed_over, named_layers
 from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
 
 LINEAR = nn.Linear | Conv1D | QuantizedLinear
@@ -125,15 +125,10 @@ def targeted(model: PreTrainedModel, section: Layered) -> Layers:
 
 
 def _passed_over(model: PreTrainedModel) -> set[str]:
-    """Names of linear layers on which an adapter would have no effect (reads_weights), or break what calls them: routers of
-    experts that are linear layers and give more than a product (Phi-3.5-MoE, Llama 4)."""
-    mixers = {name for name, module in _of_base(model) if reads_weights(module)}
-    return {
-        name
-        for name, module in _of_base(model)
-        if isinstance(module, LINEAR)
-        and (type(module).__name__.endswith("Router") or (name.rpartition(".")[0] in mixers and not name.endswith(".in_proj")))
-    }
+    """Names of linear layers that can't have an adapter."""
+    modules = dict(_of_base(model))
+    places = ((name, *name.rpartition(".")[::2]) for name, module in modules.items() if isinstance(module, LINEAR))
+    return {name for name, parent, last in places if is_passed_over(modules[parent], last, modules[name])}
 
 
 def _pattern(targets: str | list[str]) -> Callable[[str], bool]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.layers import reads_weights
+from raytune_llm.models.layers import is_passed_over
 from raytune_llm.models.quantization.base import SkipModules
 
 QUERIES_KEYS_VALUES = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv"}
@@ -45,7 +45,5 @@ def _linears(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Linea
         for layer in layers
         for parent_name, parent in layer.named_modules()
         for child_name, child in parent.named_children()
-        if type(child) is nn.Linear
-        and not isinstance(parent, nn.ModuleDict)
-        and not (reads_weights(parent) and child_name != "in_proj")
+        if type(child) is nn.Linear and not isinstance(parent, nn.ModuleDict) and not is_passed_over(parent, child_name, child)
     ]
