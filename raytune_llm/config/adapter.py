@@ -28,6 +28,8 @@ class WholeModel:
     """Why it can't be on quantized weights; None if it can."""
     refuses_partitioned: ClassVar[str | None] = None
     """Why its layers' weights can't be partitioned by ZeRO-3; None if they can."""
+    refuses_compiled: ClassVar[str | None] = None
+    """Why its layers can't be compiled; None if they can."""
     trains_tokens: ClassVar[bool] = False
     """It can have embeddings of tokens that the model lacks."""
     mixes: ClassVar[bool] = False
@@ -119,6 +121,7 @@ class Layered:
     needs_quantized: ClassVar[bool] = False
     refuses_quantized: ClassVar[str | None] = None
     refuses_partitioned: ClassVar[str | None] = None
+    refuses_compiled: ClassVar[str | None] = None
     trains_tokens: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     shares_pass: ClassVar[bool] = False
@@ -132,6 +135,9 @@ class Layered:
     @property
     def starts_at_base(self) -> bool:
         return self.path is None
+
+
+READS_WEIGHTS = "it reads the weights that it is on"
 
 
 @section
@@ -158,25 +164,48 @@ class LowRank(Layered):
 
 
 @section
-class LoRA(LowRank):
+class OnExperts(LowRank):
+    """Methods that can be on the experts of a mixture as well."""
+
+    experts: bool
+    """An adapter for each expert too, of adapter.rank, where a mixture has its experts in one tensor. It is added to the weights,
+    which costs a copy of a layer's experts."""
+
+    @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        return not self.modules_to_save and not self.experts
+
+    @property
+    def shares_pass(self) -> bool:  # type: ignore[override]
+        return self.plain and not self.experts
+
+    @property
+    def refuses_partitioned(self) -> str | None:  # type: ignore[override]
+        return READS_WEIGHTS if self.experts else None
+
+    @property
+    def refuses_compiled(self) -> str | None:  # type: ignore[override]
+        return "adapter.experts=true adds to weights within the layers" if self.experts else None
+
+    def __post_init__(self) -> None:
+        Layered.__post_init__(self)
+        if self.experts and self.dropout:
+            rule = "must be 0 if adapter.experts is true: what is added to weights has no input to drop"
+            raise ConfigError("adapter.dropout", rule, got=self.dropout, fix="Leave it out.")
+
+
+@section
+class LoRA(OnExperts):
     """Hu et al. 2021 (arXiv 2106.09685): W + alpha / rank * B A, with A and B trained."""
 
     name: Literal["lora"]
 
-    @property
-    def shares_pass(self) -> bool:  # type: ignore[override]
-        return self.plain
-
 
 @section
-class RsLoRA(LowRank):
+class RsLoRA(OnExperts):
     """Kalajdzievski 2023 (arXiv 2312.03732): W + alpha / sqrt(rank) * B A, so that higher ranks learn as fast as lower ones."""
 
     name: Literal["rslora"]
-
-    @property
-    def shares_pass(self) -> bool:  # type: ignore[override]
-        return self.plain
 
 
 @section
@@ -188,9 +217,6 @@ class LoRAPlus(LowRank):
     """B's learning rate over optimizer.lr."""
     embedding_lr_ratio: PositiveFloat
     """Likewise of adapters on embeddings."""
-
-
-READS_WEIGHTS = "it reads the weights that it is on"
 
 
 @section

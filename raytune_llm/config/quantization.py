@@ -14,6 +14,8 @@ class NoQuantization:
     """Whether linear layers are replaced."""
     trains_base: ClassVar[bool] = True
     """Whether the model's weights can be trained with it."""
+    whole_numbers: ClassVar[bool] = False
+    """Whether frozen weights are held in whole numbers."""
 
 
 @section
@@ -24,6 +26,7 @@ class FP8:
     name: Literal["fp8"]
     replaces_layers: ClassVar[bool] = True
     trains_base: ClassVar[bool] = True
+    whole_numbers: ClassVar[bool] = False
     skip_modules: Literal["auto"] | list[str]
     """Linear layers that stay in the run's precision, by the last part of their names. auto: the q, k and v projections, where
     FP8 costs most loss for its speed-up; [] for none."""
@@ -36,6 +39,7 @@ class NF4:
     name: Literal["bnb_nf4"]
     replaces_layers: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False
+    whole_numbers: ClassVar[bool] = True
 
 
 @section
@@ -46,6 +50,7 @@ class FP4:
     name: Literal["bnb_fp4"]
     replaces_layers: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False
+    whole_numbers: ClassVar[bool] = True
 
 
 @section
@@ -55,6 +60,7 @@ class Int8:
     name: Literal["bnb_int8"]
     replaces_layers: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False
+    whole_numbers: ClassVar[bool] = True
 
 
 QuantizationConfig = Annotated[NoQuantization | FP8 | NF4 | FP4 | Int8, Field(discriminator="name")]

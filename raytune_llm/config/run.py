@@ -59,7 +59,7 @@ class TrainRun:
             return "strategy=zero3 gathers weights in hooks of the layers"
         if self.stage.router_aux_loss_coef is not None:
             return "stage.router_aux_loss_coef reads routers within the layers"
-        return None
+        return self.adapter.refuses_compiled
 
     @property
     def fits_one_process(self) -> bool:
@@ -609,8 +609,8 @@ def _quantized_weights_can_be_had(run: TrainRun) -> None:
     if run.adapter.needs_quantized and not quantization.replaces_layers:
         rule = f"must be one with adapter={run.adapter.name}, which begins as what it takes off the weights"
         raise ConfigError("quantization", rule, got=quantization.name, fix="Set quantization=bnb_nf4, or adapter=lora.")
-    refusal = run.strategy.refuses_quantized(trained=trains_all) if quantization.replaces_layers else None
-    if refusal is not None:
+    refusal = run.strategy.refuses_quantized(trained=trains_all, whole_numbers=quantization.whole_numbers)
+    if quantization.replaces_layers and refusal is not None:
         raise ConfigError(
             "strategy",
             f"can't be {run.strategy.option} if quantization={quantization.name}: {refusal}",

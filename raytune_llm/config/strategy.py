@@ -16,9 +16,13 @@ class DDP:
     keeps_matrices: ClassVar[bool] = True
     """Parameters keep their shapes, whole or in shards that know them."""
 
-    def refuses_quantized(self, *, trained: bool) -> str | None:
-        """Why it can't have quantized layers, frozen or trained ones; None where it can."""
+    def refuses_quantized(self, *, trained: bool, whole_numbers: bool) -> str | None:
+        """Why it can't have quantized layers, frozen or trained ones, held in whole numbers or not; None where it can."""
         return None
+
+    def weights_share(self, world: int) -> float:
+        """The part of the weights that a worker has on its device between layers."""
+        return 1
 
 
 @section
@@ -38,8 +42,11 @@ class FSDP:
     offload: bool
     """Keep shards in host memory between uses."""
 
-    def refuses_quantized(self, *, trained: bool) -> str | None:
-        return None if trained else "it shards parameters, and weights in fewer bits are none"
+    def refuses_quantized(self, *, trained: bool, whole_numbers: bool) -> str | None:
+        return None if trained or whole_numbers else "it casts the parameters that it shards, and these are held in FP8"
+
+    def weights_share(self, world: int) -> float:
+        return 0 if self.offload else 1 / (world if self.shard_workers == "all" else self.shard_workers)
 
 
 @section
@@ -52,12 +59,15 @@ class DeepSpeed:
     offload: bool
     """Keep optimizer state (and with stage 3 parameters) in host memory."""
 
+    def weights_share(self, world: int) -> float:
+        return 1 if self.stage < 3 else 0 if self.offload else 1 / world
+
     @property
     def option(self) -> str:
         """What chooses it: strategy=zero2."""
         return f"zero{self.stage}"
 
-    def refuses_quantized(self, *, trained: bool) -> str | None:
+    def refuses_quantized(self, *, trained: bool, whole_numbers: bool) -> str | None:
         return "DeepSpeed casts every weight to one type"
 
 

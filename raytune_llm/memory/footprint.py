@@ -140,6 +140,7 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     )
     states = states_of(needs.parameters)
     saved = quantized_bytes(needs.parameters, dtype.itemsize, quantization_of(needs.quantization))
+    saved = round(saved * needs.strategy.weights_share(needs.world_size))
     pack = needs.max_length * KINDS[run.stage.kind].sides
     memory = memory_per_gpu(
         dimensions(config),

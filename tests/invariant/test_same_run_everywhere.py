@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ from tests.runs import tiny_run
 
 SAMPLED = ["train.sample_rows=2", "train.max_new_tokens=5"]
 STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
+MIXTURE = (
+    "{model_type: qwen3_moe, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, "
+    "num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 16, intermediate_size: 32, max_position_embeddings: 512}"
+)
 WAYS_TO_SHARD = ["strategy.reshard=grad_only", "strategy.shard_workers=1", "strategy.prefetch=2"]
 
 
@@ -79,12 +84,24 @@ def test_two_workers_give_the_numbers_of_one(strategy: str, plain: TrainRun, two
     assert_same_run(plain, run)
 
 
-def test_a_base_in_four_bits_gives_the_same_run_on_two_workers(
+@pytest.mark.parametrize(("bits", "strategy"), [("bnb_nf4", "ddp"), ("bnb_nf4", "fsdp"), ("bnb_int8", "fsdp")])
+def test_a_base_in_fewer_bits_gives_the_same_run_on_two_workers(
+    bits: str, strategy: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
+) -> None:
+    one = tiny_run(chat_rows, cache, tmp_path / "one", f"quantization={bits}", "train.max_steps=7")
+    api.train(one)
+    two = elsewhere(one, tmp_path / "two", strategy=strategy, micro=2)
+    two_workers.run(two, str(prepare(one.model, one.data, one.resources).store.folder))
+    assert_same_run(one, two)
+
+
+def test_adapters_of_experts_make_the_same_run_where_weights_are_sharded(
     chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
 ) -> None:
-    one = tiny_run(chat_rows, cache, tmp_path / "one", "quantization=bnb_nf4", "train.max_steps=7")
+    settings = ["adapter.experts=true", "adapter.rank=4", "train.max_steps=4", "data.eval_fraction=0"]
+    one = tiny_run(chat_rows, cache, tmp_path / "one", f"model.config={MIXTURE}", *settings)
     api.train(one)
-    two = elsewhere(one, tmp_path / "two", micro=2)
+    two = elsewhere(one, tmp_path / "two", strategy="fsdp", micro=2)
     two_workers.run(two, str(prepare(one.model, one.data, one.resources).store.folder))
     assert_same_run(one, two)
 
@@ -113,16 +130,18 @@ def test_accumulation_does_not_show(micro: int, plain: TrainRun, tmp_path: Path)
     assert_same_run(plain, run)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
-@pytest.mark.parametrize("adapter", ["lora", "none"])
+@pytest.mark.parametrize(
+    ("trained", "strategy"),
+    [*product(["adapter=lora", "adapter=none"], ["fsdp", "zero2", "zero3"]), ("adapter=lora quantization=bnb_nf4", "fsdp")],
+)
 def test_weights_read_from_their_file_make_the_same_run(
-    adapter: str, strategy: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
+    trained: str, strategy: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
 ) -> None:
     first = tiny_run(chat_rows, cache, tmp_path / "first", "adapter=none", "train.max_steps=1", "optimizer.lr=1e-2")
     api.train(first)
     final = str(tmp_path / "first" / "final")
     assert files_to_read(load_model_config(final, {}), final) is not None
-    saved = ["model=hub", f"model.path={final}", f"adapter={adapter}", "train.max_steps=7"]
+    saved = ["model=hub", f"model.path={final}", *trained.split(), "train.max_steps=7"]
     one = tiny_run(chat_rows, cache, tmp_path / "one", *saved)
     api.train(one)
     two = elsewhere(one, tmp_path / "two", strategy=strategy, micro=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,6 +26,7 @@ Layers = Mapping[str, nn.Module]
 Tensors = Mapping[str, Tensor]
 """What an adapter's file holds, by names in the file."""
 ALL_LINEAR = "all-linear"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def new_config(model: PreTrainedModel, section: Layered, method: Method) -> tupl
     """PEFT's config of a new adapter, and the layers that it is for. Raises ConfigError for settings that don't fit the model."""
     of_all = {name: getattr(section, name) for name in PLACEMENT}
     settings = {name: value for name, value in settings_of(section).items() if name not in of_all}
+    experts = expert_weights(model, section, settings["rank"]) if settings.pop("experts", False) else []
     layers = targeted(model, section)
     whole = whole_modules(model, section.modules_to_save)
     method.check(layers, **settings)
@@ -79,6 +81,8 @@ def new_config(model: PreTrainedModel, section: Layered, method: Method) -> tupl
     else:
         config.target_modules = targets if isinstance(targets, str) else set(targets)
     config.modules_to_save = whole or None
+    if experts:
+        config.target_parameters = experts
     config.task_type = "CAUSAL_LM"
     return config, layers
 
@@ -115,6 +119,31 @@ def targeted(model: PreTrainedModel, section: Layered) -> Layers:
     if never := sorted(passed_over & found.keys()):
         rule = "must leave out layers that are not called: their model reads their weights, or takes more from them than products"
         raise ConfigError("adapter.targets", rule, got=never[0], fix="Leave them out, or set adapter.targets=all-linear.")
+    return _of_layers(model, section, found)
+
+
+def expert_weights(model: PreTrainedModel, section: Layered, rank: int) -> list[str]:
+    """The names of the weights [E, N, K] of a mixture's experts. Raises ConfigError for a model without any, and a rank above
+    theirs."""
+    weights = {
+        f"{name}.{own}": weight
+        for name, module in _of_base(model)
+        if not isinstance(module, nn.Conv1d)
+        for own, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 3
+    }
+    found = _of_layers(model, section, weights)
+    if not found:
+        rule = f"must be false for {model.config.model_type}, which has no experts in one tensor"
+        raise ConfigError("adapter.experts", rule, got=True, fix="Leave it out.")
+    short = min(min(weight.shape[1:]) for weight in found.values())
+    if rank > short:
+        raise ConfigError("adapter.rank", f"must be at most {short}, the smaller side of an expert", got=rank, fix="Lower it.")
+    return sorted(found)
+
+
+def _of_layers(model: PreTrainedModel, section: Layered, found: dict[str, T]) -> dict[str, T]:
+    """Of these, by name, those in the layers that adapter.last_layers or adapter.layers names."""
     last, names = section.last_layers, [name for name, _ in named_layers(model)]
     numbers = section.layers if last is None else range(max(len(names) - last, 0), len(names))
     if numbers is None:

@@ -16,7 +16,8 @@ values."""
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer. Its weights are buffers: nothing here is trained or saved."""
+    """A frozen linear layer. Its weights are buffers: nothing here is trained or saved. A strategy that shards parameters makes
+    parameters of those that are whole numbers (`shard`)."""
 
     HELD: ClassVar[tuple[str, ...]]
     """The names of its buffers, in the order in which products take them."""
@@ -31,7 +32,16 @@ class QuantizedLinear(nn.Module):
         self.bias = linear.bias
 
     def weights(self) -> tuple[Tensor, ...]:
-        return tuple(self.get_buffer(name) for name in self.HELD)
+        return tuple(getattr(self, name) for name in self.HELD)
+
+    def shard(self) -> None:
+        """Hold whole numbers, which are nearly all, as frozen parameters. Scales that are not stay buffers, which no strategy
+        casts to another type."""
+        for name in self.HELD:
+            tensor = self.get_buffer(name)
+            if not tensor.is_floating_point():
+                delattr(self, name)
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         y = _Product.apply(x.flatten(0, -2), self, *self.weights()).view(*x.shape[:-1], -1)

@@ -15,6 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.layers import layers
 from raytune_llm.models.policy import Policy
+from raytune_llm.models.quantization import QuantizedLinear
 from raytune_llm.models.stored import Stored
 from raytune_llm.train.strategies.base import Precision
 from raytune_llm.train.strategies.own_optimizer import OwnOptimizer
@@ -54,6 +55,9 @@ class FSDPStrategy(OwnOptimizer):
             "mp_policy": mixed,
             "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         }
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.shard()
         units: list[Any] = list(layers(model))
         for unit in (*units, model):
             # A unit at a time, so that no worker ever holds more than its shards and one unit.
