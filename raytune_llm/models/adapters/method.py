@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -70,13 +71,17 @@ def new_config(model: PreTrainedModel, section: Layered, method: Method) -> tupl
     of_all = {name: getattr(section, name) for name in PLACEMENT}
     settings = {name: value for name, value in settings_of(section).items() if name not in of_all}
     experts = expert_weights(model, section, settings["rank"]) if settings.pop("experts", False) else []
-    layers = targeted(model, section)
+    config: Any = method.config(**settings)
+    layers, targets = targeted(model, section), section.targets
+    is_mixture = isinstance(config, LoraConfig) and bool(_expert_weights(model))
+    if is_mixture:
+        layers = _without_experts_names(model, layers, section)
     whole = whole_modules(model, section.modules_to_save)
     method.check(layers, **settings)
-    config: Any = method.config(**settings)
     some_layers = section.last_layers is not None or section.layers is not None
-    targets = section.targets
-    if some_layers or (targets == ALL_LINEAR and _passed_over(model)):
+    if is_mixture:  # of all-linear and of expressions PEFT makes last parts of names, and puts adapters on experts and routers
+        config.target_modules = set(layers)
+    elif some_layers or (targets == ALL_LINEAR and _passed_over(model)):
         config.target_modules = "|".join(map(re.escape, layers))
     else:
         config.target_modules = targets if isinstance(targets, str) else set(targets)
@@ -125,14 +130,7 @@ def targeted(model: PreTrainedModel, section: Layered) -> Layers:
 def expert_weights(model: PreTrainedModel, section: Layered, rank: int) -> list[str]:
     """The names of the weights [E, N, K] of a mixture's experts. Raises ConfigError for a model without any, and a rank above
     theirs."""
-    weights = {
-        f"{name}.{own}": weight
-        for name, module in _of_base(model)
-        if not isinstance(module, nn.Conv1d)
-        for own, weight in module.named_parameters(recurse=False)
-        if weight.ndim == 3
-    }
-    found = _of_layers(model, section, weights)
+    found = _of_layers(model, section, _expert_weights(model))
     if not found:
         rule = f"must be false for {model.config.model_type}, which has no experts in one tensor"
         raise ConfigError("adapter.experts", rule, got=True, fix="Leave it out.")
@@ -140,6 +138,37 @@ def expert_weights(model: PreTrainedModel, section: Layered, rank: int) -> list[
     if rank > short:
         raise ConfigError("adapter.rank", f"must be at most {short}, the smaller side of an expert", got=rank, fix="Lower it.")
     return sorted(found)
+
+
+def _expert_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.{own}": weight
+        for name, module in _of_base(model)
+        if not isinstance(module, nn.Conv1d)
+        for own, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 3
+    }
+
+
+def _without_experts_names(model: PreTrainedModel, layers: Layers, section: Layered) -> Layers:
+    """Without linear layers that are called as experts were before their weights were one tensor: PEFT takes them for these, and
+    so they have no adapter. Raises ConfigError where one of them is named."""
+    last = {name: name.rpartition(".")[2] for name in layers}
+    taken = {part for part in set(last.values()) if _is_experts_name(model, part)}
+    if taken and section.targets != ALL_LINEAR:
+        rule = f"can't name {', '.join(sorted(taken))} of {model.config.model_type}: PEFT takes them for parts of its experts"
+        fix = "Leave them out; adapter.experts=true puts an adapter on each expert."
+        raise ConfigError("adapter.targets", rule, got=section.targets, fix=fix)
+    return {name: layer for name, layer in layers.items() if last[name] not in taken}
+
+
+def _is_experts_name(model: PreTrainedModel, part: str) -> bool:
+    probe = LoraConfig(target_modules=[part])
+    try:
+        convert_peft_config_for_transformers(probe, model, None)
+    except ValueError:  # one of two that became one
+        return True
+    return part not in (probe.target_modules or ())
 
 
 def _of_layers(model: PreTrainedModel, section: Layered, found: dict[str, T]) -> dict[str, T]:

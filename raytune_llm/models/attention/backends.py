@@ -178,8 +178,8 @@ def _packaged(
     **_: object,
 ) -> Tensor:
     """FlashAttention from a package of its own."""
-    scaling, sliding_window, softcap, _ = scores
     _check_no_sinks(scores)
+    scaling, sliding_window, softcap = scores[:3]
     B, H, T, head = query.shape
     q, k, v = _flat(query, key, value)
     window = (-1 if sliding_window is None else sliding_window - 1, 0)

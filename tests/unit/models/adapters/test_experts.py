@@ -21,6 +21,14 @@ from tests.models import VOCABULARY, logits, lora_section, packed, some_rows
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 16, "moe_intermediate_size": 16}
 SIZES |= {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0, "max_position_embeddings": 64}
+SIZES |= {
+    "shared_expert_intermediate_size": 16,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "first_k_dense_replace": 0,
+}
+SIZES |= {"qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
 
 
 def mixture(model_type: str = "qwen3_moe") -> Any:
@@ -40,6 +48,7 @@ def test_each_expert_learns_and_the_adapter_is_the_same_in_plain_peft_and_merged
     trained = {name: value for name, value in policy.named_parameters() if value.requires_grad}
     of_experts = [name for name in trained if ".experts." in name]
     assert len(of_experts) == 2 * 2 * 2  # A and B of two weights a layer
+    assert not any("router" in name or ".gate." in name for name in trained)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     losses = []
     for _ in range(3):
@@ -70,10 +79,32 @@ def test_a_model_without_experts_and_a_rank_above_theirs_are_refused() -> None:
         adapt(mixture(), lora_section(experts=True, rank=17, targets=["q_proj"]))
 
 
+def adapted_parts(model: Any) -> set[str]:
+    return {
+        name.partition(".lora_A")[0].removeprefix("base_model.model.") for name, _ in model.named_parameters() if "lora_A" in name
+    }
+
+
 def test_experts_of_some_layers_alone() -> None:
-    names = [name for name, value in adapt(mixture(), lora_section(experts=True, last_layers=1)).model.named_parameters()]
-    assert any("layers.1.mlp.experts" in name and "lora_A" in name for name in names)
-    assert not any("layers.0" in name and "lora_A" in name for name in names)
+    names = adapted_parts(adapt(mixture(), lora_section(experts=True, last_layers=1)).model)
+    assert any("layers.1.mlp.experts" in name for name in names) and not any("layers.0" in name for name in names)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "gpt_oss", "olmoe"])
+@pytest.mark.parametrize("placed", [{}, {"last_layers": 1}, {"targets": ".*layers.1.*[qo]_proj", "dropout": 0.1}])
+def test_without_them_neither_experts_nor_routers_have_an_adapter(model_type: str, placed: dict[str, Any]) -> None:
+    """PEFT would put one on those of all layers."""
+    names = adapted_parts(adapt(mixture(model_type), lora_section(**placed)).model)
+    assert any(name.endswith(".o_proj") for name in names)
+    assert not any(".experts" in name or name.endswith((".gate", ".router")) for name in names)
+    assert any("layers.0." in name for name in names) == (not placed)
+
+
+def test_layers_that_peft_takes_for_experts_are_refused_by_name() -> None:
+    with pytest.raises(
+        ConfigError, match=r"adapter\.targets can't name gate_proj, up_proj of qwen2_moe: .*adapter\.experts=true"
+    ):
+        adapt(mixture("qwen2_moe"), lora_section(targets=["q_proj", "gate_proj", "up_proj"]))
 
 
 @pytest.mark.parametrize(
