@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def new_config(model: PreTrainedModel, section: Layered, method: Method) -> tupl
     experts = expert_weights(model, section, settings["rank"]) if settings.pop("experts", False) else []
     config: Any = method.config(**settings)
     layers, targets = targeted(model, section), section.targets
-    is_mixture = isinstance(config, LoraConfig) and bool(_expert_weights(model))
+    is_mixture = config.peft_type == PeftType.LORA and bool(_expert_weights(model))
     if is_mixture:
         layers = _without_experts_names(model, layers, section)
     whole = whole_modules(model, section.modules_to_save)
