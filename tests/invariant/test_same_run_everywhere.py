@@ -23,7 +23,7 @@ from tests.runs import tiny_run
 SAMPLED = ["train.sample_rows=2", "train.max_new_tokens=5"]
 STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 MIXTURE = (
-    "{model_type: qwen3_moe, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, "
+    "{model_type: qwen3_moe, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, "
     "num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 16, intermediate_size: 32, max_position_embeddings: 512}"
 )
 WAYS_TO_SHARD = ["strategy.reshard=grad_only", "strategy.shard_workers=1", "strategy.prefetch=2"]

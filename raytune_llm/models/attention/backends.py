@@ -29,6 +29,10 @@ from raytune_llm.models.attention.masked import Scores, masked_attention
 from raytune_llm.models.attention.varlen import varlen_over
 from raytune_llm.records import Prefixes
 
+ALL_SLIDE = ("phimoe",)
+"""Architectures, by model_type, of which every layer has a window that is in the model's mask alone. Where layers differ, their
+config says which have one (Qwen2-MoE)."""
+
 
 def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
     """A back end with the signature that transformers' layers call, who take weights of attention as well."""
@@ -73,13 +77,11 @@ def _check(module: nn.Module, attention_mask: Tensor | None) -> None:
 
 
 def _window_in_mask(module: nn.Module) -> int | None:
-    """The window of a layer whose model puts it in the mask that it makes (Qwen2-MoE, Phi-3.5-MoE), of which back ends see
-    nothing, and does not pass it."""
+    """The window of a layer whose model does not pass it: it stands in the mask that the model makes, which no back end sees."""
     config: Any = getattr(module, "config", None)
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if window is None or (kinds is not None and kinds[module.layer_idx] != "sliding_attention"):  # type: ignore[index]
-        return None
-    return window
+    kinds: Any = getattr(config, "layer_types", None)
+    slides = kinds[module.layer_idx] == "sliding_attention" if kinds else getattr(config, "model_type", None) in ALL_SLIDE
+    return config.sliding_window if slides else None
 
 
 def _check_of_batch(of_batch: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ SIZES |= {
     "qk_nope_head_dim": 8,
     "first_k_dense_replace": 0,
 }
-SIZES |= {"qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+SIZES |= {"qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 
 
 def mixture(model_type: str = "qwen3_moe") -> Any:
@@ -102,9 +102,9 @@ def test_without_them_neither_experts_nor_routers_have_an_adapter(model_type: st
 
 def test_layers_that_peft_takes_for_experts_are_refused_by_name() -> None:
     with pytest.raises(
-        ConfigError, match=r"adapter\.targets can't name gate_proj, up_proj of qwen2_moe: .*adapter\.experts=true"
+        ConfigError, match=r"adapter\.targets can't name gate_proj, up_proj of deepseek_v2: .*adapter\.experts=true"
     ):
-        adapt(mixture("qwen2_moe"), lora_section(targets=["q_proj", "gate_proj", "up_proj"]))
+        adapt(mixture("deepseek_v2"), lora_section(targets=["o_proj", "gate_proj", "up_proj"]))
 
 
 @pytest.mark.parametrize(
