@@ -370,7 +370,7 @@ def serve(run: ServeRun, *, notify: Callable[[str], None] = lambda line: None) -
     run = with_absolute_paths(run)
     if run.engine.notice is not None:
         notify(run.engine.notice)
-    if run.resources.name == "inline":
+    if not run.resources.uses_ray:
         from raytune_llm.serve.inprocess import serve_inline
 
         serve_inline(run, notify=notify)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ WorkerRange = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 class Inline:
     """This process alone, without Ray: for tests, debugging and small jobs."""
 
+    uses_ray: ClassVar[bool] = False
+    one_machine: ClassVar[bool] = True
     name: Literal["inline"]
     num_workers: Literal[1]
 
@@ -21,6 +23,8 @@ class Inline:
 class Local:
     """Ray workers on this machine."""
 
+    uses_ray: ClassVar[bool] = True
+    one_machine: ClassVar[bool] = True
     name: Literal["local"]
     num_workers: PositiveInt | Literal["auto"]
     """auto: one for each GPU, or one."""
@@ -38,6 +42,8 @@ class Local:
 class Cluster:
     """Ray workers on the cluster at `address`."""
 
+    uses_ray: ClassVar[bool] = True
+    one_machine: ClassVar[bool] = False
     name: Literal["cluster"]
     address: str | None
     """null: RAY_ADDRESS."""

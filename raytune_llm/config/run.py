@@ -147,14 +147,14 @@ class ServeRun:
                 got="null",
                 fix=f"Set {API_KEY} in the environment, or serve.host=127.0.0.1.",
             )
-        if resources.name == "inline":
+        if not resources.uses_ray:
             _engine_is_here(self.engine)
-        if resources.name == "inline" and serve.max_replicas > 1:
+        if not resources.uses_ray and serve.max_replicas > 1:
             fix = "Set resources=local or resources=cluster."
             raise ConfigError(
                 "serve.replicas", "must be 1 with resources=inline, which is one process", got=serve.max_replicas, fix=fix
             )
-        if resources.name != "inline" and resources.num_workers != "auto":
+        if resources.uses_ray and resources.num_workers != "auto":
             fix = "Set serve.replicas."
             raise ConfigError("resources.num_workers", "is for training, not for serving", got=resources.num_workers, fix=fix)
 
@@ -167,7 +167,7 @@ def _engine_is_here(engine: EngineConfig) -> None:
 
 def _can_be_written(run: ServeRun) -> None:
     """As Ray Serve's config: where it runs is known, and no secret comes into a file."""
-    if run.resources.name == "inline":
+    if not run.resources.uses_ray:
         fix = "Set resources=cluster."
         raise ConfigError("serve.write", "is for Ray Serve, which resources=inline does not use", got=run.serve.write, fix=fix)
     for setting, key in (("serve.api_key", run.serve.api_key), ("serve.admin_key", run.serve.admin_key)):
@@ -306,7 +306,7 @@ class SubmitRun(TrainRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.resources.name != "cluster":
+        if self.resources.one_machine:
             raise ConfigError(
                 "resources",
                 "must be cluster for a job: its driver joins the cluster that it is submitted to",
@@ -530,7 +530,7 @@ def _streams_know_what_they_need(run: TrainRun) -> None:
 
 
 def _sharding_has_workers(run: TrainRun) -> None:
-    if run.resources.name == "inline" and not run.fits_one_process:
+    if not run.resources.uses_ray and not run.fits_one_process:
         raise ConfigError(
             "strategy",
             "must be ddp if resources=inline, which is one process",

@@ -149,7 +149,7 @@ class SuggestedFixes:
         """Over the fewest workers first."""
         run, world = self.run, self.needs.world_size
         strategy = ("strategy=fsdp",) if isinstance(run.strategy, DDP) else ()
-        local = ("resources=local",) if run.resources.name == "inline" else ()
+        local = ("resources=local",) if not run.resources.uses_ray else ()
         more = range(world + 1, MAX_WORKERS + 1) if self.on_gpu else ()
         spread = [(*local, f"resources.num_workers={number}") for number in more if run.train.global_batch_size % number == 0]
         ways = [way for workers in ([()] if world > 1 else []) + spread if (way := (*strategy, *workers))]

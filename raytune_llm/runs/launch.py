@@ -43,7 +43,7 @@ def fit(
 
 def check_devices(run: TrainRun) -> None:
     """Raises ConfigError if this machine's devices can't run the quantization. A cluster's workers check their own."""
-    if not isinstance(run.resources, Cluster):
+    if run.resources.one_machine:
         check_device(run.quantization, _device())
 
 

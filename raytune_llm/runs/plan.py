@@ -146,7 +146,7 @@ def host_memory() -> int:
 
 
 def _devices_without_gpu(run: TrainRun) -> Iterator[Device]:
-    if run.resources.name != "cluster":
+    if run.resources.one_machine:
         yield Device(name="this machine, without a GPU", memory=host_memory(), shared=True)
     yield from (Device(name="a GPU", memory=memory) for memory in GPU_CLASSES)
 

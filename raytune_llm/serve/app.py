@@ -64,11 +64,11 @@ def application(run: ServeRun, *, build: BuildEngine | None = None) -> Applicati
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 30.0,
-        "max_constructor_retry_count": 1 if resources.name == "local" else 3,
+        "max_constructor_retry_count": 1 if resources.one_machine else 3,
     }
     deployment: Callable[..., Any] = serve.deployment  # its overloads say less than it takes
     # A Ray instance that was started for this server has these variables already.
-    environment = {} if resources.name == "local" else {"env_vars": TRANSPORT}
+    environment = {} if resources.one_machine else {"env_vars": TRANSPORT}
     engines_environment = environment | ({} if run.engine.python is None else {"py_executable": run.engine.python})
     engine = deployment(
         EngineReplica,

@@ -23,7 +23,6 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from raytune_llm import interrupts, session
 from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.load import to_yaml_text
-from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import ADMIN_KEY, API_KEY, ServeRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.serve.app import APP, ENGINE, INGRESS_CPUS, TRANSPORT, application, deploy_config, http_options
@@ -70,8 +69,8 @@ def serve_on_ray(run: ServeRun, *, notify: Notify, build: BuildEngine | None = N
     joined, is_ours = ray.is_initialized(), False
     with interrupts.heard_once() as later:
         try:
-            notify("starting Ray" if isinstance(resources, Local) else "joining the cluster")
-            if isinstance(resources, Local):
+            notify("starting Ray" if resources.one_machine else "joining the cluster")
+            if resources.one_machine:
                 for name, value in TRANSPORT.items():
                     os.environ.setdefault(name, value)
             session.connect(resources)
@@ -97,7 +96,7 @@ def serve_on_ray(run: ServeRun, *, notify: Notify, build: BuildEngine | None = N
 
 def _port(run: ServeRun) -> int:
     """The port to serve on; a free one if serve.port is 0. Whether it is free on a cluster's nodes can't be checked here."""
-    if isinstance(run.resources, Cluster):
+    if not run.resources.one_machine:
         if run.serve.port == 0:
             fix = "For example, serve.port=8000."
             raise ConfigError("serve.port", "must be given with resources=cluster: every node uses the same port", got=0, fix=fix)
@@ -117,10 +116,10 @@ def _placed(run: ServeRun) -> ServeRun:
     cpus = resources.cpus_per_worker
     if cpus == "auto":
         spare = there.get("CPU", 0.0) - 2 * INGRESS_CPUS
-        cpus = round(spare / run.serve.max_replicas, 2) if isinstance(resources, Local) and not gpus else 1.0
+        cpus = round(spare / run.serve.max_replicas, 2) if resources.one_machine and not gpus else 1.0
     for kind, each, spare in (("CPU", cpus, INGRESS_CPUS), ("GPU", gpus, 0.0)):
         # A cluster may scale up; this machine can't.
-        if isinstance(resources, Local) and each * fewest > there.get(kind, 0.0) - spare:
+        if resources.one_machine and each * fewest > there.get(kind, 0.0) - spare:
             raise ResourceError(
                 f"{fewest} replicas with {each:g} {kind}s each don't fit this machine's {there.get(kind, 0.0):g}",
                 f"Lower serve.replicas or resources.{kind.lower()}s_per_worker.",
@@ -180,7 +179,7 @@ def _wait_until_ready(run: ServeRun, port: int, notify: Notify) -> None:
 
 
 def _answers(run: ServeRun, port: int) -> bool:
-    if isinstance(run.resources, Cluster):
+    if not run.resources.one_machine:
         return True  # this machine may not reach the cluster's network
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(run.serve.host, run.serve.host)
     try:
