@@ -23,7 +23,7 @@ def trained(folder: Path, name: str, asked: argparse.Namespace, *settings: str) 
     words = ["model=tiny_random", *(f"model.config.{setting}={value}" for setting, value in shape.items())]
     words += ["adapter=none", "data=chat", f"data.path={folder}/rows.jsonl", f"data.cache={folder}/tokens", "resources=inline"]
     words += [f"output_dir={folder}/{name}", "tracking=none", "train.epochs=1000", f"train.max_steps={asked.steps}"]
-    words += ["train.eval_every_steps=100000", "data.eval_fraction=0", "checkpoint.keep=1", "optimizer.lr=1e-4"]
+    words += ["data.eval_fraction=0", "checkpoint.keep=1", "optimizer.lr=1e-4"]
     wall = api.train(load_config("train", [*words, *settings])).summary.wall_s
     return {"train_s": wall.train, "checkpoints_s": wall.save, "share": wall.save / (wall.train + wall.save)}
 

@@ -106,7 +106,7 @@ def measure(fault: str, folder: Path) -> dict[str, float]:
             f"resources.num_workers={'[1,2]' if elastic else 2}", "resources.preflight=off", "train.precision=fp32",
             f"resources.collective_timeout_s={10 if fault == 'frozen' else 300}", "train.global_batch_size=16",
             "train.micro_batch_size=1", "train.max_steps=100000", "train.epochs=100000", "train.log_every_steps=1",
-            "checkpoint.every_steps=5", "train.eval_every_steps=1000", "data.max_length=256",
+            "checkpoint.every_steps=5", "data.max_length=256",
         ]  # fmt: skip
         drivers: list[Driver] = []
         try:

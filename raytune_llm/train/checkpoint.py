@@ -109,7 +109,7 @@ class Checkpoints:
             self._writing = self._pool.submit(self._write, self._staging.copy(state), progress.step, progress.best_step, document)
 
     def newest(self) -> int | None:
-        """The newest intact checkpoint, as rank 0 finds it. Collective over all workers."""
+        """The newest intact checkpoint, as rank 0 finds it; its files are here then. Collective over all workers."""
         if self._group is None:
             return self._newest()
         found: list[Any] = [None]
@@ -121,7 +121,14 @@ class Checkpoints:
         dist.broadcast_object_list(found, src=0, group=self._group)
         if isinstance(found[0], DataError | ResourceError):
             raise found[0]
+        if found[0] is not None:
+            self._fetch(found[0])
         return found[0]
+
+    def _fetch(self, step: int) -> None:
+        """Of an object store: what this machine lacks of a checkpoint that rank 0 found intact."""
+        if self._remote is not None and (problem := self._remote.fetch(step, checked=True)) is not None:
+            raise DataError(f"{self._remote}/step-{step}", problem, "Repeat the command; it resumes from an older checkpoint.")
 
     def _newest(self) -> int | None:
         return newest_sound(self.folder) if self._remote is None else self._remote.newest_sound()
@@ -140,8 +147,7 @@ class Checkpoints:
     def load(self, step: int, fill: Callable[[Mapping[str, Tensor], Callable[[dict[str, Tensor]], None]], None]) -> None:
         """`fill(kept, read)` is the strategy's `load`."""
         folder = path_of(self.folder, step) / "state"
-        if self._remote is not None and (problem := self._remote.fetch(step, checked=True)) is not None:
-            raise DataError(f"{self._remote}/step-{step}", problem, "Repeat the command; it resumes from an older checkpoint.")
+        self._fetch(step)
         try:
             entries = FileSystemReader(folder).read_metadata().state_dict_metadata
         except (OSError, EOFError, ValueError, UnpicklingError) as error:
