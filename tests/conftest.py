@@ -16,6 +16,13 @@ settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where two processes share the tests, one takes all that start a Ray cluster, in turn. The tests of a file stay together."""
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     """61 conversations of very different lengths."""
