@@ -339,9 +339,9 @@ def tune(
     sweep: Sweep,
     *,
     on_change: OnChange = lambda study, trial: None,
-    told: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> TuneResult:
-    """Run a sweep, or what is left of it, and write its folder. on_change is called when a trial begins, reports or ends; told
+    """Run a sweep, or what is left of it, and write its folder. on_change is called when a trial begins, reports or ends; notify
     gets a line where trials share a base.
 
     from raytune_llm import api, load_sweep
@@ -350,7 +350,7 @@ def tune(
     """
     from raytune_llm.tune.run import run_sweep
 
-    return run_sweep(sweep, train, on_change, train_together=train_together, told=told)
+    return run_sweep(sweep, train, on_change, train_together=train_together, notify=notify)
 
 
 def products_per_s() -> float:

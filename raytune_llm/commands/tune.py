@@ -42,8 +42,8 @@ def main(sweep: Sweep) -> int:
     face = _Face(console, sweep)
     try:
         with face:
-            told = partial(console.print, highlight=False, markup=False)
-            result = api.tune(sweep, on_change=face.changed, told=told)
+            notify = partial(console.print, highlight=False, markup=False)
+            result = api.tune(sweep, on_change=face.changed, notify=notify)
     except KeyboardInterrupt as interrupt:
         command = shlex.join(["python", "-m", "raytune_llm", *(word for word in sys.argv[1:] if word != "resume=never")])
         interrupt.add_note(f"{face.standing()}this resumes the sweep: {command}")

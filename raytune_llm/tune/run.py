@@ -60,10 +60,10 @@ def run_sweep(
     on_change: OnChange = lambda study, trial: None,
     *,
     train_together: TrainTogether | None = None,
-    told: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> TuneResult:
     """Run what is left of the sweep. on_change is called when a trial begins, reports or ends. train_together: for trials that
-    may share a base; told gets a line where they do.
+    may share a base; notify gets a line where they do.
 
     Raises ConfigError and DataError for what can be known to fail before the first trial, and ResourceError where no trial
     came to its end.
@@ -74,7 +74,7 @@ def run_sweep(
         study = Study(sweep, metric, adopt)
         if sweep.chosen is not None:
             check_choice(study, sweep.chosen)
-        with _ready(sweep, train, train_together, told) as run_trials:
+        with _ready(sweep, train, train_together, notify) as run_trials:
             _run(study, run_trials, on_change)
         return _result(study)
 
@@ -126,21 +126,23 @@ def choose(study: Study, chosen: Chosen) -> None:
 
 
 @contextmanager
-def _ready(sweep: Sweep, train: Train, train_together: TrainTogether | None, told: Callable[[str], None]) -> Iterator[RunTrials]:
+def _ready(
+    sweep: Sweep, train: Train, train_together: TrainTogether | None, notify: Callable[[str], None]
+) -> Iterator[RunTrials]:
     """What trains the trials, once all is checked and prepared."""
     runs, workspace = _distinct(sweep), Workspace(keeps_base=True)
     for run in runs:
         preflight.check(run, workspace)
     size, why = trials_together(sweep, partial(room_for, device=device_here(), workspace=workspace), gpus=device_count())
     if size > 1 and train_together is not None:
-        told(f"{size} trials at a time, in one pass over one base ({why})")
+        notify(f"{size} trials at a time, in one pass over one base ({why})")
         _prepare([replace(run, resources=INLINE) for run in runs], workspace)
         yield partial(run_banks, size=size, train_together=partial(train_together, workspace=workspace))
     elif isinstance(sweep.run.resources, Inline):
         _prepare(runs, workspace)
         yield partial(_run_here, train=partial(train, workspace=workspace))
     else:
-        with _on_ray(sweep, train, runs, told) as places:
+        with _on_ray(sweep, train, runs, notify) as places:
             yield partial(run_at, places)
 
 
@@ -152,7 +154,7 @@ def _run_here(conduct: Conduct, train: Train) -> None:
 
 
 @contextmanager
-def _on_ray(sweep: Sweep, train: Train, runs: list[TrainRun], told: Callable[[str], None]) -> Iterator[list[Place]]:
+def _on_ray(sweep: Sweep, train: Train, runs: list[TrainRun], notify: Callable[[str], None]) -> Iterator[list[Place]]:
     resources = sweep.run.resources
     assert not isinstance(resources, Inline)
     grouped = workers_of(resources) > 1 or not sweep.base.fits_one_process
@@ -162,7 +164,7 @@ def _on_ray(sweep: Sweep, train: Train, runs: list[TrainRun], told: Callable[[st
     if isinstance(resources, Cluster) and not grouped:  # a group's nodes are looked at by its first trial
         base = with_absolute_paths(sweep.base)
         folders = {"output_dir": base.output_dir, "data.cache": base.data.cache}
-        check_nodes(resources, folders, workers=1, each={"CPU": 1.0}, report=told)
+        check_nodes(resources, folders, workers=1, each={"CPU": 1.0}, report=notify)
     _prepare(runs, Workspace())
     with places_on_ray(sweep, train, runs) as places:
         yield places

@@ -35,8 +35,8 @@ def both(chat_rows, cache, tmp_path_factory):
     """The same sweep with one pass for all trials, and with trials one after another."""
     folders = [tmp_path_factory.mktemp(name) for name in ("shared", "alone")]
     told: list[str] = []
-    shared = api.tune(load_sweep(words(chat_rows, cache, folders[0], *GRID)), told=told.append)
-    alone = api.tune(load_sweep(words(chat_rows, cache, folders[1], *GRID, "tune.share_base=false")), told=told.append)
+    shared = api.tune(load_sweep(words(chat_rows, cache, folders[0], *GRID)), notify=told.append)
+    alone = api.tune(load_sweep(words(chat_rows, cache, folders[1], *GRID, "tune.share_base=false")), notify=told.append)
     assert told == ["6 trials at a time, in one pass over one base (asked for)"]
     return shared, alone
 
