@@ -202,7 +202,8 @@ def load_paused(words: Sequence[str]) -> Sweep:
     folder, rest = Path(words[0]) if words else Path(), words[1:]
     try:
         then = json.loads((folder / COMMAND).read_text())
-    except (OSError, ValueError):
+        words_then, config_dir, config_name = (then[name] for name in ("words", "config_dir", "config_name"))
+    except (OSError, ValueError, LookupError, TypeError):
         raise ConfigError("tune resume", "needs the folder of a sweep", got=str(folder), fix="Say, outputs/sweep.") from None
     given = dict(pairs := [one_value(word) for word in rest])
     if len(given) < len(pairs):
@@ -214,9 +215,9 @@ def load_paused(words: Sequence[str]) -> Sweep:
         raise ConfigError(
             "clone", "goes with the settings that it changes", got=list(rest), fix="Say, clone=4 optimizer.lr=1e-4."
         )
-    others = [word for word in then["words"] if word.partition("=")[0] not in ("output_dir", "resume")]
+    others = [word for word in words_then if word.partition("=")[0] not in ("output_dir", "resume")]
     place = f"output_dir={quoted(str(folder.absolute()))}"
-    sweep = load_sweep([*others, place, "resume=must"], config_dir=then["config_dir"], config_name=then["config_name"])
+    sweep = load_sweep([*others, place, "resume=must"], config_dir=config_dir, config_name=config_name)
     for setting in given:
         _can_change_on_the_way(setting, "by a clone, which resumes from the checkpoint of its trial")
     sweep.composed(given)

@@ -61,6 +61,7 @@ def test_the_chosen_ones_end_as_if_they_had_never_waited(paused, chat_rows, cach
     ("words_after", "rule"),
     [
         ([], "needs the folder of a sweep"),
+        (["{there}/damaged", "keep=1"], "needs the folder of a sweep"),
         (["{there}"], "must say what goes on"),
         (["{there}", "keep=half"], "must be a whole number"),
         (["{there}", "clone=1"], "goes with the settings that it changes"),
@@ -79,5 +80,7 @@ def test_what_goes_on_is_said_in_words_that_make_sense(words_after, rule, tmp_pa
         "config_name": None,
     }
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "sweep.json").write_text('{"words": []}')
     with pytest.raises(ConfigError, match=rule):
         load_paused([word.format(there=os.fspath(tmp_path)) for word in words_after])
