@@ -246,11 +246,13 @@ def _boot() -> str:
 
 
 def _started(pid: object) -> str | None:
-    """When a process started, in the kernel's clock ticks. None: there is no such process."""
+    """When a process started, in the kernel's clock ticks. None: there is no such process, or it is a zombie: it has ended, and
+    its parent (the first process of some containers) never asks how."""
     if not isinstance(pid, int):
         return None
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *others = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in ("Z", "X") else others[18]
     except (OSError, IndexError):
         pass
     try:  # without /proc

@@ -29,9 +29,10 @@ def test_a_second_process_is_refused_while_the_first_lives_and_not_after_it_was_
     with pytest.raises(ConfigError, match=f"is in use by process {holder.pid}"), owned(tmp_path):
         pass
     holder.kill()
-    holder.wait()
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # ended, and still a zombie
     with owned(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    holder.wait()
     assert list(tmp_path.iterdir()) == []
 
 
