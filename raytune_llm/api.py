@@ -104,12 +104,16 @@ def train(
     run = with_absolute_paths(run)
     check_writable(run.output_dir)
     workspace = _start(run, workspace)
-    from raytune_llm.runs.output import full_disk_explained  # torch is loaded by now
+    from raytune_llm.runs.output import as_found_where_refused, full_disk_explained  # torch is loaded by now
 
     def notify(line: str) -> None:
         on_update(Notice(text=line))
 
-    with owned(run.output_dir, anew=run.resume == "never", notify=notify) as output, full_disk_explained(output):
+    with (
+        owned(run.output_dir, anew=run.resume == "never", notify=notify) as output,
+        full_disk_explained(output),
+        as_found_where_refused(output),
+    ):
         return _train(run, output, clock, sinks, on_update, on_samples, on_progress, workspace)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import GenerationConfig
 
+from raytune_llm import packaged
 from raytune_llm.errors import ConfigError, first_line
 
 UNREAD_WITHOUT_SAMPLING = {
@@ -29,12 +31,29 @@ def savable(generation: GenerationConfig) -> GenerationConfig:
                 setattr(generation, name, None)
     try:
         generation.validate(strict=True)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             "model.path", f"must be a model whose generation_config.json transformers can save ({first_line(error)})",
             fix="Correct that file.",
         ) from None  # fmt: skip
     return generation
+
+
+def read_generation_config(path: str | None) -> GenerationConfig:
+    """What is beside the weights, or none in particular where nothing is. Raises ConfigError if it can't be read."""
+    if path is None:
+        return GenerationConfig()
+    folder = packaged.resolve(path)
+    try:
+        generation = GenerationConfig.from_pretrained(folder)
+        if not all(isinstance(id, int) for id in end_ids_of(generation)):
+            raise ValueError(f"eos_token_id is {generation.eos_token_id!r}")
+        return generation
+    except Exception as error:  # whatever a damaged file makes of transformers' code
+        if isinstance(error, OSError) and not (Path(folder) / "generation_config.json").exists():
+            return GenerationConfig()
+        rule = f"must be a model whose generation_config.json can be read ({first_line(error)})"
+        raise ConfigError("model.path", rule, got=path, fix="Correct that file, or remove it.") from None
 
 
 def end_ids_of(generation: GenerationConfig) -> list[int]:

@@ -8,10 +8,13 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -28,10 +31,12 @@ from raytune_llm import packaged
 from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.models.multimodal import TRAINED_ON_TEXT, is_multimodal, leave_other_media_out
 from raytune_llm.models.quantization.prequantized import unpacked
-from raytune_llm.models.stored import Files, files_of, model_in_files
+from raytune_llm.models.stored import Files, an_adapter, files_of, model_in_files, other_shape
 
 ROPE = ("rope_theta", "rope_scaling")
 """Old names of entries of rope_parameters."""
+UNREADABLE = (OSError, SafetensorError, UnpicklingError, BadZipFile, EOFError, ValueError, TypeError, KeyError)
+"""What reading damaged files of weights ends in."""
 MAX_LAYERS = 1_000
 """Far beyond any model, and made on the meta device within seconds."""
 
@@ -46,10 +51,9 @@ def load_config(
     folder = packaged.resolve(path)
     try:
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged config.json makes of transformers' code
         if (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file():
-            fix = f"Set adapter.path={path}, and model.path to the model that it is for."
-            raise ConfigError("model.path", "must be a model, but this folder holds an adapter", got=path, fix=fix) from None
+            raise an_adapter(path) from None
         raise _unreachable(path, error) from None
     return unpacked(_changed(config, changes) if changes else config, path)
 
@@ -148,6 +152,12 @@ def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> Pretrained
     return changed
 
 
+def _said(error: Exception) -> str:
+    """The first line of its message, or the last where the first announces it."""
+    first = first_line(error)
+    return _last_line(error) if first.endswith(":") else first
+
+
 def _last_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
@@ -232,16 +242,10 @@ def _with_stored_weights(
                 output_loading_info=True,
                 **options,
             )
-    except OSError as error:
+    except UNREADABLE as error:
         raise _unreachable(path, error) from None
     if found["mismatched_keys"]:
-        name, stored, expected = min(found["mismatched_keys"])
-        raise ConfigError(
-            "model.config",
-            f"must keep the shapes of the weights at model.path: {name} is {list(stored)} there, {list(expected)} in the config",
-            got=path,
-            fix="Leave out what changes shapes, or set model.weights=random.",
-        )
+        raise other_shape(path, *min(found["mismatched_keys"]))
     backbone = f"{model.base_model_prefix}."
     missing = sorted(name for name in found["missing_keys"] if not scores or name.startswith(backbone))
     if missing:
@@ -332,7 +336,7 @@ def positions(config: PretrainedConfig) -> int | None:
 
 def _unreachable(path: str, error: Exception) -> ConfigError:
     if Path(path).is_dir():
-        return ConfigError("model.path", f"must be a folder with a model ({first_line(error)})", got=path)
+        return ConfigError("model.path", f"must be a folder with a model ({_said(error)})", got=path)
     return ConfigError(
         "model.path",
         "must be a folder or the id of a model on a hub that this machine reaches",

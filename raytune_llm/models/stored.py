@@ -7,7 +7,7 @@ joined as they are loaded, a score head that is new), one worker loads the model
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +20,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from raytune_llm import packaged
+from raytune_llm.errors import ConfigError, first_line
 
 Files = Mapping[str, str]
 """The file of each weight."""
@@ -90,6 +93,52 @@ def files_of(model: PreTrainedModel, path: str, *, revision: str | None) -> File
                 if key not in held or opened.get_slice(key).get_shape() != list(weights[key].shape):
                     return None
     return {key: files[key] for key in weights}
+
+
+def check_files(model: PreTrainedModel, path: str) -> None:
+    """Raises ConfigError where a folder's safetensors can't be read, or hold other shapes than the model on the meta device.
+
+    Only what stands before the weights in the files is read. Of models whose weights change as they are loaded, shapes are not
+    compared.
+    """
+    folder = packaged.resolve(path)
+    if not Path(folder).is_dir():
+        return
+    changed = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
+    compared = {} if changed or hasattr(model.config, "quantization_config") else dict(model.named_parameters())
+    try:
+        files = tensor_files(folder, None)
+        if not files and not list(Path(folder).glob("*.bin")):
+            raise an_adapter(path) if (Path(folder) / "adapter_config.json").is_file() else _without_weights(path)
+        for file in set(files.values()):
+            with safe_open(file, framework="pt") as opened:
+                shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys() & compared.keys()}
+            for name, shape in shapes.items():
+                if shape != list(compared[name].shape):
+                    raise other_shape(path, name, shape, list(compared[name].shape))
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of its readers
+        rule = f"must hold weights that can be read ({first_line(error)})"
+        raise ConfigError("model.path", rule, got=path, fix="Copy the whole folder again.") from None
+
+
+def an_adapter(path: str) -> ConfigError:
+    fix = f"Set adapter.path={path}, and model.path to the model that it is for."
+    return ConfigError("model.path", "must be a model, but this folder holds an adapter", got=path, fix=fix)
+
+
+def _without_weights(path: str) -> ConfigError:
+    return ConfigError("model.path", "must be a folder with weights", got=path, fix="Copy the whole folder.")
+
+
+def other_shape(path: str, name: str, stored: Sequence[int], expected: Sequence[int]) -> ConfigError:
+    return ConfigError(
+        "model.config",
+        f"must keep the shapes of the weights at model.path: {name} is {list(stored)} there, {list(expected)} in the config",
+        got=path,
+        fix="Leave out what changes shapes, or set model.weights=random.",
+    )
 
 
 def tensor_files(path: str, revision: str | None) -> Files:

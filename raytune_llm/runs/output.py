@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import ConfigError, ResourceError, UserError
+from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
 from raytune_llm.train import checkpoint
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,25 @@ def mark_finished(folder: Path, identity_now: dict[str, str]) -> None:
     beside = folder / f".{FINISHED}-new"
     beside.write_text(json.dumps({"identity": identity_now, "files": files}, indent=1))
     beside.rename(folder / FINISHED)
+
+
+@contextmanager
+def as_found_where_refused(folder: Path) -> Iterator[None]:
+    """A command that is refused before its first record leaves run.yaml as it was, or none."""
+    described, metrics = folder / "run.yaml", folder / "metrics.jsonl"
+    found, records = _content(described), _content(metrics)
+    try:
+        yield
+    except (ConfigError, DataError):
+        if _content(metrics) == records:
+            described.unlink(missing_ok=True)
+            if found is not None:
+                described.write_bytes(found)
+        raise
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 @contextmanager

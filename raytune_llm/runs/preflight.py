@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from raytune_llm import packaged
 from raytune_llm.config.run import TrainRun
@@ -20,8 +20,9 @@ from raytune_llm.errors import ConfigError, UserError, first_line
 from raytune_llm.models.adapters import adapt, merge
 from raytune_llm.models.attention.cache import cache_lacks
 from raytune_llm.models.build import run_config
-from raytune_llm.models.generation_config import savable
+from raytune_llm.models.generation_config import read_generation_config, savable
 from raytune_llm.models.load import load_model
+from raytune_llm.models.stored import check_files
 from raytune_llm.models.vocabulary import grow
 from raytune_llm.report.trackers import check_tracker
 from raytune_llm.runs.launch import check_devices
@@ -60,9 +61,11 @@ def _check(run: TrainRun, workspace: Workspace) -> None:
             scores=stage.scores is not None,
         )
     _check_answers(run, config)
+    if run.model.path is not None and run.model.weights == "pretrained":
+        check_files(model, run.model.path)
     pieces = first_pieces(run.model, tokenizer)
     grow(model, pieces)
-    savable(_generation_config(run.model.path))
+    savable(read_generation_config(run.model.path))
     with torch.device("meta"):
         merge(model, run.model.merged_adapters)
         adapters = adapt(model, run.adapter, scores=stage.scores is not None, new_ids=sorted(pieces))
@@ -80,14 +83,6 @@ def _check_answers(run: TrainRun, config: PretrainedConfig) -> None:
                 got=rows,
                 fix="Set it to 0; predict engine=hf answers rows after training.",
             )
-
-
-def _generation_config(path: str | None) -> GenerationConfig:
-    """The model's own, or none in particular."""
-    try:
-        return GenerationConfig() if path is None else GenerationConfig.from_pretrained(packaged.resolve(path))
-    except OSError:
-        return GenerationConfig()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from raytune_llm import packaged
 from raytune_llm.config.adapter import SavedAdapter
@@ -26,7 +26,7 @@ from raytune_llm.engines.vllm_host import check_vllm, vllm_engine
 from raytune_llm.errors import ConfigError, UserError
 from raytune_llm.models.adapters.saved import task_of, token_ids_of
 from raytune_llm.models.build import choose_precision
-from raytune_llm.models.generation_config import end_ids_of
+from raytune_llm.models.generation_config import end_ids_of, read_generation_config
 from raytune_llm.models.load import load_config
 from raytune_llm.models.score_head import has_separate_head
 from raytune_llm.serve.backend import ModelFacts
@@ -159,12 +159,7 @@ def _serving(model: ModelConfig, quantization: QuantizationConfig, served: Serve
 
 def _configured_ends(path: str | None) -> list[int]:
     """That the model's generation config names: training writes there what it taught answers to end with."""
-    if path is None:
-        return []
-    try:
-        return end_ids_of(GenerationConfig.from_pretrained(packaged.resolve(path)))
-    except OSError:
-        return []
+    return end_ids_of(read_generation_config(path))
 
 
 def _scores(config: PretrainedConfig) -> bool:

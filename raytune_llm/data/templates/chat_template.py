@@ -38,7 +38,7 @@ from raytune_llm.data.templates.rendered import (
     template_errors,
 )
 from raytune_llm.data.templates.skeleton import Shape, Skeleton, placeholders, shape_of
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.records import Conversation, Message, last_answer_only
 
 if TYPE_CHECKING:
@@ -64,12 +64,12 @@ class ChatTemplate:
         self._default_system = default_system
         specials = special_tokens(tokenizer)
         self._special = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
+        self._other_template = suggested(tokenizer)
         self.end_token = self._find_end_token()
         self.control = control_tokens(specials)
         self._answered = control_tokens({self.end_token or "", *end_tokens(tokenizer)})
         self._skeletons: dict[tuple[Shape, tuple[float, ...]], tuple[Skeleton, _Found] | None] = {}
         self._lost: dict[Any, Lost | None] = {}
-        self._other_template = suggested(tokenizer)
 
     def render(self, conversation: Conversation, *, earlier_answers: bool = True) -> Rendered:
         if self.end_token is None:
@@ -256,8 +256,16 @@ class ChatTemplate:
 
     def _find_end_token(self) -> str | None:
         answer = "answer"
-        text = self._render([{"role": "user", "content": "request"}, {"role": "assistant", "content": answer}], None)
-        after = self._special.search(text, text.rindex(answer) + len(answer))
+        try:
+            text = self._render([{"role": "user", "content": "request"}, {"role": "assistant", "content": answer}], None)
+        except TemplateError as error:
+            raise ConfigError(
+                "the chat template",
+                f"must write a question and its answer ({first_line(error)})",
+                got=self.tokenizer_name,
+                fix=f"Correct it, or set data.template={self._other_template}.",
+            ) from None
+        after = None if answer not in text else self._special.search(text, text.rindex(answer) + len(answer))
         return None if after is None else after.group()
 
 
