@@ -35,7 +35,7 @@ class Message:
     content: str
     trained: bool = False
     weight: float = 1.0
-    """Of its tokens in the loss, where it is trained."""
+    """Weight of its tokens in the loss, if it is trained."""
     reasoning: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     """Calls as they were written: {"name", "arguments"}, or that as `function` of an object with an id. Arguments are an object
@@ -131,7 +131,7 @@ class Prefixes(NamedTuple):
     """int32: where each document begins in queries_Q, and the end."""
     cu_keys_X: Tensor
     max_queries: int
-    """Of the longest document."""
+    """Length of the longest document in tokens."""
     max_keys: int
 
 
@@ -179,9 +179,9 @@ class Batch:
     sample_ids: tuple[int, ...] = ()
     """The samples (packs or rows, by their number in the train split) that are in it."""
     rows: tuple[int, ...] = ()
-    """Of the store: whose documents are in it, in order."""
+    """Rows of the store whose documents are in the batch, in order."""
     partners: tuple[int, ...] = ()
-    """Of each row: the one whose answer is mismatched with its prompt, where there is one."""
+    """For each row, the row whose answer is paired with its prompt as a mismatch, if there is one."""
     seed: int = 0
     """The step's seed, from which random numbers of each document are derived."""
 

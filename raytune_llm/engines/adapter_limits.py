@@ -22,14 +22,14 @@ PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterLimits:
-    """Of one package."""
+    """The adapters that one package supports."""
 
     package: str
     """By its own name, and as a module."""
     module: str
     max_rank: int
     lacks: frozenset[str] = field(default=frozenset())
-    """Of UNCOMPUTED, what the package doesn't compute."""
+    """Keys of UNCOMPUTED that the package does not support."""
 
     def check(self, folder: str | Path, setting: str) -> int:
         """Gives its rank. Raises ConfigError, which names the setting, for a folder whose adapter the package can't compute."""

@@ -21,7 +21,7 @@ from raytune_llm.models.load import positions
 BLOCK_SIZE = 16
 MAX_ROWS = 32
 STEP_TOKENS = 2048
-"""Of a step: prompts are computed in chunks."""
+"""Maximum tokens of a step: prompts are computed in chunks."""
 
 
 class BatchEngine:

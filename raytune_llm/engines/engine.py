@@ -28,7 +28,7 @@ class AdapterState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Of an engine, now."""
+    """The current state of an engine."""
 
     running: int
     waiting: int

@@ -76,7 +76,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """Of the model's own logits, in nats: before temperature, penalties and grammar."""
+    """From the model's own logits, in nats: before temperature, penalties and grammar."""
 
     token: int
     logprob: float
@@ -88,7 +88,7 @@ class ScoredToken(NamedTuple):
     """A token of an answer that was given, not made."""
 
     logprob: float
-    """Of the model's own logits, in nats."""
+    """From the model's own logits, in nats."""
     likeliest: bool
     """Whether it is what greedy decoding would have chosen here."""
 
@@ -102,7 +102,7 @@ class Completion:
     finish: Finish
     prompt_tokens: int
     cached_tokens: int = 0
-    """Of the prompt, what the prefix cache held."""
+    """Tokens of the prompt that the prefix cache had."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One a token, where they were asked for."""
     adapter_version: str | None = None

@@ -37,7 +37,7 @@ class ArgumentOutcome:
 class Translation:
     settings: Settings
     outcomes: tuple[ArgumentOutcome, ...]
-    """Of the arguments in the file, in its order, and of what is missing in it."""
+    """Outcomes of the file's arguments, in its order, and of missing ones."""
 
     @property
     def refused(self) -> tuple[ArgumentOutcome, ...]:

@@ -77,7 +77,7 @@ class Policy(nn.Module):
         self._has_new_adapter, self._has_changed_config = has_new_adapter, has_changed_config
         self._base_vocabulary, self._left_out, self._files_beside = base_vocabulary, left_out, files_beside
         self._as_found: list[Tensor] | None = None
-        """Of the trained parameters, in their order."""
+        """Values of the trained parameters, in their order."""
 
     @property
     def base(self) -> Any:
@@ -121,7 +121,7 @@ class Policy(nn.Module):
         return torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32)
 
     def cache_bytes_a_token(self) -> int:
-        """Of a PagedCache of all layers, found by computing one token."""
+        """Bytes per token of a PagedCache of all layers, measured by computing one token."""
         cache = PagedCache(1, 1, dtype=self.compute, device=self.base.get_input_embeddings().weight.device)
         with torch.no_grad():
             self.hidden(CachedRows.of(cache, [NewTokens([0], 0, [0])]))

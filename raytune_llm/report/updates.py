@@ -70,7 +70,7 @@ class RunFinished:
     held_out: Sequence[Sequence[str]]
     """(name, text of the figures) of the last evaluation."""
     answers: Sequence[Mapping[str, str | bool]]
-    """Of held-out rows: asked, expected, answers before and after training, and whether the last is right."""
+    """Held-out rows: asked, expected, answers before and after training, and whether the last is right."""
     profile: str | None
     """The table of train.profile, and the path of the trace."""
     next_commands: Sequence[str]

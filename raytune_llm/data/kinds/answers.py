@@ -15,7 +15,7 @@ NOTHING_LEFT = "no trained token is left after truncation to data.max_length"
 
 
 def prompt_and_answer(text: Rendered, tokens: Tokens, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
-    """Of the last answer, with the end that the template does not write."""
+    """Token ids of the prompt and of the last answer, with the stop token that the template does not write."""
     start, end = tokens.answers[-2:].tolist()
     answer = tokens.ids[start:end]
     if text.ends_early or targets.end_of_row is None:

@@ -32,7 +32,7 @@ class ConversationRow(NamedTuple):
     spans: Ids
     """Trained ranges [start, end), flattened: start, end, start, end, ..."""
     weights: Sequence[float] | np.ndarray = ()
-    """Of each span in the loss; none where all weigh 1."""
+    """Weight of each span in the loss; empty if all are 1."""
 
 
 class ConversationKind(Kind):

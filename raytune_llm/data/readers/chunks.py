@@ -16,7 +16,7 @@ class Source:
     """Files of one type in order, or one hub data set."""
 
     kinds: tuple[str, ...]
-    """Of each file: a JSON file holds an array or lines."""
+    """Format of each file: a JSON file has an array or lines."""
     files: tuple[str, ...]
     subset: str | None = None
     split: str | None = None

@@ -107,7 +107,7 @@ class AdapterStore:
 
 
 def _stamp_of(folder: Path) -> list[tuple[int, int, int]]:
-    """Of its files: it changes where one is written or replaced."""
+    """The state of its files, which changes when one is written or replaced."""
     try:
         found = [(folder / name).stat() for name in (WEIGHTS, CONFIG)]
     except OSError as error:
@@ -116,7 +116,7 @@ def _stamp_of(folder: Path) -> list[tuple[int, int, int]]:
 
 
 def digest_of(folder: Path) -> str:
-    """Of an adapter's weights and config."""
+    """SHA-256 of an adapter's weights and config, in hex."""
     digest = hashlib.sha256()
     try:
         for name in (WEIGHTS, CONFIG):

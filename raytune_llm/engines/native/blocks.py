@@ -89,5 +89,5 @@ def root(adapter: str) -> bytes:
 
 
 def digest(ids: Sequence[int], parent: bytes) -> bytes:
-    """Of a full block of tokens behind what has the digest `parent`."""
+    """The digest of a full block of tokens after the blocks with the digest `parent`."""
     return blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=16, key=parent).digest()

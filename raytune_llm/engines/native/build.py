@@ -31,7 +31,7 @@ CPU_CACHE_BYTES = 4 * 2**30
 CPU_ROW_TOKENS = 2048
 """On a CPU the cache holds so many tokens of each row, and at most CPU_CACHE_BYTES."""
 WORKING_BYTES = 2 * 2**30
-"""Of a GPU, for what a step computes."""
+"""GPU memory that is kept free for a step's activations."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ class Grammars:
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=MAX_COMPILE_THREADS, cache_enabled=True)
 
     def matcher(self, grammar: Grammar) -> Any:
-        """Of one answer. Raises ConfigError for what xgrammar doesn't understand."""
+        """A matcher for one answer. Raises ConfigError for a grammar that xgrammar does not support."""
         if len(grammar.text) > MAX_GRAMMAR_CHARACTERS:
             raise ConfigError("the grammar", f"must have at most {MAX_GRAMMAR_CHARACTERS} characters", got=len(grammar.text))
         compile_one = {

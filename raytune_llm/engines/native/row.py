@@ -29,12 +29,12 @@ class Row:
     matcher: Any = None
     """xgrammar's, of a row with a grammar."""
     slot: int = -1
-    """Of the adapter, while it runs."""
+    """The adapter's slot, while the row runs."""
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose keys and values are in the blocks."""
     cached_tokens: int = 0
-    """Of the prompt, what was found in the prefix cache."""
+    """Tokens of the prompt that the prefix cache had."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
     done: bool = False
@@ -53,7 +53,7 @@ class Row:
         return len(self.ids) - self.computed
 
     def digests(self, blocks: int, block_size: int) -> list[bytes]:
-        """Of so many first blocks, which are full."""
+        """Digests of the first blocks, which are full."""
         while len(self._digests) < blocks:
             parent = self._digests[-1] if self._digests else root(self.adapter.version if self.adapter else "")
             at = len(self._digests) * block_size

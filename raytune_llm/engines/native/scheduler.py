@@ -29,7 +29,7 @@ class Piece(NamedTuple):
     row: Row
     start: int
     stop: int
-    """Of its tokens: those before `start` are in the cache."""
+    """A range of the row's tokens; those before `start` are in the cache."""
 
     @property
     def samples(self) -> bool:

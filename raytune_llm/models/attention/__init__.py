@@ -60,7 +60,7 @@ class Case:
     device_type: str
     dtype: torch.dtype
     capability: tuple[int, int] = (9, 0)
-    """Of a CUDA device."""
+    """Compute capability of a CUDA device."""
     head: int = 128
     """head_dim."""
     softcap: bool = False

@@ -44,7 +44,7 @@ class PagedCache:
 
     @property
     def bytes_a_token(self) -> int:
-        """Of all layers; 0 before the first step."""
+        """Bytes per token of all layers; 0 before the first step."""
         return sum(held[0, 0].numel() * held.element_size() for layer in self.layers.values() for held in layer)
 
     def write(self, layer: int, places_L: Tensor, key_LHD: Tensor, value_LHD: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ class NewTokens(NamedTuple):
     start: int
     """So many tokens of the row are in the cache."""
     blocks: Sequence[int]
-    """Of the row, in order: enough for the new tokens as well."""
+    """The row's blocks, in order, with room for the new tokens."""
 
 
 class ReadPlaces(NamedTuple):
@@ -137,7 +137,7 @@ class CachedRows:
     lengths: tuple[int, ...]
     """lengths_R on the host."""
     max_length: int
-    """Of a row that decodes; a bound is enough."""
+    """Upper bound of the length of a decoding row."""
     read: ReadPlaces | None = None
     """On a GPU."""
 

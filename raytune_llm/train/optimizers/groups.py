@@ -58,7 +58,7 @@ def trained_in(model: nn.Module, lr_factor: Callable[[str], float] = lambda name
 
 
 def _rows_per_head(model: nn.Module) -> dict[nn.Parameter, int]:
-    """Of the weights of queries and keys, where their module says how long a head is."""
+    """Query or key weight -> rows of each head, for modules that have head_dim."""
     found = {}
     for module in model.modules():
         head_dim = getattr(module, "head_dim", None)
