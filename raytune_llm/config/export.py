@@ -20,20 +20,21 @@ class ExportConfig:
     What each changes is added up."""
     weights: dict[str, float]
     """By the adapters' names: {a: 0.5} adds half of what a changes. Others count 1."""
-    format: Literal["hf"]
-    """hf: a folder that transformers, vLLM and SGLang load."""
+    format: Literal["hf", "gguf", "ollama"]
+    """hf: a folder that transformers, vLLM and SGLang load. gguf: one file for llama.cpp. ollama:
+    that file with a Modelfile."""
     output_dir: str | None
-    dtype: Literal["auto", "fp32", "bf16", "fp16"]
-    """Of the weights. auto: each tensor's own in the base."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "q8_0"]
+    """Of the weights. auto: each tensor's own in the base. q8_0, in gguf alone: 8 bits, with a scale for 32 numbers."""
     shard_size: str
     """Files of at most so much, as 5GB or 500MiB; one tensor may be larger."""
     check: Literal["auto"] | bool
     """Compare what was written with the base and its adapter on held-out rows. auto: where there is memory for the model in
     float32."""
     check_rows: NonNegativeInt
-    max_kl: NonNegativeFloat
+    max_kl: NonNegativeFloat | None
     """The largest mean divergence from the base with its adapter, in nats a token (of a reward model: the largest difference of
-    a score), with which it is written at all."""
+    a score), with which it is written at all. null: 0.01."""
     overwrite: bool
     """Take the place of an export that is there."""
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -15,26 +14,14 @@ from torch import Tensor
 from raytune_llm.config.adapter import AdapterConfig, NoAdapter, SavedAdapter
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.data.batches import collate, to_device
-from raytune_llm.data.pipeline import find_stores
-from raytune_llm.data.samples import split_sources
-from raytune_llm.data.store import Store
-from raytune_llm.errors import UserError
+from raytune_llm.export.rows import Rows
 from raytune_llm.export.source import Source
 from raytune_llm.models.build import build_policy
 from raytune_llm.models.load import load_config
 from raytune_llm.models.scorer import Scorer
-from raytune_llm.runs.stores import held_out_part
 
-MAX_TOKENS = 128
-"""Of a row."""
 FREE_TIMES = 1.5
 """Memory for the model in float32, so many times over."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    ids: Sequence[np.ndarray]
-    what: str
 
 
 @dataclass(frozen=True)
@@ -45,13 +32,19 @@ class Difference:
     """Mean Kullback-Leibler divergence in nats a token; of a reward model, the largest difference of a score."""
     max_abs: float
     """The largest difference of a log-probability, or of a score."""
+    perplexity: float | None
+    """Of the rows, by what was written; None of a reward model."""
+    perplexity_before: float | None
+    """By the base with its adapter."""
     tokens: int
     rows: str
 
     def said(self) -> str:
+        what = "score" if self.perplexity is None else "log-probability"
+        perplexities = "" if self.perplexity is None else f", perplexity {self.perplexity_before:.4f} -> {self.perplexity:.4f}"
         return (
             f"on {self.tokens} tokens of {self.rows}, computed in float32: mean divergence {self.divergence:.2e} nats a token, "
-            f"largest difference of a log-probability {self.max_abs:.2e}"
+            f"largest difference of a {what} {self.max_abs:.2e}{perplexities}"
         )
 
 
@@ -60,58 +53,45 @@ def has_memory(source: Source) -> bool:
     return psutil.virtual_memory().available > 4 * FREE_TIMES * numbers
 
 
-def rows_to_check(source: Source, number: int) -> Rows:
-    """Of the run's held-out rows, as far as its tokens are still there; else random tokens."""
-    run = source.run
-    if run is not None:
-        try:
-            store, held_out = find_stores(run.model, run.data, kind=run.stage.kind)
-        except (UserError, OSError):
-            store = held_out = None
-        if (folder := held_out or store) is not None:
-            opened = Store.open(folder)
-            part = 1.0 if held_out else held_out_part(run.data, opened)
-            _, by_source = split_sources(opened, part, run.train.seed)
-            chosen = list(islice(chain.from_iterable(rows.tolist() for rows in by_source.values()), number))
-            what = "held-out rows of the run" if chosen else "rows that the run trained on"
-            ids = [
-                np.concatenate(opened.prompt_and_answer(row))[:MAX_TOKENS] for row in chosen or range(min(number, len(opened)))
-            ]
-            if ids := [row for row in ids if len(row) > 1]:
-                return Rows(ids, f"{len(ids)} {what}")
-    draw = np.random.default_rng(0)
-    size = source.config.get_text_config().vocab_size
-    return Rows([draw.integers(0, size, MAX_TOKENS) for _ in range(number)], f"{number} rows of random tokens")
+def can_compare(source: Source) -> bool:
+    """False for several adapters, of which nothing else computes the sum."""
+    return len(source.adapters) <= 1 and all(factor == 1.0 for _, factor in source.adapters)
 
 
-def compare(source: Source, written: Path, rows: Rows) -> Difference | None:
-    """None for several adapters, of which nothing else computes the sum."""
-    if len(source.adapters) > 1 or any(factor != 1.0 for _, factor in source.adapters):
-        return None
+def compare(source: Source, ours: Iterator[Tensor], rows: Rows) -> Difference:
+    """ours: outputs of what was written, of each row."""
     adapter: AdapterConfig | SavedAdapter = NoAdapter(name="none")
     for mergeable, _ in source.adapters:
         adapter = SavedAdapter(path=mergeable.folder, setting="export.run")
     before = replace(source.model, path=str(source.folder), revision=None)
-    ours = _outputs(replace(before, path=str(written), config={}), NoAdapter(name="none"), rows, source.scores)
-    theirs = list(_outputs(before, adapter, rows, source.scores))
-    divergences, largest, tokens = [], 0.0, 0
-    for one, other in zip(ours, theirs, strict=True):
+    written = list(ours)  # one model at a time is in memory
+    theirs = outputs(before, adapter, rows, scores=source.scores, new_ids=source.token_ids)
+    divergences, largest, tokens, logprobs = [], 0.0, 0, [0.0, 0.0]
+    for one, other, ids in zip(written, theirs, rows.ids, strict=True):
         largest = max(largest, (one - other).abs().max().item())
         if source.scores:
             divergences.append((one - other).abs().max().item())
         else:
             divergences.append((other.exp() * (other - one)).sum(-1).sum().item())
+            targets_T1 = torch.from_numpy(ids[1:].astype("int64"))[:, None]
+            for n, values in enumerate((one, other)):
+                logprobs[n] += values.gather(1, targets_T1).sum().item()
         tokens += len(one)
-    divergence = max(divergences) if source.scores else max(0.0, sum(divergences) / tokens)
-    return Difference(divergence, largest, tokens, rows.what)
+    if source.scores:
+        return Difference(max(divergences), largest, None, None, tokens, rows.what)
+    after, first = (torch.tensor(-logprob / tokens).exp().item() for logprob in logprobs)
+    return Difference(max(0.0, sum(divergences) / tokens), largest, after, first, tokens, rows.what)
 
 
 @torch.no_grad()
-def _outputs(model: ModelConfig, adapter: AdapterConfig | SavedAdapter, rows: Rows, scores: bool) -> Iterator[Tensor]:
-    """Of each row: log-probabilities [T - 1, V], or the score [1]."""
+def outputs(
+    model: ModelConfig, adapter: AdapterConfig | SavedAdapter, rows: Rows, *, scores: bool, new_ids: Sequence[int] = ()
+) -> Iterator[Tensor]:
+    """Of each row: log-probabilities [T - 1, V], or the score [1]. new_ids: tokens whose embeddings the adapter has."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_config(str(model.path), model.config, trust_remote_code=model.trust_remote_code)
-    settings = {"compute": torch.float32, "seed": 0, "device": device, "trains": False, "scores": scores}
+    settings: dict[str, Any] = {"compute": torch.float32, "seed": 0, "device": device, "trains": False, "scores": scores}
+    settings["first_pieces"] = dict.fromkeys(new_ids, ())
     policy, _ = build_policy(config, model, adapter, **settings)
     policy.eval()
     for ids in rows.ids:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from raytune_llm.config.export import ExportConfig
 from raytune_llm.config.run import ExportRun
 from raytune_llm.errors import ConfigError, ResourceError
-from raytune_llm.export.check import Difference, compare, has_memory, rows_to_check
-from raytune_llm.export.source import DTYPES, Source, source_of
-from raytune_llm.export.tensors import write
-from raytune_llm.models.config_file import MODEL_CONFIG, write_config
+from raytune_llm.export.check import Difference, can_compare, compare, has_memory
+from raytune_llm.export.gguf.file import gguf
+from raytune_llm.export.hf import hf
+from raytune_llm.export.ollama import ollama
+from raytune_llm.export.rows import rows_to_check
+from raytune_llm.export.source import Source, source_of
+from raytune_llm.export.target import Target
 from raytune_llm.runs.output import full_disk_explained
-from raytune_llm.runs.owner import check_writable
+from raytune_llm.runs.owner import check_writable, owned
 
 OnProgress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in total."""
 SPARE_BYTES = 64 * 2**20
+FORMATS: Mapping[str, Callable[[Source, ExportConfig], Target]] = {"hf": hf, "gguf": gguf, "ollama": ollama}
+"""By export.format: each raises ConfigError for what can't be written in it."""
 
 
 @dataclass(frozen=True)
@@ -37,50 +44,79 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
     place = Path(settings.output_dir)
     _check_place(place, overwrite=settings.overwrite)
     source = source_of(run)
-    beside = place.with_name(f".{place.name}-new")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        with full_disk_explained(place):
-            exported = FORMATS[settings.format](run, source, beside, on_progress)
-            _take_place(beside, place)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return exported
+    target = FORMATS[settings.format](source, settings)
+    check_space(place.parent, target.num_bytes)
+    with full_disk_explained(place), _beside(place) as folder:
+        _write(target, folder, on_progress)
+        difference, unchecked = _compared(settings, source, target, folder)
+        _describe(settings, source, target, folder, difference, unchecked)
+        _take_place(folder, place)
+    return Exported(place, target.num_bytes, difference, unchecked)
 
 
-def _hf(run: ExportRun, source: Source, folder: Path, on_progress: OnProgress) -> Exported:
-    """Write a folder that transformers loads."""
-    settings = run.export
-    dtype = DTYPES.get(settings.dtype)
-    facts = source.outputs(dtype)
-    total = sum(fact.num_bytes for fact in facts)
-    check_space(folder.parent, total)
-    folder.mkdir(parents=True)
-    dtypes = {fact.name: fact.dtype for fact in facts}
+def _write(target: Target, folder: Path, on_progress: OnProgress) -> None:
     done = 0
 
     def told(num_bytes: int) -> None:
         nonlocal done
         done += num_bytes
-        on_progress(done, total)
+        on_progress(done, target.num_bytes)
 
-    source.copy_others(folder)
-    write_config(folder / MODEL_CONFIG, source.config_json(dtype))
-    write(folder, facts, settings.shard_bytes, lambda name: source.tensor(name, dtypes[name]), told)
-    difference, unchecked = _compared(run, source, folder)
-    (folder / "README.md").write_text(_card(source, settings.dtype, difference, unchecked))
-    facts_of_export = {
+    target.write(folder, told)
+
+
+def _describe(
+    settings: ExportConfig, source: Source, target: Target, folder: Path, difference: Difference | None, unchecked: str | None
+) -> None:
+    """The model card, and its figures for programs."""
+    (folder / "README.md").write_text(_card(source, target, difference, unchecked))
+    facts = {
         "base": str(source.model.path),
         "adapters": {adapter.folder: factor for adapter, factor in source.adapters},
-        "dtype": settings.dtype,
+        "format": settings.format,
+        "dtype": target.dtype,
         "difference": difference and asdict(difference),
         "unchecked": unchecked,
     }
-    (folder / "export.json").write_text(json.dumps(facts_of_export, indent=1) + "\n")
-    return Exported(Path(str(settings.output_dir)), total, difference, unchecked)
+    (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-FORMATS: dict[str, Callable[[ExportRun, Source, Path, OnProgress], Exported]] = {"hf": _hf}
+@contextmanager
+def _beside(place: Path) -> Iterator[Path]:
+    """An empty folder beside the place, that is gone at the end. What a killed export left there is cleared, and an export that
+    it was about to replace is put back. Raises ConfigError while another export to this place is running."""
+    work = place.with_name(f".{place.name}-export")
+    new, old = work / "new", work / OLD
+    try:
+        with owned(work):
+            if old.exists() and not place.exists():
+                old.rename(place)
+            try:
+                for left in (new, old):
+                    shutil.rmtree(left, ignore_errors=True)
+                new.mkdir()
+                yield new
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+    except ConfigError as error:
+        if error.setting != "output_dir":
+            raise
+        raise ConfigError("export.output_dir", error.rule, got=str(place), fix=error.fix) from None
+    finally:
+        with suppress(OSError):  # another export to this place has begun
+            work.rmdir()
+
+
+OLD = "old"
+"""The export that is replaced, until the new one is in its place."""
+
+
+def _take_place(folder: Path, place: Path) -> None:
+    old = folder.with_name(OLD)
+    if place.exists():
+        place.rename(old)
+    folder.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_place(place: Path, *, overwrite: bool) -> None:
@@ -101,42 +137,32 @@ def check_space(folder: Path, num_bytes: int) -> None:
         raise ResourceError(lacking, "Free some space, or set export.output_dir on a larger disk.")
 
 
-def _take_place(beside: Path, place: Path) -> None:
-    old = place.with_name(f".{place.name}-old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    beside.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
-    old.unlink(missing_ok=True)
-
-
-def _compared(run: ExportRun, source: Source, folder: Path) -> tuple[Difference | None, str | None]:
+def _compared(settings: ExportConfig, source: Source, target: Target, folder: Path) -> tuple[Difference | None, str | None]:
     """The difference from the source, or why it was not computed. Raises ConfigError if it exceeds export.max_kl."""
-    settings = run.export
     if settings.check is False or settings.check_rows == 0:
         return None, "it was not asked for (export.check)"
     if settings.check == "auto" and not has_memory(source):
         return None, "there was not the memory for the model in float32"
-    difference = compare(source, folder, rows_to_check(source, settings.check_rows))
-    if difference is None:
+    if not can_compare(source):
         return None, "of several adapters, or with other weights than 1, nothing else computes the sum"
-    if not difference.divergence <= settings.max_kl:
+    rows = rows_to_check(source.run, source.vocab_size, settings.check_rows)
+    difference = compare(source, target.outputs(folder, rows), rows)
+    limit = target.max_kl if settings.max_kl is None else settings.max_kl
+    if not difference.divergence <= limit:
         raise ConfigError(
             "export.max_kl",
             f"is less than the divergence from the base with its adapter ({difference.said()})",
-            got=settings.max_kl,
-            fix="Set export.dtype=fp32, or raise it.",
+            got=limit,
+            fix="Set another export.dtype or export.format, or raise it.",
         )
     return difference, None
 
 
-def _card(source: Source, dtype: str, difference: Difference | None, unchecked: str | None) -> str:
-    name = source.run.name if source.run is not None else Path(str(source.model.path)).name
+def _card(source: Source, target: Target, difference: Difference | None, unchecked: str | None) -> str:
     base = source.run.model.path if source.run is not None else source.model.path
-    front = "---\nlibrary_name: transformers\n" + (f"base_model: {base}\n" if base else "") + "---\n"
+    front = f"---\nlibrary_name: {target.library}\n" + (f"base_model: {base}\n" if base else "") + "---\n"
     merged = ", ".join(f"{adapter.folder} (weight {factor:g})" for adapter, factor in source.adapters)
     what = f"{base} with the adapter of {merged} merged into it" if merged else f"trained whole from {base}"
     said = difference.said() if difference is not None else f"Not compared: {unchecked}"
     head = "" if difference is None else "Compared with the base and its adapter "
-    return f"{front}\n# {name}\n\n{what}, exported with raytune_llm; dtype {dtype}.\n\n{head}{said}.\n"
+    return f"{front}\n# {source.name}\n\n{what}, exported with raytune_llm; dtype {target.dtype}.\n\n{head}{said}.\n"

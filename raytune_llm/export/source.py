@@ -20,7 +20,7 @@ from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.run import ExportRun, TrainRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.export.tensors import TensorFact, TensorFiles
-from raytune_llm.models.adapters.merge import Mergeable
+from raytune_llm.models.adapters.mergeable import Mergeable
 from raytune_llm.models.load import load_config
 from raytune_llm.models.stored import tensor_files
 from raytune_llm.runs.trained import read_trained
@@ -58,7 +58,47 @@ class Source:
     @cached_property
     def config(self) -> PretrainedConfig:
         folder = self.beside if self.beside is not None and (self.beside / "config.json").is_file() else self.folder
-        return load_config(str(folder), {}, trust_remote_code=self.model.trust_remote_code)
+        config = load_config(str(folder), {}, trust_remote_code=self.model.trust_remote_code)
+        text = config.get_text_config()
+        text.vocab_size = max([text.vocab_size, *(id + 1 for id in self.token_ids)])
+        return config
+
+    @cached_property
+    def token_ids(self) -> list[int]:
+        """Tokens whose embeddings are an adapter's own."""
+        return [id for adapter, _ in self.adapters if adapter.token_rows for id in adapter.token_ids]
+
+    def _own_tokens(self, name: str) -> tuple[Mergeable, str] | None:
+        """The adapter with rows of its own in this weight, and its name there: a tied head has the embedding's."""
+        for adapter, _ in self.adapters:
+            if name in adapter.token_rows:
+                return adapter, name
+            if name == HEAD and self.ties_head and adapter.token_rows:
+                return adapter, next(iter(adapter.token_rows))
+        return None
+
+    @property
+    def name(self) -> str:
+        return self.run.name if self.run is not None else Path(str(self.model.path)).name
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of embeddings."""
+        return self.config.get_text_config().vocab_size
+
+    @property
+    def ties_head(self) -> bool:
+        """The head's weight is the embedding's."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """What ends an answer, of the generation config; empty where it says nothing."""
+        for folder in filter(None, (self.beside, self.folder)):
+            if (file := folder / "generation_config.json").is_file():
+                stops = json.loads(file.read_text()).get("eos_token_id")
+                return [stops] if isinstance(stops, int) else list(stops or [])
+        return []
 
     @cached_property
     def wholes(self) -> dict[str, Mergeable]:
@@ -78,7 +118,15 @@ class Source:
         common = next((fact.dtype for fact in facts if fact.dtype.is_floating_point), torch.float32)
         for name in self.wholes.keys() - self.facts.keys():
             facts.append(TensorFact(name, tuple(self.wholes[name].whole(name).shape), common))
+        facts = [self._grown(fact) for fact in facts]
         return [replace(fact, dtype=dtype) if dtype is not None and fact.dtype.is_floating_point else fact for fact in facts]
+
+    def _grown(self, fact: TensorFact) -> TensorFact:
+        """With the rows of new tokens."""
+        if self._own_tokens(fact.name) is None:
+            return fact
+        rows = max(fact.shape[0], *(id + 1 for id in self.token_ids))
+        return replace(fact, shape=(rows, *fact.shape[1:]))
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """With all adapters in it. Raises ConfigError where the dtype can't hold it."""
@@ -91,6 +139,11 @@ class Source:
         return tensor
 
     def _merged(self, name: str) -> Tensor:
+        merged = self._without_tokens(name)
+        own = self._own_tokens(name)
+        return merged if own is None else own[0].with_tokens(own[1], merged)
+
+    def _without_tokens(self, name: str) -> Tensor:
         if name in self.wholes:
             return self.wholes[name].whole(name)
         weight = self.stored.read(name)
@@ -115,6 +168,9 @@ class Source:
         values = json.loads((folder / "config.json").read_text())
         if dtype is not None:
             values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
+        if self.token_ids:
+            text = values.get("text_config", values)
+            text["vocab_size"] = max(text["vocab_size"], self.vocab_size)
         if self.scores:
             known: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
             values |= {
@@ -171,7 +227,14 @@ def _check(source: Source) -> None:
     if len({adapter.scores for adapter, _ in source.adapters}) > 1:
         rule = "must all be of reward models, or none"
         raise ConfigError("export.adapters", rule, got=[adapter.folder for adapter, _ in source.adapters])
+    with_tokens = [(adapter, factor) for adapter, factor in source.adapters if adapter.token_rows]
+    if len(with_tokens) > 1 or any(factor != 1.0 for _, factor in with_tokens):
+        rule = "can have one adapter with new tokens, whose weight is 1: their embeddings can't be added up"
+        raise ConfigError("export.adapters", rule, got=[adapter.folder for adapter, _ in with_tokens])
     for adapter, _ in source.adapters:
+        if missing := sorted(adapter.token_rows.keys() - source.facts.keys()):
+            rule = f"must be an adapter of this base, whose files have no {missing[0]}"
+            raise ConfigError(adapter.setting, rule, got=adapter.folder)
         for layer in sorted(adapter.layers):
             fact = source.facts.get(f"{layer}.weight")
             if fact is None or len(fact.shape) != 2:

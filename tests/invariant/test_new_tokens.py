@@ -94,6 +94,19 @@ def test_a_plan_counts_them(whole: TrainRun):
     assert api.plan(whole).saved_bytes == sum(value.numel() * value.itemsize for value in saved.values())
 
 
+def test_an_export_has_them_in_its_embeddings_and_its_vocabulary(whole: TrainRun, tmp_path: Path):
+    words = [f"export.run={whole.output_dir}", f"export.output_dir={tmp_path / 'out'}", "export.dtype=fp32"]
+    done = api.export(load_config("export", words))
+    assert done.difference is not None and done.difference.max_abs < 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    plain: Any = AutoPeftModelForCausalLM.from_pretrained(final(whole)).eval()
+    found: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = tokenizer("a<light> in room 3?<door>", return_tensors="pt", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        assert torch.allclose(found(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-5)
+    assert found.config.vocab_size == 261
+
+
 def test_cut_off_and_resumed_they_are_the_same(whole: TrainRun, tmp_path: Path):
     run = replace(whole, output_dir=str(tmp_path), checkpoint=replace(whole.checkpoint, every_steps=2))
     with pytest.raises(PowerCut):

@@ -136,13 +136,13 @@ torch.set_num_threads(1)
 import raytune_llm.export.run
 from transformers import LlamaConfig
 held = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData"))) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (held + 40 * 2**20,) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (held + 64 * 2**20,) * 2)
 api.export(load_config("export", sys.argv[1:]))
 """
 
 
 def test_it_needs_the_memory_of_a_layer_not_of_the_model(base, tmp_path):
-    """Weights of 160 MiB, with 40 MiB of memory beside what the process had when it began."""
+    """Weights of 160 MiB, with 64 MiB of memory beside what the process had when it began (a thread takes 8 of them)."""
     big = tmp_path / "big"
     big.mkdir()
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -201,3 +201,30 @@ def test_an_adapter_of_another_base_and_a_place_that_is_taken_are_refused(base, 
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="must be empty"):
         exported(base, other)
+
+
+def test_two_exports_to_one_place_do_not_mix(base, tmp_path):
+    words = [f"model.path={base}", f"export.output_dir={tmp_path / 'out'}", "export.check=false"]
+    refused: list[ConfigError] = []
+
+    def begin_another(done: int, total: int) -> None:
+        if not refused:
+            with pytest.raises(ConfigError, match=r"export\.output_dir is in use by process") as raised:
+                api.export(load_config("export", words))
+            refused.append(raised.value)
+
+    api.export(load_config("export", words), on_progress=begin_another)
+    assert refused and [place.name for place in tmp_path.iterdir()] == ["out"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_killed_exports_leftovers_are_cleared_and_what_it_was_replacing_is_put_back(base, tmp_path):
+    work = tmp_path / ".out-export"
+    (work / "new").mkdir(parents=True)
+    (work / "new" / "model.safetensors").write_text("half")
+    (work / "old").mkdir()
+    (work / "old" / "kept").write_text("from before")
+    with pytest.raises(ConfigError, match=r"export\.max_kl"):
+        exported(base, tmp_path / "out", "export.dtype=bf16", "export.max_kl=0", "export.check_rows=1")
+    assert (tmp_path / "out" / "kept").read_text() == "from before"
+    assert [place.name for place in tmp_path.iterdir()] == ["out"]

@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.adapters.saved import WEIGHTS, read_config
+from raytune_llm.models.adapters.saved import WEIGHTS, read_config, token_ids_of
 
 PREFIX = "base_model.model."
 BASE = ".base_layer.weight"
+TOKENS = ".token_adapter.trainable_tokens_delta"
 OF_ADAPTERS = (".lora_", ".oft_", ".boft_", ".hada_", ".lokr_", ".vera_", ".ia3_", ".ln_tuning_", ".hra_")
 """What begins the part of a tensor's name that is the adapter's, after the name of its layer."""
 
@@ -35,7 +36,7 @@ class Mergeable:
         self._config: Any = read_config(folder, setting)
         if getattr(self._config, "fan_in_fan_out", False):
             raise ConfigError(setting, "must be of linear layers, to be merged from files", got=folder)
-        for name in ("target_parameters", "trainable_token_indices", "lora_bias"):
+        for name in ("target_parameters", "lora_bias"):
             if getattr(self._config, name, None):
                 raise ConfigError(setting, f"must not have {name}, to be merged from files", got=folder)
         self._file = str(Path(folder) / WEIGHTS[0])
@@ -46,6 +47,8 @@ class Mergeable:
         """Of layers whose base PEFT saved beside the adapter: embeddings, which may have grown."""
         self.wholes: dict[str, str] = {}
         """Weights that it has whole, by their names in the model -> in the file."""
+        self.token_rows: dict[str, str] = {}
+        """Of embeddings and heads with rows of its own (model.new_tokens): their names in the model -> the rows' in the file."""
         try:
             with safe_open(self._file, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  (no dict)
@@ -56,7 +59,9 @@ class Mergeable:
     def _sort(self, key: str) -> None:
         name = key.removeprefix(PREFIX)
         layer = next((name.partition(part)[0] for part in OF_ADAPTERS if part in name), None)
-        if layer is None and name.endswith(BASE):
+        if name.endswith(TOKENS):
+            self.token_rows[f"{name.removesuffix(TOKENS)}.weight"] = key
+        elif layer is None and name.endswith(BASE):
             self._bases[name.removesuffix(BASE)] = key
         elif layer is None:
             self.wholes[name] = key
@@ -77,6 +82,21 @@ class Mergeable:
     def base_model(self) -> str | None:
         return self._config.base_model_name_or_path
 
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens whose embeddings are its own, in the order of its rows."""
+        return token_ids_of(self.folder, self.setting)
+
+    def with_tokens(self, name: str, weight_VD: Tensor) -> Tensor:
+        """float32 [V, D], V as many as its tokens need: the embeddings or the head with the adapter's own rows."""
+        rows_ND = self._read([self.token_rows[name]])[self.token_rows[name]].float()
+        ids_N = torch.tensor(self.token_ids)
+        if rows_ND.shape != (len(ids_N), weight_VD.shape[1]):
+            raise self._unfit(name, f"the rows of its {len(ids_N)} tokens are {list(rows_ND.shape)}")
+        grown = weight_VD.float().new_zeros(max(len(weight_VD), int(ids_N.max()) + 1), weight_VD.shape[1])
+        grown[: len(weight_VD)] = weight_VD
+        return grown.index_copy(0, ids_N, rows_ND)
+
     def whole(self, name: str) -> Tensor:
         return self._read([self.wholes[name]])[self.wholes[name]]
 
@@ -89,6 +109,7 @@ class Mergeable:
         one = _alone(layer, weight_OK.to(torch.float32, copy=True), is_embedding=_embeds(tensors))
         config = copy.deepcopy(self._config)
         config.task_type, config.modules_to_save, config.base_model_name_or_path = None, None, None
+        config.trainable_token_indices = None
         config.inference_mode = False
         try:
             adapted: Any = get_peft_model(one, config, autocast_adapter_dtype=True)

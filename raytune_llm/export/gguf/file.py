@@ -1,0 +1,180 @@
+"""`export.format=gguf`: one file for llama.cpp, LM Studio and Ollama, written a tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, get_tensor_name_map
+from gguf.quants import quant_shape_to_byte_shape, quantize
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GgufConfig
+
+from raytune_llm.config.export import ExportConfig
+from raytune_llm.data.tokens.tokenizer import load_tokenizer
+from raytune_llm.errors import ConfigError
+from raytune_llm.export.gguf.families import Family, describe, family_of, rope_factors
+from raytune_llm.export.gguf.vocabulary import Vocabulary, vocabulary_of
+from raytune_llm.export.rows import Rows
+from raytune_llm.export.source import DTYPES, Source
+from raytune_llm.export.target import OnBytes, Target
+
+BLOCK = 32
+"""Numbers that share a scale in Q8_0."""
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the matrices of a file are stored as."""
+
+    quantization: GGMLQuantizationType
+    file_type: LlamaFileType
+
+
+KINDS: Mapping[str, Kind] = {
+    "fp32": Kind(GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "fp16": Kind(GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": Kind(GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": Kind(GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+"""By export.dtype."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the file."""
+
+    name: str
+    source: str | None
+    """Its name in the model; None for the rotary factors, which are computed."""
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+
+    @property
+    def byte_shape(self) -> tuple[int, ...]:
+        return quant_shape_to_byte_shape(self.shape, self.kind)
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.byte_shape))
+
+
+def gguf(source: Source, settings: ExportConfig) -> Target:
+    """Raises ConfigError for a model that llama.cpp would not compute as transformers does."""
+    got = str(source.folder)
+    if source.scores:
+        raise ConfigError("export.format", "can't be gguf for a reward model", got=got, fix="Export it as hf.")
+    if getattr(source.config, "quantization_config", None) is not None:
+        fix = "Export the model that it was quantized from."
+        raise ConfigError("export.format", "can't be gguf for weights that are quantized already", got=got, fix=fix)
+    family = family_of(source.config, got)
+    dtype = settings.dtype if settings.dtype != "auto" else _dtype_of(source)
+    tensors = _tensors(source, family, KINDS[dtype].quantization)
+    vocabulary = _vocabulary(source)
+    place = f"model-{KINDS[dtype].quantization.name}.gguf"
+
+    def write(folder: Path, on_bytes: OnBytes) -> None:
+        _write(folder / place, source, family, vocabulary, tensors, KINDS[dtype].file_type, on_bytes)
+
+    def outputs_of(folder: Path, rows: Rows) -> Iterator[Tensor]:
+        return _outputs(folder, place, family.read_as(source.config), rows)
+
+    return Target(sum(tensor.num_bytes for tensor in tensors), write, outputs_of, "gguf", dtype)
+
+
+def _dtype_of(source: Source) -> str:
+    """Of the first matrix."""
+    stored = next(fact.dtype for fact in source.facts.values() if len(fact.shape) == 2)
+    return next(name for name, dtype in DTYPES.items() if dtype is stored)
+
+
+def _vocabulary(source: Source) -> Vocabulary:
+    tokenizer = load_tokenizer(str(source.beside or source.folder), needs_chat_template=False)
+    return vocabulary_of(tokenizer, source.vocab_size, source.stop_ids, str(source.folder))
+
+
+def _tensors(source: Source, family: Family, matrices: GGMLQuantizationType) -> list[Stored]:
+    names = get_tensor_name_map(family.architecture, source.config.num_hidden_layers)
+    found = []
+    if (factors := rope_factors(source.config)) is not None:
+        found.append(Stored(ROPE_FACTORS, None, tuple(factors.shape), GGMLQuantizationType.F32))
+    for fact in source.outputs(torch.float32):
+        if fact.name.endswith("rotary_emb.inv_freq"):
+            continue  # old files have it; it follows from the config
+        name = names.get_name(fact.name, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            fix = "Export it as hf."
+            raise ConfigError("export.format", f"can't be gguf: llama.cpp has no {fact.name}", got=str(source.folder), fix=fix)
+        if source.ties_head and name == "output.weight":
+            continue
+        found.append(Stored(name, fact.name, fact.shape, _kind_of(fact.shape, matrices)))
+    return found
+
+
+def _kind_of(shape: tuple[int, ...], matrices: GGMLQuantizationType) -> GGMLQuantizationType:
+    """As llama.cpp's own converter: vectors are float32, and rows that don't fill blocks float16."""
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    in_blocks = matrices is GGMLQuantizationType.Q8_0
+    return GGMLQuantizationType.F16 if in_blocks and shape[-1] % BLOCK else matrices
+
+
+def _write(
+    path: Path,
+    source: Source,
+    family: Family,
+    vocabulary: Vocabulary,
+    tensors: list[Stored],
+    file_type: LlamaFileType,
+    on_bytes: OnBytes,
+) -> None:
+    writer = GGUFWriter(path, family.architecture_name)
+    try:
+        writer.add_type("model")
+        writer.add_name(source.name)
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(2)
+        describe(writer, family, source.config)
+        vocabulary.write(writer)
+        for tensor in tensors:
+            writer.add_tensor_info(tensor.name, tensor.byte_shape, np.dtype(np.uint8), tensor.num_bytes, raw_dtype=tensor.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(_bytes_of(tensor, source, family))
+            on_bytes(tensor.num_bytes)
+    finally:
+        writer.close()
+
+
+def _bytes_of(tensor: Stored, source: Source, family: Family) -> np.ndarray:
+    """uint8, of the shape that its fact says."""
+    if tensor.source is None:
+        value = rope_factors(source.config)
+        assert value is not None
+    else:
+        value = family.change(tensor.source, source.tensor(tensor.source, torch.float32), source.config)
+    if tensor.kind is GGMLQuantizationType.F16 and value.abs().max() > torch.finfo(torch.float16).max:
+        rule = f"can't be float16 for {tensor.name}, whose values are too large"
+        raise ConfigError("export.dtype", rule, got="fp16", fix="Set bf16 or fp32.")
+    return quantize(value.contiguous().numpy(), tensor.kind).reshape((*tensor.shape[:-1], -1)).view(np.uint8)
+
+
+@torch.no_grad()
+def _outputs(folder: Path, file: str, config: Any, rows: Rows) -> Iterator[Tensor]:
+    """By transformers' reader of GGUF, which takes weights from the file, with the model's own config."""
+    transformers.logging.disable_progress_bar()
+    dense = GgufConfig(dequantize=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, config=config, dtype=torch.float32, quantization_config=dense
+    )
+    model.eval()
+    for ids in rows.ids:
+        yield model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1].log_softmax(-1)

@@ -1,0 +1,39 @@
+"""`export.format=hf`: a folder that transformers, vLLM and SGLang load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from raytune_llm.config.adapter import NoAdapter
+from raytune_llm.config.export import ExportConfig
+from raytune_llm.errors import ConfigError
+from raytune_llm.export.check import outputs
+from raytune_llm.export.rows import Rows
+from raytune_llm.export.source import DTYPES, Source
+from raytune_llm.export.target import OnBytes, Target
+from raytune_llm.export.tensors import write as write_tensors
+from raytune_llm.models.config_file import MODEL_CONFIG, write_config
+
+
+def hf(source: Source, settings: ExportConfig) -> Target:
+    if settings.dtype not in ("auto", *DTYPES):
+        rule = f"must be auto or one of {', '.join(DTYPES)} with export.format=hf"
+        raise ConfigError("export.dtype", rule, got=settings.dtype, fix="Or set export.format=gguf.")
+    dtype = DTYPES.get(settings.dtype)
+    facts = source.outputs(dtype)
+    dtypes = {fact.name: fact.dtype for fact in facts}
+
+    def write(folder: Path, on_bytes: OnBytes) -> None:
+        source.copy_others(folder)
+        write_config(folder / MODEL_CONFIG, source.config_json(dtype))
+        write_tensors(folder, facts, settings.shard_bytes, lambda name: source.tensor(name, dtypes[name]), on_bytes)
+
+    def outputs_of(folder: Path, rows: Rows) -> Iterator[Tensor]:
+        written = replace(source.model, path=str(folder), revision=None, config={})
+        return outputs(written, NoAdapter(name="none"), rows, scores=source.scores)
+
+    return Target(sum(fact.num_bytes for fact in facts), write, outputs_of, "transformers", settings.dtype)

@@ -1,0 +1,30 @@
+"""What a format of `export` must say before anything is written, and do then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from raytune_llm.export.rows import Rows
+
+OnBytes = Callable[[int], None]
+"""Told the bytes of each tensor as it is written."""
+
+
+@dataclass(frozen=True)
+class Target:
+    num_bytes: int
+    """Of the weights on disk."""
+    write: Callable[[Path, OnBytes], None]
+    """All files but the card, into a folder that is there. Raises ConfigError where a value doesn't fit."""
+    outputs: Callable[[Path, Rows], Iterator[Tensor]]
+    """Of what was written, in float32: of each row log-probabilities [T - 1, V], or a reward model's score [1]."""
+    library: str
+    """That loads it, as a hub's cards name it."""
+    dtype: str
+    """Of the weights, for the card."""
+    max_kl: float = 0.01
+    """Where export.max_kl is null."""
