@@ -75,7 +75,7 @@ def case_of(config: PretrainedConfig, device_type: str, capability: tuple[int, i
         device_type=device_type,
         dtype=dtype,
         capability=capability,
-        head=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        head=getattr(text, "head_dim", None) or text.hidden_size // (getattr(text, "num_attention_heads", None) or 1),
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         sinks=text.model_type in WITH_SINKS,
     )

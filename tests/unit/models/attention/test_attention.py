@@ -178,6 +178,10 @@ def test_gemma_2_is_known_by_its_capped_scores():
     assert (case.softcap, case.head) == (True, 64)
 
 
+def test_a_model_without_attention_is_a_case_too():
+    assert attention.case_of(AutoConfig.for_model("mamba"), "cuda", (9, 0), torch.bfloat16).head > 0
+
+
 def test_attention_with_sinks_is_not_done_by_kernels_that_have_none():
     case = attention.Case(device_type="cuda", dtype=torch.bfloat16, sinks=True)
     assert attention.choose("auto", case)[0] == "flex"
