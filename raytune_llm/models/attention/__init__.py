@@ -71,11 +71,12 @@ class Case:
 
 def case_of(config: PretrainedConfig, device_type: str, capability: tuple[int, int], dtype: torch.dtype) -> Case:
     text: Any = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
     return Case(
         device_type=device_type,
         dtype=dtype,
         capability=capability,
-        head=getattr(text, "head_dim", None) or text.hidden_size // (getattr(text, "num_attention_heads", None) or 1),
+        head=getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else Case.head),  # Mamba has none
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         sinks=text.model_type in WITH_SINKS,
     )
