@@ -86,7 +86,7 @@ def run_sweep_here(sweep: Sweep) -> dict[str, Any]:
     return {
         "best_of_sweep": result.best.value,
         "stopped": sum(trial.state == "stopped" for trial in trials),
-        "steps_made": sum(trial.step for trial in trials) / sum(trial.total_steps or 0 for trial in trials),
+        "steps_made": round(sum(trial.step for trial in trials) / sum(trial.total_steps or 0 for trial in trials), 3),
         "in_trials_s": round(sum(end - start for start, end in zip(began, ends, strict=True)), 2),
         "between_trials_s": round(max(between), 2),
         "between_trials_median_s": round(statistics.median(between), 2),
