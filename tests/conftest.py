@@ -17,10 +17,13 @@ settings.load_profile("shared machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests, one takes all that start a Ray cluster, in turn. The tests of a file stay together."""
+    """Where two processes share the tests, one takes all that start processes of their own, in turn: a Ray cluster, a group of
+    workers. Of the others, the tests of a file stay together."""
     for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        starts_processes = item.get_closest_marker("ray") or {"two_workers", "four_workers"} & set(
+            getattr(item, "fixturenames", ())
+        )
+        item.add_marker(pytest.mark.xdist_group("processes" if starts_processes else item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")
