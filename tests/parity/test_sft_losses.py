@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raytune_llm.losses.tokens import asft, cross_entropy, dft, eaft, segment_counts, segment_sums, total_and_count
-from raytune_llm.records import IGNORE
+from tests.parity.llamafactory import IGNORE
 from tests.parity.sets import oracle
 
 ORACLE = oracle("sft")
