@@ -248,7 +248,7 @@ def _opened(
     from raytune_llm.runs.stores import check_split
 
     clock.enter("start")
-    if not run.data.streaming:
+    if isinstance(prepared, Prepared):
         check_split(run, prepared.store)
     this_run = identity(run, prepared.manifests)
     done = _summary_of(output) if run.resume != "never" and finished(output, this_run) else None
