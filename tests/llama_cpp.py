@@ -53,6 +53,10 @@ def small_model(folder: Path, model_type: str, **settings: Any) -> Path:
     return folder
 
 
+PLAIN = 40
+"""A token of small_tokenizer that is one ASCII character."""
+
+
 class LlamaCpp:
     """A GGUF file in llama.cpp."""
 
@@ -60,8 +64,16 @@ class LlamaCpp:
         self._server = server
 
     def next_logprobs(self, ids: Sequence[int], number: int) -> dict[int, float]:
-        """Of the likeliest tokens after the ids, in nats. An answer that ends at once would have none."""
-        asked = {"prompt": list(ids), "n_predict": 1, "n_probs": number, "ignore_eos": True, "cache_prompt": False}
+        """Of the likeliest tokens after the ids, in nats. The answer is always one token that is text by itself, since one that
+        ends at once, or with half a character, has none. The bias is not in the log-probabilities."""
+        asked = {
+            "prompt": list(ids),
+            "n_predict": 1,
+            "n_probs": number,
+            "temperature": 0,
+            "logit_bias": [[PLAIN, 1000.0]],
+            "cache_prompt": False,
+        }
         answer = self._server.handle_completions(asked)
         return {entry["id"]: entry["logprob"] for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
 
