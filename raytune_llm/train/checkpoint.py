@@ -140,9 +140,13 @@ class Checkpoints:
             writing.result()
 
     def close(self) -> None:
-        self.wait()
-        if self._pool is not None:
-            self._pool.shutdown()
+        try:
+            self.wait()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)  # gloo's threads poll, also for a group that nobody uses any more
 
     def load(self, step: int, fill: Callable[[Mapping[str, Tensor], Callable[[dict[str, Tensor]], None]], None]) -> None:
         """`fill(kept, read)` is the strategy's `load`."""

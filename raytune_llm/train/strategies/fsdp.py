@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -112,9 +113,10 @@ class FSDPStrategy(OwnOptimizer):
             self.model.reshard()
 
 
+@cache
 def _mesh(device_type: str, world: int, shard_workers: int) -> DeviceMesh:
     """Workers next to each other share a copy; with several copies, the mesh has a dimension for them. The last dimension is for
-    what splits one copy's computation, by positions or by matrices: nothing does so yet."""
+    what splits one copy's computation, by positions or by matrices: nothing does so yet. Runs of one process share the groups."""
     if world % shard_workers:
         raise ConfigError(
             "strategy.shard_workers",
