@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from raytune_llm import api, load_config, session
@@ -17,21 +16,15 @@ from raytune_llm.report.updates import EndOfRun
 from tests.group import metrics
 from tests.ray.head import head_without_cpus, kill, node, wait_for_cpus
 from tests.runs import tiny_run
+from tests.s3 import s3_bucket
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3").mkdir("outputs")
-    yield "s3://outputs"
-    server.stop()
+def bucket() -> Iterator[str]:
+    with s3_bucket("outputs") as address:
+        yield address
 
 
 def test_workers_with_disks_of_their_own_save_and_resume_through_the_store(

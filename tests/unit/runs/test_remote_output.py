@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from raytune_llm import api, load_config
@@ -21,22 +20,15 @@ from raytune_llm.report.updates import Notice
 from raytune_llm.runs import owner
 from raytune_llm.runs.remote_output import work_folder
 from tests.runs import PowerCut, cut_at, tiny_run
+from tests.s3 import s3_bucket
 
 MEASURED = {"tokens_per_s", "memory_gib", "mfu"}
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (names | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir("outputs")
-        yield "s3://outputs"
-    server.stop()
+    with s3_bucket("outputs") as address:
+        yield address
 
 
 @pytest.fixture

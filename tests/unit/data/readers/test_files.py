@@ -11,23 +11,15 @@ import pytest
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.data.readers import files, sources
 from raytune_llm.errors import DataError, ResourceError
+from tests.s3 import s3_bucket
 from tests.unit.data.readers.test_sources import ROWS, WRITERS
 from tests.unit.data.test_pipeline import chat
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (names | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir("bucket")
-        yield "s3://bucket"
-    server.stop()
+    with s3_bucket("bucket") as address:
+        yield address
 
 
 @pytest.fixture(params=["memory", "s3"])
