@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,13 @@ from tests.ray.head import head_without_cpus, kill, node, wait_for_cpus
 from tests.runs import tiny_run
 from tests.s3 import s3_bucket
 
-pytestmark = [pytest.mark.ray, pytest.mark.long]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.long,
+    pytest.mark.skipif(
+        "RAYTUNE_LLM_TWO_NODES" not in os.environ, reason="takes minutes on two cores: set RAYTUNE_LLM_TWO_NODES=1"
+    ),
+]
 
 
 @pytest.fixture
