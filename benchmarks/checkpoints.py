@@ -15,6 +15,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from benchmarks._rows import write_sums
 from raytune_llm import api, load_config
 
 
@@ -39,9 +40,7 @@ def main() -> None:
     results: dict[str, object] = {}
     with tempfile.TemporaryDirectory(prefix="checkpoints-") as name:
         folder = Path(name)
-        talks = ([("user", f"What is {n} and {n}?"), ("assistant", f"{2 * n}.")] for n in range(200))
-        rows = ({"messages": [{"role": role, "content": text} for role, text in talk]} for talk in talks)
-        (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        write_sums(folder / "rows.jsonl")
         trained(folder, "warm", asked, "train.max_steps=1")
         for variant, every in variants.items():
             settings = [f"checkpoint.every_steps={every}", f"checkpoint.asynchronous={str(variant == 'asynchronous').lower()}"]

@@ -33,6 +33,8 @@ from typing import Any
 
 import psutil
 
+from benchmarks._rows import write_sums
+
 FAULTS = ("worker", "frozen", "node", "shrink", "grow", "driver")
 FAULT_AT = 12
 """The fault comes once so many steps are done."""
@@ -157,9 +159,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
-        talks = ([("user", f"What is {n} and {n}?"), ("assistant", f"{2 * n}.")] for n in range(200))
-        rows = ({"messages": [{"role": role, "content": text} for role, text in talk]} for talk in talks)
-        (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        write_sums(folder / "rows.jsonl")
         for fault in asked.faults:
             runs = [measure(fault, folder) for _ in range(asked.runs)]
             results[fault] = {figure: round(statistics.median(run[figure] for run in runs), 1) for figure in runs[0]}

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raytune_llm.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Seed, section
+from raytune_llm.errors import ConfigError
 
 
 @section
@@ -51,3 +52,15 @@ class LoopConfig:
     """At each evaluation the policy answers the first so many held-out rows of each source, greedily, for samples.jsonl."""
     max_new_tokens: PositiveInt
     """Length of those answers."""
+
+    def micro_batches(self, workers: int) -> int:
+        """Of each worker in an optimizer step. Raises ConfigError if the workers can't share a step evenly."""
+        together = self.micro_batch_size * workers
+        if self.global_batch_size % together:
+            raise ConfigError(
+                "train.global_batch_size",
+                f"must be a multiple of train.micro_batch_size x {workers} workers = {together}",
+                got=self.global_batch_size,
+                fix=f"Set it to {-(-self.global_batch_size // together) * together}, or set resources.num_workers.",
+            )
+        return self.global_batch_size // together

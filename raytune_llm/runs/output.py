@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -95,7 +94,7 @@ def finished(folder: Path, identity_now: dict[str, str]) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     _same_run(folder, identity_then, identity_now)
-    lost = [name for name, digest in files.items() if _digest(folder / name) != digest]
+    lost = [name for name, digest in files.items() if checkpoint.digest(folder / name) != digest]
     if lost:
         log.warning("%s has changed since it was written (%s); it is written again", folder / "final", ", ".join(lost[:3]))
     return not lost
@@ -104,7 +103,7 @@ def finished(folder: Path, identity_now: dict[str, str]) -> bool:
 def mark_finished(folder: Path, identity_now: dict[str, str]) -> None:
     """Record which run finished in the folder, and the files that it wrote. Called last."""
     paths = [folder / "summary.json", *sorted(path for path in (folder / "final").rglob("*") if path.is_file())]
-    files = {str(path.relative_to(folder)): _digest(path) for path in paths}
+    files = {str(path.relative_to(folder)): checkpoint.digest(path) for path in paths}
     beside = folder / f".{FINISHED}-new"
     beside.write_text(json.dumps({"identity": identity_now, "files": files}, indent=1))
     beside.rename(folder / FINISHED)
@@ -145,14 +144,6 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
             f"{folder} can't be written: {reason} ({free:.1f} GiB are free)",
             "Free some space, or set output_dir on a larger disk; the same command resumes from the newest checkpoint.",
         ) from error
-
-
-def _digest(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
 
 
 def _same_run(folder: Path, then: dict[str, str], now: dict[str, str]) -> None:

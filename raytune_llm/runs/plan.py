@@ -15,7 +15,6 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import find_stores
 from raytune_llm.data.samples import Samples, split_sources
 from raytune_llm.data.store import Store
-from raytune_llm.errors import ConfigError
 from raytune_llm.memory.fixes import Fix, SuggestedFixes
 from raytune_llm.memory.footprint import GIB, USABLE, estimate, least_recomputation, needs_of, parameters_of
 from raytune_llm.memory.model import Memory, Parameters
@@ -103,7 +102,7 @@ def plan(run: TrainRun) -> Plan:
     config = run_config(run.model, tokenizer, run.data.max_length, packing=run.data.packing)
     gpus = gpus_here()
     world_size = _world_size(run, len(gpus))
-    accumulation = _accumulation(run, world_size)
+    accumulation = run.train.micro_batches(world_size)
     devices = tuple(dict.fromkeys(gpus)) or tuple(_devices_without_gpu(run))
     parameters = parameters_of(run, config)
     computed = DTYPES.get(run.train.precision, torch.bfloat16) if run.adapter.trains_base else torch.float32
@@ -156,18 +155,6 @@ def _world_size(run: TrainRun, num_gpus: int) -> int:
     if isinstance(workers, list):
         return workers[0]  # of an elastic run the smallest group, whose workers need the most memory
     return workers if isinstance(workers, int) else max(num_gpus, 1)
-
-
-def _accumulation(run: TrainRun, world_size: int) -> int:
-    together = run.train.micro_batch_size * world_size
-    if run.train.global_batch_size % together:
-        raise ConfigError(
-            "train.global_batch_size",
-            f"must be a multiple of train.micro_batch_size x {world_size} workers = {together}",
-            got=run.train.global_batch_size,
-            fix=f"Set it to {-(-run.train.global_batch_size // together) * together}, or set resources.num_workers.",
-        )
-    return run.train.global_batch_size // together
 
 
 def _data(run: TrainRun, config: PretrainedConfig) -> Data | None:

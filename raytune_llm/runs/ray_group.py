@@ -13,7 +13,7 @@ from typing import Any
 from raytune_llm import session
 from raytune_llm.config.resources import Cluster, Local, worker_counts
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import ConfigError, UserError, first_line
+from raytune_llm.errors import UserError, first_line
 from raytune_llm.report.metrics import Sink
 from raytune_llm.report.updates import EndOfRun, Notice, SampledAnswer, Update
 from raytune_llm.runs.channel import Channel
@@ -50,7 +50,7 @@ def fit_on_ray(
     session.connect(resources)
     reserved = reserved_cpus(run)
     size = group_size(resources, reserved_cpus=reserved)
-    _check_batch_size(run, size.workers)
+    run.train.micro_batches(size.workers)
     check_fits(size, reserved_cpus=reserved)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{resources.collective_timeout_s:g}"
     group = Group(
@@ -184,17 +184,6 @@ def fit_elastic(group: Group, smallest: GroupSize, num_workers: list[int]) -> Tr
         if not outcome.yielded:
             return of_all(outcomes)
         wanted, why = room.found, f"saved at step {outcome.progress.step}, since there is room for {room.found} workers"
-
-
-def _check_batch_size(run: TrainRun, workers: int) -> None:
-    rows = workers * run.train.micro_batch_size
-    if run.train.global_batch_size % rows:
-        raise ConfigError(
-            "train.global_batch_size",
-            f"must be a multiple of train.micro_batch_size x {workers} workers = {rows}",
-            got=run.train.global_batch_size,
-            fix=f"Set it to {-(-run.train.global_batch_size // rows) * rows}, or set resources.num_workers.",
-        )
 
 
 def _storage(output_dir: str, *, shared: bool) -> dict[str, Any]:

@@ -80,7 +80,8 @@ def saved_steps(output_dir: str) -> list[int]:
 
 def pull(remote: RemoteFolder, folder: Path, *, anew: bool = False) -> None:
     """Make the local folder what the store has: of checkpoints the newest intact one, of `final/` what has been finished."""
-    from raytune_llm.train.remote_checkpoints import RemoteCheckpoints  # loads torch
+    from raytune_llm.train.checkpoint import digest  # loads torch
+    from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
 
     if anew:
         for name in {name.split("/")[0] for name in remote.files()} - {owner.LOCK}:
@@ -95,7 +96,7 @@ def pull(remote: RemoteFolder, folder: Path, *, anew: bool = False) -> None:
     if FINISHED in names:
         hashes = json.loads((folder / FINISHED).read_text())["files"]
         final = [name for name in names if name.startswith(f"{FINAL}/")]
-        remote.download([name for name in final if _digest(folder / name) != hashes.get(name)], folder)
+        remote.download([name for name in final if digest(folder / name) != hashes.get(name)], folder)
     else:
         shutil.rmtree(folder / FINAL, ignore_errors=True)
     checkpoints.newest_sound()
@@ -135,11 +136,3 @@ def local_files(folder: Path) -> list[str]:
     """Of a run, but its checkpoints, as names in the store. Hidden files, such as the lock, stay on the machine."""
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     return [path.as_posix() for path in paths if path.parts[0] != CHECKPOINTS and not path.parts[0].startswith(".")]
-
-
-def _digest(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
