@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,7 @@ from tests.ray.head import head_without_cpus, kill, node, wait_for_cpus
 from tests.runs import tiny_run
 from tests.s3 import s3_bucket
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.long,
-    pytest.mark.skipif(
-        "RAYTUNE_LLM_TWO_NODES" not in os.environ, reason="takes minutes on two cores: set RAYTUNE_LLM_TWO_NODES=1"
-    ),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 @pytest.fixture
