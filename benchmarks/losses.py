@@ -1,6 +1,6 @@
 """Loss of each adapter and each optimizer after some steps of the demo's data: the mean of the last tenth of the steps.
 
-    python benchmarks/losses.py [--steps 200] [--model smollm2_135m] [--only lora,muon]
+    scripts/bench losses [--steps 200] [--model smollm2_135m] [--only lora,muon]
 
 Prints JSON. Adapters are trained with AdamW, optimizers train all weights; each with a rate of its own, since 1e-4 for AdamW's
 step is not 1e-4 for Lion's or SGD's. A run that a change makes worse shows beside the committed result of the same arguments.
