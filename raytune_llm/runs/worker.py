@@ -81,7 +81,7 @@ def work(
             keep=run.checkpoint.keep,
             keep_best=settings.save_best,
             asynchronous=run.checkpoint.asynchronous,
-            remote=setup.remote and RemoteCheckpoints(setup.remote / CHECKPOINTS, setup.output / CHECKPOINTS),
+            place=setup.remote and RemoteCheckpoints(setup.remote / CHECKPOINTS, setup.output / CHECKPOINTS),
         )
         stack.callback(checkpoints.close)
         with notify_if_slow(notify, "loading the checkpoint"):

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,9 +36,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from raytune_llm.errors import DataError, ResourceError
-
-if TYPE_CHECKING:
-    from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
 
 log = logging.getLogger(__name__)
 COMPLETE = "COMPLETE"
@@ -75,6 +72,73 @@ class Progress:
     loss_last: float | None = None
 
 
+class Place(Protocol):
+    """Where the checkpoints of a run are kept: a folder that all workers share, or an object store (remote_checkpoints.py)."""
+
+    def complete_steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        ...
+
+    def newest_sound(self) -> int | None:
+        """The newest intact checkpoint, whose files are on this machine then; None if there is none. Raises DataError if all are
+        damaged."""
+        ...
+
+    def fetch(self, step: int, *, checked: bool = False) -> str | None:
+        """Bring a checkpoint's files to this machine. Returns what is wrong with it. checked: rank 0 compared the hashes."""
+        ...
+
+    def keep(self, step: int, files: Sequence[Path], rank: int, world: int) -> Sequence[Path]:
+        """Keep the files that this machine has of a state being saved. Returns the worker's share of them, for their hashes."""
+        ...
+
+    def complete(self, step: int) -> None:
+        """Mark the checkpoint as complete. Called on rank 0, after all files are kept."""
+        ...
+
+    def remove(self, step: int) -> None: ...
+
+    def discard(self, step: int) -> None:
+        """As `remove`, after a failure: raises nothing."""
+        ...
+
+    def keep_here(self, steps: Sequence[int]) -> None:
+        """Remove what this machine alone has of all other steps."""
+        ...
+
+
+class SharedFolder:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __str__(self) -> str:
+        return str(self._folder)
+
+    def complete_steps(self) -> list[int]:
+        return complete_steps(self._folder)
+
+    def newest_sound(self) -> int | None:
+        return newest_sound(self._folder)
+
+    def fetch(self, step: int, *, checked: bool = False) -> str | None:
+        return None
+
+    def keep(self, step: int, files: Sequence[Path], rank: int, world: int) -> Sequence[Path]:
+        return files[rank::world]
+
+    def complete(self, step: int) -> None:
+        (path_of(self._folder, step) / COMPLETE).touch()
+
+    def remove(self, step: int) -> None:
+        remove(self._folder, step)
+
+    def discard(self, step: int) -> None:
+        shutil.rmtree(path_of(self._folder, step), ignore_errors=True)
+
+    def keep_here(self, steps: Sequence[int]) -> None:
+        return
+
+
 class Checkpoints:
     """The checkpoints of one run, as one worker sees them."""
 
@@ -85,13 +149,13 @@ class Checkpoints:
         keep: int,
         asynchronous: bool,
         keep_best: bool = False,
-        remote: RemoteCheckpoints | None = None,
+        place: Place | None = None,
     ) -> None:
         """Keeps the newest `keep` checkpoints, and with `keep_best` the one with the lowest eval loss.
 
-        remote: they are kept in an object store, and `folder` is this machine's part of them.
+        place: None for `folder` itself; of an object store, `folder` is this machine's part.
         """
-        self.folder, self.keep, self.keep_best, self._remote = folder, keep, keep_best, remote
+        self.folder, self.keep, self.keep_best, self._place = folder, keep, keep_best, place or SharedFolder(folder)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._writing: Future[None] | None = None
         self._staging = Staging()
@@ -111,11 +175,11 @@ class Checkpoints:
     def newest(self) -> int | None:
         """The newest intact checkpoint, as rank 0 finds it; its files are here then. Collective over all workers."""
         if self._group is None:
-            return self._newest()
+            return self._place.newest_sound()
         found: list[Any] = [None]
         if self.rank == 0:
             try:
-                found = [self._newest()]
+                found = [self._place.newest_sound()]
             except (DataError, ResourceError) as error:
                 found = [error]
         dist.broadcast_object_list(found, src=0, group=self._group)
@@ -126,12 +190,9 @@ class Checkpoints:
         return found[0]
 
     def _fetch(self, step: int) -> None:
-        """Of an object store: what this machine lacks of a checkpoint that rank 0 found intact."""
-        if self._remote is not None and (problem := self._remote.fetch(step, checked=True)) is not None:
-            raise DataError(f"{self._remote}/step-{step}", problem, "Repeat the command; it resumes from an older checkpoint.")
-
-    def _newest(self) -> int | None:
-        return newest_sound(self.folder) if self._remote is None else self._remote.newest_sound()
+        """What this machine lacks of a checkpoint that rank 0 found intact."""
+        if (problem := self._place.fetch(step, checked=True)) is not None:
+            raise DataError(f"{self._place}/step-{step}", problem, "Repeat the command; it resumes from an older checkpoint.")
 
     def wait(self) -> None:
         """Wait until the checkpoint is on disk. Raises the writer's error."""
@@ -184,10 +245,8 @@ class Checkpoints:
         folder = path_of(self.folder, step)
         try:
             if self.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
+                self._place.remove(step)
                 folder.mkdir(parents=True)
-                if self._remote is not None:
-                    self._remote.remove(step)
             if self._group is not None:
                 dist.barrier(self._group)
             writer = FileSystemWriter(folder / "state", single_file_per_rank=True)
@@ -196,17 +255,12 @@ class Checkpoints:
             hashes = self._hashes(step)
             if self.rank == 0:
                 (folder / PROGRESS).write_text(json.dumps({**document, FILES: hashes}, indent=1))
-                (folder / COMPLETE).touch()
-                if self._remote is not None:
-                    self._remote.complete(step)
+                self._place.complete(step)
                 self._prune(step, best_step)
-            if self._remote is not None:
-                self._remote.keep_here([step])
+            self._place.keep_here([step])
         except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
             if self.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-                if self._remote is not None:
-                    self._remote.discard(step)
+                self._place.discard(step)
             _raise_interrupt(error)
             if no_space := no_space_in(error):
                 free = shutil.disk_usage(self.folder).free / 2**30
@@ -217,16 +271,10 @@ class Checkpoints:
             raise
 
     def _hashes(self, step: int) -> dict[str, str]:
-        """Hashes of all files, each worker its share, which it uploads to an object store. Collective over all workers, after all
-        of them have written."""
+        """Hashes of all files, each worker its share. Collective over all workers, after all of them have written."""
         rank, world = (self.rank, dist.get_world_size(self._group)) if self._group is not None else (0, 1)
         files = sorted((path_of(self.folder, step) / "state").iterdir())
-        if self._remote is None:
-            files = files[rank::world]
-        else:  # other machines have folders of their own
-            files = [path for path in files if path.name.startswith(f"__{rank}_") or (rank == 0 and path.name == METADATA)]
-            self._remote.upload(step, [path.name for path in files])
-        mine = {path.name: _hash(path) for path in files}
+        mine = {path.name: _hash(path) for path in self._place.keep(step, files, rank, world)}
         if self._group is None:
             return mine
         found: list[dict[str, str]] = [{} for _ in range(world)]
@@ -234,12 +282,9 @@ class Checkpoints:
         return {name: digest for part in found for name, digest in part.items()}
 
     def _prune(self, newest: int, best: int | None) -> None:
-        steps = complete_steps(self.folder) if self._remote is None else self._remote.complete_steps()
-        for step in steps[: -self.keep]:
+        for step in self._place.complete_steps()[: -self.keep]:
             if step != newest and not (self.keep_best and step == best):
-                if self._remote is not None:
-                    self._remote.remove(step)
-                remove(self.folder, step)
+                self._place.remove(step)
 
 
 def path_of(folder: Path, step: int) -> Path:

@@ -15,7 +15,18 @@ from pathlib import Path
 
 from raytune_llm.errors import DataError, ResourceError
 from raytune_llm.object_store import RemoteFolder
-from raytune_llm.train.checkpoint import COMPLETE, FILES, PROGRESS, STEP, digest, newest_of, path_of, read_document
+from raytune_llm.train.checkpoint import (
+    COMPLETE,
+    FILES,
+    METADATA,
+    PROGRESS,
+    STEP,
+    digest,
+    newest_of,
+    path_of,
+    read_document,
+    remove,
+)
 
 
 class RemoteCheckpoints:
@@ -69,17 +80,21 @@ class RemoteCheckpoints:
             (place / COMPLETE).write_text(seen)
         return None
 
-    def upload(self, step: int, files: Sequence[str]) -> None:
-        """Upload the files of the state that this process wrote."""
-        self._remote.upload(self._folder, [f"step-{step}/state/{file}" for file in files])
+    def keep(self, step: int, files: Sequence[Path], rank: int, world: int) -> Sequence[Path]:
+        """Upload the files of the state that this worker wrote: other machines have folders of their own."""
+        mine = [path for path in files if path.name.startswith(f"__{rank}_") or (rank == 0 and path.name == METADATA)]
+        self._remote.upload(self._folder, [f"step-{step}/state/{path.name}" for path in mine])
+        return mine
 
     def complete(self, step: int) -> None:
-        """Upload progress.json. Called after all files of the state are uploaded."""
+        """Upload progress.json, then COMPLETE. Called after all files of the state are uploaded."""
+        (path_of(self._folder, step) / COMPLETE).touch()
         self._remote.upload(self._folder, [f"step-{step}/{PROGRESS}"])
         self._remote.write(f"step-{step}/{COMPLETE}", b"")
 
     def remove(self, step: int) -> None:
-        """Delete a checkpoint, COMPLETE first."""
+        """Delete a checkpoint, here and in the store, COMPLETE first."""
+        remove(self._folder, step)
         self._remote.remove(f"step-{step}/{COMPLETE}")
         self._remote.remove(f"step-{step}")
 
