@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
@@ -21,6 +22,8 @@ def s3_bucket(name: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for setting, value in settings.items():
             patch.setenv(setting, value)
+        # moto keeps its buckets for as long as the process lives, whatever the server
+        urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
         s3fs.S3FileSystem.clear_instance_cache()  # fsspec keeps a client, and with it the server of an earlier test
         fsspec.filesystem("s3").mkdir(name)
         try:
