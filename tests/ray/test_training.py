@@ -50,13 +50,21 @@ def metrics_of_this_node() -> set[str]:
         return set(re.findall(r"^(ray_raytune_llm_\w+)\{", answer.read().decode(), re.MULTILINE))
 
 
-def worker_processes() -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
+def worker_processes() -> set[int]:
+    """Of the cluster that this process is connected to: another test's may still be ending."""
+    import psutil
+    import ray
+
+    if not ray.is_initialized():
+        return set()
+    session = ray.get_runtime_context().get_session_name()
+    found = set[int]()
+    for process in psutil.process_iter():
         try:
-            if entry.name.isdigit() and b"TrainWorker" in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
+            raylet = process.parent() if "TrainWorker" in " ".join(process.cmdline()) else None
+            if raylet and session in " ".join(raylet.cmdline()):
+                found.add(process.pid)
+        except psutil.Error:
             continue  # it has ended meanwhile
     return found
 
@@ -68,13 +76,14 @@ def test_a_worker_killed_in_the_middle_does_not_show(plain: TrainRun, tmp_path: 
     begun: list[int] = []
 
     exported: set[str] = set()
+    earlier = worker_processes()
 
     def kill_one(record: Mapping[str, Any]) -> None:
         heard.append(record["step"])
         if killed and not exported >= EXPORTED:
             exported.update(metrics_of_this_node())
         if record["step"] >= 5 and not killed:
-            victim = worker_processes()[0]
+            victim = min(worker_processes() - earlier)
             os.kill(victim, signal.SIGKILL)
             killed.append(victim)
 
@@ -144,10 +153,11 @@ def test_a_frozen_worker_is_named_and_the_run_goes_on(plain: TrainRun, tmp_path:
     run = replace(run, train=replace(run.train, stall_timeout_s=5.0))
     frozen: list[int] = []
     notices: list[str] = []
+    earlier = worker_processes()
 
     def freeze_one(record: Mapping[str, Any]) -> None:
         if record["step"] >= 3 and not frozen:
-            frozen.append(worker_processes()[0])
+            frozen.append(min(worker_processes() - earlier))
             os.kill(frozen[0], signal.SIGSTOP)
 
     api.train(
