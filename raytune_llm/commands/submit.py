@@ -27,7 +27,7 @@ def main(run: SubmitRun) -> int:
 
 
 def known_address(console: Console, setting: str | None) -> str:
-    """Of the cluster, after a warning where it is open to all."""
+    """The address of the cluster. Prints a warning where it is open to all."""
     address = address_of(setting)
     if (warning := open_to_all(address)) is not None:
         say(console, f"warning: {warning}")

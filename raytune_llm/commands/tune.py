@@ -148,8 +148,8 @@ def _dry_run(sweep: Sweep, console: Console) -> int:
 
 
 def at_least_s(plan: Plan, products_per_s: float, *, trains_base: bool) -> float | None:
-    """Of training alone, were all of it matrix products at the rate of this machine: 4 operations a parameter and token with an
-    adapter, 6 without. None before the data are prepared."""
+    """The least time that training takes, were all of it matrix products at the rate of this machine: 4 operations a parameter
+    and token with an adapter, 6 without. None before the data are prepared."""
     if plan.data is None:
         return None
     epochs = plan.data.total_steps / max(plan.data.steps_per_epoch, 1)

@@ -68,7 +68,7 @@ class Freeze(WholeModel):
     layers: list[int] | None
     """Which layers: the first N, the last N, or those of these numbers, negative ones from the end. One of the three."""
     modules: Literal["all"] | list[str]
-    """Of these layers, the modules with one of these names; all: the whole layer."""
+    """The modules that are trained in these layers, by name; all: the whole layer."""
     extra_modules: list[str]
     """Modules outside of the layers that are trained too, by the last part of their names: embed_tokens, norm, lm_head."""
 
@@ -240,7 +240,7 @@ class PiSSA(LowRank):
 
     name: Literal["pissa"]
     svd_iterations: NonNegativeInt | None
-    """Of a randomized SVD (Halko et al. 2009), which is fast; null: an exact one."""
+    """Iterations of a randomized SVD (Halko et al. 2009), which is fast; null: an exact one."""
 
     changes_base: ClassVar[bool] = True
 
@@ -289,7 +289,7 @@ class VeRA(Layered):
     initial_d: PositiveFloat
     """What each entry of d is at first; b is 0."""
     projection_seed: NonNegativeInt
-    """Of A and B, which are not saved: PEFT draws them again from it."""
+    """The seed of A and B, which are not saved: PEFT draws them again from it."""
 
 
 @section
@@ -298,7 +298,7 @@ class IA3(Layered):
 
     name: Literal["ia3"]
     scaled_inputs: list[str]
-    """Of the targets, those whose inputs are scaled, by the last part of their names."""
+    """Those of the targets whose inputs are scaled, by the last part of their names."""
 
     dropout: ClassVar[float] = 0.0
 

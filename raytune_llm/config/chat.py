@@ -14,7 +14,7 @@ class ChatConfig(ServedModels):
     """A conversation in the terminal, with a model and adapters of this process or with a server."""
 
     url: str | None
-    """Of a server that speaks the OpenAI API, say http://127.0.0.1:8000; null: the model is loaded here."""
+    """The address of a server with the OpenAI API, such as http://127.0.0.1:8000; null: the model is loaded here."""
     api_key: str | None
     """The server's. null: RAYTUNE_LLM_API_KEY."""
     adapter: str | None
@@ -25,7 +25,7 @@ class ChatConfig(ServedModels):
     """null, here and below: the server's own."""
     top_p: Fraction | None
     max_tokens: PositiveInt | None
-    """Of an answer."""
+    """The longest answer, in tokens. null: what is left of the context."""
     seed: int | None
     thinking: bool | None
     """Whether thoughts come before an answer, for templates that ask. null: as the template has it."""

@@ -17,15 +17,15 @@ class EvaluateConfig:
     protocol: Literal["llamafactory"]
     """llamafactory: questions as chat turns, and the likeliest of the letters A to D as the first token of the answer."""
     tasks: list[str]
-    """Of protocol=llamafactory: TASK_SPLIT, as mmlu_test, ceval_validation, cmmlu_test."""
+    """For protocol=llamafactory: TASK_SPLIT, such as mmlu_test, ceval_validation, cmmlu_test."""
     data: str | None
     """The folder that holds a folder for each TASK, with its mapping.json, and its zip file or what was in it."""
     shots: NonNegativeInt
     """Examples before each question, the first ones of a subject's `dev` file as the seed orders them."""
     lang: Literal["auto", "en", "zh"]
-    """Of the words around a question. auto: zh for ceval and cmmlu."""
+    """The language of the prompt around a question. auto: zh for ceval and cmmlu."""
     max_questions: PositiveInt | None
-    """Of a subject."""
+    """The most questions of one subject; null: all."""
     seed: Seed
     template: str | None
     """A named chat template; null: a run's, or the tokenizer's own."""

@@ -25,7 +25,7 @@ class ExportConfig:
     that file with a Modelfile."""
     output_dir: str | None
     dtype: Literal["auto", "fp32", "bf16", "fp16", "q8_0"]
-    """Of the weights. auto: each tensor's own in the base. q8_0, in gguf alone: 8 bits, with a scale for 32 numbers."""
+    """The type of the weights. auto: each tensor's own in the base. q8_0, in gguf alone: 8 bits, with a scale for 32 numbers."""
     shard_size: str
     """Files of at most so much, as 5GB or 500MiB; one tensor may be larger."""
     check: Literal["auto"] | bool

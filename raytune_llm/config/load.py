@@ -564,8 +564,8 @@ def _known_keys(config_name: str, overrides: list[str], config_dir: str | Path |
 
 
 def _of_other_options(keys: Sequence[str], values: Mapping[str, Any]) -> ConfigError | None:
-    """Of the first of these settings and those beside it, which the chosen option of their group has not, as others have: an
-    experiment may have set them, for one of those."""
+    """The error about keys[0] where the chosen option of its group lacks that setting and other options have it. Keys of the same
+    kind are named together: an experiment may have set them, for one of those options."""
     group = keys[0].partition(".")[0]
     settings = {f"{group}={option}": read_yaml(CONF / group / f"{option}.yaml", setting=group) for option in options(group)}
     owners = {key: [option for option, own in settings.items() if key.partition(".")[2] in own] for key in keys}

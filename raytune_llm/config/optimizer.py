@@ -15,7 +15,7 @@ MATRICES = "it needs matrices, and ZeRO flattens them"
 
 
 class TrainedShape(NamedTuple):
-    """Of a trained tensor, which memory is counted with."""
+    """The shape of a trained tensor, which memory is counted with."""
 
     shape: tuple[int, ...]
     layer: int | None
@@ -73,7 +73,7 @@ class Adam(Steps):
     eps: PositiveFloat
 
     def state_bytes(self, trained: Iterable[TrainedShape]) -> StateBytes:
-        """Of the optimizer's state for these tensors, without numbers that count steps."""
+        """The size of the optimizer's state for these tensors, without its step counters."""
         return bytes_per_value(trained, 2 * FP32)
 
 
@@ -138,7 +138,7 @@ class LowRankAdam(Adam):
     """What optimizers share that keep Adam's moments of a layer's matrices in fewer dimensions. Other weights have AdamW."""
 
     rank: PositiveInt
-    """Of the projected gradient. Matrices that are not larger have AdamW."""
+    """The rank of the projected gradient. Matrices that are not larger are trained with AdamW."""
     update_every: PositiveInt
     """Steps between new projections."""
     scale: PositiveFloat
@@ -226,7 +226,7 @@ class Adafactor(Steps):
     eps: PositiveFloat
     """Added to squared gradients."""
     clip_threshold: PositiveFloat
-    """Of the root mean square of a tensor's step, before the learning rate."""
+    """The root mean square that a tensor's step is clipped to, before the learning rate."""
     relative_to_weights: bool
     """Steps are times the root mean square of the weight, at least 0.001."""
 
@@ -247,9 +247,9 @@ class Lion(Steps):
 
     name: Literal["lion"]
     beta1: Beta
-    """Of the momentum in the step."""
+    """The weight of the momentum in the step."""
     beta2: Beta
-    """Of the momentum that is kept."""
+    """The decay of the momentum that is kept."""
 
     def state_bytes(self, trained: Iterable[TrainedShape]) -> StateBytes:
         return bytes_per_value(trained, FP32)

@@ -23,8 +23,8 @@ class PredictConfig:
     score: bool
     """Log-probability of each given answer, in nats, and their perplexity."""
     metrics: list[str]
-    """Of exact_match, f1, bleu, rouge, llamafactory; or a function of yours as FILE.py:NAME or package.module:NAME, which gets
-    the answers, the given answers and the rows, all as lists, and gives a number or numbers by name."""
+    """Any of exact_match, f1, bleu, rouge, llamafactory; or your own function as FILE.py:NAME or package.module:NAME, which takes
+    the answers, the references and the rows, all as lists, and returns a number or numbers by name."""
     max_new_tokens: PositiveInt
     temperature: Annotated[float, Field(ge=0, le=2)]
     """0: the likeliest token."""
@@ -35,7 +35,7 @@ class PredictConfig:
     stop: list[str]
     """Texts that end an answer."""
     seed: Seed
-    """Of what is drawn; each row has its own draws, whatever else is computed."""
+    """The seed of sampling; each row has its own generator, whatever else is computed."""
     max_rank: PositiveInt | None
     """The highest rank that adapters may have; null: the highest of those that are given."""
     precision: Literal["auto", "bf16", "fp32"]

@@ -38,7 +38,7 @@ class TrainRun:
     output_dir: str
     resume: Literal["auto", "never", "must"]
     log_format: Literal["text", "json"]
-    """Of what the command prints. json: a line for each event, for programs that read logs (report/events.py)."""
+    """The format of what the command prints. json: a line for each event, for programs that read logs (report/events.py)."""
     model: ModelConfig
     data: DataConfig
     stage: StageConfig
@@ -88,7 +88,7 @@ class TrainRun:
 
 
 def as_train_run(run: TrainRun) -> TrainRun:
-    """Of a sweep or a job the run alone."""
+    """The run alone, without what a sweep's or a job's config adds."""
     return TrainRun(**{field.name: getattr(run, field.name) for field in fields(TrainRun)})  # pyright: ignore[reportArgumentType]  # pydantic's dataclasses are dataclasses
 
 
@@ -264,7 +264,7 @@ class ExportRun:
 
 
 API_KEY, ADMIN_KEY = "RAYTUNE_LLM_API_KEY", "RAYTUNE_LLM_ADMIN_KEY"
-"""Of the environment: secrets that no config file should hold."""
+"""Environment variables of secrets, which no config file should hold."""
 
 
 @section
@@ -279,7 +279,7 @@ class ImportRun:
     file: str | None
     """The first word after the verb."""
     name: str | None
-    """Of the experiment; null: the file's."""
+    """The name of the experiment; null: the file's."""
     config_dir: str
     """The experiment goes to experiment/ in this folder, for `--config-dir`."""
     dataset_info: str | None

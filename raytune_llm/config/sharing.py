@@ -17,7 +17,7 @@ VARIES = (
 )  # fmt: skip
 """Settings that may differ from run to run, or what those begin with."""
 FIXED = ("stage.name", "stage.reference", "stage.reference_model", "stage.reference_adapter")
-"""Of those, the ones that decide what rows are, or what is computed beside them."""
+"""Settings among VARIES that must be equal still: they decide what rows are, or what is computed beside them."""
 OWN = ("name", "output_dir", "resume")
 WAY_OUT = "Set tune.share_base=false."
 

@@ -74,7 +74,7 @@ class Axis:
 
     settings: tuple[str, ...]
     values: Values
-    """Of several settings a Choice of tuples."""
+    """A Choice of tuples where there are several settings."""
 
     def point(self, value: Any) -> dict[str, Any]:
         return {self.settings[0]: value} if len(self.settings) == 1 else dict(zip(self.settings, value, strict=True))

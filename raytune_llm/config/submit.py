@@ -13,7 +13,8 @@ class JobServer:
     """Where a cluster takes jobs."""
 
     address: str | None
-    """Of the head's dashboard: http://head:8265. null: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if it is a dashboard's address."""
+    """The URL of the head's dashboard: http://head:8265. null: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if it is a dashboard's
+    address."""
     results: str
     """A folder here: the small results of a job (metrics, summary, curve, settings) come to `<results>/<job>/`."""
 

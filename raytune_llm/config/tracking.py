@@ -34,7 +34,7 @@ class Tracker:
     run: str | None
     """none: the run's `name`."""
     group: str | None
-    """Of runs that belong together. none: of a sweep's trials its `name`."""
+    """The name of a group of runs that belong together. null: for a sweep's trials, its `name`; else none."""
 
     def in_group(self, group: str) -> Tracker:
         return self if self.group is not None else replace(self, group=group)

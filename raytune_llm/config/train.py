@@ -22,10 +22,10 @@ class LoopConfig:
     global_batch_size: PositiveInt
     """What one optimizer step sees over all workers; accumulation follows."""
     seed: Seed
-    """Of the order of rows, of the held-out split, and of all else that is random."""
+    """The seed of the order of rows, of the held-out split, and of all else that is random."""
     adapter_seed: Seed | None
-    """Of a new adapter's first weights and of what steps draw (dropout, noise), where they are to differ from other runs over the
-    same packs. null: `seed`."""
+    """The seed of a new adapter's first weights and of what steps draw (dropout, noise), where they are to differ from other runs
+    over the same packs. null: `seed`."""
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     """auto: bf16 where the hardware multiplies it, else fp32."""
     compile: bool | Literal["auto"]
@@ -54,7 +54,8 @@ class LoopConfig:
     """Length of those answers."""
 
     def micro_batches(self, workers: int) -> int:
-        """Of each worker in an optimizer step. Raises ConfigError if the workers can't share a step evenly."""
+        """The number of micro-batches of each worker in an optimizer step. Raises ConfigError if the workers can't share a step
+        evenly."""
         together = self.micro_batch_size * workers
         if self.global_batch_size % together:
             raise ConfigError(

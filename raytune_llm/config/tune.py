@@ -33,7 +33,7 @@ class TuneConfig:
     """asha, hyperband: the best 1/reduction of the trials at a rung go on, to a rung that is so many times as far. pbt: the worst
     1/reduction take over the best ones."""
     seed: Seed
-    """Of the draws. Trials keep train.seed."""
+    """The seed that points are sampled with. Trials keep train.seed."""
     seeds: PositiveInt
     """Each setting is trained with train.seed, train.seed + 1 and so on, and judged by the mean."""
     zip: list[list[str]]

@@ -412,7 +412,8 @@ def _as_numpy(column: Any) -> Any:
 
 
 def _values(array: Any) -> np.ndarray:
-    """Of an array without nulls. pyarrow's own `to_numpy` imports pandas, for more than a second, wherever it is installed."""
+    """The values of an array without nulls. pyarrow's own `to_numpy` imports pandas, for more than a second, wherever it is
+    installed."""
     first, last = array.offset, array.offset + len(array)
     buffer = array.buffers()[1] or b""
     if pa.types.is_boolean(array.type):

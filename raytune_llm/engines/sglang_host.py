@@ -22,7 +22,7 @@ from raytune_llm.engines.requests import TokenLogprob
 from raytune_llm.errors import ConfigError, ResourceError
 
 UNSUPPORTED = frozenset(UNCOMPUTED)
-"""Of an adapter's config, SGLang reads target_modules, r, lora_alpha and use_dora only."""
+"""Fields of an adapter's config that SGLang ignores: it reads target_modules, r, lora_alpha and use_dora only."""
 GRAMMARS = {"json_schema": "json_schema", "regex": "regex", "ebnf": "ebnf", "structural_tag": "structural_tag"}
 """Our kinds of grammar -> fields of SGLang's sampling parameters."""
 

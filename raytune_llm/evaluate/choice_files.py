@@ -38,7 +38,7 @@ class Subject:
 @dataclass(frozen=True)
 class Layout:
     path: Callable[[str, str], str]
-    """Of a split's folder and a subject, in the zip file."""
+    """(folder of the split, subject) -> path in the zip file."""
     columns: Sequence[str] | None
     """None: the first line names them."""
 

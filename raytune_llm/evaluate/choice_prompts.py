@@ -12,7 +12,7 @@ BEFORE = {
     "en": "The following are multiple choice questions (with answers) about {subject}.\n\n",
     "zh": "以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n",
 }
-"""Of the first turn."""
+"""What the first user turn begins with, by language."""
 AFTER = {"en": "\nAnswer:", "zh": "\n答案："}
 
 

@@ -39,7 +39,7 @@ class Score:
 
     @property
     def stderr(self) -> float | None:
-        """Of the score, as the mean of questions that are right or wrong."""
+        """The standard error of the score, a mean of questions that are right (1) or wrong (0)."""
         if self.questions < 2:
             return None
         return math.sqrt(self.score * (1 - self.score) / (self.questions - 1))

@@ -26,14 +26,14 @@ FREE_TIMES = 1.5
 
 @dataclass(frozen=True)
 class Difference:
-    """Of what was written from the base with its adapter, both computed in float32."""
+    """How far what was written differs from the base with its adapter, both computed in float32."""
 
     divergence: float
     """Mean Kullback-Leibler divergence in nats a token; of a reward model, the largest difference of a score."""
     max_abs: float
     """The largest difference of a log-probability, or of a score."""
     perplexity: float | None
-    """Of the rows, by what was written; None of a reward model."""
+    """The perplexity of the rows by what was written; None for a reward model."""
     perplexity_before: float | None
     """By the base with its adapter."""
     tokens: int
@@ -87,7 +87,7 @@ def compare(source: Source, ours: Iterator[Tensor], rows: Rows) -> Difference:
 def outputs(
     model: ModelConfig, adapter: AdapterConfig | SavedAdapter, rows: Rows, *, scores: bool, new_ids: Sequence[int] = ()
 ) -> Iterator[Tensor]:
-    """Of each row: log-probabilities [T - 1, V], or the score [1]. new_ids: tokens whose embeddings the adapter has."""
+    """For each row its log-probabilities [T - 1, V], or its score [1]. new_ids: tokens whose embeddings the adapter has."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_config(str(model.path), model.config, trust_remote_code=model.trust_remote_code)
     settings: dict[str, Any] = {"compute": torch.float32, "seed": 0, "device": device, "trains": False, "scores": scores}

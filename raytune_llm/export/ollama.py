@@ -24,7 +24,7 @@ from raytune_llm.export.target import OnBytes, Target
 
 MODELFILE = "Modelfile"
 MAX_CONTEXT = 8192
-"""Of num_ctx: Ollama takes the memory for it at once."""
+"""The largest num_ctx: Ollama allocates its memory at once."""
 Messages = Sequence[tuple[str, str]]
 """Roles and contents."""
 SYSTEM, ASKED, ANSWERED, AGAIN = "a-system-text", "a-question", "an-answer", "another-question"

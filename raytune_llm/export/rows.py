@@ -16,7 +16,7 @@ from raytune_llm.errors import UserError
 from raytune_llm.runs.stores import held_out_part
 
 MAX_TOKENS = 128
-"""Of a row."""
+"""The most tokens of a row."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Rows:
 
 
 def rows_to_check(run: TrainRun | None, vocab_size: int, number: int) -> Rows:
-    """Of the run's held-out rows, as far as its tokens are still there; else random tokens."""
+    """The run's held-out rows, as far as their tokens are still there; else random tokens."""
     if run is not None:
         try:
             store, held_out = find_stores(run.model, run.data, kind=run.stage.kind)

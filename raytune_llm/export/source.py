@@ -36,7 +36,7 @@ NOT_FOR_MODELS = ("config.json", *NOT_COPIED)
 class Source:
     model: ModelConfig
     folder: Path
-    """Of the base."""
+    """The base's folder."""
     stored: TensorFiles
     """The base's tensors."""
     adapters: Sequence[tuple[Mergeable, float]]
@@ -47,7 +47,7 @@ class Source:
 
     @property
     def facts(self) -> Mapping[str, TensorFact]:
-        """Of the base's tensors."""
+        """The shapes and types of the base's tensors, by name."""
         return self.stored.facts
 
     @property

@@ -17,14 +17,14 @@ OnBytes = Callable[[int], None]
 @dataclass(frozen=True)
 class Target:
     num_bytes: int
-    """Of the weights on disk."""
+    """The size of the weights on disk."""
     write: Callable[[Path, OnBytes], None]
     """All files but the card, into a folder that is there. Raises ConfigError where a value doesn't fit."""
     outputs: Callable[[Path, Rows], Iterator[Tensor]]
-    """Of what was written, in float32: of each row log-probabilities [T - 1, V], or a reward model's score [1]."""
+    """The outputs of what was written, in float32: for each row log-probabilities [T - 1, V], or a reward model's score [1]."""
     library: str
     """That loads it, as a hub's cards name it."""
     dtype: str
-    """Of the weights, for the card."""
+    """The type of the weights, for the card."""
     max_kl: float = 0.01
     """Where export.max_kl is null."""

@@ -44,7 +44,7 @@ class Fix:
 
 
 class SuggestedFixes:
-    """Of a run that needs too much."""
+    """Finds settings that make a run fit that needs too much memory."""
 
     def __init__(
         self,
@@ -174,8 +174,8 @@ class SuggestedFixes:
 def ran_out(
     run: TrainRun, config: PretrainedConfig, needs: Needs, *, during: str, taken: int, total: int, others: int = 0
 ) -> ResourceError:
-    """Of a GPU with `total` bytes, of which other processes hold `others`: where, how much was expected, how much had been
-    allocated, and what would make it fit."""
+    """The error for a GPU with `total` bytes, of which other processes hold `others`: where memory ran out, how much was
+    expected, how much had been allocated, and what would make it fit."""
     expected = estimate(run, config, needs).total
     # It needed more than there was, whatever was expected: what is to fit must be expected to need less than that.
     usable = USABLE * min(total - others, expected)

@@ -68,7 +68,7 @@ def operations(policy: Policy, config: Any) -> Operations:
 
 
 def _matrix(part: nn.Module) -> torch.Tensor | None:
-    """Of an embedding or a head, beside which an adapter may have rows of its own; none where it is quantized."""
+    """The matrix of an embedding or a head, beside which an adapter may have rows of its own; None where it is quantized."""
     return max(part.parameters(), key=torch.Tensor.numel, default=None)
 
 

@@ -37,7 +37,7 @@ from raytune_llm.models.quantization import quantization_of
 
 GIB = 2**30
 USABLE = 0.92
-"""Of a device's memory: the rest goes to the CUDA context, to libraries, and to gaps between blocks."""
+"""The usable part of a device's memory: the rest goes to the CUDA context, to libraries, and to gaps between blocks."""
 TAKES_MASK = {"sdpa"}
 """Attention back ends that are given a mask of every pair of positions."""
 
@@ -48,7 +48,7 @@ class Needs:
 
     parameters: Parameters
     dropout: bool
-    """Of the inputs of adapted layers."""
+    """Whether the inputs of adapted layers have dropout."""
     adapter: Kept
     quantization: QuantizationConfig
     optimizer: OptimizerConfig
@@ -62,7 +62,7 @@ class Needs:
     reference: str
     """none, precomputed or online."""
     reference_parameters: int
-    """Of another model than the trained one."""
+    """The parameters of a reference model other than the trained one."""
     case: attention.Case
     """What attention, and all else, is computed on and in."""
 
@@ -85,7 +85,7 @@ def needs_of(
 
 
 def needs_together(needs: Needs, runs: int) -> Needs:
-    """Of so many runs like this one in one pass over one base: each has an adapter and a micro-batch."""
+    """What `runs` runs like this one need in one pass over one base: each has an adapter and a micro-batch."""
     one = needs.parameters
     more = (runs - 1) * one.trained
     parameters = replace(one, total=one.total + more, trained=one.trained + more, trained_shapes=runs * one.trained_shapes)
@@ -93,7 +93,7 @@ def needs_together(needs: Needs, runs: int) -> Needs:
 
 
 def parameters_of(run: TrainRun, config: PretrainedConfig) -> Parameters:
-    """Of the run's model, with the tokens that it gets, and the head and the adapter that it trains."""
+    """The parameters of the run's model, with its new tokens, and of the head and the adapter that it trains."""
     scores, pieces = not run.stage.writes, NO_PIECES
     if run.model.adds_tokens:
         tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=KINDS[run.stage.kind].renders_chat)

@@ -30,9 +30,9 @@ from raytune_llm.models.vocabulary import grow
 
 FP32 = 4
 LOGIT_BYTES, COMPILED_LOGIT_BYTES = 2 + 3 * FP32, 2 * FP32
-"""Of each logit at the loss's widest point: the logit in 16 bits and in float32, the softmax that is kept, and the product that
-the entropy sums or the gradient. Compiled, by its kernels: the logit, one float32 buffer for the gradient through the target's
-logit, and the result."""
+"""Bytes of each logit at the loss's widest point: the logit in 16 bits and in float32, the softmax that is kept, and the product
+that the entropy sums or the gradient. Compiled, by its kernels: the logit, one float32 buffer for the gradient through the
+target's logit, and the result."""
 PLAIN = Kept()
 NO_PIECES: Mapping[int, Sequence[int]] = MappingProxyType({})
 IN_FLIGHT = 4
@@ -50,9 +50,9 @@ class Dimensions:
     intermediate: int
     """Inside the MLP; of a mixture of experts, of all experts together that a token visits."""
     query: int
-    """Of all query heads."""
+    """The width of all query heads together."""
     key_value: int
-    """Of all key heads; as much again for the values."""
+    """The width of all key heads together; the values have as much again."""
     vocab: int
 
 
@@ -67,11 +67,11 @@ class Parameters:
     outside_layers: int
     """Embedding, head and the last norm."""
     trained_shapes: tuple[TrainedShape, ...] = ()
-    """Of every tensor that is trained."""
+    """The shape of every tensor that is trained."""
     saved: int = 0
     """In the file of final/: the adapter's, or all of a model."""
     quantizable: int = 0
-    """Of frozen linear layers within layers; none of a mixture of experts, which is not quantized."""
+    """In frozen linear layers of the repeated layers; a mixture of experts is not counted, since it is not quantized."""
 
     @property
     def frozen(self) -> int:
@@ -90,7 +90,7 @@ class Memory:
     activations: int
     """Kept from the forward to the backward pass, over all layers."""
     logits: int
-    """Of one chunk of trained tokens, with what the loss makes of them."""
+    """The logits of one chunk of trained tokens, with what the loss makes of them."""
     layer: int
     """The backward pass of one layer: its gradients, and its activations where they are recomputed."""
     reference: int = 0
@@ -148,7 +148,7 @@ def count_parameters(
     scores: bool = False,
     first_pieces: Mapping[int, Sequence[int]] = NO_PIECES,
 ) -> Parameters:
-    """Of the adapted model, built without memory (on torch's meta device).
+    """Count the parameters of the adapted model, built without memory (on torch's meta device).
 
     scores: it has a score head, not one of language. first_pieces: of the tokens that it gets, as
     models.vocabulary.grow takes them.

@@ -300,7 +300,7 @@ def _with_score_head(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Of the language model, with what it has for other media; None if the model comes with its own code."""
+    """The class of the language model, with what it has for other media; None if the model comes with its own code."""
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # typed as if a family could have two language models
     with_images: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return (with_images.get(type(config), None) if is_multimodal(config) else None) or known.get(type(config), None)

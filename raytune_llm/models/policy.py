@@ -162,7 +162,8 @@ class Policy(nn.Module):
         return {**beside, **attention.arguments(self.attention_backend, inputs, window), **(route or {})}
 
     def _of_lines(self, batch: Batch) -> dict[str, Any]:
-        """Of documents that begin their lines: positions, where the model takes them; what pads a line comes after them."""
+        """Arguments for a batch of one document a line: positions, where the model takes them. What pads a line comes after its
+        document."""
         takes_positions = "position_ids" in inspect.signature(cast(Any, text_model(self.base)).forward).parameters
         return {"position_ids": batch.positions_BT} if takes_positions else {}
 

@@ -99,7 +99,7 @@ class OneOfSeveral(nn.Module):
         super().__init__()
         self._pass, self.name, self.dropout = pass_, name, dropout
         self.seed = 0
-        """Of the step: what the seed of its batches is."""
+        """The seed of this step's batches."""
 
     def train(self, mode: bool = True) -> OneOfSeveral:
         self._pass.policy.train(mode)
@@ -144,5 +144,5 @@ def _places(places_X: Tensor, copies: int, length: int) -> Tensor:
 
 
 def _bounds(bounds_S: Tensor, copies: int, length: int) -> Tensor:
-    """Of so many pieces of this length, each with these boundaries, from 0 to its length."""
+    """Boundaries of `copies` pieces of this length one after another, each with the boundaries bounds_S, from 0 to its length."""
     return torch.cat([_places(bounds_S[:-1], copies, length), bounds_S.new_full((1,), copies * length)])

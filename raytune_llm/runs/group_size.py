@@ -28,9 +28,9 @@ class GroupSize:
 
     workers: int
     cpus: float
-    """Of each worker."""
+    """CPUs of each worker."""
     gpus: float
-    """Of each worker."""
+    """GPUs of each worker."""
 
     @property
     def each(self) -> Mapping[str, float]:

@@ -133,6 +133,6 @@ def collect(remote: RemoteFolder, folder: Path) -> None:
 
 
 def local_files(folder: Path) -> list[str]:
-    """Of a run, but its checkpoints, as names in the store. Hidden files, such as the lock, stay on the machine."""
+    """The files of a run but its checkpoints, as names in the store. Hidden files, such as the lock, stay on the machine."""
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     return [path.as_posix() for path in paths if path.parts[0] != CHECKPOINTS and not path.parts[0].startswith(".")]

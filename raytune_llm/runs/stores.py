@@ -106,7 +106,7 @@ def _untrained(run: TrainRun, what: str) -> DataError:
 
 
 def held_out_part(data: DataConfig, store: Store) -> float | Mapping[str, float]:
-    """Of the store's rows, or of each source's."""
+    """The held-out part of the store's rows, or of each source's."""
     if data.eval_rows is None:
         return data.eval_fraction
     if data.eval_rows >= len(store):

@@ -39,7 +39,7 @@ from raytune_llm.train.together import Member
 from raytune_llm.train.window import Window
 
 SIZES = (16, 8, 4, 2)
-"""Of banks, the largest first."""
+"""Sizes of banks, in adapters, the largest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Part:
 
 
 Outcome = TrainOutcome | Exception | None
-"""Of a part: what it came to, what it failed with, or none where it was stopped."""
+"""The result of a run: its outcome, the error that it failed with, or None where it was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,9 @@ class Room:
     usable_bytes: float
     """Without a GPU, any number."""
     alone_bytes: float
-    """Of one run with a base of its own."""
+    """The memory of one run with a base of its own."""
     pair_bytes: float
-    """Of two in one pass over one base."""
+    """The memory of two runs in one pass over one base."""
     together: int
     """Runs that fit in one pass; 1 where not even two do."""
 
@@ -147,7 +147,7 @@ class _One:
 
     part: Part
     name: str
-    """Of its adapter in the bank."""
+    """The name of its adapter in the bank."""
     pass_: SharedPass
     reads: Reads
     builder: Builder

@@ -136,7 +136,7 @@ def _ready(members: Sequence[Member], step: Step) -> list[Batch]:
 
 
 def _completed(member: Member, step: Step, batches: Sequence[Batch]) -> list[Batch]:
-    """Of one run: by its own seed, and with what its enrichers add."""
+    """The batches of one run: seeded with its own seed, and with what its enrichers add."""
     seed = member.settings.seed if step.held_out else member.settings.seed + member.progress.step
     member.model.seed = seed
     return loop.completed(member.learner, step, batches, seed=seed)

@@ -24,7 +24,7 @@ from raytune_llm.tune.trial import Outcome, Reported
 
 Place = Callable[[TrainRun, Reported], Outcome]
 PARTS = 10_000
-"""Of a GPU, as Ray counts them."""
+"""The number of parts that Ray divides a GPU into."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ class TuneResult:
 
     @property
     def folder(self) -> Path:
-        """Of the best setting's first trial."""
+        """The output folder of the best setting's first trial."""
         return self.best.trials[0].folder
 
 

@@ -47,7 +47,7 @@ class Trial:
     reason: str | None = None
     """Why it failed."""
     seconds: float = 0.0
-    """Of the process that ended it; an interrupted one's are not counted."""
+    """Run time of the process that ended it; an interrupted one's is not counted."""
     stopping: bool = False
     """The scheduler has ended it."""
     asked: int | None = None
@@ -55,7 +55,7 @@ class Trial:
     released: bool = False
     """It doesn't pause (any more)."""
     round: int = 0
-    """Of tune.scheduler=pbt."""
+    """The round of tune.scheduler=pbt that it is in."""
 
     @property
     def step(self) -> int:
@@ -138,7 +138,7 @@ class Study:
         return None if end > 1 - tune.grace / 2 else end  # the last round takes what is left
 
     def _next_of_round(self) -> Trial | None:
-        """Of the next one, once all trials wait."""
+        """The first trial of the next round, once all trials wait; None before that."""
         waiting = self.paused
         if not waiting or any(trial.state == "running" for trial in self.trials):
             return None

@@ -55,7 +55,7 @@ def run_trial(run: TrainRun, metric: Metric, reported: Reported, train: Train) -
 
 
 def outcome_of(run: TrainRun, metric: Metric, result: Any, latest: float | None) -> Outcome:
-    """Of a TrainResult. latest: what its last evaluation said."""
+    """The Outcome for a TrainResult. latest: the metric of its last evaluation."""
     if result.paused:
         return Outcome(state="paused", value=latest)
     value = metric.of_trial(records_of(run), result, best=run.checkpoint.final == "best")

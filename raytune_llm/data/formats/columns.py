@@ -145,7 +145,7 @@ NO_WEIGHTS = ("mask", "train_detail", "training_detail", "train_on", "ignore_los
 
 
 def weight_of(message: Row) -> float:
-    """Of an answer in the loss, 0 where it is not trained: what all its WEIGHTS say together, and torchtune's `masked`."""
+    """The weight of an answer in the loss, 0 where it is not trained: the product of its WEIGHTS and of torchtune's `masked`."""
     weight = 1.0
     for key in (*WEIGHTS, "masked"):
         value = message.get(key)

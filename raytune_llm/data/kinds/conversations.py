@@ -24,7 +24,7 @@ WHAT = {
     Labeled: "an answer with a verdict, as stage=kto learns from",
     Text: "plain text, as stage=pretrain learns from",
 }
-"""Of a row that is no conversation."""
+"""How a message describes a row that is no conversation."""
 
 
 class ConversationRow(NamedTuple):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_ROW_CHARS = 1 << 27
-"""Of a JSON array's element and of a csv field: where the end is missing, the rest of the file is not read to the last byte."""
+"""The longest element of a JSON array or field of a csv file: where its end is missing, the rest of the file is not read to the
+last byte."""
 NumberedRow = tuple[int, Any]
 """The row's number and its columns by name, or the BadRow that says why there are none."""
 

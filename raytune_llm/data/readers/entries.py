@@ -13,7 +13,8 @@ TEXTS = (
     "split", "folder",
 )  # fmt: skip
 TYPES: Mapping[str, type] = {**dict.fromkeys(TEXTS, str), "ranking": bool, "num_samples": int, "columns": dict, "tags": dict}
-"""Of the values of an entry; null is as if it were not there. Older files have a file_sha1, which LLaMA-Factory reads no more."""
+"""The types of an entry's values; null is as if it were not there. Older files have a file_sha1, which LLaMA-Factory no longer
+reads."""
 MEANT: Mapping[str, Mapping[str, str]] = {
     "": {
         "format": "formatting", "max_samples": "num_samples", "samples": "num_samples", "path": "file_name", "file": "file_name",

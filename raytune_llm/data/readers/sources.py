@@ -105,7 +105,7 @@ def _of_file(file: str, part: Part, subset: str | None) -> Source:
 
 
 def _of_folder(path: str, there: Mapping[str, str], part: Part, subset: str | None) -> Source:
-    """Of files by their names below the folder."""
+    """The Source of files given by their names below the folder."""
 
     def read(name: str) -> bytes:
         with files.readable(there[name]), files.open_raw(there[name]) as stream:

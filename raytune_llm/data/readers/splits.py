@@ -56,7 +56,7 @@ class Part:
         return self.start is None and self.stop is None
 
     def rows(self, num_rows: int) -> range:
-        """Of so many: negative and percent count from the end and of the whole."""
+        """The part of num_rows rows; negative bounds count from the end, percent are of num_rows."""
         first, last = (_bound(edge, num_rows) for edge in (self.start or "0", self.stop or "100%"))
         return range(first, max(first, last))
 
@@ -130,7 +130,8 @@ def _configs(text: str) -> list[Mapping[str, Any]]:
 
 
 def _patterns(data_files: Any) -> dict[str, list[str]]:
-    """Of each split: a pattern or a list of them is `train`, else they are {split, path} objects."""
+    """The patterns of files by split: data_files is a pattern or a list of them, for `train`, or a list of {split, path}
+    objects."""
     entries = data_files if isinstance(data_files, list) else [data_files]
     patterns: dict[str, list[str]] = {}
     for entry in entries:

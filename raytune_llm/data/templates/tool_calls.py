@@ -35,7 +35,8 @@ def function_of(tool: Any) -> Any:
 
 
 def name_and_arguments(call: Any) -> tuple[str, dict[str, Any]]:
-    """Of a call as rows have it: as `function` of an object or by itself, the arguments as an object, as its JSON text, or none.
+    """The name and the arguments of a call as rows have it: as `function` of an object or by itself, the arguments as an object,
+    as its JSON text, or none.
 
     Raises ValueError.
     """

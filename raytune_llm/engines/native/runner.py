@@ -100,11 +100,11 @@ class PolicyRunner:
     def answer_logprobs(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int
     ) -> list[list[ScoredToken]]:
-        """Of packs without a cache, as in training. Answers of one token to the same prompt, one after another, share its
-        computation."""
+        """Log-probabilities of the answers' tokens, computed in packs without a cache, as in training. Answers of one token to
+        the same prompt, one after another, share its computation."""
         documents: list[tuple[np.ndarray, np.ndarray]] = []
         places: list[int] = []
-        """Of each answer: the document that holds it, or whose prompt it was asked with."""
+        """For each answer, the number of the document that holds it, or that shares its prompt."""
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             assert prompt, "the first token has nothing to be predicted from"
             same = number > 0 and len(answer) == len(answers[number - 1]) == 1 and prompt == prompts[number - 1]

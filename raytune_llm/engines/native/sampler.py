@@ -137,7 +137,7 @@ def uniform(seed: int, number: int) -> float:
 
 
 def logprobs(logits_RV: Tensor, tokens_R: Tensor, top: int) -> list[TokenLogprob]:
-    """Of the tokens, and of so many likeliest ones. Logits are the model's own, float32."""
+    """Log-probabilities of the tokens, and of the `top` likeliest ones. Logits are the model's own, float32."""
     values_RV = torch.log_softmax(logits_RV, dim=1)
     chosen = values_RV.gather(1, tokens_R[:, None]).squeeze(1).tolist()
     best: list[tuple[tuple[int, float], ...]] = [()] * len(chosen)

@@ -89,7 +89,7 @@ def gguf(source: Source, settings: ExportConfig) -> Target:
 
 
 def _dtype_of(source: Source) -> str:
-    """Of the first matrix."""
+    """The type of the first matrix."""
     stored = next(fact.dtype for fact in source.facts.values() if len(fact.shape) == 2)
     return next(name for name, dtype in DTYPES.items() if dtype is stored)
 

@@ -22,7 +22,7 @@ SPLITS = {SPLIT.replace("DIGITS", r"\p{N}{1,3}"): "llama-bpe", SPLIT.replace("DI
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """What stands for a space in the tokens of SentencePiece."""
 NO_SCORE = -1000.0
-"""Of a token that no merge makes: it is never the best one to merge to."""
+"""The score of a token that no merge makes: it is never the best one to merge to."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "
 
 
 def vocabulary_of(tokenizer: Any, size: int, stop_ids: Sequence[int], got: str) -> Vocabulary:
-    """Of a fast tokenizer. size: embeddings of the model. stop_ids: what ends an answer, of the generation config. got: the
-    model, for the message. Raises ConfigError where llama.cpp has no such tokenizer."""
+    """The Vocabulary of a fast tokenizer. size: number of the model's embeddings. stop_ids: the generation config's. got: the
+    model's name, for the message. Raises ConfigError where llama.cpp has no such tokenizer."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model, added = described["model"], described["added_tokens"]
     if model["type"] != "BPE":
@@ -126,8 +126,8 @@ def _pre(described: Mapping[str, Any], got: str) -> str:
 
 
 def _scores(vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]], tokens: Sequence[str], got: str) -> list[float]:
-    """Of each token: the higher, the sooner llama.cpp merges to it. It merges any two neighbours whose joined text is a token, so
-    the merges must be all that the vocabulary allows."""
+    """The score of each token: the higher, the sooner llama.cpp merges to it. It merges any two neighbours whose joined text is a
+    token, so the merges must be all that the vocabulary allows."""
     first: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         first.setdefault("".join(merge), rank)

@@ -33,7 +33,7 @@ WHOLE_MODELS: dict[str, Callable[..., None]] = {"none": train_all, "freeze": fre
 
 @dataclass(frozen=True)
 class Slots:
-    """Of a bank of new adapters that are trained together."""
+    """The settings of a bank of new adapters that are trained together."""
 
     sections: tuple[AdapterConfig, ...]
     """The adapters' settings: of other ranks and scales, on the same layers."""

@@ -54,7 +54,7 @@ class LoraBank:
         last_layers: int | None = None,
         trains: bool = False,
     ) -> None:
-        """Of a transformers model without adapters, whose linear layers may be quantized. dtype: of its products.
+        """Wrap the linear layers, quantized or not, of a transformers model without adapters. dtype: of the adapters' products.
 
         targets: the layers that adapters may be on, by the last part of their names; None takes every linear layer in the model's
         layers, or in the last so many of them. Each has room for max_rank in every slot, and costs two products a pass.

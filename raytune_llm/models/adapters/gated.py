@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MAX_RANK = 64
-"""Of a layer: a program of the kernels holds a tile's low-rank factors in registers."""
+"""The highest rank: a program of the kernels holds a tile's low-rank factors in registers."""
 
 
 @torch.library.custom_op("raytune_llm::gated", mutates_args=())

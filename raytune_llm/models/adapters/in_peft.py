@@ -38,7 +38,7 @@ class PeftAdapters:
     """Implements `Adapters`."""
 
     def __init__(self, model: nn.Module, *, scores: bool = False) -> None:
-        """Of a transformers model, or of PEFT's around one. scores: it has a score head, of which each adapter has its own."""
+        """Take a transformers model, or PEFT's around one. scores: it has a score head, of which each adapter has its own."""
         self.model: nn.Module = model
         """From which on parameters have their names."""
         self._peft: Any = model if isinstance(model, PeftModel) else None

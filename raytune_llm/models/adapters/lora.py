@@ -36,7 +36,8 @@ def describes(saved: PeftConfig) -> bool:
 def ranks_fit(
     layers: Layers, *, rank: int, rank_pattern: Mapping[str, int], alpha_pattern: Mapping[str, float], **settings: Any
 ) -> None:
-    """Of a layer [N, K], B A has rank min(N, K) at most. Every pattern is of a layer."""
+    """Raise ConfigError unless each rank is at most min(N, K) of its layer [N, K], the highest that B A can have, and each
+    pattern names layers."""
     for setting, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         used = {get_pattern_key(list(patterns), name) for name in layers}
         if unused := sorted(patterns.keys() - used):

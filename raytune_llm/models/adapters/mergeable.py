@@ -44,11 +44,12 @@ class Mergeable:
             raise ConfigError(setting, f"must be a folder with {WEIGHTS[0]}", got=folder, fix="Save it as safetensors.")
         self._keys: dict[str, list[str]] = defaultdict(list)
         self._bases: dict[str, str] = {}
-        """Of layers whose base PEFT saved beside the adapter: embeddings, which may have grown."""
+        """Weights of base layers that PEFT saved beside the adapter: embeddings, which may have grown."""
         self.wholes: dict[str, str] = {}
         """Weights that it has whole, by their names in the model -> in the file."""
         self.token_rows: dict[str, str] = {}
-        """Of embeddings and heads with rows of its own (model.new_tokens): their names in the model -> the rows' in the file."""
+        """Embeddings and heads with rows of the adapter's own (model.new_tokens): their names in the model -> the rows' in the
+        file."""
         try:
             with safe_open(self._file, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  (no dict)

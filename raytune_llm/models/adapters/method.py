@@ -51,7 +51,7 @@ class Method:
     """A kind of adapter."""
 
     config: Callable[..., PeftConfig]
-    """Of those settings of its section that are not in Layered."""
+    """Makes PEFT's config of those settings of its section that are not in Layered."""
     describes: Callable[[PeftConfig], bool]
     """Whether the config of a saved adapter is of this kind."""
     check: Callable[..., None]
@@ -172,7 +172,7 @@ def _is_experts_name(model: PreTrainedModel, part: str) -> bool:
 
 
 def _of_layers(model: PreTrainedModel, section: Layered, found: dict[str, T]) -> dict[str, T]:
-    """Of these, by name, those in the layers that adapter.last_layers or adapter.layers names."""
+    """Those of the modules `found`, by name, that are in the layers that adapter.last_layers or adapter.layers names."""
     last, names = section.last_layers, [name for name, _ in named_layers(model)]
     numbers = section.layers if last is None else range(max(len(names) - last, 0), len(names))
     if numbers is None:

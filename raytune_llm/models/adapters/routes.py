@@ -45,13 +45,13 @@ class Route(Protocol):
 @dataclass(frozen=True, eq=False)
 class Ranges:
     slots: tuple[int, ...]
-    """Of each range; -1 for none."""
+    """The slot of each range; -1 for none."""
     lengths: tuple[int, ...]
     """In tokens; together all there are."""
 
     @classmethod
     def of(cls, slots: Sequence[int], lengths: Sequence[int]) -> Ranges:
-        """Of documents: neighbours of one slot are one range."""
+        """The ranges of documents: neighbours of one slot are one range."""
         runs = [
             (slot, sum(length for _, length in run)) for slot, run in groupby(zip(slots, lengths, strict=True), lambda x: x[0])
         ]
@@ -156,7 +156,7 @@ class BySlot:
 
 @dataclass(frozen=True, eq=False)
 class Dropout:
-    """Of the inputs of one adapter's layers."""
+    """Dropout of the inputs of one adapter's layers."""
 
     rate: float
     generator: torch.Generator
@@ -173,7 +173,7 @@ class Dropped:
     length: int
     """In tokens, of each part."""
     dropouts: tuple[Dropout | None, ...]
-    """Of the parts, in order."""
+    """The dropout of each part, in order; None for none."""
     begun: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
     """What the generators were as each of the model's layers began."""
 

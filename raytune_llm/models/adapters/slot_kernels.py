@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 INPUTS, OUTPUTS, WARPS = 512, 512, 4
-"""Of a program."""
+"""Columns of inputs and of outputs that a program computes, and its warps."""
 TOGETHER = 3
 """Layers that share an input, at most: q, k and v."""
 

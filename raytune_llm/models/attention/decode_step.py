@@ -37,7 +37,7 @@ class StepNumbers:
         blocks: Sequence[Sequence[int]],
         size: int,
     ) -> None:
-        """Of a step of so many rows, of which those that are given are no padding. size: of a block."""
+        """Copy the numbers of a step of `rows` rows; rows beyond the given tokens are padding. size: tokens in a block."""
         if self._copied is not None:
             self._copied.synchronize()  # the copy before has left the host's memory
         used, given = max(len(own) for own in blocks), len(tokens)

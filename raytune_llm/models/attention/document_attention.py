@@ -186,7 +186,7 @@ def _slices(cu_seqlens: Tensor) -> list[slice]:
 
 
 def _ranges(prefixes: Prefixes | None) -> list[tuple[slice, slice]]:
-    """Of each document that shares another's prompt: its own tokens, and the prompt's."""
+    """For each document that shares another's prompt: the slices of its own tokens and of the prompt's."""
     if prefixes is None:
         return []
     return list(zip(_runs(prefixes.queries_Q, prefixes.cu_queries_X), _runs(prefixes.keys_K, prefixes.cu_keys_X), strict=True))

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 TOKENS, WARPS = 64, 4
-"""Of a row, that a program reads at once."""
+"""Tokens of a row that a program reads at once, and its warps."""
 
 
 def write(k_RKD: Tensor, v_RKD: Tensor, keys: Tensor, values: Tensor, layer_1: Tensor, step: Tensor, columns: int) -> None:

@@ -34,7 +34,7 @@ def names_of_linears(layers: Iterable[nn.Module]) -> list[str]:
 
 
 def has_frozen_experts(layers: Iterable[nn.Module]) -> bool:
-    """Of a mixture of experts, whose weights are tensors [E, N, K]."""
+    """Whether a layer has a mixture of experts whose frozen weights are tensors [E, N, K]."""
     return any(parameter.ndim == 3 and not parameter.requires_grad for layer in layers for parameter in layer.parameters())
 
 

@@ -76,7 +76,7 @@ def _(
 
 
 def _other_size(x: Tensor, packed: Tensor) -> int:
-    """Of a weight that has x's columns on one side. A byte holds two weights."""
+    """The other side's size of a weight that has x's columns on one side. A byte holds two weights."""
     return 2 * packed.shape[0] // x.shape[1]
 
 

@@ -48,7 +48,7 @@ class ReferenceTable:
     values_E2: np.ndarray
     """float32, memory-mapped."""
     num_rows: int
-    """Of the token store."""
+    """The number of rows of the token store."""
 
     def of(self, batch: Batch) -> Tensor:
         """float32 [P, 2], on the CPU."""

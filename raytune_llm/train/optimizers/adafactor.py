@@ -10,7 +10,7 @@ from raytune_llm.train.optimizers.by_tensor import COUNT, ByTensor, Layout, Stat
 from raytune_llm.train.optimizers.groups import Trained, by_decay
 
 LEAST_SCALE = 1e-3
-"""Of steps that are relative to weights (the paper's epsilon 2)."""
+"""The least scale of steps that are relative to weights (the paper's epsilon 2)."""
 
 
 def adafactor(

@@ -62,7 +62,8 @@ class Apollo(LowRank):
 
 
 def lengthening(stepped: Tensor, low: Tensor, sizes: str) -> Tensor:
-    """Of Adam's step over the gradient that it was made of."""
+    """The ratio of the norms of Adam's step and of the gradient that it was computed from. low, stepped: the projected gradient,
+    before and after Adam. sizes: one ratio for the tensor, or one a channel."""
     rows, columns = low.shape
     along: Any = {"tensor": (0, 1), "channel": 1 if rows >= columns else 0}[sizes]
     return stepped.norm(dim=along, keepdim=True) / (low.norm(dim=along, keepdim=True) + TINY)

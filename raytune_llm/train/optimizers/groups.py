@@ -35,7 +35,7 @@ class Trained:
     layer: int | None
     """The number of the repeated layer that it is in; None: embedding, head or last norm."""
     rows_per_head: int = 1
-    """Of queries and keys; 1 elsewhere."""
+    """The head dimension in weights of queries and keys; 1 elsewhere."""
     lr_factor: float = 1.0
     """Its learning rate over that of the schedule."""
     weight_decay: float | None = None

@@ -73,6 +73,6 @@ def adam_direction(gradient: Tensor, state: State, group: dict[str, Any]) -> Ten
 
 
 def correction(group: dict[str, Any], count: int) -> float:
-    """Of the bias of both moments."""
+    """The factor that corrects the bias of both moments."""
     beta1, beta2 = group["betas"]
     return sqrt(1 - beta2**count) / (1 - beta1**count)

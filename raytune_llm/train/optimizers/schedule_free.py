@@ -63,7 +63,7 @@ class ScheduleFree(ByTensor):
 
 
 def _share(state: State, lr: float) -> float:
-    """Of this step in the average."""
+    """The share of this step in the average."""
     state["highest_lr"].clamp_(min=lr)
     this = state["highest_lr"].item() ** RATE_POWER
     state["shares"] += this

@@ -42,7 +42,7 @@ class InBank:
         self.optimizer = build_optimizer(trained)
         self._scale = LossScale(device, enabled=precision.scales_loss)
         self.losses: list[Tensor] = []
-        """Of this step, to go back with those of other runs."""
+        """The losses of this step, whose backward pass is computed together with those of other runs."""
 
     def parts(self) -> AbstractContextManager[Any]:
         return self._bank.using(self.model.name)
