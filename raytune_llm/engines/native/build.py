@@ -22,7 +22,9 @@ from raytune_llm.models.activations import lacks_for_compiling
 from raytune_llm.models.adapters import LoraBank
 from raytune_llm.models.attention.cache import check_cached
 from raytune_llm.models.build import build_policy
+from raytune_llm.models.layers import layers
 from raytune_llm.models.load import positions
+from raytune_llm.models.packed import lacks_for_packing, pack
 from raytune_llm.models.scorer import Scorer
 
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -86,6 +88,8 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
     bank = None
     if serving.adapter is None:
         bank = LoraBank(policy.base, num_slots=serving.max_adapters, max_rank=serving.max_rank, dtype=serving.compute)
+    if lacks_for_packing(serving.device, serving.compute) is None:
+        pack(layers(policy.base))
     limit = serving.limit or 2**20
     graphs = None
     if _captures(settings, serving):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_llm.models.adapters.routes import Route
+from raytune_llm.models.packed import products
 
 
 class BankShape(NamedTuple):
@@ -65,7 +66,7 @@ class BankedLinear(nn.Module):
 
 def banked(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
     """The output of each banked layer for one input: that of the layer itself, and what the adapters of the pass add."""
-    outs = [layer.base_layer(x) for layer in layers]
+    outs = products(x, [layer.base_layer for layer in layers])
     route = layers[0].now.route
     if route is None:
         return outs

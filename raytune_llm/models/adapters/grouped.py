@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from raytune_llm.models.adapters.banked import BankedLinear, banked
 from raytune_llm.models.adapters.gated import MAX_RANK, gated, gated_backward
+from raytune_llm.models.packed import products
 from raytune_llm.models.quantization import QUANTIZATIONS, QuantizedLinear
 
 aten = torch.ops.aten
@@ -51,7 +52,7 @@ def project(x_BTD: Tensor, layers: Sequence[nn.Module], gate_BTD: Tensor | None 
     if all(isinstance(layer, BankedLinear) for layer in layers):
         return banked(x_BTD, layers)
     if name is None:
-        return [layer(x_BTD) for layer in layers]
+        return products(x_BTD, layers)
     dtype = _compute_type(x_BTD)
     x_MD = x_BTD.flatten(0, -2).to(dtype)
     gate_MD = None if gate_BTD is None else gate_BTD.flatten(0, -2).to(dtype)
@@ -96,6 +97,7 @@ def lacks_for_gated(gate: nn.Module, up: nn.Module, down: nn.Module, activation:
 class GroupedAttention(nn.Module):
     """Attention of the families in ATTENTIONS, around their grouped projections."""
 
+    SHARE_AN_INPUT = ("q_proj", "k_proj", "v_proj")
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -155,6 +157,7 @@ class GroupedAttention(nn.Module):
 class GroupedMLP(nn.Module):
     """The gated MLP of the families in MLPS, around their grouped projections."""
 
+    SHARE_AN_INPUT = ("gate_proj", "up_proj")
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module

@@ -74,16 +74,21 @@ def _decoding(q_RHD: Tensor, keys: Tensor, values: Tensor, scores: Scores, rows:
     size, heads, window = rows.cache.block_size, keys.shape[2], scores.sliding_window
     first = 0 if window is None else max(0, min(rows.lengths[:R]) - window) // size
     k, v = (_gathered(held, rows.tables_RK[:R, first : -(-rows.max_length // size)]) for held in (keys, values))
-    position_T = torch.arange(first * size, first * size + k.shape[1], device=q_RHD.device)
-    length_R1 = rows.lengths_R[:R, None]
-    seen_RT = position_T < length_R1
-    if window is not None:
-        seen_RT &= position_T >= length_R1 - window
+    seen_RT = None
+    if R == 1:  # a row alone needs no mask: its keys are cut to those that it sees
+        length, start = rows.lengths[0], 0 if window is None else max(0, rows.lengths[0] - window)
+        k, v = (held[:, start - first * size : length - first * size] for held in (k, v))
+    else:
+        position_T = torch.arange(first * size, first * size + k.shape[1], device=q_RHD.device)
+        length_R1 = rows.lengths_R[:R, None]
+        seen_RT = position_T < length_R1
+        if window is not None:
+            seen_RT &= position_T >= length_R1 - window
     out_RKGD = masked_attention(
         q_RHD.view(R, heads, H // heads, head),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        seen_RT[:, None, None],
+        None if seen_RT is None else seen_RT[:, None, None],
         scores,
         None if sinks_H is None else sinks_H.view(heads, H // heads),
     )

@@ -24,10 +24,10 @@ class Scores(NamedTuple):
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: Scores, sinks_HT: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores, sinks_HT: Tensor | None = None
 ) -> Tensor:
-    """[B, H, T, Dh]. mask: bool, broadcast to [B, H, T, keys]; it holds the window as well. Capped scores, and attention sinks,
-    are spelled out.
+    """[B, H, T, Dh]. mask: bool, broadcast to [B, H, T, keys]; it holds the window as well; None: each query sees all keys.
+    Capped scores, and attention sinks, are spelled out.
 
     sinks_HT: [H, T] or [H, 1], a score a head beside those of the keys, which takes its part of the weights and has no value
     (Xiao et al. 2023, arXiv 2309.17453; learnt ones: gpt-oss).
@@ -41,7 +41,8 @@ def masked_attention(
     values = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling)
     if scores.softcap is not None:
         values = scores.softcap * torch.tanh(values / scores.softcap)
-    values = values.masked_fill(~mask, -torch.inf)
+    if mask is not None:
+        values = values.masked_fill(~mask, -torch.inf)
     if sinks_HT is not None:
         values = torch.cat([values, sinks_HT.to(values.dtype)[None, :, :, None].expand(*values.shape[:-1], 1)], dim=-1)
     weights = torch.softmax(values, dim=-1, dtype=torch.float32).to(value.dtype)

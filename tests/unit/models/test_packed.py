@@ -1,0 +1,53 @@
+"""Packed layers compute what the layers that they replace did."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from raytune_llm.models.adapters import LoraBank
+from raytune_llm.models.layers import layers
+from raytune_llm.models.packed import PackedLinear, PackedPart, lacks_for_packing, pack
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(lacks_for_packing(CPU, torch.bfloat16) is not None, reason="oneDNN has no bf16 here")
+CONFIG = Qwen2Config(
+    vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)  # q, k and v have biases
+
+
+LENGTHS = (1, 5, 40)
+
+
+@torch.no_grad()
+def logits_of(model: Any, *, packs: bool) -> list[torch.Tensor]:
+    """Of texts of LENGTHS, with no adapter and with one."""
+    bank = LoraBank(model, num_slots=2, max_rank=8, dtype=torch.bfloat16)
+    for number, layer in enumerate(bank._layers.values()):
+        torch.manual_seed(number)
+        layer.a_GRK[1].normal_()
+        layer.b_GRO[1].normal_(std=0.1)
+    if packs:
+        pack(layers(model))
+    found = []
+    for length in LENGTHS:
+        ids = torch.arange(length)[None] % 97
+        route = bank.by_documents(torch.tensor([1]), torch.tensor([0, length]), length)
+        found += [model(ids).logits, model(ids, **route).logits]
+    return found
+
+
+def test_a_packed_model_computes_the_same():
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16).eval()
+    for name, parameter in plain.named_parameters():
+        if name.endswith("bias"):
+            parameter.detach().normal_()
+    packed = copy.deepcopy(plain)
+    torch.testing.assert_close(logits_of(packed, packs=True), logits_of(plain, packs=False), atol=0.05, rtol=0.05)
+    kinds = {type(module) for layer in layers(packed) for module in layer.modules()}
+    assert {PackedLinear, PackedPart} <= kinds and torch.nn.Linear not in kinds
