@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from raytune_llm import session
 from raytune_llm.config.load import as_plain, to_yaml
 from raytune_llm.config.paths import with_absolute_paths
-from raytune_llm.config.resources import Cluster
+from raytune_llm.config.resources import Cluster, on_cluster, uses_ray
 from raytune_llm.config.run import (
     ChatRun,
     DoctorRun,
@@ -131,7 +131,7 @@ def _train(
     from raytune_llm.runs.launch import fit
     from raytune_llm.runs.remote_output import collect, remote_folder
 
-    if isinstance(run.resources, Cluster):
+    if on_cluster(run.resources):
         _check_nodes(run, run.resources, on_update)
     clock.enter("prepare")
     if run.data.streaming:
@@ -150,7 +150,7 @@ def _train(
             on_samples=on_samples,
             workspace=workspace,
         )
-    if isinstance(run.resources, Cluster) and (remote := remote_folder(run.output_dir)) is not None:
+    if on_cluster(run.resources) and (remote := remote_folder(run.output_dir)) is not None:
         collect(remote, output)
     return _closed(opened, outcome, on_update, workspace)
 
@@ -304,7 +304,7 @@ def _start(run: TrainRun, workspace: Workspace | None) -> Workspace:
     model without weights, and starting Ray's processes."""
     with ThreadPoolExecutor(1, "preflight") as beside:
         checked = beside.submit(_preflight, run, workspace)
-        if run.resources.name != "inline":
+        if uses_ray(run.resources):
             session.connect(run.resources)
         return checked.result()
 
@@ -374,7 +374,7 @@ def serve(run: ServeRun, *, notify: Callable[[str], None] = lambda line: None) -
     run = with_absolute_paths(run)
     if run.engine.notice is not None:
         notify(run.engine.notice)
-    if not run.resources.uses_ray:
+    if not uses_ray(run.resources):
         from raytune_llm.serve.inprocess import serve_inline
 
         serve_inline(run, notify=notify)
@@ -507,7 +507,7 @@ def _answered(run: TrainRun, prepared: Prepared | Streamed, final: Path | None, 
 
     store = str((prepared.eval_store or prepared).folder)
     apart = prepared.eval_store is not None
-    if isinstance(run.resources, Cluster):
+    if on_cluster(run.resources):
         from raytune_llm.runs.remote_task import call_on_node
 
         return call_on_node(run.resources, partial(answer_held_out_rows, run, store, final, apart))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from raytune_llm.config.run import ChatRun, EvaluateRun, ExportRun, PredictRun, PrepareRun, ServeRun, TrainRun
-from raytune_llm.config.stage import DPO, KTO
 from raytune_llm.errors import ConfigError
 from raytune_llm.hub import ask_hub
 
@@ -67,8 +66,7 @@ def check_models(run: TrainRun | PrepareRun | ServeRun | ChatRun | PredictRun | 
     """Raises ConfigError if a model of the run is neither on this machine nor available from a hub."""
     if isinstance(run, ChatRun) and run.chat.url is not None:
         return
-    stage = run.stage if isinstance(run, TrainRun | PrepareRun) else None
-    reference = stage.reference_model if isinstance(stage, DPO | KTO) else None
+    reference = run.stage.reference_model if isinstance(run, TrainRun | PrepareRun) else None
     for setting, path in (("model.path", run.model.path), ("stage.reference_model", reference)):
         if path is not None:
             check(path, setting)

@@ -7,7 +7,7 @@ import os
 import socket
 
 from raytune_llm import interrupts
-from raytune_llm.config.resources import Cluster, Local
+from raytune_llm.config.resources import Cluster, Local, on_cluster
 from raytune_llm.errors import ConfigError, ResourceError, first_line
 
 _QUICK = {
@@ -37,7 +37,7 @@ def connect(resources: Local | Cluster, *, dashboard: bool = False) -> None:
         return
     for name, value in _QUICK.items():
         os.environ.setdefault(name, value)
-    if isinstance(resources, Local):
+    if not on_cluster(resources):
         # A cluster that only this process uses needs no token; the shared ones keep theirs.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

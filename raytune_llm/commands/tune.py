@@ -140,7 +140,7 @@ def _dry_run(sweep: Sweep, console: Console) -> int:
         fits = "yes" if plan.verdicts[0].fits else "no"
         table.add_row(str(number), *values, steps, memory, fits, "" if time_s is None else _duration(time_s))
     console.print(table, highlight=False)
-    more = "" if sweep.tune.name != "optuna" else f", and {(sweep.tune.trials or 0) - len(points)} that optuna chooses"
+    more = "" if not sweep.tune.learns else f", and {(sweep.tune.trials or 0) - len(points)} that optuna chooses"
     known = [time_s for time_s in seconds if time_s is not None]
     total = f"; one after another at least {_duration(sum(known) * sweep.tune.seeds)} without early stops" if known else ""
     console.print(f"\n{len(points)} trials{more}, of {sweep.tune.seeds} seeds each{total}. Nothing was run.", highlight=False)

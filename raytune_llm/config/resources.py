@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from raytune_llm.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, section
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs  # typing's own from Python 3.13 on
 
 WorkerRange = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 
@@ -13,8 +16,6 @@ WorkerRange = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 class Inline:
     """This process alone, without Ray: for tests, debugging and small jobs."""
 
-    uses_ray: ClassVar[bool] = False
-    one_machine: ClassVar[bool] = True
     name: Literal["inline"]
     num_workers: Literal[1]
 
@@ -23,8 +24,6 @@ class Inline:
 class Local:
     """Ray workers on this machine."""
 
-    uses_ray: ClassVar[bool] = True
-    one_machine: ClassVar[bool] = True
     name: Literal["local"]
     num_workers: PositiveInt | Literal["auto"]
     """auto: one for each GPU, or one."""
@@ -42,8 +41,6 @@ class Local:
 class Cluster:
     """Ray workers on the cluster at `address`."""
 
-    uses_ray: ClassVar[bool] = True
-    one_machine: ClassVar[bool] = False
     name: Literal["cluster"]
     address: str | None
     """null: RAY_ADDRESS."""
@@ -56,6 +53,16 @@ class Cluster:
     """Before a run on several nodes, check that their versions agree and that they share storage. full: also measure an
     all-reduce, which takes as long as importing torch."""
     collective_timeout_s: PositiveFloat
+
+
+def uses_ray(resources: Inline | Local | Cluster) -> TypeIs[Local | Cluster]:
+    """Whether workers are Ray's; without it, the run is this process."""
+    return isinstance(resources, Local | Cluster)
+
+
+def on_cluster(resources: Inline | Local | Cluster) -> TypeIs[Cluster]:
+    """Whether workers may be on other machines than this one."""
+    return isinstance(resources, Cluster)
 
 
 def worker_counts(num_workers: int | str | list[int], micro_batches: int) -> list[int]:

@@ -17,12 +17,12 @@ from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.predict import PredictConfig
 from raytune_llm.config.quantization import QuantizationConfig
-from raytune_llm.config.resources import ResourcesConfig, worker_counts
+from raytune_llm.config.resources import ResourcesConfig, on_cluster, uses_ray, worker_counts
 from raytune_llm.config.schedule import ScheduleConfig
 from raytune_llm.config.section import NonNegativeInt, PositiveInt, Seed, section
 from raytune_llm.config.serve import EngineConfig, ServeConfig
 from raytune_llm.config.stage import StageConfig
-from raytune_llm.config.strategy import DeepSpeed, StrategyConfig
+from raytune_llm.config.strategy import StrategyConfig
 from raytune_llm.config.submit import JobServer, SubmitConfig
 from raytune_llm.config.tracking import TrackingConfig
 from raytune_llm.config.train import LoopConfig
@@ -55,8 +55,8 @@ class TrainRun:
     @property
     def uncompiled(self) -> str | None:
         """Why its layers can't be compiled on any device; None where they can."""
-        if isinstance(self.strategy, DeepSpeed) and self.strategy.stage == 3:
-            return "strategy=zero3 gathers weights in hooks of the layers"
+        if self.strategy.gathers_in_hooks:
+            return f"strategy={self.strategy.option} gathers weights in hooks of the layers"
         if self.stage.router_aux_loss_coef is not None:
             return "stage.router_aux_loss_coef reads routers within the layers"
         return self.adapter.refuses_compiled
@@ -64,7 +64,7 @@ class TrainRun:
     @property
     def fits_one_process(self) -> bool:
         """It needs no group of workers: nothing of it is sharded."""
-        return self.strategy.name == "ddp"
+        return not self.strategy.shards
 
     def __post_init__(self) -> None:
         _name_is_a_name(self.name)
@@ -147,14 +147,14 @@ class ServeRun:
                 got="null",
                 fix=f"Set {API_KEY} in the environment, or serve.host=127.0.0.1.",
             )
-        if not resources.uses_ray:
+        if not uses_ray(resources):
             _engine_is_here(self.engine)
-        if not resources.uses_ray and serve.max_replicas > 1:
+        if not uses_ray(resources) and serve.max_replicas > 1:
             fix = "Set resources=local or resources=cluster."
             raise ConfigError(
                 "serve.replicas", "must be 1 with resources=inline, which is one process", got=serve.max_replicas, fix=fix
             )
-        if resources.uses_ray and resources.num_workers != "auto":
+        if uses_ray(resources) and resources.num_workers != "auto":
             fix = "Set serve.replicas."
             raise ConfigError("resources.num_workers", "is for training, not for serving", got=resources.num_workers, fix=fix)
 
@@ -167,7 +167,7 @@ def _engine_is_here(engine: EngineConfig) -> None:
 
 def _can_be_written(run: ServeRun) -> None:
     """As Ray Serve's config: where it runs is known, and no secret comes into a file."""
-    if not run.resources.uses_ray:
+    if not uses_ray(run.resources):
         fix = "Set resources=cluster."
         raise ConfigError("serve.write", "is for Ray Serve, which resources=inline does not use", got=run.serve.write, fix=fix)
     for setting, key in (("serve.api_key", run.serve.api_key), ("serve.admin_key", run.serve.admin_key)):
@@ -306,7 +306,7 @@ class SubmitRun(TrainRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.resources.one_machine:
+        if not on_cluster(self.resources):
             raise ConfigError(
                 "resources",
                 "must be cluster for a job: its driver joins the cluster that it is submitted to",
@@ -387,18 +387,11 @@ def _name_is_a_name(name: str) -> None:
 
 
 def _batch_sizes_fit(run: TrainRun) -> None:
-    micro, total = run.train.micro_batch_size, run.train.global_batch_size
+    """As far as the number of workers is known; runs/ray_group.py has the rest."""
     workers = run.resources.num_workers
     if isinstance(workers, list):
         _group_can_change(run, workers)
-    world = workers if isinstance(workers, int) else 1
-    if total % (micro * world):
-        raise ConfigError(
-            "train.global_batch_size",
-            f"must be a multiple of train.micro_batch_size x resources.num_workers = {micro} x {world}",
-            got=total,
-            fix=f"Set it to {-(-total // (micro * world)) * micro * world}, or lower train.micro_batch_size.",
-        )
+    run.train.micro_batches(workers if isinstance(workers, int) else 1)
 
 
 def _group_can_change(run: TrainRun, workers: list[int]) -> None:
@@ -424,7 +417,7 @@ def _group_can_change(run: TrainRun, workers: list[int]) -> None:
 
 def _trials_are_judged(run: TuneRun) -> None:
     metric, data, train = run.tune.metric, run.data, run.train
-    if run.resources.name == "inline" and (run.tune.max_concurrent or 1) > 1 and run.tune.share_base is not True:
+    if not uses_ray(run.resources) and (run.tune.max_concurrent or 1) > 1 and run.tune.share_base is not True:
         fix = "Set resources=local, or tune.share_base=true."
         raise ConfigError(
             "tune.max_concurrent", "must be 1 with resources=inline, which is one process", got=run.tune.max_concurrent, fix=fix
@@ -530,7 +523,7 @@ def _streams_know_what_they_need(run: TrainRun) -> None:
 
 
 def _sharding_has_workers(run: TrainRun) -> None:
-    if not run.resources.uses_ray and not run.fits_one_process:
+    if not uses_ray(run.resources) and not run.fits_one_process:
         raise ConfigError(
             "strategy",
             "must be ddp if resources=inline, which is one process",
@@ -640,7 +633,7 @@ def _schedule_suits_the_optimizer(run: TrainRun) -> None:
 
 def _adapters_find_the_weights_that_they_read(run: TrainRun) -> None:
     why = run.adapter.refuses_partitioned
-    if why is not None and isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3:
+    if why is not None and run.strategy.gathers_in_hooks:
         rule = f"can't be zero3 with adapter={run.adapter.name}: {why}, and ZeRO-3 gathers those of layers that are called"
         raise ConfigError("strategy", rule, fix="Set strategy=fsdp, or adapter=lora.")
 
@@ -653,7 +646,7 @@ def _new_tokens_can_be_trained(run: TrainRun) -> None:
     if not run.adapter.trains_tokens:
         rule = f"can't be combined with adapter={run.adapter.name}, which trains no embeddings"
         raise ConfigError(setting, rule, got=got, fix="Set adapter=lora, or adapter=none.")
-    if not run.adapter.trains_base and isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3:
+    if not run.adapter.trains_base and run.strategy.gathers_in_hooks:
         rule = "can't be combined with strategy=zero3 and an adapter: it gathers the weights of layers that are called"
         raise ConfigError(setting, rule, got=got, fix="Set strategy=fsdp.")
 
@@ -673,7 +666,7 @@ def _layers_can_be_compiled(run: TrainRun) -> None:
 
 def _references_can_be_had(run: TrainRun) -> None:
     stage = run.stage
-    partitioned = isinstance(run.strategy, DeepSpeed) and run.strategy.stage == 3
+    partitioned = run.strategy.gathers_in_hooks
     if stage.reference == "online" and partitioned and not (stage.reference_model or stage.reference_adapter):
         raise ConfigError(
             "stage.reference",

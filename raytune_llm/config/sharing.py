@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from raytune_llm.config.load import as_plain, flat_items
+from raytune_llm.config.resources import uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
 
@@ -24,7 +25,7 @@ WAY_OUT = "Set tune.share_base=false."
 
 def elsewhere(run: TrainRun) -> ConfigError | None:
     """Trials in one pass train in the sweep's own process."""
-    return None if run.resources.name == "inline" else _refused("resources", "must be inline", run.resources.name)
+    return _refused("resources", "must be inline", run.resources.name) if uses_ray(run.resources) else None
 
 
 def obstacle(run: TrainRun, base: TrainRun) -> ConfigError | None:

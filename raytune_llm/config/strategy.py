@@ -13,8 +13,12 @@ class DDP:
 
     name: Literal["ddp"]
     option: ClassVar[str] = "ddp"
+    shards: ClassVar[bool] = False
+    """Weights, gradients or optimizer state are sharded over workers."""
     keeps_matrices: ClassVar[bool] = True
     """Parameters keep their shapes, whole or in shards that know them."""
+    gathers_in_hooks: ClassVar[bool] = False
+    """Weights are whole only while the layer that owns them is called: its hooks gather them."""
 
     def refuses_quantized(self, *, trained: bool, whole_numbers: bool) -> str | None:
         """Why it can't have quantized layers, frozen or trained ones, held in whole numbers or not; None where it can."""
@@ -31,7 +35,9 @@ class FSDP:
 
     name: Literal["fsdp"]
     option: ClassVar[str] = "fsdp"
+    shards: ClassVar[bool] = True
     keeps_matrices: ClassVar[bool] = True
+    gathers_in_hooks: ClassVar[bool] = False
     reshard: Literal["full", "grad_only"]
     """full: gathered layers are given back after the forward pass and gathered again for the backward pass. grad_only: they are
     kept, and gradients and optimizer state alone stay sharded (more memory, less traffic)."""
@@ -54,6 +60,7 @@ class DeepSpeed:
     """ZeRO (Rajbhandari et al. 2019): stage 1 shards optimizer state, 2 gradients as well, 3 parameters as well."""
 
     name: Literal["deepspeed"]
+    shards: ClassVar[bool] = True
     keeps_matrices: ClassVar[bool] = False
     stage: Literal[1, 2, 3]
     offload: bool
@@ -66,6 +73,10 @@ class DeepSpeed:
     def option(self) -> str:
         """What chooses it: strategy=zero2."""
         return f"zero{self.stage}"
+
+    @property
+    def gathers_in_hooks(self) -> bool:
+        return self.stage == 3
 
     def refuses_quantized(self, *, trained: bool, whole_numbers: bool) -> str | None:
         return "DeepSpeed casts every weight to one type"

@@ -131,9 +131,9 @@ class Sweep:
         if tune.base_first:
             yield {}
         yield from tune.first
-        if tune.name == "grid":
+        if tune.enumerates:
             yield from grid(self.axes)
-        elif tune.name == "random":
+        elif not tune.learns:
             assert tune.trials is not None
             tries = range(50 * tune.trials)  # small spaces are exhausted sooner
             yield from (drawn(self.axes, tune.seed, number) for number in tries)
@@ -177,7 +177,7 @@ def load_sweep(words: Sequence[str] = (), *, config_dir: str | Path | None = Non
         fix = "Say, 'optimizer.lr=tag(log,interval(1e-5,1e-3))' or adapter.rank=8,16."
         raise ConfigError("the space", "is empty: no setting has several values", fix=fix)
     axes = axes_of(space, run.tune.zip)
-    if run.tune.name == "grid":
+    if run.tune.enumerates:
         check_grid(axes)
     for setting in (setting for axis in axes for setting in axis.settings) if run.tune.rounds else ():
         _can_change_on_the_way(setting, "with tune.scheduler=pbt, where a trial resumes from the checkpoint of another")

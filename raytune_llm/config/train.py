@@ -60,8 +60,8 @@ class LoopConfig:
         if self.global_batch_size % together:
             raise ConfigError(
                 "train.global_batch_size",
-                f"must be a multiple of train.micro_batch_size x {workers} workers = {together}",
+                f"must be a multiple of train.micro_batch_size x workers = {self.micro_batch_size} x {workers}",
                 got=self.global_batch_size,
-                fix=f"Set it to {-(-self.global_batch_size // together) * together}, or set resources.num_workers.",
+                fix=f"Set it to {-(-self.global_batch_size // together) * together}, or change one of the others.",
             )
         return self.global_batch_size // together

@@ -69,8 +69,8 @@ class TuneConfig:
                 got=self.scheduler,
                 fix="Set tune.scheduler=none, or a metric of an evaluation.",
             )
-        if self.rounds and (self.name == "optuna" or self.pause_at is not None):
-            other = "tune=random or grid" if self.name == "optuna" else "tune.pause_at=null"
+        if self.rounds and (self.learns or self.pause_at is not None):
+            other = "tune=random or grid" if self.learns else "tune.pause_at=null"
             raise ConfigError(
                 "tune.scheduler", f"can be pbt with {other}", got=self.scheduler, fix="Set it, or another scheduler."
             )
@@ -100,6 +100,16 @@ class TuneConfig:
     def rounds(self) -> bool:
         """All trials train to the same steps, and wait there for each other."""
         return self.scheduler == "pbt"
+
+    @property
+    def enumerates(self) -> bool:
+        """Whether every combination of the values is a trial."""
+        return self.name == "grid"
+
+    @property
+    def compares_running(self) -> bool:
+        """Whether a trial's evaluation is compared with those of trials that run at the same time."""
+        return self.scheduler == "median"
 
     @property
     def learns(self) -> bool:

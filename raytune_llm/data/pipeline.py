@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from raytune_llm import session
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
-from raytune_llm.config.resources import Inline, ResourcesConfig
+from raytune_llm.config.resources import ResourcesConfig, uses_ray
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.formats import Reading, columns_of, converter
 from raytune_llm.data.kinds import KINDS
@@ -335,7 +335,7 @@ def _make_shards(
     shards = {number: shard for number in range(len(chunks)) if (shard := finished_shard(folder / shard_name(number)))}
     num_done = sum(chunks[number].num_picked for number in shards)
     missing = [(number, chunk) for number, chunk in enumerate(chunks) if number not in shards]
-    mapped = _map_inline if isinstance(job.resources, Inline) else _map_with_ray
+    mapped = _map_with_ray if uses_ray(job.resources) else _map_inline
     for number, timed in mapped(missing, recipe, folder, job):
         made.append(timed)
         shards[number] = timed.shard
@@ -352,7 +352,7 @@ def _map_inline(chunks: Iterable[tuple[int, Chunk]], recipe: Recipe, folder: Pat
 
 def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, folder: Path, job: Job) -> Iterator[tuple[int, Timed]]:
     """Map chunks with Ray Data. Each task writes its own shards, and only names and statistics are transferred."""
-    assert not isinstance(job.resources, Inline)
+    assert uses_ray(job.resources)
     if not chunks:
         return
     session.connect(job.resources)

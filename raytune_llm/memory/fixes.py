@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from transformers import PretrainedConfig
 
 from raytune_llm.config.overrides import changed
+from raytune_llm.config.resources import uses_ray
 from raytune_llm.config.run import TrainRun
-from raytune_llm.config.strategy import DDP
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.memory.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_set, parameters_of
 from raytune_llm.memory.model import Memory
@@ -148,8 +148,8 @@ class SuggestedFixes:
     def _sharded(self) -> Iterator[Settings]:
         """Over the fewest workers first."""
         run, world = self.run, self.needs.world_size
-        strategy = ("strategy=fsdp",) if isinstance(run.strategy, DDP) else ()
-        local = ("resources=local",) if not run.resources.uses_ray else ()
+        strategy = () if run.strategy.shards else ("strategy=fsdp",)
+        local = ("resources=local",) if not uses_ray(run.resources) else ()
         more = range(world + 1, MAX_WORKERS + 1) if self.on_gpu else ()
         spread = [(*local, f"resources.num_workers={number}") for number in more if run.train.global_batch_size % number == 0]
         ways = [way for workers in ([()] if world > 1 else []) + spread if (way := (*strategy, *workers))]

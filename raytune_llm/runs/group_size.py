@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from raytune_llm.config.resources import Cluster, Local
+from raytune_llm.config.resources import Cluster, Local, on_cluster, uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.report.updates import Notice
@@ -54,7 +54,7 @@ def group_size(resources: Local | Cluster, *, reserved_cpus: int = 0) -> GroupSi
     cpus = resources.cpus_per_worker
     if cpus == "auto":
         cpus = 1.0
-        if isinstance(resources, Local) and not gpus:
+        if not on_cluster(resources) and not gpus:
             each = (total["CPU"] - reserved_cpus) / workers
             cpus = each // 1 or (each if reserved_cpus and each else 1.0)
     return GroupSize(workers=workers, cpus=float(cpus), gpus=float(gpus))
@@ -67,7 +67,7 @@ def reserved_cpus(run: TrainRun) -> int:
 
 def spare_cpus(run: TrainRun) -> int | None:
     """CPUs that are free for tokenizing while the workers train. None: the run trains in this process."""
-    if not isinstance(run.resources, Local | Cluster):
+    if not uses_ray(run.resources):
         return None
     import ray
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from raytune_llm.config.resources import Cluster, Local
+from raytune_llm.config.resources import on_cluster, uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.models.quantization import check_device
 from raytune_llm.report.metrics import Sink
@@ -27,7 +27,7 @@ def fit(
     workspace: Workspace | None = None,
 ) -> TrainOutcome:
     """Train on the token stores in these folders. All callbacks are called in this process. workspace: see api.train."""
-    if isinstance(run.resources, Local | Cluster):
+    if uses_ray(run.resources):
         return fit_on_ray(run, run.resources, train_store, eval_store, sinks=sinks, on_update=on_update, on_samples=on_samples)
     return work(
         run,
@@ -43,7 +43,7 @@ def fit(
 
 def check_devices(run: TrainRun) -> None:
     """Raises ConfigError if this machine's devices can't run the quantization. A cluster's workers check their own."""
-    if run.resources.one_machine:
+    if not on_cluster(run.resources):
         check_device(run.quantization, _device())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from raytune_llm.config.resources import on_cluster
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import find_stores
 from raytune_llm.data.samples import Samples, split_sources
@@ -145,7 +146,7 @@ def host_memory() -> int:
 
 
 def _devices_without_gpu(run: TrainRun) -> Iterator[Device]:
-    if run.resources.one_machine:
+    if not on_cluster(run.resources):
         yield Device(name="this machine, without a GPU", memory=host_memory(), shared=True)
     yield from (Device(name="a GPU", memory=memory) for memory in GPU_CLASSES)
 

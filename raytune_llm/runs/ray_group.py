@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from raytune_llm import session
-from raytune_llm.config.resources import Cluster, Local, worker_counts
+from raytune_llm.config.resources import Cluster, Local, on_cluster, worker_counts
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import UserError, first_line
 from raytune_llm.report.metrics import Sink
@@ -134,7 +134,7 @@ class Group:
                 failure_config=FailureConfig(
                     max_failures=max_failures or 0, controller_failure_limit=1 if elastic else START_FAILURES
                 ),
-                **_storage(self.run.output_dir, shared=isinstance(resources, Cluster)),
+                **_storage(self.run.output_dir, shared=on_cluster(resources)),
             ),
         )
 

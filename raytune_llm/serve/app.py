@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig, ServeDeploySchema
 
 from raytune_llm.config.parts import parts_of, run_of
+from raytune_llm.config.resources import on_cluster, uses_ray
 from raytune_llm.config.run import ServeRun
 from raytune_llm.serve.access import access_of
 from raytune_llm.serve.api.app import build_app
@@ -56,7 +57,7 @@ def build(args: dict[str, Any]) -> Application:
 def application(run: ServeRun, *, build: BuildEngine | None = None) -> Application:
     """resources: CPUs and GPUs of one engine, as numbers. build: makes the engine, in place of the one in the settings."""
     serve_settings, rows, resources = run.serve, run.engine.max_rows, run.resources
-    assert resources.name != "inline" and "auto" not in (resources.cpus_per_worker, resources.gpus_per_worker)
+    assert uses_ray(resources) and "auto" not in (resources.cpus_per_worker, resources.gpus_per_worker)
     answers = rows + serve_settings.max_waiting
     shared: dict[str, Any] = {
         "logging_config": LoggingConfig(log_level="WARNING", enable_access_log=False),
@@ -64,11 +65,11 @@ def application(run: ServeRun, *, build: BuildEngine | None = None) -> Applicati
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 30.0,
-        "max_constructor_retry_count": 1 if resources.one_machine else 3,
+        "max_constructor_retry_count": 3 if on_cluster(resources) else 1,
     }
     deployment: Callable[..., Any] = serve.deployment  # its overloads say less than it takes
     # A Ray instance that was started for this server has these variables already.
-    environment = {} if resources.one_machine else {"env_vars": TRANSPORT}
+    environment = {"env_vars": TRANSPORT} if on_cluster(resources) else {}
     engines_environment = environment | ({} if run.engine.python is None else {"py_executable": run.engine.python})
     engine = deployment(
         EngineReplica,

@@ -23,6 +23,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from raytune_llm import interrupts, session
 from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.load import to_yaml_text
+from raytune_llm.config.resources import on_cluster, uses_ray
 from raytune_llm.config.run import ADMIN_KEY, API_KEY, ServeRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.serve.app import APP, ENGINE, INGRESS_CPUS, TRANSPORT, application, deploy_config, http_options
@@ -40,7 +41,7 @@ Notify = Callable[[str], None]
 
 def write(run: ServeRun, *, notify: Notify) -> None:
     """`serve.write`: write the config for a RayService or `serve deploy` to a file. Raises ConfigError if that fails."""
-    assert run.serve.write is not None and run.resources.name != "inline"
+    assert run.serve.write is not None and uses_ray(run.resources)
     path = Path(run.serve.write)
     cpus, gpus = run.resources.cpus_per_worker, run.resources.gpus_per_worker
     # This machine's resources say nothing about the cluster's.
@@ -62,15 +63,15 @@ def serve_on_ray(run: ServeRun, *, notify: Notify, build: BuildEngine | None = N
     notify: called with one line of text at each stage. build: makes the engine, in place of the one in the settings.
     """
     resources = run.resources
-    assert resources.name != "inline"
+    assert uses_ray(resources)
     port = _port(run)
     if build is None:
         check_servable(run.model, run.quantization, run.engine, run.serve)
     joined, is_ours = ray.is_initialized(), False
     with interrupts.heard_once() as later:
         try:
-            notify("starting Ray" if resources.one_machine else "joining the cluster")
-            if resources.one_machine:
+            notify("joining the cluster" if on_cluster(resources) else "starting Ray")
+            if not on_cluster(resources):
                 for name, value in TRANSPORT.items():
                     os.environ.setdefault(name, value)
             session.connect(resources)
@@ -96,7 +97,7 @@ def serve_on_ray(run: ServeRun, *, notify: Notify, build: BuildEngine | None = N
 
 def _port(run: ServeRun) -> int:
     """The port to serve on; a free one if serve.port is 0. Whether it is free on a cluster's nodes can't be checked here."""
-    if not run.resources.one_machine:
+    if on_cluster(run.resources):
         if run.serve.port == 0:
             fix = "For example, serve.port=8000."
             raise ConfigError("serve.port", "must be given with resources=cluster: every node uses the same port", got=0, fix=fix)
@@ -108,7 +109,7 @@ def _port(run: ServeRun) -> int:
 def _placed(run: ServeRun) -> ServeRun:
     """The run with `auto` replaced by the CPUs and GPUs of a replica. Raises ResourceError if they don't fit this machine."""
     resources = run.resources
-    assert resources.name != "inline"
+    assert uses_ray(resources)
     there, fewest = ray.cluster_resources(), run.serve.min_replicas
     gpus = resources.gpus_per_worker
     if gpus == "auto":
@@ -116,10 +117,10 @@ def _placed(run: ServeRun) -> ServeRun:
     cpus = resources.cpus_per_worker
     if cpus == "auto":
         spare = there.get("CPU", 0.0) - 2 * INGRESS_CPUS
-        cpus = round(spare / run.serve.max_replicas, 2) if resources.one_machine and not gpus else 1.0
+        cpus = round(spare / run.serve.max_replicas, 2) if not on_cluster(resources) and not gpus else 1.0
     for kind, each, spare in (("CPU", cpus, INGRESS_CPUS), ("GPU", gpus, 0.0)):
         # A cluster may scale up; this machine can't.
-        if resources.one_machine and each * fewest > there.get(kind, 0.0) - spare:
+        if not on_cluster(resources) and each * fewest > there.get(kind, 0.0) - spare:
             raise ResourceError(
                 f"{fewest} replicas with {each:g} {kind}s each don't fit this machine's {there.get(kind, 0.0):g}",
                 f"Lower serve.replicas or resources.{kind.lower()}s_per_worker.",
@@ -128,7 +129,7 @@ def _placed(run: ServeRun) -> ServeRun:
 
 
 def _sized(run: ServeRun, *, cpus: float, gpus: float) -> ServeRun:
-    assert run.resources.name != "inline"
+    assert uses_ray(run.resources)
     return replace(run, resources=replace(run.resources, cpus_per_worker=cpus, gpus_per_worker=gpus))
 
 
@@ -179,7 +180,7 @@ def _wait_until_ready(run: ServeRun, port: int, notify: Notify) -> None:
 
 
 def _answers(run: ServeRun, port: int) -> bool:
-    if not run.resources.one_machine:
+    if on_cluster(run.resources):
         return True  # this machine may not reach the cluster's network
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(run.serve.host, run.serve.host)
     try:

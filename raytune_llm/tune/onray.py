@@ -21,7 +21,7 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
-from raytune_llm.config.resources import INLINE, Cluster, Local
+from raytune_llm.config.resources import INLINE, on_cluster, uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.config.tune import TuneConfig
@@ -131,9 +131,9 @@ class TrainerPlace:
 
     def __call__(self, run: TrainRun, reported: Reported) -> Outcome:
         resources = run.resources
-        assert isinstance(resources, Local | Cluster)
+        assert uses_ray(resources)
         resources = replace(resources, cpus_per_worker=self._share.cpus, gpus_per_worker=self._share.gpus)
-        if isinstance(resources, Cluster) and self._checked:
+        if on_cluster(resources) and self._checked:
             resources = replace(resources, preflight="off")  # nodes are looked at once
         self._checked = True
         return run_trial(replace(run, resources=resources), self._metric, reported, self._train)
@@ -146,7 +146,7 @@ class TrainerPlace:
 def places_on_ray(sweep: Sweep, train: Train, runs: Sequence[TrainRun]) -> Iterator[list[Place]]:
     """A cluster must be connected. runs: those that differ in what they need. What is started ends with the context."""
     resources, tune = sweep.run.resources, sweep.tune
-    assert isinstance(resources, Local | Cluster)
+    assert uses_ray(resources)
     grouped = workers_of(resources) > 1 or not all(run.fits_one_process for run in runs)
     fit = 1 if grouped else fits(runs, on_gpu=bool(ray.cluster_resources().get("GPU")))
     share = share_of(resources, ray.cluster_resources(), most=tune.max_concurrent, fit=fit)

@@ -13,7 +13,7 @@ from torch.cuda import device_count
 from raytune_llm import session
 from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.paths import with_absolute_paths
-from raytune_llm.config.resources import INLINE, Cluster, Inline
+from raytune_llm.config.resources import INLINE, on_cluster, uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.space import ends
 from raytune_llm.config.sweep import COMMAND, Chosen, Sweep, command_of
@@ -138,7 +138,7 @@ def _ready(
         notify(f"{size} trials at a time, in one pass over one base ({why})")
         _prepare([replace(run, resources=INLINE) for run in runs], workspace)
         yield partial(run_banks, size=size, train_together=partial(train_together, workspace=workspace))
-    elif isinstance(sweep.run.resources, Inline):
+    elif not uses_ray(sweep.run.resources):
         _prepare(runs, workspace)
         yield partial(_run_here, train=partial(train, workspace=workspace))
     else:
@@ -156,12 +156,12 @@ def _run_here(conduct: Conduct, train: Train) -> None:
 @contextmanager
 def _on_ray(sweep: Sweep, train: Train, runs: list[TrainRun], notify: Callable[[str], None]) -> Iterator[list[Place]]:
     resources = sweep.run.resources
-    assert not isinstance(resources, Inline)
+    assert uses_ray(resources)
     grouped = workers_of(resources) > 1 or not sweep.base.fits_one_process
     session.connect(resources, dashboard=grouped)
     from raytune_llm.tune.onray import places_on_ray  # ray takes seconds to import
 
-    if isinstance(resources, Cluster) and not grouped:  # a group's nodes are looked at by its first trial
+    if on_cluster(resources) and not grouped:  # a group's nodes are looked at by its first trial
         base = with_absolute_paths(sweep.base)
         folders = {"output_dir": base.output_dir, "data.cache": base.data.cache}
         check_nodes(resources, folders, workers=1, each={"CPU": 1.0}, report=notify)

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from raytune_llm.config.resources import INLINE
+from raytune_llm.config.resources import INLINE, on_cluster, uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.sharing import obstacle
 from raytune_llm.config.sweep import Sweep
@@ -43,7 +43,7 @@ def trials_together(sweep: Sweep, room_for: Callable[[TrainRun], Room], *, gpus:
         return _as_asked(sweep, room_for(_largest(sweep)))
     if sweep.tune.share_base is False or not gpus or sweep.unshared is not None or _changes_the_search(sweep):
         return 1, ""
-    if sweep.base.resources.name == "inline":
+    if not uses_ray(sweep.base.resources):
         return _where_faster(sweep, room_for)
     return _where_crowded(sweep, room_for, gpus)
 
@@ -73,7 +73,7 @@ def _where_faster(sweep: Sweep, room_for: Callable[[TrainRun], Room]) -> tuple[i
 def _where_crowded(sweep: Sweep, room_for: Callable[[TrainRun], Room], gpus: int) -> tuple[int, str]:
     """Rather than in processes with a base each, where so many at once are asked for and don't fit the one GPU that there is."""
     run, asked = sweep.base, sweep.tune.max_concurrent
-    if run.resources.name != "local" or run.resources.num_workers not in ("auto", 1) or not run.fits_one_process:
+    if on_cluster(run.resources) or run.resources.num_workers not in ("auto", 1) or not run.fits_one_process:
         return 1, ""
     if gpus > 1 or asked is None or asked < 2:
         return 1, ""
@@ -94,7 +94,7 @@ def _most(sweep: Sweep) -> int:
 
 def _changes_the_search(sweep: Sweep) -> bool:
     """Trials that begin together know nothing of each other's ends, and repeated seeds would have the same packs."""
-    return sweep.tune.learns or sweep.tune.rounds or sweep.tune.scheduler == "median" or sweep.tune.seeds > 1
+    return sweep.tune.learns or sweep.tune.rounds or sweep.tune.compares_running or sweep.tune.seeds > 1
 
 
 def _largest(sweep: Sweep) -> TrainRun:

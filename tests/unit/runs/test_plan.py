@@ -79,7 +79,7 @@ def test_auto_takes_a_worker_for_each_gpu(chat_rows, cache, tmp_path, monkeypatc
 
 def test_a_batch_that_the_workers_can_not_share_is_an_error(chat_rows, cache, tmp_path, monkeypatch):
     on(monkeypatch, 80, 80, 80)
-    with pytest.raises(ConfigError, match=r"x 3 workers = 3, got 8\. Set it to 9"):
+    with pytest.raises(ConfigError, match=r"x workers = 1 x 3, got 8\. Set it to 9"):
         planned(chat_rows, cache, tmp_path, "resources=local")
 
 
