@@ -23,7 +23,8 @@ from raytune_llm.packaged import PACKAGED, cache_dir
 DISTRIBUTION = "raytune-llm"
 FEATURES = {
     "deepspeed": "strategy=zero1, zero2, zero3",
-    "bitsandbytes": "quantization=bnb_*, optimizer=adamw_8bit",
+    "bitsandbytes": "quantization=bnb_*, optimizer=adamw_8bit, export.format=nf4",
+    "compressed-tensors": "export.format=fp8, w8a8 or w4a16",
     "wandb": "tracking=wandb",
     "mlflow": "tracking=mlflow",
     "swanlab": "tracking=swanlab",

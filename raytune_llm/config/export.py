@@ -3,10 +3,13 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from raytune_llm.config.section import NonNegativeFloat, NonNegativeInt, section
+from raytune_llm.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, section
 from raytune_llm.errors import ConfigError
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+GROUPED = ("w4a16",)
+"""Formats whose scales are of groups of inputs."""
 
 
 @section
@@ -20,12 +23,16 @@ class ExportConfig:
     What each changes is added up."""
     weights: dict[str, float]
     """By the adapters' names: {a: 0.5} adds half of what a changes. Others count 1."""
-    format: Literal["hf", "gguf", "ollama"]
+    format: Literal["hf", "gguf", "ollama", "fp8", "w8a8", "w4a16", "nf4"]
     """hf: a folder that transformers, vLLM and SGLang load. gguf: one file for llama.cpp. ollama:
-    that file with a Modelfile."""
+    that file with a Modelfile. Others are hf with quantized linear layers. fp8, w8a8: weights and activations in 8 bits. w4a16,
+    nf4: weights in 4 bits."""
     output_dir: str | None
     dtype: Literal["auto", "fp32", "bf16", "fp16", "q8_0"]
-    """The type of the weights. auto: each tensor's own in the base. q8_0, in gguf alone: 8 bits, with a scale for 32 numbers."""
+    """The type of the weights. auto: each tensor's own in the base. q8_0, in gguf alone: 8 bits, with a scale for 32
+    numbers. In a quantized format: the type of what is not quantized, and of scales."""
+    group_size: PositiveInt | None
+    """For w4a16: inputs of a linear layer that share a scale. null: the largest of 128, 64 and 32 that divides each layer's."""
     shard_size: str
     """Files of at most so much, as 5GB or 500MiB; one tensor may be larger."""
     check: Literal["auto"] | bool
@@ -43,6 +50,9 @@ class ExportConfig:
             raise ConfigError("export.output_dir", "must be given", fix="For example, export.output_dir=exported/mine.")
         if self.check is True and self.check_rows == 0:
             raise ConfigError("export.check_rows", "must be at least 1 if export.check=true", got=0)
+        if self.group_size is not None and self.format not in GROUPED:
+            rule = f"is for export.format={' or '.join(GROUPED)}"
+            raise ConfigError("export.group_size", rule, got=self.group_size, fix="Set it to null.")
         assert self.shard_bytes
 
     @property

@@ -16,6 +16,8 @@ from raytune_llm.export.check import Difference, can_compare, compare, has_memor
 from raytune_llm.export.gguf.file import gguf
 from raytune_llm.export.hf import hf
 from raytune_llm.export.ollama import ollama
+from raytune_llm.export.quantized.nf4 import nf4
+from raytune_llm.export.quantized.rounded import rounded
 from raytune_llm.export.rows import rows_to_check
 from raytune_llm.export.source import Source, source_of
 from raytune_llm.export.target import Target
@@ -25,7 +27,15 @@ from raytune_llm.runs.owner import check_writable, owned
 OnProgress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in total."""
 SPARE_BYTES = 64 * 2**20
-FORMATS: Mapping[str, Callable[[Source, ExportConfig], Target]] = {"hf": hf, "gguf": gguf, "ollama": ollama}
+FORMATS: Mapping[str, Callable[[Source, ExportConfig], Target]] = {
+    "hf": hf,
+    "gguf": gguf,
+    "ollama": ollama,
+    "fp8": rounded,
+    "w8a8": rounded,
+    "w4a16": rounded,
+    "nf4": nf4,
+}
 """By export.format: each raises ConfigError for what can't be written in it."""
 
 
@@ -46,7 +56,8 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
     source = source_of(run)
     target = FORMATS[settings.format](source, settings)
     check_space(place.parent, target.num_bytes)
-    with full_disk_explained(place), _beside(place) as folder:
+    disk = full_disk_explained(place, setting="export.output_dir", then="nothing was left there")
+    with disk, _beside(place) as folder:
         _write(target, folder, on_progress)
         difference, unchecked = _compared(settings, source, target, folder)
         _describe(settings, source, target, folder, difference, unchecked)

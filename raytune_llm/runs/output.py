@@ -18,6 +18,7 @@ from raytune_llm.train import checkpoint
 
 log = logging.getLogger(__name__)
 FINISHED = "finished.json"
+RESUMES = "the same command resumes from the newest checkpoint"
 # Settings that may change when a run is resumed: where and how it is computed, and what it reports.
 # Data sources are compared by content (the stores' manifests), not by path.
 _FREE = {
@@ -129,8 +130,11 @@ def _content(path: Path) -> bytes | None:
 
 
 @contextmanager
-def full_disk_explained(folder: Path) -> Iterator[None]:
-    """Turns the OSError of a full disk, a quota or a file size limit into a ResourceError that says what to do."""
+def full_disk_explained(folder: Path, *, setting: str = "output_dir", then: str = RESUMES) -> Iterator[None]:
+    """Turns the OSError of a full disk, a quota or a file size limit into a ResourceError that says what to do.
+
+    setting: of the folder. then: what the same command does once there is space.
+    """
     try:
         yield
     except UserError:
@@ -142,7 +146,7 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
         free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free / 2**30
         raise ResourceError(
             f"{folder} can't be written: {reason} ({free:.1f} GiB are free)",
-            "Free some space, or set output_dir on a larger disk; the same command resumes from the newest checkpoint.",
+            f"Free some space, or set {setting} on a larger disk; {then}.",
         ) from error
 
 

@@ -438,6 +438,10 @@ def _raise_interrupt(error: BaseException) -> None:
                 raise failure from None
 
 
+NO_SPACE = ("No space left", "Disk quota exceeded", "File too large", "inline_container", " requested and ")
+"""In errors of torch, of safetensors and of numpy (its `tofile`: 4096 requested and 512 written), which have no errno."""
+
+
 def no_space_in(error: BaseException) -> str | None:
     """Whether a full disk (or a limit on file size or quota) caused the error, anywhere in its chain."""
     seen: list[BaseException] = [error]
@@ -445,7 +449,7 @@ def no_space_in(error: BaseException) -> str | None:
         cause = seen.pop()
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return cause.strerror
-        if any(words in str(cause) for words in ("No space left", "Disk quota exceeded", "File too large", "inline_container")):
+        if any(words in str(cause) for words in NO_SPACE):
             return "no space left"
         failures = getattr(cause, "failures", None)
         if isinstance(failures, dict):

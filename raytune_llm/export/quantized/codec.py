@@ -1,0 +1,106 @@
+"""A quantized export: the model as `hf` writes it, with other tensors in place of each quantized matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from raytune_llm.config.export import ExportConfig
+from raytune_llm.errors import ConfigError
+from raytune_llm.export.quantized.matrices import Matrices
+from raytune_llm.export.rows import Rows
+from raytune_llm.export.source import DTYPES, Source
+from raytune_llm.export.target import OnBytes, Target
+from raytune_llm.export.tensors import TensorFact
+from raytune_llm.export.tensors import write as write_tensors
+from raytune_llm.models.config_file import MODEL_CONFIG, write_config
+
+
+class Codec(Protocol):
+    """How a matrix is stored, a matrix at a time."""
+
+    @property
+    def max_kl(self) -> float:
+        """Of a whole model from its source, in nats a token, above which something is likely wrong."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What transformers reads to load it, for config.json."""
+        ...
+
+    def facts(self, matrix: TensorFact) -> Sequence[TensorFact]:
+        """Of the tensors that stand for a weight [N, K], by their names in the file."""
+        ...
+
+    def encode(self, matrix: TensorFact, weight_NK: Tensor) -> Mapping[str, Tensor]:
+        """Those tensors, by the same names."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of the files, and the model's tensor that it comes from."""
+
+    fact: TensorFact
+    source: TensorFact
+
+
+def encoded(source: Source, settings: ExportConfig, matrices: Matrices, codec: Codec) -> Target:
+    dtype = dtype_of(settings)
+    weights = {f"{layer}.weight" for layer in matrices.layers}
+    stored = [
+        _Stored(fact, matrix)
+        for matrix in source.outputs(dtype)
+        for fact in (codec.facts(matrix) if matrix.name in weights else [matrix])
+    ]
+    by_name = {one.fact.name: one for one in stored}
+
+    def write(folder: Path, on_bytes: OnBytes) -> None:
+        source.copy_others(folder)
+        write_config(folder / MODEL_CONFIG, {**source.config_json(dtype), "quantization_config": codec.config})
+        held: dict[str, Tensor] = {}  # what the matrix at hand became
+
+        def make(name: str) -> Tensor:
+            if name not in held:
+                matrix = by_name[name].source
+                tensor = source.tensor(matrix.name, matrix.dtype)
+                held.clear()
+                held.update(codec.encode(matrix, tensor) if matrix.name in weights else {name: tensor})
+            return held[name]
+
+        write_tensors(folder, [one.fact for one in stored], settings.shard_bytes, make, on_bytes)
+
+    said = f"{settings.format}, and {settings.dtype} what is not quantized"
+    return Target(sum(one.fact.num_bytes for one in stored), write, reloaded_outputs, "transformers", said, codec.max_kl)
+
+
+def dtype_of(settings: ExportConfig) -> torch.dtype | None:
+    """Of what is not quantized; None: each tensor's own in the base."""
+    if settings.dtype not in ("auto", *DTYPES):
+        rule = f"must be auto or one of {', '.join(DTYPES)} with export.format={settings.format}"
+        raise ConfigError("export.dtype", rule, got=settings.dtype, fix="It is of what is not quantized.")
+    return DTYPES.get(settings.dtype)
+
+
+@torch.no_grad()
+def reloaded_outputs(folder: Path, rows: Rows) -> Iterator[Tensor]:
+    """Log-probabilities [T - 1, V] of each row, by what transformers loads from the folder."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=device).eval()
+    for ids in rows.ids:
+        logits_TV = model(torch.from_numpy(ids.astype("int64"))[None].to(device), use_cache=False).logits[0]
+        yield logits_TV[:-1].float().log_softmax(-1).cpu()
+
+
+def require(package: str, format: str, extra: str) -> None:
+    if find_spec(package) is None:
+        rule, fix = f"can't be {format} here: {package} is not installed", f"Install it: pip install '{extra}'."
+        raise ConfigError("export.format", rule, got=format, fix=fix)

@@ -1,0 +1,126 @@
+"""`export.format=fp8`, `w8a8` and `w4a16`: weights rounded to the nearest value, in the files of compressed-tensors.
+
+No data are needed. The scales are those of the largest magnitude, of an output channel or of a group of inputs; activations of
+fp8 and w8a8 are rounded as the model runs, with a scale for each token. transformers, vLLM and SGLang read these files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytune_llm.config.export import ExportConfig
+from raytune_llm.errors import ConfigError
+from raytune_llm.export.quantized.codec import encoded, require
+from raytune_llm.export.quantized.matrices import Matrices, matrices_of
+from raytune_llm.export.source import Source
+from raytune_llm.export.target import Target
+from raytune_llm.export.tensors import TensorFact
+
+GROUP_SIZES = (128, 64, 32)
+"""Inputs that share a scale: those that vLLM's kernels know, the first that divides every matrix's width is taken."""
+WORD_BITS = 32
+"""Four-bit numbers are packed into words of so many bits."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    preset: str
+    """Its name in compressed-tensors."""
+    files: str
+    """The name there of how its weights are stored."""
+    max_kl: float
+    weight: torch.dtype | None = None
+    """Of the weight; None: four bits a number, packed."""
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "fp8": Scheme("FP8_DYNAMIC", "float-quantized", 0.1, torch.float8_e4m3fn),
+    "w8a8": Scheme("W8A8", "int-quantized", 0.1, torch.int8),
+    "w4a16": Scheme("W4A16", "pack-quantized", 0.5),
+}
+"""By export.format."""
+
+
+def rounded(source: Source, settings: ExportConfig) -> Target:
+    scheme = SCHEMES[settings.format]
+    require("compressed_tensors", settings.format, "raytune-llm[quantized]")
+    matrices = matrices_of(source, settings.format)
+    group_size = group_size_of(settings, matrices) if scheme.weight is None else None
+    return encoded(source, settings, matrices, Rounded(scheme, group_size, matrices.skipped))
+
+
+def group_size_of(settings: ExportConfig, matrices: Matrices) -> int:
+    """Raises ConfigError where it does not divide each matrix's width."""
+    sizes = GROUP_SIZES if settings.group_size is None else (settings.group_size,)
+    for size in sizes:
+        if all(width % size == 0 for width in matrices.widths):
+            return size
+    widths = ", ".join(map(str, matrices.widths))
+    if settings.group_size is None:
+        rule = f"can't be {settings.format}: none of {', '.join(map(str, sizes))} divides all widths of matrices ({widths})"
+        raise ConfigError("export.format", rule, got=settings.format, fix="Set export.format=fp8 or w8a8.")
+    fix = f"Set one of {', '.join(map(str, GROUP_SIZES))} that does, or null."
+    raise ConfigError("export.group_size", f"must divide each width of a matrix ({widths})", got=settings.group_size, fix=fix)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    kind: Scheme
+    group_size: int | None
+    """Inputs with a common scale; None: all of an output channel."""
+    skipped: Sequence[str]
+
+    @property
+    def max_kl(self) -> float:
+        return self.kind.max_kl
+
+    @cached_property
+    def scheme(self) -> Any:
+        from compressed_tensors.quantization import preset_name_to_scheme
+
+        scheme = preset_name_to_scheme(self.kind.preset, ["Linear"])
+        if self.group_size is not None:
+            assert scheme.weights is not None
+            scheme.weights.group_size = self.group_size
+        return scheme
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+
+        return QuantizationConfig(
+            config_groups={"group_0": self.scheme},
+            format=self.kind.files,
+            quantization_status=QuantizationStatus.COMPRESSED,
+            ignore=list(self.skipped),
+        ).model_dump(mode="json")
+
+    def facts(self, matrix: TensorFact) -> Sequence[TensorFact]:
+        layer = matrix.name.removesuffix(".weight")
+        rows, columns = matrix.shape
+        scales = 1 if self.group_size is None else columns // self.group_size
+        scale = TensorFact(f"{layer}.weight_scale", (rows, scales), matrix.dtype)
+        if self.kind.weight is not None:
+            return [TensorFact(matrix.name, matrix.shape, self.kind.weight), scale]
+        words = -(-columns * self.scheme.weights.num_bits // WORD_BITS)
+        packed = TensorFact(f"{layer}.weight_packed", (rows, words), torch.int32)
+        return [packed, scale, TensorFact(f"{layer}.weight_shape", (2,), torch.int64)]
+
+    def encode(self, matrix: TensorFact, weight_NK: Tensor) -> Mapping[str, Tensor]:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization.utils import calculate_qparams
+
+        weights = self.scheme.weights
+        wide_NGK = weight_NK.float().unflatten(1, (-1, self.group_size or weight_NK.shape[1]))
+        scale_NG, zero_NG = calculate_qparams(wide_NGK.amin(-1), wide_NGK.amax(-1), weights)
+        scale_NG = scale_NG.to(matrix.dtype)  # as it is stored, so that weights are rounded by the scale that they are read with
+        given = {"weight": weight_NK.float(), "weight_scale": scale_NG.float(), "weight_zero_point": zero_NG}
+        compressed = BaseCompressor.get_value_from_registry(self.kind.files).compress(given, self.scheme)
+        layer = matrix.name.removesuffix(".weight")
+        return {f"{layer}.{name}": tensor for name, tensor in {**compressed, "weight_scale": scale_NG}.items()}

@@ -1,0 +1,167 @@
+"""Quantized exports, as plain transformers loads them."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+from raytune_llm import api
+from raytune_llm.config.load import load_config
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
+from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.export.rows import rows_to_check
+from tests.llama_cpp import small_model
+
+FORMATS = ("fp8", "w8a8", "w4a16", "nf4")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("models") / "base")
+
+
+def saved(folder: Path, **settings: Any) -> Path:
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False,
+            "pad_token_id": 258, "initializer_range": 0.15, "dtype": "bfloat16", **settings,
+        }
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def exported(base: Path, place: Path, *settings: str):
+    return api.export(load_config("export", [f"model.path={base}", f"export.output_dir={place}", "export.max_kl=9", *settings]))
+
+
+def perplexity_of(folder: Path) -> float:
+    """Of the rows that an export is checked on, by the loss of a model that transformers loaded."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = [torch.from_numpy(ids)[None] for ids in rows_to_check(None, model.config.vocab_size, 8).ids]
+    with torch.no_grad():
+        losses = [model(ids, labels=ids).loss.item() for ids in rows]  # rows have one length
+    return math.exp(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_plain_transformers_has_the_perplexity_that_the_card_says(base, tmp_path, format):
+    adapter = LoraConfig(r=4, lora_alpha=128, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter).save_pretrained(str(tmp_path / "adapter"))
+    done = exported(base, tmp_path / "out", f"export.format={format}", f"export.adapters={{a: '{tmp_path / 'adapter'}'}}")
+    said = json.loads((tmp_path / "out" / "export.json").read_text())["difference"]
+    assert done.difference is not None and done.difference.perplexity == said["perplexity"]
+    assert math.isclose(perplexity_of(tmp_path / "out"), said["perplexity"], rel_tol=1e-5)
+    assert 1e-5 < said["divergence"] < 0.5  # rounded
+    assert abs(math.log(perplexity_of(base) / said["perplexity_before"])) > 0.01  # the adapter is in it
+    files = load_file(tmp_path / "out" / "model.safetensors")
+    stored = done.num_bytes - sum(tensor.nbytes for name, tensor in files.items() if "layers" not in name)
+    before = sum(tensor.nbytes for name, tensor in load_file(base / "model.safetensors").items() if "layers" in name)
+    assert stored < 0.75 * before  # of matrices so small, scales and facts are a large part
+
+
+@pytest.mark.parametrize("format", ["fp8", "w8a8", "w4a16"])
+def test_weights_are_what_rounding_by_the_stored_scales_gives(base, tmp_path, format):
+    exported(base, tmp_path / "out", f"export.format={format}", "export.check=false")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    files, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
+    with torch.no_grad():
+        model(torch.arange(5)[None])  # they are unpacked at the first use
+    for name in ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"):
+        scale = files[f"{name}.weight_scale"].float()
+        weight = before[f"{name}.weight"].float()
+        wide = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+        found = model.get_submodule(name).weight
+        if format == "fp8":
+            expected = (weight / wide).clamp(-448, 448).to(torch.float8_e4m3fn).float() * wide
+        else:
+            top = 127 if format == "w8a8" else 7
+            expected = (weight / wide).round().clamp(-top - 1, top) * wide
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_shards_and_a_dtype_are_kept_by_quantized_files(base, tmp_path):
+    exported(base, tmp_path / "out", "export.format=w4a16", "export.shard_size=40KB", "export.dtype=fp32", "export.group_size=16")
+    files = list((tmp_path / "out").glob("model-*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert len(files) > 2 and tensors["model.embed_tokens.weight"].dtype == torch.float32
+    assert tensors["model.layers.0.mlp.down_proj.weight_scale"].shape == (64, 128 // 16)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["export.format=w4a16", "export.group_size=24"], r"export\.group_size must divide each width of a matrix \(64, 128\)"),
+        (["export.format=fp8", "export.dtype=q8_0"], r"export\.dtype must be auto or one of"),
+        (["export.format=fp8", "export.group_size=32"], r"export\.group_size is for"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(base, tmp_path, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        exported(base, tmp_path / "out", *settings)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_is_quantized_already_is_refused(base, tmp_path):
+    exported(base, tmp_path / "quantized", "export.format=fp8", "export.check=false")
+    with pytest.raises(ConfigError, match=r"model\.path must hold weights that are not quantized"):
+        exported(tmp_path / "quantized", tmp_path / "out", "export.format=nf4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_architectures_that_have_other_layers_are_refused(base, tmp_path):
+    mixture = MixtralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(mixture).save_pretrained(tmp_path / "mixture")
+    byte_tokenizer().save_pretrained(tmp_path / "mixture")
+    with pytest.raises(ConfigError, match="can't be w8a8 for a mixture of experts"):
+        exported(tmp_path / "mixture", tmp_path / "out", "export.format=w8a8")
+    odd = saved(tmp_path / "odd", hidden_size=24, intermediate_size=40)
+    with pytest.raises(ConfigError, match=r"none of 128, 64, 32 divides all widths of matrices \(24, 40\)"):
+        exported(odd, tmp_path / "out", "export.format=w4a16")
+    with pytest.raises(ConfigError, match=r"blocks of 64 must fill the rows .* has 24 columns"):
+        exported(odd, tmp_path / "out", "export.format=nf4")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("package", "format"), [("compressed_tensors", "fp8"), ("bitsandbytes", "nf4")])
+def test_a_missing_package_is_named_before_anything_is_written(base, tmp_path, monkeypatch, package, format):
+    known = "raytune_llm.export.quantized.codec.find_spec"
+    monkeypatch.setattr(known, lambda name: None if name == package else pytest.fail(f"asked for {name}"))
+    with pytest.raises(ConfigError, match=rf"can't be {format} here: {package} is not installed.*pip install"):
+        exported(base, tmp_path / "out", f"export.format={format}")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf", "fp8", "nf4"])
+def test_a_disk_that_fills_up_leaves_what_was_there(base, tmp_path, format):
+    model = small_model(tmp_path / "base", "llama") if format == "gguf" else base
+    place = tmp_path / "exported" / "out"
+    place.mkdir(parents=True)
+    (place / "kept").write_text("from before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))  # files end where a full disk would end them
+    try:
+        with pytest.raises(ResourceError, match=r"out can't be written: .*export\.output_dir on a larger disk; nothing was left"):
+            exported(model, place, f"export.format={format}", "export.overwrite=true")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.name for file in place.iterdir()] == ["kept"]
+    assert [folder.name for folder in place.parent.iterdir()] == ["out"]
