@@ -1,11 +1,16 @@
 """Trials in one pass over one base (tune.share_base) against a trial alone: tokens a second of all of them, by tokens a step.
 
-    scripts/bench shared_base [--trials 8] [--tokens 256 512 1024 4096] [--layers N] [--set KEY=VALUE ...]
+    scripts/bench shared_base [--trials 8] [--tokens 256 512 1024 4096] [--layers N] [--steps N] [--set KEY=VALUE ...]
 
 Random weights: on a GPU in the shape of Llama-3-8B, on a CPU in that of SmolLM2-135M with 4 of its 30 layers. LoRA of rank 8 on
 all linear layers; documents of at most 512 tokens, the last quarter of each trained. Steps are the loops' own (one_step of
-train.loop and of train.together): forward, backward, clipping, AdamW. Both kinds take turns, and the best step of each counts.
-`gain`: how many times the tokens of a trial alone all trials together make; trials one after another make 1.
+train.loop and of train.together): forward, backward, clipping, AdamW. The best step of each kind counts.
+
+- `alone_tokens_per_s`, `together_tokens_per_s`, and on a GPU, for 256 tokens, both again with train.cuda_graphs=true.
+- `gain`: how many times the tokens of a trial alone all trials together make; trials one after another make 1. `graphs_gain`:
+  a trial alone with graphs against one without; `together_graphs_gain`: all together with graphs against one without.
+- `peak_gib` of each kind: bytes of tensors at the highest. `nf4_together`: with `--nf4`, all trials over a base in 4 bits.
+- `error` in place of a figure, where a kind could not be measured.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,6 +48,10 @@ from raytune_llm.train.strategies.base import Precision
 from raytune_llm.train.strategies.in_bank import InBank
 from raytune_llm.train.window import Window
 
+GRAPHS = ("train.cuda_graphs=true",)
+GRAPHS_UP_TO = 256
+"""Tokens of a step."""
+NF4 = ("quantization=bnb_nf4",)
 SMOLLM2 = {
     "model_type": "llama",
     "vocab_size": 49152,
@@ -54,6 +63,8 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
+WARM_UP = 2
+"""Steps that are not timed: layers are compiled, and graphs captured."""
 DOCUMENT = 512
 """Tokens, at most."""
 
@@ -123,38 +134,57 @@ def in_one_pass(run: TrainRun, step: Step, trials: int, device: torch.device) ->
     return partial(together.one_step, pass_, members, step)
 
 
-def timed(step: Callable[[], Any], device: torch.device) -> float:
+def best_s(make: Callable[[], Callable[[], Any]], steps: int, device: torch.device) -> dict[str, Any]:
+    """Seconds of the fastest step and, on a GPU, the peak of memory; or the error. Nothing stays in memory."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def peak_gib(device: torch.device) -> dict[str, float]:
-    return {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if device.type == "cuda" else {}
+    try:
+        step, seconds = make(), []
+        for _ in range(WARM_UP + steps):
+            before = time.perf_counter()
+            step()
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - before)
+        ready_s = time.perf_counter() - began - sum(seconds[WARM_UP:])
+        found: dict[str, Any] = {"step": min(seconds[WARM_UP:]), "ready_s": round(ready_s, 1)}
+    except Exception as error:  # of one kind: the others are measured all the same
+        found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    step = None
+    gc.collect()
+    if on_gpu:
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+    return found
 
 
 def measure(
-    shape: dict[str, Any], tokens: int, trials: int, steps: int, settings: Sequence[str], device: torch.device
-) -> dict[str, float]:
-    run = make_run(shape, tokens, settings)
-    step = make_step(tokens, shape["vocab_size"])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    many = in_one_pass(run, step, trials, device)
-    timed(many, device)
-    memory = peak_gib(device)
-    one = alone(run, step, device)
-    timed(one, device)
-    seconds = [(timed(one, device), timed(many, device)) for _ in range(steps)]
-    one_s, many_s = (min(times) for times in zip(*seconds, strict=True))
-    return {
-        "alone_tokens_per_s": round(tokens / one_s, 1),
-        "together_tokens_per_s": round(trials * tokens / many_s, 1),
-        "gain": round(trials * one_s / many_s, 2),
-        **memory,
-    }
+    kinds: Mapping[str, tuple[int, Sequence[str]]], shape: dict[str, Any], tokens: int, steps: int, device: torch.device
+) -> dict[str, Any]:
+    """kinds: so many trials, with these settings, by name."""
+    step, results = make_step(tokens, shape["vocab_size"]), {}
+    for name, (trials, settings) in kinds.items():
+        run = make_run(shape, tokens, settings)
+        make = partial(alone, run, step, device) if trials == 1 else partial(in_one_pass, run, step, trials, device)
+        found = best_s(make, steps, device)
+        print(tokens, name, found, file=sys.stderr, flush=True)
+        if "error" in found:
+            results[f"{name}_error"] = found["error"]
+        else:
+            results[f"{name}_tokens_per_s"] = round(trials * tokens / found["step"], 1)
+        if "peak_gib" in found:
+            results[f"{name}_peak_gib"] = found["peak_gib"]
+    return results
+
+
+def with_gains(results: dict[str, Any]) -> dict[str, Any]:
+    rates = {name.removesuffix("_tokens_per_s"): value for name, value in results.items() if name.endswith("_tokens_per_s")}
+    names = {"together": "gain", "alone_graphs": "graphs_gain", "together_graphs": "together_graphs_gain"}
+    gains = {gain: round(rates[name] / rates["alone"], 2) for name, gain in names.items() if {name, "alone"} <= rates.keys()}
+    return results | gains
 
 
 def main() -> None:
@@ -163,6 +193,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 4096])
     parser.add_argument("--steps", type=int, default=None, help="that are timed of each kind: 8, on a GPU 20")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--nf4", action="store_true", help="measure the memory with a base in 4 bits, too")
     parser.add_argument("--set", nargs="*", default=[], help="settings of the run, as on the command line")
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
@@ -170,15 +201,19 @@ def main() -> None:
     shape = dict(SHAPES["llama3_8b"] if on_gpu else SMOLLM2)
     shape["num_hidden_layers"] = arguments.layers or shape["num_hidden_layers"]
     steps = arguments.steps or (20 if on_gpu else 8)
-    results: dict[str, Any] = {"trials": arguments.trials, "layers": shape["num_hidden_layers"]}
-    for tokens in arguments.tokens:
-        results[f"tokens_{tokens}"] = measure(shape, tokens, arguments.trials, steps, arguments.set, device)
-        print(tokens, results[f"tokens_{tokens}"], file=sys.stderr, flush=True)
-        gc.collect()
-        if on_gpu:
-            torch._dynamo.reset()
-            torch.cuda.empty_cache()
-    print(json.dumps(results, indent=2))
+    plain, trials, tokens = tuple(arguments.set), arguments.trials, arguments.tokens
+    found: dict[int, dict[str, Any]] = {}
+    for length in tokens:
+        found[length] = measure({"together": (trials, plain), "alone": (1, plain)}, shape, length, steps, device)
+    if arguments.nf4:
+        found[tokens[0]] |= measure({"nf4_together": (trials, (*plain, *NF4))}, shape, tokens[0], steps, device)
+    graphs = (*plain, *GRAPHS)
+    for length in tokens if on_gpu else ():  # last: a capture that fails may leave the device in disorder
+        if length <= GRAPHS_UP_TO:
+            kinds = {"alone_graphs": (1, graphs), "together_graphs": (trials, graphs)}
+            found[length] |= measure(kinds, shape, length, steps, device)
+    by_tokens = {f"tokens_{length}": with_gains(results) for length, results in found.items()}
+    print(json.dumps({"trials": trials, "layers": shape["num_hidden_layers"], **by_tokens}, indent=2))
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ class TrainRun:
         _models_answer_what_is_asked(self)
         _references_can_be_had(self)
         _layers_can_be_compiled(self)
+        _layers_can_be_captured(self)
         _stages_read_what_is_said_of_their_rows(self.stage, self.data)
 
 
@@ -662,6 +663,30 @@ def _layers_can_be_compiled(run: TrainRun) -> None:
             got="selective",
             fix="Set full.",
         )
+
+
+def _layers_can_be_captured(run: TrainRun) -> None:
+    if not run.train.cuda_graphs:
+        return
+    checkpointing = run.train.activation_checkpointing
+    again = checkpointing == "full" and (run.train.compile is False or run.uncompiled is not None)
+    workers = run.resources.num_workers
+    obstacles = {
+        f"strategy={run.strategy.option}": (not run.fits_one_process, "Set strategy=ddp"),
+        f"resources.num_workers={workers}": (workers not in (1, "auto"), "Set resources.num_workers=1"),
+        "data.packing=false, whose batches are of many shapes": (not run.data.packing, "Set data.packing=true"),
+        f"train.activation_checkpointing={checkpointing}, which waits for the host": (
+            checkpointing == "offload" or again,
+            "Set train.activation_checkpointing=none",
+        ),
+        "stage.router_aux_loss_coef, which reads routers": (
+            run.stage.router_aux_loss_coef is not None,
+            "Set stage.router_aux_loss_coef=null",
+        ),
+    }
+    for obstacle, (there, fix) in obstacles.items():
+        if there:
+            raise ConfigError("train.cuda_graphs", f"can't be true with {obstacle}", got=True, fix=f"{fix}, or false.")
 
 
 def _references_can_be_had(run: TrainRun) -> None:

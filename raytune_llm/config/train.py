@@ -30,6 +30,9 @@ class LoopConfig:
     """auto: bf16 where the hardware multiplies it, else fp32."""
     compile: bool | Literal["auto"]
     """torch.compile of each layer. auto: on a GPU that can."""
+    cuda_graphs: bool
+    """Capture the layers' passes as CUDA graphs: for a few hundred tokens a micro-batch, where a GPU waits for the host. One GPU,
+    packed rows."""
     activation_checkpointing: Literal["auto", "none", "selective", "full", "offload"]
     """What layers compute again in the backward pass. auto: the first of the others that fits, by plan's estimate."""
     max_grad_norm: PositiveFloat | None

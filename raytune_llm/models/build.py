@@ -84,6 +84,7 @@ def build_policy(
     runs_on: torch.device | None = None,
     quantization: QuantizationConfig = UNQUANTIZED,
     compile_layers: bool = False,
+    cuda_graphs: bool = False,
     activation_checkpointing: str = "none",
     scores: bool = False,
     separate_head: bool = False,
@@ -137,6 +138,8 @@ def build_policy(
             torch.manual_seed(seed if adapter_seed is None else adapter_seed)
             in_bits = quantization_of(quantization)
             adapted = adapt(loaded, adapter, scores=scores, new_ids=sorted(first_pieces), quantization=in_bits)
+    else:
+        loaded.requires_grad_(False)  # a bank comes after quantization, which takes frozen weights
     if not frozen:
         _narrow_frozen(loaded, compute)
     quantize(layers(loaded), quantization, runs_on)
@@ -153,6 +156,7 @@ def build_policy(
         "in_lines": in_lines,
         "compiled": compile_layers,
         "offloads": offloads,
+        "cuda_graphs": cuda_graphs,
         "adapters": adapted,
         "has_new_adapter": adapter.starts_at_base,
         "has_changed_config": bool(model.config),

@@ -13,11 +13,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers.modeling_outputs import BaseModelOutput
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import attention
@@ -27,6 +28,7 @@ from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache
 from raytune_llm.models.attention.decode_step import DecodeStep
 from raytune_llm.models.attention.documents import document_numbers
 from raytune_llm.models.config_file import MODEL_CONFIG, change_config
+from raytune_llm.models.layer_graphs import LayerGraphs
 from raytune_llm.models.layers import named_layers
 from raytune_llm.models.multimodal import text_model
 from raytune_llm.models.neftune import neftune_noise
@@ -51,6 +53,7 @@ class Policy(nn.Module):
         in_lines: bool = False,
         compiled: bool = False,
         offloads: bool = False,
+        cuda_graphs: bool = False,
         has_new_adapter: bool = False,
         has_changed_config: bool = False,
         base_vocabulary: int | None = None,
@@ -60,11 +63,12 @@ class Policy(nn.Module):
         """Matrix products and the residual stream are in `compute`, whatever the dtype of the weights.
 
         in_lines: each document has a line of its batch for itself, which transformers' own layers compute. adapters: the model's
-        adapters, if they are not PEFT's. offloads: keep activations in host memory until the backward pass.
-        has_new_adapter: without its adapter, the policy is the one that the run started from. has_changed_config: the config
-        differs from the base's config.json. base_vocabulary: rows of the base's embeddings; an adapter may have more. left_out:
-        weights of a multimodal model that text does not go through; they are saved with a whole model. files_beside: files of
-        the base that are saved with them, such as an image processor's.
+        adapters, if they are not PEFT's. offloads: keep activations in host memory until the backward pass. cuda_graphs: capture
+        the layers' passes in training, but for batches with shared prompts. has_new_adapter: without its adapter, the policy is
+        the one that the run started from. has_changed_config: the config differs from the base's config.json. base_vocabulary:
+        rows of the base's embeddings; an adapter may have more. left_out: weights of a multimodal model that text does not go
+        through; they are saved with a whole model. files_beside: files of the base that are saved with them, such as an image
+        processor's.
         """
         super().__init__()
         self.model: Any = model
@@ -74,6 +78,7 @@ class Policy(nn.Module):
         self._in_lines = in_lines
         self.compiled = compiled
         self.offloads = offloads
+        self._graphs = LayerGraphs(self._last_hidden, self._trained) if cuda_graphs else None
         self._has_new_adapter, self._has_changed_config = has_new_adapter, has_changed_config
         self._base_vocabulary, self._left_out, self._files_beside = base_vocabulary, left_out, files_beside
         self._as_found: list[Tensor] | None = None
@@ -86,19 +91,20 @@ class Policy(nn.Module):
 
     # Through the layers ----------------------------------------------------------------------------------------------------
 
-    def hidden(self, inputs: Inputs, route: Mapping[str, Any] | None = None) -> Tensor:
+    def hidden(self, inputs: Inputs, route: Mapping[str, Any] | None = None, *, holds_route: bool = False) -> Tensor:
         """The last hidden states: [B, T, D] of a batch of packs, [1, L, D] of a step over a cache, which it fills.
 
         The adapters that are in use compute. route: what a bank of several adapters has layers know of the pass; that of a batch
-        by itself is its documents' (adapter_M).
+        by itself is its documents' (adapter_M). holds_route: it is one object for many passes, which graphs may hold.
         """
-        return self.outputs(inputs, route=route).last_hidden_state
+        return self.outputs(inputs, route=route, holds_route=holds_route).last_hidden_state
 
     def outputs(
         self,
         inputs: Inputs,
         *,
         route: Mapping[str, Any] | None = None,
+        holds_route: bool = False,
         neftune_alpha: float | None = None,
         router_logits: bool = False,
     ) -> Any:
@@ -108,13 +114,27 @@ class Policy(nn.Module):
             self._check_routers()
         with self.autocast(inputs.ids_BT.device):
             embedded_BTD = self._embedded(inputs, neftune_alpha)
+            if self._graphs is not None and not router_logits and self._replays(inputs) and (holds_route or route is None):
+                hidden_BTD = self._graphs(embedded_BTD, inputs, route)
+                return BaseModelOutput(last_hidden_state=hidden_BTD)  # type: ignore[arg-type]
             with self._kept(embedded_BTD):
-                return text_model(self.base)(
-                    inputs_embeds=embedded_BTD,
-                    use_cache=False,
-                    **self._layer_arguments(inputs, route),
-                    **({"output_router_logits": True} if router_logits else {}),
-                )
+                return self._through_layers(embedded_BTD, inputs, route, router_logits=router_logits)
+
+    def _through_layers(
+        self, embedded_BTD: Tensor, inputs: Inputs, route: Mapping[str, Any] | None, *, router_logits: bool = False
+    ) -> Any:
+        beside = {"output_router_logits": True} if router_logits else {}
+        return text_model(self.base)(
+            inputs_embeds=embedded_BTD, use_cache=False, **self._layer_arguments(inputs, route), **beside
+        )
+
+    def _last_hidden(self, embedded_BTD: Tensor, batch: Batch, route: Mapping[str, Any] | None) -> Tensor:
+        return self._through_layers(embedded_BTD, batch, route).last_hidden_state
+
+    def _replays(self, inputs: Inputs) -> TypeGuard[Batch]:
+        """Whether a pass is one of those that are captured: over packs that are trained on, with the adapter in use."""
+        trains = self.training and torch.is_grad_enabled() and isinstance(inputs, Batch)
+        return trains and inputs.adapter_M is None and inputs.prefixes is None
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """A context in which matrix products are in `compute`."""

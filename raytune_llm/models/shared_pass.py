@@ -31,6 +31,7 @@ class SharedPass:
         self._hidden: dict[tuple[int, bool], tuple[Batch, list[Tensor]]] = {}
         """By batch, and whether it is to be trained on: the batch, and each run's last hidden states."""
         self._base_hidden: dict[int, tuple[Batch, Tensor]] = {}
+        self._routes: dict[tuple[int, ...], Any] = {}
         self._drawn_for: tuple[bool, tuple[int, ...]] | None = None
         """Whether it was to be trained on, and the samples of the batch that dropout was last seeded for."""
 
@@ -67,9 +68,19 @@ class SharedPass:
         copies = self.bank.num_slots if self.policy.compiled else count
         slots = [self.bank.slots[member.name] for member in self._together] + [-1] * (copies - count)
         dropouts = [member.dropout if self.policy.training else None for member in self._together] + [None] * (copies - count)
-        route = self.bank.in_turn(slots, batch.ids_BT.numel(), dropouts)
-        hidden = self.policy.hidden(repeated(batch, copies), route)
+        drops = any(dropouts)
+        route = self._route(slots, batch.ids_BT.numel(), dropouts if drops else ())
+        hidden = self.policy.hidden(repeated(batch, copies), route, holds_route=not drops)
         return list(hidden.chunk(copies)[:count])
+
+    def _route(self, slots: Sequence[int], length: int, dropouts: Sequence[Dropout | None]) -> Any:
+        """One object for the passes of these slots, but where it draws."""
+        if dropouts:
+            return self.bank.in_turn(slots, length, dropouts)
+        key = self.bank.num_slots, length, *slots
+        if key not in self._routes:
+            self._routes[key] = self.bank.in_turn(slots, length)
+        return self._routes[key]
 
     def _seed_dropout(self, batch: Batch) -> None:
         """A batch beside another one, of the same samples, draws on."""

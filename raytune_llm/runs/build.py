@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import ResourceError
+from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.memory.fixes import held_by_others, ran_out
 from raytune_llm.memory.flops import Operations, operations
 from raytune_llm.memory.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_of, needs_together
@@ -111,6 +111,7 @@ class Builder:
             runs_on=device,
             quantization=run.quantization,
             compile_layers=self.compiled,
+            cuda_graphs=self._captures,
             activation_checkpointing=checkpointing,
             scores=not run.stage.writes,
             separate_head=STAGES[run.stage.name].objective(run.stage).separate_head,
@@ -127,6 +128,7 @@ class Builder:
             *([] if quantized is None else [f"quantization: {quantized}"]),
             f"compilation: {compiled} ({self._why_compiled})",
             f"activation checkpointing: {checkpointing} ({why})",
+            *([f"CUDA graphs: {self._uncompiled or 'of the layers'} (asked for)"] if self._captures else []),
             *([] if adapters is None else [f"adapters: {adapters}"]),
         )
         return policy, operations(policy, self.config), choices
@@ -168,6 +170,17 @@ class Builder:
         if self._together:
             needs = needs_together(needs, len(self._together))
         return least_recomputation(needs, self._memory_of, self.usable_bytes) if self._auto else needs
+
+    @property
+    def _captures(self) -> bool:
+        if not self.run.train.cuda_graphs:
+            return False
+        lacking = (
+            "there is no GPU" if self.device.type != "cuda" else f"there are {self.world} workers" if self.world > 1 else None
+        )
+        if lacking is not None:
+            raise ConfigError("train.cuda_graphs", f"can't be true here: {lacking}", got=True, fix="Set train.cuda_graphs=false.")
+        return True
 
     @property
     def _uncompiled(self) -> str | None:

@@ -260,8 +260,8 @@ def _whole(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> 
 
 
 def _documents(cu_seqlens_S: Tensor) -> list[tuple[int, int]]:
-    bounds = cu_seqlens_S.tolist()
-    return list(pairwise(bounds))
+    """Start and end of those that have tokens."""
+    return [(start, end) for start, end in pairwise(cu_seqlens_S.tolist()) if start < end]
 
 
 def _one_document(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:

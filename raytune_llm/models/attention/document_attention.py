@@ -182,7 +182,8 @@ def _backward_on_cpu(
 
 
 def _slices(cu_seqlens: Tensor) -> list[slice]:
-    return [slice(start, end) for start, end in pairwise(cu_seqlens.tolist())]
+    """Of the documents that have tokens."""
+    return [slice(start, end) for start, end in pairwise(cu_seqlens.tolist()) if start < end]
 
 
 def _ranges(prefixes: Prefixes | None) -> list[tuple[slice, slice]]:

@@ -95,6 +95,12 @@ def test_repeated_seeds_draw_other_adapters_over_the_same_packs(chat_rows, cache
     assert first != second
 
 
+def test_trials_share_a_quantized_base(chat_rows, cache, tmp_path):
+    more = ("optimizer.lr=1e-3,1e-2", "tune=grid", "quantization=bnb_nf4", "train.max_steps=2")
+    result = api.tune(load_sweep(words(chat_rows, cache, tmp_path, *more)))
+    assert [trial.state for trial in result.study.trials] == ["finished", "finished"]
+
+
 def room(*, usable: float, alone: float, together: int) -> Room:
     """In GiB."""
     return Room(usable_bytes=usable * 2**30, alone_bytes=alone * 2**30, pair_bytes=1.1 * alone * 2**30, together=together)
@@ -118,6 +124,7 @@ BIG = room(usable=73.0, alone=20.0, together=16)
         (["resources=inline", LONG], 1, 1, ""),
         (["resources=inline", SHORT], 0, 1, ""),
         (["resources=inline", SHORT, "tune.share_base=false"], 1, 1, ""),
+        (["resources=inline", SHORT, "tune.scheduler=median"], 1, 1, ""),
         (["resources=inline", LONG, "tune.share_base=true", "tune.max_concurrent=3"], 1, 3, "asked for"),
         (["resources=local", LONG, "tune.max_concurrent=4"], 1, 4, "4 processes of 20.0 GiB don't fit the GPU's 73.0 usable GiB"),
         (["resources=local", LONG, "tune.max_concurrent=3"], 1, 1, ""),
