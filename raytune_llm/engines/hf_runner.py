@@ -170,7 +170,7 @@ class HFRunner:
         results = []
         for prompt, answer in zip(prompts, answers, strict=True):
             with self._adapters.using(None if slot < 0 else str(slot)):
-                ids_BT = torch.tensor([[*prompt, *answer]], device=self.device)
+                ids_BT = torch.tensor([[*prompt, *answer[:-1]]], device=self.device)
                 logits_TV = self._model(input_ids=ids_BT, use_cache=False).logits[0].float()
             logits_NV = logits_TV[len(prompt) - 1 : len(prompt) + len(answer) - 1]
             targets_N = torch.tensor(list(answer), dtype=torch.int64, device=self.device)

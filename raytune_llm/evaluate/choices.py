@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ from raytune_llm.engines.requests import Sampling
 from raytune_llm.errors import DataError
 from raytune_llm.evaluate.choice_files import LETTERS, ChoiceQuestion, Subject, read_task
 from raytune_llm.evaluate.choice_prompts import asked, examples_of
+from raytune_llm.evaluate.models import Group
+from raytune_llm.evaluate.results import Score, Shown
 from raytune_llm.predict.answering import BLOCK_QUESTIONS, Answering, Question
 from raytune_llm.predict.rows import ConversationPrompts
 
 CHINESE = ("ceval", "cmmlu")
 AVERAGE = "Average"
+SHOTS, SEED = 5, 42
+"""Where they are not set."""
 
 
 @dataclass(frozen=True)
@@ -28,28 +33,45 @@ class Task:
     lang: str
 
 
-@dataclass(frozen=True)
-class Score:
-    correct: int
-    questions: int
-
-    @property
-    def score(self) -> float:
-        return self.correct / self.questions
-
-    @property
-    def stderr(self) -> float | None:
-        """The standard error of the score, a mean of questions that are right (1) or wrong (0)."""
-        if self.questions < 2:
-            return None
-        return math.sqrt(self.score * (1 - self.score) / (self.questions - 1))
-
-    def to_json(self) -> dict[str, Any]:
-        return {"score": self.score, "stderr": self.stderr, "correct": self.correct, "questions": self.questions}
-
-
 Letters = Mapping[str, Sequence[str]]
 """The answers to each subject's questions."""
+
+
+class Choices:
+    """The protocol llamafactory: its tasks, read and checked."""
+
+    def __init__(self, settings: EvaluateConfig) -> None:
+        self._settings = settings
+        self._tasks = tasks_of(settings)
+        self._prompts: dict[int, ConversationPrompts] = {}
+        """By group."""
+        self.questions = sum(len(questions_of(subject, settings)) for task in self._tasks for subject in task.subjects)
+        shots = shots_of(settings)
+        self.facts = {"protocol": "llamafactory", "shots": shots}
+        self.shown = Shown(
+            f"Protocol `llamafactory`, {shots} shots. Percent of the questions answered rightly, and the standard error.",
+            unit="% right",
+            scale=100,
+            digits=2,
+            main=AVERAGE,
+        )
+
+    def check(self, group: Group) -> None:
+        self._prompts[id(group)] = ConversationPrompts(group.model, group.data)
+
+    def scores(
+        self, group: Group, adapter: str | None, answer: Answering, told: Callable[[int], None], folder: Path
+    ) -> dict[str, dict[str, Score]]:
+        found = {}
+        for task in self._tasks:
+            letters = answer_task(task, self._settings, self._prompts[id(group)], adapter, answer, told)
+            _write_letters(folder / f"{task.name}.json", letters)
+            found[task.name] = scores_of(task, letters, self._settings)
+        return found
+
+
+def shots_of(settings: EvaluateConfig) -> int:
+    return SHOTS if settings.shots is None else settings.shots
 
 
 def tasks_of(settings: EvaluateConfig) -> list[Task]:
@@ -85,7 +107,7 @@ def answer_task(
             if one.refused is not None:
                 raise DataError(
                     f"{task.name}, {keys[at]}, question {len(found[keys[at]]) + 1}",
-                    f"with {settings.shots} examples {one.refused}",
+                    f"with {shots_of(settings)} examples {one.refused}",
                     "Lower evaluate.shots.",
                 )
             found[keys[at]].append(letter_of[one.ids[0]])
@@ -103,7 +125,7 @@ def letter_ids(tokenizer: Any) -> dict[int, str]:
 
 def _prompts(task: Task, settings: EvaluateConfig, prompts: ConversationPrompts) -> Iterator[tuple[int, ...]]:
     for subject in task.subjects:
-        examples = examples_of(subject, settings.shots, settings.seed)
+        examples = examples_of(subject, shots_of(settings), SEED if settings.seed is None else settings.seed)
         questions = questions_of(subject, settings)
         for start in range(0, len(questions), BLOCK_ROWS):
             block = questions[start : start + BLOCK_ROWS]
@@ -131,4 +153,18 @@ def scores_of(task: Task, letters: Letters, settings: EvaluateConfig) -> dict[st
                     count = counts.setdefault(name, [0, 0])
                     count[0] += letter == question.answer
                     count[1] += 1
-    return {name: Score(*count) for name, count in counts.items()}
+    return {name: _score(*count, in_table="/" not in name) for name, count in counts.items()}
+
+
+def _score(correct: int, questions: int, *, in_table: bool) -> Score:
+    """The mean of questions that are right or wrong."""
+    mean = correct / questions
+    stderr = math.sqrt(mean * (1 - mean) / (questions - 1)) if questions > 1 else None
+    return Score(mean, stderr, {"correct": correct, "questions": questions}, in_table)
+
+
+def _write_letters(path: Path, letters: Letters) -> None:
+    """As LLaMA-Factory writes them: of each subject, the answers by the questions' numbers from 0."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbered = {subject: {str(number): letter for number, letter in enumerate(found)} for subject, found in letters.items()}
+    path.write_text(json.dumps(numbered, indent=2) + "\n")

@@ -18,7 +18,7 @@ from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.resources import Cluster, Local, ResourcesConfig
 from raytune_llm.config.serve import EngineConfig, ServedModels
 from raytune_llm.engines.engine import Engine
-from raytune_llm.engines.requests import Request, Sampling
+from raytune_llm.engines.requests import Request, Sampling, ScoredToken
 from raytune_llm.errors import ConfigError, ResourceError, UserError
 
 BLOCK_QUESTIONS = 16
@@ -46,6 +46,8 @@ class Answered:
     """The generated tokens."""
     logprobs: tuple[float, ...]
     """One per token of the given answer, in nats."""
+    likeliest: bool = False
+    """Greedy decoding would have given the given answer."""
     refused: str | None = None
     """Why the engine refused the question."""
 
@@ -88,7 +90,10 @@ def answer_block(engine: Engine, block: Block) -> list[Answered]:
     streams: dict[int, Any] = {}
     refused: dict[int, str] = {}
     for number, question in enumerate(block):
-        if len(question.prompt_ids) + max(1, len(question.given_ids)) > engine.max_length:
+        computed = max(
+            len(question.given_ids) - 1, 0 if question.sampling is None else 1
+        )  # beside the prompt; a last token is not
+        if len(question.prompt_ids) + computed > engine.max_length:
             refused[number] = f"it is longer than {engine.max_length} tokens"
         elif question.sampling is not None:
             streams[number] = engine.submit(
@@ -103,14 +108,15 @@ def answer_block(engine: Engine, block: Block) -> list[Answered]:
                 text=None if completion is None else completion.text,
                 finish=None if completion is None else completion.finish,
                 ids=() if completion is None else completion.ids,
-                logprobs=scored.get(number, ()),
+                logprobs=tuple(token.logprob for token in scored.get(number, ())),
+                likeliest=number in scored and all(token.likeliest for token in scored[number]),
                 refused=refused.get(number),
             )
         )
     return answers
 
 
-def _scored(engine: Engine, numbered: list[tuple[int, Question]]) -> dict[int, tuple[float, ...]]:
+def _scored(engine: Engine, numbered: list[tuple[int, Question]]) -> dict[int, Sequence[ScoredToken]]:
     by_adapter: dict[str | None, list[tuple[int, Question]]] = defaultdict(list)
     for number, question in numbered:
         by_adapter[question.adapter].append((number, question))
@@ -119,10 +125,10 @@ def _scored(engine: Engine, numbered: list[tuple[int, Question]]) -> dict[int, t
         for group in _groups(own):
             prompts, given = [list(one.prompt_ids) for _, one in group], [list(one.given_ids) for _, one in group]
             waiting.append(([number for number, _ in group], engine.answer_logprobs(prompts, given, adapter)))
-    found = {}
+    found: dict[int, Sequence[ScoredToken]] = {}
     for numbers, future in waiting:
         for number, tokens in zip(numbers, future.result(), strict=True):
-            found[number] = tuple(token.logprob for token in tokens)
+            found[number] = tokens
     return found
 
 

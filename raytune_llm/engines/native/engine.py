@@ -157,8 +157,8 @@ class NativeEngine:
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], adapter: str | None = None
     ) -> Future[list[list[ScoredToken]]]:
         longest = max((len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)), default=0)
-        if longest > self._max_length:
-            raise ConfigError("a prompt and its answer", f"must have at most {self._max_length} tokens", got=longest)
+        if longest - 1 > self._max_length:  # the last token is only predicted
+            raise ConfigError("a prompt and its answer", f"must have at most {self._max_length + 1} tokens", got=longest)
         return self._between_steps(partial(self._runner.answer_logprobs, prompts, answers), adapter)
 
     def _between_steps(self, compute: Callable[[int], T], adapter: str | None) -> Future[T]:

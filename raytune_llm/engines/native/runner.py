@@ -101,7 +101,7 @@ class PolicyRunner:
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int
     ) -> list[list[ScoredToken]]:
         """Log-probabilities of the answers' tokens, computed in packs without a cache, as in training. Answers of one token to
-        the same prompt, one after another, share its computation."""
+        the same prompt, one after another, share its computation. The last token of an answer is predicted, not computed."""
         documents: list[tuple[np.ndarray, np.ndarray]] = []
         places: list[int] = []
         """For each answer, the number of the document that holds it, or that shares its prompt."""
@@ -109,8 +109,7 @@ class PolicyRunner:
             assert prompt, "the first token has nothing to be predicted from"
             same = number > 0 and len(answer) == len(answers[number - 1]) == 1 and prompt == prompts[number - 1]
             if not same:
-                ids = np.asarray([*prompt, *answer], np.int32)
-                documents.append((ids, np.array([len(prompt), len(ids)], np.int32)))
+                documents.append((np.asarray([*prompt, *answer[:-1]], np.int32), NOTHING))
             places.append(len(documents) - 1)
         lengths = [len(ids) for ids, _ in documents]
         batch = to_device(collate([documents], length=sum(lengths), pad_id=0), self.device)
