@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lm_eval
 from lm_eval.api.instance import Instance
@@ -101,7 +101,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     if missing := [name for name in (*folders, *filter(_is_file, names)) if not Path(name).exists()]:
         raise ConfigError("evaluate.tasks", "must hold files and folders that are there", got=missing[0])
     only_files = all(_is_folder(name) or _is_file(name) for name in names)  # to look at its own tasks takes seconds
-    manager = TaskManager(include_path=folders or None, include_defaults=not only_files)
+    manager = TaskManager(include_path=[Path(folder) for folder in folders] or None, include_defaults=not only_files)
     found: dict[str, Any] = {}
     for name in names:
         if _is_folder(name):
@@ -128,7 +128,7 @@ def _loaded(manager: TaskManager, name: str) -> Any:
         fix = f"For example, {', '.join(near)}." if near else "`lm-eval ls tasks` lists them."
         raise ConfigError("evaluate.tasks", "must hold tasks of lm-evaluation-harness", got=name, fix=fix)
     try:
-        loaded = manager.load([name])
+        loaded: Any = manager.load([name])
     except Exception as error:  # a task runs code of its own, and reads its data from anywhere
         rule = f"must hold tasks that can be read, with their data ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         raise ConfigError("evaluate.tasks", rule, got=name) from None
@@ -160,7 +160,8 @@ def run_tasks(
     """
     state = random.getstate()
     try:
-        results = lm_eval.simple_evaluate(
+        evaluate: Any = lm_eval.simple_evaluate  # its decorator hides what it takes
+        results = evaluate(
             lm,
             tasks=[one for found in tasks for one in found],
             task_manager=TaskManager(include_defaults=False),  # the package would look for all of its own again
@@ -170,9 +171,9 @@ def run_tasks(
             system_instruction=system,
             apply_chat_template=apply_chat_template,
             fewshot_as_multiturn=fewshot_as_multiturn,
-            random_seed=None,  # type: ignore[arg-type]
-            numpy_random_seed=None,  # type: ignore[arg-type]
-            torch_random_seed=None,  # type: ignore[arg-type]
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
             fewshot_random_seed=seed,
             confirm_run_unsafe_code=run_unsafe_code,
         )
@@ -259,7 +260,7 @@ class EngineLM(TemplateLM):
         """Log-likelihoods of whole texts, in nats, in windows as long as the model can read."""
         self._docs, windows, owners = [], [], []
         for number, request in enumerate(requests):
-            (text,) = request.args
+            (text,) = cast(Any, request.args)
             rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
             own = [(("", text), *make_disjoint_window(window)) for window in rolling]
             windows += own
@@ -289,8 +290,8 @@ class EngineLM(TemplateLM):
         end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         questions, stops = [], []
         for number, request in enumerate(requests):
-            context, settings = request.args
-            chosen = dict(normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
+            context, settings = cast(Any, request.args)
+            chosen: dict[str, Any] = dict(normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
             until = handle_stop_sequences(chosen.pop("until"), eos=end)
             new_tokens = int(chosen.pop("max_gen_toks"))
             if new_tokens >= self.max_length:

@@ -31,11 +31,17 @@ class Evaluated:
 class Benchmarks(Protocol):
     """The tasks of a protocol, read and checked."""
 
-    questions: int
-    """In all tasks."""
-    facts: Mapping[str, Any]
-    """What results.json says of the protocol."""
     shown: Shown
+
+    @property
+    def questions(self) -> int:
+        """In all tasks."""
+        ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What results.json says of the protocol, when the answers are there."""
+        ...
 
     def check(self, group: Group) -> None:
         """Called for each group before a model is loaded. Raises UserError for models that can't be asked."""

@@ -86,7 +86,7 @@ def test_our_engine_gets_the_rows_and_the_numbers_of_the_package_s_own_hf_class(
     from lm_eval.tasks import TaskManager
 
     folder = packaged.resolve(SMOLLM2)
-    names = ["local_choices", "local_sums", *([] if chat else ["local_texts"])]
+    names = ["local_sums"] if chat else ["local_choices", "local_sums", "local_texts"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=4, max_length=128)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
