@@ -18,10 +18,10 @@ class EvaluateConfig:
     """llamafactory: questions as chat turns, and the likeliest of the letters A to D as the first token of the answer.
     lm_eval: tasks of lm-evaluation-harness, asked and scored by that package."""
     tasks: list[str]
-    """For protocol=llamafactory: TASK_SPLIT, such as mmlu_test, ceval_validation, cmmlu_test. For protocol=lm_eval: names of tasks,
+    """For protocol=llamafactory: TASK_SPLIT, such as mmlu_test or ceval_validation. For protocol=lm_eval: names of tasks,
     groups and tags, such as gsm8k; YAML files; folders with YAML files, written with a slash."""
     data: str | None
-    """For protocol=llamafactory: the folder that holds a folder for each TASK, with its mapping.json, and its zip file or what was
+    """For protocol=llamafactory: the folder that holds a folder for each TASK, with its mapping.json, and its zip file or what is
     in it."""
     shots: NonNegativeInt | None
     """Examples before each question. null: 5 for protocol=llamafactory, the task's own number for protocol=lm_eval."""
