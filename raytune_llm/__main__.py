@@ -16,6 +16,7 @@ VERBS = {
     "prepare": "raw rows to a token store, no training",
     "plan": "steps, tokens, parameters and memory of a run, without running it",
     "tune": "a sweep: settings with several values are its space",
+    "chain": "several commands, one after another",
     "submit": "train as a job of a Ray cluster, followed from here",
     "jobs": "of a cluster: jobs [status|logs|stop|fetch NAME]",
     "serve": "an OpenAI-compatible server of one model and many adapters",

@@ -16,11 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytune_llm import session
+from raytune_llm import packaged, session
+from raytune_llm.config import command_line
 from raytune_llm.config.load import as_plain, to_yaml
 from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.resources import Cluster, on_cluster, uses_ray
 from raytune_llm.config.run import (
+    ChainRun,
     ChatRun,
     DoctorRun,
     EvaluateRun,
@@ -425,6 +427,23 @@ def evaluate(run: EvaluateRun, *, on_progress: Callable[[int, int], None] = lamb
     from raytune_llm.evaluate.run import evaluate
 
     return evaluate(with_absolute_paths(run), on_progress)
+
+
+def chain(run: ChainRun, *, each: Callable[[str, str, Any], Any] | None = None) -> dict[str, Any]:
+    """Run commands one after another, and return what each returned, by the steps' names.
+
+    All their settings are checked before the first one runs. each(name, verb, run) runs one; without it, this module's function
+    of the verb does. Repeated, it resumes: a finished training is not run again.
+    """
+    runs = {}
+    for name in run.steps:
+        verb, *words = run.words(name)
+        runs[name] = (verb, command_line.load(command_line.parse(verb, words)))
+    for _, step in runs.values():
+        if isinstance(step, TrainRun | PrepareRun | PredictRun | ExportRun | EvaluateRun):
+            packaged.check_models(step)
+    own = {"prepare": prepare, "train": train, "tune": tune, "predict": predict, "evaluate": evaluate, "export": export}
+    return {name: own[verb](step) if each is None else each(name, verb, step) for name, (verb, step) in runs.items()}
 
 
 def submit(run: SubmitRun) -> Job:

@@ -24,7 +24,7 @@ DISTRIBUTION = "raytune-llm"
 FEATURES = {
     "deepspeed": "strategy=zero1, zero2, zero3",
     "bitsandbytes": "quantization=bnb_*, optimizer=adamw_8bit, export.format=nf4",
-    "compressed-tensors": "export.format=fp8, w8a8 or w4a16",
+    "compressed-tensors": "export.format=fp8, w8a8, w4a16, gptq or awq",
     "wandb": "tracking=wandb",
     "mlflow": "tracking=mlflow",
     "swanlab": "tracking=swanlab",

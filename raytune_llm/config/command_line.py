@@ -141,9 +141,10 @@ def usage(verb: str | None, verbs: Mapping[str, str]) -> str:
     lines += [f"  {name:<10}{text}" for name, text in verbs.items()]
     lines += ["", "Groups (group=option)"]
     lines += [f"  {group:<14}{composer.listed(composer.options(group))}" for group in composer.groups() if group != "experiment"]
-    sweeps = composer.sweeps()
-    runs = [name for name in composer.options("experiment") if name not in sweeps]
-    lines += ["", "Experiments (+experiment=name)", f"  {' '.join(runs)}", f"  of tune: {' '.join(sweeps)}"]
+    special = composer.of_verbs()
+    runs = [name for name in composer.options("experiment") if name not in special]
+    lines += ["", "Experiments (+experiment=name)", f"  {' '.join(runs)}"]
+    lines += [f"  of {other}: {name}" for name, other in special.items()]
     lines += ["", f"Settings of {verb or 'train'} (setting=value) and their defaults"]
     lines += [f"  {line}" for line in composer.defaults(verb or "train")]
     lines += [

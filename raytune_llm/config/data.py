@@ -16,6 +16,11 @@ class RowFormat:
         """The column with a pair's margin; None if the format has none."""
         return None
 
+    @property
+    def row_kind(self) -> str:
+        """What a data set of this format holds: one of data.kinds.KINDS."""
+        return "conversations"
+
 
 @section
 class Columns(RowFormat):
@@ -45,6 +50,12 @@ class Columns(RowFormat):
     @property
     def pair_margin(self) -> str | None:
         return self.margin
+
+    @property
+    def row_kind(self) -> str:
+        if self.label is not None:
+            return "labeled"
+        return "conversations" if self.chosen is None else "pairs"
 
 
 @section
@@ -111,6 +122,10 @@ class TextFormat(RowFormat):
 
     name: Literal["text"]
     text: str
+
+    @property
+    def row_kind(self) -> str:
+        return "text"
 
 
 FormatConfig = Annotated[

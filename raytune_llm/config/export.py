@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from raytune_llm.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, section
 from raytune_llm.errors import ConfigError
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
-GROUPED = ("w4a16",)
+CALIBRATED = ("gptq", "awq")
+"""Formats that are computed from rows of data, in an environment of their own."""
+GROUPED = ("w4a16", *CALIBRATED)
 """Formats whose scales are of groups of inputs."""
 
 
@@ -23,16 +27,24 @@ class ExportConfig:
     What each changes is added up."""
     weights: dict[str, float]
     """By the adapters' names: {a: 0.5} adds half of what a changes. Others count 1."""
-    format: Literal["hf", "gguf", "ollama", "fp8", "w8a8", "w4a16", "nf4"]
+    format: Literal["hf", "gguf", "ollama", "fp8", "w8a8", "w4a16", "nf4", "gptq", "awq"]
     """hf: a folder that transformers, vLLM and SGLang load. gguf: one file for llama.cpp. ollama:
     that file with a Modelfile. Others are hf with quantized linear layers. fp8, w8a8: weights and activations in 8 bits. w4a16,
-    nf4: weights in 4 bits."""
+    nf4: weights in 4 bits, rounded to the nearest value. gptq, awq: weights in 4 bits that are chosen on calibration rows."""
     output_dir: str | None
     dtype: Literal["auto", "fp32", "bf16", "fp16", "q8_0"]
     """The type of the weights. auto: each tensor's own in the base. q8_0, in gguf alone: 8 bits, with a scale for 32
     numbers. In a quantized format: the type of what is not quantized, and of scales."""
     group_size: PositiveInt | None
-    """For w4a16: inputs of a linear layer that share a scale. null: the largest of 128, 64 and 32 that divides each layer's."""
+    """For w4a16, gptq and awq: inputs of a linear layer that share a scale. null: the largest of 128, 64 and 32 that divides
+    each layer's."""
+    calibration_rows: PositiveInt
+    """For gptq and awq: rows of `data.path`, or else of what `run` trained on."""
+    calibration_tokens: Annotated[int, Field(ge=2)]
+    """The first tokens of each."""
+    python: str | None
+    """For gptq and awq: the Python of an environment with llmcompressor, on the nodes if Ray is used. null: this one, or with Ray
+    one that Ray makes."""
     shard_size: str
     """Files of at most so much, as 5GB or 500MiB; one tensor may be larger."""
     check: Literal["auto"] | bool
@@ -50,6 +62,9 @@ class ExportConfig:
             raise ConfigError("export.output_dir", "must be given", fix="For example, export.output_dir=exported/mine.")
         if self.check is True and self.check_rows == 0:
             raise ConfigError("export.check_rows", "must be at least 1 if export.check=true", got=0)
+        if self.python is not None and self.format not in CALIBRATED:
+            rule = f"is for export.format={' or '.join(CALIBRATED)}"
+            raise ConfigError("export.python", rule, got=self.python, fix="Set it to null.")
         if self.group_size is not None and self.format not in GROUPED:
             rule = f"is for export.format={' or '.join(GROUPED)}"
             raise ConfigError("export.group_size", rule, got=self.group_size, fix="Set it to null.")

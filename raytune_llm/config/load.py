@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,8 +88,24 @@ ANY_KEY = (
     "predict.adapters",
     "export.adapters",
     "export.weights",
+    "steps",
+    "also",
 )
 """Settings whose keys are the user's, or another program's."""
+
+
+@dataclass(frozen=True)
+class OfVerb:
+    """Experiments that one verb alone can run."""
+
+    section: str
+    """That they have."""
+    what: str
+    varies_runs: bool
+    """The verb also takes experiments of train."""
+
+
+OF_VERBS = {"tune": OfVerb("tune", "sweep", True), "chain": OfVerb("steps", "chain of commands", False)}
 
 
 def load_config(
@@ -160,13 +177,17 @@ def _check_choices(overrides: Sequence[str], config_dir: str | Path | None) -> N
 
 
 def _check_experiments(verb: str, overrides: Sequence[str], config_dir: str | Path | None) -> None:
-    """That an experiment which is a sweep goes with the verb tune."""
+    """That an experiment which is a sweep or a chain goes with the verb that runs it."""
     chosen = [text.partition("=")[2] for text in overrides if text.startswith("+experiment=")]
-    if not chosen or verb == "tune":
-        return
-    for experiment in sorted(set(chosen) & set(sweeps(config_dir))):
-        fix = f"Write python -m raytune_llm tune +experiment={experiment}."
-        raise ConfigError("+experiment", f"is a sweep, which {verb} can't run", got=experiment, fix=fix)
+    special = of_verbs(config_dir) if chosen else {}
+    for experiment in sorted(set(chosen)):
+        wanted = special.get(experiment, verb)
+        if verb in OF_VERBS and not OF_VERBS[verb].varies_runs and experiment not in special:
+            known = ", ".join(name for name, other in special.items() if other == verb)
+            raise ConfigError("+experiment", f"is no {OF_VERBS[verb].what}", got=experiment, fix=f"There are: {known}.")
+        if wanted != verb:
+            fix = f"Write python -m raytune_llm {wanted} +experiment={experiment}."
+            raise ConfigError("+experiment", f"is a {OF_VERBS[wanted].what}, which {verb} can't run", got=experiment, fix=fix)
 
 
 def _is_sweep(value: Any) -> bool:
@@ -383,11 +404,22 @@ def listed(found: Sequence[str], separator: str = " ") -> str:
     return f"{separator.join(found[:: len(found) // 8])}, and others ({len(found)} in all, in docs/models.md)"
 
 
-def sweeps(config_dir: str | Path | None = None) -> list[str]:
-    """The experiments that have a `tune` section: they go with the verb tune alone."""
+def of_verbs(config_dir: str | Path | None = None) -> dict[str, str]:
+    """Experiment -> the verb that it goes with alone; those of `train`, `plan` and `submit` are not here."""
     folders = [CONF / "experiment", *([Path(config_dir) / "experiment"] if config_dir else [])]
     files = [file for folder in folders for file in folder.glob("[!_]*.yaml")]
-    return sorted({file.stem for file in files if re.search(r"^tune:", file.read_text(encoding="utf-8", errors="replace"), re.M)})
+    texts = {file.stem: file.read_text(encoding="utf-8", errors="replace") for file in sorted(files)}
+    return {
+        name: verb
+        for name, text in texts.items()
+        for verb, special in OF_VERBS.items()
+        if re.search(rf"^{special.section}:", text, re.M)
+    }
+
+
+def sweeps(config_dir: str | Path | None = None) -> list[str]:
+    """The experiments of the verb tune."""
+    return sorted(name for name, verb in of_verbs(config_dir).items() if verb == "tune")
 
 
 def groups() -> list[str]:

@@ -12,7 +12,7 @@ from raytune_llm.config.chat import ChatConfig
 from raytune_llm.config.checkpoint import CheckpointConfig
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.evaluate import EvaluateConfig
-from raytune_llm.config.export import ExportConfig
+from raytune_llm.config.export import CALIBRATED, ExportConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.predict import PredictConfig
@@ -228,6 +228,35 @@ class CompareRun:
             raise ConfigError("runs", "must name output folders of runs", fix=fix)
 
 
+CHAINED = ("prepare", "train", "tune", "predict", "evaluate", "export")
+"""Verbs that end by themselves and leave a result."""
+
+
+@section
+class ChainRun:
+    """`chain`: commands one after another, each of which may need what those before it wrote."""
+
+    steps: dict[str, list[str]]
+    """By name, in order: a verb and its settings, as words of a command line."""
+    also: dict[str, list[str]]
+    """By the names of steps: settings that are added."""
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            fix = "For example, raytune-llm chain +experiment=sft_then_dpo_then_export_smollm2."
+            raise ConfigError("steps", "must have commands", got="none", fix=fix)
+        for name, words in self.steps.items():
+            if not words or words[0] not in CHAINED:
+                rule = f"must begin with a verb of {', '.join(CHAINED)}"
+                raise ConfigError(f"steps.{name}", rule, got=" ".join(words) or "nothing")
+        if unknown := sorted(self.also.keys() - self.steps.keys()):
+            raise ConfigError("also", f"must have names of steps ({', '.join(self.steps)})", got=unknown)
+
+    def words(self, name: str) -> list[str]:
+        """The verb of a step and its settings."""
+        return [*self.steps[name], *self.also.get(name, ())]
+
+
 @section
 class EvaluateRun:
     """`evaluate`: benchmarks."""
@@ -251,9 +280,18 @@ class ExportRun:
     """`export`: a model as other programs load it."""
 
     model: ModelConfig
+    data: DataConfig
+    """Rows to calibrate a quantized model with, and to compare an export with its source on. Without data.path: the run's."""
+    resources: ResourcesConfig
+    """Where gptq and awq are computed."""
     export: ExportConfig
 
     def __post_init__(self) -> None:
+        if self.data.path is not None or self.data.dataset_info is not None:
+            _data_are_read_only(self.data)
+        if uses_ray(self.resources) and self.export.format not in CALIBRATED:
+            rule = f"must be inline but for export.format={' or '.join(CALIBRATED)}: this process writes the files"
+            raise ConfigError("resources", rule, got=self.resources.name, instead="resources=inline")
         if self.export.output_dir is not None:
             _is_no_address("export.output_dir", self.export.output_dir, " for an export")
         _model_or_run_is_given(self.model, "export.run", self.export.run)
@@ -337,6 +375,7 @@ RUNS: dict[str, Any] = {
     "jobs": JobsRun,
     "plan": TrainRun,
     "tune": TuneRun,
+    "chain": ChainRun,
     "prepare": PrepareRun,
     "import": ImportRun,
     "doctor": DoctorRun,

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from raytune_llm.config.adapter import NoAdapter
-from raytune_llm.config.export import ExportConfig
+from raytune_llm.config.run import ExportRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.export.check import outputs
 from raytune_llm.export.rows import Rows
@@ -19,7 +19,8 @@ from raytune_llm.export.tensors import write as write_tensors
 from raytune_llm.models.config_file import MODEL_CONFIG, write_config
 
 
-def hf(source: Source, settings: ExportConfig) -> Target:
+def hf(source: Source, run: ExportRun) -> Target:
+    settings = run.export
     if settings.dtype not in ("auto", *DTYPES):
         rule = f"must be auto or one of {', '.join(DTYPES)} with export.format=hf"
         raise ConfigError("export.dtype", rule, got=settings.dtype, fix="Or set export.format=gguf.")

@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from raytune_llm.config.export import ExportConfig
+from raytune_llm.config.run import ExportRun
 from raytune_llm.data.tokens.tokenizer import load_tokenizer
 from raytune_llm.errors import ConfigError
 from raytune_llm.export.gguf.file import gguf
@@ -56,9 +56,9 @@ class Turns:
         return f"{{{{ range .Messages }}}}{''.join(branches)}{{{{ end }}}}{_literal(self.around['assistant'][0])}"
 
 
-def ollama(source: Source, settings: ExportConfig) -> Target:
+def ollama(source: Source, run: ExportRun) -> Target:
     """Raises ConfigError for a chat template that Ollama's can't say."""
-    target = gguf(source, settings)
+    target = gguf(source, run)
     tokenizer: Any = load_tokenizer(str(source.beside or source.folder), needs_chat_template=False)
     turns = turns_of(tokenizer, str(source.beside or source.folder))
     stops = [tokenizer.convert_ids_to_tokens(id) for id in source.stop_ids or [tokenizer.eos_token_id]]

@@ -1,22 +1,28 @@
-"""The rows on which an export is compared with its source."""
+"""The rows on which an export is compared with its source, and those that a quantized one is calibrated on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import numpy as np
 
+from raytune_llm.config.data import DataConfig
+from raytune_llm.config.resources import INLINE
 from raytune_llm.config.run import TrainRun
-from raytune_llm.data.pipeline import find_stores
+from raytune_llm.data.pipeline import find_stores, prepare
 from raytune_llm.data.samples import split_sources
 from raytune_llm.data.store import Store
-from raytune_llm.errors import UserError
+from raytune_llm.errors import ConfigError, UserError
+from raytune_llm.export.source import Source
 from raytune_llm.runs.stores import held_out_part
+from raytune_llm.runs.trained import Trained
 
 MAX_TOKENS = 128
-"""The most tokens of a row."""
+"""Of a row that is checked."""
+SEED = 0
+"""Of the split of data.path into rows to check and rows to calibrate with."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +31,96 @@ class Rows:
     what: str
 
 
-def rows_to_check(run: TrainRun | None, vocab_size: int, number: int) -> Rows:
-    """The run's held-out rows, as far as their tokens are still there; else random tokens."""
+@dataclass(frozen=True)
+class _Split:
+    store: Store
+    rows: Sequence[int]
+    held_out: Store
+    held_out_rows: Sequence[int]
+
+
+def rows_to_check(source: Source, data: DataConfig, number: int) -> Rows:
+    """Of data.path where it is given, or else of the run's held-out rows, as far as its tokens are still there; else random
+    tokens."""
+    if _is_given(data):
+        split = _split_data(source, data, number)
+        return _read(
+            split.held_out, split.held_out_rows, number, MAX_TOKENS, lambda count: f"{count} held-out rows of {data.path}"
+        )
+    run = source.run
     if run is not None:
         try:
-            store, held_out = find_stores(run.model, run.data, kind=run.stage.kind)
+            stores = [folder and Store.open(folder) for folder in find_stores(run.model, run.data, kind=run.stage.kind)]
+            split = _split_run(run, *stores)
         except (UserError, OSError):
-            store = held_out = None
-        if (folder := held_out or store) is not None:
-            opened = Store.open(folder)
-            part = 1.0 if held_out else held_out_part(run.data, opened)
-            _, by_source = split_sources(opened, part, run.train.seed)
-            chosen = list(islice(chain.from_iterable(rows.tolist() for rows in by_source.values()), number))
-            what = "held-out rows of the run" if chosen else "rows that the run trained on"
-            ids = [
-                np.concatenate(opened.prompt_and_answer(row))[:MAX_TOKENS] for row in chosen or range(min(number, len(opened)))
-            ]
-            if ids := [row for row in ids if len(row) > 1]:
-                return Rows(ids, f"{len(ids)} {what}")
+            split = None
+        if split is not None:
+            chosen = split.held_out_rows or range(min(number, len(split.store)))
+            what = "held-out rows of the run" if split.held_out_rows else "rows that the run trained on"
+            rows = _read(split.held_out, chosen, number, MAX_TOKENS, lambda count: f"{count} {what}")
+            if rows.ids:
+                return rows
     draw = np.random.default_rng(0)
-    return Rows([draw.integers(0, vocab_size, MAX_TOKENS) for _ in range(number)], f"{number} rows of random tokens")
+    return Rows([draw.integers(0, source.vocab_size, MAX_TOKENS) for _ in range(number)], f"{number} rows of random tokens")
+
+
+def rows_to_calibrate(source: Source, data: DataConfig, num_checked: int, number: int, max_tokens: int) -> Rows:
+    """Of data.path where it is given, or else of what the run trained on, without the rows that are checked. Raises ConfigError
+    if there are none, and DataError for a damaged data set."""
+    run, what = source.run, "of what the run trained on"
+    if _is_given(data):
+        split, what = _split_data(source, data, num_checked), f"of {data.path}"
+    elif run is not None:
+        try:
+            prepared = prepare(run.model, run.data, INLINE, kind=run.stage.kind)
+            split = _split_run(run, prepared.store, prepared.eval_store)
+        except UserError as error:
+            raise _no_rows(f"those of the run can't be read ({error})") from error
+    else:
+        raise _no_rows("there is no run that they could be of")
+    assert split is not None
+    rows = _read(split.store, split.rows, number, max_tokens, lambda count: f"{count} rows {what}")
+    if not rows.ids:
+        raise _no_rows("none is left beside the rows that the export is checked on")
+    return rows
+
+
+def _no_rows(why: str) -> ConfigError:
+    fix = "Set data.path (and data.format), or export.format=w4a16, which needs none."
+    return ConfigError("data.path", f"must name rows to calibrate with: {why}", got="null", fix=fix)
+
+
+def _is_given(data: DataConfig) -> bool:
+    return data.path is not None or data.dataset_info is not None
+
+
+def _split_data(source: Source, data: DataConfig, num_held_out: int) -> _Split:
+    """Of a data set that the run did not have; all that it holds are rows of one split."""
+    model, kind = replace(source.model, path=str(source.beside or source.folder), revision=None), data.format.row_kind
+    if source.run is not None:
+        data = Trained(source.run, source.folder).rendered(data)
+        model = source.run.model
+    store = prepare(model, data, INLINE, kind=kind).store
+    rows, held_out = split_sources(store, min(0.5, num_held_out / max(1, len(store))), SEED)
+    return _Split(store, rows.tolist(), store, _joined(held_out))
+
+
+def _split_run(run: TrainRun, trained: Store | None, evaluated: Store | None) -> _Split | None:
+    """Of the stores that it trained and was evaluated on. None: neither is there."""
+    if trained is None:
+        return None if evaluated is None else _Split(evaluated, (), evaluated, range(len(evaluated)))
+    rows, held_out = split_sources(trained, held_out_part(run.data, trained), run.train.seed)
+    if evaluated is not None:
+        return _Split(trained, rows.tolist(), evaluated, range(len(evaluated)))
+    return _Split(trained, rows.tolist(), trained, _joined(held_out))
+
+
+def _joined(by_source: dict[str, np.ndarray]) -> list[int]:
+    return list(chain.from_iterable(rows.tolist() for rows in by_source.values()))
+
+
+def _read(store: Store, rows: Sequence[int], number: int, max_tokens: int, what: Callable[[int], str]) -> Rows:
+    """At most so many, each cut to its first tokens; those of one token are left out."""
+    cut: Iterator[np.ndarray] = (np.concatenate(store.prompt_and_answer(row))[:max_tokens] for row in islice(rows, number))
+    ids = [row for row in cut if len(row) > 1]
+    return Rows(ids, what(len(ids)))

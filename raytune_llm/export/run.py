@@ -16,6 +16,7 @@ from raytune_llm.export.check import Difference, can_compare, compare, has_memor
 from raytune_llm.export.gguf.file import gguf
 from raytune_llm.export.hf import hf
 from raytune_llm.export.ollama import ollama
+from raytune_llm.export.quantized.calibrated import calibrated
 from raytune_llm.export.quantized.nf4 import nf4
 from raytune_llm.export.quantized.rounded import rounded
 from raytune_llm.export.rows import rows_to_check
@@ -27,7 +28,7 @@ from raytune_llm.runs.owner import check_writable, owned
 OnProgress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in total."""
 SPARE_BYTES = 64 * 2**20
-FORMATS: Mapping[str, Callable[[Source, ExportConfig], Target]] = {
+FORMATS: Mapping[str, Callable[[Source, ExportRun], Target]] = {
     "hf": hf,
     "gguf": gguf,
     "ollama": ollama,
@@ -35,6 +36,8 @@ FORMATS: Mapping[str, Callable[[Source, ExportConfig], Target]] = {
     "w8a8": rounded,
     "w4a16": rounded,
     "nf4": nf4,
+    "gptq": calibrated,
+    "awq": calibrated,
 }
 """By export.format: each raises ConfigError for what can't be written in it."""
 
@@ -54,12 +57,12 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
     place = Path(settings.output_dir)
     _check_place(place, overwrite=settings.overwrite)
     source = source_of(run)
-    target = FORMATS[settings.format](source, settings)
-    check_space(place.parent, target.num_bytes)
+    target = FORMATS[settings.format](source, run)
+    check_space(place.parent, target.num_bytes + target.passing_bytes)
     disk = full_disk_explained(place, setting="export.output_dir", then="nothing was left there")
     with disk, _beside(place) as folder:
         _write(target, folder, on_progress)
-        difference, unchecked = _compared(settings, source, target, folder)
+        difference, unchecked = _compared(run, source, target, folder)
         _describe(settings, source, target, folder, difference, unchecked)
         _take_place(folder, place)
     return Exported(place, target.num_bytes, difference, unchecked)
@@ -148,15 +151,16 @@ def check_space(folder: Path, num_bytes: int) -> None:
         raise ResourceError(lacking, "Free some space, or set export.output_dir on a larger disk.")
 
 
-def _compared(settings: ExportConfig, source: Source, target: Target, folder: Path) -> tuple[Difference | None, str | None]:
+def _compared(run: ExportRun, source: Source, target: Target, folder: Path) -> tuple[Difference | None, str | None]:
     """The difference from the source, or why it was not computed. Raises ConfigError if it exceeds export.max_kl."""
+    settings = run.export
     if settings.check is False or settings.check_rows == 0:
         return None, "it was not asked for (export.check)"
     if settings.check == "auto" and not has_memory(source):
         return None, "there was not the memory for the model in float32"
     if not can_compare(source):
         return None, "of several adapters, or with other weights than 1, nothing else computes the sum"
-    rows = rows_to_check(source.run, source.vocab_size, settings.check_rows)
+    rows = rows_to_check(source, run.data, settings.check_rows)
     difference = compare(source, target.outputs(folder, rows), rows)
     limit = target.max_kl if settings.max_kl is None else settings.max_kl
     if not difference.divergence <= limit:

@@ -28,3 +28,5 @@ class Target:
     """The type of the weights, for the card."""
     max_kl: float = 0.01
     """Where export.max_kl is null."""
+    passing_bytes: int = 0
+    """On disk beside them, while it is written."""

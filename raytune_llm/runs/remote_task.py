@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from raytune_llm.config.resources import Cluster
+from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.errors import ResourceError, first_line
 from raytune_llm.runs.group_size import group_size
 
 T = TypeVar("T")
 
 
-def call_on_node(resources: Cluster, function: Callable[[], T]) -> T:
-    """The result of `function`, which is pickled. What it raises is raised here; ResourceError if its process dies."""
+def call_on_node(resources: Local | Cluster, function: Callable[[], T], *, packages: Sequence[str] = ()) -> T:
+    """The result of `function`, which is pickled. What it raises is raised here; ResourceError if its process dies.
+
+    packages: requirements that Ray installs on the node, in a runtime environment for this call.
+    """
     import ray
-    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+    from ray.exceptions import OutOfMemoryError, RayTaskError, RuntimeEnvSetupError, WorkerCrashedError
 
     size = group_size(resources)
+    options = {"num_cpus": size.cpus, "num_gpus": size.gpus}
+    if packages:
+        options["runtime_env"] = {"pip": list(packages)}
     try:
-        return ray.get(ray.remote(num_cpus=size.cpus, num_gpus=size.gpus)(function).remote())
+        return ray.get(ray.remote(**options)(function).remote())
     except RayTaskError as error:
         raise error.cause from None
+    except RuntimeEnvSetupError as error:
+        what = f"the packages {', '.join(packages)} can't be installed on a node of the cluster ({first_line(error)})"
+        raise ResourceError(what, "Make the nodes reach a package index, or install them in an environment there.") from error
     except (OutOfMemoryError, WorkerCrashedError) as error:
         what = f"a process on a node of the cluster died ({first_line(error)})"
         raise ResourceError(what, "The same command resumes.") from error

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from raytune_llm import api, load_config, load_sweep
-from raytune_llm.config.load import options, sweeps
+from raytune_llm.__main__ import main
+from raytune_llm.config.load import of_verbs, options, sweeps
 from tests.group import metrics
+from tests.llama_cpp import llama_cpp
 
 pytestmark = [
     pytest.mark.long,
@@ -35,7 +37,7 @@ def run_for_two_steps(experiment: str, folder: Path) -> api.TrainResult:
     return api.train(load_config("train", [f"+experiment={experiment}", *here, *small, *answers]))
 
 
-@pytest.mark.parametrize("experiment", [name for name in options("experiment") if name not in sweeps()])
+@pytest.mark.parametrize("experiment", [name for name in options("experiment") if name not in of_verbs()])
 def test_an_experiment_runs_as_typed(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if experiment in FIRST:
@@ -66,3 +68,27 @@ def test_a_sweep_runs_as_typed(experiment, tmp_path, monkeypatch):
     assert result.folder.is_relative_to(tmp_path / "outputs" / experiment) and (result.folder / "final").is_dir()
     written = json.loads((tmp_path / "outputs" / experiment / "results.json").read_text())
     assert [trial["steps"] for trial in written["trials"]] == [2, 2] and written["best"]["metric"] == result.best.value
+
+
+CHAINS = [name for name, verb in of_verbs().items() if verb == "chain"]
+
+
+@pytest.mark.parametrize("experiment", CHAINS)
+def test_a_chain_ends_with_a_model_that_llama_cpp_reads(experiment, tmp_path, monkeypatch, capfd):
+    """Two steps of each training; repeated, the trainings are found finished."""
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "data.max_samples=32", "data.max_length=96", "train.max_steps=2", "train.global_batch_size=2", "resources=inline",
+        "strategy=ddp", "tracking=none", "train.max_new_tokens=4", f"data.cache={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    sft = [*small, "train.exact_match_rows=2"]
+    also = f"also={{sft: {json.dumps(sft)}, dpo: {json.dumps(small)}, export: [export.check_rows=2]}}"
+    for _ in range(2):
+        assert main(["chain", f"+experiment={experiment}", also]) == 0
+    said = capfd.readouterr().out
+    assert "step 3 of 3" in said and said.count("held-out rows of the run") == 2
+    (file,) = (tmp_path / "exported" / "sft_then_dpo_smollm2").glob("*.gguf")
+    assert (file.parent / "Modelfile").read_text().startswith(f"FROM ./{file.name}\nTEMPLATE")
+    with llama_cpp(file) as reader:
+        assert len(reader.next_logprobs([1, 9690, 198], 5)) == 5
+    assert json.loads((file.parent / "export.json").read_text())["difference"]["divergence"] < 0.01

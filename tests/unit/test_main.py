@@ -21,7 +21,7 @@ def test_help_shows_verbs_groups_experiments_and_settings(capsys):
 
 
 @pytest.mark.parametrize(
-    "verb", ["prepare", "plan", "tune", "serve", "chat", "predict", "export", "evaluate", "compare", "import", "doctor"]
+    "verb", ["prepare", "plan", "tune", "chain", "serve", "chat", "predict", "export", "evaluate", "compare", "import", "doctor"]
 )
 def test_each_verb_has_its_own_help(capsys, verb):
     code, out, _ = said(capsys, verb, "--help")

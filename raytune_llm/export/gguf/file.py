@@ -15,7 +15,7 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from raytune_llm.config.export import ExportConfig
+from raytune_llm.config.run import ExportRun
 from raytune_llm.data.tokens.tokenizer import load_tokenizer
 from raytune_llm.errors import ConfigError
 from raytune_llm.export.gguf.families import Family, describe, family_of, rope_factors
@@ -65,8 +65,9 @@ class Stored:
         return int(np.prod(self.byte_shape))
 
 
-def gguf(source: Source, settings: ExportConfig) -> Target:
+def gguf(source: Source, run: ExportRun) -> Target:
     """Raises ConfigError for a model that llama.cpp would not compute as transformers does."""
+    settings = run.export
     got = str(source.folder)
     if source.scores:
         raise ConfigError("export.format", "can't be gguf for a reward model", got=got, fix="Export it as hf.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,7 +80,8 @@ def encoded(source: Source, settings: ExportConfig, matrices: Matrices, codec: C
         write_tensors(folder, [one.fact for one in stored], settings.shard_bytes, make, on_bytes)
 
     said = f"{settings.format}, and {settings.dtype} what is not quantized"
-    return Target(sum(one.fact.num_bytes for one in stored), write, reloaded_outputs, "transformers", said, codec.max_kl)
+    outputs = partial(reloaded_outputs, trust_remote_code=source.model.trust_remote_code)
+    return Target(sum(one.fact.num_bytes for one in stored), write, outputs, "transformers", said, codec.max_kl)
 
 
 def dtype_of(settings: ExportConfig) -> torch.dtype | None:
@@ -91,10 +93,11 @@ def dtype_of(settings: ExportConfig) -> torch.dtype | None:
 
 
 @torch.no_grad()
-def reloaded_outputs(folder: Path, rows: Rows) -> Iterator[Tensor]:
+def reloaded_outputs(folder: Path, rows: Rows, *, trust_remote_code: bool) -> Iterator[Tensor]:
     """Log-probabilities [T - 1, V] of each row, by what transformers loads from the folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=device).eval()
+    settings: dict[str, Any] = {"dtype": torch.float32, "device_map": device, "trust_remote_code": trust_remote_code}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
     for ids in rows.ids:
         logits_TV = model(torch.from_numpy(ids.astype("int64"))[None].to(device), use_cache=False).logits[0]
         yield logits_TV[:-1].float().log_softmax(-1).cpu()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytune_llm.config.export import ExportConfig
+from raytune_llm.config.run import ExportRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.export.quantized.codec import encoded, require
 from raytune_llm.export.quantized.matrices import matrices_of
@@ -27,7 +27,8 @@ STATE_BYTES = 256
 """Of the JSON about a matrix. It has a number in it whose digits vary, and is filled up with spaces."""
 
 
-def nf4(source: Source, settings: ExportConfig) -> Target:
+def nf4(source: Source, run: ExportRun) -> Target:
+    settings = run.export
     require("bitsandbytes", settings.format, "raytune-llm[nf4]")
     matrices = matrices_of(source, settings.format)
     if narrow := [width for width in matrices.widths if width % BLOCK]:

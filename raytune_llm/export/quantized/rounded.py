@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raytune_llm.config.export import ExportConfig
+from raytune_llm.config.run import ExportRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.export.quantized.codec import encoded, require
 from raytune_llm.export.quantized.matrices import Matrices, matrices_of
@@ -47,7 +48,8 @@ SCHEMES: Mapping[str, Scheme] = {
 """By export.format."""
 
 
-def rounded(source: Source, settings: ExportConfig) -> Target:
+def rounded(source: Source, run: ExportRun) -> Target:
+    settings = run.export
     scheme = SCHEMES[settings.format]
     require("compressed_tensors", settings.format, "raytune-llm[quantized]")
     matrices = matrices_of(source, settings.format)

@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_llm import ConfigError, load_config, load_sweep
+from raytune_llm import ConfigError, api, load_config, load_sweep
 from raytune_llm.config import load
 from raytune_llm.config.load import to_yaml
 from raytune_llm.config.paths import with_absolute_paths
@@ -114,8 +114,8 @@ def test_every_option_of_every_group_composes(group):
         load_config("train", [DATA, *resources, f"{group}={option}", *given_path, *NEEDS.get(option, ())])
 
 
-RUNS = [name for name in load.options("experiment") if name not in load.sweeps()]
-"""Experiments that `train` runs; the others are for `tune`."""
+RUNS = [name for name in load.options("experiment") if name not in load.of_verbs()]
+"""Experiments that `train` runs; the others are for `tune` and `chain`."""
 
 
 @pytest.mark.parametrize("experiment", RUNS)
@@ -131,6 +131,43 @@ def test_every_sweep_is_complete_as_it_is(experiment):
     assert Path(sweep.base.data.path).is_file()
     assert sweep.base.data.evaluates and len(sweep.planned) == sweep.tune.trials
     assert load_sweep([f"+experiment={experiment}", DATA]).base.data.path == "rows.jsonl"
+
+
+@pytest.mark.parametrize("experiment", [name for name, verb in load.of_verbs().items() if verb == "chain"])
+def test_every_chain_is_complete_as_it_is(experiment):
+    run = load_config("chain", [f"+experiment={experiment}", "also={sft: [train.max_steps=2]}"])
+    for name in run.steps:
+        verb, *words = run.words(name)
+        load_config(verb, words)
+    assert run.words("sft")[-1] == "train.max_steps=2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], "steps must have commands"),
+        (["steps={a: [serve]}"], r"steps\.a must begin with a verb of prepare, train"),
+        (["steps={a: []}"], r"steps\.a must begin"),
+        (["steps={a: [train]}", "also={b: [x=1]}"], r"also must have names of steps \(a\)"),
+        (["+experiment=sft_smollm2"], r"is no chain of commands, got 'sft_smollm2'"),
+    ],
+)
+def test_a_chain_that_cannot_run_is_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config("chain", settings)
+
+
+def test_a_mistake_in_a_later_step_of_a_chain_is_said_before_the_first_one_runs(tmp_path):
+    steps = f"steps={{a: [train, model=tiny_random, {DATA}, 'output_dir={tmp_path / 'a'}'], b: [export, export.output_dir=null]}}"
+    with pytest.raises(ConfigError, match=r"export\.output_dir must be given"):
+        api.chain(load_config("chain", [steps]))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "submit"])
+def test_a_chain_goes_with_its_verb_alone(verb):
+    with pytest.raises(ConfigError, match=r"is a chain of commands, .*Write python -m raytune_llm chain \+experiment=sft_then"):
+        load_config(verb, ["+experiment=sft_then_dpo_then_export_smollm2"])
 
 
 @pytest.mark.parametrize("verb", ["train", "plan", "submit"])

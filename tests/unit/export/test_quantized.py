@@ -8,6 +8,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from raytune_llm import api
 from raytune_llm.config.load import load_config
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
-from raytune_llm.errors import ConfigError, ResourceError
-from raytune_llm.export.rows import rows_to_check
+from raytune_llm.errors import ConfigError, ResourceError, UserError
+from raytune_llm.export.rows import rows_to_calibrate, rows_to_check
+from raytune_llm.export.source import source_of
 from tests.llama_cpp import small_model
 
 FORMATS = ("fp8", "w8a8", "w4a16", "nf4")
@@ -51,7 +53,8 @@ def exported(base: Path, place: Path, *settings: str):
 def perplexity_of(folder: Path) -> float:
     """Of the rows that an export is checked on, by the loss of a model that transformers loaded."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    rows = [torch.from_numpy(ids)[None] for ids in rows_to_check(None, model.config.vocab_size, 8).ids]
+    draw = np.random.default_rng(0)
+    rows = [torch.from_numpy(draw.integers(0, model.config.vocab_size, 128))[None] for _ in range(8)]
     with torch.no_grad():
         losses = [model(ids, labels=ids).loss.item() for ids in rows]  # rows have one length
     return math.exp(sum(losses) / len(losses))
@@ -148,6 +151,86 @@ def test_a_missing_package_is_named_before_anything_is_written(base, tmp_path, m
     with pytest.raises(ConfigError, match=rf"can't be {format} here: {package} is not installed.*pip install"):
         exported(base, tmp_path / "out", f"export.format={format}")
     assert not any(tmp_path.iterdir())
+
+
+QUANTIZER = Path(".quantizer/bin/python").absolute()
+"""Of an environment with llmcompressor: python -m venv .quantizer && .quantizer/bin/pip install 'llmcompressor>=0.14,<0.15'."""
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("rows") / "texts.jsonl"
+    lines = [json.dumps({"text": f"Row {number} says " + "over and again " * (number % 5 + 4)}) for number in range(24)]
+    file.write_text("\n".join(lines))
+    return file
+
+
+def of_texts(texts: Path, tmp_path: Path) -> list[str]:
+    return ["data=text", f"data.path={texts}", f"data.cache={tmp_path / 'cache'}"]
+
+
+@pytest.mark.skipif(not QUANTIZER.exists(), reason="needs llmcompressor in .quantizer")
+def test_gptq_is_nearer_than_rounding_on_rows_like_those_it_was_calibrated_on(base, texts, tmp_path):
+    words = ["export.calibration_tokens=64", "export.group_size=32", *of_texts(texts, tmp_path)]
+    done = exported(base, tmp_path / "out", "export.format=gptq", f"export.python={QUANTIZER}", *words)
+    rounded = exported(base, tmp_path / "rounded", "export.format=w4a16", *words)
+    assert done.difference is not None and rounded.difference is not None
+    assert done.difference.divergence < 0.7 * rounded.difference.divergence
+    assert "8 held-out rows of" in done.difference.rows
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"calibrated on 16 rows of {texts}" in card and f"{done.difference.perplexity:.4f}" in card
+    before = json.loads((tmp_path / "rounded" / "config.json").read_text())["quantization_config"]["config_groups"]
+    after = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert after["group_0"]["weights"]["group_size"] == before["group_0"]["weights"]["group_size"] == 32
+    assert not [file for file in (tmp_path / "out").iterdir() if file.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["export.format=gptq"], r"can't be gptq here: llmcompressor is not installed.*python -m venv.*export\.python="),
+        (["export.format=gptq", "export.python=/nothing/there"], r"export\.python must be a Python that can be started"),
+        (["export.format=gptq", "export.python=/bin/false"], r"export\.python must be the Python .* with llmcompressor"),
+        (["export.format=gptq", "export.python=/bin/true"], r"data\.path must name rows to calibrate with: there is no run"),
+        (["export.format=gptq", "export.python=/bin/true", "data.path=/nothing/there"], r"data\.path"),
+        (["export.format=w4a16", "export.python=/bin/true"], r"export\.python is for export\.format=gptq or awq"),
+        (["export.format=w4a16", "resources=local"], r"resources must be inline but for export\.format=gptq or awq"),
+        (["data.path=rows.jsonl", "data.eval_fraction=0.1"], r"data\.eval_fraction is for training"),
+    ],
+)
+def test_what_calibration_lacks_is_said_before_anything_is_written(base, tmp_path, settings, said):
+    with pytest.raises(UserError, match=said):
+        exported(base, tmp_path / "out", *settings)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can be had with a GPU")
+def test_awq_without_a_gpu_is_refused(base, tmp_path):
+    with pytest.raises(ConfigError, match=r"can't be awq here: .* needs a GPU"):
+        exported(base, tmp_path / "out", "export.format=awq", "export.python=/bin/true")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_quantizer_that_fails_leaves_nothing(base, texts, tmp_path):
+    """Of /bin/true's kind, but it fails when it is to work."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *JOB*|*llmcompressor_job*) echo "no such layer" >&2; exit 3;; esac\n')
+    python.chmod(0o755)
+    with pytest.raises(ResourceError, match=r"llmcompressor failed: no such layer"):
+        exported(base, tmp_path / "out", "export.format=gptq", f"export.python={python}", *of_texts(texts, tmp_path))
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["cache", "python"]
+
+
+def test_rows_that_are_checked_are_not_calibrated_with(base, texts, tmp_path):
+    run = load_config(
+        "export",
+        [f"model.path={base}", f"export.output_dir={tmp_path / 'out'}", "export.format=w4a16", *of_texts(texts, tmp_path)],
+    )
+    source = source_of(run)
+    checked = rows_to_check(source, run.data, 8)
+    calibrated = rows_to_calibrate(source, run.data, 8, 256, 512)
+    assert (len(checked.ids), len(calibrated.ids)) == (8, 16)
+    assert not {row[:9].tobytes() for row in checked.ids} & {row[:9].tobytes() for row in calibrated.ids}
 
 
 @pytest.mark.parametrize("format", ["hf", "gguf", "fp8", "nf4"])
