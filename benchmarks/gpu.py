@@ -151,7 +151,9 @@ def make_steps(variant: Variant, vocab_size: int) -> Iterator[Step]:
         if variant.joined_rows is not None:
             lines = [[row for line in lines for row in line]]
             length = -(-tokens // JOINED_MULTIPLE) * JOINED_MULTIPLE
-        batch = pinned(collate(lines, length=length, pad_id=0, sample_ids=(start,)))
+        batch = collate(lines, length=length, pad_id=0, sample_ids=(start,))
+        if torch.cuda.is_available():
+            batch = pinned(batch)
         yield Step(
             epoch=0,
             cursor=0,
