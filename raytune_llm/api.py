@@ -164,6 +164,7 @@ def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None)
     error that ended the run, or None if its `stops` did.
     """
     from raytune_llm.runs.owner import check_writable, owned
+    from raytune_llm.runs.remote_output import FILES
     from raytune_llm.runs.together import fit_together
     from raytune_llm.runs.workspace import Workspace
 
@@ -172,7 +173,7 @@ def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None)
     with ExitStack() as stack:
         clocks = [_Phases(time.time()) for _ in parts]
         for part in parts:
-            check_writable(Path(part.run.output_dir))
+            check_writable(Path(part.run.output_dir), *FILES)
             stack.enter_context(owned(Path(part.run.output_dir)))
         for clock in clocks:
             clock.enter("prepare")

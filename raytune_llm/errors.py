@@ -8,6 +8,10 @@ NOT_YAML = (YAMLError, ValueError, KeyError, AttributeError, TypeError, Recursio
 """What PyYAML raises for texts that it can't read: a value that its tag doesn't fit is a bare KeyError or AttributeError."""
 
 
+MAX_SHOWN_CHARS = 600
+"""Of the value that an error shows."""
+
+
 class UserError(Exception):
     """A mistake or a circumstance that the user can fix: shown without a traceback, exit code 2."""
 
@@ -27,8 +31,14 @@ class ConfigError(UserError):
         return _config_error, (self.setting, self.rule, self.got, self.fix, self.instead)
 
     def __str__(self) -> str:
-        got = "" if self.got is None else f", got {self.got!r}" if isinstance(self.got, str) else f", got {self.got}"
-        return f"{self.setting} {self.rule}{got}. {self.fix}".rstrip()
+        got = "" if self.got is None else f", got {_short(repr(self.got) if isinstance(self.got, str) else str(self.got))}"
+        return f"{_short(self.setting)} {self.rule}{got}. {self.fix}".rstrip()
+
+
+def _short(value: str) -> str:
+    """A value as it is read on a screen: nobody reads all of a long one."""
+    half = MAX_SHOWN_CHARS // 2
+    return value if len(value) <= MAX_SHOWN_CHARS else f"{value[:half]} ... {value[-half:]} ({len(value):,} characters)"
 
 
 def _config_error(setting: str, rule: str, got: object, fix: str, instead: str) -> ConfigError:

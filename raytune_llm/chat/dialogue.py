@@ -160,5 +160,5 @@ def _json_of(path: Path) -> Any:
         return json.loads(path.expanduser().read_text())
     except OSError as error:
         raise DataError(str(path), f"can't be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(str(path), f"must be JSON ({error})") from None

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from raytune_llm import BEGAN, api
-from raytune_llm.config.load import to_yaml
+from raytune_llm.config.load import as_word, to_yaml
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.run import TrainRun
 from raytune_llm.packaged import PACKAGED
@@ -171,4 +171,4 @@ def chat_command(run: TrainRun, final: Path) -> str | None:
 
 
 def _override(setting: str, value: object) -> str:
-    return shlex.quote(f"{setting}={value}")
+    return shlex.quote(as_word(setting, str(value) if isinstance(value, Path) else value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raytune_llm import api
+from raytune_llm.config.load import as_word
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.runs.plan import Plan
 from raytune_llm.tune.study import PAGE, TABLE, Study, Trial
@@ -172,7 +174,7 @@ def _print_best(console: Console, sweep: Sweep, result: TuneResult) -> None:
     console.print()
     console.print(table, highlight=False)
     command = f"python -m raytune_llm --config-dir {shlex.quote(str(sweep.folder))} --config-name best"
-    console.print(f"\nNext: [bold]{escape(command)}[/bold] trains the best setting again", highlight=False, soft_wrap=True)
+    _print_next(console, {command: "trains the best setting again"})
 
 
 def _print_paused(console: Console, sweep: Sweep, study: Study) -> None:
@@ -182,11 +184,22 @@ def _print_paused(console: Console, sweep: Sweep, study: Study) -> None:
         figure = "" if trial.latest is None else f"{study.metric.name} {trial.latest:.4f}, "
         console.print(f"trial {trial.number} waits at step {trial.step}: {figure}{values}", highlight=False, markup=False)
     command = f"python -m raytune_llm tune resume {shlex.quote(str(sweep.folder))}"
-    console.print(
-        f"\nNext: [bold]{escape(command)} keep=3[/bold] trains the best three to their end", highlight=False, soft_wrap=True
+    setting = sweep.settings[0]
+    values = [trial.point.get(setting) for trial in study.paused]
+    other = next((value for value in values if value != values[0]), values[0])
+    clone = f"{command} clone={study.paused[0].number} {shlex.quote(as_word(setting, other))}"
+    _print_next(
+        console,
+        {f"{command} keep=3": "trains the best three to their end", clone: "trains one with another value, from where it is"},
     )
-    example = f"{command} clone={study.paused[0].number} {sweep.settings[0]}=..."
-    console.print(f"      [bold]{escape(example)}[/bold] trains one on with another value", highlight=False, soft_wrap=True)
+
+
+def _print_next(console: Console, commands: Mapping[str, str]) -> None:
+    """Each command on a line of its own, as it is pasted, and below it what it does."""
+    console.print()
+    for begin, (command, does) in zip(["Next: ", *["      "] * len(commands)], commands.items(), strict=False):
+        console.print(f"{begin}[bold]{escape(command)}[/bold]", highlight=False, soft_wrap=True)
+        console.print(f"      ({does})", highlight=False, style="dim", soft_wrap=True)
 
 
 def _text(value: Any) -> str:

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 from raytune_llm.config import load as composer
@@ -56,10 +57,10 @@ def parse(verb: str, argv: list[str]) -> Call:
     words = iter(rest)
     for word in words:
         if not word.startswith("-"):
-            if "=" not in word and verb in LISTS:
+            if verb in LISTS and not _is_override(word):
                 listed.append(word)
                 continue
-            if "=" in word or word.startswith(("+", "~")) or verb not in WITHOUT_A_KEY:
+            if verb not in WITHOUT_A_KEY or word.startswith(("+", "~")) or _is_override(word):
                 overrides.append(word)
                 continue
             overrides.append(f"{_setting_at(verb, positional, word)}={composer.quoted(word)}")
@@ -86,6 +87,12 @@ def parse(verb: str, argv: list[str]) -> Call:
         overrides.append(f"{LISTS[verb]}=[{','.join(map(composer.quoted, listed))}]")
     _check_together(flags)
     return Call(verb, overrides, known.config_dir, known.config_name, flags)
+
+
+def _is_override(word: str) -> bool:
+    """A sweep's trials lie in folders like 000_lr=0.001, and no setting has a slash in its name."""
+    key, sign, _ = word.partition("=")
+    return bool(sign) and "/" not in key and not Path(word).exists()
 
 
 def _check_together(flags: list[str]) -> None:

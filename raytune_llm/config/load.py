@@ -24,7 +24,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -164,14 +164,17 @@ def _check_choices(overrides: Sequence[str], config_dir: str | Path | None) -> N
             raise ConfigError(
                 group, "must be the name of an option", got=f"{value[:40]}...", fix="See --help for those that there are."
             )
+        if sign and group == "hydra":
+            raise ConfigError("hydra", "is no group of options", got=text, fix="Settings of Hydra read hydra.run.dir=...")
         if not sign or "." in group or group not in groups():
             continue
         if key.startswith("~"):
             raise ConfigError(group, "is removed by its name alone", got=text, fix=f"Write ~{group}.")
         if group == "experiment" and not key.startswith("+"):
             raise ConfigError("experiment", "is added with a plus sign", got=text, fix=f"Write +{text}.")
-        chosen = OverridesParser.create().parse_override(text).value() if _is_read(text) else value
-        if not isinstance(chosen, str | list) and not _is_sweep(chosen):
+        chosen = _parsed(text).value() if _is_read(text) else value
+        names = chosen if isinstance(chosen, list) else [chosen]
+        if not (_is_sweep(chosen) or all(isinstance(name, str) and "\0" not in name for name in names)):
             there = f"There are: {listed(options(group, config_dir), ', ')}."
             raise ConfigError(group, "must be the name of one of its options", got=value, fix=there)
 
@@ -240,6 +243,8 @@ def as_typed(override: str, *, several: bool = False) -> str:
 
     Lists and objects are read as YAML where Hydra can't. `several`: commas part values, as with -m. Raises ConfigError.
     """
+    if not override.isprintable():
+        _check_encoding(override)
     if _is_read(override):
         return override
     found = re.fullmatch(r"([+~]*[^=\s]+)=(.*)", override, re.DOTALL)
@@ -247,11 +252,22 @@ def as_typed(override: str, *, several: bool = False) -> str:
         raise ConfigError("an override", "must read key=value", got=override, fix="See --help for the settings.")
     key, value = found[1], found[2].strip()
     if _is_open(value):
-        raise ConfigError(key, "has a quote or a bracket that is not closed", got=value, fix=f"For example, '{key}=[a,b]'.")
+        fix = "Close the quote." if value.startswith(("'", '"')) else f"For example, '{key}=[a,b]'."
+        raise ConfigError(key, "has a quote or a bracket that is not closed", got=value, fix=fix)
     if value.startswith(("[", "{")) and _is_read(literal := f"{key}={_literal(value)}"):
         return literal
     values = re.split(r",(?![^\[]*\])", value) if several else [value]
     return f"{key}={','.join(one if _is_read(f'{key}={one}') else quoted(one) for one in values)}"
+
+
+def _check_encoding(override: str) -> None:
+    """That its bytes were UTF-8: those that were not reach Python as surrogates, which no file and no JSON can hold."""
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        key, _, value = override.partition("=")
+        fix = "Type it in UTF-8; a file with such a name must get another one."
+        raise ConfigError(key, "must be text in UTF-8", got=value, fix=fix) from None
 
 
 def swept(override: str) -> tuple[str, Values] | None:
@@ -262,7 +278,7 @@ def swept(override: str) -> tuple[str, Values] | None:
     if not _is_read(typed) or (not _is_read(override) and re.match(SEVERAL, value)):
         fix = "Say, 8,16,32, range(0,4), interval(0,1) or tag(log,interval(1e-5,1e-3))."
         raise ConfigError(key.lstrip("+"), "has values that can't be read", got=value, fix=fix)
-    read = OverridesParser.create().parse_override(typed)
+    read = _parsed(typed)
     if not read.is_sweep_override():
         return None
     setting = read.input_line.partition("=")[0] if read.input_line else read.key_or_group
@@ -279,7 +295,7 @@ def swept(override: str) -> tuple[str, Values] | None:
 def one_value(override: str) -> tuple[str, Any]:
     """The setting, and the value that an override gives to it."""
     word = as_typed(override)
-    read = OverridesParser.create().parse_override(word)
+    read = _parsed(word)
     setting, _, value = word.partition("=")
     if read.is_sweep_override():
         raise ConfigError(setting, "must have one value here", got=value)
@@ -301,6 +317,20 @@ def as_override(setting: str, value: Any) -> str:
     return f"{setting}={_word(value)}"
 
 
+def as_word(setting: str, value: Any) -> str:
+    """The same as a user would type it: a text in quotes only where it would be read as something else (a,b is two values)."""
+    word = f"{setting}={value}"
+    try:
+        read = one_value(word)[1]
+    except ConfigError:
+        read = None
+    return word if read == value else as_override(setting, value)
+
+
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
+
+
 def _word(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(map(_word, value))}]"
@@ -311,7 +341,7 @@ def _word(value: Any) -> str:
 
 def _is_read(override: str) -> bool:
     try:
-        OverridesParser.create().parse_override(override)
+        _parsed(override)
     except HydraException:
         return False
     return True
@@ -337,7 +367,7 @@ def _in_hydras_words(node: Any) -> str:
         return f"[{','.join(map(_in_hydras_words, node))}]"
     if isinstance(node, dict):
         return f"{{{','.join(f'{key}:{_in_hydras_words(item)}' for key, item in node.items())}}}"
-    is_text = not _is_read(f"key={node}") or isinstance(OverridesParser.create().parse_override(f"key={node}").value(), str)
+    is_text = not _is_read(f"key={node}") or isinstance(_parsed(f"key={node}").value(), str)
     return quoted(node) if is_text else node
 
 
@@ -507,7 +537,7 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
     """Hydra's complaint in our form."""
     text = str(error)
     if match := re.search(r"[Cc]ould not override '([^']+)'", text):
-        return _unknown_key(match[1], _known_keys(config_name, overrides, config_dir))
+        return _unknown_key(match[1], _known_keys(config_name, overrides, config_dir), _verb_of(config_name))
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
         found = options(group, config_dir)
@@ -519,7 +549,7 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
         return ConfigError("--config-name", f"must be a YAML file of {config_dir or CONF}", got=match[1])
     if match := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in", text):
         key = getattr(error, "full_key", None) or match[1] or match[2]
-        return _unknown_key(key, _known_keys(config_name, overrides, config_dir))
+        return _unknown_key(key, _known_keys(config_name, overrides, config_dir), _verb_of(config_name))
     if (
         "LexerNoViableAlt" in text
         or "mismatched input" in text
@@ -539,6 +569,11 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
         return ConfigError(match[1], "was chosen twice", fix="Choose it once.")
     if match := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
         return ConfigError(match[1], "exists already", fix=f"Write {match[1]}=... without the plus sign.")
+    if match := re.search(r"Could not delete from config. The value of '([^']+)' is", text):
+        return ConfigError(match[1], "is removed by its name alone", fix=f"Write ~{match[1]}.")
+    if match := re.search(r"Override (\S+?)@(\S*?)=.*looks like a config group override", text, re.DOTALL):
+        fix = f"Write {match[1]}=... without the @."
+        return ConfigError(match[1], "is no group of options, which alone can have an @", got=f"{match[1]}@{match[2]}", fix=fix)
     if match := re.search(r"Could not delete from config. '([^']+)'", text):
         return ConfigError(match[1], "can't be removed: it is not in the config", fix="Leave it out.")
     if match := re.search(r"Error merging override (?:\+\+)?([\w.]+)=(.*?)\.?(?:\n|$)", text):
@@ -546,7 +581,11 @@ def _explained(error: Exception, config_name: str, overrides: list[str], config_
     return ConfigError("the config", f"can't be composed: {_reason(error)}")
 
 
-def _unknown_key(key: str, known: list[str]) -> ConfigError:
+def _verb_of(config_name: str) -> str:
+    return config_name if config_name in RUNS else "train"
+
+
+def _unknown_key(key: str, known: list[str], verb: str = "train") -> ConfigError:
     if key in RENAMED:
         return ConfigError(key, f"has another name now, {RENAMED[key]}", fix=f"Write {RENAMED[key]}=...")
     if key == "experiment":
@@ -557,7 +596,7 @@ def _unknown_key(key: str, known: list[str]) -> ConfigError:
         return ConfigError(key, f"is no setting of the {group} that is chosen", fix=f"It is one of {chosen}.")
     known = [name for name in known if name != key and not name.startswith((f"{key}.", "hydra"))]
     near = difflib.get_close_matches(key, known, n=1) or _same_last_part(key, known)
-    fix = f"Did you mean {near[0]}?" if near else "`python -m raytune_llm train --cfg job` shows every setting."
+    fix = f"Did you mean {near[0]}?" if near else f"`python -m raytune_llm {verb} --cfg job` shows every setting."
     return ConfigError(key, "is no setting", fix=fix)
 
 

@@ -203,7 +203,7 @@ def load_paused(words: Sequence[str]) -> Sweep:
     try:
         then = json.loads((folder / COMMAND).read_text())
         words_then, config_dir, config_name = (then[name] for name in ("words", "config_dir", "config_name"))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ConfigError("tune resume", "needs the folder of a sweep", got=str(folder), fix="Say, outputs/sweep.") from None
     given = dict(pairs := [one_value(word) for word in rest])
     if len(given) < len(pairs):

@@ -77,7 +77,7 @@ def _read(folder: Path, setting: str) -> Mapping[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text())
         return config if "peft_type" in config and config["peft_type"] != "LORA" else {**config, "r": int(config["r"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
             setting, f"must hold an {CONFIG} of PEFT's ({type(error).__name__}: {error})", got=str(folder)
         ) from None

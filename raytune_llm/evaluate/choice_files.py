@@ -62,7 +62,7 @@ def read_task(task: str, folder: Path) -> list[Subject]:
     try:
         mapping = json.loads((place / "mapping.json").read_text(encoding="utf-8"))
         described = [(key, str(one["name"]), str(one["category"])) for key, one in mapping.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = f"must be an object of subjects with name and category ({type(error).__name__}: {error})"
         raise DataError(str(place / "mapping.json"), problem) from None
     layout, read = LAYOUTS[name], _reader(place, name)

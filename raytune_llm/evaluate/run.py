@@ -20,6 +20,8 @@ from raytune_llm.runs.owner import check_writable, owned
 
 OnProgress = Callable[[int, int], None]
 """Called with the questions that are answered and those in all."""
+FILES = ("run.yaml", "results.json", "results.md", "results.png")
+"""What the output folder gets beside the answers."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ PROTOCOLS: dict[str, Callable[[EvaluateConfig], Benchmarks]] = {"llamafactory": 
 def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: None) -> Evaluated:
     assert run.output_dir is not None
     folder = Path(run.output_dir)
-    check_writable(folder)
+    check_writable(folder, *FILES)
     if (folder / "results.json").exists():
         fix = "Choose another one, or remove results.json."
         raise ConfigError("output_dir", "must hold no results of an earlier evaluation", got=str(folder), fix=fix)
@@ -84,11 +86,13 @@ def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: Non
         done += answered
         on_progress(done, total)
 
+    engines = [EngineSettings(group.model, run.quantization, run.engine, group.served(run.evaluate)) for group in groups]
+    for engine in engines:
+        engine.check()
     with owned(folder), full_disk_explained(folder):
         (folder / "run.yaml").write_text(to_yaml(run))
         scores: dict[str, TaskScores] = {}
-        for group in groups:
-            engine = EngineSettings(group.model, run.quantization, run.engine, group.served(run.evaluate))
+        for group, engine in zip(groups, engines, strict=True):
             with answering(engine, run.resources) as answer:
                 for name, adapter in group.names:
                     scores[name] = benchmarks.scores(group, adapter, answer, told, folder / "answers" / name)

@@ -76,7 +76,7 @@ def _header(path: str) -> tuple[dict[str, Any], int]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         return header, 8 + length
-    except (OSError, struct.error, ValueError, MemoryError, OverflowError) as error:
+    except (OSError, struct.error, ValueError, MemoryError, OverflowError, RecursionError) as error:
         problem = f"is no safetensors file that can be read ({type(error).__name__})"
         raise DataError(path, problem, "Copy or download it again.") from None
 

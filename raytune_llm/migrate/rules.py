@@ -721,7 +721,7 @@ def _read_json(value: str | Mapping[str, Any], argument: str, find: Find) -> Map
         return SHIPPED[Path(value).name]
     try:
         read = json.loads(Path(found).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refusal(f"can't be read ({error})", argument) from None
     if not isinstance(read, dict):
         raise Refusal("must hold a JSON object", argument)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def read_generation_config(path: str | None) -> GenerationConfig:
             raise ValueError(f"eos_token_id is {generation.eos_token_id!r}")
         return generation
     except Exception as error:  # whatever a damaged file makes of transformers' code
-        if isinstance(error, OSError) and not (Path(folder) / "generation_config.json").exists():
+        if isinstance(error, OSError) and not os.path.lexists(Path(folder, "generation_config.json")):
             return GenerationConfig()
         rule = f"must be a model whose generation_config.json can be read ({first_line(error)})"
         raise ConfigError("model.path", rule, got=path, fix="Correct that file, or remove it.") from None

@@ -35,7 +35,7 @@ from raytune_llm.models.stored import Files, an_adapter, files_of, model_in_file
 
 ROPE = ("rope_theta", "rope_scaling")
 """Old names of entries of rope_parameters."""
-UNREADABLE = (OSError, SafetensorError, UnpicklingError, BadZipFile, EOFError, ValueError, TypeError, KeyError)
+UNREADABLE = (OSError, SafetensorError, UnpicklingError, BadZipFile, EOFError, ValueError, TypeError, KeyError, RecursionError)
 """What reading damaged files of weights ends in."""
 MAX_LAYERS = 1_000
 """Far beyond any model, and made on the meta device within seconds."""

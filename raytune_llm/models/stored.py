@@ -7,8 +7,8 @@ joined as they are loaded, a score head that is new), one worker loads the model
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -106,7 +106,7 @@ def check_files(model: PreTrainedModel, path: str) -> None:
         return
     changed = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
     compared = {} if changed or hasattr(model.config, "quantization_config") else dict(model.named_parameters())
-    try:
+    with _readable(path):
         files = tensor_files(folder, None)
         if not files and not list(Path(folder).glob("*.bin")):
             raise an_adapter(path) if (Path(folder) / "adapter_config.json").is_file() else _without_weights(path)
@@ -116,9 +116,16 @@ def check_files(model: PreTrainedModel, path: str) -> None:
             for name, shape in shapes.items():
                 if shape != list(compared[name].shape):
                     raise other_shape(path, name, shape, list(compared[name].shape))
-    except ConfigError:
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Whatever a damaged file makes of its readers is a ConfigError."""
+    try:
+        yield
+    except (ConfigError, MemoryError):
         raise
-    except Exception as error:  # whatever a damaged file makes of its readers
+    except Exception as error:
         rule = f"must hold weights that can be read ({first_line(error)})"
         raise ConfigError("model.path", rule, got=path, fix="Copy the whole folder again.") from None
 
@@ -148,12 +155,13 @@ def tensor_files(path: str, revision: str | None) -> Files:
         return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
 
     if (index := find(INDEX)) is not None:
-        whose = json.loads(Path(index).read_text())["weight_map"]
+        with _readable(path):
+            whose = dict(json.loads(Path(index).read_text())["weight_map"])
         found: Any = get_checkpoint_shard_files(path, index, revision=revision)[0]
         by_name = {Path(file).name: file for file in found}
         return {key: by_name[name] for key, name in whose.items()}
     if (whole := find(WHOLE)) is not None:
-        with safe_open(whole, framework="pt") as opened:
+        with _readable(path), safe_open(whole, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), whole)
     return {}
 

@@ -70,6 +70,12 @@ class EngineSettings:
     engine: EngineConfig
     served: ServedModels
 
+    def check(self) -> None:
+        """Raises a UserError for what can be known to fail without weights."""
+        from raytune_llm.serve.engines import check_servable  # torch
+
+        check_servable(self.model, self.quantization, self.engine, self.served)
+
     @property
     def blocks_at_once(self) -> int:
         return -(-ROWS_AHEAD * self.engine.max_rows // BLOCK_QUESTIONS)

@@ -16,6 +16,8 @@ from raytune_llm.errors import ConfigError, DataError
 FILE = "predictions.jsonl"
 SETTINGS = "predict.json"
 """File with the settings and file contents that the folder's predictions depend on."""
+FILES = (FILE, SETTINGS, "metrics.json", "generated_predictions.jsonl", "predict_results.json")
+"""All that the folder gets, the last two in LLaMA-Factory's layout."""
 OWN = ("row", "model", "prompt", "predict", "label", "finish", "logprob", "label_tokens", "error")
 """Keys of a line. A column of the data with one of these names is written as input_<name>."""
 
@@ -42,7 +44,7 @@ def open_predictions(folder: Path, settings: Mapping[str, Any], *, resume: bool,
     """
     file = folder / FILE
     if not resume:
-        for name in (FILE, SETTINGS, "metrics.json", "generated_predictions.jsonl", "predict_results.json"):
+        for name in FILES:
             (folder / name).unlink(missing_ok=True)
     if file.exists():
         _check_same(folder, settings)
@@ -56,8 +58,8 @@ def open_predictions(folder: Path, settings: Mapping[str, Any], *, resume: bool,
 def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     fix = "Choose another output_dir, or set predict.resume=never to start again there."
     try:
-        then = json.loads((folder / SETTINGS).read_text())
-    except (OSError, ValueError):
+        then = dict(json.loads((folder / SETTINGS).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
         raise ConfigError(
             "output_dir", f"holds a {FILE} of which it isn't known how it was made", got=str(folder), fix=fix
         ) from None
@@ -81,7 +83,7 @@ def _whole_lines(file: Path, models: int) -> int:
                 break
             try:
                 row = json.loads(one)["row"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 break
             if row != found // models + 1:
                 fix = "Choose another output_dir, or set predict.resume=never."

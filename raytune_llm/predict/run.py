@@ -23,7 +23,7 @@ from raytune_llm.models.adapters.saved import WEIGHTS
 from raytune_llm.predict.answering import BLOCK_QUESTIONS, Answered, Answering, EngineSettings, Question, answering
 from raytune_llm.predict.metrics import Metric, metrics_of
 from raytune_llm.predict.models import check_writes, served_with
-from raytune_llm.predict.predictions import FILE, columns_of, line, lines, open_predictions
+from raytune_llm.predict.predictions import FILE, FILES, columns_of, line, lines, open_predictions
 from raytune_llm.predict.rows import PromptRow, PromptRows
 from raytune_llm.runs.output import full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
@@ -50,7 +50,7 @@ class Predicted:
 def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None) -> Predicted:
     assert run.output_dir is not None
     folder = Path(run.output_dir)
-    check_writable(folder)
+    check_writable(folder, *FILES)
     metrics = metrics_of(run.predict.metrics) if run.predict.generate else []
     run, adapters = _with_trained(run)
     models = _models(run.predict, adapters)
@@ -66,6 +66,7 @@ def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None)
         template=run.data.template,
     )
     settings = EngineSettings(run.model, run.quantization, run.engine, served)
+    settings.check()
     with owned(folder), full_disk_explained(folder):
         decides = _decides(run, adapters, rows.fingerprints)
         found = open_predictions(folder, decides, resume=run.predict.resume == "auto", models=len(models))

@@ -120,7 +120,7 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for number, text in enumerate(texts[:-1], start=1):
         try:
             record = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict) and "step" in record:
             lines.append((f"{text}\n", record))

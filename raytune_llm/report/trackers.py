@@ -177,8 +177,11 @@ def _earlier_id(service: Service, run: TrackedRun) -> str | None:
     path = run.output_dir / RUN_ID
     if run.from_step == 0 or not path.exists():
         return None
-    kept = json.loads(path.read_text())
-    return kept["id"] if (kept["name"], kept["project"]) == (service.name, service.project) else None
+    try:
+        kept = json.loads(path.read_text())
+        return kept["id"] if (kept["name"], kept["project"]) == (service.name, service.project) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None  # a damaged file: the service gets a new run
 
 
 def _keep_id(service: Service, run: TrackedRun, run_id: str) -> None:

@@ -91,8 +91,9 @@ def finished(folder: Path, identity_now: dict[str, str]) -> bool:
     """
     try:
         then = json.loads((folder / FINISHED).read_text())
-        files, identity_then = then["files"], then["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
+        files, identity_then = dict(then["files"]), dict(then["identity"])
+        json.loads(identity_then["settings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
     _same_run(folder, identity_then, identity_now)
     lost = [name for name, digest in files.items() if checkpoint.digest(folder / name) != digest]

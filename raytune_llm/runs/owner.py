@@ -27,8 +27,10 @@ TAKEN_AFTER_S = 0.2
 """Two processes that take the same stale lock both write the file; after this time its content decides."""
 
 
-def check_writable(folder: Path) -> None:
-    """Raises ConfigError if the folder doesn't exist and can't be created, or can't be written to."""
+def check_writable(folder: Path, *names: str) -> None:
+    """Raises ConfigError if the folder doesn't exist and can't be created, or can't be written to, or if one of the files that
+    will be written there is a folder, or a link that leads nowhere.
+    """
     try:
         there = next(place for place in (folder, *folder.parents) if place.exists())
         if not there.is_dir():
@@ -41,6 +43,11 @@ def check_writable(folder: Path) -> None:
         raise ConfigError(
             "output_dir", f"must be a folder that can be written ({reason})", got=str(folder), fix="Choose another one."
         ) from None
+    for name in names:
+        file = folder / name
+        if os.path.lexists(file) and not (file.exists() and not file.is_dir()):
+            rule = f"must be a folder where the file {name} can be written, which is a folder or a broken link there"
+            raise ConfigError("output_dir", rule, got=str(folder), fix="Choose another one, or remove it.")
 
 
 class Lock(Protocol):
@@ -232,7 +239,7 @@ def _renew(lock: Lock, mine: dict[str, Any], stop: threading.Event) -> None:
 def _read(lock: Lock) -> dict[str, Any]:
     try:
         found = json.loads(lock.read())
-    except (OSError, ValueError, ResourceError):
+    except (OSError, ValueError, ResourceError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -22,6 +22,8 @@ from raytune_llm.report.metrics import METRICS, SAMPLES
 from raytune_llm.runs import owner
 
 FINISHED, CHECKPOINTS, FINAL = "finished.json", "checkpoints", "final"
+FILES = ("run.yaml", METRICS, SAMPLES, "summary.json", "loss.png", FINISHED)
+"""What every run writes beside its folders, samples where it is told to."""
 BY_WORKERS = (METRICS, SAMPLES, "scores.jsonl", "scores.png", FINAL, "profile")
 """Files and folders that the worker with rank 0 writes."""
 
@@ -40,7 +42,7 @@ def remote_folder(output_dir: str) -> RemoteFolder | None:
 
 def check_writable(output_dir: str) -> None:
     """Raises ConfigError or ResourceError if a run could not write there."""
-    owner.check_writable(work_folder(output_dir))
+    owner.check_writable(work_folder(output_dir), *FILES)
     if is_address(output_dir):
         object_store.check_writable(output_dir, "output_dir")
 

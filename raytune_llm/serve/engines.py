@@ -15,8 +15,8 @@ from raytune_llm.config.adapter import SavedAdapter
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.serve import EngineConfig, ServedModels
-from raytune_llm.data.templates.named import apply_to_tokenizer, load, stop_tokens
-from raytune_llm.data.tokens.tokenizer import load_tokenizer
+from raytune_llm.data.templates.named import apply_to_tokenizer, load
+from raytune_llm.data.tokens.tokenizer import load_tokenizer, stop_ids
 from raytune_llm.engines.apart import apart
 from raytune_llm.engines.engine import Engine
 from raytune_llm.engines.hf_runner import hf_engine
@@ -114,12 +114,10 @@ def tokenizer_of(model: ModelConfig, served: ServedModels) -> tuple[Any, list[in
         kind=alone.source.path if alone is not None and alone.token_ids else model.tokenizer,
         needs_chat_template=False,
     )
-    ends = [str(tokenizer.eos_token)] if tokenizer.eos_token else []
-    if served.template is not None:
-        template = load(served.template)
+    template = None if served.template is None else load(served.template)
+    if template is not None:
         apply_to_tokenizer(tokenizer, template)
-        ends = list(stop_tokens(tokenizer, template))
-    return tokenizer, [int(tokenizer.convert_tokens_to_ids(token)) for token in ends]  # type: ignore[arg-type]
+    return tokenizer, stop_ids(tokenizer, template)
 
 
 def check_servable(
@@ -129,6 +127,7 @@ def check_servable(
     ENGINES[engine_settings.name].check(engine_settings, model, quantization, served)
     tokenizer_of(model, served)
     load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    _configured_ends(model.path)
 
 
 def _serving(model: ModelConfig, quantization: QuantizationConfig, served: ServedModels, alone: LoneAdapter | None) -> Serving:

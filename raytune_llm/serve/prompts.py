@@ -86,7 +86,7 @@ def _message(message: ChatMessage) -> Message:
     for call in message.tool_calls or ():
         try:
             arguments = json.loads(call.function.arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise invalid(f"arguments of the call {call.function.name} must be JSON", "messages") from None
         calls.append({"name": call.function.name, "arguments": arguments})
     return Message(

@@ -349,7 +349,7 @@ def read_progress(folder: Path, step: int) -> tuple[Progress, dict[str, str]]:
 def read_document(place: Path) -> dict[str, Any]:
     try:
         values = json.loads((place / PROGRESS).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(str(place / PROGRESS), f"can't be read ({error})", "Delete this checkpoint.") from None
     if not isinstance(values, dict) or values.get("step") != int(place.name.removeprefix("step-")):
         raise DataError(str(place / PROGRESS), "is not the progress of this step", "Delete this checkpoint.")

@@ -59,6 +59,6 @@ class SweepLog:
         for number, line in enumerate(lines, start=1):
             try:
                 json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise self.damaged(number, "is no JSON object") from None
         return lines

@@ -26,11 +26,12 @@ from raytune_llm.runs.owner import check_writable, owned
 from raytune_llm.runs.together import device_here, room_for
 from raytune_llm.runs.workspace import Workspace
 from raytune_llm.tune.conduct import Conduct, OnChange
+from raytune_llm.tune.events import EVENTS
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.places import Place, run_at, workers_of
 from raytune_llm.tune.results import write_plots, write_results
 from raytune_llm.tune.shared import TrainTogether, run_banks, trials_together
-from raytune_llm.tune.study import Setting, Study
+from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Setting, Study
 from raytune_llm.tune.trial import Train, run_trial
 
 RunTrials = Callable[[Conduct], None]
@@ -69,7 +70,7 @@ def run_sweep(
     came to its end.
     """
     metric = metric_of(sweep.tune)
-    check_writable(sweep.folder)
+    check_writable(sweep.folder, TABLE, RESULTS, BEST, PAGE, EVENTS, COMMAND)
     with owned(sweep.folder), full_disk_explained(sweep.folder):
         study = Study(sweep, metric, adopt)
         if sweep.chosen is not None:

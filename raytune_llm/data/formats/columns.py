@@ -85,7 +85,7 @@ def tools_of(tools: Any) -> tuple[Mapping[str, Any], ...]:
 def _json(text: str, rule: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadRow(rule, shown(text)) from None
 
 

@@ -144,7 +144,7 @@ def _joined(parts: Sequence[Any], calls: list[Any], images: list[Any] | None) ->
 def _parsed(value: Any) -> list[Any]:
     try:
         parsed = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadRow("a tool_call part must be JSON", shown(value)) from None
     return parsed if isinstance(parsed, list) else [parsed]
 

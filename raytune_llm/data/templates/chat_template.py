@@ -269,6 +269,17 @@ class ChatTemplate:
         return None if after is None else after.group()
 
 
+def answer_end(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The special token that the tokenizer's chat template writes after an answer. None: it has no template, or one that writes
+    no such token, or that can't render an answer."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        return ChatTemplate(tokenizer).end_token
+    except ConfigError:
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
     """The answers that were found in a text, with their loss weights."""

@@ -47,7 +47,7 @@ def name_and_arguments(call: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError("a tool call's arguments must be a JSON object") from None
     if not isinstance(arguments or {}, Mapping):
         raise ValueError("a tool call's arguments must be a JSON object")
@@ -143,7 +143,7 @@ def _value(text: str) -> Any:
     """A parameter between tags: JSON if it is, else text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -174,7 +174,7 @@ def _gemma_arguments(body: str) -> str:
         )
     try:
         return _json(json.loads("".join(pieces)))
-    except ValueError:
+    except (ValueError, RecursionError):
         return body
 
 

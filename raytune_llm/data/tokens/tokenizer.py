@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file
 from raytune_llm import packaged
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
-from raytune_llm.data.templates.chat_template import suggested
+from raytune_llm.data.templates.chat_template import answer_end, suggested
 from raytune_llm.data.templates.named import NamedTemplate, apply_to_tokenizer, guess, load, stop_tokens
 from raytune_llm.data.tokens.vocabulary import add_new_tokens, new_tokens
 from raytune_llm.errors import ConfigError, first_line
@@ -132,15 +132,21 @@ def _num_embeddings(model: ModelConfig) -> int | None:
         there = folder.is_dir()
         file = folder / "config.json" if there else cached_file(model.path, "config.json", revision=model.revision)
         config = json.loads(Path(str(file)).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return next((part["vocab_size"] for part in (config.get("text_config"), config) if part and "vocab_size" in part), None)
+        sizes = [part["vocab_size"] for part in (config.get("text_config"), config) if part and "vocab_size" in part]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None  # what reads the whole config says what is wrong with it
+    return sizes[0] if sizes else None
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast, template: NamedTemplate | None) -> list[int]:
-    """The tokens that end an answer of a run: what the saved generation config names as eos_token_id."""
-    tokens = [str(tokenizer.eos_token)] if template is None else stop_tokens(tokenizer, template)
-    return [tokenizer.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
+    """The tokens that end an answer: what the saved generation config of a run names as eos_token_id, and where engines stop.
+
+    The end that the chat template writes is among them, whatever the tokenizer calls its end token: it is what is trained.
+    """
+    named = (tokenizer.eos_token,) if template is None else stop_tokens(tokenizer, template)
+    ends = dict.fromkeys(str(token) for token in (*named, answer_end(tokenizer)) if token is not None)
+    ids = map(tokenizer.backend_tokenizer.token_to_id, ends)
+    return [id for id in ids if id is not None]
 
 
 def load_tokenizer(
@@ -190,7 +196,7 @@ def _loader(folder: Path) -> Any:
         model_type = json.loads((folder / "config.json").read_text())["model_type"]
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         named = settings["tokenizer_class"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         model_type, named, settings = None, None, {}
     if model_type in NO_CLASS_OF_THEIR_OWN and named in ANY_FAST and "auto_map" not in settings:
         return PreTrainedTokenizerFast

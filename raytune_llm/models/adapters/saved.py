@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from raytune_llm.errors import ConfigError, first_line
@@ -32,9 +34,21 @@ def read_config(path: str, setting: str) -> PeftConfig:
             config = PeftConfig.from_pretrained(path)
         if config.peft_type is None or config.is_prompt_learning:
             raise ValueError("peft_type is not a method that changes a model's layers")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(setting, f"must hold an {CONFIG} that PEFT reads ({first_line(error)})", got=path) from error
+    if (weights := folder / WEIGHTS[0]).is_file():
+        with _weights_are_read(path, setting), safe_open(weights, framework="pt") as opened:  # its header, not its tensors
+            opened.keys()
     return config
+
+
+@contextmanager
+def _weights_are_read(path: str, setting: str) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        rule = f"must hold weights that can be read ({first_line(error)})"
+        raise ConfigError(setting, rule, got=path, fix="Copy the whole folder again.") from error
 
 
 def task_of(path: str, setting: str) -> str | None:
@@ -87,10 +101,8 @@ def names_of(model: PeftModel, key: str) -> dict[str, nn.Parameter]:
 
 def _read(model: PeftModel, path: str, setting: str) -> dict[str, Tensor]:
     renamed: Any = getattr(model.base_model.model, "_checkpoint_conversion_mapping", None)
-    try:
+    with _weights_are_read(path, setting):
         return load_peft_weights(path, device="cpu", key_mapping=renamed)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ConfigError(setting, f"must hold weights that can be read ({first_line(error)})", got=path) from error
 
 
 def unfit(what: str, path: str, setting: str, base_model: str | None) -> ConfigError:

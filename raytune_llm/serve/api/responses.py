@@ -216,7 +216,7 @@ def _forced_call(text: str) -> list[OutputPart]:
     try:
         called = json.loads(text)
         call = ToolCall(called["name"], json.dumps(called["arguments"], ensure_ascii=False))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return [OutputPart("content", text)] if text else []
     return [OutputPart("call", call=call, id=f"call_{secrets.token_hex(12)}")]
 

@@ -249,6 +249,14 @@ def test_lists_and_objects_hold_texts_as_they_are_typed():
     assert load_config("prepare", [DATA, "data.eval_path={a: dé.jsonl}"]).data.eval_path == {"a": "dé.jsonl"}
 
 
+@pytest.mark.parametrize(
+    "text", ["/a,b/final", "/plain/final", "null", "/it's, here", "/001_lr=0.001", "[x]", "1e5", "true", "choice(1,2)"]
+)
+def test_a_command_that_is_shown_gives_its_setting_the_same_text(text):
+    assert load.one_value(load.as_word("adapter.path", text)) == ("adapter.path", text)
+    assert load.as_word("adapter.path", "/plain/final") == "adapter.path=/plain/final"
+
+
 def test_with_several_values_each_is_taken_as_it_is_typed():
     typed = load.as_typed("data.split=train[:10],train[10:]", several=True)
     assert typed == "data.split='train[:10]','train[10:]'"

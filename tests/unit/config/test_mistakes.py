@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from raytune_llm.__main__ import main
-from raytune_llm.config import load
+from raytune_llm.config import command_line, load
+from raytune_llm.errors import UserError
 
 ROWS = "data.path=rows.jsonl"
 
@@ -60,6 +61,14 @@ def test_a_group_is_given_the_name_of_an_option(capsys, group: str, value: str):
         (["adapter.alpha=inf"], "a finite number"),
         (["train.seed=12345678901234567890123456"], "train.seed must be below"),
         (["~data.path"], "data.path can't be removed"),
+        (["adapter=[0,0]"], "adapter must be the name of one of its options"),
+        (["+stage=a\0b"], "stage must be the name of one of its options"),
+        (["hydra=1"], "hydra is no group of options"),
+        (["~train.epochs=7"], "Write ~train.epochs."),
+        (["train.epochs@a=7"], "Write train.epochs=... without the @."),
+        (["name=caf\udce9"], "name must be text in UTF-8"),
+        (["name='a"], "Close the quote."),
+        (["name=" + "../" * 3000], "(9,002 characters)"),
         (["--resolve"], "--cfg job --resolve"),
         (["--multirun", "--cfg", "job"], "one of these flags"),
         (["--foo"], "no such flag"),
@@ -107,6 +116,50 @@ def test_random_overrides_are_taken_or_refused_without_a_traceback(seed: int):
         line.append(f"{prefix}{draw.choice(keys)}={draw.choice(values)}")
     # data.path stays a file that is not there: no run starts.
     assert main([*line, "data=chat", "data.path=/nothing/there.jsonl", "resources=inline", "model=smollm2_135m"]) == 2
+
+
+OTHERS = {
+    "tune": ["data=chat", "data.path=/nothing.jsonl", "optimizer.lr=1e-4,1e-3"],
+    "submit": ["data=chat", "data.path=/nothing.jsonl", "resources=cluster"],
+    "jobs": ["list"],
+    "serve": ["model=smollm2_135m"],
+    "chat": ["model=smollm2_135m"],
+    "predict": ["model=smollm2_135m", "data=chat", "data.path=/nothing.jsonl", "output_dir=x"],
+    "evaluate": ["model=smollm2_135m", "output_dir=x"],
+    "export": ["model=smollm2_135m", "export.output_dir=x"],
+    "compare": ["a"],
+    "import": ["a.yaml"],
+}
+"""Verb -> what it must be given."""
+
+
+@pytest.mark.parametrize("verb", OTHERS)
+def test_random_overrides_of_other_commands_are_taken_or_refused_and_their_hints_name_the_command(verb: str):
+    draw = random.Random(verb)
+    keys = [*(line.partition(":")[0] for line in load.defaults(verb)), *load.groups(), "foo", "hydra"]
+    values = [
+        "null",
+        "-1",
+        "1e400",
+        "[]",
+        "[0,0]",
+        "[null]",
+        "{a: b}",
+        "a\0b",
+        "caf\udce9",
+        "${x}",
+        "1,2",
+        "9" * 30,
+        "choice(1,2)",
+    ]
+    said: list[str] = []
+    for _ in range(6):
+        words = [f"{draw.choice(['', '', '+', '~'])}{draw.choice(keys)}={draw.choice(values)}" for _ in range(2)]
+        try:
+            command_line.load(command_line.parse(verb, [*OTHERS[verb], *words]))
+        except UserError as error:
+            said.append(str(error))
+    assert said and "train --cfg job" not in " ".join(said)
 
 
 @pytest.mark.parametrize("old", load.RENAMED)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,16 @@ def test_an_adapter_of_another_base_and_a_place_that_is_taken_are_refused(base, 
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="must be empty"):
         exported(base, other)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_a_damaged_file_of_the_base_is_named_and_nothing_is_written(base, tmp_path, name):
+    shutil.copytree(base, tmp_path / "base")
+    damaged = tmp_path / "base" / name
+    damaged.write_bytes(damaged.read_bytes()[:-100] if name.endswith("safetensors") else b"[" * 100_000)
+    with pytest.raises(ConfigError, match=r"^model\.path"):
+        exported(tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_exports_to_one_place_do_not_mix(base, tmp_path):

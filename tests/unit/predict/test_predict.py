@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,37 @@ def test_answers_do_not_depend_on_what_shares_their_batch_also_where_they_are_dr
     many = api.predict(prediction(*drawn, f"output_dir={tmp_path / 'many'}"))
     single = api.predict(prediction(*drawn, f"output_dir={tmp_path / 'single'}", "engine.max_rows=1"))
     assert lines(many.folder) == lines(single.folder)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "predictions.jsonl", "predict.json"])
+@pytest.mark.parametrize("how", ["a folder", "a broken link"])
+def test_a_folder_in_the_place_of_a_result_is_refused_at_once(prediction, tmp_path, name, how):
+    place = tmp_path / "out" / name
+    place.parent.mkdir()
+    place.mkdir() if how == "a folder" else place.symlink_to("/nothing/there")
+    with pytest.raises(ConfigError, match=f"the file {name} can be written"):
+        api.predict(prediction())
+    assert [path.name for path in place.parent.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("content", ["null", "[" * 100_000, "[]"])
+def test_predictions_whose_settings_are_damaged_are_not_continued(prediction, content):
+    done = api.predict(prediction())
+    (done.folder / "predict.json").write_text(content)
+    with pytest.raises(ConfigError, match="output_dir holds"):
+        api.predict(prediction())
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "adapter_model.safetensors"])
+def test_a_damaged_model_or_adapter_is_refused_before_anything_is_written(prediction, model, adapters, tmp_path, name):
+    shutil.copytree(model, tmp_path / "model")
+    shutil.copytree(adapters["one"], tmp_path / "adapter")
+    for folder in ("model", "adapter"):
+        if (tmp_path / folder / name).exists():
+            (tmp_path / folder / name).write_text("[" * 100_000)
+    with pytest.raises(ConfigError):
+        api.predict(prediction(f"model.path={tmp_path}/model", f"predict.adapters={{one: {tmp_path}/adapter}}"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_settings_in_the_same_folder_are_refused(prediction):

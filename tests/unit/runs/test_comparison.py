@@ -42,6 +42,19 @@ def test_compare_takes_folders_as_words_and_writes_a_page(runs, tmp_path, capsys
     assert "optimizer.lr" in page.read_text() and "<html" in page.read_text()
 
 
+def test_trials_of_a_sweep_lie_in_folders_with_an_equals_sign(runs, tmp_path, capsys, monkeypatch):
+    (tmp_path / "a").rename(tmp_path / "000_lr=0.1")
+    assert main(["compare", str(tmp_path / "000_lr=0.1"), runs[1]]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "000_lr=0.1", "b"]) == 0
+    assert "000_lr=0.1" in capsys.readouterr().out
+
+
+def test_lines_that_are_no_text_are_left_out(runs, tmp_path):
+    (tmp_path / "a" / "metrics.jsonl").write_bytes(b'{"step": 2, "eval_loss": 1.1}\n\xff\xfe\n')
+    assert compare(runs).figures["eval_loss"] == [1.1, 1.2]
+
+
 def test_what_is_no_run_is_refused(runs, tmp_path, capsys):
     assert main(["compare", *runs, str(tmp_path)]) == 2
     assert "runs must be output folders of runs" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from raytune_llm.config.load import load_config
 from raytune_llm.data.templates.chat_template import suggested
+from raytune_llm.data.templates.named import apply_to_tokenizer, load
 from raytune_llm.data.tokens.tokenizer import (
     ANY_FAST,
     NO_CLASS_OF_THEIR_OWN,
@@ -18,6 +19,7 @@ from raytune_llm.data.tokens.tokenizer import (
     fingerprint,
     load_tokenizer,
     run_tokenizer,
+    stop_ids,
 )
 from raytune_llm.errors import ConfigError
 
@@ -94,6 +96,19 @@ def test_tokens_that_the_model_has_no_embeddings_of_are_refused_before_rows_are_
     run = load_config("prepare", ["data.path=rows.jsonl", *settings])
     with pytest.raises(ConfigError, match=said):
         run_tokenizer(run.model, run.data)
+
+
+def test_the_end_that_the_chat_template_writes_ends_an_answer_whatever_the_end_token_is_called():
+    tokenizer = byte_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert stop_ids(tokenizer, None) == [end]
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    assert stop_ids(tokenizer, None) == [tokenizer.eos_token_id, end]
+    gemma = load("gemma")
+    apply_to_tokenizer(tokenizer, gemma)
+    assert tokenizer.get_vocab()["<end_of_turn>"] in stop_ids(tokenizer, gemma)
+    tokenizer.chat_template = None
+    assert stop_ids(tokenizer, None) == [tokenizer.eos_token_id]
 
 
 def test_another_template_is_suggested_by_the_tokens_that_there_are():
