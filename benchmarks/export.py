@@ -4,8 +4,8 @@
 
 Merging: a LoRA of rank 8 on all linear layers of random weights of --gib GiB in bf16 is merged from files to files, by a process
 of its own. Its rate is compared with what the same disk takes to read and to write as many bytes, one after the other; the page
-cache is emptied of the files before each reading, and writing ends with fsync. Formats: SmolLM2 135M on 16 texts; gptq needs
---python, a Python with llmcompressor.
+cache is emptied of the files before each reading, and writing ends with fsync. Formats: SmolLM2 135M on 32 rows of
+examples/diary.jsonl; gptq is calibrated on 64 others, and needs --python, a Python with llmcompressor.
 """
 
 from __future__ import annotations
@@ -48,9 +48,6 @@ began = time.perf_counter()
 api.export(run)
 print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
-TEXTS = [f"The {what} of {where} is known for its {why}." * 6 for what, why in
-         (("capital", "river"), ("coast", "birds"), ("history", "kings"), ("kitchen", "bread")) for where in
-         ("France", "Japan", "Peru", "Kenya")]  # fmt: skip
 
 
 def make_base(folder: Path, num_bytes: int) -> None:
@@ -151,11 +148,9 @@ def perplexity(folder: Path, rows: Any) -> float:
 
 def quantized(folder: Path, format: str, python: str | None) -> dict[str, Any]:
     model = Path(packaged.resolve("HuggingFaceTB/SmolLM2-135M-Instruct"))
-    texts = folder / "texts.jsonl"
-    texts.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     place = folder / format
-    words = ["model=smollm2_135m", "data=text", f"data.path={texts}", f"data.cache={folder / 'tokens'}"]
-    words += [f"export.format={format}", f"export.output_dir={place}", "export.max_kl=9"]
+    words = ["model=smollm2_135m", "data=diary", f"data.cache={folder / 'tokens'}", "export.check_rows=32"]
+    words += [f"export.format={format}", f"export.output_dir={place}", "export.max_kl=9", "export.calibration_rows=64"]
     run = load_config("export", [*words, *([f"export.python={python}"] if python and format in ("gptq", "awq") else [])])
     began = time.perf_counter()
     done = api.export(run)

@@ -131,8 +131,10 @@ class Source:
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """With all adapters in it. Raises ConfigError where the dtype can't hold it."""
         merged = self._merged(name)
+        if merged.dtype == dtype:
+            return merged
         tensor = merged.to(dtype)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all() and torch.isfinite(merged).all():
+        if tensor.is_floating_point() and not _is_finite(tensor) and _is_finite(merged):
             raise ConfigError(
                 "export.dtype", f"can't hold {name}, whose values are too large", got=dtype, fix="Set bf16 or fp32."
             )
@@ -187,6 +189,11 @@ class Source:
 
         tokenizer: Any = load_tokenizer(str(self.beside or self.folder), needs_chat_template=False)
         return tokenizer.pad_token_id
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """By its extremes, which are NaN if any value is: on CPUs several times faster than `isfinite` of each value."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def source_of(run: ExportRun) -> Source:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,11 +118,23 @@ def _write_file(path: Path, facts: Sequence[TensorFact], make: Callable[[str], T
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
-        for fact in facts:
-            tensor = make(fact.name)
+        for fact, tensor in _made_ahead(facts, make):
             assert tuple(tensor.shape) == fact.shape and tensor.dtype == fact.dtype, fact
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             on_tensor(fact.num_bytes)
+
+
+def _made_ahead(facts: Sequence[TensorFact], make: Callable[[str], Tensor]) -> Iterator[tuple[TensorFact, Tensor]]:
+    """In order. A thread reads and merges the next tensor while one is written."""
+    with ThreadPoolExecutor(1) as thread:
+        coming: deque[tuple[TensorFact, Future[Tensor]]] = deque()
+        for fact in facts:
+            coming.append((fact, thread.submit(make, fact.name)))
+            if len(coming) == 2:
+                made, future = coming.popleft()
+                yield made, future.result()
+        for made, future in coming:
+            yield made, future.result()
 
 
 def _entries(facts: Sequence[TensorFact]) -> Iterator[tuple[str, dict[str, object]]]:

@@ -25,7 +25,7 @@ def call_on_node(resources: Local | Cluster, function: Callable[[], T], *, packa
     if packages:
         options["runtime_env"] = {"pip": list(packages)}
     try:
-        return ray.get(ray.remote(**options)(function).remote())
+        return ray.get(ray.remote(**options)(_called).remote(function))
     except RayTaskError as error:
         raise error.cause from None
     except RuntimeEnvSetupError as error:
@@ -34,3 +34,8 @@ def call_on_node(resources: Local | Cluster, function: Callable[[], T], *, packa
     except (OutOfMemoryError, WorkerCrashedError) as error:
         what = f"a process on a node of the cluster died ({first_line(error)})"
         raise ResourceError(what, "The same command resumes.") from error
+
+
+def _called(function: Callable[[], T]) -> T:
+    """Ray takes functions alone, and `function` may be a partial one."""
+    return function()

@@ -86,7 +86,7 @@ def calibrated(source: Source, run: ExportRun) -> Target:
         for whole in source.outputs(dtype_of(settings))
         for fact in (estimate.facts(whole) if whole.name in weights else [whole])
     ]
-    said = f"{settings.format} of groups of {group_size}, calibrated on {rows.what}, and {settings.dtype} what is not quantized"
+    said = f"{settings.format} (groups of {group_size}, calibrated on {rows.what}; {settings.dtype} what is not quantized)"
     outputs = partial(reloaded_outputs, trust_remote_code=source.model.trust_remote_code)
     num_bytes = sum(fact.num_bytes for fact in facts)
     return Target(num_bytes, write, outputs, "transformers", said, MAX_KL, merged.num_bytes)

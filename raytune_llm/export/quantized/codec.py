@@ -79,7 +79,7 @@ def encoded(source: Source, settings: ExportConfig, matrices: Matrices, codec: C
 
         write_tensors(folder, [one.fact for one in stored], settings.shard_bytes, make, on_bytes)
 
-    said = f"{settings.format}, and {settings.dtype} what is not quantized"
+    said = f"{settings.format} ({settings.dtype} what is not quantized)"
     outputs = partial(reloaded_outputs, trust_remote_code=source.model.trust_remote_code)
     return Target(sum(one.fact.num_bytes for one in stored), write, outputs, "transformers", said, codec.max_kl)
 
