@@ -67,7 +67,7 @@ def pack() -> Batch:
 
 def route(form: str, slots: Sequence[int], num_slots: int, dtype: torch.dtype) -> Route:
     slot_T = torch.tensor(slots).repeat_interleave(torch.tensor(LENGTHS)).to(CUDA)
-    return Sorted.of(slot_T, num_slots) if form == "sorted" else Masked.of(slot_T, num_slots, 8, dtype)
+    return Sorted.of(slot_T, num_slots) if form == "sorted" else Masked.of(slot_T, num_slots, dtype)
 
 
 def error(ours: Tensor, wanted: Tensor) -> float:

@@ -90,6 +90,8 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
         bank = LoraBank(policy.base, num_slots=serving.max_adapters, max_rank=serving.max_rank, dtype=serving.compute)
     if lacks_for_packing(serving.device, serving.compute) is None:
         pack(layers(policy.base))
+        if bank is not None:
+            bank.join()
     limit = serving.limit or 2**20
     graphs = None
     if _captures(settings, serving):

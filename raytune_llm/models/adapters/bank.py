@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.bank_weights import PREFIX, Layout, Weights, write
-from raytune_llm.models.adapters.banked import BankedLinear, BankShape, Now
+from raytune_llm.models.adapters.banked import BankedLinear, BankShape, Now, join
 from raytune_llm.models.adapters.grouped import group
 from raytune_llm.models.adapters.method import LINEAR, sides
 from raytune_llm.models.adapters.protocol import OWN
@@ -74,6 +74,10 @@ class LoraBank:
             for part in layer.children():
                 # Attention is given what its layer is given, and is called again where its layer is computed again.
                 part.register_forward_pre_hook(self._take_route, with_kwargs=True)
+
+    def join(self) -> None:
+        """Where layers that share an input have become one product (models/packed.py), their adapters become one, too."""
+        join(list(self._layers.values()))
 
     # Slots ---------------------------------------------------------------------------------------------------------------
 
@@ -131,7 +135,7 @@ class LoraBank:
         """For decoding, a token a row: what layers are to be given. slot_T: on the device, -1 for none; a graph may hold it."""
         if slot_T.is_cuda and len(slot_T) <= BY_SLOT and not self._shape.trains:
             return {ROUTE: BySlot(slot_T)}
-        return {ROUTE: Masked.of(slot_T, self.num_slots, self._shape.rank, self._dtype)}
+        return {ROUTE: Masked.of(slot_T, self.num_slots, self._dtype)}
 
     # Adapters by name ------------------------------------------------------------------------------------------------------
 

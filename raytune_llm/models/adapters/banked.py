@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_llm.models.adapters.routes import Route
-from raytune_llm.models.packed import products
+from raytune_llm.models.packed import PackedLinear, PackedPart, products
 
 
 class BankShape(NamedTuple):
@@ -26,11 +26,24 @@ class Now:
     route: Route | None = None
 
 
+class Joined(NamedTuple):
+    """Layers that share an input, as one: their base is one product, and so are the A and the B of their adapters."""
+
+    base: PackedLinear
+    sizes: list[int]
+    """Outputs of each layer."""
+    a_GRK: Tensor
+    """Of each slot, the ranks of all layers."""
+    b_GRO: Tensor
+    """Of each slot, blocks on the diagonal."""
+
+
 class BankedLinear(nn.Module):
     def __init__(self, base_layer: nn.Module, inputs: int, outputs: int, shape: BankShape, now: Now) -> None:
         """The last slot stays zero; tokens without an adapter use it."""
         super().__init__()
         self.base_layer, self.now = base_layer, now
+        self.joined: Joined | None = None
         device = next(iter((*base_layer.parameters(), *base_layer.buffers()))).device
         for name, size in (("a_GRK", inputs), ("b_GRO", outputs)):
             zeros = torch.zeros(shape.num_slots + 1, shape.rank, size, dtype=shape.dtype, device=device)
@@ -66,8 +79,15 @@ class BankedLinear(nn.Module):
 
 def banked(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
     """The output of each banked layer for one input: that of the layer itself, and what the adapters of the pass add."""
-    outs = products(x, [layer.base_layer for layer in layers])
     route = layers[0].now.route
+    joined: Joined | None = layers[0].joined
+    if joined is not None and len(layers) == len(joined.sizes):
+        out = joined.base(x)
+        if route is not None:
+            (added,) = route.add([out.flatten(0, -2)], x.flatten(0, -2), [joined.a_GRK], [joined.b_GRO])
+            out = added.view(out.shape)
+        return list(out.split(joined.sizes, dim=-1))
+    outs = products(x, [layer.base_layer for layer in layers])
     if route is None:
         return outs
     dtype = outs[0].dtype
@@ -80,3 +100,25 @@ def banked(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
             [b_GRO for _, b_GRO in values],
         )
     return [more.view(out.shape) for more, out in zip(added, outs, strict=True)]
+
+
+@torch.no_grad()
+def join(layers: Sequence[BankedLinear]) -> None:
+    """Let the banks of layers whose bases are parts of one product be parts of one bank, as views of it."""
+    parts: dict[PackedLinear, list[BankedLinear]] = {}
+    for layer in layers:
+        if isinstance(layer.base_layer, PackedPart):
+            parts.setdefault(layer.base_layer.whole, []).append(layer)
+    for whole, own in parts.items():
+        (slots, rank, inputs), sizes = own[0].a_GRK.shape, [layer.b_GRO.shape[2] for layer in own]
+        a_GRK = own[0].a_GRK.new_empty(slots, len(own) * rank, inputs)
+        b_GRO = a_GRK.new_zeros(slots, len(own) * rank, sum(sizes))
+        blocks = b_GRO.unflatten(1, (len(own), rank)).unbind(1)
+        for number, (layer, block_GRO) in enumerate(zip(own, blocks, strict=True)):
+            for name, place in (
+                ("a_GRK", a_GRK[:, number * rank : (number + 1) * rank]),
+                ("b_GRO", block_GRO.split(sizes, dim=2)[number]),
+            ):
+                place.copy_(getattr(layer, name))
+                setattr(layer, name, place)
+            layer.joined = Joined(whole, sizes, a_GRK, b_GRO)

@@ -120,25 +120,26 @@ class Sorted:
 
 @dataclass(frozen=True, eq=False)
 class Masked:
-    mask_TC: Tensor
-    """In the type of the products: 1 where the column C, of the slots' ranks end to end, is of the token's slot, 0 elsewhere."""
+    mask_TG: Tensor
+    """In the type of the products: 1 where the slot is the token's, 0 elsewhere."""
     slots: slice
     """That are multiplied with."""
 
     @classmethod
-    def of(cls, slot_T: Tensor, num_slots: int, rank: int, dtype: torch.dtype) -> Masked:
+    def of(cls, slot_T: Tensor, num_slots: int, dtype: torch.dtype) -> Masked:
         """On a CPU, the slots from the first to the last one in use: a step's time there goes by what it reads. On a GPU all, so
         that shapes stay and nobody waits for the numbers."""
         first, last = 0, num_slots
         if slot_T.device.type == "cpu" and (used := slot_T[slot_T >= 0]).numel():
             first, last = int(used.min()), int(used.max()) + 1
-        slot_C = torch.arange(first, last, device=slot_T.device, dtype=slot_T.dtype).repeat_interleave(rank)
-        return cls((slot_T[:, None] == slot_C).to(dtype), slice(first, last))
+        slot_G = torch.arange(first, last, device=slot_T.device, dtype=slot_T.dtype)
+        return cls((slot_T[:, None] == slot_G).to(dtype), slice(first, last))
 
     def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-        T, C = self.mask_TC.shape
+        T, G = self.mask_TG.shape
         a_CK = [a_GRK[self.slots].flatten(0, 1) for a_GRK in a]
-        low_TLC = (x_TK @ (a_CK[0] if len(a_CK) == 1 else torch.cat(a_CK)).T).view(T, len(a), C) * self.mask_TC[:, None]
+        low_TLGR = (x_TK @ (a_CK[0] if len(a_CK) == 1 else torch.cat(a_CK)).T).view(T, len(a), G, -1)
+        low_TLC = (low_TLGR * self.mask_TG[:, None, :, None]).flatten(2)
         # In their place where nothing goes back through them: else torch copies an output before it adds to it.
         add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
         lows = zip(outs, low_TLC.unbind(1), b, strict=True)

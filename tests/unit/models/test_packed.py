@@ -29,15 +29,21 @@ def logits_of(model: Any, *, packs: bool) -> list[torch.Tensor]:
     bank = LoraBank(model, num_slots=2, max_rank=8, dtype=torch.bfloat16)
     for number, layer in enumerate(bank._layers.values()):
         torch.manual_seed(number)
-        layer.a_GRK[1].normal_()
-        layer.b_GRO[1].normal_(std=0.1)
+        layer.a_GRK[:2].normal_()
+        layer.b_GRO[:2].normal_(std=0.1)
     if packs:
         pack(layers(model))
+        bank.join()
+        assert {len(layer.joined.sizes) for layer in bank._layers.values() if layer.joined} == {2, 3}
     found = []
     for length in LENGTHS:
         ids = torch.arange(length)[None] % 97
         route = bank.by_documents(torch.tensor([1]), torch.tensor([0, length]), length)
         found += [model(ids).logits, model(ids, **route).logits]
+    of_tokens = bank.by_tokens(torch.tensor([1, -1, 0, 1]))
+    found.append(model(torch.arange(4)[None], **of_tokens).logits)
+    bank.clear(1)
+    found.append(model(torch.arange(4)[None], **of_tokens).logits)
     return found
 
 

@@ -75,7 +75,7 @@ def route(form: str, slots: Sequence[int], num_slots: int, rank: int = 8) -> Rou
     if form == "ranges":
         return Ranges.of(slots, LENGTHS)
     slot_T = torch.tensor(slots).repeat_interleave(torch.tensor(LENGTHS))
-    return Sorted.of(slot_T, num_slots) if form == "sorted" else Masked.of(slot_T, num_slots, rank, torch.float32)
+    return Sorted.of(slot_T, num_slots) if form == "sorted" else Masked.of(slot_T, num_slots, torch.float32)
 
 
 def alone(folder: Path | None, batch: Batch, upstream: Tensor, family: str = "llama") -> tuple[Tensor, dict[str, Tensor]]:
