@@ -74,7 +74,7 @@ def find_reference(
         return Reference(OnlineReference(logps, as_found, other), ("reference: in each step",))
     tables: dict[str, ReferenceTable] = {}
     choices = []
-    assert isinstance(stores.train, Samples), "config/run.py lets a stream's reference be online only"
+    assert isinstance(stores.train, Samples), "config/rules.py lets a stream's reference be online only"
     samples = [stores.train, *stores.held_out.values()]
     for store in {id(one.store): one.store for one in samples}.values():
         assert isinstance(store, Store)

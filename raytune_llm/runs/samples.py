@@ -57,7 +57,7 @@ class Sampler:
         strategy, policy = self._strategy, self._strategy.module
         if not strategy.sharded and self._rank > 0:
             return []
-        assert isinstance(policy, CausalLM), "config/run.py lets no reward model be asked"
+        assert isinstance(policy, CausalLM), "config/rules.py lets no reward model be asked"
         runner = TogetherRunner if strategy.sharded else PolicyRunner
         engine = BatchEngine(policy, self._tokenizer, stop_ids=self._stop_ids, device=self._device, runner=runner)
         with strategy.parts():
