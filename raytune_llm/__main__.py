@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb is None and argv and not argv[0].startswith(("-", "+", "~")) and "=" not in argv[0]:
             raise _unknown_verb(argv[0])
-        with interrupts.heard():
+        with interrupts.sigterm_raises():
             return _run(verb, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -187,11 +187,11 @@ def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None)
         if not left:
             return results
         with ExitStack() as trackers:
-            heard = [
+            tracked = [
                 replace(parts[number], sinks=[*parts[number].sinks, trackers.enter_context(opened[number].tracking())])
                 for number in left
             ]
-            outcomes = fit_together(heard, *_stores(prepared), workspace=workspace)
+            outcomes = fit_together(tracked, *_stores(prepared), workspace=workspace)
         for number, outcome in zip(left, outcomes, strict=True):
             if outcome is None or isinstance(outcome, Exception):
                 results[number] = outcome

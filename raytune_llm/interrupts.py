@@ -23,8 +23,8 @@ def terminate(signum: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """Meanwhile SIGTERM raises Terminated in the main thread."""
+def sigterm_raises() -> Iterator[None]:
+    """Within this context, SIGTERM raises Terminated in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -36,19 +36,19 @@ def heard() -> Iterator[None]:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """What SIGTERM did before it does again afterwards, whatever a library (Ray) makes of it: its own handler, which exits, is
-    taken for Terminated meanwhile."""
+def handler_kept() -> Iterator[None]:
+    """Restore SIGTERM's handler at the end, where a library (Ray) replaces it. If the library's handler exits within this
+    context, Terminated is raised instead."""
     before = signal.getsignal(signal.SIGTERM)
-    hears = callable(before)
+    is_handled = callable(before)
     try:
         yield
     except SystemExit:
-        if hears:
+        if is_handled:
             raise Terminated from None
         raise
     finally:
-        if hears and threading.current_thread() is threading.main_thread():
+        if is_handled and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
 
 
@@ -59,7 +59,7 @@ class Later:
         self.first: KeyboardInterrupt | None = None
         self.number = 0
 
-    def hear(self, signum: int, frame: FrameType | None) -> None:
+    def handle(self, signum: int, frame: FrameType | None) -> None:
         if self.first is not None:
             self.number += 1
             return
@@ -68,14 +68,14 @@ class Later:
 
 
 @contextmanager
-def heard_once() -> Iterator[Later]:
-    """Meanwhile the first Ctrl-C or SIGTERM raises in the main thread, KeyboardInterrupt or Terminated. Those that follow are
-    counted, so that what ends in order isn't cut short, and can be told that somebody asks again."""
+def first_signal_raises() -> Iterator[Later]:
+    """Within this context, the first Ctrl-C or SIGTERM raises KeyboardInterrupt or Terminated in the main thread. Later ones are
+    counted instead of cutting a shutdown short; the shutdown reads the count to hurry."""
     later = Later()
     if threading.current_thread() is not threading.main_thread():
         yield later
         return
-    before = {number: signal.signal(number, later.hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, later.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield later
     finally:

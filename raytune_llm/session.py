@@ -42,7 +42,7 @@ def connect(resources: Local | Cluster, *, dashboard: bool = False) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
-            with interrupts.kept():
+            with interrupts.handler_kept():
                 ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # a slow start is a plain one
             raise ResourceError(
@@ -61,7 +61,7 @@ def connect(resources: Local | Cluster, *, dashboard: bool = False) -> None:
         )
     _answers(address)
     try:
-        with interrupts.kept():
+        with interrupts.handler_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ValueError as error:
         rule = f"must be an address that Ray can read ({first_line(error)})"

@@ -152,10 +152,11 @@ class Jobs:
         with self._explained():
             self._client.stop_job(job)
 
-    def lines(self, job: str, told: Callable[[str], None]) -> Iterator[str]:
-        """The lines of a job's log as they come, from its own first one until it has ended; `told` hears of lost connections."""
+    def lines(self, job: str, on_reconnect: Callable[[str], None]) -> Iterator[str]:
+        """The lines of a job's log as they come, from its own first one until it has ended; on_reconnect: called with a
+        message when the connection was lost."""
         with asyncio.Runner() as runner:  # an interrupt cancels what it waits for
-            lines = self._lines(job, told)
+            lines = self._lines(job, on_reconnect)
 
             async def coming() -> str | None:
                 return await anext(lines, None)
@@ -167,7 +168,7 @@ class Jobs:
             finally:
                 runner.run(lines.aclose())
 
-    async def _lines(self, job: str, told: Callable[[str], None]) -> AsyncGenerator[str, None]:
+    async def _lines(self, job: str, on_reconnect: Callable[[str], None]) -> AsyncGenerator[str, None]:
         seen, rest, failures, lost = 0, "", 0, 0.0
         while True:
             skip = seen  # a new connection begins with the log's first line
@@ -185,7 +186,7 @@ class Jobs:
                 if time.monotonic() - lost > GIVE_UP_S:
                     raise ResourceError(f"{self.address} no longer answers ({error})", come_back(job, self.address)) from None
                 if failures == 0:
-                    told(f"the connection to {self.address} broke ({first_line(error)}): trying again")
+                    on_reconnect(f"the connection to {self.address} broke ({first_line(error)}): trying again")
                 await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
                 failures += 1
                 continue

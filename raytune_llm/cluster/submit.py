@@ -39,7 +39,7 @@ def submit(run: SubmitRun) -> Job:
 
 def follow(jobs: Jobs, job: str, display: Display, tell: Callable[[str], None]) -> JobLog:
     """Show a job as a run here would show itself, from its beginning to its end. `tell` gets the lines that are not of
-    the run itself, and hears of lost connections."""
+    the run itself, and is called where the connection was lost."""
     log = JobLog()
     try:
         for text in jobs.lines(job, tell):

@@ -65,7 +65,7 @@ class _Face:
         self._study: Study | None = None
         self._began = time.monotonic()
         self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
-        self._told: set[tuple[int, str]] = set()
+        self._printed: set[tuple[int, str]] = set()
 
     def __enter__(self) -> _Face:
         if self._live is not None:
@@ -82,9 +82,9 @@ class _Face:
         if self._live is not None:
             self._live.update(Group(trials_table(study), self._left(study)), refresh=True)
             return
-        if (trial.number, trial.state) in self._told:
+        if (trial.number, trial.state) in self._printed:
             return
-        self._told.add((trial.number, trial.state))
+        self._printed.add((trial.number, trial.state))
         values = ", ".join(f"{name}={_text(value)}" for name, value in trial.point.items()) or "base"
         figure = "" if trial.latest is None else f" {study.metric.name} {trial.latest:.4f}"
         at = "" if trial.total_steps is None else f" at step {trial.step} of {trial.total_steps}"

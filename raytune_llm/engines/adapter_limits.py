@@ -38,7 +38,7 @@ class AdapterLimits:
         for name, what in UNCOMPUTED.items():
             if name in self.lacks and what(config):
                 rule = f"must be an adapter that {self.package} computes; {name} it doesn't"
-                raise ConfigError(setting, rule, got=_told(config.get(name)), fix="Serve it with engine=native or engine=hf.")
+                raise ConfigError(setting, rule, got=_shown(config.get(name)), fix="Serve it with engine=native or engine=hf.")
         rank = max([int(config["r"]), *(int(one) for one in (config.get("rank_pattern") or {}).values())])
         if rank > self.max_rank:
             fix = f"Set serve.max_rank={rank}."
@@ -83,5 +83,5 @@ def _read(folder: Path, setting: str) -> Mapping[str, Any]:
         ) from None
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     return json.dumps(value)[:200]

@@ -71,12 +71,12 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
 def _write(target: Target, folder: Path, on_progress: OnProgress) -> None:
     done = 0
 
-    def told(num_bytes: int) -> None:
+    def on_bytes(num_bytes: int) -> None:
         nonlocal done
         done += num_bytes
         on_progress(done, target.num_bytes)
 
-    target.write(folder, told)
+    target.write(folder, on_bytes)
 
 
 def _describe(

@@ -11,7 +11,7 @@ from torch import Tensor
 from raytune_llm.export.rows import Rows
 
 OnBytes = Callable[[int], None]
-"""Told the bytes of each tensor as it is written."""
+"""Called with the size of each tensor as it is written."""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def write(
     folder: Path, facts: Sequence[TensorFact], shard_bytes: int, make: Callable[[str], Tensor], on_tensor: Callable[[int], None]
 ) -> None:
     """Files as transformers names them, with an index where they are several. make: a tensor by its name, of the shape and dtype
-    that its fact says. on_tensor is told the bytes of each as it is written."""
+    that its fact says. on_tensor: called with the size of each as it is written."""
     shards = shards_of(facts, shard_bytes)
     names = [WHOLE] if len(shards) == 1 else [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):

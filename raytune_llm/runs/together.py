@@ -44,7 +44,7 @@ SIZES = (16, 8, 4, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One of the runs, and who hears of it."""
+    """One of the runs, with its callbacks."""
 
     run: TrainRun
     sinks: Sequence[Sink] = ()

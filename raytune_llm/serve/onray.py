@@ -68,7 +68,7 @@ def serve_on_ray(run: ServeRun, *, notify: Notify, build: BuildEngine | None = N
     if build is None:
         check_servable(run.model, run.quantization, run.engine, run.serve)
     joined, is_ours = ray.is_initialized(), False
-    with interrupts.heard_once() as later:
+    with interrupts.first_signal_raises() as later:
         try:
             notify("joining the cluster" if on_cluster(resources) else "starting Ray")
             if not on_cluster(resources):

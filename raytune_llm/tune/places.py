@@ -98,8 +98,8 @@ def run_at(places: Sequence[Place], conduct: Conduct) -> None:
         if not running:
             return
         match news.get():
-            case Report() as told:
-                told.answer.put(conduct.reported(told.trial, told.step, told.total_steps, told.value))
+            case Report() as report:
+                report.answer.put(conduct.reported(report.trial, report.step, report.total_steps, report.value))
             case End(trial, place, Outcome() as outcome):
                 running -= 1
                 free.append(place)

@@ -111,23 +111,23 @@ def run_banks(conduct: Conduct, *, size: int, train_together: TrainTogether) -> 
 
 def _run_bank(conduct: Conduct, trials: Sequence[Trial], train_together: TrainTogether) -> None:
     metric = conduct.study.metric
-    heard = [_Heard(conduct.run_of(trial), metric, partial(conduct.reported, trial)) for trial in trials]
-    refused = {one: found for one in heard if (found := obstacle(one.run, heard[0].run)) is not None}
-    going = [one for one in heard if one not in refused]
+    members = [_Member(conduct.run_of(trial), metric, partial(conduct.reported, trial)) for trial in trials]
+    refused = {one: found for one in members if (found := obstacle(one.run, members[0].run)) is not None}
+    accepted = [one for one in members if one not in refused]
     try:
-        results: Sequence[Any] = train_together([one.part for one in going])
+        results: Sequence[Any] = train_together([one.part for one in accepted])
     except MetricMissing:
         raise
     except FAILURES as error:
-        results = [error] * len(going)
+        results = [error] * len(accepted)
     finally:
         free()
-    of_each: dict[_Heard, Any] = {**refused, **dict(zip(going, results, strict=True))}
-    for trial, one in zip(trials, heard, strict=True):
+    of_each: dict[_Member, Any] = {**refused, **dict(zip(accepted, results, strict=True))}
+    for trial, one in zip(trials, members, strict=True):
         conduct.ended(trial, _outcome(metric, one, of_each[one]))
 
 
-def _outcome(metric: Metric, heard: _Heard, result: Any) -> Outcome:
+def _outcome(metric: Metric, member: _Member, result: Any) -> Outcome:
     if isinstance(result, MetricMissing):
         raise result
     if isinstance(result, FAILURES):
@@ -135,12 +135,12 @@ def _outcome(metric: Metric, heard: _Heard, result: Any) -> Outcome:
     if isinstance(result, Exception):
         raise result
     if result is None:
-        return Outcome(state="stopped", value=heard.listener.latest)
-    return outcome_of(heard.run, metric, result, heard.listener.latest)
+        return Outcome(state="stopped", value=member.listener.latest)
+    return outcome_of(member.run, metric, result, member.listener.latest)
 
 
-class _Heard:
-    """What is heard of one trial, and whether it is to go on."""
+class _Member:
+    """One trial of a bank: its callbacks, and whether the scheduler has stopped it."""
 
     def __init__(self, run: TrainRun, metric: Metric, reported: Reported) -> None:
         self.run, self.listener = replace(run, resources=INLINE), Listener(run, metric, reported)

@@ -186,7 +186,8 @@ class Study:
         return clone
 
     def report(self, trial: Trial, step: int, total_steps: int, value: float) -> bool:
-        """What an evaluation says; whether the trial is to go on. A report that is known is not asked about again."""
+        """Take an evaluation's metric. Returns whether the trial continues. The scheduler is not asked again about a known
+        report."""
         if step not in trial.reports:
             event = {"event": "reported", "trial": trial.number, "step": step, "of": total_steps, "value": value}
             self._append(event)
