@@ -6,11 +6,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from raytune_llm import api
+from raytune_llm.config.export import CALIBRATED
 from raytune_llm.config.run import ExportRun
 
 
 def main(run: ExportRun) -> int:
     console = Console(highlight=False, soft_wrap=True)
+    if run.export.format in CALIBRATED:
+        what = f"llmcompressor computes {run.export.format} on {run.export.calibration_rows} rows, a layer at a time"
+        console.print(f"{what}: minutes for a small model, hours for a large one")
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("writing", total=None)
