@@ -28,7 +28,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from raytune_llm import load_sweep
-from raytune_llm.config.load import to_yaml
+from raytune_llm.config.plain import to_yaml
 from raytune_llm.config.sweep import Sweep
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_llm import packaged, session
 from raytune_llm.config import command_line
-from raytune_llm.config.load import as_plain, to_yaml
 from raytune_llm.config.paths import with_absolute_paths
+from raytune_llm.config.plain import as_plain, to_yaml
 from raytune_llm.config.resources import Cluster, on_cluster, uses_ray
 from raytune_llm.config.run import (
     ChainRun,

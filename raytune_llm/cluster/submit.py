@@ -10,7 +10,7 @@ from raytune_llm.cluster.jobs import COMMAND, Job, Jobs, address_of, environment
 from raytune_llm.cluster.package import files_of
 from raytune_llm.cluster.requirements import requirements
 from raytune_llm.cluster.travel import on_cluster
-from raytune_llm.config.load import to_yaml
+from raytune_llm.config.plain import to_yaml
 from raytune_llm.config.run import SubmitRun, as_train_run
 from raytune_llm.report.display import Display
 from raytune_llm.report.events import event_of, show

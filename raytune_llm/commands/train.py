@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from raytune_llm import BEGAN, api
-from raytune_llm.config.load import as_word, to_yaml
 from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.override_syntax import as_word
+from raytune_llm.config.plain import to_yaml
 from raytune_llm.config.run import TrainRun
 from raytune_llm.packaged import PACKAGED
 from raytune_llm.report.display import SHOWN_SAMPLES, Display, last_line

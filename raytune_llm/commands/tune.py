@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raytune_llm import api
-from raytune_llm.config.load import as_word
+from raytune_llm.config.override_syntax import as_word
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.runs.plan import Plan
 from raytune_llm.tune.study import PAGE, TABLE, Study, Trial

@@ -11,8 +11,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from raytune_llm.config import load as composer
 from raytune_llm.config import sweep
+from raytune_llm.config.load import defaults, load_config, run_under_hydra
+from raytune_llm.config.options import groups, listed, of_verbs, options
+from raytune_llm.config.override_syntax import quoted
 from raytune_llm.errors import ConfigError
 
 HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {
@@ -63,7 +65,7 @@ def parse(verb: str, argv: list[str]) -> Call:
             if verb not in WITHOUT_A_KEY or word.startswith(("+", "~")) or _is_override(word):
                 overrides.append(word)
                 continue
-            overrides.append(f"{_setting_at(verb, positional, word)}={composer.quoted(word)}")
+            overrides.append(f"{_setting_at(verb, positional, word)}={quoted(word)}")
             positional += 1
             continue
         if word in OWN_FLAGS.get(verb, {}):
@@ -84,7 +86,7 @@ def parse(verb: str, argv: list[str]) -> Call:
         if allowed and value not in allowed:
             raise ConfigError(flag, f"must be followed by {', '.join(allowed)}", got=value or "nothing")
     if listed:
-        overrides.append(f"{LISTS[verb]}=[{','.join(map(composer.quoted, listed))}]")
+        overrides.append(f"{LISTS[verb]}=[{','.join(map(quoted, listed))}]")
     _check_together(flags)
     return Call(verb, overrides, known.config_dir, known.config_name, flags)
 
@@ -117,7 +119,7 @@ def load(call: Call) -> Any:
         return sweep.load_paused(call.overrides[1:])
     if call.verb == sweep.VERB:
         return sweep.load_sweep(call.overrides, config_dir=call.config_dir, config_name=call.config_name)
-    return composer.load_config(call.verb, call.overrides, config_dir=call.config_dir, config_name=call.config_name)
+    return load_config(call.verb, call.overrides, config_dir=call.config_dir, config_name=call.config_name)
 
 
 def with_override(verb: str | None, argv: Sequence[str], override: str) -> str | None:
@@ -137,7 +139,7 @@ def run_hydra(call: Call, verb_main: Callable[[Any], int]) -> int:
         if {"-m", "--multirun"} & set(call.hydra_flags):
             raise ConfigError("-m", "can't go with tune, which runs several values by itself", fix="Leave it out.")
         overrides, _ = sweep.split(call.overrides)
-    return composer.run_under_hydra(
+    return run_under_hydra(
         call.verb, overrides, call.hydra_flags, verb_main, config_dir=call.config_dir, config_name=call.config_name
     )
 
@@ -147,13 +149,13 @@ def usage(verb: str | None, verbs: Mapping[str, str]) -> str:
     lines += ["  python -m raytune_llm [verb] [group=option ...] [setting=value ...]", "", "Verbs"]
     lines += [f"  {name:<10}{text}" for name, text in verbs.items()]
     lines += ["", "Groups (group=option)"]
-    lines += [f"  {group:<14}{composer.listed(composer.options(group))}" for group in composer.groups() if group != "experiment"]
-    special = composer.of_verbs()
-    runs = [name for name in composer.options("experiment") if name not in special]
+    lines += [f"  {group:<14}{listed(options(group))}" for group in groups() if group != "experiment"]
+    special = of_verbs()
+    runs = [name for name in options("experiment") if name not in special]
     lines += ["", "Experiments (+experiment=name)", f"  {' '.join(runs)}"]
     lines += [f"  of {other}: {name}" for name, other in special.items()]
     lines += ["", f"Settings of {verb or 'train'} (setting=value) and their defaults"]
-    lines += [f"  {line}" for line in composer.defaults(verb or "train")]
+    lines += [f"  {line}" for line in defaults(verb or "train")]
     lines += [
         "",
         "Flags",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from raytune_llm.config.load import as_plain, groups, load_config, quoted, validate
+from raytune_llm.config.load import load_config, validate
+from raytune_llm.config.options import groups
+from raytune_llm.config.override_syntax import quoted
+from raytune_llm.config.plain import as_plain
 from raytune_llm.config.run import RUNS
 from raytune_llm.errors import ConfigError
 

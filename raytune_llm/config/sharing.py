@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from raytune_llm.config.load import as_plain, flat_items
+from raytune_llm.config.plain import as_plain, flat_items
 from raytune_llm.config.resources import uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError

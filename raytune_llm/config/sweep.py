@@ -15,7 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.config.load import as_override, as_plain, compose, one_value, quoted, swept, to_run
+from raytune_llm.config.load import compose, to_run
+from raytune_llm.config.override_syntax import as_override, one_value, quoted, swept
+from raytune_llm.config.plain import as_plain
 from raytune_llm.config.run import TrainRun, TuneRun, as_train_run
 from raytune_llm.config.sharing import elsewhere, obstacle
 from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, check_grid, drawn, ends, grid

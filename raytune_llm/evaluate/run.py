@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from raytune_llm.config.evaluate import EvaluateConfig
-from raytune_llm.config.load import to_yaml
+from raytune_llm.config.plain import to_yaml
 from raytune_llm.config.run import EvaluateRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.evaluate.choices import Choices

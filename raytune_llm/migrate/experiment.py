@@ -10,7 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.config.load import groups, load_config, read_yaml, to_yaml_text
+from raytune_llm.config.load import load_config
+from raytune_llm.config.options import groups
+from raytune_llm.config.plain import read_yaml, to_yaml_text
 from raytune_llm.config.run import ImportRun, TrainRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.migrate.argument_rules import Settings

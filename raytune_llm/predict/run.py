@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from raytune_llm.atomic_file import write_atomically
-from raytune_llm.config.load import as_plain
+from raytune_llm.config.plain import as_plain
 from raytune_llm.config.predict import PredictConfig
 from raytune_llm.config.run import PredictRun
 from raytune_llm.engines.requests import Sampling

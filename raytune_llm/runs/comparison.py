@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.config.load import flat_items, read_yaml
+from raytune_llm.config.plain import flat_items, read_yaml
 from raytune_llm.errors import ConfigError
 from raytune_llm.report.metrics import METRICS, SAMPLES, SUMMARY
 

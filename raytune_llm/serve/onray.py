@@ -22,7 +22,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from raytune_llm import interrupts, session
 from raytune_llm.atomic_file import write_atomically
-from raytune_llm.config.load import to_yaml_text
+from raytune_llm.config.plain import to_yaml_text
 from raytune_llm.config.resources import on_cluster, uses_ray
 from raytune_llm.config.run import ADMIN_KEY, API_KEY, ServeRun
 from raytune_llm.errors import ConfigError, ResourceError

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from raytune_llm.atomic_file import write_atomically
-from raytune_llm.config.load import to_yaml
+from raytune_llm.config.plain import to_yaml
 from raytune_llm.config.space import merged
 from raytune_llm.tune.page import sweep_page
 from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Study, Trial

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from raytune_llm.config.load import flat_items
+from raytune_llm.config.plain import flat_items
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.space import Point
 from raytune_llm.config.sweep import Sweep

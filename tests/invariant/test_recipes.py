@@ -10,7 +10,7 @@ import pytest
 
 from raytune_llm import api, load_config, load_sweep
 from raytune_llm.__main__ import main
-from raytune_llm.config.load import of_verbs, options, sweeps
+from raytune_llm.config.options import of_verbs, options, sweeps
 from tests.group import metrics
 from tests.llama_cpp import llama_cpp
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from raytune_llm import api
-from raytune_llm.config.load import CONF, load_config
+from raytune_llm.config.load import load_config
+from raytune_llm.config.overrides import CONF
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.errors import ConfigError, DataError

@@ -9,7 +9,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from raytune_llm.config.load import RUNS, compose, options, validate
+from raytune_llm.config.load import compose, validate
+from raytune_llm.config.options import options
+from raytune_llm.config.run import RUNS
 from raytune_llm.errors import ConfigError
 
 AXES = {axis: options(axis) for axis in ("adapter", "quantization", "optimizer", "strategy", "stage")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from raytune_llm.config.load import options
+from raytune_llm.config.options import options
 from tests.pages import models, support
 from tests.pages.__main__ import DOCS
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_llm import ConfigError, api, load_config, load_sweep
-from raytune_llm.config import load
-from raytune_llm.config.load import to_yaml
+from raytune_llm.config import options, override_syntax
 from raytune_llm.config.paths import with_absolute_paths
+from raytune_llm.config.plain import to_yaml
 
 DATA = "data.path=rows.jsonl"
 STREAM = ["data.streaming=true", "train.max_steps=9", "checkpoint.every_steps=3"]
@@ -100,9 +100,11 @@ NEEDS = {"loftq": ["quantization=bnb_nf4"], "schedule_free": ["schedule=constant
 """What options can't be without."""
 
 
-@pytest.mark.parametrize("group", [group for group in load.groups() if group != "experiment"])
+@pytest.mark.parametrize("group", [group for group in options.groups() if group != "experiment"])
 def test_every_option_of_every_group_composes(group):
-    for option in load.options(group) if group != "model" else ["hub", "smollm2_135m", "tiny_random"]:  # the rest: test_pages.py
+    for option in (
+        options.options(group) if group != "model" else ["hub", "smollm2_135m", "tiny_random"]
+    ):  # the rest: test_pages.py
         given_path = ["model.path=some/model"] if option == "hub" else []
         resources = ["resources=local"] if group != "resources" else []
         verb = {"engine": "serve", "tune": "tune"}.get(group)
@@ -114,7 +116,7 @@ def test_every_option_of_every_group_composes(group):
         load_config("train", [DATA, *resources, f"{group}={option}", *given_path, *NEEDS.get(option, ())])
 
 
-RUNS = [name for name in load.options("experiment") if name not in load.of_verbs()]
+RUNS = [name for name in options.options("experiment") if name not in options.of_verbs()]
 """Experiments that `train` runs; the others are for `tune` and `chain`."""
 
 
@@ -125,7 +127,7 @@ def test_every_experiment_is_complete_as_it_is(experiment):
     assert run.data.evaluates and (run.train.eval_on_start or run.train.exact_match_rows)
 
 
-@pytest.mark.parametrize("experiment", load.sweeps())
+@pytest.mark.parametrize("experiment", options.sweeps())
 def test_every_sweep_is_complete_as_it_is(experiment):
     sweep = load_sweep([f"+experiment={experiment}"])
     assert Path(sweep.base.data.path).is_file()
@@ -133,7 +135,7 @@ def test_every_sweep_is_complete_as_it_is(experiment):
     assert load_sweep([f"+experiment={experiment}", DATA]).base.data.path == "rows.jsonl"
 
 
-@pytest.mark.parametrize("experiment", [name for name, verb in load.of_verbs().items() if verb == "chain"])
+@pytest.mark.parametrize("experiment", [name for name, verb in options.of_verbs().items() if verb == "chain"])
 def test_every_chain_is_complete_as_it_is(experiment):
     run = load_config("chain", [f"+experiment={experiment}", "also={sft: [train.max_steps=2]}"])
     for name in run.steps:
@@ -253,18 +255,18 @@ def test_lists_and_objects_hold_texts_as_they_are_typed():
     "text", ["/a,b/final", "/plain/final", "null", "/it's, here", "/001_lr=0.001", "[x]", "1e5", "true", "choice(1,2)"]
 )
 def test_a_command_that_is_shown_gives_its_setting_the_same_text(text):
-    assert load.one_value(load.as_word("adapter.path", text)) == ("adapter.path", text)
-    assert load.as_word("adapter.path", "/plain/final") == "adapter.path=/plain/final"
+    assert override_syntax.one_value(override_syntax.as_word("adapter.path", text)) == ("adapter.path", text)
+    assert override_syntax.as_word("adapter.path", "/plain/final") == "adapter.path=/plain/final"
 
 
 def test_with_several_values_each_is_taken_as_it_is_typed():
-    typed = load.as_typed("data.split=train[:10],train[10:]", several=True)
+    typed = override_syntax.as_typed("data.split=train[:10],train[10:]", several=True)
     assert typed == "data.split='train[:10]','train[10:]'"
 
 
 @given(st.text(st.characters(blacklist_categories=["Cs", "Cc"]), max_size=12))
 def test_any_text_in_quotes_is_that_text(text):
-    override = OverridesParser.create().parse_override(f"key={load.quoted(text)}")
+    override = OverridesParser.create().parse_override(f"key={override_syntax.quoted(text)}")
     assert override.value() == text
 
 

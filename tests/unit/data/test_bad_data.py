@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llm.config.load import load_config, options
+from raytune_llm.config.load import load_config
+from raytune_llm.config.options import options
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.formats import convert
 from raytune_llm.data.pipeline import prepare

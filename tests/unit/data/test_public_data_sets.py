@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from raytune_llm.config.data import DataConfig
-from raytune_llm.config.load import compose, load_config, options
+from raytune_llm.config.load import compose, load_config
+from raytune_llm.config.options import options
 from raytune_llm.data.formats import convert
 from raytune_llm.data.readers.sources import find
 from raytune_llm.records import Labeled, Pair, Text

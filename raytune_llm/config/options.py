@@ -1,0 +1,63 @@
+"""The options of each group of settings, and which experiments are for which verb."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from raytune_llm.config.overrides import CONF
+
+MAX_LISTED_OPTIONS = 60
+"""More are not read to the end."""
+
+
+@dataclass(frozen=True)
+class OfVerb:
+    """Experiments that one verb alone can run."""
+
+    section: str
+    """That they have."""
+    what: str
+    varies_runs: bool
+    """The verb also takes experiments of train."""
+
+
+OF_VERBS = {"tune": OfVerb("tune", "sweep", True), "chain": OfVerb("steps", "chain of commands", False)}
+
+
+def groups() -> list[str]:
+    """What can be chosen: model, data, ..., experiment."""
+    return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+
+
+def options(group: str, config_dir: str | Path | None = None) -> list[str]:
+    """What `group=` can be."""
+    folders = [CONF / group] + ([Path(config_dir) / group] if config_dir else [])
+    return sorted({file.stem for folder in folders for file in folder.glob("[!_]*.yaml")})
+
+
+def listed(found: Sequence[str], separator: str = " ") -> str:
+    """A group's options: all, or where they are too many to read, some and where the rest is."""
+    if len(found) <= MAX_LISTED_OPTIONS:
+        return separator.join(found) or "none"
+    return f"{separator.join(found[:: len(found) // 8])}, and others ({len(found)} in all, in docs/models.md)"
+
+
+def of_verbs(config_dir: str | Path | None = None) -> dict[str, str]:
+    """Experiment -> the verb that it goes with alone; those of `train`, `plan` and `submit` are not here."""
+    folders = [CONF / "experiment", *([Path(config_dir) / "experiment"] if config_dir else [])]
+    files = [file for folder in folders for file in folder.glob("[!_]*.yaml")]
+    texts = {file.stem: file.read_text(encoding="utf-8", errors="replace") for file in sorted(files)}
+    return {
+        name: verb
+        for name, text in texts.items()
+        for verb, special in OF_VERBS.items()
+        if re.search(rf"^{special.section}:", text, re.M)
+    }
+
+
+def sweeps(config_dir: str | Path | None = None) -> list[str]:
+    """The experiments of the verb tune."""
+    return sorted(name for name, verb in of_verbs(config_dir).items() if verb == "tune")

@@ -1,0 +1,159 @@
+"""Words of the command line (key=value), as Hydra's grammar reads them and as a user types them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, QuotedString
+from hydra.errors import HydraException
+from yaml import YAMLError
+
+from raytune_llm.config.options import options
+from raytune_llm.config.plain import as_text
+from raytune_llm.config.space import Choice, Interval, Values
+from raytune_llm.errors import ConfigError
+
+SEVERAL = r"(choice|range|interval|tag|glob|sort|shuffle|int|float|str|bool)\("
+"""How a value begins that stands for several: Hydra's functions."""
+
+
+def quoted(text: str) -> str:
+    """As Hydra's overrides take any text: a backslash is one of its own but before a quote."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return f"'{escaped}{escaped[len(escaped.rstrip(chr(92))) :]}'"
+
+
+def as_typed(override: str, *, several: bool = False) -> str:
+    """The override with what Hydra's grammar has no letters for in quotes: ~/rows.jsonl, données.jsonl, train[:10], a (1).jsonl.
+
+    Lists and objects are read as YAML where Hydra can't. `several`: commas part values, as with -m. Raises ConfigError.
+    """
+    if not override.isprintable():
+        _check_encoding(override)
+    if is_read(override):
+        return override
+    found = re.fullmatch(r"([+~]*[^=\s]+)=(.*)", override, re.DOTALL)
+    if found is None or not is_read(f"{found[1]}=1"):
+        raise ConfigError("an override", "must read key=value", got=override, fix="See --help for the settings.")
+    key, value = found[1], found[2].strip()
+    if _is_open(value):
+        fix = "Close the quote." if value.startswith(("'", '"')) else f"For example, '{key}=[a,b]'."
+        raise ConfigError(key, "has a quote or a bracket that is not closed", got=value, fix=fix)
+    if value.startswith(("[", "{")) and is_read(literal := f"{key}={_literal(value)}"):
+        return literal
+    values = re.split(r",(?![^\[]*\])", value) if several else [value]
+    return f"{key}={','.join(one if is_read(f'{key}={one}') else quoted(one) for one in values)}"
+
+
+def _check_encoding(override: str) -> None:
+    """That its bytes were UTF-8: those that were not reach Python as surrogates, which no file and no JSON can hold."""
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        key, _, value = override.partition("=")
+        fix = "Type it in UTF-8; a file with such a name must get another one."
+        raise ConfigError(key, "must be text in UTF-8", got=value, fix=fix) from None
+
+
+def swept(override: str) -> tuple[str, Values] | None:
+    """The setting, with its plus signs, and the values that an override gives to it, where it gives several: 8,16,32,
+    choice(8,16), range(0,4), interval(0,1), int(interval(8,64)), tag(log,interval(1e-5,1e-3)), glob(*) for options of a group."""
+    key, _, value = override.partition("=")
+    typed = as_typed(override, several=True)
+    if not is_read(typed) or (not is_read(override) and re.match(SEVERAL, value)):
+        fix = "Say, 8,16,32, range(0,4), interval(0,1) or tag(log,interval(1e-5,1e-3))."
+        raise ConfigError(key.lstrip("+"), "has values that can't be read", got=value, fix=fix)
+    read = parsed(typed)
+    if not read.is_sweep_override():
+        return None
+    setting = read.input_line.partition("=")[0] if read.input_line else read.key_or_group
+    values = cast(Any, read.value())
+    if isinstance(values, Glob):
+        return setting, Choice(tuple(values.filter(options(read.key_or_group))))
+    if isinstance(values, IntervalSweep):
+        assert values.start is not None and values.end is not None
+        whole = isinstance(values.start, int) and isinstance(values.end, int)
+        return setting, Interval(values.start, values.end, log="log" in values.tags, whole=whole)
+    return setting, Choice(tuple(_plain(value) for value in read.sweep_iterator()))
+
+
+def one_value(override: str) -> tuple[str, Any]:
+    """The setting, and the value that an override gives to it."""
+    word = as_typed(override)
+    read = parsed(word)
+    setting, _, value = word.partition("=")
+    if read.is_sweep_override():
+        raise ConfigError(setting, "must have one value here", got=value)
+    return setting, _plain(read.value())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(_plain(key)): _plain(item) for key, item in value.items()}
+    return value
+
+
+def as_override(setting: str, value: Any) -> str:
+    """The word that gives a plain value to a setting."""
+    return f"{setting}={_word(value)}"
+
+
+def as_word(setting: str, value: Any) -> str:
+    """The same as a user would type it: a text in quotes only where it would be read as something else (a,b is two values)."""
+    word = f"{setting}={value}"
+    try:
+        read = one_value(word)[1]
+    except ConfigError:
+        read = None
+    return word if read == value else as_override(setting, value)
+
+
+def parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_word, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_word(item)}' for key, item in value.items())}}}"
+    return quoted(value) if isinstance(value, str) else as_text(value)
+
+
+def is_read(override: str) -> bool:
+    try:
+        parsed(override)
+    except HydraException:
+        return False
+    return True
+
+
+def _is_open(value: str) -> bool:
+    """Whether it begins like a list, an object or a quoted text and has no end."""
+    if value.startswith(("'", '"')):
+        return len(value) == 1 or not value.endswith(value[0])
+    return any(value.startswith(start) and value.count(start) > value.count(end) for start, end in ("[]", "{}"))
+
+
+def _literal(value: str) -> str:
+    """A list or an object as Hydra writes it, its texts in quotes; the value itself where it is no YAML."""
+    try:
+        return _in_hydras_words(yaml.load(value, yaml.BaseLoader))
+    except YAMLError:
+        return value
+
+
+def _in_hydras_words(node: Any) -> str:
+    if isinstance(node, list):
+        return f"[{','.join(map(_in_hydras_words, node))}]"
+    if isinstance(node, dict):
+        return f"{{{','.join(f'{key}:{_in_hydras_words(item)}' for key, item in node.items())}}}"
+    is_text = not is_read(f"key={node}") or isinstance(parsed(f"key={node}").value(), str)
+    return quoted(node) if is_text else node

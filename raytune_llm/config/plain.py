@@ -1,0 +1,61 @@
+"""A run as plain values, and as YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter
+
+from raytune_llm.errors import NOT_YAML, ConfigError, first_line
+
+
+def as_plain(run: Any) -> dict[str, Any]:
+    """A run as dicts, lists and plain values."""
+    return TypeAdapter(type(run)).dump_python(run, mode="json")
+
+
+def to_yaml(run: Any) -> str:
+    """The whole run as YAML that `--config-dir FOLDER --config-name NAME` composes back into the same run."""
+    return OmegaConf.to_yaml(OmegaConf.create(as_plain(run)))
+
+
+def to_yaml_text(values: dict[str, Any]) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(values))
+
+
+def read_yaml(path: Path, *, setting: str) -> dict[str, Any]:
+    """A YAML file with a mapping; numbers may be written as 1e-4. Raises ConfigError, which blames the setting for the path."""
+    try:
+        read = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        raise ConfigError(setting, f"must be a YAML file that can be read ({error.strerror})", got=str(path)) from None
+    except (OmegaConfBaseException, *NOT_YAML) as error:
+        raise ConfigError(setting, f"must be a YAML file: {first_line(error)}", got=str(path)) from None
+    if not isinstance(read, dict):
+        raise ConfigError(setting, "must be a YAML file with key: value lines", got=str(path))
+    return {str(key): value for key, value in read.items()}
+
+
+def flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by dotted path, with its value."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from flat_items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def flat_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Every setting and every section, by dotted path."""
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from flat_keys(value, f"{prefix}{key}.")
+
+
+def as_text(value: Any) -> str:
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
