@@ -104,11 +104,7 @@ def build_policy(
     """
     runs_on = runs_on or device
     in_lines = needs_lines(config, model_class(config))
-    if in_lines:
-        backend, reason = attention.own_layers(model.attention, config)
-    else:
-        case = attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute)
-        backend, reason = attention.choose(model.attention, case)
+    backend, reason = _attention(model, config, runs_on, compute, in_lines=in_lines)
     frozen = not adapter.trains_base or not trains
     load = partial(
         load_model,
@@ -134,10 +130,8 @@ def build_policy(
         _check_head(loaded)
     adapted: Adapters | None = None
     if slots is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed if adapter_seed is None else adapter_seed)
-            in_bits = quantization_of(quantization)
-            adapted = adapt(loaded, adapter, scores=scores, new_ids=sorted(first_pieces), quantization=in_bits)
+        drawn_with = seed if adapter_seed is None else adapter_seed
+        adapted = _adapted(loaded, adapter, quantization, drawn_with, scores=scores, new_ids=sorted(first_pieces))
     else:
         loaded.requires_grad_(False)  # a bank comes after quantization, which takes frozen weights
     if not frozen:
@@ -172,6 +166,30 @@ def build_policy(
     dropout = attention.dropout_of(config) if trains else 0.0
     left_out = f"; without the model's attention dropout of {dropout:g}" if dropout else ""
     return made, f"attention: {backend} ({reason}{left_out})"
+
+
+def _attention(
+    model: ModelConfig, config: PretrainedConfig, runs_on: torch.device, compute: torch.dtype, *, in_lines: bool
+) -> tuple[str, str]:
+    """The attention back end, and why it is chosen. in_lines: the model has layers of its own that take one document a line."""
+    if in_lines:
+        return attention.own_layers(model.attention, config)
+    return attention.choose(model.attention, attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute))
+
+
+def _adapted(
+    model: PreTrainedModel,
+    adapter: AdapterConfig | SavedAdapter,
+    quantization: QuantizationConfig,
+    seed: int,
+    *,
+    scores: bool,
+    new_ids: Sequence[int],
+) -> Adapters:
+    """The model with its adapter, whose new weights are drawn with the seed. quantization: what the base will be held in."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return adapt(model, adapter, scores=scores, new_ids=new_ids, quantization=quantization_of(quantization))
 
 
 def _narrow_frozen(model: PreTrainedModel, compute: torch.dtype) -> None:

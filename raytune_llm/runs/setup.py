@@ -172,12 +172,7 @@ def complete(run: TrainRun, reads: Reads, builder: Builder, built: Built, on_upd
         enrichers.append(reference.enricher)
     if objective.statistics is not None:
         enrichers.append(FirstPass(objective.statistics))  # after the reference, which it may read
-    if KINDS[run.stage.kind].can_share_prompts:
-        choices += (f"prompts: {'shared by both answers' if reads.shares_prompts else 'one copy an answer'}",)
-    if isinstance(stores.train, Samples):
-        choices += KINDS[run.stage.kind].remarks(stores.train.store)
-    if run.data.evaluates and not stores.held_out:
-        choices += (f"evaluation: none, since data.eval_fraction={run.data.eval_fraction} of these rows is no row",)
+    choices += tuple(_data_choices(run, reads))
 
     def loader(samples: Samples | Stream, *, shuffle: bool) -> Loader:
         return Loader(
@@ -209,6 +204,17 @@ def complete(run: TrainRun, reads: Reads, builder: Builder, built: Built, on_upd
         held_out={source: loader(samples, shuffle=False) for source, samples in stores.held_out.items()},
         choices=choices,
     )
+
+
+def _data_choices(run: TrainRun, reads: Reads) -> Iterator[str]:
+    """What was chosen about the rows, in lines for the user."""
+    kind, stores = KINDS[run.stage.kind], reads.stores
+    if kind.can_share_prompts:
+        yield f"prompts: {'shared by both answers' if reads.shares_prompts else 'one copy an answer'}"
+    if isinstance(stores.train, Samples):
+        yield from kind.remarks(stores.train.store)
+    if run.data.evaluates and not stores.held_out:
+        yield f"evaluation: none, since data.eval_fraction={run.data.eval_fraction} of these rows is no row"
 
 
 @contextmanager
