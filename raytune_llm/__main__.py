@@ -18,7 +18,7 @@ VERBS = {
     "tune": "a sweep: settings with several values are its space",
     "chain": "several commands, one after another",
     "submit": "train as a job of a Ray cluster, followed from here",
-    "jobs": "of a cluster: jobs [status|logs|stop|fetch NAME]",
+    "jobs": "the jobs of a cluster: jobs [status|logs|stop|fetch NAME]",
     "serve": "an OpenAI-compatible server of one model and many adapters",
     "chat": "a conversation in the terminal, with a model and adapters here or a server elsewhere",
     "predict": "answers for a data set, of a run or of any model and adapters, with metrics",
