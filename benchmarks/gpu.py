@@ -1,12 +1,15 @@
-"""Training steps on one GPU: random weights in the shape of a published model, packs of documents as long as Alpaca's.
+"""Training steps on one GPU or several: random weights in the shape of a published model, documents as long as Alpaca's in packs.
 
-    python benchmarks/gpu.py [--variants NAME ...] [--steps 8] [--workers N] [--profile FOLDER] [--set KEY=VALUE ...]
+    scripts/bench gpu [--variants NAME ...] [--steps 8] [--workers N] [--limit-s 180] [--profile FOLDER] [--set KEY=VALUE ...]
 
-A variant over several workers runs where there are as many GPUs; one that fails says so, and the others run. Prints JSON: for
-each variant real tokens/s of a worker (padding not counted), the median step, peak memory and mfu: 4 operations a frozen weight
-and token (6 a trained one), and 12 for each number of the query heads as often as there are query-key pairs, against the rate of
-a bf16 8192 x 8192 x 8192 product measured just before (memory/flops.py). Steps are the loop's own (`train.loop.one_step`):
-forward, backward, clipping, fused AdamW, metrics.
+Variants of several workers take all GPUs of the machine, or --workers of them: processes of their own, which are ended when the
+limit is over. One that would not fit by the project's estimate, runs out of memory or fails says so, and the others run. --tiny
+tries the script: small shapes, on a CPU too.
+
+Prints JSON: for each variant real tokens/s of a worker (padding not counted), the median step, peak memory and mfu: 4 operations
+a frozen weight and token (6 a trained one), and 12 for each number of the query heads as often as there are query-key pairs,
+against the rate of a bf16 8192 x 8192 x 8192 product measured just before (memory/flops.py). Steps are the loop's own
+(`train.loop.one_step`): forward, backward, clipping, fused AdamW, metrics.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ import argparse
 import gc
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice, pairwise
@@ -33,6 +38,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import PretrainedConfig
 
 from raytune_llm.config.load import load_config
 from raytune_llm.config.run import TrainRun
@@ -40,11 +46,13 @@ from raytune_llm.data.batches import collate, pinned
 from raytune_llm.data.packing import plan
 from raytune_llm.data.samples import JOINED_MULTIPLE
 from raytune_llm.data.steps import Step
+from raytune_llm.memory.footprint import GIB
 from raytune_llm.models.load import load_config as load_model_config
 from raytune_llm.report.profile import TABLE, StepProfile
 from raytune_llm.runs.build import Builder
 from raytune_llm.stages import STAGES
 from raytune_llm.train.loop import Learner, one_step
+from raytune_llm.train.strategies.base import COLLECTIVES
 from raytune_llm.train.window import Window
 
 LLAMA = {
@@ -56,12 +64,30 @@ LLAMA = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama3_8b": LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
     "llama3_2_1b": LLAMA
     | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, "tie_word_embeddings": True},
+    "llama3_70b": LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "qwen3_30b_a3b": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "rope_theta": 1000000.0,
+        "max_position_embeddings": 40960,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+    },
 }
-"""Llama-3-8B and Llama-3.2-1B, entry by entry."""
+"""Llama-3-8B and 70B, Llama-3.2-1B, Qwen3-30B-A3B, entry by entry."""
+TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 
 
 @dataclass(frozen=True)
@@ -76,11 +102,14 @@ class Variant:
     warmup: int = 6
     """Steps after the first and before those that are timed, of which there are at most two more."""
     workers: int = 1
+    several: bool = False
+    """On as many workers as there are, or are asked for."""
 
 
 LORA = ("adapter=lora", "adapter.rank=8", "adapter.alpha=16", "adapter.dropout=0.0")
 ALL_FP8 = ("quantization=fp8", "quantization.skip_modules=[]")
-FULL_8B = ("adapter=none", "strategy=fsdp", "train.activation_checkpointing=none")
+RANK_16 = ("adapter=lora", "adapter.rank=16", "adapter.alpha=32", "adapter.dropout=0.0", "strategy=fsdp")
+FULL_8B = ("adapter=none", "strategy=fsdp")
 VARIANTS = {
     "lora": Variant("llama3_8b", LORA),
     "lora_eager": Variant("llama3_8b", (*LORA, "train.compile=false")),
@@ -98,9 +127,12 @@ VARIANTS = {
     ),
     "full_1b": Variant("llama3_2_1b", ("adapter=none",), packs=4),
     "full_1b_fp8": Variant("llama3_2_1b", ("adapter=none", *ALL_FP8), packs=4),
-    "lora_2": Variant("llama3_8b", LORA, workers=2),
-    "full_8b_2": Variant("llama3_8b", FULL_8B, 1, 8192, True, workers=2),
-    "full_8b_fp8_2": Variant("llama3_8b", (*FULL_8B, *ALL_FP8), 1, 8192, True, workers=2),
+    "lora_ddp": Variant("llama3_8b", LORA, several=True),
+    "full_8b": Variant("llama3_8b", FULL_8B, 1, 8192, True, several=True),
+    "full_8b_fp8": Variant("llama3_8b", (*FULL_8B, *ALL_FP8), 1, 8192, True, several=True),
+    "lora_70b": Variant("llama3_70b", RANK_16, 1, several=True),
+    "lora_70b_fp8": Variant("llama3_70b", (*RANK_16, *ALL_FP8), 1, several=True),
+    "lora_30b_a3b": Variant("qwen3_30b_a3b", RANK_16, several=True),
 }
 
 COMPARED = (
@@ -114,19 +146,27 @@ COMPARED = (
     "lora_unpacked",
     "lora_131072",
     "lora_fp8_131072",
-    "lora_2",
-    "full_8b_2",
-    "full_8b_fp8_2",
+    *(name for name, variant in VARIANTS.items() if variant.several),
 )
 
 
-def make_run(variant: Variant, settings: list[str]) -> TrainRun:
+def make_run(variant: Variant, settings: list[str], *, tiny: bool) -> TrainRun:
     base = ["model=hub", "model.path=null", "model.weights=random", "model.tokenizer=bytes", "data.path=none"]
-    shape = ["++model.config={" + ",".join(f"{key}:{str(value).lower()}" for key, value in SHAPES[variant.shape].items()) + "}"]
+    shape = SHAPES[variant.shape]
+    if tiny:
+        shape = shape | {key: value for key, value in TINY.items() if key in shape}
+    config = ["++model.config={" + ",".join(f"{key}:{str(value).lower()}" for key, value in shape.items()) + "}"]
     resources = "resources=inline" if variant.workers == 1 else "resources=local"
     sizes = [f"train.global_batch_size={variant.packs * variant.workers}", f"train.micro_batch_size={variant.packs}"]
     lengths = [f"data.max_length={variant.length}", "train.seed=0"]
-    return load_config("train", [*base, *shape, resources, *sizes, *lengths, *variant.overrides, *settings])
+    return load_config("train", [*base, *config, resources, *sizes, *lengths, *variant.overrides, *settings])
+
+
+def config_of(run: TrainRun) -> PretrainedConfig:
+    config = load_model_config(None, run.model.config)
+    if config.model_type == "qwen3_moe":
+        config.head_dim = 128  # in its config.json, though its class does not declare it
+    return config
 
 
 def make_steps(variant: Variant, vocab_size: int) -> Iterator[Step]:
@@ -167,6 +207,28 @@ def make_steps(variant: Variant, vocab_size: int) -> Iterator[Step]:
         )
 
 
+class Marks:
+    """Moments of a device's work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def record(self) -> None:
+        if not self._on_gpu:
+            self._marks.append(time.perf_counter())
+            return
+        self._marks.append(torch.cuda.Event(enable_timing=True))
+        self._marks[-1].record()
+
+    def between(self) -> list[float]:
+        """Seconds between them, once the device has come to the last."""
+        if not self._on_gpu:
+            return [b - a for a, b in pairwise(self._marks)]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1000 for a, b in pairwise(self._marks)]
+
+
 def measure(
     name: str,
     variant: Variant,
@@ -174,12 +236,17 @@ def measure(
     num_steps: int,
     matmul: float,
     trace: Path | None,
+    tiny: bool,
     device: torch.device,
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    run = make_run(variant, settings)
-    config = load_model_config(None, run.model.config)
-    built = Builder(run, config, device).build()
+    run = make_run(variant, settings, tiny=tiny)
+    config = config_of(run)
+    builder = Builder(run, config, device)
+    if not builder.fits:
+        fits = f"an estimated {builder.estimated_bytes / GIB:.1f} GiB of {builder.usable_bytes / GIB:.1f} usable"
+        return {"would_not_fit": f"{fits} a worker, with activation checkpointing {builder.needs.checkpointing}"}
+    built = builder.build()
     built.strategy.model.train()
     window = Window(device, {})
     steps = list(make_steps(variant, config.vocab_size))
@@ -200,26 +267,27 @@ def measure(
     first_loss = window.read()["loss"]
     ready = time.perf_counter()
     advance(max(variant.warmup, 0))
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    num_steps = min(num_steps, variant.warmup + 2)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    num_steps = max(1, min(num_steps, variant.warmup + 2))
+    marks = Marks(device)
     started = time.perf_counter()
     tokens = attention_pairs = 0
-    marks[0].record()
-    for mark in marks[1:]:
+    marks.record()
+    for _ in range(num_steps):
         tokens, attention_pairs = (a + b for a, b in zip((tokens, attention_pairs), advance(1), strict=True))
-        mark.record()
+        marks.record()
     issued = time.perf_counter() - started
-    torch.cuda.synchronize()
+    steps_s = marks.between()
     seconds = time.perf_counter() - started
-    steps_s = [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
     result = {
         "tokens_per_s": round(tokens / seconds),
         "step_s": round(median(steps_s), 4),
         "issue_s": round(issued / num_steps, 4),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else 0.0,
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else 0.0,
         "mfu": round(built.operations.of(tokens, attention_pairs) / seconds / matmul, 4),
         "tokens": round(tokens / num_steps),
         "loss": round(first_loss[0] / first_loss[1], 4),
@@ -238,31 +306,61 @@ def measure(
 
 
 def measure_in_group(rank: int, port: int, world: int, folder: str, trace: Path | None, *measured: Any) -> None:
-    """One of several workers of this machine, a GPU each. The first writes the result."""
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, device_id=device)
-    result = measure(*measured, None if trace is None else trace / f"rank_{rank}", device)
+    """One of several workers of this machine, in a process group of its own. The first writes the result."""
+    os.setsid()
+    device = device_of(rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    meeting = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group(COLLECTIVES[device.type], init_method=meeting, rank=rank, world_size=world)
+    name, variant, settings, num_steps, matmul, tiny = measured
+    result = measure(name, variant, settings, num_steps, matmul, None if trace is None else trace / f"rank_{rank}", tiny, device)
     if rank == 0:
         (Path(folder) / "result.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
+def device_of(rank: int) -> torch.device:
+    return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def measured(
-    name: str, variant: Variant, settings: list[str], num_steps: int, matmul: float, trace: Path | None
+    name: str,
+    variant: Variant,
+    settings: list[str],
+    num_steps: int,
+    matmul: float,
+    trace: Path | None,
+    *,
+    tiny: bool,
+    limit_s: float,
 ) -> dict[str, Any]:
-    """Tokens/s are a worker's where there are several."""
-    if variant.workers > torch.cuda.device_count():
+    """Tokens/s are a worker's where there are several. limit_s: for those, after which they are ended."""
+    if torch.cuda.is_available() and variant.workers > torch.cuda.device_count():
         return {"not_run": f"needs {variant.workers} GPUs"}
-    arguments = (name, variant, settings, num_steps, matmul)
-    if variant.workers == 1:
-        return measure(*arguments, trace, torch.device("cuda", 0))
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+    if not variant.several:
+        return measure(name, variant, settings, num_steps, matmul, trace, tiny, device_of(0))
+    with tempfile.TemporaryDirectory() as folder:
+        together(variant.workers, limit_s, folder, trace, name, variant, settings, num_steps, matmul, tiny)
+        return json.loads((Path(folder) / "result.json").read_text())
+
+
+def together(workers: int, limit_s: float, *arguments: Any) -> None:
+    """measure_in_group in so many processes. Raises what one of them raises; none is left, nor what they started."""
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-        free.close()
-        torch.multiprocessing.spawn(measure_in_group, (port, variant.workers, folder, trace, *arguments), nprocs=variant.workers)
-        return json.loads((Path(folder) / "result.json").read_text())
+    ends = time.monotonic() + limit_s
+    context = torch.multiprocessing.spawn(measure_in_group, (port, workers, *arguments), nprocs=workers, join=False)
+    try:
+        while not context.join(timeout=1):
+            if time.monotonic() > ends:
+                raise TimeoutError(f"not done after {limit_s:g} s")
+    finally:
+        for process in context.processes:
+            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def each(measures: Mapping[str, Callable[[], dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -281,7 +379,7 @@ def each(measures: Mapping[str, Callable[[], dict[str, Any]]]) -> Iterator[tuple
 
 
 def matmul_flops() -> float:
-    """Operations a second of a large bf16 product, the best of five rounds."""
+    """Operations a second of a large bf16 product on the GPU, the best of five rounds."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     best = 0.0
     for _ in range(5):
@@ -299,30 +397,41 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--variants", nargs="+", default=list(COMPARED), choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--workers", type=int, help="in place of each variant's own number")
+    parser.add_argument("--workers", type=int, help="of the variants of several; all GPUs")
+    parser.add_argument("--limit-s", type=float, default=180, help="of a variant of several workers")
     parser.add_argument("--profile", type=Path)
+    parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], help="settings of the run, as on the command line")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/gpu.py needs a GPU")
-    matmul = matmul_flops()
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not arguments.tiny:
+        sys.exit("benchmarks/gpu.py needs a GPU, or --tiny")
+    matmul = matmul_flops() if on_gpu else 1e12
     results: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if on_gpu else "none",
         "matmul_tflops": round(matmul / 1e12, 1),
         "mfu_counts": "4N a token for LoRA, 6N where all is trained, attention within documents added; of matmul_tflops",
     }
+    workers = arguments.workers or max(2, torch.cuda.device_count())
     variants = {name: VARIANTS[name] for name in arguments.variants}
-    if arguments.workers is not None:
-        variants = {name: replace(variant, workers=arguments.workers) for name, variant in variants.items()}
+    variants = {name: replace(found, workers=workers) if found.several else found for name, found in variants.items()}
     measures = {
-        name: partial(measured, name, variant, arguments.set, arguments.steps, matmul, arguments.profile)
+        name: partial(
+            measured,
+            *(name, variant, arguments.set, arguments.steps, matmul, arguments.profile),
+            tiny=arguments.tiny,
+            limit_s=arguments.limit_s,
+        )
         for name, variant in variants.items()
     }
     for name, result in each(measures):
-        results[name] = result
+        results[name] = result | ({"workers": workers} if variants[name].several else {})
         gc.collect()
         torch._dynamo.reset()
         torch.cuda.empty_cache()
+    one, several = (results.get(name, {}).get("tokens_per_s") for name in ("lora", "lora_ddp"))
+    if one and several:
+        results["lora_ddp"]["times_one"] = round(workers * several / one, 3)
     print(json.dumps(results, indent=2))
 
 

@@ -1,12 +1,24 @@
-"""Whole commands on one GPU: DPO with LoRA, and the time from a command to its first step, of a model in Llama-3-8B's shape.
+"""Whole commands on one GPU and on several, of models in published shapes with random weights.
 
-    python -m benchmarks gpu_runs [--runs dpo first_step]
+    scripts/bench gpu_runs [--runs dpo first_step ...] [--workers N] [--limit-s 200] [--tiny]
 
 dpo: 300 pairs of texts as long as those of dpo_en_demo.json, each with a request of its own, to 1,024 tokens; two epochs of four
 packs a step, the reference precomputed. Pairs/s are from the tokens/s of the log after the tenth step, when all is compiled.
 
 first_step: 16 GB of random weights are written as safetensors and dropped from the page cache; the time is from starting the
 command to the first record in its metrics.
+
+saving: Llama-3.2-1B's shape, all of it trained, in this process on one GPU, for 150 steps: without checkpoints, and with one
+written in the background every 10 and every 50 steps. Tokens/s are of all seconds from the tenth step to the last.
+
+full_8b: all of Llama-3-8B's shape under FSDP2 through Ray, 8,192 tokens a worker and step, on all GPUs or --workers of them; the
+checkpoint of step 10 is written in the background, against the rate at which as many threads write to the same disk. The command
+is ended then, as is any at its limit.
+
+killed: LoRA of that shape under ddp through Ray with a checkpoint every five steps; a worker gets SIGKILL after step 12, and the
+run goes on to its end.
+
+A run that fails says why, and the others go on. --tiny tries the script: small shapes, on a CPU too.
 """
 
 from __future__ import annotations
@@ -15,22 +27,52 @@ import argparse
 import json
 import os
 import random
+import shutil
 import string
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
+import psutil
 import torch
-from gpu import LORA, SHAPES
+from gpu import FULL_8B, LORA, SHAPES, TINY, each
 from transformers import AutoConfig, AutoModelForCausalLM
 
 PAIRS = Path(__file__).parent / "_dpo_lengths.json"
 EPOCHS, WARMUP_STEPS = 2, 10
+SAVED_AT = 10
+KILLED_AT = 12
+LEFT_BYTES = 4 * 2**30
+"""What a checkpoint leaves of the disk."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    workers: int
+    limit_s: float
+    """Of a command that is followed."""
+    tiny: bool
+
+    def shape(self, name: str) -> str:
+        """The setting with a model's shape."""
+        shape = SHAPES[name]
+        if self.tiny:
+            shape = shape | {key: value for key, value in TINY.items() if key in shape}
+        return "++model.config={" + ",".join(f"{key}:{str(value).lower()}" for key, value in shape.items()) + "}"
+
+    def length(self, tokens: int) -> int:
+        return 256 if self.tiny else tokens
 
 
 def command(folder: Path, rows: list[dict[str, Any]], *settings: str) -> list[str]:
@@ -42,12 +84,65 @@ def command(folder: Path, rows: list[dict[str, Any]], *settings: str) -> list[st
     ]  # fmt: skip
 
 
+class Followed:
+    """A command that says its progress as JSON lines, read as they come."""
+
+    def __init__(self, words: Sequence[str], errors: Path) -> None:
+        self.began, self._errors = time.time(), errors
+        self._found: list[dict[str, Any]] = []
+        with errors.open("w") as file:
+            words = [*words, "log_format=json"]
+            self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=file, text=True)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith('{"event"'):
+                self._found.append(json.loads(line))
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in list(self._found) if event["event"] == kind]
+
+    def times(self) -> dict[int, float]:
+        """When each step was recorded, the last time."""
+        return {event["step"]: event["time"] for event in self.events("step")}
+
+    def until(self, holds: Callable[[], object], limit_s: float) -> None:
+        """Wait for it. limit_s: since the command's start."""
+        while not holds():
+            code = self.process.poll()
+            if code is not None and not holds():
+                raise RuntimeError(f"the command ended with code {code}: {self._errors.read_text()[-1500:]}")
+            if time.time() - self.began > limit_s:
+                said = [event["text"] for event in self.events("notice")][-3:]
+                raise TimeoutError(f"ended after {limit_s:g} s, with {len(self.times())} steps; it said {said}")
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def followed(words: Sequence[str], folder: Path) -> Iterator[Followed]:
+    run = Followed(words, folder / "errors.txt")
+    try:
+        yield run
+    finally:
+        run.end()
+
+
 def records(folder: Path) -> list[dict[str, Any]]:
     path = folder / "run/metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def dpo(folder: Path) -> dict[str, float]:
+def dpo(folder: Path, asked: Asked) -> dict[str, float]:
     draw = random.Random(0)
 
     def message(role: str, length: int) -> dict[str, str]:
@@ -57,8 +152,7 @@ def dpo(folder: Path) -> dict[str, float]:
         {"messages": [message("user", request)], "chosen": message("assistant", better), "rejected": message("assistant", worse)}
         for request, better, worse in json.loads(PAIRS.read_text())["rows"]
     ]
-    shape = ",".join(f"{key}:{str(value).lower()}" for key, value in SHAPES["llama3_8b"].items())
-    settings = ["data=chat_pairs", "stage=dpo", "model.path=null", "model.weights=random", f"++model.config={{{shape}}}"]
+    settings = ["data=chat_pairs", "stage=dpo", "model.path=null", "model.weights=random", asked.shape("llama3_8b")]
     sizes = ["data.max_length=1024", "train.micro_batch_size=4", "train.global_batch_size=4", f"train.epochs={EPOCHS}"]
     subprocess.run(command(folder, rows, *settings, *sizes), check=True, stdout=sys.stderr)
     found = records(folder)
@@ -71,7 +165,7 @@ def dpo(folder: Path) -> dict[str, float]:
     }
 
 
-def first_step(folder: Path) -> dict[str, float]:
+def first_step(folder: Path, asked: Asked) -> dict[str, float]:
     weights = folder / "model"
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES["llama3_8b"]), dtype=torch.bfloat16)
@@ -97,16 +191,171 @@ def first_step(folder: Path) -> dict[str, float]:
     return {"first_step_s": round(seconds, 1)}
 
 
-RUNS: dict[str, Callable[[Path], dict[str, float]]] = {"dpo": dpo, "first_step": first_step}
+def random_run(folder: Path, asked: Asked, shape: str, length: int, *settings: str) -> list[str]:
+    """The command of a run with random weights, and rows that fill packs of so many tokens."""
+    tokens = asked.length(length)
+    words = "".join(random.Random(0).choices(string.ascii_letters, k=tokens))
+    request, answer = words[: tokens // 4], words[tokens // 4 : -64]  # the chat's own tokens come on top
+    row = {"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}
+    sizes = [f"data.max_length={tokens}", "data.eval_fraction=0", "train.epochs=100000", "train.seed=0"]
+    base = ["data=chat", "model.path=null", "model.weights=random", asked.shape(shape), *sizes, "optimizer.lr=1e-5"]
+    return command(folder, [row] * 512, *base, *settings)
+
+
+def through_ray(asked: Asked) -> list[str]:
+    return ["resources=local", f"resources.num_workers={asked.workers}", "train.log_every_steps=1"]
+
+
+def saving(folder: Path, asked: Asked) -> dict[str, Any]:
+    steps = 30 if asked.tiny else 150
+    found: dict[str, Any] = {}
+    for name, every in {"none": 100000, "every_50": steps // 3, "every_10": 10}.items():
+        place = folder / name
+        place.mkdir()
+        sizes = ["train.micro_batch_size=4", "train.global_batch_size=4", f"train.max_steps={steps}", "train.log_every_steps=5"]
+        kept = ["checkpoint.asynchronous=true", f"checkpoint.every_steps={every}", "checkpoint.keep=1"]
+        with followed(random_run(place, asked, "llama3_2_1b", 4096, "adapter=none", *sizes, *kept), place) as run:
+            run.until(lambda run=run: steps in run.times(), asked.limit_s)
+        tokens = {event["step"]: event["tokens_seen"] for event in run.events("step")}
+        times = run.times()
+        found[name] = {"tokens_per_s": round((tokens[steps] - tokens[10]) / (times[steps] - times[10]))}
+        shutil.rmtree(place)
+    for name in ("every_50", "every_10"):
+        found[name]["of_none"] = round(found[name]["tokens_per_s"] / found["none"]["tokens_per_s"], 3)
+    return found
+
+
+def full_8b(folder: Path, asked: Asked) -> dict[str, Any]:
+    with torch.device("meta"):
+        config = AutoConfig.for_model(**SHAPES["llama3_8b"])
+        weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    free = shutil.disk_usage(folder).free
+    if not asked.tiny and free < 12 * weights + LEFT_BYTES:
+        return {"not_run": f"a checkpoint has {12 * weights / 1e9:.0f} GB, and {free / 1e9:.0f} GB of the disk are free"}
+    sizes = ["train.micro_batch_size=1", f"train.global_batch_size={asked.workers}", "train.max_steps=100000"]
+    kept = ["checkpoint.asynchronous=true", f"checkpoint.every_steps={SAVED_AT}", "checkpoint.keep=1"]
+    disk = disk_bytes_per_s(folder, asked.workers, 2**26 if asked.tiny else 2**33)
+    done = folder / f"run/checkpoints/step-{SAVED_AT}/COMPLETE"
+    words = random_run(folder, asked, "llama3_8b", 8192, *FULL_8B, *through_ray(asked), *sizes, *kept)
+    with followed(words, folder) as run:
+        run.until(lambda: SAVED_AT in run.times(), asked.limit_s)
+        steps = [b - a for a, b in pairwise(run.times()[step] for step in range(3, SAVED_AT + 1))]
+        tokens = {event["step"]: event["tokens_seen"] for event in run.events("step")}
+        result: dict[str, Any] = {
+            "first_step_s": round(run.times()[1] - run.began, 1),
+            "step_s": round(median(steps), 3),
+            "tokens_per_s": round((tokens[SAVED_AT] - tokens[3]) / sum(steps) / asked.workers),
+            "disk_gb_per_s": round(disk / 1e9, 2),
+            "choices": run.events("begin")[0]["choices"],
+        }
+        try:
+            run.until(done.exists, asked.limit_s)
+        except TimeoutError as error:
+            files = list(done.parent.rglob("*"))
+            return {**result, "failed": str(error), "written_gb": round(sum(file.stat().st_size for file in files) / 1e9, 1)}
+        size = sum(file.stat().st_size for file in done.parent.rglob("*"))
+        seconds = done.stat().st_mtime - run.times()[SAVED_AT]
+        ended = done.stat().st_mtime
+        times = {step: at for step, at in run.times().items() if SAVED_AT <= step <= 2 * SAVED_AT and at <= ended}
+    during = [b - a for a, b in pairwise(times.values())]
+    return {
+        **result,
+        "checkpoint_gb": round(size / 1e9, 2),
+        "checkpoint_s": round(seconds, 1),
+        "checkpoint_gb_per_s": round(size / seconds / 1e9, 2),
+        "of_disk": round(size / seconds / disk, 3),
+        "step_of_the_save_s": round(during[0], 3) if during else None,
+        "step_while_written_s": round(median(during[1:]), 3) if during[1:] else None,
+    }
+
+
+def disk_bytes_per_s(folder: Path, writers: int, size: int) -> float:
+    """So many threads write as many files, until all is on the disk."""
+    piece = random.Random(0).randbytes(2**24)
+
+    def write(number: int) -> None:
+        with (folder / f"disk-{number}").open("wb", buffering=0) as file:
+            for _ in range(size // writers // len(piece)):
+                file.write(piece)
+            os.fsync(file.fileno())
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(writers) as pool:
+        list(pool.map(write, range(writers)))
+    seconds = time.perf_counter() - began
+    files = list(folder.glob("disk-*"))
+    written = sum(file.stat().st_size for file in files)
+    for file in files:
+        file.unlink()
+    return written / seconds
+
+
+def killed(folder: Path, asked: Asked) -> dict[str, Any]:
+    sizes = ["train.micro_batch_size=2", f"train.global_batch_size={2 * asked.workers}", "train.max_steps=40"]
+    words = random_run(folder, asked, "llama3_8b", 4096, *through_ray(asked), *sizes, "checkpoint.every_steps=5")
+    with followed(words, folder) as run:
+        run.until(lambda: KILLED_AT in run.times(), asked.limit_s)
+        first_step_s = run.times()[1] - run.began
+        step_s = median(b - a for a, b in pairwise(run.times()[step] for step in range(3, KILLED_AT + 1)))
+        worker = workers_of(run.process.pid)[-1]
+        before, at = len(run.events("step")), time.time()
+        worker.kill()
+        run.until(lambda: len(run.events("begin")) > 1, asked.limit_s)
+        begun = run.events("begin")[1]
+        after = [event for event in run.events("step")[before:] if event["time"] < begun["time"]]
+        run.until(lambda: len(run.events("step")) > before + len(after), asked.limit_s)
+        next_step = run.events("step")[before + len(after)]
+        result = {
+            "first_step_s": round(first_step_s, 1),
+            "step_s": round(step_s, 3),
+            "to_begin_s": round(begun["time"] - at, 1),
+            "to_next_step_s": round(next_step["time"] - at, 1),
+            "steps_repeated": KILLED_AT - begun["first_step"],
+            "notices": [event["text"] for event in run.events("notice")],
+        }
+        run.until(lambda: run.process.poll() == 0, asked.limit_s)
+        return {**result, "end_s": round(time.time() - run.times()[40], 1)}
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """The training workers that a command started, the oldest first."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "TrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return sorted(found, key=lambda process: process.create_time())
+
+
+RUNS: dict[str, Callable[[Path, Asked], dict[str, Any]]] = {
+    "dpo": dpo,
+    "first_step": first_step,
+    "saving": saving,
+    "full_8b": full_8b,
+    "killed": killed,
+}
+SEVERAL = ("full_8b", "killed")
+
+
+def measured(name: str, asked: Asked) -> dict[str, Any]:
+    gpus = torch.cuda.device_count()
+    if name in SEVERAL and not asked.tiny and gpus < max(2, asked.workers):
+        return {"not_run": f"needs {max(2, asked.workers)} GPUs, and there are {gpus}"}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        return RUNS[name](Path(folder), asked)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
-    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name()}
-    for name in parser.parse_args().runs:
-        with tempfile.TemporaryDirectory() as folder:
-            results[name] = RUNS[name](Path(folder))
+    parser.add_argument("--workers", type=int, help="of full_8b and killed; all GPUs")
+    parser.add_argument("--limit-s", type=float, default=200)
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    asked = Asked(workers=arguments.workers or max(2, gpus), limit_s=arguments.limit_s, tiny=arguments.tiny)
+    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name() if gpus else "none", "workers": asked.workers}
+    results |= dict(each({name: partial(measured, name, asked) for name in arguments.runs}))
     print(json.dumps(results, indent=2))
 
 

@@ -27,7 +27,7 @@ from typing import Any, Self
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from gpu import LLAMA, LORA, Variant, each, make_steps
+from gpu import LLAMA, LORA, Variant, config_of, each, make_steps
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -37,7 +37,6 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.models.adapters.method import new_config
 from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.build import build_policy
-from raytune_llm.models.load import load_config as load_model_config
 from raytune_llm.models.load import load_model
 from raytune_llm.models.shared import SharedModel
 from raytune_llm.models.stored import Stored, bring, model_in_files
@@ -156,13 +155,6 @@ def make_run(case: Case, *, tiny: bool) -> tuple[TrainRun, Variant]:
     sizes = [f"train.global_batch_size={case.packs}", f"train.micro_batch_size={case.packs}", f"data.max_length={length}"]
     run = load_config("train", [*base, config, *sizes, "train.seed=0", "train.precision=bf16", *case.settings])
     return run, Variant("", (), packs=case.packs, length=length)
-
-
-def config_of(run: TrainRun) -> PretrainedConfig:
-    config = load_model_config(None, run.model.config)
-    if config.model_type == MIXTURE["model_type"]:
-        config.head_dim = 128  # in its config.json, though its class does not declare it
-    return config
 
 
 def quantized(run: TrainRun, config: PretrainedConfig, device: torch.device) -> Strategy:

@@ -145,10 +145,16 @@ class Builder:
 
     @cached_property
     def usable_bytes(self) -> float:
-        """What the GPU has for the run; infinite without a GPU."""
+        """What the GPU has for the run, of several workers the least, so that all choose alike; infinite without a GPU. Collective
+        over all workers."""
         if self.device.type != "cuda":
             return math.inf
-        return USABLE * (torch.cuda.get_device_properties(self.device).total_memory - held_by_others(self.device))
+        free = torch.cuda.get_device_properties(self.device).total_memory - held_by_others(self.device)
+        if dist.is_initialized():
+            least = torch.tensor(free, device=self.device)
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+            free = int(least.item())
+        return USABLE * free
 
     def out_of_memory(self, error: torch.OutOfMemoryError, during: str) -> ResourceError:
         """The error for the user. The first note of `error` names the innermost phase in which memory ran out."""
