@@ -145,8 +145,8 @@ class Builder:
 
     @cached_property
     def usable_bytes(self) -> float:
-        """What the GPU has for the run, of several workers the least, so that all choose alike; infinite without a GPU. Collective
-        over all workers."""
+        """What the GPU has for the run, the least of all workers, so that they choose alike; infinite without a GPU. A
+        collective of all workers."""
         if self.device.type != "cuda":
             return math.inf
         free = torch.cuda.get_device_properties(self.device).total_memory - held_by_others(self.device)
