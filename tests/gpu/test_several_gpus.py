@@ -1,4 +1,4 @@
-"""Two GPUs over NCCL give the numbers of one."""
+"""Two, four and eight GPUs over NCCL, as many as there are, give the numbers of one for the same global batch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from tests.group import Group, metrics
 from tests.runs import tiny_run
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+NUMBERS = [number for number in (2, 4, 8) if number <= torch.cuda.device_count()] or [2]
 
 
-@pytest.fixture(scope="module")
-def two_gpus() -> Iterator[Group]:
-    group = Group(2, "cuda")
+@pytest.fixture(scope="module", params=NUMBERS)
+def gpus(request: pytest.FixtureRequest) -> Iterator[Group]:
+    group = Group(request.param, "cuda")
     yield group
     group.close()
 
@@ -41,20 +42,21 @@ def plain(request: pytest.FixtureRequest, chat_rows: str, cache: str, tmp_path_f
 @pytest.mark.parametrize(
     "strategy", ["ddp", "fsdp", "fsdp strategy.offload=true", "fsdp strategy.reshard=grad_only", "zero2", "zero3"]
 )
-def test_two_gpus_give_the_numbers_of_one(strategy: str, compiled: str, plain: TrainRun, two_gpus: Group, tmp_path: Path) -> None:
+def test_gpus_give_the_numbers_of_one(strategy: str, compiled: str, plain: TrainRun, gpus: Group, tmp_path: Path) -> None:
     if strategy == "zero3" and compiled == "true":
         pytest.skip("its hooks are not for compiled code")
     if strategy.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed")
     settings = load_config("train", [*f"strategy={strategy}".split(), f"train.compile={compiled}", "data.path=x"])
+    micro_batch_size = min(2, plain.train.global_batch_size // len(gpus.processes))
     run = replace(
         plain,
         resources=settings.resources,
         output_dir=str(tmp_path),
         strategy=settings.strategy,
-        train=replace(plain.train, micro_batch_size=2, compile=settings.train.compile),
+        train=replace(plain.train, micro_batch_size=micro_batch_size, compile=settings.train.compile),
     )
-    two_gpus.run(run, str(prepare(plain.model, plain.data, plain.resources).store.folder))
+    gpus.run(run, str(prepare(plain.model, plain.data, plain.resources).store.folder))
     ours, theirs = metrics(plain.output_dir), metrics(run.output_dir)
     assert len(ours) == len(theirs) > 6
     for a, b in zip(ours, theirs, strict=True):
