@@ -79,7 +79,7 @@ def command(folder: Path, rows: list[dict[str, Any]], *settings: str) -> list[st
     data, output = folder / "rows.jsonl", folder / "run"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
-        sys.executable, "-m", "raytune_llm", "model=hub", "model.tokenizer=bytes", *LORA, f"data.path={data}",
+        sys.executable, "-m", "raytune_llm", "model=hub", "model.tokenizer=bytes", f"data.path={data}",
         f"data.cache={folder / 'stores'}", f"output_dir={output}", "resources=inline", "tracking=none", *settings,
     ]  # fmt: skip
 
@@ -152,7 +152,7 @@ def dpo(folder: Path, asked: Asked) -> dict[str, float]:
         {"messages": [message("user", request)], "chosen": message("assistant", better), "rejected": message("assistant", worse)}
         for request, better, worse in json.loads(PAIRS.read_text())["rows"]
     ]
-    settings = ["data=chat_pairs", "stage=dpo", "model.path=null", "model.weights=random", asked.shape("llama3_8b")]
+    settings = [*LORA, "data=chat_pairs", "stage=dpo", "model.path=null", "model.weights=random", asked.shape("llama3_8b")]
     sizes = ["data.max_length=1024", "train.micro_batch_size=4", "train.global_batch_size=4", f"train.epochs={EPOCHS}"]
     subprocess.run(command(folder, rows, *settings, *sizes), check=True, stdout=sys.stderr)
     found = records(folder)
@@ -177,7 +177,7 @@ def first_step(folder: Path, asked: Asked) -> dict[str, float]:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     messages = [{"role": "user", "content": "a" * 100}, {"role": "assistant", "content": "b" * 200}]
-    settings = [f"model.path={weights}", "data=chat", "data.max_length=4096", "train.micro_batch_size=2"]
+    settings = [*LORA, f"model.path={weights}", "data=chat", "data.max_length=4096", "train.micro_batch_size=2"]
     began = time.perf_counter()
     with subprocess.Popen(
         command(folder, [{"messages": messages}] * 100, *settings, "train.global_batch_size=2", "train.max_steps=1"),
@@ -292,7 +292,7 @@ def disk_bytes_per_s(folder: Path, writers: int, size: int) -> float:
 
 def killed(folder: Path, asked: Asked) -> dict[str, Any]:
     sizes = ["train.micro_batch_size=2", f"train.global_batch_size={2 * asked.workers}", "train.max_steps=40"]
-    words = random_run(folder, asked, "llama3_8b", 4096, *through_ray(asked), *sizes, "checkpoint.every_steps=5")
+    words = random_run(folder, asked, "llama3_8b", 4096, *LORA, *through_ray(asked), *sizes, "checkpoint.every_steps=5")
     with followed(words, folder) as run:
         run.until(lambda: KILLED_AT in run.times(), asked.limit_s)
         first_step_s = run.times()[1] - run.began
