@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 from prepare import SOURCE, run_command, run_llamafactory
 
 from raytune_llm.data.store import Store
-from raytune_llm.records import IGNORE
 
 MAX_LENGTH = 2048
+IGNORE = -100
+"""transformers' label of a token that is not trained."""
 WHERE = ("inline", "local")
 """One process, and Ray's workers."""
 
