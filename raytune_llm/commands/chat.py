@@ -87,7 +87,7 @@ def _answered(terminal: Terminal, text: str) -> None:
 
 
 def _complete_commands() -> None:
-    """By the tab key, and earlier messages by the arrow keys."""
+    """Let the tab key complete commands and the arrow keys recall earlier messages."""
     with suppress(ImportError):
         import readline
 

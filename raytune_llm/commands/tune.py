@@ -100,7 +100,7 @@ class _Face:
         return f"{ended} trials ended; "
 
     def _left(self, study: Study) -> Text:
-        """By the mean time of the trials that ended here."""
+        """The time that is left, estimated by the mean time of the trials that ended here."""
         ended = [trial.seconds for trial in study.trials if trial.state != "running"]
         total = (self._sweep.tune.trials or len(self._sweep.planned)) * self._sweep.tune.seeds
         left = f", about {_duration(sum(ended) / len(ended) * (total - len(ended)))} left" if ended else ""

@@ -76,7 +76,7 @@ class Freeze(WholeModel):
 
     @property
     def trains_tokens(self) -> bool:  # type: ignore[override]
-        """Where the embeddings are among what is trained too."""
+        """Whether modules outside of the layers are trained too, as embeddings are."""
         return bool(self.extra_modules)
 
     def __post_init__(self) -> None:
@@ -156,7 +156,7 @@ class LowRank(Layered):
 
     @property
     def plain(self) -> bool:
-        """On the same layers in every run, with one rank for all of them."""
+        """Whether its layers are the same in every run, with one rank for all of them."""
         by_name = self.targets == "all-linear" or not isinstance(self.targets, str)
         return by_name and self.layers is None and not self.modules_to_save and not self.rank_pattern
 

@@ -18,8 +18,8 @@ class ChatConfig(ServedModels):
     api_key: str | None
     """The server's. null: RAYTUNE_LLM_API_KEY."""
     adapter: str | None
-    """That answers first: a name of `adapters`, a folder (it is called by its run's name), or a model of the server's. null: the
-    base."""
+    """The adapter that answers first: a name of `adapters`, a folder (it is called by its run's name), or a model of the
+    server's. null: the base."""
     system: str | None
     temperature: Annotated[float, Field(ge=0, le=2)] | None
     """null, here and below: the server's own."""

@@ -26,7 +26,7 @@ class ExportConfig:
     """Adapters of the base by name, folders that training wrote or PEFT saved; beside the one of `run`, which has the run's name.
     What each changes is added up."""
     weights: dict[str, float]
-    """By the adapters' names: {a: 0.5} adds half of what a changes. Others count 1."""
+    """The factor of each adapter's change, by name: {a: 0.5} adds half of what a changes. Others have 1."""
     format: Literal["hf", "gguf", "ollama", "fp8", "w8a8", "w4a16", "nf4", "gptq", "awq"]
     """hf: a folder that transformers, vLLM and SGLang load. gguf: one file for llama.cpp. ollama:
     that file with a Modelfile. Others are hf with quantized linear layers. fp8, w8a8: weights and activations in 8 bits. w4a16,

@@ -134,7 +134,7 @@ def compose(
 
 
 def _check_choices(overrides: Sequence[str], config_dir: str | Path | None) -> None:
-    """That each group is given the name of an option, and each setting a name: Hydra would fail without a word on which."""
+    """Check that each group is given the name of an option, and each setting a name: Hydra's own errors don't say which."""
     for text in overrides:
         key, sign, value = text.partition("=")
         group = key.lstrip("+~").partition("@")[0]
@@ -160,7 +160,7 @@ def _check_choices(overrides: Sequence[str], config_dir: str | Path | None) -> N
 
 
 def _check_experiments(verb: str, overrides: Sequence[str], config_dir: str | Path | None) -> None:
-    """That an experiment which is a sweep or a chain goes with the verb that runs it."""
+    """Check that an experiment which is a sweep or a chain goes with the verb that runs it."""
     chosen = [text.partition("=")[2] for text in overrides if text.startswith("+experiment=")]
     special = of_verbs(config_dir) if chosen else {}
     for experiment in sorted(set(chosen)):

@@ -32,9 +32,9 @@ class TrainedShape(NamedTuple):
 
 class StateBytes(NamedTuple):
     like_weights: int
-    """In tensors of the weights' shapes, which are sharded as the weights are."""
+    """Bytes of tensors of the weights' shapes, which are sharded as the weights are."""
     whole: int = 0
-    """In tensors of other shapes, which every worker holds whole."""
+    """Bytes of tensors of other shapes, which every worker holds whole."""
 
 
 def bytes_per_value(trained: Iterable[TrainedShape], size: int) -> StateBytes:
@@ -128,7 +128,7 @@ class AdamMini(Adam):
     needs_whole: ClassVar[str | None] = MATRICES
 
     def state_bytes(self, trained: Iterable[TrainedShape]) -> StateBytes:
-        """As if each row of queries and keys were a block of its own."""
+        """Counted as if each row of queries and keys were a block of its own."""
         every = list(trained)
         return StateBytes(FP32 * sum(one.numel for one in every), FP32 * sum(prod(one.shape[:-1]) for one in every))
 
@@ -267,7 +267,7 @@ class Muon(Adam):
     adamw_lr_factor: PositiveFloat
     """AdamW's learning rate over lr."""
     adamw_moments: Literal["float32", "bfloat16"]
-    """In bfloat16 as those of adamw_bf16."""
+    """The type of AdamW's moments; bfloat16 as adamw_bf16 keeps them."""
 
     needs_whole: ClassVar[str | None] = MATRICES
 

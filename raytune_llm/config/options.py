@@ -18,7 +18,7 @@ class OfVerb:
     """Experiments that one verb alone can run."""
 
     section: str
-    """That they have."""
+    """The section that marks these experiments."""
     what: str
     varies_runs: bool
     """The verb also takes experiments of train."""

@@ -21,7 +21,7 @@ SEVERAL = r"(choice|range|interval|tag|glob|sort|shuffle|int|float|str|bool)\("
 
 
 def quoted(text: str) -> str:
-    """As Hydra's overrides take any text: a backslash is one of its own but before a quote."""
+    """The text in quotes of Hydra's grammar, where a backslash stands for itself except before a quote."""
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
     return f"'{escaped}{escaped[len(escaped.rstrip(chr(92))) :]}'"
 
@@ -49,7 +49,7 @@ def as_typed(override: str, *, several: bool = False) -> str:
 
 
 def _check_encoding(override: str) -> None:
-    """That its bytes were UTF-8: those that were not reach Python as surrogates, which no file and no JSON can hold."""
+    """Check that the bytes were UTF-8: those that were not reach Python as surrogates, which no file and no JSON can hold."""
     try:
         override.encode()
     except UnicodeEncodeError:

@@ -22,8 +22,8 @@ Run = TypeVar("Run")
 
 
 def changed(run: Run, overrides: Sequence[str]) -> Run:
-    """With `group=option` (of those groups whose options stand alone) and `group.setting=value` on top. Raises ConfigError where
-    a rule between sections is broken, pydantic's ValidationError where one of a section is."""
+    """The run with `group=option` (of those groups whose options stand alone) and `group.setting=value` on top. Raises
+    ConfigError where a rule between sections is broken, pydantic's ValidationError where one of a section is."""
     kind: TypeAdapter[Run] = TypeAdapter(type(run))
     values = kind.dump_python(run, mode="json")
     seen: set[str] = set()

@@ -58,7 +58,7 @@ def name_is_a_name(name: str) -> None:
 
 
 def batch_sizes_fit(data: DataConfig, resources: ResourcesConfig, train: LoopConfig) -> None:
-    """As far as the number of workers is known; runs/ray_group.py has the rest."""
+    """Checked as far as the number of workers is known; runs/ray_group.py has the rest."""
     workers = resources.num_workers
     if isinstance(workers, list):
         _group_can_change(train, data, workers)

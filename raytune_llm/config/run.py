@@ -168,7 +168,7 @@ def _engine_is_here(engine: EngineConfig) -> None:
 
 
 def _can_be_written(run: ServeRun) -> None:
-    """As Ray Serve's config: where it runs is known, and no secret comes into a file."""
+    """Check that the run can be written as Ray Serve's config: where it runs is known, and no secret comes into a file."""
     if not uses_ray(run.resources):
         fix = "Set resources=cluster."
         raise ConfigError("serve.write", "is for Ray Serve, which resources=inline does not use", got=run.serve.write, fix=fix)

@@ -10,7 +10,7 @@ from raytune_llm.errors import ConfigError
 
 @section
 class JobServer:
-    """Where a cluster takes jobs."""
+    """How the jobs of a cluster are reached, and where their results go."""
 
     address: str | None
     """The URL of the head's dashboard: http://head:8265. null: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if it is a dashboard's

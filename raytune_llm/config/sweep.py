@@ -30,7 +30,7 @@ GIVEN_BY_THE_SWEEP = ("tune", "output_dir", "name", "resume", "resources", "trac
 
 
 COMMAND = "sweep.json"
-"""In a sweep's folder: the words that it was started with."""
+"""The file in a sweep's folder with the words that it was started with."""
 
 ON_THE_WAY = ("optimizer.", "schedule.", "stage.", "adapter.dropout", "train.max_grad_norm")
 """Settings that a checkpoint doesn't fix."""
@@ -71,7 +71,7 @@ class Sweep:
 
     @property
     def settings(self) -> list[str]:
-        """That vary, in the order of the axes."""
+        """The settings that vary, in the order of the axes."""
         return [setting for axis in self.axes for setting in axis.settings]
 
     def value_of(self, axis: Axis, point: Point) -> Any:
@@ -92,7 +92,7 @@ class Sweep:
 
     @cached_property
     def _composed(self) -> dict[str, TrainRun]:
-        """By point: what was composed before."""
+        """Runs that were composed before, by point."""
         return {}
 
     def _compose(self, point: Point) -> TrainRun:
@@ -194,7 +194,7 @@ def load_sweep(words: Sequence[str] = (), *, config_dir: str | Path | None = Non
 
 
 def command_of(sweep: Sweep) -> str:
-    """As COMMAND has it."""
+    """The text of the file COMMAND."""
     config_dir = None if sweep.config_dir is None else str(Path(sweep.config_dir).absolute())
     return json.dumps({"words": sweep.command, "config_dir": config_dir, "config_name": sweep.config_name})
 

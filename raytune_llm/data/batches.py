@@ -179,7 +179,7 @@ def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def _prefixes(ranges_X4: np.ndarray) -> Prefixes:
-    """From (start, end) of a document's own tokens and (start, end) of its shared prompt, for each of X documents."""
+    """The Prefixes of X documents, each given as (start, end) of its own tokens and (start, end) of its shared prompt."""
 
     def flat(starts: np.ndarray, ends: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, int]:
         positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])

@@ -101,7 +101,7 @@ class Streamed:
 
     @property
     def manifests(self) -> dict[str, str]:
-        """As in Prepared, but with the key of the training store, whose manifest is written last."""
+        """Like Prepared.manifests, but with the key of the training store, whose manifest is written last."""
         evaluation = {} if self.eval_store is None else {"evaluation": self.eval_store.manifest_hash}
         return {"train": self.folder.name, **evaluation}
 

@@ -38,7 +38,7 @@ class Stream:
         self.folder, self.window_rows, self.samples = folder, window_rows, samples
 
     def ordered(self, seed: int | None, epoch: int, multiple: int, stopped: threading.Event) -> Iterator[Ordered]:
-        """As SampleOrder.ordered. Waits for shards that don't exist yet."""
+        """Like SampleOrder.ordered. Waits for shards that don't exist yet."""
         rest: Samples | None = None
         for window, samples in enumerate(self._windows(stopped)):
             if seed is not None:

@@ -45,7 +45,7 @@ class AdapterVersion:
 
     name: str
     number: int
-    """From 1; unique among all versions of all adapters."""
+    """Counted from 1; unique among all versions of all adapters."""
     digest: str
     rank: int
     files: tempfile.TemporaryDirectory[str]
@@ -155,7 +155,7 @@ class HostedEngine:
         self._tokenizer, self._end_ids, self._max_length = serving.tokenizer, tuple(serving.end_ids), serving.limit
         self._limits = limits
         self._lock = threading.Lock()
-        """For versions and counts, which any thread may change."""
+        """Guards versions and counts, which any thread may change."""
         self._versions: dict[str, AdapterVersion] = {}
         self._adding = threading.Lock()
         self._numbers, self._requests = itertools.count(1), itertools.count(1)

@@ -76,7 +76,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """From the model's own logits, in nats: before temperature, penalties and grammar."""
+    """A token's log-probability under the model's own logits, in nats: before temperature, penalties and grammar."""
 
     token: int
     logprob: float
@@ -88,7 +88,7 @@ class ScoredToken(NamedTuple):
     """A token of an answer that was given, not made."""
 
     logprob: float
-    """From the model's own logits, in nats."""
+    """The log-probability under the model's own logits, in nats."""
     likeliest: bool
     """Whether it is what greedy decoding would have chosen here."""
 
@@ -98,7 +98,7 @@ class Completion:
     ids: tuple[int, ...]
     """New tokens, without the end token."""
     text: str
-    """Without special tokens and without the stop string."""
+    """The text without special tokens and without the stop string."""
     finish: Finish
     prompt_tokens: int
     cached_tokens: int = 0

@@ -283,7 +283,8 @@ class RunningMean:
     num_batches: Tensor | int = 0
 
     def with_batch(self, reward_total: Tensor, reward_count: Tensor | int) -> RunningMean:
-        """With one more global batch in it: the sum of the rewards of all its answers, chosen and rejected, and their number."""
+        """The mean after one more global batch, given the sum of the rewards of all its answers, chosen and rejected, and their
+        number."""
         step = (reward_total.detach() / reward_count - self.mean) / (self.num_batches + 1)
         return RunningMean(self.mean + step, self.num_batches + 1)
 

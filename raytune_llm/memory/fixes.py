@@ -32,7 +32,7 @@ NAMED = 3
 """SuggestedFixes in an error."""
 
 Settings = tuple[str, ...]
-"""As written on the command line, together."""
+"""Overrides as on the command line, which are set together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class SuggestedFixes:
                 yield name
 
     def _sharded(self) -> Iterator[Settings]:
-        """Over the fewest workers first."""
+        """Shard the run, over the fewest workers first."""
         run, world = self.run, self.needs.world_size
         strategy = () if run.strategy.shards else ("strategy=fsdp",)
         local = ("resources=local",) if not uses_ray(run.resources) else ()
@@ -161,7 +161,7 @@ class SuggestedFixes:
         return [(*way, "quantization=none") for way in ways] if self.needs.quantization.replaces_layers else []
 
     def _quantized(self) -> Iterator[Settings]:
-        """In fewer bits than now, of those that run on the device."""
+        """Quantize to fewer bits than now, where the device runs that."""
         case = self.needs.case
         device = (case.device_type, case.capability) if self.on_gpu else ("cpu", (0, 0))
         now = quantization_of(self.needs.quantization)

@@ -73,7 +73,7 @@ MemoryOf = Callable[[Needs], Memory]
 def needs_of(
     run: TrainRun, config: PretrainedConfig, world_size: int, *, compiled: bool, case: attention.Case | None = None
 ) -> Needs:
-    """With activation checkpointing auto, as if there were none. case: by default, a Hopper GPU (sm_90)."""
+    """What the run needs, as if activation checkpointing were none where it is auto. case: by default, a Hopper GPU (sm_90)."""
     return Needs(
         parameters=parameters_of(run, config),
         world_size=world_size,
@@ -165,6 +165,6 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
 
 
 def least_recomputation(needs: Needs, memory_of: MemoryOf, usable_bytes: float) -> Needs:
-    """With the first of none, selective, full and offload that fits; with the last where none does."""
+    """The needs with the first of none, selective, full and offload that fits; with the last where none does."""
     ways = [replace(needs, checkpointing=name) for name, way in CHECKPOINTING.items() if way.possible(compiled=needs.compiled)]
     return next((needs for needs in ways if memory_of(needs).total <= usable_bytes), ways[-1])

@@ -63,15 +63,16 @@ class Parameters:
     total: int
     trained: int
     layer: int
-    """In the largest layer: the unit that sharding gathers."""
+    """Parameters of the largest layer: the unit that sharding gathers."""
     outside_layers: int
     """Embedding, head and the last norm."""
     trained_shapes: tuple[TrainedShape, ...] = ()
     """The shape of every tensor that is trained."""
     saved: int = 0
-    """In the file of final/: the adapter's, or all of a model."""
+    """Parameters in the file of final/: the adapter's, or all of a model."""
     quantizable: int = 0
-    """In frozen linear layers of the repeated layers; a mixture of experts is not counted, since it is not quantized."""
+    """Parameters of frozen linear layers of the repeated layers; a mixture of experts is not counted, since it is not
+    quantized."""
 
     @property
     def frozen(self) -> int:

@@ -394,7 +394,7 @@ def _declaration(dataset_dir: str, dataset_info: str | None, find: Find) -> tupl
 
 
 def _check(path: str, names: Sequence[str], stage: str, argument: str) -> None:
-    """That the entries are there and are of the kind that the stage trains on."""
+    """Check that the entries are there and are of the kind that the stage trains on."""
     try:
         entries = declarations.from_dataset_info(path, list(names), media_dir=None, ranked=stage in ("dpo", "rm"))
     except UserError as error:

@@ -62,7 +62,7 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """As train.precision has it."""
+    """The precision's name in train.precision."""
     return next(name for name, known in DTYPES.items() if known is dtype)
 
 

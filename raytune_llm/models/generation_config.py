@@ -25,7 +25,8 @@ UNREAD_WITHOUT_SAMPLING = {
 
 
 def savable(generation: GenerationConfig) -> GenerationConfig:
-    """Without the settings of sampling that `do_sample: false` leaves unread, which transformers loads and refuses to save."""
+    """The config without the sampling settings that `do_sample: false` leaves unread: transformers loads them and refuses to
+    save."""
     if not generation.do_sample:
         for name, default in UNREAD_WITHOUT_SAMPLING.items():
             if getattr(generation, name, None) not in (None, default):

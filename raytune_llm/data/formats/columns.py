@@ -25,7 +25,7 @@ class Reading:
     """What reading a row takes beyond its columns."""
 
     media_dir: str | None = None
-    """Where a relative path of an image, video or audio is looked for first."""
+    """The folder where a relative path of an image, video or audio is looked for first."""
     thought: tuple[str, str] = ("<think>\n", "\n</think>\n\n")
     call_words: tuple[str, str] = ("<tool_call>", "</tool_call>")
     """What encloses a thought, and JSON calls, in a message of tool calls: as the chat template writes them."""
@@ -39,7 +39,7 @@ WRITTEN_LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
 LARGEST = 3.4028234663852886e38
-"""In float32, which weights and margins are kept in."""
+"""The largest float32, the type that weights and margins are kept in."""
 
 
 def judged(conversation: Conversation, label: Any, reading: Reading) -> Conversation | Labeled:
@@ -189,7 +189,7 @@ def checked_call(call: Any) -> Mapping[str, Any]:
 
 
 def as_written(message: Row, role: str) -> dict[str, Any]:
-    """For the chat template, by whatever keys the row has it: without nulls, as transformers passes it on, and without what only
-    says how it is trained."""
+    """The message for the chat template, with the keys that the row has: without nulls, as transformers passes it on, and without
+    what only says how it is trained."""
     left_out = (*WEIGHTS, "masked", "role")
     return {"role": role, **{key: value for key, value in message.items() if key not in left_out and value is not None}}

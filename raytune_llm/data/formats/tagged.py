@@ -107,7 +107,7 @@ def _tagged_with_calls(message: Any, columns: Tags, reading: Reading) -> Message
 
 
 def _written(message: Mapping[str, Any], role: str, content: Any, columns: Tags) -> dict[str, Any]:
-    """By the keys that chat templates read."""
+    """The message with the keys that chat templates read."""
     others = {key: value for key, value in message.items() if key not in (columns.role_tag, columns.content_tag)}
     return as_written({"content": content, **others}, role)
 

@@ -119,7 +119,7 @@ def _ended(tokens: Tokens, weights: tuple[float, ...], end: int) -> Conversation
 
 
 def _trained(ids: np.ndarray, answers: np.ndarray, weights: tuple[float, ...]) -> ConversationRow:
-    """With the answers that weigh something and hold a target. The very first token is none: nothing predicts it."""
+    """The row with the answers that weigh something and hold a target. The very first token is none: nothing predicts it."""
     # By hand: numpy takes its time over three or four answers.
     turns = zip(answers.tolist(), weights, strict=True)
     targets = [(start, end, weight) for (start, end), weight in turns if weight > 0 and end > max(start, 1)]

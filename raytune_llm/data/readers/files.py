@@ -117,7 +117,7 @@ def _opener(path: str, way: str) -> Callable[[], Any]:
 
 
 def open_arrow(path: str) -> Any:
-    """As pyarrow reads it; a file of this machine is memory-mapped."""
+    """Open an Arrow file with pyarrow; a file of this machine is memory-mapped."""
     import pyarrow as pa
 
     return pa.PythonFile(open_raw(path), "r") if is_address(path) else pa.memory_map(path)
@@ -131,7 +131,7 @@ def skip_bom(stream: BinaryIO) -> int:
 
 
 def size(path: str) -> int:
-    """In bytes."""
+    """The size in bytes."""
     return _info(path)["size"] if is_address(path) else os.path.getsize(path)
 
 

@@ -67,7 +67,7 @@ def _bound(edge: str, num_rows: int) -> int:
 
 
 def splits_of(names: Sequence[str]) -> Splits:
-    """By rules 3 to 5. Names in order, also within a split."""
+    """The splits of file names by rules 3 to 5. Names are in order, also within a split."""
     shards: Splits = {}
     for name in names:
         if found := _SHARD.fullmatch(name):

@@ -204,7 +204,7 @@ def _as_json(batch: Any) -> list[dict[str, Any]]:
 
 
 def unpadded(value: Any) -> Any:
-    """Without the null values of objects: tables have each key in every row, and null where a row lacks it."""
+    """The value without the nulls of objects: tables have each key in every row, and null where a row lacks it."""
     if isinstance(value, dict):
         return {key: unpadded(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -213,7 +213,7 @@ def unpadded(value: Any) -> Any:
 
 
 def _check_layout(batch: Any) -> None:
-    """That no offset of a damaged file leads out of its data, which would end the process. Raises ArrowInvalid."""
+    """Check that no offset of a damaged file leads out of its data, which would end the process. Raises ArrowInvalid."""
     for column in batch.columns:
         try:
             column.validate(full=True)

@@ -42,7 +42,7 @@ class Skeleton:
 
     @classmethod
     def of(cls, text: str, positions: Sequence[int]) -> Skeleton:
-        """From the rendered conversation of placeholders. positions: characters of it to locate, ascending."""
+        """The Skeleton of a rendered conversation of placeholders. positions: characters of it to locate, ascending."""
         pieces = [""]
         slots: list[int] = []
         cuts: list[Position] = []

@@ -34,7 +34,7 @@ def new_tokens(model: ModelConfig) -> dict[str, str]:
 
 
 def add_new_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> None:
-    """As words of the text: found wherever a text has them, never escaped, and kept where text is decoded."""
+    """Add tokens that are words of the text: found wherever a text has them, never escaped, and kept where text is decoded."""
     known = tokenizer.get_vocab()
     if there := [token for token in tokens if token in known]:
         rule = f"must be new to the tokenizer, which has {', '.join(there[:3])} already"

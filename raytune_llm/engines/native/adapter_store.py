@@ -96,7 +96,7 @@ class AdapterStore:
         self._on_read()
 
     def _kept(self, adapter: Adapter) -> None:
-        """In host memory, at the expense of what was used longest ago and is on no device."""
+        """Keep it in host memory, in place of the adapter that was used longest ago and is on no device."""
         self._in_host[adapter] = None
         for old in list(self._in_host):
             if len(self._in_host) <= self._max_host:

@@ -28,7 +28,7 @@ from raytune_llm.models.packed import lacks_for_packing, pack
 from raytune_llm.models.scorer import Scorer
 
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
-"""Where it isn't set: what keeps a device busy, and no answer waiting for long while a prompt is computed."""
+"""The default of a step's tokens: enough to keep a device busy, and no answer waits long while a prompt is computed."""
 CPU_CACHE_BYTES = 4 * 2**30
 CPU_ROW_TOKENS = 2048
 """On a CPU the cache holds so many tokens of each row, and at most CPU_CACHE_BYTES."""
@@ -54,7 +54,7 @@ class Serving:
     scores: bool = False
     """It is a reward model."""
     adapter: SavedAdapter | None = None
-    """That is part of the model: a reward model's, or one with tokens that the base lacks."""
+    """An adapter that is part of the model: a reward model's, or one with tokens that the base lacks."""
     new_ids: Sequence[int] = ()
     """Those tokens."""
     head: str | None = None
@@ -132,7 +132,7 @@ def _captures(settings: NativeSettings, serving: Serving) -> bool:
 
 
 def _num_blocks(settings: NativeSettings, device: torch.device, bytes_a_token: int, limit: int) -> int:
-    """That fit the memory, and are no more than all rows can fill."""
+    """The number of blocks that fit the memory, at most those that all rows can fill."""
     a_block = settings.block_size * bytes_a_token
     if settings.cache_gib is not None:
         memory = int(settings.cache_gib * 2**30)

@@ -94,7 +94,7 @@ class NativeEngine:
         self._slots = None if runner.bank is None else Slots(runner.bank)
         self._scheduler = Scheduler(self._blocks, self._slots, max_rows=max_rows, step_tokens=max(step_tokens, max_rows))
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        """From other threads; the loop runs them between two steps."""
+        """Calls from other threads; the loop runs them between two steps."""
         self._later: list[Callable[[], None]] = []
         """Calls that are put into `_calls` again before the next step, because no slot was free."""
         self._unpublished: list[tuple[Row, int, TokenLogprob | None, Finish | None]] = []

@@ -149,7 +149,7 @@ class PolicyRunner:
         return self._bank.by_documents(slot_M, cu_seqlens_S, sum(sizes))
 
     def _evaluates(self) -> None:
-        """To say so to each of its modules takes milliseconds."""
+        """Switch to evaluation mode where it isn't on: to set it in each module takes milliseconds."""
         if self._policy.training:
             self._policy.eval()
 

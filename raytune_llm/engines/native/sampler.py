@@ -131,7 +131,7 @@ def _draw(logits_KV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
 
 
 def uniform(seed: int, number: int) -> float:
-    """In [0, 1), with 53 random bits."""
+    """A number in [0, 1) with 53 random bits."""
     bits = np.random.Philox(key=seed % 2**64, counter=number).random_raw()
     return (int(bits) >> 11) / 2**53
 

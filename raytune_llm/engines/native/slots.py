@@ -22,7 +22,7 @@ class Adapter:
     rank: int
     folder: Path
     weights: Any
-    """As the bank takes them; None while they are on disk alone."""
+    """The weights as the bank takes them; None while they are on disk alone."""
     failure: Exception | None = None
     """Why they could not be read again."""
     pinned: bool = False
@@ -69,7 +69,7 @@ class Slots:
         return adapter.slot
 
     def give_back(self, adapter: Adapter) -> None:
-        """By one row."""
+        """Release it for one row."""
         adapter.users -= 1
         assert adapter.users >= 0, adapter.name
 

@@ -114,16 +114,16 @@ class LoraBank:
     # Routes: which token goes to which slot --------------------------------------------------------------------------------
 
     def by_documents(self, slot_M: Tensor, cu_seqlens_S: Tensor, num_tokens: int, *, in_order: bool = False) -> dict[str, Route]:
-        """For packs and long prompts: what layers are to be given. slot_M: of each document, -1 for none. in_order: slots ascend,
-        and documents of none come last, so that no token has to move."""
+        """Arguments of the layers for packs and long prompts. slot_M: the slot of each document, -1 for none. in_order: slots
+        ascend, and documents of none come last, so that no token has to move."""
         if cu_seqlens_S.device.type == "cpu":
             return {ROUTE: Ranges.of(slot_M.tolist(), cu_seqlens_S.diff().tolist())}
         slot_T = slot_M.to(cu_seqlens_S.device).repeat_interleave(cu_seqlens_S.diff(), output_size=num_tokens)
         return {ROUTE: Sorted.of(slot_T, self.num_slots, in_order=in_order)}
 
     def in_turn(self, slots: Sequence[int], length: int, dropouts: Sequence[Dropout | None] = ()) -> dict[str, Route]:
-        """For runs over the same packs: what layers are to be given for `length` tokens of each of these slots, which ascend, -1
-        (none) last. dropouts: of each."""
+        """Arguments of the layers for runs over the same packs: `length` tokens of each of these slots, which ascend, -1 (none)
+        last. dropouts: the dropout of each."""
         device = next(iter(self._layers.values())).a_GRK.device
         if device.type == "cpu":
             route: Route = Ranges.of(slots, [length] * len(slots))
@@ -132,7 +132,7 @@ class LoraBank:
         return {ROUTE: Dropped(route, length, tuple(dropouts)) if any(dropouts) else route}
 
     def by_tokens(self, slot_T: Tensor) -> dict[str, Route]:
-        """For decoding, a token a row: what layers are to be given. slot_T: on the device, -1 for none; a graph may hold it."""
+        """Arguments of the layers for decoding, one token a row. slot_T: on the device, -1 for none; a CUDA graph may hold it."""
         if slot_T.is_cuda and len(slot_T) <= BY_SLOT and not self._shape.trains:
             return {ROUTE: BySlot(slot_T)}
         return {ROUTE: Masked.of(slot_T, self.num_slots, self._dtype)}
@@ -149,12 +149,12 @@ class LoraBank:
 
     @property
     def slots(self) -> Mapping[str, int]:
-        """By name."""
+        """The number of each adapter's slot, by name."""
         return self._slots
 
     @property
     def max_rank(self) -> int:
-        """That a slot has room for."""
+        """The highest rank that a slot has room for."""
         return self._shape.rank
 
     def described(self, device_type: str) -> str | None:
@@ -225,7 +225,7 @@ class LoraBank:
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
-        """In passes that are given no route."""
+        """The adapter of passes that are given no route, within this context."""
         before, self._default = self._default, None if name is None else One(self._slots[name])
         try:
             yield

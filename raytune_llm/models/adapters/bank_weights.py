@@ -42,12 +42,12 @@ MORE = {
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """As a bank takes them."""
+    """An adapter's weights as a bank takes them."""
 
     flat: Tensor
     """A [r, K], then B.T [r, O] of each layer that the adapter is on, end to end."""
     ranks: Mapping[str, int]
-    """By layer, in the bank's order."""
+    """The rank of each layer, in the bank's order."""
     scales: Mapping[str, float]
     config: LoraConfig
 

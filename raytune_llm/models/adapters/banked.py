@@ -15,7 +15,7 @@ from raytune_llm.models.packed import PackedLinear, PackedPart, products
 class BankShape(NamedTuple):
     num_slots: int
     rank: int
-    """That all slots have room for."""
+    """The rank that all slots have room for."""
     dtype: torch.dtype
     trains: bool
 

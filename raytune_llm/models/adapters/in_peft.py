@@ -40,14 +40,14 @@ class PeftAdapters:
     def __init__(self, model: nn.Module, *, scores: bool = False) -> None:
         """Take a transformers model, or PEFT's around one. scores: it has a score head, of which each adapter has its own."""
         self.model: nn.Module = model
-        """From which on parameters have their names."""
+        """The model that parameters' names are relative to."""
         self._peft: Any = model if isinstance(model, PeftModel) else None
         self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._scores = scores
         self._quantization: Quantization | None = None
         self._own: AdapterConfig | SavedAdapter | None = None
         self._begun: dict[str, dict[str, Tensor]] = {}
-        """As adapters began, by our names, where what is saved needs it."""
+        """Adapters as they began, by our names, where what is saved needs it."""
         self._keys: dict[str, str] = {key: key for key in self._peft.peft_config} if self._peft else {}
         """Our names -> PEFT's, which can hold no dot."""
         self._numbers = count()

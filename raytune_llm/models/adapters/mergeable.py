@@ -71,7 +71,7 @@ class Mergeable:
 
     @property
     def layers(self) -> frozenset[str]:
-        """That it changes, by their names in the model."""
+        """The layers that it changes, by their names in the model."""
         return frozenset(self._keys)
 
     @property

@@ -201,7 +201,7 @@ def _pattern(targets: str | list[str]) -> Callable[[str], bool]:
 
 
 def layer_numbers(numbers: Sequence[int], num_layers: int) -> list[int]:
-    """From 0, in order. Raises ConfigError for one that the model has not."""
+    """The numbers of layers from 0, in order. Raises ConfigError for one that the model has not."""
     unknown = [number for number in numbers if not -num_layers <= number < num_layers]
     if unknown or not numbers:
         rule = f"must be numbers of the model's {num_layers} layers, from 0 to {num_layers - 1} or from -{num_layers} to -1"

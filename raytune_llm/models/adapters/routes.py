@@ -47,7 +47,7 @@ class Ranges:
     slots: tuple[int, ...]
     """The slot of each range; -1 for none."""
     lengths: tuple[int, ...]
-    """In tokens; together all there are."""
+    """The tokens of each range; together all there are."""
 
     @classmethod
     def of(cls, slots: Sequence[int], lengths: Sequence[int]) -> Ranges:
@@ -121,9 +121,9 @@ class Sorted:
 @dataclass(frozen=True, eq=False)
 class Masked:
     mask_TG: Tensor
-    """In the type of the products: 1 where the slot is the token's, 0 elsewhere."""
+    """1 where the slot is the token's, else 0, in the type of the products."""
     slots: slice
-    """That are multiplied with."""
+    """The slots that are multiplied with."""
 
     @classmethod
     def of(cls, slot_T: Tensor, num_slots: int, dtype: torch.dtype) -> Masked:
@@ -172,7 +172,7 @@ class Dropout:
 class Dropped:
     route: Route
     length: int
-    """In tokens, of each part."""
+    """The tokens of each part."""
     dropouts: tuple[Dropout | None, ...]
     """The dropout of each part, in order; None for none."""
     begun: dict[nn.Module, list[Tensor]] = field(default_factory=dict)

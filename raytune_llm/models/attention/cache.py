@@ -139,11 +139,11 @@ class CachedRows:
     max_length: int
     """Upper bound of the length of a decoding row."""
     read: ReadPlaces | None = None
-    """On a GPU."""
+    """The places to read from, on a GPU; None on a CPU."""
 
     @staticmethod
     def of(cache: PagedCache, rows: Sequence[NewTokens]) -> CachedRows:
-        """In this order, those with one new token first."""
+        """The rows in this order, those with one new token first."""
         size = cache.block_size
         counts = np.array([len(row.ids) for row in rows])
         starts = np.array([row.start for row in rows])
