@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.errors import ResourceError, first_line
@@ -21,7 +21,7 @@ def call_on_node(resources: Local | Cluster, function: Callable[[], T], *, packa
     from ray.exceptions import OutOfMemoryError, RayTaskError, RuntimeEnvSetupError, WorkerCrashedError
 
     size = group_size(resources)
-    options = {"num_cpus": size.cpus, "num_gpus": size.gpus}
+    options: dict[str, Any] = {"num_cpus": size.cpus, "num_gpus": size.gpus}
     if packages:
         options["runtime_env"] = {"pip": list(packages)}
     try:

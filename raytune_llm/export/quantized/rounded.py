@@ -1,7 +1,8 @@
 """`export.format=fp8`, `w8a8` and `w4a16`: weights rounded to the nearest value, in the files of compressed-tensors.
 
 No data are needed. The scales are those of the largest magnitude, of an output channel or of a group of inputs; activations of
-fp8 and w8a8 are rounded as the model runs, with a scale for each token. transformers, vLLM and SGLang read these files.
+fp8 and w8a8 are rounded as the model runs, with a scale for each token. transformers reads these files,
+and so should vLLM and SGLang.
 """
 
 from __future__ import annotations
