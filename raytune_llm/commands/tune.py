@@ -35,9 +35,10 @@ def main(sweep: Sweep) -> int:
     if sweep.tune.dry_run:
         return _dry_run(sweep, console)
     scheduler = "" if sweep.tune.scheduler == "none" else f", {sweep.tune.scheduler}"
+    objectives = ", ".join(f"{better} {metric}" for metric, better in sweep.tune.objectives.items())
     console.print(
         f"[bold]{escape(sweep.run.name)}[/bold]: {sweep.tune.name} over {', '.join(axis.name for axis in sweep.axes)}"
-        f"{scheduler}; {sweep.tune.better} {sweep.tune.metric}",
+        f"{scheduler}; {objectives}",
         highlight=False,
         soft_wrap=True,
     )
@@ -165,6 +166,8 @@ def _print_best(console: Console, sweep: Sweep, result: TuneResult) -> None:
     values = ", ".join(f"{name}={_text(value)}" for name, value in best.point.items()) or "the base configuration"
     table.add_row("best", escape(values))
     table.add_row(study.metric.name, f"{best.value:.4f}")
+    for metric, value in zip(study.metric.others, best.values[1:], strict=False):
+        table.add_row(metric.name, f"{value:.4f}")
     table.add_row(
         "trials", f"{states.count('finished')} finished, {states.count('stopped')} stopped early, {states.count('failed')} failed"
     )
@@ -173,6 +176,12 @@ def _print_best(console: Console, sweep: Sweep, result: TuneResult) -> None:
     table.add_row("plots", str(sweep.folder / PAGE))
     console.print()
     console.print(table, highlight=False)
+    if study.metric.others:
+        console.print("\nPareto front:", highlight=False)
+    for setting in study.front if study.metric.others else ():
+        figures = ", ".join(f"{metric.name} {value:.4f}" for metric, value in zip(study.metric.all, setting.values, strict=True))
+        values = ", ".join(f"{name}={_text(value)}" for name, value in setting.point.items()) or "base"
+        console.print(f"  {figures}: {values}", highlight=False, markup=False, soft_wrap=True)
     command = f"python -m raytune_llm --config-dir {shlex.quote(str(sweep.folder))} --config-name best"
     _print_next(console, {command: "trains the best setting again"})
 

@@ -15,7 +15,7 @@ from raytune_llm.config.schedule import ScheduleConfig
 from raytune_llm.config.stage import StageConfig
 from raytune_llm.config.strategy import StrategyConfig
 from raytune_llm.config.train import LoopConfig
-from raytune_llm.config.tune import EVALUATIONS, EXACT_MATCH, TuneConfig
+from raytune_llm.config.tune import EVALUATIONS, EXACT_MATCH, TuneConfig, known_at_end
 from raytune_llm.errors import ConfigError
 
 
@@ -87,7 +87,6 @@ def _group_can_change(train: LoopConfig, data: DataConfig, workers: list[int]) -
 
 
 def trials_are_judged(data: DataConfig, resources: ResourcesConfig, train: LoopConfig, tune: TuneConfig) -> None:
-    metric = tune.metric
     if not uses_ray(resources) and (tune.max_concurrent or 1) > 1 and tune.share_base is not True:
         fix = "Set resources=local, or tune.share_base=true."
         raise ConfigError(
@@ -96,16 +95,17 @@ def trials_are_judged(data: DataConfig, resources: ResourcesConfig, train: LoopC
     if train.pause_at is not None:
         rule = "is for a run by itself: a sweep's trials wait where tune.pause_at says"
         raise ConfigError("train.pause_at", rule, got=train.pause_at, fix=f"Set tune.pause_at={train.pause_at}.")
-    if metric.startswith(EVALUATIONS) and not data.evaluates:
-        fix = "Set data.eval_fraction (say 0.1) or data.eval_path."
-        raise ConfigError("tune.metric", "needs held-out rows", got=metric, fix=fix)
-    if metric == EXACT_MATCH and not train.exact_match_rows:
-        raise ConfigError(
-            "tune.metric", "needs train.exact_match_rows above 0", got=metric, fix="Say, train.exact_match_rows=100."
-        )
-    if not metric.startswith(EVALUATIONS) and not tune.at_end:
-        fix = "Say, tune.metric=eval_loss, exact_match or module:function."
-        raise ConfigError("tune.metric", "must be a figure of an evaluation or of a trial's end", got=metric, fix=fix)
+    for metric in tune.metrics:
+        if metric.startswith(EVALUATIONS) and not data.evaluates:
+            fix = "Set data.eval_fraction (say 0.1) or data.eval_path."
+            raise ConfigError("tune.metric", "needs held-out rows", got=metric, fix=fix)
+        if metric == EXACT_MATCH and not train.exact_match_rows:
+            raise ConfigError(
+                "tune.metric", "needs train.exact_match_rows above 0", got=metric, fix="Say, train.exact_match_rows=100."
+            )
+        if not metric.startswith(EVALUATIONS) and not known_at_end(metric):
+            fix = "Say, tune.metric=eval_loss, exact_match or module:function."
+            raise ConfigError("tune.metric", "must be a figure of an evaluation or of a trial's end", got=metric, fix=fix)
     if tune.scheduler != "none" and train.eval_every_steps is None and train.epochs <= 1:
         raise ConfigError(
             "train.eval_every_steps",

@@ -9,6 +9,7 @@ from pydantic import Field
 from raytune_llm.config.section import NonNegativeInt, PositiveInt, Seed, section
 from raytune_llm.errors import ConfigError
 
+Mode = Literal["auto", "min", "max"]
 MODES = {"loss": "min", "perplexity": "min", "accuracy": "max", "accuracies": "max", "margins": "max", "exact_match": "max"}
 """Which way is better, by how a metric's name ends."""
 EVALUATIONS, EXACT_MATCH = "eval_", "exact_match"
@@ -21,10 +22,11 @@ class TuneConfig:
     which learns from the trials before."""
     trials: PositiveInt | None
     """Settings that are tried, base and `first` included. null: all of a grid."""
-    metric: str
-    """eval_loss or another figure of an evaluation; exact_match; or module:function, which gets the TrainResult of a trial."""
-    mode: Literal["auto", "min", "max"]
-    """Whether less or more of the metric is better. auto: by its name."""
+    metric: str | Annotated[list[str], Field(min_length=2)]
+    """eval_loss or another figure of an evaluation; exact_match; or module:function, which gets the TrainResult of a trial. Of
+    several, [eval_loss,module:seconds], the results have the Pareto front, and the first one says which setting is the best."""
+    mode: Mode | list[Mode]
+    """Whether less or more of the metric is better; a list for several. auto: by its name."""
     scheduler: Literal["none", "asha", "median", "hyperband", "pbt"]
     """What ends trials early, at their evaluations. pbt ends none: the worst take over what the best have learnt."""
     grace: Annotated[float, Field(gt=0, lt=1)]
@@ -65,7 +67,7 @@ class TuneConfig:
         if self.at_end and self.scheduler != "none":
             raise ConfigError(
                 "tune.scheduler",
-                f"must be none where tune.metric={self.metric}, which is known at a trial's end",
+                f"must be none where tune.metric={shown(self.metric)}, which is known at a trial's end",
                 got=self.scheduler,
                 fix="Set tune.scheduler=none, or a metric of an evaluation.",
             )
@@ -75,7 +77,7 @@ class TuneConfig:
                 "tune.scheduler", f"can be pbt with {other}", got=self.scheduler, fix="Set it, or another scheduler."
             )
         if self.pause_at is not None and (self.at_end or self.seeds > 1):
-            why = "tune.seeds=1" if self.seeds > 1 else f"a metric of an evaluation, which {self.metric} is not"
+            why = "tune.seeds=1" if self.seeds > 1 else f"a metric of an evaluation, which {shown(self.metric)} is not"
             raise ConfigError("tune.pause_at", f"needs {why}", got=self.pause_at, fix="Leave it out.")
         if self.share_base is True and self.rounds:
             raise ConfigError(
@@ -91,10 +93,29 @@ class TuneConfig:
                 got=self.seeds,
                 fix="Set tune.scheduler=none.",
             )
-        if self.mode == "auto" and self.better is None:
-            raise ConfigError(
-                "tune.mode", f"must be min or max: tune.metric={self.metric} doesn't say which is better", got="auto"
-            )
+        self._check_several()
+        for metric, better in self.objectives.items():
+            if better is None:
+                raise ConfigError(
+                    "tune.mode", f"must be min or max: tune.metric={metric} doesn't say which is better", got=shown(self.mode)
+                )
+
+    def _check_several(self) -> None:
+        metrics, modes = self.metrics, self.mode if isinstance(self.mode, list) else [self.mode]
+        if len(set(metrics)) < len(metrics):
+            raise ConfigError("tune.metric", "has a metric twice", got=shown(self.metric), fix="Take it out.")
+        if len(modes) != len(metrics) and self.mode != "auto":
+            fix = f"Say, tune.mode=[{','.join(['min'] * len(metrics))}]." if len(metrics) > 1 else "Say, tune.mode=min."
+            raise ConfigError("tune.mode", f"must be one for each of {len(metrics)} metrics", got=shown(self.mode), fix=fix)
+        if len(metrics) == 1:
+            return
+        for setting, plain, there in (
+            ("tune.scheduler", "none", self.scheduler != "none"),
+            ("tune.pause_at", "null", self.pause_at is not None),
+        ):
+            if there:
+                rule = f"must be {plain} with several metrics: trials are compared by one alone before their end"
+                raise ConfigError(setting, rule, got=getattr(self, setting[5:]), fix=f"Set {setting}={plain}, or one metric.")
 
     @property
     def rounds(self) -> bool:
@@ -118,13 +139,32 @@ class TuneConfig:
 
     @property
     def at_end(self) -> bool:
-        """Whether the metric is known at a trial's end only."""
-        return self.metric == EXACT_MATCH or ":" in self.metric
+        """Whether a metric is known at a trial's end only."""
+        return any(known_at_end(metric) for metric in self.metrics)
 
     @property
-    def better(self) -> str | None:
-        """min or max; none where the metric's name doesn't say."""
-        if self.mode != "auto":
-            return self.mode
-        ending = self.metric.rpartition("/")[2].removeprefix(EVALUATIONS)
-        return next((mode for word, mode in MODES.items() if ending.endswith(word)), None)
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(self.metric) if isinstance(self.metric, list) else (self.metric,)
+
+    @property
+    def objectives(self) -> dict[str, str | None]:
+        """Metric -> min or max; none where its name doesn't say."""
+        modes = self.mode if isinstance(self.mode, list) else [self.mode] * len(self.metrics)
+        return {metric: _better(metric, mode) for metric, mode in zip(self.metrics, modes, strict=True)}
+
+
+def known_at_end(metric: str) -> bool:
+    """Whether it is known at a trial's end only."""
+    return metric == EXACT_MATCH or ":" in metric
+
+
+def shown(value: Any) -> str:
+    """As on the command line."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def _better(metric: str, mode: str) -> str | None:
+    if mode != "auto":
+        return mode
+    ending = metric.rpartition("/")[2].removeprefix(EVALUATIONS)
+    return next((better for word, better in MODES.items() if ending.endswith(word)), None)

@@ -133,8 +133,8 @@ class Policy(nn.Module):
 
     def _replays(self, inputs: Inputs) -> TypeGuard[Batch]:
         """Whether a pass is one of those that are captured: over packs that are trained on, with the adapter in use."""
-        trains = self.training and torch.is_grad_enabled() and isinstance(inputs, Batch)
-        return trains and inputs.adapter_M is None and inputs.prefixes is None
+        of_packs = isinstance(inputs, Batch) and inputs.adapter_M is None and inputs.prefixes is None
+        return of_packs and self.training and torch.is_grad_enabled()
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """A context in which matrix products are in `compute`."""

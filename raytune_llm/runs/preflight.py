@@ -32,8 +32,10 @@ from raytune_llm.train.optimizers import build_optimizer
 
 
 def check(run: TrainRun, workspace: Workspace | None = None) -> None:
-    """Raises UserError for a run that would fail."""
+    """Raises UserError for a run that would fail. Runs of a workspace that are checked are not looked at again."""
     workspace = workspace or Workspace()
+    if workspace.checked:
+        return
     of_model = (run.model, run.data, run.stage, run.adapter, run.quantization, run.strategy, run.tracking, run.resources)
     of_optimizer = (run.optimizer.name, run.optimizer.groups)  # trials of other rates fit where one does
     workspace.once("checked", (*of_model, *of_optimizer), lambda: _check(run, workspace))

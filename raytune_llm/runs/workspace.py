@@ -19,8 +19,9 @@ T = TypeVar("T")
 
 
 class Workspace:
-    def __init__(self, *, keeps_base: bool = False) -> None:
-        """keeps_base: keep the frozen base for a later run."""
+    def __init__(self, *, keeps_base: bool = False, checked: bool = False) -> None:
+        """keeps_base: keep the frozen base for a later run. checked: its runs were looked at before (preflight.py)."""
+        self.checked = checked
         self.base = SharedModel() if keeps_base else None
         self._found: dict[str, Any] = {}
 

@@ -44,7 +44,7 @@ class Conduct:
     def ended(self, trial: Trial, outcome: Outcome) -> None:
         """Record the end of a trial. Raises ResourceError if too many trials failed in a row."""
         trial.seconds = time.monotonic() - self._began[trial.number]
-        self.study.end(trial, outcome.state, outcome.value, outcome.reason)
+        self.study.end(trial, outcome.state, outcome.value, outcome.reason, outcome.others)
         prune(self.study)
         write_results(self.study)
         self._on_change(self.study, trial)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
-from raytune_llm.config.tune import EVALUATIONS, EXACT_MATCH, TuneConfig
+from raytune_llm.config.tune import EVALUATIONS, EXACT_MATCH, TuneConfig, known_at_end
 from raytune_llm.errors import ConfigError
 
 
@@ -19,6 +19,16 @@ class Metric:
     """1 if lower is better, -1 if higher is."""
     at_end: Callable[[Any], float | None] | None
     """The metric of a finished run's TrainResult. None: evaluations have it."""
+    others: tuple[Metric, ...] = ()
+    """Further objectives of the sweep."""
+
+    @property
+    def all(self) -> tuple[Metric, ...]:
+        return self, *self.others
+
+    @property
+    def mode(self) -> str:
+        return "min" if self.sign == 1 else "max"
 
     def score(self, value: float) -> float:
         """The value as a score, of which lower is better. NaN is the worst."""
@@ -62,13 +72,18 @@ class MetricMissing(ConfigError):
 
 
 def metric_of(tune: TuneConfig) -> Metric:
-    """Raises ConfigError if its function does not exist."""
+    """The first one, with the others. Raises ConfigError if a function does not exist."""
+    first, *others = (_metric(name, better) for name, better in tune.objectives.items())
+    return replace(first, others=tuple(others))
+
+
+def _metric(name: str, better: str | None) -> Metric:
     at_end = None
-    if tune.metric == EXACT_MATCH:
+    if name == EXACT_MATCH:
         at_end = lambda result: result.summary.exact_match_after  # noqa: E731
-    elif tune.at_end:
-        at_end = _function(tune.metric)
-    return Metric(name=tune.metric, sign=-1 if tune.better == "max" else 1, at_end=at_end)
+    elif known_at_end(name):
+        at_end = _function(name)
+    return Metric(name=name, sign=-1 if better == "max" else 1, at_end=at_end)
 
 
 def _function(name: str) -> Callable[[Any], float]:

@@ -41,7 +41,7 @@ class TrialProcess:
     """The actor. `run` trains in one thread; reports and answers go by others meanwhile."""
 
     def __init__(self, train: Train, tune: TuneConfig, cpus: float) -> None:
-        self._train = partial(train, workspace=Workspace(keeps_base=True))
+        self._train = partial(train, workspace=Workspace(keeps_base=True, checked=True))
         self._metric, self._threads = metric_of(tune), max(1, int(cpus))
         self._reports, self._answers = Queue[tuple[int, int, float]](), Queue[bool]()
 
@@ -126,7 +126,7 @@ class TrainerPlace:
     """Ray Train groups, one for each trial."""
 
     def __init__(self, train: Train, tune: TuneConfig, share: Share) -> None:
-        self._train, self._metric, self._share = partial(train, workspace=Workspace()), metric_of(tune), share
+        self._train, self._metric, self._share = partial(train, workspace=Workspace(checked=True)), metric_of(tune), share
         self._checked = False
 
     def __call__(self, run: TrainRun, reported: Reported) -> Outcome:

@@ -32,14 +32,25 @@ def write_plots(study: Study) -> None:
 
 
 def results(study: Study) -> dict[str, Any]:
-    """The content of results.json: `best` (settings, metric and folder of the best setting's first trial, or None), `trials`."""
+    """The content of results.json: `best` (settings, metric and folder of the best setting's first trial, or None), `trials`; of
+    several metrics `metrics` and `pareto`, the settings of the front."""
     ranked = study.ranked
     best = None
     if ranked:
         first = ranked[0].trials[0]
         best = {"settings": dict(ranked[0].point), "metric": ranked[0].value, "folder": str(first.folder)}
-    metric = {"name": study.metric.name, "mode": "min" if study.metric.sign == 1 else "max"}
-    return {"best": best, "metric": metric, "trials": [_plain(trial) for trial in study.trials]}
+    metrics = [{"name": metric.name, "mode": metric.mode} for metric in study.metric.all]
+    names = [metric.name for metric in study.metric.all]
+    front = [
+        {
+            "settings": dict(setting.point),
+            "metrics": dict(zip(names, setting.values, strict=True)),
+            "folder": str(setting.trials[0].folder),
+        }
+        for setting in study.front
+    ]
+    several = {"metrics": metrics, "pareto": front} if study.metric.others else {}
+    return {"best": best, "metric": metrics[0], **several, "trials": [_plain(trial, study) for trial in study.trials]}
 
 
 def best_run(study: Study) -> str:
@@ -58,13 +69,15 @@ def prune(study: Study) -> None:
                 shutil.rmtree(trial.folder / name, ignore_errors=True)
 
 
-def _plain(trial: Trial) -> dict[str, Any]:
+def _plain(trial: Trial, study: Study) -> dict[str, Any]:
+    others = [metric.name for metric in study.metric.others]
     return {
         "trial": trial.number,
         "settings": dict(trial.point),
         "seed": trial.seed,
         "state": trial.state,
         "metric": trial.latest if trial.latest is not None and math.isfinite(trial.latest) else None,
+        **dict(zip(others, trial.others or [None] * len(others), strict=True)),
         "step": trial.step,
         "steps": trial.total_steps,
         "seconds": round(trial.seconds, 1),
@@ -76,12 +89,13 @@ def _plain(trial: Trial) -> dict[str, Any]:
 def _table(study: Study) -> str:
     settings = study.sweep.settings
     settings += [name for point in study.sweep.tune.first for name in point if name not in settings]
-    rest = ("seed", "state", "metric", "step", "steps", "seconds", "folder", "reason")
+    others = [metric.name for metric in study.metric.others]
+    rest = ("seed", "state", "metric", *others, "step", "steps", "seconds", "folder", "reason")
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["trial", *settings, *rest])
     base = merged(axis.point(axis.base(study.sweep.base)) for axis in study.sweep.axes)
     for trial in study.trials:
-        plain, values = _plain(trial), {**base, **trial.point}
+        plain, values = _plain(trial, study), {**base, **trial.point}
         table.writerow([trial.number, *(values.get(name) for name in settings), *(plain[name] for name in rest)])
     return text.getvalue()

@@ -134,6 +134,7 @@ def _ready(
     runs, workspace = _distinct(sweep), Workspace(keeps_base=True)
     for run in runs:
         preflight.check(run, workspace)
+    workspace.checked = True  # a trial that fails for its combination of values fails by itself
     size, why = trials_together(sweep, partial(room_for, device=device_here(), workspace=workspace), gpus=device_count())
     if size > 1 and train_together is not None:
         notify(f"{size} trials at a time, in one pass over one base ({why})")
@@ -180,12 +181,12 @@ def _prepare(runs: list[TrainRun], workspace: Workspace) -> None:
 
 
 def _distinct(sweep: Sweep) -> list[TrainRun]:
-    """The base, and a run for each value that changes more than how it is optimized."""
+    """The base, and a run for each value, and each point that is known to be good, that changes more than how it is optimized."""
     return list({_needs(run): run for run in _each_end(sweep)}.values())
 
 
 def _each_end(sweep: Sweep) -> Iterator[TrainRun]:
-    for point in ({}, *ends(sweep.axes)):
+    for point in ({}, *ends(sweep.axes), *sweep.tune.first):
         yield with_absolute_paths(replace(sweep.composed(point), output_dir=str(sweep.folder)))
 
 

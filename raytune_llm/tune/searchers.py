@@ -18,9 +18,9 @@ class Searcher(Protocol):
         """The next point. None: the search has ended."""
         ...
 
-    def tell(self, number: int, reports: Sequence[tuple[int, float]], score: float | None, *, whole: bool) -> None:
-        """Record the result of point `number` (from 0): (step, score) of its evaluations, and the last score; None: it failed.
-        whole: the trial ran to its end."""
+    def tell(self, number: int, reports: Sequence[tuple[int, float]], scores: Sequence[float] | None, *, whole: bool) -> None:
+        """Record the result of point `number` (from 0): (step, score) of its evaluations, and the last score of each metric;
+        None: it failed. whole: the trial ran to its end."""
         ...
 
 
@@ -33,12 +33,13 @@ class Planned:
     def ask(self) -> Point | None:
         return next(self._points, None)
 
-    def tell(self, number: int, reports: Sequence[tuple[int, float]], score: float | None, *, whole: bool) -> None:
+    def tell(self, number: int, reports: Sequence[tuple[int, float]], scores: Sequence[float] | None, *, whole: bool) -> None:
         pass
 
 
 class Optuna:
-    """Optuna's TPE sampler, after the planned points. It learns from these, too, if they are in the space."""
+    """Optuna's TPE sampler, after the planned points. It learns from these, too, if they are in the space. Of several metrics it
+    looks for the Pareto front (Ozaki et al. 2022, JAIR 73)."""
 
     def __init__(self, sweep: Sweep) -> None:
         try:
@@ -50,7 +51,8 @@ class Optuna:
         self._sweep, self._axes, self._left = sweep, sweep.axes, sweep.tune.trials or 0
         self._first = list(sweep.planned)
         sampler = optuna.samplers.TPESampler(seed=sweep.tune.seed, constant_liar=True, n_startup_trials=STARTUP)
-        self._study = optuna.create_study(direction="minimize", sampler=sampler)
+        less: Any = ["minimize"] * len(sweep.tune.metrics)
+        self._study = optuna.create_study(directions=less, sampler=sampler)
         self._distributions = {axis.name: self._distribution(axis) for axis in sweep.axes}
         self._asked: list[Any] = []
         """Optuna's trials, or the parameters of planned points. None: a point is outside the space."""
@@ -67,15 +69,15 @@ class Optuna:
         self._asked.append(trial)
         return {name: value for axis in self._axes for name, value in axis.point(self._value(axis, trial)).items()}
 
-    def tell(self, number: int, reports: Sequence[tuple[int, float]], score: float | None, *, whole: bool) -> None:
+    def tell(self, number: int, reports: Sequence[tuple[int, float]], scores: Sequence[float] | None, *, whole: bool) -> None:
         asked, states = self._asked[number], self._optuna.trial.TrialState
-        state = states.FAIL if score is None else states.COMPLETE if whole else states.PRUNED
+        state = states.FAIL if scores is None else states.COMPLETE if whole else states.PRUNED
         if isinstance(asked, self._optuna.trial.Trial):
-            for step, value in reports:
+            for step, value in reports if len(self._study.directions) == 1 else ():
                 asked.report(value, step)
-            self._study.tell(asked, score if state == states.COMPLETE else None, state=state)
+            self._study.tell(asked, scores if state == states.COMPLETE else None, state=state)
         elif asked is not None and state == states.COMPLETE:
-            done = self._optuna.trial.create_trial(params=asked, distributions=self._distributions, value=score)
+            done = self._optuna.trial.create_trial(params=asked, distributions=self._distributions, values=scores)
             self._study.add_trial(done)
 
     def _distribution(self, axis: Axis) -> Any:

@@ -44,6 +44,8 @@ class Trial:
     total_steps: int | None = None
     value: float | None = None
     """The metric of its model, or the last one where it was stopped."""
+    others: tuple[float, ...] = ()
+    """Further metrics of its model, where it is finished."""
     reason: str | None = None
     """Why it failed."""
     seconds: float = 0.0
@@ -76,8 +78,14 @@ class Setting:
     @property
     def value(self) -> float | None:
         """The mean of its trials; none until all are finished."""
-        values = [trial.value for trial in self.trials if trial.state == "finished" and trial.value is not None]
-        return sum(values) / len(values) if len(values) == len(self.trials) else None
+        values = self.values
+        return values[0] if values else None
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Of each metric the mean of its trials; none until all are finished."""
+        done = [(trial.value, *trial.others) for trial in self.trials if trial.state == "finished" and trial.value is not None]
+        return _means(done) if len(done) == len(self.trials) else ()
 
 
 class Study:
@@ -194,10 +202,13 @@ class Study:
             self._report(trial, step, total_steps, value)
         return not (trial.stopping and step >= trial.step)
 
-    def end(self, trial: Trial, state: State, value: float | None, reason: str | None = None) -> None:
+    def end(
+        self, trial: Trial, state: State, value: float | None, reason: str | None = None, others: Sequence[float] = ()
+    ) -> None:
+        """others: the values of further metrics."""
         event = {"event": "ended", "trial": trial.number, "state": state, "value": value, "seconds": round(trial.seconds, 3)}
-        self._append({**event, **({"reason": reason} if reason else {})})
-        self._end(trial, state, value, reason)
+        self._append({**event, **({"reason": reason} if reason else {}), **({"others": list(others)} if others else {})})
+        self._end(trial, state, value, reason, others)
 
     def close(self) -> None:
         self._log.close()
@@ -210,9 +221,23 @@ class Study:
 
     @property
     def ranked(self) -> list[Setting]:
-        """Finished settings, the best first."""
-        done = [setting for setting in self.settings if setting.value is not None]
-        return sorted(done, key=lambda setting: self.metric.score(setting.value or 0.0))
+        """Finished settings, the best first; of several metrics those of the Pareto front first, the best by the first metric."""
+        done = [setting for setting in self.settings if setting.values]
+        front = self._front(done) if self.metric.others else []
+        return sorted(done, key=lambda setting: (setting.point not in front, *self._scores(setting)))
+
+    @property
+    def front(self) -> list[Setting]:
+        """Finished settings than which no other one is better in one metric and as good in all, in the order of `ranked`."""
+        front = self._front(self.settings)
+        return [setting for setting in self.ranked if setting.point in front]
+
+    def _front(self, settings: Sequence[Setting]) -> list[Point]:
+        scores = [(setting.point, self._scores(setting)) for setting in settings if setting.values]
+        return [point for point, own in scores if not any(_dominates(other, own) for _, other in scores)]
+
+    def _scores(self, setting: Setting) -> tuple[float, ...]:
+        return tuple(metric.score(value) for metric, value in zip(self.metric.all, setting.values, strict=True))
 
     def score_of(self, trial: Trial) -> float:
         return math.inf if trial.latest is None else self.metric.score(trial.latest)
@@ -258,7 +283,7 @@ class Study:
                 self._report(self.trials[number], event["step"], event["of"], event["value"])
             case "ended":
                 self.trials[number].seconds = event["seconds"]
-                self._end(self.trials[number], event["state"], event["value"], event.get("reason"))
+                self._end(self.trials[number], event["state"], event["value"], event.get("reason"), event.get("others", ()))
 
     def _release(self, numbers: Sequence[int]) -> None:
         for trial in self.paused:
@@ -289,18 +314,29 @@ class Study:
         if step < total_steps and not self._scheduler.goes_on(trial.number, step / total_steps, self.metric.score(value)):
             trial.stopping = True
 
-    def _end(self, trial: Trial, state: State, value: float | None, reason: str | None) -> None:
-        trial.state, trial.value, trial.reason = state, value, reason
+    def _end(self, trial: Trial, state: State, value: float | None, reason: str | None, others: Sequence[float] = ()) -> None:
+        trial.state, trial.value, trial.reason, trial.others = state, value, reason, tuple(others)
         if state == "paused" or trial.asked is None:
             return
         seeds = self.sweep.tune.seeds
         trials = self.trials[trial.number // seeds * seeds :][:seeds]
         if len(trials) < seeds or any(one.state == "running" for one in trials):
             return
-        values = [one.value for one in trials if one.state != "failed" and one.value is not None]
-        score = self.metric.score(sum(values) / len(values)) if len(values) == seeds else None
+        values = [(one.value, *one.others) for one in trials if one.state != "failed" and one.value is not None]
+        scores = None
+        if len(values) == seeds:
+            scores = [metric.score(mean) for metric, mean in zip(self.metric.all, _means(values), strict=False)]
         reports = [(step, self.metric.score(value)) for step, value in trial.reports.items()]
-        self._searcher.tell(trial.asked, reports, score, whole=all(one.state == "finished" for one in trials))
+        self._searcher.tell(trial.asked, reports, scores, whole=all(one.state == "finished" for one in trials))
+
+
+def _means(values: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(sum(of_metric) / len(of_metric) for of_metric in zip(*values, strict=True))
+
+
+def _dominates(scores: Sequence[float], others: Sequence[float]) -> bool:
+    pairs = list(zip(scores, others, strict=True))
+    return all(one <= other for one, other in pairs) and any(one < other for one, other in pairs)
 
 
 def folder_name(point: Point) -> str:

@@ -34,6 +34,8 @@ class Stopped(EndOfRun):
 class Outcome:
     state: State
     value: float | None
+    others: tuple[float, ...] = ()
+    """The values of further metrics, of a finished trial."""
     reason: str | None = None
 
 
@@ -58,10 +60,13 @@ def outcome_of(run: TrainRun, metric: Metric, result: Any, latest: float | None)
     """The Outcome for a TrainResult. latest: the metric of its last evaluation."""
     if result.paused:
         return Outcome(state="paused", value=latest)
-    value = metric.of_trial(records_of(run), result, best=run.checkpoint.final == "best")
-    if not math.isfinite(value):
-        return Outcome(state="failed", value=None, reason=f"its {metric.name} is {value}, which is no number to compare")
-    return Outcome(state="finished", value=value)
+    records, best = records_of(run), run.checkpoint.final == "best"
+    values = {one.name: one.of_trial(records, result, best=best) for one in metric.all}
+    for name, found in values.items():
+        if not math.isfinite(found):
+            return Outcome(state="failed", value=None, reason=f"its {name} is {found}, which is no number to compare")
+    value, *others = values.values()
+    return Outcome(state="finished", value=value, others=tuple(others))
 
 
 class Listener:
@@ -81,7 +86,7 @@ class Listener:
             self.record(record)
 
     def record(self, record: Mapping[str, Any]) -> None:
-        value = self._metric.of_record(record)
+        value, *_ = [metric.of_record(record) for metric in self._metric.all]
         if value is None or record["step"] == 0:
             return
         assert self._total is not None

@@ -4,6 +4,7 @@ which CPUs have not; tests/gpu has them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.models import VOCABULARY, packed, some_rows
 SHAPES = ((9, 12), (9, 12), (20, 1), (5, 4, 3, 2, 4, 3), (9, 12, 9, 12))
 
 
-def policy(*, lora: bool, dropout: float = 0.0, **settings: object) -> CausalLM:
+def policy(*, lora: bool, dropout: float = 0.0, **settings: Any) -> CausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -11,6 +11,7 @@ import pytest
 
 from raytune_llm import ConfigError, ResourceError, UserError, api, load_config, load_sweep
 from raytune_llm.report.metrics import read_metrics
+from raytune_llm.runs import preflight
 from raytune_llm.tune.metric import Metric
 from raytune_llm.tune.trial import outcome_of
 
@@ -81,11 +82,39 @@ def test_a_metric_that_no_trial_reports_ends_the_sweep_with_those_that_there_are
         api.tune(sweep)
 
 
-def test_what_can_be_known_to_fail_is_refused_before_the_first_trial(chat_rows, cache, tmp_path):
-    sweep = load_sweep(words(chat_rows, cache, tmp_path, "adapter.targets=[q_proj],[no_such_layer]", "tune=grid"))
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("adapter.targets=[q_proj],[no_such_layer]", "tune=grid"),
+        ("adapter.rank=2,4", "tune.first=[{adapter.targets: [no_such_layer]}]"),
+    ],
+)
+def test_what_can_be_known_to_fail_is_refused_before_the_first_trial(given, chat_rows, cache, tmp_path):
+    sweep = load_sweep(words(chat_rows, cache, tmp_path, *given))
     with pytest.raises(ConfigError, match="no_such_layer"):
         api.tune(sweep)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_sweep_asks_of_the_model_is_looked_at_before_its_first_trial_alone(chat_rows, cache, tmp_path, monkeypatch):
+    looked, check = [], preflight._check
+    monkeypatch.setattr(preflight, "_check", lambda run, workspace: (looked.append(run), check(run, workspace)))
+    before = []
+    combined = ("adapter.rank=2,4", "adapter.alpha=4.0,8.0", "tune=grid", "train.max_steps=1")
+    api.tune(load_sweep(words(chat_rows, cache, tmp_path, *combined)), on_change=lambda *_: before.append(len(looked)))
+    assert set(before) == {len(looked)} == {5}  # the base, two ranks, two alphas: no combination
+
+
+def test_several_metrics_have_a_front(chat_rows, cache, tmp_path):
+    several = ("optimizer.lr=1e-9,1e-2", "tune=grid", "tune.metric=[eval_loss,operator:attrgetter]", "tune.mode=[min,max]")
+    with pytest.raises(ConfigError, match="must return a number"):
+        api.tune(load_sweep(words(chat_rows, cache, tmp_path / "a", *several)))
+    several = ("optimizer.lr=1e-9,1e-2", "tune=grid", "tune.metric=[eval_loss,eval_perplexity]")
+    api.tune(load_sweep(words(chat_rows, cache, tmp_path / "b", *several)))
+    said = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert [one["settings"] for one in said["pareto"]] == [{"optimizer.lr": 1e-2}]  # better by both
+    rows = list(csv.DictReader((tmp_path / "b" / "trials.csv").open()))
+    assert all(math.isclose(math.exp(float(row["metric"])), float(row["eval_perplexity"]), rel_tol=1e-4) for row in rows)
 
 
 @pytest.mark.parametrize("wrong", ["data.path={}/no_such_rows.jsonl", "adapter.targets=[no_such_layer]"])

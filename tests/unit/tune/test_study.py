@@ -155,6 +155,45 @@ def test_optuna_learns_from_what_it_is_told(tmp_path):
     assert sum(math.log(point["optimizer.lr"]) for point in less[6:]) < sum(math.log(point["optimizer.lr"]) for point in more[6:])
 
 
+SEVERAL = ("tune=optuna", "tune.metric=[eval_loss,operator:itemgetter]", "tune.mode=[min,max]", "tune.trials=10")
+
+
+def two_figures(study, trial):
+    """Each better where the other is worse; trials of rank 4 are worse by both."""
+    run = study.run_of(trial)
+    place, penalty = math.log10(run.optimizer.lr), 5.0 * (run.adapter.rank == 4)
+    study.end(trial, "finished", place + penalty, others=(place - penalty,))
+
+
+@pytest.mark.parametrize("cut", [None, 6])
+def test_optuna_looks_for_the_front_of_several_metrics(cut, tmp_path):
+    pytest.importorskip("optuna")
+    study = study_in(tmp_path, *SEVERAL)
+    for _ in range(cut or 0):
+        two_figures(study, study.next())
+    if cut:
+        study.close()
+        study = study_in(tmp_path, *SEVERAL)
+    while (trial := study.next()) is not None:
+        two_figures(study, trial)
+    found = results(study)
+    assert found["metrics"] == [{"name": "eval_loss", "mode": "min"}, {"name": "operator:itemgetter", "mode": "max"}]
+    front = [one["settings"] for one in found["pareto"]]
+    assert front and all(settings.get("adapter.rank", 8) == 8 for settings in front)
+    assert len(front) == sum(trial.point.get("adapter.rank", 8) == 8 for trial in study.trials)
+    assert found["best"]["settings"] == front[0]
+    assert found["pareto"][0]["metrics"]["eval_loss"] == min(one["metrics"]["eval_loss"] for one in found["pareto"])
+    assert [sum(trial.point.get("adapter.rank") == 4 for trial in study.trials)] < [5]
+    assert [dict(trial.point) for trial in study.trials] == whole_search(tmp_path / "whole")
+
+
+def whole_search(folder):
+    study = study_in(folder, *SEVERAL)
+    while (trial := study.next()) is not None:
+        two_figures(study, trial)
+    return [dict(trial.point) for trial in study.trials]
+
+
 def test_folders_are_named_by_their_values_or_by_a_hash():
     assert folder_name({"optimizer.lr": 0.001, "adapter.rank": 8}) == "lr=0.001,rank=8"
     assert folder_name({}) == "base"
