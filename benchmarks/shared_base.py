@@ -101,10 +101,11 @@ def alone(run: TrainRun, step: Step, device: torch.device) -> Callable[[], None]
 
 def in_one_pass(run: TrainRun, step: Step, trials: int, device: torch.device) -> Callable[[], Any]:
     """One step of all trials."""
-    policy, _, _ = Builder(run, load_model_config(None, run.model.config), device, together=[run] * trials).policy()
+    builder = Builder(run, load_model_config(None, run.model.config), device, together=[run] * trials)
+    policy, _, _ = builder.policy()
     assert isinstance(policy, CausalLM)
     policy.train()
-    pass_, members = SharedPass(policy), []
+    pass_, members = SharedPass(policy, at_once=builder.at_once), []
     settings: Any = loop.LoopSettings(
         total_steps=10**6, pause_step=None, learning_rate=lambda step: 1e-5, log_every=10**6, eval_every=None,
         eval_on_start=False, save_every=None, save_best=False, early_stopping=None, max_nonfinite_steps=0, seed=0,

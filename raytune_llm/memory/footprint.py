@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -84,12 +84,12 @@ def needs_of(
     )
 
 
-def needs_together(needs: Needs, runs: int) -> Needs:
-    """What `runs` runs like this one need in one pass over one base: each has an adapter and a micro-batch."""
+def needs_together(needs: Needs, runs: int, at_once: int) -> Needs:
+    """What `runs` runs like this one need over one base: each has an adapter, and so many at once a micro-batch."""
     one = needs.parameters
     more = (runs - 1) * one.trained
     parameters = replace(one, total=one.total + more, trained=one.trained + more, trained_shapes=runs * one.trained_shapes)
-    return replace(needs, parameters=parameters, micro_batch_size=runs * needs.micro_batch_size)
+    return replace(needs, parameters=parameters, micro_batch_size=at_once * needs.micro_batch_size)
 
 
 def parameters_of(run: TrainRun, config: PretrainedConfig) -> Parameters:
@@ -164,7 +164,13 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     return replace(memory, reference=other)
 
 
-def least_recomputation(needs: Needs, memory_of: MemoryOf, usable_bytes: float) -> Needs:
-    """The needs with the first of none, selective, full and offload that fits; with the last where none does."""
-    ways = [replace(needs, checkpointing=name) for name, way in CHECKPOINTING.items() if way.possible(compiled=needs.compiled)]
+def least_recomputation(needs: Needs, memory_of: MemoryOf, usable_bytes: float, fewer: Sequence[Needs] = ()) -> Needs:
+    """The needs with the first of none, selective, full and offload that fits; with the last where none does. fewer: needs
+    that are tried next with each of them, before the following one."""
+    ways = [
+        replace(one, checkpointing=name)
+        for name, way in CHECKPOINTING.items()
+        if way.possible(compiled=needs.compiled)
+        for one in (needs, *fewer)
+    ]
     return next((needs for needs in ways if memory_of(needs).total <= usable_bytes), ways[-1])

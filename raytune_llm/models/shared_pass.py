@@ -1,16 +1,17 @@
 """One pass through the layers for several runs over one base: the same batch for each, with an adapter of its own in a bank.
 
 Each run's stage is given a model of its own (OneOfSeveral) and calls it as if it were alone. The first that asks about a batch
-has the layers compute it for all; each then makes values of its own rows' last hidden states. What goes back from one run's loss
-comes to its rows alone, so one backward pass from the sum of all losses gives each adapter the gradient that it has alone.
+has the layers compute it for all, or for as many as there is room for (`in_turn`); each then makes values of its own rows' last
+hidden states. What goes back from one run's loss comes to its rows alone, so one backward pass from the sum of all losses gives
+each adapter the gradient that it has alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,15 @@ from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.head import TokenFunction
 from raytune_llm.records import Batch, Prefixes
 
+T = TypeVar("T")
+
 
 class SharedPass:
-    def __init__(self, policy: CausalLM) -> None:
-        """policy: one whose adapters are a bank."""
+    def __init__(self, policy: CausalLM, *, at_once: int | None = None) -> None:
+        """policy: one whose adapters are a bank. at_once: how many a pass is of, at most; None: all that are in the bank."""
         assert isinstance(policy.adapters, LoraBank)
         self.policy, self.bank = policy, policy.adapters
+        self._at_once = at_once
         self._together: list[OneOfSeveral] = []
         self._hidden: dict[tuple[int, bool], tuple[Batch, list[Tensor]]] = {}
         """By batch, and whether it is to be trained on: the batch, and each run's last hidden states."""
@@ -34,6 +38,15 @@ class SharedPass:
         self._routes: dict[tuple[int, ...], Any] = {}
         self._drawn_for: tuple[bool, tuple[int, ...]] | None = None
         """Whether it was to be trained on, and the samples of the batch that dropout was last seeded for."""
+
+    @property
+    def _most(self) -> int:
+        return min(self._at_once or self.bank.num_slots, self.bank.num_slots)
+
+    def in_turn(self, members: Sequence[T], model_of: Callable[[T], OneOfSeveral]) -> list[list[T]]:
+        """The members of each pass."""
+        members = sorted(members, key=lambda member: self.bank.slots[model_of(member).name])
+        return [members[at : at + self._most] for at in range(0, len(members), self._most)]
 
     @contextmanager
     def of(self, members: Sequence[OneOfSeveral]) -> Iterator[None]:
@@ -62,10 +75,10 @@ class SharedPass:
         return self._hidden[key][1][self._together.index(member)]
 
     def _compute(self, batch: Batch) -> list[Tensor]:
-        """Compiled layers, which are compiled for each shape, always compute as many rows as the bank has slots."""
+        """Compiled layers, which are compiled for each shape, always compute as many rows as a pass may have."""
         self._seed_dropout(batch)
         count = len(self._together)
-        copies = self.bank.num_slots if self.policy.compiled else count
+        copies = self._most if self.policy.compiled else count
         slots = [self.bank.slots[member.name] for member in self._together] + [-1] * (copies - count)
         dropouts = [member.dropout if self.policy.training else None for member in self._together] + [None] * (copies - count)
         drops = any(dropouts)

@@ -173,9 +173,16 @@ class Builder:
         compute, _ = choose_precision(self.run.train.precision, self.device)
         case = case_of(self.config, self.device.type, capability_of(self.device), compute)
         needs = needs_of(self.run, self.config, self.world, compiled=self.compiled, case=case)
-        if self._together:
-            needs = needs_together(needs, len(self._together))
-        return least_recomputation(needs, self._memory_of, self.usable_bytes) if self._auto else needs
+        fewer: list[Needs] = []
+        if runs := len(self._together):
+            counts = [runs // part for part in (1, 2, 4, 8, 16) if runs >= part]
+            needs, *fewer = [needs_together(needs, runs, at_once) for at_once in counts]
+        return least_recomputation(needs, self._memory_of, self.usable_bytes, fewer) if self._auto else needs
+
+    @property
+    def at_once(self) -> int:
+        """How many of the runs a pass is of: all, or as many as fit without computing activations again, where some do."""
+        return self.needs.micro_batch_size // self.run.train.micro_batch_size
 
     @property
     def _captures(self) -> bool:

@@ -112,8 +112,11 @@ def work_together(
         policy, counted, choices = builder.policy()
     assert isinstance(policy, CausalLM)
     policy.to(device).train()
-    pass_ = SharedPass(policy)
-    choices += (f"base: one for {len(parts)} runs, which are computed in one pass a step",)
+    pass_ = SharedPass(policy, at_once=builder.at_once)
+    passes = (
+        "in one pass a step" if builder.at_once >= len(parts) else f"{builder.at_once} in a pass, as many as there is room for"
+    )
+    choices += (f"base: one for {len(parts)} runs, which are computed {passes}",)
     with explained(builder, "training"), ExitStack() as stack:
         all_of_them = [
             _One(part, f"run{number}", pass_, reads, builder, counted, choices, stack, began) for number, part in enumerate(parts)

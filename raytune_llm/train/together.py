@@ -87,20 +87,22 @@ def run(pass_: SharedPass, members: Sequence[Member], source: StepSource, held_o
 
 
 def one_step(pass_: SharedPass, members: Sequence[Member], step: Step) -> dict[Member, float]:
-    """One forward and backward pass a micro-batch, then an update of each run. Returns their learning rates."""
+    """One forward and backward pass a micro-batch, or as many as there are groups (SharedPass), then an update of each run.
+    Returns their learning rates."""
     batches = _ready(members, step)
     count = loop.count_of(step, members[0].window.device)
-    with pass_.of([member.model for member in members]):
-        of_each = [_completed(member, step, batches) for member in members]
-        for batches_of_each in zip(*of_each, strict=True):
-            with phase("forward pass"):
-                for member, batch in zip(members, batches_of_each, strict=True):
-                    out = member.objective.loss(member.model, batch)
-                    member.strategy.backward(out.total / count)
-                    member.window.add_loss(out)
-            with phase("backward pass"):
-                backward([member.strategy for member in members])
-            pass_.forget()
+    for group in pass_.in_turn(members, _model):
+        with pass_.of([member.model for member in group]):
+            of_each = [_completed(member, step, batches) for member in group]
+            for batches_of_each in zip(*of_each, strict=True):
+                with phase("forward pass"):
+                    for member, batch in zip(group, batches_of_each, strict=True):
+                        out = member.objective.loss(member.model, batch)
+                        member.strategy.backward(out.total / count)
+                        member.window.add_loss(out)
+                with phase("backward pass"):
+                    backward([member.strategy for member in group])
+                pass_.forget()
     rates = {member: member.settings.learning_rate(member.progress.step) for member in members}
     with phase("optimizer step"):
         for member in members:
@@ -112,8 +114,18 @@ def one_step(pass_: SharedPass, members: Sequence[Member], step: Step) -> dict[M
 def evaluations(pass_: SharedPass, members: Sequence[Member], held_out: Mapping[str, Loader]) -> list[dict[str, float]]:
     """As loop.evaluation, of each."""
     pass_.policy.eval()
+    found: dict[Member, dict[str, float]] = {}
+    with torch.no_grad():
+        for group in pass_.in_turn(members, _model):
+            found |= _evaluations(pass_, group, held_out)
+    pass_.policy.train()
+    return [found[member] for member in members]
+
+
+def _evaluations(pass_: SharedPass, members: Sequence[Member], held_out: Mapping[str, Loader]) -> dict[Member, dict[str, float]]:
+    """Of those of one pass."""
     sums: list[dict[str, dict[str, tuple[float, float]]]] = [{} for _ in members]
-    with torch.no_grad(), pass_.of([member.model for member in members]):
+    with pass_.of([member.model for member in members]):
         for source, loader in held_out.items():
             windows = [Window(member.window.device, {}) for member in members]
             for step in loader.epoch(0):
@@ -126,8 +138,12 @@ def evaluations(pass_: SharedPass, members: Sequence[Member], held_out: Mapping[
                 pass_.forget()
             for of_sources, window in zip(sums, windows, strict=True):
                 of_sources[source] = window.read()
-    pass_.policy.train()
-    return [loop.evaluated(member.objective, of_sources) for member, of_sources in zip(members, sums, strict=True)]
+    pairs = zip(members, sums, strict=True)
+    return {member: loop.evaluated(member.objective, of_sources) for member, of_sources in pairs}
+
+
+def _model(member: Member) -> OneOfSeveral:
+    return member.model
 
 
 def _ready(members: Sequence[Member], step: Step) -> list[Batch]:

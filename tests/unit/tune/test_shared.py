@@ -9,7 +9,10 @@ import torch
 
 from raytune_llm import ConfigError, api, load_config, load_sweep
 from raytune_llm.config.sharing import obstacle
+from raytune_llm.memory.footprint import estimate, needs_together
+from raytune_llm.models.build import run_config
 from raytune_llm.report.metrics import read_metrics
+from raytune_llm.runs.build import Builder
 from raytune_llm.runs.together import Room, room_for
 from raytune_llm.runs.workspace import Workspace
 from raytune_llm.tune.shared import trials_together
@@ -93,6 +96,27 @@ def test_repeated_seeds_draw_other_adapters_over_the_same_packs(chat_rows, cache
     assert [(run.train.seed, run.train.adapter_seed) for run in runs] == [(42, 42), (42, 43)] * 2
     first, second = (losses(trial.folder) for trial in result.study.trials[:2])
     assert first != second
+
+
+def test_passes_of_a_few_trials_each_come_to_the_results_of_one_pass(both, chat_rows, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(Builder, "at_once", property(lambda builder: 4))
+    result = api.tune(load_sweep(words(chat_rows, cache, tmp_path, *GRID)))
+    for mine, its in zip(result.study.trials, both[1].study.trials, strict=True):
+        assert (mine.point, mine.state, mine.step) == (its.point, its.state, its.step)
+        assert mine.latest == pytest.approx(its.latest, abs=1e-6)
+
+
+def test_a_pass_is_of_as_many_trials_as_fit_without_computing_activations_again(chat_rows, cache, tmp_path, monkeypatch):
+    given = [word for word in words(chat_rows, cache, tmp_path) if not word.startswith(("tune.", "data.max_length"))]
+    run = load_config("train", [*given, "data.max_length=1024"])
+    tokenizer, _ = Workspace().tokenizer_of(run)
+    config = run_config(run.model, tokenizer, 1024, packing=True)
+    needs = needs_together(Builder(run, config, torch.device("cpu")).needs, 16, 4)
+    room = 1.01 * estimate(run, config, needs).total
+    for usable, at_once in ((room, 4), (100 * room, 16)):
+        monkeypatch.setattr(Builder, "usable_bytes", usable)
+        builder = Builder(run, config, torch.device("cpu"), together=[run] * 16)
+        assert (builder.at_once, builder.needs.checkpointing) == (at_once, "none")
 
 
 def test_trials_share_a_quantized_base(chat_rows, cache, tmp_path):
