@@ -10,6 +10,7 @@ from typing import Any
 
 from raytune_llm.atomic_file import write_atomically
 from raytune_llm.chat.client import Answer, Client, Model, Piece, Prompt
+from raytune_llm.config.paths import expanded
 from raytune_llm.errors import ConfigError, DataError
 
 SETTINGS: dict[str, type] = {
@@ -157,7 +158,7 @@ class Dialogue:
 
 def _json_of(path: Path) -> Any:
     try:
-        return json.loads(path.expanduser().read_text())
+        return json.loads(expanded(str(path)).read_text())
     except OSError as error:
         raise DataError(str(path), f"can't be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from raytune_llm.chat.client import Client
 from raytune_llm.chat.dialogue import SETTINGS, Dialogue
+from raytune_llm.config.paths import expanded
 from raytune_llm.config.run import API_KEY, ChatRun
 from raytune_llm.errors import ConfigError, ResourceError
 
@@ -59,7 +60,7 @@ def _with_adapter(run: ChatRun) -> ChatRun:
     chat = run.chat
     if chat.url is not None or chat.adapter is None or chat.adapter in (*chat.adapters, "none"):
         return run
-    folder = Path(chat.adapter).expanduser()
+    folder = expanded(chat.adapter)
     if not folder.is_dir():
         rule = f"must be a folder, none, or one of chat.adapters ({', '.join(chat.adapters) or 'none is given'})"
         raise ConfigError("chat.adapter", rule, got=chat.adapter)

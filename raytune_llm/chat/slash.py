@@ -16,6 +16,7 @@ from rich.text import Text
 from raytune_llm.chat.client import Answer
 from raytune_llm.chat.dialogue import Dialogue
 from raytune_llm.chat.terminal import CONTROLS, Terminal
+from raytune_llm.config.paths import expanded
 from raytune_llm.errors import ConfigError
 
 REFRESH_PER_S = 8
@@ -184,7 +185,7 @@ def _exit(terminal: Terminal, _: str) -> None:
 def _file(command: str, file: str) -> Path:
     if not file:
         raise ConfigError(command, "needs a file", fix=f"For example, {command} talk.json")
-    return Path(file).expanduser()
+    return expanded(file)
 
 
 COMMANDS = {

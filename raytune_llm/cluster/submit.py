@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from raytune_llm.cluster.job_log import JobLog
 from raytune_llm.cluster.jobs import COMMAND, Job, Jobs, address_of, environment_of
 from raytune_llm.cluster.package import files_of
 from raytune_llm.cluster.requirements import requirements
 from raytune_llm.cluster.travel import on_cluster
+from raytune_llm.config.paths import expanded
 from raytune_llm.config.plain import to_yaml
 from raytune_llm.config.run import SubmitRun, as_train_run
 from raytune_llm.report.display import Display
@@ -20,7 +20,7 @@ def submit(run: SubmitRun) -> Job:
     """Submit a run. The cluster starts the job when it has room. Raises ConfigError before anything is uploaded."""
     settings = run.submit
     address = address_of(settings.address)
-    folder = Path(settings.folder).expanduser().absolute()
+    folder = expanded(settings.folder).absolute()
     files = {} if settings.image is not None else files_of(folder, settings.ignore, max_mib=settings.max_mib)
     training = on_cluster(as_train_run(run), folder, files)
     packages = [] if settings.requirements is None else requirements(settings.requirements)

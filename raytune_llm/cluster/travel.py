@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from raytune_llm.cluster.package import CARRIED
-from raytune_llm.config.paths import ALWAYS, with_paths
+from raytune_llm.config.paths import ALWAYS, expanded, with_paths
 from raytune_llm.errors import ConfigError
 
 Run = TypeVar("Run")
@@ -24,7 +24,7 @@ def on_cluster(run: Run, folder: Path, files: Mapping[str, Path]) -> Run:
     places = {folder.absolute(): Path()} | {root: Path(place) for place, root in CARRIED.items()}
 
     def moved(setting: str, value: str) -> str:
-        path = Path(value).expanduser().absolute()
+        path = expanded(value).absolute()
         place = _place(path, travelling, places)
         if place is not None and setting not in ALWAYS:
             return place

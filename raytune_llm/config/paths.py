@@ -56,10 +56,21 @@ def _one(value: Any, change: Callable[[str], str]) -> Any:
     return value if not isinstance(value, str) or "://" in value else change(value)
 
 
+def expanded(value: str) -> Path:
+    """The path with ~ and ~name as home folders. A name that is no user's stays as it is: a file may begin with ~."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        return Path(value)
+
+
 def _absolute(setting: str, value: str) -> str:
-    path, is_ours = Path(value).expanduser(), setting in ALWAYS
-    if is_ours and (not value.strip() or "\0" in value):
+    path, is_ours = expanded(value), setting in ALWAYS
+    if is_ours and (not value.strip() or "\0" in value or path.absolute() == Path(path.absolute().anchor)):
         raise ConfigError(setting, "must name a folder", got=value, fix=f"For example, {setting}=mine.")
+    if is_ours and value.startswith("~") and str(path).startswith("~"):
+        rule = "must be in the home folder of a user who is here"
+        raise ConfigError(setting, rule, got=value, fix=f"Write {setting}=./{value} for a folder of this name.")
     try:
         there = is_ours or path.exists()
     except OSError:

@@ -205,7 +205,8 @@ def load_paused(words: Sequence[str]) -> Sweep:
     try:
         then = json.loads((folder / COMMAND).read_text())
         words_then, config_dir, config_name = (then[name] for name in ("words", "config_dir", "config_name"))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        others = [word for word in words_then if word.partition("=")[0] not in ("output_dir", "resume")]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ConfigError("tune resume", "needs the folder of a sweep", got=str(folder), fix="Say, outputs/sweep.") from None
     given = dict(pairs := [one_value(word) for word in rest])
     if len(given) < len(pairs):
@@ -217,7 +218,8 @@ def load_paused(words: Sequence[str]) -> Sweep:
         raise ConfigError(
             "clone", "goes with the settings that it changes", got=list(rest), fix="Say, clone=4 optimizer.lr=1e-4."
         )
-    others = [word for word in words_then if word.partition("=")[0] not in ("output_dir", "resume")]
+    if keep == 0 and clone is None:
+        raise ConfigError("keep", "must be at least 1: with 0 no trial goes on", got=keep)
     place = f"output_dir={quoted(str(folder.absolute()))}"
     sweep = load_sweep([*others, place, "resume=must"], config_dir=config_dir, config_name=config_name)
     for setting in given:

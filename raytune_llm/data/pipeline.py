@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from raytune_llm import session
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.paths import expanded
 from raytune_llm.config.resources import ResourcesConfig, uses_ray
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.formats import Reading, columns_of, converter
@@ -296,7 +297,7 @@ def chunks_of(one: Declared, source: Source, data: DataConfig) -> list[Chunk]:
 
 
 def _cache(data: DataConfig) -> Path:
-    return Path(data.cache).expanduser().resolve()
+    return expanded(data.cache).resolve()
 
 
 def _folder(one: Declared, preprocessor: Preprocessor, data: DataConfig) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 from raytune_llm.config.load import load_config
 from raytune_llm.config.options import groups
+from raytune_llm.config.paths import expanded
 from raytune_llm.config.plain import read_yaml, to_yaml_text
 from raytune_llm.config.run import ImportRun, TrainRun
 from raytune_llm.errors import ConfigError
@@ -24,7 +25,7 @@ WIDTH = 120
 
 def translate_file(run: ImportRun) -> Translation:
     """Reads the file; writes nothing. Raises ConfigError where it is no YAML of arguments."""
-    file = Path(run.file or "").expanduser()
+    file = expanded(run.file or "")
     given = read_yaml(file, setting="file")
     return translate(given, world_size=run.world_size, dataset_info=run.dataset_info, find=_finder(file))
 
@@ -43,7 +44,7 @@ def write(run: ImportRun, translation: Translation) -> Path:
         trial.parent.mkdir()
         trial.write_text(text)
         load_config("train", [f"+experiment={name}"], config_dir=folder)
-    target = Path(run.config_dir, "experiment", f"{name}.yaml").expanduser()
+    target = expanded(run.config_dir) / "experiment" / f"{name}.yaml"
     if target.exists() and not _holds(target, text) and not run.overwrite:
         raise ConfigError("name", f"must be that of no experiment: {target} is there", got=name, fix="Or set overwrite=true.")
     try:
@@ -66,7 +67,7 @@ def _holds(file: Path, text: str) -> bool:
 def declaration_elsewhere(translation: Translation) -> str | None:
     """The dataset_info.json that the run wants, where it is not here: nothing could be checked about its data sets."""
     path = translation.settings.get("data.dataset_info")
-    return None if path is None or Path(path).expanduser().is_file() else path
+    return None if path is None or expanded(path).is_file() else path
 
 
 def experiment_name(run: ImportRun) -> str:
@@ -122,7 +123,7 @@ def _finder(file: Path) -> Find:
     """Searches the working folder, then the file's folder, then every folder above it: examples/x.yaml names data/."""
 
     def find(path: str) -> str | None:
-        wanted = Path(path).expanduser()
+        wanted = expanded(path)
         if wanted.is_file():
             return path
         places = (folder / wanted for folder in file.resolve().parents)

@@ -58,6 +58,16 @@ def load_config(
     return unpacked(_changed(config, changes) if changes else config, path)
 
 
+UNREAD = {
+    "quantization_config": "Set quantization (bnb_nf4, fp8, ...).",
+    "auto_map": "Set model.path to the folder with the code, and model.trust_remote_code=true.",
+    "architectures": "Leave it out: the model's class follows from model_type and the stage.",
+    "transformers_version": "Leave it out.",
+    "_name_or_path": "Set model.path.",
+}
+"""Entries that transformers takes for every model and that change nothing here, and what is meant."""
+
+
 def _check_values(changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
         # each layer is made, and lists have an entry for it
@@ -101,6 +111,8 @@ def _check_known(config: PretrainedConfig, changes: Mapping[str, Any]) -> None:
     values, kind = config.to_dict(), type(config)
     known = {*values, *(name for name in dir(kind) if not callable(getattr(kind, name))), *getattr(config, "attribute_map", {})}
     for key, value in changes.items():
+        if key in UNREAD:
+            raise ConfigError(f"model.config.{key}", "is not read here", got=value, fix=UNREAD[key])
         if key in ROPE and "rope_parameters" not in values:
             raise ConfigError(f"model.config.{key}", "is unknown to this model, which has no rotary positions", got=value)
         if key not in known and key not in ROPE:

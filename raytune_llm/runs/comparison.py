@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytune_llm.config.paths import expanded
 from raytune_llm.config.plain import flat_items, read_yaml
 from raytune_llm.errors import ConfigError
 from raytune_llm.report.metrics import METRICS, SAMPLES, SUMMARY
@@ -51,7 +52,7 @@ def compare(folders: Sequence[str]) -> Comparison:
 
 
 def _place(folder: str) -> Path:
-    place = Path(folder).expanduser()
+    place = expanded(folder)
     if not (place / "run.yaml").is_file():
         raise ConfigError("runs", "must be output folders of runs, with their run.yaml", got=folder, fix="Leave it out.")
     return place

@@ -8,6 +8,7 @@ from pathlib import Path
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.load import load_config
 from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.paths import expanded
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
 
@@ -47,7 +48,7 @@ class Trained:
 
 def read_trained(folder: str, setting: str) -> Trained:
     """folder: an output folder or its final/. Raises ConfigError, naming the setting, if it has no finished run."""
-    place = Path(folder).expanduser().absolute()
+    place = expanded(folder).absolute()
     if place.name == "final" and not (place / "run.yaml").is_file():
         place = place.parent
     if not place.is_dir():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.config.data import AlpacaFormat, DataConfig, FormatConfig, OpenAIFormat, ShareGPTFormat
+from raytune_llm.config.paths import expanded
 from raytune_llm.data.readers.entries import TAG_NAMES, check_entry
 from raytune_llm.data.readers.files import folder_of
 from raytune_llm.errors import ConfigError, DataError
@@ -86,7 +87,7 @@ def from_dataset_info(
     path: str, names: list[str], *, media_dir: str | None, ranked: bool, hub: str = "huggingface", setting: str = "data.names"
 ) -> list[Declared]:
     """Entries of a dataset_info.json, which may be named by its folder."""
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
         file = file / "dataset_info.json" if file.is_dir() else file
         entries = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)

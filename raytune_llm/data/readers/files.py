@@ -12,11 +12,12 @@ import os
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 import fsspec
 
+from raytune_llm.config.paths import expanded
 from raytune_llm.errors import DataError, ResourceError, first_line
 from raytune_llm.object_store import EXTRAS, is_address
 
@@ -190,7 +191,7 @@ def folder_of(path: str) -> str:
     """The folder of a file; a folder itself."""
     if is_address(path):
         return path.rpartition("/")[0] if PurePosixPath(path).suffix else path
-    here = Path(path).expanduser()
+    here = expanded(path)
     return str(here if os.path.isdir(here) else here.parent)  # no error for a name that is too long, which is reported elsewhere
 
 

@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from raytune_llm.config.paths import expanded
 from raytune_llm.data.readers import PLANNERS, READERS, files, hubs
 from raytune_llm.data.readers.chunks import Chunk, NumberedRow, Source
 from raytune_llm.data.readers.splits import Part, of_one_file, of_readme, saved, splits_of
@@ -77,7 +78,7 @@ def find(
         if found == [place]:
             return _of_file(place, Part.of(split), subset)
         return _of_folder(path, {file.partition(above)[2] or file: file for file in found}, Part.of(split), subset)
-    here = Path(path).expanduser()
+    here = expanded(path)
     with files.readable(path):
         is_file, is_dir = here.is_file(), here.is_dir()
         if is_dir and folder is not None and not (here / folder).is_dir():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +10,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.paths import expanded
 from raytune_llm.errors import NOT_YAML, ConfigError, first_line
 
 SETTING = "model.new_tokens"
@@ -63,6 +63,6 @@ def _read(given: str) -> list[str] | dict[str, str]:
 def _content(given: str) -> Any:
     if given.startswith("{"):
         return yaml.safe_load(given)
-    file = Path(given).expanduser()
+    file = expanded(given)
     text = file.read_text(encoding="utf-8")
     return yaml.safe_load(text) if file.suffix in (".yaml", ".yml", ".json") else text.splitlines()

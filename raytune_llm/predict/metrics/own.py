@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raytune_llm.config.paths import expanded
 from raytune_llm.errors import ConfigError
 
 
@@ -15,7 +16,7 @@ def own_metric(name: str) -> Callable[..., Mapping[str, float | str]]:
     """`FILE.py:NAME` or `package.module:NAME`. Raises ConfigError where it can't be had."""
     place, _, attribute = name.rpartition(":")
     try:
-        module = _from_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
+        module = _from_file(expanded(place)) if place.endswith(".py") else importlib.import_module(place)
         function = getattr(module, attribute)
     except (ImportError, OSError, AttributeError, SyntaxError, ValueError) as error:
         rule = f"must name a function that can be imported ({type(error).__name__}: {error})"

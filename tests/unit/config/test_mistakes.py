@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from raytune_llm.__main__ import main
-from raytune_llm.config import command_line, load
+from raytune_llm.config import command_line, load, mistakes
+from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.errors import UserError
 
 ROWS = "data.path=rows.jsonl"
@@ -162,10 +163,10 @@ def test_random_overrides_of_other_commands_are_taken_or_refused_and_their_hints
     assert said and "train --cfg job" not in " ".join(said)
 
 
-@pytest.mark.parametrize("old", load.RENAMED)
+@pytest.mark.parametrize("old", mistakes.RENAMED)
 def test_a_setting_of_an_earlier_version_is_answered_with_its_new_name(capsys, old: str):
     said = answer(capsys, "quantization=fp8", f"{old}=[down_proj]", ROWS)
-    assert said == f"error: {old} has another name now, {load.RENAMED[old]}. Write {load.RENAMED[old]}=...\n"
+    assert said == f"error: {old} has another name now, {mistakes.RENAMED[old]}. Write {mistakes.RENAMED[old]}=...\n"
 
 
 @pytest.fixture
@@ -179,6 +180,8 @@ def four_rows(tmp_path: Path) -> list[str]:
     ("entry", "said"),
     [
         ("hidden_sizee: 3", "Did you mean model.config.hidden_size?"),
+        ("quantization_config: {load_in_4bit: true}", "Set quantization (bnb_nf4"),
+        ("auto_map: {AutoModel: a.B}", "model.config.auto_map is not read here"),
         ("from_dict: 3", "model.config.from_dict is unknown to this model"),
         ("hidden_size: -1", "must be a config that transformers accepts"),
         ("num_hidden_layers: abc", "must be a config that transformers accepts"),
@@ -202,10 +205,19 @@ def test_rows_that_are_all_held_out_are_said_before_anything_is_written(capsys, 
     assert said.startswith(f"error: {setting.partition('=')[0]} must leave rows to train on, of which there are 4")
 
 
-@pytest.mark.parametrize("place", ["", " ", "\0", "a\0b"])
+@pytest.mark.parametrize("place", ["", " ", "\0", "a\0b", "/", "//"])
 @pytest.mark.parametrize("setting", ["output_dir", "data.cache"])
 def test_a_folder_without_a_name_is_refused(capsys, four_rows: list[str], setting: str, place: str):
     assert f"{setting} must name a folder" in answer(capsys, *four_rows, f"{setting}={place}")
+
+
+@pytest.mark.parametrize("setting", ["output_dir", "data.cache"])
+def test_a_home_folder_of_nobody_who_is_here_is_refused(capsys, four_rows: list[str], setting: str):
+    assert f"Write {setting}=./~no_such_user/x" in answer(capsys, *four_rows, f"{setting}=~no_such_user/x")
+    assert "~no_such_user/rows.jsonl" in answer(capsys, *four_rows, "data.path=~no_such_user/rows.jsonl")
+    named = load.load_config("train", [*four_rows, f"{setting}=./~no_such_user/x"])
+    place = with_absolute_paths(named).output_dir if setting == "output_dir" else with_absolute_paths(named).data.cache
+    assert place == str(Path("~no_such_user/x").absolute())
 
 
 @pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x", "rows.jsonl", "a" * 300, "/" + "a/" * 3000])

@@ -8,6 +8,7 @@ import pytest
 
 from raytune_llm import ConfigError, load_config, load_sweep
 from raytune_llm.config.space import Choice, Interval
+from raytune_llm.config.sweep import COMMAND, load_paused
 
 BASE = ["+experiment=sft_smollm2", "resources=inline"]
 
@@ -133,3 +134,18 @@ def test_the_sweeps_folder_holds_its_trials():
     made = sweep("adapter.rank=8,16", "output_dir=somewhere")
     run = made.trial_run({"adapter.rank": 8}, seed=1, folder=Path("somewhere/trials/001"))
     assert run.output_dir == "somewhere/trials/001" and run.train.seed == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "keep", "said"),
+    [
+        ('{"words": [], "config_dir": null, "config_name": null}', 0, "keep must be at least 1"),
+        ('{"words": null, "config_dir": null, "config_name": null}', 1, "needs the folder of a sweep"),
+        ('{"words": [3], "config_dir": null, "config_name": null}', 1, "needs the folder of a sweep"),
+        ("[" * 100_000, 1, "needs the folder of a sweep"),
+    ],
+)
+def test_a_sweep_that_can_not_be_resumed_is_refused(tmp_path: Path, content: str, keep: int, said: str):
+    (tmp_path / COMMAND).write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        load_paused([str(tmp_path), f"keep={keep}"])
