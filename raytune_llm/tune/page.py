@@ -43,6 +43,8 @@ def _colors(trials: list[Trial], study: Study, map: Any) -> dict[int, Any]:
 
 
 def _curves(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, study: Study) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for trial in sorted(trials, key=study.score_of, reverse=True):
         steps = sorted(trial.reports)
         chosen = trial in best
@@ -56,6 +58,7 @@ def _curves(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, s
         axes.set_yscale("log")
     axes.set_title("each trial (x: stopped early)", loc="left", fontsize=10, color=INK)
     axes.set_xlabel("step", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(study.metric.name, color=INK)
     _quiet(axes)
 
