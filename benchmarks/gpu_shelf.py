@@ -304,8 +304,8 @@ def main() -> None:
     measures = {name: partial(in_peft if name == "mixture_peft" else ours, CASES[name], **settings) for name in arguments.only}
     for name, result in each(measures):
         results[name] = result
+        torch._dynamo.reset()  # holds the model that it compiled
         gc.collect()
-        torch._dynamo.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -1,9 +1,11 @@
-"""Loss of each adapter and each optimizer after some steps of the demo's data: the mean of the last tenth of the steps.
+"""Loss of each adapter, quantized base and optimizer after some steps on the demo's data: the mean of the last tenth of them.
 
-    scripts/bench losses [--steps 200] [--model smollm2_135m] [--only lora,muon]
+    scripts/bench losses [--steps 200] [--model smollm2_135m] [--only lora,muon] [--set data.max_length=128 ...]
 
 Prints JSON. Adapters are trained with AdamW, optimizers train all weights; each with a rate of its own, since 1e-4 for AdamW's
-step is not 1e-4 for Lion's or SGD's. A run that a change makes worse shows beside the committed result of the same arguments.
+step is not 1e-4 for Lion's or SGD's. Quantized bases are LoRA's run over another base; `curve_off` is the largest difference of
+a tenth of their curve from LoRA's, over LoRA's. A run that a change makes worse shows beside the committed result of the same
+arguments.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -26,6 +29,7 @@ ADAPTERS = {
     "dora": ["optimizer.lr=5e-4"],
     "pissa": ["optimizer.lr=1e-4"],
     "loftq": ["quantization=bnb_nf4", "optimizer.lr=5e-4"],
+    "eva": ["optimizer.lr=5e-4"],
     "oft": ["optimizer.lr=5e-4"],
     "vera": ["adapter.rank=64", "optimizer.lr=1e-2"],
     "ia3": ["optimizer.lr=1e-2"],
@@ -44,19 +48,34 @@ OPTIMIZERS = {
     "schedule_free": ["schedule=constant", "optimizer.lr=1e-4"],
     "sgd": ["optimizer.lr=1e-2"],
 }
+QUANTIZATIONS = dict.fromkeys(("bnb_nf4", "bnb_fp4", "bnb_int8", "hqq"), ADAPTERS["lora"])
 CASES = {
     **{f"adapter={name}": [f"adapter={name}", *settings] for name, settings in ADAPTERS.items()},
+    **{f"quantization={name}": [f"quantization={name}", *settings] for name, settings in QUANTIZATIONS.items()},
     **{f"optimizer={name}": ["adapter=none", f"optimizer={name}", *settings] for name, settings in OPTIMIZERS.items()},
 }
 
 
-def loss_of(settings: list[str], *, model: str, steps: int, folder: Path) -> dict[str, float]:
+def curve_of(settings: list[str], *, model: str, steps: int, folder: Path) -> list[float]:
+    """The loss of each step."""
     fixed = ["data=commands", "resources=inline", "tracking=none", "train.log_every_steps=1", "data.eval_fraction=0"]
     fixed += [f"model={model}", f"train.max_steps={steps}", "train.epochs=1000", f"output_dir={folder}"]
     api.train(load_config("train", [*fixed, *settings]))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [record["loss"] for record in records if "loss" in record]
-    return {"first_loss": round(losses[0], 4), "last_loss": round(fmean(losses[-max(steps // 10, 1) :]), 4)}
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def tenths(curve: Sequence[float]) -> list[float]:
+    size = max(len(curve) // 10, 1)
+    return [fmean(curve[start : start + size]) for start in range(0, len(curve), size)]
+
+
+def figures(name: str, curve: Sequence[float], lora: Sequence[float] | None) -> dict[str, float]:
+    found = {"first_loss": round(curve[0], 4), "last_loss": round(tenths(curve)[-1], 4)}
+    if name.startswith("quantization=") and lora is not None:
+        off = max(abs(own / other - 1) for own, other in zip(tenths(curve), tenths(lora), strict=True))
+        found["curve_off"] = round(off, 4)
+    return found
 
 
 def main() -> None:
@@ -64,15 +83,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--model", default="smollm2_135m")
     parser.add_argument("--only", default="", help="options, separated by commas")
+    parser.add_argument("--set", nargs="*", default=[], help="settings of all runs, as on the command line")
     args = parser.parse_args()
     only = set(filter(None, args.only.split(",")))
     chosen = {name: settings for name, settings in CASES.items() if not only or name.partition("=")[2] in only}
     with tempfile.TemporaryDirectory() as folder:
-        found = {
-            name: loss_of(settings, model=args.model, steps=args.steps, folder=Path(folder) / name)
+        curves = {
+            name: curve_of([*settings, *args.set], model=args.model, steps=args.steps, folder=Path(folder) / name)
             for name, settings in chosen.items()
         }
-    print(json.dumps(found, indent=2))
+    lora = curves.get("adapter=lora")
+    print(json.dumps({name: figures(name, curve, lora) for name, curve in curves.items()}, indent=2))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ DISTRIBUTION = "raytune-llm"
 FEATURES = {
     "deepspeed": "strategy=zero1, zero2, zero3",
     "bitsandbytes": "quantization=bnb_*, optimizer=adamw_8bit, export.format=nf4",
-    "compressed-tensors": "export.format=fp8, w8a8, w4a16, gptq or awq",
+    "compressed-tensors": "export.format=fp8, w8a8, w4a16, gptq or awq; models in its formats",
+    "hqq": "quantization=hqq",
     "wandb": "tracking=wandb",
     "mlflow": "tracking=mlflow",
     "swanlab": "tracking=swanlab",

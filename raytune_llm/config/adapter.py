@@ -30,6 +30,8 @@ class WholeModel:
     """Why its layers' weights can't be partitioned by ZeRO-3; None if they can."""
     refuses_compiled: ClassVar[str | None] = None
     """Why its layers can't be compiled; None if they can."""
+    begins_from: ClassVar[int] = 0
+    """How many samples of the run a new adapter looks at before the first step."""
     trains_tokens: ClassVar[bool] = False
     """It can have embeddings of tokens that the model lacks."""
     mixes: ClassVar[bool] = False
@@ -122,6 +124,7 @@ class Layered:
     refuses_quantized: ClassVar[str | None] = None
     refuses_partitioned: ClassVar[str | None] = None
     refuses_compiled: ClassVar[str | None] = None
+    begins_from: ClassVar[int] = 0
     trains_tokens: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     shares_pass: ClassVar[bool] = False
@@ -178,6 +181,10 @@ class OnExperts(LowRank):
     @property
     def shares_pass(self) -> bool:  # type: ignore[override]
         return self.plain and not self.experts
+
+    @property
+    def refuses_quantized(self) -> str | None:  # type: ignore[override]
+        return "adapter.experts=true adds to the weights that it packs" if self.experts else None
 
     @property
     def refuses_partitioned(self) -> str | None:  # type: ignore[override]
@@ -266,6 +273,20 @@ class LoftQ(LowRank):
 
 
 @section
+class EVA(LowRank):
+    """Paischer et al. 2024 (arXiv 2410.07170): LoRA whose A begins as the directions in which a layer's inputs vary most, over
+    rows of the run. Ranks are not redistributed over layers (PEFT's rho=1)."""
+
+    name: Literal["eva"]
+    rows: PositiveInt
+    """How many samples (packs, or rows without packing) it looks at: the first of the run's order."""
+
+    @property
+    def begins_from(self) -> int:  # type: ignore[override]
+        return self.rows if self.path is None else 0
+
+
+@section
 class OFT(Layered):
     """Qiu et al. 2023 (arXiv 2306.07280), as in Qiu et al. 2025 (arXiv 2506.19847): W R, where R rotates blocks of inputs.
 
@@ -319,6 +340,6 @@ class SavedAdapter:
 
 
 AdapterConfig = Annotated[
-    NoAdapter | Freeze | LlamaPro | LoRA | RsLoRA | LoRAPlus | DoRA | PiSSA | LoftQ | OFT | VeRA | IA3,
+    NoAdapter | Freeze | LlamaPro | LoRA | RsLoRA | LoRAPlus | DoRA | PiSSA | LoftQ | EVA | OFT | VeRA | IA3,
     Field(discriminator="name"),
 ]

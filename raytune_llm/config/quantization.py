@@ -14,8 +14,6 @@ class NoQuantization:
     """Whether linear layers are replaced."""
     trains_base: ClassVar[bool] = True
     """Whether the model's weights can be trained with it."""
-    whole_numbers: ClassVar[bool] = False
-    """Whether frozen weights are held in whole numbers."""
 
 
 @section
@@ -26,7 +24,6 @@ class FP8:
     name: Literal["fp8"]
     replaces_layers: ClassVar[bool] = True
     trains_base: ClassVar[bool] = True
-    whole_numbers: ClassVar[bool] = False
     skip_modules: Literal["auto"] | list[str]
     """Linear layers that stay in the run's precision, by the last part of their names. auto: the q, k and v projections, where
     FP8 costs most loss for its speed-up; [] for none."""
@@ -39,7 +36,6 @@ class NF4:
     name: Literal["bnb_nf4"]
     replaces_layers: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False
-    whole_numbers: ClassVar[bool] = True
 
 
 @section
@@ -50,7 +46,6 @@ class FP4:
     name: Literal["bnb_fp4"]
     replaces_layers: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False
-    whole_numbers: ClassVar[bool] = True
 
 
 @section
@@ -60,7 +55,16 @@ class Int8:
     name: Literal["bnb_int8"]
     replaces_layers: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False
-    whole_numbers: ClassVar[bool] = True
 
 
-QuantizationConfig = Annotated[NoQuantization | FP8 | NF4 | FP4 | Int8, Field(discriminator="name")]
+@section
+class HQQ:
+    """Frozen weights in four bits with a fitted scale and zero for 64 of them (half-quadratic quantization), products in the
+    run's precision. Needs hqq."""
+
+    name: Literal["hqq"]
+    replaces_layers: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = False
+
+
+QuantizationConfig = Annotated[NoQuantization | FP8 | NF4 | FP4 | Int8 | HQQ, Field(discriminator="name")]

@@ -273,12 +273,12 @@ def quantized_weights_can_be_had(adapter: AdapterConfig, quantization: Quantizat
     if adapter.needs_quantized and not quantization.replaces_layers:
         rule = f"must be one with adapter={adapter.name}, which begins as what it takes off the weights"
         raise ConfigError("quantization", rule, got=quantization.name, fix="Set quantization=bnb_nf4, or adapter=lora.")
-    refusal = strategy.refuses_quantized(trained=trains_all, whole_numbers=quantization.whole_numbers)
+    refusal = strategy.refuses_quantized(trained=trains_all)
     if quantization.replaces_layers and refusal is not None:
         raise ConfigError(
             "strategy",
             f"can't be {strategy.option} if quantization={quantization.name}: {refusal}",
-            fix="Set strategy=ddp, or quantization=none.",
+            fix="Set strategy=fsdp, or quantization=none.",
         )
 
 

@@ -20,8 +20,8 @@ class DDP:
     gathers_in_hooks: ClassVar[bool] = False
     """Weights are whole only while the layer that owns them is called: its hooks gather them."""
 
-    def refuses_quantized(self, *, trained: bool, whole_numbers: bool) -> str | None:
-        """Why it can't have quantized layers, frozen or trained ones, held in whole numbers or not; None where it can."""
+    def refuses_quantized(self, *, trained: bool) -> str | None:
+        """Why it can't have quantized layers, frozen or trained ones; None where it can."""
         return None
 
     def weights_share(self, world: int) -> float:
@@ -48,8 +48,8 @@ class FSDP:
     offload: bool
     """Keep shards in host memory between uses."""
 
-    def refuses_quantized(self, *, trained: bool, whole_numbers: bool) -> str | None:
-        return None if trained or whole_numbers else "it casts the parameters that it shards, and these are held in FP8"
+    def refuses_quantized(self, *, trained: bool) -> str | None:
+        return None
 
     def weights_share(self, world: int) -> float:
         return 0 if self.offload else 1 / (world if self.shard_workers == "all" else self.shard_workers)
@@ -78,8 +78,10 @@ class DeepSpeed:
     def gathers_in_hooks(self) -> bool:
         return self.stage == 3
 
-    def refuses_quantized(self, *, trained: bool, whole_numbers: bool) -> str | None:
-        return "DeepSpeed casts every weight to one type"
+    def refuses_quantized(self, *, trained: bool) -> str | None:
+        if trained:
+            return "DeepSpeed casts every trained weight to one type"
+        return "ZeRO-3 partitions weights of one type, and would leave these whole on every worker" if self.stage == 3 else None
 
 
 StrategyConfig = Annotated[DDP | FSDP | DeepSpeed, Field(discriminator="name")]

@@ -139,8 +139,11 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
         **settings_of(needs.strategy),
     )
     states = states_of(needs.parameters)
-    saved = quantized_bytes(needs.parameters, dtype.itemsize, quantization_of(needs.quantization))
+    quantization = quantization_of(needs.quantization)
+    saved = quantized_bytes(needs.parameters, dtype.itemsize, quantization)
     saved = round(saved * needs.strategy.weights_share(needs.world_size))
+    # Packed experts are unpacked as their layer reads them, and kept for its backward pass.
+    unpacked = 0 if quantization is None else dtype.itemsize * needs.parameters.experts
     pack = needs.max_length * KINDS[run.stage.kind].sides
     memory = memory_per_gpu(
         dimensions(config),
@@ -154,6 +157,12 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
         inputs_leave=CHECKPOINTING[needs.checkpointing].leaves,
         compiled=needs.compiled,
         mask_bytes=needs.micro_batch_size * pack**2 * (1 + dtype.itemsize) if backend in TAKES_MASK else 0,
+    )
+    kept, num_layers = CHECKPOINTING[needs.checkpointing].on_device, max(dimensions(config).layers, 1)
+    memory = replace(
+        memory,
+        activations=memory.activations + round(kept * unpacked),
+        layer=memory.layer + round((1 - kept) * unpacked / num_layers),
     )
     other = needs.reference_parameters * dtype.itemsize
     if needs.reference == "precomputed":

@@ -25,7 +25,7 @@ from raytune_llm.models.adapters import OWN, Kept, adapt
 from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_model
-from raytune_llm.models.quantization import Quantization, has_frozen_experts, linears_but
+from raytune_llm.models.quantization import Quantization, frozen_experts, linears_but
 from raytune_llm.models.vocabulary import grow
 
 FP32 = 4
@@ -71,8 +71,9 @@ class Parameters:
     saved: int = 0
     """Parameters in the file of final/: the adapter's, or all of a model."""
     quantizable: int = 0
-    """Parameters of frozen linear layers of the repeated layers; a mixture of experts is not counted, since it is not
-    quantized."""
+    """Parameters of frozen linear layers of the repeated layers."""
+    experts: int = 0
+    """Parameters of the frozen experts of a mixture, where they are one tensor."""
 
     @property
     def frozen(self) -> int:
@@ -161,11 +162,8 @@ def count_parameters(
         adapters = adapt(model, adapter, scores=scores, new_ids=sorted(first_pieces))
     adapted = adapters.model
     blocks = [_numel(block) for block in layers(adapted)]
-    weights = (
-        []
-        if has_frozen_experts(layers(adapted))
-        else [linear.weight for *_, linear in linears_but(layers(adapted), skip_modules=())]
-    )
+    weights = [linear.weight for *_, linear in linears_but(layers(adapted), skip_modules=())]
+    experts = [module.get_parameter(name) for module, name in frozen_experts(layers(adapted))]
     in_layers = {parameter: number for number, layer in enumerate(layers(adapted)) for parameter in layer.parameters()}
     total = _numel(adapted)
     return Parameters(
@@ -176,6 +174,7 @@ def count_parameters(
         outside_layers=total - sum(blocks),
         trained_shapes=tuple(TrainedShape(tuple(p.shape), in_layers.get(p)) for p in adapted.parameters() if p.requires_grad),
         quantizable=sum(weight.numel() for weight in weights if not weight.requires_grad),
+        experts=sum(weight.numel() for weight in experts),
     )
 
 
@@ -258,8 +257,10 @@ def _layer_bytes(
 
 
 def quantized_bytes(parameters: Parameters, compute: int, quantization: Quantization | None) -> int:
-    """What quantization takes off the weights."""
-    return 0 if quantization is None else round(parameters.quantizable * (compute - quantization.bits_per_weight / 8))
+    """What quantization takes off the weights. Of a mixture whose experts it can't hold, it takes nothing: it is refused."""
+    if quantization is None or (parameters.experts and quantization.replaces_experts is None):
+        return 0
+    return round((parameters.quantizable + parameters.experts) * (compute - quantization.bits_per_weight / 8))
 
 
 def ddp_states(parameters: Parameters, compute: int, world: int, *, optimizer_bytes: int, accumulates: bool) -> States:

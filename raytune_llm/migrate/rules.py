@@ -125,8 +125,12 @@ def quantization(
         return {"quantization": "none"}
     if quantization_bit not in (4, 8):
         raise Refusal(f"quantization to {quantization_bit} bits {LATER}; there are 4 and 8", "quantization_bit")
+    if str(quantization_method).lower() == "hqq":
+        if quantization_bit != 4:
+            raise Refusal(f"quantization by hqq to {quantization_bit} bits {LATER}; there are 4", "quantization_bit")
+        return {"quantization": "hqq"}
     if str(quantization_method).lower() not in ("bnb", "bitsandbytes"):
-        raise Refusal(f"quantization by {quantization_method} {LATER}; there is bnb", "quantization_method")
+        raise Refusal(f"quantization by {quantization_method} {LATER}; there are bnb and hqq", "quantization_method")
     if quantization_bit == 8:
         return {"quantization": "bnb_int8"}
     if quantization_type not in ("nf4", "fp4"):

@@ -244,7 +244,7 @@ class Builder:
     def _loads_to(self, files: Files | None) -> torch.device:
         """The device that weights are loaded to. A strategy that shards them reads them from files, or takes them from the host
         memory of the worker with rank 0. Quantized ones each worker makes by itself."""
-        if self.run.quantization.whole_numbers:
+        if self.run.quantization.replaces_layers and not self.run.adapter.trains_base:
             return self.device
         if files is not None and READS_FILES[self.run.strategy.name]:
             return torch.device("meta")

@@ -21,6 +21,7 @@ from raytune_llm.report.profile import StepProfile
 from raytune_llm.report.scores import held_out_scores, write_scores
 from raytune_llm.report.slow import ignore, notify_if_slow
 from raytune_llm.report.updates import Notice, RunStarted, SampledAnswer, Update
+from raytune_llm.runs.first_inputs import begin_from_inputs
 from raytune_llm.runs.output import full_disk_explained, identity, model_card, write_final
 from raytune_llm.runs.remote_output import CHECKPOINTS, pull_records, push_records, push_results
 from raytune_llm.runs.samples import Sampler
@@ -86,6 +87,9 @@ def work(
         stack.callback(checkpoints.close)
         with notify_if_slow(notify, "loading the checkpoint"):
             progress = restore(checkpoints, strategy)
+        if progress.step == 0 and run.adapter.begins_from:
+            with notify_if_slow(notify, f"a look at {run.adapter.begins_from} samples, from which the adapter begins"):
+                begin_from_inputs(setup)
         if setup.remote is not None and setup.rank == 0:
             pull_records(setup.remote, setup.output)
         recorder = Recorder(setup, clock, checkpoints, stack, progress.step, sinks, on_samples, notify, on_measured)

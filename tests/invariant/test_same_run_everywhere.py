@@ -84,11 +84,26 @@ def test_two_workers_give_the_numbers_of_one(strategy: str, plain: TrainRun, two
     assert_same_run(plain, run)
 
 
-@pytest.mark.parametrize(("bits", "strategy"), [("bnb_nf4", "ddp"), ("bnb_nf4", "fsdp"), ("bnb_int8", "fsdp")])
+IN_BITS = [("bnb_nf4", "ddp"), ("bnb_nf4", "fsdp"), ("bnb_int8", "fsdp"), ("bnb_int8", "zero1"), ("bnb_nf4", "zero2")]
+
+
+@pytest.mark.parametrize(("bits", "strategy"), IN_BITS)
 def test_a_base_in_fewer_bits_gives_the_same_run_on_two_workers(
     bits: str, strategy: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
 ) -> None:
     one = tiny_run(chat_rows, cache, tmp_path / "one", f"quantization={bits}", "train.max_steps=7")
+    api.train(one)
+    two = elsewhere(one, tmp_path / "two", strategy=strategy, micro=2)
+    two_workers.run(two, str(prepare(one.model, one.data, one.resources).store.folder))
+    assert_same_run(one, two)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
+def test_experts_in_four_bits_make_the_same_run_on_two_workers(
+    strategy: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
+) -> None:
+    settings = [f"model.config={MIXTURE}", "quantization=bnb_nf4", "train.max_steps=7"]
+    one = tiny_run(chat_rows, cache, tmp_path / "one", *settings)
     api.train(one)
     two = elsewhere(one, tmp_path / "two", strategy=strategy, micro=2)
     two_workers.run(two, str(prepare(one.model, one.data, one.resources).store.folder))
@@ -130,10 +145,13 @@ def test_accumulation_does_not_show(micro: int, plain: TrainRun, tmp_path: Path)
     assert_same_run(plain, run)
 
 
-@pytest.mark.parametrize(
-    ("trained", "strategy"),
-    [*product(["adapter=lora", "adapter=none"], ["fsdp", "zero2", "zero3"]), ("adapter=lora quantization=bnb_nf4", "fsdp")],
-)
+FROM_FILES = [
+    *product(["adapter=lora", "adapter=none"], ["fsdp", "zero2", "zero3"]),
+    *product(["adapter=lora quantization=bnb_nf4"], ["fsdp", "zero2"]),
+]
+
+
+@pytest.mark.parametrize(("trained", "strategy"), FROM_FILES)
 def test_weights_read_from_their_file_make_the_same_run(
     trained: str, strategy: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
 ) -> None:

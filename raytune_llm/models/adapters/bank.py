@@ -220,6 +220,9 @@ class LoraBank:
         assert name in self._slots, name
         return {own: parameter for own, parameter in self._base.named_parameters() if parameter.requires_grad}
 
+    def observer(self) -> None:
+        return None
+
     def lr_factor(self, name: str) -> float:
         return 1.0
 

@@ -24,7 +24,7 @@ from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.models.adapters.grouped import described, group
 from raytune_llm.models.adapters.method import Method, new_config
 from raytune_llm.models.adapters.methods import METHODS
-from raytune_llm.models.adapters.protocol import OWN
+from raytune_llm.models.adapters.protocol import OWN, Observer
 from raytune_llm.models.adapters.saved import WEIGHTS, load_weights, names_of, read_config, token_ids_of, unfit
 from raytune_llm.models.quantization.base import Quantization
 from raytune_llm.models.stored import of_type
@@ -134,6 +134,11 @@ class PeftAdapters:
     def lr_factor(self, name: str) -> float:
         section = self._own
         return METHODS[section.name].lr_factor(name, section) if isinstance(section, Layered) else 1.0
+
+    def observer(self) -> Observer | None:
+        section = self._own
+        make = METHODS[section.name].observer if isinstance(section, Layered) and section.path is None else None
+        return None if make is None else make(self._base, self._keys[OWN])
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:

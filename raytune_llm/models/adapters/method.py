@@ -18,6 +18,7 @@ from raytune_llm.config.adapter import Layered
 from raytune_llm.config.section import settings_of
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.banked import BankedLinear
+from raytune_llm.models.adapters.protocol import Observer
 from raytune_llm.models.layers import is_passed_over, named_layers
 from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
 
@@ -59,6 +60,8 @@ class Method:
     begin: Callable[[nn.Module, str, Quantization | None], None] = lambda model, key, quantization: None
     """For new adapters: called with the model, PEFT's name of the adapter once it is in the layers, and what will be made of the
     layers' weights."""
+    observer: Callable[[nn.Module, str], Observer] | None = None
+    """For new adapters that begin from the inputs of their layers: (the model, PEFT's name of the adapter) -> what sees them."""
     saved: Callable[[PeftConfig, Tensors, Tensors], tuple[PeftConfig, Tensors]] | None = None
     """(config, tensors, as they began) -> what is saved in their place. None: they are saved as they are."""
     lr_factor: Callable[[str, Layered], float] = lambda name, section: 1.0

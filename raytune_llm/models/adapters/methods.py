@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raytune_llm.models.adapters.dora import DORA
+from raytune_llm.models.adapters.eva import EVA
 from raytune_llm.models.adapters.ia3 import IA3
 from raytune_llm.models.adapters.loftq import LOFTQ
 from raytune_llm.models.adapters.lora import LORA
@@ -20,6 +21,7 @@ METHODS: dict[str, Method] = {
     "dora": DORA,
     "pissa": PISSA,
     "loftq": LOFTQ,
+    "eva": EVA,
     "oft": OFT,
     "vera": VERA,
     "ia3": IA3,

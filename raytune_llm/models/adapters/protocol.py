@@ -16,6 +16,18 @@ OWN = "default"
 """The name of the adapter that a policy was built with."""
 
 
+class Observer(Protocol):
+    """Sees the inputs of layers, from which a new adapter begins."""
+
+    def watching(self, tokens_N: Tensor, num_tokens: int) -> AbstractContextManager[None]:
+        """A context of one forward pass of the base over num_tokens tokens, of which these (int64, flat positions) count."""
+        ...
+
+    def values(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Parameters of the adapter, and the whole tensors that they begin as. Parameters may be sharded, tensors are not."""
+        ...
+
+
 class Adapters(Protocol):
     """The adapters in the layers of one model, by name. One of them is in use, or none."""
 
@@ -60,6 +72,10 @@ class Adapters(Protocol):
 
     def lr_factor(self, name: str) -> float:
         """The learning rate of the policy's own parameter of this name, over that of the schedule."""
+        ...
+
+    def observer(self) -> Observer | None:
+        """A new one of the policy's own adapter, if that begins from its layers' inputs."""
         ...
 
     def using(self, name: str | None) -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.section import settings_of
@@ -17,8 +18,9 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
 from raytune_llm.models.quantization.fp4 import FP4
 from raytune_llm.models.quantization.fp8 import FP8
+from raytune_llm.models.quantization.hqq import HQQ
 from raytune_llm.models.quantization.int8 import Int8
-from raytune_llm.models.quantization.linears import Found, has_frozen_experts, linears_but, names_of_linears
+from raytune_llm.models.quantization.linears import Found, frozen_experts, linears_but, names_of_linears
 from raytune_llm.models.quantization.nf4 import NF4
 from raytune_llm.models.stored import Stored
 
@@ -28,7 +30,7 @@ __all__ = [
     "QuantizedLinear",
     "check_device",
     "described",
-    "has_frozen_experts",
+    "frozen_experts",
     "linears_but",
     "quantization_of",
     "quantize",
@@ -40,6 +42,7 @@ QUANTIZATIONS: dict[str, type[Quantization] | None] = {
     "bnb_nf4": NF4,
     "bnb_fp4": FP4,
     "bnb_int8": Int8,
+    "hqq": HQQ,
 }
 
 
@@ -60,7 +63,7 @@ def check_device(section: QuantizationConfig, device: torch.device) -> None:
         raise ConfigError("quantization", f"can't be {section.name} here: {lacking}", fix="Set quantization=none.")
     if quantization.package is not None and find_spec(quantization.package) is None:
         rule = f"can't be {section.name} here: {quantization.package} is not installed"
-        raise ConfigError("quantization", rule, fix="Install it: pip install 'raytune-llm[nf4]'.")
+        raise ConfigError("quantization", rule, fix=f"Install it: pip install 'raytune-llm[{quantization.extra}]'.")
 
 
 def quantize(layers: Iterable[nn.Module], section: QuantizationConfig, runs_on: torch.device) -> None:
@@ -71,10 +74,11 @@ def quantize(layers: Iterable[nn.Module], section: QuantizationConfig, runs_on: 
         return
     layers = list(layers)
     linears = linears_but(layers, quantization.skip_modules)
-    if has_frozen_experts(layers):
-        rule = "does not support mixtures of experts, whose experts are one tensor, not linear layers"
-        raise ConfigError("quantization", rule, got=section.name, fix="Set quantization=none.")
-    if not linears:
+    experts = frozen_experts(layers)
+    if experts and quantization.replaces_experts is None:
+        rule = "must be bnb_nf4, bnb_fp4 or none for mixtures of experts, whose experts are one tensor, not linear layers"
+        raise ConfigError("quantization", rule, got=section.name, fix="Set quantization=bnb_nf4.")
+    if not linears and not experts:
         fix = "Set quantization=none, or name fewer in quantization.skip_modules."
         raise ConfigError("quantization", "finds no linear layer to quantize", got=section.name, fix=fix)
     frozen = [found for found in linears if not found[2].weight.requires_grad]
@@ -90,6 +94,12 @@ def quantize(layers: Iterable[nn.Module], section: QuantizationConfig, runs_on: 
     reads_to = runs_on if frozen else None
     linears = frozen = []  # or the unquantized weights would live as long as these
     replace(replaced, in_place, reads_to)
+    for module, name in experts:
+        assert quantization.replaces_experts is not None
+        weight = module.get_parameter(name)
+        if isinstance(weight, Stored):
+            setattr(module, name, weight.read(runs_on))
+        quantization.replaces_experts(module, name)
     if runs_on.type == "cuda":
         torch.cuda.empty_cache()  # what held the weights as they were loaded
 
@@ -112,6 +122,8 @@ def described(layers: Iterable[nn.Module], section: QuantizationConfig) -> str |
     kinds = tuple(kind for kind in (quantization.layer, quantization.trained_layer) if kind is not None)
     layers = list(layers)
     taken = [x for layer in layers for x in layer.modules() if isinstance(x, kinds)]
+    packed = sum(parametrize.is_parametrized(x) for layer in layers for x in layer.modules())
     left = names_of_linears(layers)
     but = f", not for {', '.join(left)}" if left else ""
-    return f"{section.name} for {len(taken)} linear layers{but}" if taken else None
+    of_experts = f" and the experts of {packed} layers" if packed else ""
+    return f"{section.name} for {len(taken)} linear layers{of_experts}{but}" if taken or packed else None

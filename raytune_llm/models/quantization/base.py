@@ -17,7 +17,7 @@ values."""
 
 class QuantizedLinear(nn.Module):
     """A frozen linear layer. Its weights are buffers: nothing here is trained or saved. A strategy that shards parameters makes
-    parameters of those that are whole numbers (`shard`)."""
+    parameters of those of a byte (`shard`)."""
 
     HELD: ClassVar[tuple[str, ...]]
     """The names of its buffers, in the order in which products take them."""
@@ -30,17 +30,26 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
+        self._types: dict[str, torch.dtype] = {}
+        """Of what is held as bytes."""
 
     def weights(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name) for name in self.HELD)
+        return tuple(self._held(name) for name in self.HELD)
+
+    def _held(self, name: str) -> Tensor:
+        tensor = getattr(self, name)
+        return tensor.view(self._types[name]) if name in self._types else tensor
 
     def shard(self) -> None:
-        """Hold whole numbers, which are nearly all, as frozen parameters. Scales that are not stay buffers, which no strategy
-        casts to another type."""
+        """Hold what has a byte a number, which is nearly all, as frozen parameters of whole numbers. Wider scales stay buffers:
+        no strategy casts either to another type."""
         for name in self.HELD:
             tensor = self.get_buffer(name)
-            if not tensor.is_floating_point():
+            if tensor.element_size() == 1:
                 delattr(self, name)
+                if tensor.is_floating_point():
+                    self._types[name] = tensor.dtype
+                    tensor = tensor.view(torch.uint8)
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,6 +81,11 @@ class Quantization(ABC):
     """That `layer` holds, its scales with it."""
     package: ClassVar[str | None] = None
     """That must be installed where it runs."""
+    extra: ClassVar[str] = "nf4"
+    """Of this project, that installs it."""
+
+    replaces_experts: ClassVar[Callable[[nn.Module, str], None] | None] = None
+    """(module, name): holds a mixture's experts, one tensor [E, N, K], in these bits too; None if it can't."""
 
     skip_modules: SkipModules = ()
 

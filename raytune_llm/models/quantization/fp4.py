@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from raytune_llm.models.quantization.nf4 import NF4, NF4Linear
+from functools import partial
+
+from raytune_llm.models.quantization.nf4 import NF4, NF4Linear, pack_experts
 
 
 class FP4Linear(NF4Linear):
@@ -11,3 +13,4 @@ class FP4Linear(NF4Linear):
 
 class FP4(NF4):
     layer = FP4Linear
+    replaces_experts = staticmethod(partial(pack_experts, code=FP4Linear.CODE))

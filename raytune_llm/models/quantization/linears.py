@@ -33,9 +33,17 @@ def names_of_linears(layers: Iterable[nn.Module]) -> list[str]:
     return sorted({name for *_, name in _linears(layers)})
 
 
-def has_frozen_experts(layers: Iterable[nn.Module]) -> bool:
-    """Whether a layer has a mixture of experts whose frozen weights are tensors [E, N, K]."""
-    return any(parameter.ndim == 3 and not parameter.requires_grad for layer in layers for parameter in layer.parameters())
+def frozen_experts(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """The frozen weights of mixtures that have their experts in one tensor [E, N, K]: modules, and names there. A convolution's
+    weight, which has three dimensions too, is none."""
+    return [
+        (module, name)
+        for layer in layers
+        for module in layer.modules()
+        if not isinstance(module, nn.Conv1d)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and not parameter.requires_grad
+    ]
 
 
 def _linears(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Linear, str]]:

@@ -5,6 +5,7 @@ bitsandbytes packs and unpacks them, on GPUs and on CPUs.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -80,8 +81,16 @@ def _other_size(x: Tensor, packed: Tensor) -> int:
     return 2 * packed.shape[0] // x.shape[1]
 
 
+def pack_experts(experts: nn.Module, name: str, code: str) -> None:
+    """A mixture's experts, unpacked all at once where the layer reads them, once a pass."""
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    replace_parameter_4bit(experts, name, compress_statistics=True, quant_type=code, blocksize=BLOCK)  # type: ignore[arg-type]
+
+
 class NF4(Quantization):
     layer = NF4Linear
+    replaces_experts = staticmethod(partial(pack_experts, code=NF4Linear.CODE))
     bits_per_weight = 4 + 8 / BLOCK + 32 / (BLOCK * SCALES_BLOCK)
     package = "bitsandbytes"
 

@@ -6,14 +6,18 @@ too. Of the others the layers are their packages' own, which no adapter here is 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from raytune_llm.errors import ConfigError
 
-UNPACKED = ("fp8", "mxfp8", "mxfp4")
-"""DeepSeek's and Qwen's blocks of FP8, and gpt-oss's MXFP4: transformers unpacks them as it loads them."""
+UNPACKED = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
+"""DeepSeek's and Qwen's blocks of FP8, gpt-oss's MXFP4, and llm-compressor's formats (W8A8, W4A16, FP8): transformers unpacks
+them as it loads them. Activations, which W8A8 quantizes as well, stay as they are."""
+NEEDS_PACKAGE = {"compressed-tensors": ("compressed_tensors", "raytune-llm[quantized]")}
+"""What reads a method's files, and the extra of this project that installs it."""
 
 
 def unpacked(config: PretrainedConfig, path: str) -> PretrainedConfig:
@@ -29,5 +33,9 @@ def unpacked(config: PretrainedConfig, path: str) -> PretrainedConfig:
         rule = f"must hold weights that are not quantized, or by {known}; these are by {method}, which can't be trained on"
         fix = "Name the model that it was made of, with quantization=bnb_nf4 (4 bits) or bnb_int8 (8 bits)."
         raise ConfigError("model.path", rule, got=path, fix=fix)
+    package, extra = NEEDS_PACKAGE.get(method, (None, None))
+    if package is not None and find_spec(package) is None:
+        rule = f"holds weights by {method}, which needs {package} to be read"
+        raise ConfigError("model.path", rule, got=path, fix=f"Install it: pip install '{extra}'.")
     config.quantization_config = {**given, "dequantize": True}
     return config

@@ -37,8 +37,8 @@ STREAM = ["data.streaming=true", "train.max_steps=9", "checkpoint.every_steps=3"
         ([DATA, "resources=inline", "resources.num_workers=2"], "resources.num_workers must be 1, got 2"),
         ([DATA, "resources=inline", "strategy=fsdp"], "strategy must be ddp if resources=inline"),
         (
-            [DATA, "quantization=fp8", "strategy=fsdp"],
-            "can't be fsdp if quantization=fp8: it casts the parameters that it shards",
+            [DATA, "quantization=bnb_nf4", "strategy=zero3"],
+            "can't be zero3 if quantization=bnb_nf4: ZeRO-3 partitions weights of one type",
         ),
         (
             [DATA, "quantization=bnb_nf4", "adapter=none"],

@@ -28,6 +28,7 @@ from raytune_llm.memory.model import (
 from raytune_llm.models.adapters import kept_by
 from raytune_llm.models.build import DTYPES, build_policy
 from raytune_llm.models.head import TRAINED_CHUNKS
+from raytune_llm.models.quantization.int8 import Int8
 from raytune_llm.models.quantization.nf4 import NF4
 from raytune_llm.records import Batch
 from raytune_llm.stages.sft import sft
@@ -250,14 +251,17 @@ class PeakBytes(TorchDispatchMode):
         return out
 
 
-def test_quantization_takes_frozen_linear_layers_and_no_experts(llama_with_lora: Parameters):
+def test_quantization_takes_frozen_linear_layers_and_experts_where_it_can_hold_them(llama_with_lora: Parameters):
     linears = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert quantized_bytes(llama_with_lora, 2, NF4()) == round(linears * (2 - (4 + 8 / 64 + 32 / (64 * 256)) / 8))
     assert quantized_bytes(count_parameters(SMALL, FULL), 2, NF4()) == 0
     mixture = AutoConfig.for_model(
         "mixtral", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_local_experts=4
     )
-    assert quantized_bytes(count_parameters(mixture, replace(lora(), targets=["q_proj"])), 2, NF4()) == 0
+    counted = count_parameters(mixture, replace(lora(), targets=["q_proj"]))
+    linears, experts = 2 * 4 * 64 * 64, 2 * 4 * 3 * 64 * 128
+    assert quantized_bytes(counted, 2, NF4()) == round((linears + experts) * (2 - NF4.bits_per_weight / 8))
+    assert quantized_bytes(counted, 2, Int8()) == 0
 
 
 def test_a_trained_head_keeps_the_gradients_of_all_logits_before_its_chunk():

@@ -46,6 +46,7 @@ CONVERTED = {
     "extras/dora": ({**LORA, "use_dora": True}, {"adapter.name": "dora", "adapter.rank": 8, "adapter.alpha": 16.0}),
     "qlora/8bit": ({**LORA, "quantization_bit": 8}, {"quantization.name": "bnb_int8"}),
     "qlora/fp4": ({**LORA, "quantization_bit": 4, "quantization_type": "fp4"}, {"quantization.name": "bnb_fp4"}),
+    "qlora/hqq": ({**LORA, "quantization_bit": 4, "quantization_method": "hqq"}, {"quantization.name": "hqq"}),
     "extras/pissa": (
         {**LORA, "pissa_init": True, "pissa_iter": -1, "pissa_convert": True},
         {"adapter.name": "pissa", "adapter.svd_iterations": None, "adapter.alpha": 16.0},
@@ -151,7 +152,8 @@ REFUSED = {
     "qlora/awq": ({**LORA, "model_name_or_path": "TechxGenus/Meta-Llama-3-8B-Instruct-AWQ"}, "awq"),
     "qlora/aqlm": ({**LORA, "model_name_or_path": "ISTA-DASLab/Meta-Llama-3-8B-Instruct-AQLM-2Bit-1x16"}, "aqlm"),
     "qlora/3bit": ({**LORA, "quantization_bit": 3}, "3 bits"),
-    "qlora/hqq": ({**LORA, "quantization_bit": 4, "quantization_method": "hqq"}, "hqq"),
+    "qlora/hqq_8bit": ({**LORA, "quantization_bit": 8, "quantization_method": "hqq"}, "hqq to 8 bits"),
+    "qlora/eetq": ({**LORA, "quantization_bit": 8, "quantization_method": "eetq"}, "eetq"),
     "full/autotp": ({**FULL, "deepspeed": "examples/deepspeed/ds_z2_autotp_config.json"}, "tensor parallelism"),
     "extras/apollo": ({**FULL, "use_apollo": True, "apollo_rank": 128, "apollo_layerwise": True}, "apollo_layerwise"),
     "extras/asft": ({**FULL, "use_asft_loss": True, "asft_alpha": 0.1}, "asft needs a new LoRA adapter"),

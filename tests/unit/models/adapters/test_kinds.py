@@ -29,12 +29,12 @@ SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 
 LOW_RANK = ["adapter.rank=4", "adapter.alpha=6"]
 SMALL = {
-    **dict.fromkeys(("lora", "rslora", "lora_plus", "dora", "pissa", "loftq"), LOW_RANK),
+    **dict.fromkeys(("lora", "rslora", "lora_plus", "dora", "pissa", "loftq", "eva"), LOW_RANK),
     "oft": ["adapter.block_size=8"],
     "vera": ["adapter.rank=6"],
     "ia3": ["adapter.targets=all-linear"],
 }
-SAVED_AS = {"lora_plus": "lora", "pissa": "lora", "loftq": "lora"}
+SAVED_AS = {"lora_plus": "lora", "pissa": "lora", "loftq": "lora", "eva": "lora"}
 """What a folder with one of these holds, for whoever reads it."""
 OVER = {"loftq": ["quantization=bnb_nf4"]}
 PREFIXES = {"oft": "oft_", "vera": "vera_", "ia3": "ia3_"}
@@ -183,10 +183,10 @@ def test_how_each_kind_is_computed_is_told() -> None:
     said = {kind: adapted(kind).adapters.described("cpu") for kind in KINDS}
     together = "projections of one input together"
     alone = {kind: f"a layer at a time, as PEFT computes {kind}" for kind in ("dora", "oft", "vera", "ia3")}
-    assert said == {**dict.fromkeys(("lora", "rslora", "lora_plus", "pissa", "loftq"), together), **alone}
+    assert said == {**dict.fromkeys(("lora", "rslora", "lora_plus", "pissa", "loftq", "eva"), together), **alone}
 
 
-@pytest.mark.parametrize("kind", ["rslora", "lora_plus", "dora", "pissa", "loftq"])
+@pytest.mark.parametrize("kind", ["rslora", "lora_plus", "dora", "pissa", "loftq", "eva"])
 def test_kinds_of_lora_refuse_a_rank_above_a_layers_size(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.rank must be at most 16, the smaller side of k_proj"):
         PeftAdapters(base()).add_own(section(kind, "adapter.rank=20"))

@@ -23,8 +23,8 @@ from raytune_llm.models.quantization import QUANTIZATIONS, QuantizedLinear
 from tests.models import lora_section, model_section, packed, some_rows, tiny_llama
 
 CPU = torch.device("cpu")
-KINDS = ["bnb_nf4", "bnb_fp4", "bnb_int8"]
-ERROR = {"bnb_nf4": 0.12, "bnb_fp4": 0.16, "bnb_int8": 0.012}
+KINDS = ["bnb_nf4", "bnb_fp4", "bnb_int8", "hqq"]
+ERROR = {"bnb_nf4": 0.12, "bnb_fp4": 0.16, "bnb_int8": 0.012, "hqq": 0.1}
 """Of normally distributed weights, by norm."""
 
 
@@ -82,7 +82,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-ADAPTERS = ["lora", "rslora", "lora_plus", "pissa", "loftq", "oft", "vera", "ia3"]
+ADAPTERS = ["lora", "rslora", "lora_plus", "pissa", "loftq", "eva", "oft", "vera", "ia3"]
 
 
 def section(name: str) -> Any:

@@ -11,14 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from raytune_llm import api
+from raytune_llm.config.load import load_config as load_run
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.errors import ConfigError
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.models.build import build_policy
 from raytune_llm.models.load import files_to_read, load_config
+from raytune_llm.models.quantization import prequantized
 from tests.models import lora_section, model_section, packed, some_rows
 
 BLOCK = 128
-SIZES = {"vocab_size": 97, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+SIZES = {"vocab_size": 384, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
 E4M3 = torch.float8_e4m3fn
 
 
@@ -64,7 +68,40 @@ def test_blocks_of_fp8_are_read_as_the_numbers_that_they_stand_for_and_trained_o
     assert getattr(policy.base.config, "quantization_config", None) is None, "what is saved of it is not quantized"
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "aqlm", "eetq", "hqq", "compressed-tensors", "torchao", "fbgemm_fp8"])
+@pytest.mark.parametrize("format", ["w8a8", "w4a16", "fp8"])
+def test_compressed_tensors_are_read_as_plain_transformers_reads_them_and_trained_on(
+    format: str, folder: Path, tmp_path: Path
+) -> None:
+    byte_tokenizer().save_pretrained(folder)
+    place = tmp_path / "out"
+    settings = [f"model.path={folder}", f"export.output_dir={place}", f"export.format={format}", "export.check=false"]
+    api.export(load_run("export", settings))
+    config = load_config(str(place), {})
+    policy, _ = build_policy(
+        config, model_section(path=str(place)), lora_section(), compute=torch.float32, seed=0, device=torch.device("cpu")
+    )
+    elsewhere = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        ids = torch.arange(20)[None]
+        elsewhere(ids)  # what is packed is unpacked in the first pass
+        name = "model.layers.0.mlp.up_proj"
+        weight = policy.base.get_submodule(name).base_layer.weight
+        assert type(policy.base.get_submodule(name).base_layer) is torch.nn.Linear
+        assert 0.001 < (weight - original.get_submodule(name).weight).norm() / weight.norm() < 0.2
+        torch.testing.assert_close(weight, elsewhere.get_submodule(name).weight, rtol=1e-5, atol=1e-6)
+    policy(packed(some_rows([20, 9])), cross_entropy).sum().backward()
+    assert all(parameter.grad is not None for parameter in policy.parameters() if parameter.requires_grad)
+
+
+def test_a_package_that_reads_them_and_is_missing_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(prequantized.NEEDS_PACKAGE, "compressed-tensors", ("uncompressed_tensors", "raytune-llm[quantized]"))
+    say(folder, quant_method="compressed-tensors")
+    with pytest.raises(ConfigError, match=r"needs uncompressed_tensors to be read.* pip install 'raytune-llm\[quantized\]'"):
+        load_config(str(folder), {})
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "aqlm", "eetq", "hqq", "torchao", "fbgemm_fp8"])
 def test_what_can_not_be_trained_on_is_refused_by_name_before_anything_is_loaded(method: str, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     say(folder, quant_method=method, bits=4)

@@ -14,7 +14,14 @@ from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import files_to_read, load_config, load_model
-from raytune_llm.models.quantization import QUANTIZATIONS, check_device, described, linears_but, quantize, replace
+from raytune_llm.models.quantization import (
+    QUANTIZATIONS,
+    check_device,
+    described,
+    linears_but,
+    quantize,
+    replace,
+)
 from raytune_llm.models.quantization.fp8 import FP8, FP8Linear
 from raytune_llm.models.quantization.nf4 import NF4
 from raytune_llm.models.stored import bring
@@ -71,9 +78,18 @@ def test_models_with_nothing_to_quantize_are_refused() -> None:
     gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=97))
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 97}
     mixtral = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", num_key_value_heads=2, **sizes))
-    for model, said in ((gpt2, "finds no linear layer"), (mixtral, "does not support mixtures of experts")):
+    for model, kind, said in (
+        (gpt2, "bnb_nf4", "finds no linear layer"),
+        (mixtral, "bnb_int8", "must be bnb_nf4, bnb_fp4 or none for mixtures of experts"),
+    ):
         with pytest.raises(ConfigError, match=f"quantization {said}"):
-            quantize(layers(model.requires_grad_(False)), config_of("bnb_nf4"), torch.device("cpu"))
+            quantize(layers(model.requires_grad_(False)), config_of(kind), torch.device("cpu"))
+
+
+def test_a_convolution_is_no_mixture_of_experts() -> None:
+    layer = torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3, groups=8), torch.nn.Linear(16, 16)).requires_grad_(False)
+    quantize([layer], config_of("bnb_int8"), torch.device("cpu"))
+    assert [type(part).__name__ for part in layer] == ["Conv1d", "Int8Linear"]
 
 
 def test_what_a_device_lacks_is_said() -> None:
@@ -109,3 +125,8 @@ def test_settings_and_layers_agree_on_what_can_be_trained(name: str) -> None:
 def test_weights_that_are_trained_are_not_held_in_four_bits() -> None:
     with pytest.raises(ConfigError, match="quantization needs frozen weights, got 'bnb_nf4'"):
         quantize(layers(tiny_llama().model), config_of("bnb_nf4"), torch.device("cpu"))
+
+
+def test_an_adapter_on_experts_is_refused_over_a_quantized_base() -> None:
+    with pytest.raises(ConfigError, match=r"can't be bnb_nf4 with adapter=lora: adapter\.experts=true adds to the weights"):
+        load_run("train", ["data.path=x", "adapter.experts=true", "quantization=bnb_nf4"])

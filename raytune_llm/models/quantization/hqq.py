@@ -1,0 +1,69 @@
+"""Half-quadratic quantization (Badri and Shaji 2023): weights in four bits, groups of 64 with a scale and a zero each.
+
+Scale and zero are fitted to the weights by a solver without data, where bitsandbytes rounds to fixed values. The package hqq
+makes and unpacks them, on GPUs and on CPUs. Groups lie along a row, as in transformers' HqqConfig.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
+
+BITS, GROUP = 4, 64
+
+
+class HQQLinear(QuantizedLinear):
+    """Products are in the activations' type: the weight is unpacked once forward and once backward, and not kept."""
+
+    HELD = ("packed", "scales", "zeros")
+
+    def __init__(self, linear: nn.Linear) -> None:
+        from hqq.core.quantize import Quantizer
+
+        super().__init__(linear)
+        weight = linear.weight.detach()
+        packed, made = Quantizer.quantize(weight, nbits=BITS, group_size=GROUP, axis=1, device=str(weight.device))
+        for name, tensor in zip(self.HELD, (packed, made["scale"].half(), made["zero"].half()), strict=True):
+            self.register_buffer(name, tensor.clone(), persistent=False)  # its solver's are tensors of inference mode
+
+    @staticmethod
+    def product(x_MK: Tensor, *held: Tensor) -> Tensor:
+        return _hqq_product(x_MK, *held, transposed=False)
+
+    @staticmethod
+    def transposed(grad_MN: Tensor, *held: Tensor) -> Tensor:
+        return _hqq_product(grad_MN, *held, transposed=True)
+
+
+@torch.library.custom_op("raytune_llm::hqq_product", mutates_args=())
+def _hqq_product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, transposed: bool) -> Tensor:
+    """x @ weight.T, or x @ weight. One op for the compiler, which would else keep the unpacked weight for the backward pass."""
+    from hqq.core.bitpack import BitPack
+
+    # in bf16 a zero of 15 would be off by a sixteenth of a step
+    wide = torch.float32 if x.dtype == torch.float32 else torch.float16
+    groups = (BitPack.unpack_4bit_u8(packed, dtype=wide) - zeros) * scales
+    weight = groups.to(x.dtype).view((x.shape[1], -1) if transposed else (-1, x.shape[1]))
+    return x @ weight if transposed else x @ weight.T
+
+
+@_hqq_product.register_fake
+def _(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty((x.shape[0], 2 * packed.numel() // x.shape[1]))
+
+
+class HQQ(Quantization):
+    layer = HQQLinear
+    bits_per_weight = BITS + 2 * 16 / GROUP
+    package = extra = "hqq"
+
+    @staticmethod
+    def lacks(device_type: str, capability: tuple[int, int]) -> str | None:
+        return None
+
+    def misfit(self, linear: nn.Linear) -> str | None:
+        if linear.weight.numel() % (2 * GROUP) == 0:
+            return None
+        return f"{linear.out_features} x {linear.in_features} weights are no pairs of groups of {GROUP}"
