@@ -24,7 +24,7 @@ def test_the_page_of_what_goes_with_what_is_current() -> None:
     ("choice", "said"),
     [
         ({"adapter": "lora", "strategy": "fsdp"}, None),
-        ({"quantization": "bnb_nf4", "strategy": "zero3"}, "Set strategy=ddp, or quantization=none."),
+        ({"quantization": "bnb_nf4", "strategy": "zero3"}, "Set strategy=fsdp, or quantization=none."),
         ({"adapter": "loftq", "quantization": "none"}, "Set quantization=bnb_nf4, or adapter=lora."),
     ],
 )
