@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from raytune_llm.config.adapter import DoRA, LoRA, NoAdapter
-from raytune_llm.config.load import load_config
+from raytune_llm.config.load import load_config, options
+from raytune_llm.errors import ConfigError
 from raytune_llm.memory.model import (
     Memory,
     Parameters,
@@ -25,9 +29,10 @@ from raytune_llm.memory.model import (
     memory_per_gpu,
     quantized_bytes,
 )
-from raytune_llm.models.adapters import kept_by
+from raytune_llm.models.adapters import OWN, kept_by
 from raytune_llm.models.build import DTYPES, build_policy
 from raytune_llm.models.head import TRAINED_CHUNKS
+from raytune_llm.models.quantization import QuantizedLinear, quantization_of
 from raytune_llm.models.quantization.int8 import Int8
 from raytune_llm.models.quantization.nf4 import NF4
 from raytune_llm.records import Batch
@@ -69,7 +74,7 @@ def dora(dropout: float = 0.0) -> DoRA:
     return kind("dora", f"adapter.dropout={dropout}")
 
 
-OTHERS = (kind("oft"), kind("vera", "adapter.rank=64"), kind("ia3"))
+OTHERS = (kind("oft"), kind("vera", "adapter.rank=64"), kind("ia3"), kind("eva"), kind("pissa"))
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +99,37 @@ def test_parameters_are_counted_without_weights(llama_with_lora: Parameters):
     assert llama_with_lora.frozen == 8_030_261_248
     assert llama_with_lora.trained == 20_971_520
     assert llama_with_lora.total == 32 * llama_with_lora.layer + llama_with_lora.outside_layers
+
+
+SIZES_OF = {"oft": ["adapter.block_size=16"], "llama_pro": ["adapter.new_layers=2"], "freeze": ["adapter.last_layers=1"]}
+
+
+@pytest.mark.parametrize("quantization", ["none", "bnb_nf4", "bnb_fp4", "bnb_int8", "hqq"])
+def test_parameters_files_and_weights_are_what_a_run_then_has(quantization: str, tmp_path: Path):
+    tried = 0
+    for name in options("adapter"):
+        try:
+            run = load_config(
+                "train", ["data.path=x", f"adapter={name}", f"quantization={quantization}", *SIZES_OF.get(name, [])]
+            )
+        except ConfigError:
+            continue  # tests/pages has them
+        tried += 1
+        counted = count_parameters(deepcopy(SMALL), run.adapter)  # llama_pro changes the number of layers
+        settings = {"compute": torch.float32, "seed": 0, "device": torch.device("cpu"), "quantization": run.quantization}
+        policy, _ = build_policy(deepcopy(SMALL), MODEL, run.adapter, **settings)
+        parameters = list(policy.parameters())
+        assert counted.trained == sum(p.numel() for p in parameters if p.requires_grad), name
+        if not run.adapter.trains_base:
+            policy.adapters.save(OWN, tmp_path / name)
+            saved = load_file(tmp_path / name / "adapter_model.safetensors")
+            assert counted.saved == sum(value.numel() for value in saved.values()), name
+        layers = [module for module in policy.modules() if isinstance(module, QuantizedLinear)]
+        packed = sum(tensor.nbytes for layer in layers for tensor in layer.weights())
+        held = packed + sum(p.nbytes for p in parameters if not p.requires_grad)
+        foretold = 4 * counted.frozen - quantized_bytes(counted, 4, quantization_of(run.quantization))
+        assert foretold == pytest.approx(held, rel=0.1), name
+    assert tried >= (12 if quantization == "none" else 9)
 
 
 # The chunk of those runs' loss is not on record; 1,024 tokens is a usual one.
@@ -259,7 +295,7 @@ def test_quantization_takes_frozen_linear_layers_and_experts_where_it_can_hold_t
         "mixtral", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_local_experts=4
     )
     counted = count_parameters(mixture, replace(lora(), targets=["q_proj"]))
-    linears, experts = 2 * 4 * 64 * 64, 2 * 4 * 3 * 64 * 128
+    linears, experts = 2 * (2 * 64 * 64 + 2 * 64 * 128), 2 * 4 * 3 * 64 * 128
     assert quantized_bytes(counted, 2, NF4()) == round((linears + experts) * (2 - NF4.bits_per_weight / 8))
     assert quantized_bytes(counted, 2, Int8()) == 0
 
