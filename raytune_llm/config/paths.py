@@ -14,12 +14,14 @@ IF_THERE = (
     "model.path", "model.tokenizer", "model.merged_adapters",
     "data.path", "data.eval_path", "data.dataset_info", "data.media_dir", "adapter.path",
     "stage.reference_model", "stage.reference_adapter", "serve.adapters", "serve.watch", "serve.adapter_roots", "chat.adapters",
-    "predict.run", "predict.adapters", "export.run", "export.adapters",
+    "predict.run", "predict.adapters", "predict.judge", "export.run", "export.adapters",
     "evaluate.models", "evaluate.data",
 )  # fmt: skip
 """That may name something on a hub or in a store as well: they are made absolute where a file or folder is there."""
 ONE_FILE = ("model.new_tokens",)
 """As IF_THERE, but what a list or an object holds is no path."""
+TASKS = ("evaluate.tasks",)
+"""Lists of names and of paths, which have a slash or end in .yaml."""
 
 
 def with_absolute_paths(run: Any) -> Any:
@@ -32,7 +34,13 @@ def with_paths(run: Any, change: Callable[[str, str], str]) -> Any:
     for setting in (*ALWAYS, *IF_THERE, *ONE_FILE):
         each = _one if setting in ONE_FILE else _each
         run = _changed(run, setting.split("."), lambda path, setting=setting: change(setting, path), each)
+    for setting in TASKS:
+        run = _changed(run, setting.split("."), lambda name, setting=setting: _task(name, setting, change), _each)
     return run
+
+
+def _task(name: str, setting: str, change: Callable[[str, str], str]) -> str:
+    return change(setting, name) if "/" in name or name.endswith((".yaml", ".yml")) else name
 
 
 def _changed(section: Any, names: Sequence[str], change: Callable[[str], str], each: Callable[..., Any]) -> Any:

@@ -25,6 +25,8 @@ class PredictConfig:
     metrics: list[str]
     """Any of exact_match, f1, bleu, rouge, llamafactory; or your own function as FILE.py:NAME or package.module:NAME, which takes
     the answers, the references and the rows, all as lists, and returns a number or numbers by name."""
+    judge: str | None
+    """The output folder of a reward model's run, whose scores of the answers and the given answers are more numbers."""
     max_new_tokens: PositiveInt
     temperature: Annotated[float, Field(ge=0, le=2)]
     """0: the likeliest token."""
@@ -49,6 +51,9 @@ class PredictConfig:
     def __post_init__(self) -> None:
         if not self.generate and not self.score:
             raise ConfigError("predict.generate", "must be true if predict.score is false", got=False)
+        if self.judge is not None and not self.generate:
+            rule = "judges answers, of which predict.generate=false makes none"
+            raise ConfigError("predict.judge", rule, got=self.judge, fix="Leave one of them out.")
         if "" in self.stop:
             raise ConfigError("predict.stop", "must hold no empty text", got=self.stop)
         for name in self.adapters:

@@ -11,13 +11,13 @@ from typing import Any
 
 from raytune_llm.config.evaluate import EvaluateConfig
 from raytune_llm.data.shards import BLOCK_ROWS
+from raytune_llm.engines.questions import BLOCK_QUESTIONS, Answering, Question
 from raytune_llm.engines.requests import Sampling
 from raytune_llm.errors import DataError
 from raytune_llm.evaluate.choice_files import LETTERS, ChoiceQuestion, Subject, read_task
 from raytune_llm.evaluate.choice_prompts import asked, examples_of
 from raytune_llm.evaluate.models import Group
 from raytune_llm.evaluate.results import Score, Shown
-from raytune_llm.predict.answering import BLOCK_QUESTIONS, Answering, Question
 from raytune_llm.predict.rows import ConversationPrompts
 
 CHINESE = ("ceval", "cmmlu")

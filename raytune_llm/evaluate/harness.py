@@ -24,11 +24,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
 
 from raytune_llm.config.evaluate import EvaluateConfig
+from raytune_llm.engines.questions import BLOCK_QUESTIONS, Answered, Answering, Question
 from raytune_llm.engines.requests import Sampling
 from raytune_llm.errors import ConfigError, DataError
 from raytune_llm.evaluate.models import Group
 from raytune_llm.evaluate.results import Score, Shown, TaskScores
-from raytune_llm.predict.answering import BLOCK_QUESTIONS, Answered, Answering, Question
 from raytune_llm.serve.engines import tokenizer_of
 
 MAX_NEW_TOKENS = 256

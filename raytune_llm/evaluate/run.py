@@ -10,11 +10,12 @@ from typing import Any, Protocol
 from raytune_llm.config.evaluate import EvaluateConfig
 from raytune_llm.config.plain import to_yaml
 from raytune_llm.config.run import EvaluateRun
+from raytune_llm.engines.questions import Answering
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.evaluate.choices import Choices
 from raytune_llm.evaluate.models import Group, groups_of
 from raytune_llm.evaluate.results import Scores, Shown, TaskScores, write_results
-from raytune_llm.predict.answering import Answering, EngineSettings, answering
+from raytune_llm.predict.answering import EngineSettings, answering
 from raytune_llm.runs.output import full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
 

@@ -5,12 +5,12 @@ Blocks are answered side by side, so that an engine's batch stays full from one 
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from raytune_llm import session
 from raytune_llm.config.model import ModelConfig
@@ -18,47 +18,11 @@ from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.resources import Cluster, Local, ResourcesConfig
 from raytune_llm.config.serve import EngineConfig, ServedModels
 from raytune_llm.engines.engine import Engine
-from raytune_llm.engines.requests import Request, Sampling, ScoredToken
+from raytune_llm.engines.questions import BLOCK_QUESTIONS, Answered, Answering, Block, answer_block
 from raytune_llm.errors import ConfigError, ResourceError, UserError
 
-BLOCK_QUESTIONS = 16
 ROWS_AHEAD = 4
 """Requests that are submitted at once, as a multiple of the engine's rows, so that a free row always has a next request."""
-SCORED_TOKENS = 4096
-"""Maximum tokens of a forward pass that scores several given answers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    prompt_ids: tuple[int, ...]
-    given_ids: tuple[int, ...]
-    """The given answer, whose log-probabilities are computed; empty: none."""
-    adapter: str | None
-    sampling: Sampling | None
-    """None: no answer is generated."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    text: str | None
-    finish: str | None
-    ids: tuple[int, ...]
-    """The generated tokens."""
-    logprobs: tuple[float, ...]
-    """One per token of the given answer, in nats."""
-    likeliest: bool = False
-    """Greedy decoding would have given the given answer."""
-    refused: str | None = None
-    """Why the engine refused the question."""
-
-
-Block = Sequence[Question]
-
-
-class Answering(Protocol):
-    max_length: int
-
-    def __call__(self, blocks: Iterable[Block]) -> Iterator[list[Answered]]: ...
 
 
 @dataclass(frozen=True)
@@ -89,67 +53,6 @@ class EngineSettings:
             fix = "raytune-llm serve answers /v1/score with it."
             raise ConfigError("model.path", "must write texts: it is a reward model", got=self.model.path, fix=fix)
         return engine
-
-
-def answer_block(engine: Engine, block: Block) -> list[Answered]:
-    """The answers of a block, in its order. Blocks until all are complete."""
-    streams: dict[int, Any] = {}
-    refused: dict[int, str] = {}
-    for number, question in enumerate(block):
-        computed = max(
-            len(question.given_ids) - 1, 0 if question.sampling is None else 1
-        )  # beside the prompt; a last token is not
-        if len(question.prompt_ids) + computed > engine.max_length:
-            refused[number] = f"it is longer than {engine.max_length} tokens"
-        elif question.sampling is not None:
-            streams[number] = engine.submit(
-                Request(prompt_ids=question.prompt_ids, sampling=question.sampling, adapter=question.adapter)
-            )
-    scored = _scored(engine, [(number, one) for number, one in enumerate(block) if one.given_ids and number not in refused])
-    answers = []
-    for number in range(len(block)):
-        completion = streams[number].result() if number in streams else None
-        answers.append(
-            Answered(
-                text=None if completion is None else completion.text,
-                finish=None if completion is None else completion.finish,
-                ids=() if completion is None else completion.ids,
-                logprobs=tuple(token.logprob for token in scored.get(number, ())),
-                likeliest=number in scored and all(token.likeliest for token in scored[number]),
-                refused=refused.get(number),
-            )
-        )
-    return answers
-
-
-def _scored(engine: Engine, numbered: list[tuple[int, Question]]) -> dict[int, Sequence[ScoredToken]]:
-    by_adapter: dict[str | None, list[tuple[int, Question]]] = defaultdict(list)
-    for number, question in numbered:
-        by_adapter[question.adapter].append((number, question))
-    waiting: list[tuple[list[int], Future[Any]]] = []
-    for adapter, own in by_adapter.items():
-        for group in _groups(own):
-            prompts, given = [list(one.prompt_ids) for _, one in group], [list(one.given_ids) for _, one in group]
-            waiting.append(([number for number, _ in group], engine.answer_logprobs(prompts, given, adapter)))
-    found: dict[int, Sequence[ScoredToken]] = {}
-    for numbers, future in waiting:
-        for number, tokens in zip(numbers, future.result(), strict=True):
-            found[number] = tokens
-    return found
-
-
-def _groups(numbered: list[tuple[int, Question]]) -> Iterator[list[tuple[int, Question]]]:
-    group: list[tuple[int, Question]] = []
-    tokens = 0
-    for number, question in numbered:
-        size = len(question.prompt_ids) + len(question.given_ids)
-        if group and tokens + size > SCORED_TOKENS:
-            yield group
-            group, tokens = [], 0
-        group.append((number, question))
-        tokens += size
-    if group:
-        yield group
 
 
 # Here ---------------------------------------------------------------------------------------------------------------------

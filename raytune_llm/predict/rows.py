@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from raytune_llm.data.shards import BLOCK_ROWS, Recipe, made_rows
 from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.data.tokens.tokenizer import stop_ids
 from raytune_llm.errors import DataError
-from raytune_llm.records import Conversation
+from raytune_llm.records import Conversation, Labeled, Message, Pair
 
 KIND = "prompts"
 UNBOUNDED = 2**31 - 1
@@ -65,6 +65,21 @@ class PromptRows:
                 while block := list(islice(read, BLOCK_ROWS)):
                     yield from _asked(block, chunk, recipe, number)
                     number += len(block)
+
+    def with_answers(self, answers: Iterator[str | None] | None) -> Iterator[tuple[int, ...] | None]:
+        """Token ids of each row's whole conversation, with this text in place of the given answer; None: the given one. None is
+        given for a row that has no such answer, or can't be rendered."""
+        for recipe, chunks in self._parts:
+            answered = replace(recipe, convert=lambda pair, convert=recipe.convert: _answered(pair, convert))
+            for chunk in chunks:
+                read = sources.read(chunk)
+                while block := list(islice(read, BLOCK_ROWS)):
+                    texts = [None] * len(block) if answers is None else list(islice(answers, len(block)))
+                    pairs = [(row, text) for (_, row), text in zip(block, texts, strict=True)]
+                    made = dict(made_rows(list(enumerate(pairs)), answered))
+                    for number, text in enumerate(texts):
+                        lacks = answers is not None and text is None
+                        yield None if lacks or isinstance(made[number], BadRow | RefusedRow) else _whole(made[number])
 
     def check(self, max_prompt_tokens: int | None) -> int:
         """The number of rows. Raises DataError if too many can't be rendered, or have too long a prompt."""
@@ -113,6 +128,34 @@ class ConversationPrompts:
                 case (prompt_ids, _):
                     found.append(tuple(map(int, prompt_ids)))
         return found
+
+
+def _answered(pair: tuple[Any, str | None], convert: Callable[[Any], Any]) -> Conversation:
+    """pair: a raw row, and the text that its conversation is to end with; None: its own."""
+    row, text = pair
+    if isinstance(row, BadRow):
+        raise row
+    record = convert(row)
+    conversation: Conversation = record if isinstance(record, Conversation) else _conversation_of(record)
+    messages = conversation.messages
+    has_answer = messages[-1].role == "assistant"
+    if text is None:
+        if not has_answer:
+            raise BadRow("the row has no answer")
+        return conversation
+    return replace(conversation, messages=(*(messages[:-1] if has_answer else messages), Message("assistant", text)))
+
+
+def _conversation_of(record: Any) -> Conversation:
+    match record:
+        case Labeled(conversation=conversation) | Pair(prompt=conversation):
+            return conversation
+    raise BadRow("the row is plain text, no conversation")
+
+
+def _whole(made: Any) -> tuple[int, ...]:
+    prompt_ids, answer_ids = made
+    return (*map(int, prompt_ids), *map(int, answer_ids))
 
 
 def _asked(block: list[Any], chunk: Chunk, recipe: Recipe, before: int) -> Iterator[PromptRow]:

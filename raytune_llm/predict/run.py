@@ -17,10 +17,12 @@ from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.plain import as_plain
 from raytune_llm.config.predict import PredictConfig
 from raytune_llm.config.run import PredictRun
+from raytune_llm.engines.questions import BLOCK_QUESTIONS, Answered, Answering, Question
 from raytune_llm.engines.requests import Sampling
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.saved import WEIGHTS
-from raytune_llm.predict.answering import BLOCK_QUESTIONS, Answered, Answering, EngineSettings, Question, answering
+from raytune_llm.predict.answering import EngineSettings, answering
+from raytune_llm.predict.judge import Judge, judged
 from raytune_llm.predict.metrics import Metric, metrics_of
 from raytune_llm.predict.models import check_writes, served_with
 from raytune_llm.predict.predictions import FILE, FILES, columns_of, line, lines, open_predictions
@@ -52,6 +54,7 @@ def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None)
     folder = Path(run.output_dir)
     check_writable(folder, *FILES)
     metrics = metrics_of(run.predict.metrics) if run.predict.generate else []
+    judge = None if run.predict.judge is None else Judge(run)
     run, adapters = _with_trained(run)
     models = _models(run.predict, adapters)
     for name, place in adapters.items():
@@ -77,6 +80,7 @@ def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None)
                 tokens = _write(folder, found, total, rows, models, answer, run.predict, on_progress)
         seconds = time.perf_counter() - began
         measured = {name or "base": _measured(folder, name, metrics) for name in models}
+        judged(judge, folder, models, measured)
         _write_metrics(folder, measured, llamafactory_files=run.predict.llamafactory_files)
     return Predicted(folder, num_rows, tuple(name or "base" for name in models), found, measured, tokens, seconds)
 
@@ -111,7 +115,7 @@ def _decides(run: PredictRun, adapters: Mapping[str, str], fingerprints: Sequenc
     """The settings and file contents that the answers depend on. Lines that were written under others can't be resumed."""
     plain = as_plain(run)
     data = {key: value for key, value in plain["data"].items() if key not in ("path", "cache", "max_bad_fraction")}
-    beside = ("run", "adapters", "metrics", "resume", "llamafactory_files", "max_rank")
+    beside = ("run", "adapters", "metrics", "judge", "resume", "llamafactory_files", "max_rank")
     predict = {f"predict.{key}": value for key, value in plain["predict"].items() if key not in beside}
     return {
         **predict,
