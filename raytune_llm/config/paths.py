@@ -20,7 +20,7 @@ IF_THERE = (
 """That may name something on a hub or in a store as well: they are made absolute where a file or folder is there."""
 ONE_FILE = ("model.new_tokens",)
 """As IF_THERE, but what a list or an object holds is no path."""
-TASKS = ("evaluate.tasks",)
+TASKS = ("evaluate.tasks", "train.eval_tasks")
 """Lists of names and of paths, which have a slash or end in .yaml."""
 
 

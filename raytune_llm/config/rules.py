@@ -124,6 +124,7 @@ def held_out_rows_exist_where_they_are_used(data: DataConfig, checkpoint: Checkp
         "train.early_stopping": train.early_stopping,
         "train.exact_match_rows": train.exact_match_rows or None,
         "train.sample_rows": train.sample_rows or None,
+        "train.eval_tasks": train.eval_tasks or None,
         "checkpoint.final": "best" if checkpoint.final == "best" else None,
     }
     for setting, value in users.items():
@@ -226,6 +227,12 @@ def models_answer_what_is_asked(stage: StageConfig, train: LoopConfig) -> None:
             f"must be 0 with stage={stage.name}, whose model generates no text",
             got=train.sample_rows,
         )
+    if not stage.writes and train.eval_tasks:
+        rule = f"must be empty with stage={stage.name}, whose model generates no text"
+        raise ConfigError("train.eval_tasks", rule, got=train.eval_tasks)
+    if train.eval_task_questions is not None and not train.eval_tasks:
+        rule = "is for train.eval_tasks, of which there are none"
+        raise ConfigError("train.eval_task_questions", rule, got=train.eval_task_questions)
     if not stage.has_right_answers and train.exact_match_rows:
         raise ConfigError(
             "train.exact_match_rows",

@@ -52,6 +52,8 @@ def _obstacles(run: TrainRun, base: TrainRun) -> Iterator[ConfigError]:
     for setting in ("data.streaming", "train.profile", "model.resize_vocab"):
         if mine.get(setting):
             yield _refused(setting, "must be false", True)
+    if run.train.eval_tasks:
+        yield _refused("train.eval_tasks", "must be empty", run.train.eval_tasks)
     if mine.get("model.new_tokens"):
         yield _refused("model.new_tokens", "must be empty", mine["model.new_tokens"])
     for setting in sorted(mine.keys() | theirs.keys()):

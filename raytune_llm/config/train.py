@@ -48,7 +48,16 @@ class LoopConfig:
     eval_on_start: bool
     """Also before the first step, where there is an eval split: what training starts from."""
     early_stopping: PositiveInt | None
-    """Stop after so many evaluations without a lower loss."""
+    """Stop after so many evaluations without a better `early_stopping_metric`."""
+    early_stopping_metric: str
+    """A figure of evaluations, such as eval_loss or eval_gsm8k_acc."""
+    early_stopping_mode: Literal["min", "max"]
+    """Whether lower or higher is better."""
+    eval_tasks: list[str]
+    """Tasks of lm-evaluation-harness that the policy answers at each evaluation: names, YAML files, folders with YAML files
+    (written with a slash). Their scores are figures of the evaluation, eval_<task>_<metric>."""
+    eval_task_questions: PositiveInt | None
+    """The most questions of one of these tasks; null: all."""
     exact_match_rows: NonNegativeInt
     """So many held-out rows are answered before and after training and compared with their reference."""
     sample_rows: NonNegativeInt

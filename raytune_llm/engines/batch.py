@@ -14,7 +14,7 @@ import torch
 from raytune_llm.engines.hf import end_ids
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.native.runner import PolicyRunner
-from raytune_llm.engines.requests import Completion, Request
+from raytune_llm.engines.requests import Completion, Request, ScoredToken
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import positions
 
@@ -62,4 +62,14 @@ class BatchEngine:
             return engine.generate(requests)
         finally:
             engine.close()
+            self._policy.train(was_training)
+
+    @torch.no_grad()
+    def answer_logprobs(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[list[ScoredToken]]:
+        """How likely each token of an answer is after its prompt and the answer's tokens before it, all in one pass."""
+        runner = self._runner(self._policy, num_blocks=1, block_size=BLOCK_SIZE, device=self._device)
+        was_training = self._policy.training
+        try:
+            return runner.answer_logprobs(prompts, answers, -1)
+        finally:
             self._policy.train(was_training)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raytune_llm.config.evaluate import EvaluateConfig
 from raytune_llm.data.shards import BLOCK_ROWS
-from raytune_llm.engines.questions import BLOCK_QUESTIONS, Answering, Question
+from raytune_llm.engines.questions import Answering, Question, in_blocks
 from raytune_llm.engines.requests import Sampling
 from raytune_llm.errors import DataError
 from raytune_llm.evaluate.choice_files import LETTERS, ChoiceQuestion, Subject, read_task
@@ -102,7 +102,7 @@ def answer_task(
     found: dict[str, list[str]] = {subject.key: [] for subject in task.subjects}
     keys = [subject.key for subject in task.subjects for _ in questions_of(subject, settings)]
     at = 0
-    for answers in answer(_blocks(_prompts(task, settings, prompts), adapter, sampling)):
+    for answers in answer(in_blocks(Question(ids, (), adapter, sampling) for ids in _prompts(task, settings, prompts))):
         for one in answers:
             if one.refused is not None:
                 raise DataError(
@@ -130,17 +130,6 @@ def _prompts(task: Task, settings: EvaluateConfig, prompts: ConversationPrompts)
         for start in range(0, len(questions), BLOCK_ROWS):
             block = questions[start : start + BLOCK_ROWS]
             yield from prompts([asked(question, examples, subject.name, task.lang) for question in block], subject.key)
-
-
-def _blocks(prompts: Iterable[tuple[int, ...]], adapter: str | None, sampling: Sampling) -> Iterator[list[Question]]:
-    block: list[Question] = []
-    for ids in prompts:
-        block.append(Question(ids, (), adapter, sampling))
-        if len(block) == BLOCK_QUESTIONS:
-            yield block
-            block = []
-    if block:
-        yield block
 
 
 def scores_of(task: Task, letters: Letters, settings: EvaluateConfig) -> dict[str, Score]:

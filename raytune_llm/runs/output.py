@@ -28,6 +28,7 @@ _FREE = {
     "train.activation_checkpointing", "train.log_every_steps", "train.eval_every_steps", "train.eval_on_start",
     "train.early_stopping", "train.exact_match_rows", "train.pause_at", "train.sample_rows", "train.max_new_tokens",
     "train.max_nonfinite_steps", "train.stall_timeout_s", "train.profile",
+    "train.early_stopping_metric", "train.early_stopping_mode", "train.eval_tasks", "train.eval_task_questions",
 }  # fmt: skip
 
 

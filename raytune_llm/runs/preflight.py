@@ -5,8 +5,10 @@ The model is looked at without its weights: on torch's meta device it has its la
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
@@ -16,7 +18,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.readers.declarations import declared, declared_for_evaluation
 from raytune_llm.data.tokens.tokenizer import first_pieces
-from raytune_llm.errors import ConfigError, UserError, first_line
+from raytune_llm.errors import ConfigError, ResourceError, UserError, first_line
 from raytune_llm.models.adapters import adapt, merge
 from raytune_llm.models.attention.cache import cache_lacks
 from raytune_llm.models.build import run_config
@@ -85,6 +87,17 @@ def _check_answers(run: TrainRun, config: PretrainedConfig) -> None:
                 got=rows,
                 fix="Set it to 0; predict engine=hf answers rows after training.",
             )
+    if not run.train.eval_tasks:
+        return
+    if lacking is not None:
+        rule = f"must be empty for {config.model_type}, {lacking}"
+        fix = "evaluate engine=hf asks tasks after training."
+        raise ConfigError("train.eval_tasks", rule, got=run.train.eval_tasks, fix=fix)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ResourceError("train.eval_tasks needs lm_eval", "pip install 'raytune-llm[lm_eval]'")
+    for name in run.train.eval_tasks:
+        if ("/" in name or name.endswith((".yaml", ".yml"))) and not Path(name).exists():
+            raise ConfigError("train.eval_tasks", "must hold files and folders that are there", got=name)
 
 
 @contextmanager

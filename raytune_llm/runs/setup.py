@@ -87,6 +87,8 @@ class Setup:
             save_every=run.checkpoint.every_steps,
             save_best=run.checkpoint.final == "best",
             early_stopping=run.train.early_stopping,
+            stop_metric=run.train.early_stopping_metric,
+            stop_sign=1 if run.train.early_stopping_mode == "min" else -1,
             max_nonfinite_steps=run.train.max_nonfinite_steps,
             seed=run.train.seed if run.train.adapter_seed is None else run.train.adapter_seed,
         )

@@ -108,7 +108,14 @@ def work(
             yielded = yields()
             return yielded
 
-        hooks = loop.Hooks(log=recorder.log, save=recorder.save, sample=recorder.sample, stepped=stepped, yields=yields_now)
+        hooks = loop.Hooks(
+            log=recorder.log,
+            save=recorder.save,
+            sample=recorder.sample,
+            scores=scorer_of(setup),
+            stepped=stepped,
+            yields=yields_now,
+        )
         strategy.model.train()
         progress = loop.run(setup.learner(), setup.source, setup.held_out, progress, settings, hooks, clock)
         trained = time.perf_counter()
@@ -201,6 +208,23 @@ def sampler_of(setup: Setup) -> Sampler | None:
         stores.evaluated,
         [row for samples in stores.held_out.values() for row in samples.rows[: train.sample_rows].tolist()],
         max_new_tokens=train.max_new_tokens,
+        stop_ids=setup.stop_ids,
+        device=setup.device,
+    )
+
+
+def scorer_of(setup: Setup) -> Callable[[], Mapping[str, float]]:
+    """Scores of train.eval_tasks at an evaluation; none if there are no tasks."""
+    train = setup.run.train
+    if not train.eval_tasks:
+        return dict
+    from raytune_llm.runs.task_scores import TaskScorer  # lm-eval: seconds to import
+
+    return TaskScorer(
+        setup.built.strategy,
+        setup.tokenizer,
+        train.eval_tasks,
+        max_questions=train.eval_task_questions,
         stop_ids=setup.stop_ids,
         device=setup.device,
     )

@@ -61,6 +61,8 @@ class Progress:
     nonfinite_steps: int = 0
     best_loss: float | None = None
     best_step: int | None = None
+    best_score: float | None = None
+    """The figure that early stopping goes by, where lower is better; the negative where higher is."""
     evals_without_gain: int = 0
     source_state: Mapping[str, Any] = field(default_factory=dict)
     """The state of the source of steps, beside epoch and cursor."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from raytune_llm.data.batches import to_device
 from raytune_llm.data.loader import Loader
 from raytune_llm.data.steps import Step, StepSource
-from raytune_llm.errors import ResourceError
+from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.records import Batch
 from raytune_llm.stages import Objective
 from raytune_llm.train.checkpoint import Progress
@@ -60,8 +60,13 @@ class LoopSettings:
     save_best: bool
     """Also save after each evaluation with the lowest loss so far."""
     early_stopping: int | None
+    """End after so many evaluations without a better stop_metric."""
     max_nonfinite_steps: int
     seed: int
+    stop_metric: str = "eval_loss"
+    """A figure of evaluations."""
+    stop_sign: int = 1
+    """1 if lower is better, -1 if higher is."""
     pause_step: int | None = None
     """Evaluate and save after it, and end."""
 
@@ -74,6 +79,8 @@ class Hooks:
     save: Callable[[Progress], None]
     sample: Callable[[int], None]
     """Called at each evaluation, with the step."""
+    scores: Callable[[], Mapping[str, float]] = dict
+    """More figures of an evaluation, by name."""
     stepped: Sequence[Callable[[int], None]] = ()
     """Called after each step, with its number."""
     yields: Callable[[], bool] = lambda: False
@@ -100,7 +107,7 @@ def run(
         return progress
     if settings.eval_on_start and held_out and progress.step == 0:
         with clock.stopped():
-            hooks.log({"step": 0, **evaluation(learner, held_out, seed=settings.seed)})
+            hooks.log({"step": 0, **evaluation(learner, held_out, seed=settings.seed), **hooks.scores()})
             hooks.sample(0)
     with closing(source.steps(progress, learner.strategy.model)) as steps:
         for step in clock.awaited(steps):
@@ -218,15 +225,23 @@ def log_step(
 
 def evaluate(learner: Learner, held_out: Mapping[str, Loader], progress: Progress, settings: LoopSettings, hooks: Hooks) -> bool:
     """Log an evaluation and remember the lowest loss. Returns True if the run should stop early."""
-    return judge(evaluation(learner, held_out, seed=settings.seed), progress, settings, hooks)
+    return judge({**evaluation(learner, held_out, seed=settings.seed), **hooks.scores()}, progress, settings, hooks)
 
 
 def judge(record: Mapping[str, float], progress: Progress, settings: LoopSettings, hooks: Hooks) -> bool:
-    """Log what an evaluation found, and remember the lowest loss. Returns True if the run should stop early."""
+    """Log what an evaluation found, and remember the lowest loss and the best stop_metric. Returns True if the run should stop
+    early."""
     eval_loss = record["eval_loss"]
     hooks.log({"step": progress.step, **record})
     if progress.best_loss is None or eval_loss < progress.best_loss:
-        progress.best_loss, progress.best_step, progress.evals_without_gain = eval_loss, progress.step, 0
+        progress.best_loss, progress.best_step = eval_loss, progress.step
+    if settings.stop_metric not in record:
+        there = ", ".join(record)
+        rule = "must be a figure that evaluations report"
+        raise ConfigError("train.early_stopping_metric", rule, got=settings.stop_metric, fix=f"There are: {there}.")
+    score = settings.stop_sign * record[settings.stop_metric]
+    if progress.best_score is None or score < progress.best_score:
+        progress.best_score, progress.evals_without_gain = score, 0
     else:
         progress.evals_without_gain += 1
     return settings.early_stopping is not None and progress.evals_without_gain >= settings.early_stopping

@@ -1,0 +1,88 @@
+"""train.eval_tasks: tasks of lm-evaluation-harness, answered by the policy at each evaluation."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from raytune_llm import ConfigError, api
+from raytune_llm.config.load import load_config
+from tests.group import metrics
+from tests.runs import tiny_run
+
+pytest.importorskip("lm_eval")
+
+TASK = """
+task: letters
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/letters.json}}}}
+output_type: {output_type}
+test_split: test
+doc_to_text: "Say {{{{letter}}}}:"
+doc_to_target: letter
+{beside}
+"""
+ASKED = {
+    "multiple_choice": "doc_to_choice: [a, b, c d]\nmetric_list: [{metric: acc}]",
+    "generate_until": "generation_kwargs: {until: ['.'], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]",
+}
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A file of the task, asked in this way."""
+
+    def of(output_type: str) -> str:
+        rows = [{"letter": letter} for letter in "abab"]
+        (tmp_path / "letters.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file = tmp_path / f"{output_type}.yaml"
+        file.write_text(TASK.format(folder=tmp_path, output_type=output_type, beside=ASKED[output_type]))
+        return str(file)
+
+    return of
+
+
+def trained(rows, cache, output, file: str, *overrides: str):
+    settings = ["train.max_steps=4", "train.eval_every_steps=2", "data.eval_fraction=0.2", f"train.eval_tasks=[{file}]"]
+    return api.train(tiny_run(rows, cache, output, *settings, *overrides))
+
+
+@pytest.mark.parametrize("output_type", list(ASKED))
+def test_scores_are_figures_of_each_evaluation_and_those_of_the_saved_model(task, chat_rows, cache, tmp_path, output_type):
+    file = task(output_type)
+    trained(chat_rows, cache, tmp_path / "run", file, "adapter=none", "train.eval_on_start=true")
+    name = {"multiple_choice": "acc", "generate_until": "exact_match"}[output_type]
+    evaluations = [record for record in metrics(tmp_path / "run") if "eval_loss" in record]
+    assert [record["step"] for record in evaluations] == [0, 2, 4]
+    assert all(0 <= record[f"eval_letters_{name}"] <= 1 for record in evaluations)
+    settings = [f"model.path={tmp_path}/run/final", f"evaluate.tasks=[{file}]", "evaluate.protocol=lm_eval"]
+    done = api.evaluate(load_config("evaluate", [*settings, "evaluate.precision=fp32", f"output_dir={tmp_path}/scores"]))
+    assert done.scores["final"]["letters"][name].value == evaluations[-1][f"eval_letters_{name}"]
+
+
+def test_tasks_change_nothing_of_the_training(task, chat_rows, cache, tmp_path):
+    trained(chat_rows, cache, tmp_path / "asked", task("generate_until"), "adapter.dropout=0.1")
+    trained(chat_rows, cache, tmp_path / "silent", task("generate_until"), "adapter.dropout=0.1", "train.eval_tasks=[]")
+    asked, silent = ([record.get("loss") for record in metrics(tmp_path / name)] for name in ("asked", "silent"))
+    assert asked == silent
+
+
+def test_a_run_stops_early_by_a_score(task, chat_rows, cache, tmp_path):
+    stop = ["train.early_stopping=1", "train.early_stopping_metric=eval_letters_acc", "train.early_stopping_mode=max"]
+    trained(chat_rows, cache, tmp_path / "run", task("multiple_choice"), *stop, "optimizer.lr=1e-12", "train.max_steps=40")
+    assert metrics(tmp_path / "run")[-1]["step"] == 4  # the same weights get the same score again
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["train.eval_tasks=[./none.yaml]"], "train.eval_tasks must hold files and folders"),
+        (["data.eval_fraction=0"], "train.eval_tasks needs held-out rows"),
+        (["train.eval_tasks=[]", "train.eval_task_questions=3"], "train.eval_task_questions is for train.eval_tasks"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_prepared(task, chat_rows, cache, tmp_path, settings, said):
+    with pytest.raises(ConfigError) as raised:
+        trained(chat_rows, cache, tmp_path / "run", task("multiple_choice"), "train.eval_every_steps=null", *settings)
+    assert said in str(raised.value)
