@@ -32,6 +32,7 @@ from raytune_llm.models.layer_graphs import LayerGraphs
 from raytune_llm.models.layers import named_layers
 from raytune_llm.models.multimodal import text_model
 from raytune_llm.models.neftune import neftune_noise
+from raytune_llm.models.per_layer_inputs import looks_up, per_layer_inputs
 from raytune_llm.records import Batch
 
 Inputs = Batch | CachedRows | DecodeStep
@@ -123,10 +124,9 @@ class Policy(nn.Module):
     def _through_layers(
         self, embedded_BTD: Tensor, inputs: Inputs, route: Mapping[str, Any] | None, *, router_logits: bool = False
     ) -> Any:
-        beside = {"output_router_logits": True} if router_logits else {}
-        return text_model(self.base)(
-            inputs_embeds=embedded_BTD, use_cache=False, **self._layer_arguments(inputs, route), **beside
-        )
+        text, beside = text_model(self.base), {"output_router_logits": True} if router_logits else {}
+        beside |= per_layer_inputs(text, inputs.ids_BT)
+        return text(inputs_embeds=embedded_BTD, use_cache=False, **self._layer_arguments(inputs, route), **beside)
 
     def _last_hidden(self, embedded_BTD: Tensor, batch: Batch, route: Mapping[str, Any] | None) -> Tensor:
         return self._through_layers(embedded_BTD, batch, route).last_hidden_state
@@ -134,7 +134,7 @@ class Policy(nn.Module):
     def _replays(self, inputs: Inputs) -> TypeGuard[Batch]:
         """Whether a pass is one of those that are captured: over packs that are trained on, with the adapter in use."""
         of_packs = isinstance(inputs, Batch) and inputs.adapter_M is None and inputs.prefixes is None
-        return of_packs and self.training and torch.is_grad_enabled()
+        return of_packs and self.training and torch.is_grad_enabled() and not looks_up(text_model(self.base))
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """A context in which matrix products are in `compute`."""

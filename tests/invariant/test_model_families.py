@@ -43,16 +43,22 @@ KEPT_APART = (
     "minimax_m2 ministral3 solar_open vaultgemma youtu gpt_oss flint granite_swa granitemoe_swa mimo_v2_flash"
 )
 KEPT_APART_IN_PACKS = (
-    "aria_text axk1 beam cohere2_moe ctrl cwm dots1 gemma4_unified_text hrm_text hy_v3 jais2 kolibri1 laguna mellum moshi phimoe"
+    "aria_text axk1 beam cohere2_moe ctrl cwm dots1 gemma4_text gemma4_unified_text hrm_text hy_v3 jais2 kolibri1 "
+    "laguna mellum moshi phimoe"
 )
 """These are tried in packs alone."""
-CHANGES = {"dots1": {"n_shared_experts": 1}}
+PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 2}
+PER_LAYER |= {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+CHANGES = {
+    "dots1": {"n_shared_experts": 1},
+    "gemma4_text": PER_LAYER | {"global_head_dim": 16},
+}
 REFUSED_BY_LAYERS = (
     "bert bert-generation camembert data2vec-text electra ernie modernbert-decoder roberta roberta-prelayernorm roc_bert "
     "xlm-roberta xlm-roberta-xl xmod"
 )
 UNTRIED = (
-    "cohere_compass_text dbrx gemma3n_text gemma4_assistant gemma4_text gpt-sw3 longcat_flash minimax_m3_vl_text musicgen "
+    "cohere_compass_text dbrx gemma3n_text gemma4_assistant gpt-sw3 longcat_flash minimax_m3_vl_text musicgen "
     "musicgen_melody phi4_multimodal"
 )
 """These are taken, but a small one takes more than sizes."""

@@ -87,6 +87,8 @@ def cache_lacks(config: PretrainedConfig) -> str | None:
     kinds = getattr(text, "layer_types", None) or []
     if others := sorted(set(kinds) - ATTENDS):
         return f"whose layers ({', '.join(others)}) have more state than keys and values"
+    if getattr(text, "num_kv_shared_layers", None):
+        return "whose last layers read the keys and values of earlier ones"
     if text.model_type in ATTENDS_TWICE:
         return "whose layers attend twice, with the same keys and other values"
     return "whose layers keep what they need in a way of their own" if text.model_type in ONE_ROW_A_LINE and not kinds else None

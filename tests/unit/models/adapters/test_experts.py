@@ -31,10 +31,10 @@ SIZES |= {
 SIZES |= {"qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 
 
-def mixture(model_type: str = "qwen3_moe") -> Any:
+def mixture(model_type: str = "qwen3_moe", **sizes: int) -> Any:
     torch.manual_seed(0)
     known = AutoConfig.for_model(model_type).to_dict()
-    config = AutoConfig.for_model(model_type, **{name: value for name, value in SIZES.items() if name in known})
+    config = AutoConfig.for_model(model_type, **{name: value for name, value in (SIZES | sizes).items() if name in known})
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 

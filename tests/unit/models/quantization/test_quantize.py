@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytune_llm.config.load import load_config as load_run
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.errors import ConfigError
+from raytune_llm.losses.tokens import cross_entropy
+from raytune_llm.models import attention
+from raytune_llm.models.adapters import OWN, adapt
+from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import files_to_read, load_config, load_model
 from raytune_llm.models.quantization import (
     QUANTIZATIONS,
+    QuantizedLinear,
     check_device,
     described,
     linears_but,
@@ -25,7 +32,8 @@ from raytune_llm.models.quantization import (
 from raytune_llm.models.quantization.fp8 import FP8, FP8Linear
 from raytune_llm.models.quantization.nf4 import NF4
 from raytune_llm.models.stored import bring
-from tests.models import tiny_llama
+from tests.models import lora_section, packed, some_rows, tiny_llama
+from tests.unit.models.adapters.test_experts import mixture
 
 
 def config_of(name: str) -> QuantizationConfig:
@@ -125,6 +133,39 @@ def test_settings_and_layers_agree_on_what_can_be_trained(name: str) -> None:
 def test_weights_that_are_trained_are_not_held_in_four_bits() -> None:
     with pytest.raises(ConfigError, match="quantization needs frozen weights, got 'bnb_nf4'"):
         quantize(layers(tiny_llama().model), config_of("bnb_nf4"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["bnb_nf4", "bnb_fp4"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_frozen_experts_are_held_in_four_bits_and_computed_as_the_weights_these_stand_for(kind: str, model_type: str) -> None:
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 64}
+    base, plain = mixture(model_type, **sizes), mixture(model_type, **sizes)
+    attention.attach(base, "varlen")
+    attention.attach(plain, "varlen")
+    adapted = adapt(base, lora_section())
+    quantize(layers(base), config_of(kind), torch.device("cpu"))
+    said = described(layers(base), config_of(kind))
+    assert said is not None and "and the experts of 2 layers" in said
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            module, _, last = name.rpartition(".")
+            layer: Any = base.get_submodule(module)
+            if isinstance(layer, LoraLayer):
+                layer = layer.get_base_layer()
+            if isinstance(layer, QuantizedLinear) and last == "weight":
+                weight.copy_(layer.transposed(torch.eye(layer.out_features), *layer.weights()))
+            elif weight.ndim == 3:
+                assert layer.parametrizations[last].original.dtype == torch.uint8
+                near = getattr(layer, last)
+                assert 0.01 < (near - weight).norm() / weight.norm() < 0.2
+                weight.copy_(near)
+    policy, batch = CausalLM(adapted.model, adapters=adapted), packed(some_rows([7, 12, 9]))
+    for _ in range(2):
+        values = policy(batch, cross_entropy)
+        torch.testing.assert_close(values, CausalLM(plain)(batch, cross_entropy), rtol=1e-4, atol=1e-4)
+    values.sum().backward()
+    trained = adapted.trained(OWN)
+    assert trained and all(parameter.grad is not None for parameter in trained.values())
 
 
 def test_an_adapter_on_experts_is_refused_over_a_quantized_base() -> None:
