@@ -47,7 +47,7 @@ def test_a_group_is_given_the_name_of_an_option(capsys, group: str, value: str):
         (["schedule=constant", "schedule.floor=0.1"], "schedule=cosine"),
         (["resources=inline", "resources.cpus_per_worker=2"], "resources=local"),
         (["+foo.bar=1"], "foo is no setting"),
-        (["adapter.targets=q_proj"], "Names are a list, adapter.targets=[q_proj]."),
+        (["adapter.targets=q_proj", "resources=inline"], "Names are a list, adapter.targets=[q_proj]."),
         (["data.share_prompts=yes"], "true or false"),
         (["train.compile=maybe"], "true or false or auto"),
         (["train.cuda_graphs=true", "strategy=fsdp", "resources=local"], "can't be true with strategy=fsdp"),
