@@ -130,7 +130,7 @@ def test_every_experiment_is_complete_as_it_is(experiment):
 @pytest.mark.parametrize("experiment", options.sweeps())
 def test_every_sweep_is_complete_as_it_is(experiment):
     sweep = load_sweep([f"+experiment={experiment}"])
-    assert Path(sweep.base.data.path).is_file()
+    assert Path(sweep.base.data.path or "").is_file()
     assert sweep.base.data.evaluates and len(sweep.planned) == sweep.tune.trials
     assert load_sweep([f"+experiment={experiment}", DATA]).base.data.path == "rows.jsonl"
 
