@@ -362,6 +362,7 @@ def together(workers: int, limit_s: float, *arguments: Any) -> None:
             process.kill()
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.join()
 
 
 def each(measures: Mapping[str, Callable[[], dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:

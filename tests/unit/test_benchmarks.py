@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
 import torch
 
 from benchmarks.__main__ import worse
-from benchmarks.gpu import each
+from benchmarks.gpu import VARIANTS, each, together
 
 
 def test_a_loss_of_five_percent_is_named_in_either_direction() -> None:
@@ -48,3 +51,12 @@ def test_a_variant_that_fails_says_so_and_leaves_the_others_their_results() -> N
         "c": {"failed": "ValueError: no such setting"},
         "d": {"step_s": 2.0},
     }
+
+
+def test_variant_of_several_workers_is_ended_at_its_limit(tmp_path: Path) -> None:
+    """Whatever they are at, such as a collective that the other never comes to; here, at starting."""
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(TimeoutError, match=r"not done after 0\.1 s"):
+        together(2, 0.1, str(tmp_path), None, "full_8b", VARIANTS["full_8b"], [], 1, 1.0, True)
+    left = [process.cmdline() for process in set(psutil.Process().children(recursive=True)) - before]
+    assert not [words for words in left if "spawn_main" in " ".join(words)]
