@@ -61,7 +61,7 @@ def _harness(settings: EvaluateConfig) -> Benchmarks:
     try:
         from raytune_llm.evaluate.harness import Harness  # lm-eval: ten seconds to import
     except ImportError as error:
-        raise ResourceError(f"evaluate.protocol=lm_eval needs {error.name}", "pip install 'raytune-llm[lm_eval]'") from None
+        raise ResourceError(f"evaluate.protocol=lm_eval needs {error.name}", "pip install 'raytune-llm[harness]'") from None
     return Harness(settings)
 
 

@@ -94,7 +94,7 @@ def _check_answers(run: TrainRun, config: PretrainedConfig) -> None:
         fix = "evaluate engine=hf asks tasks after training."
         raise ConfigError("train.eval_tasks", rule, got=run.train.eval_tasks, fix=fix)
     if importlib.util.find_spec("lm_eval") is None:
-        raise ResourceError("train.eval_tasks needs lm_eval", "pip install 'raytune-llm[lm_eval]'")
+        raise ResourceError("train.eval_tasks needs lm_eval", "pip install 'raytune-llm[harness]'")
     for name in run.train.eval_tasks:
         if ("/" in name or name.endswith((".yaml", ".yml"))) and not Path(name).exists():
             raise ConfigError("train.eval_tasks", "must hold files and folders that are there", got=name)
