@@ -39,7 +39,7 @@ class Judge:
                 "predict.judge", "must be the output folder of a reward model's run", got=run.predict.judge, fix=fix
             )
         self._data = _rendered_as(self._trained, run.data)
-        self._precision = run.predict.precision
+        self._settings = run.predict
         PromptRows(self._trained.model, self._data)  # its tokenizer and template are there
 
     def measure(self, folder: Path, models: Sequence[str | None]) -> dict[str | None, dict[str, float]]:
@@ -66,7 +66,7 @@ class Judge:
         served = served_with(
             {} if adapter is None else {self._trained.name: str(adapter)},
             max_rank=None,
-            precision=self._precision,
+            precision=self._settings.precision,
             max_length=None,
             template=self._data.template,
         )
