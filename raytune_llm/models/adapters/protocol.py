@@ -37,6 +37,11 @@ class Adapters(Protocol):
         ...
 
     @property
+    def model(self) -> Any:
+        """What a forward pass calls: the base, or PEFT's model around it."""
+        ...
+
+    @property
     def names(self) -> tuple[str, ...]: ...
 
     @property
