@@ -16,6 +16,7 @@ settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where two processes share the tests, one takes all that start processes of their own, in turn: a Ray cluster, a group of
     workers. Of the others, the tests of a file stay together."""
