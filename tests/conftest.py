@@ -4,6 +4,9 @@ import json
 import os
 import random
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,15 +19,27 @@ settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests, one takes all that start processes of their own, in turn: a Ray cluster, a group of
-    workers. Of the others, the tests of a file stay together."""
-    for item in items:
-        starts_processes = item.get_closest_marker("ray") or {"two_workers", "four_workers"} & set(
-            getattr(item, "fixturenames", ())
-        )
-        item.add_marker(pytest.mark.xdist_group("processes" if starts_processes else item.nodeid.partition("::")[0]))
+STARTS_PROCESSES = ("two_workers", "four_workers", "mark.ray")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where two processes share the tests (-n 2), the tests of a file stay together, and one process takes all files whose tests
+    start processes of their own, in turn: a Ray cluster, a group of workers."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "processes" if _starts_processes(file) else file
+
+    return ByFile(config, log)
+
+
+@cache
+def _starts_processes(file: str) -> bool:
+    text = Path(__file__).parents[1].joinpath(file).read_text()
+    return any(word in text for word in STARTS_PROCESSES)
 
 
 @pytest.fixture(scope="session")
