@@ -55,7 +55,7 @@ class TaskScorer:
 
     def _scores(self) -> dict[str, float]:
         policy = self._strategy.module
-        assert isinstance(policy, CausalLM), "config/run.py lets no reward model be asked"
+        assert isinstance(policy, CausalLM), "config/rules.py lets no reward model be asked"
         runner = TogetherRunner if self._strategy.sharded else PolicyRunner
         engine = BatchEngine(policy, self._tokenizer, stop_ids=self._stop_ids, device=self._device, runner=runner)
         answering = PolicyAnswering(engine, positions(policy.base.config) or MAX_LENGTH)
