@@ -29,6 +29,14 @@ class TogetherRunner(PolicyRunner):
         return logits_RV
 
 
+def engine_in_training(strategy: Strategy, tokenizer: Any, stop_ids: Sequence[int], device: torch.device) -> BatchEngine:
+    """Over the policy as it is now. With a sharded one, all workers ask it the same."""
+    policy = strategy.module
+    assert isinstance(policy, CausalLM), "config/rules.py lets no reward model be asked"
+    runner = TogetherRunner if strategy.sharded else PolicyRunner
+    return BatchEngine(policy, tokenizer, stop_ids=stop_ids, device=device, runner=runner)
+
+
 class Sampler:
     """Generates answers to the same rows each time. It draws no random numbers, so training is unaffected."""
 
@@ -54,12 +62,10 @@ class Sampler:
 
     def __call__(self, step: int) -> list[SampledAnswer]:
         """Collective over all workers; rank 0 gets the samples."""
-        strategy, policy = self._strategy, self._strategy.module
+        strategy = self._strategy
         if not strategy.sharded and self._rank > 0:
             return []
-        assert isinstance(policy, CausalLM), "config/rules.py lets no reward model be asked"
-        runner = TogetherRunner if strategy.sharded else PolicyRunner
-        engine = BatchEngine(policy, self._tokenizer, stop_ids=self._stop_ids, device=self._device, runner=runner)
+        engine = engine_in_training(strategy, self._tokenizer, self._stop_ids, self._device)
         with strategy.parts():
             completions = engine.generate(self._requests)
         return [

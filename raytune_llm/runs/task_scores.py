@@ -10,12 +10,10 @@ import torch.distributed as dist
 
 from raytune_llm.engines.batch import BatchEngine
 from raytune_llm.engines.harness import EngineLM, load_tasks, run_tasks, scores_of
-from raytune_llm.engines.native.runner import PolicyRunner
 from raytune_llm.engines.questions import Answered, Block, scored_together
 from raytune_llm.engines.requests import Request
-from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import positions
-from raytune_llm.runs.samples import TogetherRunner
+from raytune_llm.runs.samples import engine_in_training
 from raytune_llm.train.strategies.base import Strategy
 
 MAX_LENGTH = 2048
@@ -54,11 +52,8 @@ class TaskScorer:
         return shared[0]
 
     def _scores(self) -> dict[str, float]:
-        policy = self._strategy.module
-        assert isinstance(policy, CausalLM), "config/rules.py lets no reward model be asked"
-        runner = TogetherRunner if self._strategy.sharded else PolicyRunner
-        engine = BatchEngine(policy, self._tokenizer, stop_ids=self._stop_ids, device=self._device, runner=runner)
-        answering = PolicyAnswering(engine, positions(policy.base.config) or MAX_LENGTH)
+        engine = engine_in_training(self._strategy, self._tokenizer, self._stop_ids, self._device)
+        answering = PolicyAnswering(engine, positions(self._strategy.module.base.config) or MAX_LENGTH)
         lm = EngineLM(answering, self._tokenizer, None)
         found = scores_of(run_tasks(lm, self._tasks, max_questions=self._max_questions, stderrs=False))
         named = ((f"eval_{task}_{name}", score.value) for task, scores in found.items() for name, score in scores.items())
