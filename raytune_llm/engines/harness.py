@@ -153,14 +153,14 @@ class EngineLM(TemplateLM):
     """The package's interface to a model, over an engine, or several."""
 
     def __init__(
-        self, answer: Answering, tokenizer: Any, adapter: str | None, told: Callable[[int], None] = lambda more: None
+        self, answer: Answering, tokenizer: Any, adapter: str | None, progress: Callable[[int], None] = lambda more: None
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self._answer, self._adapter, self._told = answer, adapter, told
+        self._answer, self._adapter, self._progress = answer, adapter, progress
         self._docs: list[tuple[str | None, int]] = []
         """Of the requests that are being answered: task and number of the question."""
-        self._docs_told: set[tuple[str | None, int]] = set()
+        self._docs_answered: set[tuple[str | None, int]] = set()
 
     @property
     def eot_token_id(self) -> int:
@@ -264,13 +264,13 @@ class EngineLM(TemplateLM):
         for number, one in zip(order, answers, strict=True):
             assert one.refused is None, one.refused
             found[number] = one
-            self._tell(number)
+            self._count(number)
         return [found[number] for number in range(len(questions))]
 
-    def _tell(self, number: int) -> None:
-        if (doc := self._docs[number]) not in self._docs_told:
-            self._docs_told.add(doc)
-            self._told(1)
+    def _count(self, number: int) -> None:
+        if (doc := self._docs[number]) not in self._docs_answered:
+            self._docs_answered.add(doc)
+            self._progress(1)
 
 
 def _doc(request: Instance) -> tuple[str | None, int]:

@@ -60,11 +60,11 @@ class Choices:
         self._prompts[id(group)] = ConversationPrompts(group.model, group.data)
 
     def scores(
-        self, group: Group, adapter: str | None, answer: Answering, told: Callable[[int], None], folder: Path
+        self, group: Group, adapter: str | None, answer: Answering, progress: Callable[[int], None], folder: Path
     ) -> dict[str, dict[str, Score]]:
         found = {}
         for task in self._tasks:
-            letters = answer_task(task, self._settings, self._prompts[id(group)], adapter, answer, told)
+            letters = answer_task(task, self._settings, self._prompts[id(group)], adapter, answer, progress)
             _write_letters(folder / f"{task.name}.json", letters)
             found[task.name] = scores_of(task, letters, self._settings)
         return found
@@ -94,9 +94,9 @@ def answer_task(
     prompts: ConversationPrompts,
     adapter: str | None,
     answer: Answering,
-    told: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> Letters:
-    """Raises DataError for a question that is too long. told: how many more are answered."""
+    """Raises DataError for a question that is too long. progress: how many more are answered."""
     letter_of = letter_ids(prompts.tokenizer)
     sampling = Sampling(max_new_tokens=1, among=tuple(letter_of), ignore_end=True)
     found: dict[str, list[str]] = {subject.key: [] for subject in task.subjects}
@@ -112,7 +112,7 @@ def answer_task(
                 )
             found[keys[at]].append(letter_of[one.ids[0]])
             at += 1
-        told(len(answers))
+        progress(len(answers))
     return found
 
 

@@ -50,9 +50,9 @@ class Harness:
         self._tokenizers[id(group)] = tokenizer
 
     def scores(
-        self, group: Group, adapter: str | None, answer: Answering, told: Callable[[int], None], folder: Path
+        self, group: Group, adapter: str | None, answer: Answering, progress: Callable[[int], None], folder: Path
     ) -> TaskScores:
-        lm = EngineLM(answer, self._tokenizers[id(group)], adapter, told)
+        lm = EngineLM(answer, self._tokenizers[id(group)], adapter, progress)
         results = run_tasks(
             lm,
             list(self._loaded.values()),

@@ -51,9 +51,9 @@ class Benchmarks(Protocol):
         ...
 
     def scores(
-        self, group: Group, adapter: str | None, answer: Answering, told: Callable[[int], None], folder: Path
+        self, group: Group, adapter: str | None, answer: Answering, progress: Callable[[int], None], folder: Path
     ) -> TaskScores:
-        """One model's. told: how many more questions are answered. folder: gets the answers."""
+        """One model's. progress: how many more questions are answered. folder: gets the answers."""
         ...
 
 
@@ -82,7 +82,7 @@ def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: Non
     total = benchmarks.questions * sum(len(group.names) for group in groups)
     done = 0
 
-    def told(answered: int) -> None:
+    def progress(answered: int) -> None:
         nonlocal done
         done += answered
         on_progress(done, total)
@@ -96,6 +96,6 @@ def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: Non
         for group, engine in zip(groups, engines, strict=True):
             with answering(engine, run.resources) as answer:
                 for name, adapter in group.names:
-                    scores[name] = benchmarks.scores(group, adapter, answer, told, folder / "answers" / name)
+                    scores[name] = benchmarks.scores(group, adapter, answer, progress, folder / "answers" / name)
         write_results(folder, benchmarks.facts, benchmarks.shown, scores)
     return Evaluated(folder, scores)
