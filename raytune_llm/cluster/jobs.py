@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -85,8 +86,10 @@ class Jobs:
     def __init__(self, address: str) -> None:
         """Raises ResourceError if nothing answers at the address, or if the cluster rejects the token."""
         self.address = address
-        if token_there():
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # before ray is imported, which reads it once
+        if token_there() and "ray" not in sys.modules:
+            # Ray reads it once, when it is imported. Set later, it would reach only the daemons of a cluster started here:
+            # they would ask for a token that this process does not send.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.job_submission import JobSubmissionClient
 
         for module in ("dashboard_sdk", "job.sdk"):

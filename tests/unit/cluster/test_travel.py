@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raytune_llm import load_config
-from raytune_llm.cluster.jobs import Job, address_of, open_to_all
+from raytune_llm.cluster.jobs import Job, Jobs, address_of, open_to_all
 from raytune_llm.cluster.package import files_of
 from raytune_llm.cluster.travel import on_cluster
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, ResourceError
 
 
 @pytest.fixture
@@ -95,6 +96,16 @@ def test_an_address_of_others_without_a_token_is_warned_of(monkeypatch, tmp_path
     assert "RAY_AUTH_MODE=token" in (open_to_all("http://head:8265") or "")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     assert open_to_all("http://head:8265") is None
+
+
+def test_asking_for_a_cluster_s_jobs_leaves_a_ray_that_is_loaded_as_it_is(monkeypatch):
+    import ray  # noqa: F401
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    with pytest.raises(ResourceError, match="127"):
+        Jobs("http://127.0.0.1:9")
+    assert "RAY_AUTH_MODE" not in os.environ
 
 
 @pytest.mark.parametrize(

@@ -74,4 +74,4 @@ def test_evaluate_puts_a_run_and_its_base_side_by_side(trained, tmp_path):
     ]
     done = api.evaluate(load_config("evaluate", [*settings, f"evaluate.data={place.parent}"]))
     assert list(done.scores) == ["base", "mine"]
-    assert all(score["mmlu_test"]["Average"].questions == 2 for score in done.scores.values())
+    assert all(score["mmlu_test"]["Average"].beside["questions"] == 2 for score in done.scores.values())
