@@ -183,6 +183,9 @@ class PeftAdapters:
                 raise
             raise unfit(first_line(error), str(source.path), setting, base_model) from error
         self._keys[name] = key
+        for method in METHODS.values():
+            if method.describes(config):
+                method.placed(self._base, key)
         self._base.train(self._base.training)  # PEFT's new layers are in training mode
         self._switches = _switches(group(self._base))
         for parameter in names_of(self._peft, key).values():

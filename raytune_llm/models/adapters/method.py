@@ -60,6 +60,9 @@ class Method:
     begin: Callable[[nn.Module, str, Quantization | None], None] = lambda model, key, quantization: None
     """For new adapters: called with the model, PEFT's name of the adapter once it is in the layers, and what will be made of the
     layers' weights."""
+    placed: Callable[[nn.Module, str], None] = lambda model, key: None
+    """For new and saved adapters: called with the model and PEFT's name of the adapter once PEFT's layers are there, to put
+    faster ones in their place."""
     observer: Callable[[nn.Module, str], Observer] | None = None
     """For new adapters that begin from the inputs of their layers: (the model, PEFT's name of the adapter) -> what sees them."""
     saved: Callable[[PeftConfig, Tensors, Tensors], tuple[PeftConfig, Tensors]] | None = None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from torch import Tensor
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytune_llm.config.load import load_config
@@ -17,6 +18,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.models import attention
 from raytune_llm.models.adapters import OWN, PeftAdapters
+from raytune_llm.models.adapters.dora import Lengths, put_lengths
 from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.records import Batch
@@ -105,6 +107,31 @@ def test_a_layer_is_the_formula_of_its_kind(kind: str) -> None:
         expected = formula(kind, layer, x.double(), own)
         assert (expected - x.double() @ layer.base_layer.weight.double().T).abs().max() > 0.01
         torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dora_without_the_product_of_b_and_a_gives_the_output_and_gradients_of_peft_s(dropout: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 16)
+    theirs = inject_adapter_in_model(
+        LoraConfig(r=4, lora_alpha=6, use_dora=True, lora_dropout=dropout, init_lora_weights=False, target_modules=["0"]),
+        nn.Sequential(layer),
+    )
+    ours = copy.deepcopy(theirs)
+    put_lengths(ours, "default")
+    assert any(isinstance(module, Lengths) for module in ours.modules())
+    x = torch.randn(7, 24)
+    outputs = []
+    for model in (theirs, ours):
+        torch.manual_seed(1)
+        outputs.append(model(x))
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+    pairs = zip(ours.named_parameters(), theirs.parameters(), strict=True)
+    for (name, mine), peft in pairs:
+        assert (mine.grad is None) == (peft.grad is None), name
+        if mine.grad is not None and peft.grad is not None:
+            torch.testing.assert_close(mine.grad, peft.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
