@@ -92,10 +92,14 @@ class LlamaCpp:
 
 
 @contextmanager
-def llama_cpp(file: Path) -> Iterator[LlamaCpp]:
+def llama_cpp(file: Path, adapter: Path | None = None) -> Iterator[LlamaCpp]:
     xllamacpp = pytest.importorskip("xllamacpp")
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
+    if adapter is not None:
+        lora = xllamacpp.CommonAdapterLoraInfo()
+        lora.path, lora.scale = str(adapter), 1.0
+        settings.lora_adapters = [lora]
     settings.n_ctx, settings.n_parallel, settings.warmup, settings.n_gpu_layers = 256, 1, False, 0
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
     yield LlamaCpp(xllamacpp.Server(settings))

@@ -13,6 +13,7 @@ from raytune_llm.config.export import ExportConfig
 from raytune_llm.config.run import ExportRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.export.check import Difference, can_compare, compare, has_memory
+from raytune_llm.export.gguf.adapter import gguf_lora
 from raytune_llm.export.gguf.file import gguf
 from raytune_llm.export.hf import hf
 from raytune_llm.export.ollama import ollama
@@ -31,6 +32,7 @@ SPARE_BYTES = 64 * 2**20
 FORMATS: Mapping[str, Callable[[Source, ExportRun], Target]] = {
     "hf": hf,
     "gguf": gguf,
+    "gguf_lora": gguf_lora,
     "ollama": ollama,
     "fp8": rounded,
     "w8a8": rounded,
@@ -178,6 +180,8 @@ def _card(source: Source, target: Target, difference: Difference | None, uncheck
     front = f"---\nlibrary_name: {target.library}\n" + (f"base_model: {base}\n" if base else "") + "---\n"
     merged = ", ".join(f"{adapter.folder} (weight {factor:g})" for adapter, factor in source.adapters)
     what = f"{base} with the adapter of {merged} merged into it" if merged else f"trained whole from {base}"
+    if not target.merges:
+        what = f"The adapter of {merged}, to be put on {base}"
     said = difference.said() if difference is not None else f"Not compared: {unchecked}"
     head = "" if difference is None else "Compared with the base and its adapter "
     return f"{front}\n# {source.name}\n\n{what}, exported with raytune_llm; dtype {target.dtype}.\n\n{head}{said}.\n"

@@ -26,6 +26,8 @@ class Target:
     """That loads it, as a hub's cards name it."""
     dtype: str
     """The type of the weights, for the card."""
+    merges: bool = True
+    """The adapter is in the weights; False: it is written alone, for a base that the reader has."""
     max_kl: float = 0.01
     """Where export.max_kl is null."""
     passing_bytes: int = 0

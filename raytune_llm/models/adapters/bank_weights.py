@@ -69,7 +69,7 @@ class Layout:
     def read(self, folder: str | Path, setting: str) -> Weights:
         """Raises ConfigError, which blames the setting, for an adapter that doesn't fit the model or a slot."""
         path, config = str(folder), read_config(str(folder), setting)
-        if (more := _more(config)) is not None:
+        if (more := more_than_lora(config)) is not None:
             fix = "Serve it with engine=hf, or merge it into its base."
             raise ConfigError(setting, f"must be plain LoRA, to share a batch with others, and is {more}", got=path, fix=fix)
         assert isinstance(config, LoraConfig)
@@ -88,7 +88,7 @@ class Layout:
         """What a run of its own with this seed begins with. kept_in: the type of the model's weights, where it doesn't show."""
         assert isinstance(section, Layered) and section.path is None
         config, layers = new_config(model, section, METHODS[section.name])
-        more = _more(config)
+        more = more_than_lora(config)
         if more is None and getattr(config, "init_lora_weights", True) is not True:
             more = "begun with singular values"
         if more is not None:
@@ -132,7 +132,7 @@ class Layout:
                 raise Misfit(f"{name} has A {list(a_RK.shape)} and B {list(b_OR.shape)} there, and is {inputs} -> {outputs} here")
             if rank > self.shape.rank:
                 raise Misfit(f"{name} has rank {rank}, and slots have room for {self.shape.rank}")
-            ranks[name], scales[name] = rank, _scale(config, name, rank)
+            ranks[name], scales[name] = rank, scale_of(config, name, rank)
             b_RO = b_OR.T if self.shape.trains else b_OR.T.float() * scales[name]
             parts += [a_RK.to(self.shape.dtype).flatten(), b_RO.to(self.shape.dtype).flatten()]
         if not ranks:
@@ -159,8 +159,8 @@ def write(folder: Path, config: LoraConfig, tensors: Mapping[str, tuple[Tensor, 
     config.save_pretrained(str(folder))
 
 
-def _more(config: PeftConfig) -> str | None:
-    """What an adapter has that can't be shared in a pass, if anything."""
+def more_than_lora(config: PeftConfig) -> str | None:
+    """What an adapter has beyond B A of linear layers, if anything; then it can't share a pass with others."""
     if not isinstance(config, LoraConfig):
         return str(getattr(config.peft_type, "value", config.peft_type))
     if config.bias != "none":
@@ -169,7 +169,7 @@ def _more(config: PeftConfig) -> str | None:
     return None if found is None else f"with {found}"
 
 
-def _scale(config: LoraConfig, name: str, rank: int) -> float:
+def scale_of(config: LoraConfig, name: str, rank: int) -> float:
     patterns = config.alpha_pattern or {}
     alpha = patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)

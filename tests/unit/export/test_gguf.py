@@ -86,6 +86,53 @@ def test_an_adapter_is_in_it_and_the_tokenizer_and_the_chat_template_are_the_mod
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize(
+    "lora",
+    [{"r": 4, "lora_alpha": 6}, {"r": 4, "use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}}],
+    ids=["one scale", "scales by layer"],
+)
+def test_an_adapter_alone_is_on_its_base_in_llama_cpp_what_it_is_in_peft(family, lora, tmp_path):
+    base = small_model(tmp_path / "base", family, **FAMILIES[family])
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    config = LoraConfig(**lora, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    settings = [f"export.adapters={{a: '{tmp_path / 'adapter'}'}}", "export.check_rows=1"]
+    done = exported(base, tmp_path / "lora", "export.format=gguf_lora", *settings)
+    assert done.difference is not None and done.difference.divergence < 1e-6
+    assert "The adapter of " in (tmp_path / "lora" / "README.md").read_text()
+    exported(base, tmp_path / "out", "export.check=false")
+    merged: Any = adapted.merge_and_unload()  # type: ignore[operator]
+    merged.save_pretrained(tmp_path / "merged")
+    expected, without = next_logprobs(tmp_path / "merged", IDS), next_logprobs(base, IDS)
+    with llama_cpp(tmp_path / "out" / "model-F32.gguf", tmp_path / "lora" / "adapter-F32.gguf") as reader:
+        found = reader.next_logprobs(IDS, len(expected))
+    assert max(abs(expected[id] - logprob) for id, logprob in found.items()) < 2e-2
+    assert max(abs(without[id] - logprob) for id, logprob in found.items()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("lora", "words", "said"),
+    [
+        ({"use_dora": True}, [], "must be plain LoRA with export.format=gguf_lora, and is with DoRA"),
+        ({"modules_to_save": ["lm_head"]}, [], "and is with whole modules"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, [], "embed_tokens is an embedding"),
+        ({}, ["export.dtype=q8_0"], "export.dtype must be auto or one of"),
+        (None, [], "must be one adapter .* there are 0"),
+    ],
+)
+def test_an_adapter_that_llama_cpp_has_no_form_for_is_refused(lora, words, said, tmp_path):
+    base = small_model(tmp_path / "base", "llama")
+    if lora is not None:
+        config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | lora)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(str(tmp_path / "adapter"))
+        words = [f"export.adapters={{a: '{tmp_path / 'adapter'}'}}", *words]
+    with pytest.raises(ConfigError, match=said):
+        exported(base, tmp_path / "out", "export.format=gguf_lora", *words)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("model_type", "settings", "words", "said"),
     [
