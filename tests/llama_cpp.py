@@ -45,7 +45,7 @@ def small_model(folder: Path, model_type: str, **settings: Any) -> Path:
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape, **settings))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(shape | settings)))
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)

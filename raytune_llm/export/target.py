@@ -26,9 +26,9 @@ class Target:
     """That loads it, as a hub's cards name it."""
     dtype: str
     """The type of the weights, for the card."""
-    merges: bool = True
-    """The adapter is in the weights; False: it is written alone, for a base that the reader has."""
     max_kl: float = 0.01
     """Where export.max_kl is null."""
     passing_bytes: int = 0
     """On disk beside them, while it is written."""
+    merges: bool = True
+    """The adapter is in the weights; False: it is written alone, for a base that the reader has."""

@@ -74,8 +74,8 @@ def _pairs(source: Source, family: Family) -> list[Pair]:
         raise ConfigError("export.adapters", rule, fix="Set export.format=gguf, which merges what there is.")
     adapter, factor = source.adapters[0]
     config = read_config(adapter.folder, adapter.setting)
-    if adapter.scores or (more := more_than_lora(config)) is not None:
-        what = "a reward model's" if adapter.scores else more
+    what = "a reward model's" if adapter.scores else more_than_lora(config)
+    if what is not None:
         rule = f"must be plain LoRA with export.format=gguf_lora, and is {what}"
         raise ConfigError(adapter.setting, rule, got=adapter.folder, fix="Set export.format=gguf or hf, which merge it.")
     assert isinstance(config, LoraConfig)

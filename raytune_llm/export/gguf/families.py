@@ -73,6 +73,27 @@ def _gemma2(writer: GGUFWriter, config: Any) -> None:
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
+def _gemma3_refuses(config: Any) -> str | None:
+    """What llama.cpp does not read from the file."""
+    expected = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim
+    if config.query_pre_attn_scalar != expected:
+        return f"its query_pre_attn_scalar is {config.query_pre_attn_scalar}, where llama.cpp takes {expected}"
+    if config.attn_logit_softcapping is not None or config.final_logit_softcapping is not None:
+        return "it has soft caps"
+    if config.rope_parameters["sliding_attention"] != {"rope_type": "default", "rope_theta": 10000.0}:
+        return "its layers with a window have other rotary positions than the usual 10,000"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "it attends to what comes after, too"
+    is_full = [kind == "full_attention" for kind in config.layer_types]
+    return None if is_full == [n % 6 == 5 for n in range(len(is_full))] else "not every sixth layer is one without a window"
+
+
+def _phi3_refuses(config: Any) -> str | None:
+    if rope(config).get("partial_rotary_factor", 1.0) != 1.0:
+        return "it rotates a part of each head (partial_rotary_factor)"
+    return _slides(config)
+
+
 def _slides(config: Any) -> str | None:
     """llama.cpp attends over all that came before in this family."""
     kinds = set(getattr(config, "layer_types", None) or [])
@@ -115,6 +136,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family(MODEL_ARCH.QWEN2, _nothing, _same, _slides),
     "qwen3": Family(MODEL_ARCH.QWEN3, _nothing, _same, _qwen3_refuses),
     "gemma2": Family(MODEL_ARCH.GEMMA2, _gemma2, _norms_plus_one, _gemma2_refuses),
+    "gemma3_text": Family(MODEL_ARCH.GEMMA3, _window, _norms_plus_one, _gemma3_refuses),
+    "phi3": Family(MODEL_ARCH.PHI3, _nothing, _same, _phi3_refuses),
 }
 """By model_type."""
 
@@ -156,7 +179,9 @@ def head_dim(config: Any) -> int:
 
 
 def rope(config: Any) -> Mapping[str, Any]:
-    return config.rope_parameters
+    """The rotary positions; those of layers without a window, where others have their own."""
+    parameters = config.rope_parameters
+    return parameters.get("full_attention", parameters)
 
 
 def _plain(writer: GGUFWriter, parameters: Mapping[str, Any], config: Any) -> None:

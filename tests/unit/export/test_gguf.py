@@ -29,6 +29,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
     "qwen3": {"tie_word_embeddings": True},
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {"num_hidden_layers": 7, "query_pre_attn_scalar": 16, "sliding_window": 16},
+    "phi3": {},
 }  # fmt: skip
 IDS = [1, *range(40, 140, 3)]
 
@@ -141,6 +143,9 @@ def test_an_adapter_that_llama_cpp_has_no_form_for_is_refused(lora, words, said,
         ("llama", {"mlp_bias": True}, [], "mlp_bias"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, [], "scaled by dynamic"),
         ("gemma2", {"query_pre_attn_scalar": 99}, [], "query_pre_attn_scalar"),
+        ("gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": ["full_attention"] * 2}, [], "every sixth"),
+        ("gemma3_text", {"query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0}, [], "soft caps"),
+        ("phi3", {"sliding_window": 16}, [], "sliding_window"),
         ("llama", {}, ["export.format=hf", "export.dtype=q8_0"], "export.dtype must be auto or one of"),
     ],
 )
