@@ -12,8 +12,6 @@ from tempfile import TemporaryDirectory
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, Keys, get_tensor_name_map
 from gguf.quants import dequantize, quantize
-from peft import LoraConfig
-from safetensors.torch import load_file
 from torch import Tensor
 
 from raytune_llm.config.adapter import SavedAdapter
@@ -25,26 +23,20 @@ from raytune_llm.export.gguf.file import KINDS
 from raytune_llm.export.rows import Rows
 from raytune_llm.export.source import DTYPES, Source
 from raytune_llm.export.target import OnBytes, Target
-from raytune_llm.models.adapters.bank_weights import PREFIX, A, B, more_than_lora, scale_of, write
-from raytune_llm.models.adapters.saved import WEIGHTS, read_config
+from raytune_llm.models.adapters.pairs import Pair, read, write
 
 FILE_A, FILE_B = ".weight.lora_a", ".weight.lora_b"
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A layer's A and B, by its name in the model and in the file."""
+class Stored:
+    """A layer's A and B in the file: B's rows as llama.cpp orders them."""
 
     layer: str
+    """Its name in the model."""
     name: str
-    a_RK: Tensor
-    b_OR: Tensor
-    scale: float
-    """Of B A in the layer."""
-
-    @property
-    def rank(self) -> int:
-        return len(self.a_RK)
+    """In the file."""
+    pair: Pair
 
 
 def gguf_lora(source: Source, run: ExportRun) -> Target:
@@ -55,50 +47,45 @@ def gguf_lora(source: Source, run: ExportRun) -> Target:
         rule = f"must be auto or one of {', '.join(DTYPES)} with export.format=gguf_lora"
         raise ConfigError("export.dtype", rule, got=dtype, fix="auto is fp32.")
     family, kind = family_of(source.config, str(source.folder)), KINDS[dtype].quantization
-    pairs = _pairs(source, family)
+    layers = _stored(source, family)
     place = f"adapter-{kind.name}.gguf"
 
     def write_file(folder: Path, on_bytes: OnBytes) -> None:
-        _write(folder / place, source, family, pairs, kind, on_bytes)
+        _write(folder / place, source, family, layers, kind, on_bytes)
 
     def outputs_of(folder: Path, rows: Rows) -> Iterator[Tensor]:
-        return _outputs(folder / place, source, family, pairs, rows)
+        return _outputs(folder / place, source, family, layers, rows)
 
-    num_bytes = sum(pair.a_RK.numel() + pair.b_OR.numel() for pair in pairs) * DTYPES[dtype].itemsize
+    num_bytes = sum(layer.pair.a_RK.numel() + layer.pair.b_OR.numel() for layer in layers) * DTYPES[dtype].itemsize
     return Target(num_bytes, write_file, outputs_of, "gguf", dtype, merges=False)
 
 
-def _pairs(source: Source, family: Family) -> list[Pair]:
+def _stored(source: Source, family: Family) -> list[Stored]:
+    fix = "Set export.format=gguf, which merges it."
     if len(source.adapters) != 1:
         rule = f"must be one adapter with export.format=gguf_lora, and there are {len(source.adapters)}"
         raise ConfigError("export.adapters", rule, fix="Set export.format=gguf, which merges what there is.")
     adapter, factor = source.adapters[0]
-    config = read_config(adapter.folder, adapter.setting)
-    what = "a reward model's" if adapter.scores else more_than_lora(config)
-    if what is not None:
-        rule = f"must be plain LoRA with export.format=gguf_lora, and is {what}"
-        raise ConfigError(adapter.setting, rule, got=adapter.folder, fix="Set export.format=gguf or hf, which merge it.")
-    assert isinstance(config, LoraConfig)
+    if adapter.scores:
+        rule = "must be a language model's with export.format=gguf_lora, and is a reward model's"
+        raise ConfigError(adapter.setting, rule, got=adapter.folder, fix="Set export.format=hf, which merges it.")
     names = get_tensor_name_map(family.architecture, source.config.num_hidden_layers)
-    tensors, pairs = load_file(Path(adapter.folder) / WEIGHTS[0]), []
-    for layer in sorted(adapter.layers):
-        a_RK, b_OR = tensors.get(PREFIX + layer + A), tensors.get(PREFIX + layer + B)
+    found = []
+    for layer, pair in read(adapter.folder, adapter.setting, fix=fix).items():
         name = names.get_name(layer)
-        tied = source.ties_head and name == "output"
-        if a_RK is None or b_OR is None or name is None or tied:
-            why = "an embedding" if a_RK is None or b_OR is None or tied else "no tensor of llama.cpp's"
-            rule = f"must be on linear layers with export.format=gguf_lora: {layer} is {why}"
-            raise ConfigError(adapter.setting, rule, got=adapter.folder, fix="Set export.format=gguf, which merges it.")
-        b_OR = family.change(f"{layer}.weight", b_OR.float(), source.config)
-        pairs.append(Pair(layer, name, a_RK.float(), b_OR, factor * scale_of(config, layer, len(a_RK))))
-    return pairs
+        if name is None or (source.ties_head and name == "output"):
+            rule = f"must be on layers that llama.cpp's files of the base have, with export.format=gguf_lora: {layer} is none"
+            raise ConfigError(adapter.setting, rule, got=adapter.folder, fix=fix)
+        b_OR = family.change(f"{layer}.weight", pair.b_OR, source.config)
+        found.append(Stored(layer, name, Pair(pair.a_RK, b_OR, factor * pair.scale)))
+    return found
 
 
 def _write(
-    path: Path, source: Source, family: Family, pairs: Sequence[Pair], kind: GGMLQuantizationType, on_bytes: OnBytes
+    path: Path, source: Source, family: Family, layers: Sequence[Stored], kind: GGMLQuantizationType, on_bytes: OnBytes
 ) -> None:
     # llama.cpp scales by alpha / rank, with one alpha for all layers; without one, by 1.
-    alphas = {pair.scale * pair.rank for pair in pairs}
+    alphas = {layer.pair.scale * layer.pair.rank for layer in layers}
     alpha = alphas.pop() if len(alphas) == 1 else 0.0
     writer = GGUFWriter(path, family.architecture_name)
     try:
@@ -106,9 +93,9 @@ def _write(
         writer.add_name(source.adapters[0][0].folder if source.run is None else source.name)
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
-        for pair in pairs:
-            b_OR = pair.b_OR if alpha else pair.b_OR * pair.scale
-            for name, value in ((pair.name + FILE_A, pair.a_RK), (pair.name + FILE_B, b_OR)):
+        for layer in layers:
+            b_OR = layer.pair.b_OR if alpha else layer.pair.b_OR * layer.pair.scale
+            for name, value in ((layer.name + FILE_A, layer.pair.a_RK), (layer.name + FILE_B, b_OR)):
                 if kind is GGMLQuantizationType.F16 and value.abs().max() > torch.finfo(torch.float16).max:
                     rule = f"can't be float16 for {name}, whose values are too large"
                     raise ConfigError("export.dtype", rule, got="fp16", fix="Set bf16 or fp32.")
@@ -122,19 +109,18 @@ def _write(
         writer.close()
 
 
-def _outputs(file: Path, source: Source, family: Family, pairs: Sequence[Pair], rows: Rows) -> Iterator[Tensor]:
+def _outputs(file: Path, source: Source, family: Family, layers: Sequence[Stored], rows: Rows) -> Iterator[Tensor]:
     """Of the adapter in the file, put back into PEFT's form."""
     reader = GGUFReader(file)
     found = {tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()) for tensor in reader.tensors}
     alpha = float(reader.fields[Keys.Adapter.LORA_ALPHA].contents())
-    back: dict[str, tuple[Tensor, Tensor]] = {}
-    for pair in pairs:
-        b_OR = found[pair.name + FILE_B] * (alpha / pair.rank if alpha else 1.0)
-        order_O = family.change(f"{pair.layer}.weight", torch.arange(len(b_OR))[:, None], source.config).flatten().long()
-        back[pair.layer] = found[pair.name + FILE_A], torch.empty_like(b_OR).index_copy_(0, order_O, b_OR)
+    back: dict[str, Pair] = {}
+    for layer in layers:
+        b_OR = found[layer.name + FILE_B]
+        order_O = family.change(f"{layer.layer}.weight", torch.arange(len(b_OR))[:, None], source.config).flatten().long()
+        ours_OR = torch.empty_like(b_OR).index_copy_(0, order_O, b_OR)
+        back[layer.layer] = Pair(found[layer.name + FILE_A], ours_OR, alpha / layer.pair.rank if alpha else 1.0)
     with TemporaryDirectory() as folder:
-        ranks = {pair.layer: pair.rank for pair in pairs}
-        config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks, task_type="CAUSAL_LM")
-        write(Path(folder), config, back, base_model=None)
+        write(Path(folder), back)
         base = replace(source.model, path=str(source.folder), revision=None)
         yield from outputs(base, SavedAdapter(path=folder, setting="export.format"), rows, scores=False)
