@@ -14,6 +14,8 @@ CALIBRATED = ("gptq", "awq")
 """Formats that are computed from rows of data, in an environment of their own."""
 GROUPED = ("w4a16", *CALIBRATED)
 """Formats whose scales are of groups of inputs."""
+OF_LLAMA_CPP = ("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "iq4_xs")
+"""Types that llama.cpp's own program makes of a GGUF file."""
 
 
 @section
@@ -33,9 +35,14 @@ class ExportConfig:
     weights and activations in 8 bits. w4a16, nf4: weights in 4 bits, rounded to the nearest value. gptq, awq: weights in 4 bits
     that are chosen on calibration rows."""
     output_dir: str | None
-    dtype: Literal["auto", "fp32", "bf16", "fp16", "q8_0"]
+    dtype: Literal[
+        "auto", "fp32", "bf16", "fp16", "q8_0", "q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "iq4_xs"
+    ]  # fmt: skip
     """The type of the weights. auto: each tensor's own in the base. q8_0, in gguf alone: 8 bits, with a scale for 32
-    numbers. In a quantized format: the type of what is not quantized, and of scales."""
+    numbers; those below it are llama.cpp's own, made by export.llama_quantize. In a quantized format: the type of what is not
+    quantized, and of scales."""
+    llama_quantize: str | None
+    """llama.cpp's program llama-quantize, for gguf and ollama with a dtype of fewer than 8 bits."""
     group_size: PositiveInt | None
     """For w4a16, gptq and awq: inputs of a linear layer that share a scale. null: the largest of 128, 64 and 32 that divides
     each layer's."""
@@ -69,6 +76,13 @@ class ExportConfig:
         if self.group_size is not None and self.format not in GROUPED:
             rule = f"is for export.format={' or '.join(GROUPED)}"
             raise ConfigError("export.group_size", rule, got=self.group_size, fix="Set it to null.")
+        needs = self.format in ("gguf", "ollama") and self.dtype in OF_LLAMA_CPP
+        if needs and self.llama_quantize is None:
+            rule = f"must name llama.cpp's program llama-quantize with export.dtype={self.dtype}"
+            raise ConfigError("export.llama_quantize", rule, fix="Or set export.dtype=q8_0, which needs none.")
+        if self.llama_quantize is not None and not needs:
+            rule = f"is for export.format=gguf or ollama with export.dtype={', '.join(OF_LLAMA_CPP)}"
+            raise ConfigError("export.llama_quantize", rule, got=self.llama_quantize, fix="Set it to null.")
         assert self.shard_bytes
 
     @property

@@ -48,6 +48,7 @@ FORMATS: Mapping[str, Callable[[Source, ExportRun], Target]] = {
 class Exported:
     place: Path
     num_bytes: int
+    """Of all files there."""
     difference: Difference | None
     unchecked: str | None
     """Why the export was not compared with its source."""
@@ -67,7 +68,8 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
         difference, unchecked = _compared(run, source, target, folder)
         _describe(settings, source, target, folder, difference, unchecked)
         _take_place(folder, place)
-    return Exported(place, target.num_bytes, difference, unchecked)
+    num_bytes = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    return Exported(place, num_bytes, difference, unchecked)
 
 
 def _write(target: Target, folder: Path, on_progress: OnProgress) -> None:

@@ -19,6 +19,7 @@ from raytune_llm.config.run import ExportRun
 from raytune_llm.data.tokens.tokenizer import load_tokenizer
 from raytune_llm.errors import ConfigError
 from raytune_llm.export.gguf.families import Family, describe, family_of, rope_factors
+from raytune_llm.export.gguf.llama_quantize import in_fewer_bits
 from raytune_llm.export.gguf.vocabulary import Vocabulary, vocabulary_of
 from raytune_llm.export.rows import Rows
 from raytune_llm.export.source import DTYPES, Source
@@ -74,17 +75,23 @@ def gguf(source: Source, run: ExportRun) -> Target:
     if getattr(source.config, "quantization_config", None) is not None:
         fix = "Export the model that it was quantized from."
         raise ConfigError("export.format", "can't be gguf for weights that are quantized already", got=got, fix=fix)
-    family = family_of(source.config, got)
-    dtype = settings.dtype if settings.dtype != "auto" else _dtype_of(source)
+    if settings.llama_quantize is not None:
+        return in_fewer_bits(_target(source, "auto"), settings.llama_quantize, settings.dtype)
+    return _target(source, settings.dtype)
+
+
+def _target(source: Source, dtype: str) -> Target:
+    family = family_of(source.config, str(source.folder))
+    dtype = dtype if dtype != "auto" else _dtype_of(source)
     tensors = _tensors(source, family, KINDS[dtype].quantization)
     vocabulary = _vocabulary(source)
-    place = f"model-{KINDS[dtype].quantization.name}.gguf"
 
     def write(folder: Path, on_bytes: OnBytes) -> None:
-        _write(folder / place, source, family, vocabulary, tensors, KINDS[dtype].file_type, on_bytes)
+        place = folder / f"model-{KINDS[dtype].quantization.name}.gguf"
+        _write(place, source, family, vocabulary, tensors, KINDS[dtype].file_type, on_bytes)
 
     def outputs_of(folder: Path, rows: Rows) -> Iterator[Tensor]:
-        return _outputs(folder, place, family.read_as(source.config), rows)
+        return _outputs(folder, family.read_as(source.config), rows)
 
     return Target(sum(tensor.num_bytes for tensor in tensors), write, outputs_of, "gguf", dtype)
 
@@ -169,12 +176,13 @@ def _bytes_of(tensor: Stored, source: Source, family: Family) -> np.ndarray:
 
 
 @torch.no_grad()
-def _outputs(folder: Path, file: str, config: Any, rows: Rows) -> Iterator[Tensor]:
-    """By transformers' reader of GGUF, which takes weights from the file, with the model's own config."""
+def _outputs(folder: Path, config: Any, rows: Rows) -> Iterator[Tensor]:
+    """Of the one GGUF file there: by transformers' reader, which takes weights from the file, with the model's own config."""
     transformers.logging.disable_progress_bar()
+    (file,) = folder.glob("*.gguf")
     dense = GgufConfig(dequantize=True)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, config=config, dtype=torch.float32, quantization_config=dense
+        folder, gguf_file=file.name, config=config, dtype=torch.float32, quantization_config=dense
     )
     model.eval()
     for ids in rows.ids:

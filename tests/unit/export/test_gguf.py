@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from raytune_llm import api
 from raytune_llm.config.load import load_config
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.export.gguf.vocabulary import vocabulary_of
 from tests.llama_cpp import TEXTS, llama_cpp, next_logprobs, small_model
 
@@ -64,7 +64,7 @@ def test_every_dtype_is_as_near_as_its_bits(tmp_path):
         (file,) = (tmp_path / dtype).glob("*.gguf")
         assert 0 < worst(file, before) < bound
         assert done.difference is not None and 0 < done.difference.divergence < 1e-3
-        assert file.stat().st_size > done.num_bytes
+        assert done.num_bytes > file.stat().st_size
 
 
 def test_an_adapter_is_in_it_and_the_tokenizer_and_the_chat_template_are_the_models_own(tmp_path):
@@ -156,6 +156,47 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_before_anything_is_wr
     with pytest.raises(ConfigError, match=said):
         exported(base, tmp_path / "out", *words)
     assert [place.name for place in tmp_path.iterdir()] == ["base"]
+
+
+def program(place: Path, text: str) -> Path:
+    place.write_text(f"#!/bin/sh\n{text}\n")
+    place.chmod(0o755)
+    return place
+
+
+def test_llama_quantize_gets_the_whole_file_and_its_own_is_left(tmp_path):
+    base = small_model(tmp_path / "base", "llama")
+    copies = program(tmp_path / "llama-quantize", f'echo "$@" > {tmp_path / "asked"}; cp "$1" "$2"')
+    done = exported(base, tmp_path / "out", "export.dtype=q4_k_m", f"export.llama_quantize={copies}", "export.check_rows=1")
+    assert [file.name for file in (tmp_path / "out").glob("*.gguf")] == ["model-Q4_K_M.gguf"]
+    whole, place, dtype = (tmp_path / "asked").read_text().split()
+    assert (Path(whole).name, Path(place).name, dtype) == ("model-F32.gguf", "model-Q4_K_M.gguf", "Q4_K_M")
+    assert done.difference is not None and done.difference.divergence < 1e-6
+
+
+@pytest.mark.parametrize("text", ["echo no such type >&2; exit 3", "echo no such type"])
+def test_what_llama_quantize_says_is_the_error_and_nothing_is_left(text, tmp_path):
+    base = small_model(tmp_path / "base", "llama")
+    fails = program(tmp_path / "llama-quantize", text)
+    with pytest.raises(ResourceError, match="no such type"):
+        exported(base, tmp_path / "out", "export.dtype=q4_k_m", f"export.llama_quantize={fails}")
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["base", "llama-quantize"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["export.dtype=q4_k_m"], "export.llama_quantize must name llama.cpp's program llama-quantize"),
+        (["export.dtype=q4_k_m", "export.llama_quantize=/no/such"], "export.llama_quantize must be a program .* got '/no/such'"),
+        (["export.llama_quantize=/bin/true"], "export.llama_quantize is for export.format=gguf or ollama with export.dtype=q2_k"),
+        (["export.dtype=q4_k_m", "export.format=hf"], "export.dtype must be auto or one of"),
+    ],
+)
+def test_llama_quantize_is_asked_for_and_looked_for_before_anything_is_written(words, said, tmp_path):
+    base = small_model(tmp_path / "base", "llama")
+    with pytest.raises(ConfigError, match=said):
+        exported(base, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:

@@ -72,7 +72,7 @@ def test_plain_transformers_has_the_perplexity_that_the_card_says(base, tmp_path
     assert 1e-5 < said["divergence"] < 0.5  # rounded
     assert abs(math.log(perplexity_of(base) / said["perplexity_before"])) > 0.01  # the adapter is in it
     files = load_file(tmp_path / "out" / "model.safetensors")
-    stored = done.num_bytes - sum(tensor.nbytes for name, tensor in files.items() if "layers" not in name)
+    stored = sum(tensor.nbytes for name, tensor in files.items() if "layers" in name)
     before = sum(tensor.nbytes for name, tensor in load_file(base / "model.safetensors").items() if "layers" in name)
     assert stored < 0.75 * before  # of matrices so small, scales and facts are a large part
 
