@@ -46,8 +46,25 @@ class Built:
     """Name of the adapter that the run trains, if it trains one."""
 
 
+def least_usable_bytes(device: torch.device) -> float:
+    """Bytes that a GPU has for a run, the least of all workers, so that they choose alike; infinite without a GPU. A collective
+    call."""
+    if device.type != "cuda":
+        return math.inf
+    free = torch.cuda.get_device_properties(device).total_memory - held_by_others(device)
+    if dist.is_initialized():
+        least = torch.tensor(free, device=device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        free = int(least.item())
+    return USABLE * free
+
+
 class Builder:
-    """Builds a run's model on one worker. It keeps the memory estimate for the error that is raised if memory runs out."""
+    """Builds a run's model on one worker. It keeps the memory estimate for the error that is raised if memory runs out.
+
+    Making one is a collective call of all workers, and so are `build` and `policy`. What is read from it is not, so that one
+    worker whose memory runs out can say so by itself.
+    """
 
     def __init__(
         self,
@@ -70,6 +87,9 @@ class Builder:
             run.train.compile, device.type, never=run.uncompiled or self._uncompiled, lacking=lacks_for_compiling(device)
         )
         self._auto = run.train.activation_checkpointing == "auto"
+        self._set_environment()
+        self.usable_bytes = least_usable_bytes(device)
+        """That the GPU has for the run, the least of all workers; infinite without a GPU."""
 
     def build(self) -> Built:
         policy, counted, choices = self.policy()
@@ -85,17 +105,8 @@ class Builder:
         return Built(policy=policy, strategy=strategy, operations=counted, choices=choices)
 
     def policy(self) -> tuple[Policy, Operations, tuple[str, ...]]:
-        """The model, its strategy, and the automatic choices. For several runs, the model has a bank of empty adapter slots."""
+        """The model, its operations, and the automatic choices. For several runs, the model has a bank of empty adapter slots."""
         run, device = self.run, self.device
-        if device.type == "cpu":
-            # transformers imports DeepSpeed, if it is installed, to save any model; this avoids its warning on a host without GPU
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if device.type == "cuda":
-            # Read when the first tensor comes to the GPU: pages grow in place, so that changing sizes leave no holes.
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        if self.compiled:
-            # The default is a folder that goes with the next restart of the machine.
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
         compute, why_precision = choose_precision(run.train.precision, device)
         checkpointing, why = self._checkpointing()
         files = self._files()
@@ -143,19 +154,6 @@ class Builder:
         """The estimate of a step's peak."""
         return self._memory_of(self.needs).total
 
-    @cached_property
-    def usable_bytes(self) -> float:
-        """What the GPU has for the run, the least of all workers, so that they choose alike; infinite without a GPU. A
-        collective of all workers."""
-        if self.device.type != "cuda":
-            return math.inf
-        free = torch.cuda.get_device_properties(self.device).total_memory - held_by_others(self.device)
-        if dist.is_initialized():
-            least = torch.tensor(free, device=self.device)
-            dist.all_reduce(least, op=dist.ReduceOp.MIN)
-            free = int(least.item())
-        return USABLE * free
-
     def out_of_memory(self, error: torch.OutOfMemoryError, during: str) -> ResourceError:
         """The error for the user. The first note of `error` names the innermost phase in which memory ran out."""
         return ran_out(
@@ -183,6 +181,18 @@ class Builder:
     def at_once(self) -> int:
         """How many of the runs a pass is of: all, or as many as fit without computing activations again, where some do."""
         return self.needs.micro_batch_size // self.run.train.micro_batch_size
+
+    def _set_environment(self) -> None:
+        """What libraries read from it when they first use the device or compile."""
+        if self.device.type == "cpu":
+            # transformers imports DeepSpeed, if it is installed, to save any model; this avoids its warning on a host without GPU
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if self.device.type == "cuda":
+            # Read when the first tensor comes to the GPU: pages grow in place, so that changing sizes leave no holes.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if self.compiled:
+            # The default is a folder that goes with the next restart of the machine.
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
 
     @property
     def _captures(self) -> bool:

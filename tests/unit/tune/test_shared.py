@@ -106,7 +106,7 @@ def test_passes_of_a_few_trials_each_come_to_the_results_of_one_pass(both, chat_
         assert mine.latest == pytest.approx(its.latest, abs=1e-6)
 
 
-def test_a_pass_is_of_as_many_trials_as_fit_without_computing_activations_again(chat_rows, cache, tmp_path, monkeypatch):
+def test_a_pass_is_of_as_many_trials_as_fit_without_computing_activations_again(chat_rows, cache, tmp_path):
     given = [word for word in words(chat_rows, cache, tmp_path) if not word.startswith(("tune.", "data.max_length"))]
     run = load_config("train", [*given, "data.max_length=1024"])
     tokenizer, _ = Workspace().tokenizer_of(run)
@@ -114,8 +114,8 @@ def test_a_pass_is_of_as_many_trials_as_fit_without_computing_activations_again(
     needs = needs_together(Builder(run, config, torch.device("cpu")).needs, 16, 4)
     room = 1.01 * estimate(run, config, needs).total
     for usable, at_once in ((room, 4), (100 * room, 16)):
-        monkeypatch.setattr(Builder, "usable_bytes", usable)
         builder = Builder(run, config, torch.device("cpu"), together=[run] * 16)
+        builder.usable_bytes = usable
         assert (builder.at_once, builder.needs.checkpointing) == (at_once, "none")
 
 
