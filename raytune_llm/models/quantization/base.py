@@ -57,6 +57,22 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class UnpackedLinear(QuantizedLinear):
+    """Products are in the activations' type: the weight is unpacked once forward and once backward, and not kept."""
+
+    times: Callable[..., Tensor]
+    """(x [M, K], *weights(), transposed=False) -> x @ weight.T [M, N]; or (x [M, N], *weights(), transposed=True) -> x @ weight
+    [M, K]. One op for the compiler, which would else keep the unpacked weight for the backward pass."""
+
+    @classmethod
+    def product(cls, x_MK: Tensor, *held: Tensor) -> Tensor:
+        return cls.times(x_MK, *held, transposed=False)
+
+    @classmethod
+    def transposed(cls, grad_MN: Tensor, *held: Tensor) -> Tensor:
+        return cls.times(grad_MN, *held, transposed=True)
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, layer: QuantizedLinear, *weights: Tensor) -> Tensor:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
+from raytune_llm.models.quantization.base import Quantization, UnpackedLinear
 
 BITS, GROUP = 4, 64
 
 
-class HQQLinear(QuantizedLinear):
-    """Products are in the activations' type: the weight is unpacked once forward and once backward, and not kept."""
-
+class HQQLinear(UnpackedLinear):
     HELD = ("packed", "scales", "zeros")
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -29,17 +27,12 @@ class HQQLinear(QuantizedLinear):
             self.register_buffer(name, tensor.clone(), persistent=False)  # its solver's are tensors of inference mode
 
     @staticmethod
-    def product(x_MK: Tensor, *held: Tensor) -> Tensor:
-        return _hqq_product(x_MK, *held, transposed=False)
-
-    @staticmethod
-    def transposed(grad_MN: Tensor, *held: Tensor) -> Tensor:
-        return _hqq_product(grad_MN, *held, transposed=True)
+    def times(x: Tensor, *held: Tensor, transposed: bool) -> Tensor:
+        return _hqq_product(x, *held, transposed=transposed)
 
 
 @torch.library.custom_op("raytune_llm::hqq_product", mutates_args=())
 def _hqq_product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, transposed: bool) -> Tensor:
-    """x @ weight.T, or x @ weight. One op for the compiler, which would else keep the unpacked weight for the backward pass."""
     from hqq.core.bitpack import BitPack
 
     # in bf16 a zero of 15 would be off by a sixteenth of a step

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
+from raytune_llm.models.quantization.base import Quantization, UnpackedLinear
 
 INT8_MAX = 127.0
 
 
-class Int8Linear(QuantizedLinear):
+class Int8Linear(UnpackedLinear):
     HELD = ("rounded", "scales")
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -25,18 +25,13 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("scales", largest_N.float() / INT8_MAX, persistent=False)
 
     @staticmethod
-    def product(x_MK: Tensor, *held: Tensor) -> Tensor:
-        return _int8_product(x_MK, *held, transposed=False)
-
-    @staticmethod
-    def transposed(grad_MN: Tensor, *held: Tensor) -> Tensor:
-        return _int8_product(grad_MN, *held, transposed=True)
+    def times(x: Tensor, *held: Tensor, transposed: bool) -> Tensor:
+        return _int8_product(x, *held, transposed=transposed)
 
 
 @torch.library.custom_op("raytune_llm::int8_product", mutates_args=())
 def _int8_product(x: Tensor, rounded_NK: Tensor, scales_N: Tensor, transposed: bool) -> Tensor:
-    """x @ weight.T, or x @ weight. One op for the compiler, which would else keep the wider weight for the backward pass. Eight
-    bits are exact in any type that x has."""
+    # eight bits are exact in any type that x has
     wide_NK, scales_N = rounded_NK.to(x.dtype), scales_N.to(x.dtype)
     return (x * scales_N) @ wide_NK if transposed else (x @ wide_NK.T) * scales_N
 

@@ -11,15 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
+from raytune_llm.models.quantization.base import Quantization, UnpackedLinear
 
 BLOCK, SCALES_BLOCK = 64, 256
 """Weights per scale, and scales per scale of scales."""
 
 
-class NF4Linear(QuantizedLinear):
-    """Products are in the activations' type: the weight is unpacked once forward and once backward, and not kept."""
-
+class NF4Linear(UnpackedLinear):
     CODE: ClassVar[str] = "nf4"
     """bitsandbytes' name of the sixteen values."""
     HELD = ("packed", "scales", "scales_of_scales", "code_of_scales", "mean_scale")
@@ -35,12 +33,8 @@ class NF4Linear(QuantizedLinear):
             self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
-    def product(cls, x_MK: Tensor, *held: Tensor) -> Tensor:
-        return _four_bit_product(x_MK, *held, transposed=False, code=cls.CODE)
-
-    @classmethod
-    def transposed(cls, grad_MN: Tensor, *held: Tensor) -> Tensor:
-        return _four_bit_product(grad_MN, *held, transposed=True, code=cls.CODE)
+    def times(cls, x: Tensor, *held: Tensor, transposed: bool) -> Tensor:
+        return _four_bit_product(x, *held, transposed=transposed, code=cls.CODE)
 
 
 @torch.library.custom_op("raytune_llm::four_bit_product", mutates_args=())
@@ -54,7 +48,6 @@ def _four_bit_product(
     transposed: bool,
     code: str,
 ) -> Tensor:
-    """x @ weight.T, or x @ weight. One op for the compiler, which would else keep the unpacked weight for the backward pass."""
     bnb = torch.ops.bitsandbytes
     wide = bnb.dequantize_blockwise(scales, scales_of_scales, code_of_scales, SCALES_BLOCK, torch.float32) + mean_scale
     shape = [x.shape[1], _other_size(x, packed)] if transposed else [_other_size(x, packed), x.shape[1]]
