@@ -55,13 +55,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(verb: str | None, argv: list[str]) -> int:
-    from raytune_llm import packaged
     from raytune_llm.config import command_line
-    from raytune_llm.config.run import ChatRun, EvaluateRun, ExportRun, PredictRun, PrepareRun, ServeRun, TrainRun
 
     if any(flag in argv for flag in ("--help", "-h")):
         print(command_line.usage(verb, VERBS))
         return 0
+    from raytune_llm import packaged
+    from raytune_llm.config.run import ChatRun, EvaluateRun, ExportRun, PredictRun, PrepareRun, ServeRun, TrainRun
+
     call = command_line.parse(verb or "train", argv)
     module = f"raytune_llm.commands.{call.verb}{'_' if iskeyword(call.verb) else ''}"
 

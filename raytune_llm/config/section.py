@@ -24,7 +24,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(cls: type[T]) -> type[T]:
-    return dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))(cls)  # type: ignore[return-value]
+    # Validators are built where a config is first validated: help needs none, and no command those of all verbs.
+    rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+    return dataclass(frozen=True, kw_only=True, config=rules)(cls)  # type: ignore[return-value]
 
 
 def settings_of(section: Any) -> dict[str, Any]:
