@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from raytune_llm.data.kinds.kind import Document, Kind
-from raytune_llm.data.store import Rows
+from raytune_llm.data.kinds.kind import Document, Kind, Rows
 from raytune_llm.records import Batch, Prefixes
 
 PADDING_DOCUMENT = 64

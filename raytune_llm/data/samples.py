@@ -10,9 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
-from raytune_llm.data.kinds.kind import Document, Place
+from raytune_llm.data.kinds.kind import Document, Place, Rows
 from raytune_llm.data.packing import plan
-from raytune_llm.data.store import Rows, Store
+from raytune_llm.data.store import Store
 from raytune_llm.records import Batch
 
 JOINED_MULTIPLE = 64

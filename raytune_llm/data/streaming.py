@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from raytune_llm.data.kinds import KINDS
-from raytune_llm.data.kinds.kind import MappedShard
+from raytune_llm.data.kinds.kind import MappedShard, Rows, num_rows
 from raytune_llm.data.samples import Ordered, Samples, permutation
-from raytune_llm.data.store import FAILED, MANIFEST, OUTLINE, Rows, map_shard, num_rows, partial, shard_name
+from raytune_llm.data.store import FAILED, MANIFEST, OUTLINE, map_shard, partial, shard_name
 from raytune_llm.errors import DataError
 
 T = TypeVar("T")

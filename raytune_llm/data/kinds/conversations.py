@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.kinds.answers import NOTHING_LEFT, check_length, check_media
-from raytune_llm.data.kinds.kind import IDS, Column, Document, Ids, Kind, MappedShard, Place, Targets, sizes_of
+from raytune_llm.data.kinds.kind import IDS, Column, Document, Ids, Kind, MappedShard, Place, Rows, Targets, sizes_of
 from raytune_llm.data.kinds.text import rest_of_text
 from raytune_llm.data.templates.rendered import Rendered, Renderer
 from raytune_llm.data.tokens.tokenize import Tokens
 from raytune_llm.data.tokens.truncation import shorten
 from raytune_llm.records import Conversation, Labeled, Pair, Record, Text, last_answer_only
-
-if TYPE_CHECKING:
-    from raytune_llm.data.store import Rows
 
 WHAT = {
     Pair: "a pair of answers, as stage=dpo, orpo, simpo, cpo or reward learns from",

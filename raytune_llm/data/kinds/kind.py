@@ -1,4 +1,5 @@
-"""The interface of a kind of row: its columns in a token store, how a row is built from a record, and its documents in a batch.
+"""The interface of a kind of row: its columns in a token store, how a row is built from a record, and its documents in a batch;
+and the rows of a kind, as shards hold them.
 
 Arrays are numpy's, since workers that build stores do not import torch.
 """
@@ -6,8 +7,10 @@ Arrays are numpy's, since workers that build stores do not import torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -15,7 +18,6 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from raytune_llm.data.store import Rows
     from raytune_llm.data.templates.rendered import Rendered
     from raytune_llm.data.tokens.tokenize import Tokens
     from raytune_llm.records import Record
@@ -170,6 +172,74 @@ class Kind(ABC):
         """Token ids of the row's prompt and of its answer."""
 
 
+class Rows:
+    """The rows of memory-mapped shards of one kind, numbered from 0 over all shards."""
+
+    identity: str = ""
+    """The hash of a complete store; empty for a store under construction."""
+
+    def __init__(self, kind: Kind, end_of_row: int | None, shards: Sequence[MappedShard]) -> None:
+        self.kind = kind
+        self.end_of_row = end_of_row
+        """The token id that is the last target of every trained span, if the template itself writes no end token."""
+        self.shards = list(shards)
+        self._first_rows = np.cumsum([0, *(num_rows(shard) for shard in self.shards)]).tolist()
+        self.num_rows: int = self._first_rows[-1]
+        self._over_shards: dict[str, np.ndarray] = {}
+
+    def only(self, rows: np.ndarray) -> tuple[Rows, np.ndarray]:
+        """A Rows with only the shards that these rows are in, and the numbers of the rows in it."""
+        first_rows = np.array(self._first_rows)
+        shard_of = np.searchsorted(first_rows, rows, side="right") - 1
+        used = np.unique(shard_of)
+        part = Rows(self.kind, self.end_of_row, [self.shards[shard] for shard in used.tolist()])
+        moved = np.zeros(len(first_rows), np.int64)
+        moved[used] = np.array(part._first_rows[:-1]) - first_rows[used]
+        return part, rows + moved[shard_of]
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def row(self, number: int) -> Any:
+        """The row as the kind's NamedTuple; its lists are views of the mapped file."""
+        shard = bisect_right(self._first_rows, number) - 1
+        local = number - self._first_rows[shard]
+        columns = self.shards[shard]
+        return self.kind.row(*(_value(columns[name], local) for name in self.kind.columns))
+
+    def prompt_and_answer(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of the row's prompt and of its answer."""
+        return self.kind.prompt_and_answer(self.row(number))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32 [rows]: tokens of each row in one batch, with the prompt counted for every document."""
+        return joined([self.kind.lengths(shard) for shard in self.shards], np.int32)
+
+    @cached_property
+    def trained(self) -> np.ndarray:
+        """int32 [rows]: trained tokens of each row, without a first token, which nothing predicts."""
+        return joined([self.kind.trained(shard) for shard in self.shards], np.int32)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """int64 or float64 [rows]: each row's part of the number that the loss is divided by."""
+        return np.concatenate([np.zeros(0, np.int64), *map(self.kind.counts, self.shards)])
+
+    def list_lengths(self, column: str) -> np.ndarray:
+        """int64 [rows]: the length of each row's list in this column."""
+        return self._once(column, lambda shard: sizes_of(shard[column]).astype(np.int64))
+
+    def numbers(self, column: str) -> np.ndarray:
+        """[rows]: the values of a column with one number per row."""
+        return self._once(column, lambda shard: shard[column])
+
+    def _once(self, column: str, of_shard: Callable[[MappedShard], np.ndarray]) -> np.ndarray:
+        if column not in self._over_shards:
+            self._over_shards[column] = np.concatenate([of_shard(shard) for shard in self.shards])
+        return self._over_shards[column]
+
+
 def sizes_of(lists: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """The length of each list."""
     offsets, _ = lists
@@ -180,3 +250,18 @@ def ones(lists: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """int64: 1 for each list."""
     offsets, _ = lists
     return np.ones(len(offsets) - 1, np.int64)
+
+
+def num_rows(shard: MappedShard) -> int:
+    return len(shard["source"])
+
+
+def joined(arrays: Sequence[Any], dtype: Any) -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype, copy=False) if len(arrays) else np.zeros(0, dtype)
+
+
+def _value(column: Any, row: int) -> Any:
+    if not isinstance(column, tuple):
+        return column[row]
+    offsets, values = column
+    return values[offsets[row] : offsets[row + 1]]

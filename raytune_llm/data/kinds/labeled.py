@@ -7,19 +7,16 @@ the policy has moved from the reference.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.kinds.answers import NOTHING_LEFT, answered, check_answer, check_media, shortened
-from raytune_llm.data.kinds.kind import IDS, Column, Document, Ids, Kind, MappedShard, Place, Targets, ones, sizes_of
+from raytune_llm.data.kinds.kind import IDS, Column, Document, Ids, Kind, MappedShard, Place, Rows, Targets, ones, sizes_of
 from raytune_llm.data.templates.rendered import Rendered, Renderer
 from raytune_llm.data.tokens.tokenize import Tokens
 from raytune_llm.records import Labeled, Record
-
-if TYPE_CHECKING:
-    from raytune_llm.data.store import Rows
 
 
 class LabeledRow(NamedTuple):

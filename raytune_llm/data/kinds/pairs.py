@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.kinds.answers import NOTHING_LEFT, answered, check_answer, check_length, check_media, prompt_and_answer
-from raytune_llm.data.kinds.kind import IDS, Column, Document, Ids, Kind, MappedShard, Place, Targets, ones, sizes_of
+from raytune_llm.data.kinds.kind import IDS, Column, Document, Ids, Kind, MappedShard, Place, Rows, Targets, ones, sizes_of
 from raytune_llm.data.templates.rendered import Rendered, Renderer
 from raytune_llm.data.tokens.tokenize import Tokens
 from raytune_llm.data.tokens.truncation import shares
 from raytune_llm.records import Pair, Record
-
-if TYPE_CHECKING:
-    from raytune_llm.data.store import Rows
 
 
 class PairRow(NamedTuple):

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.kinds.answers import check_media, shortened
-from raytune_llm.data.kinds.kind import IDS, Document, Ids, Kind, MappedShard, Place, Targets, ones, sizes_of
+from raytune_llm.data.kinds.kind import IDS, Document, Ids, Kind, MappedShard, Place, Rows, Targets, ones, sizes_of
 from raytune_llm.data.templates.rendered import Rendered, Renderer
 from raytune_llm.data.tokens.tokenize import Tokens
 from raytune_llm.records import Conversation, Labeled, Message, Pair, Record, Text
-
-if TYPE_CHECKING:
-    from raytune_llm.data.store import Rows
 
 
 class PromptRow(NamedTuple):

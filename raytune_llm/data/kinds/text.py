@@ -10,15 +10,13 @@ import numpy as np
 
 from raytune_llm.data.dropped import BadRow
 from raytune_llm.data.kinds.answers import NOTHING_LEFT, check_length
-from raytune_llm.data.kinds.kind import IDS, Document, Ids, Kind, MappedShard, Place, Targets, sizes_of
+from raytune_llm.data.kinds.kind import IDS, Document, Ids, Kind, MappedShard, Place, Rows, Targets, sizes_of
 from raytune_llm.data.templates.rendered import PlainText, Rendered
 from raytune_llm.data.tokens.tokenize import Tokens
 from raytune_llm.records import Conversation, Labeled, Pair, Record, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    from raytune_llm.data.store import Rows
 
 PROMPT_TOKENS = 32
 """The prompt of a plain text: its first tokens, at most this many, or half of a short text."""

@@ -12,10 +12,10 @@ import torch
 from raytune_llm.data.batches import moved
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
-from raytune_llm.data.kinds.kind import IDS, Column, Document, Ids, Kind, sizes_of
+from raytune_llm.data.kinds.kind import IDS, Column, Document, Ids, Kind, Rows, sizes_of
 from raytune_llm.data.loader import Loader
 from raytune_llm.data.samples import Samples
-from raytune_llm.data.store import Rows, map_shard, write_shard
+from raytune_llm.data.store import map_shard, write_shard
 
 
 class PictureRow(NamedTuple):

@@ -4,8 +4,9 @@ import pytest
 
 from raytune_llm.data.dropped import BadRow, Dropped
 from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.kinds.kind import Rows
 from raytune_llm.data.kinds.labeled import LabeledRow
-from raytune_llm.data.store import Rows, map_shard, write_shard
+from raytune_llm.data.store import map_shard, write_shard
 from raytune_llm.records import Labeled
 
 
