@@ -19,7 +19,8 @@ from raytune_llm import api
 from raytune_llm.config.override_syntax import as_word
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.runs.plan import Plan
-from raytune_llm.tune.study import PAGE, TABLE, Study, Trial
+from raytune_llm.tune.study import PAGE, TABLE, Study
+from raytune_llm.tune.trial import Trial
 
 if TYPE_CHECKING:
     from raytune_llm.tune.run import TuneResult

@@ -9,8 +9,8 @@ from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ResourceError
 from raytune_llm.tune.results import prune, write_results
-from raytune_llm.tune.study import Study, Trial
-from raytune_llm.tune.trial import Outcome
+from raytune_llm.tune.study import Study
+from raytune_llm.tune.trial import Outcome, Trial
 
 OnChange = Callable[[Study, Trial], None]
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from raytune_llm.config.space import Axis, Interval
 from raytune_llm.report.plots import save
-from raytune_llm.tune.study import Study, Trial
+from raytune_llm.tune.study import Study
+from raytune_llm.tune.trial import Trial
 
 INK, FAINT, BEST = "#333333", "#8a8a8a", "#d9622b"
 

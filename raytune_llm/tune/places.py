@@ -19,8 +19,7 @@ from raytune_llm.config.resources import Cluster, Local
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.tune.conduct import Conduct
-from raytune_llm.tune.study import Trial
-from raytune_llm.tune.trial import Outcome, Reported
+from raytune_llm.tune.trial import Outcome, Reported, Trial
 
 Place = Callable[[TrainRun, Reported], Outcome]
 PARTS = 10_000

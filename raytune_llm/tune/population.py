@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raytune_llm.config.space import Axis, Choice, Point
 from raytune_llm.config.sweep import Sweep
-
-if TYPE_CHECKING:
-    from raytune_llm.tune.study import Trial
+from raytune_llm.tune.trial import Trial
 
 FACTORS = (0.8, 1.2)
 

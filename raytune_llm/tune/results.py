@@ -14,7 +14,8 @@ from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.plain import to_yaml
 from raytune_llm.config.space import merged
 from raytune_llm.tune.page import sweep_page
-from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Study, Trial
+from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Study
+from raytune_llm.tune.trial import Trial
 
 
 def write_results(study: Study) -> None:

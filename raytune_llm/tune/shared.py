@@ -22,8 +22,7 @@ from raytune_llm.memory.footprint import GIB
 from raytune_llm.runs.together import Part, Room
 from raytune_llm.tune.conduct import Conduct
 from raytune_llm.tune.metric import Metric, MetricMissing
-from raytune_llm.tune.study import Trial
-from raytune_llm.tune.trial import FAILURES, Listener, Outcome, Reported, Stopped, free, outcome_of, reason_of
+from raytune_llm.tune.trial import FAILURES, Listener, Outcome, Reported, Stopped, Trial, free, outcome_of, reason_of
 
 TrainTogether = Callable[..., Sequence[Any]]
 """api.train_together."""

@@ -7,9 +7,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from raytune_llm.config.plain import flat_items
 from raytune_llm.config.run import TrainRun
@@ -21,51 +21,13 @@ from raytune_llm.tune.metric import Metric
 from raytune_llm.tune.population import exploited
 from raytune_llm.tune.schedulers import scheduler_of
 from raytune_llm.tune.searchers import searcher_of
+from raytune_llm.tune.trial import State, Trial
 
-State = Literal["running", "paused", "finished", "stopped", "failed"]
 Adopt = Callable[[TrainRun, Path], object]
 """(run, folder): give the run the checkpoint of another one."""
 TRIALS = "trials"
 LONGEST_NAME = 60
 TABLE, RESULTS, BEST, PAGE = "trials.csv", "results.json", "best.yaml", "sweep.png"
-
-
-@dataclass(kw_only=True)
-class Trial:
-    """One run of one point."""
-
-    number: int
-    point: Point
-    seed: int
-    folder: Path
-    state: State = "running"
-    reports: dict[int, float] = field(default_factory=dict)
-    """The metric by step, as evaluations said it."""
-    total_steps: int | None = None
-    value: float | None = None
-    """The metric of its model, or the last one where it was stopped."""
-    others: tuple[float, ...] = ()
-    """Further metrics of its model, where it is finished."""
-    reason: str | None = None
-    """Why it failed."""
-    seconds: float = 0.0
-    """Run time of the process that ended it; an interrupted one's is not counted."""
-    stopping: bool = False
-    """The scheduler has ended it."""
-    asked: int | None = None
-    """Its point is the searcher's n-th; none of a clone's."""
-    released: bool = False
-    """It doesn't pause (any more)."""
-    round: int = 0
-    """The round of tune.scheduler=pbt that it is in."""
-
-    @property
-    def step(self) -> int:
-        return max(self.reports, default=0)
-
-    @property
-    def latest(self) -> float | None:
-        return self.value if self.value is not None or not self.reports else self.reports[self.step]
 
 
 @dataclass(frozen=True, kw_only=True)

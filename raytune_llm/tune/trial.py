@@ -1,21 +1,22 @@
-"""One trial: a run that the scheduler may end at any evaluation."""
+"""One trial: what a sweep knows of it, and its run, which the scheduler may end at any evaluation."""
 
 from __future__ import annotations
 
 import gc
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from raytune_llm.config.run import TrainRun
+from raytune_llm.config.space import Point
 from raytune_llm.errors import UserError
 from raytune_llm.report.metrics import METRICS, read_metrics
 from raytune_llm.report.updates import EndOfRun, RunStarted
 from raytune_llm.tune.metric import Metric, MetricMissing
-from raytune_llm.tune.study import State
 
+State = Literal["running", "paused", "finished", "stopped", "failed"]
 Train = Callable[..., Any]
 """api.train."""
 Reported = Callable[[int, int, float], bool]
@@ -24,6 +25,44 @@ Reported = Callable[[int, int, float], bool]
 
 FAILURES = (UserError, OSError, RuntimeError, ArithmeticError, MemoryError)
 """Errors that end only the trial, not the sweep."""
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One run of one point."""
+
+    number: int
+    point: Point
+    seed: int
+    folder: Path
+    state: State = "running"
+    reports: dict[int, float] = field(default_factory=dict)
+    """The metric by step, as evaluations said it."""
+    total_steps: int | None = None
+    value: float | None = None
+    """The metric of its model, or the last one where it was stopped."""
+    others: tuple[float, ...] = ()
+    """Further metrics of its model, where it is finished."""
+    reason: str | None = None
+    """Why it failed."""
+    seconds: float = 0.0
+    """Run time of the process that ended it; an interrupted one's is not counted."""
+    stopping: bool = False
+    """The scheduler has ended it."""
+    asked: int | None = None
+    """Its point is the searcher's n-th; none of a clone's."""
+    released: bool = False
+    """It doesn't pause (any more)."""
+    round: int = 0
+    """The round of tune.scheduler=pbt that it is in."""
+
+    @property
+    def step(self) -> int:
+        return max(self.reports, default=0)
+
+    @property
+    def latest(self) -> float | None:
+        return self.value if self.value is not None or not self.reports else self.reports[self.step]
 
 
 class Stopped(EndOfRun):
