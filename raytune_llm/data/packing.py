@@ -37,50 +37,60 @@ def plan(lengths: np.ndarray, capacity: int) -> Packs:
     assert lengths.min() >= 1, "an empty row can't be packed"
     assert lengths.max() <= capacity, f"a row of {lengths.max()} tokens is longer than a pack of {capacity}"
 
-    longest_first = np.argsort(-lengths.astype(np.int32), kind="stable")
-    counts = np.bincount(lengths, minlength=capacity + 1)
-    pack_of = np.empty(len(lengths), np.int64)  # in the order of longest_first
-    num_packs = placed = 0
-    room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # tokens left -> packs
-    num_with_room = np.zeros(capacity + 1, np.int64)
-
-    def place(packs: np.ndarray, left: int, length: int, remaining: int) -> int:
-        """Fill these packs, which have `left` tokens of room, with rows of this length. Returns the number of placed rows."""
-        nonlocal placed
-        fit = left // length
-        num_full = min(len(packs), remaining // fit)
-        full, rest = packs[:num_full], packs[num_full:]
-        targets = [np.repeat(full, fit)]
-        store(full, left - fit * length)
-        partial = remaining - num_full * fit if len(rest) else 0
-        if partial:
-            targets.append(np.repeat(rest[:1], partial))
-            store(rest[:1], left - partial * length)
-            rest = rest[1:]
-        store(rest, left)
-        rows = np.concatenate(targets)
-        pack_of[placed : placed + len(rows)] = rows
-        placed += len(rows)
-        return len(rows)
-
-    def store(packs: np.ndarray, left: int) -> None:
-        if len(packs):
-            room[left].append(packs)
-            num_with_room[left] += len(packs)
-
-    for length in np.flatnonzero(counts)[::-1].tolist():
-        remaining = int(counts[length])
-        for left in (length + np.flatnonzero(num_with_room[length:])).tolist():
-            packs = np.concatenate(room[left])
-            room[left], num_with_room[left] = [], 0
-            remaining -= place(packs, left, length, remaining)
+    open_packs = _OpenPacks(capacity)
+    num_packs, placed = 0, []
+    for length, remaining in reversed(list(enumerate(np.bincount(lengths).tolist()))):
+        for room in open_packs.rooms(length) if remaining else ():
+            placed.append(open_packs.fill(open_packs.take(room), room, length, remaining))
+            remaining -= len(placed[-1])
             if not remaining:
                 break
         if remaining:
             new = np.arange(num_packs, num_packs - (-remaining // (capacity // length)))
             num_packs += len(new)
-            place(new, capacity, length, remaining)
+            placed.append(open_packs.fill(new, capacity, length, remaining))
 
+    pack_of = np.concatenate(placed)
+    longest_first = np.argsort(-lengths.astype(np.int32), kind="stable")
     offsets = np.zeros(num_packs + 1, np.int64)
     np.cumsum(np.bincount(pack_of, minlength=num_packs), out=offsets[1:])
     return Packs(longest_first[np.argsort(pack_of, kind="stable")].astype(np.int32), offsets)
+
+
+class _OpenPacks:
+    """Numbers of the packs that may take more rows, by their room: the tokens that are left in them."""
+
+    def __init__(self, capacity: int) -> None:
+        self._with_room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
+        self._num_with_room = np.zeros(capacity + 1, np.int64)
+
+    def rooms(self, length: int) -> list[int]:
+        """The rooms that packs have and a row of this length fits in, the least first."""
+        return (length + np.flatnonzero(self._num_with_room[length:])).tolist()
+
+    def take(self, room: int) -> np.ndarray:
+        """All packs with this room, which are no longer open."""
+        packs = np.concatenate(self._with_room[room])
+        self._with_room[room], self._num_with_room[room] = [], 0
+        return packs
+
+    def fill(self, packs: np.ndarray, room: int, length: int, num_rows: int) -> np.ndarray:
+        """Place up to num_rows rows of this length in these packs, pack by pack, and open them again with what is left. Returns
+        the pack of each placed row."""
+        fit = room // length
+        num_full = min(len(packs), num_rows // fit)
+        full, rest = packs[:num_full], packs[num_full:]
+        placed = [np.repeat(full, fit)]
+        self._open(full, room - fit * length)
+        in_last = num_rows - num_full * fit if len(rest) else 0
+        if in_last:
+            placed.append(np.repeat(rest[:1], in_last))
+            self._open(rest[:1], room - in_last * length)
+            rest = rest[1:]
+        self._open(rest, room)
+        return np.concatenate(placed)
+
+    def _open(self, packs: np.ndarray, room: int) -> None:
+        if len(packs):
+            self._with_room[room].append(packs)
+            self._num_with_room[room] += len(packs)
