@@ -27,10 +27,9 @@ from raytune_llm.report.slow import notify_if_slow
 from raytune_llm.report.updates import RunStarted, SampledAnswer, Update
 from raytune_llm.runs.build import Builder, Built
 from raytune_llm.runs.setup import Reads, Setup, complete, explained, reads_of
-from raytune_llm.runs.worker import Recorder, TrainOutcome, check_loss, finish, memory_gib, restore
+from raytune_llm.runs.worker import Recorder, Times, TrainOutcome, check_loss, checkpoints_of, finish, outcome_of, restore
 from raytune_llm.runs.workspace import Workspace
 from raytune_llm.train import together
-from raytune_llm.train.checkpoint import Checkpoints
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.optimizers import optimizer_of
 from raytune_llm.train.strategies.base import Precision
@@ -167,13 +166,7 @@ class _One:
         self.setup = setup
         self.outer.enter_context(self.stack)
         settings, clock = setup.loop_settings(), Clock()
-        self.checkpoints = Checkpoints(
-            setup.output / "checkpoints",
-            keep=part.run.checkpoint.keep,
-            keep_best=settings.save_best,
-            asynchronous=part.run.checkpoint.asynchronous,
-        )
-        self.stack.callback(self.checkpoints.close)
+        self.checkpoints = checkpoints_of(setup, self.stack)
         strategy: Any = setup.built.strategy
         progress = restore(self.checkpoints, strategy)
         self.first_step = progress.step
@@ -208,7 +201,8 @@ class _One:
             if not paused:
                 check_loss(progress)
                 finish(self.setup, self.checkpoints, progress, self.part.on_update)
-            self.outcome = self._outcome(trained, paused=paused)
+            times = Times(began=self.began, loaded=self.loaded, trained=trained, in_training_s=self.recorder.save_s)
+            self.outcome = outcome_of(self.setup, progress, self.member.clock, times, paused=paused)
         except Exception as raised:
             self.outcome = raised
         finally:
@@ -236,17 +230,3 @@ class _One:
             adapter=self.name,
         )
         return complete(run, self.reads, self.builder, built, self.part.on_update)
-
-    def _outcome(self, trained: float, *, paused: bool) -> TrainOutcome:
-        rate, saved_s = self.member.clock.rate(), self.recorder.save_s
-        return TrainOutcome(
-            progress=self.member.progress,
-            paused=paused,
-            world_size=1,
-            tokens_per_s=None if rate is None else rate.tokens,
-            mfu=self.setup.mfu(rate),
-            peak_memory_gib=memory_gib(self.setup.device),
-            load_s=self.loaded - self.began,
-            train_s=trained - self.loaded - saved_s,
-            save_s=saved_s + time.perf_counter() - trained,
-        )

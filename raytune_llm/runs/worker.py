@@ -77,14 +77,7 @@ def work(
     setup = set_up(run, train_store, eval_store, device, on_update, workspace)
     strategy, settings, clock = setup.built.strategy, setup.loop_settings(), Clock()
     with full_disk_explained(setup.output), explained(setup.builder, "training"), ExitStack() as stack:
-        checkpoints = Checkpoints(
-            setup.output / CHECKPOINTS,
-            keep=run.checkpoint.keep,
-            keep_best=settings.save_best,
-            asynchronous=run.checkpoint.asynchronous,
-            place=setup.remote and RemoteCheckpoints(setup.remote / CHECKPOINTS, setup.output / CHECKPOINTS),
-        )
-        stack.callback(checkpoints.close)
+        checkpoints = checkpoints_of(setup, stack)
         with notify_if_slow(notify, "loading the checkpoint"):
             progress = restore(checkpoints, strategy)
         if progress.step == 0 and run.adapter.begins_from:
@@ -96,11 +89,8 @@ def work(
         loaded = time.perf_counter()
         if setup.rank == 0:
             on_update(RunStarted(total_steps=settings.total_steps, first_step=progress.step, choices=setup.choices))
-        first = stack.enter_context(ExitStack())
-        compiled = ", layers are compiled" if setup.built.policy.compiled else ""
-        evaluated = "an evaluation and " if settings.eval_on_start else ""
-        first.enter_context(notify_if_slow(notify, f"{evaluated}the first step{compiled}"))
-        stepped = (lambda step: first.close(), profiled(setup, settings.total_steps, progress.step, stack), on_step)
+        profile = profiled(setup, settings.total_steps, progress.step, stack)
+        stepped = (notified_first(setup, settings.eval_on_start, notify, stack), profile, on_step)
         yielded = False
 
         def yields_now() -> bool:
@@ -123,16 +113,51 @@ def work(
         paused = settings.pause_step is not None and settings.pause_step <= progress.step < settings.total_steps
         if not paused and not yielded:
             finish(setup, checkpoints, progress, notify)
+    times = Times(began=began, loaded=loaded, trained=trained, in_training_s=recorder.save_s)
+    return outcome_of(setup, progress, clock, times, paused=paused, yielded=yielded)
+
+
+def checkpoints_of(setup: Setup, stack: ExitStack) -> Checkpoints:
+    """The checkpoints in the run's output folder. stack: closes them at its end."""
+    checkpoint = setup.run.checkpoint
+    checkpoints = Checkpoints(
+        setup.output / CHECKPOINTS,
+        keep=checkpoint.keep,
+        keep_best=checkpoint.final == "best",
+        asynchronous=checkpoint.asynchronous,
+        place=setup.remote and RemoteCheckpoints(setup.remote / CHECKPOINTS, setup.output / CHECKPOINTS),
+    )
+    stack.callback(checkpoints.close)
+    return checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """When a run came how far, in seconds of time.perf_counter."""
+
+    began: float
+    loaded: float
+    """Before its first step."""
+    trained: float
+    """After its last step."""
+    in_training_s: float
+    """Seconds between them in which it waited for checkpoints."""
+
+
+def outcome_of(
+    setup: Setup, progress: Progress, clock: Clock, times: Times, *, paused: bool, yielded: bool = False
+) -> TrainOutcome:
+    """The result of a run that ends now."""
     rate = clock.rate()
     return TrainOutcome(
         progress=progress,
         world_size=setup.world,
         tokens_per_s=None if rate is None else rate.tokens,
         mfu=setup.mfu(rate),
-        peak_memory_gib=memory_gib(device),
-        load_s=loaded - began,
-        train_s=trained - loaded - recorder.save_s,
-        save_s=recorder.save_s + time.perf_counter() - trained,
+        peak_memory_gib=memory_gib(setup.device),
+        load_s=times.loaded - times.began,
+        train_s=times.trained - times.loaded - times.in_training_s,
+        save_s=times.in_training_s + time.perf_counter() - times.trained,
         paused=paused,
         yielded=yielded,
     )
@@ -228,6 +253,15 @@ def scorer_of(setup: Setup) -> Callable[[], Mapping[str, float]]:
         stop_ids=setup.stop_ids,
         device=setup.device,
     )
+
+
+def notified_first(setup: Setup, evaluates: bool, notify: Callable[[Notice], None], stack: ExitStack) -> Callable[[int], None]:
+    """Notify if the first step is slow. Returns a function to call after each step, which ends the wait for the first one."""
+    compiled = ", layers are compiled" if setup.built.policy.compiled else ""
+    evaluated = "an evaluation and " if evaluates else ""
+    first = stack.enter_context(ExitStack())
+    first.enter_context(notify_if_slow(notify, f"{evaluated}the first step{compiled}"))
+    return lambda step: first.close()
 
 
 def profiled(setup: Setup, total_steps: int, first_step: int, stack: ExitStack) -> Callable[[int], None]:
