@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
@@ -128,41 +128,38 @@ def build_policy(
     grow(loaded, first_pieces)
     if not scores:
         _check_head(loaded)
-    adapted: Adapters | None = None
+    moves_to = device if files is not None and device.type != "meta" else None
+    hold = partial(_hold, loaded, quantization, compute=compute, runs_on=runs_on, narrows=not frozen, moves_to=moves_to)
     if slots is None:
         drawn_with = seed if adapter_seed is None else adapter_seed
         adapted = _adapted(loaded, adapter, quantization, drawn_with, scores=scores, new_ids=sorted(first_pieces))
+        hold(adapted.model)
     else:
-        loaded.requires_grad_(False)  # a bank comes after quantization, which takes frozen weights
-    if not frozen:
-        _narrow_frozen(loaded, compute)
-    quantize(layers(loaded), quantization, runs_on)
-    if files is not None and device.type != "meta":
-        bring(loaded if adapted is None else adapted.model, device)
-    if adapted is None:
-        assert slots is not None
+        hold(loaded.requires_grad_(False))  # a bank comes after quantization, which takes frozen weights
         adapted = bank_of(loaded, slots, compute)
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
-    offloads = activation_checkpointing == "offload" and runs_on.type == "cuda"
-    settings: dict[str, Any] = {
-        "compute": compute,
-        "attention_backend": backend,
-        "in_lines": in_lines,
-        "compiled": compile_layers,
-        "offloads": offloads,
-        "cuda_graphs": cuda_graphs,
-        "adapters": adapted,
-        "has_new_adapter": adapter.starts_at_base,
-        "has_changed_config": bool(model.config),
-        "base_vocabulary": base_vocabulary,
-    }
+    media: dict[str, Any] = {}
     if is_multimodal(config):
-        settings["left_out"] = partial(_other_media, loaded, partial(load, dtype=compute, scores=scores, text_only=False))
-        settings["files_beside"] = partial(processor_files, model.path, model.revision)
+        media["left_out"] = partial(_other_media, loaded, partial(load, dtype=compute, scores=scores, text_only=False))
+        media["files_beside"] = partial(processor_files, model.path, model.revision)
     if scores:
-        made = Scorer(adapted.model, language_model=partial(load, dtype=compute) if separate_head else None, **settings)
+        kind = partial(Scorer, language_model=partial(load, dtype=compute) if separate_head else None)
     else:
-        made = CausalLM(adapted.model, chunk_tokens=CHUNK_TOKENS.get(runs_on.type, head.CHUNK_TOKENS), **settings)
+        kind = partial(CausalLM, chunk_tokens=CHUNK_TOKENS.get(runs_on.type, head.CHUNK_TOKENS))
+    made = kind(
+        adapted.model,
+        compute=compute,
+        attention_backend=backend,
+        in_lines=in_lines,
+        compiled=compile_layers,
+        offloads=activation_checkpointing == "offload" and runs_on.type == "cuda",
+        cuda_graphs=cuda_graphs,
+        adapters=adapted,
+        has_new_adapter=adapter.starts_at_base,
+        has_changed_config=bool(model.config),
+        base_vocabulary=base_vocabulary,
+        **media,
+    )
     dropout = attention.dropout_of(config) if trains else 0.0
     left_out = f"; without the model's attention dropout of {dropout:g}" if dropout else ""
     return made, f"attention: {backend} ({reason}{left_out})"
@@ -190,6 +187,25 @@ def _adapted(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return adapt(model, adapter, scores=scores, new_ids=new_ids, quantization=quantization_of(quantization))
+
+
+def _hold(
+    base: PreTrainedModel,
+    quantization: QuantizationConfig,
+    adapted: nn.Module,
+    *,
+    compute: torch.dtype,
+    runs_on: torch.device,
+    narrows: bool,
+    moves_to: torch.device | None,
+) -> None:
+    """Hold the base as the run computes with it. narrows: what is frozen was read in the type of what is trained. moves_to: the
+    device that what is read from files as it is quantized goes to, the adapter with it."""
+    if narrows:
+        _narrow_frozen(base, compute)
+    quantize(layers(base), quantization, runs_on)
+    if moves_to is not None:
+        bring(adapted, moves_to)
 
 
 def _narrow_frozen(model: PreTrainedModel, compute: torch.dtype) -> None:
