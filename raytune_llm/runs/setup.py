@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.loader import Loader
 from raytune_llm.data.samples import Samples
-from raytune_llm.data.streaming import Stream
 from raytune_llm.data.tokens.tokenizer import first_pieces, stop_ids
 from raytune_llm.memory.flops import peak_flops
 from raytune_llm.models.attention.isolation import needs_lines
@@ -152,47 +151,23 @@ def set_up(
 
 def complete(run: TrainRun, reads: Reads, builder: Builder, built: Built, on_update: Callable[[Update], None]) -> Setup:
     """The setup of a run whose model is built: adds its reference, learner and sources of steps."""
-    rank, world, device = builder.rank, builder.world, builder.device
     stage, stores = STAGES[run.stage.name], reads.stores
     objective = stage.objective(run.stage)
-    choices, enrichers = built.choices, []
-    if objective.reference is not None:
-        with explained(builder, "the pass of the reference"):
-            reference = find_reference(
-                run,
-                objective.reference,
-                built.strategy,
-                stores,
-                reads.config,
-                first_pieces=reads.first_pieces,
-                device=device,
-                compute=built.policy.compute,
-                pad_id=reads.pad_id,
-                on_rows=lambda done, total: on_update(ReferencePass(done=done, total=total)) if rank == 0 else None,
-            )
-        choices += reference.choices
-        enrichers.append(reference.enricher)
-    if objective.statistics is not None:
-        enrichers.append(FirstPass(objective.statistics))  # after the reference, which it may read
-    choices += tuple(_data_choices(run, reads))
-
-    def loader(samples: Samples | Stream, *, shuffle: bool) -> Loader:
-        return Loader(
-            samples,
-            micro_batch_size=run.train.micro_batch_size,
-            global_batch_size=run.train.global_batch_size,
-            rank=rank,
-            world_size=world,
-            seed=run.train.seed,
-            pad_id=reads.pad_id,
-            shuffle=shuffle,
-        )
-
+    enrichers, enricher_choices = _enrichers(run, objective, reads, builder, built, on_update)
+    loader = partial(
+        Loader,
+        micro_batch_size=run.train.micro_batch_size,
+        global_batch_size=run.train.global_batch_size,
+        rank=builder.rank,
+        world_size=builder.world,
+        seed=run.train.seed,
+        pad_id=reads.pad_id,
+    )
     return Setup(
         run=run,
-        device=device,
-        rank=rank,
-        world=world,
+        device=builder.device,
+        rank=builder.rank,
+        world=builder.world,
         stage=stage,
         objective=objective,
         tokenizer=reads.tokenizer,
@@ -204,8 +179,40 @@ def complete(run: TrainRun, reads: Reads, builder: Builder, built: Built, on_upd
         enrichers=enrichers,
         source=loader(stores.train, shuffle=True),
         held_out={source: loader(samples, shuffle=False) for source, samples in stores.held_out.items()},
-        choices=choices,
+        choices=(*built.choices, *enricher_choices, *_data_choices(run, reads)),
     )
+
+
+def _enrichers(
+    run: TrainRun,
+    objective: Objective,
+    reads: Reads,
+    builder: Builder,
+    built: Built,
+    on_update: Callable[[Update], None],
+) -> tuple[Sequence[Enricher], tuple[str, ...]]:
+    """What adds to batches what the loss needs beside them, in order, and the automatic choices about it. A collective call,
+    which may be long: a reference's pass over all rows."""
+    enrichers, choices = [], ()
+    if objective.reference is not None:
+        with explained(builder, "the pass of the reference"):
+            reference = find_reference(
+                run,
+                objective.reference,
+                built.strategy,
+                reads.stores,
+                reads.config,
+                first_pieces=reads.first_pieces,
+                device=builder.device,
+                compute=built.policy.compute,
+                pad_id=reads.pad_id,
+                on_rows=lambda done, total: on_update(ReferencePass(done=done, total=total)) if builder.rank == 0 else None,
+            )
+        choices = reference.choices
+        enrichers.append(reference.enricher)
+    if objective.statistics is not None:
+        enrichers.append(FirstPass(objective.statistics))  # after the reference, which it may read
+    return enrichers, choices
 
 
 def _data_choices(run: TrainRun, reads: Reads) -> Iterator[str]:
