@@ -14,11 +14,10 @@ Targets = str | list[str]
 """all-linear, every linear layer but the head; names of layers, by their last part; or a regular expression of whole names."""
 
 
-@section
-class WholeModel:
-    """What is trained are the model's own weights, and final/ holds a model."""
+class TrainedPart:
+    """What other modules ask of each choice: the part of a model that a run trains, and what it goes with."""
 
-    trains_base: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = False
     """Base weights are trained. If not, they are frozen, and final/ holds an adapter."""
     changes_base: ClassVar[bool] = False
     """The model that is trained has other frozen weights, or other layers, than the one that it was made of."""
@@ -35,9 +34,16 @@ class WholeModel:
     trains_tokens: ClassVar[bool] = False
     """It can have embeddings of tokens that the model lacks."""
     mixes: ClassVar[bool] = False
+    """Rows with different adapters of this method can share a batch, as in serving."""
     shares_pass: ClassVar[bool] = False
     """Several runs with such adapters can be trained in one pass over one base (tune.share_base)."""
-    """Rows with different adapters of this method can share a batch, as in serving."""
+
+
+@section
+class WholeModel(TrainedPart):
+    """What is trained are the model's own weights, and final/ holds a model."""
+
+    trains_base: ClassVar[bool] = True
     path: ClassVar[str | None] = None
     """The saved adapter that a run continues."""
     dropout: ClassVar[float] = 0.0
@@ -102,7 +108,7 @@ class LlamaPro(WholeModel):
 
 
 @section
-class Layered:
+class Layered(TrainedPart):
     """Settings of all adapters on linear layers."""
 
     targets: Targets
@@ -117,18 +123,6 @@ class Layered:
     lm_head, norms."""
     path: str | None
     """A saved adapter of this method to continue, with its own rank, targets and layers."""
-
-    trains_base: ClassVar[bool] = False
-    changes_base: ClassVar[bool] = False
-    needs_quantized: ClassVar[bool] = False
-    refuses_quantized: ClassVar[str | None] = None
-    refuses_partitioned: ClassVar[str | None] = None
-    refuses_compiled: ClassVar[str | None] = None
-    begins_from: ClassVar[int] = 0
-    trains_tokens: ClassVar[bool] = False
-    mixes: ClassVar[bool] = False
-    shares_pass: ClassVar[bool] = False
-    """Several runs with such adapters can be trained in one pass over one base (tune.share_base)."""
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.last_layers is not None:
