@@ -95,10 +95,10 @@ def train(
     """Create the token stores if they are missing (with data.streaming, while training), train or resume, and write the output
     folder.
 
-    Callbacks: sinks get every record of metrics.jsonl; on_update gets a `report.updates.RunStarted` before the first step, and
-    again when lost workers were replaced, and ReferencePass and Notice; on_samples gets a list of `report.updates.SampledAnswer`
-    at each evaluation. began: when the command started, in seconds since 1970. workspace: what earlier runs of this process
-    left for this one.
+    Callbacks: sinks get every record of metrics.jsonl. on_update gets a `report.updates.RunStarted` before the first step and
+    again whenever lost workers were replaced, and in between each ReferencePass and Notice. on_samples gets a list of
+    `report.updates.SampledAnswer` at each evaluation. on_progress gets the numbers of rows that are prepared and of all rows.
+    began: when the command started, in seconds since 1970. workspace: what earlier runs of this process left for this one.
     """
     from raytune_llm.runs.remote_output import check_writable, owned
 

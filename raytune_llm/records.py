@@ -195,5 +195,8 @@ class LossOut:
     """A sum and its divisor, never a mean. Metrics are (sum, count) pairs as well."""
 
     total: Tensor
+    """[]: the sum over this micro-batch, with its gradient."""
     count: Tensor | int
+    """Trained tokens times weights, or pairs, or labelled rows: over micro-batches and workers they add up to the divisor."""
     metrics: Mapping[str, tuple[Tensor, Tensor | int]] = field(default_factory=dict)
+    """Without gradient."""

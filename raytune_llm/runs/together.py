@@ -27,7 +27,7 @@ from raytune_llm.report.slow import notify_if_slow
 from raytune_llm.report.updates import RunStarted, SampledAnswer, Update
 from raytune_llm.runs.build import Builder, Built
 from raytune_llm.runs.setup import Reads, Setup, complete, explained, reads_of
-from raytune_llm.runs.worker import Recorder, Times, TrainOutcome, check_loss, checkpoints_of, finish, outcome_of, restore
+from raytune_llm.runs.worker import Recorder, Times, TrainOutcome, check_loss, checkpoints_of, finish, restore, train_outcome
 from raytune_llm.runs.workspace import Workspace
 from raytune_llm.train import together
 from raytune_llm.train.clock import Clock
@@ -43,7 +43,7 @@ SIZES = (16, 8, 4, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One of the runs, with its callbacks."""
+    """One of the runs that train together, with its callbacks."""
 
     run: TrainRun
     sinks: Sequence[Sink] = ()
@@ -53,8 +53,8 @@ class Part:
     """Asked after each evaluation: whether it is to end there, with a checkpoint and no final/."""
 
 
-Outcome = TrainOutcome | Exception | None
-"""The result of a run: its outcome, the error that it failed with, or None where it was stopped."""
+Ending = TrainOutcome | Exception | None
+"""How a run ended: with its outcome, with the error that it failed with, or, where its `stops` did, with None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def room_for(run: TrainRun, device: torch.device, workspace: Workspace) -> Room:
     )
 
 
-def fit_together(parts: Sequence[Part], train_store: str, eval_store: str | None, *, workspace: Workspace) -> list[Outcome]:
+def fit_together(parts: Sequence[Part], train_store: str, eval_store: str | None, *, workspace: Workspace) -> list[Ending]:
     """On this process's device."""
     return work_together(parts, train_store, eval_store, device=device_here(), workspace=workspace)
 
@@ -99,7 +99,7 @@ def work_together(
     *,
     device: torch.device,
     workspace: Workspace | None = None,
-) -> list[Outcome]:
+) -> list[Ending]:
     """Train all, each from its newest checkpoint or from the start, until each has ended. Those that are not equally far take
     turns: the ones that are furthest behind go first."""
     began = time.perf_counter()
@@ -130,7 +130,7 @@ def work_together(
         for step in sorted({one.member.progress.step for one in all_of_them}):
             members = [one.member for one in all_of_them if not one.ended and one.first_step == step]
             together.run(pass_, members, first.source, first.held_out, ended)
-    return [one.outcome for one in all_of_them]
+    return [one.ending for one in all_of_them]
 
 
 def _make_room(bank: LoraBank, member: Member, others: Sequence[Member]) -> None:
@@ -158,7 +158,7 @@ class _One:
     outer: ExitStack
     began: float
     ended: bool = False
-    outcome: Outcome = None
+    ending: Ending = None
     stack: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -202,9 +202,9 @@ class _One:
                 check_loss(progress)
                 finish(self.setup, self.checkpoints, progress, self.part.on_update)
             times = Times(began=self.began, loaded=self.loaded, trained=trained, in_training_s=self.recorder.save_s)
-            self.outcome = outcome_of(self.setup, progress, self.member.clock, times, paused=paused)
+            self.ending = train_outcome(self.setup, progress, self.member.clock, times, paused=paused)
         except Exception as raised:
-            self.outcome = raised
+            self.ending = raised
         finally:
             self.stack.close()
 

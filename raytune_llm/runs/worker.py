@@ -114,7 +114,7 @@ def work(
         if not paused and not yielded:
             finish(setup, checkpoints, progress, notify)
     times = Times(began=began, loaded=loaded, trained=trained, in_training_s=recorder.save_s)
-    return outcome_of(setup, progress, clock, times, paused=paused, yielded=yielded)
+    return train_outcome(setup, progress, clock, times, paused=paused, yielded=yielded)
 
 
 def checkpoints_of(setup: Setup, stack: ExitStack) -> Checkpoints:
@@ -144,7 +144,7 @@ class Times:
     """Seconds between them in which it waited for checkpoints."""
 
 
-def outcome_of(
+def train_outcome(
     setup: Setup, progress: Progress, clock: Clock, times: Times, *, paused: bool, yielded: bool = False
 ) -> TrainOutcome:
     """The result of a run that ends now."""

@@ -1,11 +1,11 @@
 """Checkpoints: `checkpoints/step-<n>/` with the training state, progress.json, and COMPLETE written last.
 
-progress.json holds a hash of every file of the state. A checkpoint whose files don't have it any more is passed over, said, and
-the one before is taken.
+progress.json holds a hash of every file of the state. A checkpoint whose files no longer have these hashes is passed over, with a
+message, and the one before it is taken.
 
 The state is torch's distributed checkpoint format: each worker writes its part, and a reader of any world size or strategy takes
-what it needs. A folder without COMPLETE is never read and is swept at the next start. Where they lie in an
-object store: remote_checkpoints.py.
+what it needs. A folder without COMPLETE is never read, and is removed at the next start. Checkpoints in an object store:
+remote_checkpoints.py.
 """
 
 from __future__ import annotations

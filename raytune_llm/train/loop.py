@@ -96,9 +96,9 @@ def run(
     hooks: Hooks,
     clock: Clock,
 ) -> Progress:
-    """Train from `progress` to the last step (an early stop, a pause, a yield). Returns the final progress.
+    """Train from `progress` to the last step, or to an early stop, a pause or a yield before it. Returns the final progress.
 
-    held_out: by source.
+    held_out: data source -> its held-out samples.
     """
     window = Window(learner.device, progress.window)
     resume(learner.enrichers, progress)
@@ -193,7 +193,7 @@ def log_step(
     epoch: float,
     lr: float,
 ) -> None:
-    """The only place where a step waits for the device."""
+    """Log the means since the last log step. Reading them waits for the device, which a step with AdamW does nowhere else."""
     sums = window.read()
     window.clear()
     values = reported(objective, sums)
@@ -225,10 +225,10 @@ def log_step(
 
 def evaluate(learner: Learner, held_out: Mapping[str, Loader], progress: Progress, settings: LoopSettings, hooks: Hooks) -> bool:
     """Log an evaluation and remember the lowest loss. Returns True if the run should stop early."""
-    return judge({**evaluation(learner, held_out, seed=settings.seed), **hooks.scores()}, progress, settings, hooks)
+    return log_evaluation({**evaluation(learner, held_out, seed=settings.seed), **hooks.scores()}, progress, settings, hooks)
 
 
-def judge(record: Mapping[str, float], progress: Progress, settings: LoopSettings, hooks: Hooks) -> bool:
+def log_evaluation(record: Mapping[str, float], progress: Progress, settings: LoopSettings, hooks: Hooks) -> bool:
     """Log what an evaluation found, and remember the lowest loss and the best stop_metric. Returns True if the run should stop
     early."""
     eval_loss = record["eval_loss"]

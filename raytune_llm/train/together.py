@@ -170,16 +170,16 @@ def _evaluate(
             stack.enter_context(member.clock.stopped())
         records = dict(zip(due, evaluations(pass_, due, held_out), strict=True))
 
-        def judge(member: Member) -> bool:
+        def conclude(member: Member) -> bool:
             if member in records:
                 if member.progress.step == 0:
                     member.hooks.log({"step": 0, **records[member]})
-                elif loop.judge(records[member], member.progress, member.settings, member.hooks) or member.stops():
+                elif loop.log_evaluation(records[member], member.progress, member.settings, member.hooks) or member.stops():
                     stopped.add(member)
                 member.hooks.sample(member.progress.step)
             return False
 
-        _each(active, ended, judge)
+        _each(active, ended, conclude)
     return stopped
 
 

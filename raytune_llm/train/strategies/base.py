@@ -32,7 +32,9 @@ class StepOut:
     """Tensors on the device, so that nobody waits for them. A step with a non-finite gradient changed nothing."""
 
     grad_norm: Tensor
+    """[], float32: the norm of the gradient over all trained parameters and workers, before clipping."""
     skipped: Tensor
+    """[], bool: the gradient was not finite."""
 
 
 class Strategy(Protocol):
@@ -68,7 +70,10 @@ class Strategy(Protocol):
         """`loss` is this worker's share: its sum over the count of the whole step. Shares add up over workers."""
         ...
 
-    def step(self, lr: float) -> StepOut: ...
+    def step(self, lr: float) -> StepOut:
+        """Clip the gradient, and update the parameters with it unless it is not finite; then clear it. lr: before the factors of
+        parameter groups."""
+        ...
 
     def state(self) -> dict[str, Tensor]:
         """Trained parameters as parameters.<name>, optimizer state as optimizer.<name>.<key>: whole tensors or DTensors,
