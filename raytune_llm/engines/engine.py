@@ -20,7 +20,7 @@ class AdapterState:
     """The digest of its weights and config."""
     rank: int
     residency: str
-    """device: computes at once; host: is copied to the device between two steps; disk: is read first."""
+    """device: its weights are there; host: they are copied to the device between two steps; disk: they are read first."""
     pinned: bool
     in_use: int
     """Running requests with this version."""
@@ -62,35 +62,41 @@ class Engine(Protocol):
         ...
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
-        """A vector a prompt, of the last hidden states: their `mean`, that of the `last` token, or a reward model's `score`."""
+        """A vector for each prompt: the `mean` of the last hidden states, the `last` token's, or a reward model's `score`."""
         ...
 
     def answer_logprobs(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], adapter: str | None = None
     ) -> Future[list[list[ScoredToken]]]:
-        """How likely each token of an answer is after its prompt (at least one token) and the answer's tokens before it. All are
-        computed in one pass."""
+        """For each answer its tokens, scored after its prompt, which has at least one token. All are computed in one pass."""
         ...
 
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> str:
-        """Read, checked and ready to be asked for; gives its version. A name that is there gets a new version: answers that are
-        being made finish on the old one. Raises ConfigError or DataError for an adapter that doesn't fit, and changes nothing."""
+        """Read and check an adapter, so that requests can name it. Returns its version. If the name exists already, it gets a new
+        version; running requests finish on the old one. pinned: see `pin`. Raises ConfigError or DataError for an adapter that
+        doesn't fit, and changes nothing then."""
         ...
 
-    def remove_adapter(self, name: str) -> None: ...
+    def remove_adapter(self, name: str) -> None:
+        """Running requests finish with it. Raises ConfigError if no adapter has the name; so does `pin`."""
+        ...
 
     def has_adapter(self, name: str) -> bool:
-        """It can be asked for. Quick: each request asks."""
+        """Whether requests can name it. Quick, since it is called for each request."""
         ...
 
-    def adapters(self) -> Sequence[AdapterState]: ...
+    def adapters(self) -> Sequence[AdapterState]:
+        """Those that requests can name."""
+        ...
 
-    def pin(self, name: str, pinned: bool) -> None: ...
+    def pin(self, name: str, pinned: bool) -> None:
+        """Whether the adapter stays on the device when others need its place."""
+        ...
 
     def stats(self) -> Stats: ...
 
     def close(self) -> None:
-        """Ends the thread; what is unanswered fails."""
+        """End the thread. Requests that are not finished fail."""
         ...
 
 

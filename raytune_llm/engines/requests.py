@@ -15,8 +15,8 @@ Finish = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar:
-    """What an answer must be, for xgrammar: the text of a JSON schema, of a regular expression, of an EBNF grammar, or of a
-    structural tag (JSON), which constrains the text between certain tags only."""
+    """The grammar that an answer follows, for xgrammar: the text of a JSON schema, of a regular expression, of an EBNF grammar,
+    or of a structural tag (JSON), which constrains the text between certain tags only."""
 
     kind: Literal["json_schema", "json", "regex", "ebnf", "structural_tag"]
     text: str = ""
@@ -27,8 +27,8 @@ class Sampling:
     """How the next token is chosen: the likeliest where temperature is 0, else drawn by `seed`.
 
     The penalties are vLLM's: `repetition_penalty` divides positive and multiplies negative logits of tokens that the prompt or
-    the answer holds (Keskar et al. 2019); presence and frequency penalties are subtracted for tokens of the answer, once and once
-    a time it came.
+    the answer holds (Keskar et al. 2019). From the logit of a token that the answer holds, `presence_penalty` is subtracted once,
+    and `frequency_penalty` once for each time that it occurs.
     """
 
     max_new_tokens: int = 256
@@ -53,7 +53,7 @@ class Sampling:
     ignore_end: bool = False
     """Answers have max_new_tokens tokens, whatever the model says: for benchmarks."""
     logprobs: int | None = None
-    """So many likeliest tokens' log-probabilities beside each chosen one's; None: not even that one's."""
+    """How many of the likeliest tokens' log-probabilities are returned beside the chosen one's; None: no log-probabilities."""
     grammar: Grammar | None = None
 
 
