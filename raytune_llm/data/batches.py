@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,28 +116,22 @@ def _collated(
     """Start and end of each document that shares a prompt, and start and end of the prompt."""
     for number, line in enumerate(lines):
         before, at = 0, number * length
-        for ids, spans, prefix, of_spans, adapter in line:
-            end = at + len(ids)
-            weights.extend(of_spans if len(of_spans) else [1.0] * (len(spans) // 2))
-            ids_L[at:end] = ids
-            positions_L[at:end] = ramp[prefix : prefix + len(ids)]
-            attention_pairs += len(ids) * (len(ids) + 1) // 2 + len(ids) * prefix
-            count = 0
-            for start, stop in spans.reshape(-1, 2).tolist():
-                start = start if prefix else max(start, 1)  # no token predicts the first one
-                trained.append(np.arange(at + start - 1, at + stop - 1))
-                if start == 0:
-                    trained[-1][0] = before + prefix - 1
-                targets.append(ids[start:stop].astype(np.int64))
-                if end_of_row is not None:
-                    targets[-1][-1] = end_of_row
-                count += stop - start
+        for document in line:
+            size, prefix = len(document.ids), document.prefix
+            end = at + size
+            ids_L[at:end] = document.ids
+            positions_L[at:end] = ramp[prefix : prefix + size]
+            attention_pairs += size * (size + 1) // 2 + size * prefix
+            spans = list(_trained_spans(document, at, before, end_of_row))
+            trained.extend(positions for positions, _ in spans)
+            targets.extend(of_span for _, of_span in spans)
+            weights.extend(document.weights if len(document.weights) else [1.0] * len(spans))
             if prefix:
                 prefixed.append((at, end, before, before + prefix))
-            counts.append(count)
+            counts.append(sum(len(positions) for positions, _ in spans))
             numbers.append(len(boundaries) - 1)
             boundaries.append(end)
-            adapters.append(adapter)
+            adapters.append(document.adapter)
             before, at = at, end
         while at < (number + 1) * length:
             end = min(at + longest, (number + 1) * length)
@@ -161,6 +155,22 @@ def _collated(
         sample_ids=sample_ids,
     )
     return _Collated(batch, np.array(numbers, np.int64), np.array(counts, np.int64))
+
+
+def _trained_spans(document: Document, at: int, before: int, end_of_row: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each trained span of a document, the flat positions that predict its tokens, and these tokens: int64 both.
+
+    at: where the document begins. before: where the document before it begins, whose prompt it may share.
+    """
+    for start, stop in document.spans.reshape(-1, 2).tolist():
+        start = start if document.prefix else max(start, 1)  # no token predicts the first one
+        positions = np.arange(at + start - 1, at + stop - 1)
+        if start == 0:
+            positions[0] = before + document.prefix - 1  # the last token of the shared prompt
+        tokens = document.ids[start:stop].astype(np.int64)
+        if end_of_row is not None:
+            tokens[-1] = end_of_row
+        yield positions, tokens
 
 
 def _answers(collated: _Collated, sides: int) -> Batch:
