@@ -33,17 +33,17 @@ COMMAND = "sweep.json"
 """The file in a sweep's folder with the words that it was started with."""
 
 ON_THE_WAY = ("optimizer.", "schedule.", "stage.", "adapter.dropout", "train.max_grad_norm")
-"""Settings that a checkpoint doesn't fix."""
+"""Settings that may have other values after a trial resumes from a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What goes on of a sweep that is paused."""
+    """Which trials of a paused sweep resume."""
 
     keep: int | None
     """So many of the best trials; the others end. None: all stay where they are."""
     clone: int | None
-    """The number of a trial that goes on a second time, with `changes`."""
+    """The number of a trial that resumes a second time, with `changes`."""
     changes: Point
 
 
@@ -213,13 +213,13 @@ def load_paused(words: Sequence[str]) -> Sweep:
         raise ConfigError("tune resume", "has a setting twice", got=" ".join(rest))
     keep, clone = (_whole(name, given.pop(name, None)) for name in ("keep", "clone"))
     if keep is None and clone is None:
-        raise ConfigError("tune resume", "must say what goes on", fix="Say, keep=3, or clone=4 optimizer.lr=1e-4.")
+        raise ConfigError("tune resume", "must say which trials resume", fix="Say, keep=3, or clone=4 optimizer.lr=1e-4.")
     if bool(given) != (clone is not None):
         raise ConfigError(
             "clone", "goes with the settings that it changes", got=list(rest), fix="Say, clone=4 optimizer.lr=1e-4."
         )
     if keep == 0 and clone is None:
-        raise ConfigError("keep", "must be at least 1: with 0 no trial goes on", got=keep)
+        raise ConfigError("keep", "must be at least 1: with 0 no trial resumes", got=keep)
     place = f"output_dir={quoted(str(folder.absolute()))}"
     sweep = load_sweep([*others, place, "resume=must"], config_dir=config_dir, config_name=config_name)
     for setting in given:

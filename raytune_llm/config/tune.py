@@ -32,7 +32,7 @@ class TuneConfig:
     grace: Annotated[float, Field(gt=0, lt=1)]
     """No trial is ended before this part of its steps: the first rung. pbt: a round is this part of the steps."""
     reduction: Annotated[int, Field(ge=2)]
-    """asha, hyperband: the best 1/reduction of the trials at a rung go on, to a rung that is so many times as far. pbt: the worst
+    """asha, hyperband: the best 1/reduction of the trials at a rung continue, to one that is so many times as far. pbt: the worst
     1/reduction take over the best ones."""
     seed: Seed
     """The seed that points are sampled with. Trials keep train.seed."""
@@ -45,7 +45,7 @@ class TuneConfig:
     base_first: bool
     """The base configuration, without any value of the space, is the first trial."""
     pause_at: Annotated[float, Field(gt=0, lt=1)] | None
-    """All trials are trained to this part of their steps, and wait there until `tune resume` says which go on."""
+    """All trials are trained to this part of their steps, and wait there until `tune resume` says which of them resume."""
     max_concurrent: PositiveInt | None
     """So many trials at once, at most. null: as many as there are CPUs and GPUs for, and as their memory, by `plan`, has room
     for; in one pass over one base 16."""

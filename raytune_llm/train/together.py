@@ -1,7 +1,7 @@
 """The loop of several runs that see the same packs: one forward and one backward pass of all, and a step of each.
 
 Each run has its own objective, learning rate, schedule, optimizer, clipping and progress, logs and saves by itself, and ends when
-it likes; the others go on. What a step, a log record, an evaluation and a checkpoint are is the loop's of one run (loop.py).
+it likes; the others continue. What a step, a log record, an evaluation and a checkpoint are is the loop's of one run (loop.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Population-based training (Jaderberg et al. 2017, arXiv 1711.09846), all trials at the same steps.
 
 All are trained to the same part of their steps and wait there. Then the worst ones take over weights, optimizer and place in the
-data of some of the best, with values near theirs, and all go on. What is taken over follows from the metric, the seed and the
+data of some of the best, with values near theirs, and all continue. What is taken over follows from the metric, the seed and the
 round alone, not from which trial was faster, so that an interrupted sweep is resumed to the same numbers.
 """
 

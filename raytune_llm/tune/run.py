@@ -114,7 +114,7 @@ def check_choice(study: Study, chosen: Chosen) -> None:
 
 
 def choose(study: Study, chosen: Chosen) -> None:
-    """Which of the trials that wait go on. What was chosen already, before an interruption, is not chosen again."""
+    """Which of the trials that wait resume. What was chosen already, before an interruption, is not chosen again."""
     if not study.paused:
         return
     if chosen.clone is not None:

@@ -30,7 +30,7 @@ class Never:
 class Asha:
     """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934), as trials are stopped rather than promoted.
 
-    At each rung a trial goes on if it is among the best 1/reduction of those that came so far; the first one always does.
+    At each rung a trial continues if it is among the best 1/reduction of those that came so far; the first one always does.
     """
 
     def __init__(self, *, grace: float, reduction: int) -> None:

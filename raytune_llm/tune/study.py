@@ -115,7 +115,7 @@ class Study:
         assert self._adopt is not None
         taken = list(exploited(self.sweep, waiting, waiting[0].round))
         for trial, donor, point in taken:
-            # Before it is in the log: it is the same if it must be done again, since no trial goes on before.
+            # Before it is in the log: until then no trial continues, so that it is the same if it must be done again.
             self._adopt(self.sweep.trial_run(point, seed=trial.seed, folder=trial.folder), donor.folder)
         changed = [{"trial": trial.number, "from": donor.number, "point": point} for trial, donor, point in taken]
         self._append({"event": "exploited", "trials": [trial.number for trial in waiting], "changed": changed})
@@ -141,12 +141,12 @@ class Study:
         return sorted((trial for trial in self.trials if trial.state == "paused"), key=self.score_of)
 
     def release(self, trials: Sequence[Trial]) -> None:
-        """These go on to their end; the others that wait are stopped where they are."""
+        """These resume and train to their end; the others that wait are stopped where they are."""
         self._append({"event": "released", "trials": [trial.number for trial in trials]})
         self._release([trial.number for trial in trials])
 
     def clone(self, trial: Trial, changes: Point) -> Trial:
-        """A trial with other values, which goes on to its end from where this one is."""
+        """A trial with other values, which resumes from where this one is and trains to its end."""
         assert self._adopt is not None
         point = {**trial.point, **changes}
         clone = self._begin(len(self.trials), point, from_=trial)

@@ -1,4 +1,4 @@
-"""Sweeps that wait: what goes on comes to the numbers of trials that never waited."""
+"""Sweeps that wait: trials that resume come to the numbers of trials that never waited."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_chosen_ones_end_as_if_they_had_never_waited(paused, chat_rows, cach
     [
         ([], "needs the folder of a sweep"),
         (["{there}/damaged", "keep=1"], "needs the folder of a sweep"),
-        (["{there}"], "must say what goes on"),
+        (["{there}"], "must say which trials resume"),
         (["{there}", "keep=half"], "must be a whole number"),
         (["{there}", "clone=1"], "goes with the settings that it changes"),
         (["{there}", "keep=1", "optimizer.lr=1"], "goes with the settings that it changes"),
