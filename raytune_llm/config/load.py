@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from yaml import YAMLError
 
 from raytune_llm.config import mistakes
@@ -33,6 +33,7 @@ from raytune_llm.config.override_syntax import as_typed, is_read, parsed, quoted
 from raytune_llm.config.overrides import CONF
 from raytune_llm.config.plain import as_text, flat_items, flat_keys
 from raytune_llm.config.run import RUNS
+from raytune_llm.config.section import validator_of
 from raytune_llm.errors import NOT_YAML, ConfigError, first_line
 
 MAX_OPTION_CHARS = 200
@@ -108,7 +109,7 @@ def to_run(verb: str, composed: DictConfig) -> Any:
 
 def validate(kind: Any, values: dict[str, Any]) -> Any:
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(values))
+        return validator_of(kind).validate_json(json.dumps(values))
     except ValidationError as error:
         raise mistakes.from_pydantic(error, values) from None
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter
 
+from raytune_llm.config.section import validator_of
 from raytune_llm.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -24,7 +24,7 @@ Run = TypeVar("Run")
 def changed(run: Run, overrides: Sequence[str]) -> Run:
     """The run with `group=option` (of those groups whose options stand alone) and `group.setting=value` on top. Raises
     ConfigError where a rule between sections is broken, pydantic's ValidationError where one of a section is."""
-    kind: TypeAdapter[Run] = TypeAdapter(type(run))
+    kind = validator_of(type(run))
     values = kind.dump_python(run, mode="json")
     seen: set[str] = set()
     for override in overrides:

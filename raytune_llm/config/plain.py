@@ -8,14 +8,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter
 
+from raytune_llm.config.section import validator_of
 from raytune_llm.errors import NOT_YAML, ConfigError, first_line
 
 
 def as_plain(run: Any) -> dict[str, Any]:
     """A run as dicts, lists and plain values."""
-    return TypeAdapter(type(run)).dump_python(run, mode="json")
+    return validator_of(type(run)).dump_python(run, mode="json")
 
 
 def to_yaml(run: Any) -> str:

@@ -6,9 +6,10 @@ Sections hold types and rules but no values: each value is in one place, in `con
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import cache
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
@@ -27,6 +28,12 @@ def section(cls: type[T]) -> type[T]:
     # Validators are built where a config is first validated: help needs none, and no command those of all verbs.
     rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
     return dataclass(frozen=True, kw_only=True, config=rules)(cls)  # type: ignore[return-value]
+
+
+@cache
+def validator_of(kind: type[T]) -> TypeAdapter[T]:
+    """Reads and writes a section or a run. It is built at its first use, and kept: building one takes 20 ms."""
+    return TypeAdapter(kind)
 
 
 def settings_of(section: Any) -> dict[str, Any]:
