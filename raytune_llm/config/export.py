@@ -30,10 +30,10 @@ class ExportConfig:
     weights: dict[str, float]
     """The factor of each adapter's change, by name: {a: 0.5} adds half of what a changes. Others have 1."""
     format: Literal["hf", "gguf", "gguf_lora", "ollama", "fp8", "w8a8", "w4a16", "nf4", "gptq", "awq"]
-    """hf: a folder that transformers, vLLM and SGLang load. gguf: one file for llama.cpp. gguf_lora: the adapter alone, for
-    llama.cpp with a GGUF of the base. ollama: a gguf with a Modelfile. Others are hf with quantized linear layers. fp8, w8a8:
-    weights and activations in 8 bits. w4a16, nf4: weights in 4 bits, rounded to the nearest value. gptq, awq: weights in 4 bits
-    that are chosen on calibration rows."""
+    """hf: a folder that transformers, vLLM and SGLang load. gguf:
+    one file for llama.cpp. gguf_lora: the adapter alone, for llama.cpp with a GGUF of the base. ollama: a gguf with a Modelfile.
+    Others are hf with quantized linear layers. fp8, w8a8: weights and activations in 8 bits. w4a16, nf4: weights in 4 bits,
+    rounded to the nearest value. gptq, awq: weights in 4 bits that are chosen on calibration rows."""
     output_dir: str | None
     dtype: Literal[
         "auto", "fp32", "bf16", "fp16", "q8_0", "q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "iq4_xs"
@@ -64,6 +64,11 @@ class ExportConfig:
     a score), with which it is written at all. null: 0.01."""
     overwrite: bool
     """Take the place of an export that is there."""
+    push: str | None
+    """owner/name of a repository on the hub, which the export is uploaded to when it is whole and checked. It is made where there
+    is none. HF_TOKEN or `hf auth login` give the token, HF_ENDPOINT another hub."""
+    push_private: bool
+    """Of a repository that is made: only its owner sees it."""
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
@@ -76,6 +81,8 @@ class ExportConfig:
         if self.group_size is not None and self.format not in GROUPED:
             rule = f"is for export.format={' or '.join(GROUPED)}"
             raise ConfigError("export.group_size", rule, got=self.group_size, fix="Set it to null.")
+        if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+            raise ConfigError("export.push", "must be owner/name, as a hub names a repository", got=self.push)
         needs = self.format in ("gguf", "ollama") and self.dtype in OF_LLAMA_CPP
         if needs and self.llama_quantize is None:
             rule = f"must name llama.cpp's program llama-quantize with export.dtype={self.dtype}"

@@ -17,6 +17,7 @@ from raytune_llm.export.gguf.adapter import gguf_lora
 from raytune_llm.export.gguf.file import gguf
 from raytune_llm.export.hf import hf
 from raytune_llm.export.ollama import ollama
+from raytune_llm.export.push import check_push, push
 from raytune_llm.export.quantized.calibrated import calibrated
 from raytune_llm.export.quantized.nf4 import nf4
 from raytune_llm.export.quantized.rounded import rounded
@@ -52,6 +53,8 @@ class Exported:
     difference: Difference | None
     unchecked: str | None
     """Why the export was not compared with its source."""
+    commit: str | None = None
+    """Its address on the hub; None: it was not pushed."""
 
 
 def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -> Exported:
@@ -59,6 +62,7 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
     assert settings.output_dir is not None
     place = Path(settings.output_dir)
     _check_place(place, overwrite=settings.overwrite)
+    check_push(settings)
     source = source_of(run)
     target = FORMATS[settings.format](source, run)
     check_space(place.parent, target.num_bytes + target.passing_bytes)
@@ -69,7 +73,8 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
         _describe(settings, source, target, folder, difference, unchecked)
         _take_place(folder, place)
     num_bytes = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-    return Exported(place, num_bytes, difference, unchecked)
+    commit = None if settings.push is None else push(place, settings, f"{source.name} as {settings.format}, dtype {target.dtype}")
+    return Exported(place, num_bytes, difference, unchecked, commit)
 
 
 def _write(target: Target, folder: Path, on_progress: OnProgress) -> None:
@@ -179,7 +184,9 @@ def _compared(run: ExportRun, source: Source, target: Target, folder: Path) -> t
 
 def _card(source: Source, target: Target, difference: Difference | None, unchecked: str | None) -> str:
     base = source.run.model.path if source.run is not None else source.model.path
-    front = f"---\nlibrary_name: {target.library}\n" + (f"base_model: {base}\n" if base else "") + "---\n"
+    front = (
+        f"---\nlibrary_name: {target.library}\n" + (f"base_model: {base}\n" if base and not Path(base).exists() else "") + "---\n"
+    )
     merged = ", ".join(f"{adapter.folder} (weight {factor:g})" for adapter, factor in source.adapters)
     what = f"{base} with the adapter of {merged} merged into it" if merged else f"trained whole from {base}"
     if not target.merges:
