@@ -104,7 +104,8 @@ def run_tasks(
     run_unsafe_code: bool = False,
     stderrs: bool = True,
 ) -> dict[str, Any]:
-    """The package's results. Nothing is drawn from Python's, numpy's or torch's own generators that is not given back.
+    """The package's results; empty in processes whose LOCAL_RANK is not 0, to which the package gives none. Nothing is drawn from
+    Python's, numpy's or torch's own generators that is not given back.
 
     shots: None is what a task says. max_questions: of each task.
     """
@@ -129,8 +130,7 @@ def run_tasks(
         )
     finally:
         random.setstate(state)
-    assert results is not None
-    return dict(results)
+    return dict(results or {})
 
 
 def scores_of(results: Mapping[str, Any]) -> dict[str, dict[str, TaskScore]]:

@@ -55,7 +55,8 @@ class TaskScorer:
         engine = engine_in_training(self._strategy, self._tokenizer, self._stop_ids, self._device)
         answering = PolicyAnswering(engine, positions(self._strategy.module.base.config) or MAX_LENGTH)
         lm = EngineLM(answering, self._tokenizer, None)
-        found = scores_of(run_tasks(lm, self._tasks, max_questions=self._max_questions, stderrs=False))
+        results = run_tasks(lm, self._tasks, max_questions=self._max_questions, stderrs=False)
+        found = scores_of(results) if results else {}  # rank 0's are shared
         named = ((f"eval_{task}_{name}", score.value) for task, scores in found.items() for name, score in scores.items())
         return {name.replace("/", "_"): value for name, value in named}
 

@@ -8,6 +8,7 @@ import pytest
 
 from raytune_llm import ConfigError, api
 from raytune_llm.config.load import load_config
+from raytune_llm.data.pipeline import prepare
 from tests.group import metrics
 from tests.runs import tiny_run
 
@@ -86,3 +87,17 @@ def test_what_cannot_work_is_said_before_anything_is_prepared(task, chat_rows, c
     with pytest.raises(ConfigError) as raised:
         trained(chat_rows, cache, tmp_path / "run", task("multiple_choice"), "train.eval_every_steps=null", *settings)
     assert said in str(raised.value)
+
+
+@pytest.mark.long
+def test_two_workers_with_a_sharded_policy_get_the_scores_of_one(task, chat_rows, cache, tmp_path, two_workers):
+    file = task("multiple_choice")
+    asked = ["train.max_steps=2", "train.eval_every_steps=2", "data.eval_fraction=0.2", f"train.eval_tasks=[{file}]"]
+    trained(chat_rows, cache, tmp_path / "one", file, *asked)
+    spread = ["resources=local", "resources.num_workers=2", "strategy=fsdp"]
+    run = tiny_run(chat_rows, cache, tmp_path / "two", *asked, *spread)
+    store = prepare(run.model, run.data, run.resources, kind=run.stage.kind).store
+    two_workers.run(run, str(store.folder))
+    one, two = ([record for record in metrics(tmp_path / name) if "eval_loss" in record] for name in ("one", "two"))
+    assert [record["eval_letters_acc"] for record in one] == [record["eval_letters_acc"] for record in two]
+    assert len(one) == 1
