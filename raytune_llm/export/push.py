@@ -55,7 +55,7 @@ def push(folder: Path, settings: ExportConfig, message: str) -> str:
     """The address of the commit. Raises ResourceError, with the command that repeats it, for an upload that fails."""
     repo = settings.push
     assert repo is not None
-    removed = list(WEIGHTS) if any(folder.glob(WEIGHTS[0])) else []
+    removed: list[str] = list(WEIGHTS) if any(folder.glob(WEIGHTS[0])) else []
     try:
         api = HfApi()
         made = api.create_repo(repo, private=settings.push_private, exist_ok=True).repo_id
