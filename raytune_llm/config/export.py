@@ -29,8 +29,8 @@ class ExportConfig:
     What each changes is added up."""
     weights: dict[str, float]
     """The factor of each adapter's change, by name: {a: 0.5} adds half of what a changes. Others have 1."""
-    format: Literal["hf", "gguf", "gguf_lora", "ollama", "fp8", "w8a8", "w4a16", "nf4", "gptq", "awq"]
-    """hf: a folder that transformers, vLLM and SGLang load. gguf:
+    format: Literal["hf", "adapter", "gguf", "gguf_lora", "ollama", "fp8", "w8a8", "w4a16", "nf4", "gptq", "awq"]
+    """hf: a folder that transformers, vLLM and SGLang load. adapter: the adapter alone, as PEFT, vLLM and SGLang load it. gguf:
     one file for llama.cpp. gguf_lora: the adapter alone, for llama.cpp with a GGUF of the base. ollama: a gguf with a Modelfile.
     Others are hf with quantized linear layers. fp8, w8a8: weights and activations in 8 bits. w4a16, nf4: weights in 4 bits,
     rounded to the nearest value. gptq, awq: weights in 4 bits that are chosen on calibration rows."""

@@ -35,15 +35,23 @@ class AdapterLimits:
         """Gives its rank. Raises ConfigError, which names the setting, for a folder whose adapter the package can't compute."""
         refuse_separate_head(folder, setting)
         config = _read(Path(folder), setting)
-        for name, what in UNCOMPUTED.items():
-            if name in self.lacks and what(config):
-                rule = f"must be an adapter that {self.package} computes; {name} it doesn't"
-                raise ConfigError(setting, rule, got=_shown(config.get(name)), fix="Serve it with engine=native or engine=hf.")
-        rank = max([int(config["r"]), *(int(one) for one in (config.get("rank_pattern") or {}).values())])
+        if found := self.uncomputed(config):
+            rule = f"must be an adapter that {self.package} computes; {found[0]} it doesn't"
+            raise ConfigError(setting, rule, got=_shown(config.get(found[0])), fix="Serve it with engine=native or engine=hf.")
+        rank = largest_rank(config)
         if rank > self.max_rank:
             fix = f"Set serve.max_rank={rank}."
             raise ConfigError(setting, f"must have a rank of at most serve.max_rank={self.max_rank}", got=rank, fix=fix)
         return rank
+
+    def uncomputed(self, config: Mapping[str, Any]) -> list[str]:
+        """Fields of an adapter_config.json that ask for what the package doesn't compute."""
+        return [name for name, what in UNCOMPUTED.items() if name in self.lacks and what(config)]
+
+
+def largest_rank(config: Mapping[str, Any]) -> int:
+    """Of the layers of a LoRA adapter."""
+    return max([int(config["r"]), *(int(one) for one in (config.get("rank_pattern") or {}).values())])
 
 
 UNCOMPUTED: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from raytune_llm.config.export import ExportConfig
 from raytune_llm.config.run import ExportRun
 from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.export.adapter import adapter
 from raytune_llm.export.check import Difference, can_compare, compare, has_memory
 from raytune_llm.export.gguf.adapter import gguf_lora
 from raytune_llm.export.gguf.file import gguf
@@ -32,6 +33,7 @@ OnProgress = Callable[[int, int], None]
 SPARE_BYTES = 64 * 2**20
 FORMATS: Mapping[str, Callable[[Source, ExportRun], Target]] = {
     "hf": hf,
+    "adapter": adapter,
     "gguf": gguf,
     "gguf_lora": gguf_lora,
     "ollama": ollama,
@@ -193,4 +195,5 @@ def _card(source: Source, target: Target, difference: Difference | None, uncheck
         what = f"The adapter of {merged}, to be put on {base}"
     said = difference.said() if difference is not None else f"Not compared: {unchecked}"
     head = "" if difference is None else "Compared with the base and its adapter "
-    return f"{front}\n# {source.name}\n\n{what}, exported with raytune_llm; dtype {target.dtype}.\n\n{head}{said}.\n"
+    notes = f"\n{target.notes}\n" if target.notes else ""
+    return f"{front}\n# {source.name}\n\n{what}, exported with raytune_llm; dtype {target.dtype}.\n\n{head}{said}.\n{notes}"

@@ -32,3 +32,5 @@ class Target:
     """On disk beside them, while it is written."""
     merges: bool = True
     """The adapter is in the weights; False: it is written alone, for a base that the reader has."""
+    notes: str = ""
+    """The last part of the card."""

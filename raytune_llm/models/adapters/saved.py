@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from raytune_llm.errors import ConfigError, first_line
 
@@ -65,6 +66,11 @@ def token_ids_of(path: str, setting: str) -> list[int]:
     """The tokens whose embeddings are the adapter's own."""
     given = getattr(read_config(path, setting), "trainable_token_indices", None) or []
     return sorted({id for ids in given.values() for id in ids} if isinstance(given, dict) else given)
+
+
+def in_peft_alone(base: PreTrainedModel, folder: Path) -> nn.Module:
+    """The adapter on a model of transformers, as anyone loads it: nothing of ours computes."""
+    return PeftModel.from_pretrained(base, str(folder))
 
 
 def load_weights(

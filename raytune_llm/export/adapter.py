@@ -1,0 +1,125 @@
+"""`export.format=adapter`: the adapter alone, as PEFT, vLLM and SGLang load it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from raytune_llm.config.run import ExportRun
+from raytune_llm.engines import sglang_host, vllm_host
+from raytune_llm.engines.adapter_limits import CONFIG, WEIGHTS, AdapterLimits, largest_rank
+from raytune_llm.errors import ConfigError
+from raytune_llm.export.rows import Rows
+from raytune_llm.export.source import DTYPES, Source
+from raytune_llm.export.target import OnBytes, Target
+from raytune_llm.models.adapters.saved import in_peft_alone
+from raytune_llm.models.score_head import has_separate_head
+
+
+def adapter(source: Source, run: ExportRun) -> Target:
+    """Raises ConfigError for what is not one adapter of a base as its files are."""
+    dtype = run.export.dtype
+    if dtype not in ("auto", *DTYPES):
+        rule = f"must be auto or one of {', '.join(DTYPES)} with export.format=adapter"
+        raise ConfigError("export.dtype", rule, got=dtype)
+    _check(source)
+    from_folder = Path(source.adapters[0][0].folder)
+
+    def write(folder: Path, on_bytes: OnBytes) -> None:
+        source.copy_others(folder)
+        config = json.loads((from_folder / CONFIG).read_text())
+        config |= {"base_model_name_or_path": str(source.model.path), "inference_mode": True}
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if dtype == "auto":
+            shutil.copyfile(from_folder / WEIGHTS, folder / WEIGHTS)
+        else:
+            save_file(_cast(load_file(from_folder / WEIGHTS), DTYPES[dtype]), folder / WEIGHTS, {"format": "pt"})
+        on_bytes((folder / WEIGHTS).stat().st_size)
+
+    def outputs_of(folder: Path, rows: Rows) -> Iterator[Tensor]:
+        return _outputs_in_peft(folder, source, rows)
+
+    num_bytes = _num_bytes(from_folder / WEIGHTS, DTYPES.get(dtype))
+    return Target(num_bytes, write, outputs_of, "peft", dtype, merges=False, notes=_loaded_by(from_folder, source))
+
+
+def _check(source: Source) -> None:
+    fix = "Set export.format=hf, which merges what there is."
+    if len(source.adapters) != 1:
+        rule = f"must be one adapter with export.format=adapter, and there are {len(source.adapters)}"
+        raise ConfigError("export.adapters", rule, fix=fix)
+    one, factor = source.adapters[0]
+    if factor != 1.0:
+        raise ConfigError("export.weights", "must be 1 with export.format=adapter", got=factor, fix=fix)
+    if has_separate_head(one.folder):
+        raise ConfigError(one.setting, "has a score head that PEFT doesn't load, with export.format=adapter", got=one.folder)
+    for name in ("config", "merged_adapters"):
+        changed = getattr(source.run.model if source.run is not None else source.model, name)
+        if changed:
+            rule = (
+                f"must be a run without model.{name} with export.format=adapter: other programs put the adapter on the base alone"
+            )
+            raise ConfigError("export.run", rule, got=changed)
+
+
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Raises ConfigError where the dtype can't hold a value."""
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    for name, tensor in cast.items():
+        if not tensor.isfinite().all():
+            raise ConfigError(
+                "export.dtype", f"can't hold {name}, whose values are too large", got=dtype, fix="Set bf16 or fp32."
+            )
+    return cast
+
+
+def _num_bytes(weights: Path, dtype: torch.dtype | None) -> int:
+    if dtype is None:
+        return weights.stat().st_size
+    with safe_open(weights, framework="pt") as file:
+        return sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys()) * dtype.itemsize  # noqa: SIM118
+
+
+@torch.no_grad()
+def _outputs_in_peft(folder: Path, source: Source, rows: Rows) -> Iterator[Tensor]:
+    """By transformers and PEFT as anyone calls them: none of our layers."""
+    kind: Any = AutoModelForSequenceClassification if source.scores else AutoModelForCausalLM
+    more = {"num_labels": 1} if source.scores else {}
+    trust = source.model.trust_remote_code
+    base = kind.from_pretrained(source.folder, dtype=torch.float32, trust_remote_code=trust, **more)
+    if source.token_ids:
+        base.resize_token_embeddings(source.vocab_size, mean_resizing=False)
+    base.config.pad_token_id = None  # rows have no padding, and may end in that token
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = in_peft_alone(base, folder).eval().to(device)
+    for ids in rows.ids:
+        logits = model(torch.from_numpy(ids.astype("int64"))[None].to(device)).logits[0].float().cpu()
+        yield logits if source.scores else logits[:-1].log_softmax(-1)
+
+
+def _loaded_by(folder: Path, source: Source) -> str:
+    """For the card: how each program loads it, or what the program refuses."""
+    config = json.loads((folder / CONFIG).read_text())
+    grown = f", after `base.resize_token_embeddings({source.vocab_size})`" if source.token_ids else ""
+    others = (vllm_host.limits_of(vllm_host.RANKS[-1]), sglang_host.limits_of(largest_rank(config) if "r" in config else 1))
+    lines = [f"- PEFT: `PeftModel.from_pretrained(base, folder)`{grown}."]
+    lines += [f"- {limits.package}: {_said(limits, config)}." for limits in others]
+    return "## Loaded by\n\n" + "\n".join(lines)
+
+
+def _said(limits: AdapterLimits, config: Mapping[str, Any]) -> str:
+    if found := limits.uncomputed(config):
+        return f"refused; it does not compute {', '.join(f'`{name}`' for name in found)}"
+    rank = largest_rank(config)
+    if rank > limits.max_rank:
+        return f"refused; ranks are at most {limits.max_rank}, and this one's is {rank}"
+    return f"with LoRA enabled and a maximum rank of at least {rank}"
