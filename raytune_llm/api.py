@@ -131,8 +131,10 @@ def _train(
 ) -> TrainResult:
     from raytune_llm.runs.group_size import spare_cpus
     from raytune_llm.runs.launch import fit
+    from raytune_llm.runs.output import check_final
     from raytune_llm.runs.remote_output import collect, remote_folder
 
+    check_final(run, output)
     if on_cluster(run.resources):
         _check_nodes(run, run.resources, on_update)
     clock.enter("prepare")
@@ -163,6 +165,7 @@ def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None)
     Each run has an output folder like that of `train`, and resumes from it. Returns, in the order of the parts, a result, the
     error that ended the run, or None if its `stops` did.
     """
+    from raytune_llm.runs.output import check_final
     from raytune_llm.runs.owner import check_writable, owned
     from raytune_llm.runs.remote_output import FILES
     from raytune_llm.runs.together import fit_together
@@ -175,6 +178,7 @@ def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None)
         for part in parts:
             check_writable(Path(part.run.output_dir), *FILES)
             stack.enter_context(owned(Path(part.run.output_dir)))
+            check_final(part.run, Path(part.run.output_dir))
         for clock in clocks:
             clock.enter("prepare")
         prepared = _prepared(parts[0].run, workspace, None)
@@ -433,8 +437,8 @@ def evaluate(run: EvaluateRun, *, on_progress: Callable[[int, int], None] = lamb
 def chain(run: ChainRun, *, each: Callable[[str, str, Any], Any] | None = None) -> dict[str, Any]:
     """Run commands one after another, and return what each returned, by the steps' names.
 
-    All their settings are checked before the first one runs. each(name, verb, run) runs one; without it, this module's function
-    of the verb does. Repeated, it resumes: a finished training is not run again.
+    All their settings are checked before the first one runs, and the places and packages of exports. each(name, verb, run) runs
+    one; without it, this module's function of the verb does. Repeated, it resumes: a finished training is not run again.
     """
     runs = {}
     for name in run.steps:
@@ -443,6 +447,10 @@ def chain(run: ChainRun, *, each: Callable[[str, str, Any], Any] | None = None) 
     for _, step in runs.values():
         if isinstance(step, TrainRun | PrepareRun | PredictRun | ExportRun | EvaluateRun):
             packaged.check_models(step)
+        if isinstance(step, ExportRun):
+            from raytune_llm.export.run import check_ahead
+
+            check_ahead(with_absolute_paths(step))
     own = {"prepare": prepare, "train": train, "tune": tune, "predict": predict, "evaluate": evaluate, "export": export}
     return {name: own[verb](step) if each is None else each(name, verb, step) for name, (verb, step) in runs.items()}
 

@@ -246,6 +246,11 @@ class DataConfig:
         fractions = self.eval_fraction.values() if isinstance(self.eval_fraction, dict) else [self.eval_fraction]
         return bool(self.eval_path or self.eval_split or self.eval_names or self.eval_rows or any(fractions))
 
+    @property
+    def names_held_out(self) -> bool:
+        """Whether held-out rows can have several sources, whose figures have their names."""
+        return isinstance(self.eval_path, dict) or len(self.eval_names) > 1 or len(self.names) > 1
+
     def _held_out_rows_are_said_once(self) -> None:
         given = {
             "data.eval_path": self.eval_path or self.eval_split,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from raytune_llm.config.adapter import AdapterConfig
@@ -135,6 +136,23 @@ def held_out_rows_exist_where_they_are_used(data: DataConfig, checkpoint: Checkp
                 got=value,
                 fix="Set data.eval_fraction (say 0.1), data.eval_rows or data.eval_path.",
             )
+
+
+def runs_stop_by_a_figure_that_is_reported(data: DataConfig, stage: StageConfig, train: LoopConfig) -> None:
+    """Refused as far as the figures are known: those of tasks are named by the tasks."""
+    metric = train.early_stopping_metric
+    known = [f"{EVALUATIONS}{figure}" for figure in stage.figures]
+    if not data.evaluates or metric in known or (train.eval_tasks and metric.startswith(EVALUATIONS)):
+        return
+    if (
+        data.names_held_out
+        and metric.startswith(EVALUATIONS)
+        and metric.endswith(tuple(f"_{figure}" for figure in stage.figures))
+    ):
+        return
+    near = difflib.get_close_matches(metric, known, n=1)
+    fix = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
+    raise ConfigError("train.early_stopping_metric", "must be a figure that evaluations report", got=metric, fix=fix)
 
 
 def model_is_given(model: ModelConfig) -> None:

@@ -71,6 +71,7 @@ class TrainRun:
         rules.name_is_a_name(self.name)
         rules.batch_sizes_fit(self.data, self.resources, self.train)
         rules.held_out_rows_exist_where_they_are_used(self.data, self.checkpoint, self.train)
+        rules.runs_stop_by_a_figure_that_is_reported(self.data, self.stage, self.train)
         rules.model_is_given(self.model)
         rules.data_are_given(self.data)
         rules.streams_know_what_they_need(self.data, self.stage, self.checkpoint, self.train)

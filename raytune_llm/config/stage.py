@@ -67,6 +67,11 @@ def _are_read(settings: Mapping[str, float | None], losses: Set[str], reads: Map
             raise ConfigError(f"stage.{setting}", f"must be a number with stage.loss={chosen}", got="null")
 
 
+OF_TOKENS = ("loss", "perplexity", "token_accuracy", "entropy", "nll", "router_aux_loss")
+SIDES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
+OF_PAIRS = ("loss", *SIDES, "rewards/accuracies")
+
+
 class StageRules:
     """What rules between sections and `plan` read of any stage."""
 
@@ -84,6 +89,8 @@ class StageRules:
     """Its rows are not conversations."""
     anchored: ClassVar[bool] = False
     """Its loss holds the policy near the model without its adapter."""
+    figures: ClassVar[tuple[str, ...]] = OF_PAIRS
+    """What an evaluation can report, each with eval_ before it."""
 
 
 class WithoutReference(StageRules):
@@ -103,6 +110,7 @@ class SFT(WithoutReference):
     kind: ClassVar[str] = "conversations"
     trains_turns: ClassVar[bool] = True
     has_right_answers: ClassVar[bool] = True
+    figures: ClassVar[tuple[str, ...]] = OF_TOKENS
 
     name: Literal["sft"]
     loss: Literal["cross_entropy", "dft", "eaft", "asft"]
@@ -141,6 +149,7 @@ class Pretrain(WithoutReference):
 
     kind: ClassVar[str] = "text"
     plain_text: ClassVar[bool] = True
+    figures: ClassVar[tuple[str, ...]] = OF_TOKENS
 
     name: Literal["pretrain"]
     z_loss: NonNegativeFloat
@@ -156,6 +165,7 @@ class Reward(WithoutReference, WithoutRouters):
     kind: ClassVar[str] = "pairs"
     writes: ClassVar[bool] = False
     reads_margins: ClassVar[bool] = True
+    figures: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "margin")
 
     name: Literal["reward"]
     margin: NonNegativeFloat
@@ -262,6 +272,7 @@ class KTO(WithoutRouters):
 
     kind: ClassVar[str] = "labeled"
     has_reference: ClassVar[bool] = True
+    figures: ClassVar[tuple[str, ...]] = ("loss", *SIDES, "kl")
 
     name: Literal["kto"]
     loss: Literal["kto", "apo_zero_unpaired"]

@@ -288,12 +288,20 @@ def recipe_of(one: Declared, source: Source, preprocessor: Preprocessor, data: D
 
 
 def source_of(one: Declared) -> Source:
-    return sources.find(one.path, subset=one.subset, split=one.split, folder=one.folder, hub=one.hub, setting=one.setting)
+    return sources.find(
+        one.path,
+        subset=one.subset,
+        split=one.split,
+        folder=one.folder,
+        hub=one.hub,
+        setting=one.setting,
+        split_setting=one.split_setting,
+    )
 
 
 def chunks_of(one: Declared, source: Source, data: DataConfig) -> list[Chunk]:
     part = None if source.is_hub else one.split
-    return sources.plan(source, data.max_samples, part=part, num_samples=one.num_samples)
+    return sources.plan(source, data.max_samples, part=part, num_samples=one.num_samples, split_setting=one.split_setting)
 
 
 def _cache(data: DataConfig) -> Path:

@@ -9,17 +9,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from raytune_llm.config.export import ExportConfig
+from raytune_llm.config.export import CALIBRATED, ExportConfig
 from raytune_llm.config.run import ExportRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.export.adapter import adapter
 from raytune_llm.export.check import Difference, can_compare, compare, has_memory
 from raytune_llm.export.gguf.adapter import gguf_lora
 from raytune_llm.export.gguf.file import gguf
+from raytune_llm.export.gguf.llama_quantize import found_program
 from raytune_llm.export.hf import hf
 from raytune_llm.export.ollama import ollama
 from raytune_llm.export.push import check_push, push
 from raytune_llm.export.quantized.calibrated import calibrated
+from raytune_llm.export.quantized.codec import require
+from raytune_llm.export.quantized.environment import check_environment
 from raytune_llm.export.quantized.nf4 import nf4
 from raytune_llm.export.quantized.rounded import rounded
 from raytune_llm.export.rows import rows_to_check
@@ -57,6 +60,21 @@ class Exported:
     """Why the export was not compared with its source."""
     commit: str | None = None
     """Its address on the hub; None: it was not pushed."""
+
+
+def check_ahead(run: ExportRun) -> None:
+    """What can be known of an export before its model is trained: its place, and the packages and programs that it needs.
+
+    Raises ConfigError.
+    """
+    settings = run.export
+    assert settings.output_dir is not None
+    _check_place(Path(settings.output_dir), overwrite=settings.overwrite)
+    require(settings.format)
+    if settings.format in CALIBRATED:
+        check_environment(settings.format, settings.python, run.resources)
+    if settings.llama_quantize is not None:
+        found_program(settings.llama_quantize)
 
 
 def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -> Exported:

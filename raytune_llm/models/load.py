@@ -29,6 +29,7 @@ from transformers import (
 
 from raytune_llm import packaged
 from raytune_llm.errors import ConfigError, first_line
+from raytune_llm.models.finished import check_unchanged
 from raytune_llm.models.multimodal import TRAINED_ON_TEXT, is_multimodal, leave_other_media_out
 from raytune_llm.models.quantization.prequantized import unpacked
 from raytune_llm.models.stored import Files, an_adapter, files_of, model_in_files, other_shape
@@ -37,6 +38,8 @@ ROPE = ("rope_theta", "rope_scaling")
 """Old names of entries of rope_parameters."""
 UNREADABLE = (OSError, SafetensorError, UnpicklingError, BadZipFile, EOFError, ValueError, TypeError, KeyError, RecursionError)
 """What reading damaged files of weights ends in."""
+MAX_HASHED_BYTES = 1 << 30
+"""Of a file of a model that a run of ours finished."""
 MAX_LAYERS = 1_000
 """Far beyond any model, and made on the meta device within seconds."""
 
@@ -49,6 +52,7 @@ def load_config(
     if path is None:
         return _of_changes_alone(changes)
     folder = packaged.resolve(path)
+    check_unchanged(Path(folder), "model.path", max_bytes=MAX_HASHED_BYTES)
     try:
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a damaged config.json makes of transformers' code

@@ -14,10 +14,10 @@ from typing import Any
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
+from raytune_llm.models.finished import FINISHED
 from raytune_llm.train import checkpoint
 
 log = logging.getLogger(__name__)
-FINISHED = "finished.json"
 RESUMES = "the same command resumes from the newest checkpoint"
 # Settings that may change when a run is resumed: where and how it is computed, and what it reports.
 # Data sources are compared by content (the stores' manifests), not by path.
@@ -90,17 +90,40 @@ def finished(folder: Path, identity_now: dict[str, str]) -> bool:
     A `final/` with lost or changed files does not count as finished: the run resumes from its newest checkpoint and writes it
     again.
     """
-    try:
-        then = json.loads((folder / FINISHED).read_text())
-        files, identity_then = dict(then["files"]), dict(then["identity"])
-        json.loads(identity_then["settings"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    end = _end_of(folder)
+    if end is None:
         return False
+    files, identity_then = end
     _same_run(folder, identity_then, identity_now)
     lost = [name for name, digest in files.items() if checkpoint.digest(folder / name) != digest]
     if lost:
         log.warning("%s has changed since it was written (%s); it is written again", folder / "final", ", ".join(lost[:3]))
     return not lost
+
+
+def _end_of(folder: Path) -> tuple[dict[str, str], dict[str, str]] | None:
+    """The files that the run which finished in the folder wrote, with their hashes, and the run's identity; None: none did."""
+    try:
+        then = json.loads((folder / FINISHED).read_text())
+        files, identity_then = dict(then["files"]), dict(then["identity"])
+        json.loads(identity_then["settings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return files, identity_then
+
+
+def check_final(run: TrainRun, folder: Path) -> None:
+    """Raises ConfigError where the run would replace a `final/` of which nothing in the folder says what wrote it."""
+    final = folder / "final"
+    if run.resume == "never" or not final.is_dir() or not any(final.iterdir()):
+        return
+    if _end_of(folder) is None and not checkpoint.complete_steps(folder / "checkpoints"):
+        raise ConfigError(
+            "output_dir",
+            f"holds a final/ that would be replaced, and no {FINISHED} or checkpoint that says which run wrote it",
+            got=str(folder),
+            fix="Choose another output_dir, or set resume=never to start again there.",
+        )
 
 
 def mark_finished(folder: Path, identity_now: dict[str, str]) -> None:
@@ -188,6 +211,7 @@ def write_final(folder: Path, save: Callable[[Path], None], card: str) -> None:
     (beside / "README.md").write_text(card)
     old = folder.with_name(f".{folder.name}-old")
     shutil.rmtree(old, ignore_errors=True)
+    (folder.parent / FINISHED).unlink(missing_ok=True)  # it is of the old one
     if folder.exists():
         folder.rename(old)
     beside.rename(folder)

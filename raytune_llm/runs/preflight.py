@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from raytune_llm import packaged
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.kinds import KINDS
-from raytune_llm.data.readers.declarations import declared, declared_for_evaluation
+from raytune_llm.data.readers.declarations import check_held_out, declared
 from raytune_llm.data.tokens.tokenizer import first_pieces
 from raytune_llm.errors import ConfigError, ResourceError, UserError, first_line
 from raytune_llm.models.adapters import adapt, merge
@@ -50,7 +50,7 @@ def _check(run: TrainRun, workspace: Workspace) -> None:
     stage = STAGES[run.stage.name]
     kind = KINDS[run.stage.kind]
     declared(run.data, ranked=kind.ranked)
-    declared_for_evaluation(run.data, ranked=kind.ranked)
+    check_held_out(run.data, ranked=kind.ranked)
     tokenizer, _ = workspace.tokenizer_of(run)
     config = run_config(run.model, tokenizer, run.data.max_length, packing=run.data.packing)
     with _sizes_fit():

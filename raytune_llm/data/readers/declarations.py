@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,10 @@ from raytune_llm.config.data import AlpacaFormat, DataConfig, FormatConfig, Open
 from raytune_llm.config.paths import expanded
 from raytune_llm.data.readers.entries import TAG_NAMES, check_entry
 from raytune_llm.data.readers.files import folder_of
+from raytune_llm.data.readers.splits import Part
 from raytune_llm.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,8 @@ class Declared:
     """The one that a data set without files of its own is from."""
     setting: str = "data.path"
     """The key that has its location."""
+    split_setting: str = "data.split"
+    """The key that has its split."""
 
 
 def declared(data: DataConfig, *, ranked: bool) -> list[Declared]:
@@ -56,16 +62,40 @@ def declared_for_evaluation(data: DataConfig, *, ranked: bool) -> list[Declared]
             data.dataset_info, data.eval_names, media_dir=data.media_dir, ranked=ranked, hub=data.hub, setting="data.eval_names"
         )
     split = data.eval_split or data.split
+    split_setting = "data.eval_split" if data.eval_split else "data.split"
     if isinstance(data.eval_path, dict):
         return [
-            replace(at_path(data, path), name=name, split=split, setting=f"data.eval_path.{name}")
+            replace(at_path(data, path), name=name, split=split, setting=f"data.eval_path.{name}", split_setting=split_setting)
             for name, path in data.eval_path.items()
         ]
     if data.eval_path is None and data.eval_split is None:
         return []
     path = data.eval_path or data.path
     assert path is not None
-    return [replace(at_path(data, path), split=split, setting="data.eval_path" if data.eval_path else "data.path")]
+    setting = "data.eval_path" if data.eval_path else "data.path"
+    return [replace(at_path(data, path), split=split, setting=setting, split_setting=split_setting)]
+
+
+def check_held_out(data: DataConfig, *, ranked: bool) -> None:
+    """Raises ConfigError for a data.eval_split that has rows of data.split. Data sets that are named twice, to train on and to
+    evaluate on, are said in a warning: whether a model can learn its rows by heart is asked so."""
+    for one in declared_for_evaluation(data, ranked=ranked):
+        for trained in declared(data, ranked=ranked):
+            if not _share_rows(one, trained):
+                continue
+            if data.eval_path is None and data.eval_split is not None:
+                rule = f"must be other rows than those that are trained on (data.split={data.split})"
+                fix = "Name another part, say data.split=train[:90%] data.eval_split=train[90%:], or set data.eval_fraction."
+                raise ConfigError("data.eval_split", rule, got=data.eval_split, fix=fix)
+            log.warning("%s is trained on and evaluated on: eval_loss says nothing of rows that the model has not seen", one.path)
+
+
+def _share_rows(one: Declared, other: Declared) -> bool:
+    if (one.path, one.subset, one.folder) != (other.path, other.subset, other.folder):
+        return False
+    if "+" in one.split + other.split:  # a hub's sum of splits
+        return one.split == other.split
+    return Part.of(one.split, one.split_setting).overlaps(Part.of(other.split, other.split_setting))
 
 
 def at_path(data: DataConfig, path: str) -> Declared:
@@ -136,6 +166,7 @@ def _declared(name: str, entry: Mapping[str, Any], file: Path, media_dir: str | 
         format=_format(where, entry),
         media_dir=media_dir or str(file.parent),
         setting=f"file_name of {name} in {file}",
+        split_setting=f"split of {name} in {file}",
     )
 
 

@@ -32,7 +32,9 @@ def _huggingface_rows(name: str, part: Source | Chunk) -> Any:
     except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         if reason.startswith("Unknown split"):
-            raise DataError(name, f"has no such split ({reason})", "Correct data.split.") from None
+            raise DataError(
+                name, f"has no such split ({reason})", "Correct data.split, or data.eval_split if its rows are held out."
+            ) from None
         raise DataError(
             name,
             f"there is no such file or folder, and the hub gives no data set of that name ({reason})",

@@ -64,10 +64,12 @@ def find(
     folder: str | None = None,
     hub: str = "huggingface",
     setting: str = "data.path",
+    split_setting: str = "data.split",
 ) -> Source:
     """What `data.path` names: a file, a folder of files of one type, either also by address, or a hub data set id.
 
-    Of a folder, the files of the split (data/readers/splits.py). `setting` is blamed where nothing is there.
+    Of a folder, the files of the split (data/readers/splits.py). `setting` is blamed where nothing is there, and split_setting
+    where there is no such split.
     """
     if not path.strip():
         raise DataError(setting, "names no file or folder", f"For example, {setting}=rows.jsonl.")
@@ -76,36 +78,39 @@ def find(
         found = files.found_at(place, setting)
         above = place.rstrip("/") + "/"
         if found == [place]:
-            return _of_file(place, Part.of(split), subset)
-        return _of_folder(path, {file.partition(above)[2] or file: file for file in found}, Part.of(split), subset)
+            return _of_file(place, Part.of(split, split_setting), subset, split_setting)
+        there = {file.partition(above)[2] or file: file for file in found}
+        return _of_folder(path, there, Part.of(split, split_setting), subset, split_setting)
     here = expanded(path)
     with files.readable(path):
         is_file, is_dir = here.is_file(), here.is_dir()
         if is_dir and folder is not None and not (here / folder).is_dir():
             raise DataError(str(here / folder), "there is no such folder", f"Correct folder of {setting}.")
     if is_file:
-        return _of_file(str(here), Part.of(split), subset)
+        return _of_file(str(here), Part.of(split, split_setting), subset, split_setting)
     if is_dir:
         here = here / (folder or ".")
         there = {os.path.relpath(file, here): file for file in files.below(str(here))}
-        return _of_folder(path, there, Part.of(split), subset)
+        return _of_folder(path, there, Part.of(split, split_setting), subset, split_setting)
     if here.suffix.lower() in KIND_OF_SUFFIX or path.startswith(("/", "~", ".")) or not _HUB_ID.fullmatch(path):
         raise _missing(path, here, setting)
     return Source(("hub",), (path,), subset, split, folder, hub)
 
 
-def _of_file(file: str, part: Part, subset: str | None) -> Source:
+def _of_file(file: str, part: Part, subset: str | None, split_setting: str) -> Source:
     if subset is not None:
         raise _no_subset(file, subset)
     splits = of_one_file(PurePosixPath(file).name)
     if part.split not in splits:
         raise DataError(
-            file, f"has no split {part.split!r}: a file without a split is {' or '.join(sorted(splits))}", "Leave the split out."
+            file,
+            f"has no split {part.split!r}: a file without a split is {' or '.join(sorted(splits))}",
+            f"Leave {split_setting} out.",
         )
     return Source((_kind(file),), (file,))
 
 
-def _of_folder(path: str, there: Mapping[str, str], part: Part, subset: str | None) -> Source:
+def _of_folder(path: str, there: Mapping[str, str], part: Part, subset: str | None, split_setting: str) -> Source:
     """The Source of files given by their names below the folder."""
 
     def read(name: str) -> bytes:
@@ -127,7 +132,7 @@ def _of_folder(path: str, there: Mapping[str, str], part: Part, subset: str | No
     if not names:
         raise DataError(path, "the folder holds no files with rows", f"Put {_types()} files there.")
     if part.split not in splits:
-        raise DataError(path, f"has no split {part.split!r}", f"Set data.split to one of {', '.join(sorted(splits))}.")
+        raise DataError(path, f"has no split {part.split!r}", f"Set {split_setting} to one of {', '.join(sorted(splits))}.")
     chosen = tuple(there[name] for name in splits[part.split])
     if not chosen:
         raise DataError(path, f"holds no file of the split {part.split!r}", "Fetch the files that its README.md names.")
@@ -223,13 +228,20 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def plan(source: Source, max_rows: int | None = None, *, part: str | None = None, num_samples: int | None = None) -> list[Chunk]:
+def plan(
+    source: Source,
+    max_rows: int | None = None,
+    *,
+    part: str | None = None,
+    num_samples: int | None = None,
+    split_setting: str = "data.split",
+) -> list[Chunk]:
     """The chunks of a source in order, with the rows in each.
 
     Of the first max_rows rows only, where given. `part` is a split or rows of one (splits.Part); num_samples draws so many of its
     rows, the same ones for the same number of rows.
     """
-    rows = Part("train") if part is None else Part.of(part)
+    rows = Part("train") if part is None else Part.of(part, split_setting)
     whole = rows.is_whole and num_samples is None
     chunks = _plan_whole(source, max_rows if whole else None)
     if whole:
@@ -250,7 +262,9 @@ def plan(source: Source, max_rows: int | None = None, *, part: str | None = None
         if len(inside):
             picked.append(replace(chunk, picks=tuple(inside.tolist())))
     if not picked:
-        raise DataError(", ".join(source.files[:3]), f"holds no rows in {part}: there are {num_rows}", "Correct data.split.")
+        raise DataError(
+            ", ".join(source.files[:3]), f"holds no rows in {part}: there are {num_rows}", f"Correct {split_setting}."
+        )
     return picked
 
 

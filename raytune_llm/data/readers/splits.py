@@ -34,6 +34,8 @@ _EDGE = "[-._ 0-9]"
 _SHARD = re.compile(r"data/(?P<split>[^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 _SPLIT = re.compile(r"(?P<name>\w+(?:[.-]\w+)*)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
+_MANY = 10**12
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -59,6 +61,11 @@ class Part:
         """The part of num_rows rows; negative bounds count from the end, percent are of num_rows."""
         first, last = (_bound(edge, num_rows) for edge in (self.start or "0", self.stop or "100%"))
         return range(first, max(first, last))
+
+    def overlaps(self, other: Part) -> bool:
+        """Whether they share rows of a split with so many rows that numbers of rows and percent don't meet."""
+        mine, others = self.rows(_MANY), other.rows(_MANY)
+        return self.split == other.split and max(mine.start, others.start) < min(mine.stop, others.stop)
 
 
 def _bound(edge: str, num_rows: int) -> int:

@@ -20,10 +20,7 @@ MAX_KL = 0.5
 
 def in_fewer_bits(whole: Target, program: str, dtype: str) -> Target:
     """The file of `whole`, as the program makes it smaller. Raises ConfigError where the program is not there."""
-    found = shutil.which(str(Path(program).expanduser()))
-    if found is None:
-        fix = "Build llama.cpp, or unpack one of its releases, and name the llama-quantize there."
-        raise ConfigError("export.llama_quantize", "must be a program that can be run", got=program, fix=fix)
+    found = found_program(program)
 
     def write(folder: Path, on_bytes: OnBytes) -> None:
         whole.write(folder, on_bytes)
@@ -32,6 +29,15 @@ def in_fewer_bits(whole: Target, program: str, dtype: str) -> Target:
         made.unlink()
 
     return replace(whole, write=write, dtype=dtype, max_kl=MAX_KL, passing_bytes=whole.num_bytes)
+
+
+def found_program(program: str) -> str:
+    """Raises ConfigError where it is not there."""
+    found = shutil.which(str(Path(program).expanduser()))
+    if found is None:
+        fix = "Build llama.cpp, or unpack one of its releases, and name the llama-quantize there."
+        raise ConfigError("export.llama_quantize", "must be a program that can be run", got=program, fix=fix)
+    return found
 
 
 def _quantize(program: str, whole: Path, place: Path, dtype: str) -> None:

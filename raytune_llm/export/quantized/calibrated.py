@@ -45,7 +45,7 @@ METHODS = {
 def calibrated(source: Source, run: ExportRun) -> Target:
     settings = run.export
     dtype_of(settings)
-    require("compressed_tensors", settings.format, "raytune-llm[quantized]")
+    require(settings.format)
     matrices = matrices_of(source, settings.format)
     group_size = group_size_of(settings, matrices)
     check_environment(settings.format, settings.python, run.resources)

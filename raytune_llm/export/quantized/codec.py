@@ -103,7 +103,16 @@ def reloaded_outputs(folder: Path, rows: Rows, *, trust_remote_code: bool) -> It
         yield logits_TV[:-1].float().log_softmax(-1).cpu()
 
 
-def require(package: str, format: str, extra: str) -> None:
-    if find_spec(package) is None:
+PACKAGES = {
+    **dict.fromkeys(("fp8", "w8a8", "w4a16", "gptq", "awq"), ("compressed_tensors", "raytune-llm[quantized]")),
+    "nf4": ("bitsandbytes", "raytune-llm[nf4]"),
+}
+"""What formats need, and the extra that has it."""
+
+
+def require(format: str) -> None:
+    """Raises ConfigError where the format's package is not installed. Formats that are none of PACKAGES need none."""
+    package, extra = PACKAGES.get(format, (None, None))
+    if package is not None and find_spec(package) is None:
         rule, fix = f"can't be {format} here: {package} is not installed", f"Install it: pip install '{extra}'."
         raise ConfigError("export.format", rule, got=format, fix=fix)

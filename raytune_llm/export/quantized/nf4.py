@@ -29,7 +29,7 @@ STATE_BYTES = 256
 
 def nf4(source: Source, run: ExportRun) -> Target:
     settings = run.export
-    require("bitsandbytes", settings.format, "raytune-llm[nf4]")
+    require(settings.format)
     matrices = matrices_of(source, settings.format)
     if narrow := [width for width in matrices.widths if width % BLOCK]:
         rule = (

@@ -52,7 +52,7 @@ SCHEMES: Mapping[str, Scheme] = {
 def rounded(source: Source, run: ExportRun) -> Target:
     settings = run.export
     scheme = SCHEMES[settings.format]
-    require("compressed_tensors", settings.format, "raytune-llm[quantized]")
+    require(settings.format)
     matrices = matrices_of(source, settings.format)
     group_size = group_size_of(settings, matrices) if scheme.weight is None else None
     return encoded(source, settings, matrices, Rounded(scheme, group_size, matrices.skipped))

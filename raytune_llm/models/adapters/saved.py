@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytune_llm.errors import ConfigError, first_line
+from raytune_llm.models.finished import check_unchanged
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+MAX_HASHED_BYTES = 256 << 20
+"""Of an adapter's file, which is read several times where it is served."""
 
 
 def read_config(path: str, setting: str) -> PeftConfig:
@@ -29,6 +32,7 @@ def read_config(path: str, setting: str) -> PeftConfig:
         )
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ConfigError(setting, f"must be a folder with {WEIGHTS[0]}", got=path, fix="Copy the whole folder.")
+    check_unchanged(folder, setting, max_bytes=MAX_HASHED_BYTES)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Specified to not save vera_A")

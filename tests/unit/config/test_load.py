@@ -46,6 +46,14 @@ STREAM = ["data.streaming=true", "train.max_steps=9", "checkpoint.every_steps=3"
         ),
         ([DATA, "train.early_stopping=2"], "train.early_stopping needs held-out rows, got 2. Set data.eval_fraction"),
         ([DATA, "checkpoint.final=best"], "checkpoint.final needs held-out rows"),
+        (
+            [DATA, "data.eval_fraction=0.1", "train.early_stopping=2", "train.early_stopping_metric=eval_los"],
+            "train.early_stopping_metric must be a figure that evaluations report, got eval_los. Did you mean eval_loss?",
+        ),
+        (
+            [DATA, "data.eval_fraction=0.1", "train.early_stopping_metric=eval_rewards/margins"],
+            "train.early_stopping_metric must be a figure that evaluations report, got eval_rewards/margins. There are: eval",
+        ),
         ([DATA, "data.eval_fraction=0.1", "data.eval_path=x"], "data.eval_fraction can't be combined with data.eval_path"),
         ([DATA, "data.streaming=true"], "train.max_steps must be given if data.streaming=true"),
         ([DATA, *STREAM, "train.epochs=2"], "train.epochs can't be combined with data.streaming=true"),
@@ -164,6 +172,27 @@ def test_a_mistake_in_a_later_step_of_a_chain_is_said_before_the_first_one_runs(
     with pytest.raises(ConfigError, match=r"export\.output_dir must be given"):
         api.chain(load_config("chain", [steps]))
     assert not any(tmp_path.iterdir())
+
+
+def test_an_export_at_the_end_of_a_chain_is_looked_at_before_the_training_before_it(tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    train = f"[train, model=tiny_random, {DATA}, 'output_dir={tmp_path / 'a'}']"
+
+    def refused(*settings: str) -> str:
+        words = ", ".join(f"'{setting}'" for setting in (f"export.run={tmp_path / 'a'}", *settings))
+        with pytest.raises(ConfigError) as caught:
+            api.chain(load_config("chain", [f"steps={{a: {train}, b: [export, {words}]}}"]))
+        return str(caught.value)
+
+    assert refused(f"export.output_dir={tmp_path / 'full'}").startswith("export.output_dir must be empty")
+    place = f"export.output_dir={tmp_path / 'new'}"
+    quantize = refused(place, "export.format=gguf", "export.dtype=q4_k_m", "export.llama_quantize=nothing")
+    assert quantize.startswith("export.llama_quantize must be a program")
+    assert refused(place, "export.format=gptq", "export.python=/nothing").startswith("export.python must be a Python")
+    monkeypatch.setattr("raytune_llm.export.quantized.codec.find_spec", lambda name: None)
+    assert refused(place, "export.format=nf4").startswith("export.format can't be nf4 here: bitsandbytes is not installed")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
 @pytest.mark.parametrize("verb", ["train", "plan", "submit"])

@@ -102,6 +102,17 @@ def test_a_damaged_final_model_is_written_again(whole: TrainRun, tmp_path: Path,
     assert api.train(run).already_done
 
 
+@pytest.mark.parametrize("how", ["gone", "empty", "list"])
+def test_a_final_model_of_which_nothing_says_who_wrote_it_is_kept(whole: TrainRun, tmp_path: Path, how: str):
+    run = copy_of(whole, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    damaged(tmp_path / "finished.json", how)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"output_dir holds a final/ that would be replaced.*resume=never"):
+        api.train(run)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("name", ["finished.json", "summary.json"])
 @pytest.mark.parametrize("how", ["gone", "empty", "cut", "list"])
 def test_broken_marks_of_the_end_are_no_end(whole: TrainRun, tmp_path: Path, name: str, how: str):

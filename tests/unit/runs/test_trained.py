@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -14,7 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from raytune_llm import api
 from raytune_llm.config.load import load_config
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
+from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters.saved import rank_of
 from raytune_llm.models.generation_config import end_ids_of
+from raytune_llm.models.load import load_config as load_model_config
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +80,31 @@ def test_evaluate_puts_a_run_and_its_base_side_by_side(trained, tmp_path):
     done = api.evaluate(load_config("evaluate", [*settings, f"evaluate.data={place.parent}"]))
     assert list(done.scores) == ["base", "mine"]
     assert all(score["mmlu_test"]["Average"].beside["questions"] == 2 for score in done.scores.values())
+
+
+def test_damaged_weights_of_a_finished_run_are_refused_and_edited_settings_are_said(trained, tmp_path, caplog):
+    copy = shutil.copytree(trained, tmp_path / "run") / "final"
+    (copy / "adapter_config.json").write_text((copy / "adapter_config.json").read_text() + "\n")
+    assert rank_of(str(copy), "adapter.path") == 8
+    assert "adapter_config.json has changed since" in caplog.text
+    weights = copy / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-8] + bytes(255 - byte for byte in content[-8:]))
+    with pytest.raises(
+        ConfigError, match=r"adapter\.path must be as the run .* wrote it: adapter_model\.safetensors has changed"
+    ):
+        rank_of(str(copy), "adapter.path")
+    with pytest.raises(ConfigError, match=r"export\.run must be as the run"):
+        api.export(load_config("export", [f"export.run={copy.parent}", f"export.output_dir={tmp_path / 'out'}"]))
+
+
+def test_a_damaged_model_of_a_finished_run_is_refused(tmp_path):
+    final = tmp_path / "run" / "final"
+    LlamaConfig().save_pretrained(final)
+    (final / "model.safetensors").write_bytes(b"weights")
+    digest = hashlib.sha256(b"others").hexdigest()
+    (final.parent / "finished.json").write_text(json.dumps({"files": {"final/model.safetensors": digest}}))
+    with pytest.raises(ConfigError, match=r"model\.path must be as the run that finished there wrote it: model\.safetensors"):
+        load_model_config(str(final), {})
+    (final.parent / "finished.json").unlink()
+    load_model_config(str(final), {})

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_llm.data.readers import sources
+from raytune_llm.data.readers.declarations import check_held_out
 from raytune_llm.data.readers.splits import splits_of
-from raytune_llm.errors import DataError
+from raytune_llm.errors import ConfigError, DataError
 
 LINE = '{"text": "%s"}\n'
 
@@ -209,3 +210,47 @@ def test_evaluation_has_its_own_split(tmp_path, prepare_run):
     run = prepare_run(tmp_path, "data.eval_split=test", data="text")
     prepared = prepare(run.model, run.data, run.resources, kind="text")
     assert (len(prepared.store), len(prepared.eval_store)) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["data.eval_split=banana"], r"Set data\.eval_split to one of test, train"),
+        (["data.eval_split='test[5:6]'"], r"Correct data\.eval_split"),
+        (["data.eval_split='?'"], r"data\.eval_split=\?: is no split"),
+        (["data.split=banana", "data.eval_split=test"], r"Set data\.split to one of test, train"),
+    ],
+)
+def test_the_split_that_is_wrong_is_the_one_that_is_named(tmp_path, prepare_run, settings, said):
+    from raytune_llm.data.pipeline import prepare
+
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": "some words"}) + "\n")
+    run = prepare_run(tmp_path, *settings, data="text")
+    with pytest.raises(DataError, match=said):
+        prepare(run.model, run.data, run.resources, kind="text")
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out", "shared"),
+    [
+        ("train", "train", True),
+        ("train", "train[:100]", True),
+        ("train[:60%]", "train[50%:]", True),
+        ("train[1000:]", "train[-100:]", True),
+        ("train[:90%]", "train[90%:]", False),
+        ("train[:-100]", "train[-100:]", False),
+        ("train", "test", False),
+    ],
+)
+def test_rows_that_are_trained_on_are_not_held_out(tmp_path, prepare_run, trained, held_out, shared):
+    run = prepare_run(tmp_path, f"data.split='{trained}'", f"data.eval_split='{held_out}'", data="text")
+    if not shared:
+        return check_held_out(run.data, ranked=False)
+    with pytest.raises(ConfigError, match=r"data\.eval_split must be other rows than those that are trained on"):
+        check_held_out(run.data, ranked=False)
+
+
+def test_a_path_that_is_named_twice_is_said(tmp_path, prepare_run, caplog):
+    check_held_out(prepare_run(tmp_path, f"data.eval_path={tmp_path}", data="text").data, ranked=False)
+    assert "is trained on and evaluated on" in caplog.text
