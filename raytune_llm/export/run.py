@@ -63,13 +63,15 @@ class Exported:
 
 
 def check_ahead(run: ExportRun) -> None:
-    """What can be known of an export before its model is trained: its place, and the packages and programs that it needs.
+    """What can be known of an export before its model is trained: its place, the hub that it goes to, and the packages and
+    programs that it needs.
 
     Raises ConfigError.
     """
     settings = run.export
     assert settings.output_dir is not None
     _check_place(Path(settings.output_dir), overwrite=settings.overwrite)
+    check_push(settings)
     require(settings.format)
     if settings.format in CALIBRATED:
         check_environment(settings.format, settings.python, run.resources)
