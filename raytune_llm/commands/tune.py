@@ -18,11 +18,11 @@ from rich.text import Text
 from raytune_llm import api
 from raytune_llm.config.override_syntax import as_word
 from raytune_llm.config.sweep import Sweep
-from raytune_llm.runs.plan import Plan
 from raytune_llm.tune.study import PAGE, TABLE, Study
 from raytune_llm.tune.trial import Trial
 
 if TYPE_CHECKING:
+    from raytune_llm.runs.plan import Plan
     from raytune_llm.tune.run import TuneResult
 
 GIB = 2**30
@@ -147,7 +147,8 @@ def _dry_run(sweep: Sweep, console: Console) -> int:
     more = "" if not sweep.tune.learns else f", and {(sweep.tune.trials or 0) - len(points)} that optuna chooses"
     known = [time_s for time_s in seconds if time_s is not None]
     total = f"; one after another at least {_duration(sum(known) * sweep.tune.seeds)} without early stops" if known else ""
-    console.print(f"\n{len(points)} trials{more}, of {sweep.tune.seeds} seeds each{total}. Nothing was run.", highlight=False)
+    seeds = f", of {sweep.tune.seeds} seeds each" if sweep.tune.seeds > 1 else ""
+    console.print(f"\n{len(points)} trials{more}{seeds}{total}. Nothing was run.", highlight=False)
     return 0 if all(plan.verdicts[0].fits for plan in plans) else 1
 
 

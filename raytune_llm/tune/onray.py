@@ -18,7 +18,6 @@ from queue import Queue
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from raytune_llm.config.resources import INLINE, on_cluster, uses_ray
@@ -26,10 +25,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.config.tune import TuneConfig
 from raytune_llm.errors import UserError
-from raytune_llm.memory.footprint import USABLE
 from raytune_llm.runs.owner import wait_until_free
-from raytune_llm.runs.plan import plan
-from raytune_llm.runs.workspace import Workspace
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.places import Place, Share, share_of, workers_of
 from raytune_llm.tune.trial import Outcome, Reported, Train, run_trial
@@ -41,12 +37,16 @@ class TrialProcess:
     """The actor. `run` trains in one thread; reports and answers go by others meanwhile."""
 
     def __init__(self, train: Train, tune: TuneConfig, cpus: float) -> None:
+        from raytune_llm.runs.workspace import Workspace  # it loads torch, and the driver imports this file, too
+
         self._train = partial(train, workspace=Workspace(keeps_base=True, checked=True))
         self._metric, self._threads = metric_of(tune), max(1, int(cpus))
         self._reports, self._answers = Queue[tuple[int, int, float]](), Queue[bool]()
 
     def run(self, run: TrainRun) -> Outcome | UserError:
         """An error is one that ends the sweep."""
+        import torch
+
         if not torch.cuda.is_available():
             torch.set_num_threads(self._threads)
         wait_until_free(Path(run.output_dir))
@@ -126,6 +126,8 @@ class TrainerPlace:
     """Ray Train groups, one for each trial."""
 
     def __init__(self, train: Train, tune: TuneConfig, share: Share) -> None:
+        from raytune_llm.runs.workspace import Workspace
+
         self._train, self._metric, self._share = partial(train, workspace=Workspace(checked=True)), metric_of(tune), share
         self._checked = False
 
@@ -170,5 +172,8 @@ def fits(runs: Sequence[TrainRun], *, on_gpu: bool) -> int:
 
 
 def _fits(runs: Sequence[TrainRun]) -> int:
+    from raytune_llm.memory.footprint import USABLE
+    from raytune_llm.runs.plan import plan
+
     verdicts = [plan(replace(run, resources=INLINE)).verdicts[0] for run in runs]
     return max(1, int(USABLE * verdicts[0].device.memory // max(verdict.memory.total for verdict in verdicts)))

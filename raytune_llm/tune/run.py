@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-from torch.cuda import device_count
+from typing import TYPE_CHECKING
 
 from raytune_llm import session
 from raytune_llm.atomic_file import write_atomically
@@ -19,20 +18,19 @@ from raytune_llm.config.space import ends
 from raytune_llm.config.sweep import COMMAND, Chosen, Sweep, command_of
 from raytune_llm.data import pipeline
 from raytune_llm.errors import ConfigError, ResourceError
-from raytune_llm.runs import preflight
 from raytune_llm.runs.nodes import check_nodes
-from raytune_llm.runs.output import adopt, full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
-from raytune_llm.runs.together import device_here, room_for
-from raytune_llm.runs.workspace import Workspace
 from raytune_llm.tune.conduct import Conduct, OnChange
 from raytune_llm.tune.events import EVENTS
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.places import Place, run_at, workers_of
 from raytune_llm.tune.results import write_plots, write_results
-from raytune_llm.tune.shared import TrainTogether, run_banks, trials_together
 from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Setting, Study
 from raytune_llm.tune.trial import Train, run_trial
+
+if TYPE_CHECKING:
+    from raytune_llm.runs.workspace import Workspace
+    from raytune_llm.tune.shared import TrainTogether
 
 RunTrials = Callable[[Conduct], None]
 """Train what is left of a sweep."""
@@ -71,6 +69,8 @@ def run_sweep(
     """
     metric = metric_of(sweep.tune)
     check_writable(sweep.folder, TABLE, RESULTS, BEST, PAGE, EVENTS, COMMAND)
+    from raytune_llm.runs.output import adopt, full_disk_explained  # torch takes seconds to import
+
     with owned(sweep.folder), full_disk_explained(sweep.folder):
         study = Study(sweep, metric, adopt)
         if sweep.chosen is not None:
@@ -131,6 +131,13 @@ def _ready(
     sweep: Sweep, train: Train, train_together: TrainTogether | None, notify: Callable[[str], None]
 ) -> Iterator[RunTrials]:
     """What trains the trials, once all is checked and prepared."""
+    from torch.cuda import device_count
+
+    from raytune_llm.runs import preflight
+    from raytune_llm.runs.together import device_here, room_for
+    from raytune_llm.runs.workspace import Workspace
+    from raytune_llm.tune.shared import run_banks, trials_together
+
     runs, workspace = _distinct(sweep), Workspace(keeps_base=True)
     for run in runs:
         preflight.check(run, workspace)
@@ -161,6 +168,7 @@ def _on_ray(sweep: Sweep, train: Train, runs: list[TrainRun], notify: Callable[[
     assert uses_ray(resources)
     grouped = workers_of(resources) > 1 or not sweep.base.fits_one_process
     session.connect(resources, dashboard=grouped)
+    from raytune_llm.runs.workspace import Workspace
     from raytune_llm.tune.onray import places_on_ray  # ray takes seconds to import
 
     if on_cluster(resources) and not grouped:  # a group's nodes are looked at by its first trial

@@ -101,6 +101,14 @@ def test_who_only_sends_or_starts_a_run_loads_nothing_that_computes():
     assert not set(json.loads(done.stdout)) & {"torch", "peft", "bitsandbytes", "accelerate", "ray", "matplotlib"}
 
 
+def test_a_sweep_loads_nothing_that_computes_until_its_trials_are_checked():
+    code = "import sys, json, raytune_llm.tune.run, raytune_llm.tune.onray, raytune_llm.commands.tune; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(json.dumps(list(sys.modules)))"], capture_output=True, text=True, check=True
+    )
+    assert not set(json.loads(done.stdout)) & {"torch", "peft", "bitsandbytes", "accelerate", "matplotlib"}
+
+
 def test_the_controller_of_a_group_loads_nothing_that_its_workers_compute_with():
     code = (
         "import sys, json, raytune_llm.runs.group_worker, raytune_llm.config.run, raytune_llm.runs.ray_failures, "
