@@ -34,7 +34,7 @@ def hf(source: Source, run: ExportRun) -> Target:
         write_tensors(folder, facts, settings.shard_bytes, lambda name: source.tensor(name, dtypes[name]), on_bytes)
 
     def outputs_of(folder: Path, rows: Rows) -> Iterator[Tensor]:
-        written = replace(source.model, path=str(folder), revision=None, config={})
+        written = replace(source.model, path=str(folder), revision=None, config={}, merged_adapters=[])
         return outputs(written, NoAdapter(name="none"), rows, scores=source.scores)
 
     return Target(sum(fact.num_bytes for fact in facts), write, outputs_of, "transformers", settings.dtype)

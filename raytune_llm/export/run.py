@@ -117,6 +117,7 @@ def _describe(
     (folder / "README.md").write_text(_card(source, target, difference, unchecked))
     facts = {
         "base": str(source.model.path),
+        "merged_adapters": [adapter.folder for adapter in source.under],
         "adapters": {adapter.folder: factor for adapter, factor in source.adapters},
         "format": settings.format,
         "dtype": target.dtype,
@@ -210,6 +211,8 @@ def _card(source: Source, target: Target, difference: Difference | None, uncheck
         f"---\nlibrary_name: {target.library}\n" + (f"base_model: {base}\n" if base and not Path(base).exists() else "") + "---\n"
     )
     merged = ", ".join(f"{adapter.folder} (weight {factor:g})" for adapter, factor in source.adapters)
+    under = [adapter.folder for adapter in source.under]
+    merged = ", ".join(filter(None, (*under, merged)))
     what = f"{base} with the adapter of {merged} merged into it" if merged else f"trained whole from {base}"
     if not target.merges:
         what = f"The adapter of {merged}, to be put on {base}"

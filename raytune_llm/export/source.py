@@ -41,6 +41,8 @@ class Source:
     """The base's tensors."""
     adapters: Sequence[tuple[Mergeable, float]]
     """Each with its weight."""
+    under: Sequence[Mergeable]
+    """Adapters that were merged into the base before these were trained, in their order (model.merged_adapters)."""
     beside: Path | None
     """The final/ of a run: its tokenizer, its generation config, and its config where the run changed that."""
     run: TrainRun | None
@@ -150,6 +152,9 @@ class Source:
             return self.wholes[name].whole(name)
         weight = self.stored.read(name)
         layer = name.removesuffix(".weight")
+        for adapter in self.under:
+            if layer in adapter.layers and name.endswith(".weight"):
+                weight = adapter.merged(layer, weight)
         own = [(adapter, factor) for adapter, factor in self.adapters if layer in adapter.layers and name.endswith(".weight")]
         if not own:
             return weight
@@ -209,6 +214,7 @@ def source_of(run: ExportRun) -> Source:
     if unknown := sorted(export.weights.keys() - named.keys()):
         raise ConfigError("export.weights", f"must have names of adapters ({', '.join(named) or 'none is given'})", got=unknown)
     adapters = [(Mergeable(*where), export.weights.get(name, 1.0)) for name, where in named.items()]
+    under = [Mergeable(path, "model.merged_adapters") for path in model.merged_adapters]
     assert model.path is not None or trained_run is not None
     if model.path is None:
         rule = "must be a run whose base has a path: an adapter of random weights can't be merged"
@@ -222,7 +228,7 @@ def source_of(run: ExportRun) -> Source:
     if not files:
         fix = "Save the model with transformers first."
         raise ConfigError("model.path", "must have its weights as safetensors", got=str(folder), fix=fix)
-    source = Source(model, folder, TensorFiles(files), adapters, None if beside == folder else beside, trained_run)
+    source = Source(model, folder, TensorFiles(files), adapters, under, None if beside == folder else beside, trained_run)
     _check(source)
     return source
 
@@ -238,7 +244,11 @@ def _check(source: Source) -> None:
     if len(with_tokens) > 1 or any(factor != 1.0 for _, factor in with_tokens):
         rule = "can have one adapter with new tokens, whose weight is 1: their embeddings can't be added up"
         raise ConfigError("export.adapters", rule, got=[adapter.folder for adapter, _ in with_tokens])
-    for adapter, _ in source.adapters:
+    for adapter in source.under:
+        if adapter.wholes or adapter.token_rows:
+            rule = "must hold adapters of linear layers alone, to be merged from files"
+            raise ConfigError(adapter.setting, rule, got=adapter.folder)
+    for adapter in (*source.under, *(adapter for adapter, _ in source.adapters)):
         if missing := sorted(adapter.token_rows.keys() - source.facts.keys()):
             rule = f"must be an adapter of this base, whose files have no {missing[0]}"
             raise ConfigError(adapter.setting, rule, got=adapter.folder)

@@ -35,7 +35,8 @@ class Trained:
     def model(self) -> ModelConfig:
         """The model that was trained, or the base of the adapter."""
         if self.run.adapter.trains_base:
-            return replace(self.run.model, path=str(self.final), weights="pretrained", config={}, revision=None)
+            in_it = {"config": {}, "revision": None, "new_tokens": None, "resize_vocab": False, "merged_adapters": []}
+            return replace(self.run.model, path=str(self.final), weights="pretrained", **in_it)
         return self.run.model
 
     def rendered(self, data: DataConfig) -> DataConfig:

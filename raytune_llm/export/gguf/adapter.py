@@ -66,6 +66,9 @@ def _stored(source: Source, family: Family) -> list[Stored]:
         rule = f"must be one adapter with export.format=gguf_lora, and there are {len(source.adapters)}"
         raise ConfigError("export.adapters", rule, fix="Set export.format=gguf, which merges what there is.")
     adapter, factor = source.adapters[0]
+    if source.under:
+        rule = "must be empty with export.format=gguf_lora: the adapter is for the base with these in it"
+        raise ConfigError("model.merged_adapters", rule, got=source.model.merged_adapters, fix=fix)
     if adapter.scores:
         rule = "must be a language model's with export.format=gguf_lora, and is a reward model's"
         raise ConfigError(adapter.setting, rule, got=adapter.folder, fix="Set export.format=hf, which merges it.")

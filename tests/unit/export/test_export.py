@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import shutil
@@ -90,6 +91,21 @@ def test_weighted_adapters_add_up(base, tmp_path):
         a, b = (tensors[f"base_model.model.{name.replace('.weight', f'.lora_{side}.weight')}"] for side in "AB")
         weight = weight + factor * 4 * (b @ a)
     assert torch.allclose(load_file(tmp_path / "out" / "model.safetensors")[name], weight, atol=1e-6)
+
+
+def test_adapters_that_lie_under_the_one_that_was_trained_are_merged_first(base, tmp_path):
+    one, two = adapter_of(base, METHODS["lora"], "first"), adapter_of(base, METHODS["dora"], "number two")
+    merged = [f"model.merged_adapters=['{one}']", "export.check_rows=2"]
+    alone = exported(base, tmp_path / "alone", *merged)
+    both = exported(base, tmp_path / "both", *merged, f"export.adapters={{b: '{two}'}}")
+    adapted: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), one)
+    under = adapted.merge_and_unload().eval()
+    with torch.no_grad():
+        for done, expected in ((alone, under), (both, PeftModel.from_pretrained(copy.deepcopy(under), two).eval())):
+            found = AutoModelForCausalLM.from_pretrained(done.place).eval()
+            assert (found(IDS).logits - expected(IDS).logits).abs().max() < 1e-5
+            assert done.difference is not None and done.difference.max_abs < 1e-5
+            assert str(one) in (done.place / "README.md").read_text()
 
 
 def test_a_reward_model_gives_the_scores_of_base_and_adapter(base, tmp_path):

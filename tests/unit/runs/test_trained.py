@@ -20,6 +20,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.saved import rank_of
 from raytune_llm.models.generation_config import end_ids_of
 from raytune_llm.models.load import load_config as load_model_config
+from raytune_llm.runs.trained import Trained
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +109,17 @@ def test_a_damaged_model_of_a_finished_run_is_refused(tmp_path):
         load_model_config(str(final), {})
     (final.parent / "finished.json").unlink()
     load_model_config(str(final), {})
+
+
+def test_what_was_put_into_a_model_before_it_was_trained_whole_is_not_put_into_it_again(tmp_path):
+    words = [
+        "adapter=none",
+        "model.path=base",
+        "model.merged_adapters=[one]",
+        "model.new_tokens=['<a>']",
+        "model.resize_vocab=true",
+    ]
+    run = load_config("train", ["data.path=x", "model.config={rope_theta: 5.0}", *words])
+    model = Trained(run, tmp_path / "final").model
+    assert (model.path, model.config, model.merged_adapters) == (str(tmp_path / "final"), {}, [])
+    assert (model.new_tokens, model.resize_vocab) == (None, False)
