@@ -17,7 +17,7 @@ VERBS = {
     "plan": "steps, tokens, parameters and memory of a run, without running it",
     "tune": "a sweep: settings with several values are its space",
     "chain": "several commands, one after another",
-    "submit": "train as a job of a Ray cluster, followed from here",
+    "submit": "train (or tune: submit tune ...) as a job of a Ray cluster, followed from here",
     "jobs": "the jobs of a cluster: jobs [status|logs|stop|fetch NAME]",
     "serve": "an OpenAI-compatible server of one model and many adapters",
     "chat": "a conversation in the terminal, with a model and adapters here or a server elsewhere",

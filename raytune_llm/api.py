@@ -46,7 +46,7 @@ from raytune_llm.report.updates import Notice
 if TYPE_CHECKING:
     from raytune_llm.chat.dialogue import Dialogue
     from raytune_llm.cluster.jobs import Job
-    from raytune_llm.config.sweep import Sweep
+    from raytune_llm.config.sweep import SubmittedSweep, Sweep
     from raytune_llm.doctor import Doctor
     from raytune_llm.evaluate.run import Evaluated
     from raytune_llm.export.run import Exported
@@ -455,8 +455,8 @@ def chain(run: ChainRun, *, each: Callable[[str, str, Any], Any] | None = None) 
     return {name: own[verb](step) if each is None else each(name, verb, step) for name, (verb, step) in runs.items()}
 
 
-def submit(run: SubmitRun) -> Job:
-    """Submit a run to a cluster as a job; raytune_llm.cluster.jobs.Jobs follows it."""
+def submit(run: SubmitRun | SubmittedSweep) -> Job:
+    """Submit a run or a sweep to a cluster as a job; raytune_llm.cluster.jobs.Jobs follows it."""
     from raytune_llm.cluster.submit import submit
 
     return submit(run)

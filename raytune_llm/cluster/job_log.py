@@ -26,6 +26,8 @@ class JobLog:
     records: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     done: RunFinished | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    """Of a sweep: its small files, by name."""
 
     @property
     def loss(self) -> float | None:
@@ -46,6 +48,8 @@ class JobLog:
                 self.step, self.total_steps, self.left_s = record["step"], event["total_steps"], event.get("left_s")
             case "samples":
                 self.samples += event["samples"]
+            case "files":
+                self.files |= event["files"]
             case "done":
                 self.done = done_of(event)
                 self.step, self.left_s = self.done.summary.steps, None
@@ -69,6 +73,9 @@ class JobLog:
 
             loss_curve(self.records, folder / CURVE, title=folder.name)
             written.append(CURVE)
+        for name, text in self.files.items():
+            (folder / Path(name).name).write_text(text)
+            written.append(Path(name).name)
         if self.done is not None:
             write_summary(folder / SUMMARY, self.done.summary)
             written.append(SUMMARY)

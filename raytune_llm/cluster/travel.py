@@ -49,6 +49,20 @@ def on_cluster(run: Run, folder: Path, files: Mapping[str, Path]) -> Run:
     return with_paths(run, moved)
 
 
+def place_of(flag: str, path: Path, folder: Path, files: Mapping[str, Path]) -> str:
+    """A folder's path in the job's working folder. Raises ConfigError, which names the flag, where none of its files is sent."""
+    travelling = {file.absolute(): name for name, file in files.items()}
+    place = _place(path.absolute(), travelling, {folder.absolute(): Path()})
+    if place is None:
+        raise ConfigError(flag, "must be a folder of submit.folder, which is sent with the job", got=str(path))
+    return place
+
+
+def is_carried(value: object) -> bool:
+    """Whether a path is one of the package's own files."""
+    return isinstance(value, str) and any(expanded(value).absolute().is_relative_to(root) for root in CARRIED.values())
+
+
 def _place(path: Path, travelling: Mapping[Path, str], places: Mapping[Path, Path]) -> str | None:
     """The path in the job's working folder, of an uploaded file or of a folder with uploaded files. None: it is neither."""
     if path in travelling:

@@ -1,4 +1,4 @@
-"""`submit`: a run as a job of a Ray cluster, followed from here."""
+"""`submit`: a run, or with `submit tune` a sweep, as a job of a Ray cluster, followed from here."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from raytune_llm import api
 from raytune_llm.cluster.jobs import Job, Jobs, address_of, come_back, open_to_all
 from raytune_llm.cluster.submit import follow
 from raytune_llm.config.run import SubmitRun
+from raytune_llm.config.sweep import SubmittedSweep
 from raytune_llm.report.display import Display
 
 DETACHED_EXIT_CODE = 130
 
 
-def main(run: SubmitRun) -> int:
+def main(run: SubmitRun | SubmittedSweep) -> int:
     console = Console()
     address = known_address(console, run.submit.address)
     job = api.submit(run)

@@ -18,7 +18,8 @@ from rich.text import Text
 from raytune_llm import api
 from raytune_llm.config.override_syntax import as_word
 from raytune_llm.config.sweep import Sweep
-from raytune_llm.tune.study import PAGE, TABLE, Study
+from raytune_llm.report.events import EventLog
+from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Study
 from raytune_llm.tune.trial import Trial
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def main(sweep: Sweep) -> int:
         _print_paused(console, sweep, result.study)
     else:
         _print_best(console, sweep, result)
+    if sweep.run.log_format == "json":  # for who follows it from another machine
+        EventLog().files(sweep.folder / name for name in (TABLE, RESULTS, BEST))
     return 0
 
 

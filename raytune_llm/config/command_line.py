@@ -117,6 +117,8 @@ def _setting_at(verb: str, place: int, word: str) -> str:
 def load(call: Call) -> Any:
     if call.verb == sweep.VERB and call.overrides[:1] == ["resume"]:
         return sweep.load_paused(call.overrides[1:])
+    if call.verb == "submit" and call.overrides[:1] == [sweep.VERB]:
+        return sweep.load_submitted(call.overrides[1:], config_dir=call.config_dir, config_name=call.config_name)
     if call.verb == sweep.VERB:
         return sweep.load_sweep(call.overrides, config_dir=call.config_dir, config_name=call.config_name)
     return load_config(call.verb, call.overrides, config_dir=call.config_dir, config_name=call.config_name)

@@ -39,6 +39,20 @@ def with_paths(run: Any, change: Callable[[str, str], str]) -> Any:
     return run
 
 
+def changed_paths(before: Any, after: Any) -> dict[str, Any]:
+    """Settings that hold paths, and have another value in `after`: their values there."""
+    pairs = {setting: (get(before, setting), get(after, setting)) for setting in (*ALWAYS, *IF_THERE, *ONE_FILE, *TASKS)}
+    return {setting: new for setting, (old, new) in pairs.items() if new != old}
+
+
+def get(run: Any, setting: str) -> Any:
+    """None where the run has no such setting."""
+    value = run
+    for name in setting.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
 def _task(name: str, setting: str, change: Callable[[str, str], str]) -> str:
     return change(setting, name) if "/" in name or name.endswith((".yaml", ".yml")) else name
 

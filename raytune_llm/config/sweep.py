@@ -15,12 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.config.load import compose, to_run
+from raytune_llm.config.load import compose, load_config, to_run
 from raytune_llm.config.override_syntax import as_override, one_value, quoted, swept
 from raytune_llm.config.plain import as_plain
 from raytune_llm.config.run import TrainRun, TuneRun, as_train_run
 from raytune_llm.config.sharing import elsewhere, obstacle
 from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, check_grid, drawn, ends, grid
+from raytune_llm.config.submit import SubmitConfig
 from raytune_llm.config.tune import TuneConfig
 from raytune_llm.errors import ConfigError
 
@@ -168,7 +169,7 @@ def load_sweep(words: Sequence[str] = (), *, config_dir: str | Path | None = Non
     """The sweep that `python -m raytune_llm tune <words>` starts. Raises ConfigError for a space that can't be, too."""
     base, space = split(words)
     run = to_run(VERB, compose(VERB, base, config_dir=config_dir, config_name=config_name))
-    typed = {word.lstrip("+").partition("=")[0] for word in base}
+    typed = {_setting(word) for word in base}
     for setting, values in of_yaml(run.tune.space).items():
         if setting.lstrip("+") not in typed and setting not in space:  # the command line has the last word
             space[setting] = values
@@ -191,6 +192,34 @@ def load_sweep(words: Sequence[str] = (), *, config_dir: str | Path | None = Non
     sweep = Sweep(run, axes, tuple(base), config_dir, config_name, tuple(words))
     sweep.validate()
     return sweep
+
+
+@dataclass(frozen=True)
+class SubmittedSweep:
+    """A sweep that runs as a job of a cluster."""
+
+    sweep: Sweep
+    submit: SubmitConfig
+
+
+def load_submitted(
+    words: Sequence[str], *, config_dir: str | Path | None = None, config_name: str | None = None
+) -> SubmittedSweep:
+    """The sweep of `python -m raytune_llm submit tune <words>`. Raises ConfigError as load_sweep does."""
+    own = [word for word in words if _setting(word).startswith("submit.")]
+    others = [word for word in words if word not in own]
+    typed = {_setting(word) for word in others}
+    # As conf/submit.yaml has them for a run.
+    others += [] if "resources" in typed else ["resources=cluster"]
+    others += [] if "data.cache" in typed else ["data.cache=${output_dir}/tokens"]
+    sweep = load_sweep(others, config_dir=config_dir, config_name=config_name)
+    base = [word for word in sweep.words if _setting(word).partition(".")[0] != VERB]
+    run = load_config("submit", [*base, *own], config_dir=config_dir, config_name=config_name)
+    return SubmittedSweep(sweep, run.submit)
+
+
+def _setting(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]
 
 
 def command_of(sweep: Sweep) -> str:
@@ -240,7 +269,7 @@ def split(words: Sequence[str]) -> tuple[list[str], dict[str, Values]]:
     space: dict[str, Values] = {}
     given: set[str] = set()
     for word in words:
-        setting = word.lstrip("+").partition("=")[0]
+        setting = _setting(word)
         found = None if setting.startswith(f"{VERB}.space") or word.startswith("~") else swept(word)
         if setting in given and (found or setting in {name.lstrip("+") for name in space}):
             raise ConfigError(setting, "is given twice", got=word, fix="Give all of its values at once, or one.")

@@ -9,6 +9,7 @@ An event is `{"event": kind, "time": seconds since 1970, ...}`. The kinds:
     step       a record of metrics.jsonl, with total_steps, and left_s (remaining seconds) once it can be estimated
     samples    generated answers to held-out rows
     done       the result of the run
+    files      of a sweep: its small files when it ends, text by name
 NaN and infinities are strings, as in metrics.jsonl.
 """
 
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from raytune_llm.report.display import REFERENCE_EVERY_S, Display
@@ -71,6 +73,10 @@ class EventLog:
 
     def done(self, done: RunFinished) -> None:
         self._event("done", **asdict(done))
+
+    def files(self, paths: Iterable[Path]) -> None:
+        """Those that are there."""
+        self._event("files", files={path.name: path.read_text() for path in paths if path.is_file()})
 
     def close(self) -> None:
         pass

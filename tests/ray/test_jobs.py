@@ -79,6 +79,17 @@ def test_a_run_is_followed_to_its_end_and_its_results_come_here(head, place, cap
     assert (place / "again" / job / "summary.json").read_bytes() == (here / "summary.json").read_bytes()
 
 
+def test_a_sweep_is_followed_to_its_end_and_its_tables_come_here(head, place, capsys):
+    verb, *others = words(head, place, "optimizer.lr=1e-3,1e-2", "tune=grid", "train.max_steps=2", f"output_dir={place}/sweep")
+    assert main([verb, "tune", *others]) == 0
+    said = capsys.readouterr().out
+    assert "trial 1 finished" in said and '"event"' not in said
+    here, there = place / "results" / job_in(said), place / "sweep"
+    for name in ("trials.csv", "results.json", "best.yaml"):
+        assert (here / name).read_bytes() == (there / name).read_bytes()
+    assert f"fetched to {here}: trials.csv, results.json, best.yaml" in said
+
+
 def test_the_driver_s_own_exit_code_is_ours(head, place, capsys):
     assert main(words(head, place, "name=mistaken", "data.path=/no/such/rows.jsonl")) == 2
     said = capsys.readouterr().out

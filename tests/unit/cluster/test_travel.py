@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 from raytune_llm import load_config
 from raytune_llm.cluster.jobs import Job, Jobs, address_of, open_to_all
 from raytune_llm.cluster.package import files_of
+from raytune_llm.cluster.submit import job_of
 from raytune_llm.cluster.travel import on_cluster
+from raytune_llm.config import command_line
+from raytune_llm.config.sweep import load_sweep
 from raytune_llm.errors import ConfigError, ResourceError
 
 
@@ -120,3 +124,49 @@ def test_the_driver_s_exit_code_is_passed_on(status, code, outcome):
 def test_tokens_go_where_the_cluster_sees_them_not_to_this_machine_s_home(folder):
     assert there(folder, "data.path=data").data.cache == "/shared/run/tokens"
     assert there(folder, "+experiment=sft_full_tiny").data.cache == "/shared/run/tokens"
+
+
+def sweep_words(folder: Path, *words: str) -> list[str]:
+    """What follows `tune` in the command of a submitted sweep's job."""
+    argv = ["model=tiny_random", "output_dir=/shared/sweep", "submit.address=http://head:8265", "optimizer.lr=1e-3,1e-2"]
+    argv += ["data.eval_fraction=0.5", *words]
+    sub = command_line.load(command_line.parse("submit", ["tune", *argv]))
+    sent = job_of(sub.sweep, folder, files_of(folder, ["left_out.jsonl"], max_mib=100))
+    return shlex.split(sent.command)[5:]
+
+
+def test_a_sweep_travels_as_its_words_with_the_paths_of_the_job(folder):
+    sent = sweep_words(folder, f"data.path={folder}/data/rows.jsonl", "tune=grid")
+    assert sent[:3] == ["model=tiny_random", "output_dir=/shared/sweep", "optimizer.lr=1e-3,1e-2"]
+    assert sent[-2:] == ["data.path='data/rows.jsonl'", "log_format=json"] and "resources=cluster" in sent
+    there = load_sweep(sent)
+    assert (there.base.data.path, there.base.data.cache) == ("data/rows.jsonl", "/shared/sweep/tokens")
+    assert [point["optimizer.lr"] for point in there.planned] == [1e-3, 1e-2]
+
+
+def test_what_the_package_carries_is_named_by_the_same_words_there(folder):
+    assert not any(word.startswith("data.path") for word in sweep_words(folder, "+experiment=sft_full_tiny"))
+
+
+def test_an_experiment_of_ones_own_travels_with_its_folder(folder):
+    (folder / "conf" / "experiment").mkdir(parents=True)
+    (folder / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\n")
+    sent = sweep_words(folder, "--config-dir", str(folder / "conf"), "+experiment=mine", "data.path=data")
+    assert sent[:2] == ["--config-dir", "conf"]
+    with pytest.raises(ConfigError, match="--config-dir must be a folder"):
+        sweep_words(folder, "--config-dir", "/usr", "data.path=data")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data.path=left_out.jsonl"], r"data\.path must be sent"),
+        (["data.path=data", "adapter=lora", "adapter.path=null,./left_out.jsonl"], r"adapter\.path must be sent"),
+        (["data.path=data", "output_dir=outputs/sweep"], r"output_dir must be an absolute path"),
+        (["data.path=data", "resources=inline"], "resources must be cluster"),
+        (["data.path=data", "optimizer.lr=1e-3"], "optimizer.lr is given twice"),
+    ],
+)
+def test_a_sweep_that_can_t_run_there_is_refused_here(folder, words, said):
+    with pytest.raises(ConfigError, match=said):
+        sweep_words(folder, *words)
