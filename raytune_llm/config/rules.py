@@ -87,7 +87,9 @@ def _group_can_change(train: LoopConfig, data: DataConfig, workers: list[int]) -
             )
 
 
-def trials_are_judged(data: DataConfig, resources: ResourcesConfig, train: LoopConfig, tune: TuneConfig) -> None:
+def trials_are_judged(
+    data: DataConfig, resources: ResourcesConfig, stage: StageConfig, train: LoopConfig, tune: TuneConfig
+) -> None:
     if not uses_ray(resources) and (tune.max_concurrent or 1) > 1 and tune.share_base is not True:
         fix = "Set resources=local, or tune.share_base=true."
         raise ConfigError(
@@ -100,6 +102,8 @@ def trials_are_judged(data: DataConfig, resources: ResourcesConfig, train: LoopC
         if metric.startswith(EVALUATIONS) and not data.evaluates:
             fix = "Set data.eval_fraction (say 0.1) or data.eval_path."
             raise ConfigError("tune.metric", "needs held-out rows", got=metric, fix=fix)
+        if metric.startswith(EVALUATIONS) and (fix := _unreported(metric, data, stage, train)) is not None:
+            raise ConfigError("tune.metric", f"must be a figure that stage={stage.name} reports", got=metric, fix=fix)
         if metric == EXACT_MATCH and not train.exact_match_rows:
             raise ConfigError(
                 "tune.metric", "needs train.exact_match_rows above 0", got=metric, fix="Say, train.exact_match_rows=100."
@@ -139,20 +143,25 @@ def held_out_rows_exist_where_they_are_used(data: DataConfig, checkpoint: Checkp
 
 
 def runs_stop_by_a_figure_that_is_reported(data: DataConfig, stage: StageConfig, train: LoopConfig) -> None:
-    """Refused as far as the figures are known: those of tasks are named by the tasks."""
     metric = train.early_stopping_metric
+    if data.evaluates and (fix := _unreported(metric, data, stage, train)) is not None:
+        raise ConfigError("train.early_stopping_metric", "must be a figure that evaluations report", got=metric, fix=fix)
+
+
+def _unreported(metric: str, data: DataConfig, stage: StageConfig, train: LoopConfig) -> str | None:
+    """What else there is, where no evaluation reports the figure, as far as figures are known: those of tasks are named by the
+    tasks."""
     known = [f"{EVALUATIONS}{figure}" for figure in stage.figures]
-    if not data.evaluates or metric in known or (train.eval_tasks and metric.startswith(EVALUATIONS)):
-        return
+    if metric in known or (train.eval_tasks and metric.startswith(EVALUATIONS)):
+        return None
     if (
         data.names_held_out
         and metric.startswith(EVALUATIONS)
         and metric.endswith(tuple(f"_{figure}" for figure in stage.figures))
     ):
-        return
+        return None
     near = difflib.get_close_matches(metric, known, n=1)
-    fix = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
-    raise ConfigError("train.early_stopping_metric", "must be a figure that evaluations report", got=metric, fix=fix)
+    return f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
 
 
 def model_is_given(model: ModelConfig) -> None:

@@ -107,7 +107,7 @@ class TuneRun(TrainRun):
         if isinstance(self.resources.num_workers, list):
             rule, fix = "must be one number for a sweep, whose trials keep their size", "Set one number."
             raise ConfigError("resources.num_workers", rule, got=self.resources.num_workers, fix=fix)
-        rules.trials_are_judged(self.data, self.resources, self.train, self.tune)
+        rules.trials_are_judged(self.data, self.resources, self.stage, self.train, self.tune)
 
 
 @section

@@ -107,6 +107,8 @@ def test_a_space_in_yaml_may_be_nested_or_dotted_and_the_command_line_has_the_la
         (["optimizer=adamw,moun"], "Did you mean optimizer=muon?"),
         (["tune=grid", "optimizer.lr=interval(1e-5,1e-3)"], "must be a list of values where tune=grid"),
         (["adapter.rank=8,16", "tune.metric=loss"], "must be a figure of an evaluation"),
+        (["adapter.rank=8,16", "tune.metric=eval_rewards/accuracies"], "must be a figure that stage=sft reports"),
+        (["adapter.rank=8,16", "tune.metric=eval_los", "tune.mode=min"], "Did you mean eval_loss?"),
         (["adapter.rank=8,16", "tune.metric=exact_match", "train.exact_match_rows=0"], "needs train.exact_match_rows"),
         (["adapter.rank=8,16", "tune.metric=a.b:c"], "tune.mode must be min or max"),
         (["adapter.rank=8,16", "tune.metric=[eval_loss,a.b:c]"], "tune.metric=a.b:c doesn't say"),

@@ -77,7 +77,8 @@ def test_a_finished_sweep_is_not_run_again(swept, chat_rows, cache):
 
 
 def test_a_metric_that_no_trial_reports_ends_the_sweep_with_those_that_there_are(chat_rows, cache, tmp_path):
-    sweep = load_sweep(words(chat_rows, cache, tmp_path, "adapter.rank=2,4", "tune=grid", "tune.metric=eval_rewards/accuracies"))
+    named = ("data.eval_fraction=0", f"data.eval_path={{a: {chat_rows}}}", "tune.metric=eval_b_loss")
+    sweep = load_sweep(words(chat_rows, cache, tmp_path, "adapter.rank=2,4", "tune=grid", *named))
     with pytest.raises(ConfigError, match=r"There are: .*eval_loss"):
         api.tune(sweep)
 
