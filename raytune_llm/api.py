@@ -35,7 +35,9 @@ from raytune_llm.config.run import (
     TrainRun,
 )
 from raytune_llm.data import pipeline
+from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.pipeline import Prepared, Streamed
+from raytune_llm.data.readers.declarations import check_held_out
 from raytune_llm.evaluate.exact_match import ExactMatch
 from raytune_llm.migrate.experiment import translate_file, write
 from raytune_llm.report.metrics import Sink, Summary, WallTime, read_metrics, summary_of, write_summary
@@ -79,6 +81,7 @@ class TrainResult:
 
 def prepare(run: PrepareRun, *, on_progress: pipeline.OnProgress | None = None) -> Prepared:
     """The token stores of a run, which are created unless they exist."""
+    check_held_out(run.data, ranked=KINDS[run.stage.kind].ranked)
     return pipeline.prepare(run.model, run.data, run.resources, kind=run.stage.kind, on_progress=on_progress)
 
 

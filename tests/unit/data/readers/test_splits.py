@@ -10,6 +10,8 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytune_llm import api
+from raytune_llm.config.load import load_config
 from raytune_llm.data.readers import sources
 from raytune_llm.data.readers.declarations import check_held_out
 from raytune_llm.data.readers.splits import splits_of
@@ -254,3 +256,10 @@ def test_rows_that_are_trained_on_are_not_held_out(tmp_path, prepare_run, traine
 def test_a_path_that_is_named_twice_is_said(tmp_path, prepare_run, caplog):
     check_held_out(prepare_run(tmp_path, f"data.eval_path={tmp_path}", data="text").data, ranked=False)
     assert "is trained on and evaluated on" in caplog.text
+
+
+def test_prepare_refuses_held_out_rows_that_are_trained_on_before_it_reads_any(tmp_path):
+    words = ["model=tiny_random", "data=text", f"data.path={tmp_path}", "data.split=train", "data.eval_split=train"]
+    with pytest.raises(ConfigError, match=r"data\.eval_split must be other rows"):
+        api.prepare(load_config("prepare", [*words, f"data.cache={tmp_path / 'stores'}"]))
+    assert not list(tmp_path.iterdir())
