@@ -126,7 +126,8 @@ def from_pydantic(error: ValidationError, values: dict[str, Any]) -> ConfigError
     setting, fix = _path(first, values), ""
     match first["type"]:
         case "missing":
-            return ConfigError(setting, "must be given")
+            choice = f" to one of {listed(options(setting), ', ')}" if setting in groups() else ""
+            return ConfigError(setting, "must be given", fix=f"Set {setting}{choice}, and leave ~{setting} out.")
         case kind if kind in UNEXPECTED:
             unexpected = [_path(complaint, values) for complaint in complaints if complaint["type"] in UNEXPECTED]
             return _of_other_options(unexpected, values) or _unknown_key(setting, list(flat_keys(values)))

@@ -64,6 +64,8 @@ def test_a_group_is_given_the_name_of_an_option(capsys, group: str, value: str):
         (["~data.path"], "data.path can't be removed"),
         (["adapter=[0,0]"], "adapter must be the name of one of its options"),
         (["+stage=a\0b"], "stage must be the name of one of its options"),
+        (["~stage", "data.path=x"], "stage must be given. Set stage to one of cpo, dpo,"),
+        (["~train.seed", "data.path=x"], "train.seed must be given. Set train.seed, and leave ~train.seed out."),
         (["hydra=1"], "hydra is no group of options"),
         (["~train.epochs=7"], "Write ~train.epochs."),
         (["train.epochs@a=7"], "Write train.epochs=... without the @."),
