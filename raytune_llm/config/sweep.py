@@ -170,6 +170,9 @@ def load_sweep(words: Sequence[str] = (), *, config_dir: str | Path | None = Non
     base, space = split(words)
     run = to_run(VERB, compose(VERB, base, config_dir=config_dir, config_name=config_name))
     typed = {_setting(word) for word in base}
+    for word in base:
+        if (setting := _setting(word).removeprefix(f"{VERB}.space.")) in space:
+            raise ConfigError(setting, "is given twice", got=word, fix="Give all of its values at once.")
     for setting, values in of_yaml(run.tune.space).items():
         if setting.lstrip("+") not in typed and setting not in space:  # the command line has the last word
             space[setting] = values

@@ -100,6 +100,7 @@ def test_a_space_in_yaml_may_be_nested_or_dotted_and_the_command_line_has_the_la
         (["adapter.rank=8,16", "tune.first=[{output_dir: x}]"], "output_dir can't be varied"),
         (["adapter.rank=8,16", "tune=grid,random"], "tune can't be varied"),
         (["adapter.rank=8,16", "tune.trials=2,3"], "tune.trials can't be varied"),
+        (["adapter.rank=2,4", "++tune.space.adapter.rank=[8,16]"], "adapter.rank is given twice"),
         (["tune.space={adapter.rank: 3}"], "tune.space.adapter.rank must have several values, got 3"),
         (["adapter.rank=8,16", "tune.zip=[[adapter.rank]]"], "tune.zip must name two settings or more"),
         (["adapter.rank=8,16", "train.pause_at=0.5"], "train.pause_at is for a run by itself"),
