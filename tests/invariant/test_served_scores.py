@@ -104,6 +104,7 @@ def test_scores_of_a_head_in_a_separate_file_are_those_of_its_layer(
     head = load_file(final / "value_head.safetensors")
     head["v_head.summary.bias"] = torch.tensor([0.25])  # as LLaMA-Factory trains one
     save_file(head, final / "value_head.safetensors")
+    (final.parent / "finished.json").unlink()  # or changed weights would be refused
     if adapter == "lora":
         where = ["model=hub", f"model.path={base}", f"serve.adapters={{reward: {final}}}"]
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), final).eval()
