@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from raytune_llm.config.adapter import LoRA
 from raytune_llm.config.load import load_config
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.data.batches import collate
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.models import attention
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.records import Batch
@@ -57,6 +59,16 @@ def tiny_llama(backend: str = "varlen", dtype: torch.dtype = torch.float32, seed
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
     attention.attach(model, backend)
     return CausalLM(model)
+
+
+def saved_llama(folder: Path, **sizes: Any) -> Path:
+    """A folder with a small random model, whose tokens are bytes."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **(shape | sizes))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def some_rows(lengths: Sequence[int], seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:

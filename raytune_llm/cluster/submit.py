@@ -13,7 +13,7 @@ from raytune_llm.cluster.package import files_of
 from raytune_llm.cluster.requirements import requirements
 from raytune_llm.cluster.travel import is_carried, on_cluster, place_of
 from raytune_llm.config.override_syntax import as_override
-from raytune_llm.config.paths import changed_paths, expanded, get
+from raytune_llm.config.paths import changed_paths, expanded, value_of
 from raytune_llm.config.plain import to_yaml
 from raytune_llm.config.run import SubmitRun, as_train_run
 from raytune_llm.config.sweep import SubmittedSweep, Sweep
@@ -67,7 +67,7 @@ def _of_sweep(sweep: Sweep, folder: Path, files: Mapping[str, Path]) -> Sent:
     base = on_cluster(sweep.base, folder, files)
     changed = changed_paths(sweep.base, base)
     # What the package carries is found there by the same words.
-    own = {setting: value for setting, value in changed.items() if not is_carried(get(sweep.base, setting))}
+    own = {setting: value for setting, value in changed.items() if not is_carried(value_of(sweep.base, setting))}
     words = [*sweep.command, *(as_override(setting, value) for setting, value in own.items())]
     flags: list[str] = []
     if sweep.config_dir is not None:

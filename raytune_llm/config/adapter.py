@@ -107,6 +107,9 @@ class LlamaPro(WholeModel):
     refuses_quantized: ClassVar[str | None] = WHOLE_IN_BITS
 
 
+READS_WEIGHTS = "it reads the weights that it is on"
+
+
 @section
 class Layered(TrainedPart):
     """Settings of all adapters on linear layers."""
@@ -129,12 +132,13 @@ class Layered(TrainedPart):
             fix = "Set one of them to null."
             raise ConfigError("adapter.layers", "can't be combined with adapter.last_layers", got=self.layers, fix=fix)
 
+    # A method that doesn't says so.
+    refuses_quantized: ClassVar[str | None] = READS_WEIGHTS
+    refuses_partitioned: ClassVar[str | None] = READS_WEIGHTS
+
     @property
     def starts_at_base(self) -> bool:
         return self.path is None
-
-
-READS_WEIGHTS = "it reads the weights that it is on"
 
 
 @section
@@ -158,6 +162,8 @@ class LowRank(Layered):
         return by_name and self.layers is None and not self.modules_to_save and not self.rank_pattern
 
     trains_tokens: ClassVar[bool] = True
+    refuses_quantized: ClassVar[str | None] = None
+    refuses_partitioned: ClassVar[str | None] = None
 
 
 @section
@@ -292,6 +298,9 @@ class OFT(Layered):
     block_size: Annotated[int, Field(ge=2)]
     """Inputs of a block; must divide each layer's inputs. There are (block_size - 1) / 2 parameters an input."""
 
+    refuses_quantized: ClassVar[str | None] = None
+    refuses_partitioned: ClassVar[str | None] = None
+
 
 @section
 class VeRA(Layered):
@@ -306,6 +315,9 @@ class VeRA(Layered):
     projection_seed: NonNegativeInt
     """The seed of A and B, which are not saved: PEFT draws them again from it."""
 
+    refuses_quantized: ClassVar[str | None] = None
+    refuses_partitioned: ClassVar[str | None] = None
+
 
 @section
 class IA3(Layered):
@@ -316,6 +328,8 @@ class IA3(Layered):
     """Those of the targets whose inputs are scaled, by the last part of their names."""
 
     dropout: ClassVar[float] = 0.0
+    refuses_quantized: ClassVar[str | None] = None
+    refuses_partitioned: ClassVar[str | None] = None
 
 
 @section

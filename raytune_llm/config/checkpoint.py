@@ -15,3 +15,7 @@ class CheckpointConfig:
     """Write checkpoints while training continues."""
     final: Literal["last", "best"]
     """Which state becomes `final/`: the last, or the one with the lowest eval loss."""
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.final == "best"

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ CALIBRATED = ("gptq", "awq")
 """Formats that are computed from rows of data, in an environment of their own."""
 GROUPED = ("w4a16", *CALIBRATED)
 """Formats whose scales are of groups of inputs."""
-OF_LLAMA_CPP = ("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "iq4_xs")
+LlamaCppType = Literal["q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "iq4_xs"]
 """Types that llama.cpp's own program makes of a GGUF file."""
 
 
@@ -35,9 +35,7 @@ class ExportConfig:
     Others are hf with quantized linear layers. fp8, w8a8: weights and activations in 8 bits. w4a16, nf4: weights in 4 bits,
     rounded to the nearest value. gptq, awq: weights in 4 bits that are chosen on calibration rows."""
     output_dir: str | None
-    dtype: Literal[
-        "auto", "fp32", "bf16", "fp16", "q8_0", "q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "iq4_xs"
-    ]  # fmt: skip
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "q8_0", LlamaCppType]
     """The type of the weights. auto: each tensor's own in the base. q8_0, in gguf alone: 8 bits, with a scale for 32
     numbers; those below it are llama.cpp's own, made by export.llama_quantize. In a quantized format: the type of what is not
     quantized, and of scales."""
@@ -83,12 +81,12 @@ class ExportConfig:
             raise ConfigError("export.group_size", rule, got=self.group_size, fix="Set it to null.")
         if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
             raise ConfigError("export.push", "must be owner/name, as a hub names a repository", got=self.push)
-        needs = self.format in ("gguf", "ollama") and self.dtype in OF_LLAMA_CPP
+        needs = self.format in ("gguf", "ollama") and self.dtype in get_args(LlamaCppType)
         if needs and self.llama_quantize is None:
             rule = f"must name llama.cpp's program llama-quantize with export.dtype={self.dtype}"
             raise ConfigError("export.llama_quantize", rule, fix="Or set export.dtype=q8_0, which needs none.")
         if self.llama_quantize is not None and not needs:
-            rule = f"is for export.format=gguf or ollama with export.dtype={', '.join(OF_LLAMA_CPP)}"
+            rule = f"is for export.format=gguf or ollama with export.dtype={', '.join(get_args(LlamaCppType))}"
             raise ConfigError("export.llama_quantize", rule, got=self.llama_quantize, fix="Set it to null.")
         assert self.shard_bytes
 

@@ -41,11 +41,11 @@ def with_paths(run: Any, change: Callable[[str, str], str]) -> Any:
 
 def changed_paths(before: Any, after: Any) -> dict[str, Any]:
     """Settings that hold paths, and have another value in `after`: their values there."""
-    pairs = {setting: (get(before, setting), get(after, setting)) for setting in (*ALWAYS, *IF_THERE, *ONE_FILE, *TASKS)}
-    return {setting: new for setting, (old, new) in pairs.items() if new != old}
+    then = {setting: value_of(after, setting) for setting in (*ALWAYS, *IF_THERE, *ONE_FILE, *TASKS)}
+    return {setting: value for setting, value in then.items() if value != value_of(before, setting)}
 
 
-def get(run: Any, setting: str) -> Any:
+def value_of(run: Any, setting: str) -> Any:
     """None where the run has no such setting."""
     value = run
     for name in setting.split("."):

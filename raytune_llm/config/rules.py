@@ -130,7 +130,7 @@ def held_out_rows_exist_where_they_are_used(data: DataConfig, checkpoint: Checkp
         "train.exact_match_rows": train.exact_match_rows or None,
         "train.sample_rows": train.sample_rows or None,
         "train.eval_tasks": train.eval_tasks or None,
-        "checkpoint.final": "best" if checkpoint.final == "best" else None,
+        "checkpoint.final": checkpoint.final if checkpoint.keeps_best else None,
     }
     for setting, value in users.items():
         if value is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,13 +122,10 @@ def _collated(
             ids_L[at:end] = document.ids
             positions_L[at:end] = ramp[prefix : prefix + size]
             attention_pairs += size * (size + 1) // 2 + size * prefix
-            spans = list(_trained_spans(document, at, before, end_of_row))
-            trained.extend(positions for positions, _ in spans)
-            targets.extend(of_span for _, of_span in spans)
-            weights.extend(document.weights if len(document.weights) else [1.0] * len(spans))
+            counts.append(_add_trained(document, at, before, end_of_row, trained, targets))
+            weights.extend(document.weights if len(document.weights) else [1.0] * (len(document.spans) // 2))
             if prefix:
                 prefixed.append((at, end, before, before + prefix))
-            counts.append(sum(len(positions) for positions, _ in spans))
             numbers.append(len(boundaries) - 1)
             boundaries.append(end)
             adapters.append(document.adapter)
@@ -157,20 +154,30 @@ def _collated(
     return _Collated(batch, np.array(numbers, np.int64), np.array(counts, np.int64))
 
 
-def _trained_spans(document: Document, at: int, before: int, end_of_row: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each trained span of a document, the flat positions that predict its tokens, and these tokens: int64 both.
+def _add_trained(
+    document: Document,
+    at: int,
+    before: int,
+    end_of_row: int | None,
+    positions: list[np.ndarray],
+    targets: list[np.ndarray],
+) -> int:
+    """Append, for each trained span of a document, the flat positions that predict its tokens, and these tokens: int64 both.
+    Returns the number of tokens.
 
     at: where the document begins. before: where the document before it begins, whose prompt it may share.
     """
+    ids, prefix, count = document.ids, document.prefix, 0
     for start, stop in document.spans.reshape(-1, 2).tolist():
-        start = start if document.prefix else max(start, 1)  # no token predicts the first one
-        positions = np.arange(at + start - 1, at + stop - 1)
+        start = start if prefix else max(start, 1)  # no token predicts the first one
+        positions.append(np.arange(at + start - 1, at + stop - 1))
         if start == 0:
-            positions[0] = before + document.prefix - 1  # the last token of the shared prompt
-        tokens = document.ids[start:stop].astype(np.int64)
+            positions[-1][0] = before + prefix - 1  # the last token of the shared prompt
+        targets.append(ids[start:stop].astype(np.int64))
         if end_of_row is not None:
-            tokens[-1] = end_of_row
-        yield positions, tokens
+            targets[-1][-1] = end_of_row
+        count += stop - start
+    return count
 
 
 def _answers(collated: _Collated, sides: int) -> Batch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from raytune_llm.evaluate.exact_match import ExactMatch, exact_match
 from raytune_llm.models.build import build_policy, compute_dtype, run_config
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.runs.stores import held_out_part
+from raytune_llm.runs.trained import Trained
 from raytune_llm.runs.workspace import Workspace
 
 NO_ADAPTER = NoAdapter(name="none")
@@ -32,7 +32,13 @@ def answer_held_out_rows(
     whole_store: all its rows are held out, not a part of them.
     """
     workspace = workspace or Workspace()
-    model, adapter = _trained(run, final) if final is not None else (run.model, NO_ADAPTER)
+    model: ModelConfig = run.model
+    adapter: NoAdapter | SavedAdapter = NO_ADAPTER
+    if final is not None:
+        trained = Trained(run, final)
+        model = trained.model
+        if trained.adapter is not None:
+            adapter = SavedAdapter(path=str(trained.adapter), setting="final")
     store = Store.open(store_folder)
     _, by_source = split_sources(store, 1.0 if whole_store else held_out_part(run.data, store), run.train.seed)
     rows = islice(chain.from_iterable(rows.tolist() for rows in by_source.values()), run.train.exact_match_rows)
@@ -57,11 +63,3 @@ def answer_held_out_rows(
         [store.prompt_and_answer(row) for row in rows],
         max_new_tokens=run.train.max_new_tokens,
     )
-
-
-def _trained(run: TrainRun, final: Path) -> tuple[ModelConfig, NoAdapter | SavedAdapter]:
-    """What a run saved there: a whole model, or an adapter for its own."""
-    if run.adapter.trains_base:
-        beside = {"new_tokens": None, "resize_vocab": False, "merged_adapters": []}
-        return replace(run.model, path=str(final), weights="pretrained", **beside), NO_ADAPTER
-    return run.model, SavedAdapter(path=str(final), setting="final")

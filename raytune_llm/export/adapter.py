@@ -21,6 +21,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.export.rows import Rows
 from raytune_llm.export.source import DTYPES, Source
 from raytune_llm.export.target import OnBytes, Target
+from raytune_llm.export.tensors import converted
 from raytune_llm.models.adapters.saved import in_peft_alone
 from raytune_llm.models.score_head import has_separate_head
 
@@ -42,7 +43,8 @@ def adapter(source: Source, run: ExportRun) -> Target:
         if dtype == "auto":
             shutil.copyfile(from_folder / WEIGHTS, folder / WEIGHTS)
         else:
-            save_file(_cast(load_file(from_folder / WEIGHTS), DTYPES[dtype]), folder / WEIGHTS, {"format": "pt"})
+            tensors = {name: converted(name, value, DTYPES[dtype]) for name, value in load_file(from_folder / WEIGHTS).items()}
+            save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         on_bytes((folder / WEIGHTS).stat().st_size)
 
     def outputs_of(folder: Path, rows: Rows) -> Iterator[Tensor]:
@@ -69,17 +71,6 @@ def _check(source: Source) -> None:
                 f"must be a run without model.{name} with export.format=adapter: other programs put the adapter on the base alone"
             )
             raise ConfigError("export.run", rule, got=changed)
-
-
-def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Raises ConfigError where the dtype can't hold a value."""
-    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    for name, tensor in cast.items():
-        if not tensor.isfinite().all():
-            raise ConfigError(
-                "export.dtype", f"can't hold {name}, whose values are too large", got=dtype, fix="Set bf16 or fp32."
-            )
-    return cast
 
 
 def _num_bytes(weights: Path, dtype: torch.dtype | None) -> int:

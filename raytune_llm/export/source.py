@@ -19,7 +19,7 @@ from raytune_llm import packaged
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.run import ExportRun, TrainRun
 from raytune_llm.errors import ConfigError
-from raytune_llm.export.tensors import TensorFact, TensorFiles
+from raytune_llm.export.tensors import TensorFact, TensorFiles, converted
 from raytune_llm.models.adapters.mergeable import Mergeable
 from raytune_llm.models.load import load_config
 from raytune_llm.models.stored import tensor_files
@@ -132,15 +132,7 @@ class Source:
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """With all adapters in it. Raises ConfigError where the dtype can't hold it."""
-        merged = self._merged(name)
-        if merged.dtype == dtype:
-            return merged
-        tensor = merged.to(dtype)
-        if tensor.is_floating_point() and not _is_finite(tensor) and _is_finite(merged):
-            raise ConfigError(
-                "export.dtype", f"can't hold {name}, whose values are too large", got=dtype, fix="Set bf16 or fp32."
-            )
-        return tensor
+        return converted(name, self._merged(name), dtype)
 
     def _merged(self, name: str) -> Tensor:
         merged = self._without_tokens(name)
@@ -194,11 +186,6 @@ class Source:
 
         tokenizer: Any = load_tokenizer(str(self.beside or self.folder), needs_chat_template=False)
         return tokenizer.pad_token_id
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """By its extremes, which are NaN if any value is: on CPUs several times faster than `isfinite` of each value."""
-    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def source_of(run: ExportRun) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from functools import cache
 from pathlib import Path
 
 from raytune_llm.errors import ConfigError
@@ -40,9 +41,14 @@ def check_unchanged(folder: Path, setting: str, *, max_bytes: int) -> None:
 
 def _is(file: Path, digest: str | None, max_bytes: int) -> bool:
     try:
-        if file.stat().st_size > max_bytes:
-            return True
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest() == digest
+        there = file.stat()
+        return there.st_size > max_bytes or _sha256(file, there.st_size, there.st_mtime_ns) == digest
     except OSError:
         return False
+
+
+@cache
+def _sha256(file: Path, size: int, changed_ns: int) -> str:
+    """Once a process for a file that stays as it is: a config is read by many who need it."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

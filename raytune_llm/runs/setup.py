@@ -84,7 +84,7 @@ class Setup:
             eval_every=run.train.eval_every_steps,
             eval_on_start=run.train.eval_on_start,
             save_every=run.checkpoint.every_steps,
-            save_best=run.checkpoint.final == "best",
+            save_best=run.checkpoint.keeps_best,
             early_stopping=run.train.early_stopping,
             stop_metric=run.train.early_stopping_metric,
             stop_sign=1 if run.train.early_stopping_mode == "min" else -1,

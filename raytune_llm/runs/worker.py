@@ -123,7 +123,7 @@ def checkpoints_of(setup: Setup, stack: ExitStack) -> Checkpoints:
     checkpoints = Checkpoints(
         setup.output / CHECKPOINTS,
         keep=checkpoint.keep,
-        keep_best=checkpoint.final == "best",
+        keep_best=checkpoint.keeps_best,
         asynchronous=checkpoint.asynchronous,
         place=setup.remote and RemoteCheckpoints(setup.remote / CHECKPOINTS, setup.output / CHECKPOINTS),
     )
@@ -277,7 +277,7 @@ def profiled(setup: Setup, total_steps: int, first_step: int, stack: ExitStack) 
 def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, notify: Callable[[Notice], None]) -> None:
     """Write `final/`, and a reward model's scores of the held-out pairs. A collective call."""
     run, strategy, policy = setup.run, setup.built.strategy, setup.built.policy
-    best = progress.best_step if run.checkpoint.final == "best" else None
+    best = progress.best_step if run.checkpoint.keeps_best else None
     if best is not None and best != progress.step:
         with notify_if_slow(notify, "writing the last checkpoint"):
             checkpoints.wait()

@@ -99,7 +99,7 @@ def outcome_of(run: TrainRun, metric: Metric, result: Any, latest: float | None)
     """The Outcome for a TrainResult. latest: the metric of its last evaluation."""
     if result.paused:
         return Outcome(state="paused", value=latest)
-    records, best = records_of(run), run.checkpoint.final == "best"
+    records, best = records_of(run), run.checkpoint.keeps_best
     values = {one.name: one.of_trial(records, result, best=best) for one in metric.all}
     for name, found in values.items():
         if not math.isfinite(found):

@@ -17,7 +17,7 @@ from raytune_llm.data.tokens.truncation import shorten
 from raytune_llm.records import Conversation, Labeled, Pair, Record, Text, last_answer_only
 
 WHAT = {
-    Pair: "a pair of answers, as stage=dpo, orpo, simpo, cpo or reward learns from",
+    Pair: "a pair of answers, as preference stages (stage=dpo) and stage=reward learn from",
     Labeled: "an answer with a verdict, as stage=kto learns from",
     Text: "plain text, as stage=pretrain learns from",
 }

@@ -78,26 +78,26 @@ def find(
         found = files.found_at(place, setting)
         above = place.rstrip("/") + "/"
         if found == [place]:
-            return _of_file(place, Part.of(split, split_setting), subset, split_setting)
+            return _of_file(place, Part.of(split, split_setting), subset)
         there = {file.partition(above)[2] or file: file for file in found}
-        return _of_folder(path, there, Part.of(split, split_setting), subset, split_setting)
+        return _of_folder(path, there, Part.of(split, split_setting), subset)
     here = expanded(path)
     with files.readable(path):
         is_file, is_dir = here.is_file(), here.is_dir()
         if is_dir and folder is not None and not (here / folder).is_dir():
             raise DataError(str(here / folder), "there is no such folder", f"Correct folder of {setting}.")
     if is_file:
-        return _of_file(str(here), Part.of(split, split_setting), subset, split_setting)
+        return _of_file(str(here), Part.of(split, split_setting), subset)
     if is_dir:
         here = here / (folder or ".")
         there = {os.path.relpath(file, here): file for file in files.below(str(here))}
-        return _of_folder(path, there, Part.of(split, split_setting), subset, split_setting)
+        return _of_folder(path, there, Part.of(split, split_setting), subset)
     if here.suffix.lower() in KIND_OF_SUFFIX or path.startswith(("/", "~", ".")) or not _HUB_ID.fullmatch(path):
         raise _missing(path, here, setting)
     return Source(("hub",), (path,), subset, split, folder, hub)
 
 
-def _of_file(file: str, part: Part, subset: str | None, split_setting: str) -> Source:
+def _of_file(file: str, part: Part, subset: str | None) -> Source:
     if subset is not None:
         raise _no_subset(file, subset)
     splits = of_one_file(PurePosixPath(file).name)
@@ -105,12 +105,12 @@ def _of_file(file: str, part: Part, subset: str | None, split_setting: str) -> S
         raise DataError(
             file,
             f"has no split {part.split!r}: a file without a split is {' or '.join(sorted(splits))}",
-            f"Leave {split_setting} out.",
+            f"Leave {part.setting} out.",
         )
     return Source((_kind(file),), (file,))
 
 
-def _of_folder(path: str, there: Mapping[str, str], part: Part, subset: str | None, split_setting: str) -> Source:
+def _of_folder(path: str, there: Mapping[str, str], part: Part, subset: str | None) -> Source:
     """The Source of files given by their names below the folder."""
 
     def read(name: str) -> bytes:
@@ -132,7 +132,7 @@ def _of_folder(path: str, there: Mapping[str, str], part: Part, subset: str | No
     if not names:
         raise DataError(path, "the folder holds no files with rows", f"Put {_types()} files there.")
     if part.split not in splits:
-        raise DataError(path, f"has no split {part.split!r}", f"Set {split_setting} to one of {', '.join(sorted(splits))}.")
+        raise DataError(path, f"has no split {part.split!r}", f"Set {part.setting} to one of {', '.join(sorted(splits))}.")
     chosen = tuple(there[name] for name in splits[part.split])
     if not chosen:
         raise DataError(path, f"holds no file of the split {part.split!r}", "Fetch the files that its README.md names.")
@@ -262,9 +262,7 @@ def plan(
         if len(inside):
             picked.append(replace(chunk, picks=tuple(inside.tolist())))
     if not picked:
-        raise DataError(
-            ", ".join(source.files[:3]), f"holds no rows in {part}: there are {num_rows}", f"Correct {split_setting}."
-        )
+        raise DataError(", ".join(source.files[:3]), f"holds no rows in {part}: there are {num_rows}", f"Correct {rows.setting}.")
     return picked
 
 

@@ -33,7 +33,6 @@ WORDS = {
 _EDGE = "[-._ 0-9]"
 _SHARD = re.compile(r"data/(?P<split>[^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 _SPLIT = re.compile(r"(?P<name>\w+(?:[.-]\w+)*)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
-
 _MANY = 10**12
 
 
@@ -44,6 +43,8 @@ class Part:
     split: str
     start: str | None = None
     stop: str | None = None
+    setting: str = "data.split"
+    """That says so, and is blamed where there is no such split."""
 
     @classmethod
     def of(cls, text: str, setting: str = "data.split") -> Part:
@@ -51,7 +52,7 @@ class Part:
         edges = (found["start"], found["stop"]) if found else ()
         if found is None or any(edge and edge.endswith("%") and abs(int(edge[:-1])) > 100 for edge in edges):
             raise DataError(f"{setting}={text}", "is no split", "For example, train, train[:1000] or train[10%:20%].")
-        return cls(found["name"], *edges)
+        return cls(found["name"], *(edges or (None, None)), setting)
 
     @property
     def is_whole(self) -> bool:

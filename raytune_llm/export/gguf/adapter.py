@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, Keys, get_tensor_name_map
-from gguf.quants import dequantize, quantize
+from gguf.quants import dequantize
 from torch import Tensor
 
 from raytune_llm.config.adapter import SavedAdapter
@@ -19,7 +19,7 @@ from raytune_llm.config.run import ExportRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.export.check import outputs
 from raytune_llm.export.gguf.families import Family, family_of
-from raytune_llm.export.gguf.file import KINDS
+from raytune_llm.export.gguf.file import KINDS, encoded
 from raytune_llm.export.rows import Rows
 from raytune_llm.export.source import DTYPES, Source
 from raytune_llm.export.target import OnBytes, Target
@@ -99,10 +99,7 @@ def _write(
         for layer in layers:
             b_OR = layer.pair.b_OR if alpha else layer.pair.b_OR * layer.pair.scale
             for name, value in ((layer.name + FILE_A, layer.pair.a_RK), (layer.name + FILE_B, b_OR)):
-                if kind is GGMLQuantizationType.F16 and value.abs().max() > torch.finfo(torch.float16).max:
-                    rule = f"can't be float16 for {name}, whose values are too large"
-                    raise ConfigError("export.dtype", rule, got="fp16", fix="Set bf16 or fp32.")
-                data = quantize(value.contiguous().numpy(), kind)
+                data = encoded(name, value, kind)
                 writer.add_tensor(name, data, raw_dtype=kind)
                 on_bytes(data.nbytes)
         writer.write_header_to_file()

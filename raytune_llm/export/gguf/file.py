@@ -24,6 +24,7 @@ from raytune_llm.export.gguf.vocabulary import Vocabulary, vocabulary_of
 from raytune_llm.export.rows import Rows
 from raytune_llm.export.source import DTYPES, Source
 from raytune_llm.export.target import OnBytes, Target
+from raytune_llm.export.tensors import converted
 
 BLOCK = 32
 """Numbers that share a scale in Q8_0."""
@@ -169,10 +170,14 @@ def _bytes_of(tensor: Stored, source: Source, family: Family) -> np.ndarray:
         assert value is not None
     else:
         value = family.change(tensor.source, source.tensor(tensor.source, torch.float32), source.config)
-    if tensor.kind is GGMLQuantizationType.F16 and value.abs().max() > torch.finfo(torch.float16).max:
-        rule = f"can't be float16 for {tensor.name}, whose values are too large"
-        raise ConfigError("export.dtype", rule, got="fp16", fix="Set bf16 or fp32.")
-    return quantize(value.contiguous().numpy(), tensor.kind).reshape((*tensor.shape[:-1], -1)).view(np.uint8)
+    return encoded(tensor.name, value, tensor.kind).reshape((*tensor.shape[:-1], -1)).view(np.uint8)
+
+
+def encoded(name: str, value: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+    """The float32 tensor as the file has it. Raises ConfigError where float16 can't hold a value."""
+    if kind is GGMLQuantizationType.F16:
+        converted(name, value, torch.float16)
+    return quantize(value.contiguous().numpy(), kind)
 
 
 @torch.no_grad()

@@ -12,8 +12,6 @@ from raytune_llm.export.target import OnBytes, Target
 
 SAID_LINES = 3
 """Of what the program printed last, for an error."""
-
-
 MAX_KL = 0.5
 """In nats a token, where export.max_kl is null."""
 
@@ -50,4 +48,4 @@ def _quantize(program: str, whole: Path, place: Path, dtype: str) -> None:
     if done.returncode != 0 or not place.is_file():
         said = " / ".join(line.strip() for line in done.stdout.splitlines()[-SAID_LINES:])
         how = f"ended with {done.returncode}" if done.returncode else "wrote no file"
-        raise ResourceError(f"{' '.join(command)} {how}: {said}", "Choose another export.dtype, or mend what it says.")
+        raise ResourceError(f"{' '.join(command)} {how}: {said}", "Choose another export.dtype, or fix what it says.")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from raytune_llm import api
 from raytune_llm.config.load import load_config
-from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.engines.vllm_host import RANKS
 from raytune_llm.errors import ConfigError
+from tests.models import saved_llama
 
 TARGETS = ["q_proj", "down_proj"]
 LORA: dict[str, Any] = {"r": 4, "target_modules": TARGETS, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
@@ -25,12 +25,7 @@ IDS = torch.arange(40)[None]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, tokenizer = tmp_path_factory.mktemp("models") / "base", byte_tokenizer()
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return saved_llama(tmp_path_factory.mktemp("models") / "base")
 
 
 def adapter_of(base: Path, folder: Path, config: Any, auto: Any = AutoModelForCausalLM, **settings: Any) -> Path:

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from raytune_llm import api
 from raytune_llm.config.load import load_config
-from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.errors import ConfigError, ResourceError
+from tests.models import saved_llama
 
 TOKEN = "hf_that_may_write"
 
@@ -140,12 +138,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, tokenizer = tmp_path_factory.mktemp("models") / "base", byte_tokenizer()
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return saved_llama(tmp_path_factory.mktemp("models") / "base")
 
 
 def exported(base: Path, place: Path, *settings: str):
