@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from raytune_llm import api, load_config, session
 from raytune_llm.report.updates import Notice, RunStarted, Update
+from raytune_llm.runs.elastic import LOOK_EVERY_S, SETTLED_S
 from tests.group import metrics
 from tests.ray.head import head_without_cpus, kill, node, wait_for_cpus
 from tests.runs import tiny_run
@@ -25,6 +31,17 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with head_without_cpus() as found:
         yield found
+
+
+@contextmanager
+def held_up(node: subprocess.Popen[bytes]) -> Iterator[None]:
+    """The training worker of a node stands still."""
+    (worker,) = [one for one in psutil.Process(node.pid).children(recursive=True) if "RayTrainWorker" in " ".join(one.cmdline())]
+    worker.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        worker.send_signal(signal.SIGCONT)
 
 
 def test_a_run_follows_the_cluster_s_size_with_the_numbers_of_one_process(
@@ -45,7 +62,10 @@ def test_a_run_follows_the_cluster_s_size_with_the_numbers_of_one_process(
 
     def follow(record: Mapping[str, Any]) -> None:
         if record["step"] >= 3 and len(nodes) == 1:
-            nodes.append(node(address))
+            with held_up(nodes[0]):  # or a quick machine is at the last step before the node has joined
+                nodes.append(node(address))
+                wait_for_cpus(2)
+                time.sleep(2 * LOOK_EVERY_S + SETTLED_S)
         if len(nodes) == len(started) == 2 and record["step"] >= started[1] + 7 and nodes[1].poll() is None:
             kill(nodes[1])
 
