@@ -217,7 +217,7 @@ def test_the_time_that_steps_are_waited_for_is_a_fraction_of_the_clock_s():
     for _ in clock.awaited(slow_steps()):
         time.sleep(0.05)
     clock.read()
-    assert 0.3 < clock.data_wait < 0.7
+    assert 0.1 < clock.data_wait < 0.9
     time.sleep(0.01)
     clock.read()
     assert clock.data_wait == 0, "it is that of the steps since the last reading"
