@@ -50,9 +50,9 @@ from raytune_llm.memory.footprint import GIB
 from raytune_llm.models.load import load_config as load_model_config
 from raytune_llm.report.profile import TABLE, StepProfile
 from raytune_llm.runs.build import Builder
+from raytune_llm.runs.ray_group import COLLECTIVES
 from raytune_llm.stages import STAGES
 from raytune_llm.train.loop import Learner, one_step
-from raytune_llm.train.strategies.base import COLLECTIVES
 from raytune_llm.train.window import Window
 
 LLAMA = {

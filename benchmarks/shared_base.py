@@ -41,9 +41,9 @@ from raytune_llm.models.shared_pass import OneOfSeveral, SharedPass
 from raytune_llm.runs.build import Builder
 from raytune_llm.stages import STAGES
 from raytune_llm.train import loop, together
-from raytune_llm.train.checkpoint import Progress
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.optimizers import optimizer_of
+from raytune_llm.train.progress import Progress
 from raytune_llm.train.strategies.base import Precision
 from raytune_llm.train.strategies.in_bank import InBank
 from raytune_llm.train.window import Window

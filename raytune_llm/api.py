@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from raytune_llm.evaluate.run import Evaluated
     from raytune_llm.export.run import Exported
     from raytune_llm.predict.run import Predicted
+    from raytune_llm.runs.outcome import TrainOutcome
     from raytune_llm.runs.plan import Plan
     from raytune_llm.runs.together import Part
-    from raytune_llm.runs.worker import TrainOutcome
     from raytune_llm.runs.workspace import Workspace
     from raytune_llm.tune.run import OnChange, TuneResult
 

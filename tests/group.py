@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as mp
 
 from raytune_llm.config.run import TrainRun
-from raytune_llm.train.strategies.base import COLLECTIVES
+from raytune_llm.runs.ray_group import COLLECTIVES
 from tests.runs import PowerCut, power_cut_at
 
 

@@ -15,7 +15,7 @@ from raytune_llm.report.slow import notify_if_slow
 from raytune_llm.report.updates import Notice, ReferencePass, RunStarted, SampledAnswer, Update
 from raytune_llm.runs.faults import WORKERS_LOG, WorkersLost, WorkerStalled, lost_line, silent_line, stalled_line
 from raytune_llm.runs.inbox import Inbox, Message
-from raytune_llm.runs.worker import TrainOutcome
+from raytune_llm.runs.outcome import TrainOutcome
 
 POLL_S = 0.2
 ABORT_S = 3.0

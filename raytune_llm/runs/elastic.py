@@ -17,7 +17,7 @@ from typing import Any
 from raytune_llm.report.updates import Notice
 from raytune_llm.runs.faults import waiting_line
 from raytune_llm.runs.nodes import workers_that_fit
-from raytune_llm.runs.worker import TrainOutcome
+from raytune_llm.runs.outcome import TrainOutcome
 
 POLL_S = 0.5
 LOOK_EVERY_S = 2.0

@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raytune_llm.errors import UserError
 from raytune_llm.report.updates import SampledAnswer, Update
 from raytune_llm.runs.faults import WorkersLost, WorkerStalled
-
-if TYPE_CHECKING:
-    from raytune_llm.runs.worker import TrainOutcome
+from raytune_llm.runs.outcome import TrainOutcome
 
 Message = Mapping[str, Any] | Update | WorkersLost | WorkerStalled | Sequence[SampledAnswer]
 """A record of metrics.jsonl, an update on the run, lost or stalled workers, or a list of samples."""

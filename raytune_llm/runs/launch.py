@@ -11,8 +11,9 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.models.quantization import check_device
 from raytune_llm.report.metrics import Sink
 from raytune_llm.report.updates import SampledAnswer, Update
+from raytune_llm.runs.outcome import TrainOutcome
 from raytune_llm.runs.ray_group import fit_on_ray
-from raytune_llm.runs.worker import TrainOutcome, work
+from raytune_llm.runs.worker import work
 from raytune_llm.runs.workspace import Workspace
 
 

@@ -21,16 +21,17 @@ from raytune_llm.runs.elastic import RoomToGrow, node_ids, of_all, wait_for_room
 from raytune_llm.runs.faults import WorkersLost
 from raytune_llm.runs.group_size import GroupSize, check_fits, group_size, reserved_cpus, wait_until_free
 from raytune_llm.runs.group_worker import worker_main
+from raytune_llm.runs.outcome import TrainOutcome
 from raytune_llm.runs.ray_failures import cause, how_it_ended
 from raytune_llm.runs.ray_metrics import RayMetrics
 from raytune_llm.runs.remote_output import remote_folder, saved_steps, work_folder
-from raytune_llm.runs.worker import TrainOutcome
-from raytune_llm.train.strategies.base import COLLECTIVES
 
 POLL_S = 0.2
 START_FAILURES = 3
 """The run fails after so many groups that could not be started."""
 START_S = "30"
+COLLECTIVES = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""By the kind of device that workers have. On GPUs both, since parameters that wait in host memory add up their norm there."""
 
 
 def fit_on_ray(

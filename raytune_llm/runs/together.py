@@ -26,8 +26,9 @@ from raytune_llm.report.metrics import Sink
 from raytune_llm.report.slow import notify_if_slow
 from raytune_llm.report.updates import RunStarted, SampledAnswer, Update
 from raytune_llm.runs.build import Builder, Built
+from raytune_llm.runs.outcome import TrainOutcome
 from raytune_llm.runs.setup import Reads, Setup, complete, explained, reads_of
-from raytune_llm.runs.worker import Recorder, Times, TrainOutcome, check_loss, checkpoints_of, finish, restore, train_outcome
+from raytune_llm.runs.worker import Recorder, Times, check_loss, checkpoints_of, finish, restore, train_outcome
 from raytune_llm.runs.workspace import Workspace
 from raytune_llm.train import together
 from raytune_llm.train.clock import Clock

@@ -22,34 +22,18 @@ from raytune_llm.report.scores import held_out_scores, write_scores
 from raytune_llm.report.slow import ignore, notify_if_slow
 from raytune_llm.report.updates import Notice, RunStarted, SampledAnswer, Update
 from raytune_llm.runs.first_inputs import begin_from_inputs
+from raytune_llm.runs.outcome import TrainOutcome
 from raytune_llm.runs.output import full_disk_explained, identity, model_card, write_final
 from raytune_llm.runs.remote_output import CHECKPOINTS, pull_records, push_records, push_results
 from raytune_llm.runs.samples import Sampler
 from raytune_llm.runs.setup import Setup, explained, set_up
 from raytune_llm.runs.workspace import Workspace
 from raytune_llm.train import loop
-from raytune_llm.train.checkpoint import Checkpoints, Progress, read_progress
+from raytune_llm.train.checkpoint import Checkpoints, read_progress
 from raytune_llm.train.clock import Clock
+from raytune_llm.train.progress import Progress
 from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
 from raytune_llm.train.strategies.base import Strategy, trained
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOutcome:
-    """The result of a run, from the worker with rank 0."""
-
-    progress: Progress
-    world_size: int
-    tokens_per_s: float | None
-    mfu: float | None
-    peak_memory_gib: float
-    load_s: float
-    train_s: float
-    save_s: float
-    yielded: bool = False
-    """Ended before its last step with a checkpoint, so that a group of another size resumes."""
-    paused: bool
-    """The run stopped at train.pause_at: there is a checkpoint and no final/."""
 
 
 def work(

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from raytune_llm.errors import DataError, ResourceError
+from raytune_llm.train.progress import Progress
 
 log = logging.getLogger(__name__)
 COMPLETE = "COMPLETE"
@@ -47,31 +48,6 @@ FILES = "files"
 STEP = re.compile(r"step-(\d+)")
 FORMAT_VERSION = 2
 """Increase it when the format of progress.json or of the state changes."""
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """The state of a run after a step. With the config and the manifest it determines all later steps."""
-
-    step: int = 0
-    epoch: int = 0
-    cursor: int = 0
-    """Samples of this epoch that were consumed."""
-    tokens_seen: int = 0
-    nonfinite_steps: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    best_score: float | None = None
-    """The figure that early stopping goes by, where lower is better; the negative where higher is."""
-    evals_without_gain: int = 0
-    source_state: Mapping[str, Any] = field(default_factory=dict)
-    """The state of the source of steps, beside epoch and cursor."""
-    enricher_states: list[Any] = field(default_factory=list)
-    """The state of each enricher, in order."""
-    window: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Sums and counts since the last log step."""
-    loss_first: float | None = None
-    loss_last: float | None = None
 
 
 class Place(Protocol):

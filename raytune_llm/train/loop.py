@@ -23,11 +23,11 @@ from raytune_llm.data.steps import Step, StepSource
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.records import Batch
 from raytune_llm.stages import Objective
-from raytune_llm.train.checkpoint import Progress
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.dropout import seed_dropout
 from raytune_llm.train.enrichers import Enricher, enriched
 from raytune_llm.train.phases import phase
+from raytune_llm.train.progress import Progress
 from raytune_llm.train.strategies.base import StepOut, Strategy
 from raytune_llm.train.window import Window, added, means
 

@@ -19,10 +19,10 @@ from raytune_llm.models.shared_pass import OneOfSeveral, SharedPass
 from raytune_llm.records import Batch
 from raytune_llm.stages import Objective
 from raytune_llm.train import loop
-from raytune_llm.train.checkpoint import Progress
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.enrichers import Enricher
 from raytune_llm.train.phases import phase
+from raytune_llm.train.progress import Progress
 from raytune_llm.train.strategies.in_bank import InBank, backward, clear_gradients
 from raytune_llm.train.window import Window
 

@@ -17,8 +17,9 @@ from raytune_llm import api
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data import pipeline
 from raytune_llm.report.metrics import read_metrics
+from raytune_llm.runs.outcome import TrainOutcome
 from raytune_llm.runs.together import Part, work_together
-from raytune_llm.runs.worker import TrainOutcome, work
+from raytune_llm.runs.worker import work
 from tests.runs import tiny_run
 
 CPU = torch.device("cpu")

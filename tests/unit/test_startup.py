@@ -109,10 +109,12 @@ def test_a_sweep_loads_nothing_that_computes_until_its_trials_are_checked():
     assert not set(json.loads(done.stdout)) & {"torch", "peft", "bitsandbytes", "accelerate", "matplotlib"}
 
 
-def test_the_controller_of_a_group_loads_nothing_that_its_workers_compute_with():
+def test_who_starts_a_group_and_passes_its_messages_on_loads_nothing_that_its_workers_compute_with():
+    """The inbox reads the outcome of a run from what the worker sent: seconds at the end of each run if that loads torch."""
     code = (
         "import sys, json, raytune_llm.runs.group_worker, raytune_llm.config.run, raytune_llm.runs.ray_failures, "
-        "raytune_llm.runs.faults, raytune_llm.runs.inbox, raytune_llm.runs.ray_metrics; "
+        "raytune_llm.runs.faults, raytune_llm.runs.inbox, raytune_llm.runs.ray_metrics, raytune_llm.runs.ray_group, "
+        "raytune_llm.runs.outcome; "
     )
     done = subprocess.run(
         [sys.executable, "-c", code + "print(json.dumps(list(sys.modules)))"], capture_output=True, text=True, check=True

@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from raytune_llm.models.policy import Policy
 
-COLLECTIVES = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-"""By the kind of device that workers have. On GPUs both, since parameters that wait in host memory add up their norm there."""
-
 
 @dataclass(frozen=True, slots=True)
 class Precision:

@@ -20,8 +20,8 @@ from raytune_llm.data.samples import Samples
 from raytune_llm.data.steps import Step
 from raytune_llm.stages import Objective
 from raytune_llm.train import loop
-from raytune_llm.train.checkpoint import Progress
 from raytune_llm.train.clock import Clock
+from raytune_llm.train.progress import Progress
 from raytune_llm.train.strategies.base import Precision
 from raytune_llm.train.strategies.ddp import DDPStrategy
 from tests.models import some_rows, tiny_llama

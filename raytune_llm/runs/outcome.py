@@ -1,0 +1,25 @@
+"""What a run came to. Loads no torch: the driver and the inbox of a group pass it on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raytune_llm.train.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOutcome:
+    """The result of a run, from the worker with rank 0."""
+
+    progress: Progress
+    world_size: int
+    tokens_per_s: float | None
+    mfu: float | None
+    peak_memory_gib: float
+    load_s: float
+    train_s: float
+    save_s: float
+    yielded: bool = False
+    """Ended before its last step with a checkpoint, so that a group of another size resumes."""
+    paused: bool
+    """The run stopped at train.pause_at: there is a checkpoint and no final/."""
