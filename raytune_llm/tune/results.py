@@ -58,7 +58,8 @@ def best_run(study: Study) -> str:
     """Write best.yaml, the config of the best setting. It trains with --config-dir SWEEP --config-name best."""
     sweep, best = study.sweep, study.ranked[0]
     run = sweep.composed(best.point)
-    return to_yaml(replace(run, name=f"{run.name}_best", output_dir=f"{sweep.folder.absolute()}_best"))
+    folder = f"{sweep.folder.absolute()}_best"
+    return to_yaml(replace(run, name=f"{run.name}_best", output_dir=folder, resume="auto"))  # resume is what the sweep does
 
 
 def prune(study: Study) -> None:

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from raytune_llm import ConfigError, api, load_sweep
+from raytune_llm import ConfigError, api, load_config, load_sweep
 from raytune_llm.config.sweep import load_paused
 from raytune_llm.report.metrics import read_metrics
 from tests.unit.tune.test_run import words
@@ -55,6 +55,8 @@ def test_the_chosen_ones_end_as_if_they_had_never_waited(paused, chat_rows, cach
         assert records(result.study.trials[number].folder) == records(whole.study.trials[number].folder)
         assert result.study.trials[number].value == whole.study.trials[number].value
     assert json.loads((folder / "results.json").read_text())["best"]["folder"] == str(result.folder)
+    best = load_config("train", [f"output_dir={tmp_path / 'again'}"], config_dir=folder, config_name="best")
+    assert api.train(best).summary.steps == whole.study.trials[numbers[0]].total_steps  # resume=must is not the best run's
 
 
 @pytest.mark.parametrize(
