@@ -74,7 +74,7 @@ def _parallel(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any,
         color, width = (BEST, 2.2) if chosen else (colors[trial.number], 1.0)
         axes.plot(range(len(heights)), heights, color=color, linewidth=width, alpha=1 if chosen else 0.7)
     values = [trial.latest or 0.0 for trial in trials]
-    ends = [*((axis.values.ends[0], axis.values.ends[-1]) for axis in columns), (min(values), max(values))]
+    ends = [*((_shown(axis)[0], _shown(axis)[-1]) for axis in columns), (min(values), max(values))]
     for column, (low, high) in enumerate(ends):
         axes.text(column, -0.04, _text(low), ha="center", va="top", fontsize=8, color=FAINT)
         axes.text(column, 1.04, _text(high), ha="center", va="bottom", fontsize=8, color=FAINT)
@@ -107,7 +107,7 @@ def _over(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, axi
             ticks = [axis.values.draw(share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
             axes.set_xticks(ticks, [_text(tick) for tick in ticks])
     else:
-        axes.set_xticks(range(len(axis.values.values)), [_text(value) for value in axis.values.values])
+        axes.set_xticks(range(len(axis.values.values)), [_text(value) for value in _shown(axis)])
         axes.set_xlim(-0.5, len(axis.values.values) - 0.5)
     share = importance(axis, trials, study)
     said = "" if share is None else f"  explains {share:.0%}"
@@ -154,8 +154,14 @@ def _place(axis: Axis, value: Any) -> float:
 
 
 def _index(axis: Axis, value: Any) -> int | None:
-    values: Any = axis.values.ends
-    return list(values).index(value) if value in values else None
+    values = _shown(axis)
+    return values.index(value) if value in values else None
+
+
+def _shown(axis: Axis) -> list[Any]:
+    """A list of values, or the ends of an interval, as a plot has them: numbers from the least on, others as they were given."""
+    values: list[Any] = list(axis.values.ends)
+    return sorted(values) if all(type(value) in (int, float) for value in values) else values
 
 
 def _scaled(value: float, values: list[float]) -> float:
