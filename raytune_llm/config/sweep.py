@@ -15,9 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from raytune_llm.config.load import compose, load_config, to_run
 from raytune_llm.config.override_syntax import as_override, one_value, quoted, swept
-from raytune_llm.config.plain import as_plain
+from raytune_llm.config.overrides import CONF
+from raytune_llm.config.plain import as_plain, flat_items
 from raytune_llm.config.run import TrainRun, TuneRun, as_train_run
 from raytune_llm.config.sharing import elsewhere, obstacle
 from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, check_grid, drawn, ends, grid
@@ -212,13 +215,22 @@ def load_submitted(
     own = [word for word in words if _setting(word).startswith("submit.")]
     others = [word for word in words if word not in own]
     typed = {_setting(word) for word in others}
-    # As conf/submit.yaml has them for a run.
-    others += [] if "resources" in typed else ["resources=cluster"]
-    others += [] if "data.cache" in typed else ["data.cache=${output_dir}/tokens"]
+    others += [word for word in _on_a_cluster() if _setting(word) not in typed]
     sweep = load_sweep(others, config_dir=config_dir, config_name=config_name)
     base = [word for word in sweep.words if _setting(word).partition(".")[0] != VERB]
     run = load_config("submit", [*base, *own], config_dir=config_dir, config_name=config_name)
     return SubmittedSweep(sweep, run.submit)
+
+
+def _on_a_cluster() -> Iterator[str]:
+    """What conf/submit.yaml changes of the run that `train` starts, as words of a command line."""
+    values = yaml.safe_load((CONF / "submit.yaml").read_text(encoding="utf-8"))
+    for entry in values.pop("defaults"):
+        for group, option in entry.items() if isinstance(entry, dict) else ():
+            yield f"{group.removeprefix('override ')}={option}"
+    del values["submit"]
+    for setting, value in flat_items(values):
+        yield as_override(setting, value)
 
 
 def _setting(word: str) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from raytune_llm import ConfigError, load_config, load_sweep
+from raytune_llm.config.overrides import CONF
 from raytune_llm.config.space import Choice, Interval
-from raytune_llm.config.sweep import COMMAND, load_paused
+from raytune_llm.config.sweep import COMMAND, load_paused, load_submitted
 
 BASE = ["+experiment=sft_smollm2", "resources=inline"]
 
@@ -152,3 +153,18 @@ def test_a_sweep_that_can_not_be_resumed_is_refused(tmp_path: Path, content: str
     (tmp_path / COMMAND).write_text(content)
     with pytest.raises(ConfigError, match=said):
         load_paused([str(tmp_path), f"keep={keep}"])
+
+
+def test_a_submitted_sweep_takes_from_the_config_what_a_submitted_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["+experiment=sft_smollm2", "optimizer.lr=1e-4,1e-3"]
+    run = load_config("submit", ["+experiment=sft_smollm2"])
+    swept = load_submitted(words).sweep.run
+    assert swept.resources == run.resources and swept.resources.name == "cluster"
+    assert (swept.data.cache, run.data.cache) == (f"{swept.output_dir}/tokens", f"{run.output_dir}/tokens")
+    assert load_submitted([*words, "resources=local", "data.cache=/mine"]).sweep.run.data.cache == "/mine"
+
+    text = (CONF / "submit.yaml").read_text()
+    (tmp_path / "submit.yaml").write_text(text.replace("data:\n", "data:\n  max_length: 77\n"))
+    monkeypatch.setattr("raytune_llm.config.sweep.CONF", tmp_path)
+    assert load_submitted(words).sweep.run.data.max_length == 77
+    assert load_submitted([*words, "data.max_length=99"]).sweep.run.data.max_length == 99
