@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ from raytune_llm.errors import ConfigError
 @section
 class ChatConfig(ServedModels):
     """A conversation in the terminal, with a model and adapters of this process or with a server."""
+
+    setting: ClassVar[str] = "chat.adapters"
 
     url: str | None
     """The address of a server with the OpenAI API, such as http://127.0.0.1:8000; null: the model is loaded here."""

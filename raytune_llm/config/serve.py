@@ -16,6 +16,9 @@ MIN_KEY = 8
 class ServedModels:
     """The base model and adapters of an engine."""
 
+    setting: ClassVar[str] = "serve.adapters"
+    """The setting that named the adapters."""
+
     adapters: dict[str, str]
     """Name in requests -> folder of the adapter, written by training (`outputs/x/final`) or by PEFT."""
     base_name: str | None

@@ -37,7 +37,7 @@ class AdapterLimits:
         config = _read(Path(folder), setting)
         if found := self.uncomputed(config):
             rule = f"must be an adapter that {self.package} computes; {found[0]} it doesn't"
-            raise ConfigError(setting, rule, got=_shown(config.get(found[0])), fix="Serve it with engine=native or engine=hf.")
+            raise ConfigError(setting, rule, got=_shown(config.get(found[0])), fix="Set engine=native or engine=hf.")
         rank = largest_rank(config)
         if rank > self.max_rank:
             fix = f"Set serve.max_rank={rank}."

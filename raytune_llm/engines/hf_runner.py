@@ -69,6 +69,7 @@ def hf_engine(settings: HFSettings, serving: Serving) -> NativeEngine:
         step_tokens=settings.max_rows * limit,  # so that no prompt is cut
         max_host_adapters=serving.max_host_adapters,
         prefix_cache=False,
+        own_adapter=serving.adapter_name,
     )
 
 
@@ -169,7 +170,7 @@ class HFRunner:
     ) -> list[list[ScoredToken]]:
         results = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            with self._adapters.using(None if slot < 0 else str(slot)):
+            with self._adapters.using(self._without_bank if slot < 0 else str(slot)):
                 ids_BT = torch.tensor([[*prompt, *answer[:-1]]], device=self.device)
                 logits_TV = self._model(input_ids=ids_BT, use_cache=False).logits[0].float()
             logits_NV = logits_TV[len(prompt) - 1 : len(prompt) + len(answer) - 1]

@@ -477,7 +477,7 @@ def check_hosted(
         fix = "Serve a model that was saved quantized, or use engine=native."
         raise ConfigError("quantization", f"must be none {lacking}", got=quantization.name, fix=fix)
     for name, folder in served.adapters.items():
-        limits.check(folder, f"serve.adapters.{name}")
+        limits.check(folder, f"{served.setting}.{name}")
 
 
 def check_installed(limits: AdapterLimits) -> None:

@@ -14,11 +14,12 @@ from raytune_llm.config.serve import ServedModels
 from raytune_llm.errors import ConfigError
 from raytune_llm.predict.models import check_writes, served_with
 from raytune_llm.runs.trained import Trained, read_trained
+from raytune_llm.serve.engines import lone_adapter
 
 
 @dataclass
 class Group:
-    """Models on one engine."""
+    """Models on one engine. An adapter that no engine holds beside others has one of its own."""
 
     model: ModelConfig
     data: DataConfig
@@ -26,6 +27,8 @@ class Group:
     adapters: dict[str, str]
     with_base: str | None
     """The name by which the model itself is evaluated."""
+    of_adapters: bool = False
+    """More adapters can be added."""
 
     @property
     def names(self) -> list[tuple[str, str | None]]:
@@ -62,13 +65,17 @@ def groups_of(run: EvaluateRun) -> list[Group]:
             continue
         check_writes(str(trained.adapter), "evaluate.models")
         data = _rendering(run, trained)
-        alike = (one for one in groups if one.adapters and one.model == trained.model and written_alike(one.data, data))
-        group = next(alike, None)
-        if group is None:
-            base = Path(str(trained.model.path)).name if settings.base else None
-            group = Group(trained.model, data, {}, base)
-            groups.append(group)
-        group.adapters[trained.name] = str(trained.adapter)
+        alike = [one for one in groups if one.of_adapters and one.model == trained.model and written_alike(one.data, data)]
+        if settings.base and not alike:
+            alike.append(Group(trained.model, data, {}, Path(str(trained.model.path)).name, of_adapters=True))
+            groups.append(alike[0])
+        own = Group(trained.model, data, {trained.name: str(trained.adapter)}, None, of_adapters=True)
+        if lone_adapter(own.served(settings), run.engine) is not None:
+            groups.append(replace(own, of_adapters=False))
+        elif alike:
+            alike[0].adapters[trained.name] = str(trained.adapter)
+        else:
+            groups.append(own)
     return groups
 
 

@@ -34,11 +34,14 @@ class EngineSettings:
     engine: EngineConfig
     served: ServedModels
 
-    def check(self) -> None:
-        """Raises a UserError for what can be known to fail without weights."""
-        from raytune_llm.serve.engines import check_servable  # torch
+    def check(self, *, base: str | None = None) -> None:
+        """Raises a UserError for what can be known to fail without weights. base: the setting that asks the model without an
+        adapter beside those."""
+        from raytune_llm.serve.engines import check_base, check_servable  # torch
 
         check_servable(self.model, self.quantization, self.engine, self.served)
+        if base is not None:
+            check_base(self.served, self.engine, base)
 
     @property
     def blocks_at_once(self) -> int:

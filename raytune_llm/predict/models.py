@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from raytune_llm.config.serve import ServedModels
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.saved import rank_of, task_of
 
 MIN_RANK = 8
+
+
+class PredictedModels(ServedModels):
+    setting: ClassVar[str] = "predict.adapters"
 
 
 def check_writes(folder: str, setting: str) -> None:
@@ -29,7 +33,7 @@ def served_with(
 ) -> ServedModels:
     """Settings of an engine that holds all of these adapters at once. max_rank: None is the highest of their ranks."""
     ranks = [rank_of(folder, f"the adapter {name}") for name, folder in adapters.items()]
-    return ServedModels(
+    return PredictedModels(
         adapters=dict(adapters),
         base_name=None,
         max_adapters=max(1, len(adapters)),

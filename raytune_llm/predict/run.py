@@ -69,7 +69,7 @@ def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None)
         template=run.data.template,
     )
     settings = EngineSettings(run.model, run.quantization, run.engine, served)
-    settings.check()
+    settings.check(base="predict.base" if None in models and adapters else None)
     with owned(folder), full_disk_explained(folder):
         decides = _decides(run, adapters, rows.fingerprints)
         found = open_predictions(folder, decides, resume=run.predict.resume == "auto", models=len(models))

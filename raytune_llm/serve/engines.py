@@ -24,6 +24,7 @@ from raytune_llm.engines.native.build import Serving, native_engine
 from raytune_llm.engines.sglang_host import check_sglang, sglang_engine
 from raytune_llm.engines.vllm_host import check_vllm, vllm_engine
 from raytune_llm.errors import ConfigError, UserError
+from raytune_llm.models.adapters import UNMIXED_FIX, unmixed
 from raytune_llm.models.adapters.saved import task_of, token_ids_of
 from raytune_llm.models.build import choose_precision
 from raytune_llm.models.generation_config import end_ids_of, read_generation_config
@@ -36,10 +37,12 @@ class EngineKind(NamedTuple):
     build: Callable[[Any, Serving], Engine]
     check: Callable[[Any, ModelConfig, QuantizationConfig, ServedModels], None] = lambda *settings: None
     """Raises a UserError for what can be known to fail before anything is loaded, by the engine's settings and the model's."""
+    unmixed: Callable[[str, str], str | None] = lambda folder, setting: None
+    """What an adapter's folder has that the engine computes only in the model itself, for all requests; None: nothing."""
 
 
 ENGINES: dict[str, EngineKind] = {
-    "native": EngineKind(native_engine),
+    "native": EngineKind(native_engine, unmixed=unmixed),
     "hf": EngineKind(hf_engine),
     "vllm": EngineKind(vllm_engine, check_vllm),
     "sglang": EngineKind(sglang_engine, check_sglang),
@@ -49,10 +52,10 @@ ENGINES: dict[str, EngineKind] = {
 def build_engine(
     model: ModelConfig, quantization: QuantizationConfig, engine_settings: EngineConfig, served: ServedModels
 ) -> tuple[Engine, ModelFacts]:
-    """An adapter that brings a head or tokens, which the base lacks, is served alone, under its own name."""
+    """An adapter that changes the model itself is served alone, under its own name."""
     kind = ENGINES[engine_settings.name]
     kind.check(engine_settings, model, quantization, served)
-    alone = lone_adapter(served)
+    alone = lone_adapter(served, engine_settings)
     serving = _serving(model, quantization, served, alone)
     engine = apart(lambda: kind.build(engine_settings, serving))
     text: Any = serving.config.get_text_config()
@@ -63,12 +66,14 @@ def build_engine(
         scores=serving.scores,
         keeps_seeds=engine_settings.keeps_seeds,
     )
-    try:
-        for name, folder in served.adapters.items() if alone is None else ():
+    for name, folder in served.adapters.items() if alone is None else ():
+        try:
             engine.add_adapter(name, folder)
-    except UserError:
-        engine.close()
-        raise
+        except UserError as error:
+            engine.close()
+            if not isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{served.setting}.{name}", error.rule, got=error.got, fix=error.fix) from None
     return engine, facts
 
 
@@ -82,22 +87,39 @@ class LoneAdapter:
     """It makes the base a reward model."""
     token_ids: list[int]
     """Tokens that the base lacks."""
+    why: str
+    """Why nothing is beside it, to follow its name."""
+    fix: str
+    """What to do where something has to be."""
 
 
-def lone_adapter(served: ServedModels) -> LoneAdapter | None:
+def lone_adapter(served: ServedModels, engine_settings: EngineConfig) -> LoneAdapter | None:
     """Raises ConfigError where there are others beside it."""
     for name, folder in served.adapters.items():
-        setting = f"serve.adapters.{name}"
+        setting = f"{served.setting}.{name}"
         scores = task_of(folder, setting) == "SEQ_CLS" or has_separate_head(folder)
         token_ids = token_ids_of(folder, setting)
-        if not scores and not token_ids:
+        more = None if scores or token_ids else ENGINES[engine_settings.name].unmixed(folder, setting)
+        fix = "Name it in a separate command."
+        if scores:
+            why = "whose head no other has: it is a reward model's"
+        elif token_ids:
+            why = "which has tokens that no other has"
+        elif more is not None:
+            why, fix = f"which can't share a batch with others: it is {more}", UNMIXED_FIX
+        else:
             continue
         if len(served.adapters) > 1:
-            what = "whose head no other has: it is a reward model's" if scores else "which has tokens that no other has"
-            fix = "Serve it in a separate process."
-            raise ConfigError("serve.adapters", f"must be {name} alone, {what}", got=sorted(served.adapters), fix=fix)
-        return LoneAdapter(name, SavedAdapter(path=folder, setting=setting), scores, token_ids)
+            raise ConfigError(served.setting, f"must be {name} alone, {why}", got=sorted(served.adapters), fix=fix)
+        return LoneAdapter(name, SavedAdapter(path=folder, setting=setting), scores, token_ids, why, fix)
     return None
+
+
+def check_base(served: ServedModels, engine_settings: EngineConfig, setting: str) -> None:
+    """Raises ConfigError, naming the setting, if the model without an adapter can't answer beside the adapters."""
+    if (alone := lone_adapter(served, engine_settings)) is not None:
+        rule = f"must be false beside {alone.name}, {alone.why}"
+        raise ConfigError(setting, rule, got=True, fix=alone.fix)
 
 
 def base_name(model: ModelConfig, served: ServedModels) -> str:
@@ -106,12 +128,13 @@ def base_name(model: ModelConfig, served: ServedModels) -> str:
 
 def tokenizer_of(model: ModelConfig, served: ServedModels) -> tuple[Any, list[int]]:
     """With the chat template that it is asked by, and the tokens that end an answer; that of an adapter which adds tokens."""
-    alone = lone_adapter(served)
+    named = served.adapters.items()
+    of_adapter = next((folder for name, folder in named if token_ids_of(folder, f"{served.setting}.{name}")), None)
     tokenizer = load_tokenizer(
         model.path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
-        kind=alone.source.path if alone is not None and alone.token_ids else model.tokenizer,
+        kind=model.tokenizer if of_adapter is None else of_adapter,
         needs_chat_template=False,
     )
     template = None if served.template is None else load(served.template)
@@ -125,6 +148,7 @@ def check_servable(
 ) -> None:
     """What a replica elsewhere would refuse, as far as it can be known without weights. Raises a UserError."""
     ENGINES[engine_settings.name].check(engine_settings, model, quantization, served)
+    lone_adapter(served, engine_settings)
     tokenizer_of(model, served)
     load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
     _configured_ends(model.path)
@@ -151,6 +175,7 @@ def _serving(model: ModelConfig, quantization: QuantizationConfig, served: Serve
         max_host_adapters=served.max_host_adapters,
         scores=head is not None or (_scores(config) if alone is None else alone.scores),
         adapter=None if alone is None else alone.source,
+        adapter_name=None if alone is None else alone.name,
         new_ids=() if alone is None else alone.token_ids,
         head=head,
     )

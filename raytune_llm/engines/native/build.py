@@ -19,7 +19,7 @@ from raytune_llm.engines.native.graphs import DecodeGraphs, lacks_for_graphs
 from raytune_llm.engines.native.runner import PolicyRunner
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.activations import lacks_for_compiling
-from raytune_llm.models.adapters import LoraBank
+from raytune_llm.models.adapters import LoraBank, reads_weights
 from raytune_llm.models.attention.cache import check_cached
 from raytune_llm.models.build import build_policy
 from raytune_llm.models.layers import layers
@@ -54,7 +54,9 @@ class Serving:
     scores: bool = False
     """It is a reward model."""
     adapter: SavedAdapter | None = None
-    """An adapter that is part of the model: a reward model's, or one with tokens that the base lacks."""
+    """An adapter that is part of the model: a reward model's, one with tokens that the base lacks, or one that no batch mixes."""
+    adapter_name: str | None = None
+    """Its name in requests."""
     new_ids: Sequence[int] = ()
     """Those tokens."""
     head: str | None = None
@@ -88,7 +90,8 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
     bank = None
     if serving.adapter is None:
         bank = LoraBank(policy.base, num_slots=serving.max_adapters, max_rank=serving.max_rank, dtype=serving.compute)
-    if lacks_for_packing(serving.device, serving.compute) is None:
+    reads = serving.adapter is not None and reads_weights(serving.adapter)
+    if not reads and lacks_for_packing(serving.device, serving.compute) is None:
         pack(layers(policy.base))
         if bank is not None:
             bank.join()
@@ -113,6 +116,7 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
         step_tokens=settings.step_tokens or STEP_TOKENS.get(serving.device.type, STEP_TOKENS["cpu"]),
         max_host_adapters=serving.max_host_adapters,
         prefix_cache=settings.prefix_cache,
+        own_adapter=serving.adapter_name,
     )
 
 
@@ -120,10 +124,10 @@ def _captures(settings: NativeSettings, serving: Serving) -> bool:
     """Whether decoding steps are compiled and captured."""
     if serving.device.type != "cuda":
         lacking: str | None = "it needs a GPU"
-    elif serving.new_ids:
-        lacking = "the adapter has tokens of its own"
     elif serving.scores:
         lacking = "a reward model doesn't decode"
+    elif serving.adapter is not None:
+        lacking = "the adapter is part of the model"
     else:
         lacking = lacks_for_compiling(serving.device) or lacks_for_graphs(serving.config)
     if settings.compile is True and lacking is not None:

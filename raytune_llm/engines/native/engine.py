@@ -78,17 +78,19 @@ class NativeEngine:
         step_tokens: int = 512,
         max_host_adapters: int = 256,
         prefix_cache: bool = True,
+        own_adapter: str | None = None,
         render: Callable[[Any], Sequence[int]] | None = None,
         threaded: bool = True,
         overlaps: bool | None = None,
     ) -> None:
         """max_length: maximum tokens of a prompt and its answer. max_rows, step_tokens: maximum requests and tokens in a step.
-        render: Conversation -> prompt ids. threaded: if False, only `generate` may be called, and it computes in the caller's
-        thread. overlaps: detokenize a step while the device computes the next one; None: if the device is a GPU.
+        own_adapter: the name of the adapter that is part of the model and answers all requests. render: Conversation -> prompt
+        ids. threaded: if False, only `generate` may be called, and it computes in the caller's thread. overlaps: detokenize a
+        step while the device computes the next one; None: if the device is a GPU.
         """
         self._overlaps = runner.device.type == "cuda" if overlaps is None else overlaps
         self._runner, self._tokenizer, self._render = runner, tokenizer, render
-        self._end_ids = tuple(end_ids)
+        self._end_ids, self._own_adapter = tuple(end_ids), own_adapter
         self._max_length = min(max_length, runner.num_blocks * runner.block_size)
         self._blocks = BlockPool(runner.num_blocks, runner.block_size, prefix_cache=prefix_cache)
         self._slots = None if runner.bank is None else Slots(runner.bank)
@@ -118,9 +120,7 @@ class NativeEngine:
 
     def submit(self, request: Request) -> Stream:
         self._check_alive()
-        adapter = None
-        if request.adapter is not None and (adapter := self._store.get(request.adapter)) is None:
-            raise ConfigError("the model", "must be the base or an adapter that is loaded", got=request.adapter)
+        adapter = self._named(request.adapter)
         sampling = request.sampling
         ids = [int(id) for id in self._prompt_ids(request)]
         if len(ids) + 1 > self._max_length:
@@ -164,17 +164,24 @@ class NativeEngine:
     def _between_steps(self, compute: Callable[[int], T], adapter: str | None) -> Future[T]:
         """The result of compute(slot of the adapter, or -1 for the base), which runs in the engine's thread."""
         self._check_alive()
-        version = None
-        if adapter is not None and (version := self._store.get(adapter)) is None:
-            raise ConfigError("the model", "must be the base or an adapter that is loaded", got=adapter)
+        version = self._named(adapter)
         future: Future[T] = Future()
         self._calls.put(partial(self._compute, compute, version, future))
         return future
 
+    def _named(self, name: str | None) -> Adapter | None:
+        """None for the model as it is. Raises ConfigError for an adapter that is not there."""
+        if name is None or name == self._own_adapter:
+            return None
+        if (adapter := self._store.get(name)) is None:
+            raise ConfigError("the model", "must be the base or an adapter that is loaded", got=name)
+        return adapter
+
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> str:
         self._check_alive()
         if self._slots is None:
-            raise ConfigError("the adapter", "can't be served over this model", got=name)
+            rule = f"can't be beside {self._own_adapter or 'this model'}, which is served alone"
+            raise ConfigError("the adapter", rule, got=name, fix="Start another engine for it, or take engine=hf.")
         adapter, before = self._store.add(name, Path(folder), pinned=pinned)
         if before is not None:
             self._calls.put(partial(self._slots.forget, before))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
 from raytune_llm.config.section import settings_of
 from raytune_llm.models.adapters.bank import LoraBank, Weights
+from raytune_llm.models.adapters.bank_weights import UNMIXED_FIX, reads_weights, unmixed
 from raytune_llm.models.adapters.freeze import freeze
 from raytune_llm.models.adapters.in_peft import PeftAdapters
 from raytune_llm.models.adapters.llama_pro import llama_pro
@@ -20,7 +21,22 @@ from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.adapters.protocol import OWN, Adapters
 from raytune_llm.models.quantization.base import Quantization
 
-__all__ = ["OWN", "Adapters", "Kept", "LoraBank", "PeftAdapters", "Slots", "Weights", "adapt", "bank_of", "kept_by", "merge"]
+__all__ = [
+    "OWN",
+    "UNMIXED_FIX",
+    "Adapters",
+    "Kept",
+    "LoraBank",
+    "PeftAdapters",
+    "Slots",
+    "Weights",
+    "adapt",
+    "bank_of",
+    "kept_by",
+    "merge",
+    "reads_weights",
+    "unmixed",
+]
 
 
 def train_all(model: PreTrainedModel) -> None:

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raytune_llm.config.adapter import AdapterConfig, Layered
+from raytune_llm.config.adapter import AdapterConfig, Layered, SavedAdapter
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.banked import BankShape
 from raytune_llm.models.adapters.method import new_config, sides
 from raytune_llm.models.adapters.methods import METHODS
-from raytune_llm.models.adapters.saved import WEIGHTS, read_config
+from raytune_llm.models.adapters.saved import WEIGHTS, read_config, tensor_names
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 """In a file, a tensor is called PREFIX, the layer's name, and A or B."""
@@ -38,6 +38,7 @@ MORE = {
     "velora_config": "VeLoRA",
 }
 """What of PEFT's LoRA is more than B A, by its config."""
+UNMIXED_FIX = "Set engine=hf, or merge it into its base by `export`."
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +70,9 @@ class Layout:
     def read(self, folder: str | Path, setting: str) -> Weights:
         """Raises ConfigError, which blames the setting, for an adapter that doesn't fit the model or a slot."""
         path, config = str(folder), read_config(str(folder), setting)
-        if (more := more_than_lora(config)) is not None:
-            fix = "Serve it with engine=hf, or merge it into its base."
-            raise ConfigError(setting, f"must be plain LoRA, to share a batch with others, and is {more}", got=path, fix=fix)
+        if (more := more_than_lora(config) or _outside_layers(path, setting)) is not None:
+            rule = f"must be plain LoRA of the model's layers, to share a batch with others, and is {more}"
+            raise ConfigError(setting, rule, got=path, fix=UNMIXED_FIX)
         assert isinstance(config, LoraConfig)
         if not (Path(path) / WEIGHTS[0]).is_file():
             raise ConfigError(setting, f"must be a folder with {WEIGHTS[0]}", got=path, fix="Save it as safetensors.")
@@ -167,6 +168,23 @@ def more_than_lora(config: PeftConfig) -> str | None:
         return "with biases"
     found = next((what for name, what in MORE.items() if getattr(config, name, None)), None)
     return None if found is None else f"with {found}"
+
+
+def unmixed(folder: str, setting: str) -> str | None:
+    """As `more_than_lora`, of an adapter's folder. Raises ConfigError, which names the setting, where it is none."""
+    return more_than_lora(read_config(folder, setting)) or _outside_layers(folder, setting)
+
+
+def reads_weights(adapter: SavedAdapter) -> bool:
+    """Its layers compute with the weights under them, and not only with what comes out of those: DoRA's lengths of rows."""
+    return bool(getattr(read_config(adapter.path, adapter.setting), "use_dora", False))
+
+
+def _outside_layers(folder: str, setting: str) -> str | None:
+    """Of its tensors, one that no numbered layer has: an embedding's, or the head's."""
+    names = (name.removeprefix(PREFIX) for name in tensor_names(folder, setting))
+    found = next((name for name in names if not any(part.isdigit() for part in name.split("."))), None)
+    return None if found is None else f"on {found.partition('.lora_')[0]}, outside of the layers"
 
 
 def scale_of(config: LoraConfig, name: str, rank: int) -> float:

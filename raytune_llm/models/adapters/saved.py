@@ -41,9 +41,7 @@ def read_config(path: str, setting: str) -> PeftConfig:
             raise ValueError("peft_type is not a method that changes a model's layers")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(setting, f"must hold an {CONFIG} that PEFT reads ({first_line(error)})", got=path) from error
-    if (weights := folder / WEIGHTS[0]).is_file():
-        with _weights_are_read(path, setting), safe_open(weights, framework="pt") as opened:  # its header, not its tensors
-            opened.keys()
+    tensor_names(path, setting)
     return config
 
 
@@ -59,6 +57,15 @@ def _weights_are_read(path: str, setting: str) -> Iterator[None]:
 def task_of(path: str, setting: str) -> str | None:
     """PEFT's word for what the adapter's model does: CAUSAL_LM, SEQ_CLS, ..."""
     return read_config(path, setting).task_type
+
+
+def tensor_names(path: str, setting: str) -> list[str]:
+    """Of its safetensors file; none where it has another. Raises ConfigError for a file that can't be read."""
+    weights = Path(path) / WEIGHTS[0]
+    if not weights.is_file():
+        return []
+    with _weights_are_read(path, setting), safe_open(weights, framework="pt") as opened:  # its header, not its tensors
+        return list(opened.keys())
 
 
 def rank_of(path: str, setting: str) -> int:

@@ -161,7 +161,7 @@ def test_a_submitted_sweep_takes_from_the_config_what_a_submitted_run_does(tmp_p
     swept = load_submitted(words).sweep.run
     assert swept.resources == run.resources and swept.resources.name == "cluster"
     assert (swept.data.cache, run.data.cache) == (f"{swept.output_dir}/tokens", f"{run.output_dir}/tokens")
-    assert load_submitted([*words, "resources=local", "data.cache=/mine"]).sweep.run.data.cache == "/mine"
+    assert load_submitted([*words, "data.cache=/mine"]).sweep.run.data.cache == "/mine"
 
     text = (CONF / "submit.yaml").read_text()
     (tmp_path / "submit.yaml").write_text(text.replace("data:\n", "data:\n  max_length: 77\n"))

@@ -295,11 +295,11 @@ def test_an_adapter_that_does_not_fit_a_bank_is_refused_by_name(folders: list[Pa
         (bank, {}, spoilt, "not finite"),
         (bank, {}, grown, "not finite"),
         (bank, {}, {first: weights[first]}, "A or B alone"),
-        (bank, {}, {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 32)}, "of no layer with a bank .*lm_head"),
+        (bank, {}, {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 32)}, "is on lm_head, outside of the layers"),
         (narrow, {}, weights, "of no layer with a bank"),
         (bank, {}, {name: value[:, :-1].contiguous() for name, value in weights.items()}, "has A .* there, and is 32 -> 32 here"),
         (bank, {}, {}, "holds no tensor"),
-        (bank, {"use_dora": True}, weights, "be plain LoRA, .* and is with DoRA"),
+        (bank, {"use_dora": True}, weights, "be plain LoRA .* and is with DoRA"),
         (bank, {"modules_to_save": ["lm_head"]}, weights, "and is with whole modules"),
         (bank, {"bias": "lora_only"}, weights, "and is with biases"),
     ]
