@@ -9,9 +9,9 @@ Importing this package imports neither torch nor ray, and Hydra only with `load_
 import time
 from typing import TYPE_CHECKING, Any
 
-from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
+from raytune_llm.errors import ConfigError, DataError, Diverged, ResourceError, UserError
 
-__all__ = ["ConfigError", "DataError", "ResourceError", "UserError", "load_config", "load_sweep"]
+__all__ = ["ConfigError", "DataError", "Diverged", "ResourceError", "UserError", "load_config", "load_sweep"]
 __version__ = "0.1.0"
 BEGAN = time.time()
 """Epoch seconds. Of a command its start: the package is imported before `__main__`, which `python -m` names otherwise."""

@@ -67,6 +67,17 @@ class ResourceError(UserError):
         return f"{self.lacking}. {self.fix}".rstrip()
 
 
+class Diverged(UserError):
+    """Training went wrong by its settings: its loss or its gradients are no numbers. The same command ends alike."""
+
+    def __init__(self, how: str, fix: str) -> None:
+        super().__init__(how, fix)
+        self.how, self.fix = how, fix
+
+    def __str__(self) -> str:
+        return f"{self.how}. {self.fix}"
+
+
 def first_line(error: BaseException) -> str:
     """What another library says of its error, in a line; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import ResourceError
+from raytune_llm.errors import Diverged
 from raytune_llm.report.metrics import SAMPLES, JsonLines, Report, Sink
 from raytune_llm.report.profile import StepProfile
 from raytune_llm.report.scores import held_out_scores, write_scores
@@ -297,9 +297,9 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, notify: C
 
 
 def check_loss(progress: Progress) -> None:
-    """Raises ResourceError if the last loss is NaN or infinite, since the model is then unusable."""
+    """Raises Diverged if the last loss is NaN or infinite, since the model is then unusable."""
     if progress.loss_last is not None and not math.isfinite(progress.loss_last):
-        raise ResourceError(
+        raise Diverged(
             f"the loss at step {progress.step} is {progress.loss_last}: the model is unusable, so final/ is not written",
             "Lower optimizer.lr, lengthen schedule.warmup_ratio, or set train.precision=bf16 or fp32.",
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 from raytune_llm.data.batches import to_device
 from raytune_llm.data.loader import Loader
 from raytune_llm.data.steps import Step, StepSource
-from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.errors import ConfigError, Diverged
 from raytune_llm.records import Batch
 from raytune_llm.stages import Objective
 from raytune_llm.train.clock import Clock
@@ -216,7 +216,7 @@ def log_step(
         record["nonfinite_steps"] = progress.nonfinite_steps
     hooks.log(record)
     if progress.nonfinite_steps > settings.max_nonfinite_steps:
-        raise ResourceError(
+        raise Diverged(
             f"{progress.nonfinite_steps} steps up to step {progress.step} had a nonfinite gradient, "
             f"more than train.max_nonfinite_steps={settings.max_nonfinite_steps}",
             "Lower optimizer.lr, lengthen schedule.warmup_ratio, or set train.precision=bf16 or fp32.",

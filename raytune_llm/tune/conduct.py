@@ -44,13 +44,13 @@ class Conduct:
     def ended(self, trial: Trial, outcome: Outcome) -> None:
         """Record the end of a trial. Raises ResourceError if too many trials failed in a row."""
         trial.seconds = time.monotonic() - self._began[trial.number]
-        self.study.end(trial, outcome.state, outcome.value, outcome.reason, outcome.others)
+        self.study.end(trial, outcome.state, outcome.value, outcome.reason, outcome.others, again=outcome.again)
         prune(self.study)
         write_results(self.study)
         self._on_change(self.study, trial)
         self._failures = self._failures + 1 if outcome.state == "failed" else 0
         if self._failures == self.study.sweep.tune.max_failures:
             raise ResourceError(
-                f"{self._failures} trials failed one after another, the last one since {trial.reason}",
+                f"{self._failures} trials failed one after another, the last one since {(trial.reason or '').rstrip('.')}",
                 "Correct it, or raise tune.max_failures; the same command resumes the sweep.",
             )

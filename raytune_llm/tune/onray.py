@@ -94,7 +94,8 @@ class ActorPlace:
             if isinstance(outcome, UserError):
                 raise outcome
             return outcome
-        return Outcome(state="failed", value=None, reason=f"its process died {self._max_failures + 1} times ({how})")
+        reason = f"its process died {self._max_failures + 1} times ({how})"
+        return Outcome(state="failed", value=None, reason=reason, again=True)
 
     def close(self) -> None:
         self._closed = True

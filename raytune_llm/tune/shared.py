@@ -22,7 +22,7 @@ from raytune_llm.memory.footprint import GIB
 from raytune_llm.runs.together import Part, Room
 from raytune_llm.tune.conduct import Conduct
 from raytune_llm.tune.metric import Metric, MetricMissing
-from raytune_llm.tune.trial import FAILURES, Listener, Outcome, Reported, Stopped, Trial, free, outcome_of, reason_of
+from raytune_llm.tune.trial import FAILURES, Listener, Outcome, Reported, Stopped, Trial, failed, free, outcome_of
 
 TrainTogether = Callable[..., Sequence[Any]]
 """api.train_together."""
@@ -130,7 +130,7 @@ def _outcome(metric: Metric, member: _Member, result: Any) -> Outcome:
     if isinstance(result, MetricMissing):
         raise result
     if isinstance(result, FAILURES):
-        return Outcome(state="failed", value=None, reason=reason_of(result))
+        return failed(result)
     if isinstance(result, Exception):
         raise result
     if result is None:

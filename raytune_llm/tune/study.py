@@ -165,11 +165,19 @@ class Study:
         return not (trial.stopping and step >= trial.step)
 
     def end(
-        self, trial: Trial, state: State, value: float | None, reason: str | None = None, others: Sequence[float] = ()
+        self,
+        trial: Trial,
+        state: State,
+        value: float | None,
+        reason: str | None = None,
+        others: Sequence[float] = (),
+        *,
+        again: bool = False,
     ) -> None:
-        """others: the values of further metrics."""
+        """others: the values of further metrics. again: a resumed sweep tries the failed trial again."""
         event = {"event": "ended", "trial": trial.number, "state": state, "value": value, "seconds": round(trial.seconds, 3)}
-        self._append({**event, **({"reason": reason} if reason else {}), **({"others": list(others)} if others else {})})
+        told = {"reason": reason, "others": list(others), "again": again}
+        self._append(event | {name: value for name, value in told.items() if value})
         self._end(trial, state, value, reason, others)
 
     def close(self) -> None:
@@ -243,6 +251,8 @@ class Study:
                 self._begin(number, event["point"], from_=self.trials[event["from"]])
             case "reported":
                 self._report(self.trials[number], event["step"], event["of"], event["value"])
+            case "ended" if event.get("again"):
+                pass  # as if the sweep had been interrupted there
             case "ended":
                 self.trials[number].seconds = event["seconds"]
                 self._end(self.trials[number], event["state"], event["value"], event.get("reason"), event.get("others", ()))

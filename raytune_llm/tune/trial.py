@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.space import Point
-from raytune_llm.errors import UserError
+from raytune_llm.errors import ResourceError, UserError
 from raytune_llm.report.metrics import METRICS, read_metrics
 from raytune_llm.report.updates import EndOfRun, RunStarted
 from raytune_llm.tune.metric import Metric, MetricMissing
@@ -76,6 +76,8 @@ class Outcome:
     others: tuple[float, ...] = ()
     """The values of further metrics, of a finished trial."""
     reason: str | None = None
+    again: bool = False
+    """Failed for the machine's sake, so that the same command tries it again."""
 
 
 def run_trial(run: TrainRun, metric: Metric, reported: Reported, train: Train) -> Outcome:
@@ -90,7 +92,7 @@ def run_trial(run: TrainRun, metric: Metric, reported: Reported, train: Train) -
     except MetricMissing:
         raise
     except FAILURES as error:
-        return Outcome(state="failed", value=None, reason=reason_of(error))
+        return failed(error)
     finally:
         free()
 
@@ -137,6 +139,11 @@ class Listener:
 def records_of(run: TrainRun) -> list[dict[str, Any]]:
     path = Path(run.output_dir) / METRICS
     return read_metrics(path) if path.exists() else []
+
+
+def failed(error: BaseException) -> Outcome:
+    again = isinstance(error, ResourceError | OSError | MemoryError)
+    return Outcome(state="failed", value=None, reason=reason_of(error), again=again)
 
 
 def reason_of(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llm import ConfigError, DataError, ResourceError, api, load_config
+from raytune_llm import ConfigError, DataError, Diverged, ResourceError, api, load_config
 from raytune_llm.commands.train import chat_command, held_out_figures, next_command
 from raytune_llm.train import checkpoint
 from raytune_llm.train.checkpoint import complete_steps
@@ -217,7 +217,7 @@ def test_steps_with_a_broken_gradient_change_nothing_and_end_the_run_at_the_limi
         "train.max_nonfinite_steps=2",
         "schedule.warmup_ratio=0",
     ]
-    with pytest.raises(ResourceError, match=r"3 steps up to step \d+ had a nonfinite gradient"):
+    with pytest.raises(Diverged, match=r"3 steps up to step \d+ had a nonfinite gradient"):
         api.train(tiny_run(chat_rows, cache, tmp_path, *overrides))
     assert metrics(tmp_path)[-1]["nonfinite_steps"] == 3
 

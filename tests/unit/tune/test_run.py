@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from raytune_llm import ConfigError, ResourceError, UserError, api, load_config, load_sweep
+from raytune_llm import ConfigError, Diverged, ResourceError, UserError, api, load_config, load_sweep
 from raytune_llm.report.metrics import read_metrics
 from raytune_llm.runs import preflight
 from raytune_llm.tune.metric import Metric
@@ -139,6 +139,31 @@ def test_a_trial_that_breaks_ends_with_its_reason_and_the_others_go_on(chat_rows
 
     result = run_sweep(load_sweep(words(chat_rows, cache, tmp_path, "adapter.rank=2,4", "tune=grid")), train)
     assert [(trial.state, trial.reason) for trial in result.study.trials] == [("failed", "it broke."), ("finished", None)]
+
+
+@pytest.mark.parametrize(
+    ("error", "states"),
+    [
+        (ResourceError("the disk is full"), ["finished", "finished"]),
+        (Diverged("nan", "Lower it."), ["failed", "finished"]),
+    ],
+)
+def test_the_same_command_tries_again_what_failed_for_the_machine_s_sake(error, states, chat_rows, cache, tmp_path):
+    from raytune_llm.tune.run import run_sweep
+
+    trained = []
+
+    def train(run, **hooks):
+        trained.append(run.adapter.rank)
+        if run.adapter.rank == 2 and trained.count(2) == 1:
+            raise error
+        return api.train(run, **hooks)
+
+    sweep = load_sweep(words(chat_rows, cache, tmp_path, "adapter.rank=2,4", "tune=grid"))
+    assert [trial.state for trial in run_sweep(sweep, train).study.trials] == ["failed", "finished"]
+    for _ in range(2):
+        assert [trial.state for trial in run_sweep(sweep, train).study.trials] == states
+    assert len(trained) == 2 + states.count("finished") - 1
 
 
 def test_a_metric_that_is_no_number_is_no_result(chat_rows, cache, tmp_path):
