@@ -30,6 +30,7 @@ from raytune_llm.engines.native.build import Serving
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.native.row import Row
 from raytune_llm.engines.native.scheduler import Piece
+from raytune_llm.engines.native.scoring import ScoredText
 from raytune_llm.engines.native.slots import Bank
 from raytune_llm.engines.requests import ScoredToken
 from raytune_llm.errors import ConfigError, DataError
@@ -178,6 +179,9 @@ class HFRunner:
             logprobs_N = logits_NV.log_softmax(dim=1).gather(1, targets_N[:, None]).squeeze(1)
             results.append(list(map(ScoredToken, logprobs_N.tolist(), (logits_NV.argmax(dim=1) == targets_N).tolist())))
         return results
+
+    def scored(self, texts: Sequence[ScoredText]) -> list[ScoredToken]:
+        raise AssertionError("rows of transformers' own caches share no prefix")
 
     def read_adapter(self, folder: Path) -> tuple[Copied, int]:
         refuse_separate_head(folder, "the adapter")

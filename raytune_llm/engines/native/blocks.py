@@ -34,6 +34,11 @@ class BlockPool:
         """Blocks that can be given out, those that still hold a findable prefix among them."""
         return len(self._free)
 
+    @property
+    def shares(self) -> bool:
+        """Prefixes can be found."""
+        return self._prefix_cache
+
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 

@@ -26,6 +26,7 @@ from raytune_llm.engines.native.grammars import Grammars
 from raytune_llm.engines.native.row import Row
 from raytune_llm.engines.native.sampler import RowSampler, logprobs, sample
 from raytune_llm.engines.native.scheduler import Piece, Scheduler
+from raytune_llm.engines.native.scoring import ScoredText, end_wave, next_wave, texts_of
 from raytune_llm.engines.native.slots import Adapter, Bank, Slots
 from raytune_llm.engines.native.text import TextStream
 from raytune_llm.engines.requests import Completion, Delta, Finish, Grammar, Request, ScoredToken, Stream, TokenLogprob
@@ -57,6 +58,10 @@ class Runner(Protocol):
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int
     ) -> list[list[ScoredToken]]:
         """For each answer, the log-probability of each of its tokens after the prompt, with the adapter in the slot."""
+        ...
+
+    def scored(self, texts: Sequence[ScoredText]) -> list[ScoredToken]:
+        """The targets of all texts, in order; called where prefixes can be found."""
         ...
 
     def read_adapter(self, folder: Path) -> tuple[Any, int]:
@@ -159,7 +164,9 @@ class NativeEngine:
         longest = max((len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)), default=0)
         if longest - 1 > self._max_length:  # the last token is only predicted
             raise ConfigError("a prompt and its answer", f"must have at most {self._max_length + 1} tokens", got=longest)
-        return self._between_steps(partial(self._runner.answer_logprobs, prompts, answers), adapter)
+        version = self._named(adapter)
+        compute = partial(self._answer_logprobs, prompts, answers, "" if version is None else version.version)
+        return self._between_steps(compute, adapter)
 
     def _between_steps(self, compute: Callable[[int], T], adapter: str | None) -> Future[T]:
         """The result of compute(slot of the adapter, or -1 for the base), which runs in the engine's thread."""
@@ -344,6 +351,33 @@ class NativeEngine:
         finally:
             if adapter is not None and slot >= 0 and self._slots is not None:
                 self._slots.give_back(adapter)
+
+    def _answer_logprobs(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], version: str, slot: int
+    ) -> list[list[ScoredToken]]:
+        """version: of the adapter in the slot."""
+        if not self._blocks.shares:
+            return self._runner.answer_logprobs(prompts, answers, slot)
+        texts = texts_of(prompts, answers, slot, version, self._blocks.block_size)
+        found: dict[int, list[ScoredToken]] = {}
+        left = texts
+        while left:
+            wave = next_wave(left, self._blocks)
+            if not wave:  # running rows hold the cache
+                return self._runner.answer_logprobs(prompts, answers, slot)
+            computed = False
+            try:
+                scored = iter(self._runner.scored(wave))
+                computed = True
+            finally:
+                end_wave(wave, self._blocks, computed=computed)
+            for text in wave:
+                found[id(text)] = [next(scored) for _ in text.targets]
+                self._scheduler.prefix_hits += text.computed
+                self._scheduler.prefix_queries += len(text.ids)
+            left = [text for text in left if id(text) not in found]
+        tokens = iter([token for text in texts for token in found[id(text)]])
+        return [[next(tokens) for _ in answer] for answer in answers]
 
     def _append(self, row: Row, token: int) -> Finish | None:
         """Add a sampled token to the row. The row leaves the batch if it is its last token, for the reason that is returned."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from raytune_llm.data.batches import collate, to_device
 from raytune_llm.engines.native.graphs import DecodeGraphs
 from raytune_llm.engines.native.scheduler import Piece
+from raytune_llm.engines.native.scoring import ScoredText
 from raytune_llm.engines.native.slots import Bank
 from raytune_llm.engines.requests import ScoredToken
 from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache, check_cached
@@ -122,14 +123,33 @@ class PolicyRunner:
         for place, prompt, answer in zip(places, prompts, answers, strict=True):
             positions += range(first[place] + len(prompt) - 1, first[place] + len(prompt) + len(answer) - 1)
             targets += answer
+        scored = self._scored(hidden_LD, positions, targets)
+        ends = list(accumulate(map(len, answers), initial=0))
+        return [scored[start:stop] for start, stop in pairwise(ends)]
+
+    def scored(self, texts: Sequence[ScoredText]) -> list[ScoredToken]:
+        """The targets of all texts, in order, over the cache: of each text the tokens that are not in its blocks are computed."""
+        order = sorted(range(len(texts)), key=lambda number: len(texts[number].ids) - texts[number].computed > 1)
+        ordered = [texts[number] for number in order]
+        rows = CachedRows.of(self._cache, [NewTokens(text.ids[text.computed :], text.computed, text.blocks) for text in ordered])
+        first = dict(zip(order, rows.starts, strict=False))
+        route = self._route([text.slot for text in ordered], [len(text.ids) - text.computed for text in ordered])
+        self._evaluates()
+        with self._eagerly():
+            hidden_LD = self._policy.hidden(rows, route)[0]
+        numbered = [(first[number] - text.computed, text) for number, text in enumerate(texts)]
+        positions = [shift + position for shift, text in numbered for position, _ in text.targets]
+        return self._scored(hidden_LD, positions, [token for text in texts for _, token in text.targets])
+
+    def _scored(self, hidden_LD: Tensor, positions: Sequence[int], targets: Sequence[int]) -> list[ScoredToken]:
+        """Each target as what follows its position."""
         positions_N, targets_N = (torch.tensor(one, dtype=torch.int64, device=self.device) for one in (positions, targets))
         scored: list[ScoredToken] = []
         for position_C, target_C in zip(positions_N.split(LOGIT_TOKENS), targets_N.split(LOGIT_TOKENS), strict=True):
             logits_CV = self._policy.logits(hidden_LD[position_C])
             logprob_C = logits_CV.log_softmax(dim=1).gather(1, target_C[:, None]).squeeze(1)
             scored += map(ScoredToken, logprob_C.tolist(), (logits_CV.argmax(dim=1) == target_C).tolist())
-        ends = list(accumulate(map(len, answers), initial=0))
-        return [scored[start:stop] for start, stop in pairwise(ends)]
+        return scored
 
     def _rows(self, pieces: Sequence[Piece]) -> CachedRows:
         """Pieces of one token first."""

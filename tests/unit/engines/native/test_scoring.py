@@ -1,0 +1,47 @@
+"""Given answers over the paged cache: the numbers of packs without a cache, with what prompts begin with alike computed once."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
+from raytune_llm.engines.native.engine import NativeEngine
+from raytune_llm.engines.native.runner import PolicyRunner
+from tests.models import VOCABULARY, tiny_llama
+
+
+def engine(num_blocks: int, *, prefix_cache: bool) -> NativeEngine:
+    policy = tiny_llama().eval()
+    runner = PolicyRunner(policy, num_blocks=num_blocks, block_size=4, device=policy.base.device)
+    return NativeEngine(runner, byte_tokenizer(), end_ids=[], max_length=200, prefix_cache=prefix_cache)
+
+
+def questions() -> tuple[list[list[int]], list[list[int]]]:
+    draw = random.Random(0)
+    shots = [draw.randrange(VOCABULARY) for _ in range(41)]
+    prompts = [shots + [draw.randrange(VOCABULARY) for _ in range(size)] for size in (3, 9, 1, 6) for _ in range(2)]
+    prompts = [prompt for prompt in prompts for _ in range(4)] + [shots[:4], shots[:5], [7]]
+    answers = [[draw.randrange(VOCABULARY) for _ in range(1 if number % 8 < 4 else 3)] for number in range(len(prompts))]
+    return prompts, answers
+
+
+@pytest.mark.parametrize(("num_blocks", "shares"), [(200, True), (16, True), (6, False)])
+def test_answers_have_the_log_probabilities_of_packs_with_shared_beginnings_computed_once(num_blocks: int, shares: bool):
+    prompts, answers = questions()
+    plain, shared = engine(200, prefix_cache=False), engine(num_blocks, prefix_cache=True)
+    shared._max_length = 200
+    try:
+        expected = plain.answer_logprobs(prompts, answers).result()
+        for _ in range(2):
+            found = shared.answer_logprobs(prompts, answers).result()
+            for own, other in zip(found, expected, strict=True):
+                assert [one.logprob for one in own] == pytest.approx([one.logprob for one in other], abs=1e-4)
+                assert [one.likeliest for one in own] == [one.likeliest for one in other]
+        stats = shared.stats()
+        assert (stats.prefix_hits > 0.7 * stats.prefix_queries) == shares
+        assert stats.cache_used == 0
+    finally:
+        plain.close()
+        shared.close()
