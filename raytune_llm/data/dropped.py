@@ -63,6 +63,10 @@ class Dropped:
             examples = self.examples.setdefault(reason, [])
             examples += other.examples[reason][: NUM_EXAMPLES - len(examples)]
 
+    def is_of(self, file: str) -> bool:
+        """Every example is a row of `file`: equal rows may have been read from a file elsewhere."""
+        return all(example.startswith(f"{file}, row ") for examples in self.examples.values() for example in examples)
+
     def __str__(self) -> str:
         most_frequent_first = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return "; ".join(f"{count} x {reason} ({' | '.join(self.examples[reason])})" for reason, count in most_frequent_first)

@@ -341,7 +341,12 @@ def _make_shards(
 ) -> list[Shard]:
     """Build one shard per chunk, except for those that an earlier run finished. Appends the built ones to `made`."""
     num_rows = sum(chunk.num_picked for chunk in chunks)
-    shards = {number: shard for number in range(len(chunks)) if (shard := finished_shard(folder / shard_name(number)))}
+    shards = {
+        number: shard
+        for number, chunk in enumerate(chunks)
+        if (shard := finished_shard(folder / shard_name(number)))
+        and all(rows.is_of(chunk.file) for rows in (shard.stats.dropped, shard.stats.shortened))
+    }
     num_done = sum(chunks[number].num_picked for number in shards)
     missing = [(number, chunk) for number, chunk in enumerate(chunks) if number not in shards]
     mapped = _map_with_ray if uses_ray(job.resources) else _map_inline

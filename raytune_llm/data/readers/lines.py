@@ -42,6 +42,8 @@ def read_json_lines(chunk: Chunk, wanted: Collection[str] | None) -> Iterator[Nu
     for number, line in _numbered_lines(chunk):
         try:
             yield number, json.loads(line)
+        except UnicodeDecodeError as error:  # a ValueError, which says nothing of JSON
+            yield number, BadRow("the line is not UTF-8", str(error))
         except (ValueError, RecursionError) as error:
             yield number, BadRow("the line is not valid JSON", str(error))
 

@@ -93,6 +93,7 @@ REFUSED = {
     "another file called arrow": ("a.arrow", "no arrow here", "is not an arrow file"),
     "a table": ("a.xlsx", "PK", "has a type that is not read (.xlsx)"),
     "lines of no JSON": ("a.jsonl", "yes\nno\n", "no row can be used. Dropped: 2 x the line is not valid JSON"),
+    "lines in Latin-1": ("a.jsonl", '{"a": "é"}\n'.encode("latin-1"), "Dropped: 1 x the line is not UTF-8"),
     "lines of no objects": ("a.jsonl", "1\nnull\n", "no row can be used. Dropped: 2 x a row must be an object"),
 }
 
@@ -107,6 +108,16 @@ def test_a_file_that_can_not_be_read_is_refused_and_leaves_no_store(tmp_path, pr
         prepare(run.model, run.data, run.resources)
     assert str(path) in str(error.value) and said in str(error.value)
     assert not list((tmp_path / "cache").glob("*/manifest.json"))
+
+
+def test_a_refusal_names_the_file_of_its_own_command(tmp_path, prepare_run):
+    """Equal rows share a folder of shards in the cache, and a shard says which rows were dropped."""
+    for name in ("first.jsonl", "second.jsonl"):
+        path = tmp_path / name
+        path.write_text('{"other": 1}\n' * 2)
+        run = prepare_run(path)
+        with pytest.raises(DataError, match=f"{name}, row 1: there are other"):
+            prepare(run.model, run.data, run.resources)
 
 
 MESSAGES = ROW["messages"]
