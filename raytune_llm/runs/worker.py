@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import Diverged
@@ -278,6 +279,7 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, notify: C
             gathering.of(number, total)
             if setup.rank == 0:
                 parameters[name] = value
+    check_weights(parameters, progress.step)
     if setup.rank == 0:
         save = partial(
             policy.save,
@@ -301,8 +303,19 @@ def check_loss(progress: Progress) -> None:
     if progress.loss_last is not None and not math.isfinite(progress.loss_last):
         raise Diverged(
             f"the loss at step {progress.step} is {progress.loss_last}: the model is unusable, so final/ is not written",
-            "Lower optimizer.lr, lengthen schedule.warmup_ratio, or set train.precision=bf16 or fp32.",
+            loop.CALMER,
         )
+
+
+def check_weights(parameters: Mapping[str, Tensor], step: int) -> None:
+    """Raises Diverged, on every worker, if a weight of rank 0's is NaN or infinite: the last update is after the last loss."""
+    broken = [name for name, value in parameters.items() if value.is_floating_point() and not value.isfinite().all()][:1]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told := [broken], src=0)
+        [broken] = told
+    if broken:
+        what = f"{broken[0]} has values that are no numbers after step {step}"
+        raise Diverged(f"{what}: the model is unusable, so final/ is not written", loop.CALMER)
 
 
 def restore(checkpoints: Checkpoints, strategy: Strategy) -> Progress:

@@ -31,6 +31,8 @@ from raytune_llm.train.progress import Progress
 from raytune_llm.train.strategies.base import StepOut, Strategy
 from raytune_llm.train.window import Window, added, means
 
+CALMER = "Lower optimizer.lr, lengthen schedule.warmup_ratio, or set train.precision=bf16 or fp32."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
@@ -219,7 +221,7 @@ def log_step(
         raise Diverged(
             f"{progress.nonfinite_steps} steps up to step {progress.step} had a nonfinite gradient, "
             f"more than train.max_nonfinite_steps={settings.max_nonfinite_steps}",
-            "Lower optimizer.lr, lengthen schedule.warmup_ratio, or set train.precision=bf16 or fp32.",
+            CALMER,
         )
 
 

@@ -222,6 +222,14 @@ def test_steps_with_a_broken_gradient_change_nothing_and_end_the_run_at_the_limi
     assert metrics(tmp_path)[-1]["nonfinite_steps"] == 3
 
 
+def test_weights_that_the_last_update_broke_are_not_written(chat_rows, cache, tmp_path):
+    overrides = ["optimizer.lr=1e30", "optimizer.weight_decay=1e10", "schedule=constant", "schedule.warmup_ratio=0"]
+    run = tiny_run(chat_rows, cache, tmp_path, *overrides, "adapter=none", "train.max_steps=1", "data.eval_fraction=0")
+    with pytest.raises(Diverged, match=r"has values that are no numbers after step 1: the model is unusable"):
+        api.train(run)
+    assert math.isfinite(metrics(tmp_path)[-1]["loss"]) and not (tmp_path / "final").exists()
+
+
 def test_early_stopping_keeps_the_best(chat_rows, cache, tmp_path):
     overrides = ["train.eval_every_steps=1", "train.early_stopping=2", "checkpoint.final=best", "checkpoint.every_steps=1"]
     overrides += ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "checkpoint.keep=1"]  # so little that no loss gets better
