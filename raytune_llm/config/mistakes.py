@@ -94,7 +94,7 @@ def _unknown_key(key: str, known: list[str], verb: str = "train") -> ConfigError
         fix = "Let the file begin with the line `# @package _global_`, and with `key: value` lines below it."
         return ConfigError("+experiment", "must be a file of settings for the whole run", fix=fix)
     if elsewhere := _options_with(key):
-        group, chosen = key.partition(".")[0], " or ".join(elsewhere)
+        group, chosen = key.partition(".")[0], ", ".join(elsewhere)
         return ConfigError(key, f"is no setting of the {group} that is chosen", fix=f"It is one of {chosen}.")
     known = [name for name in known if name != key and not name.startswith((f"{key}.", "hydra"))]
     near = difflib.get_close_matches(key, known, n=1) or _same_last_part(key, known)
@@ -160,7 +160,7 @@ def _of_other_options(keys: Sequence[str], values: Mapping[str, Any]) -> ConfigE
     found = [key for key in keys if key.startswith(f"{group}.") and owners[key]]
     if keys[0] not in found or "name" not in values[group]:
         return None
-    chosen, others = f"{group}={values[group]['name']}", " or ".join(sorted({option for key in found for option in owners[key]}))
+    chosen, others = f"{group}={values[group]['name']}", ", ".join(sorted({option for key in found for option in owners[key]}))
     if len(found) == 1:
         fix = f"It is one of {others}. Where an experiment sets it, add ~{keys[0]}."
         return ConfigError(keys[0], f"is no setting of {chosen}", got=values[group][keys[0].partition(".")[2]], fix=fix)

@@ -35,6 +35,8 @@ class Comparison:
     settings: Rows
     figures: Rows
     samples: Sequence[Sample]
+    notices: Sequence[str]
+    """Files that could not be read."""
 
 
 def compare(folders: Sequence[str]) -> Comparison:
@@ -48,6 +50,7 @@ def compare(folders: Sequence[str]) -> Comparison:
         settings=differing,
         figures=_rows([_figures(place) for place in places]),
         samples=_samples(places),
+        notices=[f"{place / SUMMARY} can't be read: its figures are left out" for place in places if _damaged(place / SUMMARY)],
     )
 
 
@@ -78,7 +81,7 @@ def _differ(values: Sequence[Any]) -> bool:
 
 def _figures(place: Path) -> dict[str, Any]:
     """The metrics of the summary and of the last evaluation, and worker hours. A run that has not ended has only some."""
-    summary = _json(place / SUMMARY) or {}
+    summary = _object(place / SUMMARY) or {}
     evaluation = next((record for record in reversed(_lines(place / METRICS)) if "eval_loss" in record), {})
     last = {"last eval at step": evaluation.get("step")} if evaluation else {}
     last |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
@@ -98,11 +101,17 @@ def _samples(places: Sequence[Path]) -> list[Sample]:
     ]
 
 
-def _json(path: Path) -> Any:
+def _object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no such file, or no object in it."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
+
+
+def _damaged(path: Path) -> bool:
+    return path.exists() and _object(path) is None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -40,14 +40,14 @@ def test_it_is_known_of_every_loss_what_it_reads():
         (["stage=dpo", "stage.loss=sigmod"], "got 'sigmod'. Did you mean sigmoid?"),
         (
             ["adapter=none", "+adapter.rank=4"],
-            "adapter.rank is no setting of adapter=none, got 4. It is one of adapter=dora or adapter=eva or adapter=loftq "
-            "or adapter=lora or adapter=lora_plus or adapter=pissa or adapter=rslora or adapter=vera.",
+            "adapter.rank is no setting of adapter=none, got 4. It is one of adapter=dora, adapter=eva, adapter=loftq, "
+            "adapter=lora, adapter=lora_plus, adapter=pissa, adapter=rslora, adapter=vera.",
         ),
         (
             ["+experiment=sft_qwen", "adapter=none"],
             "adapter.rank and adapter.alpha are no settings of adapter=none. "
-            "They are of adapter=dora or adapter=eva or adapter=loftq or adapter=lora "
-            "or adapter=lora_plus or adapter=pissa or adapter=rslora or adapter=vera. Where an "
+            "They are of adapter=dora, adapter=eva, adapter=loftq, adapter=lora, "
+            "adapter=lora_plus, adapter=pissa, adapter=rslora, adapter=vera. Where an "
             "experiment sets them, add ~adapter.rank ~adapter.alpha.",
         ),
         (["stage=orpo", "data.eval_fraction=0.1", "train.exact_match_rows=2"], "rows must be 0 with stage=orpo"),

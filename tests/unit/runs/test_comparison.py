@@ -55,6 +55,14 @@ def test_lines_that_are_no_text_are_left_out(runs, tmp_path):
     assert compare(runs).figures["eval_loss"] == [1.1, 1.2]
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"loss_last": '])
+def test_a_damaged_summary_is_said(text, runs, tmp_path, capsys):
+    (tmp_path / "a" / "summary.json").write_text(text)
+    assert main(["compare", *runs]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a/summary.json can't be read: its figures are left out" in said and "b/summary.json" not in said
+
+
 def test_what_is_no_run_is_refused(runs, tmp_path, capsys):
     assert main(["compare", *runs, str(tmp_path)]) == 2
     assert "runs must be output folders of runs" in capsys.readouterr().err
