@@ -37,7 +37,7 @@ def _show(comparison: Comparison, console: Console) -> None:
     console.print(_table("settings that differ", comparison.names, comparison.settings))
     console.print(_table("figures", comparison.names, comparison.figures))
     for notice in comparison.notices:
-        console.print(Text(notice))
+        console.print(Text(notice), soft_wrap=True)  # a path is pasted
     for sample in comparison.samples:
         table = Table(title=Text(sample.prompt), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_row("reference", Text(sample.reference))

@@ -66,9 +66,18 @@ class Engine(Protocol):
         ...
 
     def answer_logprobs(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], adapter: str | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        adapter: str | None = None,
+        *,
+        share_prefixes: bool = False,
     ) -> Future[list[list[ScoredToken]]]:
-        """For each answer its tokens, scored after its prompt, which has at least one token. All are computed in one pass."""
+        """For each answer its tokens, scored after its prompt, which has at least one token. All are computed in one pass.
+
+        share_prefixes: with a prefix cache, over the cache: what prompts begin with alike is computed once, and the last digits
+        depend on what was computed before.
+        """
         ...
 
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> str:

@@ -224,7 +224,7 @@ class EngineLM(TemplateLM):
                 fix = "Change the task, or ask a model of more positions."
                 raise DataError("the tasks", f"hold a continuation of {len(continuation)} tokens: {text[:200]!r}", fix)
             room = self.max_length + 1 - len(continuation)
-            questions.append(Question(tuple(before[-room:]), tuple(continuation), self._adapter, None))
+            questions.append(Question(tuple(before[-room:]), tuple(continuation), self._adapter, None, shares_prefix=True))
         return [(sum(one.logprobs), one.likeliest) for one in self._answered(questions)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

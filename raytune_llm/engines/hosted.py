@@ -213,7 +213,12 @@ class HostedEngine:
         raise ConfigError(f"the {pooling} of a text", rule, fix="Use engine=native or engine=hf.")
 
     def answer_logprobs(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], adapter: str | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        adapter: str | None = None,
+        *,
+        share_prefixes: bool = False,
     ) -> Future[list[list[ScoredToken]]]:
         rule = f"can't be given by {self._limits.package}, which is asked for new tokens alone"
         raise ConfigError("log-probabilities of given answers", rule, fix="Use engine=native or engine=hf.")

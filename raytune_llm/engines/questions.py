@@ -25,6 +25,8 @@ class Question:
     adapter: str | None
     sampling: Sampling | None
     """None: no answer is generated."""
+    shares_prefix: bool = False
+    """Many given answers follow one text: see Engine.answer_logprobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +88,15 @@ def answer_block(engine: Engine, block: Block) -> list[Answered]:
 
 
 def _scored(engine: Engine, numbered: list[tuple[int, Question]]) -> dict[int, Sequence[ScoredToken]]:
-    by_adapter: dict[str | None, list[tuple[int, Question]]] = defaultdict(list)
+    alike: dict[tuple[str | None, bool], list[tuple[int, Question]]] = defaultdict(list)
     for number, question in numbered:
-        by_adapter[question.adapter].append((number, question))
+        alike[question.adapter, question.shares_prefix].append((number, question))
     waiting: list[tuple[list[int], Future[Any]]] = []
-    for adapter, own in by_adapter.items():
+    for (adapter, shares), own in alike.items():
         for group in scored_together(own):
             prompts, given = [list(one.prompt_ids) for _, one in group], [list(one.given_ids) for _, one in group]
-            waiting.append(([number for number, _ in group], engine.answer_logprobs(prompts, given, adapter)))
+            scored = engine.answer_logprobs(prompts, given, adapter, share_prefixes=shares)
+            waiting.append(([number for number, _ in group], scored))
     found: dict[int, Sequence[ScoredToken]] = {}
     for numbers, future in waiting:
         for number, tokens in zip(numbers, future.result(), strict=True):

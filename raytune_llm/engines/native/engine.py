@@ -159,13 +159,21 @@ class NativeEngine:
         return self._between_steps(partial(self._runner.pooled, prompts, pooling), adapter)
 
     def answer_logprobs(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], adapter: str | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        adapter: str | None = None,
+        *,
+        share_prefixes: bool = False,
     ) -> Future[list[list[ScoredToken]]]:
         longest = max((len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)), default=0)
         if longest - 1 > self._max_length:  # the last token is only predicted
             raise ConfigError("a prompt and its answer", f"must have at most {self._max_length + 1} tokens", got=longest)
         version = self._named(adapter)
-        compute = partial(self._answer_logprobs, prompts, answers, "" if version is None else version.version)
+        if share_prefixes and self._blocks.shares:
+            compute = partial(self._over_the_cache, prompts, answers, "" if version is None else version.version)
+        else:
+            compute = partial(self._runner.answer_logprobs, prompts, answers)
         return self._between_steps(compute, adapter)
 
     def _between_steps(self, compute: Callable[[int], T], adapter: str | None) -> Future[T]:
@@ -352,12 +360,10 @@ class NativeEngine:
             if adapter is not None and slot >= 0 and self._slots is not None:
                 self._slots.give_back(adapter)
 
-    def _answer_logprobs(
+    def _over_the_cache(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], version: str, slot: int
     ) -> list[list[ScoredToken]]:
         """version: of the adapter in the slot."""
-        if not self._blocks.shares:
-            return self._runner.answer_logprobs(prompts, answers, slot)
         texts = texts_of(prompts, answers, slot, version, self._blocks.block_size)
         found: dict[int, list[ScoredToken]] = {}
         left = texts

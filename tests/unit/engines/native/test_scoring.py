@@ -35,7 +35,7 @@ def test_answers_have_the_log_probabilities_of_packs_with_shared_beginnings_comp
     try:
         expected = plain.answer_logprobs(prompts, answers).result()
         for _ in range(2):
-            found = shared.answer_logprobs(prompts, answers).result()
+            found = shared.answer_logprobs(prompts, answers, share_prefixes=True).result()
             for own, other in zip(found, expected, strict=True):
                 assert [one.logprob for one in own] == pytest.approx([one.logprob for one in other], abs=1e-4)
                 assert [one.likeliest for one in own] == [one.likeliest for one in other]
