@@ -15,12 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raytune_llm.config.load import compose, load_config, to_run
 from raytune_llm.config.override_syntax import as_override, one_value, quoted, swept
 from raytune_llm.config.overrides import CONF
-from raytune_llm.config.plain import as_plain, flat_items
+from raytune_llm.config.plain import as_plain, flat_items, read_yaml
 from raytune_llm.config.run import TrainRun, TuneRun, as_train_run
 from raytune_llm.config.sharing import elsewhere, obstacle
 from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, check_grid, drawn, ends, grid
@@ -224,7 +222,7 @@ def load_submitted(
 
 def _on_a_cluster() -> Iterator[str]:
     """What conf/submit.yaml changes of the run that `train` starts, as words of a command line."""
-    values = yaml.safe_load((CONF / "submit.yaml").read_text(encoding="utf-8"))
+    values = read_yaml(CONF / "submit.yaml", setting="submit")
     for entry in values.pop("defaults"):
         for group, option in entry.items() if isinstance(entry, dict) else ():
             yield f"{group.removeprefix('override ')}={option}"

@@ -43,14 +43,18 @@ def compare(folders: Sequence[str]) -> Comparison:
     """Raises ConfigError for a folder that is not an output folder."""
     places = [_place(folder) for folder in folders]
     runs = [dict(flat_items(read_yaml(place / "run.yaml", setting="runs"))) for place in places]
-    settings = _rows(runs)
+    settings, summaries = _rows(runs), [_object(place / SUMMARY) for place in places]
     differing = {name: values for name, values in settings.items() if name not in UNTOLD and _differ(values)}
     return Comparison(
         names=_names(places),
         settings=differing,
-        figures=_rows([_figures(place) for place in places]),
+        figures=_rows([_figures(place, summary or {}) for place, summary in zip(places, summaries, strict=True)]),
         samples=_samples(places),
-        notices=[f"{place / SUMMARY} can't be read: its figures are left out" for place in places if _damaged(place / SUMMARY)],
+        notices=[
+            f"{place / SUMMARY} can't be read: its figures are left out"
+            for place, summary in zip(places, summaries, strict=True)
+            if summary is None and (place / SUMMARY).exists()
+        ],
     )
 
 
@@ -79,9 +83,8 @@ def _differ(values: Sequence[Any]) -> bool:
     return len({json.dumps(value, sort_keys=True) for value in values}) > 1
 
 
-def _figures(place: Path) -> dict[str, Any]:
+def _figures(place: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of the summary and of the last evaluation, and worker hours. A run that has not ended has only some."""
-    summary = _object(place / SUMMARY) or {}
     evaluation = next((record for record in reversed(_lines(place / METRICS)) if "eval_loss" in record), {})
     last = {"last eval at step": evaluation.get("step")} if evaluation else {}
     last |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
@@ -108,10 +111,6 @@ def _object(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _damaged(path: Path) -> bool:
-    return path.exists() and _object(path) is None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import Diverged
+from raytune_llm.models.finite import all_finite
 from raytune_llm.report.metrics import SAMPLES, JsonLines, Report, Sink
 from raytune_llm.report.profile import StepProfile
 from raytune_llm.report.scores import held_out_scores, write_scores
@@ -309,7 +310,7 @@ def check_loss(progress: Progress) -> None:
 
 def check_weights(parameters: Mapping[str, Tensor], step: int) -> None:
     """Raises Diverged, on every worker, if a weight of rank 0's is NaN or infinite: the last update is after the last loss."""
-    broken = [name for name, value in parameters.items() if value.is_floating_point() and not value.isfinite().all()][:1]
+    broken = [name for name, value in parameters.items() if value.is_floating_point() and not all_finite(value)][:1]
     if dist.is_initialized():
         dist.broadcast_object_list(told := [broken], src=0)
         [broken] = told

@@ -156,7 +156,7 @@ class NativeEngine:
         return [stream.result() for stream in streams]
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
-        return self._between_steps(partial(self._runner.pooled, prompts, pooling), adapter)
+        return self._between_steps(partial(self._runner.pooled, prompts, pooling), self._named(adapter))
 
     def answer_logprobs(
         self,
@@ -174,12 +174,11 @@ class NativeEngine:
             compute = partial(self._over_the_cache, prompts, answers, "" if version is None else version.version)
         else:
             compute = partial(self._runner.answer_logprobs, prompts, answers)
-        return self._between_steps(compute, adapter)
+        return self._between_steps(compute, version)
 
-    def _between_steps(self, compute: Callable[[int], T], adapter: str | None) -> Future[T]:
+    def _between_steps(self, compute: Callable[[int], T], version: Adapter | None) -> Future[T]:
         """The result of compute(slot of the adapter, or -1 for the base), which runs in the engine's thread."""
         self._check_alive()
-        version = self._named(adapter)
         future: Future[T] = Future()
         self._calls.put(partial(self._compute, compute, version, future))
         return future
