@@ -24,6 +24,8 @@ def main(run: ExportRun) -> int:
         console.print(f"Compared with the base and its adapter {exported.difference.said()}.")
     elif exported.unchecked is not None:
         console.print(f"Not compared with the base and its adapter: {exported.unchecked}.")
+    if exported.notes:
+        console.print(exported.notes, markup=False)
     if exported.commit is not None:
         console.print(f"Uploaded: {exported.commit}")
     return 0

@@ -18,7 +18,7 @@ from raytune_llm.export.gguf.adapter import gguf_lora
 from raytune_llm.export.gguf.file import gguf
 from raytune_llm.export.gguf.llama_quantize import found_program
 from raytune_llm.export.hf import hf
-from raytune_llm.export.ollama import ollama
+from raytune_llm.export.ollama.modelfile import ollama
 from raytune_llm.export.push import check_push, push
 from raytune_llm.export.quantized.calibrated import calibrated
 from raytune_llm.export.quantized.codec import require
@@ -58,6 +58,8 @@ class Exported:
     difference: Difference | None
     unchecked: str | None
     """Why the export was not compared with its source."""
+    notes: str = ""
+    """What else the card says of it."""
     commit: str | None = None
     """Its address on the hub; None: it was not pushed."""
 
@@ -96,7 +98,7 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
         _take_place(folder, place)
     num_bytes = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
     commit = None if settings.push is None else push(place, settings, f"{source.name} as {settings.format}, dtype {target.dtype}")
-    return Exported(place, num_bytes, difference, unchecked, commit)
+    return Exported(place, num_bytes, difference, unchecked, target.notes, commit)
 
 
 def _write(target: Target, folder: Path, on_progress: OnProgress) -> None:
