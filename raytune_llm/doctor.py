@@ -17,6 +17,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from raytune_llm.byte_size import in_units
 from raytune_llm.hub import HubState, ask_hub
 from raytune_llm.packaged import PACKAGED, cache_dir
 
@@ -270,7 +271,7 @@ def _place_findings(cache: Path, free_disk: int) -> list[Finding]:
         fix = "Set XDG_CACHE_HOME and data.cache to folders of yours."
         findings.append(Finding(what=f"{there} can't be written to", costs="training", fix=fix, stops_training=True))
     if free_disk < LITTLE_DISK:
-        what = f"{free_disk / 2**30:.1f} GiB are free where {cache} is"
+        what = f"{in_units(free_disk)} are free where {cache} is"
         fix = "Make room, or set XDG_CACHE_HOME and data.cache to another disk."
         findings.append(Finding(what=what, costs="larger models and data sets", fix=fix))
     return findings

@@ -108,6 +108,9 @@ class Dialogue:
     def use(self, name: str) -> None:
         """Let an adapter answer, or the base model (`none`)."""
         known = [model.id for model in self.models]
+        if name == "none" and self.models[0].parent is not None:
+            rule = f"can't be none: {self.base} is part of the model"
+            raise ConfigError("the adapter", rule, fix="For the base, start chat without this adapter.")
         chosen = self.base if name == "none" else name
         if chosen not in known:
             raise ConfigError("the adapter", f"must be none or one of {', '.join(known[1:]) or 'none is loaded'}", got=name)

@@ -30,7 +30,7 @@ def open_dialogue(run: ChatRun) -> Iterator[Dialogue]:
             try:
                 dialogue.use(chat.adapter)
             except ConfigError as error:
-                raise ConfigError("chat.adapter", error.rule, got=chat.adapter) from None
+                raise ConfigError("chat.adapter", error.rule, got=chat.adapter, fix=error.fix) from None
         yield dialogue
 
 

@@ -7,10 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from raytune_llm import api
+from raytune_llm.byte_size import in_units
 from raytune_llm.config.run import DoctorRun
 from raytune_llm.doctor import Doctor, Finding, Package
-
-GIB = 2**30
 
 
 def main(run: DoctorRun) -> int:
@@ -28,15 +27,15 @@ def main(run: DoctorRun) -> int:
 
 def _machine(seen: Doctor) -> Table:
     table = _plain()
-    table.add_row("machine", f"{seen.platform}, {seen.cpus} CPUs, {seen.memory / GIB:.0f} GiB; Python {seen.python}")
+    table.add_row("machine", f"{seen.platform}, {seen.cpus} CPUs, {in_units(seen.memory, 0)}; Python {seen.python}")
     for gpu in seen.gpus:
         driver = "" if gpu.driver is None else f", driver {gpu.driver}"
-        table.add_row("GPU", f"{escape(gpu.name)}, {gpu.memory / GIB:.0f} GiB{driver}")
+        table.add_row("GPU", f"{escape(gpu.name)}, {in_units(gpu.memory, 0)}{driver}")
     if not seen.gpus:
         table.add_row("GPU", "none: small models train on the CPU")
     for reason, precisions in _attention(seen).items():
         table.add_row("attention", f"{', '.join(precisions)}: {reason}")
-    table.add_row("cache", f"{escape(str(seen.cache))}, {seen.free_disk / GIB:.0f} GiB free")
+    table.add_row("cache", f"{escape(str(seen.cache))}, {in_units(seen.free_disk, 0)} free")
     table.add_row("hub", f"{seen.hub}: {seen.hub_state}")
     for model in seen.packaged_models:
         table.add_row("model", f"{model}, from its package")

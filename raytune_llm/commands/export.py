@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from raytune_llm import api
+from raytune_llm.byte_size import in_units
 from raytune_llm.config.export import CALIBRATED
 from raytune_llm.config.run import ExportRun
 
@@ -19,7 +20,7 @@ def main(run: ExportRun) -> int:
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("writing", total=None)
         exported = api.export(run, on_progress=lambda done, total: progress.update(bar, completed=done, total=total))
-    console.print(f"{exported.num_bytes / 2**30:.2f} GiB written to {exported.place}")
+    console.print(f"{in_units(exported.num_bytes)} written to {exported.place}")
     if exported.difference is not None:
         console.print(f"Compared with the base and its adapter {exported.difference.said()}.")
     elif exported.unchecked is not None:

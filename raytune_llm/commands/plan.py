@@ -10,13 +10,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from raytune_llm import api
+from raytune_llm.byte_size import in_units
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.stage import StageConfig
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.memory.model import Memory
 from raytune_llm.runs.plan import Data, Plan, Verdict
 
-GIB = 2**30
+SMALL = 0.001
+"""Of the whole memory: parts below it are dimmed."""
 REFERENCES = {
     "precomputed": "{}, once for all rows before the first step",
     "online": "{}, in each step",
@@ -60,7 +62,7 @@ def _choices(run: TrainRun, planned: Plan) -> Table:
     table.add_row(
         "parameters",
         f"{_short(parameters.total)}, trained {_short(parameters.trained)} ({parameters.trained / parameters.total:.2%}), "
-        f"adapter {run.adapter.name}; {planned.saved_bytes / 2**20:,.1f} MiB in final/",
+        f"adapter {run.adapter.name}; {in_units(planned.saved_bytes)} in final/",
     )
     table.add_row(
         "a step",
@@ -112,9 +114,9 @@ def _reference(stage: StageConfig, run: TrainRun) -> str:
 def _memory(memory: Memory) -> Table:
     table = _plain("memory of one worker at its peak, estimated")
     for part, what in PARTS.items():
-        size = getattr(memory, part) / GIB
-        table.add_row(part, f"{size:7.2f} GiB", what, style="" if size >= 0.01 else "dim")
-    table.add_row("together", f"{memory.total / GIB:7.2f} GiB", style="bold")
+        size = getattr(memory, part)
+        table.add_row(part, f"{in_units(size, 2):>11}", what, style="" if size >= SMALL * memory.total else "dim")
+    table.add_row("together", f"{in_units(memory.total, 2):>11}", style="bold")
     return table
 
 
@@ -125,18 +127,18 @@ def _verdicts(planned: Plan) -> Table:
         answer = "[green]yes[/green]" if verdict.fits else "[red]no[/red]"
         share = f"{device.share(verdict.memory, planned.world_size):.0%} of it"
         recomputed = "" if verdict.checkpointing == "none" else f", activation checkpointing {verdict.checkpointing}"
-        table.add_row(escape(device.name), f"{device.memory / GIB:4.0f} GiB", f"{answer}, {share}{recomputed}")
+        table.add_row(escape(device.name), f"{in_units(device.memory, 0):>8}", f"{answer}, {share}{recomputed}")
     return table
 
 
 def _fix_lines(misfit: Verdict) -> Iterator[str]:
-    place = f"{escape(misfit.device.name)} ({misfit.device.memory / GIB:.0f} GiB)"
+    place = f"{escape(misfit.device.name)} ({in_units(misfit.device.memory, 0)})"
     if not misfit.fixes:
         yield f"{place} would still be too small with every change that plan tries."
         return
     yield f"{place} would do with"
     for fix in misfit.fixes:
-        yield f"  {' '.join(fix.settings)}  [dim]{fix.memory.total / GIB:.1f} GiB a worker[/dim]"
+        yield f"  {' '.join(fix.settings)}  [dim]{in_units(fix.memory.total)} a worker[/dim]"
 
 
 def _plain(title: str | None = None) -> Table:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raytune_llm import api
+from raytune_llm.byte_size import in_units
 from raytune_llm.config.override_syntax import as_word
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.report.events import EventLog
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from raytune_llm.runs.plan import Plan
     from raytune_llm.tune.run import TuneResult
 
-GIB = 2**30
 SHOWN = 20
 """Trials of the live table, the latest ones."""
 STYLES = {"running": "bold", "paused": "yellow", "finished": "green", "stopped": "dim", "failed": "red"}
@@ -132,7 +132,7 @@ def _dry_run(sweep: Sweep, console: Console) -> int:
     points = sweep.planned
     settings = sweep.settings
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("trial", *settings, "steps", "GiB", "fits", "time, at least"):
+    for name in ("trial", *settings, "steps", "memory", "fits", "time, at least"):
         table.add_column(name, overflow="fold")
     plans = [api.plan(sweep.composed(point)) for point in points]
     rate = api.products_per_s()
@@ -143,7 +143,7 @@ def _dry_run(sweep: Sweep, console: Console) -> int:
     for number, (point, plan, time_s) in enumerate(zip(points, plans, seconds, strict=True)):
         values = [_text(point[name]) if name in point else "base" for name in settings]
         steps = "not prepared" if plan.data is None else f"{plan.data.total_steps:,}"
-        memory = f"{plan.memory.total / GIB:.2f}"
+        memory = in_units(plan.memory.total, 2)
         fits = "yes" if plan.verdicts[0].fits else "no"
         table.add_row(str(number), *values, steps, memory, fits, "" if time_s is None else _duration(time_s))
     console.print(table, highlight=False)

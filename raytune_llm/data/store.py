@@ -32,6 +32,7 @@ import numpy as np
 import pyarrow as pa
 
 from raytune_llm.atomic_file import write_atomically
+from raytune_llm.byte_size import in_units
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import Column, Kind, MappedShard, Rows, joined
@@ -114,9 +115,9 @@ def write_shard(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        free = shutil.disk_usage(path.parent).free / 2**30
+        free = in_units(shutil.disk_usage(path.parent).free)
         raise ResourceError(
-            f"the token store can't be written to {path.parent}: {error.strerror} ({free:.1f} GiB are free)",
+            f"the token store can't be written to {path.parent}: {error.strerror} ({free} are free)",
             "Free some space, or set data.cache on a larger disk; repeating the command resumes from the finished shards.",
         ) from error
     finally:

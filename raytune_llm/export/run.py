@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from raytune_llm.byte_size import in_units
 from raytune_llm.config.export import CALIBRATED, ExportConfig
 from raytune_llm.config.run import ExportRun
 from raytune_llm.errors import ConfigError, ResourceError
@@ -181,7 +182,7 @@ def check_space(folder: Path, num_bytes: int) -> None:
     there = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(there).free
     if free < num_bytes + SPARE_BYTES:
-        lacking = f"the export takes {num_bytes / 2**30:.1f} GiB, and {there} has {free / 2**30:.1f} GiB left"
+        lacking = f"the export takes {in_units(num_bytes + SPARE_BYTES)}, and {there} has {in_units(free)} left"
         raise ResourceError(lacking, "Free some space, or set export.output_dir on a larger disk.")
 
 

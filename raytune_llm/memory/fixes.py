@@ -15,11 +15,12 @@ import torch
 from pydantic import ValidationError
 from transformers import PretrainedConfig
 
+from raytune_llm.byte_size import in_units
 from raytune_llm.config.overrides import changed
 from raytune_llm.config.resources import uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError
-from raytune_llm.memory.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_set, parameters_of
+from raytune_llm.memory.footprint import USABLE, Needs, estimate, least_recomputation, needs_set, parameters_of
 from raytune_llm.memory.model import Memory
 from raytune_llm.models.activations import CHECKPOINTING
 from raytune_llm.models.quantization import QUANTIZATIONS, quantization_of
@@ -182,12 +183,12 @@ def ran_out(
     suggested = SuggestedFixes(run, config, needs, usable, auto_bytes=USABLE * total)
     fixes = suggested.sets()[:NAMED]
     shorter = suggested.shorter(alone=bool(fixes)) if len(fixes) < NAMED else None
-    ways = [f"{' '.join(fix.settings)} (about {fix.memory.total / GIB:.1f} GiB)" for fix in (*fixes, shorter) if fix]
+    ways = [f"{' '.join(fix.settings)} (about {in_units(fix.memory.total)})" for fix in (*fixes, shorter) if fix]
     ways = ways or ["a smaller model, or a GPU with more memory"]
-    held = f"; other processes hold {others / GIB:.1f} GiB of it" if others else ""
+    held = f"; other processes hold {in_units(others)} of it" if others else ""
     return ResourceError(
-        f"out of GPU memory during {during}: the estimate was {expected / GIB:.1f} GiB, {taken / GIB:.1f} GiB "
-        f"of {total / GIB:.1f} GiB were allocated{held}",
+        f"out of GPU memory during {during}: the estimate was {in_units(expected)}, {in_units(taken)} "
+        f"of {in_units(total)} were allocated{held}",
         f"{'End those (nvidia-smi lists them), or set' if others else 'Set'} {', or '.join(ways)}.",
     )
 

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
+from raytune_llm.byte_size import in_units
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.memory.fixes import held_by_others, ran_out
 from raytune_llm.memory.flops import Operations, operations
-from raytune_llm.memory.footprint import GIB, USABLE, Needs, estimate, least_recomputation, needs_of, needs_together
+from raytune_llm.memory.footprint import USABLE, Needs, estimate, least_recomputation, needs_of, needs_together
 from raytune_llm.models import quantization
 from raytune_llm.models.activations import compiles, lacks_for_compiling
 from raytune_llm.models.adapters import OWN, Slots
@@ -223,7 +224,7 @@ class Builder:
         if self.device.type != "cuda":
             return "none", "not on a CPU"
         expected = self._memory_of(self.needs).total
-        fits = f"an estimated {expected / GIB:.1f} GiB of {self.usable_bytes / GIB:.1f} usable"
+        fits = f"an estimated {in_units(expected)} of {in_units(self.usable_bytes)} usable"
         return (
             self.needs.checkpointing,
             f"the least that fits: {fits}" if expected <= self.usable_bytes else f"nothing fits: {fits}",

@@ -15,6 +15,7 @@ from raytune_llm.report.metrics import METRICS, SAMPLES, SUMMARY
 
 UNTOLD = ("name", "output_dir", "resume", "log_format")
 """Settings that differ between any two runs."""
+RUN = "run.yaml"
 MAX_SAMPLES = 3
 
 Rows = Mapping[str, Sequence[Any]]
@@ -36,13 +37,16 @@ class Comparison:
     figures: Rows
     samples: Sequence[Sample]
     notices: Sequence[str]
-    """Files that could not be read."""
+    """Folders and files that were left out."""
 
 
 def compare(folders: Sequence[str]) -> Comparison:
-    """Raises ConfigError for a folder that is not an output folder."""
-    places = [_place(folder) for folder in folders]
-    runs = [dict(flat_items(read_yaml(place / "run.yaml", setting="runs"))) for place in places]
+    """Folders without a run are left out. Raises ConfigError for one that is not there, and where none is left."""
+    given = [_place(folder) for folder in folders]
+    places = [place for place in given if (place / RUN).is_file()]
+    if not places:
+        raise ConfigError("runs", f"must have an output folder of a run, with its {RUN}", got=", ".join(folders))
+    runs = [dict(flat_items(read_yaml(place / RUN, setting="runs"))) for place in places]
     settings, summaries = _rows(runs), [_object(place / SUMMARY) for place in places]
     differing = {name: values for name, values in settings.items() if name not in UNTOLD and _differ(values)}
     return Comparison(
@@ -50,7 +54,8 @@ def compare(folders: Sequence[str]) -> Comparison:
         settings=differing,
         figures=_rows([_figures(place, summary or {}) for place, summary in zip(places, summaries, strict=True)]),
         samples=_samples(places),
-        notices=[
+        notices=[f"{place} is left out: it has no {RUN}" for place in given if place not in places]
+        + [
             f"{place / SUMMARY} can't be read: its figures are left out"
             for place, summary in zip(places, summaries, strict=True)
             if summary is None and (place / SUMMARY).exists()
@@ -60,8 +65,8 @@ def compare(folders: Sequence[str]) -> Comparison:
 
 def _place(folder: str) -> Path:
     place = expanded(folder)
-    if not (place / "run.yaml").is_file():
-        raise ConfigError("runs", "must be output folders of runs, with their run.yaml", got=folder, fix="Leave it out.")
+    if not place.exists():
+        raise ConfigError("runs", "must be output folders that are there", got=folder, fix="Leave it out.")
     return place
 
 

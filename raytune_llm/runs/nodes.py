@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from raytune_llm.byte_size import in_units
 from raytune_llm.config.resources import Cluster
 from raytune_llm.errors import ConfigError, ResourceError, UserError
 from raytune_llm.object_store import check_writable, is_address
@@ -27,7 +28,7 @@ from raytune_llm.object_store import check_writable, is_address
 PACKAGES = ("raytune-llm", "ray", "torch", "transformers", "peft", "numpy", "pyarrow")
 """Packages whose versions affect a run's numbers, or whether its processes can communicate."""
 SHM = Path("/dev/shm")
-MIN_SHM_GIB = 1.0
+MIN_SHM_BYTES = 2**30
 """With less, NCCL and Ray's object store fail with unrelated errors. The default of containers is 64 MiB."""
 MAX_SKEW_S = 5.0
 """Maximum difference of clocks; times of files on shared storage and in logs are compared between nodes."""
@@ -47,7 +48,7 @@ class Node:
     python: str
     versions: Mapping[str, str]
     gpus: float
-    shm_gib: float
+    shm_bytes: int
     interface: str
     """Name of the network interface with the node's address."""
     interface_variables: Mapping[str, str]
@@ -70,13 +71,13 @@ class Nodes:
     """Size in bytes -> seconds."""
 
     def table(self) -> list[str]:
-        rows = [("node", "python", "torch", "ray", "GPUs", "/dev/shm GiB", "clock", "interface")]
+        rows = [("node", "python", "torch", "ray", "GPUs", "/dev/shm", "clock", "interface")]
         for node in self.nodes:
             interface = next((f"{value} ({name})" for name, value in node.interface_variables.items()), node.interface)
             rows.append(
                 (
                     node.address, node.python, node.versions["torch"], node.versions["ray"], f"{node.gpus:g}",
-                    f"{node.shm_gib:.1f}", f"{node.skew_s:+.2f} s", interface,
+                    in_units(node.shm_bytes), f"{node.skew_s:+.2f} s", interface,
                 )
             )  # fmt: skip
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -120,8 +121,10 @@ def check_nodes(
     check_versions(found.nodes)
     check_reachable(found)
     for node in found.nodes:
-        if node.shm_gib < MIN_SHM_GIB:
-            report(f"warning: {node.address} has {node.shm_gib:.2f} GiB of /dev/shm: mount a memory volume (docker: --shm-size)")
+        if node.shm_bytes < MIN_SHM_BYTES:
+            report(
+                f"warning: {node.address} has {in_units(node.shm_bytes)} of /dev/shm: mount a memory volume (docker: --shm-size)"
+            )
         if abs(node.skew_s) > MAX_SKEW_S:
             report(f"warning: the clock of {node.address} is {node.skew_s:+.1f} s off the driver's: run an NTP client on both")
     for setting, folder in folders.items():
@@ -195,7 +198,7 @@ def describe_node() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "gpus": next((one["Resources"].get("GPU", 0) for one in ray.nodes() if one["NodeManagerAddress"] == address), 0),
-        "shm_gib": 0.0 if shm is None else shm.f_blocks * shm.f_frsize / 2**30,
+        "shm_bytes": 0 if shm is None else shm.f_blocks * shm.f_frsize,
         "interface": interfaces[0] if interfaces else "none",
         "interface_variables": {name: os.environ[name] for name in INTERFACES.values() if name in os.environ},
         "name_is_loopback": _is_loopback(socket.gethostname()),

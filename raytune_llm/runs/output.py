@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from raytune_llm.byte_size import in_units
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
 from raytune_llm.models.finished import FINISHED
@@ -168,9 +169,9 @@ def full_disk_explained(folder: Path, *, setting: str = "output_dir", then: str 
         reason = checkpoint.no_space_in(error)
         if reason is None:
             raise
-        free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free / 2**30
+        free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
         raise ResourceError(
-            f"{folder} can't be written: {reason} ({free:.1f} GiB are free)",
+            f"{folder} can't be written: {reason} ({in_units(free)} are free)",
             f"Free some space, or set {setting} on a larger disk; {then}.",
         ) from error
 

@@ -29,6 +29,8 @@ class ModelFacts:
     """The model is a reward model: it scores texts and can't generate."""
     keeps_seeds: bool = True
     """A seed gives the same answer again."""
+    adapter_of: str | None = None
+    """The base of which the model is an adapter, if it is one with its adapter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,6 +61,7 @@ def build_engine(
     text: Any = serving.config.get_text_config()
     facts = ModelFacts(
         name=base_name(model, served) if alone is None else alone.name,
+        adapter_of=None if alone is None else base_name(model, served),
         max_length=engine.max_length,
         hidden_size=text.hidden_size,
         scores=serving.scores,

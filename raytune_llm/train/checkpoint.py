@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from raytune_llm.byte_size import in_units
 from raytune_llm.errors import DataError, ResourceError
 from raytune_llm.train.progress import Progress
 
@@ -241,9 +242,9 @@ class Checkpoints:
                 self._place.discard(step)
             _raise_interrupt(error)
             if no_space := no_space_in(error):
-                free = shutil.disk_usage(self.folder).free / 2**30
+                free = in_units(shutil.disk_usage(self.folder).free)
                 raise ResourceError(
-                    f"checkpoint step-{step} can't be written to {self.folder}: {no_space} ({free:.1f} GiB are free)",
+                    f"checkpoint step-{step} can't be written to {self.folder}: {no_space} ({free} are free)",
                     "Free some space, lower checkpoint.keep, or set output_dir on a larger disk; repeating the command resumes.",
                 ) from error
             raise

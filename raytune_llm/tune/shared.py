@@ -12,13 +12,13 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from raytune_llm.byte_size import in_units
 from raytune_llm.config.resources import INLINE, on_cluster, uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.sharing import obstacle
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.errors import ConfigError
-from raytune_llm.memory.footprint import GIB
 from raytune_llm.runs.together import Part, Room
 from raytune_llm.tune.conduct import Conduct
 from raytune_llm.tune.metric import Metric, MetricMissing
@@ -50,7 +50,7 @@ def trials_together(sweep: Sweep, room_for: Callable[[TrainRun], Room], *, gpus:
 def _as_asked(sweep: Sweep, room: Room) -> tuple[int, str]:
     if room.together > 1:
         return min(room.together, _most(sweep)), "asked for"
-    two = f"two trials need {room.pair_bytes / GIB:.1f} GiB of the {room.usable_bytes / GIB:.1f} usable ones"
+    two = f"two trials need {in_units(room.pair_bytes)} of the usable {in_units(room.usable_bytes)}"
     raise ConfigError(
         "tune.share_base",
         f"can't be true where not even two trials fit in one pass: by estimate {two}",
@@ -80,8 +80,8 @@ def _where_crowded(sweep: Sweep, room_for: Callable[[TrainRun], Room], gpus: int
     wanted = _most(sweep)
     if room.usable_bytes // room.alone_bytes >= wanted or room.together < wanted:
         return 1, ""
-    each = f"{wanted} processes of {room.alone_bytes / GIB:.1f} GiB"
-    return wanted, f"{each} don't fit the GPU's {room.usable_bytes / GIB:.1f} usable GiB"
+    each = f"{wanted} processes of {in_units(room.alone_bytes)}"
+    return wanted, f"{each} don't fit the GPU's usable {in_units(room.usable_bytes)}"
 
 
 def _most(sweep: Sweep) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from raytune_llm.byte_size import in_units
 from raytune_llm.config.adapter import NoAdapter, SavedAdapter
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.quantization import QuantizationConfig
@@ -149,8 +150,8 @@ def _num_blocks(settings: NativeSettings, device: torch.device, bytes_a_token: i
     if number < 1:
         raise ConfigError(
             "engine.cache_gib",
-            f"must hold a block of {settings.block_size} tokens, {a_block / 2**30:.2g} GiB",
-            got=round(memory / 2**30, 3),
+            f"must hold a block of {settings.block_size} tokens, {in_units(a_block)}",
+            got=in_units(max(memory, 0)),
             fix="Raise it or engine.gpu_memory, or take a smaller model.",
         )
     return number

@@ -31,11 +31,11 @@ class Models:
 
     async def list_models(self) -> dict[str, Any]:
         adapters = await self.server.backend.adapters()
-        return {"object": "list", "data": [self._model(self._base), *map(self._adapter, adapters)]}
+        return {"object": "list", "data": [self._served(), *map(self._adapter, adapters)]}
 
     async def retrieve_model(self, model: str) -> dict[str, Any]:
         if model == self._base:
-            return self._model(model)
+            return self._served()
         for one in await self.server.backend.adapters():
             if one.name == model:
                 return self._adapter(one)
@@ -67,6 +67,11 @@ class Models:
     @property
     def _base(self) -> str:
         return self.server.backend.facts.name
+
+    def _served(self) -> dict[str, Any]:
+        """The base, or an adapter that is one with it."""
+        facts = self.server.backend.facts
+        return self._model(facts.name) | ({} if facts.adapter_of is None else {"parent": facts.adapter_of})
 
     def _model(self, name: str) -> dict[str, Any]:
         facts = {"id": name, "object": "model", "created": self.server.created}

@@ -11,7 +11,7 @@ import pytest
 import torch
 import uvicorn
 
-from raytune_llm.chat.client import Answer, Client
+from raytune_llm.chat.client import Answer, Client, Model
 from raytune_llm.chat.dialogue import Dialogue
 from raytune_llm.chat.open import adapter_name
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
@@ -160,6 +160,12 @@ def test_settings_have_the_types_that_the_api_takes(dialogue):
     assert "top_k" not in dialogue.settings
     with pytest.raises(ConfigError, match="top_k must be a whole number, got 'x'"):
         dialogue.set("top_k", "x")
+
+
+def test_the_base_is_refused_where_the_adapter_is_part_of_the_model(scripted):
+    dialogue = Dialogue(scripted[1], [Model("mine", "base")], "mine")
+    with pytest.raises(ConfigError, match=r"can't be none: mine is part of the model"):
+        dialogue.use("none")
 
 
 def test_an_adapter_is_called_by_its_runs_name(tmp_path):

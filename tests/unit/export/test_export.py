@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from raytune_llm import api
 from raytune_llm.config.load import load_config
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
-from raytune_llm.errors import ConfigError, UserError
+from raytune_llm.errors import ConfigError, ResourceError, UserError
+from raytune_llm.export.run import check_space
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 METHODS = {
@@ -255,3 +257,9 @@ def test_a_killed_exports_leftovers_are_cleared_and_what_it_was_replacing_is_put
         exported(base, tmp_path / "out", "export.dtype=bf16", "export.max_kl=0", "export.check_rows=1")
     assert (tmp_path / "out" / "kept").read_text() == "from before"
     assert [place.name for place in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_small_disk_is_said_in_units_that_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=3 * 2**20))
+    with pytest.raises(ResourceError, match=r"takes 64\.2 MiB, and .* has 3\.0 MiB left"):
+        check_space(tmp_path, 200_000)

@@ -63,8 +63,19 @@ def test_a_damaged_summary_is_said(text, runs, tmp_path, capsys):
     assert "a/summary.json can't be read: its figures are left out" in said and "b/summary.json" not in said
 
 
+def test_a_folder_without_a_run_is_left_out_and_said(runs, tmp_path, capsys):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "notes.txt").touch()
+    assert main(["compare", str(tmp_path / "begun"), *runs, str(tmp_path / "notes.txt")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "begun is left out: it has no run.yaml" in said and "notes.txt is left out" in said
+    assert list(compare([str(tmp_path / "begun"), *runs]).names) == ["a", "b"]
+
+
 def test_what_is_no_run_is_refused(runs, tmp_path, capsys):
-    assert main(["compare", *runs, str(tmp_path)]) == 2
-    assert "runs must be output folders of runs" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "runs must have an output folder of a run" in capsys.readouterr().err
+    assert main(["compare", *runs, str(tmp_path / "no")]) == 2
+    assert "runs must be output folders that are there" in capsys.readouterr().err
     assert main(["compare"]) == 2
     assert "runs must name" in capsys.readouterr().err

@@ -25,7 +25,7 @@ ONE = Node(
     python="3.11.9",
     versions=dict.fromkeys(PACKAGES, "1.0"),
     gpus=8,
-    shm_gib=64.0,
+    shm_bytes=64 * 2**20,
     interface="eth0",
     interface_variables={},
     name_is_loopback=False,
@@ -52,7 +52,7 @@ def test_a_name_that_leads_back_is_refused_unless_an_interface_is_named():
 
 def test_the_table_says_what_each_node_has_and_how_fast_they_are_together():
     nodes = Nodes(nodes=[ONE, TWO], backend="nccl", all_reduce_nodes=2, all_reduce_s={2**28: 0.01, 2**10: 1e-4})
-    assert nodes.table()[2].split() == ["10.0.0.2", "3.11.9", "1.0", "1.0", "8", "64.0", "-0.25", "s", "eth0"]
+    assert nodes.table()[2].split() == ["10.0.0.2", "3.11.9", "1.0", "1.0", "8", "64.0", "MiB", "-0.25", "s", "eth0"]
     assert nodes.rates() == [
         "all-reduce of 256 MiB by nccl: 10.00 ms, 25.00 GiB/s",
         "all-reduce of 1 KiB by nccl: 0.10 ms, 0.01 GiB/s",

@@ -150,7 +150,7 @@ BIG = room(usable=73.0, alone=20.0, together=16)
         (["resources=inline", SHORT, "tune.share_base=false"], 1, 1, ""),
         (["resources=inline", SHORT, "tune.scheduler=median"], 1, 1, ""),
         (["resources=inline", LONG, "tune.share_base=true", "tune.max_concurrent=3"], 1, 3, "asked for"),
-        (["resources=local", LONG, "tune.max_concurrent=4"], 1, 4, "4 processes of 20.0 GiB don't fit the GPU's 73.0 usable GiB"),
+        (["resources=local", LONG, "tune.max_concurrent=4"], 1, 4, "4 processes of 20.0 GiB don't fit the GPU's usable 73.0 GiB"),
         (["resources=local", LONG, "tune.max_concurrent=3"], 1, 1, ""),
         (["resources=local", LONG], 1, 1, ""),
         (["resources=local", LONG, "tune.max_concurrent=4"], 2, 1, ""),
@@ -167,7 +167,7 @@ def test_one_pass_in_which_not_even_two_trials_fit_is_refused_with_what_they_nee
     with pytest.raises(ConfigError) as refused:
         together(chat_rows, cache, tmp_path, small, "resources=inline", LONG, "tune.share_base=true")
     assert "tune.share_base can't be true where not even two trials fit in one pass" in str(refused.value)
-    assert "two trials need 22.0 GiB of the 21.0 usable ones, got True. Lower train.micro_batch_size" in str(refused.value)
+    assert "two trials need 22.0 GiB of the usable 21.0 GiB, got True. Lower train.micro_batch_size" in str(refused.value)
     assert together(chat_rows, cache, tmp_path, small, "resources=inline", SHORT)[0] == 1
     assert together(chat_rows, cache, tmp_path, small, "resources=local", LONG, "tune.max_concurrent=2") == (1, "")
 
