@@ -12,6 +12,8 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB
 
 CALIBRATED = ("gptq", "awq")
 """Formats that are computed from rows of data, in an environment of their own."""
+ON_NODES = ("hf", *CALIBRATED)
+"""Formats that Ray tasks may make."""
 GROUPED = ("w4a16", *CALIBRATED)
 """Formats whose scales are of groups of inputs."""
 LlamaCppType = Literal["q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "iq4_xs"]

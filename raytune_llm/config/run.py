@@ -13,7 +13,7 @@ from raytune_llm.config.chat import ChatConfig
 from raytune_llm.config.checkpoint import CheckpointConfig
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.evaluate import EvaluateConfig
-from raytune_llm.config.export import CALIBRATED, ExportConfig
+from raytune_llm.config.export import ON_NODES, ExportConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.predict import PredictConfig
@@ -285,14 +285,14 @@ class ExportRun:
     data: DataConfig
     """Rows to calibrate a quantized model with, and to compare an export with its source on. Without data.path: the run's."""
     resources: ResourcesConfig
-    """Where gptq and awq are computed."""
+    """Where gptq and awq are computed, and who writes the files of hf: local and cluster by Ray tasks, one a file."""
     export: ExportConfig
 
     def __post_init__(self) -> None:
         if self.data.path is not None or self.data.dataset_info is not None:
             rules.data_are_not_trained_on(self.data)
-        if uses_ray(self.resources) and self.export.format not in CALIBRATED:
-            rule = f"must be inline but for export.format={' or '.join(CALIBRATED)}: this process writes the files"
+        if uses_ray(self.resources) and self.export.format not in ON_NODES:
+            rule = f"must be inline but for export.format={', '.join(ON_NODES)}: this process writes the files"
             raise ConfigError("resources", rule, got=self.resources.name, instead="resources=inline")
         if self.export.output_dir is not None:
             rules.is_on_a_file_system("export.output_dir", self.export.output_dir, " for an export")

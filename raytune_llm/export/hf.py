@@ -9,9 +9,11 @@ from pathlib import Path
 from torch import Tensor
 
 from raytune_llm.config.adapter import NoAdapter
+from raytune_llm.config.resources import uses_ray
 from raytune_llm.config.run import ExportRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.export.check import outputs
+from raytune_llm.export.on_nodes import write_on_nodes
 from raytune_llm.export.rows import Rows
 from raytune_llm.export.source import DTYPES, Source
 from raytune_llm.export.target import OnBytes, Target
@@ -31,7 +33,10 @@ def hf(source: Source, run: ExportRun) -> Target:
     def write(folder: Path, on_bytes: OnBytes) -> None:
         source.copy_others(folder)
         write_config(folder / MODEL_CONFIG, source.config_json(dtype))
-        write_tensors(folder, facts, settings.shard_bytes, lambda name: source.tensor(name, dtypes[name]), on_bytes)
+        if uses_ray(run.resources):
+            write_on_nodes(source, facts, settings.shard_bytes, folder, run.resources, on_bytes)
+        else:
+            write_tensors(folder, facts, settings.shard_bytes, lambda name: source.tensor(name, dtypes[name]), on_bytes)
 
     def outputs_of(folder: Path, rows: Rows) -> Iterator[Tensor]:
         written = replace(source.model, path=str(folder), revision=None, config={}, merged_adapters=[])

@@ -93,8 +93,20 @@ def _header(path: str) -> tuple[dict[str, Any], int]:
         raise DataError(path, problem, "Copy or download it again.") from None
 
 
-def shards_of(facts: Sequence[TensorFact], shard_bytes: int) -> list[list[TensorFact]]:
-    """In their order, each shard of at most so many bytes, or of one tensor."""
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file of tensors."""
+
+    name: str
+    facts: Sequence[TensorFact]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(fact.num_bytes for fact in self.facts)
+
+
+def shards_of(facts: Sequence[TensorFact], shard_bytes: int) -> list[Shard]:
+    """In their order, each of at most so many bytes, or of one tensor. Named as transformers names them."""
     shards: list[list[TensorFact]] = [[]]
     size = 0
     for fact in facts:
@@ -103,7 +115,9 @@ def shards_of(facts: Sequence[TensorFact], shard_bytes: int) -> list[list[Tensor
             size = 0
         shards[-1].append(fact)
         size += fact.num_bytes
-    return shards
+    if len(shards) == 1:
+        return [Shard(WHOLE, shards[0])]
+    return [Shard(f"model-{n + 1:05}-of-{len(shards):05}.safetensors", shard) for n, shard in enumerate(shards)]
 
 
 def write(
@@ -112,16 +126,20 @@ def write(
     """Files as transformers names them, with an index where they are several. make: a tensor by its name, of the shape and dtype
     that its fact says. on_tensor: called with the size of each as it is written."""
     shards = shards_of(facts, shard_bytes)
-    names = [WHOLE] if len(shards) == 1 else [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, make, on_tensor)
+    for shard in shards:
+        write_file(folder / shard.name, shard.facts, make, on_tensor)
+    write_index(folder, shards)
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """Which file has which tensor, where there are several."""
     if len(shards) > 1:
-        weight_map = {fact.name: name for name, shard in zip(names, shards, strict=True) for fact in shard}
-        index = {"metadata": {"total_size": sum(fact.num_bytes for fact in facts)}, "weight_map": weight_map}
+        weight_map = {fact.name: shard.name for shard in shards for fact in shard.facts}
+        index = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _write_file(path: Path, facts: Sequence[TensorFact], make: Callable[[str], Tensor], on_tensor: Callable[[int], None]) -> None:
+def write_file(path: Path, facts: Sequence[TensorFact], make: Callable[[str], Tensor], on_tensor: Callable[[int], None]) -> None:
     """The format of safetensors, whose own writer wants all tensors of a file at once: the length of the header, a JSON header
     with each tensor's dtype, shape and place, and the tensors' bytes."""
     header = json.dumps({"__metadata__": {"format": "pt"}, **dict(_entries(facts))}).encode()

@@ -1,0 +1,89 @@
+"""A merged model whose files are written by Ray tasks, one a file, on whatever nodes have room. [ray]
+
+The base, the adapters and the export's folder lie on storage that the nodes share. The index, and the name by which the export is
+whole, come last and from this process.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from raytune_llm.config.resources import Cluster, Local, on_cluster
+from raytune_llm.errors import ResourceError, first_line
+from raytune_llm.export.source import Source
+from raytune_llm.export.tensors import Shard, TensorFact, shards_of, write_file, write_index
+from raytune_llm.runs.group_size import check_fits, group_size
+from raytune_llm.runs.nodes import check_nodes
+from raytune_llm.session import connect
+
+PARTIAL = ".partial"
+"""The end of the name of a file that is being written."""
+
+
+def write_on_nodes(
+    source: Source,
+    facts: Sequence[TensorFact],
+    shard_bytes: int,
+    folder: Path,
+    resources: Local | Cluster,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """As many files at a time as resources.num_workers; auto: as there is room for. on_bytes: called with the size of each.
+
+    Raises ResourceError where a node does not see the files, or its process dies again and again.
+    """
+    import ray
+    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+
+    connect(resources)
+    size = group_size(resources)
+    cpus = 1.0 if resources.cpus_per_worker == "auto" else size.cpus
+    if on_cluster(resources):
+        folders = {"export.output_dir": str(folder.parent.parent)}
+        check_nodes(resources, folders, workers=1, each={"CPU": cpus}, report=lambda line: None)
+    if resources.num_workers != "auto":
+        check_fits(size)
+    task = ray.remote(num_cpus=cpus, scheduling_strategy="SPREAD")(_write)
+    shards = shards_of(facts, shard_bytes)
+    shared = ray.put(source)
+    waiting = list(reversed(shards))
+    running: dict[ray.ObjectRef, Shard] = {}
+    at_once = len(shards) if resources.num_workers == "auto" else size.workers
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                shard = waiting.pop()
+                running[task.remote(shared, shard.facts, folder / shard.name)] = shard
+            (done, *_), _ = ray.wait(list(running))
+            ray.get(done)
+            on_bytes(running.pop(done).num_bytes)
+    except RayTaskError as error:
+        raise error.cause from None
+    except (OutOfMemoryError, WorkerCrashedError) as error:
+        what = f"a process that wrote a file of the export died ({first_line(error)})"
+        raise ResourceError(what, "Lower resources.num_workers or export.shard_size, and repeat the command.") from error
+    finally:
+        for left in running:
+            ray.cancel(left, recursive=False)
+    for left in folder.glob(f"*{PARTIAL}"):  # of a process that died
+        left.unlink()
+    write_index(folder, shards)
+
+
+def _write(source: Source, facts: Sequence[TensorFact], path: Path) -> None:
+    """Beside its name, which only a whole file takes: a process that was given up may still write."""
+    adapters = [*source.under, *(adapter for adapter, _ in source.adapters)]
+    folders = [source.folder, path.parent, *(Path(adapter.folder) for adapter in adapters)]
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        what = f"{missing[0]} is not on {os.uname().nodename}, a node of the cluster"
+        raise ResourceError(what, "Name folders on storage that all nodes share.")
+    dtypes = {fact.name: fact.dtype for fact in facts}
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        write_file(partial, facts, lambda name: source.tensor(name, dtypes[name]), lambda num_bytes: None)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
