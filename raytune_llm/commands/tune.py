@@ -20,6 +20,7 @@ from raytune_llm.byte_size import in_units
 from raytune_llm.config.override_syntax import as_word
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.report.events import EventLog
+from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Study
 from raytune_llm.tune.trial import Trial
 
@@ -33,6 +34,7 @@ STYLES = {"running": "bold", "paused": "yellow", "finished": "green", "stopped":
 
 
 def main(sweep: Sweep) -> int:
+    metric_of(sweep.tune)  # a function that is not there is refused before anything is printed
     console = Console()
     if sweep.tune.dry_run:
         return _dry_run(sweep, console)
@@ -70,7 +72,7 @@ class _Face:
         self._study: Study | None = None
         self._began = time.monotonic()
         self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
-        self._printed: set[tuple[int, str]] = set()
+        self._printed: set[tuple[int, str, int]] = set()
 
     def __enter__(self) -> _Face:
         if self._live is not None:
@@ -87,9 +89,9 @@ class _Face:
         if self._live is not None:
             self._live.update(Group(trials_table(study), self._left(study)), refresh=True)
             return
-        if (trial.number, trial.state) in self._printed:
+        if (shown := (trial.number, trial.state, trial.round)) in self._printed:
             return
-        self._printed.add((trial.number, trial.state))
+        self._printed.add(shown)
         values = ", ".join(f"{name}={_text(value)}" for name, value in trial.point.items()) or "base"
         figure = "" if trial.latest is None else f" {study.metric.name} {trial.latest:.4f}"
         at = "" if trial.total_steps is None else f" at step {trial.step} of {trial.total_steps}"

@@ -88,7 +88,13 @@ def _group_can_change(train: LoopConfig, data: DataConfig, workers: list[int]) -
 
 
 def trials_are_judged(
-    data: DataConfig, resources: ResourcesConfig, stage: StageConfig, train: LoopConfig, tune: TuneConfig
+    data: DataConfig,
+    resources: ResourcesConfig,
+    stage: StageConfig,
+    train: LoopConfig,
+    tune: TuneConfig,
+    *,
+    needs_evaluations: bool,
 ) -> None:
     if not uses_ray(resources) and (tune.max_concurrent or 1) > 1 and tune.share_base is not True:
         fix = "Set resources=local, or tune.share_base=true."
@@ -111,7 +117,8 @@ def trials_are_judged(
         if not metric.startswith(EVALUATIONS) and not known_at_end(metric):
             fix = "Say, tune.metric=eval_loss, exact_match or module:function."
             raise ConfigError("tune.metric", "must be a figure of an evaluation or of a trial's end", got=metric, fix=fix)
-    if tune.scheduler != "none" and train.eval_every_steps is None and train.epochs <= 1:
+    known = tune.says_where_to_evaluate and not needs_evaluations
+    if tune.scheduler != "none" and not known and not train.eval_at and train.eval_every_steps is None and train.epochs <= 1:
         raise ConfigError(
             "train.eval_every_steps",
             f"must be given where tune.scheduler={tune.scheduler}: trials are compared at their evaluations, and one "
@@ -126,6 +133,7 @@ def held_out_rows_exist_where_they_are_used(data: DataConfig, checkpoint: Checkp
         return
     users = {
         "train.eval_every_steps": train.eval_every_steps,
+        "train.eval_at": train.eval_at,
         "train.early_stopping": train.early_stopping,
         "train.exact_match_rows": train.exact_match_rows or None,
         "train.sample_rows": train.sample_rows or None,

@@ -63,6 +63,11 @@ class TrainRun:
         return self.adapter.refuses_compiled
 
     @property
+    def needs_evaluations(self) -> bool:
+        """Whether what it comes to depends on where it is evaluated, or that is said part by part."""
+        return self.train.early_stopping is not None or self.checkpoint.keeps_best or self.train.eval_at is not None
+
+    @property
     def fits_one_process(self) -> bool:
         """It needs no group of workers: nothing of it is sharded."""
         return not self.strategy.shards
@@ -107,7 +112,8 @@ class TuneRun(TrainRun):
         if isinstance(self.resources.num_workers, list):
             rule, fix = "must be one number for a sweep, whose trials keep their size", "Set one number."
             raise ConfigError("resources.num_workers", rule, got=self.resources.num_workers, fix=fix)
-        rules.trials_are_judged(self.data, self.resources, self.stage, self.train, self.tune)
+        needs = self.needs_evaluations
+        rules.trials_are_judged(self.data, self.resources, self.stage, self.train, self.tune, needs_evaluations=needs)
 
 
 @section

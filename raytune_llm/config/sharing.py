@@ -13,8 +13,9 @@ from raytune_llm.errors import ConfigError
 VARIES = (
     "adapter.name", "adapter.rank", "adapter.alpha", "adapter.dropout", "optimizer.", "schedule.", "stage.",
     "train.adapter_seed", "train.epochs", "train.max_steps", "train.max_grad_norm", "train.max_nonfinite_steps",
-    "train.early_stopping", "train.log_every_steps", "train.eval_every_steps", "train.eval_on_start", "train.sample_rows",
-    "train.max_new_tokens", "checkpoint.every_steps", "checkpoint.final", "checkpoint.keep", "checkpoint.asynchronous",
+    "train.early_stopping", "train.log_every_steps", "train.eval_every_steps", "train.eval_at", "train.eval_on_start",
+    "train.sample_rows", "train.max_new_tokens", "checkpoint.every_steps", "checkpoint.final", "checkpoint.keep",
+    "checkpoint.asynchronous",
 )  # fmt: skip
 """Settings that may differ from run to run, or what those begin with."""
 FIXED = ("stage.name", "stage.reference", "stage.reference_model", "stage.reference_adapter")

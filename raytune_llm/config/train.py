@@ -45,6 +45,8 @@ class LoopConfig:
     log_every_steps: PositiveInt
     eval_every_steps: PositiveInt | None
     """none: at each epoch's end, where there is an eval split."""
+    eval_at: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] | None
+    """Evaluate after these parts of the steps and at the end, and nowhere else, whatever `eval_every_steps` says."""
     eval_on_start: bool
     """Also before the first step, where there is an eval split: what training starts from."""
     early_stopping: PositiveInt | None

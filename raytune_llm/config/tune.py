@@ -123,6 +123,17 @@ class TuneConfig:
         return self.scheduler == "pbt"
 
     @property
+    def promotes(self) -> bool:
+        """Whether trials wait at rungs, from which the best resume. Not where settings are chosen by what earlier ones came to,
+        which then is to be known early, or all wait for the user."""
+        return self.scheduler == "asha" and not self.learns and self.pause_at is None
+
+    @property
+    def says_where_to_evaluate(self) -> bool:
+        """Whether trials are evaluated where they are compared, and need no `train.eval_every_steps` for it."""
+        return self.scheduler in ("asha", "hyperband", "pbt")
+
+    @property
     def enumerates(self) -> bool:
         """Whether every combination of the values is a trial."""
         return self.name == "grid"

@@ -26,7 +26,7 @@ _FREE = {
     "name", "output_dir", "resume", "log_format", "resources", "strategy", "checkpoint", "tracking",
     "data.cache", "data.path", "data.eval_path", "data.eval_split", "data.eval_names",
     "data.max_bad_fraction", "model.attention", "train.micro_batch_size", "train.compile", "train.cuda_graphs",
-    "train.activation_checkpointing", "train.log_every_steps", "train.eval_every_steps", "train.eval_on_start",
+    "train.activation_checkpointing", "train.log_every_steps", "train.eval_every_steps", "train.eval_at", "train.eval_on_start",
     "train.early_stopping", "train.exact_match_rows", "train.pause_at", "train.sample_rows", "train.max_new_tokens",
     "train.max_nonfinite_steps", "train.stall_timeout_s", "train.profile",
     "train.early_stopping_metric", "train.early_stopping_mode", "train.eval_tasks", "train.eval_task_questions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,10 +79,11 @@ class Setup:
         steps = total_steps(run, self.source.steps_per_epoch)
         return loop.LoopSettings(
             total_steps=steps,
-            pause_step=None if run.train.pause_at is None else max(1, round(run.train.pause_at * steps)),
+            pause_step=None if run.train.pause_at is None else steps_at(run.train.pause_at, steps),
             learning_rate=learning_rate(run.schedule, peak=run.optimizer.lr, total=steps),
             log_every=run.train.log_every_steps,
             eval_every=run.train.eval_every_steps,
+            eval_steps=None if run.train.eval_at is None else frozenset(steps_at(part, steps) for part in run.train.eval_at),
             eval_on_start=run.train.eval_on_start,
             save_every=run.checkpoint.every_steps,
             save_best=run.checkpoint.keeps_best,
@@ -224,6 +226,11 @@ def _data_choices(run: TrainRun, reads: Reads) -> Iterator[str]:
         yield from kind.remarks(stores.train.store)
     if run.data.evaluates and not stores.held_out:
         yield f"evaluation: none, since data.eval_fraction={run.data.eval_fraction} of these rows is no row"
+
+
+def steps_at(part: float, steps: int) -> int:
+    """The first step after which at least this part of the steps is made, in spite of rounding: 18 of 60 for 0.1 x 3."""
+    return max(1, math.ceil(part * steps - 1e-6))
 
 
 @contextmanager

@@ -55,6 +55,8 @@ class LoopSettings:
     log_every: int
     eval_every: int | None
     """None: at the end of each epoch."""
+    eval_steps: frozenset[int] | None
+    """The steps to evaluate after, beside the last one, instead of eval_every."""
     eval_on_start: bool
     """Evaluate before the first step too."""
     save_every: int | None
@@ -71,6 +73,9 @@ class LoopSettings:
     """1 if lower is better, -1 if higher is."""
     pause_step: int | None = None
     """Evaluate and save after it, and end."""
+
+    def evaluates(self, step: int, epoch_ends: bool) -> bool:
+        return due(step, self.eval_every, epoch_ends) if self.eval_steps is None else step in self.eval_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +130,7 @@ def run(
             if logs:
                 log_step(progress, learner.objective, window, clock, settings, hooks, epoch=step.epoch + step.fraction, lr=lr)
             stopped = False
-            if held_out and (last or paused or due(progress.step, settings.eval_every, step.ends_epoch)):
+            if held_out and (last or paused or settings.evaluates(progress.step, step.ends_epoch)):
                 with clock.stopped():
                     stopped = evaluate(learner, held_out, progress, settings, hooks)
                     hooks.sample(progress.step)

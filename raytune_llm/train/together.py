@@ -78,7 +78,7 @@ def run(pass_: SharedPass, members: Sequence[Member], source: StepSource, held_o
             due = [
                 member
                 for member in active
-                if held_out and (member.at_end or loop.due(member.progress.step, member.settings.eval_every, step.ends_epoch))
+                if held_out and (member.at_end or member.settings.evaluates(member.progress.step, step.ends_epoch))
             ]
             stopped = _evaluate(pass_, due, active, held_out, ended)
             _each(active, ended, lambda member, step=step, stopped=stopped: _save(member, step, source, member in stopped))

@@ -26,8 +26,10 @@ class Conduct:
     def next(self) -> Trial | None:
         trial = self.study.next()
         if trial is not None:
-            self._began[trial.number] = time.monotonic()
+            self._began[trial.number] = time.monotonic() - trial.seconds
             self._on_change(self.study, trial)
+        else:
+            prune(self.study)
         return trial
 
     def run_of(self, trial: Trial) -> TrainRun:
@@ -44,10 +46,11 @@ class Conduct:
     def ended(self, trial: Trial, outcome: Outcome) -> None:
         """Record the end of a trial. Raises ResourceError if too many trials failed in a row."""
         trial.seconds = time.monotonic() - self._began[trial.number]
-        self.study.end(trial, outcome.state, outcome.value, outcome.reason, outcome.others, again=outcome.again)
+        lost = self.study.end(trial, outcome.state, outcome.value, outcome.reason, outcome.others, again=outcome.again)
         prune(self.study)
         write_results(self.study)
-        self._on_change(self.study, trial)
+        for one in (trial, *lost):
+            self._on_change(self.study, one)
         self._failures = self._failures + 1 if outcome.state == "failed" else 0
         if self._failures == self.study.sweep.tune.max_failures:
             raise ResourceError(

@@ -16,12 +16,28 @@ ROUNDING = 1e-9
 """Tolerance of rungs: step 18 of 60 is at the rung of 0.1 x 3 in spite of rounding."""
 
 
+def rungs(*, grace: float, reduction: int) -> tuple[float, ...]:
+    """The parts of the steps at grace, grace x reduction and so on, up to 1/reduction: after a later one little is left to save.
+    At least one."""
+    found = [round(grace, 9)]
+    while found[-1] * reduction**2 <= 1 + ROUNDING:
+        found.append(round(found[-1] * reduction, 9))
+    return tuple(found)
+
+
 class Scheduler(Protocol):
+    def rungs(self, trial: int) -> tuple[float, ...] | None:
+        """The parts of its steps after which a trial is judged. None: at each evaluation."""
+        ...
+
     def goes_on(self, trial: int, progress: float, score: float) -> bool: ...
 
 
 class Never:
     """Ends no trial early."""
+
+    def rungs(self, trial: int) -> None:
+        return None
 
     def goes_on(self, trial: int, progress: float, score: float) -> bool:
         return True
@@ -35,11 +51,12 @@ class Asha:
 
     def __init__(self, *, grace: float, reduction: int) -> None:
         self._reduction = reduction
-        self._rungs: list[tuple[float, dict[int, float]]] = []
+        parts = rungs(grace=grace, reduction=reduction)
+        self._rungs: list[tuple[float, dict[int, float]]] = [(part, {}) for part in reversed(parts)]
         """(progress, trial -> score) of each rung, the last rung first."""
-        while grace < 1:
-            self._rungs.insert(0, (grace, {}))
-            grace *= reduction
+
+    def rungs(self, trial: int) -> tuple[float, ...]:
+        return tuple(progress for progress, _ in reversed(self._rungs))
 
     def goes_on(self, trial: int, progress: float, score: float) -> bool:
         for rung, scores in self._rungs:
@@ -59,8 +76,14 @@ class Hyperband:
         count = 1 + math.floor(-math.log(grace, reduction))
         self._brackets = [Asha(grace=grace * reduction**number, reduction=reduction) for number in range(count)]
 
+    def rungs(self, trial: int) -> tuple[float, ...]:
+        return self._bracket(trial).rungs(trial)
+
     def goes_on(self, trial: int, progress: float, score: float) -> bool:
-        return self._brackets[trial % len(self._brackets)].goes_on(trial, progress, score)
+        return self._bracket(trial).goes_on(trial, progress, score)
+
+    def _bracket(self, trial: int) -> Asha:
+        return self._brackets[trial % len(self._brackets)]
 
 
 class Median:
@@ -73,6 +96,9 @@ class Median:
     def __init__(self, *, grace: float) -> None:
         self._grace = grace
         self._scores: dict[int, list[tuple[float, float]]] = {}
+
+    def rungs(self, trial: int) -> None:
+        return None
 
     def goes_on(self, trial: int, progress: float, score: float) -> bool:
         own = self._scores.setdefault(trial, [])
@@ -93,7 +119,7 @@ def _mean(values: list[float]) -> float:
 
 SCHEDULERS = {
     "none": lambda tune: Never(),
-    "asha": lambda tune: Asha(grace=tune.grace, reduction=tune.reduction),
+    "asha": lambda tune: Never() if tune.promotes else Asha(grace=tune.grace, reduction=tune.reduction),
     "hyperband": lambda tune: Hyperband(grace=tune.grace, reduction=tune.reduction),
     "median": lambda tune: Median(grace=tune.grace),
     "pbt": lambda tune: Never(),

@@ -17,6 +17,7 @@ from raytune_llm.config.space import Point
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.errors import ConfigError
 from raytune_llm.tune.events import EVENTS, SweepLog
+from raytune_llm.tune.halving import Halving, halving_of
 from raytune_llm.tune.metric import Metric
 from raytune_llm.tune.population import exploited
 from raytune_llm.tune.schedulers import scheduler_of
@@ -58,6 +59,7 @@ class Study:
         self.sweep, self.metric = sweep, metric
         self.trials: list[Trial] = []
         self._searcher, self._scheduler = searcher_of(sweep), scheduler_of(sweep.tune)
+        self._halving: Halving | None = halving_of(sweep)
         self._log = SweepLog(sweep.folder)
         self._interrupted: list[Trial] = []
         self._identity = json.loads(json.dumps(sweep.identity))
@@ -80,7 +82,8 @@ class Study:
             (folder / name).unlink(missing_ok=True)
 
     def next(self) -> Trial | None:
-        """An interrupted trial, or a new one; none where all have begun."""
+        """An interrupted trial, a new one, or one that waited; none where all have begun and none that waits is to resume now."""
+        self._end_lost()  # what a crash left to do
         while self._interrupted:
             trial = self._interrupted.pop(0)
             if trial.stopping:
@@ -91,21 +94,40 @@ class Study:
         seeds = self.sweep.tune.seeds
         point = self.trials[-1].point if number % seeds else self._searcher.ask()
         if point is None:
-            return self._next_of_round() if self.sweep.tune.rounds else None
+            return self._promote() if self._halving is not None else self._next_of_round() if self.sweep.tune.rounds else None
         self._append({"event": "began", "trial": number, "point": point})
         return self._begin(number, point)
 
     def run_of(self, trial: Trial) -> TrainRun:
         run = self.sweep.trial_run(trial.point, seed=trial.seed, folder=trial.folder)
         pause_at = None if trial.released else self._pause_at(trial)
+        rungs = self._scheduler.rungs(trial.number) if self._halving is None else self._halving.rungs
+        if rungs is not None and not run.needs_evaluations:
+            run = replace(run, train=replace(run.train, eval_at=list(rungs)))
         return run if pause_at is None else replace(run, train=replace(run.train, pause_at=pause_at))
 
     def _pause_at(self, trial: Trial) -> float | None:
+        if self._halving is not None:
+            return self._halving.rung_of(trial)
         tune = self.sweep.tune
         if not tune.rounds:
             return tune.pause_at
         end = (trial.round + 1) * tune.grace
         return None if end > 1 - tune.grace / 2 else end  # the last round takes what is left
+
+    def _promote(self) -> Trial | None:
+        """A trial that resumes to the next rung or to its end; none where those that it depends on are still on their way."""
+        assert self._halving is not None
+        trial = self._halving.promoted(self.trials)
+        if trial is not None:
+            self._append({"event": "promoted", "trial": trial.number})
+            self._begin_next(trial)
+        return trial
+
+    def _begin_next(self, trial: Trial) -> None:
+        """What a trial that waited trains next."""
+        trial.state, trial.value = "running", None
+        trial.round += 1
 
     def _next_of_round(self) -> Trial | None:
         """The first trial of the next round, once all trials wait; None before that."""
@@ -125,8 +147,7 @@ class Study:
     def _begin_round(self, numbers: Sequence[int], changed: Sequence[Mapping[str, Any]]) -> None:
         for number in sorted(numbers):
             trial = self.trials[number]
-            trial.state, trial.value = "running", None
-            trial.round += 1
+            self._begin_next(trial)
             self._interrupted.append(trial)
         for change in changed:
             self.trials[change["trial"]].point = change["point"]
@@ -173,12 +194,23 @@ class Study:
         others: Sequence[float] = (),
         *,
         again: bool = False,
-    ) -> None:
-        """others: the values of further metrics. again: a resumed sweep tries the failed trial again."""
+    ) -> list[Trial]:
+        """others: the values of further metrics. again: a resumed sweep tries the failed trial again. Returns the trials that
+        ended with it: they waited, and now will not resume."""
         event = {"event": "ended", "trial": trial.number, "state": state, "value": value, "seconds": round(trial.seconds, 3)}
         told = {"reason": reason, "others": list(others), "again": again}
         self._append(event | {name: value for name, value in told.items() if value})
         self._end(trial, state, value, reason, others)
+        return self._end_lost()
+
+    def _end_lost(self) -> list[Trial]:
+        """End those that wait in vain."""
+        lost = [] if self._halving is None else self._halving.lost(self.trials)
+        for trial in lost:
+            event = {"event": "ended", "trial": trial.number, "state": "stopped", "value": trial.latest}
+            self._append(event | {"seconds": round(trial.seconds, 3)})
+            self._end(trial, "stopped", trial.latest, None)
+        return lost
 
     def close(self) -> None:
         self._log.close()
@@ -229,7 +261,7 @@ class Study:
                 self._apply(event)
             except (LookupError, TypeError, AssertionError) as error:
                 raise self._log.damaged(row, f"doesn't go with those before it ({error!r})") from None
-        if self.sweep.tune.pause_at is None and not self.sweep.tune.rounds:
+        if self.sweep.tune.pause_at is None and not self.sweep.tune.rounds and self._halving is None:
             for trial in self.paused:
                 trial.state = "running"
         self._interrupted = [trial for trial in self.trials if trial.state == "running"]
@@ -247,6 +279,8 @@ class Study:
                 if number % self.sweep.tune.seeds == 0:
                     self._searcher.ask()  # it draws as it did; what it drew is in the log
                 self._begin(number, event["point"])
+            case "promoted":
+                self._begin_next(self.trials[number])
             case "cloned":
                 self._begin(number, event["point"], from_=self.trials[event["from"]])
             case "reported":
@@ -288,6 +322,8 @@ class Study:
 
     def _end(self, trial: Trial, state: State, value: float | None, reason: str | None, others: Sequence[float] = ()) -> None:
         trial.state, trial.value, trial.reason, trial.others = state, value, reason, tuple(others)
+        if state == "paused" and self._halving is not None:
+            self._halving.came(trial, self.score_of(trial))
         if state == "paused" or trial.asked is None:
             return
         seeds = self.sweep.tune.seeds

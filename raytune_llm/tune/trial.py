@@ -46,7 +46,7 @@ class Trial:
     reason: str | None = None
     """Why it failed."""
     seconds: float = 0.0
-    """Run time of the process that ended it; an interrupted one's is not counted."""
+    """Run time, without that of a process that was interrupted."""
     stopping: bool = False
     """The scheduler has ended it."""
     asked: int | None = None
@@ -54,7 +54,7 @@ class Trial:
     released: bool = False
     """It doesn't pause (any more)."""
     round: int = 0
-    """The round of tune.scheduler=pbt that it is in."""
+    """The round of tune.scheduler=pbt that it is in, or the number of the rung of asha's that it comes to next."""
 
     @property
     def step(self) -> int:

@@ -24,6 +24,16 @@ def run(*argv: str) -> tuple[int, set[str], str]:
     return exit_code, set(modules), done.stderr
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_metric_of_a_sweep_that_can_not_be_imported_is_refused_before_anything_is_printed(more, tmp_path):
+    metric = ["tune.metric=no_such_module:fn", "tune.mode=min", f"output_dir={tmp_path / 'sweep'}"]
+    words = ["tune", "+experiment=sft_smollm2", "adapter.rank=8,16", *metric, *more]
+    done = subprocess.run([sys.executable, "-m", "raytune_llm", *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "tune.metric must be module:function" in done.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_the_time_of_a_run_counts_from_the_start_of_its_command():
     """`python -m` runs raytune_llm/__main__.py as `__main__`: who imports it by its name has it run again, later."""
     code = "import sys, raytune_llm.commands.train; print('raytune_llm.__main__' in sys.modules)"

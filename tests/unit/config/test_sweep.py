@@ -119,7 +119,11 @@ def test_a_space_in_yaml_may_be_nested_or_dotted_and_the_command_line_has_the_la
         (["adapter.rank=8,16", "tune.metric=[eval_loss,a.b:c]", "tune.mode=[min]"], "one for each of 2 metrics, got '[min]'"),
         (["adapter.rank=8,16", "tune.metric=[eval_loss,eval_accuracy]", "tune.scheduler=asha"], "must be none with several"),
         (["adapter.rank=8,16", "tune.metric=[eval_loss,eval_accuracy]", "tune.pause_at=0.5"], "must be null with several"),
-        (["adapter.rank=8,16", "tune=asha", "train.eval_every_steps=null"], "train.eval_every_steps must be given"),
+        (["adapter.rank=8,16", "tune.scheduler=median", "train.eval_every_steps=null"], "train.eval_every_steps must be given"),
+        (
+            ["adapter.rank=8,16", "tune=asha", "train.eval_every_steps=null", "checkpoint.final=best"],
+            "train.eval_every_steps must be given",
+        ),
         (["adapter.rank=8,16", "tune=asha", "tune.seeds=3"], "tune.seeds must be 1"),
         (["output_dir=a,b"], "can't be varied"),
         (["train.seed=1,2"], "Set tune.seeds=3"),

@@ -9,7 +9,7 @@ import torch
 
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.errors import ConfigError
-from raytune_llm.runs.setup import Setup, set_up
+from raytune_llm.runs.setup import Setup, set_up, steps_at
 from raytune_llm.train.enrichers.global_statistics import FirstPass
 from raytune_llm.train.enrichers.online_reference import OnlineReference
 from raytune_llm.train.enrichers.reference_table import ReferenceTables
@@ -59,6 +59,11 @@ def test_a_part_of_an_epoch_is_trained(made, epochs, steps):
     setup = made("stage=orpo", "data.packing=false", "data.eval_fraction=0.25", f"train.epochs={epochs}")
     assert setup.source.steps_per_epoch == 2
     assert setup.loop_settings().total_steps == steps
+
+
+@pytest.mark.parametrize(("part", "steps", "at"), [(0.1 * 3, 60, 18), (1 / 3, 9, 3), (0.1, 13, 2), (0.001, 10, 1)])
+def test_a_part_of_the_steps_is_made_at_the_first_step_that_reaches_it(part, steps, at):
+    assert steps_at(part, steps) == at
 
 
 def test_so_many_rows_are_held_out_as_eval_rows_says(made):

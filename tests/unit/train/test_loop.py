@@ -84,6 +84,7 @@ def settings_of(total_steps: int, **others: Any) -> loop.LoopSettings:
     usual = {
         "log_every": 1,
         "eval_every": None,
+        "eval_steps": None,
         "save_every": 2,
         "save_best": False,
         "early_stopping": None,
@@ -204,6 +205,12 @@ def test_an_early_stop_saves_and_ends(loader: Loader) -> None:
     progress = loop.run(learner, loader, {"": loader}, Progress(), settings, recorder.hooks(), Clock())
     assert progress.step < 50
     assert [saved.step for saved in recorder.saved] == [progress.step]
+
+
+def test_evaluations_may_be_after_some_steps_alone(loader: Loader) -> None:
+    recorder, settings = Recorder(), settings_of(7, eval_every=1, eval_steps=frozenset({2, 5}))
+    loop.run(learner_of(), loader, {"": loader}, Progress(), settings, recorder.hooks(), Clock())
+    assert [record["step"] for record in recorder.logged if "eval_loss" in record] == [2, 5, 7]
 
 
 def test_the_time_that_steps_are_waited_for_is_a_fraction_of_the_clock_s():

@@ -43,8 +43,15 @@ def test_the_best_trial_is_found_and_kept_and_the_others_leave_no_model(swept):
 def test_worse_trials_are_stopped_early(swept):
     _, result = swept
     states = {trial.number: (trial.state, trial.step) for trial in result.study.trials}
-    assert states[0] == ("finished", 3)  # the base came first
-    assert states[1] == ("stopped", 2) and states[3] == ("stopped", 2)
+    assert states == {0: ("stopped", 2), 1: ("stopped", 2), 2: ("finished", 3), 3: ("stopped", 2)}
+    assert not [path for trial in result.study.trials if trial.state == "stopped" for path in trial.folder.glob("checkpoints")]
+
+
+def test_a_trial_is_evaluated_where_it_is_compared_and_at_its_end(swept):
+    _, result = swept
+    for trial in result.study.trials:
+        evaluated = [record["step"] for record in read_metrics(trial.folder / "metrics.jsonl") if "eval_loss" in record]
+        assert evaluated == ([2, 3] if trial.state == "finished" else [2])
 
 
 def test_the_folder_says_what_was_tried(swept):

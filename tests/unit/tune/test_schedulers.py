@@ -21,6 +21,13 @@ def test_asha_asks_at_rungs_alone():
     assert asha.goes_on(2, 0.2, 0.5) and asha.goes_on(2, 0.3, 9.0)  # no rung there
 
 
+def test_rungs_end_where_little_is_left_to_save_and_there_is_one_at_least():
+    assert Asha(grace=0.1, reduction=3).rungs(0) == (0.1, 0.3)
+    assert Asha(grace=0.25, reduction=2).rungs(0) == (0.25, 0.5)
+    assert Asha(grace=0.5, reduction=3).rungs(0) == (0.5,)
+    assert [Hyperband(grace=0.1, reduction=3).rungs(trial) for trial in range(4)] == [(0.1, 0.3), (0.3,), (0.9,), (0.1, 0.3)]
+
+
 def test_what_is_no_number_is_worst():
     asha = Asha(grace=0.5, reduction=2)
     asha.goes_on(0, 0.5, 1.0)

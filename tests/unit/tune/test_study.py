@@ -26,6 +26,7 @@ def sweep(*words):
 def study_in(folder, *words, adopt=None):
     made = sweep(*words)
     there = replace(made, run=replace(made.run, output_dir=str(folder)))
+    vars(there)["_composed"] = made._composed  # composed once
     return Study(there, metric_of(made.tune), adopt)
 
 
@@ -39,6 +40,9 @@ def advance(study, trial, *, until=4, then="ends"):
     for step in range(1, until + 1):
         if not study.report(trial, step, 4, loss_of(run, step)) and step < 4:
             study.end(trial, "stopped", loss_of(run, step))
+            return
+        if run.train.pause_at is not None and step >= 4 * run.train.pause_at:
+            study.end(trial, "paused", loss_of(run, step))
             return
     if then == "ends":
         study.end(trial, "finished", loss_of(run, 4))
@@ -85,12 +89,13 @@ def test_finished_trials_do_not_come_again(tmp_path):
 
 
 def test_a_trial_that_was_to_be_stopped_when_the_power_went_is_stopped(tmp_path):
-    study = study_in(tmp_path, "tune=asha", "tune.trials=3", "tune.grace=0.25")
+    words = ("tune=random", "tune.scheduler=hyperband", "tune.trials=3", "tune.grace=0.25", "tune.reduction=5")
+    study = study_in(tmp_path, *words)
     first, second = study.next(), study.next()
     study.report(first, 1, 4, 1.0)
     assert not study.report(second, 1, 4, 2.0)
     study.close()
-    again = study_in(tmp_path, "tune=asha", "tune.trials=3", "tune.grace=0.25")
+    again = study_in(tmp_path, *words)
     assert [again.next().number, again.next().number] == [0, 2]
     assert again.trials[1].state == "stopped"
 
@@ -198,6 +203,90 @@ def test_folders_are_named_by_their_values_or_by_a_hash():
     assert folder_name({"optimizer.lr": 0.001, "adapter.rank": 8}) == "lr=0.001,rank=8"
     assert folder_name({}) == "base"
     assert len(folder_name({"data.path": "/a/very/long path"})) == 12
+
+
+HALVED = ("tune=asha", "tune.trials=9", "tune.grace=0.25", "tune.reduction=2")
+"""Rungs at the first and the second of four steps."""
+
+
+def test_the_best_part_of_all_trials_resumes_from_each_rung_and_the_others_end_there(tmp_path):
+    study = study_in(tmp_path, *HALVED)
+    to_the_end(study)
+    left = study.trials
+    for step, count in ((1, 4), (2, 2)):
+        left = sorted(left, key=lambda trial, step=step: loss_of(study.run_of(trial), step))
+        assert {(trial.state, trial.step) for trial in left[count:]} == {("stopped", step)}
+        left = left[:count]
+    assert {(trial.state, trial.step) for trial in left} == {("finished", 4)}
+    study.close()
+
+
+@pytest.mark.parametrize("places", [2, 3, 9])
+def test_what_resumes_does_not_depend_on_which_trial_is_faster(places, tmp_path):
+    alone = without_places(to_the_end(study_in(tmp_path / "alone", *HALVED)))
+    study, running = study_in(tmp_path / "together", *HALVED), []
+    while True:
+        while len(running) < places and (trial := study.next()) is not None:
+            running.append(trial)
+        if not running:
+            break
+        advance(study, running.pop())  # the latest is the fastest
+    assert without_places(results(study)) == alone
+    study.close()
+
+
+def test_a_log_that_is_cut_anywhere_comes_to_the_same_results(tmp_path):
+    whole = to_the_end(study_in(tmp_path, *HALVED))
+    lines = (tmp_path / EVENTS).read_text().splitlines(keepends=True)
+    assert any('"promoted"' in line for line in lines)
+    for end in range(1, len(lines)):
+        folder = tmp_path / str(end)
+        folder.mkdir()
+        (folder / EVENTS).write_text("".join(lines[:end]))
+        again = study_in(folder, *HALVED)
+        assert without_places(to_the_end(again)) == without_places(whole), lines[end - 1]
+        again.close()
+
+
+def test_where_a_trial_fails_after_it_resumed_the_next_best_takes_its_place(tmp_path):
+    study, failed = study_in(tmp_path, *HALVED), []
+    while (trial := study.next()) is not None:
+        if trial.round == 2 and not failed:
+            failed.append(trial)
+            study.end(trial, "failed", None, "it broke")
+        else:
+            advance(study, trial)
+    states = [trial.state for trial in study.trials]
+    assert (states.count("failed"), states.count("finished"), states.count("stopped")) == (1, 2, 6)
+    study.close()
+
+
+def test_more_trials_after_the_end_compete_with_those_before(tmp_path):
+    few = study_in(tmp_path, "tune=asha", "tune.trials=3", "tune.grace=0.25")
+    to_the_end(few)
+    few.close()
+    more = study_in(tmp_path, "tune=asha", "tune.trials=9", "tune.grace=0.25")
+    to_the_end(more)
+    assert len(more.trials) == 9 and more.ranked
+    assert {trial.state for trial in more.trials} == {"finished", "stopped"}
+    more.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "there"),
+    [
+        (("tune=asha",), [0.1, 0.3]),
+        (("tune=asha", "checkpoint.final=best"), None),
+        (("tune=asha", "train.early_stopping=2"), None),
+        (("tune=asha", "train.eval_at=[0.2]"), [0.2]),
+        (("tune=random", "tune.scheduler=median"), None),
+    ],
+)
+def test_trials_are_evaluated_at_rungs_alone_unless_more_depends_on_evaluations(words, there, tmp_path):
+    study = study_in(tmp_path, *words)
+    run = study.run_of(study.next())
+    assert run.train.eval_at == there and run.train.eval_every_steps == 111
+    study.close()
 
 
 def paused_study(folder, adopt=None):
