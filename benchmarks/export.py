@@ -1,11 +1,11 @@
 """What exports cost, and whether quantized ones reload with the perplexity that their cards say.
 
-    scripts/bench export [--gib 2] [--formats fp8 w8a8 w4a16 nf4] [--python QUANTIZER] [--folder DIR]
+    scripts/bench export [--gib 2] [--formats fp8 w8a8 w4a16 nf4 gguf] [--python QUANTIZER] [--folder DIR]
 
 Merging: a LoRA of rank 8 on all linear layers of random weights of --gib GiB in bf16 is merged from files to files, by a process
 of its own. Its rate is compared with what the same disk takes to read and to write as many bytes, one after the other; the page
 cache is emptied of the files before each reading, and writing ends with fsync. Formats: SmolLM2 135M on 32 rows of
-examples/diary.jsonl; gptq is calibrated on 64 others, and needs --python, a Python with llmcompressor.
+examples/diary.jsonl; gguf is F16. gptq is calibrated on 64 others, and needs --python, a Python with llmcompressor.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def merging(folder: Path, num_bytes: int) -> dict[str, float]:
 
 def perplexity(folder: Path, rows: Any) -> float:
     """By plain transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    in_one = next((path.name for path in folder.glob("*.gguf")), None)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, gguf_file=in_one).eval()
     total, tokens = 0.0, 0
     with torch.no_grad():
         for ids in rows.ids:
@@ -151,14 +152,16 @@ def quantized(folder: Path, format: str, python: str | None) -> dict[str, Any]:
     place = folder / format
     words = ["model=smollm2_135m", "data=diary", f"data.cache={folder / 'tokens'}", "export.check_rows=32"]
     words += [f"export.format={format}", f"export.output_dir={place}", "export.max_kl=9", "export.calibration_rows=64"]
+    words += ["export.dtype=fp16"] if format == "gguf" else []
     run = load_config("export", [*words, *([f"export.python={python}"] if python and format in ("gptq", "awq") else [])])
     began = time.perf_counter()
     done = api.export(run)
     seconds = time.perf_counter() - began
     assert done.difference is not None and done.difference.perplexity is not None
     found = perplexity(place, rows_to_check(source_of(run), run.data, run.export.check_rows))
-    size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
-    AutoTokenizer.from_pretrained(place)
+    size = sum(path.stat().st_size for pattern in ("*.safetensors", "*.gguf") for path in place.glob(pattern))
+    if format != "gguf":
+        AutoTokenizer.from_pretrained(place)
     return {
         "export_s": seconds,
         "mb": size / 10**6,
@@ -173,7 +176,7 @@ def quantized(folder: Path, format: str, python: str | None) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=2.0, help="0: no merging")
-    parser.add_argument("--formats", nargs="*", default=["fp8", "w8a8", "w4a16", "nf4"])
+    parser.add_argument("--formats", nargs="*", default=["fp8", "w8a8", "w4a16", "nf4", "gguf"])
     parser.add_argument("--python")
     parser.add_argument("--folder", help="on the disk that is measured")
     asked = parser.parse_args()

@@ -12,14 +12,18 @@ from typing import Any
 import torch
 
 from raytune_llm.engines.hf import end_ids
+from raytune_llm.engines.native.blocks import BlockPool
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.native.runner import PolicyRunner
+from raytune_llm.engines.native.scoring import over_the_cache, texts_of
 from raytune_llm.engines.requests import Completion, Request, ScoredToken
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import positions
 
 BLOCK_SIZE = 16
 MAX_ROWS = 32
+CACHED_TOKENS = 4096
+"""Of the cache over which given answers are scored."""
 STEP_TOKENS = 2048
 """Maximum tokens of a step: prompts are computed in chunks."""
 
@@ -65,11 +69,23 @@ class BatchEngine:
             self._policy.train(was_training)
 
     @torch.no_grad()
-    def answer_logprobs(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[list[ScoredToken]]:
-        """How likely each token of an answer is after its prompt and the answer's tokens before it, all in one pass."""
-        runner = self._runner(self._policy, num_blocks=1, block_size=BLOCK_SIZE, device=self._device)
+    def answer_logprobs(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, share_prefixes: bool = False
+    ) -> list[list[ScoredToken]]:
+        """How likely each token of an answer is after its prompt and the answer's tokens before it, all in one pass.
+
+        share_prefixes: what prompts begin with alike is computed once, in passes of at most CACHED_TOKENS or one text.
+        """
+        texts = texts_of(prompts, answers, -1, "", BLOCK_SIZE) if share_prefixes else []
+        num_blocks = -(-max([CACHED_TOKENS, *(len(text.ids) for text in texts)]) // BLOCK_SIZE) if texts else 1
+        runner = self._runner(self._policy, num_blocks=num_blocks, block_size=BLOCK_SIZE, device=self._device)
         was_training = self._policy.training
         try:
-            return runner.answer_logprobs(prompts, answers, -1)
+            if not texts:
+                return runner.answer_logprobs(prompts, answers, -1)
+            scored = over_the_cache(texts, BlockPool(num_blocks, BLOCK_SIZE), runner.scored)
         finally:
             self._policy.train(was_training)
+        assert scored is not None, "a text fits the cache"
+        tokens = iter(scored)
+        return [[next(tokens) for _ in answer] for answer in answers]

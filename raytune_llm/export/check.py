@@ -64,10 +64,10 @@ def compare(source: Source, ours: Iterator[Tensor], rows: Rows) -> Difference:
     for mergeable, _ in source.adapters:
         adapter = SavedAdapter(path=mergeable.folder, setting="export.run")
     before = replace(source.model, path=str(source.folder), revision=None)
-    written = list(ours)  # one model at a time is in memory
-    theirs = outputs(before, adapter, rows, scores=source.scores, new_ids=source.token_ids)
+    # One model at a time is in memory; the base with its adapter first, which says what is wrong with an adapter of another base.
+    theirs = list(outputs(before, adapter, rows, scores=source.scores, new_ids=source.token_ids))
     divergences, largest, tokens, logprobs = [], 0.0, 0, [0.0, 0.0]
-    for one, other, ids in zip(written, theirs, rows.ids, strict=True):
+    for one, other, ids in zip(ours, theirs, rows.ids, strict=True):
         largest = max(largest, (one - other).abs().max().item())
         if source.scores:
             divergences.append((one - other).abs().max().item())

@@ -182,7 +182,9 @@ def check_space(folder: Path, num_bytes: int) -> None:
     there = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(there).free
     if free < num_bytes + SPARE_BYTES:
-        lacking = f"the export takes {in_units(num_bytes + SPARE_BYTES)}, and {there} has {in_units(free)} left"
+        lacking = (
+            f"the export takes {in_units(num_bytes)} and {in_units(SPARE_BYTES)} to spare, and {there} has {in_units(free)} left"
+        )
         raise ResourceError(lacking, "Free some space, or set export.output_dir on a larger disk.")
 
 

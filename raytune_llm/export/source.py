@@ -243,11 +243,13 @@ def _check(source: Source) -> None:
             fact = source.facts.get(f"{layer}.weight")
             if fact is None or len(fact.shape) != 2:
                 tied = layer == "lm_head" and getattr(source.config, "tie_word_embeddings", False)
-                what = "is the embedding's too, which the adapter leaves as it is" if tied else "is no matrix in the base's files"
+                what = "is the embedding's too, which the adapter leaves as it is" if tied else "is not in the base"
+                what = what if fact is None else "is no matrix in the base"
                 fix = f"The adapter was trained on {adapter.base_model}." if adapter.base_model else ""
                 raise ConfigError(
                     adapter.setting, f"must be an adapter that can be merged: {layer} {what}", got=adapter.folder, fix=fix
                 )
+            adapter.check(layer, fact.shape)
         for name in adapter.wholes:
             shape = tuple(adapter.whole(name).shape)
             known = source.facts.get(name)

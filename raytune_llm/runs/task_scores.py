@@ -74,9 +74,13 @@ class PolicyAnswering:
         asked = [(number, Request(prompt_ids=one.prompt_ids, sampling=one.sampling)) for number, one in questions if one.sampling]
         completions = self._engine.generate([request for _, request in asked]) if asked else []
         found = {number: Answered(one.text, one.finish, one.ids, ()) for (number, _), one in zip(asked, completions, strict=True)}
-        for group in scored_together((number, one) for number, one in questions if one.given_ids):
-            prompts, given = [list(one.prompt_ids) for _, one in group], [list(one.given_ids) for _, one in group]
-            for (number, _), tokens in zip(group, self._engine.answer_logprobs(prompts, given), strict=True):
+        given = [(number, one) for number, one in questions if one.given_ids]
+        sharing = [(number, one) for number, one in given if one.shares_prefix]
+        others = scored_together((number, one) for number, one in given if not one.shares_prefix)
+        for group, shares in [(sharing, True), *((group, False) for group in others)]:
+            prompts, answers = [list(one.prompt_ids) for _, one in group], [list(one.given_ids) for _, one in group]
+            scored = self._engine.answer_logprobs(prompts, answers, share_prefixes=shares) if group else []
+            for (number, _), tokens in zip(group, scored, strict=True):
                 likeliest = all(token.likeliest for token in tokens)
                 found[number] = Answered(None, None, (), tuple(token.logprob for token in tokens), likeliest)
         numbers = iter(range(len(questions)))

@@ -26,7 +26,7 @@ from raytune_llm.engines.native.grammars import Grammars
 from raytune_llm.engines.native.row import Row
 from raytune_llm.engines.native.sampler import RowSampler, logprobs, sample
 from raytune_llm.engines.native.scheduler import Piece, Scheduler
-from raytune_llm.engines.native.scoring import ScoredText, end_wave, next_wave, texts_of
+from raytune_llm.engines.native.scoring import ScoredText, over_the_cache, texts_of
 from raytune_llm.engines.native.slots import Adapter, Bank, Slots
 from raytune_llm.engines.native.text import TextStream
 from raytune_llm.engines.requests import Completion, Delta, Finish, Grammar, Request, ScoredToken, Stream, TokenLogprob
@@ -364,24 +364,12 @@ class NativeEngine:
     ) -> list[list[ScoredToken]]:
         """version: of the adapter in the slot."""
         texts = texts_of(prompts, answers, slot, version, self._blocks.block_size)
-        found: dict[int, list[ScoredToken]] = {}
-        left = texts
-        while left:
-            wave = next_wave(left, self._blocks)
-            if not wave:  # running rows hold the cache
-                return self._runner.answer_logprobs(prompts, answers, slot)
-            computed = False
-            try:
-                scored = iter(self._runner.scored(wave))
-                computed = True
-            finally:
-                end_wave(wave, self._blocks, computed=computed)
-            for text in wave:
-                found[id(text)] = [next(scored) for _ in text.targets]
-                self._scheduler.prefix_hits += text.computed
-                self._scheduler.prefix_queries += len(text.ids)
-            left = [text for text in left if id(text) not in found]
-        tokens = iter([token for text in texts for token in found[id(text)]])
+        scored = over_the_cache(texts, self._blocks, self._runner.scored)
+        if scored is None:  # running rows hold the cache
+            return self._runner.answer_logprobs(prompts, answers, slot)
+        self._scheduler.prefix_hits += sum(text.computed for text in texts)
+        self._scheduler.prefix_queries += sum(len(text.ids) for text in texts)
+        tokens = iter(scored)
         return [[next(tokens) for _ in answer] for answer in answers]
 
     def _append(self, row: Row, token: int) -> Finish | None:

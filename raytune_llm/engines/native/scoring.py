@@ -6,10 +6,11 @@ finds them in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from raytune_llm.engines.native.blocks import BlockPool, digest, root
+from raytune_llm.engines.requests import ScoredToken
 
 
 @dataclass
@@ -46,6 +47,28 @@ def texts_of(
             text.digests.append(parent := digest(text.ids[at : at + block_size], parent))
         texts.append(text)
     return texts
+
+
+def over_the_cache(
+    texts: Sequence[ScoredText], blocks: BlockPool, compute: Callable[[Sequence[ScoredText]], Sequence[ScoredToken]]
+) -> list[ScoredToken] | None:
+    """The targets of all texts, in order. compute: those of a wave. None: others hold the blocks."""
+    found: dict[int, list[ScoredToken]] = {}
+    left = list(texts)
+    while left:
+        wave = next_wave(left, blocks)
+        if not wave:
+            return None
+        computed = False
+        try:
+            scored = iter(compute(wave))
+            computed = True
+        finally:
+            end_wave(wave, blocks, computed=computed)
+        for text in wave:
+            found[id(text)] = [next(scored) for _ in text.targets]
+        left = [text for text in left if id(text) not in found]
+    return [token for text in texts for token in found[id(text)]]
 
 
 def next_wave(texts: Sequence[ScoredText], blocks: BlockPool) -> list[ScoredText]:

@@ -101,6 +101,14 @@ class Mergeable:
     def whole(self, name: str) -> Tensor:
         return self._read([self.wholes[name]])[self.wholes[name]]
 
+    def check(self, layer: str, shape: tuple[int, ...]) -> None:
+        """Raises ConfigError where LoRA's matrices, by the file's header, are not of a layer of this shape [O, K]."""
+        with safe_open(self._file, framework="pt") as file:
+            for key in self._keys[layer]:
+                for part, axis, what in ((".lora_A.", 1, "inputs"), (".lora_B.", 0, "outputs")):
+                    if part in key and (size := file.get_slice(key).get_shape()[axis]) != shape[axis]:
+                        raise self._unfit(layer, f"it has {size} {what} there and {shape[axis]} in the base")
+
     @torch.no_grad()
     def merged(self, layer: str, weight_OK: Tensor) -> Tensor:
         """float32 [O, K]: the layer's weight with the adapter in it."""
@@ -116,7 +124,7 @@ class Mergeable:
             adapted: Any = get_peft_model(one, config, autocast_adapter_dtype=True)
             found = set_peft_model_state_dict(adapted, tensors)
         except (ValueError, RuntimeError, KeyError) as error:
-            raise self._unfit(layer, str(error).splitlines()[0]) from None
+            raise self._unfit(layer, str(error).strip().splitlines()[-1].strip()) from None
         assert isinstance(adapted, PeftModel)
         if found.unexpected_keys or any(not key.endswith((".weight", ".bias")) for key in found.missing_keys):
             raise self._unfit(layer, f"tensors don't fit ({[*found.unexpected_keys, *found.missing_keys][0]})")

@@ -214,10 +214,12 @@ def test_an_adapter_of_another_base_and_a_place_that_is_taken_are_refused(base, 
     config = LlamaConfig(**values)
     other = tmp_path / "other"
     AutoModelForCausalLM.from_config(config).save_pretrained(other)
-    folder = adapter_of(base, METHODS["lora"], "lora")
-    with pytest.raises(ConfigError, match="must be an adapter of this model"):
-        exported(other, tmp_path / "out", f"export.adapters={{a: '{folder}'}}")
-    assert not (tmp_path / "out").exists()
+    for method in ("lora", "oft"):
+        folder = adapter_of(base, METHODS[method], method)
+        for format in ("hf", "adapter"):
+            with pytest.raises(ConfigError, match=r"must be an adapter of this model: .*\d.*got"):
+                exported(other, tmp_path / "out", f"export.adapters={{a: '{folder}'}}", f"export.format={format}")
+            assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="must be empty"):
         exported(base, other)
 
@@ -261,5 +263,5 @@ def test_a_killed_exports_leftovers_are_cleared_and_what_it_was_replacing_is_put
 
 def test_a_small_disk_is_said_in_units_that_fit(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=3 * 2**20))
-    with pytest.raises(ResourceError, match=r"takes 64\.2 MiB, and .* has 3\.0 MiB left"):
+    with pytest.raises(ResourceError, match=r"takes 195\.3 KiB and 64\.0 MiB to spare, and .* has 3\.0 MiB left"):
         check_space(tmp_path, 200_000)

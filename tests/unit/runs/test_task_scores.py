@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytune_llm import ConfigError, api
+from raytune_llm.config.adapter import NoAdapter
 from raytune_llm.config.load import load_config
 from raytune_llm.data.pipeline import prepare
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
+from raytune_llm.engines.batch import BatchEngine
+from raytune_llm.engines.questions import Question
+from raytune_llm.models.build import build_policy
+from raytune_llm.models.load import load_config as load_model_config
+from raytune_llm.runs.task_scores import PolicyAnswering
 from tests.group import metrics
+from tests.models import model_section
 from tests.runs import tiny_run
 
 pytest.importorskip("lm_eval")
@@ -101,3 +111,38 @@ def test_two_workers_with_a_sharded_policy_get_the_scores_of_one(task, chat_rows
     one, two = ([record for record in metrics(tmp_path / name) if "eval_loss" in record] for name in ("one", "two"))
     assert [record["eval_letters_acc"] for record in one] == [record["eval_letters_acc"] for record in two]
     assert len(one) == 1
+
+
+@pytest.fixture
+def policy(tmp_path):
+    config = AutoConfig.for_model("llama", vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    path = str(tmp_path / "base")
+    section = model_section(
+        path=path, revision=None, weights="pretrained", config={}, tokenizer="bytes", trust_remote_code=False, attention="auto"
+    )
+    none = NoAdapter(name="none")
+    policy, _ = build_policy(
+        load_model_config(path, {}), section, none, compute=torch.float32, seed=0, device=torch.device("cpu")
+    )
+    return policy.eval()
+
+
+def test_what_questions_begin_with_alike_is_computed_once(policy, monkeypatch):
+    tokens: list[int] = []
+    hidden = type(policy).hidden
+    monkeypatch.setattr(
+        type(policy), "hidden", lambda self, rows, *rest: tokens.append(rows.ids_BT.numel()) or hidden(self, rows, *rest)
+    )
+    shots = [65 + number % 20 for number in range(100)]
+    found = {}
+    for shares in (False, True):
+        questions = [Question((*shots, 97 + n), (98 + n, 99), None, None, shares_prefix=shares) for n in range(6)]
+        answering = PolicyAnswering(BatchEngine(policy, byte_tokenizer(), device=torch.device("cpu")), 2048)
+        [answers] = answering([questions])
+        found[shares] = [one.logprobs for one in answers], sum(tokens)
+        tokens.clear()
+    for apart, shared in zip(found[False][0], found[True][0], strict=True):
+        assert shared == pytest.approx(apart, abs=1e-5)
+    assert found[False][1] >= 6 * 100 and found[True][1] < 2 * 100
