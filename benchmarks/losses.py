@@ -41,6 +41,7 @@ OPTIMIZERS = {
     "adam_mini": ["optimizer.lr=5e-5"],
     "adafactor": ["optimizer.lr=1e-3"],
     "apollo": ["optimizer.lr=5e-4"],
+    "apollo_mini": ["optimizer.lr=5e-4"],
     "badam": ["optimizer.lr=1e-4"],
     "galore": ["optimizer.lr=5e-4"],
     "lion": ["optimizer.lr=1e-5"],

@@ -23,7 +23,7 @@ from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.config.optimizer import TrainedShape
 from raytune_llm.models.adapters import OWN, Kept, adapt
 from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS
-from raytune_llm.models.layers import layers
+from raytune_llm.models.layers import largest, layers
 from raytune_llm.models.load import load_model
 from raytune_llm.models.quantization import Quantization, frozen_experts, linears_but
 from raytune_llm.models.vocabulary import grow
@@ -122,19 +122,19 @@ class States:
 def dimensions(config: PretrainedConfig) -> Dimensions:
     text: Any = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 0  # Mamba has none
-    head = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
+    head = largest(text, "head_dim") or text.hidden_size // max(heads, 1)
     return Dimensions(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=_intermediate(text),
         query=heads * head,
-        key_value=(getattr(text, "num_key_value_heads", None) or heads) * head,
+        key_value=(largest(text, "num_key_value_heads") or heads) * head,
         vocab=text.vocab_size,
     )
 
 
 def _intermediate(text: Any) -> int:
-    dense = getattr(text, "intermediate_size", None) or 4 * text.hidden_size  # GPT-2 and its kin leave it out
+    dense = largest(text, "intermediate_size") or 4 * text.hidden_size  # GPT-2 and its kin leave it out
     experts = getattr(text, "num_experts_per_tok", None)
     if not experts:
         return dense

@@ -124,8 +124,10 @@ def _trained(hidden_BTD: Tensor, batch: Batch) -> Tensor:
 
 
 def _logit_changes(config: Any) -> tuple[float | None, float | None]:
-    """How a few families change the logits: Granite divides, Cohere and Falcon-H1 multiply, Gemma and RecurrentGemma cap."""
+    """How a few families change the logits: Granite divides, Cohere and Falcon-H1 multiply, Gemma and RecurrentGemma cap. With
+    other media transformers does not multiply (Aya Vision), and caps as the text's config says (Gemma 4)."""
     divided = getattr(config, "logits_scaling", None)
     multiplied = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
-    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    text = config.get_text_config()
+    cap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None)
     return 1 / divided if divided else multiplied, cap

@@ -30,6 +30,7 @@ from transformers import (
 from raytune_llm import packaged
 from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.models.finished import check_unchanged
+from raytune_llm.models.layers import largest
 from raytune_llm.models.multimodal import TRAINED_ON_TEXT, is_multimodal, leave_other_media_out
 from raytune_llm.models.quantization.prequantized import unpacked
 from raytune_llm.models.stored import Files, an_adapter, files_of, model_in_files, other_shape
@@ -127,12 +128,13 @@ def _check_known(config: PretrainedConfig, changes: Mapping[str, Any]) -> None:
 
 def _check_heads(config: PretrainedConfig) -> None:
     """What transformers takes, and then computes wrong or not at all."""
+    check_trainable(config)  # or it may have several texts
     text: Any = config.get_text_config()
-    heads, pairs = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    heads, pairs = getattr(text, "num_attention_heads", None), largest(text, "num_key_value_heads")
     if isinstance(heads, int) and isinstance(pairs, int) and (pairs < 1 or heads % pairs):
         rule = f"must divide num_attention_heads, which is {heads}"
         raise ConfigError("model.config.num_key_value_heads", rule, got=pairs)
-    head_dim = getattr(text, "head_dim", None)
+    head_dim = largest(text, "head_dim")
     if isinstance(head_dim, int) and head_dim % 2 and getattr(text, "rope_parameters", None):
         raise ConfigError("model.config.head_dim", "must be even, since rotary positions turn pairs of numbers", got=head_dim)
 

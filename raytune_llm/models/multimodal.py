@@ -7,6 +7,7 @@ gradients, and they would take memory. They are as they were in what full fine-t
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -16,13 +17,24 @@ from transformers.utils.hub import cached_file
 from raytune_llm import packaged
 
 TRAINED_ON_TEXT = (
-    "gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
+    "aya_vision", "cohere2_vision", "gemma3", "gemma4", "glm4v", "glm4v_moe", "idefics3", "internvl", "lfm2_vl", "llava",
+    "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
+    "smolvlm",
 )  # fmt: skip
 """Families, by model_type, that compute text exactly as their language model alone does."""
 
 
+TOWERS = {"vision_config", "audio_config"}
+"""Parts of a config for what is no text."""
+
+
 def is_multimodal(config: PretrainedConfig) -> bool:
-    return config.get_text_config() is not config
+    """Whether a model is more than a language model, beside it or in it (Phi-4-multimodal)."""
+    kind: Any = type(config)
+    try:
+        return config.get_text_config() is not config or not TOWERS.isdisjoint(kind.sub_configs)
+    except ValueError:  # it has several texts (MusicGen)
+        return True
 
 
 def text_model(model: PreTrainedModel) -> nn.Module:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from raytune_llm.config.adapter import SavedAdapter
 from raytune_llm.data.batches import collate
 from raytune_llm.errors import ConfigError
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.memory.flops import operations
 from raytune_llm.models import attention
-from raytune_llm.models.adapters import Slots, bank_of
+from raytune_llm.models.adapters import OWN, Slots, bank_of
 from raytune_llm.models.adapters.method import targeted
 from raytune_llm.models.attention.cache import ATTENDS_TWICE, CachedRows, NewTokens, PagedCache, check_cached
 from raytune_llm.models.attention.isolation import ONE_ROW_A_LINE, check_isolation, needs_lines
 from raytune_llm.models.build import build_policy
 from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.models.load import check_trainable, model_class
+from raytune_llm.models.load import check_trainable, load_model, model_class
 from raytune_llm.models.multimodal import is_multimodal
+from raytune_llm.models.policy import Policy
+from raytune_llm.records import Batch
 from tests.models import VOCABULARY, logits, lora_section, model_section, packed, some_rows
 
 SIZES = (
@@ -29,39 +36,47 @@ SIZES = (
     | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "ffn_dim": 48, "word_embed_proj_dim": 32}
     | {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "residual_dropout", "attention_dropout"), 0.0)
     | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "sliding_window": 4}
 )
 """By the names that families have for them."""
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}
 ROTARY = {"rotary_dim": 8}
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-KEPT_APART = (
+KEPT_APART_NAMES = (
     "llama mistral ministral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 olmo olmo2 olmo3 olmoe "
     "cohere cohere2 granite granitemoe gpt2 gpt_bigcode gpt_neox opt starcoder2 glm glm4 glm4_moe smollm3 exaone4 ernie4_5 "
     "seed_oss hunyuan_v1_dense deepseek_v2 deepseek_v3 minicpm3 helium jetmoe nanochat persimmon apertus afmoe arcee bitnet "
-    "diffllama ernie4_5_moe exaone_moe flex_olmo glm4_moe_lite granitemoeshared hunyuan_v1_moe hyperclovax internlm3 iquestcoder "
-    "minimax_m2 ministral3 solar_open vaultgemma youtu gpt_oss flint granite_swa granitemoe_swa mimo_v2_flash"
+    "diffllama ernie4_5_moe exaone_moe flex_olmo glm4_moe_lite granitemoeshared hunyuan_v1_moe hyperclovax internlm3 "
+    "iquestcoder minimax_m2 ministral3 solar_open vaultgemma youtu gpt_oss flint granite_swa granitemoe_swa mimo_v2_flash "
+    "aria_text axk1 beam cohere2_moe cohere_compass_text ctrl cwm dbrx dots1 gemma3n_text gemma4_text gemma4_unified_text "
+    "gpt-sw3 hrm_text hy_v3 jais2 kolibri1 laguna longcat_flash mellum minimax_m3_vl_text moshi phimoe"
 )
-KEPT_APART_IN_PACKS = (
-    "aria_text axk1 beam cohere2_moe ctrl cwm dots1 gemma4_text gemma4_unified_text hrm_text hy_v3 jais2 kolibri1 "
-    "laguna mellum moshi phimoe"
-)
-"""These are tried in packs alone."""
+KEPT_APART = KEPT_APART_NAMES.split()
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 2}
 PER_LAYER |= {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+FULL_ATTENTION = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
 CHANGES = {
+    "cohere_compass_text": {"rope_parameters": FULL_ATTENTION},
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots1": {"n_shared_experts": 1},
+    "gemma3n_text": PER_LAYER
+    | {"laurel_rank": 4, "altup_num_inputs": 2, "intermediate_size": [48] * 4}
+    | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "pad_token_id": None},  # whose row of zeros has no gradient
     "gemma4_text": PER_LAYER | {"global_head_dim": 16},
+    "longcat_flash": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "num_layers": 2, "moe_topk": 2, "zero_expert_num": 2},
 }
+"""What makes a small one of some."""
 REFUSED_BY_LAYERS = (
     "bert bert-generation camembert data2vec-text electra ernie modernbert-decoder roberta roberta-prelayernorm roc_bert "
     "xlm-roberta xlm-roberta-xl xmod"
 )
-UNTRIED = (
-    "cohere_compass_text dbrx gemma3n_text gemma4_assistant gpt-sw3 longcat_flash minimax_m3_vl_text musicgen "
-    "musicgen_melody phi4_multimodal"
-)
-"""These are taken, but a small one takes more than sizes."""
 IN_LINES = {
     "bamba": MAMBA, "bloom": {}, "codegen": ROTARY, "falcon": {}, "falcon_mamba": {},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 2.0},
@@ -94,11 +109,19 @@ ROPES = (
 )  # fmt: skip
 
 
+RANDOM = model_section(path=None, weights="random")
+SETTINGS: dict[str, Any] = {"compute": torch.float32, "seed": 0, "device": torch.device("cpu")}
+
+
 def tiny(model_type: str, **changes: object) -> PretrainedConfig:
     known = AutoConfig.for_model(model_type).to_dict()
     if "kv_lora_rank" in known:  # all heads have keys of their own, made from few numbers
         changes = {"num_key_value_heads": SIZES["num_attention_heads"], **changes}
     return AutoConfig.for_model(model_type, **{name: value for name, value in SIZES.items() if name in known} | changes)
+
+
+def small(model_type: str) -> PretrainedConfig:
+    return tiny(model_type, **{**CHANGES, **IN_LINES}.get(model_type, {}))
 
 
 def made(config: PretrainedConfig) -> CausalLM:
@@ -108,9 +131,9 @@ def made(config: PretrainedConfig) -> CausalLM:
     return CausalLM(model)
 
 
-@pytest.mark.parametrize("model_type", [*KEPT_APART.split(), *KEPT_APART_IN_PACKS.split()])
+@pytest.mark.parametrize("model_type", KEPT_APART)
 def test_a_row_of_a_pack_gets_what_transformers_gives_the_row_alone(model_type: str) -> None:
-    model, rows = made(tiny(model_type, **CHANGES.get(model_type, {}))), some_rows([7, 12])
+    model, rows = made(small(model_type)), some_rows([7, 12])
     with torch.no_grad():
         together = model(packed(rows), logits)
         alone = _alone(model, rows)
@@ -141,12 +164,48 @@ def test_attention_sinks_take_their_part_and_learn(backend: str) -> None:
         torch.testing.assert_close(grad, layer.self_attn.sinks.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("model_type", [*KEPT_APART, *IN_LINES])
+def test_an_adapter_learns_in_packs_as_in_lines_and_plain_peft_loads_it(model_type: str, tmp_path: Path) -> None:
+    config = small(model_type)
+    in_lines = needs_lines(config, model_class(config))
+    together, _ = _trained(config, [] if in_lines else [packed(some_rows([7, 12]))])
+    policy, losses = _trained(config, [collate([[row] for row in some_rows([7, 12])], length=16, pad_id=0)])
+    assert losses[2] < losses[0] and all(parameter.grad is not None for parameter in policy.adapters.trained(OWN).values())
+    if not in_lines:
+        for one, other in zip(*(model.adapters.trained(OWN).values() for model in (together, policy)), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+    policy.adapters.save(OWN, tmp_path)
+    policy.eval()
+    loaded = PeftModel.from_pretrained(load_model(config, None, weights="random", dtype=torch.float32, seed=0), tmp_path).eval()
+    again, _ = build_policy(config, RANDOM, SavedAdapter(path=str(tmp_path), setting="adapter.path"), **SETTINGS)
+    loaded.set_attn_implementation("eager")
+    (row,) = some_rows([12])
+    batch = collate([[row]], length=12, pad_id=0)
+    with torch.no_grad():
+        found = policy(batch, logits)
+        torch.testing.assert_close(again.eval()(batch, logits), found, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(_by_itself(loaded, row[0], row[1][0]), found, atol=2e-5, rtol=1e-4)
+
+
+def _trained(config: PretrainedConfig, batches: list[Batch]) -> tuple[Policy, list[float]]:
+    """With an adapter on all of its linear layers, after three steps on each batch, and the loss before each step."""
+    policy, _ = build_policy(config, RANDOM, lora_section(), **SETTINGS)
+    optimizer = torch.optim.SGD(policy.adapters.trained(OWN).values(), lr=0.1)
+    losses = []
+    for batch in batches * 3:
+        optimizer.zero_grad()
+        loss = policy.train()(batch, cross_entropy).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return policy, losses
+
+
 @pytest.mark.parametrize("model_type", IN_LINES)
 def test_a_row_in_a_line_for_itself_gets_what_transformers_gives_the_row_alone(model_type: str) -> None:
     """Its adapter's tensors all get a gradient."""
-    config = tiny(model_type, **IN_LINES[model_type])
-    settings = {"compute": torch.float32, "seed": 0, "device": torch.device("cpu")}
-    model, choice = build_policy(config, model_section(path=None, weights="random"), lora_section(), **settings)
+    config = small(model_type)
+    model, choice = build_policy(config, RANDOM, lora_section(), **SETTINGS)
     assert isinstance(model, CausalLM) and "a row in a line for itself" in choice
     operations(model, config)
     model, rows = model.eval(), some_rows([7, 12, 9])
@@ -160,7 +219,7 @@ def test_a_row_in_a_line_for_itself_gets_what_transformers_gives_the_row_alone(m
 
 @pytest.mark.parametrize("model_type", IN_LINES)
 def test_a_model_that_needs_lines_is_refused_in_packs_with_the_setting_that_gives_them(model_type: str) -> None:
-    config = tiny(model_type, **IN_LINES[model_type])
+    config = small(model_type)
     known = model_class(config)
     assert known is not None and needs_lines(config, known)
     check_isolation(config, known)
@@ -168,10 +227,10 @@ def test_a_model_that_needs_lines_is_refused_in_packs_with_the_setting_that_give
         check_isolation(config, known, packing=True)
 
 
-@pytest.mark.parametrize("model_type", sorted({*KEPT_APART.split()} - {*ATTENDS_TWICE}))
+@pytest.mark.parametrize("model_type", sorted({*KEPT_APART} - {*ATTENDS_TWICE}))
 def test_a_row_over_a_cache_gets_what_transformers_gives_it_at_once(model_type: str) -> None:
     """A chunk, then the rest a token at a time, which ends beyond the window; two rows in a step."""
-    model, rows = made(tiny(model_type)), some_rows([12, 12])
+    model, rows = made(small(model_type)), some_rows([12, 12])
     cache = PagedCache(6, 4, dtype=torch.float32, device=torch.device("cpu"))
     tables, found = ([4, 0, 3], [1, 5, 2]), ([], [])
     with torch.no_grad():
@@ -195,9 +254,10 @@ def _by_itself_each(model: CausalLM, rows: list) -> torch.Tensor:
     return torch.cat([_by_itself(model, ids, first) for ids, (first, _) in rows])
 
 
-def _by_itself(model: CausalLM, ids: object, first: int) -> torch.Tensor:
-    """Logits before each trained token."""
-    return model.base(input_ids=torch.tensor(ids).long()[None], use_cache=False).logits[0, first - 1 : -1]
+def _by_itself(model: Any, ids: object, first: int) -> torch.Tensor:
+    """Logits before each trained token, of a policy's base or of a model of PEFT's."""
+    whole = model.base if isinstance(model, CausalLM) else model
+    return whole(input_ids=torch.tensor(ids).long()[None], use_cache=False).logits[0, first - 1 : -1]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +282,7 @@ def test_a_model_of_which_that_shows_in_its_layers_is_refused_by_them(model_type
 
 def test_every_architecture_of_transformers_is_tried_or_refused() -> None:
     """A new release of it may have one that looks as if it kept rows apart."""
-    known = {*KEPT_APART.split(), *KEPT_APART_IN_PACKS.split(), *IN_LINES, *REFUSED_BY_LAYERS.split(), *UNTRIED.split()}
+    known = {*KEPT_APART, *IN_LINES, *REFUSED_BY_LAYERS.split()}
     assert {model_type for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if taken(model_type)} <= known
 
 
@@ -263,7 +323,7 @@ def test_no_adapter_is_put_on_a_layer_that_is_passed_over() -> None:
 @pytest.mark.parametrize("model_type", ["mamba", "bloom", "nemotron", "qwen3_next", *ATTENDS_TWICE])
 def test_a_model_that_a_cache_of_keys_and_values_is_not_enough_for_is_refused_by_it(model_type: str) -> None:
     with pytest.raises(ConfigError, match=f"engine can't be native for {model_type}, whose layers .* Set engine=hf"):
-        check_cached(tiny(model_type, **IN_LINES.get(model_type, {})))
+        check_cached(small(model_type))
 
 
 def test_a_router_that_is_a_linear_layer_gets_no_adapter_alone_or_among_several() -> None:

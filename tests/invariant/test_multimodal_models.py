@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from raytune_llm.data.pipeline import prepare
 from raytune_llm.models import attention
 from raytune_llm.models.attention.isolation import needs_lines
 from raytune_llm.models.causal_lm import CausalLM
-from raytune_llm.models.load import auto_class, load_config, load_model
+from raytune_llm.models.load import auto_class, load_config, load_model, model_class
 from raytune_llm.models.multimodal import TRAINED_ON_TEXT
 from tests.group import Group, metrics
 from tests.models import logits, packed, some_rows
@@ -39,7 +41,39 @@ LINEAR = {
 }  # fmt: skip
 QWEN = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 1, "intermediate_size": 48}
 QWEN |= {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [0]}
+WHOLE_ROPE = {"rope_parameters": ROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}}
+LLAVA = {"vision_config": TOWER | {"model_type": "siglip_vision_model"}}
+GLM = {"vision_config": QWEN | {"image_size": 28, "patch_size": 14}}
+PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 262, "num_kv_shared_layers": 2, "sliding_window": 4}
+PER_LAYER |= {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 16}
 CONFIGS = {
+    "aya_vision": LLAVA | {"text_config": TEXT | {"model_type": "cohere2"}},
+    "cohere2_vision": LLAVA | {"text_config": TEXT | {"model_type": "cohere2"}},
+    "gemma4": {
+        "text_config": TEXT | PER_LAYER | {"final_logit_softcapping": 0.05},
+        "vision_config": TOWER | {"global_head_dim": 8, "position_embedding_size": 16, "pooling_kernel_size": 1},
+        "audio_config": None,
+    },
+    "glm4v": GLM | {"text_config": TEXT | WHOLE_ROPE},
+    "glm4v_moe": GLM
+    | {
+        "text_config": TEXT
+        | WHOLE_ROPE
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    },
+    "idefics3": {"text_config": TEXT | {"model_type": "llama"}, "vision_config": TOWER},
+    "internvl": {
+        "text_config": TEXT | {"model_type": "qwen2"},
+        "vision_config": TOWER | {"image_size": [28, 28], "patch_size": [14, 14]},
+    },
+    "lfm2_vl": {
+        "text_config": TEXT | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+        "vision_config": TOWER | {"num_patches": 4},
+    },
+    "llava_next": {"text_config": TEXT | {"model_type": "mistral"}, "vision_config": TOWER | {"model_type": "clip_vision_model"}},
+    "llava_onevision": LLAVA | {"text_config": TEXT | {"model_type": "qwen2"}},
+    "smolvlm": {"text_config": TEXT | {"model_type": "llama"}, "vision_config": TOWER},
     "gemma3": {
         "text_config": TEXT | {"sliding_window": 4, "query_pre_attn_scalar": 8},
         "vision_config": TOWER,
@@ -100,7 +134,7 @@ def test_a_row_beside_another_gets_what_the_whole_model_gives_it(model_type: str
 
 @pytest.mark.parametrize(
     ("model_type", "adapter"),
-    [("gemma3", "lora"), ("gemma3", "none"), ("qwen2_vl", "lora"), ("qwen2_vl", "none"), ("qwen3_5", "none")],
+    [*product(TRAINED_ON_TEXT, ["lora"]), *product(["gemma3", "gemma4", "qwen2_vl", "qwen3_5"], ["none"])],
 )
 def test_what_is_saved_loads_in_transformers_with_its_towers_as_they_were(
     model_type: str, adapter: str, chat_rows: str, cache: str, tmp_path: Path
@@ -110,7 +144,9 @@ def test_what_is_saved_loads_in_transformers_with_its_towers_as_they_were(
     for file in processor:
         file.write_text(f'{{"size": {len(file.name)}}}')
     settings = ["model=hub", f"model.path={path}", "model.tokenizer=bytes", f"adapter={adapter}", "train.max_steps=2"]
-    settings += ["data.packing=false"] if model_type == "qwen3_5" else []
+    config = AutoConfig.from_pretrained(path)
+    settings += ["data.packing=false"] if needs_lines(config, model_class(config)) else []
+    settings += ["adapter.rank=4"] if adapter == "lora" else []
     run = tiny_run(chat_rows, cache, tmp_path / "run", *settings)
     api.train(run)
     final = tmp_path / "run" / "final"
@@ -147,11 +183,19 @@ def test_two_workers_train_an_adapter_and_the_whole_under_each_strategy(chat_row
         group.close()
 
 
-@pytest.mark.parametrize("model_type", ["t5", "bart", "gemma3n", "mllama", "idefics3", "whisper", "clip"])
+OF_OTHERS = {
+    "musicgen": {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}},
+    "musicgen_melody": {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}},
+    "gemma4_assistant": {"text_config": TEXT | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+}
+OTHERS = ("t5", "bart", "gemma3n", "mllama", "paligemma", "whisper", "clip", "musicgen", "musicgen_melody", "phi4_multimodal")
+
+
+@pytest.mark.parametrize("model_type", [*OTHERS, "gemma4_assistant"])
 def test_what_is_no_language_model_is_refused_by_name(model_type: str, chat_rows: str, cache: str, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": model_type} | OF_OTHERS.get(model_type, {})))
     path = ["model=hub", f"model.path={tmp_path / 'base'}", "model.tokenizer=bytes"]
-    with pytest.raises(ConfigError, match=rf"model\.path must be .*{model_type}.*(llama, mistral|gemma3, llava)"):
+    with pytest.raises(ConfigError, match=rf"model\.path must be .*{model_type}.*(llama, mistral|gemma3, gemma4)"):
         api.train(tiny_run(chat_rows, cache, tmp_path / "run", *path))
     assert not (tmp_path / "run").exists()

@@ -38,12 +38,15 @@ ARCHITECTURES = {
     "qwen3_next": "qwen3_next", "qwen3_vl": "qwen3_vl", "qwq": "qwen2", "recurrent_gemma": "recurrent_gemma",
     "seed_coder": "llama", "seed_oss": "seed_oss", "smollm": "llama", "smollm2": "llama", "smollm3": "smollm3",
     "solar": "llama", "stablelm2": "stablelm", "starcoder2": "starcoder2", "tinyllama": "llama", "vicuna": "llama",
-    "yi1_5": "llama", "zephyr": "mistral",
+    "yi1_5": "llama", "zephyr": "mistral", "internvl3": "internvl", "glm4_1v": "glm4v", "glm4_5v": "glm4v_moe",
+    "llava_next": "llava_next", "llava_onevision": "llava_onevision", "aya_vision": "aya_vision",
+    "command_a_vision": "cohere2_vision", "smolvlm": "idefics3", "smolvlm2": "smolvlm", "lfm2_vl": "lfm2_vl",
 }  # fmt: skip
 """By the start of a name: the model_type in the checkpoint's config.json. The longest start counts."""
-LAYERS = {model_type: {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2} for model_type in ("lfm2", "lfm2_moe")}
+CONV = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
+LAYERS = {"lfm2": CONV, "lfm2_moe": CONV, "lfm2_vl": {"text_config": {"model_type": "lfm2", **CONV}}}
 """Where a config without entries has other layers than the checkpoints."""
-NOT_TRAINED = {"gemma3n": "a model of other media", "gemma4": "a model of other media", "llama4": "a model of other media"}
+NOT_TRAINED = {"gemma3n": "its towers are another package's (timm)", "llama4": "a model of other media"}
 """What has several media and is not among those that are trained on text."""
 HEAD = """\
 # Models

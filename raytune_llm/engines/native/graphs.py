@@ -35,8 +35,8 @@ def lacks_for_graphs(config: PretrainedConfig) -> str | None:
     if any(getattr(text, name, None) for name in EXPERTS):
         return "its experts are chosen on the host"
     odd = any(getattr(text, name, None) is not None for name in ("kv_lora_rank", "num_kv_shared_layers", "global_head_dim"))
-    heads = [getattr(text, name, None) for name in ("num_key_value_heads", "num_attention_heads")]
-    if odd or not all(isinstance(number, int) for number in heads):
+    names = ("num_key_value_heads", "num_attention_heads")
+    if odd or text.is_heterogeneous or not all(isinstance(getattr(text, name, None), int) for name in names):
         return "keys and values may differ from layer to layer"
     return None
 

@@ -12,6 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from raytune_llm.config.adapter import Layered
@@ -20,6 +22,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.banked import BankedLinear
 from raytune_llm.models.adapters.protocol import Observer
 from raytune_llm.models.layers import is_passed_over, named_layers
+from raytune_llm.models.multimodal import is_multimodal
 from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
 
 LINEAR = nn.Linear | Conv1D | QuantizedLinear
@@ -87,7 +90,8 @@ def new_config(model: PreTrainedModel, section: Layered, method: Method) -> tupl
     some_layers = section.last_layers is not None or section.layers is not None
     if is_mixture:  # of all-linear and of expressions PEFT makes last parts of names, and puts adapters on experts and routers
         config.target_modules = set(layers)
-    elif some_layers or (targets == ALL_LINEAR and _passed_over(model)):
+    elif some_layers or is_multimodal(model.config) or (targets == ALL_LINEAR and _passed_over(model)):
+        # of last parts PEFT would put adapters on the towers of the whole model, too
         config.target_modules = "|".join(map(re.escape, layers))
     else:
         config.target_modules = targets if isinstance(targets, str) else set(targets)
@@ -157,15 +161,19 @@ def _expert_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def _without_experts_names(model: PreTrainedModel, layers: Layers, section: Layered) -> Layers:
-    """Without linear layers that are called as experts were before their weights were one tensor: PEFT takes them for these, and
-    so they have no adapter. Raises ConfigError where one of them is named."""
+    """Without linear layers that are called as experts were before their weights were one tensor, or as the stored weights of
+    others: PEFT takes them for these, and so they have no adapter. Raises ConfigError where one of them is named."""
     last = {name: name.rpartition(".")[2] for name in layers}
-    taken = {part for part in set(last.values()) if _is_experts_name(model, part)}
+    stored = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    renamed = {name for name in layers if rename_source_key(f"{name}.weight", stored, [])[0] != f"{name}.weight"}
+    experts = {part for part in set(last.values()) if _is_experts_name(model, part)}
+    taken = {name for name in layers if last[name] in experts or name in renamed}
     if taken and section.targets != ALL_LINEAR:
-        rule = f"can't name {', '.join(sorted(taken))} of {model.config.model_type}: PEFT takes them for parts of its experts"
+        named = ", ".join(sorted({last[name] for name in taken}))
+        rule = f"can't name {named} of {model.config.model_type}: PEFT takes them for parts of its experts"
         fix = "Leave them out; adapter.experts=true puts an adapter on each expert."
         raise ConfigError("adapter.targets", rule, got=section.targets, fix=fix)
-    return {name: layer for name, layer in layers.items() if last[name] not in taken}
+    return {name: layer for name, layer in layers.items() if name not in taken}
 
 
 def _is_experts_name(model: PreTrainedModel, part: str) -> bool:

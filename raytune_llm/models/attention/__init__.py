@@ -23,6 +23,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models.attention import documents
 from raytune_llm.models.attention.backends import flash2, flash3, flash4, flex, sdpa, varlen
 from raytune_llm.models.attention.isolation import ONE_ROW_A_LINE, check_isolation
+from raytune_llm.models.layers import largest
 from raytune_llm.models.multimodal import text_model
 from raytune_llm.records import Batch, Prefixes
 
@@ -76,7 +77,7 @@ def case_of(config: PretrainedConfig, device_type: str, capability: tuple[int, i
         device_type=device_type,
         dtype=dtype,
         capability=capability,
-        head=getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else Case.head),  # Mamba has none
+        head=largest(text, "head_dim") or (text.hidden_size // heads if heads else Case.head),  # Mamba has none
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         sinks=text.model_type in WITH_SINKS,
     )

@@ -71,7 +71,10 @@ class PagedCache:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
-ATTENDS_TWICE = ("diffllama",)
+ATTENDS_TWICE = {
+    "diffllama": "whose layers attend twice, with the same keys and other values",
+    "hrm_text": "whose layers are gone through several times",
+}
 """Architectures, by model_type, whose layers call attention more than once: a cache would hold the last call's values alone."""
 
 
@@ -90,7 +93,7 @@ def cache_lacks(config: PretrainedConfig) -> str | None:
     if getattr(text, "num_kv_shared_layers", None):
         return "whose last layers read the keys and values of earlier ones"
     if text.model_type in ATTENDS_TWICE:
-        return "whose layers attend twice, with the same keys and other values"
+        return ATTENDS_TWICE[text.model_type]
     return "whose layers keep what they need in a way of their own" if text.model_type in ONE_ROW_A_LINE and not kinds else None
 
 
