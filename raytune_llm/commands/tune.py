@@ -103,15 +103,17 @@ class _Face:
     def standing(self) -> str:
         if self._study is None:
             return ""
-        ended = sum(trial.state != "running" for trial in self._study.trials)
+        ended = sum(trial.state not in ("running", "paused") for trial in self._study.trials)
         return f"{ended} trials ended; "
 
     def _left(self, study: Study) -> Text:
-        """The time that is left, estimated by the mean time of the trials that ended here."""
-        ended = [trial.seconds for trial in study.trials if trial.state != "running"]
         total = (self._sweep.tune.trials or len(self._sweep.planned)) * self._sweep.tune.seeds
-        left = f", about {_duration(sum(ended) / len(ended) * (total - len(ended)))} left" if ended else ""
-        return Text(f"{len(ended)} of {total} trials{left}", style="dim")
+        states = [trial.state for trial in study.trials]
+        ended = len(states) - states.count("running") - states.count("paused")
+        waiting = f", {states.count('paused')} wait" if "paused" in states else ""
+        left = study.seconds_left
+        time_left = f", about {_duration(left)} left" if left else ""
+        return Text(f"{ended} of {total} trials ended{waiting}{time_left}", style="dim")
 
 
 def trials_table(study: Study) -> Table:

@@ -27,6 +27,14 @@ class Halving:
         """The part of its steps at which the trial waits next. None: it trains to its end."""
         return self.rungs[trial.round] if trial.round < len(self.rungs) else None
 
+    @property
+    def work(self) -> float:
+        """All steps that the sweep makes, in trials trained to their end."""
+        work, left, at = 0.0, self._trials, 0.0
+        for rung, part in enumerate(self.rungs):
+            work, left, at = work + left * (part - at), self._room(rung), part
+        return work + left * (1 - at)
+
     def came(self, trial: Trial, score: float) -> None:
         """The trial waits at its rung."""
         self._scores[trial.round][trial.number] = score

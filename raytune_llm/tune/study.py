@@ -153,6 +153,18 @@ class Study:
             self.trials[change["trial"]].point = change["point"]
 
     @property
+    def seconds_left(self) -> float | None:
+        """An estimate, of trials one after another: by the steps that are left where trials are promoted, else by the mean time
+        of those that ended. None before there is anything to go by."""
+        total = (self.sweep.tune.trials or len(self.sweep.planned)) * self.sweep.tune.seeds
+        if self._halving is None:
+            took = [trial.seconds for trial in self.trials if trial.state != "running"]
+            return sum(took) / len(took) * (total - len(took)) if took else None
+        made = sum(trial.step / trial.total_steps for trial in self.trials if trial.total_steps)
+        took_s = sum(trial.seconds for trial in self.trials if trial.total_steps)
+        return took_s / made * max(0.0, self._halving.work - made) if made else None
+
+    @property
     def interrupted(self) -> tuple[Trial, ...]:
         return tuple(self._interrupted)
 

@@ -68,6 +68,24 @@ def test_trials_in_actors_are_those_of_one_process_also_when_one_is_killed(chat_
 
 
 @pytest.mark.long
+def test_a_trial_that_resumes_from_a_rung_does_so_where_all_actors_were_killed_meanwhile(chat_rows, cache, tmp_path):
+    grid = ("optimizer.lr=1e-3,1e-2", "adapter.rank=2,4", "tune=grid", "tune.scheduler=asha", "tune.grace=0.25")
+    api.tune(load_sweep(words(chat_rows, cache, tmp_path / "here", *grid, "resources=inline")))
+    before, killed = set(processes_of(b"ray::TrialProcess")), []
+
+    def kill_all(study, trial):
+        if trial.round == 1 and trial.state == "running" and not killed:
+            killed.extend(set(processes_of(b"ray::TrialProcess")) - before)
+            for process in killed:
+                os.kill(process, signal.SIGKILL)
+
+    sweep = load_sweep(words(chat_rows, cache, tmp_path / "there", *grid, "resources=local", "tune.max_concurrent=2"))
+    api.tune(sweep, on_change=kill_all)
+    assert len(killed) == 2
+    assert numbers(tmp_path / "there") == numbers(tmp_path / "here")
+
+
+@pytest.mark.long
 def test_a_group_of_workers_that_is_stopped_early_frees_its_place(chat_rows, cache, tmp_path):
     import ray
 

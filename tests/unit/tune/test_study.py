@@ -10,6 +10,7 @@ import pytest
 
 from raytune_llm import ConfigError, DataError, load_sweep
 from raytune_llm.tune.events import EVENTS
+from raytune_llm.tune.halving import Halving
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.results import results
 from raytune_llm.tune.study import Study, folder_name
@@ -218,6 +219,18 @@ def test_the_best_part_of_all_trials_resumes_from_each_rung_and_the_others_end_t
         assert {(trial.state, trial.step) for trial in left[count:]} == {("stopped", step)}
         left = left[:count]
     assert {(trial.state, trial.step) for trial in left} == {("finished", 4)}
+    assert Halving((0.25, 0.5), reduction=2, trials=9).work == sum(trial.step / 4 for trial in study.trials) == 4.25
+    study.close()
+
+
+def test_the_time_that_is_left_is_that_of_the_steps_that_are_left(tmp_path):
+    study = study_in(tmp_path, *HALVED)
+    assert study.seconds_left is None
+    for _ in range(9):
+        trial = study.next()
+        trial.seconds = 10.0  # for one step
+        advance(study, trial)
+    assert study.seconds_left == pytest.approx(10.0 * (4 * 1 + 2 * 2))
     study.close()
 
 
