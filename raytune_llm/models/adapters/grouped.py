@@ -116,6 +116,7 @@ class GroupedAttention(nn.Module):
         self.scaling: Any = attention.scaling
         self.attention_dropout: Any = attention.attention_dropout
         self.is_causal = True
+        self.window_in_mask: int | None = getattr(attention, "window_in_mask", None)
         self.norms_heads = "q_norm" in self._modules
         self.sliding_window: int | None = _sliding_window(attention)
         self.train(attention.training)

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.attention import documents
-from raytune_llm.models.attention.backends import flash2, flash3, flash4, flex, sdpa, varlen
+from raytune_llm.models.attention.backends import flash2, flash3, flash4, flex, note_windows_in_masks, sdpa, varlen
 from raytune_llm.models.attention.isolation import ONE_ROW_A_LINE, check_isolation
 from raytune_llm.models.layers import largest
 from raytune_llm.models.multimodal import text_model
@@ -235,6 +235,7 @@ def attach(model: PreTrainedModel, backend: str) -> None:
     AttentionInterface.register(name, BACKENDS[backend])
     text: Any = text_model(model)
     text.set_attn_implementation(name)
+    note_windows_in_masks(model)
 
 
 def tell_torch(backend: str) -> None:

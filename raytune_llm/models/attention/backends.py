@@ -29,6 +29,8 @@ from raytune_llm.models.attention.masked import Scores, masked_attention
 from raytune_llm.models.attention.varlen import varlen_over
 from raytune_llm.records import Prefixes
 
+WINDOW_IN_MASK = "window_in_mask"
+"""An attribute of a layer's attention: see note_windows_in_masks."""
 ALL_SLIDE = ("phimoe",)
 """Architectures, by model_type, of which every layer has a window that is in the model's mask alone. Where layers differ, their
 config says which have one (Qwen2-MoE)."""
@@ -53,7 +55,7 @@ def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[
         **of_batch: Any,
     ) -> tuple[Tensor, None]:
         _check(module, attention_mask)
-        sliding_window = _window_in_mask(module) if sliding_window is None else sliding_window
+        sliding_window = getattr(module, WINDOW_IN_MASK, None) if sliding_window is None else sliding_window
         if cached_rows is not None:
             scores = Scores(scaling, sliding_window, softcap)
             return cached_attention(module, query, key, value, scores, cached_rows, s_aux), None
@@ -76,12 +78,19 @@ def _check(module: nn.Module, attention_mask: Tensor | None) -> None:
         raise ConfigError("model.path", "must be a model with causal attention")
 
 
-def _window_in_mask(module: nn.Module) -> int | None:
-    """The window of a layer whose model does not pass it: it stands in the mask that the model makes, which no back end sees."""
-    config: Any = getattr(module, "config", None)
-    kinds: Any = getattr(config, "layer_types", None)
-    slides = kinds[module.layer_idx] == "sliding_attention" if kinds else getattr(config, "model_type", None) in ALL_SLIDE
-    return config.sliding_window if slides else None
+def note_windows_in_masks(model: nn.Module) -> None:
+    """Note in each layer's attention the window that its model does not pass: it stands in the mask that the model makes, which
+    no back end sees. Beforehand, since a pass that reads the layer's number makes the compiler take each layer for another, and
+    after eight of them it gives up."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        number: Any = getattr(module, "layer_idx", None)
+        if config is not None and isinstance(number, int):
+            kinds: Any = getattr(config, "layer_types", None)
+            slides = (
+                kinds[number : number + 1] == ["sliding_attention"] if kinds else getattr(config, "model_type", None) in ALL_SLIDE
+            )
+            setattr(module, WINDOW_IN_MASK, config.sliding_window if slides else None)
 
 
 def _check_of_batch(of_batch: Mapping[str, Any]) -> None:
