@@ -133,6 +133,8 @@ def build_policy(
     if slots is None:
         drawn_with = seed if adapter_seed is None else adapter_seed
         adapted = _adapted(loaded, adapter, quantization, drawn_with, scores=scores, new_ids=sorted(first_pieces))
+        if not trains:
+            adapted.model.requires_grad_(False)  # a quantization takes frozen weights
         hold(adapted.model)
     else:
         hold(loaded.requires_grad_(False))  # a bank comes after quantization, which takes frozen weights
