@@ -24,7 +24,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from gpu import SHAPES
-from gpu_serve import NEW, PROMPT, engine_of
+from gpu_serve import NEW, PROMPT, clear, engine_of
 
 from raytune_llm.engines.questions import BLOCK_QUESTIONS, Answered, Question, in_blocks
 from raytune_llm.engines.requests import Sampling
@@ -90,8 +90,8 @@ def main() -> None:
     finally:
         engine.close()
     del engine
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    print(json.dumps(result), file=sys.stderr, flush=True)
+    clear()
     plain = engine_of(asked.shape, "none", asked.rows, 0, {"prefix_cache": False})
     try:
         _, alone = answered(plain, asked.rows, multiple[:CHECKED])

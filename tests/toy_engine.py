@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,12 @@ class ToyRunner:
 
     device = torch.device("cpu")
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, slots: int = 4, vocab_size: int = V) -> None:
-        self.vocab_size = vocab_size
+    def __init__(
+        self, num_blocks: int = 64, block_size: int = 4, slots: int = 4, vocab_size: int = V, runs_ahead: bool = False
+    ) -> None:
+        self.vocab_size, self.runs_ahead = vocab_size, runs_ahead
+        self.tokens: list[int] = []
+        """Those of the last step."""
         self.num_blocks, self.block_size, self.bank = num_blocks, block_size, ToyBank(slots)
         self.cache: list[Any] = [None] * num_blocks * block_size
         self.steps: list[list[Piece]] = []
@@ -56,14 +61,23 @@ class ToyRunner:
         for row, start, stop in pieces:
             weights = 0 if row.slot < 0 else self.bank.held[row.slot]
             places = [block * self.block_size + at for block in row.blocks for at in range(self.block_size)][:stop]
+            assert self.runs_ahead or min(row.ids) >= 0
+            ids = [self.tokens[-1 - id] if id < 0 else id for id in row.ids]
             for at in range(start, stop):
-                self.cache[places[at]] = (row.ids[at], weights)
-            assert [self.cache[place] for place in places] == [(id, weights) for id in row.ids[:stop]]
-            if stop == len(row.ids):
+                self.cache[places[at]] = (ids[at], weights)
+            assert [self.cache[place] for place in places] == [(id, weights) for id in ids[:stop]]
+            if stop == len(ids):
                 values = torch.zeros(self.vocab_size)
-                values[following(row.ids, weights)] = 1.0
+                values[following(ids, weights)] = 1.0
                 logits.append(values)
         return torch.stack(logits) if logits else torch.zeros(0, V)
+
+    @property
+    def sampled(self) -> Callable[[torch.Tensor], None] | None:
+        return self._sampled if self.runs_ahead else None
+
+    def _sampled(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens.tolist()
 
     def pooled(self, prompts: list[list[int]], pooling: str, slot: int) -> list[list[float]]:
         return [[float(sum(ids)), float(slot)] for ids in prompts]
@@ -75,8 +89,10 @@ class ToyRunner:
         return weights, 8
 
 
-def following(ids: list[int], weights: int) -> int:
-    return 1 + (sum(id * (at + 1) for at, id in enumerate(ids)) * 31 + weights * 7) % (V - 1)
+def following(ids: list[int], weights: int, but: tuple[int, ...] = ()) -> int:
+    """The next token; where it is one of `but`, the least other one."""
+    token = 1 + (sum(id * (at + 1) for at, id in enumerate(ids)) * 31 + weights * 7) % (V - 1)
+    return token if token not in but else next(other for other in range(V) if other not in but)
 
 
 def answer(prompt: list[int], weights: int, tokens: int) -> list[int]:

@@ -121,6 +121,7 @@ class HFRunner:
     """Implements the engine's Runner."""
 
     block_size = BLOCK_SIZE
+    sampled = None
 
     def __init__(
         self,

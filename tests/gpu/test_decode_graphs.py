@@ -21,6 +21,8 @@ from raytune_llm.models.adapters.routes import _by_row, slot_products
 from raytune_llm.models.attention.decode_step import StepNumbers
 from raytune_llm.models.attention.paged_decode import paged_decode, plain
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.few_rows import few_rows, few_rows_fp8
+from raytune_llm.models.quantization.fp8 import _rows_in_fp8, fp8_product
 from tests.invariant.test_served_equals_trained import CONFIG, Tokenizer, save_adapter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -49,23 +51,38 @@ def test_decoding_equals_its_plain_twin(heads, groups, head, window, softcap, dt
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("rows", [5, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_by_slot_equal_their_plain_twin(dtype):
+def test_products_by_slot_equal_their_plain_twin(dtype, rows):
     torch.manual_seed(0)
-    slots = torch.tensor([2, -1, 0, 2, 1], dtype=torch.int32, device=CUDA)
+    slots = torch.randint(-1, 3, (rows,), dtype=torch.int32, device=CUDA)
+    slots[1] = -1
     for inputs, rank, widths in ((4096, 8, (4096, 1024, 1024)), (14336, 8, (4096,)), (96, 64, (100, 36))):
-        x = torch.randn(5, inputs, device=CUDA, dtype=dtype)
+        x = torch.randn(rows, inputs, device=CUDA, dtype=dtype)
         a = [torch.randn(4, rank, inputs, device=CUDA, dtype=dtype) / inputs**0.5 for _ in widths]
         b = [torch.randn(4, rank, width, device=CUDA, dtype=dtype) for width in widths]
         for bank in (*a, *b):
             bank[-1] = 0
-        outs = [torch.randn(5, width, device=CUDA, dtype=dtype) for width in widths]
-        got = slot_products(outs, x, slots, a, b)
+        outs = list(torch.randn(rows, sum(widths), device=CUDA, dtype=dtype).split(widths, dim=1))
+        got = slot_products(outs, x, slots, slots.argsort(), a, b)
         for out, one, a_GRK, b_GRO in zip(outs, got, a, b, strict=True):
-            torch.testing.assert_close(
-                one, _by_row(out, x, slots, a_GRK, b_GRO), rtol=1e-2, atol=1e-2 if dtype != torch.float32 else 1e-3
-            )
+            tolerance = 5e-2 if dtype != torch.float32 else 1e-3
+            torch.testing.assert_close(one, _by_row(out, x, slots, a_GRK, b_GRO), rtol=tolerance, atol=tolerance)
             assert torch.equal(one[1], out[1])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 32, 33, 100, 128, 129])
+@pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (4096, 14336), (200, 96)])
+def test_products_of_few_rows_equal_their_plain_twins(rows, outputs, inputs):
+    torch.manual_seed(0)
+    x = torch.randn(rows, inputs, device=CUDA, dtype=torch.bfloat16)
+    weight = torch.randn(outputs, inputs, device=CUDA, dtype=torch.bfloat16) / inputs**0.5
+    torch.testing.assert_close(few_rows(x, weight).float(), x.float() @ weight.float().T, rtol=1e-2, atol=2e-2)
+    if outputs % 16 == 0:
+        rounded, scale = _rows_in_fp8(weight)
+        torch.testing.assert_close(
+            few_rows_fp8(x, rounded, scale.flatten()), fp8_product(x, rounded, scale.T), rtol=2e-2, atol=2e-2
+        )
 
 
 def answers(folders: dict[str, Path], *, compiled: bool | None) -> list[tuple[int, ...]]:

@@ -23,9 +23,11 @@ from raytune_llm.models.activations import lacks_for_compiling
 from raytune_llm.models.adapters import LoraBank, reads_weights
 from raytune_llm.models.attention.cache import check_cached
 from raytune_llm.models.build import build_policy
+from raytune_llm.models.few_rows import FewRows
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import positions
-from raytune_llm.models.packed import lacks_for_packing, pack
+from raytune_llm.models.onednn import OneDNN
+from raytune_llm.models.packed import Packing, pack
 from raytune_llm.models.scorer import Scorer
 
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -33,6 +35,7 @@ STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 CPU_CACHE_BYTES = 4 * 2**30
 CPU_ROW_TOKENS = 2048
 """On a CPU the cache holds so many tokens of each row, and at most CPU_CACHE_BYTES."""
+PACKINGS: tuple[type[Packing], ...] = (OneDNN, FewRows)
 WORKING_BYTES = 2 * 2**30
 """GPU memory that is kept free for a step's activations."""
 
@@ -92,9 +95,10 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
     if serving.adapter is None:
         bank = LoraBank(policy.base, num_slots=serving.max_adapters, max_rank=serving.max_rank, dtype=serving.compute)
     reads = serving.adapter is not None and reads_weights(serving.adapter)
-    if not reads and lacks_for_packing(serving.device, serving.compute) is None:
-        pack(layers(policy.base))
-        if bank is not None:
+    packing = next((one for one in PACKINGS if one.lacks(serving.device, serving.compute) is None), None)
+    if packing is not None and not reads:
+        pack(layers(policy.base), packing)
+        if bank is not None and packing.joins_adapters:
             bank.join()
     limit = serving.limit or 2**20
     graphs = None

@@ -2,6 +2,10 @@
 
 A step is `schedule, run, sample, publish`. Calls of other threads (requests, cancellations, adapters) run between two steps.
 The loop follows nano-vllm's; the forward pass is `Policy.hidden`, as in training.
+
+Where the runner can take a step's tokens from the device, the next step starts before the host has read them, so that the device
+doesn't wait for the host (vLLM's asynchronous scheduling). Until then a row holds its new token as the number of a place on the
+device. A row that turns out to have ended is computed once in vain.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -50,6 +54,12 @@ class Runner(Protocol):
         """float32 [R, V]: logits at the last token of each piece that samples, in their order."""
         ...
 
+    @property
+    def sampled(self) -> Callable[[Tensor], None] | None:
+        """Takes the tokens [R] that came of a step, where the next one finds them: rows that decode may then have a last token
+        that only the device knows, -1 minus its place among these. None: the host has to know all tokens."""
+        ...
+
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, slot: int) -> list[list[float]]:
         """One vector per prompt, [D], computed with the adapter in the slot; -1: the base model alone."""
         ...
@@ -67,6 +77,30 @@ class Runner(Protocol):
     def read_adapter(self, folder: Path) -> tuple[Any, int]:
         """The weights in the bank's form, and their rank. Raises UserError for an adapter that does not fit."""
         ...
+
+
+class Started:
+    """A step that runs, or ran, on the device."""
+
+    def __init__(
+        self, pieces: Sequence[Piece], rows: Sequence[Row], tokens_R: Tensor, scored: Mapping[Row, TokenLogprob]
+    ) -> None:
+        """rows: those that get a token. scored: its log-probability, for rows that ask for it."""
+        self.pieces, self.rows, self.scored = pieces, rows, scored
+        self.places = [len(row.ids) for row in rows]
+        """Of the new tokens in their rows."""
+        self._tokens_R, self._copied = tokens_R, None
+        if tokens_R.is_cuda:
+            self._tokens_R = torch.empty(tokens_R.shape, dtype=tokens_R.dtype, pin_memory=True)
+            self._tokens_R.copy_(tokens_R, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def tokens(self) -> list[int]:
+        """Wait for the step, but not for what was started after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tokens_R.tolist()
 
 
 class NativeEngine:
@@ -106,6 +140,8 @@ class NativeEngine:
         """Calls that are put into `_calls` again before the next step, because no slot was free."""
         self._unpublished: list[tuple[Row, int, TokenLogprob | None, Finish | None]] = []
         """Tokens of the last step that were not published yet: row, token, its log-probability, finish reason."""
+        self._started: Started | None = None
+        """A step whose tokens the rows do not have yet."""
         self._store = AdapterStore(runner.read_adapter, max_host=max_host_adapters, on_read=lambda: self._calls.put(lambda: None))
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()
@@ -275,33 +311,64 @@ class NativeEngine:
     def _answer_all(self) -> None:
         """Compute steps in the caller's thread until every request is complete."""
         self._run_calls(wait=False)
-        while self._scheduler.running or self._scheduler.waiting or self._unpublished:
+        while self._scheduler.running or self._scheduler.waiting or self._started or self._unpublished:
             worked = self._step()
             assert worked, "a row that fits the cache can be computed"
 
     def _step(self) -> bool:
         """Compute one step. Returns False if there was nothing to do."""
+        if self._started is not None and not self._may_run_ahead(self._started):
+            self._read_tokens()
         pieces = self._scheduler.schedule()
-        if not pieces:
-            return self._publish_all()
-        logits_RV = self._runner.run(pieces)
-        self._publish_all()  # the previous step's, while the device computes this one
-        rows = [piece.row for piece in pieces if piece.samples]
-        tokens, scored = self._sample(logits_RV, rows) if rows else ([], {})
-        for piece in pieces:
-            if not piece.row.done:
-                self._prompted += max(0, min(piece.stop, piece.row.prompt_tokens) - piece.start)
-                self._scheduler.computed(piece)
-        for row, token in zip(rows, tokens, strict=True):
-            if not row.done:
-                self._unpublished.append((row, token, scored.get(row), self._append(row, token)))
+        started = self._start(pieces) if pieces else None
+        read = self._read_tokens()  # of the step before, while the device computes this one; so is their text
+        published = self._publish_all()
+        self._started = started
+        if started is None:
+            return read or published
         if not self._overlaps:
+            self._read_tokens()
             self._publish_all()
         self._steps += 1
         return True
 
-    def _sample(self, logits_RV: Tensor, rows: Sequence[Row]) -> tuple[list[int], dict[Row, TokenLogprob]]:
-        """The next token of each row, and the log-probabilities for rows that ask for them. logits_RV is changed."""
+    def _may_run_ahead(self, started: Started) -> bool:
+        """The next step can be chosen without the tokens of the one that runs: it won't have to preempt a row."""
+        enough = self._blocks.num_free >= len(self._scheduler.running)
+        return self._runner.sampled is not None and enough and not any(row.needs_tokens for row in started.rows)
+
+    def _start(self, pieces: Sequence[Piece]) -> Started:
+        """Run the pieces and sample. Each row's new token is a place on the device until it is read."""
+        logits_RV = self._runner.run(pieces)
+        rows = [piece.row for piece in pieces if piece.samples]
+        tokens_R, scored = self._sample(logits_RV, rows) if rows else (torch.empty(0, dtype=torch.int64), {})
+        if self._runner.sampled is not None:
+            self._runner.sampled(tokens_R)
+        started = Started(pieces, rows, tokens_R, scored)
+        for piece in pieces:
+            piece.row.computed = piece.stop
+        for number, row in enumerate(rows):
+            row.ids.append(-1 - number)
+            row.sampler.drawn += 1
+        return started
+
+    def _read_tokens(self) -> bool:
+        """Give the rows of the started step their tokens. Returns False if there is no such step."""
+        started, self._started = self._started, None
+        if started is None:
+            return False
+        tokens = started.tokens()
+        for piece in started.pieces:
+            if not piece.row.ended:
+                self._prompted += max(0, min(piece.stop, piece.row.prompt_tokens) - piece.start)
+                self._scheduler.computed(piece)
+        for row, place, token in zip(started.rows, started.places, tokens, strict=True):
+            if not row.ended:
+                self._unpublished.append((row, token, started.scored.get(row), self._take(row, place, token)))
+        return True
+
+    def _sample(self, logits_RV: Tensor, rows: Sequence[Row]) -> tuple[Tensor, dict[Row, TokenLogprob]]:
+        """int64 [R]: the next token of each row, and the log-probabilities for rows that ask for them. logits_RV is changed."""
         asking = [number for number, row in enumerate(rows) if row.sampling.logprobs is not None]
         unchanged_RV = logits_RV[asking] if asking else None  # a copy
         bitmask_RW = None if self._grammars is None else self._grammars.bitmask([row.matcher for row in rows])
@@ -313,7 +380,7 @@ class NativeEngine:
             most = max(rows[number].sampling.logprobs or 0 for number in asking)
             for number, one in zip(asking, logprobs(unchanged_RV, tokens_R[asking], most), strict=True):
                 scored[rows[number]] = replace(one, top=one.top[: rows[number].sampling.logprobs])
-        return tokens_R.tolist(), scored
+        return tokens_R, scored
 
     def _run_calls(self, *, wait: bool) -> None:
         """Run other threads' calls, then end rows that were cancelled or whose adapter can't be read. wait: up to IDLE_S for a
@@ -333,7 +400,7 @@ class NativeEngine:
                 self._end(row, "cancelled")
             elif row.adapter is not None and not self._store.ready(row.adapter) and row.adapter.failure is not None:
                 row.done = True
-                self._scheduler.end(row)
+                self._leave(row, row.known)
                 row.stream.fail(row.adapter.failure)
 
     def _compute(self, compute: Callable[[int], T], adapter: Adapter | None, future: Future[T]) -> None:
@@ -372,20 +439,27 @@ class NativeEngine:
         tokens = iter(scored)
         return [[next(tokens) for _ in answer] for answer in answers]
 
-    def _append(self, row: Row, token: int) -> Finish | None:
-        """Add a sampled token to the row. The row leaves the batch if it is its last token, for the reason that is returned."""
+    def _take(self, row: Row, place: int, token: int) -> Finish | None:
+        """Put a sampled token into its place in the row. The row leaves the batch if it is its last token, for the reason that is
+        returned."""
         self._generated += 1
         if row.matcher is not None:
             row.matcher.accept_token(token)
         if token in self._end_ids and not row.sampling.ignore_end:
-            self._scheduler.end(row)
+            self._leave(row, place)
             return "stop"
-        row.ids.append(token)
-        row.sampler.append(token)
-        if len(row.ids) >= row.limit:
-            self._scheduler.end(row)
+        row.ids[place] = token
+        row.sampler.count(token)
+        if place + 1 >= row.limit:
+            self._leave(row, place + 1)
             return "length"
         return None
+
+    def _leave(self, row: Row, length: int) -> None:
+        """Take a row out of the batch. length: tokens that are its own; later ones were computed in vain."""
+        row.ended = True
+        del row.ids[length:]
+        self._scheduler.end(row)
 
     def _publish_all(self) -> bool:
         """Publish the unpublished tokens, and end the rows that are complete. Returns False if there were none."""
@@ -412,7 +486,7 @@ class NativeEngine:
 
     def _end(self, row: Row, finish: Finish, text: str = "", logprob: TokenLogprob | None = None) -> None:
         row.done = True
-        self._scheduler.end(row)
+        self._leave(row, row.known)
         text += row.text.finish()
         if row.text.stopped is not None and finish != "cancelled":
             finish = "stop"

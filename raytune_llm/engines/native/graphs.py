@@ -58,8 +58,10 @@ class DecodeGraphs:
         self._cache, self._bank, self._captured = cache, bank, captured
         self.sizes = sorted({size for size in SIZES if size < max_rows} | {max_rows})
         self._numbers = StepNumbers(max_rows, -(-max_length // cache.block_size), cache.device)
+        self._sampled = torch.zeros(max_rows, dtype=torch.int32, device=cache.device)
         self._graphs: dict[tuple[int, bool], tuple[Any, Tensor]] = {}
-        self._pool: Any = None
+        self.pool: Any = None
+        """The graphs' memory, which others may share that run in the same stream."""
         for number, (_, layer) in enumerate(named_layers(policy.base)):
             attention = next(part for part in layer.modules() if hasattr(part, "layer_idx") and _attends(part))
             # Of a tensor, since a number would make the compiler take each layer for another.
@@ -89,6 +91,10 @@ class DecodeGraphs:
         self._numbers.put(size, tokens, lengths, slots, blocks, block_size)
         return self._logits(size, any(slot >= 0 for slot in slots))[: len(rows)]
 
+    def sampled(self, tokens_R: Tensor) -> None:
+        """The tokens that came of a step, for the next one."""
+        self._sampled[: len(tokens_R)].copy_(tokens_R)
+
     def _logits(self, size: int, adapted: bool) -> Tensor:
         if not self._captured:
             return self._computed(size, adapted)
@@ -112,14 +118,14 @@ class DecodeGraphs:
                 self._computed(size, adapted)
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self.pool):
             logits_RV = self._computed(size, adapted)
-        self._pool = self._pool or graph.pool()
+        self.pool = self.pool or graph.pool()
         self._numbers.device.copy_(held)
         return graph, logits_RV
 
     def _computed(self, size: int, adapted: bool) -> Tensor:
-        step = DecodeStep.of(self._cache, self._numbers, size)
+        step = DecodeStep.of(self._cache, self._numbers, size, self._sampled)
         route: Mapping[str, Any] = self._bank.by_tokens(step.column(SLOT)) if adapted else {}
         hidden_1RD = self._policy.hidden(step, route)
         return self._policy.logits(hidden_1RD[0])

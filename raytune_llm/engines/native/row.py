@@ -20,7 +20,7 @@ class Row:
     sampler: RowSampler
     text: TextStream
     ids: list[int]
-    """Prompt and answer so far."""
+    """Prompt and answer so far. A negative one is a token that the host has not read: -1 minus its place on the device."""
     prompt_tokens: int
     limit: int
     """Tokens of prompt and answer, at most."""
@@ -39,6 +39,8 @@ class Row:
     arrived: float = field(default_factory=time.monotonic)
     done: bool = False
     """Its stream has its end: what is computed of it still is nobody's."""
+    ended: bool = False
+    """It left the batch."""
     blocked_on: str | None = None
     """Why it waits."""
     _digests: list[bytes] = field(default_factory=list)
@@ -46,6 +48,22 @@ class Row:
     @property
     def answer(self) -> list[int]:
         return self.ids[self.prompt_tokens :]
+
+    @property
+    def known(self) -> int:
+        """Tokens that the host has read."""
+        unread = sum(1 for token in self.ids[-2:] if token < 0)
+        return len(self.ids) - unread
+
+    @property
+    def complete(self) -> bool:
+        """It has all tokens that it may have, read or not."""
+        return len(self.ids) >= self.limit
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Its next token can't be drawn before its last one is read."""
+        return self.matcher is not None or self.sampler.penalized or self.sampling.logprobs is not None
 
     @property
     def pending(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from raytune_llm.data.batches import collate, to_device
 from raytune_llm.engines.native.graphs import DecodeGraphs
+from raytune_llm.engines.native.prompt_graphs import PromptGraphs, lacks_for_prompt_graphs
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.native.scoring import ScoredText
 from raytune_llm.engines.native.slots import Bank
@@ -54,19 +55,42 @@ class PolicyRunner:
         self._policy: Any = policy
         self._bank = bank
         alike = 0 if graphs is None else policy.base.config.get_text_config().num_hidden_layers
-        self._cache = PagedCache(num_blocks, block_size, dtype=policy.compute, device=device, alike=alike)
-        self._graphs = None
+        # One block more, for the tokens of padding.
+        self._cache = PagedCache(num_blocks + (graphs is not None), block_size, dtype=policy.compute, device=device, alike=alike)
+        self._graphs: DecodeGraphs | None = None
+        self._prompts: PromptGraphs | None = None
         if graphs is not None:
             with self._eagerly(), torch.no_grad():
                 policy.hidden(CachedRows.of(self._cache, [NewTokens([0], 0, [0])]))  # so that the cache has its shape
             self._graphs = graphs(self._cache)
             self._graphs.warm_up()
+            if device.type == "cuda" and lacks_for_prompt_graphs(policy.base.config, policy.compute) is None:
+                self._prompts = PromptGraphs(policy, self._cache, bank, spare=num_blocks, pool=self._graphs.pool)
+                with self._eagerly():
+                    self._prompts.warm_up()
+
+    @property
+    def sampled(self) -> Callable[[Tensor], None] | None:
+        return None if self._graphs is None else self._graphs.sampled
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """float32 [R, V]: logits at the last token of each piece that samples, in their order."""
-        if self._graphs is not None and all(stop - start == 1 and stop == len(row.ids) for row, start, stop in pieces):
-            return self._graphs.run(pieces)
-        order = sorted(range(len(pieces)), key=lambda number: pieces[number].stop - pieces[number].start > 1)
+        if self._graphs is None:
+            return self._as_written(pieces)
+        decoding = list(takewhile(lambda piece: piece.stop - piece.start == 1 and piece.samples, pieces))
+        rest = pieces[len(decoding) :]
+        if not rest:
+            return self._graphs.run(decoding)
+        captured = self._prompts is not None and self._prompts.takes(rest)
+        of_rest_RV = self._prompts.run(rest) if captured and self._prompts is not None else self._as_written(rest)
+        return torch.cat([self._graphs.run(decoding), of_rest_RV]) if decoding else of_rest_RV
+
+    def _as_written(self, pieces: Sequence[Piece]) -> Tensor:
+        # Rows that decode first, and prompts by slot, so that none of their tokens has to move to its adapter's.
+        order = sorted(
+            range(len(pieces)),
+            key=lambda number: (pieces[number].stop - pieces[number].start > 1, self._rank(pieces[number].row.slot)),
+        )
         rows = self._rows([pieces[number] for number in order])
         ends = dict(zip(order, rows.starts[1:], strict=True))
         # Made before the layers run: a copy to the device would wait for them.
@@ -166,7 +190,12 @@ class PolicyRunner:
         if max(sizes) == 1:
             return self._bank.by_tokens(slot_M.to(self.device))
         cu_seqlens_S = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(self.device)
-        return self._bank.by_documents(slot_M, cu_seqlens_S, sum(sizes))
+        ranks = [self._rank(slot) for slot in slots]
+        return self._bank.by_documents(slot_M, cu_seqlens_S, sum(sizes), in_order=ranks == sorted(ranks))
+
+    def _rank(self, slot: int) -> int:
+        """The place of a slot among others; rows of none come last."""
+        return slot if slot >= 0 or self._bank is None else self._bank.num_slots
 
     def _evaluates(self) -> None:
         """Switch to evaluation mode where it isn't on: to set it in each module takes milliseconds."""

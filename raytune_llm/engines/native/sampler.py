@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class RowSampler:
     end_ids: tuple[int, ...]
     prompt_ids: Sequence[int]
     drawn: int = 0
-    """Tokens of the answer so far."""
+    """Tokens of the answer so far, those that the host has not read among them."""
     seen_V: Tensor | None = field(default=None, repr=False)
     """bool: tokens of prompt and answer; only where a penalty asks for it."""
     counts_V: Tensor | None = field(default=None, repr=False)
@@ -36,8 +37,8 @@ class RowSampler:
         s = self.sampling
         return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
 
-    def append(self, token: int) -> None:
-        self.drawn += 1
+    def count(self, token: int) -> None:
+        """A token of the answer was read."""
         if self.counts_V is not None and self.seen_V is not None:
             self.counts_V[token] += 1
             self.seen_V[token] = True
@@ -84,16 +85,22 @@ def sample(logits_RV: Tensor, rows: Sequence[RowSampler], bitmask_RW: Tensor | N
             row.change(logits_RV[number])
     forbidden = [(number, token) for number, row in enumerate(rows) for token in row.forbidden]
     if forbidden:
-        places_2N = torch.tensor(forbidden).T.to(logits_RV.device)
+        places_2N = _on(logits_RV.device, forbidden, torch.int64).T
         logits_RV[places_2N[0], places_2N[1]] = -torch.inf
     if bitmask_RW is not None:
         logits_RV.masked_fill_(~allowed(bitmask_RW, logits_RV.shape[1]), -torch.inf)
     tokens_R = logits_RV.argmax(dim=1)
     drawn = [number for number, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
-        index = torch.tensor(drawn, device=logits_RV.device)
+        index = _on(logits_RV.device, drawn, torch.int64)
         tokens_R[index] = _draw(logits_RV[index], [rows[number] for number in drawn])
     return tokens_R
+
+
+def _on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """Numbers of the host. A copy from memory that isn't page-locked would wait for the step that runs."""
+    held = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    return held.to(device, non_blocking=True)
 
 
 def allowed(bitmask_RW: Tensor, size: int) -> Tensor:
@@ -109,8 +116,7 @@ def _draw(logits_KV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
         (uniform(s.seed, row.drawn), s.temperature, s.top_k or size, s.top_p, s.min_p)
         for s, row in zip(settings, rows, strict=True)
     ]
-    # One copy: on a GPU each of them waits for the step.
-    columns_5K1 = torch.tensor(numbers, dtype=torch.float32).to(device).T[:, :, None]
+    columns_5K1 = _on(device, numbers, torch.float32).T[:, :, None]
     uniform_K1, temperature_K1, top_k_K1, top_p_K1, min_p_K1 = columns_5K1
     probs_KV, order_KV = torch.softmax(logits_KV / temperature_K1, dim=1).sort(dim=1, descending=True)
     kept_KV = torch.ones_like(probs_KV, dtype=torch.bool)

@@ -65,6 +65,8 @@ class Scheduler:
         budget = self._step_tokens
         pieces: list[Piece] = []
         for row in sorted(self.running, key=lambda row: row.pending > 1):
+            if row.complete:
+                continue
             size = min(row.pending, budget)
             if size and row in self.running and self._grow(row, row.computed + size):
                 pieces.append(Piece(row, row.computed, row.computed + size))
@@ -82,13 +84,12 @@ class Scheduler:
         return [piece for piece in pieces if piece.row.blocks]
 
     def computed(self, piece: Piece) -> None:
-        """The step is done: full blocks may be found by others."""
+        """The step is done, and its tokens are known: full blocks may be found by others."""
         row, size = piece.row, self.blocks.block_size
         before, full = piece.start // size, piece.stop // size
         if full > before:
             for block, digest in zip(row.blocks[before:full], row.digests(full, size)[before:], strict=True):
                 self.blocks.publish(block, digest)
-        row.computed = piece.stop
 
     def end(self, row: Row) -> None:
         """It is done, or nobody waits for it."""

@@ -34,8 +34,7 @@ from raytune_llm.models.layers import is_passed_over, named_layers
 ROUTE = "adapter_route"
 """The keyword under which a model's layers get the route of a forward pass."""
 BY_SLOT = 256
-"""Up to so many rows each read their own adapter's columns; more take one product with all adapters'. With 16 slots
-of rank 8 on an H100, the first is faster at 32 rows and below, and about as fast at 128."""
+"""Up to so many rows each read their own adapter's columns; more take one product with all adapters'."""
 ALIGNED = 8
 """Ranks have room in multiples of it: grouped products want rows of 16 bytes at least."""
 
@@ -67,6 +66,7 @@ class LoraBank:
         self._layout = Layout({name: sides(layer.base_layer) for name, layer in self._layers.items()}, self._shape, on_gpu)
         self._held: dict[int, Weights] = {}
         self._slots: dict[str, int] = {}
+        self._views: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
         self._default: Route | None = None
         group(model)
         for _, layer in named_layers(model):
@@ -78,6 +78,7 @@ class LoraBank:
     def join(self) -> None:
         """Where layers that share an input have become one product (models/packed.py), their adapters become one, too."""
         join(list(self._layers.values()))
+        self._views.clear()
 
     # Slots ---------------------------------------------------------------------------------------------------------------
 
@@ -91,7 +92,8 @@ class LoraBank:
         if not isinstance(weights, Weights):
             weights = self.read(weights)
         self.clear(slot)
-        places = [place for name, rank in weights.ranks.items() for place in self._places(slot, name, rank)]
+        views = self._views_of(slot)
+        places = [view[:rank] for name, rank in weights.ranks.items() for view in views[name]]
         flat = weights.flat.to(places[0].device, non_blocking=True)
         values = flat.split([place.numel() for place in places])
         torch._foreach_copy_(places, [value.view(place.shape) for value, place in zip(values, places, strict=True)])
@@ -104,7 +106,7 @@ class LoraBank:
     @torch.no_grad()
     def clear(self, slot: int) -> None:
         assert 0 <= slot < self.num_slots, slot
-        torch._foreach_zero_([place for name in self._layers for place in self._places(slot, name, self._shape.rank)])
+        torch._foreach_zero_([view for views in self._views_of(slot).values() for view in views])
         self._held.pop(slot, None)
 
     def draw(self, slot: int, section: AdapterConfig, seed: int) -> None:
@@ -121,6 +123,11 @@ class LoraBank:
         slot_T = slot_M.to(cu_seqlens_S.device).repeat_interleave(cu_seqlens_S.diff(), output_size=num_tokens)
         return {ROUTE: Sorted.of(slot_T, self.num_slots, in_order=in_order)}
 
+    def by_slots(self, slot_T: Tensor) -> dict[str, Route]:
+        """Arguments of the layers for prompts on a GPU, of which the host says nothing: the slot of each token, on the device, -1
+        for none. A CUDA graph may hold it."""
+        return {ROUTE: Sorted.of(slot_T, self.num_slots)}
+
     def in_turn(self, slots: Sequence[int], length: int, dropouts: Sequence[Dropout | None] = ()) -> dict[str, Route]:
         """Arguments of the layers for runs over the same packs: `length` tokens of each of these slots, which ascend, -1 (none)
         last. dropouts: the dropout of each."""
@@ -134,7 +141,7 @@ class LoraBank:
     def by_tokens(self, slot_T: Tensor) -> dict[str, Route]:
         """Arguments of the layers for decoding, one token a row. slot_T: on the device, -1 for none; a CUDA graph may hold it."""
         if slot_T.is_cuda and len(slot_T) <= BY_SLOT and not self._shape.trains:
-            return {ROUTE: BySlot(slot_T)}
+            return {ROUTE: BySlot.of(slot_T)}
         return {ROUTE: Masked.of(slot_T, self.num_slots, self._dtype)}
 
     # Adapters by name ------------------------------------------------------------------------------------------------------
@@ -209,6 +216,7 @@ class LoraBank:
         assert len(taken) <= num_slots
         for layer in self._layers.values():
             layer.resize(num_slots, taken)
+        self._views.clear()
         slot_of = {old: new for new, old in enumerate(taken)}
         self._held = {slot_of[slot]: held for slot, held in self._held.items()}
         self._slots = {name: slot_of[slot] for name, slot in self._slots.items()}
@@ -264,8 +272,16 @@ class LoraBank:
         return args, {name: value for name, value in kwargs.items() if name != ROUTE}
 
     def _places(self, slot: int, name: str, rank: int) -> tuple[Tensor, Tensor]:
-        layer = self._layers[name]
-        return layer.a_GRK.detach()[slot, :rank], layer.b_GRO.detach()[slot, :rank]
+        a_RK, b_RO = self._views_of(slot)[name]
+        return a_RK[:rank], b_RO[:rank]
+
+    def _views_of(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """a and b of a slot in each layer. Kept: to make hundreds of views takes milliseconds, for which running answers wait."""
+        if slot not in self._views:
+            self._views[slot] = {
+                name: (layer.a_GRK.detach()[slot], layer.b_GRO.detach()[slot]) for name, layer in self._layers.items()
+            }
+        return self._views[slot]
 
 
 def _in_peft(layer: str) -> tuple[str, str]:

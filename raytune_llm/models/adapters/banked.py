@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_llm.models.adapters.routes import Route
-from raytune_llm.models.packed import PackedLinear, PackedPart, products
+from raytune_llm.models.packed import PackedPart, products
 
 
 class BankShape(NamedTuple):
@@ -29,7 +29,7 @@ class Now:
 class Joined(NamedTuple):
     """Layers that share an input, as one: their base is one product, and so are the A and the B of their adapters."""
 
-    base: PackedLinear
+    base: nn.Module
     sizes: list[int]
     """Outputs of each layer."""
     a_GRK: Tensor
@@ -105,7 +105,7 @@ def banked(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
 @torch.no_grad()
 def join(layers: Sequence[BankedLinear]) -> None:
     """Let the banks of layers whose bases are parts of one product be parts of one bank, as views of it."""
-    parts: dict[PackedLinear, list[BankedLinear]] = {}
+    parts: dict[nn.Module, list[BankedLinear]] = {}
     for layer in layers:
         if isinstance(layer.base_layer, PackedPart):
             parts.setdefault(layer.base_layer.whole, []).append(layer)

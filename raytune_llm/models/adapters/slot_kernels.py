@@ -22,7 +22,8 @@ TOGETHER = 3
 
 
 def products(outs: Sequence[Tensor], x_TK: Tensor, slot_T: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-    """out + (x @ a[slot].T) @ b[slot] of each layer. a [G, R, K] and b [G, R, O] of each, contiguous; slot -1 adds nothing."""
+    """out + (x @ a[slot].T) @ b[slot] of each layer. a [G, R, K] and b [G, R, O] of each, contiguous; slot -1 adds nothing. outs
+    may be columns of one tensor."""
     (T, K), R, L = x_TK.shape, a[0].shape[1], len(outs)
     pieces = triton.cdiv(K, INPUTS)
     low = x_TK.new_empty((T, L, pieces, R), dtype=torch.float32)
@@ -36,7 +37,7 @@ def products(outs: Sequence[Tensor], x_TK: Tensor, slot_T: Tensor, a: Sequence[T
     wide: Any = _wide
     wide[(T, sum(blocks))](
         low, slot_T, *into, *[into[0]] * more, *outs, *[outs[0]] * more, *b, *[b[0]] * more,
-        *widths, *[0] * more, *(blocks + [0] * more)[:2],
+        *widths, *[0] * more, *(blocks + [0] * more)[:2], *[out.stride(0) for out in outs], *[0] * more,
         OUTPUTS=OUTPUTS, PADDED=triton.next_power_of_2(pieces), **common,
     )  # fmt: skip
     return into
@@ -76,20 +77,21 @@ def _narrow(
 @triton.jit
 def _wide(
     low, slots, into0, into1, into2, out0, out1, out2, b0, b1, b2, width0, width1, width2, blocks0, blocks1,
-    L: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, PIECES: tl.constexpr, OUTPUTS: tl.constexpr, PADDED: tl.constexpr,
+    stride0, stride1, stride2, L: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, PIECES: tl.constexpr,
+    OUTPUTS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    into, out, b, width, layer = into0, out0, b0, width0, 0
+    into, out, b, width, stride, layer = into0, out0, b0, width0, stride0, 0
     if block >= blocks0:
-        into, out, b, width, layer = into1, out1, b1, width1, 1
+        into, out, b, width, stride, layer = into1, out1, b1, width1, stride1, 1
         block -= blocks0
         if block >= blocks1:
-            into, out, b, width, layer = into2, out2, b2, width2, 2
+            into, out, b, width, stride, layer = into2, out2, b2, width2, stride2, 2
             block -= blocks1
     slot = tl.load(slots + row).to(tl.int64)
     o = block * OUTPUTS + tl.arange(0, OUTPUTS)
     inside = o < width
-    value = tl.load(out + row * width + o, mask=inside, other=0.0)
+    value = tl.load(out + row * stride + o, mask=inside, other=0.0)
     if slot >= 0:
         r, p = tl.arange(0, RANK), tl.arange(0, PADDED)
         parts = tl.load(

@@ -1,8 +1,9 @@
 """A step in which every row decodes, in memory that stays where it is: what a CUDA graph reads anew at each replay.
 
 The numbers of a step are int32 end to end, so that one copy brings them: how many blocks a table has room for; then of each of
-`rows` rows its token, its place in the row, its place in the cache (-1: the row is padding), its length with the new token, its
-adapter's slot (-1: none); then the tables, row by row.
+`rows` rows its token (-1 minus its place among the last step's tokens, where the host has not read it), its place in the row, its
+place in the cache (-1: the row is padding), its length with the new token, its adapter's slot (-1: none); then the tables, row by
+row.
 """
 
 from __future__ import annotations
@@ -69,11 +70,16 @@ class DecodeStep:
     numbers: Tensor
     """int32: StepNumbers' on the device."""
     rows: int
+    ids_BT: Tensor
+    """int32 [1, R]"""
 
     @staticmethod
-    def of(cache: PagedCache, numbers: StepNumbers, rows: int) -> DecodeStep:
+    def of(cache: PagedCache, numbers: StepNumbers, rows: int, sampled: Tensor) -> DecodeStep:
+        """sampled: int32, the last step's tokens."""
         keys, values = cache.whole()
-        return DecodeStep(keys, values, numbers.device, rows)
+        token_R = numbers.device[1 + TOKEN * rows : 1 + (TOKEN + 1) * rows]
+        ids_R = torch.where(token_R < 0, sampled[(-1 - token_R).clamp(min=0)], token_R)
+        return DecodeStep(keys, values, numbers.device, rows, ids_R[None])
 
     def column(self, number: int) -> Tensor:
         """int32 [R]."""
@@ -85,11 +91,6 @@ class DecodeStep:
         start = 1 + 5 * self.rows
         blocks = int(self.numbers[0])
         return self.numbers[start : start + self.rows * blocks].view(self.rows, blocks)
-
-    @property
-    def ids_BT(self) -> Tensor:
-        """int32 [1, R]"""
-        return self.column(TOKEN)[None]
 
     @property
     def positions_BT(self) -> Tensor:

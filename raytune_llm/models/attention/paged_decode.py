@@ -71,7 +71,7 @@ def plain(
     softcap: float,
 ) -> Tensor:
     """The same, a row after another."""
-    read = DecodeStep(keys, values, step, columns)
+    read = DecodeStep(keys, values, step, columns, step[None, :0])
     place_R, length_R, tables_RK = read.column(PLACE).tolist(), read.column(LENGTH).tolist(), read.tables_RK.long()
     own_keys, own_values = (held[int(layer_1)] for held in (keys, values))
     out = torch.zeros_like(q_RHD)

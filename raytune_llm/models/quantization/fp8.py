@@ -33,13 +33,13 @@ class FP8Linear(QuantizedLinear):
 
     @staticmethod
     def product(x_MK: Tensor, weight_NK: Tensor, scale_1N: Tensor, transposed_KN: Tensor, transposed_scale_1K: Tensor) -> Tensor:
-        return _fp8_product(x_MK, weight_NK, scale_1N)
+        return fp8_product(x_MK, weight_NK, scale_1N)
 
     @staticmethod
     def transposed(
         grad_MN: Tensor, weight_NK: Tensor, scale_1N: Tensor, transposed_KN: Tensor, transposed_scale_1K: Tensor
     ) -> Tensor:
-        return _fp8_product(grad_MN, transposed_KN, transposed_scale_1K)
+        return fp8_product(grad_MN, transposed_KN, transposed_scale_1K)
 
 
 class TrainedFP8Linear(nn.Linear):
@@ -65,16 +65,17 @@ class _TrainedProduct(torch.autograd.Function):
     def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
         ctx.save_for_backward(x_MK, weight_NK)
         rows, scale_N1 = _rows_in_fp8(weight_NK)
-        return _fp8_product(x_MK, rows, scale_N1.T)
+        return fp8_product(x_MK, rows, scale_N1.T)
 
     @staticmethod
     def backward(ctx: Any, grad_MN: Tensor) -> Any:  # type: ignore[override]
         x_MK, weight_NK = ctx.saved_tensors
         rows, scale_K1 = _rows_in_fp8(weight_NK.T.contiguous())
-        return _fp8_product(grad_MN.contiguous(), rows, scale_K1.T), grad_MN.T @ x_MK
+        return fp8_product(grad_MN.contiguous(), rows, scale_K1.T), grad_MN.T @ x_MK
 
 
-def _fp8_product(x_MK: Tensor, weight_NK: Tensor, scale_1N: Tensor) -> Tensor:
+def fp8_product(x_MK: Tensor, weight_NK: Tensor, scale_1N: Tensor) -> Tensor:
+    """x @ weight.T, [M, N] in x's type: x is rounded to e4m3 row by row; the weight is in e4m3, with its rows' scales [1, N]."""
     rows, scale_M1 = _rows_in_fp8(x_MK)
     return torch._scaled_mm(rows, weight_NK.T, scale_a=scale_M1, scale_b=scale_1N, out_dtype=x_MK.dtype, use_fast_accum=True)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -29,6 +30,11 @@ def linears_but(layers: Iterable[nn.Module], skip_modules: SkipModules) -> list[
     return [(parent, child_name, child) for parent, child_name, child, name in found if name not in skip_modules]
 
 
+def linears_of(layers: Iterable[nn.Module], kinds: Sequence[type[nn.Module]]) -> list[tuple[nn.Module, str, Any]]:
+    """Each layer of these kinds, with its parent and its name there."""
+    return [(parent, child_name, child) for parent, child_name, child, _ in _linears(layers, kinds)]
+
+
 def names_of_linears(layers: Iterable[nn.Module]) -> list[str]:
     return sorted({name for *_, name in _linears(layers)})
 
@@ -46,12 +52,14 @@ def frozen_experts(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
     ]
 
 
-def _linears(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Linear, str]]:
+def _linears(
+    layers: Iterable[nn.Module], kinds: Sequence[type[nn.Module]] = (nn.Linear,)
+) -> list[tuple[nn.Module, str, Any, str]]:
     """Each with its name in the model."""
     return [
         (parent, child_name, child, f"{parent_name}.{child_name}".removesuffix(".base_layer").rpartition(".")[2])
         for layer in layers
         for parent_name, parent in layer.named_modules()
         for child_name, child in parent.named_children()
-        if type(child) is nn.Linear and not isinstance(parent, nn.ModuleDict) and not is_passed_over(parent, child_name, child)
+        if type(child) in kinds and not isinstance(parent, nn.ModuleDict) and not is_passed_over(parent, child_name, child)
     ]

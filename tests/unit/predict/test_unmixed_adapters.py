@@ -12,7 +12,7 @@ from peft import IA3Config, LoraConfig, OFTConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from raytune_llm import ConfigError
-from raytune_llm.models.packed import lacks_for_packing
+from raytune_llm.models.onednn import OneDNN
 from raytune_llm.predict.run import predict
 
 Q, MLP = ["q_proj", "v_proj"], ["down_proj"]
@@ -60,7 +60,7 @@ def test_the_default_engine_answers_with_the_adapter_alone_as_engine_hf_does(mod
         assert abs(own["logprob"] - base["logprob"]) > 1e-2
 
 
-@pytest.mark.skipif(lacks_for_packing(torch.device("cpu"), torch.bfloat16) is not None, reason="no bf16 products")
+@pytest.mark.skipif(OneDNN.lacks(torch.device("cpu"), torch.bfloat16) is not None, reason="no bf16 products")
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_answers_in_bf16_whose_layers_are_packed(model, prediction, tmp_path, kind):
     folder = saved(model, tmp_path / "adapter", KINDS[kind])

@@ -18,7 +18,7 @@ import pytest
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.requests import Request, Sampling
 from raytune_llm.errors import ConfigError, DataError, ResourceError
-from tests.toy_engine import END, WORDS, Tokenizer, ToyRunner, V, adapter_folder, answer
+from tests.toy_engine import END, WORDS, Tokenizer, ToyRunner, V, adapter_folder, answer, following
 
 
 @pytest.fixture
@@ -35,13 +35,13 @@ def engine_of():
         engine.close()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(18))
 def test_each_row_is_what_it_would_be_alone(engine_of, tmp_path: Path, seed: int):
     """Few blocks, few slots, few tokens a step: rows are cut, preempted, find each other's beginnings and wait for slots."""
     draw = random.Random(seed)
-    runner = ToyRunner(num_blocks=draw.choice([16, 24, 64]), slots=draw.choice([1, 2, 4]))
+    runner = ToyRunner(num_blocks=draw.choice([16, 24, 64]), slots=draw.choice([1, 2, 4]), runs_ahead=seed % 3 == 2)
     sizes = {"max_rows": draw.choice([2, 8]), "step_tokens": draw.choice([8, 16, 64])}
-    engine = engine_of(runner, **sizes, max_length=60, overlaps=seed % 2 == 1)
+    engine = engine_of(runner, **sizes, max_length=60, overlaps=seed % 2 == 1 or seed % 3 == 2)
     for number in range(1, 7):
         engine.add_adapter(f"a{number}", adapter_folder(tmp_path / f"a{number}", number))
     beginnings = [[draw.randrange(1, V) for _ in range(draw.randrange(1, 20))] for _ in range(3)]
@@ -62,6 +62,45 @@ def test_each_row_is_what_it_would_be_alone(engine_of, tmp_path: Path, seed: int
     stats = engine.stats()
     assert stats.running == stats.waiting == 0 and stats.cache_used == 0
     assert stats.generated_tokens == sum(tokens for *_, tokens in asked)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_that_end_while_the_next_step_runs_are_what_they_would_be_alone(engine_of, seed: int):
+    """Rows end by a stop token, by a text, by their length, or are given up, and steps start before the host knows it."""
+    draw = random.Random(seed)
+    ends = (3, 11, 40, 77)
+    runner = ToyRunner(num_blocks=draw.choice([24, 64]), runs_ahead=True)
+    engine = engine_of(runner, end_ids=ends, max_length=60, overlaps=True)
+    asked = []
+    for _ in range(60):
+        prompt = [draw.randrange(1, V) for _ in range(draw.randrange(1, 9))]
+        stop = (WORDS[draw.randrange(1, V)],) if draw.random() < 0.3 else ()
+        more = draw.choice([{}, {}, {}, {"logprobs": 1}, {"presence_penalty": 1e-9}, {"min_new_tokens": 2}])
+        asked.append((prompt, Sampling(max_new_tokens=draw.randrange(1, 30), stop=stop, **more)))
+    streams = [engine.submit(Request(prompt_ids=prompt, sampling=sampling)) for prompt, sampling in asked]
+    given_up = [stream for stream in streams if draw.random() < 0.1]
+    for stream in given_up:
+        stream.cancel()
+    for (prompt, sampling), stream in zip(asked, streams, strict=True):
+        completion = stream.result()
+        if stream in given_up and completion.finish == "cancelled":
+            continue
+        ids, text = [], ""
+        finish = "length"
+        for number in range(sampling.max_new_tokens):
+            token = following([*prompt, *ids], 0, but=ends if number < sampling.min_new_tokens else ())
+            if token in ends:
+                finish = "stop"
+                break
+            ids.append(token)
+            text += WORDS[token]
+            if sampling.stop and text.endswith(sampling.stop[0]):
+                text, finish = text.removesuffix(sampling.stop[0]), "stop"
+                break
+        assert (list(completion.ids), completion.text, completion.finish) == (ids, text, finish)
+    assert engine.stats().running == engine.stats().waiting == 0 and engine.stats().cache_used == 0
+    ahead = [piece for step in runner.steps for piece in step]
+    assert len(ahead) > len(streams)
 
 
 def test_a_step_computes_at_most_its_tokens_and_prompts_come_in_chunks(engine_of):

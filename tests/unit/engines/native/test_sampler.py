@@ -69,8 +69,8 @@ def test_penalties_are_as_written():
     values = logits(1)
     sampler = row([3, 4], repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
     sampler.change(values.clone()[0])
-    sampler.append(5)
-    sampler.append(5)
+    sampler.count(5)
+    sampler.count(5)
     changed = values.clone()
     sampler.change(changed[0])
     for token in range(V):
@@ -94,7 +94,7 @@ def test_the_end_is_no_candidate_before_min_new_tokens():
     end = int(values[0].argmax())
     sampler = row(end=(end,), min_new_tokens=1)
     assert sample(values.clone(), [sampler])[0] != end
-    sampler.append(0)
+    sampler.drawn += 1
     assert sample(values.clone(), [sampler])[0] == end
 
 

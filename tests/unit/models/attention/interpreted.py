@@ -6,8 +6,9 @@ import sys
 
 import torch
 
+from raytune_llm.models import few_rows_kernels
+from raytune_llm.models.adapters import slot_kernels, slot_tile_kernels
 from raytune_llm.models.adapters.routes import _by_row
-from raytune_llm.models.adapters.slot_kernels import products
 from raytune_llm.models.attention.decode_step import StepNumbers
 from raytune_llm.models.attention.paged_decode import plain
 from raytune_llm.models.attention.paged_kernels import attend, write
@@ -44,19 +45,41 @@ def paged_decode() -> None:
 
 def slot_products() -> None:
     torch.manual_seed(0)
-    for inputs, rank, widths in ((40, 8, (24,)), (3000, 8, (700, 40)), (64, 16, (64, 32, 32)), (2100, 24, (33, 1030, 5))):
-        x, slots = torch.randn(5, inputs), torch.tensor([2, -1, 0, 2, 1], dtype=torch.int32)
+    for rows, inputs, rank, widths in (
+        (5, 40, 8, (24,)),
+        (5, 3000, 8, (700, 40)),
+        (5, 64, 16, (64, 32, 32)),
+        (5, 2100, 24, (33, 1030, 5)),
+        (40, 600, 8, (300, 100, 64)),
+    ):
+        x, slots = torch.randn(rows, inputs), torch.randint(-1, 3, (rows,), dtype=torch.int32)
+        slots[1] = -1
         a = [torch.randn(4, rank, inputs) / inputs**0.5 for _ in widths]
         b = [torch.randn(4, rank, width) for width in widths]
         for bank in (*a, *b):
             bank[-1] = 0
-        outs = [torch.randn(5, width) for width in widths]
-        got = products(outs, x, slots, a, b)
-        for out, one, a_GRK, b_GRO in zip(outs, got, a, b, strict=True):
-            torch.testing.assert_close(one, _by_row(out, x, slots, a_GRK, b_GRO), rtol=1e-4, atol=1e-4)
-            assert torch.equal(one[1], out[1])
+        whole = torch.randn(rows, sum(widths))
+        for outs in (whole.split(widths, dim=1), [out.contiguous() for out in whole.split(widths, dim=1)]):
+            by_row = slot_kernels.products(outs, x, slots, a, b)
+            by_tile = slot_tile_kernels.products(outs, x, slots, slots.argsort(), a, b)
+            for out, one, other, a_GRK, b_GRO in zip(outs, by_row, by_tile, a, b, strict=True):
+                expected = _by_row(out, x, slots, a_GRK, b_GRO)
+                for got in (one, other):
+                    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+                    assert torch.equal(got[1], out[1])
         print("equal", inputs, rank, widths)
 
 
+def few_rows() -> None:
+    torch.manual_seed(0)
+    for rows, outputs, inputs in ((1, 96, 256), (5, 100, 200), (17, 6400, 130), (3, 64, 2048)):
+        x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+        torch.testing.assert_close(few_rows_kernels.product(x, weight, x.dtype), x @ weight.T, rtol=1e-4, atol=1e-4)
+        scales = torch.rand(rows) + 0.5, torch.rand(outputs) + 0.5
+        expected = (x @ weight.T) * scales[0][:, None] * scales[1]
+        torch.testing.assert_close(few_rows_kernels.product(x, weight, x.dtype, scales), expected, rtol=1e-4, atol=1e-4)
+        print("equal", rows, outputs, inputs)
+
+
 if __name__ == "__main__":
-    {"paged_decode": paged_decode, "slot_products": slot_products}[sys.argv[1]]()
+    {"paged_decode": paged_decode, "slot_products": slot_products, "few_rows": few_rows}[sys.argv[1]]()

@@ -1,0 +1,113 @@
+"""The kernels behind `slot_products` for many rows: what the adapters of decoding rows add, a tile of rows at a time.
+
+Rows are taken in the order of their slots, so that a tile has few of them: for each, the rows of the tile that are its own take
+one product with its columns, which are read once for them all. Sums are in float32. For few rows slot_kernels.py is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, INPUTS, STEP, OUTPUTS, WARPS = 16, 256, 128, 256, 4
+"""Rows of a tile; inputs that a program computes, so many at once; outputs that one computes; its warps."""
+TOGETHER = 3
+"""Layers that share an input, at most: q, k and v."""
+
+
+def products(
+    outs: Sequence[Tensor], x_TK: Tensor, slot_T: Tensor, order_T: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]
+) -> list[Tensor]:
+    """out + (x @ a[slot].T) @ b[slot] of each layer. a [G, R, K] and b [G, R, O] of each, contiguous; slot -1 adds nothing. outs
+    may be columns of one tensor. order_T: the rows in the order of their slots."""
+    (T, K), R, L = x_TK.shape, a[0].shape[1], len(outs)
+    pieces, tiles, more = triton.cdiv(K, INPUTS), triton.cdiv(T, ROWS), TOGETHER - L
+    low = x_TK.new_empty((T, L, pieces, R), dtype=torch.float32)
+    into = [torch.empty_like(out, memory_format=torch.contiguous_format) for out in outs]
+    widths = [out.shape[1] for out in outs]
+    blocks = [triton.cdiv(width, OUTPUTS) for width in widths]
+    common = {"L": L, "R": R, "RANK": max(16, triton.next_power_of_2(R)), "PIECES": pieces, "ROWS": ROWS, "num_warps": WARPS}
+    common["EXACT"] = x_TK.dtype == torch.float32
+    narrow: Any = _narrow
+    narrow[(tiles, L, pieces)](x_TK, slot_T, order_T, low, *a, *[a[0]] * more, T, K, INPUTS=INPUTS, STEP=STEP, **common)
+    wide: Any = _wide
+    wide[(tiles, sum(blocks))](
+        low, slot_T, order_T, *into, *[into[0]] * more, *outs, *[outs[0]] * more, *b, *[b[0]] * more,
+        *widths, *[0] * more, *(blocks + [0] * more)[:2], *[out.stride(0) for out in outs], *[0] * more, T,
+        OUTPUTS=OUTPUTS, **common,
+    )  # fmt: skip
+    return into
+
+
+@triton.jit
+def _narrow(
+    x, slots, order, low, a0, a1, a2, T, K, L: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, PIECES: tl.constexpr,
+    ROWS: tl.constexpr, EXACT: tl.constexpr, INPUTS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    tile, layer, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    place = tile * ROWS + tl.arange(0, ROWS)
+    row = tl.load(order + place, mask=place < T, other=0).to(tl.int64)
+    slot = tl.load(slots + row, mask=place < T, other=-1)
+    a = a0
+    if layer == 1:
+        a = a1
+    if layer == 2:
+        a = a2
+    r, k = tl.arange(0, RANK), tl.arange(0, STEP)
+    total = tl.zeros([ROWS, RANK], tl.float32)
+    current = tl.max(slot, 0)
+    while current >= 0:  # type: ignore[operator]
+        mine = slot == current
+        own = a + current.to(tl.int64) * R * K  # type: ignore[union-attr]
+        for at in range(piece * INPUTS, piece * INPUTS + INPUTS, STEP):
+            column = at + k
+            inside = column < K
+            values = tl.load(x + row[:, None] * K + column[None, :], mask=mine[:, None] & inside[None, :], other=0.0)
+            part = tl.load(own + r[None, :] * K + column[:, None], mask=(r[None, :] < R) & inside[:, None], other=0.0)
+            total = tl.dot(values, part, total, input_precision="ieee") if EXACT else tl.dot(values, part, total)
+        current = tl.max(tl.where(slot < current, slot, -1), 0)
+    to = low + ((row[:, None] * L + layer) * PIECES + piece) * R + r[None, :]
+    tl.store(to, total, mask=(slot[:, None] >= 0) & (r[None, :] < R))
+
+
+@triton.jit
+def _wide(
+    low, slots, order, into0, into1, into2, out0, out1, out2, b0, b1, b2, width0, width1, width2, blocks0, blocks1,
+    stride0, stride1, stride2, T, L: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
+    EXACT: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    tile, block = tl.program_id(0), tl.program_id(1)
+    into, out, b, width, stride, layer = into0, out0, b0, width0, stride0, 0
+    if block >= blocks0:
+        into, out, b, width, stride, layer = into1, out1, b1, width1, stride1, 1
+        block -= blocks0
+        if block >= blocks1:
+            into, out, b, width, stride, layer = into2, out2, b2, width2, stride2, 2
+            block -= blocks1
+    place = tile * ROWS + tl.arange(0, ROWS)
+    there = place < T
+    row = tl.load(order + place, mask=there, other=0).to(tl.int64)
+    slot = tl.load(slots + row, mask=there, other=-1)
+    r, o = tl.arange(0, RANK), block * OUTPUTS + tl.arange(0, OUTPUTS)
+    inside = o < width
+    narrow = tl.zeros([ROWS, RANK], tl.float32)
+    for piece in range(PIECES):
+        at = low + ((row[:, None] * L + layer) * PIECES + piece) * R + r[None, :]
+        narrow += tl.load(at, mask=(slot[:, None] >= 0) & (r[None, :] < R), other=0.0)
+    before = tl.load(out + row[:, None] * stride + o[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+    total = before.to(tl.float32)
+    current = tl.max(slot, 0)
+    while current >= 0:  # type: ignore[operator]
+        own_b = b + current.to(tl.int64) * R * width  # type: ignore[union-attr]
+        part = tl.load(own_b + r[:, None] * width + o[None, :], mask=(r[:, None] < R) & inside[None, :], other=0.0)
+        own = tl.where((slot == current)[:, None], narrow, 0.0)
+        total = tl.dot(own, part, total, input_precision="ieee") if EXACT else tl.dot(own.to(part.dtype), part, total)
+        current = tl.max(tl.where(slot < current, slot, -1), 0)
+    value = tl.where((slot >= 0)[:, None], total.to(before.dtype), before)
+    tl.store(into + row[:, None] * width + o[None, :], value, mask=there[:, None] & inside[None, :])

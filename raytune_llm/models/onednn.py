@@ -1,0 +1,50 @@
+"""Linear layers whose frozen weights lie as oneDNN reads them: for serving on a CPU in bf16.
+
+A product of torch's own reorders its weights, or takes a slower kernel, at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from raytune_llm.models.packed import Packing
+
+TOKENS = 32
+"""The number of tokens whose best order the weights get; other numbers are nearly as fast in it."""
+
+
+class OneDNNLinear(nn.Module):
+    """x W^T + b, forward only."""
+
+    def __init__(self, weight_OK: Tensor, bias_O: Tensor | None) -> None:
+        super().__init__()
+        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OK, TOKENS)
+        self.bias = bias_O
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class OneDNN(Packing):
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    joins_adapters = True
+
+    @staticmethod
+    def lacks(device: torch.device, dtype: torch.dtype) -> str | None:
+        """In float32 layers stay as they are, so that a served model computes exactly what the trained one did."""
+        if device.type != "cpu":
+            return "it is for CPUs"
+        if dtype != torch.bfloat16:
+            return "it is for bf16"
+        if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "oneDNN has no bf16 products here"
+        return None
+
+    @staticmethod
+    def packed(linears: Sequence[Any], bias_O: Tensor | None) -> nn.Module:
+        weights = [linear.weight.detach() for linear in linears]
+        return OneDNNLinear(weights[0] if len(weights) == 1 else torch.cat(weights), bias_O)
