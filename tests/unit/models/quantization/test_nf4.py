@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import dequantize_blockwise, quantize_4bit
 from torch import Tensor, nn
 
 from raytune_llm.config.quantization import NF4, NoQuantization, QuantizationConfig
@@ -15,20 +15,31 @@ from raytune_llm.models.build import build_policy
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import files_to_read, load_config
 from raytune_llm.models.quantization.base import QuantizedLinear
-from raytune_llm.models.quantization.nf4 import NF4Linear
+from raytune_llm.models.quantization.nf4 import NF4Linear, pack_experts
 from tests.models import lora_section, model_section, packed, some_rows, tiny_llama
 
 CPU = torch.device("cpu")
 
 
 def stands_for(linear: nn.Linear) -> Tensor:
-    """The weight that bitsandbytes itself makes of what it packed."""
+    """By definition: of each two of a byte the value, the high half first, times the scale of its 64."""
     packed, state = quantize_4bit(linear.weight.detach(), quant_type="nf4", blocksize=64, compress_statistics=True)
-    return dequantize_4bit(packed, state)
+    assert state.state2 is not None
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    values = state.code[torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten().long()]
+    weight = values * scales.repeat_interleave(64)[: linear.weight.numel()]
+    return weight.view_as(linear.weight).to(linear.weight.dtype)
+
+
+def test_experts_whose_rows_are_no_whole_blocks_are_unpacked_exactly() -> None:
+    experts, linear = nn.Module(), nn.Linear(96, 128, bias=False)
+    experts.register_parameter("down_proj", nn.Parameter(linear.weight.detach().clone().view(2, 64, 96), requires_grad=False))
+    pack_experts(experts, "down_proj", "nf4")
+    assert torch.equal(experts.down_proj, stands_for(linear).view(2, 64, 96))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("outputs", "inputs"), [(48, 128), (128, 48), (7, 10)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 128), (128, 48), (64, 96), (32, 30), (7, 10)])
 def test_a_product_and_its_gradient_are_those_of_the_weight_it_stands_for(outputs: int, inputs: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs, dtype=dtype).requires_grad_(False)
