@@ -19,6 +19,8 @@ from raytune_llm.errors import ConfigError, first_line
 
 UNEXPECTED = ("unexpected_keyword_argument", "extra_forbidden")
 """How pydantic calls a setting that there is not."""
+NEAR = 0.8
+"""Of 1, how like a mistyped name a setting's must be to be suggested: foo is not floor."""
 RENAMED = {"quantization.wide": "quantization.skip_modules"}
 """Settings of earlier versions, and what they are called now."""
 
@@ -97,9 +99,15 @@ def _unknown_key(key: str, known: list[str], verb: str = "train") -> ConfigError
         group, chosen = key.partition(".")[0], ", ".join(elsewhere)
         return ConfigError(key, f"is no setting of the {group} that is chosen", fix=f"It is one of {chosen}.")
     known = [name for name in known if name != key and not name.startswith((f"{key}.", "hydra"))]
-    near = difflib.get_close_matches(key, known, n=1) or _same_last_part(key, known)
-    fix = f"Did you mean {near[0]}?" if near else f"`python -m raytune_llm {verb} --cfg job` shows every setting."
-    return ConfigError(key, "is no setting", fix=fix)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=NEAR) or _same_last_part(key, known)
+    if near:
+        return ConfigError(key, "is no setting", fix=f"Did you mean {near[0]}?")
+    shows = f"`python -m raytune_llm {verb} --cfg job` shows every setting."
+    first = key.partition(".")[0]
+    others = [other for other in RUNS if other != verb and first in read_yaml(CONF / f"{other}.yaml", setting=other)]
+    if others:
+        return ConfigError(key, f"is no setting of {verb}, but of {listed(others, ', ')}", fix=f"Leave it out; {shows}")
+    return ConfigError(key, "is no setting", fix=shows)
 
 
 def _options_with(key: str) -> list[str]:
@@ -112,7 +120,7 @@ def _options_with(key: str) -> list[str]:
 
 def _same_last_part(key: str, known: list[str]) -> list[str]:
     last = {name.rpartition(".")[2]: name for name in known}
-    near = difflib.get_close_matches(key.rpartition(".")[2], list(last), n=1, cutoff=0.75)
+    near = difflib.get_close_matches(key.rpartition(".")[2], list(last), n=1, cutoff=NEAR)
     return [last[name] for name in near]
 
 

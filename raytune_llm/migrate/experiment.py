@@ -36,7 +36,7 @@ def write(run: ImportRun, translation: Translation) -> Path:
     Raises ConfigError where an argument is refused, where the result breaks a rule of ours, and where another file is there.
     """
     if translation.refused:
-        raise ConfigError(str(run.file), f"can't be imported: {_listed(translation.refused)}", fix="Nothing was written.")
+        raise ConfigError(str(run.file), f"can't be imported, and nothing was written: {_listed(translation.refused).rstrip()}")
     name = experiment_name(run)
     text = as_text(run, translation)
     with tempfile.TemporaryDirectory() as folder:

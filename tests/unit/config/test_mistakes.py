@@ -46,7 +46,7 @@ def test_a_group_is_given_the_name_of_an_option(capsys, group: str, value: str):
         (["stage=dpo", "stage.z_loss=1"], "stage=sft"),
         (["schedule=constant", "schedule.floor=0.1"], "schedule=cosine"),
         (["resources=inline", "resources.cpus_per_worker=2"], "resources=local"),
-        (["+foo.bar=1"], "foo is no setting"),
+        (["+foo.bar=1"], "foo is no setting. `python -m raytune_llm train --cfg job` shows every setting."),
         (["adapter.targets=q_proj", "resources=inline"], "Names are a list, adapter.targets=[q_proj]."),
         (["data.share_prompts=yes"], "true or false"),
         (["train.compile=maybe"], "true or false or auto"),
@@ -81,6 +81,11 @@ def test_a_group_is_given_the_name_of_an_option(capsys, group: str, value: str):
 )
 def test_the_answer_names_the_setting_and_the_way_out(capsys, line: list[str], said: str):
     assert said in answer(capsys, *line, ROWS)
+
+
+def test_a_setting_of_another_verb_is_called_that(capsys):
+    said = answer(capsys, "prepare", "model=smollm2_135m", "data=commands", "output_dir=/tmp/x")
+    assert "output_dir is no setting of prepare, but of train" in said and "Leave it out" in said
 
 
 def test_a_second_file_is_not_ignored(capsys):
