@@ -298,7 +298,8 @@ class ExportRun:
         if self.data.path is not None or self.data.dataset_info is not None:
             rules.data_are_not_trained_on(self.data)
         if uses_ray(self.resources) and self.export.format not in ON_NODES:
-            rule = f"must be inline but for export.format={', '.join(ON_NODES)}: this process writes the files"
+            formats = f"{', '.join(ON_NODES[:-1])} or {ON_NODES[-1]}"
+            rule = f"must be inline but for export.format={formats}: this process writes the files"
             raise ConfigError("resources", rule, got=self.resources.name, instead="resources=inline")
         if self.export.output_dir is not None:
             rules.is_on_a_file_system("export.output_dir", self.export.output_dir, " for an export")

@@ -70,7 +70,8 @@ class FewRows(Packing):
             weights, scales = zip(*((one.forward_weight, one.forward_scale.flatten()) for one in linears), strict=True)
             whole = torch.cat([weight.view(torch.uint8) for weight in weights]).view(weights[0].dtype)
             return FewRowsFP8Linear(whole, torch.cat(scales), bias_O, torch.bfloat16)
-        return FewRowsLinear(torch.cat([one.weight.detach().to(torch.bfloat16) for one in linears]), bias_O)
+        weights = [one.weight.detach().to(torch.bfloat16) for one in linears]
+        return FewRowsLinear(weights[0] if len(weights) == 1 else torch.cat(weights), bias_O)
 
 
 @torch.library.custom_op("raytune_llm::few_rows", mutates_args=())

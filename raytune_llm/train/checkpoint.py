@@ -410,11 +410,25 @@ class Staging:
 
 
 def _raise_interrupt(error: BaseException) -> None:
-    """That came while torch wrote or read: it makes an error of its own of it."""
-    if isinstance(error, CheckpointException):
-        for failure, _ in error.failures.values():
-            if isinstance(failure, KeyboardInterrupt):
-                raise failure from None
+    """That came while torch wrote or read: it makes an error of its own of it, or one follows as it closes its file."""
+    for cause in _causes(error):
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and all that led to it, on other workers too."""
+    left, seen = [error], set[int]()
+    while left:
+        cause = left.pop()
+        if id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        yield cause
+        failures = getattr(cause, "failures", None)
+        if isinstance(failures, dict):
+            left += [entry[0] for entry in failures.values()]
+        left += [before for before in (cause.__cause__, cause.__context__) if before is not None]
 
 
 NO_SPACE = ("No space left", "Disk quota exceeded", "File too large", "inline_container", " requested and ")
@@ -423,15 +437,9 @@ NO_SPACE = ("No space left", "Disk quota exceeded", "File too large", "inline_co
 
 def no_space_in(error: BaseException) -> str | None:
     """Whether a full disk (or a limit on file size or quota) caused the error, anywhere in its chain."""
-    seen: list[BaseException] = [error]
-    while seen:
-        cause = seen.pop()
+    for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return cause.strerror
         if any(words in str(cause) for words in NO_SPACE):
             return "no space left"
-        failures = getattr(cause, "failures", None)
-        if isinstance(failures, dict):
-            seen += [entry[0] for entry in failures.values()]
-        seen += [next_ for next_ in (cause.__cause__, cause.__context__) if next_ is not None]
     return None

@@ -44,13 +44,15 @@ def words(address: str, place: Path, *overrides: str) -> list[str]:
 
 
 def command(*argv: str, **environment: str) -> subprocess.Popen[str]:
+    """Without what a run in this process told Ray."""
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "raytune_llm", *argv],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
     )
 
 

@@ -193,8 +193,8 @@ def test_gptq_is_nearer_than_rounding_on_rows_like_those_it_was_calibrated_on(ba
         (["export.format=gptq", "export.python=/bin/false"], r"export\.python must be the Python .* with llmcompressor"),
         (["export.format=gptq", "export.python=/bin/true"], r"data\.path must name rows to calibrate with: there is no run"),
         (["export.format=gptq", "export.python=/bin/true", "data.path=/nothing/there"], r"data\.path"),
-        (["export.format=w4a16", "export.python=/bin/true"], r"export\.python is for export\.format=hf, gptq, awq"),
-        (["export.format=w4a16", "resources=local"], r"resources must be inline but for export\.format=gptq or awq"),
+        (["export.format=w4a16", "export.python=/bin/true"], r"export\.python is for export\.format=gptq or awq"),
+        (["export.format=w4a16", "resources=local"], r"resources must be inline but for export\.format=hf, gptq or awq"),
         (["data.path=rows.jsonl", "data.eval_fraction=0.1"], r"data\.eval_fraction is for training"),
     ],
 )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from raytune_llm.train.checkpoint import (
     Checkpoints,
     Progress,
     Staging,
+    _raise_interrupt,
     complete_steps,
     newest_sound,
     path_of,
@@ -72,3 +75,17 @@ def test_what_is_staged_is_a_copy_in_memory_that_is_used_again():
     again = staging.copy(state)
     assert again["a"].data_ptr() == place and again["a"].tolist() == [[1, 4], [2, 5], [3, 6]]
     assert staging.copy({"a": torch.zeros(5, dtype=torch.bfloat16)})["a"].dtype == torch.bfloat16
+
+
+def test_an_interrupt_while_torch_writes_is_one_though_torch_fails_to_close_its_file():
+    class Interrupted(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell():
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    with pytest.raises(RuntimeError, match="inline_container") as caught:
+        torch.save({"a": torch.zeros(1000)}, Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        _raise_interrupt(caught.value)
+    _raise_interrupt(OSError(28, "No space left on device"))  # is none

@@ -51,9 +51,7 @@ def study_of(tmp_path, *words):
 
 
 def test_places_work_at_the_same_time_and_each_hears_its_own_answers(tmp_path):
-    study = study_of(
-        tmp_path, "optimizer.lr=1e-4,1e-3,1e-2,2e-2", "tune.scheduler=asha", "tune.grace=0.5", "train.eval_every_steps=1"
-    )
+    study = study_of(tmp_path, "optimizer.lr=1e-4,1e-3,1e-2,2e-2", "tune.scheduler=hyperband", "tune.grace=0.5")
     both = threading.Barrier(2, timeout=20)
 
     def place(run, reported):
