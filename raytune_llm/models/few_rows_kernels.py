@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-E4M3_MAX = 448.0
+from raytune_llm.models.quantization.fp8 import E4M3, E4M3_MAX
+
 OUTPUTS, WARPS, WIDE = 64, 4, 1024
 """Rows of the weight that a program reads, its warps, and outputs that a program of the second kernel adds."""
 PROGRAMS = 96
@@ -49,7 +50,7 @@ def product(x_MK: Tensor, weight_NK: Tensor, dtype: torch.dtype, scales: tuple[T
 def rows_in_fp8(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Each row over its largest magnitude, [M, K] in e4m3, and what to multiply it with again, float32 [M]. x is contiguous."""
     M, K = x_MK.shape
-    rounded_MK = torch.empty_like(x_MK, dtype=torch.float8_e4m3fn)
+    rounded_MK = torch.empty_like(x_MK, dtype=E4M3)
     scale_M = torch.empty(M, dtype=torch.float32, device=x_MK.device)
     kernel: Any = _round
     warps = 8 if K <= 8192 else 16

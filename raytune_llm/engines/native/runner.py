@@ -79,11 +79,13 @@ class PolicyRunner:
             return self._as_written(pieces)
         decoding = list(takewhile(lambda piece: piece.stop - piece.start == 1 and piece.samples, pieces))
         rest = pieces[len(decoding) :]
-        if not rest:
-            return self._graphs.run(decoding)
+        # First: graphs that were captured later may use the memory of these for what they give, and these would write over it.
+        decoded_RV = self._graphs.run(decoding) if decoding else None
+        if decoded_RV is not None and not rest:
+            return decoded_RV
         captured = self._prompts is not None and self._prompts.takes(rest)
         of_rest_RV = self._prompts.run(rest) if captured and self._prompts is not None else self._as_written(rest)
-        return torch.cat([self._graphs.run(decoding), of_rest_RV]) if decoding else of_rest_RV
+        return of_rest_RV if decoded_RV is None else torch.cat([decoded_RV, of_rest_RV])
 
     def _as_written(self, pieces: Sequence[Piece]) -> Tensor:
         # Rows that decode first, and prompts by slot, so that none of their tokens has to move to its adapter's.

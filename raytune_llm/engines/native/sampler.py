@@ -61,9 +61,9 @@ class RowSampler:
             logits_V -= s.frequency_penalty * counts_V + s.presence_penalty * (counts_V > 0)
         if s.logit_bias:
             tokens, biases = zip(*s.logit_bias, strict=True)
-            logits_V[list(tokens)] += torch.tensor(biases, device=logits_V.device)
+            logits_V[_on(logits_V.device, tokens, torch.int64)] += _on(logits_V.device, biases, logits_V.dtype)
         if s.among:
-            candidates_K = torch.tensor(s.among, device=logits_V.device)
+            candidates_K = _on(logits_V.device, s.among, torch.int64)
             kept_K = logits_V[candidates_K]
             logits_V.fill_(-torch.inf)[candidates_K] = kept_K
 

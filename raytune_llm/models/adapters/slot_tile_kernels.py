@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from raytune_llm.models.adapters.slot_kernels import TOGETHER
+
 ROWS, INPUTS, STEP, OUTPUTS, WARPS = 16, 256, 128, 256, 4
 """Rows of a tile; inputs that a program computes, so many at once; outputs that one computes; its warps."""
-TOGETHER = 3
-"""Layers that share an input, at most: q, k and v."""
 
 
 def products(
