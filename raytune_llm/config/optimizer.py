@@ -138,15 +138,23 @@ class LowRankAdam(Adam):
     """What optimizers share that keep Adam's moments of a layer's matrices in fewer dimensions. Other weights have AdamW."""
 
     rank: PositiveInt
-    """The rank of the projected gradient. Matrices that are not larger are trained with AdamW."""
+    """The rank of the projected gradient; of smaller matrices their shorter side."""
     update_every: PositiveInt
     """Steps between new projections."""
     scale: PositiveFloat
 
     needs_whole: ClassVar[str | None] = MATRICES
 
-    def projected(self, one: TrainedShape) -> bool:
-        return one.is_layer_matrix and min(one.shape) > self.rank
+    def state_bytes(self, trained: Iterable[TrainedShape]) -> StateBytes:
+        every = [(one, shape) for one in trained for shape in (self.kept(one.shape) if one.is_layer_matrix else 2 * [one.shape])]
+        whole = [prod(shape) for one, shape in every if shape != one.shape]
+        return StateBytes(FP32 * sum(one.numel for one, shape in every if shape == one.shape), FP32 * sum(whole))
+
+    def kept(self, matrix: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shapes of what is kept of a layer's matrix: its projected moments, the rank in place of the shorter side."""
+        rows, columns = matrix
+        rank = min(self.rank, *matrix)
+        return 2 * [(rows, rank) if rows >= columns else (rank, columns)]
 
 
 @section
@@ -155,13 +163,9 @@ class GaLore(LowRankAdam):
 
     name: Literal["galore"]
 
-    def state_bytes(self, trained: Iterable[TrainedShape]) -> StateBytes:
-        every = list(trained)
-        low = [one.shape for one in every if self.projected(one)]
-        return StateBytes(
-            2 * FP32 * sum(one.numel for one in every if not self.projected(one)),
-            FP32 * self.rank * sum(2 * max(shape) + min(shape) for shape in low),
-        )
+    def kept(self, matrix: tuple[int, ...]) -> list[tuple[int, ...]]:
+        shorter = min(matrix)
+        return [*super().kept(matrix), (shorter, min(self.rank, shorter))]
 
 
 @section
@@ -172,14 +176,6 @@ class Apollo(LowRankAdam):
     name: Literal["apollo"]
     sizes: Literal["channel", "tensor"]
     """One step size a row or column (along the longer side), or one a matrix."""
-
-    def state_bytes(self, trained: Iterable[TrainedShape]) -> StateBytes:
-        every = list(trained)
-        low = [one.shape for one in every if self.projected(one)]
-        return StateBytes(
-            2 * FP32 * sum(one.numel for one in every if not self.projected(one)),
-            FP32 * self.rank * sum(2 * max(shape) for shape in low),
-        )
 
 
 @section

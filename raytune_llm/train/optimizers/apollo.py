@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raytune_llm.train.optimizers.by_tensor import Layout, State
 from raytune_llm.train.optimizers.groups import Trained
-from raytune_llm.train.optimizers.low_rank import LowRank, adam_direction, low_rank_groups, project
+from raytune_llm.train.optimizers.low_rank import LowRank, adam_direction, low_rank, low_rank_groups, project
 
 GROWTH = 1.01
 """The most that the norm of a step may be over that of the last one (Chen et al. 2024, arXiv 2410.01623)."""
@@ -50,7 +50,7 @@ class Apollo(LowRank):
 
     def projected_step(self, gradient: Tensor, state: State, group: dict[str, Any], count: int, number: int) -> Tensor:
         seed = number * SEEDS_APART + (count - 1) // group["update_every"]
-        low = project(gradient, self.projection(gradient, group["rank"], seed))
+        low = project(gradient, self.projection(gradient, low_rank(gradient.shape, group["rank"]), seed))
         step = gradient * lengthening(adam_direction(low, state, group), low, group["sizes"])
         return limited(step, state["last_norm"], first=count == 1).mul_(sqrt(group["scale"]))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from raytune_llm.train.optimizers.by_tensor import Layout, State
 from raytune_llm.train.optimizers.groups import Trained
-from raytune_llm.train.optimizers.low_rank import LowRank, adam_direction, low_rank_groups, project, project_back
+from raytune_llm.train.optimizers.low_rank import LowRank, adam_direction, low_rank, low_rank_groups, project, project_back
 
 
 def galore(
@@ -34,7 +34,7 @@ class GaLore(LowRank):
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:
         layout = super().layout(shape, dtype, group)
         if group["rank"] is not None:
-            layout["basis"] = ((min(shape), group["rank"]), dtype)
+            layout["basis"] = ((min(shape), low_rank(shape, group["rank"])), dtype)
         return layout
 
     def projected_step(self, gradient: Tensor, state: State, group: dict[str, Any], count: int, number: int) -> Tensor:

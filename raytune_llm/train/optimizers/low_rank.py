@@ -17,14 +17,10 @@ from raytune_llm.train.optimizers.groups import Groups, Trained, by_decay
 
 
 def low_rank_groups(trained: Sequence[Trained], weight_decay: float, *, rank: int, **settings: Any) -> Groups:
-    """Matrices of layers with more than `rank` rows and columns are projected, the rest is not (rank None)."""
-
-    def projected(one: Trained) -> bool:
-        return one.is_layer_matrix and min(one.parameter.shape) > rank
-
+    """Matrices of layers are projected, the rest is not (rank None)."""
     return [
-        *by_decay([one for one in trained if projected(one)], weight_decay, rank=rank, **settings),
-        *by_decay([one for one in trained if not projected(one)], weight_decay, rank=None),
+        *by_decay([one for one in trained if one.is_layer_matrix], weight_decay, rank=rank, **settings),
+        *by_decay([one for one in trained if not one.is_layer_matrix], weight_decay, rank=None),
     ]
 
 
@@ -47,9 +43,15 @@ class LowRank(ByTensor):
         raise NotImplementedError
 
 
+def low_rank(shape: tuple[int, ...], rank: int) -> int:
+    """A shorter side that is no longer than the rank keeps its length. Its steps are still those of a projected gradient, with
+    their scale: a rate fits all matrices."""
+    return min(rank, *shape)
+
+
 def low_shape(shape: tuple[int, ...], rank: int) -> tuple[int, int]:
     rows, columns = shape
-    return (rows, rank) if rows >= columns else (rank, columns)
+    return (rows, low_rank(shape, rank)) if rows >= columns else (low_rank(shape, rank), columns)
 
 
 def project(gradient: Tensor, basis_SR: Tensor) -> Tensor:

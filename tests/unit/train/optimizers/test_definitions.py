@@ -16,6 +16,7 @@ from raytune_llm.train.optimizers.adam_mini import adam_mini
 from raytune_llm.train.optimizers.adamw_8bit import adamw_8bit
 from raytune_llm.train.optimizers.adamw_bf16 import adamw_bf16, rounded_by_chance
 from raytune_llm.train.optimizers.badam import badam
+from raytune_llm.train.optimizers.galore import galore
 from raytune_llm.train.optimizers.groups import Trained
 from raytune_llm.train.optimizers.lion import lion
 from raytune_llm.train.optimizers.schedule_free import schedule_free
@@ -150,3 +151,22 @@ def test_badam_in_random_order_gives_each_layer_one_turn_a_lap() -> None:
         turns += [n for n, weight in enumerate(weights) if weight is chosen]
         optimizer.step()
     assert sorted(turns[:5]) == sorted(turns[5:]) == list(range(5)) and turns[:5] != turns[5:]
+
+
+@pytest.mark.parametrize("shape", [(3, 12), (12, 3), (4, 4)])
+def test_galore_of_a_matrix_that_is_smaller_than_the_rank_is_adam_in_the_basis_of_its_shorter_side(
+    shape: tuple[int, ...],
+) -> None:
+    """With the scale of all others (galore-torch 1.0 does so): one rate is for matrices of any size."""
+    settings = {**ADAM, "weight_decay": 0.0}
+    ours = stepped(lambda p: galore([Trained("w", p, 0)], rank=64, update_every=3, scale=0.25, **settings), shape)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    first, second, tall = torch.zeros(shape), torch.zeros(shape), shape[0] >= shape[1]
+    for count, gradient in enumerate(gradients(shape), start=1):
+        if count % 3 == 1:
+            left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+        low = gradient @ right.T if tall else left.T @ gradient
+        first, second = 0.9 * first + 0.1 * low, 0.95 * second + 0.05 * low**2
+        step = (first / (1 - 0.9**count)) / (second / (1 - 0.95**count)).sqrt()
+        weight = weight - 0.01 * 0.25 * (step @ right if tall else left @ step)
+    torch.testing.assert_close(ours, weight, rtol=1e-4, atol=1e-5)

@@ -66,11 +66,14 @@ def test_vectors_are_not_decayed(name: str) -> None:
 LOW_RANK = {"galore": ["optimizer.rank=8"], "apollo": ["optimizer.rank=8"]}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_trained_parameter_has_the_state_that_memory_is_counted_with(name: str) -> None:
+WHOLE_RANK = [(name, ["optimizer.rank=1000"]) for name in LOW_RANK]
+
+
+@pytest.mark.parametrize(("name", "overrides"), [*((name, LOW_RANK.get(name, [])) for name in OPTIMIZERS), *WHOLE_RANK])
+def test_every_trained_parameter_has_the_state_that_memory_is_counted_with(name: str, overrides: list[str]) -> None:
     model = tiny_llama()
     schedule = "constant" if name == "schedule_free" else "cosine"
-    config = settings(name, f"schedule={schedule}", *LOW_RANK.get(name, []))
+    config = settings(name, f"schedule={schedule}", *overrides)
     optimizer = build_optimizer(config, model, fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
