@@ -15,6 +15,7 @@ from raytune_llm.cluster.job_log import JobLog, read
 from raytune_llm.cluster.jobs import Job, Jobs
 from raytune_llm.commands.submit import follow_to_its_end, known_address, say
 from raytune_llm.config.run import JobsRun
+from raytune_llm.report.facts import print_facts
 
 LISTED = 20
 STOP_WAITS_S = 60.0
@@ -43,8 +44,7 @@ def _list(console: Console, jobs: Jobs, run: JobsRun) -> int:
 def _status(console: Console, jobs: Jobs, run: JobsRun) -> int:
     job = jobs.find(run.job or "")
     step, loss, left = _how_far(read(jobs.log(job.id).splitlines()))
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    rows = {
+    facts = {
         "run": job.run,
         "job": job.id,
         "status": job.status.lower(),
@@ -56,10 +56,7 @@ def _status(console: Console, jobs: Jobs, run: JobsRun) -> int:
         "output": job.output_dir or "",
         "message": job.reason,
     }
-    for name, value in rows.items():
-        if value:
-            table.add_row(name, escape(value))
-    console.print(table, highlight=False)
+    print_facts(console, [(name, escape(value)) for name, value in facts.items() if value])
     return 0
 
 

@@ -20,6 +20,7 @@ from raytune_llm.byte_size import in_units
 from raytune_llm.config.override_syntax import as_word
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.report.events import EventLog
+from raytune_llm.report.facts import print_facts
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Study
 from raytune_llm.tune.trial import Trial
@@ -58,7 +59,7 @@ def main(sweep: Sweep) -> int:
     if result.paused:
         _print_paused(console, sweep, result.study)
     else:
-        _print_best(console, sweep, result)
+        print_best(console, sweep, result)
     if sweep.run.log_format == "json":  # for who follows it from another machine
         EventLog().files(sweep.folder / name for name in (TABLE, RESULTS, BEST))
     return 0
@@ -168,23 +169,24 @@ def at_least_s(plan: Plan, products_per_s: float, *, trains_base: bool) -> float
     return plan.data.tokens * epochs * plan.parameters.total * (6 if trains_base else 4) / products_per_s
 
 
-def _print_best(console: Console, sweep: Sweep, result: TuneResult) -> None:
+def print_best(console: Console, sweep: Sweep, result: TuneResult) -> None:
     best, study = result.best, result.study
     states = [trial.state for trial in study.trials]
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     values = ", ".join(f"{name}={_text(value)}" for name, value in best.point.items()) or "the base configuration"
-    table.add_row("best", escape(values))
-    table.add_row(study.metric.name, f"{best.value:.4f}")
-    for metric, value in zip(study.metric.others, best.values[1:], strict=False):
-        table.add_row(metric.name, f"{value:.4f}")
-    table.add_row(
-        "trials", f"{states.count('finished')} finished, {states.count('stopped')} stopped early, {states.count('failed')} failed"
-    )
-    table.add_row("model", str(result.folder / "final") if sweep.tune.keep else "none is kept (tune.keep=0)")
-    table.add_row("table", str(sweep.folder / TABLE))
-    table.add_row("plots", str(sweep.folder / PAGE))
+    trials = f"{states.count('finished')} finished, {states.count('stopped')} stopped early, {states.count('failed')} failed"
+    model = escape(str(result.folder / "final")) if sweep.tune.keep else "none is kept (tune.keep=0)"
     console.print()
-    console.print(table, highlight=False)
+    print_facts(
+        console,
+        [
+            ("best", escape(values)),
+            *((metric.name, f"{value:.4f}") for metric, value in zip(study.metric.all, best.values, strict=True)),
+            ("trials", trials),
+            ("model", model),
+            ("table", escape(str(sweep.folder / TABLE))),
+            ("plots", escape(str(sweep.folder / PAGE))),
+        ],
+    )
     if study.metric.others:
         console.print("\nPareto front:", highlight=False)
     for setting in study.front if study.metric.others else ():

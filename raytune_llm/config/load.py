@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra import main as hydra_main
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -35,6 +36,9 @@ from raytune_llm.config.plain import as_text, flat_items, flat_keys
 from raytune_llm.config.run import RUNS
 from raytune_llm.config.section import validator_of
 from raytune_llm.errors import NOT_YAML, ConfigError, first_line
+
+Composed = DictConfig
+"""A config before it is a run."""
 
 MAX_OPTION_CHARS = 200
 """An option is a file, whose name can be no longer than a file system allows."""
@@ -101,7 +105,8 @@ def load_config(
 def to_run(verb: str, composed: DictConfig) -> Any:
     """A composed config as the verb's frozen dataclass."""
     try:
-        values = OmegaConf.to_container(_without_hydra(composed), resolve=True, throw_on_missing=True)
+        settings = _without_hydra(composed) if "hydra" in composed else composed
+        values = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(error.full_key or "the config", f"can't be resolved: {first_line(error)}") from None
     return validate(RUNS[verb], cast(dict[str, Any], values))
@@ -132,6 +137,20 @@ def compose(
         if not isinstance(error, YAMLError | UnicodeDecodeError | RecursionError) and not _is_of_yaml(error):
             raise
         raise _unreadable(error, overrides, config_dir) from None
+
+
+def changed(composed: DictConfig, config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """A composed config with values of settings, as if these overrides had been composed with the others: Hydra gives settings
+    their values once the options of all groups are chosen. Composing takes ten times as long. Raises ConfigError."""
+    overrides = [as_typed(override) for override in overrides]
+    _check_choices(overrides, None)
+    copied = _without_hydra(composed)
+    OmegaConf.set_struct(copied, True)  # as Hydra does, so that a name that is no setting is refused
+    try:
+        ConfigLoaderImpl._apply_overrides_to_config([parsed(_free(override)) for override in overrides], copied)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise mistakes.from_hydra(error, config_name, overrides, None, lambda: _keys_of(composed)) from None
+    return copied
 
 
 def _check_choices(overrides: Sequence[str], config_dir: str | Path | None) -> None:
@@ -290,6 +309,7 @@ def run_under_hydra(
 
 
 def _without_hydra(composed: DictConfig) -> DictConfig:
+    """A copy."""
     return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
@@ -308,5 +328,9 @@ def _known_keys(config_name: str, overrides: list[str], config_dir: str | Path |
             composed = _compose(config_name, attempt, config_dir)
         except (HydraException, OmegaConfBaseException):
             continue
-        return list(flat_keys(OmegaConf.to_container(composed, resolve=False)))
+        return _keys_of(composed)
     return []
+
+
+def _keys_of(composed: DictConfig) -> list[str]:
+    return list(flat_keys(OmegaConf.to_container(composed, resolve=False)))

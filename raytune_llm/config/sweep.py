@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.config.load import compose, load_config, to_run
+from raytune_llm.config.load import Composed, changed, compose, load_config, to_run
+from raytune_llm.config.options import groups
 from raytune_llm.config.override_syntax import as_override, one_value, quoted, swept
 from raytune_llm.config.overrides import CONF
 from raytune_llm.config.plain import as_plain, flat_items, read_yaml
@@ -98,12 +99,28 @@ class Sweep:
         return {}
 
     def _compose(self, point: Point) -> TrainRun:
-        words = [*self.words, *(as_override(setting, value) for setting, value in point.items())]
+        words = {setting: as_override(setting, value) for setting, value in point.items()}
+        options = [word for setting, word in words.items() if setting.lstrip("+") in groups()]
+        values = [word for word in words.values() if word not in options]
         try:
-            return as_train_run(to_run(VERB, compose(VERB, words, config_dir=self.config_dir, config_name=self.config_name)))
+            composed = self._with_options(options)
+            return as_train_run(to_run(VERB, changed(composed, self.config_name or VERB, values) if values else composed))
         except ConfigError as error:
             where = ", ".join(f"{setting}={value}" for setting, value in point.items())
             raise ConfigError(error.setting, f"{error.rule} (with {where})", got=error.got, fix=error.fix) from None
+
+    def _with_options(self, options: Sequence[str]) -> Composed:
+        """The base with other options of groups."""
+        if (known := self._bases.get(repr(options))) is None:
+            words = [*self.words, *options]
+            known = compose(VERB, words, config_dir=self.config_dir, config_name=self.config_name)
+            self._bases[repr(options)] = known
+        return known
+
+    @cached_property
+    def _bases(self) -> dict[str, Composed]:
+        """Bases that were composed before, by options: points that differ in values alone share one."""
+        return {}
 
     def trial_run(self, point: Point, *, seed: int, folder: Path) -> TrainRun:
         """seed: train.seed of this repetition."""

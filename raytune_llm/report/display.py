@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from raytune_llm.report.facts import print_facts
 from raytune_llm.report.progress import ProgressBar
 from raytune_llm.report.updates import Notice, ReferencePass, RunFinished, RunStarted, SampledAnswer, Update
 
@@ -80,8 +81,9 @@ class Display:
 
     def done(self, done: RunFinished) -> None:
         if done.already_done:
-            self._console.print(f"{done.output_dir} holds this run, finished. Nothing to do (resume=never starts again).")
-        self._console.print(_figures(done), highlight=False)
+            said = f"{done.output_dir} holds this run, finished. Nothing to do (resume=never starts again)."
+            self._console.print(escape(said), highlight=False, soft_wrap=True)
+        print_facts(self._console, _figures(done))
         if done.profile is not None:
             self._console.print(f"\n{done.profile}", highlight=False)
         for answer in done.answers:
@@ -102,29 +104,26 @@ class Display:
         sys.stdout.flush()
 
 
-def _figures(done: RunFinished) -> Table:
+def _figures(done: RunFinished) -> list[tuple[str, str]]:
     summary = done.summary
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts: list[tuple[str, str]] = []
     if summary.loss_first is not None and summary.loss_last is not None:
-        table.add_row("loss", f"{summary.loss_first:.4f} -> {summary.loss_last:.4f}")
-    for name, figures in done.held_out:
-        table.add_row(name, figures)
+        facts.append(("loss", f"{summary.loss_first:.4f} -> {summary.loss_last:.4f}"))
+    facts += [(name, figures) for name, figures in done.held_out]
     if summary.exact_match_before is not None and summary.exact_match_after is not None:
-        table.add_row(
-            "exact match, held out", f"{summary.exact_match_before:.1%} -> [bold]{summary.exact_match_after:.1%}[/bold]"
-        )
+        exact = f"{summary.exact_match_before:.1%} -> [bold]{summary.exact_match_after:.1%}[/bold]"
+        facts.append(("exact match, held out", exact))
     rate = "" if summary.tokens_per_s is None else f", {summary.tokens_per_s:,.0f} tokens/s"
     mfu = "" if summary.mfu is None else f", mfu {summary.mfu:.1%}"
-    table.add_row("trained", f"{summary.steps:,} steps, {summary.tokens:,} tokens{rate}{mfu}")
+    facts.append(("trained", f"{summary.steps:,} steps, {summary.tokens:,} tokens{rate}{mfu}"))
     wall = summary.wall_s
-    table.add_row(
-        "time",
-        f"{wall.total:.0f} s (start {wall.start:.0f}, prepare {wall.prepare:.0f}, load {wall.load:.0f}, "
-        f"train {wall.train:.0f}, save {wall.save:.0f})",
+    parts = (
+        f"start {wall.start:.0f}, prepare {wall.prepare:.0f}, load {wall.load:.0f}, train {wall.train:.0f}, save {wall.save:.0f}"
     )
-    table.add_row("model", str(Path(done.output_dir) / "final"))
-    table.add_row("curve", str(Path(done.output_dir) / "loss.png"))
-    return table
+    facts.append(("time", f"{wall.total:.0f} s ({parts})"))
+    facts.append(("model", escape(str(Path(done.output_dir) / "final"))))
+    facts.append(("curve", escape(str(Path(done.output_dir) / "loss.png"))))
+    return facts
 
 
 def _shortened(text: str) -> str:

@@ -28,7 +28,7 @@ from raytune_llm.errors import UserError
 from raytune_llm.runs.owner import wait_until_free
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.places import Place, Share, share_of, workers_of
-from raytune_llm.tune.trial import Outcome, Reported, Train, run_trial
+from raytune_llm.tune.trial import Outcome, Reported, Train, run_trial, set_libraries_aside
 
 MESSAGES = "messages"
 
@@ -39,6 +39,7 @@ class TrialProcess:
     def __init__(self, train: Train, tune: TuneConfig, cpus: float) -> None:
         from raytune_llm.runs.workspace import Workspace  # it loads torch, and the driver imports this file, too
 
+        set_libraries_aside()
         self._train = partial(train, workspace=Workspace(keeps_base=True, checked=True))
         self._metric, self._threads = metric_of(tune), max(1, int(cpus))
         self._reports, self._answers = Queue[tuple[int, int, float]](), Queue[bool]()

@@ -26,7 +26,7 @@ from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.places import Place, run_at, workers_of
 from raytune_llm.tune.results import write_plots, write_results
 from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Setting, Study
-from raytune_llm.tune.trial import Train, run_trial
+from raytune_llm.tune.trial import Train, libraries_set_aside, run_trial
 
 if TYPE_CHECKING:
     from raytune_llm.runs.workspace import Workspace
@@ -146,10 +146,12 @@ def _ready(
     if size > 1 and train_together is not None:
         notify(f"{size} trials at a time, in one pass over one base ({why})")
         _prepare([replace(run, resources=INLINE) for run in runs], workspace)
-        yield partial(run_banks, size=size, train_together=partial(train_together, workspace=workspace))
+        with libraries_set_aside():
+            yield partial(run_banks, size=size, train_together=partial(train_together, workspace=workspace))
     elif not uses_ray(sweep.run.resources):
         _prepare(runs, workspace)
-        yield partial(_run_here, train=partial(train, workspace=workspace))
+        with libraries_set_aside():
+            yield partial(_run_here, train=partial(train, workspace=workspace))
     else:
         with _on_ray(sweep, train, runs, notify) as places:
             yield partial(run_at, places)

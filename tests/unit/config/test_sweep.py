@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from raytune_llm import ConfigError, load_config, load_sweep
+from raytune_llm.config import sweep as of_sweeps
+from raytune_llm.config.load import compose
+from raytune_llm.config.override_syntax import as_override
 from raytune_llm.config.overrides import CONF
 from raytune_llm.config.space import Choice, Interval
 from raytune_llm.config.sweep import COMMAND, load_paused, load_submitted
@@ -37,6 +40,20 @@ def test_a_trial_is_the_run_that_its_values_would_be_if_they_were_typed(tmp_path
     run = made.trial_run(point, seed=42, folder=tmp_path / "001")
     typed = load_config("train", [*BASE, "optimizer.lr=1e-3", "optimizer=muon", f"output_dir={tmp_path}/001", f"name={run.name}"])
     assert run == typed
+
+
+def test_points_that_differ_in_values_alone_share_one_composition_and_leave_it_as_it_was(monkeypatch):
+    composed = []
+    monkeypatch.setattr(of_sweeps, "compose", lambda *words, **others: composed.append(words) or compose(*words, **others))
+    grid = ("optimizer=adamw,muon", "adapter.rank=range(1,5)", "adapter.targets=[q_proj],[q_proj,v_proj]", "tune=grid")
+    made = sweep(*grid, "adapter.rank_pattern={},{q_proj: 4}", "adapter.dropout=0.1")
+    assert len(made.planned) == 2 * 4 * 2 * 2
+    assert len(composed) == 4  # the base, for itself and for points around it, and with each optimizer
+    typed = [*BASE, "adapter.dropout=0.1"]
+    for point in made.planned[::7]:
+        words = [as_override(setting.lstrip("+"), value) for setting, value in point.items()]
+        plain = load_config("train", [*typed, *words, f"output_dir={made.folder}"])
+        assert made.composed(point) == plain
 
 
 def test_a_grid_has_every_combination_and_random_points_depend_on_the_seed_alone():

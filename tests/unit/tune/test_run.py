@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import math
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
+import torch
+from rich.console import Console
 
 from raytune_llm import ConfigError, Diverged, ResourceError, UserError, api, load_config, load_sweep
+from raytune_llm.commands.tune import print_best
 from raytune_llm.report.metrics import read_metrics
 from raytune_llm.runs import preflight
 from raytune_llm.tune.metric import Metric
@@ -61,6 +66,15 @@ def test_the_folder_says_what_was_tried(swept):
     rows = list(csv.DictReader((folder / "trials.csv").open()))
     assert [float(row["optimizer.lr"]) for row in rows] == [2e-4, 1e-9, 1e-2, 1e-8]
     assert (folder / "sweep.png").stat().st_size > 10_000
+
+
+def test_where_the_best_model_is_can_be_pasted_from_a_narrow_terminal(swept, chat_rows, cache):
+    folder, result = swept
+    console = Console(width=40, file=StringIO())
+    print_best(console, load_sweep(words(chat_rows, cache, folder, *GRID)), result)
+    lines = console.file.getvalue().splitlines()
+    assert f"model      {result.folder / 'final'}" in lines
+    assert f"plots      {folder / 'sweep.png'}" in lines
 
 
 def test_the_best_setting_trains_again_as_it_stands(swept, tmp_path):
@@ -187,3 +201,17 @@ def test_a_metric_that_is_no_number_is_no_result(chat_rows, cache, tmp_path):
 def test_one_process_runs_one_trial_at_a_time(chat_rows, cache, tmp_path):
     with pytest.raises(ConfigError, match="must be 1 with resources=inline"):
         load_sweep(words(chat_rows, cache, tmp_path, "adapter.rank=2,4", "tune=grid", "tune.max_concurrent=2"))
+
+
+def test_a_trial_leaves_nothing_in_memory_for_the_next_ones(chat_rows, cache, tmp_path):
+    alive = []
+
+    def changed(_, trial):
+        if trial.state == "running" and not trial.reports:
+            alive.append(sum(isinstance(thing, torch.nn.Module | torch.Tensor) for thing in gc.get_objects()))
+
+    asha = ("optimizer.lr=range(1,13)", "tune=grid", "tune.scheduler=asha", "tune.grace=0.5", "train.max_steps=2")
+    api.tune(load_sweep(words(chat_rows, cache, tmp_path, *asha)), on_change=changed)
+    assert len(alive) == 12
+    assert alive[0] < alive[1] == alive[-1]  # the base remains
+    assert gc.get_freeze_count() == 0
