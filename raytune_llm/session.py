@@ -26,10 +26,8 @@ _QUICK = {
 }
 
 
-def connect(resources: Local | Cluster, *, dashboard: bool = False) -> None:
-    """Start a cluster on this machine (local) or join the one at the address (cluster). Does nothing if already connected.
-
-    dashboard: of one that is started; Ray Train asks it which of its groups are left over."""
+def connect(resources: Local | Cluster) -> None:
+    """Start a cluster on this machine (local) or join the one at the address (cluster). Does nothing if already connected."""
     import ray
     from ray.exceptions import RayError
 
@@ -43,7 +41,7 @@ def connect(resources: Local | Cluster, *, dashboard: bool = False) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             with interrupts.handler_kept():
-                ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
+                ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # a slow start is a plain one
             raise ResourceError(
                 f"Ray did not start on this machine ({first_line(error)})",

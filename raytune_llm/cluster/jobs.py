@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import secrets
-import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -86,16 +85,16 @@ class Jobs:
     def __init__(self, address: str) -> None:
         """Raises ResourceError if nothing answers at the address, or if the cluster rejects the token."""
         self.address = address
-        if token_there() and "ray" not in sys.modules:
-            # Ray reads it once, when it is imported. Set later, it would reach only the daemons of a cluster started here:
-            # they would ask for a token that this process does not send.
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.job_submission import JobSubmissionClient
+
+        # Ray itself sends a token only where RAY_AUTH_MODE says so, which a run in this process may have set for its own cluster.
+        token = own_token()
+        headers = None if token is None else {"Authorization": f"Bearer {token}"}
 
         for module in ("dashboard_sdk", "job.sdk"):
             logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         with self._explained(), _no_other_address():
-            self._client = JobSubmissionClient(address)
+            self._client = JobSubmissionClient(address, headers=headers)
 
     def submit(
         self,
@@ -256,9 +255,18 @@ def address_of(setting: str | None) -> str:
     return address.rstrip("/")
 
 
-def token_there() -> bool:
-    paths = (os.environ.get("RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token")
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or any(path is not None and Path(path).is_file() for path in paths)
+def own_token() -> str | None:
+    """This user's token, from where Ray looks for it. None: there is none."""
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(given) if given else Path.home() / ".ray" / "auth_token"
+    if not given and not path.is_file():
+        return None
+    try:
+        return path.read_text().strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResourceError(f"the token in {path} can't be read ({error})", "Set RAY_AUTH_TOKEN_PATH to another file.") from None
 
 
 def open_to_all(address: str) -> str | None:
@@ -268,7 +276,7 @@ def open_to_all(address: str) -> str | None:
         local = ipaddress.ip_address(host).is_loopback
     except ValueError:
         local = host == "localhost"
-    if local or token_there():
+    if local or own_token() is not None:
         return None
     return (
         f"{address} is used without a token: whoever reaches it may run anything there. To switch tokens on, make one with "

@@ -19,7 +19,7 @@ from raytune_llm.runs.outcome import TrainOutcome
 
 POLL_S = 0.2
 ABORT_S = 3.0
-"""Timeout of each step of ending an interrupted group; then it is killed."""
+"""Longest wait for the callback of a run that is interrupted."""
 
 
 class Channel:
@@ -73,18 +73,12 @@ class Channel:
         ray.kill(self.inbox)
 
     def abort(self) -> None:
-        """End the group at once, even while it starts. Another interrupt leaves the rest to Ray, which ends with this process."""
+        """End the inbox at once, with what is in it."""
         import ray
 
         self._closing.set()
         self._thread.join(ABORT_S)
         self._starting.close()
-        with suppress(Exception):
-            controller: Any = ray.get(self.inbox.controller.remote(), timeout=ABORT_S)
-            if controller is not None:
-                with suppress(Exception):
-                    ray.get(controller.abort.remote(), timeout=ABORT_S)
-                ray.kill(controller)
         with suppress(Exception):
             ray.kill(self.inbox)
 

@@ -31,7 +31,7 @@ class Contents:
 
 
 class Inbox:
-    """Its methods are called remotely: by the workers, by Ray Train's controller, and by the driver (`controller`, `take`)."""
+    """Its methods are called remotely: by the workers and by the driver."""
 
     def __init__(self) -> None:
         self._messages: list[Message] = []
@@ -39,7 +39,6 @@ class Inbox:
         self._outcome: TrainOutcome | None = None
         self._hosts: dict[int, str] = {}
         self._last_beat: dict[int, float] = {}
-        self._controller: Any = None
         self._asked_to_yield = False
 
     def join(self, rank: int, host: str) -> None:
@@ -51,13 +50,6 @@ class Inbox:
 
     def leave(self, rank: int) -> None:
         self._last_beat.pop(rank, None)
-
-    def set_controller(self, controller: Any) -> None:
-        self._controller = controller
-
-    def controller(self) -> Any:
-        """The handle of Ray Train's controller. None: it has not started yet."""
-        return self._controller
 
     def ask_to_yield(self) -> None:
         """The workers are to save and end at their next log step."""

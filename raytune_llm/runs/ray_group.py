@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytune_llm import session
 from raytune_llm.config.resources import Cluster, Local, on_cluster, worker_counts
@@ -26,7 +26,12 @@ from raytune_llm.runs.ray_failures import cause, how_it_ended
 from raytune_llm.runs.ray_metrics import RayMetrics
 from raytune_llm.runs.remote_output import remote_folder, saved_steps, work_folder
 
+if TYPE_CHECKING:
+    from raytune_llm.runs.group_trainer import GroupTrainer
+
 POLL_S = 0.2
+ENDS_WITHIN_S = 5.0
+"""Longest wait for the workers of an interrupted group; they go with this process at the latest."""
 START_FAILURES = 3
 """The run fails after so many groups that could not be started."""
 START_S = "30"
@@ -111,15 +116,18 @@ class Group:
         assert channel.outcome is not None
         return channel.outcome
 
-    def _trainer(self, size: GroupSize, max_failures: int | None, inbox: Any) -> Any:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+    def _trainer(self, size: GroupSize, max_failures: int | None, inbox: Any) -> GroupTrainer:
+        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig
+
+        from raytune_llm.runs.group_trainer import GroupTrainer
 
         resources = self.resources
         elastic = max_failures is None
         settings = {"run": self.run, "stores": self.stores, "inbox": inbox, "elastic": elastic, "threads": max(1, int(size.cpus))}
-        return TorchTrainer(
+        return GroupTrainer(
             worker_main,
+            watchers=[_losses(inbox, self.run.name)],
             train_loop_config=settings,
             torch_config=TorchConfig(
                 backend=COLLECTIVES["cuda" if size.gpus else "cpu"], timeout_s=max(1, round(resources.collective_timeout_s))
@@ -131,7 +139,7 @@ class Group:
             ),
             run_config=RunConfig(
                 name=f"group-{os.getpid()}-{secrets.token_hex(4)}",
-                callbacks=_callbacks(inbox, self.run.name),
+                logging_config=LoggingConfig(log_level="CRITICAL"),  # on the screen; Ray's log files have all
                 failure_config=FailureConfig(
                     max_failures=max_failures or 0, controller_failure_limit=1 if elastic else START_FAILURES
                 ),
@@ -197,7 +205,7 @@ def _storage(output_dir: str, *, shared: bool) -> dict[str, Any]:
     return {"storage_path": remote.path(".ray"), "storage_filesystem": PyFileSystem(FSSpecHandler(remote.store))}
 
 
-def _fit(trainer: Any, channel: Channel, grows: Callable[[], bool]) -> None:
+def _fit(trainer: GroupTrainer, channel: Channel, grows: Callable[[], bool]) -> None:
     """Run the trainer in a thread, where Ray can't install signal handlers.
 
     So an interrupt, or a callback's EndOfRun, ends the group even while it starts.
@@ -223,20 +231,16 @@ def _fit(trainer: Any, channel: Channel, grows: Callable[[], bool]) -> None:
                 channel.inbox.ask_to_yield.remote()
     except BaseException:
         channel.abort()
+        trainer.end()
+        thread.join(ENDS_WITHIN_S)
         raise
     if failures:
         raise failures[0]
 
 
-def _callbacks(inbox: Any, run_name: str) -> list[Any]:
-    """Callbacks of Ray Train's controller: they send its handle, and the workers that it lost, to the inbox."""
-    import ray
+def _losses(inbox: Any, run_name: str) -> Any:
+    """A callback of Ray Train that sends the workers that were lost to the inbox."""
     from ray.train import UserCallback
-    from ray.train.v2._internal.execution.callback import ControllerCallback
-
-    class SendHandle(ControllerCallback):
-        def after_controller_start(self, train_run_context: Any) -> None:
-            inbox.set_controller.remote(ray.get_runtime_context().current_actor)
 
     class SendLosses(UserCallback):
         def __init__(self) -> None:
@@ -247,10 +251,10 @@ def _callbacks(inbox: Any, run_name: str) -> list[Any]:
             if any(isinstance(error, UserError) for error in worker_exceptions.values()):
                 return  # the worker has sent it itself
             self.failures += 1
-            self.metrics = self.metrics or RayMetrics(run_name)  # in the controller, since gauges can't be sent there
+            self.metrics = self.metrics or RayMetrics(run_name)
             self.metrics.measured("failures", self.failures)
             how = {rank: how_it_ended(error) for rank, error in worker_exceptions.items()}
             details = "\n".join(f"worker {rank}: {error}" for rank, error in worker_exceptions.items())
             inbox.put.remote(WorkersLost(how=how, details=details, failure=self.failures))
 
-    return [SendHandle(), SendLosses()]
+    return SendLosses()

@@ -169,7 +169,7 @@ def _on_ray(sweep: Sweep, train: Train, runs: list[TrainRun], notify: Callable[[
     resources = sweep.run.resources
     assert uses_ray(resources)
     grouped = workers_of(resources) > 1 or not sweep.base.fits_one_process
-    session.connect(resources, dashboard=grouped)
+    session.connect(resources)
     from raytune_llm.runs.workspace import Workspace
     from raytune_llm.tune.onray import places_on_ray  # ray takes seconds to import
 

@@ -44,15 +44,13 @@ def words(address: str, place: Path, *overrides: str) -> list[str]:
 
 
 def command(*argv: str, **environment: str) -> subprocess.Popen[str]:
-    """Without what a run in this process told Ray."""
-    inherited = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "raytune_llm", *argv],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
 
 
@@ -199,3 +197,6 @@ def test_a_head_with_a_token_takes_jobs_of_those_who_have_it(tmp_path):
         friend = command(*argv, HOME=str(tmp_path), RAY_AUTH_TOKEN=token)
         said, _ = friend.communicate()
         assert friend.returncode == 0 and "has no jobs" in said, said
+        after_a_run_here = command(*argv, HOME=str(tmp_path), RAY_AUTH_TOKEN=token, RAY_AUTH_MODE="disabled")
+        said, _ = after_a_run_here.communicate()
+        assert after_a_run_here.returncode == 0 and "has no jobs" in said, said

@@ -7,16 +7,17 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raytune_llm import api, load_config
+from raytune_llm import api, load_config, session
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.report.updates import Notice, RunStarted
@@ -209,3 +210,55 @@ def test_a_cluster_whose_cpus_are_taken_says_what_it_waits_for(plain: TrainRun, 
 class Holder:
     def hold(self) -> None:
         pass
+
+
+def forever(settings: Mapping[str, Any]) -> None:
+    while True:
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("when", ["waits for its place", "runs"])
+def test_a_group_that_is_ended_leaves_nothing_on_the_cluster(plain: TrainRun, tmp_path: Path, when: str) -> None:
+    import ray
+    from ray._private.state import actors
+    from ray.train import RunConfig, ScalingConfig
+    from ray.util import placement_group_table
+
+    from raytune_llm.runs.group_trainer import GroupTrainer
+
+    session.connect(on_ray(plain, tmp_path).resources)
+    total = ray.cluster_resources()["CPU"]
+    size = ScalingConfig(num_workers=1, resources_per_worker={"CPU": total})
+    trainer = GroupTrainer(
+        forever, watchers=[], train_loop_config={}, scaling_config=size, run_config=RunConfig(storage_path=str(tmp_path))
+    )
+    holder = ray.remote(num_cpus=1)(Holder).remote()
+    ray.get(holder.hold.remote())
+    failures: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    wait_until(lambda: any(place["state"] == "PENDING" for place in placement_group_table().values()))
+    if when == "runs":
+        ray.kill(holder)
+        wait_until(lambda: bool(worker_processes()))
+    trainer.end()
+    thread.join(60)
+    assert not thread.is_alive() and failures
+    ray.kill(holder)
+    wait_until(lambda: all(place["state"] == "REMOVED" for place in placement_group_table().values()))
+    wait_until(lambda: all(actor["State"] == "DEAD" for actor in actors().values()))
+    wait_until(lambda: ray.available_resources().get("CPU") == total)
+
+
+def wait_until(seen: Callable[[], bool]) -> None:
+    until = time.monotonic() + 90
+    while not seen():
+        assert time.monotonic() < until
+        time.sleep(0.1)

@@ -130,3 +130,16 @@ def test_who_starts_a_group_and_passes_its_messages_on_loads_nothing_that_its_wo
         [sys.executable, "-c", code + "print(json.dumps(list(sys.modules)))"], capture_output=True, text=True, check=True
     )
     assert not set(json.loads(done.stdout)) & {"torch", "transformers", "peft", "bitsandbytes", "pandas"}
+
+
+def test_a_worker_loads_packages_for_quantized_weights_only_where_a_run_has_them():
+    """PEFT and transformers load them wherever they are installed: seconds at the start of each process that trains."""
+    packages = {name for name in ("bitsandbytes", "hqq") if importlib.util.find_spec(name)}
+    if not packages:
+        pytest.skip("needs bitsandbytes or hqq")
+    code = (
+        "import sys, json, importlib, raytune_llm.runs.preflight, raytune_llm.runs.worker; loaded = list(sys.modules); "
+        f"[importlib.import_module(name) for name in {packages}]; print(json.dumps(loaded))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(json.loads(done.stdout)) & packages

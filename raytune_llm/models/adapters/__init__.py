@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
 from raytune_llm.config.section import settings_of
+from raytune_llm.models.adapters import peft_alone  # noqa: F401  # before those that import from PEFT
 from raytune_llm.models.adapters.bank import LoraBank, Weights
 from raytune_llm.models.adapters.bank_weights import UNMIXED_FIX, reads_weights, unmixed
 from raytune_llm.models.adapters.freeze import freeze

@@ -1,0 +1,128 @@
+"""Ray's TorchTrainer, with its controller in a thread of the driver. Imports ray and torch. [ray]
+
+Ray starts the controller as an actor, which starts others: one that frees the workers' places if the controller dies, one that
+passes requests to an autoscaler, and one that shares out data sets. Each is a process that imports Ray Train for seconds, in line
+before the workers. No run needs them here: the places go with the driver, an autoscaler sees the placement group that waits, and
+the workers read token stores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.train import UserCallback
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.user_callback import UserCallbackHandler
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.util.placement_group import remove_placement_group
+
+NOT_NEEDED = (DatasetsCallback, PlacementGroupCleanerCallback)
+
+
+class GroupTrainer(TorchTrainer):
+    def __init__(self, *arguments: Any, watchers: Sequence[UserCallback], **settings: Any) -> None:
+        """watchers: called in this process. (A RunConfig's callbacks are sent to the workers, too.)"""
+        super().__init__(*arguments, **settings)
+        self._watchers = watchers
+        self._groups = Groups()
+
+    def end(self) -> None:
+        """End the workers from another thread, even while they start. `fit` raises then."""
+        self._groups.end()
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = [one for one in super()._create_default_callbacks() if not isinstance(one, NOT_NEEDED)]
+        return [*callbacks, UserCallbackHandler(list(self._watchers), self.train_run_context)]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        controller: Any = TrainController(**{**settings, "scaling_policy": Unannounced(self.scaling_config)})
+        controller.worker_group_cls = self._groups
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class Unannounced(FixedScalingPolicy):
+    """A group of one size, of which only its placement group tells an autoscaler."""
+
+    def _send_resource_request(self) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+    def _cancel_resource_request(self) -> None:
+        pass
+
+
+class Groups:
+    """The groups of workers that a controller starts, one after another, until they are ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._place: Any = None
+        self._ended = False
+
+    def create(self, **settings: Any) -> WorkerGroup:
+        """Called by the controller."""
+        if self._ended:
+            raise RuntimeError("the group was ended")
+        group = Group(self, **settings)
+        group._start()
+        return group
+
+    def took(self, place: Any) -> None:
+        """place: the placement group of a group that starts."""
+        with self._lock:
+            self._place = place
+            ended = self._ended
+        if ended:
+            remove_placement_group(place)
+
+    def end(self) -> None:
+        """Take the workers' place from them, which ends them."""
+        with self._lock:
+            self._ended = True
+            place = self._place
+        if place is not None:  # in a thread: it waits for a head that may be gone
+            threading.Thread(target=remove_placement_group, args=(place,), daemon=True).start()
+
+
+class Group(WorkerGroup):
+    def __init__(self, groups: Groups, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._groups = groups
+
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
+        handle = super()._create_placement_group(scaling_config, worker_group_context)
+        self._groups.took(handle.placement_group)
+        return handle
+
+    def _init_train_context_on_workers(self, workers: Sequence[Any], sync_actor: Any, train_context_args: Any) -> None:
+        """As Ray's, whose controller is an actor that workers can ask for checkpoints."""
+        starts = [
+            worker.actor.init_train_context.remote(
+                train_run_context=self._train_run_context,
+                distributed_context=worker.distributed_context,
+                synchronization_actor=sync_actor,
+                storage_context=self._storage_context,
+                worker_callbacks=self._worker_callbacks_to_propagate,
+                controller_actor=None,
+                **{name: values[number] for name, values in train_context_args.items()},
+            )
+            for number, worker in enumerate(workers)
+        ]
+        ray.get(starts)
+        self._decorate_worker_log_file_paths(list(workers))
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+        """The job's own, without more variables: a node has idle processes for it, and starts none for a new environment."""
+        return custom_runtime_env
