@@ -1,63 +1,28 @@
-"""A group of workers that follows the cluster's size (resources.num_workers=[fewest,most]). [ray]
+"""A group of workers that follows the cluster's size (resources.num_workers=[fewest,most]).
 
 The driver decides on the size. A group that there is room to enlarge is asked to save and end, and a larger one resumes, so that
-no step is lost. A group that lost a worker is started again with the size that there is room for: another one at once where its
-node is gone, the same one where the node has room for the worker again. Each size computes the same steps: the global batch, the
-order of the samples and the schedule don't depend on it.
+no step is lost; so is one on a node that drains, and one that fits elsewhere resumes. A group that lost a worker is started again
+with the size that there is room for: another one at once where its node is gone, the same one where the node has room for the
+worker again. Each size computes the same steps: the global batch, the order of the samples and the schedule don't depend on it.
 """
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from raytune_llm.report.updates import Notice
 from raytune_llm.runs.faults import waiting_line
+from raytune_llm.runs.live_nodes import LOOK_EVERY_S, Node, nodes_there, summed
 from raytune_llm.runs.nodes import workers_that_fit
 from raytune_llm.runs.outcome import TrainOutcome
 
 POLL_S = 0.5
-LOOK_EVERY_S = 2.0
 SETTLED_S = 4.0
 """A larger group starts only after there was room for it for so long, because nodes join one after another."""
 RELEASED_WITHIN_S = 20.0
 """Longest wait for the resources of an ended group; after it, another job has them."""
-ANSWERS_WITHIN_S = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    total: Mapping[str, float]
-    free: Mapping[str, float]
-
-
-def nodes_there() -> list[Node]:
-    """The nodes that answer. Ray still lists a lost node for some seconds."""
-    from ray._private.state import available_resources_per_node
-
-    free = available_resources_per_node()
-    return [Node(total=node["Resources"], free=free[node["NodeID"]]) for node in _alive() if node["NodeID"] in free]
-
-
-def node_ids() -> set[str]:
-    return {node["NodeID"] for node in _alive()}
-
-
-def _alive() -> list[Mapping[str, Any]]:
-    import ray
-
-    return [node for node in ray.nodes() if node["Alive"] and _answers(node)]
-
-
-def _answers(node: Mapping[str, Any]) -> bool:
-    try:
-        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWERS_WITHIN_S).close()
-    except OSError:
-        return False
-    return True
 
 
 def largest(counts: Sequence[int], nodes: Sequence[Node], each: Mapping[str, float], *, held: int = 0) -> int | None:
@@ -86,21 +51,13 @@ def wait_for_room(
         aim = min(wanted, possible) if wanted is not None and possible is not None else counts[0]
         if found is not None and (found >= aim or waited > RELEASED_WITHIN_S):
             return found
-        line = waiting_line(counts[0], each, _sum(node.free for node in nodes), _sum(node.total for node in nodes))
+        line = waiting_line(counts[0], each, summed(node.free for node in nodes), summed(node.total for node in nodes))
         if found is None and line is None:
             line = f"waiting for nodes with room for {counts[0]} whole workers; what is free is spread over nodes"
         if line is not None and line != noticed and waited > LOOK_EVERY_S:
             notify(Notice(text=line))
             noticed = line
         time.sleep(POLL_S)
-
-
-def _sum(resources: Any) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for one in resources:
-        for kind, amount in one.items():
-            total[kind] = total.get(kind, 0.0) + amount
-    return total
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.report.updates import Notice
 from raytune_llm.runs.faults import waiting_line
+from raytune_llm.runs.live_nodes import nodes_there, summed
 
 TOKENIZING_CPUS = 1
 """Reserved, at least, for data.streaming, which tokenizes while the workers train."""
@@ -94,13 +95,16 @@ def check_fits(size: GroupSize, *, reserved_cpus: int = 0) -> None:
 
 def wait_until_free(size: GroupSize, notify: Callable[[Notice], None]) -> None:
     """Wait until no other job holds what the workers need. `notify` gets what is missing, which Ray itself does not say."""
-    import ray
-
     noticed, noticed_at = "", 0.0
     began = time.monotonic()
-    while line := waiting_line(size.workers, size.each, ray.available_resources(), ray.cluster_resources()):
+    while line := waiting_line(size.workers, size.each, *_free_and_total()):
         now = time.monotonic()
         if now - began > NOTICE_AFTER_S and (line != noticed or now - noticed_at > NOTICE_INTERVAL_S):
             notify(Notice(text=line))
             noticed, noticed_at = line, now
         time.sleep(POLL_S)
+
+
+def _free_and_total() -> tuple[Mapping[str, float], Mapping[str, float]]:
+    nodes = nodes_there()
+    return summed(node.free for node in nodes), summed(node.total for node in nodes)

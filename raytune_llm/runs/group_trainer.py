@@ -38,6 +38,10 @@ class GroupTrainer(TorchTrainer):
         """End the workers from another thread, even while they start. `fit` raises then."""
         self._groups.end()
 
+    def nodes(self) -> set[str]:
+        """Ids of the nodes that the workers are on; none while they start."""
+        return self._groups.nodes()
+
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = [one for one in super()._create_default_callbacks() if not isinstance(one, NOT_NEEDED)]
         return [*callbacks, UserCallbackHandler(list(self._watchers), self.train_run_context)]
@@ -67,6 +71,7 @@ class Groups:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._group: Group | None = None
         self._place: Any = None
         self._ended = False
 
@@ -74,9 +79,13 @@ class Groups:
         """Called by the controller."""
         if self._ended:
             raise RuntimeError("the group was ended")
-        group = Group(self, **settings)
-        group._start()
-        return group
+        self._group = Group(self, **settings)
+        self._group._start()
+        return self._group
+
+    def nodes(self) -> set[str]:
+        state = None if self._group is None else self._group._worker_group_state
+        return set() if state is None else {worker.metadata.node_id for worker in state.workers}
 
     def took(self, place: Any) -> None:
         """place: the placement group of a group that starts."""

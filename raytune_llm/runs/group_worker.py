@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def worker_main(settings: Mapping[str, Any]) -> None:
-    """settings: `run`, the folders of its `stores`, the `inbox`, the `threads` that torch may use without a GPU, and whether the
-    group is `elastic`."""
+    """settings: `run`, the folders of its `stores`, the `inbox`, the `threads` that torch may use without a GPU, and whether it
+    `yields`: saves and ends where the driver asks it to."""
     import ray
     import ray.train.torch
     import torch
@@ -45,7 +45,7 @@ def worker_main(settings: Mapping[str, Any]) -> None:
         metrics.measured("workers", dist.get_world_size())
 
     def yields() -> bool:
-        if not settings["elastic"]:
+        if not settings["yields"]:
             return False
         asked = torch.tensor(rank == 0 and ray.get(inbox.asked_to_yield.remote()), dtype=torch.int32, device=device)
         dist.broadcast(asked, src=0)

@@ -17,10 +17,11 @@ from raytune_llm.errors import UserError, first_line
 from raytune_llm.report.metrics import Sink
 from raytune_llm.report.updates import EndOfRun, Notice, SampledAnswer, Update
 from raytune_llm.runs.channel import Channel
-from raytune_llm.runs.elastic import RoomToGrow, node_ids, of_all, wait_for_room
+from raytune_llm.runs.elastic import RoomToGrow, of_all, wait_for_room
 from raytune_llm.runs.faults import WorkersLost
 from raytune_llm.runs.group_size import GroupSize, check_fits, group_size, reserved_cpus, wait_until_free
 from raytune_llm.runs.group_worker import worker_main
+from raytune_llm.runs.live_nodes import Leaving, node_ids
 from raytune_llm.runs.outcome import TrainOutcome
 from raytune_llm.runs.ray_failures import cause, how_it_ended
 from raytune_llm.runs.ray_metrics import RayMetrics
@@ -35,6 +36,7 @@ ENDS_WITHIN_S = 5.0
 START_FAILURES = 3
 """The run fails after so many groups that could not be started."""
 START_S = "30"
+LEAVES = "a node is being taken away"
 COLLECTIVES = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """By the kind of device that workers have. On GPUs both, since parameters that wait in host memory add up their norm there."""
 
@@ -64,11 +66,16 @@ def fit_on_ray(
     )
     if isinstance(resources.num_workers, list):
         return fit_elastic(group, size, resources.num_workers)
-    wait_until_free(size, on_update)
-    try:
-        return group.fit(size, max_failures=resources.max_failures)
-    except GroupFailed as failed:
-        raise failed.reason from None
+    outcomes: list[TrainOutcome] = []
+    while not outcomes or outcomes[-1].yielded:
+        wait_until_free(size, on_update)
+        try:
+            outcomes.append(group.fit(size, max_failures=resources.max_failures))
+        except GroupFailed as failed:
+            raise failed.reason from None
+        if outcomes[-1].yielded:
+            on_update(Notice(text=f"saved at step {outcomes[-1].progress.step}, since {LEAVES}; resuming on others"))
+    return of_all(outcomes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +91,8 @@ class Group:
 
     def fit(self, size: GroupSize, *, max_failures: int | None, grows: Callable[[], bool] = lambda: False) -> TrainOutcome:
         """Train from the newest checkpoint. Ray Train replaces lost workers up to max_failures times; with None never, since the
-        caller does. grows: asked now and then; where it says yes, the group is asked to save and end.
+        caller does. grows: asked now and then. Where it says yes, or a node of the group drains, the group is asked to save and
+        end.
 
         Raises GroupFailed for lost workers, else what the user can fix, and whatever a callback raised.
         """
@@ -98,7 +106,9 @@ class Group:
             on_samples=self.on_samples,
         )
         try:
-            _fit(self._trainer(size, max_failures, channel.inbox), channel, grows)
+            trainer = self._trainer(size, max_failures, channel.inbox)
+            leaving = Leaving(nodes_of_group=trainer.nodes)
+            _fit(trainer, channel, lambda: grows() or leaving())
         except EndOfRun:
             raise
         except Exception as error:
@@ -123,8 +133,8 @@ class Group:
         from raytune_llm.runs.group_trainer import GroupTrainer
 
         resources = self.resources
-        elastic = max_failures is None
-        settings = {"run": self.run, "stores": self.stores, "inbox": inbox, "elastic": elastic, "threads": max(1, int(size.cpus))}
+        elastic, yields = max_failures is None, on_cluster(resources)
+        settings = {"run": self.run, "stores": self.stores, "inbox": inbox, "yields": yields, "threads": max(1, int(size.cpus))}
         return GroupTrainer(
             worker_main,
             watchers=[_losses(inbox, self.run.name)],
@@ -192,7 +202,9 @@ def fit_elastic(group: Group, smallest: GroupSize, num_workers: list[int]) -> Tr
         outcomes.append(outcome)
         if not outcome.yielded:
             return of_all(outcomes)
-        wanted, why = room.found, f"saved at step {outcome.progress.step}, since there is room for {room.found} workers"
+        grown = room.found is not None and room.found > workers
+        wanted = room.found if grown else None
+        why = f"saved at step {outcome.progress.step}, since {f'there is room for {wanted} workers' if grown else LEAVES}"
 
 
 def _storage(output_dir: str, *, shared: bool) -> dict[str, Any]:
@@ -205,7 +217,7 @@ def _storage(output_dir: str, *, shared: bool) -> dict[str, Any]:
     return {"storage_path": remote.path(".ray"), "storage_filesystem": PyFileSystem(FSSpecHandler(remote.store))}
 
 
-def _fit(trainer: GroupTrainer, channel: Channel, grows: Callable[[], bool]) -> None:
+def _fit(trainer: GroupTrainer, channel: Channel, yields: Callable[[], bool]) -> None:
     """Run the trainer in a thread, where Ray can't install signal handlers.
 
     So an interrupt, or a callback's EndOfRun, ends the group even while it starts.
@@ -226,7 +238,7 @@ def _fit(trainer: GroupTrainer, channel: Channel, grows: Callable[[], bool]) -> 
             thread.join(POLL_S)
             if isinstance(channel.callback_error, EndOfRun):
                 raise channel.callback_error
-            if not asked and channel.has_started and grows():  # before, it does not hold its place yet
+            if not asked and channel.has_started and yields():  # before, it does not hold its place yet
                 asked = True
                 channel.inbox.ask_to_yield.remote()
     except BaseException:

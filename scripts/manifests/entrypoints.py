@@ -45,6 +45,8 @@ def _wrong(entrypoint: str, cluster: Object) -> Iterator[str]:
         return
     if not isinstance(run.resources, Cluster):
         yield "resources must be cluster"
+    elif (least := min(_nodes(cluster))) < 1:
+        yield f"replicas must be at least 1, got {least}: the command counts the workers that are there when it begins"
     elif isinstance(run, TrainRun) and verb != "tune":  # a trial takes a part of the nodes
         yield from _fits(run, run.resources, cluster)
 
@@ -55,6 +57,11 @@ def _fits(run: TrainRun, resources: Cluster, cluster: Object) -> Iterator[str]:
         yield f"resources.num_workers must be the nodes' {gpus:g} GPUs, got {resources.num_workers}"
     elif not isinstance(resources.num_workers, int) or resources.num_workers > cpus:
         yield f"resources.num_workers must be a number of at most the nodes' {cpus:g} CPUs, got {resources.num_workers}"
+
+
+def _nodes(cluster: Object) -> list[int]:
+    """The workers of each group that KubeRay starts before the job."""
+    return [group["replicas"] for group in cluster["workerGroupSpecs"]]
 
 
 def _of_workers(cluster: Object, resource: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ import pytest
 
 from raytune_llm import api, load_config, session
 from raytune_llm.report.updates import Notice, RunStarted, Update
-from raytune_llm.runs.elastic import LOOK_EVERY_S, SETTLED_S
+from raytune_llm.runs.elastic import SETTLED_S
+from raytune_llm.runs.live_nodes import LOOK_EVERY_S
 from tests.group import metrics
 from tests.ray.head import head_without_cpus, kill, node, wait_for_cpus
 from tests.runs import tiny_run
@@ -97,3 +99,58 @@ def test_a_run_follows_the_cluster_s_size_with_the_numbers_of_one_process(
         assert mine["step"] == theirs["step"] and mine.get("epoch") == theirs.get("epoch")
         for name in CLOSE.keys() & theirs.keys():
             assert math.isclose(mine[name], theirs[name], rel_tol=CLOSE[name], abs_tol=1e-5), (mine["step"], name)
+
+
+def test_a_run_leaves_a_node_that_is_taken_away_without_losing_a_step(
+    address: str, chat_rows: str, cache: str, tmp_path: Path
+) -> None:
+    words = ["data.path=x", "resources=cluster", f"resources.address={address}", "resources.num_workers=1"]
+    resources = load_config("train", [*words, "resources.max_failures=0"]).resources
+    run = tiny_run(chat_rows, cache, tmp_path / "run", "train.max_steps=12", "train.epochs=99", "checkpoint.every_steps=1000")
+    run = replace(run, resources=resources)
+    started: list[int] = []
+    notices: list[str] = []
+    nodes = [node(address)]
+
+    def take_away(record: Mapping[str, Any]) -> None:
+        if record["step"] >= 3 and len(nodes) == 1:
+            [first] = nodes_with_cpus()
+            with held_up(nodes[0]):  # or a quick machine is at the last step before the driver has heard
+                nodes.append(node(address))
+                wait_for_cpus(2)
+                drain(address, first)
+                time.sleep(2 * LOOK_EVERY_S)
+
+    def update(news: Update) -> None:
+        if isinstance(news, RunStarted):
+            started.append(news.first_step)
+            if len(started) == 2:
+                kill(nodes[0])  # its time is over
+        elif isinstance(news, Notice):
+            notices.append(news.text)
+
+    try:
+        session.connect(run.resources)
+        wait_for_cpus(1)
+        result = api.train(run, sinks=[take_away], on_update=update)
+    finally:
+        for started_node in nodes:
+            kill(started_node)
+    _, resumed = started
+    assert f"saved at step {resumed}, since a node is being taken away; resuming on others" in notices
+    assert result.summary.steps == 12
+    steps = [record["step"] for record in metrics(run.output_dir) if "loss" in record]
+    assert steps == list(range(1, 13)) and 3 <= resumed < 12
+
+
+def nodes_with_cpus() -> list[str]:
+    import ray
+
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+
+
+def drain(address: str, node_id: str) -> None:
+    """As KubeRay's pods do when they are told to end, and an autoscaler for a spot node that goes."""
+    command = [str(Path(sys.executable).with_name("ray")), "drain-node", f"--address={address}", f"--node-id={node_id}"]
+    reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=300"]
+    subprocess.run([*command, *reason], check=True, capture_output=True)

@@ -94,6 +94,7 @@ def test_every_workload_comes_in_every_size():
         ("train-one-gpu", "spec/rayClusterSpec/rayVersion", "2.59.0", "that of constraints.txt"),
         ("train-one-gpu", f"{GROUP}/{RAY}/resouces", {}, "resouces"),
         ("train-one-gpu", "spec/entrypoint", "python train.py", "must start with python -m raytune_llm"),
+        ("sweep-multi-node", f"{GROUP}/replicas", 0, "counts the workers that are there"),
         ("serve-one-gpu", "spec/serveConfigV2", "applications: [{name: a}]", "import_path"),
         ("serve-one-gpu", "spec/serveConfigV2", "", "applications"),
         ("shell", "spec/securityContext/runAsUser", 0, "a user that is not root"),

@@ -7,7 +7,8 @@ import pytest
 from raytune_llm import load_config
 from raytune_llm.config.resources import worker_counts
 from raytune_llm.errors import ConfigError
-from raytune_llm.runs.elastic import SETTLED_S, Node, RoomToGrow, largest, largest_ever
+from raytune_llm.runs.elastic import SETTLED_S, RoomToGrow, largest, largest_ever
+from raytune_llm.runs.live_nodes import Leaving, Node
 
 GPU = {"CPU": 1.0, "GPU": 1.0}
 
@@ -77,3 +78,19 @@ def test_ranges_that_can_not_work_are_refused(words: list[str], message: str):
 def test_a_sweep_s_trials_keep_their_size():
     with pytest.raises(ConfigError, match="one number for a sweep"):
         load_config("tune", ["data.path=x", "resources=cluster", "resources.num_workers=[1,2]"])
+
+
+def test_a_group_leaves_where_one_of_its_own_nodes_drains():
+    at, draining = [0.0], set[str]()
+    leaving = Leaving(nodes_of_group=lambda: {"a", "b"}, look=lambda: draining, clock=lambda: at[0])
+
+    def after(seconds: float) -> bool:
+        at[0] += seconds
+        return leaving()
+
+    assert not after(0)
+    draining.add("c")
+    assert not after(9), "another job's"
+    draining.add("b")
+    assert not after(0.1), "it looks now and then"
+    assert after(9)
