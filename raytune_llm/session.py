@@ -13,7 +13,7 @@ from raytune_llm.errors import ConfigError, ResourceError, first_line
 _QUICK = {
     # A worker's death is seen, and its last report registered, after this long (Ray's default is 2 s).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Polls for preempted nodes of a cloud; costs about 4 s at a run's end.
+    # Another process, which costs seconds at a run's end. The driver itself looks for nodes that drain (runs/live_nodes.py).
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Workers keep the driver's working directory, so that relative paths mean the same everywhere.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",

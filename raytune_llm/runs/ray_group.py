@@ -203,7 +203,7 @@ def fit_elastic(group: Group, smallest: GroupSize, num_workers: list[int]) -> Tr
         if not outcome.yielded:
             return of_all(outcomes)
         grown = room.found is not None and room.found > workers
-        wanted = room.found if grown else None
+        wanted = room.found if grown else workers
         why = f"saved at step {outcome.progress.step}, since {f'there is room for {wanted} workers' if grown else LEAVES}"
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from scripts.manifests.__main__ import CRDS, OVERLAYS, check_object, check_overlay
 from scripts.manifests.kustomize import KustomizeError, render
-from scripts.manifests.rules import RULES, check_rules
+from scripts.manifests.rules import RULES, amount, check_rules
 from scripts.manifests.schemas import check_definition
 from scripts.manifests.workloads import job_spec
 
@@ -205,6 +205,16 @@ def _broken(overlay: str, path: str, value: Any) -> dict[str, Any]:
     else:
         node[last] = value
     return found
+
+
+def test_the_run_on_a_laptop_finds_room_on_four_cpus_beside_what_kind_itself_runs():
+    job = next(found for found in render(OVERLAYS / "train-kind") if found["kind"] == "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    pods = [cluster["headGroupSpec"]["template"], job["spec"]["submitterPodTemplate"]]
+    for group in cluster["workerGroupSpecs"]:
+        pods += [group["template"]] * group["replicas"]
+    asked = sum(amount(pod["spec"]["containers"][0]["resources"]["requests"]["cpu"]) for pod in pods)
+    assert asked <= 4 - 1.1, "kind's pods and the operator ask for 1.05"
 
 
 def _gpus(found: dict[str, Any]) -> int:
