@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -315,6 +316,7 @@ def _start(run: TrainRun, workspace: Workspace | None) -> Workspace:
     with ThreadPoolExecutor(1, "preflight") as beside:
         checked = beside.submit(_preflight, run, workspace)
         if uses_ray(run.resources):
+            beside.submit(import_module, "raytune_llm.runs.group_trainer")  # Ray Train, which takes its second here, too
             session.connect(run.resources)
         return checked.result()
 
