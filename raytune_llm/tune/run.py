@@ -69,15 +69,22 @@ def run_sweep(
     """
     metric = metric_of(sweep.tune)
     check_writable(sweep.folder, TABLE, RESULTS, BEST, PAGE, EVENTS, COMMAND)
-    from raytune_llm.runs.output import adopt, full_disk_explained  # torch takes seconds to import
-
-    with owned(sweep.folder), full_disk_explained(sweep.folder):
-        study = Study(sweep, metric, adopt)
+    with owned(sweep.folder):
+        study = Study(sweep, metric, _adopt)
         if sweep.chosen is not None:
             check_choice(study, sweep.chosen)
-        with _ready(sweep, train, train_together, notify) as run_trials:
-            _run(study, run_trials, on_change)
-        return _result(study)
+        from raytune_llm.runs.output import full_disk_explained  # torch takes seconds to import
+
+        with full_disk_explained(sweep.folder):
+            with _ready(sweep, train, train_together, notify) as run_trials:
+                _run(study, run_trials, on_change)
+            return _result(study)
+
+
+def _adopt(run: TrainRun, donor: Path) -> int:
+    from raytune_llm.runs.output import adopt
+
+    return adopt(run, donor)
 
 
 def _run(study: Study, run_trials: RunTrials, on_change: OnChange) -> None:
@@ -130,7 +137,8 @@ def choose(study: Study, chosen: Chosen) -> None:
 def _ready(
     sweep: Sweep, train: Train, train_together: TrainTogether | None, notify: Callable[[str], None]
 ) -> Iterator[RunTrials]:
-    """What trains the trials, once all is checked and prepared."""
+    """What trains the trials, once all is checked and prepared. torch is loaded here, with resources=local too: what runs ask of
+    the model is looked at on a model without weights, so that a sweep which can't be is refused before Ray starts."""
     from torch.cuda import device_count
 
     from raytune_llm.runs import preflight

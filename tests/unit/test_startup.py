@@ -119,6 +119,14 @@ def test_a_sweep_loads_nothing_that_computes_until_its_trials_are_checked():
     assert not set(json.loads(done.stdout)) & {"torch", "peft", "bitsandbytes", "accelerate", "matplotlib"}
 
 
+def test_a_sweep_in_the_folder_of_another_one_is_refused_before_anything_that_computes_is_loaded(tmp_path):
+    (tmp_path / "events.jsonl").write_text(json.dumps({"event": "sweep", "identity": {"base": {}}}) + "\n")
+    words = ["tune", "model=tiny_random", "data=commands", "data.eval_fraction=0.1", "adapter.rank=8,16", "tune=grid"]
+    exit_code, modules, stderr = run(*words, f"output_dir={tmp_path}")
+    assert exit_code == 2 and "holds another sweep" in stderr
+    assert not modules & {"torch", "ray", "peft"}
+
+
 def test_who_starts_a_group_and_passes_its_messages_on_loads_nothing_that_its_workers_compute_with():
     """The inbox reads the outcome of a run from what the worker sent: seconds at the end of each run if that loads torch."""
     code = (
