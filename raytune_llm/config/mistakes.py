@@ -21,6 +21,8 @@ UNEXPECTED = ("unexpected_keyword_argument", "extra_forbidden")
 """How pydantic calls a setting that there is not."""
 NEAR = 0.8
 """Of 1, how like a mistyped name a setting's must be to be suggested: foo is not floor."""
+KINDS_OF_VALUES = {"list": ("must be a list", "Say, [a,b]."), "dict": ("must be an object", "Say, {a: 1}.")}
+"""By what OmegaConf calls them: what is there, which a value of the other kind can't be merged with."""
 RENAMED = {"quantization.wide": "quantization.skip_modules"}
 """Settings of earlier versions, and what they are called now."""
 
@@ -75,6 +77,10 @@ def from_hydra(
     if match := re.search(r"Could not delete from config. '([^']+)'", text):
         return ConfigError(match[1], "can't be removed: it is not in the config", fix="Leave it out.")
     if match := re.search(r"Error merging override (?:\+\+)?([\w.]+)=(.*?)\.?(?:\n|$)", text):
+        kind = re.search(r"object_type=(list|dict)", str(error.__cause__))
+        if kind is not None:
+            rule, fix = KINDS_OF_VALUES[kind[1]]
+            return ConfigError(match[1], rule, got=match[2], fix=fix)
         return ConfigError(match[1], "can't have this value", got=match[2], fix="`--cfg job` shows its current value.")
     return ConfigError("the config", f"can't be composed: {_reason(error)}")
 

@@ -128,6 +128,17 @@ def trials_are_judged(
         )
 
 
+def trials_are_judged_after_the_warm_up(schedule: ScheduleConfig, train: LoopConfig, tune: TuneConfig) -> None:
+    """Before that, none has trained at its own learning rate."""
+    part = schedule.warmup_ratio or 0.0
+    if schedule.warmup_steps and train.max_steps is not None:
+        part = schedule.warmup_steps / train.max_steps
+    if tune.stops_early and tune.grace < part:
+        rule = f"must be at least the part of the steps in which the learning rate warms up, {part:g}"
+        fix = "Raise it, or shorten the warm-up (schedule.warmup_ratio or warmup_steps)."
+        raise ConfigError("tune.grace", rule, got=tune.grace, fix=fix)
+
+
 def held_out_rows_exist_where_they_are_used(data: DataConfig, checkpoint: CheckpointConfig, train: LoopConfig) -> None:
     if data.evaluates:
         return

@@ -114,6 +114,7 @@ class TuneRun(TrainRun):
             raise ConfigError("resources.num_workers", rule, got=self.resources.num_workers, fix=fix)
         needs = self.needs_evaluations
         rules.trials_are_judged(self.data, self.resources, self.stage, self.train, self.tune, needs_evaluations=needs)
+        rules.trials_are_judged_after_the_warm_up(self.schedule, self.train, self.tune)
 
 
 @section

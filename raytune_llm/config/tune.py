@@ -129,6 +129,11 @@ class TuneConfig:
         return self.scheduler == "asha" and not self.learns and self.pause_at is None
 
     @property
+    def stops_early(self) -> bool:
+        """Whether a trial may end at one of its evaluations."""
+        return self.scheduler in ("asha", "hyperband", "median")
+
+    @property
     def says_where_to_evaluate(self) -> bool:
         """Whether trials are evaluated where they are compared, and need no `train.eval_every_steps` for it."""
         return self.scheduler in ("asha", "hyperband", "pbt")

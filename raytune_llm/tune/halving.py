@@ -35,6 +35,11 @@ class Halving:
             work, left, at = work + left * (part - at), self._room(rung), part
         return work + left * (1 - at)
 
+    @property
+    def waiting(self) -> int:
+        """How many trials wait at the first rung at the same time: those that will resume, one in reserve and the latest one."""
+        return min(self._trials, self._room(0) + 2)
+
     def came(self, trial: Trial, score: float) -> None:
         """The trial waits at its rung."""
         self._scores[trial.round][trial.number] = score

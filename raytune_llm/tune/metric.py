@@ -64,7 +64,7 @@ class Metric:
                 return float(value)
         except Exception as error:
             raise MetricMissing("tune.metric", f"must return a number ({error!r})", got=self.name) from error
-        raise MetricMissing("tune.metric", "must be a figure that trials report", got=self.name)
+        raise MetricMissing("tune.metric", "must be a number of each trial; of this one it is None", got=self.name)
 
 
 class MetricMissing(ConfigError):

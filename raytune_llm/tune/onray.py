@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import Queue
+from threading import Lock
 from typing import Any
 
 import ray
@@ -31,6 +32,8 @@ from raytune_llm.tune.places import Place, Share, share_of, workers_of
 from raytune_llm.tune.trial import Outcome, Reported, Train, run_trial, set_libraries_aside
 
 MESSAGES = "messages"
+ROOM_AFTER_S = 15.0
+"""An actor that has not started after this time may lack room."""
 
 
 class TrialProcess:
@@ -69,19 +72,28 @@ class TrialProcess:
 
 
 class ActorPlace:
-    """An actor, started when its first trial comes."""
+    """An actor, started when its first trial comes.
 
-    def __init__(self, train: Train, tune: TuneConfig, share: Share, max_failures: int) -> None:
+    others: the sweep's places. Where a node is lost, its trials need the room of actors elsewhere that have nothing to train.
+    """
+
+    def __init__(self, train: Train, tune: TuneConfig, share: Share, max_failures: int, others: Sequence[ActorPlace]) -> None:
         options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "concurrency_groups": {MESSAGES: 2}}
         self._start = partial(ray.remote(**options)(TrialProcess).remote, train, tune, share.cpus)
         self._max_failures = max_failures
+        self._others = others
+        self._trains = Lock()
+        """Held while a trial trains."""
         self._actor: Any = None
         self._report: Any = None
         """The next one of the actor, which it is waiting for; it outlives a trial."""
         self._closed = False
 
     def __call__(self, run: TrainRun, reported: Reported) -> Outcome:
-        run = replace(run, resources=INLINE)
+        with self._trains:
+            return self._train(replace(run, resources=INLINE), reported)
+
+    def _train(self, run: TrainRun, reported: Reported) -> Outcome:
         how = ""
         for _ in range(self._max_failures + 1):
             try:
@@ -102,6 +114,17 @@ class ActorPlace:
         self._closed = True
         self._end()
 
+    def yields(self) -> bool:
+        """End an actor that has nothing to train, which is started again when it has. False: there is none."""
+        if not self._trains.acquire(blocking=False):
+            return False
+        try:
+            idle = self._actor is not None
+            self._end()
+            return idle
+        finally:
+            self._trains.release()
+
     def _end(self) -> None:
         actor, self._actor = self._actor, None
         if actor is not None:
@@ -110,6 +133,9 @@ class ActorPlace:
     def _run(self, run: TrainRun, reported: Reported) -> Outcome | UserError:
         if self._actor is None:
             self._actor = self._start()
+            started = self._actor.__ray_ready__.remote()
+            while not ray.wait([started], timeout=ROOM_AFTER_S)[0]:
+                any(place.yields() for place in self._others)
             self._report = self._messages("report").remote()
         done = self._actor.run.remote(run)
         while True:
@@ -157,7 +183,9 @@ def places_on_ray(sweep: Sweep, train: Train, runs: Sequence[TrainRun]) -> Itera
     if grouped:
         places = [TrainerPlace(train, tune, share) for _ in range(share.count)]
     else:
-        places = [ActorPlace(train, tune, share, resources.max_failures) for _ in range(share.count)]
+        actors: list[ActorPlace] = []
+        actors += [ActorPlace(train, tune, share, resources.max_failures, actors) for _ in range(share.count)]
+        places = actors
     try:
         yield list(places)
     finally:

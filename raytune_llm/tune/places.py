@@ -89,10 +89,9 @@ def run_at(places: Sequence[Place], conduct: Conduct) -> None:
     free, news, running = list(places), Queue[Report | End](), 0
     while True:
         while free and (trial := conduct.next()) is not None:
-            train = threading.Thread(
-                target=_train, args=(free.pop(0), trial, conduct.run_of(trial), news), name=f"trial {trial.number}", daemon=True
-            )
-            train.start()
+            place = free.pop()  # the one that trained last, since its process is there
+            arguments = (place, trial, conduct.run_of(trial), news)
+            threading.Thread(target=_train, args=arguments, name=f"trial {trial.number}", daemon=True).start()
             running += 1
         if not running:
             return

@@ -21,6 +21,7 @@ from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.runs.nodes import check_nodes
 from raytune_llm.runs.owner import check_writable, owned
 from raytune_llm.tune.conduct import Conduct, OnChange
+from raytune_llm.tune.disk import check_disk
 from raytune_llm.tune.events import EVENTS
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.places import Place, run_at, workers_of
@@ -149,6 +150,8 @@ def _ready(
     runs, workspace = _distinct(sweep), Workspace(keeps_base=True)
     for run in runs:
         preflight.check(run, workspace)
+    if sweep.base.adapter.trains_base:
+        check_disk(sweep, _checkpoint_bytes(sweep.base))
     workspace.checked = True  # a trial that fails for its combination of values fails by itself
     size, why = trials_together(sweep, partial(room_for, device=device_here(), workspace=workspace), gpus=device_count())
     if size > 1 and train_together is not None:
@@ -163,6 +166,14 @@ def _ready(
     else:
         with _on_ray(sweep, train, runs, notify) as places:
             yield partial(run_at, places)
+
+
+def _checkpoint_bytes(run: TrainRun) -> int:
+    """At least: weights as they are saved in the end, and the optimizer's state of one worker."""
+    from raytune_llm.runs.plan import plan
+
+    planned = plan(run)
+    return planned.saved_bytes + planned.memory.optimizer
 
 
 def _run_here(conduct: Conduct, train: Train) -> None:

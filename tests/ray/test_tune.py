@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from raytune_llm import api, load_sweep
 from raytune_llm.report.metrics import read_metrics
+from tests.ray.head import head_without_cpus, kill, node, wait_for_cpus
 
 pytestmark = pytest.mark.ray
 
@@ -87,8 +91,6 @@ def test_a_trial_that_resumes_from_a_rung_does_so_where_all_actors_were_killed_m
 
 @pytest.mark.long
 def test_a_group_of_workers_that_is_stopped_early_frees_its_place(chat_rows, cache, tmp_path):
-    import ray
-
     stopped = ("optimizer.lr=1e-2,1e-9", "tune=grid", "tune.scheduler=asha", "tune.grace=0.5")
     sweep = load_sweep(words(chat_rows, cache, tmp_path, *stopped, "resources=local", "resources.num_workers=2"))
     result = api.tune(sweep)
@@ -97,3 +99,28 @@ def test_a_group_of_workers_that_is_stopped_early_frees_its_place(chat_rows, cac
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] or processes_of(b"ray::RayTrainWorker"):
         assert time.monotonic() < until, ray.available_resources()
         time.sleep(0.2)
+
+
+@pytest.mark.long
+def test_a_trial_whose_node_is_gone_finds_a_place_where_another_one_has_nothing_to_train(chat_rows, cache, tmp_path):
+    grid = ("optimizer.lr=1e-3,1e-2,1e-4", "tune=grid", "tune.scheduler=asha", "tune.grace=0.5", "train.max_steps=8")
+    api.tune(load_sweep(words(chat_rows, cache, tmp_path / "here", *grid, "resources=inline")))
+    there = words(chat_rows, cache, tmp_path / "there", *grid, "resources=cluster", "resources.preflight=off")
+    with head_without_cpus() as address:
+        nodes = [node(address), node(address)]
+        try:
+            ray.init(address=address, log_to_driver=False)
+            wait_for_cpus(2)
+            ray.shutdown()
+            command = [sys.executable, "-m", "raytune_llm", "tune", *there, f"resources.address={address}"]
+            sweep = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            while not list(tmp_path.glob("there/trials/*/checkpoints/step-4/COMPLETE")):
+                assert sweep.poll() is None, sweep.communicate()
+                time.sleep(0.05)
+            kill(nodes[1])
+            said, _ = sweep.communicate(timeout=400)
+        finally:
+            for one in nodes:
+                kill(one)
+    assert sweep.returncode == 0, said
+    assert numbers(tmp_path / "there") == numbers(tmp_path / "here")

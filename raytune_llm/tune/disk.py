@@ -1,0 +1,34 @@
+"""Whether the disk has room for the checkpoints of trials that wait. They are large where the whole model is trained."""
+
+from __future__ import annotations
+
+import shutil
+
+from raytune_llm.byte_size import in_units
+from raytune_llm.config.sweep import Sweep
+from raytune_llm.errors import ResourceError
+from raytune_llm.tune.halving import halving_of
+from raytune_llm.tune.study import TRIALS
+
+
+def check_disk(sweep: Sweep, checkpoint_bytes: int) -> None:
+    """Raises ResourceError if those that wait at the same time need more than is free. checkpoint_bytes: of a trial, at least."""
+    folder = sweep.folder.absolute()
+    there = len(list(folder.glob(f"{TRIALS}/*/checkpoints")))
+    left = max(0, waiting(sweep) - there)
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    if left * checkpoint_bytes > free:
+        each = f"{left} trials that wait with a checkpoint of {in_units(checkpoint_bytes)} each"
+        raise ResourceError(
+            f"{folder} has no room for {each}: {in_units(free)} are free",
+            "Set output_dir on a larger disk, train an adapter, lower tune.trials, or with ASHA raise tune.reduction.",
+        )
+
+
+def waiting(sweep: Sweep) -> int:
+    """How many trials of a sweep wait at the same time with a checkpoint, at least."""
+    tune = sweep.tune
+    if (halving := halving_of(sweep)) is not None:
+        return halving.waiting
+    all_of_them = tune.trials if tune.learns and tune.trials else len(sweep.planned)
+    return all_of_them if tune.rounds or tune.pause_at is not None else 0
