@@ -8,6 +8,9 @@ packs a step, the reference precomputed. Pairs/s are from the tokens/s of the lo
 first_step: 16 GB of random weights are written as safetensors and dropped from the page cache; the time is from starting the
 command to the first record in its metrics.
 
+ready: `serve` of those weights, in one process and through Ray; the time is from starting the command to its line "ready at",
+after which it must answer. The first one has the compiler's caches to fill, the others find them.
+
 saving: Llama-3.2-1B's shape, all of it trained, in this process on one GPU, for 150 steps: without checkpoints, and with one
 written in the background every 10 and every 50 steps. Tokens/s are of all seconds from the tenth step to the last.
 
@@ -28,12 +31,14 @@ import json
 import os
 import random
 import shutil
+import signal
 import string
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -165,17 +170,66 @@ def dpo(folder: Path, asked: Asked) -> dict[str, float]:
     }
 
 
-def first_step(folder: Path, asked: Asked) -> dict[str, float]:
+def write_weights(folder: Path, asked: Asked) -> Path:
+    """A model's folder with random weights, which are in no cache of the system."""
     weights = folder / "model"
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES["llama3_8b"]), dtype=torch.bfloat16)
+    shape = SHAPES["llama3_8b"]
+    if asked.tiny:
+        shape = shape | {key: value for key, value in TINY.items() if key in shape}
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16)
     model.save_pretrained(weights)
     del model
     torch.cuda.empty_cache()
-    for file in weights.iterdir():
+    forget(weights)
+    return weights
+
+
+def forget(folder: Path) -> None:
+    """Drop the files from the page cache."""
+    for file in folder.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def ready(folder: Path, asked: Asked) -> dict[str, float]:
+    weights = write_weights(folder, asked)
+    base = [sys.executable, "-m", "raytune_llm", "serve", "model=hub", "model.tokenizer=bytes", f"model.path={weights}"]
+    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+    found = {}
+    for name, resources in (("first", "inline"), ("inline", "inline"), ("local", "local")):
+        forget(weights)
+        began = time.perf_counter()
+        words = [*base, f"resources={resources}", "serve.port=8123"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | caches) as server:
+            assert server.stdout is not None
+            try:
+                for line in server.stdout:
+                    print(f"{time.perf_counter() - began:.1f} {line}", end="", file=sys.stderr, flush=True)
+                    if "ready at" in line:
+                        found[f"{name}_s"] = round(time.perf_counter() - began, 1)
+                        found[f"{name}_first_answer_s"] = round(time.perf_counter() - began + answer_s(), 1)
+                        break
+            finally:
+                server.send_signal(signal.SIGINT)
+    return found
+
+
+def answer_s() -> float:
+    """Seconds of a short completion."""
+    url = "http://127.0.0.1:8123/v1"
+    with urllib.request.urlopen(f"{url}/models") as models:
+        name = json.load(models)["data"][0]["id"]
+    body = json.dumps({"model": name, "prompt": "hello", "max_tokens": 4}).encode()
+    began = time.perf_counter()
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/completions", body, {"Content-Type": "application/json"})) as got:
+        assert json.load(got)["choices"]
+    return time.perf_counter() - began
+
+
+def first_step(folder: Path, asked: Asked) -> dict[str, float]:
+    weights = write_weights(folder, asked)
     messages = [{"role": "user", "content": "a" * 100}, {"role": "assistant", "content": "b" * 200}]
     settings = [*LORA, f"model.path={weights}", "data=chat", "data.max_length=4096", "train.micro_batch_size=2"]
     began = time.perf_counter()
@@ -330,6 +384,7 @@ def workers_of(pid: int) -> list[psutil.Process]:
 RUNS: dict[str, Callable[[Path, Asked], dict[str, Any]]] = {
     "dpo": dpo,
     "first_step": first_step,
+    "ready": ready,
     "saving": saving,
     "full_8b": full_8b,
     "killed": killed,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from raytune_llm.models.adapters.banked import BankedLinear, BankShape, Now, joi
 from raytune_llm.models.adapters.grouped import group
 from raytune_llm.models.adapters.method import LINEAR, sides
 from raytune_llm.models.adapters.protocol import OWN
-from raytune_llm.models.adapters.routes import BySlot, Dropout, Dropped, Masked, One, Ranges, Route, Sorted
+from raytune_llm.models.adapters.routes import BySlot, Dropout, Dropped, InTurn, Masked, One, Ranges, Route, Sorted
 from raytune_llm.models.layers import is_passed_over, named_layers
 
 ROUTE = "adapter_route"
@@ -119,9 +120,17 @@ class LoraBank:
         """Arguments of the layers for packs and long prompts. slot_M: the slot of each document, -1 for none. in_order: slots
         ascend, and documents of none come last, so that no token has to move."""
         if cu_seqlens_S.device.type == "cpu":
-            return {ROUTE: Ranges.of(slot_M.tolist(), cu_seqlens_S.diff().tolist())}
+            return {ROUTE: self._by_ranges(slot_M, cu_seqlens_S.diff().tolist())}
         slot_T = slot_M.to(cu_seqlens_S.device).repeat_interleave(cu_seqlens_S.diff(), output_size=num_tokens)
         return {ROUTE: Sorted.of(slot_T, self.num_slots, in_order=in_order)}
+
+    def _by_ranges(self, slot_M: Tensor, lengths: list[int]) -> Route:
+        """Documents of one token that come first are rows that decode."""
+        rows = sum(1 for _ in takewhile(lambda length: length == 1, lengths))
+        if rows < 2 or self._shape.trains or not (slot_M[:rows] >= 0).any():
+            return Ranges.of(slot_M.tolist(), lengths)
+        decoding = Masked.of(slot_M[:rows], self.num_slots, self._dtype)
+        return InTurn(decoding, Ranges.of(slot_M[rows:].tolist(), lengths[rows:]), rows)
 
     def by_slots(self, slot_T: Tensor) -> dict[str, Route]:
         """Arguments of the layers for prompts on a GPU, of which the host says nothing: the slot of each token, on the device, -1

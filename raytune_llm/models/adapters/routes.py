@@ -14,6 +14,9 @@ Masked: one product with the adapters, end to end, of which each token keeps its
 large kernels of fixed shapes, which a CUDA graph can hold: for decoding, whose time goes by the weights that are read. There is
 no safety from other adapters' infinite weights, so for trained banks it is not.
 
+InTurn: the first tokens by one route, those after them by another: rows that decode would be many ranges of one token each, and
+prompts beside them are a few long ones.
+
 BySlot: each row reads the columns of its own adapter, in kernels of ours, for decoding rows on a GPU: few rows one at a time
 (slot_kernels.py), more of them by tiles of rows in the order of their slots (slot_tile_kernels.py).
 
@@ -24,7 +27,7 @@ Suffixes: T tokens of all rows, K inputs, O outputs, R rank, G slots, L layers t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol
@@ -66,14 +69,28 @@ class Ranges:
         xs = x_TK.split(self.lengths)
         parts = [list(out_TO.split(self.lengths)) for out_TO in outs]
         a_by_slot, b_by_slot = [a_GRK.unbind() for a_GRK in a], [b_GRO.unbind() for b_GRO in b]
+        add = _adding()
         for number, (slot, x) in enumerate(zip(self.slots, xs, strict=True)):
             if slot < 0:
                 continue
             a_of_slot = [of_layer[slot] for of_layer in a_by_slot]
-            lows = (x @ torch.cat(a_of_slot).T).split([len(a_RK) for a_RK in a_of_slot], dim=1)
+            lows = (x @ _together(a_of_slot).T).split([len(a_RK) for a_RK in a_of_slot], dim=1)
             for part, low_TR, of_layer in zip(parts, lows, b_by_slot, strict=True):
-                part[number] = torch.addmm(part[number], low_TR, of_layer[slot])
-        return [torch.cat(part) for part in parts]
+                part[number] = add(part[number], low_TR, of_layer[slot])
+        return list(outs) if add is Tensor.addmm_ else [torch.cat(part) for part in parts]
+
+
+@dataclass(frozen=True, eq=False)
+class InTurn:
+    first: Route
+    rest: Route
+    length: int
+    """The tokens of the first route."""
+
+    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+        routes = (self.first, slice(None, self.length)), (self.rest, slice(self.length, None))
+        parts = [route.add([out_TO[tokens] for out_TO in outs], x_TK[tokens], a, b) for route, tokens in routes]
+        return list(outs) if _adding() is Tensor.addmm_ else [torch.cat(pair) for pair in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -143,11 +160,9 @@ class Masked:
     def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
         T, G = self.mask_TG.shape
         a_CK = [a_GRK[self.slots].flatten(0, 1) for a_GRK in a]
-        low_TLGR = (x_TK @ (a_CK[0] if len(a_CK) == 1 else torch.cat(a_CK)).T).view(T, len(a), G, -1)
+        low_TLGR = (x_TK @ _together(a_CK).T).view(T, len(a), G, -1)
         low_TLC = (low_TLGR * self.mask_TG[:, None, :, None]).flatten(2)
-        # In their place where nothing goes back through them: else torch copies an output before it adds to it.
-        add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
-        lows = zip(outs, low_TLC.unbind(1), b, strict=True)
+        add, lows = _adding(), zip(outs, low_TLC.unbind(1), b, strict=True)
         return [add(out_TO, low_TC, b_GRO[self.slots].flatten(0, 1)) for out_TO, low_TC, b_GRO in lows]
 
 
@@ -202,6 +217,16 @@ class Dropped:
         parts = zip(x_TK.split(self.length), self.dropouts, strict=True)
         dropped = [part_TK if dropout is None else dropout(part_TK) for part_TK, dropout in parts]
         return self.route.add(outs, torch.cat(dropped), a, b)
+
+
+def _adding() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """out + low @ b: in the output's place where nothing goes back through it, since torch else copies it first."""
+    return torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+
+
+def _together(a: Sequence[Tensor]) -> Tensor:
+    """One after another; a single one isn't copied."""
+    return a[0] if len(a) == 1 else torch.cat(list(a))
 
 
 @torch.library.custom_op("raytune_llm::slot_products", mutates_args=())

@@ -22,7 +22,7 @@ from raytune_llm.models import attention
 from raytune_llm.models.adapters import OWN, LoraBank, PeftAdapters
 from raytune_llm.models.adapters.bank import ROUTE
 from raytune_llm.models.adapters.banked import BankedLinear
-from raytune_llm.models.adapters.routes import Dropout, Dropped, Masked, Ranges, Route, Sorted
+from raytune_llm.models.adapters.routes import Dropout, Dropped, InTurn, Masked, Ranges, Route, Sorted
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.shared_pass import repeated
 from raytune_llm.records import Batch, Prefixes
@@ -40,7 +40,7 @@ SIZES = {
 }
 LENGTHS = (5, 9, 3, 12, 4, 7, 8, 6, 10)
 RANKS = (2, 8, 4, 3, 1, 8, 5, 6)
-FORMS = ("ranges", "sorted", "masked")
+FORMS = ("ranges", "sorted", "masked", "in turn")
 
 
 def base(family: str = "llama") -> Any:
@@ -75,6 +75,9 @@ def route(form: str, slots: Sequence[int], num_slots: int, rank: int = 8) -> Rou
     if form == "ranges":
         return Ranges.of(slots, LENGTHS)
     slot_T = torch.tensor(slots).repeat_interleave(torch.tensor(LENGTHS))
+    if form == "in turn":
+        first = sum(LENGTHS[:2])
+        return InTurn(Masked.of(slot_T[:first], num_slots, torch.float32), Ranges.of(slots[2:], LENGTHS[2:]), first)
     return Sorted.of(slot_T, num_slots) if form == "sorted" else Masked.of(slot_T, num_slots, torch.float32)
 
 
@@ -113,6 +116,8 @@ def test_each_adapter_in_a_batch_of_several_is_itself_alone(form: str, slots: tu
     upstream = torch.randn(1, sum(LENGTHS), SIZES["hidden_size"]) / sum(LENGTHS)  # as of a mean over tokens
     hidden = policy.hidden(batch, {ROUTE: route(form, slots, num_slots)})
     (hidden * upstream).sum().backward()
+    with torch.no_grad():  # some forms then add in the outputs' place
+        assert torch.equal(policy.hidden(batch, {ROUTE: route(form, slots, num_slots)}), hidden)
     bare, _ = alone(None, batch, upstream)
     none = documents(slots, -1).bool().flatten()
     assert torch.equal(hidden[0, none], bare[0, none])
@@ -157,6 +162,20 @@ def test_families_with_and_without_grouped_forms_take_several_adapters(form: str
         mine = documents(slots, slot).bool().flatten()
         expected, _ = alone(folder, batch, upstream, family)
         torch.testing.assert_close(hidden[0, mine], expected[0, mine], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_decode_before_prompts_share_a_product_and_are_what_ranges_make_of_them(folders: list[Path]) -> None:
+    slots, lengths = (0, 2, 1, -1, 2, -1), (1, 1, 1, 1, 7, 5)
+    policy, batch = CausalLM(base()), packed(some_rows(lengths))
+    bank = LoraBank(policy.base, num_slots=3, max_rank=8, dtype=torch.float32)
+    for slot in range(3):
+        bank.load(slot, bank.read(folders[slot]))
+    chosen = bank.by_documents(torch.tensor(slots), batch.cu_seqlens_S, sum(lengths))
+    assert isinstance(chosen[ROUTE], InTurn)
+    with torch.no_grad():
+        ranges = policy.hidden(batch, {ROUTE: Ranges.of(slots, lengths)})
+        torch.testing.assert_close(policy.hidden(batch, chosen), ranges, rtol=1e-5, atol=1e-6)
+        assert torch.equal(policy.hidden(batch, chosen)[0, [3, *range(11, 16)]], policy.hidden(batch, {})[0, [3, *range(11, 16)]])
 
 
 def test_slots_are_filled_and_cleared_between_passes_and_the_base_comes_back_to_the_bit(folders: list[Path]) -> None:
