@@ -18,6 +18,7 @@ from rich.text import Text
 from raytune_llm import api
 from raytune_llm.byte_size import in_units
 from raytune_llm.config.override_syntax import as_word
+from raytune_llm.config.plain import as_text
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.report.events import EventLog
 from raytune_llm.report.facts import print_facts
@@ -124,7 +125,7 @@ def trials_table(study: Study) -> Table:
         table.add_column(name, overflow="fold")
     best = study.ranked[0].trials if study.ranked else ()
     for trial in study.trials[-SHOWN:]:
-        values = [_text(trial.point[name]) if name in trial.point else "base" for name in settings]
+        values = [escape(_text(trial.point[name])) if name in trial.point else "base" for name in settings]
         at = f"{trial.step}/{trial.total_steps}" if trial.total_steps else ""
         figure = "" if trial.latest is None else f"{trial.latest:.4f}"
         state = "best" if trial in best else trial.state
@@ -146,7 +147,7 @@ def _dry_run(sweep: Sweep, console: Console) -> int:
         for point, plan in zip(points, plans, strict=True)
     ]
     for number, (point, plan, time_s) in enumerate(zip(points, plans, seconds, strict=True)):
-        values = [_text(point[name]) if name in point else "base" for name in settings]
+        values = [escape(_text(point[name])) if name in point else "base" for name in settings]
         steps = "not prepared" if plan.data is None else f"{plan.data.total_steps:,}"
         memory = in_units(plan.memory.total, 2)
         fits = "yes" if plan.verdicts[0].fits else "no"
@@ -223,7 +224,7 @@ def _print_next(console: Console, commands: Mapping[str, str]) -> None:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else as_text(value)
 
 
 def _duration(seconds: float) -> str:

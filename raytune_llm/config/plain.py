@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,4 +58,9 @@ def flat_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def as_text(value: Any) -> str:
+    """The value as YAML and the command line have it: null, true, [a,b], {a: 1}."""
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}: {as_text(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(as_text, value))}]"
     return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)

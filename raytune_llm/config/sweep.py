@@ -19,7 +19,7 @@ from raytune_llm.config.load import Composed, changed, compose, load_config, to_
 from raytune_llm.config.options import groups
 from raytune_llm.config.override_syntax import as_override, one_value, quoted, swept
 from raytune_llm.config.overrides import CONF
-from raytune_llm.config.plain import as_plain, flat_items, read_yaml
+from raytune_llm.config.plain import as_plain, as_text, flat_items, read_yaml
 from raytune_llm.config.run import TrainRun, TuneRun, as_train_run
 from raytune_llm.config.sharing import elsewhere, obstacle
 from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, check_grid, drawn, ends, grid
@@ -106,7 +106,7 @@ class Sweep:
             composed = self._with_options(options)
             return as_train_run(to_run(VERB, changed(composed, self.config_name or VERB, values) if values else composed))
         except ConfigError as error:
-            where = ", ".join(f"{setting}={value}" for setting, value in point.items())
+            where = ", ".join(f"{setting}={as_text(value)}" for setting, value in point.items())
             raise ConfigError(error.setting, f"{error.rule} (with {where})", got=error.got, fix=error.fix) from None
 
     def _with_options(self, options: Sequence[str]) -> Composed:

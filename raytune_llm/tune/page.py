@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from raytune_llm.config.plain import as_text
 from raytune_llm.config.space import Axis, Interval
 from raytune_llm.report.plots import save
 from raytune_llm.tune.study import Study
@@ -170,7 +171,7 @@ def _scaled(value: float, values: list[float]) -> float:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else as_text(value)
 
 
 def _short_name(axis: Axis) -> str:

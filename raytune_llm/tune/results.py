@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from raytune_llm.atomic_file import write_atomically
-from raytune_llm.config.plain import to_yaml
+from raytune_llm.config.plain import as_text, to_yaml
 from raytune_llm.config.space import merged
 from raytune_llm.tune.page import sweep_page
 from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Study
@@ -99,5 +99,10 @@ def _table(study: Study) -> str:
     base = merged(axis.point(axis.base(study.sweep.base)) for axis in study.sweep.axes)
     for trial in study.trials:
         plain, values = _plain(trial, study), {**base, **trial.point}
-        table.writerow([trial.number, *(values.get(name) for name in settings), *(plain[name] for name in rest)])
+        table.writerow([trial.number, *(_cell(values.get(name)) for name in settings), *(plain[name] for name in rest)])
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """As it is typed."""
+    return as_text(value) if isinstance(value, bool | list | dict) else value

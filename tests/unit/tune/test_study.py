@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from dataclasses import replace
 from functools import cache
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from raytune_llm import ConfigError, DataError, load_sweep
+from raytune_llm.commands.tune import trials_table
 from raytune_llm.tune.events import EVENTS
 from raytune_llm.tune.halving import Halving
 from raytune_llm.tune.metric import metric_of
-from raytune_llm.tune.results import results
+from raytune_llm.tune.results import results, write_results
 from raytune_llm.tune.study import Study, folder_name
 
 
@@ -198,6 +202,17 @@ def whole_search(folder):
     while (trial := study.next()) is not None:
         two_figures(study, trial)
     return [dict(trial.point) for trial in study.trials]
+
+
+def test_values_stand_in_tables_as_they_are_typed(tmp_path):
+    study = study_in(tmp_path, "adapter.targets=[q_proj],[q_proj,v_proj]", "data.packing=false", "tune=grid")
+    to_the_end(study)
+    write_results(study)
+    rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
+    assert {row["adapter.targets"] for row in rows} == {"[q_proj]", "[q_proj,v_proj]"}
+    shown = Console(width=200, file=StringIO())
+    shown.print(trials_table(study))
+    assert "[q_proj,v_proj]" in shown.file.getvalue() and "'" not in shown.file.getvalue()
 
 
 def test_folders_are_named_by_their_values_or_by_a_hash():
