@@ -60,7 +60,7 @@ def _run(verb: str | None, argv: list[str]) -> int:
     if any(flag in argv for flag in ("--help", "-h")):
         print(command_line.usage(verb, VERBS))
         return 0
-    from raytune_llm import packaged
+    from raytune_llm import packaged, read_ahead
     from raytune_llm.config.run import ChatRun, EvaluateRun, ExportRun, PredictRun, PrepareRun, ServeRun, TrainRun
 
     call = command_line.parse(verb or "train", argv)
@@ -70,6 +70,8 @@ def _run(verb: str | None, argv: list[str]) -> int:
         # a job's model is looked for where the job runs
         if type(run) in (TrainRun, PrepareRun, ServeRun, ChatRun, PredictRun, ExportRun, EvaluateRun):
             packaged.check_models(run)  # before what is slow to import
+        if type(run) in (TrainRun, ServeRun, ChatRun, PredictRun, EvaluateRun):
+            read_ahead.read_ahead_for(run)
         return import_module(module).main(run)
 
     if call.hydra_flags:

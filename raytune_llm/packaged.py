@@ -82,7 +82,7 @@ def check(path: str, setting: str) -> None:
         return
     if path.count("/") != 1 or path.startswith((".", "~", "/")):
         raise ConfigError(setting, "must be a folder that exists or the id of a model on a hub (owner/name)", got=path)
-    if _fetched_before(path):
+    if _fetched(path):
         return
     address, state = ask_hub()
     if state == "reached":
@@ -100,13 +100,20 @@ def check(path: str, setting: str) -> None:
     raise ConfigError(setting, f"must be a folder, since {why}", got=path, fix=fix, instead=carried)
 
 
-def _fetched_before(path: str) -> bool:
-    """Whether any revision of the model is in the hub's cache."""
+def folders_here(path: str) -> list[Path]:
+    """Where the model `path` lies on this machine already: a folder, or the revisions in the hub's cache."""
+    if Path(path).is_dir():
+        return [Path(path)]
+    return _fetched(path) if path.count("/") == 1 else []
+
+
+def _fetched(path: str) -> list[Path]:
+    """The revisions of the model in the hub's cache."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
     cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=path, repo_type="model"), "snapshots")
-    return any(cached.glob("*/config.json"))
+    return [config.parent for config in cached.glob("*/config.json")]
 
 
 def _unpack(source: Path, gguf_file: str, folder: Path) -> None:
