@@ -1,12 +1,14 @@
 """A sweep with ASHA against its trials as commands, one after another to their end.
 
-    scripts/bench tune [--trials 12] [--steps 60] [--set KEY=VALUE ...]
+    scripts/bench tune [--trials 12] [--steps 60] [--again 2] [--set KEY=VALUE ...]
 
 LoRA of SmolLM2-135M on the demo's task, settings drawn at random. The commands train the same points, and evaluate at their end
 alone; the sweep is one command, which evaluates where ASHA compares. Prints JSON:
 
 - `commands_s`, `sweep_s`: wall time, interpreters' starts included; `share`: of the commands' time (goal: 0.3).
 - `best_of_commands`, `best_of_sweep`: held-out losses of the best; `excess`: how much more the sweep's is (goal: 0.02).
+- `again_of_commands`, `again_of_sweep`: the mean losses of these two settings, trained again with `--again` other seeds, and
+  `excess_again` (goal: 0.02). The best of twelve is the best by its luck, too, which it doesn't have a second time.
 - `between_trials_s`: from one trial's end to the next one's first step, the slowest (goal: 2).
 - `outside_trials_s`: of the sweep's time, what is no trial's: start, preparation, results, plots.
 - `load_average` at the beginning: with more than 1, other work took part of the machine, and times are too long.
@@ -29,7 +31,10 @@ from typing import Any
 
 from raytune_llm import load_sweep
 from raytune_llm.config.plain import to_yaml
+from raytune_llm.config.space import Point
 from raytune_llm.config.sweep import Sweep
+
+AGAIN = ("again_of_commands", "again_of_sweep")
 
 
 def make_sweep(folder: Path, trials: int, steps: int, settings: Sequence[str]) -> Sweep:
@@ -43,18 +48,26 @@ def make_sweep(folder: Path, trials: int, steps: int, settings: Sequence[str]) -
     )  # fmt: skip
 
 
-def run_commands(sweep: Sweep, folder: Path, steps: int) -> tuple[float, list[float]]:
-    """Each planned point by a command of its own: all their seconds, and the held-out loss of each."""
-    began, losses = time.perf_counter(), []
-    for number, point in enumerate(sweep.planned):
-        run = sweep.trial_run(point, seed=sweep.base.train.seed, folder=folder / f"command{number}")
+def run_commands(sweep: Sweep, points: Sequence[Point], folder: Path, steps: int, seed: int) -> list[float]:
+    """Each point by a command of its own: the held-out loss of each."""
+    losses = []
+    for number, point in enumerate(points):
+        name = f"{seed}_{number}"
+        run = sweep.trial_run(point, seed=seed, folder=folder / f"command{name}")
         run = replace(run, train=replace(run.train, eval_every_steps=steps))
-        (folder / f"trial{number}.yaml").write_text(to_yaml(run))
-        command = ["-m", "raytune_llm", "--config-dir", str(folder), "--config-name", f"trial{number}"]
+        (folder / f"trial{name}.yaml").write_text(to_yaml(run))
+        command = ["-m", "raytune_llm", "--config-dir", str(folder), "--config-name", f"trial{name}"]
         subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr)
-        records = (folder / f"command{number}" / "metrics.jsonl").read_text().splitlines()
+        records = (folder / f"command{name}" / "metrics.jsonl").read_text().splitlines()
         losses.append([loss for line in records if (loss := json.loads(line).get("eval_loss")) is not None][-1])
-    return time.perf_counter() - began, losses
+    return losses
+
+
+def trained_again(sweep: Sweep, points: Sequence[Point], folder: Path, steps: int, times: int) -> list[float]:
+    """The mean held-out loss of each point with so many other seeds."""
+    first = sweep.base.train.seed + 1
+    each = [run_commands(sweep, points, folder, steps, seed) for seed in range(first, first + times)]
+    return [statistics.fmean(losses) for losses in zip(*each, strict=True)]
 
 
 def run_sweep_here(sweep: Sweep) -> dict[str, Any]:
@@ -85,6 +98,7 @@ def run_sweep_here(sweep: Sweep) -> dict[str, Any]:
     trials = result.study.trials
     return {
         "best_of_sweep": result.best.value,
+        "best": dict(result.best.point),
         "stopped": sum(trial.state == "stopped" for trial in trials),
         "steps_made": round(sum(trial.step for trial in trials) / sum(trial.total_steps or 0 for trial in trials), 3),
         "in_trials_s": round(sum(end - start for start, end in zip(began, ends, strict=True)), 2),
@@ -97,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--again", type=int, default=2, help="seeds that both best settings are trained with once more")
     parser.add_argument("--set", nargs="*", default=[], help="settings of all trials, as on the command line")
     parser.add_argument("--sweep-in", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -108,11 +123,17 @@ def main() -> None:
         alone = Path(name) / "commands"
         alone.mkdir()
         sweep = make_sweep(alone, arguments.trials, arguments.steps, arguments.set)
-        commands_s, losses = run_commands(sweep, alone, arguments.steps)
+        began = time.perf_counter()
+        losses = run_commands(sweep, sweep.planned, alone, arguments.steps, sweep.base.train.seed)
+        commands_s = time.perf_counter() - began
         began = time.perf_counter()
         itself = [sys.executable, __file__, *sys.argv[1:], "--sweep-in", f"{name}/sweep"]
         found = json.loads(subprocess.run(itself, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
         sweep_s = time.perf_counter() - began
+        best = [sweep.planned[losses.index(min(losses))], found.pop("best")]
+        again = dict(zip(AGAIN, trained_again(sweep, best, alone, arguments.steps, arguments.again), strict=False))
+    if again:
+        again["excess_again"] = round(again[AGAIN[1]] / again[AGAIN[0]] - 1, 4)
     results = {
         "trials": arguments.trials,
         "steps": arguments.steps,
@@ -122,6 +143,7 @@ def main() -> None:
         "best_of_commands": min(losses),
         **found,
         "excess": round(found["best_of_sweep"] / min(losses) - 1, 4),
+        **again,
         "outside_trials_s": round(sweep_s - found["in_trials_s"], 1),
         "load_average": round(load, 1),
     }

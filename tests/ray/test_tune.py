@@ -102,6 +102,7 @@ def test_a_group_of_workers_that_is_stopped_early_frees_its_place(chat_rows, cac
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_a_trial_whose_node_is_gone_finds_a_place_where_another_one_has_nothing_to_train(chat_rows, cache, tmp_path):
     grid = ("optimizer.lr=1e-3,1e-2,1e-4", "tune=grid", "tune.scheduler=asha", "tune.grace=0.5", "train.max_steps=8")
     api.tune(load_sweep(words(chat_rows, cache, tmp_path / "here", *grid, "resources=inline")))
@@ -113,12 +114,15 @@ def test_a_trial_whose_node_is_gone_finds_a_place_where_another_one_has_nothing_
             wait_for_cpus(2)
             ray.shutdown()
             command = [sys.executable, "-m", "raytune_llm", "tune", *there, f"resources.address={address}"]
-            sweep = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            while not list(tmp_path.glob("there/trials/*/checkpoints/step-4/COMPLETE")):
-                assert sweep.poll() is None, sweep.communicate()
-                time.sleep(0.05)
-            kill(nodes[1])
-            said, _ = sweep.communicate(timeout=400)
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as sweep:
+                try:
+                    while not list(tmp_path.glob("there/trials/*/checkpoints/step-4/COMPLETE")):
+                        assert sweep.poll() is None, sweep.communicate()
+                        time.sleep(0.05)
+                    kill(nodes[1])
+                    said, _ = sweep.communicate(timeout=900)
+                finally:
+                    sweep.kill()
         finally:
             for one in nodes:
                 kill(one)
