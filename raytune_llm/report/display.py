@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from raytune_llm.report.facts import print_facts
-from raytune_llm.report.progress import ProgressBar
+from raytune_llm.report.progress_bar import ProgressBar
 from raytune_llm.report.updates import Notice, ReferencePass, RunFinished, RunStarted, SampledAnswer, Update
 
 SHOWN_SAMPLES = 3

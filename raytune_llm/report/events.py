@@ -24,7 +24,7 @@ from typing import Any
 
 from raytune_llm.report.display import REFERENCE_EVERY_S, Display
 from raytune_llm.report.metrics import non_finite_as_strings, strings_as_non_finite, summary_of
-from raytune_llm.report.progress import Pace
+from raytune_llm.report.progress_bar import Pace
 from raytune_llm.report.updates import Notice, ReferencePass, RunFinished, RunStarted, SampledAnswer, Update
 
 ABOUT_TIME = ("time", "total_steps", "left_s", "rank")

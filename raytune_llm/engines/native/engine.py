@@ -13,7 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -32,6 +32,7 @@ from raytune_llm.engines.native.sampler import RowSampler, logprobs, sample
 from raytune_llm.engines.native.scheduler import Piece, Scheduler
 from raytune_llm.engines.native.scoring import ScoredText, over_the_cache, texts_of
 from raytune_llm.engines.native.slots import Adapter, Bank, Slots
+from raytune_llm.engines.native.started import Started
 from raytune_llm.engines.native.text import TextStream
 from raytune_llm.engines.requests import Completion, Delta, Finish, Grammar, Request, ScoredToken, Stream, TokenLogprob
 from raytune_llm.errors import ConfigError, ResourceError
@@ -77,30 +78,6 @@ class Runner(Protocol):
     def read_adapter(self, folder: Path) -> tuple[Any, int]:
         """The weights in the bank's form, and their rank. Raises UserError for an adapter that does not fit."""
         ...
-
-
-class Started:
-    """A step that runs, or ran, on the device."""
-
-    def __init__(
-        self, pieces: Sequence[Piece], rows: Sequence[Row], tokens_R: Tensor, scored: Mapping[Row, TokenLogprob]
-    ) -> None:
-        """rows: those that get a token. scored: its log-probability, for rows that ask for it."""
-        self.pieces, self.rows, self.scored = pieces, rows, scored
-        self.places = [len(row.ids) for row in rows]
-        """Of the new tokens in their rows."""
-        self._tokens_R, self._copied = tokens_R, None
-        if tokens_R.is_cuda:
-            self._tokens_R = torch.empty(tokens_R.shape, dtype=tokens_R.dtype, pin_memory=True)
-            self._tokens_R.copy_(tokens_R, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def tokens(self) -> list[int]:
-        """Wait for the step, but not for what was started after it."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._tokens_R.tolist()
 
 
 class NativeEngine:

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from raytune_llm.report.progress import ProgressBar, describe
+from raytune_llm.report.progress_bar import ProgressBar, describe
 
 
 class Clock:
