@@ -21,7 +21,6 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 from raytune_llm import packaged
 from raytune_llm.config.adapter import SavedAdapter
@@ -77,7 +76,7 @@ def hf_engine(settings: HFSettings, serving: Serving) -> NativeEngine:
 def _load(serving: Serving, device: torch.device) -> Any:
     """On the meta device without weights."""
     transformers.logging.disable_progress_bar()
-    auto: Any = AutoModelForSequenceClassification if serving.scores else AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForSequenceClassification if serving.scores else transformers.AutoModelForCausalLM
     model, settings = serving.model, {"dtype": serving.compute, "trust_remote_code": serving.model.trust_remote_code}
     config = serving.config
     if serving.scores:
@@ -195,7 +194,7 @@ class HFRunner:
     def _forward(self, row: Row, start: int, stop: int) -> Tensor:
         """float32 [V]: logits after the row's tokens up to `stop`, of which those before `start` are in its cache."""
         if start == 0:
-            self._caches[row] = DynamicCache(config=self._model.config.get_text_config())
+            self._caches[row] = transformers.DynamicCache(config=self._model.config.get_text_config())
         ids_BT = torch.tensor([row.ids[start:stop]], device=self.device)
         with self._adapters.using(self._without_bank if row.slot < 0 else str(row.slot)):
             out = self._model(input_ids=ids_BT, use_cache=True, **{self._cache_name: self._caches[row]})

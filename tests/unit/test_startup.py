@@ -151,3 +151,13 @@ def test_a_worker_loads_packages_for_quantized_weights_only_where_a_run_has_them
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not set(json.loads(done.stdout)) & packages
+
+
+def test_a_server_loads_no_package_for_weights_that_it_does_not_serve():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, json, raytune_llm.serve.inprocess; print(json.dumps(list(sys.modules)))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not set(json.loads(done.stdout)) & {"bitsandbytes", "hqq", "ray", "vllm", "matplotlib"}
