@@ -78,4 +78,5 @@ def _write_samples(folder: Path, samples: Mapping[str, Sequence[Mapping[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     for task, rows in samples.items():
         lines = [json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in rows]
-        (folder / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
+        # A backslash and its number are JSON's own way to write a lone surrogate.
+        (folder / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")

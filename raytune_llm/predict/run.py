@@ -167,7 +167,8 @@ def _write(
 
     tokens, done = 0, found
     on_progress(done, total)
-    with (folder / FILE).open("a", encoding="utf-8") as file:
+    # Columns may hold lone surrogates, which have no bytes in UTF-8. A backslash and their number are JSON's own way to write them.
+    with (folder / FILE).open("a", encoding="utf-8", errors="backslashreplace") as file:
         for answers in answer(blocks()):
             for one, answered in zip(pending.pop(0), answers, strict=True):
                 given = "" if one.row.answer_ids in ended else _text(rows.tokenizer, one.row.answer_ids)

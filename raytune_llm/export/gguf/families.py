@@ -218,4 +218,4 @@ def rope_factors(config: Any) -> Tensor | None:
 
 
 def _impossible(why: str, got: str) -> ConfigError:
-    return ConfigError("export.format", f"can't be gguf: {why}", got=got, fix="Export it as hf.")
+    return ConfigError("export.format", f"can't write a GGUF file of this model: {why}", got=got, fix="Export it as hf.")

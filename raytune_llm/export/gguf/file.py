@@ -72,10 +72,10 @@ def gguf(source: Source, run: ExportRun) -> Target:
     settings = run.export
     got = str(source.folder)
     if source.scores:
-        raise ConfigError("export.format", "can't be gguf for a reward model", got=got, fix="Export it as hf.")
+        raise ConfigError("export.format", "can't write a GGUF file of a reward model", got=got, fix="Export it as hf.")
     if getattr(source.config, "quantization_config", None) is not None:
         fix = "Export the model that it was quantized from."
-        raise ConfigError("export.format", "can't be gguf for weights that are quantized already", got=got, fix=fix)
+        raise ConfigError("export.format", "can't write a GGUF file of weights that are quantized already", got=got, fix=fix)
     if settings.llama_quantize is not None:
         return in_fewer_bits(_target(source, "auto"), settings.llama_quantize, settings.dtype)
     return _target(source, settings.dtype)
@@ -119,7 +119,12 @@ def _tensors(source: Source, family: Family, matrices: GGMLQuantizationType) -> 
         name = names.get_name(fact.name, try_suffixes=(".weight", ".bias"))
         if name is None:
             fix = "Export it as hf."
-            raise ConfigError("export.format", f"can't be gguf: llama.cpp has no {fact.name}", got=str(source.folder), fix=fix)
+            raise ConfigError(
+                "export.format",
+                f"can't write a GGUF file of this model: llama.cpp has no {fact.name}",
+                got=str(source.folder),
+                fix=fix,
+            )
         if source.ties_head and name == "output.weight":
             continue
         found.append(Stored(name, fact.name, fact.shape, _kind_of(fact.shape, matrices)))

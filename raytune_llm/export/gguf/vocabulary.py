@@ -171,4 +171,4 @@ def _special(tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, int]:
 
 def _unknown(why: str, got: str) -> ConfigError:
     fix = "Export it as hf, and use a converter of llama.cpp."
-    return ConfigError("export.format", f"can't be gguf: {why}", got=got, fix=fix)
+    return ConfigError("export.format", f"can't write a GGUF file of this model: {why}", got=got, fix=fix)

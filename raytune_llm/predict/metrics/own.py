@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,44 @@ def own_metric(name: str) -> Callable[..., Mapping[str, float | str]]:
     try:
         module = _from_file(expanded(place)) if place.endswith(".py") else importlib.import_module(place)
         function = getattr(module, attribute)
-    except (ImportError, OSError, AttributeError, SyntaxError, ValueError) as error:
+    except Exception as error:  # a file of the user's may raise anything
         rule = f"must name a function that can be imported ({type(error).__name__}: {error})"
         raise ConfigError("predict.metrics", rule, got=name) from None
     if not callable(function):
         raise ConfigError("predict.metrics", "must name a function", got=name)
 
     def metric(answers: Sequence[str], references: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, float | str]:
-        given: Any = function(list(answers), list(references), list(rows))
-        return given if isinstance(given, Mapping) else {attribute: float(given)}
+        try:
+            given: Any = function(list(answers), list(references), list(rows))
+        except Exception as error:
+            raise _unfit(name, f"{type(error).__name__}: {error}, {_place(error)}") from None
+        numbers = given if isinstance(given, Mapping) else {attribute: given}
+        for what, value in numbers.items():
+            if not isinstance(value, str) and not _is_number(value):
+                raise _unfit(name, f"{what} is {value!r}")
+        return {what: value if isinstance(value, str | int) else float(value) for what, value in numbers.items()}
 
     return metric
+
+
+def _unfit(name: str, why: str) -> ConfigError:
+    fix = "Correct it and type the same command again: the answers are kept."
+    return ConfigError(
+        "predict.metrics", f"must name a function that gives a number, or numbers and texts by name ({why})", got=name, fix=fix
+    )
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"line {last.lineno} of {last.filename}"
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _from_file(file: Path) -> Any:

@@ -136,6 +136,43 @@ def test_a_prompt_that_is_longer_than_the_model_is_told_in_its_line(prediction, 
     assert one["error"] == "it is longer than 512 tokens"
 
 
+def test_a_column_with_a_lone_surrogate_is_carried_along(prediction, tmp_path):
+    """JSON can say one, and UTF-8 has no bytes for it."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}], "note": "\ud800!"}) + "\n")
+    (line,) = lines(api.predict(prediction(f"data.path={rows}")).folder)
+    assert line["note"] == "\ud800!" and "error" not in line
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return 1 / 0", r"ZeroDivisionError: division by zero, line 2 of .*metric\.py"),
+        ("return {'share': float('nan')}", "share is nan"),
+        ("return {'share': [1]}", r"share is \[1\]"),
+        ("return None", "number is None"),
+    ],
+)
+def test_a_function_that_gives_no_number_is_named_and_the_answers_are_kept(prediction, tmp_path, body, said):
+    file = tmp_path / "metric.py"
+    file.write_text(f"def number(answers, references, rows):\n    {body}\n")
+    run = prediction(f"predict.metrics=[{file}:number]")
+    with pytest.raises(ConfigError, match=said):
+        api.predict(run)
+    answered = lines(tmp_path / "out")
+    file.write_text("def number(answers, references, rows):\n    return len(answers)\n")
+    again = api.predict(run)
+    assert again.generated_tokens == 0 and lines(again.folder) == answered
+    assert again.metrics["base"]["number"] == 12
+
+
+def test_a_file_of_a_metric_that_fails_as_it_is_read_is_named(prediction, tmp_path):
+    file = tmp_path / "metric.py"
+    file.write_text("nothing_here\n")
+    with pytest.raises(ConfigError, match=r"predict\.metrics must name a function that can be imported \(NameError"):
+        api.predict(prediction(f"predict.metrics=[{file}:number]"))
+
+
 def test_llamafactory_s_files_are_written_on_request(prediction):
     folder = api.predict(prediction("predict.llamafactory_files=true")).folder
     first = json.loads((folder / "generated_predictions.jsonl").read_text().splitlines()[0])
