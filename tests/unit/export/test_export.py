@@ -152,11 +152,11 @@ LIMITED = """
 import resource, sys, torch
 from raytune_llm import api, load_config
 torch.set_num_threads(1)
-import raytune_llm.export.run
-from transformers import LlamaConfig
+small, out, *words = sys.argv[1:]
+api.export(load_config("export", [*words, f"model.path={small}", f"export.output_dir={out}"]))  # loads all that an export loads
 held = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData"))) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (held + 64 * 2**20,) * 2)
-api.export(load_config("export", sys.argv[1:]))
+api.export(load_config("export", words))
 """
 
 
@@ -182,7 +182,7 @@ def test_it_needs_the_memory_of_a_layer_not_of_the_model(base, tmp_path):
         f"export.adapters={{a: '{folder}'}}",
         "export.check=false",
     ]
-    done = subprocess.run([sys.executable, "-c", LIMITED, *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(base), str(tmp_path / "small"), *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 160 * 2**20
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
