@@ -167,7 +167,7 @@ def _write(
 
     tokens, done = 0, found
     on_progress(done, total)
-    # Columns may hold lone surrogates, which have no bytes in UTF-8. A backslash and their number are JSON's own way to write them.
+    # A column may hold a lone surrogate, which has no bytes in UTF-8. A backslash and its number are JSON's own way to write it.
     with (folder / FILE).open("a", encoding="utf-8", errors="backslashreplace") as file:
         for answers in answer(blocks()):
             for one, answered in zip(pending.pop(0), answers, strict=True):

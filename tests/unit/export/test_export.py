@@ -182,7 +182,9 @@ def test_it_needs_the_memory_of_a_layer_not_of_the_model(base, tmp_path):
         f"export.adapters={{a: '{folder}'}}",
         "export.check=false",
     ]
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(base), str(tmp_path / "small"), *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(base), str(tmp_path / "small"), *words], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 160 * 2**20
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
