@@ -228,9 +228,11 @@ class Jobs:
         try:
             yield
         except AuthenticationError as error:
+            what = f"rejects this machine's token ({first_line(error)})"
+            if own_token() is None:
+                what = "wants a token, and this machine has none"
             raise ResourceError(
-                f"{self.address} rejects this machine's token ({first_line(error)})",
-                "Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's.",
+                f"{self.address} {what}", "Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's."
             ) from None
         except (ConnectionError, OSError) as error:
             raise ResourceError(

@@ -193,7 +193,10 @@ def test_a_head_with_a_token_takes_jobs_of_those_who_have_it(tmp_path):
         argv = ("jobs", f"submit.address={address}")
         stranger = command(*argv, HOME=str(tmp_path))
         said, _ = stranger.communicate()
-        assert stranger.returncode == 2 and "rejects this machine's token" in said
+        assert stranger.returncode == 2 and "wants a token, and this machine has none" in said
+        mistaken = command(*argv, HOME=str(tmp_path), RAY_AUTH_TOKEN=token[:-1] + "u")
+        said, _ = mistaken.communicate()
+        assert mistaken.returncode == 2 and "rejects this machine's token" in said
         friend = command(*argv, HOME=str(tmp_path), RAY_AUTH_TOKEN=token)
         said, _ = friend.communicate()
         assert friend.returncode == 0 and "has no jobs" in said, said
