@@ -67,6 +67,13 @@ class ResourceError(UserError):
         return f"{self.lacking}. {self.fix}".rstrip()
 
 
+class RunLost(ResourceError):
+    """What a run needs broke away: its workers, its nodes, Ray. No mistake, so exit code 1: who starts the command again resumes
+    the run."""
+
+    exit_code = 1
+
+
 class Diverged(UserError):
     """Training went wrong by its settings: its loss or its gradients are no numbers. The same command ends alike."""
 

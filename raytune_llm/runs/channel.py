@@ -9,15 +9,18 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.errors import UserError
+from raytune_llm.errors import RunLost, UserError
 from raytune_llm.report.metrics import Sink
 from raytune_llm.report.slow import notify_if_slow
 from raytune_llm.report.updates import Notice, ReferencePass, RunStarted, SampledAnswer, Update
 from raytune_llm.runs.faults import WORKERS_LOG, WorkersLost, WorkerStalled, lost_line, silent_line, stalled_line
 from raytune_llm.runs.inbox import Inbox, Message
 from raytune_llm.runs.outcome import TrainOutcome
+from raytune_llm.runs.ray_failures import ray_lost
 
 POLL_S = 0.2
+PATIENCE_S = 10.0
+"""With an inbox that does not answer."""
 ABORT_S = 3.0
 """Longest wait for the callback of a run that is interrupted."""
 
@@ -47,6 +50,8 @@ class Channel:
         self.outcome: TrainOutcome | None = None
         self.callback_error: Exception | None = None
         """What a callback raised. None is called after it; training continues."""
+        self.lost: RunLost | None = None
+        """The inbox is gone, which is on the driver's own node: Ray is."""
         self.has_started = False
         """The group came as far as its first step."""
         self.last_loss = ""
@@ -58,6 +63,7 @@ class Channel:
         """Ranks whose missing heartbeats were reported."""
         self._starting = ExitStack()
         self._notify_if_start_is_slow()
+        self._answered = time.monotonic()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="records", daemon=True)
         self._thread.start()
@@ -66,8 +72,9 @@ class Channel:
         """Read the remaining messages, and end the inbox."""
         self._closing.set()
         self._thread.join()
-        self._take()
-        self._starting.close()
+        if self.lost is None:
+            self._try_to_take(patience_s=0.0)
+        self._give_up_start()
         import ray
 
         ray.kill(self.inbox)
@@ -78,13 +85,23 @@ class Channel:
 
         self._closing.set()
         self._thread.join(ABORT_S)
-        self._starting.close()
+        self._give_up_start()
         with suppress(Exception):
             ray.kill(self.inbox)
 
     def _run(self) -> None:
-        while not self._closing.wait(POLL_S):
+        while self.lost is None and not self._closing.wait(POLL_S):
+            self._try_to_take(PATIENCE_S)
+
+    def _try_to_take(self, patience_s: float) -> None:
+        from ray.exceptions import ActorDiedError, RayError
+
+        try:
             self._take()
+            self._answered = time.monotonic()
+        except RayError as error:
+            if isinstance(error, ActorDiedError) or time.monotonic() - self._answered > patience_s:
+                self.lost = ray_lost(error)
 
     def _take(self) -> None:
         import ray
@@ -118,13 +135,18 @@ class Channel:
     def _notify_if_start_is_slow(self) -> None:
         self._starting.enter_context(notify_if_slow(self._on_update, "starting the workers"))
 
+    def _give_up_start(self) -> None:
+        """If the workers are still starting, they have not started: no notice says that it is done."""
+        failure = InterruptedError()
+        self._starting.__exit__(type(failure), failure, None)
+
     def _report_lost(self, lost: WorkersLost, hosts: Mapping[int, str]) -> None:
         self._log(lost.details)
         step = max(self._saved_steps(), default=None)
         log = self._output / WORKERS_LOG
         self.last_loss = lost_line(lost, hosts, limit=self._max_failures, resumes_from=step, log=log)
+        self._give_up_start()
         if self._max_failures is None or lost.failure <= self._max_failures:
-            self._starting.close()
             self._on_update(Notice(text=self.last_loss))
             self._notify_if_start_is_slow()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raytune_llm.errors import ResourceError, UserError, first_line
+from raytune_llm.errors import ResourceError, RunLost, UserError, first_line
 
 
 def how_it_ended(error: Exception) -> str:
@@ -40,16 +40,19 @@ def cause(error: BaseException, last_loss: str) -> BaseException:
     if any(isinstance(failure, OutOfMemoryError) for failure in (error, *failures.values())):
         return ResourceError("a worker ran out of memory", "Lower train.micro_batch_size or data.max_length.")
     if isinstance(error, ControllerError):
-        return ResourceError(
+        return RunLost(
             f"the workers did not come up ({first_line(error.controller_failure)})",
             "Look whether the machines are busy or gone; the same command resumes.",
         )
     if " died (" in last_loss or " lost the others (" in last_loss:
-        return ResourceError(
-            last_loss, "The same command resumes from the newest checkpoint; resources.max_failures allows more."
-        )
+        return RunLost(last_loss, "The same command resumes from the newest checkpoint; resources.max_failures allows more.")
     if isinstance(error, RayError) and not isinstance(error, RayTaskError):
-        return ResourceError(
-            f"Ray lost the run ({first_line(error)})", "The same command resumes from the newest checkpoint, once Ray is back."
-        )
+        return ray_lost(error)
     return error
+
+
+def ray_lost(error: BaseException) -> RunLost:
+    """Ray itself does not answer any more."""
+    return RunLost(
+        f"Ray lost the run ({first_line(error)})", "The same command resumes from the newest checkpoint, once Ray is back."
+    )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from raytune_llm import session
 from raytune_llm.config.resources import Cluster, Local, on_cluster, worker_counts
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import UserError, first_line
+from raytune_llm.errors import RunLost, UserError, first_line
 from raytune_llm.report.metrics import Sink
 from raytune_llm.report.updates import EndOfRun, Notice, SampledAnswer, Update
 from raytune_llm.runs.channel import Channel
@@ -109,16 +109,20 @@ class Group:
             trainer = self._trainer(size, max_failures, channel.inbox)
             leaving = Leaving(nodes_of_group=trainer.nodes)
             _fit(trainer, channel, lambda: grows() or leaving())
-        except EndOfRun:
+        except (EndOfRun, RunLost):
             raise
         except Exception as error:
             channel.close()
+            if channel.lost is not None:
+                raise channel.lost from None
             if channel.error is not None:
                 raise channel.error from None
             if channel.callback_error is not None:
                 raise channel.callback_error from None
             raise GroupFailed(cause(error, channel.last_loss), started=channel.has_started) from None
         channel.close()
+        if channel.lost is not None:
+            raise channel.lost
         if channel.error is not None:
             raise channel.error
         if channel.callback_error is not None:
@@ -238,6 +242,8 @@ def _fit(trainer: GroupTrainer, channel: Channel, yields: Callable[[], bool]) ->
             thread.join(POLL_S)
             if isinstance(channel.callback_error, EndOfRun):
                 raise channel.callback_error
+            if channel.lost is not None:
+                raise channel.lost
             if not asked and channel.has_started and yields():  # before, it does not hold its place yet
                 asked = True
                 channel.inbox.ask_to_yield.remote()
