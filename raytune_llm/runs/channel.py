@@ -75,19 +75,21 @@ class Channel:
         if self.lost is None:
             self._try_to_take(patience_s=0.0)
         self._give_up_start()
-        import ray
-
-        ray.kill(self.inbox)
+        self._end_inbox()
 
     def abort(self) -> None:
         """End the inbox at once, with what is in it."""
-        import ray
-
         self._closing.set()
         self._thread.join(ABORT_S)
         self._give_up_start()
-        with suppress(Exception):
-            ray.kill(self.inbox)
+        self._end_inbox()
+
+    def _end_inbox(self) -> None:
+        import ray
+
+        if self.lost is None:  # else it would wait for a head that is gone
+            with suppress(Exception):
+                ray.kill(self.inbox)
 
     def _run(self) -> None:
         while self.lost is None and not self._closing.wait(POLL_S):
@@ -106,7 +108,7 @@ class Channel:
     def _take(self) -> None:
         import ray
 
-        contents: Any = ray.get(self.inbox.take.remote())
+        contents: Any = ray.get(self.inbox.take.remote(), timeout=PATIENCE_S)
         self.error, self.outcome = contents.error, contents.outcome
         try:
             for message in contents.messages if self.callback_error is None else ():

@@ -6,6 +6,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -234,9 +235,19 @@ def _fit(trainer: GroupTrainer, channel: Channel, yields: Callable[[], bool]) ->
         except BaseException as failure:
             failures.append(failure)
 
+    ended = threading.Event()
+
+    def watch() -> None:
+        """In a thread of its own: it asks the head, which may be gone, and then waits for a minute."""
+        while not ended.wait(POLL_S):
+            with suppress(Exception):
+                if channel.has_started and yields():  # before, it does not hold its place yet
+                    channel.inbox.ask_to_yield.remote()
+                    return
+
     thread = threading.Thread(target=run, name="trainer", daemon=True)
     thread.start()
-    asked = False
+    threading.Thread(target=watch, name="watch", daemon=True).start()
     try:
         while thread.is_alive():
             thread.join(POLL_S)
@@ -244,14 +255,13 @@ def _fit(trainer: GroupTrainer, channel: Channel, yields: Callable[[], bool]) ->
                 raise channel.callback_error
             if channel.lost is not None:
                 raise channel.lost
-            if not asked and channel.has_started and yields():  # before, it does not hold its place yet
-                asked = True
-                channel.inbox.ask_to_yield.remote()
     except BaseException:
         channel.abort()
         trainer.end()
         thread.join(ENDS_WITHIN_S)
         raise
+    finally:
+        ended.set()
     if failures:
         raise failures[0]
 
