@@ -19,7 +19,7 @@ from raytune_llm.runs.outcome import TrainOutcome
 from raytune_llm.runs.ray_failures import ray_lost
 
 POLL_S = 0.2
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 """With an inbox that does not answer."""
 ABORT_S = 3.0
 """Longest wait for the callback of a run that is interrupted."""
