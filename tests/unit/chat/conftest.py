@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -29,9 +30,9 @@ class Typist:
         os.close(theirs)
         self.shown = ""
 
-    def sees(self, *wanted: str) -> str:
+    def sees(self, *wanted: str, within_s: float = TIMEOUT_S) -> str:
         """What is shown from here on, until all of that is there."""
-        seen, until = "", time.monotonic() + TIMEOUT_S
+        seen, until = "", time.monotonic() + within_s
         while not all(one in seen for one in wanted):
             assert time.monotonic() < until, f"{wanted} not in {seen!r}"
             if select.select([self._screen], [], [], 0.2)[0]:
@@ -48,6 +49,14 @@ class Typist:
     def says(self, text: str, *wanted: str) -> str:
         self.types(text + "\r")
         return self.sees(*wanted)
+
+    def interrupts(self, *wanted: str) -> str:
+        """Ctrl-C at the prompt until all of that is shown: of one just before it waits, Python hears with the next key."""
+        for _ in range(10):
+            self.types("\x03")
+            with suppress(AssertionError):
+                return self.sees(*wanted, within_s=TIMEOUT_S / 10)
+        raise AssertionError(f"Ctrl-C did not show {wanted}")
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -137,8 +137,7 @@ def test_ctrl_c_stops_the_answer_and_frees_its_row(chat, server, tmp_path):
         server.runner.delay_s = 0.0
     messages = saved(typist, tmp_path / "talk.json")
     assert [message["role"] for message in messages] == ["user", "assistant"] and messages[-1]["content"]
-    typist.types("\x03")
-    typist.sees("Ctrl-D or /exit ends the chat", "> ")
+    typist.interrupts("Ctrl-D or /exit ends the chat", "> ")
     typist.types("\x04")
     assert typist.process.wait(timeout=20) == 0
 
