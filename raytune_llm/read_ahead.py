@@ -15,7 +15,7 @@ from raytune_llm.config.run import ChatRun, EvaluateRun, PredictRun, ServeRun, T
 from raytune_llm.packaged import folders_here
 
 PIECE = 128 * 2**10
-"""Linux reads no more ahead at one call."""
+"""Of a larger piece Linux reads only what the device reads ahead, 128 KiB by default."""
 PART_OF_MEMORY = 0.5
 """Larger weights are not read ahead: their first pages would be gone again."""
 
