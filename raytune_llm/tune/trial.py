@@ -161,8 +161,8 @@ def libraries_set_aside() -> Iterator[None]:
 
 
 def set_libraries_aside() -> None:
-    """What is loaded so far is not looked at when a trial's memory is freed: half a million objects of libraries, which would
-    take a quarter of a second each time. To be called before the first model: what is set aside is not freed."""
+    """What is loaded so far is not looked at when a trial's memory is freed: there are far more objects of libraries than
+    of a trial. To be called before the first model: what is set aside is not freed."""
     from raytune_llm.runs import worker  # noqa: F401  what trials compute with
 
     gc.collect()
