@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from raytune_llm.cluster.package import CARRIED
+from raytune_llm.cluster.package import CARRIED, EXAMPLES
 from raytune_llm.config.paths import ALWAYS, expanded, with_paths
 from raytune_llm.errors import ConfigError
 
@@ -18,7 +18,8 @@ SHARED = "Set {setting}=/shared/..., a folder that all nodes of the cluster see.
 def on_cluster(run: Run, folder: Path, files: Mapping[str, Path]) -> Run:
     """The run with paths as the job needs them: relative to its working folder for uploaded files, else unchanged.
 
-    files: the uploaded files, from `package.files_of`. Raises ConfigError for a path that the job could not find.
+    files: the uploaded files, from `package.files_of`; none for a job in an image, which has the package and its examples in a
+    folder of its own. Raises ConfigError for a path that the job could not find.
     """
     travelling = {path.absolute(): name for name, path in files.items()}
     places = {folder.absolute(): Path()} | {root: Path(place) for place, root in CARRIED.items()}
@@ -28,6 +29,8 @@ def on_cluster(run: Run, folder: Path, files: Mapping[str, Path]) -> Run:
         place = _place(path, travelling, places)
         if place is not None and setting not in ALWAYS:
             return place
+        if is_carried(value) and not files:
+            return _in_image(setting, path, value)
         if Path(value).is_absolute() or not _is_path(setting, value):
             return value
         if setting in ALWAYS:
@@ -39,6 +42,7 @@ def on_cluster(run: Run, folder: Path, files: Mapping[str, Path]) -> Run:
             )
         left_out = path.exists() and path.is_relative_to(folder.absolute())
         why = "git or submit.ignore leaves it out" if left_out else "it is not in submit.folder"
+        why = why if files else "with submit.image no file is sent"
         raise ConfigError(
             setting,
             f"must be sent with the job or be an absolute path on the cluster: {why}",
@@ -61,6 +65,14 @@ def place_of(flag: str, path: Path, folder: Path, files: Mapping[str, Path]) -> 
 def is_carried(value: object) -> bool:
     """Whether a path is one of the package's own files."""
     return isinstance(value, str) and any(expanded(value).absolute().is_relative_to(root) for root in CARRIED.values())
+
+
+def _in_image(setting: str, path: Path, value: str) -> str:
+    """As a word of YAML, which the job's package resolves."""
+    if path.is_relative_to(EXAMPLES):
+        return f"${{examples:{path.relative_to(EXAMPLES).as_posix()}}}"
+    rule = "must be an absolute path in the image: with submit.image no file is sent, and this one is in the package here"
+    raise ConfigError(setting, rule, got=value)
 
 
 def _place(path: Path, travelling: Mapping[Path, str], places: Mapping[Path, Path]) -> str | None:

@@ -14,7 +14,9 @@ from raytune_llm.cluster.jobs import Job, Jobs, address_of, open_to_all
 from raytune_llm.cluster.package import files_of
 from raytune_llm.cluster.submit import job_of
 from raytune_llm.cluster.travel import on_cluster
-from raytune_llm.config import command_line
+from raytune_llm.config import command_line, load
+from raytune_llm.config.plain import to_yaml
+from raytune_llm.config.run import as_train_run
 from raytune_llm.config.sweep import load_sweep
 from raytune_llm.errors import ConfigError, ResourceError
 
@@ -45,6 +47,27 @@ def test_a_folder_that_travels_is_found_there(folder):
 def test_examples_travel_with_the_package(folder):
     run = there(folder, "+experiment=sft_full_tiny")
     assert run.data.path.startswith("raytune_llm/examples/")
+
+
+def test_an_image_has_examples_of_its_own_wherever_its_package_is(folder, monkeypatch, tmp_path):
+    words = ["+experiment=sft_full_tiny", "output_dir=/shared/run", "submit.image=mine:1"]
+    run = on_cluster(load_config("submit", words), folder, {})
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "run.yaml").write_text(to_yaml(as_train_run(run)))
+    monkeypatch.setattr(load, "EXAMPLES", Path("/opt/examples"))
+    in_image = load_config("train", config_dir=tmp_path / "job", config_name="run")
+    assert in_image.data.path == "/opt/examples/alpaca.jsonl"
+
+
+def test_no_file_is_sent_to_an_image(folder):
+    words = ["model=tiny_random", "output_dir=/shared/run", "data.path=data/rows.jsonl", "submit.image=mine:1"]
+    run = load_config("submit", words)
+    with pytest.raises(ConfigError, match=r"data\.path must be sent .* with submit\.image no file is sent, got 'data/rows"):
+        on_cluster(run, folder, {})
+
+
+def test_tokens_may_be_beside_a_run_in_an_object_store(folder):
+    assert there(folder, "data.path=data", "output_dir=s3://bucket/run").data.cache == "s3://bucket/run/tokens"
 
 
 @pytest.mark.parametrize("path", ["/shared/rows.jsonl", "s3://bucket/rows.jsonl", "squad", "owner/squad"])
