@@ -12,7 +12,7 @@ class Packs:
     """Pack p holds the rows `rows[offsets[p] : offsets[p + 1]]`."""
 
     rows: np.ndarray
-    """int32: every row number once, grouped by pack."""
+    """int32 (int64 for 2**31 rows and more): every row number once, grouped by pack."""
     offsets: np.ndarray
     """int64 [packs + 1]."""
 
@@ -54,7 +54,12 @@ def plan(lengths: np.ndarray, capacity: int) -> Packs:
     longest_first = np.argsort(-lengths.astype(np.int32), kind="stable")
     offsets = np.zeros(num_packs + 1, np.int64)
     np.cumsum(np.bincount(pack_of, minlength=num_packs), out=offsets[1:])
-    return Packs(longest_first[np.argsort(pack_of, kind="stable")].astype(np.int32), offsets)
+    return Packs(longest_first[np.argsort(pack_of, kind="stable")].astype(type_of_numbers(len(lengths))), offsets)
+
+
+def type_of_numbers(count: int) -> type[np.signedinteger]:
+    """The smallest type that holds the numbers of so many rows."""
+    return np.int32 if count <= np.iinfo(np.int32).max else np.int64
 
 
 class _OpenPacks:

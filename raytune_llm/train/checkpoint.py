@@ -47,6 +47,8 @@ METADATA = ".metadata"
 FILES = "files"
 """In progress.json: name -> sha256 of each file of the state."""
 STEP = re.compile(r"step-(\d+)")
+HASHED_AT_ONCE = 8
+"""Files of a checkpoint that one process hashes at the same time, so that it reads at the disk's rate and not at a core's."""
 FORMAT_VERSION = 2
 """Increase it when the format of progress.json or of the state changes."""
 
@@ -307,14 +309,16 @@ def damage(folder: Path, step: int) -> str | None:
         values = read_document(place)
     except DataError as error:
         return error.problem
-    hashes = values[FILES]
-    for name, digest in hashes.items():
+
+    def problem(name: str, known: str) -> str | None:
         try:
-            if _hash(place / "state" / name) != digest:
-                return f"{name} has other bytes than were written"
+            return None if _hash(place / "state" / name) == known else f"{name} has other bytes than were written"
         except OSError as error:
             return f"{name} can't be read ({error.strerror})"
-    return None
+
+    hashes: dict[str, str] = values[FILES]
+    with ThreadPoolExecutor(HASHED_AT_ONCE, thread_name_prefix="hash") as pool:
+        return next((found for found in pool.map(problem, hashes, hashes.values()) if found is not None), None)
 
 
 def read_progress(folder: Path, step: int) -> tuple[Progress, dict[str, str]]:

@@ -8,6 +8,8 @@ from typing import Any
 MAX_ROW_CHARS = 1 << 27
 """The longest element of a JSON array or field of a csv file: where its end is missing, the rest of the file is not read to the
 last byte."""
+MAX_CHUNKS = 1 << 14
+"""Of more data, chunks are larger: a process has a memory map for each shard of a store, and Linux allows it 65,530."""
 NumberedRow = tuple[int, Any]
 """The row's number and its columns by name, or the BadRow that says why there are none."""
 

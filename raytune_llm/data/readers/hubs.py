@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
-from raytune_llm.data.readers.chunks import Chunk, NumberedRow, Source
+from raytune_llm.data.readers.chunks import MAX_CHUNKS, Chunk, NumberedRow, Source
 from raytune_llm.data.readers.tables import unpadded
 from raytune_llm.errors import DataError, ResourceError
 from raytune_llm.hub import ask_hub
@@ -72,7 +72,8 @@ def fingerprint(source: Source) -> str:
 
 def plan_hub(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:
     rows = HUBS[source.hub](file, source)
-    rows_per_chunk = max(1, len(rows) * CHUNK_BYTES // max(rows.data.nbytes, 1))
+    chunk_bytes = max(CHUNK_BYTES, rows.data.nbytes // MAX_CHUNKS)
+    rows_per_chunk = max(1, len(rows) * chunk_bytes // max(rows.data.nbytes, 1))
     for start in range(0, len(rows), rows_per_chunk):
         end = min(start + rows_per_chunk, len(rows))
         chunk = Chunk(source.kind, file, start, end, start + 1, end - start)

@@ -25,7 +25,7 @@ import numpy as np
 
 from raytune_llm.config.paths import expanded
 from raytune_llm.data.readers import PLANNERS, READERS, files, hubs
-from raytune_llm.data.readers.chunks import Chunk, NumberedRow, Source
+from raytune_llm.data.readers.chunks import MAX_CHUNKS, Chunk, NumberedRow, Source
 from raytune_llm.data.readers.splits import Part, of_one_file, of_readme, saved, splits_of
 from raytune_llm.errors import DataError
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 MIN_CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 64 << 20
 NUM_CHUNKS = 64
-"""Aimed at, between those bounds."""
+"""Aimed at, between those bounds; chunks become larger than the upper one before there are more than MAX_CHUNKS."""
 KIND_OF_SUFFIX = {
     ".json": "json",
     ".jsonl": "lines",
@@ -268,7 +268,7 @@ def plan(
 
 def _plan_whole(source: Source, max_rows: int | None) -> list[Chunk]:
     total_bytes = 0 if source.is_hub else sum(_size(file) for file in source.files)
-    chunk_bytes = min(max(total_bytes // NUM_CHUNKS, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+    chunk_bytes = chunk_bytes_of(total_bytes)
     chunks: list[Chunk] = []
     left = max_rows
     for kind, file in zip(source.kinds, source.files, strict=True):
@@ -281,6 +281,11 @@ def _plan_whole(source: Source, max_rows: int | None) -> list[Chunk]:
     if not chunks:
         raise DataError(", ".join(source.files[:3]), "holds no rows", "Give data.path a file with at least one row.")
     return chunks
+
+
+def chunk_bytes_of(total_bytes: int) -> int:
+    """The bytes of a chunk of so many."""
+    return max(min(max(total_bytes // NUM_CHUNKS, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES), total_bytes // MAX_CHUNKS)
 
 
 def _planned(kind: str, source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]:

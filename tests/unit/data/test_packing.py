@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_llm.data.packing import plan
+from raytune_llm.data.packing import plan, type_of_numbers
 
 lengths_and_capacity = st.integers(1, 300).flatmap(
     lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=300), st.just(capacity))
@@ -42,3 +42,8 @@ def test_chat_like_lengths_fill_packs_to_over_98_percent():
 
 def test_no_rows_make_no_packs():
     assert len(plan(np.zeros(0, np.int32), 16)) == 0
+
+
+def test_numbers_of_rows_have_a_type_that_holds_them():
+    assert type_of_numbers(2**31 - 1) is np.int32
+    assert type_of_numbers(2**31) is np.int64, "10^12 tokens are more rows"

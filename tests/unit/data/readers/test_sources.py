@@ -304,3 +304,9 @@ def test_the_fingerprint_is_of_the_contents_and_not_of_the_name(tmp_path):
         (tmp_path / name).write_text(content)
     a, b, c = (sources.fingerprint(sources.find(str(tmp_path / f"{name}.txt"))) for name in "abc")
     assert a == b != c
+
+
+def test_a_large_source_has_larger_chunks_and_not_more_than_a_process_can_map():
+    assert [sources.chunk_bytes_of(size) for size in (0, 2**20, 2**30, 2**36)] == [2**20, 2**20, 2**24, 2**26]
+    for size in (2**40, 2**42, 5 * 2**42):
+        assert size / sources.chunk_bytes_of(size) <= 2**14 + 1
