@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from raytune_llm.report.updates import Notice
-from raytune_llm.runs.faults import waiting_line
-from raytune_llm.runs.live_nodes import LOOK_EVERY_S, Node, nodes_there, summed
+from raytune_llm.runs.group_size import missing_room
+from raytune_llm.runs.live_nodes import LOOK_EVERY_S, Node, nodes_there
 from raytune_llm.runs.nodes import workers_that_fit
 from raytune_llm.runs.outcome import TrainOutcome
 
@@ -51,9 +51,7 @@ def wait_for_room(
         aim = min(wanted, possible) if wanted is not None and possible is not None else counts[0]
         if found is not None and (found >= aim or waited > RELEASED_WITHIN_S):
             return found
-        line = waiting_line(counts[0], each, summed(node.free for node in nodes), summed(node.total for node in nodes))
-        if found is None and line is None:
-            line = f"waiting for nodes with room for {counts[0]} whole workers; what is free is spread over nodes"
+        line = missing_room(counts[0], each, nodes)
         if line is not None and line != noticed and waited > LOOK_EVERY_S:
             notify(Notice(text=line))
             noticed = line

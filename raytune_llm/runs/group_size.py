@@ -6,7 +6,7 @@ Every function here needs a connected cluster, but for a run of this process.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from raytune_llm.config.resources import Cluster, Local, on_cluster, uses_ray
@@ -14,7 +14,8 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.report.updates import Notice
 from raytune_llm.runs.faults import waiting_line
-from raytune_llm.runs.live_nodes import nodes_there, summed
+from raytune_llm.runs.live_nodes import Node, nodes_there, summed
+from raytune_llm.runs.nodes import workers_that_fit
 
 TOKENIZING_CPUS = 1
 """Reserved, at least, for data.streaming, which tokenizes while the workers train."""
@@ -48,17 +49,23 @@ def group_size(resources: Local | Cluster, *, reserved_cpus: int = 0) -> GroupSi
     if gpus == "auto":
         gpus = 1.0 if total.get("GPU", 0) else 0.0
     workers = resources.num_workers
+    cpus = resources.cpus_per_worker
     if workers == "auto":
-        workers = int(total["GPU"] // gpus) if gpus else 1
+        each = {"GPU": gpus, "CPU": 1.0 if cpus == "auto" else cpus}
+        workers = max(1, sum(workers_that_fit(node, each) for node in _nodes())) if gpus else 1
     if isinstance(workers, list):
         workers = workers[0]
-    cpus = resources.cpus_per_worker
     if cpus == "auto":
         cpus = 1.0
         if not on_cluster(resources) and not gpus:
             each = (total["CPU"] - reserved_cpus) / workers
             cpus = each // 1 or (each if reserved_cpus and each else 1.0)
     return GroupSize(workers=workers, cpus=float(cpus), gpus=float(gpus))
+
+
+def most_workers(resources: Local | Cluster, size: GroupSize) -> int:
+    """Of the group, or, where it may grow, of the largest one."""
+    return resources.num_workers[-1] if isinstance(resources.num_workers, list) else size.workers
 
 
 def reserved_cpus(run: TrainRun) -> int:
@@ -78,9 +85,8 @@ def spare_cpus(run: TrainRun) -> int | None:
 
 def check_fits(size: GroupSize, *, reserved_cpus: int = 0) -> None:
     """Raises ConfigError for a group that even an idle cluster can't hold; Ray would wait for it forever."""
-    import ray
-
-    total = ray.cluster_resources()
+    nodes = _nodes()
+    total = summed(nodes)
     for kind, each, reserved in (("CPU", size.cpus, reserved_cpus), ("GPU", size.gpus, 0)):
         if each * size.workers > total.get(kind, 0.0) - reserved:
             raise ConfigError(
@@ -91,13 +97,22 @@ def check_fits(size: GroupSize, *, reserved_cpus: int = 0) -> None:
                 got=size.workers,
                 fix="Lower one of them.",
             )
+    found = sum(workers_that_fit(node, size.each) for node in nodes)
+    if found < size.workers:
+        worker = " and ".join(f"{amount:g} {kind}{'' if amount == 1 else 's'}" for kind, amount in size.each.items() if amount)
+        raise ConfigError(
+            "resources.num_workers",
+            f"must be at most {found}: so many workers of {worker} fit on the cluster's nodes, and none is spread over two",
+            got=size.workers,
+            fix="Lower it, or what each worker takes (resources.gpus_per_worker, resources.cpus_per_worker).",
+        )
 
 
 def wait_until_free(size: GroupSize, notify: Callable[[Notice], None]) -> None:
     """Wait until no other job holds what the workers need. `notify` gets what is missing, which Ray itself does not say."""
     noticed, noticed_at = "", 0.0
     began = time.monotonic()
-    while line := waiting_line(size.workers, size.each, *_free_and_total()):
+    while line := missing_room(size.workers, size.each, nodes_there()):
         now = time.monotonic()
         if now - began > NOTICE_AFTER_S and (line != noticed or now - noticed_at > NOTICE_INTERVAL_S):
             notify(Notice(text=line))
@@ -105,6 +120,17 @@ def wait_until_free(size: GroupSize, notify: Callable[[Notice], None]) -> None:
         time.sleep(POLL_S)
 
 
-def _free_and_total() -> tuple[Mapping[str, float], Mapping[str, float]]:
-    nodes = nodes_there()
-    return summed(node.free for node in nodes), summed(node.total for node in nodes)
+def missing_room(workers: int, each: Mapping[str, float], nodes: Sequence[Node]) -> str | None:
+    """What workers wait for, as a line of text. None: each has a place on one node."""
+    if sum(workers_that_fit(node.free, each) for node in nodes) >= workers:
+        return None
+    line = waiting_line(workers, each, summed(node.free for node in nodes), summed(node.total for node in nodes))
+    whole = "a node with room for a whole worker" if workers == 1 else f"nodes with room for {workers} whole workers"
+    return line or f"waiting for {whole}; what is free is spread over nodes"
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    """What each node of the cluster has in all."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

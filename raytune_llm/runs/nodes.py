@@ -64,7 +64,10 @@ class Nodes:
     """The nodes of a run, and the time of an all-reduce over one process per node."""
 
     nodes: Sequence[Node]
+    """Those that take work."""
     backend: str
+    driver: Node | None = None
+    """The node of this process, where that takes no work: a head without CPUs."""
     all_reduce_nodes: int = 0
     """Number of nodes in the all-reduce; 0: it was not measured."""
     all_reduce_s: Mapping[int, float] = field(default_factory=dict)
@@ -72,7 +75,8 @@ class Nodes:
 
     def table(self) -> list[str]:
         rows = [("node", "python", "torch", "ray", "GPUs", "/dev/shm", "clock", "interface")]
-        for node in self.nodes:
+        driver = [] if self.driver is None else [replace(self.driver, address=f"{self.driver.address} (driver)")]
+        for node in (*self.nodes, *driver):
             interface = next((f"{value} ({name})" for name, value in node.interface_variables.items()), node.interface)
             rows.append(
                 (
@@ -105,20 +109,22 @@ def check_nodes(
 
     folders: setting -> folder that all nodes must share. workers, each: number of workers, and CPUs and GPUs of one. report:
     called with lines of text for the user. The all-reduce is measured over one process on each node that can hold a worker,
-    unless one node can hold all workers. Returns None for a cluster of one node and with resources.preflight=off.
+    unless one node can hold all workers. Returns None where the driver's node is the only one that takes work, and with
+    resources.preflight=off.
     """
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
     alive.sort(key=lambda node: ipaddress.ip_address(node["NodeManagerAddress"]))
-    if len(alive) < 2 or resources.preflight == "off":
-        return None
     ids = [node["NodeID"] for node in alive]
+    here = ray.get_runtime_context().get_node_id()
+    if not set(ids) - {here} or resources.preflight == "off":
+        return None
     backend = "nccl" if each.get("GPU") else "gloo"
-    found = Nodes(nodes=_ask(ids), backend=backend)
+    found = Nodes(nodes=_ask(ids), backend=backend, driver=None if here in ids else Node(**describe_node()))
     for line in found.table():
         report(line)
-    check_versions(found.nodes)
+    check_versions(found.nodes, found.driver)
     check_reachable(found)
     for node in found.nodes:
         if node.shm_bytes < MIN_SHM_BYTES:
@@ -135,7 +141,8 @@ def check_nodes(
     room = {node["NodeID"]: workers_that_fit(node["Resources"], each) for node in alive}
     if resources.preflight == "full" and max(room.values()) < workers:
         those = [node for node in ids if room[node]]
-        found = replace(found, all_reduce_nodes=len(those), all_reduce_s=_measure_all_reduce(those, backend))
+        if len(those) > 1:
+            found = replace(found, all_reduce_nodes=len(those), all_reduce_s=_measure_all_reduce(those, backend))
         for line in found.rates():
             report(line)
     return found
@@ -146,17 +153,27 @@ def workers_that_fit(there: Mapping[str, float], each: Mapping[str, float]) -> i
     return min(int(there.get(kind, 0.0) / amount + 1e-6) for kind, amount in each.items() if amount)
 
 
-def check_versions(nodes: Sequence[Node]) -> None:
-    """Raises ResourceError if versions differ between nodes."""
+def check_versions(nodes: Sequence[Node], driver: Node | None = None) -> None:
+    """Raises ResourceError if versions differ between nodes. The driver's may be built for another device (torch 2.9.0+cpu)."""
     first = nodes[0]
+
+    def differ(other: Node, name: str, mine: str, its: str) -> ResourceError:
+        return ResourceError(
+            f"the cluster's nodes have {name} {mine} on {first.address} and {its} on {other.address}",
+            "Give all nodes the same image or environment, or set submit.requirements=pinned.",
+        )
+
     for name in ("python", *PACKAGES):
-        values = {node.address: node.python if name == "python" else node.versions[name] for node in nodes}
-        if len(set(values.values())) > 1:
-            other = next(address for address, value in values.items() if value != values[first.address])
-            raise ResourceError(
-                f"the cluster's nodes have {name} {values[first.address]} on {first.address} and {values[other]} on {other}",
-                "Give all nodes the same image or environment, or set submit.requirements=pinned.",
-            )
+        mine = _version_on(first, name)
+        for other in nodes[1:]:
+            if (its := _version_on(other, name)) != mine:
+                raise differ(other, name, mine, its)
+        if driver is not None and (its := _version_on(driver, name)).partition("+")[0] != mine.partition("+")[0]:
+            raise differ(replace(driver, address=f"{driver.address} (the driver)"), name, mine, its)
+
+
+def _version_on(node: Node, name: str) -> str:
+    return node.python if name == "python" else node.versions[name]
 
 
 def check_reachable(found: Nodes) -> None:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,6 +76,22 @@ def _end(head: subprocess.Popen[bytes]) -> None:
 @contextmanager
 def head_without_cpus() -> Iterator[str]:
     """The address of a cluster that `node` joins."""
+    with _cluster([]) as address:
+        yield address
+
+
+@contextmanager
+def head_of_nodes(nodes: Sequence[Mapping[str, float]]) -> Iterator[None]:
+    """A cluster of nodes with these resources (num_cpus, num_gpus), to which this process is connected."""
+    import ray
+
+    with _cluster(nodes) as address:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        yield
+
+
+@contextmanager
+def _cluster(nodes: Sequence[Mapping[str, float]]) -> Iterator[str]:
     import ray
     from ray.cluster_utils import Cluster
 
@@ -83,6 +99,8 @@ def head_without_cpus() -> Iterator[str]:
         ray.shutdown()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
+        for one in nodes:
+            cluster.add_node(**one)
         yield cluster.address
     finally:
         ray.shutdown()

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -24,13 +25,13 @@ LINK, PORT = "vrt0", 6399
 DRIVER = """
 import sys
 import ray
-from raytune_llm import UserError, load_config
-from raytune_llm.runs.nodes import check_nodes
+from raytune_llm import UserError, api, load_config
 
 ray.init(address="{first}:{port}", _node_ip_address="{first}", log_to_driver=False)
-resources = load_config("train", ["data.path=x", "resources=cluster"]).resources
+words = ["data.path=x", "model=tiny_random", "resources=cluster", "output_dir=" + sys.argv[1], "data.cache=" + sys.argv[1]]
+run = load_config("train", [*words, "resources.num_workers=" + sys.argv[2]])
 try:
-    check_nodes(resources, {{"output_dir": sys.argv[1]}}, workers=int(sys.argv[2]), each={{"CPU": 1.0}}, report=print)
+    api._check_nodes(run, run.resources, lambda notice: print(notice.text))
 except UserError as error:
     print("refused:", error)
 """
@@ -42,9 +43,15 @@ def run(*command: str) -> None:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[tuple[str, Path]]:
+    with two_nodes(cpus_of_head=1) as found:
+        yield found
+
+
+@contextmanager
+def two_nodes(*, cpus_of_head: int) -> Iterator[tuple[str, Path]]:
     """The namespace of the head, and a folder whose `own` is another one on each node."""
     folder = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
-    names = [f"raytune-{os.getpid()}-{end}" for end in "ab"]
+    names = [f"raytune-{os.getpid()}-{cpus_of_head}{end}" for end in "ab"]
     started: list[subprocess.Popen[bytes]] = []
     (folder / "own").mkdir()
     try:
@@ -56,7 +63,8 @@ def nodes() -> Iterator[tuple[str, Path]]:
             for device in ("lo", LINK):
                 run("ip", "-n", name, "link", "set", device, "up")
             place = f"--head --port={PORT} --include-dashboard=false" if address == FIRST else f"--address={FIRST}:{PORT}"
-            ray = f"{Path(sys.executable).with_name('ray')} start --block {place} --node-ip-address={address} --num-cpus=1"
+            ray = f"{Path(sys.executable).with_name('ray')} start --block {place} --node-ip-address={address}"
+            ray += f" --num-cpus={cpus_of_head if address == FIRST else 1}"
             # `ip netns exec` has mounts of its own, so that a node can lack what the other has.
             own = "true" if address == FIRST else f"mount -t tmpfs none {folder}/own"
             command = f"{own} && exec {ray} --temp-dir={folder}/ray --disable-usage-stats"
@@ -82,18 +90,18 @@ def nodes() -> Iterator[tuple[str, Path]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def told(nodes: tuple[str, Path], folder: str, workers: int) -> str:
+def told(nodes: tuple[str, Path], folder: str, workers: str) -> str:
     head, place = nodes
     driver = DRIVER.format(first=FIRST, port=PORT)
     variables = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-    command = ["ip", "netns", "exec", head, sys.executable, "-c", driver, f"{place}/{folder}", str(workers)]
+    command = ["ip", "netns", "exec", head, sys.executable, "-c", driver, f"{place}/{folder}", workers]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_nodes_that_can_work_together_are_told_with_their_all_reduce(nodes):
-    said = told(nodes, "shared", workers=2)
+    said = told(nodes, "shared", workers="2")
     assert "refused" not in said
     for address in (FIRST, SECOND):
         assert any(line.startswith(address) and f"{LINK} (GLOO_SOCKET_IFNAME)" in line for line in said.splitlines()), said
@@ -102,6 +110,18 @@ def test_nodes_that_can_work_together_are_told_with_their_all_reduce(nodes):
 
 
 def test_a_folder_that_a_node_does_not_see_is_refused(nodes):
-    said = told(nodes, "own", workers=1)
+    said = told(nodes, "own", workers="1")
     assert f"refused: output_dir must be on storage that all nodes share: {SECOND} can't see what {FIRST} writes there" in said
     assert "all-reduce" not in said
+
+
+def test_a_run_that_may_grow_over_nodes_measures_their_all_reduce(nodes):
+    assert "all-reduce of 16 MiB by gloo" in told(nodes, "shared", workers="[1,2]")
+
+
+def test_a_driver_on_a_head_that_takes_no_work_is_a_machine_of_its_own():
+    with two_nodes(cpus_of_head=0) as nodes:
+        said = told(nodes, "shared", workers="1")
+        assert "refused" not in said and f"{FIRST} (driver)" in said and "all-reduce" not in said
+        said = told(nodes, "own", workers="1")
+    assert f"storage that all nodes share: the driver can't see what {SECOND} writes there" in said

@@ -8,6 +8,7 @@ from raytune_llm import load_config
 from raytune_llm.config.resources import worker_counts
 from raytune_llm.errors import ConfigError
 from raytune_llm.runs.elastic import SETTLED_S, RoomToGrow, largest, largest_ever
+from raytune_llm.runs.group_size import missing_room
 from raytune_llm.runs.live_nodes import Leaving, Node
 
 GPU = {"CPU": 1.0, "GPU": 1.0}
@@ -34,6 +35,15 @@ def test_the_largest_size_has_a_place_for_each_of_its_workers():
     halves = Node(total={"CPU": 3.0}, free={"CPU": 3.0})
     assert largest([1, 2], [halves, halves], {"CPU": 2.0, "GPU": 0.0}) == 2, "no worker is spread over nodes"
     assert largest([1, 2, 3], [halves, halves], {"CPU": 2.0, "GPU": 0.0}) == 2
+
+
+def test_workers_wait_for_whole_places():
+    pair = [Node(total={"CPU": 4.0, "GPU": 2.0}, free={"CPU": 4.0, "GPU": 2.0})] * 4
+    assert missing_room(8, GPU, pair) is None
+    spread = "what is free is spread over nodes"
+    assert missing_room(2, {"CPU": 1.0, "GPU": 3.0}, pair) == f"waiting for nodes with room for 2 whole workers; {spread}"
+    assert missing_room(1, {"CPU": 8.0, "GPU": 0.0}, pair) == f"waiting for a node with room for a whole worker; {spread}"
+    assert missing_room(9, GPU, pair) == "waiting for 1 more worker of 1 GPU; the cluster has 8 of 8 GPUs free"
 
 
 def test_a_group_grows_once_the_room_has_been_there_for_a_while():

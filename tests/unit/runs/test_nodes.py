@@ -42,6 +42,15 @@ def test_nodes_of_other_versions_are_refused_by_name():
         check_versions([ONE, replace(TWO, python="3.12.1")])
 
 
+def test_a_driver_on_a_node_of_its_own_is_compared_too_but_for_the_device_that_its_packages_are_built_for():
+    gpu = replace(ONE, versions={**ONE.versions, "torch": "2.9.0+cu128"})
+    driver = replace(TWO, versions={**ONE.versions, "torch": "2.9.0+cpu"})
+    check_versions([gpu], driver)
+    with pytest.raises(ResourceError, match=r"have ray 1\.0 on 10\.0\.0\.1 and 1\.1 on 10\.0\.0\.2 \(the driver\)"):
+        check_versions([gpu], replace(driver, versions={**driver.versions, "ray": "1.1"}))
+    assert Nodes(nodes=[gpu], backend="nccl", driver=driver).table()[-1].startswith("10.0.0.2 (driver)  3.11.9")
+
+
 def test_a_name_that_leads_back_is_refused_unless_an_interface_is_named():
     lost = replace(TWO, name_is_loopback=True)
     with pytest.raises(ResourceError, match=r"host name of 10\.0\.0\.2 .* GLOO_SOCKET_IFNAME=eth0"):
