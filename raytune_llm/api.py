@@ -152,7 +152,7 @@ def _train(
     with opened.tracking() as tracker, prepared.making(max_tasks=spare_cpus(run)):
         outcome = fit(
             run,
-            *_stores(prepared),
+            *prepared.places,
             sinks=[*sinks, tracker],
             on_update=on_update,
             on_samples=on_samples,
@@ -199,7 +199,7 @@ def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None)
                 replace(parts[number], sinks=[*parts[number].sinks, trackers.enter_context(opened[number].tracking())])
                 for number in left
             ]
-            outcomes = fit_together(tracked, *_stores(prepared), workspace=workspace)
+            outcomes = fit_together(tracked, *prepared.places, workspace=workspace)
         for number, outcome in zip(left, outcomes, strict=True):
             if outcome is None or isinstance(outcome, Exception):
                 results[number] = outcome
@@ -240,11 +240,6 @@ def _prepared(run: TrainRun, workspace: Workspace, on_progress: pipeline.OnProgr
     kind = run.stage.kind
     make = partial(pipeline.prepare, run.model, run.data, run.resources, kind=kind, on_progress=on_progress)
     return workspace.once("stores", (run.model, run.data, kind), make)
-
-
-def _stores(prepared: Prepared | Streamed) -> tuple[str, str | None]:
-    """The folders of the token stores for training and, if separate, for evaluation."""
-    return str(prepared.folder), None if prepared.eval_store is None else str(prepared.eval_store.folder)
 
 
 def _opened(
@@ -331,14 +326,14 @@ def _preflight(run: TrainRun, workspace: Workspace | None) -> Workspace:
 
 
 def _check_nodes(run: TrainRun, resources: Cluster, on_update: Callable[[Any], None]) -> None:
-    from raytune_llm.runs.group_size import group_size
+    from raytune_llm.runs.group_size import group_size, most_workers
     from raytune_llm.runs.nodes import check_nodes
 
     size = group_size(resources)
     check_nodes(
         resources,
         {"output_dir": run.output_dir, "data.cache": run.data.cache},
-        workers=size.workers,
+        workers=most_workers(resources, size),
         each=size.each,
         report=lambda line: on_update(Notice(text=line)),
     )
@@ -538,8 +533,8 @@ def _exact_match(
 def _answered(run: TrainRun, prepared: Prepared | Streamed, final: Path | None, workspace: Workspace) -> ExactMatch:
     from raytune_llm.evaluate.held_out import answer_held_out_rows
 
-    store = str((prepared.eval_store or prepared).folder)
-    apart = prepared.eval_store is not None
+    train_store, eval_store = prepared.places
+    store, apart = eval_store or train_store, eval_store is not None
     if on_cluster(run.resources):
         from raytune_llm.runs.remote_task import call_on_node
 

@@ -207,7 +207,6 @@ def model_is_given(model: ModelConfig) -> None:
 def data_are_given(data: DataConfig) -> None:
     if data.path is None and data.dataset_info is None:
         raise ConfigError("data.path", "must name a file, a folder or a hub data set", fix="For example, data.path=rows.jsonl.")
-    is_on_a_file_system("data.cache", data.cache, ", since token stores are mapped into memory")
 
 
 def streams_know_what_they_need(data: DataConfig, stage: StageConfig, checkpoint: CheckpointConfig, train: LoopConfig) -> None:
@@ -234,6 +233,11 @@ def streams_know_what_they_need(data: DataConfig, stage: StageConfig, checkpoint
             "Set stage.reference=online, since a pass over all rows comes first, or data.streaming=false.",
         ),
         "data.mix_epochs": (data.mix_epochs, data.mix_epochs, "Remove it, or set data.streaming=false."),
+        "data.cache": (
+            data.cache,
+            "://" in data.cache,
+            "Name a folder that all nodes share, since workers read shards while they are written, or set data.streaming=false.",
+        ),
     }
     for setting, (value, given, fix) in refused.items():
         if given:
@@ -308,7 +312,7 @@ def stages_read_what_is_said_of_their_rows(stage: StageConfig, data: DataConfig)
 
 def is_on_a_file_system(setting: str, value: str, why: str) -> None:
     if "://" in value:
-        fix = "Name a folder. The output_dir of train alone can be in an object store."
+        fix = "Name a folder. Only data.cache, and the output_dir of train, can be in an object store."
         raise ConfigError(setting, f"must be on a file system{why}", got=value, fix=fix)
 
 

@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerFast
 from raytune_llm import session
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
-from raytune_llm.config.paths import expanded
 from raytune_llm.config.resources import ResourcesConfig, uses_ray
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.formats import Reading, columns_of, converter
@@ -32,6 +31,7 @@ from raytune_llm.data.readers import sources
 from raytune_llm.data.readers.chunks import Chunk, Source
 from raytune_llm.data.readers.declarations import Declared, declared, declared_for_evaluation
 from raytune_llm.data.shards import Recipe, Timed, fetched, prepare_chunk
+from raytune_llm.data.shared_stores import SharedStore, local_cache, local_folder, open_store, place_in
 from raytune_llm.data.store import (
     FAILED,
     FORMAT_VERSION,
@@ -54,6 +54,7 @@ from raytune_llm.data.templates.rendered import PlainText, Renderer
 from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.data.tokens.tokenizer import fingerprint, run_tokenizer
 from raytune_llm.errors import DataError, UserError
+from raytune_llm.object_store import check_writable, is_address
 
 TRANSFORMS_VERSION = 8
 """Increase it when the same row would give other tokens, so that old stores are not reused."""
@@ -81,6 +82,11 @@ class Prepared:
         return self.store.folder
 
     @property
+    def places(self) -> tuple[str, str | None]:
+        """Of the stores for training and, if separate, for evaluation."""
+        return self.store.place, None if self.eval_store is None else self.eval_store.place
+
+    @property
     def manifests(self) -> dict[str, str]:
         """ "train" or "evaluation" -> hash of the store's manifest."""
         evaluation = {} if self.eval_store is None else {"evaluation": self.eval_store.manifest_hash}
@@ -99,6 +105,11 @@ class Streamed:
     eval_store: Store | None
     make: Callable[[OnProgress, int | None], None]
     """Builds the store: make(on_progress, max_tasks)."""
+
+    @property
+    def places(self) -> tuple[str, str | None]:
+        """Like Prepared.places."""
+        return str(self.folder), None if self.eval_store is None else self.eval_store.place
 
     @property
     def manifests(self) -> dict[str, str]:
@@ -153,6 +164,8 @@ def prepare(
     kind: the kind of row that the stage trains on, a name in KINDS. Several data sets have one store each, and a joined one.
     Raises ConfigError for settings, DataError for the data.
     """
+    if is_address(data.cache):
+        check_writable(data.cache, "data.cache")
     started = time.perf_counter()
     made: list[Timed] = []
     preprocessor = preprocessor_of(model, data, kind)
@@ -188,18 +201,27 @@ def stream(model: ModelConfig, data: DataConfig, resources: ResourcesConfig, *, 
 
 def _prepare_all(sets: list[Declared], preprocessor: Preprocessor, job: Job, made: list[Timed]) -> Store:
     members = [(one.name, _prepare_one(one, preprocessor, job, made)) for one in sets]
-    return members[0][1] if len(members) == 1 else join(_cache(job.data), members)
+    if len(members) == 1:
+        return members[0][1]
+    cache = job.data.cache
+    joined = join(local_cache(cache), members)
+    if not is_address(cache):
+        return joined
+    place = place_in(cache, joined.folder.name)
+    SharedStore(place).publish()
+    return open_store(place)
 
 
 def find_stores(model: ModelConfig, data: DataConfig, *, kind: str = "conversations") -> tuple[Path | None, Path | None]:
-    """Folders of the training and evaluation stores, if they are complete; None for each that `prepare` would build."""
+    """Folders of the training and evaluation stores on this machine, if they are complete; None for each that `prepare` would
+    build or download."""
     preprocessor = preprocessor_of(model, data, kind)
 
     def found(sets: list[Declared]) -> Path | None:
         folders = [_folder(one, preprocessor, data) for one in sets]
         if len(folders) > 1 and all((folder / MANIFEST).exists() for folder in folders):
             joined = {"joined": [[one.name, folder.name] for one, folder in zip(sets, folders, strict=True)]}
-            folders = [_cache(data) / key_of(joined)]
+            folders = [local_cache(data.cache) / key_of(joined)]
         return folders[0] if len(folders) == 1 and (folders[0] / MANIFEST).exists() else None
 
     ranked = KINDS[kind].ranked
@@ -258,16 +280,23 @@ def _prepare_one(one: Declared, preprocessor: Preprocessor, job: Job, made: list
     data = job.data
     source = source_of(one)
     made_from = _made_from(one, preprocessor, data, sources.fingerprint(source))
-    target = _cache(data) / key_of(made_from)
-    with under_construction(_cache(data), target.name) as folder:
-        if folder is not None:
+    place = place_in(data.cache, key_of(made_from))
+    target, shared = local_folder(place), SharedStore(place) if is_address(place) else None
+    with under_construction(target.parent, target.name) as folder:
+        if folder is not None and not (shared is not None and shared.fetch_into(folder)):
             recipe = recipe_of(one, source, preprocessor, data)
             chunks = chunks_of(one, source, data)
             write_outline(folder, len(chunks), preprocessor.kind, preprocessor.targets.end_of_row)
-            shards = _make_shards(chunks, recipe, folder, job, made)
+            if shared is not None:
+                shared.fetch_unfinished(folder)
+            shards = _make_shards(chunks, recipe, place, job, made)
+            if shared is not None:
+                shared.fetch_others(folder, shards)
             _check(one.path, shards, data.max_bad_fraction)
             complete(folder, shards, made_from, target, kind=preprocessor.kind, end_of_row=preprocessor.targets.end_of_row)
-    store = Store.open(target)
+    if shared is not None:
+        shared.publish()
+    store = open_store(place)
     _check_dropped(one.path, store.num_rows, store.dropped, data.max_bad_fraction)
     return store
 
@@ -304,12 +333,8 @@ def chunks_of(one: Declared, source: Source, data: DataConfig) -> list[Chunk]:
     return sources.plan(source, data.max_samples, part=part, num_samples=one.num_samples, split_setting=one.split_setting)
 
 
-def _cache(data: DataConfig) -> Path:
-    return expanded(data.cache).resolve()
-
-
 def _folder(one: Declared, preprocessor: Preprocessor, data: DataConfig) -> Path:
-    return _cache(data) / key_of(_made_from(one, preprocessor, data, sources.fingerprint(source_of(one))))
+    return local_cache(data.cache) / key_of(_made_from(one, preprocessor, data, sources.fingerprint(source_of(one))))
 
 
 def _made_from(one: Declared, preprocessor: Preprocessor, data: DataConfig, source_hash: str) -> dict[str, Any]:
@@ -335,11 +360,12 @@ def _made_from(one: Declared, preprocessor: Preprocessor, data: DataConfig, sour
 def _make_shards(
     chunks: list[Chunk],
     recipe: Recipe,
-    folder: Path,
+    place: str,
     job: Job,
     made: list[Timed],
 ) -> list[Shard]:
     """Build one shard per chunk, except for those that an earlier run finished. Appends the built ones to `made`."""
+    folder = partial(local_folder(place))
     num_rows = sum(chunk.num_picked for chunk in chunks)
     shards = {
         number: shard
@@ -350,7 +376,7 @@ def _make_shards(
     num_done = sum(chunks[number].num_picked for number in shards)
     missing = [(number, chunk) for number, chunk in enumerate(chunks) if number not in shards]
     mapped = _map_with_ray if uses_ray(job.resources) else _map_inline
-    for number, timed in mapped(missing, recipe, folder, job):
+    for number, timed in mapped(missing, recipe, place, job):
         made.append(timed)
         shards[number] = timed.shard
         num_done += chunks[number].num_picked
@@ -359,12 +385,23 @@ def _make_shards(
     return [shards[number] for number in range(len(chunks))]
 
 
-def _map_inline(chunks: Iterable[tuple[int, Chunk]], recipe: Recipe, folder: Path, job: Job) -> Iterator[tuple[int, Timed]]:
+def _map_inline(chunks: Iterable[tuple[int, Chunk]], recipe: Recipe, place: str, job: Job) -> Iterator[tuple[int, Timed]]:
     for number, chunk in chunks:
-        yield number, prepare_chunk(chunk, recipe, folder / shard_name(number))
+        yield number, _make_shard(number, chunk, recipe, place)
 
 
-def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, folder: Path, job: Job) -> Iterator[tuple[int, Timed]]:
+def _make_shard(number: int, chunk: Chunk, recipe: Recipe, place: str) -> Timed:
+    """Build a shard in this machine's folder of the store, and upload it if the store is in an object store."""
+    folder = partial(local_folder(place))
+    if not is_address(place):
+        return prepare_chunk(chunk, recipe, folder / shard_name(number))
+    folder.mkdir(parents=True, exist_ok=True)  # each machine has its own
+    made = prepare_chunk(chunk, recipe, folder / shard_name(number))
+    SharedStore(place).keep(folder, made.shard)
+    return made
+
+
+def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, place: str, job: Job) -> Iterator[tuple[int, Timed]]:
     """Map chunks with Ray Data. Each task writes its own shards, and only names and statistics are transferred."""
     assert uses_ray(job.resources)
     if not chunks:
@@ -391,7 +428,7 @@ def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, folder: Path,
         done = []
         for number, chunk in map(pickle.loads, block["chunk"]):
             try:
-                made = prepare_chunk(chunk, fetched(ray.get, recipe_ref), folder / shard_name(number))
+                made = _make_shard(number, chunk, fetched(ray.get, recipe_ref), place)
             except UserError as error:
                 made = error
             done.append(pickle.dumps((number, made)))

@@ -110,7 +110,7 @@ def write_shard(
     try:
         with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-        shard = Shard(path.name, beside.stat().st_size, _sha256(beside), stats)
+        shard = Shard(path.name, beside.stat().st_size, sha256_of(beside), stats)
         beside.rename(path)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -136,7 +136,7 @@ def finished_shard(path: Path) -> Shard | None:
         return None
     if metadata is None or _STATS not in metadata:
         return None
-    return Shard(path.name, path.stat().st_size, _sha256(path), ShardStats.from_json(json.loads(metadata[_STATS])))
+    return Shard(path.name, path.stat().st_size, sha256_of(path), ShardStats.from_json(json.loads(metadata[_STATS])))
 
 
 @contextmanager
@@ -256,8 +256,10 @@ def join(cache: Path, members: Sequence[tuple[str, Store]]) -> Store:
 class Store(Rows):
     """A complete store, memory-mapped. Rows are numbered from 0 over all shards."""
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], place: str | None = None) -> None:
         self.folder, self.manifest = folder, manifest
+        self.place = place or str(folder)
+        """Where other machines find it: the folder, or its address in an object store."""
         self.num_tokens: int = manifest["tokens"]
         self.num_trained_tokens: int = manifest["trained_tokens"]
         self.dropped, self.shortened = (Dropped.from_json(manifest[name]) for name in ("dropped", "shortened"))
@@ -270,8 +272,10 @@ class Store(Rows):
         super().__init__(KINDS[manifest["kind"]], manifest["end_of_row"], shards)
 
     @classmethod
-    def open(cls, folder: str | Path) -> Store:
-        """Raises DataError if the folder has no store, or one that is damaged or of another version."""
+    def open(cls, folder: str | Path, place: str | None = None) -> Store:
+        """place: where other machines find it, unless that is the folder (data/shared_stores.py).
+
+        Raises DataError if the folder has no store, or one that is damaged or of another version."""
         folder = Path(folder)
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
@@ -289,7 +293,7 @@ class Store(Rows):
             )
         if manifest["kind"] not in KINDS:
             raise _corrupt(folder / MANIFEST, f"has rows of the unknown kind {manifest['kind']!r}")
-        return cls(folder, manifest)
+        return cls(folder, manifest, place)
 
     @cached_property
     def row_sources(self) -> np.ndarray:
@@ -309,7 +313,7 @@ class Store(Rows):
         for member in self.members:
             member.verify()
         for shard in self.manifest["shards"]:
-            if _sha256(self.folder / shard["name"]) != shard["sha256"]:
+            if sha256_of(self.folder / shard["name"]) != shard["sha256"]:
                 raise _corrupt(self.folder / shard["name"], "does not match its hash in the manifest")
 
 
@@ -322,11 +326,19 @@ def _map_listed_shard(path: Path, listed: Mapping[str, Any]) -> MappedShard:
 
 
 def map_shard(path: Path) -> MappedShard:
-    """The columns of a shard. Raises FileNotFoundError, and DataError if the file is truncated."""
+    """The columns of a shard. Raises FileNotFoundError, DataError if the file is truncated, and ResourceError where this process
+    has as many memory maps as it may."""
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     except pa.ArrowInvalid as error:
         raise _corrupt(path, f"is not readable ({error})") from None
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise ResourceError(
+            f"{path} can't be mapped into memory ({error.strerror}): a process has a map for each shard of a store",
+            "Allow more (sysctl -w vm.max_map_count=1048576), or join the data's files: each has at least one shard.",
+        ) from error
     return {name: _as_numpy(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
 
@@ -357,6 +369,6 @@ def _arrow(values: Sequence[Any], column: Column) -> Any:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(joined(values, column.dtype)))
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -11,7 +11,7 @@ from raytune_llm.config.adapter import NoAdapter, SavedAdapter
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.samples import split_sources
-from raytune_llm.data.store import Store
+from raytune_llm.data.shared_stores import open_store
 from raytune_llm.data.tokens.tokenizer import first_pieces, stop_ids
 from raytune_llm.engines.batch import BatchEngine
 from raytune_llm.evaluate.exact_match import ExactMatch, exact_match
@@ -25,7 +25,7 @@ NO_ADAPTER = NoAdapter(name="none")
 
 
 def answer_held_out_rows(
-    run: TrainRun, store_folder: str, final: Path | None, whole_store: bool, workspace: Workspace | None = None
+    run: TrainRun, store_place: str, final: Path | None, whole_store: bool, workspace: Workspace | None = None
 ) -> ExactMatch:
     """What the base model answers or, with `final`, what training made of it.
 
@@ -39,7 +39,7 @@ def answer_held_out_rows(
         model = trained.model
         if trained.adapter is not None:
             adapter = SavedAdapter(path=str(trained.adapter), setting="final")
-    store = Store.open(store_folder)
+    store = open_store(store_place)
     _, by_source = split_sources(store, 1.0 if whole_store else held_out_part(run.data, store), run.train.seed)
     rows = islice(chain.from_iterable(rows.tolist() for rows in by_source.values()), run.train.exact_match_rows)
     tokenizer, template = workspace.tokenizer_of(run)

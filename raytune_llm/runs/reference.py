@@ -86,7 +86,7 @@ def find_reference(
                 other or strategy.model,
                 logps,
                 of_store,
-                store.folder.parent,
+                store.place.rpartition("/")[0],
                 _key_of(run, logps, of_store, store.manifest_hash, compute),
                 micro_batch_size=run.train.micro_batch_size,
                 pad_id=pad_id,

@@ -22,6 +22,8 @@ from raytune_llm.report.metrics import METRICS, SAMPLES
 from raytune_llm.runs import owner
 
 FINISHED, CHECKPOINTS, FINAL = "finished.json", "checkpoints", "final"
+TOKENS = "tokens"
+"""A folder with the token stores of a job (conf/submit.yaml), which are copied by themselves (data/shared_stores.py)."""
 FILES = ("run.yaml", METRICS, SAMPLES, "summary.json", "loss.png", FINISHED)
 """What every run writes beside its folders, samples where it is told to."""
 BY_WORKERS = (METRICS, SAMPLES, "scores.jsonl", "scores.png", FINAL, "profile")
@@ -86,11 +88,11 @@ def pull(remote: RemoteFolder, folder: Path, *, anew: bool = False) -> None:
     from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
 
     if anew:
-        for name in {name.split("/")[0] for name in remote.files()} - {owner.LOCK}:
+        for name in {name.split("/")[0] for name in remote.files()} - {owner.LOCK, TOKENS}:
             remote.remove(name)
     checkpoints = RemoteCheckpoints(remote / CHECKPOINTS, folder / CHECKPOINTS)
     checkpoints.sweep()
-    names = [name for name in remote.files() if not name.startswith((f"{CHECKPOINTS}/", "."))]
+    names = [name for name in remote.files() if not name.startswith((f"{CHECKPOINTS}/", f"{TOKENS}/", "."))]
     for path in local_files(folder):
         if path not in names:
             (folder / path).unlink()

@@ -15,6 +15,7 @@ from raytune_llm.config.run import PrepareRun, TrainRun
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.mixture import mixed_rows
 from raytune_llm.data.samples import Samples, split_sources
+from raytune_llm.data.shared_stores import open_store
 from raytune_llm.data.store import Store
 from raytune_llm.data.streaming import Stream
 from raytune_llm.errors import ConfigError, DataError
@@ -61,7 +62,7 @@ def open_stores(
         train = Stream(Path(train_store), window_rows=run.data.streaming_buffer_rows, samples=packed)
         held_out, evaluated, manifests = {}, None, {"train": train.folder.name}
     else:
-        store = evaluated = Store.open(train_store)
+        store = evaluated = open_store(train_store)
         rows, held_out_rows = split_sources(store, held_out_part(run.data, store), run.train.seed)
         rows = mixed_rows(
             store,
@@ -76,7 +77,7 @@ def open_stores(
         held_out = {name: packed(store, rows) for name, rows in held_out_rows.items()}
         manifests = {"train": store.manifest_hash}
     if eval_store is not None:
-        evaluated = Store.open(eval_store)
+        evaluated = open_store(eval_store)
         _, held_out_rows = split_sources(evaluated, 1.0, run.train.seed)
         held_out = {name: packed(evaluated, rows) for name, rows in held_out_rows.items()}
         manifests["evaluation"] = evaluated.manifest_hash

@@ -36,7 +36,8 @@ def test_workers_with_disks_of_their_own_save_and_resume_through_the_store(
     with head_without_cpus() as address:
         words = ["data.path=x", "resources=cluster", f"resources.address={address}", "resources.num_workers=2"]
         resources = load_config("train", [*words, "resources.preflight=off"]).resources
-        run = replace(plain, output_dir=f"{bucket}/run", resources=resources)
+        data = replace(plain.data, cache=f"{bucket}/run/tokens")
+        run = replace(plain, output_dir=f"{bucket}/run", resources=resources, data=data)
 
         def end_at_5(record: Mapping[str, Any]) -> None:
             if record["step"] >= 5:
@@ -57,6 +58,8 @@ def test_workers_with_disks_of_their_own_save_and_resume_through_the_store(
     assert result.resumed_from is not None and result.resumed_from >= 4 and result.summary.world_size == 2
     states = [sorted(path.name for path in tmp_path.glob(f"{name}/**/step-20/state/*")) for name in ("one", "other")]
     assert sorted(states) == [[".metadata", "__0_0.distcp"], ["__1_0.distcp"]], "each machine wrote its own part"
+    for name in ("driver", "one", "other"):
+        assert len(list(tmp_path.glob(f"{name}/raytune_llm/tokens/*/*/manifest.json"))) == 1, "a copy of the tokens each"
     there = RemoteFolder(run.output_dir).files()
     assert {"checkpoints/step-20/COMPLETE", "checkpoints/step-20/state/__1_0.distcp", "finished.json"} <= there.keys()
     assert (result.final / "adapter_model.safetensors").is_file() and result.final.is_relative_to(tmp_path / "driver")

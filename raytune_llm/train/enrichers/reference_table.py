@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from raytune_llm.atomic_file import write_atomically
 from raytune_llm.data.batches import to_device
 from raytune_llm.data.samples import Samples
+from raytune_llm.data.shared_stores import fetch_folder, has_folder, local_folder, place_in, publish_folder
 from raytune_llm.data.steps import Step
-from raytune_llm.data.store import locked
+from raytune_llm.data.store import MANIFEST, locked
 from raytune_llm.errors import DataError
 from raytune_llm.records import Batch
 from raytune_llm.stages import AnswerLogprobs
 
 CHECKED_ROWS = 10
-MANIFEST, KEYS, VALUES = "manifest.json", "keys.npy", "values.npy"
+KEYS, VALUES = "keys.npy", "values.npy"
 TOLERANCE = {torch.float32: (0.02, 1e-4), torch.bfloat16: (1.0, 0.02), torch.float16: (0.5, 0.01)}
 """By compute dtype: absolute (nats) and relative tolerance of a row that is computed again."""
 OnRows = Callable[[int, int], None]
@@ -87,7 +88,7 @@ def precomputed(
     model: nn.Module,
     logps: AnswerLogprobs,
     samples: Sequence[Samples],
-    folder: Path,
+    cache: str,
     key: Mapping[str, Any],
     *,
     micro_batch_size: int,
@@ -97,22 +98,24 @@ def precomputed(
     on_rows: OnRows,
 ) -> tuple[ReferenceTable, str]:
     """The table of these samples' rows, and its origin. Collective over all workers. Where several processes want the same table,
-    each by itself, one makes it and the others wait."""
+    each by itself, one makes it and the others wait. cache: the folder or address that holds the table."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    target = folder / f"reference-{digest}"
-    with locked(folder, target.name) if world == 1 else nullcontext():
-        found = [(target / MANIFEST).exists(), secrets.randbits(32)]
+    place = place_in(cache, f"reference-{digest}")
+    target = local_folder(place)
+    with locked(target.parent, target.name) if world == 1 else nullcontext():
+        found = [rank == 0 and has_folder(place), secrets.randbits(32)]
         if world > 1:
             dist.broadcast_object_list(found)  # another run may finish it in between
         there, drawn = found
         num_rows = len(samples[0].store)
         run_pass = partial(_pass, model, logps, micro_batch_size=micro_batch_size, pad_id=pad_id, device=device)
         if there:
+            fetch_folder(place)
             table = ReferenceTable(np.load(target / KEYS, mmap_mode="r"), np.load(target / VALUES, mmap_mode="r"), num_rows)
             some = _some_rows(samples[0], drawn)
             _compare(table, *run_pass([(samples[0], some)], 0, 1, on_rows=lambda done, total: None), target, TOLERANCE[compute])
-            return table, f"read from {target}"
+            return table, f"read from {place}"
         parts: list[Any] = [run_pass([(one, np.arange(len(one))) for one in samples], rank, world, on_rows=on_rows)]
         if world > 1:
             mine = parts[0]
@@ -122,7 +125,8 @@ def precomputed(
         table = ReferenceTable(keys_E, np.concatenate([values for _, values in parts])[first], num_rows)
         if rank == 0:
             _write(table, target, key)
-        return table, f"computed, and kept in {target}"
+            publish_folder(place)
+        return table, f"computed, and kept in {place}"
 
 
 @torch.no_grad()

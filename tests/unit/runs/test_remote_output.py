@@ -16,7 +16,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.object_store import RemoteFolder
 from raytune_llm.report.metrics import read_metrics
-from raytune_llm.report.updates import Notice
+from raytune_llm.report.updates import Notice, RunStarted
 from raytune_llm.runs import owner
 from raytune_llm.runs.remote_output import work_folder
 from tests.runs import PowerCut, cut_at, tiny_run
@@ -117,6 +117,38 @@ def test_a_damaged_checkpoint_in_the_store_is_passed_over_and_a_half_written_one
     assert not any(name.startswith("checkpoints/step-9/") for name in remote.files())
 
 
+def test_tokens_and_reference_tables_may_be_in_the_store_too(
+    s3: str, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As `submit` sets it: data.cache is a folder of output_dir."""
+    pairs = tmp_path / "pairs.jsonl"
+    row = {"prompt": "say {n}", "chosen": "yes {n}", "rejected": "no"}
+    pairs.write_text("\n".join(json.dumps({name: text.format(n=n) for name, text in row.items()}) for n in range(24)))
+    words = ("stage=dpo", "data=prompt_completion_pairs", "data.packing=false", "stage.reference=precomputed")
+    address = f"{s3}/b/run"
+
+    def run_with(cache: object, output: object, *more: str) -> TrainRun:
+        return tiny_run(str(pairs), str(cache), output, *words, "checkpoint.every_steps=2", "train.max_steps=4", *more)
+
+    plain = api.train(run_with(tmp_path / "tokens", tmp_path / "plain"))
+    run = run_with(f"{address}/tokens", address)
+    with pytest.raises(PowerCut):
+        api.train(run, sinks=[cut_at(3)])
+    remote = RemoteFolder(address)
+    tokens = {name for name in remote.files() if name.startswith("tokens/")}
+    assert {name.rpartition("/")[2] for name in tokens} == {"manifest.json", "shard-00000.arrow", "keys.npy", "values.npy"}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_cache / "other"))
+    news: list[object] = []
+    result = api.train(run, on_update=news.append)
+    assert result.resumed_from == 2 and numbers(result.output_dir) == numbers(plain.output_dir)
+    assert any("reference: read from" in choice for one in news if isinstance(one, RunStarted) for choice in one.choices)
+    assert not (work_folder(address) / "tokens").exists(), "they are copied by themselves"
+
+    again = api.train(run_with(f"{address}/tokens", address, "resume=never", "train.max_steps=1"))
+    assert again.resumed_from is None and {name for name in remote.files() if name.startswith("tokens/")} == tokens
+
+
 def test_resume_never_keeps_nothing_of_what_was_in_the_store(chat_rows: str, cache: str, own_cache: Path, memory: str):
     with pytest.raises(PowerCut):
         api.train(run_of(chat_rows, cache, memory), sinks=[cut_at(5)])
@@ -155,7 +187,6 @@ def test_what_can_not_work_is_refused_before_anything_is_prepared(
     ("verb", "words"),
     [
         ("tune", ["data.path=x", "output_dir=s3://b/x"]),
-        ("train", ["data.path=x", "data.cache=s3://b/tokens"]),
         ("predict", ["data.path=x", "model=tiny_random", "output_dir=s3://b/x"]),
         ("evaluate", ["model=tiny_random", "evaluate.tasks=[mmlu_test]", "evaluate.data=x", "output_dir=s3://b/x"]),
         ("export", ["export.run=x", "export.output_dir=s3://b/x"]),

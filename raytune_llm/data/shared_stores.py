@@ -1,0 +1,164 @@
+"""Token stores in an object store (data.cache=s3://bucket/folder), of which each machine makes a copy once.
+
+Stores are mapped into memory, so they are built in and read from a folder of the cache. `<cache>/<key>/` in the object store
+has the shards, each in a folder named by its hash, and manifest.json, which is written last and by one machine only: a store is
+complete or absent there, too. Other folders beside them, such as a reference's table, are files and a manifest.json as well.
+
+A place is where something is for all machines: a folder, or an address.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial as bound
+from pathlib import Path
+
+from raytune_llm.config.paths import expanded
+from raytune_llm.data.store import MANIFEST, Shard, Store, locked, partial, sha256_of, under_construction
+from raytune_llm.errors import DataError
+from raytune_llm.object_store import AT_ONCE, RemoteFolder, is_address
+from raytune_llm.packaged import cache_dir
+
+HASH_CHARS = 16
+"""Of a shard's hash, as the name of its folder."""
+
+
+def place_in(cache: str, name: str) -> str:
+    """The place of a store, or of another folder, in data.cache."""
+    return f"{cache.rstrip('/')}/{name}" if is_address(cache) else str(expanded(cache).resolve() / name)
+
+
+def local_cache(cache: str) -> Path:
+    """The folder of data.cache on this machine."""
+    if not is_address(cache):
+        return expanded(cache).resolve()
+    return cache_dir() / "tokens" / hashlib.sha256(cache.rstrip("/").encode()).hexdigest()[:16]
+
+
+def local_folder(place: str) -> Path:
+    """The folder of a place on this machine."""
+    if not is_address(place):
+        return Path(place)
+    cache, _, name = place.rpartition("/")
+    return local_cache(cache) / name
+
+
+def open_store(place: str) -> Store:
+    """Raises DataError if there is no store, or one that is damaged or of another version."""
+    if is_address(place):
+        SharedStore(place).fetch()
+    return Store.open(local_folder(place), place)
+
+
+class SharedStore:
+    """A token store in an object store, and this machine's copy."""
+
+    def __init__(self, place: str) -> None:
+        self.place, self.folder = place, local_folder(place)
+        self._remote = RemoteFolder(place)
+
+    def fetch(self) -> bool:
+        """Make the copy, unless it is there; other processes of this machine wait. False: the object store has no such store."""
+        with under_construction(self.folder.parent, self.folder.name) as folder:
+            return folder is None or self.fetch_into(folder)
+
+    def fetch_into(self, folder: Path) -> bool:
+        """Make the copy from the folder of one under construction. False: the object store has no such store.
+
+        Raises DataError if a shard is missing or damaged there.
+        """
+        manifest = self._remote.read(MANIFEST)
+        if manifest is None:
+            return False
+        listed = json.loads(manifest)
+        for member in listed.get("members", ()):
+            SharedStore(f"{self.place.rpartition('/')[0]}/{member['store']}").fetch()
+        self._fetch_shards(folder, {shard["name"]: shard["sha256"] for shard in listed["shards"]})
+        for file in folder.iterdir():
+            if file.name not in {shard["name"] for shard in listed["shards"]}:
+                file.unlink()
+        (folder / MANIFEST).write_bytes(manifest)
+        folder.rename(self.folder)
+        return True
+
+    def fetch_unfinished(self, folder: Path) -> None:
+        """Download the shards of a store that was not completed, unless they are there."""
+        found = [name.split("/") for name in self._remote.files() if name.endswith(".arrow")]
+        self._fetch_shards(folder, {name: beginning for beginning, name in found if not (folder / name).exists()})
+
+    def fetch_others(self, folder: Path, shards: list[Shard]) -> None:
+        """Download the shards that other machines built."""
+        self._fetch_shards(folder, {shard.name: shard.sha256 for shard in shards if not (folder / shard.name).exists()})
+
+    def keep(self, folder: Path, shard: Shard) -> None:
+        """Upload a shard."""
+        self._folder_of(shard.sha256).upload(folder, [shard.name])
+
+    def publish(self) -> None:
+        """Upload what the object store lacks of the copy. If another machine was first, and what it wrote is not the same (the
+        manifest says where dropped rows were), its store replaces the copy."""
+        mine, theirs = (self.folder / MANIFEST).read_bytes(), self._remote.read(MANIFEST)
+        if theirs is None:
+            there = self._remote.files()
+            listed = [(shard["name"], shard["sha256"]) for shard in json.loads(mine)["shards"]]
+            lacking = [(name, sha256) for name, sha256 in listed if f"{sha256[:HASH_CHARS]}/{name}" not in there]
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(lambda shard: self._folder_of(shard[1]).upload(self.folder, [shard[0]]), lacking))
+            if self._remote.create(MANIFEST, mine):
+                return
+            theirs = self._remote.read(MANIFEST)
+        if theirs != mine:
+            with locked(self.folder.parent, self.folder.name):
+                shutil.rmtree(self.folder)
+            self.fetch()
+
+    def _folder_of(self, sha256: str) -> RemoteFolder:
+        return self._remote / sha256[:HASH_CHARS]
+
+    def _fetch_shards(self, folder: Path, shards: Mapping[str, str]) -> None:
+        """shards: name -> hash, or its first HASH_CHARS characters."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(bound(self._fetch_shard, folder), shards, shards.values()))
+
+    def _fetch_shard(self, folder: Path, name: str, sha256: str) -> None:
+        path = folder / name
+        if path.exists() and sha256_of(path).startswith(sha256):
+            return
+        fix = f"Delete {self.place} and run prepare again."
+        try:
+            self._folder_of(sha256).download([name], folder)
+        except FileNotFoundError:
+            raise DataError(f"{self.place}/{name}", "is missing", fix) from None
+        if not sha256_of(path).startswith(sha256):
+            path.unlink()
+            raise DataError(f"{self.place}/{name}", "has other bytes than were written", fix)
+
+
+def has_folder(place: str) -> bool:
+    """Whether a folder that ends with its manifest is complete."""
+    return RemoteFolder(place).read(MANIFEST) is not None if is_address(place) else (Path(place) / MANIFEST).exists()
+
+
+def fetch_folder(place: str) -> Path:
+    """This machine's copy of a complete folder, which is made once."""
+    folder = local_folder(place)
+    if is_address(place):
+        with locked(folder.parent, f"{folder.name}.copy"):
+            if not (folder / MANIFEST).exists():
+                remote, beside = RemoteFolder(place), partial(folder)
+                remote.download(list(remote.files()), beside)
+                shutil.rmtree(folder, ignore_errors=True)
+                beside.rename(folder)
+    return folder
+
+
+def publish_folder(place: str) -> None:
+    """Upload this machine's copy of a folder, the manifest last."""
+    if is_address(place):
+        folder, remote = local_folder(place), RemoteFolder(place)
+        remote.upload(folder, [file.name for file in folder.iterdir() if file.name != MANIFEST])
+        remote.upload(folder, [MANIFEST])
