@@ -4,7 +4,7 @@
 
 Workers are pretended by four processes, which send what so many workers send, through the code of a run: its inbox, the
 heartbeats of `runs/faults.py`, records of a real run, and the driver's end of it (`runs/channel.py`). Stores, index and stream
-are those of `data/`, with rows of one length. Checkpoints are saved by `train/checkpoint.py` in 1, 2, 4 and 8 processes: small
+are those of `data/`. Checkpoints are saved by `train/checkpoint.py` in 1, 2, 4 and 8 processes: small
 ones, with as many tensors as an 8B model's, on which coordination depends.
 
 Prints JSON: `costs`, and `at`, the figures of a run by the number of its GPUs, which `run_on` computes from the costs and from
@@ -185,10 +185,12 @@ def records(folder: Path) -> dict[str, float]:
 
 
 def written(folder: Path, name: str, rows_of_a_shard: int, number: int) -> Path:
-    """A store of conversations of `row_tokens` tokens."""
+    """A store of conversations of `row_tokens` tokens on average, of many lengths."""
     draw = np.random.default_rng(0)
-    kind, length = KINDS["conversations"], int(ASSUMED["row_tokens"])
-    rows = [ConversationRow(draw.integers(0, 9999, length), [length // 2, length]) for _ in range(rows_of_a_shard)]
+    kind, spread = KINDS["conversations"], 0.9
+    mean = np.log(ASSUMED["row_tokens"]) - spread**2 / 2
+    lengths = np.clip(draw.lognormal(mean, spread, rows_of_a_shard), 2, ASSUMED["pack_tokens"]).astype(int).tolist()
+    rows = [ConversationRow(draw.integers(0, 9999, length), [length // 2, length]) for length in lengths]
     with token_store.under_construction(folder, name) as place:
         assert place is not None
         made = [token_store.write_shard(place / token_store.shard_name(at), rows, Dropped(), kind=kind) for at in range(number)]
@@ -210,9 +212,9 @@ def index(folder: Path, rows: int) -> dict[str, float]:
     number = 20
     place = written(folder, "index", rows // number, number)
     shard = place / token_store.shard_name(0)
-    tokens = rows // number * ASSUMED["row_tokens"]
     packed = partial(Samples, max_length=int(ASSUMED["pack_tokens"]), packing=True)
     store = Store.open(place)
+    tokens = store.num_tokens / number
     began = time.perf_counter()
     packed(store, np.arange(len(store)))
     seconds = time.perf_counter() - began

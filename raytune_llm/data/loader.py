@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -21,6 +23,17 @@ from raytune_llm.data.read_ahead import read_ahead
 from raytune_llm.data.samples import SampleOrder, Samples
 from raytune_llm.data.steps import Position, Step
 from raytune_llm.records import Batch
+
+PART = "part"
+Part = tuple[int, int, int, int]
+"""A part of a stream: its epoch, the samples of the epoch before it, and its `begins`."""
+
+
+def _part_of(progress: Position) -> Part:
+    """The part that a run resumes in, or an earlier one."""
+    start = (progress.epoch, 0, 0, 0)
+    epoch, passed, window, number = progress.source_state.get(PART, start)
+    return (epoch, passed, window, number) if epoch == progress.epoch and passed <= progress.cursor else start
 
 
 class Loader:
@@ -45,32 +58,47 @@ class Loader:
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = None if samples.num_samples is None else -(-samples.num_samples // global_batch_size)
+        self._parts: deque[Part] = deque()
+        """Parts of a stream from the current step's on."""
+        self._reached = (0, 0)
+        """Epoch and cursor of the current step."""
 
     def steps(self, progress: Position, policy: Any = None) -> Generator[Step]:
         """See StepSource."""
-        return self._ahead(partial(self._from, progress.epoch, progress.cursor))
+        part = _part_of(progress)
+        self._parts.clear()
+        with closing(self._ahead(partial(self._from, progress.epoch, progress.cursor, part))) as steps:
+            for step in steps:
+                self._reached = step.epoch, step.cursor
+                yield step
 
     def state(self) -> Mapping[str, Any]:
-        """Empty, since epoch and cursor are the full state."""
-        return {}
+        """Epoch and cursor are the full state. Of a stream it is also said where the current step's part begins, so that a
+        resumed run need not pack what comes before."""
+        while len(self._parts) > 1 and self._parts[1][:2] < self._reached:
+            self._parts.popleft()
+        return {PART: list(self._parts[0])} if self._parts and self._parts[0][:2] < self._reached else {}
 
     def epoch(self, epoch: int, cursor: int = 0) -> Generator[Step]:
         """The steps of one epoch, from sample number `cursor` on."""
-        return self._ahead(partial(self._epoch, epoch, cursor))
+        return self._ahead(partial(self._epoch, epoch, cursor, (epoch, 0, 0, 0)))
 
     def _ahead(self, make: Callable[[threading.Event], Iterator[Step]]) -> Generator[Step]:
         return read_ahead(make, ahead=self.prefetch, name="loader")
 
-    def _from(self, epoch: int, cursor: int, stopped: threading.Event) -> Iterator[Step]:
-        yield from self._epoch(epoch, cursor, stopped)
+    def _from(self, epoch: int, cursor: int, part: Part, stopped: threading.Event) -> Iterator[Step]:
+        yield from self._epoch(epoch, cursor, part, stopped)
         while True:
             epoch += 1
-            yield from self._epoch(epoch, 0, stopped)
+            yield from self._epoch(epoch, 0, (epoch, 0, 0, 0), stopped)
 
-    def _epoch(self, epoch: int, cursor: int, stopped: threading.Event) -> Iterator[Step]:
-        passed = 0
-        for part in self.samples.ordered(self.seed if self.shuffle else None, epoch, self.global_batch_size, stopped):
+    def _epoch(self, epoch: int, cursor: int, first: Part, stopped: threading.Event) -> Iterator[Step]:
+        passed, begins = first[1], first[2:]
+        seed = self.seed if self.shuffle else None
+        for part in self.samples.ordered(seed, epoch, self.global_batch_size, stopped, begins):
             samples = part.samples
+            if self.samples.num_samples is None:
+                self._parts.append((epoch, passed, *part.begins))
             for at in range(max(cursor - passed, 0), len(part.order), self.global_batch_size):
                 step = part.order[at : at + self.global_batch_size]
                 consumed = passed + at + len(step)

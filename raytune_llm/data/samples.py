@@ -60,6 +60,11 @@ def _generator(seed: int, *stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream)))
 
 
+Begins = tuple[int, int]
+"""A part of an epoch by the window of the stream that its first sample is of, and the number of this sample there, in the order
+of the window. Of a complete store there is one part, (0, 0)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ordered:
     """Samples of an epoch, or of a part of one, in the order in which steps use them."""
@@ -68,6 +73,8 @@ class Ordered:
     order: np.ndarray
     last: bool
     """It is the last part of its epoch."""
+    begins: Begins = (0, 0)
+    """Where it begins, for `SampleOrder.ordered`."""
 
 
 class SampleOrder(Protocol):
@@ -78,10 +85,12 @@ class SampleOrder(Protocol):
         """Samples per epoch. None: not known yet."""
         ...
 
-    def ordered(self, seed: int | None, epoch: int, multiple: int, stopped: threading.Event) -> Iterator[Ordered]:
+    def ordered(
+        self, seed: int | None, epoch: int, multiple: int, stopped: threading.Event, begins: Begins = (0, 0)
+    ) -> Iterator[Ordered]:
         """An epoch in parts, all but the last with a multiple of `multiple` samples. seed=None: unshuffled.
 
-        stopped: set when nobody waits for the samples any more.
+        stopped: set when nobody waits for the samples any more. begins: of the part to begin with.
         """
         ...
 
@@ -138,7 +147,9 @@ class Samples:
     def num_samples(self) -> int:
         return len(self)
 
-    def ordered(self, seed: int | None, epoch: int, multiple: int, stopped: threading.Event) -> Iterator[Ordered]:
+    def ordered(
+        self, seed: int | None, epoch: int, multiple: int, stopped: threading.Event, begins: Begins = (0, 0)
+    ) -> Iterator[Ordered]:
         order = np.arange(len(self)) if seed is None else permutation(len(self), seed, epoch)
         yield Ordered(self, order, last=True)
 

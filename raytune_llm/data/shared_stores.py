@@ -91,8 +91,8 @@ class SharedStore:
         self._fetch_shards(folder, {name: beginning for beginning, name in found if not (folder / name).exists()})
 
     def fetch_others(self, folder: Path, shards: list[Shard]) -> None:
-        """Download the shards that other machines built."""
-        self._fetch_shards(folder, {shard.name: shard.sha256 for shard in shards if not (folder / shard.name).exists()})
+        """Download those of the shards that other machines built. (A file of their name may be one that was built again.)"""
+        self._fetch_shards(folder, {shard.name: shard.sha256 for shard in shards})
 
     def keep(self, folder: Path, shard: Shard) -> None:
         """Upload a shard."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ import numpy as np
 
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import MappedShard, Rows, num_rows
-from raytune_llm.data.samples import Ordered, Samples, permutation
+from raytune_llm.data.samples import Begins, Ordered, Samples, permutation
 from raytune_llm.data.store import FAILED, MANIFEST, OUTLINE, map_shard, partial, shard_name
 from raytune_llm.errors import DataError
 
@@ -37,27 +38,38 @@ class Stream:
         """samples: builds the Samples of some rows, those of a window."""
         self.folder, self.window_rows, self.samples = folder, window_rows, samples
 
-    def ordered(self, seed: int | None, epoch: int, multiple: int, stopped: threading.Event) -> Iterator[Ordered]:
-        """Like SampleOrder.ordered. Waits for shards that don't exist yet."""
+    def ordered(
+        self, seed: int | None, epoch: int, multiple: int, stopped: threading.Event, begins: Begins = (0, 0)
+    ) -> Iterator[Ordered]:
+        """Like SampleOrder.ordered. Waits for shards that don't exist yet. Windows before that of `begins` are not packed."""
+        first, passed = begins
         rest: Samples | None = None
-        for window, samples in enumerate(self._windows(stopped)):
+        origin: deque[tuple[int, int, int]] = deque()
+        """The samples in `rest`: window, number of the first one there, and how many."""
+        for window, samples in enumerate(self._windows(first, stopped), start=first):
             if seed is not None:
                 samples = samples.take(permutation(len(samples), seed, epoch, window))
+            number = passed if window == first else 0
+            if number:
+                samples = samples.take(np.arange(number, len(samples)))
+            origin.append((window, number, len(samples)))
             waiting = samples if rest is None else rest.followed_by(samples)
             # At least one sample is held back, so that the last part can be marked as the last.
             whole = (len(waiting) - 1) // multiple * multiple
             if whole:
-                yield Ordered(waiting, np.arange(whole), last=False)
+                yield Ordered(waiting, np.arange(whole), last=False, begins=origin[0][:2])
             rest = waiting.take(np.arange(whole, len(waiting)))
+            _drop(origin, whole)
         if rest is None:
             raise DataError(str(self.folder), "has no row that can be used", "Correct the data, or set data.format.")
-        yield Ordered(rest, np.arange(len(rest)), last=True)
+        yield Ordered(rest, np.arange(len(rest)), last=True, begins=origin[0][:2])
 
-    def _windows(self, stopped: threading.Event) -> Iterator[Samples]:
+    def _windows(self, first: int, stopped: threading.Event) -> Iterator[Samples]:
+        """From window number `first` on."""
         outline = self._awaited(_outline, stopped)
         shards: list[MappedShard] = []
-        start = end = 0
-        """Range of the rows in `shards` that are in no window yet."""
+        start, end = first * self.window_rows, 0
+        """Range of the rows in `shards` that are in no window yet; its end comes first as long as shards are passed."""
 
         def window(stop: int) -> Samples:
             return self.samples(Rows(KINDS[outline["kind"]], outline["end_of_row"], shards), np.arange(start, stop))
@@ -88,6 +100,15 @@ class Stream:
                 raise DataError(str(self.folder), f"can't be made: {(making / FAILED).read_text()}")
             if stopped.wait(POLL_S):
                 raise InterruptedError("the reader of the stream has ended")
+
+
+def _drop(origin: deque[tuple[int, int, int]], count: int) -> None:
+    """Take so many samples off the front."""
+    while count:
+        window, number, there = origin.popleft()
+        if there > count:
+            origin.appendleft((window, number + count, there - count))
+        count -= min(there, count)
 
 
 def _outline(folder: Path) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import threading
 import time
+from contextlib import closing
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from raytune_llm.data.samples import Samples
 from raytune_llm.data.store import FAILED, shard_name, write_outline, write_shard
 from raytune_llm.data.streaming import Stream
 from raytune_llm.errors import DataError
+from raytune_llm.train.progress import Progress
 
 MAX_LENGTH = 16
 
@@ -172,6 +175,45 @@ def test_resumed_steps_are_those_of_the_uninterrupted_stream(shards, tmp_path):
     for number, step in enumerate(steps):
         rest = loader_of(stream_of(tmp_path / "key")).epoch(2, step.cursor)
         assert seen(rest) == seen(steps[number + 1 :])
+
+
+@pytest.mark.parametrize("window_rows", [3, 7, 20])
+def test_what_a_checkpoint_says_of_a_stream_resumes_it_with_the_same_steps(shards, tmp_path, window_rows):
+    publish(tmp_path / "key", shards)
+
+    def steps_from(progress, number):
+        """So many steps, and the state after each."""
+        loader = loader_of(stream_of(tmp_path / "key", window_rows))
+        with closing(loader.steps(progress)) as steps:
+            return list(zip(*((step, json.loads(json.dumps(loader.state()))) for step in islice(steps, number)), strict=True))
+
+    steps, states = steps_from(Progress(), 25)
+    assert {step.epoch for step in steps} == {0, 1}, "the second epoch is begun"
+    for number, (at, state) in enumerate(zip(steps[:-1], states, strict=False), start=1):
+        cursor = 0 if at.ends_epoch else at.cursor
+        rest, after = steps_from(Progress(epoch=at.epoch + at.ends_epoch, cursor=cursor, source_state=state), len(steps) - number)
+        assert seen(rest) == seen(steps[number:]) and after == states[number:]
+        assert [step.sample_ids for step in rest] == [step.sample_ids for step in steps[number:]]
+
+
+@pytest.mark.parametrize("window_rows", [3, 7, 20])
+def test_a_stream_that_begins_later_packs_nothing_of_what_comes_before(shards, tmp_path, window_rows):
+    publish(tmp_path / "key", shards)
+    stream, packed = stream_of(tmp_path / "key", window_rows), []
+    make = stream.samples
+    stream.samples = lambda store, rows: packed.append(len(rows)) or make(store, rows)
+
+    def parts_from(begins):
+        packed.clear()
+        parts = list(stream.ordered(3, 1, 4, threading.Event(), begins))
+        return [[part.samples[sample] for sample in part.order] for part in parts], [part.begins for part in parts], len(packed)
+
+    parts, begin, windows = parts_from((0, 0))
+    assert len(parts) > 2 and windows == -(-50 // window_rows)
+    for number, at in enumerate(begin):
+        rest, begin_there, windows_there = parts_from(at)
+        assert str(rest) == str(parts[number:]) and begin_there == begin[number:]
+        assert windows_there == windows - at[0]
 
 
 def test_epochs_differ_in_their_order_alone(shards, tmp_path):
