@@ -188,7 +188,7 @@ def test_what_a_checkpoint_says_of_a_stream_resumes_it_with_the_same_steps(shard
             return list(zip(*((step, json.loads(json.dumps(loader.state()))) for step in islice(steps, number)), strict=True))
 
     steps, states = steps_from(Progress(), 25)
-    assert {step.epoch for step in steps} == {0, 1}, "the second epoch is begun"
+    assert {step.epoch for step in steps} >= {0, 1}, "the second epoch is begun"
     for number, (at, state) in enumerate(zip(steps[:-1], states, strict=False), start=1):
         cursor = 0 if at.ends_epoch else at.cursor
         rest, after = steps_from(Progress(epoch=at.epoch + at.ends_epoch, cursor=cursor, source_state=state), len(steps) - number)
