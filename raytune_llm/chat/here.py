@@ -17,7 +17,7 @@ from raytune_llm.config.run import ChatRun
 from raytune_llm.serve.api.app import build_app
 from raytune_llm.serve.api.server import Access
 from raytune_llm.serve.backend import InProcessBackend
-from raytune_llm.serve.engines import build_engine, tokenizer_of
+from raytune_llm.serve.engines import build_engine, check_names, tokenizer_of
 from raytune_llm.serve.prompts import Prompts
 
 MAX_BODY_BYTES = 64 * 2**20
@@ -27,6 +27,7 @@ MAX_WAITING = 1024
 @contextmanager
 def client_here(run: ChatRun) -> Iterator[Client]:
     """A client of a server that has the model and adapters of chat's settings. Both end with the context."""
+    check_names(run.model, run.chat)
     tokenizer, _ = tokenizer_of(run.model, run.chat)
     engine, facts = build_engine(run.model, run.quantization, run.engine, run.chat)
     try:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -10,6 +11,15 @@ from raytune_llm.errors import ConfigError
 
 MIN_KEY = 8
 """Minimum length of an API key in characters."""
+
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
+"""Characters that are safe in a path, a header and a log line."""
+NAME_RULE = "start with a letter or a digit and have at most 128 letters, digits, dots, hyphens, underscores and @"
+
+
+def is_adapter_name(name: str) -> bool:
+    return ADAPTER_NAME.fullmatch(name) is not None and ".." not in name
 
 
 @section
@@ -69,6 +79,9 @@ class ServeConfig(ServedModels):
         if "@" in "".join(self.adapters):
             fix = "Choose another name: `name@step` is the name of a checkpoint in serve.watch."
             raise ConfigError("serve.adapters", "must hold no name with an @", got=sorted(self.adapters), fix=fix)
+        for name in self.adapters:
+            if not is_adapter_name(name):
+                raise ConfigError("serve.adapters", f"must hold names that {NAME_RULE}", got=name[:200])
         if self.min_replicas > self.max_replicas:
             raise ConfigError("serve.replicas", "must be a minimum and then a maximum", got=list(self.replicas))  # type: ignore[arg-type]
 

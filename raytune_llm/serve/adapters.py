@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from raytune_llm.config.serve import NAME_RULE, is_adapter_name
 from raytune_llm.errors import ConfigError
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
-"""Characters that are safe in a path, a header and a log line."""
 
 
 def checked_name(name: str, base_name: str) -> str:
-    """Returns the name. Raises ConfigError if it doesn't match NAME or is the base model's."""
-    """Returns the name. Raises ConfigError if it doesn't match NAME or is the base model's."""
-    if not NAME.fullmatch(name) or ".." in name:
-        rule = "must start with a letter or a digit and have at most 128 letters, digits, dots, hyphens, underscores and @"
-        raise ConfigError("an adapter's name", rule, got=name[:200])
+    """Returns the name. Raises ConfigError if it can't be an adapter's, or is the base model's."""
+    if not is_adapter_name(name):
+        raise ConfigError("an adapter's name", f"must {NAME_RULE}", got=name[:200])
     if name == base_name:
         fix = "Choose another one, or set serve.base_name."
         raise ConfigError("an adapter's name", "must not be the base's", got=name, fix=fix)
@@ -37,8 +32,12 @@ def checked_folder(folder: str, roots: Sequence[Path]) -> Path:
             got=folder[:500],
             fix="Those are serve.watch, serve.adapter_roots and the folders in serve.adapters.",
         )
-    for file in real.iterdir():
-        if not file.resolve().is_relative_to(real):
-            rule = f"must have no symbolic link that leads outside of it, as {file.name} does"
-            raise ConfigError("an adapter's folder", rule, got=folder[:500])
+    try:
+        leads_out = [file.name for file in real.iterdir() if not file.resolve().is_relative_to(real)]
+    except (OSError, RuntimeError) as error:  # a file in place of a folder, one that can't be read, a circle of links
+        rule = f"must be a folder that can be read ({error.strerror if isinstance(error, OSError) else error})"
+        raise ConfigError("an adapter's folder", rule, got=folder[:500]) from None
+    if leads_out:
+        rule = f"must have no symbolic link that leads outside of it, as {min(leads_out)} does"
+        raise ConfigError("an adapter's folder", rule, got=folder[:500])
     return real

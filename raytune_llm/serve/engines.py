@@ -78,6 +78,13 @@ def build_engine(
     return engine, facts
 
 
+def check_names(model: ModelConfig, served: ServedModels) -> None:
+    """Raises ConfigError for an adapter under the name of the base, which would answer in its place."""
+    if (name := base_name(model, served)) in served.adapters:
+        fix = f"Choose another one, or set {served.setting.partition('.')[0]}.base_name."
+        raise ConfigError(served.setting, "must not hold the base's name", got=name, fix=fix)
+
+
 @dataclass(frozen=True)
 class LoneAdapter:
     """An adapter that changes the model itself, so that no other can be beside it."""

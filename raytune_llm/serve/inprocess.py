@@ -11,7 +11,7 @@ from raytune_llm.config.run import ServeRun
 from raytune_llm.serve.access import access_of
 from raytune_llm.serve.api.app import build_app
 from raytune_llm.serve.backend import InProcessBackend
-from raytune_llm.serve.engines import build_engine, tokenizer_of
+from raytune_llm.serve.engines import build_engine, check_names, tokenizer_of
 from raytune_llm.serve.logs import log_at
 from raytune_llm.serve.port import bound
 from raytune_llm.serve.prompts import Prompts
@@ -25,6 +25,7 @@ def serve_inline(run: ServeRun, *, notify: Callable[[str], None]) -> None:
     at each stage.
     """
     serve = run.serve
+    check_names(run.model, serve)
     listening = bound(serve.host, serve.port)
     url = f"http://{serve.host}:{listening.getsockname()[1]}"
     notify(f"loading {run.model.path or 'a model'}")

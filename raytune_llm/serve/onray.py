@@ -27,7 +27,7 @@ from raytune_llm.config.resources import on_cluster, uses_ray
 from raytune_llm.config.run import ADMIN_KEY, API_KEY, ServeRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.serve.app import APP, ENGINE, INGRESS_CPUS, TRANSPORT, application, deploy_config, http_options
-from raytune_llm.serve.engines import base_name, check_servable
+from raytune_llm.serve.engines import base_name, check_names, check_servable
 from raytune_llm.serve.port import bound
 from raytune_llm.serve.replica import REFUSED, BuildEngine
 
@@ -42,6 +42,7 @@ Notify = Callable[[str], None]
 def write(run: ServeRun, *, notify: Notify) -> None:
     """`serve.write`: write the config for a RayService or `serve deploy` to a file. Raises ConfigError if that fails."""
     assert run.serve.write is not None and uses_ray(run.resources)
+    check_names(run.model, run.serve)
     path = Path(run.serve.write)
     cpus, gpus = run.resources.cpus_per_worker, run.resources.gpus_per_worker
     # This machine's resources say nothing about the cluster's.
@@ -64,6 +65,7 @@ def serve_on_ray(run: ServeRun, *, notify: Notify, build: BuildEngine | None = N
     """
     resources = run.resources
     assert uses_ray(resources)
+    check_names(run.model, run.serve)
     port = _port(run)
     if build is None:
         check_servable(run.model, run.quantization, run.engine, run.serve)

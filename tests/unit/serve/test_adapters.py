@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from raytune_llm import api, load_config
 from raytune_llm.errors import ConfigError
 from raytune_llm.serve.adapters import checked_folder, checked_name
 
@@ -17,6 +19,33 @@ def test_plain_names_are_taken(name: str):
 def test_other_names_are_refused(name: str):
     with pytest.raises(ConfigError, match="an adapter's name must"):
         checked_name(name, "base")
+
+
+@pytest.mark.parametrize("name", ["a/b", "a b", ".x", "a..b", "é", "x" * 129, "a@2"])
+def test_other_names_are_refused_in_settings(name: str):
+    with pytest.raises(ConfigError, match=r"serve\.adapters must hold"):
+        replace(load_config("serve", ["model=tiny_random"]).serve, adapters={name: "x"})
+
+
+def test_the_base_s_name_is_refused_before_anything_is_loaded(tmp_path: Path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    run = load_config("serve", ["model=hub", f"model.path={folder}", "serve.port=0", "serve.adapters={base: x}"])
+    with pytest.raises(ConfigError, match=r"serve\.adapters must not hold the base's name"):
+        api.serve(run)
+    on_ray = load_config("serve", ["model=hub", f"model.path={folder}", "resources=local", "serve.adapters={base: x}"])
+    with pytest.raises(ConfigError, match=r"serve\.adapters must not hold the base's name"):
+        api.serve(on_ray)
+
+
+def test_a_file_in_place_of_a_folder_and_a_circle_of_links_are_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop/circle").symlink_to(tmp_path / "loop/circle")
+    with pytest.raises(ConfigError, match="must be a folder that can be read"):
+        checked_folder(str(tmp_path / "file"), [tmp_path])
+    with pytest.raises(ConfigError, match="an adapter's folder must"):
+        checked_folder(str(tmp_path / "loop"), [tmp_path])
 
 
 def test_a_folder_in_a_root_is_taken_by_its_real_place(tmp_path: Path):
