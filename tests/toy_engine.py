@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from raytune_llm.engines.native.sampler import scored_tokens
 from raytune_llm.engines.native.scheduler import Piece
+from raytune_llm.engines.requests import ScoredToken
 from raytune_llm.errors import DataError
 
 V, END = 97, 0
@@ -81,6 +83,16 @@ class ToyRunner:
 
     def pooled(self, prompts: list[list[int]], pooling: str, slot: int) -> list[list[float]]:
         return [[float(sum(ids)), float(slot)] for ids in prompts]
+
+    def answer_logprobs(self, prompts: Any, answers: Any, slot: int, *, top: int = 0) -> list[list[ScoredToken]]:
+        weights = 0 if slot < 0 else self.bank.held[slot]
+        scored = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            logits = torch.zeros(len(answer), self.vocab_size)
+            for at in range(len(answer)):
+                logits[at, following([*prompt, *answer[:at]], weights)] = 1.0
+            scored.append(scored_tokens(logits, torch.tensor(answer), top))
+        return scored
 
     def read_adapter(self, folder: Path) -> tuple[int, int]:
         weights = json.loads((folder / "adapter_model.safetensors").read_text())

@@ -47,6 +47,12 @@ class Stats:
     steps: int
     last_step_at: float
     """time.monotonic() of the loop's last heartbeat."""
+    adapter_slots: int = 0
+    """Adapters that can be on the device at once. 0: unknown, or the engine takes none."""
+    waiting_adapters: tuple[str, ...] = ()
+    """Adapters of waiting requests, where adapter_slots is known."""
+    failure: str | None = None
+    """Why the engine answers no more. None: it runs."""
 
 
 class Engine(Protocol):
@@ -72,11 +78,13 @@ class Engine(Protocol):
         adapter: str | None = None,
         *,
         share_prefixes: bool = False,
+        top: int = 0,
     ) -> Future[list[list[ScoredToken]]]:
         """For each answer its tokens, scored after its prompt, which has at least one token. All are computed in one pass.
 
         share_prefixes: with a prefix cache, over the cache: what prompts begin with alike is computed once, and the last digits
-        depend on what was computed before.
+        depend on what was computed before. top: how many of the likeliest tokens are returned beside each; not with
+        share_prefixes.
         """
         ...
 

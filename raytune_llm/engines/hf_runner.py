@@ -28,6 +28,7 @@ from raytune_llm.config.serve import HFEngine as HFSettings
 from raytune_llm.engines.native.build import Serving
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.native.row import Row
+from raytune_llm.engines.native.sampler import scored_tokens
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.native.scoring import ScoredText
 from raytune_llm.engines.native.slots import Bank
@@ -167,7 +168,7 @@ class HFRunner:
         return results
 
     def answer_logprobs(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int, *, top: int = 0
     ) -> list[list[ScoredToken]]:
         results = []
         for prompt, answer in zip(prompts, answers, strict=True):
@@ -176,8 +177,7 @@ class HFRunner:
                 logits_TV = self._model(input_ids=ids_BT, use_cache=False).logits[0].float()
             logits_NV = logits_TV[len(prompt) - 1 : len(prompt) + len(answer) - 1]
             targets_N = torch.tensor(list(answer), dtype=torch.int64, device=self.device)
-            logprobs_N = logits_NV.log_softmax(dim=1).gather(1, targets_N[:, None]).squeeze(1)
-            results.append(list(map(ScoredToken, logprobs_N.tolist(), (logits_NV.argmax(dim=1) == targets_N).tolist())))
+            results.append(scored_tokens(logits_NV, targets_N, top))
         return results
 
     def scored(self, texts: Sequence[ScoredText]) -> list[ScoredToken]:

@@ -204,7 +204,7 @@ class HostedEngine:
             end_ids=() if sampling.ignore_end else self._end_ids,
             version=version,
         )
-        generation = _Generation(stream, host_request, TextStream(self._tokenizer, sampling.stop))
+        generation = _Generation(stream, host_request, TextStream(self._tokenizer, sampling.stop, sampling.shown_ids))
         self._loop.call_soon_threadsafe(self._start, generation)
         return stream
 
@@ -219,6 +219,7 @@ class HostedEngine:
         adapter: str | None = None,
         *,
         share_prefixes: bool = False,
+        top: int = 0,
     ) -> Future[list[list[ScoredToken]]]:
         rule = f"can't be given by {self._limits.package}, which is asked for new tokens alone"
         raise ConfigError("log-probabilities of given answers", rule, fix="Use engine=native or engine=hf.")
@@ -295,6 +296,7 @@ class HostedEngine:
                 adapter_evictions=0,
                 steps=counts.steps,
                 last_step_at=self._last_step_at,
+                failure=str(self._failure() or "It was closed.") if self._closed.is_set() else None,
             )
 
     def close(self) -> None:

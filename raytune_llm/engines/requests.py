@@ -50,6 +50,8 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     """Strings that end the answer and are no part of it."""
+    shown_ids: tuple[int, ...] = ()
+    """Special tokens that are part of the text, such as those around tool calls."""
     ignore_end: bool = False
     """Answers have max_new_tokens tokens, whatever the model says: for benchmarks."""
     logprobs: int | None = None
@@ -91,6 +93,8 @@ class ScoredToken(NamedTuple):
     """The log-probability under the model's own logits, in nats."""
     likeliest: bool
     """Whether it is what greedy decoding would have chosen here."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens here with their log-probabilities, the likeliest first, as many as were asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +102,15 @@ class Completion:
     ids: tuple[int, ...]
     """New tokens, without the end token."""
     text: str
-    """The text without special tokens and without the stop string."""
+    """The text without the stop string, and without special tokens other than Sampling.shown_ids."""
     finish: Finish
     prompt_tokens: int
     cached_tokens: int = 0
     """Tokens of the prompt that the prefix cache had."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One a token, where they were asked for."""
+    queued_s: float | None = None
+    """Seconds that the request waited before its first step. None: unknown, or it never had one."""
     adapter_version: str | None = None
     """The digest of the adapter that made it; None: the base."""
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from raytune_llm.engines.engine import AdapterState, Engine, Stats
-from raytune_llm.engines.requests import Delta, Request
+from raytune_llm.engines.requests import Delta, Request, TokenLogprob
 from raytune_llm.errors import ResourceError
 
 RETRY_AFTER_S = 1.0
 """The Retry-After header of a server that is over its limit."""
+
+STALLED_S = 120.0
+"""An engine without a heartbeat for so long has failed. Longer than the longest step, compilation included."""
 
 Pooling = Literal["mean", "last", "score"]
 
@@ -41,6 +45,8 @@ class Report:
     """The engine's name, unique within the server."""
     stats: Stats
     adapters: Sequence[AdapterState]
+    failure: str | None = None
+    """Why the engine answers no more. None: it runs."""
 
 
 class Overloaded(ResourceError):
@@ -71,6 +77,10 @@ class Backend(Protocol):
 
     async def pooled(self, prompts: Sequence[Sequence[int]], pooling: Pooling, adapter: str | None) -> list[list[float]]:
         """One vector of hidden_size per prompt; with pooling=score, one number per prompt."""
+        ...
+
+    async def prompt_logprobs(self, prompt: Sequence[int], adapter: str | None, top: int) -> list[TokenLogprob]:
+        """The prompt's tokens after the first, each with the `top` likeliest ones in its place."""
         ...
 
     async def adapters(self) -> Sequence[AdapterState]: ...
@@ -122,6 +132,13 @@ class InProcessBackend:
     async def pooled(self, prompts: Sequence[Sequence[int]], pooling: Pooling, adapter: str | None) -> list[list[float]]:
         return await asyncio.wrap_future(self._engine.pooled(prompts, pooling, adapter))
 
+    async def prompt_logprobs(self, prompt: Sequence[int], adapter: str | None, top: int) -> list[TokenLogprob]:
+        rest = list(prompt[1:])
+        if not rest:
+            return []
+        (scored,) = await asyncio.wrap_future(self._engine.answer_logprobs([list(prompt[:1])], [rest], adapter, top=top))
+        return [TokenLogprob(token=token, logprob=one.logprob, top=one.top) for token, one in zip(rest, scored, strict=True)]
+
     async def adapters(self) -> Sequence[AdapterState]:
         return self._engine.adapters()
 
@@ -138,4 +155,11 @@ class InProcessBackend:
         return self._engine.has_adapter(adapter)
 
     async def reports(self) -> Sequence[Report]:
-        return [Report(engine=self._name, stats=self._engine.stats(), adapters=self._engine.adapters())]
+        stats = self._engine.stats()
+        return [Report(engine=self._name, stats=stats, adapters=self._engine.adapters(), failure=failure_of(stats))]
+
+
+def failure_of(stats: Stats) -> str | None:
+    """Why an engine of this process answers no more. None: it runs."""
+    silent_s = time.monotonic() - stats.last_step_at
+    return stats.failure or (f"no heartbeat for {silent_s:.0f} s" if silent_s > STALLED_S else None)

@@ -1,25 +1,31 @@
 """A streaming parser of generated text: reasoning, content and tool calls.
 
-How a model writes tool calls and reasoning follows from its chat template: `OutputSyntax.of` detects it in the template's source.
-Reasoning and content are returned as they arrive, tool calls once they are complete. Text that may turn out to be the start of a
-tool call or of a reasoning tag is held back until that is decided.
+How a model writes reasoning and tool calls follows from its chat template: `OutputSyntax.of` detects it in the template's source.
+All parts are returned as they arrive. Text that may turn out to be the start of a tool call or of a reasoning tag is held back
+until that is decided.
 """
 
 from __future__ import annotations
 
-import secrets
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
-from raytune_llm.data.templates.tool_calls import ToolCall, beside_calls, extract_calls
+from raytune_llm.serve.call_parser import FORCED_CALL, CallParser, CallSyntax, Names, OutputPart, call_syntax_of
+
+THOUGHTS: tuple[tuple[str, str, str], ...] = (
+    # A text in the template's source, and the tags around reasoning that it indicates.
+    ("<seed:think>", "<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁think▷", "◁/think▷"),
+    ("[THINK]", "[THINK]", "[/THINK]"),
+    ("<|channel>thought", "<|channel>thought\n", "<channel|>"),
+    ("<think>", "<think>", "</think>"),
+    ("</think>", "<think>", "</think>"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class OutputSyntax:
-    tool_format: str | None = None
-    """The format of tool calls, by LLaMA-Factory's name (data/templates/tool_calls.py). None: tool calls are not parsed."""
-    call_start: str | None = None
-    """The text that starts a tool call. None: the format has no such text, and the complete answer is parsed at its end."""
+    calls: CallSyntax | None = None
+    """How the model writes tool calls. None: they are not parsed."""
     think: tuple[str, str] | None = None
     """The tags around reasoning. None: the model writes none."""
     starts_thinking: bool = False
@@ -28,35 +34,18 @@ class OutputSyntax:
     @classmethod
     def of(cls, template: str, *, prompt: str = "", tools: bool = False) -> OutputSyntax:
         """Detect the syntax. template: the chat template's source; prompt: the rendered prompt; tools: the request has tools."""
-        think = ("<think>", "</think>") if "</think>" in template or "<think>" in template else None
-        starts = think is not None and prompt.rstrip().endswith(think[0])
-        name, start = next(((name, start) for sign, name, start in TOOL_FORMATS if sign in template), (None, None))
-        return cls(name if tools else None, start if tools else None, think, starts)
+        think = next(((start, end) for sign, start, end in THOUGHTS if sign in template), None)
+        starts = think is not None and prompt.rstrip().endswith(think[0].rstrip())
+        return cls(call_syntax_of(template) if tools else None, think, starts)
 
+    def under_grammar(self, *, is_call: bool) -> OutputSyntax:
+        """The syntax of answers that a grammar shapes, after the reasoning that the prompt begins. is_call: they are one call."""
+        return replace(self, calls=FORCED_CALL if is_call else self.calls, think=self.think if self.starts_thinking else None)
 
-TOOL_FORMATS: tuple[tuple[str, str, str | None], ...] = (
-    # A text in the template's source, the format that it indicates, and the text that starts a tool call; most specific first.
-    ("<tool_call>\\n<function=", "qwen3_5", "<tool_call>"),
-    ("<function=", "qwen3_5", "<tool_call>"),
-    ("<arg_key>", "glm4_moe", "<tool_call>"),
-    ("<seed:tool_call>", "seed_oss", "<seed:tool_call>"),
-    ("<minimax:tool_call>", "minimax2", "<minimax:tool_call>"),
-    ("<|tool_call_start|>", "lfm2", "<|tool_call_start|>"),
-    ("[TOOL_CALLS]", "mistral", "[TOOL_CALLS]"),
-    ("<tool_call>", "qwen", "<tool_call>"),
-    ("<|python_tag|>", "llama3", None),
-    ("Action Input", "default", "Action:"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class OutputPart:
-    """A piece of an answer: text of content or reasoning, or one tool call with the id that the API reports."""
-
-    kind: Literal["content", "reasoning", "call"]
-    text: str = ""
-    call: ToolCall | None = None
-    id: str = ""
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Texts that the parser looks for, which may be special tokens of a tokenizer."""
+        return (*(self.think or ()), *(self.calls.words if self.calls is not None else ()))
 
 
 @dataclass(slots=True)
@@ -64,84 +53,98 @@ class OutputParser:
     """Parses one answer: `push` for each new piece of text, then `finish`."""
 
     syntax: OutputSyntax
-    names: frozenset[str] | None = None
+    names: Names = None
     """The tools of the request; a call of any other tool stays content. None: any tool may be called."""
+    calls: int = 0
+    """Tool calls found so far."""
     _thinking: bool = field(init=False)
     _begun: bool = False
     """Content or reasoning has been returned; a reasoning tag after that is content."""
-    _trims: bool = field(init=False)
-    """Newlines at the start of the held text belong to the tag before them and are dropped."""
+    _trims: str = field(init=False)
+    """Characters that are dropped at the start of the held text: they belong to the tag before it."""
     _held: str = ""
     """Text that has not been returned yet."""
-    _calls: str = ""
-    """All text from the start of the first tool call."""
-    calls: int = 0
-    """Tool calls found so far."""
+    _call_parser: CallParser | None = None
+    """Reads the text of calls that have begun."""
+    _calls_may_come: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self._thinking = self._trims = self.syntax.starts_thinking
+        self._thinking = self.syntax.starts_thinking
+        self._trims = "\n" if self._thinking else ""
+        self._calls_may_come = self.syntax.calls is not None
 
     def push(self, text: str) -> list[OutputPart]:
         return self._read(text, final=False)
 
     def finish(self) -> list[OutputPart]:
-        """The text that was still held back, and the tool calls."""
-        parts = self._read("", final=True)
-        rest, self._calls, self._held = self._calls or self._held, "", ""
-        if not rest:
-            return parts
-        found = extract_calls(self.syntax.tool_format, rest) if self.syntax.tool_format else rest
-        if isinstance(found, str) or (self.names is not None and any(call.name not in self.names for call in found)):
-            return [*parts, OutputPart("content", rest)] if rest.strip() or not self.syntax.tool_format else parts
-        self.calls += len(found)
-        if said := beside_calls(str(self.syntax.tool_format), rest):
-            parts.append(OutputPart("content", said))
-        return [*parts, *(OutputPart("call", call=call, id=f"call_{secrets.token_hex(12)}") for call in found)]
+        """The text that was still held back, and calls that the end of the answer completes."""
+        return self._read("", final=True)
 
     def _read(self, text: str, *, final: bool) -> list[OutputPart]:
-        if self._calls:
-            self._calls += text
-            return []
         parts: list[OutputPart] = []
         self._held += text
-        syntax = self.syntax
-        while self._held:
-            if self._trims:
-                self._held = self._held.lstrip("\n")
-                self._trims = not self._held
-                continue
-            if self._thinking:
-                assert syntax.think is not None
-                parts += self._until(syntax.think[1], final)
-                if self._thinking:
-                    break
-                continue
-            if syntax.think is not None and not self._begun:
-                beginning = self._held.lstrip()
-                if beginning.startswith(syntax.think[0]):
-                    self._held, self._thinking, self._trims = beginning[len(syntax.think[0]) :], True, True
-                    continue
-                if not final and syntax.think[0].startswith(beginning):
-                    break  # it may be the start of a reasoning tag
-            self._begun = True
-            if syntax.tool_format is not None and syntax.call_start is None:
-                break  # whether the answer is a tool call is known at its end
-            start = -1 if syntax.call_start is None else self._held.find(syntax.call_start)
-            if start >= 0:
-                before, self._calls, self._held = self._held[:start].rstrip(), self._held[start:], ""
-            else:
-                keep = 0 if final or syntax.call_start is None else _pending_length(self._held, syntax.call_start)
-                before, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-            parts += [OutputPart("content", before)] if before else []
-            break
+        while self._step(parts, final):
+            pass
+        self.calls += sum(part.kind == "call" for part in parts)
         return parts
+
+    def _step(self, parts: list[OutputPart], final: bool) -> bool:
+        """Return what can be returned now. False: nothing is left, or more text is needed."""
+        if self._call_parser is not None:
+            return self._read_calls(parts, self._call_parser, final)
+        self._held = self._held.lstrip(self._trims) if self._trims else self._held
+        if not self._held:
+            return False
+        self._trims = ""
+        if self._thinking:
+            assert self.syntax.think is not None
+            parts += self._until(self.syntax.think[1], final)
+            return not self._thinking
+        if self.syntax.think is not None and not self._begun:
+            tag, beginning = self.syntax.think[0], self._held.lstrip()
+            if beginning.startswith(tag):
+                self._held, self._thinking, self._trims = beginning[len(tag) :], True, "\n"
+                return True
+            if not final and tag.startswith(beginning):
+                return False  # it may be the start of a reasoning tag
+        self._begun = True
+        return self._content(parts, final)
+
+    def _content(self, parts: list[OutputPart], final: bool) -> bool:
+        """Content up to the start of a call."""
+        held, start, keep = self._held, None, 0
+        if self._calls_may_come and (calls := self.syntax.calls) is not None:
+            if calls.start is None:
+                start = 0
+            elif (found := held.find(calls.start)) >= 0:
+                start = found
+            else:
+                keep = 0 if final else _pending_length(held, calls.start)
+            if start is not None:
+                self._call_parser = CallParser(calls, self.names)
+        content = held[: len(held) - keep] if start is None else held[:start].rstrip()
+        self._held = held[len(held) - keep :] if start is None else held[start:]
+        parts += [OutputPart("content", content)] if content else []
+        return start is not None
+
+    def _read_calls(self, parts: list[OutputPart], parser: CallParser, final: bool) -> bool:
+        parts += parser.push(self._held)
+        self._held = ""
+        if final and not parser.ended:
+            parts += parser.finish()
+        if not final and not parser.ended:
+            return False
+        self._call_parser, self._held = None, parser.rest
+        self._calls_may_come = parser.syntax.start is not None
+        self._trims = "" if parser.syntax.start is None else " \t\r\n"
+        return True
 
     def _until(self, tag: str, final: bool) -> list[OutputPart]:
         """Reasoning up to `tag`, which ends it."""
         at = self._held.find(tag)
         if at >= 0:
             text, self._held = self._held[:at].rstrip("\n"), self._held[at + len(tag) :]
-            self._thinking, self._begun, self._trims = False, True, True
+            self._thinking, self._begun, self._trims = False, True, "\n"
         else:
             keep = 0 if final else _pending_length(self._held, tag)
             text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

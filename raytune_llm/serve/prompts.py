@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+import jinja2
+
 from raytune_llm.data.dropped import BadRow, RefusedRow
+from raytune_llm.data.kinds.text import text_start
 from raytune_llm.data.templates.chat_template import ChatTemplate
 from raytune_llm.records import Conversation, Message
 from raytune_llm.serve.api.errors import invalid
 from raytune_llm.serve.api.schema import ChatMessage, Tool
 from raytune_llm.serve.output_parser import OutputSyntax
+from raytune_llm.serve.token_bytes import TokenBytes
 
 KNOWN_TEMPLATE_SETTINGS = {"enable_thinking"}
 
@@ -19,11 +24,18 @@ KNOWN_TEMPLATE_SETTINGS = {"enable_thinking"}
 class Prompts:
     """A tokenizer and its chat template."""
 
-    """A tokenizer and its chat template."""
-
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._special = {id: token.content for id, token in added.items() if token.special and token.content}
+        self._text_start = text_start(tokenizer)
+        self.token_bytes = TokenBytes(tokenizer)
         self._templates: dict[bool | None, ChatTemplate] = {}
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Token ids of a plain text as it is trained: after the token that begins texts, if the tokenizer has one."""
+        ids = self.ids(text)
+        return ids if self._text_start is None or ids[:1] == [self._text_start] else [self._text_start, *ids]
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text. Control tokens in the text are encoded as control tokens; no special token is added."""
@@ -32,6 +44,10 @@ class Prompts:
     def exact_text(self, ids: Sequence[int]) -> str:
         """The text of token ids, control tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def special_ids(self, words: Sequence[str]) -> list[int]:
+        """The special tokens of which these words consist."""
+        return [id for id, text in self._special.items() if any(text in word for word in words)]
 
     def chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, settings: Mapping[str, Any]
@@ -73,6 +89,17 @@ class Prompts:
                 raise invalid(f"The chat template rejects the messages: {error}", "messages") from None
             raise
 
+    @cached_property
+    def thinking_can_be_set(self) -> bool:
+        """enable_thinking changes prompts of this chat template."""
+        if self.tokenizer.chat_template is None:
+            return True
+        asked = Conversation((Message("user", "a"), Message("assistant", "b", reasoning="c"), Message("user", "d")))
+        try:
+            return len({self._template(thinking).prompt(asked) for thinking in (None, True, False)}) > 1
+        except jinja2.TemplateError:  # it has rules of its own for conversations
+            return True
+
     def _template(self, thinking: bool | None) -> ChatTemplate:
         if thinking not in (None, True, False):
             raise invalid("enable_thinking must be true or false", "chat_template_kwargs")
@@ -82,16 +109,18 @@ class Prompts:
 
 
 def _message(message: ChatMessage) -> Message:
+    """With all keys that the message has, as in training, since some templates read names and ids."""
     calls = []
     for call in message.tool_calls or ():
         try:
             arguments = json.loads(call.function.arguments or "{}")
         except (ValueError, RecursionError):
             raise invalid(f"arguments of the call {call.function.name} must be JSON", "messages") from None
-        calls.append({"name": call.function.name, "arguments": arguments})
-    return Message(
-        "system" if message.role == "developer" else message.role,
-        message.text,
-        reasoning=message.reasoning_content or message.reasoning,
-        tool_calls=tuple(calls),
-    )
+        calls.append({"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}})
+    role = "system" if message.role == "developer" else message.role
+    written: dict[str, Any] = {"role": role, "content": message.text}
+    written |= {key: value for key in ("name", "tool_call_id") if (value := getattr(message, key)) is not None}
+    reasoning = message.reasoning_content or message.reasoning
+    written |= {} if reasoning is None else {"reasoning_content": reasoning}
+    written |= {"tool_calls": calls} if calls else {}
+    return Message(role, message.text, reasoning=reasoning, tool_calls=tuple(calls), written=written)

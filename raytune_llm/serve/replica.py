@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,14 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from raytune_llm.config.run import ServeRun
 from raytune_llm.engines.engine import AdapterState, Engine
-from raytune_llm.engines.requests import Delta, Request, Sampling
+from raytune_llm.engines.requests import Delta, Request, Sampling, TokenLogprob
 from raytune_llm.errors import DataError, ResourceError, UserError
-from raytune_llm.serve.backend import InProcessBackend, ModelFacts, Overloaded, Pooling, Report
+from raytune_llm.serve.backend import InProcessBackend, ModelFacts, Overloaded, Pooling, Report, failure_of
 from raytune_llm.serve.ledger import AdapterChange, Changes
 from raytune_llm.serve.logs import log_at
 from raytune_llm.serve.watch import Watcher
 
 log = logging.getLogger("raytune_llm.serve")
-STALLED_S = 120.0
-"""A replica whose engine had no heartbeat for this long is replaced. Longer than the longest step, compilation included."""
 PEER_INTERVAL_S = 5.0
 """Interval at which a replica asks the others for their ledgers."""
 REFUSED = "refused:"
@@ -113,6 +110,14 @@ class EngineReplica:
         except UserError as error:
             return self._failed(error)
 
+    async def prompt_logprobs(self, prompt: Sequence[int], adapter: str | None, top: int) -> list[TokenLogprob] | Failure:
+        try:
+            if adapter is not None:
+                await self._look_for(adapter)
+            return await self._backend.prompt_logprobs(prompt, adapter, top)
+        except UserError as error:
+            return self._failed(error)
+
     # Broadcast by an ingress -------------------------------------------------------------------------------------
 
     async def report(self) -> Report:
@@ -141,9 +146,8 @@ class EngineReplica:
         }
 
     def check_health(self) -> None:
-        silent_s = time.monotonic() - self._engine.stats().last_step_at
-        if self._broken is not None or silent_s > STALLED_S:
-            raise RuntimeError(f"the engine has failed: {self._broken or f'no heartbeat for {silent_s:.0f} s'}")
+        if failure := self._broken or failure_of(self._engine.stats()):
+            raise RuntimeError(f"the engine has failed: {failure}")
 
     def __del__(self) -> None:
         """Called by Ray Serve after the replica's requests have ended."""

@@ -13,7 +13,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from raytune_llm.engines.engine import AdapterState
-from raytune_llm.engines.requests import Delta, Request
+from raytune_llm.engines.requests import Delta, Request, TokenLogprob
 from raytune_llm.errors import ResourceError
 from raytune_llm.serve.backend import ModelFacts, Pooling, Report
 from raytune_llm.serve.ledger import AdapterChange, now_after
@@ -67,9 +67,16 @@ class ReplicaBackend:
                 response.cancel()  # does nothing to a response that has ended
 
     async def pooled(self, prompts: Sequence[Sequence[int]], pooling: Pooling, adapter: str | None) -> list[list[float]]:
-        handle = self._engines.options(method_name="pooled", multiplexed_model_id=adapter or "")
+        return await self._asked("pooled", adapter, prompts, pooling, adapter)
+
+    async def prompt_logprobs(self, prompt: Sequence[int], adapter: str | None, top: int) -> list[TokenLogprob]:
+        return await self._asked("prompt_logprobs", adapter, prompt, adapter, top)
+
+    async def _asked(self, method: str, adapter: str | None, *arguments: Any) -> Any:
+        """The result of a replica's method, of one that has the adapter if any does."""
+        handle = self._engines.options(method_name=method, multiplexed_model_id=adapter or "")
         try:
-            values = await handle.remote(prompts, pooling, adapter)
+            values = await handle.remote(*arguments)
         except (RayError, RayServeException) as error:
             raise _lost(error) from None
         if isinstance(values, Failure):

@@ -33,9 +33,7 @@ class TextKind(Kind):
     end_to_end = True
 
     def targets(self, common: Targets, tokenizer: PreTrainedTokenizerFast, *, packing: bool) -> Targets:
-        first = tokenizer("a").input_ids[:1]
-        start = first[0] if first == [tokenizer.bos_token_id] else None
-        return replace(common, text_start=start, text_end=tokenizer.eos_token_id, texts_whole=packing)
+        return replace(common, text_start=text_start(tokenizer), text_end=tokenizer.eos_token_id, texts_whole=packing)
 
     def render(self, record: Record, renderer: PlainText, targets: Targets) -> tuple[Rendered, ...]:
         match record:
@@ -77,6 +75,12 @@ class TextKind(Kind):
 
     def prompt_and_answer(self, row: TextRow) -> tuple[np.ndarray, np.ndarray]:
         return rest_of_text(np.asarray(row.ids))
+
+
+def text_start(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token that the tokenizer puts before each plain text. None: it puts none there."""
+    first = tokenizer("a").input_ids[:1]
+    return first[0] if first == [tokenizer.bos_token_id] else None
 
 
 def rest_of_text(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -179,7 +179,7 @@ def _gemma_arguments(body: str) -> str:
 
 
 def _extract_glm4(text: str) -> list[ToolCall] | None:
-    name, newline, arguments = text.partition("\n")
+    name, newline, arguments = text.lstrip().partition("\n")
     return [ToolCall(name, _json(json.loads(arguments)))] if newline else None
 
 
@@ -226,11 +226,15 @@ def _literal(node: ast.expr) -> Any:
 
 
 def _extract_llama3(text: str) -> list[ToolCall] | None:
-    calls = json.loads(text)
+    calls = json.loads(text.strip().removeprefix("<|python_tag|>"))
     return _calls_of_objects(calls if isinstance(calls, list) else [calls], "parameters")
 
 
 def _extract_mistral(text: str) -> list[ToolCall] | None:
+    text = text.strip().removeprefix("[TOOL_CALLS]")
+    if "[ARGS]" in text:  # newer models
+        pairs = (re.split(r"(?:\[CALL_ID\]\w+)?\[ARGS\]", call, maxsplit=1) for call in text.split("[TOOL_CALLS]"))
+        return [ToolCall(name.strip(), _json(json.loads(arguments))) for name, arguments in pairs]
     calls = json.loads(text)
     return _calls_of_objects(calls if isinstance(calls, list) else [calls], "arguments")
 

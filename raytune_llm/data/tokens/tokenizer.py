@@ -207,7 +207,7 @@ def _loader(folder: Path) -> Any:
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """259 tokens: id b is the byte b, then ChatML's marks and a pad. For tests and small models of any language."""
-    alphabet = dict(zip(range(256), _byte_characters(), strict=True))
+    alphabet = dict(zip(range(256), byte_characters(), strict=True))
     tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in alphabet.items()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -222,7 +222,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character by which byte-level tokenizers write each byte (Radford et al. 2019)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [byte for byte in range(256) if byte not in printable]

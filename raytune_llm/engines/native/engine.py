@@ -66,9 +66,10 @@ class Runner(Protocol):
         ...
 
     def answer_logprobs(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int, *, top: int = 0
     ) -> list[list[ScoredToken]]:
-        """For each answer, the log-probability of each of its tokens after the prompt, with the adapter in the slot."""
+        """For each answer, the log-probability of each of its tokens after the prompt, with the adapter in the slot. top: how
+        many of the likeliest tokens are returned with each."""
         ...
 
     def scored(self, texts: Sequence[ScoredText]) -> list[ScoredToken]:
@@ -149,7 +150,7 @@ class NativeEngine:
             stream=stream,
             sampling=sampling,
             sampler=RowSampler(sampling, self._end_ids, ids),
-            text=TextStream(self._tokenizer, sampling.stop),
+            text=TextStream(self._tokenizer, sampling.stop, sampling.shown_ids),
             ids=list(ids),
             prompt_tokens=len(ids),
             limit=min(len(ids) + sampling.max_new_tokens, self._max_length),
@@ -178,6 +179,7 @@ class NativeEngine:
         adapter: str | None = None,
         *,
         share_prefixes: bool = False,
+        top: int = 0,
     ) -> Future[list[list[ScoredToken]]]:
         longest = max((len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)), default=0)
         if longest - 1 > self._max_length:  # the last token is only predicted
@@ -186,7 +188,7 @@ class NativeEngine:
         if share_prefixes and self._blocks.shares:
             compute = partial(self._over_the_cache, prompts, answers, "" if version is None else version.version)
         else:
-            compute = partial(self._runner.answer_logprobs, prompts, answers)
+            compute = partial(self._runner.answer_logprobs, prompts, answers, top=top)
         return self._between_steps(compute, version)
 
     def _between_steps(self, compute: Callable[[int], T], version: Adapter | None) -> Future[T]:
@@ -259,6 +261,9 @@ class NativeEngine:
             adapter_evictions=0 if slots is None else slots.evictions,
             steps=self._steps,
             last_step_at=self._last_step_at,
+            adapter_slots=0 if slots is None else slots.bank.num_slots,
+            waiting_adapters=scheduler.waiting_adapters(),
+            failure=str(self._gone()) if self._closed.is_set() else None,
         )
 
     def close(self) -> None:
@@ -474,6 +479,7 @@ class NativeEngine:
             prompt_tokens=row.prompt_tokens,
             cached_tokens=row.cached_tokens,
             logprobs=tuple(row.logprobs),
+            queued_s=row.queued_s,
             adapter_version=None if row.adapter is None else row.adapter.version,
         )
         row.stream.put(Delta(text=text, logprobs=() if logprob is None else (logprob,), completion=completion))

@@ -37,6 +37,8 @@ class Row:
     """Tokens of the prompt that the prefix cache had."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
+    queued_s: float | None = None
+    """Seconds from its arrival to its first step. None: it still waits."""
     done: bool = False
     """Its stream has its end: what is computed of it still is nobody's."""
     ended: bool = False

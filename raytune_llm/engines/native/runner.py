@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from raytune_llm.data.batches import collate, to_device
 from raytune_llm.engines.native.graphs import DecodeGraphs
 from raytune_llm.engines.native.prompt_graphs import PromptGraphs, lacks_for_prompt_graphs
+from raytune_llm.engines.native.sampler import scored_tokens
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.native.scoring import ScoredText
 from raytune_llm.engines.native.slots import Bank
@@ -125,7 +126,7 @@ class PolicyRunner:
         return [POOLED[pooling](part_ND).tolist() for part_ND in hidden_LD.split(lengths)]
 
     def answer_logprobs(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int, *, top: int = 0
     ) -> list[list[ScoredToken]]:
         """Log-probabilities of the answers' tokens, computed in packs without a cache, as in training. Answers of one token to
         the same prompt, one after another, share its computation. The last token of an answer is predicted, not computed."""
@@ -149,7 +150,7 @@ class PolicyRunner:
         for place, prompt, answer in zip(places, prompts, answers, strict=True):
             positions += range(first[place] + len(prompt) - 1, first[place] + len(prompt) + len(answer) - 1)
             targets += answer
-        scored = self._scored(hidden_LD, positions, targets)
+        scored = self._scored(hidden_LD, positions, targets, top)
         ends = list(accumulate(map(len, answers), initial=0))
         return [scored[start:stop] for start, stop in pairwise(ends)]
 
@@ -167,14 +168,12 @@ class PolicyRunner:
         positions = [shift + position for shift, text in numbered for position, _ in text.targets]
         return self._scored(hidden_LD, positions, [token for text in texts for _, token in text.targets])
 
-    def _scored(self, hidden_LD: Tensor, positions: Sequence[int], targets: Sequence[int]) -> list[ScoredToken]:
-        """Each target as what follows its position."""
+    def _scored(self, hidden_LD: Tensor, positions: Sequence[int], targets: Sequence[int], top: int = 0) -> list[ScoredToken]:
+        """Each target as what follows its position. top: how many of the likeliest tokens are returned with each."""
         positions_N, targets_N = (torch.tensor(one, dtype=torch.int64, device=self.device) for one in (positions, targets))
         scored: list[ScoredToken] = []
         for position_C, target_C in zip(positions_N.split(LOGIT_TOKENS), targets_N.split(LOGIT_TOKENS), strict=True):
-            logits_CV = self._policy.logits(hidden_LD[position_C])
-            logprob_C = logits_CV.log_softmax(dim=1).gather(1, target_C[:, None]).squeeze(1)
-            scored += map(ScoredToken, logprob_C.tolist(), (logits_CV.argmax(dim=1) == target_C).tolist())
+            scored += scored_tokens(self._policy.logits(hidden_LD[position_C]), target_C, top)
         return scored
 
     def _rows(self, pieces: Sequence[Piece]) -> CachedRows:

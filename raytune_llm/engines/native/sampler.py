@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytune_llm.engines.requests import Sampling, TokenLogprob
+from raytune_llm.engines.requests import Sampling, ScoredToken, TokenLogprob
 
 
 @dataclass(eq=False)
@@ -140,6 +140,18 @@ def uniform(seed: int, number: int) -> float:
     """A number in [0, 1) with 53 random bits."""
     bits = np.random.Philox(key=seed % 2**64, counter=number).random_raw()
     return (int(bits) >> 11) / 2**53
+
+
+def scored_tokens(logits_NV: Tensor, targets_N: Tensor, top: int = 0) -> list[ScoredToken]:
+    """The targets under the model's own logits, float32, each with the `top` likeliest tokens."""
+    values_NV = logits_NV.log_softmax(dim=1)
+    chosen = values_NV.gather(1, targets_N[:, None]).squeeze(1).tolist()
+    likeliest = (logits_NV.argmax(dim=1) == targets_N).tolist()
+    if not top:
+        return list(map(ScoredToken, chosen, likeliest))
+    value_NK, token_NK = values_NV.topk(top, dim=1)
+    best = [tuple(zip(t, v, strict=True)) for t, v in zip(token_NK.tolist(), value_NK.tolist(), strict=True)]
+    return list(map(ScoredToken, chosen, likeliest, best))
 
 
 def logprobs(logits_RV: Tensor, tokens_R: Tensor, top: int) -> list[TokenLogprob]:

@@ -103,6 +103,10 @@ class Scheduler:
         rows = tuple(self.waiting)  # at once: other threads ask, while the loop changes it
         return Counter(row.blocked_on or "rows" for row in rows)
 
+    def waiting_adapters(self) -> tuple[str, ...]:
+        rows = tuple(self.waiting)
+        return tuple(sorted({row.adapter.name for row in rows if row.adapter is not None}))
+
     def _admissible(self) -> list[Row]:
         """Waiting rows in the order in which they may start."""
         blocked = next((row for row in self.waiting if row.blocked_on == "adapter"), None)
@@ -133,6 +137,8 @@ class Scheduler:
                 return False
             row.slot = slot
         row.blocks, row.computed, row.blocked_on = [*found, *new], len(found) * size, None
+        if row.queued_s is None:
+            row.queued_s = self._now() - row.arrived
         if not row.answer:
             row.cached_tokens = row.computed
             self.prefix_hits += row.computed

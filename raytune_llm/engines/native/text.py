@@ -18,8 +18,11 @@ MAX_HELD_TOKENS = 8
 class TextStream:
     """The text of one answer. `push` takes tokens and gives the text that is certain by then."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), shown_ids: Sequence[int] = ()) -> None:
+        """shown_ids: special tokens that are part of the text."""
         self._tokenizer = tokenizer
+        self._hidden = _special_ids(tokenizer).difference(shown_ids) if shown_ids else None
+        """Tokens that are no part of the text. None: all special ones."""
         self._stop = tuple(filter(None, stop))
         self._ids: list[int] = []
         self._start = self._decoded = 0
@@ -54,7 +57,9 @@ class TextStream:
         return now[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+        if self._hidden is not None:
+            ids = [id for id in ids if id not in self._hidden]
+        return self._tokenizer.decode(ids, skip_special_tokens=self._hidden is None) if ids else ""
 
     def _give(self, text: str, *, final: bool) -> str:
         ends = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
@@ -66,6 +71,10 @@ class TextStream:
             self._held, given = text[len(text) - keep :], text[: len(text) - keep]
         self.text += given
         return given
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    return frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from raytune_llm.errors import UserError
-from raytune_llm.serve.api.errors import APIError, api_error, invalid
+from raytune_llm.serve.api.errors import APIError, api_error, broken, invalid
 from raytune_llm.serve.api.generation import Generation
 from raytune_llm.serve.api.inputs import Inputs
 from raytune_llm.serve.api.metrics import Metrics
@@ -49,7 +49,11 @@ class Health:
         return router
 
     async def health(self) -> dict[str, str]:
-        stats = [report.stats for report in await self.server.backend.reports()]
+        """Raises APIError (503) if no engine runs."""
+        reports = await self.server.backend.reports()
+        if all(report.failure is not None for report in reports):
+            raise broken(f"The engine has failed: {', '.join(str(report.failure) for report in reports) or 'there is none'}")
+        stats = [report.stats for report in reports]
         running, waiting = sum(one.running for one in stats), sum(one.waiting for one in stats)
         return {"status": "ok", "running": str(running), "waiting": str(waiting)}
 

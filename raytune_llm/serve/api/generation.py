@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Sequence
@@ -11,11 +12,11 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from raytune_llm.engines.requests import Grammar, Sampling
 from raytune_llm.engines.requests import Request as EngineRequest
+from raytune_llm.engines.requests import Sampling
 from raytune_llm.serve.api.errors import invalid
 from raytune_llm.serve.api.responses import ChatResponse, Collected, CompletionResponse
-from raytune_llm.serve.api.sampling import forced_tool_grammar, grammar_of, sampling_of, strict_tools_grammar
+from raytune_llm.serve.api.sampling import after_thought, forced_tool_grammar, grammar_of, sampling_of, strict_tools_grammar
 from raytune_llm.serve.api.schema import ChatRequest, CompletionRequest, NamedTool
 from raytune_llm.serve.api.server import Server, headers_of
 from raytune_llm.serve.api.streams import LatencyTimer, before_disconnect, events, merged, with_first
@@ -36,21 +37,31 @@ class Generation:
         adapter = await self.server.adapter_of(body.model)
         prompts, facts = self.server.prompts, self.server.backend.facts
         settings = dict(body.chat_template_kwargs or {})
+        forced = _forced_tools(body)
+        body.ignored = sorted([*body.ignored, *_without_effect(body, can_think=prompts.thinking_can_be_set)])
         if body.reasoning_effort is not None:
             settings.setdefault("enable_thinking", body.reasoning_effort != "none")
         tools = None if body.tool_choice == "none" else body.tools
         ids, syntax = prompts.chat(body.messages, tools, settings)
-        forced = _forced_tools(body)
+        grammar = forced_tool_grammar(forced) if forced else grammar_of(body.response_format, body.structured_outputs)
+        strict = None if forced else strict_tools_grammar(tools or (), syntax.calls.format if syntax.calls else None)
+        if grammar is not None and strict is not None:
+            raise invalid("A strict tool and a format of the answer can't both be given: leave out one of them", "tools")
+        if grammar is not None and syntax.think is not None and syntax.starts_thinking:
+            grammar = after_thought(grammar, syntax.think[1])
+        if grammar is not None:
+            syntax = syntax.under_grammar(is_call=bool(forced))
         sampling = sampling_of(
             body,
             limit=body.max_completion_tokens or body.max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=forced_tool_grammar(forced) if forced else _grammar(body, tools or (), syntax.tool_format),
+            grammar=grammar or strict,
             prompt_tokens=len(ids),
             max_length=facts.max_length,
             vocabulary=len(prompts.tokenizer),
+            shown_ids=prompts.special_ids(syntax.words),
         )
-        response = ChatResponse(body, prompts.tokenizer, syntax, forced=bool(forced), created=int(time.time()))
+        response = ChatResponse(body, prompts.token_bytes, syntax, created=int(time.time()))
         return await self._respond(request, body, [ids], adapter, sampling, response)
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
@@ -67,7 +78,18 @@ class Generation:
             max_length=self.server.backend.facts.max_length,
             vocabulary=len(prompts.tokenizer),
         )
-        response = CompletionResponse(body, prompts.tokenizer, created=int(time.time()), prompts=ids)
+        of_prompts = None
+        if body.echo and body.logprobs is not None:
+            asked = [self.server.backend.prompt_logprobs(one, adapter, body.logprobs) for one in ids]
+            of_prompts = await before_disconnect(request, asyncio.gather(*asked))
+        response = CompletionResponse(
+            body,
+            prompts.tokenizer,
+            prompts.token_bytes,
+            created=int(time.time()),
+            prompts=ids,
+            prompt_logprobs=of_prompts,
+        )
         return await self._respond(request, body, ids, adapter, sampling, response)
 
     async def _respond(
@@ -107,13 +129,15 @@ class Generation:
         return JSONResponse(response.full(collected), headers=headers)
 
 
-def _grammar(body: ChatRequest, tools: Sequence[Any], tool_format: Any) -> Grammar | None:
-    """The grammar that the answer must follow, by its format or by strict tools."""
-    grammar = grammar_of(body.response_format, body.structured_outputs)
-    strict = strict_tools_grammar(tools, tool_format)
-    if grammar is not None and strict is not None:
-        raise invalid("A strict tool and a format of the answer can't both be given: leave out one of them", "tools")
-    return grammar or strict
+def _without_effect(body: ChatRequest, *, can_think: bool) -> list[str]:
+    """The given fields that change nothing beside the others, or with this chat template."""
+    given = {
+        "reasoning_effort": body.reasoning_effort is not None and not can_think,
+        "chat_template_kwargs.enable_thinking": "enable_thinking" in (body.chat_template_kwargs or {}) and not can_think,
+        "response_format": body.response_format is not None and bool(_forced_tools(body)),
+        "structured_outputs": body.structured_outputs is not None and bool(_forced_tools(body)),
+    }
+    return [name for name, is_ignored in given.items() if is_ignored]
 
 
 def _forced_tools(body: ChatRequest) -> list[Any]:

@@ -23,8 +23,8 @@ class Inputs:
         router = APIRouter(dependencies=[Depends(self.server.user)])
         router.post("/v1/embeddings", response_model=None)(self.embeddings)
         router.post("/v1/score", response_model=None)(self.score)
-        router.post("/tokenize")(self.tokenize)
-        router.post("/detokenize")(self.detokenize)
+        router.post("/tokenize", response_model=None)(self.tokenize)
+        router.post("/detokenize", response_model=None)(self.detokenize)
         return router
 
     async def embeddings(self, body: EmbeddingRequest) -> Response:
@@ -45,16 +45,15 @@ class Inputs:
             raise invalid("This is not a reward model, which /v1/score needs", "model")
         adapter = await self.server.adapter_of(body.model)
         if body.messages is not None:
-            texts = [self.server.prompts.chat_text(body.messages, None, {}, ends=True)]
+            inputs = [self.server.prompts.ids(self.server.prompts.chat_text(body.messages, None, {}, ends=True))]
         else:
-            texts = [body.input] if isinstance(body.input, str) else body.input or []
-        inputs = self.server.ids_of(texts)
+            inputs = self.server.ids_of([body.input] if isinstance(body.input, str) else body.input or [])
         self.server.check_fits(inputs)
         values = await self.server.backend.pooled(inputs, "score", adapter)
         data = [{"object": "score", "index": n, "score": value[0]} for n, value in enumerate(values)]
         return json_response(_listed(data, body.model, inputs), body.ignored)
 
-    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, body: TokenizeRequest) -> Response:
         await self.server.adapter_of(body.model)
         prompts = self.server.prompts
         if body.messages is None:
@@ -62,14 +61,18 @@ class Inputs:
         else:
             settings = body.chat_template_kwargs or {}
             text = prompts.chat_text(body.messages, body.tools, settings, ends=not body.add_generation_prompt)
-        ids = prompts.ids(text)
+        unmarked = prompts.ids(text)
+        adds_start = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
+        ids = prompts.plain_ids(text) if adds_start else unmarked
+        text = prompts.exact_text(ids[: len(ids) - len(unmarked)]) + text
         strings = [prompts.exact_text([id]) for id in ids] if body.return_token_strs else None
         max_length = self.server.backend.facts.max_length
-        return {"count": len(ids), "max_model_len": max_length, "tokens": ids, "token_strs": strings, "prompt": text}
+        tokenized = {"count": len(ids), "max_model_len": max_length, "tokens": ids, "token_strs": strings, "prompt": text}
+        return json_response(tokenized, body.ignored)
 
-    async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(self, body: DetokenizeRequest) -> Response:
         await self.server.adapter_of(body.model)
-        return {"prompt": self.server.prompts.exact_text(self.server.known_ids(body.tokens))}
+        return json_response({"prompt": self.server.prompts.exact_text(self.server.known_ids(body.tokens))}, body.ignored)
 
 
 def _listed(data: Sequence[Any], model: str, inputs: Sequence[Sequence[int]]) -> dict[str, Any]:

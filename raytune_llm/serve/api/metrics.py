@@ -5,6 +5,7 @@ Latencies are recorded as requests are answered; the state of the engines is rea
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -26,8 +27,9 @@ class Metrics:
             return Histogram(name, text, labels, buckets=LATENCIES_S, registry=self._registry)
 
         self.first_token_s = histogram("vllm:time_to_first_token_seconds", "From a request's arrival to an answer's first token")
-        self.between_tokens_s = histogram("vllm:inter_token_latency_seconds", "From one values token of an answer to its next")
+        self.between_tokens_s = histogram("vllm:inter_token_latency_seconds", "From one token of an answer to its next")
         self.request_s = histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to an answer's end")
+        self.queue_s = histogram("vllm:request_queue_time_seconds", "From a request's arrival at the engine to its first step")
         self.success = Counter(
             "vllm:request_success_total", "Answers that were completed", (*labels, "finished_reason"), registry=self._registry
         )
@@ -85,4 +87,15 @@ class _Engines:
             for adapter in report.adapters:
                 resident.add_metric([*labels, adapter.name, adapter.residency], 1)
                 used.add_metric([*labels, adapter.name], adapter.in_use)
-        yield from (waiting, resident, used)
+        yield from (waiting, resident, used, self._lora_requests())
+
+    def _lora_requests(self) -> GaugeMetricFamily:
+        """vLLM's: the names of adapters are in labels, and the value is the time in seconds since 1970."""
+        kinds = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
+        family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters of requests", labels=(*LABELS, *kinds))
+        for report in self._reports:
+            if report.stats.adapter_slots:
+                running = ",".join(sorted(one.name for one in report.adapters if one.in_use))
+                waiting = ",".join(report.stats.waiting_adapters)
+                family.add_metric([self._model, report.engine, str(report.stats.adapter_slots), waiting, running], time.time())
+        return family

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Response
 
 from raytune_llm.engines.engine import AdapterState
 from raytune_llm.serve.adapters import checked_folder, checked_name
 from raytune_llm.serve.api.errors import invalid, unknown_model
 from raytune_llm.serve.api.schema import LoadAdapter, PinAdapter, UnloadAdapter
-from raytune_llm.serve.api.server import Server
+from raytune_llm.serve.api.server import Server, json_response
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Models:
         user, admin = [Depends(self.server.user)], [Depends(self.server.admin)]
         router.get("/v1/models", dependencies=user)(self.list_models)
         router.get("/v1/models/{model:path}", dependencies=user)(self.retrieve_model)
-        router.post("/v1/load_lora_adapter", dependencies=admin)(self.load_adapter)
-        router.post("/v1/unload_lora_adapter", dependencies=admin)(self.unload_adapter)
+        router.post("/v1/load_lora_adapter", dependencies=admin, response_model=None)(self.load_adapter)
+        router.post("/v1/unload_lora_adapter", dependencies=admin, response_model=None)(self.unload_adapter)
         router.get("/admin/adapters", dependencies=admin)(self.list_adapters)
         router.post("/admin/adapters/{name}/pin", dependencies=admin)(self.pin_adapter)
         return router
@@ -41,19 +41,19 @@ class Models:
                 return self._adapter(one)
         raise unknown_model(model)
 
-    async def load_adapter(self, body: LoadAdapter) -> dict[str, Any]:
+    async def load_adapter(self, body: LoadAdapter) -> Response:
         backend, name = self.server.backend, checked_name(body.lora_name, self._base)
         if await backend.serves(name) and not body.load_inplace:
             raise invalid(f"The adapter `{name}` is already loaded: set load_inplace to replace it", "lora_name")
         folder = checked_folder(body.lora_path, self.server.access.roots)
         version = await backend.add_adapter(name, str(folder), pinned=body.pinned)
-        return {"status": "loaded", "name": name, "version": version}
+        return json_response({"status": "loaded", "name": name, "version": version}, body.ignored)
 
-    async def unload_adapter(self, body: UnloadAdapter) -> dict[str, Any]:
+    async def unload_adapter(self, body: UnloadAdapter) -> Response:
         if not await self.server.backend.serves(body.lora_name):
             raise unknown_model(body.lora_name)
         await self.server.backend.remove_adapter(body.lora_name)
-        return {"status": "unloaded", "name": body.lora_name}
+        return json_response({"status": "unloaded", "name": body.lora_name}, body.ignored)
 
     async def list_adapters(self) -> dict[str, Any]:
         return {"adapters": [asdict(one) for one in await self.server.backend.adapters()]}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytune_llm.data.templates.tool_calls import ToolCall
 from raytune_llm.engines.requests import Completion, Delta, TokenLogprob
 from raytune_llm.serve.api.schema import ChatRequest, CompletionRequest
-from raytune_llm.serve.output_parser import OutputParser, OutputPart, OutputSyntax
+from raytune_llm.serve.call_parser import OutputPart
+from raytune_llm.serve.output_parser import OutputParser, OutputSyntax
+from raytune_llm.serve.token_bytes import TextOffsets, TokenBytes
 
 
 @dataclass(slots=True)
@@ -58,15 +58,13 @@ class Collected:
 class ChatResponse:
     """The response to one chat completion request."""
 
-    def __init__(self, body: ChatRequest, tokenizer: Any, syntax: OutputSyntax, *, forced: bool, created: int) -> None:
-        """forced: a grammar forces the answer to be one tool call as JSON. created: Unix time."""
-        self._body, self._tokenizer, self._syntax, self._forced = body, tokenizer, syntax, forced
+    def __init__(self, body: ChatRequest, tokens: TokenBytes, syntax: OutputSyntax, *, created: int) -> None:
+        """created: Unix time."""
+        self._body, self._tokens = body, tokens
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": created, "model": body.model}
         names = frozenset(body.tool_names) if body.tools else None
         self._parsers = [OutputParser(syntax, names) for _ in range(body.n or 1)]
         self._begun = [False] * (body.n or 1)
-        self._json = [""] * (body.n or 1)
-        """Text of a forced call so far, per choice."""
         self._calls = [0] * (body.n or 1)
         """Tool calls streamed so far, per choice."""
 
@@ -104,7 +102,7 @@ class ChatResponse:
         parts = self._parts(index, completion.text, final=True)
         content = "".join(part.text for part in parts if part.kind == "content")
         reasoning = "".join(part.text for part in parts if part.kind == "reasoning")
-        calls = [_call(part) for part in parts if part.kind == "call"]
+        calls = _calls(parts)
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
         message |= {"reasoning_content": reasoning} if reasoning else {}
         message |= {"tool_calls": calls} if calls else {}
@@ -116,22 +114,21 @@ class ChatResponse:
         }
 
     def _parts(self, index: int, text: str, *, final: bool) -> list[OutputPart]:
-        if self._forced:
-            self._json[index] += text
-            return _forced_call(self._json[index]) if final else []
         parser = self._parsers[index]
         parts = parser.push(text) if text else []
         return [*parts, *parser.finish()] if final else parts
 
     def _chunk_delta(self, index: int, part: OutputPart) -> dict[str, Any]:
         if part.kind == "call":
-            number, self._calls[index] = self._calls[index], self._calls[index] + 1
-            return {"tool_calls": [{"index": number, **_call(part)}]}
+            self._calls[index] += 1
+            return {"tool_calls": [{"index": self._calls[index] - 1, **_call(part)}]}
+        if part.kind == "arguments":
+            return {"tool_calls": [{"index": self._calls[index] - 1, "function": {"arguments": part.text}}]}
         return {"reasoning_content" if part.kind == "reasoning" else "content": part.text}
 
     def _finish(self, index: int, completion: Completion) -> str:
-        called = self._parsers[index].calls or (self._forced and completion.finish == "stop")
-        return "tool_calls" if called and completion.finish == "stop" else _finish_reason(completion)
+        called = self._parsers[index].calls and completion.finish == "stop"
+        return "tool_calls" if called else _finish_reason(completion)
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._body.logprobs:
@@ -139,15 +136,29 @@ class ChatResponse:
         return {"content": [self._logprob(one) for one in logprobs], "refusal": None}
 
     def _logprob(self, one: TokenLogprob) -> dict[str, Any]:
-        top = [{**_token(self._tokenizer, token), "logprob": value} for token, value in one.top]
-        return {**_token(self._tokenizer, one.token), "logprob": one.logprob, "top_logprobs": top}
+        top = [{**self._token(token), "logprob": value} for token, value in one.top]
+        return {**self._token(one.token), "logprob": one.logprob, "top_logprobs": top}
+
+    def _token(self, token: int) -> dict[str, Any]:
+        return {"token": self._tokens.text(token), "bytes": list(self._tokens.of(token))}
 
 
 class CompletionResponse:
     """The response to one plain completion request."""
 
-    def __init__(self, body: CompletionRequest, tokenizer: Any, *, created: int, prompts: Sequence[Sequence[int]]) -> None:
-        self._body, self._tokenizer, self._prompts = body, tokenizer, prompts
+    def __init__(
+        self,
+        body: CompletionRequest,
+        tokenizer: Any,
+        tokens: TokenBytes,
+        *,
+        created: int,
+        prompts: Sequence[Sequence[int]],
+        prompt_logprobs: Sequence[Sequence[TokenLogprob]] | None = None,
+    ) -> None:
+        """prompt_logprobs: for each prompt, of its tokens after the first, where they are to be returned with the prompt."""
+        self._body, self._tokenizer, self._tokens = body, tokenizer, tokens
+        self._prompts, self._prompt_logprobs = prompts, prompt_logprobs
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -155,24 +166,21 @@ class CompletionResponse:
             "model": body.model,
         }
         self._begun: set[int] = set()
-        self._offsets: dict[int, int] = {}
+        self._offsets = [TextOffsets(tokens) for _ in range(len(prompts) * (body.n or 1))]
 
     def full(self, collected: Collected) -> dict[str, Any]:
         completions = collected.all()
         choices = [
-            self._choice(index, self._echo(index) + one.text, one.logprobs, _finish_reason(one))
-            for index, one in enumerate(completions)
+            self._choice(index, one.text, one.logprobs, _finish_reason(one), first=True) for index, one in enumerate(completions)
         ]
         return {**self._head, "choices": choices, "usage": collected.usage.as_json(self._body.n or 1), "system_fingerprint": None}
 
     def chunks(self, index: int, delta: Delta, *, usage: str | None) -> Iterator[dict[str, Any]]:
-        text = delta.text
-        if index not in self._begun:
-            self._begun.add(index)
-            text = self._echo(index) + text
+        first = index not in self._begun
+        self._begun.add(index)
         finish = None if delta.completion is None else _finish_reason(delta.completion)
         later = {"usage": None} if usage else {}
-        yield {**self._head, "choices": [self._choice(index, text, delta.logprobs, finish)], **later}
+        yield {**self._head, "choices": [self._choice(index, delta.text, delta.logprobs, finish, first=first)], **later}
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         return {**self._head, "choices": [], "usage": usage.as_json(self._body.n or 1)}
@@ -182,22 +190,33 @@ class CompletionResponse:
             return ""
         return self._tokenizer.decode(list(self._prompts[index // (self._body.n or 1)]), skip_special_tokens=True)
 
-    def _choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self._logprobs(index, logprobs), "finish_reason": finish}
+    def _choice(
+        self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish: str | None, *, first: bool
+    ) -> dict[str, Any]:
+        """first: nothing of this choice was returned before."""
+        if first:
+            text = self._echo(index) + text
+        return {"index": index, "text": text, "logprobs": self._logprobs(index, logprobs, first), "finish_reason": finish}
 
-    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob], first: bool) -> dict[str, Any] | None:
         if self._body.logprobs is None:
             return None
-        words = [self._tokenizer.decode([one.token]) for one in logprobs]
-        offsets = []
-        for word in words:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(word)
+        tokens: list[int] = []
+        values: list[float | None] = []
+        top: list[dict[str, float] | None] = []
+        if first and self._prompt_logprobs is not None:
+            number = index // (self._body.n or 1)
+            tokens, values, top = [self._prompts[number][0]], [None], [None]  # it follows nothing
+            logprobs = [*self._prompt_logprobs[number], *logprobs]
+        for one in logprobs:
+            tokens.append(one.token)
+            values.append(one.logprob)
+            top.append({self._tokens.text(token): value for token, value in one.top})
         return {
-            "tokens": words,
-            "token_logprobs": [one.logprob for one in logprobs],
-            "top_logprobs": [{self._tokenizer.decode([token]): value for token, value in one.top} for one in logprobs],
-            "text_offset": offsets,
+            "tokens": [self._tokens.text(token) for token in tokens],
+            "token_logprobs": values,
+            "top_logprobs": top,
+            "text_offset": [self._offsets[index].place(token) for token in tokens],
         }
 
 
@@ -206,21 +225,16 @@ def _finish_reason(completion: Completion) -> str:
 
 
 def _call(part: OutputPart) -> dict[str, Any]:
-    assert part.call is not None
-    function = {"name": part.call.name, "arguments": part.call.arguments}
-    return {"id": part.id, "type": "function", "function": function}
+    """A call whose arguments follow."""
+    return {"id": part.id, "type": "function", "function": {"name": part.text, "arguments": ""}}
 
 
-def _forced_call(text: str) -> list[OutputPart]:
-    """The tool call in the JSON of a forced call; an incomplete one becomes content."""
-    try:
-        called = json.loads(text)
-        call = ToolCall(called["name"], json.dumps(called["arguments"], ensure_ascii=False))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return [OutputPart("content", text)] if text else []
-    return [OutputPart("call", call=call, id=f"call_{secrets.token_hex(12)}")]
-
-
-def _token(tokenizer: Any, token: int) -> dict[str, Any]:
-    text = tokenizer.decode([token])
-    return {"token": text, "bytes": list(text.encode())}
+def _calls(parts: Sequence[OutputPart]) -> list[dict[str, Any]]:
+    """The complete calls."""
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        if part.kind == "call":
+            calls.append(_call(part))
+        elif part.kind == "arguments":
+            calls[-1]["function"]["arguments"] += part.text
+    return calls

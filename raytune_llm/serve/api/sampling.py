@@ -21,11 +21,12 @@ def sampling_of(
     prompt_tokens: int,
     max_length: int,
     vocabulary: int,
+    shown_ids: Sequence[int] = (),
 ) -> Sampling:
     """OpenAI's defaults apply: temperature 1, top_p 1.
 
     limit: maximum number of new tokens; None: as many as fit in max_length beside the prompt. logprobs: number of most likely
-    tokens to report; None: no log-probabilities. Raises APIError (400).
+    tokens to report; None: no log-probabilities. shown_ids: special tokens that are part of the text. Raises APIError (400).
     """
     room = max_length - prompt_tokens
     if room < 1 or (limit is not None and limit > room):
@@ -57,6 +58,7 @@ def sampling_of(
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         logit_bias=tuple(bias),
         stop=stop,
+        shown_ids=tuple(shown_ids),
         ignore_end=body.ignore_eos,
         logprobs=logprobs,
         grammar=grammar,
@@ -82,6 +84,26 @@ def grammar_of(format: ResponseFormat | None, outputs: StructuredOutputs | None)
         return Grammar(kind="regex", text="|".join(f"({re.escape(one)})" for one in outputs.choice))
     assert outputs.grammar is not None
     return Grammar(kind="ebnf", text=outputs.grammar)
+
+
+def after_thought(grammar: Grammar, tag: str) -> Grammar:
+    """Free text up to `tag`, which ends a thought, and then what the grammar allows. Raises APIError (400)."""
+    match grammar.kind:
+        case "json_schema":
+            try:
+                answer: dict[str, Any] = {"type": "json_schema", "json_schema": json.loads(grammar.text)}
+            except (ValueError, RecursionError):
+                raise invalid("json must be a JSON schema", "structured_outputs") from None
+        case "regex":
+            answer = {"type": "regex", "pattern": grammar.text}
+        case "ebnf":
+            answer = {"type": "grammar", "grammar": grammar.text}
+        case _:
+            raise AssertionError(f"{grammar.kind} is no grammar of whole answers")
+    thought = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": tag}
+    elements = [thought, {"type": "regex", "pattern": r"\n{0,2}"}, answer]
+    tags = {"type": "structural_tag", "format": {"type": "sequence", "elements": elements}}
+    return Grammar(kind="structural_tag", text=json.dumps(tags))
 
 
 def forced_tool_grammar(tools: Sequence[Tool]) -> Grammar:

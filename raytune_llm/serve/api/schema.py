@@ -36,12 +36,11 @@ IGNORED = {
 """Fields that are accepted and have no effect."""
 
 
-class RequestBody(BaseModel):
+class Body(BaseModel):
     """The base of request bodies. `ignored`: names of given fields that have no effect."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    model: str = Field(min_length=1, max_length=512)
     ignored: list[str] = Field(default_factory=list)
 
     @model_validator(mode="before")
@@ -54,6 +53,12 @@ class RequestBody(BaseModel):
         known = set(cls.model_fields)
         ignored = [name for name in values if name in IGNORED and name not in known]
         return {name: value for name, value in values.items() if name not in ignored} | {"ignored": sorted(ignored)}
+
+
+class RequestBody(Body):
+    """The base of requests to a model."""
+
+    model: str = Field(min_length=1, max_length=512)
 
 
 class StreamOptions(BaseModel):
@@ -308,7 +313,8 @@ class TokenizeRequest(RequestBody):
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     add_generation_prompt: bool = True
     """The rendered text ends where an answer would begin."""
-    add_special_tokens: Literal[False] = False
+    add_special_tokens: bool | None = None
+    """The token that begins plain texts is put before the text. Default: before a `prompt`, as in completions."""
     return_token_strs: bool = False
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=32)
 
@@ -323,10 +329,8 @@ class DetokenizeRequest(RequestBody):
     tokens: list[int]
 
 
-class LoadAdapter(BaseModel):
+class LoadAdapter(Body):
     """vLLM's /v1/load_lora_adapter."""
-
-    model_config = ConfigDict(extra="forbid")
 
     lora_name: str
     lora_path: str
@@ -334,9 +338,7 @@ class LoadAdapter(BaseModel):
     pinned: bool = False
 
 
-class UnloadAdapter(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class UnloadAdapter(Body):
     lora_name: str
 
 

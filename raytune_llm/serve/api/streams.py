@@ -40,6 +40,8 @@ class LatencyTimer:
         self.latest[index] = now
         if delta.completion is not None:
             self.metrics.request_s.labels(self.model).observe(now - self.began)
+            if delta.completion.queued_s is not None:
+                self.metrics.queue_s.labels(self.model).observe(delta.completion.queued_s)
             self.metrics.success.labels(self.model, delta.completion.finish).inc()
 
 

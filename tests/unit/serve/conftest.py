@@ -3,8 +3,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -32,10 +34,14 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The API over a toy model, on a port of its own: 8 rows, adapters a1 and a2."""
-    root = tmp_path_factory.mktemp("adapters")
-    tokenizer = byte_tokenizer()
-    runner = ToyRunner(num_blocks=512, block_size=4, vocab_size=len(tokenizer))
+    with serving(tmp_path_factory.mktemp("adapters"), byte_tokenizer()) as one:
+        yield one
+
+
+@contextmanager
+def serving(root: Path, tokenizer: Any, *, slots: int = 4) -> Iterator[Server]:
+    """The API over a toy model, on a port of its own: 8 rows, adapters a1 and a2 in `root`."""
+    runner: Any = ToyRunner(num_blocks=512, block_size=4, vocab_size=len(tokenizer), slots=slots)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     engine = NativeEngine(runner, tokenizer, end_ids=[end], max_length=600, max_rows=8, step_tokens=64)
     for number in (1, 2):
@@ -51,7 +57,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         time.sleep(0.01)
     port = http.servers[0].sockets[0].getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    yield Server(url, engine, runner, root, OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0))
-    http.should_exit = True
-    thread.join()
-    engine.close()
+    try:
+        yield Server(url, engine, runner, root, OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0))
+    finally:
+        http.should_exit = True
+        thread.join()
+        engine.close()

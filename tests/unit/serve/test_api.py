@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
+from raytune_llm.engines.requests import Request, Sampling
+from raytune_llm.serve import backend
 from tests.toy_engine import adapter_folder, following
-from tests.unit.serve.conftest import ADMIN, KEY, Server
+from tests.unit.serve.conftest import ADMIN, KEY, Server, serving
 
 ASK = [{"role": "user", "content": "hello"}]
 
@@ -116,6 +121,35 @@ def test_plain_completions_take_texts_and_tokens(server: Server):
     assert ids.choices[0].text == bytes(following_ids[2:]).decode(errors="replace")
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_echoed_prompt_has_its_log_probabilities(server: Server, stream: bool):
+    prompts = ["abc", "abc", "é!", "é!"]
+    answered = server.client.completions.create(
+        model="a1", prompt=["abc", "é!"], temperature=0, max_tokens=2, n=2, echo=True, logprobs=2, stream=stream
+    )
+    choices = [choice for chunk in ([*answered] if stream else [answered]) for choice in chunk.choices]
+    for index, prompt in enumerate(prompts):
+        told = [choice for choice in choices if choice.index == index]
+        ids = list(prompt.encode())
+        tokens, values, top, places = (
+            [item for choice in told if choice.logprobs for item in getattr(choice.logprobs, name)]
+            for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        )
+        assert "".join(choice.text for choice in told).startswith(prompt)
+        assert len(tokens) == len(values) == len(top) == len(places) == len(ids) + 2
+        assert values[0] is None and top[0] is None and all(len(one) == 2 for one in top[1:])
+        assert values[1:-2] == pytest.approx([logprob_of(ids[:at], ids[at], weights=1) for at in range(1, len(ids))])
+        assert all(value <= max(one.values()) for one, value in zip(top[1:], values[1:], strict=True))
+        assert tokens[: len(ids)] == (["a", "b", "c"] if prompt == "abc" else ["bytes:\\xc3", "bytes:\\xa9", "!"])
+        assert places[: len(ids)] == ([0, 1, 2] if prompt == "abc" else [0, 0, 1])
+
+
+def logprob_of(before: list[int], token: int, weights: int) -> float:
+    """Of the toy model's, whose logits are 1 for one token and 0 for all others."""
+    total = math.e + len(byte_tokenizer()) - 1
+    return (1.0 if token == following(before, weights) else 0.0) - math.log(total)
+
+
 def test_a_json_schema_is_kept(server: Server):
     schema = {
         "type": "object",
@@ -149,7 +183,9 @@ def test_a_required_tool_is_called(server: Server):
     assert called.name == "light" and isinstance(json.loads(called.arguments)["on"], bool)
     chunks = list(server.client.chat.completions.create(**arguments, stream=True))
     streamed = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
-    assert [call.function.arguments for call in streamed] == [called.arguments]
+    assert [call.function.name for call in streamed if call.id] == ["light"] and streamed[0].id
+    assert "".join(call.function.arguments for call in streamed) == called.arguments
+    assert len(streamed) > 2  # they come as they are made
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
@@ -179,6 +215,25 @@ def test_a_wrong_field_is_400_with_an_error_object(server: Server, field: str, v
 def test_fields_that_change_nothing_are_named(server: Server):
     response = chat(server, user="me", metadata={"a": "b"}, presence_penalty=0)
     assert response.status_code == 200 and response.headers["x-ignored-fields"] == "metadata, user"
+
+
+def test_fields_that_change_nothing_beside_others_or_with_this_template_are_named(server: Server):
+    settings = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
+    named = chat(server, **settings).headers["x-ignored-fields"]
+    assert named == "chat_template_kwargs.enable_thinking, reasoning_effort"
+    tool = {"type": "function", "function": {"name": "light"}}
+    forced = chat(server, tools=[tool], tool_choice="required", max_tokens=60, response_format={"type": "json_object"})
+    assert forced.headers["x-ignored-fields"] == "response_format"
+    for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})):
+        assert post(server, path, {"model": "base", "user": "me", **body}).headers["x-ignored-fields"] == "user"
+
+
+def test_vllm_s_numbers_of_adapters_are_ignored_by_name(server: Server):
+    body = {"lora_name": "numbered", "lora_path": str(adapter_folder(server.root / "numbered", 4)), "lora_int_id": 7}
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        response = post(server, path, body, ADMIN)
+        assert response.status_code == 200 and response.headers["x-ignored-fields"] == "lora_int_id"
+        body.pop("lora_path", None)  # unloading has none
 
 
 def test_a_prompt_that_is_too_long_is_400(server: Server):
@@ -259,7 +314,10 @@ def test_a_folder_outside_is_refused(server: Server, tmp_path):
     (server.root / "link").symlink_to(outside)
     inside = adapter_folder(server.root / "inside", 3)
     (inside / "extra.safetensors").symlink_to(outside / "adapter_model.safetensors")
-    for place in (outside, server.root / "link", inside, server.root / ".." / "x", "/etc", server.root / "nothing"):
+    loop = adapter_folder(server.root / "loop", 3)
+    (loop / "circle").symlink_to(loop / "circle")
+    a_file = server.root / "a1" / "adapter_config.json"
+    for place in (loop, a_file, outside, server.root / "link", inside, server.root / ".." / "x", "/etc", server.root / "nothing"):
         response = post(server, "/v1/load_lora_adapter", {"lora_name": "new", "lora_path": str(place)}, ADMIN)
         assert response.status_code == 400, place
     bad = adapter_folder(server.root / "bad", -1)
@@ -317,13 +375,56 @@ def test_metrics_have_the_field_s_names(server: Server):
         assert name in text
 
 
+def test_metrics_name_the_adapters_of_running_and_waiting_requests(tmp_path: Path):
+    def labels(server: Server) -> set[str]:
+        text = httpx.get(f"{server.url}/metrics").text
+        return {line for line in text.splitlines() if line.startswith("vllm:lora_requests_info{")}
+
+    with serving(tmp_path, byte_tokenizer(), slots=1) as server:
+        assert 'max_lora="1"' in labels(server).pop()
+        long = Sampling(max_new_tokens=500, ignore_end=True)
+        server.runner.go.clear()
+        streams = [server.engine.submit(Request(prompt_ids=[97], adapter="a1", sampling=long))]
+        try:
+            wait_for(lambda: server.engine.stats().running == 1)
+            streams.append(server.engine.submit(Request(prompt_ids=[97], adapter="a2", sampling=long)))
+            server.runner.go.set()  # a step or a few: the second request comes to the scheduler before the next
+            server.runner.go.clear()
+            wait_for(lambda: server.engine.stats().waiting_adapters == ("a2",))
+            (told,) = labels(server)
+            assert 'running_lora_adapters="a1"' in told and 'waiting_lora_adapters="a2"' in told
+        finally:
+            for stream in streams:
+                stream.cancel()
+            server.runner.go.set()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_failed_or_is_silent_is_not_healthy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(pieces: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    with serving(tmp_path, byte_tokenizer()) as server:
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        monkeypatch.setattr(backend, "STALLED_S", -1.0)
+        silent = httpx.get(f"{server.url}/health")
+        assert silent.status_code == 503 and "no heartbeat" in error_of(silent)["message"]
+        monkeypatch.undo()
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        server.runner.run = fails
+        assert chat(server).status_code == 503
+        failed = httpx.get(f"{server.url}/health")
+        assert failed.status_code == 503 and "the device is gone" in error_of(failed)["message"]
+
+
 def test_latencies_are_of_each_answer_of_a_request(server: Server):
     def count(name: str) -> int:
         text = httpx.get(f"{server.url}/metrics").text
         return int(float(re.search(rf"^{name}_count{{.*}} (\S+)$", text, re.MULTILINE)[1]))  # type: ignore[index]
 
-    names = [f"vllm:{what}_seconds" for what in ("time_to_first_token", "inter_token_latency", "e2e_request_latency")]
+    kinds = ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time")
+    names = [f"vllm:{what}_seconds" for what in kinds]
     before = [count(name) for name in names]
     answered = chat(server, n=3, max_tokens=5, ignore_eos=True, temperature=0)
     assert answered.json()["usage"]["completion_tokens"] == 15
-    assert [count(name) - old for name, old in zip(names, before, strict=True)] == [3, 3 * 4, 3]
+    assert [count(name) - old for name, old in zip(names, before, strict=True)] == [3, 3 * 4, 3, 3]

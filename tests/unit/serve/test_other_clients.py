@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -9,8 +11,11 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 from pydantic import BaseModel, SecretStr
 
+from raytune_llm.data.tokens.tokenizer import byte_tokenizer
+from tests.toy_engine import answer
 from tests.unit.serve.conftest import ADMIN, KEY, Server
 
 
@@ -66,3 +71,17 @@ def test_langchain_gets_embeddings(server: Server):
         model="base", base_url=f"{server.url}/v1", api_key=SecretStr(KEY), check_embedding_ctx_length=False, max_retries=0
     )
     assert [len(vector) for vector in model.embed_documents(["a", "bc"])] == [2, 2]
+
+
+def test_lm_eval_scores_given_answers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    byte_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    url = f"{server.url}/v1/completions"
+    model: Any = LocalCompletionsAPI(url, "huggingface", model="a1", tokenizer=str(tmp_path), max_length=600, max_retries=1)
+    before = [*b"to score: "]
+    given = answer(before, 1, 3)
+    asked = [(("", ""), before, given), (("", ""), before, [*given[:-1], 1 + given[-1]])]
+    likeliest, other = 1 - math.log(math.e + len(byte_tokenizer()) - 1), -math.log(math.e + len(byte_tokenizer()) - 1)
+    (first, first_is_greedy), (second, second_is_greedy) = model._loglikelihood_tokens(asked)
+    assert (first, second) == pytest.approx((3 * likeliest, 2 * likeliest + other), abs=1e-4)
+    assert (first_is_greedy, second_is_greedy) == (True, False)
