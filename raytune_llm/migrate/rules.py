@@ -71,8 +71,6 @@ def task(do_train: bool, do_predict: bool, predict_with_generate: bool) -> NoEff
 def model(model_name_or_path: str | None) -> Settings:
     if model_name_or_path is None:
         raise Refusal("must name a model")
-    if found := re.search(r"gptq|awq|aqlm|hqq", Path(model_name_or_path).name, re.IGNORECASE):
-        raise Refusal(f"training on weights that are already quantized ({found[0].lower()}) {LATER}; use the original model")
     return {"model": "hub", "model.path": model_name_or_path}
 
 
@@ -118,10 +116,19 @@ def _descriptions(given: str | Mapping[str, str] | None, find: Find) -> Mapping[
     return read
 
 
+QUANTIZED = re.compile(r"gptq|awq|aqlm|hqq|bnb", re.IGNORECASE)
+"""In the name of a model that comes quantized."""
+
+
 def quantization(
-    quantization_bit: int | None, quantization_method: str, quantization_type: str, double_quantization: bool
+    quantization_bit: int | None,
+    quantization_method: str,
+    quantization_type: str,
+    double_quantization: bool,
+    model_name_or_path: str | None,
 ) -> Settings | NoEffect:
-    if quantization_bit is None:
+    """There, a model that comes quantized stays as it is, whatever is asked; here its weights are unpacked."""
+    if quantization_bit is None or QUANTIZED.search(Path(model_name_or_path or "").name):
         return {"quantization": "none"}
     if quantization_bit not in (4, 8):
         raise Refusal(f"quantization to {quantization_bit} bits {LATER}; there are 4 and 8", "quantization_bit")

@@ -32,8 +32,10 @@ from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.models.finished import check_unchanged
 from raytune_llm.models.layers import largest
 from raytune_llm.models.multimodal import TRAINED_ON_TEXT, is_multimodal, leave_other_media_out
+from raytune_llm.models.own_code import own_class
 from raytune_llm.models.quantization.prequantized import unpacked
 from raytune_llm.models.stored import Files, an_adapter, files_of, model_in_files, other_shape
+from raytune_llm.remote_code import announce
 
 ROPE = ("rope_theta", "rope_scaling")
 """Old names of entries of rope_parameters."""
@@ -55,10 +57,15 @@ def load_config(
     folder = packaged.resolve(path)
     check_unchanged(Path(folder), "model.path", max_bytes=MAX_HASHED_BYTES)
     try:
+        if trust_remote_code:
+            announce(folder, revision)
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a damaged config.json makes of transformers' code
         if (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file():
             raise an_adapter(path) from None
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            rule = "must be a model that transformers has: this one comes with code of its own, which is not run"
+            raise ConfigError("model.path", rule, got=path, fix="Read it, and set model.trust_remote_code=true.") from None
         raise _unreachable(path, error) from None
     return unpacked(_changed(config, changes) if changes else config, path)
 
@@ -264,6 +271,8 @@ def _with_stored_weights(
         raise _unreachable(path, error) from None
     if found["mismatched_keys"]:
         raise other_shape(path, *min(found["mismatched_keys"]))
+    if getattr(config, "quantization_config", None) is not None:
+        _all_of_type(model, dtype)
     backbone = f"{model.base_model_prefix}."
     missing = sorted(name for name in found["missing_keys"] if not scores or name.startswith(backbone))
     if missing:
@@ -274,6 +283,14 @@ def _with_stored_weights(
             fix="A part of the model was not copied, or its config.json names another architecture.",
         )
     return model
+
+
+def _all_of_type(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Of weights that are not quantized, in files where others are, transformers leaves some in the type of the file."""
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.dtype != dtype and not kept & {*name.split(".")}:
+            weight.data = weight.data.to(dtype)
 
 
 def files_to_read(
@@ -318,7 +335,10 @@ def _with_score_head(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The class of the language model, with what it has for other media; None if the model comes with its own code."""
+    """The class of the language model, with what it has for other media; of a model with its own code, the one that comes with
+    it."""
+    if (own := own_class(config, auto_class(config).__name__)) is not None:
+        return own
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # typed as if a family could have two language models
     with_images: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return (with_images.get(type(config), None) if is_multimodal(config) else None) or known.get(type(config), None)

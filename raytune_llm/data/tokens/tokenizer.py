@@ -19,6 +19,7 @@ from raytune_llm.data.templates.chat_template import answer_end, suggested
 from raytune_llm.data.templates.named import NamedTemplate, apply_to_tokenizer, guess, load, stop_tokens
 from raytune_llm.data.tokens.vocabulary import add_new_tokens, new_tokens
 from raytune_llm.errors import ConfigError, first_line
+from raytune_llm.remote_code import announce
 
 BYTES = "bytes"
 NO_CLASS_OF_THEIR_OWN = ("llama", "qwen3", "granite", "olmo2", "smollm3")
@@ -163,10 +164,11 @@ def load_tokenizer(
     setting, place = ("model.path", path) if kind is None else ("model.tokenizer", kind)
     assert place is not None, "model.path or model.tokenizer is given"
     folder = packaged.resolve(place, setting)
+    revision = revision if kind is None else None
     try:
-        tokenizer: Any = _loader(Path(folder)).from_pretrained(
-            folder, revision=revision if kind is None else None, trust_remote_code=trust_remote_code
-        )
+        if trust_remote_code:
+            announce(folder, revision)
+        tokenizer: Any = _loader(Path(folder)).from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a damaged file makes of a library's own code
         what = (
             "holds no tokenizer"

@@ -54,7 +54,7 @@ def _four_bit_product(
     bnb = torch.ops.bitsandbytes
     wide = bnb.dequantize_blockwise(scales, scales_of_scales, code_of_scales, SCALES_BLOCK, torch.float32) + mean_scale
     shape = [x.shape[1], _other_size(x, packed)] if transposed else [_other_size(x, packed), x.shape[1]]
-    weight = bnb.dequantize_4bit(packed, wide, BLOCK, code, _unpacked_as(shape), x.dtype).view(shape)
+    weight = bnb.dequantize_4bit(packed, wide, BLOCK, code, unpacked_as(shape), x.dtype).view(shape)
     return x @ weight if transposed else x @ weight.T
 
 
@@ -77,12 +77,12 @@ def _other_size(x: Tensor, packed: Tensor) -> int:
     return 2 * packed.shape[0] // x.shape[1]
 
 
-def _unpacked_as(shape: Sequence[int]) -> list[int]:
+def unpacked_as(shape: Sequence[int], block: int = BLOCK) -> list[int]:
     """A shape of as many weights whose rows are whole blocks: bitsandbytes (0.50) on a CPU begins a block anew in each row."""
     size = math.prod(shape)
-    if shape[-1] % BLOCK == 0:
+    if shape[-1] % block == 0:
         return list(shape)
-    return [size // BLOCK, BLOCK] if size % BLOCK == 0 else [1, size]
+    return [size // block, block] if size % block == 0 else [1, size]
 
 
 class Reshaped(nn.Module):
@@ -101,7 +101,7 @@ def pack_experts(experts: nn.Module, name: str, code: str) -> None:
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
     weight = experts.get_parameter(name)
-    weight.data, shape = weight.data.reshape(_unpacked_as(weight.shape)), weight.shape
+    weight.data, shape = weight.data.reshape(unpacked_as(weight.shape)), weight.shape
     replace_parameter_4bit(experts, name, compress_statistics=True, quant_type=code, blocksize=BLOCK)  # type: ignore[arg-type]
     parametrize.register_parametrization(experts, name, Reshaped(shape), unsafe=True)
 

@@ -1,7 +1,6 @@
-"""Models whose files hold quantized weights, by their config.
+"""Models whose files hold quantized weights, by their config: they are unpacked to the run's precision as they are loaded.
 
-Some are dequantized to the run's precision: they train like any model, and `quantization=` is for them
-too. Of the others the layers are their packages' own, which no adapter here is on.
+They train like any model, and `quantization=` is for them too. What activations are quantized as well (W8A8) stay as they are.
 """
 
 from __future__ import annotations
@@ -12,12 +11,17 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.quantization.formats import FORMATS, method_of
+from raytune_llm.models.quantization.formats.reader import StoredIn
 
 UNPACKED = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
-"""DeepSeek's and Qwen's blocks of FP8, gpt-oss's MXFP4, and llm-compressor's formats (W8A8, W4A16, FP8): transformers unpacks
-them as it loads them. Activations, which W8A8 quantizes as well, stay as they are."""
-NEEDS_PACKAGE = {"compressed-tensors": ("compressed_tensors", "raytune-llm[quantized]")}
+"""What transformers unpacks: DeepSeek's and Qwen's blocks of FP8, gpt-oss's MXFP4, and llm-compressor's formats (W8A8, W4A16,
+FP8)."""
+NEEDS_PACKAGE = {"compressed-tensors": ("compressed_tensors", "raytune-llm[quantized]")} | {
+    method: kind.package for method, kind in FORMATS.items() if kind.package is not None
+}
 """What reads a method's files, and the extra of this project that installs it."""
+INSTEAD = "Name the model that it was made of, with quantization=bnb_nf4 (4 bits) or bnb_int8 (8 bits)."
 
 
 def unpacked(config: PretrainedConfig, path: str) -> PretrainedConfig:
@@ -26,16 +30,28 @@ def unpacked(config: PretrainedConfig, path: str) -> PretrainedConfig:
     if given is None:
         return config
     given = given if isinstance(given, dict) else given.to_dict()
-    in_bits = given.get("load_in_4bit") or given.get("load_in_8bit")
-    method = given.get("quant_method") or ("bitsandbytes" if in_bits else "unknown")
-    if method not in UNPACKED:
-        known = ", ".join(UNPACKED)
+    method = method_of(given)
+    if method not in (*UNPACKED, *FORMATS):
+        known = ", ".join((*UNPACKED, *FORMATS))
         rule = f"must hold weights that are not quantized, or by {known}; these are by {method}, which can't be trained on"
-        fix = "Name the model that it was made of, with quantization=bnb_nf4 (4 bits) or bnb_int8 (8 bits)."
-        raise ConfigError("model.path", rule, got=path, fix=fix)
+        raise ConfigError("model.path", rule, got=path, fix=INSTEAD)
     package, extra = NEEDS_PACKAGE.get(method, (None, None))
     if package is not None and find_spec(package) is None:
         rule = f"holds weights by {method}, which needs {package} to be read"
         raise ConfigError("model.path", rule, got=path, fix=f"Install it: pip install '{extra}'.")
-    config.quantization_config = {**given, "dequantize": True}
+    if method in UNPACKED:
+        config.quantization_config = {**given, "dequantize": True}
+    elif (lacking := FORMATS[method].lacks(given, config.model_type)) is not None:
+        raise ConfigError("model.path", f"holds weights by {method} that can't be read here: {lacking}", got=path, fix=INSTEAD)
+    else:
+        config.quantization_config = StoredIn(given).to_dict()
     return config
+
+
+def described(config: PretrainedConfig) -> str | None:
+    """What the files of its weights are by; None if they are not quantized."""
+    given: Any = getattr(config, "quantization_config", None)
+    if given is None:
+        return None
+    given = given if isinstance(given, dict) else given.to_dict()
+    return f"by {method_of(given.get('stored', given))}, unpacked as they are loaded"

@@ -139,6 +139,18 @@ CONVERTED = {
     ),
     "extras/moe": ({**LORA, "moe_aux_loss_coef": 0.001}, {"stage.router_aux_loss_coef": 0.001}),
     "extras/neat_packing": ({**LORA, "neat_packing": True, "flash_attn": "fa2"}, {"data.packing": True}),
+    "qlora/gptq": (
+        {**LORA, "model_name_or_path": "TechxGenus/Meta-Llama-3-8B-Instruct-GPTQ"},
+        {"model.path": "TechxGenus/Meta-Llama-3-8B-Instruct-GPTQ", "quantization.name": "none"},
+    ),
+    "qlora/awq": (
+        {**LORA, "model_name_or_path": "TechxGenus/Meta-Llama-3-8B-Instruct-AWQ", "quantization_bit": 4},
+        {"model.path": "TechxGenus/Meta-Llama-3-8B-Instruct-AWQ", "quantization.name": "none"},
+    ),
+    "qlora/aqlm": (
+        {**LORA, "model_name_or_path": "ISTA-DASLab/Meta-Llama-3-8B-Instruct-AQLM-2Bit-1x16"},
+        {"model.path": "ISTA-DASLab/Meta-Llama-3-8B-Instruct-AQLM-2Bit-1x16", "quantization.name": "none"},
+    ),
 }
 
 REFUSED = {
@@ -148,9 +160,6 @@ REFUSED = {
     "lora/vision_pixels": ({**LORA, "image_max_pixels": 262144, "video_max_pixels": 16384}, "vision"),
     "lora/kt": ({**LORA, "use_kt": True, "kt_weight_path": "experts"}, "ktransformers"),
     "lora/predict": ({**LORA, "do_train": False, "do_predict": True, "predict_with_generate": True}, "predict"),
-    "qlora/gptq": ({**LORA, "model_name_or_path": "TechxGenus/Meta-Llama-3-8B-Instruct-GPTQ"}, "gptq"),
-    "qlora/awq": ({**LORA, "model_name_or_path": "TechxGenus/Meta-Llama-3-8B-Instruct-AWQ"}, "awq"),
-    "qlora/aqlm": ({**LORA, "model_name_or_path": "ISTA-DASLab/Meta-Llama-3-8B-Instruct-AQLM-2Bit-1x16"}, "aqlm"),
     "qlora/3bit": ({**LORA, "quantization_bit": 3}, "3 bits"),
     "qlora/hqq_8bit": ({**LORA, "quantization_bit": 8, "quantization_method": "hqq"}, "hqq to 8 bits"),
     "qlora/eetq": ({**LORA, "quantization_bit": 8, "quantization_method": "eetq"}, "eetq"),
