@@ -260,7 +260,8 @@ def quantized_bytes(parameters: Parameters, compute: int, quantization: Quantiza
     """What quantization takes off the weights. Of a mixture whose experts it can't hold, it takes nothing: it is refused."""
     if quantization is None or (parameters.experts and quantization.replaces_experts is None):
         return 0
-    return round((parameters.quantizable + parameters.experts) * (compute - quantization.bits_per_weight / 8))
+    of_layers = parameters.quantizable * (compute - quantization.bits_per_weight / 8)
+    return round(of_layers + parameters.experts * (compute - quantization.expert_bits / 8))
 
 
 def ddp_states(parameters: Parameters, compute: int, world: int, *, optimizer_bytes: int, accumulates: bool) -> States:

@@ -67,8 +67,8 @@ def check_device(section: QuantizationConfig, device: torch.device) -> None:
 
 
 def quantize(layers: Iterable[nn.Module], section: QuantizationConfig, runs_on: torch.device) -> None:
-    """Replace the linear layers inside `layers`, but those that the section skips: the frozen ones, which are where they run by
-    now, or all where all are trained."""
+    """Replace the linear layers inside `layers`, but those that the section skips: the frozen ones, whose weights come to where
+    they run, or all where all are trained."""
     quantization = quantization_of(section)
     if quantization is None:
         return
@@ -76,7 +76,8 @@ def quantize(layers: Iterable[nn.Module], section: QuantizationConfig, runs_on: 
     linears = linears_but(layers, quantization.skip_modules)
     experts = frozen_experts(layers)
     if experts and quantization.replaces_experts is None:
-        rule = "must be bnb_nf4, bnb_fp4 or none for mixtures of experts, whose experts are one tensor, not linear layers"
+        able = ", ".join(name for name, kind in QUANTIZATIONS.items() if kind is not None and kind.replaces_experts is not None)
+        rule = f"must be {able} or none for mixtures of experts, whose experts are one tensor, not linear layers"
         raise ConfigError("quantization", rule, got=section.name, fix="Set quantization=bnb_nf4.")
     if not linears and not experts:
         fix = "Set quantization=none, or name fewer in quantization.skip_modules."
@@ -96,22 +97,27 @@ def quantize(layers: Iterable[nn.Module], section: QuantizationConfig, runs_on: 
     replace(replaced, in_place, reads_to)
     for module, name in experts:
         assert quantization.replaces_experts is not None
-        weight = module.get_parameter(name)
-        if isinstance(weight, Stored):
-            setattr(module, name, weight.read(runs_on))
+        setattr(module, name, _on(module.get_parameter(name), runs_on))
         quantization.replaces_experts(module, name)
     if runs_on.type == "cuda":
         torch.cuda.empty_cache()  # what held the weights as they were loaded
 
 
 def replace(linears: list[Found], kind: Callable[[nn.Linear], nn.Module], reads_to: torch.device | None) -> None:
-    """A layer at a time, and the list forgets it, so that its weight goes. A weight that is in a file is read to this device just
-    before; without one it stays there, for a strategy to read."""
+    """A layer at a time, and the list forgets it, so that its weight goes. A weight that is in a file or in other memory comes to
+    this device just before; without one it stays there, for a strategy to read."""
     while linears:
         parent, name, linear = linears.pop()
-        if reads_to is not None and isinstance(linear.weight, Stored):
-            linear.weight = linear.weight.read(reads_to)
+        if reads_to is not None:
+            linear.weight = _on(linear.weight, reads_to)
         setattr(parent, name, kind(linear))
+
+
+def _on(weight: nn.Parameter, device: torch.device) -> nn.Parameter:
+    """Of a frozen parameter."""
+    if isinstance(weight, Stored):
+        return weight.read(device)
+    return weight if weight.device == device else nn.Parameter(weight.detach().to(device), requires_grad=False)
 
 
 def described(layers: Iterable[nn.Module], section: QuantizationConfig) -> str | None:

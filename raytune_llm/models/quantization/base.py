@@ -101,9 +101,16 @@ class Quantization(ABC):
     """Of this project, that installs it."""
 
     replaces_experts: ClassVar[Callable[[nn.Module, str], None] | None] = None
-    """(module, name): holds a mixture's experts, one tensor [E, N, K], in these bits too; None if it can't."""
+    """(module, name): holds a mixture's experts, one tensor [E, N, K], in few bits too; None if it can't."""
+    bits_per_expert_weight: ClassVar[float | None] = None
+    """If these are not `bits_per_weight`."""
 
     skip_modules: SkipModules = ()
+
+    @property
+    def expert_bits(self) -> float:
+        """That an expert's weight takes, its scales with it."""
+        return self.bits_per_weight if self.bits_per_expert_weight is None else self.bits_per_expert_weight
 
     @staticmethod
     @abstractmethod

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
+from raytune_llm.models.quantization.experts import BITS_PER_WEIGHT, hold_rows
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
@@ -81,15 +82,22 @@ def fp8_product(x_MK: Tensor, weight_NK: Tensor, scale_1N: Tensor) -> Tensor:
 
 
 def _rows_in_fp8(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row over its largest magnitude, and what to multiply it with again, [M, 1] float32."""
-    scale_M1 = x_MK.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
+    """Each row over its largest magnitude, and what to multiply it with again, [M, 1] float32. Of several matrices, those of
+    each."""
+    scale_M1 = x_MK.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
     return (x_MK.float() / scale_M1).to(E4M3), scale_M1
+
+
+def hold_experts(experts: nn.Module, name: str) -> None:
+    hold_rows(experts, name, *_rows_in_fp8(experts.get_parameter(name).detach()))
 
 
 class FP8(Quantization):
     layer = FP8Linear
     trained_layer = TrainedFP8Linear
     bits_per_weight = 16.0
+    replaces_experts = staticmethod(hold_experts)
+    bits_per_expert_weight = BITS_PER_WEIGHT
 
     @staticmethod
     def lacks(device_type: str, capability: tuple[int, int]) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_llm.models.quantization.base import Quantization, UnpackedLinear
+from raytune_llm.models.quantization.experts import hold_rows
 
 INT8_MAX = 127.0
 
@@ -41,9 +42,18 @@ def _(x: Tensor, rounded_NK: Tensor, scales_N: Tensor, transposed: bool) -> Tens
     return x.new_empty((x.shape[0], rounded_NK.shape[1 if transposed else 0]))
 
 
+def hold_experts(experts: nn.Module, name: str) -> None:
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    weight_ENK = experts.get_parameter(name).detach()
+    rounded, largest, _ = int8_vectorwise_quant(weight_ENK.flatten(0, 1).to(torch.float16))
+    hold_rows(experts, name, rounded.view(weight_ENK.shape), (largest / INT8_MAX).view(*weight_ENK.shape[:2], 1))
+
+
 class Int8(Quantization):
     layer = Int8Linear
     bits_per_weight = 8.0
+    replaces_experts = staticmethod(hold_experts)
     package = "bitsandbytes"
 
     @staticmethod

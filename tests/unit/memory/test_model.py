@@ -33,6 +33,8 @@ from raytune_llm.models.adapters import OWN, kept_by
 from raytune_llm.models.build import DTYPES, build_policy
 from raytune_llm.models.head import TRAINED_CHUNKS
 from raytune_llm.models.quantization import QuantizedLinear, quantization_of
+from raytune_llm.models.quantization.fp8 import FP8
+from raytune_llm.models.quantization.hqq import HQQ
 from raytune_llm.models.quantization.int8 import Int8
 from raytune_llm.models.quantization.nf4 import NF4
 from raytune_llm.records import Batch
@@ -297,7 +299,9 @@ def test_quantization_takes_frozen_linear_layers_and_experts_where_it_can_hold_t
     counted = count_parameters(mixture, replace(lora(), targets=["q_proj"]))
     linears, experts = 2 * (2 * 64 * 64 + 2 * 64 * 128), 2 * 4 * 3 * 64 * 128
     assert quantized_bytes(counted, 2, NF4()) == round((linears + experts) * (2 - NF4.bits_per_weight / 8))
-    assert quantized_bytes(counted, 2, Int8()) == 0
+    assert quantized_bytes(counted, 2, Int8()) == linears + experts
+    assert quantized_bytes(counted, 2, FP8()) == experts, "layers are held twice"
+    assert quantized_bytes(counted, 2, HQQ()) == 0
 
 
 def test_a_trained_head_keeps_the_gradients_of_all_logits_before_its_chunk():
