@@ -122,7 +122,11 @@ def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str
         for layer in layers:
             layer.compile()
     elif chosen.budget < 1:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:  # a model's own code need not know of it
+            rule = f"must be none for {type(model).__name__} ({error})"
+            raise ConfigError("train.activation_checkpointing", rule, got=checkpointing, fix="Set none.") from error
 
 
 @dataclass(eq=False, slots=True)

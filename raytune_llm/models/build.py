@@ -22,18 +22,22 @@ from raytune_llm.models.attention.isolation import check_isolation, needs_lines
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import check_trainable, load_config, load_model, model_class, positions
+from raytune_llm.models.mtp import PredictionLayers, prediction_layers
 from raytune_llm.models.multimodal import is_multimodal, processor_files
+from raytune_llm.models.own_code import check_own_code
 from raytune_llm.models.policy import Policy
 from raytune_llm.models.quantization import quantization_of, quantize
 from raytune_llm.models.scorer import Scorer
 from raytune_llm.models.shared import SharedModel
-from raytune_llm.models.stored import Files, bring, of_type
+from raytune_llm.models.stored import Files, bring, changes_as_loaded, of_type
 from raytune_llm.models.vocabulary import grow
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 UNQUANTIZED = NoQuantization(name="none")
 
+WHOLE_FITS = 0.9
+"""Of a GPU's free memory, what the weights may take as they are loaded; a layer is there in both forms for a while."""
 CHUNK_TOKENS = {"cpu": 128}
 """Tokens of a chunk of logits, by device, if it is not the policy's default. On a CPU so few that malloc reuses the same memory;
 larger pieces come from the system, which clears every page."""
@@ -115,12 +119,17 @@ def build_policy(
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
     )
+    packs = frozen and quantization.replaces_layers and device.type != "meta"
+    if packs and files is None and model.weights == "pretrained" and device.type == "cuda":
+        whole = load(dtype=compute, device="meta", scores=scores)
+        device = room_for(whole, device, free_bytes=torch.cuda.mem_get_info(device)[0])
     read = partial(load, dtype=compute if frozen else torch.float32, device=device, scores=scores, files=files)
     changes = adapter.changes_base or model.merged_adapters or first_pieces
     if shared is not None and frozen and files is None and device.type != "meta" and not changes:
         loaded = shared.copy_of(repr((model, config.to_json_string(), compute, device, seed, scores)), read)
     else:
         loaded = read()
+    check_own_code(loaded)
     merge(loaded, model.merged_adapters)
     if not in_lines:
         attention.attach(loaded, backend)
@@ -128,7 +137,7 @@ def build_policy(
     grow(loaded, first_pieces)
     if not scores:
         _check_head(loaded)
-    moves_to = device if files is not None and device.type != "meta" else None
+    moves_to = runs_on if packs or (files is not None and device.type != "meta") else None
     hold = partial(_hold, loaded, quantization, compute=compute, runs_on=runs_on, narrows=not frozen, moves_to=moves_to)
     if slots is None:
         drawn_with = seed if adapter_seed is None else adapter_seed
@@ -141,8 +150,11 @@ def build_policy(
         adapted = bank_of(loaded, slots, compute)
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
     media: dict[str, Any] = {}
+    beside: list[Callable[[], Mapping[str, Tensor]]] = []
+    if (more := predicts_more(config, model, adapter, scores=scores, grows=bool(first_pieces))) is not None:
+        beside.append(more.read)
     if is_multimodal(config):
-        media["left_out"] = partial(_other_media, loaded, partial(load, dtype=compute, scores=scores, text_only=False))
+        beside.append(partial(_other_media, loaded, partial(load, dtype=compute, scores=scores, text_only=False)))
         media["files_beside"] = partial(processor_files, model.path, model.revision)
     if scores:
         kind = partial(Scorer, language_model=partial(load, dtype=compute) if separate_head else None)
@@ -160,6 +172,7 @@ def build_policy(
         has_new_adapter=adapter.starts_at_base,
         has_changed_config=bool(model.config),
         base_vocabulary=base_vocabulary,
+        left_out=partial(_joined, beside),
         **media,
     )
     dropout = attention.dropout_of(config) if trains else 0.0
@@ -202,7 +215,7 @@ def _hold(
     moves_to: torch.device | None,
 ) -> None:
     """Hold the base as the run computes with it. narrows: what is frozen was read in the type of what is trained. moves_to: the
-    device that what is read from files as it is quantized goes to, the adapter with it."""
+    device that all goes to once the layers are quantized there, the adapter with it."""
     if narrows:
         _narrow_frozen(base, compute)
     quantize(layers(base), quantization, runs_on)
@@ -210,11 +223,32 @@ def _hold(
         bring(adapted, moves_to)
 
 
+def room_for(model: PreTrainedModel, device: torch.device, *, free_bytes: float) -> torch.device:
+    """Where weights are loaded to that then take fewer bits on the device, a layer at a time: there, or in host memory if the
+    device has no room for all of them before. model: without weights."""
+    whole = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    needed = 2 * whole if changes_as_loaded(model) else whole  # transformers reads ahead of what it converts
+    return device if needed < WHOLE_FITS * free_bytes else torch.device("cpu")
+
+
 def _narrow_frozen(model: PreTrainedModel, compute: torch.dtype) -> None:
     """The frozen part of a model whose own weights are trained, which was loaded as those are."""
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = of_type(parameter, compute)
+
+
+def predicts_more(
+    config: PretrainedConfig, model: ModelConfig, adapter: AdapterConfig | SavedAdapter, *, scores: bool, grows: bool
+) -> PredictionLayers | None:
+    """The base's layers of multi-token prediction, where what is saved is a whole language model. grows: it gets new tokens."""
+    if scores or not adapter.trains_base or model.path is None or model.weights != "pretrained":
+        return None
+    return prediction_layers(config, model.path, model.revision, grows=grows or adapter.changes_base)
+
+
+def _joined(parts: Sequence[Callable[[], Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    return {name: tensor for part in parts for name, tensor in part().items()}
 
 
 def _other_media(model: PreTrainedModel, load: Callable[[], PreTrainedModel]) -> dict[str, Tensor]:

@@ -6,12 +6,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer))
+    """In their order. A model with its own code may have them as ordinary modules, and name their class."""
+    found = False
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            found = True
+            yield name, module
+    if not found:
+        whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        kinds = getattr(whole, "_no_split_modules", None) or ()
+        yield from ((name, module) for name, module in model.named_modules() if type(module).__name__ in kinds)
 
 
 def is_passed_over(parent: nn.Module, name: str, child: nn.Module) -> bool:

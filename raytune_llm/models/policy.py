@@ -67,9 +67,9 @@ class Policy(nn.Module):
         adapters, if they are not PEFT's. offloads: keep activations in host memory until the backward pass. cuda_graphs: capture
         the layers' passes in training, but for batches with shared prompts. has_new_adapter: without its adapter, the policy is
         the one that the run started from. has_changed_config: the config differs from the base's config.json. base_vocabulary:
-        rows of the base's embeddings; an adapter may have more. left_out: weights of a multimodal model that text does not go
-        through; they are saved with a whole model. files_beside: files of the base that are saved with them, such as an image
-        processor's.
+        rows of the base's embeddings; an adapter may have more. left_out: weights of the base that are no part of the model here
+        (towers of other media, layers of multi-token prediction), in the types in which they are saved with a whole model.
+        files_beside: files of the base that are saved with them, such as an image processor's.
         """
         super().__init__()
         self.model: Any = model
@@ -261,8 +261,7 @@ class Policy(nn.Module):
                 self._config_of_base().save_pretrained(folder)
         else:
             weights = {name: value.to(self.compute) for name, value in own.items()}
-            beside = {name: value.to(self.compute) for name, value in self._left_out().items()}
-            self._save_weights(folder, beside | weights | dict(saved_buffers(self.base)))
+            self._save_weights(folder, {**self._left_out(), **weights, **dict(saved_buffers(self.base))})
             for file in self._files_beside():
                 shutil.copyfile(file, folder / file.name)
         change_config(folder / MODEL_CONFIG, self._with_saved_dtype)

@@ -78,10 +78,9 @@ def bring(model: nn.Module, device: torch.device) -> dict[nn.Parameter, nn.Param
 def files_of(model: PreTrainedModel, path: str, *, revision: str | None) -> Files | None:
     """The files and names of a meta-device model's weights, if all are in the files of a folder or of a hub's model as they are
     in the model; None elsewhere."""
-    changed = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
     widened = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
     has_saved_buffers = any(name in model.state_dict() for name, _ in model.named_buffers())
-    if changed or widened or has_saved_buffers:
+    if changes_as_loaded(model) or widened or has_saved_buffers:
         return None
     weights, files = dict(model.named_parameters()), tensor_files(path, revision)
     if not weights.keys() <= files.keys():
@@ -95,6 +94,12 @@ def files_of(model: PreTrainedModel, path: str, *, revision: str | None) -> File
     return {key: files[key] for key in weights}
 
 
+def changes_as_loaded(model: PreTrainedModel) -> bool:
+    """Whether files of it hold other tensors than the model: experts that are joined, weights that are unpacked."""
+    converted = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
+    return converted or getattr(model.config, "quantization_config", None) is not None
+
+
 def check_files(model: PreTrainedModel, path: str) -> None:
     """Raises ConfigError where a folder's safetensors can't be read, or hold other shapes than the model on the meta device.
 
@@ -104,8 +109,7 @@ def check_files(model: PreTrainedModel, path: str) -> None:
     folder = packaged.resolve(path)
     if not Path(folder).is_dir():
         return
-    changed = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
-    compared = {} if changed or hasattr(model.config, "quantization_config") else dict(model.named_parameters())
+    compared = {} if changes_as_loaded(model) else dict(model.named_parameters())
     with _readable(path):
         files = tensor_files(folder, None)
         if not files and not list(Path(folder).glob("*.bin")):

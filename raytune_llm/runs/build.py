@@ -23,10 +23,11 @@ from raytune_llm.models import quantization
 from raytune_llm.models.activations import compiles, lacks_for_compiling
 from raytune_llm.models.adapters import OWN, Slots
 from raytune_llm.models.attention import capability_of, case_of
-from raytune_llm.models.build import build_policy, choose_precision, precision_name
+from raytune_llm.models.build import build_policy, choose_precision, precision_name, predicts_more
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import files_to_read
 from raytune_llm.models.policy import Policy
+from raytune_llm.models.quantization import prequantized
 from raytune_llm.models.shared import SharedModel
 from raytune_llm.models.stored import Files
 from raytune_llm.packaged import cache_dir
@@ -134,14 +135,18 @@ class Builder:
         compiled = "layers compiled" if self.compiled else "layers not compiled"
         adapters = policy.adapters.described(device.type)
         quantized = quantization.described(layers(policy), run.quantization)
+        grows, scores = bool(self._first_pieces), not run.stage.writes
+        more = predicts_more(self.config, run.model, run.adapter, scores=scores, grows=grows)
         choices = (
             f"precision: {precision_name(compute)} ({why_precision})",
             attention,
+            *([] if (came := prequantized.described(self.config)) is None else [f"weights: {came}"]),
             *([] if quantized is None else [f"quantization: {quantized}"]),
             f"compilation: {compiled} ({self._why_compiled})",
             f"activation checkpointing: {checkpointing} ({why})",
             *([f"CUDA graphs: {self._uncompiled or 'of the layers'} (asked for)"] if self._captures else []),
             *([] if adapters is None else [f"adapters: {adapters}"]),
+            *([] if more is None or (said := more.described()) is None else [said]),
         )
         return policy, operations(policy, self.config), choices
 

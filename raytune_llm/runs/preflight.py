@@ -24,6 +24,7 @@ from raytune_llm.models.attention.cache import cache_lacks
 from raytune_llm.models.build import run_config
 from raytune_llm.models.generation_config import read_generation_config, savable
 from raytune_llm.models.load import load_model
+from raytune_llm.models.own_code import check_own_code
 from raytune_llm.models.stored import check_files
 from raytune_llm.models.vocabulary import grow
 from raytune_llm.report.trackers import check_tracker
@@ -64,6 +65,7 @@ def _check(run: TrainRun, workspace: Workspace) -> None:
             trust_remote_code=run.model.trust_remote_code,
             scores=stage.scores is not None,
         )
+    check_own_code(model)
     _check_answers(run, config)
     if run.model.path is not None and run.model.weights == "pretrained":
         check_files(model, run.model.path)

@@ -59,6 +59,13 @@ token, or that compute attention in a way of their own, know no boundaries betwe
 its batch for itself, padded at its end, and transformers' own layers compute it. Such a model generates with `engine=hf`. Both
 are held against transformers by tests on small models with random weights; what neither fits is refused by name.
 
+A model that transformers has not, and that comes with its own code, needs `model.trust_remote_code=true`: its Python code then
+runs with your rights, which each command that loads it says. If the code computes attention by transformers' interface, rows are
+packed; if not, a row has a line for itself, which supposes that the model is causal. The code must have what transformers' models
+have: a config class, a backbone that takes `inputs_embeds`, `get_input_embeddings`, `get_output_embeddings`, and
+`_no_split_modules`, which names the class of its layers. What lacks one (ChatGLM's backbone takes token ids alone) is refused by
+name.
+
 Scaled positions (`model.config.rope_scaling`: linear, dynamic, yarn, llama3) are computed in packs as alone. LongRoPE has two
 sets of frequencies, chosen by the longest row of a batch, so `data.max_length` must stay within the positions of the first.
 

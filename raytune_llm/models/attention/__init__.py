@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.attention import documents
 from raytune_llm.models.attention.backends import flash2, flash3, flash4, flex, note_windows_in_masks, sdpa, varlen
-from raytune_llm.models.attention.isolation import ONE_ROW_A_LINE, check_isolation
+from raytune_llm.models.attention.isolation import ONE_ROW_A_LINE, check_isolation, computes_by_itself, needs_lines
 from raytune_llm.models.layers import largest
 from raytune_llm.models.multimodal import text_model
 from raytune_llm.records import Batch, Prefixes
@@ -229,6 +229,9 @@ def attach(model: PreTrainedModel, backend: str) -> None:
 
     Raises ConfigError for a model that has more than them to take something from token to token."""
     check_isolation(model.config, type(model))
+    if needs_lines(model.config, type(model)):
+        rule = f"must have a config of its own in its code, which computes attention ({type(model).__name__})"
+        raise ConfigError("model.path", rule, got=model.config.name_or_path, fix="Add AutoConfig to auto_map.")
     tell_torch(backend)
     # Where a name says flash, transformers prepares its own FlashAttention; where it says sdpa, a model may have none.
     name = f"raytune_{backend.replace('flash', 'fa').replace('sdpa', 'masked')}"
@@ -260,7 +263,7 @@ def shares_prefixes(asked: str, config: PretrainedConfig) -> bool:
     that came before, not at a window of it or at a state that is carried on. On every device the same, so that runs are."""
     text: Any = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if text.model_type in ONE_ROW_A_LINE:
+    if text.model_type in ONE_ROW_A_LINE or computes_by_itself(config):
         return False
     if text.model_type in WITH_SINKS:
         return False

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.attention.isolation import ATTENDS, ONE_ROW_A_LINE
+from raytune_llm.models.attention.isolation import ATTENDS, ONE_ROW_A_LINE, computes_by_itself
 
 
 class PagedCache:
@@ -94,6 +94,8 @@ def cache_lacks(config: PretrainedConfig) -> str | None:
         return "whose last layers read the keys and values of earlier ones"
     if text.model_type in ATTENDS_TWICE:
         return ATTENDS_TWICE[text.model_type]
+    if computes_by_itself(config):
+        return "whose own code computes attention"
     return "whose layers keep what they need in a way of their own" if text.model_type in ONE_ROW_A_LINE and not kinds else None
 
 

@@ -3,6 +3,7 @@
 Attention's back ends do (attention.py), for layers that call them. Whatever else takes something from token to token, be it a
 recurrent or convolutional state or attention of the model's own, knows no boundaries, and documents would learn from each other.
 In a line of its own, padded at its end, a row is computed as by itself by any causal model: transformers' own layers then do it.
+A model that comes with its own code and computes attention in it is taken for one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.own_code import has_own_code, own_class
 
 ATTENDS = {"full_attention", "sliding_attention"}
 """Kinds of layers, by transformers' names, that mix tokens only in causal attention, full or in a sliding window."""
@@ -35,8 +37,7 @@ def check_isolation(config: PretrainedConfig, model_class: type[PreTrainedModel]
     mixes = _mixes(config, model_class)
     if mixes is None:
         return
-    model_type = config.get_text_config().model_type
-    if model_type not in ONE_ROW_A_LINE:
+    if not _takes_lines(config, model_class):
         raise ConfigError(
             "model.path",
             f"must be a model that keeps the rows of a pack separate, which {config.model_type} does not: {mixes}",
@@ -54,10 +55,20 @@ def check_isolation(config: PretrainedConfig, model_class: type[PreTrainedModel]
 
 
 def needs_lines(config: PretrainedConfig, model_class: type[PreTrainedModel] | None) -> bool:
-    """Whether each row needs a line for itself, which transformers' own layers compute."""
-    if model_class is None or config.get_text_config().model_type not in ONE_ROW_A_LINE:
+    """Whether each row needs a line for itself, which the model's own layers compute."""
+    if model_class is None or not _takes_lines(config, model_class):
         return False
     return _mixes(config, model_class) is not None
+
+
+def computes_by_itself(config: PretrainedConfig) -> bool:
+    """Whether it is of a model whose own code computes attention."""
+    own = own_class(config)
+    return own is not None and _mixes(config, own) is not None
+
+
+def _takes_lines(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> bool:
+    return has_own_code(model_class) or config.get_text_config().model_type in ONE_ROW_A_LINE
 
 
 def _mixes(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> str | None:

@@ -1,0 +1,74 @@
+"""Multi-token prediction: layers beside a model that guess the token after the next (DeepSeek-AI 2024, arXiv 2412.19437, 2.2).
+
+Files of DeepSeek V3, GLM 4.5, Qwen3-Next and others have them, for speculative decoding. transformers leaves them out as it loads
+the model, and nothing here trains them. A whole model that is saved gets them as the base has them: engines still find them, and
+accept fewer of their guesses the further the model was trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from raytune_llm import packaged
+from raytune_llm.models.stored import Files, tensor_files
+
+NAMED = re.compile(r"(^|\.)mtp[._]")
+"""Names of their tensors in most families (mtp.layers.0.mlp.up_proj.weight)."""
+NUMBERED = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
+"""Elsewhere they are layers that follow the last one (DeepSeek V3, GLM 4.5)."""
+
+
+@dataclass(frozen=True)
+class PredictionLayers:
+    files: Files
+    """The file of each of their tensors, by its name there."""
+    left_out: str | None = None
+    """Why a whole model that is saved does not have them; None if it has."""
+
+    def read(self) -> Mapping[str, Tensor]:
+        """In the types of the files."""
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for name, file in ({} if self.left_out is not None else self.files).items():
+            by_file[file].append(name)
+        tensors: dict[str, Tensor] = {}
+        for file, names in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in names}
+        return tensors
+
+    def described(self) -> str | None:
+        """None for a model without them."""
+        if not self.files:
+            return None
+        what = f"multi-token prediction: {len(self.files)} tensors of the base's files"
+        if self.left_out is not None:
+            return f"{what} are not in final/ ({self.left_out})"
+        return f"{what} go into final/ as they are; they are not trained"
+
+
+def prediction_layers(config: PretrainedConfig, path: str, revision: str | None, *, grows: bool) -> PredictionLayers:
+    """Those of the base at `path`. config: what is trained of it has. grows: it gets tokens or layers that the base has not."""
+    folder = packaged.resolve(path)
+    values, _ = PretrainedConfig.get_config_dict(folder, revision=revision)
+    text: dict[str, Any] = values.get("text_config") or values
+    layers = text.get("num_hidden_layers", 0)
+    more = text.get("num_nextn_predict_layers") or text.get("num_mtp_layers") or 0
+
+    def is_one(name: str) -> bool:
+        numbered = NUMBERED.match(name)
+        return bool(NAMED.search(name)) or (numbered is not None and layers <= int(numbered[1]) < layers + more)
+
+    files = {name: file for name, file in tensor_files(folder, revision).items() if is_one(name)}
+    if getattr(config, "quantization_config", None) is not None:
+        return PredictionLayers(files, "the base's are quantized")
+    if grows or config.get_text_config().num_hidden_layers != layers:
+        return PredictionLayers(files, "the model has other layers or tokens than the base")
+    return PredictionLayers(files)
