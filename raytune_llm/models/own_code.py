@@ -14,7 +14,7 @@ def own_class(config: PretrainedConfig, auto: str = "AutoModelForCausalLM") -> t
     """The class that a model with a config of its own has for one of transformers' auto classes. Such a config is there only
     where the code is trusted."""
     reference = (getattr(config, "auto_map", None) or {}).get(auto) if has_own_code(type(config)) else None
-    return None if reference is None else get_class_from_dynamic_module(reference, config.name_or_path)
+    return None if reference is None else get_class_from_dynamic_module(reference, config.name_or_path or "")
 
 
 def has_own_code(kind: type) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -113,7 +114,7 @@ def replace(linears: list[Found], kind: Callable[[nn.Linear], nn.Module], reads_
         setattr(parent, name, kind(linear))
 
 
-def _on(weight: nn.Parameter, device: torch.device) -> nn.Parameter:
+def _on(weight: Any, device: torch.device) -> nn.Parameter:
     """Of a frozen parameter."""
     if isinstance(weight, Stored):
         return weight.read(device)

@@ -36,7 +36,7 @@ class BitsAndBytes(Format):
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         beside = {name.removeprefix("weight."): tensor for name, tensor in parts.items() if name != "weight"}
-        state = QuantState.from_dict(beside, device=held.device)
+        state: Any = QuantState.from_dict(beside, device=held.device)
         shape, state.dtype = state.shape, torch.float32
         state.shape = torch.Size(unpacked_as(shape, state.blocksize))
         return dequantize_4bit(held.view(torch.uint8), state).view(shape)  # some files hold the bytes as numbers of another type

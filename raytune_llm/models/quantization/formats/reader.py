@@ -36,7 +36,8 @@ class StoredIn(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class Reader(HfQuantizer):
-    def __init__(self, quantization_config: StoredIn, **options: Any) -> None:
+    def __init__(self, quantization_config: Any, **options: Any) -> None:
+        """quantization_config: a StoredIn."""
         super().__init__(quantization_config, **options)
         stored = quantization_config.stored
         self.format = FORMATS[method_of(stored)].of(stored)
@@ -50,14 +51,14 @@ class Reader(HfQuantizer):
         return [WeightConverter(list(self.format.PARTS), WEIGHT, [Unpack(self)])]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        model._weight_conversions = None  # it is saved as any model of its kind is
+        model._weight_conversions = None  # type: ignore[assignment]  # it is saved as any model of its kind is
         return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> Any:
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         return True
 
 
@@ -65,7 +66,7 @@ class Unpack(ConversionOps):
     """The parts of weights -> the weights, in the type that the model has them in."""
 
     def __init__(self, hf_quantizer: Reader) -> None:
-        self.hf_quantizer = hf_quantizer  # by this name transformers knows that parts are to be read in their own types
+        self.hf_quantizer: Any = hf_quantizer  # by this name transformers knows that parts are to be read in their own types
 
     @torch.no_grad()
     def convert(  # type: ignore[override]
