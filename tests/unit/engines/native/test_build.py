@@ -52,6 +52,7 @@ def test_an_adapter_is_served_on_a_base_in_four_bits(tmp_path: Path):
     engine.add_adapter("a", tmp_path)
     prompt, answer = [5, 9, 40, 7], [3, 88, 2]
     scored = [one.logprob for one in engine.answer_logprobs([prompt], [answer], "a").result()[0]]
+    likeliest = [one.top for one in engine.answer_logprobs([prompt], [answer], "a", top=2).result()[0]]
     of_base = [one.logprob for one in engine.answer_logprobs([prompt], [answer]).result()[0]]
     engine.close()
     trained, _ = build_policy(CONFIG, run.model, SavedAdapter(path=str(tmp_path), setting="adapter.path"), seed=0, **shared)
@@ -61,4 +62,8 @@ def test_an_adapter_is_served_on_a_base_in_four_bits(tmp_path: Path):
         logprobs = trained.eval().logits(trained.hidden(batch)[0]).log_softmax(dim=1)
     expected = [float(logprobs[len(prompt) - 1 + number, token]) for number, token in enumerate(answer)]
     assert scored == pytest.approx(expected, abs=1e-4)
+    for number, best in enumerate(likeliest):
+        values, tokens = logprobs[len(prompt) - 1 + number].topk(2)
+        assert [token for token, _ in best] == tokens.tolist()
+        assert [value for _, value in best] == pytest.approx(values.tolist(), abs=1e-4)
     assert of_base != pytest.approx(expected, abs=1e-2)
