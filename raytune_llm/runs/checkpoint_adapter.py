@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from raytune_llm.config.load import load_config as load_run
@@ -15,6 +14,7 @@ from raytune_llm.errors import DataError
 from raytune_llm.models.adapters import OWN, PeftAdapters, merge
 from raytune_llm.models.load import load_config, load_model
 from raytune_llm.models.vocabulary import grow
+from raytune_llm.runs.checkpoint_reader import CheckedReader
 from raytune_llm.runs.tokenizer import tokenizer_of
 from raytune_llm.train.checkpoint import one_process_is_meant, path_of
 
@@ -35,15 +35,15 @@ def adapter_of_checkpoint(run_folder: Path, step: int, into: Path) -> bool:
     model = run.model
     place = path_of(run_folder / "checkpoints", step) / "state"
     try:
-        entries = FileSystemReader(place).read_metadata().state_dict_metadata
+        entries = CheckedReader(place).read_metadata().state_dict_metadata
         state = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in entries.items()
             if name.startswith(PARAMETERS) and isinstance(entry, TensorStorageMetadata)
         }
         with one_process_is_meant():
-            dcp.load(state, storage_reader=FileSystemReader(place), no_dist=True)
-    except (OSError, EOFError, ValueError, dcp.api.CheckpointException) as error:
+            dcp.load(state, storage_reader=CheckedReader(place), no_dist=True)
+    except (OSError, ValueError, dcp.api.CheckpointException) as error:
         raise DataError(str(place), f"can't be read ({error})") from None
     config = load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
     device = torch.device("cpu" if run.adapter.changes_base else "meta")  # what it changed is in what it learned

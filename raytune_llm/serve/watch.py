@@ -7,6 +7,7 @@ read: `final/` is written to another folder and renamed, and a checkpoint has it
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -47,8 +48,12 @@ class Watcher:
         self._interval_s = interval_s
         self._served: dict[str, tuple[Path, Stamp]] = {}
         self._refused: dict[str, tuple[Path, Stamp]] = {}
-        """Adapters that the engine rejected; they are tried again only when they change."""
+        """Adapters that can't be served; they are tried again only when they change."""
+        self._told: dict[str, str] = {}
+        """The last message of each adapter that could not be read: it is tried again and again, and said once."""
         self._written = tempfile.TemporaryDirectory(prefix="raytune-llm-watch-")
+        self._folders: dict[str, Path] = {}
+        """In it, the folders of the checkpoints' adapters that are served."""
         self._scanning = threading.Lock()
         """A request for an unknown adapter scans from another thread."""
         self._stopping = threading.Event()
@@ -65,46 +70,81 @@ class Watcher:
         self._written.cleanup()
 
     def scan(self) -> None:
-        """Scan once: load new and changed adapters, unload deleted ones. May be called from any thread."""
+        """Scan once: load new and changed adapters, unload deleted ones. May be called from any thread. What is wrong with one
+        folder is said, and the others are served."""
         with self._scanning:
-            self._scan()
-
-    def _scan(self) -> None:
-        found = dict(self._found())
-        for name, (place, stamp) in found.items():
-            if (place, stamp) in (self._served.get(name), self._refused.get(name)):
-                continue
             try:
-                checked_name(name, self._base_name)
-                folder = self._of_checkpoint(place) if place.parent.name == "checkpoints" else place
-                if folder is None:
-                    self._refused[name] = (place, stamp)
-                    continue
-                version = self._engine.add_adapter(name, checked_folder(str(folder), [self._folder, Path(self._written.name)]))
-            except UserError as error:
-                self._refused[name] = (place, stamp)
-                self._notify(f"{name} is not served: {error}")
-                continue
-            self._served[name] = (place, stamp)
-            self._notify(f"{name} is served ({place}, version {version[:12]})")
-        for name in self._served.keys() - found.keys():
-            del self._served[name]
-            with suppress(ConfigError):  # it has been unloaded through the API
-                self._engine.remove_adapter(name)
-            self._notify(f"{name} is no longer served: its folder was deleted")
+                found = dict(self._found())
+            except OSError as error:  # the folder was deleted meanwhile, or a network share is unavailable
+                self._tell("", f"{self._folder} can't be read: {error}")
+                return
+            self._told.pop("", None)
+            for name, (place, stamp) in found.items():
+                if (place, stamp) not in (self._served.get(name), self._refused.get(name)):
+                    self._serve(name, place, stamp)
+            for name in self._served.keys() - found.keys():
+                self._end(name)
+            for kept in (self._refused, self._told):
+                for name in kept.keys() - found.keys():
+                    del kept[name]
 
-    def _of_checkpoint(self, place: Path) -> Path | None:
-        """Writes the checkpoint's adapter as a PEFT folder, from which the engine can also reload it later. None: it has none."""
-        run, step = place.parent.parent, int(place.name.removeprefix("step-"))
-        folder = Path(self._written.name) / f"{run.name}-{step}"
-        return folder if adapter_of_checkpoint(run, step, folder) else None
+    def _serve(self, name: str, place: Path, stamp: Stamp) -> None:
+        try:
+            version = self._add(name, place)
+        except OSError as error:
+            self._tell(name, f"{name} can't be read, and is tried again: {error}")
+            return
+        except UserError as error:
+            self._refused[name] = (place, stamp)
+            self._notify(f"{name} is not served: {error}")
+            return
+        except Exception as error:
+            log.exception("%s is not served", name)
+            self._refused[name] = (place, stamp)
+            self._notify(f"{name} is not served: {type(error).__name__}: {error}")
+            return
+        self._told.pop(name, None)
+        if version is None:
+            self._refused[name] = (place, stamp)
+            return
+        self._served[name] = (place, stamp)
+        self._notify(f"{name} is served ({place}, version {version[:12]})")
+
+    def _add(self, name: str, place: Path) -> str | None:
+        """Its version; None: a checkpoint without an adapter."""
+        checked_name(name, self._base_name)
+        if place.parent.name != "checkpoints":
+            return self._engine.add_adapter(name, checked_folder(str(place), [self._folder]))
+        # A folder of its own, as PEFT writes it, from which the engine can also read it again later.
+        folder = Path(tempfile.mkdtemp(dir=self._written.name))
+        version = None
+        try:
+            if adapter_of_checkpoint(place.parent.parent, int(place.name.removeprefix("step-")), folder):
+                version = self._engine.add_adapter(name, folder)
+        finally:
+            unused = folder if version is None else self._folders.pop(name, None)
+            if unused is not None:
+                shutil.rmtree(unused, ignore_errors=True)
+        if version is not None:
+            self._folders[name] = folder
+        return version
+
+    def _end(self, name: str) -> None:
+        del self._served[name]
+        with suppress(ConfigError):  # it has been unloaded through the API
+            self._engine.remove_adapter(name)
+        if (folder := self._folders.pop(name, None)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._notify(f"{name} is no longer served: its folder was deleted")
+
+    def _tell(self, name: str, message: str) -> None:
+        if self._told.get(name) != message:
+            self._told[name] = message
+            self._notify(message)
 
     def _run(self) -> None:
         while not self._stopping.wait(self._interval_s):
-            try:
-                self.scan()
-            except OSError as error:  # a folder deleted during the scan, or a network share that is unavailable
-                self._notify(f"{self._folder} can't be read: {error}")
+            self.scan()
 
     def _found(self) -> Iterator[tuple[str, tuple[Path, Stamp]]]:
         if not self._folder.is_dir():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from raytune_llm import api
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.requests import Request, Sampling
+from raytune_llm.errors import DataError
 from raytune_llm.runs.checkpoint_adapter import adapter_of_checkpoint
 from raytune_llm.serve.watch import Watcher
 from tests.runs import tiny_run
@@ -90,6 +93,26 @@ def test_what_was_unloaded_meanwhile_may_go(engine: NativeEngine, tmp_path: Path
     assert names(engine) == set()
 
 
+def test_one_folder_that_nobody_expected_keeps_no_other_from_being_served(engine: NativeEngine, tmp_path: Path):
+    told: list[str] = []
+    watcher = Watcher(tmp_path, engine, base_name="base", notify=told.append, interval_s=0.02)
+    watcher.start()
+    try:
+        (finished(tmp_path, "broken", 1) / "adapter_model.safetensors").write_text("no number")
+        finished(tmp_path, "sound", 2)
+        until = time.monotonic() + 30
+        while names(engine) != {"sound"} and time.monotonic() < until:
+            time.sleep(0.01)
+        assert asked(engine, "sound") == answer([5], 2, 4)
+        assert [line for line in told if line.startswith("broken is not served: JSONDecodeError")]
+        finished(tmp_path, "broken", 3)
+        while names(engine) != {"sound", "broken"} and time.monotonic() < until:
+            time.sleep(0.01)
+        assert asked(engine, "broken") == answer([5], 3, 4)
+    finally:
+        watcher.stop()
+
+
 def test_it_looks_by_itself(engine: NativeEngine, tmp_path: Path):
     watcher = Watcher(tmp_path, engine, base_name="base", interval_s=0.02)
     watcher.start()
@@ -103,13 +126,76 @@ def test_it_looks_by_itself(engine: NativeEngine, tmp_path: Path):
         watcher.stop()
 
 
-def test_the_newest_checkpoint_of_a_run_is_its_adapter(chat_rows: str, cache: str, tmp_path: Path):
-    """Of the checkpoint of its last step: what final/ holds."""
-    run = tiny_run(
-        chat_rows, cache, tmp_path / "mine", "adapter=lora", "adapter.rank=4", "train.max_steps=2", "checkpoint.every_steps=1"
-    )
-    api.train(run)
-    assert adapter_of_checkpoint(tmp_path / "mine", 2, tmp_path / "made")
-    made, final = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "made", tmp_path / "mine/final"))
+class Folders:
+    """An engine that notes the folders of its adapters."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Path] = {}
+
+    def add_adapter(self, name: str, folder: str | Path) -> str:
+        self.held[name] = Path(folder)
+        return "0"
+
+    def remove_adapter(self, name: str) -> None:
+        del self.held[name]
+
+
+@pytest.fixture
+def trained(chat_rows: str, cache: str, tmp_path: Path) -> Path:
+    """A run with checkpoints of its first and its last step."""
+    settings = ["adapter=lora", "adapter.rank=4", "train.max_steps=2", "checkpoint.every_steps=1", "checkpoint.keep=2"]
+    api.train(tiny_run(chat_rows, cache, tmp_path / "outputs" / "mine", *settings))
+    return tmp_path / "outputs" / "mine"
+
+
+def test_the_newest_checkpoint_of_a_run_is_its_adapter(trained: Path, tmp_path: Path):
+    """Of the checkpoint of its last step: what final/ holds. Those of earlier steps leave no files behind."""
+    made, last = tmp_path / "made", trained / "checkpoints" / "step-2"
+    assert adapter_of_checkpoint(trained, 2, made)
+    made, final = (load_file(folder / "adapter_model.safetensors") for folder in (made, trained / "final"))
     assert made.keys() == final.keys() and all(torch.equal(made[name], final[name]) for name in made)
     assert any(value.abs().max() > 0 for name, value in made.items() if "lora_B" in name)
+
+    engine = Folders()
+    watcher = Watcher(tmp_path / "outputs", engine, base_name="base")
+    aside = last.rename(tmp_path / "aside")
+    watcher.scan()
+    assert engine.held.keys() == {"mine", "mine@1"} and engine.held["mine"] == trained / "final"
+    first = engine.held["mine@1"]
+    assert first.is_dir()
+    aside.rename(last)
+    watcher.scan()
+    assert engine.held.keys() == {"mine", "mine@2"}
+    assert load_file(engine.held["mine@2"] / "adapter_model.safetensors").keys() == made.keys()
+    assert not first.exists()
+    watcher.stop()
+    assert not engine.held["mine@2"].exists()
+
+
+class Runs:
+    """Pickled, it is a call of whoever reads it."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._marker,)
+
+
+def test_a_checkpoint_with_a_damaged_or_a_foreign_list_is_not_served_and_runs_nothing(trained: Path, tmp_path: Path):
+    told: list[str] = []
+    engine, marker = Folders(), tmp_path / "was_run"
+    watcher = Watcher(tmp_path / "outputs", engine, base_name="base", notify=told.append)
+    checkpoint = trained / "checkpoints" / "step-2"
+    whole = (checkpoint / "state" / ".metadata").read_bytes()
+    for content in (whole[:-100], b"", b"no pickle", pickle.dumps(Runs(marker)), pickle.dumps([1])):
+        (checkpoint / "state" / ".metadata").write_bytes(content)
+        with (checkpoint / "progress.json").open("a") as file:
+            file.write(" ")  # a change of the checkpoint
+        watcher.scan()
+        assert engine.held.keys() == {"mine"}
+        with pytest.raises(DataError, match=r"\.metadata"):
+            adapter_of_checkpoint(trained, 2, tmp_path / "made")
+    assert not marker.exists()
+    assert sum(line.startswith("mine@2 is not served") for line in told) == 5
+    watcher.stop()
