@@ -43,7 +43,7 @@ class StubEngine:
     max_length = 10_000
 
     def __init__(self, rows: int) -> None:
-        self._rows = rows
+        self.max_rows = rows
         self._due: list[tuple[float, int, int, Any, Any]] = []
         self._news = threading.Condition()
         self._number = 0
@@ -110,7 +110,7 @@ class StubEngine:
             ["cache_used", "prefix_hits", "prefix_queries", "generated_tokens", "prompt_tokens", "preemptions"], 0
         )
         counts |= dict.fromkeys(["adapter_loads", "adapter_evictions", "steps"], 0)
-        waiting = max(0, len(self._due) - self._rows)
+        waiting = max(0, len(self._due) - self.max_rows)
         return Stats(
             running=len(self._due) - waiting,
             waiting=waiting,

@@ -17,6 +17,8 @@ from raytune_llm.engines.requests import ScoredToken
 from raytune_llm.errors import DataError
 
 V, END = 97, 0
+BROKEN_ONCE = -2
+"""Weights that whoever reads them second falls over."""
 WORDS = [chr(0x4E00 + number) for number in range(V)]
 
 
@@ -51,6 +53,8 @@ class ToyRunner:
         self.num_blocks, self.block_size, self.bank = num_blocks, block_size, ToyBank(slots)
         self.cache: list[Any] = [None] * num_blocks * block_size
         self.steps: list[list[Piece]] = []
+        self.passes: list[tuple[int, list[list[int]]]] = []
+        """Steps before it, and texts."""
         self.delay_s = 0.0
         self.go = threading.Event()
         self.go.set()
@@ -82,9 +86,11 @@ class ToyRunner:
         self.tokens = tokens.tolist()
 
     def pooled(self, prompts: list[list[int]], pooling: str, slot: int) -> list[list[float]]:
-        return [[float(sum(ids)), float(slot)] for ids in prompts]
+        self.passes.append((len(self.steps), prompts))
+        return [[float(sum(ids)), float(slot if slot < 0 else self.bank.held[slot])] for ids in prompts]
 
     def answer_logprobs(self, prompts: Any, answers: Any, slot: int, *, top: int = 0) -> list[list[ScoredToken]]:
+        self.passes.append((len(self.steps), prompts))
         weights = 0 if slot < 0 else self.bank.held[slot]
         scored = []
         for prompt, answer in zip(prompts, answers, strict=True):
@@ -96,7 +102,9 @@ class ToyRunner:
 
     def read_adapter(self, folder: Path) -> tuple[int, int]:
         weights = json.loads((folder / "adapter_model.safetensors").read_text())
-        if weights < 0:
+        if weights == BROKEN_ONCE:
+            (folder / "was_read").touch(exist_ok=False)
+        elif weights < 0:
             raise DataError(str(folder), "doesn't fit")
         return weights, 8
 

@@ -64,7 +64,8 @@ class ServeConfig(ServedModels):
     replicas: PositiveInt | tuple[PositiveInt, PositiveInt]
     """Engine replicas on Ray Serve, each with the full model: a number, or a minimum and a maximum for autoscaling."""
     max_waiting: PositiveInt
-    """Maximum number of waiting requests per engine; further ones are answered with status 429."""
+    """Maximum number of requests per engine beside the engine.max_rows that it computes; further ones are answered with status
+    429."""
     drain_s: PositiveInt
     """Seconds that running answers have to finish when the server is stopped or updated."""
     write: str | None

@@ -33,7 +33,8 @@ class Stats:
     running: int
     waiting: int
     waiting_by_reason: Mapping[str, int]
-    """adapter: for a slot or for its weights; cache: for free blocks; rows: for one of the batch's rows."""
+    """adapter: for a slot; weights: for the adapter's weights to be read; cache: for free blocks; rows: for one of the batch's
+    rows, or for its turn."""
     cache_used: float
     """The fraction of the KV cache's blocks in use."""
     prefix_hits: int
@@ -59,6 +60,11 @@ class Engine(Protocol):
     """A thread of its own owns the policy. All methods may be called from any thread."""
 
     @property
+    def max_rows(self) -> int:
+        """Answers that are generated at once."""
+        ...
+
+    @property
     def max_length(self) -> int:
         """Maximum tokens of a prompt and its answer."""
         ...
@@ -68,7 +74,8 @@ class Engine(Protocol):
         ...
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
-        """A vector for each prompt: the `mean` of the last hidden states, the `last` token's, or a reward model's `score`."""
+        """A vector for each prompt: the `mean` of the last hidden states, the `last` token's, or a reward model's `score`.
+        Computed in passes of about a step's tokens, between the steps of others. The future may be cancelled."""
         ...
 
     def answer_logprobs(
@@ -80,11 +87,11 @@ class Engine(Protocol):
         share_prefixes: bool = False,
         top: int = 0,
     ) -> Future[list[list[ScoredToken]]]:
-        """For each answer its tokens, scored after its prompt, which has at least one token. All are computed in one pass.
+        """For each answer its tokens, scored after its prompt, which has at least one token. Computed as by `pooled`.
 
-        share_prefixes: with a prefix cache, over the cache: what prompts begin with alike is computed once, and the last digits
-        depend on what was computed before. top: how many of the likeliest tokens are returned beside each; not with
-        share_prefixes.
+        share_prefixes: with a prefix cache, over the cache and all at once: what prompts begin with alike is computed once, and
+        the last digits depend on what was computed before. top: how many of the likeliest
+        tokens are returned beside each; not with share_prefixes.
         """
         ...
 
@@ -107,7 +114,8 @@ class Engine(Protocol):
         ...
 
     def pin(self, name: str, pinned: bool) -> None:
-        """Whether the adapter stays on the device when others need its place."""
+        """Whether the adapter stays on the device when others need its place. Raises ConfigError where no place would be left
+        for others. The name keeps its pin when it gets a new version."""
         ...
 
     def stats(self) -> Stats: ...

@@ -68,6 +68,7 @@ def hf_engine(settings: HFSettings, serving: Serving) -> NativeEngine:
         max_length=limit,
         max_rows=settings.max_rows,
         step_tokens=settings.max_rows * limit,  # so that no prompt is cut
+        pass_tokens=1,  # texts are computed one by one
         max_host_adapters=serving.max_host_adapters,
         prefix_cache=False,
         own_adapter=serving.adapter_name,

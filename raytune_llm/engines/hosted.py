@@ -29,6 +29,7 @@ from raytune_llm.engines.engine import AdapterState, Stats
 from raytune_llm.engines.native.adapter_store import digest_of
 from raytune_llm.engines.native.build import Serving
 from raytune_llm.engines.native.text import TextStream
+from raytune_llm.engines.pins import check_pin
 from raytune_llm.engines.requests import Completion, Delta, Finish, Request, Sampling, ScoredToken, Stream, TokenLogprob
 from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
 from raytune_llm.models.score_head import refuse_separate_head
@@ -143,8 +144,9 @@ class HostedEngine:
         serving: Serving,
         *,
         limits: AdapterLimits,
+        max_rows: int,
     ) -> None:
-        """start: creates the host, and is called in the event loop that will call the host."""
+        """start: creates the host, and is called in the event loop that will call the host. max_rows: as the host has it."""
         check_installed(limits)
         if serving.scores or serving.adapter is not None:
             rule = "must be native or hf for a reward model, and for an adapter that brings tokens"
@@ -153,7 +155,7 @@ class HostedEngine:
             fix = "For example, serve.max_length=8192."
             raise ConfigError("serve.max_length", "must be given for a model that has no number of positions", got=None, fix=fix)
         self._tokenizer, self._end_ids, self._max_length = serving.tokenizer, tuple(serving.end_ids), serving.limit
-        self._limits = limits
+        self._limits, self.max_rows, self._num_slots = limits, max_rows, serving.max_adapters
         self._lock = threading.Lock()
         """Guards versions and counts, which any thread may change."""
         self._versions: dict[str, AdapterVersion] = {}
@@ -234,9 +236,12 @@ class HostedEngine:
                 digest = digest_of(Path(files.name))
                 with self._lock:
                     before = self._versions.get(name)
-                if before is not None and before.digest == digest and before.pinned == (pinned or before.pinned):
+                pinned = pinned or (before is not None and before.pinned)
+                if before is not None and before.digest == digest and before.pinned == pinned:
                     files.cleanup()
                     return digest
+                if pinned:
+                    self._check_pin(name)
                 self._put(AdapterVersion(name, next(self._numbers), digest, rank, files, pinned))
             except BaseException:
                 files.cleanup()
@@ -276,6 +281,8 @@ class HostedEngine:
             if version is None:
                 raise ConfigError("the adapter", "must be one that is loaded", got=name)
             if version.pinned != pinned:
+                if pinned:
+                    self._check_pin(name)
                 files = _copied(Path(version.files.name))
                 self._put(AdapterVersion(name, next(self._numbers), version.digest, version.rank, files, pinned))
 
@@ -428,6 +435,11 @@ class HostedEngine:
         version.files.cleanup()
 
     # Adapters and the loop, from any thread -------------------------------------------------------------------------------
+
+    def _check_pin(self, name: str) -> None:
+        with self._lock:
+            pinned = [one.name for one in self._versions.values() if one.pinned]
+        check_pin(name, pinned, self._num_slots)
 
     def _put(self, version: AdapterVersion) -> None:
         """Load the version, then let it replace the one of the same name."""

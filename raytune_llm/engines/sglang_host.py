@@ -46,7 +46,7 @@ def sglang_engine(settings: SGLangSettings, serving: Serving) -> HostedEngine:
         except (ValueError, RuntimeError, AssertionError) as error:
             raise ResourceError("SGLang did not start", str(error)) from error
 
-    return HostedEngine(start, serving, limits=limits_of(serving.max_rank))
+    return HostedEngine(start, serving, limits=limits_of(serving.max_rank), max_rows=settings.max_rows)
 
 
 def engine_arguments(settings: SGLangSettings, serving: Serving) -> Mapping[str, Any]:

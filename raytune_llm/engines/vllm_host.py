@@ -55,7 +55,7 @@ def vllm_engine(settings: VLLMSettings, serving: Serving) -> HostedEngine:
         except (ValueError, RuntimeError) as error:
             raise ResourceError("vLLM did not start", str(error)) from error
 
-    return HostedEngine(start, serving, limits=limits_of(serving.max_rank))
+    return HostedEngine(start, serving, limits=limits_of(serving.max_rank), max_rows=settings.max_rows)
 
 
 def engine_arguments(settings: VLLMSettings, serving: Serving) -> Mapping[str, Any]:

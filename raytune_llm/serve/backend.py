@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 from raytune_llm.engines.engine import AdapterState, Engine, Stats
-from raytune_llm.engines.requests import Delta, Request, TokenLogprob
+from raytune_llm.engines.requests import Delta, Request, Stream, TokenLogprob
 from raytune_llm.errors import ResourceError
 
 RETRY_AFTER_S = 1.0
@@ -50,7 +52,7 @@ class Report:
 
 
 class Overloaded(ResourceError):
-    """The queue of waiting requests is full (serve.max_waiting)."""
+    """All rows are in use, and the queue of waiting requests is full (serve.max_waiting)."""
 
     def __init__(self) -> None:
         super().__init__("the server is at its limit of waiting requests", "Try again later.")
@@ -76,7 +78,7 @@ class Backend(Protocol):
         ...
 
     async def pooled(self, prompts: Sequence[Sequence[int]], pooling: Pooling, adapter: str | None) -> list[list[float]]:
-        """One vector of hidden_size per prompt; with pooling=score, one number per prompt."""
+        """One vector of hidden_size per prompt; with pooling=score, one number per prompt. Raises what `stream` does."""
         ...
 
     async def prompt_logprobs(self, prompt: Sequence[int], adapter: str | None, top: int) -> list[TokenLogprob]:
@@ -101,8 +103,12 @@ class InProcessBackend:
     """The backend of one engine in this process."""
 
     def __init__(self, engine: Engine, facts: ModelFacts, *, max_waiting: int, name: str = "0") -> None:
-        """max_waiting: requests that may wait in the engine before further ones are rejected."""
-        self._engine, self.facts, self._max_waiting, self._name = engine, facts, max_waiting, name
+        """max_waiting: requests that may be here beside those that the engine computes at once, before further ones are
+        rejected."""
+        self._engine, self.facts, self._name = engine, facts, name
+        self._max_requests = engine.max_rows + max_waiting
+        self._requests = 0
+        """Requests that are here. The engine's own counts say it later: it learns of them between two steps."""
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:
         async for deltas in self.batches(request):
@@ -111,32 +117,51 @@ class InProcessBackend:
 
     async def batches(self, request: Request) -> AsyncIterator[list[Delta]]:
         """Yields the list of all deltas since the previous one."""
-        if self._engine.stats().waiting >= self._max_waiting:
-            raise Overloaded
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
-        # Compiling a grammar takes milliseconds and would block the event loop.
-        submit = asyncio.to_thread(self._engine.submit, request) if request.sampling.grammar else None
-        stream = self._engine.submit(request) if submit is None else await submit
-        stream.on_news = lambda: loop.call_soon_threadsafe(news.set)
-        try:
-            while True:
-                news.clear()
-                if deltas := stream.take(timeout_s=0):
-                    yield deltas
-                    if deltas[-1].completion is not None:
-                        return
-                await news.wait()
-        finally:
-            stream.cancel()
+        with self._one_more():
+            loop, news = asyncio.get_running_loop(), asyncio.Event()
+            # Compiling a grammar takes milliseconds and would block the event loop.
+            stream = await self._submitted_apart(request) if request.sampling.grammar else self._engine.submit(request)
+            stream.on_news = partial(_wake, loop, news)
+            try:
+                while True:
+                    news.clear()
+                    if deltas := stream.take(timeout_s=0):
+                        yield deltas
+                        if deltas[-1].completion is not None:
+                            return
+                    await news.wait()
+            finally:
+                stream.cancel()
 
     async def pooled(self, prompts: Sequence[Sequence[int]], pooling: Pooling, adapter: str | None) -> list[list[float]]:
-        return await asyncio.wrap_future(self._engine.pooled(prompts, pooling, adapter))
+        with self._one_more():
+            return await asyncio.wrap_future(self._engine.pooled(prompts, pooling, adapter))
+
+    @contextmanager
+    def _one_more(self) -> Iterator[None]:
+        if self._requests >= self._max_requests:
+            raise Overloaded
+        self._requests += 1
+        try:
+            yield
+        finally:
+            self._requests -= 1
+
+    async def _submitted_apart(self, request: Request) -> Stream:
+        """In a thread, which can't be stopped: where nobody waits for it any more, its stream is cancelled when it is there."""
+        submitting = asyncio.ensure_future(asyncio.to_thread(self._engine.submit, request))
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(_cancel)
+            raise
 
     async def prompt_logprobs(self, prompt: Sequence[int], adapter: str | None, top: int) -> list[TokenLogprob]:
         rest = list(prompt[1:])
         if not rest:
             return []
-        (scored,) = await asyncio.wrap_future(self._engine.answer_logprobs([list(prompt[:1])], [rest], adapter, top=top))
+        with self._one_more():
+            (scored,) = await asyncio.wrap_future(self._engine.answer_logprobs([list(prompt[:1])], [rest], adapter, top=top))
         return [TokenLogprob(token=token, logprob=one.logprob, top=one.top) for token, one in zip(rest, scored, strict=True)]
 
     async def adapters(self) -> Sequence[AdapterState]:
@@ -163,3 +188,14 @@ def failure_of(stats: Stats) -> str | None:
     """Why an engine of this process answers no more. None: it runs."""
     silent_s = time.monotonic() - stats.last_step_at
     return stats.failure or (f"no heartbeat for {silent_s:.0f} s" if silent_s > STALLED_S else None)
+
+
+def _cancel(submitted: asyncio.Future[Stream]) -> None:
+    if not submitted.cancelled() and submitted.exception() is None:
+        submitted.result().cancel()
+
+
+def _wake(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:
+    """Called by the engine's thread, which answers others too."""
+    with suppress(RuntimeError):  # the event loop was closed before the answer was complete
+        loop.call_soon_threadsafe(news.set)

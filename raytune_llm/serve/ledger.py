@@ -26,6 +26,7 @@ class AdapterChange:
     folder: str | None = None
     """The folder that the adapter is loaded from. None: the adapter was removed."""
     pinned: bool = False
+    """Whether it is pinned from then on."""
 
 
 class Ledger:

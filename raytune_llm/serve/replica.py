@@ -128,11 +128,15 @@ class EngineReplica:
         return self._changes.all()
 
     async def change(self, change: AdapterChange) -> str | Failure | None:
-        """Apply a change. Returns the version if an adapter was loaded."""
+        """Apply a change. Returns the version if an adapter was loaded, and a Failure for whatever goes wrong: an exception would
+        look like that of a replica which is gone."""
         try:
             return await self._changes.make(change)
         except UserError as error:
             return self._failed(error)
+        except Exception as error:
+            log.exception("a change of %s failed", change.name)
+            return Failure(kind="broken", text=f"a replica failed to change {change.name} ({type(error).__name__}: {error})")
 
     # Called by Ray Serve --------------------------------------------------------------------------------------------------
 
@@ -197,7 +201,10 @@ class EngineReplica:
             if change.name in states:
                 await self._backend.pin(change.name, change.pinned)
         elif change.folder is not None:
-            return await self._backend.add_adapter(change.name, change.folder, pinned=change.pinned)
+            version = await self._backend.add_adapter(change.name, change.folder, pinned=change.pinned)
+            if not change.pinned:
+                await self._backend.pin(change.name, False)  # where a pin is undone with the change that made it
+            return version
         elif change.name in states:
             await self._backend.remove_adapter(change.name)
         return None

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayError, TaskCancelledError
@@ -102,21 +103,19 @@ class ReplicaBackend:
 
     async def add_adapter(self, name: str, folder: str, *, pinned: bool) -> str:
         at, before = await self._time_and_folder(name)
-        outcomes = await self._tell(AdapterChange(at=at, name=name, what="folder", folder=folder, pinned=pinned))
-        failures = [one for one in outcomes if isinstance(one, Failure)]
-        if failures:
-            if len(failures) < len(outcomes):  # some replicas loaded it: restore the previous state there
-                await self._tell(AdapterChange(at=at + 1, name=name, what="folder", folder=before))
-            raise failures[0].error()
-        return str(outcomes[0])
+        was_pinned = await self._is_pinned(name)
+        change = AdapterChange(at=at, name=name, what="folder", folder=folder, pinned=pinned or was_pinned)
+        versions = await self._make(change, undo=replace(change, at=at + 1, folder=before, pinned=was_pinned))
+        return str(versions[0])
 
     async def remove_adapter(self, name: str) -> None:
         at, _ = await self._time_and_folder(name)
-        await self._tell(AdapterChange(at=at, name=name, what="folder"))
+        await self._make(AdapterChange(at=at, name=name, what="folder"))
 
     async def pin(self, name: str, pinned: bool) -> None:
         at, _ = await self._time_and_folder(name)
-        await self._tell(AdapterChange(at=at, name=name, what="pinned", pinned=pinned))
+        change = AdapterChange(at=at, name=name, what="pinned", pinned=pinned)
+        await self._make(change, undo=replace(change, at=at + 1, pinned=await self._is_pinned(name)))
 
     @property
     def _stale(self) -> bool:
@@ -139,6 +138,22 @@ class ReplicaBackend:
         changes = [one for ledger in ledgers for one in ledger if one.name == name]
         folders = [one for one in changes if one.what == "folder"]
         return now_after(changes), max(folders, key=lambda one: one.at).folder if folders else self._adapters.get(name)
+
+    async def _is_pinned(self, name: str) -> bool:
+        async with self._asking:
+            await self._ask_again()
+        return any(state.pinned for state in merge_adapters(self._reports) if state.name == name)
+
+    async def _make(self, change: AdapterChange, *, undo: AdapterChange | None = None) -> list[Any]:
+        """Each replica's result of a change. Raises what one of them refuses it with. undo: restores the state before the change,
+        where others made it."""
+        outcomes = await self._tell(change)
+        failures = [one for one in outcomes if isinstance(one, Failure)]
+        if failures and len(failures) < len(outcomes) and undo is not None:
+            await self._tell(undo)
+        if failures:
+            raise failures[0].error()
+        return outcomes
 
     async def _tell(self, change: AdapterChange) -> list[Any]:
         """Broadcast a change. Returns each replica's result."""

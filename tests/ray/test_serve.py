@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.toy_engine import adapter_folder
+from tests.toy_engine import BROKEN_ONCE, adapter_folder
 from tests.toy_server import STEP_S
 
 pytestmark = pytest.mark.ray
@@ -183,6 +183,33 @@ def test_an_adapter_is_unloaded_by_all(server: Server) -> None:
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "gone"}).status_code == 200
     assert {server.complete(model="gone").status_code for _ in range(4)} == {404}
     assert not server.places("gone")
+
+
+def listed(server: Server, name: str) -> dict[str, Any]:
+    (found,) = (one for one in httpx.get(f"{server.url}/admin/adapters").json()["adapters"] if one["name"] == name)
+    return found
+
+
+def test_a_change_that_one_engine_falls_over_is_made_by_none(server: Server) -> None:
+    folder = adapter_folder(server.root / "once", BROKEN_ONCE)
+    answered = server.post("/v1/load_lora_adapter", {"lora_name": "once", "lora_path": str(folder)})
+    assert answered.status_code == 503 and "FileExistsError" in answered.json()["error"]["message"]
+    assert not server.places("once") and server.complete(model="once").status_code == 404
+
+
+def test_a_pin_is_kept_by_a_new_version_and_the_last_slot_is_not_pinned(server: Server) -> None:
+    for name in ("kept", "more"):
+        body = {"lora_name": name, "lora_path": str(adapter_folder(server.root / name, 7))}
+        assert server.post("/v1/load_lora_adapter", body).status_code == 200
+    assert server.post("/admin/adapters/kept/pin", {"pinned": True}).status_code == 200
+    refused = server.post("/admin/adapters/more/pin", {"pinned": True})  # each engine has two slots
+    assert refused.status_code == 400 and "serve.max_adapters" in refused.json()["error"]["message"]
+    body = {"lora_name": "kept", "lora_path": str(adapter_folder(server.root / "kept", 8)), "load_inplace": True}
+    before = listed(server, "kept")["version"]
+    assert server.post("/v1/load_lora_adapter", body).json()["version"] != before
+    assert listed(server, "kept")["pinned"] and not listed(server, "more")["pinned"]
+    for name in ("kept", "more"):
+        assert server.post("/v1/unload_lora_adapter", {"lora_name": name}).status_code == 200
 
 
 def test_an_engine_that_stalls_keeps_no_request_from_the_other(server: Server, a1: str) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 
 from raytune_llm.engines.apart import apart
 from raytune_llm.engines.native.slots import Adapter
-from raytune_llm.errors import DataError
+from raytune_llm.engines.pins import check_pin
+from raytune_llm.errors import ConfigError, DataError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -25,10 +26,12 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 class AdapterStore:
     """Safe to call from any thread."""
 
-    def __init__(self, read: Callable[[Path], tuple[Any, int]], *, max_host: int, on_read: Callable[[], None]) -> None:
+    def __init__(
+        self, read: Callable[[Path], tuple[Any, int]], *, max_host: int, num_slots: int, on_read: Callable[[], None]
+    ) -> None:
         """read: a folder's weights as the bank takes them, and their rank; raises a UserError for what doesn't fit. on_read is
-        called from another thread when weights have come."""
-        self._read, self._max_host, self._on_read = read, max_host, on_read
+        called from another thread when weights have come. num_slots: on the device."""
+        self._read, self._max_host, self._num_slots, self._on_read = read, max_host, num_slots, on_read
         self._lock = threading.Lock()
         self._current: dict[str, Adapter] = {}
         self._in_host: OrderedDict[Adapter, None] = OrderedDict()
@@ -36,21 +39,40 @@ class AdapterStore:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapters")
 
     def add(self, name: str, folder: Path, *, pinned: bool) -> tuple[Adapter, Adapter | None]:
-        """The new version under this name, and the one that had it before. The same content under the same name is no new one."""
+        """The new version under this name, and the one that had it before. The same content under the same name is no new one,
+        unless it could not be read again. A name that is pinned stays so."""
         stamp, version = _stamp_of(folder), digest_of(folder)
         with self._lock:
             before = self._current.get(name)
-        if before is not None and before.version == version:
-            before.pinned = pinned or before.pinned
-            return before, None
+            if before is not None and before.version == version and before.failure is None:
+                self._pin(before, pinned or before.pinned)
+                before.folder = folder
+                return before, None
         weights, rank = apart(lambda: self._read(folder))
         if _stamp_of(folder) != stamp:
             raise DataError(str(folder), "changed while it was read", "Write the adapter to another folder, then rename that.")
-        adapter = Adapter(name=name, version=version, rank=rank, folder=folder, weights=weights, pinned=pinned)
+        adapter = Adapter(name=name, version=version, rank=rank, folder=folder, weights=weights)
         with self._lock:
-            before, self._current[name] = self._current.get(name), adapter
+            before = self._current.get(name)
+            self._pin(adapter, pinned or (before is not None and before.pinned))
+            self._current[name] = adapter
+            if before is not None:
+                self._in_host.pop(before, None)  # rows that run with it hold it still
             self._kept(adapter)
         return adapter, before
+
+    def pin(self, name: str, pinned: bool) -> None:
+        """Raises ConfigError for a name that is not there, or where others' pins leave no slot."""
+        with self._lock:
+            if (adapter := self._current.get(name)) is None:
+                raise ConfigError("the adapter", "must be one that is loaded", got=name)
+            self._pin(adapter, pinned)
+
+    def _pin(self, adapter: Adapter, pinned: bool) -> None:
+        """Called with the lock."""
+        if pinned:
+            check_pin(adapter.name, (one.name for one in self._current.values() if one.pinned), self._num_slots)
+        adapter.pinned = pinned
 
     def remove(self, name: str) -> Adapter | None:
         with self._lock:
@@ -91,7 +113,7 @@ class AdapterStore:
         with self._lock:
             adapter.weights = weights
             self._reading.discard(adapter)
-            if weights is not None:
+            if weights is not None and self._current.get(adapter.name) is adapter:
                 self._kept(adapter)
         self._on_read()
 

@@ -1,6 +1,7 @@
 """The native engine: a thread that owns the policy and answers many requests at once, each with its adapter and sampling.
 
-A step is `schedule, run, sample, publish`. Calls of other threads (requests, cancellations, adapters) run between two steps.
+A step is `schedule, run, sample, publish`. Calls of other threads (requests, cancellations, adapters) run between two steps, and
+so does one pass of a request that is computed without the cache (passes.py).
 The loop follows nano-vllm's; the forward pass is `Policy.hidden`, as in training.
 
 Where the runner can take a step's tokens from the device, the next step starts before the host has read them, so that the device
@@ -13,12 +14,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from raytune_llm.engines.engine import AdapterState, Stats
 from raytune_llm.engines.native.adapter_store import AdapterStore
 from raytune_llm.engines.native.blocks import BlockPool
 from raytune_llm.engines.native.grammars import Grammars
+from raytune_llm.engines.native.passes import Pass, Passes, in_packs
 from raytune_llm.engines.native.row import Row
 from raytune_llm.engines.native.sampler import RowSampler, logprobs, sample
 from raytune_llm.engines.native.scheduler import Piece, Scheduler
@@ -37,7 +40,6 @@ from raytune_llm.engines.native.text import TextStream
 from raytune_llm.engines.requests import Completion, Delta, Finish, Grammar, Request, ScoredToken, Stream, TokenLogprob
 from raytune_llm.errors import ConfigError, ResourceError
 
-T = TypeVar("T")
 IDLE_S = 0.2
 """Interval of an idle loop's heartbeat."""
 
@@ -93,6 +95,7 @@ class NativeEngine:
         max_length: int,
         max_rows: int = 64,
         step_tokens: int = 512,
+        pass_tokens: int | None = None,
         max_host_adapters: int = 256,
         prefix_cache: bool = True,
         own_adapter: str | None = None,
@@ -101,6 +104,7 @@ class NativeEngine:
         overlaps: bool | None = None,
     ) -> None:
         """max_length: maximum tokens of a prompt and its answer. max_rows, step_tokens: maximum requests and tokens in a step.
+        pass_tokens: maximum tokens of several texts that are computed together without the cache; None: step_tokens.
         own_adapter: the name of the adapter that is part of the model and answers all requests. render: Conversation -> prompt
         ids. threaded: if False, only `generate` may be called, and it computes in the caller's thread. overlaps: detokenize a
         step while the device computes the next one; None: if the device is a GPU.
@@ -108,19 +112,23 @@ class NativeEngine:
         self._overlaps = runner.device.type == "cuda" if overlaps is None else overlaps
         self._runner, self._tokenizer, self._render = runner, tokenizer, render
         self._end_ids, self._own_adapter = tuple(end_ids), own_adapter
+        self.max_rows, self._pass_tokens = max_rows, pass_tokens or step_tokens
         self._max_length = min(max_length, runner.num_blocks * runner.block_size)
         self._blocks = BlockPool(runner.num_blocks, runner.block_size, prefix_cache=prefix_cache)
         self._slots = None if runner.bank is None else Slots(runner.bank)
         self._scheduler = Scheduler(self._blocks, self._slots, max_rows=max_rows, step_tokens=max(step_tokens, max_rows))
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """Calls from other threads; the loop runs them between two steps."""
-        self._later: list[Callable[[], None]] = []
-        """Calls that are put into `_calls` again before the next step, because no slot was free."""
         self._unpublished: list[tuple[Row, int, TokenLogprob | None, Finish | None]] = []
         """Tokens of the last step that were not published yet: row, token, its log-probability, finish reason."""
         self._started: Started | None = None
         """A step whose tokens the rows do not have yet."""
-        self._store = AdapterStore(runner.read_adapter, max_host=max_host_adapters, on_read=lambda: self._calls.put(lambda: None))
+        self._store = AdapterStore(
+            runner.read_adapter,
+            max_host=max_host_adapters,
+            num_slots=0 if runner.bank is None else runner.bank.num_slots,
+            on_read=lambda: self._calls.put(lambda: None),
+        )
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()
         self._steps = self._generated = self._prompted = 0
@@ -170,7 +178,9 @@ class NativeEngine:
         return [stream.result() for stream in streams]
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
-        return self._between_steps(partial(self._runner.pooled, prompts, pooling), self._named(adapter))
+        packs = [prompts[pack] for pack in in_packs([len(ids) for ids in prompts], self._pass_tokens)]
+        passes = (partial(self._runner.pooled, pack, pooling) for pack in packs)
+        return self._between_steps(passes, self._named(adapter))
 
     def answer_logprobs(
         self,
@@ -181,22 +191,29 @@ class NativeEngine:
         share_prefixes: bool = False,
         top: int = 0,
     ) -> Future[list[list[ScoredToken]]]:
-        longest = max((len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)), default=0)
+        sizes = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        longest = max(sizes, default=0)
         if longest - 1 > self._max_length:  # the last token is only predicted
             raise ConfigError("a prompt and its answer", f"must have at most {self._max_length + 1} tokens", got=longest)
         version = self._named(adapter)
-        if share_prefixes and self._blocks.shares:
-            compute = partial(self._over_the_cache, prompts, answers, "" if version is None else version.version)
+        if share_prefixes and self._blocks.shares:  # computed by the cache's waves
+            passes = [partial(self._over_the_cache, prompts, answers, "" if version is None else version.version)]
         else:
-            compute = partial(self._runner.answer_logprobs, prompts, answers, top=top)
-        return self._between_steps(compute, version)
+            packs = in_packs(sizes, self._pass_tokens)
+            passes = [partial(self._runner.answer_logprobs, prompts[pack], answers[pack], top=top) for pack in packs]
+        return self._between_steps(passes, version)
 
-    def _between_steps(self, compute: Callable[[int], T], version: Adapter | None) -> Future[T]:
-        """The result of compute(slot of the adapter, or -1 for the base), which runs in the engine's thread."""
+    def _between_steps(self, passes: Iterable[Pass], version: Adapter | None) -> Future[list[Any]]:
+        """The results of all passes, which are computed in the engine's thread with the adapter, or with the base alone."""
         self._check_alive()
-        future: Future[T] = Future()
-        self._calls.put(partial(self._compute, compute, version, future))
-        return future
+        request = Passes(deque(passes), version)
+        if not request.left:
+            request.complete()
+            return request.future
+        self._calls.put(partial(self._scheduler.passes.append, request))
+        if self._closed.is_set():  # the loop may have ended before it saw the call
+            request.fail(self._gone())
+        return request.future
 
     def _named(self, name: str | None) -> Adapter | None:
         """None for the model as it is. Raises ConfigError for an adapter that is not there."""
@@ -240,16 +257,14 @@ class NativeEngine:
         ]
 
     def pin(self, name: str, pinned: bool) -> None:
-        adapter = self._store.get(name)
-        if adapter is None:
-            raise ConfigError("the adapter", "must be one that is loaded", got=name)
-        adapter.pinned = pinned
+        self._store.pin(name, pinned)
 
     def stats(self) -> Stats:
         scheduler, slots = self._scheduler, self._slots
+        passes = [one.waits for one in tuple(scheduler.passes)]
         return Stats(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + self._calls.qsize(),
+            running=len(scheduler.running) + passes.count(False),
+            waiting=len(scheduler.waiting) + passes.count(True) + self._calls.qsize(),
             waiting_by_reason=scheduler.waiting_by_reason(),
             cache_used=1 - self._blocks.num_free / self._blocks.num_blocks,
             prefix_hits=scheduler.prefix_hits,
@@ -282,7 +297,8 @@ class NativeEngine:
                 while not self._closed.is_set():
                     self._run_calls(wait=not worked)
                     self._last_step_at = time.monotonic()
-                    worked = self._step()
+                    passed = self._compute_pass()
+                    worked = self._step() or passed
             self._fail(ResourceError("the engine was closed before the answer was complete"))
         except Exception as error:  # raised where answers are awaited, since nobody joins the thread
             self._failure = error
@@ -365,11 +381,8 @@ class NativeEngine:
         return tokens_R, scored
 
     def _run_calls(self, *, wait: bool) -> None:
-        """Run other threads' calls, then end rows that were cancelled or whose adapter can't be read. wait: up to IDLE_S for a
-        call."""
-        for call in self._later:
-            self._calls.put(call)
-        self._later = []
+        """Run other threads' calls, then end requests that were cancelled or whose adapter can't be read. wait: up to IDLE_S for
+        a call."""
         try:
             call = self._calls.get(timeout=IDLE_S) if wait else self._calls.get_nowait()
             while True:
@@ -380,33 +393,36 @@ class NativeEngine:
         for row in (*self._scheduler.running, *self._scheduler.waiting):
             if row.stream.cancelled.is_set():
                 self._end(row, "cancelled")
-            elif row.adapter is not None and not self._store.ready(row.adapter) and row.adapter.failure is not None:
+            elif failure := self._failure_of(row.adapter):
                 row.done = True
                 self._leave(row, row.known)
-                row.stream.fail(row.adapter.failure)
+                row.stream.fail(failure)
+        for one in tuple(self._scheduler.passes):
+            failure = self._failure_of(one.adapter)
+            if one.future.cancelled() or failure is not None:
+                self._scheduler.passes.remove(one)
+            if failure is not None:
+                one.fail(failure)
 
-    def _compute(self, compute: Callable[[int], T], adapter: Adapter | None, future: Future[T]) -> None:
-        """Call `compute` with the adapter in a slot; if none is free, do it after the next step."""
-        if self._closed.is_set():
-            future.set_exception(self._gone())
-            return
-        slot = -1
-        if adapter is not None:
-            assert self._slots is not None
-            taken = self._slots.take(adapter) if self._store.ready(adapter) else None
-            if taken is None and adapter.failure is None:
-                self._later.append(partial(self._compute, compute, adapter, future))
-                return
-            slot = -1 if taken is None else taken
+    def _failure_of(self, adapter: Adapter | None) -> Exception | None:
+        """Why an adapter's weights can't be read again. Where they are on disk alone, they are being read from now on."""
+        return None if adapter is None or self._store.ready(adapter) else adapter.failure
+
+    def _compute_pass(self) -> bool:
+        """Compute one pass of a request that needs no cache. Returns False if there is none, or all wait for slots."""
+        one = self._scheduler.next_passes()
+        if one is None:
+            return False
+        failure = None
         try:
-            if adapter is not None and adapter.failure is not None:
-                raise adapter.failure
-            future.set_result(compute(slot))
+            one.compute()
         except Exception as error:  # the caller's, who waits for the future; the loop continues
-            future.set_exception(error)
-        finally:
-            if adapter is not None and slot >= 0 and self._slots is not None:
-                self._slots.give_back(adapter)
+            failure = error
+        self._scheduler.give_back_slot(one)
+        if failure is not None or not one.left:
+            self._scheduler.passes.remove(one)
+            one.complete() if failure is None else one.fail(failure)
+        return True
 
     def _over_the_cache(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], version: str, slot: int
@@ -427,7 +443,8 @@ class NativeEngine:
         self._generated += 1
         if row.matcher is not None:
             row.matcher.accept_token(token)
-        if token in self._end_ids and not row.sampling.ignore_end:
+        ends = not row.sampling.ignore_end or (row.matcher is not None and row.matcher.is_terminated())
+        if token in self._end_ids and ends:
             self._leave(row, place)
             return "stop"
         row.ids[place] = token
@@ -487,14 +504,14 @@ class NativeEngine:
     def _fail(self, error: Exception) -> None:
         """End the engine: every request and pending call gets the error."""
         self._closed.set()
-        for call in self._later:
-            self._calls.put(call)
         while not self._calls.empty():
             self._calls.get_nowait()()  # may add requests, which are failed below
         ended = (row for row, *_ in self._unpublished)  # they may have left the scheduler
         for row in {*self._scheduler.running, *self._scheduler.waiting, *ended}:
             if not row.done:
                 row.stream.fail(error)
+        for one in self._scheduler.passes:
+            one.fail(self._gone())
 
     def _check_alive(self) -> None:
         if self._closed.is_set():

@@ -12,12 +12,14 @@ from raytune_llm.errors import ConfigError, ResourceError
 
 MAX_GRAMMAR_CHARACTERS = 65_536
 MAX_COMPILE_THREADS = 1
+CACHE_BYTES = 256 * 2**20
+"""Of compiled grammars, which clients may send without end."""
 
 
 class Grammars:
-    """Compiles grammars for one vocabulary, and keeps what it compiled."""
+    """Compiles grammars for one vocabulary, and keeps those that it compiled last."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, end_ids: tuple[int, ...]) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int, end_ids: tuple[int, ...], *, cache_bytes: int = CACHE_BYTES) -> None:
         try:
             import xgrammar
         except ImportError:
@@ -27,7 +29,13 @@ class Grammars:
         self._xgrammar = xgrammar
         self._vocab_size = vocab_size
         info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size, stop_token_ids=list(end_ids))
-        self._compiler = xgrammar.GrammarCompiler(info, max_threads=MAX_COMPILE_THREADS, cache_enabled=True)
+        self._compiler = xgrammar.GrammarCompiler(
+            info, max_threads=MAX_COMPILE_THREADS, cache_enabled=True, cache_limit_bytes=cache_bytes
+        )
+
+    @property
+    def kept_bytes(self) -> int:
+        return self._compiler.get_cache_size_bytes()
 
     def matcher(self, grammar: Grammar) -> Any:
         """A matcher for one answer. Raises ConfigError for a grammar that xgrammar does not support."""

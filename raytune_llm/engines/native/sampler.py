@@ -79,16 +79,19 @@ class RowSampler:
 
 def sample(logits_RV: Tensor, rows: Sequence[RowSampler], bitmask_RW: Tensor | None = None) -> Tensor:
     """int64 [R]: the tokens. logits_RV: float32, and changed in place. bitmask_RW: int32, one bit a token that a row's grammar
-    allows (all ones for rows without one)."""
+    allows (all ones for rows without one). Where an answer may not end yet and its grammar allows nothing else, it ends."""
     for number, row in enumerate(rows):
         if row.changes:
             row.change(logits_RV[number])
-    forbidden = [(number, token) for number, row in enumerate(rows) for token in row.forbidden]
-    if forbidden:
-        places_2N = _on(logits_RV.device, forbidden, torch.int64).T
-        logits_RV[places_2N[0], places_2N[1]] = -torch.inf
     if bitmask_RW is not None:
         logits_RV.masked_fill_(~allowed(bitmask_RW, logits_RV.shape[1]), -torch.inf)
+    forbidden = [(number, token) for number, row in enumerate(rows) for token in row.forbidden]
+    if forbidden:
+        row_N, token_N = _on(logits_RV.device, forbidden, torch.int64).T
+        ends_N = logits_RV[row_N, token_N]
+        logits_RV[row_N, token_N] = -torch.inf
+        only_ends_R = logits_RV.amax(dim=1) == -torch.inf
+        logits_RV[row_N, token_N] = torch.where(only_ends_R[row_N], ends_N, -torch.inf)
     tokens_R = logits_RV.argmax(dim=1)
     drawn = [number for number, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:

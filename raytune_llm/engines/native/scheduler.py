@@ -6,7 +6,10 @@ wait for a slot. Where blocks run out while rows grow, the youngest row gives al
 tokens and its draws stay), so that the oldest always gets to its end.
 
 An adapter whose rows keep coming could keep its slot for ever. So a row that waits for a slot lets younger rows of other adapters
-pass for `PATIENCE_S` only; then none of them starts before it does, and a slot falls free when its rows are done.
+pass for `PATIENCE_S` only; then none of them starts before it does, and a slot falls free when its rows are done. Rows of an
+adapter that is pinned in its slot still pass, since that slot never falls free.
+
+Requests that are computed in passes of their own (passes.py) wait for slots as rows do, and take turns.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from raytune_llm.engines.native.blocks import BlockPool
+from raytune_llm.engines.native.passes import Passes
 from raytune_llm.engines.native.row import Row
 from raytune_llm.engines.native.slots import Slots
 
@@ -53,6 +57,8 @@ class Scheduler:
         self.running: list[Row] = []
         """The oldest first."""
         self.waiting: deque[Row] = deque()
+        self.passes: deque[Passes] = deque()
+        """The one whose turn is next first."""
         self.preemptions = 0
         self.prefix_hits = self.prefix_queries = 0
         self._max_rows, self._step_tokens, self._now = max_rows, step_tokens, now
@@ -71,14 +77,14 @@ class Scheduler:
             if size and row in self.running and self._grow(row, row.computed + size):
                 pieces.append(Piece(row, row.computed, row.computed + size))
                 budget -= size
-        for row in self._admissible():
+        for row in filter(self._admitted(), tuple(self.waiting)):
             if not budget:
                 break
             if self._start(row):
                 size = min(row.pending, budget)
                 pieces.append(Piece(row, row.computed, row.computed + size))
                 budget -= size
-            elif row.blocked_on != "adapter":
+            elif row.blocked_on not in ("adapter", "weights"):
                 break  # in their order: a small row does not pass by a large one for ever
         # A row may have been preempted after its piece was cut.
         return [piece for piece in pieces if piece.row.blocks]
@@ -99,20 +105,54 @@ class Scheduler:
         elif row in self.waiting:
             self.waiting.remove(row)
 
+    def next_passes(self) -> Passes | None:
+        """The request of which a pass is computed now; None where there is none, or all wait."""
+        if not self.passes:
+            return None
+        admitted = self._admitted()
+        for _ in range(len(self.passes)):
+            one = self.passes[0]
+            self.passes.rotate(-1)
+            if admitted(one) and self._take_slot(one):
+                one.begun, one.blocked_on = True, None
+                return one
+        return None
+
+    def give_back_slot(self, one: Row | Passes) -> None:
+        if one.adapter is not None:
+            assert self.slots is not None
+            self.slots.give_back(one.adapter)
+            one.slot = -1
+
     def waiting_by_reason(self) -> Mapping[str, int]:
-        rows = tuple(self.waiting)  # at once: other threads ask, while the loop changes it
-        return Counter(row.blocked_on or "rows" for row in rows)
+        # At once: other threads ask, while the loop changes them.
+        rows, passes = tuple(self.waiting), tuple(self.passes)
+        return Counter(one.blocked_on or "rows" for one in (*rows, *(one for one in passes if one.waits)))
 
     def waiting_adapters(self) -> tuple[str, ...]:
-        rows = tuple(self.waiting)
-        return tuple(sorted({row.adapter.name for row in rows if row.adapter is not None}))
+        rows, passes = tuple(self.waiting), tuple(self.passes)
+        waiting = (*rows, *(one for one in passes if one.waits))
+        return tuple(sorted({one.adapter.name for one in waiting if one.adapter is not None}))
 
-    def _admissible(self) -> list[Row]:
-        """Waiting rows in the order in which they may start."""
-        blocked = next((row for row in self.waiting if row.blocked_on == "adapter"), None)
-        if blocked is None or self._now() - blocked.arrived < PATIENCE_S:
-            return list(self.waiting)
-        return [row for row in self.waiting if row.adapter is None or row.arrived <= blocked.arrived]
+    def _admitted(self) -> Callable[[Row | Passes], bool]:
+        """Says of one that waits whether it may start before the oldest one that waits for a slot."""
+        blocked = [one for one in (*self.waiting, *self.passes) if one.blocked_on == "adapter"]
+        oldest = min((one.arrived for one in blocked), default=None)
+        if oldest is None or self._now() - oldest < PATIENCE_S:
+            return lambda one: True
+        return lambda one: one.adapter is None or one.arrived <= oldest or (one.adapter.pinned and one.adapter.slot is not None)
+
+    def _take_slot(self, one: Row | Passes) -> bool:
+        """A slot with its adapter, where it has one."""
+        if one.adapter is None:
+            return True
+        assert self.slots is not None
+        slot = self.slots.take(one.adapter)
+        if slot is None:
+            one.blocked_on = "adapter" if one.adapter.weights is not None else "weights"
+            return False
+        one.slot = slot
+        return True
 
     def _start(self, row: Row) -> bool:
         """Let it run, where a row, a slot and blocks are free for it."""
@@ -128,14 +168,9 @@ class Scheduler:
             self.blocks.release(found)
             row.blocked_on = "cache"
             return False
-        if row.adapter is not None:
-            assert self.slots is not None
-            slot = self.slots.take(row.adapter)
-            if slot is None:
-                self.blocks.release([*found, *new])
-                row.blocked_on = "adapter"
-                return False
-            row.slot = slot
+        if not self._take_slot(row):
+            self.blocks.release([*found, *new])
+            return False
         row.blocks, row.computed, row.blocked_on = [*found, *new], len(found) * size, None
         if row.queued_s is None:
             row.queued_s = self._now() - row.arrived
@@ -171,7 +206,4 @@ class Scheduler:
     def _leave(self, row: Row) -> None:
         self.blocks.release(row.blocks)
         row.blocks, row.computed = [], 0
-        if row.adapter is not None:
-            assert self.slots is not None
-            self.slots.give_back(row.adapter)
-            row.slot = -1
+        self.give_back_slot(row)

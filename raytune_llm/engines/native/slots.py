@@ -27,7 +27,7 @@ class Adapter:
     """Why they could not be read again."""
     pinned: bool = False
     users: int = 0
-    """Rows that run with it."""
+    """Rows and passes that run with it."""
     slot: int | None = None
 
 
@@ -57,10 +57,11 @@ class Slots:
     def take(self, adapter: Adapter) -> int | None:
         """A slot with this version for one more row, or None while every slot is in use or pinned, or its weights are on disk."""
         if adapter.slot is None:
-            slot = None if adapter.weights is None else self._free_slot()
+            weights = adapter.weights  # once: another thread may put them off host memory
+            slot = None if weights is None else self._free_slot()
             if slot is None:
                 return None
-            self.bank.load(slot, adapter.weights)
+            self.bank.load(slot, weights)
             self.loads += 1
             adapter.slot = slot
         self._resident.pop(adapter.slot, None)

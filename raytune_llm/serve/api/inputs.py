@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from raytune_llm.serve.api.errors import invalid
 from raytune_llm.serve.api.schema import DetokenizeRequest, EmbeddingRequest, ScoreRequest, TokenizeRequest
 from raytune_llm.serve.api.server import Server, json_response
+from raytune_llm.serve.api.streams import before_disconnect
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Inputs:
         router.post("/detokenize", response_model=None)(self.detokenize)
         return router
 
-    async def embeddings(self, body: EmbeddingRequest) -> Response:
+    async def embeddings(self, body: EmbeddingRequest, request: Request) -> Response:
         self.server.check_generates()
         adapter = await self.server.adapter_of(body.model)
         hidden_size = self.server.backend.facts.hidden_size
@@ -35,12 +36,12 @@ class Inputs:
             raise invalid(f"dimensions must be {hidden_size}, the model's hidden size", "dimensions")
         inputs = self.server.ids_of(body.inputs)
         self.server.check_fits(inputs)
-        vectors = await self.server.backend.pooled(inputs, body.pooling, adapter)
+        vectors = await before_disconnect(request, self.server.backend.pooled(inputs, body.pooling, adapter))
         encoded = _as_base64 if body.encoding_format == "base64" else lambda vector: vector
         data = [{"object": "embedding", "index": n, "embedding": encoded(vector)} for n, vector in enumerate(vectors)]
         return json_response(_listed(data, body.model, inputs), body.ignored)
 
-    async def score(self, body: ScoreRequest) -> Response:
+    async def score(self, body: ScoreRequest, request: Request) -> Response:
         if not self.server.backend.facts.scores:
             raise invalid("This is not a reward model, which /v1/score needs", "model")
         adapter = await self.server.adapter_of(body.model)
@@ -49,7 +50,7 @@ class Inputs:
         else:
             inputs = self.server.ids_of([body.input] if isinstance(body.input, str) else body.input or [])
         self.server.check_fits(inputs)
-        values = await self.server.backend.pooled(inputs, "score", adapter)
+        values = await before_disconnect(request, self.server.backend.pooled(inputs, "score", adapter))
         data = [{"object": "score", "index": n, "score": value[0]} for n, value in enumerate(values)]
         return json_response(_listed(data, body.model, inputs), body.ignored)
 

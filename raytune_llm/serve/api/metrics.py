@@ -82,7 +82,7 @@ class _Engines:
         )
         for report in self._reports:
             labels = [self._model, report.engine]
-            for reason in ("rows", "cache", "adapter"):
+            for reason in ("rows", "cache", "adapter", "weights"):
                 waiting.add_metric([*labels, reason], report.stats.waiting_by_reason.get(reason, 0))
             for adapter in report.adapters:
                 resident.add_metric([*labels, adapter.name, adapter.residency], 1)

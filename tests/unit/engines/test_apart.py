@@ -63,7 +63,7 @@ def test_models_are_loaded_and_adapters_read_in_threads_that_end(tmp_path: Path,
     with pytest.raises(LookupError):
         engines.build_engine(run.model, run.quantization, run.engine, run.serve)
     read_again = threading.Event()
-    store = AdapterStore(read, max_host=1, on_read=read_again.set)
+    store = AdapterStore(read, max_host=1, num_slots=1, on_read=read_again.set)
     first, _ = store.add("a", adapter_folder(tmp_path / "a", 1), pinned=False)
     store.add("b", adapter_folder(tmp_path / "b", 2), pinned=False)
     assert not store.ready(first)

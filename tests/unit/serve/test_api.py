@@ -150,6 +150,14 @@ def logprob_of(before: list[int], token: int, weights: int) -> float:
     return (1.0 if token == following(before, weights) else 0.0) - math.log(total)
 
 
+@pytest.mark.parametrize("longer", [{"min_tokens": 90}, {"ignore_eos": True}])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_answer_that_should_be_longer_than_its_grammar_allows_is_whole(server: Server, longer: dict, temperature: float):
+    asked = {"structured_outputs": {"choice": ["yes", "no"]}, "max_tokens": 100, "temperature": temperature, "seed": 3, **longer}
+    (choice,) = chat(server, **asked).json()["choices"]
+    assert choice["message"]["content"] in ("yes", "no") and choice["finish_reason"] == "stop"
+
+
 def test_a_json_schema_is_kept(server: Server):
     schema = {
         "type": "object",
@@ -346,6 +354,26 @@ def test_a_client_that_goes_away_frees_its_row(server: Server):
         with pytest.raises(httpx.TimeoutException):
             httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=0.3)
         wait_for(lambda: server.engine.stats().running == 0, seconds=2.0)
+    finally:
+        server.runner.delay_s = 0.0
+
+
+def test_texts_of_a_client_that_goes_away_are_given_up(server: Server):
+    """A pass of one text between two steps of a stream, which take 20 ms: 5 s for all."""
+    server.runner.delay_s = 0.02
+    headers = {"Authorization": f"Bearer {KEY}"}
+    texts = {"model": "base", "input": ["a" * 60] * 250}
+    body = {"model": "base", "messages": ASK, "max_tokens": 500, "ignore_eos": True, "stream": True}
+    before = len(server.runner.passes)
+    try:
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, headers=headers) as answer:
+            lines = answer.iter_lines()  # one that is thrown away closes the connection
+            next(lines)
+            with pytest.raises(httpx.TimeoutException):
+                httpx.post(f"{server.url}/v1/embeddings", json=texts, headers=headers, timeout=0.3)
+            wait_for(lambda: server.engine.stats().running == 1 and not server.engine.stats().waiting)
+        assert len(server.runner.passes) - before < 250
+        wait_for(lambda: server.engine.stats().running == 0)
     finally:
         server.runner.delay_s = 0.0
 

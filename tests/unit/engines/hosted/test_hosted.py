@@ -169,6 +169,21 @@ def test_pinning_is_told_to_the_package_and_undone(engine: HostedEngine, tmp_pat
     assert list(ask(engine, [5], "a", max_new_tokens=5).result().ids) == answer([5], 1, 5)
 
 
+def test_a_new_version_keeps_its_name_s_pin_and_one_slot_is_left_to_others(engine: HostedEngine, tmp_path: Path):
+    for number in range(4):
+        engine.add_adapter(f"a{number}", adapter(tmp_path / f"a{number}", number), pinned=number < 3)
+    for refused in (
+        lambda: engine.pin("a3", True),
+        lambda: engine.add_adapter("a3", adapter(tmp_path / "a3", 9), pinned=True),
+    ):
+        with pytest.raises(ConfigError, match=r"slots for adapters, of which there are 4.*serve\.max_adapters"):
+            refused()
+    version = engine.add_adapter("a0", adapter(tmp_path / "a0", 8))
+    (state,) = (one for one in engine.adapters() if one.name == "a0")
+    assert (state.pinned, state.version) == (True, version)
+    assert list(ask(engine, [5], "a0", max_new_tokens=5).result().ids) == answer([5], 8, 5)
+
+
 def test_an_adapter_that_the_package_refuses_leaves_the_engine_alive(engine: HostedEngine, toy: ToyPackage, tmp_path: Path):
     with pytest.raises(ConfigError, match="shapes"):
         engine.add_adapter("bad", adapter(tmp_path / "bad", -1))

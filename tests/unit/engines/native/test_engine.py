@@ -10,11 +10,13 @@ from __future__ import annotations
 import random
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raytune_llm.engines.native.adapter_store import AdapterStore
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.requests import Request, Sampling
 from raytune_llm.errors import ConfigError, DataError, ResourceError
@@ -284,6 +286,136 @@ def test_a_text_that_waits_for_a_slot_is_told_when_the_engine_is_closed(engine_o
     engine.close()
     with pytest.raises(ResourceError, match="not running"):
         pooled.result(timeout=5)
+
+
+def busy(engine: NativeEngine, runner: ToyRunner, tokens: int = 190) -> Any:
+    """A request whose first step waits for runner.go: until then nothing else happens in the engine's thread."""
+    runner.go.clear()
+    stream = engine.submit(Request(prompt_ids=[1], sampling=Sampling(max_new_tokens=tokens)))
+    while not engine.stats().running:
+        time.sleep(0.001)
+    return stream
+
+
+def test_texts_are_computed_in_packs_between_steps_each_request_in_turn(engine_of):
+    runner = ToyRunner()
+    engine = engine_of(runner, step_tokens=16)
+    stream = busy(engine, runner)
+    texts = [[1 + number] * 6 for number in range(20)] + [[9] * 30]
+    asked = [engine.pooled(texts, "mean"), engine.pooled(texts, "mean"), engine.answer_logprobs(texts, texts)]
+    runner.go.set()
+    assert asked[0].result(30) == asked[1].result(30) == [[float(sum(text)), -1.0] for text in texts]
+    scored = asked[2].result(30)
+    assert len(stream.result().ids) == 190
+    steps, packs = zip(*runner.passes, strict=True)
+    assert scored == runner.answer_logprobs(texts, texts, -1)
+    assert all(len(pack) == 1 or sum(map(len, pack)) <= 16 for pack in packs)
+    assert packs[0] == packs[1] == texts[:2] and packs[2] == texts[:1]  # answers are counted with their prompts
+    assert len(steps) > 40 and all(later > earlier for earlier, later in pairwise(steps))
+    assert engine.pooled([], "mean").result(30) == [] == engine.answer_logprobs([], []).result(30)
+
+
+def test_texts_that_nobody_waits_for_are_not_computed_and_the_engine_goes_on(engine_of, tmp_path: Path):
+    runner = ToyRunner(slots=1)
+    engine = engine_of(runner)
+    engine.add_adapter("mine", adapter_folder(tmp_path / "mine", 3))
+    stream = busy(engine, runner, tokens=3)
+    given_up = [engine.pooled([[1]], "mean", name) for name in (None, "mine")]
+    assert all(future.cancel() for future in given_up)
+    runner.go.set()
+    assert len(stream.result().ids) == 3
+    assert engine.pooled([[2, 3]], "mean", "mine").result(30) == [[5.0, 3.0]]
+    assert [pack for _, pack in runner.passes] == [[[2, 3]]]
+    assert engine.stats().running == engine.stats().waiting == 0
+
+
+def test_texts_that_nobody_waits_for_do_not_hinder_the_engine_s_end(engine_of):
+    runner = ToyRunner()
+    engine = engine_of(runner)
+    stream = busy(engine, runner)
+    given_up, kept = engine.pooled([[1]], "mean"), engine.pooled([[2]], "mean")
+    assert given_up.cancel()
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine._closed.is_set():
+        time.sleep(0.001)
+    runner.go.set()
+    closing.join()
+    for waiting in (lambda: kept.result(5), lambda: stream.result()):
+        with pytest.raises(ResourceError):
+            waiting()
+
+
+def test_one_slot_is_left_to_adapters_that_are_not_pinned(engine_of, tmp_path: Path):
+    engine = engine_of(ToyRunner(slots=2))
+    for number in (1, 2, 3):
+        engine.add_adapter(f"a{number}", adapter_folder(tmp_path / f"a{number}", number), pinned=number == 1)
+    adapter_folder(tmp_path / "a3", 4)
+    for refused in (
+        lambda: engine.pin("a2", True),
+        lambda: engine.add_adapter("a4", tmp_path / "a1", pinned=True),
+        lambda: engine.add_adapter("a2", tmp_path / "a2", pinned=True),
+        lambda: engine.add_adapter("a3", tmp_path / "a3", pinned=True),
+    ):
+        with pytest.raises(ConfigError, match=r"fewer than the slots for adapters, of which there are 2.*max_adapters"):
+            refused()
+    assert {one.name: one.pinned for one in engine.adapters()} == {"a1": True, "a2": False, "a3": False}
+    for number in (1, 2, 3):
+        stream = engine.submit(Request(prompt_ids=[3], adapter=f"a{number}", sampling=Sampling(max_new_tokens=5)))
+        assert list(stream.result().ids) == answer([3], number, 5)
+    engine.pin("a1", True)
+    engine.pin("a1", False)
+    engine.pin("a2", True)
+
+
+def test_a_new_version_keeps_its_name_s_pin(engine_of, tmp_path: Path):
+    engine = engine_of(ToyRunner(slots=2))
+    engine.add_adapter("mine", adapter_folder(tmp_path / "a", 1))
+    engine.pin("mine", True)
+    engine.add_adapter("mine", adapter_folder(tmp_path / "a", 2))
+    assert [one.pinned for one in engine.adapters()] == [True]
+
+
+def test_versions_that_were_replaced_take_no_place_in_host_memory(engine_of, tmp_path: Path):
+    engine = engine_of(ToyRunner(), max_host_adapters=2)
+    engine.add_adapter("other", adapter_folder(tmp_path / "b", 9))
+    for number in (1, 2, 3):
+        engine.add_adapter("mine", adapter_folder(tmp_path / "a", number))
+    assert [one.residency for one in engine.adapters()] == ["host", "host"]
+
+
+def test_an_adapter_that_was_removed_while_it_was_read_takes_no_place_in_host_memory(tmp_path: Path):
+    reads, has_read = threading.Event(), threading.Event()
+
+    def read(folder: Path) -> tuple[str, int]:
+        assert reads.wait(30)
+        return folder.name, 8
+
+    store = AdapterStore(read, max_host=1, num_slots=1, on_read=has_read.set)
+    reads.set()
+    first, _ = store.add("a", adapter_folder(tmp_path / "a", 1), pinned=False)
+    store.add("b", adapter_folder(tmp_path / "b", 2), pinned=False)
+    reads.clear()
+    assert not store.ready(first)
+    store.remove("a")
+    reads.set()
+    assert has_read.wait(30)
+    assert first.weights == "a"  # rows that were waiting for it get it
+    assert [one.weights for one in store.all()] == ["b"]
+    store.close()
+
+
+def test_an_adapter_that_could_not_be_read_again_is_there_again_when_it_is_loaded_again(engine_of, tmp_path: Path):
+    engine = engine_of(ToyRunner(slots=1), max_host_adapters=1)
+    for number in (1, 2):
+        engine.add_adapter(f"a{number}", adapter_folder(tmp_path / f"a{number}", number))
+    (tmp_path / "a1").rename(tmp_path / "away")
+    with pytest.raises(DataError):
+        engine.submit(Request(prompt_ids=[7], adapter="a1")).result()
+    (tmp_path / "away").rename(tmp_path / "a1")
+    engine.add_adapter("a1", tmp_path / "a1")
+    completion = engine.submit(Request(prompt_ids=[7], adapter="a1", sampling=Sampling(max_new_tokens=3))).result()
+    assert list(completion.ids) == answer([7], 1, 3)
 
 
 def test_stats_can_be_asked_while_rows_come_and_go(engine_of):

@@ -98,6 +98,19 @@ def test_the_end_is_no_candidate_before_min_new_tokens():
     assert sample(values.clone(), [sampler])[0] == end
 
 
+@pytest.mark.parametrize("settings", [{"min_new_tokens": 9}, {"ignore_end": True}])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_ends_early_where_its_grammar_allows_nothing_else(settings, temperature: float):
+    ends, other = (7, 8), 5
+    mask = torch.zeros(3, 2, dtype=torch.int32)
+    mask[0, 0] = 1 << 7
+    mask[1, 0] = 1 << 7 | 1 << other
+    mask[2] = -1
+    rows = [row(end=ends, temperature=temperature, **settings) for _ in range(3)]
+    first, second, third = sample(logits(3), rows, mask).tolist()
+    assert (first, second) == (7, other) and third not in ends
+
+
 def test_a_bitmask_forbids():
     values = logits(1)
     mask = torch.zeros(1, 2, dtype=torch.int32)
