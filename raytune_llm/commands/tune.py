@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from raytune_llm import api
 from raytune_llm.byte_size import in_units
 from raytune_llm.config.override_syntax import as_word
 from raytune_llm.config.plain import as_text
-from raytune_llm.config.sweep import Sweep
+from raytune_llm.config.sweep import Sweep, can_change_on_the_way
 from raytune_llm.report.events import EventLog
 from raytune_llm.report.facts import print_facts
 from raytune_llm.tune.metric import metric_of
@@ -120,7 +120,7 @@ class _Face:
 
 def trials_table(study: Study) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    settings = study.sweep.settings
+    settings = study.sweep.names(trial.point for trial in study.trials)
     for name in ("trial", *settings, "step", study.metric.name, "state"):
         table.add_column(name, overflow="fold")
     best = study.ranked[0].trials if study.ranked else ()
@@ -136,7 +136,7 @@ def trials_table(study: Study) -> Table:
 def _dry_run(sweep: Sweep, console: Console) -> int:
     """Each planned trial with its memory and time. Exit code 1 where one doesn't fit."""
     points = sweep.planned
-    settings = sweep.settings
+    settings = sweep.names(points)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("trial", *settings, "steps", "memory", "fits", "time, at least"):
         table.add_column(name, overflow="fold")
@@ -205,14 +205,22 @@ def _print_paused(console: Console, sweep: Sweep, study: Study) -> None:
         figure = "" if trial.latest is None else f"{study.metric.name} {trial.latest:.4f}, "
         console.print(f"trial {trial.number} waits at step {trial.step}: {figure}{values}", highlight=False, markup=False)
     command = f"python -m raytune_llm tune resume {shlex.quote(str(sweep.folder))}"
-    setting = sweep.settings[0]
-    values = [trial.point.get(setting) for trial in study.paused]
-    other = next((value for value in values if value != values[0]), values[0])
-    clone = f"{command} clone={study.paused[0].number} {shlex.quote(as_word(setting, other))}"
-    _print_next(
-        console,
-        {f"{command} keep=3": "trains the best three to their end", clone: "trains one with another value, from where it is"},
-    )
+    commands = {f"{command} keep=3": "trains the best three to their end"}
+    if (change := _change(sweep, study.paused)) is not None:
+        clone = f"{command} clone={study.paused[0].number} {shlex.quote(as_word(*change))}"
+        commands[clone] = "trains one with another value, from where it is"
+    _print_next(console, commands)
+
+
+def _change(sweep: Sweep, waiting: Sequence[Trial]) -> tuple[str, Any] | None:
+    """A setting that the best trial could resume with, with the value of another one. None: there is none."""
+    first, *others = waiting
+    for setting in filter(can_change_on_the_way, sweep.settings):
+        for value in (trial.point.get(setting) for trial in others):
+            new = value is not None and value != first.point.get(setting)
+            if new and sweep.composes({setting: value}) and sweep.composes({**first.point, setting: value}):
+                return setting, value
+    return None
 
 
 def _print_next(console: Console, commands: Mapping[str, str]) -> None:

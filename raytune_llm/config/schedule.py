@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,9 @@ class Warmup:
     warmup_steps: NonNegativeInt | None
     """Exactly one of the two is given."""
 
+    follows_total: ClassVar[bool] = True
+    """Whether the rate after the warm-up depends on the number of all steps."""
+
     def __post_init__(self) -> None:
         if (self.warmup_ratio is None) == (self.warmup_steps is None):
             raise ConfigError(
@@ -31,6 +34,8 @@ class Warmup:
 @section
 class Constant(Warmup):
     name: Literal["constant"]
+
+    follows_total: ClassVar[bool] = False
 
 
 @section
@@ -58,6 +63,8 @@ class InverseSqrt(Warmup):
     name: Literal["inverse_sqrt"]
     timescale: PositiveInt | None
     """Steps after which the rate has fallen by sqrt(2); null: the length of the warm-up."""
+
+    follows_total: ClassVar[bool] = False
 
 
 @section

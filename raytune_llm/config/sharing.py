@@ -12,7 +12,7 @@ from raytune_llm.errors import ConfigError
 
 VARIES = (
     "adapter.name", "adapter.rank", "adapter.alpha", "adapter.dropout", "optimizer.", "schedule.", "stage.",
-    "train.adapter_seed", "train.epochs", "train.max_steps", "train.max_grad_norm", "train.max_nonfinite_steps",
+    "train.adapter_seed", "train.epochs", "train.max_steps", "train.pause_at", "train.max_grad_norm", "train.max_nonfinite_steps",
     "train.early_stopping", "train.log_every_steps", "train.eval_every_steps", "train.eval_at", "train.eval_on_start",
     "train.sample_rows", "train.max_new_tokens", "checkpoint.every_steps", "checkpoint.final", "checkpoint.keep",
     "checkpoint.asynchronous",

@@ -85,7 +85,7 @@ class Axis:
 
     def base(self, run: Any) -> Any:
         """What a run has for it; for a group the name of the chosen one. None for what it has not."""
-        return self.value_in({setting: _of_run(run, setting) for setting in self.settings})
+        return self.value_in({setting: of_run(run, setting) for setting in self.settings})
 
     @property
     def name(self) -> str:
@@ -170,7 +170,8 @@ def ends(axes: Sequence[Axis]) -> Iterator[Point]:
             yield axis.point(value)
 
 
-def _of_run(run: Any, setting: str) -> Any:
+def of_run(run: Any, setting: str) -> Any:
+    """What a run has for a setting; for a group the name of the chosen one. None for what it has not."""
     found = run
     for name in setting.lstrip("+").split("."):
         found = found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)

@@ -9,7 +9,7 @@ Each trial's run is composed and validated as if its values had been typed, so g
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from raytune_llm.config.sharing import elsewhere, obstacle
 from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, check_grid, drawn, ends, grid
 from raytune_llm.config.submit import SubmitConfig
 from raytune_llm.config.tune import TuneConfig
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, UserError
 
 VERB = "tune"
 GIVEN_BY_THE_SWEEP = ("tune", "output_dir", "name", "resume", "resources", "tracking", "checkpoint.keep")
@@ -77,6 +77,10 @@ class Sweep:
         """The settings that vary, in the order of the axes."""
         return [setting for axis in self.axes for setting in axis.settings]
 
+    def names(self, points: Iterable[Point]) -> list[str]:
+        """`settings`, and then those that tune.first or one of the points names beside them."""
+        return list(dict.fromkeys([*self.settings, *(name for point in (*self.tune.first, *points) for name in point)]))
+
     def value_of(self, axis: Axis, point: Point) -> Any:
         """The point's, or the base's where the point has none."""
         return axis.value_in(point) if all(setting in point for setting in axis.settings) else axis.base(self.base)
@@ -84,6 +88,14 @@ class Sweep:
     @cached_property
     def base(self) -> TrainRun:
         return as_train_run(self.run)
+
+    def composes(self, point: Point) -> bool:
+        """Whether these values go together."""
+        try:
+            self.composed(point)
+        except UserError:
+            return False
+        return True
 
     def composed(self, point: Point) -> TrainRun:
         """The run with these values, in the sweep's folder. Raises ConfigError, with the values of the point."""
@@ -334,9 +346,13 @@ def of_yaml(space: Mapping[str, Any], prefix: str = "") -> dict[str, Values]:
     return found
 
 
+def can_change_on_the_way(setting: str) -> bool:
+    return setting.lstrip("+").startswith(ON_THE_WAY)
+
+
 def _can_change_on_the_way(setting: str, why: str) -> None:
     """why: how a checkpoint of other settings is resumed."""
-    if not setting.lstrip("+").startswith(ON_THE_WAY):
+    if not can_change_on_the_way(setting):
         there = ", ".join(f"{name}*" if name.endswith(".") else name for name in ON_THE_WAY)
         raise ConfigError(setting, f"can't be varied {why}", fix=f"What can be varied: {there}.")
 

@@ -24,6 +24,8 @@ Sink = Callable[[Record], None]
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 SAMPLES = "samples.jsonl"
+ADOPTED = "adopted.jsonl"
+"""Records of another run, whose checkpoint this one resumed from: of a trial that took over or cloned another one."""
 TABLE, TRACE = "profile/table.txt", "profile/trace.json.gz"
 """Files that train.profile writes."""
 _NON_FINITE = {"NaN", "Infinity", "-Infinity"}
@@ -72,6 +74,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, in order. An incomplete last line, left by a crash, is ignored; other bad lines raise
     DataError."""
     return [strings_as_non_finite(record) for _, record in _lines(path)]
+
+
+def write_adopted(output_dir: Path, records: Sequence[Record]) -> None:
+    """Give a run the records of the one whose checkpoint it resumes from."""
+    lines = [json.dumps(non_finite_as_strings(record), allow_nan=False) + "\n" for record in records]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(output_dir / ADOPTED, "".join(lines))
+
+
+def history(output_dir: Path) -> list[dict[str, Any]]:
+    """The records of what the run's model has learnt: where it resumed from another run's checkpoint, that one's up to there."""
+    own, adopted = (read_metrics(path) if path.exists() else [] for path in (output_dir / METRICS, output_dir / ADOPTED))
+    last = max((record["step"] for record in adopted), default=-1)
+    return [*adopted, *(record for record in own if record["step"] > last)]
 
 
 @dataclass(frozen=True, kw_only=True)

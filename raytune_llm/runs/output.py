@@ -16,6 +16,7 @@ from raytune_llm.byte_size import in_units
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
 from raytune_llm.models.finished import FINISHED
+from raytune_llm.report.metrics import ADOPTED, history, write_adopted
 from raytune_llm.train import checkpoint
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def open_output(run: TrainRun, folder: Path, identity_now: dict[str, str]) -> in
     if run.resume == "never":
         for path in (checkpoints, folder / "final", folder / "tensorboard", folder / "profile"):
             shutil.rmtree(path, ignore_errors=True)
-        for name in ("metrics.jsonl", "samples.jsonl", "scores.jsonl", "scores.png", "summary.json", "loss.png", FINISHED):
+        records = ("metrics.jsonl", "samples.jsonl", "scores.jsonl", "scores.png", ADOPTED)
+        for name in (*records, "summary.json", "loss.png", FINISHED):
             (folder / name).unlink(missing_ok=True)
     step = checkpoint.newest_sound(checkpoints)
     if step is None:
@@ -62,20 +64,30 @@ def open_output(run: TrainRun, folder: Path, identity_now: dict[str, str]) -> in
 
 
 def adopt(run: TrainRun, donor: Path) -> int:
-    """Give the run the newest checkpoint of another one, to resume from as if it had made it. Returns the checkpoint's step.
+    """Give the run the newest checkpoint of another one, to resume from as if it had made it, and the one with its lowest loss,
+    which may be the model in the end. The run's own ones go. Returns the newest one's step.
 
     Files are linked if both are on one file system. Raises ConfigError if the other one has no checkpoint.
     """
-    step = checkpoint.newest_sound(donor / "checkpoints")
+    folder = Path(run.output_dir)
+    there, here = donor / "checkpoints", folder / "checkpoints"
+    step = checkpoint.newest_sound(there)
     if step is None:
         raise ConfigError("a clone", "needs a trial with a checkpoint", got=str(donor), fix="Choose another one.")
-    there, here = (checkpoint.path_of(folder / "checkpoints", step) for folder in (donor, Path(run.output_dir)))
+    best = checkpoint.read_progress(there, step)[0].best_step
     shutil.rmtree(here, ignore_errors=True)
+    for one in checkpoint.complete_steps(there):
+        if one in (step, best):
+            _adopt_checkpoint(checkpoint.path_of(there, one), checkpoint.path_of(here, one), identity(run, {}))
+    write_adopted(folder, [record for record in history(donor) if record["step"] <= step])
+    return step
+
+
+def _adopt_checkpoint(there: Path, here: Path, identity_now: dict[str, str]) -> None:
     shutil.copytree(there / "state", here / "state", copy_function=_link)
     document = json.loads((there / checkpoint.PROGRESS).read_text())
-    (here / checkpoint.PROGRESS).write_text(json.dumps({**document, **identity(run, {})}, indent=1))
+    (here / checkpoint.PROGRESS).write_text(json.dumps({**document, **identity_now}, indent=1))
     (here / checkpoint.COMPLETE).touch()
-    return step
 
 
 def _link(source: str, target: str) -> None:

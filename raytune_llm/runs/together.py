@@ -198,9 +198,9 @@ class _One:
             progress, settings = self.member.progress, self.member.settings
             if self.part.stops() and progress.step < settings.total_steps:
                 return
+            check_loss(progress)
             paused = self.member.at_end and progress.step < settings.total_steps
             if not paused:
-                check_loss(progress)
                 finish(self.setup, self.checkpoints, progress, self.part.on_update)
             times = Times(began=self.began, loaded=self.loaded, trained=trained, in_training_s=self.recorder.save_s)
             self.ending = train_outcome(self.setup, progress, self.member.clock, times, paused=paused)

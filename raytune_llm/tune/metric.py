@@ -68,7 +68,7 @@ class Metric:
 
 
 class MetricMissing(ConfigError):
-    """No trial will report the metric, so the sweep ends."""
+    """A trial has no metric. Where no other one has it, none will, and the sweep ends."""
 
 
 def metric_of(tune: TuneConfig) -> Metric:

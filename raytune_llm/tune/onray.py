@@ -25,7 +25,6 @@ from raytune_llm.config.resources import INLINE, on_cluster, uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.config.tune import TuneConfig
-from raytune_llm.errors import UserError
 from raytune_llm.runs.owner import wait_until_free
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.places import Place, Share, share_of, workers_of
@@ -47,17 +46,13 @@ class TrialProcess:
         self._metric, self._threads = metric_of(tune), max(1, int(cpus))
         self._reports, self._answers = Queue[tuple[int, int, float]](), Queue[bool]()
 
-    def run(self, run: TrainRun) -> Outcome | UserError:
-        """An error is one that ends the sweep."""
+    def run(self, run: TrainRun) -> Outcome:
         import torch
 
         if not torch.cuda.is_available():
             torch.set_num_threads(self._threads)
         wait_until_free(Path(run.output_dir))
-        try:
-            return run_trial(run, self._metric, self._reported, self._train)
-        except UserError as error:
-            return error
+        return run_trial(run, self._metric, self._reported, self._train)
 
     def report(self) -> tuple[int, int, float]:
         """The next one, when it comes."""
@@ -97,16 +92,12 @@ class ActorPlace:
         how = ""
         for _ in range(self._max_failures + 1):
             try:
-                outcome = self._run(run, reported)
+                return self._run(run, reported)
             except RayError as error:
                 if self._closed or not isinstance(error, RayActorError | OutOfMemoryError):
                     raise
                 how = "out of memory" if "memory" in str(error) else "killed, or its node is gone"
                 self._end()
-                continue
-            if isinstance(outcome, UserError):
-                raise outcome
-            return outcome
         reason = f"its process died {self._max_failures + 1} times ({how})"
         return Outcome(state="failed", value=None, reason=reason, again=True)
 
@@ -130,7 +121,7 @@ class ActorPlace:
         if actor is not None:
             ray.kill(actor)
 
-    def _run(self, run: TrainRun, reported: Reported) -> Outcome | UserError:
+    def _run(self, run: TrainRun, reported: Reported) -> Outcome:
         if self._actor is None:
             self._actor = self._start()
             started = self._actor.__ray_ready__.remote()

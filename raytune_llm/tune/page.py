@@ -17,8 +17,13 @@ from raytune_llm.tune.trial import Trial
 INK, FAINT, BEST = "#333333", "#8a8a8a", "#d9622b"
 
 
+def comparable(study: Study) -> list[Trial]:
+    """Trials whose metric is a number so far."""
+    return [trial for trial in study.trials if trial.latest is not None and math.isfinite(trial.latest)]
+
+
 def sweep_page(study: Study, path: Path) -> None:
-    """Write a PNG: two panels, and below them one per setting, three in a row."""
+    """Write a PNG: two panels, and below them one per setting, three in a row. There must be trials that are comparable."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -26,7 +31,7 @@ def sweep_page(study: Study, path: Path) -> None:
     rows = -(-len(axes) // 3)
     figure = Figure(figsize=(12, 4.2 + 3 * rows), dpi=150, layout="constrained")
     grid = figure.add_gridspec(1 + rows, 6, height_ratios=[4.2, *[3] * rows])
-    trials = [trial for trial in study.trials if trial.latest is not None and math.isfinite(trial.latest)]
+    trials = comparable(study)
     best = study.ranked[0].trials if study.ranked else ()
     colors = _colors(trials, study, colormaps["viridis"])
     _curves(figure.add_subplot(grid[0, :3]), trials, colors, best, study)

@@ -88,9 +88,10 @@ def run_at(places: Sequence[Place], conduct: Conduct) -> None:
     """Train all trials, as many at once as there are places. Raises what a place raises."""
     free, news, running = list(places), Queue[Report | End](), 0
     while True:
-        while free and (trial := conduct.next()) is not None:
+        while free and (found := conduct.next()) is not None:
+            trial, run = found
             place = free.pop()  # the one that trained last, since its process is there
-            arguments = (place, trial, conduct.run_of(trial), news)
+            arguments = (place, trial, run, news)
             threading.Thread(target=_train, args=arguments, name=f"trial {trial.number}", daemon=True).start()
             running += 1
         if not running:

@@ -12,8 +12,8 @@ from typing import Any
 
 from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.plain import as_text, to_yaml
-from raytune_llm.config.space import merged
-from raytune_llm.tune.page import sweep_page
+from raytune_llm.config.space import of_run
+from raytune_llm.tune.page import comparable, sweep_page
 from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Study
 from raytune_llm.tune.trial import Trial
 
@@ -28,7 +28,7 @@ def write_results(study: Study) -> None:
 
 
 def write_plots(study: Study) -> None:
-    if any(trial.reports or trial.value is not None for trial in study.trials):
+    if comparable(study):
         sweep_page(study, study.sweep.folder / PAGE)
 
 
@@ -63,10 +63,11 @@ def best_run(study: Study) -> str:
 
 
 def prune(study: Study) -> None:
-    """Delete models and checkpoints of all trials but those of the best tune.keep settings."""
+    """Delete models and checkpoints of all trials but those of the best tune.keep settings, and of settings that may be among
+    them yet: a seed is still to come, or a trial is tried again from its checkpoint."""
     kept = {trial.number for setting in study.ranked[: study.sweep.tune.keep] for trial in setting.trials}
     for trial in study.trials:
-        if trial.number not in kept and trial.state not in ("running", "paused"):
+        if trial.number not in kept and study.is_over(trial):
             for name in ("checkpoints", "final"):
                 shutil.rmtree(trial.folder / name, ignore_errors=True)
 
@@ -89,14 +90,13 @@ def _plain(trial: Trial, study: Study) -> dict[str, Any]:
 
 
 def _table(study: Study) -> str:
-    settings = study.sweep.settings
-    settings += [name for point in study.sweep.tune.first for name in point if name not in settings]
+    settings = study.sweep.names(trial.point for trial in study.trials)
     others = [metric.name for metric in study.metric.others]
     rest = ("seed", "state", "metric", *others, "step", "steps", "seconds", "folder", "reason")
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["trial", *settings, *rest])
-    base = merged(axis.point(axis.base(study.sweep.base)) for axis in study.sweep.axes)
+    base = {name: of_run(study.sweep.base, name) for name in settings}
     for trial in study.trials:
         plain, values = _plain(trial, study), {**base, **trial.point}
         table.writerow([trial.number, *(_cell(values.get(name)) for name in settings), *(plain[name] for name in rest)])

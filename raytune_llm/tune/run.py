@@ -111,7 +111,7 @@ def _result(study: Study) -> TuneResult:
 
 
 def check_choice(study: Study, chosen: Chosen) -> None:
-    """Raises ConfigError where no trial waits, or not the one that is to be cloned."""
+    """Raises ConfigError where no trial waits, or not the one that is to be cloned, or its values don't go with the others."""
     if study.interrupted and not study.paused:
         return  # it was chosen before an interruption
     if not study.paused:
@@ -119,6 +119,8 @@ def check_choice(study: Study, chosen: Chosen) -> None:
     if chosen.clone is not None and chosen.clone not in (trial.number for trial in study.paused):
         numbers = ", ".join(str(trial.number) for trial in study.paused)
         raise ConfigError("clone", "must be a trial that is paused", got=chosen.clone, fix=f"There are {numbers}.")
+    if chosen.clone is not None:
+        study.sweep.composed({**study.trials[chosen.clone].point, **chosen.changes})
 
 
 def choose(study: Study, chosen: Chosen) -> None:
@@ -152,6 +154,7 @@ def _ready(
         preflight.check(run, workspace)
     if sweep.base.adapter.trains_base:
         check_disk(sweep, _checkpoint_bytes(sweep.base))
+    _notify_of_schedule(sweep, notify)
     workspace.checked = True  # a trial that fails for its combination of values fails by itself
     size, why = trials_together(sweep, partial(room_for, device=device_here(), workspace=workspace), gpus=device_count())
     if size > 1 and train_together is not None:
@@ -168,6 +171,15 @@ def _ready(
             yield partial(run_at, places)
 
 
+def _notify_of_schedule(sweep: Sweep, notify: Callable[[str], None]) -> None:
+    schedule = sweep.base.schedule
+    if sweep.tune.rounds and schedule.follows_total:
+        notify(
+            f"schedule={schedule.name} changes the learning rate up to the last step, beside what trials take over with "
+            f"tune.scheduler={sweep.tune.scheduler}; schedule=constant leaves it to them"
+        )
+
+
 def _checkpoint_bytes(run: TrainRun) -> int:
     """At least: weights as they are saved in the end, and the optimizer's state of one worker."""
     from raytune_llm.runs.plan import plan
@@ -178,9 +190,9 @@ def _checkpoint_bytes(run: TrainRun) -> int:
 
 def _run_here(conduct: Conduct, train: Train) -> None:
     """In this process, one after another."""
-    while (trial := conduct.next()) is not None:
-        reported = partial(conduct.reported, trial)
-        conduct.ended(trial, run_trial(conduct.run_of(trial), conduct.study.metric, reported, train))
+    while (found := conduct.next()) is not None:
+        trial, run = found
+        conduct.ended(trial, run_trial(run, conduct.study.metric, partial(conduct.reported, trial), train))
 
 
 @contextmanager

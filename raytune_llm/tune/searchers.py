@@ -19,8 +19,8 @@ class Searcher(Protocol):
         ...
 
     def tell(self, number: int, reports: Sequence[tuple[int, float]], scores: Sequence[float] | None, *, whole: bool) -> None:
-        """Record the result of point `number` (from 0): (step, score) of its evaluations, and the last score of each metric;
-        None: it failed. whole: the trial ran to its end."""
+        """Record the result of point `number` (from 0), once it is final: (step, score) of its evaluations, and the last score of
+        each metric; None: it failed. whole: the trial ran to its end."""
         ...
 
 
@@ -48,7 +48,7 @@ class Optuna:
             raise ResourceError("tune=optuna needs the package optuna", "pip install 'raytune-llm[tune]'") from error
         self._optuna = optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._sweep, self._axes, self._left = sweep, sweep.axes, sweep.tune.trials or 0
+        self._sweep, self._axes = sweep, sweep.axes
         self._first = list(sweep.planned)
         sampler = optuna.samplers.TPESampler(seed=sweep.tune.seed, constant_liar=True, n_startup_trials=STARTUP)
         less: Any = ["minimize"] * len(sweep.tune.metrics)
@@ -57,10 +57,7 @@ class Optuna:
         self._asked: list[Any] = []
         """Optuna's trials, or the parameters of planned points. None: a point is outside the space."""
 
-    def ask(self) -> Point | None:
-        if not self._left:
-            return None
-        self._left -= 1
+    def ask(self) -> Point:
         if self._first:
             point = self._first.pop(0)
             self._asked.append(self._parameters(point))

@@ -108,34 +108,36 @@ def run_banks(conduct: Conduct, *, size: int, train_together: TrainTogether) -> 
         _run_bank(conduct, trials, train_together)
 
 
-def _run_bank(conduct: Conduct, trials: Sequence[Trial], train_together: TrainTogether) -> None:
+def _run_bank(conduct: Conduct, trials: Sequence[tuple[Trial, TrainRun]], train_together: TrainTogether) -> None:
     metric = conduct.study.metric
-    members = [_Member(conduct.run_of(trial), metric, partial(conduct.reported, trial)) for trial in trials]
+    members = [_Member(run, metric, partial(conduct.reported, trial)) for trial, run in trials]
     refused = {one: found for one in members if (found := obstacle(one.run, members[0].run)) is not None}
     accepted = [one for one in members if one not in refused]
     try:
         results: Sequence[Any] = train_together([one.part for one in accepted])
-    except MetricMissing:
-        raise
     except FAILURES as error:
         results = [error] * len(accepted)
     finally:
         free()
     of_each: dict[_Member, Any] = {**refused, **dict(zip(accepted, results, strict=True))}
-    for trial, one in zip(trials, members, strict=True):
-        conduct.ended(trial, _outcome(metric, one, of_each[one]))
+    outcomes = [(trial, _outcome(metric, one, of_each[one])) for (trial, _), one in zip(trials, members, strict=True)]
+    for trial, outcome in sorted(outcomes, key=lambda one: one[1].missing is not None):  # whether others have the metric
+        conduct.ended(trial, outcome)
 
 
 def _outcome(metric: Metric, member: _Member, result: Any) -> Outcome:
-    if isinstance(result, MetricMissing):
-        raise result
+    if member.missing is not None:
+        return failed(member.missing)
     if isinstance(result, FAILURES):
         return failed(result)
     if isinstance(result, Exception):
         raise result
     if result is None:
         return Outcome(state="stopped", value=member.listener.latest)
-    return outcome_of(member.run, metric, result, member.listener.latest)
+    try:
+        return outcome_of(member.run, metric, result, member.listener.latest)
+    except MetricMissing as error:
+        return failed(error)
 
 
 class _Member:
@@ -144,6 +146,8 @@ class _Member:
     def __init__(self, run: TrainRun, metric: Metric, reported: Reported) -> None:
         self.run, self.listener = replace(run, resources=INLINE), Listener(run, metric, reported)
         self.stopped = False
+        self.missing: MetricMissing | None = None
+        """Its earlier records have no metric."""
         self.part = Part(run=run, sinks=[self.record], on_update=self._update, stops=lambda: self.stopped)
 
     def record(self, record: Mapping[str, Any]) -> None:
@@ -157,3 +161,5 @@ class _Member:
             self.listener.update(update)
         except Stopped:
             self.stopped = True
+        except MetricMissing as error:
+            self.stopped, self.missing = True, error

@@ -91,14 +91,22 @@ class Study:
             else:
                 return trial
         number = len(self.trials)
-        seeds = self.sweep.tune.seeds
-        point = self.trials[-1].point if number % seeds else self._searcher.ask()
+        point = self.trials[-1].point if number % self.sweep.tune.seeds else self._ask()
         if point is None:
             return self._promote() if self._halving is not None else self._next_of_round() if self.sweep.tune.rounds else None
         self._append({"event": "began", "trial": number, "point": point})
         return self._begin(number, point)
 
+    def _ask(self) -> Point | None:
+        return self._searcher.ask() if self.sweep.tune.trials is None or self._asked < self.sweep.tune.trials else None
+
+    @property
+    def _asked(self) -> int:
+        """The number of points that the searcher gave."""
+        return sum(trial.asked is not None for trial in self.trials) // self.sweep.tune.seeds
+
     def run_of(self, trial: Trial) -> TrainRun:
+        """Raises ConfigError where the trial's values don't go together."""
         run = self.sweep.trial_run(trial.point, seed=trial.seed, folder=trial.folder)
         pause_at = None if trial.released else self._pause_at(trial)
         rungs = self._scheduler.rungs(trial.number) if self._halving is None else self._halving.rungs
@@ -212,6 +220,7 @@ class Study:
         event = {"event": "ended", "trial": trial.number, "state": state, "value": value, "seconds": round(trial.seconds, 3)}
         told = {"reason": reason, "others": list(others), "again": again}
         self._append(event | {name: value for name, value in told.items() if value})
+        trial.again = again
         self._end(trial, state, value, reason, others)
         return self._end_lost()
 
@@ -223,6 +232,16 @@ class Study:
             self._append(event | {"seconds": round(trial.seconds, 3)})
             self._end(trial, "stopped", trial.latest, None)
         return lost
+
+    def is_over(self, trial: Trial) -> bool:
+        """Whether its setting is: all of its seeds have ended, and none is tried again."""
+        trials = self._repetitions(trial)
+        return len(trials) == self.sweep.tune.seeds and all(one.over for one in trials)
+
+    def _repetitions(self, trial: Trial) -> list[Trial]:
+        """Those so far of its setting, with all seeds."""
+        seeds = self.sweep.tune.seeds
+        return self.trials[trial.number // seeds * seeds :][:seeds]
 
     def close(self) -> None:
         self._log.close()
@@ -321,7 +340,7 @@ class Study:
             point=point,
             seed=self.sweep.run.train.seed + repetition,
             folder=(self.sweep.folder / TRIALS / name).absolute(),
-            asked=sum(trial.asked is not None for trial in self.trials) // seeds if from_ is None else None,
+            asked=self._asked if from_ is None else None,
             released=from_ is not None,
         )
         self.trials.append(trial)
@@ -336,12 +355,9 @@ class Study:
         trial.state, trial.value, trial.reason, trial.others = state, value, reason, tuple(others)
         if state == "paused" and self._halving is not None:
             self._halving.came(trial, self.score_of(trial))
-        if state == "paused" or trial.asked is None:
+        if trial.asked is None or not self.is_over(trial):
             return
-        seeds = self.sweep.tune.seeds
-        trials = self.trials[trial.number // seeds * seeds :][:seeds]
-        if len(trials) < seeds or any(one.state == "running" for one in trials):
-            return
+        seeds, trials = self.sweep.tune.seeds, self._repetitions(trial)
         values = [(one.value, *one.others) for one in trials if one.state != "failed" and one.value is not None]
         scores = None
         if len(values) == seeds:

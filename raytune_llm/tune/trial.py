@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.space import Point
-from raytune_llm.errors import ResourceError, UserError
-from raytune_llm.report.metrics import METRICS, read_metrics
+from raytune_llm.errors import ConfigError, ResourceError, UserError
+from raytune_llm.report.metrics import METRICS, history, read_metrics
 from raytune_llm.report.updates import EndOfRun, RunStarted
 from raytune_llm.tune.metric import Metric, MetricMissing
 
@@ -46,6 +46,8 @@ class Trial:
     """Further metrics of its model, where it is finished."""
     reason: str | None = None
     """Why it failed."""
+    again: bool = False
+    """It failed for the machine's sake: the same command tries it again, from its last checkpoint."""
     seconds: float = 0.0
     """Run time, without that of a process that was interrupted."""
     stopping: bool = False
@@ -56,6 +58,11 @@ class Trial:
     """It doesn't pause (any more)."""
     round: int = 0
     """The round of tune.scheduler=pbt that it is in, or the number of the rung of asha's that it comes to next."""
+
+    @property
+    def over(self) -> bool:
+        """It ended, and will not be tried again."""
+        return self.state not in ("running", "paused") and not self.again
 
     @property
     def step(self) -> int:
@@ -79,19 +86,18 @@ class Outcome:
     reason: str | None = None
     again: bool = False
     """Failed for the machine's sake, so that the same command tries it again."""
+    missing: ConfigError | None = None
+    """The error of a trial that failed since it has no metric. It ends the sweep where no other trial has one."""
 
 
 def run_trial(run: TrainRun, metric: Metric, reported: Reported, train: Train) -> Outcome:
-    """Train the trial, or resume it from its output folder. An error ends this trial only, and is in the outcome; but raises
-    MetricMissing, which every trial would."""
+    """Train the trial, or resume it from its output folder. An error ends this trial only, and is in the outcome."""
     listener = Listener(run, metric, reported)
     try:
         result = train(run, sinks=[listener.record], on_update=listener.update)
         return outcome_of(run, metric, result, listener.latest)
     except Stopped:
         return Outcome(state="stopped", value=listener.latest)
-    except MetricMissing:
-        raise
     except FAILURES as error:
         return failed(error)
     finally:
@@ -102,7 +108,7 @@ def outcome_of(run: TrainRun, metric: Metric, result: Any, latest: float | None)
     """The Outcome for a TrainResult. latest: the metric of its last evaluation."""
     if result.paused:
         return Outcome(state="paused", value=latest)
-    records, best = records_of(run), run.checkpoint.keeps_best
+    records, best = history(Path(run.output_dir)), run.checkpoint.keeps_best
     values = {one.name: one.of_trial(records, result, best=best) for one in metric.all}
     for name, found in values.items():
         if not math.isfinite(found):
@@ -144,7 +150,8 @@ def records_of(run: TrainRun) -> list[dict[str, Any]]:
 
 def failed(error: BaseException) -> Outcome:
     again = isinstance(error, ResourceError | OSError | MemoryError)
-    return Outcome(state="failed", value=None, reason=reason_of(error), again=again)
+    missing = error.with_traceback(None) if isinstance(error, MetricMissing) else None  # its frames hold the model
+    return Outcome(state="failed", value=None, reason=reason_of(error), again=again, missing=missing)
 
 
 def reason_of(error: BaseException) -> str:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from raytune_llm import ConfigError, api, load_config, load_sweep
-from raytune_llm.config.sweep import load_paused
-from raytune_llm.report.metrics import read_metrics
+from raytune_llm.commands.tune import _print_paused
+from raytune_llm.config.sweep import Chosen, command_of, load_paused
+from raytune_llm.report.metrics import history, read_metrics
+from raytune_llm.runs.output import adopt
+from raytune_llm.tune.metric import metric_of
+from raytune_llm.tune.run import check_choice
+from raytune_llm.tune.study import Study
 from tests.unit.tune.test_run import words
+from tests.unit.tune.test_study import loss_of
 
 GRID = ("optimizer.lr=1e-3,1e-2,1e-9", "tune=grid", "train.max_steps=4")
 
@@ -86,3 +96,76 @@ def test_what_goes_on_is_said_in_words_that_make_sense(words_after, rule, tmp_pa
     (tmp_path / "damaged" / "sweep.json").write_text('{"words": []}')
     with pytest.raises(ConfigError, match=rule):
         load_paused([word.format(there=os.fspath(tmp_path)) for word in words_after])
+
+
+def test_a_clone_ends_with_the_best_model_of_the_trial_that_it_began_from(chat_rows, cache, tmp_path):
+    best = ("optimizer.lr=1e2,2e2", "tune=grid", "train.max_steps=4", "checkpoint.final=best", "tune.pause_at=0.5")
+    before = api.tune(load_sweep(words(chat_rows, cache, tmp_path, *best)))
+    trial, _ = before.study.paused
+    assert trial.reports[1] < trial.reports[2]  # the first step, of rate 0, is the best
+
+    api.tune(load_paused([str(tmp_path), f"clone={trial.number}", "optimizer.lr=3e2"]))
+    result = api.tune(load_paused([str(tmp_path), "keep=1"]))
+    clone = result.study.trials[-1]
+    assert (clone.state, clone.reason, clone.value) == ("finished", None, trial.reports[1])
+    assert result.study.trials[trial.number].value == trial.reports[1]
+
+
+def test_what_is_taken_over_leaves_nothing_of_what_was_there(chat_rows, cache, tmp_path):
+    best = ("optimizer.lr=1e2,2e2", "tune=grid", "train.max_steps=4", "checkpoint.final=best", "tune.pause_at=0.75")
+    study = api.tune(load_sweep(words(chat_rows, cache, tmp_path, *best, "checkpoint.keep=1"))).study
+    donor, other = (trial.folder for trial in study.paused)
+    extra = other / "checkpoints" / "step-2"  # of weights that are given up
+    shutil.copytree(other / "checkpoints" / "step-3", extra)
+    adopt(study.run_of(study.paused[1]), donor)
+    there = {path.relative_to(donor): path.read_bytes() for path in donor.glob("checkpoints/step-*/state/*")}
+    assert {path.relative_to(other): path.read_bytes() for path in other.glob("checkpoints/step-*/state/*")} == there
+    assert {path.parts[1] for path in there} == {"step-1", "step-3"} and not extra.exists()
+    assert history(other) == read_metrics(donor / "metrics.jsonl")
+
+
+def paused_by_hand(folder, *space):
+    given = ["+experiment=sft_smollm2", "resources=inline", "tune.pause_at=0.25", f"output_dir={folder}", *space]
+    sweep = load_sweep(given)
+    study = Study(sweep, metric_of(sweep.tune))
+    (folder / "sweep.json").write_text(command_of(sweep))
+    while (trial := study.next()) is not None:
+        loss = loss_of(study.run_of(trial), 1)
+        study.report(trial, 1, 4, loss)
+        study.end(trial, "paused", loss)
+    study.close()
+    return sweep, study
+
+
+@pytest.mark.parametrize(
+    ("space", "change"),
+    [
+        (["adapter.rank=4,8", "optimizer.lr=1e-4,1e-3", "tune=grid"], {"optimizer.lr": 1e-4}),
+        (["optimizer.lr=1e-3,1e-5", "tune=random", "tune.trials=3"], {"optimizer.lr": 1e-5}),  # the base is the second best
+        (["adapter.rank=4,8", "tune=grid"], None),
+    ],
+)
+def test_the_command_for_a_clone_can_be_pasted(space, change, tmp_path):
+    sweep, study = paused_by_hand(tmp_path, *space)
+    console = Console(width=400, file=StringIO())
+    _print_paused(console, sweep, study)
+    lines = [line.removeprefix("Next: ").strip() for line in console.file.getvalue().splitlines() if "clone=" in line]
+    assert len(lines) == (change is not None)
+    for line in lines:
+        _, _, _, verb, resume, *rest = shlex.split(line)
+        again = load_paused(rest)
+        assert (verb, resume, again.chosen.changes) == ("tune", "resume", change)
+        check_choice(Study(again, study.metric), again.chosen)
+
+
+def test_a_clone_whose_values_do_not_go_together_is_refused_before_it_is_one(tmp_path):
+    pairs = ["stage=dpo", "data=chat_pairs", "data.path=x", "data.eval_fraction=0.1"]
+    sweep = load_sweep([*pairs, "stage.loss=sigmoid,hinge", "tune=grid", f"output_dir={tmp_path}"])
+    study = Study(sweep, metric_of(sweep.tune))
+    for trial in (study.next(), study.next()):
+        study.report(trial, 1, 4, 1.0)
+        study.end(trial, "paused", 1.0)
+    with pytest.raises(ConfigError, match=r"label_smoothing is not read with stage\.loss=hinge"):
+        check_choice(study, Chosen(keep=None, clone=1, changes={"stage.label_smoothing": 0.1}))
+    check_choice(study, Chosen(keep=None, clone=0, changes={"stage.label_smoothing": 0.1}))
+    study.close()

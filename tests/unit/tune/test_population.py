@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
 from raytune_llm import ConfigError, api, load_sweep
 from raytune_llm.report.metrics import read_metrics
-from raytune_llm.tune.population import exploited
+from raytune_llm.tune.population import exploited, near
+from raytune_llm.tune.run import run_sweep
 from raytune_llm.tune.study import Study
+from raytune_llm.tune.trial import Trial
 from tests.unit.tune.test_run import words
 from tests.unit.tune.test_study import loss_of, study_in
 
@@ -86,3 +89,37 @@ def test_an_interrupted_population_is_an_undisturbed_one(chat_rows, cache, tmp_p
         api.tune(cut, on_change=interrupt)
     api.tune(load_sweep(words(chat_rows, cache, tmp_path / "cut", *PBT)))
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("value", [None, 4, 40])
+def test_what_the_base_has_no_number_for_is_drawn(value, tmp_path):
+    wide = ("data.path=x", "data.eval_fraction=0.1", "train.eval_every_steps=1", "tune.scheduler=pbt", "tune.trials=2")
+    sweep = load_sweep([*wide, "stage.neftune_alpha=interval(1,10)"])
+    point = {} if value is None else {"stage.neftune_alpha": value}
+    found = {near(sweep, point, random.Random(seed))["stage.neftune_alpha"] for seed in range(20)}
+    assert all(1 <= one <= 10 for one in found)
+    assert len(found) == {None: 20, 4: 2, 40: 1}[value]
+
+
+def test_values_near_the_best_that_do_not_go_together_leave_the_best_as_they_are(tmp_path):
+    given = ("data.path=x", "data.eval_fraction=0.1", "train.eval_every_steps=1", "tune.scheduler=pbt", "tune.trials=1")
+    losses = ("stage=dpo", "data=chat_pairs", "stage.loss=sigmoid,hinge", "stage.label_smoothing=0.0,0.1")
+    sweep = load_sweep([*given, *losses])
+    waiting = [
+        Trial(number=number, point={"stage.loss": loss, "stage.label_smoothing": 0.0}, seed=1, folder=tmp_path)
+        for number, loss in enumerate(["hinge", "sigmoid"])
+    ]
+    points = [point for number in range(20) for _, _, point in exploited(sweep, waiting, number)]
+    assert all(sweep.composes(point) for point in points)
+    assert waiting[0].point in points and len({str(point) for point in points}) > 1
+
+
+@pytest.mark.parametrize(("schedule", "told"), [("cosine", True), ("wsd", True), ("constant", False), ("inverse_sqrt", False)])
+def test_a_schedule_that_depends_on_the_total_is_said(schedule, told, chat_rows, cache, tmp_path):
+    def train(run, **hooks):
+        raise KeyboardInterrupt
+
+    lines = []
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(load_sweep(words(chat_rows, cache, tmp_path, *PBT, f"schedule={schedule}")), train, notify=lines.append)
+    assert [f"schedule={schedule} changes the learning rate up to the last step" in line for line in lines] == [True] * told

@@ -215,3 +215,76 @@ def test_a_trial_leaves_nothing_in_memory_for_the_next_ones(chat_rows, cache, tm
     assert len(alive) == 12
     assert alive[0] < alive[1] == alive[-1]  # the base remains
     assert gc.get_freeze_count() == 0
+
+
+def test_the_best_setting_keeps_the_models_of_all_its_seeds(chat_rows, cache, tmp_path):
+    seeds = ("optimizer.lr=1e-9,1e-2,1e-8", "tune=grid", "tune.seeds=2", "train.max_steps=2")
+    result = api.tune(load_sweep(words(chat_rows, cache, tmp_path, *seeds)))
+    assert result.best.point == {"optimizer.lr": 1e-2}
+    kept = {path.parent.name for path in (tmp_path / "trials").glob("*/final")}
+    assert kept == {trial.folder.name for trial in result.best.trials} and len(kept) == 2
+
+
+def test_where_no_trial_has_a_number_the_reason_is_said(chat_rows, cache, tmp_path):
+    broken = ("optimizer.lr=1e30,2e30", "tune=grid", "train.max_nonfinite_steps=9", "train.max_grad_norm=null")
+    seen = []
+    with pytest.raises(ResourceError, match="no trial came to its end: the loss at step 3 is nan"):
+        api.tune(load_sweep(words(chat_rows, cache, tmp_path, *broken)), on_change=lambda study, trial: seen.append(trial.latest))
+    assert any(value is not None and math.isnan(value) for value in seen)  # there were evaluations
+    assert not (tmp_path / "sweep.png").exists() and (tmp_path / "trials.csv").exists()
+
+
+@pytest.mark.parametrize("shared", ["true", "false"])
+def test_values_that_do_not_go_together_end_their_trial_alone(shared, chat_rows, cache, tmp_path):
+    pytest.importorskip("optuna")
+    drawn = ("optimizer=adamw,sgd", "optimizer.beta1=interval(0.8,0.95)", "tune=optuna", "tune.trials=8", "train.max_steps=1")
+    given = words(chat_rows, cache, tmp_path, *drawn, f"tune.share_base={shared}", "tune.max_failures=1")
+    result = api.tune(load_sweep(given))
+    states = {trial.number: trial.state for trial in result.study.trials}
+    assert len(states) == 8 and set(states.values()) == {"finished", "failed"}
+    for trial in result.study.trials:
+        assert (trial.state == "failed") == (trial.point.get("optimizer") == "sgd")
+        assert trial.state == "finished" or "beta1" in (trial.reason or "")
+    assert {trial.number: trial.state for trial in api.tune(load_sweep(given)).study.trials} == states
+
+
+def small_rank(result):
+    """A metric that larger adapters don't have."""
+    rank = json.loads((result.final / "adapter_config.json").read_text())["r"]
+    return {2: 1.0, 3: 2.0}[rank]
+
+
+@pytest.mark.parametrize(("ranks", "shared"), [("2,4,3", "false"), ("4,2,3", "true")])
+def test_a_metric_that_one_trial_has_not_ends_that_trial_alone(ranks, shared, chat_rows, cache, tmp_path):
+    metric = (f"tune.metric={__name__}:small_rank", "tune.mode=min", f"tune.share_base={shared}")
+    given = words(chat_rows, cache, tmp_path, f"adapter.rank={ranks}", "tune=grid", "train.max_steps=1", *metric)
+    for _ in range(2):
+        trials = {trial.point["adapter.rank"]: trial for trial in api.tune(load_sweep(given)).study.trials}
+        assert {rank: trial.state for rank, trial in trials.items()} == {2: "finished", 3: "finished", 4: "failed"}
+        assert "tune.metric must return a number (KeyError(4))" in trials[4].reason
+
+
+def test_what_is_tried_again_resumes_from_its_checkpoint(chat_rows, cache, tmp_path):
+    from raytune_llm.report.updates import RunStarted
+    from raytune_llm.tune.run import run_sweep
+
+    full, began = [], []
+
+    def train(run, *, sinks, on_update, **hooks):
+        def fill(record):
+            if run.adapter.rank == 2 and record["step"] == 2 and not full:
+                full.append(record)
+                raise ResourceError("the disk is full")
+
+        def update(what):
+            if isinstance(what, RunStarted):
+                began.append((run.adapter.rank, what.first_step))
+            on_update(what)
+
+        return api.train(run, sinks=[*sinks, fill], on_update=update, **hooks)
+
+    given = words(chat_rows, cache, tmp_path, "adapter.rank=2,4", "tune=grid", "checkpoint.every_steps=1")
+    assert [trial.state for trial in run_sweep(load_sweep(given), train).study.trials] == ["failed", "finished"]
+    assert [trial.state for trial in run_sweep(load_sweep(given), train).study.trials] == ["finished", "finished"]
+    assert began == [(2, 0), (4, 0), (2, 1)]
+    assert len(list(tmp_path.glob("trials/*/checkpoints"))) == 1  # the better one's

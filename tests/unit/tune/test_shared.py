@@ -96,6 +96,8 @@ def test_repeated_seeds_draw_other_adapters_over_the_same_packs(chat_rows, cache
     assert [(run.train.seed, run.train.adapter_seed) for run in runs] == [(42, 42), (42, 43)] * 2
     first, second = (losses(trial.folder) for trial in result.study.trials[:2])
     assert first != second
+    kept = {path.parent for path in (tmp_path / "trials").glob("*/final")}
+    assert kept == {trial.folder for trial in result.best.trials}
 
 
 def test_passes_of_a_few_trials_each_come_to_the_results_of_one_pass(both, chat_rows, cache, tmp_path, monkeypatch):
@@ -208,3 +210,33 @@ def test_what_trials_can_vary_is_no_obstacle(chat_rows, cache, tmp_path):
     run = load_config("train", base)
     for other in others:
         assert obstacle(load_config("train", [*base, other]), run) is None, other
+
+
+PROMOTED = (
+    "optimizer.lr=1e-9,1e-5,1e-4,1e-3,1e-2,2e-2",
+    "tune=grid",
+    "tune.scheduler=asha",
+    "tune.grace=0.5",
+    "tune.reduction=2",
+)
+
+
+def test_trials_that_resume_from_a_rung_share_a_bank_with_those_that_begin(chat_rows, cache, tmp_path):
+    together = words(chat_rows, cache, tmp_path / "shared", *PROMOTED, "tune.max_concurrent=4")
+    shared = api.tune(load_sweep(together))
+    apart = words(chat_rows, cache, tmp_path / "alone", *PROMOTED, "tune.share_base=false")
+    alone = api.tune(load_sweep(apart))
+    states = [(trial.point, trial.state, trial.step, trial.reason) for trial in shared.study.trials]
+    assert states == [(trial.point, trial.state, trial.step, trial.reason) for trial in alone.study.trials]
+    assert [state for _, state, _, _ in states].count("finished") == 3
+    for mine, its in zip(shared.study.trials, alone.study.trials, strict=True):
+        assert mine.latest == pytest.approx(its.latest, abs=1e-6)
+
+
+@pytest.mark.parametrize("shared", ["true", "false"])
+def test_a_loss_that_is_no_number_at_a_rung_ends_the_trial_there(shared, chat_rows, cache, tmp_path):
+    broken = ("optimizer.lr=1e-3,1e30,1e-2", "train.max_nonfinite_steps=9", "train.max_grad_norm=null")
+    asha = ("tune=grid", "tune.scheduler=asha", "tune.grace=0.75", f"tune.share_base={shared}")
+    result = api.tune(load_sweep(words(chat_rows, cache, tmp_path, *broken, *asha)))
+    assert [trial.state for trial in result.study.trials] == ["stopped", "failed", "finished"]
+    assert "the loss at step 3 is nan" in result.study.trials[1].reason

@@ -17,6 +17,7 @@ from raytune_llm.tune.events import EVENTS
 from raytune_llm.tune.halving import Halving
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.results import results, write_results
+from raytune_llm.tune.searchers import Optuna
 from raytune_llm.tune.study import Study, folder_name
 
 
@@ -357,3 +358,50 @@ def test_a_clone_begins_with_what_its_model_has_learnt_and_goes_to_its_end(tmp_p
     assert [trial.point for trial in again.interrupted] == [clone.point]
     assert len(again.paused) == len(again.trials) - 1
     again.close()
+
+
+def test_optuna_is_asked_again_for_the_points_of_the_log_where_a_trial_is_tried_again(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    words = ("tune=optuna", "tune.trials=12")
+    study = study_in(tmp_path, *words)
+    for number in range(12):
+        trial = study.next()
+        if number == 8:
+            study.end(trial, "failed", None, "the disk is full", again=True)
+        else:
+            advance(study, trial)
+    study.close()
+    drawn, ask = [], Optuna.ask
+    monkeypatch.setattr(Optuna, "ask", lambda self: drawn.append(ask(self)) or drawn[-1])
+    again = study_in(tmp_path, *words)
+    assert drawn == [trial.point for trial in study.trials]
+    assert [trial.number for trial in again.interrupted] == [8]
+    to_the_end(again)
+    assert {trial.state for trial in again.trials} == {"finished"}
+    again.close()
+
+
+def test_fewer_trials_may_be_asked_for_later(tmp_path):
+    pytest.importorskip("optuna")
+    to_the_end(study_in(tmp_path, "tune=optuna", "tune.trials=4"))
+    fewer = study_in(tmp_path, "tune=optuna", "tune.trials=2")
+    assert len(fewer.trials) == 4 and fewer.next() is None
+    assert study_in(tmp_path, "tune=optuna", "tune.trials=5").next().number == 4
+
+
+def test_settings_outside_the_space_have_one_column_each(tmp_path):
+    more = ("tune.first=[{adapter.alpha: 3.0}, {adapter.alpha: 5.0}]", "tune.pause_at=0.25", "tune.trials=3")
+    study = study_in(tmp_path, *more, adopt=lambda run, folder: None)
+    to_the_end(study)
+    study.clone(study.paused[0], {"optimizer.weight_decay": 0.5})
+    write_results(study)
+    study.close()
+    header, *_ = csv.reader((tmp_path / "trials.csv").open())
+    assert header[:6] == ["trial", "optimizer.lr", "adapter.rank", "adapter.alpha", "optimizer.weight_decay", "seed"]
+    rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
+    base = study.sweep.base
+    assert [float(row["adapter.alpha"]) for row in rows[:3]] == [base.adapter.alpha, 3.0, 5.0]
+    assert [float(row["optimizer.weight_decay"]) for row in rows] == [*[base.optimizer.weight_decay] * 3, 0.5]
+    shown = Console(width=200, file=StringIO())
+    shown.print(trials_table(study))
+    assert "adapter.alpha" in shown.file.getvalue() and "optimizer.weight_decay" in shown.file.getvalue()
