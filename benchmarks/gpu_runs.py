@@ -269,12 +269,18 @@ def saving(folder: Path, asked: Asked) -> dict[str, Any]:
         sizes = ["train.micro_batch_size=4", "train.global_batch_size=4", f"train.max_steps={steps}", "train.log_every_steps=5"]
         kept = ["checkpoint.asynchronous=true", f"checkpoint.every_steps={every}", "checkpoint.keep=1"]
         with followed(random_run(place, asked, "llama3_2_1b", 4096, "adapter=none", *sizes, *kept), place) as run:
-            run.until(lambda run=run: steps in run.times(), asked.limit_s)
+            try:
+                run.until(lambda run=run: steps in run.times(), asked.limit_s)
+            except TimeoutError as error:
+                found[name] = {"failed": str(error)}
+                continue
         tokens = {event["step"]: event["tokens_seen"] for event in run.events("step")}
         times = run.times()
         found[name] = {"tokens_per_s": round((tokens[steps] - tokens[10]) / (times[steps] - times[10]))}
         shutil.rmtree(place)
     for name in ("every_50", "every_10"):
+        if "failed" in found["none"] | found[name]:
+            continue
         found[name]["of_none"] = round(found[name]["tokens_per_s"] / found["none"]["tokens_per_s"], 3)
     return found
 
