@@ -15,22 +15,33 @@ from raytune_llm.config.run import CompareRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.runs.comparison import Comparison, Rows, compare
 
-PAGE_WIDTH = 200
-"""Characters of a page's lines."""
+COLUMN_WIDTH = 60
+"""Characters of a page's lines for each of its columns."""
 
 
 def main(run: CompareRun) -> int:
     comparison = compare(run.runs)
     page = None if run.page is None else Path(run.page)
-    if page is not None and not page.absolute().parent.is_dir():
-        raise ConfigError("page", "must be a file in a folder that is there", got=run.page)
+    if page is not None:
+        _check_page(page)
     _show(comparison, Console())
     if page is not None:
-        recorded = Console(record=True, width=PAGE_WIDTH, file=StringIO())
+        recorded = Console(record=True, width=COLUMN_WIDTH * (1 + len(comparison.names)), file=StringIO())
         _show(comparison, recorded)
         page.write_text(recorded.export_html(), encoding="utf-8")
         print(f"Written: {page}")
     return 0
+
+
+def _check_page(page: Path) -> None:
+    """Raises ConfigError where it can't be written."""
+    try:
+        existed = page.exists()
+        page.open("a").close()
+        if not existed:
+            page.unlink()
+    except OSError as error:
+        raise ConfigError("page", f"must be a file that can be written ({error.strerror})", got=str(page)) from None
 
 
 def _show(comparison: Comparison, console: Console) -> None:

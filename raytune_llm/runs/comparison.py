@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from raytune_llm.report.metrics import METRICS, SAMPLES, SUMMARY
 UNTOLD = ("name", "output_dir", "resume", "log_format")
 """Settings that differ between any two runs."""
 RUN = "run.yaml"
+TRAINS = ("stage", "adapter")
+"""Sections of a run that trains: `evaluate` writes a run.yaml, too."""
+DATA = tuple(f"data.{name}" for name in ("path", "eval_path", "dataset_info", "names", "split", "eval_split", "eval_fraction"))
+"""Settings that say which row a number is of, beside train.seed."""
+OF_A_STEP = {"steps": "step", "loss_last": "loss", "tokens_per_s": "tokens_per_s"}
+"""Name in a summary -> in a record of a step."""
 MAX_SAMPLES = 3
 
 Rows = Mapping[str, Sequence[Any]]
@@ -40,27 +47,50 @@ class Comparison:
     """Folders and files that were left out."""
 
 
+@dataclass(frozen=True)
+class _Run:
+    place: Path
+    settings: Mapping[str, Any]
+    """By dotted path."""
+    summary: Mapping[str, Any]
+    """Empty where it has not ended."""
+
+
 def compare(folders: Sequence[str]) -> Comparison:
-    """Folders without a run are left out. Raises ConfigError for one that is not there, and where none is left."""
-    given = [_place(folder) for folder in folders]
-    places = [place for place in given if (place / RUN).is_file()]
-    if not places:
-        raise ConfigError("runs", f"must have an output folder of a run, with its {RUN}", got=", ".join(folders))
-    runs = [dict(flat_items(read_yaml(place / RUN, setting="runs"))) for place in places]
-    settings, summaries = _rows(runs), [_object(place / SUMMARY) for place in places]
-    differing = {name: values for name, values in settings.items() if name not in UNTOLD and _differ(values)}
+    """Folders without a run are left out, and files that can't be read. Raises ConfigError for one that is not there, and where
+    none is left."""
+    notices: list[str] = []
+    places = {place.resolve(): place for place in map(_place, folders)}.values()
+    runs = [run for place in places if (run := _run(place, notices)) is not None]
+    if not runs:
+        rule = f"must have an output folder of a run, with its {RUN}"
+        raise ConfigError("runs", rule, got=", ".join(folders), fix="; ".join(notices))
+    settings = _rows([run.settings for run in runs])
     return Comparison(
-        names=_names(places),
-        settings=differing,
-        figures=_rows([_figures(place, summary or {}) for place, summary in zip(places, summaries, strict=True)]),
-        samples=_samples(places),
-        notices=[f"{place} is left out: it has no {RUN}" for place in given if place not in places]
-        + [
-            f"{place / SUMMARY} can't be read: its figures are left out"
-            for place, summary in zip(places, summaries, strict=True)
-            if summary is None and (place / SUMMARY).exists()
-        ],
+        names=_names([run.place for run in runs]),
+        settings={name: values for name, values in settings.items() if name not in UNTOLD and _differ(values)},
+        figures=_rows([_figures(run) for run in runs]),
+        samples=_samples(runs),
+        notices=notices,
     )
+
+
+def _run(place: Path, notices: list[str]) -> _Run | None:
+    if not (place / RUN).is_file():
+        notices.append(f"{place} is left out: it has no {RUN}")
+        return None
+    try:
+        read = read_yaml(place / RUN, setting="runs")
+    except ConfigError as error:
+        notices.append(f"{place} is left out: its {RUN} {error.rule}")
+        return None
+    if not all(isinstance(read.get(section), dict) for section in TRAINS):
+        notices.append(f"{place} is left out: its {RUN} is of no training")
+        return None
+    summary = _object(place / SUMMARY)
+    if summary is None and (place / SUMMARY).exists():
+        notices.append(f"{place / SUMMARY} can't be read: its figures are left out")
+    return _Run(place, dict(flat_items(read)), summary or {})
 
 
 def _place(folder: str) -> Path:
@@ -71,12 +101,16 @@ def _place(folder: str) -> Path:
 
 
 def _names(places: Sequence[Path]) -> list[str]:
-    """The folders' names, with parent folders if two are equal."""
-    names = [place.resolve().name for place in places]
-    return [
-        name if names.count(name) == 1 else "/".join(place.resolve().parts[-2:])
-        for name, place in zip(names, places, strict=True)
-    ]
+    """The folders' names, with as many parent folders as tell them apart."""
+    parts = [place.resolve().parts for place in places]
+    count = [1] * len(parts)
+    while True:
+        names = ["/".join(one[-number:]) for one, number in zip(parts, count, strict=True)]
+        equal = [n for n, name in enumerate(names) if names.count(name) > 1 and count[n] < len(parts[n])]
+        if not equal:
+            return names
+        for n in equal:
+            count[n] += 1
 
 
 def _rows(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -85,28 +119,45 @@ def _rows(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _differ(values: Sequence[Any]) -> bool:
-    return len({json.dumps(value, sort_keys=True) for value in values}) > 1
+    return len({json.dumps(value, sort_keys=True, default=str) for value in values}) > 1
 
 
-def _figures(place: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of the summary and of the last evaluation, and worker hours. A run that has not ended has only some."""
-    evaluation = next((record for record in reversed(_lines(place / METRICS)) if "eval_loss" in record), {})
+def _figures(run: _Run) -> dict[str, Any]:
+    """The metrics of the summary and of the last evaluation, and worker hours. A run that has not ended has those of its last
+    step, by the summary's names."""
+    records = _lines(run.place / METRICS)
+    step = next((record for record in reversed(records) if "loss" in record), {})
+    evaluation = next((record for record in reversed(records) if "eval_loss" in record), {})
+    so_far = {name: step[key] for name, key in OF_A_STEP.items() if key in step} if not run.summary else {}
     last = {"last eval at step": evaluation.get("step")} if evaluation else {}
     last |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
-    known = {name: value for name, value in flat_items(summary) if value is not None}
+    known = {name: value for name, value in flat_items(run.summary) if value is not None}
     total, workers = known.get("wall_s.total"), known.get("world_size")
-    hours = {"worker hours": total * workers / 3600} if total is not None and workers is not None else {}
-    return {**known, **last, **hours}
+    timed = isinstance(total, int | float) and isinstance(workers, int | float)
+    hours = {"worker hours": total * workers / 3600} if timed else {}
+    return {**so_far, **known, **last, **hours}
 
 
-def _samples(places: Sequence[Path]) -> list[Sample]:
+def _samples(runs: Sequence[_Run]) -> list[Sample]:
     """Answers to rows that all runs have answered."""
-    newest = [{(one["source"], one["row"]): one for one in _lines(place / SAMPLES)} for place in places]
-    common = [key for key in newest[0] if all(key in found for found in newest)] if newest else []
-    return [
-        Sample(newest[0][key]["prompt"], newest[0][key]["reference"], [found[key]["answer"] for found in newest])
-        for key in common[:MAX_SAMPLES]
-    ]
+    newest = [{(one["source"], one["row"]): one for one in _lines(run.place / SAMPLES) if _is_sample(one)} for run in runs]
+    same_data = not any(_differ([run.settings.get(name) for run in runs]) for name in (*DATA, "train.seed"))
+    found = []
+    for key, first in newest[0].items():
+        if all(key in of_run and _same_row(first, of_run[key], same_data) for of_run in newest):
+            found.append(Sample(first["prompt"], first["reference"], [of_run[key]["answer"] for of_run in newest]))
+    return found[:MAX_SAMPLES]
+
+
+def _is_sample(one: Mapping[str, Any]) -> bool:
+    texts = (one.get(name) for name in ("source", "prompt", "reference", "answer"))
+    return isinstance(one.get("row"), int) and all(isinstance(text, str) for text in texts)
+
+
+def _same_row(one: Mapping[str, Any], other: Mapping[str, Any], same_data: bool) -> bool:
+    """Sources have no names of their own where there is one, and rows of other data have the same numbers. The prompt of a row is
+    another one in another chat template."""
+    return one["reference"] == other["reference"] and (same_data or one["prompt"] == other["prompt"])
 
 
 def _object(path: Path) -> dict[str, Any] | None:
@@ -119,11 +170,13 @@ def _object(path: Path) -> dict[str, Any] | None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines; a run may be writing the last one."""
+    """The objects; a run may be writing the last line."""
     found = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
+    try:
+        texts = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    except OSError:
+        return []
+    for line in texts:
+        with suppress(ValueError, RecursionError):
             found.append(json.loads(line))
-        except (ValueError, RecursionError):
-            break
-    return found
+    return [one for one in found if isinstance(one, dict)]
