@@ -38,3 +38,11 @@ def answers(url: str) -> bool:
     thread.start()
     thread.join(TIMEOUT_S)
     return answered.is_set()
+
+
+def hub_failures() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where the hub or the way to it is at fault: also the errors of its HTTP library (httpx, or
+    httpx2 in later versions), and RuntimeError of hf_xet, which carries large files."""
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+    return (HTTPError, OSError, ValueError, RuntimeError)

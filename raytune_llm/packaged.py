@@ -11,9 +11,11 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from raytune_llm.config.paths import expanded
 from raytune_llm.config.run import ChatRun, EvaluateRun, ExportRun, PredictRun, PrepareRun, ServeRun, TrainRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.hub import ask_hub
@@ -62,13 +64,16 @@ def resolve(path: str, setting: str = "model.path") -> str:
     return str(folder)
 
 
-def check_models(run: TrainRun | PrepareRun | ServeRun | ChatRun | PredictRun | ExportRun | EvaluateRun) -> None:
-    """Raises ConfigError if a model of the run is neither on this machine nor available from a hub."""
+def check_models(
+    run: TrainRun | PrepareRun | ServeRun | ChatRun | PredictRun | ExportRun | EvaluateRun, made: Collection[Path] = ()
+) -> None:
+    """Raises ConfigError if a model of the run is neither on this machine nor available from a hub. Those in one of the folders
+    `made`, which are written before it runs, are not looked for."""
     if isinstance(run, ChatRun) and run.chat.url is not None:
         return
     reference = run.stage.reference_model if isinstance(run, TrainRun | PrepareRun) else None
     for setting, path in (("model.path", run.model.path), ("stage.reference_model", reference)):
-        if path is not None:
+        if path is not None and not any(expanded(path).absolute().is_relative_to(folder) for folder in made):
             check(path, setting)
 
 
@@ -80,7 +85,7 @@ def check(path: str, setting: str) -> None:
     package = PACKAGED.get(path)
     if Path(path).is_dir() or (package is not None and package.folder is not None):
         return
-    if path.count("/") != 1 or path.startswith((".", "~", "/")):
+    if path.count("/") != 1 or path.startswith((".", "~", "/")) or not _is_id(path):
         raise ConfigError(setting, "must be a folder that exists or the id of a model on a hub (owner/name)", got=path)
     if _fetched(path):
         return
@@ -104,7 +109,19 @@ def folders_here(path: str) -> list[Path]:
     """Where the model `path` lies on this machine already: a folder, or the revisions in the hub's cache."""
     if Path(path).is_dir():
         return [Path(path)]
-    return _fetched(path) if path.count("/") == 1 else []
+    return _fetched(path) if path.count("/") == 1 and _is_id(path) else []
+
+
+def _is_id(path: str) -> bool:
+    """Whether a hub's model can be called so."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _fetched(path: str) -> list[Path]:

@@ -20,7 +20,8 @@ def main(run: ExportRun) -> int:
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("writing", total=None)
         exported = api.export(run, on_progress=lambda done, total: progress.update(bar, completed=done, total=total))
-    console.print(f"{in_units(exported.num_bytes)} written to {exported.place}")
+    where = "was there before, of the same files and settings:" if exported.found else "written to"
+    console.print(f"{in_units(exported.num_bytes)} {where} {exported.place}")
     if exported.difference is not None:
         console.print(f"Compared with the base and its adapter {exported.difference.said()}.")
     elif exported.unchecked is not None:

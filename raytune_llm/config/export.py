@@ -21,6 +21,14 @@ LlamaCppType = Literal["q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "iq
 
 
 @section
+class ExportedAdapter:
+    """Beside `model`: the one adapter that is merged into it. Several have names: `export.adapters`."""
+
+    path: str | None
+    """A folder that training wrote or PEFT saved."""
+
+
+@section
 class ExportConfig:
     """A model as other programs load it: a base with adapters merged into it, or what a run trained whole."""
 

@@ -13,7 +13,7 @@ from raytune_llm.config.chat import ChatConfig
 from raytune_llm.config.checkpoint import CheckpointConfig
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.evaluate import EvaluateConfig
-from raytune_llm.config.export import ON_NODES, ExportConfig
+from raytune_llm.config.export import ON_NODES, ExportConfig, ExportedAdapter
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.optimizer import OptimizerConfig
 from raytune_llm.config.predict import PredictConfig
@@ -281,7 +281,8 @@ class EvaluateRun:
         if self.output_dir is None:
             raise ConfigError("output_dir", "must be given", fix="For example, output_dir=outputs/mmlu.")
         rules.is_on_a_file_system("output_dir", self.output_dir, " for an evaluation")
-        rules.model_or_run_is_given(self.model, "evaluate.models", " ".join(self.evaluate.models) or None)
+        if not self.evaluate.models:
+            rules.model_is_given(self.model)
 
 
 @section
@@ -289,6 +290,7 @@ class ExportRun:
     """`export`: a model as other programs load it."""
 
     model: ModelConfig
+    adapter: ExportedAdapter
     data: DataConfig
     """Rows to calibrate a quantized model with, and to compare an export with its source on. Without data.path: the run's."""
     resources: ResourcesConfig
@@ -305,6 +307,9 @@ class ExportRun:
         if self.export.output_dir is not None:
             rules.is_on_a_file_system("export.output_dir", self.export.output_dir, " for an export")
         rules.model_or_run_is_given(self.model, "export.run", self.export.run)
+        if self.export.run is not None and self.adapter.path is not None:
+            fix = "Leave one of them out: a run says which adapter it trained. export.adapters has more."
+            raise ConfigError("adapter.path", "can't be combined with export.run", got=self.adapter.path, fix=fix)
         if self.export.run is None and self.model.weights == "random":
             raise ConfigError("model.weights", "must be pretrained, to be exported", got="random")
         if self.model.config:

@@ -47,8 +47,8 @@ def adapter(source: Source, run: ExportRun) -> Target:
             save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         on_bytes((folder / WEIGHTS).stat().st_size)
 
-    def outputs_of(folder: Path, rows: Rows) -> Iterator[Tensor]:
-        return _outputs_in_peft(folder, source, rows)
+    def outputs_of(folder: Path, rows: Rows, device: torch.device) -> Iterator[Tensor]:
+        return _outputs_in_peft(folder, source, rows, device)
 
     num_bytes = _num_bytes(from_folder / WEIGHTS, DTYPES.get(dtype))
     return Target(num_bytes, write, outputs_of, "peft", dtype, merges=False, notes=_loaded_by(from_folder, source))
@@ -81,7 +81,7 @@ def _num_bytes(weights: Path, dtype: torch.dtype | None) -> int:
 
 
 @torch.no_grad()
-def _outputs_in_peft(folder: Path, source: Source, rows: Rows) -> Iterator[Tensor]:
+def _outputs_in_peft(folder: Path, source: Source, rows: Rows, device: torch.device) -> Iterator[Tensor]:
     """By transformers and PEFT as anyone calls them: none of our layers."""
     kind: Any = AutoModelForSequenceClassification if source.scores else AutoModelForCausalLM
     more = {"num_labels": 1} if source.scores else {}
@@ -90,7 +90,6 @@ def _outputs_in_peft(folder: Path, source: Source, rows: Rows) -> Iterator[Tenso
     if source.token_ids:
         base.resize_token_embeddings(source.vocab_size, mean_resizing=False)
     base.config.pad_token_id = None  # rows have no padding, and may end in that token
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = in_peft_alone(base, folder).eval().to(device)
     for ids in rows.ids:
         logits = model(torch.from_numpy(ids.astype("int64"))[None].to(device)).logits[0].float().cpu()

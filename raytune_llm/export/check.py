@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from raytune_llm.config.adapter import AdapterConfig, NoAdapter, SavedAdapter
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.data.batches import collate, to_device
+from raytune_llm.errors import DataError
 from raytune_llm.export.rows import Rows
 from raytune_llm.export.source import Source
 from raytune_llm.models.build import build_policy
 from raytune_llm.models.load import load_config
 from raytune_llm.models.scorer import Scorer
-
-FREE_TIMES = 1.5
-"""Memory for the model in float32, so many times over."""
 
 
 @dataclass(frozen=True)
@@ -48,47 +47,65 @@ class Difference:
         )
 
 
-def has_memory(source: Source) -> bool:
-    numbers = sum(torch.Size(fact.shape).numel() for fact in source.facts.values())
-    return psutil.virtual_memory().available > 4 * FREE_TIMES * numbers
-
-
 def can_compare(source: Source) -> bool:
     """False for several adapters, of which nothing else computes the sum."""
     return len(source.adapters) <= 1 and all(factor == 1.0 for _, factor in source.adapters)
 
 
-def compare(source: Source, ours: Iterator[Tensor], rows: Rows) -> Difference:
-    """ours: outputs of what was written, of each row."""
+def compare(
+    source: Source, written: Callable[[Rows, torch.device], Iterator[Tensor]], rows: Rows, device: torch.device
+) -> Difference:
+    """written: outputs of what was written, of each row. Raises DataError where outputs are no finite numbers."""
     adapter: AdapterConfig | SavedAdapter = NoAdapter(name="none")
     for mergeable, _ in source.adapters:
         adapter = SavedAdapter(path=mergeable.folder, setting="export.run")
     before = replace(source.model, path=str(source.folder), revision=None)
     # One model at a time is in memory; the base with its adapter first, which says what is wrong with an adapter of another base.
-    theirs = list(outputs(before, adapter, rows, scores=source.scores, new_ids=source.token_ids))
-    divergences, largest, tokens, logprobs = [], 0.0, 0, [0.0, 0.0]
-    for one, other, ids in zip(ours, theirs, rows.ids, strict=True):
-        largest = max(largest, (one - other).abs().max().item())
-        if source.scores:
-            divergences.append((one - other).abs().max().item())
-        else:
-            divergences.append((other.exp() * (other - one)).sum(-1).sum().item())
+    theirs = list(outputs(before, adapter, rows, device, scores=source.scores, new_ids=source.token_ids))
+    _check_numbers(theirs, Path(source.adapters[0][0].folder) if source.adapters else source.folder)
+    divergences, differences, tokens, logprobs = [], [], 0, [0.0, 0.0]
+    for one, other, ids in zip(written(rows, device), theirs, rows.ids, strict=True):
+        apart = torch.where(one == other, 0.0, other - one)  # what can't be said (-inf) is equal in both
+        differences.append(apart.abs().max())
+        if not source.scores:
+            divergences.append((other.exp() * apart).sum().item())
             targets_T1 = torch.from_numpy(ids[1:].astype("int64"))[:, None]
             for n, values in enumerate((one, other)):
                 logprobs[n] += values.gather(1, targets_T1).sum().item()
         tokens += len(one)
+    largest = torch.stack(differences).max().item()  # NaN, if one is
     if source.scores:
-        return Difference(max(divergences), largest, None, None, tokens, rows.what)
+        return _finite(Difference(largest, largest, None, None, tokens, rows.what))
     after, first = (torch.tensor(-logprob / tokens).exp().item() for logprob in logprobs)
-    return Difference(max(0.0, sum(divergences) / tokens), largest, after, first, tokens, rows.what)
+    divergence = sum(divergences) / tokens  # roundings may bring it below 0
+    return _finite(Difference(0.0 if divergence < 0 else divergence, largest, after, first, tokens, rows.what))
+
+
+def _check_numbers(outputs: Sequence[Tensor], folder: Path) -> None:
+    if any(row.isnan().any() for row in outputs):
+        problem = "gives outputs that are not numbers (NaN): its weights are damaged, or its training diverged"
+        raise DataError(str(folder), problem, "Export an earlier checkpoint, or train it again.")
+
+
+def _finite(difference: Difference) -> Difference:
+    figures = (difference.divergence, difference.max_abs, difference.perplexity, difference.perplexity_before)
+    if not all(math.isfinite(figure) for figure in figures if figure is not None):
+        fix = "Set export.dtype=fp32, or another export.format."
+        raise DataError("the export", f"gives other outputs than its source, or none that are finite ({difference.said()})", fix)
+    return difference
 
 
 @torch.no_grad()
 def outputs(
-    model: ModelConfig, adapter: AdapterConfig | SavedAdapter, rows: Rows, *, scores: bool, new_ids: Sequence[int] = ()
+    model: ModelConfig,
+    adapter: AdapterConfig | SavedAdapter,
+    rows: Rows,
+    device: torch.device,
+    *,
+    scores: bool,
+    new_ids: Sequence[int] = (),
 ) -> Iterator[Tensor]:
     """For each row its log-probabilities [T - 1, V], or its score [1]. new_ids: tokens whose embeddings the adapter has."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_config(str(model.path), model.config, trust_remote_code=model.trust_remote_code)
     settings: dict[str, Any] = {"compute": torch.float32, "seed": 0, "device": device, "trains": False, "scores": scores}
     settings["first_pieces"] = dict.fromkeys(new_ids, ())

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from raytune_llm.config.adapter import NoAdapter
@@ -38,8 +39,8 @@ def hf(source: Source, run: ExportRun) -> Target:
         else:
             write_tensors(folder, facts, settings.shard_bytes, lambda name: source.tensor(name, dtypes[name]), on_bytes)
 
-    def outputs_of(folder: Path, rows: Rows) -> Iterator[Tensor]:
+    def outputs_of(folder: Path, rows: Rows, device: torch.device) -> Iterator[Tensor]:
         written = replace(source.model, path=str(folder), revision=None, config={}, merged_adapters=[])
-        return outputs(written, NoAdapter(name="none"), rows, scores=source.scores)
+        return outputs(written, NoAdapter(name="none"), rows, device, scores=source.scores)
 
     return Target(sum(fact.num_bytes for fact in facts), write, outputs_of, "transformers", settings.dtype)

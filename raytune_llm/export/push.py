@@ -5,19 +5,16 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from raytune_llm.config.export import ExportConfig
 from raytune_llm.errors import ConfigError, ResourceError, first_line
-from raytune_llm.hub import ask_hub
+from raytune_llm.hub import ask_hub, hub_failures
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 """Of an earlier export there, these are removed by the commit that uploads others: some programs load all that they find."""
-FAILED = (httpx.HTTPError, HfHubHTTPError, OSError, ValueError, RuntimeError)
-"""What the client raises where the hub or the way to it is at fault; RuntimeError: hf_xet, which carries large files."""
 
 
 def check_push(settings: ExportConfig) -> None:
@@ -38,7 +35,7 @@ def check_push(settings: ExportConfig) -> None:
         raise ResourceError("export.push needs a token of the hub, and there is none", "Run `hf auth login`, or set HF_TOKEN.")
     try:
         user = HfApi().whoami()
-    except FAILED as error:
+    except hub_failures() as error:
         fix = "Run `hf auth login --force`, or set another HF_TOKEN."
         raise ResourceError(f"{address} does not take the token ({first_line(error)})", fix) from error
     role = user.get("auth", {}).get("accessToken", {}).get("role")
@@ -60,7 +57,7 @@ def push(folder: Path, settings: ExportConfig, message: str) -> str:
         api = HfApi()
         made = api.create_repo(repo, private=settings.push_private, exist_ok=True).repo_id
         return api.upload_folder(repo_id=made, folder_path=folder, commit_message=message, delete_patterns=removed).commit_url
-    except FAILED as error:
+    except hub_failures() as error:
         again = ["hf", "upload", repo, str(folder), ".", "--private" if settings.push_private else "--no-private"]
         again += [word for pattern in removed for word in ("--delete", pattern)]
         fix = f"The export is whole in {folder}; this uploads it: {shlex.join([*again, '--commit-message', message])}"

@@ -7,19 +7,26 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from raytune_llm.byte_size import in_units
 from raytune_llm.config.export import CALIBRATED, ExportConfig
+from raytune_llm.config.plain import as_plain
 from raytune_llm.config.run import ExportRun
-from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.errors import ConfigError, ResourceError, first_line
 from raytune_llm.export.adapter import adapter
-from raytune_llm.export.check import Difference, can_compare, compare, has_memory
+from raytune_llm.export.check import Difference, can_compare, compare
 from raytune_llm.export.gguf.adapter import gguf_lora
 from raytune_llm.export.gguf.file import gguf
 from raytune_llm.export.gguf.llama_quantize import found_program
 from raytune_llm.export.hf import hf
+from raytune_llm.export.memory import device_for, ran_out
 from raytune_llm.export.ollama.modelfile import ollama
+from raytune_llm.export.place import EXPORTED, MADE_FROM, check_apart, made_from, place_of
 from raytune_llm.export.push import check_push, push
 from raytune_llm.export.quantized.calibrated import calibrated
 from raytune_llm.export.quantized.codec import require
@@ -29,11 +36,15 @@ from raytune_llm.export.quantized.rounded import rounded
 from raytune_llm.export.rows import rows_to_check
 from raytune_llm.export.source import Source, source_of
 from raytune_llm.export.target import Target
+from raytune_llm.report.metrics import non_finite_as_strings
+from raytune_llm.runs.contents import adapter_contents, folder_contents, model_contents
 from raytune_llm.runs.output import full_disk_explained
-from raytune_llm.runs.owner import check_writable, owned
+from raytune_llm.runs.owner import owned
 
 OnProgress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in total."""
+BESIDE = ("run", "adapters", "weights", "output_dir", "python", "llama_quantize", "overwrite", "push", "push_private")
+"""Settings of `export` that say where things are; and factors, which stand beside adapters' contents."""
 SPARE_BYTES = 64 * 2**20
 FORMATS: Mapping[str, Callable[[Source, ExportRun], Target]] = {
     "hf": hf,
@@ -63,6 +74,8 @@ class Exported:
     """What else the card says of it."""
     commit: str | None = None
     """Its address on the hub; None: it was not pushed."""
+    found: bool = False
+    """It was there, of the same files and settings: nothing was written."""
 
 
 def check_ahead(run: ExportRun) -> None:
@@ -73,7 +86,7 @@ def check_ahead(run: ExportRun) -> None:
     """
     settings = run.export
     assert settings.output_dir is not None
-    _check_place(Path(settings.output_dir), overwrite=settings.overwrite)
+    _place_of(run)
     check_push(settings)
     require(settings.format)
     if settings.format in CALIBRATED:
@@ -85,21 +98,62 @@ def check_ahead(run: ExportRun) -> None:
 def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -> Exported:
     settings = run.export
     assert settings.output_dir is not None
-    place = Path(settings.output_dir)
-    _check_place(place, overwrite=settings.overwrite)
+    place = _place_of(run)
     check_push(settings)
     source = source_of(run)
+    check_apart(place, source)
+    now = _made_from(run, source)
+    if made_from(place) == now:
+        return _found(place, settings, source)
+    place_of(settings.output_dir, overwrite=settings.overwrite)
     target = FORMATS[settings.format](source, run)
     check_space(place.parent, target.num_bytes + target.passing_bytes)
     disk = full_disk_explained(place, setting="export.output_dir", then="nothing was left there")
     with disk, _beside(place) as folder:
         _write(target, folder, on_progress)
         difference, unchecked = _compared(run, source, target, folder)
-        _describe(settings, source, target, folder, difference, unchecked)
+        _describe(settings, source, target, folder, difference, unchecked, now)
+        place_of(settings.output_dir, overwrite=settings.overwrite)  # nobody has put anything there meanwhile
         _take_place(folder, place)
-    num_bytes = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-    commit = None if settings.push is None else push(place, settings, f"{source.name} as {settings.format}, dtype {target.dtype}")
-    return Exported(place, num_bytes, difference, unchecked, target.notes, commit)
+    commit = _pushed(place, settings, source, target.dtype)
+    return Exported(place, _num_bytes(place), difference, unchecked, target.notes, commit)
+
+
+def _place_of(run: ExportRun) -> Path:
+    """An export that was made with the same settings may be there: whether of the same files, is seen when they are."""
+    settings = run.export
+    assert settings.output_dir is not None
+    is_alike = made_from(Path(settings.output_dir)).get("settings") == _settings(run)
+    return place_of(settings.output_dir, overwrite=settings.overwrite or is_alike)
+
+
+def _found(place: Path, settings: ExportConfig, source: Source) -> Exported:
+    """The export that is there."""
+    facts = json.loads((place / EXPORTED).read_text())
+    difference = facts["difference"] and Difference(**facts["difference"])
+    commit = _pushed(place, settings, source, facts["dtype"])
+    return Exported(place, _num_bytes(place), difference, facts["unchecked"], commit=commit, found=True)
+
+
+def _num_bytes(place: Path) -> int:
+    return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+
+
+def _pushed(place: Path, settings: ExportConfig, source: Source, dtype: str) -> str | None:
+    return None if settings.push is None else push(place, settings, f"{source.name} as {settings.format}, dtype {dtype}")
+
+
+def _settings(run: ExportRun) -> dict[str, Any]:
+    """Those that decide what is written."""
+    plain = as_plain(run)
+    return {"export": {name: value for name, value in plain["export"].items() if name not in BESIDE}, "data": plain["data"]}
+
+
+def _made_from(run: ExportRun, source: Source) -> dict[str, Any]:
+    """All that an export depends on."""
+    trained = {"model": model_contents(source.model), "beside": source.beside and folder_contents(source.beside)}
+    adapters = [[adapter_contents(adapter.folder), factor] for adapter, factor in source.adapters]
+    return {"settings": _settings(run), **trained, "adapters": adapters}
 
 
 def _write(target: Target, folder: Path, on_progress: OnProgress) -> None:
@@ -114,7 +168,13 @@ def _write(target: Target, folder: Path, on_progress: OnProgress) -> None:
 
 
 def _describe(
-    settings: ExportConfig, source: Source, target: Target, folder: Path, difference: Difference | None, unchecked: str | None
+    settings: ExportConfig,
+    source: Source,
+    target: Target,
+    folder: Path,
+    difference: Difference | None,
+    unchecked: str | None,
+    made_from: Mapping[str, Any],
 ) -> None:
     """The model card, and its figures for programs."""
     (folder / "README.md").write_text(_card(source, target, difference, unchecked))
@@ -126,8 +186,9 @@ def _describe(
         "dtype": target.dtype,
         "difference": difference and asdict(difference),
         "unchecked": unchecked,
+        MADE_FROM: made_from,
     }
-    (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / EXPORTED).write_text(json.dumps(non_finite_as_strings(facts), indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager
@@ -156,6 +217,7 @@ def _beside(place: Path) -> Iterator[Path]:
             work.rmdir()
 
 
+NO_MEMORY = "there was not the memory for the model in float32"
 OLD = "old"
 """The export that is replaced, until the new one is in its place."""
 
@@ -166,16 +228,6 @@ def _take_place(folder: Path, place: Path) -> None:
         place.rename(old)
     folder.rename(place)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_place(place: Path, *, overwrite: bool) -> None:
-    try:
-        check_writable(place.parent)
-    except ConfigError as error:
-        raise ConfigError("export.output_dir", error.rule, got=str(place), fix=error.fix) from None
-    if place.exists() and not overwrite and (place.is_file() or any(place.iterdir())):
-        fix = "Choose another one, or set export.overwrite=true."
-        raise ConfigError("export.output_dir", "must be empty, or not there", got=str(place), fix=fix)
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
@@ -193,12 +245,22 @@ def _compared(run: ExportRun, source: Source, target: Target, folder: Path) -> t
     settings = run.export
     if settings.check is False or settings.check_rows == 0:
         return None, "it was not asked for (export.check)"
-    if settings.check == "auto" and not has_memory(source):
-        return None, "there was not the memory for the model in float32"
     if not can_compare(source):
         return None, "of several adapters, or with other weights than 1, nothing else computes the sum"
+    device = device_for(sum(torch.Size(fact.shape).numel() for fact in source.facts.values()))
+    if settings.check == "auto" and device is None:
+        return None, NO_MEMORY
     rows = rows_to_check(source, run.data, settings.check_rows)
-    difference = compare(source, target.outputs(folder, rows), rows)
+    try:
+        difference = compare(source, partial(target.outputs, folder), rows, device or torch.device("cpu"))
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        if settings.check == "auto":
+            return None, NO_MEMORY
+        raise ResourceError(
+            f"export.check=true takes more memory than there is ({first_line(error)})", "Set it to auto."
+        ) from error
     limit = target.max_kl if settings.max_kl is None else settings.max_kl
     if not difference.divergence <= limit:
         raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RevisionNotFoundError
 from torch import Tensor
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PretrainedConfig
 
 from raytune_llm import packaged
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.run import ExportRun, TrainRun
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.export.tensors import TensorFact, TensorFiles, converted
+from raytune_llm.hub import hub_failures
 from raytune_llm.models.adapters.mergeable import Mergeable
+from raytune_llm.models.finished import FINAL
 from raytune_llm.models.load import load_config
 from raytune_llm.models.stored import tensor_files
 from raytune_llm.runs.trained import read_trained
@@ -140,20 +143,20 @@ class Source:
         return merged if own is None else own[0].with_tokens(own[1], merged)
 
     def _without_tokens(self, name: str) -> Tensor:
-        if name in self.wholes:
+        if name not in self.facts:
             return self.wholes[name].whole(name)
         weight = self.stored.read(name)
         layer = name.removesuffix(".weight")
         for adapter in self.under:
             if layer in adapter.layers and name.endswith(".weight"):
                 weight = adapter.merged(layer, weight)
-        own = [(adapter, factor) for adapter, factor in self.adapters if layer in adapter.layers and name.endswith(".weight")]
-        if not own:
+        made = [(one, factor) for adapter, factor in self.adapters if (one := _with(adapter, name, layer, weight)) is not None]
+        if not made:
             return weight
-        if len(own) == 1 and own[0][1] == 1.0:
-            return own[0][0].merged(layer, weight)
+        if len(made) == 1 and made[0][1] == 1.0:
+            return made[0][0]
         wide = weight.float()
-        return wide + sum(factor * (adapter.merged(layer, weight) - wide) for adapter, factor in own)
+        return wide + sum(factor * (one.float() - wide) for one, factor in made)
 
     def copy_others(self, folder: Path) -> None:
         """Tokenizer, generation config, code: all but weights and config."""
@@ -188,11 +191,30 @@ class Source:
         return tokenizer.pad_token_id
 
 
+def _with(adapter: Mergeable, name: str, layer: str, weight: Tensor) -> Tensor | None:
+    """The weight as this adapter alone makes it; None: it leaves it as it is."""
+    if name in adapter.wholes:
+        return adapter.whole(name)
+    return adapter.merged(layer, weight) if layer in adapter.layers and name.endswith(".weight") else None
+
+
+def _name_of(folder: Path, taken: Collection[str]) -> str:
+    """What an adapter is called for export.weights: as its folder, or that of its run."""
+    name = folder.absolute().parent.name if folder.name == FINAL else folder.absolute().name
+    if name in taken:
+        rule = f"must hold no {name}, the name of adapter.path"
+        raise ConfigError("export.adapters", rule, got=sorted(taken), fix="Choose another name.")
+    return name
+
+
 def source_of(run: ExportRun) -> Source:
     """Raises ConfigError for all that can't be exported."""
     export = run.export
     model, beside, trained_run = run.model, None, None
     named = {name: (folder, f"export.adapters.{name}") for name, folder in export.adapters.items()}
+    if run.adapter.path is not None:
+        name = _name_of(Path(run.adapter.path), named)
+        named = {name: (run.adapter.path, "adapter.path"), **named}
     if export.run is not None:
         trained = read_trained(export.run, "export.run")
         model, trained_run, beside = trained.model, trained.run, trained.final
@@ -208,7 +230,7 @@ def source_of(run: ExportRun) -> Source:
         raise ConfigError("export.run", rule, got=export.run)
     folder = Path(packaged.resolve(model.path))
     if not folder.is_dir():
-        folder = Path(snapshot_download(model.path, revision=model.revision))
+        folder = _downloaded(model.path, model.revision)
     if beside is None and len(adapters) == 1 and (Path(adapters[0][0].folder) / "tokenizer_config.json").is_file():
         beside = Path(adapters[0][0].folder)
     files = tensor_files(str(folder), None)
@@ -218,6 +240,18 @@ def source_of(run: ExportRun) -> Source:
     source = Source(model, folder, TensorFiles(files), adapters, under, None if beside == folder else beside, trained_run)
     _check(source)
     return source
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    """Raises ConfigError for a name that the hub doesn't know, and where it can't be reached."""
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except RevisionNotFoundError as error:
+        rule = f"must be a revision of {name} ({first_line(error)})"
+        raise ConfigError("model.revision", rule, got=revision) from error
+    except hub_failures() as error:
+        rule = f"must be a folder, or a model that the hub gives ({first_line(error)})"
+        raise ConfigError("model.path", rule, got=name, fix="Correct the name, or set HF_TOKEN where it is private.") from error
 
 
 def _check(source: Source) -> None:
@@ -235,6 +269,7 @@ def _check(source: Source) -> None:
         if adapter.wholes or adapter.token_rows:
             rule = "must hold adapters of linear layers alone, to be merged from files"
             raise ConfigError(adapter.setting, rule, got=adapter.folder)
+    factors = {adapter.folder: factor for adapter, factor in source.adapters}
     for adapter in (*source.under, *(adapter for adapter, _ in source.adapters)):
         if missing := sorted(adapter.token_rows.keys() - source.facts.keys()):
             rule = f"must be an adapter of this base, whose files have no {missing[0]}"
@@ -251,6 +286,9 @@ def _check(source: Source) -> None:
                 )
             adapter.check(layer, fact.shape)
         for name in adapter.wholes:
+            if name not in source.facts and factors.get(adapter.folder, 1.0) != 1.0:
+                rule = f"must be 1 for an adapter with a whole {name}, of which the base has none"
+                raise ConfigError("export.weights", rule, got=factors[adapter.folder], fix="Leave it out.")
             shape = tuple(adapter.whole(name).shape)
             known = source.facts.get(name)
             if (known is None and name != SCORE) or (known is not None and known.shape != shape):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from raytune_llm.export.rows import Rows
@@ -20,8 +21,9 @@ class Target:
     """The size of the weights on disk."""
     write: Callable[[Path, OnBytes], None]
     """All files but the card, into a folder that is there. Raises ConfigError where a value doesn't fit."""
-    outputs: Callable[[Path, Rows], Iterator[Tensor]]
-    """The outputs of what was written, in float32: for each row log-probabilities [T - 1, V], or a reward model's score [1]."""
+    outputs: Callable[[Path, Rows, torch.device], Iterator[Tensor]]
+    """The outputs of what was written, in float32 on that device, as tensors of the CPU: for each row log-probabilities
+    [T - 1, V], or a reward model's score [1]."""
     library: str
     """That loads it, as a hub's cards name it."""
     dtype: str

@@ -53,8 +53,8 @@ def gguf_lora(source: Source, run: ExportRun) -> Target:
     def write_file(folder: Path, on_bytes: OnBytes) -> None:
         _write(folder / place, source, family, layers, kind, on_bytes)
 
-    def outputs_of(folder: Path, rows: Rows) -> Iterator[Tensor]:
-        return _outputs(folder / place, source, family, layers, rows)
+    def outputs_of(folder: Path, rows: Rows, device: torch.device) -> Iterator[Tensor]:
+        return _outputs(folder / place, source, family, layers, rows, device)
 
     num_bytes = sum(layer.pair.a_RK.numel() + layer.pair.b_OR.numel() for layer in layers) * DTYPES[dtype].itemsize
     return Target(num_bytes, write_file, outputs_of, "gguf", dtype, merges=False)
@@ -109,7 +109,9 @@ def _write(
         writer.close()
 
 
-def _outputs(file: Path, source: Source, family: Family, layers: Sequence[Stored], rows: Rows) -> Iterator[Tensor]:
+def _outputs(
+    file: Path, source: Source, family: Family, layers: Sequence[Stored], rows: Rows, device: torch.device
+) -> Iterator[Tensor]:
     """Of the adapter in the file, put back into PEFT's form."""
     reader = GGUFReader(file)
     found = {tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()) for tensor in reader.tensors}
@@ -123,4 +125,4 @@ def _outputs(file: Path, source: Source, family: Family, layers: Sequence[Stored
     with TemporaryDirectory() as folder:
         write(Path(folder), back)
         base = replace(source.model, path=str(source.folder), revision=None)
-        yield from outputs(base, SavedAdapter(path=folder, setting="export.format"), rows, scores=False)
+        yield from outputs(base, SavedAdapter(path=folder, setting="export.format"), rows, device, scores=False)

@@ -91,8 +91,8 @@ def _target(source: Source, dtype: str) -> Target:
         place = folder / f"model-{KINDS[dtype].quantization.name}.gguf"
         _write(place, source, family, vocabulary, tensors, KINDS[dtype].file_type, on_bytes)
 
-    def outputs_of(folder: Path, rows: Rows) -> Iterator[Tensor]:
-        return _outputs(folder, family.read_as(source.config), rows)
+    def outputs_of(folder: Path, rows: Rows, device: torch.device) -> Iterator[Tensor]:
+        return _outputs(folder, family.read_as(source.config), rows, device)
 
     return Target(sum(tensor.num_bytes for tensor in tensors), write, outputs_of, "gguf", dtype)
 
@@ -186,7 +186,7 @@ def encoded(name: str, value: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 @torch.no_grad()
-def _outputs(folder: Path, config: Any, rows: Rows) -> Iterator[Tensor]:
+def _outputs(folder: Path, config: Any, rows: Rows, device: torch.device) -> Iterator[Tensor]:
     """Of the one GGUF file there: by transformers' reader, which takes weights from the file, with the model's own config."""
     transformers.logging.disable_progress_bar()
     (file,) = folder.glob("*.gguf")
@@ -194,6 +194,6 @@ def _outputs(folder: Path, config: Any, rows: Rows) -> Iterator[Tensor]:
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=file.name, config=config, dtype=torch.float32, quantization_config=dense
     )
-    model.eval()
+    model.eval().to(device)
     for ids in rows.ids:
-        yield model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1].log_softmax(-1)
+        yield model(torch.from_numpy(ids.astype(np.int64))[None].to(device)).logits[0, :-1].log_softmax(-1).cpu()

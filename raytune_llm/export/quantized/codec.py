@@ -42,7 +42,7 @@ class Codec(Protocol):
         ...
 
     def encode(self, matrix: TensorFact, weight_NK: Tensor) -> Mapping[str, Tensor]:
-        """Those tensors, by the same names."""
+        """Those tensors, by the same names. weight_NK: float32."""
         ...
 
 
@@ -72,9 +72,11 @@ def encoded(source: Source, settings: ExportConfig, matrices: Matrices, codec: C
         def make(name: str) -> Tensor:
             if name not in held:
                 matrix = by_name[name].source
-                tensor = source.tensor(matrix.name, matrix.dtype)
                 held.clear()
-                held.update(codec.encode(matrix, tensor) if matrix.name in weights else {name: tensor})
+                if matrix.name in weights:  # in float32, so that it is rounded once
+                    held.update(codec.encode(matrix, source.tensor(matrix.name, torch.float32)))
+                else:
+                    held[name] = source.tensor(matrix.name, matrix.dtype)
             return held[name]
 
         write_tensors(folder, [one.fact for one in stored], settings.shard_bytes, make, on_bytes)
@@ -93,9 +95,8 @@ def dtype_of(settings: ExportConfig) -> torch.dtype | None:
 
 
 @torch.no_grad()
-def reloaded_outputs(folder: Path, rows: Rows, *, trust_remote_code: bool) -> Iterator[Tensor]:
+def reloaded_outputs(folder: Path, rows: Rows, device: torch.device, *, trust_remote_code: bool) -> Iterator[Tensor]:
     """Log-probabilities [T - 1, V] of each row, by what transformers loads from the folder."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     settings: dict[str, Any] = {"dtype": torch.float32, "device_map": device, "trust_remote_code": trust_remote_code}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
     for ids in rows.ids:

@@ -73,6 +73,7 @@ class NF4:
         from bitsandbytes.functional import quantize_4bit
 
         packed, state = quantize_4bit(weight_NK, quant_type="nf4", blocksize=BLOCK, compress_statistics=True)
+        state.dtype = matrix.dtype  # of what it is unpacked to
         tensors = {f"{matrix.name}.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
         about = f"{matrix.name}.quant_state.bitsandbytes__nf4"
         return {**tensors, matrix.name: packed, about: _filled(tensors[about])}

@@ -120,10 +120,10 @@ class Rounded:
         from compressed_tensors.quantization.utils import calculate_qparams
 
         weights = self.scheme.weights
-        wide_NGK = weight_NK.float().unflatten(1, (-1, self.group_size or weight_NK.shape[1]))
+        wide_NGK = weight_NK.unflatten(1, (-1, self.group_size or weight_NK.shape[1]))
         scale_NG, zero_NG = calculate_qparams(wide_NGK.amin(-1), wide_NGK.amax(-1), weights)
         scale_NG = scale_NG.to(matrix.dtype)  # as it is stored, so that weights are rounded by the scale that they are read with
-        given = {"weight": weight_NK.float(), "weight_scale": scale_NG.float(), "weight_zero_point": zero_NG}
+        given = {"weight": weight_NK, "weight_scale": scale_NG.float(), "weight_zero_point": zero_NG}
         compressed = BaseCompressor.get_value_from_registry(self.kind.files).compress(given, self.scheme)
         layer = matrix.name.removesuffix(".weight")
         return {f"{layer}.{name}": tensor for name, tensor in {**compressed, "weight_scale": scale_NG}.items()}

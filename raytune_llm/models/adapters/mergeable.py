@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.saved import WEIGHTS, read_config, token_ids_of
+from raytune_llm.models.finite import all_finite
 
 PREFIX = "base_model.model."
 BASE = ".base_layer.weight"
@@ -132,7 +133,11 @@ class Mergeable:
 
     def _read(self, keys: list[str]) -> dict[str, Tensor]:
         with safe_open(self._file, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in keys}
+            tensors = {key: file.get_tensor(key) for key in keys}
+        if lost := [key for key, tensor in tensors.items() if tensor.is_floating_point() and not all_finite(tensor)]:
+            rule = f"must hold finite numbers: {lost[0]} has others (NaN or infinite)"
+            raise ConfigError(self.setting, rule, got=self.folder, fix="Take an earlier checkpoint, or train it again.")
+        return tensors
 
     def _unfit(self, layer: str, what: str) -> ConfigError:
         fix = f"It was trained on {self.base_model}." if self.base_model else ""

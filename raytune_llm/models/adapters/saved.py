@@ -73,6 +73,14 @@ def rank_of(path: str, setting: str) -> int:
     return int(getattr(read_config(path, setting), "r", 0))
 
 
+def base_of(path: str, setting: str) -> str:
+    """The model that it was trained on. Raises ConfigError where its config doesn't say."""
+    base = read_config(path, setting).base_model_name_or_path
+    if not base:
+        raise ConfigError(setting, f"must say in its {CONFIG} what its base is", got=path, fix="Set model.path to the base.")
+    return base
+
+
 def token_ids_of(path: str, setting: str) -> list[int]:
     """The tokens whose embeddings are the adapter's own."""
     given = getattr(read_config(path, setting), "trainable_token_indices", None) or []

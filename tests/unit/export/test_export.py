@@ -122,6 +122,120 @@ def test_a_reward_model_gives_the_scores_of_base_and_adapter(base, tmp_path):
     assert done.difference is not None and done.difference.max_abs < 1e-5
 
 
+def test_whole_modules_have_weights_and_add_up_with_what_another_adapter_changes(base, tmp_path):
+    whole = adapter_of(base, METHODS["embeddings and a whole head"], "embeddings and a whole head")
+    other = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    lora = adapter_of(base, other, "on the head")
+    name = "lm_head.weight"
+    head = load_file(base / "model.safetensors")[name]
+    change = load_file(whole / "adapter_model.safetensors")[f"base_model.model.{name}"] - head
+    tensors = load_file(lora / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.lm_head.lora_{side}.weight"] for side in "AB")
+    assert change.abs().max() > 1e-3
+    exported(base, tmp_path / "half", f"export.adapters={{a: '{whole}'}}", "export.weights={a: 0.5}")
+    assert torch.allclose(load_file(tmp_path / "half" / "model.safetensors")[name], head + 0.5 * change, atol=1e-6)
+    both = f"export.adapters={{a: '{whole}', b: '{lora}'}}"
+    exported(base, tmp_path / "both", both, "export.weights={a: -1}")
+    scaled = other.lora_alpha / other.r * (b @ a)
+    assert torch.allclose(load_file(tmp_path / "both" / "model.safetensors")[name], head - change + scaled, atol=1e-6)
+
+
+def test_a_score_head_has_no_other_weight_than_one(base, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["score"], task_type="SEQ_CLS")
+    folder = adapter_of(base, config, "a reward", AutoModelForSequenceClassification, num_labels=1)
+    with pytest.raises(ConfigError, match=r"export\.weights must be 1 .* whole score\.weight"):
+        exported(base, tmp_path / "out", f"export.adapters={{a: '{folder}'}}", "export.weights={a: 0.5}")
+
+
+@pytest.mark.parametrize("format", ["hf", "adapter"])
+def test_an_adapter_that_is_not_finite_is_refused(base, tmp_path, format):
+    shutil.copytree(adapter_of(base, METHODS["lora"], "lora"), tmp_path / "lost")
+    tensors = load_file(tmp_path / "lost" / "adapter_model.safetensors")
+    tensors[next(name for name in tensors if "lora_B" in name)][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "lost" / "adapter_model.safetensors", {"format": "pt"})
+    words = [f"export.adapters={{a: '{tmp_path / 'lost'}'}}", f"export.format={format}", "export.max_kl=1e9"]
+    with pytest.raises(UserError, match="NaN"):
+        exported(base, tmp_path / "out", *words)
+    assert [place.name for place in tmp_path.iterdir()] == ["lost"]
+
+
+def test_a_base_whose_outputs_are_no_numbers_is_refused(base, tmp_path):
+    shutil.copytree(base, tmp_path / "lost")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, tmp_path / "lost" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lost: gives outputs that are not numbers \(NaN\)"):
+        exported(tmp_path / "lost", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_beside_the_model_is_merged_as_a_named_one(base, tmp_path):
+    folder = adapter_of(base, METHODS["lora"], "lora")
+    exported(base, tmp_path / "named", f"export.adapters={{a: '{folder}'}}", "export.check=false")
+    exported(base, tmp_path / "alone", f"adapter.path={folder}", "export.check=false")
+    names = [tmp_path / place / "model.safetensors" for place in ("named", "alone")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    exported(base, tmp_path / "half", f"adapter.path={folder}", "export.weights={lora: 0.5}", "export.check=false")
+    assert (tmp_path / "half" / "model.safetensors").read_bytes() != names[0].read_bytes()
+    with pytest.raises(ConfigError, match=r"adapter\.path can't be combined with export\.run"):
+        exported(base, tmp_path / "out", "model.path=null", f"export.run={tmp_path}", f"adapter.path={folder}")
+    with pytest.raises(ConfigError, match=r"^adapter\.path must be a folder with adapter_config\.json"):
+        exported(base, tmp_path / "out", f"adapter.path={base}")
+
+
+def test_only_an_export_is_replaced(base, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "run.yaml").touch()
+    with pytest.raises(ConfigError, match=r"export\.output_dir must be empty or not there, or an earlier export"):
+        exported(base, run, "export.overwrite=true")
+    assert (run / "checkpoints").is_dir()
+    exported(base, tmp_path / "out", "export.check=false")
+    with pytest.raises(ConfigError, match=r"must be empty, or not there, .*export\.overwrite=true"):
+        exported(base, tmp_path / "out", "export.dtype=bf16")
+    exported(base, tmp_path / "out", "export.check=false", "export.overwrite=true", "export.dtype=bf16")
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_a_repeated_export_is_kept_unless_its_adapter_has_changed(base, tmp_path):
+    folder = shutil.copytree(adapter_of(base, METHODS["lora"], "lora"), tmp_path / "adapter")
+    words = [f"export.adapters={{a: '{folder}'}}", "export.check_rows=1"]
+    first, again = (exported(base, tmp_path / "out", *words) for _ in range(2))
+    assert again.found and not first.found
+    assert (again.difference, again.num_bytes) == (first.difference, first.num_bytes)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: 2 * one for name, one in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"must be empty, or not there"):
+        exported(base, tmp_path / "out", *words)
+    assert not exported(base, tmp_path / "out", *words, "export.overwrite=true").found
+
+
+def test_what_is_exported_is_not_replaced_by_its_export(base, tmp_path):
+    first = exported(base, tmp_path / "first", "export.check=false").place
+    inner = shutil.copytree(base, first / "inner")
+    for model in (first, inner):
+        with pytest.raises(ConfigError, match=r"export\.output_dir must not hold what is exported"):
+            exported(model, first, "export.overwrite=true")
+    assert (first / "model.safetensors").is_file()
+
+
+def test_a_link_leads_to_the_place_and_files_and_mount_points_are_refused_before_anything_is_written(base, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    exported(base, tmp_path / "link", "export.check=false")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "model.safetensors").is_file()
+    exported(base, tmp_path / "link", "export.check=false", "export.overwrite=true")
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ConfigError, match=r"export\.output_dir must be a folder, "):
+        exported(base, tmp_path / "file", "export.overwrite=true")
+    assert (tmp_path / "file").read_text() == "kept"
+    with pytest.raises(ConfigError, match=r"export\.output_dir must be no mount point"):
+        exported(base, Path("/dev/shm"))
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(ConfigError, match=r"^export\.output_dir"):
+        exported(base, tmp_path / "round")
+
+
 def test_shards_hold_every_tensor_once_in_the_dtype_that_was_asked_for(base, tmp_path):
     exported(base, tmp_path / "out", "export.shard_size=20KB", "export.dtype=bf16", "export.max_kl=1")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]

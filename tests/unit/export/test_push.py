@@ -30,7 +30,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
-        self.role, self.full = "write", False
+        self.role, self.full, self.hangs_up = "write", False, False
         self.private: dict[str, bool] = {}
         """By repository."""
         self.files: dict[str, bytes] = {}
@@ -98,6 +98,8 @@ class Answers(BaseHTTPRequestHandler):
             objects = json.loads(body)["objects"]
             places = [{**one, "actions": {"upload": {"href": f"{self.server.url}/large/{one['oid']}"}}} for one in objects]
             self.answer({"transfer": "basic", "objects": places})
+        elif self.server.hangs_up:
+            self.close_connection = True
         elif self.server.full:
             self.answer({"error": "Your storage is full"}, 403)
         else:
@@ -204,4 +206,18 @@ def test_a_hub_that_cannot_be_reached_is_said_before_anything_is_written(base, t
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     with pytest.raises(ResourceError, match=said):
         exported(base, tmp_path / "out", "export.push=me/tiny")
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_upload_whose_connection_breaks_is_an_error_that_says_the_command(base, tmp_path, hub):
+    hub.hangs_up = True
+    with pytest.raises(ResourceError, match=r"The upload to me/mine failed .* this uploads it: hf upload"):
+        exported(base, tmp_path / "out", "export.push=me/mine")
+    assert (tmp_path / "out" / "export.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["me/nothing", "me/not--a--name"])
+def test_a_model_that_the_hub_does_not_have_is_named(name, tmp_path, hub):
+    with pytest.raises(ConfigError, match=rf"^model\.path must be a folder.*{name}"):
+        api.export(load_config("export", [f"model.path={name}", f"export.output_dir={tmp_path / 'out'}"]))
     assert not any(tmp_path.iterdir())

@@ -97,6 +97,20 @@ def test_weights_are_what_rounding_by_the_stored_scales_gives(base, tmp_path, fo
         assert torch.allclose(found, expected, atol=1e-6)
 
 
+def test_merged_weights_are_rounded_once(base, tmp_path):
+    torch.manual_seed(1)
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules=["down_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(str(tmp_path / "adapter"))
+    words = [f"export.adapters={{a: '{tmp_path / 'adapter'}'}}", "export.check=false"]
+    exported(base, tmp_path / "merged", *words, "export.dtype=fp32")
+    exported(base, tmp_path / "rounded", *words, "export.format=w8a8", "export.dtype=bf16")
+    name = "model.layers.1.mlp.down_proj"
+    merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{name}.weight"]
+    files = load_file(tmp_path / "rounded" / "model.safetensors")
+    expected = (merged / files[f"{name}.weight_scale"].float()).round().clamp(-128, 127)
+    assert torch.equal(files[f"{name}.weight"].float(), expected)
+
+
 def test_shards_and_a_dtype_are_kept_by_quantized_files(base, tmp_path):
     exported(base, tmp_path / "out", "export.format=w4a16", "export.shard_size=40KB", "export.dtype=fp32", "export.group_size=16")
     files = list((tmp_path / "out").glob("model-*.safetensors"))
@@ -238,7 +252,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(base, tmp_path, format):
     model = small_model(tmp_path / "base", "llama") if format == "gguf" else base
     place = tmp_path / "exported" / "out"
     place.mkdir(parents=True)
-    (place / "kept").write_text("from before")
+    (place / "export.json").write_text("from before")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))  # files end where a full disk would end them
     try:
@@ -246,5 +260,5 @@ def test_a_disk_that_fills_up_leaves_what_was_there(base, tmp_path, format):
             exported(model, place, f"export.format={format}", "export.overwrite=true")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [file.name for file in place.iterdir()] == ["kept"]
+    assert [(file.name, file.read_text()) for file in place.iterdir()] == [("export.json", "from before")]
     assert [folder.name for folder in place.parent.iterdir()] == ["out"]
