@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +17,10 @@ from raytune_llm.engines.engine import Engine
 from raytune_llm.engines.questions import Question, scored_together
 from raytune_llm.errors import ConfigError
 from raytune_llm.predict.models import served_with
-from raytune_llm.predict.predictions import lines
+from raytune_llm.predict.predictions import REWARDS, lines
 from raytune_llm.predict.rows import PromptRows
 from raytune_llm.runs.trained import Trained, read_trained
 
-FILE = "rewards.jsonl"
-"""A line a line of predictions.jsonl: row, model, and the scores (null: there is no such answer, or it is too long)."""
 AT_ONCE = 64
 """Rows that are rendered and scored together."""
 
@@ -56,7 +53,7 @@ class Judge:
             for model in models:
                 own = {"row": number + 1, "model": model or "base", "reward": by_model[model][number], "label_reward": label}
                 written.append(json.dumps(own) + "\n")
-        write_atomically(folder / FILE, "".join(written))
+        write_atomically(folder / REWARDS, "".join(written))
         return {model: _numbers(scores, given) for model, scores in by_model.items()}
 
     def _engine(self) -> Engine:
@@ -111,7 +108,9 @@ def _numbers(scores: Sequence[float | None], given: Sequence[float | None]) -> d
     own = [score for score in scores if score is not None]
     labels = [score for score in given if score is not None]
     pairs = [(score, label) for score, label in zip(scores, given, strict=True) if score is not None and label is not None]
-    numbers: dict[str, float] = {"reward": fmean(own) if own else math.nan}
+    numbers: dict[str, float] = {}
+    if own:
+        numbers["reward"] = fmean(own)
     if labels:
         numbers["label_reward"] = fmean(labels)
     if pairs:

@@ -16,14 +16,18 @@ from raytune_llm.errors import ConfigError, DataError
 FILE = "predictions.jsonl"
 SETTINGS = "predict.json"
 """File with the settings and file contents that the folder's predictions depend on."""
-FILES = (FILE, SETTINGS, "metrics.json", "generated_predictions.jsonl", "predict_results.json")
+REWARDS = "rewards.jsonl"
+"""A line a line of predictions.jsonl: row, model, and a judge's scores (null: there is no such answer, or it is too long)."""
+FILES = (FILE, SETTINGS, "metrics.json", REWARDS, "generated_predictions.jsonl", "predict_results.json")
 """All that the folder gets, the last two in LLaMA-Factory's layout."""
 OWN = ("row", "model", "prompt", "predict", "label", "finish", "logprob", "label_tokens", "error")
-"""Keys of a line. A column of the data with one of these names is written as input_<name>."""
+"""Keys of a line. A column of the data with one of these names is written as input_<name>, and one that is called so as
+input_input_<name>."""
+INPUT = "input_"
 
 
 def line(own: Mapping[str, Any], columns: Mapping[str, Any]) -> str:
-    named = {f"input_{name}" if name in OWN else name: value for name, value in columns.items()}
+    named = {f"{INPUT}{name}" if _is_like_own(name) else name: value for name, value in columns.items()}
     return json.dumps({**own, **named}, ensure_ascii=False, default=str) + "\n"
 
 
@@ -34,7 +38,13 @@ def lines(folder: Path) -> Iterator[dict[str, Any]]:
 
 def columns_of(line: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of the data, by their own names."""
-    return {name.removeprefix("input_") if name[6:] in OWN else name: value for name, value in line.items() if name not in OWN}
+    return {name.removeprefix(INPUT) if _is_like_own(name) else name: value for name, value in line.items() if name not in OWN}
+
+
+def _is_like_own(name: str) -> bool:
+    while name.startswith(INPUT):
+        name = name.removeprefix(INPUT)
+    return name in OWN
 
 
 def open_predictions(folder: Path, settings: Mapping[str, Any], *, resume: bool, models: int) -> int:

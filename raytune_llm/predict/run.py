@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -20,13 +19,14 @@ from raytune_llm.config.run import PredictRun
 from raytune_llm.engines.questions import BLOCK_QUESTIONS, Answered, Answering, Question
 from raytune_llm.engines.requests import Sampling
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.adapters.saved import WEIGHTS
 from raytune_llm.predict.answering import EngineSettings, answering
 from raytune_llm.predict.judge import Judge, judged
 from raytune_llm.predict.metrics import Metric, metrics_of
 from raytune_llm.predict.models import check_writes, served_with
 from raytune_llm.predict.predictions import FILE, FILES, columns_of, line, lines, open_predictions
 from raytune_llm.predict.rows import PromptRow, PromptRows
+from raytune_llm.report.metrics import non_finite_as_strings
+from raytune_llm.runs.contents import adapter_contents, model_contents
 from raytune_llm.runs.output import full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
 from raytune_llm.runs.trained import read_trained
@@ -71,7 +71,7 @@ def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None)
     settings = EngineSettings(run.model, run.quantization, run.engine, served)
     settings.check(base="predict.base" if None in models and adapters else None)
     with owned(folder), full_disk_explained(folder):
-        decides = _decides(run, adapters, rows.fingerprints)
+        decides = _decides(run, models, adapters, rows.fingerprints)
         found = open_predictions(folder, decides, resume=run.predict.resume == "auto", models=len(models))
         total, tokens, began = num_rows * len(models), 0, time.perf_counter()
         if found < total:
@@ -111,7 +111,9 @@ def _models(predict: PredictConfig, adapters: Mapping[str, str]) -> list[str | N
     return models
 
 
-def _decides(run: PredictRun, adapters: Mapping[str, str], fingerprints: Sequence[str]) -> dict[str, Any]:
+def _decides(
+    run: PredictRun, models: Sequence[str | None], adapters: Mapping[str, str], fingerprints: Sequence[str]
+) -> dict[str, Any]:
     """The settings and file contents that the answers depend on. Lines that were written under others can't be resumed."""
     plain = as_plain(run)
     data = {key: value for key, value in plain["data"].items() if key not in ("path", "cache", "max_bad_fraction")}
@@ -124,18 +126,10 @@ def _decides(run: PredictRun, adapters: Mapping[str, str], fingerprints: Sequenc
         "engine": plain["engine"]["name"],
         "data": data,
         "contents of the data": list(fingerprints),
-        "adapters": {name: _digest(Path(folder)) for name, folder in adapters.items()},
+        "order of the models": [name or "base" for name in models],
+        "contents of the model": model_contents(run.model),
+        "adapters": {name: adapter_contents(folder) for name, folder in adapters.items()},
     }
-
-
-def _digest(folder: Path) -> str:
-    """SHA-256 of an adapter's config and weights, in hex."""
-    digest = hashlib.sha256()
-    for name in ("adapter_config.json", *WEIGHTS):
-        if (folder / name).is_file():
-            with (folder / name).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,8 +241,8 @@ def _measured(folder: Path, model: str | None, metrics: Iterable[Metric]) -> dic
 
 def _write_metrics(folder: Path, measured: Mapping[str, Mapping[str, Any]], *, llamafactory_files: bool) -> None:
     """Write metrics.json: one model's metrics, or model -> metrics if there are several."""
-    numbers: Any = next(iter(measured.values())) if len(measured) == 1 else measured
-    write_atomically(folder / "metrics.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+    numbers: Any = non_finite_as_strings(next(iter(measured.values())) if len(measured) == 1 else measured)
+    write_atomically(folder / "metrics.json", json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if llamafactory_files:
         chosen = ("prompt", "predict", "label")
         theirs = [json.dumps({key: one[key] or "" for key in chosen}, ensure_ascii=False) for one in lines(folder)]

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from raytune_llm import api
 from raytune_llm.errors import ConfigError
+from raytune_llm.predict.judge import _numbers
 from raytune_llm.predict.rows import PromptRows
 from tests.runs import tiny_run
 
@@ -72,3 +73,7 @@ def test_what_is_no_reward_model_is_refused_before_anything_is_written(predictio
     with pytest.raises(ConfigError, match=r"predict\.judge must be the output folder of a reward model's run"):
         api.predict(prediction(f"predict.judge={tmp_path / 'sft'}"))
     assert not (tmp_path / "out").exists()
+
+
+def test_without_a_scored_answer_there_is_no_mean():
+    assert _numbers([None, None], [None, 2.0]) == {"label_reward": 2.0}

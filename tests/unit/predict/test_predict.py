@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_llm import api
 from raytune_llm.errors import ConfigError, DataError, UserError
+from raytune_llm.predict.predictions import columns_of, line
 
 
 def lines(folder: Path) -> list[dict]:
@@ -96,6 +97,51 @@ def test_other_settings_in_the_same_folder_are_refused(prediction):
     with pytest.raises(ConfigError, match=r"predict\.temperature from 0\.0 to 0\.5"):
         api.predict(prediction("predict.temperature=0.5"))
     assert api.predict(prediction("predict.temperature=0.5", "predict.resume=never")).found == 0
+
+
+def test_adapters_in_another_order_do_not_continue_the_lines(prediction, adapters):
+    one, two = (f"{name}: '{adapters[name]}'" for name in ("one", "two"))
+    done = api.predict(prediction(f"predict.adapters={{{one}, {two}}}", "predict.max_new_tokens=1"))
+    file = done.folder / "predictions.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+    with pytest.raises(ConfigError, match="order of the models"):
+        api.predict(prediction(f"predict.adapters={{{two}, {one}}}", "predict.max_new_tokens=1"))
+
+
+@pytest.mark.parametrize("changed", ["weights", "config", "chat template", "merged adapter"])
+def test_answers_of_other_files_in_the_models_folder_are_not_kept(prediction, model, adapters, tmp_path, changed):
+    folder, under = shutil.copytree(model, tmp_path / "model"), shutil.copytree(adapters["one"], tmp_path / "under")
+    words = [f"model.path={folder}", f"model.merged_adapters=['{under}']", "predict.max_new_tokens=1"]
+    done = api.predict(prediction(*words))
+    assert api.predict(prediction(*words)).found == done.rows
+    if changed == "weights":
+        other: Any = AutoModelForCausalLM.from_pretrained(folder)
+        other.lm_head.weight.data.neg_()
+        other.save_pretrained(folder)
+    elif changed == "config":
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 0.5}))
+    elif changed == "chat template":
+        template = folder / "chat_template.jinja"
+        template.write_text(template.read_text() + "{# another #}")
+    else:
+        shutil.copytree(adapters["two"], under, dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="holds other predictions; what changed: contents of the model"):
+        api.predict(prediction(*words))
+
+
+def test_columns_with_the_names_of_keys_and_with_those_that_they_get_stand_side_by_side():
+    columns = {"row": 1, "input_row": 2, "input_input_row": 3, "input_text": 4, "text": 5}
+    written = json.loads(line({"row": 7, "model": "base"}, columns))
+    assert written["row"] == 7 and len(written) == len(columns) + 2 and written["input_text"] == 4
+    assert columns_of(written) == columns
+
+
+def test_starting_anew_leaves_no_rewards_of_before(prediction):
+    done = api.predict(prediction("predict.max_new_tokens=1"))
+    (done.folder / "rewards.jsonl").write_text("{}")
+    api.predict(prediction("predict.max_new_tokens=1", "predict.resume=never"))
+    assert not (done.folder / "rewards.jsonl").exists()
 
 
 def test_given_answers_are_scored_as_the_model_itself_scores_them(prediction, model, chat_rows):
