@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_llm import packaged, session
 from raytune_llm.config import command_line
-from raytune_llm.config.paths import with_absolute_paths
+from raytune_llm.config.paths import expanded, value_of, with_absolute_paths
 from raytune_llm.config.plain import as_plain, to_yaml
 from raytune_llm.config.resources import Cluster, on_cluster, uses_ray
 from raytune_llm.config.run import (
@@ -438,19 +438,24 @@ def chain(run: ChainRun, *, each: Callable[[str, str, Any], Any] | None = None) 
     """Run commands one after another, and return what each returned, by the steps' names.
 
     All their settings are checked before the first one runs, and the places and packages of exports. each(name, verb, run) runs
-    one; without it, this module's function of the verb does. Repeated, it resumes: a finished training is not run again.
+    one; without it, this module's function of the verb does. Repeated, it resumes: a finished training or evaluation is not run
+    again, and predictions are kept.
     """
     runs = {}
     for name in run.steps:
         verb, *words = run.words(name)
         runs[name] = (verb, command_line.load(command_line.parse(verb, words)))
+    made: list[Path] = []
     for _, step in runs.values():
         if isinstance(step, TrainRun | PrepareRun | PredictRun | ExportRun | EvaluateRun):
-            packaged.check_models(step)
+            packaged.check_models(step, made)
         if isinstance(step, ExportRun):
             from raytune_llm.export.run import check_ahead
 
             check_ahead(with_absolute_paths(step))
+        place = step.export.output_dir if isinstance(step, ExportRun) else value_of(step, "output_dir")
+        if place is not None:
+            made.append(expanded(place).absolute())
     own = {"prepare": prepare, "train": train, "tune": tune, "predict": predict, "evaluate": evaluate, "export": export}
     return {name: own[verb](step) if each is None else each(name, verb, step) for name, (verb, step) in runs.items()}
 

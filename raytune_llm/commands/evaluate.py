@@ -17,5 +17,8 @@ def main(run: EvaluateRun) -> int:
         bar = progress.add_task("answering", total=None)
         evaluated = api.evaluate(run, on_progress=lambda done, total: progress.update(bar, completed=done, total=total))
     console.print(Markdown((evaluated.folder / "results.md").read_text()))
+    if evaluated.found:
+        console.print("These results were there before: the same was asked of the same models.", highlight=False)
+        return 0
     console.print(f"Written: {evaluated.folder}/results.json, results.md and results.png", highlight=False, soft_wrap=True)
     return 0

@@ -11,9 +11,10 @@ class EvaluateConfig:
     """Benchmarks, by a protocol that is named with every number."""
 
     models: list[str]
-    """Output folders of runs, evaluated side by side; adapters of one base share it. Empty: `model`."""
+    """Evaluated side by side: output folders of runs, folders of models (an export, what transformers saved), models of a hub
+    (owner/name), folders of PEFT's adapters. Adapters of one base share it. Empty: `model`."""
     base: bool
-    """Evaluate the bases of the runs, too."""
+    """Evaluate the bases of adapters, too. That of a PEFT adapter is `model`, or the one that its config names."""
     protocol: Literal["llamafactory", "lm_eval"]
     """llamafactory: questions as chat turns, and the likeliest of the letters A to D as the first token of the answer.
     lm_eval: tasks of lm-evaluation-harness, asked and scored by that package."""
@@ -22,7 +23,7 @@ class EvaluateConfig:
     groups and tags, such as gsm8k; YAML files; folders with YAML files, written with a slash."""
     data: str | None
     """For protocol=llamafactory: the folder that holds a folder for each TASK, with its mapping.json, and its zip file or what is
-    in it."""
+    in it; or a hub's data set (owner/name) of such folders."""
     shots: NonNegativeInt | None
     """Examples before each question. null: 5 for protocol=llamafactory, the task's own number for protocol=lm_eval."""
     lang: Literal["auto", "en", "zh"]
@@ -51,7 +52,7 @@ class EvaluateConfig:
             raise ConfigError("evaluate.tasks", "must name a task", got=[], fix=fix)
         for values in (self.models, self.tasks):
             if twice := [name for name in values if values.count(name) > 1]:
-                setting, rule = ("models", "each run once") if values is self.models else ("tasks", "each task once")
+                setting, rule = ("models", "each model once") if values is self.models else ("tasks", "each task once")
                 raise ConfigError(f"evaluate.{setting}", f"must hold {rule}", got=twice[0])
         PROTOCOL_RULES[self.protocol](self)
 

@@ -7,13 +7,23 @@ import csv
 import io
 import json
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from raytune_llm.errors import ConfigError, DataError
+from huggingface_hub import snapshot_download
+
+from raytune_llm.config.paths import expanded
+from raytune_llm.errors import ConfigError, DataError, first_line
+from raytune_llm.hub import ask_hub, hub_failures
 
 LETTERS = ("A", "B", "C", "D")
+LFS = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git LFS puts in the place of another."""
+DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+"""What reading such files raises; RuntimeError: a password is asked for."""
 SPLITS = {"train": "dev", "validation": "val", "test": "test"}
 """A task's split -> its folder."""
 
@@ -50,6 +60,25 @@ LAYOUTS = {
 }
 
 
+def folder_of(data: str, tasks: Sequence[str]) -> Path:
+    """evaluate.data as a folder: its own, or the tasks' files of a hub's data set in the cache of huggingface_hub. Raises
+    ConfigError where it is neither."""
+    folder = expanded(data)
+    if folder.exists() or data.count("/") != 1 or data.startswith((".", "~", "/")):
+        return folder
+    address, state = ask_hub()
+    if state == "not reached":
+        rule = f"must be a folder that exists: no hub answers at {address}, where it could be a data set"
+        raise ConfigError("evaluate.data", rule, got=data)
+    try:
+        return Path(
+            snapshot_download(data, repo_type="dataset", allow_patterns=[f"{task.partition('_')[0]}/*" for task in tasks])
+        )
+    except hub_failures() as error:
+        rule = f"must be a folder, or a data set that the hub gives ({first_line(error)})"
+        raise ConfigError("evaluate.data", rule, got=data) from error
+
+
 def read_task(task: str, folder: Path) -> list[Subject]:
     """`TASK_SPLIT`: its subjects in the order of its mapping.json. Raises ConfigError or DataError."""
     name, _, split = task.partition("_")
@@ -79,14 +108,16 @@ def read_task(task: str, folder: Path) -> list[Subject]:
 def _reader(place: Path, name: str) -> Callable[[str], str]:
     """The text of a file, of the folder or else of its zip file."""
     packed = place / f"{name}.zip"
-    names = set(zipfile.ZipFile(packed).namelist()) if packed.is_file() else set()
+    with _readable(packed):
+        names = set(zipfile.ZipFile(packed).namelist()) if packed.is_file() else set()
 
     def read(path: str) -> str:
         try:
             if (place / path).is_file():
-                return (place / path).read_text(encoding="utf-8-sig")
+                with _readable(place / path):
+                    return (place / path).read_text(encoding="utf-8-sig")
             if path in names:
-                with zipfile.ZipFile(packed) as archive:
+                with _readable(packed), zipfile.ZipFile(packed) as archive:
                     return archive.read(path).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"{place}/{path}", f"is not UTF-8 ({error.reason})", "Save it as UTF-8.") from None
@@ -95,8 +126,30 @@ def _reader(place: Path, name: str) -> Callable[[str], str]:
     return read
 
 
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Raises DataError where the file is damaged, or only stands for another."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise
+    except DAMAGED as error:
+        if isinstance(error, zipfile.BadZipFile) and _stands_for_another(file):
+            raise DataError(str(file), "is a pointer of Git LFS, not the file itself", "Run `git lfs pull` there.") from None
+        fix = "Copy or download it again."
+        raise DataError(str(file), f"can't be read ({type(error).__name__}: {first_line(error)})", fix) from None
+
+
+def _stands_for_another(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(LFS)) == LFS
+
+
 def _questions(text: str, where: str, columns: Sequence[str] | None) -> list[ChoiceQuestion]:
-    lines = list(csv.reader(io.StringIO(text)))
+    try:
+        lines = list(csv.reader(io.StringIO(text)))
+    except csv.Error as error:
+        raise DataError(where, f"is no csv file that can be read ({error})", "Copy or download it again.") from None
     names = list(columns) if columns is not None else [name.strip().lower() for name in lines.pop(0)] if lines else []
     found = []
     for number, line in enumerate(lines, start=1):

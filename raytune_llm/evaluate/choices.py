@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from raytune_llm.data.shards import BLOCK_ROWS
 from raytune_llm.engines.questions import Answering, Question, in_blocks
 from raytune_llm.engines.requests import Sampling
 from raytune_llm.errors import DataError
-from raytune_llm.evaluate.choice_files import LETTERS, ChoiceQuestion, Subject, read_task
+from raytune_llm.evaluate.choice_files import LETTERS, ChoiceQuestion, Subject, folder_of, read_task
 from raytune_llm.evaluate.choice_prompts import asked, examples_of
 from raytune_llm.evaluate.models import Group
 from raytune_llm.evaluate.results import Score, Shown
@@ -46,6 +47,7 @@ class Choices:
         self._prompts: dict[int, ConversationPrompts] = {}
         """By group."""
         self.questions = sum(len(questions_of(subject, settings)) for task in self._tasks for subject in task.subjects)
+        self.contents = hashlib.sha256(repr(self._tasks).encode(errors="surrogatepass")).hexdigest()
         shots = shots_of(settings)
         self.facts = {"protocol": "llamafactory", "shots": shots}
         self.shown = Shown(
@@ -77,10 +79,10 @@ def shots_of(settings: EvaluateConfig) -> int:
 def tasks_of(settings: EvaluateConfig) -> list[Task]:
     """Raises ConfigError or DataError for one that can't be read."""
     assert settings.data is not None
-    tasks = []
+    folder, tasks = folder_of(settings.data, settings.tasks), []
     for name in settings.tasks:
         lang = settings.lang if settings.lang != "auto" else "zh" if name.partition("_")[0] in CHINESE else "en"
-        tasks.append(Task(name, read_task(name, Path(settings.data)), lang))
+        tasks.append(Task(name, read_task(name, folder), lang))
     return tasks
 
 

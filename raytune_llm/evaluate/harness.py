@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -16,6 +17,8 @@ from raytune_llm.evaluate.models import Group
 from raytune_llm.evaluate.results import Score, Shown, TaskScores
 from raytune_llm.serve.engines import tokenizer_of
 
+TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+
 
 class Harness:
     """Its tasks are loaded, their data, too."""
@@ -24,6 +27,7 @@ class Harness:
         self._settings = settings
         self._seed = DEFAULT_OTHER_SEED if settings.seed is None else settings.seed
         self._loaded = load_tasks(settings.tasks, "evaluate.tasks")
+        self.contents = _contents(settings.tasks)
         self.questions = sum(questions_of(task, settings.max_questions) for task in self._loaded.values())
         self.facts: dict[str, Any] = {
             "protocol": "lm_eval",
@@ -71,6 +75,17 @@ class Harness:
             task: {name: Score(one.value, one.stderr, {"higher_is_better": one.higher_is_better}) for name, one in found.items()}
             for task, found in scores_of(results).items()
         }
+
+
+def _contents(tasks: Sequence[str]) -> str:
+    """Of the package's version, and of YAML files with what may be their data and functions: what lies beside them."""
+    digest = hashlib.sha256(version("lm_eval").encode())
+    for place in (Path(task) for task in tasks if Path(task).exists()):
+        for file in sorted(place.rglob("*") if place.is_dir() else place.parent.iterdir()):
+            if file.suffix in TASK_FILES and file.is_file():
+                there = file.stat()
+                digest.update(f"{file}, {there.st_size} bytes of {there.st_mtime_ns}\n".encode(errors="surrogatepass"))
+    return digest.hexdigest()
 
 
 def _write_samples(folder: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from raytune_llm import packaged
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.evaluate import EvaluateConfig
 from raytune_llm.config.load import load_config
 from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.paths import expanded
 from raytune_llm.config.run import EvaluateRun
 from raytune_llm.config.serve import ServedModels
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters.saved import base_of
+from raytune_llm.models.finished import FINAL
 from raytune_llm.predict.models import check_writes, served_with
-from raytune_llm.runs.trained import Trained, read_trained
+from raytune_llm.runs.trained import RENDERING, Trained, read_trained
 from raytune_llm.serve.engines import lone_adapter
+
+RENDERS = (*RENDERING, "enable_thinking", "preserve_thinking")
 
 
 @dataclass
@@ -46,41 +54,118 @@ class Group:
         )
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """An entry of evaluate.models."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    adapter: str | None
+    """Its folder."""
+    on_given_base: bool = False
+    """It is an adapter of `model`, which the command gives."""
+
+
 def groups_of(run: EvaluateRun) -> list[Group]:
-    """Raises ConfigError for what is no run, writes no text, or has the name of another one."""
+    """Raises ConfigError for what is no run and no model, writes no text, or has the name of another one."""
     settings = run.evaluate
     if not settings.models:
         name = Path(str(run.model.path or "model")).name
         return [Group(run.model, _rendering(run, None), {}, name)]
     groups: list[Group] = []
-    names: set[str] = set()
-    for place in settings.models:
-        trained = read_trained(place, "evaluate.models")
-        if trained.name in names:
-            rule = f"must hold runs of different names: {trained.name} comes twice"
-            raise ConfigError("evaluate.models", rule, got=settings.models)
-        names.add(trained.name)
-        if trained.adapter is None:
-            groups.append(Group(trained.model, _rendering(run, trained), {}, trained.name))
+    bases: list[tuple[Group, str]] = []
+    """Those with a base that answers, too, and an adapter that it is the base of."""
+    entries = _asked(run)
+    for one in entries:
+        if one.adapter is None:
+            groups.append(Group(one.model, one.data, {}, one.name))
             continue
-        check_writes(str(trained.adapter), "evaluate.models")
-        data = _rendering(run, trained)
-        alike = [one for one in groups if one.of_adapters and one.model == trained.model and written_alike(one.data, data)]
+        check_writes(one.adapter, "evaluate.models")
+        alike = [group for group in groups if group.of_adapters and _same_base(group, one)]
         if settings.base and not alike:
-            alike.append(Group(trained.model, data, {}, Path(str(trained.model.path)).name, of_adapters=True))
+            alike.append(Group(one.model, one.data, {}, Path(str(one.model.path)).name, of_adapters=True))
             groups.append(alike[0])
-        own = Group(trained.model, data, {trained.name: str(trained.adapter)}, None, of_adapters=True)
+            bases.append((alike[0], one.name))
+        own = Group(one.model, one.data, {one.name: one.adapter}, None, of_adapters=True)
         if lone_adapter(own.served(settings), run.engine) is not None:
             groups.append(replace(own, of_adapters=False))
         elif alike:
-            alike[0].adapters[trained.name] = str(trained.adapter)
+            alike[0].adapters[one.name] = one.adapter
         else:
             groups.append(own)
+    _name_apart(bases, [one.name for one in entries])
     return groups
 
 
+def _same_base(group: Group, one: _Asked) -> bool:
+    return group.model == one.model and written_alike(group.data, one.data)
+
+
+def _asked(run: EvaluateRun) -> list[_Asked]:
+    found: dict[str, _Asked] = {}
+    for place in run.evaluate.models:
+        one = _entry(run, place)
+        if one.name in found and not _is_run(expanded(place)):
+            one = replace(one, name=f"{one.name} in {expanded(place).absolute().parent.name}")
+        if one.name in found:
+            rule = f"must hold models of different names: {one.name} comes twice"
+            raise ConfigError("evaluate.models", rule, got=run.evaluate.models)
+        found[one.name] = one
+    if run.model.path is not None and not any(one.on_given_base for one in found.values()):
+        rule = "is the base of adapters in evaluate.models that no run of ours wrote, and there is none"
+        raise ConfigError("model.path", rule, got=run.model.path, fix="Leave it out, or name it in evaluate.models.")
+    return list(found.values())
+
+
+def _is_run(folder: Path) -> bool:
+    return any((place / "run.yaml").is_file() for place in (folder, *([folder.parent] if folder.name == FINAL else [])))
+
+
+def _entry(run: EvaluateRun, place: str) -> _Asked:
+    folder = expanded(place)
+    if _is_run(folder):
+        trained = read_trained(place, "evaluate.models")
+        adapter = None if trained.adapter is None else str(trained.adapter)
+        return _Asked(trained.name, trained.model, _rendering(run, trained), adapter)
+    name, data = folder.absolute().name, _rendering(run, None)
+    if (folder / "adapter_config.json").is_file():
+        base = run.model if run.model.path is not None else _model(run, base_of(place, "evaluate.models"))
+        return _Asked(name, base, data, str(folder.absolute()), on_given_base=run.model.path is not None)
+    if (folder / "config.json").is_file():
+        return _Asked(name, _model(run, str(folder.absolute())), data, None)
+    if place.count("/") == 1 and not folder.exists():
+        packaged.check(place, "evaluate.models")
+        return _Asked(name, _model(run, place), data, None)
+    rule = "must hold output folders of runs, folders with a model or an adapter, or models of a hub (owner/name)"
+    raise ConfigError("evaluate.models", rule, got=place)
+
+
+def _model(run: EvaluateRun, path: str) -> ModelConfig:
+    """With the settings of `model` that are not about its files."""
+    of_files = {"revision": None, "tokenizer": None, "new_tokens": None, "resize_vocab": False, "merged_adapters": []}
+    return replace(run.model, path=path, **of_files)
+
+
+def _name_apart(bases: Sequence[tuple[Group, str]], names: Collection[str]) -> None:
+    """A base whose name another model has, too, is called after an adapter of its: `llama of my_run`."""
+    taken = [*names, *(str(group.with_base) for group, _ in bases)]
+    for group, adapter in bases:
+        if taken.count(str(group.with_base)) > 1:
+            group.with_base = f"{group.with_base} of {adapter}"
+            while group.with_base in taken:
+                group.with_base += " again"
+            taken.append(group.with_base)
+
+
+def rendering(data: DataConfig) -> dict[str, Any]:
+    """The settings that decide what a conversation's prompt is."""
+    return {name: getattr(data, name) for name in RENDERS}
+
+
 def written_alike(one: DataConfig, other: DataConfig) -> bool:
-    return (one.template, one.default_system) == (other.template, other.default_system)
+    """Both render conversations to the same prompts."""
+    return rendering(one) == rendering(other)
 
 
 def _rendering(run: EvaluateRun, trained: Trained | None) -> DataConfig:

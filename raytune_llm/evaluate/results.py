@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.atomic_file import write_atomically
+from raytune_llm.errors import ConfigError
+from raytune_llm.report.metrics import non_finite_as_strings
 from raytune_llm.report.plots import save
 
 
@@ -20,6 +22,12 @@ class Score:
     beside: Mapping[str, Any] = field(default_factory=dict)
     """What results.json says of it, too."""
     in_table: bool = True
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Score:
+        """As results.json has it, which doesn't say what is in the table."""
+        beside = {name: value for name, value in values.items() if name not in ("score", "stderr")}
+        return cls(float(values["score"]), None if values["stderr"] is None else float(values["stderr"]), beside)
 
     def to_json(self) -> dict[str, Any]:
         return {"score": self.value, "stderr": self.stderr, **self.beside}
@@ -46,16 +54,42 @@ class Shown:
     """The score in the picture; None: a task's first one."""
 
 
-def write_results(folder: Path, protocol: Mapping[str, Any], shown: Shown, scores: Scores) -> None:
-    """protocol: what results.json says before the scores. That file is written last."""
+RESULTS = "results.json"
+MADE_FROM = "made_from"
+
+
+def found_results(folder: Path, made_from: Mapping[str, Any]) -> Scores | None:
+    """Those of an earlier evaluation there; None: there are none. Raises ConfigError for those of another one."""
+    if not (folder / RESULTS).exists():
+        return None
+    try:
+        found = json.loads((folder / RESULTS).read_text())
+        then = dict(found[MADE_FROM])
+        scores = {
+            model: {task: {name: Score.from_json(one) for name, one in scores.items()} for task, scores in tasks.items()}
+            for model, tasks in found["models"].items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        then, scores = {}, None
+    now = json.loads(json.dumps(made_from))
+    if changed := [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]:
+        how = f", of which this one differs in {', '.join(changed)}" if then else ""
+        rule = f"must hold no results of an earlier evaluation{how}"
+        raise ConfigError("output_dir", rule, got=str(folder), fix=f"Choose another one, or remove {RESULTS}.")
+    return scores
+
+
+def write_results(folder: Path, protocol: Mapping[str, Any], made_from: Mapping[str, Any], shown: Shown, scores: Scores) -> None:
+    """protocol: what results.json says before the scores. made_from: all that the scores depend on. That file is written last."""
     models = {
         model: {task: {name: score.to_json() for name, score in of_task.items()} for task, of_task in of_model.items()}
         for model, of_model in scores.items()
     }
     (folder / "results.md").write_text(_table(shown, scores))
     _plot(folder / "results.png", shown, scores)
-    text = json.dumps({**protocol, "models": models}, indent=1, ensure_ascii=False, default=str)
-    write_atomically(folder / "results.json", text + "\n")
+    values = non_finite_as_strings({**protocol, "models": models, MADE_FROM: made_from})
+    text = json.dumps(values, indent=1, ensure_ascii=False, default=str, allow_nan=False)
+    write_atomically(folder / RESULTS, text + "\n")
 
 
 def _tasks(scores: Scores) -> Sequence[str]:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from raytune_llm.config.evaluate import EvaluateConfig
-from raytune_llm.config.plain import to_yaml
+from raytune_llm.config.plain import as_plain, to_yaml
 from raytune_llm.config.run import EvaluateRun
 from raytune_llm.engines.questions import Answering
-from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.errors import ResourceError
 from raytune_llm.evaluate.choices import Choices
-from raytune_llm.evaluate.models import Group, groups_of
-from raytune_llm.evaluate.results import Scores, Shown, TaskScores, write_results
+from raytune_llm.evaluate.models import Group, groups_of, rendering
+from raytune_llm.evaluate.results import RESULTS, Scores, Shown, TaskScores, found_results, write_results
 from raytune_llm.predict.answering import EngineSettings, answering
+from raytune_llm.runs.contents import adapter_contents, model_contents
 from raytune_llm.runs.output import full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
 
 OnProgress = Callable[[int, int], None]
 """Called with the questions that are answered and those in all."""
-FILES = ("run.yaml", "results.json", "results.md", "results.png")
+FILES = ("run.yaml", RESULTS, "results.md", "results.png")
 """What the output folder gets beside the answers."""
 
 
@@ -29,6 +30,8 @@ FILES = ("run.yaml", "results.json", "results.md", "results.png")
 class Evaluated:
     folder: Path
     scores: Scores
+    found: bool = False
+    """They were there: nothing was asked."""
 
 
 class Benchmarks(Protocol):
@@ -44,6 +47,11 @@ class Benchmarks(Protocol):
     @property
     def facts(self) -> Mapping[str, Any]:
         """What results.json says of the protocol, when the answers are there."""
+        ...
+
+    @property
+    def contents(self) -> str:
+        """A hash of what is asked: the tasks' own files."""
         ...
 
     def check(self, group: Group) -> None:
@@ -72,11 +80,11 @@ def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: Non
     assert run.output_dir is not None
     folder = Path(run.output_dir)
     check_writable(folder, *FILES)
-    if (folder / "results.json").exists():
-        fix = "Choose another one, or remove results.json."
-        raise ConfigError("output_dir", "must hold no results of an earlier evaluation", got=str(folder), fix=fix)
     groups = groups_of(run)
     benchmarks = PROTOCOLS[run.evaluate.protocol](run.evaluate)
+    made_from = _made_from(run, groups, benchmarks)
+    if (found := found_results(folder, made_from)) is not None:
+        return Evaluated(folder, found, found=True)
     for group in groups:
         benchmarks.check(group)
     total = benchmarks.questions * sum(len(group.names) for group in groups)
@@ -97,5 +105,22 @@ def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: Non
             with answering(engine, run.resources) as answer:
                 for name, adapter in group.names:
                     scores[name] = benchmarks.scores(group, adapter, answer, progress, folder / "answers" / name)
-        write_results(folder, benchmarks.facts, benchmarks.shown, scores)
+        write_results(folder, benchmarks.facts, made_from, benchmarks.shown, scores)
     return Evaluated(folder, scores)
+
+
+def _made_from(run: EvaluateRun, groups: Sequence[Group], benchmarks: Benchmarks) -> dict[str, Any]:
+    """All that the scores depend on: settings but where it is computed, and the contents of files."""
+    plain = as_plain(run)
+    models = {
+        name: [model_contents(group.model), adapter and adapter_contents(group.adapters[adapter]), rendering(group.data)]
+        for group in groups
+        for name, adapter in group.names
+    }
+    return {
+        **{f"evaluate.{name}": value for name, value in plain["evaluate"].items() if name not in ("models", "data")},
+        "quantization": plain["quantization"],
+        "engine": plain["engine"]["name"],
+        "the models": models,
+        "the tasks": benchmarks.contents,
+    }

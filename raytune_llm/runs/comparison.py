@@ -133,8 +133,9 @@ def _figures(run: _Run) -> dict[str, Any]:
     last |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
     known = {name: value for name, value in flat_items(run.summary) if value is not None}
     total, workers = known.get("wall_s.total"), known.get("world_size")
-    timed = isinstance(total, int | float) and isinstance(workers, int | float)
-    hours = {"worker hours": total * workers / 3600} if timed else {}
+    hours = {}
+    if isinstance(total, int | float) and isinstance(workers, int | float):
+        hours = {"worker hours": total * workers / 3600}
     return {**so_far, **known, **last, **hours}
 
 

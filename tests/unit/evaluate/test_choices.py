@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from raytune_llm import api
 from raytune_llm.config.load import load_config
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
-from raytune_llm.errors import DataError, UserError
+from raytune_llm.errors import ConfigError, DataError, UserError
 from raytune_llm.evaluate.choice_files import ChoiceQuestion, read_task
 from raytune_llm.evaluate.choice_prompts import asked
 from raytune_llm.evaluate.choices import letter_ids
@@ -111,6 +112,68 @@ def test_the_scores_of_planted_logits_are_known_by_hand(model, benchmark, tmp_pa
     assert (done.folder / "results.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a pointer of Git LFS, not the file itself"),
+        (b"PK\x03\x04 cut off", "can't be read"),
+        (None, "can't be read"),
+    ],
+)
+def test_a_damaged_zip_file_is_named(model, benchmark, tmp_path, made, said):
+    """None: a byte within a file of it has changed."""
+    folder = shutil.copytree(benchmark, tmp_path / "evaluation")
+    file = folder / "mmlu" / "mmlu.zip"
+    if made is None:
+        with ZipFile(file, "r") as archive:
+            names = archive.namelist()
+        with ZipFile(file, "w", ZIP_DEFLATED) as archive:
+            for name in names:
+                archive.writestr(name, "What is it?,a,b,c,d,D\n" * 200)
+        damaged = bytearray(file.read_bytes())
+        damaged[80:100] = b"\xff" * 20
+        made = bytes(damaged)
+    file.write_bytes(made)
+    with pytest.raises(DataError, match=rf"mmlu\.zip: {said}"):
+        evaluated(model, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_evaluation_is_kept_and_one_of_other_files_is_refused(model, benchmark, tmp_path):
+    folder, place = shutil.copytree(model, tmp_path / "planted"), tmp_path / "out"
+    done = evaluated(folder, benchmark, place)
+    written = (place / "results.json").stat().st_mtime_ns
+    again = evaluated(folder, benchmark, place, "engine.max_rows=2")
+    assert again.found and not done.found and (place / "results.json").stat().st_mtime_ns == written
+    values = [{name: one.value for name, one in found.scores["planted"]["mmlu_test"].items()} for found in (done, again)]
+    assert values[0] == values[1]
+    with pytest.raises(ConfigError, match=r"output_dir must hold no results .* this one differs in evaluate\.shots, got"):
+        evaluated(folder, benchmark, place, "evaluate.shots=0")
+    changed: Any = AutoModelForCausalLM.from_pretrained(folder)
+    changed.lm_head.weight.data.neg_()
+    changed.save_pretrained(folder)
+    with pytest.raises(ConfigError, match="this one differs in the models, got"):
+        evaluated(folder, benchmark, place)
+
+
+def test_a_chain_that_is_repeated_keeps_its_export_and_its_evaluation_and_asks_the_rest(model, benchmark, tmp_path):
+    """The model that is evaluated is there only when the first step has run."""
+    made, later = tmp_path / "made", tmp_path / "later"
+    asked = f"model.path={made}, 'evaluate.tasks=[mmlu_test]', evaluate.precision=fp32"
+    steps = [
+        f"export: [export, model.path={model}, export.output_dir={made}, export.check=false]",
+        f"first: [evaluate, {asked}, evaluate.data={benchmark}, output_dir={tmp_path / 'first'}]",
+        f"second: [evaluate, {asked}, evaluate.data={later}, output_dir={tmp_path / 'second'}]",
+    ]
+    run = load_config("chain", [f"steps={{{', '.join(steps)}}}"])
+    with pytest.raises(ConfigError, match="evaluate.data must hold mmlu/mapping.json".replace(".", r"\.")):
+        api.chain(run)
+    shutil.copytree(benchmark, later)
+    done = api.chain(run)
+    assert [one.found for one in done.values()] == [True, True, False]
+    assert done["second"].scores["made"]["mmlu_test"]["Average"].value == 0.5
+
+
 def test_texts_are_read_as_they_are_written(benchmark):
     subject = read_task("mmlu_test", benchmark)[0]
     assert subject.questions[1].question == "Is 1, or not?"
@@ -130,7 +193,6 @@ def test_letters_are_the_last_tokens_of_their_encodings():
         (["evaluate.tasks=[mmlu_validation]"], "abstract_algebra_val.csv"),
         (["evaluate.tasks=[]"], "evaluate.tasks must name a task"),
         (["evaluate.data=null"], "evaluate.data must name"),
-        (["evaluate.models=[/nothing/there]"], "can't be combined with evaluate.models"),
         (["evaluate.models=[/nothing/there]", "model.path=null"], "evaluate.models"),
         (["output_dir=null"], "output_dir must be given"),
         (["output_dir=/dev/null/x"], "output_dir"),
