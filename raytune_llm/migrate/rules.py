@@ -126,8 +126,14 @@ def quantization(
     quantization_type: str,
     double_quantization: bool,
     model_name_or_path: str | None,
+    fp8: bool,
 ) -> Settings | NoEffect:
-    """There, a model that comes quantized stays as it is, whatever is asked; here its weights are unpacked."""
+    """There, a model that comes quantized stays as it is, whatever is asked; here its weights are unpacked. fp8: products of all
+    linear layers but the head, as there."""
+    if fp8 and quantization_bit is not None:
+        raise Refusal("weights in few bits have products in the run's precision; leave one of the two out", "fp8")
+    if fp8:
+        return {"quantization": "fp8", "quantization.skip_modules": []}
     if quantization_bit is None or QUANTIZED.search(Path(model_name_or_path or "").name):
         return {"quantization": "none"}
     if quantization_bit not in (4, 8):

@@ -128,6 +128,10 @@ CONVERTED = {
         {**FULL, "use_galore": True, "galore_rank": 128, "galore_scale": 2.0},
         {"optimizer.name": "galore", "optimizer.rank": 128, "optimizer.scale": 2.0},
     ),
+    "extras/fp8": (
+        {**FULL, "fp8": True, "fp8_backend": "te", "fp8_enable_fsdp_float8_all_gather": True},
+        {"adapter.name": "none", "quantization.name": "fp8", "quantization.skip_modules": []},
+    ),
     "extras/neftune": ({**LORA, "neftune_noise_alpha": 5}, {"stage.neftune_alpha": 5.0, "stage.loss": "cross_entropy"}),
     "extras/new_tokens": (
         {**LORA, "add_tokens": "<a>,<b>", "add_special_tokens": ["<c>"], "resize_vocab": True},
@@ -166,7 +170,8 @@ REFUSED = {
     "full/autotp": ({**FULL, "deepspeed": "examples/deepspeed/ds_z2_autotp_config.json"}, "tensor parallelism"),
     "extras/apollo": ({**FULL, "use_apollo": True, "apollo_rank": 128, "apollo_layerwise": True}, "apollo_layerwise"),
     "extras/asft": ({**FULL, "use_asft_loss": True, "asft_alpha": 0.1}, "asft needs a new LoRA adapter"),
-    "extras/fp8": ({**FULL, "fp8": True, "fp8_backend": "te"}, "fp8"),
+    "extras/fp8": ({**FULL, "fp8": True, "deepspeed": ZERO3}, "DeepSpeed casts"),
+    "extras/fp8_and_4bit": ({**LORA, "fp8": True, "quantization_bit": 4}, "few bits"),
     "extras/galore": ({**FULL, "use_galore": True, "galore_layerwise": True, "galore_rank": 128}, "galore_layerwise"),
     "extras/llama_pro": ({**FULL, "finetuning_type": "freeze", "use_llama_pro": True, "freeze_trainable_layers": 8}, "llama_pro"),
     "extras/freeze_nothing": ({**FULL, "finetuning_type": "freeze", "freeze_trainable_layers": 0}, "freeze_trainable_layers"),
