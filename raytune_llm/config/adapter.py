@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -35,6 +36,8 @@ class TrainedPart:
     """It can have embeddings of tokens that the model lacks."""
     mixes: ClassVar[bool] = False
     """Rows with different adapters of this method can share a batch, as in serving."""
+    trained_outside: ClassVar[Sequence[str]] = ()
+    """Modules of the model outside of its layers that are trained by name."""
     shares_pass: ClassVar[bool] = False
     """Several runs with such adapters can be trained in one pass over one base (tune.share_base)."""
 
@@ -86,6 +89,10 @@ class Freeze(WholeModel):
     def trains_tokens(self) -> bool:  # type: ignore[override]
         """Whether modules outside of the layers are trained too, as embeddings are."""
         return bool(self.extra_modules)
+
+    @property
+    def trained_outside(self) -> Sequence[str]:  # type: ignore[override]
+        return self.extra_modules
 
     def __post_init__(self) -> None:
         given = {name: value for name in ("first_layers", "last_layers", "layers") if (value := getattr(self, name)) is not None}

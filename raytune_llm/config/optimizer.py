@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -12,6 +12,12 @@ from raytune_llm.errors import ConfigError
 Beta = Annotated[float, Field(ge=0, lt=1)]
 FP32, BF16 = 4, 2
 MATRICES = "it needs matrices, and ZeRO flattens them"
+
+
+def of_matrices(shape: Sequence[int]) -> bool:
+    """A matrix, or those of a mixture's experts in one tensor [E, N, K]. What a convolution has for channels of their own, [N, 1,
+    K], is neither."""
+    return len(shape) == 2 or (len(shape) == 3 and shape[1] > 1)
 
 
 class TrainedShape(NamedTuple):
@@ -27,7 +33,7 @@ class TrainedShape(NamedTuple):
 
     @property
     def is_layer_matrix(self) -> bool:
-        return self.layer is not None and len(self.shape) == 2
+        return self.layer is not None and of_matrices(self.shape)
 
 
 class StateBytes(NamedTuple):
@@ -62,6 +68,10 @@ class Steps:
 
     needs_whole: ClassVar[str | None] = None
     """Why it can't step on the flat parts of ZeRO; None where it can."""
+    refuses_shards: ClassVar[str | None] = None
+    """Why it can't keep its state in shards; None where it can."""
+    trains_outside: ClassVar[bool] = True
+    """Whether it steps on what is in no layer: embedding, head and last norm."""
     schedules: ClassVar[frozenset[str] | None] = None
     """Schedules that it can follow; None: any."""
 
@@ -110,6 +120,10 @@ class AdamW8bit(Adam):
     BLOCK: ClassVar[int] = 256
     needs_whole: ClassVar[str | None] = "its blocks of 8-bit values are of whole tensors, and ZeRO flattens them"
 
+    @property
+    def refuses_shards(self) -> str | None:  # type: ignore[override]
+        return "shards lie on the GPU, and its pages do not" if self.paged else None
+
     def state_bytes(self, trained: Iterable[TrainedShape]) -> StateBytes:
         every = list(trained)
         small = sum(one.numel for one in every if one.numel < self.SMALL)
@@ -135,7 +149,8 @@ class AdamMini(Adam):
 
 @section
 class LowRankAdam(Adam):
-    """What optimizers share that keep Adam's moments of a layer's matrices in fewer dimensions. Other weights have AdamW."""
+    """What optimizers share that keep Adam's moments of a layer's matrices (of a mixture, each expert's) in fewer dimensions.
+    Other weights have AdamW."""
 
     rank: PositiveInt
     """The rank of the projected gradient; of smaller matrices their shorter side."""
@@ -151,10 +166,11 @@ class LowRankAdam(Adam):
         return StateBytes(FP32 * sum(one.numel for one, shape in every if shape == one.shape), FP32 * sum(whole))
 
     def kept(self, matrix: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """The shapes of what is kept of a layer's matrix: its projected moments, the rank in place of the shorter side."""
-        rows, columns = matrix
-        rank = min(self.rank, *matrix)
-        return 2 * [(rows, rank) if rows >= columns else (rank, columns)]
+        """The shapes of what is kept of a layer's matrix, or of those of its experts: projected moments, the rank in place of the
+        shorter side."""
+        *experts, rows, columns = matrix
+        rank = min(self.rank, rows, columns)
+        return 2 * [(*experts, rows, rank) if rows >= columns else (*experts, rank, columns)]
 
 
 @section
@@ -164,8 +180,9 @@ class GaLore(LowRankAdam):
     name: Literal["galore"]
 
     def kept(self, matrix: tuple[int, ...]) -> list[tuple[int, ...]]:
-        shorter = min(matrix)
-        return [*super().kept(matrix), (shorter, min(self.rank, shorter))]
+        *experts, rows, columns = matrix
+        shorter = min(rows, columns)
+        return [*super().kept(matrix), (*experts, shorter, min(self.rank, shorter))]
 
 
 @section
@@ -190,6 +207,10 @@ class BAdam(Adam):
     outside_layers: bool
     """What is in no layer (embedding, head, last norm) has turns too, as one more block; else it is not trained."""
 
+    @property
+    def trains_outside(self) -> bool:  # type: ignore[override]
+        return self.outside_layers
+
     def state_bytes(self, trained: Iterable[TrainedShape]) -> StateBytes:
         blocks: dict[int | None, int] = {}
         for one in trained:
@@ -209,6 +230,11 @@ class ScheduleFree(Adam):
 
     needs_whole: ClassVar[str | None] = "DeepSpeed's copies of weights would keep what is trained where the average is due"
     schedules: ClassVar[frozenset[str] | None] = frozenset({"constant"})
+
+    def __post_init__(self) -> None:
+        if self.beta1 == 0:
+            rule = "must be above 0: at 0 the gradient is not taken near the average, which could not be told from it"
+            raise ConfigError("optimizer.beta1", rule, got=self.beta1, fix="Leave it out (0.9), or set optimizer=adamw.")
 
 
 @section
@@ -254,8 +280,8 @@ class Lion(Steps):
 @section
 class Muon(Adam):
     """Steps along the orthogonalized momentum of a matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon), as large as
-    AdamW's (Liu et al. 2025, arXiv 2502.16982), so that rates and decay carry over from it. Muon takes the matrices of layers.
-    AdamW trains the rest: embeddings, heads, norms and biases."""
+    AdamW's (Liu et al. 2025, arXiv 2502.16982), so that rates and decay carry over from it. Muon takes the matrices of layers,
+    of a mixture each expert's. AdamW trains the rest: embeddings, heads, norms and biases."""
 
     name: Literal["muon"]
     momentum: Beta

@@ -346,6 +346,23 @@ def optimizer_finds_its_matrices(optimizer: OptimizerConfig, strategy: StrategyC
             f"can't be {strategy.option} with optimizer={optimizer.name}: {optimizer.needs_whole}",
             fix="Set strategy=fsdp, or optimizer=adamw.",
         )
+    if optimizer.refuses_shards is not None and strategy.shards:
+        rule = f"can't be {strategy.option} with a paged optimizer: {optimizer.refuses_shards}"
+        raise ConfigError("strategy", rule, fix="Set strategy=ddp, or optimizer=adamw_8bit, whose state is sharded.")
+
+
+def what_is_new_is_trained(model: ModelConfig, stage: StageConfig, adapter: AdapterConfig, optimizer: OptimizerConfig) -> None:
+    """What a run brings beside the layers, it trains: nobody else has."""
+    if optimizer.trains_outside:
+        return
+    brought = {
+        "the score head is": not stage.writes,
+        "embeddings of new tokens are": model.adds_tokens,
+        "adapter.extra_modules are": bool(adapter.trained_outside),
+    }
+    if named := [what for what, there in brought.items() if there]:
+        rule = f"must be true to train what the run brings: {named[0]} in no layer"
+        raise ConfigError("optimizer.outside_layers", rule, got=False, fix="Set it to true, or optimizer=adamw.")
 
 
 def schedule_suits_the_optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raytune_llm.train.optimizers.by_tensor import Layout, State
 from raytune_llm.train.optimizers.groups import Trained
-from raytune_llm.train.optimizers.low_rank import LowRank, adam_direction, low_rank, low_rank_groups, project
+from raytune_llm.train.optimizers.low_rank import LowRank, adam_direction, is_tall, low_rank, low_rank_groups, project
 
 GROWTH = 1.01
 """The most that the norm of a step may be over that of the last one (Chen et al. 2024, arXiv 2410.01623)."""
@@ -45,34 +45,34 @@ class Apollo(LowRank):
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:
         layout = super().layout(shape, dtype, group)
         if group["rank"] is not None:
-            layout["last_norm"] = ((1,), dtype)
+            layout["last_norm"] = (shape[:-2] or (1,), dtype)
         return layout
 
     def projected_step(self, gradient: Tensor, state: State, group: dict[str, Any], count: int, number: int) -> Tensor:
         seed = number * SEEDS_APART + (count - 1) // group["update_every"]
         low = project(gradient, self.projection(gradient, low_rank(gradient.shape, group["rank"]), seed))
         step = gradient * lengthening(adam_direction(low, state, group), low, group["sizes"])
-        return limited(step, state["last_norm"], first=count == 1).mul_(sqrt(group["scale"]))
+        return limited(step, state["last_norm"]).mul_(sqrt(group["scale"]))
 
     def projection(self, gradient: Tensor, rank: int, seed: int) -> Tensor:
         """(shorter side, rank), of normal numbers with variance 1 / rank."""
         generator = torch.Generator(gradient.device).manual_seed(seed)
-        drawn = torch.randn(min(gradient.shape), rank, generator=generator, dtype=gradient.dtype, device=gradient.device)
+        sizes = (*gradient.shape[:-2], min(gradient.shape[-2:]), rank)
+        drawn = torch.randn(sizes, generator=generator, dtype=gradient.dtype, device=gradient.device)
         return drawn / sqrt(rank)
 
 
 def lengthening(stepped: Tensor, low: Tensor, sizes: str) -> Tensor:
     """The ratio of the norms of Adam's step and of the gradient that it was computed from. low, stepped: the projected gradient,
-    before and after Adam. sizes: one ratio for the tensor, or one a channel."""
-    rows, columns = low.shape
-    along: Any = {"tensor": (0, 1), "channel": 1 if rows >= columns else 0}[sizes]
+    before and after Adam. sizes: one ratio a matrix, or one a channel."""
+    along: Any = {"tensor": (-2, -1), "channel": -1 if is_tall(low.shape) else -2}[sizes]
     return stepped.norm(dim=along, keepdim=True) / (low.norm(dim=along, keepdim=True) + TINY)
 
 
-def limited(step: Tensor, last_norm: Tensor, *, first: bool) -> Tensor:
-    norm = step.norm()
-    if not first:
-        norm_allowed = torch.minimum(norm, (last_norm[0] + TINY) * GROWTH)
-        step, norm = step * (norm_allowed / (norm + torch.finfo(step.dtype).tiny)), norm_allowed
-    last_norm.fill_(norm)
-    return step
+def limited(step: Tensor, last_norm: Tensor) -> Tensor:
+    """last_norm: of each matrix's last step that was not 0; an expert that no token visits has none. 0: there was no step yet."""
+    norm = step.norm(dim=(-2, -1), keepdim=True)
+    last = last_norm.view_as(norm)
+    allowed = torch.where(last > 0, torch.minimum(norm, (last + TINY) * GROWTH), norm)
+    last_norm.copy_(torch.where(norm > 0, allowed, last).flatten())
+    return step * (allowed / (norm + torch.finfo(step.dtype).tiny))

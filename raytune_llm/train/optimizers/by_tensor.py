@@ -35,7 +35,7 @@ class ByTensor(torch.optim.Optimizer):
         raise NotImplementedError
 
     def zeros(self, parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """As state of the parameter is kept: sharded like it where it has its shape."""
+        """As state of the parameter is kept, in a new run and in a resumed one: sharded like it where it has its shape."""
         if shape == tuple(parameter.shape):
             return torch.zeros_like(parameter, dtype=dtype)
         return torch.zeros(shape, dtype=dtype, device=parameter.device if shape else "cpu")

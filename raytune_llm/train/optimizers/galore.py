@@ -8,7 +8,15 @@ from torch import Tensor
 
 from raytune_llm.train.optimizers.by_tensor import Layout, State
 from raytune_llm.train.optimizers.groups import Trained
-from raytune_llm.train.optimizers.low_rank import LowRank, adam_direction, low_rank, low_rank_groups, project, project_back
+from raytune_llm.train.optimizers.low_rank import (
+    LowRank,
+    adam_direction,
+    is_tall,
+    low_rank,
+    low_rank_groups,
+    project,
+    project_back,
+)
 
 
 def galore(
@@ -34,7 +42,7 @@ class GaLore(LowRank):
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:
         layout = super().layout(shape, dtype, group)
         if group["rank"] is not None:
-            layout["basis"] = ((min(shape), low_rank(shape, group["rank"])), dtype)
+            layout["basis"] = ((*shape[:-2], min(shape[-2:]), low_rank(shape, group["rank"])), dtype)
         return layout
 
     def projected_step(self, gradient: Tensor, state: State, group: dict[str, Any], count: int, number: int) -> Tensor:
@@ -46,7 +54,6 @@ class GaLore(LowRank):
 
 
 def largest_directions(gradient: Tensor, rank: int) -> Tensor:
-    """(shorter side, rank): the singular vectors of the shorter side."""
-    rows, columns = gradient.shape
+    """(shorter side, rank): the singular vectors of the shorter side, of each matrix."""
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
-    return right[:rank].T if rows >= columns else left[:, :rank]
+    return right[..., :rank, :].mT if is_tall(gradient.shape) else left[..., :rank]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from raytune_llm.config.optimizer import of_matrices
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.layers import layers
 
@@ -43,7 +44,8 @@ class Trained:
 
     @property
     def is_layer_matrix(self) -> bool:
-        return self.layer is not None and self.parameter.ndim == 2
+        """A matrix of a layer, or those of its experts in one tensor."""
+        return self.layer is not None and of_matrices(self.parameter.shape)
 
 
 def trained_in(model: nn.Module, lr_factor: Callable[[str], float] = lambda name: 1.0) -> list[Trained]:

@@ -1,6 +1,7 @@
 """What GaLore and APOLLO share: Adam's moments of a matrix's gradient in fewer dimensions, and AdamW for what is not projected.
 
-The shorter side is projected: a gradient of 576 x 1536 with rank 64 has moments of 64 x 1536.
+The shorter side is projected: a gradient of 576 x 1536 with rank 64 has moments of 64 x 1536. Experts in one tensor [E, N, K] are
+matrices of their own.
 """
 
 from __future__ import annotations
@@ -46,23 +47,27 @@ class LowRank(ByTensor):
 def low_rank(shape: tuple[int, ...], rank: int) -> int:
     """A shorter side that is no longer than the rank keeps its length. Its steps are still those of a projected gradient, with
     their scale: a rate fits all matrices."""
-    return min(rank, *shape)
+    return min(rank, *shape[-2:])
 
 
-def low_shape(shape: tuple[int, ...], rank: int) -> tuple[int, int]:
-    rows, columns = shape
-    return (rows, low_rank(shape, rank)) if rows >= columns else (low_rank(shape, rank), columns)
+def low_shape(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    *experts, rows, columns = shape
+    low = low_rank(shape, rank)
+    return (*experts, rows, low) if rows >= columns else (*experts, low, columns)
+
+
+def is_tall(shape: Sequence[int]) -> bool:
+    """It has at least as many rows as columns, which are the side that is projected then."""
+    return shape[-2] >= shape[-1]
 
 
 def project(gradient: Tensor, basis_SR: Tensor) -> Tensor:
-    """S: the shorter side. Columns where there are as many."""
-    rows, columns = gradient.shape
-    return gradient @ basis_SR if rows >= columns else basis_SR.T @ gradient
+    """S: the shorter side."""
+    return gradient @ basis_SR if is_tall(gradient.shape) else basis_SR.mT @ gradient
 
 
 def project_back(low: Tensor, basis_SR: Tensor, shape: torch.Size) -> Tensor:
-    rows, columns = shape
-    return low @ basis_SR.T if rows >= columns else basis_SR @ low
+    return low @ basis_SR.mT if is_tall(shape) else basis_SR @ low
 
 
 def adam_direction(gradient: Tensor, state: State, group: dict[str, Any]) -> Tensor:

@@ -2,19 +2,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import sqrt
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from raytune_llm.train.optimizers.adamw import adamw
 from raytune_llm.train.optimizers.adamw_bf16 import adamw_bf16
-from raytune_llm.train.optimizers.by_tensor import gathered, scatter
+from raytune_llm.train.optimizers.by_tensor import ByTensor, Layout, State, decay, gathered, scatter
 from raytune_llm.train.optimizers.groups import Trained, by_decay
 
 LIKE_ADAMW = "match_rms_adamw"
 """Steps of the size of AdamW's: lr * 0.2 * sqrt(the longer side)."""
+RMS_OF_ADAMW = 0.2
+COEFFICIENTS, ITERATIONS, TINY = (3.4445, -4.7750, 2.0315), 5, 1e-7
+"""Of the Newton-Schulz iteration, torch's defaults."""
 MOMENTUM = "momentum_buffer"
 ADAMW = {"float32": adamw, "bfloat16": adamw_bf16}
 """For what has no momentum, by the type of its moments."""
@@ -34,12 +38,15 @@ def muon(
     adamw_moments: str,
     fused: bool,
 ) -> torch.optim.Optimizer:
-    """torch's Muon for matrices of the layers, AdamW for what else is trained."""
-    matrices = [one for one in trained if one.is_layer_matrix]
+    """Muon for matrices of the layers, torch's where they are single ones; AdamW for what else is trained."""
+    matrices = [one for one in trained if one.is_layer_matrix and one.parameter.ndim == 2]
+    experts = [one for one in trained if one.is_layer_matrix and one.parameter.ndim == 3]
     others = [replace(one, lr_factor=one.lr_factor * adamw_lr_factor) for one in trained if not one.is_layer_matrix]
     parts: list[torch.optim.Optimizer] = []
     if matrices:
         parts.append(Muon(by_decay(matrices, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov, adjust_lr_fn=LIKE_ADAMW))
+    if experts:
+        parts.append(ExpertsMuon(by_decay(experts, weight_decay), {"lr": lr, "momentum": momentum, "nesterov": nesterov}))
     if others:
         rest = ADAMW[adamw_moments]
         parts.append(rest(others, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, fused=fused))
@@ -72,6 +79,34 @@ class Muon(torch.optim.Muon):
         alone.step()
         scatter(whole.detach(), parameter)
         scatter(momentum, state[MOMENTUM])
+
+
+class ExpertsMuon(ByTensor):
+    """The same for the experts of a mixture in one tensor [E, N, K], each a matrix of its own, all at once."""
+
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:
+        return {MOMENTUM: (shape, dtype)}
+
+    def update(self, weight: Tensor, gradient: Tensor, state: State, group: dict[str, Any], number: int) -> None:
+        momentum = state[MOMENTUM].lerp_(gradient, 1 - group["momentum"])
+        direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        decay(weight, group)
+        size = RMS_OF_ADAMW * sqrt(max(weight.shape[-2:]))
+        weight.add_(orthogonalized(direction), alpha=-group["lr"] * size)
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Of each matrix [N, K] of [..., N, K], in bf16: the one with its singular vectors and singular values near 1, by the same
+    iteration as torch.optim.Muon's."""
+    slope, cubic, quintic = COEFFICIENTS
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=TINY)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic), x, beta=slope)
+    return x.mT if tall else x
 
 
 class Joined(torch.optim.Optimizer):

@@ -126,9 +126,11 @@ def load_optimizer_state(trained: Named, optimizer: torch.optim.Optimizer, kept:
         prefix = f"optimizer.{name}."
         for key in (full[len(prefix) :] for full in kept if full.startswith(prefix)):
             like = kept[prefix + key]
-            optimizer.state[parameter][key] = (
-                torch.zeros_like(parameter, dtype=like.dtype)
-                if like.shape == parameter.shape
-                else torch.zeros_like(like, device=parameter.device)
-            )
+            if like.shape != parameter.shape:
+                made = torch.zeros_like(like, device=parameter.device)
+            elif isinstance(optimizer, ByTensor):
+                made = optimizer.zeros(parameter, tuple(like.shape), like.dtype)
+            else:
+                made = torch.zeros_like(parameter, dtype=like.dtype)
+            optimizer.state[parameter][key] = made
     read(optimizer_state(trained, optimizer))

@@ -15,10 +15,12 @@ from raytune_llm.train.optimizers.adafactor import adafactor
 from raytune_llm.train.optimizers.adam_mini import adam_mini
 from raytune_llm.train.optimizers.adamw_8bit import adamw_8bit
 from raytune_llm.train.optimizers.adamw_bf16 import adamw_bf16, rounded_by_chance
+from raytune_llm.train.optimizers.apollo import Apollo, apollo
 from raytune_llm.train.optimizers.badam import badam
 from raytune_llm.train.optimizers.galore import galore
 from raytune_llm.train.optimizers.groups import Trained
 from raytune_llm.train.optimizers.lion import lion
+from raytune_llm.train.optimizers.muon import muon
 from raytune_llm.train.optimizers.schedule_free import schedule_free
 
 STEPS = 6
@@ -151,6 +153,50 @@ def test_badam_in_random_order_gives_each_layer_one_turn_a_lap() -> None:
         turns += [n for n, weight in enumerate(weights) if weight is chosen]
         optimizer.step()
     assert sorted(turns[:5]) == sorted(turns[5:]) == list(range(5)) and turns[:5] != turns[5:]
+
+
+LOW: dict[str, Any] = {**ADAM, "rank": 4, "update_every": 2, "scale": 0.5}
+MUON: dict[str, Any] = {**ADAM, "momentum": 0.9, "nesterov": True, "adamw_lr_factor": 1.0, "adamw_moments": "float32"}
+OF_MATRICES: dict[str, Callable[[list[Trained]], torch.optim.Optimizer]] = {
+    "muon": lambda trained: muon(trained, **MUON),
+    "galore": lambda trained: galore(trained, **LOW),
+    "apollo by channel": lambda trained: apollo(trained, sizes="channel", **LOW),
+    "apollo by tensor": lambda trained: apollo(trained, sizes="tensor", **LOW),
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 12), (3, 12, 16)])
+@pytest.mark.parametrize("name", OF_MATRICES)
+def test_experts_in_one_tensor_are_each_a_matrix_of_its_own(
+    name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one is visited in every other step alone; by GaLore in those in which directions are chosen."""
+
+    def first_directions(self: Apollo, gradient: Tensor, rank: int, seed: int) -> Tensor:
+        return torch.eye(min(gradient.shape[-2:]))[:, :rank].expand(*gradient.shape[:-2], -1, -1)
+
+    monkeypatch.setattr(Apollo, "projection", first_directions)  # it is drawn at random, apart for each tensor
+    fused = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    apart, before = [nn.Parameter(matrix.detach().clone()) for matrix in fused], fused.detach().clone()
+    optimizers = [OF_MATRICES[name]([Trained("experts", fused, 0)])]
+    optimizers += [OF_MATRICES[name]([Trained("matrix", matrix, 0)]) for matrix in apart]
+    for step, gradient in enumerate(gradients(shape)):
+        gradient[1] *= (step + (name == "galore")) % 2
+        fused.grad = gradient.clone()
+        for matrix, own in zip(apart, gradient, strict=True):
+            matrix.grad = own.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(fused.detach(), torch.stack(apart).detach(), rtol=1e-3, atol=1e-3)
+    assert all(change > 5e-3 for change in (fused.detach() - before * (1 - 0.01 * 0.1) ** STEPS).abs().amax((1, 2)))
+
+
+@pytest.mark.parametrize("name", OF_MATRICES)
+def test_a_convolution_of_each_channel_is_no_matrix(name: str) -> None:
+    shape = (12, 1, 4)
+    found = stepped(lambda p: OF_MATRICES[name]([Trained("conv1d", p, 0)]), shape)
+    as_vector = stepped(lambda p: OF_MATRICES[name]([Trained("conv1d", p, None)]), shape)
+    assert torch.equal(found, as_vector)
 
 
 @pytest.mark.parametrize("shape", [(3, 12), (12, 3), (4, 4)])

@@ -14,6 +14,7 @@ from raytune_llm.train.optimizers import OPTIMIZERS, build_optimizer
 from raytune_llm.train.optimizers.groups import set_learning_rate, trained_in
 from raytune_llm.train.optimizers.muon import Joined, Muon
 from tests.models import tiny_llama
+from tests.unit.models.adapters.test_experts import mixture
 
 
 def settings(name: str, *overrides: str) -> OptimizerConfig:
@@ -89,6 +90,22 @@ def test_every_trained_parameter_has_the_state_that_memory_is_counted_with(name:
     assert counted.whole == pytest.approx(whole, rel=0.05, abs=4 * 32 * 6)
 
 
+@pytest.mark.parametrize("name", ["muon", *LOW_RANK])
+def test_the_matrices_of_experts_have_the_state_that_memory_is_counted_with(name: str) -> None:
+    model = mixture()
+    config = settings(name, *LOW_RANK.get(name, []))
+    optimizer = build_optimizer(config, model, fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    experts = {parameter: optimizer.state[parameter] for parameter in model.parameters() if parameter.ndim == 3}
+    assert len(experts) == 4
+    for parameter, state in experts.items():
+        counted = config.state_bytes([TrainedShape(tuple(parameter.shape), 0)])
+        assert sum(value.nbytes for value in state.values() if value.ndim) == pytest.approx(sum(counted), abs=4 * len(parameter))
+        assert sum(counted) < 2 * parameter.nbytes  # what AdamW has
+
+
 def test_gradient_descent_without_momentum_keeps_nothing() -> None:
     assert settings("sgd", "optimizer.momentum=0").state_bytes([TrainedShape((5, 3), 0)]) == (0, 0)
     with pytest.raises(ConfigError, match=r"optimizer\.nesterov needs a momentum, got True"):
@@ -118,6 +135,33 @@ def test_a_group_that_takes_nothing_is_refused() -> None:
 def test_schedule_free_is_refused_with_a_schedule_that_falls() -> None:
     with pytest.raises(ConfigError, match="schedule must be constant with optimizer=schedule_free"):
         settings("schedule_free", "schedule=cosine")
+
+
+def test_an_average_that_can_not_be_told_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.beta1 must be above 0"):
+        settings("schedule_free", "schedule=constant", "optimizer.beta1=0")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stage=reward", "data=chat_pairs", "adapter=none"], "the score head"),
+        (["stage=reward", "data=chat_pairs"], "the score head"),
+        (["model.new_tokens=['<a>']", "adapter=none"], "embeddings of new tokens"),
+        (["adapter=freeze", "adapter.last_layers=1", "adapter.extra_modules=[norm]"], r"adapter\.extra_modules"),
+    ],
+)
+def test_badam_takes_what_a_run_brings_outside_of_the_layers_or_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"optimizer\.outside_layers must be true to train what the run brings: {said}"):
+        settings("badam", *overrides)
+    assert settings("badam", *overrides, "optimizer.outside_layers=true").trains_outside
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
+def test_pages_are_refused_in_shards(strategy: str) -> None:
+    with pytest.raises(ConfigError, match=f"strategy can't be {strategy} with"):
+        settings("paged_adamw_8bit", f"strategy={strategy}", "resources=local")
+    assert settings("adamw_8bit", "strategy=fsdp", "resources=local").refuses_shards is None
 
 
 def test_pages_are_refused_without_a_gpu() -> None:

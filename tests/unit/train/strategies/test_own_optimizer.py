@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from raytune_llm.train.optimizers.adafactor import adafactor
 from raytune_llm.train.optimizers.adam_mini import adam_mini
 from raytune_llm.train.optimizers.adamw import adamw
-from raytune_llm.train.optimizers.adamw_8bit import adamw_8bit
+from raytune_llm.train.optimizers.adamw_8bit import SMALL, AdamW8bit, adamw_8bit
 from raytune_llm.train.optimizers.adamw_bf16 import adamw_bf16
 from raytune_llm.train.optimizers.apollo import apollo
 from raytune_llm.train.optimizers.badam import badam
@@ -22,7 +22,7 @@ from raytune_llm.train.optimizers.lion import lion
 from raytune_llm.train.optimizers.muon import muon
 from raytune_llm.train.optimizers.schedule_free import schedule_free
 from raytune_llm.train.optimizers.sgd import sgd
-from raytune_llm.train.strategies.own_optimizer import LossScale, clipped_step
+from raytune_llm.train.strategies.own_optimizer import LossScale, clipped_step, load_optimizer_state, optimizer_state
 
 CPU = torch.device("cpu")
 ADAM = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
@@ -177,3 +177,27 @@ def test_a_group_has_a_factor_of_the_learning_rate() -> None:
     step(optimizer, [slow.parameter, fast.parameter], [torch.ones(3, 3)] * 2, lr=0.25)
     assert torch.equal(slow.parameter, torch.full((3, 3), -0.25))
     assert torch.equal(fast.parameter, torch.full((3, 3), -4.0))
+
+
+class Pages:
+    """The part of bitsandbytes.functional that makes paged memory, which only a GPU's driver has."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+
+    def get_paged(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        page = torch.empty(shape, dtype=dtype)
+        self.made.append(page.data_ptr())
+        return page
+
+
+def test_state_that_is_read_from_a_checkpoint_is_in_pages_again() -> None:
+    parameter, pages = nn.Parameter(torch.zeros(SMALL)), Pages()
+    optimizer = AdamW8bit([{"params": [parameter]}], {"lr": 0.1}, functional=pages, paged=True)
+    layout = optimizer.layout((SMALL,), torch.float32, {})
+    kept = {f"optimizer.w.{name}": torch.ones(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+    load_optimizer_state([("w", parameter)], optimizer, kept, lambda state: [state[name].fill_(1) for name in kept])
+    state = optimizer_state([("w", parameter)], optimizer)
+    codes = [state[f"optimizer.w.{name}"] for name in ("exp_avg", "exp_avg_sq")]
+    assert [value.data_ptr() for value in codes] == pages.made and all((value == 1).all() for value in codes)
+    assert state["optimizer.w.step"].is_cpu and state["optimizer.w.exp_avg_max"].shape == (SMALL // 256,)
