@@ -101,12 +101,13 @@ class SuggestedFixes:
         return self._fix((f"data.max_length={length}", *settings))
 
     def _fix(self, settings: Settings) -> Fix | None:
-        """None where the config refuses them, or the run would still not fit."""
+        """None where the config or the model refuses them, or the run would still not fit."""
         try:
             run = changed(self.run, settings)
+            needs = self._needs_of(run)
         except (ConfigError, ValidationError):
             return None
-        memory = estimate(run, self.config, self._needs_of(run))
+        memory = estimate(run, self.config, needs)
         return Fix(settings=settings, memory=memory) if memory.total <= self.usable_bytes else None
 
     def _needs_of(self, run: TrainRun) -> Needs:

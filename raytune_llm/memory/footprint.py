@@ -93,13 +93,15 @@ def needs_together(needs: Needs, runs: int, at_once: int) -> Needs:
 
 
 def parameters_of(run: TrainRun, config: PretrainedConfig) -> Parameters:
-    """The parameters of the run's model, with its new tokens, and of the head and the adapter that it trains."""
+    """The parameters of the run's model, with its new tokens, and of the head and the adapter that it trains. Raises ConfigError
+    for an adapter or a quantization that doesn't fit the model."""
     scores, pieces = not run.stage.writes, NO_PIECES
     if run.model.adds_tokens:
         tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=KINDS[run.stage.kind].renders_chat)
         pieces = first_pieces(run.model, tokenizer)
     trusted = run.model.trust_remote_code
-    return count_parameters(config, run.adapter, trust_remote_code=trusted, scores=scores, first_pieces=pieces)
+    settings: dict[str, Any] = {"trust_remote_code": trusted, "scores": scores, "first_pieces": pieces}
+    return count_parameters(config, run.adapter, quantization=run.quantization, **settings)
 
 
 def needs_set(run: TrainRun) -> dict[str, Any]:

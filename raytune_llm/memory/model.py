@@ -21,11 +21,13 @@ from transformers import PretrainedConfig
 
 from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.config.optimizer import TrainedShape
+from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.models.adapters import OWN, Kept, adapt
+from raytune_llm.models.build import UNQUANTIZED
 from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS
 from raytune_llm.models.layers import largest, layers
 from raytune_llm.models.load import load_model
-from raytune_llm.models.quantization import Quantization, frozen_experts, linears_but
+from raytune_llm.models.quantization import Quantization, check_layers, frozen_experts, linears_but
 from raytune_llm.models.vocabulary import grow
 
 FP32 = 4
@@ -149,11 +151,12 @@ def count_parameters(
     trust_remote_code: bool = False,
     scores: bool = False,
     first_pieces: Mapping[int, Sequence[int]] = NO_PIECES,
+    quantization: QuantizationConfig = UNQUANTIZED,
 ) -> Parameters:
     """Count the parameters of the adapted model, built without memory (on torch's meta device).
 
     scores: it has a score head, not one of language. first_pieces: of the tokens that it gets, as
-    models.vocabulary.grow takes them.
+    models.vocabulary.grow takes them. Raises ConfigError for layers that the quantization can't hold.
     """
     settings: dict[str, Any] = {"weights": "random", "dtype": torch.float32, "seed": 0, "device": "meta"}
     model = load_model(config, None, **settings, trust_remote_code=trust_remote_code, scores=scores)
@@ -161,6 +164,7 @@ def count_parameters(
     with torch.device("meta"):
         adapters = adapt(model, adapter, scores=scores, new_ids=sorted(first_pieces))
     adapted = adapters.model
+    check_layers(layers(adapted), quantization)
     blocks = [_numel(block) for block in layers(adapted)]
     weights = [linear.weight for *_, linear in linears_but(layers(adapted), skip_modules=())]
     experts = [module.get_parameter(name) for module, name in frozen_experts(layers(adapted))]

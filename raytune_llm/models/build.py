@@ -99,7 +99,8 @@ def build_policy(
     slots: Slots | None = None,
 ) -> tuple[Policy, str]:
     """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
-    float32. Where it is to be moved later, `runs_on` says where to; torch's meta device takes no weights and no memory.
+    float32. Where it is to be moved later, `runs_on` says where to, and frozen weights that are quantized go there a layer at a
+    time; torch's meta device takes no weights and no memory.
     adapter_seed: of a new adapter's weights, if it is not `seed`. scores: it is a Scorer, else a CausalLM. separate_head: the
     Scorer's head is saved beside a language model. trains: false where nothing of it will be trained, adapter or not. files: its
     weights are read from these as they are quantized, or, with the meta device, stay there for a strategy to read. first_pieces:

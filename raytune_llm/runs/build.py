@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from types import MappingProxyType
 
@@ -21,7 +21,7 @@ from raytune_llm.memory.flops import Operations, operations
 from raytune_llm.memory.footprint import USABLE, Needs, estimate, least_recomputation, needs_of, needs_together
 from raytune_llm.models import quantization
 from raytune_llm.models.activations import compiles, lacks_for_compiling
-from raytune_llm.models.adapters import OWN, Slots
+from raytune_llm.models.adapters import OWN, Slots, other_base
 from raytune_llm.models.attention import capability_of, case_of
 from raytune_llm.models.build import build_policy, choose_precision, precision_name, predicts_more
 from raytune_llm.models.layers import layers
@@ -147,6 +147,7 @@ class Builder:
             *([f"CUDA graphs: {self._uncompiled or 'of the layers'} (asked for)"] if self._captures else []),
             *([] if adapters is None else [f"adapters: {adapters}"]),
             *([] if more is None or (said := more.described()) is None else [said]),
+            *self._other_bases(),
         )
         return policy, operations(policy, self.config), choices
 
@@ -234,6 +235,16 @@ class Builder:
             self.needs.checkpointing,
             f"the least that fits: {fits}" if expected <= self.usable_bytes else f"nothing fits: {fits}",
         )
+
+    def _other_bases(self) -> Iterator[str]:
+        """What to say of saved adapters that were trained on another model."""
+        model, continued = self.run.model, self.run.adapter.path
+        for number, path in enumerate(model.merged_adapters):
+            under = replace(model, merged_adapters=model.merged_adapters[:number])
+            if (said := other_base(path, "model.merged_adapters", under.base_name)) is not None:
+                yield said
+        if continued is not None and (said := other_base(continued, "adapter.path", model.base_name)) is not None:
+            yield said
 
     def _files(self) -> Files | None:
         """The files of the weights, if each worker reads its own part: it keeps a shard or fewer bits, and can see the files."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from raytune_llm import packaged
@@ -23,8 +24,10 @@ from raytune_llm.models.adapters import adapt, merge
 from raytune_llm.models.attention.cache import cache_lacks
 from raytune_llm.models.build import run_config
 from raytune_llm.models.generation_config import read_generation_config, savable
+from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_model
 from raytune_llm.models.own_code import check_own_code
+from raytune_llm.models.quantization import check_layers
 from raytune_llm.models.stored import check_files
 from raytune_llm.models.vocabulary import grow
 from raytune_llm.report.trackers import check_tracker
@@ -32,6 +35,7 @@ from raytune_llm.runs.launch import check_devices
 from raytune_llm.runs.workspace import Workspace
 from raytune_llm.stages import STAGES
 from raytune_llm.train.optimizers import build_optimizer
+from raytune_llm.train.optimizers.groups import trained_in
 
 
 def check(run: TrainRun, workspace: Workspace | None = None) -> None:
@@ -40,7 +44,8 @@ def check(run: TrainRun, workspace: Workspace | None = None) -> None:
     if workspace.checked:
         return
     of_model = (run.model, run.data, run.stage, run.adapter, run.quantization, run.strategy, run.tracking, run.resources)
-    of_optimizer = (run.optimizer.name, run.optimizer.groups)  # trials of other rates fit where one does
+    # trials of other rates fit where one does
+    of_optimizer = (run.optimizer.name, run.optimizer.groups, run.optimizer.trains_outside)
     workspace.once("checked", (*of_model, *of_optimizer), lambda: _check(run, workspace))
 
 
@@ -75,7 +80,18 @@ def _check(run: TrainRun, workspace: Workspace) -> None:
     with torch.device("meta"):
         merge(model, run.model.merged_adapters)
         adapters = adapt(model, run.adapter, scores=stage.scores is not None, new_ids=sorted(pieces))
+    check_layers(layers(model), run.quantization)
+    _check_trained(run, adapters.model)
     build_optimizer(run.optimizer, adapters.model, fused=False, lr_factor=adapters.lr_factor)
+
+
+def _check_trained(run: TrainRun, model: nn.Module) -> None:
+    """Raises ConfigError where the optimizer leaves out what an adapter was put on by name."""
+    if run.optimizer.trains_outside or run.adapter.trains_base:
+        return
+    if left := [one.name for one in trained_in(model) if one.layer is None]:
+        rule = f"must be true to train {left[0]}, which is in no layer"
+        raise ConfigError("optimizer.outside_layers", rule, got=False, fix="Set it to true, or optimizer=adamw.")
 
 
 def _check_answers(run: TrainRun, config: PretrainedConfig) -> None:

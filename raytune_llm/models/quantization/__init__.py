@@ -5,7 +5,7 @@ The layers under adapters are replaced after those are in place, so PEFT's own l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "Quantization",
     "QuantizedLinear",
     "check_device",
+    "check_layers",
     "described",
     "frozen_experts",
     "linears_but",
@@ -67,35 +68,49 @@ def check_device(section: QuantizationConfig, device: torch.device) -> None:
         raise ConfigError("quantization", rule, fix=f"Install it: pip install 'raytune-llm[{quantization.extra}]'.")
 
 
+def check_layers(layers: Iterable[nn.Module], section: QuantizationConfig) -> None:
+    """Raises ConfigError for layers, with weights or without, that the quantization can't hold."""
+    quantization = quantization_of(section)
+    if quantization is not None:
+        _replaced(list(layers), quantization, section.name)
+
+
+def _replaced(layers: Sequence[nn.Module], quantization: Quantization, name: str) -> tuple[list[Found], type[nn.Module]]:
+    """The linear layers that are replaced: the frozen ones, or all where all are trained; and by what. Raises ConfigError."""
+    linears = linears_but(layers, quantization.skip_modules)
+    experts = frozen_experts(layers)
+    if experts and quantization.replaces_experts is None:
+        able = ", ".join(
+            option for option, kind in QUANTIZATIONS.items() if kind is not None and kind.replaces_experts is not None
+        )
+        rule = f"must be {able} or none for mixtures of experts, whose experts are one tensor, not linear layers"
+        raise ConfigError("quantization", rule, got=name, fix="Set quantization=bnb_nf4.")
+    if not linears and not experts:
+        fix = "Set quantization=none, or name fewer in quantization.skip_modules."
+        raise ConfigError("quantization", "finds no linear layer to quantize", got=name, fix=fix)
+    frozen = [found for found in linears if not found[2].weight.requires_grad]
+    if not frozen and quantization.trained_layer is None:
+        raise ConfigError("quantization", "needs frozen weights", got=name, fix="Set adapter=lora, or quantization=none.")
+    replaced = frozen or linears
+    if misfits := [why for *_, linear in replaced if (why := quantization.misfit(linear)) is not None]:
+        rule = f"can't be {name} for every layer: {misfits[0]}"
+        raise ConfigError("quantization", rule, fix="Set quantization=none.")
+    in_place = quantization.layer if frozen else quantization.trained_layer
+    assert in_place is not None
+    return replaced, in_place
+
+
 def quantize(layers: Iterable[nn.Module], section: QuantizationConfig, runs_on: torch.device) -> None:
-    """Replace the linear layers inside `layers`, but those that the section skips: the frozen ones, whose weights come to where
-    they run, or all where all are trained."""
+    """Replace the linear layers inside `layers`, but those that the section skips: the frozen ones, which are packed where they
+    run, or all where all are trained."""
     quantization = quantization_of(section)
     if quantization is None:
         return
     layers = list(layers)
-    linears = linears_but(layers, quantization.skip_modules)
-    experts = frozen_experts(layers)
-    if experts and quantization.replaces_experts is None:
-        able = ", ".join(name for name, kind in QUANTIZATIONS.items() if kind is not None and kind.replaces_experts is not None)
-        rule = f"must be {able} or none for mixtures of experts, whose experts are one tensor, not linear layers"
-        raise ConfigError("quantization", rule, got=section.name, fix="Set quantization=bnb_nf4.")
-    if not linears and not experts:
-        fix = "Set quantization=none, or name fewer in quantization.skip_modules."
-        raise ConfigError("quantization", "finds no linear layer to quantize", got=section.name, fix=fix)
-    frozen = [found for found in linears if not found[2].weight.requires_grad]
-    if not frozen and quantization.trained_layer is None:
-        raise ConfigError("quantization", "needs frozen weights", got=section.name, fix="Set adapter=lora, or quantization=none.")
+    replaced, in_place = _replaced(layers, quantization, section.name)
     check_device(section, runs_on)
-    replaced = frozen or linears
-    if misfits := [why for *_, linear in replaced if (why := quantization.misfit(linear)) is not None]:
-        rule = f"can't be {section.name} for every layer: {misfits[0]}"
-        raise ConfigError("quantization", rule, fix="Set quantization=none.")
-    in_place = quantization.layer if frozen else quantization.trained_layer
-    assert in_place is not None
-    reads_to = runs_on if frozen else None
-    linears = frozen = []  # or the unquantized weights would live as long as these
-    replace(replaced, in_place, reads_to)
+    experts = frozen_experts(layers)
+    replace(replaced, in_place, None if in_place is quantization.trained_layer else runs_on)
     for module, name in experts:
         assert quantization.replaces_experts is not None
         setattr(module, name, _on(module.get_parameter(name), runs_on))

@@ -10,6 +10,7 @@ from raytune_llm.data import pipeline
 from raytune_llm.errors import ConfigError, DataError
 from raytune_llm.memory.model import STATES
 from raytune_llm.runs import plan as plan_module
+from raytune_llm.runs import preflight
 from raytune_llm.runs.plan import GIB, Device, Plan
 from tests.runs import tiny_run
 
@@ -24,6 +25,12 @@ LLAMA3_8B = [
     "data.max_length=8192",
     "train.precision=bf16",
 ]
+MIXTURE = [
+    "model.config.model_type=qwen3_moe",
+    "+model.config.moe_intermediate_size=64",
+    "+model.config.num_experts=4",
+]
+TINY_MLP = ["model.config.hidden_size=36", "model.config.intermediate_size=38", "model.config.num_attention_heads=2"]
 EAGER = ["train.compile=false", "train.activation_checkpointing=none"]
 
 
@@ -189,3 +196,32 @@ def test_a_plan_says_whose_reference_it_is_and_how_many_rows_a_step_has(chat_row
     command.main(tiny_run(chat_rows, str(cache), tmp_path / "out", "data=chat_pairs", "stage=dpo"))
     said = " ".join(capsys.readouterr().out.split())
     assert "once for all rows before the first step" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["quantization=hqq", *TINY_MLP], "can't be hqq for every layer"),
+        (["quantization=bnb_int8", *MIXTURE], "quantization must be .* for mixtures of experts"),
+    ],
+)
+def test_a_quantization_that_does_not_fit_the_model_is_refused_before_any_weight_is_loaded(
+    chat_rows, cache, tmp_path, overrides, said
+):
+    run = tiny_run(chat_rows, cache, tmp_path / "out", *overrides)
+    with pytest.raises(ConfigError, match=said):
+        api.plan(run)
+    with pytest.raises(ConfigError, match=said):
+        preflight.check(run)
+
+
+def test_layers_that_are_to_stay_wide_must_be_there(chat_rows, cache, tmp_path):
+    with pytest.raises(ConfigError, match=r"quantization\.skip_modules must name linear layers"):
+        planned(chat_rows, cache, tmp_path, "quantization=fp8", "quantization.skip_modules=[query]")
+
+
+def test_an_adapter_outside_of_the_layers_is_trained_or_refused(chat_rows, cache, tmp_path):
+    words = ["optimizer=badam", "adapter.targets=[embed_tokens,q_proj]"]
+    with pytest.raises(ConfigError, match=r"optimizer\.outside_layers must be true to train .*embed_tokens"):
+        preflight.check(tiny_run(chat_rows, cache, tmp_path / "out", *words))
+    preflight.check(tiny_run(chat_rows, cache, tmp_path / "out", *words, "optimizer.outside_layers=true"))
