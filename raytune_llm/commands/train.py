@@ -96,7 +96,7 @@ def _done(run: TrainRun, result: api.TrainResult) -> RunFinished:
         answers=answers,
         profile=profile,
         next_commands=[
-            command for command in (chat_command(run, result.final), next_command(run, result.final)) if command is not None
+            command for make in (chat_command, next_command, merge_command) if (command := make(run, result.final)) is not None
         ],
     )
 
@@ -137,6 +137,14 @@ def next_command(run: TrainRun, final: Path) -> str | None:
     else:
         words += [_override("adapter.path", final)]
     return " ".join([*words, there])
+
+
+def merge_command(run: TrainRun, final: Path) -> str | None:
+    """What makes the model that an adapter is for, where it was trained on others that are merged: other programs need it."""
+    if run.adapter.trains_base or not run.model.merged_adapters or run.model.path is None or run.model.config:
+        return None
+    place = _override("export.output_dir", f"{final.parent}_base")
+    return " ".join(["python -m raytune_llm export", *_base(run.model, run.model.path), place])
 
 
 def _base(model: ModelConfig, path: object) -> list[str]:

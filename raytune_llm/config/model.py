@@ -31,5 +31,12 @@ class ModelConfig:
     is a Hopper GPU (sm_90), else the first of varlen, sdpa and flex that can run."""
 
     @property
+    def base_name(self) -> str:
+        """What an adapter says of the model that it was trained on. With others merged into that, it is neither a path nor an id:
+        other programs would load the model there without them, and not say so."""
+        path = self.path or ""
+        return f"{path} with {', '.join(self.merged_adapters)} merged" if self.merged_adapters else path
+
+    @property
     def adds_tokens(self) -> bool:
         return bool(self.new_tokens) or self.resize_vocab

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
         return _found(place, settings, source)
     place_of(settings.output_dir, overwrite=settings.overwrite)
     target = FORMATS[settings.format](source, run)
+    target = replace(target, notes="\n\n".join(filter(None, (*source.other_bases, target.notes))))
     check_space(place.parent, target.num_bytes + target.passing_bytes)
     disk = full_disk_explained(place, setting="export.output_dir", then="nothing was left there")
     with disk, _beside(place) as folder:

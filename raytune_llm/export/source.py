@@ -23,8 +23,10 @@ from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.export.tensors import TensorFact, TensorFiles, converted
 from raytune_llm.hub import hub_failures
 from raytune_llm.models.adapters.mergeable import Mergeable
+from raytune_llm.models.adapters.method import tied_ends, ties_ends
+from raytune_llm.models.adapters.saved import changes_one_end, other_base
 from raytune_llm.models.finished import FINAL
-from raytune_llm.models.load import load_config
+from raytune_llm.models.load import load_config, load_model
 from raytune_llm.models.stored import tensor_files
 from raytune_llm.runs.trained import read_trained
 
@@ -87,6 +89,12 @@ class Source:
         return self.run.name if self.run is not None else Path(str(self.model.path)).name
 
     @property
+    def other_bases(self) -> list[str]:
+        """What to say of adapters that were trained on another model."""
+        said = (other_base(adapter.folder, adapter.setting, self.model.base_name) for adapter, _ in self.adapters)
+        return [line for line in said if line is not None]
+
+    @property
     def vocab_size(self) -> int:
         """The number of embeddings."""
         return self.config.get_text_config().vocab_size
@@ -94,7 +102,22 @@ class Source:
     @property
     def ties_head(self) -> bool:
         """The head's weight is the embedding's."""
-        return bool(getattr(self.config, "tie_word_embeddings", False))
+        return ties_ends(self.config)
+
+    @cached_property
+    def tied_weights(self) -> frozenset[str]:
+        """The names of the embedding's weight and the head's where they are one; a reward model has no head."""
+        if not self.ties_head or self.scores:
+            return frozenset()
+        made: dict[str, Any] = {"weights": "random", "dtype": torch.float32, "seed": 0, "device": "meta"}
+        model = load_model(self.config, None, **made, trust_remote_code=self.model.trust_remote_code)
+        return frozenset(f"{name}.weight" for name in tied_ends(model))
+
+    def fact_of(self, name: str) -> TensorFact | None:
+        """Of a weight in the base's files, where one of two tied ones may lie."""
+        if name in self.facts or name != HEAD:
+            return self.facts.get(name)
+        return next((self.facts[tied] for tied in self.tied_weights - {name} if tied in self.facts), None)
 
     @cached_property
     def stop_ids(self) -> list[int]:
@@ -118,7 +141,11 @@ class Source:
         return found
 
     def outputs(self, dtype: torch.dtype | None) -> list[TensorFact]:
-        """What the merged model's tensors are. None: each has its dtype in the base."""
+        """What the merged model's tensors are. None: each has its dtype in the base. Raises ConfigError for an adapter that can't
+        be merged into this base."""
+        for adapter in (*self.under, *(adapter for adapter, _ in self.adapters)):
+            if apart := sorted(self.tied_weights & adapter.changed_apart):
+                raise changes_one_end(apart[0], adapter.folder, adapter.setting)
         facts = [fact for name, fact in self.facts.items() if not (self.scores and name == HEAD)]
         common = next((fact.dtype for fact in facts if fact.dtype.is_floating_point), torch.float32)
         for name in self.wholes.keys() - self.facts.keys():
@@ -145,17 +172,16 @@ class Source:
     def _without_tokens(self, name: str) -> Tensor:
         if name not in self.facts:
             return self.wholes[name].whole(name)
-        weight = self.stored.read(name)
-        layer = name.removesuffix(".weight")
+        value = self.stored.read(name)
         for adapter in self.under:
-            if layer in adapter.layers and name.endswith(".weight"):
-                weight = adapter.merged(layer, weight)
-        made = [(one, factor) for adapter, factor in self.adapters if (one := _with(adapter, name, layer, weight)) is not None]
+            if adapter.changes(name):
+                value = adapter.merged(name, value)
+        made = [(one, factor) for adapter, factor in self.adapters if (one := _with(adapter, name, value)) is not None]
         if not made:
-            return weight
+            return value
         if len(made) == 1 and made[0][1] == 1.0:
             return made[0][0]
-        wide = weight.float()
+        wide = value.float()
         return wide + sum(factor * (one.float() - wide) for one, factor in made)
 
     def copy_others(self, folder: Path) -> None:
@@ -191,11 +217,11 @@ class Source:
         return tokenizer.pad_token_id
 
 
-def _with(adapter: Mergeable, name: str, layer: str, weight: Tensor) -> Tensor | None:
-    """The weight as this adapter alone makes it; None: it leaves it as it is."""
+def _with(adapter: Mergeable, name: str, value: Tensor) -> Tensor | None:
+    """The weight or bias as this adapter alone makes it; None: it leaves it as it is."""
     if name in adapter.wholes:
         return adapter.whole(name)
-    return adapter.merged(layer, weight) if layer in adapter.layers and name.endswith(".weight") else None
+    return adapter.merged(name, value) if adapter.changes(name) else None
 
 
 def _name_of(folder: Path, taken: Collection[str]) -> str:
@@ -275,16 +301,15 @@ def _check(source: Source) -> None:
             rule = f"must be an adapter of this base, whose files have no {missing[0]}"
             raise ConfigError(adapter.setting, rule, got=adapter.folder)
         for layer in sorted(adapter.layers):
-            fact = source.facts.get(f"{layer}.weight")
+            fact = source.fact_of(f"{layer}.weight")
             if fact is None or len(fact.shape) != 2:
-                tied = layer == "lm_head" and getattr(source.config, "tie_word_embeddings", False)
-                what = "is the embedding's too, which the adapter leaves as it is" if tied else "is not in the base"
-                what = what if fact is None else "is no matrix in the base"
+                what = "is not in the base" if fact is None else "is no matrix in the base"
                 fix = f"The adapter was trained on {adapter.base_model}." if adapter.base_model else ""
                 raise ConfigError(
                     adapter.setting, f"must be an adapter that can be merged: {layer} {what}", got=adapter.folder, fix=fix
                 )
-            adapter.check(layer, fact.shape)
+        facts = {layer: source.fact_of(f"{layer}.weight") for layer in adapter.layers}
+        adapter.fit({layer: fact.shape for layer, fact in facts.items() if fact is not None})
         for name in adapter.wholes:
             if name not in source.facts and factors.get(adapter.folder, 1.0) != 1.0:
                 rule = f"must be 1 for an adapter with a whole {name}, of which the base has none"

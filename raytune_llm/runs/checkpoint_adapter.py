@@ -66,5 +66,5 @@ def adapter_of_checkpoint(run_folder: Path, step: int, into: Path) -> bool:
         adapters = PeftAdapters(base)
         adapters.add_own(run.adapter, sorted(pieces))
     parameters = {name.removeprefix(PARAMETERS): value for name, value in state.items()}
-    adapters.save(OWN, into, base_model=model.path, parameters=parameters)
+    adapters.save(OWN, into, base_model=model.base_name, parameters=parameters)
     return True

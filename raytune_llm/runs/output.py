@@ -231,12 +231,22 @@ def write_final(folder: Path, save: Callable[[Path], None], card: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _loaded_on(run: TrainRun) -> str:
+    """For an adapter of a model that is in no folder yet: how to make it."""
+    if run.adapter.trains_base or not run.model.merged_adapters or run.model.path is None:
+        return ""
+    return (
+        "It is an adapter of that merged model, not of the one at the path. `python -m raytune_llm export` makes it, with "
+        "`model.path` and `model.merged_adapters` of `run.yaml`.\n\n"
+    )
+
+
 def model_card(run: TrainRun, step: int, loss: float | None) -> str:
-    base = run.model.path or run.model.config.get("model_type", "a fresh model")
+    base = run.model.base_name if run.model.path else run.model.config.get("model_type", "a fresh model")
     library = "transformers" if run.adapter.trains_base else "peft"
     front = f"---\nlibrary_name: {library}\n" + (f"base_model: {run.model.path}\n" if run.model.path else "") + "---\n"
     loss_text = "" if loss is None else f" The training loss at the end was {loss:.4f}."
     return (
         f"{front}\n# {run.name}\n\n{base}, trained with raytune_llm: stage {run.stage.name}, adapter {run.adapter.name}, "
-        f"{step} steps.{loss_text}\n\nEvery setting is in `run.yaml` beside this folder.\n"
+        f"{step} steps.{loss_text}\n\n{_loaded_on(run)}Every setting is in `run.yaml` beside this folder.\n"
     )

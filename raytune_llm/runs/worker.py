@@ -287,7 +287,7 @@ def finish(setup: Setup, checkpoints: Checkpoints, progress: Progress, notify: C
             parameters=parameters,
             tokenizer=setup.tokenizer,
             stop_ids=setup.stop_ids,
-            base_model=run.model.path or "",
+            base_model=run.model.base_name,
             adapter=setup.built.adapter,
         )
         with notify_if_slow(notify, "writing final/"):

@@ -24,7 +24,7 @@ from raytune_llm.engines.native.build import Serving, native_engine
 from raytune_llm.engines.sglang_host import check_sglang, sglang_engine
 from raytune_llm.engines.vllm_host import check_vllm, vllm_engine
 from raytune_llm.errors import ConfigError, UserError
-from raytune_llm.models.adapters import UNMIXED_FIX, unmixed
+from raytune_llm.models.adapters import UNMIXED_FIX, other_base, unmixed
 from raytune_llm.models.adapters.saved import task_of, token_ids_of
 from raytune_llm.models.build import choose_precision
 from raytune_llm.models.generation_config import end_ids_of, read_generation_config
@@ -128,6 +128,12 @@ def check_base(served: ServedModels, engine_settings: EngineConfig, setting: str
     if (alone := lone_adapter(served, engine_settings)) is not None:
         rule = f"must be false beside {alone.name}, {alone.why}"
         raise ConfigError(setting, rule, got=True, fix=alone.fix)
+
+
+def other_bases(model: ModelConfig, served: ServedModels) -> list[str]:
+    """What to say of adapters that were trained on another model."""
+    said = (other_base(folder, f"{served.setting}.{name}", model.base_name) for name, folder in served.adapters.items())
+    return [line for line in said if line is not None]
 
 
 def base_name(model: ModelConfig, served: ServedModels) -> str:

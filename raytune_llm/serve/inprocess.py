@@ -11,7 +11,7 @@ from raytune_llm.config.run import ServeRun
 from raytune_llm.serve.access import access_of
 from raytune_llm.serve.api.app import build_app
 from raytune_llm.serve.backend import InProcessBackend
-from raytune_llm.serve.engines import build_engine, check_names, tokenizer_of
+from raytune_llm.serve.engines import build_engine, check_names, other_bases, tokenizer_of
 from raytune_llm.serve.logs import log_at
 from raytune_llm.serve.port import bound
 from raytune_llm.serve.prompts import Prompts
@@ -41,6 +41,8 @@ def serve_inline(run: ServeRun, *, notify: Callable[[str], None]) -> None:
         settings = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=serve.drain_s)
         server = uvicorn.Server(settings)
         notify(f"models: {', '.join([facts.name, *(one.name for one in engine.adapters())])}")
+        for line in other_bases(run.model, serve):
+            notify(line)
         notify(f"ready at {url}")
         try:
             server.run(sockets=[listening])

@@ -27,7 +27,7 @@ from raytune_llm.config.resources import on_cluster, uses_ray
 from raytune_llm.config.run import ADMIN_KEY, API_KEY, ServeRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.serve.app import APP, ENGINE, INGRESS_CPUS, TRANSPORT, application, deploy_config, http_options
-from raytune_llm.serve.engines import base_name, check_names, check_servable
+from raytune_llm.serve.engines import base_name, check_names, check_servable, other_bases
 from raytune_llm.serve.port import bound
 from raytune_llm.serve.replica import REFUSED, BuildEngine
 
@@ -69,6 +69,8 @@ def serve_on_ray(run: ServeRun, *, notify: Notify, build: BuildEngine | None = N
     port = _port(run)
     if build is None:
         check_servable(run.model, run.quantization, run.engine, run.serve)
+        for line in other_bases(run.model, run.serve):
+            notify(line)
     joined, is_ours = ray.is_initialized(), False
     with interrupts.first_signal_raises() as later:
         try:

@@ -8,14 +8,21 @@ import resource
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from raytune_llm import ConfigError, DataError, Diverged, ResourceError, api, load_config
-from raytune_llm.commands.train import chat_command, held_out_figures, next_command
+from raytune_llm.commands.train import chat_command, held_out_figures, merge_command, next_command
+from raytune_llm.models.adapters import merge
+from raytune_llm.report.updates import RunStarted
 from raytune_llm.train import checkpoint
 from raytune_llm.train.checkpoint import complete_steps
 from tests.group import metrics
+from tests.models import saved_llama
 from tests.runs import tiny_run
 
 
@@ -99,6 +106,41 @@ def test_a_policy_that_is_its_reference_is_told_to_prefer_neither_answer():
 def test_without_an_evaluation_before_the_first_step_only_the_last_is_told(records):
     assert held_out_figures(records) == [("loss, held out", "0.5000")]
     assert held_out_figures([]) == []
+
+
+def test_an_adapter_on_merged_ones_names_no_model_that_others_would_load_and_the_command_that_makes_its_base(
+    chat_rows, cache, tmp_path
+):
+    hub = ["model=hub", f"model.path={saved_llama(tmp_path / 'base')}", "model.tokenizer=bytes", "train.max_steps=2"]
+    hub += ["optimizer.lr=1e-2", "data.eval_fraction=0"]
+    first = api.train(tiny_run(chat_rows, cache, tmp_path / "one", *hub))
+    run = tiny_run(chat_rows, cache, tmp_path / "two", *hub, f"model.merged_adapters=['{first.final}']")
+    second = api.train(run)
+    config = json.loads((second.final / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == f"{tmp_path / 'base'} with {first.final} merged"
+    assert "adapter of that merged model" in (second.final / "README.md").read_text()
+
+    command = merge_command(run, second.final)
+    assert command is not None
+    _, _, _, verb, *words = shlex.split(command)
+    api.export(load_config(verb, [*words, "export.check=false"]))
+    base, ids = Path(f"{second.final.parent}_base"), torch.arange(20)[None]
+    elsewhere = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(second.final))
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    merge(ours, [str(first.final)])
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(ours, str(second.final))(ids).logits
+        torch.testing.assert_close(elsewhere(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+    told: list[Any] = []
+    api.train(tiny_run(chat_rows, cache, tmp_path / "three", *hub, f"adapter.path={second.final}"), on_update=told.append)
+    lines = [line for update in told if isinstance(update, RunStarted) for line in update.choices]
+    assert any(f"was trained on {config['base_model_name_or_path']}, not on {tmp_path / 'base'}" in line for line in lines)
+
+
+def test_no_base_is_to_be_made_where_there_is_one(tmp_path):
+    assert merge_command(smollm2(tmp_path), tmp_path) is None
+    assert merge_command(smollm2(tmp_path, "adapter=none", "model.merged_adapters=[a]"), tmp_path) is None
 
 
 @pytest.mark.parametrize("stage", [("stage=reward", "data=sharegpt_pairs"), ("stage=pretrain", "data=text", "adapter=none")])

@@ -20,6 +20,7 @@ from raytune_llm.models.adapters.llama_pro import llama_pro
 from raytune_llm.models.adapters.method import Kept
 from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.adapters.protocol import OWN, Adapters
+from raytune_llm.models.adapters.saved import other_base
 from raytune_llm.models.quantization.base import Quantization
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "bank_of",
     "kept_by",
     "merge",
+    "other_base",
     "reads_weights",
     "unmixed",
 ]

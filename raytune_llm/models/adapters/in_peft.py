@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from raytune_llm.config.adapter import AdapterConfig, Layered, SavedAdapter
 from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.models.adapters.grouped import described, group
-from raytune_llm.models.adapters.method import Method, new_config
+from raytune_llm.models.adapters.method import Method, new_config, tied_ends
 from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.adapters.protocol import OWN, Observer
-from raytune_llm.models.adapters.saved import WEIGHTS, load_weights, names_of, read_config, token_ids_of, unfit
+from raytune_llm.models.adapters.saved import WEIGHTS, changes_one_end, load_weights, names_of, read_config, token_ids_of, unfit
 from raytune_llm.models.quantization.base import Quantization
 from raytune_llm.models.stored import of_type
 
@@ -101,6 +101,7 @@ class PeftAdapters:
         """
         assert self._peft is None
         self._put(OWN, OWN, source)
+        self._check_ends(source)
         if next(self._base.parameters()).is_meta:
             self._take_off(OWN)
             return
@@ -108,6 +109,17 @@ class PeftAdapters:
         self._keys.pop(OWN)
         self._peft, self._switches = None, _switches(self._base)
         self._base.requires_grad_(True)  # as it was loaded: PEFT froze it
+
+    def _check_ends(self, source: SavedAdapter) -> None:
+        """Raises ConfigError where merging would change the head with the embedding, or the other way round."""
+        if self._base.get_output_embeddings() is None:
+            return
+        ends = tied_ends(self._base)
+        changed = [switch for switch in self._switches if not isinstance(switch, TrainableTokensWrapper)]
+        names = [name for name, module in self._base.named_modules() if name in ends and module in changed]
+        if names:
+            self._take_off(OWN)
+            raise changes_one_end(f"{names[0]}.weight", source.path, source.setting)
 
     def remove(self, name: str) -> None:
         assert name != OWN, "the policy was built with it"

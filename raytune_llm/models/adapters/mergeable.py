@@ -1,19 +1,22 @@
 """An adapter merged into its base's weights, one layer at a time: no more of the base is in memory than that layer.
 
 PEFT merges: the layer alone is put into an otherwise empty model under its own name, so that what the adapter's config says of it
-(targets, ranks by pattern, DoRA, OFT) holds for it as in the whole model.
+(targets, ranks by pattern, DoRA, OFT) holds for it as in the whole model. VeRA's random matrices, which all its layers share, are
+those of all of them.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import IA3Config, PeftModel, VeraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -26,6 +29,8 @@ BASE = ".base_layer.weight"
 TOKENS = ".token_adapter.trainable_tokens_delta"
 OF_ADAPTERS = (".lora_", ".oft_", ".boft_", ".hada_", ".lokr_", ".vera_", ".ia3_", ".ln_tuning_", ".hra_")
 """What begins the part of a tensor's name that is the adapter's, after the name of its layer."""
+SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
+"""Matrices that all layers of an adapter share: names in a file that has them -> PEFT's."""
 
 
 class Mergeable:
@@ -44,6 +49,9 @@ class Mergeable:
         if not Path(self._file).is_file():
             raise ConfigError(setting, f"must be a folder with {WEIGHTS[0]}", got=folder, fix="Save it as safetensors.")
         self._keys: dict[str, list[str]] = defaultdict(list)
+        self._shapes: dict[str, Sequence[int]] = {}
+        """[O, K] of its layers' weights in the base, once they are known (`fit`)."""
+        self._shared: dict[str, str] = {}
         self._bases: dict[str, str] = {}
         """Weights of base layers that PEFT saved beside the adapter: embeddings, which may have grown."""
         self.wholes: dict[str, str] = {}
@@ -59,6 +67,9 @@ class Mergeable:
             raise ConfigError(setting, f"must hold weights that can be read ({error})", got=folder) from None
 
     def _sort(self, key: str) -> None:
+        if key in SHARED:
+            self._shared[SHARED[key]] = key
+            return
         name = key.removeprefix(PREFIX)
         layer = next((name.partition(part)[0] for part in OF_ADAPTERS if part in name), None)
         if name.endswith(TOKENS):
@@ -74,6 +85,12 @@ class Mergeable:
     def layers(self) -> frozenset[str]:
         """The layers that it changes, by their names in the model."""
         return frozenset(self._keys)
+
+    @property
+    def changed_apart(self) -> frozenset[str]:
+        """The weights that it changes in their own layer alone, where a model has them in two (an embedding that is the head)."""
+        wholes = () if getattr(self._config, "ensure_weight_tying", False) else self.wholes
+        return frozenset((*wholes, *(f"{layer}.weight" for layer in self._keys)))
 
     @property
     def scores(self) -> bool:
@@ -102,34 +119,69 @@ class Mergeable:
     def whole(self, name: str) -> Tensor:
         return self._read([self.wholes[name]])[self.wholes[name]]
 
-    def check(self, layer: str, shape: tuple[int, ...]) -> None:
-        """Raises ConfigError where LoRA's matrices, by the file's header, are not of a layer of this shape [O, K]."""
+    def fit(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """shapes: [O, K] of the base's weight for each of its layers. Raises ConfigError where LoRA's matrices, by the file's
+        header, are not of these."""
         with safe_open(self._file, framework="pt") as file:
-            for key in self._keys[layer]:
+            for layer, keys in self._keys.items():
                 for part, axis, what in ((".lora_A.", 1, "inputs"), (".lora_B.", 0, "outputs")):
-                    if part in key and (size := file.get_slice(key).get_shape()[axis]) != shape[axis]:
-                        raise self._unfit(layer, f"it has {size} {what} there and {shape[axis]} in the base")
+                    for key in (key for key in keys if part in key):
+                        if (size := file.get_slice(key).get_shape()[axis]) != shapes[layer][axis]:
+                            raise self._unfit(layer, f"it has {size} {what} there and {shapes[layer][axis]} in the base")
+        self._shapes = {layer: shapes[layer] for layer in self._keys}
+
+    def changes(self, name: str) -> bool:
+        """Whether it changes this weight or bias of the base, beside what it has whole. What multiplies a layer's outputs
+        multiplies its bias too."""
+        layer, _, part = name.rpartition(".")
+        return layer in self._keys and (part == "weight" or (part == "bias" and isinstance(self._config, IA3Config)))
 
     @torch.no_grad()
-    def merged(self, layer: str, weight_OK: Tensor) -> Tensor:
-        """float32 [O, K]: the layer's weight with the adapter in it."""
+    def merged(self, name: str, value: Tensor) -> Tensor:
+        """float32: the weight [O, K] or the bias [O] of a layer, with the adapter in it."""
+        layer, _, part = name.rpartition(".")
         tensors = self._read(self._keys[layer])
-        if layer in self._bases and (saved := self._read([self._bases[layer]])[self._bases[layer]]).shape != weight_OK.shape:
-            raise self._unfit(layer, f"it is {list(saved.shape)} there and {list(weight_OK.shape)} in the base")
-        one = _alone(layer, weight_OK.to(torch.float32, copy=True), is_embedding=_embeds(tensors))
+        shape = self._shapes[layer]
+        if layer in self._bases and (saved := self._read([self._bases[layer]])[self._bases[layer]]).shape != tuple(shape):
+            raise self._unfit(layer, f"it is {list(saved.shape)} there and {list(shape)} in the base")
+        own = {part: value.to(torch.float32, copy=True)}
+        adapted = self._around(_alone(layer, shape, own, is_embedding=_embeds(tensors)), layer)
+        for shared, whole in self._shared_by_layers.items():
+            getattr(adapted.base_model, shared)["default"] = whole
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Specified to not load vera_A")
+                found = set_peft_model_state_dict(adapted, tensors)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise self._unfit(layer, _last_line(error)) from None
+        if found.unexpected_keys or any(not key.endswith((".weight", ".bias")) for key in found.missing_keys):
+            raise self._unfit(layer, f"tensors don't fit ({[*found.unexpected_keys, *found.missing_keys][0]})")
+        return adapted.merge_and_unload().get_submodule(layer).get_parameter(part).data
+
+    @cached_property
+    def _shared_by_layers(self) -> Mapping[str, Tensor]:
+        """The matrices that all layers share, by PEFT's names: it draws them for the largest sizes of all layers."""
+        if not isinstance(self._config, VeraConfig):
+            return {}
+        if self._shared:
+            return {name: self._read([key])[key].float() for name, key in self._shared.items()}
+        largest = [max(shape[axis] for shape in self._shapes.values()) for axis in (0, 1)]
+        layer = next(iter(self._shapes))
+        made = self._around(_alone(layer, largest, {}, is_embedding=False), layer).base_model
+        return {name: getattr(made, name)["default"] for name in SHARED.values()}
+
+    def _around(self, one: nn.Module, layer: str) -> Any:
+        """PEFT's new adapter on the model of one layer."""
         config = copy.deepcopy(self._config)
         config.task_type, config.modules_to_save, config.base_model_name_or_path = None, None, None
         config.trainable_token_indices = None
-        config.inference_mode = False
+        config.inference_mode, config.save_projection = False, False  # they are put in from outside
         try:
-            adapted: Any = get_peft_model(one, config, autocast_adapter_dtype=True)
-            found = set_peft_model_state_dict(adapted, tensors)
+            adapted = get_peft_model(one, config, autocast_adapter_dtype=True)
         except (ValueError, RuntimeError, KeyError) as error:
-            raise self._unfit(layer, str(error).strip().splitlines()[-1].strip()) from None
+            raise self._unfit(layer, _last_line(error)) from None
         assert isinstance(adapted, PeftModel)
-        if found.unexpected_keys or any(not key.endswith((".weight", ".bias")) for key in found.missing_keys):
-            raise self._unfit(layer, f"tensors don't fit ({[*found.unexpected_keys, *found.missing_keys][0]})")
-        return adapted.merge_and_unload().get_submodule(layer).weight.data
+        return adapted
 
     def _read(self, keys: list[str]) -> dict[str, Tensor]:
         with safe_open(self._file, framework="pt") as file:
@@ -148,12 +200,18 @@ def _embeds(tensors: Mapping[str, Tensor]) -> bool:
     return any(".lora_embedding_" in key for key in tensors)
 
 
-def _alone(name: str, weight_OK: Tensor, *, is_embedding: bool) -> nn.Module:
-    """A model of this layer alone, under its name."""
-    rows, columns = weight_OK.shape
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
+
+
+def _alone(name: str, shape_OK: Sequence[int], own: Mapping[str, Tensor], *, is_embedding: bool) -> nn.Module:
+    """A model of this layer alone, under its name. own: its weight or its bias; a weight that is not given is 0, and takes no
+    memory."""
+    rows, columns = shape_OK
     with torch.device("meta"):
         made = nn.Embedding(rows, columns) if is_embedding else nn.Linear(columns, rows, bias=False)
-    made.weight = nn.Parameter(weight_OK, requires_grad=False)
+    for part, value in {"weight": torch.zeros(()).expand(rows, columns), **own}.items():
+        setattr(made, part, nn.Parameter(value, requires_grad=False))
     *path, last = name.split(".")
     root = place = nn.Module()
     for part in path:

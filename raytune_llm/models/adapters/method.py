@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
@@ -85,16 +85,17 @@ def new_config(model: PreTrainedModel, section: Layered, method: Method) -> tupl
     is_mixture = config.peft_type == PeftType.LORA and bool(_expert_weights(model))
     if is_mixture:
         layers = _without_experts_names(model, layers, section)
+    if section.changes_base and (named := sorted(tied_ends(model) & layers.keys())):
+        rule = f"can't name {named[0]} with adapter={section.name}: it is the embedding's weight too, which would change with it"
+        raise ConfigError("adapter.targets", rule, got=section.targets, fix="Leave it out, or set adapter=lora.")
     whole = whole_modules(model, section.modules_to_save)
     method.check(layers, **settings)
-    some_layers = section.last_layers is not None or section.layers is not None
     if is_mixture:  # of all-linear and of expressions PEFT makes last parts of names, and puts adapters on experts and routers
         config.target_modules = set(layers)
-    elif some_layers or is_multimodal(model.config) or (targets == ALL_LINEAR and _passed_over(model)):
-        # of last parts PEFT would put adapters on the towers of the whole model, too
-        config.target_modules = "|".join(map(re.escape, layers))
-    else:
+    elif _takes_as_given(model, section, layers):
         config.target_modules = targets if isinstance(targets, str) else set(targets)
+    else:
+        config.target_modules = "|".join(map(re.escape, layers))
     config.modules_to_save = whole or None
     if experts:
         config.target_parameters = experts
@@ -135,6 +136,18 @@ def targeted(model: PreTrainedModel, section: Layered) -> Layers:
         rule = "must leave out layers that are not called: their model reads their weights, or takes more from them than products"
         raise ConfigError("adapter.targets", rule, got=never[0], fix="Leave them out, or set adapter.targets=all-linear.")
     return _of_layers(model, section, found)
+
+
+def _takes_as_given(model: PreTrainedModel, section: Layered, layers: Layers) -> bool:
+    """Whether PEFT puts adapters on the same layers where it gets adapter.targets as it is. It matches expressions with every
+    module, also with those that are no layers, and last parts of names with the towers of a whole multimodal model."""
+    targets = section.targets
+    if is_multimodal(model.config):
+        return False
+    if targets == ALL_LINEAR:
+        return section.last_layers is None and section.layers is None and not _passed_over(model)
+    named = {name for name, _ in _of_base(model) if name.rpartition(".")[2] in targets}
+    return not isinstance(targets, str) and named == layers.keys()
 
 
 def expert_weights(model: PreTrainedModel, section: Layered, rank: int) -> list[str]:
@@ -230,23 +243,37 @@ def whole_modules(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
     if unknown := [name for name in names if name not in last]:
         fix = f"It has {', '.join(sorted(name for name in last if name and not name.isdigit()))}."
         raise ConfigError("adapter.modules_to_save", "must name modules of the model", got=unknown, fix=fix)
-    of_both_ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)  # some say it of the whole model alone
-    tied = tied or getattr(model.config, "tie_word_embeddings", False)
-    both_ends = {name.rpartition(".")[2] for name, module in modules.items() if module in of_both_ends}
-    if tied and (named := sorted(both_ends & set(names))):
+    both_ends = {name.rpartition(".")[2] for name in tied_ends(model)}
+    if named := sorted(both_ends & set(names)):
         rule = "can't name an embedding that is tied to the head: PEFT would train a copy of one of them"
         fix = "Set adapter.targets to name it, for an adapter on it, or adapter=freeze with adapter.extra_modules."
         raise ConfigError("adapter.modules_to_save", rule, got=named, fix=fix)
     return [name for name in modules if name.rpartition(".")[2] in names]
 
 
+def tied_ends(model: PreTrainedModel) -> set[str]:
+    """The names of the embedding and the head where they are one weight; else none."""
+    if not ties_ends(model.config):
+        return set()
+    ends = {base_of(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
+    return {name for name, module in _of_base(model) if module in ends}
+
+
+def ties_ends(config: PretrainedConfig) -> bool:
+    """Whether the head's weight is the embedding's. Some models say it of the whole model alone, others of its text."""
+    return any(getattr(one, "tie_word_embeddings", False) for one in (config, config.get_text_config()))
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer under an adapter; a layer without one itself."""
+    return module.get_submodule("base_layer") if isinstance(module, BaseTunerLayer | BankedLinear) else module
+
+
 def _of_base(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The modules of the base model by their names there, whatever adapters lie around them."""
-    if isinstance(module, BaseTunerLayer | BankedLinear):
-        yield name, module.get_submodule("base_layer")
+    yield name, base_of(module)
+    if base_of(module) is not module:
         return
-    yield name, module
     for child_name, child in module.named_children():
         yield from _of_base(child, f"{name}.{child_name}".removeprefix("."))
 

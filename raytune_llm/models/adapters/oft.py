@@ -8,7 +8,7 @@ from __future__ import annotations
 from peft import OFTConfig, PeftConfig
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.adapters.method import Kept, Layers, Method, sides
+from raytune_llm.models.adapters.method import Kept, Layers, Method, only_linear, sides
 
 
 def oft(*, block_size: int, dropout: float) -> OFTConfig:
@@ -21,6 +21,7 @@ def describes(saved: PeftConfig) -> bool:
 
 
 def blocks_fit(layers: Layers, *, block_size: int, **settings: float) -> None:
+    only_linear(layers, "oft")
     for name, layer in layers.items():
         inputs, _ = sides(layer)
         if inputs % block_size:

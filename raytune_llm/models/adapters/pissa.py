@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from raytune_llm.models.adapters.lora import check_rank, lora, ranks_fit
+from raytune_llm.models.adapters.lora import lora, ranks_fit
 from raytune_llm.models.adapters.method import Layers, Method, Tensors, only_linear
 
 
@@ -33,10 +32,7 @@ def describes(saved: PeftConfig) -> bool:
 
 def check(layers: Layers, *, svd_iterations: int | None, **settings: Any) -> None:
     only_linear(layers, "pissa")
-    ranks_fit(layers, **settings)
-    for name, layer in layers.items():
-        key = get_pattern_key(list(settings["rank_pattern"]), name)
-        check_rank(name, layer, settings["rank_pattern"].get(key, settings["rank"]), "rank", gate=float("inf"))
+    ranks_fit(layers, spares_gates=False, **settings)
 
 
 def saved(config: PeftConfig, tensors: Tensors, begun: Tensors) -> tuple[PeftConfig, Tensors]:

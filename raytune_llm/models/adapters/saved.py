@@ -68,6 +68,23 @@ def tensor_names(path: str, setting: str) -> list[str]:
         return list(opened.keys())
 
 
+def other_base(path: str, setting: str, here: str) -> str | None:
+    """What to say of an adapter that names another base than `here`, the base_name of a model's section; None where it names the
+    same or none. Folders of one name are taken for one model."""
+    there = read_config(path, setting).base_model_name_or_path
+    if not there or not here or _known_as(there) == _known_as(here):
+        return None
+    return f"{setting}: {path} was trained on {there}, not on {here}; that sizes are alike is all that can be checked"
+
+
+def _known_as(base: str) -> tuple[str, list[tuple[str, ...]]]:
+    """The last part of the path or id, of a hub's cache too, and the last two of what is merged into it."""
+    path, _, merged = base.partition(" with ")
+    in_cache = [part for part in Path(path).parts if part.startswith("models--")]
+    name = in_cache[0].rpartition("--")[2] if in_cache else Path(path).name
+    return name.lower(), [Path(folder).parts[-2:] for folder in merged.removesuffix(" merged").split(", ")]
+
+
 def rank_of(path: str, setting: str) -> int:
     """0: it has none."""
     return int(getattr(read_config(path, setting), "r", 0))
@@ -137,3 +154,9 @@ def unfit(what: str, path: str, setting: str, base_model: str | None) -> ConfigE
         got=path,
         fix=f"It was trained on {base_model}." if base_model else "Name an adapter of this model.",
     )
+
+
+def changes_one_end(name: str, path: str, setting: str) -> ConfigError:
+    """For an adapter on the embedding or the head of a model in which they are one weight."""
+    rule = f"must leave {name} as it is, to be merged: the embedding and the head are one weight, and it changes one of them"
+    return ConfigError(setting, rule, got=path, fix="Use it unmerged (serve.adapters, export.format=adapter).")

@@ -202,7 +202,7 @@ def test_a_plan_says_whose_reference_it_is_and_how_many_rows_a_step_has(chat_row
     ("overrides", "said"),
     [
         (["quantization=hqq", *TINY_MLP], "can't be hqq for every layer"),
-        (["quantization=bnb_int8", *MIXTURE], "quantization must be .* for mixtures of experts"),
+        (["quantization=hqq", *MIXTURE], "quantization must be .* for mixtures of experts"),
     ],
 )
 def test_a_quantization_that_does_not_fit_the_model_is_refused_before_any_weight_is_loaded(

@@ -219,6 +219,22 @@ def test_kinds_of_lora_refuse_a_rank_above_a_layers_size(kind: str) -> None:
         PeftAdapters(base()).add_own(section(kind, "adapter.rank=20"))
 
 
+@pytest.mark.parametrize("kind", ["rslora", "lora_plus", "dora", "pissa", "loftq", "eva"])
+def test_ranks_of_patterns_are_held_against_their_layers_alone(kind: str) -> None:
+    patterns = "adapter.rank_pattern={k_proj:16,v_proj:16}"
+    (adapters := PeftAdapters(base())).add_own(section(kind, "adapter.rank=20", patterns))
+    assert adapters.max_rank == 20
+    with pytest.raises(ConfigError, match=r"adapter\.rank_pattern must be at most 16, the smaller side of k_proj, got 18"):
+        PeftAdapters(base()).add_own(section(kind, "adapter.rank_pattern={k_proj:18}"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("lora", "rslora", "lora_plus", "dora")])
+def test_kinds_for_linear_layers_refuse_embeddings(kind: str) -> None:
+    settings = section(kind, "adapter.targets=[embed_tokens]", *(["adapter.scaled_inputs=[]"] if kind == "ia3" else []))
+    with pytest.raises(ConfigError, match=rf"adapter\.targets must name linear layers with adapter={kind}, got .*embed_tokens"):
+        PeftAdapters(base()).add_own(settings)
+
+
 def test_blocks_of_oft_must_divide_what_they_turn() -> None:
     with pytest.raises(ConfigError, match=r"adapter\.block_size must divide the 48 inputs of down_proj, got 32"):
         PeftAdapters(base()).add_own(section("oft", "adapter.block_size=32"))

@@ -111,6 +111,8 @@ def ranks(adapters: PeftAdapters) -> dict[str, int]:
         (["adapter.targets=[q_proj]", "adapter.rank_pattern={1.self_attn.q_proj:2}"], {"0": 4, "1": 2, "2": 4}),
         (["adapter.targets='.*[02].self_attn.q_proj'"], {"0": 4, "2": 4}),
         (["adapter.targets=[q_proj]", "adapter.layers=[1,-1]"], {"1": 4, "2": 4}),
+        (["adapter.targets='.*layers.[0-1](.self_attn(.q_proj)?)?'"], {"0": 4, "1": 4}),
+        (["adapter.targets='.*layers.[0-1](.self_attn(.q_proj)?)?'", "adapter.layers=[1]"], {"1": 4}),
     ],
 )
 def test_layers_and_ranks_go_by_pattern_and_number(overrides: list[str], expected: dict[str, int], tmp_path: Path) -> None:
@@ -119,6 +121,23 @@ def test_layers_and_ranks_go_by_pattern_and_number(overrides: list[str], expecte
     adapters.save(OWN, tmp_path)
     elsewhere = PeftModel.from_pretrained(tiny(), str(tmp_path)).eval()
     torch.testing.assert_close(elsewhere(IDS).logits, adapters.base.eval()(IDS).logits)
+
+
+def test_an_expression_that_matches_more_than_layers_names_the_layers(tmp_path: Path) -> None:
+    """The example of docs/adapters.md: model.layers.0.mlp and mlp.act_fn match it too."""
+    adapters = adapted("adapter.targets='.*layers.[0-1].mlp.*'")
+    mlp = [f"{number}.mlp.{name}" for number in (0, 1) for name in ("gate_proj", "up_proj", "down_proj")]
+    assert sorted(ranks(adapters)) == sorted(mlp)
+    adapters.save(OWN, tmp_path)
+    elsewhere = PeftModel.from_pretrained(tiny(), str(tmp_path)).eval()
+    torch.testing.assert_close(elsewhere(IDS).logits, adapters.base.eval()(IDS).logits)
+
+
+def test_a_name_that_other_modules_have_too_is_that_of_the_layers() -> None:
+    """LFM2 calls a mixer and its convolution conv."""
+    model = untied()
+    model.model.layers[0].q_proj = torch.nn.Dropout(0.1)
+    assert ranks(adapted("adapter.targets=[q_proj]", model=model)) == {f"{n}.self_attn.q_proj": 4 for n in range(3)}
 
 
 def test_ranks_scales_embeddings_and_whole_modules_are_what_plain_peft_loads_and_merges(tmp_path: Path) -> None:
@@ -160,6 +179,9 @@ def untied(**changed: Any) -> PreTrainedModel:
             ["adapter.rank_pattern={q:2}"],
             r"adapter\.rank_pattern must name, each of them, layers that get an adapter, .* got \['q'\]",
         ),
+        (["adapter.targets=[embed_tokens]", "adapter.rank=40"], r"adapter\.rank must be at most 32, .* embed_tokens, got 40"),
+        (["adapter.targets=[lm_head]", "adapter.rank=40"], r"adapter\.rank must be at most 32, .* lm_head, got 40"),
+        (["adapter.rank=17"], r"got 17\. Lower it, or set adapter\.rank_pattern=\{k_proj: 16\}"),
         (["adapter.rank_pattern={k_proj:17}"], r"adapter\.rank_pattern must be at most 16, the smaller side of k_proj"),
         (["adapter.modules_to_save=[score]"], r"adapter\.modules_to_save must name modules of the model, got \['score'\]"),
     ],
@@ -167,6 +189,16 @@ def untied(**changed: Any) -> PreTrainedModel:
 def test_settings_that_no_layer_answers_to_are_refused(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         adapted(*overrides)
+
+
+def test_narrow_projections_have_no_rank_above_theirs_and_gates_may() -> None:
+    wide = untied(hidden_size=512, num_attention_heads=4, num_key_value_heads=1, head_dim=32, num_hidden_layers=1)
+    gate = "self_attn.gate"
+    wide.model.layers[0].self_attn.gate = torch.nn.Linear(512, 4)
+    assert ranks(adapted("adapter.targets=[gate]", "adapter.rank=8", model=wide)) == {f"0.{gate}": 8}
+    embedding = untied(vocab_size=4096)  # a hundred times as long as wide, and no gate
+    with pytest.raises(ConfigError, match=r"adapter\.rank must be at most 32, the smaller side of embed_tokens, got 1000"):
+        adapted("adapter.targets=[embed_tokens]", "adapter.rank=1000", model=embedding)
 
 
 def test_an_embedding_that_is_the_head_too_can_not_be_trained_whole_beside_an_adapter() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raytune_llm.config.adapter import SavedAdapter
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.adapters import OWN, PeftAdapters, adapt
+from raytune_llm.models.adapters import OWN, PeftAdapters, adapt, other_base
 from tests.models import lora_section, tiny_llama
 
 WEIGHTS = "adapter_model.safetensors"
@@ -143,3 +143,23 @@ def test_an_adapter_that_is_refused_leaves_the_model_and_its_adapters_as_they_we
         adapters.add("first", SavedAdapter(path=str(folder), setting="serve.adapters"))
     assert list(bare.state_dict()) == names
     torch.testing.assert_close(bare(IDS).logits, before)
+
+
+@pytest.mark.parametrize("here", ["some/base", "/models/BASE", "/cache/models--some--base/snapshots/0123456789", ""])
+def test_an_adapter_of_this_base_is_not_warned_of(folder: Path, here: str) -> None:
+    assert other_base(str(folder), "adapter.path", here) is None
+
+
+@pytest.mark.parametrize("here", ["some/base-instruct", "some/base with outputs/a/final merged"])
+def test_an_adapter_that_names_another_base_is_warned_of(folder: Path, here: str) -> None:
+    said = other_base(str(folder), "adapter.path", here)
+    assert said is not None and f"was trained on some/base, not on {here}" in said
+
+
+def test_a_stack_of_adapters_is_the_same_wherever_it_lies(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "some/base with outputs/a/final merged"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert other_base(str(folder), "adapter.path", "/models/base with /home/me/outputs/a/final merged") is None
+    assert other_base(str(folder), "adapter.path", "some/base with outputs/b/final merged") is not None
+    assert other_base(str(folder), "adapter.path", "some/base") is not None
