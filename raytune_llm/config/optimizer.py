@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from math import prod
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -12,12 +12,6 @@ from raytune_llm.errors import ConfigError
 Beta = Annotated[float, Field(ge=0, lt=1)]
 FP32, BF16 = 4, 2
 MATRICES = "it needs matrices, and ZeRO flattens them"
-
-
-def of_matrices(shape: Sequence[int]) -> bool:
-    """A matrix, or those of a mixture's experts in one tensor [E, N, K]. What a convolution has for channels of their own, [N, 1,
-    K], is neither."""
-    return len(shape) == 2 or (len(shape) == 3 and shape[1] > 1)
 
 
 class TrainedShape(NamedTuple):
@@ -33,7 +27,8 @@ class TrainedShape(NamedTuple):
 
     @property
     def is_layer_matrix(self) -> bool:
-        return self.layer is not None and of_matrices(self.shape)
+        """Or those of its experts in one tensor [E, N, K]."""
+        return self.layer is not None and (len(self.shape) == 2 or (len(self.shape) == 3 and self.shape[1] > 1))
 
 
 class StateBytes(NamedTuple):

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from raytune_llm.config.optimizer import of_matrices
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.layers import layers
 
@@ -44,8 +43,10 @@ class Trained:
 
     @property
     def is_layer_matrix(self) -> bool:
-        """A matrix of a layer, or those of its experts in one tensor."""
-        return self.layer is not None and of_matrices(self.parameter.shape)
+        """A matrix of a layer, or those of its experts in one tensor [E, N, K]; not what a convolution has for channels of their
+        own, [N, 1, K]. Memory is counted alike (config/optimizer.py)."""
+        weight = self.parameter
+        return self.layer is not None and (weight.ndim == 2 or (weight.ndim == 3 and weight.shape[1] > 1))
 
 
 def trained_in(model: nn.Module, lr_factor: Callable[[str], float] = lambda name: 1.0) -> list[Trained]:
