@@ -86,7 +86,7 @@ def new_config(model: PreTrainedModel, section: Layered, method: Method) -> tupl
     if is_mixture:
         layers = _without_experts_names(model, layers, section)
     if section.changes_base and (named := sorted(tied_ends(model) & layers.keys())):
-        rule = f"can't name {named[0]} with adapter={section.name}: it is the embedding's weight too, which would change with it"
+        rule = f"can't name {named[0]}, which is the embedding's weight too: this adapter takes a part out of its layers' weights"
         raise ConfigError("adapter.targets", rule, got=section.targets, fix="Leave it out, or set adapter=lora.")
     whole = whole_modules(model, section.modules_to_save)
     method.check(layers, **settings)
