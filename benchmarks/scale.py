@@ -4,7 +4,7 @@
 
 Workers are pretended by four processes, which send what so many workers send, through the code of a run: its inbox, the
 heartbeats of `runs/faults.py`, records of a real run, and the driver's end of it (`runs/channel.py`). Stores, index and stream
-are those of `data/`. Checkpoints are saved by `train/checkpoint.py` in 1, 2, 4 and 8 processes: small
+are those of `data/`. Checkpoints are saved by `train/checkpoint.py` in 1, 2 and 4 processes: small
 ones, with as many tensors as an 8B model's, on which coordination depends.
 
 Prints JSON: `costs`, and `at`, the figures of a run by the number of its GPUs, which `run_on` computes from the costs and from
@@ -287,7 +287,7 @@ def hashing(folder: Path) -> dict[str, float]:
 
 def checkpoints(folder: Path) -> dict[str, float]:
     """Files and coordination by the number of workers; both grow with it, and the slope is taken."""
-    worlds = (1, 2, 4, 8)
+    worlds = (1, 2, 4)
     found = [saved_by(world, folder / f"world-{world}") for world in worlds]
     cpu, metadata = (np.polyfit(worlds, [one[name] for one in found], 1) for name in ("rank_0_cpu_s", "metadata_bytes"))
     assert [one["state_files"] for one in found] == [world + 1 for world in worlds], "a file of each worker, and .metadata"
@@ -430,7 +430,7 @@ def control(folder: Path, workers: int, seconds: float) -> dict[str, float]:
         of_place = [list(range(first, workers, PLACES)) for first in range(PLACES)]
         places: list[Any] = [ray.remote(num_cpus=1)(Place).remote(channel.inbox, ranks) for ranks in of_place]
         ray.get([place.beats.remote() for place in places])
-        inbox = next(one for one in psutil.process_iter(["cmdline"]) if "ray::Inbox" in " ".join(one.info["cmdline"] or []))
+        inbox = psutil.Process(ray.get(channel.inbox.__ray_call__.remote(lambda inbox: os.getpid())))
         reads = seconds / ASSUMED["inbox_read_every_s"]
         idle_s, _ = during(inbox, lambda: time.sleep(seconds))
         ray.get([place.join.remote() for place in places])

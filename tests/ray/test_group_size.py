@@ -26,7 +26,8 @@ def nodes() -> Iterator[None]:
 
 
 def resources(*words: str) -> Cluster:
-    return load_config("train", ["data.path=x", "resources=cluster", *(f"resources.{word}" for word in words)]).resources
+    batch = ["train.global_batch_size=84", "train.micro_batch_size=1"]  # for any number of workers here
+    return load_config("train", ["data.path=x", "resources=cluster", *batch, *(f"resources.{word}" for word in words)]).resources
 
 
 def test_workers_that_no_node_has_room_for_are_not_counted():
