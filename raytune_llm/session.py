@@ -27,12 +27,15 @@ _QUICK = {
 
 
 def connect(resources: Local | Cluster) -> None:
-    """Start a cluster on this machine (local) or join the one at the address (cluster). Does nothing if already connected."""
+    """Start a cluster on this machine (local) or join the one at the address (cluster). Does nothing if already connected, unless
+    to the cluster that an earlier local run of this process started for itself, and another one is asked for."""
     import ray
     from ray.exceptions import RayError
 
     if ray.is_initialized():
-        return
+        if not (on_cluster(resources) and _is_own()):
+            return
+        ray.shutdown()
     for name, value in _QUICK.items():
         os.environ.setdefault(name, value)
     if not on_cluster(resources):
@@ -67,6 +70,14 @@ def connect(resources: Local | Cluster) -> None:
     except (RayError, RuntimeError, TimeoutError, OSError, AssertionError) as error:
         raise _nobody(address, first_line(error)) from error
     _keep_paragraphs_off_the_screen()
+
+
+def _is_own() -> bool:
+    """The cluster ends with this process, which started it."""
+    import ray._private.worker
+
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
 
 
 def _keep_paragraphs_off_the_screen() -> None:

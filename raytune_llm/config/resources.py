@@ -32,7 +32,7 @@ class Local:
     gpus_per_worker: NonNegativeFloat | Literal["auto"]
     """auto: one if there are any."""
     max_failures: NonNegativeInt
-    """How often lost workers are replaced; the run then resumes from the newest checkpoint."""
+    """How often within an hour lost workers are replaced; the run then resumes from the newest checkpoint."""
     collective_timeout_s: PositiveFloat
     """A worker stops after waiting this long for the others; a worker that does not answer for this long is replaced."""
 

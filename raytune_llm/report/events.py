@@ -5,7 +5,8 @@ An event is `{"event": kind, "time": seconds since 1970, ...}`. The kinds:
     rows       done and total, once all rows are prepared
     begin      total_steps, first_step, choices
     reference  done and total rows of the pass that computes reference log-probabilities
-    notice     a line of text for the user, such as a slow task, what the run waits for, or a lost worker
+    notice     a line of text for the user, such as a slow task, what the run waits for, or a lost worker: with the last logged
+               step, and ranks, if it is about workers
     step       a record of metrics.jsonl, with total_steps, and left_s (remaining seconds) once it can be estimated
     samples    generated answers to held-out rows
     done       the result of the run
@@ -39,6 +40,7 @@ class EventLog:
         self._rows_written = False
         self._reference_at = 0.0
         self._pace: Pace | None = None
+        self._step: int | None = None
 
     def run(self, name: str, text: str, settings: str) -> None:
         self._event("run", name=name, text=text, settings=settings)
@@ -52,9 +54,11 @@ class EventLog:
         match update:
             case RunStarted():
                 self._pace = Pace(update.total_steps)
+                self._step = update.first_step
                 self._event("begin", **asdict(update))
             case Notice():
-                self._event("notice", text=update.text)
+                about = {"step": self._step} if self._step is not None else {}
+                self._event("notice", text=update.text, **about, **({"ranks": list(update.ranks)} if update.ranks else {}))
             case ReferencePass():
                 now = time.monotonic()
                 if update.done == 0 or now - self._reference_at >= REFERENCE_EVERY_S:
@@ -63,6 +67,7 @@ class EventLog:
 
     def record(self, record: Mapping[str, Any]) -> None:
         assert self._pace is not None
+        self._step = record["step"]
         left = self._pace.left_s(record["step"], time.monotonic())
         about = {"total_steps": self._pace.total_steps, "rank": 0}
         self._event("step", **record, **about, **({} if left is None else {"left_s": round(left, 1)}))
@@ -115,7 +120,7 @@ def show(event: Mapping[str, Any], display: Display) -> None:
         case "reference":
             display.update(ReferencePass(**values))
         case "notice":
-            display.update(Notice(**values))
+            display.update(Notice(text=values["text"]))
         case "step":
             display.record(record_of(event), values.get("left_s"))
         case "samples":

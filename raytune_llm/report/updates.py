@@ -37,6 +37,8 @@ class Notice:
     """A line of text for the user, such as a slow task, what the run waits for, or a lost worker."""
 
     text: str
+    ranks: tuple[int, ...] = ()
+    """Of the workers that it is about; none: the run."""
 
 
 Update = RunStarted | ReferencePass | Notice

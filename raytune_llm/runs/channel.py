@@ -9,11 +9,20 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.errors import RunLost, UserError
+from raytune_llm.errors import ResourceError, RunLost, UserError
 from raytune_llm.report.metrics import Sink
 from raytune_llm.report.slow import notify_if_slow
 from raytune_llm.report.updates import Notice, ReferencePass, RunStarted, SampledAnswer, Update
-from raytune_llm.runs.faults import WORKERS_LOG, WorkersLost, WorkerStalled, lost_line, silent_line, stalled_line
+from raytune_llm.runs.faults import (
+    WORKERS_LOG,
+    Stalls,
+    WorkersLost,
+    WorkerStalled,
+    WorkersWait,
+    lost_line,
+    silent_line,
+    stalled_line,
+)
 from raytune_llm.runs.inbox import Inbox, Message
 from raytune_llm.runs.outcome import TrainOutcome
 from raytune_llm.runs.ray_failures import ray_lost
@@ -33,7 +42,6 @@ class Channel:
         output: Path,
         *,
         saved_steps: Callable[[], Sequence[int]],
-        max_failures: int | None,
         stall_timeout_s: float,
         sinks: Sequence[Sink],
         on_update: Callable[[Update], None],
@@ -58,9 +66,10 @@ class Channel:
         """The notice of the last workers that were lost."""
         self._sinks, self._on_update, self._on_samples = sinks, on_update, on_samples
         self._saved_steps = saved_steps
-        self._output, self._max_failures, self._stall_timeout_s = output, max_failures, stall_timeout_s
+        self._output, self._stall_timeout_s = output, stall_timeout_s
         self._silent: set[int] = set()
         """Ranks whose missing heartbeats were reported."""
+        self._stalls = Stalls(stall_timeout_s)
         self._starting = ExitStack()
         self._notify_if_start_is_slow()
         self._answered = time.monotonic()
@@ -113,6 +122,9 @@ class Channel:
         try:
             for message in contents.messages if self.callback_error is None else ():
                 self._deliver(message, contents.hosts)
+            if stalled := self._stalls.take():
+                line = stalled_line(stalled, contents.hosts, self._output / WORKERS_LOG)
+                self._on_update(Notice(text=line, ranks=tuple(sorted(one.rank for one in stalled))))
             self._report_silent(contents.silent_s, contents.hosts)
         except Exception as error:
             self.callback_error = error  # raised in the main thread, once the workers have finished
@@ -125,9 +137,15 @@ class Channel:
                 self._on_update(message)
             case WorkersLost():
                 self._report_lost(message, hosts)
+            case WorkersWait():
+                self._give_up_start()
+                if message.line is None:
+                    self._notify_if_start_is_slow()
+                else:
+                    self._on_update(Notice(text=message.line))
             case WorkerStalled():
                 self._log(f"worker {message.rank}, {message.seconds:.0f} s after step {message.step}:\n{message.stack}")
-                self._on_update(Notice(text=stalled_line(message, hosts, self._output / WORKERS_LOG)))
+                self._stalls.add(message)
             case Mapping():
                 for sink in self._sinks:
                     sink(message)
@@ -144,18 +162,24 @@ class Channel:
 
     def _report_lost(self, lost: WorkersLost, hosts: Mapping[int, str]) -> None:
         self._log(lost.details)
-        step = max(self._saved_steps(), default=None)
         log = self._output / WORKERS_LOG
-        self.last_loss = lost_line(lost, hosts, limit=self._max_failures, resumes_from=step, log=log)
+        self.last_loss = lost_line(lost, hosts, resumes_from=self._resumes_from(), log=log)
         self._give_up_start()
-        if self._max_failures is None or lost.failure <= self._max_failures:
-            self._on_update(Notice(text=self.last_loss))
+        if lost.again:
+            self._on_update(Notice(text=self.last_loss, ranks=tuple(sorted(lost.how))))
             self._notify_if_start_is_slow()
+
+    def _resumes_from(self) -> str:
+        try:
+            step = max(self._saved_steps(), default=None)
+        except (OSError, ResourceError):  # the storage may be what went away
+            return "the newest checkpoint"
+        return "the beginning" if step is None else f"step {step}"
 
     def _report_silent(self, silent_s: Mapping[int, float], hosts: Mapping[int, str]) -> None:
         silent = {rank for rank, seconds in silent_s.items() if seconds > self._stall_timeout_s}
         for rank in silent - self._silent:
-            self._on_update(Notice(text=silent_line(rank, silent_s[rank], hosts)))
+            self._on_update(Notice(text=silent_line(rank, silent_s[rank], hosts), ranks=(rank,)))
         self._silent = silent
 
     def _log(self, text: str) -> None:

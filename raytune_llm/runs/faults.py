@@ -9,13 +9,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 WORKERS_LOG = "workers.log"
 BEAT_S = 5.0
+MAX_NAMED = 3
+"""Stalled workers in a line of text."""
 COLLECTIVES = ("torch/distributed/", "torch/autograd/graph.py")
 """Files in the stack of a worker that waits for the others: in a collective, or for gradients in a backward pass."""
 
@@ -27,8 +29,23 @@ class WorkersLost:
     how: Mapping[int, str]
     """Rank -> how the worker ended, as the predicate of a sentence."""
     details: str
-    failure: int
-    """Number of this failure in the run, from 1."""
+    failure: int | None
+    """Number of this failure within the last hour, from 1. None: it does not count as one."""
+    limit: int
+    """Failures that are allowed within an hour."""
+
+    @property
+    def again(self) -> bool:
+        """Another group is started."""
+        return self.failure is None or self.failure <= self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersWait:
+    """The group has no place for its workers yet."""
+
+    line: str | None
+    """What it waits for. None: it has its place now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,24 +62,35 @@ class WorkerStalled:
     stack: str
 
 
-def lost_line(lost: WorkersLost, hosts: Mapping[int, str], *, limit: int | None, resumes_from: int | None, log: Path) -> str:
-    """`worker 1 on 10.0.0.2 died (killed); starting again from step 20, failure 1 of 3`
-
-    limit: None for an elastic run, whose driver counts the failures once it knows whether a node is gone.
-    """
+def lost_line(lost: WorkersLost, hosts: Mapping[int, str], *, resumes_from: str, log: Path) -> str:
+    """`worker 1 on 10.0.0.2 died (killed); starting again from step 20, failure 1 of 3 within an hour`"""
     died = {rank: how for rank, how in lost.how.items() if how.startswith("died")} or dict(list(lost.how.items())[:1])
     who = ", ".join(f"{name(rank, hosts)} {how}" for rank, how in sorted(died.items()))
-    if limit is not None and lost.failure > limit:
-        return f"{who}; not started again, failure {lost.failure} of {limit} ({log} has more)"
-    again = "from the beginning" if resumes_from is None else f"from step {resumes_from}"
-    failure = "" if limit is None else f", failure {lost.failure} of {limit}"
-    return f"{who}; starting again {again}{failure} ({log} has more)"
+    failure = "" if lost.failure is None else f", failure {lost.failure} of {lost.limit} within an hour"
+    if not lost.again:
+        return f"{who}; not started again{failure} ({log} has more)"
+    return f"{who}; starting again from {resumes_from}{failure} ({log} has more)"
 
 
-def stalled_line(stalled: WorkerStalled, hosts: Mapping[int, str], log: Path) -> str:
-    does = "waits for the others" if stalled.waits else "is"
-    place = f"{name(stalled.rank, hosts)} {does} in {stalled.where}"
-    return f"no step for {stalled.seconds:.0f} s since step {stalled.step}: {place} ({log} has its stack)"
+def stalled_line(stalled: Sequence[WorkerStalled], hosts: Mapping[int, str], log: Path) -> str:
+    """`no step for 300 s since step 7: worker 1 on 10.0.0.2 is in read (loader.py:12), and 7 others wait`
+
+    stalled: one or more workers that stalled at about the same time. Those that the others wait for are named first.
+    """
+    ranked = sorted(stalled, key=lambda one: (one.waits, one.rank))
+    busy = [one for one in ranked if not one.waits]
+    named = busy[:MAX_NAMED] or ranked[:1]
+    places = [f"{name(one.rank, hosts)} {'waits for the others' if one.waits else 'is'} in {one.where}" for one in named]
+    more, waiting = len(busy[MAX_NAMED:]), len(ranked) - len(busy) - (0 if busy else 1)
+    if more:
+        places.append(f"{more} more of them elsewhere")
+    if waiting:
+        others = f"{waiting} other{'' if waiting == 1 else 's'}"
+        places.append(f"{others} wait{'s' if waiting == 1 else ''}" if busy else f"so do{'es' if waiting == 1 else ''} {others}")
+    who = places[0] if len(places) == 1 else f"{', '.join(places[:-1])}, and {places[-1]}"
+    first = ranked[0]
+    stacks = "its stack" if len(ranked) == 1 else "their stacks"
+    return f"no step for {first.seconds:.0f} s since step {first.step}: {who} ({log} has {stacks})"
 
 
 def silent_line(rank: int, seconds: float, hosts: Mapping[int, str]) -> str:
@@ -89,6 +117,32 @@ def waiting_line(workers: int, each: Mapping[str, float], free: Mapping[str, flo
     )
 
 
+class Stalls:
+    """Workers that stalled, kept back until all of their group have had the time to say so."""
+
+    def __init__(self, stall_timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._gather_s, self._clock = 2 * beat_s(stall_timeout_s), clock
+        self._stalled: list[WorkerStalled] = []
+        self._first = 0.0
+
+    def add(self, stalled: WorkerStalled) -> None:
+        if not self._stalled:
+            self._first = self._clock()
+        self._stalled.append(stalled)
+
+    def take(self) -> Sequence[WorkerStalled]:
+        """Those to report now; nobody while others may follow."""
+        if not self._stalled or self._clock() - self._first < self._gather_s:
+            return ()
+        stalled, self._stalled = self._stalled, []
+        return stalled
+
+
+def beat_s(stall_timeout_s: float) -> float:
+    """Seconds between heartbeats. Workers that stall together report it within so long."""
+    return min(BEAT_S, stall_timeout_s / 4)
+
+
 class Heartbeat:
     """A thread beside a worker's training thread that sends heartbeats, and reports where training is if it stalls."""
 
@@ -110,7 +164,7 @@ class Heartbeat:
         self._ended.set()
 
     def _run(self) -> None:
-        while not self._ended.wait(min(BEAT_S, self._limit_s / 4)):
+        while not self._ended.wait(beat_s(self._limit_s)):
             self._beat(self._rank)
             last = self._last
             if last is None or self._reported or (seconds := time.monotonic() - last[1]) < self._limit_s:

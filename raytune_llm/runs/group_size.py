@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raytune_llm.config.resources import Cluster, Local, on_cluster, uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
-from raytune_llm.report.updates import Notice
 from raytune_llm.runs.faults import waiting_line
-from raytune_llm.runs.live_nodes import Node, nodes_there, summed
+from raytune_llm.runs.live_nodes import LOOK_EVERY_S, Node, nodes_there, summed
 from raytune_llm.runs.nodes import workers_that_fit
 
 TOKENIZING_CPUS = 1
 """Reserved, at least, for data.streaming, which tokenizes while the workers train."""
-POLL_S = 0.2
 NOTICE_AFTER_S = 2.0
 NOTICE_INTERVAL_S = 30.0
 
@@ -108,16 +106,30 @@ def check_fits(size: GroupSize, *, reserved_cpus: int = 0) -> None:
         )
 
 
-def wait_until_free(size: GroupSize, notify: Callable[[Notice], None]) -> None:
-    """Wait until no other job holds what the workers need. `notify` gets what is missing, which Ray itself does not say."""
-    noticed, noticed_at = "", 0.0
-    began = time.monotonic()
-    while line := missing_room(size.workers, size.each, nodes_there()):
-        now = time.monotonic()
-        if now - began > NOTICE_AFTER_S and (line != noticed or now - noticed_at > NOTICE_INTERVAL_S):
-            notify(Notice(text=line))
-            noticed, noticed_at = line, now
-        time.sleep(POLL_S)
+@dataclass(kw_only=True)
+class Waiting:
+    """What a group waits for that has no place, which Ray does not say. It must be asked often."""
+
+    size: GroupSize
+    clock: Callable[[], float] = time.monotonic
+    said: str = field(default="", init=False)
+    """The last line."""
+    _began: float | None = field(default=None, init=False)
+    _said_at: float = field(default=0.0, init=False)
+    _looked: float = field(default=float("-inf"), init=False)
+
+    def line(self) -> str | None:
+        """A line for the user. None: it waits for a moment only, has a place now, or has just said so."""
+        now = self.clock()
+        self._began = now if self._began is None else self._began
+        if now - self._began < NOTICE_AFTER_S or now - self._looked < LOOK_EVERY_S:
+            return None
+        self._looked = now
+        line = missing_room(self.size.workers, self.size.each, nodes_there())
+        if line is None or (line == self.said and now - self._said_at < NOTICE_INTERVAL_S):
+            return None
+        self.said, self._said_at = line, now
+        return line
 
 
 def missing_room(workers: int, each: Mapping[str, float], nodes: Sequence[Node]) -> str | None:

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.callbacks.user_callback import UserCallbackHandler
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.util.placement_group import remove_placement_group
@@ -28,10 +27,10 @@ NOT_NEEDED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 class GroupTrainer(TorchTrainer):
-    def __init__(self, *arguments: Any, watchers: Sequence[UserCallback], **settings: Any) -> None:
-        """watchers: called in this process. (A RunConfig's callbacks are sent to the workers, too.)"""
+    def __init__(self, *arguments: Any, again: Callable[[Exception], bool], **settings: Any) -> None:
+        """again: asked in a thread of this process, with each of Ray Train's errors, whether the group is started again."""
         super().__init__(*arguments, **settings)
-        self._watchers = watchers
+        self._again = again
         self._groups = Groups()
 
     def end(self) -> None:
@@ -42,12 +41,19 @@ class GroupTrainer(TorchTrainer):
         """Ids of the nodes that the workers are on; none while they start."""
         return self._groups.nodes()
 
+    def waits(self) -> bool:
+        """The workers have no place yet."""
+        return self._groups.waits()
+
+    def _asked(self, error: Exception) -> bool:
+        return not self._groups.ended() and self._again(error)
+
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = [one for one in super()._create_default_callbacks() if not isinstance(one, NOT_NEEDED)]
-        return [*callbacks, UserCallbackHandler(list(self._watchers), self.train_run_context)]
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, NOT_NEEDED)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        controller: Any = TrainController(**{**settings, "scaling_policy": Unannounced(self.scaling_config)})
+        policies = {"scaling_policy": Unannounced(self.scaling_config), "failure_policy": Asked(self._asked)}
+        controller: Any = TrainController(**{**settings, **policies})
         controller.worker_group_cls = self._groups
         asyncio.run(controller.run())
         return controller.get_result()
@@ -66,6 +72,16 @@ class Unannounced(FixedScalingPolicy):
         pass
 
 
+class Asked(FailurePolicy):
+    """Ray's own counts the failures of the whole run."""
+
+    def __init__(self, again: Callable[[Exception], bool]) -> None:
+        self._again = again
+
+    def make_decision(self, training_failed_error: Exception) -> FailureDecision:
+        return FailureDecision.RETRY if self._again(training_failed_error) else FailureDecision.RAISE
+
+
 class Groups:
     """The groups of workers that a controller starts, one after another, until they are ended."""
 
@@ -73,7 +89,7 @@ class Groups:
         self._lock = threading.Lock()
         self._group: Group | None = None
         self._place: Any = None
-        self._ended = False
+        self._waits = self._ended = False
 
     def create(self, **settings: Any) -> WorkerGroup:
         """Called by the controller."""
@@ -87,13 +103,23 @@ class Groups:
         state = None if self._group is None else self._group._worker_group_state
         return set() if state is None else {worker.metadata.node_id for worker in state.workers}
 
+    def waits(self) -> bool:
+        return self._waits
+
     def took(self, place: Any) -> None:
         """place: the placement group of a group that starts."""
         with self._lock:
-            self._place = place
+            self._place, self._waits = place, True
             ended = self._ended
         if ended:
             remove_placement_group(place)
+
+    def placed(self) -> None:
+        """The placement group has its resources."""
+        self._waits = False
+
+    def ended(self) -> bool:
+        return self._ended
 
     def end(self) -> None:
         """Take the workers' place from them, which ends them."""
@@ -113,6 +139,10 @@ class Group(WorkerGroup):
         handle = super()._create_placement_group(scaling_config, worker_group_context)
         self._groups.took(handle.placement_group)
         return handle
+
+    def _create_workers(self, *arguments: Any, **settings: Any) -> Any:
+        self._groups.placed()
+        return super()._create_workers(*arguments, **settings)
 
     def _init_train_context_on_workers(self, workers: Sequence[Any], sync_actor: Any, train_context_args: Any) -> None:
         """As Ray's, whose controller is an actor that workers can ask for checkpoints."""

@@ -9,11 +9,11 @@ from typing import Any
 
 from raytune_llm.errors import UserError
 from raytune_llm.report.updates import SampledAnswer, Update
-from raytune_llm.runs.faults import WorkersLost, WorkerStalled
+from raytune_llm.runs.faults import WorkersLost, WorkerStalled, WorkersWait
 from raytune_llm.runs.outcome import TrainOutcome
 
-Message = Mapping[str, Any] | Update | WorkersLost | WorkerStalled | Sequence[SampledAnswer]
-"""A record of metrics.jsonl, an update on the run, lost or stalled workers, or a list of samples."""
+Message = Mapping[str, Any] | Update | WorkersLost | WorkerStalled | WorkersWait | Sequence[SampledAnswer]
+"""A record of metrics.jsonl, an update on the run, lost, stalled or waiting workers, or a list of samples."""
 
 
 @dataclass(frozen=True, kw_only=True)

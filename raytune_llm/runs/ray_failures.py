@@ -10,6 +10,8 @@ def how_it_ended(error: Exception) -> str:
     from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
+    if preempted(error):
+        return "died (its node was taken away)"
     error = getattr(error, "health_check_failure", error)
     text = str(error)
     if isinstance(error, WorkerHealthCheckTimeoutError):
@@ -22,6 +24,14 @@ def how_it_ended(error: Exception) -> str:
     if any(word in text for word in ("gloo", "NCCL", "Connection closed", "Connection reset", "ProcessGroup")):
         return f"lost the others ({first[:120]})"
     return f"failed ({type(error).__name__}: {first[:200]})"
+
+
+def preempted(error: Exception) -> bool:
+    """Whether a worker was lost with a node that had been told to end: no failure of the run."""
+    from ray.exceptions import RayActorError
+
+    error = getattr(error, "health_check_failure", error)
+    return isinstance(error, RayActorError) and error.preempted
 
 
 def cause(error: BaseException, last_loss: str) -> BaseException:
@@ -45,7 +55,9 @@ def cause(error: BaseException, last_loss: str) -> BaseException:
             "Look whether the machines are busy or gone; the same command resumes.",
         )
     if " died (" in last_loss or " lost the others (" in last_loss:
-        return RunLost(last_loss, "The same command resumes from the newest checkpoint; resources.max_failures allows more.")
+        return RunLost(
+            last_loss, "The same command resumes from the newest checkpoint; resources.max_failures allows more within an hour."
+        )
     if isinstance(error, RayError) and not isinstance(error, RayTaskError):
         return ray_lost(error)
     return error

@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, Any
 from raytune_llm import session
 from raytune_llm.config.resources import Cluster, Local, on_cluster, worker_counts
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import RunLost, UserError, first_line
+from raytune_llm.errors import ConfigError, RunLost
 from raytune_llm.report.metrics import Sink
 from raytune_llm.report.updates import EndOfRun, Notice, SampledAnswer, Update
 from raytune_llm.runs.channel import Channel
 from raytune_llm.runs.elastic import RoomToGrow, of_all, wait_for_room
-from raytune_llm.runs.faults import WorkersLost
-from raytune_llm.runs.group_size import GroupSize, check_fits, group_size, reserved_cpus, wait_until_free
+from raytune_llm.runs.faults import WorkersWait
+from raytune_llm.runs.group_size import GroupSize, Waiting, check_fits, group_size, reserved_cpus
 from raytune_llm.runs.group_worker import worker_main
 from raytune_llm.runs.live_nodes import Leaving, node_ids
 from raytune_llm.runs.outcome import TrainOutcome
-from raytune_llm.runs.ray_failures import cause, how_it_ended
+from raytune_llm.runs.ray_failures import cause
 from raytune_llm.runs.ray_metrics import RayMetrics
 from raytune_llm.runs.remote_output import remote_folder, saved_steps, work_folder
+from raytune_llm.runs.restarts import Failures, Restarts
 
 if TYPE_CHECKING:
     from raytune_llm.runs.group_trainer import GroupTrainer
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 POLL_S = 0.2
 ENDS_WITHIN_S = 5.0
 """Longest wait for the workers of an interrupted group; they go with this process at the latest."""
-START_FAILURES = 3
-"""The run fails after so many groups that could not be started."""
 START_S = "30"
 LEAVES = "a node is being taken away"
 COLLECTIVES = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -52,7 +51,8 @@ def fit_on_ray(
     on_update: Callable[[Update], None],
     on_samples: Callable[[Sequence[SampledAnswer]], None],
 ) -> TrainOutcome:
-    """Train in workers of Ray Train, which restarts the group up to max_failures times. Callbacks are called in this process.
+    """Train in groups of workers of Ray Train. One that fails is started again, up to max_failures times within an hour.
+    Callbacks are called in this process.
 
     Raises UserError for what the user can fix, and whatever a callback raised.
     """
@@ -60,18 +60,24 @@ def fit_on_ray(
     reserved = reserved_cpus(run)
     size = group_size(resources, reserved_cpus=reserved)
     run.train.micro_batches(size.workers)
-    check_fits(size, reserved_cpus=reserved)
+    try:
+        check_fits(size, reserved_cpus=reserved)
+    except ConfigError:
+        if not on_cluster(resources) or not saved_steps(run.output_dir):
+            raise  # else it had room once, and waits for nodes that are away
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{resources.collective_timeout_s:g}"
     group = Group(
         run=run, resources=resources, stores=(train_store, eval_store), sinks=sinks, on_update=on_update, on_samples=on_samples
     )
+    failures = Failures(limit=resources.max_failures)
+    on_lost = partial(_count, run.name)
     if isinstance(resources.num_workers, list):
-        return fit_elastic(group, size, resources.num_workers)
+        return fit_elastic(group, size, resources.num_workers, failures, on_lost)
+    restarts = Restarts(failures=failures, in_place=True, on_lost=on_lost)
     outcomes: list[TrainOutcome] = []
     while not outcomes or outcomes[-1].yielded:
-        wait_until_free(size, on_update)
         try:
-            outcomes.append(group.fit(size, max_failures=resources.max_failures))
+            outcomes.append(group.fit(size, restarts))
         except GroupFailed as failed:
             raise failed.reason from None
         if outcomes[-1].yielded:
@@ -90,26 +96,26 @@ class Group:
     on_update: Callable[[Update], None]
     on_samples: Callable[[Sequence[SampledAnswer]], None]
 
-    def fit(self, size: GroupSize, *, max_failures: int | None, grows: Callable[[], bool] = lambda: False) -> TrainOutcome:
-        """Train from the newest checkpoint. Ray Train replaces lost workers up to max_failures times; with None never, since the
-        caller does. grows: asked now and then. Where it says yes, or a node of the group drains, the group is asked to save and
-        end.
+    def fit(self, size: GroupSize, restarts: Restarts, *, grows: Callable[[], bool] = lambda: False) -> TrainOutcome:
+        """Train from the newest checkpoint. grows: asked now and then. Where it says yes, or a node of the group drains, the
+        group is asked to save and end.
 
-        Raises GroupFailed for lost workers, else what the user can fix, and whatever a callback raised.
+        Raises GroupFailed where it failed and Ray does not start it again, else what the user can fix, and whatever a callback
+        raised.
         """
+        restarts.begin()
         channel = Channel(
             work_folder(self.run.output_dir),
             saved_steps=partial(saved_steps, self.run.output_dir),
-            max_failures=max_failures,
             stall_timeout_s=self.run.train.stall_timeout_s,
             sinks=self.sinks,
             on_update=self.on_update,
             on_samples=self.on_samples,
         )
         try:
-            trainer = self._trainer(size, max_failures, channel.inbox)
+            trainer = self._trainer(size, restarts, channel.inbox)
             leaving = Leaving(nodes_of_group=trainer.nodes)
-            _fit(trainer, channel, lambda: grows() or leaving())
+            _fit(trainer, channel, size, lambda: grows() or leaving())
         except (EndOfRun, RunLost):
             raise
         except Exception as error:
@@ -120,7 +126,7 @@ class Group:
                 raise channel.error from None
             if channel.callback_error is not None:
                 raise channel.callback_error from None
-            raise GroupFailed(cause(error, channel.last_loss), started=channel.has_started) from None
+            raise GroupFailed(cause(error, channel.last_loss)) from None
         channel.close()
         if channel.lost is not None:
             raise channel.lost
@@ -131,18 +137,23 @@ class Group:
         assert channel.outcome is not None
         return channel.outcome
 
-    def _trainer(self, size: GroupSize, max_failures: int | None, inbox: Any) -> GroupTrainer:
-        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    def _trainer(self, size: GroupSize, restarts: Restarts, inbox: Any) -> GroupTrainer:
+        from ray.train import LoggingConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
 
         from raytune_llm.runs.group_trainer import GroupTrainer
 
         resources = self.resources
-        elastic, yields = max_failures is None, on_cluster(resources)
-        settings = {"run": self.run, "stores": self.stores, "inbox": inbox, "yields": yields, "threads": max(1, int(size.cpus))}
+        settings = {
+            "run": self.run,
+            "stores": self.stores,
+            "inbox": inbox,
+            "yields": on_cluster(resources),
+            "threads": max(1, int(size.cpus)),
+        }
         return GroupTrainer(
             worker_main,
-            watchers=[_losses(inbox, self.run.name)],
+            again=lambda error: restarts.again(error, inbox.put.remote),
             train_loop_config=settings,
             torch_config=TorchConfig(
                 backend=COLLECTIVES["cuda" if size.gpus else "cpu"], timeout_s=max(1, round(resources.collective_timeout_s))
@@ -155,33 +166,30 @@ class Group:
             run_config=RunConfig(
                 name=f"group-{os.getpid()}-{secrets.token_hex(4)}",
                 logging_config=LoggingConfig(log_level="CRITICAL"),  # on the screen; Ray's log files have all
-                failure_config=FailureConfig(
-                    max_failures=max_failures or 0, controller_failure_limit=1 if elastic else START_FAILURES
-                ),
                 **_storage(self.run.output_dir, shared=on_cluster(resources)),
             ),
         )
 
 
 class GroupFailed(Exception):
-    """A group lost workers more often than it may, or could not be started."""
+    """A group lost workers or could not be started, and Ray does not start it again."""
 
-    def __init__(self, reason: BaseException, *, started: bool) -> None:
+    def __init__(self, reason: BaseException) -> None:
         super().__init__(str(reason))
         self.reason = reason
         """For the user."""
-        self.started = started
-        """It came as far as its first step."""
 
 
-def fit_elastic(group: Group, smallest: GroupSize, num_workers: list[int]) -> TrainOutcome:
+def fit_elastic(
+    group: Group, smallest: GroupSize, num_workers: list[int], failures: Failures, on_lost: Callable[[int], None]
+) -> TrainOutcome:
     """Train in one group after another, each as large as the cluster has room for (runs/elastic.py)."""
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_S  # a place that is gone meanwhile is not waited for
-    train, limit = group.run.train, group.resources.max_failures
+    train = group.run.train
     counts = worker_counts(num_workers, train.global_batch_size // train.micro_batch_size)
     outcomes: list[TrainOutcome] = []
-    failures = starts = before = 0
-    wanted, why = None, ""
+    nodes, before, wanted, why = set[str](), 0, None, ""
+    restarts = Restarts(failures=failures, in_place=False, node_lost=lambda: bool(nodes - node_ids()), on_lost=on_lost)
     while True:
         workers = wait_for_room(counts, smallest.each, group.on_update, wanted=wanted)
         if why:
@@ -190,19 +198,11 @@ def fit_elastic(group: Group, smallest: GroupSize, num_workers: list[int]) -> Tr
         nodes, before = node_ids(), workers
         room = RoomToGrow(counts=counts, workers=workers, each=smallest.each)
         try:
-            outcome = group.fit(replace(smallest, workers=workers), max_failures=None, grows=room)
+            outcome = group.fit(replace(smallest, workers=workers), restarts, grows=room)
         except GroupFailed as failed:
-            starts = 0 if failed.started else starts + 1
-            if nodes - node_ids():
-                why = "a node is gone, which does not count as a failure"
-            elif failed.started:
-                failures += 1
-                why = f"failure {failures} of {limit}"
-            else:
-                why = f"the workers did not start ({first_line(failed)})"
-            if failures > limit or starts > START_FAILURES:
+            if not restarts.allowed:
                 raise failed.reason from None
-            wanted = workers
+            wanted, why = workers, restarts.why
             continue
         outcomes.append(outcome)
         if not outcome.yielded:
@@ -210,6 +210,10 @@ def fit_elastic(group: Group, smallest: GroupSize, num_workers: list[int]) -> Tr
         grown = room.found is not None and room.found > workers
         wanted = room.found if grown else workers
         why = f"saved at step {outcome.progress.step}, since {f'there is room for {wanted} workers' if grown else LEAVES}"
+
+
+def _count(run_name: str, losses: int) -> None:
+    RayMetrics(run_name).measured("failures", losses)
 
 
 def _storage(output_dir: str, *, shared: bool) -> dict[str, Any]:
@@ -222,7 +226,7 @@ def _storage(output_dir: str, *, shared: bool) -> dict[str, Any]:
     return {"storage_path": remote.path(".ray"), "storage_filesystem": PyFileSystem(FSSpecHandler(remote.store))}
 
 
-def _fit(trainer: GroupTrainer, channel: Channel, yields: Callable[[], bool]) -> None:
+def _fit(trainer: GroupTrainer, channel: Channel, size: GroupSize, yields: Callable[[], bool]) -> None:
     """Run the trainer in a thread, where Ray can't install signal handlers.
 
     So an interrupt, or a callback's EndOfRun, ends the group even while it starts.
@@ -239,11 +243,19 @@ def _fit(trainer: GroupTrainer, channel: Channel, yields: Callable[[], bool]) ->
 
     def watch() -> None:
         """In a thread of its own: it asks the head, which may be gone, and then waits for a minute."""
+        waiting, asked = Waiting(size=size), False
         while not ended.wait(POLL_S):
             with suppress(Exception):
-                if channel.has_started and yields():  # before, it does not hold its place yet
+                if trainer.waits():
+                    if (line := waiting.line()) is not None:
+                        channel.inbox.put.remote(WorkersWait(line=line))
+                    continue
+                if waiting.said:
+                    channel.inbox.put.remote(WorkersWait(line=None))
+                waiting = Waiting(size=size)
+                if channel.has_started and not asked and yields():  # before, it does not hold its place yet
                     channel.inbox.ask_to_yield.remote()
-                    return
+                    asked = True
 
     thread = threading.Thread(target=run, name="trainer", daemon=True)
     thread.start()
@@ -264,25 +276,3 @@ def _fit(trainer: GroupTrainer, channel: Channel, yields: Callable[[], bool]) ->
         ended.set()
     if failures:
         raise failures[0]
-
-
-def _losses(inbox: Any, run_name: str) -> Any:
-    """A callback of Ray Train that sends the workers that were lost to the inbox."""
-    from ray.train import UserCallback
-
-    class SendLosses(UserCallback):
-        def __init__(self) -> None:
-            self.failures = 0
-            self.metrics: RayMetrics | None = None
-
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            if any(isinstance(error, UserError) for error in worker_exceptions.values()):
-                return  # the worker has sent it itself
-            self.failures += 1
-            self.metrics = self.metrics or RayMetrics(run_name)
-            self.metrics.measured("failures", self.failures)
-            how = {rank: how_it_ended(error) for rank, error in worker_exceptions.items()}
-            details = "\n".join(f"worker {rank}: {error}" for rank, error in worker_exceptions.items())
-            inbox.put.remote(WorkersLost(how=how, details=details, failure=self.failures))
-
-    return SendLosses()

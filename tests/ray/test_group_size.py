@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,8 @@ import pytest
 from raytune_llm import load_config
 from raytune_llm.config.resources import Cluster
 from raytune_llm.errors import ConfigError
-from raytune_llm.runs.group_size import check_fits, group_size, wait_until_free
+from raytune_llm.runs.group_size import Waiting, check_fits, group_size, missing_room
+from raytune_llm.runs.live_nodes import nodes_there
 from tests.ray.head import head_of_nodes
 
 pytestmark = pytest.mark.ray
@@ -63,17 +64,15 @@ def test_a_group_waits_until_a_node_has_room_for_a_whole_worker():
     holders: list[Any] = [Holds.remote(), Holds.remote()]
     assert len({ray.get(one.here.remote()) for one in holders}) == 2
     size = group_size(resources("num_workers=1", "gpus_per_worker=2"))
-    said: list[str] = []
-    noticed = threading.Event()
+    waiting = Waiting(size=size)
 
-    def notice(news: Any) -> None:
-        said.append(news.text)
-        noticed.set()
+    def soon(seen: Callable[[], bool]) -> bool:
+        until = time.monotonic() + 60
+        while not (found := seen()) and time.monotonic() < until:
+            time.sleep(0.1)
+        return found
 
-    waits = threading.Thread(target=wait_until_free, args=(size, notice), daemon=True)
-    waits.start()
-    assert noticed.wait(60), "one GPU of each node is free, which is no place for a worker of two"
+    assert soon(lambda: waiting.line() is not None), "one GPU of each node is free, which is no place for a worker of two"
+    assert waiting.said == "waiting for a node with room for a whole worker; what is free is spread over nodes"
     ray.kill(holders[0])
-    waits.join(60)
-    assert not waits.is_alive()
-    assert said[0] == "waiting for a node with room for a whole worker; what is free is spread over nodes"
+    assert soon(lambda: missing_room(1, size.each, nodes_there()) is None)

@@ -101,7 +101,8 @@ def test_a_worker_killed_in_the_middle_does_not_show(plain: TrainRun, tmp_path: 
     assert killed
     [line] = [notice for notice in notices if "failure 1 of 3" in notice]
     assert re.fullmatch(
-        r"worker [01] on [\d.]+ died \(killed\); starting again from step \d+, failure 1 of 3 \(.*workers\.log.*", line
+        r"worker [01] on [\d.]+ died \(killed\); starting again from step \d+, failure 1 of 3 within an hour \(.*workers\.log.*",
+        line,
     )
     assert "died" in (tmp_path / "workers.log").read_text()
     until = time.monotonic() + 20  # Ray exports what it has every ten seconds
@@ -141,9 +142,7 @@ def test_more_workers_than_the_machine_has_are_refused_at_once(plain: TrainRun, 
 
 
 def test_a_cluster_that_does_not_answer_is_named(plain: TrainRun, tmp_path: Path) -> None:
-    import ray
-
-    ray.shutdown()
+    session.connect(on_ray(plain, tmp_path).resources)  # the run would train there
     resources = load_config("train", ["data.path=x", "resources=cluster", "resources.address=127.0.0.1:1"]).resources
     with pytest.raises(ResourceError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
         api.train(replace(plain, output_dir=str(tmp_path), resources=resources))
@@ -191,22 +190,30 @@ def test_a_signal_ends_a_run_on_ray_at_once(plain: TrainRun, tmp_path: Path, num
         assert "starting the workers: done" not in said
 
 
-def test_a_cluster_whose_cpus_are_taken_says_what_it_waits_for(plain: TrainRun, tmp_path: Path) -> None:
+def test_a_run_whose_cpus_are_taken_says_what_it_waits_for_as_long_as_it_takes(
+    plain: TrainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
-    from raytune_llm.runs.group_size import GroupSize, wait_until_free
-
+    run = on_ray(plain, tmp_path, "resources.cpus_per_worker=1", "resources.max_failures=0")
+    session.connect(run.resources)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "0.3")  # so often Ray gives up and asks for a place again
     total = ray.cluster_resources()["CPU"]
     holder = ray.remote(num_cpus=total)(Holder).remote()
     ray.get(holder.hold.remote())
-    told: list[Any] = []
+    told: list[str] = []
 
     def release(update: Any) -> None:
+        if not isinstance(update, Notice):
+            return
         told.append(update.text)
-        ray.kill(holder)
+        if update.text.startswith("waiting for"):
+            ray.kill(holder)
+            monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
 
-    wait_until_free(GroupSize(workers=2, cpus=1.0, gpus=0.0), release)
-    assert told == [f"waiting for 2 workers of 1 CPU; the cluster has 0 of {total:g} CPUs free"]
+    result = api.train(run, on_update=release)
+    assert f"waiting for 2 workers of 1 CPU; the cluster has 0 of {total:g} CPUs free" in told
+    assert result.summary.world_size == 2
 
 
 class Holder:
@@ -231,8 +238,13 @@ def test_a_group_that_is_ended_leaves_nothing_on_the_cluster(plain: TrainRun, tm
     session.connect(on_ray(plain, tmp_path).resources)
     total = ray.cluster_resources()["CPU"]
     size = ScalingConfig(num_workers=1, resources_per_worker={"CPU": total})
+    config = RunConfig(storage_path=str(tmp_path))
     trainer = GroupTrainer(
-        forever, watchers=[], train_loop_config={}, scaling_config=size, run_config=RunConfig(storage_path=str(tmp_path))
+        forever,
+        again=lambda error: False,
+        train_loop_config={},
+        scaling_config=size,
+        run_config=config,
     )
     holder = ray.remote(num_cpus=1)(Holder).remote()
     ray.get(holder.hold.remote())

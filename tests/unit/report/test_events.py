@@ -16,7 +16,7 @@ from raytune_llm.commands import train
 from raytune_llm.report.display import Display
 from raytune_llm.report.events import EventLog, done_of, event_of, record_of, show
 from raytune_llm.report.metrics import read_metrics
-from raytune_llm.report.updates import RunStarted
+from raytune_llm.report.updates import Notice, RunStarted
 from tests.runs import tiny_run
 
 
@@ -77,6 +77,18 @@ def test_what_is_no_number_stays_so():
     json.loads(lines[-1], parse_constant=pytest.fail)
     record = record_of(event_of(lines[-1]) or {})
     assert math.isnan(record["loss"]) and record["grad_norm"] == math.inf
+
+
+def test_a_notice_has_the_step_and_the_workers_that_it_is_about():
+    lines: list[str] = []
+    log = EventLog(lines.append)
+    log.update(Notice(text="waiting"))
+    log.update(RunStarted(total_steps=30, first_step=20, choices=()))
+    log.update(Notice(text="slow"))
+    log.record({"step": 21, "loss": 1.0})
+    log.update(Notice(text="worker 3 died", ranks=(3,)))
+    notices = [event for line in lines if (event := event_of(line) or {})["event"] == "notice"]
+    assert [(event.get("step"), event.get("ranks")) for event in notices] == [(None, None), (20, None), (21, [3])]
 
 
 @pytest.mark.parametrize("line", ["a library's words", '{"event": "step"', '{"event": 3}', '{"eventual": 1, "time": 2}', ""])

@@ -1,0 +1,101 @@
+"""Whether a group that failed is started again: so many failures are allowed within an hour. [ray]"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from raytune_llm.errors import UserError, first_line
+from raytune_llm.runs.faults import WorkersLost
+from raytune_llm.runs.ray_failures import how_it_ended, preempted
+
+HOUR_S = 3600.0
+START_FAILURES = 3
+"""A run ends after more groups in a row that could not be started."""
+SECOND_LOOK_S = 1.0
+"""A node that dies takes its workers along, and may still answer for a moment."""
+
+
+@dataclass(kw_only=True)
+class Failures:
+    """A run's failures of the last hour."""
+
+    limit: int
+    clock: Callable[[], float] = time.monotonic
+    _times: list[float] = field(default_factory=list, init=False)
+
+    def add(self) -> int:
+        """Count one more. Returns how many there were in the last hour; more than `limit` are too many."""
+        now = self.clock()
+        self._times = [at for at in self._times if now - at < HOUR_S] + [now]
+        return len(self._times)
+
+
+@dataclass(kw_only=True)
+class Restarts:
+    """Decides on the restarts of a run's groups. Called by a group's controller, in a thread of this process."""
+
+    failures: Failures
+    in_place: bool
+    """Ray starts the group again, as large as before. Without it, the group ends, and the driver starts another one."""
+    node_lost: Callable[[], bool] | None = None
+    """Whether a node of the group is gone, where that does not count as a failure. None: it does."""
+    on_lost: Callable[[int], None] = lambda losses: None
+    """Called with the number of groups that lost workers, whether these count as failures or not."""
+    allowed: bool = field(default=False, init=False)
+    """The last answer: the run may start another group."""
+    why: str = field(default="", init=False)
+    """The last failure."""
+    _losses: int = field(default=0, init=False)
+    _not_started: int = field(default=0, init=False)
+
+    def begin(self) -> None:
+        """A new group begins: what ends it outside Ray Train's controller is no reason for another one."""
+        self.allowed, self.why = False, ""
+
+    def again(self, error: Exception, send: Callable[[WorkersLost], None]) -> bool:
+        """Whether Ray starts the group again after one of Ray Train's errors. send: gets the workers that were lost."""
+        workers = getattr(error, "worker_failures", None)
+        self.allowed = self._starts_again(error) if workers is None else self._works_again(workers, send)
+        return self.allowed and self.in_place
+
+    def _starts_again(self, error: Exception) -> bool:
+        """After a group that could not be started. One that found no place may wait as long as it likes."""
+        from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+        reason = getattr(error, "controller_failure", error)
+        self.why = f"the workers did not start ({first_line(reason)})"
+        if isinstance(reason, WorkerGroupStartupTimeoutError):
+            return True
+        self._not_started += 1
+        return self._not_started <= START_FAILURES
+
+    def _works_again(self, workers: dict[int, Exception], send: Callable[[WorkersLost], None]) -> bool:
+        """workers: rank -> the error of each worker that failed."""
+        self._not_started = 0
+        if any(isinstance(error, UserError) for error in workers.values()):
+            return False  # the worker has sent it itself, and it would only occur again
+        self._losses += 1
+        self.on_lost(self._losses)
+        failure, limit = None, self.failures.limit
+        if any(preempted(error) for error in workers.values()):
+            self.why = "a node was taken away, which does not count as a failure"
+        elif self._node_is_lost():
+            self.why = "a node is gone, which does not count as a failure"
+        else:
+            failure = self.failures.add()
+            self.why = f"failure {failure} of {limit} within an hour"
+        how = {rank: how_it_ended(error) for rank, error in workers.items()}
+        details = "\n".join(f"worker {rank}: {error}" for rank, error in workers.items())
+        lost = WorkersLost(how=how, details=details, failure=failure, limit=limit)
+        send(lost)
+        return lost.again
+
+    def _node_is_lost(self) -> bool:
+        if self.node_lost is None:
+            return False
+        if not (lost := self.node_lost()):
+            time.sleep(SECOND_LOOK_S)
+            lost = self.node_lost()
+        return lost
