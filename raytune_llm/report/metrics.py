@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from raytune_llm.atomic_file import write_atomically
 from raytune_llm.errors import DataError
+from raytune_llm.storage import patiently
 
 Record = Mapping[str, Any]
 Sink = Callable[[Record], None]
@@ -36,14 +39,34 @@ class JsonLines:
 
     def __init__(self, path: Path, *, from_step: int) -> None:
         """from_step: step of the checkpoint that the run resumes from. Later records are deleted, as those steps are repeated."""
+        self._path, self._what = path, f"{path} can't be written"
+        patiently(self._what, partial(self._begin, from_step))
+        self._file = path.open("ab")
+        self._size = path.stat().st_size
+
+    def _begin(self, from_step: int) -> None:
+        path = self._path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line, record in _lines(path) if record["step"] <= from_step] if from_step and path.exists() else []
         write_atomically(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(non_finite_as_strings(record), allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(non_finite_as_strings(record), allow_nan=False) + "\n"
+        patiently(self._what, partial(self._append, line.encode()))
+
+    def _append(self, line: bytes) -> None:
+        """After a failure, to the file opened anew: a server that was started again may not know the old one."""
+        try:
+            if self._file.closed:
+                self._file = self._path.open("ab")
+                self._file.truncate(self._size)  # a part of the line may be there
+            self._file.write(line)
+            self._file.flush()
+        except OSError:
+            with suppress(OSError):
+                self._file.close()
+            raise
+        self._size += len(line)
 
     def close(self) -> None:
         self._file.close()

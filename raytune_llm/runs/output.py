@@ -14,9 +14,10 @@ from typing import Any
 
 from raytune_llm.byte_size import in_units
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
+from raytune_llm.errors import ConfigError, DataError, ResourceError, RunLost, UserError
 from raytune_llm.models.finished import FINISHED
 from raytune_llm.report.metrics import ADOPTED, history, write_adopted
+from raytune_llm.storage import away_in
 from raytune_llm.train import checkpoint
 
 log = logging.getLogger(__name__)
@@ -169,7 +170,8 @@ def _content(path: Path) -> bytes | None:
 
 @contextmanager
 def full_disk_explained(folder: Path, *, setting: str = "output_dir", then: str = RESUMES) -> Iterator[None]:
-    """Turns the OSError of a full disk, a quota or a file size limit into a ResourceError that says what to do.
+    """Turns the OSError of a full disk, a quota or a file size limit into a ResourceError that says what to do, and that of a
+    file system that is away into RunLost.
 
     setting: of the folder. then: what the same command does once there is space.
     """
@@ -178,6 +180,8 @@ def full_disk_explained(folder: Path, *, setting: str = "output_dir", then: str 
     except UserError:
         raise
     except Exception as error:
+        if (away := away_in(error)) is not None:
+            raise RunLost(f"{folder} can't be read or written: {away}", f"Once the storage answers, {then}.") from error
         reason = checkpoint.no_space_in(error)
         if reason is None:
             raise

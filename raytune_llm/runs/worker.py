@@ -26,7 +26,7 @@ from raytune_llm.report.updates import Notice, RunStarted, SampledAnswer, Update
 from raytune_llm.runs.first_inputs import begin_from_inputs
 from raytune_llm.runs.outcome import TrainOutcome
 from raytune_llm.runs.output import full_disk_explained, identity, model_card, write_final
-from raytune_llm.runs.remote_output import CHECKPOINTS, pull_records, push_records, push_results
+from raytune_llm.runs.remote_output import CHECKPOINTS, pull_records, push_records, push_results, work_folder
 from raytune_llm.runs.samples import Sampler
 from raytune_llm.runs.setup import Setup, explained, set_up
 from raytune_llm.runs.workspace import Workspace
@@ -60,7 +60,8 @@ def work(
     """
     began = time.perf_counter()
     notify = on_update if not dist.is_initialized() or dist.get_rank() == 0 else ignore
-    setup = set_up(run, train_store, eval_store, device, on_update, workspace)
+    with full_disk_explained(work_folder(run.output_dir)):
+        setup = set_up(run, train_store, eval_store, device, on_update, workspace)
     strategy, settings, clock = setup.built.strategy, setup.loop_settings(), Clock()
     with full_disk_explained(setup.output), explained(setup.builder, "training"), ExitStack() as stack:
         checkpoints = checkpoints_of(setup, stack)

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import warnings
@@ -36,7 +37,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from raytune_llm.byte_size import in_units
-from raytune_llm.errors import DataError, ResourceError
+from raytune_llm.errors import DataError, ResourceError, RunLost
+from raytune_llm.storage import away_in, causes, patiently
 from raytune_llm.train.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -163,6 +165,8 @@ class Checkpoints:
                 found = [self._place.newest_sound()]
             except (DataError, ResourceError) as error:
                 found = [error]
+            except OSError as error:
+                found = [_away(f"the checkpoints in {self.folder} can't be read", error.strerror or str(error))]
         dist.broadcast_object_list(found, src=0, group=self._group)
         if isinstance(found[0], DataError | ResourceError):
             raise found[0]
@@ -195,8 +199,11 @@ class Checkpoints:
         folder = path_of(self.folder, step) / "state"
         self._fetch(step)
         try:
-            entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+            metadata = patiently(f"{folder} can't be read", FileSystemReader(folder).read_metadata)
+            entries = metadata.state_dict_metadata
         except (OSError, EOFError, ValueError, UnpicklingError) as error:
+            if (away := away_in(error)) is not None:
+                raise _away(f"{folder} can't be read", away) from error
             raise DataError(
                 str(folder), f"can't be read ({error})", "Delete this checkpoint; the run then resumes from an older one."
             ) from None
@@ -212,50 +219,75 @@ class Checkpoints:
                 raise DataError(
                     str(folder), f"holds other parameters than this run trains (such as {missing[0]})", "Set resume=never."
                 )
+
+            def loaded() -> None:
+                reader = FileSystemReader(folder)
+                dcp.load(state, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+
             with one_process_is_meant():
                 try:
-                    reader = FileSystemReader(folder)
-                    dcp.load(state, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+                    patiently(f"{folder} can't be read", loaded)
                 except CheckpointException as error:
                     _raise_interrupt(error)
+                    if (away := away_in(error)) is not None:
+                        raise _away(f"{folder} can't be read", away) from error
                     raise
 
         fill(kept, read)
 
     def _write(self, state: dict[str, Tensor], step: int, best_step: int | None, document: Mapping[str, Any]) -> None:
         folder = path_of(self.folder, step)
-        try:
-            if self.rank == 0:
-                self._place.remove(step)
-                folder.mkdir(parents=True)
-            if self._group is not None:
-                dist.barrier(self._group)
+        what = f"checkpoint step-{step} can't be written to {self.folder}"
+
+        def begin() -> None:
+            self._place.remove(step)
+            folder.mkdir(parents=True)
+
+        def write() -> None:
             writer = FileSystemWriter(folder / "state", single_file_per_rank=True)
             with one_process_is_meant():
                 dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-            hashes = self._hashes(step)
+
+        def complete(hashes: Mapping[str, str]) -> None:
+            (folder / PROGRESS).write_text(json.dumps({**document, FILES: hashes}, indent=1))
+            self._place.complete(step)
+            self._prune(step, best_step)
+
+        try:
             if self.rank == 0:
-                (folder / PROGRESS).write_text(json.dumps({**document, FILES: hashes}, indent=1))
-                self._place.complete(step)
-                self._prune(step, best_step)
+                patiently(what, begin)
+            if self._group is not None:
+                dist.barrier(self._group)
+            patiently(what, write)  # torch tells all workers of a failure of one
+            hashes = self._hashes(step, what)
+            if self.rank == 0:
+                patiently(what, lambda: complete(hashes))
             self._place.keep_here([step])
+        except RunLost:
+            raise  # where the storage is away, or the checkpoint is another process's, nothing can or may be removed
         except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
+            if (away := away_in(error)) is not None:
+                raise _away(what, away) from error
             if self.rank == 0:
                 self._place.discard(step)
             _raise_interrupt(error)
             if no_space := no_space_in(error):
                 free = in_units(shutil.disk_usage(self.folder).free)
                 raise ResourceError(
-                    f"checkpoint step-{step} can't be written to {self.folder}: {no_space} ({free} are free)",
+                    f"{what}: {no_space} ({free} are free)",
                     "Free some space, lower checkpoint.keep, or set output_dir on a larger disk; repeating the command resumes.",
                 ) from error
             raise
 
-    def _hashes(self, step: int) -> dict[str, str]:
+    def _hashes(self, step: int, what: str) -> dict[str, str]:
         """Hashes of all files, each worker its share. Collective over all workers, after all of them have written."""
         rank, world = (self.rank, dist.get_world_size(self._group)) if self._group is not None else (0, 1)
-        files = sorted((path_of(self.folder, step) / "state").iterdir())
-        mine = {path.name: _hash(path) for path in self._place.keep(step, files, rank, world)}
+
+        def kept() -> dict[str, str]:
+            files = sorted((path_of(self.folder, step) / "state").iterdir())
+            return {path.name: _hash(path) for path in self._place.keep(step, files, rank, world)}
+
+        mine = patiently(what, kept)
         if self._group is None:
             return mine
         found: list[dict[str, str]] = [{} for _ in range(world)]
@@ -273,9 +305,27 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps with a complete checkpoint, ascending. Folders with other names are ignored."""
-    marks = folder.glob(f"step-*/{COMPLETE}")
-    return sorted(int(found[1]) for mark in marks if (found := STEP.fullmatch(mark.parent.name)) is not None)
+    """Steps with a complete checkpoint, ascending. Folders with other names are ignored.
+
+    Raises OSError if the file system does not say: a run that took this for no checkpoint would begin anew.
+    """
+    return sorted(step for step in _steps(folder) if _exists(path_of(folder, step) / COMPLETE))
+
+
+def _steps(folder: Path) -> list[int]:
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [int(found[1]) for name in names if (found := STEP.fullmatch(name)) is not None]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def newest_sound(folder: Path) -> int | None:
@@ -283,7 +333,8 @@ def newest_sound(folder: Path) -> int | None:
 
     Says which newer ones are damaged. Raises DataError where all are.
     """
-    return newest_of(str(folder), complete_steps(folder), partial(damage, folder))
+    steps = patiently(f"{folder} can't be read", lambda: complete_steps(folder))
+    return newest_of(str(folder), steps, partial(damage, folder))
 
 
 def newest_of(where: str, steps: Sequence[int], problem_of: Callable[[int], str | None]) -> int | None:
@@ -312,7 +363,9 @@ def damage(folder: Path, step: int) -> str | None:
 
     def problem(name: str, known: str) -> str | None:
         try:
-            return None if _hash(place / "state" / name) == known else f"{name} has other bytes than were written"
+            path = place / "state" / name
+            same = patiently(f"{path} can't be read", partial(_hash, path)) == known
+            return None if same else f"{name} has other bytes than were written"
         except OSError as error:
             return f"{name} can't be read ({error.strerror})"
 
@@ -331,7 +384,7 @@ def read_progress(folder: Path, step: int) -> tuple[Progress, dict[str, str]]:
 
 def read_document(place: Path) -> dict[str, Any]:
     try:
-        values = json.loads((place / PROGRESS).read_text())
+        values = json.loads(patiently(f"{place / PROGRESS} can't be read", (place / PROGRESS).read_text))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(str(place / PROGRESS), f"can't be read ({error})", "Delete this checkpoint.") from None
     if not isinstance(values, dict) or values.get("step") != int(place.name.removeprefix("step-")):
@@ -360,9 +413,10 @@ def _hash(path: Path) -> str:
 
 def sweep(folder: Path) -> None:
     """Remove what a crash left half-written. Folders with other names stay."""
-    for path in folder.glob("step-*"):
-        if STEP.fullmatch(path.name) and not (path / COMPLETE).exists():
-            shutil.rmtree(path, ignore_errors=True)
+    complete = patiently(f"{folder} can't be read", lambda: complete_steps(folder))
+    for step in _steps(folder):
+        if step not in complete:
+            shutil.rmtree(path_of(folder, step), ignore_errors=True)
 
 
 def remove(folder: Path, step: int) -> None:
@@ -413,26 +467,15 @@ class Staging:
         )
 
 
+def _away(what: str, reason: str) -> RunLost:
+    return RunLost(f"{what}: {reason}", "The same command resumes from the newest checkpoint once the storage answers.")
+
+
 def _raise_interrupt(error: BaseException) -> None:
     """That came while torch wrote or read: it makes an error of its own of it, or one follows as it closes its file."""
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and all that led to it, on other workers too."""
-    left, seen = [error], set[int]()
-    while left:
-        cause = left.pop()
-        if id(cause) in seen:
-            continue
-        seen.add(id(cause))
-        yield cause
-        failures = getattr(cause, "failures", None)
-        if isinstance(failures, dict):
-            left += [entry[0] for entry in failures.values()]
-        left += [before for before in (cause.__cause__, cause.__context__) if before is not None]
 
 
 NO_SPACE = ("No space left", "Disk quota exceeded", "File too large", "inline_container", " requested and ")
@@ -441,7 +484,7 @@ NO_SPACE = ("No space left", "Disk quota exceeded", "File too large", "inline_co
 
 def no_space_in(error: BaseException) -> str | None:
     """Whether a full disk (or a limit on file size or quota) caused the error, anywhere in its chain."""
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return cause.strerror
         if any(words in str(cause) for words in NO_SPACE):

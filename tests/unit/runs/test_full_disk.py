@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from raytune_llm import api
-from raytune_llm.errors import ResourceError
+from raytune_llm import api, storage
+from raytune_llm.errors import ResourceError, RunLost
+from raytune_llm.report.metrics import JsonLines, read_metrics
 from raytune_llm.runs.output import full_disk_explained, write_final
 from raytune_llm.tune.events import SweepLog
 from tests.group import metrics
@@ -45,6 +47,49 @@ def test_a_disk_that_fills_up_while_metrics_are_written(chat_rows: str, cache: s
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert api.train(run).resumed_from == 4
     assert [record["step"] for record in metrics(run.output_dir) if "loss" in record] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_file_system_that_stays_away_ends_a_run_as_one_that_can_be_started_again(
+    chat_rows: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PAUSES_S", (0.0,))
+    run = tiny_run(chat_rows, cache, tmp_path / "o", "train.max_steps=6", "checkpoint.every_steps=2")
+
+    def gone(record: Mapping[str, Any]) -> None:
+        if record["step"] == 5:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    with pytest.raises(RunLost, match=r"o can't be read or written: Stale file handle.*resumes from the newest") as lost:
+        api.train(run, sinks=[gone])
+    assert lost.value.exit_code == 1
+    assert api.train(run).resumed_from == 4
+
+
+def test_a_record_is_whole_and_there_once_although_a_part_was_written_before_the_file_system_went_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = JsonLines(tmp_path / "metrics.jsonl", from_step=0)
+    file.write({"step": 1})
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class UntilItIsBack:
+        def __iter__(self) -> Iterator[float]:
+            yield 0.0
+            assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"s'
+            yield 0.0
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+            yield 0.0
+
+    monkeypatch.setattr(storage, "AWAY", {errno.EFBIG})  # which can be had here
+    monkeypatch.setattr(storage, "PAUSES_S", UntilItIsBack())
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 3, unlimited[1]))
+        file.write({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    file.write({"step": 3})
+    file.close()
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_a_disk_that_fills_up_while_the_model_is_written_leaves_the_one_before(tmp_path: Path) -> None:

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
 
-from raytune_llm.errors import DataError
+from raytune_llm import storage
+from raytune_llm.errors import DataError, RunLost
+from raytune_llm.train import checkpoint
 from raytune_llm.train.checkpoint import (
     PROGRESS,
     Checkpoints,
@@ -63,6 +71,91 @@ def test_a_checkpoint_of_another_format_is_refused(checkpoints, tmp_path, versio
         read_progress(tmp_path, 2)
     with pytest.raises(DataError, match=r"another version.*Set resume=never"):
         newest_sound(tmp_path)
+
+
+class AwayFor(FileSystemWriter):
+    """Of torch's writer, fails so often, as a network file system whose server starts again."""
+
+    left = 0
+
+    def write_data(self, *arguments: Any, **settings: Any) -> Any:
+        if AwayFor.left:
+            AwayFor.left -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write_data(*arguments, **settings)
+
+
+class FolderAwayFor(checkpoint.SharedFolder):
+    def __init__(self, folder: Path, times: int) -> None:
+        super().__init__(folder)
+        self.left = times
+
+    def complete(self, step: int) -> None:
+        if self.left:
+            self.left -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        super().complete(step)
+
+
+def save_while_away(folder: Path, times: int) -> None:
+    """On rank 1, where there are two, or here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "PAUSES_S", (0.0,) * 4)
+        patch.setattr(checkpoint, "FileSystemWriter", AwayFor)
+        checkpoints = Checkpoints(folder, keep=2, asynchronous=False, place=FolderAwayFor(folder, min(times, 4)))
+        AwayFor.left = times if not dist.is_initialized() or dist.get_rank() == 1 else 0
+        try:
+            checkpoints.save(STATE, Progress(step=2), {})
+        finally:
+            checkpoints.close()
+
+
+def test_a_checkpoint_is_written_once_the_file_system_is_back(tmp_path):
+    save_while_away(tmp_path, 3)
+    assert newest_sound(tmp_path) == 2
+
+
+def test_a_file_system_that_stays_away_loses_the_run_and_nothing_is_removed(tmp_path, checkpoints):
+    checkpoints.save(STATE, Progress(step=1), {})
+    with pytest.raises(RunLost, match=r"checkpoint step-2 can't be written to .*Input/output error"):
+        save_while_away(tmp_path, 9)
+    assert path_of(tmp_path, 2).exists() and newest_sound(tmp_path) == 1
+
+
+def save_in_a_group(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        save_while_away(folder / "kept", 3)
+        with pytest.raises(RunLost):
+            save_while_away(folder / "lost", 9)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_workers_write_again_together_though_the_file_system_is_away_for_one_of_them(tmp_path):
+    torch.multiprocessing.spawn(save_in_a_group, (tmp_path,), nprocs=2)
+    assert newest_sound(tmp_path / "kept") == 2 and newest_sound(tmp_path / "lost") is None
+
+
+def test_a_folder_that_does_not_answer_is_not_taken_for_one_without_checkpoints(checkpoints, tmp_path, monkeypatch):
+    checkpoints.save(STATE, Progress(step=2), {})
+    monkeypatch.setattr(storage, "PAUSES_S", (0.0,))
+    left = [2]
+
+    def listdir(folder: Path) -> list[str]:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return os.listdir(folder)
+
+    monkeypatch.setattr(checkpoint, "os", SimpleNamespace(listdir=listdir))
+    with pytest.raises(OSError, match="Input/output"):
+        newest_sound(tmp_path)
+    left[0] = 1
+    sweep(tmp_path)
+    left[0] = 1
+    assert newest_sound(tmp_path) == 2
+    assert complete_steps(tmp_path / "none") == [] == complete_steps(path_of(tmp_path, 2) / PROGRESS)
 
 
 def test_what_is_staged_is_a_copy_in_memory_that_is_used_again():
