@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from raytune_llm.errors import ConfigError, ResourceError, first_line
+from raytune_llm.errors import ConfigError, ResourceError, RunLost, first_line
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -77,11 +77,14 @@ class RemoteFolder:
         self._persist("written", name, lambda: self.store.pipe_file(self.path(name), content))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file that is not there. False: it is there, also where another process wrote it at the same moment."""
+        """Write a file that is not there. False: it is there, also where another process wrote it at the same moment.
+
+        content: no other process writes the same. By it, a file is known that arrived though the store's answer was lost.
+        """
         try:
             self._persist("written", name, lambda: self.store.pipe_file(self.path(name), content, mode="create"))
         except FileExistsError:
-            return False
+            return self.read(name) == content
         return True
 
     def modified(self, name: str) -> float:
@@ -149,7 +152,7 @@ class RemoteFolder:
                 what = f"{self.address}/{name}".rstrip("/")
                 if time.monotonic() + pause > until:
                     reason = f"{what} can't be {done} ({type(error).__name__}: {first_line(error)})"
-                    raise ResourceError(
+                    raise RunLost(
                         reason, "The same command resumes from the newest checkpoint once the store answers."
                     ) from error
                 log.warning("%s can't be %s (%s); trying again in %.1f s", what, done, first_line(error), pause)

@@ -1,15 +1,19 @@
 """A lock on an output folder, on a file system or in an object store: one process uses it at a time.
 
 The owner writes a lock file and renews its modification time. A lock is stale if its process no longer exists (on this host) or
-if the modification time is old (on any host, by the clock of the file system), so a crash leaves nothing to clean up.
+if the modification time is old (on any host, by the clock of the file system), so a crash leaves nothing to clean up: the same
+command, started again elsewhere, watches the lock until it is stale. An owner that could not renew its lock, and finds another's
+in its place, ends as after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -18,11 +22,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.errors import ConfigError, ResourceError, RunLost
 from raytune_llm.object_store import RemoteFolder
 
+log = logging.getLogger(__name__)
 LOCK = ".owner.json"
-RENEWED_EVERY_S, STALE_AFTER_S = 10.0, 60.0
+RENEWED_EVERY_S, STALE_AFTER_S = 5.0, 20.0
+LOOK_EVERY_S = 1.0
+"""At a lock of another host."""
+CLOCK_STEP_S = 1.0
+"""Stores give times in whole seconds, by clocks that may differ a little."""
 TAKEN_AFTER_S = 0.2
 """Two processes that take the same stale lock both write the file; after this time its content decides."""
 
@@ -143,17 +152,76 @@ class ObjectLock:
             self._folder.remove(probe)
 
 
+class Ownership:
+    """Of a folder, by this process."""
+
+    def __init__(self, lock: Lock) -> None:
+        self._lock = lock
+        self._mine = _new_lock()
+        self._taken_by: dict[str, Any] = {}
+        self._ended = threading.Event()
+
+    @property
+    def lost(self) -> bool:
+        """Another process owns the folder now: nothing may be written there."""
+        return bool(self._taken_by)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Raises RunLost, in the main thread at once, where another process takes the folder."""
+        _take(self._lock, self._mine)
+        main = threading.current_thread() is threading.main_thread()
+        keeper = threading.Thread(target=self._keep, args=(main,), name="owner", daemon=True)
+        keeper.start()
+        try:
+            try:
+                yield
+            finally:
+                self._ended.set()
+                keeper.join()
+        except (Exception, KeyboardInterrupt) as error:
+            if self.lost:
+                raise self._run_lost() from error
+            raise
+        finally:
+            if _read(self._lock).get("token") == self._mine["token"]:
+                self._lock.remove()
+        if self.lost:
+            raise self._run_lost()
+
+    def _keep(self, main: bool) -> None:
+        """main: the main thread is the one that holds the lock."""
+        while not self._ended.wait(RENEWED_EVERY_S):
+            holder = _read(self._lock)
+            if holder.get("token", self._mine["token"]) != self._mine["token"]:
+                self._taken_by = holder
+                if main:
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+            with suppress(OSError, ResourceError):  # storage that is away for a moment
+                if holder:
+                    self._lock.renew(json.dumps(self._mine))
+
+    def _run_lost(self) -> RunLost:
+        pid, host = self._taken_by.get("pid"), self._taken_by.get("host")
+        return RunLost(
+            f"process {pid} on {host} has taken {self._lock.place}, which this one could not reach for {STALE_AFTER_S:g} s",
+            "That one goes on with it.",
+        )
+
+
 @contextmanager
-def owned(folder: Path) -> Iterator[None]:
+def owned(folder: Path) -> Iterator[Ownership]:
     """Own the folder inside the block. It is created, and removed at the end if it is empty.
 
-    Raises ConfigError if a running process owns it.
+    Raises ConfigError if a running process owns it, and RunLost if another one takes it.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    ownership = Ownership(FileLock(folder))
     try:
-        with _held(FileLock(folder)):
-            yield
+        with ownership.held():
+            yield ownership
     finally:
         with suppress(OSError):
             for place in made:
@@ -161,26 +229,11 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def owned_remotely(folder: RemoteFolder) -> Iterator[None]:
+def owned_remotely(folder: RemoteFolder) -> Iterator[Ownership]:
     """`owned` for a folder in an object store."""
-    with _held(ObjectLock(folder)):
-        yield
-
-
-@contextmanager
-def _held(lock: Lock) -> Iterator[None]:
-    mine = _new_lock()
-    _take(lock, mine)
-    stop = threading.Event()
-    keeper = threading.Thread(target=_renew, args=(lock, mine, stop), name="owner", daemon=True)
-    keeper.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        keeper.join()
-        if _read(lock).get("token") == mine["token"]:
-            lock.remove()
+    ownership = Ownership(ObjectLock(folder))
+    with ownership.held():
+        yield ownership
 
 
 def wait_until_free(folder: Path) -> None:
@@ -195,7 +248,8 @@ def _take(lock: Lock, mine: dict[str, Any]) -> None:
     if lock.create(text):
         return
     holder = _read(lock)
-    if _alive(lock, holder):
+    in_use = _alive(lock, holder) if _is_here(holder) else _is_renewed(lock, holder)
+    if in_use:
         raise ConfigError(
             "output_dir",
             f"is in use by process {holder.get('pid')} on {holder.get('host')}: two runs can't share a folder",
@@ -208,6 +262,23 @@ def _take(lock: Lock, mine: dict[str, Any]) -> None:
         raise ConfigError("output_dir", "was just taken by another process", got=lock.place, fix="Choose another output_dir.")
 
 
+def _is_renewed(lock: Lock, holder: dict[str, Any]) -> bool:
+    """Watch a lock of another host until it is renewed, or stale."""
+    age = lock.age_s()
+    if age < STALE_AFTER_S:
+        log.warning(
+            "%s was used by process %s on %s just now; looking for up to %.0f s whether it still is",
+            lock.place, holder.get("pid"), holder.get("host"), STALE_AFTER_S - age,
+        )  # fmt: skip
+    while age < STALE_AFTER_S:
+        time.sleep(LOOK_EVERY_S)
+        _read(lock)  # opening a file makes a network file system ask its server
+        before, age = age, lock.age_s()
+        if age < before - CLOCK_STEP_S:
+            return True
+    return False
+
+
 def _new_lock() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
@@ -218,22 +289,15 @@ def _new_lock() -> dict[str, Any]:
     }
 
 
+def _is_here(holder: dict[str, Any]) -> bool:
+    """Whether the process is, or was, one of this host since its last start."""
+    return holder.get("host") == socket.gethostname() and holder.get("boot") == _boot()
+
+
 def _alive(lock: Lock, holder: dict[str, Any]) -> bool:
-    if not holder:
-        return lock.age_s() < RENEWED_EVERY_S  # the file may be empty because it is just being written
-    here = holder.get("host") == socket.gethostname() and holder.get("boot") == _boot()
-    if here:
+    if _is_here(holder):
         return _started(holder.get("pid")) is not None and _started(holder.get("pid")) == holder.get("started")
     return lock.age_s() < STALE_AFTER_S
-
-
-def _renew(lock: Lock, mine: dict[str, Any], stop: threading.Event) -> None:
-    while not stop.wait(RENEWED_EVERY_S):
-        try:
-            if _read(lock).get("token") == mine["token"]:
-                lock.renew(json.dumps(mine))
-        except (OSError, ResourceError):
-            continue  # storage that is unavailable for a moment
 
 
 def _read(lock: Lock) -> dict[str, Any]:

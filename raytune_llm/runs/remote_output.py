@@ -61,14 +61,17 @@ def owned(output_dir: str, *, anew: bool, notify: Callable[[str], None]) -> Iter
         if remote is None:
             yield folder
             return
-        with owner.owned_remotely(remote):
+        with owner.owned_remotely(remote) as ownership:
             pull(remote, folder, anew=anew)
             try:
                 yield folder
             except BaseException:
-                with suppress(OSError, ResourceError):
-                    push(remote, folder)
+                if not ownership.lost:
+                    with suppress(OSError, ResourceError):
+                        push(remote, folder)
                 raise
+            if ownership.lost:
+                return
             push(remote, folder)
             notify(f"{remote.address} has all of the run; a copy is in {folder}")
 

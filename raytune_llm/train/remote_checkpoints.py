@@ -9,11 +9,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from raytune_llm.errors import DataError, ResourceError
+from raytune_llm.errors import DataError, ResourceError, RunLost
 from raytune_llm.object_store import RemoteFolder
 from raytune_llm.train.checkpoint import (
     COMPLETE,
@@ -33,6 +34,8 @@ class RemoteCheckpoints:
     def __init__(self, remote: RemoteFolder, folder: Path) -> None:
         """folder: the local one."""
         self._remote, self._folder = remote, folder
+        self._name = uuid.uuid4().hex
+        """Of this writer, by which it knows a COMPLETE of its own."""
 
     def __str__(self) -> str:
         return self._remote.address
@@ -87,10 +90,15 @@ class RemoteCheckpoints:
         return mine
 
     def complete(self, step: int) -> None:
-        """Upload progress.json, then COMPLETE. Called after all files of the state are uploaded."""
+        """Upload progress.json, then COMPLETE, of which a store takes one. Called after all files of the state are uploaded.
+
+        Raises RunLost if another process has completed the same checkpoint.
+        """
         (path_of(self._folder, step) / COMPLETE).touch()
         self._remote.upload(self._folder, [f"step-{step}/{PROGRESS}"])
-        self._remote.write(f"step-{step}/{COMPLETE}", b"")
+        if not self._remote.create(f"step-{step}/{COMPLETE}", self._name.encode()):
+            what = f"another process has written the checkpoint step-{step} in {self._remote.address}"
+            raise RunLost(what, "End one of the two; the same command resumes.")
 
     def remove(self, step: int) -> None:
         """Delete a checkpoint, here and in the store, COMPLETE first."""

@@ -11,7 +11,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from raytune_llm import object_store
-from raytune_llm.errors import ConfigError, ResourceError
+from raytune_llm.errors import ConfigError, RunLost
 from raytune_llm.object_store import RemoteFolder, check_writable
 
 
@@ -75,9 +75,21 @@ def test_of_two_who_create_a_file_one_does(folder: RemoteFolder):
     assert folder.read("lock") == b"mine"
 
 
+def test_a_file_that_arrived_though_the_answer_was_lost_is_the_writer_s_own(
+    folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch
+):
+    def answer_lost(self: Failing, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        MemoryFileSystem.pipe_file(self, path, value, mode=mode, **kwargs)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(Failing, "pipe_file", answer_lost)
+    assert folder.create("lock", b"mine")
+    assert not folder.create("lock", b"theirs")
+
+
 def test_a_store_that_stays_away_is_named(folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Failing, "always", True)
-    with pytest.raises(ResourceError, match=r"failing://bucket/\w+/x can't be written \(OSError: SlowDown"):
+    with pytest.raises(RunLost, match=r"failing://bucket/\w+/x can't be written \(OSError: SlowDown"):
         RemoteFolder(folder.address, patience_s=0.05).write("x", b"")
     with pytest.raises(
         ConfigError, match=r"output_dir must be a folder that can be written \(OSError: SlowDown.*AWS_ENDPOINT_URL"

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, RunLost
 from raytune_llm.runs import owner
 from raytune_llm.runs.owner import LOCK, STALE_AFTER_S, owned
 
@@ -41,15 +43,122 @@ def test_the_same_process_is_refused_too(tmp_path: Path):
         pass
 
 
-def test_a_lock_of_another_host_is_free_when_its_time_is_old(tmp_path: Path):
+ELSEWHERE = {"host": "elsewhere", "pid": 1, "started": "1", "token": "x"}
+
+
+class LockElsewhere:
+    """A lock of another host, whose age is known each time that it is looked at."""
+
+    place = "/shared/o"
+
+    def __init__(self, *ages: float) -> None:
+        self.ages, self.text = list(ages), json.dumps(ELSEWHERE)
+
+    def create(self, text: str) -> bool:
+        return False
+
+    def read(self) -> str:
+        return self.text
+
+    def replace(self, text: str) -> None:
+        self.text = text
+
+    def renew(self, text: str) -> None:
+        raise AssertionError
+
+    def remove(self) -> None:
+        raise AssertionError
+
+    def age_s(self) -> float:
+        return self.ages.pop(0)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(owner, "TAKEN_AFTER_S", 0.0)
+
+
+def test_a_lock_of_another_host_is_taken_once_its_owner_has_not_renewed_it_for_a_while(
+    at_once: None, caplog: pytest.LogCaptureFixture
+):
+    assert STALE_AFTER_S <= 25, "a run that is started again elsewhere may have to wait for so long"
+    lock, mine = LockElsewhere(2, 2, 8, STALE_AFTER_S - 0.1, STALE_AFTER_S + 1), owner._new_lock()
+    owner._take(lock, mine)
+    assert json.loads(lock.text) == mine and not lock.ages
+    assert "/shared/o was used by process 1 on elsewhere just now; looking for up to 18 s" in caplog.text
+
+
+def test_a_lock_of_another_host_that_is_renewed_is_refused(at_once: None):
+    lock = LockElsewhere(3, 4, 5, 0.4)
+    with pytest.raises(ConfigError, match="process 1 on elsewhere"):
+        owner._take(lock, owner._new_lock())
+    assert json.loads(lock.text) == ELSEWHERE and not lock.ages
+
+
+def test_an_old_lock_of_another_host_is_free_at_once(tmp_path: Path):
     lock = tmp_path / LOCK
-    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "token": "x"}))
-    with pytest.raises(ConfigError, match="process 1 on elsewhere"), owned(tmp_path):
-        pass
+    lock.write_text(json.dumps(ELSEWHERE))
     old = time.time() - STALE_AFTER_S - 1
     os.utime(lock, (old, old))
     with owned(tmp_path):
         pass
+
+
+def wait_for(seen: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not seen() and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+def test_an_owner_whose_folder_another_host_took_ends_as_one_that_can_be_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(owner, "RENEWED_EVERY_S", 0.02)
+    done = []
+
+    def work() -> None:
+        with owned(tmp_path):
+            (tmp_path / LOCK).write_text(json.dumps(ELSEWHERE))
+            wait_for(lambda: False)
+            done.append("more work")
+
+    with pytest.raises(RunLost, match="process 1 on elsewhere has taken") as lost:
+        work()
+    assert not done, "it ends in the middle"
+    assert lost.value.exit_code == 1
+    assert json.loads((tmp_path / LOCK).read_text()) == ELSEWHERE, "it is the other's"
+
+
+def test_an_owner_in_a_thread_hears_of_it_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(owner, "RENEWED_EVERY_S", 0.02)
+    raised: list[BaseException] = []
+
+    def own() -> None:
+        try:
+            with owned(tmp_path) as ownership:
+                (tmp_path / LOCK).write_text(json.dumps(ELSEWHERE))
+                wait_for(lambda: ownership.lost)
+        except RunLost as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=own)
+    thread.start()
+    thread.join()
+    assert len(raised) == 1
+
+
+def test_a_lock_that_can_not_be_read_for_a_moment_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(owner, "RENEWED_EVERY_S", 0.02)
+    with owned(tmp_path):
+        lock = tmp_path / LOCK
+        content = lock.read_text()
+        lock.write_text("")
+        time.sleep(0.1)
+        lock.write_text(content)
+        os.utime(lock, (0, 0))
+        wait_for(lambda: lock.stat().st_mtime > 0)
+        assert lock.stat().st_mtime > 0, "it is renewed again"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
@@ -66,7 +175,5 @@ def test_the_lock_s_time_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(owner, "RENEWED_EVERY_S", 0.02)
     with owned(tmp_path):
         os.utime(tmp_path / LOCK, (0, 0))
-        until = time.monotonic() + 5
-        while (tmp_path / LOCK).stat().st_mtime == 0 and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_for(lambda: (tmp_path / LOCK).stat().st_mtime > 0)
         assert (tmp_path / LOCK).stat().st_mtime > 0

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raytune_llm import api, load_config
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, RunLost
 from raytune_llm.object_store import RemoteFolder
 from raytune_llm.report.metrics import read_metrics
 from raytune_llm.report.updates import Notice, RunStarted
 from raytune_llm.runs import owner
 from raytune_llm.runs.remote_output import work_folder
+from raytune_llm.train.checkpoint import PROGRESS
+from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
 from tests.runs import PowerCut, cut_at, tiny_run
 from tests.s3 import s3_bucket
 
@@ -159,18 +163,68 @@ def test_resume_never_keeps_nothing_of_what_was_in_the_store(chat_rows: str, cac
     assert {name.split("/")[1] for name in RemoteFolder(memory).files() if name.startswith("checkpoints/")} == {"step-2"}
 
 
-def test_a_folder_that_another_host_uses_is_refused_until_its_lock_is_old(
+ELSEWHERE = json.dumps({"host": "elsewhere", "pid": 7, "started": "1", "token": "x"}).encode()
+
+
+def test_a_folder_of_another_host_is_refused_while_that_renews_its_lock_and_taken_once_it_is_old(
     chat_rows: str, cache: str, own_cache: Path, memory: str, monkeypatch: pytest.MonkeyPatch
 ):
     remote = RemoteFolder(memory)
-    remote.write(owner.LOCK, json.dumps({"host": "elsewhere", "pid": 7, "started": "1", "token": "x"}).encode())
     run = run_of(chat_rows, cache, memory, "train.max_steps=1")
-    with pytest.raises(ConfigError, match="process 7 on elsewhere"):
-        api.train(run)
+    monkeypatch.setattr(owner, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(owner, "CLOCK_STEP_S", 0.0)
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(0.15):
+            remote.write(owner.LOCK, ELSEWHERE)
+
+    remote.write(owner.LOCK, ELSEWHERE)
+    other = threading.Thread(target=renew)
+    other.start()
+    try:
+        with pytest.raises(ConfigError, match="process 7 on elsewhere"):
+            api.train(run)
+    finally:
+        ended.set()
+        other.join()
     assert set(remote.files()) == {owner.LOCK}
-    monkeypatch.setattr(owner, "STALE_AFTER_S", 0.2)
-    time.sleep(0.3)
+    monkeypatch.setattr(owner, "STALE_AFTER_S", 0.5)
     assert api.train(run).summary.steps == 1
+
+
+def test_a_run_whose_folder_another_host_took_ends_and_writes_no_more_there(
+    chat_rows: str, cache: str, own_cache: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(owner, "RENEWED_EVERY_S", 0.05)
+    remote = RemoteFolder(memory)
+
+    def take(record: Mapping[str, Any]) -> None:
+        if record["step"] == 3:
+            remote.write(owner.LOCK, ELSEWHERE)
+            time.sleep(20)  # cut short
+
+    with pytest.raises(RunLost, match=r"process 7 on elsewhere has taken memory://"):
+        api.train(run_of(chat_rows, cache, memory), sinks=[take])
+    there = remote.files()
+    assert remote.read(owner.LOCK) == ELSEWHERE
+    assert "run.yaml" not in there and "checkpoints/step-2/COMPLETE" in there and "checkpoints/step-4/COMPLETE" not in there
+
+
+def test_of_two_writers_of_a_checkpoint_one_completes_it(own_cache: Path, memory: str):
+    def complete(checkpoints: RemoteCheckpoints, folder: Path) -> None:
+        (folder / "step-2").mkdir(parents=True, exist_ok=True)
+        (folder / "step-2" / PROGRESS).write_text("{}")
+        checkpoints.complete(2)
+
+    places = [own_cache / name for name in ("a", "b")]
+    one, other = (RemoteCheckpoints(RemoteFolder(memory), place) for place in places)
+    complete(one, places[0])
+    complete(one, places[0])  # after an answer that was lost
+    with pytest.raises(RunLost, match=r"another process has written the checkpoint step-2"):
+        complete(other, places[1])
+    one.remove(2)
+    complete(other, places[1])
 
 
 def test_what_can_not_work_is_refused_before_anything_is_prepared(
