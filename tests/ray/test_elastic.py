@@ -57,7 +57,6 @@ def test_a_run_follows_the_cluster_s_size_with_the_numbers_of_one_process(
     settings += ["train.eval_every_steps=20"]
     plain = tiny_run(chat_rows, cache, tmp_path / "plain", *settings)
     words = ["data.path=x", "resources=cluster", f"resources.address={address}", "resources.num_workers=[1,2]"]
-    words += ["resources.preflight=off"]
     run = replace(
         plain,
         output_dir=str(tmp_path / "elastic"),
@@ -110,7 +109,6 @@ def test_a_run_leaves_a_node_that_is_taken_away_without_losing_a_step(
     address: str, chat_rows: str, cache: str, tmp_path: Path
 ) -> None:
     words = ["data.path=x", "resources=cluster", f"resources.address={address}", "resources.num_workers=1"]
-    words += ["resources.preflight=off"]
     resources = load_config("train", [*words, "resources.max_failures=0"]).resources
     run = tiny_run(chat_rows, cache, tmp_path / "run", "train.max_steps=12", "train.epochs=99", "checkpoint.every_steps=1000")
     run = replace(run, resources=resources)

@@ -57,6 +57,7 @@ def test_a_name_that_leads_back_is_refused_unless_an_interface_is_named():
         check_reachable(Nodes(nodes=[ONE, lost], backend="gloo"))
     check_reachable(Nodes(nodes=[ONE, replace(lost, interface_variables={"GLOO_SOCKET_IFNAME": "eth1"})], backend="gloo"))
     check_reachable(Nodes(nodes=[ONE, lost], backend="nccl"))
+    check_reachable(Nodes(nodes=[lost, lost], backend="gloo"))  # one machine
 
 
 def test_the_table_says_what_each_node_has_and_how_fast_they_are_together():
