@@ -420,7 +420,6 @@ def control(folder: Path, workers: int, seconds: float) -> dict[str, float]:
     channel = Channel(
         output,
         saved_steps=list,
-        max_failures=3,
         stall_timeout_s=3600.0,
         sinks=[got.append],
         on_update=got.append,
