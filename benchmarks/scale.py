@@ -138,7 +138,7 @@ def run_on(gpus: int, costs: dict[str, float]) -> dict[str, float]:
         "index_bytes_of_a_node": rows * costs["index_bytes_of_a_row"] * ASSUMED["gpus_of_a_node"],
         "index_seconds": rows * costs["index_us_of_a_row"] / 1e6,
         "stream_index_bytes_of_a_worker": costs["stream_bytes"],
-        "stream_resume_at_the_end_seconds": rows * costs["stream_us_of_a_row"] / 1e6,
+        "stream_packing_seconds": rows * costs["stream_us_of_a_row"] / 1e6,
         "open_seconds": num_shards * costs["open_us_of_a_shard"] / 1e6,
         "memory_maps": num_shards * costs["maps_of_a_shard"],
         "checkpoint_bytes": state,
