@@ -144,6 +144,14 @@ class Group(WorkerGroup):
         self._groups.placed()
         return super()._create_workers(*arguments, **settings)
 
+    def shutdown(self) -> None:
+        """A group that failed is killed at once. Ray's would wait for its workers, also for one that answers no more."""
+        status = self.get_latest_poll_status()
+        if status is not None and status.errors and self.has_started():
+            for worker in self.get_workers():
+                ray.kill(worker.actor)
+        super().shutdown()
+
     def _init_train_context_on_workers(self, workers: Sequence[Any], sync_actor: Any, train_context_args: Any) -> None:
         """As Ray's, whose controller is an actor that workers can ask for checkpoints."""
         starts = [
