@@ -95,9 +95,9 @@ class CallParser:
         text, self._text = self._text, ""
         if self._brackets is not None or not SEPARATORS.sub("", text):
             return []
-        calls = extract_calls(self.syntax.format, self._with_start(text))
+        calls = extract_calls(self.syntax.format, self._with_start(text), marked=True)
         if isinstance(calls, str) and self.syntax.end is not None:  # which may be a token that ends answers
-            calls = extract_calls(self.syntax.format, self._with_start(text) + self.syntax.end)
+            calls = extract_calls(self.syntax.format, self._with_start(text) + self.syntax.end, marked=True)
         return self._complete(calls, text)
 
     def _step(self, parts: list[OutputPart]) -> bool:
@@ -153,7 +153,7 @@ class CallParser:
             return False
         block = self._text[: at + len(end)]
         if not self.number or SEPARATORS.sub("", self._text[:at]):
-            calls = extract_calls(self.syntax.format, self._with_start(block))
+            calls = extract_calls(self.syntax.format, self._with_start(block), marked=True)
             if isinstance(calls, str) and self.syntax.head is None:
                 self._looked = at + len(end)  # a value may hold the text of an end
                 return True

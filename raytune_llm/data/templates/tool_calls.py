@@ -70,13 +70,14 @@ def render_calls(tool_format: str, calls: Sequence[Mapping[str, Any]]) -> str:
     return _macros(tool_format, None).call_text(calls)
 
 
-def extract_calls(tool_format: str, text: str) -> str | list[ToolCall]:
+def extract_calls(tool_format: str, text: str, *, marked: bool = False) -> str | list[ToolCall]:
     """The calls that a model wrote, or `text` itself if it holds none that parse. Never raises on what a model wrote.
 
-    What it said beside them is beside_calls.
+    What it said beside them is beside_calls. marked: a token that begins calls, or white space, may stand before them; otherwise
+    that is no call, as for LLaMA-Factory.
     """
     try:
-        calls = EXTRACTORS[tool_format](text)
+        calls = (MARKED if marked and tool_format in MARKED else EXTRACTORS)[tool_format](text)
     except (ValueError, KeyError, TypeError, SyntaxError, RecursionError):
         return text
     return text if calls is None else calls
@@ -179,7 +180,7 @@ def _gemma_arguments(body: str) -> str:
 
 
 def _extract_glm4(text: str) -> list[ToolCall] | None:
-    name, newline, arguments = text.lstrip().partition("\n")
+    name, newline, arguments = text.partition("\n")
     return [ToolCall(name, _json(json.loads(arguments)))] if newline else None
 
 
@@ -226,15 +227,19 @@ def _literal(node: ast.expr) -> Any:
 
 
 def _extract_llama3(text: str) -> list[ToolCall] | None:
-    calls = json.loads(text.strip().removeprefix("<|python_tag|>"))
+    calls = json.loads(text)
     return _calls_of_objects(calls if isinstance(calls, list) else [calls], "parameters")
 
 
-def _extract_mistral(text: str) -> list[ToolCall] | None:
+def _extract_marked_mistral(text: str) -> list[ToolCall] | None:
     text = text.strip().removeprefix("[TOOL_CALLS]")
     if "[ARGS]" in text:  # newer models
         pairs = (re.split(r"(?:\[CALL_ID\]\w+)?\[ARGS\]", call, maxsplit=1) for call in text.split("[TOOL_CALLS]"))
         return [ToolCall(name.strip(), _json(json.loads(arguments))) for name, arguments in pairs]
+    return _extract_mistral(text)
+
+
+def _extract_mistral(text: str) -> list[ToolCall] | None:
     calls = json.loads(text)
     return _calls_of_objects(calls if isinstance(calls, list) else [calls], "arguments")
 
@@ -302,4 +307,9 @@ EXTRACTORS: dict[str, Callable[[str], list[ToolCall] | None]] = {
     "qwen": _extract_qwen,
     "qwen3_5": _extract_qwen3_5,
     "seed_oss": _extract_seed_oss,
+}
+MARKED: dict[str, Callable[[str], list[ToolCall] | None]] = {
+    "glm4": lambda text: _extract_glm4(text.lstrip()),
+    "llama3": lambda text: _extract_llama3(text.strip().removeprefix("<|python_tag|>")),
+    "mistral": _extract_marked_mistral,
 }
