@@ -11,7 +11,7 @@ import httpx
 
 from tests.unit.serve.conftest import KEY, Server
 
-DONE = "tokens/s, the first after"
+DONE = ", the first after"
 
 
 def answer_of(server: Server, model: str, *messages: dict) -> str:
