@@ -12,6 +12,7 @@ from transformers.utils.hub import cached_file
 
 from raytune_llm import packaged
 from raytune_llm.config.model import ModelConfig
+from raytune_llm.data.store import sha256_of
 from raytune_llm.data.tokens.tokenizer import BYTES
 from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS
 from raytune_llm.models.finished import FINAL, FINISHED
@@ -37,7 +38,7 @@ def adapter_contents(folder: str) -> str:
     digest = hashlib.sha256()
     for name in (CONFIG, *WEIGHTS):
         if (Path(folder) / name).is_file():
-            digest.update(bytes.fromhex(_sha256(Path(folder) / name)))
+            digest.update(bytes.fromhex(sha256_of(Path(folder) / name)))
     return digest.hexdigest()
 
 
@@ -58,7 +59,7 @@ def folder_contents(folder: Path) -> str:
             there = file.stat()
             found[file.name] = noted.get(f"{FINAL}/{file.name}") or f"{there.st_size} bytes of {there.st_mtime_ns}"
         elif file.suffix in READ and file.name not in NOT_READ and file.is_file():
-            found[file.name] = _sha256(file)
+            found[file.name] = sha256_of(file)
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
@@ -78,8 +79,3 @@ def _noted(folder: Path) -> Mapping[str, str]:
         return dict(json.loads((folder.parent / FINISHED).read_text())["files"]) if folder.name == FINAL else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

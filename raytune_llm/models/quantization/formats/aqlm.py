@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,14 +18,6 @@ from raytune_llm.models.quantization.formats.format import Format
 @dataclass(frozen=True, kw_only=True)
 class AQLM(Format):
     PARTS = ("codes", "codebooks", "scales")
-
-    @classmethod
-    def lacks(cls, given: Mapping[str, Any], model_type: str) -> str | None:
-        return None
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
-        return cls()
 
     def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
         """codes [n, k, C], codebooks [C, S, a, b], scales [n, 1, 1, 1] -> [n a, k b]."""

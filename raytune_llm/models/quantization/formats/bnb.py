@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +20,6 @@ OF_FOUR_BITS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(f"
 class BitsAndBytes(Format):
     PARTS = ("weight", *(f"weight.{name}" for name in OF_FOUR_BITS), "SCB", "weight_format")
     package = ("bitsandbytes", "raytune-llm[nf4]")
-
-    @classmethod
-    def lacks(cls, given: Mapping[str, Any], model_type: str) -> str | None:
-        return None
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
-        return cls()
 
     def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
         held = parts["weight"]

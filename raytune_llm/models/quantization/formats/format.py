@@ -20,14 +20,14 @@ class Format(ABC):
     """What computes the weight, and the extra of this project that installs it; None where it is computed here."""
 
     @classmethod
-    @abstractmethod
     def lacks(cls, given: Mapping[str, Any], model_type: str) -> str | None:
         """Why such a checkpoint can't be read, as what it has; None if it can. given: its quantization_config."""
+        return None
 
     @classmethod
-    @abstractmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
         """For a checkpoint that can be read."""
+        return cls()
 
     @abstractmethod
     def weight(self, parts: Mapping[str, Tensor]) -> Tensor:

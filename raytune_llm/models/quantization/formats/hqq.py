@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,14 +19,6 @@ class HQQFiles(Format):
         "optimize", "round_zero",
     )  # fmt: skip
     package = ("hqq", "raytune-llm[hqq]")
-
-    @classmethod
-    def lacks(cls, given: Mapping[str, Any], model_type: str) -> str | None:
-        return None
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
-        return cls()
 
     def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
         from hqq.core.quantize import Quantizer
