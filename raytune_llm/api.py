@@ -378,9 +378,12 @@ def import_(run: ImportRun) -> Path:
 
 def serve(run: ServeRun, *, notify: Callable[[str], None] = lambda line: None) -> None:
     """Serve a model and its adapters until interrupted. notify: called with one line of text at each stage of the start."""
+    from raytune_llm.serve.extra import check_extra
+
     run = with_absolute_paths(run)
     if run.engine.notice is not None:
         notify(run.engine.notice)
+    check_extra("serve")
     if not uses_ray(run.resources):
         from raytune_llm.serve.inprocess import serve_inline
 

@@ -43,6 +43,9 @@ def adapter_name(folder: Path) -> str:
 @contextmanager
 def _client(run: ChatRun) -> Iterator[Client]:
     if run.chat.url is None:
+        from raytune_llm.serve.extra import check_extra
+
+        check_extra("chat without chat.url")
         from raytune_llm.chat.here import client_here  # a server's client needs neither torch nor a web server
 
         with client_here(run) as client:
