@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from raytune_llm.runs.restarts import Failures, Restarts
 if TYPE_CHECKING:
     from raytune_llm.runs.group_trainer import GroupTrainer
 
+log = logging.getLogger(__name__)
 POLL_S = 0.2
 ENDS_WITHIN_S = 5.0
 """Longest wait for the workers of an interrupted group; they go with this process at the latest."""
@@ -239,27 +240,11 @@ def _fit(trainer: GroupTrainer, channel: Channel, size: GroupSize, yields: Calla
         except BaseException as failure:
             failures.append(failure)
 
-    ended = threading.Event()
-
-    def watch() -> None:
-        """In a thread of its own: it asks the head, which may be gone, and then waits for a minute."""
-        waiting, asked = Waiting(size=size), False
-        while not ended.wait(POLL_S):
-            with suppress(Exception):
-                if trainer.waits():
-                    if (line := waiting.line()) is not None:
-                        channel.inbox.put.remote(WorkersWait(line=line))
-                    continue
-                if waiting.said:
-                    channel.inbox.put.remote(WorkersWait(line=None))
-                waiting = Waiting(size=size)
-                if channel.has_started and not asked and yields():  # before, it does not hold its place yet
-                    channel.inbox.ask_to_yield.remote()
-                    asked = True
-
+    ended, look = threading.Event(), Look(trainer=trainer, channel=channel, size=size, yields=yields)
     thread = threading.Thread(target=run, name="trainer", daemon=True)
     thread.start()
-    threading.Thread(target=watch, name="watch", daemon=True).start()
+    # It asks the head, which may be gone, and then waits for a minute.
+    threading.Thread(target=_watch, args=(look, ended), name="watch", daemon=True).start()
     try:
         while thread.is_alive():
             thread.join(POLL_S)
@@ -276,3 +261,46 @@ def _fit(trainer: GroupTrainer, channel: Channel, size: GroupSize, yields: Calla
         ended.set()
     if failures:
         raise failures[0]
+
+
+@dataclass(kw_only=True)
+class Look:
+    """One look at a group from outside: what it waits for while it has no place, and whether it is to save and end."""
+
+    trainer: GroupTrainer
+    channel: Channel
+    size: GroupSize
+    yields: Callable[[], bool]
+    _waiting: Waiting | None = field(default=None, init=False)
+    _asked: bool = field(default=False, init=False)
+
+    def __call__(self) -> None:
+        inbox = self.channel.inbox
+        if self.trainer.waits():
+            self._waiting = self._waiting or Waiting(size=self.size)
+            if (line := self._waiting.line()) is not None:
+                inbox.put.remote(WorkersWait(line=line))
+            return
+        if self._waiting is not None and self._waiting.said:
+            inbox.put.remote(WorkersWait(line=None))
+        self._waiting = None
+        if self.channel.has_started and not self._asked and self.yields():  # before, it does not hold its place yet
+            inbox.ask_to_yield.remote()
+            self._asked = True
+
+
+def _watch(look: Callable[[], None], ended: threading.Event) -> None:
+    """Look again and again, for as long as Ray answers or may answer again: whether it is gone is the channel's to find out.
+
+    An error of ours is logged and ends the looking, not the training.
+    """
+    from ray.exceptions import RayError
+
+    while not ended.wait(POLL_S):
+        try:
+            look()
+        except RayError:
+            continue
+        except Exception:
+            log.exception("the cluster is no longer watched: the group neither grows nor leaves a node that is taken away")
+            return
