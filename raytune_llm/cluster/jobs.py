@@ -114,15 +114,18 @@ class Jobs:
             environment["pip"] = {"packages": list(requirements), "pip_check": False}
         if image is not None:
             environment["image_uri"] = image
-        job = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{secrets.token_hex(3)}"
-        with tempfile.TemporaryDirectory(prefix="raytune-llm-") as folder, self._explained():
+        with tempfile.TemporaryDirectory(prefix="raytune-llm-") as folder:
             if files:
                 package = Path(folder) / "package.zip"
                 write_zip(files, package)
                 environment["working_dir"] = str(package)
-            return self._client.submit_job(
-                entrypoint=command, submission_id=job, runtime_env=environment, metadata={NAME: name, OUTPUT: output_dir}
-            )
+            with self._explained():
+                return self._client.submit_job(
+                    entrypoint=command,
+                    submission_id=_id_for(name),
+                    runtime_env=environment,
+                    metadata={NAME: name, OUTPUT: output_dir},
+                )
 
     def all(self) -> list[Job]:
         """All submitted jobs, newest first."""
@@ -295,6 +298,11 @@ def environment_of(settings: str) -> dict[str, str]:
 
 def come_back(job: str, address: str) -> str:
     return f"Follow it with: python -m raytune_llm jobs logs {job} submit.address={address}"
+
+
+def _id_for(name: str) -> str:
+    """A new id for a job of the run, which a command line takes for no flag."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).lstrip('-.') or 'run'}-{secrets.token_hex(3)}"
 
 
 def _job(details: Any) -> Job:

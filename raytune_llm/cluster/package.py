@@ -5,6 +5,7 @@ The same files give the same bytes, so that Ray's hash shows whether the cluster
 
 from __future__ import annotations
 
+import os
 import subprocess
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from raytune_llm.config.overrides import CONF
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, ResourceError
 
 SOURCE = Path(__file__).resolve().parent.parent
 EXAMPLES = CONF.parent / "examples"
@@ -29,7 +30,10 @@ def files_of(folder: Path, ignore: Sequence[str], *, max_mib: int) -> dict[str, 
     """
     if not folder.is_dir():
         raise ConfigError("submit.folder", "must be a folder", got=str(folder))
-    files = {name: folder / name for name in _names(folder) if not _ignored(name, ignore)}
+    patterns = [pattern.removeprefix("./").rstrip("/") for pattern in ignore]
+    files = {name: folder / name for name in _names(folder, patterns) if not _ignored(name, patterns)}
+    for name in files:
+        _check_name(name)
     if (folder / "raytune_llm").resolve() != SOURCE:
         carried = {
             f"{place}/{path.relative_to(root).as_posix()}": path
@@ -43,29 +47,69 @@ def files_of(folder: Path, ignore: Sequence[str], *, max_mib: int) -> dict[str, 
 
 
 def write_zip(files: Mapping[str, Path], to: Path) -> None:
-    with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for name in sorted(files):
-            entry = zipfile.ZipInfo(name, _TIME)
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.external_attr = (0o755 if files[name].stat().st_mode & 0o100 else 0o644) << 16
-            archive.writestr(entry, files[name].read_bytes())
+    """Raises ConfigError for a file that can't be read, and ResourceError where there is no room for the zip."""
+    try:
+        with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for name in sorted(files):
+                entry = zipfile.ZipInfo(name, _TIME)
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                mode, content = _read(name, files[name])
+                entry.external_attr = (0o755 if mode & 0o100 else 0o644) << 16
+                archive.writestr(entry, content)
+    except OSError as error:
+        raise ResourceError(
+            f"{to.parent} can't hold what is sent with the job ({error.strerror or error})",
+            "Free some space there, or set TMPDIR to a larger folder.",
+        ) from None
 
 
-def _names(folder: Path) -> Iterator[str]:
-    """The folder's files; in a git checkout, those that git doesn't ignore."""
-    listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=folder, capture_output=True, check=False
-    )
-    if listing.returncode == 0:
-        names = listing.stdout.decode().split("\0")
-        yield from (name for name in names if name and (folder / name).is_file())
-    else:
-        yield from (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+def _read(name: str, path: Path) -> tuple[int, bytes]:
+    try:
+        return path.stat().st_mode, path.read_bytes()
+    except OSError as error:
+        rule = f"must hold files that can be read ({error.strerror})"
+        raise ConfigError("submit.folder", rule, got=name, fix="Add it to submit.ignore, or change its permissions.") from None
 
 
-def _ignored(name: str, ignore: Sequence[str]) -> bool:
+def _names(folder: Path, ignore: Sequence[str]) -> Iterator[str]:
+    """The folder's files; in a git checkout, those that git doesn't ignore, also of checkouts in it."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listing = subprocess.run(command, cwd=folder, capture_output=True, check=False)
+    except OSError:
+        listing = None  # no git here
+    if listing is None or listing.returncode:
+        yield from _all_names(folder, ignore)
+        return
+    for name in os.fsdecode(listing.stdout).split("\0"):
+        path = folder / name
+        if name and path.is_file():
+            yield name
+        elif name and path.is_dir() and not path.is_symlink():  # of a submodule or another checkout git says no more
+            prefix = name.rstrip("/")
+            yield from (f"{prefix}/{inner}" for inner in _names(path, ignore))
+
+
+def _all_names(folder: Path, ignore: Sequence[str]) -> Iterator[str]:
+    """Folders that are ignored, which may be large, are not entered."""
+    for place, folders, names in os.walk(folder):
+        here = Path(place).relative_to(folder)
+        folders[:] = [name for name in folders if not _ignored((here / name).as_posix(), ignore)]
+        yield from ((here / name).as_posix() for name in names if Path(place, name).is_file())
+
+
+def _ignored(name: str, patterns: Sequence[str]) -> bool:
     path = PurePosixPath(name)
-    return any(fnmatch(part, pattern) for pattern in ignore for part in (*path.parts, *map(str, path.parents), name))
+    return any(fnmatch(part, pattern) for pattern in patterns for part in (*path.parts, *map(str, path.parents), name))
+
+
+def _check_name(name: str) -> None:
+    """Raises ConfigError for a name that no zip can hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        rule, shown = "must hold files whose names are UTF-8", name.encode(errors="backslashreplace").decode()
+        raise ConfigError("submit.folder", rule, got=shown, fix="Rename it, or add it to submit.ignore.") from None
 
 
 def _check_size(files: Mapping[str, Path], max_mib: int) -> None:

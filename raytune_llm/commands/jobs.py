@@ -13,7 +13,7 @@ from rich.table import Table
 
 from raytune_llm.cluster.job_log import JobLog, read
 from raytune_llm.cluster.jobs import Job, Jobs
-from raytune_llm.commands.submit import follow_to_its_end, known_address, say
+from raytune_llm.commands.submit import fetch, follow_to_its_end, known_address, say
 from raytune_llm.config.run import JobsRun
 from raytune_llm.report.facts import print_facts
 
@@ -82,9 +82,8 @@ def _stop(console: Console, jobs: Jobs, run: JobsRun) -> int:
 
 def _fetch(console: Console, jobs: Jobs, run: JobsRun) -> int:
     job = jobs.find(run.job or "")
-    folder = Path(run.submit.results) / job.id
-    written = read(jobs.log(job.id).splitlines()).write(folder)
-    say(console, f"fetched to {folder}: {', '.join(written)}" if written else f"{job.id} has reported nothing yet")
+    if not fetch(console, read(jobs.log(job.id).splitlines()), job.id, Path(run.submit.results)):
+        say(console, f"{job.id} has reported nothing yet")
     return 0
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from rich.console import Console
 
 from raytune_llm import api
+from raytune_llm.cluster.job_log import JobLog
 from raytune_llm.cluster.jobs import Job, Jobs, address_of, come_back, open_to_all
 from raytune_llm.cluster.submit import follow
 from raytune_llm.config.run import SubmitRun
 from raytune_llm.config.sweep import SubmittedSweep
+from raytune_llm.errors import ResourceError
 from raytune_llm.report.display import Display
 
 DETACHED_EXIT_CODE = 130
@@ -44,12 +46,28 @@ def follow_to_its_end(console: Console, jobs: Jobs, job: Job, results: Path) -> 
         say(console, f"Stop it with: python -m raytune_llm jobs stop {job.id} submit.address={jobs.address}")
         return DETACHED_EXIT_CODE
     ended = jobs.get(job.id)
-    folder = results / job.id
-    if written := log.write(folder):
-        say(console, f"fetched to {folder}: {', '.join(written)}")
+    try:
+        fetch(console, log, job.id, results)
+    except ResourceError as error:
+        say(console, f"warning: {error}")  # the exit code is the job's
     if ended.outcome:
         say(console, f"{job.id} {ended.status.lower()}: {ended.reason}")
     return ended.outcome
+
+
+def fetch(console: Console, log: JobLog, job: str, results: Path) -> bool:
+    """Write the small files of a job that its log holds. False: it holds none. Raises ResourceError if they can't be written."""
+    folder = results / job
+    try:
+        written = log.write(folder)
+    except OSError as error:
+        raise ResourceError(
+            f"{folder} can't be written ({error.strerror}); the job does not need it",
+            f"Repeat `python -m raytune_llm jobs fetch {job}` with submit.results=FOLDER.",
+        ) from None
+    if written:
+        say(console, f"fetched to {folder}: {', '.join(written)}")
+    return bool(written)
 
 
 def say(console: Console, text: str) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from raytune_llm import api
 from raytune_llm.cluster.job_log import read
 from raytune_llm.commands import train
+from raytune_llm.commands.submit import fetch
+from raytune_llm.errors import ResourceError
 from raytune_llm.report.events import EventLog
 from raytune_llm.report.metrics import read_metrics
 from raytune_llm.report.updates import RunStarted
@@ -53,3 +56,13 @@ def test_a_log_of_another_program_tells_nothing(tmp_path):
     log = read(["hello", '{"a": 1}'])
     assert log.step is log.loss is log.left_s is None
     assert log.write(tmp_path) == []
+
+
+def test_results_that_can_t_be_written_here_are_an_error_that_says_how_to_fetch_them(told, tmp_path):
+    told.log.run("mine", "", "name: run\n")
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ResourceError, match=r"file/mine-1 can't be written \(Not a directory\).*jobs fetch mine-1` with submit\.results"
+    ):
+        fetch(Console(), read(told.lines), "mine-1", tmp_path / "file")
+    assert fetch(Console(), read(told.lines), "mine-1", tmp_path) and (tmp_path / "mine-1" / "run.yaml").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -13,7 +14,7 @@ from packaging.requirements import Requirement
 
 from raytune_llm.cluster.package import SOURCE, files_of, write_zip
 from raytune_llm.cluster.requirements import pinned, requirements
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, ResourceError
 
 
 @pytest.fixture
@@ -32,12 +33,40 @@ def own(files: dict[str, Path]) -> set[str]:
 def test_what_is_ignored_stays(folder):
     assert own(files_of(folder, ["outputs", "*.pyc"], max_mib=100)) == {"rows.jsonl", "conf/mine.yaml"}
     assert own(files_of(folder, ["deep/outputs", "conf/*"], max_mib=100)) == {"rows.jsonl", "outputs/big.bin", "notes.pyc"}
+    assert own(files_of(folder, ["outputs/", "./conf"], max_mib=100)) == {"rows.jsonl", "notes.pyc"}, "as in .gitignore"
 
 
 def test_what_git_ignores_stays(folder):
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     (folder / ".gitignore").write_text("*.pyc\nrows.jsonl\n")
     assert own(files_of(folder, ["outputs"], max_mib=100)) == {".gitignore", "conf/mine.yaml"}
+
+
+def test_a_checkout_in_a_checkout_travels_without_what_it_ignores(folder):
+    for place in (folder, folder / "deep"):
+        subprocess.run(["git", "init", "-q"], cwd=place, check=True)
+    (folder / "deep" / ".gitignore").write_text("*.log\n")
+    for name in ("code.py", "large.log"):
+        (folder / "deep" / name).write_text(name)
+    assert {"deep/code.py", "deep/.gitignore"} <= own(files_of(folder, ["outputs"], max_mib=100))
+    assert "deep/large.log" not in files_of(folder, [], max_mib=100)
+
+
+@pytest.mark.parametrize("in_git", [False, True])
+def test_a_name_that_no_zip_can_hold_is_refused_unless_it_is_ignored(folder, in_git):
+    if in_git:
+        subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    (folder / os.fsdecode(b"caf\xe9.txt")).touch()
+    with pytest.raises(ConfigError, match=r"submit\.folder must hold files whose names are UTF-8, got 'caf.*dce9\.txt'"):
+        files_of(folder, [], max_mib=100)
+    assert "rows.jsonl" in files_of(folder, ["*.txt"], max_mib=100)
+
+
+def test_a_file_that_can_t_be_read_and_a_full_disk_are_named(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"submit\.folder must hold files that can be read \(No such file.*got 'gone\.txt'"):
+        write_zip({"gone.txt": folder / "gone.txt"}, tmp_path / "package.zip")
+    with pytest.raises(ResourceError, match=r"/dev can't hold what is sent with the job \(No space left.*TMPDIR"):
+        write_zip({"rows.jsonl": folder / "rows.jsonl"}, Path("/dev/full"))
 
 
 def test_a_folder_that_is_too_large_is_refused_with_its_largest_files(folder):
