@@ -1,9 +1,10 @@
 """What a fault costs: seconds from it to the next trained step, and steps that are repeated.
 
-    scripts/bench faults [--runs 3] [--faults worker node ...]
+    scripts/bench faults [--runs 3] [--faults worker node ...] [--kept FILE] [--limit-s 1100]
 
 A cluster of two nodes of one CPU on this machine (processes of their own, one kernel) trains a tiny run with two workers over
-gloo, and a checkpoint every five steps. Each fault is made once in the middle of a run:
+gloo, and a checkpoint every five steps. Each fault is made once in the middle of a run. One measurement takes about a minute on
+two cores, and measurements go in rounds over the faults; with --kept the same command continues where it was ended:
 
     worker      SIGKILL to a worker
     frozen      SIGSTOP to a worker; resources.collective_timeout_s=10 is part of the time
@@ -12,7 +13,7 @@ gloo, and a checkpoint every five steps. Each fault is made once in the middle o
     grow        a node joins an elastic run of one worker; counted from when the node is there
     driver      SIGKILL to the driver, and the same command at once
 
-Prints JSON: of each the median seconds to the next step, and the steps repeated.
+Prints JSON: of each the median seconds to the next step, the steps repeated, and how often it was measured.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ import argparse
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks._rounds import add_arguments, measured
 from benchmarks._rows import write_sums
 
 FAULTS = ("worker", "frozen", "node", "shrink", "grow", "driver")
@@ -153,19 +155,14 @@ def _measured(fault: str, drivers: list[Driver], nodes: Any, settings: list[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3)
+    add_arguments(parser, runs=3)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     asked = parser.parse_args()
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
         write_sums(folder / "rows.jsonl")
-        for fault in asked.faults:
-            runs = [measure(fault, folder) for _ in range(asked.runs)]
-            results[fault] = {figure: round(statistics.median(run[figure] for run in runs), 1) for figure in runs[0]}
-            print(fault, results[fault], file=sys.stderr)
-    about = {"runs": asked.runs, "cpus": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1)}
-    print(json.dumps(results | about, indent=2))
+        results = measured({fault: partial(measure, fault, folder) for fault in asked.faults}, asked)
+    print(json.dumps(results | {"cpus": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1)}, indent=2))
 
 
 if __name__ == "__main__":

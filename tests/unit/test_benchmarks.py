@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import worse
+from benchmarks._rounds import add_arguments, measured
 from benchmarks.gpu import VARIANTS, each, together
 
 
@@ -60,3 +62,23 @@ def test_variant_of_several_workers_is_ended_at_its_limit(tmp_path: Path) -> Non
         together(2, 0.1, str(tmp_path), None, "full_8b", VARIANTS["full_8b"], [], 1, 1.0, True)
     left = [process.cmdline() for process in set(psutil.Process().children(recursive=True)) - before]
     assert not [words for words in left if "spawn_main" in " ".join(words)]
+
+
+def test_measurements_that_are_kept_count_in_the_next_command(tmp_path: Path) -> None:
+    parser, calls = argparse.ArgumentParser(), []
+    add_arguments(parser, runs=3)
+
+    def step() -> dict[str, float]:
+        calls.append("step")
+        return {"step_s": float(len(calls))}
+
+    def breaks() -> dict[str, float]:
+        calls.append("breaks")
+        raise AssertionError("no step")
+
+    kept = ["--kept", str(tmp_path / "kept")]
+    first = measured({"breaks": breaks, "step": step}, parser.parse_args(["--runs", "2", *kept]))
+    assert calls == ["breaks", "step", "step"], "a case that fails is left out of later rounds"
+    assert first == {"breaks": {"runs": 0, "failed": 1}, "step": {"step_s": 2.5, "runs": 2}}
+    assert measured({"step": step}, parser.parse_args(kept)) == {"step": {"step_s": 3.0, "runs": 3}}
+    assert measured({"step": step}, parser.parse_args([*kept, "--runs", "9", "--limit-s", "0"]))["step"]["runs"] == 3
