@@ -18,8 +18,9 @@ from functools import partial as bound
 from pathlib import Path
 
 from raytune_llm.config.paths import expanded
-from raytune_llm.data.store import MANIFEST, Shard, Store, locked, partial, sha256_of, under_construction
+from raytune_llm.data.store import MANIFEST, Shard, Store, locked, partial, under_construction
 from raytune_llm.errors import DataError
+from raytune_llm.file_hash import sha256_of
 from raytune_llm.object_store import AT_ONCE, RemoteFolder, is_address
 from raytune_llm.packaged import cache_dir
 

@@ -37,6 +37,7 @@ from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import Column, Kind, MappedShard, Rows, joined
 from raytune_llm.errors import ConfigError, DataError, ResourceError
+from raytune_llm.file_hash import sha256_of
 
 FORMAT_VERSION = 4
 """Increase it when the format of a shard or a manifest changes."""
@@ -367,8 +368,3 @@ def _arrow(values: Sequence[Any], column: Column) -> Any:
     offsets = np.zeros(len(values) + 1, np.int32)
     np.cumsum([len(value) for value in values], out=offsets[1:])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(joined(values, column.dtype)))
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from functools import cache
 from pathlib import Path
 
 from raytune_llm.errors import ConfigError
+from raytune_llm.file_hash import sha256_of
 
 log = logging.getLogger(__name__)
 FINISHED, FINAL = "finished.json", "final"
@@ -42,13 +42,12 @@ def check_unchanged(folder: Path, setting: str, *, max_bytes: int) -> None:
 def _is(file: Path, digest: str | None, max_bytes: int) -> bool:
     try:
         there = file.stat()
-        return there.st_size > max_bytes or _sha256(file, there.st_size, there.st_mtime_ns) == digest
+        return there.st_size > max_bytes or _hash(file, there.st_size, there.st_mtime_ns) == digest
     except OSError:
         return False
 
 
 @cache
-def _sha256(file: Path, size: int, changed_ns: int) -> str:
+def _hash(file: Path, size: int, changed_ns: int) -> str:
     """Once a process for a file that stays as it is: a config is read by many who need it."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return sha256_of(file)

@@ -12,8 +12,8 @@ from transformers.utils.hub import cached_file
 
 from raytune_llm import packaged
 from raytune_llm.config.model import ModelConfig
-from raytune_llm.data.store import sha256_of
 from raytune_llm.data.tokens.tokenizer import BYTES
+from raytune_llm.file_hash import sha256_of
 from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS
 from raytune_llm.models.finished import FINAL, FINISHED
 

@@ -30,6 +30,7 @@ from raytune_llm.config.section import settings_of
 from raytune_llm.data.samples import Samples
 from raytune_llm.data.store import Store
 from raytune_llm.errors import DataError
+from raytune_llm.file_hash import sha256_of
 from raytune_llm.models.build import UNQUANTIZED, build_policy, compute_dtype
 from raytune_llm.models.load import load_config
 from raytune_llm.runs.stores import Stores
@@ -161,7 +162,7 @@ def _files(path: str, *, content: bool = False) -> Any:
     weights = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf"))
     files = [*weights, *folder.glob("*config.json")]
     if content:
-        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        return {file.name: sha256_of(file) for file in files}
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 

@@ -11,7 +11,6 @@ remote_checkpoints.py.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -38,6 +37,7 @@ from torch.distributed.tensor import DTensor
 
 from raytune_llm.byte_size import in_units
 from raytune_llm.errors import DataError, ResourceError, RunLost
+from raytune_llm.file_hash import sha256_of
 from raytune_llm.storage import away_in, causes, patiently
 from raytune_llm.train.progress import Progress
 
@@ -285,7 +285,7 @@ class Checkpoints:
 
         def kept() -> dict[str, str]:
             files = sorted((path_of(self.folder, step) / "state").iterdir())
-            return {path.name: _hash(path) for path in self._place.keep(step, files, rank, world)}
+            return {path.name: sha256_of(path) for path in self._place.keep(step, files, rank, world)}
 
         mine = patiently(what, kept)
         if self._group is None:
@@ -364,7 +364,7 @@ def damage(folder: Path, step: int) -> str | None:
     def problem(name: str, known: str) -> str | None:
         try:
             path = place / "state" / name
-            same = patiently(f"{path} can't be read", partial(_hash, path)) == known
+            same = patiently(f"{path} can't be read", partial(sha256_of, path)) == known
             return None if same else f"{name} has other bytes than were written"
         except OSError as error:
             return f"{name} can't be read ({error.strerror})"
@@ -401,14 +401,9 @@ def read_document(place: Path) -> dict[str, Any]:
 def digest(path: Path) -> str | None:
     """None: it can't be read."""
     try:
-        return _hash(path)
+        return sha256_of(path)
     except OSError:
         return None
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sweep(folder: Path) -> None:

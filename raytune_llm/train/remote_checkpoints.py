@@ -7,7 +7,6 @@ progress.json says, and downloaded otherwise, once a machine.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raytune_llm.errors import DataError, ResourceError, RunLost
+from raytune_llm.file_hash import sha256_of
 from raytune_llm.object_store import RemoteFolder
 from raytune_llm.train.checkpoint import (
     COMPLETE,
@@ -67,7 +67,7 @@ class RemoteCheckpoints:
         with self._one_process_of_this_machine():
             try:
                 self._remote.download([f"{name}/{PROGRESS}"], self._folder)
-                seen = hashlib.sha256((place / PROGRESS).read_bytes()).hexdigest()
+                seen = sha256_of(place / PROGRESS)
                 if checked and _text(place / COMPLETE) == seen:
                     return None
                 hashes = read_document(place)[FILES]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.text import TextRow
 from raytune_llm.data.store import write_shard
+from tests.limits import no_file_larger_than
 
 
 @pytest.fixture
@@ -55,12 +55,7 @@ def test_finished_shards_outlive_a_kill(rows: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    row = TextRow(range(1000))
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        with pytest.raises(ResourceError, match=r"can't be written .*are free.*data\.cache"):
-            write_shard(tmp_path / "shard", [row] * 1000, Dropped(), kind=KINDS["text"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = r"can't be written .*are free.*data\.cache"
+    with no_file_larger_than(100_000), pytest.raises(ResourceError, match=said):
+        write_shard(tmp_path / "shard", [TextRow(range(1000))] * 1000, Dropped(), kind=KINDS["text"])
     assert not list(tmp_path.iterdir())

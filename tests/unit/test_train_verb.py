@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from raytune_llm.report.updates import RunStarted
 from raytune_llm.train import checkpoint
 from raytune_llm.train.checkpoint import complete_steps
 from tests.group import metrics
+from tests.limits import no_file_larger_than
 from tests.models import saved_llama
 from tests.runs import tiny_run
 
@@ -225,13 +225,9 @@ def test_a_checkpoint_with_a_corrupt_state_is_named(chat_rows, cache, tmp_path):
 
 def test_no_room_for_a_checkpoint_is_said_and_leaves_nothing_half_written(chat_rows, cache, tmp_path):
     run = tiny_run(chat_rows, cache, tmp_path, "adapter=none", "train.max_steps=2")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # files end where a full disk would end them
-    try:
-        with pytest.raises(ResourceError, match=r"checkpoint step-2 can't be written .* repeating the command resumes"):
-            api.train(run)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = r"checkpoint step-2 can't be written .* repeating the command resumes"
+    with no_file_larger_than(100_000), pytest.raises(ResourceError, match=said):
+        api.train(run)
     assert not list((tmp_path / "checkpoints").iterdir())
     assert api.train(run).summary.steps == 2
 

@@ -19,6 +19,7 @@ from raytune_llm.engines.apart import apart
 from raytune_llm.engines.native.slots import Adapter
 from raytune_llm.engines.pins import check_pin
 from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.file_hash import sha256_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -142,8 +143,7 @@ def digest_of(folder: Path) -> str:
     digest = hashlib.sha256()
     try:
         for name in (WEIGHTS, CONFIG):
-            with (folder / name).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(sha256_of(folder / name)))
     except OSError as error:
         raise DataError(str(folder), f"is no folder with an adapter ({error.strerror}: {error.filename})") from None
     return digest.hexdigest()

@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
-import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +18,7 @@ from raytune_llm.config.load import load_config
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.errors import ConfigError, ResourceError, UserError
 from raytune_llm.export.run import check_space
+from tests.limits import export_in_memory
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 METHODS = {
@@ -262,18 +260,6 @@ def test_a_crash_leaves_no_folder_that_looks_whole(base, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-LIMITED = """
-import resource, sys, torch
-from raytune_llm import api, load_config
-torch.set_num_threads(1)
-small, out, *words = sys.argv[1:]
-api.export(load_config("export", [*words, f"model.path={small}", f"export.output_dir={out}"]))  # loads all that an export loads
-held = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData"))) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (held + 64 * 2**20,) * 2)
-api.export(load_config("export", words))
-"""
-
-
 def test_it_needs_the_memory_of_a_layer_not_of_the_model(base, tmp_path):
     """Weights of 160 MiB, with 64 MiB of memory beside what the process had when it began (a thread takes 8 of them)."""
     big = tmp_path / "big"
@@ -296,12 +282,9 @@ def test_it_needs_the_memory_of_a_layer_not_of_the_model(base, tmp_path):
         f"export.adapters={{a: '{folder}'}}",
         "export.check=false",
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(base), str(tmp_path / "small"), *words], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    small = [*words, f"model.path={base}", f"export.output_dir={tmp_path / 'small'}"]
+    export_in_memory(64 * 2**20, words, after=small)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 160 * 2**20
-    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -11,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.export import memory
+from tests.limits import export_in_memory
 
 
 def test_a_model_is_compared_on_a_gpu_with_room_for_it_else_on_the_cpu():
@@ -43,18 +42,6 @@ def test_without_groups_the_machines_memory_counts(tmp_path):
     assert 0 < memory.host_free_bytes(tmp_path, tmp_path / "nothing") <= psutil.virtual_memory().total
 
 
-SHORT_OF_MEMORY = """
-import resource, sys, torch
-from raytune_llm import api, load_config
-torch.set_num_threads(1)
-small, out, *words = sys.argv[1:]
-api.export(load_config("export", [*words, f"model.path={small}", f"export.output_dir={out}"]))  # loads all that an export loads
-held = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData"))) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (held + 100 * 2**20,) * 2)
-api.export(load_config("export", words))
-"""
-
-
 def saved(folder: Path, layers: int) -> Path:
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
@@ -75,10 +62,8 @@ def test_a_check_that_runs_out_of_memory_leaves_the_export_and_says_so(tmp_path)
     """200 MiB in float32 with 100 MiB of memory: more is free on the machine, and less may be taken."""
     small, large = saved(tmp_path / "small", 1), saved(tmp_path / "large", 20)
     words = [f"model.path={large}", f"export.output_dir={tmp_path / 'out'}", "export.check_rows=1", "export.shard_size=10MB"]
-    done = subprocess.run(
-        [sys.executable, "-c", SHORT_OF_MEMORY, str(small), str(tmp_path / "first"), *words], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    first = [*words, f"model.path={small}", f"export.output_dir={tmp_path / 'first'}"]
+    export_in_memory(100 * 2**20, words, after=first)
     assert json.loads((tmp_path / "first" / "export.json").read_text())["difference"] is not None
     facts = json.loads((tmp_path / "out" / "export.json").read_text())
     assert facts["difference"] is None and "memory" in facts["unchecked"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.errors import ConfigError, ResourceError, UserError
 from raytune_llm.export.rows import rows_to_calibrate, rows_to_check
 from raytune_llm.export.source import source_of
+from tests.limits import no_file_larger_than
 from tests.llama_cpp import small_model
 
 FORMATS = ("fp8", "w8a8", "w4a16", "nf4")
@@ -253,12 +253,8 @@ def test_a_disk_that_fills_up_leaves_what_was_there(base, tmp_path, format):
     place = tmp_path / "exported" / "out"
     place.mkdir(parents=True)
     (place / "export.json").write_text("from before")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))  # files end where a full disk would end them
-    try:
-        with pytest.raises(ResourceError, match=r"out can't be written: .*export\.output_dir on a larger disk; nothing was left"):
-            exported(model, place, f"export.format={format}", "export.overwrite=true")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = r"out can't be written: .*export\.output_dir on a larger disk; nothing was left"
+    with no_file_larger_than(60_000), pytest.raises(ResourceError, match=said):
+        exported(model, place, f"export.format={format}", "export.overwrite=true")
     assert [(file.name, file.read_text()) for file in place.iterdir()] == [("export.json", "from before")]
     assert [folder.name for folder in place.parent.iterdir()] == ["out"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import resource
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,8 @@ from raytune_llm.report.metrics import JsonLines, read_metrics
 from raytune_llm.runs.output import full_disk_explained, write_final
 from raytune_llm.tune.events import SweepLog
 from tests.group import metrics
+from tests.limits import no_file_larger_than
 from tests.runs import tiny_run
-
-
-@contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_fills_up_while_metrics_are_written(chat_rows: str, cache: str, tmp_path: Path) -> None:
