@@ -19,11 +19,12 @@ class EvaluateConfig:
     """llamafactory: questions as chat turns, and the likeliest of the letters A to D as the first token of the answer.
     lm_eval: tasks of lm-evaluation-harness, asked and scored by that package."""
     tasks: list[str]
-    """For protocol=llamafactory: TASK_SPLIT, such as mmlu_test or ceval_validation. For protocol=lm_eval: names of tasks,
-    groups and tags, such as gsm8k; YAML files; folders with YAML files, written with a slash."""
+    """For protocol=llamafactory: mmlu, ceval, cmmlu, or one with its split, such as mmlu_validation. For protocol=lm_eval: names
+    of tasks, groups and tags, such as gsm8k; YAML files; folders with YAML files, written with a slash."""
     data: str | None
-    """For protocol=llamafactory: the folder that holds a folder for each TASK, with its mapping.json, and its zip file or what is
-    in it; or a hub's data set (owner/name) of such folders."""
+    """For protocol=llamafactory: the folder that holds a folder for each benchmark, with its mapping.json and its zip file or
+    what is in it, or with a hub's parquet files; or a hub's data set (owner/name) of such folders. null: the benchmarks' own data
+    sets on a hub."""
     shots: NonNegativeInt | None
     """Examples before each question. null: 5 for protocol=llamafactory, the task's own number for protocol=lm_eval."""
     lang: Literal["auto", "en", "zh"]
@@ -58,8 +59,6 @@ class EvaluateConfig:
 
 
 def _check_llamafactory(settings: EvaluateConfig) -> None:
-    if settings.data is None:
-        raise ConfigError("evaluate.data", "must name the folder with the tasks' files", got="null")
     for name in ("apply_chat_template", "system", "run_unsafe_code"):
         if (got := getattr(settings, name)) not in (None, False):
             raise ConfigError(f"evaluate.{name}", "is of evaluate.protocol=lm_eval", got=got, fix="Leave it out.")

@@ -13,11 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
-from raytune_llm.config.paths import expanded
 from raytune_llm.errors import ConfigError, DataError, first_line
-from raytune_llm.hub import ask_hub, hub_failures
 
 LETTERS = ("A", "B", "C", "D")
 LFS = b"version https://git-lfs.github.com/spec/"
@@ -26,6 +22,9 @@ DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImp
 """What reading such files raises; RuntimeError: a password is asked for."""
 SPLITS = {"train": "dev", "validation": "val", "test": "test"}
 """A task's split -> its folder."""
+TASKS = ("mmlu_test", "mmlu_validation", "ceval_validation", "ceval_test", "cmmlu_test")
+MEANT = {"mmlu": "mmlu_test", "ceval": "ceval_validation", "cmmlu": "cmmlu_test"}
+"""What a benchmark's name alone stands for: the split whose answers are public, or the larger one of these."""
 
 
 @dataclass(frozen=True)
@@ -60,34 +59,22 @@ LAYOUTS = {
 }
 
 
-def folder_of(data: str, tasks: Sequence[str]) -> Path:
-    """evaluate.data as a folder: its own, or the tasks' files of a hub's data set in the cache of huggingface_hub. Raises
-    ConfigError where it is neither."""
-    folder = expanded(data)
-    if folder.exists() or data.count("/") != 1 or data.startswith((".", "~", "/")):
-        return folder
-    address, state = ask_hub()
-    if state == "not reached":
-        rule = f"must be a folder that exists: no hub answers at {address}, where it could be a data set"
-        raise ConfigError("evaluate.data", rule, got=data)
-    try:
-        return Path(
-            snapshot_download(data, repo_type="dataset", allow_patterns=[f"{task.partition('_')[0]}/*" for task in tasks])
-        )
-    except hub_failures() as error:
-        rule = f"must be a folder, or a data set that the hub gives ({first_line(error)})"
-        raise ConfigError("evaluate.data", rule, got=data) from error
+def split_of(task: str) -> tuple[str, str]:
+    """The benchmark and the split of one of TASKS. Raises ConfigError for another name."""
+    if task not in TASKS:
+        known = f"{', '.join(TASKS)}, or {', '.join(MEANT)}"
+        raise ConfigError("evaluate.tasks", f"must hold names of {known}", got=task)
+    name, _, split = task.partition("_")
+    return name, split
 
 
 def read_task(task: str, folder: Path) -> list[Subject]:
-    """`TASK_SPLIT`: its subjects in the order of its mapping.json. Raises ConfigError or DataError."""
-    name, _, split = task.partition("_")
-    if name not in LAYOUTS or split not in SPLITS or split == "train":
-        known = "mmlu_test, mmlu_validation, ceval_validation, ceval_test, cmmlu_test"
-        raise ConfigError("evaluate.tasks", f"must hold names of {known}", got=task)
+    """Its subjects in the order of its mapping.json. Raises ConfigError or DataError."""
+    name, split = split_of(task)
     place = folder / name
     if not (place / "mapping.json").is_file():
-        raise ConfigError("evaluate.data", f"must hold {name}/mapping.json", got=str(folder))
+        fix = "Name the folder that holds it, or leave evaluate.data out: a hub's files are read then."
+        raise ConfigError("evaluate.data", f"must hold {name}/mapping.json", got=str(folder), fix=fix)
     try:
         mapping = json.loads((place / "mapping.json").read_text(encoding="utf-8"))
         described = [(key, str(one["name"]), str(one["category"])) for key, one in mapping.items()]
@@ -108,16 +95,16 @@ def read_task(task: str, folder: Path) -> list[Subject]:
 def _reader(place: Path, name: str) -> Callable[[str], str]:
     """The text of a file, of the folder or else of its zip file."""
     packed = place / f"{name}.zip"
-    with _readable(packed):
+    with readable(packed):
         names = set(zipfile.ZipFile(packed).namelist()) if packed.is_file() else set()
 
     def read(path: str) -> str:
         try:
             if (place / path).is_file():
-                with _readable(place / path):
+                with readable(place / path):
                     return (place / path).read_text(encoding="utf-8-sig")
             if path in names:
-                with _readable(packed), zipfile.ZipFile(packed) as archive:
+                with readable(packed), zipfile.ZipFile(packed) as archive:
                     return archive.read(path).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"{place}/{path}", f"is not UTF-8 ({error.reason})", "Save it as UTF-8.") from None
@@ -127,14 +114,14 @@ def _reader(place: Path, name: str) -> Callable[[str], str]:
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def readable(file: Path) -> Iterator[None]:
     """Raises DataError where the file is damaged, or only stands for another."""
     try:
         yield
     except UnicodeDecodeError:
         raise
     except DAMAGED as error:
-        if isinstance(error, zipfile.BadZipFile) and _stands_for_another(file):
+        if file.is_file() and _stands_for_another(file):
             raise DataError(str(file), "is a pointer of Git LFS, not the file itself", "Run `git lfs pull` there.") from None
         fix = "Copy or download it again."
         raise DataError(str(file), f"can't be read ({type(error).__name__}: {first_line(error)})", fix) from None
@@ -154,13 +141,23 @@ def _questions(text: str, where: str, columns: Sequence[str] | None) -> list[Cho
     found = []
     for number, line in enumerate(lines, start=1):
         row = dict(zip(names, line, strict=False))
-        choices = {letter: row.get(letter, row.get(letter.lower())) for letter in LETTERS}
-        given = {letter: text for letter, text in choices.items() if text is not None}
-        answer = row.get("answer", "").strip()
-        if not row.get("question") or len(given) < len(LETTERS) or answer not in ("", *given):
-            problem = f"row {number} must have a question, the choices A to D and the letter of one as the answer, got {line}"
-            raise DataError(where, problem[:300], "Correct the file.")
-        found.append(ChoiceQuestion(row["question"], given, answer))
+        choices = [row.get(letter, row.get(letter.lower())) for letter in LETTERS]
+        found.append(question_of(row.get("question"), choices, row.get("answer", "").strip(), f"row {number}", where, line))
+    return not_empty(found, where)
+
+
+def question_of(
+    question: str | None, choices: Sequence[str | None], answer: str | None, which: str, where: str, row: object
+) -> ChoiceQuestion:
+    """Raises DataError for a row that is none."""
+    given = {letter: text for letter, text in zip(LETTERS, choices, strict=False) if text is not None}
+    if not question or len(given) < len(LETTERS) or len(choices) > len(LETTERS) or answer not in ("", *given):
+        problem = f"{which} must have a question, the choices A to D and the letter of one as the answer, got {row}"
+        raise DataError(where, problem[:300], "Correct the file.")
+    return ChoiceQuestion(question, given, answer)
+
+
+def not_empty(found: list[ChoiceQuestion], where: str) -> list[ChoiceQuestion]:
     if not found:
         raise DataError(where, "holds no questions", "Copy the task's files there.")
     return found

@@ -14,8 +14,9 @@ from raytune_llm.config.evaluate import EvaluateConfig
 from raytune_llm.data.shards import BLOCK_ROWS
 from raytune_llm.engines.questions import Answering, Question, in_blocks
 from raytune_llm.engines.requests import Sampling
-from raytune_llm.errors import DataError
-from raytune_llm.evaluate.choice_files import LETTERS, ChoiceQuestion, Subject, folder_of, read_task
+from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.evaluate.choice_files import LETTERS, MEANT, ChoiceQuestion, Subject, read_task, split_of
+from raytune_llm.evaluate.choice_hub import downloaded, folder_of, has_parquet, read_parquet_task
 from raytune_llm.evaluate.choice_prompts import asked, examples_of
 from raytune_llm.evaluate.models import Group
 from raytune_llm.evaluate.results import Score, Shown
@@ -78,12 +79,25 @@ def shots_of(settings: EvaluateConfig) -> int:
 
 def tasks_of(settings: EvaluateConfig) -> list[Task]:
     """Raises ConfigError or DataError for one that can't be read."""
-    assert settings.data is not None
-    folder, tasks = folder_of(settings.data, settings.tasks), []
-    for name in settings.tasks:
-        lang = settings.lang if settings.lang != "auto" else "zh" if name.partition("_")[0] in CHINESE else "en"
-        tasks.append(Task(name, read_task(name, folder), lang))
+    names = [MEANT.get(name, name) for name in settings.tasks]
+    benchmarks = [split_of(name)[0] for name in names]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError("evaluate.tasks", f"must hold each task once: {twice[0]} comes twice", got=settings.tasks)
+    folder = None if settings.data is None else folder_of(settings.data, names)
+    tasks = []
+    for name, benchmark in zip(names, benchmarks, strict=True):
+        lang = settings.lang if settings.lang != "auto" else "zh" if benchmark in CHINESE else "en"
+        tasks.append(Task(name, _subjects(name, benchmark, folder), lang))
     return tasks
+
+
+def _subjects(task: str, benchmark: str, folder: Path | None) -> list[Subject]:
+    """Of files in LLaMA-Factory's layout or as a hub has them, or of a hub."""
+    if folder is None:
+        return read_parquet_task(task, downloaded(task))
+    if has_parquet(folder / benchmark):
+        return read_parquet_task(task, folder / benchmark)
+    return read_task(task, folder)
 
 
 def questions_of(subject: Subject, settings: EvaluateConfig) -> Sequence[ChoiceQuestion]:

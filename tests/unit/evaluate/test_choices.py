@@ -188,11 +188,12 @@ def test_letters_are_the_last_tokens_of_their_encodings():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["evaluate.tasks=[mmlu]"], "evaluate.tasks"),
+        (["evaluate.tasks=[mmlu_train]"], "evaluate.tasks must hold names of mmlu_test"),
+        (["evaluate.tasks=[cmmlu_validation]"], "evaluate.tasks must hold names of"),
+        (["evaluate.tasks=[mmlu,mmlu_test]"], "evaluate.tasks must hold each task once: mmlu_test"),
         (["evaluate.tasks=[cmmlu_test]"], "cmmlu/mapping.json"),
         (["evaluate.tasks=[mmlu_validation]"], "abstract_algebra_val.csv"),
         (["evaluate.tasks=[]"], "evaluate.tasks must name a task"),
-        (["evaluate.data=null"], "evaluate.data must name"),
         (["evaluate.models=[/nothing/there]", "model.path=null"], "evaluate.models"),
         (["output_dir=null"], "output_dir must be given"),
         (["output_dir=/dev/null/x"], "output_dir"),
