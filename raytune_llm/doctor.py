@@ -7,10 +7,12 @@ devices and attention they then offer, is the question.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +118,7 @@ def doctor() -> Doctor:
     findings = [
         *broken,
         *_package_findings(packages),
+        *_bytecode_findings("torch"),
         *_gpu_findings(gpus),
         *_place_findings(cache, free_disk),
         *_model_findings(address, hub_state, packaged_models),
@@ -194,6 +197,27 @@ def _package_findings(packages: tuple[Package, ...]) -> list[Finding]:
                 )
             )
     return findings
+
+
+def _bytecode_findings(package: str) -> list[Finding]:
+    """A large package that each process would compile from its source anew: installed by uv, say, into an image where Python is
+    told to write nothing, or a folder of another user."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return []
+    cached = Path(importlib.util.cache_from_source(spec.origin))
+    there = next(folder for folder in cached.parents if folder.exists())
+    if cached.exists() or not (sys.dont_write_bytecode or not os.access(there, os.W_OK)):
+        return []
+    why = "PYTHONDONTWRITEBYTECODE is set" if sys.dont_write_bytecode else f"{there} can't be written to"
+    return [
+        Finding(
+            what=f"{package} is not compiled to bytecode, and {why}",
+            costs="seconds of each process's start, in which Python compiles it again",
+            fix=f"Compile the packages once (python -m compileall -q {Path(spec.origin).parents[1]}), "
+            "or set PYTHONPYCACHEPREFIX to a folder of yours and unset PYTHONDONTWRITEBYTECODE.",
+        )
+    ]
 
 
 def _devices() -> tuple[tuple[Gpu, ...], tuple[Attention, ...], list[Finding]]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import py_compile
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,29 @@ def test_an_old_gpu_is_told_what_it_lacks():
 def test_a_disk_without_room_is_found(tmp_path: Path):
     (finding,) = doctor_module._place_findings(tmp_path / "cache", 2**30)
     assert "1.0 GiB are free" in finding.what
+
+
+def test_a_package_that_each_process_compiles_anew_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "large_package").mkdir()
+    (tmp_path / "large_package" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (found,) = doctor_module._bytecode_findings("large_package")
+    assert "PYTHONDONTWRITEBYTECODE is set" in found.what
+    assert str(tmp_path) in found.fix
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_package_that_is_compiled_or_will_be_is_not_found(compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = tmp_path / "large_package" / "__init__.py"
+    source.parent.mkdir()
+    source.touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    if compiled:
+        py_compile.compile(str(source))
+    monkeypatch.setattr(sys, "dont_write_bytecode", compiled)
+    assert doctor_module._bytecode_findings("large_package") == []
 
 
 def test_without_its_package_the_small_model_needs_a_hub(offline, monkeypatch):
