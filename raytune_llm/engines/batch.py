@@ -15,7 +15,7 @@ from raytune_llm.engines.hf import end_ids
 from raytune_llm.engines.native.blocks import BlockPool
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.native.runner import PolicyRunner
-from raytune_llm.engines.native.scoring import over_the_cache, texts_of
+from raytune_llm.engines.native.scoring import Waves, texts_of
 from raytune_llm.engines.requests import Completion, Request, ScoredToken
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import positions
@@ -76,16 +76,17 @@ class BatchEngine:
 
         share_prefixes: what prompts begin with alike is computed once, in passes of at most CACHED_TOKENS or one text.
         """
-        texts = texts_of(prompts, answers, -1, "", BLOCK_SIZE) if share_prefixes else []
+        texts = texts_of(prompts, answers, "", BLOCK_SIZE) if share_prefixes else []
         num_blocks = -(-max([CACHED_TOKENS, *(len(text.ids) for text in texts)]) // BLOCK_SIZE) if texts else 1
         runner = self._runner(self._policy, num_blocks=num_blocks, block_size=BLOCK_SIZE, device=self._device)
         was_training = self._policy.training
         try:
             if not texts:
                 return runner.answer_logprobs(prompts, answers, -1)
-            scored = over_the_cache(texts, BlockPool(num_blocks, BLOCK_SIZE), runner.scored)
+            waves = Waves(texts, BlockPool(num_blocks, BLOCK_SIZE), runner, limit=CACHED_TOKENS)
+            while waves.left:
+                waves.compute(-1)
         finally:
             self._policy.train(was_training)
-        assert scored is not None, "a text fits the cache"
-        tokens = iter(scored)
+        tokens = iter(waves.scored())
         return [[next(tokens) for _ in answer] for answer in answers]

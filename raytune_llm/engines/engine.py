@@ -89,9 +89,9 @@ class Engine(Protocol):
     ) -> Future[list[list[ScoredToken]]]:
         """For each answer its tokens, scored after its prompt, which has at least one token. Computed as by `pooled`.
 
-        share_prefixes: with a prefix cache, over the cache and all at once: what prompts begin with alike is computed once, and
-        the last digits depend on what was computed before. top: how many of the likeliest
-        tokens are returned beside each; not with share_prefixes.
+        share_prefixes: with a prefix cache, over the cache: what prompts begin with alike is computed once, and the last digits
+        depend on what was computed before. top: how many of the likeliest tokens are returned beside each; not with
+        share_prefixes.
         """
         ...
 

@@ -93,10 +93,9 @@ def _scored(engine: Engine, numbered: list[tuple[int, Question]]) -> dict[int, S
         alike[question.adapter, question.shares_prefix].append((number, question))
     waiting: list[tuple[list[int], Future[Any]]] = []
     for (adapter, shares), own in alike.items():
-        for group in scored_together(own):
-            prompts, given = [list(one.prompt_ids) for _, one in group], [list(one.given_ids) for _, one in group]
-            scored = engine.answer_logprobs(prompts, given, adapter, share_prefixes=shares)
-            waiting.append(([number for number, _ in group], scored))
+        prompts, given = [list(one.prompt_ids) for _, one in own], [list(one.given_ids) for _, one in own]
+        scored = engine.answer_logprobs(prompts, given, adapter, share_prefixes=shares)
+        waiting.append(([number for number, _ in own], scored))
     found: dict[int, Sequence[ScoredToken]] = {}
     for numbers, future in waiting:
         for number, tokens in zip(numbers, future.result(), strict=True):

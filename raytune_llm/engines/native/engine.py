@@ -14,8 +14,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -33,7 +32,7 @@ from raytune_llm.engines.native.passes import Pass, Passes, in_packs
 from raytune_llm.engines.native.row import Row
 from raytune_llm.engines.native.sampler import RowSampler, logprobs, sample
 from raytune_llm.engines.native.scheduler import Piece, Scheduler
-from raytune_llm.engines.native.scoring import ScoredText, over_the_cache, texts_of
+from raytune_llm.engines.native.scoring import ScoredText, Waves, texts_of
 from raytune_llm.engines.native.slots import Adapter, Bank, Slots
 from raytune_llm.engines.native.started import Started
 from raytune_llm.engines.native.text import TextStream
@@ -197,7 +196,7 @@ class NativeEngine:
             raise ConfigError("a prompt and its answer", f"must have at most {self._max_length + 1} tokens", got=longest)
         version = self._named(adapter)
         if share_prefixes and self._blocks.shares:  # computed by the cache's waves
-            passes = [partial(self._over_the_cache, prompts, answers, "" if version is None else version.version)]
+            passes = self._over_the_cache(prompts, answers, "" if version is None else version.version)
         else:
             packs = in_packs(sizes, self._pass_tokens)
             passes = [partial(self._runner.answer_logprobs, prompts[pack], answers[pack], top=top) for pack in packs]
@@ -206,7 +205,7 @@ class NativeEngine:
     def _between_steps(self, passes: Iterable[Pass], version: Adapter | None) -> Future[list[Any]]:
         """The results of all passes, which are computed in the engine's thread with the adapter, or with the base alone."""
         self._check_alive()
-        request = Passes(deque(passes), version)
+        request = Passes(iter(passes), version)
         if not request.left:
             request.complete()
             return request.future
@@ -424,18 +423,24 @@ class NativeEngine:
             one.complete() if failure is None else one.fail(failure)
         return True
 
-    def _over_the_cache(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], version: str, slot: int
-    ) -> list[list[ScoredToken]]:
-        """version: of the adapter in the slot."""
-        texts = texts_of(prompts, answers, slot, version, self._blocks.block_size)
-        scored = over_the_cache(texts, self._blocks, self._runner.scored)
-        if scored is None:  # running rows hold the cache
-            return self._runner.answer_logprobs(prompts, answers, slot)
-        self._scheduler.prefix_hits += sum(text.computed for text in texts)
-        self._scheduler.prefix_queries += sum(len(text.ids) for text in texts)
-        tokens = iter(scored)
-        return [[next(tokens) for _ in answer] for answer in answers]
+    def _over_the_cache(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], version: str) -> Iterator[Pass]:
+        """A pass a wave, and one that returns all answers' tokens. version: of the adapter."""
+        texts = texts_of(prompts, answers, version, self._blocks.block_size)
+        waves = Waves(texts, self._blocks, self._runner, limit=self._pass_tokens)
+
+        def wave(slot: int) -> Sequence[Any]:
+            waves.compute(slot)
+            return ()
+
+        def answered(slot: int) -> Sequence[Any]:
+            self._scheduler.prefix_hits += sum(text.computed for text in texts)
+            self._scheduler.prefix_queries += sum(len(text.ids) for text in texts)
+            tokens = iter(waves.scored())
+            return [[next(tokens) for _ in answer] for answer in answers]
+
+        while waves.left:
+            yield wave
+        yield answered
 
     def _take(self, row: Row, place: int, token: int) -> Finish | None:
         """Put a sampled token into its place in the row. The row leaves the batch if it is its last token, for the reason that is

@@ -7,8 +7,7 @@ of one request is computed, each request in turn: answers that are being generat
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,7 +23,8 @@ Pass = Callable[[int], Sequence[Any]]
 class Passes:
     """One request."""
 
-    left: deque[Pass]
+    passes: Iterator[Pass]
+    """The next one may depend on what was computed."""
     adapter: Adapter | None
     """None: the base alone."""
     future: Future[list[Any]] = field(default_factory=Future)
@@ -36,14 +36,25 @@ class Passes:
     arrived: float = field(default_factory=time.monotonic)
     blocked_on: str | None = None
     """Why it waits."""
+    _next: Pass | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._next = next(self.passes, None)
+
+    @property
+    def left(self) -> bool:
+        """Whether there is a pass to compute."""
+        return self._next is not None
 
     @property
     def waits(self) -> bool:
         return not self.begun or self.blocked_on is not None
 
     def compute(self) -> None:
-        """The next pack."""
-        self.results += self.left.popleft()(self.slot)
+        """The next pass."""
+        assert self._next is not None
+        self.results += self._next(self.slot)
+        self._next = next(self.passes, None)
 
     def complete(self) -> None:
         with suppress(InvalidStateError):  # cancelled: nobody waits for it

@@ -1,15 +1,17 @@
 """Given answers, scored over the paged cache: what prompts begin with alike (the examples of a benchmark) is computed once.
 
-Texts are computed in waves. One that begins with blocks which another text of the same wave fills waits for the next wave, and
-finds them in the cache.
+Texts are computed in waves of limited size. One that begins with blocks which another text of the same wave fills waits for the
+next wave, and finds them in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from raytune_llm.engines.native.blocks import BlockPool, digest, root
+from raytune_llm.engines.native.passes import in_packs
 from raytune_llm.engines.requests import ScoredToken
 
 
@@ -19,19 +21,37 @@ class ScoredText:
 
     ids: list[int]
     """Without the answer's last token, which is only predicted."""
-    slot: int
-    """Of the adapter; -1: the model alone."""
     targets: list[tuple[int, int]]
     """Positions, and the tokens that are scored there, as what follows."""
+    slot: int = -1
+    """Of the adapter, in this wave; -1: the model alone."""
     computed: int = 0
     """Tokens whose keys and values are in the blocks."""
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     """Of the full blocks before the first target."""
 
+    def questions(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Each prompt with its answer."""
+        tokens = [token for _, token in self.targets]
+        prompt = self.ids[: self.targets[0][0] + 1] if tokens else self.ids
+        shares = len(prompt) == len(self.ids) and len(tokens) > 1
+        answers = [[token] for token in tokens] if shares else [tokens]
+        return ((prompt, answer) for answer in answers)
+
+
+class Scoring(Protocol):
+    """What computes texts: see Runner of the engine."""
+
+    def scored(self, texts: Sequence[ScoredText]) -> Sequence[ScoredToken]: ...
+
+    def answer_logprobs(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int
+    ) -> list[list[ScoredToken]]: ...
+
 
 def texts_of(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int, version: str, block_size: int
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], version: str, block_size: int
 ) -> list[ScoredText]:
     """In their order. Answers of one token to the same prompt, one after another, are one text's."""
     texts: list[ScoredText] = []
@@ -41,7 +61,7 @@ def texts_of(
         if number > 0 and len(answer) == len(answers[number - 1]) == 1 and prompt == prompts[number - 1]:
             texts[-1].targets.append((first, answer[0]))
             continue
-        text = ScoredText([*prompt, *answer[:-1]], slot, [(first + place, token) for place, token in enumerate(answer)])
+        text = ScoredText([*prompt, *answer[:-1]], [(first + place, token) for place, token in enumerate(answer)])
         parent = root(version)
         for at in range(0, first - first % block_size, block_size):
             text.digests.append(parent := digest(text.ids[at : at + block_size], parent))
@@ -49,43 +69,57 @@ def texts_of(
     return texts
 
 
-def over_the_cache(
-    texts: Sequence[ScoredText], blocks: BlockPool, compute: Callable[[Sequence[ScoredText]], Sequence[ScoredToken]]
-) -> list[ScoredToken] | None:
-    """The targets of all texts, in order. compute: those of a wave. None: others hold the blocks."""
-    found: dict[int, list[ScoredToken]] = {}
-    left = list(texts)
-    while left:
-        wave = next_wave(left, blocks)
-        if not wave:
-            return None
-        computed = False
-        try:
-            scored = iter(compute(wave))
-            computed = True
-        finally:
-            end_wave(wave, blocks, computed=computed)
-        for text in wave:
-            found[id(text)] = [next(scored) for _ in text.targets]
-        left = [text for text in left if id(text) not in found]
-    return [token for text in texts for token in found[id(text)]]
+class Waves:
+    """Texts that are computed a wave at a time. Between two waves, others may use the cache."""
+
+    def __init__(self, texts: Sequence[ScoredText], blocks: BlockPool, runner: Scoring, *, limit: int) -> None:
+        """limit: maximum tokens that a wave computes, or one text."""
+        self._texts, self._blocks, self._runner, self._limit = texts, blocks, runner, limit
+        self.left = list(texts)
+        self._found: dict[int, Sequence[ScoredToken]] = {}
+
+    def scored(self) -> list[ScoredToken]:
+        """The targets of all texts, in order, once none is left."""
+        return [token for text in self._texts for token in self._found[id(text)]]
+
+    def compute(self, slot: int) -> None:
+        """The next wave, with the adapter in the slot."""
+        for text in self.left:
+            text.slot = slot
+        wave = next_wave(self.left, self._blocks, limit=self._limit)
+        if wave:
+            computed = False
+            try:
+                scored = iter(self._runner.scored(wave))
+                computed = True
+            finally:
+                end_wave(wave, self._blocks, computed=computed)
+        else:  # others hold the blocks
+            wave = self.left[in_packs([len(text.ids) for text in self.left], self._limit)[0]]
+            prompts, answers = zip(*(question for text in wave for question in text.questions()), strict=True)
+            scored = (token for tokens in self._runner.answer_logprobs(prompts, answers, slot) for token in tokens)
+        self._found |= {id(text): [next(scored) for _ in text.targets] for text in wave}
+        self.left = [text for text in self.left if id(text) not in self._found]
 
 
-def next_wave(texts: Sequence[ScoredText], blocks: BlockPool) -> list[ScoredText]:
+def next_wave(texts: Sequence[ScoredText], blocks: BlockPool, *, limit: int) -> list[ScoredText]:
     """Those that are computed next, with blocks that `end_wave` gives back; none where no block is free."""
     wave: list[ScoredText] = []
     filled: set[bytes] = set()
+    tokens = 0
     for text in texts:
         if not filled.isdisjoint(text.digests):
             continue
         found = blocks.cached_prefix(text.digests)
-        new = blocks.allocate(blocks.blocks_for(len(text.ids)) - len(found))
+        size = len(text.ids) - len(found) * blocks.block_size
+        new = None if wave and tokens + size > limit else blocks.allocate(blocks.blocks_for(len(text.ids)) - len(found))
         if new is None:
             blocks.release(found)
             break
         text.blocks, text.computed = [*found, *new], len(found) * blocks.block_size
         filled.update(text.digests[len(found) :])
         wave.append(text)
+        tokens += size
     return wave
 
 

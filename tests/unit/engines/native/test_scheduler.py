@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def row(clock: Clock, of: Adapter) -> Row:
 
 
 def passes(clock: Clock, of: Adapter) -> Passes:
-    return Passes(deque([lambda slot: [slot]] * 3), of, arrived=clock.now)
+    return Passes(iter([lambda slot: [slot]] * 3), of, arrived=clock.now)
 
 
 def added(schedule: Scheduler, clock: Clock, of: Adapter) -> Row:
