@@ -1,4 +1,4 @@
-"""A streaming parser of tool calls, by the formats of data/templates/tool_calls.py.
+"""A streaming parser of tool calls, by the formats of data/templates/tool_calls.py, and of DeepSeek's own.
 
 Where a call is a JSON object of a name and arguments, in this order, its name is returned as soon as it is written, and its
 arguments as they come. Calls of other formats are returned when they are complete.
@@ -19,13 +19,14 @@ Names = frozenset[str] | None
 """The tools of a request. None: any tool may be called."""
 SEPARATORS = re.compile(r"[\s,\[\]]+")
 """What may stand around the JSON objects of calls."""
+Kind = Literal["content", "reasoning", "call", "arguments"]
 
 
 @dataclass(frozen=True, slots=True)
 class OutputPart:
     """A piece of an answer: text of content, of reasoning, or of the arguments of the last call; or a call's name."""
 
-    kind: Literal["content", "reasoning", "call", "arguments"]
+    kind: Kind
     text: str = ""
     id: str = ""
     """Of a call, as the API reports it."""
@@ -40,7 +41,7 @@ class CallSyntax:
     """How a model writes calls."""
 
     format: str
-    """The name in data/templates/tool_calls.py."""
+    """The name in data/templates/tool_calls.py, if it has a reader there: of complete calls that `head` does not match."""
     signs: tuple[str, ...] = ()
     """Texts in a chat template's source of which each indicates the format."""
     start: str | None = None
@@ -50,6 +51,8 @@ class CallSyntax:
     head: re.Pattern[str] | None = None
     """Matches the next call up to its arguments, which are a JSON object. Its groups: `name`, or `json_name`, the name as a JSON
     string; `object`, the brace of an object around it. None: calls are read when they are complete."""
+    separators: re.Pattern[str] = SEPARATORS
+    """What may stand around calls."""
     may_be_call: Callable[[str, Names], bool] = _never
     """Whether an answer that begins so may be a call, of a format without a start."""
     marks: tuple[str, ...] = ()
@@ -93,7 +96,7 @@ class CallParser:
     def finish(self) -> list[OutputPart]:
         """The answer has ended. Text that is no call is content."""
         text, self._text = self._text, ""
-        if self._brackets is not None or not SEPARATORS.sub("", text):
+        if self._brackets is not None or not self.syntax.separators.sub("", text):
             return []
         calls = extract_calls(self.syntax.format, self._with_start(text), marked=True)
         if isinstance(calls, str) and self.syntax.end is not None:  # which may be a token that ends answers
@@ -152,7 +155,7 @@ class CallParser:
             self._looked = max(self._looked, len(self._text) - len(end) + 1)
             return False
         block = self._text[: at + len(end)]
-        if not self.number or SEPARATORS.sub("", self._text[:at]):
+        if not self.number or self.syntax.separators.sub("", self._text[:at]):
             calls = extract_calls(self.syntax.format, self._with_start(block), marked=True)
             if isinstance(calls, str) and self.syntax.head is None:
                 self._looked = at + len(end)  # a value may hold the text of an end
@@ -238,8 +241,24 @@ def _always(text: str, names: Names) -> bool:
 
 _ARGS_HEAD = r"\s*(?:\[TOOL_CALLS\])?(?P<name>[\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\]\s*(?=\{)"
 """A call of newer Mistral models."""
+_DEEPSEEK_START, _DEEPSEEK_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_DEEPSEEK_CALL, _DEEPSEEK_CALL_END, _DEEPSEEK_SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+_DEEPSEEK_HEAD = (
+    rf"(?:{_DEEPSEEK_START}|{_DEEPSEEK_CALL_END}|```|\s)*{_DEEPSEEK_CALL}"
+    rf"(?:function{_DEEPSEEK_SEPARATOR}(?!\s*\{{))?(?P<name>[\w.-]+)(?:{_DEEPSEEK_SEPARATOR}|\s*```(?:json)?)\s*(?=\{{)"
+)
+"""A call of DeepSeek-V3.1, or of V3 and R1, where a type is before the name and the arguments are a block of code."""
 PYTHON_TAG = "<|python_tag|>"
 CALL_SYNTAXES = (  # the most specific first
+    CallSyntax(
+        format="deepseek",
+        signs=(_DEEPSEEK_CALL,),
+        start=_DEEPSEEK_START,
+        end=_DEEPSEEK_END,
+        head=re.compile(_DEEPSEEK_HEAD),
+        separators=re.compile(rf"(?:{_DEEPSEEK_CALL_END}|```|\s)+"),
+        marks=(_DEEPSEEK_CALL, _DEEPSEEK_CALL_END, _DEEPSEEK_SEPARATOR),
+    ),
     CallSyntax(format="seed_oss", signs=("<seed:tool_call>",), start="<seed:tool_call>", end="</seed:tool_call>"),
     CallSyntax(format="minimax2", signs=("<minimax:tool_call>",), start="<minimax:tool_call>", end="</minimax:tool_call>"),
     CallSyntax(format="qwen3_5", signs=("<function=",), start="<tool_call>", end="</tool_call>"),
@@ -296,3 +315,9 @@ def call_syntax_of(template: str) -> CallSyntax | None:
     """The first syntax that is indicated in the template's source."""
     source = template.replace('\\"', '"')
     return next((one for one in CALL_SYNTAXES if any(sign in source for sign in one.signs)), None)
+
+
+def pending_length(text: str, tag: str) -> int:
+    """Number of characters at the end of `text` that could be the start of `tag`, with the white space before it."""
+    size = next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:size])), 0)
+    return len(text) - len(text[: len(text) - size].rstrip())

@@ -1,15 +1,17 @@
 """A streaming parser of generated text: reasoning, content and tool calls.
 
-How a model writes reasoning and tool calls follows from its chat template: `OutputSyntax.of` detects it in the template's source.
+How a model writes reasoning and tool calls follows from its chat template: `OutputSyntax.of` detects it in the template's source,
+and `parser_of` makes the parser.
 All parts are returned as they arrive. Text that may turn out to be the start of a tool call or of a reasoning tag is held back
 until that is decided.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from raytune_llm.serve.call_parser import FORCED_CALL, CallParser, CallSyntax, Names, OutputPart, call_syntax_of
+from raytune_llm.serve.call_parser import FORCED_CALL, CallParser, CallSyntax, Names, OutputPart, call_syntax_of, pending_length
+from raytune_llm.serve.harmony_parser import MESSAGE, THOUGHT, WORDS, HarmonyParser, HarmonySyntax
 
 THOUGHTS: tuple[tuple[str, str, str], ...] = (
     # A text in the template's source, and the tags around reasoning that it indicates.
@@ -30,22 +32,35 @@ class OutputSyntax:
     """The tags around reasoning. None: the model writes none."""
     starts_thinking: bool = False
     """The prompt ends after the opening tag, so that the answer starts with reasoning."""
+    harmony: HarmonySyntax | None = None
+    """The model writes this format, whose thoughts and calls are messages of their own."""
 
     @classmethod
     def of(cls, template: str, *, prompt: str = "", tools: bool = False) -> OutputSyntax:
         """Detect the syntax. template: the chat template's source; prompt: the rendered prompt; tools: the request has tools."""
+        if (harmony := HarmonySyntax.of(template, prompt, tools=tools)) is not None:
+            return cls(harmony=harmony)
         think = next(((start, end) for sign, start, end in THOUGHTS if sign in template), None)
         starts = think is not None and prompt.rstrip().endswith(think[0].rstrip())
         return cls(call_syntax_of(template) if tools else None, think, starts)
 
     def under_grammar(self, *, is_call: bool) -> OutputSyntax:
-        """The syntax of answers that a grammar shapes, after the reasoning that the prompt begins. is_call: they are one call."""
-        return replace(self, calls=FORCED_CALL if is_call else self.calls, think=self.think if self.starts_thinking else None)
+        """The syntax of answers that a grammar shapes, after `thought_before_grammar`. is_call: they are one call."""
+        calls, thought = FORCED_CALL if is_call else self.calls, self.thought_before_grammar
+        return OutputSyntax(calls, thought if self.harmony is not None else self.think if thought else None, self.starts_thinking)
+
+    @property
+    def thought_before_grammar(self) -> tuple[str, str] | None:
+        """What stands around reasoning that comes before an answer which a grammar shapes. None: no reasoning comes."""
+        if self.harmony is not None:
+            return None if self.harmony.begun.endswith(MESSAGE) else THOUGHT
+        return ("", self.think[1]) if self.think is not None and self.starts_thinking else None
 
     @property
     def words(self) -> tuple[str, ...]:
         """Texts that the parser looks for, which may be special tokens of a tokenizer."""
-        return (*(self.think or ()), *(self.calls.words if self.calls is not None else ()))
+        own = () if self.harmony is None else WORDS
+        return (*own, *(self.think or ()), *(self.calls.words if self.calls is not None else ()))
 
 
 @dataclass(slots=True)
@@ -119,7 +134,7 @@ class OutputParser:
             elif (found := held.find(calls.start)) >= 0:
                 start = found
             else:
-                keep = 0 if final else _pending_length(held, calls.start)
+                keep = 0 if final else pending_length(held, calls.start)
             if start is not None:
                 self._call_parser = CallParser(calls, self.names)
         content = held[: len(held) - keep] if start is None else held[:start].rstrip()
@@ -146,12 +161,10 @@ class OutputParser:
             text, self._held = self._held[:at].rstrip("\n"), self._held[at + len(tag) :]
             self._thinking, self._begun, self._trims = False, True, "\n"
         else:
-            keep = 0 if final else _pending_length(self._held, tag)
+            keep = 0 if final else pending_length(self._held, tag)
             text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return [OutputPart("reasoning", text)] if text else []
 
 
-def _pending_length(text: str, tag: str) -> int:
-    """Number of characters at the end of `text` that could be the start of `tag`, with the white space before it."""
-    size = next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:size])), 0)
-    return len(text) - len(text[: len(text) - size].rstrip())
+def parser_of(syntax: OutputSyntax, names: Names) -> OutputParser | HarmonyParser:
+    return OutputParser(syntax, names) if syntax.harmony is None else HarmonyParser(syntax.harmony, names)

@@ -47,8 +47,8 @@ class Generation:
         strict = None if forced else strict_tools_grammar(tools or (), syntax.calls.format if syntax.calls else None)
         if grammar is not None and strict is not None:
             raise invalid("A strict tool and a format of the answer can't both be given: leave out one of them", "tools")
-        if grammar is not None and syntax.think is not None and syntax.starts_thinking:
-            grammar = after_thought(grammar, syntax.think[1])
+        if grammar is not None and (thought := syntax.thought_before_grammar) is not None:
+            grammar = after_thought(grammar, *thought)
         if grammar is not None:
             syntax = syntax.under_grammar(is_call=bool(forced))
         sampling = sampling_of(

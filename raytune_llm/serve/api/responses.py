@@ -10,7 +10,7 @@ from typing import Any
 from raytune_llm.engines.requests import Completion, Delta, TokenLogprob
 from raytune_llm.serve.api.schema import ChatRequest, CompletionRequest
 from raytune_llm.serve.call_parser import OutputPart
-from raytune_llm.serve.output_parser import OutputParser, OutputSyntax
+from raytune_llm.serve.output_parser import OutputSyntax, parser_of
 from raytune_llm.serve.token_bytes import TextOffsets, TokenBytes
 
 
@@ -63,7 +63,7 @@ class ChatResponse:
         self._body, self._tokens = body, tokens
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": created, "model": body.model}
         names = frozenset(body.tool_names) if body.tools else None
-        self._parsers = [OutputParser(syntax, names) for _ in range(body.n or 1)]
+        self._parsers = [parser_of(syntax, names) for _ in range(body.n or 1)]
         self._begun = [False] * (body.n or 1)
         self._calls = [0] * (body.n or 1)
         """Tool calls streamed so far, per choice."""

@@ -86,8 +86,8 @@ def grammar_of(format: ResponseFormat | None, outputs: StructuredOutputs | None)
     return Grammar(kind="ebnf", text=outputs.grammar)
 
 
-def after_thought(grammar: Grammar, tag: str) -> Grammar:
-    """Free text up to `tag`, which ends a thought, and then what the grammar allows. Raises APIError (400)."""
+def after_thought(grammar: Grammar, begin: str, end: str) -> Grammar:
+    """`begin`, free text up to `end`, which ends a thought, and then what the grammar allows. Raises APIError (400)."""
     match grammar.kind:
         case "json_schema":
             try:
@@ -100,7 +100,7 @@ def after_thought(grammar: Grammar, tag: str) -> Grammar:
             answer = {"type": "grammar", "grammar": grammar.text}
         case _:
             raise AssertionError(f"{grammar.kind} is no grammar of whole answers")
-    thought = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": tag}
+    thought = {"type": "tag", "begin": begin, "content": {"type": "any_text"}, "end": end}
     elements = [thought, {"type": "regex", "pattern": r"\n{0,2}"}, answer]
     tags = {"type": "structural_tag", "format": {"type": "sequence", "elements": elements}}
     return Grammar(kind="structural_tag", text=json.dumps(tags))

@@ -159,15 +159,28 @@ def test_text_that_can_be_no_call_is_told_as_it_comes_in_formats_without_a_start
 # Every format, as its template is written and its tokens are given ----------------------------------------------------------
 
 
+def deepseek(calls: list[Any], *, version: str = "3.1") -> str:
+    """As the model's own templates write them: those of V3 and R1 with a type and in blocks of code."""
+    begin, separator = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"
+    all = [(call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in calls]
+    if version == "3.1":
+        texts = [f"{begin}{name}{separator}{arguments}<｜tool▁call▁end｜>" for name, arguments in all]
+        return f"<｜tool▁calls▁begin｜>{''.join(texts)}<｜tool▁calls▁end｜>"
+    texts = [f"{begin}function{separator}{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>" for name, arguments in all]
+    return f"<｜tool▁calls▁begin｜>{chr(10).join(texts)}<｜tool▁calls▁end｜>"
+
+
 def written(syntax: CallSyntax, calls: list[Any]) -> str:
     """The calls as a model writes them, with the text that its template puts before them."""
+    if syntax.format == "deepseek":
+        return deepseek(calls)
     return {"mistral": "[TOOL_CALLS] "}.get(syntax.format, "") + render_calls(syntax.format, calls)
 
 
 @cache
 def tokenizer(*, special: bool) -> PreTrainedTokenizerFast:
     """Of bytes; the words of all formats are special tokens, or text."""
-    made = byte_tokenizer()
+    made: Any = byte_tokenizer()
     if special:
         words = sorted({word for syntax in CALL_SYNTAXES for word in syntax.words} | {"<think>", "</think>"})
         made.add_tokens([AddedToken(word, special=True) for word in words], special_tokens=True)
@@ -195,7 +208,7 @@ def test_newer_mistral_models_write_names_and_arguments_without_a_list():
 
 
 def test_every_format_that_can_be_read_is_found_in_a_template():
-    assert {*EXTRACTORS} - {"ling"} == {*SYNTAXES}  # ling's calls are written as qwen's
+    assert {*EXTRACTORS} - {"ling"} == {*SYNTAXES} - {"deepseek"}  # ling's calls are written as qwen's
 
 
 @pytest.mark.parametrize("name", [name for name in names() if load(name).tool_format in EXTRACTORS])
@@ -203,3 +216,23 @@ def test_the_calls_of_a_named_template_are_found(name: str):
     template = load(name)
     syntax = call_syntax_of(template.source)
     assert syntax is not None and syntax.format == {"ling": "qwen"}.get(template.tool_format, template.tool_format)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+@pytest.mark.parametrize("version", ["3", "3.1"])
+def test_deepseek_s_calls_follow_its_thought_and_text(version: str, size: int):
+    syntax = OutputSyntax.of("<think> <｜tool▁call▁begin｜>", prompt="<｜Assistant｜><think>\n", tools=True)
+    text = f"hm</think>\n\nSure.{deepseek(CALLS, version=version)}"
+    found = read(syntax, in_pieces(text, size), TOOLS)
+    assert found == {"content": "Sure.", "reasoning": "hm", "calls": [(call["name"], call["arguments"]) for call in CALLS]}
+    parser = OutputParser(OutputSyntax(SYNTAXES["deepseek"]), TOOLS)
+    told = parser.push(
+        deepseek(CALLS[:1], version=version)[: 30 + len("<｜tool▁calls▁begin｜>") + len("<｜tool▁call▁begin｜>") + 10]
+    )
+    assert [part.text for part in told if part.kind == "call"] == ["light"]
+
+
+def test_a_tool_that_is_named_as_deepseek_s_type_of_calls_is_called():
+    call = {"name": "function", "arguments": {"x": 1}}
+    for version in ("3", "3.1"):
+        assert read(OutputSyntax(SYNTAXES["deepseek"]), [deepseek([call], version=version)])["calls"] == [("function", {"x": 1})]
