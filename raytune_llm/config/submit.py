@@ -37,7 +37,7 @@ class SubmitConfig(JobServer):
     folder: str
     """Travels to the cluster and is the job's working folder, less what git ignores. This package goes with it."""
     ignore: list[str]
-    """Names and paths in the folder that are not uploaded; * matches any part of a name, and a slash at the end changes nothing."""
+    """Names and paths in the folder that are not uploaded; * matches any part of a name, a slash at the end changes nothing."""
     max_mib: Annotated[int, Field(ge=1, le=500)]
     """The most that may travel. Ray's own limit is 512."""
     requirements: str | None
