@@ -113,7 +113,7 @@ def killed_until_complete(run: TrainRun, draw: random.Random, lasts: float) -> C
 
 
 def resumed(numbers: range, seed: int, until: float, results: multiprocessing.Queue[tuple[Counter[str], bool]]) -> None:
-    """Kill and resume the runs with these numbers. Puts what the kills of a run met, and whether it ended as undisturbed ones do."""
+    """Kill and resume these runs. Puts what the kills of a run met, and whether it ended as an undisturbed one."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="resumes-") as name:
         folder = Path(name)
