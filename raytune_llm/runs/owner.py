@@ -290,7 +290,7 @@ def _new_lock() -> dict[str, Any]:
 
 
 def _is_here(holder: dict[str, Any]) -> bool:
-    """Whether the process is, or was, one of this host since its last start."""
+    """Whether the process is, or was, one of this host since its last start, and of this container."""
     return holder.get("host") == socket.gethostname() and holder.get("boot") == _boot()
 
 
@@ -309,9 +309,10 @@ def _read(lock: Lock) -> dict[str, Any]:
 
 
 def _boot() -> str:
-    """An id of the machine's current boot, since process ids start again with each."""
+    """An id of the machine's current boot and of the container's process ids, since these start again with each. Containers that
+    share the host's network share its name."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -36,6 +37,19 @@ def test_a_second_process_is_refused_while_the_first_lives_and_not_after_it_was_
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     holder.wait()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="a namespace of process ids needs root")
+def test_a_process_of_another_container_on_this_host_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    often = HOLD.replace("with owned", "from raytune_llm.runs import owner\nowner.RENEWED_EVERY_S = 2.0\nwith owned")
+    contained = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-c", often, str(tmp_path)]
+    holder = subprocess.Popen(contained, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    monkeypatch.setattr(owner, "LOOK_EVERY_S", 0.2)
+    with pytest.raises(ConfigError, match="is in use by process 1 on"), owned(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
 
 
 def test_the_same_process_is_refused_too(tmp_path: Path):
