@@ -36,7 +36,7 @@ def write_on_nodes(
     Raises ResourceError where a node does not see the files, or its process dies again and again.
     """
     import ray
-    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+    from ray.exceptions import RayError, RayTaskError
 
     connect(resources)
     size = group_size(resources)
@@ -62,8 +62,8 @@ def write_on_nodes(
             on_bytes(running.pop(done).num_bytes)
     except RayTaskError as error:
         raise error.cause from None
-    except (OutOfMemoryError, WorkerCrashedError) as error:
-        what = f"a process that wrote a file of the export died ({first_line(error)})"
+    except RayError as error:
+        what = f"a process that wrote a file of the export died, or its node is gone ({first_line(error)})"
         raise ResourceError(what, "Lower resources.num_workers or export.shard_size, and repeat the command.") from error
     finally:
         for left in running:

@@ -22,7 +22,7 @@ from typing import Any
 
 from raytune_llm.byte_size import in_units
 from raytune_llm.config.resources import Cluster
-from raytune_llm.errors import ConfigError, ResourceError, UserError
+from raytune_llm.errors import ConfigError, ResourceError, RunLost, UserError, first_line
 from raytune_llm.object_store import check_writable, is_address
 
 PACKAGES = ("raytune-llm", "ray", "torch", "transformers", "peft", "numpy", "pyarrow")
@@ -191,14 +191,13 @@ def check_reachable(found: Nodes) -> None:
 
 
 def _ask(ids: Sequence[str]) -> list[Node]:
-    import ray
 
     asked = [_on(node, describe_node).remote() for node in ids]
     nodes = _answers(asked, "report their properties")
     skews = []
     for watch in [_on(node, clock) for node in ids]:  # by processes that have just been started, and so answer at once
         before = time.time()
-        there: Any = ray.get(watch.remote())
+        [there] = _answers([watch.remote()], "tell the time")
         skews.append(there - (before + time.time()) / 2)
     return [Node(**{**values, "skew_s": skew}) for values, skew in zip(nodes, skews, strict=True)]
 
@@ -311,7 +310,7 @@ def remove_marker(folder: Path, name: str) -> None:
 
 def _measure_all_reduce(ids: Sequence[str], backend: str) -> dict[int, float]:
     import ray
-    from ray.exceptions import GetTimeoutError, RayTaskError
+    from ray.exceptions import GetTimeoutError, RayError
 
     device = "cuda" if backend == "nccl" else "cpu"
     port = _answers([_on(ids[0], free_port).remote()], "listen")[0]
@@ -319,10 +318,10 @@ def _measure_all_reduce(ids: Sequence[str], backend: str) -> dict[int, float]:
     asked = [_on(node, all_reduce, num_gpus=gpus).remote(rank, len(ids), port, backend, device) for rank, node in enumerate(ids)]
     try:
         times = ray.get(asked, timeout=ANSWER_TIMEOUT_S * 2)
-    except (RayTaskError, GetTimeoutError) as error:
+    except RayError as error:
         for one in asked:
             ray.cancel(one, force=True)
-        what = "no answer" if isinstance(error, GetTimeoutError) else str(error).strip().splitlines()[-1]
+        what = "no answer" if isinstance(error, GetTimeoutError) else _last_line(error)
         raise ResourceError(
             f"an all-reduce over one process of each node failed by {backend} ({what})",
             "Open all ports between the nodes, and if they have several networks, start Ray with "
@@ -374,8 +373,9 @@ def _on(node: str, function: Callable[..., Any], **options: Any) -> Any:
 
 
 def _answers(asked: Sequence[Any], what: str) -> list[Any]:
+    """Raises ResourceError where a node can't, and RunLost where one is lost."""
     import ray
-    from ray.exceptions import GetTimeoutError
+    from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
     try:
         return ray.get(list(asked), timeout=ANSWER_TIMEOUT_S)
@@ -383,3 +383,18 @@ def _answers(asked: Sequence[Any], what: str) -> list[Any]:
         raise ResourceError(
             f"nodes of the cluster did not {what} within {ANSWER_TIMEOUT_S:g} s", "See `ray status` for nodes that are lost."
         ) from None
+    except RayTaskError as error:
+        raise ResourceError(
+            f"a node of the cluster can't {what} ({_last_line(error)})",
+            "Give all nodes the same image or environment as the driver.",
+        ) from None
+    except RayError as error:
+        raise RunLost(
+            f"a node of the cluster was lost before it could {what} ({first_line(error)})",
+            "See `ray status`; the same command tries again.",
+        ) from None
+
+
+def _last_line(error: Exception) -> str:
+    """Of a traceback: the error itself."""
+    return str(error).strip().splitlines()[-1]

@@ -18,7 +18,7 @@ def call_on_node(resources: Local | Cluster, function: Callable[[], T], *, packa
     packages: requirements that Ray installs on the node, in a runtime environment for this call.
     """
     import ray
-    from ray.exceptions import OutOfMemoryError, RayTaskError, RuntimeEnvSetupError, WorkerCrashedError
+    from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 
     size = group_size(resources)
     options: dict[str, Any] = {"num_cpus": size.cpus, "num_gpus": size.gpus}
@@ -31,8 +31,8 @@ def call_on_node(resources: Local | Cluster, function: Callable[[], T], *, packa
     except RuntimeEnvSetupError as error:
         what = f"the packages {', '.join(packages)} can't be installed on a node of the cluster ({first_line(error)})"
         raise ResourceError(what, "Make the nodes reach a package index, or install them in an environment there.") from error
-    except (OutOfMemoryError, WorkerCrashedError) as error:
-        what = f"a process on a node of the cluster died ({first_line(error)})"
+    except RayError as error:
+        what = f"a process on a node of the cluster died, or its node is gone ({first_line(error)})"
         raise ResourceError(what, "The same command resumes.") from error
 
 
