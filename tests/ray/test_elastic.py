@@ -105,12 +105,12 @@ def test_a_run_follows_the_cluster_s_size_with_the_numbers_of_one_process(
             assert math.isclose(mine[name], theirs[name], rel_tol=CLOSE[name], abs_tol=1e-5), (mine["step"], name)
 
 
-def test_a_run_leaves_a_node_that_is_taken_away_without_losing_a_step(
+def test_a_run_of_a_fixed_size_leaves_a_node_that_drains_without_losing_a_step_and_waits_for_one_in_place_of_a_lost_one(
     address: str, chat_rows: str, cache: str, tmp_path: Path
 ) -> None:
     words = ["data.path=x", "resources=cluster", f"resources.address={address}", "resources.num_workers=1"]
-    resources = load_config("train", [*words, "resources.max_failures=0"]).resources
-    run = tiny_run(chat_rows, cache, tmp_path / "run", "train.max_steps=12", "train.epochs=99", "checkpoint.every_steps=1000")
+    resources = load_config("train", [*words, "resources.max_failures=1"]).resources
+    run = tiny_run(chat_rows, cache, tmp_path / "run", "train.max_steps=100", "train.epochs=99", "checkpoint.every_steps=1000")
     run = replace(run, resources=resources)
     started: list[int] = []
     notices: list[str] = []
@@ -124,6 +124,8 @@ def test_a_run_leaves_a_node_that_is_taken_away_without_losing_a_step(
                 wait_for_cpus(2)
                 drain(address, first)
                 time.sleep(2 * LOOK_EVERY_S)
+        if len(started) == 2 and record["step"] > started[1]:
+            kill(nodes[1])
 
     def update(news: Update) -> None:
         if isinstance(news, RunStarted):
@@ -132,6 +134,8 @@ def test_a_run_leaves_a_node_that_is_taken_away_without_losing_a_step(
                 kill(nodes[0])  # its time is over
         elif isinstance(news, Notice):
             notices.append(news.text)
+            if news.text.startswith("waiting for 1 worker of 1 CPU") and len(nodes) == 2:
+                nodes.append(node(address))
 
     try:
         session.connect(run.resources)
@@ -140,11 +144,13 @@ def test_a_run_leaves_a_node_that_is_taken_away_without_losing_a_step(
     finally:
         for started_node in nodes:
             kill(started_node)
-    _, resumed = started
+    _, resumed, again = started
     assert f"saved at step {resumed}, since a node is being taken away; resuming on others" in notices
-    assert result.summary.steps == 12
+    lost = f"starting again from step {resumed}, failure 1 of 1 within an hour"
+    assert resumed == again and any(lost in line for line in notices), notices
+    assert len(nodes) == 3 and result.summary.steps == 100
     steps = [record["step"] for record in metrics(run.output_dir) if "loss" in record]
-    assert steps == list(range(1, 13)) and 3 <= resumed < 12
+    assert steps == list(range(1, 101)) and 3 <= resumed < 100
 
 
 def test_a_run_whose_head_dies_says_so_and_ends_as_one_that_can_be_started_again(

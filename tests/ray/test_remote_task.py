@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 from functools import partial
+from importlib import import_module
 
 import pytest
 
 from raytune_llm.config.load import load_config
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, ResourceError, RunLost
+from raytune_llm.runs import nodes
 from raytune_llm.runs.remote_task import call_on_node
 from raytune_llm.runs.trained import read_trained
 from raytune_llm.session import connect
@@ -13,9 +16,29 @@ from raytune_llm.session import connect
 pytestmark = pytest.mark.ray
 
 
-def test_a_node_runs_a_partial_function_and_raises_what_it_raises():
-    resources = load_config("prepare", ["model=tiny_random", "data.path=rows.jsonl", "resources=local"]).resources
-    connect(resources)
+@pytest.fixture
+def resources():
+    found = load_config("prepare", ["model=tiny_random", "data.path=rows.jsonl", "resources=local"]).resources
+    connect(found)
+    return found
+
+
+def test_a_node_runs_a_partial_function_and_raises_what_it_raises(resources):
     assert call_on_node(resources, partial(divmod, 7, 2)) == (3, 1)
     with pytest.raises(ConfigError, match=r"export\.run must be the output folder of a run"):
         call_on_node(resources, partial(read_trained, "/nothing/there", "export.run"))
+
+
+def test_a_node_that_is_lost_while_it_is_asked_is_no_traceback_and_one_that_lacks_a_package_is_the_user_s(resources):
+    import ray
+
+    [here] = [node["NodeID"] for node in ray.nodes()]
+    with pytest.raises(
+        ResourceError, match=r"can't report \(.*No module named 'no_such'\)\. Give all nodes the same image"
+    ) as lacks:
+        nodes._answers([nodes._on(here, import_module).remote("no_such")], "report")
+    assert lacks.value.exit_code == 2
+    for node in (here, "a" * len(here)):  # a process that dies, and a node that is gone
+        with pytest.raises(RunLost, match="a node of the cluster was lost before it could report") as lost:
+            nodes._answers([nodes._on(node, lambda: os._exit(1)).remote()], "report")
+        assert lost.value.exit_code == 1

@@ -1,4 +1,4 @@
-"""The dashboard shows the metrics that runs have, and all of them. That they arrive at a scraper: tests/ray/test_jobs.py."""
+"""The dashboard shows the metrics that runs have, and all of them. That they arrive at a scraper: tests/ray/test_training.py."""
 
 from __future__ import annotations
 
