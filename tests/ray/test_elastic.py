@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from raytune_llm import api, load_config, session
+from raytune_llm.config.resources import on_cluster
 from raytune_llm.report.updates import Notice, RunStarted, Update
 from raytune_llm.runs.elastic import SETTLED_S
 from raytune_llm.runs.live_nodes import LOOK_EVERY_S
@@ -82,6 +83,7 @@ def test_a_run_follows_the_cluster_s_size_with_the_numbers_of_one_process(
             notices.append(news.text)
 
     try:
+        assert on_cluster(run.resources)
         session.connect(run.resources)
         wait_for_cpus(1)
         result = api.train(run, sinks=[follow], on_update=update)
@@ -138,6 +140,7 @@ def test_a_run_of_a_fixed_size_leaves_a_node_that_drains_without_losing_a_step_a
                 nodes.append(node(address))
 
     try:
+        assert on_cluster(run.resources)
         session.connect(run.resources)
         wait_for_cpus(1)
         result = api.train(run, sinks=[take_away], on_update=update)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from raytune_llm import api, load_config, session
+from raytune_llm.config.resources import Cluster, Local, uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.report.updates import Notice, RunStarted
@@ -41,6 +42,11 @@ def plain(chat_rows: str, cache: str, tmp_path_factory: pytest.TempPathFactory) 
 def on_ray(run: TrainRun, folder: Path, *overrides: str) -> TrainRun:
     resources = load_config("train", ["data.path=x", "resources=local", "resources.num_workers=2", *overrides]).resources
     return replace(run, output_dir=str(folder), resources=resources)
+
+
+def resources_of(run: TrainRun) -> Local | Cluster:
+    assert uses_ray(run.resources)
+    return run.resources
 
 
 def metrics_of_this_node() -> set[str]:
@@ -144,7 +150,7 @@ def test_more_workers_than_the_machine_has_are_refused_at_once(plain: TrainRun, 
 
 
 def test_a_cluster_that_does_not_answer_is_named(plain: TrainRun, tmp_path: Path) -> None:
-    session.connect(on_ray(plain, tmp_path).resources)  # the run would train there
+    session.connect(resources_of(on_ray(plain, tmp_path)))  # the run would train there
     resources = load_config("train", ["data.path=x", "resources=cluster", "resources.address=127.0.0.1:1"]).resources
     with pytest.raises(ResourceError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
         api.train(replace(plain, output_dir=str(tmp_path), resources=resources))
@@ -198,10 +204,10 @@ def test_a_run_whose_cpus_are_taken_says_what_it_waits_for_as_long_as_it_takes(
     import ray
 
     run = on_ray(plain, tmp_path, "resources.cpus_per_worker=1", "resources.max_failures=0")
-    session.connect(run.resources)
+    session.connect(resources_of(run))
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "0.3")  # so often Ray gives up and asks for a place again
     total = ray.cluster_resources()["CPU"]
-    holder = ray.remote(num_cpus=total)(Holder).remote()
+    holder: Any = ray.remote(num_cpus=total)(Holder).remote()
     ray.get(holder.hold.remote())
     told: list[str] = []
 
@@ -237,7 +243,7 @@ def test_a_group_that_is_ended_leaves_nothing_on_the_cluster(plain: TrainRun, tm
 
     from raytune_llm.runs.group_trainer import GroupTrainer
 
-    session.connect(on_ray(plain, tmp_path).resources)
+    session.connect(resources_of(on_ray(plain, tmp_path)))
     total = ray.cluster_resources()["CPU"]
     size = ScalingConfig(num_workers=1, resources_per_worker={"CPU": total})
     config = RunConfig(storage_path=str(tmp_path))
@@ -248,7 +254,7 @@ def test_a_group_that_is_ended_leaves_nothing_on_the_cluster(plain: TrainRun, tm
         scaling_config=size,
         run_config=config,
     )
-    holder = ray.remote(num_cpus=1)(Holder).remote()
+    holder: Any = ray.remote(num_cpus=1)(Holder).remote()
     ray.get(holder.hold.remote())
     failures: list[Exception] = []
 
