@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -19,6 +20,8 @@ from raytune_llm.serve.output_parser import OutputSyntax
 from raytune_llm.serve.token_bytes import TokenBytes
 
 KNOWN_TEMPLATE_SETTINGS = {"enable_thinking"}
+SHORT_CHARACTERS = 10_000
+"""Texts up to this length are encoded in the event loop, which takes a few milliseconds."""
 
 
 class Prompts:
@@ -32,14 +35,26 @@ class Prompts:
         self.token_bytes = TokenBytes(tokenizer)
         self._templates: dict[bool | None, ChatTemplate] = {}
 
-    def plain_ids(self, text: str) -> list[int]:
+    async def plain_ids(self, text: str) -> list[int]:
         """Token ids of a plain text as it is trained: after the token that begins texts, if the tokenizer has one."""
-        ids = self.ids(text)
+        ids = await self.ids(text)
         return ids if self._text_start is None or ids[:1] == [self._text_start] else [self._text_start, *ids]
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a text. Control tokens in the text are encoded as control tokens; no special token is added."""
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    async def ids(self, text: str) -> list[int]:
+        """Token ids of a text. Control tokens in the text are encoded as control tokens; no special token is added. Raises
+        APIError (400) for a text that is no Unicode."""
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise invalid(
+                    f"A text must be Unicode, but it holds half of a surrogate pair ({error.object[error.start]!r})"
+                ) from None
+        return self._encoded(text) if len(text) <= SHORT_CHARACTERS else await asyncio.to_thread(self._encoded, text)
+
+    def _encoded(self, text: str) -> list[int]:
+        # Of a batch: `encode` holds Python's lock for seconds, in which no token of other answers comes.
+        return self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def exact_text(self, ids: Sequence[int]) -> str:
         """The text of token ids, control tokens included."""
@@ -49,12 +64,12 @@ class Prompts:
         """The special tokens of which these words consist."""
         return [id for id, text in self._special.items() if any(text in word for word in words)]
 
-    def chat(
+    async def chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, settings: Mapping[str, Any]
     ) -> tuple[list[int], OutputSyntax]:
         """The prompt's token ids, and the syntax of the answer for parsing it."""
         text = self.chat_text(messages, tools, settings)
-        return self.ids(text), OutputSyntax.of(str(self.tokenizer.get_chat_template()), prompt=text, tools=bool(tools))
+        return await self.ids(text), OutputSyntax.of(str(self.tokenizer.get_chat_template()), prompt=text, tools=bool(tools))
 
     def chat_text(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, settings: Mapping[str, Any], *, ends: bool = False

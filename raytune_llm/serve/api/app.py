@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -21,6 +22,8 @@ from raytune_llm.serve.backend import Backend
 from raytune_llm.serve.prompts import Prompts
 
 log = logging.getLogger("raytune_llm.serve")
+FIELD = re.compile(r"(?!(str|int|float|bool)$)[a-z_][a-z0-9_]*|[0-9]+")
+"""Parts of a place in a body, but not the names of types by which pydantic tells a union's forms apart."""
 
 
 def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
@@ -74,9 +77,14 @@ def _install_errors(app: FastAPI, metrics: Metrics, model: str) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_validation(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith("function-"))
-        return await of_api(request, invalid(f"{place + ': ' if place else ''}{first['msg']}", place or None))
+        if not _is_json(request.headers.get("content-type", "")):
+            return await of_api(request, invalid("The header content-type must be application/json"))
+        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union's, that of the form which fits best
+        if first["type"] == "json_invalid":
+            return await of_api(request, invalid("The body must be JSON"))
+        place = ".".join(str(part) for part in first["loc"][1:] if FIELD.fullmatch(str(part)))
+        message = first["msg"].removeprefix("Value error, ")
+        return await of_api(request, invalid(f"{place + ': ' if place else ''}{message}", place or None))
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
@@ -87,3 +95,8 @@ def _install_errors(app: FastAPI, metrics: Metrics, model: str) -> None:
     async def of_ours(request: Request, error: Exception) -> Response:
         log.exception("a request failed")
         return APIError(500, "The server failed to answer; its log says why", type="server_error").response()
+
+
+def _is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))

@@ -23,6 +23,7 @@ class APIError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        message = message.encode(errors="backslashreplace").decode()  # it may quote a text that is no Unicode
         self.status, self.headers = status, dict(headers or {})
         self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
 

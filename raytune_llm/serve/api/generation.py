@@ -42,7 +42,7 @@ class Generation:
         if body.reasoning_effort is not None:
             settings.setdefault("enable_thinking", body.reasoning_effort != "none")
         tools = None if body.tool_choice == "none" else body.tools
-        ids, syntax = prompts.chat(body.messages, tools, settings)
+        ids, syntax = await prompts.chat(body.messages, tools, settings)
         grammar = forced_tool_grammar(forced) if forced else grammar_of(body.response_format, body.structured_outputs)
         strict = None if forced else strict_tools_grammar(tools or (), syntax.calls.format if syntax.calls else None)
         if grammar is not None and strict is not None:
@@ -68,7 +68,7 @@ class Generation:
         self.server.check_generates()
         adapter = await self.server.adapter_of(body.model)
         prompts = self.server.prompts
-        ids = self.server.ids_of(body.prompts)
+        ids = await self.server.ids_of(body.prompts)
         sampling = sampling_of(
             body,
             limit=body.max_tokens or 16,

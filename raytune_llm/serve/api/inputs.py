@@ -34,7 +34,7 @@ class Inputs:
         hidden_size = self.server.backend.facts.hidden_size
         if body.dimensions not in (None, hidden_size):
             raise invalid(f"dimensions must be {hidden_size}, the model's hidden size", "dimensions")
-        inputs = self.server.ids_of(body.inputs)
+        inputs = await self.server.ids_of(body.inputs)
         self.server.check_fits(inputs)
         vectors = await before_disconnect(request, self.server.backend.pooled(inputs, body.pooling, adapter))
         encoded = _as_base64 if body.encoding_format == "base64" else lambda vector: vector
@@ -46,9 +46,9 @@ class Inputs:
             raise invalid("This is not a reward model, which /v1/score needs", "model")
         adapter = await self.server.adapter_of(body.model)
         if body.messages is not None:
-            inputs = [self.server.prompts.ids(self.server.prompts.chat_text(body.messages, None, {}, ends=True))]
+            inputs = [await self.server.prompts.ids(self.server.prompts.chat_text(body.messages, None, {}, ends=True))]
         else:
-            inputs = self.server.ids_of([body.input] if isinstance(body.input, str) else body.input or [])
+            inputs = await self.server.ids_of([body.input] if isinstance(body.input, str) else body.input or [])
         self.server.check_fits(inputs)
         values = await before_disconnect(request, self.server.backend.pooled(inputs, "score", adapter))
         data = [{"object": "score", "index": n, "score": value[0]} for n, value in enumerate(values)]
@@ -62,9 +62,9 @@ class Inputs:
         else:
             settings = body.chat_template_kwargs or {}
             text = prompts.chat_text(body.messages, body.tools, settings, ends=not body.add_generation_prompt)
-        unmarked = prompts.ids(text)
+        unmarked = await prompts.ids(text)
         adds_start = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
-        ids = prompts.plain_ids(text) if adds_start else unmarked
+        ids = await prompts.plain_ids(text) if adds_start else unmarked
         text = prompts.exact_text(ids[: len(ids) - len(unmarked)]) + text
         strings = [prompts.exact_text([id]) for id in ids] if body.return_token_strs else None
         max_length = self.server.backend.facts.max_length

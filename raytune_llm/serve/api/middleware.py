@@ -10,6 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raytune_llm.serve.api.errors import APIError
+from raytune_llm.serve.api.schema import is_number
 
 log = logging.getLogger("raytune_llm.serve")
 
@@ -25,7 +26,7 @@ class BodySizeLimit:
             await self._app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdigit() or int(length) > self._max:
+        if not is_number(length) or int(length) > self._max:
             await self._refusal().response()(scope, receive, send)
             return
         received = 0

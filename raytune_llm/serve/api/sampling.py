@@ -9,7 +9,15 @@ from typing import Any
 
 from raytune_llm.engines.requests import Grammar, Sampling
 from raytune_llm.serve.api.errors import invalid
-from raytune_llm.serve.api.schema import FunctionDeclaration, GenerationBody, ResponseFormat, StructuredOutputs, Tool, schema_text
+from raytune_llm.serve.api.schema import (
+    FunctionDeclaration,
+    GenerationBody,
+    ResponseFormat,
+    StructuredOutputs,
+    Tool,
+    is_number,
+    schema_text,
+)
 
 
 def sampling_of(
@@ -40,12 +48,9 @@ def sampling_of(
         raise invalid("min_tokens must be at most max_tokens", "min_tokens")
     bias = []
     for token, value in (body.logit_bias or {}).items():
-        if not token.isdigit() or int(token) >= vocabulary:
+        if not is_number(token) or int(token) >= vocabulary:
             raise invalid(f"logit_bias must name tokens from 0 to {vocabulary - 1}, got {token[:32]}", "logit_bias")
         bias.append((int(token), value))
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    if not all(stop):
-        raise invalid("stop must hold no empty string", "stop")
     return Sampling(
         max_new_tokens=limit or room,
         min_new_tokens=body.min_tokens or 0,
@@ -57,7 +62,7 @@ def sampling_of(
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         logit_bias=tuple(bias),
-        stop=stop,
+        stop=tuple(body.stop or ()),
         shown_ids=tuple(shown_ids),
         ignore_end=body.ignore_eos,
         logprobs=logprobs,

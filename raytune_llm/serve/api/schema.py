@@ -7,17 +7,20 @@ response header `x-ignored-fields`; any other unknown field is rejected.
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_MESSAGES = 1024
 MAX_CHOICES = 16
 MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
 MAX_TOOLS = 128
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPTS = 64
 MAX_INPUTS = 256
+MAX_DECODED_TOKENS = 262_144
 MAX_SCHEMA_BYTES = 65_536
 
 IGNORED = {
@@ -109,6 +112,14 @@ class StructuredOutputs(BaseModel):
         return self
 
 
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+    Field(max_length=MAX_STOPS),
+    BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop, json_schema_input_type=str | list[str]),
+]
+"""One string, or several."""
+
+
 class GenerationBody(RequestBody):
     """The fields that chat and plain completions share."""
 
@@ -125,7 +136,7 @@ class GenerationBody(RequestBody):
     ignore_eos: bool = False
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
-    stop: str | Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -326,7 +337,7 @@ class TokenizeRequest(RequestBody):
 
 
 class DetokenizeRequest(RequestBody):
-    tokens: list[int]
+    tokens: list[int] = Field(max_length=MAX_DECODED_TOKENS)
 
 
 class LoadAdapter(Body):
@@ -354,3 +365,8 @@ def schema_text(schema: dict[str, Any] | str) -> str:
     if len(text.encode()) > MAX_SCHEMA_BYTES:
         raise ValueError(f"a JSON schema must have at most {MAX_SCHEMA_BYTES} bytes")
     return text
+
+
+def is_number(text: str) -> bool:
+    """It is a natural number in ASCII digits, not so long that Python refuses to read it."""
+    return re.fullmatch(r"[0-9]{1,18}", text) is not None

@@ -71,9 +71,9 @@ class Server:
         if self.backend.facts.scores:
             raise invalid("This is a reward model, which can't generate: use /v1/score", "model")
 
-    def ids_of(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    async def ids_of(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         """Token ids of prompts that are plain texts or token ids. Raises APIError for ids that the model does not have."""
-        return [self.prompts.plain_ids(one) if isinstance(one, str) else self.known_ids(one) for one in prompts]
+        return [await self.prompts.plain_ids(one) if isinstance(one, str) else self.known_ids(one) for one in prompts]
 
     def known_ids(self, ids: list[int]) -> list[int]:
         vocabulary = len(self.prompts.tokenizer)

@@ -39,7 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @contextmanager
-def serving(root: Path, tokenizer: Any, *, slots: int = 4) -> Iterator[Server]:
+def serving(root: Path, tokenizer: Any, *, slots: int = 4, prompts: Prompts | None = None) -> Iterator[Server]:
     """The API over a toy model, on a port of its own: 8 rows, adapters a1 and a2 in `root`."""
     runner: Any = ToyRunner(num_blocks=512, block_size=4, vocab_size=len(tokenizer), slots=slots)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -49,7 +49,7 @@ def serving(root: Path, tokenizer: Any, *, slots: int = 4) -> Iterator[Server]:
     facts = ModelFacts(name="base", max_length=engine.max_length, hidden_size=4, scores=False)
     backend = InProcessBackend(engine, facts, max_waiting=32)
     access = Access(api_key=KEY, admin_key=ADMIN, roots=[root], max_body_bytes=100_000)
-    config = uvicorn.Config(build_app(backend, Prompts(tokenizer), access), port=0, log_level="warning")
+    config = uvicorn.Config(build_app(backend, prompts or Prompts(tokenizer), access), port=0, log_level="warning")
     http = uvicorn.Server(config)
     thread = threading.Thread(target=http.run, daemon=True)
     thread.start()

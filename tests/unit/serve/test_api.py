@@ -7,7 +7,9 @@ import math
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -16,6 +18,7 @@ import pytest
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.engines.requests import Request, Sampling
 from raytune_llm.serve import backend
+from raytune_llm.serve.prompts import Prompts
 from tests.toy_engine import adapter_folder, following
 from tests.unit.serve.conftest import ADMIN, KEY, Server, serving
 
@@ -206,6 +209,7 @@ def test_a_required_tool_is_called(server: Server):
         ("temperature", -1), ("temperature", 3), ("top_p", 2), ("top_p", 0), ("max_tokens", 0), ("max_tokens", -5),
         ("max_completion_tokens", 0), ("n", 0), ("n", 1000), ("presence_penalty", -3), ("frequency_penalty", 9),
         ("logit_bias", {"x": 1}), ("logit_bias", {"99999": 1}), ("logit_bias", {"1": 101}), ("stop", [""]), ("stop", ["a"] * 17),
+        ("logit_bias", {"²": 1}), ("logit_bias", {"٣": 1}), ("logit_bias", {"9" * 5000: 1}), ("stop", ""), ("stop", "a" * 2000),
         ("top_logprobs", 3), ("messages", []), ("messages", [{"role": "robot", "content": "x"}]), ("messages", "hello"),
         ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://example.org"}}]}]),
         ("response_format", {"type": "xml"}), ("response_format", {"type": "json_schema"}), ("tool_choice", "required"),
@@ -218,6 +222,68 @@ def test_a_wrong_field_is_400_with_an_error_object(server: Server, field: str, v
     response = chat(server, **{field: value})
     assert response.status_code == 400, response.text
     assert error_of(response)["type"] == "invalid_request_error"
+
+
+def sent(server: Server, path: str, body: str, type: str = "application/json") -> httpx.Response:
+    headers = {"Authorization": f"Bearer {KEY}", "content-type": type}
+    return httpx.post(f"{server.url}{path}", content=body, headers=headers)
+
+
+HALF = "\\ud800"
+ASKED = '"model": "base", "max_tokens": 2, "messages": [{"role": "user", "content": "%s"}]'
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", f"{{{ASKED % HALF}}}"),
+        ("/v1/chat/completions", f'{{{ASKED % "x"}, "chat_template_kwargs": {{"{HALF}": 1}}}}'),
+        ("/v1/chat/completions", f'{{{ASKED % "x"}, "structured_outputs": {{"choice": ["{HALF}"]}}}}'),
+        ("/v1/completions", f'{{"model": "base", "prompt": ["a", "{HALF}"]}}'),
+        ("/v1/embeddings", f'{{"model": "base", "input": "{HALF}"}}'),
+        ("/tokenize", f'{{"model": "base", "prompt": "{HALF}"}}'),
+    ],
+)
+def test_a_text_that_is_no_unicode_is_400(server: Server, path: str, body: str):
+    response = sent(server, path, body)
+    assert response.status_code == 400, response.text
+    error_of(response)
+
+
+def test_an_error_names_the_field_in_the_form_that_fits_best(server: Server):
+    def wrong(**fields: Any) -> tuple[str | None, str]:
+        error = error_of(chat(server, **fields))
+        return error["param"], error["message"]
+
+    image = {"type": "image_url", "image_url": {"url": "http://example.org"}}
+    assert wrong(messages=[{"role": "user", "content": [image]}])[0] == "messages.0.content.0.type"
+    assert wrong(stop=["a"] * 17) == ("stop", "stop: List should have at most 16 items after validation, not 17")
+    assert wrong(stream_options={}) == (None, "stream_options may be given with stream=true only")
+    body = f"{{{ASKED % 'x'}}}"
+    assert "content-type" in error_of(sent(server, "/v1/chat/completions", body, "text/plain"))["message"]
+    assert sent(server, "/v1/chat/completions", body, "application/json; charset=utf-8").status_code == 200
+    assert error_of(sent(server, "/v1/chat/completions", body[:-1])) | {"code": None} == {
+        "message": "The body must be JSON", "type": "invalid_request_error", "param": None, "code": None
+    }  # fmt: skip
+
+
+def test_a_long_text_is_encoded_while_others_are_answered(tmp_path: Path):
+    tokenizer, encoding, encoded = byte_tokenizer(), threading.Event(), threading.Event()
+
+    class Slow(Prompts):
+        def _encoded(self, text: str) -> list[int]:
+            if len(text) > 15_000:
+                encoding.set()
+                assert encoded.wait(30)
+            return super()._encoded(text)
+
+    with serving(tmp_path, tokenizer, prompts=Slow(tokenizer)) as server, ThreadPoolExecutor() as pool:
+        long = pool.submit(post, server, "/tokenize", {"model": "base", "prompt": "é" * 15_001})
+        assert encoding.wait(30)
+        assert post(server, "/tokenize", {"model": "base", "prompt": "ab"}).json()["tokens"] == [97, 98]
+        assert not long.done()
+        encoded.set()
+        assert long.result().json()["tokens"] == [0xC3, 0xA9] * 15_001
 
 
 def test_fields_that_change_nothing_are_named(server: Server):
