@@ -27,9 +27,9 @@ KEY, ADMIN = "user-key-1234", "admin-key-1234"
 class Server:
     url: str
     engine: NativeEngine
-    runner: ToyRunner
+    runner: Any
     root: Path
-    client: OpenAI
+    client: Any
 
 
 @pytest.fixture(scope="module")
