@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parametrize
 
 from raytune_llm import api
 from raytune_llm.config.load import load_config
@@ -39,6 +40,11 @@ CUDA = torch.device("cuda")
 MODEL = (
     "{model_type:llama,vocab_size:512,hidden_size:256,intermediate_size:512,num_hidden_layers:3,num_attention_heads:4,"
     "num_key_value_heads:2,max_position_embeddings:1024,tie_word_embeddings:false}"
+)
+MIXTURE = (
+    "{model_type:qwen3_moe,vocab_size:512,hidden_size:256,intermediate_size:512,moe_intermediate_size:128,num_hidden_layers:3,"
+    "num_attention_heads:4,num_key_value_heads:2,num_experts:4,num_experts_per_tok:2,max_position_embeddings:1024,"
+    "tie_word_embeddings:false}"
 )
 
 
@@ -112,13 +118,27 @@ def test_a_bf16_step_is_as_near_to_float32_as_plain_bf16_is(adapter: str, overri
         assert error(got[name], wanted[name]) < 2.5e-2, name
 
 
-@pytest.mark.parametrize(("quantization", "bound"), [("fp8", 0.25), ("bnb_nf4", 2.5e-2)])
+@pytest.mark.parametrize(
+    ("quantization", "bound"), [("fp8", 0.25), ("bnb_nf4", 2.5e-2), ("bnb_fp4", 2.5e-2), ("bnb_int8", 2.5e-2)]
+)
 @pytest.mark.parametrize("compiled", ["true", "false"])
 def test_a_quantized_step_is_that_of_the_weights_it_stands_for(quantization: str, bound: float, compiled: str) -> None:
     """FP8 rounds activations and gradients too, some twenty times one after another."""
+    same_step_as_unpacked(MODEL, bound, f"train.compile={compiled}", f"quantization={quantization}")
+
+
+@pytest.mark.parametrize(("quantization", "bound"), [("fp8", 0.25), ("bnb_nf4", 5e-2), ("bnb_int8", 5e-2)])
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_a_step_over_quantized_experts_is_that_of_the_weights_they_stand_for(
+    quantization: str, bound: float, compiled: str
+) -> None:
+    same_step_as_unpacked(MIXTURE, bound, f"train.compile={compiled}", f"quantization={quantization}")
+
+
+def same_step_as_unpacked(model: str, bound: float, *overrides: str) -> None:
     torch._dynamo.reset()
-    plain = policy("adapter=lora", "train.precision=bf16")
-    fast = policy("adapter=lora", "train.precision=bf16", f"train.compile={compiled}", f"quantization={quantization}")
+    settings = [f"++model.config={model}", "adapter=lora", "train.precision=bf16"]
+    plain, fast = policy(*settings), policy(*settings, *overrides)
     torch.manual_seed(1)
     theirs = dict(fast.named_modules())
     with torch.no_grad():
@@ -126,17 +146,21 @@ def test_a_quantized_step_is_that_of_the_weights_it_stands_for(quantization: str
             if isinstance(theirs.get(name), QuantizedLinear):
                 identity = torch.eye(module.out_features, device=CUDA, dtype=torch.bfloat16)
                 module.weight.copy_(theirs[name].transposed(identity, *theirs[name].weights()))
+            elif parametrize.is_parametrized(theirs.get(name, module)):  # experts
+                for held in theirs[name].parametrizations:
+                    module.get_parameter(held).copy_(getattr(theirs[name], held))
             elif name.endswith("lora_B.default"):
                 module.weight.normal_(std=0.05)
     fast.load_state_dict({name: p for name, p in plain.named_parameters() if p.requires_grad}, strict=False)
     packs = batch(200, 31, 7, 120)
     wanted, got = loss_and_gradients(plain, packs), loss_and_gradients(fast, packs)
+    assert wanted.keys() == got.keys()
     assert error(got["loss"], wanted["loss"]) < 0.02
     for name in wanted:
         assert error(got[name], wanted[name]) < bound, name
 
 
-@pytest.mark.parametrize("quantization", ["fp8", "bnb_nf4"])
+@pytest.mark.parametrize("quantization", ["fp8", "bnb_nf4", "bnb_fp4", "bnb_int8"])
 def test_a_base_read_from_its_file_a_layer_at_a_time_is_the_loaded_one(quantization: str, tmp_path: Path) -> None:
     folder, settings = str(tmp_path), {"weights": "pretrained", "dtype": torch.bfloat16, "seed": 0}
     policy("adapter=none").base.save_pretrained(folder)
