@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
 from torch import Tensor
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PretrainedConfig
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PretrainedConfig, PreTrainedModel
 
 from raytune_llm import packaged
 from raytune_llm.config.model import ModelConfig
@@ -109,9 +109,12 @@ class Source:
         """The names of the embedding's weight and the head's where they are one; a reward model has no head."""
         if not self.ties_head or self.scores:
             return frozenset()
+        return frozenset(f"{name}.weight" for name in tied_ends(self.empty_model()))
+
+    def empty_model(self) -> PreTrainedModel:
+        """The base without weights."""
         made: dict[str, Any] = {"weights": "random", "dtype": torch.float32, "seed": 0, "device": "meta"}
-        model = load_model(self.config, None, **made, trust_remote_code=self.model.trust_remote_code)
-        return frozenset(f"{name}.weight" for name in tied_ends(model))
+        return load_model(self.config, None, **made, trust_remote_code=self.model.trust_remote_code)
 
     def fact_of(self, name: str) -> TensorFact | None:
         """Of a weight in the base's files, where one of two tied ones may lie."""
@@ -310,6 +313,8 @@ def _check(source: Source) -> None:
                 )
         facts = {layer: source.fact_of(f"{layer}.weight") for layer in adapter.layers}
         adapter.fit({layer: fact.shape for layer, fact in facts.items() if fact is not None})
+        if adapter.has_experts:
+            adapter.fit_experts(source.empty_model(), {name: fact.shape for name, fact in source.facts.items()})
         for name in adapter.wholes:
             if name not in source.facts and factors.get(adapter.folder, 1.0) != 1.0:
                 rule = f"must be 1 for an adapter with a whole {name}, of which the base has none"

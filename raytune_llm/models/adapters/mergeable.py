@@ -2,7 +2,7 @@
 
 PEFT merges: the layer alone is put into an otherwise empty model under its own name, so that what the adapter's config says of it
 (targets, ranks by pattern, DoRA, OFT) holds for it as in the whole model. VeRA's random matrices, which all its layers share, are
-those of all of them.
+those of all of them. What is on a mixture's experts is merged beside (merged_experts.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import torch
 from peft import IA3Config, PeftModel, VeraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.adapters.merged_experts import MergedExperts, layer_of
 from raytune_llm.models.adapters.saved import WEIGHTS, read_config, token_ids_of
 from raytune_llm.models.finite import all_finite
 
@@ -42,15 +44,20 @@ class Mergeable:
         self._config: Any = read_config(folder, setting)
         if getattr(self._config, "fan_in_fan_out", False):
             raise ConfigError(setting, "must be of linear layers, to be merged from files", got=folder)
-        for name in ("target_parameters", "lora_bias"):
-            if getattr(self._config, name, None):
-                raise ConfigError(setting, f"must not have {name}, to be merged from files", got=folder)
+        if getattr(self._config, "lora_bias", None):
+            raise ConfigError(setting, "must not have lora_bias, to be merged from files", got=folder)
+        self._parameters: Sequence[str] = getattr(self._config, "target_parameters", None) or ()
+        """Of modules that are no layers: experts."""
         self._file = str(Path(folder) / WEIGHTS[0])
         if not Path(self._file).is_file():
             raise ConfigError(setting, f"must be a folder with {WEIGHTS[0]}", got=folder, fix="Save it as safetensors.")
         self._keys: dict[str, list[str]] = defaultdict(list)
         self._shapes: dict[str, Sequence[int]] = {}
         """[O, K] of its layers' weights in the base, once they are known (`fit`)."""
+        self._expert_keys: dict[str, str] = {}
+        """Tensors of adapters on experts: their names in PEFT's model of the base -> in the file."""
+        self._experts: MergedExperts | None = None
+        """Once the base is known (`fit_experts`)."""
         self._shared: dict[str, str] = {}
         self._bases: dict[str, str] = {}
         """Weights of base layers that PEFT saved beside the adapter: embeddings, which may have grown."""
@@ -78,8 +85,19 @@ class Mergeable:
             self._bases[name.removesuffix(BASE)] = key
         elif layer is None:
             self.wholes[name] = key
+        elif self._is_of_experts(layer_of(layer)):
+            self._expert_keys[name] = key
         else:
             self._keys[layer].append(key)
+
+    def _is_of_experts(self, layer: str) -> bool:
+        """By PEFT's setting, which names whole parameters, or ends of their names."""
+        return any(f".{layer}".endswith(f".{name.rpartition('.')[0]}") for name in self._parameters)
+
+    @property
+    def has_experts(self) -> bool:
+        """It is on weights of a mixture's experts, which `fit_experts` has to find in the base."""
+        return bool(self._expert_keys)
 
     @property
     def layers(self) -> frozenset[str]:
@@ -130,15 +148,33 @@ class Mergeable:
                             raise self._unfit(layer, f"it has {size} {what} there and {shapes[layer][axis]} in the base")
         self._shapes = {layer: shapes[layer] for layer in self._keys}
 
+    def fit_experts(self, model: PreTrainedModel, stored: Mapping[str, Sequence[int]]) -> None:
+        """model: the base, on the meta device. stored: the shapes of its tensors in the files. Raises ConfigError where its
+        experts are others."""
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                own = {name: file.get_slice(key).get_shape() for name, key in self._expert_keys.items()}
+            self._experts = MergedExperts(model, self._config, own, stored)
+        except (LookupError, ValueError) as error:
+            raise self._unfit("experts", _last_line(error)) from None
+
+    def _read_of_experts(self, name: str) -> Tensor:
+        key = self._expert_keys[name]
+        return self._read([key])[key]
+
     def changes(self, name: str) -> bool:
         """Whether it changes this weight or bias of the base, beside what it has whole. What multiplies a layer's outputs
         multiplies its bias too."""
+        if self._experts is not None and name in self._experts.names:
+            return True
         layer, _, part = name.rpartition(".")
         return layer in self._keys and (part == "weight" or (part == "bias" and isinstance(self._config, IA3Config)))
 
     @torch.no_grad()
     def merged(self, name: str, value: Tensor) -> Tensor:
-        """float32: the weight [O, K] or the bias [O] of a layer, with the adapter in it."""
+        """float32: the weight [O, K] or the bias [O] of a layer, or a weight of experts, with the adapter in it."""
+        if self._experts is not None and name in self._experts.names:
+            return self._experts.merged(name, value, self._read_of_experts)
         layer, _, part = name.rpartition(".")
         tensors = self._read(self._keys[layer])
         shape = self._shapes[layer]
@@ -175,6 +211,8 @@ class Mergeable:
         config = copy.deepcopy(self._config)
         config.task_type, config.modules_to_save, config.base_model_name_or_path = None, None, None
         config.trainable_token_indices = None
+        if self._parameters:
+            config.target_parameters = None
         config.inference_mode, config.save_projection = False, False  # they are put in from outside
         try:
             adapted = get_peft_model(one, config, autocast_adapter_dtype=True)
