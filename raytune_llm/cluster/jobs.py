@@ -114,18 +114,23 @@ class Jobs:
             environment["pip"] = {"packages": list(requirements), "pip_check": False}
         if image is not None:
             environment["image_uri"] = image
+        job = _id_for(name)
         with tempfile.TemporaryDirectory(prefix="raytune-llm-") as folder:
             if files:
                 package = Path(folder) / "package.zip"
                 write_zip(files, package)
                 environment["working_dir"] = str(package)
-            with self._explained():
-                return self._client.submit_job(
-                    entrypoint=command,
-                    submission_id=_id_for(name),
-                    runtime_env=environment,
-                    metadata={NAME: name, OUTPUT: output_dir},
-                )
+            try:
+                with self._explained():
+                    return self._client.submit_job(
+                        entrypoint=command,
+                        submission_id=job,
+                        runtime_env=environment,
+                        metadata={NAME: name, OUTPUT: output_dir},
+                    )
+            except KeyboardInterrupt as interrupt:
+                interrupt.add_note(f"{job} may have been submitted by then. {come_back(job, self.address)}")
+                raise
 
     def all(self) -> list[Job]:
         """All submitted jobs, newest first."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytune_llm.cluster.job_log import JobLog
-from raytune_llm.cluster.jobs import COMMAND, Job, Jobs, address_of, environment_of
+from raytune_llm.cluster.jobs import COMMAND, Job, Jobs, address_of, come_back, environment_of
 from raytune_llm.cluster.package import files_of
 from raytune_llm.cluster.requirements import requirements
 from raytune_llm.cluster.travel import is_carried, on_cluster, place_of
@@ -17,6 +17,7 @@ from raytune_llm.config.paths import changed_paths, expanded, value_of
 from raytune_llm.config.plain import to_yaml
 from raytune_llm.config.run import SubmitRun, as_train_run
 from raytune_llm.config.sweep import SubmittedSweep, Sweep
+from raytune_llm.errors import ResourceError
 from raytune_llm.report.display import Display
 from raytune_llm.report.events import event_of, show
 
@@ -39,7 +40,10 @@ def submit(run: SubmitRun | SubmittedSweep) -> Job:
         env={**settings.env, **sent.env},
         output_dir=sent.output_dir,
     )
-    return jobs.get(job)
+    try:
+        return jobs.get(job)
+    except ResourceError as error:
+        raise ResourceError(f"{job} was submitted, and then {error.lacking}", come_back(job, address)) from None
 
 
 @dataclass(frozen=True)

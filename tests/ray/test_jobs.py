@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raytune_llm.__main__ import main
-from raytune_llm.cluster.jobs import Jobs
+from raytune_llm.cluster.jobs import Jobs, come_back
 from tests.ray.head import free_port, ray_head
 
 pytestmark = pytest.mark.ray
@@ -112,6 +113,22 @@ def test_an_interrupt_leaves_the_job_which_is_stopped_by_its_run_s_name(head, pl
     assert Jobs(head).find("left").status == "STOPPED"
     assert main(["jobs", "stop", "left", f"submit.address={head}"]) == 0
     assert "had ended" in capsys.readouterr().out
+
+
+def test_an_interrupt_while_a_job_is_sent_says_how_to_find_it(head, monkeypatch):
+    jobs = Jobs(head)
+    send = jobs._client.submit_job
+
+    def interrupted(**settings: Any) -> None:
+        send(**settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs._client, "submit_job", interrupted)
+    with pytest.raises(KeyboardInterrupt) as found:
+        jobs.submit("-日本", "true", files={}, output_dir="/none")
+    [job] = [job for job in Jobs(head).all() if job.run == "-日本"]
+    assert job.id.startswith("run-"), "no flag of a command line"
+    assert found.value.__notes__ == [f"{job.id} may have been submitted by then. {come_back(job.id, head)}"]
 
 
 def test_a_detached_submit_returns_at_once(head, place, capsys):
