@@ -302,11 +302,22 @@ class OFT(Layered):
 
     name: Literal["oft"]
     dropout: Dropout
-    block_size: Annotated[int, Field(ge=2)]
+    block_size: Annotated[int, Field(ge=2)] | None
     """Inputs of a block; must divide each layer's inputs. There are (block_size - 1) / 2 parameters an input."""
+    blocks: PositiveInt | None
+    """Or the number of blocks of each layer, PEFT's r, in place of their size."""
 
     refuses_quantized: ClassVar[str | None] = None
     refuses_partitioned: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.block_size is None) == (self.blocks is None):
+            got = "null" if self.blocks is None else self.blocks
+            fix = "Set one of them, and the other to null."
+            raise ConfigError(
+                "adapter.blocks", "must be given where adapter.block_size is null, and only there", got=got, fix=fix
+            )
 
 
 @section

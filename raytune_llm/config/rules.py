@@ -396,6 +396,19 @@ def new_tokens_can_be_trained(model: ModelConfig, adapter: AdapterConfig, strate
         raise ConfigError(setting, rule, got=got, fix="Set strategy=fsdp.")
 
 
+def shifted_attention_is_for_steps(model: ModelConfig, data: DataConfig, stage: StageConfig, train: LoopConfig) -> None:
+    """S2 attention is how a step computes: what it is compared with must not be computed otherwise, nor stay as it was."""
+    obstacles = {
+        "data.share_prompts=true": data.share_prompts is True,
+        f"stage={stage.name}, whose reference attends to all": stage.reference != "none",
+        "train.cuda_graphs=true: groups are cut anew in each batch": train.cuda_graphs,
+    }
+    for obstacle, there in obstacles.items():
+        if there and model.shift_attn_tokens is not None:
+            rule = f"can't be combined with {obstacle}"
+            raise ConfigError("model.shift_attn_tokens", rule, got=model.shift_attn_tokens, fix="Leave it out.")
+
+
 def layers_can_be_compiled(train: LoopConfig, uncompiled: str | None) -> None:
     if train.compile is True and uncompiled is not None:
         raise ConfigError("train.compile", f"can't be true: {uncompiled}", got=True, fix="Set train.compile=auto.")

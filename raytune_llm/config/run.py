@@ -60,6 +60,8 @@ class TrainRun:
             return f"strategy={self.strategy.option} gathers weights in hooks of the layers"
         if self.stage.router_aux_loss_coef is not None:
             return "stage.router_aux_loss_coef reads routers within the layers"
+        if self.model.liger_kernel:
+            return "model.liger_kernel has kernels of its own in the layers"
         return self.adapter.refuses_compiled
 
     @property
@@ -87,6 +89,7 @@ class TrainRun:
         rules.schedule_suits_the_optimizer(self.optimizer, self.schedule)
         rules.adapters_find_the_weights_that_they_read(self.adapter, self.strategy)
         rules.new_tokens_can_be_trained(self.model, self.adapter, self.strategy)
+        rules.shifted_attention_is_for_steps(self.model, self.data, self.stage, self.train)
         rules.anchored_policies_have_a_new_adapter(self.stage, self.adapter)
         rules.adapters_are_drawn(self.adapter, self.train)
         rules.models_answer_what_is_asked(self.stage, self.train)
@@ -316,6 +319,9 @@ class ExportRun:
         if self.model.config:
             rule = "must be empty: an export has the config that its weights were trained with"
             raise ConfigError("model.config", rule, got=self.model.config)
+        if self.model.positions is not None:
+            rule = "must be null: an export has the positions that its weights were trained with"
+            raise ConfigError("model.positions", rule, got=self.model.positions)
 
 
 API_KEY, ADMIN_KEY = "RAYTUNE_LLM_API_KEY", "RAYTUNE_LLM_ADMIN_KEY"

@@ -36,6 +36,7 @@ from raytune_llm.engines.requests import ScoredToken
 from raytune_llm.errors import ConfigError, DataError
 from raytune_llm.models.adapters import OWN, PeftAdapters
 from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS, rank_of
+from raytune_llm.models.multimodal import text_model
 from raytune_llm.models.score_head import refuse_separate_head
 from raytune_llm.models.vocabulary import grow
 
@@ -164,7 +165,7 @@ class HFRunner:
                 results.append(self._model(input_ids=ids_BT, use_cache=False).logits[0].float().tolist())
                 continue
             with self._adapters.using(self._without_bank if slot < 0 else str(slot)):
-                hidden_TD = self._model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[0].float()
+                hidden_TD = text_model(self._model)(input_ids=ids_BT, use_cache=False).last_hidden_state[0].float()
             results.append(F.normalize(hidden_TD.mean(0) if pooling == "mean" else hidden_TD[-1], dim=0).tolist())
         return results
 

@@ -492,6 +492,8 @@ def check_hosted(
         raise ConfigError("model.new_tokens", f"can't be added {lacking}", got=model.new_tokens)
     if model.config:
         raise ConfigError("model.config", f"must be empty {lacking}", got=sorted(model.config))
+    if model.positions is not None:
+        raise ConfigError("model.positions", f"must be null {lacking}", got=model.positions)
     if quantization.replaces_layers:
         fix = "Serve a model that was saved quantized, or use engine=native."
         raise ConfigError("quantization", f"must be none {lacking}", got=quantization.name, fix=fix)

@@ -106,7 +106,7 @@ def outputs(
     new_ids: Sequence[int] = (),
 ) -> Iterator[Tensor]:
     """For each row its log-probabilities [T - 1, V], or its score [1]. new_ids: tokens whose embeddings the adapter has."""
-    config = load_config(str(model.path), model.config, trust_remote_code=model.trust_remote_code)
+    config = load_config(str(model.path), model.config, **model.config_options)
     settings: dict[str, Any] = {"compute": torch.float32, "seed": 0, "device": device, "trains": False, "scores": scores}
     settings["first_pieces"] = dict.fromkeys(new_ids, ())
     policy, _ = build_policy(config, model, adapter, **settings)

@@ -23,7 +23,7 @@ STORED = NoEffect("token stores are made on all cores and cached by their inputs
 LOADED = NoEffect("batches are prefetched")
 SECRET = NoEffect("secrets stay out of files; set it in the environment")
 PROFILE = NoEffect("train.profile traces a few steps of its own choice")
-NO_HUB = "pushing to a hub is not supported yet"
+NO_HUB = "a run is not pushed; export.push uploads its model when it is exported"
 VISION = "training on images, videos or audio (vision) is not supported yet"
 
 MODEL: Table = {
@@ -49,19 +49,21 @@ MODEL: Table = {
     "ms_hub_token": SECRET,
     "om_hub_token": SECRET,
     "print_param_status": NoEffect("`plan` counts what is trained"),
-    "enable_liger_kernel": FASTEST,
+    "enable_liger_kernel": Joined(False, rules.liger),
     "use_unsloth": FASTEST,
     "use_v1_kernels": FASTEST,
-    "upcast_layernorm": NoEffect("norms are computed in fp32"),
+    "upcast_layernorm": NoEffect("norms are computed in fp32, and their outputs rounded"),
     "upcast_lmhead_output": NoEffect("losses are computed in fp32"),
     "resize_vocab": Becomes(False, "model.resize_vocab"),
     "add_tokens": Joined(None, rules.new_tokens),
     "add_special_tokens": Joined(None, rules.new_tokens),
     "new_special_tokens_config": Joined(None, rules.new_tokens),
     "init_special_tokens": Joined("noise_init", rules.new_tokens),
-    "rope_scaling": Refused(None, "rope_scaling by name is not supported yet; give its numbers in model.config.rope_scaling"),
-    "shift_attn": Refused(False, "shift_attn (S2 attention) is not supported"),
-    "mixture_of_depths": Refused(None, "mixture_of_depths is not supported"),
+    "rope_scaling": Joined(None, rules.positions),
+    "shift_attn": Joined(False, rules.shifted_attention),
+    "mixture_of_depths": Refused(
+        None, "its package (mixture-of-depth) is no longer kept, and was never for models of transformers 5"
+    ),
     "moe_aux_loss_coef": Joined(None, rules.routers),
     # Quantization
     "quantization_bit": Joined(None, rules.quantization),
@@ -81,7 +83,7 @@ MODEL: Table = {
     "use_audio_in_video": Refused(False, VISION),
     "audio_sampling_rate": Refused(16000, VISION),
     # Export
-    "export_dir": Refused(None, "this file exports a model (export); only training is imported"),
+    "export_dir": Refused(None, "only training is imported; the verb export writes the model of a run (export.run=OUTPUT)"),
     "export_size": PartOf("export_dir"),
     "export_device": PartOf("export_dir"),
     "export_quantization_bit": PartOf("export_dir"),
@@ -161,11 +163,7 @@ FINETUNING: Table = {
     "freeze_trainable_layers": Joined(2, rules.freeze),
     "freeze_trainable_modules": Joined("all", rules.freeze),
     "freeze_extra_modules": Joined(None, rules.freeze),
-    "use_llama_pro": Refused(
-        False,
-        "its model was lengthened by a script beforehand; adapter=llama_pro lengthens the original model, or name the new layers "
-        "with adapter=freeze adapter.layers",
-    ),
+    "use_llama_pro": Joined(False, rules.new_blocks),
     "oft_rank": Joined(0, rules.oft),
     "oft_block_size": Joined(32, rules.oft),
     "oft_target": Joined("all", rules.oft),
@@ -173,7 +171,7 @@ FINETUNING: Table = {
     "freeze_vision_tower": NoEffect("there is no vision tower to train"),
     "freeze_multi_modal_projector": NoEffect("there is no projector to train"),
     "freeze_language_model": Refused(False, VISION),
-    "compute_accuracy": NoEffect("eval loss is what is computed"),
+    "compute_accuracy": NoEffect("evaluations report accuracies"),
     "disable_shuffling": Refused(False, "each epoch is shuffled by train.seed"),
     "early_stopping_steps": Becomes(None, "train.early_stopping"),
     "plot_loss": LOGGED,
@@ -194,9 +192,9 @@ FINETUNING: Table = {
     "ld_alpha": Joined(None, rules.preference),
     "kto_chosen_weight": Joined(1.0, rules.preference),
     "kto_rejected_weight": Joined(1.0, rules.preference),
-    "ref_model": Refused(None, "a separate reference model (ref_model) is not supported yet"),
-    "ref_model_adapters": Refused(None, "a separate reference model (ref_model) is not supported yet"),
-    "ref_model_quantization_bit": PartOf("ref_model"),
+    "ref_model": Joined(None, rules.reference),
+    "ref_model_adapters": Joined(None, rules.reference),
+    "ref_model_quantization_bit": Joined(None, rules.reference),
     # PPO
     "ppo_buffer_size": PartOf("stage", "ppo"),
     "ppo_epochs": PartOf("stage", "ppo"),
@@ -300,8 +298,8 @@ TRAINING: Table = {
     "torch_compile": Joined(False, rules.compiled),
     "torch_compile_backend": NoEffect("layers are compiled by inductor in its default mode"),
     "torch_compile_mode": NoEffect("layers are compiled by inductor in its default mode"),
-    "use_liger_kernel": FASTEST,
-    "liger_kernel_config": FASTEST,
+    "use_liger_kernel": Joined(False, rules.liger),
+    "liger_kernel_config": NoEffect("norms, gated MLPs and rotary positions are Liger's; losses and embeddings are never"),
     "use_cache": GENERATION,
     "use_cpu": NoEffect("GPUs are used where there are any; hide them with CUDA_VISIBLE_DEVICES"),
     "full_determinism": NoEffect("order and randomness follow from train.seed alone"),
@@ -440,7 +438,7 @@ GONE: Table = {
     "push_to_hub_model_id": PartOf("push_to_hub"),
     "push_to_hub_organization": PartOf("push_to_hub"),
     "push_to_hub_token": SECRET,
-    "adafactor": Refused(False, "adafactor is not supported yet"),
+    "adafactor": Refused(False, "set optim: adafactor, as transformers 5 has it"),
     "include_tokens_per_second": LOGGED,
     "ray_run_name": PLACED,
     "ray_storage_path": PLACED,

@@ -62,7 +62,8 @@ def whole_steps(steps: float) -> int:
 
 def task(do_train: bool, do_predict: bool, predict_with_generate: bool) -> NoEffect:
     if do_predict or predict_with_generate:
-        raise Refusal(f"predict {LATER}; import the file that trains", "do_predict" if do_predict else "predict_with_generate")
+        why = "only training is imported; the verb predict answers rows with the model of a run (predict.run=OUTPUT)"
+        raise Refusal(why, "do_predict" if do_predict else "predict_with_generate")
     if not do_train:
         raise Refusal("only training is imported", "do_train")
     return NoEffect("only training is imported")
@@ -76,6 +77,36 @@ def model(model_name_or_path: str | None) -> Settings:
 
 def weights(train_from_scratch: bool) -> Settings:
     return {"model.weights": "random" if train_from_scratch else "pretrained"}
+
+
+ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
+
+
+def positions(rope_scaling: str | None, cutoff_len: int) -> Settings:
+    """There, the factor is that of cutoff_len over the model's positions, rounded up, and a model that is scaled already is
+    scaled anew from its original positions; here it is left as it is where it has enough."""
+    if rope_scaling is None:
+        return {"model.rope_scaling": None, "model.positions": None}
+    if rope_scaling not in ROPE_SCALINGS:
+        raise Refusal(f"must be one of {', '.join(ROPE_SCALINGS)}", "rope_scaling")
+    return {"model.rope_scaling": rope_scaling, "model.positions": cutoff_len}
+
+
+def liger(enable_liger_kernel: bool, use_liger_kernel: bool) -> Settings:
+    """LLaMA-Factory's argument and transformers' own. There, families without kernels only get a warning."""
+    return {"model.liger_kernel": enable_liger_kernel or use_liger_kernel}
+
+
+def shifted_attention(shift_attn: bool, cutoff_len: int, stage: str, pref_loss: str) -> Settings:
+    """There, groups are a quarter of a padded batch, counted in it, and the first half group of a row sees the last one. Here,
+    they are a quarter of the longest row that there can be, counted in each row, and the first half group sees itself."""
+    if not shift_attn:
+        return {"model.shift_attn_tokens": None}
+    if stage == "kto" or (stage == "dpo" and PAIR_STAGES.get(pref_loss) == "dpo"):
+        raise Refusal("can't be combined with a stage whose reference attends to all", "shift_attn")
+    if cutoff_len < 8:
+        raise Refusal("needs a cutoff_len of at least 8: groups are a quarter of it, and move by half of that", "shift_attn")
+    return {"model.shift_attn_tokens": cutoff_len // 8 * 2}
 
 
 def new_tokens(
@@ -214,6 +245,7 @@ def freeze(
     freeze_trainable_layers: int,
     freeze_trainable_modules: str | Sequence[str],
     freeze_extra_modules: str | Sequence[str] | None,
+    use_llama_pro: bool,
 ) -> Settings | NoEffect:
     if finetuning_type != "freeze":
         return NoEffect("read with finetuning_type=freeze only")
@@ -223,11 +255,44 @@ def freeze(
     last = freeze_trainable_layers > 0
     return {
         "adapter": "freeze",
-        "adapter.first_layers": None if last else -freeze_trainable_layers,
-        "adapter.last_layers": freeze_trainable_layers if last else None,
+        "adapter.first_layers": None if last or use_llama_pro else -freeze_trainable_layers,
+        "adapter.last_layers": freeze_trainable_layers if last and not use_llama_pro else None,
         "adapter.modules": "all" if modules == ["all"] else modules,
         "adapter.extra_modules": [] if freeze_extra_modules is None else _listed(freeze_extra_modules),
     }
+
+
+def new_blocks(
+    use_llama_pro: bool, finetuning_type: str, freeze_trainable_layers: int, model_name_or_path: str | None, find: Find
+) -> Settings | NoEffect:
+    """There, a script has lengthened the model beforehand: each so many layers end with a new one, and these alone are trained,
+    with freeze whole and with lora by adapters."""
+    if not use_llama_pro:
+        return NoEffect("is not asked for")
+    if finetuning_type not in ("lora", "freeze"):
+        raise Refusal("works with finetuning_type=freeze or lora only", "use_llama_pro")
+    layers = _num_layers(model_name_or_path, find)
+    if layers is None:
+        why = "needs the config.json of the lengthened model, which is not here"
+        fix = "name the new layers with adapter.layers, or lengthen the original model with adapter=llama_pro"
+        raise Refusal(f"{why}; {fix}", "use_llama_pro")
+    if freeze_trainable_layers < 1 or layers % freeze_trainable_layers:
+        raise Refusal(f"must divide the model's {layers} layers with use_llama_pro", "freeze_trainable_layers")
+    stride = layers // freeze_trainable_layers
+    return {"adapter.layers": list(range(stride - 1, layers, stride))}
+
+
+def _num_layers(model_name_or_path: str | None, find: Find) -> int | None:
+    """Of a model in a folder."""
+    found = None if model_name_or_path is None else find(str(Path(model_name_or_path, "config.json")))
+    if found is None:
+        return None
+    try:
+        config = json.loads(Path(found).read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        return next((config[name] for name in ("num_hidden_layers", "num_layers", "n_layer") if name in config), None)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
 
 
 def oft(
@@ -235,11 +300,12 @@ def oft(
 ) -> Settings | NoEffect:
     if finetuning_type != "oft":
         return NoEffect("read with finetuning_type=oft only")
-    if oft_rank:
-        raise Refusal("a number of blocks per layer is not supported; set oft_block_size, and oft_rank to 0", "oft_rank")
+    if bool(oft_rank) == bool(oft_block_size):
+        raise Refusal("PEFT takes one of oft_rank and oft_block_size, there too; set the other to 0", "oft_rank")
     return {
         "adapter": "oft",
-        "adapter.block_size": oft_block_size,
+        "adapter.block_size": oft_block_size or None,
+        "adapter.blocks": oft_rank or None,
         "adapter.dropout": float(module_dropout),
         "adapter.targets": _targets(oft_target),
     }
@@ -352,6 +418,25 @@ def preference(
         "stage.sft_weight": float(pref_ftx),
         "stage.ld_alpha": ld_alpha,
     }
+
+
+def reference(
+    stage: str,
+    pref_loss: str,
+    ref_model: str | None,
+    ref_model_adapters: str | Sequence[str] | None,
+    ref_model_quantization_bit: int | None,
+) -> Settings | NoEffect:
+    if stage != "kto" and not (stage == "dpo" and PAIR_STAGES.get(pref_loss) == "dpo"):
+        return NoEffect("the stage has no reference")
+    if ref_model is None:
+        return {"stage.reference_model": None, "stage.reference_adapter": None}
+    if ref_model_quantization_bit is not None:
+        raise Refusal("a reference model is not quantized; leave it out", "ref_model_quantization_bit")
+    adapters = [] if ref_model_adapters is None else _listed(ref_model_adapters)
+    if len(adapters) > 1:
+        raise Refusal("a reference has one adapter; merge the others with `export`", "ref_model_adapters")
+    return {"stage.reference_model": ref_model, "stage.reference_adapter": adapters[0] if adapters else None}
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -549,6 +634,9 @@ def _adam_of(optim: str) -> str:
     )
 
 
+LAYERWISE = "steps are not taken layer by layer, since max_grad_norm and gradient_accumulation_steps need all gradients"
+
+
 def galore(
     use_galore: bool,
     galore_target: str | list[str],
@@ -562,7 +650,7 @@ def galore(
         return {}
     _only("galore_target", galore_target, ("all", ["all"]), "every matrix of the layers is projected")
     _only("galore_proj_type", galore_proj_type, ("std",), "the shorter side is projected, as std does")
-    _only("galore_layerwise", galore_layerwise, (False,), "steps are not taken layer by layer")
+    _only("galore_layerwise", galore_layerwise, (False,), LAYERWISE)
     return _projected(galore_rank, galore_update_interval, galore_scale)
 
 
@@ -583,7 +671,7 @@ def apollo(
     _only("apollo_target", apollo_target, ("all", ["all"]), "every matrix of the layers is projected")
     _only("apollo_proj", apollo_proj, ("random",), "projections are random")
     _only("apollo_proj_type", apollo_proj_type, ("std",), "the shorter side is projected, as std does")
-    _only("apollo_layerwise", apollo_layerwise, (False,), "steps are not taken layer by layer")
+    _only("apollo_layerwise", apollo_layerwise, (False,), LAYERWISE)
     _only("apollo_scale_front", apollo_scale_front, (False,), "the scale comes after the limit of the norm's growth")
     return {**_projected(apollo_rank, apollo_update_interval, apollo_scale), "optimizer.sizes": apollo_scale_type}
 
@@ -597,11 +685,13 @@ def badam(
 ) -> Settings:
     if not use_badam:
         return {}
-    _only("badam_mode", badam_mode, ("layer",), "blocks are layers")
+    ratio = "blocks are layers; a random part of every matrix (ratio) saves no gradients, and no paper has measured it"
+    _only("badam_mode", badam_mode, ("layer",), ratio)
     _only("badam_start_block", badam_start_block, (None,), "the order says which block is first")
-    _only("badam_switch_mode", badam_switch_mode, ("ascending", "descending", "random"), "blocks take turns")
+    never = "blocks take turns; one that never changes is adapter=freeze with adapter.layers=[NUMBER]"
+    _only("badam_switch_mode", badam_switch_mode, ("ascending", "descending", "random"), never)
     if badam_switch_interval < 1:
-        raise Refusal("must be at least 1: blocks take turns", "badam_switch_interval")
+        raise Refusal(f"must be at least 1: {never}", "badam_switch_interval")
     return {"optimizer.switch_every": badam_switch_interval, "optimizer.order": badam_switch_mode}
 
 

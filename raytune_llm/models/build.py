@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,12 +18,13 @@ from raytune_llm.config.quantization import NoQuantization, QuantizationConfig
 from raytune_llm.errors import ConfigError
 from raytune_llm.models import activations, attention, head
 from raytune_llm.models.adapters import Adapters, Slots, adapt, bank_of, merge
-from raytune_llm.models.attention.isolation import check_isolation, needs_lines
+from raytune_llm.models.attention.isolation import check_isolation, first_chunk, needs_lines
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
+from raytune_llm.models.liger import with_liger
 from raytune_llm.models.load import check_trainable, load_config, load_model, model_class, positions
 from raytune_llm.models.mtp import PredictionLayers, prediction_layers
-from raytune_llm.models.multimodal import is_multimodal, processor_files
+from raytune_llm.models.multimodal import is_multimodal, processor_files, text_model
 from raytune_llm.models.own_code import check_own_code
 from raytune_llm.models.policy import Policy
 from raytune_llm.models.quantization import quantization_of, quantize
@@ -149,6 +150,8 @@ def build_policy(
     else:
         hold(loaded.requires_grad_(False))  # a bank comes after quantization, which takes frozen weights
         adapted = bank_of(loaded, slots, compute)
+    if model.liger_kernel and trains:
+        with_liger(loaded, runs_on.type)
     activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
     media: dict[str, Any] = {}
     beside: list[Callable[[], Mapping[str, Tensor]]] = []
@@ -171,8 +174,9 @@ def build_policy(
         cuda_graphs=cuda_graphs,
         adapters=adapted,
         has_new_adapter=adapter.starts_at_base,
-        has_changed_config=bool(model.config),
+        has_changed_config=bool(model.config) or model.positions is not None,
         base_vocabulary=base_vocabulary,
+        shift_attn_tokens=model.shift_attn_tokens,
         left_out=partial(_joined, beside),
         **media,
     )
@@ -260,14 +264,22 @@ def _other_media(model: PreTrainedModel, load: Callable[[], PreTrainedModel]) ->
 
 def _check_head(model: PreTrainedModel) -> None:
     """Raises ConfigError if anything but the head follows the last hidden states: logits are computed from them (CausalLM)."""
-    parts = (model.base_model, model.get_output_embeddings())
-    more = [name for name, child in model.named_children() if child not in parts and any(True for _ in child.parameters())]
+    more = list(_beside(model, (model.base_model, text_model(model), model.get_output_embeddings())))
     if more:
         raise ConfigError(
             "model.path",
             f"must be a model with only a head over its last hidden states; {model.config.model_type} has {more[0]}",
             got=model.config.name_or_path or model.config.model_type,
         )
+
+
+def _beside(module: nn.Module, parts: Sequence[nn.Module | None]) -> Iterator[str]:
+    """Names of children with parameters that are none of the parts, nor hold one."""
+    for name, child in module.named_children():
+        if any(held in parts for held in child.modules()):
+            yield from () if child in parts else _beside(child, parts)
+        elif any(True for _ in child.parameters()):
+            yield name
 
 
 def run_config(model: ModelConfig, tokenizer: Any, max_length: int, *, packing: bool = False) -> PretrainedConfig:
@@ -289,15 +301,18 @@ def run_config(model: ModelConfig, tokenizer: Any, max_length: int, *, packing: 
             "pad_token_id": tokenizer.pad_token_id,
         }
         changes = {"vocab_size": len(tokenizer), **special_tokens, **model.config}
-    config = load_config(model.path, changes, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    config = load_config(model.path, changes, **model.config_options)
     check_trainable(config)
     if (known := model_class(config)) is not None:
         check_isolation(config, known, packing=packing)
         if needs_lines(config, known):
             attention.own_layers(model.attention, config)
+    if model.shift_attn_tokens is not None:
+        attention.check_groups(config, model.shift_attn_tokens, max_length)
     limit = positions(config)
     if limit is not None and max_length > limit:
-        raise ConfigError("data.max_length", f"must be at most the model's {limit} positions", got=max_length, fix="Lower it.")
+        fix = "Lower it." if limit == first_chunk(config) else "Lower it, or set model.positions and model.rope_scaling."
+        raise ConfigError("data.max_length", f"must be at most the model's {limit} positions", got=max_length, fix=fix)
     _check_scaled_positions(config, max_length)
     if len(tokenizer) > config.get_text_config().vocab_size and not model.adds_tokens:
         raise ConfigError(

@@ -29,8 +29,10 @@ from transformers import (
 
 from raytune_llm import packaged
 from raytune_llm.errors import ConfigError, first_line
+from raytune_llm.models.attention.isolation import first_chunk
 from raytune_llm.models.finished import check_unchanged
 from raytune_llm.models.layers import largest
+from raytune_llm.models.longer import with_positions
 from raytune_llm.models.multimodal import TRAINED_ON_TEXT, is_multimodal, leave_other_media_out
 from raytune_llm.models.own_code import own_class
 from raytune_llm.models.quantization.prequantized import unpacked
@@ -48,12 +50,22 @@ MAX_LAYERS = 1_000
 
 
 def load_config(
-    path: str | None, changes: Mapping[str, Any], *, revision: str | None = None, trust_remote_code: bool = False
+    path: str | None,
+    changes: Mapping[str, Any],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    positions: int | None = None,
+    rope_scaling: str | None = None,
 ) -> PretrainedConfig:
-    """The model's own config with the changes; with no path, a config of the changes alone."""
+    """The model's own config with the changes; with no path, a config of the changes alone. positions: that it has at least, by
+    rope_scaling."""
     _check_values(changes)
-    if path is None:
-        return _of_changes_alone(changes)
+    found = _of_changes_alone(changes) if path is None else _changed_of(path, changes, revision, trust_remote_code)
+    return found if positions is None or rope_scaling is None else with_positions(found, positions, rope_scaling)
+
+
+def _changed_of(path: str, changes: Mapping[str, Any], revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
     folder = packaged.resolve(path)
     check_unchanged(Path(folder), "model.path", max_bytes=MAX_HASHED_BYTES)
     try:
@@ -368,8 +380,9 @@ def check_trainable(config: PretrainedConfig) -> None:
 
 
 def positions(config: PretrainedConfig) -> int | None:
-    """The model's number of positions, if the config has it."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """The model's number of positions, if the config has it: as far as its rows are computed here."""
+    known = getattr(config.get_text_config(), "max_position_embeddings", None), first_chunk(config)
+    return min(filter(None, known), default=None)
 
 
 def _unreachable(path: str, error: Exception) -> ConfigError:

@@ -17,9 +17,9 @@ from transformers.utils.hub import cached_file
 from raytune_llm import packaged
 
 TRAINED_ON_TEXT = (
-    "aya_vision", "cohere2_vision", "gemma3", "gemma4", "glm4v", "glm4v_moe", "idefics3", "internvl", "lfm2_vl", "llava",
-    "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
-    "smolvlm",
+    "aya_vision", "cohere2_vision", "gemma3", "gemma4", "glm4v", "glm4v_moe", "idefics3", "internvl", "lfm2_vl", "llama4",
+    "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
+    "qwen3_vl_moe", "smolvlm",
 )  # fmt: skip
 """Families, by model_type, that compute text exactly as their language model alone does."""
 
@@ -39,15 +39,16 @@ def is_multimodal(config: PretrainedConfig) -> bool:
 
 def text_model(model: PreTrainedModel) -> nn.Module:
     """What embedded tokens go through to their last hidden states."""
-    return model.get_decoder() if is_multimodal(model.config) else model.base_model
+    found: Any = model.get_decoder() if is_multimodal(model.config) else model.base_model
+    return found.model if hasattr(found, "lm_head") else found  # what Llama 4 calls so has a head
 
 
 def leave_other_media_out(model: PreTrainedModel) -> PreTrainedModel:
     """The model reduced to what text passes through, with its original names."""
     if is_multimodal(model.config):
-        text = text_model(model)
+        parts = (text_model(model), model.get_output_embeddings())
         for name, child in list(model.base_model.named_children()):
-            if child is not text:
+            if not any(module in parts for module in child.modules()):
                 setattr(model.base_model, name, None)
     return model
 

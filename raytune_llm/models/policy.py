@@ -58,18 +58,20 @@ class Policy(nn.Module):
         has_new_adapter: bool = False,
         has_changed_config: bool = False,
         base_vocabulary: int | None = None,
+        shift_attn_tokens: int | None = None,
         left_out: Callable[[], Mapping[str, Tensor]] = dict,
         files_beside: Callable[[], Sequence[Path]] = tuple,
     ) -> None:
         """Matrix products and the residual stream are in `compute`, whatever the dtype of the weights.
 
-        in_lines: each document has a line of its batch for itself, which transformers' own layers compute. adapters: the model's
-        adapters, if they are not PEFT's. offloads: keep activations in host memory until the backward pass. cuda_graphs: capture
-        the layers' passes in training, but for batches with shared prompts. has_new_adapter: without its adapter, the policy is
-        the one that the run started from. has_changed_config: the config differs from the base's config.json. base_vocabulary:
-        rows of the base's embeddings; an adapter may have more. left_out: weights of the base that are no part of the model here
-        (towers of other media, layers of multi-token prediction), in the types in which they are saved with a whole model.
-        files_beside: files of the base that are saved with them, such as an image processor's.
+        in_lines: each document has a line of its batch for itself, which transformers' own layers compute. adapters: the
+        model's adapters, if they are not PEFT's. offloads: keep activations in host memory until the backward pass.
+        cuda_graphs: capture the layers' passes in training, but for batches with shared prompts. has_new_adapter: without its
+        adapter, the policy is the one that the run started from. has_changed_config: the config differs from the base's
+        config.json. base_vocabulary: rows of the base's embeddings; an adapter may have more. shift_attn_tokens: of a group of
+        S2 attention, in training. left_out: weights of the base that are no part of the model here (towers of other media,
+        layers of multi-token prediction), in the types in which they are saved with a whole model. files_beside: files of the
+        base that are saved with them, such as an image processor's.
         """
         super().__init__()
         self.model: Any = model
@@ -82,6 +84,7 @@ class Policy(nn.Module):
         self._graphs = LayerGraphs(self._last_hidden, self._trained) if cuda_graphs else None
         self._has_new_adapter, self._has_changed_config = has_new_adapter, has_changed_config
         self._base_vocabulary, self._left_out, self._files_beside = base_vocabulary, left_out, files_beside
+        self._shift_attn_tokens = shift_attn_tokens
         self._as_found: list[Tensor] | None = None
         """Values of the trained parameters, in their order."""
 
@@ -179,7 +182,8 @@ class Policy(nn.Module):
         if route is None and inputs.adapter_M is not None:
             route = self.adapters.by_documents(inputs.adapter_M, inputs.cu_seqlens_S, inputs.ids_BT.numel())
         window = getattr(self.base.config.get_text_config(), "sliding_window", None)
-        return {**beside, **attention.arguments(self.attention_backend, inputs, window), **(route or {})}
+        groups = self._shift_attn_tokens if self.training else None
+        return {**beside, **attention.arguments(self.attention_backend, inputs, window, groups), **(route or {})}
 
     def _of_lines(self, batch: Batch) -> dict[str, Any]:
         """Arguments for a batch of one document a line: positions, where the model takes them. What pads a line comes after its

@@ -45,7 +45,7 @@ def adapter_of_checkpoint(run_folder: Path, step: int, into: Path) -> bool:
             dcp.load(state, storage_reader=CheckedReader(place), no_dist=True)
     except (OSError, ValueError, dcp.api.CheckpointException) as error:
         raise DataError(str(place), f"can't be read ({error})") from None
-    config = load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    config = load_config(model.path, model.config, **model.config_options)
     device = torch.device("cpu" if run.adapter.changes_base else "meta")  # what it changed is in what it learned
     base = load_model(
         config,

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from raytune_llm import packaged
+from raytune_llm.config.resources import uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.readers.declarations import check_held_out, declared
@@ -25,6 +26,7 @@ from raytune_llm.models.attention.cache import cache_lacks
 from raytune_llm.models.build import run_config
 from raytune_llm.models.generation_config import read_generation_config, savable
 from raytune_llm.models.layers import layers
+from raytune_llm.models.liger import check_liger
 from raytune_llm.models.load import load_model
 from raytune_llm.models.own_code import check_own_code
 from raytune_llm.models.quantization import check_layers
@@ -81,6 +83,8 @@ def _check(run: TrainRun, workspace: Workspace) -> None:
         merge(model, run.model.merged_adapters)
         adapters = adapt(model, run.adapter, scores=stage.scores is not None, new_ids=sorted(pieces))
     check_layers(layers(model), run.quantization)
+    if run.model.liger_kernel and not uses_ray(run.resources):
+        check_liger(model, "cuda" if torch.cuda.is_available() else "cpu")
     _check_trained(run, adapters.model)
     build_optimizer(run.optimizer, adapters.model, fused=False, lr_factor=adapters.lr_factor)
 

@@ -143,6 +143,7 @@ def _key_of(
         "model": [
             model and _files(packaged.resolve(model)),
             run.model.config,
+            *([] if run.model.positions is None else [run.model.positions, run.model.rope_scaling]),
             run.model.revision,
             seed,
         ],

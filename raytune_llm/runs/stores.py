@@ -40,7 +40,7 @@ def shares_prompts(run: TrainRun | PrepareRun, kind: str, model_config: Callable
     if asked is False or not KINDS[kind].can_share_prompts:
         return False
     config = model_config()
-    possible = shares_prefixes(run.model.attention, config)
+    possible = shares_prefixes(run.model.attention, config) and run.model.shift_attn_tokens is None
     if asked is True and not possible:
         raise ConfigError(
             "data.share_prompts",

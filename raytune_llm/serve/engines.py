@@ -164,7 +164,7 @@ def check_servable(
     ENGINES[engine_settings.name].check(engine_settings, model, quantization, served)
     lone_adapter(served, engine_settings)
     tokenizer_of(model, served)
-    load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    load_config(model.path, model.config, **model.config_options)
     _configured_ends(model.path)
 
 
@@ -172,7 +172,7 @@ def _serving(model: ModelConfig, quantization: QuantizationConfig, served: Serve
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute, _ = choose_precision(served.precision, device)
     tokenizer, ends = tokenizer_of(model, served)
-    config = load_config(model.path, model.config, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    config = load_config(model.path, model.config, **model.config_options)
     source = alone.source.path if alone is not None else model.path and packaged.resolve(model.path)
     head = source if source is not None and has_separate_head(source) else None
     return Serving(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ KEPT_APART_NAMES = (
     "diffllama ernie4_5_moe exaone_moe flex_olmo glm4_moe_lite granitemoeshared hunyuan_v1_moe hyperclovax internlm3 "
     "iquestcoder minimax_m2 ministral3 solar_open vaultgemma youtu gpt_oss flint granite_swa granitemoe_swa mimo_v2_flash "
     "aria_text axk1 beam cohere2_moe cohere_compass_text ctrl cwm dbrx dots1 gemma3n_text gemma4_text gemma4_unified_text "
-    "gpt-sw3 hrm_text hy_v3 jais2 kolibri1 laguna longcat_flash mellum minimax_m3_vl_text moshi phimoe"
+    "gpt-sw3 hrm_text hy_v3 jais2 kolibri1 laguna longcat_flash mellum minimax_m3_vl_text moshi phimoe llama4_text"
 )
 KEPT_APART = KEPT_APART_NAMES.split()
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 2}
@@ -97,9 +99,12 @@ IN_LINES = {
 """Architectures that compute a row in a line for itself, and what makes a small one of them."""
 NOT_KEPT_APART = {
     "in a way of their own": "openai-gpt bart biogpt",
-    "layers of the kind": "zamba2 lfm3 llama4_text deepseek_v32 kimi_linear",
+    "layers of the kind": "zamba2 lfm3 deepseek_v32 kimi_linear",
     "attention mask of their own": "doge",
 }
+
+
+NO_NORM_WEIGHTS = {"olmo", "nanochat", "hrm_text"}
 
 
 ROPES = (
@@ -138,6 +143,38 @@ def test_a_row_of_a_pack_gets_what_transformers_gives_the_row_alone(model_type: 
         together = model(packed(rows), logits)
         alone = _alone(model, rows)
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
+
+
+def _error_in_bf16(norm: Callable[..., torch.Tensor], exact: Callable[..., torch.Tensor], width: int) -> float:
+    """The largest relative error of an output, over rows whose mean squares are anything."""
+    x_BD = torch.randn(512, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found, expected = norm(x_BD).float(), exact(x_BD.float())
+    return ((found - expected).abs() / expected.abs().clamp(min=1e-2)).max().item()
+
+
+@pytest.mark.parametrize("model_type", KEPT_APART)
+def test_norms_in_bf16_are_computed_in_float32_and_rounded(model_type: str) -> None:
+    """What upcast_layernorm is for, in other programs. Two roundings: of what is normed, and of its product with the weight."""
+    norms = {
+        (type(module), module.weight.shape): module
+        for module in AutoModelForCausalLM.from_config(small(model_type), dtype=torch.float32).modules()
+        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None and module.weight.ndim == 1
+    }
+    assert norms or model_type in NO_NORM_WEIGHTS
+    for norm in norms.values():
+        torch.nn.init.uniform_(norm.weight, 0.5, 2.0).data.copy_(norm.weight.bfloat16())
+        error = _error_in_bf16(copy.deepcopy(norm).bfloat16(), norm, len(norm.weight))
+        assert error <= 2**-7 + 2**-11, type(norm).__name__
+
+
+def test_a_norm_in_bf16_throughout_would_be_seen() -> None:
+    weight = torch.linspace(0.5, 2.0, 32).bfloat16()
+
+    def norm(x_BD: torch.Tensor) -> torch.Tensor:
+        w = weight.to(x_BD.dtype)
+        return w * (x_BD * torch.rsqrt(x_BD.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    assert _error_in_bf16(norm, norm, 32) > 2**-7 + 2**-11
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])

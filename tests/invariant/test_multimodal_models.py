@@ -79,6 +79,12 @@ CONFIGS = {
         "vision_config": TOWER,
         "mm_tokens_per_image": 4,
     },
+    "llama4": {
+        "text_config": TEXT
+        | {"num_hidden_layers": 4, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2, "num_local_experts": 4},
+        "vision_config": TOWER
+        | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32, "pixel_shuffle_ratio": 1.0},
+    },
     "llava": {"text_config": TEXT | {"model_type": "llama"}, "vision_config": TOWER | {"model_type": "clip_vision_model"}},
     "mistral3": {"text_config": TEXT | {"model_type": "mistral"}, "vision_config": TOWER | {"model_type": "pixtral"}},
     "qwen2_vl": {"text_config": TEXT | ROPE, "vision_config": QWEN},

@@ -46,7 +46,7 @@ ARCHITECTURES = {
 CONV = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
 LAYERS = {"lfm2": CONV, "lfm2_moe": CONV, "lfm2_vl": {"text_config": {"model_type": "lfm2", **CONV}}}
 """Where a config without entries has other layers than the checkpoints."""
-NOT_TRAINED = {"gemma3n": "its towers are another package's (timm)", "llama4": "a model of other media"}
+NOT_TRAINED = {"gemma3n": "its towers are another package's (timm)"}
 """What has several media and is not among those that are trained on text."""
 HEAD = """\
 # Models
@@ -66,8 +66,18 @@ have: a config class, a backbone that takes `inputs_embeds`, `get_input_embeddin
 `_no_split_modules`, which names the class of its layers. What lacks one (ChatGLM's backbone takes token ids alone) is refused by
 name.
 
-Scaled positions (`model.config.rope_scaling`: linear, dynamic, yarn, llama3) are computed in packs as alone. LongRoPE has two
-sets of frequencies, chosen by the longest row of a batch, so `data.max_length` must stay within the positions of the first.
+`model.positions=16384 model.rope_scaling=yarn` (or `linear`, `dynamic`, `llama3`) stretches a model that has fewer positions,
+by the smallest whole factor that suffices; `model.config.rope_scaling` sets a scaling's numbers instead. Scaled positions are
+computed in packs as alone. LongRoPE has two sets of frequencies, chosen by the longest row of a batch, so `data.max_length`
+must stay within the positions of the first.
+
+`model.shift_attn_tokens=4096` trains long rows with S2 attention (LongLoRA, Chen et al. 2023): within groups of so many tokens,
+which begin half a group later for half of the heads. Groups are counted from each row's first token, in packs as alone, and the
+first half group never sees the row's end. Evaluations and the saved model attend to all. It is refused for models of which a
+layer has a window, a state or sinks, with a reference (DPO, KTO), and with `train.cuda_graphs`.
+
+Llama 4 attends within chunks of 8,192 tokens in most layers, and in the others more sharply from there on by a token's place in
+its pack. Up to 8,191 tokens (`data.max_length`) both are plain attention, so that is the limit here.
 
 An adapter on all linear layers leaves out routers that are linear layers, and of state-space mixers (Mamba) all but `in_proj`,
 since their kernels read the weights of the others past any adapter.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models.activations import lacks_for_compiling
 from raytune_llm.models.adapters import LoraBank, reads_weights
 from raytune_llm.models.attention.cache import check_cached
+from raytune_llm.models.attention.isolation import first_chunk
 from raytune_llm.models.build import build_policy
 from raytune_llm.models.few_rows import FewRows
 from raytune_llm.models.layers import layers
@@ -118,7 +120,10 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
         end_ids=serving.end_ids,
         max_length=limit,
         max_rows=settings.max_rows,
-        step_tokens=settings.step_tokens or STEP_TOKENS.get(serving.device.type, STEP_TOKENS["cpu"]),
+        step_tokens=min(
+            settings.step_tokens or STEP_TOKENS.get(serving.device.type, STEP_TOKENS["cpu"]),
+            first_chunk(serving.config) or sys.maxsize,
+        ),
         max_host_adapters=serving.max_host_adapters,
         prefix_cache=settings.prefix_cache,
         own_adapter=serving.adapter_name,

@@ -119,6 +119,7 @@ class GroupedAttention(nn.Module):
         self.window_in_mask: int | None = getattr(attention, "window_in_mask", None)
         self.norms_heads = "q_norm" in self._modules
         self.sliding_window: int | None = _sliding_window(attention)
+        self.rotate: Callable[..., tuple[Tensor, Tensor]] = apply_rotary_pos_emb
         self.train(attention.training)
 
     def forward(
@@ -136,7 +137,7 @@ class GroupedAttention(nn.Module):
         if self.norms_heads:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = self.rotate(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

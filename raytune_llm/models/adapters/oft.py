@@ -11,22 +11,25 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.method import Kept, Layers, Method, only_linear, sides
 
 
-def oft(*, block_size: int, dropout: float) -> OFTConfig:
+def oft(*, block_size: int | None, blocks: int | None, dropout: float) -> OFTConfig:
     """dropout: the part of the blocks that are not turned in a pass."""
-    return OFTConfig(r=0, oft_block_size=block_size, module_dropout=dropout)
+    return OFTConfig(r=blocks or 0, oft_block_size=block_size or 0, module_dropout=dropout)
 
 
 def describes(saved: PeftConfig) -> bool:
     return isinstance(saved, OFTConfig)
 
 
-def blocks_fit(layers: Layers, *, block_size: int, **settings: float) -> None:
+def blocks_fit(layers: Layers, *, block_size: int | None, blocks: int | None, **settings: float) -> None:
+    """A block of one input would have nothing to turn."""
     only_linear(layers, "oft")
+    setting, part = ("blocks", blocks) if block_size is None else ("block_size", block_size)
+    assert part is not None, "one of the two is given"
     for name, layer in layers.items():
         inputs, _ = sides(layer)
-        if inputs % block_size:
+        if inputs % part or part == inputs == blocks:
             rule = f"must divide the {inputs} inputs of {name.rpartition('.')[2]}"
-            raise ConfigError("adapter.block_size", rule, got=block_size, fix="Choose another, or set other adapter.targets.")
+            raise ConfigError(f"adapter.{setting}", rule, got=part, fix="Choose another, or set other adapter.targets.")
 
 
 KEPT = Kept(alone=True, converts=True, drops_inputs=False)

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.attention import documents
 from raytune_llm.models.attention.backends import flash2, flash3, flash4, flex, note_windows_in_masks, sdpa, varlen
+from raytune_llm.models.attention.groups import group_bounds
 from raytune_llm.models.attention.isolation import ONE_ROW_A_LINE, check_isolation, computes_by_itself, needs_lines
 from raytune_llm.models.layers import largest
 from raytune_llm.models.multimodal import text_model
@@ -261,25 +262,56 @@ def tell_torch(backend: str) -> None:
 def shares_prefixes(asked: str, config: PretrainedConfig) -> bool:
     """Whether documents can share a prompt: the back end supports it, and every layer of the model attends to all
     that came before, not at a window of it or at a state that is carried on. On every device the same, so that runs are."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return attends_to_all(config) and not capped and (asked == "auto" or asked in PREFIXED)
+
+
+def attends_to_all(config: PretrainedConfig) -> bool:
+    """Whether each layer is attention to all that came before, by a back end of ours, without sinks."""
     text: Any = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if text.model_type in ONE_ROW_A_LINE or computes_by_itself(config):
+    if text.model_type in (*ONE_ROW_A_LINE, *WITH_SINKS) or computes_by_itself(config):
         return False
-    if text.model_type in WITH_SINKS:
-        return False
-    whole = kinds == {"full_attention"} and getattr(text, "sliding_window", None) is None
-    return whole and getattr(text, "attn_logit_softcapping", None) is None and (asked == "auto" or asked in PREFIXED)
+    return kinds == {"full_attention"} and getattr(text, "sliding_window", None) is None
 
 
-def arguments(backend: str, batch: Batch, window: int | None) -> dict[str, Any]:
-    """The keyword arguments that the layers pass to a back end, for one batch. window: tokens of a sliding window."""
+def check_groups(config: PretrainedConfig, group_tokens: int, max_length: int) -> None:
+    """Raises ConfigError where S2 attention would change nothing, or what layers do beside it is not known to suit it."""
+    setting = "model.shift_attn_tokens"
+    if not attends_to_all(config):
+        rule = f"must be null for {config.model_type}: not each of its layers attends to all that came before"
+        raise ConfigError(setting, rule, got=group_tokens, fix="Leave it out.")
+    if group_tokens >= max_length:
+        rule = f"must be below data.max_length, which is {max_length}: a row would be one group"
+        raise ConfigError(setting, rule, got=group_tokens, fix="Set a quarter of data.max_length, or null.")
+
+
+def arguments(backend: str, batch: Batch, window: int | None, group_tokens: int | None = None) -> dict[str, Any]:
+    """The keyword arguments that the layers pass to a back end, for one batch. window: tokens of a sliding window.
+    group_tokens: of S2 attention."""
     B, T = batch.ids_BT.shape
+    if group_tokens is not None:
+        assert batch.prefixes is None, "config/rules.py lets no documents share a prompt"
+        plain, shifted = (_of_groups(backend, batch, window, group_tokens, shifted=shifted) for shifted in (False, True))
+        return {**plain, "shifted": shifted}
     cu_seqlens_S, max_seqlen = _stable(batch.cu_seqlens_S, batch.max_seqlen)
     return {
         "cu_seqlens_S": cu_seqlens_S,
         "max_seqlen": max_seqlen,
         "prefixes": _stable_prefixes(batch.prefixes),
         **block_masks(backend, batch.cu_seqlens_S, B, T, window, batch.prefixes),
+    }
+
+
+def _of_groups(backend: str, batch: Batch, window: int | None, group_tokens: int, *, shifted: bool) -> dict[str, Any]:
+    B, T = batch.ids_BT.shape
+    bounds_K = group_bounds(batch.cu_seqlens_S, B * T, group_tokens, shifted=shifted)
+    cu_seqlens_S, max_seqlen = _stable(bounds_K, min(batch.max_seqlen, group_tokens))
+    return {
+        "cu_seqlens_S": cu_seqlens_S,
+        "max_seqlen": max_seqlen,
+        "prefixes": None,
+        **block_masks(backend, bounds_K, B, T, window),
     }
 
 

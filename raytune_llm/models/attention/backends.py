@@ -25,6 +25,7 @@ from raytune_llm.models.attention.cached_attention import cached_attention
 from raytune_llm.models.attention.decode_step import DecodeStep
 from raytune_llm.models.attention.document_attention import document_attention
 from raytune_llm.models.attention.documents import document_mask
+from raytune_llm.models.attention.groups import by_halves
 from raytune_llm.models.attention.masked import Scores, masked_attention
 from raytune_llm.models.attention.varlen import varlen_over
 from raytune_llm.records import Prefixes
@@ -52,6 +53,7 @@ def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[
         softcap: float | None = None,
         s_aux: Tensor | None = None,
         cached_rows: CachedRows | DecodeStep | None = None,
+        shifted: Mapping[str, Any] | None = None,
         **of_batch: Any,
     ) -> tuple[Tensor, None]:
         _check(module, attention_mask)
@@ -61,11 +63,12 @@ def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[
             return cached_attention(module, query, key, value, scores, cached_rows, s_aux), None
         scores = Scores(scaling, sliding_window, softcap, s_aux)
         _check_of_batch(of_batch)
+        over = attend if shifted is None else partial(by_halves, attend, shifted=shifted)
         narrower = query.shape[-1] - value.shape[-1]  # as in multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434)
         if narrower:
-            out = attend(query, key, F.pad(value, (0, narrower)), scores, **of_batch)
+            out = over(query, key, F.pad(value, (0, narrower)), scores, **of_batch)
             return out[..., :-narrower], None
-        return attend(query, key, value, scores, **of_batch), None
+        return over(query, key, value, scores, **of_batch), None
 
     return called
 

@@ -15,8 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.own_code import has_own_code, own_class
 
-ATTENDS = {"full_attention", "sliding_attention"}
-"""Kinds of layers, by transformers' names, that mix tokens only in causal attention, full or in a sliding window."""
+CHUNKED = "chunked_attention"
+"""A kind of layers, by transformers' name: causal attention within chunks, counted from a row's first token (Llama 4)."""
+ATTENDS = {"full_attention", "sliding_attention", CHUNKED}
+"""Kinds of layers, by transformers' names, that mix tokens only in causal attention: full, in a sliding window, or in chunks of
+which a row is not longer than one (first_chunk)."""
 OWN_WAY = {
     "doge": "its layers make an attention mask of their own",
     "nemotron": "its layers do not pass boundaries on to attention",
@@ -52,6 +55,16 @@ def check_isolation(config: PretrainedConfig, model_class: type[PreTrainedModel]
             fix="Set data.packing=false: a row then has a line of the batch for itself, and train.micro_batch_size is a number "
             "of rows.",
         )
+
+
+def first_chunk(config: PretrainedConfig) -> int | None:
+    """Tokens up to which layers that attend in chunks attend to all. In Llama 4 others make long rows' attention sharper, by a
+    token's place in its pack, from the place on that is one below floor_scale."""
+    text: Any = config.get_text_config()
+    if CHUNKED not in (getattr(text, "layer_types", None) or ()):
+        return None
+    sharper = text.floor_scale - 1 if getattr(text, "attn_temperature_tuning", False) else text.attention_chunk_size
+    return min(text.attention_chunk_size, sharper)
 
 
 def needs_lines(config: PretrainedConfig, model_class: type[PreTrainedModel] | None) -> bool:

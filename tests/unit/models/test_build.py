@@ -67,3 +67,10 @@ def test_rows_for_which_longrope_would_change_the_positions_of_those_beside_them
     assert run_config(model, byte_tokenizer(), max_length=32)
     with pytest.raises(ConfigError, match=r"data.max_length must be at most 32, .*LongRoPE.*, got 33\. Lower it"):
         run_config(model, byte_tokenizer(), max_length=33)
+
+
+def test_rows_of_llama_4_stay_within_what_its_layers_attend_to_as_any_model():
+    model = random_model(model_type="llama4_text")
+    assert run_config(model, byte_tokenizer(), max_length=8191).model_type == "llama4_text"
+    with pytest.raises(ConfigError, match=r"data.max_length must be at most the model's 8191 positions, got 8192\. Lower it\.$"):
+        run_config(model, byte_tokenizer(), max_length=8192)

@@ -235,6 +235,22 @@ def test_kinds_for_linear_layers_refuse_embeddings(kind: str) -> None:
         PeftAdapters(base()).add_own(settings)
 
 
+def test_a_number_of_blocks_is_a_size_by_layer() -> None:
+    by_number, by_size = (adapted("oft", *words) for words in (["adapter.block_size=null", "adapter.blocks=4"], []))
+    assert by_number.adapters.names == by_size.adapters.names
+    for model in (by_number, by_size):
+        sizes = {part.oft_block_size[OWN] * part.r[OWN] for part in model.modules() if hasattr(part, "oft_block_size")}
+        assert sizes == {32, 48}
+    own = {name: value.shape for name, value in by_number.named_parameters() if "oft_R" in name}
+    assert {shape[0] for shape in own.values()} == {4}
+    with pytest.raises(ConfigError, match=r"adapter.blocks must divide the 32 inputs of .*got 5"):
+        PeftAdapters(base()).add_own(section("oft", "adapter.block_size=null", "adapter.blocks=5"))
+    with pytest.raises(
+        ConfigError, match=r"adapter.blocks must be given where adapter.block_size is null, and only there, got 4"
+    ):
+        section("oft", "adapter.blocks=4")
+
+
 def test_blocks_of_oft_must_divide_what_they_turn() -> None:
     with pytest.raises(ConfigError, match=r"adapter\.block_size must divide the 48 inputs of down_proj, got 32"):
         PeftAdapters(base()).add_own(section("oft", "adapter.block_size=32"))

@@ -1,0 +1,53 @@
+"""More positions than a model has: its rotary positions scaled by a method of transformers that model.rope_scaling names.
+
+The factor is the smallest whole one that suffices, as LLaMA-Factory chooses it.
+"""
+
+from __future__ import annotations
+
+import copy
+from math import ceil
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from raytune_llm.errors import ConfigError
+
+KEPT = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+"""What an earlier scaling leaves of rope_parameters."""
+BY_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+"""Llama 3.1's."""
+
+
+def with_positions(config: PretrainedConfig, wanted: int, kind: str) -> PretrainedConfig:
+    """The config with at least so many positions; as it is where it has them. Scaling that it has already gives way.
+
+    kind: linear (Chen et al. 2023, arXiv 2306.15595), dynamic (NTK-aware: frequencies stay until texts exceed the new positions),
+    yarn (Peng et al. 2023, arXiv 2309.00071) or llama3.
+    """
+    text: Any = config.get_text_config()
+    rope, known = getattr(text, "rope_parameters", None), getattr(text, "max_position_embeddings", None)
+    if known is not None and wanted <= known:
+        return config
+    if known is None or not isinstance(rope, dict) or "rope_theta" not in rope:
+        rule = f"can't be more than {config.model_type} has, whose positions are not rotary ones of one frequency base"
+        raise ConfigError("model.positions", rule, got=wanted, fix="Leave model.positions and model.rope_scaling out.")
+    original = rope.get("original_max_position_embeddings") or known
+    factor = ceil(wanted / original)
+    beside: dict[str, Any] = {} if kind == "linear" else {"original_max_position_embeddings": original}
+    if kind == "llama3":
+        beside |= BY_BANDS
+    kept = {name: rope[name] for name in KEPT if name in rope}
+    scaled = {
+        "rope_parameters": {**kept, "rope_type": kind, "factor": float(factor), **beside},
+        "max_position_embeddings": original * factor,
+    }
+    longer = type(text).from_dict({**text.to_dict(), **scaled})
+    longer.name_or_path = text.name_or_path
+    if text is config:
+        return longer
+    whole = copy.deepcopy(config)
+    family: Any = type(config)
+    name = next(name for name in family.sub_configs if getattr(config, name, None) is text)
+    setattr(whole, name, longer)
+    return whole
