@@ -15,6 +15,8 @@ from raytune_llm.config.run import CompareRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.runs.comparison import Comparison, Rows, compare
 
+PAGE = b"<!doctype html"
+"""How a page begins."""
 COLUMN_WIDTH = 60
 """Characters of a page's lines for each of its columns."""
 
@@ -34,9 +36,12 @@ def main(run: CompareRun) -> int:
 
 
 def _check_page(page: Path) -> None:
-    """Raises ConfigError where it can't be written."""
+    """Raises ConfigError where it can't be written, or holds something else."""
     try:
         existed = page.exists()
+        if page.is_file() and page.stat().st_size and page.read_bytes()[: len(PAGE)].lower() != PAGE:
+            rule = "must be a new file, or a page that is replaced: this file is none"
+            raise ConfigError("page", rule, got=str(page), fix="For example, page=runs.html.")
         page.open("a").close()
         if not existed:
             page.unlink()

@@ -16,6 +16,8 @@ from pathlib import Path
 from raytune_llm.errors import ConfigError, DataError, first_line
 
 LETTERS = ("A", "B", "C", "D")
+AVERAGE = "Average"
+"""The score over all questions of a task, which stands beside those of categories."""
 LFS = b"version https://git-lfs.github.com/spec/"
 """How a file begins that Git LFS puts in the place of another."""
 DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
@@ -76,11 +78,17 @@ def read_task(task: str, folder: Path) -> list[Subject]:
         fix = "Name the folder that holds it, or leave evaluate.data out: a hub's files are read then."
         raise ConfigError("evaluate.data", f"must hold {name}/mapping.json", got=str(folder), fix=fix)
     try:
-        mapping = json.loads((place / "mapping.json").read_text(encoding="utf-8"))
-        described = [(key, str(one["name"]), str(one["category"])) for key, one in mapping.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        mapping = json.loads((place / "mapping.json").read_text(encoding="utf-8-sig"))
+        described = [(key, one["name"], one["category"]) for key, one in mapping.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = f"must be an object of subjects with name and category ({type(error).__name__}: {error})"
         raise DataError(str(place / "mapping.json"), problem) from None
+    for subject in described:
+        if not all(isinstance(text, str) and text.strip() for text in subject) or subject[2] == AVERAGE or "/" in subject[2]:
+            problem = f"must give each subject a name and a category, which is neither {AVERAGE} nor has a slash; got {subject}"
+            raise DataError(str(place / "mapping.json"), problem, "Correct the file.")
+    if not described:
+        raise DataError(str(place / "mapping.json"), "names no subject", "Copy the task's files there.")
     layout, read = LAYOUTS[name], _reader(place, name)
 
     def rows(folder_of_split: str, subject: str) -> list[ChoiceQuestion]:
@@ -134,7 +142,7 @@ def _stands_for_another(file: Path) -> bool:
 
 def _questions(text: str, where: str, columns: Sequence[str] | None) -> list[ChoiceQuestion]:
     try:
-        lines = list(csv.reader(io.StringIO(text)))
+        lines = [line for line in csv.reader(io.StringIO(text)) if line]
     except csv.Error as error:
         raise DataError(where, f"is no csv file that can be read ({error})", "Copy or download it again.") from None
     names = list(columns) if columns is not None else [name.strip().lower() for name in lines.pop(0)] if lines else []

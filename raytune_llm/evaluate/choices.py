@@ -15,7 +15,7 @@ from raytune_llm.data.shards import BLOCK_ROWS
 from raytune_llm.engines.questions import Answering, Question, in_blocks
 from raytune_llm.engines.requests import Sampling
 from raytune_llm.errors import ConfigError, DataError
-from raytune_llm.evaluate.choice_files import LETTERS, MEANT, ChoiceQuestion, Subject, read_task, split_of
+from raytune_llm.evaluate.choice_files import AVERAGE, LETTERS, MEANT, ChoiceQuestion, Subject, read_task, split_of
 from raytune_llm.evaluate.choice_hub import downloaded, folder_of, has_parquet, read_parquet_task
 from raytune_llm.evaluate.choice_prompts import asked, examples_of
 from raytune_llm.evaluate.models import Group
@@ -23,7 +23,6 @@ from raytune_llm.evaluate.results import Score, Shown
 from raytune_llm.predict.rows import ConversationPrompts
 
 CHINESE = ("ceval", "cmmlu")
-AVERAGE = "Average"
 SHOTS, SEED = 5, 42
 """Where they are not set."""
 

@@ -127,6 +127,14 @@ def test_a_page_that_cannot_be_written_is_refused(runs, tmp_path, capsys):
         assert "page must be a file that can be written" in capsys.readouterr().err
 
 
+def test_a_page_replaces_a_page_but_no_other_file(runs, tmp_path, capsys):
+    kept, page = tmp_path / "kept", tmp_path / "runs.html"
+    kept.write_text("mine")
+    assert main(["compare", *runs, f"page={kept}"]) == 2
+    assert "page must be a new file" in capsys.readouterr().err and kept.read_text() == "mine"
+    assert [main(["compare", *runs, f"page={page}"]) for _ in range(2)] == [0, 0]
+
+
 def test_a_page_is_as_wide_as_its_runs_need(runs, tmp_path):
     many = []
     for number in range(40):
