@@ -45,6 +45,10 @@ class ExportConfig:
     Others are hf with quantized linear layers. fp8, w8a8: weights and activations in 8 bits. w4a16, nf4: weights in 4 bits,
     rounded to the nearest value. gptq, awq: weights in 4 bits that are chosen on calibration rows."""
     output_dir: str | None
+    into_quantized: bool
+    """Merge into what quantization left of the base's weights: into those that its files hold in few bits, unpacked, or into
+    those that `run` trained over (its quantization=). false: such files are refused, and such a run's adapter is merged into the
+    original weights."""
     dtype: Literal["auto", "fp32", "bf16", "fp16", "q8_0", LlamaCppType]
     """The type of the weights. auto: each tensor's own in the base. q8_0, in gguf alone: 8 bits, with a scale for 32
     numbers; those below it are llama.cpp's own, made by export.llama_quantize. In a quantized format: the type of what is not

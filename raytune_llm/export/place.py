@@ -13,7 +13,7 @@ from raytune_llm.runs.owner import check_writable
 
 EXPORTED = "export.json"
 """The figures of the card. A folder with it is an export."""
-MADE_FROM = "made_from"
+MADE_FROM, WEIGHTS = "made_from", "weights"
 MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -53,6 +53,15 @@ def made_from(place: Path) -> dict[str, Any]:
         return dict(json.loads((place / EXPORTED).read_text())[MADE_FROM])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
+
+
+def has_weights(place: Path) -> bool:
+    """Whether the weights of the export there have the sizes that its EXPORTED says."""
+    try:
+        wrote = dict(json.loads((place / EXPORTED).read_text()).get(WEIGHTS, {}))
+        return all((place / name).stat().st_size == size for name, size in wrote.items())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def check_apart(place: Path, source: Source) -> None:

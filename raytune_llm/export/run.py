@@ -26,7 +26,7 @@ from raytune_llm.export.gguf.llama_quantize import found_program
 from raytune_llm.export.hf import hf
 from raytune_llm.export.memory import device_for, ran_out
 from raytune_llm.export.ollama.modelfile import ollama
-from raytune_llm.export.place import EXPORTED, MADE_FROM, check_apart, made_from, place_of
+from raytune_llm.export.place import EXPORTED, MADE_FROM, WEIGHTS, check_apart, has_weights, made_from, place_of
 from raytune_llm.export.push import check_push, push
 from raytune_llm.export.quantized.calibrated import calibrated
 from raytune_llm.export.quantized.codec import require
@@ -34,7 +34,7 @@ from raytune_llm.export.quantized.environment import check_environment
 from raytune_llm.export.quantized.nf4 import nf4
 from raytune_llm.export.quantized.rounded import rounded
 from raytune_llm.export.rows import rows_to_check
-from raytune_llm.export.source import Source, source_of
+from raytune_llm.export.source import WEIGHT_SUFFIXES, Source, source_of
 from raytune_llm.export.target import Target
 from raytune_llm.report.metrics import non_finite_as_strings
 from raytune_llm.runs.contents import adapter_contents, folder_contents, model_contents
@@ -46,6 +46,8 @@ OnProgress = Callable[[int, int], None]
 BESIDE = ("run", "adapters", "weights", "output_dir", "python", "llama_quantize", "overwrite", "push", "push_private")
 """Settings of `export` that say where things are; and factors, which stand beside adapters' contents."""
 SPARE_BYTES = 64 * 2**20
+MAX_KL_IN_QUANTIZED = 0.5
+"""Of weights that quantization took something off, from the original ones, where export.max_kl is null."""
 FORMATS: Mapping[str, Callable[[Source, ExportRun], Target]] = {
     "hf": hf,
     "adapter": adapter,
@@ -103,18 +105,21 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
     source = source_of(run)
     check_apart(place, source)
     now = _made_from(run, source)
+    replaces = settings.overwrite
     if made_from(place) == now:
-        return _found(place, settings, source)
-    place_of(settings.output_dir, overwrite=settings.overwrite)
+        if has_weights(place):
+            return _found(place, settings, source)
+        replaces = True
+    place_of(settings.output_dir, overwrite=replaces)
     target = FORMATS[settings.format](source, run)
-    target = replace(target, notes="\n\n".join(filter(None, (*source.other_bases, target.notes))))
+    target = replace(target, notes="\n\n".join(filter(None, (*source.other_bases, source.into_quantized, target.notes))))
     check_space(place.parent, target.num_bytes + target.passing_bytes)
     disk = full_disk_explained(place, setting="export.output_dir", then="nothing was left there")
     with disk, _beside(place) as folder:
         _write(target, folder, on_progress)
         difference, unchecked = _compared(run, source, target, folder)
         _describe(settings, source, target, folder, difference, unchecked, now)
-        place_of(settings.output_dir, overwrite=settings.overwrite)  # nobody has put anything there meanwhile
+        place_of(settings.output_dir, overwrite=replaces)  # nobody has put anything there meanwhile
         _take_place(folder, place)
     commit = _pushed(place, settings, source, target.dtype)
     return Exported(place, _num_bytes(place), difference, unchecked, target.notes, commit)
@@ -187,6 +192,7 @@ def _describe(
         "dtype": target.dtype,
         "difference": difference and asdict(difference),
         "unchecked": unchecked,
+        WEIGHTS: {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name.endswith(WEIGHT_SUFFIXES)},
         MADE_FROM: made_from,
     }
     (folder / EXPORTED).write_text(json.dumps(non_finite_as_strings(facts), indent=1, allow_nan=False) + "\n")
@@ -262,7 +268,8 @@ def _compared(run: ExportRun, source: Source, target: Target, folder: Path) -> t
         raise ResourceError(
             f"export.check=true takes more memory than there is ({first_line(error)})", "Set it to auto."
         ) from error
-    limit = target.max_kl if settings.max_kl is None else settings.max_kl
+    allowed = max(target.max_kl, MAX_KL_IN_QUANTIZED) if source.into_quantized is not None else target.max_kl
+    limit = allowed if settings.max_kl is None else settings.max_kl
     if not difference.divergence <= limit:
         raise ConfigError(
             "export.max_kl",

@@ -20,7 +20,8 @@ from raytune_llm import packaged
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.run import ExportRun, TrainRun
 from raytune_llm.errors import ConfigError, first_line
-from raytune_llm.export.tensors import TensorFact, TensorFiles, converted
+from raytune_llm.export.in_quantized import in_quantized, without_quantization
+from raytune_llm.export.tensors import TensorFact, TensorFiles, Tensors, converted
 from raytune_llm.hub import hub_failures
 from raytune_llm.models.adapters.mergeable import Mergeable
 from raytune_llm.models.adapters.method import tied_ends, ties_ends
@@ -42,7 +43,7 @@ class Source:
     model: ModelConfig
     folder: Path
     """The base's folder."""
-    stored: TensorFiles
+    stored: Tensors
     """The base's tensors."""
     adapters: Sequence[tuple[Mergeable, float]]
     """Each with its weight."""
@@ -51,6 +52,8 @@ class Source:
     beside: Path | None
     """The final/ of a run: its tokenizer, its generation config, and its config where the run changed that."""
     run: TrainRun | None
+    into_quantized: str | None = None
+    """What to say of weights that are what quantization left of the base's (export.into_quantized)."""
 
     @property
     def facts(self) -> Mapping[str, TensorFact]:
@@ -66,6 +69,8 @@ class Source:
     def config(self) -> PretrainedConfig:
         folder = self.beside if self.beside is not None and (self.beside / "config.json").is_file() else self.folder
         config = load_config(str(folder), {}, trust_remote_code=self.model.trust_remote_code)
+        if self.into_quantized is not None:
+            config = without_quantization(config)
         text = config.get_text_config()
         text.vocab_size = max([text.vocab_size, *(id + 1 for id in self.token_ids)])
         return config
@@ -197,6 +202,8 @@ class Source:
     def config_json(self, dtype: torch.dtype | None) -> dict[str, Any]:
         folder = self.beside if self.beside is not None and (self.beside / "config.json").is_file() else self.folder
         values = json.loads((folder / "config.json").read_text())
+        if self.into_quantized is not None:
+            values.pop("quantization_config", None)
         if dtype is not None:
             values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
         if self.token_ids:
@@ -266,7 +273,12 @@ def source_of(run: ExportRun) -> Source:
     if not files:
         fix = "Save the model with transformers first."
         raise ConfigError("model.path", "must have its weights as safetensors", got=str(folder), fix=fix)
-    source = Source(model, folder, TensorFiles(files), adapters, under, None if beside == folder else beside, trained_run)
+    stored, into = TensorFiles(files), None
+    if export.into_quantized:
+        trained_in = None if trained_run is None else trained_run.quantization
+        config = load_config(str(folder), {}, trust_remote_code=model.trust_remote_code)
+        stored, into = in_quantized(stored, config, trained_in, str(folder), trust_remote_code=model.trust_remote_code)
+    source = Source(model, folder, stored, adapters, under, None if beside == folder else beside, trained_run, into)
     _check(source)
     return source
 
@@ -286,7 +298,8 @@ def _downloaded(name: str, revision: str | None) -> Path:
 def _check(source: Source) -> None:
     if getattr(source.config, "quantization_config", None) is not None and source.adapters:
         rule = "must not be quantized, to have adapters merged into it"
-        raise ConfigError("model.path", rule, got=str(source.folder), fix="Name the model that it was quantized from.")
+        fix = "Name the model that it was quantized from, or set export.into_quantized=true."
+        raise ConfigError("model.path", rule, got=str(source.folder), fix=fix)
     if len({adapter.scores for adapter, _ in source.adapters}) > 1:
         rule = "must all be of reward models, or none"
         raise ConfigError("export.adapters", rule, got=[adapter.folder for adapter, _ in source.adapters])

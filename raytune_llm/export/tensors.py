@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,15 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         rule = f"can't hold {name}, whose values are too large"
         raise ConfigError("export.dtype", rule, got=dtype, fix="Set bf16 or fp32.")
     return made
+
+
+class Tensors(Protocol):
+    """A model's tensors, which are read one by one."""
+
+    @property
+    def facts(self) -> Mapping[str, TensorFact]: ...
+
+    def read(self, name: str) -> Tensor: ...
 
 
 class TensorFiles:

@@ -44,9 +44,11 @@ def adapter_contents(folder: str) -> str:
 
 def _contents(path: str, revision: str | None) -> str:
     """Of a hub's model: its commit."""
-    folder = Path(packaged.resolve(path)) if path != BYTES else Path(path)
+    if path == BYTES:
+        return path  # a tokenizer that is built in
+    folder = Path(packaged.resolve(path))
     if not folder.is_dir():
-        return _commit(path, revision) or path  # a tokenizer that is built in
+        return _commit(path, revision) or path
     return folder_contents(folder)
 
 

@@ -74,7 +74,7 @@ def gguf(source: Source, run: ExportRun) -> Target:
     if source.scores:
         raise ConfigError("export.format", "can't write a GGUF file of a reward model", got=got, fix="Export it as hf.")
     if getattr(source.config, "quantization_config", None) is not None:
-        fix = "Export the model that it was quantized from."
+        fix = "Export the model that it was quantized from, or set export.into_quantized=true."
         raise ConfigError("export.format", "can't write a GGUF file of weights that are quantized already", got=got, fix=fix)
     if settings.llama_quantize is not None:
         return in_fewer_bits(_target(source, "auto"), settings.llama_quantize, settings.dtype)

@@ -30,7 +30,7 @@ def matrices_of(source: Source, format: str) -> Matrices:
     if source.scores:
         raise _refused(format, "for a reward model", got)
     if getattr(source.config, "quantization_config", None) is not None:
-        fix = "Export the model that it was quantized from."
+        fix = "Export the model that it was quantized from, or set export.into_quantized=true."
         raise ConfigError("export.format", f"can't be {format} for weights that are quantized already", got=got, fix=fix)
     try:
         with torch.device("meta"):

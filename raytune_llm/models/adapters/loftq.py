@@ -40,11 +40,7 @@ def begin(model: nn.Module, key: str, quantization: Quantization | None) -> None
 def _lost(linear: nn.Linear, quantization: Quantization) -> Tensor:
     """What of the weight [N, K] its quantization lacks, in float32."""
     weight = linear.weight.read(torch.device("cpu")) if isinstance(linear.weight, Stored) else linear.weight
-    alike = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    alike.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    quantized = quantization.layer(alike)
-    rows_NN = torch.eye(linear.out_features, dtype=weight.dtype, device=weight.device)
-    return weight.float() - quantized.transposed(rows_NN, *quantized.weights()).float()
+    return weight.float() - quantization.held(weight)
 
 
 def _approximate(layer: Any, key: str, lost_NK: Tensor) -> None:

@@ -15,6 +15,10 @@ SkipModules = Literal["auto"] | Sequence[str]
 values."""
 
 
+HELD_ROWS = 1024
+"""Of a weight, that are read out of its quantization at a time."""
+
+
 class QuantizedLinear(nn.Module):
     """A frozen linear layer. Its weights are buffers: nothing here is trained or saved. A strategy that shards parameters makes
     parameters of those of a byte (`shard`)."""
@@ -106,6 +110,19 @@ class Quantization(ABC):
     """If these are not `bits_per_weight`."""
 
     skip_modules: SkipModules = ()
+
+    def held(self, weight_NK: Tensor) -> Tensor:
+        """The numbers that it leaves of a linear layer's weight, in float32."""
+        outputs, inputs = weight_NK.shape
+        linear = nn.Linear(inputs, outputs, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight_NK.detach(), requires_grad=False)
+        quantized = self.layer(linear)
+        parts = []
+        for start in range(0, outputs, HELD_ROWS):
+            rows_RN = weight_NK.new_zeros(min(HELD_ROWS, outputs - start), outputs)
+            rows_RN.diagonal(start).fill_(1)
+            parts.append(quantized.transposed(rows_RN, *quantized.weights()).float())
+        return torch.cat(parts)
 
     @property
     def expert_bits(self) -> float:

@@ -208,6 +208,15 @@ def test_a_repeated_export_is_kept_unless_its_adapter_has_changed(base, tmp_path
     assert not exported(base, tmp_path / "out", *words, "export.overwrite=true").found
 
 
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-8])])
+def test_a_repeated_export_whose_weights_were_lost_or_cut_is_written_again(base, tmp_path, damage):
+    place = exported(base, tmp_path / "out", "export.check=false").place
+    damage(place / "model.safetensors")
+    assert not exported(base, tmp_path / "out", "export.check=false").found
+    AutoModelForCausalLM.from_pretrained(place)
+    assert exported(base, tmp_path / "out", "export.check=false").found
+
+
 def test_what_is_exported_is_not_replaced_by_its_export(base, tmp_path):
     first = exported(base, tmp_path / "first", "export.check=false").place
     inner = shutil.copytree(base, first / "inner")
