@@ -140,11 +140,11 @@ def test_who_starts_a_group_and_passes_its_messages_on_loads_nothing_that_its_wo
     assert not set(json.loads(done.stdout)) & {"torch", "transformers", "peft", "bitsandbytes", "pandas"}
 
 
-def test_a_worker_loads_packages_for_quantized_weights_only_where_a_run_has_them():
+def test_a_worker_loads_packages_that_few_runs_use_only_where_one_does():
     """PEFT and transformers load them wherever they are installed: seconds at the start of each process that trains."""
-    packages = {name for name in ("bitsandbytes", "hqq") if importlib.util.find_spec(name)}
+    packages = {name for name in ("bitsandbytes", "hqq", "scipy") if importlib.util.find_spec(name)}
     if not packages:
-        pytest.skip("needs bitsandbytes or hqq")
+        pytest.skip("needs bitsandbytes, hqq or scipy")
     code = (
         "import sys, json, importlib, raytune_llm.runs.preflight, raytune_llm.runs.worker; loaded = list(sys.modules); "
         f"[importlib.import_module(name) for name in {packages}]; print(json.dumps(loaded))"
@@ -160,4 +160,4 @@ def test_a_server_loads_no_package_for_weights_that_it_does_not_serve():
         text=True,
         check=True,
     )
-    assert not set(json.loads(done.stdout)) & {"bitsandbytes", "hqq", "ray", "vllm", "matplotlib"}
+    assert not set(json.loads(done.stdout)) & {"bitsandbytes", "hqq", "scipy", "ray", "vllm", "matplotlib"}
