@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from raytune_llm.errors import ResourceError, RunLost, UserError, first_line
+
+SOURCE = re.compile(r"^\[\S+:\d+\] ")
+"""File and line of C++, with which gloo begins."""
 
 
 def how_it_ended(error: Exception) -> str:
@@ -22,7 +27,7 @@ def how_it_ended(error: Exception) -> str:
         return "died (its node is gone)" if "node has died" in text or "node was terminated" in text else "died (killed)"
     first = (text.strip().splitlines() or [""])[0]
     if any(word in text for word in ("gloo", "NCCL", "Connection closed", "Connection reset", "ProcessGroup")):
-        return f"lost the others ({first[:120]})"
+        return f"lost the others ({SOURCE.sub('', first).split('. ')[0][:120]})"
     return f"failed ({type(error).__name__}: {first[:200]})"
 
 

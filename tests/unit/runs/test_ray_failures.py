@@ -12,7 +12,7 @@ from ray.train import ControllerError, WorkerGroupError
 from raytune_llm import session
 from raytune_llm.config.load import load_config
 from raytune_llm.errors import ConfigError, ResourceError
-from raytune_llm.runs.ray_failures import cause
+from raytune_llm.runs.ray_failures import cause, how_it_ended
 
 
 def resources(name: str, *more: str):
@@ -52,3 +52,8 @@ def test_the_end_of_a_group_is_told_by_its_cause(error: Exception, said: str):
 def test_a_fault_of_ours_keeps_its_traceback():
     error = WorkerGroupError("AssertionError", {0: AssertionError("OutOfMemory")})
     assert cause(error, last_loss="") is error
+
+
+def test_a_connection_that_closed_is_told_in_one_clause():
+    gloo = "[/third_party/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:4535. This may indicate\na"
+    assert how_it_ended(RuntimeError(gloo)) == "lost the others (Connection closed by peer [10.0.0.2]:4535)"
