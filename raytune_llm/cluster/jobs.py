@@ -85,7 +85,7 @@ class Jobs:
     def __init__(self, address: str) -> None:
         """Raises ResourceError if nothing answers at the address, or if the cluster rejects the token."""
         self.address = address
-        from ray.job_submission import JobSubmissionClient
+        from raytune_llm.cluster.job_client import JobClient
 
         # Ray itself sends a token only where RAY_AUTH_MODE says so, which a run in this process may have set for its own cluster.
         token = own_token()
@@ -94,7 +94,7 @@ class Jobs:
         for module in ("dashboard_sdk", "job.sdk"):
             logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         with self._explained(), _no_other_address():
-            self._client = JobSubmissionClient(address, headers=headers)
+            self._client = JobClient(address, headers=headers)
 
     def submit(
         self,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raytune_llm import load_config
+from raytune_llm.cluster import job_client
 from raytune_llm.cluster.jobs import Job, Jobs, address_of, open_to_all
 from raytune_llm.cluster.package import files_of
 from raytune_llm.cluster.submit import job_of
@@ -193,3 +195,11 @@ def test_an_experiment_of_ones_own_travels_with_its_folder(folder):
 def test_a_sweep_that_can_t_run_there_is_refused_here(folder, words, said):
     with pytest.raises(ConfigError, match=said):
         sweep_words(folder, *words)
+
+
+def test_an_address_that_takes_connections_and_says_nothing_is_no_dashboard(monkeypatch):
+    monkeypatch.setattr(job_client, "ANSWERS_WITHIN_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ResourceError, match=rf"no Ray dashboard answers at {address} \(.*timed out"):
+            Jobs(address)
