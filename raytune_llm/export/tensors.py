@@ -74,8 +74,13 @@ class TensorFiles:
                 begin, end = entry["data_offsets"]
                 if start + end > size:
                     raise DataError(path, f"is cut off: it ends within {name}", "Copy or download it again.")
-                self.facts[name] = TensorFact(name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+                if (dtype := DTYPES.get(entry["dtype"])) is None:
+                    problem = f"holds {name} as {entry['dtype']}; {', '.join(DTYPES)} can be read"
+                    raise DataError(path, problem, "Name the model that it was made of.")
+                self.facts[name] = TensorFact(name, tuple(entry["shape"]), dtype)
                 self._places[name] = (path, start + begin)
+                if self.facts[name].num_bytes != end - begin:
+                    raise DataError(path, f"is damaged: {name} has {end - begin} bytes", "Copy or download it again.")
 
     def read(self, name: str) -> Tensor:
         path, start = self._places[name]
@@ -96,8 +101,10 @@ def _header(path: str) -> tuple[dict[str, Any], int]:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
+        if not all({"dtype", "shape", "data_offsets"} <= entry.keys() for entry in header.values()):
+            raise ValueError("a tensor without a place")
         return header, 8 + length
-    except (OSError, struct.error, ValueError, MemoryError, OverflowError, RecursionError) as error:
+    except (OSError, AttributeError, struct.error, ValueError, MemoryError, OverflowError, RecursionError) as error:
         problem = f"is no safetensors file that can be read ({type(error).__name__})"
         raise DataError(path, problem, "Copy or download it again.") from None
 

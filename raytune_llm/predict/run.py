@@ -233,7 +233,11 @@ def _measured(folder: Path, model: str | None, metrics: Iterable[Metric]) -> dic
             columns.append(columns_of(one))
     numbers: dict[str, Any] = {"rows": rows, "failed": failed, "compared": len(answers)}
     for metric in metrics if answers else ():
-        numbers |= metric(answers, references, columns)
+        found = metric(answers, references, columns)
+        if twice := sorted(numbers.keys() & found.keys()):
+            fix = "Give it another name, or leave one out, and type the same command again: the answers are kept."
+            raise ConfigError("predict.metrics", "must give each number a name of its own", got=twice, fix=fix)
+        numbers |= found
     if logprobs:
         numbers |= {"logprob": fmean(logprobs), "perplexity": math.exp(-math.fsum(logprobs) / label_tokens)}
     return numbers

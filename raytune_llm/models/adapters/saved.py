@@ -19,6 +19,8 @@ from raytune_llm.models.finished import check_unchanged
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+NUMBERS = ("r", "alpha", "lora_alpha")
+"""Of a config, which PEFT takes as they are."""
 MAX_HASHED_BYTES = 256 << 20
 """Of an adapter's file, which is read several times where it is served."""
 
@@ -39,6 +41,10 @@ def read_config(path: str, setting: str) -> PeftConfig:
             config = PeftConfig.from_pretrained(path)
         if config.peft_type is None or config.is_prompt_learning:
             raise ValueError("peft_type is not a method that changes a model's layers")
+        for name in NUMBERS:
+            value = getattr(config, name, None)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{name} is no number: {value!r}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(setting, f"must hold an {CONFIG} that PEFT reads ({first_line(error)})", got=path) from error
     tensor_names(path, setting)

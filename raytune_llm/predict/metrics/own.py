@@ -20,7 +20,7 @@ def own_metric(name: str) -> Callable[..., Mapping[str, float | str]]:
     try:
         module = _from_file(expanded(place)) if place.endswith(".py") else importlib.import_module(place)
         function = getattr(module, attribute)
-    except Exception as error:  # a file of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a file of the user's may raise anything, and a script may end the process
         rule = f"must name a function that can be imported ({type(error).__name__}: {error})"
         raise ConfigError("predict.metrics", rule, got=name) from None
     if not callable(function):
@@ -29,10 +29,12 @@ def own_metric(name: str) -> Callable[..., Mapping[str, float | str]]:
     def metric(answers: Sequence[str], references: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, float | str]:
         try:
             given: Any = function(list(answers), list(references), list(rows))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _unfit(name, f"{type(error).__name__}: {error}, {_place(error)}") from None
         numbers = given if isinstance(given, Mapping) else {attribute: given}
         for what, value in numbers.items():
+            if not isinstance(what, str):
+                raise _unfit(name, f"a name is {what!r}")
             if not isinstance(value, str) and not _is_number(value):
                 raise _unfit(name, f"{what} is {value!r}")
         return {what: value if isinstance(value, str | int) else float(value) for what, value in numbers.items()}

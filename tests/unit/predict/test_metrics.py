@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.predict.metrics import METRICS, metrics_of
 from raytune_llm.predict.metrics.words import words
+from raytune_llm.predict.run import _measured
 
 
 def numbers(name: str, answers: list[str], references: list[str]) -> dict:
@@ -58,3 +61,33 @@ def test_a_metric_of_one_s_own_gets_answers_references_and_rows(tmp_path):
     assert metric(["A", "b"], ["a", "b"], [{}, {}]) == {"up": 1, "n": 2}
     with pytest.raises(ConfigError, match="can be imported"):
         metrics_of([f"{file}:whisper"])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return {2: 3.0}", "a name is 2"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("return None", "f is None"),
+        ("return {'x': float('nan')}", "x is nan"),
+    ],
+)
+def test_a_metric_of_one_s_own_that_gives_no_numbers_is_an_error_that_keeps_the_answers(tmp_path, body, said):
+    (tmp_path / "mine.py").write_text(f"def f(answers, references, rows):\n    {body}\n")
+    (metric,) = metrics_of([f"{tmp_path / 'mine.py'}:f"])
+    with pytest.raises(ConfigError, match=f"{said}.*the answers are kept"):
+        metric(["a"], ["a"], [{}])
+
+
+def test_a_script_that_ends_the_process_is_no_metric(tmp_path):
+    (tmp_path / "mine.py").write_text("raise SystemExit(3)")
+    with pytest.raises(ConfigError, match="can be imported"):
+        metrics_of([f"{tmp_path / 'mine.py'}:f"])
+
+
+def test_two_metrics_that_give_a_number_of_one_name_are_refused(tmp_path):
+    line = json.dumps({"row": 1, "model": "base", "prompt": "p", "predict": "a", "label": "a"})
+    (tmp_path / "predictions.jsonl").write_text(f"{line}\n")
+    mine = [metrics_of(["exact_match"])[0], lambda answers, references, rows: {"exact_match": 3.0}]
+    with pytest.raises(ConfigError, match=r"must give each number a name of its own, got \['exact_match'\]"):
+        _measured(tmp_path, None, mine)

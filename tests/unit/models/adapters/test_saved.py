@@ -90,6 +90,11 @@ def test_an_adapter_on_layers_that_the_model_lacks_is_refused(folder: Path) -> N
         adapt(base(), lora(path=str(folder)))
 
 
+def changed(folder: Path, **values: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -102,6 +107,7 @@ def test_an_adapter_on_layers_that_the_model_lacks_is_refused(folder: Path) -> N
         (lambda folder: (folder / "adapter_config.json").write_text("{"), r"must hold an adapter_config\.json that PEFT reads"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), r"must hold an adapter_config\.json that PEFT reads"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), r"must hold an adapter_config\.json that PEFT reads"),
+        (lambda folder: changed(folder, r="8"), r"must hold an adapter_config\.json that PEFT reads \(r is no number: '8'\)"),
     ],
 )
 def test_a_damaged_folder_is_an_error_of_its_setting(spoil: Callable[[Path], Any], said: str, folder: Path) -> None:
