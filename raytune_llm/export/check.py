@@ -58,7 +58,7 @@ def compare(
     """written: outputs of what was written, of each row. Raises DataError where outputs are no finite numbers."""
     adapter: AdapterConfig | SavedAdapter = NoAdapter(name="none")
     for mergeable, _ in source.adapters:
-        adapter = SavedAdapter(path=mergeable.folder, setting="export.run")
+        adapter = SavedAdapter(path=mergeable.folder, setting=mergeable.setting)
     before = replace(source.model, path=str(source.folder), revision=None)
     # One model at a time is in memory; the base with its adapter first, which says what is wrong with an adapter of another base.
     theirs = list(outputs(before, adapter, rows, device, scores=source.scores, new_ids=source.token_ids))

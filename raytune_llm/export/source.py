@@ -28,7 +28,7 @@ from raytune_llm.models.adapters.method import tied_ends, ties_ends
 from raytune_llm.models.adapters.saved import changes_one_end, other_base
 from raytune_llm.models.finished import FINAL
 from raytune_llm.models.load import load_config, load_model
-from raytune_llm.models.stored import tensor_files
+from raytune_llm.models.stored import check_files, tensor_files
 from raytune_llm.runs.trained import read_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -194,10 +194,18 @@ class Source:
 
     def copy_others(self, folder: Path) -> None:
         """Tokenizer, generation config, code: all but weights and config."""
-        for place in filter(None, (self.folder, self.beside)):
-            for file in sorted(place.iterdir()):
-                if file.is_file() and file.name not in NOT_FOR_MODELS and not file.name.endswith(WEIGHT_SUFFIXES):
-                    shutil.copyfile(file, folder / file.name)
+        for name, file in self.others.items():
+            shutil.copyfile(file, folder / name)
+
+    @cached_property
+    def others(self) -> dict[str, Path]:
+        """By name: what an export gets as it is."""
+        return {
+            file.name: file
+            for place in filter(None, (self.folder, self.beside))
+            for file in sorted(place.iterdir())
+            if file.is_file() and file.name not in NOT_FOR_MODELS and not file.name.endswith(WEIGHT_SUFFIXES)
+        }
 
     def config_json(self, dtype: torch.dtype | None) -> dict[str, Any]:
         folder = self.beside if self.beside is not None and (self.beside / "config.json").is_file() else self.folder
@@ -279,6 +287,7 @@ def source_of(run: ExportRun) -> Source:
         config = load_config(str(folder), {}, trust_remote_code=model.trust_remote_code)
         stored, into = in_quantized(stored, config, trained_in, str(folder), trust_remote_code=model.trust_remote_code)
     source = Source(model, folder, stored, adapters, under, None if beside == folder else beside, trained_run, into)
+    _check_files(source)
     _check(source)
     return source
 
@@ -293,6 +302,33 @@ def _downloaded(name: str, revision: str | None) -> Path:
     except hub_failures() as error:
         rule = f"must be a folder, or a model that the hub gives ({first_line(error)})"
         raise ConfigError("model.path", rule, got=name, fix="Correct the name, or set HF_TOKEN where it is private.") from error
+
+
+def _check_files(source: Source) -> None:
+    """Raises ConfigError where the model of config.json has weights of other shapes than the files, and for a file beside them
+    that is damaged."""
+    config = load_config(str(source.folder), {}, trust_remote_code=source.model.trust_remote_code)
+    made: dict[str, Any] = {"weights": "random", "dtype": torch.float32, "seed": 0, "device": "meta"}
+    try:
+        model = load_model(config, None, **made, trust_remote_code=source.model.trust_remote_code)
+    except ConfigError:
+        model = None  # it writes no text: its tensors are copied
+    except Exception as error:  # whatever a damaged config.json makes of a model's code
+        rule = f"must be a folder whose config.json is of a model ({type(error).__name__}: {first_line(error)})"
+        raise ConfigError("model.path", rule, got=str(source.folder), fix="Copy the whole folder again.") from error
+    if model is not None:
+        check_files(model, str(source.folder))
+    for file in source.others.values():
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            elif file.suffix == ".jinja":
+                file.read_text(encoding="utf-8")
+        except (ValueError, RecursionError) as error:
+            beside = source.adapters[0][0].setting if source.adapters else "export.run"
+            setting = "model.path" if file.parent == source.folder else beside
+            rule = f"must be a folder whose {file.name} can be read ({first_line(error)})"
+            raise ConfigError(setting, rule, got=str(file.parent), fix="Copy that file again.") from None
 
 
 def _check(source: Source) -> None:

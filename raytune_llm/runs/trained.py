@@ -61,4 +61,8 @@ def read_trained(folder: str, setting: str) -> Trained:
     if not any((final / name).is_file() for name in ("adapter_config.json", "config.json")):
         fix = "Resume the run: it writes final/ at its end."
         raise ConfigError(setting, "must be the folder of a run that has ended, with its final/", got=folder, fix=fix)
-    return Trained(load_config("train", config_dir=place, config_name="run"), final)
+    try:
+        return Trained(load_config("train", config_dir=place, config_name="run"), final)
+    except ConfigError as error:
+        rule = f"must be the output folder of a run, with the run.yaml that it wrote ({error})"
+        raise ConfigError(setting, rule, got=folder, fix="Restore that file, or name another run.") from error

@@ -66,3 +66,6 @@ def _run(job: Mapping[str, Any], python: str | None) -> None:
     if done.returncode != 0:
         words = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
         raise ResourceError(f"{PACKAGE} failed: {words[0].strip()}", "Set export.format=w4a16, which needs no calibration.")
+    if not Path(job["output"]).is_dir():
+        rule = f"must be the Python of an environment with {PACKAGE}: it ended without a model"
+        raise ConfigError("export.python", rule, got=python, fix=ENVIRONMENT)

@@ -332,14 +332,42 @@ def test_an_adapter_of_another_base_and_a_place_that_is_taken_are_refused(base, 
         exported(base, other)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+DAMAGED = ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_file_of_the_base_is_named_and_nothing_is_written(base, tmp_path, name):
     shutil.copytree(base, tmp_path / "base")
     damaged = tmp_path / "base" / name
     damaged.write_bytes(damaged.read_bytes()[:-100] if name.endswith("safetensors") else b"[" * 100_000)
     with pytest.raises(ConfigError, match=r"^model\.path"):
-        exported(tmp_path / "base", tmp_path / "out")
+        exported(tmp_path / "base", tmp_path / "out", "export.check=false")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"vocab_size": 10}, "whose config.json is of a model"),
+        ({"vocab_size": -1}, "whose config.json is of a model"),
+        ({"hidden_size": 64}, "must keep the shapes of the weights"),
+    ],
+)
+def test_a_config_that_is_of_another_model_than_the_weights_is_refused_without_a_check_too(base, tmp_path, values, said):
+    shutil.copytree(base, tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **values}))
+    with pytest.raises(ConfigError, match=said):
+        exported(tmp_path / "base", tmp_path / "out", "export.check=false")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_tokenizer_of_an_adapter_is_named(base, tmp_path):
+    folder = shutil.copytree(adapter_of(base, METHODS["lora"], "lora"), tmp_path / "adapter")
+    for file in base.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ConfigError, match=r"^export\.adapters\.a must be a folder whose tokenizer.*json can be read"):
+        exported(base, tmp_path / "out", f"export.adapters={{a: '{folder}'}}")
 
 
 def test_two_exports_to_one_place_do_not_mix(base, tmp_path):
