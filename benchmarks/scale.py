@@ -272,7 +272,7 @@ def shards(folder: Path, number: int) -> dict[str, float]:
 
 
 def hashing(folder: Path) -> dict[str, float]:
-    from raytune_llm.train.checkpoint import digest
+    from raytune_llm.train.checkpoint_files import digest
 
     path, size = folder / "large", 2**28
     path.write_bytes(os.urandom(2**20) * (size // 2**20))
@@ -314,7 +314,8 @@ def _save(rank: int, world: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from raytune_llm.train.checkpoint import METADATA, Checkpoints
+    from raytune_llm.train.checkpoint import Checkpoints
+    from raytune_llm.train.checkpoint_files import METADATA
     from raytune_llm.train.progress import Progress
 
     torch.set_num_threads(1)

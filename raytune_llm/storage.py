@@ -1,4 +1,4 @@
-"""A file system that is away for a while, such as a network file system whose server starts again."""
+"""A file system that is away for a while, such as a network file system whose server starts again, or that is full."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from functools import partial, wraps
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from raytune_llm.errors import UserError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 AWAY = {
@@ -47,6 +50,19 @@ def patiently(what: str, does: Callable[[], T]) -> T:
     return does()
 
 
+def patient(fails: str) -> Callable[[Callable[Concatenate[Path, P], T]], Callable[Concatenate[Path, P], T]]:
+    """Makes a function of a path one that is called `patiently`. fails: in the form "can't be read"."""
+
+    def decorate(does: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
+        @wraps(does)
+        def again(path: Path, *arguments: P.args, **settings: P.kwargs) -> T:
+            return patiently(f"{path} {fails}", partial(does, path, *arguments, **settings))
+
+        return again
+
+    return decorate
+
+
 def away_in(error: BaseException) -> str | None:
     """What a file system that is away said, anywhere in the error's chain; None: it is another error."""
     for cause in causes(error):
@@ -70,3 +86,17 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         if isinstance(failures, dict):
             left += [entry[0] for entry in failures.values()]
         left += [before for before in (cause.__cause__, cause.__context__) if before is not None]
+
+
+NO_SPACE = ("No space left", "Disk quota exceeded", "File too large", "inline_container", " requested and ")
+"""In errors of torch, of safetensors and of numpy (its `tofile`: 4096 requested and 512 written), which have no errno."""
+
+
+def no_space_in(error: BaseException) -> str | None:
+    """Whether a full disk (or a limit on file size or quota) caused the error, anywhere in its chain."""
+    for cause in causes(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return cause.strerror
+        if any(words in str(cause) for words in NO_SPACE):
+            return "no space left"
+    return None

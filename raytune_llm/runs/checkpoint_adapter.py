@@ -16,7 +16,8 @@ from raytune_llm.models.load import load_config, load_model
 from raytune_llm.models.vocabulary import grow
 from raytune_llm.runs.checkpoint_reader import CheckedReader
 from raytune_llm.runs.tokenizer import tokenizer_of
-from raytune_llm.train.checkpoint import one_process_is_meant, path_of
+from raytune_llm.train.checkpoint import one_process_is_meant
+from raytune_llm.train.checkpoint_files import path_of
 
 PARAMETERS = "parameters.model."
 """Prefix of the names of trained parameters in a checkpoint."""

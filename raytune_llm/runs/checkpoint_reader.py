@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from raytune_llm.errors import DataError
-from raytune_llm.train.checkpoint import METADATA
+from raytune_llm.train.checkpoint_files import METADATA
 
 OF_METADATA = "torch.distributed.checkpoint.metadata"
 CLASSES = frozenset(

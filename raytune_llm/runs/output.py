@@ -17,8 +17,8 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, DataError, ResourceError, RunLost, UserError
 from raytune_llm.models.finished import FINISHED
 from raytune_llm.report.metrics import ADOPTED, history, write_adopted
-from raytune_llm.storage import away_in
-from raytune_llm.train import checkpoint
+from raytune_llm.storage import away_in, no_space_in
+from raytune_llm.train import checkpoint_files
 
 log = logging.getLogger(__name__)
 RESUMES = "the same command resumes from the newest checkpoint"
@@ -47,19 +47,19 @@ def open_output(run: TrainRun, folder: Path, identity_now: dict[str, str]) -> in
     Raises ConfigError where `resume` forbids what is there, or where it belongs to another run.
     """
     checkpoints = folder / "checkpoints"
-    checkpoint.sweep(checkpoints)
+    checkpoint_files.sweep(checkpoints)
     if run.resume == "never":
         for path in (checkpoints, folder / "final", folder / "tensorboard", folder / "profile"):
             shutil.rmtree(path, ignore_errors=True)
         records = ("metrics.jsonl", "samples.jsonl", "scores.jsonl", "scores.png", ADOPTED)
         for name in (*records, "summary.json", "loss.png", FINISHED):
             (folder / name).unlink(missing_ok=True)
-    step = checkpoint.newest_sound(checkpoints)
+    step = checkpoint_files.newest_sound(checkpoints)
     if step is None:
         if run.resume == "must":
             raise ConfigError("resume", f"can't be must where {checkpoints} holds no complete checkpoint", fix="Set resume=auto.")
         return None
-    _, identity_then = checkpoint.read_progress(checkpoints, step)
+    _, identity_then = checkpoint_files.read_progress(checkpoints, step)
     _same_run(folder, identity_then, identity_now)
     return step
 
@@ -72,23 +72,23 @@ def adopt(run: TrainRun, donor: Path) -> int:
     """
     folder = Path(run.output_dir)
     there, here = donor / "checkpoints", folder / "checkpoints"
-    step = checkpoint.newest_sound(there)
+    step = checkpoint_files.newest_sound(there)
     if step is None:
         raise ConfigError("a clone", "needs a trial with a checkpoint", got=str(donor), fix="Choose another one.")
-    best = checkpoint.read_progress(there, step)[0].best_step
+    best = checkpoint_files.read_progress(there, step)[0].best_step
     shutil.rmtree(here, ignore_errors=True)
-    for one in checkpoint.complete_steps(there):
+    for one in checkpoint_files.complete_steps(there):
         if one in (step, best):
-            _adopt_checkpoint(checkpoint.path_of(there, one), checkpoint.path_of(here, one), identity(run, {}))
+            _adopt_checkpoint(checkpoint_files.path_of(there, one), checkpoint_files.path_of(here, one), identity(run, {}))
     write_adopted(folder, [record for record in history(donor) if record["step"] <= step])
     return step
 
 
 def _adopt_checkpoint(there: Path, here: Path, identity_now: dict[str, str]) -> None:
     shutil.copytree(there / "state", here / "state", copy_function=_link)
-    document = json.loads((there / checkpoint.PROGRESS).read_text())
-    (here / checkpoint.PROGRESS).write_text(json.dumps({**document, **identity_now}, indent=1))
-    (here / checkpoint.COMPLETE).touch()
+    document = json.loads((there / checkpoint_files.PROGRESS).read_text())
+    (here / checkpoint_files.PROGRESS).write_text(json.dumps({**document, **identity_now}, indent=1))
+    (here / checkpoint_files.COMPLETE).touch()
 
 
 def _link(source: str, target: str) -> None:
@@ -109,7 +109,7 @@ def finished(folder: Path, identity_now: dict[str, str]) -> bool:
         return False
     files, identity_then = end
     _same_run(folder, identity_then, identity_now)
-    lost = [name for name, digest in files.items() if checkpoint.digest(folder / name) != digest]
+    lost = [name for name, digest in files.items() if checkpoint_files.digest(folder / name) != digest]
     if lost:
         log.warning("%s has changed since it was written (%s); it is written again", folder / "final", ", ".join(lost[:3]))
     return not lost
@@ -131,7 +131,7 @@ def check_final(run: TrainRun, folder: Path) -> None:
     final = folder / "final"
     if run.resume == "never" or not final.is_dir() or not any(final.iterdir()):
         return
-    if _end_of(folder) is None and not checkpoint.complete_steps(folder / "checkpoints"):
+    if _end_of(folder) is None and not checkpoint_files.complete_steps(folder / "checkpoints"):
         raise ConfigError(
             "output_dir",
             f"holds a final/ that would be replaced, and no {FINISHED} or checkpoint that says which run wrote it",
@@ -143,7 +143,7 @@ def check_final(run: TrainRun, folder: Path) -> None:
 def mark_finished(folder: Path, identity_now: dict[str, str]) -> None:
     """Record which run finished in the folder, and the files that it wrote. Called last."""
     paths = [folder / "summary.json", *sorted(path for path in (folder / "final").rglob("*") if path.is_file())]
-    files = {str(path.relative_to(folder)): checkpoint.digest(path) for path in paths}
+    files = {str(path.relative_to(folder)): checkpoint_files.digest(path) for path in paths}
     beside = folder / f".{FINISHED}-new"
     beside.write_text(json.dumps({"identity": identity_now, "files": files}, indent=1))
     beside.rename(folder / FINISHED)
@@ -182,7 +182,7 @@ def full_disk_explained(folder: Path, *, setting: str = "output_dir", then: str 
     except Exception as error:
         if (away := away_in(error)) is not None:
             raise RunLost(f"{folder} can't be read or written: {away}", f"Once the storage answers, {then}.") from error
-        reason = checkpoint.no_space_in(error)
+        reason = no_space_in(error)
         if reason is None:
             raise
         free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free

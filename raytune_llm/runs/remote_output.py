@@ -20,6 +20,8 @@ from raytune_llm.object_store import RemoteFolder, is_address
 from raytune_llm.packaged import cache_dir
 from raytune_llm.report.metrics import METRICS, SAMPLES
 from raytune_llm.runs import owner
+from raytune_llm.train.checkpoint_files import complete_steps, digest
+from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
 
 FINISHED, CHECKPOINTS, FINAL = "finished.json", "checkpoints", "final"
 TOKENS = "tokens"
@@ -78,18 +80,12 @@ def owned(output_dir: str, *, anew: bool, notify: Callable[[str], None]) -> Iter
 
 def saved_steps(output_dir: str) -> list[int]:
     """Steps with a complete checkpoint, ascending."""
-    from raytune_llm.train.checkpoint import complete_steps  # loads torch
-    from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
-
     folder, remote = work_folder(output_dir) / CHECKPOINTS, remote_folder(output_dir)
     return complete_steps(folder) if remote is None else RemoteCheckpoints(remote / CHECKPOINTS, folder).complete_steps()
 
 
 def pull(remote: RemoteFolder, folder: Path, *, anew: bool = False) -> None:
     """Make the local folder what the store has: of checkpoints the newest intact one, of `final/` what has been finished."""
-    from raytune_llm.train.checkpoint import digest  # loads torch
-    from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
-
     if anew:
         for name in {name.split("/")[0] for name in remote.files()} - {owner.LOCK, TOKENS}:
             remote.remove(name)

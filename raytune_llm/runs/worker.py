@@ -31,7 +31,8 @@ from raytune_llm.runs.samples import Sampler
 from raytune_llm.runs.setup import Setup, explained, set_up
 from raytune_llm.runs.workspace import Workspace
 from raytune_llm.train import loop
-from raytune_llm.train.checkpoint import Checkpoints, read_progress
+from raytune_llm.train.checkpoint import Checkpoints
+from raytune_llm.train.checkpoint_files import read_progress
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.progress import Progress
 from raytune_llm.train.remote_checkpoints import RemoteCheckpoints

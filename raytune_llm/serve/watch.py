@@ -18,7 +18,7 @@ from typing import Protocol
 from raytune_llm.errors import ConfigError, UserError
 from raytune_llm.runs.checkpoint_adapter import adapter_of_checkpoint
 from raytune_llm.serve.adapters import checked_folder, checked_name
-from raytune_llm.train.checkpoint import complete_steps, path_of
+from raytune_llm.train.checkpoint_files import complete_steps, path_of
 
 log = logging.getLogger("raytune_llm.serve")
 INTERVAL_S = 1.0

@@ -10,18 +10,12 @@ remote_checkpoints.py.
 
 from __future__ import annotations
 
-import errno
-import json
-import logging
-import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -32,27 +26,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from raytune_llm.byte_size import in_units
 from raytune_llm.errors import DataError, ResourceError, RunLost
-from raytune_llm.file_hash import sha256_of
-from raytune_llm.storage import away_in, causes, patiently
+from raytune_llm.storage import away_in, causes, no_space_in, patient
+from raytune_llm.train import checkpoint_files
+from raytune_llm.train.checkpoint_files import FORMAT_VERSION, hash_of, path_of, state_files, write_document
 from raytune_llm.train.progress import Progress
-
-log = logging.getLogger(__name__)
-COMPLETE = "COMPLETE"
-PROGRESS = "progress.json"
-METADATA = ".metadata"
-"""The file of torch's format that says which file holds what; the worker with rank 0 writes it."""
-FILES = "files"
-"""In progress.json: name -> sha256 of each file of the state."""
-STEP = re.compile(r"step-(\d+)")
-HASHED_AT_ONCE = 8
-"""Files of a checkpoint that one process hashes at the same time, so that it reads at the disk's rate and not at a core's."""
-FORMAT_VERSION = 2
-"""Increase it when the format of progress.json or of the state changes."""
+from raytune_llm.train.staging import Staging
 
 
 class Place(Protocol):
@@ -73,6 +55,10 @@ class Place(Protocol):
 
     def keep(self, step: int, files: Sequence[Path], rank: int, world: int) -> Sequence[Path]:
         """Keep the files that this machine has of a state being saved. Returns the worker's share of them, for their hashes."""
+        ...
+
+    def begin(self, step: int) -> None:
+        """An empty folder for a checkpoint. Called on rank 0."""
         ...
 
     def complete(self, step: int) -> None:
@@ -98,10 +84,10 @@ class SharedFolder:
         return str(self._folder)
 
     def complete_steps(self) -> list[int]:
-        return complete_steps(self._folder)
+        return checkpoint_files.complete_steps(self._folder)
 
     def newest_sound(self) -> int | None:
-        return newest_sound(self._folder)
+        return checkpoint_files.newest_sound(self._folder)
 
     def fetch(self, step: int, *, checked: bool = False) -> str | None:
         return None
@@ -109,11 +95,14 @@ class SharedFolder:
     def keep(self, step: int, files: Sequence[Path], rank: int, world: int) -> Sequence[Path]:
         return files[rank::world]
 
+    def begin(self, step: int) -> None:
+        checkpoint_files.begin(self._folder, step)
+
     def complete(self, step: int) -> None:
-        (path_of(self._folder, step) / COMPLETE).touch()
+        checkpoint_files.mark_complete(self._folder, step)
 
     def remove(self, step: int) -> None:
-        remove(self._folder, step)
+        checkpoint_files.remove(self._folder, step)
 
     def discard(self, step: int) -> None:
         shutil.rmtree(path_of(self._folder, step), ignore_errors=True)
@@ -199,8 +188,7 @@ class Checkpoints:
         folder = path_of(self.folder, step) / "state"
         self._fetch(step)
         try:
-            metadata = patiently(f"{folder} can't be read", FileSystemReader(folder).read_metadata)
-            entries = metadata.state_dict_metadata
+            entries = _read_metadata(folder).state_dict_metadata
         except (OSError, EOFError, ValueError, UnpicklingError) as error:
             if (away := away_in(error)) is not None:
                 raise _away(f"{folder} can't be read", away) from error
@@ -219,49 +207,29 @@ class Checkpoints:
                 raise DataError(
                     str(folder), f"holds other parameters than this run trains (such as {missing[0]})", "Set resume=never."
                 )
-
-            def loaded() -> None:
-                reader = FileSystemReader(folder)
-                dcp.load(state, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
-
-            with one_process_is_meant():
-                try:
-                    patiently(f"{folder} can't be read", loaded)
-                except CheckpointException as error:
-                    _raise_interrupt(error)
-                    if (away := away_in(error)) is not None:
-                        raise _away(f"{folder} can't be read", away) from error
-                    raise
+            try:
+                _read_state(folder, state, self._group)
+            except CheckpointException as error:
+                _raise_interrupt(error)
+                if (away := away_in(error)) is not None:
+                    raise _away(f"{folder} can't be read", away) from error
+                raise
 
         fill(kept, read)
 
     def _write(self, state: dict[str, Tensor], step: int, best_step: int | None, document: Mapping[str, Any]) -> None:
-        folder = path_of(self.folder, step)
         what = f"checkpoint step-{step} can't be written to {self.folder}"
-
-        def begin() -> None:
-            self._place.remove(step)
-            folder.mkdir(parents=True)
-
-        def write() -> None:
-            writer = FileSystemWriter(folder / "state", single_file_per_rank=True)
-            with one_process_is_meant():
-                dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-
-        def complete(hashes: Mapping[str, str]) -> None:
-            (folder / PROGRESS).write_text(json.dumps({**document, FILES: hashes}, indent=1))
-            self._place.complete(step)
-            self._prune(step, best_step)
-
         try:
             if self.rank == 0:
-                patiently(what, begin)
+                self._place.begin(step)
             if self._group is not None:
                 dist.barrier(self._group)
-            patiently(what, write)  # torch tells all workers of a failure of one
-            hashes = self._hashes(step, what)
+            _write_state(path_of(self.folder, step) / "state", state, self._group)
+            hashes = self._hashes(step)
             if self.rank == 0:
-                patiently(what, lambda: complete(hashes))
+                write_document(self.folder, step, document, hashes)
+                self._place.complete(step)
+                self._prune(step, best_step)
             self._place.keep_here([step])
         except RunLost:
             raise  # where the storage is away, or the checkpoint is another process's, nothing can or may be removed
@@ -279,15 +247,11 @@ class Checkpoints:
                 ) from error
             raise
 
-    def _hashes(self, step: int, what: str) -> dict[str, str]:
+    def _hashes(self, step: int) -> dict[str, str]:
         """Hashes of all files, each worker its share. Collective over all workers, after all of them have written."""
         rank, world = (self.rank, dist.get_world_size(self._group)) if self._group is not None else (0, 1)
-
-        def kept() -> dict[str, str]:
-            files = sorted((path_of(self.folder, step) / "state").iterdir())
-            return {path.name: sha256_of(path) for path in self._place.keep(step, files, rank, world)}
-
-        mine = patiently(what, kept)
+        files = self._place.keep(step, state_files(self.folder, step), rank, world)
+        mine = {path.name: hash_of(path) for path in files}
         if self._group is None:
             return mine
         found: list[dict[str, str]] = [{} for _ in range(world)]
@@ -300,124 +264,24 @@ class Checkpoints:
                 self._place.remove(step)
 
 
-def path_of(folder: Path, step: int) -> Path:
-    return folder / f"step-{step}"
+@patient("can't be written")
+def _write_state(folder: Path, state: dict[str, Tensor], group: Any) -> None:
+    """Collective over the group: torch tells all of a failure of one, so that all try again together."""
+    with one_process_is_meant():
+        writer = FileSystemWriter(folder, single_file_per_rank=True)
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
-def complete_steps(folder: Path) -> list[int]:
-    """Steps with a complete checkpoint, ascending. Folders with other names are ignored.
-
-    Raises OSError if the file system does not say: a run that took this for no checkpoint would begin anew.
-    """
-    return sorted(step for step in _steps(folder) if _exists(path_of(folder, step) / COMPLETE))
-
-
-def _steps(folder: Path) -> list[int]:
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [int(found[1]) for name in names if (found := STEP.fullmatch(name)) is not None]
+@patient("can't be read")
+def _read_state(folder: Path, state: dict[str, Tensor], group: Any) -> None:
+    """Into the tensors of `state`. Collective over the group, as `_write_state`."""
+    with one_process_is_meant():
+        dcp.load(state, storage_reader=FileSystemReader(folder), process_group=group, no_dist=group is None)
 
 
-def _exists(path: Path) -> bool:
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-def newest_sound(folder: Path) -> int | None:
-    """The newest checkpoint whose files match their hashes; None if there is no checkpoint.
-
-    Says which newer ones are damaged. Raises DataError where all are.
-    """
-    steps = patiently(f"{folder} can't be read", lambda: complete_steps(folder))
-    return newest_of(str(folder), steps, partial(damage, folder))
-
-
-def newest_of(where: str, steps: Sequence[int], problem_of: Callable[[int], str | None]) -> int | None:
-    """As newest_sound, of these steps, ascending. problem_of: what is wrong with one; None if it is intact."""
-    problems: list[str] = []
-    for step in reversed(steps):
-        problem = problem_of(step)
-        if problem is None:
-            for known in problems:
-                log.warning("checkpoint %s: using step-%d", known, step)
-            return step
-        problems.append(f"step-{step} is damaged ({problem})")
-    if problems:
-        what, fix = "; ".join(problems), "Set resume=never to start anew, or choose another output_dir."
-        raise DataError(where, f"holds no usable checkpoint: {what}", fix)
-    return None
-
-
-def damage(folder: Path, step: int) -> str | None:
-    """What is wrong with a checkpoint's files; None if they match their hashes."""
-    place = path_of(folder, step)
-    try:
-        values = read_document(place)
-    except DataError as error:
-        return error.problem
-
-    def problem(name: str, known: str) -> str | None:
-        try:
-            path = place / "state" / name
-            same = patiently(f"{path} can't be read", partial(sha256_of, path)) == known
-            return None if same else f"{name} has other bytes than were written"
-        except OSError as error:
-            return f"{name} can't be read ({error.strerror})"
-
-    hashes: dict[str, str] = values[FILES]
-    with ThreadPoolExecutor(HASHED_AT_ONCE, thread_name_prefix="hash") as pool:
-        return next((found for found in pool.map(problem, hashes, hashes.values()) if found is not None), None)
-
-
-def read_progress(folder: Path, step: int) -> tuple[Progress, dict[str, str]]:
-    """The progress of the run, and the identity that it was saved with."""
-    values = read_document(path_of(folder, step))
-    names = Progress.__dataclass_fields__
-    progress = Progress(**{name: value for name, value in values.items() if name in names})
-    return progress, {name: value for name, value in values.items() if name not in names and name != FILES}
-
-
-def read_document(place: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(patiently(f"{place / PROGRESS} can't be read", (place / PROGRESS).read_text))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(str(place / PROGRESS), f"can't be read ({error})", "Delete this checkpoint.") from None
-    if not isinstance(values, dict) or values.get("step") != int(place.name.removeprefix("step-")):
-        raise DataError(str(place / PROGRESS), "is not the progress of this step", "Delete this checkpoint.")
-    if (version := values.pop("format_version", None)) != FORMAT_VERSION or not isinstance(values.get(FILES), dict):
-        raise DataError(
-            str(place / PROGRESS),
-            f"was written by another version of this package (checkpoint format {version or 1}, not {FORMAT_VERSION})",
-            "Set resume=never, or finish the run with that version.",
-        )
-    return values
-
-
-def digest(path: Path) -> str | None:
-    """None: it can't be read."""
-    try:
-        return sha256_of(path)
-    except OSError:
-        return None
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a crash left half-written. Folders with other names stay."""
-    complete = patiently(f"{folder} can't be read", lambda: complete_steps(folder))
-    for step in _steps(folder):
-        if step not in complete:
-            shutil.rmtree(path_of(folder, step), ignore_errors=True)
-
-
-def remove(folder: Path, step: int) -> None:
-    """COMPLETE is removed first, so that a crash in between leaves no folder that seems complete."""
-    (path_of(folder, step) / COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(path_of(folder, step), ignore_errors=True)
+@patient("can't be read")
+def _read_metadata(folder: Path) -> Metadata:
+    return FileSystemReader(folder).read_metadata()
 
 
 @contextmanager
@@ -426,40 +290,6 @@ def one_process_is_meant() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-class Staging:
-    """Copies of a state in the host's memory, which training leaves alone while they are written.
-
-    The memory is kept for the next copy. Of a GPU's tensors it is pinned, which the GPU writes to several times as fast, and all
-    are copied before the host waits for one.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-
-    def copy(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Valid until the next call."""
-        copies = {name: self._copy(name, value) for name, value in state.items()}
-        self._kept = {name: self._kept[name] for name in state}
-        if any(value.is_cuda for value in state.values()):
-            torch.cuda.synchronize()
-        return copies
-
-    def _copy(self, name: str, value: Tensor) -> Tensor:
-        local = (value.to_local() if isinstance(value, DTensor) else value).detach()
-        kept = self._kept.get(name)
-        if kept is None or kept.shape != local.shape or kept.dtype != local.dtype:
-            kept = self._kept[name] = torch.empty_like(
-                local, device="cpu", memory_format=torch.contiguous_format, pin_memory=local.is_cuda
-            )
-        kept.copy_(local, non_blocking=True)
-        if not isinstance(value, DTensor):
-            return kept
-        # The writer reads only ranks from the mesh; the shard itself knows its device.
-        return DTensor.from_local(
-            kept, value.device_mesh, value.placements, shape=value.shape, stride=value.stride(), run_check=False
-        )
 
 
 def _away(what: str, reason: str) -> RunLost:
@@ -471,17 +301,3 @@ def _raise_interrupt(error: BaseException) -> None:
     for cause in causes(error):
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-
-
-NO_SPACE = ("No space left", "Disk quota exceeded", "File too large", "inline_container", " requested and ")
-"""In errors of torch, of safetensors and of numpy (its `tofile`: 4096 requested and 512 written), which have no errno."""
-
-
-def no_space_in(error: BaseException) -> str | None:
-    """Whether a full disk (or a limit on file size or quota) caused the error, anywhere in its chain."""
-    for cause in causes(error):
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return cause.strerror
-        if any(words in str(cause) for words in NO_SPACE):
-            return "no space left"
-    return None

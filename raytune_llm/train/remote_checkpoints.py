@@ -16,13 +16,15 @@ from pathlib import Path
 from raytune_llm.errors import DataError, ResourceError, RunLost
 from raytune_llm.file_hash import sha256_of
 from raytune_llm.object_store import RemoteFolder
-from raytune_llm.train.checkpoint import (
+from raytune_llm.train.checkpoint_files import (
     COMPLETE,
     FILES,
     METADATA,
     PROGRESS,
     STEP,
+    begin,
     digest,
+    mark_complete,
     newest_of,
     path_of,
     read_document,
@@ -89,12 +91,16 @@ class RemoteCheckpoints:
         self._remote.upload(self._folder, [f"step-{step}/state/{path.name}" for path in mine])
         return mine
 
+    def begin(self, step: int) -> None:
+        self.remove(step)
+        begin(self._folder, step)
+
     def complete(self, step: int) -> None:
         """Upload progress.json, then COMPLETE, of which a store takes one. Called after all files of the state are uploaded.
 
         Raises RunLost if another process has completed the same checkpoint.
         """
-        (path_of(self._folder, step) / COMPLETE).touch()
+        mark_complete(self._folder, step)
         self._remote.upload(self._folder, [f"step-{step}/{PROGRESS}"])
         if not self._remote.create(f"step-{step}/{COMPLETE}", self._name.encode()):
             what = f"another process has written the checkpoint step-{step} in {self._remote.address}"

@@ -14,7 +14,7 @@ from raytune_llm.data.loader import Loader
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.runs.stores import open_stores
 from raytune_llm.runs.worker import work
-from raytune_llm.train.checkpoint import complete_steps
+from raytune_llm.train.checkpoint_files import complete_steps
 from tests.group import Group, metrics
 from tests.invariant.test_same_run_everywhere import SAMPLED, assert_same_run, lines
 from tests.runs import PowerCut, cut_at, tiny_run

@@ -18,8 +18,8 @@ from raytune_llm import ConfigError, DataError, Diverged, ResourceError, api, lo
 from raytune_llm.commands.train import chat_command, held_out_figures, merge_command, next_command
 from raytune_llm.models.adapters import merge
 from raytune_llm.report.updates import RunStarted
-from raytune_llm.train import checkpoint
-from raytune_llm.train.checkpoint import complete_steps
+from raytune_llm.train import checkpoint_files
+from raytune_llm.train.checkpoint_files import complete_steps
 from tests.group import metrics
 from tests.limits import no_file_larger_than
 from tests.models import saved_llama
@@ -276,7 +276,7 @@ def test_early_stopping_keeps_the_best(chat_rows, cache, tmp_path):
     result = api.train(run)
     evals = [record["eval_loss"] for record in metrics(tmp_path) if "eval_loss" in record]
     assert len(evals) == 3
-    progress, _ = checkpoint.read_progress(tmp_path / "checkpoints", complete_steps(tmp_path / "checkpoints")[-1])
+    progress, _ = checkpoint_files.read_progress(tmp_path / "checkpoints", complete_steps(tmp_path / "checkpoints")[-1])
     assert progress.best_step == 1
     assert complete_steps(tmp_path / "checkpoints") == [1, 3]
     assert result.summary.steps == 3

@@ -14,7 +14,7 @@ import pytest
 from raytune_llm import api
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, DataError, UserError
-from raytune_llm.train.checkpoint import complete_steps
+from raytune_llm.train.checkpoint_files import complete_steps
 from tests.group import metrics
 from tests.runs import tiny_run
 
@@ -59,7 +59,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_numbers_are_those_of_the_un
     result = api.train(run)
     assert result.resumed_from == 2
     assert "step-4 is damaged" in caplog.text and "using step-2" in caplog.text
-    losses = [[record["loss"] for record in metrics(folder) if "loss" in record] for folder in (whole.output_dir, tmp_path)]
+    losses = [[record["loss"] for record in metrics(str(folder)) if "loss" in record] for folder in (whole.output_dir, tmp_path)]
     assert losses[0] == losses[1]
 
 

@@ -21,7 +21,7 @@ from raytune_llm.report.metrics import read_metrics
 from raytune_llm.report.updates import Notice, RunStarted
 from raytune_llm.runs import owner
 from raytune_llm.runs.remote_output import work_folder
-from raytune_llm.train.checkpoint import PROGRESS
+from raytune_llm.train.checkpoint_files import PROGRESS
 from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
 from tests.runs import PowerCut, cut_at, tiny_run
 from tests.s3 import s3_bucket

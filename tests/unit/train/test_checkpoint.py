@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,19 +16,11 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from raytune_llm import storage
 from raytune_llm.errors import DataError, RunLost
-from raytune_llm.train import checkpoint
-from raytune_llm.train.checkpoint import (
-    PROGRESS,
-    Checkpoints,
-    Progress,
-    Staging,
-    _raise_interrupt,
-    complete_steps,
-    newest_sound,
-    path_of,
-    read_progress,
-    sweep,
-)
+from raytune_llm.train import checkpoint, checkpoint_files
+from raytune_llm.train.checkpoint import Checkpoints, _raise_interrupt
+from raytune_llm.train.checkpoint_files import PROGRESS, complete_steps, newest_sound, path_of, read_progress, sweep
+from raytune_llm.train.progress import Progress
+from raytune_llm.train.staging import Staging
 
 STATE = {"parameters.weight": torch.arange(6.0).reshape(2, 3)}
 
@@ -85,16 +78,16 @@ class AwayFor(FileSystemWriter):
         return super().write_data(*arguments, **settings)
 
 
-class FolderAwayFor(checkpoint.SharedFolder):
-    def __init__(self, folder: Path, times: int) -> None:
-        super().__init__(folder)
-        self.left = times
+def touch_that_fails(times: int) -> Callable[[Path], None]:
+    touch, left = Path.touch, [times]
 
-    def complete(self, step: int) -> None:
-        if self.left:
-            self.left -= 1
+    def touched(path: Path) -> None:
+        if left[0]:
+            left[0] -= 1
             raise OSError(errno.ESTALE, "Stale file handle")
-        super().complete(step)
+        touch(path)
+
+    return touched
 
 
 def save_while_away(folder: Path, times: int) -> None:
@@ -102,7 +95,8 @@ def save_while_away(folder: Path, times: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "PAUSES_S", (0.0,) * 4)
         patch.setattr(checkpoint, "FileSystemWriter", AwayFor)
-        checkpoints = Checkpoints(folder, keep=2, asynchronous=False, place=FolderAwayFor(folder, min(times, 4)))
+        patch.setattr(Path, "touch", touch_that_fails(min(times, 4)))
+        checkpoints = Checkpoints(folder, keep=2, asynchronous=False)
         AwayFor.left = times if not dist.is_initialized() or dist.get_rank() == 1 else 0
         try:
             checkpoints.save(STATE, Progress(step=2), {})
@@ -148,7 +142,7 @@ def test_a_folder_that_does_not_answer_is_not_taken_for_one_without_checkpoints(
             raise OSError(errno.EIO, "Input/output error")
         return os.listdir(folder)
 
-    monkeypatch.setattr(checkpoint, "os", SimpleNamespace(listdir=listdir))
+    monkeypatch.setattr(checkpoint_files, "os", SimpleNamespace(listdir=listdir))
     with pytest.raises(OSError, match="Input/output"):
         newest_sound(tmp_path)
     left[0] = 1
