@@ -146,7 +146,9 @@ def test_a_worker_loads_packages_that_few_runs_use_only_where_one_does():
     if not packages:
         pytest.skip("needs bitsandbytes, hqq or scipy")
     code = (
-        "import sys, json, importlib, raytune_llm.runs.preflight, raytune_llm.runs.worker; loaded = list(sys.modules); "
+        "import sys, json, importlib, raytune_llm.runs.preflight, raytune_llm.runs.worker, peft, torch; "
+        "peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), peft.LoraConfig(target_modules=['0'])); "
+        "loaded = list(sys.modules); "
         f"[importlib.import_module(name) for name in {packages}]; print(json.dumps(loaded))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

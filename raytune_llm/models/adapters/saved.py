@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytune_llm.errors import ConfigError, first_line
+from raytune_llm.models.adapters.peft_alone import find_bitsandbytes
 from raytune_llm.models.finished import check_unchanged
 
 CONFIG = "adapter_config.json"
@@ -45,6 +46,8 @@ def read_config(path: str, setting: str) -> PeftConfig:
             value = getattr(config, name, None)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{name} is no number: {value!r}")
+        if getattr(config, "init_lora_weights", None) == "loftq":  # PEFT quantizes the base again
+            find_bitsandbytes()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(setting, f"must hold an {CONFIG} that PEFT reads ({first_line(error)})", got=path) from error
     tensor_names(path, setting)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from peft.import_utils import is_bnb_available
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raytune_llm.config.adapter import SavedAdapter
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters import OWN, PeftAdapters, adapt, other_base
+from raytune_llm.models.adapters.saved import read_config
 from tests.models import lora_section, tiny_llama
 
 WEIGHTS = "adapter_model.safetensors"
@@ -169,3 +172,11 @@ def test_a_stack_of_adapters_is_the_same_wherever_it_lies(folder: Path) -> None:
     assert other_base(str(folder), "adapter.path", "/models/base with /home/me/outputs/a/final merged") is None
     assert other_base(str(folder), "adapter.path", "some/base with outputs/b/final merged") is not None
     assert other_base(str(folder), "adapter.path", "some/base") is not None
+
+
+def test_peft_finds_bitsandbytes_where_an_adapter_begins_by_it(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    loftq = config | {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
+    (folder / "adapter_config.json").write_text(json.dumps(loftq))
+    read_config(str(folder), "adapter.path")
+    assert is_bnb_available() == (find_spec("bitsandbytes") is not None)
