@@ -33,11 +33,15 @@ def checked_folder(folder: str, roots: Sequence[Path]) -> Path:
             fix="Those are serve.watch, serve.adapter_roots and the folders in serve.adapters.",
         )
     try:
-        leads_out = [file.name for file in real.iterdir() if not file.resolve().is_relative_to(real)]
+        files = list(real.iterdir())
+        leads_out = [file.name for file in files if not file.resolve().is_relative_to(real)]
+        others = [file.name for file in files if not (file.is_file() or file.is_dir())]
     except (OSError, RuntimeError) as error:  # a file in place of a folder, one that can't be read, a circle of links
         rule = f"must be a folder that can be read ({error.strerror if isinstance(error, OSError) else error})"
         raise ConfigError("an adapter's folder", rule, got=folder[:500]) from None
     if leads_out:
         rule = f"must have no symbolic link that leads outside of it, as {min(leads_out)} does"
         raise ConfigError("an adapter's folder", rule, got=folder[:500])
+    if others:  # reading a pipe waits without end
+        raise ConfigError("an adapter's folder", f"must hold files alone, and {min(others)} is none", got=folder[:500])
     return real

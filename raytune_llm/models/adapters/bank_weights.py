@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -96,13 +98,12 @@ class Layout:
             raise ConfigError("adapter", f"must be plain LoRA to be trained with others, and is {more}", got=section.name)
         assert isinstance(config, LoraConfig)
         drawn: dict[str, Tensor] = {}
-        ranks = config.rank_pattern or {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for name, layer in layers.items():
                 inputs, outputs = sides(layer)
                 # PEFT makes both layers as torch does, which draws for each, and then draws A once more.
-                rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+                rank = int(told_rank(config, name))
                 a, b = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)
                 nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
                 weight = getattr(layer, "weight", None)
@@ -133,6 +134,8 @@ class Layout:
                 raise Misfit(f"{name} has A {list(a_RK.shape)} and B {list(b_OR.shape)} there, and is {inputs} -> {outputs} here")
             if rank > self.shape.rank:
                 raise Misfit(f"{name} has rank {rank}, and slots have room for {self.shape.rank}")
+            if (told := told_rank(config, name)) != rank:
+                raise Misfit(f"{name} has rank {rank} in its tensors, and {told} in its config")
             ranks[name], scales[name] = rank, scale_of(config, name, rank)
             b_RO = b_OR.T if self.shape.trains else b_OR.T.float() * scales[name]
             parts += [a_RK.to(self.shape.dtype).flatten(), b_RO.to(self.shape.dtype).flatten()]
@@ -187,7 +190,22 @@ def _outside_layers(folder: str, setting: str) -> str | None:
     return None if found is None else f"on {found.partition('.lora_')[0]}, outside of the layers"
 
 
+def told_rank(config: LoraConfig, name: str) -> float:
+    """The rank of a layer by the config. Raises Misfit."""
+    return _by_pattern(config.rank_pattern, name, config.r)
+
+
+def _by_pattern(patterns: Any, name: str, default: float) -> float:
+    try:
+        found = (patterns or {}).get(get_pattern_key(list(patterns or {}), name), default)
+    except (re.error, TypeError, AttributeError) as error:
+        raise Misfit(f"rank_pattern and alpha_pattern must be objects of patterns ({error})") from None
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise Misfit(f"its config has no number for {name}, but {found!r}")
+    return found
+
+
 def scale_of(config: LoraConfig, name: str, rank: int) -> float:
-    patterns = config.alpha_pattern or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha)
+    """Raises Misfit."""
+    alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.adapters.bank_weights import PREFIX, A, B, more_than_lora, scale_of
+from raytune_llm.models.adapters.bank_weights import PREFIX, A, B, Misfit, more_than_lora, scale_of
 from raytune_llm.models.adapters.bank_weights import write as write_tensors
 from raytune_llm.models.adapters.saved import WEIGHTS, read_config
 
@@ -42,7 +42,10 @@ def read(folder: str, setting: str, *, fix: str) -> dict[str, Pair]:
         if a_RK is None or b_OR is None:
             rule = f"must be on linear layers to be written alone, and {layer} is none"
             raise ConfigError(setting, rule, got=folder, fix=fix)
-        pairs[layer] = Pair(a_RK.float(), b_OR.float(), scale_of(config, layer, len(a_RK)))
+        try:
+            pairs[layer] = Pair(a_RK.float(), b_OR.float(), scale_of(config, layer, len(a_RK)))
+        except Misfit as misfit:
+            raise ConfigError(setting, f"must be LoRA that PEFT reads ({misfit})", got=folder, fix=fix) from None
     return pairs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -73,4 +74,5 @@ class RequestId:
         try:
             await self._app(scope, receive, named)
         finally:
-            log.info("%s %s %s %d %.0f ms", name, scope["method"], scope["path"], status, 1000 * (time.monotonic() - began))
+            path = quote(scope["path"])  # a line break in it would begin a line of its own
+            log.info("%s %s %s %d %.0f ms", name, scope["method"], path, status, 1000 * (time.monotonic() - began))

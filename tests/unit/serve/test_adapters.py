@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,14 @@ def test_a_file_in_place_of_a_folder_and_a_circle_of_links_are_refused(tmp_path:
         checked_folder(str(tmp_path / "file"), [tmp_path])
     with pytest.raises(ConfigError, match="an adapter's folder must"):
         checked_folder(str(tmp_path / "loop"), [tmp_path])
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path):
+    """Whoever reads it would wait for its writer."""
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a/adapter_config.json")
+    with pytest.raises(ConfigError, match=r"must hold files alone, and adapter_config\.json is none"):
+        checked_folder(str(tmp_path / "a"), [tmp_path])
 
 
 def test_a_folder_in_a_root_is_taken_by_its_real_place(tmp_path: Path):

@@ -250,6 +250,18 @@ def test_a_text_that_is_no_unicode_is_400(server: Server, path: str, body: str):
     error_of(response)
 
 
+def test_a_line_break_in_a_path_begins_no_line_of_the_log(server: Server, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", logger="raytune_llm.serve"):
+        httpx.get(f"{server.url}/v1/models/x%0Aforged%00", headers={"Authorization": f"Bearer {KEY}"})
+        message = next(found for found in iter(lambda: _logged(caplog, "forged"), None) if found)
+    assert "/v1/models/x%0Aforged%00 404" in message and "\n" not in message
+
+
+def _logged(caplog: pytest.LogCaptureFixture, word: str) -> str:
+    time.sleep(0.01)
+    return next((message for message in caplog.messages if word in message), "")
+
+
 def test_an_error_names_the_field_in_the_form_that_fits_best(server: Server):
     def wrong(**fields: Any) -> tuple[str | None, str]:
         error = error_of(chat(server, **fields))

@@ -131,7 +131,8 @@ def test_each_adapter_in_a_batch_of_several_is_itself_alone(form: str, slots: tu
             layer, _, kind = name.removeprefix("base_model.model.").rpartition(f".{OWN}.")[0].rpartition(".")
             banked = model.get_submodule(layer)
             assert isinstance(banked, BankedLinear)
-            own = banked.a_GRK.grad if kind == "lora_A" else banked.b_GRO.grad.transpose(1, 2)
+            found: Any = (banked.a_GRK if kind == "lora_A" else banked.b_GRO).grad
+            own = found if kind == "lora_A" else found.transpose(1, 2)
             own = own[slot, : gradient.shape[0]] if kind == "lora_A" else own[slot, :, : gradient.shape[1]]
             torch.testing.assert_close(own, gradient, rtol=1e-5, atol=1e-5)
     for name, value in model.state_dict().items():
@@ -140,7 +141,7 @@ def test_each_adapter_in_a_batch_of_several_is_itself_alone(form: str, slots: tu
     for banked in (module for module in model.modules() if isinstance(module, BankedLinear)):
         assert banked.base_layer.weight.grad is None
         for grad in (banked.a_GRK.grad, banked.b_GRO.grad):
-            assert not grad[-1].any(), "the slot of no adapter takes nothing"
+            assert grad is not None and not grad[-1].any(), "the slot of no adapter takes nothing"
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -151,7 +152,7 @@ def test_families_with_and_without_grouped_forms_take_several_adapters(form: str
     for name, parameter in peft.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.1)
-    peft.save_pretrained(tmp_path)
+    peft.save_pretrained(str(tmp_path))
     bank = LoraBank(model, num_slots=2, max_rank=8, dtype=torch.float32)
     bank.load(1, tmp_path)
     batch, upstream = pack(), torch.zeros(1, sum(LENGTHS), 1)
@@ -301,7 +302,7 @@ def test_an_adapter_that_does_not_fit_a_bank_is_refused_by_name(folders: list[Pa
     first = next(iter(weights))
 
     def changed(changes: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-        config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], **changes)
+        config = LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **changes})
         config.save_pretrained(str(tmp_path))
         save_file(tensors, tmp_path / "adapter_model.safetensors")
         return tmp_path
@@ -321,6 +322,12 @@ def test_an_adapter_that_does_not_fit_a_bank_is_refused_by_name(folders: list[Pa
         (bank, {"use_dora": True}, weights, "be plain LoRA .* and is with DoRA"),
         (bank, {"modules_to_save": ["lm_head"]}, weights, "and is with whole modules"),
         (bank, {"bias": "lora_only"}, weights, "and is with biases"),
+        (bank, {"r": 4}, weights, "has rank 2 in its tensors, and 4 in its config"),
+        (bank, {"rank_pattern": {"down_proj": 3}}, weights, "down_proj has rank 2 in its tensors, and 3 in its config"),
+        (bank, {"rank_pattern": {"(": 2}}, weights, "must be objects of patterns"),
+        (bank, {"alpha_pattern": {"q_proj": "many"}}, weights, "no number for .*q_proj, but 'many'"),
+        (bank, {"lora_alpha": None}, weights, "no number for .*, but None"),
+        (bank, {"lora_alpha": "x"}, weights, "lora_alpha is no number: 'x'"),
     ]
     for one, changes, tensors, said in cases:
         with pytest.raises(ConfigError, match=rf"the adapter must .*{said}"):
@@ -419,7 +426,8 @@ def test_a_repeated_batch_keeps_its_documents_and_its_shared_prompts_apart() -> 
     twice = repeated(batch, 2)
     end = int(batch.cu_seqlens_S[-1])
     assert twice.cu_seqlens_S.tolist() == [*batch.cu_seqlens_S.tolist(), *(end + batch.cu_seqlens_S[1:]).tolist()]
-    prefixes = Prefixes(*(torch.tensor(part) for part in ([3, 4], [0, 1, 0, 1], [0, 1, 2], [0, 2, 4])), 1, 2)
+    parts: Any = [torch.tensor(part) for part in ([3, 4], [0, 1, 0, 1], [0, 1, 2], [0, 2, 4])]
+    prefixes = Prefixes(*parts, 1, 2)
     shared = repeated(replace(batch, prefixes=prefixes), 2).prefixes
     assert shared is not None and shared.queries_Q.tolist() == [3, 4, end + 3, end + 4]
     assert shared.keys_K.tolist() == [0, 1, 0, 1, end, end + 1, end, end + 1]
