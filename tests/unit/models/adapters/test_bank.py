@@ -427,7 +427,7 @@ def test_a_repeated_batch_keeps_its_documents_and_its_shared_prompts_apart() -> 
     end = int(batch.cu_seqlens_S[-1])
     assert twice.cu_seqlens_S.tolist() == [*batch.cu_seqlens_S.tolist(), *(end + batch.cu_seqlens_S[1:]).tolist()]
     parts: Any = [torch.tensor(part) for part in ([3, 4], [0, 1, 0, 1], [0, 1, 2], [0, 2, 4])]
-    prefixes = Prefixes(*parts, 1, 2)
+    prefixes = Prefixes(parts[0], parts[1], parts[2], parts[3], 1, 2)
     shared = repeated(replace(batch, prefixes=prefixes), 2).prefixes
     assert shared is not None and shared.queries_Q.tolist() == [3, 4, end + 3, end + 4]
     assert shared.keys_K.tolist() == [0, 1, 0, 1, end, end + 1, end, end + 1]
