@@ -23,6 +23,8 @@ FILES = (FILE, SETTINGS, "metrics.json", REWARDS, "generated_predictions.jsonl",
 OWN = ("row", "model", "prompt", "predict", "label", "finish", "logprob", "label_tokens", "error")
 """Keys of a line. A column of the data with one of these names is written as input_<name>, and one that is called so as
 input_input_<name>."""
+ALWAYS = {"row", "model", "prompt", "predict", "label"}
+"""Of these, what each line has."""
 INPUT = "input_"
 
 
@@ -84,16 +86,22 @@ def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
         raise ConfigError("output_dir", f"holds other predictions; what changed: {what}", got=str(folder), fix=fix)
 
 
+def _row_of(text: bytes) -> Any:
+    """The number of a line's row; None for a line that is not whole."""
+    try:
+        found = json.loads(text)
+        return found["row"] if text.endswith(b"\n") and found.keys() >= ALWAYS else None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
 def _whole_lines(file: Path, models: int) -> int:
     """The number of complete lines. An incomplete one, left by a crash, is cut off."""
     found = end = 0
     with file.open("rb") as stream:
         for one in stream:
-            if not one.endswith(b"\n"):
-                break
-            try:
-                row = json.loads(one)["row"]
-            except (ValueError, KeyError, TypeError, RecursionError):
+            row = _row_of(one)
+            if row is None:
                 break
             if row != found // models + 1:
                 fix = "Choose another output_dir, or set predict.resume=never."
