@@ -160,7 +160,8 @@ def from_pydantic(error: ValidationError, values: dict[str, Any]) -> ConfigError
     ways = [_rule(one) for one in complaints if _path(one, values) == setting and one["type"] not in UNEXPECTED]
     if len(dict.fromkeys(ways)) > 1:
         return ConfigError(setting, "must be " + " or ".join(dict.fromkeys(ways)), got=first["input"], fix=fix)
-    rule = _in_words(first["msg"].replace("Input should be", "must be"))
+    lengths = first["type"] in ("too_short", "too_long")
+    rule = f"must be {_rule(first)}" if lengths else _in_words(first["msg"].replace("Input should be", "must be"))
     rule = re.sub(r"must be a valid (\w+)", lambda m: f"must be {_article(m[1])}", rule)
     return ConfigError(setting, rule, got=first["input"], fix=fix)
 
@@ -201,6 +202,10 @@ def _rule(complaint: Mapping[str, Any]) -> str:
             return "text"
         case "none_required":
             return "null"
+        case "too_short":
+            return f"a list of at least {complaint['ctx']['min_length']}"
+        case "too_long":
+            return f"a list of at most {complaint['ctx']['max_length']}"
     return _in_words(complaint["msg"].removeprefix("Input should be "))
 
 

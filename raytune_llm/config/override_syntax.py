@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import random
 import re
 from typing import Any, cast
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, QuotedString, RangeSweep, Sweep
 from hydra.errors import HydraException
 from yaml import YAMLError
 
 from raytune_llm.config.options import options
 from raytune_llm.config.plain import as_text
-from raytune_llm.config.space import Choice, Interval, Values
+from raytune_llm.config.space import Choice, Interval, Values, check_length
 from raytune_llm.errors import ConfigError
 
 SEVERAL = r"(choice|range|interval|tag|glob|sort|shuffle|int|float|str|bool)\("
@@ -63,9 +65,14 @@ def swept(override: str) -> tuple[str, Values] | None:
     choice(8,16), range(0,4), interval(0,1), int(interval(8,64)), tag(log,interval(1e-5,1e-3)), glob(*) for options of a group."""
     key, _, value = override.partition("=")
     typed = as_typed(override, several=True)
+    unread = ConfigError(
+        key.lstrip("+"),
+        "has values that can't be read",
+        got=value,
+        fix="Say, 8,16,32, range(0,4), interval(0,1) or tag(log,interval(1e-5,1e-3)).",
+    )
     if not is_read(typed) or (not is_read(override) and re.match(SEVERAL, value)):
-        fix = "Say, 8,16,32, range(0,4), interval(0,1) or tag(log,interval(1e-5,1e-3))."
-        raise ConfigError(key.lstrip("+"), "has values that can't be read", got=value, fix=fix)
+        raise unread
     read = parsed(typed)
     if not read.is_sweep_override():
         return None
@@ -77,7 +84,24 @@ def swept(override: str) -> tuple[str, Values] | None:
         assert values.start is not None and values.end is not None
         whole = isinstance(values.start, int) and isinstance(values.end, int)
         return setting, Interval(values.start, values.end, log="log" in values.tags, whole=whole)
-    return setting, Choice(tuple(_plain(value) for value in read.sweep_iterator()))
+    if isinstance(values, RangeSweep):
+        _check_range(key.lstrip("+"), values)
+    shuffled, values.shuffle = values.shuffle, False
+    found = [_plain(item) for item in read.sweep_iterator()]
+    if any(isinstance(item, Sweep) for item in found):
+        raise unread
+    if shuffled:
+        random.Random(typed).shuffle(found)  # Hydra's order is another one each time, and the same command resumes a sweep
+    return setting, Choice(tuple(found))
+
+
+def _check_range(setting: str, values: RangeSweep) -> None:
+    """Before its values are counted out."""
+    assert values.start is not None and values.stop is not None
+    if not values.step:
+        raise ConfigError(setting, "must have a step other than 0 in its range", got=values.step, fix="Leave the step out.")
+    count = math.ceil((values.stop - values.start) / values.step)
+    check_length(setting, count, values.start, values.stop - values.step)
 
 
 def one_value(override: str) -> tuple[str, Any]:

@@ -95,15 +95,15 @@ class Axis:
 def check(setting: str, values: Values) -> None:
     """Raises ConfigError for values that can't be drawn from."""
     if isinstance(values, Choice):
-        if len(values.values) > MOST:
-            fix = f"Write int(interval({values.values[0]},{values.values[-1]}))."
-            raise ConfigError(setting, f"must have at most {MOST:,} values", got=f"{len(values.values):,} of them", fix=fix)
         if not values.values:
             raise ConfigError(setting, "has no value to try", fix="Say, 1,2,4.")
         if len({repr(value) for value in values.values}) < len(values.values):
             raise ConfigError(setting, "has a value twice", got=", ".join(map(str, values.values)), fix="Take it out.")
+        check_length(setting, len(values.values), values.values[0], values.values[-1])
         return
     got = f"interval({values.low:g},{values.high:g})"
+    if not (math.isfinite(values.low) and math.isfinite(values.high)):
+        raise ConfigError(setting, "must have ends that are finite numbers", got=got, fix="Write them, say interval(0,0.1).")
     if not values.low < values.high:
         turned = f"Write interval({values.high:g},{values.low:g})." if values.high < values.low else "Give it as one value."
         raise ConfigError(setting, "must have the lower end of its interval first", got=got, fix=turned)
@@ -111,12 +111,21 @@ def check(setting: str, values: Values) -> None:
         raise ConfigError(setting, "must be above 0 to be drawn by its logarithm", got=got, fix="Raise the lower end.")
 
 
+def check_length(setting: str, count: int, first: Any, last: Any) -> None:
+    """Raises ConfigError for more values than can be looked at beforehand."""
+    if count > MOST:
+        numbers = all(isinstance(value, int | float) for value in (first, last))
+        fix = f"Write int(interval({first},{last}))." if numbers else "Take fewer."
+        raise ConfigError(setting, f"must have at most {MOST:,} values", got=f"{count:,} of them", fix=fix)
+
+
 def axes_of(space: Mapping[str, Values], zips: Sequence[Sequence[str]]) -> tuple[Axis, ...]:
     """The space with zipped settings joined, in the order that they were given in. Raises ConfigError."""
     joined: dict[str, tuple[str, ...]] = {}
     for together in zips:
         if len(together) < 2:
-            raise ConfigError("tune.zip", "must name two settings or more", got=together, fix="[[adapter.rank, adapter.alpha]]")
+            fix = "Say, [[adapter.rank,adapter.alpha]]."
+            raise ConfigError("tune.zip", "must name two settings or more", got=together, fix=fix)
         for setting in together:
             if setting not in space:
                 raise ConfigError(

@@ -22,7 +22,7 @@ from raytune_llm.config.overrides import CONF
 from raytune_llm.config.plain import as_plain, as_text, flat_items, read_yaml
 from raytune_llm.config.run import TrainRun, TuneRun, as_train_run
 from raytune_llm.config.sharing import elsewhere, obstacle
-from raytune_llm.config.space import Axis, Choice, Point, Values, axes_of, check, check_grid, drawn, ends, grid
+from raytune_llm.config.space import Axis, Choice, Interval, Point, Values, axes_of, check, check_grid, drawn, ends, grid
 from raytune_llm.config.submit import SubmitConfig
 from raytune_llm.config.tune import TuneConfig
 from raytune_llm.errors import ConfigError, UserError
@@ -173,11 +173,22 @@ class Sweep:
 
     def validate(self) -> list[Point]:
         """The planned points, each composed; and each value of a list and both ends of each interval. Raises ConfigError."""
-        for point in ends(self.axes):
-            self.composed(point)
+        for axis in self.axes:
+            self._check_ends(axis)
         if self.tune.share_base is True and (refused := elsewhere(self.base) or self.unshared) is not None:
             raise refused
         return self.planned
+
+    def _check_ends(self, axis: Axis) -> None:
+        values = axis.values
+        for value in values.ends:
+            try:
+                self.composed(axis.point(value))
+            except ConfigError as error:
+                if not isinstance(values, Interval) or values.whole or not self.composes(axis.point(int(value))):
+                    raise
+                fix = f"Write int(interval({values.low:g},{values.high:g}))."
+                raise ConfigError(error.setting, error.rule, got=error.got, fix=fix) from None
 
     @cached_property
     def unshared(self) -> ConfigError | None:

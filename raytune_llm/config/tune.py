@@ -106,7 +106,8 @@ class TuneConfig:
             raise ConfigError("tune.metric", "has a metric twice", got=shown(self.metric), fix="Take it out.")
         if len(modes) != len(metrics) and self.mode != "auto":
             fix = f"Say, tune.mode=[{','.join(['min'] * len(metrics))}]." if len(metrics) > 1 else "Say, tune.mode=min."
-            raise ConfigError("tune.mode", f"must be one for each of {len(metrics)} metrics", got=shown(self.mode), fix=fix)
+            rule = f"must be one for each of {len(metrics)} metrics" if len(metrics) > 1 else "must be one value for one metric"
+            raise ConfigError("tune.mode", rule, got=shown(self.mode), fix=fix)
         if len(metrics) == 1:
             return
         for setting, plain, there in (

@@ -114,6 +114,13 @@ def test_a_space_in_yaml_may_be_nested_or_dotted_and_the_command_line_has_the_la
         (["adapter.rank=8,"], "adapter.rank has values that can't be read, got '8,'"),
         (["optimizer.lr=interval(1e-5)"], "optimizer.lr has values that can't be read, got 'interval(1e-5)'"),
         (["adapter.rank=range(1,9999)"], "at most 1,000 values, got '9,998 of them'. Write int(interval(1,9998))"),
+        (["adapter.rank=range(1,1e12)"], "at most 1,000 values"),
+        (["adapter.rank=range(1,4,0)"], "adapter.rank must have a step other than 0 in its range"),
+        (["optimizer.lr=range(0.1,1.0,0.0)"], "optimizer.lr must have a step other than 0 in its range"),
+        (["optimizer.lr=interval(1e-4,1e-2),1e-3"], "has values that can't be read, got 'interval(1e-4,1e-2),1e-3'"),
+        (["optimizer.lr=interval(nan,1)"], "must have ends that are finite numbers, got 'interval(nan,1)'"),
+        (["adapter.rank=interval(4,16)"], "adapter.rank must be a whole number"),
+        (["adapter.rank=interval(4,16)"], "Write int(interval(4,16))."),
         (["tune=grid", "adapter.rank=range(1,99)", "optimizer.lr=range(1,99)"], "up to 1,000 points, got 'a grid of 9,604'"),
         (["adapter.rank=8,16", "tune.first=[{output_dir: x}]"], "output_dir can't be varied"),
         (["adapter.rank=8,16", "tune.first={adapter.rank: 4}"], "tune.first must be a list, got '{adapter.rank: 4}'"),
@@ -133,7 +140,8 @@ def test_a_space_in_yaml_may_be_nested_or_dotted_and_the_command_line_has_the_la
         (["adapter.rank=8,16", "tune.metric=a.b:c"], "tune.mode must be min or max"),
         (["adapter.rank=8,16", "tune.metric=[eval_loss,a.b:c]"], "tune.metric=a.b:c doesn't say"),
         (["adapter.rank=8,16", "tune.metric=[eval_loss,eval_loss]"], "has a metric twice"),
-        (["adapter.rank=8,16", "tune.metric=[eval_loss]"], "tune.metric"),
+        (["adapter.rank=8,16", "tune.metric=[eval_loss]"], "tune.metric must be text or a list of at least 2, got ['eval_loss']"),
+        (["adapter.rank=8,16", "tune.mode=[min,max]"], "tune.mode must be one value for one metric, got '[min,max]'"),
         (["adapter.rank=8,16", "tune.metric=[eval_loss,a.b:c]", "tune.mode=[min]"], "one for each of 2 metrics, got '[min]'"),
         (["adapter.rank=8,16", "tune.metric=[eval_loss,eval_accuracy]", "tune.scheduler=asha"], "must be none with several"),
         (["adapter.rank=8,16", "tune.metric=[eval_loss,eval_accuracy]", "tune.pause_at=0.5"], "must be null with several"),
@@ -160,6 +168,13 @@ def test_a_wrong_space_is_refused_with_the_setting(words, said):
     with pytest.raises(ConfigError) as error:
         sweep(*words)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("values", ["8,16,32,64,128,256", "range(8,64,8)"])
+def test_shuffled_values_are_in_the_same_order_each_time_so_that_the_sweep_can_be_resumed(values):
+    first, *others = [sweep(f"adapter.rank=shuffle({values})").identity for _ in range(4)]
+    plain = sweep(f"adapter.rank=choice({values})" if "range" not in values else f"adapter.rank={values}").identity
+    assert all(other == first for other in others) and first["space"] != plain["space"]
 
 
 def test_the_sweeps_folder_holds_its_trials():
