@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from raytune_llm.tune.study import Study
 from raytune_llm.tune.trial import Trial
 
 INK, FAINT, BEST = "#333333", "#8a8a8a", "#d9622b"
+LONGEST = 16
+"""Letters of a value; of a longer one the middle is left out."""
+LETTERS = {"panel": 40, "coordinates": 84}
+"""As many as stand beside each other below a panel of one setting, and of all of them."""
 
 
 def comparable(study: Study) -> list[Trial]:
@@ -73,19 +78,22 @@ def _curves(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, s
 def _parallel(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, study: Study) -> None:
     """Parallel coordinates: one line per trial over the settings and the metric, each scaled to its range."""
     columns = list(study.sweep.axes)
+    shown = [_shown(axis, study) for axis in columns]
     for trial in sorted(trials, key=study.score_of, reverse=True):
-        places = [_place(axis, study.sweep.value_of(axis, trial.point)) for axis in columns]
+        values = (study.sweep.value_of(axis, trial.point) for axis in columns)
+        places = [_place(axis, value, values_shown) for axis, value, values_shown in zip(columns, values, shown, strict=True)]
         heights = [*places, _scaled(trial.latest or 0.0, [one.latest or 0.0 for one in trials])]
         chosen = trial in best
         color, width = (BEST, 2.2) if chosen else (colors[trial.number], 1.0)
         axes.plot(range(len(heights)), heights, color=color, linewidth=width, alpha=1 if chosen else 0.7)
     values = [trial.latest or 0.0 for trial in trials]
-    ends = [*((_shown(axis)[0], _shown(axis)[-1]) for axis in columns), (min(values), max(values))]
+    ends = [*((one[0], one[-1]) for one in shown), (min(values), max(values))]
+    longest = max(4, min(LONGEST, LETTERS["coordinates"] // len(ends)))
     for column, (low, high) in enumerate(ends):
-        axes.text(column, -0.04, _text(low), ha="center", va="top", fontsize=8, color=FAINT)
-        axes.text(column, 1.04, _text(high), ha="center", va="bottom", fontsize=8, color=FAINT)
+        axes.text(column, -0.04, _label(low, longest), ha="center", va="top", fontsize=8, color=FAINT)
+        axes.text(column, 1.04, _label(high, longest), ha="center", va="bottom", fontsize=8, color=FAINT)
     names = [*(_short_name(axis) for axis in columns), study.metric.name]
-    axes.set_xticks(range(len(names)), names, fontsize=9, color=INK)
+    axes.set_xticks(range(len(names)), names, fontsize=9, color=INK, **_turned(names, "coordinates"))
     axes.tick_params(axis="x", pad=14, length=0)
     axes.set_yticks([])
     axes.set_ylim(-0.12, 1.12)
@@ -98,9 +106,10 @@ def _parallel(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any,
 def _over(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, axis: Axis, study: Study) -> None:
     from matplotlib.ticker import NullLocator
 
+    shown = _shown(axis, study)
     for trial in trials:
         value = study.sweep.value_of(axis, trial.point)
-        at = value if isinstance(axis.values, Interval) else _index(axis, value)
+        at = value if isinstance(axis.values, Interval) else _index(value, shown)
         if at is None:
             continue
         whole = trial.state == "finished"
@@ -113,8 +122,9 @@ def _over(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, axi
             ticks = [axis.values.draw(share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
             axes.set_xticks(ticks, [_text(tick) for tick in ticks])
     else:
-        axes.set_xticks(range(len(axis.values.values)), [_text(value) for value in _shown(axis)])
-        axes.set_xlim(-0.5, len(axis.values.values) - 0.5)
+        labels = [_label(value) for value in shown]
+        axes.set_xticks(range(len(labels)), labels, **_turned(labels, "panel"))
+        axes.set_xlim(-0.5, len(labels) - 0.5)
     share = importance(axis, trials, study)
     said = "" if share is None else f"  explains {share:.0%}"
     axes.set_title(f"{axis.name}{said}", loc="left", fontsize=10, color=INK)
@@ -131,7 +141,7 @@ def importance(axis: Axis, trials: list[Trial], study: Study) -> float | None:
     ranks = np.argsort(np.argsort([score for _, score in known])).astype(float)
     total = float(((ranks - ranks.mean()) ** 2).sum()) if len(ranks) else 0.0
     if isinstance(axis.values, Interval):
-        places = np.array([_place(axis, value) for value, _ in known])
+        places = np.array([_place(axis, value, []) for value, _ in known])
         free = len(known) - 3
         if free < 2 or total == 0 or np.ptp(places) == 0:
             return None
@@ -146,8 +156,8 @@ def importance(axis: Axis, trials: list[Trial], study: Study) -> float | None:
     return max(adjusted, 0.0)
 
 
-def _place(axis: Axis, value: Any) -> float:
-    """The value's place in the setting's range, from 0 to 1; NaN if it is outside."""
+def _place(axis: Axis, value: Any, shown: Sequence[Any]) -> float:
+    """The value's place in the setting's range, or among those that are shown, from 0 to 1; NaN if it is outside."""
     values = axis.values
     if isinstance(values, Interval):
         if not values.holds(value):
@@ -155,18 +165,22 @@ def _place(axis: Axis, value: Any) -> float:
         if values.log:
             return math.log(value / values.low) / math.log(values.high / values.low)
         return (value - values.low) / (values.high - values.low)
-    index = _index(axis, value)
-    return math.nan if index is None else index / max(len(values.values) - 1, 1)
+    index = _index(value, shown)
+    return math.nan if index is None else index / max(len(shown) - 1, 1)
 
 
-def _index(axis: Axis, value: Any) -> int | None:
-    values = _shown(axis)
-    return values.index(value) if value in values else None
+def _index(value: Any, shown: Sequence[Any]) -> int | None:
+    return shown.index(value) if value in shown else None
 
 
-def _shown(axis: Axis) -> list[Any]:
-    """A list of values, or the ends of an interval, as a plot has them: numbers from the least on, others as they were given."""
+def _shown(axis: Axis, study: Study) -> list[Any]:
+    """A list of values, with those that trials have beside it (the base's), or the ends of an interval, as a plot has them:
+    numbers from the least on, others as they were given."""
     values: list[Any] = list(axis.values.ends)
+    for trial in comparable(study) if not isinstance(axis.values, Interval) else ():
+        value = study.sweep.value_of(axis, trial.point)
+        if value is not None and value not in values:
+            values.append(value)
     return sorted(values) if all(type(value) in (int, float) for value in values) else values
 
 
@@ -177,6 +191,20 @@ def _scaled(value: float, values: list[float]) -> float:
 
 def _text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else as_text(value)
+
+
+def _label(value: Any, longest: int = LONGEST) -> str:
+    text = _text(value)
+    if len(text) <= longest:
+        return text
+    end = (longest - 1) // 2
+    return f"{text[: longest - 1 - end]}…{text[len(text) - end :]}"
+
+
+def _turned(labels: Sequence[str], where: str) -> dict[str, Any]:
+    """How labels are set: aslant where they would run into each other."""
+    slots = len(labels) * (max(map(len, labels)) + 2)
+    return {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slots > LETTERS[where] + 2 else {}
 
 
 def _short_name(axis: Axis) -> str:
