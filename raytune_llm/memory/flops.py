@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from raytune_llm.memory.model import dimensions
+from raytune_llm.models.build import compute_dtype
 from raytune_llm.models.layers import layers
 from raytune_llm.models.policy import Policy
 from raytune_llm.models.quantization import QuantizedLinear
@@ -87,7 +88,7 @@ def peak_flops(device: torch.device) -> float | None:
 def measured_flops(size: int = 1024, repeats: int = 8) -> float:
     """Operations a second of products of square matrices, in what training would compute in: on the first GPU, or this CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = compute_dtype("auto", device)
     size = 8 * size if device.type == "cuda" else size
     left = torch.ones(size, size, device=device, dtype=dtype)
     product = left @ left
