@@ -1,4 +1,5 @@
-"""Every experiment runs as typed, on the model that a package carries: two steps of each, held-out figures before and after."""
+"""Every experiment runs as typed, on its random model or one that a package carries: two steps of each, held-out figures before
+and after."""
 
 from __future__ import annotations
 
@@ -23,30 +24,32 @@ FIRST = {"sft_then_dpo_smollm2": "sft_smollm2"}
 FIGURES = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_accuracy")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all experiments, so that one that continues another one finds it."""
+    return tmp_path_factory.mktemp("experiments")
+
+
 def run_for_two_steps(experiment: str, folder: Path) -> api.TrainResult:
-    small = [
-        "data.max_samples=32",
-        "data.max_length=96",
-        "train.max_steps=2",
-        "train.global_batch_size=2",
-        "train.micro_batch_size=1",
-    ]
-    asked = load_config("train", [f"+experiment={experiment}", "model=smollm2_135m"])
+    small = ["data.max_samples=32", "train.max_steps=2", "train.global_batch_size=2", "train.micro_batch_size=1"]
+    asked = load_config("train", [f"+experiment={experiment}"])
+    if asked.model.weights != "random":
+        small += ["model=smollm2_135m", "data.max_length=96"]
     answers = ["train.max_new_tokens=4", *(["train.exact_match_rows=2"] if asked.train.exact_match_rows else [])]
-    here = ["model=smollm2_135m", "resources=inline", "strategy=ddp", "tracking=none", f"data.cache={folder / 'cache'}"]
+    here = ["resources=inline", "strategy=ddp", "tracking=none", f"data.cache={folder / 'cache'}"]
     return api.train(load_config("train", [f"+experiment={experiment}", *here, *small, *answers]))
 
 
 @pytest.mark.parametrize("experiment", [name for name in options("experiment") if name not in of_verbs()])
-def test_an_experiment_runs_as_typed(experiment, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_an_experiment_runs_as_typed(experiment, folder, monkeypatch):
+    monkeypatch.chdir(folder)
     if experiment in FIRST:
-        run_for_two_steps(FIRST[experiment], tmp_path)
-    result = run_for_two_steps(experiment, tmp_path)
+        run_for_two_steps(FIRST[experiment], folder)
+    result = run_for_two_steps(experiment, folder)
     assert result.summary.steps == 2
-    assert result.output_dir == tmp_path / "outputs" / experiment
+    assert result.output_dir == folder / "outputs" / experiment
     assert result.final.is_dir()
-    held_out = [record for record in metrics(result.output_dir) if "eval_loss" in record]
+    held_out = [record for record in metrics(str(result.output_dir)) if "eval_loss" in record]
     if result.before is None:
         assert [record["step"] for record in held_out] == [0, 2]
         assert all(any(name in record for name in FIGURES) for record in held_out)

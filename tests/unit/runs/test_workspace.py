@@ -66,12 +66,12 @@ def test_a_base_is_loaded_once_and_another_takes_its_place():
 
 
 @pytest.mark.long
-def test_memory_is_flat_over_fifty_runs(chat_rows, cache, tmp_path):
+def test_memory_is_flat_over_many_runs(chat_rows, cache, tmp_path):
     workspace = Workspace(keeps_base=True)
     base = run_of(chat_rows, cache, tmp_path, "train.max_steps=1", "checkpoint.every_steps=null", "train.exact_match_rows=1")
     held = []
     gc.freeze()  # what other tests left is not looked at
-    for number in range(50):
+    for number in range(25):
         optimizer = replace(base.optimizer, lr=1e-4 * (number + 1))
         api.train(replace(base, output_dir=str(tmp_path / str(number)), optimizer=optimizer), workspace=workspace)
         gc.collect()
@@ -80,7 +80,7 @@ def test_memory_is_flat_over_fifty_runs(chat_rows, cache, tmp_path):
     gc.unfreeze()
     counts, tensor_bytes, resident = zip(*held[9:], strict=True)
     assert counts[-1] <= counts[0] and tensor_bytes[-1] <= tensor_bytes[0]
-    assert resident[-1] - resident[0] < 32 * 2**20
+    assert resident[-1] - resident[0] < 12 * 2**20
 
 
 def resident_bytes() -> int:
