@@ -20,7 +20,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.saved import rank_of
 from raytune_llm.models.generation_config import end_ids_of
 from raytune_llm.models.load import load_config as load_model_config
-from raytune_llm.runs.trained import Trained
+from raytune_llm.runs.trained import Trained, read_trained
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +123,12 @@ def test_what_was_put_into_a_model_before_it_was_trained_whole_is_not_put_into_i
     model = Trained(run, tmp_path / "final").model
     assert (model.path, model.config, model.merged_adapters) == (str(tmp_path / "final"), {}, [])
     assert (model.new_tokens, model.resize_vocab) == (None, False)
+
+
+@pytest.mark.parametrize("text", [b"", b"- 1", b"a: [1", b"bogus: 1", b"\xff"])
+def test_a_run_whose_settings_cannot_be_read_is_named_by_the_setting_that_was_given(tmp_path, text):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "config.json").write_text("{}")
+    (tmp_path / "run.yaml").write_bytes(text)
+    with pytest.raises(ConfigError, match=r"^export\.run must be the output folder of a run, with the run\.yaml that it wrote"):
+        read_trained(str(tmp_path), "export.run")
