@@ -10,7 +10,7 @@ import logging
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -50,7 +50,7 @@ class Watcher:
         self._refused: dict[str, tuple[Path, Stamp]] = {}
         """Adapters that can't be served; they are tried again only when they change."""
         self._told: dict[str, str] = {}
-        """The last message of each adapter that could not be read: it is tried again and again, and said once."""
+        """The last message of each adapter or run that could not be read: it is tried again and again, and said once."""
         self._written = tempfile.TemporaryDirectory(prefix="raytune-llm-watch-")
         self._folders: dict[str, Path] = {}
         """In it, the folders of the checkpoints' adapters that are served."""
@@ -74,18 +74,26 @@ class Watcher:
         folder is said, and the others are served."""
         with self._scanning:
             try:
-                found = dict(self._found())
+                runs = sorted(self._folder.iterdir()) if self._folder.is_dir() else []
             except OSError as error:  # the folder was deleted meanwhile, or a network share is unavailable
                 self._tell("", f"{self._folder} can't be read: {error}")
                 return
-            self._told.pop("", None)
+            found: dict[str, tuple[Path, Stamp]] = {}
+            unreadable: set[str] = set()
+            for run in runs:
+                try:
+                    found |= _adapters_of(run)
+                except OSError as error:  # what is served of it stays
+                    found |= {name: served for name, served in self._served.items() if run in served[0].parents}
+                    unreadable.add(str(run))
+                    self._tell(str(run), f"{run} can't be read: {error}")
             for name, (place, stamp) in found.items():
                 if (place, stamp) not in (self._served.get(name), self._refused.get(name)):
                     self._serve(name, place, stamp)
             for name in self._served.keys() - found.keys():
                 self._end(name)
             for kept in (self._refused, self._told):
-                for name in kept.keys() - found.keys():
+                for name in kept.keys() - found.keys() - unreadable:
                     del kept[name]
 
     def _serve(self, name: str, place: Path, stamp: Stamp) -> None:
@@ -146,15 +154,16 @@ class Watcher:
         while not self._stopping.wait(self._interval_s):
             self.scan()
 
-    def _found(self) -> Iterator[tuple[str, tuple[Path, Stamp]]]:
-        if not self._folder.is_dir():
-            return
-        for run in sorted(self._folder.iterdir()):
-            if (stamp := _stamp(run / "final", "adapter_model.safetensors", "adapter_config.json")) is not None:
-                yield run.name, (run / "final", stamp)
-            steps = complete_steps(run / "checkpoints")
-            if steps and (stamp := _stamp(place := path_of(run / "checkpoints", steps[-1]), "progress.json")) is not None:
-                yield f"{run.name}@{steps[-1]}", (place, stamp)
+
+def _adapters_of(run: Path) -> dict[str, tuple[Path, Stamp]]:
+    """Those of a run's folder, by the names under which they are served. Raises OSError."""
+    found = {}
+    if (stamp := _stamp(run / "final", "adapter_model.safetensors", "adapter_config.json")) is not None:
+        found[run.name] = (run / "final", stamp)
+    steps = complete_steps(run / "checkpoints")
+    if steps and (stamp := _stamp(place := path_of(run / "checkpoints", steps[-1]), "progress.json")) is not None:
+        found[f"{run.name}@{steps[-1]}"] = (place, stamp)
+    return found
 
 
 def _stamp(folder: Path, *files: str) -> Stamp | None:

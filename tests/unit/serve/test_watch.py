@@ -25,7 +25,8 @@ from tests.toy_engine import END, Tokenizer, ToyRunner, adapter_folder, answer
 
 @pytest.fixture
 def engine() -> Iterator[NativeEngine]:
-    made = NativeEngine(ToyRunner(), Tokenizer(), end_ids=[END], max_length=100)
+    runner: Any = ToyRunner()
+    made = NativeEngine(runner, Tokenizer(), end_ids=[END], max_length=100)
     yield made
     made.close()
 
@@ -111,6 +112,27 @@ def test_one_folder_that_nobody_expected_keeps_no_other_from_being_served(engine
         assert asked(engine, "broken") == answer([5], 3, 4)
     finally:
         watcher.stop()
+
+
+def test_a_run_that_can_t_be_read_is_said_once_and_keeps_what_is_served_of_it_and_of_others(engine: NativeEngine, tmp_path: Path):
+    told: list[str] = []
+    watcher = Watcher(tmp_path, engine, base_name="base", notify=told.append)
+    for number, run in enumerate(("a", "z")):
+        finished(tmp_path, run, number + 1)
+    watcher.scan()
+    (tmp_path / "a/checkpoints").symlink_to(tmp_path / "a/checkpoints")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    finished(tmp_path, "z", 5)
+    del told[:]
+    for _ in range(3):
+        watcher.scan()
+    assert names(engine) == {"a", "z"} and asked(engine, "z") == answer([5], 5, 4)
+    assert sum("a can't be read" in line for line in told) == sum("loop can't be read" in line for line in told) == 1
+    assert len(told) == 3
+    (tmp_path / "a/checkpoints").unlink()
+    shutil.rmtree(tmp_path / "a")
+    watcher.scan()
+    assert names(engine) == {"z"}
 
 
 def test_it_looks_by_itself(engine: NativeEngine, tmp_path: Path):
