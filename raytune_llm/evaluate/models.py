@@ -106,8 +106,10 @@ def _asked(run: EvaluateRun) -> list[_Asked]:
     found: dict[str, _Asked] = {}
     for place in run.evaluate.models:
         one = _entry(run, place)
-        if one.name in found and not _is_run(expanded(place)):
-            one = replace(one, name=f"{one.name} in {expanded(place).absolute().parent.name}")
+        if twice := [other for other in found.values() if (other.model, other.adapter) == (one.model, one.adapter)]:
+            raise ConfigError("evaluate.models", f"must hold each model once: this is {twice[0].name}, too", got=place)
+        if one.name in found:
+            one = replace(one, name=f"{one.name} in {_where(expanded(place).absolute())}")
         if one.name in found:
             rule = f"must hold models of different names: {one.name} comes twice"
             raise ConfigError("evaluate.models", rule, got=run.evaluate.models)
@@ -116,6 +118,12 @@ def _asked(run: EvaluateRun) -> list[_Asked]:
         rule = "is the base of adapters in evaluate.models that no run of ours wrote, and there is none"
         raise ConfigError("model.path", rule, got=run.model.path, fix="Leave it out, or name it in evaluate.models.")
     return list(found.values())
+
+
+def _where(place: Path) -> str:
+    """The folder that tells a model apart from another one of its name: a run's own, or the one around a model's."""
+    run = place.parent if place.name == FINAL else place
+    return run.name if _is_run(place) else place.parent.name
 
 
 def _is_run(folder: Path) -> bool:

@@ -89,6 +89,13 @@ def test_runs_models_and_adapters_stand_side_by_side(base, tmp_path):
     assert found[0].adapters == {"run": f"{run}/final", "lora": str(adapter)}
 
 
+def test_runs_of_one_name_are_told_apart_by_their_folders_and_none_is_asked_twice(base, tmp_path):
+    one, other = (finished_run(base, tmp_path / place, "name=run") for place in ("one", "other"))
+    assert names(groups(models=[one, other])) == ["run", "run in other"]
+    with pytest.raises(ConfigError, match=r"evaluate\.models must hold each model once: this is run, too"):
+        groups(models=[one, f"{one}/final"])
+
+
 def test_the_base_of_an_adapter_may_be_given_and_of_nothing_else(base, tmp_path):
     other, adapter = saved_llama(tmp_path / "other"), adapter_of(base, tmp_path / "lora")
     (one,) = groups(f"model.path={other}", "evaluate.base=true", models=[str(adapter)])
