@@ -28,7 +28,7 @@ from raytune_llm.models.adapters.method import tied_ends, ties_ends
 from raytune_llm.models.adapters.saved import changes_one_end, other_base
 from raytune_llm.models.finished import FINAL
 from raytune_llm.models.load import load_config, load_model
-from raytune_llm.models.stored import check_files, tensor_files
+from raytune_llm.models.stored import changes_as_loaded, other_shape, tensor_files
 from raytune_llm.runs.trained import read_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -316,8 +316,10 @@ def _check_files(source: Source) -> None:
     except Exception as error:  # whatever a damaged config.json makes of a model's code
         rule = f"must be a folder whose config.json is of a model ({type(error).__name__}: {first_line(error)})"
         raise ConfigError("model.path", rule, got=str(source.folder), fix="Copy the whole folder again.") from error
-    if model is not None:
-        check_files(model, str(source.folder))
+    if model is not None and not changes_as_loaded(model):
+        for name, weight in model.named_parameters():
+            if (fact := source.facts.get(name)) is not None and fact.shape != tuple(weight.shape):
+                raise other_shape(str(source.folder), name, fact.shape, list(weight.shape))
     for file in source.others.values():
         try:
             if file.suffix == ".json":
