@@ -25,6 +25,12 @@ _QUICK = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
 
+ANSWERS_WITHIN_S = 5.0
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
+"""The client's preface, and a frame of no settings (RFC 9113, 3.4)."""
+HTTP2_SETTINGS = b"\4"
+"""Type of a frame, its fourth byte."""
+
 
 def connect(resources: Local | Cluster) -> None:
     """Start a cluster on this machine (local) or join the one at the address (cluster). Does nothing if already connected, unless
@@ -88,13 +94,23 @@ def _keep_paragraphs_off_the_screen() -> None:
 
 
 def _answers(address: str) -> None:
-    """Fail within seconds if nobody listens; Ray would try for a minute."""
+    """Fail within seconds if no head of Ray listens; Ray would try for minutes.
+
+    A head speaks HTTP/2 (gRPC): it answers the greeting with its settings. Its dashboard, at port 8265, does not.
+    """
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-        except OSError as error:
-            raise _nobody(address, error) from None
+    if not port.isdigit():
+        return
+    try:
+        with socket.create_connection((host, int(port)), timeout=ANSWERS_WITHIN_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return
+            connection.sendall(HTTP2_GREETING)
+            answer = connection.recv(9)
+    except OSError as error:
+        raise _nobody(address, error) from None
+    if answer[3:4] != HTTP2_SETTINGS:
+        raise _nobody(address, "what listens there is no head of Ray, whose port is 6379 unless --port says another")
 
 
 def _nobody(address: str, error: object) -> ResourceError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from typing import Any
 
 import pytest
@@ -32,6 +34,28 @@ def test_a_start_that_fails_names_the_machine_and_the_way_out(error: Exception, 
         session.connect(resources("local"))
     with pytest.raises((ResourceError, ConfigError), match=r"no Ray cluster answers at|resources\.address must be an address"):
         session.connect(resources("cluster", "resources.address=auto"))
+
+
+@pytest.mark.parametrize("answer", [None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_what_listens_and_is_no_head_of_ray_is_named_within_seconds(answer: bytes | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session, "ANSWERS_WITHIN_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listens:
+
+        def take() -> None:
+            taken.append(listens.accept()[0])
+            if answer is not None:
+                taken[0].recv(100)
+                taken[0].sendall(answer)
+                taken[0].close()
+
+        taken: list[socket.socket] = []
+        threading.Thread(target=take, daemon=True).start()
+        address = f"127.0.0.1:{listens.getsockname()[1]}"
+        with pytest.raises(
+            ResourceError, match=rf"no Ray cluster answers at {address} \((timed out|what listens there is no head)"
+        ):
+            session.connect(resources("cluster", f"resources.address={address}"))
 
 
 @pytest.mark.parametrize(
