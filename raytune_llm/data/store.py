@@ -161,9 +161,15 @@ def _open_lock(cache: Path, key: str) -> IO[str]:
 
 @contextmanager
 def under_construction(cache: Path, key: str) -> Iterator[Path | None]:
-    """The folder to build the store `key` in, or None if it is complete. Waits while another run builds it."""
+    """The folder to build the store `key` in, or None if it is complete. Waits while another run builds it.
+
+    A complete one may be another user's, in a cache that this one can't write to.
+    """
+    if _is_complete(cache / key):
+        yield None
+        return
     with locked(cache, key):
-        if (cache / key / MANIFEST).exists():
+        if _is_complete(cache / key):
             yield None
             return
         shutil.rmtree(cache / key, ignore_errors=True)  # a folder without a manifest is not a store
@@ -178,6 +184,13 @@ def under_construction(cache: Path, key: str) -> Iterator[Path | None]:
             with suppress(OSError):
                 write_atomically(folder / FAILED, str(error))
             raise
+
+
+def _is_complete(store: Path) -> bool:
+    try:
+        return (store / MANIFEST).exists()
+    except (OSError, ValueError):
+        return False  # no path, or nobody may look there: the lock says so
 
 
 def partial(target: Path) -> Path:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -103,7 +102,8 @@ def precomputed(
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     place = place_in(cache, f"reference-{digest}")
     target = local_folder(place)
-    with locked(target.parent, target.name) if world == 1 else nullcontext():
+    waits = world == 1 and not has_folder(place)  # one that is there may be another user's, in a cache that can't be written
+    with locked(target.parent, target.name) if waits else nullcontext():
         found = [rank == 0 and has_folder(place), secrets.randbits(32)]
         if world > 1:
             dist.broadcast_object_list(found)  # another run may finish it in between
@@ -185,7 +185,8 @@ def _compare(table: ReferenceTable, keys: np.ndarray, values: np.ndarray, folder
 def _write(table: ReferenceTable, target: Path, key: Mapping[str, Any]) -> None:
     """Writes to a temporary folder, then renames it. If another run was first, its table stays."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    beside = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    beside.mkdir()  # with the permissions that others may read
     try:
         np.save(beside / KEYS, table.keys_E)
         np.save(beside / VALUES, table.values_E2)

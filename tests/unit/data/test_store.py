@@ -11,7 +11,7 @@ from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.conversations import ConversationRow
 from raytune_llm.data.store import Store, finished_shard, key_of, under_construction, write_shard
-from raytune_llm.errors import DataError
+from raytune_llm.errors import ConfigError, DataError
 
 ROWS = [([1, 2, 3], [1, 3]), ([4], [0, 1]), ([5, 6, 7, 8], [0, 2, 3, 4]), ([9, 9], [])]
 
@@ -89,6 +89,21 @@ def test_a_complete_store_is_not_made_again(tmp_path, make_store):
     make_store(ROWS)
     with under_construction(tmp_path / "stores", "key") as folder:
         assert folder is None
+
+
+def test_a_complete_store_of_another_user_is_taken_from_a_cache_that_can_not_be_written(tmp_path, make_store):
+    make_store(ROWS)
+    stores = tmp_path / "stores"
+    (stores / ".key.lock").unlink(missing_ok=True)
+    for key in ("key", "other"):
+        (stores / f".{key}.lock").mkdir()  # a lock that can't be opened, also by root
+    with under_construction(stores, "key") as folder:
+        assert folder is None
+    with (
+        pytest.raises(ConfigError, match=r"data\.cache must be a folder that can be written"),
+        under_construction(stores, "other"),
+    ):
+        pass
 
 
 def test_the_key_does_not_depend_on_the_order_of_its_parts():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from raytune_llm.train.enrichers.reference_table import ReferenceTable, ReferenceTables, keys_of
+from raytune_llm.train.enrichers.reference_table import ReferenceTable, ReferenceTables, _write, keys_of
 from tests.models import tiny_llama
 from tests.steps import labeled_rows, make_store, step_of
 
@@ -33,3 +33,9 @@ def test_a_step_reads_the_table_of_its_own_store(step):
     elsewhere = replace(step, store="another")
     (batch, *_) = tables.attach(tiny_llama(), elsewhere.batches, elsewhere)
     assert batch.per_answer["reference"][:, 1].tolist() == [100 + partner for partner in batch.partners]
+
+
+def test_a_table_in_a_shared_cache_can_be_read_by_other_users(tmp_path):
+    (tmp_path / "plain").mkdir()
+    _write(ReferenceTable(np.arange(2), np.zeros((2, 2), np.float32), 2), tmp_path / "table", {"a": 1})
+    assert (tmp_path / "table").stat().st_mode == (tmp_path / "plain").stat().st_mode
