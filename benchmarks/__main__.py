@@ -10,6 +10,7 @@ shown, as is a figure that there is no more, and the exit code is 1.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -81,6 +82,7 @@ def this_machine() -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
+        "bytecode_of_torch": _has_bytecode("torch"),
         "memory_gib": round(memory_gib),
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())],
     }
@@ -97,6 +99,12 @@ def machine_class(machine: Mapping[str, Any]) -> str:
     gpus = machine["gpus"]
     text = f"{len(gpus)}x {gpus[0]}" if gpus else f"{machine['cpu']} {machine['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|@.*ghz|\bcpu\b|\bprocessor\b", "", text.lower())).strip("-")
+
+
+def _has_bytecode(package: str) -> bool:
+    """Without, each process compiles the package's modules as it starts, unless it may keep them: starts take twice as long."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None and Path(importlib.util.cache_from_source(spec.origin)).exists()
 
 
 def versions() -> dict[str, str]:
