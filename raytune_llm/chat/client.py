@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import httpx
 
-from raytune_llm.errors import ResourceError
+from raytune_llm.errors import DataError, ResourceError
 
 CONNECT_S = 10.0
 
@@ -105,7 +105,7 @@ class Answer:
 
 
 class Client:
-    """Methods raise ResourceError if the server can't be reached or answers with an error."""
+    """Methods raise ResourceError if the server can't be reached or answers with an error, and DataError for what is no text."""
 
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
@@ -166,6 +166,8 @@ def _reached(url: httpx.URL) -> Iterator[None]:
         yield
     except httpx.TransportError as error:
         raise ResourceError(f"the server at {url} does not answer ({error})", "Is it running, and is chat.url right?") from None
+    except UnicodeEncodeError as error:
+        raise DataError("the conversation", f"must be text in UTF-8, and holds {error.object[error.start]!r}") from None
 
 
 def _refusal(response: httpx.Response) -> ResourceError:

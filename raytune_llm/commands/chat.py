@@ -15,7 +15,7 @@ from raytune_llm.chat.slash import COMMANDS, Leave, run_command
 from raytune_llm.chat.terminal import Terminal
 from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.run import ChatRun
-from raytune_llm.errors import ConfigError, UserError
+from raytune_llm.errors import ConfigError, DataError, UserError
 
 
 def main(run: ChatRun) -> int:
@@ -38,7 +38,10 @@ def main(run: ChatRun) -> int:
 
 def _answer_once(run: ChatRun) -> int:
     """Nothing but the answer's text goes to standard output."""
-    said = sys.stdin.read().strip("\n")
+    try:
+        said = sys.stdin.read().strip("\n")
+    except UnicodeDecodeError as error:
+        raise DataError("standard input", f"must be text in UTF-8 ({error.reason} at byte {error.start})") from None
     if not said.strip():
         raise ConfigError(
             "standard input", "must hold a message", got="nothing", fix='For example, echo "hello" | raytune-llm chat.'

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import uvicorn
 
+from raytune_llm import load_config
 from raytune_llm.chat.client import Answer, Client, Model
 from raytune_llm.chat.dialogue import Dialogue
 from raytune_llm.chat.open import adapter_name
+from raytune_llm.commands import chat as chat_command
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.errors import ConfigError, DataError
@@ -56,7 +60,7 @@ class ScriptedRunner(ToyRunner):
 def scripted() -> Iterator[tuple[ScriptedRunner, Client]]:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    runner = ScriptedRunner(num_blocks=512, block_size=4, vocab_size=len(tokenizer))
+    runner: Any = ScriptedRunner(num_blocks=512, block_size=4, vocab_size=len(tokenizer))
     engine = NativeEngine(runner, tokenizer, end_ids=[257], max_length=1000, max_rows=4, step_tokens=64)
     backend = InProcessBackend(engine, ModelFacts(name="base", max_length=1000, hidden_size=4, scores=False), max_waiting=32)
     access = Access(api_key=None, admin_key=None, roots=[], max_body_bytes=100_000)
@@ -89,7 +93,7 @@ def test_thoughts_are_told_apart_from_the_answer(scripted, dialogue):
     answer, pieces = answered(dialogue)
     assert (answer.reasoning, answer.text, answer.finish) == ("A fox? Käse!", "Yes.", "stop")
     assert "".join(text for kind, text in pieces if kind == "reasoning") == "A fox? Käse!"
-    assert answer.tokens == len(scripted[0].script) and answer.tokens_per_s > 0 and answer.first_s > 0
+    assert answer.tokens == len(scripted[0].script) and (answer.tokens_per_s or 0) > 0 and (answer.first_s or 0) > 0
     assert dialogue.messages[-1] == {"role": "assistant", "content": "Yes.", "reasoning_content": "A fox? Käse!"}
 
 
@@ -171,3 +175,15 @@ def test_the_base_is_refused_where_the_adapter_is_part_of_the_model(scripted):
 def test_an_adapter_is_called_by_its_runs_name(tmp_path):
     assert adapter_name(tmp_path / "mine" / "final") == "mine"
     assert adapter_name(tmp_path / "other") == "other"
+
+
+def test_what_is_no_text_is_refused_before_it_is_sent(dialogue):
+    dialogue.say("half of a pair: \ud800")
+    with pytest.raises(DataError, match=r"the conversation: must be text in UTF-8, and holds '\\ud800'"):
+        answered(dialogue)
+
+
+def test_bytes_that_are_no_text_on_standard_input_are_refused(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), "utf-8", "strict"))
+    with pytest.raises(DataError, match=r"standard input: must be text in UTF-8 \(invalid start byte at byte 1\)"):
+        chat_command.main(load_config("chat", ["chat.url=http://127.0.0.1:1"]))
