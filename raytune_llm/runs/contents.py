@@ -19,7 +19,11 @@ from raytune_llm.models.finished import FINAL, FINISHED
 
 READ = (".json", ".jinja", ".model", ".txt", ".py")
 """Suffixes of what is read beside weights: config, generation config, tokenizer, chat template, code."""
-NOT_READ = ("export.json", "training_args.json", "trainer_state.json", FINISHED)
+NOT_READ = (
+    "export.json", "training_args.json", "trainer_state.json", FINISHED, "summary.json", "predict.json", "metrics.json",
+    "predict_results.json", "results.json",
+)  # fmt: skip
+"""What training, exports, predictions and evaluations write into a folder, which may be the model's own."""
 HEAVY = (".safetensors", ".bin")
 
 
