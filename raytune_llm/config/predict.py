@@ -54,6 +54,8 @@ class PredictConfig:
         if self.judge is not None and not self.generate:
             rule = "judges answers, of which predict.generate=false makes none"
             raise ConfigError("predict.judge", rule, got=self.judge, fix="Leave one of them out.")
+        if twice := [name for name in self.metrics if self.metrics.count(name) > 1]:
+            raise ConfigError("predict.metrics", "must hold each metric once", got=twice[0])
         if "" in self.stop:
             raise ConfigError("predict.stop", "must hold no empty text", got=self.stop)
         for name in self.adapters:

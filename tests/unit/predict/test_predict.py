@@ -254,6 +254,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(prediction, tmp_pat
         (["data.streaming=true"], "data.streaming is for training"),
         (["data.eval_fraction=0.1"], "data.eval_fraction is for training"),
         (["predict.generate=false"], "predict.generate must be true"),
+        (["predict.metrics=[f1,f1]"], "predict.metrics must hold each metric once"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(prediction, settings, said):
