@@ -68,6 +68,7 @@ def worker_main(settings: Mapping[str, Any]) -> None:
         raise
     finally:
         heartbeat.close()
+        metrics.close()
     ray.get(inbox.leave.remote(rank))
     if rank == 0:
         ray.get(inbox.finish.remote(outcome))

@@ -7,6 +7,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -71,9 +72,16 @@ def fit_on_ray(
         run=run, resources=resources, stores=(train_store, eval_store), sinks=sinks, on_update=on_update, on_samples=on_samples
     )
     failures = Failures(limit=resources.max_failures)
-    on_lost = partial(_count, run.name)
-    if isinstance(resources.num_workers, list):
-        return fit_elastic(group, size, resources.num_workers, failures, on_lost)
+    with closing(RayMetrics(run.name)) as metrics:
+        metrics.measured("failures", 0)
+        on_lost = partial(metrics.measured, "failures")
+        if isinstance(resources.num_workers, list):
+            return fit_elastic(group, size, resources.num_workers, failures, on_lost)
+        return fit_fixed(group, size, failures, on_lost)
+
+
+def fit_fixed(group: Group, size: GroupSize, failures: Failures, on_lost: Callable[[int], None]) -> TrainOutcome:
+    """Train in groups of one size."""
     restarts = Restarts(failures=failures, in_place=True, on_lost=on_lost)
     outcomes: list[TrainOutcome] = []
     while not outcomes or outcomes[-1].yielded:
@@ -82,7 +90,7 @@ def fit_on_ray(
         except GroupFailed as failed:
             raise failed.reason from None
         if outcomes[-1].yielded:
-            on_update(Notice(text=f"saved at step {outcomes[-1].progress.step}, since {LEAVES}; resuming on others"))
+            group.on_update(Notice(text=f"saved at step {outcomes[-1].progress.step}, since {LEAVES}; resuming on others"))
     return of_all(outcomes)
 
 
@@ -211,10 +219,6 @@ def fit_elastic(
         grown = room.found is not None and room.found > workers
         wanted = room.found if grown else workers
         why = f"saved at step {outcome.progress.step}, since {f'there is room for {wanted} workers' if grown else LEAVES}"
-
-
-def _count(run_name: str, losses: int) -> None:
-    RayMetrics(run_name).measured("failures", losses)
 
 
 def _storage(output_dir: str, *, shared: bool) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """A run's figures as metrics of Ray, which Prometheus scrapes from every node and Grafana shows. [ray]
 
-Ray exports each under `ray_` and its name here, with the tag `run`. cluster/grafana/training.json is a dashboard of them.
+Ray exports each under `ray_` and its name here, with the tag `run`. cluster/grafana/training.json is a dashboard of them. Ray
+forgets a value that is not set again within some 20 s, so that each is set again and again until a newer one comes.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,16 +28,22 @@ GAUGES = {
 }
 """Name of a record's field, or of another figure -> description."""
 PREFIX = "raytune_llm_"
+SET_AGAIN_S = 5.0
+"""Ray exports what was set in the last ten seconds."""
 
 
 class RayMetrics:
-    """The figures of one run. Made in a process that is connected to Ray."""
+    """The figures of one run, from construction until `close`. Made in a process that is connected to Ray."""
 
     def __init__(self, run: str) -> None:
         from ray.util.metrics import Gauge
 
         self._tags = {"run": run}
         self._gauges = {name: Gauge(f"{PREFIX}{name}", text, tag_keys=("run",)) for name, text in GAUGES.items()}
+        self._values: dict[str, float] = {}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._set_again, name="metrics", daemon=True)
+        self._thread.start()
 
     def record(self, record: Mapping[str, Any]) -> None:
         """A sink: sets the gauges of the fields that a record has."""
@@ -44,4 +52,13 @@ class RayMetrics:
 
     def measured(self, name: str, value: float) -> None:
         if math.isfinite(value):
+            self._values[name] = value
             self._gauges[name].set(value, tags=self._tags)
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _set_again(self) -> None:
+        while not self._closed.wait(SET_AGAIN_S):
+            for name, value in list(self._values.items()):
+                self._gauges[name].set(value, tags=self._tags)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from itertools import combinations
 from pathlib import Path
 
-from raytune_llm.runs.ray_metrics import GAUGES, PREFIX
+from raytune_llm.runs import ray_metrics
+from raytune_llm.runs.ray_metrics import GAUGES, PREFIX, RayMetrics
 
 DASHBOARD = json.loads((Path(__file__).parents[3] / "cluster" / "grafana" / "training.json").read_text())
 
@@ -31,3 +33,18 @@ def test_panels_of_the_dashboard_have_ids_of_their_own_and_do_not_overlap():
         apart_x = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
         apart_y = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
         assert apart_x or apart_y
+
+
+def test_a_value_is_set_again_until_a_newer_one_comes_or_the_run_ends(monkeypatch):
+    monkeypatch.setattr(ray_metrics, "SET_AGAIN_S", 0.02)
+    metrics = RayMetrics("mine")
+    values: list[float] = []
+    monkeypatch.setattr(metrics._gauges["workers"], "set", lambda value, tags: values.append(value))
+    for value in (2.0, 3.0):
+        metrics.measured("workers", value)
+        until = time.monotonic() + 20
+        while values.count(value) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+    metrics.close()
+    metrics._thread.join()
+    assert values == sorted(values) and values.count(2.0) >= 3 <= values.count(3.0)
