@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,30 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "processes" if _starts_processes(file) else file
+            return "processes" if _has(file, *STARTS_PROCESSES) else file
 
+    config.option.loadscopereorder = False  # by number of tests: the order here is by time
     return ByFile(config, log)
 
 
-@cache
-def _starts_processes(file: str) -> bool:
-    text = Path(__file__).parents[1].joinpath(file).read_text()
-    return any(word in text for word in STARTS_PROCESSES)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where processes share the tests, the longest files begin, so that no process is alone with one at the end."""
+
+    def rank(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return 0 if _has(file, *STARTS_PROCESSES) else 1 if _has(file, "mark.long") else 2
+
+    if hasattr(config, "workerinput"):
+        items.sort(key=rank)
+
+
+def _has(file: str, *words: str) -> bool:
+    return any(word in _text(file) for word in words)
+
+
+@functools.cache
+def _text(file: str) -> str:
+    return Path(__file__).parents[1].joinpath(file).read_text()
 
 
 @pytest.fixture(scope="session")
