@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from raytune_llm.config.load import load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.models.adapters.method import new_config
-from raytune_llm.models.adapters.methods import METHODS
+from raytune_llm.models.adapters.methods import method_of
 from raytune_llm.models.build import build_policy
 from raytune_llm.models.load import load_model
 from raytune_llm.models.shared import SharedModel
@@ -205,7 +205,7 @@ def in_peft(case: Case, *, steps: int, tiny: bool, device: torch.device) -> dict
     with device:
         base: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     base.config.use_cache = False
-    model: Any = get_peft_model(base, new_config(base, run.adapter, METHODS[run.adapter.name])[0])  # type: ignore[arg-type]
+    model: Any = get_peft_model(base, new_config(base, run.adapter, method_of(run.adapter))[0])  # type: ignore[arg-type]
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()

@@ -42,6 +42,7 @@ def lora_section(**changed: Any) -> LoRA:
     """adapter=lora, with rank 4 and alpha 8 unless they are changed."""
     of_all = {"targets": "all-linear", "last_layers": None, "layers": None, "modules_to_save": [], "path": None}
     own = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}, "experts": False}
+    own |= {"rslora": False, "dora": False, "lr_ratio": 1.0, "embedding_lr_ratio": 1.0}
     return LoRA(name="lora", **{**of_all, **own, **changed})
 
 

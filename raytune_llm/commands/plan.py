@@ -62,7 +62,7 @@ def _choices(run: TrainRun, planned: Plan) -> Table:
     table.add_row(
         "parameters",
         f"{_short(parameters.total)}, trained {_short(parameters.trained)} ({parameters.trained / parameters.total:.2%}), "
-        f"adapter {run.adapter.name}; {in_units(planned.saved_bytes)} in final/",
+        f"adapter {run.adapter.option}; {in_units(planned.saved_bytes)} in final/",
     )
     table.add_row(
         "a step",

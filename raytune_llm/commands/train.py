@@ -67,7 +67,7 @@ FACES: dict[str, Callable[[], Display | EventLog]] = {"text": lambda: Display(Co
 def _description(run: TrainRun) -> str:
     return (
         f"{run.stage.name} of {run.model.path or run.model.config.get('model_type')}, "
-        f"adapter {run.adapter.name}, strategy {run.strategy.option}, resources {run.resources.name}"
+        f"adapter {run.adapter.option}, strategy {run.strategy.option}, resources {run.resources.name}"
     )
 
 

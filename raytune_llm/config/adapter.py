@@ -18,6 +18,7 @@ Targets = str | list[str]
 class TrainedPart:
     """What other modules ask of each choice: the part of a model that a run trains, and what it goes with."""
 
+    name: str
     trains_base: ClassVar[bool] = False
     """Base weights are trained. If not, they are frozen, and final/ holds an adapter."""
     changes_base: ClassVar[bool] = False
@@ -40,6 +41,11 @@ class TrainedPart:
     """Modules of the model outside of its layers that are trained by name."""
     shares_pass: ClassVar[bool] = False
     """Several runs with such adapters can be trained in one pass over one base (tune.share_base)."""
+
+    @property
+    def option(self) -> str:
+        """What it is, in a word or two."""
+        return self.name
 
 
 @section
@@ -157,10 +163,25 @@ class LowRank(Layered):
     """Other ranks for some layers: the end of a layer's name, or a regular expression of it, -> rank."""
     alpha_pattern: dict[str, PositiveFloat]
     """Likewise for alpha."""
+    rslora: bool
+    """Kalajdzievski 2023 (arXiv 2312.03732): the scale of B A is alpha / sqrt(rank), so that higher ranks learn as fast as lower
+    ones; else alpha / rank."""
+    dora: bool
+    """Liu et al. 2024 (arXiv 2402.09353): the layer is m * V / |V| by row, where V is the weight that LoRA has changed, and m is
+    trained with A and B."""
+    lr_ratio: PositiveFloat
+    """B's learning rate over optimizer.lr (Hayou et al. 2024, arXiv 2402.12354)."""
+    embedding_lr_ratio: PositiveFloat
+    """Likewise of adapters on embeddings."""
+
+    @property
+    def option(self) -> str:
+        variants = [name for name in ("dora", "rslora") if getattr(self, name)]
+        return " with ".join(variants if variants and self.name == "lora" else [self.name, *variants])
 
     @property
     def mixes(self) -> bool:  # type: ignore[override]
-        return not self.modules_to_save
+        return not self.modules_to_save and not self.dora
 
     @property
     def plain(self) -> bool:
@@ -168,26 +189,30 @@ class LowRank(Layered):
         by_name = self.targets == "all-linear" or not isinstance(self.targets, str)
         return by_name and self.layers is None and not self.modules_to_save and not self.rank_pattern
 
+    @property
+    def refuses_partitioned(self) -> str | None:  # type: ignore[override]
+        return READS_WEIGHTS if self.dora else None
+
     trains_tokens: ClassVar[bool] = True
     refuses_quantized: ClassVar[str | None] = None
-    refuses_partitioned: ClassVar[str | None] = None
 
 
 @section
-class OnExperts(LowRank):
-    """Methods that can be on the experts of a mixture as well."""
+class LoRA(LowRank):
+    """Hu et al. 2021 (arXiv 2106.09685): W + alpha / rank * B A, with A and B trained."""
 
+    name: Literal["lora"]
     experts: bool
     """An adapter for each expert too, of adapter.rank, where a mixture has its experts in one tensor. It is added to the weights,
     which costs a copy of a layer's experts."""
 
     @property
     def mixes(self) -> bool:  # type: ignore[override]
-        return not self.modules_to_save and not self.experts
+        return super().mixes and not self.experts
 
     @property
     def shares_pass(self) -> bool:  # type: ignore[override]
-        return self.plain and not self.experts
+        return self.plain and not self.experts and not self.dora and self.lr_ratio == self.embedding_lr_ratio == 1
 
     @property
     def refuses_quantized(self) -> str | None:  # type: ignore[override]
@@ -195,7 +220,7 @@ class OnExperts(LowRank):
 
     @property
     def refuses_partitioned(self) -> str | None:  # type: ignore[override]
-        return READS_WEIGHTS if self.experts else None
+        return READS_WEIGHTS if self.experts else super().refuses_partitioned
 
     @property
     def refuses_compiled(self) -> str | None:  # type: ignore[override]
@@ -206,45 +231,9 @@ class OnExperts(LowRank):
         if self.experts and self.dropout:
             rule = "must be 0 if adapter.experts is true: what is added to weights has no input to drop"
             raise ConfigError("adapter.dropout", rule, got=self.dropout, fix="Leave it out.")
-
-
-@section
-class LoRA(OnExperts):
-    """Hu et al. 2021 (arXiv 2106.09685): W + alpha / rank * B A, with A and B trained."""
-
-    name: Literal["lora"]
-
-
-@section
-class RsLoRA(OnExperts):
-    """Kalajdzievski 2023 (arXiv 2312.03732): W + alpha / sqrt(rank) * B A, so that higher ranks learn as fast as lower ones."""
-
-    name: Literal["rslora"]
-
-
-@section
-class LoRAPlus(LowRank):
-    """Hayou et al. 2024 (arXiv 2402.12354): LoRA, with a higher learning rate for B than for A."""
-
-    name: Literal["lora_plus"]
-    lr_ratio: PositiveFloat
-    """B's learning rate over optimizer.lr."""
-    embedding_lr_ratio: PositiveFloat
-    """Likewise of adapters on embeddings."""
-
-
-@section
-class DoRA(LowRank):
-    """Liu et al. 2024 (arXiv 2402.09353): m * V / |V| by row with V = W + alpha / rank * B A, and m trained with A and B."""
-
-    name: Literal["dora"]
-
-    refuses_quantized: ClassVar[str | None] = READS_WEIGHTS
-    refuses_partitioned: ClassVar[str | None] = READS_WEIGHTS
-
-    @property
-    def mixes(self) -> bool:  # type: ignore[override]
-        return False
+        if self.experts and self.dora:
+            rule = "must be false with adapter.dora=true: PEFT has no lengths of experts' rows"
+            raise ConfigError("adapter.experts", rule, got=True, fix="Leave it out, or set adapter=lora.")
 
 
 @section
@@ -366,6 +355,6 @@ class SavedAdapter:
 
 
 AdapterConfig = Annotated[
-    NoAdapter | Freeze | LlamaPro | LoRA | RsLoRA | LoRAPlus | DoRA | PiSSA | LoftQ | EVA | OFT | VeRA | IA3,
+    NoAdapter | Freeze | LlamaPro | LoRA | PiSSA | LoftQ | EVA | OFT | VeRA | IA3,
     Field(discriminator="name"),
 ]

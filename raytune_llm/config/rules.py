@@ -325,10 +325,10 @@ def quantized_weights_can_be_had(adapter: AdapterConfig, quantization: Quantizat
             fix="Set adapter=lora, or quantization=none.",
         )
     if quantization.replaces_layers and adapter.refuses_quantized is not None:
-        rule = f"can't be {quantization.name} with adapter={adapter.name}: {adapter.refuses_quantized}"
+        rule = f"can't be {quantization.name} with adapter={adapter.option}: {adapter.refuses_quantized}"
         raise ConfigError("quantization", rule, fix="Set adapter=lora, or quantization=none.")
     if adapter.needs_quantized and not quantization.replaces_layers:
-        rule = f"must be one with adapter={adapter.name}, which begins as what it takes off the weights"
+        rule = f"must be one with adapter={adapter.option}, which begins as what it takes off the weights"
         raise ConfigError("quantization", rule, got=quantization.name, fix="Set quantization=bnb_nf4, or adapter=lora.")
     refusal = strategy.refuses_quantized(trained=trains_all)
     if quantization.replaces_layers and refusal is not None:
@@ -379,7 +379,7 @@ def schedule_suits_the_optimizer(optimizer: OptimizerConfig, schedule: ScheduleC
 def adapters_find_the_weights_that_they_read(adapter: AdapterConfig, strategy: StrategyConfig) -> None:
     why = adapter.refuses_partitioned
     if why is not None and strategy.gathers_in_hooks:
-        rule = f"can't be zero3 with adapter={adapter.name}: {why}, and ZeRO-3 gathers those of layers that are called"
+        rule = f"can't be zero3 with adapter={adapter.option}: {why}, and ZeRO-3 gathers those of layers that are called"
         raise ConfigError("strategy", rule, fix="Set strategy=fsdp, or adapter=lora.")
 
 
@@ -389,7 +389,7 @@ def new_tokens_can_be_trained(model: ModelConfig, adapter: AdapterConfig, strate
     setting = "model.new_tokens" if model.new_tokens else "model.resize_vocab"
     got = model.new_tokens or True
     if not adapter.trains_tokens:
-        rule = f"can't be combined with adapter={adapter.name}, which trains no embeddings"
+        rule = f"can't be combined with adapter={adapter.option}, which trains no embeddings"
         raise ConfigError(setting, rule, got=got, fix="Set adapter=lora, or adapter=none.")
     if not adapter.trains_base and strategy.gathers_in_hooks:
         rule = "can't be combined with strategy=zero3 and an adapter: it gathers the weights of layers that are called"

@@ -11,7 +11,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
 
 VARIES = (
-    "adapter.name", "adapter.rank", "adapter.alpha", "adapter.dropout", "optimizer.", "schedule.", "stage.",
+    "adapter.rslora", "adapter.rank", "adapter.alpha", "adapter.dropout", "optimizer.", "schedule.", "stage.",
     "train.adapter_seed", "train.epochs", "train.max_steps", "train.pause_at", "train.max_grad_norm", "train.max_nonfinite_steps",
     "train.early_stopping", "train.log_every_steps", "train.eval_every_steps", "train.eval_at", "train.eval_on_start",
     "train.sample_rows", "train.max_new_tokens", "checkpoint.every_steps", "checkpoint.final", "checkpoint.keep",
@@ -38,7 +38,7 @@ def _obstacles(run: TrainRun, base: TrainRun) -> Iterator[ConfigError]:
     mine, theirs = dict(flat_items(as_plain(run))), dict(flat_items(as_plain(base)))
     if not run.adapter.shares_pass:
         rule = "must be lora or rslora on named layers or all-linear, without patterns of ranks or whole modules,"
-        yield _refused("adapter", rule, run.adapter.name)
+        yield _refused("adapter", rule, run.adapter.option)
     elif run.adapter.path is not None:
         yield _refused("adapter.path", "must be null", run.adapter.path)
     if not run.stage.writes:

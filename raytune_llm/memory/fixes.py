@@ -62,7 +62,7 @@ class SuggestedFixes:
         self.run = changed(run, [f"resources.num_workers={needs.world_size}"])
         self.config, self.needs, self.usable_bytes, self.on_gpu = config, needs, usable_bytes, on_gpu
         self.auto_bytes = usable_bytes if auto_bytes is None else auto_bytes
-        self._counted = {run.adapter.name: needs.parameters}
+        self._counted = {run.adapter.option: needs.parameters}
 
     def sets(self) -> tuple[Fix, ...]:
         """Sets of settings that make it fit, the smallest first, and of which no part would do."""
@@ -111,12 +111,12 @@ class SuggestedFixes:
         return Fix(settings=settings, memory=memory) if memory.total <= self.usable_bytes else None
 
     def _needs_of(self, run: TrainRun) -> Needs:
-        if run.adapter.name not in self._counted:
-            self._counted[run.adapter.name] = parameters_of(run, self.config)
+        if run.adapter.option not in self._counted:
+            self._counted[run.adapter.option] = parameters_of(run, self.config)
         assert isinstance(run.resources.num_workers, int)
         needs = replace(
             self.needs,
-            parameters=self._counted[run.adapter.name],
+            parameters=self._counted[run.adapter.option],
             world_size=run.resources.num_workers,
             **needs_set(run),
         )

@@ -216,21 +216,16 @@ def adapter(
     }
     if finetuning_type == "oft":
         return placed
-    variants = {"rslora": use_rslora, "dora": use_dora, "pissa": pissa_init, "lora_plus": loraplus_lr_ratio is not None}
-    chosen = [name for name, wanted in variants.items() if wanted]
-    if len(chosen) > 1:
-        switch = {"rslora": "use_rslora", "dora": "use_dora", "pissa": "pissa_init"}[chosen[0]]
-        raise Refusal(f"{' and '.join(chosen)} together {LATER}; choose one", switch)
-    own: dict[str, Any] = {}
+    own: dict[str, Any] = {"adapter.rslora": use_rslora, "adapter.dora": use_dora}
     if pissa_init:
-        own = {"adapter.svd_iterations": None if pissa_iter == -1 else pissa_iter}
+        own |= {"adapter.svd_iterations": None if pissa_iter == -1 else pissa_iter}
         if continued is not None:
             raise Refusal("is how a new adapter begins; leave it out, or set create_new_adapter", "pissa_init")
     if loraplus_lr_ratio is not None:
         of_embeddings = float(loraplus_lr_embedding) / learning_rate
-        own = {"adapter.lr_ratio": float(loraplus_lr_ratio), "adapter.embedding_lr_ratio": of_embeddings}
+        own |= {"adapter.lr_ratio": float(loraplus_lr_ratio), "adapter.embedding_lr_ratio": of_embeddings}
     return {
-        "adapter": chosen[0] if chosen else "lora",
+        "adapter": "pissa" if pissa_init else "lora",
         "adapter.rank": lora_rank,
         "adapter.alpha": float(2 * lora_rank if lora_alpha is None else lora_alpha),
         "adapter.dropout": float(lora_dropout),

@@ -147,6 +147,8 @@ def build_policy(
         if not trains:
             adapted.model.requires_grad_(False)  # a quantization takes frozen weights
         hold(adapted.model)
+        if quantization.replaces_layers:
+            adapted.quantized()
     else:
         hold(loaded.requires_grad_(False))  # a bank comes after quantization, which takes frozen weights
         adapted = bank_of(loaded, slots, compute)

@@ -251,6 +251,6 @@ def model_card(run: TrainRun, step: int, loss: float | None) -> str:
     front = f"---\nlibrary_name: {library}\n" + (f"base_model: {run.model.path}\n" if run.model.path else "") + "---\n"
     loss_text = "" if loss is None else f" The training loss at the end was {loss:.4f}."
     return (
-        f"{front}\n# {run.name}\n\n{base}, trained with raytune_llm: stage {run.stage.name}, adapter {run.adapter.name}, "
+        f"{front}\n# {run.name}\n\n{base}, trained with raytune_llm: stage {run.stage.name}, adapter {run.adapter.option}, "
         f"{step} steps.{loss_text}\n\n{_loaded_on(run)}Every setting is in `run.yaml` beside this folder.\n"
     )

@@ -16,39 +16,45 @@ from raytune_llm import api
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.models.adapters import OWN
-from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.runs.build import Builder
 from tests.group import Group, metrics
 from tests.invariant.test_same_run_everywhere import assert_same_run, elsewhere
 from tests.invariant.test_saved_models_load_elsewhere import base_of, in_memory_logits
 from tests.runs import PowerCut, cut_at, tiny_run
 
-KINDS = [kind for kind in METHODS if kind not in ("lora", "loftq")]
-"""LoRA has tests of its own for all of this, and LoftQ, over quantized weights alone, in tests/unit/models/quantization."""
 SETTINGS = {
-    "vera": ["adapter.rank=32", "optimizer.lr=5e-2"],
-    "ia3": ["adapter.targets=all-linear", "optimizer.lr=1e-1"],
-    "lora_plus": ["adapter.lr_ratio=4.0"],
+    "rslora": ["adapter=rslora"],
+    "lora_plus": ["adapter=lora_plus", "adapter.lr_ratio=4.0"],
+    "dora": ["adapter=dora"],
+    "pissa": ["adapter=pissa"],
+    "pissa with all variants": ["adapter=pissa", "adapter.dora=true", "adapter.rslora=true", "adapter.lr_ratio=4.0"],
+    "eva": ["adapter=eva"],
+    "oft": ["adapter=oft"],
+    "vera": ["adapter=vera", "adapter.rank=32", "optimizer.lr=5e-2"],
+    "ia3": ["adapter=ia3", "adapter.targets=all-linear", "optimizer.lr=1e-1"],
 }
-"""Of the tiny model, which is to learn something in eight steps."""
+"""Of the tiny model, which is to learn something in eight steps. LoRA has tests of its own for all of this, and LoftQ, over
+quantized weights alone, in tests/unit/models/quantization."""
+SAVED_AS = {"pissa": ["adapter=lora"], "pissa with all variants": ["adapter=dora", "adapter.rslora=true"]}
+"""What continues it, if it is another kind."""
 
 
-def of_kind(kind: str) -> list[str]:
-    return [f"adapter={kind}", *SETTINGS.get(kind, [])]
-
-
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=SETTINGS)
 def run(request: pytest.FixtureRequest, chat_rows: str, cache: str, tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
     folder = tmp_path_factory.mktemp("kind") / request.param
     overrides = (
         "train.max_steps=8",
         "checkpoint.every_steps=2",
         "optimizer.lr=5e-3",
-        *of_kind(request.param),
+        *SETTINGS[request.param],
     )
     run = tiny_run(chat_rows, cache, folder, *overrides)
     api.train(run)
     return run
+
+
+def kind_of(request: pytest.FixtureRequest) -> str:
+    return request.node.callspec.params["run"]
 
 
 def test_every_tensor_of_the_adapter_learns_and_the_loss_falls(run: TrainRun, tmp_path: Path) -> None:
@@ -93,12 +99,12 @@ def test_what_is_saved_is_what_was_in_memory_in_plain_peft_and_merged(run: Train
         assert torch.allclose(model.merge_and_unload()(input_ids=ids[None]).logits[0, :-1], logits, atol=1e-5)
 
 
-def test_packed_rows_are_trained_as_rows_by_themselves(run: TrainRun, tmp_path: Path) -> None:
+def test_packed_rows_are_trained_as_rows_by_themselves(run: TrainRun, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """All of an epoch's in one step, so that it has the same rows either way."""
     losses = []
     for packing in ("true", "false"):
         overrides = [
-            *of_kind(run.adapter.name),
+            *SETTINGS[kind_of(request)],
             f"data.packing={packing}",
             "train.max_steps=1",
             "train.global_batch_size=64",
@@ -108,16 +114,19 @@ def test_packed_rows_are_trained_as_rows_by_themselves(run: TrainRun, tmp_path: 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_continued_adapter_of_any_kind_is_in_the_key_of_a_reference_table(run: TrainRun, tmp_path: Path) -> None:
+def test_a_continued_adapter_of_any_kind_is_in_the_key_of_a_reference_table(
+    run: TrainRun, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     final = Path(run.output_dir) / "final"
     rows = tmp_path / "pairs.jsonl"
     rows.write_text("\n".join(json.dumps({"prompt": "a", "chosen": "b" * (1 + n % 3), "rejected": "c"}) for n in range(16)))
     settings = ("stage=dpo", "data=prompt_completion_pairs", "data.packing=false", "data.eval_fraction=0", "train.max_steps=1")
-    saved_as = "lora" if run.adapter.changes_base else run.adapter.name
+    own = SETTINGS[kind_of(request)]
+    saved_as = SAVED_AS.get(kind_of(request), own)
     for path in (final, None):
         name = "continued" if path else "new"
         pairs = tiny_run(
-            str(rows), str(tmp_path / "cache"), tmp_path / name, *settings, *of_kind(saved_as if path else run.adapter.name),
+            str(rows), str(tmp_path / "cache"), tmp_path / name, *settings, *(saved_as if path else own),
             f"adapter.path={path or 'null'}", "optimizer.weight_decay=0.0",
         )  # fmt: skip
         assert api.train(pairs).summary.loss_first == pytest.approx(0.693147, rel=1e-4)

@@ -85,13 +85,14 @@ def test_two_workers_give_the_numbers_of_one(strategy: str, plain: TrainRun, two
 
 
 IN_BITS = [("bnb_nf4", "ddp"), ("bnb_nf4", "fsdp"), ("bnb_int8", "fsdp"), ("bnb_int8", "zero1"), ("bnb_nf4", "zero2")]
+IN_BITS += [("hqq", "fsdp"), ("bnb_nf4 adapter=dora", "fsdp"), ("bnb_int8 adapter=dora adapter.rslora=true", "zero2")]
 
 
 @pytest.mark.parametrize(("bits", "strategy"), IN_BITS)
 def test_a_base_in_fewer_bits_gives_the_same_run_on_two_workers(
     bits: str, strategy: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
 ) -> None:
-    one = tiny_run(chat_rows, cache, tmp_path / "one", f"quantization={bits}", "train.max_steps=7")
+    one = tiny_run(chat_rows, cache, tmp_path / "one", *f"quantization={bits}".split(), "train.max_steps=7")
     api.train(one)
     two = elsewhere(one, tmp_path / "two", strategy=strategy, micro=2)
     two_workers.run(two, str(prepare(one.model, one.data, one.resources).store.folder))

@@ -18,7 +18,7 @@ from raytune_llm.models.adapters.freeze import freeze
 from raytune_llm.models.adapters.in_peft import PeftAdapters
 from raytune_llm.models.adapters.llama_pro import llama_pro
 from raytune_llm.models.adapters.method import Kept
-from raytune_llm.models.adapters.methods import METHODS
+from raytune_llm.models.adapters.methods import method_of
 from raytune_llm.models.adapters.protocol import OWN, Adapters
 from raytune_llm.models.adapters.saved import other_base
 from raytune_llm.models.quantization.base import Quantization
@@ -74,7 +74,7 @@ def bank_of(model: PreTrainedModel, slots: Slots, compute: torch.dtype) -> LoraB
 
 def kept_by(adapter: AdapterConfig) -> Kept:
     """What its layers keep for the backward pass."""
-    return Kept() if adapter.trains_base else METHODS[adapter.name].kept
+    return Kept() if adapter.trains_base else method_of(adapter).kept
 
 
 def merge(model: PreTrainedModel, folders: Sequence[str]) -> None:

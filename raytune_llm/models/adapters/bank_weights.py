@@ -22,7 +22,7 @@ from raytune_llm.config.adapter import AdapterConfig, Layered, SavedAdapter
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.banked import BankShape
 from raytune_llm.models.adapters.method import new_config, sides
-from raytune_llm.models.adapters.methods import METHODS
+from raytune_llm.models.adapters.methods import method_of
 from raytune_llm.models.adapters.saved import WEIGHTS, read_config, tensor_names
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -90,7 +90,7 @@ class Layout:
     def drawn(self, model: PreTrainedModel, section: AdapterConfig, seed: int, kept_in: torch.dtype) -> Weights:
         """What a run of its own with this seed begins with. kept_in: the type of the model's weights, where it doesn't show."""
         assert isinstance(section, Layered) and section.path is None
-        config, layers = new_config(model, section, METHODS[section.name])
+        config, layers = new_config(model, section, method_of(section))
         more = more_than_lora(config)
         if more is None and getattr(config, "init_lora_weights", True) is not True:
             more = "begun with singular values"

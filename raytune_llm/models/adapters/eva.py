@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
 
-from raytune_llm.models.adapters.lora import describes, lora, ranks_fit
+from raytune_llm.models.adapters.lora import continues, describes, lora, lr_factor, ranks_fit
 from raytune_llm.models.adapters.method import Layers, Method, only_linear
 
 SVD_SEED = 42
@@ -95,4 +95,4 @@ class Components:
         return getattr(self._pca, "components_", None)
 
 
-EVA = Method(config=config, describes=describes, check=check, observer=Inputs)
+EVA = Method(config=config, describes=describes, check=check, continues=continues, observer=Inputs, lr_factor=lr_factor)

@@ -23,7 +23,7 @@ from raytune_llm.config.adapter import AdapterConfig, Layered, SavedAdapter
 from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.models.adapters.grouped import described, group
 from raytune_llm.models.adapters.method import Method, new_config, tied_ends
-from raytune_llm.models.adapters.methods import METHODS
+from raytune_llm.models.adapters.methods import method_of, saved_method
 from raytune_llm.models.adapters.protocol import OWN, Observer
 from raytune_llm.models.adapters.saved import WEIGHTS, changes_one_end, load_weights, names_of, read_config, token_ids_of, unfit
 from raytune_llm.models.quantization.base import Quantization
@@ -68,8 +68,7 @@ class PeftAdapters:
 
     def described(self, device_type: str) -> str | None:
         configs = self._peft.peft_config.values() if self._peft else ()
-        kinds = {kind: method for kind, method in METHODS.items() if any(map(method.describes, configs))}
-        alone = [kind for kind, method in kinds.items() if method.kept.alone]
+        alone = [kind for kind, method in filter(None, map(saved_method, configs)) if method.kept.alone]
         return f"a layer at a time, as PEFT computes {alone[0]}" if alone else described(self._base, device_type)
 
     def add(self, name: str, source: AdapterConfig | SavedAdapter) -> None:
@@ -93,6 +92,11 @@ class PeftAdapters:
             switch.cast_input_dtype_enabled = False  # autocast casts what it needs to; a copy in float32 would be for nothing
         for parameter in names_of(adapted, OWN).values():
             parameter.requires_grad_(True)
+
+    def quantized(self) -> None:
+        for key in self._keys.values():
+            if (known := saved_method(self._peft.peft_config[key])) is not None:
+                known[1].quantized(self._base, key, new=self._own is not None and self._own.path is None)
 
     def merge(self, source: SavedAdapter) -> None:
         """Put a saved adapter into the model's own weights. It must be the only one here.
@@ -145,11 +149,11 @@ class PeftAdapters:
 
     def lr_factor(self, name: str) -> float:
         section = self._own
-        return METHODS[section.name].lr_factor(name, section) if isinstance(section, Layered) else 1.0
+        return method_of(section).lr_factor(name, section) if isinstance(section, Layered) else 1.0
 
     def observer(self) -> Observer | None:
         section = self._own
-        make = METHODS[section.name].observer if isinstance(section, Layered) and section.path is None else None
+        make = method_of(section).observer if isinstance(section, Layered) and section.path is None else None
         return None if make is None else make(self._base, self._keys[OWN])
 
     @contextmanager
@@ -195,16 +199,15 @@ class PeftAdapters:
                 raise
             raise unfit(first_line(error), str(source.path), setting, base_model) from error
         self._keys[name] = key
-        for method in METHODS.values():
-            if method.describes(config):
-                method.placed(self._base, key)
+        if (known := saved_method(config)) is not None:
+            known[1].placed(self._base, key)
         self._base.train(self._base.training)  # PEFT's new layers are in training mode
         self._switches = _switches(group(self._base))
         for parameter in names_of(self._peft, key).values():
             parameter.requires_grad_(False)
             parameter.data = of_type(parameter, torch.float32)  # PEFT does it to adapters, but not to a score head
         if source.path is None:
-            self._begin(name, METHODS[source.name])
+            self._begin(name, method_of(cast(Layered, source)))
         else:
             try:
                 may_lack = SCORE_HEAD if self._scores else ()
@@ -231,7 +234,7 @@ class PeftAdapters:
 
     def _converted(self, name: str, config: PeftConfig, weights: Mapping[str, Tensor]) -> tuple[PeftConfig, Mapping[str, Tensor]]:
         assert name == OWN and self._own is not None
-        convert = METHODS[self._own.name].saved
+        convert = method_of(cast(Layered, self._own)).saved
         assert convert is not None
         return convert(config, weights, self._begun[name])
 
@@ -276,14 +279,16 @@ class PeftAdapters:
 
     def _config_of(self, section: AdapterConfig) -> PeftConfig:
         assert isinstance(section, Layered)
-        method, path = METHODS[section.name], section.path
+        method, path = method_of(section), section.path
         if path is None:
             return new_config(self._base, section, method)[0]
         config = read_config(path, "adapter.path")
         if not method.describes(config):
-            kind = next((name for name, other in METHODS.items() if other.describes(config)), config.peft_type)
-            rule = f"must hold an adapter of the kind that is trained, {section.name}, which is {kind} there"
+            known = saved_method(config)
+            kind = known[0] if known else config.peft_type
+            rule = f"must hold an adapter of the kind that is trained, {section.option}, which is {kind} there"
             raise ConfigError("adapter.path", rule, got=path, fix=f"Set adapter={kind}, if there is one.")
+        method.continues(config, section)
         config.task_type = "CAUSAL_LM"  # type: ignore[assignment]
         return config
 

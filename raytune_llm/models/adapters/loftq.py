@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from raytune_llm.models.adapters.lora import describes, lora, ranks_fit
+from raytune_llm.models.adapters.lora import continues, describes, lora, lr_factor, ranks_fit
 from raytune_llm.models.adapters.method import Layers, Method, only_linear
 from raytune_llm.models.layers import layers
 from raytune_llm.models.quantization import Quantization, linears_but
@@ -51,4 +51,4 @@ def _approximate(layer: Any, key: str, lost_NK: Tensor) -> None:
     layer.lora_B[key].weight.copy_(u[:, :rank] * root_R)
 
 
-LOFTQ = Method(config=lora, describes=describes, check=check, begin=begin)
+LOFTQ = Method(config=lora, describes=describes, check=check, continues=continues, begin=begin, lr_factor=lr_factor)

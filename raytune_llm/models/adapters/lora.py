@@ -1,4 +1,8 @@
-"""Low-rank adapters: W + scale B A (Hu et al. 2021, arXiv 2106.09685)."""
+"""Low-rank adapters: W + scale B A (Hu et al. 2021, arXiv 2106.09685).
+
+Their scale may be alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732), B may learn faster than A (Hayou et al. 2024, arXiv
+2402.12354), and lengths of rows may be trained beside them (dora.py), whatever A and B begin as.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from raytune_llm.config.adapter import Layered, LowRank
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.method import Layers, Method, sides
 
@@ -23,15 +28,35 @@ def lora(
     dropout: float,
     rank_pattern: Mapping[str, int],
     alpha_pattern: Mapping[str, float],
-    **variant: bool,
+    rslora: bool,
+    dora: bool,
+    lr_ratio: float,
+    embedding_lr_ratio: float,
 ) -> LoraConfig:
-    """The scale is alpha / rank. variant: what PEFT calls the ways of computing it."""
+    variant: Any = {"use_rslora": rslora, "use_dora": dora}
     patterns: Any = {"rank_pattern": dict(rank_pattern), "alpha_pattern": dict(alpha_pattern)}
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **patterns, **variant)  # type: ignore[arg-type]  # whole or not
 
 
 def describes(saved: PeftConfig) -> bool:
-    return isinstance(saved, LoraConfig) and not saved.use_rslora and not saved.use_dora
+    return isinstance(saved, LoraConfig)
+
+
+def continues(saved: PeftConfig, section: Layered) -> None:
+    """Raise ConfigError where the adapter is computed in another way than the section says."""
+    assert isinstance(saved, LoraConfig) and isinstance(section, LowRank)
+    for setting, there, here in (("dora", saved.use_dora, section.dora), ("rslora", saved.use_rslora, section.rslora)):
+        if there != here:
+            word = str(there).lower()
+            rule = f"must be as in the adapter that is continued, {word}"
+            raise ConfigError(f"adapter.{setting}", rule, got=here, fix=f"Set adapter.{setting}={word}.")
+
+
+def lr_factor(name: str, section: Layered) -> float:
+    assert isinstance(section, LowRank)
+    if ".lora_embedding_" in name:
+        return section.embedding_lr_ratio
+    return section.lr_ratio if ".lora_B." in name else 1.0
 
 
 def ranks_fit(
@@ -66,4 +91,4 @@ def is_gate(layer: nn.Module) -> bool:
     return not isinstance(layer, nn.Embedding) and outputs <= GATE_OUTPUTS and inputs >= GATE_RATIO * outputs
 
 
-LORA = Method(config=lora, describes=describes, check=ranks_fit)
+LORA = Method(config=lora, describes=describes, check=ranks_fit, continues=continues, lr_factor=lr_factor)

@@ -60,12 +60,17 @@ class Method:
     """Whether the config of a saved adapter is of this kind."""
     check: Callable[..., None]
     """(layers, **settings): raises ConfigError if the settings don't fit one of the layers."""
+    continues: Callable[[PeftConfig, Layered], None] = lambda saved, section: None
+    """(config of a saved adapter of this kind, the section): raises ConfigError if the section says otherwise."""
     begin: Callable[[nn.Module, str, Quantization | None], None] = lambda model, key, quantization: None
     """For new adapters: called with the model, PEFT's name of the adapter once it is in the layers, and what will be made of the
     layers' weights."""
     placed: Callable[[nn.Module, str], None] = lambda model, key: None
     """For new and saved adapters: called with the model and PEFT's name of the adapter once PEFT's layers are there, to put
     faster ones in their place."""
+    quantized: Callable[..., None] = lambda model, key, *, new: None
+    """(model, PEFT's name of the adapter, new=whether it is a new one): called once the layers under it are quantized, if any
+    are."""
     observer: Callable[[nn.Module, str], Observer] | None = None
     """For new adapters that begin from the inputs of their layers: (the model, PEFT's name of the adapter) -> what sees them."""
     saved: Callable[[PeftConfig, Tensors, Tensors], tuple[PeftConfig, Tensors]] | None = None

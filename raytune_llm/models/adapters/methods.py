@@ -1,24 +1,22 @@
-"""Adapter methods: name -> method."""
+"""Adapter methods: name -> method, and how one is computed."""
 
 from __future__ import annotations
 
-from raytune_llm.models.adapters.dora import DORA
+from peft import PeftConfig
+
+from raytune_llm.config.adapter import Layered
+from raytune_llm.models.adapters.dora import with_lengths
 from raytune_llm.models.adapters.eva import EVA
 from raytune_llm.models.adapters.ia3 import IA3
 from raytune_llm.models.adapters.loftq import LOFTQ
 from raytune_llm.models.adapters.lora import LORA
-from raytune_llm.models.adapters.lora_plus import LORA_PLUS
 from raytune_llm.models.adapters.method import Method
 from raytune_llm.models.adapters.oft import OFT
 from raytune_llm.models.adapters.pissa import PISSA
-from raytune_llm.models.adapters.rslora import RSLORA
 from raytune_llm.models.adapters.vera import VERA
 
 METHODS: dict[str, Method] = {
     "lora": LORA,
-    "rslora": RSLORA,
-    "lora_plus": LORA_PLUS,
-    "dora": DORA,
     "pissa": PISSA,
     "loftq": LOFTQ,
     "eva": EVA,
@@ -26,3 +24,21 @@ METHODS: dict[str, Method] = {
     "vera": VERA,
     "ia3": IA3,
 }
+
+
+def method_of(section: Layered) -> Method:
+    """Of an adapter by its settings."""
+    return _computed(METHODS[section.name], lengths=getattr(section, "dora", False))
+
+
+def saved_method(config: PeftConfig) -> tuple[str, Method] | None:
+    """The name and the method of a saved adapter; None for a kind of PEFT's that is not here."""
+    found = next(((name, method) for name, method in METHODS.items() if method.describes(config)), None)
+    if found is None:
+        return None
+    lengths = getattr(config, "use_dora", False)
+    return "dora" if lengths else found[0], _computed(found[1], lengths=lengths)
+
+
+def _computed(method: Method, *, lengths: bool) -> Method:
+    return with_lengths(method) if lengths else method

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from math import sqrt
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
 from torch import Tensor
 
-from raytune_llm.models.adapters.lora import lora, ranks_fit
+from raytune_llm.models.adapters.lora import lora, lr_factor, ranks_fit
 from raytune_llm.models.adapters.method import Layers, Method, Tensors, only_linear
 
 
@@ -36,13 +37,14 @@ def check(layers: Layers, *, svd_iterations: int | None, **settings: Any) -> Non
 
 
 def saved(config: PeftConfig, tensors: Tensors, begun: Tensors) -> tuple[PeftConfig, Tensors]:
-    """Twice the rank, and alpha that keeps the scale."""
+    """Twice the rank, and alpha that keeps the scale, which is over the rank or its root."""
     assert isinstance(config, LoraConfig)
     config = copy.copy(config)
     config.init_lora_weights = True
-    config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    grown = sqrt(2) if config.use_rslora else 2
+    config.r, config.lora_alpha = 2 * config.r, grown * config.lora_alpha  # type: ignore[assignment]  # whole or not
     config.rank_pattern = {name: 2 * rank for name, rank in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {name: 2 * alpha for name, alpha in (config.alpha_pattern or {}).items()}
+    config.alpha_pattern = {name: grown * alpha for name, alpha in (config.alpha_pattern or {}).items()}
     return config, {name: _joined(name, value, begun) for name, value in tensors.items()}
 
 
@@ -52,4 +54,4 @@ def _joined(name: str, value: Tensor, begun: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([value, -begun[name].to(value)], dim=1) if ".lora_B." in name else value
 
 
-PISSA = Method(config=config, describes=describes, check=check, saved=saved)
+PISSA = Method(config=config, describes=describes, check=check, saved=saved, lr_factor=lr_factor)

@@ -71,6 +71,10 @@ class Adapters(Protocol):
         """
         ...
 
+    def quantized(self) -> None:
+        """To be called once, after the model's layers have been quantized: an adapter may read their weights."""
+        ...
+
     def trained(self, name: str) -> dict[str, nn.Parameter]:
         """The trainable parameters of the adapter, by their names in the policy's model."""
         ...

@@ -37,6 +37,10 @@ class QuantizedLinear(nn.Module):
         self._types: dict[str, torch.dtype] = {}
         """Of what is held as bytes."""
 
+    def unpacked_product(self, x_MK: Tensor) -> Tensor:
+        """[M, N], without autograd: with the weights in x's type, whatever type the layer's own products are in."""
+        raise NotImplementedError
+
     def weights(self) -> tuple[Tensor, ...]:
         return tuple(self._held(name) for name in self.HELD)
 
@@ -67,6 +71,9 @@ class UnpackedLinear(QuantizedLinear):
     times: Callable[..., Tensor]
     """(x [M, K], *weights(), transposed=False) -> x @ weight.T [M, N]; or (x [M, N], *weights(), transposed=True) -> x @ weight
     [M, K]. One op for the compiler, which would else keep the unpacked weight for the backward pass."""
+
+    def unpacked_product(self, x_MK: Tensor) -> Tensor:
+        return self.product(x_MK, *self.weights())
 
     @classmethod
     def product(cls, x_MK: Tensor, *held: Tensor) -> Tensor:

@@ -32,6 +32,10 @@ class FP8Linear(QuantizedLinear):
             self.register_buffer(f"{name}_weight", quantized, persistent=False)
             self.register_buffer(f"{name}_scale", scale.T.contiguous(), persistent=False)
 
+    def unpacked_product(self, x_MK: Tensor) -> Tensor:
+        weight_NK, scale_1N, *_ = self.weights()
+        return (x_MK @ weight_NK.to(x_MK.dtype).T) * scale_1N.to(x_MK.dtype)
+
     @staticmethod
     def product(x_MK: Tensor, weight_NK: Tensor, scale_1N: Tensor, transposed_KN: Tensor, transposed_scale_1K: Tensor) -> Tensor:
         return fp8_product(x_MK, weight_NK, scale_1N)

@@ -17,8 +17,7 @@ from raytune_llm.config.load import load_config
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters import OWN, PeftAdapters, merge
-from raytune_llm.models.adapters.methods import METHODS
-from tests.unit.models.adapters.test_kinds import section
+from tests.unit.models.adapters.test_kinds import KINDS, section
 
 IDS = torch.arange(40).remainder(256)[None]
 LORA: dict[str, Any] = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
@@ -88,10 +87,10 @@ def exported(base: Path, place: Path, *settings: str) -> Any:
     )
 
 
-@pytest.mark.parametrize("kind", [*METHODS, *OF_PEFT])
+@pytest.mark.parametrize("kind", [*KINDS, *OF_PEFT])
 def test_a_merged_adapter_is_the_base_and_the_adapter_in_peft(kind: str, base: Path, tmp_path: Path) -> None:
     made, folder = tmp_path / "adapter", tmp_path / "out"
-    _ = of_kind(kind, base, made) if kind in METHODS else of_peft(OF_PEFT[kind], base, made)
+    _ = of_kind(kind, base, made) if kind in KINDS else of_peft(OF_PEFT[kind], base, made)
     in_peft = PeftModel.from_pretrained(loaded(base), str(made)).eval()
     expected = logits(in_peft)
     assert (logits(loaded(base)) - expected).abs().max() > 1e-2

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
-from raytune_llm.config.adapter import DoRA, LoRA, NoAdapter
+from raytune_llm.config.adapter import LoRA, NoAdapter
 from raytune_llm.config.load import load_config, options
 from raytune_llm.errors import ConfigError
 from raytune_llm.memory.model import (
@@ -72,7 +72,7 @@ def kind(name: str, *overrides: str) -> Any:
     return load_config("train", ["data.path=x", f"adapter={name}", *overrides]).adapter
 
 
-def dora(dropout: float = 0.0) -> DoRA:
+def dora(dropout: float = 0.0) -> LoRA:
     return kind("dora", f"adapter.dropout={dropout}")
 
 

@@ -66,7 +66,7 @@ CONVERTED = {
     ),
     "extras/loraplus": (
         {**LORA, "loraplus_lr_ratio": 16.0, "loraplus_lr_embedding": 1e-5, "learning_rate": 1e-4},
-        {"adapter.name": "lora_plus", "adapter.lr_ratio": 16.0, "adapter.embedding_lr_ratio": 0.1},
+        {"adapter.name": "lora", "adapter.lr_ratio": 16.0, "adapter.embedding_lr_ratio": 0.1},
     ),
     "extras/freeze": (
         {**FULL, "finetuning_type": "freeze", "freeze_trainable_layers": -3, "freeze_extra_modules": "embed_tokens,norm"},
@@ -90,7 +90,7 @@ CONVERTED = {
         {**LORA, "adapter_name_or_path": "saves/one,saves/two", "create_new_adapter": True},
         {"model.merged_adapters": ["saves/one", "saves/two"], "adapter.path": None},
     ),
-    "extras/rslora": ({**LORA, "use_rslora": True, "lora_rank": 32}, {"adapter.name": "rslora", "adapter.rank": 32}),
+    "extras/rslora": ({**LORA, "use_rslora": True, "lora_rank": 32}, {"adapter.rslora": True, "adapter.rank": 32}),
     "lora/preprocess": ({**LORA, "tokenized_path": "saves/dataset"}, {"data.max_samples": 1000}),
     "lora/pretrain": ({**LORA, "stage": "pt", "dataset": "c4_demo"}, {"stage.name": "pretrain", "data.packing": True}),
     "lora/dpo": (
@@ -197,13 +197,11 @@ REFUSED = {
     "extras/reference_4bit": ({**PAIRS, "ref_model": "org/other", "ref_model_quantization_bit": 4}, "not quantized"),
     "extras/badam_ratio": ({**FULL, "use_badam": True, "badam_mode": "ratio"}, "a random part of every matrix"),
     "extras/badam_fixed": ({**FULL, "use_badam": True, "badam_switch_mode": "fixed"}, "adapter=freeze with adapter.layers"),
-    "extras/rslora_dora": ({**LORA, "use_rslora": True, "use_dora": True}, "choose one"),
     "extras/new_tokens_noise": (
         {**LORA, "new_special_tokens_config": {"<c>": "a lamp"}, "init_special_tokens": "desc_init_w_noise"},
         "noise is not added",
     ),
     "extras/new_tokens_file": ({**LORA, "new_special_tokens_config": "nothing.yaml"}, "no such file"),
-    "extras/pissa_dora": ({**LORA, "pissa_init": True, "use_dora": True}, "choose one"),
     "extras/pissa_continued": ({**LORA, "pissa_init": True, "adapter_name_or_path": "saves/one"}, "new adapter"),
     "merge_lora": ({**LORA, "export_dir": "output", "export_size": 5, "export_device": "cpu"}, "export"),
 }

@@ -24,26 +24,44 @@ from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.records import Batch
 from tests.models import packed, some_rows
 
-KINDS = list(METHODS)
 LENGTHS = (3, 17, 5, 12)
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 LOW_RANK = ["adapter.rank=4", "adapter.alpha=6"]
-SMALL = {
-    **dict.fromkeys(("lora", "rslora", "lora_plus", "dora", "pissa", "loftq", "eva"), LOW_RANK),
-    "oft": ["adapter.block_size=8"],
-    "vera": ["adapter.rank=6"],
-    "ia3": ["adapter.targets=all-linear"],
+OF_LORA = {
+    **{kind: [f"adapter={kind}"] for kind in ("lora", "rslora", "lora_plus", "dora", "pissa", "eva")},
+    "loftq": ["adapter=loftq", "quantization=bnb_nf4"],
+    "dora with rslora": ["adapter=dora", "adapter.rslora=true"],
+    "pissa with rslora": ["adapter=pissa", "adapter.rslora=true"],
+    "pissa with dora": ["adapter=pissa", "adapter.dora=true"],
+    "pissa with dora with rslora": ["adapter=pissa", "adapter.dora=true", "adapter.rslora=true"],
 }
-SAVED_AS = {"lora_plus": "lora", "pissa": "lora", "loftq": "lora", "eva": "lora"}
-"""What a folder with one of these holds, for whoever reads it."""
-OVER = {"loftq": ["quantization=bnb_nf4"]}
+SETTINGS = {
+    **{kind: [*settings, *LOW_RANK] for kind, settings in OF_LORA.items()},
+    "oft": ["adapter=oft", "adapter.block_size=8"],
+    "vera": ["adapter=vera", "adapter.rank=6"],
+    "ia3": ["adapter=ia3", "adapter.targets=all-linear"],
+}
+"""Every method, and the variants of LoRA together."""
+KINDS = list(SETTINGS)
+
+
+def test_there_are_settings_for_every_method() -> None:
+    assert METHODS.keys() == {section(kind).name for kind in KINDS}
+
+
+def saved_as(kind: str) -> str:
+    """What a folder with one of these holds, for whoever reads it."""
+    left = [word for word in kind.split(" with ") if word not in ("lora", "lora_plus", "pissa", "loftq", "eva")]
+    return " with ".join(left) or "lora"
+
+
 PREFIXES = {"oft": "oft_", "vera": "vera_", "ia3": "ia3_"}
 
 
 def section(kind: str, *overrides: str) -> Any:
-    return load_config("train", ["data.path=x", f"adapter={kind}", *SMALL[kind], *OVER.get(kind, []), *overrides]).adapter
+    return load_config("train", ["data.path=x", *SETTINGS[kind], *overrides]).adapter
 
 
 def base(backend: str = "varlen") -> Any:
@@ -90,9 +108,9 @@ def formula(kind: str, layer: Any, x: Tensor, own: dict[str, Tensor]) -> Tensor:
         powers = [torch.linalg.matrix_power(q, n) for n in range(5)]
         turns = powers[0] + 2 * (powers[1] + powers[2] + powers[3]) + powers[4]  # (I + Q)(I - Q)^-1, to the fourth power
         return x @ torch.block_diag(*turns) @ w.T
-    scale = 6 / math.sqrt(4) if kind == "rslora" else 6 / 4
+    scale = 6 / math.sqrt(4) if "rslora" in kind else 6 / 4
     v = w + scale * own["lora_B"] @ own["lora_A"]
-    if kind == "dora":
+    if "dora" in kind:
         v = own["lora_magnitude_vector"][:, None] * v / v.norm(dim=1, keepdim=True)
     return x @ v.T
 
@@ -164,7 +182,6 @@ def test_a_row_in_a_pack_is_computed_as_if_alone_and_gradients_add_up(kind: str)
 def test_a_saved_adapter_says_the_same_in_plain_peft_merged_and_continued(kind: str, tmp_path: Path) -> None:
     policy = adapted(kind)
     policy.adapters.save(OWN, tmp_path, base_model="some/base")
-    saved_as = SAVED_AS.get(kind, kind)
     ids = torch.arange(24).view(2, 12)
     eager = base()
     eager.set_attn_implementation("eager")
@@ -174,18 +191,27 @@ def test_a_saved_adapter_says_the_same_in_plain_peft_merged_and_continued(kind: 
         policy.base.set_attn_implementation("eager")
         torch.testing.assert_close(policy.base(ids).logits, logits, rtol=1e-5, atol=1e-5)
         continued = PeftAdapters(base())
-        continued.add_own(section(saved_as, f"adapter.path={tmp_path}"))
+        continued.add_own(section(saved_as(kind), f"adapter.path={tmp_path}"))
         continued.base.set_attn_implementation("eager")
         torch.testing.assert_close(continued.base(ids).logits, logits, rtol=1e-5, atol=1e-5)
         merged = elsewhere.merge_and_unload()
         assert list(merged.state_dict()) == list(base().state_dict())
         torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-5, atol=1e-5)
-    others = [other for other in KINDS if SAVED_AS.get(other, other) != saved_as or other == "pissa"]
-    for other in others:
-        with pytest.raises(
-            ConfigError, match=rf"adapter\.path must hold an adapter of the kind .*{other}, which is {saved_as} there"
-        ):
-            PeftAdapters(base()).add_own(section(other, f"adapter.path={tmp_path}"))
+    for other in KINDS:
+        if saved_as(other) != saved_as(kind) or "pissa" in other:
+            with pytest.raises(ConfigError, match=r"adapter\.(path must hold an adapter of the kind|(do|rsl)ora must be as in)"):
+                PeftAdapters(base()).add_own(section(other, f"adapter.path={tmp_path}"))
+
+
+def test_an_adapter_that_is_continued_in_another_way_is_refused_by_the_way(tmp_path: Path) -> None:
+    adapted("dora with rslora").adapters.save(OWN, tmp_path, base_model="some/base")
+    for kind, said in {
+        "dora": r"adapter\.rslora must be as in the adapter that is continued, true, got False\. Set adapter\.rslora=true",
+        "lora": r"adapter\.dora must be as in the adapter that is continued, true, got False",
+        "oft": r"adapter\.path must hold an adapter of the kind that is trained, oft, which is dora there",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            PeftAdapters(base()).add_own(section(kind, f"adapter.path={tmp_path}"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -209,17 +235,26 @@ def test_compiled_and_recomputed_layers_say_the_same(kind: str) -> None:
 def test_how_each_kind_is_computed_is_told() -> None:
     said = {kind: adapted(kind).adapters.described("cpu") for kind in KINDS}
     together = "projections of one input together"
-    alone = {kind: f"a layer at a time, as PEFT computes {kind}" for kind in ("dora", "oft", "vera", "ia3")}
-    assert said == {**dict.fromkeys(("lora", "rslora", "lora_plus", "pissa", "loftq", "eva"), together), **alone}
+    lengths = {kind: "a layer at a time, as PEFT computes dora" for kind in OF_LORA if "dora" in kind}
+    alone = {kind: f"a layer at a time, as PEFT computes {kind}" for kind in ("oft", "vera", "ia3")}
+    assert said == {**dict.fromkeys(OF_LORA, together), **lengths, **alone}
 
 
-@pytest.mark.parametrize("kind", ["rslora", "lora_plus", "dora", "pissa", "loftq", "eva"])
+@pytest.mark.parametrize("kind", OF_LORA)
+def test_the_rate_of_b_is_set_for_any_kind_of_lora(kind: str) -> None:
+    policy = adapted(kind, "adapter.lr_ratio=8")
+    factors = {name: policy.adapters.lr_factor(name) for name in policy.adapters.trained(OWN)}
+    assert {factor for name, factor in factors.items() if ".lora_B." in name} == {8.0}
+    assert {factor for name, factor in factors.items() if ".lora_B." not in name} == {1.0}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OF_LORA if kind != "lora"])
 def test_kinds_of_lora_refuse_a_rank_above_a_layers_size(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.rank must be at most 16, the smaller side of k_proj"):
         PeftAdapters(base()).add_own(section(kind, "adapter.rank=20"))
 
 
-@pytest.mark.parametrize("kind", ["rslora", "lora_plus", "dora", "pissa", "loftq", "eva"])
+@pytest.mark.parametrize("kind", [kind for kind in OF_LORA if kind != "lora"])
 def test_ranks_of_patterns_are_held_against_their_layers_alone(kind: str) -> None:
     patterns = "adapter.rank_pattern={k_proj:16,v_proj:16}"
     (adapters := PeftAdapters(base())).add_own(section(kind, "adapter.rank=20", patterns))
@@ -228,7 +263,7 @@ def test_ranks_of_patterns_are_held_against_their_layers_alone(kind: str) -> Non
         PeftAdapters(base()).add_own(section(kind, "adapter.rank_pattern={k_proj:18}"))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("lora", "rslora", "lora_plus", "dora")])
+@pytest.mark.parametrize("kind", ["pissa", "loftq", "eva", "oft", "vera", "ia3"])
 def test_kinds_for_linear_layers_refuse_embeddings(kind: str) -> None:
     settings = section(kind, "adapter.targets=[embed_tokens]", *(["adapter.scaled_inputs=[]"] if kind == "ia3" else []))
     with pytest.raises(ConfigError, match=rf"adapter\.targets must name linear layers with adapter={kind}, got .*embed_tokens"):
@@ -259,11 +294,14 @@ def test_blocks_of_oft_must_divide_what_they_turn() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["adapter=dora", "quantization=bnb_nf4"], r"quantization can't be bnb_nf4 with adapter=dora: it reads the weights"),
-        (["adapter=dora", "quantization=fp8"], r"quantization can't be fp8 with adapter=dora"),
         (["adapter=freeze", "quantization=bnb_nf4"], r"quantization can't be bnb_nf4 (if|with) adapter"),
         (["adapter=freeze", "quantization=fp8"], r"quantization can't be fp8 with adapter=freeze: its model is saved whole"),
         (["adapter=dora", "strategy=zero3", "resources=local"], r"strategy can't be zero3 with adapter=dora"),
+        (
+            ["adapter=pissa", "adapter.dora=true", "strategy=zero3", "resources=local"],
+            "can't be zero3 with adapter=pissa with dora",
+        ),
+        (["adapter=dora", "adapter.experts=true"], r"adapter\.experts must be false with adapter\.dora=true"),
     ],
 )
 def test_what_a_kind_can_not_go_with_is_refused_by_name(overrides: list[str], said: str) -> None:

@@ -15,11 +15,13 @@ from raytune_llm.config.load import load_config
 from raytune_llm.errors import ConfigError
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.models.adapters import OWN
+from raytune_llm.models.adapters.dora import squares_of
 from raytune_llm.models.build import build_policy
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.load import load_config as load_model_config
 from raytune_llm.models.load import load_model
 from raytune_llm.models.quantization import QUANTIZATIONS, QuantizedLinear
+from raytune_llm.models.quantization.fp8 import FP8Linear
 from tests.models import lora_section, model_section, packed, some_rows, tiny_llama
 
 CPU = torch.device("cpu")
@@ -82,13 +84,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-ADAPTERS = ["lora", "rslora", "lora_plus", "pissa", "loftq", "eva", "oft", "vera", "ia3"]
+ADAPTERS = ["lora", "rslora", "lora_plus", "dora", "dora,rslora", "pissa", "loftq", "eva", "oft", "vera", "ia3"]
 
 
-def section(name: str) -> Any:
+def section(name: str, *overrides: str) -> Any:
+    """name: of a method, and of variants of LoRA beside it."""
+    method, *variants = name.split(",")
     others = {"oft": ["adapter.block_size=8"], "vera": ["adapter.rank=8"], "ia3": []}
-    own = others.get(name, ["adapter.rank=4", "adapter.alpha=4"])
-    return load_config("train", ["data.path=x", f"adapter={name}", "quantization=bnb_nf4", *own]).adapter
+    own = others.get(method, ["adapter.rank=4", "adapter.alpha=4"])
+    more = [f"adapter.{variant}=true" for variant in variants]
+    return load_config("train", ["data.path=x", f"adapter={method}", "quantization=bnb_nf4", *own, *more, *overrides]).adapter
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -124,6 +129,41 @@ def test_an_adapter_learns_over_the_base_which_stays_and_is_the_same_in_plain_pe
     with torch.no_grad():
         trained.base.set_attn_implementation("eager")
         torch.testing.assert_close(trained.base.eval()(ids).logits, elsewhere(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+def test_a_new_dora_begins_as_the_quantized_base_and_a_continued_one_as_it_was_saved(
+    quantization: str, folder: Path, tmp_path: Path
+) -> None:
+    begun, batch = policy(folder, quantization, section("dora")), packed(some_rows([20, 9, 31]))
+    with torch.no_grad():
+        with begun.adapters.using(None):
+            bare = begun(batch, cross_entropy)
+        torch.testing.assert_close(begun(batch, cross_entropy), bare, rtol=1e-5, atol=1e-5)
+        for parameter in begun.adapters.trained(OWN).values():
+            parameter += 0.1 * torch.randn_like(parameter)
+        learned = begun(batch, cross_entropy)
+        assert (learned - bare).abs().max() > 0.01
+        begun.adapters.save(OWN, tmp_path / "adapter")
+        continued = policy(folder, quantization, section("dora", f"adapter.path={tmp_path / 'adapter'}"))
+        torch.testing.assert_close(continued(batch, cross_entropy), learned, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["pissa,dora", "loftq,dora", "eva,dora"])
+def test_lengths_over_a_quantized_base_are_those_of_what_the_adapter_begins_as(kind: str, folder: Path) -> None:
+    with_lengths, without = (policy(folder, "bnb_nf4", section(name)) for name in (kind, kind.partition(",")[0]))
+    batch = packed(some_rows([20, 9, 31]))
+    with torch.no_grad():
+        torch.testing.assert_close(with_lengths(batch, cross_entropy), without(batch, cross_entropy), rtol=1e-4, atol=1e-4)
+
+
+def test_lengths_of_rows_in_fp8_are_read_in_the_type_of_what_asks() -> None:
+    torch.manual_seed(0)
+    layer = FP8Linear(nn.Linear(48, 32).requires_grad_(False))
+    held = layer.forward_weight.float() * layer.forward_scale.T  # type: ignore[operator, union-attr]
+    x = torch.randn(5, 48)
+    torch.testing.assert_close(layer.unpacked_product(x), x @ held.T)
+    torch.testing.assert_close(squares_of(layer), held.square().sum(1))
 
 
 def test_loftq_begins_as_the_best_of_its_rank_for_what_quantization_lost(folder: Path) -> None:
