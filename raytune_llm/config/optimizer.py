@@ -60,9 +60,14 @@ class Steps:
     weight_decay: NonNegativeFloat
     groups: dict[str, Group]
     """Regular expression -> what differs for the parameters in whose names it is found; the first that is found holds."""
+    layerwise: bool
+    """Each tensor steps as its gradient is complete in the backward pass, and the gradient is freed: memory for all of them is
+    not needed. Steps are those of false, without clipping."""
 
     needs_whole: ClassVar[str | None] = None
     """Why it can't step on the flat parts of ZeRO; None where it can."""
+    refuses_layerwise: ClassVar[str | None] = None
+    """Why tensors can't step one by one; None where they can."""
     refuses_shards: ClassVar[str | None] = None
     """Why it can't keep its state in shards; None where it can."""
     trains_outside: ClassVar[bool] = True
@@ -214,6 +219,7 @@ class BAdam(Adam):
         return StateBytes(2 * FP32 * max(blocks.values(), default=0))
 
     needs_whole: ClassVar[str | None] = "it steps on one layer at a time, and ZeRO flattens them into one tensor"
+    refuses_layerwise: ClassVar[str | None] = "it counts the steps of all tensors together"
 
 
 @section

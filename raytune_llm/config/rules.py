@@ -351,6 +351,39 @@ def optimizer_finds_its_matrices(optimizer: OptimizerConfig, strategy: StrategyC
         raise ConfigError("strategy", rule, fix="Set strategy=ddp, or optimizer=adamw_8bit, whose state is sharded.")
 
 
+def tensors_can_step_one_by_one(
+    optimizer: OptimizerConfig, strategy: StrategyConfig, resources: ResourcesConfig, train: LoopConfig
+) -> None:
+    if not optimizer.layerwise:
+        return
+    if optimizer.refuses_layerwise is not None:
+        rule = f"must be false with optimizer={optimizer.name}: {optimizer.refuses_layerwise}"
+        raise ConfigError("optimizer.layerwise", rule, got=True, fix="Set optimizer=adamw, or another.")
+    if not strategy.keeps_matrices:
+        rule = f"must be false with strategy={strategy.option}: DeepSpeed collects gradients for a step of its own"
+        raise ConfigError("optimizer.layerwise", rule, got=True, fix="Set strategy=ddp or fsdp.")
+    workers = resources.num_workers
+    refused = {
+        "train.max_grad_norm": (train.max_grad_norm is not None, "null", "the norm of all is known when all have stepped"),
+        "train.cuda_graphs": (train.cuda_graphs, "false", "a graph would hold all gradients"),
+        "train.precision": (train.precision == "fp16", "bf16 or fp32", "a scaled loss needs steps that can be left out"),
+        "train.micro_batch_size": (
+            isinstance(workers, int) and train.micro_batches(workers) > 1,
+            "train.global_batch_size / workers",
+            "gradients are used up as they come, and can't add up",
+        ),
+    }
+    for setting, (given, instead, why) in refused.items():
+        if given:
+            got = getattr(train, setting.partition(".")[2])
+            raise ConfigError(
+                setting,
+                f"must be {instead} with optimizer.layerwise=true: {why}",
+                got=got,
+                fix=f"Set {setting}={instead}, or optimizer.layerwise=false.",
+            )
+
+
 def what_is_new_is_trained(model: ModelConfig, stage: StageConfig, adapter: AdapterConfig, optimizer: OptimizerConfig) -> None:
     """What a run brings beside the layers, it trains: nobody else has."""
     if optimizer.trains_outside:

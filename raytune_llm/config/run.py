@@ -85,6 +85,7 @@ class TrainRun:
         rules.sharding_has_workers(self.strategy, self.resources)
         rules.quantized_weights_can_be_had(self.adapter, self.quantization, self.strategy)
         rules.optimizer_finds_its_matrices(self.optimizer, self.strategy)
+        rules.tensors_can_step_one_by_one(self.optimizer, self.strategy, self.resources, self.train)
         rules.what_is_new_is_trained(self.model, self.stage, self.adapter, self.optimizer)
         rules.schedule_suits_the_optimizer(self.optimizer, self.schedule)
         rules.adapters_find_the_weights_that_they_read(self.adapter, self.strategy)

@@ -45,6 +45,8 @@ def _obstacles(run: TrainRun, base: TrainRun) -> Iterator[ConfigError]:
         yield _refused("stage", "can't be that of a model with a score head, which is trained whole", run.stage.name)
     if run.optimizer.schedules is not None:
         yield _refused("optimizer", "can't be one that averages steps", run.optimizer.name)
+    if run.optimizer.layerwise:
+        yield _refused("optimizer.layerwise", "must be false", True)
     if run.stage.reference == "online":
         yield _refused("stage.reference", "must be precomputed", "online")
     for setting in ("stage.neftune_alpha", "stage.router_aux_loss_coef"):

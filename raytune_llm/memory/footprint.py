@@ -19,6 +19,7 @@ from raytune_llm.config.strategy import StrategyConfig
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.tokens.tokenizer import first_pieces, run_tokenizer
 from raytune_llm.memory.model import (
+    FP32,
     NO_PIECES,
     STATES,
     Memory,
@@ -141,6 +142,9 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
         **settings_of(needs.strategy),
     )
     states = states_of(needs.parameters)
+    if needs.optimizer.layerwise:
+        largest = max((one.numel for one in needs.parameters.trained_shapes), default=0)
+        states = replace(states, gradients=min(states.gradients, FP32 * largest))
     quantization = quantization_of(needs.quantization)
     saved = quantized_bytes(needs.parameters, dtype.itemsize, quantization)
     saved = round(saved * needs.strategy.weights_share(needs.world_size))

@@ -277,7 +277,7 @@ TRAINING: Table = {
     "adam_beta1": Joined(0.9, rules.optimizer),
     "adam_beta2": Joined(0.999, rules.optimizer),
     "adam_epsilon": Joined(1e-8, rules.optimizer),
-    "max_grad_norm": Becomes(1.0, "train.max_grad_norm", rules.clipping),
+    "max_grad_norm": Joined(1.0, rules.clipping),
     "lr_scheduler_type": Joined("linear", rules.schedule),
     "lr_scheduler_kwargs": Joined(None, rules.schedule),
     "warmup_steps": Joined(0, rules.warmup),

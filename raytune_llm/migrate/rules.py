@@ -47,8 +47,12 @@ def resume(resume_from_checkpoint: str | bool | None) -> str:
     return "must" if resume_from_checkpoint else "auto"
 
 
-def clipping(max_grad_norm: float) -> float | None:
-    return max_grad_norm or None
+def clipping(
+    max_grad_norm: float, optim: str, use_galore: bool, galore_layerwise: bool, use_apollo: bool, apollo_layerwise: bool
+) -> Settings:
+    """Where tensors step one by one, no gradient is left to be clipped, whatever max_grad_norm says."""
+    layerwise = optim in ("lomo", "adalomo") or (use_galore and galore_layerwise) or (use_apollo and apollo_layerwise)
+    return {"train.max_grad_norm": None if layerwise else max_grad_norm or None}
 
 
 def whole_steps(steps: float) -> int:
@@ -586,6 +590,13 @@ ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "ad
 
 
 BNB_8BIT = {"adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+UNSET: dict[str, Settings] = {
+    "sgd": {"optimizer": "sgd", "optimizer.momentum": 0.0},
+    "adafactor": {"optimizer": "adafactor"},
+    "lomo": {"optimizer": "lomo"},
+    "adalomo": {"optimizer": "adalomo"},
+}
+"""Optimizers that read no adam_ argument."""
 SWITCHED = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 """The first that is on wins, over optim too."""
 
@@ -601,11 +612,12 @@ def optimizer(
     adam_beta2: float,
     adam_epsilon: float,
 ) -> Settings:
-    """transformers' SGD has no momentum. Its Adafactor has the schedule's rate, not one of its own."""
+    """transformers' SGD has no momentum. Its Adafactor has the schedule's rate, not one of its own. AdaLomo is Adafactor relative
+    to the weights, a tensor at a time, and LOMO so much of SGD."""
     switches = (use_galore, use_apollo, use_badam, use_adam_mini, use_muon)
     switched = next((name.removeprefix("use_") for name, on in zip(SWITCHED, switches, strict=True) if on), None)
-    if switched is None and optim in ("sgd", "adafactor"):
-        return {"optimizer": "sgd", "optimizer.momentum": 0.0} if optim == "sgd" else {"optimizer": "adafactor"}
+    if switched is None and optim in UNSET:
+        return UNSET[optim]
     betas = {"optimizer.beta1": adam_beta1, "optimizer.beta2": adam_beta2}
     if switched is None and optim in ("lion", "lion_32bit"):
         return {"optimizer": "lion", **betas}
@@ -620,8 +632,8 @@ def _adam_of(optim: str) -> str:
         return BNB_8BIT[optim]
     if optim == "schedule_free_adamw":
         return "schedule_free"
-    if "lomo" in optim or "q_galore" in optim:
-        raise Refusal(f"{optim} has no package that is still kept; there are adafactor, galore and badam", "optim")
+    if "q_galore" in optim:
+        raise Refusal(f"{optim} has no package whose state can be saved; there are galore and apollo_mini", "optim")
     if optim.startswith(("galore", "apollo")):
         raise Refusal(f"{optim} {LATER} with optim_target_modules; use use_galore or use_apollo", "optim")
     raise Refusal(
@@ -629,7 +641,6 @@ def _adam_of(optim: str) -> str:
     )
 
 
-LAYERWISE = "steps are not taken layer by layer, since max_grad_norm and gradient_accumulation_steps need all gradients"
 
 
 def galore(
@@ -645,8 +656,7 @@ def galore(
         return {}
     _only("galore_target", galore_target, ("all", ["all"]), "every matrix of the layers is projected")
     _only("galore_proj_type", galore_proj_type, ("std",), "the shorter side is projected, as std does")
-    _only("galore_layerwise", galore_layerwise, (False,), LAYERWISE)
-    return _projected(galore_rank, galore_update_interval, galore_scale)
+    return _projected(galore_rank, galore_update_interval, galore_scale) | {"optimizer.layerwise": galore_layerwise}
 
 
 def apollo(
@@ -666,9 +676,9 @@ def apollo(
     _only("apollo_target", apollo_target, ("all", ["all"]), "every matrix of the layers is projected")
     _only("apollo_proj", apollo_proj, ("random",), "projections are random")
     _only("apollo_proj_type", apollo_proj_type, ("std",), "the shorter side is projected, as std does")
-    _only("apollo_layerwise", apollo_layerwise, (False,), LAYERWISE)
     _only("apollo_scale_front", apollo_scale_front, (False,), "the scale comes after the limit of the norm's growth")
-    return {**_projected(apollo_rank, apollo_update_interval, apollo_scale), "optimizer.sizes": apollo_scale_type}
+    own = {"optimizer.sizes": apollo_scale_type, "optimizer.layerwise": apollo_layerwise}
+    return _projected(apollo_rank, apollo_update_interval, apollo_scale) | own
 
 
 def _projected(rank: int, update_every: int, scale: float) -> Settings:

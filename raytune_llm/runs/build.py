@@ -103,6 +103,7 @@ class Builder:
             device=self.device,
             precision=Precision(policy.compute),
             max_grad_norm=run.train.max_grad_norm,
+            layerwise=run.optimizer.layerwise,
         )
         return Built(policy=policy, strategy=strategy, operations=counted, choices=choices)
 

@@ -175,7 +175,7 @@ def one_step(learner: Learner, step: Step, window: Window, *, lr: float, seed: i
             with phase("forward pass"):
                 out = learner.objective.loss(strategy.model, batch)
             with phase("backward pass"):
-                strategy.backward(out.total / count)
+                strategy.backward(out.total / count, lr)
         window.add_loss(out)
     with phase("optimizer step"):
         done = strategy.step(lr)

@@ -91,6 +91,7 @@ def one_step(pass_: SharedPass, members: Sequence[Member], step: Step) -> dict[M
     Returns their learning rates."""
     batches = _ready(members, step)
     count = loop.count_of(step, members[0].window.device)
+    rates = {member: member.settings.learning_rate(member.progress.step) for member in members}
     for group in pass_.in_turn(members, _model):
         with pass_.of([member.model for member in group]):
             of_each = [_completed(member, step, batches) for member in group]
@@ -98,12 +99,11 @@ def one_step(pass_: SharedPass, members: Sequence[Member], step: Step) -> dict[M
                 with phase("forward pass"):
                     for member, batch in zip(group, batches_of_each, strict=True):
                         out = member.objective.loss(member.model, batch)
-                        member.strategy.backward(out.total / count)
+                        member.strategy.backward(out.total / count, rates[member])
                         member.window.add_loss(out)
                 with phase("backward pass"):
                     backward([member.strategy for member in group])
                 pass_.forget()
-    rates = {member: member.settings.learning_rate(member.progress.step) for member in members}
     with phase("optimizer step"):
         for member in members:
             loop.add_step(member.window, member.strategy.step(rates[member]), 1)

@@ -95,6 +95,19 @@ def test_two_workers_give_the_numbers_of_one(
     assert_near(one, two, optimizer)
 
 
+@pytest.mark.parametrize(("optimizer", "strategy"), [("adamw", "ddp"), ("adamw", "fsdp"), ("muon", "fsdp")])
+def test_tensors_that_step_one_by_one_make_the_run_of_one_process(
+    optimizer: str, strategy: str, chat_rows: str, cache: str, two_workers: Group, tmp_path: Path
+) -> None:
+    layerwise = ["optimizer.layerwise=true", "train.max_grad_norm=null", "train.micro_batch_size=8", "train.max_steps=7"]
+    settings = ["adapter=none", *SETTINGS.get(optimizer, []), *layerwise]
+    one = tiny_run(chat_rows, cache, tmp_path / "one", *settings)
+    api.train(one)
+    two = elsewhere(one, tmp_path / "two", strategy=strategy, micro=4)
+    two_workers.run(two, store(one))
+    assert_near(one, two, optimizer)
+
+
 @pytest.mark.parametrize("optimizer", EACH)
 def test_a_run_that_was_cut_off_goes_on_to_the_digit(optimizer: str, plain: Runs, tmp_path: Path) -> None:
     run = replace(plain(optimizer), output_dir=str(tmp_path))

@@ -20,12 +20,15 @@ REST = {"adapter": "lora", "quantization": "none", "optimizer": "adamw", "strate
 NEEDS = {"loftq": {"quantization": "bnb_nf4"}, "schedule_free": {"schedule": "constant"}, "kto": {"data": "chat_labeled"}}
 NEEDS |= {stage: {"data": "chat_pairs"} for stage in ("cpo", "dpo", "orpo", "reward", "simpo")} | {"pretrain": {"data": "text"}}
 """What an option can't be without: a row of a stage has its form."""
+SET = dict.fromkeys(("adalomo", "lomo"), ("train.max_grad_norm=null", "train.micro_batch_size=8"))
+"""Likewise, settings: tensors that step one by one are not clipped, and steps have one micro-batch."""
 HEAD = """\
 # What goes with what
 
 Every pair of options of `adapter`, `quantization`, `optimizer`, `strategy` and `stage` is asked of the rules that a run is
 checked by before anything is loaded: `yes` is a pair that they let through, a number is a refusal, which stands under the table
-with the fix. The rest is LoRA, unquantized, AdamW, `ddp` and `sft`, and for an option what it needs (`loftq` a quantized base).
+with the fix. The rest is LoRA, unquantized, AdamW, `ddp` and `sft`, and for an option what it needs (`loftq` a quantized base,
+`lomo` and `adalomo` no clipping).
 What depends on more is refused by name as well: on the model ([models.md](models.md)) and on the device (`fp8` needs a GPU from
 Hopper on).
 
@@ -60,8 +63,9 @@ def refusal(choice: Mapping[str, str]) -> str | None:
     """The reason and the fix."""
     needed = {group: option for chosen in choice.values() for group, option in NEEDS.get(chosen, {}).items()}
     sections = {group: _section(group, option) for group, option in {**REST, **needed, **choice}.items()}
+    settings = [setting for chosen in choice.values() for setting in SET.get(chosen, ())]
     try:
-        validate(RUNS["train"], _whole() | sections)
+        validate(RUNS["train"], _whole(*settings) | sections)
     except ConfigError as error:
         reason = error.rule.partition(": ")[2] or f"{error.setting} {error.rule}"
         return f"{reason[0].upper()}{reason[1:]}. {error.fix}".rstrip()
@@ -69,8 +73,8 @@ def refusal(choice: Mapping[str, str]) -> str | None:
 
 
 @cache
-def _whole() -> dict[str, Any]:
-    return _composed()
+def _whole(*settings: str) -> dict[str, Any]:
+    return _composed(*settings)
 
 
 @cache

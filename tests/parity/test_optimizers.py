@@ -15,7 +15,7 @@ from raytune_llm.train.optimizers.galore import galore
 from raytune_llm.train.optimizers.groups import Trained
 from raytune_llm.train.optimizers.low_rank import low_rank_groups
 from raytune_llm.train.optimizers.muon import muon
-from raytune_llm.train.strategies.own_optimizer import LossScale, clipped_step
+from raytune_llm.train.strategies.clipped_step import LossScale, clipped_step
 from tests.parity.sets import oracle
 
 

@@ -53,6 +53,6 @@ def build_optimizer(
 
 def optimizer_of(optimizer: OptimizerConfig, trained: Sequence[Trained], *, fused: bool) -> torch.optim.Optimizer:
     """Groups of the config multiply the factors of the learning rate."""
-    settings = settings_of(optimizer)
+    settings = {name: value for name, value in settings_of(optimizer).items() if name != "layerwise"}
     groups = {pattern: Group(group.lr_factor, group.weight_decay) for pattern, group in settings.pop("groups").items()}
     return OPTIMIZERS[optimizer.name](with_groups(trained, groups), fused=fused, **settings)

@@ -49,7 +49,15 @@ def spread(
     device: torch.device,
     precision: Precision,
     max_grad_norm: float | None,
+    layerwise: bool = False,
 ) -> Strategy:
+    """layerwise: tensors step within the backward pass."""
     return STRATEGIES[strategy.name](
-        model, build_optimizer, device=device, precision=precision, max_grad_norm=max_grad_norm, **settings_of(strategy)
+        model,
+        build_optimizer,
+        device=device,
+        precision=precision,
+        max_grad_norm=max_grad_norm,
+        layerwise=layerwise,
+        **settings_of(strategy),
     )

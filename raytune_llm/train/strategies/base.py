@@ -63,8 +63,9 @@ class Strategy(Protocol):
         """Around forward and backward of one micro-batch; gradients meet over workers in the last one only."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """`loss` is this worker's share: its sum over the count of the whole step. Shares add up over workers."""
+    def backward(self, loss: Tensor, lr: float) -> None:
+        """`loss` is this worker's share: its sum over the count of the whole step. Shares add up over workers. lr: as for `step`,
+        where tensors step in the backward pass (optimizer.layerwise)."""
         ...
 
     def step(self, lr: float) -> StepOut:

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raytune_llm.models.policy import Policy
 from raytune_llm.train.strategies.base import Precision
+from raytune_llm.train.strategies.layerwise import check_accumulates
 from raytune_llm.train.strategies.own_optimizer import OwnOptimizer
 
 
@@ -19,14 +21,28 @@ class DDPStrategy(OwnOptimizer):
     sharded = False
 
     def __init__(
-        self, model: Policy, build_optimizer: Any, *, device: torch.device, precision: Precision, max_grad_norm: float | None
+        self,
+        model: Policy,
+        build_optimizer: Any,
+        *,
+        device: torch.device,
+        precision: Precision,
+        max_grad_norm: float | None,
+        layerwise: bool = False,
     ) -> None:
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.model: nn.Module = model.to(device)
         super().__init__(
-            self.model, build_optimizer, world=world, device=device, precision=precision, max_grad_norm=max_grad_norm
+            self.model,
+            build_optimizer,
+            world=world,
+            device=device,
+            precision=precision,
+            max_grad_norm=max_grad_norm,
+            layerwise=layerwise,
+            meet=partial(_average, world=world) if world > 1 else None,
         )
-        if world > 1:
+        if world > 1 and not layerwise:  # its buckets would hold all gradients, until the last is there
             # Every worker loaded what is frozen by itself; quantized weights are buffers, which would travel in every pass.
             frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
             buffers = [name for name, _ in model.named_buffers()]
@@ -34,7 +50,14 @@ class DDPStrategy(OwnOptimizer):
             self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        if self.layerwise is not None:
+            check_accumulates(last=last)
         return nullcontext() if last or not isinstance(self.model, DistributedDataParallel) else self.model.no_sync()
 
     def parts(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+
+def _average(gradient: Tensor, *, world: int) -> None:
+    dist.all_reduce(gradient)
+    gradient /= world

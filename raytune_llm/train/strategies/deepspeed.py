@@ -34,9 +34,11 @@ class DeepSpeedStrategy:
         device: torch.device,
         precision: Precision,
         max_grad_norm: float | None,
+        layerwise: bool = False,
         stage: int,
         offload: bool,
     ) -> None:
+        assert not layerwise, "config/rules.py refuses it"
         try:
             import deepspeed
         except ImportError:
@@ -89,7 +91,7 @@ class DeepSpeedStrategy:
     def parts(self) -> AbstractContextManager[None]:
         return nullcontext()  # stage 3 gathers each part as it is called
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, lr: float) -> None:
         self.engine.backward(loss * self.world, scale_wrt_gas=False)  # ZeRO averages; shares are to be added
 
     def step(self, lr: float) -> StepOut:

@@ -19,6 +19,7 @@ from raytune_llm.models.policy import Policy
 from raytune_llm.models.quantization import QuantizedLinear
 from raytune_llm.models.stored import Stored
 from raytune_llm.train.strategies.base import Precision
+from raytune_llm.train.strategies.layerwise import check_accumulates
 from raytune_llm.train.strategies.own_optimizer import OwnOptimizer
 
 RESHARD = {"full": True, "grad_only": False}
@@ -41,6 +42,7 @@ class FSDPStrategy(OwnOptimizer):
         device: torch.device,
         precision: Precision,
         max_grad_norm: float | None,
+        layerwise: bool = False,
         reshard: str,
         shard_workers: int | str,
         prefetch: int,
@@ -72,10 +74,20 @@ class FSDPStrategy(OwnOptimizer):
                 unit.set_modules_to_backward_prefetch(units[max(number - prefetch, 0) : number][::-1])
         self.model: Any = model
         self.units: list[Any] = [*units, model]
-        super().__init__(model, build_optimizer, world=world, device=device, precision=precision, max_grad_norm=max_grad_norm)
+        super().__init__(
+            model,
+            build_optimizer,
+            world=world,
+            device=device,
+            precision=precision,
+            max_grad_norm=max_grad_norm,
+            layerwise=layerwise,
+        )
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         assert isinstance(self.model, FSDPModule)
+        if self.layerwise is not None:
+            check_accumulates(last=last)
         self.model.set_requires_gradient_sync(last)
         return nullcontext()
 

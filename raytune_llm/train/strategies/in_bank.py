@@ -14,7 +14,8 @@ from raytune_llm.models.policy import Policy
 from raytune_llm.models.shared_pass import OneOfSeveral, SharedPass
 from raytune_llm.train.optimizers.groups import Trained
 from raytune_llm.train.strategies.base import Precision, StepOut
-from raytune_llm.train.strategies.own_optimizer import LossScale, clipped_step, load_optimizer_state, optimizer_state
+from raytune_llm.train.strategies.clipped_step import LossScale, clipped_step
+from raytune_llm.train.strategies.own_optimizer import load_optimizer_state, optimizer_state
 
 PREFIX = "model."
 """The policy's name for its model: parameters are called as in a run that is alone."""
@@ -50,7 +51,7 @@ class InBank:
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, lr: float) -> None:
         self.losses.append(loss * self._scale.scale)
 
     def step(self, lr: float) -> StepOut:

@@ -56,7 +56,31 @@ CONVERTED = {
         {**PAIRS, "ref_model": "org/other", "ref_model_adapters": "saves/other"},
         {"stage.reference_model": "org/other", "stage.reference_adapter": "saves/other"},
     ),
-    "extras/dora": ({**LORA, "use_dora": True}, {"adapter.name": "dora", "adapter.rank": 8, "adapter.alpha": 16.0}),
+    "extras/dora": ({**LORA, "use_dora": True}, {"adapter.dora": True, "adapter.rank": 8, "adapter.alpha": 16.0}),
+    "extras/every_variant": (
+        {**LORA, "use_dora": True, "use_rslora": True, "pissa_init": True, "loraplus_lr_ratio": 8.0},
+        {"adapter.name": "pissa", "adapter.dora": True, "adapter.rslora": True, "adapter.lr_ratio": 8.0},
+    ),
+    "extras/rslora_dora": (
+        {**LORA, "use_rslora": True, "use_dora": True, "quantization_bit": 4},
+        {"adapter.name": "lora", "adapter.dora": True, "adapter.rslora": True, "quantization.name": "bnb_nf4"},
+    ),
+    "extras/apollo_layerwise": (
+        {**FULL, "use_apollo": True, "apollo_rank": 128, "apollo_layerwise": True, "gradient_accumulation_steps": 1},
+        {"optimizer.name": "apollo", "optimizer.rank": 128, "optimizer.layerwise": True, "train.max_grad_norm": None},
+    ),
+    "extras/galore_layerwise": (
+        {**FULL, "use_galore": True, "galore_layerwise": True, "gradient_accumulation_steps": 1},
+        {"optimizer.name": "galore", "optimizer.layerwise": True, "train.max_grad_norm": None},
+    ),
+    "extras/lomo": (
+        {**FULL, "optim": "lomo", "gradient_accumulation_steps": 1, "deepspeed": None},
+        {"optimizer.name": "sgd", "optimizer.momentum": 0.0, "optimizer.layerwise": True, "train.max_grad_norm": None},
+    ),
+    "extras/adalomo": (
+        {**FULL, "optim": "adalomo", "gradient_accumulation_steps": 1},
+        {"optimizer.name": "adafactor", "optimizer.relative_to_weights": True, "optimizer.layerwise": True},
+    ),
     "qlora/8bit": ({**LORA, "quantization_bit": 8}, {"quantization.name": "bnb_int8"}),
     "qlora/fp4": ({**LORA, "quantization_bit": 4, "quantization_type": "fp4"}, {"quantization.name": "bnb_fp4"}),
     "qlora/hqq": ({**LORA, "quantization_bit": 4, "quantization_method": "hqq"}, {"quantization.name": "hqq"}),
@@ -181,11 +205,9 @@ REFUSED = {
     "qlora/hqq_8bit": ({**LORA, "quantization_bit": 8, "quantization_method": "hqq"}, "hqq to 8 bits"),
     "qlora/eetq": ({**LORA, "quantization_bit": 8, "quantization_method": "eetq"}, "eetq"),
     "full/autotp": ({**FULL, "deepspeed": "examples/deepspeed/ds_z2_autotp_config.json"}, "tensor parallelism"),
-    "extras/apollo": ({**FULL, "use_apollo": True, "apollo_rank": 128, "apollo_layerwise": True}, "apollo_layerwise"),
     "extras/asft": ({**FULL, "use_asft_loss": True, "asft_alpha": 0.1}, "asft needs a new LoRA adapter"),
     "extras/fp8": ({**FULL, "fp8": True, "deepspeed": ZERO3}, "DeepSpeed casts"),
     "extras/fp8_and_4bit": ({**LORA, "fp8": True, "quantization_bit": 4}, "few bits"),
-    "extras/galore": ({**FULL, "use_galore": True, "galore_layerwise": True, "galore_rank": 128}, "galore_layerwise"),
     "extras/llama_pro": (
         {**FULL, "finetuning_type": "freeze", "use_llama_pro": True, "freeze_trainable_layers": 8},
         "config.json",

@@ -22,7 +22,8 @@ from raytune_llm.train.optimizers.lion import lion
 from raytune_llm.train.optimizers.muon import muon
 from raytune_llm.train.optimizers.schedule_free import schedule_free
 from raytune_llm.train.optimizers.sgd import sgd
-from raytune_llm.train.strategies.own_optimizer import LossScale, clipped_step, load_optimizer_state, optimizer_state
+from raytune_llm.train.strategies.clipped_step import LossScale, clipped_step
+from raytune_llm.train.strategies.own_optimizer import load_optimizer_state, optimizer_state
 
 CPU = torch.device("cpu")
 ADAM = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}

@@ -1,0 +1,144 @@
+"""Tensors that step within the backward pass: the steps of a plain run that clips nothing, with few gradients at once."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from raytune_llm.config.load import load_config
+from raytune_llm.errors import ConfigError
+from raytune_llm.losses.tokens import cross_entropy
+from raytune_llm.train.optimizers import build_optimizer
+from raytune_llm.train.strategies.base import Precision, StepOut
+from raytune_llm.train.strategies.ddp import DDPStrategy
+from tests.models import packed, some_rows, tiny_llama
+
+CPU = torch.device("cpu")
+LOW_RANK = ["optimizer.rank=4", "optimizer.update_every=2"]
+OPTIMIZERS = {
+    "adafactor": [],
+    "adam_mini": [],
+    "adamw": ["optimizer.weight_decay=0.1"],
+    "adamw_8bit": [],
+    "adamw_bf16": [],
+    "apollo": LOW_RANK,
+    "galore": LOW_RANK,
+    "lion": [],
+    "muon": [],
+    "schedule_free": ["schedule=constant"],
+    "sgd": [],
+    "adamw by groups": ["optimizer.groups={embed_tokens:{lr_factor:0.5}}"],
+}
+
+
+def strategy_of(name: str, *, layerwise: bool) -> DDPStrategy:
+    optimizer = f"optimizer={name.partition(' ')[0]}"
+    section = load_config("train", ["data.path=x", optimizer, "optimizer.lr=1e-2", *OPTIMIZERS[name]]).optimizer
+    policy = tiny_llama()
+    policy.requires_grad_(True)
+    precision = Precision(torch.float32)
+    build: Any = partial(build_optimizer, section)
+    return DDPStrategy(policy, build, device=CPU, precision=precision, max_grad_norm=None, layerwise=layerwise)
+
+
+def one_step(strategy: DDPStrategy, number: int) -> StepOut:
+    batch, lr = packed(some_rows([20, 9, 31], seed=number)), 1e-2 / (1 + number)
+    with strategy.accumulate(last=True):
+        strategy.backward(strategy.model(batch, cross_entropy).mean(), lr)
+    return strategy.step(lr)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_and_state_are_those_of_the_plain_update(name: str) -> None:
+    plain, layerwise = (strategy_of(name, layerwise=way) for way in (False, True))
+    for number in range(3):
+        theirs, ours = one_step(plain, number), one_step(layerwise, number)
+        torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, rtol=1e-5, atol=0)
+        assert not ours.skipped
+    expected, found = plain.state(), layerwise.state()
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+    assert any(key.startswith("optimizer.") for key in found)
+
+
+@pytest.mark.parametrize("name", ["adamw", "galore", "muon"])
+def test_a_resumed_run_is_the_uninterrupted_one(name: str) -> None:
+    whole = strategy_of(name, layerwise=True)
+    for number in range(2):
+        one_step(whole, number)
+    kept = {key: value.clone() for key, value in whole.state().items()}
+    resumed = strategy_of(name, layerwise=True)
+
+    def read(state: dict[str, torch.Tensor]) -> None:
+        for key, value in state.items():
+            value.copy_(kept[key])
+
+    resumed.load(kept, read)
+    for strategy in (whole, resumed):
+        one_step(strategy, 2)
+    for key, value in whole.state().items():
+        assert torch.equal(resumed.state()[key], value), key
+
+
+def test_no_more_than_one_gradient_is_there_at_once() -> None:
+    def most(*, layerwise: bool) -> int:
+        strategy, counts = strategy_of("adamw", layerwise=layerwise), []
+        parameters = list(strategy.module.parameters())
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(lambda _: counts.append(sum(p.grad is not None for p in parameters)))
+        one_step(strategy, 0)
+        return max(counts)
+
+    assert most(layerwise=True) <= 1
+    assert most(layerwise=False) == len(list(tiny_llama().parameters()))
+
+
+def test_a_gradient_that_is_not_finite_leaves_its_tensor_and_is_told() -> None:
+    strategy = strategy_of("adamw", layerwise=True)
+    bad: nn.Parameter = strategy.module.get_parameter("model.model.layers.0.mlp.up_proj.weight")
+    bad.register_hook(lambda gradient: gradient * float("nan"))
+    before = {name: parameter.detach().clone() for name, parameter in strategy.module.named_parameters()}
+    assert one_step(strategy, 0).skipped
+    changed = {name for name, parameter in strategy.module.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == before.keys() - {"model.model.layers.0.mlp.up_proj.weight"}
+
+
+def test_micro_batches_that_are_to_add_up_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.layerwise must be false where a step has several micro-batches"):
+        strategy_of("adamw", layerwise=True).accumulate(last=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], r"train\.max_grad_norm must be null with optimizer\.layerwise=true: .*got 1\.0"),
+        (["train.max_grad_norm=null", "train.precision=fp16"], r"train\.precision must be bf16 or fp32 with"),
+        (["train.max_grad_norm=null", "train.cuda_graphs=true"], r"train\.cuda_graphs must be false with"),
+        (
+            ["train.max_grad_norm=null", "train.micro_batch_size=1"],
+            r"train\.micro_batch_size must be train\.global_batch_size / ",
+        ),
+        (["optimizer=badam"], r"optimizer\.layerwise must be false with optimizer=badam: it counts the steps"),
+        (["strategy=zero3", "resources=local"], r"optimizer\.layerwise must be false with strategy=zero3: DeepSpeed collects"),
+    ],
+)
+def test_what_needs_all_gradients_is_refused_by_name(overrides: list[str], said: str) -> None:
+    sizes = ["train.global_batch_size=8", "train.micro_batch_size=8", "resources.num_workers=1"]
+    with pytest.raises(ConfigError, match=said):
+        load_config("train", ["data.path=x", *sizes, *overrides, "optimizer.layerwise=true"])
+
+
+def test_lomo_and_adalomo_are_layerwise_and_keep_no_more_than_sums() -> None:
+    lomo, adalomo = (
+        load_config(
+            "train", ["data.path=x", f"optimizer={name}", "train.max_grad_norm=null", "train.micro_batch_size=16"]
+        ).optimizer
+        for name in ("lomo", "adalomo")
+    )
+    assert (lomo.name, lomo.layerwise, sum(lomo.state_bytes([]))) == ("sgd", True, 0)
+    assert (adalomo.name, adalomo.layerwise) == ("adafactor", True)
