@@ -242,8 +242,8 @@ def test_how_each_kind_is_computed_is_told() -> None:
 
 @pytest.mark.parametrize("kind", OF_LORA)
 def test_the_rate_of_b_is_set_for_any_kind_of_lora(kind: str) -> None:
-    policy = adapted(kind, "adapter.lr_ratio=8")
-    factors = {name: policy.adapters.lr_factor(name) for name in policy.adapters.trained(OWN)}
+    (adapters := PeftAdapters(base())).add_own(section(kind, "adapter.lr_ratio=8"))
+    factors = {name: adapters.lr_factor(name) for name in adapters.trained(OWN)}
     assert {factor for name, factor in factors.items() if ".lora_B." in name} == {8.0}
     assert {factor for name, factor in factors.items() if ".lora_B." not in name} == {1.0}
 
