@@ -641,8 +641,6 @@ def _adam_of(optim: str) -> str:
     )
 
 
-
-
 def galore(
     use_galore: bool,
     galore_target: str | list[str],

@@ -199,7 +199,9 @@ def test_a_saved_adapter_says_the_same_in_plain_peft_merged_and_continued(kind: 
         torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-5, atol=1e-5)
     for other in KINDS:
         if saved_as(other) != saved_as(kind) or "pissa" in other:
-            with pytest.raises(ConfigError, match=r"adapter\.(path must hold an adapter of the kind|(dora|rslora) must be as in)"):
+            with pytest.raises(
+                ConfigError, match=r"adapter\.(path must hold an adapter of the kind|(dora|rslora) must be as in)"
+            ):
                 PeftAdapters(base()).add_own(section(other, f"adapter.path={tmp_path}"))
 
 
