@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,7 +18,7 @@ Targets = str | list[str]
 class TrainedPart:
     """What other modules ask of each choice: the part of a model that a run trains, and what it goes with."""
 
-    name: str
+    name: Any
     trains_base: ClassVar[bool] = False
     """Base weights are trained. If not, they are frozen, and final/ holds an adapter."""
     changes_base: ClassVar[bool] = False

@@ -654,7 +654,7 @@ def galore(
         return {}
     _only("galore_target", galore_target, ("all", ["all"]), "every matrix of the layers is projected")
     _only("galore_proj_type", galore_proj_type, ("std",), "the shorter side is projected, as std does")
-    return _projected(galore_rank, galore_update_interval, galore_scale) | {"optimizer.layerwise": galore_layerwise}
+    return {**_projected(galore_rank, galore_update_interval, galore_scale), "optimizer.layerwise": galore_layerwise}
 
 
 def apollo(
@@ -676,7 +676,7 @@ def apollo(
     _only("apollo_proj_type", apollo_proj_type, ("std",), "the shorter side is projected, as std does")
     _only("apollo_scale_front", apollo_scale_front, (False,), "the scale comes after the limit of the norm's growth")
     own = {"optimizer.sizes": apollo_scale_type, "optimizer.layerwise": apollo_layerwise}
-    return _projected(apollo_rank, apollo_update_interval, apollo_scale) | own
+    return {**_projected(apollo_rank, apollo_update_interval, apollo_scale), **own}
 
 
 def _projected(rank: int, update_every: int, scale: float) -> Settings:

@@ -20,7 +20,7 @@ REST = {"adapter": "lora", "quantization": "none", "optimizer": "adamw", "strate
 NEEDS = {"loftq": {"quantization": "bnb_nf4"}, "schedule_free": {"schedule": "constant"}, "kto": {"data": "chat_labeled"}}
 NEEDS |= {stage: {"data": "chat_pairs"} for stage in ("cpo", "dpo", "orpo", "reward", "simpo")} | {"pretrain": {"data": "text"}}
 """What an option can't be without: a row of a stage has its form."""
-SET = dict.fromkeys(("adalomo", "lomo"), ("train.max_grad_norm=null", "train.micro_batch_size=8"))
+SET: dict[str, tuple[str, ...]] = dict.fromkeys(("adalomo", "lomo"), ("train.max_grad_norm=null", "train.micro_batch_size=8"))
 """Likewise, settings: tensors that step one by one are not clipped, and steps have one micro-batch."""
 HEAD = """\
 # What goes with what

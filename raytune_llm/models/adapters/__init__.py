@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
+from raytune_llm.config.adapter import AdapterConfig, Layered, SavedAdapter
 from raytune_llm.config.section import settings_of
 from raytune_llm.models.adapters import peft_alone  # noqa: F401  # before those that import from PEFT
 from raytune_llm.models.adapters.bank import LoraBank, Weights
@@ -74,7 +74,7 @@ def bank_of(model: PreTrainedModel, slots: Slots, compute: torch.dtype) -> LoraB
 
 def kept_by(adapter: AdapterConfig) -> Kept:
     """What its layers keep for the backward pass."""
-    return Kept() if adapter.trains_base else method_of(adapter).kept
+    return method_of(adapter).kept if isinstance(adapter, Layered) else Kept()
 
 
 def merge(model: PreTrainedModel, folders: Sequence[str]) -> None:

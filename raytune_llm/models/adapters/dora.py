@@ -101,7 +101,8 @@ def measure_quantized(model: nn.Module, key: str, *, new: bool) -> None:
         if isinstance(base, QuantizedLinear) and isinstance(lengths, Lengths):
             lengths.squares_N = squares_of(base)
             if new:
-                a, b = module.lora_A[key].weight, module.lora_B[key].weight
+                a: Any = module.lora_A[key].weight
+                b: Any = module.lora_B[key].weight
                 lengths.weight.copy_(lengths.changed_lengths(base, a, b, module.scaling[key], torch.float32))
 
 
