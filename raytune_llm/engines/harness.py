@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import random
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -23,8 +24,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from raytune_llm.engines.questions import Answered, Answering, Question, in_blocks
 from raytune_llm.engines.requests import Sampling
-from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.errors import ConfigError, DataError, UserError, first_line
 
+PACKAGE = Path(__file__).parents[1]
 MAX_NEW_TOKENS = 256
 """Of an answer, where a task doesn't say."""
 SAMPLED_BY = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
@@ -128,9 +130,22 @@ def run_tasks(
             fewshot_random_seed=seed,
             confirm_run_unsafe_code=run_unsafe_code,
         )
+    except UserError:
+        raise
+    except Exception as error:
+        if _is_ours(error):
+            raise
+        problem = f"can't be asked or scored ({type(error).__name__}: {first_line(error)})"
+        raise DataError("the tasks of lm-evaluation-harness", problem, "Correct the task, or ask it with fewer shots.") from error
     finally:
         random.setstate(state)
     return dict(results or {})
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was raised below an engine of ours, not by the package or by a task's own code."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one called the package
+    return any(Path(frame.filename).is_relative_to(PACKAGE) for frame in frames)
 
 
 def scores_of(results: Mapping[str, Any]) -> dict[str, dict[str, TaskScore]]:
