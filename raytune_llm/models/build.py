@@ -20,6 +20,7 @@ from raytune_llm.models import activations, attention, head
 from raytune_llm.models.adapters import Adapters, Slots, adapt, bank_of, merge
 from raytune_llm.models.attention.isolation import check_isolation, first_chunk, needs_lines
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.frozen_start import KnownStates, frozen_start
 from raytune_llm.models.layers import layers
 from raytune_llm.models.liger import with_liger
 from raytune_llm.models.load import check_trainable, load_config, load_model, model_class, positions
@@ -98,6 +99,8 @@ def build_policy(
     first_pieces: Mapping[int, Sequence[int]] = MappingProxyType({}),
     shared: SharedModel | None = None,
     slots: Slots | None = None,
+    starts_once: bool = False,
+    trains_again: bool = False,
 ) -> tuple[Policy, str]:
     """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
     float32. Where it is to be moved later, `runs_on` says where to, and frozen weights that are quantized go there a layer at a
@@ -106,7 +109,8 @@ def build_policy(
     Scorer's head is saved beside a language model. trains: false where nothing of it will be trained, adapter or not. files: its
     weights are read from these as they are quantized, or, with the meta device, stay there for a strategy to read. first_pieces:
     of each token that the vocabulary lacks; an adapter has the embeddings of these tokens. shared: keeps a frozen base's weights
-    for the next model. slots: of a trained bank, empty, in place of the adapter.
+    for the next model. slots: of a trained bank, empty, in place of the adapter. starts_once: compute frozen layers at its start
+    once for each batch, those that are trained on, too, where it trains_again on them.
     """
     runs_on = runs_on or device
     in_lines = needs_lines(config, model_class(config))
@@ -127,8 +131,10 @@ def build_policy(
         device = room_for(whole, device, free_bytes=torch.cuda.mem_get_info(device)[0])
     read = partial(load, dtype=compute if frozen else torch.float32, device=device, scores=scores, files=files)
     changes = adapter.changes_base or model.merged_adapters or first_pieces
+    known = KnownStates()
     if shared is not None and frozen and files is None and device.type != "meta" and not changes:
         loaded = shared.copy_of(repr((model, config.to_json_string(), compute, device, seed, scores)), read)
+        known = shared.known
     else:
         loaded = read()
     check_own_code(loaded)
@@ -182,6 +188,8 @@ def build_policy(
         left_out=partial(_joined, beside),
         **media,
     )
+    if starts_once:
+        made.frozen_start = frozen_start(loaded, known, trains_again=trains_again)
     dropout = attention.dropout_of(config) if trains else 0.0
     left_out = f"; without the model's attention dropout of {dropout:g}" if dropout else ""
     return made, f"attention: {backend} ({reason}{left_out})"

@@ -28,6 +28,7 @@ from raytune_llm.models.attention.cache import CachedRows, NewTokens, PagedCache
 from raytune_llm.models.attention.decode_step import DecodeStep
 from raytune_llm.models.attention.documents import document_numbers
 from raytune_llm.models.config_file import MODEL_CONFIG, change_config
+from raytune_llm.models.frozen_start import FrozenStart
 from raytune_llm.models.layer_graphs import LayerGraphs
 from raytune_llm.models.layers import named_layers
 from raytune_llm.models.multimodal import text_model
@@ -85,6 +86,8 @@ class Policy(nn.Module):
         self._has_new_adapter, self._has_changed_config = has_new_adapter, has_changed_config
         self._base_vocabulary, self._left_out, self._files_beside = base_vocabulary, left_out, files_beside
         self._shift_attn_tokens = shift_attn_tokens
+        self.frozen_start: FrozenStart | None = None
+        """Layers that are computed once for each batch, where build_policy sets it."""
         self._as_found: list[Tensor] | None = None
         """Values of the trained parameters, in their order."""
 
@@ -121,7 +124,8 @@ class Policy(nn.Module):
             if self._graphs is not None and not router_logits and self._replays(inputs) and (holds_route or route is None):
                 hidden_BTD = self._graphs(embedded_BTD, inputs, route)
                 return BaseModelOutput(last_hidden_state=hidden_BTD)  # type: ignore[arg-type]
-            with self._kept(embedded_BTD):
+            plain = neftune_alpha is None and not router_logits
+            with self._kept(embedded_BTD), self._start(inputs) if plain else nullcontext():
                 return self._through_layers(embedded_BTD, inputs, route, router_logits=router_logits)
 
     def _through_layers(
@@ -130,6 +134,10 @@ class Policy(nn.Module):
         text, beside = text_model(self.base), {"output_router_logits": True} if router_logits else {}
         beside |= per_layer_inputs(text, inputs.ids_BT)
         return text(inputs_embeds=embedded_BTD, use_cache=False, **self._layer_arguments(inputs, route), **beside)
+
+    def _start(self, inputs: Inputs) -> AbstractContextManager[None]:
+        start = self.frozen_start
+        return nullcontext() if start is None or not isinstance(inputs, Batch) else start.once(inputs, training=self.training)
 
     def _last_hidden(self, embedded_BTD: Tensor, batch: Batch, route: Mapping[str, Any] | None) -> Tensor:
         return self._through_layers(embedded_BTD, batch, route).last_hidden_state

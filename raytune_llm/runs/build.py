@@ -81,8 +81,8 @@ class Builder:
         """first_pieces: for each token that the run adds, the token ids whose mean its embedding starts from. shared: keeps the
         base for the next run. together: the runs that train on one base in one pass, `run` included."""
         self.run, self.config, self.device, self._first_pieces = run, config, device, first_pieces
-        spreads = READS_FILES[run.strategy.name] or FIRST_LOADS[run.strategy.name]
-        self._shared = None if spreads or run.quantization.replaces_layers else shared
+        self._spreads = READS_FILES[run.strategy.name] or FIRST_LOADS[run.strategy.name]
+        self._shared = None if self._spreads or run.quantization.replaces_layers else shared
         self._together = together
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.compiled, self._why_compiled = compiles(
@@ -132,6 +132,8 @@ class Builder:
             first_pieces=self._first_pieces,
             shared=self._shared,
             slots=Slots(tuple(one.adapter for one in self._together)) if self._together else None,
+            starts_once=device.type == "cpu" and not (self._spreads or self.compiled or self._together),
+            trains_again=run.train.epochs > 1 or self._shared is not None,
         )
         compiled = "layers compiled" if self.compiled else "layers not compiled"
         adapters = policy.adapters.described(device.type)
@@ -146,6 +148,7 @@ class Builder:
             f"compilation: {compiled} ({self._why_compiled})",
             f"activation checkpointing: {checkpointing} ({why})",
             *([f"CUDA graphs: {self._uncompiled or 'of the layers'} (asked for)"] if self._captures else []),
+            *([] if policy.frozen_start is None else [f"layers: {policy.frozen_start}"]),
             *([] if adapters is None else [f"adapters: {adapters}"]),
             *([] if more is None or (said := more.described()) is None else [said]),
             *self._other_bases(),

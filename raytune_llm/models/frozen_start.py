@@ -1,0 +1,119 @@
+"""The layers before the first trained one give the same for a batch whenever it comes again: at every evaluation, in every epoch,
+in every trial over one base. Here they are computed once for each batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raytune_llm.models.multimodal import text_model
+from raytune_llm.records import Batch
+
+IN_A_ROW = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
+"""Models whose layers read nothing of earlier ones but the hidden states that the layer before gives."""
+MOST_BYTES = 256 * 2**20
+"""Hidden states that are kept of batches that are trained on, and so many of others."""
+Key = tuple[int, bool, bool, bytes]
+"""The number of layers, whether the batch is trained on, whether the model is in training mode (its attention may be another one
+there), and what the layers see of the batch."""
+
+
+class KnownStates:
+    """Hidden states of batches, as many as there is room for: those that came first, since they come again in the same order."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._states: dict[Key, Tensor] = {}
+        self._room = {True: most_bytes, False: most_bytes}
+
+    def get(self, key: Key) -> Tensor | None:
+        return self._states.get(key)
+
+    def add(self, key: Key, hidden_BTD: Tensor) -> None:
+        _, trained, *_ = key
+        self._room[trained] -= (size := hidden_BTD.numel() * hidden_BTD.element_size())
+        if self._room[trained] >= 0:
+            self._states[key] = hidden_BTD.detach()
+        else:
+            self._room[trained] += size
+
+
+class FrozenStart:
+    """The frozen layers at a model's start."""
+
+    def __init__(self, layers: nn.ModuleList, count: int, known: KnownStates, *, trains_again: bool) -> None:
+        """known: of models with the same weights in these layers. trains_again: batches are trained on more than once."""
+        self.layers, self.count = layers, count
+        self._known, self._trains_again = known, trains_again
+
+    def __str__(self) -> str:
+        return f"the first {self.count} of {len(self.layers)} are frozen, and computed once for each batch"
+
+    @contextmanager
+    def once(self, batch: Batch, *, training: bool) -> Iterator[None]:
+        """A context in which the model computes these layers for the batch, unless it did before. training: the model's mode."""
+        trained = torch.is_grad_enabled()
+        key = self.count, trained, training, _seen_by_layers(batch)
+        known_BTD = self._known.get(key)
+        if known_BTD is not None:
+            with self._replaced(known_BTD):
+                yield
+        elif trained and not self._trains_again:
+            yield
+        else:
+
+            def keep(layer: nn.Module, given: Any, out_BTD: Any) -> None:
+                self._known.add(key, out_BTD)
+
+            hook = self.layers[self.count - 1].register_forward_hook(keep)
+            try:
+                yield
+            finally:
+                hook.remove()
+
+    @contextmanager
+    def _replaced(self, known_BTD: Tensor) -> Iterator[None]:
+        own = list(self.layers[: self.count])
+        for number in range(self.count):
+            self.layers[number] = _Known(known_BTD)
+        try:
+            yield
+        finally:
+            for number, layer in enumerate(own):
+                self.layers[number] = layer
+
+
+class _Known(nn.Module):
+    """In the place of layers whose output is known."""
+
+    def __init__(self, hidden_BTD: Tensor) -> None:
+        super().__init__()
+        self._hidden_BTD = hidden_BTD
+
+    def forward(self, *args: Any, **others: Any) -> Tensor:
+        return self._hidden_BTD
+
+
+def frozen_start(base: PreTrainedModel, known: KnownStates, *, trains_again: bool) -> FrozenStart | None:
+    """base: a transformers model, with adapters in its layers and requires_grad as it is trained. None: its first layer is
+    trained, or what comes before it, or the family is not known to be in a row."""
+    text: Any = text_model(base)
+    trained = {id(weight) for weight in base.parameters() if weight.requires_grad}
+    if type(text).__name__ not in IN_A_ROW or not trained:
+        return None
+    in_layers = [{id(weight) for weight in layer.parameters()} for layer in text.layers]
+    count = next((number for number, weights in enumerate(in_layers) if weights & trained), 0)
+    before = {id(weight) for weight in base.get_input_embeddings().parameters()}
+    return FrozenStart(text.layers, count, known, trains_again=trains_again) if count and not before & trained else None
+
+
+def _seen_by_layers(batch: Batch) -> bytes:
+    shape = torch.tensor(batch.ids_BT.shape)
+    prefixes = [part for part in batch.prefixes or () if isinstance(part, Tensor)]
+    parts = (shape, batch.ids_BT, batch.positions_BT, batch.cu_seqlens_S, *prefixes)
+    return b"".join(part.numpy(force=True).tobytes() for part in parts)
