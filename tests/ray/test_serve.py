@@ -129,7 +129,7 @@ def a1(server: Server) -> str:
     if not server.places("a1"):
         folder = adapter_folder(server.root / "a1", 1)
         assert server.post("/v1/load_lora_adapter", {"lora_name": "a1", "lora_path": str(folder)}).status_code == 200
-    wait_for(lambda: len(server.places("a1")) == ENGINES, 10)
+    wait_for(lambda: len(server.places("a1")) == ENGINES)
     return "a1"
 
 
@@ -171,7 +171,7 @@ def test_an_adapter_is_loaded_by_all_and_asked_where_it_is(server: Server, a1: s
     assert server.post("/v1/load_lora_adapter", {"lora_name": "alone", "lora_path": str(folder)}).status_code == 200
     for _ in range(6):
         assert server.complete(model="alone").status_code == 200
-    wait_for(lambda: server.places("alone", "device"), 5)
+    wait_for(lambda: server.places("alone", "device"))
     time.sleep(2)  # reports are up to a second old
     assert len(server.places("alone", "device")) == 1  # though both engines have free slots and free rows
 
@@ -232,8 +232,8 @@ def test_what_a_run_writes_is_served(server: Server) -> None:
     run = server.root / "watched" / "fresh"
     run.mkdir()
     adapter_folder(run / "writing", 5).rename(run / "final")
-    wait_for(lambda: server.complete(model="fresh").status_code == 200, 10)
-    wait_for(lambda: len(server.places("fresh")) == ENGINES, 5)
+    wait_for(lambda: server.complete(model="fresh").status_code == 200)
+    wait_for(lambda: len(server.places("fresh")) == ENGINES)
 
 
 def test_too_many_requests_are_refused_at_once(server: Server) -> None:
@@ -257,14 +257,14 @@ def test_a_client_that_goes_frees_its_row(server: Server) -> None:
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()  # one that is thrown away closes the connection
         assert "choices" in next(lines)
-        wait_for(lambda: server.running() == 1, 5)
-    wait_for(lambda: server.running() == 0, 5)
+        wait_for(lambda: server.running() == 1)
+    wait_for(lambda: server.running() == 0, 500 * STEP_S / 2)  # before all its tokens are there
 
 
 def test_a_killed_engine_ends_its_streams_with_an_error_and_the_others_go_on(server: Server, a1: str) -> None:
     with ThreadPoolExecutor(6) as threads:
         streams = [threads.submit(server.stream, 60) for _ in range(6)]
-        wait_for(lambda: server.running() == 6, 10)
+        wait_for(lambda: server.running() == 6)
         before = set(server.engines())
         os.kill(min(before), signal.SIGKILL)
         ends = [stream.result()[-1] for stream in streams]
@@ -292,7 +292,7 @@ def test_streams_survive_an_update(server: Server, a1: str) -> None:
     before = set(server.engines())
     with ThreadPoolExecutor(4) as threads:
         streams = [threads.submit(server.stream, 200) for _ in range(4)]
-        wait_for(lambda: server.running() == 4, 10)
+        wait_for(lambda: server.running() == 4)
         assert server.process.stdin is not None
         server.process.stdin.write("update\n")
         server.process.stdin.flush()
@@ -305,9 +305,9 @@ def test_streams_survive_an_update(server: Server, a1: str) -> None:
 def test_it_drains_and_leaves_nothing_behind(server: Server) -> None:
     with ThreadPoolExecutor(1) as threads:
         stream = threads.submit(server.stream, 60)
-        wait_for(lambda: server.running() == 1, 5)
+        wait_for(lambda: server.running() == 1)
         server.process.send_signal(signal.SIGTERM)
         assert made(stream.result()) == 60
     assert server.process.wait(30) == 128 + signal.SIGTERM
     assert server.said[-2:] == ["draining", "stopped"]
-    wait_for(lambda: not server.processes(), 10)
+    wait_for(lambda: not server.processes())

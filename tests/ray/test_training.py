@@ -177,9 +177,11 @@ def test_a_frozen_worker_is_named_and_the_run_goes_on(plain: TrainRun, tmp_path:
     assert_same_run(plain, run)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("when", ["starting the workers", "step 1/"])
+@pytest.mark.parametrize(
+    ("when", "number", "code"), [("starting the workers", signal.SIGTERM, 143), ("step 1/", signal.SIGINT, 130)]
+)
 def test_a_signal_ends_a_run_on_ray_at_once(plain: TrainRun, tmp_path: Path, number: int, code: int, when: str) -> None:
+    """Each signal once, and each moment once: SIGTERM is a Ctrl-C with another exit code (interrupts.py)."""
     command = [
         "model=tiny_random", "resources=local", "resources.num_workers=2", "train.epochs=5000", "train.log_every_steps=1",
         "train.global_batch_size=2", "data.max_length=128", "data.eval_fraction=0", f"data.path={plain.data.path}",

@@ -134,7 +134,7 @@ def test_a_trial_whose_node_is_gone_finds_a_place_where_another_one_has_nothing_
 
 @pytest.mark.long
 def test_many_trials_one_after_another_leave_the_memory_of_their_actor_as_it_was(chat_rows, cache, tmp_path):
-    scales = ("adapter.alpha=range(1,51)", "tune=grid", "tune.scheduler=asha", "tune.grace=0.5", "train.max_steps=2")
+    scales = ("adapter.alpha=range(1,25)", "tune=grid", "tune.scheduler=asha", "tune.grace=0.5", "train.max_steps=2")
     alone = ("resources=local", "tune.max_concurrent=1")
     before, resident = set(processes_of(b"ray::TrialProcess")), {}
 
@@ -145,7 +145,7 @@ def test_many_trials_one_after_another_leave_the_memory_of_their_actor_as_it_was
                 resident[trial.number] = process, pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     result = api.tune(load_sweep(words(chat_rows, cache, tmp_path, *scales, *alone)), on_change=look)
-    assert len(result.study.trials) == 50 and not [trial for trial in result.study.trials if trial.state == "failed"]
+    assert len(result.study.trials) == 24 and not [trial for trial in result.study.trials if trial.state == "failed"]
     assert len({process for process, _ in resident.values()}) == 1
     mib = {number: size for number, (_, size) in resident.items()}
-    assert mib[49] - mib[10] < 20, mib
+    assert mib[23] - mib[8] < 7.5, mib  # half a MiB a trial: one that keeps its model keeps more
