@@ -18,6 +18,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from benchmarks._rounds import add_arguments, measured
 from benchmarks._rows import write_sums
 from raytune_llm import api, load_config
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     add_arguments(parser, runs=3)
     asked = parser.parse_args()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # one core writes, and threads that lack a core wait for each other
     with tempfile.TemporaryDirectory(prefix="checkpoints-") as name:
         folder = Path(name)
         write_sums(folder / "rows.jsonl")
