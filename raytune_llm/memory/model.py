@@ -31,10 +31,10 @@ from raytune_llm.models.quantization import Quantization, check_layers, frozen_e
 from raytune_llm.models.vocabulary import grow
 
 FP32 = 4
-LOGIT_BYTES, COMPILED_LOGIT_BYTES = 2 + 3 * FP32, 2 * FP32
-"""Bytes of each logit at the loss's widest point: the logit in 16 bits and in float32, the softmax that is kept, and the product
-that the entropy sums or the gradient. Compiled, by its kernels: the logit, one float32 buffer for the gradient through the
-target's logit, and the result."""
+LOGIT_BYTES, COMPILED_LOGIT_BYTES = 3 * FP32, 2 * FP32
+"""Bytes of each logit at the loss's widest point: the logit in float32, the softmax that is kept, and the product that the
+entropy sums or the gradient; a logit that is computed in 16 bits comes to these. Compiled, by its kernels: the logit, one float32
+buffer for the gradient through the target's logit, and the result."""
 PLAIN = Kept()
 NO_PIECES: Mapping[int, Sequence[int]] = MappingProxyType({})
 IN_FLIGHT = 4
@@ -220,7 +220,8 @@ def memory_per_gpu(
     last_norm = tokens * (FP32 + 2 * compute) * d.hidden
     keeps_logits = trains_all and states.whole_head
     at_once = min(tokens, chunk_tokens * (TRAINED_CHUNKS if keeps_logits else 1))
-    logits = at_once * d.vocab * (COMPILED_LOGIT_BYTES if compiled else LOGIT_BYTES)
+    narrow = compute if compute < FP32 else 0
+    logits = at_once * d.vocab * (COMPILED_LOGIT_BYTES if compiled else LOGIT_BYTES + narrow)
     before = (tokens - at_once) * d.vocab * compute if keeps_logits else 0
     return Memory(
         weights=states.weights,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
+from benchmarks.plan import PeakBytes
 from raytune_llm.config.adapter import LoRA, NoAdapter
 from raytune_llm.config.load import load_config, options
 from raytune_llm.errors import ConfigError
@@ -245,17 +242,19 @@ def test_experts_count_where_a_token_visits_them():
 
 @pytest.mark.parametrize("adapter", [lora(), FULL], ids=["frozen", "trained"])
 @pytest.mark.parametrize("tokens", [16, 32, 96, 512])
-def test_logits_are_what_a_head_holds_at_its_peak(adapter: Any, tokens: int):
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float32], ids=str)
+def test_logits_are_what_a_head_holds_at_its_peak(adapter: Any, tokens: int, compute: torch.dtype):
     sizes = {"vocab_size": 32_768, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     config = AutoConfig.for_model("llama", **sizes, num_attention_heads=2, tie_word_embeddings=True)
-    policy, _ = build_policy(config, MODEL, adapter, compute=torch.bfloat16, seed=0, device=torch.device("cpu"))
+    policy, _ = build_policy(config, MODEL, adapter, compute=compute, seed=0, device=torch.device("cpu"))
     policy.chunk_tokens = 32
     objective = sft(load_config("train", ["data.path=rows.jsonl"]).stage)
     with PeakBytes(policy.parameters()) as held:
         objective.loss(policy, one_document(tokens))
     parameters = count_parameters(config, adapter)
-    states = ddp_states(parameters, 2, 1, optimizer_bytes=8 * parameters.trained, accumulates=False)
-    estimate = memory_per_gpu(dimensions(config), parameters, states, compute=2, tokens=tokens, chunk_tokens=32)
+    size = compute.itemsize
+    states = ddp_states(parameters, size, 1, optimizer_bytes=8 * parameters.trained, accumulates=False)
+    estimate = memory_per_gpu(dimensions(config), parameters, states, compute=size, tokens=tokens, chunk_tokens=32)
     assert estimate.logits == pytest.approx(held.peak, rel=0.1)
 
 
@@ -268,25 +267,6 @@ def test_a_partitioned_head_keeps_no_logits():
         )
         logits.append(memory_per_gpu(dimensions(SMALL), parameters, states, compute=2, tokens=8192).logits)
     assert logits[0] == TRAINED_CHUNKS * logits[1]
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most that tensors made within it take together at any time."""
-
-    def __init__(self, but: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.peak = 0
-        self._not_counted = {tensor.untyped_storage()._cdata for tensor in but}
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._not_counted:
-                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._live = {key: (storage, size) for key, (storage, size) in self._live.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
-        return out
 
 
 def test_quantization_takes_frozen_linear_layers_and_experts_where_it_can_hold_them(llama_with_lora: Parameters):
