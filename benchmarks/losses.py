@@ -1,8 +1,9 @@
 """Loss of each adapter, quantized base and optimizer after some steps on the demo's data: the mean of the last tenth of them.
 
-    scripts/bench losses [--steps 200] [--model smollm2_135m] [--only lora,muon] [--set data.max_length=128 ...]
+    scripts/bench losses [--steps 200] [--model smollm2_135m] [--only lora,muon] [--lr-factor 5] [--set data.max_length=128 ...]
 
-Prints JSON. Adapters are trained with AdamW, optimizers train all weights; each with a rate of its own, since 1e-4 for AdamW's
+Prints JSON, with the mean loss of each tenth. --lr-factor: of all rates, where fewer weights are trained, as by --set
+adapter=freeze. Adapters are trained with AdamW, optimizers train all weights; each with a rate of its own, since 1e-4 for AdamW's
 step is not 1e-4 for Lion's or SGD's. Quantized bases are LoRA's run over another base; `curve_off` is the largest difference of
 a tenth of their curve from LoRA's, over LoRA's. A run that a change makes worse shows beside the committed result of the same
 arguments.
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from raytune_llm import api
 from raytune_llm.config.load import load_config
@@ -49,6 +52,7 @@ OPTIMIZERS = {
     "schedule_free": ["schedule=constant", "optimizer.lr=1e-4"],
     "sgd": ["optimizer.lr=1e-2"],
 }
+LR = "optimizer.lr="
 QUANTIZATIONS = dict.fromkeys(("bnb_nf4", "bnb_fp4", "bnb_int8", "hqq"), ADAPTERS["lora"])
 CASES = {
     **{f"adapter={name}": [f"adapter={name}", *settings] for name, settings in ADAPTERS.items()},
@@ -71,8 +75,15 @@ def tenths(curve: Sequence[float]) -> list[float]:
     return [fmean(curve[start : start + size]) for start in range(0, len(curve), size)]
 
 
-def figures(name: str, curve: Sequence[float], lora: Sequence[float] | None) -> dict[str, float]:
-    found = {"first_loss": round(curve[0], 4), "last_loss": round(tenths(curve)[-1], 4)}
+def at_rate(settings: Sequence[str], factor: float) -> list[str]:
+    """The settings with the learning rate times the factor."""
+    rates = {word: f"{LR}{float(word.removeprefix(LR)) * factor:g}" for word in settings if word.startswith(LR)}
+    return [rates.get(word, word) for word in settings]
+
+
+def figures(name: str, curve: Sequence[float], lora: Sequence[float] | None) -> dict[str, Any]:
+    means = [round(mean, 4) for mean in tenths(curve)]
+    found: dict[str, Any] = {"first_loss": round(curve[0], 4), "last_loss": means[-1], "tenths": means}
     if name.startswith("quantization=") and lora is not None:
         off = max(abs(own / other - 1) for own, other in zip(tenths(curve), tenths(lora), strict=True))
         found["curve_off"] = round(off, 4)
@@ -84,15 +95,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--model", default="smollm2_135m")
     parser.add_argument("--only", default="", help="options, separated by commas")
+    parser.add_argument("--lr-factor", type=float, default=1.0)
     parser.add_argument("--set", nargs="*", default=[], help="settings of all runs, as on the command line")
     args = parser.parse_args()
     only = set(filter(None, args.only.split(",")))
     chosen = {name: settings for name, settings in CASES.items() if not only or name.partition("=")[2] in only}
+    curves: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        curves = {
-            name: curve_of([*settings, *args.set], model=args.model, steps=args.steps, folder=Path(folder) / name)
-            for name, settings in chosen.items()
-        }
+        for name, settings in chosen.items():
+            asked = [*at_rate(settings, args.lr_factor), *args.set]
+            curves[name] = curve_of(asked, model=args.model, steps=args.steps, folder=Path(folder) / name)
+            print(name, figures(name, curves[name], None), file=sys.stderr, flush=True)
     lora = curves.get("adapter=lora")
     print(json.dumps({name: figures(name, curve, lora) for name, curve in curves.items()}, indent=2))
 
