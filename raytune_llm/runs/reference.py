@@ -148,11 +148,18 @@ def _key_of(
             seed,
         ],
         "merged": [_files(folder, content=True) for folder in ([] if stage_model else run.model.merged_adapters)],
-        "adapter": adapter and _files(adapter, content=True),
+        "adapter": _files(adapter, content=True) if adapter else None if other else _beginning(run),
         "computed": [str(compute), run.quantization.name, *settings_of(run.quantization).values()],
         "formula": [logps.func.__name__, logps.keywords],
         "data": [manifest_hash, run.data.max_length, [_rows(one) for one in samples]],
     }
+
+
+def _beginning(run: TrainRun) -> list[Any] | None:
+    """What decides how a new adapter begins, where the policy does not begin as its base."""
+    if run.adapter.trains_base or run.adapter.starts_at_base:
+        return None
+    return [run.adapter.name, *settings_of(run.adapter).values(), run.train.seed, run.train.adapter_seed]
 
 
 def _files(path: str, *, content: bool = False) -> Any:
