@@ -60,10 +60,12 @@ def test_the_verb_shows_what_became_of_every_argument(training_file, factory, ca
 
 
 def test_everything_that_is_refused_is_said_at_once_and_nothing_is_written(training_file, factory, capsys):
-    code = main(["import", str(training_file(**MODEL, use_galore=True, galore_layerwise=True, learning_rat=1e-4, stage="ppo"))])
+    code = main(
+        ["import", str(training_file(**MODEL, use_galore=True, galore_proj_type="right", learning_rat=1e-4, stage="ppo"))]
+    )
     err = capsys.readouterr().err
     assert code == 2
-    assert "galore_layerwise: must be false here: steps are not taken layer by layer" in err
+    assert "galore_proj_type: must be std here: the shorter side is projected" in err
     assert "learning_rat: is no argument of LLaMA-Factory 0.9.5; did you mean learning_rate?" in err
     assert "stage: ppo is not supported yet" in err
     assert not (factory / "conf").exists()
