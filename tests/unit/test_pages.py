@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from random import Random
+
 import pytest
 import yaml
 
 from raytune_llm.config.options import options
 from tests.pages import models, support
 from tests.pages.__main__ import DOCS
+from tests.pages.smoke import Smoke
 
 REMAKE = "python -m tests.pages makes it again"
 
@@ -18,6 +22,29 @@ def test_the_page_of_models_is_current() -> None:
 
 def test_the_page_of_what_goes_with_what_is_current() -> None:
     assert (DOCS / "support.md").read_text(encoding="utf-8") == support.page(), REMAKE
+
+
+def test_every_pair_that_the_rules_let_through_was_run_and_no_other() -> None:
+    assert support.recorded()["pairs"].keys() == support.accepted().keys(), "python -m tests.pages.smoke runs what was not run"
+
+
+@pytest.mark.long
+def test_a_pair_of_each_option_ends_as_it_is_recorded(tmp_path: Path) -> None:
+    recorded = some_pairs(support.recorded()["pairs"])
+    with Smoke(tmp_path) as smoke:
+        assert {pair: smoke.outcome(support.accepted()[pair]) for pair in recorded} == recorded
+
+
+def some_pairs(recorded: dict[str, str]) -> dict[str, str]:
+    """Drawn so that each option that needs no GPU is in one of them."""
+    drawn, seen = [pair for pair, said in recorded.items() if not support.NEEDS_GPU.search(said)], set[str]()
+    Random(0).shuffle(drawn)
+    some = {}
+    for pair in drawn:
+        if not seen.issuperset(pair.split()):
+            seen.update(pair.split())
+            some[pair] = recorded[pair]
+    return some
 
 
 @pytest.mark.parametrize(
