@@ -192,7 +192,8 @@ def build_policy(
         made.frozen_start = frozen_start(loaded, known, trains_again=trains_again)
     dropout = attention.dropout_of(config) if trains else 0.0
     left_out = f"; without the model's attention dropout of {dropout:g}" if dropout else ""
-    return made, f"attention: {backend} ({reason}{left_out})"
+    groups = f"; in groups of {model.shift_attn_tokens} tokens" if trains and model.shift_attn_tokens is not None else ""
+    return made, f"attention: {backend} ({reason}{left_out}{groups})"
 
 
 def _attention(

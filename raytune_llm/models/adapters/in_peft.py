@@ -26,6 +26,7 @@ from raytune_llm.models.adapters.method import Method, new_config, tied_ends
 from raytune_llm.models.adapters.methods import method_of, saved_method
 from raytune_llm.models.adapters.protocol import OWN, Observer
 from raytune_llm.models.adapters.saved import WEIGHTS, changes_one_end, load_weights, names_of, read_config, token_ids_of, unfit
+from raytune_llm.models.multimodal import is_multimodal
 from raytune_llm.models.quantization.base import Quantization
 from raytune_llm.models.stored import of_type
 
@@ -182,12 +183,13 @@ class PeftAdapters:
 
     def _put(self, name: str, key: str, source: AdapterConfig | SavedAdapter, new_ids: Sequence[int] = ()) -> None:
         assert name not in self._keys, name
-        config = self._config(source)
+        config: Any = self._config(source)
         setting = source.setting if isinstance(source, SavedAdapter) else "adapter.path"
         self._take_tokens(config, new_ids, source.path, setting)
         base_model, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns where it is another
         # Beside a base without weights an adapter has none either: what it begins as may be made of them.
         place = torch.device("meta") if next(self._base.parameters()).is_meta else nullcontext()
+        named = getattr(config, "target_modules", None)
         try:
             with place:
                 if self._peft is None:
@@ -198,6 +200,8 @@ class PeftAdapters:
             if source.path is None:
                 raise
             raise unfit(first_line(error), str(source.path), setting, base_model) from error
+        if is_multimodal(self._base.config) and named is not None:
+            config.target_modules = named  # PEFT's short forms of many names would name layers of the towers too
         self._keys[name] = key
         if (known := saved_method(config)) is not None:
             known[1].placed(self._base, key)

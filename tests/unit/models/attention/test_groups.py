@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from raytune_llm import api, load_config
+from raytune_llm.config.adapter import NoAdapter
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.errors import ConfigError
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.models import attention
 from raytune_llm.models.attention.groups import group_bounds
-from raytune_llm.models.build import run_config
+from raytune_llm.models.build import build_policy, run_config
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
+from raytune_llm.models.load import load_config as load_config_of_model
 from tests.group import metrics
 from tests.models import logits, model_section, packed, some_rows, tiny_llama
 from tests.runs import tiny_run
@@ -117,6 +119,16 @@ def test_a_run_trains_in_groups_and_evaluates_without(chat_rows, tmp_path):
     (before, step, *_), (before_of_all, step_of_all, *_) = first["16"], first["null"]
     assert before["eval_loss"] == before_of_all["eval_loss"]
     assert step["loss"] != step_of_all["loss"]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_run_says_that_it_trains_in_groups(trains):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 300}
+    model = model_section(path=None, weights="random", config={"model_type": "llama", **sizes}, shift_attn_tokens=16)
+    cpu, config = torch.device("cpu"), load_config_of_model(None, model.config)
+    settings = {"compute": torch.float32, "seed": 0, "device": cpu, "trains": trains}
+    _, choice = build_policy(config, model, NoAdapter(name="none"), **settings)
+    assert ("; in groups of 16 tokens" in choice) == trains
 
 
 @pytest.mark.parametrize(
