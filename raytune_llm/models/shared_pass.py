@@ -28,8 +28,9 @@ T = TypeVar("T")
 class SharedPass:
     def __init__(self, policy: CausalLM, *, at_once: int | None = None) -> None:
         """policy: one whose adapters are a bank. at_once: how many a pass is of, at most; None: all that are in the bank."""
-        assert isinstance(policy.adapters, LoraBank)
-        self.policy, self.bank = policy, policy.adapters
+        bank = policy.adapters
+        assert isinstance(bank, LoraBank)
+        self.policy, self.bank = policy, bank
         self._at_once = at_once
         self._together: list[OneOfSeveral] = []
         self._hidden: dict[tuple[int, bool], tuple[Batch, list[Tensor]]] = {}
