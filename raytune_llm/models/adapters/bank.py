@@ -190,6 +190,9 @@ class LoraBank:
             self.load(slot, self.read(source.path, setting=setting))
         self._slots[name] = slot
 
+    def quantized(self) -> None:
+        """Plain LoRA reads no weights."""
+
     def remove(self, name: str) -> None:
         self.clear(self._slots.pop(name))
 
