@@ -15,6 +15,7 @@ Table = Mapping[str, ArgumentRule]
 
 # Reasons that several arguments share.
 ELSEWHERE = NoEffect("read by other commands than train")
+COMPILED = NoEffect("layers are compiled, which fuses the same operations; model.liger_kernel=true takes Liger's kernels instead")
 FASTEST = NoEffect("the fastest kernels that the machine has are used")
 GENERATION = NoEffect("for generation; training generates nothing")
 LOGGED = NoEffect("metrics.jsonl, loss.png and the progress line are always written")
@@ -49,7 +50,7 @@ MODEL: Table = {
     "ms_hub_token": SECRET,
     "om_hub_token": SECRET,
     "print_param_status": NoEffect("`plan` counts what is trained"),
-    "enable_liger_kernel": Joined(False, rules.liger),
+    "enable_liger_kernel": COMPILED,
     "use_unsloth": FASTEST,
     "use_v1_kernels": FASTEST,
     "upcast_layernorm": NoEffect("norms are computed in fp32, and their outputs rounded"),
@@ -298,8 +299,8 @@ TRAINING: Table = {
     "torch_compile": Joined(False, rules.compiled),
     "torch_compile_backend": NoEffect("layers are compiled by inductor in its default mode"),
     "torch_compile_mode": NoEffect("layers are compiled by inductor in its default mode"),
-    "use_liger_kernel": Joined(False, rules.liger),
-    "liger_kernel_config": NoEffect("norms, gated MLPs and rotary positions are Liger's; losses and embeddings are never"),
+    "use_liger_kernel": COMPILED,
+    "liger_kernel_config": COMPILED,
     "use_cache": GENERATION,
     "use_cpu": NoEffect("GPUs are used where there are any; hide them with CUDA_VISIBLE_DEVICES"),
     "full_determinism": NoEffect("order and randomness follow from train.seed alone"),

@@ -96,11 +96,6 @@ def positions(rope_scaling: str | None, cutoff_len: int) -> Settings:
     return {"model.rope_scaling": rope_scaling, "model.positions": cutoff_len}
 
 
-def liger(enable_liger_kernel: bool, use_liger_kernel: bool) -> Settings:
-    """LLaMA-Factory's argument and transformers' own. There, families without kernels only get a warning."""
-    return {"model.liger_kernel": enable_liger_kernel or use_liger_kernel}
-
-
 def shifted_attention(shift_attn: bool, cutoff_len: int, stage: str, pref_loss: str) -> Settings:
     """There, groups are a quarter of a padded batch, counted in it, and the first half group of a row sees the last one. Here,
     they are a quarter of the longest row that there can be, counted in each row, and the first half group sees itself."""

@@ -51,7 +51,7 @@ CONVERTED = {
         {**LORA, "shift_attn": True, "cutoff_len": 16384, "rope_scaling": "yarn"},
         {"model.shift_attn_tokens": 4096, "model.rope_scaling": "yarn", "model.positions": 16384},
     ),
-    "extras/liger": ({**LORA, "enable_liger_kernel": True}, {"model.liger_kernel": True}),
+    "extras/liger": ({**LORA, "enable_liger_kernel": True}, {"model.liger_kernel": False}),
     "extras/reference": (
         {**PAIRS, "ref_model": "org/other", "ref_model_adapters": "saves/other"},
         {"stage.reference_model": "org/other", "stage.reference_adapter": "saves/other"},
