@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from torch import Tensor
 
 from raytune_llm.config.resources import Cluster, Local, on_cluster
 from raytune_llm.errors import ResourceError, first_line
@@ -19,6 +22,10 @@ from raytune_llm.runs.group_size import check_fits, group_size
 from raytune_llm.runs.nodes import check_nodes
 from raytune_llm.session import connect
 
+GIVEN_UP = ".given-up"
+"""A file beside the others, from which tasks see that the export has failed."""
+ENDS_WITHIN_S = 10.0
+"""Longest wait for tasks that were given up."""
 PARTIAL = ".partial"
 """The end of the name of a file that is being written."""
 
@@ -66,8 +73,10 @@ def write_on_nodes(
         what = f"a process that wrote a file of the export died, or its node is gone ({first_line(error)})"
         raise ResourceError(what, "Lower resources.num_workers or export.shard_size, and repeat the command.") from error
     finally:
-        for left in running:
-            ray.cancel(left, recursive=False)
+        if running:  # not by ray.cancel: Ray 2.60 aborts this process where a task that it cancelled begins in the same moment
+            with suppress(OSError):
+                (folder / GIVEN_UP).touch()
+            ray.wait(list(running), num_returns=len(running), timeout=ENDS_WITHIN_S)
     for left in folder.glob(f"*{PARTIAL}"):  # of a process that died
         left.unlink()
     write_index(folder, shards)
@@ -82,8 +91,14 @@ def _write(source: Source, facts: Sequence[TensorFact], path: Path) -> None:
         raise ResourceError(what, "Name folders on storage that all nodes share.")
     dtypes = {fact.name: fact.dtype for fact in facts}
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+
+    def tensor(name: str) -> Tensor:
+        if (path.parent / GIVEN_UP).exists():
+            raise ResourceError("the export was given up", "The reason is that of the task which failed first.")
+        return source.tensor(name, dtypes[name])
+
     try:
-        write_file(partial, facts, lambda name: source.tensor(name, dtypes[name]), lambda num_bytes: None)
+        write_file(partial, facts, tensor, lambda num_bytes: None)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

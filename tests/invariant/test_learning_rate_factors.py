@@ -38,7 +38,7 @@ def one_step(strategy: str) -> dict[str, Tensor]:
     trained = spread(section, model, with_faster_head, **settings)
     batch = packed(some_rows([9, 20, 14]))
     with trained.accumulate(last=True):
-        trained.backward(trained.model(batch, cross_entropy).mean())
+        trained.backward(trained.model(batch, cross_entropy).mean(), LR)
     trained.step(LR)
     return {name: whole - before[name] for name, whole in trained.full_parameters()}
 

@@ -104,7 +104,12 @@ def test_a_run_is_frozen():
         run.optimizer.lr = 1.0
 
 
-NEEDS = {"loftq": ["quantization=bnb_nf4"], "schedule_free": ["schedule=constant"]}
+NEEDS = {
+    "loftq": ["quantization=bnb_nf4"],
+    "schedule_free": ["schedule=constant"],
+    "lomo": ["train.max_grad_norm=null"],
+    "adalomo": ["train.max_grad_norm=null"],
+}
 """What options can't be without."""
 
 
