@@ -351,6 +351,15 @@ def optimizer_finds_its_matrices(optimizer: OptimizerConfig, strategy: StrategyC
         raise ConfigError("strategy", rule, fix="Set strategy=ddp, or optimizer=adamw_8bit, whose state is sharded.")
 
 
+def steps_have_one_micro_batch(optimizer: OptimizerConfig, train: LoopConfig, workers: int) -> None:
+    """workers: the fewest that there may be."""
+    if optimizer.layerwise and train.micro_batches(workers) > 1:
+        rule = f"must be train.global_batch_size / workers ({train.global_batch_size} / {workers}) with optimizer.layerwise=true"
+        why = "gradients are used up as they come, and can't add up"
+        fix = "Raise it, lower train.global_batch_size, or set optimizer.layerwise=false."
+        raise ConfigError("train.micro_batch_size", f"{rule}: {why}", got=train.micro_batch_size, fix=fix)
+
+
 def tensors_can_step_one_by_one(
     optimizer: OptimizerConfig, strategy: StrategyConfig, resources: ResourcesConfig, train: LoopConfig
 ) -> None:
@@ -363,15 +372,12 @@ def tensors_can_step_one_by_one(
         rule = f"must be false with strategy={strategy.option}: DeepSpeed collects gradients for a step of its own"
         raise ConfigError("optimizer.layerwise", rule, got=True, fix="Set strategy=ddp or fsdp.")
     workers = resources.num_workers
+    if not isinstance(workers, str):  # auto: known when the cluster is
+        steps_have_one_micro_batch(optimizer, train, workers if isinstance(workers, int) else min(workers))
     refused = {
         "train.max_grad_norm": (train.max_grad_norm is not None, "null", "the norm of all is known when all have stepped"),
         "train.cuda_graphs": (train.cuda_graphs, "false", "a graph would hold all gradients"),
         "train.precision": (train.precision == "fp16", "bf16 or fp32", "a scaled loss needs steps that can be left out"),
-        "train.micro_batch_size": (
-            isinstance(workers, int) and train.micro_batches(workers) > 1,
-            "train.global_batch_size / workers",
-            "gradients are used up as they come, and can't add up",
-        ),
     }
     for setting, (given, instead, why) in refused.items():
         if given:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_llm import session
 from raytune_llm.config.resources import Cluster, Local, on_cluster, worker_counts
+from raytune_llm.config.rules import steps_have_one_micro_batch
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, RunLost
 from raytune_llm.report.metrics import Sink
@@ -61,6 +62,7 @@ def fit_on_ray(
     session.connect(resources)
     reserved = reserved_cpus(run)
     size = group_size(resources, reserved_cpus=reserved)
+    steps_have_one_micro_batch(run.optimizer, run.train, size.workers)
     run.train.micro_batches(size.workers)
     try:
         check_fits(size, reserved_cpus=reserved)

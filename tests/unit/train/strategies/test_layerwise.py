@@ -147,3 +147,10 @@ def test_lomo_and_adalomo_are_layerwise_and_keep_no_more_than_sums() -> None:
         True,
         4 * (8 + 4),
     )
+
+
+@pytest.mark.parametrize("workers", ["2", "[2,4]"])
+def test_several_micro_batches_of_the_fewest_workers_are_refused_before_a_run(workers: str):
+    words = ["data.path=x", "optimizer=lomo", "train.max_grad_norm=null", "train.global_batch_size=8", "train.micro_batch_size=2"]
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size must be train\.global_batch_size / workers \(8 / 2\)"):
+        load_config("train", [*words, "resources=cluster", f"resources.num_workers={workers}"])
