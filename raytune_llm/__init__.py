@@ -14,7 +14,8 @@ from raytune_llm.errors import ConfigError, DataError, Diverged, ResourceError, 
 __all__ = ["ConfigError", "DataError", "Diverged", "ResourceError", "UserError", "load_config", "load_sweep"]
 __version__ = "0.1.0"
 BEGAN = time.time()
-"""Epoch seconds. Of a command its start: the package is imported before `__main__`, which `python -m` names otherwise."""
+"""When this process imported the package, in seconds since 1970. For a command this is its start. It is not in `__main__`, which
+has another module name under `python -m`."""
 
 if TYPE_CHECKING:
     from raytune_llm.config.load import load_config

@@ -1,7 +1,7 @@
-"""What this machine has to train with, and what is missing for which feature.
+"""Examines this machine: its hardware and packages, and which features lack something.
 
-Versions come from the packages' metadata. Only torch and transformers are imported, since whether they load at all, and which
-devices and attention they then offer, is the question.
+Versions are read from the packages' metadata. Only torch and transformers are imported, to see whether they load and which
+devices and attention back ends they offer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FEATURES = {
 }
 """Optional package -> the settings that need it."""
 LITTLE_DISK = 5 * 2**30
-"""Bytes: less than a small model and its token store may need."""
+"""Bytes. A small model and its token store may need more."""
 BF16_CAPABILITY = (8, 0)
 """NVIDIA's Ampere: the first that computes in bf16 and runs FlashAttention-2."""
 
@@ -48,9 +48,9 @@ BF16_CAPABILITY = (8, 0)
 class Package:
     name: str
     installed: str | None
-    """Its version."""
+    """The installed version."""
     supported: str
-    """The range that this program asks for, as a version specifier."""
+    """The version specifier that raytune_llm requires."""
     in_range: bool
     optional: bool
     feature: str | None
@@ -94,7 +94,7 @@ class Doctor:
     gpus: tuple[Gpu, ...]
     packages: tuple[Package, ...]
     attention: tuple[Attention, ...]
-    """What model.attention=auto takes here, by precision."""
+    """The back end that model.attention=auto selects here, by precision."""
     cache: Path
     free_disk: int
     """Bytes, where the cache is."""
@@ -141,7 +141,7 @@ def doctor() -> Doctor:
 
 
 def _requirements() -> list[Requirement]:
-    """What this program asks for: from its own metadata, or in a bare checkout from pyproject.toml."""
+    """The requirements of raytune_llm, from its metadata, or from pyproject.toml in a checkout that is not installed."""
     try:
         listed = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -200,8 +200,8 @@ def _package_findings(packages: tuple[Package, ...]) -> list[Finding]:
 
 
 def _bytecode_findings(package: str) -> list[Finding]:
-    """A large package that each process would compile from its source anew: installed by uv, say, into an image where Python is
-    told to write nothing, or a folder of another user."""
+    """A package that each process would compile to bytecode again, because Python can't store the result: for example installed
+    by uv into an image with PYTHONDONTWRITEBYTECODE, or in a folder of another user."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         return []
@@ -227,7 +227,7 @@ def _devices() -> tuple[tuple[Gpu, ...], tuple[Attention, ...], list[Finding]]:
 
         from raytune_llm.models.attention import Case, choose
         from raytune_llm.models.build import DTYPES
-    except Exception as error:  # a broken installation can raise anything, and to say so is the errand
+    except Exception as error:  # a broken installation can raise anything, and the doctor reports it
         fix = "Install the versions listed above anew."
         return (
             (),
@@ -261,7 +261,7 @@ def _devices() -> tuple[tuple[Gpu, ...], tuple[Attention, ...], list[Finding]]:
 
 
 def _nvidia_drivers() -> list[str]:
-    """The driver's version, once a GPU; empty where there is no driver."""
+    """The driver's version, repeated for each GPU; empty if there is no driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
@@ -283,7 +283,7 @@ def _gpu_findings(gpus: tuple[Gpu, ...]) -> list[Finding]:
 
 
 def _disk(cache: Path) -> tuple[Path, int]:
-    """The cache and the free bytes of the disk that it is or will be on."""
+    """The cache folder, and the free bytes of the disk that holds it (or would, if it does not exist yet)."""
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     return cache, shutil.disk_usage(there).free
 

@@ -1,23 +1,24 @@
-"""What a user can fix. Everything else that goes wrong is an assertion or a bug, and keeps its traceback."""
+"""Errors that a user can fix. Everything else that goes wrong is a bug, and keeps its traceback."""
 
 from __future__ import annotations
 
 from yaml import YAMLError
 
 NOT_YAML = (YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
-"""What PyYAML raises for texts that it can't read: a value that its tag doesn't fit is a bare KeyError or AttributeError."""
+"""What PyYAML raises for text that it can't parse. A value that doesn't match its tag raises a bare KeyError or
+AttributeError."""
 
 
 MAX_SHOWN_CHARS = 600
-"""Of the value that an error shows."""
+"""An error shortens a value that is longer."""
 
 
 class UserError(Exception):
-    """A mistake or a circumstance that the user can fix: shown without a traceback, exit code 2."""
+    """Something that the user can fix. The command prints it without a traceback and exits with code 2."""
 
     exit_code = 2
     instead = ""
-    """An override with which the same command works, in the place of those of its group; empty where there is none."""
+    """An override with which the same command works; it replaces the overrides of its group. Empty if there is none."""
 
 
 class ConfigError(UserError):
@@ -36,7 +37,7 @@ class ConfigError(UserError):
 
 
 def _short(value: str) -> str:
-    """A value as it is read on a screen: nobody reads all of a long one."""
+    """The value, or the two ends of a long one."""
     half = MAX_SHOWN_CHARS // 2
     return value if len(value) <= MAX_SHOWN_CHARS else f"{value[:half]} ... {value[-half:]} ({len(value):,} characters)"
 
@@ -46,7 +47,7 @@ def _config_error(setting: str, rule: str, got: object, fix: str, instead: str) 
 
 
 class DataError(UserError):
-    """Data can't be used: says the file (and row, counted from 1), what is wrong with it, and the fix."""
+    """Data that can't be used. where: the file, and the row counted from 1. problem: what is wrong with it."""
 
     def __init__(self, where: str, problem: str, fix: str = "") -> None:
         super().__init__(where, problem, fix)
@@ -68,14 +69,15 @@ class ResourceError(UserError):
 
 
 class RunLost(ResourceError):
-    """What a run needs broke away: its workers, its nodes, Ray. No mistake, so exit code 1: who starts the command again resumes
-    the run."""
+    """A run lost its workers, its nodes, Ray or its storage. The user made no mistake, so the exit code is 1, and the same
+    command
+    resumes the run."""
 
     exit_code = 1
 
 
 class Diverged(UserError):
-    """Training went wrong by its settings: its loss or its gradients are no numbers. The same command ends alike."""
+    """The loss or the gradients became NaN or infinite. The same command would fail again; settings or data must change."""
 
     def __init__(self, how: str, fix: str) -> None:
         super().__init__(how, fix)
@@ -86,5 +88,5 @@ class Diverged(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says of its error, in a line; its kind where it says nothing."""
+    """The first line of the error's message, or the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

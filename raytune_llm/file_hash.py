@@ -1,4 +1,4 @@
-"""What a file holds, as a hash."""
+"""The hash of a file's content."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def sha256_of(file: Path) -> str:
-    """SHA-256 of its bytes in hex, read a part at a time."""
+    """The SHA-256 of the file in hex. It is read in pieces, so that a large file takes no memory."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Whether the hub of models and data sets answers. Its libraries would try for most of a minute."""
+"""Asks whether the hub of models and data sets answers, within seconds: its own libraries would try for most of a minute."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ TIMEOUT_S = 5.0
 
 
 def ask_hub() -> tuple[str, HubState]:
-    """The hub's address (HF_ENDPOINT), and whether it answers; offline where HF_HUB_OFFLINE says not to ask."""
+    """The hub's address (HF_ENDPOINT), and whether it answers. It is not asked, and counts as offline, if HF_HUB_OFFLINE is
+    set."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -21,14 +22,14 @@ def ask_hub() -> tuple[str, HubState]:
 
 
 def answers(url: str) -> bool:
-    """Whether anything answers in time, through a proxy where there is one."""
+    """Whether the address answers within TIMEOUT_S, through the environment's proxy if there is one."""
     answered = threading.Event()
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S).close()
         except urllib.error.HTTPError:
-            pass  # an answer all the same
+            pass  # an error status is an answer too
         except (OSError, ValueError):
             return
         answered.set()
@@ -41,8 +42,8 @@ def answers(url: str) -> bool:
 
 
 def hub_failures() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises where the hub or the way to it is at fault: also the errors of its HTTP library (httpx, or
-    httpx2 in later versions), and RuntimeError of hf_xet, which carries large files."""
+    """What huggingface_hub raises if the hub or the network fails. That includes errors of its HTTP library (httpx, or httpx2 in
+    later versions) and RuntimeError from hf_xet, which transfers large files."""
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     return (HTTPError, OSError, ValueError, RuntimeError)

@@ -1,4 +1,4 @@
-"""What asks a command to end: Ctrl-C of a user (exit code 130), and SIGTERM of a system (143), which ends it the same way."""
+"""Signals that end a command: Ctrl-C from a user (exit code 130) and SIGTERM from a system (143). Both end it the same way."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from types import FrameType
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: whatever cleans up after Ctrl-C does it then, too."""
+    """SIGTERM came. It is a KeyboardInterrupt, so that whatever cleans up after Ctrl-C cleans up after it too."""
 
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
-    """The exit code of shells: 128 and the signal's number."""
+    """128 plus the signal's number, as shells report it."""
     return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
 
 

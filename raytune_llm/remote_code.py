@@ -1,4 +1,4 @@
-"""Says that Python code that comes with a model is about to run (model.trust_remote_code)."""
+"""Warns that Python code from a model's repository is about to run (model.trust_remote_code)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 
 log = logging.getLogger("raytune_llm")
 NAMING = ("config.json", "tokenizer_config.json", "processor_config.json")
-"""Files whose auto_map names classes of the code."""
+"""Files that may have an `auto_map`, which names classes of that code."""
 
 
 @cache
 def announce(place: str, revision: str | None) -> None:
-    """Warn of it, once for a model (a folder or a hub's id), and of nothing where a model has none. It is called before."""
+    """Warn once for each model that its own code runs next; a model without code gives no warning. place: a folder or a hub
+    id."""
     if classes := sorted({name for file in NAMING for name in _classes(_read(place, file, revision))}):
         log.warning(
             "WARNING: model.trust_remote_code=true: Python code that comes with %s runs now, with all your rights (%s). Read it "
@@ -27,7 +28,7 @@ def announce(place: str, revision: str | None) -> None:
 
 
 def _read(place: str, name: str, revision: str | None) -> dict[str, Any]:
-    """Empty where there is no such file, or none that can be read: who loads it says so."""
+    """The JSON object in a file of the model, or {} if it is missing or damaged, which loading the model will report."""
     file: Any = Path(place) / name
     if not Path(place).is_dir():
         from transformers.utils.hub import cached_file
@@ -42,7 +43,7 @@ def _read(place: str, name: str, revision: str | None) -> dict[str, Any]:
 
 
 def _classes(values: dict[str, Any]) -> Iterator[str]:
-    """As `file.class`; a tokenizer may have two."""
+    """The classes that the auto_map names, as `file.class`. A tokenizer may have two (slow and fast)."""
     auto_map = values.get("auto_map")
     for named in auto_map.values() if isinstance(auto_map, dict) else ():
         yield from (name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str))

@@ -1,4 +1,4 @@
-"""The Ray cluster of this process: started on this machine, or joined. One of the few files that import ray."""
+"""Connects this process to Ray: starts a cluster on this machine or joins one."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from raytune_llm.config.resources import Cluster, Local, on_cluster
 from raytune_llm.errors import ConfigError, ResourceError, first_line
 
 _QUICK = {
-    # A worker's death is seen, and its last report registered, after this long (Ray's default is 2 s).
+    # How often Ray Train looks for dead workers and their last reports (Ray's default is 2 s).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Another process, which costs seconds at a run's end. The driver itself looks for nodes that drain (runs/live_nodes.py).
+    # The watcher is a process of its own and delays a run's end by seconds. The driver looks for draining nodes
+    # (runs/live_nodes.py).
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Workers keep the driver's working directory, so that relative paths mean the same everywhere.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # Records reach the driver through its own channel; workers' prints would show twice.
+    # Records reach the driver through a channel of ours (runs/channel.py); workers' prints would show twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # Workers that wait for a place, or for a busy machine, are not given up after a minute; who waits says so.
+    # Workers may wait long for free resources or on a busy machine; the driver reports what it waits for. Ray gives up after 60
+    # s.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-    # A group whose worker is gone does not wait half a minute for its farewell.
+    # How long a group waits for a lost worker when it is destroyed (Ray's default is 30 s).
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
 
 ANSWERS_WITHIN_S = 5.0
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
-"""The client's preface, and a frame of no settings (RFC 9113, 3.4)."""
+"""The client's connection preface and an empty SETTINGS frame (RFC 9113, section 3.4)."""
 HTTP2_SETTINGS = b"\4"
-"""Type of a frame, its fourth byte."""
+"""The fourth byte of a SETTINGS frame: its type."""
 
 
 def connect(resources: Local | Cluster) -> None:
-    """Start a cluster on this machine (local) or join the one at the address (cluster). Does nothing if already connected, unless
-    to the cluster that an earlier local run of this process started for itself, and another one is asked for."""
+    """Start a cluster on this machine (local), or join the one at the address (cluster). A connection that exists is kept, except
+    that a cluster which this process started for a local run is shut down when a run asks for `resources=cluster`."""
     import ray
     from ray.exceptions import RayError
 
@@ -45,18 +47,18 @@ def connect(resources: Local | Cluster) -> None:
     for name, value in _QUICK.items():
         os.environ.setdefault(name, value)
     if not on_cluster(resources):
-        # A cluster that only this process uses needs no token; the shared ones keep theirs.
+        # A cluster that only this process uses needs no token.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             with interrupts.handler_kept():
                 ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:  # a slow start is a plain one
+        except Exception as error:  # Ray raises a bare Exception if it starts too slowly
             raise ResourceError(
                 f"Ray did not start on this machine ({first_line(error)})",
                 "The machine is busy, or lacks memory or space in /tmp: try again, or set resources=inline.",
             ) from error
-        _keep_paragraphs_off_the_screen()
+        _silence_daemon_logs()
         return
     address = resources.address or os.environ.get("RAY_ADDRESS")
     if address is None:
@@ -66,7 +68,7 @@ def connect(resources: Local | Cluster) -> None:
             got="null",
             fix="For example, resources.address=auto on a node of the cluster, or resources=local.",
         )
-    _answers(address)
+    _check_head_listens(address)
     try:
         with interrupts.handler_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -74,29 +76,30 @@ def connect(resources: Local | Cluster) -> None:
         rule = f"must be an address that Ray can read ({first_line(error)})"
         raise ConfigError("resources.address", rule, got=address, fix="For example, 10.0.0.1:6379, or auto.") from error
     except (RayError, RuntimeError, TimeoutError, OSError, AssertionError) as error:
-        raise _nobody(address, first_line(error)) from error
-    _keep_paragraphs_off_the_screen()
+        raise _no_cluster(address, first_line(error)) from error
+    _silence_daemon_logs()
 
 
 def _is_own() -> bool:
-    """The cluster ends with this process, which started it."""
+    """Whether this process started the cluster, which then ends with it."""
     import ray._private.worker
 
     node = ray._private.worker._global_node
     return node is not None and node.is_head()
 
 
-def _keep_paragraphs_off_the_screen() -> None:
-    """Ray prints what its daemons say of a lost worker, in paragraphs, whatever log_to_driver says; its logs have it, too."""
+def _silence_daemon_logs() -> None:
+    """Keep the daemons' long messages about lost workers off the screen. Ray prints them even with log_to_driver=False; they are
+    in its log files too."""
     import ray._private.worker
 
     ray._private.worker._worker_logs_enabled = False
 
 
-def _answers(address: str) -> None:
-    """Fail within seconds if no head of Ray listens; Ray would try for minutes.
+def _check_head_listens(address: str) -> None:
+    """Raises ResourceError within seconds if no Ray head listens at the address; Ray itself would try for minutes.
 
-    A head speaks HTTP/2 (gRPC): it answers the greeting with its settings. Its dashboard, at port 8265, does not.
+    A head speaks gRPC, so it answers an HTTP/2 preface with its SETTINGS frame. The dashboard (port 8265) does not.
     """
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not port.isdigit():
@@ -108,10 +111,10 @@ def _answers(address: str) -> None:
             connection.sendall(HTTP2_GREETING)
             answer = connection.recv(9)
     except OSError as error:
-        raise _nobody(address, error) from None
+        raise _no_cluster(address, error) from None
     if answer[3:4] != HTTP2_SETTINGS:
-        raise _nobody(address, "what listens there is no head of Ray, whose port is 6379 unless --port says another")
+        raise _no_cluster(address, "what listens there is no head of Ray, whose port is 6379 unless --port says another")
 
 
-def _nobody(address: str, error: object) -> ResourceError:
+def _no_cluster(address: str, error: object) -> ResourceError:
     return ResourceError(f"no Ray cluster answers at {address} ({error})", "Start one with `ray start --head`.")

@@ -1,4 +1,4 @@
-"""A file system that is away for a while, such as a network file system whose server starts again, or that is full."""
+"""Recognizes file systems that don't answer for a while (a network file system whose server restarts) or that are full."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ AWAY = {
     errno.ESHUTDOWN,
     getattr(errno, "EREMOTEIO", errno.EIO),
 }
-"""What NFS, Lustre and FUSE say while their server does not answer. A disk says EIO, too, and then says it each time."""
+"""Errors of NFS, Lustre and FUSE while their server does not answer. A broken disk also gives EIO, but on every retry."""
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, *[15.0] * 7)
-"""Two minutes."""
+"""Pauses between retries: two minutes in all."""
 
 
 def patiently(what: str, does: Callable[[], T]) -> T:
-    """What `does` returns, which is called again while a file system is away; after two minutes its error is raised.
+    """Call `does` and return its result. While a file system does not answer, retry for two minutes, then raise its error.
 
-    what: fails, in the form "the checkpoint can't be written". All workers of a collective `does` call it equally often if it
-    fails for all of them. A UserError has been explained already, and is raised at once.
+    what: the failure in words, such as "the checkpoint can't be written". A collective `does` must fail on all workers or on
+    none, so that all retry equally often. A UserError has already been explained, and is raised at once.
     """
     for pause_s in PAUSES_S:
         try:
             return does()
         except (KeyboardInterrupt, SystemExit, UserError):
             raise
-        except BaseException as error:  # torch derives its own from it
+        except BaseException as error:  # torch's CheckpointException is no Exception
             if (reason := away_in(error)) is None:
                 raise
             log.warning("%s (%s); trying again in %.0f s", what, reason, pause_s)
@@ -51,7 +51,7 @@ def patiently(what: str, does: Callable[[], T]) -> T:
 
 
 def patient(fails: str) -> Callable[[Callable[Concatenate[Path, P], T]], Callable[Concatenate[Path, P], T]]:
-    """Makes a function of a path one that is called `patiently`. fails: in the form "can't be read"."""
+    """A decorator: call a function of a path `patiently`. fails: the failure in words, such as "can't be read"."""
 
     def decorate(does: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
         @wraps(does)
@@ -64,7 +64,7 @@ def patient(fails: str) -> Callable[[Callable[Concatenate[Path, P], T]], Callabl
 
 
 def away_in(error: BaseException) -> str | None:
-    """What a file system that is away said, anywhere in the error's chain; None: it is another error."""
+    """The message if a file system that does not answer caused the error, anywhere in its chain; None for any other error."""
     for cause in causes(error):
         if isinstance(cause, KeyboardInterrupt):
             return None
@@ -74,7 +74,7 @@ def away_in(error: BaseException) -> str | None:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and all that led to it, on other workers too."""
+    """The error and all errors that led to it, also those of other workers (`failures` of torch's CheckpointException)."""
     left, seen = [error], set[int]()
     while left:
         cause = left.pop()
@@ -89,11 +89,12 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 NO_SPACE = ("No space left", "Disk quota exceeded", "File too large", "inline_container", " requested and ")
-"""In errors of torch, of safetensors and of numpy (its `tofile`: 4096 requested and 512 written), which have no errno."""
+"""Texts that mean a full disk, in errors without an errno: from torch, safetensors, and numpy's tofile ("4096 requested and 512
+written")."""
 
 
 def no_space_in(error: BaseException) -> str | None:
-    """Whether a full disk (or a limit on file size or quota) caused the error, anywhere in its chain."""
+    """The message if a full disk, a quota or a limit on file size caused the error, anywhere in its chain; else None."""
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return cause.strerror

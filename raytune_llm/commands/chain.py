@@ -20,7 +20,7 @@ def main(run: ChainRun) -> int:
         number = f"step {names.index(name) + 1} of {len(names)}"
         console.print(f"[bold]{escape(name)}[/bold] ({number}): {escape(' '.join(run.words(name)))}")
         code = import_module(f"raytune_llm.commands.{verb}").main(step)
-        assert code == 0, (name, code)  # what goes wrong in a run is raised
+        assert code == 0, (name, code)  # a run that fails raises an error
 
     api.chain(run, each=shown)
     return 0

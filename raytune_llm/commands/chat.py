@@ -53,7 +53,7 @@ def _answer_once(run: ChatRun) -> int:
                 if kind == "content":
                     print(text, end="", flush=True)
             print()
-        except BrokenPipeError:  # who reads had enough
+        except BrokenPipeError:  # the reading program has ended
             sys.stdout = None
     return 0
 
@@ -82,10 +82,10 @@ def _answered(terminal: Terminal, text: str) -> None:
     before = list(dialogue.messages)
     dialogue.say(text)
     try:
-        if dialogue.open_call is None:  # else the next result is asked for
+        if dialogue.open_call is None:  # else the user is asked for the call's result first
             terminal.answer()
     except UserError:
-        dialogue.messages = before  # it was not asked
+        dialogue.messages = before  # the question failed: leave it out of the conversation
         raise
 
 

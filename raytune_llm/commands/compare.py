@@ -16,9 +16,9 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.runs.comparison import Comparison, Rows, compare
 
 PAGE = b"<!doctype html"
-"""How a page begins."""
+"""The first bytes of a page that this command wrote."""
 COLUMN_WIDTH = 60
-"""Characters of a page's lines for each of its columns."""
+"""Characters that each column may take in the HTML page."""
 
 
 def main(run: CompareRun) -> int:
@@ -36,11 +36,11 @@ def main(run: CompareRun) -> int:
 
 
 def _check_page(page: Path) -> None:
-    """Raises ConfigError where it can't be written, or holds something else."""
+    """Raises ConfigError if the page can't be written, or if the file exists and is not such a page."""
     try:
         existed = page.exists()
         if page.is_file() and page.stat().st_size and page.read_bytes()[: len(PAGE)].lower() != PAGE:
-            rule = "must be a new file, or a page that is replaced: this file is none"
+            rule = "must be a new file, or a page that `compare` wrote and may replace: this file is not one"
             raise ConfigError("page", rule, got=str(page), fix="For example, page=runs.html.")
         page.open("a").close()
         if not existed:
@@ -53,7 +53,7 @@ def _show(comparison: Comparison, console: Console) -> None:
     console.print(_table("settings that differ", comparison.names, comparison.settings))
     console.print(_table("figures", comparison.names, comparison.figures))
     for notice in comparison.notices:
-        console.print(Text(notice), soft_wrap=True)  # a path is pasted
+        console.print(Text(notice), soft_wrap=True)  # unwrapped, so that a path can be copied
     for sample in comparison.samples:
         table = Table(title=Text(sample.prompt), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_row("reference", Text(sample.reference))

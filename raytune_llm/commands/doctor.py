@@ -43,7 +43,7 @@ def _machine(seen: Doctor) -> Table:
 
 
 def _attention(seen: Doctor) -> dict[str, list[str]]:
-    """Precisions by what they run."""
+    """The precisions that each attention back end serves, with its reason."""
     choices: dict[str, list[str]] = {}
     for choice in seen.attention:
         choices.setdefault(f"{choice.backend} ({choice.reason})", []).append(choice.precision)
@@ -51,7 +51,7 @@ def _attention(seen: Doctor) -> dict[str, list[str]]:
 
 
 def _packages(packages: tuple[Package, ...]) -> Table:
-    """Those that are here; what is missing comes after, with its price."""
+    """The installed packages. Missing ones are among the findings."""
     table = _plain()
     for package in sorted((package for package in packages if package.installed), key=lambda package: package.optional):
         mark = "[green]✓[/green]" if package.in_range else "[yellow]![/yellow]"

@@ -1,4 +1,4 @@
-"""`export`: a merged model, and how far it is from what it was merged from."""
+"""`export`: a merged model, and how far its outputs are from those of the base with its adapter."""
 
 from __future__ import annotations
 

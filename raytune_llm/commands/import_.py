@@ -1,4 +1,4 @@
-"""`import`: what became of every argument of a LLaMA-Factory file, and the experiment that it became."""
+"""`import`: translates a LLaMA-Factory file to an experiment, and shows what became of each argument."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STYLES = {"mapped": "", "no effect": "dim", "refused": "red"}
 def main(run: ImportRun) -> int:
     console = Console()
     translation = translate_file(run)
-    path = write(run, translation)  # or its error, before a table that looks like success
+    path = write(run, translation)  # before the table, which would look like success if this failed
     console.print(_table(translation), highlight=False)
     console.print(f"\nWrote {escape(str(path))}, with LLaMA-Factory's defaults for what the file does not set.", highlight=False)
     if not_found := declaration_elsewhere(translation):
@@ -29,7 +29,7 @@ def main(run: ImportRun) -> int:
 
 
 def _table(translation: Translation) -> Table:
-    """A row for each outcome, with all arguments that it came from."""
+    """One row for each outcome, with all arguments that led to it."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for kind, style in STYLES.items():
         rows: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""`jobs`: those of a Ray cluster that `submit` sent. list, status, logs, stop, fetch."""
+"""`jobs`: list the jobs that `submit` sent to a Ray cluster, or show, follow, stop or fetch one of them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ ACTIONS: Mapping[str, Callable[[Console, Jobs, JobsRun], int]] = {
 
 
 def _how_far(log: JobLog) -> tuple[str, str, str]:
-    """Step, loss and time left, each empty where it is not known."""
+    """Step, loss and time left, each empty if it is not known."""
     step = "" if log.step is None else f"{log.step:,}/{log.total_steps:,}" if log.total_steps else f"{log.step:,}"
     loss = "" if log.loss is None else f"{log.loss:.4f}"
     return step, loss, "" if log.left_s is None or log.done is not None else str(timedelta(seconds=round(log.left_s)))

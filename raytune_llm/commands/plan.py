@@ -1,4 +1,4 @@
-"""`plan`: what a run would be, on one screen."""
+"""`plan`: the choices, steps and memory of a run on one screen, before it is run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytune_llm.memory.model import Memory
 from raytune_llm.runs.plan import Data, Plan, Verdict
 
 SMALL = 0.001
-"""Of the whole memory: parts below it are dimmed."""
+"""Parts that are a smaller fraction of the total memory are dimmed."""
 REFERENCES = {
     "precomputed": "{}, once for all rows before the first step",
     "online": "{}, in each step",
@@ -103,7 +103,7 @@ def _rows_of_a_step(run: TrainRun, data: Data | None) -> str:
 
 
 def _reference(stage: StageConfig, run: TrainRun) -> str:
-    """Whose log-probabilities the policy is held against."""
+    """The model that gives the reference log-probabilities."""
     if stage.reference_model is None and stage.reference_adapter is None:
         continues = run.adapter.path is not None
         return f"the model at the start of the run{', with the adapter that it continues' if continues else ''}"
@@ -134,7 +134,7 @@ def _verdicts(planned: Plan) -> Table:
 def _fix_lines(misfit: Verdict) -> Iterator[str]:
     place = f"{escape(misfit.device.name)} ({in_units(misfit.device.memory, 0)})"
     if not misfit.fixes:
-        yield f"{place} would still be too small with every change that plan tries."
+        yield f"{place} would be too small even with every change that plan tries."
         return
     yield f"{place} would do with"
     for fix in misfit.fixes:
@@ -151,7 +151,7 @@ def _model(run: TrainRun) -> str:
 
 
 def _limited(run: TrainRun) -> str:
-    """What data.max_length is a limit of."""
+    """What data.max_length limits."""
     return "side of a pair" if KINDS[run.stage.kind].sides == 2 else _sample(run)
 
 

@@ -30,7 +30,7 @@ def main(run: PredictRun) -> int:
 
 
 def _metrics(predicted: Predicted) -> Table:
-    """A row a number, a column a model."""
+    """One row for each metric, one column for each model."""
     table = Table("", *predicted.models, box=None, padding=(0, 2, 0, 0))
     names = dict.fromkeys(name for numbers in predicted.metrics.values() for name in numbers)
     for name in names:

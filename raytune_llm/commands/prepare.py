@@ -1,4 +1,4 @@
-"""`prepare`: raw rows to a token store, and what became of them."""
+"""`prepare`: writes raw rows to a token store, and shows how many were kept, shortened or dropped."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def prepare_with_progress(run: PrepareRun, console: Console) -> Prepared:
 
 
 def shown(store: Store, row: int, tokenizer: PreTrainedTokenizerFast) -> Text:
-    """The row's documents one under another, trained text in green and all other dim."""
+    """The row's documents one below the other: trained text in green, the rest dim."""
     text = Text()
     length = int(store.lengths[row])
     documents = store.kind.documents(store, Place(row, row, 0, length), max_length=length, share_prompts=False)
@@ -103,7 +103,7 @@ def _summary(title: str, store: Store, max_length: int, *, share_prompts: bool) 
     table.add_row("packs", f"{num_packs:,} of {capacity:,} tokens, {num_tokens / (num_packs * capacity):.1%} full")
     for title, counted in (("shortened", store.shortened), ("dropped", store.dropped)):
         for reason, count in sorted(counted.counts.items(), key=lambda item: -item[1]):
-            # Text, since what a row holds may look like markup.
+            # Text, because a row's content may look like markup.
             table.add_row(title, Text(f"{count:,}: {reason}\n" + "\n".join(counted.examples[reason])))
     for remark in store.kind.remarks(store):
         name, _, said = remark.partition(": ")

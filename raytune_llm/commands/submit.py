@@ -1,4 +1,4 @@
-"""`submit`: a run, or with `submit tune` a sweep, as a job of a Ray cluster, followed from here."""
+"""`submit`: sends a run (or a sweep, as `submit tune`) to a Ray cluster as a job, and follows it from this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main(run: SubmitRun | SubmittedSweep) -> int:
 
 
 def known_address(console: Console, setting: str | None) -> str:
-    """The address of the cluster. Prints a warning where it is open to all."""
+    """The address of the cluster's dashboard. Prints a warning if it needs no token and is not on this machine."""
     address = address_of(setting)
     if (warning := open_to_all(address)) is not None:
         say(console, f"warning: {warning}")
@@ -38,7 +38,7 @@ def known_address(console: Console, setting: str | None) -> str:
 
 
 def follow_to_its_end(console: Console, jobs: Jobs, job: Job, results: Path) -> int:
-    """The exit code of the job's own driver. An interrupt leaves the job as it is."""
+    """Follow the job until it ends and return its driver's exit code. Ctrl-C detaches from the job, which keeps running."""
     try:
         log = follow(jobs, job.id, Display(console), lambda text: say(console, text))
     except KeyboardInterrupt:
@@ -56,7 +56,8 @@ def follow_to_its_end(console: Console, jobs: Jobs, job: Job, results: Path) -> 
 
 
 def fetch(console: Console, log: JobLog, job: str, results: Path) -> bool:
-    """Write the small files of a job that its log holds. False: it holds none. Raises ResourceError if they can't be written."""
+    """Write the small result files that a job printed to its log. Returns False if the log holds none. Raises ResourceError if
+    they can't be written."""
     folder = results / job
     try:
         written = log.write(folder)

@@ -1,4 +1,4 @@
-"""`train`: the face of a run, from the progress line to the next command to type."""
+"""`train`: what a run prints, from its progress line to the commands that may follow it."""
 
 from __future__ import annotations
 
@@ -27,32 +27,37 @@ HELD_OUT = {
     "eval_rewards/accuracies": ("better one right, held out", "{:.1%}"),
     "eval_accuracy": ("better one right, held out", "{:.1%}"),
 }
-"""Metrics of the last evaluation, and of one before the first step, that the terminal shows: name and format."""
+"""Metrics of evaluations that the terminal shows at the end: metric -> its title and format."""
 
 
 def main(run: TrainRun) -> int:
-    face = FACES[run.log_format]()
-    face.run(run.name, _description(run), to_yaml(run))
+    display = DISPLAYS[run.log_format]()
+    display.run(run.name, _description(run), to_yaml(run))
     try:
         result = api.train(
-            run, sinks=[face.record], on_update=face.update, on_samples=face.samples, on_progress=face.rows, began=BEGAN
+            run,
+            sinks=[display.record],
+            on_update=display.update,
+            on_samples=display.samples,
+            on_progress=display.rows,
+            began=BEGAN,
         )
     except KeyboardInterrupt as interrupt:
         interrupt.add_note(how_to_resume(work_folder(run.output_dir)))
         raise
     finally:
-        face.close()
+        display.close()
     if result.paused:
-        face.update(
+        display.update(
             Notice(text=f"paused at step {result.summary.steps}: the same command without train.pause_at resumes from there")
         )
         return 0
-    face.done(_done(run, result))
+    display.done(_done(run, result))
     return 0
 
 
 def how_to_resume(output: Path) -> str:
-    """What the same command does after this one was interrupted."""
+    """Says what the same command will do after this one was interrupted."""
     steps = [mark.parent.name.removeprefix("step-") for mark in (output / "checkpoints").glob("step-*/COMPLETE")]
     newest = max((int(step) for step in steps if step.isdigit()), default=None)
     if newest is None:
@@ -60,7 +65,7 @@ def how_to_resume(output: Path) -> str:
     return f"the same command resumes from the checkpoint at step {newest}"
 
 
-FACES: dict[str, Callable[[], Display | EventLog]] = {"text": lambda: Display(Console()), "json": EventLog}
+DISPLAYS: dict[str, Callable[[], Display | EventLog]] = {"text": lambda: Display(Console()), "json": EventLog}
 """By log_format."""
 
 
@@ -102,7 +107,7 @@ def _done(run: TrainRun, result: api.TrainResult) -> RunFinished:
 
 
 def held_out_figures(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Names and figures of the last evaluation, after those of one before the first step where there was one."""
+    """The titles and figures of the last evaluation: `before -> after` if there was also one before the first step."""
     evaluations = [record for record in records if "eval_loss" in record]
     if not evaluations:
         return []
@@ -118,9 +123,9 @@ def held_out_figures(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, st
 
 
 def next_command(run: TrainRun, final: Path) -> str | None:
-    """The command to type after a run. None if there is none: for a reward model, or a model that can't chat yet."""
+    """The command that trains further from this run. None for a reward model, or for plain text without a chat template."""
     if not run.stage.writes or (run.adapter.changes_base and not run.adapter.trains_base):
-        return None  # its adapter is saved as one of another method, on the base that it did not change
+        return None  # saved as a plain LoRA on the original base, which this config would not continue
     there = _override("output_dir", f"{final.parent}_next")
     if run.stage.plain_text:
         if not (final / "chat_template.jinja").exists():
@@ -140,7 +145,8 @@ def next_command(run: TrainRun, final: Path) -> str | None:
 
 
 def merge_command(run: TrainRun, final: Path) -> str | None:
-    """What makes the model that an adapter is for, where it was trained on others that are merged: other programs need it."""
+    """The command that exports the base of an adapter, if others were merged into it: other programs need that model as a
+    folder."""
     if run.adapter.trains_base or not run.model.merged_adapters or run.model.path is None or run.model.config:
         return None
     place = _override("export.output_dir", f"{final.parent}_base")
@@ -148,7 +154,7 @@ def merge_command(run: TrainRun, final: Path) -> str | None:
 
 
 def _base(model: ModelConfig, path: object) -> list[str]:
-    """Overrides that choose the model at `path` as the run had its own."""
+    """Overrides that select the model at `path`, with the run's own tokenizer, revision and merged adapters."""
     option = next((package.option for known, package in PACKAGED.items() if known == path), None)
     words = [option] if option else ["model=hub", _override("model.path", path)]
     revision = model.revision if path == model.path else None
@@ -163,8 +169,8 @@ def _base(model: ModelConfig, path: object) -> list[str]:
 
 
 def chat_command(run: TrainRun, final: Path) -> str | None:
-    """How to talk with what a run left. None where that can't be: a reward model, a model without a chat template, an adapter
-    that isn't served, or a base that is not in a file."""
+    """The `chat` command for the run's result. None for a reward model, a model without a chat template, an adapter that can't be
+    served, or a base that exists in no file."""
     model, adapter = run.model, run.adapter
     if not run.stage.writes or not (final / "chat_template.jinja").exists():
         return None

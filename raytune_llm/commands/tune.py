@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from raytune_llm.tune.run import TuneResult
 
 SHOWN = 20
-"""Trials of the live table, the latest ones."""
+"""The live table has the latest trials, at most this many."""
 STYLES = {"running": "bold", "paused": "yellow", "finished": "green", "stopped": "dim", "failed": "red"}
 
 
 def main(sweep: Sweep) -> int:
-    metric_of(sweep.tune)  # a function that is not there is refused before anything is printed
+    metric_of(sweep.tune)  # raises before anything is printed if the metric's function can't be imported
     console = Console()
     if sweep.tune.dry_run:
         return _dry_run(sweep, console)
@@ -48,26 +48,26 @@ def main(sweep: Sweep) -> int:
         highlight=False,
         soft_wrap=True,
     )
-    face = _Face(console, sweep)
+    progress = _Progress(console, sweep)
     try:
-        with face:
+        with progress:
             notify = partial(console.print, highlight=False, markup=False)
-            result = api.tune(sweep, on_change=face.changed, notify=notify)
+            result = api.tune(sweep, on_change=progress.changed, notify=notify)
     except KeyboardInterrupt as interrupt:
         command = shlex.join(["python", "-m", "raytune_llm", *(word for word in sys.argv[1:] if word != "resume=never")])
-        interrupt.add_note(f"{face.standing()}this resumes the sweep: {command}")
+        interrupt.add_note(f"{progress.standing()}this resumes the sweep: {command}")
         raise
     if result.paused:
         _print_paused(console, sweep, result.study)
     else:
         print_best(console, sweep, result)
-    if sweep.run.log_format == "json":  # for who follows it from another machine
+    if sweep.run.log_format == "json":  # `jobs` and `submit` read these files from the log
         EventLog().files(sweep.folder / name for name in (TABLE, RESULTS, BEST))
     return 0
 
 
-class _Face:
-    """A live table on a terminal; a line when a trial begins and ends elsewhere."""
+class _Progress:
+    """Shows the trials: a live table on a terminal, elsewhere one line whenever a trial changes its state."""
 
     def __init__(self, console: Console, sweep: Sweep) -> None:
         self._console, self._sweep = console, sweep
@@ -76,7 +76,7 @@ class _Face:
         self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
         self._printed: set[tuple[int, str, int]] = set()
 
-    def __enter__(self) -> _Face:
+    def __enter__(self) -> _Progress:
         if self._live is not None:
             self._live.start()
         return self
@@ -134,7 +134,7 @@ def trials_table(study: Study) -> Table:
 
 
 def _dry_run(sweep: Sweep, console: Console) -> int:
-    """Each planned trial with its memory and time. Exit code 1 where one doesn't fit."""
+    """Print each planned trial with its memory and time. Returns exit code 1 if one does not fit."""
     points = sweep.planned
     settings = sweep.names(points)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -162,8 +162,8 @@ def _dry_run(sweep: Sweep, console: Console) -> int:
 
 
 def at_least_s(plan: Plan, products_per_s: float, *, trains_base: bool) -> float | None:
-    """The least time that training takes, were all of it matrix products at the rate of this machine: 4 operations a parameter
-    and token with an adapter, 6 without. None before the data are prepared."""
+    """A lower bound on a trial's training time in seconds, counting matrix products only: 4 FLOPs per parameter and token with an
+    adapter, 6 without, at products_per_s FLOP/s. None before the data are prepared."""
     if plan.data is None:
         return None
     epochs = plan.data.total_steps / max(plan.data.steps_per_epoch, 1)
@@ -213,7 +213,7 @@ def _print_paused(console: Console, sweep: Sweep, study: Study) -> None:
 
 
 def _change(sweep: Sweep, waiting: Sequence[Trial]) -> tuple[str, Any] | None:
-    """A setting that the best trial could resume with, with the value of another one. None: there is none."""
+    """A setting and a value of another trial that the best paused trial could resume with; None if there is none."""
     first, *others = waiting
     for setting in filter(can_change_on_the_way, sweep.settings):
         for value in (trial.point.get(setting) for trial in others):
@@ -224,7 +224,7 @@ def _change(sweep: Sweep, waiting: Sequence[Trial]) -> tuple[str, Any] | None:
 
 
 def _print_next(console: Console, commands: Mapping[str, str]) -> None:
-    """Each command on a line of its own, as it is pasted, and below it what it does."""
+    """Print each command on one unwrapped line, so that it can be copied, and what it does below it."""
     console.print()
     for begin, (command, does) in zip(["Next: ", *["      "] * len(commands)], commands.items(), strict=False):
         console.print(f"{begin}[bold]{escape(command)}[/bold]", highlight=False, soft_wrap=True)

@@ -56,7 +56,7 @@ def test_offline_a_model_that_was_not_fetched_before_is_refused_and_one_that_was
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set and it was not fetched before"):
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set and it was not downloaded before"):
         packaged.resolve("nobody/nothing")
     fetched = tmp_path / "models--nobody--nothing" / "snapshots" / "0123"
     fetched.mkdir(parents=True)
