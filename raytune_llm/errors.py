@@ -70,8 +70,7 @@ class ResourceError(UserError):
 
 class RunLost(ResourceError):
     """A run lost its workers, its nodes, Ray or its storage. The user made no mistake, so the exit code is 1, and the same
-    command
-    resumes the run."""
+    command resumes the run."""
 
     exit_code = 1
 

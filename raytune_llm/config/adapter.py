@@ -12,49 +12,49 @@ from raytune_llm.errors import ConfigError
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Targets = str | list[str]
-"""all-linear, every linear layer but the head; names of layers, by their last part; or a regular expression of whole names."""
+"""all-linear (every linear layer except the head), the last parts of layers' names, or a regular expression for whole names."""
 
 
 class TrainedPart:
-    """What other modules ask of each choice: the part of a model that a run trains, and what it goes with."""
+    """The part of a model that a run trains. Other modules ask these attributes, so that they never compare `name`."""
 
     name: Any
     trains_base: ClassVar[bool] = False
     """Base weights are trained. If not, they are frozen, and final/ holds an adapter."""
     changes_base: ClassVar[bool] = False
-    """The model that is trained has other frozen weights, or other layers, than the one that it was made of."""
+    """The trained model has other frozen weights, or more layers, than the model at model.path."""
     needs_quantized: ClassVar[bool] = False
-    """It is for quantized weights only."""
+    """It needs quantized weights."""
     refuses_quantized: ClassVar[str | None] = None
-    """Why it can't be on quantized weights; None if it can."""
+    """The reason why it can't be combined with quantized weights; None if it can."""
     refuses_partitioned: ClassVar[str | None] = None
-    """Why its layers' weights can't be partitioned by ZeRO-3; None if they can."""
+    """The reason why ZeRO-3 can't partition its layers' weights; None if it can."""
     refuses_compiled: ClassVar[str | None] = None
-    """Why its layers can't be compiled; None if they can."""
+    """The reason why its layers can't be compiled; None if they can."""
     begins_from: ClassVar[int] = 0
-    """How many samples of the run a new adapter looks at before the first step."""
+    """The number of training samples that a new adapter is initialized from; 0: from none."""
     trains_tokens: ClassVar[bool] = False
-    """It can have embeddings of tokens that the model lacks."""
+    """It can train embeddings of new tokens (model.new_tokens)."""
     mixes: ClassVar[bool] = False
     """Rows with different adapters of this method can share a batch, as in serving."""
     trained_outside: ClassVar[Sequence[str]] = ()
-    """Modules of the model outside of its layers that are trained by name."""
+    """The names of modules outside the model's layers that it trains."""
     shares_pass: ClassVar[bool] = False
     """Several runs with such adapters can be trained in one pass over one base (tune.share_base)."""
 
     @property
     def option(self) -> str:
-        """What it is, in a word or two."""
+        """Its short name in messages: the option of the group that selects it."""
         return self.name
 
 
 @section
 class WholeModel(TrainedPart):
-    """What is trained are the model's own weights, and final/ holds a model."""
+    """The model's own weights are trained, and final/ holds a model."""
 
     trains_base: ClassVar[bool] = True
     path: ClassVar[str | None] = None
-    """The saved adapter that a run continues."""
+    """A run continues no adapter."""
     dropout: ClassVar[float] = 0.0
 
     @property
@@ -77,23 +77,23 @@ WHOLE_IN_BITS = "its model is saved whole, frozen weights with the trained ones"
 
 @section
 class Freeze(WholeModel):
-    """Some layers of the model are trained, and the rest is frozen."""
+    """Some layers of the model are trained, the others are frozen."""
 
     name: Literal["freeze"]
     first_layers: PositiveInt | None
     last_layers: PositiveInt | None
     layers: list[int] | None
-    """Which layers: the first N, the last N, or those of these numbers, negative ones from the end. One of the three."""
+    """Exactly one of the three selects the layers: the first N, the last N, or layers by number, where -1 is the last."""
     modules: Literal["all"] | list[str]
-    """The modules that are trained in these layers, by name; all: the whole layer."""
+    """Names of the modules in these layers that are trained; all: the whole layer."""
     extra_modules: list[str]
-    """Modules outside of the layers that are trained too, by the last part of their names: embed_tokens, norm, lm_head."""
+    """Modules outside the layers that are trained too, by the last part of their names: embed_tokens, norm, lm_head."""
 
     refuses_quantized: ClassVar[str | None] = WHOLE_IN_BITS
 
     @property
     def trains_tokens(self) -> bool:  # type: ignore[override]
-        """Whether modules outside of the layers are trained too, as embeddings are."""
+        """Whether modules outside the layers are trained too; embeddings are among them."""
         return bool(self.extra_modules)
 
     @property
@@ -109,12 +109,12 @@ class Freeze(WholeModel):
 
 @section
 class LlamaPro(WholeModel):
-    """Wu et al. 2024 (arXiv 2401.02415): new layers between the model's own, which pass on their input before they are trained,
-    and are the only ones that are."""
+    """Wu et al. 2024 (arXiv 2401.02415): inserts new layers between the model's own and trains only these. At first a new layer
+    returns its input unchanged."""
 
     name: Literal["llama_pro"]
     new_layers: PositiveInt
-    """How many; they are inserted at equal distances, so it must divide the number of the model's layers."""
+    """The number of new layers. They are inserted at equal distances, so it must divide the number of the model's layers."""
 
     changes_base: ClassVar[bool] = True
     refuses_quantized: ClassVar[str | None] = WHOLE_IN_BITS
@@ -128,15 +128,15 @@ class Layered(TrainedPart):
     """Settings of all adapters on linear layers."""
 
     targets: Targets
-    """Names of the linear layers, by their last part; a regular expression of their whole names; all-linear takes every one but
-    the head."""
+    """The linear layers that get an adapter: the last parts of their names, a regular expression for whole names, or all-linear
+    for all except the head."""
     last_layers: PositiveInt | None
-    """Only the last N layers of the model get an adapter, and the backward pass ends there; null: all layers."""
+    """Only the last N layers of the model get an adapter, and the backward pass stops there; null: all layers."""
     layers: list[int] | None
-    """Only layers of these numbers get an adapter, negative ones counted from the end; null: all layers."""
+    """Only the layers with these numbers get an adapter (-1 is the last); null: all layers."""
     modules_to_save: list[str]
-    """Modules that are trained whole beside the adapter and saved with it, by the last part of their names: embed_tokens,
-    lm_head, norms."""
+    """Modules that are trained in full and saved with the adapter, by the last part of their names: embed_tokens, lm_head,
+    norms."""
     path: str | None
     """A saved adapter of this method to continue, with its own rank, targets and layers."""
 
@@ -145,7 +145,7 @@ class Layered(TrainedPart):
             fix = "Set one of them to null."
             raise ConfigError("adapter.layers", "can't be combined with adapter.last_layers", got=self.layers, fix=fix)
 
-    # A method that doesn't says so.
+    # A method that doesn't read the weights overrides these.
     refuses_quantized: ClassVar[str | None] = READS_WEIGHTS
     refuses_partitioned: ClassVar[str | None] = READS_WEIGHTS
 
@@ -160,19 +160,19 @@ class LowRank(Layered):
     rank: PositiveInt
     alpha: PositiveFloat
     rank_pattern: dict[str, PositiveInt]
-    """Other ranks for some layers: the end of a layer's name, or a regular expression of it, -> rank."""
+    """Other ranks for some layers: the end of a layer's name, or a regular expression for it -> rank."""
     alpha_pattern: dict[str, PositiveFloat]
-    """Likewise for alpha."""
+    """Other alphas for some layers, selected in the same way."""
     rslora: bool
-    """Kalajdzievski 2023 (arXiv 2312.03732): the scale of B A is alpha / sqrt(rank), so that higher ranks learn as fast as lower
-    ones; else alpha / rank."""
+    """Scale B A by alpha / sqrt(rank), so that higher ranks learn as fast as lower ones (Kalajdzievski 2023, arXiv 2312.03732).
+    false: by alpha / rank."""
     dora: bool
-    """Liu et al. 2024 (arXiv 2402.09353): the layer is m * V / |V| by row, where V is the weight that LoRA has changed, and m is
-    trained with A and B."""
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): the weight is m * V / |V| for each row, where V = W + scale * B A. m, the rows'
+    magnitudes, is trained with A and B."""
     lr_ratio: PositiveFloat
-    """B's learning rate over optimizer.lr (Hayou et al. 2024, arXiv 2402.12354)."""
+    """LoRA+: the learning rate of B, as a multiple of optimizer.lr (Hayou et al. 2024, arXiv 2402.12354)."""
     embedding_lr_ratio: PositiveFloat
-    """Likewise of adapters on embeddings."""
+    """The learning rate of adapters on embeddings, as a multiple of optimizer.lr."""
 
     @property
     def option(self) -> str:
@@ -185,7 +185,7 @@ class LowRank(Layered):
 
     @property
     def plain(self) -> bool:
-        """Whether its layers are the same in every run, with one rank for all of them."""
+        """Whether the same layers get an adapter in every run, all of one rank."""
         by_name = self.targets == "all-linear" or not isinstance(self.targets, str)
         return by_name and self.layers is None and not self.modules_to_save and not self.rank_pattern
 
@@ -203,8 +203,8 @@ class LoRA(LowRank):
 
     name: Literal["lora"]
     experts: bool
-    """An adapter for each expert too, of adapter.rank, where a mixture has its experts in one tensor. It is added to the weights,
-    which costs a copy of a layer's experts."""
+    """In a mixture of experts, give each expert an adapter of adapter.rank too. It is for models that keep a layer's experts in
+    one tensor. The product B A is added to the weights, which takes a copy of a layer's experts in memory."""
 
     @property
     def mixes(self) -> bool:  # type: ignore[override]
@@ -229,34 +229,37 @@ class LoRA(LowRank):
     def __post_init__(self) -> None:
         Layered.__post_init__(self)
         if self.experts and self.dropout:
-            rule = "must be 0 if adapter.experts is true: what is added to weights has no input to drop"
+            rule = "must be 0 if adapter.experts is true: adapters of experts are added to weights, and there is no input to drop"
             raise ConfigError("adapter.dropout", rule, got=self.dropout, fix="Leave it out.")
         if self.experts and self.dora:
-            rule = "must be false with adapter.dora=true: PEFT has no lengths of experts' rows"
+            rule = "must be false with adapter.dora=true: PEFT has no DoRA for experts"
             raise ConfigError("adapter.experts", rule, got=True, fix="Leave it out, or set adapter=lora.")
 
 
 @section
 class PiSSA(LowRank):
-    """Meng et al. 2024 (arXiv 2404.02948): LoRA that begins as a weight's largest singular values, which the frozen weight then
-    lacks. It is saved as LoRA of twice the rank on the original weights: what it is at the end, less what it began as."""
+    """PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that is initialized with a weight's largest singular values and vectors,
+    which are subtracted from the frozen weight.
+
+    It is saved as a LoRA of twice the rank for the original weights: its final value minus its initial value.
+    """
 
     name: Literal["pissa"]
     svd_iterations: NonNegativeInt | None
-    """Iterations of a randomized SVD (Halko et al. 2009), which is fast; null: an exact one."""
+    """Iterations of a randomized SVD (Halko et al. 2009), which is fast; null: an exact SVD."""
 
     changes_base: ClassVar[bool] = True
 
     @property
     def starts_at_base(self) -> bool:
-        """Without the adapter, its base is not the model that it was made of."""
+        """False: without the adapter, the frozen weights are not those of the model."""
         return False
 
 
 @section
 class LoftQ(LowRank):
-    """Li et al. 2023 (arXiv 2310.08659): LoRA that begins as the largest singular values of what quantization takes off a weight.
-    One round of it, on the base as it is quantized without."""
+    """LoftQ (Li et al. 2023, arXiv 2310.08659): LoRA that is initialized with the largest singular values and vectors of the
+    quantization error. It takes one iteration of the paper's algorithm, so the quantized base is the same as without LoftQ."""
 
     name: Literal["loftq"]
 
@@ -264,18 +267,18 @@ class LoftQ(LowRank):
 
     @property
     def starts_at_base(self) -> bool:
-        """Without the adapter, its base is what quantization left of the model."""
+        """False: without the adapter, the frozen weights are the quantized ones, with their error."""
         return False
 
 
 @section
 class EVA(LowRank):
-    """Paischer et al. 2024 (arXiv 2410.07170): LoRA whose A begins as the directions in which a layer's inputs vary most, over
-    rows of the run. Ranks are not redistributed over layers (PEFT's rho=1)."""
+    """EVA (Paischer et al. 2024, arXiv 2410.07170): LoRA whose A is initialized with the directions in which a layer's inputs
+    vary most, measured on training samples. Ranks are not redistributed over layers (PEFT's rho=1)."""
 
     name: Literal["eva"]
     rows: PositiveInt
-    """How many samples (packs, or rows without packing) it looks at: the first of the run's order."""
+    """The number of samples (packs, or rows without packing) that it measures: the first ones in the run's order."""
 
     @property
     def begins_from(self) -> int:  # type: ignore[override]
@@ -284,17 +287,18 @@ class EVA(LowRank):
 
 @section
 class OFT(Layered):
-    """Qiu et al. 2023 (arXiv 2306.07280), as in Qiu et al. 2025 (arXiv 2506.19847): W R, where R rotates blocks of inputs.
+    """OFT (Qiu et al. 2023, arXiv 2306.07280; Qiu et al. 2025, arXiv 2506.19847): the weight becomes W R, where R is
+    block-diagonal and rotates blocks of the inputs.
 
-    Each block is the Cayley transform of a skew-symmetric matrix, whose part above the diagonal is trained.
+    Each block is the Cayley transform of a skew-symmetric matrix, whose entries above the diagonal are trained.
     """
 
     name: Literal["oft"]
     dropout: Dropout
     block_size: Annotated[int, Field(ge=2)] | None
-    """Inputs of a block; must divide each layer's inputs. There are (block_size - 1) / 2 parameters an input."""
+    """Inputs of a block; it must divide each layer's number of inputs. A layer has (block_size - 1) / 2 parameters per input."""
     blocks: PositiveInt | None
-    """Or the number of blocks of each layer, PEFT's r, in place of their size."""
+    """The number of blocks of each layer (PEFT's r), instead of block_size."""
 
     refuses_quantized: ClassVar[str | None] = None
     refuses_partitioned: ClassVar[str | None] = None
@@ -311,16 +315,16 @@ class OFT(Layered):
 
 @section
 class VeRA(Layered):
-    """Kopiczko et al. 2023 (arXiv 2310.11454): W + diag(b) B diag(d) A, where A and B are random, fixed and the same in every
-    layer, and the vectors b and d are trained."""
+    """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): W + diag(b) B diag(d) A. A and B are random, frozen and shared by all
+    layers; each layer trains its vectors b and d."""
 
     name: Literal["vera"]
     dropout: Dropout
     rank: PositiveInt
     initial_d: PositiveFloat
-    """What each entry of d is at first; b is 0."""
+    """The initial value of each entry of d. b is 0 at first."""
     projection_seed: NonNegativeInt
-    """The seed of A and B, which are not saved: PEFT draws them again from it."""
+    """The seed of A and B. They are not saved, since PEFT can draw them again from it."""
 
     refuses_quantized: ClassVar[str | None] = None
     refuses_partitioned: ClassVar[str | None] = None
@@ -328,11 +332,12 @@ class VeRA(Layered):
 
 @section
 class IA3(Layered):
-    """Liu et al. 2022 (arXiv 2205.05638): outputs of layers, or inputs of others, times a trained vector."""
+    """(IA)^3 (Liu et al. 2022, arXiv 2205.05638): the outputs of some layers and the inputs of others are multiplied by a trained
+    vector."""
 
     name: Literal["ia3"]
     scaled_inputs: list[str]
-    """Those of the targets whose inputs are scaled, by the last part of their names."""
+    """The targets whose inputs are scaled instead of their outputs, by the last part of their names."""
 
     dropout: ClassVar[float] = 0.0
     refuses_quantized: ClassVar[str | None] = None
@@ -341,7 +346,7 @@ class IA3(Layered):
 
 @section
 class SavedAdapter:
-    """An adapter of any method in a folder, used as it is. Only code makes one; it is not a setting."""
+    """An adapter of any method in a folder, used as it was saved. Code creates it; no setting does."""
 
     path: str
     setting: str

@@ -18,7 +18,7 @@ class ChatConfig(ServedModels):
     url: str | None
     """The address of a server with the OpenAI API, such as http://127.0.0.1:8000; null: the model is loaded here."""
     api_key: str | None
-    """The server's. null: RAYTUNE_LLM_API_KEY."""
+    """The server's API key. null: the environment's RAYTUNE_LLM_API_KEY."""
     adapter: str | None
     """The adapter that answers first: a name of `adapters`, a folder (it is called by its run's name), or a model of the
     server's. null: the base."""

@@ -14,7 +14,7 @@ class CheckpointConfig:
     asynchronous: bool
     """Write checkpoints while training continues."""
     final: Literal["last", "best"]
-    """Which state becomes `final/`: the last, or the one with the lowest eval loss."""
+    """Which weights become `final/`: those of the last step, or those with the lowest eval loss."""
 
     @property
     def keeps_best(self) -> bool:

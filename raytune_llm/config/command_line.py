@@ -1,4 +1,4 @@
-"""The words of a command line: which verb, which overrides, which of Hydra's own flags; and the help text."""
+"""Parses a command line into verb, overrides and Hydra's own flags, and writes the help text."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys(("--package", "-p", "--config-path", "-cp", "--experimental-rerun"), ()),
     **dict.fromkeys(("--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc", "--hydra-help", "--version")),
 }
-"""Hydra's own flags -> the words that may follow: none (None), these, or any one (empty)."""
+"""Hydra's own flags -> the values that may follow: none (None), one of these, or any one (empty tuple)."""
 OWN_FLAGS = {"tune": {"--dry-run": "tune.dry_run=true"}}
-"""Flags of a command that are short for a setting."""
+"""Flags of a verb that stand for an override."""
 WITHOUT_A_KEY = {"import": ("file",), "jobs": ("action", "job")}
-"""Verb -> the settings that words without a key are for, in order."""
+"""Verb -> the settings that its positional words set, in order."""
 LISTS = {"compare": "runs"}
-"""Verb -> the setting that takes all words without a key."""
+"""Verb -> the setting that takes all of its positional words as a list."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Call:
     config_dir: str | None
     config_name: str | None
     hydra_flags: list[str]
-    """Hydra's own flags other than --config-dir and --config-name: with any of them Hydra takes over."""
+    """Hydra's own flags other than --config-dir and --config-name. If there are any, Hydra runs the command."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,7 +92,7 @@ def parse(verb: str, argv: list[str]) -> Call:
 
 
 def _is_override(word: str) -> bool:
-    """A sweep's trials lie in folders like 000_lr=0.001, and no setting has a slash in its name."""
+    """Whether a word is key=value. A path such as sweep/trials/000_lr=0.001 is not, since no setting has a slash in its name."""
     key, sign, _ = word.partition("=")
     return bool(sign) and "/" not in key and not Path(word).exists()
 
@@ -125,8 +125,8 @@ def load(call: Call) -> Any:
 
 
 def with_override(verb: str | None, argv: Sequence[str], override: str) -> str | None:
-    """The command with the override in the place of all of its group, as a shell takes it. None where another primary config has
-    no groups to choose from."""
+    """The command, quoted for a shell, with this override instead of all others of its group. None for --config-name, whose
+    config has no groups."""
     if any(re.match(r"(--config-name|-cn)(=|$)", word) for word in argv):
         return None
     group = override.partition("=")[0]
@@ -135,7 +135,7 @@ def with_override(verb: str | None, argv: Sequence[str], override: str) -> str |
 
 
 def run_hydra(call: Call, verb_main: Callable[[Any], int]) -> int:
-    """--cfg, --info, -m, tab completion and what else Hydra offers. Of a sweep it shows the base."""
+    """Run a command with Hydra's own flags (--cfg, --info, -m, tab completion). For a sweep, Hydra shows the base."""
     overrides = call.overrides
     if call.verb == sweep.VERB:
         if {"-m", "--multirun"} & set(call.hydra_flags):

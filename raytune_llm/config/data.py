@@ -9,25 +9,25 @@ from raytune_llm.errors import ConfigError
 
 
 class RowFormat:
-    """What rules between sections read of any format."""
+    """What rules between sections ask any format."""
 
     @property
     def pair_margin(self) -> str | None:
-        """The column with a pair's margin; None if the format has none."""
+        """The column with the margin of a pair; None if the format has none."""
         return None
 
     @property
     def row_kind(self) -> str:
-        """What a data set of this format holds: one of data.kinds.KINDS."""
+        """The kind of row that this format gives: one of data.kinds.KINDS."""
         return "conversations"
 
 
 @section
 class Columns(RowFormat):
-    """Columns of all formats with messages. A column that is null, or that a row lacks, is skipped.
+    """The columns that all formats with messages may have. A column is skipped if its name is null or if a row lacks it.
 
-    Rows with `chosen` and `rejected` are pairs, rows with a true or false `label` are labelled answers. `margin` is a number that
-    is not negative: by how much the chosen answer is better.
+    Rows with `chosen` and `rejected` are pairs; rows with a true or false `label` are labelled answers. `margin` is a number of
+    at least 0: by how much the chosen answer is better.
     """
 
     tools: str | None
@@ -68,7 +68,7 @@ class ChatFormat(Columns):
 
 @section
 class AlpacaFormat(Columns):
-    """Rows with an instruction, an optional input that follows on a new line, and the output to learn."""
+    """Rows with an instruction, an optional input that is appended on a new line, and the output to learn."""
 
     name: Literal["alpaca"]
     instruction: str
@@ -80,7 +80,7 @@ class AlpacaFormat(Columns):
 
 @section
 class Tags(Columns):
-    """Rows with a list of messages with configurable keys and role names. A role whose name is null does not occur."""
+    """Rows with a list of messages whose keys and role names can be set. A role whose name is null does not occur."""
 
     messages: str
     system: str | None
@@ -95,14 +95,14 @@ class Tags(Columns):
 
 @section
 class ShareGPTFormat(Tags):
-    """User messages or tool results alternate with answers or tool calls; a call is a message that holds JSON."""
+    """User messages or tool results alternate with answers or tool calls. A tool call is a message whose text is JSON."""
 
     name: Literal["sharegpt"]
 
 
 @section
 class OpenAIFormat(Tags):
-    """Messages with calls as `tool_calls` of an answer, and several tool results in a row."""
+    """Messages in OpenAI's form: an answer may have `tool_calls`, and several tool results may follow each other."""
 
     name: Literal["openai"]
 
@@ -136,80 +136,83 @@ FormatConfig = Annotated[
 @section
 class DataConfig:
     path: str | None
-    """A file or a folder of files of one type, here or by address (s3://, gs://, ...), or a hub data set id."""
+    """A file, a folder of files of one type, either of these in an object store (s3://, gs://, ...), or the id of a hub data
+    set."""
     hub: Literal["huggingface", "modelscope"]
     subset: str | None
     split: str
-    """A split or a part of it: train[:1000], train[10%:20%]. In a folder, file names decide, as on the Hugging Face hub."""
+    """A split, or a slice of one: train[:1000], train[10%:20%]. In a folder, file names tell the splits, as on the Hugging Face
+    hub."""
     eval_path: str | dict[str, str] | None
-    """Data of the same format to evaluate on; several as {name: path}."""
+    """Data in the same format to evaluate on; several as {name: path}."""
     eval_split: str | None
-    """The split of eval_path, or of path if eval_path is null. null: `split`, of eval_path."""
+    """The split of eval_path to evaluate on, or of path if eval_path is null. null: eval_path's split of the name `split`."""
     eval_names: list[str]
     """Entries of dataset_info to evaluate on."""
     eval_fraction: Fraction | dict[str, Fraction]
-    """Fraction of each source's rows that is held out, chosen by train.seed; several as {name: fraction}, where an absent entry
-    of names keeps its rows. 0 without eval_path and eval_names trains without evaluation."""
+    """Fraction of each source's rows to hold out for evaluation, chosen with train.seed. {name: fraction} holds out rows of these
+    sources only. With 0, and without eval_path and eval_names, there is no evaluation."""
     eval_rows: PositiveInt | None
-    """Number of rows that are held out instead; several sources contribute in proportion to their rows."""
+    """Number of rows to hold out, instead of a fraction. Several sources contribute in proportion to their rows."""
     format: FormatConfig
     dataset_info: str | None
-    """A LLaMA-Factory dataset_info.json, or its folder: its entries replace path, subset, split and format."""
+    """LLaMA-Factory's dataset_info.json, or its folder. Its entries replace path, subset, split and format."""
     names: list[str]
-    """Entries of dataset_info, one after another."""
+    """The entries of dataset_info to train on."""
     mix: Literal["concat", "interleave_under", "interleave_over", "interleave_once"]
-    """How several data sets make an epoch: concatenated; or interleaved until the first is exhausted, until all are (with
-    repeats), or until all are (without repeats)."""
+    """How an epoch is made of several data sets. concat: one after another. The others interleave them: interleave_under until
+    the first is exhausted, interleave_over until all are, with repeats, and interleave_once until all are, without repeats."""
     mix_weights: list[PositiveFloat] | None
-    """The probability of each of names; null: equal."""
+    """The sampling probability of each of `names`; null: equal."""
     mix_temperature: PositiveFloat | None
-    """Probabilities by size instead: 1 is proportional to rows, higher is more even."""
+    """Sampling probabilities by size instead: 1 is proportional to the number of rows, a higher value is more even."""
     mix_epochs: list[PositiveFloat] | None
-    """How often each of names is in one epoch, before they are mixed: 2 is every row twice, 0.5 half of the rows, drawn by
-    train.seed; null: once."""
+    """How often each of `names` occurs in one epoch: 2 takes every row twice, 0.5 takes half of the rows, drawn with train.seed.
+    null: once each."""
     media_dir: str | None
-    """The folder of images, videos and audios; null: the folder of the data."""
+    """The folder that paths of images, videos and audio files are relative to; null: the folder of the data."""
     num_samples: PositiveInt | None
-    """Number of rows to sample, by a hash of their content; more than there are repeats rows."""
+    """Number of rows to sample, chosen by a hash of their content. If there are fewer rows, some are repeated."""
     max_samples: PositiveInt | None
     """Use only the first N rows."""
     streaming: bool
-    """Train while rows are still being tokenized. The order is then that of the data, shuffled within a buffer."""
+    """Train while rows are still being tokenized. Rows then keep the order of the data, except for shuffling within a buffer."""
     streaming_buffer_rows: PositiveInt
-    """Rows of a stream that are shuffled and packed together; training starts when this many are tokenized."""
+    """Rows of a stream that are shuffled and packed together. Training starts when this many are tokenized."""
     max_length: PositiveInt
     """Maximum tokens of a row, of a pack, and of each side of a pair."""
     overlong: Literal["truncate", "llamafactory", "drop", "error"]
-    """What happens to longer rows. truncate: whole turns are removed, then the longest texts lose their ends; special tokens
-    stay. llamafactory: tokens are cut by LLaMA-Factory's rule. drop: rows are left out, and do not count as bad."""
+    """What happens to longer rows. truncate: remove whole turns, then shorten the longest texts at their ends; special tokens are
+    kept. llamafactory: cut tokens by LLaMA-Factory's rule. drop: leave the rows out, without counting them as bad. error: the
+    first such row stops the run."""
     template: str | None
-    """A named chat template; null: the tokenizer's own, or if it has none, the one for the model's name."""
+    """A named chat template. null: the tokenizer's own, or if it has none, the template that fits the model's name."""
     default_system: str | None
     """The system message of conversations without one; null: the template's default."""
     tool_format: str | None
-    """The format of tool declarations and calls; null: the template's own."""
+    """The format in which tools are declared and called; null: the template's own."""
     today: str | None
-    """The date that the template llama3 writes with tools, as 31 Jan 2025; null: a fixed one."""
+    """The date that the template llama3 writes when there are tools, such as 31 Jan 2025; null: a fixed date."""
     enable_thinking: bool | None
-    """How a reasoning template treats answers without reasoning. true: an empty block is trained. false: an empty
-    block is part of the prompt, and existing reasoning is left out. null: each answer stays as it is."""
+    """How a reasoning template treats answers without reasoning. true: an empty reasoning block is trained. false: an empty
+    block belongs to the prompt, and reasoning that rows have is left out. null: each answer stays as it is."""
     reasoning: Literal["keep", "drop"]
-    """Reasoning of answers, in its own field or between <think> tags: keep it (a template that can't express it is refused) or
-    drop it."""
+    """Whether to keep the reasoning of answers (a field of its own, or text between <think> tags). A template that can't express
+    reasoning is refused if it is kept."""
     preserve_thinking: bool
-    """Reasoning of earlier answers is kept even if these are not trained."""
+    """Keep the reasoning of earlier answers even if they are not trained."""
     mask_history: bool
-    """Mask all answers but the last."""
+    """Train on the last answer only; earlier answers are masked."""
     train_on_prompt: bool
     """Train on prompts too."""
     packing: bool
     share_prompts: Literal["auto"] | bool
-    """The two answers of a pair share one computation of their prompt. auto: if model.attention supports it and every layer of
-    the model attends to all earlier tokens."""
+    """Compute the prompt of a pair once for both of its answers. auto: if model.attention supports it and every layer of the
+    model attends to all earlier tokens."""
     max_bad_fraction: Fraction
-    """A larger fraction of unusable rows stops the run."""
+    """The run stops if a larger fraction of the rows is unusable."""
     cache: str
-    """Folder of the token stores."""
+    """The folder of the token stores."""
 
     def __post_init__(self) -> None:
         if self.mask_history and self.train_on_prompt:
@@ -248,7 +251,7 @@ class DataConfig:
 
     @property
     def names_held_out(self) -> bool:
-        """Whether held-out rows can have several sources, whose figures have their names."""
+        """Whether held-out rows can come from several sources, so that metrics carry the source's name."""
         return isinstance(self.eval_path, dict) or len(self.eval_names) > 1 or len(self.names) > 1
 
     def _held_out_rows_are_said_once(self) -> None:

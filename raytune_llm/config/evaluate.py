@@ -8,44 +8,44 @@ from raytune_llm.errors import ConfigError
 
 @section
 class EvaluateConfig:
-    """Benchmarks, by a protocol that is named with every number."""
+    """Benchmarks. Each result names the protocol that it was measured with."""
 
     models: list[str]
-    """Evaluated side by side: output folders of runs, folders of models (an export, what transformers saved), models of a hub
-    (owner/name), folders of PEFT's adapters. Adapters of one base share it. Empty: `model`."""
+    """Models to evaluate side by side: output folders of runs, folders with a model or a PEFT adapter, or hub ids (owner/name).
+    Adapters of one base share it. Empty: evaluate `model`."""
     base: bool
-    """Evaluate the bases of adapters, too. That of a PEFT adapter is `model`, or the one that its config names."""
+    """Also evaluate the base of each adapter. For a PEFT adapter, that is `model`, or else the base that its config names."""
     protocol: Literal["llamafactory", "lm_eval"]
-    """llamafactory: questions as chat turns, and the likeliest of the letters A to D as the first token of the answer.
-    lm_eval: tasks of lm-evaluation-harness, asked and scored by that package."""
+    """llamafactory: questions are chat turns, and the answer is the most likely of the letters A to D as the first token.
+    lm_eval: lm-evaluation-harness asks and scores its own tasks."""
     tasks: list[str]
     """For protocol=llamafactory: mmlu, ceval, cmmlu, or one with its split, such as mmlu_validation. For protocol=lm_eval: names
     of tasks, groups and tags, such as gsm8k; YAML files; folders with YAML files, written with a slash."""
     data: str | None
-    """For protocol=llamafactory: the folder that holds a folder for each benchmark, with its mapping.json and its zip file or
-    what is in it, or with a hub's parquet files; or a hub's data set (owner/name) of such folders. null: the benchmarks' own data
-    sets on a hub."""
+    """For protocol=llamafactory: a folder with one folder for each benchmark, which holds its mapping.json and its zip file (or
+    the zip's content), or the hub's parquet files. It can also be a hub data set (owner/name) with such folders. null: the
+    benchmarks' own data sets on the hub."""
     shots: NonNegativeInt | None
-    """Examples before each question. null: 5 for protocol=llamafactory, the task's own number for protocol=lm_eval."""
+    """Number of examples before each question. null: 5 for protocol=llamafactory, the task's own number for protocol=lm_eval."""
     lang: Literal["auto", "en", "zh"]
     """For protocol=llamafactory: the language of the prompt around a question. auto: zh for ceval and cmmlu."""
     apply_chat_template: bool
-    """For protocol=lm_eval: write questions as user turns. llamafactory always does."""
+    """For protocol=lm_eval: write questions as user turns. protocol=llamafactory always does."""
     fewshot_as_multiturn: bool
-    """For protocol=lm_eval with a chat template: each example is a turn of its own."""
+    """For protocol=lm_eval with a chat template: write each example as a turn of its own."""
     system: str | None
-    """For protocol=lm_eval: a text before the prompt, or the system turn."""
+    """For protocol=lm_eval: text before the prompt; with a chat template, the system turn."""
     run_unsafe_code: bool
-    """For protocol=lm_eval: allow tasks that run programs which the model wrote."""
+    """For protocol=lm_eval: allow tasks that execute code which the model wrote."""
     max_questions: PositiveInt | None
-    """The most questions of one subject, or of one task; null: all."""
+    """Maximum questions of one subject (llamafactory) or task (lm_eval); null: all."""
     seed: Seed | None
-    """The seed of the choice of examples. null: 42 for protocol=llamafactory, the package's own for protocol=lm_eval."""
+    """The seed that examples are chosen with. null: 42 for protocol=llamafactory, the package's default for protocol=lm_eval."""
     template: str | None
-    """A named chat template; null: a run's, or the tokenizer's own."""
+    """A named chat template; null: the run's, or else the tokenizer's own."""
     precision: Literal["auto", "bf16", "fp32"]
     max_length: PositiveInt | None
-    """Maximum tokens of a question with its examples; null: the model's positions, as far as the cache holds them."""
+    """Maximum tokens of a question with its examples; null: the model's maximum, or the size of the KV cache if that is less."""
 
     def __post_init__(self) -> None:
         if not self.tasks:

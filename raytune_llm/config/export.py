@@ -11,76 +11,74 @@ from raytune_llm.errors import ConfigError
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 CALIBRATED = ("gptq", "awq")
-"""Formats that are computed from rows of data, in an environment of their own."""
+"""Formats that are computed from calibration rows, by llmcompressor in an environment of its own."""
 ON_NODES = ("hf", *CALIBRATED)
-"""Formats that Ray tasks may make."""
+"""Formats that Ray tasks can write (resources=local or cluster)."""
 GROUPED = ("w4a16", *CALIBRATED)
-"""Formats whose scales are of groups of inputs."""
+"""Formats with one scale for each group of inputs."""
 LlamaCppType = Literal["q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "iq4_xs"]
-"""Types that llama.cpp's own program makes of a GGUF file."""
+"""Types that need llama.cpp's program llama-quantize."""
 
 
 @section
 class ExportedAdapter:
-    """Beside `model`: the one adapter that is merged into it. Several have names: `export.adapters`."""
+    """The one adapter that is merged into `model`. Several adapters have names: export.adapters."""
 
     path: str | None
-    """A folder that training wrote or PEFT saved."""
+    """A folder that was written by training or by PEFT."""
 
 
 @section
 class ExportConfig:
-    """A model as other programs load it: a base with adapters merged into it, or what a run trained whole."""
+    """A model in a form that other programs load: a base with adapters merged into it, or a model that a run trained in full."""
 
     run: str | None
-    """The output folder of a run: what it trained. null: `model`, with `adapters`."""
+    """The output folder of the run whose result is exported. null: `model` with `adapters`."""
     adapters: dict[str, str]
-    """Adapters of the base by name, folders that training wrote or PEFT saved; beside the one of `run`, which has the run's name.
-    What each changes is added up."""
+    """Name -> folder of adapters to merge (written by training or by PEFT), in addition to the adapter of `run`, which has the
+    run's name. Their changes to the weights are added up."""
     weights: dict[str, float]
-    """The factor of each adapter's change, by name: {a: 0.5} adds half of what a changes. Others have 1."""
+    """Name -> factor of an adapter's change: {a: 0.5} adds half of the change of a. Others have the factor 1."""
     format: Literal["hf", "adapter", "gguf", "gguf_lora", "ollama", "fp8", "w8a8", "w4a16", "nf4", "gptq", "awq"]
-    """hf: a folder that transformers, vLLM and SGLang load. adapter: the adapter alone, as PEFT, vLLM and SGLang load it. gguf:
-    one file for llama.cpp. gguf_lora: the adapter alone, for llama.cpp with a GGUF of the base. ollama: a gguf with a Modelfile.
-    Others are hf with quantized linear layers. fp8, w8a8: weights and activations in 8 bits. w4a16, nf4: weights in 4 bits,
-    rounded to the nearest value. gptq, awq: weights in 4 bits that are chosen on calibration rows."""
+    """hf: a folder that transformers, vLLM and SGLang load. adapter: only the adapter, for PEFT, vLLM and SGLang. gguf: one file
+    for llama.cpp. gguf_lora: only the adapter, for llama.cpp with a GGUF of the base. ollama: a GGUF file with a Modelfile. The
+    others are like hf, with quantized linear layers. fp8, w8a8: weights and activations in 8 bits. w4a16, nf4: weights in 4
+    bits, rounded to the nearest value. gptq, awq: weights in 4 bits, computed from calibration rows."""
     output_dir: str | None
     into_quantized: bool
-    """Merge into what quantization left of the base's weights: into those that its files hold in few bits, unpacked, or into
-    those that `run` trained over (its quantization=). false: such files are refused, and such a run's adapter is merged into the
-    original weights."""
+    """Merge into the dequantized weights of a quantized base: of a base whose files are quantized, or of a run with
+    `quantization=`. false: quantized files are refused, and the adapter of such a run is merged into the original weights."""
     dtype: Literal["auto", "fp32", "bf16", "fp16", "q8_0", LlamaCppType]
-    """The type of the weights. auto: each tensor's own in the base. q8_0, in gguf alone: 8 bits, with a scale for 32
-    numbers; those below it are llama.cpp's own, made by export.llama_quantize. In a quantized format: the type of what is not
-    quantized, and of scales."""
+    """The data type of the weights. auto: the type that each tensor has in the base. q8_0, for gguf only: 8 bits, with a scale
+    for every 32 numbers. Smaller types of llama.cpp need export.llama_quantize. In a quantized format, this is the type of the
+    scales and of everything that is not quantized."""
     llama_quantize: str | None
-    """llama.cpp's program llama-quantize, for gguf and ollama with a dtype of fewer than 8 bits."""
+    """The path of llama.cpp's program llama-quantize, for gguf and ollama with a dtype of fewer than 8 bits."""
     group_size: PositiveInt | None
-    """For w4a16, gptq and awq: inputs of a linear layer that share a scale. null: the largest of 128, 64 and 32 that divides
-    each layer's."""
+    """For w4a16, gptq and awq: the number of inputs of a linear layer that share a scale. null: the largest of 128, 64 and 32
+    that divides every layer's number of inputs."""
     calibration_rows: PositiveInt
-    """For gptq and awq: rows of `data.path`, or else of what `run` trained on."""
+    """For gptq and awq: the number of calibration rows, from `data.path` or else from the data that `run` trained on."""
     calibration_tokens: Annotated[int, Field(ge=2)]
-    """The first tokens of each."""
+    """For gptq and awq: the number of tokens of each calibration row, from its start."""
     python: str | None
-    """For gptq and awq: the Python of an environment with llmcompressor, on the nodes if Ray is used. null: this one, or with Ray
-    one that Ray makes."""
+    """For gptq and awq: the path of a Python whose environment has llmcompressor (on the nodes, if Ray is used). null: this
+    Python, or with Ray an environment that Ray creates."""
     shard_size: str
-    """Files of at most so much, as 5GB or 500MiB; one tensor may be larger."""
+    """Maximum size of a file, such as 5GB or 500MiB. A single larger tensor gets a file of its own."""
     check: Literal["auto"] | bool
-    """Compare what was written with the base and its adapter on held-out rows. auto: where there is memory for the model in
-    float32."""
+    """Compare the export with the base and its adapter on held-out rows. auto: if memory suffices for the model in float32."""
     check_rows: NonNegativeInt
     max_kl: NonNegativeFloat | None
-    """The largest mean divergence from the base with its adapter, in nats a token (of a reward model: the largest difference of
-    a score), with which it is written at all. null: 0.01."""
+    """An export is refused if its outputs differ more from those of the base with its adapter: mean KL divergence in nats per
+    token, or for a reward model the largest difference of a score. null: 0.01."""
     overwrite: bool
-    """Take the place of an export that is there."""
+    """Replace an export that exists in output_dir."""
     push: str | None
-    """owner/name of a repository on the hub, which the export is uploaded to when it is whole and checked. It is made where there
-    is none. HF_TOKEN or `hf auth login` give the token, HF_ENDPOINT another hub."""
+    """Upload the checked export to this repository on the hub (owner/name), which is created if it is missing. The token is taken
+    from HF_TOKEN or `hf auth login`; HF_ENDPOINT selects another hub."""
     push_private: bool
-    """Of a repository that is made: only its owner sees it."""
+    """Create the repository as a private one."""
 
     def __post_init__(self) -> None:
         if self.output_dir is None:

@@ -11,41 +11,41 @@ from raytune_llm.errors import ConfigError
 @section
 class ModelConfig:
     path: str | None
-    """A local folder or a hub id; null builds the model from `config` alone."""
+    """A local folder or a hub id; null builds the model from `config`."""
     revision: str | None
     weights: Literal["pretrained", "random"]
-    """random: the same architecture with random weights drawn from train.seed, for trials without a download."""
+    """random: the same architecture with random weights, drawn with train.seed, for trials without a download."""
     config: dict[str, Any]
-    """Entries of the transformers config: the whole config (with model_type) if path is null, otherwise changes to it."""
+    """Entries of the transformers config: the whole config (with model_type) if path is null, else changes to the model's own."""
     tokenizer: str | None
-    """A folder or hub id; null is the model's own; `bytes` is a built-in byte tokenizer with ChatML's special tokens."""
+    """A folder or hub id; null: the model's own; bytes: a built-in byte tokenizer with ChatML's special tokens."""
     new_tokens: list[str] | dict[str, str] | str | None
-    """Words that the tokenizer gets as tokens of their own, with embeddings that are trained, also beside an adapter: a list, a
-    description for each, or a file with one of these. An embedding begins as the mean of those of the token's pieces, or of its
-    description's."""
+    """New tokens whose embeddings are trained, also when the rest of the run trains an adapter: a list of words, {word:
+    description}, or a file with one of these. An embedding is initialized with the mean embedding of the pieces that the word, or
+    its description, had before."""
     resize_vocab: bool
-    """Tokens that data.template needs and the tokenizer lacks are added in the same way, as special tokens."""
+    """Add special tokens that data.template needs and the tokenizer lacks, and train their embeddings too."""
     trust_remote_code: bool
     merged_adapters: list[str]
-    """Folders of adapters that are merged into the weights, in this order, as the model is loaded: it is then the base of
-    everything, also of a new adapter and of a reference."""
+    """Folders of adapters to merge into the weights, in this order, when the model is loaded. The merged model is then the base
+    for everything, including a new adapter and the reference."""
     attention: Literal["auto", "varlen", "flash2", "flash3", "flash4", "flex", "sdpa"]
-    """varlen is torch's own FlashAttention; flash2 to flash4 are packages. auto takes flash3 if it is installed and the GPU
-    is a Hopper GPU (sm_90), else the first of varlen, sdpa and flex that can run."""
+    """The attention back end. varlen: torch's own FlashAttention. flash2 to flash4: separate packages. auto: flash3 if it is
+    installed and the GPU is a Hopper GPU (sm_90), else the first of varlen, sdpa and flex that can run."""
 
     shift_attn_tokens: Annotated[int, Field(ge=2, multiple_of=2)] | None
-    """Tokens of a group of S2 attention (LongLoRA, Chen et al. 2023, arXiv 2309.12307), for training on long rows: a token
-    attends within its group, and for half of the heads groups begin half a group later. A quarter of data.max_length is usual.
-    Evaluations and what is saved attend to all. null: training does, too."""
+    """S2 attention for training on long rows (LongLoRA, Chen et al. 2023, arXiv 2309.12307): the number of tokens in a group. A
+    token attends within its group only; for half of the heads, groups are shifted by half a group. A quarter of data.max_length
+    is common. Evaluations and the saved model use full attention. null: training does too."""
 
     liger_kernel: bool
-    """Liger's Triton kernels (the extra `liger`) for norms, gated MLPs and rotary positions in training, on GPUs. Layers are
-    not compiled then; the compiler fuses the same operations and more."""
+    """Use Liger's Triton kernels (extra `liger`) for norms, gated MLPs and rotary positions, in training on GPUs. Layers are then
+    not compiled; the compiler fuses the same operations and more."""
     positions: PositiveInt | None
-    """Tokens of the longest text that the model is to take. Where it has fewer positions, they are scaled by rope_scaling, by the
-    smallest whole factor that suffices; null: as many as it has."""
+    """The longest text that the model must handle, in tokens. If the model has fewer positions, rope_scaling scales them by the
+    smallest integer factor that suffices. null: the model's own number."""
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None
-    """How; model.config.rope_scaling sets a scaling's numbers instead."""
+    """The scaling that `positions` applies. To set a scaling's numbers yourself, use model.config.rope_scaling instead."""
 
     def __post_init__(self) -> None:
         if (self.positions is None) != (self.rope_scaling is None):
@@ -56,7 +56,7 @@ class ModelConfig:
 
     @property
     def config_options(self) -> dict[str, Any]:
-        """How its transformers config is read, beside `config`: of models.load.load_config."""
+        """Keyword arguments of models.load.load_config, in addition to `config`."""
         return {
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
@@ -66,8 +66,8 @@ class ModelConfig:
 
     @property
     def base_name(self) -> str:
-        """What an adapter says of the model that it was trained on. With others merged into that, it is neither a path nor an id:
-        other programs would load the model there without them, and not say so."""
+        """The base model's name in an adapter's config. If adapters are merged into the base, the name is not a path or an id, so
+        that no program silently loads the base without them."""
         path = self.path or ""
         return f"{path} with {', '.join(self.merged_adapters)} merged" if self.merged_adapters else path
 

@@ -15,11 +15,11 @@ MATRICES = "it needs matrices, and ZeRO flattens them"
 
 
 class TrainedShape(NamedTuple):
-    """The shape of a trained tensor, which memory is counted with."""
+    """The shape and place of a trained tensor, for estimates of memory."""
 
     shape: tuple[int, ...]
     layer: int | None
-    """The number of the repeated layer that it is in; null: embedding, head or last norm."""
+    """The number of the layer that it is in; None: it is in no layer (embedding, head, last norm)."""
 
     @property
     def numel(self) -> int:
@@ -27,15 +27,15 @@ class TrainedShape(NamedTuple):
 
     @property
     def is_layer_matrix(self) -> bool:
-        """Or those of its experts in one tensor [E, N, K]."""
+        """Whether it is a matrix in a layer, or the matrices of its experts in one tensor [E, N, K]."""
         return self.layer is not None and (len(self.shape) == 2 or (len(self.shape) == 3 and self.shape[1] > 1))
 
 
 class StateBytes(NamedTuple):
     like_weights: int
-    """Bytes of tensors of the weights' shapes, which are sharded as the weights are."""
+    """Bytes of state tensors that have the weights' shapes and are sharded like them."""
     whole: int = 0
-    """Bytes of tensors of other shapes, which every worker holds whole."""
+    """Bytes of state tensors of other shapes, which every worker holds in full."""
 
 
 def bytes_per_value(trained: Iterable[TrainedShape], size: int) -> StateBytes:
@@ -44,12 +44,12 @@ def bytes_per_value(trained: Iterable[TrainedShape], size: int) -> StateBytes:
 
 @section
 class Group:
-    """What differs for some parameters. An entry has no YAML of its own, so what it leaves out is as elsewhere."""
+    """Settings of a parameter group. They have defaults here, because groups have no YAML file."""
 
     lr_factor: PositiveFloat = 1.0
-    """Their learning rate over lr."""
+    """The group's learning rate as a multiple of optimizer.lr."""
     weight_decay: NonNegativeFloat | None = None
-    """null: as for the others."""
+    """The group's weight decay; null: optimizer.weight_decay."""
 
 
 @section
@@ -59,21 +59,21 @@ class Steps:
     lr: PositiveFloat
     weight_decay: NonNegativeFloat
     groups: dict[str, Group]
-    """Regular expression -> what differs for the parameters in whose names it is found; the first that is found holds."""
+    """Regular expression -> settings of the parameters whose names it matches somewhere. The first match counts."""
     layerwise: bool
-    """Each tensor steps as its gradient is complete in the backward pass, and the gradient is freed: memory for all of them is
-    not needed. Steps are those of false, without clipping."""
+    """Step on each tensor as soon as the backward pass has computed its gradient, and free the gradient, so that memory never
+    holds all gradients. The result is the same as with false and without clipping."""
 
     needs_whole: ClassVar[str | None] = None
-    """Why it can't step on the flat parts of ZeRO; None where it can."""
+    """The reason why it can't step on the flattened partitions of ZeRO; None if it can."""
     refuses_layerwise: ClassVar[str | None] = None
-    """Why tensors can't step one by one; None where they can."""
+    """The reason why it can't step on tensors one by one; None if it can."""
     refuses_shards: ClassVar[str | None] = None
-    """Why it can't keep its state in shards; None where it can."""
+    """The reason why its state can't be sharded; None if it can."""
     trains_outside: ClassVar[bool] = True
-    """Whether it steps on what is in no layer: embedding, head and last norm."""
+    """It also trains parameters outside the layers: embedding, head and last norm."""
     schedules: ClassVar[frozenset[str] | None] = None
-    """Schedules that it can follow; None: any."""
+    """The schedules that it can be combined with; None: all."""
 
 
 @section
@@ -83,7 +83,7 @@ class Adam(Steps):
     eps: PositiveFloat
 
     def state_bytes(self, trained: Iterable[TrainedShape]) -> StateBytes:
-        """The size of the optimizer's state for these tensors, without its step counters."""
+        """The size of the optimizer's state for these tensors. Step counters are not included."""
         return bytes_per_value(trained, 2 * FP32)
 
 
@@ -96,8 +96,8 @@ class AdamW(Adam):
 
 @section
 class AdamWBF16(Adam):
-    """AdamW with its moments in bf16, rounded up or down by chance so that small steps are not lost (Zamirai et al. 2020, arXiv
-    2010.06192): half of AdamW's state."""
+    """AdamW with bf16 moments, which halve its state. Stochastic rounding keeps small changes (Zamirai et al. 2020, arXiv
+    2010.06192)."""
 
     name: Literal["adamw_bf16"]
 
@@ -109,11 +109,12 @@ class AdamWBF16(Adam):
 
 @section
 class AdamW8bit(Adam):
-    """AdamW with its moments in 8 bits, by blocks of 256 values (Dettmers et al. 2021, arXiv 2110.02861). Needs bitsandbytes."""
+    """AdamW with 8-bit moments, quantized in blocks of 256 values (Dettmers et al. 2021, arXiv 2110.02861). It needs
+    bitsandbytes."""
 
     name: Literal["adamw_8bit"]
     paged: bool
-    """The state is in unified memory, which the GPU's driver moves to the host when the GPU is full. GPUs only."""
+    """Keep the state in unified memory, which the GPU's driver moves to the host when the GPU is full. GPUs only."""
 
     SMALL: ClassVar[int] = 4096
     """Tensors of fewer values keep float32 moments: 8 bits would save nothing there."""
@@ -134,28 +135,28 @@ class AdamW8bit(Adam):
 
 @section
 class AdamMini(Adam):
-    """AdamW with one second moment a block of weights: a head of queries or keys, a row of any other matrix, a vector (Zhang et
-    al. 2024, arXiv 2406.16793)."""
+    """AdamW with one second moment per block of weights (Zhang et al. 2024, arXiv 2406.16793). A block is a head of queries or
+    keys, a row of any other matrix, or a vector."""
 
     name: Literal["adam_mini"]
 
     needs_whole: ClassVar[str | None] = MATRICES
 
     def state_bytes(self, trained: Iterable[TrainedShape]) -> StateBytes:
-        """Counted as if each row of queries and keys were a block of its own."""
+        """An upper bound: it counts each row of queries and keys as a block."""
         every = list(trained)
         return StateBytes(FP32 * sum(one.numel for one in every), FP32 * sum(prod(one.shape[:-1]) for one in every))
 
 
 @section
 class LowRankAdam(Adam):
-    """What optimizers share that keep Adam's moments of a layer's matrices (of a mixture, each expert's) in fewer dimensions.
-    Other weights have AdamW."""
+    """Settings of optimizers that keep Adam's moments of a layer's matrices (or each expert's) in a low-rank projection. Other
+    weights are trained by AdamW."""
 
     rank: PositiveInt
-    """The rank of the projected gradient; of smaller matrices their shorter side."""
+    """The rank of the projection; for smaller matrices, the length of their shorter side."""
     update_every: PositiveInt
-    """Steps between new projections."""
+    """Number of steps between updates of the projection."""
     scale: PositiveFloat
 
     needs_whole: ClassVar[str | None] = MATRICES
@@ -166,8 +167,7 @@ class LowRankAdam(Adam):
         return StateBytes(FP32 * sum(one.numel for one, shape in every if shape == one.shape), FP32 * sum(whole))
 
     def kept(self, matrix: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """The shapes of what is kept of a layer's matrix, or of those of its experts: projected moments, the rank in place of the
-        shorter side."""
+        """The shapes of the state for a layer's matrix, or for its experts' matrices: moments whose shorter side is the rank."""
         *experts, rows, columns = matrix
         rank = min(self.rank, rows, columns)
         return 2 * [(*experts, rows, rank) if rows >= columns else (*experts, rank, columns)]
@@ -175,7 +175,8 @@ class LowRankAdam(Adam):
 
 @section
 class GaLore(LowRankAdam):
-    """Adam in the gradient's largest singular directions (Zhao et al. 2024, arXiv 2403.03507); scale multiplies its steps."""
+    """GaLore: Adam on the gradient's projection to its largest singular directions (Zhao et al. 2024, arXiv 2403.03507). `scale`
+    multiplies its steps."""
 
     name: Literal["galore"]
 
@@ -187,25 +188,25 @@ class GaLore(LowRankAdam):
 
 @section
 class Apollo(LowRankAdam):
-    """Gradient descent whose step sizes are those that Adam has on a random projection of the gradient (Zhu et al. 2024, arXiv
-    2412.05270); the square root of scale multiplies its steps. With rank 1 and one size a tensor it is APOLLO-Mini."""
+    """APOLLO: gradient descent with step sizes that Adam would take on a random projection of the gradient (Zhu et al. 2024,
+    arXiv 2412.05270). sqrt(scale) multiplies its steps. With rank 1 and one step size per tensor, it is APOLLO-Mini."""
 
     name: Literal["apollo"]
     sizes: Literal["channel", "tensor"]
-    """One step size a row or column (along the longer side), or one a matrix."""
+    """One step size per row or column (along the longer side), or one per matrix."""
 
 
 @section
 class BAdam(Adam):
-    """AdamW on one layer at a time, which alone has moments, until the next one's turn (Luo et al. 2024, arXiv 2404.02827).
-    Gradients of all are computed."""
+    """BAdam: AdamW trains one layer at a time, and only that layer has moments (Luo et al. 2024, arXiv 2404.02827). Gradients of
+    all layers are computed."""
 
     name: Literal["badam"]
     switch_every: PositiveInt
-    """Steps of a layer's turn."""
+    """The number of steps before the next layer's turn."""
     order: Literal["ascending", "descending", "random"]
     outside_layers: bool
-    """What is in no layer (embedding, head, last norm) has turns too, as one more block; else it is not trained."""
+    """Parameters outside the layers (embedding, head, last norm) are trained too, as one more block that takes its turn."""
 
     @property
     def trains_outside(self) -> bool:  # type: ignore[override]
@@ -224,8 +225,8 @@ class BAdam(Adam):
 
 @section
 class ScheduleFree(Adam):
-    """AdamW whose average of all steps takes the place of a schedule that falls (Defazio et al. 2024, arXiv 2405.15682): the
-    gradient is taken near the average, which is evaluated and saved."""
+    """Schedule-free AdamW (Defazio et al. 2024, arXiv 2405.15682): an average of all iterates replaces the decay of the learning
+    rate. Gradients are computed near the average, and the average is evaluated and saved."""
 
     name: Literal["schedule_free"]
 
@@ -234,24 +235,24 @@ class ScheduleFree(Adam):
 
     def __post_init__(self) -> None:
         if self.beta1 == 0:
-            rule = "must be above 0: at 0 the gradient is not taken near the average, which could not be told from it"
+            rule = "must be above 0: at 0 the average can't be recovered from the trained weights"
             raise ConfigError("optimizer.beta1", rule, got=self.beta1, fix="Leave it out (0.9), or set optimizer=adamw.")
 
 
 @section
 class Adafactor(Steps):
-    """Second moments by row and column, and no first (Shazeer & Stern 2018, arXiv 1804.04235). The learning rate is that of the
-    schedule, not one of the step's number."""
+    """Second moments by row and column, and no first moments (Shazeer & Stern 2018, arXiv 1804.04235). The learning rate comes
+    from the schedule; Adafactor's own rate, which depends on the step number, is not used."""
 
     name: Literal["adafactor"]
     beta2_decay: PositiveFloat
-    """The second moment of step t forgets by 1 - t^-beta2_decay."""
+    """The decay of the second moments at step t is 1 - t^-beta2_decay."""
     eps: PositiveFloat
-    """Added to squared gradients."""
+    """This is added to squared gradients."""
     clip_threshold: PositiveFloat
-    """The root mean square that a tensor's step is clipped to, before the learning rate."""
+    """Maximum root mean square of a tensor's step, before it is multiplied by the learning rate."""
     relative_to_weights: bool
-    """Steps are times the root mean square of the weight, at least 0.001."""
+    """Multiply steps by the root mean square of the weight, or by 0.001 if that is larger."""
 
     needs_whole: ClassVar[str | None] = MATRICES
 
@@ -265,8 +266,8 @@ class Adafactor(Steps):
 
 @section
 class Lion(Steps):
-    """Steps along the sign of a momentum (Chen et al. 2023, arXiv 2302.06675): half of AdamW's state. Its rate should be a third
-    to a tenth of AdamW's, its decay as much larger."""
+    """Lion steps along the sign of a momentum, with half of AdamW's state (Chen et al. 2023, arXiv 2302.06675). Its learning rate
+    should be 3 to 10 times smaller than AdamW's, and its weight decay larger by the same factor."""
 
     name: Literal["lion"]
     beta1: Beta
@@ -280,17 +281,19 @@ class Lion(Steps):
 
 @section
 class Muon(Adam):
-    """Steps along the orthogonalized momentum of a matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon), as large as
-    AdamW's (Liu et al. 2025, arXiv 2502.16982), so that rates and decay carry over from it. Muon takes the matrices of layers,
-    of a mixture each expert's. AdamW trains the rest: embeddings, heads, norms and biases."""
+    """Muon steps along the orthogonalized momentum of a matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    Steps are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that its learning rate and weight decay can be
+    used. Muon trains the matrices of layers (and of each expert); AdamW trains embeddings, heads, norms and biases.
+    """
 
     name: Literal["muon"]
     momentum: Beta
     nesterov: bool
     adamw_lr_factor: PositiveFloat
-    """AdamW's learning rate over lr."""
+    """The learning rate of AdamW as a multiple of optimizer.lr."""
     adamw_moments: Literal["float32", "bfloat16"]
-    """The type of AdamW's moments; bfloat16 as adamw_bf16 keeps them."""
+    """The type of AdamW's moments; bfloat16 is rounded as in adamw_bf16."""
 
     needs_whole: ClassVar[str | None] = MATRICES
 

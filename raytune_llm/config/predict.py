@@ -10,26 +10,26 @@ from raytune_llm.errors import ConfigError
 
 @section
 class PredictConfig:
-    """Answers for a data set, and what they are measured by."""
+    """Answers for a data set, and the metrics that they are measured by."""
 
     run: str | None
-    """The output folder of a run: its model, its adapter and its chat template answer. null: `model` does."""
+    """The output folder of a run, whose model, adapter and chat template are used. null: `model`."""
     adapters: dict[str, str]
-    """More adapters by name, folders that training wrote or PEFT saved: each row is answered with each of them."""
+    """Name -> folder of more adapters (written by training or by PEFT). Each row is answered with each of them."""
     base: bool | Literal["auto"]
-    """Whether the model answers without an adapter, too. auto: where there is no adapter."""
+    """Also answer without an adapter. auto: if there is no adapter."""
     generate: bool
-    """Write answers."""
+    """Generate answers."""
     score: bool
-    """Log-probability of each given answer, in nats, and their perplexity."""
+    """Compute the log-probability of each row's given answer in nats, and the perplexity of all."""
     metrics: list[str]
-    """Any of exact_match, f1, bleu, rouge, llamafactory; or your own function as FILE.py:NAME or package.module:NAME, which takes
-    the answers, the references and the rows, all as lists, and returns a number or numbers by name."""
+    """Any of exact_match, f1, bleu, rouge and llamafactory, or your own function as FILE.py:NAME or package.module:NAME. It is
+    called with lists of the answers, the references and the rows, and returns a number or {name: number}."""
     judge: str | None
-    """The output folder of a reward model's run, whose scores of the answers and the given answers are more numbers."""
+    """The output folder of a reward model's run. Its scores of the answers and of the rows' given answers become metrics."""
     max_new_tokens: PositiveInt
     temperature: Annotated[float, Field(ge=0, le=2)]
-    """0: the likeliest token."""
+    """0: greedy decoding."""
     top_p: Fraction
     top_k: NonNegativeInt
     """0: every token is a candidate."""
@@ -37,22 +37,22 @@ class PredictConfig:
     stop: list[str]
     """Texts that end an answer."""
     seed: Seed
-    """The seed of sampling; each row has its own generator, whatever else is computed."""
+    """The seed of sampling. Each row has a generator of its own, so its answer does not depend on other rows."""
     max_rank: PositiveInt | None
-    """The highest rank that adapters may have; null: the highest of those that are given."""
+    """Maximum rank of an adapter; null: the highest rank of those that are given."""
     precision: Literal["auto", "bf16", "fp32"]
     max_length: PositiveInt | None
-    """Maximum tokens of a prompt and its answer; null: the model's positions, as far as the cache holds them."""
+    """Maximum tokens of a prompt and its answer; null: the model's maximum, or the size of the KV cache if that is less."""
     llamafactory_files: bool
-    """Write generated_predictions.jsonl and predict_results.json, too, as LLaMA-Factory does."""
+    """Also write generated_predictions.jsonl and predict_results.json in LLaMA-Factory's form."""
     resume: Literal["auto", "never"]
-    """auto: rows that the output folder has are kept. never: it starts anew."""
+    """auto: keep the answers that the output folder already has. never: start over."""
 
     def __post_init__(self) -> None:
         if not self.generate and not self.score:
             raise ConfigError("predict.generate", "must be true if predict.score is false", got=False)
         if self.judge is not None and not self.generate:
-            rule = "judges answers, of which predict.generate=false makes none"
+            rule = "judges generated answers, and predict.generate=false generates none"
             raise ConfigError("predict.judge", rule, got=self.judge, fix="Leave one of them out.")
         if twice := [name for name in self.metrics if self.metrics.count(name) > 1]:
             raise ConfigError("predict.metrics", "must hold each metric once", got=twice[0])

@@ -18,20 +18,20 @@ class NoQuantization:
 
 @section
 class FP8:
-    """Products in FP8, with a scale a row; frozen weights are held in it too, trained ones keep their type. Needs a Hopper
-    GPU (sm_90) or later."""
+    """Linear layers compute in FP8 with one scale per row. Frozen weights are stored in FP8; trained weights keep their type. It
+    needs a Hopper GPU (sm_90) or a later one."""
 
     name: Literal["fp8"]
     replaces_layers: ClassVar[bool] = True
     trains_base: ClassVar[bool] = True
     skip_modules: Literal["auto"] | list[str]
     """Linear layers that stay in the run's precision, by the last part of their names. auto: the q, k and v projections, where
-    FP8 costs most loss for its speed-up; [] for none."""
+    FP8 raises the loss most for what it gains in speed. []: none."""
 
 
 @section
 class NF4:
-    """QLoRA (Dettmers et al. 2023): frozen weights in four bits, products in the run's precision. Needs bitsandbytes."""
+    """QLoRA (Dettmers et al. 2023): frozen weights in 4-bit NF4, products in the run's precision. It needs bitsandbytes."""
 
     name: Literal["bnb_nf4"]
     replaces_layers: ClassVar[bool] = True
@@ -40,8 +40,8 @@ class NF4:
 
 @section
 class FP4:
-    """Frozen weights in four bits that are small floating-point numbers. Coarser than bnb_nf4 for weights, which are normally
-    distributed. Needs bitsandbytes."""
+    """Frozen weights in 4-bit floating point, products in the run's precision. It is coarser than bnb_nf4, since weights are
+    normally distributed. It needs bitsandbytes."""
 
     name: Literal["bnb_fp4"]
     replaces_layers: ClassVar[bool] = True
@@ -50,7 +50,7 @@ class FP4:
 
 @section
 class Int8:
-    """Frozen weights in eight bits, as LLM.int8's (Dettmers et al. 2022), products in the run's precision. Needs bitsandbytes."""
+    """LLM.int8 (Dettmers et al. 2022): frozen weights in 8 bits, products in the run's precision. It needs bitsandbytes."""
 
     name: Literal["bnb_int8"]
     replaces_layers: ClassVar[bool] = True
@@ -59,8 +59,8 @@ class Int8:
 
 @section
 class HQQ:
-    """Frozen weights in four bits with a fitted scale and zero for 64 of them (half-quadratic quantization), products in the
-    run's precision. Needs hqq."""
+    """Half-quadratic quantization: frozen weights in 4 bits, with a fitted scale and zero point for every 64 of them. Products
+    are in the run's precision. It needs hqq."""
 
     name: Literal["hqq"]
     replaces_layers: ClassVar[bool] = True

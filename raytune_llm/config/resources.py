@@ -14,7 +14,7 @@ WorkerRange = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 
 @section
 class Inline:
-    """This process alone, without Ray: for tests, debugging and small jobs."""
+    """This process only, without Ray: for tests, debugging and small jobs."""
 
     name: Literal["inline"]
     num_workers: Literal[1]
@@ -26,15 +26,15 @@ class Local:
 
     name: Literal["local"]
     num_workers: PositiveInt | Literal["auto"]
-    """auto: one for each GPU, or one."""
+    """auto: one worker per GPU; one worker if there is no GPU."""
     cpus_per_worker: PositiveFloat | Literal["auto"]
     """auto: one per GPU worker; without GPUs, this machine's CPUs shared among the workers."""
     gpus_per_worker: NonNegativeFloat | Literal["auto"]
-    """auto: one if there are any."""
+    """auto: one if this machine has GPUs."""
     max_failures: NonNegativeInt
-    """How often within an hour lost workers are replaced; the run then resumes from the newest checkpoint."""
+    """How often within an hour lost workers may be replaced. Each time, the run resumes from the newest checkpoint."""
     collective_timeout_s: PositiveFloat
-    """A worker stops after waiting this long for the others; a worker that does not answer for this long is replaced."""
+    """A worker stops after it has waited this long for the others. A worker that does not answer for this long is replaced."""
 
 
 @section
@@ -43,31 +43,32 @@ class Cluster:
 
     name: Literal["cluster"]
     address: str | None
-    """null: RAY_ADDRESS."""
+    """The address of the Ray head, such as 10.0.0.1:6379. null: the environment's RAY_ADDRESS."""
     num_workers: PositiveInt | Literal["auto"] | WorkerRange
-    """[fewest, most]: as many as the cluster has room for. The run shrinks when a node is lost, and grows when one joins."""
+    """[fewest, most]: as many workers as the cluster has room for. The run shrinks when a node is lost and grows when one
+    joins."""
     cpus_per_worker: PositiveFloat | Literal["auto"]
     gpus_per_worker: NonNegativeFloat | Literal["auto"]
     max_failures: NonNegativeInt
     preflight: Literal["full", "quick", "off"]
-    """Before a run on several nodes, check that their versions agree and that they share storage. full: also measure an
+    """Checks before a run on several nodes. quick: the nodes have the same versions and share storage. full: also measure an
     all-reduce, which takes as long as importing torch."""
     collective_timeout_s: PositiveFloat
 
 
 def uses_ray(resources: Inline | Local | Cluster) -> TypeIs[Local | Cluster]:
-    """Whether workers are Ray's; without it, the run is this process."""
+    """Whether the run uses Ray workers. If not, it runs in this process."""
     return isinstance(resources, Local | Cluster)
 
 
 def on_cluster(resources: Inline | Local | Cluster) -> TypeIs[Cluster]:
-    """Whether workers may be on other machines than this one."""
+    """Whether workers may run on other machines."""
     return isinstance(resources, Cluster)
 
 
 def worker_counts(num_workers: int | str | list[int], micro_batches: int) -> list[int]:
-    """The sizes that a group of workers may have, ascending: of a range those that share a step's micro-batches evenly. Empty:
-    it is not known yet."""
+    """The numbers of workers that a run may have, ascending. From a range, only those that divide a step's micro-batches evenly.
+    Empty if the number is not known yet (auto)."""
     if isinstance(num_workers, str):
         return []
     fewest, most = num_workers if isinstance(num_workers, list) else (num_workers, num_workers)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules. Every one warms up linearly from 0: over a fraction of all steps (rounded up) or a number of steps."""
+"""Learning-rate schedules. Each warms up linearly from 0, over a fraction of all steps (rounded up) or a number of steps."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from raytune_llm.errors import ConfigError
 
 @section
 class Warmup:
-    """The warm-up of all schedules."""
+    """Settings of all schedules: the warm-up."""
 
     warmup_ratio: Fraction | None
     warmup_steps: NonNegativeInt | None
     """Exactly one of the two is given."""
 
     follows_total: ClassVar[bool] = True
-    """Whether the rate after the warm-up depends on the number of all steps."""
+    """The learning rate after the warm-up depends on the total number of steps."""
 
     def __post_init__(self) -> None:
         if (self.warmup_ratio is None) == (self.warmup_steps is None):
@@ -47,14 +47,15 @@ class Linear(Warmup):
 class Cosine(Warmup):
     name: Literal["cosine"]
     floor: Fraction
-    """The final learning rate over the peak."""
+    """The final learning rate as a fraction of the peak."""
 
 
 @section
 class WarmupStableDecay(Warmup):
     name: Literal["wsd"]
     decay_ratio: Fraction | None
-    """Fraction of all steps in the final decay; null: after warm-up, a third of the steps is constant and the rest decays."""
+    """Fraction of all steps in the final decay. null: of the steps after the warm-up, the first third is constant and the rest
+    decays."""
     floor: Fraction
 
 
@@ -62,7 +63,7 @@ class WarmupStableDecay(Warmup):
 class InverseSqrt(Warmup):
     name: Literal["inverse_sqrt"]
     timescale: PositiveInt | None
-    """Steps after which the rate has fallen by sqrt(2); null: the length of the warm-up."""
+    """Steps after which the learning rate has fallen by a factor of sqrt(2); null: the length of the warm-up."""
 
     follows_total: ClassVar[bool] = False
 

@@ -1,6 +1,6 @@
-"""How a section of the config is declared: frozen, keyword-only, strict about types, refusing unknown keys.
+"""Declares a section of the config: a frozen, keyword-only dataclass that checks types strictly and refuses unknown keys.
 
-Sections hold types and rules but no values: each value is in one place, in `conf/`.
+Sections hold types and rules but no default values; those are in `conf/`, each in one place.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(cls: type[T]) -> type[T]:
-    # Validators are built where a config is first validated: help needs none, and no command those of all verbs.
+    # A validator is built when it is first used: help needs none, and no command needs those of all verbs.
     rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
     return dataclass(frozen=True, kw_only=True, config=rules)(cls)  # type: ignore[return-value]
 
 
 @cache
 def validator_of(kind: type[T]) -> TypeAdapter[T]:
-    """Reads and writes a section or a run. It is built at its first use, and kept: building one takes 20 ms."""
+    """The pydantic validator of a section or a run. It is built at its first use and cached, since building takes 20 ms."""
     return TypeAdapter(kind)
 
 
 def settings_of(section: Any) -> dict[str, Any]:
-    """What a section of a tagged union holds beside the `name` that says which one it is: keyword arguments of its function."""
+    """The settings of a section without its `name`, as keyword arguments for the function that the name selects."""
     return {field.name: getattr(section, field.name) for field in fields(section) if field.name != "name"}

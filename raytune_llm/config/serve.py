@@ -67,7 +67,7 @@ class ServeConfig(ServedModels):
     """Maximum number of requests per engine beside the engine.max_rows that it computes; further ones are answered with status
     429."""
     drain_s: PositiveInt
-    """Seconds that running answers have to finish when the server is stopped or updated."""
+    """How many seconds running answers get to finish when the server is stopped or updated."""
     write: str | None
     """Write the Ray Serve config of this server to this file, for a RayService or `serve deploy`, and exit."""
     max_body_bytes: PositiveInt
@@ -120,20 +120,20 @@ class NativeEngine:
     prefix_cache: bool
     """Shared prefixes of prompts are computed once."""
     compile: bool | Literal["auto"]
-    """Compile layers and capture decoding steps as CUDA graphs, which needs a GPU. auto: if there is one."""
+    """Compile layers and capture decoding steps as CUDA graphs, which needs a GPU. auto: if there is a GPU."""
 
     notice: ClassVar[str | None] = None
     """A line that is printed when the server starts."""
     python: ClassVar[str | None] = None
-    """Another Python than this process's, which the engine needs."""
+    """The Python that the engine needs, if it is not this process's."""
     keeps_seeds: ClassVar[bool] = True
-    """A request's seed gives the same answer again."""
+    """A request with the same seed gets the same answer again."""
 
 
 @section
 class HFEngine:
-    """transformers' forward pass and cache, one request at a time: for models whose cache is more than keys and values, and for
-    adapters that can't be computed in a batch with others."""
+    """transformers' own forward pass and cache, one request at a time. It is for models whose cache holds more than keys and
+    values, and for adapters that can't share a batch with others."""
 
     name: Literal["hf"]
     max_rows: PositiveInt
@@ -148,10 +148,10 @@ class HFEngine:
 
 @section
 class HostedEngine:
-    """Another package's engine, in an environment that has the package."""
+    """The engine of another package, which runs in an environment that has the package."""
 
     max_rows: PositiveInt
-    """Answers that are generated at once."""
+    """Maximum number of answers generated concurrently."""
     step_tokens: PositiveInt | None
     """Maximum tokens of a step; null: the package's own default."""
     gpu_memory: Fraction
@@ -164,11 +164,11 @@ class HostedEngine:
 
 @section
 class VLLMEngine(HostedEngine):
-    """vLLM's."""
+    """vLLM's engine."""
 
     name: Literal["vllm"]
     compile: bool
-    """Layers are compiled and decoding steps captured as CUDA graphs."""
+    """Compile layers and capture decoding steps as CUDA graphs."""
 
     notice: ClassVar[str | None] = "engine=vllm: vLLM computes; it gives no embeddings and no scores"
     keeps_seeds: ClassVar[bool] = True
@@ -176,12 +176,12 @@ class VLLMEngine(HostedEngine):
 
 @section
 class SGLangEngine(HostedEngine):
-    """SGLang's."""
+    """SGLang's engine."""
 
     name: Literal["sglang"]
     seeds: bool
-    """A request's seed gives the same answer whatever else is computed: SGLang's deterministic mode, which is slower. Without
-    it, `seed` is ignored, and answers say so."""
+    """Use SGLang's deterministic mode, which is slower: a request with the same seed gets the same answer, whatever else is in
+    the batch. If it is off, `seed` is ignored, and answers say so."""
 
     notice: ClassVar[str | None] = "engine=sglang: SGLang computes; it gives no embeddings and no scores"
 

@@ -1,4 +1,4 @@
-"""Which runs can share one base in one pass a step (tune.share_base): LoRA adapters that see the same packs."""
+"""Decides which runs can train their LoRA adapters in one pass over one base (tune.share_base): those that see the same packs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ VARIES = (
     "train.sample_rows", "train.max_new_tokens", "checkpoint.every_steps", "checkpoint.final", "checkpoint.keep",
     "checkpoint.asynchronous",
 )  # fmt: skip
-"""Settings that may differ from run to run, or what those begin with."""
+"""Settings that may differ between the runs, or prefixes of them."""
 FIXED = ("stage.name", "stage.reference", "stage.reference_model", "stage.reference_adapter")
-"""Settings among VARIES that must be equal still: they decide what rows are, or what is computed beside them."""
+"""Settings under the prefixes of VARIES that must still be equal, because they change the rows or the reference."""
 OWN = ("name", "output_dir", "resume")
 WAY_OUT = "Set tune.share_base=false."
 
 
 def elsewhere(run: TrainRun) -> ConfigError | None:
-    """Trials in one pass train in the sweep's own process."""
+    """An error if the run uses Ray: trials that share a base train in the sweep's own process."""
     return _refused("resources", "must be inline", run.resources.name) if uses_ray(run.resources) else None
 
 
 def obstacle(run: TrainRun, base: TrainRun) -> ConfigError | None:
-    """What keeps a run from sharing the pass of another one, by its setting; none if nothing does."""
+    """The first rule that keeps a run from sharing the base of another one, as an error; None if there is none."""
     return next(_obstacles(run, base), None)
 
 

@@ -1,4 +1,4 @@
-"""What a sweep varies: settings with the values that they may take, and how points of them are drawn or counted out."""
+"""The space of a sweep: settings with the values that they may take, and how points are drawn from it or enumerated."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 from raytune_llm.errors import ConfigError
 
 DIGITS = 3
-"""Significant digits of a number that is drawn: settings stay readable, and the same when they are typed again."""
+"""Significant digits of a drawn number, so that values are readable and can be typed again exactly."""
 
 MOST = 1000
-"""Values of a list, and points of a grid: each is composed before the first trial."""
+"""Maximum values of a list and points of a grid, since each is composed before the first trial."""
 Point = Mapping[str, Any]
 """Setting -> value."""
 
@@ -31,7 +31,7 @@ class Choice:
         return self.values
 
     def draw(self, share: float) -> Any:
-        """share: evenly distributed from 0 to 1."""
+        """One of the values. share: a uniform random number from 0 to 1."""
         return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
 
     def holds(self, value: Any) -> bool:
@@ -40,7 +40,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Interval:
-    """Any number from `low` to `high`; whole numbers where `whole`, equally likely by their logarithm where `log`."""
+    """Any number from `low` to `high`. whole: integers only. log: uniform in the logarithm."""
 
     low: float
     high: float
@@ -80,11 +80,11 @@ class Axis:
         return {self.settings[0]: value} if len(self.settings) == 1 else dict(zip(self.settings, value, strict=True))
 
     def value_in(self, point: Point) -> Any:
-        """The opposite of `point`."""
+        """This axis's value in a point: the inverse of `point`."""
         return point[self.settings[0]] if len(self.settings) == 1 else tuple(point[setting] for setting in self.settings)
 
     def base(self, run: Any) -> Any:
-        """What a run has for it; for a group the name of the chosen one. None for what it has not."""
+        """The run's value for this axis (for a group, the name of its option); None if the run has no such setting."""
         return self.value_in({setting: of_run(run, setting) for setting in self.settings})
 
     @property
@@ -112,7 +112,7 @@ def check(setting: str, values: Values) -> None:
 
 
 def check_length(setting: str, count: int, first: Any, last: Any) -> None:
-    """Raises ConfigError for more values than can be looked at beforehand."""
+    """Raises ConfigError if there are too many values to compose each before the sweep."""
     if count > MOST:
         numbers = all(isinstance(value, int | float) for value in (first, last))
         fix = f"Write int(interval({first},{last}))." if numbers else "Take fewer."
@@ -120,7 +120,7 @@ def check_length(setting: str, count: int, first: Any, last: Any) -> None:
 
 
 def axes_of(space: Mapping[str, Values], zips: Sequence[Sequence[str]]) -> tuple[Axis, ...]:
-    """The space with zipped settings joined, in the order that they were given in. Raises ConfigError."""
+    """The space as axes, in the given order; settings that are zipped form one axis. Raises ConfigError."""
     joined: dict[str, tuple[str, ...]] = {}
     for together in zips:
         if len(together) < 2:
@@ -150,7 +150,7 @@ def axes_of(space: Mapping[str, Values], zips: Sequence[Sequence[str]]) -> tuple
 
 
 def check_grid(axes: Sequence[Axis]) -> None:
-    """Raises ConfigError for an interval, which has no end of values, and for more points than can be looked at beforehand."""
+    """Raises ConfigError for an interval, which can't be enumerated, and for a grid with too many points."""
     for axis in axes:
         if isinstance(axis.values, Interval):
             raise ConfigError(axis.name, "must be a list of values where tune=grid", fix="Take tune=random, or write the values.")
@@ -161,26 +161,26 @@ def check_grid(axes: Sequence[Axis]) -> None:
 
 
 def grid(axes: Sequence[Axis]) -> Iterator[Point]:
-    """All combinations, the last axis fastest."""
+    """All combinations of values. The last axis changes fastest."""
     for values in product(*(axis.values.ends for axis in axes)):
         yield merged(axis.point(value) for axis, value in zip(axes, values, strict=True))
 
 
 def drawn(axes: Sequence[Axis], seed: int, number: int) -> Point:
-    """The point with this number of those that a seed draws: a function of the three alone."""
+    """The random point with this number. It depends only on the axes, the seed and the number."""
     shares = random.Random(f"{seed}:{number}")
     return merged(axis.point(axis.values.draw(shares.random())) for axis in axes)
 
 
 def ends(axes: Sequence[Axis]) -> Iterator[Point]:
-    """Each value of a list and both ends of an interval, one after another, with the rest as the base has it."""
+    """Points that change one axis of the base: to each value of a list, or to both ends of an interval."""
     for axis in axes:
         for value in axis.values.ends:
             yield axis.point(value)
 
 
 def of_run(run: Any, setting: str) -> Any:
-    """What a run has for a setting; for a group the name of the chosen one. None for what it has not."""
+    """The run's value of a setting (for a group, the name of its option); None if the run has no such setting."""
     found = run
     for name in setting.lstrip("+").split("."):
         found = found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)

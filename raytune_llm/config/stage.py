@@ -9,8 +9,8 @@ from raytune_llm.config.section import NonNegativeFloat, PositiveFloat, section
 from raytune_llm.errors import ConfigError
 
 Reference = Literal["precomputed", "online"]
-"""Log-probabilities under the reference, which is the model at the start of the run, with the adapter that it continues:
-precomputed: once for all rows, before the first step; online: in each step."""
+"""When the reference's log-probabilities are computed. precomputed: once for all rows, before the first step. online: in each
+step. The reference is the model at the start of the run, with the adapter that the run continues."""
 HalfOpen = Annotated[float, Field(ge=0, lt=0.5)]
 DPOLoss = Literal[
     "sigmoid", "robust", "hinge", "ipo", "ipo_sum", "exo_pair", "nca_pair", "sppo_hard", "aot", "aot_unpaired", "aot_pair",
@@ -22,7 +22,7 @@ SFT_READS: dict[str, tuple[str, ...]] = {
     "eaft": ("eaft_alpha",),
     "asft": ("asft_alpha",),
 }
-"""Loss of SFT -> the settings that it reads and others do not."""
+"""Loss of SFT -> the settings that only this loss reads."""
 DPO_READS: dict[str, tuple[str, ...]] = {
     "sigmoid": ("beta", "label_smoothing"),
     "robust": ("beta", "label_smoothing"),
@@ -45,13 +45,13 @@ DPO_READS: dict[str, tuple[str, ...]] = {
     "f_alpha": ("beta", "f_alpha"),
     "sft": (),
 }
-"""The same of DPO. The rewards that are logged read beta with any loss."""
+"""Loss of DPO -> the settings that it reads. The logged rewards depend on beta with any loss."""
 OFF_AT_ZERO = {"label_smoothing", "z_loss"}
-"""Settings of them that do nothing at 0; the others are null where no loss reads them."""
+"""Settings that are off at 0. The others are off at null."""
 
 
 def _are_read(settings: Mapping[str, float | None], losses: Set[str], reads: Mapping[str, tuple[str, ...]]) -> None:
-    """Each of these settings is given where one of the losses reads it, and only there."""
+    """Raises ConfigError unless each setting is given exactly if one of the losses reads it."""
     chosen = "+".join(sorted(losses))
     for setting, value in settings.items():
         readers = [loss for loss, read in reads.items() if setting in read]
@@ -73,24 +73,24 @@ OF_PAIRS = ("loss", *SIDES, "rewards/accuracies")
 
 
 class StageRules:
-    """What rules between sections and `plan` read of any stage."""
+    """What rules between sections and `plan` ask any stage."""
 
     kind: ClassVar[str]
     """The kind of row that it trains on: one of data.kinds.KINDS."""
     has_reference: ClassVar[bool] = False
     writes: ClassVar[bool] = True
-    """Its model answers with text; otherwise it is a Scorer, which answers with a number."""
+    """Its model generates text. If not, it is a Scorer, which gives a number."""
     trains_turns: ClassVar[bool] = False
-    """Whether the trained turns can be chosen; otherwise they are the answer of each side, or the whole text."""
+    """Settings can choose the trained turns. If not, the answer of each side or the whole text is trained."""
     has_right_answers: ClassVar[bool] = False
-    """Whether exact match with a held-out row's answer makes sense."""
+    """Held-out rows have one right answer, so that exact match makes sense."""
     reads_margins: ClassVar[bool] = False
     plain_text: ClassVar[bool] = False
     """Its rows are not conversations."""
     anchored: ClassVar[bool] = False
-    """Its loss holds the policy near the model without its adapter."""
+    """Its loss compares the policy with the model without its adapter."""
     figures: ClassVar[tuple[str, ...]] = OF_PAIRS
-    """What an evaluation can report, each with eval_ before it."""
+    """The metrics that an evaluation can report, without the prefix eval_."""
 
 
 class WithoutReference(StageRules):
@@ -105,7 +105,7 @@ class WithoutRouters(StageRules):
 
 @section
 class SFT(WithoutReference):
-    """Supervised fine-tuning: the likelihood of the trained tokens."""
+    """Supervised fine-tuning: maximizes the likelihood of the trained tokens."""
 
     kind: ClassVar[str] = "conversations"
     trains_turns: ClassVar[bool] = True
@@ -114,18 +114,18 @@ class SFT(WithoutReference):
 
     name: Literal["sft"]
     loss: Literal["cross_entropy", "dft", "eaft", "asft"]
-    """dft: each token is weighted by its probability. eaft: by the entropy of its distribution. asft: dft, and a KL term to the
-    model without its adapter."""
+    """dft: the loss of each token is weighted by its probability. eaft: by the entropy of its distribution. asft: dft plus a KL
+    term to the model without its adapter."""
     label_smoothing: HalfOpen
-    """With cross_entropy: the fraction of the target that is spread over the whole vocabulary."""
+    """With cross_entropy: the fraction of the target probability that is spread evenly over the vocabulary."""
     z_loss: NonNegativeFloat
-    """With cross_entropy: the weight of the added squared logsumexp of the logits."""
+    """With cross_entropy: the weight of an added loss, the squared logsumexp of the logits."""
     eaft_alpha: PositiveFloat | None
     """With eaft: the exponent of a token's entropy."""
     asft_alpha: PositiveFloat | None
     """With asft: the weight of the KL term."""
     neftune_alpha: PositiveFloat | None
-    """Uniform noise on the embeddings in training, of at most alpha / sqrt(tokens x hidden size). 5 is usual."""
+    """NEFTune: add uniform noise of at most alpha / sqrt(tokens x hidden size) to the embeddings in training. 5 is common."""
     router_aux_loss_coef: PositiveFloat | None
     """The weight of the load-balancing loss of a mixture of experts, computed over each document."""
 
@@ -153,7 +153,7 @@ class Pretrain(WithoutReference):
 
     name: Literal["pretrain"]
     z_loss: NonNegativeFloat
-    """The weight of the added squared logsumexp of the logits."""
+    """The weight of an added loss, the squared logsumexp of the logits."""
     router_aux_loss_coef: PositiveFloat | None
     """The weight of the load-balancing loss of a mixture of experts, computed over each document."""
 
@@ -173,13 +173,13 @@ class Reward(WithoutReference, WithoutRouters):
     centering: NonNegativeFloat
     """The weight of (chosen + rejected)^2, which keeps scores around 0."""
     value_head: Literal["score", "v_head"]
-    """How it is saved. score: as transformers' sequence classification with one label. v_head: as a language model with
-    LLaMA-Factory's value_head.safetensors beside it."""
+    """How the score head is saved. score: as a sequence classification model of transformers with one label. v_head: as a
+    language model with LLaMA-Factory's value_head.safetensors."""
 
 
 @section
 class DPO(WithoutRouters):
-    """Direct preference optimisation and its family: log-probabilities of answers relative to a reference."""
+    """Direct preference optimisation and its variants, which compare answers' log-probabilities with those of a reference."""
 
     kind: ClassVar[str] = "pairs"
     has_reference: ClassVar[bool] = True
@@ -188,11 +188,11 @@ class DPO(WithoutRouters):
     loss: DPOLoss | dict[DPOLoss, float]
     """One loss, or several with their weights: {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0} is MPO."""
     beta: PositiveFloat
-    """The scale of log-ratios: the smaller, the further the policy may move from the reference."""
+    """The scale of the log-ratios. A smaller value lets the policy move further from the reference."""
     label_smoothing: HalfOpen
-    """The probability that a label is wrong: with sigmoid, cDPO."""
+    """The assumed probability that a preference is wrong. sigmoid with label smoothing is cDPO."""
     ld_alpha: Annotated[float, Field(ge=0, le=1)] | None
-    """LD-DPO: the weight of the tokens of an answer beyond the other's length."""
+    """LD-DPO: the weight of the tokens of the longer answer that lie beyond the length of the shorter one."""
     sft_weight: NonNegativeFloat
     """The weight of the added cross-entropy of the chosen answer, per token (pref_ftx, rpo_alpha)."""
     discopop_tau: PositiveFloat | None
@@ -200,7 +200,7 @@ class DPO(WithoutRouters):
     f_alpha: float | None
     """With f_alpha: the alpha of the divergence."""
     reference: Reference | Literal["none"]
-    """none: reference-free, as if every answer were as likely as any other under the reference."""
+    """none: no reference model; every answer counts as equally likely under the reference."""
     reference_model: str | None
     """A folder or hub id of another model as the reference; null: the model at the start of the run, with its adapter."""
     reference_adapter: str | None
@@ -229,7 +229,7 @@ class DPO(WithoutRouters):
 
 @section
 class ORPO(WithoutReference, WithoutRouters):
-    """Odds-ratio preference optimisation: cross-entropy of the chosen answer, and odds against the rejected one."""
+    """Odds-ratio preference optimisation: cross-entropy of the chosen answer plus the log odds ratio of the two answers."""
 
     kind: ClassVar[str] = "pairs"
 
@@ -240,14 +240,14 @@ class ORPO(WithoutReference, WithoutRouters):
 
 @section
 class SimPO(WithoutReference, WithoutRouters):
-    """Simple preference optimisation: mean log-probabilities a token, and a margin between them."""
+    """Simple preference optimisation: mean log-probabilities per token, with a margin between the two answers."""
 
     kind: ClassVar[str] = "pairs"
 
     name: Literal["simpo"]
     beta: PositiveFloat
     gamma: NonNegativeFloat
-    """The margin, in units of the reward: the paper's gamma, not a share of beta."""
+    """The margin in units of the reward (the paper's gamma, not gamma / beta)."""
     label_smoothing: HalfOpen
     sft_weight: NonNegativeFloat
     """The weight of the added cross-entropy of the chosen answers (cpo_alpha)."""
@@ -255,7 +255,7 @@ class SimPO(WithoutReference, WithoutRouters):
 
 @section
 class CPO(WithoutReference, WithoutRouters):
-    """Contrastive preference optimisation: DPO as if the reference were uniform."""
+    """Contrastive preference optimisation: DPO with a uniform reference."""
 
     kind: ClassVar[str] = "pairs"
 
@@ -268,7 +268,7 @@ class CPO(WithoutReference, WithoutRouters):
 
 @section
 class KTO(WithoutRouters):
-    """Kahneman-Tversky optimisation: single answers, each desirable or not."""
+    """Kahneman-Tversky optimisation: single answers that are labelled desirable or undesirable."""
 
     kind: ClassVar[str] = "labeled"
     has_reference: ClassVar[bool] = True
@@ -276,11 +276,11 @@ class KTO(WithoutRouters):
 
     name: Literal["kto"]
     loss: Literal["kto", "apo_zero_unpaired"]
-    """apo_zero_unpaired: against the reference itself, without an estimate of how far the policy has moved."""
+    """apo_zero_unpaired: KTO without the estimate of the KL divergence from the reference."""
     beta: PositiveFloat
     desirable_weight: NonNegativeFloat
     undesirable_weight: NonNegativeFloat
-    """The paper keeps (weight x rows) of the desirable over that of the others between 1 and 4/3."""
+    """The paper recommends (desirable_weight x desirable rows) / (undesirable_weight x undesirable rows) between 1 and 4/3."""
     sft_weight: NonNegativeFloat
     """The weight of the added cross-entropy of the desirable answers, per token (pref_ftx)."""
     reference: Reference

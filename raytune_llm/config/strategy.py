@@ -9,29 +9,30 @@ from raytune_llm.config.section import PositiveInt, section
 
 @section
 class DDP:
-    """Every worker holds the whole model; gradients are summed over workers."""
+    """Every worker holds the whole model, and gradients are summed over workers."""
 
     name: Literal["ddp"]
     option: ClassVar[str] = "ddp"
     shards: ClassVar[bool] = False
     """Weights, gradients or optimizer state are sharded over workers."""
     keeps_matrices: ClassVar[bool] = True
-    """Parameters keep their shapes, whole or in shards that know them."""
+    """Parameters keep their shapes, so that optimizers can use matrices (ZeRO flattens them)."""
     gathers_in_hooks: ClassVar[bool] = False
-    """Weights are whole only while the layer that owns them is called: its hooks gather them."""
+    """Weights are gathered by hooks of the layer that owns them, so they are complete only while that layer is called."""
 
     def refuses_quantized(self, *, trained: bool) -> str | None:
-        """Why it can't have quantized layers, frozen or trained ones; None where it can."""
+        """The reason why it can't have quantized layers; None if it can. trained: the quantized layers are trained."""
         return None
 
     def weights_share(self, world: int) -> float:
-        """The part of the weights that a worker has on its device between layers."""
+        """The fraction of the weights that a worker keeps on its device between layers."""
         return 1
 
 
 @section
 class FSDP:
-    """FSDP2 (`fully_shard`): parameters, gradients and optimizer state are sharded over workers, gathered layer by layer."""
+    """FSDP2 (`fully_shard`): parameters, gradients and optimizer state are sharded over workers, and weights are gathered layer
+    by layer."""
 
     name: Literal["fsdp"]
     option: ClassVar[str] = "fsdp"
@@ -39,12 +40,13 @@ class FSDP:
     keeps_matrices: ClassVar[bool] = True
     gathers_in_hooks: ClassVar[bool] = False
     reshard: Literal["full", "grad_only"]
-    """full: gathered layers are given back after the forward pass and gathered again for the backward pass. grad_only: they are
-    kept, and gradients and optimizer state alone stay sharded (more memory, less traffic)."""
+    """full: free gathered weights after the forward pass, and gather them again for the backward pass. grad_only: keep them, so
+    that only gradients and optimizer state stay sharded (more memory, less communication)."""
     shard_workers: PositiveInt | Literal["all"]
-    """Workers that share one copy of the model, say those of a node; copies meet in their gradients alone."""
+    """HSDP: the number of workers that share one copy of the model, for example those of a node. Copies exchange only
+    gradients."""
     prefetch: PositiveInt
-    """Layers that are gathered ahead of the one that runs."""
+    """How many layers are gathered ahead of the one that runs."""
     offload: bool
     """Keep shards in host memory between uses."""
 
@@ -57,7 +59,7 @@ class FSDP:
 
 @section
 class DeepSpeed:
-    """ZeRO (Rajbhandari et al. 2019): stage 1 shards optimizer state, 2 gradients as well, 3 parameters as well."""
+    """ZeRO (Rajbhandari et al. 2019). Stage 1 shards optimizer state, stage 2 also gradients, stage 3 also parameters."""
 
     name: Literal["deepspeed"]
     shards: ClassVar[bool] = True
@@ -71,7 +73,7 @@ class DeepSpeed:
 
     @property
     def option(self) -> str:
-        """What chooses it: strategy=zero2."""
+        """The option that selects it, such as zero2."""
         return f"zero{self.stage}"
 
     @property

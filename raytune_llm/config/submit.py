@@ -10,13 +10,14 @@ from raytune_llm.errors import ConfigError
 
 @section
 class JobServer:
-    """How the jobs of a cluster are reached, and where their results go."""
+    """How to reach the jobs of a cluster, and where their results go."""
 
     address: str | None
-    """The URL of the head's dashboard: http://head:8265. null: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if it is a dashboard's
-    address."""
+    """The URL of the head's dashboard, such as http://head:8265. null: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if that is the
+    address of a dashboard."""
     results: str
-    """A folder here: the small results of a job (metrics, summary, curve, settings) come to `<results>/<job>/`."""
+    """A folder on this machine. The small results of a job (metrics, summary, curve, settings) are written to
+    `<results>/<job>/`."""
 
     def __post_init__(self) -> None:
         if self.address is not None and not self.address.startswith(("http://", "https://")):
@@ -30,23 +31,23 @@ class JobServer:
 
 @section
 class SubmitConfig(JobServer):
-    """What goes to the cluster with a run."""
+    """What is sent to the cluster with a run."""
 
     detach: bool
-    """Return as soon as the cluster has the job; `jobs logs` comes back to it."""
+    """Return as soon as the cluster has the job. `jobs logs` follows it later."""
     folder: str
-    """Travels to the cluster and is the job's working folder, less what git ignores. This package goes with it."""
+    """The folder to upload, without what git ignores. It is the job's working folder. This package is uploaded with it."""
     ignore: list[str]
-    """Names and paths in the folder that are not uploaded; * matches any part of a name, a slash at the end changes nothing."""
+    """Names and paths in the folder that are not uploaded. * matches any part of a name; a slash at the end has no effect."""
     max_mib: Annotated[int, Field(ge=1, le=500)]
-    """The most that may travel. Ray's own limit is 512."""
+    """Maximum size of the upload in MiB. Ray's own limit is 512."""
     requirements: str | None
-    """pinned: the versions that this machine has, of what the package depends on; or a requirements file. They are installed on
-    each node where they differ. null: what the cluster has."""
+    """Packages to install on each node that has other versions. pinned: this package's dependencies in the versions of this
+    machine; or the path of a requirements file. null: use what the cluster has."""
     image: str | None
-    """A container image that driver and workers run in, with all that they need; no folder travels then."""
+    """A container image for driver and workers that has everything they need. No folder is uploaded then."""
     env: dict[str, str]
-    """Variables of the job's environment. Who sees the cluster's dashboard sees them."""
+    """Environment variables of the job. Everybody who can open the cluster's dashboard can read them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

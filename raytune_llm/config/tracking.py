@@ -21,7 +21,7 @@ class TensorBoard:
     name: Literal["tensorboard"]
 
     def in_group(self, group: str) -> TensorBoard:
-        """Its files are in the runs' folders, which are in the sweep's folder."""
+        """TensorBoard groups runs by folder, and a sweep's runs are in the sweep's folder."""
         return self
 
 
@@ -32,9 +32,9 @@ class Tracker:
     name: Literal["wandb", "mlflow", "swanlab", "trackio"]
     project: str
     run: str | None
-    """none: the run's `name`."""
+    """The run's name in the service; null: `name`."""
     group: str | None
-    """The name of a group of runs that belong together. null: for a sweep's trials, its `name`; else none."""
+    """The name of a group of runs. null: no group; for the trials of a sweep, the sweep's `name`."""
 
     def in_group(self, group: str) -> Tracker:
         return self if self.group is not None else replace(self, group=group)

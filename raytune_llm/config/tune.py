@@ -11,53 +11,55 @@ from raytune_llm.errors import ConfigError
 
 Mode = Literal["auto", "min", "max"]
 MODES = {"loss": "min", "perplexity": "min", "accuracy": "max", "accuracies": "max", "margins": "max", "exact_match": "max"}
-"""Which way is better, by how a metric's name ends."""
+"""The end of a metric's name -> whether lower or higher is better."""
 EVALUATIONS, EXACT_MATCH = "eval_", "exact_match"
 
 
 @section
 class TuneConfig:
     name: Literal["grid", "random", "optuna"]
-    """What chooses the settings of the next trial. grid: all combinations; random: drawn from `seed`; optuna: its TPE sampler,
-    which learns from the trials before."""
+    """How the settings of the next trial are chosen. grid: all combinations. random: drawn with `seed`. optuna: by Optuna's TPE
+    sampler, which learns from earlier trials."""
     trials: PositiveInt | None
-    """Settings that are tried, base and `first` included. null: all of a grid."""
+    """Number of settings to try, including the base and `first`. null: all of a grid."""
     metric: str | Annotated[list[str], Field(min_length=2)]
-    """eval_loss or another figure of an evaluation; exact_match; or module:function, which gets the TrainResult of a trial. Of
-    several, [eval_loss,module:seconds], the results have the Pareto front, and the first one says which setting is the best."""
+    """eval_loss or another metric of an evaluation; exact_match; or module:function, which is called with a trial's TrainResult.
+    With several, such as [eval_loss,module:seconds], the results show the Pareto front, and the first metric decides which
+    setting is best."""
     mode: Mode | list[Mode]
-    """Whether less or more of the metric is better; a list for several. auto: by its name."""
+    """Whether a lower or a higher metric is better; a list for several metrics. auto: by the metric's name."""
     scheduler: Literal["none", "asha", "median", "hyperband", "pbt"]
-    """What ends trials early, at their evaluations. pbt ends none: the worst take over what the best have learnt."""
+    """Which rule stops trials early, at their evaluations. pbt stops none: the worst trials continue from copies of the best."""
     grace: Annotated[float, Field(gt=0, lt=1)]
-    """No trial is ended before this part of its steps: the first rung. pbt: a round is this part of the steps."""
+    """The fraction of its steps that every trial trains before it can be stopped (the first rung). pbt: the length of a round, as
+    a fraction of the steps."""
     reduction: Annotated[int, Field(ge=2)]
-    """asha, hyperband: the best 1/reduction of the trials at a rung continue, to one that is so many times as far. pbt: the worst
-    1/reduction take over the best ones."""
+    """asha, hyperband: the best 1/reduction of the trials at a rung continue to the next rung, which has `reduction` times as
+    many steps. pbt: the worst 1/reduction of the trials are replaced by copies of the best."""
     seed: Seed
-    """The seed that points are sampled with. Trials keep train.seed."""
+    """The seed that values are drawn with. All trials train with train.seed."""
     seeds: PositiveInt
-    """Each setting is trained with train.seed, train.seed + 1 and so on, and judged by the mean."""
+    """Train each setting with this many seeds (train.seed, train.seed + 1, ...), and compare settings by the mean."""
     zip: list[list[str]]
     """Settings whose values change together: [[adapter.rank, adapter.alpha]]."""
     first: list[dict[str, Any]]
-    """Settings that are known to be good, tried first: [{optimizer.lr: 1e-4}]."""
+    """Settings to try first, for example known good ones: [{optimizer.lr: 1e-4}]."""
     base_first: bool
-    """The base configuration, without any value of the space, is the first trial."""
+    """Make the base configuration, without any value of the space, the first trial."""
     pause_at: Annotated[float, Field(gt=0, lt=1)] | None
-    """All trials are trained to this part of their steps, and wait there until `tune resume` says which of them resume."""
+    """Train all trials to this fraction of their steps, then pause the sweep. `tune resume` chooses the trials that continue."""
     max_concurrent: PositiveInt | None
-    """So many trials at once, at most. null: as many as there are CPUs and GPUs for, and as their memory, by `plan`, has room
-    for; in one pass over one base 16."""
+    """Maximum number of trials at the same time. null: as many as there are CPUs and GPUs for and as fit in memory by plan's
+    estimate; with a shared base, 16."""
     keep: NonNegativeInt
-    """So many trials, the best ones, keep their model and checkpoints."""
+    """Number of best trials that keep their model and checkpoints."""
     max_failures: PositiveInt
-    """So many trials that failed one after another end the sweep."""
+    """Stop the sweep after this many failed trials in a row."""
     share_base: bool | Literal["auto"]
-    """Trials are adapters over one base, several of them in one pass a step. auto: where nothing of the space forbids it and it
-    is faster, or max_concurrent processes don't fit the GPU; which is said."""
+    """Train several trials in one forward and backward pass over one base, each as an adapter of its own. auto: if the space
+    permits it, and if it is faster or max_concurrent separate processes don't fit on the GPU. The choice is printed."""
     dry_run: bool
-    """Show the trials and what they need, and run nothing: --dry-run."""
+    """Show the trials and the resources that they need, and run nothing (--dry-run)."""
     space: dict[str, Any]
     """Setting -> values, as on the command line: {optimizer.lr: "tag(log,interval(1e-5,1e-3))", adapter.rank: [8, 16]}."""
 
@@ -120,13 +122,13 @@ class TuneConfig:
 
     @property
     def rounds(self) -> bool:
-        """All trials train to the same steps, and wait there for each other."""
+        """Whether all trials train to the same step and wait for each other there."""
         return self.scheduler == "pbt"
 
     @property
     def promotes(self) -> bool:
-        """Whether trials wait at rungs, from which the best resume. Not where settings are chosen by what earlier ones came to,
-        which then is to be known early, or all wait for the user."""
+        """Whether trials wait at rungs, from which the best resume. Not if the searcher learns (it needs results early), and not
+        if all trials pause for the user."""
         return self.scheduler == "asha" and not self.learns and self.pause_at is None
 
     @property
@@ -136,7 +138,7 @@ class TuneConfig:
 
     @property
     def says_where_to_evaluate(self) -> bool:
-        """Whether trials are evaluated where they are compared, and need no `train.eval_every_steps` for it."""
+        """Whether the sweep decides when trials are evaluated, so that `train.eval_every_steps` is not needed."""
         return self.scheduler in ("asha", "hyperband", "pbt")
 
     @property
@@ -146,17 +148,17 @@ class TuneConfig:
 
     @property
     def compares_running(self) -> bool:
-        """Whether a trial's evaluation is compared with those of trials that run at the same time."""
+        """Whether a trial's evaluation is compared with evaluations of trials that still run."""
         return self.scheduler == "median"
 
     @property
     def learns(self) -> bool:
-        """Whether a setting is chosen by what earlier ones came to."""
+        """Whether the searcher uses the results of earlier trials."""
         return self.name == "optuna"
 
     @property
     def at_end(self) -> bool:
-        """Whether a metric is known at a trial's end only."""
+        """Whether one of the metrics is known only at a trial's end."""
         return any(known_at_end(metric) for metric in self.metrics)
 
     @property
@@ -165,18 +167,18 @@ class TuneConfig:
 
     @property
     def objectives(self) -> dict[str, str | None]:
-        """Metric -> min or max; none where its name doesn't say."""
+        """Metric -> min or max, or None if neither the mode nor the name says which."""
         modes = self.mode if isinstance(self.mode, list) else [self.mode] * len(self.metrics)
         return {metric: _better(metric, mode) for metric, mode in zip(self.metrics, modes, strict=True)}
 
 
 def known_at_end(metric: str) -> bool:
-    """Whether it is known at a trial's end only."""
+    """Whether the metric is known only at a trial's end."""
     return metric == EXACT_MATCH or ":" in metric
 
 
 def shown(value: Any) -> str:
-    """As on the command line."""
+    """The value as it is typed on the command line."""
     return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
