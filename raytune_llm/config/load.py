@@ -1,6 +1,7 @@
-"""Hydra composes, pydantic validates: overrides in, one frozen run out. Beside it, override_syntax.py and plain.py know Hydra.
+"""Turns overrides into a frozen run: Hydra composes the config, pydantic validates it. Only override_syntax.py and plain.py also
+use Hydra.
 
-Mistakes leave as ConfigError, with the dotted path and, for a name that is nearly right, the name that was meant.
+Every mistake is raised as a ConfigError with the setting's dotted path; for a misspelled name it suggests the right one.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ from raytune_llm.config.section import validator_of
 from raytune_llm.errors import NOT_YAML, ConfigError, first_line
 
 Composed = DictConfig
-"""A config before it is a run."""
+"""A composed config that is not validated yet."""
 
 MAX_OPTION_CHARS = 200
-"""An option is a file, whose name can be no longer than a file system allows."""
+"""Maximum length of an option's name. An option is a file, and file systems limit the length of names."""
 
 
 EXAMPLES = CONF.parent / "examples"
@@ -52,8 +53,7 @@ def _example(name: str, *, _parent_: DictConfig) -> str | None:
 
 
 OmegaConf.register_new_resolver("examples", _example, replace=True)
-"""${examples:rows.jsonl} in YAML is a file of examples/, which lies beside conf/; null in a section whose dataset_info takes its
-place."""
+"""${examples:rows.jsonl} in YAML is the path of a file in examples/, or null if the section has a dataset_info instead."""
 
 
 def _with_examples(value: Any, otherwise: Any, *, _parent_: DictConfig) -> Any:
@@ -62,7 +62,7 @@ def _with_examples(value: Any, otherwise: Any, *, _parent_: DictConfig) -> Any:
 
 
 OmegaConf.register_new_resolver("with_examples", _with_examples, replace=True)
-"""${with_examples:0.1,0.0} in YAML is 0.1 where the section's path is a file of examples/, and 0.0 where it is a user's own."""
+"""${with_examples:0.1,0.0} in YAML is 0.1 if the section's path is a file in examples/, else 0.0."""
 
 
 def _with_loss(loss: str, value: Any, *, _parent_: DictConfig) -> Any:
@@ -71,7 +71,7 @@ def _with_loss(loss: str, value: Any, *, _parent_: DictConfig) -> Any:
 
 
 OmegaConf.register_new_resolver("with_loss", _with_loss, replace=True)
-"""${with_loss:eaft,1.0} in YAML is 1.0 where the section's loss is eaft, or a sum with it, and null beside another one."""
+"""${with_loss:eaft,1.0} in YAML is 1.0 if the section's loss is eaft or a sum that includes it, else null."""
 
 
 ANY_KEY = (
@@ -88,16 +88,16 @@ ANY_KEY = (
     "steps",
     "also",
 )
-"""Settings whose keys are the user's, or another program's."""
+"""Settings that are mappings with keys of the user's choice, or keys of another program."""
 
 
 def load_config(
     verb: str, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, config_name: str | None = None
 ) -> Any:
-    """The run that `python -m raytune_llm <verb> <overrides>` starts, of the class that RUNS has for the verb.
+    """The run that `python -m raytune_llm <verb> <overrides>` starts. Its class is RUNS[verb]. Raises ConfigError.
 
-    config_dir adds a folder to the search path (its groups and experiments come beside ours); config_name takes another
-    primary config than the verb's, say `run` from an output folder. Raises ConfigError.
+    config_dir: a folder with more groups and experiments. config_name: another primary config than the verb's own, for example
+    `run` in an output folder.
     """
     return to_run(verb, compose(verb, overrides, config_dir=config_dir, config_name=config_name))
 
@@ -140,12 +140,12 @@ def compose(
 
 
 def changed(composed: DictConfig, config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """A composed config with values of settings, as if these overrides had been composed with the others: Hydra gives settings
-    their values once the options of all groups are chosen. Composing takes ten times as long. Raises ConfigError."""
+    """A composed config with more overrides of settings (not of groups). The result is the same as composing with them, since
+    Hydra sets values after all options are chosen, but it takes a tenth of the time. Raises ConfigError."""
     overrides = [as_typed(override) for override in overrides]
     _check_choices(overrides, None)
     copied = _without_hydra(composed)
-    OmegaConf.set_struct(copied, True)  # as Hydra does, so that a name that is no setting is refused
+    OmegaConf.set_struct(copied, True)  # as in Hydra, so that unknown settings are refused
     try:
         ConfigLoaderImpl._apply_overrides_to_config([parsed(_free(override)) for override in overrides], copied)
     except (HydraException, OmegaConfBaseException) as error:
@@ -154,7 +154,8 @@ def changed(composed: DictConfig, config_name: str, overrides: Sequence[str]) ->
 
 
 def _check_choices(overrides: Sequence[str], config_dir: str | Path | None) -> None:
-    """Check that each group is given the name of an option, and each setting a name: Hydra's own errors don't say which."""
+    """Raises ConfigError if a group is given something that is not an option, or if an override has no setting. Hydra's own
+    errors don't say which override is wrong."""
     for text in overrides:
         key, sign, value = text.partition("=")
         group = key.lstrip("+~").partition("@")[0]
@@ -180,7 +181,7 @@ def _check_choices(overrides: Sequence[str], config_dir: str | Path | None) -> N
 
 
 def _check_experiments(verb: str, overrides: Sequence[str], config_dir: str | Path | None) -> None:
-    """Check that an experiment which is a sweep or a chain goes with the verb that runs it."""
+    """Raises ConfigError if an experiment is a sweep or a chain and the verb can't run it."""
     chosen = [text.partition("=")[2] for text in overrides if text.startswith("+experiment=")]
     special = of_verbs(config_dir) if chosen else {}
     for experiment in sorted(set(chosen)):
@@ -194,17 +195,17 @@ def _check_experiments(verb: str, overrides: Sequence[str], config_dir: str | Pa
 
 
 def _is_sweep(value: Any) -> bool:
-    """Several values, for -m."""
+    """Whether a value stands for several (for -m)."""
     return type(value).__module__.startswith("hydra.")
 
 
 def _is_of_yaml(error: Exception) -> bool:
-    """It was raised where a file is read, not by us."""
+    """Whether the error was raised while a YAML file was parsed."""
     return any(frame.f_globals.get("__name__", "").startswith("yaml.") for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _unreadable(error: Exception, overrides: Sequence[str], config_dir: str | Path | None) -> ConfigError:
-    """A YAML file of the user's that can't be read."""
+    """The error for a YAML file of the user's that can't be read."""
     if isinstance(error, RecursionError):
         chosen = [text for text in overrides if text.lstrip("+").partition("=")[0] in groups()]
         return ConfigError("the config", "includes itself", got=" ".join(chosen), fix="Remove it from its own `defaults`.")
@@ -223,7 +224,8 @@ def _unreadable(error: Exception, overrides: Sequence[str], config_dir: str | Pa
 
 
 def _where_it_lies(config_name: str, overrides: list[str], config_dir: str | Path | None) -> list[str]:
-    """A run that is composed from the run.yaml of its output folder resumes in that folder, also after it was moved."""
+    """The overrides, with output_dir set to config_dir if that is an output folder: a run resumes where its run.yaml lies, also
+    after the folder was moved."""
     if config_dir is None or any(override.startswith("output_dir=") for override in overrides):
         return overrides
     folder = Path(config_dir).resolve()
@@ -251,12 +253,12 @@ def _compose(config_name: str, overrides: list[str], config_dir: str | Path | No
 
 
 def _free(override: str) -> str:
-    """Some settings take any key; Hydra asks for a plus sign where a key is new."""
+    """The override, with the plus sign that Hydra demands for a new key if it is under one of ANY_KEY."""
     return f"++{override}" if re.match(rf"({'|'.join(map(re.escape, ANY_KEY))})[.=]", override) else override
 
 
 def defaults(verb: str) -> list[str]:
-    """`setting: value` lines of a verb's config as it composes without overrides."""
+    """The `setting: value` lines of a verb's config without overrides."""
     composed = OmegaConf.to_container(_without_hydra(_compose(verb, [], None)), resolve=False)
     return [f"{path}: {as_text(value)}" for path, value in flat_items(composed)]
 
@@ -270,11 +272,12 @@ def run_under_hydra(
     config_dir: str | None = None,
     config_name: str | None = None,
 ) -> int:
-    """Let Hydra read its own flags. With -m each job gets a folder of its own in output_dir, named by its overrides."""
+    """Run the verb under Hydra, which reads its own flags. With -m, each job gets a folder in output_dir that is named after its
+    overrides."""
     several = "-m" in flags or "--multirun" in flags
     overrides = _where_it_lies(config_name or verb, [as_typed(one, several=several) for one in overrides], config_dir)
     if not several:
-        compose(verb, overrides, config_dir=config_dir, config_name=config_name)  # our errors before Hydra's
+        compose(verb, overrides, config_dir=config_dir, config_name=config_name)  # raises our errors, not Hydra's
     failed: list[int] = []
 
     def job(composed: DictConfig) -> None:
@@ -294,7 +297,7 @@ def run_under_hydra(
     )
     before, before_env = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["raytune_llm", *place, *flags, *map(_free, overrides), *quiet, *sweep]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # leave errors to us
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises errors instead of printing them
     try:
         hydra_main(version_base="1.3", config_path=str(CONF), config_name=verb)(job)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -309,12 +312,12 @@ def run_under_hydra(
 
 
 def _without_hydra(composed: DictConfig) -> DictConfig:
-    """A copy."""
+    """A copy of the config without Hydra's own node."""
     return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
 def _known_keys(config_name: str, overrides: list[str], config_dir: str | Path | None) -> list[str]:
-    """The settings that exist under the chosen options, whatever else is wrong."""
+    """The settings that exist under the chosen options, even if other overrides are wrong."""
     choices = []
     for text in overrides:
         try:

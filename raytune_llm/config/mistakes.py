@@ -1,4 +1,5 @@
-"""Hydra's and pydantic's errors as ConfigErrors: the setting, the rule, the value, and a name that is nearly right."""
+"""Translates errors of Hydra and pydantic to ConfigErrors with the setting, the rule, the value and, if a name is misspelled, a
+suggestion."""
 
 from __future__ import annotations
 
@@ -18,13 +19,13 @@ from raytune_llm.config.run import RUNS
 from raytune_llm.errors import ConfigError, first_line
 
 UNEXPECTED = ("unexpected_keyword_argument", "extra_forbidden")
-"""How pydantic calls a setting that there is not."""
+"""pydantic's error types for an unknown setting."""
 NEAR = 0.8
-"""Of 1, how like a mistyped name a setting's must be to be suggested: foo is not floor."""
+"""Minimum similarity (0 to 1, difflib's ratio) between a misspelled name and a suggestion, so that foo does not suggest floor."""
 KINDS_OF_VALUES = {"list": ("must be a list", "Say, [a,b]."), "dict": ("must be an object", "Say, {a: 1}.")}
-"""By what OmegaConf calls them: what is there, which a value of the other kind can't be merged with."""
+"""OmegaConf's name of the kind of a setting's value -> the rule and the example for a value of another kind."""
 RENAMED = {"quantization.wide": "quantization.skip_modules"}
-"""Settings of earlier versions, and what they are called now."""
+"""The former name of a setting -> its name now."""
 
 
 def from_hydra(
@@ -34,7 +35,7 @@ def from_hydra(
     config_dir: str | Path | None,
     known_keys: Callable[[], list[str]],
 ) -> ConfigError:
-    """An error of Hydra's. known_keys: the settings under the chosen options, for a key that is none of them."""
+    """The ConfigError for an error of Hydra. known_keys: the settings under the chosen options, to suggest from."""
     text = str(error)
     if match := re.search(r"[Cc]ould not override '([^']+)'", text):
         return _unknown_key(match[1], known_keys(), _verb_of(config_name))
@@ -86,7 +87,7 @@ def from_hydra(
 
 
 def _reason(error: Exception) -> str:
-    """Hydra says where in the first line, and what in the second."""
+    """What is wrong, from Hydra's message, whose first line says where and whose second line says what."""
     where, _, what = str(error).strip().partition("\n")
     return f"{where} {what.strip().partition(chr(10))[0]}".rstrip(" .") if where.endswith(":") else first_line(error)
 
@@ -131,7 +132,7 @@ def _same_last_part(key: str, known: list[str]) -> list[str]:
 
 
 def from_pydantic(error: ValidationError, values: dict[str, Any]) -> ConfigError:
-    """The first of pydantic's complaints as setting, rule, value; settings that do not belong there all together."""
+    """The ConfigError for the first of pydantic's errors. Unknown settings are reported together."""
     complaints: list[Any] = error.errors(include_url=False)
     first: dict[str, Any] = complaints[0]
     cause = first.get("ctx", {}).get("error")
@@ -167,8 +168,8 @@ def from_pydantic(error: ValidationError, values: dict[str, Any]) -> ConfigError
 
 
 def _of_other_options(keys: Sequence[str], values: Mapping[str, Any]) -> ConfigError | None:
-    """The error about keys[0] where the chosen option of its group lacks that setting and other options have it. Keys of the same
-    kind are named together: an experiment may have set them, for one of those options."""
+    """The error if the chosen option lacks the setting keys[0] but other options of its group have it. Other such keys of the
+    group are reported with it, since one experiment may have set all of them. None if no option has it."""
     group = keys[0].partition(".")[0]
     settings = {f"{group}={option}": read_yaml(CONF / group / f"{option}.yaml", setting=group) for option in options(group)}
     owners = {key: [option for option, own in settings.items() if key.partition(".")[2] in own] for key in keys}
@@ -184,7 +185,7 @@ def _of_other_options(keys: Sequence[str], values: Mapping[str, Any]) -> ConfigE
 
 
 def _rule(complaint: Mapping[str, Any]) -> str:
-    """What it asks for, without the verb."""
+    """The rule that a pydantic error states, without "must be"."""
     match complaint["type"]:
         case "literal_error":
             return complaint["ctx"]["expected"].replace("'", "")
@@ -215,7 +216,7 @@ def _in_words(rule: str) -> str:
 
 
 def _path(complaint: Mapping[str, Any], values: Any) -> str:
-    """The dotted path of the setting that pydantic complains of."""
+    """The dotted path of the setting that a pydantic error is about."""
     path: list[str] = []
     node, places = values, complaint["loc"]
     for part in places:

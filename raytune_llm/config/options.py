@@ -1,4 +1,4 @@
-"""The options of each group of settings, and which experiments are for which verb."""
+"""Lists the options of each config group, and the experiments that only one verb can run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from raytune_llm.config.overrides import CONF
 
 MAX_LISTED_OPTIONS = 60
-"""More are not read to the end."""
+"""A list with more options than this is shortened."""
 
 
 @dataclass(frozen=True)
 class OfVerb:
-    """Experiments that one verb alone can run."""
+    """Experiments that only one verb can run."""
 
     section: str
     """The section that marks these experiments."""
@@ -28,25 +28,25 @@ OF_VERBS = {"tune": OfVerb("tune", "sweep", True), "chain": OfVerb("steps", "cha
 
 
 def groups() -> list[str]:
-    """What can be chosen: model, data, ..., experiment."""
+    """The config groups: model, data, ..., experiment."""
     return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 
 
 def options(group: str, config_dir: str | Path | None = None) -> list[str]:
-    """What `group=` can be."""
+    """The options of a group, as they are written after `group=`."""
     folders = [CONF / group] + ([Path(config_dir) / group] if config_dir else [])
     return sorted({file.stem for folder in folders for file in folder.glob("[!_]*.yaml")})
 
 
 def listed(found: Sequence[str], separator: str = " ") -> str:
-    """A group's options: all, or where they are too many to read, some and where the rest is."""
+    """A group's options as text. Of a long list, the first ones and where to find the rest."""
     if len(found) <= MAX_LISTED_OPTIONS:
         return separator.join(found) or "none"
     return f"{separator.join(found[:: len(found) // 8])}, and others ({len(found)} in all, in docs/models.md)"
 
 
 def of_verbs(config_dir: str | Path | None = None) -> dict[str, str]:
-    """Experiment -> the verb that it goes with alone; those of `train`, `plan` and `submit` are not here."""
+    """Experiment -> the only verb that can run it. Experiments of `train` are not included."""
     folders = [CONF / "experiment", *([Path(config_dir) / "experiment"] if config_dir else [])]
     files = [file for folder in folders for file in folder.glob("[!_]*.yaml")]
     texts = {file.stem: file.read_text(encoding="utf-8", errors="replace") for file in sorted(files)}

@@ -1,4 +1,4 @@
-"""Words of the command line (key=value), as Hydra's grammar reads them and as a user types them."""
+"""Converts words of the command line (key=value) between what a user types and what Hydra's grammar accepts."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from raytune_llm.config.space import Choice, Interval, Values, check_length
 from raytune_llm.errors import ConfigError
 
 SEVERAL = r"(choice|range|interval|tag|glob|sort|shuffle|int|float|str|bool)\("
-"""How a value begins that stands for several: Hydra's functions."""
+"""Hydra's functions with which a value that stands for several begins."""
 
 
 def quoted(text: str) -> str:
-    """The text in quotes of Hydra's grammar, where a backslash stands for itself except before a quote."""
+    """The text quoted for Hydra's grammar, in which a backslash is an escape only before a quote."""
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
     return f"'{escaped}{escaped[len(escaped.rstrip(chr(92))) :]}'"
 
 
 def as_typed(override: str, *, several: bool = False) -> str:
-    """The override with what Hydra's grammar has no letters for in quotes: ~/rows.jsonl, données.jsonl, train[:10], a (1).jsonl.
+    """The override as Hydra can read it. Values that Hydra's grammar can't parse are quoted: ~/rows.jsonl, données.jsonl,
+    train[:10], a (1).jsonl. Lists and objects that it can't parse are read as YAML.
 
-    Lists and objects are read as YAML where Hydra can't. `several`: commas part values, as with -m. Raises ConfigError.
+    several: commas separate values, as with -m. Raises ConfigError.
     """
     if not override.isprintable():
         _check_encoding(override)
@@ -51,7 +52,8 @@ def as_typed(override: str, *, several: bool = False) -> str:
 
 
 def _check_encoding(override: str) -> None:
-    """Check that the bytes were UTF-8: those that were not reach Python as surrogates, which no file and no JSON can hold."""
+    """Raises ConfigError if the override was not UTF-8. Python decodes other bytes to surrogates, which can't be written to files
+    or JSON."""
     try:
         override.encode()
     except UnicodeEncodeError:
@@ -61,8 +63,11 @@ def _check_encoding(override: str) -> None:
 
 
 def swept(override: str) -> tuple[str, Values] | None:
-    """The setting, with its plus signs, and the values that an override gives to it, where it gives several: 8,16,32,
-    choice(8,16), range(0,4), interval(0,1), int(interval(8,64)), tag(log,interval(1e-5,1e-3)), glob(*) for options of a group."""
+    """The setting (with its plus signs) and the values of an override that has several; None if it has one value.
+
+    Forms: 8,16,32, choice(8,16), range(0,4), interval(0,1), int(interval(8,64)), tag(log,interval(1e-5,1e-3)), and glob(*) for
+    options of a group.
+    """
     key, _, value = override.partition("=")
     typed = as_typed(override, several=True)
     unread = ConfigError(
@@ -91,12 +96,13 @@ def swept(override: str) -> tuple[str, Values] | None:
     if any(isinstance(item, Sweep) for item in found):
         raise unread
     if shuffled:
-        random.Random(typed).shuffle(found)  # Hydra's order is another one each time, and the same command resumes a sweep
+        # The same order each time, unlike Hydra's, so that the same command resumes a sweep.
+        random.Random(typed).shuffle(found)
     return setting, Choice(tuple(found))
 
 
 def _check_range(setting: str, values: RangeSweep) -> None:
-    """Before its values are counted out."""
+    """Raises ConfigError for a range without a step or with too many values, before the values are enumerated."""
     assert values.start is not None and values.stop is not None
     if not values.step:
         raise ConfigError(setting, "must have a step other than 0 in its range", got=values.step, fix="Leave the step out.")
@@ -105,7 +111,7 @@ def _check_range(setting: str, values: RangeSweep) -> None:
 
 
 def one_value(override: str) -> tuple[str, Any]:
-    """The setting, and the value that an override gives to it."""
+    """The setting of an override, and its value. Raises ConfigError if it has several."""
     word = as_typed(override)
     read = parsed(word)
     setting, _, value = word.partition("=")
@@ -125,12 +131,12 @@ def _plain(value: Any) -> Any:
 
 
 def as_override(setting: str, value: Any) -> str:
-    """The word that gives a plain value to a setting."""
+    """The override in Hydra's grammar that sets a plain value."""
     return f"{setting}={_word(value)}"
 
 
 def as_word(setting: str, value: Any) -> str:
-    """The same as a user would type it: a text in quotes only where it would be read as something else (a,b is two values)."""
+    """The override as a user would type it. Text is quoted only if it would be read as something else (a,b is two values)."""
     word = f"{setting}={value}"
     try:
         read = one_value(word)[1]
@@ -160,14 +166,14 @@ def is_read(override: str) -> bool:
 
 
 def _is_open(value: str) -> bool:
-    """Whether it begins like a list, an object or a quoted text and has no end."""
+    """Whether a list, an object or a quote is not closed."""
     if value.startswith(("'", '"')):
         return len(value) == 1 or not value.endswith(value[0])
     return any(value.startswith(start) and value.count(start) > value.count(end) for start, end in ("[]", "{}"))
 
 
 def _literal(value: str) -> str:
-    """A list or an object as Hydra writes it, its texts in quotes; the value itself where it is no YAML."""
+    """A YAML list or object in Hydra's grammar, with quoted texts; other values unchanged."""
     try:
         return _in_hydras_words(yaml.load(value, yaml.BaseLoader))
     except YAMLError:

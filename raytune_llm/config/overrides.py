@@ -1,5 +1,4 @@
-"""A run with some of its settings changed, as the same words on the command line would change it. Knows no Hydra, so that a
-worker may try settings out."""
+"""Changes settings of a run with overrides as on the command line. It does not import Hydra, so that workers can use it too."""
 
 from __future__ import annotations
 
@@ -22,8 +21,10 @@ Run = TypeVar("Run")
 
 
 def changed(run: Run, overrides: Sequence[str]) -> Run:
-    """The run with `group=option` (of those groups whose options stand alone) and `group.setting=value` on top. Raises
-    ConfigError where a rule between sections is broken, pydantic's ValidationError where one of a section is."""
+    """The run with overrides applied: `group=option`, for options that don't build on others, and `group.setting=value`.
+
+    Raises ConfigError if a rule between sections is broken, and pydantic's ValidationError if a rule of one section is.
+    """
     kind = validator_of(type(run))
     values = kind.dump_python(run, mode="json")
     seen: set[str] = set()
@@ -37,7 +38,7 @@ def changed(run: Run, overrides: Sequence[str]) -> Run:
             values[group] = {**values[group], setting: yaml.safe_load(value)}
         else:
             values[group] = _option(group, value)
-    return kind.validate_json(json.dumps(values))  # as YAML has it: a list is a list
+    return kind.validate_json(json.dumps(values))  # from JSON, since strict validation accepts its lists for tuples
 
 
 @cache

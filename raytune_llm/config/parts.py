@@ -1,4 +1,4 @@
-"""A run as what differs from its verb's defaults: short, for people to read and edit, and good for later versions."""
+"""Describes a run by its differences from the verb's defaults: short, editable, and valid in later versions with new settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raytune_llm.errors import ConfigError
 
 
 def parts_of(verb: str, run: Any) -> dict[str, Any]:
-    """What `run_of` makes the run of: values that aren't the defaults, and the options that were chosen."""
+    """The chosen options and the values that differ from the defaults. `run_of` is the inverse."""
     plain = as_plain(run)
     base = _base(verb, plain)
     found = _differing(plain, base)
@@ -24,14 +24,14 @@ def parts_of(verb: str, run: Any) -> dict[str, Any]:
 
 
 def run_of(verb: str, parts: dict[str, Any]) -> Any:
-    """Raises ConfigError, also for a setting that there is not."""
+    """The run from its parts. Raises ConfigError, also for an unknown setting."""
     if not isinstance(parts, dict):
         raise ConfigError("args", "must be an object of settings", got=parts)
     return validate(RUNS[verb], _merged(_base(verb, parts), parts))
 
 
 def _base(verb: str, parts: dict[str, Any]) -> dict[str, Any]:
-    """The verb's defaults under the options that the parts name; of the model, which has no name, those of any model."""
+    """The verb's defaults with the options that the parts name. The model has no name, so it has the defaults of all models."""
     chosen = [f"{group}={quoted(str(parts[group]['name']))}" for group in groups() if _named(parts.get(group))]
     return as_plain(load_config(verb, [*chosen, "model=hub", "model.path=none"]))
 

@@ -1,4 +1,4 @@
-"""Paths of a run, made absolute once, where the command was typed: workers and Ray's processes have other working folders."""
+"""Makes a run's paths absolute, once, in the process of the command: workers may have other working folders."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ IF_THERE = (
     "predict.run", "predict.adapters", "predict.judge", "export.run", "export.adapters",
     "evaluate.models", "evaluate.data",
 )  # fmt: skip
-"""That may name something on a hub or in a store as well: they are made absolute where a file or folder is there."""
+"""Settings that can be a path or a name on a hub or in a store. They are made absolute if the file or folder exists."""
 ONE_FILE = ("model.new_tokens",)
-"""As IF_THERE, but what a list or an object holds is no path."""
+"""Like IF_THERE, but only a plain text is a path; items of a list or an object are not."""
 TASKS = ("evaluate.tasks", "train.eval_tasks")
-"""Lists of names and of paths, which have a slash or end in .yaml."""
+"""Lists of names and paths. An item with a slash or the suffix .yaml is a path."""
 
 
 def with_absolute_paths(run: Any) -> Any:
-    """The same run; sections and settings that it has not are passed over."""
+    """The run with absolute paths. Settings that this kind of run lacks are skipped."""
     return with_paths(run, _absolute)
 
 
 def with_paths(run: Any, change: Callable[[str, str], str]) -> Any:
-    """The run with each of its paths as `change(setting, path)` gives it; what has a scheme (s3://) is no path."""
+    """The run with each path replaced by `change(setting, path)`. Addresses with a scheme (s3://) are not changed."""
     for setting in (*ALWAYS, *IF_THERE, *ONE_FILE):
         each = _one if setting in ONE_FILE else _each
         run = _changed(run, setting.split("."), lambda path, setting=setting: change(setting, path), each)
@@ -40,13 +40,13 @@ def with_paths(run: Any, change: Callable[[str, str], str]) -> Any:
 
 
 def changed_paths(before: Any, after: Any) -> dict[str, Any]:
-    """Settings that hold paths, and have another value in `after`: their values there."""
+    """The path settings whose value in `after` differs from `before`, with their new values."""
     then = {setting: value_of(after, setting) for setting in (*ALWAYS, *IF_THERE, *ONE_FILE, *TASKS)}
     return {setting: value for setting, value in then.items() if value != value_of(before, setting)}
 
 
 def value_of(run: Any, setting: str) -> Any:
-    """None where the run has no such setting."""
+    """The value of a dotted setting; None if the run has no such setting."""
     value = run
     for name in setting.split("."):
         value = getattr(value, name, None)
@@ -79,7 +79,8 @@ def _one(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def expanded(value: str) -> Path:
-    """The path with ~ and ~name as home folders. A name that is no user's stays as it is: a file may begin with ~."""
+    """The path with ~ and ~name replaced by home folders. If there is no such user, it stays as it is: a file's name may begin
+    with ~."""
     try:
         return Path(value).expanduser()
     except RuntimeError:
@@ -96,5 +97,5 @@ def _absolute(setting: str, value: str) -> str:
     try:
         there = is_ours or path.exists()
     except OSError:
-        there = False  # too long for a path: what it is meant to be is asked later
-    return str(path.absolute()) if there else value  # a link keeps its name, which says the type of the file
+        there = False  # it is too long for a path; its use will show what it is
+    return str(path.absolute()) if there else value  # links are not resolved: the link's name has the file type

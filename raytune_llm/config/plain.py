@@ -1,4 +1,4 @@
-"""A run as plain values, and as YAML."""
+"""Converts a run to plain values and to YAML, and reads YAML."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def to_yaml_text(values: dict[str, Any]) -> str:
 
 
 def read_yaml(path: Path, *, setting: str) -> dict[str, Any]:
-    """A YAML file with a mapping; numbers may be written as 1e-4. Raises ConfigError, which blames the setting for the path."""
+    """The mapping in a YAML file; 1e-4 is read as a number. Raises ConfigError that names `setting`, which holds the path."""
     try:
         read = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
@@ -41,7 +41,7 @@ def read_yaml(path: Path, *, setting: str) -> dict[str, Any]:
 
 
 def flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting by dotted path, with its value."""
+    """All settings as (dotted path, value)."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
             yield from flat_items(value, f"{prefix}{key}.")
@@ -50,7 +50,7 @@ def flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def flat_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Every setting and every section, by dotted path."""
+    """The dotted paths of all settings and sections."""
     for key, value in node.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
@@ -58,7 +58,7 @@ def flat_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def as_text(value: Any) -> str:
-    """The value as YAML and the command line have it: null, true, [a,b], {a: 1}."""
+    """The value as it is written in YAML and on the command line: null, true, [a,b], {a: 1}."""
     if isinstance(value, Mapping):
         return f"{{{','.join(f'{key}: {as_text(item)}' for key, item in value.items())}}}"
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Rules between sections of a run. Each raises ConfigError where settings don't go together."""
+"""Rules between sections of a run. Each function is named after its rule and raises ConfigError if it is broken."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model_or_run_is_given(model: ModelConfig, setting: str, folder: str | None) 
 
 
 def data_are_not_trained_on(data: DataConfig) -> None:
-    """Settings that are for training on the data, which a user may have meant to change something here."""
+    """Refuses settings of `data` that only training reads."""
     for setting, given in (
         ("streaming", data.streaming),
         ("eval_path", data.eval_path),
@@ -48,7 +48,7 @@ def data_are_not_trained_on(data: DataConfig) -> None:
 
 
 def name_is_a_name(name: str) -> None:
-    """It names the output folder, and a served model later."""
+    """The name becomes a folder, and later the name of a served model."""
     if not name.strip() or "/" in name or "\\" in name or name in (".", ".."):
         raise ConfigError(
             "name",
@@ -59,7 +59,7 @@ def name_is_a_name(name: str) -> None:
 
 
 def batch_sizes_fit(data: DataConfig, resources: ResourcesConfig, train: LoopConfig) -> None:
-    """Checked as far as the number of workers is known; runs/ray_group.py has the rest."""
+    """Checks what is known before the run. runs/ray_group.py checks again when the number of workers is known."""
     workers = resources.num_workers
     if isinstance(workers, list):
         _group_can_change(train, data, workers)
@@ -109,14 +109,14 @@ def trials_are_judged(
             fix = "Set data.eval_fraction (say 0.1) or data.eval_path."
             raise ConfigError("tune.metric", "needs held-out rows", got=metric, fix=fix)
         if metric.startswith(EVALUATIONS) and (fix := _unreported(metric, data, stage, train)) is not None:
-            raise ConfigError("tune.metric", f"must be a figure that stage={stage.name} reports", got=metric, fix=fix)
+            raise ConfigError("tune.metric", f"must be a metric that stage={stage.name} reports", got=metric, fix=fix)
         if metric == EXACT_MATCH and not train.exact_match_rows:
             raise ConfigError(
                 "tune.metric", "needs train.exact_match_rows above 0", got=metric, fix="Say, train.exact_match_rows=100."
             )
         if not metric.startswith(EVALUATIONS) and not known_at_end(metric):
             fix = "Say, tune.metric=eval_loss, exact_match or module:function."
-            raise ConfigError("tune.metric", "must be a figure of an evaluation or of a trial's end", got=metric, fix=fix)
+            raise ConfigError("tune.metric", "must be a metric of an evaluation or of a trial's end", got=metric, fix=fix)
     known = tune.says_where_to_evaluate and not needs_evaluations
     if tune.scheduler != "none" and not known and not train.eval_at and train.eval_every_steps is None and train.epochs <= 1:
         raise ConfigError(
@@ -129,12 +129,12 @@ def trials_are_judged(
 
 
 def trials_are_judged_after_the_warm_up(schedule: ScheduleConfig, train: LoopConfig, tune: TuneConfig) -> None:
-    """Before that, none has trained at its own learning rate."""
+    """During the warm-up, no trial has trained at its own learning rate yet."""
     part = schedule.warmup_ratio or 0.0
     if schedule.warmup_steps and train.max_steps is not None:
         part = schedule.warmup_steps / train.max_steps
     if tune.stops_early and tune.grace < part:
-        rule = f"must be at least the part of the steps in which the learning rate warms up, {part:g}"
+        rule = f"must be at least the fraction of the steps in which the learning rate warms up, {part:g}"
         fix = "Raise it, or shorten the warm-up (schedule.warmup_ratio or warmup_steps)."
         raise ConfigError("tune.grace", rule, got=tune.grace, fix=fix)
 
@@ -164,12 +164,12 @@ def held_out_rows_exist_where_they_are_used(data: DataConfig, checkpoint: Checkp
 def runs_stop_by_a_figure_that_is_reported(data: DataConfig, stage: StageConfig, train: LoopConfig) -> None:
     metric = train.early_stopping_metric
     if data.evaluates and (fix := _unreported(metric, data, stage, train)) is not None:
-        raise ConfigError("train.early_stopping_metric", "must be a figure that evaluations report", got=metric, fix=fix)
+        raise ConfigError("train.early_stopping_metric", "must be a metric that evaluations report", got=metric, fix=fix)
 
 
 def _unreported(metric: str, data: DataConfig, stage: StageConfig, train: LoopConfig) -> str | None:
-    """What else there is, where no evaluation reports the figure, as far as figures are known: those of tasks are named by the
-    tasks."""
+    """The fix for a metric that no evaluation reports; None if the metric is, or may be, reported. Metrics of eval_tasks are not
+    known beforehand."""
     known = [f"{EVALUATIONS}{figure}" for figure in stage.figures]
     if metric in known or (train.eval_tasks and metric.startswith(EVALUATIONS)):
         return None
@@ -210,7 +210,7 @@ def data_are_given(data: DataConfig) -> None:
 
 
 def streams_know_what_they_need(data: DataConfig, stage: StageConfig, checkpoint: CheckpointConfig, train: LoopConfig) -> None:
-    """How long a stream is shows at its end: what depends on its length, or on all its rows, has no answer before."""
+    """The length of a stream is known only at its end, so nothing may depend on its length or on all of its rows."""
     if not data.streaming:
         return
     needed = {"train.max_steps": train.max_steps, "checkpoint.every_steps": checkpoint.every_steps}
@@ -321,7 +321,7 @@ def quantized_weights_can_be_had(adapter: AdapterConfig, quantization: Quantizat
     if trains_all and not quantization.trains_base:
         raise ConfigError(
             "quantization",
-            f"can't be {quantization.name} if adapter=none: its weights can't be trained",
+            f"can't be {quantization.name} with adapter={adapter.option}: quantized weights can't be trained",
             fix="Set adapter=lora, or quantization=none.",
         )
     if quantization.replaces_layers and adapter.refuses_quantized is not None:
@@ -352,7 +352,7 @@ def optimizer_finds_its_matrices(optimizer: OptimizerConfig, strategy: StrategyC
 
 
 def steps_have_one_micro_batch(optimizer: OptimizerConfig, train: LoopConfig, workers: int) -> None:
-    """workers: the fewest that there may be."""
+    """Layer-wise steps free gradients at once, so micro-batches can't accumulate. workers: the fewest that there may be."""
     if optimizer.layerwise and train.micro_batches(workers) > 1:
         rule = f"must be train.global_batch_size / workers ({train.global_batch_size} / {workers}) with optimizer.layerwise=true"
         why = "gradients are used up as they come, and can't add up"
@@ -391,7 +391,8 @@ def tensors_can_step_one_by_one(
 
 
 def what_is_new_is_trained(model: ModelConfig, stage: StageConfig, adapter: AdapterConfig, optimizer: OptimizerConfig) -> None:
-    """What a run brings beside the layers, it trains: nobody else has."""
+    """Parameters outside the layers that the run is to train (a score head, new embeddings, extra_modules) need an optimizer that
+    trains such parameters."""
     if optimizer.trains_outside:
         return
     brought = {
@@ -436,7 +437,7 @@ def new_tokens_can_be_trained(model: ModelConfig, adapter: AdapterConfig, strate
 
 
 def shifted_attention_is_for_steps(model: ModelConfig, data: DataConfig, stage: StageConfig, train: LoopConfig) -> None:
-    """S2 attention is how a step computes: what it is compared with must not be computed otherwise, nor stay as it was."""
+    """Only training steps use S2 attention, so nothing that a step is compared with may be computed with full attention."""
     obstacles = {
         "data.share_prompts=true": data.share_prompts is True,
         f"stage={stage.name}, whose reference attends to all": stage.reference != "none",

@@ -1,4 +1,4 @@
-"""The tree of settings of each verb."""
+"""The settings of each verb, as a tree of sections."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TrainRun:
     output_dir: str
     resume: Literal["auto", "never", "must"]
     log_format: Literal["text", "json"]
-    """The format of what the command prints. json: a line for each event, for programs that read logs (report/events.py)."""
+    """The format of the command's output. json: one line for each event, for programs that read logs (report/events.py)."""
     model: ModelConfig
     data: DataConfig
     stage: StageConfig
@@ -55,7 +55,7 @@ class TrainRun:
 
     @property
     def uncompiled(self) -> str | None:
-        """Why its layers can't be compiled on any device; None where they can."""
+        """The reason why its layers can't be compiled on any device; None if they can."""
         if self.strategy.gathers_in_hooks:
             return f"strategy={self.strategy.option} gathers weights in hooks of the layers"
         if self.stage.router_aux_loss_coef is not None:
@@ -66,12 +66,12 @@ class TrainRun:
 
     @property
     def needs_evaluations(self) -> bool:
-        """Whether what it comes to depends on where it is evaluated, or that is said part by part."""
+        """Whether its evaluations matter: they stop it or choose its final weights, or the user said when they are."""
         return self.train.early_stopping is not None or self.checkpoint.keeps_best or self.train.eval_at is not None
 
     @property
     def fits_one_process(self) -> bool:
-        """It needs no group of workers: nothing of it is sharded."""
+        """Whether one process can run it, without a group of workers: nothing is sharded."""
         return not self.strategy.shards
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class TrainRun:
 
 
 def as_train_run(run: TrainRun) -> TrainRun:
-    """The run alone, without what a sweep's or a job's config adds."""
+    """The run without the sections that a sweep's or a job's config adds."""
     return TrainRun(**{field.name: getattr(run, field.name) for field in fields(TrainRun)})  # pyright: ignore[reportArgumentType]  # pydantic's dataclasses are dataclasses
 
 
@@ -132,7 +132,7 @@ class PrepareRun:
     resources: ResourcesConfig
     seed: Seed
     look: NonNegativeInt
-    """Show so many rows as the model sees them, what is trained in another colour."""
+    """Show this many rows as the model sees them, with trained text in another colour."""
 
     def __post_init__(self) -> None:
         rules.model_is_given(self.model)
@@ -158,7 +158,7 @@ class ServeRun:
         elif not serve.on_loopback and serve.api_key is None and not os.environ.get(API_KEY):
             raise ConfigError(
                 "serve.api_key",
-                "must be given if serve.host is no loopback address: otherwise everybody who reaches it could use the server",
+                "must be given if serve.host is not a loopback address: otherwise everybody who reaches it could use the server",
                 got="null",
                 fix=f"Set {API_KEY} in the environment, or serve.host=127.0.0.1.",
             )
@@ -181,7 +181,7 @@ def _engine_is_here(engine: EngineConfig) -> None:
 
 
 def _can_be_written(run: ServeRun) -> None:
-    """Check that the run can be written as Ray Serve's config: where it runs is known, and no secret comes into a file."""
+    """Raises ConfigError unless the run can be written as a Ray Serve config: it uses Ray, and holds no secret keys."""
     if not uses_ray(run.resources):
         fix = "Set resources=cluster."
         raise ConfigError("serve.write", "is for Ray Serve, which resources=inline does not use", got=run.serve.write, fix=fix)
@@ -232,9 +232,9 @@ class CompareRun:
     """`compare`: runs side by side."""
 
     runs: list[str]
-    """Their output folders: the words after the verb."""
+    """The output folders of the runs: the words after the verb."""
     page: str | None
-    """A file for the same as HTML."""
+    """Write the comparison to this HTML file too."""
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -243,17 +243,17 @@ class CompareRun:
 
 
 CHAINED = ("prepare", "train", "tune", "predict", "evaluate", "export")
-"""Verbs that end by themselves and leave a result."""
+"""Verbs that a chain can run: they end by themselves and leave a result."""
 
 
 @section
 class ChainRun:
-    """`chain`: commands one after another, each of which may need what those before it wrote."""
+    """`chain`: commands one after another. Each may use what the earlier ones wrote."""
 
     steps: dict[str, list[str]]
-    """By name, in order: a verb and its settings, as words of a command line."""
+    """Step name -> a verb and its overrides, as words of a command line. They run in this order."""
     also: dict[str, list[str]]
-    """By the names of steps: settings that are added."""
+    """Step name -> overrides to add."""
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -267,7 +267,7 @@ class ChainRun:
             raise ConfigError("also", f"must have names of steps ({', '.join(self.steps)})", got=unknown)
 
     def words(self, name: str) -> list[str]:
-        """The verb of a step and its settings."""
+        """The verb of a step and its overrides."""
         return [*self.steps[name], *self.also.get(name, ())]
 
 
@@ -297,9 +297,9 @@ class ExportRun:
     model: ModelConfig
     adapter: ExportedAdapter
     data: DataConfig
-    """Rows to calibrate a quantized model with, and to compare an export with its source on. Without data.path: the run's."""
+    """Rows for calibrating a quantized model and for comparing an export with its source. Without data.path: the run's data."""
     resources: ResourcesConfig
-    """Where gptq and awq are computed, and who writes the files of hf: local and cluster by Ray tasks, one a file."""
+    """Where gptq and awq are computed and hf files are written. local and cluster: by Ray tasks, one per file."""
     export: ExportConfig
 
     def __post_init__(self) -> None:
@@ -326,7 +326,7 @@ class ExportRun:
 
 
 API_KEY, ADMIN_KEY = "RAYTUNE_LLM_API_KEY", "RAYTUNE_LLM_ADMIN_KEY"
-"""Environment variables of secrets, which no config file should hold."""
+"""Environment variables for secrets, which should not be in config files."""
 
 
 @section
@@ -343,13 +343,13 @@ class ImportRun:
     name: str | None
     """The name of the experiment; null: the file's."""
     config_dir: str
-    """The experiment goes to experiment/ in this folder, for `--config-dir`."""
+    """The experiment is written to experiment/ in this folder, which `--config-dir` then names."""
     dataset_info: str | None
     """A dataset_info.json or its folder; null: the one in the file's dataset_dir."""
     world_size: PositiveInt | None
-    """GPUs that the file was meant for: a step's batch grows with them. null: its ray_num_workers, 1 where it has none."""
+    """Number of GPUs that the file was meant for, since LLaMA-Factory's batch grows with it. null: its ray_num_workers, or 1."""
     overwrite: bool
-    """Take the place of an experiment that is there."""
+    """Replace an experiment of this name."""
 
     def __post_init__(self) -> None:
         if self.file is None:
@@ -379,12 +379,12 @@ class SubmitRun(TrainRun):
 
 @section
 class JobsRun:
-    """`jobs`: what a cluster has of them."""
+    """`jobs`: the jobs of a cluster."""
 
     action: Literal["list", "status", "logs", "stop", "fetch"]
     """The first word after the verb."""
     job: str | None
-    """The second: a job, or a run's name for the newest of it."""
+    """The second word: the id of a job, or the name of a run, which means its newest job."""
     submit: JobServer
 
     def __post_init__(self) -> None:

@@ -1,9 +1,9 @@
-"""A sweep from the words of a command line: overrides with several values are its space, the others its base.
+"""Makes a sweep from the words of a command line: overrides with several values are its space, the others its base.
 
     sweep = load_sweep(["+experiment=sft_smollm2", "adapter.rank=8,16", "tune=grid"])
     sweep.trial_run({"adapter.rank": 16}, seed=42, folder=Path("outputs/sweep/trials/001")).adapter.rank  # 16
 
-Each trial's run is composed and validated as if its values had been typed, so groups can be swept, too.
+Each trial's run is composed and validated as if its values had been typed, so a sweep can also vary groups.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ from raytune_llm.errors import ConfigError, UserError
 
 VERB = "tune"
 GIVEN_BY_THE_SWEEP = ("tune", "output_dir", "name", "resume", "resources", "tracking", "checkpoint.keep")
-"""Settings that are the same for all trials, or their own by what they are: no values to choose among."""
+"""Settings that can't be varied: they are the same for all trials, or the sweep sets them for each."""
 
 
 COMMAND = "sweep.json"
-"""The file in a sweep's folder with the words that it was started with."""
+"""The file in a sweep's folder that holds the words it was started with."""
 
 ON_THE_WAY = ("optimizer.", "schedule.", "stage.", "adapter.dropout", "train.max_grad_norm")
-"""Settings that may have other values after a trial resumes from a checkpoint."""
+"""Settings that may change when a trial resumes from a checkpoint (prefixes end with a dot)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Which trials of a paused sweep resume."""
+    """The trials of a paused sweep that resume."""
 
     keep: int | None
-    """So many of the best trials; the others end. None: all stay where they are."""
+    """The number of best trials that resume; the others end. None: the others stay paused."""
     clone: int | None
-    """The number of a trial that resumes a second time, with `changes`."""
+    """The number of a trial that is copied; the copy resumes with `changes`."""
     changes: Point
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A base and a space around it."""
+    """A base run and the space of settings that vary."""
 
     run: TuneRun
     axes: tuple[Axis, ...]
     words: tuple[str, ...]
-    """The base's overrides."""
+    """The overrides of the base."""
     config_dir: str | Path | None = None
     config_name: str | None = None
     command: tuple[str, ...] = ()
-    """All words, those of the space among them."""
+    """All words of the command, including those of the space."""
     chosen: Chosen | None = None
 
     @property
@@ -78,11 +78,11 @@ class Sweep:
         return [setting for axis in self.axes for setting in axis.settings]
 
     def names(self, points: Iterable[Point]) -> list[str]:
-        """`settings`, and then those that tune.first or one of the points names beside them."""
+        """`settings`, followed by other settings that tune.first or one of the points sets."""
         return list(dict.fromkeys([*self.settings, *(name for point in (*self.tune.first, *points) for name in point)]))
 
     def value_of(self, axis: Axis, point: Point) -> Any:
-        """The point's, or the base's where the point has none."""
+        """The axis's value in the point, or in the base if the point has none."""
         return axis.value_in(point) if all(setting in point for setting in axis.settings) else axis.base(self.base)
 
     @cached_property
@@ -90,7 +90,7 @@ class Sweep:
         return as_train_run(self.run)
 
     def composes(self, point: Point) -> bool:
-        """Whether these values go together."""
+        """Whether the run with these values is valid."""
         try:
             self.composed(point)
         except UserError:
@@ -98,7 +98,7 @@ class Sweep:
         return True
 
     def composed(self, point: Point) -> TrainRun:
-        """The run with these values, in the sweep's folder. Raises ConfigError, with the values of the point."""
+        """The run with these values, in the sweep's folder. Raises ConfigError that names the values of the point."""
         if not point:
             return self.base
         if (known := self._composed.get(repr(point))) is None:
@@ -107,7 +107,7 @@ class Sweep:
 
     @cached_property
     def _composed(self) -> dict[str, TrainRun]:
-        """Runs that were composed before, by point."""
+        """A cache of composed runs, by point."""
         return {}
 
     def _compose(self, point: Point) -> TrainRun:
@@ -122,7 +122,7 @@ class Sweep:
             raise ConfigError(error.setting, f"{error.rule} (with {where})", got=error.got, fix=error.fix) from None
 
     def _with_options(self, options: Sequence[str]) -> Composed:
-        """The base with other options of groups."""
+        """The base with other options for some groups."""
         if (known := self._bases.get(repr(options))) is None:
             words = [*self.words, *options]
             known = compose(VERB, words, config_dir=self.config_dir, config_name=self.config_name)
@@ -131,11 +131,11 @@ class Sweep:
 
     @cached_property
     def _bases(self) -> dict[str, Composed]:
-        """Bases that were composed before, by options: points that differ in values alone share one."""
+        """A cache of composed bases, by options. Points that differ only in values share one."""
         return {}
 
     def trial_run(self, point: Point, *, seed: int, folder: Path) -> TrainRun:
-        """seed: train.seed of this repetition."""
+        """The run of one trial. seed: train.seed of this repetition. folder: its output folder."""
         run = self.composed(point)
         place = {"name": f"{run.name}_{folder.name}", "output_dir": str(folder), "resume": "auto"}
         # Trials over one base see the same packs, which follow from train.seed.
@@ -144,8 +144,8 @@ class Sweep:
 
     @cached_property
     def planned(self) -> list[Point]:
-        """The points that are known beforehand, in order and each run once: base, tune.first, then a grid's or drawn ones; for a
-        searcher that learns, those that it starts with."""
+        """The points that are known before the sweep, without repetitions: the base, tune.first, then the points of the grid or
+        drawn ones. For a searcher that learns, only those that it starts with."""
         tune = self.tune
         points: list[Point] = []
         seen: list[TrainRun] = []
@@ -172,7 +172,8 @@ class Sweep:
             yield from (drawn(self.axes, tune.seed, number) for number in tries)
 
     def validate(self) -> list[Point]:
-        """The planned points, each composed; and each value of a list and both ends of each interval. Raises ConfigError."""
+        """The planned points. Raises ConfigError unless each of them is valid, and each value of a list, and both ends of each
+        interval."""
         for axis in self.axes:
             self._check_ends(axis)
         if self.tune.share_base is True and (refused := elsewhere(self.base) or self.unshared) is not None:
@@ -192,13 +193,13 @@ class Sweep:
 
     @cached_property
     def unshared(self) -> ConfigError | None:
-        """What keeps trials from sharing one base, of the values that are known beforehand."""
+        """The first rule that keeps the trials from sharing one base, judged by the planned points; None if there is none."""
         runs = [self.base, *(self.composed(point) for point in (*ends(self.axes), *self.planned))]
         return next((found for run in runs if (found := obstacle(run, self.base)) is not None), None)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What makes it this sweep and no other, as plain values: base and space, and how points are chosen."""
+        """The settings that must be the same for a sweep to resume, as plain values: base, space, and how points are chosen."""
         free = {"output_dir", "name", "resume", "resources", "tracking", "checkpoint", "log_format"}
         base = {name: value for name, value in as_plain(self.base).items() if name not in free}
         how = ("name", "metric", "mode", "scheduler", "grace", "reduction", "seed", "seeds", "first", "base_first")
@@ -207,7 +208,7 @@ class Sweep:
 
 
 def load_sweep(words: Sequence[str] = (), *, config_dir: str | Path | None = None, config_name: str | None = None) -> Sweep:
-    """The sweep that `python -m raytune_llm tune <words>` starts. Raises ConfigError for a space that can't be, too."""
+    """The sweep that `python -m raytune_llm tune <words>` starts. Raises ConfigError, also for an invalid space."""
     base, space = split(words)
     run = to_run(VERB, compose(VERB, base, config_dir=config_dir, config_name=config_name))
     typed = {_setting(word) for word in base}
@@ -261,7 +262,7 @@ def load_submitted(
 
 
 def _on_a_cluster() -> Iterator[str]:
-    """What conf/submit.yaml changes of the run that `train` starts, as words of a command line."""
+    """The differences between conf/submit.yaml and conf/train.yaml, as words of a command line."""
     values = read_yaml(CONF / "submit.yaml", setting="submit")
     for entry in values.pop("defaults"):
         for group, option in entry.items() if isinstance(entry, dict) else ():
@@ -276,13 +277,14 @@ def _setting(word: str) -> str:
 
 
 def command_of(sweep: Sweep) -> str:
-    """The text of the file COMMAND."""
+    """The content of the file COMMAND: the sweep's words as JSON."""
     config_dir = None if sweep.config_dir is None else str(Path(sweep.config_dir).absolute())
     return json.dumps({"words": sweep.command, "config_dir": config_dir, "config_name": sweep.config_name})
 
 
 def load_paused(words: Sequence[str]) -> Sweep:
-    """The sweep that `python -m raytune_llm tune resume <words>` resumes: its folder, then keep=3, or clone=4 and settings."""
+    """The sweep that `python -m raytune_llm tune resume <words>` resumes. The words are its folder, and then keep=3, or clone=4
+    with settings."""
     folder, rest = Path(words[0]) if words else Path(), words[1:]
     try:
         then = json.loads((folder / COMMAND).read_text())
@@ -335,8 +337,8 @@ def split(words: Sequence[str]) -> tuple[list[str], dict[str, Values]]:
 
 
 def of_yaml(space: Mapping[str, Any], prefix: str = "") -> dict[str, Values]:
-    """tune.space: its leaves are lists of values, or text as on the command line. It may be nested as the run's settings are, or
-    have dotted names, or both."""
+    """The space in tune.space. Its leaves are lists of values, or text as on the command line. Its keys may be nested like the
+    run's settings, or dotted, or both."""
     found: dict[str, Values] = {}
     for name, leaf in space.items():
         setting = f"{prefix}{name}"
@@ -362,7 +364,8 @@ def can_change_on_the_way(setting: str) -> bool:
 
 
 def _can_change_on_the_way(setting: str, why: str) -> None:
-    """why: how a checkpoint of other settings is resumed."""
+    """Raises ConfigError unless the setting may change when a trial resumes. why: the feature that resumes it, for the
+    message."""
     if not can_change_on_the_way(setting):
         there = ", ".join(f"{name}*" if name.endswith(".") else name for name in ON_THE_WAY)
         raise ConfigError(setting, f"can't be varied {why}", fix=f"What can be varied: {there}.")

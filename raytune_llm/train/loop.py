@@ -244,7 +244,7 @@ def log_evaluation(record: Mapping[str, float], progress: Progress, settings: Lo
         progress.best_loss, progress.best_step = eval_loss, progress.step
     if settings.stop_metric not in record:
         there = ", ".join(record)
-        rule = "must be a figure that evaluations report"
+        rule = "must be a metric that evaluations report"
         raise ConfigError("train.early_stopping_metric", rule, got=settings.stop_metric, fix=f"There are: {there}.")
     score = settings.stop_sign * record[settings.stop_metric]
     if progress.best_score is None or score < progress.best_score:

@@ -42,7 +42,7 @@ class Metric:
         if self.name not in record:
             there = ", ".join(name for name in record if name.startswith(EVALUATIONS))
             raise MetricMissing(
-                "tune.metric", "must be a figure that evaluations report", got=self.name, fix=f"There are: {there}."
+                "tune.metric", "must be a metric that evaluations report", got=self.name, fix=f"There are: {there}."
             )
         return float(record[self.name])
 

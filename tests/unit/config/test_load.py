@@ -42,17 +42,17 @@ STREAM = ["data.streaming=true", "train.max_steps=9", "checkpoint.every_steps=3"
         ),
         (
             [DATA, "quantization=bnb_nf4", "adapter=none"],
-            "can't be bnb_nf4 if adapter=none: its weights",
+            "can't be bnb_nf4 with adapter=none: quantized weights",
         ),
         ([DATA, "train.early_stopping=2"], "train.early_stopping needs held-out rows, got 2. Set data.eval_fraction"),
         ([DATA, "checkpoint.final=best"], "checkpoint.final needs held-out rows"),
         (
             [DATA, "data.eval_fraction=0.1", "train.early_stopping=2", "train.early_stopping_metric=eval_los"],
-            "train.early_stopping_metric must be a figure that evaluations report, got 'eval_los'. Did you mean eval_loss?",
+            "train.early_stopping_metric must be a metric that evaluations report, got 'eval_los'. Did you mean eval_loss?",
         ),
         (
             [DATA, "data.eval_fraction=0.1", "train.early_stopping_metric=eval_rewards/margins"],
-            "train.early_stopping_metric must be a figure that evaluations report, got 'eval_rewards/margins'. There are: eval",
+            "train.early_stopping_metric must be a metric that evaluations report, got 'eval_rewards/margins'. There are: eval",
         ),
         ([DATA, "data.eval_fraction=0.1", "data.eval_path=x"], "data.eval_fraction can't be combined with data.eval_path"),
         ([DATA, "data.streaming=true"], "train.max_steps must be given if data.streaming=true"),
