@@ -101,7 +101,7 @@ def _collated(
 ) -> _Collated:
     """Padding consists of separate documents, none longer than the longest real one, so that it does not determine max_seqlen.
 
-    end_of_row: if given, the last target of every trained span, in place of the token there.
+    end_of_row: if given, this token replaces the last target of every trained span.
     """
     ids_L = np.full(len(lines) * length, pad_id, np.int64)
     positions_L = np.zeros(len(lines) * length, np.int64)

@@ -1,7 +1,7 @@
-"""How rows of several sources become the rows of an epoch: a property of the order, so that changing it tokenizes nothing.
+"""Mixes the rows of several sources to an epoch. Only the order of row numbers changes, so a new mixture tokenizes nothing again.
 
-`mix` takes row numbers of a joined store (data/store.py) and gives row numbers, in which rows may be left out or come again. It
-is applied after rows have been held out, so that no row is trained on that is also evaluated.
+`mix` maps row numbers of a joined store (data/store.py) to row numbers; rows may be left out or repeated. It is applied after
+rows have been held out, so no row is both trained on and evaluated.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import numpy as np
 from raytune_llm.data.store import Store
 
 _MIX, _REPEAT = 2, 3
-"""These uses of the seed, beside those of data/loader.py."""
+"""Streams of random numbers that are drawn from the seed, in addition to those in data/samples.py."""
 
 
 def weights_of(sizes: Sequence[int], temperature: float) -> np.ndarray:
-    """Shares of sources of these sizes: proportional to size at temperature 1, the more even the higher it is."""
+    """The sampling weights of sources of these sizes: proportional to size at temperature 1, more even at a higher
+    temperature."""
     powers = np.asarray(sizes, np.float64) ** (1 / temperature)
     return powers / powers.sum()
 
@@ -32,9 +33,9 @@ def mixed_rows(
     epochs: Sequence[float] | None,
     seed: int,
 ) -> np.ndarray:
-    """These rows of a store as its sources are mixed, the same for the same seed.
+    """Mix these rows of a store by its sources. The same seed gives the same result.
 
-    `epochs` says how often each source is there; shares by temperature are of what is there then.
+    epochs: how often each source is used. Weights by temperature are computed from the numbers of rows after that.
     """
     if epochs is not None and len(rows):
         rows = repeated(rows, store.row_sources[rows], epochs, seed)
@@ -51,7 +52,7 @@ def mixed_rows(
 
 
 def repeated(rows: np.ndarray, sources: np.ndarray, epochs: Sequence[float], seed: int) -> np.ndarray:
-    """Each source's rows as often as its entry in `epochs` says: 2.5 is all of them twice, and half of them drawn once more."""
+    """Repeat each source's rows by its entry in `epochs`: 2.5 is all of them twice, plus a random half of them once more."""
     parts: list[np.ndarray] = []
     for source, times in enumerate(epochs):
         mine = rows[sources == source]
@@ -71,8 +72,8 @@ def mix(
 
         concat              every row once, source after source
         interleave_under    sources in turn, or by weight, until one is exhausted (in turn: to the end of that round)
-        interleave_over     the same until all are exhausted; a source that is exhausted starts again
-        interleave_once     until all are exhausted; a source that is exhausted is left out, so that every row comes once
+        interleave_over     the same until all are exhausted; an exhausted source starts again
+        interleave_once     until all are exhausted; an exhausted source is left out, so that every row occurs once
     """
     if strategy == "concat":
         return rows[np.argsort(sources, kind="stable")]
@@ -105,7 +106,8 @@ def _turns(counts: np.ndarray, strategy: str, weights: Sequence[float] | None, r
 
 
 def _turns_without_repeats(counts: np.ndarray, weights: Sequence[float] | None, rng: np.random.Generator) -> np.ndarray:
-    """Each row of a source has a time: with weights those of a Poisson process of that rate, else its number."""
+    """The source of each draw, without repeats. Rows are ordered by time: with weights, the arrival times of a Poisson process
+    with the source's weight as its rate; without weights, the row's number in its source."""
     times = [
         np.arange(count, dtype=np.float64) if weights is None else np.cumsum(rng.exponential(1 / weights[source], count))
         for source, count in enumerate(counts.tolist())
@@ -114,7 +116,7 @@ def _turns_without_repeats(counts: np.ndarray, weights: Sequence[float] | None, 
 
 
 def _place_of(hits: np.ndarray, number: int) -> int:
-    """Where the number-th hit is, counted from 1; past the end if it is not there."""
+    """The index of the number-th hit, counted from 1; len(hits) if there are fewer."""
     found = np.flatnonzero(hits)
     return int(found[number - 1]) if len(found) >= number else len(hits)
 
@@ -123,4 +125,4 @@ STOPS: dict[str, Callable[[int], int]] = {
     "interleave_under": lambda num_sources: 1,
     "interleave_over": lambda num_sources: num_sources,
 }
-"""How many of so many sources are exhausted when it stops."""
+"""Strategy -> the number of exhausted sources at which it stops, given the number of sources."""

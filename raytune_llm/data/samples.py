@@ -61,8 +61,8 @@ def _generator(seed: int, *stream: int) -> np.random.Generator:
 
 
 Begins = tuple[int, int]
-"""A part of an epoch by the window of the stream that its first sample is of, and the number of this sample there, in the order
-of the window. Of a complete store there is one part, (0, 0)."""
+"""Where a part of an epoch begins: (window of the stream, number of the first sample in the window's order). A complete store has
+one part, which begins at (0, 0)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class SampleOrder(Protocol):
     ) -> Iterator[Ordered]:
         """An epoch in parts, all but the last with a multiple of `multiple` samples. seed=None: unshuffled.
 
-        stopped: set when nobody waits for the samples any more. begins: of the part to begin with.
+        stopped: set when the samples are not needed any more. begins: where the first part begins.
         """
         ...
 
@@ -112,8 +112,8 @@ class Samples:
         share_prompts: bool = False,
         in_lines: bool = False,
     ) -> None:
-        """rows: numbers of rows; a number that occurs twice is used twice per epoch. share_prompts: the two answers of a pair are
-        computed after one prompt. in_lines: each document has a line of its batch for itself."""
+        """rows: numbers of rows; a number that occurs twice is used twice per epoch. share_prompts: the prompt of a pair is
+        computed once for both answers. in_lines: each document gets a row of the batch for itself."""
         assert not (in_lines and (packing or share_prompts)), "a pack is a line of several documents"
         self.store, self.max_length, self.packing, self.share_prompts = store, max_length, packing, share_prompts
         self.in_lines = in_lines

@@ -62,7 +62,7 @@ class Shortened:
     row: Any
     how: str
     length: int
-    """Its tokens before."""
+    """The number of tokens before it was shortened."""
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Stores are mapped into memory, so they are built in and read from a folder of th
 has the shards, each in a folder named by its hash, and manifest.json, which is written last and by one machine only: a store is
 complete or absent there, too. Other folders beside them, such as a reference's table, are files and a manifest.json as well.
 
-A place is where something is for all machines: a folder, or an address.
+A place is a location that is the same for all machines: a folder on shared storage, or an address.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from raytune_llm.object_store import AT_ONCE, RemoteFolder, is_address
 from raytune_llm.packaged import cache_dir
 
 HASH_CHARS = 16
-"""Of a shard's hash, as the name of its folder."""
+"""A shard's folder is named by this many characters of its hash."""
 
 
 def place_in(cache: str, name: str) -> str:
@@ -49,7 +49,7 @@ def local_folder(place: str) -> Path:
 
 
 def open_store(place: str) -> Store:
-    """Raises DataError if there is no store, or one that is damaged or of another version."""
+    """Open the store at a place. Raises DataError if it is missing, damaged, or of another version."""
     if is_address(place):
         SharedStore(place).fetch()
     return Store.open(local_folder(place), place)
@@ -63,12 +63,13 @@ class SharedStore:
         self._remote = RemoteFolder(place)
 
     def fetch(self) -> bool:
-        """Make the copy, unless it is there; other processes of this machine wait. False: the object store has no such store."""
+        """Download the store unless this machine has a copy; other processes of this machine wait. Returns False if the object
+        store has no such store."""
         with under_construction(self.folder.parent, self.folder.name) as folder:
             return folder is None or self.fetch_into(folder)
 
     def fetch_into(self, folder: Path) -> bool:
-        """Make the copy from the folder of one under construction. False: the object store has no such store.
+        """Complete the folder of a store under construction from the object store. Returns False if that has no such store.
 
         Raises DataError if a shard is missing or damaged there.
         """
@@ -87,12 +88,13 @@ class SharedStore:
         return True
 
     def fetch_unfinished(self, folder: Path) -> None:
-        """Download the shards of a store that was not completed, unless they are there."""
+        """Download the shards of a store that was not completed, except those that the folder has."""
         found = [name.split("/") for name in self._remote.files() if name.endswith(".arrow")]
         self._fetch_shards(folder, {name: beginning for beginning, name in found if not (folder / name).exists()})
 
     def fetch_others(self, folder: Path, shards: list[Shard]) -> None:
-        """Download those of the shards that other machines built. (A file of their name may be one that was built again.)"""
+        """Download the shards that other machines built. A local file with the name of one may come from an earlier attempt, and
+        is replaced."""
         self._fetch_shards(folder, {shard.name: shard.sha256 for shard in shards})
 
     def keep(self, folder: Path, shard: Shard) -> None:
@@ -100,8 +102,8 @@ class SharedStore:
         self._folder_of(shard.sha256).upload(folder, [shard.name])
 
     def publish(self) -> None:
-        """Upload what the object store lacks of the copy. If another machine was first, and what it wrote is not the same (the
-        manifest says where dropped rows were), its store replaces the copy."""
+        """Upload the parts of the copy that the object store lacks. If another machine was first and its manifest differs (it
+        names the files of dropped rows), its store replaces this copy."""
         mine, theirs = (self.folder / MANIFEST).read_bytes(), self._remote.read(MANIFEST)
         if theirs is None:
             there = self._remote.files()
@@ -140,12 +142,12 @@ class SharedStore:
 
 
 def has_folder(place: str) -> bool:
-    """Whether a folder that ends with its manifest is complete."""
+    """Whether the folder at a place is complete: its manifest, which is written last, is there."""
     return RemoteFolder(place).read(MANIFEST) is not None if is_address(place) else (Path(place) / MANIFEST).exists()
 
 
 def fetch_folder(place: str) -> Path:
-    """This machine's copy of a complete folder, which is made once."""
+    """This machine's copy of a complete folder. It is downloaded once."""
     folder = local_folder(place)
     if is_address(place):
         with locked(folder.parent, f"{folder.name}.copy"):

@@ -34,7 +34,7 @@ class Step:
     store: str = ""
     """The hash of the token store of its rows, if the store is complete."""
     held_out: bool = False
-    """The step is for evaluation, so that enrichers keep no state of it."""
+    """The step is for evaluation, so enrichers must not update their state."""
 
     @property
     def ends_epoch(self) -> bool:
@@ -60,6 +60,6 @@ class StepSource(Protocol):
         ...
 
     def state(self) -> Mapping[str, Any]:
-        """State beside epoch and cursor that is needed to resume after the last step, as JSON values. It is saved in checkpoints
-        and given back as progress.source_state."""
+        """The state, besides epoch and cursor, that is needed to resume after the last step, as JSON values. Checkpoints save it,
+        and it comes back as progress.source_state."""
         ...

@@ -190,7 +190,7 @@ def _is_complete(store: Path) -> bool:
     try:
         return (store / MANIFEST).exists()
     except (OSError, ValueError):
-        return False  # no path, or nobody may look there: the lock says so
+        return False  # not a valid path, or no permission: taking the lock reports it
 
 
 def partial(target: Path) -> Path:
@@ -273,7 +273,7 @@ class Store(Rows):
     def __init__(self, folder: Path, manifest: Mapping[str, Any], place: str | None = None) -> None:
         self.folder, self.manifest = folder, manifest
         self.place = place or str(folder)
-        """Where other machines find it: the folder, or its address in an object store."""
+        """Where all machines find it: the folder, or its address in an object store."""
         self.num_tokens: int = manifest["tokens"]
         self.num_trained_tokens: int = manifest["trained_tokens"]
         self.dropped, self.shortened = (Dropped.from_json(manifest[name]) for name in ("dropped", "shortened"))
@@ -287,9 +287,10 @@ class Store(Rows):
 
     @classmethod
     def open(cls, folder: str | Path, place: str | None = None) -> Store:
-        """place: where other machines find it, unless that is the folder (data/shared_stores.py).
+        """The store in a folder. place: where all machines find it, if that is not the folder (data/shared_stores.py).
 
-        Raises DataError if the folder has no store, or one that is damaged or of another version."""
+        Raises DataError if the folder has no store, or one that is damaged or of another version.
+        """
         folder = Path(folder)
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
@@ -340,8 +341,8 @@ def _map_listed_shard(path: Path, listed: Mapping[str, Any]) -> MappedShard:
 
 
 def map_shard(path: Path) -> MappedShard:
-    """The columns of a shard. Raises FileNotFoundError, DataError if the file is truncated, and ResourceError where this process
-    has as many memory maps as it may."""
+    """The columns of a shard, memory-mapped. Raises FileNotFoundError, DataError if the file is truncated, and ResourceError if
+    the process has reached its limit of memory maps."""
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     except pa.ArrowInvalid as error:
@@ -361,13 +362,13 @@ def _corrupt(path: Path, problem: str) -> DataError:
 
 
 def _as_numpy(column: Any) -> Any:
-    """(offsets, values) of a column of lists, or the values of any other; views, except for booleans."""
+    """(offsets, values) of a column of lists, else the values of the column. They are views, except for booleans."""
     return (_values(column.offsets), _values(column.values)) if pa.types.is_list(column.type) else _values(column)
 
 
 def _values(array: Any) -> np.ndarray:
-    """The values of an array without nulls. pyarrow's own `to_numpy` imports pandas, for more than a second, wherever it is
-    installed."""
+    """The values of an array without nulls. pyarrow's own `to_numpy` would import pandas if it is installed, which takes more
+    than a second."""
     first, last = array.offset, array.offset + len(array)
     buffer = array.buffers()[1] or b""
     if pa.types.is_boolean(array.type):

@@ -30,22 +30,22 @@ POLL_S = 0.05
 
 
 class Stream:
-    """The samples of a store that is or will be under construction. folder: the one that the complete store will have."""
+    """The samples of a store while it is built. folder: where the complete store will be."""
 
     num_samples = None
 
     def __init__(self, folder: Path, *, window_rows: int, samples: Callable[[Rows, np.ndarray], Samples]) -> None:
-        """samples: builds the Samples of some rows, those of a window."""
+        """samples: makes the Samples of the rows of one window."""
         self.folder, self.window_rows, self.samples = folder, window_rows, samples
 
     def ordered(
         self, seed: int | None, epoch: int, multiple: int, stopped: threading.Event, begins: Begins = (0, 0)
     ) -> Iterator[Ordered]:
-        """Like SampleOrder.ordered. Waits for shards that don't exist yet. Windows before that of `begins` are not packed."""
+        """See SampleOrder.ordered. It waits for shards that don't exist yet. Windows before that of `begins` are not packed."""
         first, passed = begins
         rest: Samples | None = None
         origin: deque[tuple[int, int, int]] = deque()
-        """The samples in `rest`: window, number of the first one there, and how many."""
+        """The samples in `rest` as (window, number of the first sample in it, number of samples)."""
         for window, samples in enumerate(self._windows(first, stopped), start=first):
             if seed is not None:
                 samples = samples.take(permutation(len(samples), seed, epoch, window))
@@ -65,11 +65,11 @@ class Stream:
         yield Ordered(rest, np.arange(len(rest)), last=True, begins=origin[0][:2])
 
     def _windows(self, first: int, stopped: threading.Event) -> Iterator[Samples]:
-        """From window number `first` on."""
+        """The samples of each window, from window number `first`."""
         outline = self._awaited(_outline, stopped)
         shards: list[MappedShard] = []
         start, end = first * self.window_rows, 0
-        """Range of the rows in `shards` that are in no window yet; its end comes first as long as shards are passed."""
+        """The range of rows in `shards` that are in no window yet. Its end comes first while shards are skipped."""
 
         def window(stop: int) -> Samples:
             return self.samples(Rows(KINDS[outline["kind"]], outline["end_of_row"], shards), np.arange(start, stop))
@@ -103,7 +103,7 @@ class Stream:
 
 
 def _drop(origin: deque[tuple[int, int, int]], count: int) -> None:
-    """Take so many samples off the front."""
+    """Remove this many samples from the front."""
     while count:
         window, number, there = origin.popleft()
         if there > count:

@@ -1,6 +1,7 @@
-"""Kinds of rows: name -> what a row of it is, from its columns in a store to its documents in a batch.
+"""Kinds of rows. A kind defines the columns of a row in a store, how it is built from a record (records.py), and its documents in
+a batch.
 
-To add one: its file here, and its entry in KINDS. What a format makes of a raw row for it is a record (records.py).
+To add one, write its file here and enter it in KINDS.
 """
 
 from __future__ import annotations

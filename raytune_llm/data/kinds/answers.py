@@ -15,7 +15,7 @@ NOTHING_LEFT = "no trained token is left after truncation to data.max_length"
 
 
 def prompt_and_answer(text: Rendered, tokens: Tokens, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of the prompt and of the last answer, with the stop token that the template does not write."""
+    """Token ids of the prompt and of the last answer. A stop token that the template does not write is appended to the answer."""
     start, end = tokens.answers[-2:].tolist()
     answer = tokens.ids[start:end]
     if text.ends_early or targets.end_of_row is None:
@@ -24,7 +24,7 @@ def prompt_and_answer(text: Rendered, tokens: Tokens, targets: Targets) -> tuple
 
 
 def shortened(text: Rendered, tokens: Tokens, targets: Targets, *, cut: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The same, of at most max_length tokens together."""
+    """The same, with at most max_length tokens in all. Raises TooLong if there are more, unless `cut`."""
     prompt, answer = prompt_and_answer(text, tokens, targets)
     check_length(len(prompt) + len(answer), targets, cut=cut)
     source, target = shares(len(prompt), len(answer), targets.max_length)
@@ -32,12 +32,12 @@ def shortened(text: Rendered, tokens: Tokens, targets: Targets, *, cut: bool) ->
 
 
 def answered(prompt: np.ndarray, answer: np.ndarray) -> Document:
-    """A document of both, of which the answer is trained."""
+    """A document of prompt and answer, in which the answer is trained."""
     return Document(np.concatenate([prompt, answer]), np.array([len(prompt), len(prompt) + len(answer)], np.int32))
 
 
 def check_answer(answer: Message) -> None:
-    """An answer of its end alone would be judged: to say nothing is better, or worse, than to answer."""
+    """Refuse an empty answer. Only its end token would be compared, which trains the model to say nothing, or never to."""
     if not (answer.content.strip() or answer.tool_calls or answer.reasoning):
         raise BadRow("an answer is empty")
 
@@ -53,6 +53,6 @@ def check_media(conversation: Conversation) -> None:
 
 
 def check_length(length: int, targets: Targets, *, cut: bool) -> None:
-    """Raises TooLong, unless the row is to be cut."""
+    """Raises TooLong if the row is too long, unless `cut`."""
     if length > targets.max_length and not cut:
         raise TooLong(length)

@@ -1,4 +1,4 @@
-"""Conversations: one document, of which every trained answer is learned."""
+"""Conversations: each is one document, in which all trained answers are learned."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHAT = {
     Labeled: "an answer with a verdict, as stage=kto learns from",
     Text: "plain text, as stage=pretrain learns from",
 }
-"""How a message describes a row that is no conversation."""
+"""How an error message describes a row that is not a conversation."""
 
 
 class ConversationRow(NamedTuple):
@@ -73,7 +73,7 @@ class ConversationKind(Kind):
         return targets_of_spans(*shard["spans"])
 
     def counts(self, shard: MappedShard) -> np.ndarray:
-        """Trained tokens of each row, by their weights. int64 where all weigh 1, else float64."""
+        """The sum of the weights of each row's trained tokens: int64 if all weights are 1, else float64."""
         (offsets, weights), (span_offsets, spans) = shard["weights"], shard["spans"]
         if not len(weights):
             return targets_of_spans(span_offsets, spans)
@@ -86,14 +86,14 @@ class ConversationKind(Kind):
         return [Document(ids, spans, weights=weights)]
 
     def prompt_and_answer(self, row: ConversationRow) -> tuple[np.ndarray, np.ndarray]:
-        """The last answer and its prompt. Of a row that is trained whole, the rest is the answer, as for a text."""
+        """The last answer and its prompt. A row that is trained in full is split like a text."""
         ids = np.asarray(row.ids)
         start, end = row.spans[-2:]
         return (ids[:start], ids[start:end]) if start > 0 else rest_of_text(ids)
 
 
 def targets_of_spans(span_offsets: np.ndarray, spans: np.ndarray, weights: np.ndarray | int = 1) -> np.ndarray:
-    """Trained positions of each row that have a predecessor to be predicted from, by the weights of their spans."""
+    """The number of trained tokens of each row, times their spans' weights. A first token is not counted: nothing predicts it."""
     starts, ends = spans[0::2], spans[1::2]
     counts = (ends - np.maximum(starts, 1)).astype(np.int64) * weights
     passed = np.concatenate([np.zeros(1, counts.dtype), np.cumsum(counts)])
@@ -101,9 +101,11 @@ def targets_of_spans(span_offsets: np.ndarray, spans: np.ndarray, weights: np.nd
 
 
 def _ended(tokens: Tokens, weights: tuple[float, ...], end: int) -> ConversationRow:
-    """With the end token after the last answer. At the end of every span it is the target, whatever follows in the text.
+    """The row with the end token after the last answer. At the end of every other span it is the target instead of the token that
+    follows in the text.
 
-    A turn whose prompt is cut away altogether has no place for the end of the turn before it: it goes, with those after it.
+    If the whole prompt of a turn was cut, there is no position for the end token of the turn before; that turn and all later ones
+    are removed.
     """
     answers = tokens.answers.reshape(-1, 2)
     touching = np.flatnonzero((answers[1:, 0] == answers[:-1, 1]) & (answers[1:, 1] > answers[1:, 0]))
@@ -111,13 +113,14 @@ def _ended(tokens: Tokens, weights: tuple[float, ...], end: int) -> Conversation
         answers = answers[: touching[0] + 1]
     ids = np.append(tokens.ids[: answers[-1, 1]], np.int32(end))
     ended = answers[:, 1] > answers[:, 0]
-    ended[-1] = True  # also where all of it is cut away, but not its end
+    ended[-1] = True  # even if all of the answer was cut, except its end
     return _trained(ids, np.stack([answers[:, 0], answers[:, 1] + ended], axis=1), weights[: len(answers)])
 
 
 def _trained(ids: np.ndarray, answers: np.ndarray, weights: tuple[float, ...]) -> ConversationRow:
-    """The row with the answers that weigh something and hold a target. The very first token is none: nothing predicts it."""
-    # By hand: numpy takes its time over three or four answers.
+    """The row with the answers that have a weight above 0 and a target. The first token is no target, since nothing predicts
+    it."""
+    # A plain loop, which is faster than numpy for three or four answers.
     turns = zip(answers.tolist(), weights, strict=True)
     targets = [(start, end, weight) for (start, end), weight in turns if weight > 0 and end > max(start, 1)]
     if not targets:

@@ -1,5 +1,5 @@
-"""The interface of a kind of row: its columns in a token store, how a row is built from a record, and its documents in a batch;
-and the rows of a kind, as shards hold them.
+"""The interface of a kind of row (its columns in a token store, how a row is built from a record, and its documents in a batch),
+and the rows of a kind in memory-mapped shards.
 
 Arrays are numpy's, since workers that build stores do not import torch.
 """

@@ -1,7 +1,7 @@
-"""Labelled answers: a prompt, an answer to it, and whether it is a good one.
+"""Labelled answers: a prompt, an answer, and whether the answer is desirable.
 
-One document, and another in a batch beside it: the same prompt with the answer of another row, by which it is estimated how far
-the policy has moved from the reference.
+A row is one document. A second batch holds the same prompt with the answer of another row, from which KTO estimates the KL
+divergence of the policy from the reference.
 """
 
 from __future__ import annotations

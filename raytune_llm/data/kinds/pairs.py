@@ -1,7 +1,7 @@
 """Pairs: a prompt and two answers to it, the first preferred.
 
-Two documents of one batch: the prompt with each answer, or the prompt with the chosen one and the rejected answer alone, which
-shares its prompt.
+A row is two documents of one batch: the prompt with the chosen answer, and the prompt with the rejected one. If prompts are
+shared, the second document is only the rejected answer, which attends to the first document's prompt.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Prompts, with the answer if the data give one. Nothing is trained.
+"""Prompts, with the answer if the data have one. Nothing is trained.
 
-A batch holds the prompts; whoever answers them finds the rest of a row by Batch.rows.
+A batch holds only the prompts; Batch.rows tells which rows they belong to.
 """
 
 from __future__ import annotations

@@ -78,12 +78,12 @@ class TextKind(Kind):
 
 
 def text_start(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The token that the tokenizer puts before each plain text. None: it puts none there."""
+    """The token that the tokenizer puts before each plain text, or None."""
     first = tokenizer("a").input_ids[:1]
     return first[0] if first == [tokenizer.bos_token_id] else None
 
 
 def rest_of_text(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Its beginning, and what comes after."""
+    """The first PROMPT_TOKENS tokens (or half of a short text), and the rest."""
     at = min(PROMPT_TOKENS, (len(ids) + 1) // 2)
     return ids[:at], ids[at:]

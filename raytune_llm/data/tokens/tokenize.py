@@ -1,12 +1,12 @@
-"""Rendered texts -> tokens, a block at a time: word by word where that is faster, else in one call into Rust.
+"""Tokenizes rendered texts in blocks: word by word if that is faster, else in one call to the Rust tokenizer.
 
-Ids are those of the whole text, and equal `apply_chat_template`'s: the template holds the special tokens, none is added. A text
-that is cut into pieces has the ids of each piece; a piece that only resembles control tokens is encoded character by character.
+The ids equal those of `apply_chat_template`: the template writes the special tokens, and none is added. If a text was cut into
+pieces, each piece is encoded by itself; a piece that only looks like a control token is encoded character by character.
 
-Where a span of characters lies among the tokens can be asked of the tokenizer, but to keep count of characters takes it
-half as long again. So spans are found from special tokens instead, which no other token crosses: a span ends with one, and
-starts a short header (`assistant` and a newline, say) after one. Each row is checked for that, and the rows where it does
-not hold are encoded with offsets. In pieces, spans are pieces.
+The tokenizer can return the character offsets of tokens, but then takes half as long again. So the tokens of an answer are found
+from special tokens instead, which no other token crosses: an answer ends with one, and begins a short header (such as `assistant`
+and a newline) after one. Each row is checked for this; rows where it does not hold are encoded with offsets. In a text of pieces,
+answers are pieces.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MAX_HEADER_CHARS = 64
-"""Longer text between a special token and an answer is no header but part of the request, and seldom comes again."""
+"""Longer text between a special token and an answer is not a header, but part of the prompt, which rarely repeats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A rendered text as tokens."""
+    """The tokens of a rendered text."""
 
     ids: np.ndarray
     """int32."""
@@ -43,7 +43,7 @@ class Tokens:
 
 
 class BlockTokenizer:
-    """Token rows of a block of texts. Can be pickled: the Rust tokenizer travels as its JSON."""
+    """Tokenizes blocks of texts. It can be pickled: the Rust tokenizer is stored as its JSON."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._rust: Tokenizer = tokenizer.backend_tokenizer
@@ -60,7 +60,7 @@ class BlockTokenizer:
 
     @cached_property
     def _rust_letters(self) -> Tokenizer:
-        """The same tokenizer, to which special tokens are text like any other."""
+        """A copy of the tokenizer that encodes the text of special tokens like any other text."""
         tokenizer = Tokenizer.from_str(self._rust.to_str())
         tokenizer.encode_special_tokens = True
         return tokenizer
@@ -92,7 +92,6 @@ class BlockTokenizer:
         return tokens
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts, special tokens among them, one after another; and where each text's start, and the end."""
         if self._by_words is not None:
             return self._by_words(texts)
         rows = [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
@@ -100,11 +99,11 @@ class BlockTokenizer:
         return np.fromiter(chain.from_iterable(rows), np.int32, starts[-1]), starts
 
     def ends(self, text: str) -> list[int]:
-        """Where in the text (one without control tokens) each of its tokens ends."""
+        """The index of the character after each token of a text without control tokens."""
         return [end for _, end in self._rust.encode(text, add_special_tokens=False).offsets]
 
     def _with_letters(self, one: Rendered, edges: list[int], ids: list[np.ndarray]) -> Tokens:
-        """Text that only resembles a control token is encoded character by character."""
+        """The tokens of a text in which some pieces only look like control tokens; these are encoded character by character."""
         letters = {start for start, _ in one.plain}
         for number, start in enumerate(edges[:-1]):
             if start in letters:
@@ -117,7 +116,7 @@ class BlockTokenizer:
         return None if answers is None else Tokens(ids, answers)
 
     def _spans_from_special_tokens(self, one: Rendered, ids: np.ndarray) -> np.ndarray | None:
-        """Flattened token spans, or none where special tokens don't determine them."""
+        """Flattened token spans of the answers; None if special tokens don't determine them."""
         ends = [match.end() for match in self._special_text.finditer(one.text)]
         at = np.flatnonzero(self._is_special[ids]).tolist()
         if len(ends) != len(at):
@@ -141,13 +140,13 @@ class BlockTokenizer:
 
 
 def _from_pieces(one: Rendered, edges: list[int], ids: np.ndarray, starts: np.ndarray) -> Tokens:
-    """`starts`: where the ids of each piece start, and the end."""
+    """The tokens of a text in pieces. starts: the index of each piece's first id, then the number of ids."""
     at = dict(zip(edges, starts.tolist(), strict=True))
     return Tokens(ids, np.array([at[position] for answer in one.answers for position in answer], dtype=np.int32))
 
 
 def spans_from_offsets(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Flattened token spans of spans of characters. A token that straddles a span's start belongs to it."""
+    """Flattened token spans for spans of characters. A token that straddles the start of a span belongs to it."""
     tokens = []
     for start, end in spans:
         first = next((token for char in range(start, end) if (token := encoding.char_to_token(char)) is not None), 0)
@@ -158,7 +157,7 @@ def spans_from_offsets(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> 
 
 
 def _edges(one: Rendered) -> list[int]:
-    """Characters between which a piece is tokenized by itself; only the text's ends where it is not cut."""
+    """The character indices at which the text is cut into pieces, from 0 to its length."""
     edges = {0, len(one.text)}
     if one.cuts or one.plain:
         edges.update(one.cuts, *one.plain, *one.answers)

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: the model's own, another one, or the built-in one of plain bytes."""
+"""Loads the tokenizer of a run: the model's own, another one, or the built-in byte tokenizer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from raytune_llm.remote_code import announce
 
 BYTES = "bytes"
 NO_CLASS_OF_THEIR_OWN = ("llama", "qwen3", "granite", "olmo2", "smollm3")
-"""Models whose tokenizer is of the class that its files name."""
+"""Model types for which transformers has no tokenizer class of its own, so that the class in the files is used."""
 ANY_FAST = ("TokenizersBackend", "PreTrainedTokenizerFast")
-"""Names of the class that does as tokenizer.json says and no more."""
+"""Names of transformers' class that follows tokenizer.json without changes of its own."""
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -37,12 +37,12 @@ CHATML = (
 def run_tokenizer(
     model: ModelConfig, data: DataConfig, *, needs_template: bool = True
 ) -> tuple[PreTrainedTokenizerFast, NamedTemplate | None]:
-    """The tokenizer of a run and its named template, which the tokenizer has taken over, or none where it has its own.
+    """The tokenizer of a run, with model.new_tokens, and the named template that it was given; None if it keeps its own.
 
-    Plain text needs no template: then a tokenizer without one stays as it is, unless data.template names one.
+    needs_template: False for plain text, where a tokenizer without a template may stay as it is.
 
-    model.new_tokens are in it. Raises ConfigError where the tokenizer, or what a named template adds to it, has more tokens than
-    the model has embeddings, unless model.resize_vocab adds them.
+    Raises ConfigError if the tokenizer, or what a named template adds to it, has more tokens than the model has embeddings,
+    unless model.resize_vocab adds them.
     """
     tokenizer = _unchanged(model)
     described = new_tokens(model)
@@ -53,9 +53,9 @@ def run_tokenizer(
 
 
 def first_pieces(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> dict[int, list[int]]:
-    """For each token that the run adds to the model's, by id: the tokens whose embeddings' mean its own begins as.
+    """Id of each token that the run adds -> the ids of the model's tokens whose mean embedding initializes it.
 
-    tokenizer: the run's, as run_tokenizer gave it.
+    tokenizer: the run's tokenizer, from run_tokenizer.
     """
     if not model.adds_tokens:
         return {}
@@ -107,7 +107,8 @@ def _take_template(
 def _check_embeddings(
     tokenizer: PreTrainedTokenizerFast, model: ModelConfig, template: str = "", added: Sequence[str] = (), other: str = ""
 ) -> None:
-    """`added`: what the template added; there is another one in its place."""
+    """Raises ConfigError if the model has too few embeddings. added: tokens that the template added. other: a template that
+    fits."""
     room = _num_embeddings(model)
     if room is None or len(tokenizer) <= room:
         return
@@ -125,24 +126,25 @@ def _check_embeddings(
 
 
 def _num_embeddings(model: ModelConfig) -> int | None:
-    """None where the tokenizer says it: of a model made from a config alone."""
+    """The number of the model's embeddings; None if it follows from the tokenizer (a model that is built from a config)."""
     if "vocab_size" in model.config or model.path is None:
         return model.config.get("vocab_size")
     folder = Path(packaged.resolve(model.path))
-    try:  # a hub's is here, as the tokenizer was read with it
+    try:  # a hub's config was cached when the tokenizer was loaded
         there = folder.is_dir()
         file = folder / "config.json" if there else cached_file(model.path, "config.json", revision=model.revision)
         config = json.loads(Path(str(file)).read_text(encoding="utf-8"))
         sizes = [part["vocab_size"] for part in (config.get("text_config"), config) if part and "vocab_size" in part]
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return None  # what reads the whole config says what is wrong with it
+        return None  # loading the model reports what is wrong with the config
     return sizes[0] if sizes else None
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast, template: NamedTemplate | None) -> list[int]:
-    """The tokens that end an answer: what the saved generation config of a run names as eos_token_id, and where engines stop.
+    """The ids of the tokens that end an answer: eos_token_id of a run's saved generation config, and where engines stop.
 
-    The end that the chat template writes is among them, whatever the tokenizer calls its end token: it is what is trained.
+    They include the token with which the chat template ends an answer, since that is what is trained; the tokenizer's own end
+    token may be another one.
     """
     named = (tokenizer.eos_token,) if template is None else stop_tokens(tokenizer, template)
     ends = dict.fromkeys(str(token) for token in (*named, answer_end(tokenizer)) if token is not None)
@@ -158,7 +160,7 @@ def load_tokenizer(
     kind: str | None = None,
     needs_chat_template: bool = True,
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer at `kind` (`bytes`, a folder or a hub id), or where that is none, the model's own at `path`."""
+    """The tokenizer that `kind` names (`bytes`, a folder or a hub id), or if it is None, that of the model at `path`."""
     if kind == BYTES:
         return byte_tokenizer()
     setting, place = ("model.path", path) if kind is None else ("model.tokenizer", kind)
@@ -169,7 +171,7 @@ def load_tokenizer(
         if trust_remote_code:
             announce(folder, revision)
         tokenizer: Any = _loader(Path(folder)).from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a damaged file makes of a library's own code
+    except Exception as error:  # libraries raise many kinds of errors for a damaged file
         what = (
             "holds no tokenizer"
             if Path(folder).is_dir()
@@ -193,7 +195,7 @@ def load_tokenizer(
 
 
 def _loader(folder: Path) -> Any:
-    """AutoTokenizer, or the class that it would choose where that is plain: it loads torch, which takes seconds."""
+    """The class that AutoTokenizer would choose, if that is certain, else AutoTokenizer, whose import loads torch (seconds)."""
     try:
         model_type = json.loads((folder / "config.json").read_text())["model_type"]
         settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -208,7 +210,7 @@ def _loader(folder: Path) -> Any:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """259 tokens: id b is the byte b, then ChatML's marks and a pad. For tests and small models of any language."""
+    """A tokenizer of 259 tokens: id b is the byte b, then come ChatML's two special tokens and a padding token."""
     alphabet = dict(zip(range(256), byte_characters(), strict=True))
     tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in alphabet.items()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -225,13 +227,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def byte_characters() -> list[str]:
-    """The printable character by which byte-level tokenizers write each byte (Radford et al. 2019)."""
+    """The printable character that stands for each byte in byte-level tokenizers (Radford et al. 2019)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A hash of all that makes ids of a text: the Rust tokenizer, its special tokens and the chat template."""
+    """A hash of everything that determines the ids of a text: the Rust tokenizer, its special tokens and the chat template."""
     content = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""LLaMA-Factory's rule for the tokens of a row that is too long: requests and answers both give way, the longer one more.
+"""LLaMA-Factory's rule for shortening a row: prompts and answers are both cut at their ends, the longer one more.
 
-Tokens at their ends are cut, the template's own included.
+The template's own tokens at the ends are cut too.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from raytune_llm.data.tokens.tokenize import Tokens
 
 
 def shares(source: int, target: int, budget: int) -> tuple[int, int]:
-    """Tokens to keep of a request and of the answer to it, of `budget` in all (LLaMA-Factory's rule).
+    """The number of tokens to keep of a prompt and of its answer, `budget` in all.
 
-    An answer below half of the budget stays whole, and so does a request below half of it; else both shrink in proportion.
+    source, target: their lengths in tokens. A part that is shorter than half of the budget is kept in full; otherwise both shrink
+    in proportion.
     """
     if 2 * target < budget:
         most = budget
@@ -26,9 +27,9 @@ def shares(source: int, target: int, budget: int) -> tuple[int, int]:
 
 
 def shorten(tokens: Tokens, budget: int, *, last_first: bool) -> Tokens:
-    """The starts of requests and of answers, turn by turn until the budget is spent; from the last turn backwards if last_first.
+    """Keep the starts of prompts and answers, turn by turn, until the budget is spent; last_first: from the last turn backwards.
 
-    What follows the last answer goes. A turn that the budget does not reach goes whole, with its answer (an empty span).
+    Text after the last answer is removed. A turn that the budget does not reach is removed in full; its answer is an empty span.
     """
     ends = tokens.answers[1::2].tolist()
     turns = list(zip([0, *ends[:-1]], tokens.answers[0::2].tolist(), ends, strict=True))

@@ -1,4 +1,4 @@
-"""Tokens that a run adds to its tokenizer, and what their embeddings begin with."""
+"""Tokens that a run adds to its tokenizer, and the texts that initialize their embeddings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ EXAMPLE = "For example, 'model.new_tokens=[<light>,<door>]'."
 
 
 def new_tokens(model: ModelConfig) -> dict[str, str]:
-    """Each token of model.new_tokens, and the text whose embeddings its own begins as the mean of: its description, or itself.
+    """Token of model.new_tokens -> the text whose mean embedding initializes it: its description, or the token itself.
 
-    Raises ConfigError for a file that can't be read, and for what is no token.
+    Raises ConfigError for a file that can't be read, and for an entry that is not a token.
     """
     given: Any = _read(model.new_tokens) if isinstance(model.new_tokens, str) else model.new_tokens or {}
     described = given if isinstance(given, dict) else {token: token for token in given}
@@ -34,18 +34,18 @@ def new_tokens(model: ModelConfig) -> dict[str, str]:
 
 
 def add_new_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> None:
-    """Add tokens that are words of the text: found wherever a text has them, never escaped, and kept where text is decoded."""
+    """Add tokens that are words of the text: they are found anywhere in a text, never escaped, and kept in decoded text."""
     known = tokenizer.get_vocab()
     if there := [token for token in tokens if token in known]:
         rule = f"must be new to the tokenizer, which has {', '.join(there[:3])} already"
         raise ConfigError(SETTING, rule, got=there, fix="Leave them out: they need no new embedding.")
-    added: Any = [AddedToken(token, normalized=False) for token in tokens]  # transformers has it under another name
+    added: Any = [AddedToken(token, normalized=False) for token in tokens]  # transformers' stubs name another class
     tokenizer.add_tokens(added)
 
 
 def _read(given: str) -> list[str] | dict[str, str]:
-    """Descriptions as typed ({<light>: a lamp}, whose keys Hydra can't read), or a file: YAML or JSON with a list or with a
-    description a token, and any other with a token a line."""
+    """The tokens from text: either {token: description} as typed (Hydra can't parse keys such as <light>), or a file. A YAML or
+    JSON file has a list or {token: description}; any other file has one token per line."""
     try:
         content = _content(given)
     except (OSError, *NOT_YAML) as error:

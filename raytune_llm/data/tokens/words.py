@@ -1,11 +1,11 @@
-"""Ids of texts from the ids of their words, each encoded once.
+"""Tokenizes texts from the ids of their words, each of which is encoded only once.
 
-A byte-level BPE tokenizer cuts a text at its added tokens, cuts the rest into words by a regular expression, and encodes each
-word on its own. The cutting takes the Rust library most of its time (it keeps count of every character's origin), and the
-words of a data set are few. So all texts of a block are cut together, by numpy, at added tokens and at the spaces before which
-a word always ends; Arrow finds which of these chunks are the same; and only those that were not met before are looked at one by
-one. They are cut into words by Python's `re`, and the new words go to Rust. `re` cuts alike where it is plain which characters
-are letters, digits and white space: in ASCII, European letters, and symbols. A chunk with others goes to Rust whole.
+A byte-level BPE tokenizer cuts a text at its added tokens, cuts the rest into words with a regular expression, and encodes each
+word by itself. The Rust library spends most of its time on the cutting, because it tracks the origin of every character, and a
+data set has few different words. So numpy cuts all texts of a block together, at added tokens and at the spaces before which a
+word always ends; Arrow finds equal chunks; and only new chunks are processed one by one. Python's `re` cuts these into words, and
+new words are encoded by Rust. `re` gives the same words if the classes of all characters are certain: ASCII, European letters
+and symbols. A chunk with other characters is encoded by Rust as a whole.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 MAX_WORDS = 200_000
-"""Words that are remembered, some 40 MB, and so many chunks; then it starts anew."""
+"""Words (and chunks) that the cache holds, about 40 MB, before it is emptied."""
 MAX_REMEMBERED = 64
-"""Bytes of a chunk, characters of a word: longer ones seldom come again."""
+"""Maximum bytes of a cached chunk and characters of a cached word. Longer ones rarely repeat."""
 _LETTERS = (
     "a-zA-Z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u017e\u0180-\u024f"  # without the long s, which (?i:s) matches
     "\u0391-\u03a1\u03a3-\u03ce\u0400-\u0481\u048a-\u052f"
@@ -34,25 +34,25 @@ _SYMBOLS = (
     "\u200b-\u200d\u2010-\u2027\u2030-\u205e\u20a0-\u20bf\u2122\u2190-\u22ff\u2500-\u26ff\ufe0f"
     "\U0001f300-\U0001f64f\U0001f680-\U0001f6c5"
 )
-"""Neither letters nor digits nor white space."""
+"""Characters that are certainly neither letters nor digits nor white space."""
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# A digit is a word by itself, and cuts the text before the rest is looked at: to white space it is like the end.
+# Each digit is a word, and it splits the text first, so white space before it behaves as at the end of a text.
 _GPT2_SINGLE_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPACE_STARTS_A_WORD = (_GPT2, _GPT2_SINGLE_DIGITS, _LLAMA3, _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"))
-"""In these, the last one being Qwen 2's, a space is part of the word after it, if of any, or among white space. So where none
-is beside it, a word ends before it, and what comes before makes no difference to what comes after."""
+"""In these patterns (the last is Qwen 2's), a space belongs to the word after it or to a run of white space. So before a single
+space a word always ends, and the text before it does not affect the words after it."""
 _BYTES = np.arange(256, dtype=np.uint8)
 _SOLID = (_BYTES < 0x80) & ~np.isin(_BYTES, np.frombuffer(b" \t\n\v\f\r\x1c\x1d\x1e\x1f", np.uint8))
-"""ASCII that nobody takes for white space."""
+"""ASCII bytes that are not white space in any of these regular expressions."""
 _LEADS_A_LETTER = (_BYTES >= 0xC3) & (_BYTES < 0xE0)
-"""The first of two bytes in UTF-8, U+00C0 to U+07FF, where there is no white space."""
+"""First bytes of the two-byte UTF-8 range U+00C0 to U+07FF, which has no white space."""
 
 
 class WordTokenizer:
-    """Ids of texts, equal to the Rust tokenizer's. Made by `word_tokenizer`."""
+    """Gives the same ids as the Rust tokenizer. `word_tokenizer` creates it."""
 
     def __init__(self, tokenizer: Tokenizer, pattern: str, word: re.Pattern[str], added_tokens: list[str]) -> None:
         self._tokenizer, self._word = tokenizer, word
@@ -69,7 +69,7 @@ class WordTokenizer:
         return word_tokenizer, (self._tokenizer,)
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts, one after another, and where each text's start, and the end."""
+        """The ids of all texts, concatenated, and the index of each text's first id, followed by the number of ids."""
         encoded = [text.encode() for text in texts]
         text_starts = np.cumsum([0, *map(len, encoded)])
         data = b"".join(encoded)
@@ -85,7 +85,7 @@ class WordTokenizer:
         return result, passed[np.searchsorted(starts, text_starts)]
 
     def _chunk_starts(self, data: bytes, text_starts: np.ndarray) -> np.ndarray:
-        """Bytes at which chunks start, and the end."""
+        """The byte offsets of chunk starts, followed by the number of bytes."""
         starts = np.zeros(len(data) + 1, bool)
         starts[text_starts] = True
         starts[[edge for found in self._added.finditer(data) for edge in found.span()]] = True
@@ -99,7 +99,7 @@ class WordTokenizer:
         return np.flatnonzero(starts)
 
     def _ids_of(self, chunks: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of these chunks, one after another, and where each one's end."""
+        """The ids of these chunks, concatenated, and the end index of each chunk's ids."""
         known = list(map(self._chunks.get, chunks))
         new = [chunk for chunk, ids in zip(chunks, known, strict=True) if ids is None]
         fresh = dict(zip(new, self._encode(new), strict=True))
@@ -111,7 +111,7 @@ class WordTokenizer:
         return ids, np.cumsum(np.fromiter(map(len, ids_of), np.int64, len(ids_of))) // ids.itemsize
 
     def _encode(self, chunks: list[bytes]) -> list[bytes]:
-        """The ids of chunks by their words."""
+        """The ids of each chunk, encoded word by word."""
         cut = [self._cut(chunk) for chunk in chunks]
         if len(self._words) > MAX_WORDS:
             self._words.clear()
@@ -126,19 +126,19 @@ class WordTokenizer:
         return ids
 
     def _cut(self, chunk: bytes) -> Iterable[str]:
-        """The words of a chunk; it is one of its own where they are not known. An added token is encoded like a word."""
+        """The words of a chunk, or the whole chunk if its words are not certain. An added token counts as a word."""
         text = chunk.decode()
         if chunk in self._added_tokens or not self._takes(text):
             return (text,)
         return self._word.findall(text)
 
     def _takes(self, text: str) -> bool:
-        """NFC, the one normalizer that leaves ASCII alone, must have nothing to do."""
+        """Whether the normalizer (NFC or none) leaves the text unchanged."""
         return text.isascii() or (self._known.fullmatch(text) is not None and is_normalized("NFC", text))
 
 
 def word_tokenizer(tokenizer: Tokenizer) -> WordTokenizer | None:
-    """None where the tokenizer is not of the kind that works word by word."""
+    """A WordTokenizer with the same results, or None if the tokenizer does not work word by word."""
     spec = json.loads(tokenizer.to_str())
     pattern = _word_pattern(spec["pre_tokenizer"] or {})
     word = None if pattern is None else _for_known(pattern)
@@ -152,7 +152,7 @@ def word_tokenizer(tokenizer: Tokenizer) -> WordTokenizer | None:
 
 
 def _word_pattern(pre_tokenizer: dict[str, Any]) -> str | None:
-    """How these pre-tokenizers cut a text, as one expression that matches every word in turn."""
+    """One regular expression that matches the words that these pre-tokenizers cut; None if there is none."""
     match pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return _GPT2
@@ -171,7 +171,7 @@ def _word_pattern(pre_tokenizer: dict[str, Any]) -> str | None:
 
 
 def _for_known(pattern: str) -> re.Pattern[str] | None:
-    """The same for known text in Python's syntax, where it can be said so."""
+    """The pattern in the syntax of Python's `re`, for texts of known characters; None if it can't be expressed."""
     in_class = re.compile(r"\[[^\]]*\]")
     pattern = in_class.sub(lambda found: found[0].replace(r"\p{L}", _LETTERS).replace(r"\p{N}", "0-9"), pattern)
     pattern = pattern.replace(r"\p{L}", f"[{_LETTERS}]").replace(r"\p{N}", "[0-9]")
