@@ -1,14 +1,14 @@
-"""A raw row -> a record. Which messages are trained is decided here and nowhere else.
+"""Converts raw rows to records. Only this folder decides which messages are trained.
 
 A format is a function from a row and its section of the config (the names of its columns) to a Record, raising BadRow. To add
 one: the function in a file here and its entry in FORMATS, its section in config/data.py, and conf/data/<name>.yaml.
 
-What a row is, its columns say: with `chosen` and `rejected` a Pair, with a true or false `label` a Labeled answer, else a
-Conversation, which may lack an answer where only prompts are wanted.
+The columns of a row decide its type: with `chosen` and `rejected` it is a Pair, with a true or false `label` a Labeled answer,
+else a Conversation, which may lack an answer if only prompts are wanted.
 
-`sharegpt`, `openai` and `alpaca` keep LLaMA-Factory's rules about order and about values of the wrong type. Different here: no
-"detailed thinking off" is added to system texts, text beside tool calls and results at the end are kept, parallel results stay
-apart, and a row with an unknown role, with a wrong role in an answer or with a history of a wrong type is dropped and counted.
+`sharegpt`, `openai` and `alpaca` follow LLaMA-Factory's rules for order and for values of the wrong type. These differ: "detailed
+thinking off" is not added to system texts; text beside tool calls, and tool results at the end, are kept; parallel tool results
+stay separate; and a row with an unknown role, a wrong role in an answer or a history of the wrong type is dropped and counted.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 ROW_ALONE = Reading()
-"""A row read as its columns say."""
+"""Reads a row by its columns only."""
 
 
 def converter(format: FormatConfig, reading: Reading = ROW_ALONE) -> Callable[[Row], Record]:
-    """The function that makes a record of each row, or raises BadRow."""
+    """The function that converts a row to a record, or raises BadRow."""
     return functools.partial(convert, format=format, reading=reading)
 
 
@@ -49,7 +49,7 @@ def convert(row: Row, format: FormatConfig, reading: Reading = ROW_ALONE) -> Rec
 
 
 def _without_thought(message: Message, thought: tuple[str, str]) -> Message:
-    """An answer that says what comes after its thought."""
+    """The answer without its reasoning."""
     if message.role != "assistant":
         return message
     _, ends, said = message.content.rpartition(thought[1].strip())

@@ -1,4 +1,4 @@
-"""One prompt and its answer a row."""
+"""Alpaca's format: a row is one prompt and its answer, with an optional history."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 
 
 def alpaca(row: Row, columns: AlpacaFormat, reading: Reading) -> Record:
-    """One prompt, with its input on a new line, and its answer; before it, [prompt, answer] pairs of history.
+    """The history's [prompt, answer] pairs, then the prompt with its input on a new line, then the answer.
 
-    Every answer is trained. An output that is no text is none: the row is a prompt. A history of any other type than a list of
-    pairs of texts (null and an empty text aside, which are none) makes the row unusable, where LLaMA-Factory takes the row
-    without it: its meaning is unknown.
+    Every answer is trained. If the output is not text, the row is only a prompt. A history that is not a list of pairs of texts
+    makes the row unusable, since its meaning is unknown (LLaMA-Factory ignores such a history); null and an empty text mean none.
     """
     requested = text_of(required(row, "instruction", columns.instruction), columns.instruction)
     context = optional_text(row, columns.input)

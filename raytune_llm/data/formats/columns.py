@@ -1,4 +1,4 @@
-"""What all formats take from a row: texts, tools, calls, media and verdicts, each checked."""
+"""Reads and checks the values that all formats take from a row: texts, tools, calls, media, verdicts and weights."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What reading a row takes beyond its columns."""
+    """Settings for reading a row, in addition to its columns."""
 
     media_dir: str | None = None
-    """The folder where a relative path of an image, video or audio is looked for first."""
+    """The folder in which relative paths of images, videos and audio files are looked up first."""
     thought: tuple[str, str] = ("<think>\n", "\n</think>\n\n")
     call_words: tuple[str, str] = ("<tool_call>", "</tool_call>")
-    """What encloses a thought, and JSON calls, in a message of tool calls: as the chat template writes them."""
+    """The texts around reasoning, and around JSON tool calls, in a message of tool calls, as the chat template writes them."""
     drop_thoughts: bool = False
-    """Thoughts of answers are left out."""
+    """Leave out the reasoning of answers."""
     untyped: bool = False
-    """Every value is a text, as in csv: a label is true where it reads true or 1, and false where it reads false or 0."""
+    """Every value is text, as in csv: a label is true if it reads true or 1, and false if it reads false or 0."""
 
 
 WRITTEN_LABELS = {"true": True, "1": True, "false": False, "0": False}
@@ -43,14 +43,14 @@ LARGEST = 3.4028234663852886e38
 
 
 def judged(conversation: Conversation, label: Any, reading: Reading) -> Conversation | Labeled:
-    """Labelled where the label is true or false; anything else is no label."""
+    """A Labeled answer if the label is true or false, else the conversation."""
     if reading.untyped and isinstance(label, str):
         label = WRITTEN_LABELS.get(label.strip().lower())
     return Labeled(conversation, desirable=label) if isinstance(label, bool) else conversation
 
 
 def margin_of(row: Row, column: str | None, reading: Reading) -> float:
-    """0 where the row does not say. A column that is asked for must be there."""
+    """The margin of a pair; 0 if the value is null. Raises BadRow if the row lacks the column."""
     value = None if column is None else required(row, "margin", column)
     if reading.untyped and isinstance(value, str):
         try:
@@ -65,7 +65,7 @@ def margin_of(row: Row, column: str | None, reading: Reading) -> float:
 
 
 def system_of(text: str, tools: Any) -> tuple[Message, ...]:
-    """The system message, if any. Tools that are given but none (a JSON text of an empty list) make an empty one."""
+    """The system message, if any. An empty list of tools as JSON text gives an empty system message."""
     given = (isinstance(tools, str) and tools.strip()) or isinstance(tools, list)
     return (Message("system", text),) if text or (given and not tools_of(tools)) else ()
 
@@ -100,7 +100,7 @@ def _references(column: Any, reading: Reading) -> tuple[Any, ...]:
 
 
 def _reference(item: Any, reading: Reading) -> Any:
-    """A path is that of a file in media_dir, if there is one; a list is the frames of a video."""
+    """One image, video or audio. A path is completed with media_dir if the file is there. A list has the frames of a video."""
     if isinstance(item, list):
         return [_reference(frame, reading) for frame in item]
     if isinstance(item, str) and reading.media_dir is not None:
@@ -138,14 +138,14 @@ def shown(value: Any) -> str:
 
 
 WEIGHTS = ("train", "training", "trainable", "loss", "weight", "loss_weight", "loss_scale", "loss_mask", "step_loss_mask")
-"""Keys of a message by which programs say that an answer is trained (true, 1) or not (false, 0), or how much it counts: OpenAI's
-and Mistral's weight, LLaMA-Factory's loss_weight, axolotl's training, ms-swift's and xtuner's loss, slime's step_loss_mask."""
+"""Keys of a message that say whether an answer is trained (true, 1) or not (false, 0), or its weight in the loss: weight (OpenAI,
+Mistral), loss_weight (LLaMA-Factory), training (axolotl), loss (ms-swift, xtuner), step_loss_mask (slime)."""
 NO_WEIGHTS = ("mask", "train_detail", "training_detail", "train_on", "ignore_loss", "no_loss")
-"""Other columns, whose meaning is unknown, or that are parts of an answer."""
+"""Keys that look like weights but are refused: their meaning is unknown, or they concern parts of an answer."""
 
 
 def weight_of(message: Row) -> float:
-    """The weight of an answer in the loss, 0 where it is not trained: the product of its WEIGHTS and of torchtune's `masked`."""
+    """The weight of an answer in the loss, 0 if it is not trained: the product of its WEIGHTS, and 0 for torchtune's `masked`."""
     weight = 1.0
     for key in (*WEIGHTS, "masked"):
         value = message.get(key)
@@ -171,7 +171,7 @@ def reasoning_of(message: Row) -> str | None:
 
 
 def calls_of(message: Row) -> tuple[Mapping[str, Any], ...]:
-    """Its tool_calls, or the one function_call that they came from, as they are written. Raises BadRow for what is no call."""
+    """The message's tool_calls (or its function_call, the older form) as they are written. Raises BadRow for an invalid call."""
     calls = message.get("tool_calls") or ()
     if not calls and message.get("function_call"):
         calls = [message["function_call"]]
@@ -189,7 +189,7 @@ def checked_call(call: Any) -> Mapping[str, Any]:
 
 
 def as_written(message: Row, role: str) -> dict[str, Any]:
-    """The message for the chat template, with the keys that the row has: without nulls, as transformers passes it on, and without
-    what only says how it is trained."""
+    """The message for the chat template, with the keys that the row has. Nulls are left out, as in transformers, and so are keys
+    that only concern training."""
     left_out = (*WEIGHTS, "masked", "role")
     return {"role": role, **{key: value for key, value in message.items() if key not in left_out and value is not None}}

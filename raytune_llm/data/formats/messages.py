@@ -34,10 +34,10 @@ ROLES = get_args(Role)
 
 
 def chat(row: Row, columns: ChatFormat, reading: Reading) -> Record:
-    """{role, content} messages, as OpenAI's API takes them, in any order that the chat template takes.
+    """{role, content} messages, as in OpenAI's API, in any order that the chat template accepts.
 
-    Every answer is trained, by its weight where it says one: `train: false` and `weight: 0` leave it out. The sides of a pair are
-    texts, messages, or lists of messages, with the prompt or after it.
+    Every answer is trained, with its weight if it has one; `train: false` and `weight: 0` leave it out. Each side of a pair is a
+    text, a message, or a list of messages, either with the prompt or without it.
     """
     turns: tuple[Message, ...] = ()
     images: list[Any] | None = None if columns.images is None else []
@@ -64,7 +64,8 @@ def prompt_completion(row: Row, columns: PromptCompletionFormat, reading: Readin
 
 
 def _judged_or_pair(row: Row, columns: Columns, reading: Reading, turns: tuple[Message, ...], images: list[Any] | None) -> Record:
-    """These turns with the row's tools and media; and with its two answers, where it has them, or else with its verdict."""
+    """The record of these turns with the row's tools and media: a Pair if the row has two answers, a Labeled answer if it has a
+    verdict, else a Conversation."""
     tools = tools_of(optional(row, columns.tools))
 
     def conversation() -> Conversation:
@@ -81,7 +82,7 @@ def _judged_or_pair(row: Row, columns: Columns, reading: Reading, turns: tuple[M
 
 
 def _messages(column: Any, name: str, images: list[Any] | None) -> tuple[Message, ...]:
-    """Images within the messages are added to the list."""
+    """The messages in a column. Images within them are appended to `images`."""
     if not isinstance(column, list) or not column:
         raise BadRow(f"{name} must be a list of messages", shown(column))
     return tuple(_message(message, images) for message in column)
@@ -118,8 +119,8 @@ def _message(message: Any, images: list[Any] | None) -> Message:
 
 
 def _joined(parts: Sequence[Any], calls: list[Any], images: list[Any] | None) -> tuple[str, str | None]:
-    """Text and thoughts of a content in typed parts. Calls and images are added to the lists; an image leaves a placeholder,
-    and nothing where there is no list: data.format.images=null."""
+    """The text and the reasoning of a content in typed parts. Calls and images are appended to the lists. An image leaves a
+    placeholder in the text, unless `images` is None (data.format.images=null)."""
     said, thoughts = "", None
     for part in parts:
         if not isinstance(part, Mapping):
@@ -157,7 +158,7 @@ def _side(side: Any, name: str, images: list[Any] | None) -> tuple[Message, ...]
 
 
 def _pair(shared: Conversation, chosen: tuple[Message, ...], rejected: tuple[Message, ...], margin: float) -> Pair:
-    """The messages that both sides start with are the prompt; each side adds one answer."""
+    """The pair of two conversations: the messages that they share are the prompt, and each adds one answer."""
     start = len(shared.messages)
     if not start or chosen[:start] != shared.messages or rejected[:start] != shared.messages:
         chosen, rejected = (*shared.messages, *chosen), (*shared.messages, *rejected)

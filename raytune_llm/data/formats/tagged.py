@@ -1,4 +1,4 @@
-"""Messages whose keys and roles have names of their own and whose order is checked: ShareGPT's, and LLaMA-Factory's openai."""
+"""Messages with configurable keys and role names, whose order is checked: ShareGPT's format and LLaMA-Factory's `openai`."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 def sharegpt(row: Row, columns: ShareGPTFormat, reading: Reading) -> Record:
     """User messages or tool results alternate with answers or tool calls, after an optional system message.
 
-    A call is a message with JSON in it. Every answer is trained, by its weight where it says one.
+    A tool call is a message whose text is JSON. Every answer is trained, with its weight if it has one.
     """
     return _alternating(row, columns, reading, _tagged, several_results=False)
 
 
 def openai(row: Row, columns: OpenAIFormat, reading: Reading) -> Record:
-    """The same, where an answer can hold `tool_calls` and several results can follow one another.
+    """Like `sharegpt`, but an answer can have `tool_calls`, and several tool results can follow each other.
 
-    Every answer is trained, by its weight where it says one.
+    Every answer is trained, with its weight if it has one.
     """
     return _alternating(row, columns, reading, _tagged_with_calls, several_results=True)
 
@@ -115,7 +115,7 @@ def _written(message: Mapping[str, Any], role: str, content: Any, columns: Tags)
 def _alternating(
     row: Row, columns: Tags, reading: Reading, read: Callable[[Any, Tags, Reading], Message], *, several_results: bool
 ) -> Record:
-    """The record of messages in alternating order, prompts and answers in turn, of which an answer is the last."""
+    """The record of messages in which prompts and answers alternate, with an answer as the last message."""
     column = required(row, "messages", columns.messages)
     if not isinstance(column, list):
         raise BadRow(f"{columns.messages} must be a list of messages", shown(column))

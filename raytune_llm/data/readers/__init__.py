@@ -1,6 +1,6 @@
-"""Types of files: name -> how a file is cut into chunks, and how a chunk's rows are read.
+"""File types: for each, a function that cuts a file into chunks and one that reads the rows of a chunk.
 
-To add one: its two functions in a file here, their entries below, and its suffix in data/readers/sources.py.
+To add one, write its two functions in a file here, enter them below, and add its suffix to data/readers/sources.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ PLANNERS: dict[str, Callable[[Source, str, int], Iterator[Chunk]]] = {
     "arrow": plan_arrow,
     "hub": plan_hub,
 }
-"""(source, one of its files, bytes aimed at) -> the file's chunks in order. A hub data set is its id."""
+"""File type -> function of (source, one of its files, approximate bytes of a chunk) that yields the file's chunks in order. The
+file of a hub data set is its id."""
 READERS: dict[str, Callable[[Chunk, Collection[str] | None], Iterator[NumberedRow]]] = {
     "json": read_json,
     "lines": read_json_lines,

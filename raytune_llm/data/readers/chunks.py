@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_ROW_CHARS = 1 << 27
-"""The longest element of a JSON array or field of a csv file: where its end is missing, the rest of the file is not read to the
-last byte."""
+"""Maximum length of an element of a JSON array or a field of a csv file. Without a limit, one missing bracket or quote would read
+the rest of the file into memory."""
 MAX_CHUNKS = 1 << 14
-"""Of more data, chunks are larger: a process has a memory map for each shard of a store, and Linux allows it 65,530."""
+"""Maximum number of chunks; larger data get larger chunks. Each shard of a store takes a memory map, and Linux allows a process
+65,530 by default."""
 NumberedRow = tuple[int, Any]
-"""The row's number and its columns by name, or the BadRow that says why there are none."""
+"""The row's number, and its columns by name or the BadRow that says why it can't be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Source:
     subset: str | None = None
     split: str | None = None
     folder: str | None = None
-    """The path of its files in a hub data set, if it is one."""
+    """The folder of its files in a hub data set."""
     hub: str = "huggingface"
 
     @property
@@ -53,7 +54,7 @@ class Chunk:
     folder: str | None = None
     hub: str = "huggingface"
     picks: tuple[int, ...] | None = None
-    """Which of its rows are meant, counted from 0 and ascending; one that is there twice comes twice. None: all."""
+    """The numbers of the rows to use, counted from 0 and ascending. A number that occurs twice gives the row twice. None: all."""
 
     @property
     def num_picked(self) -> int:

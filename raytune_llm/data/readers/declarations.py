@@ -1,8 +1,8 @@
-"""What data a run is made of: `data.path`, or entries of a LLaMA-Factory dataset_info.json as they are.
+"""Reads which data sets a run uses: `data.path`, or entries of a LLaMA-Factory dataset_info.json.
 
-Its rules: where an entry has `columns`, every column that it does not name is absent, and likewise for `tags`; only an entry
-without them has the usual names. Different here: a data set that is listed twice is there twice, an entry that names no column
-for messages is refused, and `columns` of pairs can name a `margin`.
+LLaMA-Factory's rules: if an entry has `columns`, every column that it does not name is absent, and likewise for `tags`; an entry
+without them has the default names. These differ: a data set that is listed twice is used twice, an entry that names no column for
+messages is refused, and `columns` of pairs can name a `margin`.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ class Declared:
     subset: str | None
     split: str
     folder: str | None
-    """The path of its files in a hub data set."""
+    """The folder of its files in a hub data set."""
     num_samples: int | None
     format: FormatConfig
     media_dir: str
     hub: str
-    """The one that a data set without files of its own is from."""
+    """The hub that it is from, if it has no local files."""
     setting: str = "data.path"
-    """The key that has its location."""
+    """The setting or key that names its location, for errors."""
     split_setting: str = "data.split"
-    """The key that has its split."""
+    """The setting or key that names its split, for errors."""
 
 
 def declared(data: DataConfig, *, ranked: bool) -> list[Declared]:
-    """The data sets to train on, in order. `ranked` says whether the run needs pairs. Raises ConfigError or DataError."""
+    """The data sets to train on, in order. ranked: the run needs pairs. Raises ConfigError or DataError."""
     if data.dataset_info is not None:
         return from_dataset_info(data.dataset_info, data.names, media_dir=data.media_dir, ranked=ranked, hub=data.hub)
     assert data.path is not None
@@ -55,7 +55,7 @@ def declared(data: DataConfig, *, ranked: bool) -> list[Declared]:
 
 
 def declared_for_evaluation(data: DataConfig, *, ranked: bool) -> list[Declared]:
-    """The data sets to evaluate on, none where there are none or where rows are held out of those to train on."""
+    """The data sets to evaluate on; empty if there are none, or if rows of the training data are held out instead."""
     if data.eval_names:
         assert data.dataset_info is not None
         return from_dataset_info(
@@ -77,8 +77,8 @@ def declared_for_evaluation(data: DataConfig, *, ranked: bool) -> list[Declared]
 
 
 def check_held_out(data: DataConfig, *, ranked: bool) -> None:
-    """Raises ConfigError for a data.eval_split that has rows of data.split. Data sets that are named twice, to train on and to
-    evaluate on, are said in a warning: whether a model can learn its rows by heart is asked so."""
+    """Raises ConfigError if data.eval_split shares rows with data.split. A data set that is explicitly named for training and for
+    evaluation only gives a warning, since that is how one tests whether a model can memorize its rows."""
     for one in declared_for_evaluation(data, ranked=ranked):
         for trained in declared(data, ranked=ranked):
             if not _share_rows(one, trained):
@@ -136,7 +136,7 @@ def from_dataset_info(
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which no name comes twice."""
+    """A JSON object. Raises ValueError if a name occurs twice."""
     names = [name for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{twice!r} is there twice")
@@ -174,7 +174,8 @@ HUB_KEYS = {"huggingface": "hf_hub_url", "modelscope": "ms_hub_url"}
 
 
 def _place(where: str, entry: Mapping[str, Any], folder: Path, hub: str) -> tuple[str, str]:
-    """Its path, and the hub that it is on if it is on one: the asked one where the entry knows it there."""
+    """The path or id of an entry's data, and its hub: the run's hub if the entry has an id for it, else another hub. For files,
+    the hub has no meaning."""
     for name in (hub, *HUB_KEYS):
         if entry.get(HUB_KEYS[name]):
             return entry[HUB_KEYS[name]], name

@@ -1,4 +1,4 @@
-"""What an entry of a dataset_info.json may hold: a key that nobody would read is refused, with the one that was meant."""
+"""Checks an entry of a dataset_info.json: a key that is not read is refused, with a suggestion of the right one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ TEXTS = (
     "split", "folder",
 )  # fmt: skip
 TYPES: Mapping[str, type] = {**dict.fromkeys(TEXTS, str), "ranking": bool, "num_samples": int, "columns": dict, "tags": dict}
-"""The types of an entry's values; null is as if it were not there. Older files have a file_sha1, which LLaMA-Factory no longer
-reads."""
+"""The types of an entry's values. null counts as absent. Older files have a file_sha1, which LLaMA-Factory no longer reads."""
 MEANT: Mapping[str, Mapping[str, str]] = {
     "": {
         "format": "formatting", "max_samples": "num_samples", "samples": "num_samples", "path": "file_name", "file": "file_name",
@@ -35,12 +34,12 @@ COLUMNS = {
     "sharegpt": (*_OF_ALL, "messages"),
     "openai": (*_OF_ALL, "messages"),
 }
-"""By formatting."""
+"""Formatting -> the keys that `columns` may have."""
 TAG_NAMES = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
 
 
 def check_entry(where: str, entry: Mapping[str, Any]) -> None:
-    """Raises DataError."""
+    """Raises DataError for an unknown key, a wrong type, or keys that don't fit together."""
     _known(where, "", entry, [*TYPES])
     _check_types(where, entry)
     formatting, columns = entry.get("formatting") or "alpaca", entry.get("columns") or {}

@@ -1,7 +1,7 @@
-"""Files in any place: on this machine by path, in object stores and elsewhere by address (s3://, gs://, what fsspec knows).
+"""Opens and lists files on this machine (by path) and in object stores (by address: s3://, gs://, any that fsspec knows).
 
-Credentials and endpoints are those that each store's own package takes from the environment (AWS_PROFILE, AWS_ENDPOINT_URL,
-GOOGLE_APPLICATION_CREDENTIALS, ...); on a cluster every node needs them.
+Each store's own package takes credentials and endpoints from the environment (AWS_PROFILE, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS, ...). On a cluster, every node needs them.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ TAGS = ("md5Hash", "crc32c", "ETag", "etag", "content_md5")
 
 
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh91AY&SY": "bz2"}
-"""What a packed file starts with, whatever its name, and what pyarrow calls the way."""
+"""The first bytes of a compressed file -> pyarrow's name of the compression."""
 ARCHIVES = {b"PK\x03\x04": "zip", b"\xfd7zXZ\x00": "xz", b"7z\xbc\xaf": "7z"}
 PACKED_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2")
 UNPACKED_TIMES = 4
-"""How much larger texts are unpacked, about."""
+"""About how many times larger text is when it is decompressed."""
 
 
 @contextmanager
 def readable(path: str) -> Iterator[None]:
-    """What the system says against reading a file becomes a DataError."""
+    """Turns an OSError from reading a file into a DataError."""
     try:
         yield
     except OSError as error:
@@ -44,7 +44,7 @@ def readable(path: str) -> Iterator[None]:
 
 
 def open_file(path: str) -> BinaryIO:
-    """Its bytes, decompressed if it is compressed. A compressed file can only be rewound to its start."""
+    """Open a file for reading, decompressed if it is compressed. A compressed file can only be rewound to its start."""
     stream = open_raw(path)
     way = packing(stream.read(16))
     stream.seek(0)
@@ -59,12 +59,12 @@ def open_raw(path: str) -> BinaryIO:
 
 
 def packing(start: bytes) -> str | None:
-    """How the file that starts so is packed."""
+    """The compression of a file with these first bytes; None if it is not compressed."""
     return next((way for magic, way in PACKED.items() if start.startswith(magic)), None)
 
 
 class _Unpacked(io.RawIOBase):
-    """A packed file as it was. Raises DataError where it is damaged or cut off."""
+    """The decompressed content of a file. Raises DataError if the file is damaged or truncated."""
 
     def __init__(self, path: str, way: str) -> None:
         self._path, self._open = path, _opener(path, way)
@@ -125,7 +125,7 @@ def open_arrow(path: str) -> Any:
 
 
 def skip_bom(stream: BinaryIO) -> int:
-    """Past the byte-order mark, if there is one; the position after it."""
+    """Skip a byte-order mark, and return the position after it (0 if there is none)."""
     if stream.read(len(BOM_UTF8)) != BOM_UTF8:
         stream.seek(0)
     return stream.tell()
@@ -137,7 +137,7 @@ def size(path: str) -> int:
 
 
 def contents_hash(path: str) -> bytes:
-    """What its store says that identifies the contents, where it says it; else a hash of the bytes."""
+    """Bytes that identify a file's content: the store's checksum or ETag if it has one, else a hash of the content."""
     if is_address(path):
         info = _info(path)
         if tag := next((info[name] for name in TAGS if info.get(name)), None):
@@ -168,7 +168,7 @@ def found_at(address: str, setting: str = "data.path") -> list[str]:
 
 
 def below(folder: str) -> list[str]:
-    """All files of a folder and of those in it, in order; hidden ones aside. Raises DataError for what can't be read of it."""
+    """All files in a folder and below it, in order, without hidden ones. Raises DataError if a folder can't be read."""
 
     def refuse(error: OSError) -> None:
         raise DataError(str(error.filename), f"can't be read ({error.strerror})", "Check its permissions, or remove it.")
@@ -178,7 +178,7 @@ def below(folder: str) -> list[str]:
     for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         with readable(where):
             here = os.stat(where)
-        if (here.st_dev, here.st_ino) in seen:  # a link to a folder above it
+        if (here.st_dev, here.st_ino) in seen:  # a link that leads back to a folder above it
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))

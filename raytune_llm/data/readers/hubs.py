@@ -1,4 +1,4 @@
-"""Data sets of hubs, by their id."""
+"""Loads data sets of hubs by their id."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ HUBS = {"huggingface": _huggingface_rows, "modelscope": _modelscope_rows}
 
 
 def fingerprint(source: Source) -> str:
-    """What `datasets` says that identifies the rows: their revision, subset and split."""
+    """The fingerprint of `datasets`, which identifies the rows: revision, subset and split."""
     return HUBS[source.hub](source.files[0], source)._fingerprint
 
 

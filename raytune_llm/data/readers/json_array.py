@@ -1,4 +1,4 @@
-"""One JSON array of rows a file, of whatever size: it is read in pieces."""
+"""Files with one JSON array of rows. They are read in pieces, so they may be of any size."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ FIX = "Correct the file, or save it as jsonl."
 
 
 class _JsonArray:
-    """The elements of a JSON array read in pieces, with the byte at which each ends.
+    """Iterates over the elements of a JSON array, and knows the byte at which each ends.
 
-    json's decoder wants an element whole, so the buffer grows until the element at its head is complete.
+    The JSON decoder needs a whole element, so the buffer grows until the element at its start is complete.
     """
 
     _SPACE = re.compile(r"\s*")
 
     def __init__(self, stream: BinaryIO, file: str, first_row: int, *, after_another: bool = False) -> None:
-        """`after_another`: the stream starts behind an element, not behind the opening bracket."""
+        """after_another: the stream starts after an element, not at the opening bracket."""
         self.stream, self.file, self.row, self.after_another = stream, file, first_row, after_another
         self.bytes_passed = stream.tell()
         self.decode_utf8 = getincrementaldecoder("utf-8")()
@@ -65,7 +65,7 @@ class _JsonArray:
         return self.bytes_passed
 
     def _next_character(self) -> str:
-        """Behind white space; empty at the end."""
+        """The next character that is not white space; empty at the end of the file."""
         while True:
             match = self._SPACE.match(self.buffer, self.head)
             assert match is not None
@@ -99,7 +99,7 @@ class _JsonArray:
             except (ValueError, RecursionError) as error:  # a number without end, brackets within brackets without end
                 raise DataError(f"{self.file}, row {self.row}", f"can't be read ({error})", "Leave that row out.") from None
             if head == len(self.buffer) and not isinstance(value, dict | list | str) and self._grow():
-                continue  # a number's other half
+                continue  # the rest of a number may follow
             self.head = head
             return value
 

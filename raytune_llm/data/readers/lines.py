@@ -1,4 +1,4 @@
-"""A row a line: jsonl and txt. A row's number is that of its line."""
+"""Files with one row per line: jsonl and txt. A row's number is its line number."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read_json_lines(chunk: Chunk, wanted: Collection[str] | None) -> Iterator[Nu
     for number, line in _numbered_lines(chunk):
         try:
             yield number, json.loads(line)
-        except UnicodeDecodeError as error:  # a ValueError, which says nothing of JSON
+        except UnicodeDecodeError as error:  # before ValueError, of which it is a subclass
             yield number, BadRow("the line is not UTF-8", str(error))
         except (ValueError, RecursionError) as error:
             yield number, BadRow("the line is not valid JSON", str(error))

@@ -1,9 +1,9 @@
-"""Raw rows from files, folders and hub data sets, in chunks.
+"""Finds files, folders and hub data sets, and reads their raw rows in chunks.
 
-A chunk is what one task prepares and one shard of the token store holds. Where chunks end depends on the data alone, never on
-the number of cores, so that the same data always make the same shards. Memory is that of one chunk, whatever the file's size.
+One task prepares a chunk, and it becomes one shard of the token store. Chunk borders depend only on the data, not on the number
+of cores, so the same data always give the same shards. A task needs memory for one chunk, whatever the size of the file.
 
-Every row is known by its file and its number in it, counted from 1 (for jsonl and txt: the line).
+A row is identified by its file and its number in it, counted from 1 (for jsonl and txt: the line).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 MIN_CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 64 << 20
 NUM_CHUNKS = 64
-"""Aimed at, between those bounds; chunks become larger than the upper one before there are more than MAX_CHUNKS."""
+"""The number of chunks to aim at, within the two bounds. Chunks may exceed MAX_CHUNK_BYTES if there would be more than
+MAX_CHUNKS."""
 KIND_OF_SUFFIX = {
     ".json": "json",
     ".jsonl": "lines",
@@ -52,7 +53,7 @@ BESIDE_DATA = re.compile(
     r"|ogg|m4a)",
     re.IGNORECASE,
 )
-"""Files beside data that have no rows: descriptions, leftovers of tools, and files that rows refer to."""
+"""Files in a data folder that have no rows: descriptions, leftovers of tools, and files that rows refer to."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -66,10 +67,10 @@ def find(
     setting: str = "data.path",
     split_setting: str = "data.split",
 ) -> Source:
-    """What `data.path` names: a file, a folder of files of one type, either also by address, or a hub data set id.
+    """The source that data.path names: a file, a folder with files of one type (either may be an address), or a hub data set.
 
-    Of a folder, the files of the split (data/readers/splits.py). `setting` is blamed where nothing is there, and split_setting
-    where there is no such split.
+    Of a folder, only the files of the split are used (data/readers/splits.py). setting, split_setting: the names of the settings
+    in errors about a missing path and a missing split.
     """
     if not path.strip():
         raise DataError(setting, "names no file or folder", f"For example, {setting}=rows.jsonl.")
@@ -111,7 +112,7 @@ def _of_file(file: str, part: Part, subset: str | None) -> Source:
 
 
 def _of_folder(path: str, there: Mapping[str, str], part: Part, subset: str | None) -> Source:
-    """The Source of files given by their names below the folder."""
+    """The Source of a folder. there: file name below the folder -> path."""
 
     def read(name: str) -> bytes:
         with files.readable(there[name]), files.open_raw(there[name]) as stream:
@@ -144,7 +145,7 @@ def _of_folder(path: str, there: Mapping[str, str], part: Part, subset: str | No
 
 
 TYPES = {"json": "lines"}
-"""Kinds of files that may be in one folder together."""
+"""Types of files that may be mixed in one folder: .json files may hold lines."""
 
 
 def _is_beside_data(name: str) -> bool:
@@ -188,7 +189,7 @@ def _kind(file: str) -> str:
     first = text[:1]
     if kind in ("json", "lines") and text.partition(b"\n")[0].strip() == b"{":
         raise DataError(file, "holds an object over several lines", "Save the rows as a JSON array, or as one object a line.")
-    # One object a line, or an array, under the other's suffix.
+    # .json and .jsonl are often confused: the content decides between an array and one object per line.
     return "lines" if kind == "json" and first == b"{" else "json" if kind == "lines" and first == b"[" else kind
 
 
@@ -217,7 +218,7 @@ def _missing(path: str, here: Path, setting: str) -> DataError:
 
 
 def fingerprint(source: Source) -> str:
-    """A hash of the contents: of the files' bytes in order, whatever their names, or of a hub data set's revision."""
+    """A hash of the content: of the files' bytes in order, independent of their names, or of a hub data set's revision."""
     digest = hashlib.sha256(" ".join(sorted(set(source.kinds))).encode())
     if source.is_hub:
         digest.update(f"{source.files[0]} {source.subset} {source.split} {hubs.fingerprint(source)}".encode())
@@ -236,10 +237,10 @@ def plan(
     num_samples: int | None = None,
     split_setting: str = "data.split",
 ) -> list[Chunk]:
-    """The chunks of a source in order, with the rows in each.
+    """The chunks of a source in order, each with the rows to use.
 
-    Of the first max_rows rows only, where given. `part` is a split or rows of one (splits.Part); num_samples draws so many of its
-    rows, the same ones for the same number of rows.
+    max_rows: use only the first rows. part: a split or a slice of one (splits.Part). num_samples: draw this many rows; the draw
+    depends only on the number of rows.
     """
     rows = Part("train") if part is None else Part.of(part, split_setting)
     whole = rows.is_whole and num_samples is None
@@ -284,7 +285,7 @@ def _plan_whole(source: Source, max_rows: int | None) -> list[Chunk]:
 
 
 def chunk_bytes_of(total_bytes: int) -> int:
-    """The bytes of a chunk of so many."""
+    """The size of a chunk, for data of this many bytes in all."""
     return max(min(max(total_bytes // NUM_CHUNKS, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES), total_bytes // MAX_CHUNKS)
 
 
@@ -300,7 +301,8 @@ def _size(file: str) -> int:
 
 
 def read(chunk: Chunk, columns: Collection[str] | None = None) -> Iterator[NumberedRow]:
-    """The rows of a chunk with their numbers. Of a table only these columns are read, and the others are null; none: all are."""
+    """The rows of a chunk with their numbers. columns: read only these columns of a table, and leave the others null; None:
+    all."""
     with files.readable(chunk.file):
         rows = READERS[chunk.kind](chunk, columns)
         numbered = enumerate(row for _, row in zip(range(chunk.num_rows), rows, strict=False))

@@ -1,13 +1,13 @@
-"""Which files of a folder are which split: by the rules that data sets of the Hugging Face hub follow, in their order.
+"""Assigns the files of a folder to splits, by the rules of the Hugging Face hub. The first rule that applies counts.
 
-1. What `save_to_disk` wrote says its files itself (state.json, and dataset_dict.json where there are several splits).
-2. `configs` at the head of a README.md names files by subset and split.
+1. A folder that `save_to_disk` wrote lists its files (state.json, and dataset_dict.json if there are several splits).
+2. `configs` in the head of README.md names files by subset and split.
 3. data/<split>-00000-of-00005.parquet, for a split of any name.
-4. Folders, and then files, whose names hold a word for one: train or training; validation, valid, val or dev; test, testing, eval
-   or evaluation. What no such name has is in no split.
+4. A folder's name, or else a file's name, has a word for the split: train or training; validation, valid, val or dev; test,
+   testing, eval or evaluation. Files without such a word are in no split.
 5. All files are `train`.
 
-Names are those below the folder, parted by slashes.
+File names are relative to the folder, with slashes.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _MANY = 10**12
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A split, or rows of one, as `datasets` writes it: train, train[:1000], train[10%:20%], train[-100:]."""
+    """A split or a slice of one, in the notation of `datasets`: train, train[:1000], train[10%:20%], train[-100:]."""
 
     split: str
     start: str | None = None
     stop: str | None = None
     setting: str = "data.split"
-    """That says so, and is blamed where there is no such split."""
+    """The setting that names it, for errors."""
 
     @classmethod
     def of(cls, text: str, setting: str = "data.split") -> Part:
@@ -59,12 +59,12 @@ class Part:
         return self.start is None and self.stop is None
 
     def rows(self, num_rows: int) -> range:
-        """The part of num_rows rows; negative bounds count from the end, percent are of num_rows."""
+        """The rows of the slice, of num_rows in all. Negative bounds count from the end; percentages are of num_rows."""
         first, last = (_bound(edge, num_rows) for edge in (self.start or "0", self.stop or "100%"))
         return range(first, max(first, last))
 
     def overlaps(self, other: Part) -> bool:
-        """Whether they share rows of a split with so many rows that numbers of rows and percent don't meet."""
+        """Whether two slices share rows, for a split that is so large that bounds in rows and in percent don't meet."""
         mine, others = self.rows(_MANY), other.rows(_MANY)
         return self.split == other.split and max(mine.start, others.start) < min(mine.stop, others.stop)
 
@@ -75,7 +75,7 @@ def _bound(edge: str, num_rows: int) -> int:
 
 
 def splits_of(names: Sequence[str]) -> Splits:
-    """The splits of file names by rules 3 to 5. Names are in order, also within a split."""
+    """The splits of these files by rules 3 to 5. The order of names is kept within a split."""
     shards: Splits = {}
     for name in names:
         if found := _SHARD.fullmatch(name):
@@ -98,12 +98,12 @@ def _the_file_says(name: str, word: str) -> bool:
 
 
 def of_one_file(name: str) -> set[str]:
-    """The splits that a file which is named by itself can be."""
+    """The splits that a single file may stand for, by its name."""
     return {"train", *(split for split, words in WORDS.items() if any(_the_file_says(name, word) for word in words))}
 
 
 def of_readme(text: str, names: Sequence[str], subset: str | None, where: str) -> Splits | None:
-    """What the head of a README.md says, or None where it says nothing. Raises DataError where it has no such subset."""
+    """The splits that the head of README.md lists (rule 2); None if it lists none. Raises DataError for an unknown subset."""
     configs = _configs(text)
     if not configs:
         return None
@@ -138,8 +138,7 @@ def _configs(text: str) -> list[Mapping[str, Any]]:
 
 
 def _patterns(data_files: Any) -> dict[str, list[str]]:
-    """The patterns of files by split: data_files is a pattern or a list of them, for `train`, or a list of {split, path}
-    objects."""
+    """Split -> patterns of its files. data_files is a pattern or a list of patterns (for `train`), or a list of {split, path}."""
     entries = data_files if isinstance(data_files, list) else [data_files]
     patterns: dict[str, list[str]] = {}
     for entry in entries:
@@ -156,7 +155,8 @@ SAVED_DICT, SAVED_STATE = "dataset_dict.json", "state.json"
 
 
 def saved(names: Iterable[str], read: Callable[[str], bytes], where: str) -> Splits | None:
-    """What `save_to_disk` wrote there, or None where it is no such folder. Raises DataError where files of it are missing."""
+    """The splits of a folder that `save_to_disk` wrote (rule 1); None for another folder. Raises DataError if files are
+    missing."""
     there = set(names)
     if SAVED_DICT in there:
         splits = _object(read, SAVED_DICT, where).get("splits")

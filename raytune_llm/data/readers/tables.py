@@ -67,7 +67,7 @@ def plan_parquet(source: Source, file: str, chunk_bytes: int) -> Iterator[Chunk]
             num_rows = parquet.metadata.num_rows
     except FileNotFoundError:
         raise
-    except Exception as error:  # a damaged footer fails in ways of no common kind
+    except Exception as error:  # pyarrow raises many kinds of errors for a damaged footer
         raise _unreadable(file, "is not a parquet file", error) from None
     if num_rows != sum(groups) or min(groups, default=0) < 0:
         raise DataError(file, "is not a parquet file (its footer contradicts itself)", "Write it again.")
@@ -97,7 +97,7 @@ def read_parquet(chunk: Chunk, wanted: Collection[str] | None) -> Iterator[Numbe
 
 
 def _parquet_batches(chunk: Chunk, wanted: Collection[str] | None) -> Iterator[tuple[int, Any, list[str]]]:
-    """(rows before it, batch, names of all columns) of those groups of rows that the chunk is in."""
+    """Yields (rows before the batch, batch, names of all columns) for the row groups that the chunk touches."""
     from pyarrow.parquet import ParquetFile
 
     with files.open_arrow(chunk.file) as opened, ParquetFile(opened) as parquet:
@@ -137,9 +137,9 @@ def read_arrow(chunk: Chunk, wanted: Collection[str] | None) -> Iterator[Numbere
 
 
 def _arrow_batches(file: str, wanted: Collection[str] | None) -> Iterator[tuple[Any, list[str]]]:
-    """Record batches of either form that Arrow has for disks and pipes; `datasets` writes the latter. Memory-mapped.
+    """Yields (record batch, names of all columns) of an Arrow file, memory-mapped, with only the wanted columns.
 
-    Of the wanted columns only, with the names of all.
+    Both of Arrow's formats are read, the file format and the streaming format, which `datasets` writes.
     """
     import pyarrow as pa
 
@@ -159,7 +159,7 @@ def _arrow_batches(file: str, wanted: Collection[str] | None) -> Iterator[tuple[
 
 
 def _chosen(file: str, names: list[str], wanted: Collection[str] | None) -> list[str]:
-    """The wanted of these columns. One that is there twice is not known by its name."""
+    """The wanted columns among these names. Raises DataError if the file has one of them twice."""
     chosen = [name for name in names if wanted is None or name in wanted]
     twice = sorted(name for name, count in Counter(chosen).items() if count > 1)
     if twice:
@@ -168,7 +168,7 @@ def _chosen(file: str, names: list[str], wanted: Collection[str] | None) -> list
 
 
 def _rows_of_batch(batch: Any, passed: int, chunk: Chunk, names: Sequence[str]) -> Iterator[NumberedRow]:
-    """The chunk's rows in a record batch that comes after so many rows."""
+    """The chunk's rows in a record batch. passed: the number of the file's rows before the batch."""
     first, last = max(chunk.start - passed, 0), min(chunk.end - passed, batch.num_rows)
     if first >= last:
         return
@@ -177,7 +177,7 @@ def _rows_of_batch(batch: Any, passed: int, chunk: Chunk, names: Sequence[str]) 
     empty = dict.fromkeys(names)
     try:
         rows = [{**empty, **row} for row in _as_json(mine)]
-    except Exception:  # a value that Python has not: a date of the year 10000, say
+    except Exception:  # Python can't represent a value, such as a date in the year 10000: convert row by row
         rows = [_row(mine, number, empty) for number in range(len(mine))]
     yield from enumerate(rows, passed + first + 1)
 
@@ -192,7 +192,7 @@ def _row(batch: Any, number: int, empty: Mapping[str, Any]) -> Any:
 
 
 def _as_json(batch: Any) -> list[dict[str, Any]]:
-    """Rows as a JSON file would give them: what a table pads objects of other rows' keys with is not there, maps are objects."""
+    """The rows as JSON values: maps are objects, and an object lacks the keys that the table added for other rows (unpadded)."""
     if not batch.num_columns:
         return [{} for _ in range(batch.num_rows)]
     rows = batch.to_pylist(maps_as_pydicts="lossy")
@@ -213,18 +213,18 @@ def unpadded(value: Any) -> Any:
 
 
 def _check_layout(batch: Any) -> None:
-    """Check that no offset of a damaged file leads out of its data, which would end the process. Raises ArrowInvalid."""
+    """Raises ArrowInvalid if an offset points outside the data of a damaged file, where reading would crash the process."""
     for column in batch.columns:
         try:
             column.validate(full=True)
         except ValueError as error:
             if "UTF8" not in str(error):
                 raise
-            _as_bytes(column).validate(full=True)  # texts that are none are skipped row by row
+            _as_bytes(column).validate(full=True)  # as bytes, since rows with invalid UTF-8 are skipped one by one
 
 
 def _as_bytes(array: Any) -> Any:
-    """The same layout, with texts as bytes."""
+    """The array with its texts as bytes, without copying."""
     import pyarrow as pa
 
     kind = array.type

@@ -1,18 +1,19 @@
-"""Chat templates by name, for models without one of their own: LLaMA-Factory's names and, character by character, its texts.
+"""Named chat templates, for models without one of their own. They have LLaMA-Factory's names and reproduce its text exactly.
 
-A template is a Jinja file in templates/. Its settings are in a YAML comment at its head, the pieces of text around each turn
-below, and the rules that all share in templates/turns.jinja and templates/tools/. `load` puts these together into one source that
-needs nothing else, in the variables that transformers passes to a chat template, so that what is trained is what is saved:
+A template is a Jinja file in templates/. A YAML comment at its head has its settings, the rest has the text around each turn.
+Rules that all templates share are in templates/turns.jinja and templates/tools/. `load` joins these to one self-contained source,
+which can be saved as the tokenizer's chat template. Its variables are those that transformers passes to chat templates, and a few
+more:
 
-    messages, tools, add_generation_prompt, bos_token, eos_token (left out, not None, where the tokenizer has none)
-    enable_thinking     true, and when left out: an answer holds the thought it came with, or an empty one that it learns to say;
-                        false: no thoughts, an empty one in the prompt; none: a thought where there is one, else as false
-    preserve_thinking   earlier thoughts stay; they are stripped by default
-    train_history       every answer is treated like the last one: what training on all turns wants
+    messages, tools, add_generation_prompt, bos_token, eos_token (left out, not None, if the tokenizer has none)
+    enable_thinking     true (the default): an answer keeps its reasoning, or gets an empty reasoning block, which is trained;
+                        false: no reasoning, and an empty block in the prompt; none: reasoning if there is any, else as false
+    preserve_thinking   keep the reasoning of earlier answers, which is removed by default
+    train_history       treat every answer like the last one, for training on all turns
 
-What the model generates is between {% generation %} tags, from which transformers returns the trained spans.
-Kept for the sake of models that were trained so: the "default" tool text follows the system text with nothing in between,
-vicuna and the llava family have no space before the first "USER:", and qwen's tool text starts with two newlines.
+Text that the model generates is between {% generation %} tags, from which transformers returns the trained spans.
+Some oddities are kept for models that were trained with them: the "default" tool text follows the system text without a
+separator, vicuna and the llava family have no space before the first "USER:", and qwen's tool text starts with two newlines.
 """
 
 from __future__ import annotations
@@ -40,20 +41,20 @@ FOLDER = Path(__file__).parent
 class NamedTemplate:
     name: str
     source: str
-    """Jinja, complete: it can be saved as the tokenizer's chat template."""
+    """The complete Jinja source, which can be saved as the tokenizer's chat template."""
     stop_tokens: tuple[str, ...]
-    """What ends an answer, besides the tokenizer's end token."""
+    """Tokens that end an answer, in addition to the tokenizer's end token."""
     default_system: str
     tool_format: str
     replace_eos: bool
     """The first stop token becomes the tokenizer's end token."""
     efficient_eos: bool
-    """Answers have no end of their own in the text: one end token belongs after the last."""
+    """The text has no end token after answers, so the tokenizer's is trained after the last one."""
     reasons: bool
-    """Reasoning is kept, stripped or replaced by an empty block, by enable_thinking; otherwise it is plain text."""
+    """The template handles reasoning as enable_thinking says. If not, reasoning is plain text."""
     thought: tuple[str, str]
     tool_call_words: tuple[str, str]
-    """What encloses JSON calls in the data of LLaMA-Factory users."""
+    """The texts around JSON tool calls in data for LLaMA-Factory."""
     image_token: str | None
     video_token: str | None
     audio_token: str | None
@@ -177,7 +178,7 @@ MODELS: tuple[tuple[str, str], ...] = (
     (r"exaone", "exaone"),
     (r"dbrx", "dbrx"),
 )
-"""What a model's name says about its template: the first pattern that is found in the last part of the path."""
+"""(pattern, template): the first pattern that occurs in the last part of a model's path determines its template."""
 
 
 @lru_cache(maxsize=1)
@@ -191,9 +192,8 @@ def load(
 ) -> NamedTemplate:
     """The template of that name.
 
-    default_system takes the place of the template's own system text for conversations without one ("" for none at all),
-    tool_format of its way to declare and call tools (in the template's own slots for them), date (31 Jan 2025) of the day
-    that llama3 takes for today when it has tools.
+    default_system: the system text of conversations without one, instead of the template's own ("" for none). tool_format:
+    another way to declare and call tools. date: the date that llama3 writes when there are tools, such as 31 Jan 2025.
     """
     if name not in names():
         raise ConfigError("data.template", "must be the name of a template", got=name, fix=_suggestion(name))
@@ -235,7 +235,7 @@ def load(
 
 
 def guess(model: str) -> str | None:
-    """The template for a model by its path, hub id or model_type. None where that leaves it open, as "llama" does."""
+    """The template for a model, by its path, hub id or model_type. None if that is ambiguous, as "llama" is."""
     last = re.sub(r"[\s_.]+", "-", model.rstrip("/").rsplit("/", 1)[-1].lower())
     return next((template for pattern, template in MODELS if re.search(pattern, last)), None)
 
@@ -262,7 +262,7 @@ def apply_to_tokenizer(tokenizer: PreTrainedTokenizerBase, template: NamedTempla
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, template: NamedTemplate) -> tuple[str, ...]:
-    """What ends an answer: the tokenizer's end token and the template's stop tokens."""
+    """The tokens that end an answer: the tokenizer's end token and the template's stop tokens."""
     return tuple(dict.fromkeys((str(tokenizer.eos_token), *template.stop_tokens)))
 
 
@@ -283,7 +283,7 @@ def _without_comments(text: str) -> str:
 
 
 def _literal(value: Any) -> str:
-    """Jinja for a setting's value."""
+    """A setting's value as a Jinja literal."""
     match value:
         case bool():
             return str(value).lower()

@@ -1,7 +1,7 @@
-"""Tool calls as text: thirteen ways to declare tools to a model, to write its calls, and to read them back.
+"""Tool formats: thirteen ways to declare tools to a model, and to write and parse its calls.
 
-What a model is shown is Jinja, in templates/tools/<format>.jinja, so that a saved chat template holds it word for word:
-`tool_text(tools)` and `call_text(calls)`. Reading back is here, one function a format.
+The text that a model sees is Jinja, in templates/tools/<format>.jinja (`tool_text(tools)` and `call_text(calls)`), so that a
+saved chat template contains it. The parsers are here, one function for each format.
 """
 
 from __future__ import annotations
@@ -25,20 +25,18 @@ class ToolCall(NamedTuple):
 
     name: str
     arguments: str
-    """JSON text, as the chat APIs carry it; not an object where the model wrote none."""
+    """JSON text, as in chat APIs. It may not be an object, if the model wrote none."""
 
 
 def function_of(tool: Any) -> Any:
-    """What a call or a declaration of a tool wraps as its `function`, or itself."""
+    """The `function` object in a tool call or a tool declaration, or the object itself if it has none."""
     function = tool.get("function") if isinstance(tool, Mapping) else None
     return function if isinstance(function, Mapping) else tool
 
 
 def name_and_arguments(call: Any) -> tuple[str, dict[str, Any]]:
-    """The name and the arguments of a call as rows have it: as `function` of an object or by itself, the arguments as an object,
-    as its JSON text, or none.
-
-    Raises ValueError.
+    """The name and the arguments of a call in any form that rows have: as the `function` of an object or by itself, with
+    arguments as an object, as JSON text, or without any. Raises ValueError.
     """
     function = function_of(call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -55,7 +53,7 @@ def name_and_arguments(call: Any) -> tuple[str, dict[str, Any]]:
 
 
 def render_tools(tool_format: str, tools: Sequence[Mapping[str, Any]], *, date: str | None = None) -> str:
-    """The text that declares `tools`. `date` is what llama3 takes for today, written as 31 Jan 2025.
+    """The text that declares `tools`. date: the date that llama3 writes, such as 31 Jan 2025.
 
     Raises jinja2.TemplateError if a tool is not a JSON object.
     """
@@ -65,16 +63,16 @@ def render_tools(tool_format: str, tools: Sequence[Mapping[str, Any]], *, date: 
 def render_calls(tool_format: str, calls: Sequence[Mapping[str, Any]]) -> str:
     """The text of calls {"name": str, "arguments": JSON object}.
 
-    Raises jinja2.TemplateError if the format can't hold them: glm4 has one call a turn.
+    Raises jinja2.TemplateError if the format can't express them: glm4 has one call per turn.
     """
     return _macros(tool_format, None).call_text(calls)
 
 
 def extract_calls(tool_format: str, text: str, *, marked: bool = False) -> str | list[ToolCall]:
-    """The calls that a model wrote, or `text` itself if it holds none that parse. Never raises on what a model wrote.
+    """The calls in a model's text, or the text itself if it has none that parse. It raises for no text.
 
-    What it said beside them is beside_calls. marked: a token that begins calls, or white space, may stand before them; otherwise
-    that is no call, as for LLaMA-Factory.
+    `beside_calls` gives the text around the calls. marked: accept calls after white space or a token that begins calls, which
+    LLaMA-Factory does not.
     """
     try:
         calls = (MARKED if marked and tool_format in MARKED else EXTRACTORS)[tool_format](text)
@@ -84,7 +82,7 @@ def extract_calls(tool_format: str, text: str, *, marked: bool = False) -> str |
 
 
 def beside_calls(tool_format: str, text: str) -> str:
-    """What a model said before, between and after its calls. Formats without words around their calls leave no room for it."""
+    """The text before, between and after the calls; empty in formats that have no markers around calls."""
     words = CALL_WORDS.get(tool_format)
     if words is None:
         return ""
@@ -97,11 +95,11 @@ def parse_call_turn(
     thought: Sequence[str] = ("<think>\n", "\n</think>\n\n"),
     call_words: Sequence[str] = ("<tool_call>", "</tool_call>"),
 ) -> tuple[str, tuple[dict[str, Any], ...]]:
-    """The text and the calls of a turn that holds JSON: one call or a list, bare, after a thought, or between the call words.
+    """The text and the calls of a turn with JSON in it: one call or a list of calls, bare, after reasoning, or between
+    call_words.
 
-    Text outside the call words, after a call too, stays as it is, in front of the calls: a message has a content, and calls after
-    it. Arguments given as JSON text are read.
-    Raises ValueError if a call is not {"name": ..., "arguments": {...}}.
+    Text outside the call words, even after a call, becomes the content, which comes before the calls in a message. Arguments may
+    be JSON text. Raises ValueError if a call is not {"name": ..., "arguments": {...}}.
     """
     wrapped = re.compile(f"{re.escape(call_words[0])}(.*?){re.escape(call_words[1])}", re.DOTALL)
     if bodies := wrapped.findall(content):
@@ -141,7 +139,7 @@ def _json(value: Any) -> str:
 
 
 def _value(text: str) -> Any:
-    """A parameter between tags: JSON if it is, else text."""
+    """The value of a parameter between tags: parsed if it is JSON, else the text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -165,7 +163,8 @@ def _extract_gemma4(text: str) -> list[ToolCall] | None:
 
 
 def _gemma_arguments(body: str) -> str:
-    """JSON of bare keys and strings between <|"|> quotes: keys outside of strings get quotes. The text itself if that fails."""
+    """Gemma's arguments as JSON: bare keys get quotes, and <|"|> around strings becomes a quote. The text itself if that
+    fails."""
     pieces = f"{{{body}}}".split('<|"|>')
     for i, piece in enumerate(pieces):
         pieces[i] = (
@@ -199,7 +198,7 @@ def _extract_glm4_moe(text: str) -> list[ToolCall] | None:
 
 
 def _extract_lfm2(text: str) -> list[ToolCall] | None:
-    """A list of calls in Python's words; a single call, or several, may lack its brackets."""
+    """A list of calls in Python syntax, whose brackets may be missing."""
     calls: list[ToolCall] = []
     for body in re.findall(r"<\|tool_call_start\|>(.*?)<\|tool_call_end\|>", text, re.DOTALL):
         written = ast.parse(body.strip(), mode="eval").body
@@ -275,7 +274,7 @@ def _extract_seed_oss(text: str) -> list[ToolCall] | None:
 
 
 def _parameters(body: str, start: str, before_end: str = "") -> str:
-    """The parameters between tags, as JSON. A closing tag counts only where another parameter or the end follows."""
+    """The parameters between tags, as JSON. A closing tag counts only if another parameter or the end follows it."""
     pairs = re.findall(rf"{start}(.*?){before_end}</parameter>(?=\s*(?:<parameter|$))", body, re.DOTALL)
     return _json({name: _value(value) for name, value in pairs})
 
@@ -292,7 +291,7 @@ CALL_WORDS: dict[str, tuple[str, str]] = {
     "qwen3_5": _QWEN_WORDS,
     "seed_oss": ("<seed:tool_call>", "</seed:tool_call>"),
 }
-"""Around calls, in the formats that have such words."""
+"""Format -> the markers before and after a call, if it has any."""
 EXTRACTORS: dict[str, Callable[[str], list[ToolCall] | None]] = {
     "default": _extract_default,
     "gemma4": _extract_gemma4,
