@@ -1,11 +1,11 @@
 """Checkpoints: `checkpoints/step-<n>/` with the training state, progress.json, and COMPLETE written last.
 
-progress.json holds a hash of every file of the state. A checkpoint whose files no longer have these hashes is passed over, with a
-message, and the one before it is taken.
+progress.json holds a hash of every file of the state. If a checkpoint's files no longer match, it is skipped with a message, and
+the run resumes from the one before it.
 
-The state is torch's distributed checkpoint format: each worker writes its part, and a reader of any world size or strategy takes
-what it needs. A folder without COMPLETE is never read, and is removed at the next start. Checkpoints in an object store:
-remote_checkpoints.py.
+The state is in torch's distributed checkpoint format: each worker writes its part, and a reader of any world size or strategy
+reads what it needs. A folder without COMPLETE is never read, and is removed at the next start. remote_checkpoints.py keeps
+checkpoints in an object store.
 """
 
 from __future__ import annotations
@@ -45,20 +45,21 @@ class Place(Protocol):
         ...
 
     def newest_sound(self) -> int | None:
-        """The newest intact checkpoint, whose files are on this machine then; None if there is none. Raises DataError if all are
-        damaged."""
+        """Find the newest intact checkpoint and bring its files to this machine; None if there is none. Raises DataError if all
+        are damaged."""
         ...
 
     def fetch(self, step: int, *, checked: bool = False) -> str | None:
-        """Bring a checkpoint's files to this machine. Returns what is wrong with it. checked: rank 0 compared the hashes."""
+        """Bring a checkpoint's files to this machine. Returns what is wrong with them, or None. checked: rank 0 has compared the
+        hashes already."""
         ...
 
     def keep(self, step: int, files: Sequence[Path], rank: int, world: int) -> Sequence[Path]:
-        """Keep the files that this machine has of a state being saved. Returns the worker's share of them, for their hashes."""
+        """Store the files of a new checkpoint that this machine holds. Returns this worker's share of the files, to be hashed."""
         ...
 
     def begin(self, step: int) -> None:
-        """An empty folder for a checkpoint. Called on rank 0."""
+        """Create an empty folder for a checkpoint. Called on rank 0."""
         ...
 
     def complete(self, step: int) -> None:
@@ -68,11 +69,11 @@ class Place(Protocol):
     def remove(self, step: int) -> None: ...
 
     def discard(self, step: int) -> None:
-        """As `remove`, after a failure: raises nothing."""
+        """Like `remove`, but raises nothing; it is called after a failure."""
         ...
 
     def keep_here(self, steps: Sequence[int]) -> None:
-        """Remove what this machine alone has of all other steps."""
+        """Remove this machine's own copies of all other steps."""
         ...
 
 
@@ -125,7 +126,7 @@ class Checkpoints:
     ) -> None:
         """Keeps the newest `keep` checkpoints, and with `keep_best` the one with the lowest eval loss.
 
-        place: None for `folder` itself; of an object store, `folder` is this machine's part.
+        place: where they are kept; None: in `folder`. With an object store, `folder` is this machine's part.
         """
         self.folder, self.keep, self.keep_best, self._place = folder, keep, keep_best, place or SharedFolder(folder)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -136,7 +137,7 @@ class Checkpoints:
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def save(self, state: Mapping[str, Tensor], progress: Progress, identity: Mapping[str, str]) -> None:
-        """Collective over all workers. `identity` is what a resumed run must share with this one."""
+        """Save a checkpoint; collective over all workers. identity: hashes that a run must share with this one to resume it."""
         self.wait()
         document = {"format_version": FORMAT_VERSION, **asdict(progress), **identity}
         if self._pool is None:
@@ -145,7 +146,8 @@ class Checkpoints:
             self._writing = self._pool.submit(self._write, self._staging.copy(state), progress.step, progress.best_step, document)
 
     def newest(self) -> int | None:
-        """The newest intact checkpoint, as rank 0 finds it; its files are here then. Collective over all workers."""
+        """The step of the newest intact checkpoint, which rank 0 finds; its files are brought to this machine. Collective over
+        all workers."""
         if self._group is None:
             return self._place.newest_sound()
         found: list[Any] = [None]
@@ -164,7 +166,7 @@ class Checkpoints:
         return found[0]
 
     def _fetch(self, step: int) -> None:
-        """What this machine lacks of a checkpoint that rank 0 found intact."""
+        """Bring the missing files of a checkpoint that rank 0 found intact to this machine."""
         if (problem := self._place.fetch(step, checked=True)) is not None:
             raise DataError(f"{self._place}/step-{step}", problem, "Repeat the command; it resumes from an older checkpoint.")
 
@@ -181,10 +183,10 @@ class Checkpoints:
             if self._pool is not None:
                 self._pool.shutdown()
             if self._group is not None:
-                dist.destroy_process_group(self._group)  # gloo's threads poll, also for a group that nobody uses any more
+                dist.destroy_process_group(self._group)  # gloo's threads would keep polling for it
 
     def load(self, step: int, fill: Callable[[Mapping[str, Tensor], Callable[[dict[str, Tensor]], None]], None]) -> None:
-        """`fill(kept, read)` is the strategy's `load`."""
+        """Load a checkpoint. fill: the strategy's `load`, called with what the checkpoint holds and a function that reads it."""
         folder = path_of(self.folder, step) / "state"
         self._fetch(step)
         try:
@@ -232,7 +234,7 @@ class Checkpoints:
                 self._prune(step, best_step)
             self._place.keep_here([step])
         except RunLost:
-            raise  # where the storage is away, or the checkpoint is another process's, nothing can or may be removed
+            raise  # the storage does not answer, or the checkpoint is another process's: don't remove anything
         except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
             if (away := away_in(error)) is not None:
                 raise _away(what, away) from error
@@ -248,7 +250,7 @@ class Checkpoints:
             raise
 
     def _hashes(self, step: int) -> dict[str, str]:
-        """Hashes of all files, each worker its share. Collective over all workers, after all of them have written."""
+        """Hashes of all files; each worker hashes its share. Collective over all workers, after all have written."""
         rank, world = (self.rank, dist.get_world_size(self._group)) if self._group is not None else (0, 1)
         files = self._place.keep(step, state_files(self.folder, step), rank, world)
         mine = {path.name: hash_of(path) for path in files}
@@ -266,7 +268,7 @@ class Checkpoints:
 
 @patient("can't be written")
 def _write_state(folder: Path, state: dict[str, Tensor], group: Any) -> None:
-    """Collective over the group: torch tells all of a failure of one, so that all try again together."""
+    """Write the state; collective over the group. torch reports one worker's failure to all, so that all retry together."""
     with one_process_is_meant():
         writer = FileSystemWriter(folder, single_file_per_rank=True)
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
@@ -274,7 +276,7 @@ def _write_state(folder: Path, state: dict[str, Tensor], group: Any) -> None:
 
 @patient("can't be read")
 def _read_state(folder: Path, state: dict[str, Tensor], group: Any) -> None:
-    """Into the tensors of `state`. Collective over the group, as `_write_state`."""
+    """Read into the tensors of `state`. Collective over the group, as `_write_state` is."""
     with one_process_is_meant():
         dcp.load(state, storage_reader=FileSystemReader(folder), process_group=group, no_dist=group is None)
 
@@ -297,7 +299,8 @@ def _away(what: str, reason: str) -> RunLost:
 
 
 def _raise_interrupt(error: BaseException) -> None:
-    """That came while torch wrote or read: it makes an error of its own of it, or one follows as it closes its file."""
+    """Raise the KeyboardInterrupt in an error's chain, if there is one. torch wraps an interrupt that comes while it reads or
+    writes in an error of its own, or fails afterwards when it closes its file."""
     for cause in causes(error):
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None

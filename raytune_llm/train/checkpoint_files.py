@@ -1,6 +1,6 @@
-"""The files of checkpoints in a folder: which are complete and intact, and what is read, written and removed. Loads no torch.
+"""Reads, writes, checks and removes the files of checkpoints in a folder. It does not import torch.
 
-While the file system is away, each function waits for it for two minutes (storage.py), but for `complete_steps`.
+If the file system does not answer, each function except `complete_steps` retries for two minutes (storage.py).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 COMPLETE = "COMPLETE"
 PROGRESS = "progress.json"
 METADATA = ".metadata"
-"""The file of torch's format that says which file holds what; the worker with rank 0 writes it."""
+"""The index file of torch's format, which rank 0 writes."""
 FILES = "files"
 """In progress.json: name -> sha256 of each file of the state."""
 STEP = re.compile(r"step-(\d+)")
 HASHED_AT_ONCE = 8
-"""Files of a checkpoint that one process hashes at the same time, so that it reads at the disk's rate and not at a core's."""
+"""Files that one process hashes in parallel, so that the disk limits the speed and not one core."""
 FORMAT_VERSION = 2
 """Increase it when the format of progress.json or of the state changes."""
 
@@ -42,7 +42,7 @@ def path_of(folder: Path, step: int) -> Path:
 def complete_steps(folder: Path) -> list[int]:
     """Steps with a complete checkpoint, ascending. Folders with other names are ignored.
 
-    Raises OSError if the file system does not say: a run that took this for no checkpoint would begin anew.
+    Raises OSError if the file system fails: a run that took this for "no checkpoint" would start over.
     """
     return sorted(step for step in _steps(folder) if _exists(path_of(folder, step) / COMPLETE))
 
@@ -69,13 +69,13 @@ def _exists(path: Path) -> bool:
 def newest_sound(folder: Path) -> int | None:
     """The newest checkpoint whose files match their hashes; None if there is no checkpoint.
 
-    Says which newer ones are damaged. Raises DataError where all are.
+    Logs which newer ones are damaged. Raises DataError if all are.
     """
     return newest_of(str(folder), _complete_steps(folder), partial(damage, folder))
 
 
 def newest_of(where: str, steps: Sequence[int], problem_of: Callable[[int], str | None]) -> int | None:
-    """As newest_sound, of these steps, ascending. problem_of: what is wrong with one; None if it is intact."""
+    """Like newest_sound, for these steps (ascending). problem_of: gives what is wrong with a checkpoint, None if it is intact."""
     problems: list[str] = []
     for step in reversed(steps):
         problem = problem_of(step)
@@ -144,7 +144,7 @@ def hash_of(path: Path) -> str:
 
 
 def digest(path: Path) -> str | None:
-    """None: it can't be read."""
+    """The hash of a file, or None if the file can't be read."""
     try:
         return hash_of(path)
     except OSError:
@@ -152,7 +152,7 @@ def digest(path: Path) -> str | None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a crash left half-written. Folders with other names stay."""
+    """Remove incomplete checkpoints that a crash left. Folders with other names stay."""
     complete = _complete_steps(folder)
     for step in _steps(folder):
         if step not in complete:
@@ -161,7 +161,7 @@ def sweep(folder: Path) -> None:
 
 @patient("can't be written")
 def begin(folder: Path, step: int) -> None:
-    """An empty folder for a checkpoint, whatever was there."""
+    """Create an empty folder for a checkpoint; an old one is removed."""
     _remove(folder, step)
     path_of(folder, step).mkdir(parents=True)
 

@@ -23,7 +23,7 @@ class Clock:
     def __init__(self) -> None:
         self.latest: Rate | None = None
         self._tokens = self._attention_pairs = 0
-        self._total, self._warm = (0, 0, 0.0), (0, 0, 0.0)  # the latter without the first reading, which includes warm-up
+        self._total, self._warm = (0, 0, 0.0), (0, 0, 0.0)  # _warm excludes the first reading, with compilation and warm-up
         self._since, self._paused_s, self._waited_s = 0.0, 0.0, 0.0
         self.data_wait = 0.0
         """Fraction of the time between the last two readings in which the source of steps had none ready."""
@@ -35,7 +35,7 @@ class Clock:
         self._tokens, self._attention_pairs = self._tokens + tokens, self._attention_pairs + attention_pairs
 
     def read(self) -> Rate:
-        """Since the last reading, or the start."""
+        """The rates since the last reading, or since the start."""
         now = time.perf_counter()
         found = self._tokens, self._attention_pairs, now - self._since - self._paused_s
         if self.latest is not None:
@@ -47,11 +47,11 @@ class Clock:
         return self.latest
 
     def rate(self) -> Rate | None:
-        """Over the run; without the first reading, which includes warm-up, if there are more."""
+        """The rates over the run, without the first reading (which includes compilation and warm-up) if there are more."""
         return _rate(*(self._warm if self._warm[2] else self._total)) if self.latest is not None else None
 
     def awaited(self, steps: Iterator[T]) -> Iterator[T]:
-        """The same steps; counts how long each was waited for."""
+        """Yields the same steps, and measures how long each was waited for."""
         while True:
             began = time.perf_counter()
             try:

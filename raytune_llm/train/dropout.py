@@ -6,5 +6,5 @@ from raytune_llm.records import Batch
 
 
 def seed_dropout(batch: Batch) -> None:
-    """Seeds dropout from the step and the samples, so that a resumed run, or a second pass over a batch, has the same dropout."""
+    """Seed dropout from the step and the samples, so that a resumed run, or a second pass over a batch, drops the same values."""
     torch.manual_seed(hash((batch.seed, batch.sample_ids)))

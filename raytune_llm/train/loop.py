@@ -1,8 +1,8 @@
 """The training loop. One optimizer step is `one_step`; everything around it decides when to log, evaluate, save and stop.
 
-Nothing in a step waits for the device except at log steps: the number that a step's loss is divided by is known from the data,
-or added up over workers on the device, and with AdamW a step whose gradient is not finite skips itself there. With another
-optimizer, and with ZeRO, the host waits once a step for the gradient's norm, to know whether to step.
+The host waits for the device only at log steps. The divisor of a step's loss is known from the data, or is summed over workers on
+the device, and AdamW itself skips a step whose gradient is not finite. With another optimizer, or with ZeRO, the host waits once
+per step for the gradient's norm, to know whether to step.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ CALMER = "Lower optimizer.lr, lengthen schedule.warmup_ratio, or set train.preci
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """What computes a step: the model under its strategy, the objective, and the enrichers of its batches."""
+    """Everything that computes a step: the model under its strategy, the objective, and the enrichers of its batches."""
 
     strategy: Strategy
     objective: Objective
     device: torch.device
     enrichers: Sequence[Enricher] = ()
-    """In order: each sees what the previous ones added."""
+    """They run in this order; each sees what the previous ones added."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +51,12 @@ class LoopSettings:
 
     total_steps: int
     learning_rate: Callable[[int], float]
-    """Takes the number of the step, from 0."""
+    """The learning rate of a step, by its number from 0."""
     log_every: int
     eval_every: int | None
     """None: at the end of each epoch."""
     eval_steps: frozenset[int] | None
-    """The steps to evaluate after, beside the last one, instead of eval_every."""
+    """Evaluate after these steps and the last one, instead of eval_every."""
     eval_on_start: bool
     """Evaluate before the first step too."""
     save_every: int | None
@@ -64,15 +64,15 @@ class LoopSettings:
     save_best: bool
     """Also save after each evaluation with the lowest loss so far."""
     early_stopping: int | None
-    """End after so many evaluations without a better stop_metric."""
+    """End after this many evaluations without a better stop_metric."""
     max_nonfinite_steps: int
     seed: int
     stop_metric: str = "eval_loss"
-    """A figure of evaluations."""
+    """A metric of evaluations, for early stopping."""
     stop_sign: int = 1
     """1 if lower is better, -1 if higher is."""
     pause_step: int | None = None
-    """Evaluate and save after it, and end."""
+    """End after this step, with an evaluation and a checkpoint."""
 
     def evaluates(self, step: int, epoch_ends: bool) -> bool:
         return due(step, self.eval_every, epoch_ends) if self.eval_steps is None else step in self.eval_steps
@@ -87,11 +87,11 @@ class Hooks:
     sample: Callable[[int], None]
     """Called at each evaluation, with the step."""
     scores: Callable[[], Mapping[str, float]] = dict
-    """More figures of an evaluation, by name."""
+    """Gives more metrics of an evaluation, by name."""
     stepped: Sequence[Callable[[int], None]] = ()
     """Called after each step, with its number."""
     yields: Callable[[], bool] = lambda: False
-    """Called at log steps: whether to save and end here, so that another group of workers resumes."""
+    """Called at log steps. True: save and end here, so that another group of workers can resume."""
 
 
 def run(
@@ -183,7 +183,7 @@ def one_step(learner: Learner, step: Step, window: Window, *, lr: float, seed: i
 
 
 def add_step(window: Window, done: StepOut, world: int) -> None:
-    # The same on all workers, so only one of them counts it.
+    # All workers have the same values, and the window sums over workers.
     share = 1.0 / world
     window.add("grad_norm", torch.where(done.skipped, 0.0, done.grad_norm) * share, (~done.skipped) * share)
     window.add("nonfinite", done.skipped * share, share)
@@ -200,7 +200,7 @@ def log_step(
     epoch: float,
     lr: float,
 ) -> None:
-    """Log the means since the last log step. Reading them waits for the device, which a step with AdamW does nowhere else."""
+    """Log the means since the last log step. Reading them waits for the device."""
     sums = window.read()
     window.clear()
     values = reported(objective, sums)
@@ -236,8 +236,8 @@ def evaluate(learner: Learner, held_out: Mapping[str, Loader], progress: Progres
 
 
 def log_evaluation(record: Mapping[str, float], progress: Progress, settings: LoopSettings, hooks: Hooks) -> bool:
-    """Log what an evaluation found, and remember the lowest loss and the best stop_metric. Returns True if the run should stop
-    early."""
+    """Log the metrics of an evaluation, and remember the lowest loss and the best stop_metric. Returns True if the run should
+    stop early."""
     eval_loss = record["eval_loss"]
     hooks.log({"step": progress.step, **record})
     if progress.best_loss is None or eval_loss < progress.best_loss:
@@ -255,10 +255,8 @@ def log_evaluation(record: Mapping[str, float], progress: Progress, settings: Lo
 
 
 def evaluation(learner: Learner, held_out: Mapping[str, Loader], *, seed: int) -> dict[str, float]:
-    """Loss and metrics over the held-out rows, as eval_loss and so on.
-
-    Where there are several sources, each has its own too (eval_<source>_loss); those of the whole are over all their tokens.
-    """
+    """Loss and metrics over all held-out rows, as eval_loss and so on. With several sources, each also has its own
+    (eval_<source>_loss)."""
     model, objective = learner.strategy.model, learner.objective
     model.eval()
     with learner.strategy.averaged():
@@ -303,12 +301,12 @@ def ready(learner: Learner, step: Step, *, seed: int) -> list[Batch]:
 
 
 def completed(learner: Learner, step: Step, batches: Sequence[Batch], *, seed: int) -> list[Batch]:
-    """The step's micro-batches, which are on the device, with the columns of all enrichers."""
+    """The step's micro-batches (on the device) with the columns of all enrichers."""
     return enriched(learner.enrichers, learner.strategy.model, [replace(batch, seed=seed) for batch in batches], step)
 
 
 def count_of(step: Step, device: torch.device) -> float | Tensor:
-    """The divisor of the step's loss. If only the batches know it, their sum over workers (collective)."""
+    """The divisor of the step's loss. If the step does not know it, it is summed over the batches of all workers (collective)."""
     if step.count is not None:
         return step.count or 1
     count = torch.full((), sum(batch.count for batch in step.batches), dtype=torch.float32, device=device)

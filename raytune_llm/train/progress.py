@@ -1,4 +1,4 @@
-"""How far a run is. Loads no torch."""
+"""The progress of a run, as checkpoints store it. It does not import torch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     best_score: float | None = None
-    """The figure that early stopping goes by, where lower is better; the negative where higher is."""
+    """The best early_stopping_metric so far, negated if higher is better."""
     evals_without_gain: int = 0
     source_state: Mapping[str, Any] = field(default_factory=dict)
-    """The state of the source of steps, beside epoch and cursor."""
+    """The state of the source of steps, in addition to epoch and cursor."""
     enricher_states: list[Any] = field(default_factory=list)
     """The state of each enricher, in order."""
     window: dict[str, tuple[float, float]] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""Checkpoints in an object store: the files of a step, then its progress.json, then COMPLETE.
+"""Checkpoints in an object store. The files of a step are uploaded first, then progress.json, then COMPLETE.
 
-A local folder on each machine holds what the machine wrote or read of them. A file there is read if it has the hash that
-progress.json says, and downloaded otherwise, once a machine.
+Each machine has a local folder with the files that it wrote or downloaded. A file in it is used if its hash matches
+progress.json; otherwise it is downloaded, once per machine.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from raytune_llm.train.checkpoint_files import (
 
 class RemoteCheckpoints:
     def __init__(self, remote: RemoteFolder, folder: Path) -> None:
-        """folder: the local one."""
+        """folder: this machine's local folder."""
         self._remote, self._folder = remote, folder
         self._name = uuid.uuid4().hex
-        """Of this writer, by which it knows a COMPLETE of its own."""
+        """A random name of this writer, by which it recognizes a COMPLETE that it wrote."""
 
     def __str__(self) -> str:
         return self._remote.address
@@ -48,22 +48,23 @@ class RemoteCheckpoints:
         return sorted(int(found[1]) for step, *rest in marks if rest == [COMPLETE] and (found := STEP.fullmatch(step)))
 
     def sweep(self) -> None:
-        """Remove what a crash left half-written."""
+        """Remove incomplete checkpoints that a crash left."""
         complete = {f"step-{step}" for step in self.complete_steps()}
         for folder in {name.split("/")[0] for name in self._remote.files()}:
             if STEP.fullmatch(folder) and folder not in complete:
                 self._remote.remove(folder)
 
     def newest_sound(self) -> int | None:
-        """The newest intact checkpoint, which is downloaded. None: there is none. Raises DataError if all are damaged."""
+        """Download the newest intact checkpoint and return its step; None if there is none. Raises DataError if all are
+        damaged."""
         steps = self.complete_steps()
         self.keep_here(steps)
         return newest_of(str(self), steps, self.fetch)
 
     def fetch(self, step: int, *, checked: bool = False) -> str | None:
-        """Download what this machine lacks of a checkpoint. Returns what is wrong with it; None if its files have their hashes.
+        """Download the files of a checkpoint that this machine lacks. Returns what is wrong with them, or None.
 
-        checked: another process of the run has looked at the hashes; the files of a machine are looked at once.
+        checked: another process has compared the hashes, so that each machine compares them only once.
         """
         place, name = path_of(self._folder, step), f"step-{step}"
         with self._one_process_of_this_machine():
@@ -86,7 +87,7 @@ class RemoteCheckpoints:
         return None
 
     def keep(self, step: int, files: Sequence[Path], rank: int, world: int) -> Sequence[Path]:
-        """Upload the files of the state that this worker wrote: other machines have folders of their own."""
+        """Upload the files of the state that this worker wrote."""
         mine = [path for path in files if path.name.startswith(f"__{rank}_") or (rank == 0 and path.name == METADATA)]
         self._remote.upload(self._folder, [f"step-{step}/state/{path.name}" for path in mine])
         return mine
@@ -96,7 +97,7 @@ class RemoteCheckpoints:
         begin(self._folder, step)
 
     def complete(self, step: int) -> None:
-        """Upload progress.json, then COMPLETE, of which a store takes one. Called after all files of the state are uploaded.
+        """Upload progress.json, then create COMPLETE. Called after all files of the state are uploaded.
 
         Raises RunLost if another process has completed the same checkpoint.
         """
@@ -107,13 +108,14 @@ class RemoteCheckpoints:
             raise RunLost(what, "End one of the two; the same command resumes.")
 
     def remove(self, step: int) -> None:
-        """Delete a checkpoint, here and in the store, COMPLETE first."""
+        """Delete a checkpoint here and in the store, COMPLETE first."""
         remove(self._folder, step)
         self._remote.remove(f"step-{step}/{COMPLETE}")
         self._remote.remove(f"step-{step}")
 
     def discard(self, step: int) -> None:
-        """As `remove`, while something failed already: what stays has no COMPLETE, and is swept at the next start."""
+        """Like `remove`, but errors are ignored, since something has failed already. What stays has no COMPLETE, so the next
+        start removes it."""
         try:
             self.remove(step)
         except (OSError, ResourceError):

@@ -1,7 +1,7 @@
-"""Learning rates as functions of the step, so that a resumed run needs no state for them.
+"""Learning-rate schedules as functions of the step, so that a resumed run needs no state for them.
 
-Each takes the step about to be made (from 0), the steps of warm-up and of the whole run, and gives the part of the peak rate.
-Names and forms follow transformers' schedules of the same names.
+Each takes the number of the next step (from 0), the number of warm-up steps and of all steps, and returns the learning rate as a
+fraction of the peak. Names and formulas follow transformers' schedules of the same names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def linear(step: int, warmup: int, total: int) -> float:
 
 
 def cosine(step: int, warmup: int, total: int, *, floor: float) -> float:
-    """Loshchilov & Hutter 2016, one half period, down to `floor`."""
+    """Half a cosine period down to `floor` (Loshchilov & Hutter 2016)."""
     if step < warmup:
         return _warming(step, warmup)
     progress = (step - warmup) / max(1, total - warmup)
@@ -30,7 +30,7 @@ def cosine(step: int, warmup: int, total: int, *, floor: float) -> float:
 
 
 def wsd(step: int, warmup: int, total: int, *, decay_ratio: float | None, floor: float) -> float:
-    """Warm-up, stable, decay (Hu et al. 2024): the decay is a half cosine over the last decay_ratio of all steps."""
+    """Warm-up, stable, decay (Hu et al. 2024). The decay is half a cosine period over the last decay_ratio of all steps."""
     decay = total - warmup - (total - warmup) // 3 if decay_ratio is None else math.ceil(decay_ratio * total)
     stable_end = max(warmup, total - decay)
     if step < stable_end:
@@ -40,7 +40,7 @@ def wsd(step: int, warmup: int, total: int, *, decay_ratio: float | None, floor:
 
 
 def inverse_sqrt(step: int, warmup: int, total: int, *, timescale: int | None) -> float:
-    """Zhai et al. 2021: 1 / sqrt of the steps since warm-up, in units of the timescale."""
+    """1 / sqrt(1 + t / timescale), where t is the number of steps since the warm-up (Zhai et al. 2021)."""
     if step < warmup:
         return _warming(step, warmup)
     scale = timescale or warmup or 10_000
@@ -66,7 +66,7 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 
 
 def learning_rate(schedule: ScheduleConfig, *, peak: float, total: int) -> Callable[[int], float]:
-    """The rate of each step of a run of `total` steps."""
+    """The learning rate by step, for a run of `total` steps."""
     settings = settings_of(schedule)
     shape = SCHEDULES[schedule.name]
     ratio, steps = settings.pop("warmup_ratio"), settings.pop("warmup_steps")

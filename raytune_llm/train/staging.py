@@ -1,4 +1,4 @@
-"""A copy of a training state in the host's memory, which is written while training goes on."""
+"""A copy of the training state in host memory, which is written to disk while training continues."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch.distributed.tensor import DTensor
 
 
 class Staging:
-    """Copies of a state in the host's memory, which training leaves alone while they are written.
+    """Copies a state to host memory, so that training can change the original while the copy is written.
 
-    The memory is kept for the next copy. Of a GPU's tensors it is pinned, which the GPU writes to several times as fast, and all
-    are copied before the host waits for one.
+    The memory is reused for the next copy. For tensors of a GPU it is pinned, which makes the copy several times faster, and the
+    host waits only once for all of them.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
     def copy(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Valid until the next call."""
+        """A copy of the state. It is valid until the next call."""
         copies = {name: self._copy(name, value) for name, value in state.items()}
         self._kept = {name: self._kept[name] for name in state}
         if any(value.is_cuda for value in state.values()):
@@ -37,7 +37,7 @@ class Staging:
         kept.copy_(local, non_blocking=True)
         if not isinstance(value, DTensor):
             return kept
-        # The writer reads only ranks from the mesh; the shard itself knows its device.
+        # The writer uses only the ranks of the mesh, so the mesh may stay the GPU's.
         return DTensor.from_local(
             kept, value.device_mesh, value.placements, shape=value.shape, stride=value.stride(), run_check=False
         )

@@ -1,7 +1,7 @@
-"""The loop of several runs that see the same packs: one forward and one backward pass of all, and a step of each.
+"""The training loop of several runs that see the same packs: one forward and backward pass for all, then a step of each.
 
-Each run has its own objective, learning rate, schedule, optimizer, clipping and progress, logs and saves by itself, and ends when
-it likes; the others continue. What a step, a log record, an evaluation and a checkpoint are is the loop's of one run (loop.py).
+Each run has its own objective, learning rate, schedule, optimizer, clipping and progress. It logs and saves by itself, and when
+it ends, the others continue. Steps, log records, evaluations and checkpoints are the same as in the loop of one run (loop.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Member:
     clock: Clock
     window: Window
     stops: Callable[[], bool] = lambda: False
-    """Asked after each evaluation: whether it is to end here, with a checkpoint, whatever its own settings say."""
+    """Called after each evaluation. True: end the run here with a checkpoint, whatever its own settings say."""
 
     @property
     def model(self) -> OneOfSeveral:
@@ -52,16 +52,16 @@ class Member:
 
     @property
     def at_end(self) -> bool:
-        """It made its last step, or the last one before a pause."""
+        """Whether it has made its last step, or the last one before a pause."""
         return self.progress.step >= (self.settings.pause_step or self.settings.total_steps)
 
 
 Ended = Callable[[Member, Exception | None], None]
-"""Called with a run that made its last step, or whose hooks raised this error. It is in no further pass."""
+"""Called with a run that has ended, and with the error if its hooks raised one. It takes part in no further pass."""
 
 
 def run(pass_: SharedPass, members: Sequence[Member], source: StepSource, held_out: Mapping[str, Loader], ended: Ended) -> None:
-    """Train all from where they are, which is one step for all of them, until each has ended."""
+    """Train all runs until each has ended. They must all be at the same step."""
     active = list(members)
     for member in active:
         loop.resume(member.enrichers, member.progress)
@@ -87,8 +87,8 @@ def run(pass_: SharedPass, members: Sequence[Member], source: StepSource, held_o
 
 
 def one_step(pass_: SharedPass, members: Sequence[Member], step: Step) -> dict[Member, float]:
-    """One forward and backward pass a micro-batch, or as many as there are groups (SharedPass), then an update of each run.
-    Returns their learning rates."""
+    """One forward and backward pass per micro-batch (or one per group, see SharedPass), then an update of each run. Returns the
+    runs' learning rates."""
     batches = _ready(members, step)
     count = loop.count_of(step, members[0].window.device)
     rates = {member: member.settings.learning_rate(member.progress.step) for member in members}
@@ -112,7 +112,7 @@ def one_step(pass_: SharedPass, members: Sequence[Member], step: Step) -> dict[M
 
 
 def evaluations(pass_: SharedPass, members: Sequence[Member], held_out: Mapping[str, Loader]) -> list[dict[str, float]]:
-    """As loop.evaluation, of each."""
+    """The record of an evaluation (loop.evaluation) for each run."""
     pass_.policy.eval()
     found: dict[Member, dict[str, float]] = {}
     with torch.no_grad():
@@ -123,7 +123,7 @@ def evaluations(pass_: SharedPass, members: Sequence[Member], held_out: Mapping[
 
 
 def _evaluations(pass_: SharedPass, members: Sequence[Member], held_out: Mapping[str, Loader]) -> dict[Member, dict[str, float]]:
-    """Of those of one pass."""
+    """The same for the runs of one group, which are evaluated in one pass."""
     sums: list[dict[str, dict[str, tuple[float, float]]]] = [{} for _ in members]
     with pass_.of([member.model for member in members]):
         for source, loader in held_out.items():
@@ -147,12 +147,12 @@ def _model(member: Member) -> OneOfSeveral:
 
 
 def _ready(members: Sequence[Member], step: Step) -> list[Batch]:
-    """The micro-batches on the device, once for all."""
+    """The micro-batches on the device, shared by all runs."""
     return [to_device(batch, members[0].window.device) for batch in step.batches]
 
 
 def _completed(member: Member, step: Step, batches: Sequence[Batch]) -> list[Batch]:
-    """The batches of one run: seeded with its own seed, and with what its enrichers add."""
+    """The batches of one run, with its own seed and the columns of its enrichers."""
     seed = member.settings.seed if step.held_out else member.settings.seed + member.progress.step
     member.model.seed = seed
     return loop.completed(member.learner, step, batches, seed=seed)
@@ -161,7 +161,7 @@ def _completed(member: Member, step: Step, batches: Sequence[Batch]) -> list[Bat
 def _evaluate(
     pass_: SharedPass, due: list[Member], active: list[Member], held_out: Mapping[str, Loader], ended: Ended
 ) -> set[Member]:
-    """Evaluate those that are due, at once, and take out of `active` those that end with an error. Returns those that stop."""
+    """Evaluate the runs that are due in one pass, and remove runs that fail from `active`. Returns the runs that stop early."""
     if not due:
         return set()
     stopped: set[Member] = set()
@@ -196,7 +196,7 @@ def _log(member: Member, step: Step, lr: float) -> bool:
 
 
 def _save(member: Member, step: Step, source: StepSource, stopped: bool) -> bool:
-    """Whether the run has come to its end."""
+    """Save the run's checkpoint if it is due. Returns whether the run has ended."""
     progress, settings = member.progress, member.settings
     best = settings.save_best and progress.best_step == progress.step
     ends = member.at_end or stopped

@@ -46,7 +46,7 @@ class Window:
 
 
 def added(sources: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
-    """Sums and counts of several readings as one."""
+    """The sums and counts of several readings, added up by name."""
     whole: dict[str, tuple[float, float]] = {}
     for sums in sources:
         for name, (total, count) in sums.items():

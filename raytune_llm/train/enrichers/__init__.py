@@ -1,6 +1,6 @@
-"""Enrichers add to a batch what a loss needs beside the rows, in the order of a list.
+"""Enrichers add columns to a batch that a loss needs and the rows don't have. They run in the order of a list.
 
-To add one: its file here, and its place in the list (runs/setup.py).
+To add one, write its file here and enter it in the list in runs/setup.py.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from raytune_llm.train.phases import phase
 class Enricher(Protocol):
     @property
     def phase(self) -> str:
-        """What it does, for profiles."""
+        """What it does, as a name in profiles."""
         ...
 
     def attach(self, policy: nn.Module, batches: Sequence[Batch], step: Step) -> list[Batch]:
-        """This worker's micro-batches of the step, each with more columns. They are on the device, and columns that enrichers
-        before this one added are there.
+        """This worker's micro-batches of the step with more columns. They are on the device and have the columns of earlier
+        enrichers.
 
-        All workers call it together. A call of `policy` is a forward pass under the strategy. Nothing is remembered of a step
-        that is held out.
+        All workers call it together. policy: the model as the strategy wraps it. A held-out step must not change the state.
         """
         ...
 

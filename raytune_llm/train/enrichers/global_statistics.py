@@ -1,7 +1,8 @@
 """Statistics of the global batch, for losses that can't be computed from one micro-batch.
 
-A first pass over the step's micro-batches, without gradient, takes some values of each row; they are put together in the order of
-the step, so that nothing depends on how the step is split. What the stage makes of them goes with the batches into the second.
+A first pass over the step's micro-batches, without gradient, computes some values of each row. They are gathered in the order of
+the step, so the result does not depend on how the step is split. The stage reduces them to statistics, which are added to the
+batches for the second pass.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class FirstPass:
             for first, part_PK in zip(step.first_rows, parts, strict=True):
                 values_AK[first : first + len(part_PK)] = part_PK
             if dist.is_initialized():
-                dist.all_reduce(values_AK)  # every row is one worker's: the others add zero
+                dist.all_reduce(values_AK)  # each row belongs to one worker; the others have zeros there
             columns, state = self._statistics.reduce(values_AK, self._state.to(values_AK.device))
         if not step.held_out:
             self._state = state

@@ -20,7 +20,7 @@ class OnlineReference:
 
     logps: AnswerLogprobs
     as_found: Callable[[], AbstractContextManager[None]] = nullcontext
-    """A context in which the policy is what it was at the start of the run."""
+    """A context in which the policy has the weights that it had at the start of the run."""
     other: nn.Module | None = None
     """The reference, if it is not the policy."""
     phase = "reference"
@@ -36,7 +36,7 @@ class OnlineReference:
         return [batch.with_answers({"reference": found}) for batch, found in zip(batches, references, strict=True)]
 
     def state(self) -> None:
-        """The reference is the weights before they were restored from a checkpoint."""
+        """None: a resumed run has the reference before it restores the trained weights from the checkpoint."""
 
     def load(self, state: None) -> None:
         pass

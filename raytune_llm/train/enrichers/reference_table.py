@@ -1,6 +1,7 @@
-"""Log-probabilities of answers under the reference, computed once by a run's own workers and kept beside the token store.
+"""A table of the answers' log-probabilities under the reference. A run computes it once and keeps it beside the token store.
 
-The table has a key of all that its numbers depend on, and later runs read it by row. Some rows are computed again then.
+Its key is a hash of everything that the numbers depend on. Later runs read it by row, after they have computed a few rows again
+to compare them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from raytune_llm.stages import AnswerLogprobs
 CHECKED_ROWS = 10
 KEYS, VALUES = "keys.npy", "values.npy"
 TOLERANCE = {torch.float32: (0.02, 1e-4), torch.bfloat16: (1.0, 0.02), torch.float16: (0.5, 0.01)}
-"""By compute dtype: absolute (nats) and relative tolerance of a row that is computed again."""
+"""Compute dtype -> absolute (in nats) and relative tolerance when a row is computed again."""
 OnRows = Callable[[int, int], None]
 """Called with the rows done and the total."""
 
@@ -61,7 +62,7 @@ class ReferenceTables:
     """Adds `reference`: float32 [P, 2]."""
 
     by_store: Mapping[str, ReferenceTable]
-    """By the hash of the token store of a step's rows."""
+    """Hash of a token store -> the table for its rows."""
     phase = "reference"
 
     def attach(self, policy: nn.Module, batches: Sequence[Batch], step: Step) -> list[Batch]:
@@ -96,8 +97,11 @@ def precomputed(
     compute: torch.dtype,
     on_rows: OnRows,
 ) -> tuple[ReferenceTable, str]:
-    """The table of these samples' rows, and its origin. Collective over all workers. Where several processes want the same table,
-    each by itself, one makes it and the others wait. cache: the folder or address that holds the table."""
+    """The table of these samples' rows, and a text that says where it is from. Collective over all workers.
+
+    cache: the folder or address that holds tables. If several runs of one process each want the same table, one computes it and
+    the others wait.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     place = place_in(cache, f"reference-{digest}")
@@ -106,7 +110,7 @@ def precomputed(
     with locked(target.parent, target.name) if waits else nullcontext():
         found = [rank == 0 and has_folder(place), secrets.randbits(32)]
         if world > 1:
-            dist.broadcast_object_list(found)  # another run may finish it in between
+            dist.broadcast_object_list(found)  # all follow rank 0, since another run may finish the table in between
         there, drawn = found
         num_rows = len(samples[0].store)
         run_pass = partial(_pass, model, logps, micro_batch_size=micro_batch_size, pad_id=pad_id, device=device)
@@ -142,7 +146,7 @@ def _pass(
     device: torch.device,
     on_rows: OnRows,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values of this worker's share. All workers call the model equally often."""
+    """Keys and values of this worker's share of the samples. All workers call the model equally often."""
     was_training = model.training
     model.eval()
     keys: list[np.ndarray] = []
@@ -162,7 +166,7 @@ def _pass(
 
 
 def _some_rows(samples: Samples, seed: int) -> np.ndarray:
-    """Random samples that hold as many rows as are checked."""
+    """Random samples that hold at least CHECKED_ROWS rows."""
     numbers = np.random.default_rng(seed).permutation(len(samples))
     return numbers[: int(np.searchsorted(np.cumsum(samples.num_rows[numbers]), CHECKED_ROWS)) + 1]
 
@@ -186,7 +190,7 @@ def _write(table: ReferenceTable, target: Path, key: Mapping[str, Any]) -> None:
     """Writes to a temporary folder, then renames it. If another run was first, its table stays."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    beside.mkdir()  # with the permissions that others may read
+    beside.mkdir()  # not tempfile's, whose permissions would keep other users out
     try:
         np.save(beside / KEYS, table.keys_E)
         np.save(beside / VALUES, table.values_E2)

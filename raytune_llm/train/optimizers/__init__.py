@@ -1,7 +1,7 @@
-"""Optimizers: name -> how one is built over what is trained.
+"""Optimizers: name -> a function that builds one over the trained parameters.
 
-Strategies clip and unscale the gradient, and skip the step where it is not finite, for any torch optimizer. One that does so by
-itself as it reads the gradient, like torch's fused AdamW, says it by torch's own attribute (`_step_supports_amp_scaling`).
+For any torch optimizer, strategies unscale and clip the gradient, and skip the step if it is not finite. An optimizer that can do
+this while it reads the gradient, like torch's fused AdamW, has torch's attribute `_step_supports_amp_scaling`.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def build_optimizer(
     optimizer: OptimizerConfig, model: nn.Module, *, fused: bool, lr_factor: Callable[[str], float] = lambda name: 1.0
 ) -> torch.optim.Optimizer:
-    """Over the parameters of the model that are trained. fused: in one kernel, where it has one. lr_factor: of a parameter's
-    name, its learning rate over that of the schedule."""
+    """The optimizer over the model's trained parameters. fused: use a fused kernel if there is one. lr_factor: a parameter's name
+    -> its learning rate as a multiple of the schedule's."""
     return optimizer_of(optimizer, trained_in(model, lr_factor), fused=fused)
 
 
 def optimizer_of(optimizer: OptimizerConfig, trained: Sequence[Trained], *, fused: bool) -> torch.optim.Optimizer:
-    """Groups of the config multiply the factors of the learning rate."""
+    """The optimizer over these parameters. The config's groups multiply their learning-rate factors."""
     settings = {name: value for name, value in settings_of(optimizer).items() if name != "layerwise"}
     groups = {pattern: Group(group.lr_factor, group.weight_decay) for pattern, group in settings.pop("groups").items()}
     return OPTIMIZERS[optimizer.name](with_groups(trained, groups), fused=fused, **settings)

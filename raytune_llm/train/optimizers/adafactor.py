@@ -10,7 +10,7 @@ from raytune_llm.train.optimizers.by_tensor import COUNT, ByTensor, Layout, Stat
 from raytune_llm.train.optimizers.groups import Trained, by_decay
 
 LEAST_SCALE = 1e-3
-"""The least scale of steps that are relative to weights (the paper's epsilon 2)."""
+"""The smallest scale of steps relative to weights (epsilon_2 in the paper)."""
 
 
 def adafactor(
@@ -35,10 +35,10 @@ def adafactor(
 
 
 class Adafactor(ByTensor):
-    """Shazeer & Stern 2018, algorithms 4 and 5: the second moment of a matrix is the product of its means by row and by column
-    over the mean of all; steps whose root mean square is above a threshold are shortened to it.
+    """Shazeer & Stern 2018, algorithms 4 and 5: the second moments of a matrix are approximated by the outer product of their row
+    and column means, divided by the mean of all. A step with a root mean square above the threshold is scaled down to it.
 
-    torch's own is always relative to the weights, and its rate falls by the number of the step below that of the schedule.
+    torch.optim.Adafactor is always relative to the weights and lowers the learning rate with the step number, so it is not used.
     """
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:

@@ -22,10 +22,10 @@ def adam_mini(
 
 
 class AdamMini(ByTensor):
-    """AdamW with the mean of squared gradients over a block in place of each square (Zhang et al. 2024, algorithms 1 and 3).
+    """AdamW with one second moment per block: the mean of its squared gradients (Zhang et al. 2024, algorithms 1 and 3).
 
-    Blocks are heads of queries and keys, rows of other matrices (a neuron, a token), and whole vectors. A fused tensor of experts
-    has the rows of each.
+    A block is a head of queries or keys, a row of another matrix (a neuron or a token; of each expert in a fused tensor), or a
+    vector.
     """
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:

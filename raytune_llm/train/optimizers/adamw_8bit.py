@@ -11,7 +11,8 @@ from raytune_llm.train.optimizers.by_tensor import COUNT, ByTensor, Layout, Stat
 from raytune_llm.train.optimizers.groups import Trained, by_decay
 
 SMALL, BLOCK = 4096, 256
-"""Values of a tensor from which on it has 8-bit moments, and of a block; memory is counted with them (config/optimizer.py)."""
+"""The number of values from which a tensor has 8-bit moments, and the values of a block. config/optimizer.py has the same, to
+estimate memory."""
 
 
 def adamw_8bit(
@@ -38,9 +39,10 @@ def adamw_8bit(
 
 
 class AdamW8bit(ByTensor):
-    """bitsandbytes' kernels (Dettmers et al. 2021), over state that checkpoints and shards hold as they hold any other.
+    """AdamW by bitsandbytes' kernels (Dettmers et al. 2021), with state that can be sharded and saved like any other.
 
-    A value is the number of an entry in a table of 256 (the signed one for first moments), times the largest of its block of 256.
+    A moment is stored as an index into a table of 256 values (signed for first moments), which is multiplied by the largest value
+    of its block.
     """
 
     def __init__(self, groups: Any, defaults: dict[str, Any], *, functional: Any, paged: bool) -> None:
@@ -69,7 +71,7 @@ class AdamW8bit(ByTensor):
             return
         table, table_sq = self.tables_on(weight.device)
         held = (weight, state["exp_avg"], state["exp_avg_sq"])
-        dense = [tensor.contiguous() for tensor in held]  # the same tensors but where an adapter is a part of a bank
+        dense = [tensor.contiguous() for tensor in held]  # copies only if an adapter is a slice of a bank
         self.functional.optimizer_update_8bit_blockwise(
             "adam",
             gradient.contiguous(),

@@ -12,7 +12,7 @@ from raytune_llm.train.optimizers.groups import Trained, by_decay
 
 SEEDS_APART = 1_000_003
 LOW_BITS = 1 << 16
-"""What float32 has below bf16's last bit."""
+"""The values of the 16 bits that float32 has below bf16's last bit."""
 
 
 def adamw_bf16(
@@ -22,10 +22,10 @@ def adamw_bf16(
 
 
 class AdamWBF16(ByTensor):
-    """AdamW whose moments are rounded to bf16 by chance, up with the probability that the cut-off part is of the last bit.
-    Rounded to the nearest, a second moment would never move: with beta2 = 0.999 a step changes it by less than half of that bit.
+    """AdamW whose moments are stochastically rounded to bf16. With rounding to nearest, a second moment would never change: with
+    beta2 = 0.999, a step changes it by less than half of the last bit.
 
-    What is drawn depends on the tensor, the step and the shard alone, so that a resumed run draws the same.
+    The random numbers depend only on the tensor, the step and the shard, so a resumed run draws the same ones.
     """
 
     by_matrix = False
@@ -47,6 +47,7 @@ class AdamWBF16(ByTensor):
 
 
 def rounded_by_chance(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Float32 whose last 16 bits are 0. A random number added to these bits carries as often as they are large."""
+    """Float32 with the last 16 bits 0, rounded up with the probability that these bits stand for: a random number is added to
+    them, and they are cut off."""
     drawn = torch.randint(0, LOW_BITS, value.shape, generator=generator, dtype=torch.int32, device=value.device)
     return drawn.add_(value.contiguous().view(torch.int32)).bitwise_and_(-LOW_BITS).view(torch.float32)

@@ -12,7 +12,7 @@ from raytune_llm.train.optimizers.groups import Trained
 from raytune_llm.train.optimizers.low_rank import LowRank, adam_direction, is_tall, low_rank, low_rank_groups, project
 
 GROWTH = 1.01
-"""The most that the norm of a step may be over that of the last one (Chen et al. 2024, arXiv 2410.01623)."""
+"""Maximum ratio of a step's norm to that of the last one (Chen et al. 2024, arXiv 2410.01623)."""
 TINY = 1e-8
 SEEDS_APART = 1_000_003
 
@@ -36,10 +36,10 @@ def apollo(
 
 
 class Apollo(LowRank):
-    """Zhu et al. 2024, algorithm 1: the gradient, times how much Adam lengthens it where it is projected, by row or column or in
-    all.
+    """Zhu et al. 2024, algorithm 1: the gradient is scaled by the ratio by which Adam changes the norm of its random projection,
+    per row or column, or for the whole matrix.
 
-    The projection is drawn again in each step, from a seed that changes every `update_every` steps: nothing of it is kept.
+    The projection is not stored, but drawn again in each step from a seed, which changes every `update_every` steps.
     """
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:
@@ -55,7 +55,7 @@ class Apollo(LowRank):
         return limited(step, state["last_norm"]).mul_(sqrt(group["scale"]))
 
     def projection(self, gradient: Tensor, rank: int, seed: int) -> Tensor:
-        """(shorter side, rank), of normal numbers with variance 1 / rank."""
+        """[shorter side, rank]: normal random numbers with variance 1 / rank."""
         generator = torch.Generator(gradient.device).manual_seed(seed)
         sizes = (*gradient.shape[:-2], min(gradient.shape[-2:]), rank)
         drawn = torch.randn(sizes, generator=generator, dtype=gradient.dtype, device=gradient.device)
@@ -63,14 +63,15 @@ class Apollo(LowRank):
 
 
 def lengthening(stepped: Tensor, low: Tensor, sizes: str) -> Tensor:
-    """The ratio of the norms of Adam's step and of the gradient that it was computed from. low, stepped: the projected gradient,
-    before and after Adam. sizes: one ratio a matrix, or one a channel."""
+    """The norm of Adam's step divided by that of the gradient. low, stepped: the projected gradient before and after Adam. sizes:
+    one ratio per matrix, or per channel."""
     along: Any = {"tensor": (-2, -1), "channel": -1 if is_tall(low.shape) else -2}[sizes]
     return stepped.norm(dim=along, keepdim=True) / (low.norm(dim=along, keepdim=True) + TINY)
 
 
 def limited(step: Tensor, last_norm: Tensor) -> Tensor:
-    """last_norm: of each matrix's last step that was not 0; an expert that no token visits has none. 0: there was no step yet."""
+    """The step, scaled down if its norm grew by more than GROWTH. last_norm: the norm of each matrix's last step that was not
+    zero (an expert without tokens has zero steps); 0: there was none yet."""
     norm = step.norm(dim=(-2, -1), keepdim=True)
     last = last_norm.view_as(norm)
     allowed = torch.where(last > 0, torch.minimum(norm, (last + TINY) * GROWTH), norm)

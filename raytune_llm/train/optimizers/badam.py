@@ -51,13 +51,13 @@ ORDERS: dict[str, Callable[[int, int], Sequence[int]]] = {
     "descending": descending,
     "random": shuffled,
 }
-"""Each lap over the blocks has an order."""
+"""optimizer.order -> (number of blocks, number of the lap over them) -> the order of the blocks in this lap."""
 
 
 class BAdam(ByTensor):
-    """Luo et al. 2024, algorithm 1: AdamW on one block, whose moments begin anew with each turn.
+    """Luo et al. 2024, algorithm 1: AdamW on one block at a time, whose moments start from zero in each turn.
 
-    Every tensor's state counts the run's steps, so that a resumed run knows whose turn it is.
+    The state of every tensor counts the run's steps, so that a resumed run knows which block's turn it is.
     """
 
     by_matrix = False
@@ -100,7 +100,7 @@ class BAdam(ByTensor):
         adamw_step(weight, gradient, state, group, counted(state))
 
     def _done(self) -> int:
-        """Steps of the run."""
+        """The number of steps that the run has made."""
         kept = self.state[self.param_groups[0]["params"][0]].get("run_steps")
         return 0 if kept is None else int(kept.item())
 

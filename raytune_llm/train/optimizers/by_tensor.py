@@ -1,7 +1,7 @@
-"""Optimizers that are written here: each says what state a tensor has and how one step goes, the rest is common.
+"""The base class of optimizers that are written here. Each defines the state of a tensor and how to update it.
 
-Published packages keep some of their state outside of tensors (projections as objects, counts as Python numbers), which no
-checkpoint would hold, and know nothing of shards.
+Published packages keep some state outside tensors (projections as objects, counts as Python numbers), which checkpoints would not
+hold, and they don't support shards.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""Name of a state tensor -> shape and type. All begin as zeros."""
+"""Name of a state tensor -> shape and type. All are initialized with zeros."""
 State = dict[str, Tensor]
 COUNT: tuple[tuple[int, ...], torch.dtype] = ((), torch.float32)
-"""A number of steps; it is kept in host memory, where reading it waits for nothing."""
+"""The layout of a step counter. It is in host memory, so that reading it does not wait for the device."""
 
 
 class ByTensor(torch.optim.Optimizer):
     by_matrix = True
-    """A step needs all of a tensor. Then each sharded tensor is gathered for its step, one at a time, and every worker computes
-    it. State of the tensor's shape stays sharded, other state is whole on every worker."""
+    """An update needs the whole tensor. Sharded tensors are then gathered one at a time, and every worker computes the update.
+    State of the tensor's shape stays sharded; other state is complete on every worker."""
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:
         raise NotImplementedError
 
     def update(self, weight: Tensor, gradient: Tensor, state: State, group: dict[str, Any], number: int) -> None:
-        """Step in place. number: of the tensor among all, for what is drawn at random."""
+        """Update the weight in place. number: the tensor's number among all, to seed random numbers with."""
         raise NotImplementedError
 
     def zeros(self, parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """As state of the parameter is kept, in a new run and in a resumed one: sharded like it where it has its shape."""
+        """New state for a parameter: sharded like the parameter if it has the same shape."""
         if shape == tuple(parameter.shape):
             return torch.zeros_like(parameter, dtype=dtype)
         return torch.zeros(shape, dtype=dtype, device=parameter.device if shape else "cpu")
 
     def in_turn(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Those that the next step changes."""
+        """The parameters that the next step changes."""
         return list(parameters)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Around evaluation: parameters are those that are evaluated and saved."""
+        """A context for evaluating and saving, in which the parameters have the values to evaluate and save."""
         return nullcontext()
 
     @torch.no_grad()
@@ -80,19 +80,19 @@ class ByTensor(torch.optim.Optimizer):
 
 
 def counted(state: State) -> int:
-    """The number of this step, from 1."""
+    """Increase the step counter in the state and return it: 1 at the first step."""
     state["step"] += 1
     return int(state["step"].item())
 
 
 def decay(weight: Tensor, group: dict[str, Any]) -> None:
-    """Decoupled from the step (Loshchilov & Hutter 2017)."""
+    """Apply decoupled weight decay (Loshchilov & Hutter 2017)."""
     if group["weight_decay"]:
         weight.mul_(1 - group["lr"] * group["weight_decay"])
 
 
 def adamw_step(weight: Tensor, gradient: Tensor, state: State, group: dict[str, Any], count: int) -> None:
-    """Loshchilov & Hutter 2017, with moments of the weight's shape in the state."""
+    """One step of AdamW (Loshchilov & Hutter 2017), with moments of the weight's shape in the state."""
     beta1, beta2 = group["betas"]
     decay(weight, group)
     first = state["exp_avg"].lerp_(gradient, 1 - beta1)
@@ -102,14 +102,14 @@ def adamw_step(weight: Tensor, gradient: Tensor, state: State, group: dict[str, 
 
 
 def gathered(value: Any, device: torch.device | None = None) -> Tensor:
-    """On the workers' device, also where shards wait in host memory."""
+    """The whole tensor, on the workers' device even if its shards are in host memory."""
     if isinstance(value, DTensor):
         return value.full_tensor().to(value.device_mesh.device_type)
     return value.to(device)
 
 
 def scatter(whole: Tensor, kept: Any) -> None:
-    """Every worker has the whole; it keeps its shard, or all."""
+    """Copy the whole tensor, which every worker has, to `kept`: this worker's shard of it, or all of it."""
     if not isinstance(kept, DTensor):
         kept.copy_(whole)
         return

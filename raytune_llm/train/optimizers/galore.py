@@ -37,7 +37,7 @@ def galore(
 
 
 class GaLore(LowRank):
-    """Zhao et al. 2024, algorithm 2: Adam on the gradient in the basis of its largest singular vectors, and back."""
+    """Zhao et al. 2024, algorithm 2: Adam on the gradient's projection to its largest singular vectors, projected back."""
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:
         layout = super().layout(shape, dtype, group)
@@ -54,6 +54,6 @@ class GaLore(LowRank):
 
 
 def largest_directions(gradient: Tensor, rank: int) -> Tensor:
-    """(shorter side, rank): the singular vectors of the shorter side, of each matrix."""
+    """[..., shorter side, rank]: the largest singular vectors of each matrix, on its shorter side."""
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     return right[..., :rank, :].mT if is_tall(gradient.shape) else left[..., :rank]

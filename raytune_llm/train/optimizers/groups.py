@@ -1,6 +1,6 @@
-"""What is trained, and the groups in which optimizers take it.
+"""The trained parameters, and their groups for optimizers.
 
-A group may have `lr_factor`: its learning rate is that of the schedule times this (LoRA+, rates by layer).
+A group's `lr_factor` multiplies the schedule's learning rate (for LoRA+, or learning rates by layer).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from raytune_llm.models.layers import layers
 
 Groups = list[dict[str, Any]]
 HEADED = ("q_proj", "k_proj")
-"""The projections of an attention module whose rows belong to its heads."""
+"""Projections in an attention module whose rows belong to heads."""
 
 
 class Group(NamedTuple):
-    """What differs for the parameters in whose names a pattern is found."""
+    """Settings for the parameters whose names match a pattern."""
 
     lr_factor: float
     weight_decay: float | None
-    """None: as for the others."""
+    """None: the optimizer's."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,24 @@ class Trained:
     name: str
     parameter: nn.Parameter
     layer: int | None
-    """The number of the repeated layer that it is in; None: embedding, head or last norm."""
+    """The number of the layer that it is in; None: it is in no layer (embedding, head, last norm)."""
     rows_per_head: int = 1
-    """The head dimension in weights of queries and keys; 1 elsewhere."""
+    """The head dimension, for weights of queries and keys; else 1."""
     lr_factor: float = 1.0
-    """Its learning rate over that of the schedule."""
+    """Its learning rate as a multiple of the schedule's."""
     weight_decay: float | None = None
-    """Its own; None: the optimizer's, for matrices."""
+    """Its own weight decay; None: the optimizer's if it is a matrix, else 0."""
 
     @property
     def is_layer_matrix(self) -> bool:
-        """A matrix of a layer, or those of its experts in one tensor [E, N, K]; not what a convolution has for channels of their
-        own, [N, 1, K]. Memory is counted alike (config/optimizer.py)."""
+        """Whether it is a matrix in a layer, or its experts' matrices in one tensor [E, N, K]. The kernel of a depthwise
+        convolution [N, 1, K] is not. config/optimizer.py estimates memory by the same rule."""
         weight = self.parameter
         return self.layer is not None and (weight.ndim == 2 or (weight.ndim == 3 and weight.shape[1] > 1))
 
 
 def trained_in(model: nn.Module, lr_factor: Callable[[str], float] = lambda name: 1.0) -> list[Trained]:
-    """In the model's order."""
+    """The model's trained parameters, in its order. lr_factor: a parameter's name -> its learning-rate factor."""
     inside = {parameter: number for number, layer in enumerate(layers(model)) for parameter in layer.parameters()}
     heads = _rows_per_head(model)
     return [
@@ -61,7 +61,7 @@ def trained_in(model: nn.Module, lr_factor: Callable[[str], float] = lambda name
 
 
 def _rows_per_head(model: nn.Module) -> dict[nn.Parameter, int]:
-    """Query or key weight -> rows of each head, for modules that have head_dim."""
+    """Query or key weight -> rows per head, for modules that have a head_dim."""
     found = {}
     for module in model.modules():
         head_dim = getattr(module, "head_dim", None)
@@ -75,7 +75,8 @@ def _rows_per_head(model: nn.Module) -> dict[nn.Parameter, int]:
 
 
 def with_groups(trained: Sequence[Trained], groups: Mapping[str, Group]) -> list[Trained]:
-    """With what the groups say. Raises ConfigError for a group that takes nothing."""
+    """The parameters with the settings of the first group that matches each. Raises ConfigError for a group without
+    parameters."""
     taken: set[str] = set()
     result = []
     for one in trained:
@@ -97,8 +98,8 @@ def with_groups(trained: Sequence[Trained], groups: Mapping[str, Group]) -> list
 
 
 def by_decay(trained: Sequence[Trained], weight_decay: float, **settings: Any) -> Groups:
-    """Those of one decay and factor of the rate together. Vectors (norms, biases) are not decayed, unless a group of the config
-    says so. No group is empty."""
+    """Parameter groups for torch: parameters with the same weight decay and learning-rate factor. Vectors (norms, biases) have no
+    weight decay, unless a group of the config sets it. No group is empty."""
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for one in trained:
         vector = one.parameter.ndim < 2

@@ -1,7 +1,7 @@
-"""What GaLore and APOLLO share: Adam's moments of a matrix's gradient in fewer dimensions, and AdamW for what is not projected.
+"""The common part of GaLore and APOLLO: Adam's moments of a low-rank projection of the gradient, and AdamW for other parameters.
 
-The shorter side is projected: a gradient of 576 x 1536 with rank 64 has moments of 64 x 1536. Experts in one tensor [E, N, K] are
-matrices of their own.
+The shorter side is projected: a gradient of 576 x 1536 with rank 64 has moments of 64 x 1536. Each expert in a tensor [E, N, K]
+is a matrix of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from raytune_llm.train.optimizers.groups import Groups, Trained, by_decay
 
 
 def low_rank_groups(trained: Sequence[Trained], weight_decay: float, *, rank: int, **settings: Any) -> Groups:
-    """Matrices of layers are projected, the rest is not (rank None)."""
+    """Parameter groups: matrices in layers have the rank, all others rank None, which means plain AdamW."""
     return [
         *by_decay([one for one in trained if one.is_layer_matrix], weight_decay, rank=rank, **settings),
         *by_decay([one for one in trained if not one.is_layer_matrix], weight_decay, rank=None),
@@ -40,13 +40,13 @@ class LowRank(ByTensor):
         weight.sub_(step, alpha=group["lr"] * correction(group, count))
 
     def projected_step(self, gradient: Tensor, state: State, group: dict[str, Any], count: int, number: int) -> Tensor:
-        """The step of a matrix before the learning rate and the correction of bias. count: of steps, from 1."""
+        """The step of a matrix, before learning rate and bias correction. count: the number of this step, from 1."""
         raise NotImplementedError
 
 
 def low_rank(shape: tuple[int, ...], rank: int) -> int:
-    """A shorter side that is no longer than the rank keeps its length. Its steps are still those of a projected gradient, with
-    their scale: a rate fits all matrices."""
+    """The rank for a matrix: at most the length of its shorter side. Small matrices are projected too, so that all steps have the
+    same scale and one learning rate fits."""
     return min(rank, *shape[-2:])
 
 
@@ -57,12 +57,12 @@ def low_shape(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
 
 
 def is_tall(shape: Sequence[int]) -> bool:
-    """It has at least as many rows as columns, which are the side that is projected then."""
+    """Whether it has at least as many rows as columns, so that columns are the side to project."""
     return shape[-2] >= shape[-1]
 
 
 def project(gradient: Tensor, basis_SR: Tensor) -> Tensor:
-    """S: the shorter side."""
+    """The gradient with its shorter side S projected to the rank R."""
     return gradient @ basis_SR if is_tall(gradient.shape) else basis_SR.mT @ gradient
 
 
@@ -71,8 +71,8 @@ def project_back(low: Tensor, basis_SR: Tensor, shape: torch.Size) -> Tensor:
 
 
 def adam_direction(gradient: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-    """Kingma & Ba 2014 before the correction of its bias; eps is beside the uncorrected second moment, as both methods were
-    published."""
+    """Adam's direction without bias correction (Kingma & Ba 2014). eps is added to the root of the uncorrected second moment, as
+    in the code that GaLore's and APOLLO's authors published."""
     beta1, beta2 = group["betas"]
     first = state["exp_avg"].lerp_(gradient, 1 - beta1)
     second = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

@@ -15,13 +15,13 @@ from raytune_llm.train.optimizers.by_tensor import ByTensor, Layout, State, deca
 from raytune_llm.train.optimizers.groups import Trained, by_decay
 
 LIKE_ADAMW = "match_rms_adamw"
-"""Steps of the size of AdamW's: lr * 0.2 * sqrt(the longer side)."""
+"""torch's name for scaling steps to the size of AdamW's: lr * 0.2 * sqrt(longer side)."""
 RMS_OF_ADAMW = 0.2
 COEFFICIENTS, ITERATIONS, TINY = (3.4445, -4.7750, 2.0315), 5, 1e-7
-"""Of the Newton-Schulz iteration, torch's defaults."""
+"""Constants of the Newton-Schulz iteration; torch has the same defaults."""
 MOMENTUM = "momentum_buffer"
 ADAMW = {"float32": adamw, "bfloat16": adamw_bf16}
-"""For what has no momentum, by the type of its moments."""
+"""adamw_moments -> the AdamW for parameters that Muon does not train."""
 
 
 def muon(
@@ -38,7 +38,7 @@ def muon(
     adamw_moments: str,
     fused: bool,
 ) -> torch.optim.Optimizer:
-    """Muon for matrices of the layers, torch's where they are single ones; AdamW for what else is trained."""
+    """Muon for matrices in layers, and AdamW for all other parameters. torch's own Muon is used for single matrices."""
     matrices = [one for one in trained if one.is_layer_matrix and one.parameter.ndim == 2]
     experts = [one for one in trained if one.is_layer_matrix and one.parameter.ndim == 3]
     others = [replace(one, lr_factor=one.lr_factor * adamw_lr_factor) for one in trained if not one.is_layer_matrix]
@@ -54,9 +54,9 @@ def muon(
 
 
 class Muon(torch.optim.Muon):
-    """torch's, of sharded matrices too. Over shards, its products would add up in bf16 in an order that follows from how many
-    workers there are. So each sharded matrix is gathered for its step, one at a time, and every worker computes it; the momentum
-    stays sharded."""
+    """torch.optim.Muon that supports sharded matrices. Over shards, torch's bf16 products would be summed in an order that
+    depends on the number of workers. So each sharded matrix is gathered for its step, one at a time, and every worker computes
+    it; the momentum stays sharded."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -82,7 +82,7 @@ class Muon(torch.optim.Muon):
 
 
 class ExpertsMuon(ByTensor):
-    """The same for the experts of a mixture in one tensor [E, N, K], each a matrix of its own, all at once."""
+    """Muon for experts in one tensor [E, N, K]: each expert is a matrix, and all are computed at once."""
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:
         return {MOMENTUM: (shape, dtype)}
@@ -96,8 +96,8 @@ class ExpertsMuon(ByTensor):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Of each matrix [N, K] of [..., N, K], in bf16: the one with its singular vectors and singular values near 1, by the same
-    iteration as torch.optim.Muon's."""
+    """[..., N, K] -> [..., N, K] in bf16: each matrix with its singular values replaced by values near 1, by the Newton-Schulz
+    iteration of torch.optim.Muon."""
     slope, cubic, quintic = COEFFICIENTS
     x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
@@ -110,7 +110,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 class Joined(torch.optim.Optimizer):
-    """Optimizers of different parameters as one, with one state."""
+    """Several optimizers over different parameters as one, with one state."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})

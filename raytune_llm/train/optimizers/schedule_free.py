@@ -11,7 +11,7 @@ from raytune_llm.train.optimizers.by_tensor import COUNT, ByTensor, Layout, Stat
 from raytune_llm.train.optimizers.groups import Trained, by_decay
 
 RATE_POWER = 2
-"""Steps count in the average by the square of the highest rate so far, so that those of the warm-up count little."""
+"""The average weighs a step by the square of the highest learning rate so far, so that warm-up steps count little."""
 FAST = "fast"
 
 
@@ -22,8 +22,8 @@ def schedule_free(
 
 
 class ScheduleFree(ByTensor):
-    """Defazio et al. 2024, algorithm 1, with AdamW's denominator: weights z that step fast, their average x, and y between the
-    two, where the gradient is taken. The parameter holds y, the state z; x follows from both."""
+    """Defazio et al. 2024, algorithm 1, with AdamW's denominator. z are the iterates, x is their average, and the gradient is
+    taken at y between them. The parameter holds y and the state holds z; x is computed from both."""
 
     by_matrix = False
 
@@ -46,7 +46,8 @@ class ScheduleFree(ByTensor):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """y is kept beside and comes back as it was: worked out of x again, it would differ in the last bit."""
+        """Within the context, parameters hold x. y is kept and restored: computed from x again, it would differ in the last
+        bit."""
         between: dict[Tensor, Tensor] = {}
         with torch.no_grad():
             for group in self.param_groups:
@@ -63,7 +64,7 @@ class ScheduleFree(ByTensor):
 
 
 def _share(state: State, lr: float) -> float:
-    """The share of this step in the average."""
+    """The weight of this step in the average, from 0 to 1."""
     state["highest_lr"].clamp_(min=lr)
     this = state["highest_lr"].item() ** RATE_POWER
     state["shares"] += this

@@ -1,4 +1,4 @@
-"""How a model is spread over workers: name -> strategy. The loop does not know which one runs."""
+"""Strategies spread a model over workers: name -> strategy. The loop does not know which one runs."""
 
 from __future__ import annotations
 
@@ -35,10 +35,9 @@ def _deepspeed(*args, **settings) -> Strategy:
 STRATEGIES: dict[str, Callable[..., Strategy]] = {"ddp": _ddp, "fsdp": _fsdp, "deepspeed": _deepspeed}
 """The imports stay inside: DeepSpeed is an optional package, and slow to import."""
 READS_FILES = {"ddp": False, "fsdp": True, "deepspeed": True}
-"""Whether it reads weights from their files by itself, where they can be."""
+"""Whether the strategy itself reads weights from files, if they can be read part by part."""
 FIRST_LOADS = {"ddp": False, "fsdp": True, "deepspeed": False}
-"""Whether, where they can't, the first worker alone loads the model, from which the others get their shards; theirs is without
-weights."""
+"""Whether otherwise only rank 0 loads the weights and sends the others their shards."""
 
 
 def spread(
@@ -51,7 +50,7 @@ def spread(
     max_grad_norm: float | None,
     layerwise: bool = False,
 ) -> Strategy:
-    """layerwise: tensors step within the backward pass."""
+    """Build the strategy around a model. layerwise: tensors step within the backward pass."""
     return STRATEGIES[strategy.name](
         model,
         build_optimizer,

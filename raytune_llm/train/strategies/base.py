@@ -1,4 +1,4 @@
-"""What the loop asks of a strategy."""
+"""The interface between the loop and a strategy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class StepOut:
-    """Tensors on the device, so that nobody waits for them. A step with a non-finite gradient changed nothing."""
+    """The result of a step. Its tensors stay on the device, so that the host does not wait. A step with a non-finite gradient
+    changed nothing."""
 
     grad_norm: Tensor
     """[], float32: the norm of the gradient over all trained parameters and workers, before clipping."""
@@ -37,7 +38,7 @@ class StepOut:
 class Strategy(Protocol):
     @property
     def model(self) -> nn.Module:
-        """What to call: the Policy, wrapped or not."""
+        """The module to call for a forward pass: the Policy, or its wrapper."""
         ...
 
     @property
@@ -47,53 +48,53 @@ class Strategy(Protocol):
 
     @property
     def world(self) -> int:
-        """Workers."""
+        """The number of workers."""
         ...
 
     @property
     def sharded(self) -> bool:
-        """Parameters are spread over workers, who must call the model, and each part of it, together."""
+        """Whether parameters are spread over workers, so that all must call the model, and each part of it, together."""
         ...
 
     def parts(self) -> AbstractContextManager[None]:
-        """Around calls of parts of `module` that do not go through `model`: generation."""
+        """A context for calling parts of `module` directly instead of `model`, as generation does."""
         ...
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of one micro-batch; gradients meet over workers in the last one only."""
+        """A context for forward and backward of one micro-batch. Gradients are reduced over workers in the last one only."""
         ...
 
     def backward(self, loss: Tensor, lr: float) -> None:
-        """`loss` is this worker's share: its sum over the count of the whole step. Shares add up over workers. lr: as for `step`,
-        where tensors step in the backward pass (optimizer.layerwise)."""
+        """loss: this worker's sum divided by the count of the whole step, so that the losses of all workers add up. lr: as in
+        `step`, for tensors that step within the backward pass (optimizer.layerwise)."""
         ...
 
     def step(self, lr: float) -> StepOut:
-        """Clip the gradient, and update the parameters with it unless it is not finite; then clear it. lr: before the factors of
-        parameter groups."""
+        """Clip the gradient, update the parameters unless it is not finite, and clear it. lr: the schedule's learning rate,
+        before the factors of parameter groups."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Trained parameters as parameters.<name>, optimizer state as optimizer.<name>.<key>: whole tensors or DTensors,
-        the same names and sizes under every strategy and world size."""
+        """Trained parameters as parameters.<name>, and optimizer state as optimizer.<name>.<key>. They are whole tensors or
+        DTensors, with the same names and global shapes under every strategy and world size."""
         ...
 
     def load(self, kept: Mapping[str, Tensor], read: Any) -> None:
-        """Fill parameters and optimizer state. `kept`: what the checkpoint holds, on the meta device; read(state) fills
-        tensors in place."""
+        """Load parameters and optimizer state. kept: the checkpoint's tensors on the meta device. read(state): fills tensors in
+        place."""
         ...
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Around evaluation: parameters are those that would be saved, where the optimizer takes gradients at others. All workers
-        enter it together."""
+        """A context for evaluation, in which parameters have the values to save; some optimizers take gradients at others. All
+        workers enter it together."""
         ...
 
     def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Every trained parameter whole, as it is to be saved, on the CPU, in float32 or as kept; with `frozen`, all others too.
-        All workers must go through it together."""
+        """Every trained parameter in full, as it is to be saved: on the CPU, in float32 or its own type. frozen: all others too.
+        All workers must iterate together."""
         ...
 
 
 def trained(model: nn.Module, *, frozen: bool = False) -> list[tuple[str, nn.Parameter]]:
-    """The trained parameters; with `frozen`, all others too."""
+    """The trained parameters by name. frozen: all others too."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad or frozen]

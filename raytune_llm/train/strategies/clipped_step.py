@@ -1,4 +1,4 @@
-"""One step of an optimizer over gradients that are whole or sharded: unscaled, clipped, left out where it is not finite."""
+"""One step of an optimizer: unscale and clip the gradient (whole or sharded), and skip the step if it is not finite."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from raytune_llm.train.strategies.base import StepOut
 
 
 class LossScale:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2017), on the device: halved when a step overflows, doubled after 2,000
-    good ones."""
+    """Dynamic loss scaling for fp16 on the device (Micikevicius et al. 2017): halved when a step overflows, doubled after 2,000
+    steps without overflow."""
 
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self.scale = torch.tensor(2.0**16 if enabled else 1.0, device=device)
@@ -32,7 +32,7 @@ class LossScale:
 def clipped_step(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lr: float, max_grad_norm: float | None, scale: LossScale
 ) -> StepOut:
-    """Clip by global norm (Pascanu et al. 2013), step, clear; a gradient that is not finite changes nothing.
+    """Clip by global norm (Pascanu et al. 2013), step, and clear the gradient. A gradient that is not finite changes nothing.
 
     An optimizer that supports it scales the gradient while reading it, and skips the step on the device. For any other, the
     gradient is scaled in place, and the host waits for the device to know whether to step.
@@ -48,8 +48,8 @@ def clipped_step(
         shrink = shrink * torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)
     set_learning_rate(optimizer.param_groups, lr)
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        # torch.amp's own protocol: they divide by the one and skip themselves by the other. They take them where the parameters
-        # are, and would not wait for a copy to host memory.
+        # torch.amp's protocol: the optimizer divides by grad_scale and skips the step if found_inf is set. Both must be on the
+        # parameters' device.
         where = parameters[0].device
         optimizer.grad_scale = shrink.reciprocal().to(where)  # type: ignore[attr-defined]
         optimizer.found_inf = overflow.float().to(where)  # type: ignore[attr-defined]

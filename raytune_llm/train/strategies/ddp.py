@@ -16,7 +16,7 @@ from raytune_llm.train.strategies.own_optimizer import OwnOptimizer
 
 
 class DDPStrategy(OwnOptimizer):
-    """The whole model on every worker; one worker without a process group is the plain case of it."""
+    """The whole model on every worker. It also serves a single worker without a process group."""
 
     sharded = False
 
@@ -42,8 +42,8 @@ class DDPStrategy(OwnOptimizer):
             layerwise=layerwise,
             meet=partial(_average, world=world) if world > 1 else None,
         )
-        if world > 1 and not layerwise:  # its buckets would hold all gradients, until the last is there
-            # Every worker loaded what is frozen by itself; quantized weights are buffers, which would travel in every pass.
+        if world > 1 and not layerwise:  # DDP's buckets would hold all gradients until the last one is complete
+            # Every worker has loaded frozen weights by itself; quantized ones are buffers, which DDP would send in every pass.
             frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
             buffers = [name for name, _ in model.named_buffers()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])

@@ -22,8 +22,8 @@ class DeepSpeedStrategy:
     DeepSpeed's own checkpoints are tied to the world size, so state is read and written parameter by parameter through its
     `safe_get_full_*` and `safe_set_full_*` functions, under the names that every strategy uses.
 
-    DeepSpeed reads the norm of the gradient before each step, and leaves the step out where it is not finite: here the host waits
-    for the device once a step.
+    DeepSpeed reads the norm of the gradient before each step and skips the step if it is not finite, so the host waits for the
+    device once per step.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class DeepSpeedStrategy:
         except ImportError:
             raise ResourceError("strategy=zero needs DeepSpeed", "Install it: pip install 'raytune-llm[deepspeed]'.") from None
         if device.type == "cpu":
-            # An op for all-reduce through shared memory would be compiled on the spot; gloo will do.
+            # DeepSpeed would compile an op for all-reduce through shared memory at this point; gloo suffices.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
         if device.type == "cpu" and offload:
             raise ConfigError("strategy.offload", "must be false without a GPU, where everything is in host memory", got=True)
@@ -71,13 +71,13 @@ class DeepSpeedStrategy:
         for unit in (*layers(model), model) if stage == 3 else (model,):
             read |= bring(unit, device)
             if stage == 3:
-                # A unit at a time, so that no worker ever holds more than its shards and one unit.
+                # One unit at a time, so that no worker holds more than its shards and one unit.
                 for parameter in unit.parameters():
                     parameter.data = parameter.data.to(precision.compute)  # its one type; buffers keep theirs
                 deepspeed.zero.Init(module=unit, config_dict_or_path=settings)
         for group in optimizer.param_groups:
             group["params"] = [read.get(parameter, parameter) for parameter in group["params"]]
-        # Frozen weights of other types stay as they are; DeepSpeed casts the module to its one type.
+        # DeepSpeed casts the module to one type; frozen weights of other types must keep theirs.
         engine, ds_optimizer, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)
         self.engine: Any = engine
         self.zero: Any = ds_optimizer
@@ -162,14 +162,14 @@ class DeepSpeedStrategy:
         return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
 
     def _link_optimizer_state(self) -> None:
-        """Stages 1 and 2 look up a parameter's state through links that they make once, after the step of the first group of
-        parameters, when the other groups have no state yet."""
+        """Update the links through which stages 1 and 2 find a parameter's state. DeepSpeed makes them once, after the first
+        parameter group has stepped, when the other groups have no state yet."""
         if self.stage < 3 and self._state_keys():
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def _state_keys(self) -> dict[str, Tensor]:
-        """What the inner optimizer keeps, by the first flat parameter; empty before its first step."""
+        """The inner optimizer's state of the first flat parameter; empty before its first step."""
         return dict(self._inner.state.get(self._flat_parameters()[0], {}))
 
 

@@ -26,10 +26,10 @@ RESHARD = {"full": True, "grad_only": False}
 
 
 class FSDPStrategy(OwnOptimizer):
-    """FSDP2: one unit a layer, and the root, which holds embedding, final norm and head and gathers them once a pass.
+    """FSDP2 with one unit per layer, and a root unit with embedding, final norm and head, which is gathered once per pass.
 
-    A weight that is in a file is read from there by everyone, the rows that it keeps. Of the rest the first worker's are
-    everyone's; the models of the others may be on the meta device.
+    If a weight is in a file, every worker reads its own rows from there. All other weights are sent by rank 0; the models of the
+    other workers may be on the meta device.
     """
 
     sharded = True
@@ -63,9 +63,9 @@ class FSDPStrategy(OwnOptimizer):
                 module.shard()
         units: list[Any] = list(layers(model))
         for unit in (*units, model):
-            # A unit at a time, so that no worker ever holds more than its shards and one unit.
+            # One unit at a time, so that no worker holds more than its shards and one unit.
             in_files = _receive(unit, device)
-            # The root's backward pass begins where its forward pass ends: it would be gathered again at once.
+            # The root stays gathered after the forward pass, since the backward pass begins with it.
             fully_shard(unit, **settings, reshard_after_forward=RESHARD[reshard] and unit is not model)
             _read(in_files)
         if prefetch > 1:
@@ -111,14 +111,14 @@ class FSDPStrategy(OwnOptimizer):
         yield from super().full_parameters(frozen=frozen)
 
     def _reshard(self) -> None:
-        """Reshard parameters, which stay gathered after a forward pass without a backward pass."""
+        """Free gathered parameters, which FSDP keeps after a forward pass without a backward pass."""
         for unit in self.units:
             unit.reshard()
 
     @contextmanager
     def parts(self) -> Iterator[None]:
         assert isinstance(self.model, FSDPModule)
-        self.model.unshard()  # the root's own: embedding, norm and head; layers gather theirs as they are called
+        self.model.unshard()  # only the root unit (embedding, norm, head); layers are gathered when they are called
         try:
             yield
         finally:
@@ -127,8 +127,8 @@ class FSDPStrategy(OwnOptimizer):
 
 @cache
 def _mesh(device_type: str, world: int, shard_workers: int) -> DeviceMesh:
-    """Workers next to each other share a copy; with several copies, the mesh has a dimension for them. The last dimension is for
-    what splits one copy's computation, by positions or by matrices: nothing does so yet. Runs of one process share the groups."""
+    """The device mesh: neighbouring workers share a copy of the model, and several copies add a dimension to the mesh. The last
+    dimension is reserved for context or tensor parallelism, which does not exist yet. Runs of one process share the groups."""
     if world % shard_workers:
         raise ConfigError(
             "strategy.shard_workers",
@@ -142,7 +142,7 @@ def _mesh(device_type: str, world: int, shard_workers: int) -> DeviceMesh:
 
 
 def _receive(unit: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, Stored]]:
-    """Give every worker the first one's weights and buffers of a unit, on the device. Tied ones stay tied, sharded ones alone.
+    """Send rank 0's weights and buffers of a unit to every worker's device. Tied weights stay tied, and sharded ones are skipped.
     Returns the parameters that must still be read from files, each once; they have no values yet."""
     moved: dict[Tensor, Tensor] = {}
     in_files = []
@@ -167,7 +167,7 @@ def _receive(unit: nn.Module, device: torch.device) -> list[tuple[nn.Module, str
 
 @torch.no_grad()
 def _read(in_files: Iterable[tuple[nn.Module, str, Stored]]) -> None:
-    """Each worker its rows of each weight."""
+    """Read this worker's rows of each weight from its file."""
     for module, name, stored in in_files:
         shard: Any = module.get_parameter(name)
         shape, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)

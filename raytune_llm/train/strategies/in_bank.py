@@ -1,4 +1,4 @@
-"""One of several runs that are trained in one pass over one base: its adapter is a part of a bank, its optimizer its own."""
+"""The strategy of one of several runs that train in one pass over one base: its adapter is a part of a bank of adapters."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from raytune_llm.train.strategies.clipped_step import LossScale, clipped_step
 from raytune_llm.train.strategies.own_optimizer import load_optimizer_state, optimizer_state
 
 PREFIX = "model."
-"""The policy's name for its model: parameters are called as in a run that is alone."""
+"""The name of the model within the policy, so that parameters have the same names as in a run by itself."""
 
 
 class InBank:
-    """Implements Strategy. The parameters are in the bank and stepped there; all losses share a backward pass."""
+    """Implements Strategy. The parameters are slices of the bank, and the losses of all runs share one backward pass."""
 
     sharded, world = False, 1
 
@@ -43,7 +43,7 @@ class InBank:
         self.optimizer = build_optimizer(trained)
         self._scale = LossScale(device, enabled=precision.scales_loss)
         self.losses: list[Tensor] = []
-        """The losses of this step, whose backward pass is computed together with those of other runs."""
+        """The losses of this step, which wait for the backward pass that is shared with other runs."""
 
     def parts(self) -> AbstractContextManager[Any]:
         return self._bank.using(self.model.name)
@@ -60,7 +60,7 @@ class InBank:
         return clipped_step(self.optimizer, list(self._named.values()), lr, self._max_grad_norm, self._scale)
 
     def moved(self) -> None:
-        """After the bank was resized: the parameters are elsewhere."""
+        """Called after the bank was resized: find the parameters again."""
         for name, place in self._bank.part(self.model.name).items():
             self._named[name].data = place
 
@@ -68,7 +68,7 @@ class InBank:
         return {name: value.contiguous() for name, value in optimizer_state(self._pairs, self.optimizer).items()}
 
     def averaged(self) -> AbstractContextManager[None]:
-        return nullcontext()  # a run whose optimizer averages is trained alone
+        return nullcontext()  # a run whose optimizer averages weights never shares a pass
 
     def load(self, kept: Mapping[str, Tensor], read: Any) -> None:
         def fill(state: dict[str, Tensor]) -> None:
@@ -95,13 +95,13 @@ def _layer(name: str) -> int:
 
 
 def backward(strategies: list[InBank]) -> None:
-    """One backward pass from the losses of all."""
+    """One backward pass for the losses of all runs."""
     torch.stack([loss for strategy in strategies for loss in strategy.losses]).sum().backward()
     for strategy in strategies:
         strategy.losses.clear()
 
 
 def clear_gradients(policy: Policy) -> None:
-    """After all have made their step."""
+    """Clear the gradients, after all runs have stepped."""
     for parameter in policy.parameters():
         parameter.grad = None

@@ -1,7 +1,7 @@
 """Steps within the backward pass: each trained tensor steps as soon as its gradient is complete, and the gradient is freed.
 
-So no more than a few gradients are there at once, where a plain step has all of them (Lv et al. 2023, arXiv 2306.09782). Nothing
-of the whole gradient can be known before a tensor steps: it is not clipped by its norm, and not left out where another tensor's
+So only a few gradients exist at the same time, while a plain step needs all of them (Lv et al. 2023, arXiv 2306.09782). A tensor
+steps before the whole gradient is known: the gradient can't be clipped by its norm, and a tensor steps even if another one's
 gradient is not finite.
 """
 
@@ -25,12 +25,12 @@ class Layerwise:
         device: torch.device,
         meet: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """meet: makes a worker's gradient that of all, where nothing else does before the tensor steps."""
+        """meet: reduces a gradient over workers before its tensor steps, if nothing else does so."""
         self._optimizer, self._meet = optimizer, meet
         self._unscaled = LossScale(device, enabled=False)
         self._device, self._done = device, list[StepOut]()
         self.lr = 0.0
-        """Of the step that a backward pass makes."""
+        """The learning rate of the step that the backward pass makes."""
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._step)
 
@@ -41,7 +41,7 @@ class Layerwise:
         self._done.append(clipped_step(self._optimizer, [parameter], self.lr, None, self._unscaled))
 
     def finish(self) -> StepOut:
-        """The norm of the whole gradient, and whether a part of it was not finite, and so was left out."""
+        """The norm of the whole gradient, and whether tensors were skipped because their gradients were not finite."""
         norms, skipped = ([getattr(done, name) for done in self._done] for name in ("grad_norm", "skipped"))
         self._done.clear()
         if not norms:
@@ -50,7 +50,7 @@ class Layerwise:
 
 
 def check_accumulates(*, last: bool) -> None:
-    """Raises ConfigError for a micro-batch that is not its step's last: its gradient would be gone by then."""
+    """Raises ConfigError for a micro-batch that is not the last of its step, since its gradient can't accumulate."""
     if not last:
         rule = "must be false where a step has several micro-batches: each gradient is used up as soon as it is there"
         fix = "Raise train.micro_batch_size to train.global_batch_size / workers, or set optimizer.layerwise=false."

@@ -1,4 +1,4 @@
-"""Strategies that keep torch's own optimizer: their backward pass, step and state, whether gradients are whole or sharded."""
+"""The base of strategies that use a torch optimizer directly: backward pass, step and state, for whole or sharded gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytune_llm.train.strategies.layerwise import Layerwise
 
 
 class OwnOptimizer:
-    """Gradients are averaged over workers as they meet, trained parameters and optimizer state are tensors or DTensors."""
+    """Gradients are averaged over workers. Trained parameters and optimizer state are tensors or DTensors."""
 
     def __init__(
         self,
@@ -32,8 +32,8 @@ class OwnOptimizer:
         layerwise: bool,
         meet: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """layerwise: tensors step within the backward pass. meet: averages a gradient over workers, where it comes to that pass's
-        steps as the worker's own."""
+        """layerwise: tensors step within the backward pass. meet: averages a gradient over workers before its tensor steps, if
+        nothing else has averaged it by then."""
         self.module, self.world = module, world
         self.optimizer = build_optimizer(module, fused=True)
         self.max_grad_norm = max_grad_norm
@@ -44,7 +44,7 @@ class OwnOptimizer:
     def backward(self, loss: Tensor, lr: float) -> None:
         if self.layerwise is not None:
             self.layerwise.lr = lr
-        (loss * (self.world * self.scale.scale)).backward()  # shares are to be added, not averaged
+        (loss * (self.world * self.scale.scale)).backward()  # times world, since gradients are averaged and must be summed
 
     def step(self, lr: float) -> StepOut:
         if self.layerwise is not None:
@@ -80,7 +80,7 @@ def optimizer_state(trained: Named, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def load_optimizer_state(trained: Named, optimizer: torch.optim.Optimizer, kept: Mapping[str, Tensor], read: Any) -> None:
-    """Optimizers make their state in the first step; here it is laid out as the checkpoint has it, then read."""
+    """Load optimizer state. torch's optimizers create it in their first step, so it is allocated from the checkpoint's shapes."""
     for name, parameter in trained:
         prefix = f"optimizer.{name}."
         for key in (full[len(prefix) :] for full in kept if full.startswith(prefix)):
