@@ -1,6 +1,6 @@
-"""Losses over single answers with a verdict, desirable or not: one a document [M], unreduced.
+"""Losses over single answers that are desirable or undesirable: one value per document [M], unreduced.
 
-The loss is their mean over all documents of the global batch, whatever their weights and verdicts.
+The loss of a step is the mean over all documents of the global batch, independent of their weights and verdicts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def apo_zero_unpaired(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """KTO with z = 0 (D'Oosterlinck et al. 2024, arXiv 2408.06266): kl is not looked at, so no mismatched answers need be run."""
+    """KTO with z = 0 (D'Oosterlinck et al. 2024, arXiv 2408.06266). kl is ignored, so mismatched answers need not be computed."""
     return kto(ratio_M, desirable_M, 0.0, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
 
 
@@ -54,7 +54,7 @@ LOSSES_WITH_KL = frozenset({"kto"})
 def reference_point(ratio_total: Tensor, count: Tensor | int) -> Tensor:
     """z = max(0, mean log-ratio of mismatched answers), an estimate of KL(policy || reference), without gradient.
 
-    Takes the sum and the count over all ranks and micro-batches: the clamp comes after the mean, so no part has a z of its own.
+    ratio_total, count: the sum and the count over all ranks and micro-batches, since the clamp must come after the mean.
     """
     return (ratio_total.detach() / count).clamp(min=0)
 
@@ -62,10 +62,10 @@ def reference_point(ratio_total: Tensor, count: Tensor | int) -> Tensor:
 def desirable_nll(
     policy_M: Tensor, tokens_M: Tensor, desirable_M: Tensor, *, rows_per_desirable: Tensor | float | None = None
 ) -> Tensor:
-    """Cross-entropy of the desirable answers, each a mean over its own tokens, to add with weight `ftx`; 0 for the others.
+    """Cross-entropy of each desirable answer as a mean over its tokens [M], and 0 for the others. It is added with sft_weight.
 
-    Scaled so that its mean over all rows is the plain mean over the desirable ones: rows_per_desirable is the global batch's
-    number of rows over its number of desirable rows (any number where there are none); None: these rows are all of it.
+    It is scaled so that its mean over all rows equals the mean over desirable rows. rows_per_desirable: the number of rows of the
+    global batch divided by its number of desirable rows (any number if there are none); None: these rows are the global batch.
     """
     nll_M = torch.where(desirable_M, -policy_M / tokens_M, 0.0)
     if rows_per_desirable is None:
@@ -76,10 +76,10 @@ def desirable_nll(
 def kto_metrics(
     ratio_M: Tensor, policy_M: Tensor, desirable_M: Tensor, kl: Tensor, *, beta: float
 ) -> dict[str, tuple[Tensor, Tensor | int]]:
-    """Sums and counts of KTO's usual metrics, by verdict. kl is z, one value or one a row, 0 if it is not used.
+    """Sums and counts of KTO's usual metrics, by verdict, without gradient. kl: z, one value or one per row; 0 if it is not used.
 
-    A side without rows has a count of 0. `rewards/margins` is the difference of the two sides' means: it exists only once they
-    have been taken over all ranks, and only if both sides have rows. No gradient.
+    A side without rows has a count of 0. `rewards/margins` is not among them: it is the difference of the two sides' means over
+    all ranks.
     """
     reward_M, policy_M = beta * ratio_M.detach(), policy_M.detach()
     metrics: dict[str, tuple[Tensor, Tensor | int]] = {"kl": (kl.detach().expand_as(ratio_M).sum(), len(ratio_M))}

@@ -1,7 +1,7 @@
 """Losses over pairs of answers to one prompt, the first preferred.
 
-Each takes the pairs' log-probabilities and its own settings, and returns one loss a pair [P], unreduced: the mean over the pairs
-of the global batch is the loss. Where a loss couples the pairs of a batch, its docstring says so.
+Each takes the pairs' log-probabilities and its own settings, and returns one loss per pair [P], unreduced. The loss of a step is
+the mean over the pairs of the global batch. If a pair's loss depends on other pairs of the batch, the docstring says so.
 
 Notation in the docstrings: C, R are the policy's log-probabilities of the chosen and the rejected answer in nats, summed over
 their tokens; n_c, n_r the numbers of those tokens; c = C - C_ref and r = R - R_ref the log-ratios; d = c - r; b is beta,
@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class PairLogprobs:
-    """What the losses know of P pairs. Log-probabilities are sums over an answer's tokens, in nats; answers have at least one.
-    Without a reference, its values are 0.
+    """The values of P pairs that losses use. Log-probabilities are sums over an answer's tokens (at least one), in nats. Without
+    a reference, its log-probabilities are 0.
 
-    For LD-DPO the four are the weighted sums of tokens.split_sums; the token counts stay the plain ones.
+    For LD-DPO, the log-probabilities are the weighted sums of tokens.split_sums; token counts are not weighted.
     """
 
     chosen_P: Tensor
@@ -35,9 +35,9 @@ class PairLogprobs:
     chosen_tokens_P: Tensor
     rejected_tokens_P: Tensor
     mean_chosen_tokens: Tensor | float | None = None
-    """Mean of chosen_tokens over the global batch; None: these pairs are all of it. For `sft`."""
+    """The mean of chosen_tokens over the global batch, for `sft`; None: these pairs are the global batch."""
     reward_mean: Tensor | float = 0.0
-    """Running mean of the rewards of all answers (RunningMean), in units of beta as they are. For `bco_pair`."""
+    """The running mean of the rewards of all answers (RunningMean), including beta, for `bco_pair`."""
 
     @property
     def chosen_ratio_P(self) -> Tensor:
@@ -66,9 +66,10 @@ class PairLogprobs:
 
 
 def dpo_sigmoid(pairs: PairLogprobs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """-(1 - e) log s(b d) - e log s(-b d): the chosen answer wins (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
+    """-(1 - e) log s(b d) - e log s(-b d): the negative log-likelihood that the chosen answer wins (Rafailov et al. 2023, arXiv
+    2305.18290, eq. 7).
 
-    e > 0 is cDPO: the label is taken to be wrong with probability e (Mitchell 2023).
+    e > 0 is cDPO, which assumes that a label is wrong with probability e (Mitchell 2023).
     """
     return _logistic(beta * pairs.margin_P, label_smoothing)
 
@@ -88,15 +89,14 @@ def dpo_hinge(pairs: PairLogprobs, *, beta: float) -> Tensor:
 
 
 def dpo_ipo(pairs: PairLogprobs, *, beta: float) -> Tensor:
-    """(c / n_c - r / n_r - 1 / (2 b))^2: identity preference optimisation, on log-ratios a token
-    (Azar et al. 2023, arXiv 2310.12036).
-    """
+    """(c / n_c - r / n_r - 1 / (2 b))^2: identity preference optimisation on log-ratios per token (Azar et al. 2023, arXiv
+    2310.12036)."""
     chosen_P, rejected_P = _ratios_per_token(pairs)
     return (chosen_P - rejected_P - 1 / (2 * beta)).square()
 
 
 def dpo_ipo_sum(pairs: PairLogprobs, *, beta: float) -> Tensor:
-    """(d - 1 / (2 b))^2: the same on whole answers, as the paper writes it (arXiv 2310.12036)."""
+    """(d - 1 / (2 b))^2: identity preference optimisation on whole answers, as in the paper (arXiv 2310.12036)."""
     return (pairs.margin_P - 1 / (2 * beta)).square()
 
 
@@ -108,9 +108,8 @@ def dpo_exo_pair(pairs: PairLogprobs, *, beta: float, label_smoothing: float) ->
 
 
 def dpo_nca_pair(pairs: PairLogprobs, *, beta: float) -> Tensor:
-    """-log s(b c) - log s(-b c) / 2 - log s(-b r) / 2: noise contrastive, holds the chosen answer's likelihood up
-    (Chen et al. 2024, arXiv 2402.05369).
-    """
+    """-log s(b c) - log s(-b c) / 2 - log s(-b r) / 2: noise contrastive alignment, which keeps the chosen answer's likelihood
+    from falling (Chen et al. 2024, arXiv 2402.05369)."""
     chosen_P, rejected_P = rewards(pairs, beta=beta)
     return -F.logsigmoid(chosen_P) - 0.5 * F.logsigmoid(-chosen_P) - 0.5 * F.logsigmoid(-rejected_P)
 
@@ -124,7 +123,7 @@ def dpo_aot(pairs: PairLogprobs, *, beta: float, label_smoothing: float = 0.0) -
     """DPO on sort(C - R) - sort(C_ref - R_ref): the policy's margins dominate the reference's in distribution
     (Melnyk et al. 2024, arXiv 2406.05882, the paired form).
 
-    Sorts the batch: the loss is of the i-th smallest margins, not of pair i, and depends on which pairs come together.
+    It sorts the batch: value i is the loss of the i-th smallest margins, not of pair i, and depends on all pairs of the batch.
     """
     margins_P = _sorted(pairs.chosen_P - pairs.rejected_P) - _sorted(pairs.reference_chosen_P - pairs.reference_rejected_P)
     return _logistic(beta * margins_P, label_smoothing)
@@ -133,26 +132,28 @@ def dpo_aot(pairs: PairLogprobs, *, beta: float, label_smoothing: float = 0.0) -
 def dpo_aot_unpaired(pairs: PairLogprobs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO on sort(c) - sort(r): the chosen ratios dominate the rejected ones in distribution (arXiv 2406.05882).
 
-    Sorts the batch, as dpo_aot does.
+    It sorts the batch, as dpo_aot does.
     """
     return _logistic(beta * (_sorted(pairs.chosen_ratio_P) - _sorted(pairs.rejected_ratio_P)), label_smoothing)
 
 
 def dpo_apo_zero(pairs: PairLogprobs, *, beta: float) -> Tensor:
-    """1 - s(b c) + s(b r): chosen up, rejected down (D'Oosterlinck et al. 2024, arXiv 2408.06266)."""
+    """1 - s(b c) + s(b r): raises the likelihood of the chosen answer and lowers that of the rejected one (D'Oosterlinck et al.
+    2024, arXiv 2408.06266)."""
     chosen_P, rejected_P = rewards(pairs, beta=beta)
     return torch.sigmoid(-chosen_P) + torch.sigmoid(rejected_P)
 
 
 def dpo_apo_down(pairs: PairLogprobs, *, beta: float) -> Tensor:
-    """s(b c) + 1 - s(b d): both down, the rejected more; for chosen answers worse than the policy's (arXiv 2408.06266)."""
+    """s(b c) + 1 - s(b d): lowers the likelihood of both answers, of the rejected one more; for chosen answers that are worse
+    than the policy's own (arXiv 2408.06266)."""
     return torch.sigmoid(beta * pairs.chosen_ratio_P) + torch.sigmoid(-beta * pairs.margin_P)
 
 
 def dpo_discopop(pairs: PairLogprobs, *, beta: float, tau: float = 0.05) -> Tensor:
     """(1 - m) (-log s(x)) + m exp(-x), x = b d, m = s(x / tau): log-ratio modulated (Lu et al. 2024, arXiv 2406.08414)."""
     logits_P = beta * pairs.margin_P
-    # as one power of e, since m is 0 where exp(-x) is infinite
+    # a single exponential, since m is 0 where exp(-x) overflows
     modulated_P = torch.exp(F.logsigmoid(logits_P / tau) - logits_P)
     return torch.sigmoid(-logits_P / tau) * -F.logsigmoid(logits_P) + modulated_P
 
@@ -161,14 +162,14 @@ def dpo_bco_pair(pairs: PairLogprobs, *, beta: float) -> Tensor:
     """-log s(b c - D) - log s(-(b r - D)), D = pairs.reward_mean: each answer against the mean reward, as a binary classifier
     (Jung et al. 2024, arXiv 2404.04656).
 
-    D is the running mean with this batch's rewards already in it, so it couples the pairs of a batch; it carries no gradient.
+    D is the running mean including this batch's rewards, so a loss depends on all pairs of the batch. D has no gradient.
     """
     chosen_P, rejected_P = rewards(pairs, beta=beta)
     return -F.logsigmoid(chosen_P - pairs.reward_mean) - F.logsigmoid(pairs.reward_mean - rejected_P)
 
 
 def dpo_sigmoid_norm(pairs: PairLogprobs, *, beta: float) -> Tensor:
-    """-log s(b (c / n_c - r / n_r)): DPO on log-ratios a token (Lambert et al. 2024, arXiv 2411.15124)."""
+    """-log s(b (c / n_c - r / n_r)): DPO on log-ratios per token (Lambert et al. 2024, arXiv 2411.15124)."""
     chosen_P, rejected_P = _ratios_per_token(pairs)
     return -F.logsigmoid(beta * (chosen_P - rejected_P))
 
@@ -189,9 +190,10 @@ def dpo_f_alpha(pairs: PairLogprobs, *, beta: float, alpha: float) -> Tensor:
 
 
 def sft(pairs: PairLogprobs) -> Tensor:
-    """-sum(C) / sum(n_c): cross-entropy of the chosen answers, one mean over the tokens of the batch and the same for each pair.
+    """Cross-entropy of the chosen answers: the mean over pairs is -sum(C) / sum(n_c), a mean over all tokens of the batch.
 
-    Couples the pairs of a batch; with the global batch's pairs.mean_chosen_tokens, the sums over its parts add up to its own.
+    It depends on all pairs of the batch, through the mean number of tokens. With pairs.mean_chosen_tokens of the global batch,
+    losses of its parts add up.
     """
     if pairs.mean_chosen_tokens is None:
         num_tokens = pairs.chosen_tokens_P.sum()
@@ -201,7 +203,7 @@ def sft(pairs: PairLogprobs) -> Tensor:
 
 
 def chosen_nll(pairs: PairLogprobs) -> Tensor:
-    """-C / n_c: cross-entropy of the chosen answer, a mean over its own tokens (the `ftx` term of DPO, L_SFT of ORPO)."""
+    """-C / n_c: cross-entropy of the chosen answer, as a mean over its tokens (sft_weight of DPO, L_SFT of ORPO)."""
     return -pairs.chosen_mean_P
 
 
@@ -218,7 +220,7 @@ def orpo(pairs: PairLogprobs, *, beta: float) -> Tensor:
 def simpo(pairs: PairLogprobs, *, beta: float, gamma: float, label_smoothing: float = 0.0) -> Tensor:
     """-log s(b (C / n_c - R / n_r) - gamma): no reference (Meng et al. 2024, arXiv 2405.14734).
 
-    gamma is the target margin itself, in units of the reward, not a share of beta. Smoothing as in dpo_sigmoid.
+    gamma is the target margin in units of the reward (not gamma / beta). label_smoothing is as in dpo_sigmoid.
     """
     return _logistic(beta * (pairs.chosen_mean_P - pairs.rejected_mean_P) - gamma, label_smoothing)
 
@@ -259,7 +261,7 @@ PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A share of a weighted sum of losses: a name of PREFERENCE_LOSSES, and what that function takes beside the pairs."""
+    """A term of a weighted sum of losses: a name in PREFERENCE_LOSSES, its weight, and the function's other arguments."""
 
     loss: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -277,25 +279,26 @@ def weighted_sum(pairs: PairLogprobs, terms: Sequence[Term]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class RunningMean:
-    """Mean over batches of their mean reward, every batch weighing the same: BCO's shift D, and what to checkpoint for it."""
+    """The mean over batches of their mean reward (BCO's shift D). It is saved in checkpoints."""
 
     mean: Tensor | float = 0.0
     num_batches: Tensor | int = 0
 
     def with_batch(self, reward_total: Tensor, reward_count: Tensor | int) -> RunningMean:
-        """The mean after one more global batch, given the sum of the rewards of all its answers, chosen and rejected, and their
-        number."""
+        """The mean after one more global batch. reward_total, reward_count: the sum and number of the rewards of all its answers,
+        chosen and rejected."""
         step = (reward_total.detach() / reward_count - self.mean) / (self.num_batches + 1)
         return RunningMean(self.mean + step, self.num_batches + 1)
 
 
 def rewards(pairs: PairLogprobs, *, beta: float) -> tuple[Tensor, Tensor]:
-    """b c and b r: the rewards that a DPO policy implies (arXiv 2305.18290, eq. 5), up to a term of the prompt."""
+    """b c and b r [P]: the rewards that a DPO policy implies (arXiv 2305.18290, eq. 5), up to a term that depends on the
+    prompt."""
     return beta * pairs.chosen_ratio_P, beta * pairs.rejected_ratio_P
 
 
 def mean_rewards(pairs: PairLogprobs, *, beta: float) -> tuple[Tensor, Tensor]:
-    """b C / n_c and b R / n_r: the rewards of ORPO and SimPO."""
+    """b C / n_c and b R / n_r [P]: the rewards of ORPO and SimPO."""
     return beta * pairs.chosen_mean_P, beta * pairs.rejected_mean_P
 
 
@@ -307,7 +310,7 @@ def log_odds_ratio(pairs: PairLogprobs) -> Tensor:
 def preference_metrics(
     pairs: PairLogprobs, chosen_rewards_P: Tensor, rejected_rewards_P: Tensor
 ) -> dict[str, tuple[Tensor, int]]:
-    """Sums and counts of what the field logs for pairs, of the rewards that the loss uses. A tie counts as wrong. No gradient."""
+    """Sums and counts of TRL's metrics for pairs, for the rewards that the loss uses, without gradient. A tie counts as wrong."""
     chosen_P, rejected_P, count = chosen_rewards_P.detach(), rejected_rewards_P.detach(), len(pairs.chosen_P)
     return {
         "rewards/chosen": (chosen_P.sum(), count),
@@ -332,7 +335,7 @@ def _ratios_per_token(pairs: PairLogprobs) -> tuple[Tensor, Tensor]:
 
 
 def _expm1(exponent_P: Tensor) -> Tensor:
-    """Held short of infinity, which has no gradient, and no difference to another one."""
+    """expm1 with a clamped exponent: infinity has no gradient, and the difference of two infinities is NaN."""
     return torch.expm1(exponent_P.clamp(max=math.log(torch.finfo(exponent_P.dtype).max) - 10))
 
 
@@ -341,6 +344,6 @@ def _sorted(values_P: Tensor) -> Tensor:
 
 
 def _log_odds(logprob_P: Tensor) -> Tensor:
-    # a probability that rounds to 1 has infinite odds and no finite gradient: hold it one rounding below
+    # clamped one rounding step below 0, since a probability of 1 has infinite odds and no finite gradient
     logprob_P = logprob_P.clamp(max=-torch.finfo(logprob_P.dtype).eps)
     return logprob_P - torch.log(-torch.expm1(logprob_P))

@@ -1,4 +1,4 @@
-"""How evenly the routers of a mixture of experts use their experts."""
+"""The load-balancing loss for routers of a mixture of experts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from torch import Tensor
 
 
 def load_balance(router_logits_TE: Tensor, document_T: Tensor, num_documents: int, *, top_k: int) -> Tensor:
-    """E sum_e f_e P_e of each document [M] (Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6): f_e is the part of its tokens that
-    go to expert e, P_e the mean probability that the router gives it. top_k where all experts are used alike, at most E.
+    """E sum_e f_e P_e for each document [M] (Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6). f_e is the fraction of its tokens
+    that go to expert e, P_e the mean probability that the router gives the expert. The value is top_k if all experts are used
+    equally, and at most E.
 
-    Switch takes f and P over a batch, which makes the loss depend on how a step is split. Over each document by itself
-    (DeepSeek-V3's sequence-wise loss, arXiv 2412.19437, eq. 17 to 20) it does not.
+    Switch computes f and P over a batch, so that the loss depends on how a step is split. Here they are computed over each
+    document, as in DeepSeek-V3's sequence-wise loss (arXiv 2412.19437, eq. 17 to 20).
     """
     probs_TE = router_logits_TE.float().softmax(-1)
     used_TE = torch.zeros_like(probs_TE).scatter(1, probs_TE.topk(top_k, dim=-1).indices, 1.0)

@@ -1,7 +1,7 @@
-"""What a model's logits say about the trained tokens: losses, log-probabilities and entropies, one value a token, in nats.
+"""Losses, log-probabilities and entropies of tokens: one value per token in nats, and sums over documents.
 
 Every function takes logits_NV and targets_N of the trained positions only, so that a head can call it on a chunk of them.
-Arithmetic is float32, or float64 where the logits are. Sums over documents are further down.
+Arithmetic is in float32, or in float64 if the logits are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def token_logprobs(logits_NV: Tensor, targets_N: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each target [N] when the distribution is softmax(logits / temperature)."""
+    """Log-probability of each target [N] under softmax(logits / temperature)."""
     target_N, log_z_N = _target_and_log_z(_wide(logits_NV, temperature), targets_N)
     return target_N - log_z_N
 
@@ -35,7 +35,7 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor, *, label_smoothing: floa
     """Negative log-likelihood of each target [N].
 
     label_smoothing e: (1 - e) nll - e mean_v log p_v (Szegedy et al. 2016, arXiv 1512.00567).
-    z_loss c: plus c log(Z)^2, Z the softmax normaliser (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
+    z_loss c: adds c log(Z)^2, where Z is the softmax normaliser (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
     """
     wide_NV = _wide(logits_NV)
     target_N, log_z_N = _target_and_log_z(wide_NV, targets_N)
@@ -52,15 +52,15 @@ def dft(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 
 def eaft(logits_NV: Tensor, targets_N: Tensor, *, alpha: float = 1.0) -> Tensor:
-    """Entropy-adaptive fine-tuning: (H / 3)^alpha nll [N], so that tokens the model is sure about move it less
-    (Diao et al. 2026, arXiv 2601.02151).
+    """Entropy-adaptive fine-tuning: (H / 3)^alpha nll [N], so that tokens with a confident prediction change the model less (Diao
+    et al. 2026, arXiv 2601.02151).
 
-    H, without gradient, is the entropy of the 20 largest logits renormalised among themselves (the whole vocabulary where that
-    is smaller); 3 is about log 20, its maximum.
+    H, without gradient, is the entropy of the distribution over the 20 largest logits (or all, if there are fewer). 3 is about
+    log 20, its maximum.
     """
     with torch.no_grad():
         top_NK = logits_NV.topk(min(20, logits_NV.shape[-1]), dim=-1).values
-        # not token_entropy, which a rounding can make negative: no power of that
+        # not token_entropy, which rounding can make negative, so that its power would be NaN
         weight_N = (_entropy(_wide(top_NK)) / 3.0).pow(alpha)
     return weight_N * cross_entropy(logits_NV, targets_N)
 
@@ -73,34 +73,34 @@ def asft(logits_NV: Tensor, targets_N: Tensor, *, reference_logits_NV: Tensor, a
 def token_kl(p_logits_NV: Tensor, q_logits_NV: Tensor) -> Tensor:
     """KL(p || q) [N] between the two next-token distributions."""
     p_logprobs_NV, q_logprobs_NV = (F.log_softmax(_wide(logits_NV), dim=-1) for logits_NV in (p_logits_NV, q_logits_NV))
-    # what p rules out adds 0, where 0 * inf would be nan
+    # tokens with p = 0 add 0; 0 * inf would be NaN
     gap_NV = (p_logprobs_NV - q_logprobs_NV).masked_fill(p_logprobs_NV == -torch.inf, 0.0)
     return (p_logprobs_NV.exp() * gap_NV).sum(-1)
 
 
 def total_and_count(values_N: Tensor, weights_N: Tensor | None = None) -> tuple[Tensor, Tensor | int]:
-    """The sum of the values and the number it is to be divided by: how many there are, or their weights' sum."""
+    """The (weighted) sum of the values, and its divisor: the number of values, or the sum of their weights."""
     if weights_N is None:
         return values_N.sum(), values_N.numel()
     return (values_N * weights_N).sum(), weights_N.sum()
 
 
 def segment_sums(values_N: Tensor, document_N: Tensor, num_documents: int) -> Tensor:
-    """Sum of the values of each document [M]; document_N numbers the document that each value belongs to. Empty ones get 0."""
+    """The sum of each document's values [M], 0 if it has none. document_N: the number of the document of each value."""
     return values_N.new_zeros(num_documents).index_add(0, document_N, values_N)
 
 
 def segment_counts(document_N: Tensor, num_documents: int) -> Tensor:
-    """How many values each document has: int64 [M]."""
+    """int64 [M]: the number of values of each document."""
     return segment_sums(torch.ones_like(document_N, dtype=torch.int64), document_N, num_documents)
 
 
 def split_sums(values_N: Tensor, document_N: Tensor, shared_tokens_M: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over the first shared_tokens_M[m] values of each document, and over the rest: (head_M, tail_M).
 
-    LD-DPO (Liu et al. 2024, arXiv 2409.06411) uses head + alpha tail as a sequence's log-probability, where shared_tokens is the
-    shorter answer's length: what makes an answer longer than its rival weighs less. Use it on policy and reference alike, then a
-    policy that equals its reference has a margin of 0. document_N must not decrease.
+    LD-DPO (Liu et al. 2024, arXiv 2409.06411) uses head + alpha tail as the log-probability of an answer, where shared_tokens is
+    the shorter answer's length, so that extra tokens of the longer answer count less. It must be applied to policy and reference
+    alike. document_N must not decrease.
     """
     num_documents = shared_tokens_M.shape[0]
     counts_M = segment_counts(document_N, num_documents)
@@ -119,19 +119,19 @@ def _wide(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
 
 def _target_and_log_z(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """The target's logit [N], and the logsumexp over the vocabulary [N]."""
-    if torch.compiler.is_compiling():  # a compiler fuses what is plainly written
+    if torch.compiler.is_compiling():  # the compiler fuses the plain formula better
         return _at(logits_NV, targets_N), logits_NV.logsumexp(-1)
     return _TargetAndLogZ.apply(logits_NV, targets_N)
 
 
 def _entropy(logits_NV: Tensor) -> Tensor:
     logprobs_NV = F.log_softmax(logits_NV, dim=-1)
-    # the clamp: a token ruled out by a logit of -inf adds 0, where 0 * -inf would be nan
+    # the clamp: a token with a logit of -inf adds 0; 0 * -inf would be NaN
     return -(logprobs_NV.exp() * logprobs_NV.clamp(min=torch.finfo(logprobs_NV.dtype).min)).sum(-1)
 
 
-# What autograd makes of these is eight or more passes over the vocabulary, most of them into new memory; here they are half as
-# many. log Z is the largest logit less the logarithm of its probability, both exact to a rounding, and its gradient the softmax.
+# Autograd would need eight or more passes over the vocabulary, most of them to new memory; these need half as many. log Z is the
+# largest logit minus the logarithm of its probability, each exact to one rounding, and the gradient of log Z is the softmax.
 
 
 class _TargetAndLogZ(torch.autograd.Function):
@@ -150,12 +150,12 @@ class _TargetAndLogZ(torch.autograd.Function):
 
 
 class _Entropy(torch.autograd.Function):
-    """log Z less the mean logit; its gradient is -p (log p + entropy)."""
+    """The entropy as log Z minus the mean logit under softmax. Its gradient is -p (log p + entropy)."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor) -> Tensor:
         softmax_NV, log_z_N = _softmax_and_log_z(logits_NV)
-        entropy_N = log_z_N - softmax_NV.mul_(logits_NV).nansum(-1)  # a logit of -inf adds 0, where 0 * -inf is nan
+        entropy_N = log_z_N - softmax_NV.mul_(logits_NV).nansum(-1)  # a logit of -inf adds 0; 0 * -inf is NaN
         ctx.save_for_backward(logits_NV, log_z_N, entropy_N)
         return entropy_N
 

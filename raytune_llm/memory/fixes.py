@@ -1,6 +1,6 @@
-"""Which settings would make a run fit a device that is too small for it, and what a run says whose memory ran out.
+"""Finds settings with which a run would fit on a device that is too small for it, and explains out-of-memory errors.
 
-Every set of settings is tried on the run itself: what the config's own rules refuse is not proposed.
+Each set of settings is tried on the run's config, so that nothing is suggested that its rules refuse.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from raytune_llm.models.activations import CHECKPOINTING
 from raytune_llm.models.quantization import QUANTIZATIONS, quantization_of
 
 MAX_WORKERS = 8
-"""Sharding is tried over so many workers, as a host has GPUs, where the run has fewer."""
+"""Sharding is tried over up to this many workers, the GPUs of a common host."""
 LENGTH_STEP = 128
-"""Tokens: lengths that are tried are multiples."""
+"""Only multiples of this many tokens are tried as data.max_length."""
 NAMED = 3
-"""SuggestedFixes in an error."""
+"""Maximum number of fixes that an error names."""
 
 Settings = tuple[str, ...]
-"""Overrides as on the command line, which are set together."""
+"""Overrides as on the command line, which are applied together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fix:
-    """Settings that make a run fit, and what a worker then needs."""
+    """Settings with which a run fits, and the memory that a worker then needs."""
 
     settings: Settings
     memory: Memory
 
 
 class SuggestedFixes:
-    """Finds settings that make a run fit that needs too much memory."""
+    """Finds settings with which a run that needs too much memory would fit."""
 
     def __init__(
         self,
@@ -57,15 +57,15 @@ class SuggestedFixes:
         auto_bytes: float | None = None,
         on_gpu: bool = True,
     ) -> None:
-        """A worker's peak is to be at most usable_bytes. auto_bytes: what train.activation_checkpointing=auto goes by, where that
-        is another number. on_gpu: each worker brings its own memory, and there is the host's beside it."""
+        """usable_bytes: the maximum for a worker's peak. auto_bytes: the limit that train.activation_checkpointing=auto uses, if
+        that is another one. on_gpu: each worker has memory of its own, and host memory can be offloaded to."""
         self.run = changed(run, [f"resources.num_workers={needs.world_size}"])
         self.config, self.needs, self.usable_bytes, self.on_gpu = config, needs, usable_bytes, on_gpu
         self.auto_bytes = usable_bytes if auto_bytes is None else auto_bytes
         self._counted = {run.adapter.option: needs.parameters}
 
     def sets(self) -> tuple[Fix, ...]:
-        """Sets of settings that make it fit, the smallest first, and of which no part would do."""
+        """Minimal sets of settings with which the run fits, the smallest first."""
         axes = self._axes()
         found: dict[frozenset[str], Fix] = {}
         for chosen in _subsets(axes):
@@ -78,7 +78,8 @@ class SuggestedFixes:
         return tuple(found.values())
 
     def shorter(self, *, alone: bool = False) -> Fix | None:
-        """The longest data.max_length that fits, with as few other changes as it takes, or with none; None where nothing fits."""
+        """The longest data.max_length that fits, with as few other changes as possible. alone: with no other change. None if no
+        length fits."""
         axes = self._axes()
         for size in range(1 if alone else len(axes) + 1):
             ways = chain.from_iterable(_together(axes, chosen) for chosen in combinations(axes, size))
@@ -88,7 +89,7 @@ class SuggestedFixes:
         return None
 
     def least(self) -> tuple[Fix, ...]:
-        """The sets, or else the length."""
+        """The minimal sets, or if there are none, the fix with a shorter data.max_length."""
         shorter = None if (found := self.sets()) else self.shorter()
         return found if shorter is None else (shorter,)
 
@@ -101,7 +102,7 @@ class SuggestedFixes:
         return self._fix((f"data.max_length={length}", *settings))
 
     def _fix(self, settings: Settings) -> Fix | None:
-        """None where the config or the model refuses them, or the run would still not fit."""
+        """The fix with these settings; None if the config or the model refuses them, or if the run would still not fit."""
         try:
             run = changed(self.run, settings)
             needs = self._needs_of(run)
@@ -125,7 +126,7 @@ class SuggestedFixes:
         return needs
 
     def _axes(self) -> dict[str, list[Settings]]:
-        """What lowers the need, one way or another: by axis, what costs least first."""
+        """Axis -> alternative settings that lower the need for memory, the cheapest first."""
         needs = self.needs
         axes: dict[str, list[Settings]] = {
             "checkpointing": [(f"train.activation_checkpointing={name}",) for name in self._checkpointing()],
@@ -138,8 +139,8 @@ class SuggestedFixes:
         return {axis: ways for axis, ways in axes.items() if ways}
 
     def _checkpointing(self) -> Iterator[str]:
-        """Names of what keeps less on the device. Where it was chosen by memory, of that too: with other changes, more may be
-        chosen than fits."""
+        """Options of activation checkpointing that keep less on the device. If the current one was chosen by auto, it is
+        included, since with other changes auto might choose one that doesn't fit."""
         names = list(CHECKPOINTING)
         chosen_by_memory = self.run.train.activation_checkpointing == "auto"
         for name in names[names.index(self.needs.checkpointing) + (not chosen_by_memory) :]:
@@ -148,7 +149,7 @@ class SuggestedFixes:
                 yield name
 
     def _sharded(self) -> Iterator[Settings]:
-        """Shard the run, over the fewest workers first."""
+        """Settings that shard the run, over the fewest workers first."""
         run, world = self.run, self.needs.world_size
         strategy = () if run.strategy.shards else ("strategy=fsdp",)
         local = ("resources=local",) if not uses_ray(run.resources) else ()
@@ -159,11 +160,11 @@ class SuggestedFixes:
         yield from self._unquantized(*ways)
 
     def _unquantized(self, *ways: Settings) -> list[Settings]:
-        """What may be refused with quantized weights, without them."""
+        """The settings, with quantization=none added if they may be refused with quantized weights."""
         return [(*way, "quantization=none") for way in ways] if self.needs.quantization.replaces_layers else []
 
     def _quantized(self) -> Iterator[Settings]:
-        """Quantize to fewer bits than now, where the device runs that."""
+        """Settings that quantize to fewer bits than now and that the device supports."""
         case = self.needs.case
         device = (case.device_type, case.capability) if self.on_gpu else ("cpu", (0, 0))
         now = quantization_of(self.needs.quantization)
@@ -176,10 +177,8 @@ class SuggestedFixes:
 def ran_out(
     run: TrainRun, config: PretrainedConfig, needs: Needs, *, during: str, taken: int, total: int, others: int = 0
 ) -> ResourceError:
-    """The error for a GPU with `total` bytes, of which other processes hold `others`: where memory ran out, how much was
-    expected, how much had been allocated, and what would make it fit."""
     expected = estimate(run, config, needs).total
-    # It needed more than there was, whatever was expected: what is to fit must be expected to need less than that.
+    # The run needed more than the estimate, so a fix must be estimated to need less than this run's estimate.
     usable = USABLE * min(total - others, expected)
     suggested = SuggestedFixes(run, config, needs, usable, auto_bytes=USABLE * total)
     fixes = suggested.sets()[:NAMED]
@@ -195,7 +194,7 @@ def ran_out(
 
 
 def held_by_others(device: torch.device) -> int:
-    """Bytes of a GPU that other processes hold; none where it is no more than this one's CUDA context and libraries may take."""
+    """Bytes of a GPU that other processes hold; 0 if it is no more than this process's CUDA context and libraries may take."""
     free, total = torch.cuda.mem_get_info(device)
     held = total - free - torch.cuda.memory_reserved(device)
     return held if held > (1 - USABLE) * total else 0
@@ -206,5 +205,5 @@ def _subsets(axes: Mapping[str, Sequence[Settings]]) -> Iterator[tuple[str, ...]
 
 
 def _together(axes: Mapping[str, Sequence[Settings]], chosen: Sequence[str]) -> Iterator[Settings]:
-    """One way of each of these axes, in every combination."""
+    """Every combination of one alternative from each of these axes."""
     return (tuple(chain.from_iterable(ways)) for ways in product(*(axes[axis] for axis in chosen)))

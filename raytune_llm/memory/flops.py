@@ -26,17 +26,15 @@ PEAK_FLOPS = {
     "4090": 165e12,
     "B200": 2250e12,
 }
-"""Dense bf16 FLOP/s (the makers' figures), by a part of the GPU's name; the first that matches counts."""
+"""Part of a GPU's name -> its peak dense bf16 FLOP/s by the maker. The first match counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operations:
-    """FLOPs of training by the convention of Chowdhery et al. 2022 (2204.02311, appendix B): those of the model, whatever is
-    recomputed, computed in fewer bits, or left out because no token trains on it."""
+    """FLOPs of training by the convention of Chowdhery et al. 2022 (arXiv 2204.02311, appendix B): those of the model, regardless
+    of recomputation, lower precision, and logits that are skipped because their tokens are not trained."""
 
     per_token: float
-    """Per weight: 2 forward, 2 for the gradient of its input, and 2 for its own gradient if it is trained: 4N for LoRA, 6N for
-    full fine-tuning. Embeddings are looked up, not multiplied; only the experts that a token visits count."""
     per_pair: float
     """Per query-key pair, over all layers: for each query head and dimension, 4 forward and 8 backward. So a document
     of L tokens has L (L + 1) / 2 times as many, in a pack as alone. Sliding windows are not subtracted."""
@@ -46,7 +44,7 @@ class Operations:
 
 
 def operations(policy: Policy, config: Any) -> Operations:
-    """Layers below the first that trains run forward alone."""
+    """The operations of a policy. Layers before the first trained one count only their forward pass."""
     embeddings, output = policy.base.get_input_embeddings(), policy.base.get_output_embeddings()
     embedding, head = _matrix(embeddings), None if output is None else _matrix(output)
     blocks = layers(policy)
@@ -69,7 +67,7 @@ def operations(policy: Policy, config: Any) -> Operations:
 
 
 def _matrix(part: nn.Module) -> torch.Tensor | None:
-    """The matrix of an embedding or a head, beside which an adapter may have rows of its own; None where it is quantized."""
+    """The weight matrix of an embedding or a head, without an adapter's extra rows; None if it is quantized."""
     return max(part.parameters(), key=torch.Tensor.numel, default=None)
 
 
@@ -78,7 +76,7 @@ def _is_frozen(layer: nn.Module) -> bool:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """None where the device is not in the table."""
+    """The device's peak FLOP/s; None if it is not in PEAK_FLOPS."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -86,7 +84,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def measured_flops(size: int = 1024, repeats: int = 8) -> float:
-    """Operations a second of products of square matrices, in what training would compute in: on the first GPU, or this CPU."""
+    """Measured FLOP/s of products of square matrices [size, size], in training's compute type, on the first GPU or the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype("auto", device)
     size = 8 * size if device.type == "cuda" else size

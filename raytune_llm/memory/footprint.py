@@ -1,4 +1,4 @@
-"""What a run needs of one device's memory, by estimate."""
+"""Estimates the memory that a run needs on one device."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from raytune_llm.models.quantization import quantization_of
 
 GIB = 2**30
 USABLE = 0.92
-"""The usable part of a device's memory: the rest goes to the CUDA context, to libraries, and to gaps between blocks."""
+"""The usable fraction of a device's memory. The CUDA context, libraries and gaps between blocks take the rest."""
 TAKES_MASK = {"sdpa"}
-"""Attention back ends that are given a mask of every pair of positions."""
+"""Attention back ends that need a mask over all pairs of positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What memory depends on and a user might change."""
+    """The properties of a run that its memory depends on."""
 
     parameters: Parameters
     dropout: bool
-    """Whether the inputs of adapted layers have dropout."""
+    """Adapted layers have dropout on their inputs."""
     adapter: Kept
     quantization: QuantizationConfig
     optimizer: OptimizerConfig
@@ -65,7 +65,7 @@ class Needs:
     reference_parameters: int
     """The parameters of a reference model other than the trained one."""
     case: attention.Case
-    """What attention, and all else, is computed on and in."""
+    """The device type, capability and compute type."""
 
 
 MemoryOf = Callable[[Needs], Memory]
@@ -74,7 +74,8 @@ MemoryOf = Callable[[Needs], Memory]
 def needs_of(
     run: TrainRun, config: PretrainedConfig, world_size: int, *, compiled: bool, case: attention.Case | None = None
 ) -> Needs:
-    """What the run needs, as if activation checkpointing were none where it is auto. case: by default, a Hopper GPU (sm_90)."""
+    """The needs of a run. Activation checkpointing counts as none if it is auto. case: the device; by default a Hopper GPU
+    (sm_90)."""
     return Needs(
         parameters=parameters_of(run, config),
         world_size=world_size,
@@ -86,7 +87,7 @@ def needs_of(
 
 
 def needs_together(needs: Needs, runs: int, at_once: int) -> Needs:
-    """What `runs` runs like this one need over one base: each has an adapter, and so many at once a micro-batch."""
+    """The needs of `runs` runs over one base: each has an adapter, and `at_once` of them a micro-batch at the same time."""
     one = needs.parameters
     more = (runs - 1) * one.trained
     parameters = replace(one, total=one.total + more, trained=one.trained + more, trained_shapes=runs * one.trained_shapes)
@@ -94,8 +95,8 @@ def needs_together(needs: Needs, runs: int, at_once: int) -> Needs:
 
 
 def parameters_of(run: TrainRun, config: PretrainedConfig) -> Parameters:
-    """The parameters of the run's model, with its new tokens, and of the head and the adapter that it trains. Raises ConfigError
-    for an adapter or a quantization that doesn't fit the model."""
+    """The parameters of the run's model with its new tokens, score head and adapter. Raises ConfigError for an adapter or a
+    quantization that doesn't fit the model."""
     scores, pieces = not run.stage.writes, NO_PIECES
     if run.model.adds_tokens:
         tokenizer, _ = run_tokenizer(run.model, run.data, needs_template=KINDS[run.stage.kind].renders_chat)
@@ -106,7 +107,7 @@ def parameters_of(run: TrainRun, config: PretrainedConfig) -> Parameters:
 
 
 def needs_set(run: TrainRun) -> dict[str, Any]:
-    """The needs that are settings, by their names."""
+    """The fields of Needs that follow from settings alone."""
     asked = run.train.activation_checkpointing
     return {
         "dropout": run.adapter.dropout > 0 and kept_by(run.adapter).drops_inputs,
@@ -130,7 +131,7 @@ def _reference_parameters(run: TrainRun, config: PretrainedConfig) -> int:
 
 
 def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
-    """The peak of a step on one GPU."""
+    """The estimated peak memory of a step on one GPU."""
     dtype, backend = needs.case.dtype, attention.expected(run.model.attention, needs.case)
     state = needs.optimizer.state_bytes(needs.parameters.trained_shapes)
     states_of = partial(
@@ -148,7 +149,7 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     quantization = quantization_of(needs.quantization)
     saved = quantized_bytes(needs.parameters, dtype.itemsize, quantization)
     saved = round(saved * needs.strategy.weights_share(needs.world_size))
-    # Packed experts are unpacked as their layer reads them, and kept for its backward pass.
+    # Quantized experts are dequantized when their layer reads them, and kept for its backward pass.
     unpacked = 0 if quantization is None else dtype.itemsize * needs.parameters.experts
     pack = needs.max_length * KINDS[run.stage.kind].sides
     memory = memory_per_gpu(
@@ -172,7 +173,7 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     )
     other = needs.reference_parameters * dtype.itemsize
     if needs.reference == "precomputed":
-        # Gone before the first step, in whose room it was, but for the logits that the pass has too.
+        # The reference pass is over before the first step and needs no more memory than a step, except for its logits.
         return replace(memory, reference=max(other - (memory.total - memory.weights - memory.logits), 0))
     if needs.reference == "online" and not other and not run.adapter.starts_at_base:
         other = 2 * states_of(replace(needs.parameters, total=needs.parameters.trained)).weights
@@ -180,8 +181,8 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
 
 
 def least_recomputation(needs: Needs, memory_of: MemoryOf, usable_bytes: float, fewer: Sequence[Needs] = ()) -> Needs:
-    """The needs with the first of none, selective, full and offload that fits; with the last where none does. fewer: needs
-    that are tried next with each of them, before the following one."""
+    """The needs with the first of none, selective, full and offload that fits in usable_bytes; with the last one if none does.
+    fewer: other needs to try with each option before the next one."""
     ways = [
         replace(one, checkpointing=name)
         for name, way in CHECKPOINTING.items()

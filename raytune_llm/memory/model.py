@@ -1,12 +1,12 @@
-"""How much GPU memory a run needs, from the model's dimensions alone.
+"""Estimates a run's GPU memory from the model's dimensions.
 
 The estimate counts what torch's eager autograd keeps for a decoder like Llama (RMS norms in float32, rotary positions,
-grouped heads, a gated MLP), after Korthikanti et al. 2022 (arXiv 2205.05198, section 4), with today's layers in place of theirs.
-Other families come close: a layer without a gate keeps a little less, one with more norms a little more, and of a mixture's
-experts those count that a token visits. Left out: the CUDA context and libraries (about 1 GiB), and gaps between blocks.
+grouped-query attention, a gated MLP). The method is that of Korthikanti et al. 2022 (arXiv 2205.05198, section 4). Other families
+are close: a layer without a gate keeps a little less, a layer with more norms a little more; of a mixture's experts, those that a
+token visits count. Not included: the CUDA context and libraries (about 1 GiB), and gaps between blocks.
 
-Peaks measured on an H100 (Llama-3-8B, LoRA of rank 8, bf16, a pack of 8,192 tokens; with and without recomputation, compiled)
-come out within a tenth; the tests hold them.
+The tests compare it with peaks measured on an H100 (Llama-3-8B, LoRA of rank 8, bf16, a pack of 8,192 tokens; with and without
+recomputation, compiled); it is within 10% of them.
 """
 
 from __future__ import annotations
@@ -32,27 +32,25 @@ from raytune_llm.models.vocabulary import grow
 
 FP32 = 4
 LOGIT_BYTES, COMPILED_LOGIT_BYTES = 3 * FP32, 2 * FP32
-"""Bytes of each logit at the loss's widest point: the logit in float32, the softmax that is kept, and the product that the
-entropy sums or the gradient; a logit that is computed in 16 bits comes to these. Compiled, by its kernels: the logit, one float32
-buffer for the gradient through the target's logit, and the result."""
+"""Bytes per logit at the peak of the loss. Eager: the logit in float32, the softmax that is kept, and the entropy's product or
+the gradient; a logit in 16 bits is added to these. Compiled: the logit, a float32 buffer for the gradient, and the result."""
 PLAIN = Kept()
 NO_PIECES: Mapping[int, Sequence[int]] = MappingProxyType({})
 IN_FLIGHT = 4
-"""Layers whose inputs are on the device while they come and go from host memory."""
+"""With offloaded inputs, the number of layers whose inputs are on the device at a time."""
 ZERO_BUCKET, ZERO3_LIVE = 500_000_000, 1_000_000_000
 """DeepSpeed's defaults, in elements: reduce_bucket_size and stage3_max_live_parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dimensions:
-    """The widths of a decoder, in numbers a token."""
+    """The widths of a decoder, in values per token."""
 
     layers: int
     hidden: int
     intermediate: int
-    """Inside the MLP; of a mixture of experts, of all experts together that a token visits."""
+    """The inner width of the MLP; for a mixture of experts, the sum over the experts that a token visits."""
     query: int
-    """The width of all query heads together."""
     key_value: int
     """The width of all key heads together; the values have as much again."""
     vocab: int
@@ -60,22 +58,22 @@ class Dimensions:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """How many there are; tied ones count once."""
+    """Numbers of parameters. Tied parameters count once."""
 
     total: int
     trained: int
     layer: int
     """Parameters of the largest layer: the unit that sharding gathers."""
     outside_layers: int
-    """Embedding, head and the last norm."""
+    """Parameters outside the layers: embedding, head and last norm."""
     trained_shapes: tuple[TrainedShape, ...] = ()
-    """The shape of every tensor that is trained."""
+    """The shape of every trained tensor."""
     saved: int = 0
-    """Parameters in the file of final/: the adapter's, or all of a model."""
+    """Parameters that final/ holds: those of the adapter, or of the whole model."""
     quantizable: int = 0
-    """Parameters of frozen linear layers of the repeated layers."""
+    """Parameters of the frozen linear layers, without the head."""
     experts: int = 0
-    """Parameters of the frozen experts of a mixture, where they are one tensor."""
+    """Parameters of a mixture's frozen experts, if a layer has them in one tensor."""
 
     @property
     def frozen(self) -> int:
@@ -84,41 +82,41 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one GPU, by what they are for."""
+    """Bytes on one GPU, by purpose."""
 
     weights: int
     gradients: int
     optimizer: int
     buffers: int
-    """Whole or converted copies of weights that live for a while, and what is on its way to other workers."""
+    """Temporary gathered or converted copies of weights, and communication buffers."""
     activations: int
-    """Kept from the forward to the backward pass, over all layers."""
+    """Activations of all layers, kept from the forward to the backward pass."""
     logits: int
-    """The logits of one chunk of trained tokens, with what the loss makes of them."""
+    """The logits of one chunk of trained tokens, and the loss's intermediate values."""
     layer: int
-    """The backward pass of one layer: its gradients, and its activations where they are recomputed."""
+    """The backward pass of one layer: its gradients, and its activations if they are recomputed."""
     reference: int = 0
-    """Another model beside the trained one, or copies of what is trained, as it was and as it is meanwhile."""
+    """A separate reference model, or copies of the trained weights, at the start and now."""
 
     @property
     def total(self) -> int:
-        """The peak. Logits are gone when the first layer's backward pass begins, so the larger of the two counts."""
+        """The peak. Logits are freed before the first layer's backward pass begins, so only the larger of the two counts."""
         kept = self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.reference
         return kept + max(self.logits, self.layer)
 
 
 @dataclass(frozen=True, kw_only=True)
 class States:
-    """What is there all the time, in bytes, and how norms come out."""
+    """Memory that is allocated all the time, in bytes, and properties of the weights that activations depend on."""
 
     weights: int
     gradients: int
     optimizer: int
     buffers: int
     wide_norms: bool
-    """Norms have float32 weights and so give float32 out, though products are narrower: every linear layer converts its input."""
+    """Norms have float32 weights and give float32, while products are narrower, so that every linear layer converts its input."""
     whole_head: bool = True
-    """It is one matrix at hand. Else its logits are computed again in the backward pass, which keeps nothing of them."""
+    """The head is a single unsharded matrix. If not, its logits are computed again in the backward pass, and none are kept."""
 
 
 def dimensions(config: PretrainedConfig) -> Dimensions:
@@ -155,8 +153,8 @@ def count_parameters(
 ) -> Parameters:
     """Count the parameters of the adapted model, built without memory (on torch's meta device).
 
-    scores: it has a score head, not one of language. first_pieces: of the tokens that it gets, as
-    models.vocabulary.grow takes them. Raises ConfigError for layers that the quantization can't hold.
+    scores: the model has a score head instead of a language head. first_pieces: for new tokens, as in models.vocabulary.grow.
+    Raises ConfigError for layers that the quantization can't hold.
     """
     settings: dict[str, Any] = {"weights": "random", "dtype": torch.float32, "seed": 0, "device": "meta"}
     model = load_model(config, None, **settings, trust_remote_code=trust_remote_code, scores=scores)
@@ -201,13 +199,13 @@ def memory_per_gpu(
     mask_bytes: int = 0,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Memory:
-    """The peak of a training step, if every token were trained.
+    """The peak memory of a training step if every token is trained.
 
-    compute: bytes of a number in matrix products and between layers. tokens: of a micro-batch, padding included. dropout: of the
-    inputs of adapted layers. adapter: what these keep. kept: the part of a layer's activations that is not computed again.
-    inputs_leave: what layers that are computed again start from waits in host memory. mask_bytes: of an attention mask, where the
-    back end takes one. chunk_tokens: trained tokens whose logits exist at once beside a frozen head; a trained one takes more,
-    and keeps the gradients of all.
+    compute: bytes of a value in matrix products and between layers. tokens: tokens of a micro-batch, with padding. dropout:
+    adapted layers have dropout on their inputs. adapter: what adapted layers keep. kept: the fraction of a layer's activations
+    that is not recomputed. inputs_leave: inputs of recomputed layers are offloaded to host memory. mask_bytes: size of an
+    attention mask, if the back end needs one. chunk_tokens: trained tokens whose logits exist at the same time with a frozen
+    head; a trained head takes more, and keeps the gradients of all.
     """
     d = dimensions
     trains_all = parameters.frozen == 0
@@ -215,7 +213,7 @@ def memory_per_gpu(
         d, compute, trains_all=trains_all, wide_norms=states.wide_norms, dropout=dropout, adapter=adapter, compiled=compiled
     )
     inputs = tokens * compute * d.hidden * (0 if kept == 1 else min(d.layers, IN_FLIGHT) if inputs_leave else d.layers)
-    # Gradients of the MLP's product and of its two factors, and of what goes through a norm in float32.
+    # Gradients of the MLP's product and of its two factors, and of the input of a norm in float32.
     backward = tokens * (3 * compute * d.intermediate + 2 * FP32 * d.hidden)
     last_norm = tokens * (FP32 + 2 * compute) * d.hidden
     keeps_logits = trains_all and states.whole_head
@@ -237,13 +235,17 @@ def memory_per_gpu(
 def _layer_bytes(
     d: Dimensions, compute: int, *, trains_all: bool, wide_norms: bool, dropout: bool, adapter: Kept, compiled: bool
 ) -> int:
-    """What one layer keeps of a token for its backward pass. With LoRA, as if every linear layer had one.
+    """Bytes that one layer keeps per token for its backward pass. An adapter is assumed on every linear layer.
 
-    Each norm keeps its input in float32 and, where its weight is trained, what it multiplies with. Attention keeps queries, keys,
-    values and its result. The MLP keeps gate, activated gate and up; with LoRA gate and up alone, from which the last layer's
-    input is made again, unless it is dropped from. A linear layer with something to train keeps its input: one copy for those
-    that share it, unless each converts it for itself; with dropout the dropped copy as well, and a mask of one byte.
-    Compiled, a norm keeps its input as it came, and the activated gate is computed again.
+    - A norm keeps its input in float32 and, if its weight is trained, the normalized input.
+    - Attention keeps queries, keys, values and its result.
+    - The MLP keeps gate, activated gate and up. With LoRA it keeps only gate and up, from which the input of down is computed
+    again,
+      unless that has dropout.
+    - A linear layer with trained parameters keeps its input: one copy for layers with the same input, unless each converts it.
+    With
+      dropout it also keeps the input after dropout, and a mask of one byte per value.
+    - Compiled, a norm keeps its input in its own type, and the activated gate is computed again.
     """
     product_again = not trains_all and not dropout and not adapter.alone
     outputs = round(adapter.outputs * compute * (d.query + 2 * d.key_value + 2 * d.hidden + 2 * d.intermediate))
@@ -262,7 +264,7 @@ def _layer_bytes(
 
 
 def quantized_bytes(parameters: Parameters, compute: int, quantization: Quantization | None) -> int:
-    """What quantization takes off the weights. Of a mixture whose experts it can't hold, it takes nothing: it is refused."""
+    """Bytes that quantization saves on the weights; 0 for a mixture whose experts it can't hold, which is refused elsewhere."""
     if quantization is None or (parameters.experts and quantization.replaces_experts is None):
         return 0
     of_layers = parameters.quantizable * (compute - quantization.bits_per_weight / 8)
@@ -270,8 +272,8 @@ def quantized_bytes(parameters: Parameters, compute: int, quantization: Quantiza
 
 
 def ddp_states(parameters: Parameters, compute: int, world: int, *, optimizer_bytes: int, accumulates: bool) -> States:
-    """Everything on every worker. Gradients are views of the buckets that travel, so buckets cost nothing more. Autocast makes a
-    copy of each trained matrix in the compute type, which lives to the backward pass."""
+    """Every worker holds everything. Gradients are views of DDP's buckets, so buckets take no extra memory. Autocast keeps a copy
+    of each trained matrix in the compute type until the backward pass."""
     p = parameters
     return States(
         weights=compute * p.frozen + FP32 * p.trained,
@@ -294,10 +296,10 @@ def fsdp_states(
     prefetch: int,
     offload: bool,
 ) -> States:
-    """Shards of everything. Gathered in the compute type: embedding and head for the whole pass, and of the layers the one that
-    runs and those that come next, with the buffer that one arrives in; all of them where they are kept for the backward pass.
+    """Every worker holds shards. Gathered in the compute type are embedding and head for the whole pass, the layer that runs, and
+    the prefetched layers with a receive buffer; or all layers, if they are kept for the backward pass (reshard=grad_only).
 
-    Over micro-batches that do not sync yet, gradients add up whole, in float32.
+    Between micro-batches without synchronization, gradients are unsharded float32.
     """
     p = parameters
     shards = shard_workers if isinstance(shard_workers, int) else world
@@ -316,10 +318,11 @@ def fsdp_states(
 def deepspeed_states(
     parameters: Parameters, compute: int, world: int, *, optimizer_bytes: int, accumulates: bool, stage: int, offload: bool
 ) -> States:
-    """The model in the compute type, frozen or not; a float32 copy of what is trained beside the moments, sharded in every stage
-    and counted as optimizer state.
+    """The whole model is in the compute type. A float32 copy of the trained weights is sharded in every stage, and counts as
+    optimizer state.
 
-    One bucket of gradients fills while another is under way; stage 3 has one, and keeps gathered weights up to a limit.
+    Stages 1 and 2 have two buckets of gradients, one that fills while the other is reduced. Stage 3 has one, and keeps gathered
+    weights up to a limit.
     """
     p = parameters
     gradients = compute * p.trained
@@ -336,4 +339,4 @@ def deepspeed_states(
 
 
 STATES: dict[str, Callable[..., States]] = {"ddp": ddp_states, "fsdp": fsdp_states, "deepspeed": deepspeed_states}
-"""By strategy; optimizer_bytes: the optimizer's state, of everything that is trained."""
+"""Strategy -> its states. optimizer_bytes: the optimizer's state for all trained parameters."""

@@ -80,7 +80,7 @@ class EventLog:
         self._event("done", **asdict(done))
 
     def files(self, paths: Iterable[Path]) -> None:
-        """Those that are there."""
+        """Report the text of those files that exist."""
         self._event("files", files={path.name: path.read_text() for path in paths if path.is_file()})
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 SAMPLES = "samples.jsonl"
 ADOPTED = "adopted.jsonl"
-"""Records of another run, whose checkpoint this one resumed from: of a trial that took over or cloned another one."""
+"""Records of another run from whose checkpoint this one resumed: a trial that took over or cloned another one."""
 TABLE, TRACE = "profile/table.txt", "profile/trace.json.gz"
 """Files that train.profile writes."""
 _NON_FINITE = {"NaN", "Infinity", "-Infinity"}
@@ -55,7 +55,7 @@ class JsonLines:
         patiently(self._what, partial(self._append, line.encode()))
 
     def _append(self, line: bytes) -> None:
-        """After a failure, to the file opened anew: a server that was started again may not know the old one."""
+        """Write a line. After a failure the file is opened again, since a restarted file server may not know the old handle."""
         try:
             if self._file.closed:
                 self._file = self._path.open("ab")
@@ -100,14 +100,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_adopted(output_dir: Path, records: Sequence[Record]) -> None:
-    """Give a run the records of the one whose checkpoint it resumes from."""
+    """Store the records of the run from whose checkpoint this one resumes."""
     lines = [json.dumps(non_finite_as_strings(record), allow_nan=False) + "\n" for record in records]
     output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(output_dir / ADOPTED, "".join(lines))
 
 
 def history(output_dir: Path) -> list[dict[str, Any]]:
-    """The records of what the run's model has learnt: where it resumed from another run's checkpoint, that one's up to there."""
+    """The records of everything that the run's model was trained on: those of another run up to the checkpoint from which this
+    one resumed, then its own."""
     own, adopted = (read_metrics(path) if path.exists() else [] for path in (output_dir / METRICS, output_dir / ADOPTED))
     last = max((record["step"] for record in adopted), default=-1)
     return [*adopted, *(record for record in own if record["step"] > last)]

@@ -161,7 +161,7 @@ def _missing(name: str) -> ResourceError:
 
 
 def _group(service: Service) -> dict[str, str]:
-    """For MLflow, which has no groups, it is a tag."""
+    """The group as a tag, since MLflow has no groups."""
     return {} if service.group is None else {"group": service.group}
 
 

@@ -38,7 +38,7 @@ class Notice:
 
     text: str
     ranks: tuple[int, ...] = ()
-    """Of the workers that it is about; none: the run."""
+    """Ranks of the workers that it is about; empty: it is about the run."""
 
 
 Update = RunStarted | ReferencePass | Notice

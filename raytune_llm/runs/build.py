@@ -49,8 +49,8 @@ class Built:
 
 
 def least_usable_bytes(device: torch.device) -> float:
-    """Bytes that a GPU has for a run, the least of all workers, so that they choose alike; infinite without a GPU. A collective
-    call."""
+    """Bytes of GPU memory that a run can use: the minimum over workers, so that all choose alike; infinite without a GPU. A
+    collective call."""
     if device.type != "cuda":
         return math.inf
     free = torch.cuda.get_device_properties(device).total_memory - held_by_others(device)
@@ -64,8 +64,8 @@ def least_usable_bytes(device: torch.device) -> float:
 class Builder:
     """Builds a run's model on one worker. It keeps the memory estimate for the error that is raised if memory runs out.
 
-    Making one is a collective call of all workers, and so are `build` and `policy`. What is read from it is not, so that one
-    worker whose memory runs out can say so by itself.
+    Its constructor, `build` and `policy` are collective calls. Its other attributes are not, so that a single worker whose memory
+    runs out can report it.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Builder:
         self._auto = run.train.activation_checkpointing == "auto"
         self._set_environment()
         self.usable_bytes = least_usable_bytes(device)
-        """That the GPU has for the run, the least of all workers; infinite without a GPU."""
+        """GPU memory for the run, the minimum over workers; infinite without a GPU."""
 
     def build(self) -> Built:
         policy, counted, choices = self.policy()
@@ -190,19 +190,19 @@ class Builder:
 
     @property
     def at_once(self) -> int:
-        """How many of the runs a pass is of: all, or as many as fit without computing activations again, where some do."""
+        """How many runs share a pass: all of them, or as many as fit in memory without activation checkpointing, if any do."""
         return self.needs.micro_batch_size // self.run.train.micro_batch_size
 
     def _set_environment(self) -> None:
-        """What libraries read from it when they first use the device or compile."""
+        """Set environment variables that libraries read when they first use the device or compile."""
         if self.device.type == "cpu":
             # transformers imports DeepSpeed, if it is installed, to save any model; this avoids its warning on a host without GPU
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if self.device.type == "cuda":
-            # Read when the first tensor comes to the GPU: pages grow in place, so that changing sizes leave no holes.
+            # Memory segments that grow in place, so that changing sizes leave no gaps. torch reads it at the first allocation.
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if self.compiled:
-            # The default is a folder that goes with the next restart of the machine.
+            # The default folder is in /tmp, which a restart of the machine empties.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
 
     @property
@@ -229,7 +229,7 @@ class Builder:
         if not self._auto:
             asked = self.run.train.activation_checkpointing
             if asked == "offload" and self.device.type != "cuda":
-                return "full", "for offload, with no other memory to go to"
+                return "full", "instead of offload, since there is no other memory"
             return asked, "asked for"
         if self.device.type != "cuda":
             return "none", "not on a CPU"
@@ -241,7 +241,7 @@ class Builder:
         )
 
     def _other_bases(self) -> Iterator[str]:
-        """What to say of saved adapters that were trained on another model."""
+        """Warnings about saved adapters that were trained on another model."""
         model, continued = self.run.model, self.run.adapter.path
         for number, path in enumerate(model.merged_adapters):
             under = replace(model, merged_adapters=model.merged_adapters[:number])
@@ -256,7 +256,7 @@ class Builder:
         reads = READS_FILES[run.strategy.name]
         keeps_less = reads or run.quantization.replaces_layers
         if self._first_pieces or run.adapter.changes_base or run.model.merged_adapters:
-            return None  # the files have fewer rows, or other values
+            return None  # the files lack rows of new tokens, or changes by merged adapters
         if not keeps_less or run.model.weights != "pretrained" or run.model.path is None:
             return None
         files = files_to_read(
@@ -273,8 +273,8 @@ class Builder:
         return files if seen.item() else None
 
     def _loads_to(self, files: Files | None) -> torch.device:
-        """The device that weights are loaded to. A strategy that shards them reads them from files, or takes them from the host
-        memory of the worker with rank 0. Quantized ones each worker makes by itself."""
+        """The device that weights are loaded to: meta if the strategy reads them from files or gets them from rank 0, whose
+        weights are in host memory. Quantized weights are made on every worker."""
         if self.run.quantization.replaces_layers and not self.run.adapter.trains_base:
             return self.device
         if files is not None and READS_FILES[self.run.strategy.name]:

@@ -29,7 +29,7 @@ from raytune_llm.runs.ray_failures import ray_lost
 
 POLL_S = 0.2
 PATIENCE_S = 30.0
-"""With an inbox that does not answer."""
+"""How long an inbox may not answer before the run counts as lost."""
 ABORT_S = 3.0
 """Longest wait for the callback of a run that is interrupted."""
 
@@ -50,20 +50,20 @@ class Channel:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        # On the driver's node: it is to outlive every other one.
+        # On the driver's node, so that it survives the loss of any other node.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.inbox: Any = ray.remote(num_cpus=0)(Inbox).options(scheduling_strategy=here).remote()
         self.error: UserError | None = None
         """The first error of a worker that the user has to fix."""
         self.outcome: TrainOutcome | None = None
         self.callback_error: Exception | None = None
-        """What a callback raised. None is called after it; training continues."""
+        """The error that a callback raised. No callback is called after it, but training continues."""
         self.lost: RunLost | None = None
-        """The inbox is gone, which is on the driver's own node: Ray is."""
+        """The error if the inbox is gone. It is on the driver's node, so Ray itself has died."""
         self.has_started = False
-        """The group came as far as its first step."""
+        """The group has reached its first step."""
         self.last_loss = ""
-        """The notice of the last workers that were lost."""
+        """The last notice about lost workers."""
         self._sinks, self._on_update, self._on_samples = sinks, on_update, on_samples
         self._saved_steps = saved_steps
         self._output, self._stall_timeout_s = output, stall_timeout_s
@@ -87,7 +87,7 @@ class Channel:
         self._end_inbox()
 
     def abort(self) -> None:
-        """End the inbox at once, with what is in it."""
+        """End the inbox at once. Its unread messages are lost."""
         self._closing.set()
         self._thread.join(ABORT_S)
         self._give_up_start()
@@ -96,7 +96,7 @@ class Channel:
     def _end_inbox(self) -> None:
         import ray
 
-        if self.lost is None:  # else it would wait for a head that is gone
+        if self.lost is None:  # otherwise this would wait for a head that is gone
             with suppress(Exception):
                 ray.kill(self.inbox)
 
@@ -156,7 +156,8 @@ class Channel:
         self._starting.enter_context(notify_if_slow(self._on_update, "starting the workers"))
 
     def _give_up_start(self) -> None:
-        """If the workers are still starting, they have not started: no notice says that it is done."""
+        """End the notice about starting workers as failed, if they are still starting, so that nothing reports them as
+        started."""
         failure = InterruptedError()
         self._starting.__exit__(type(failure), failure, None)
 

@@ -24,10 +24,10 @@ PARAMETERS = "parameters.model."
 
 
 def adapter_of_checkpoint(run_folder: Path, step: int, into: Path) -> bool:
-    """Write the adapter of step `step` into a folder. Returns False if the run trains the whole model, or if its optimizer
+    """Write the adapter of a checkpoint into a folder. Returns False if the run trains the whole model, or if its optimizer
     trains other weights than the average that it saves at the end.
 
-    The model is made without its weights, unless the adapter changes them. Raises a UserError where the checkpoint or the run's
+    The model is built without weights, unless the adapter method changes them. Raises UserError if the checkpoint or the run's
     settings can't be read.
     """
     run = load_run("train", config_dir=run_folder, config_name="run")
@@ -47,7 +47,7 @@ def adapter_of_checkpoint(run_folder: Path, step: int, into: Path) -> bool:
     except (OSError, ValueError, dcp.api.CheckpointException) as error:
         raise DataError(str(place), f"can't be read ({error})") from None
     config = load_config(model.path, model.config, **model.config_options)
-    device = torch.device("cpu" if run.adapter.changes_base else "meta")  # what it changed is in what it learned
+    device = torch.device("cpu" if run.adapter.changes_base else "meta")  # such an adapter is saved relative to the changed base
     base = load_model(
         config,
         model.path,

@@ -1,7 +1,7 @@
 """Reads torch's distributed checkpoints from folders that others may write.
 
-A checkpoint's list of its files, `.metadata`, is a pickle, and torch unpickles it as it is: whoever wrote it could run code here.
-This reader makes no object but those that such a list has. Tensors are read without pickled objects by torch itself.
+A checkpoint's index, `.metadata`, is a pickle, and torch would unpickle anything in it, so its writer could run code here. This
+reader creates only the classes that such an index contains. torch itself reads tensors without pickled objects.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ CLASSES = frozenset(
         *((OF_METADATA, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata")),
     }
 )
-"""Module and name, beside torch's dtypes."""
+"""(module, name) of the classes that an index may contain, in addition to torch's dtypes."""
 
 
 class CheckedReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Raises DataError for a list that is damaged, or holds what no checkpoint has."""
+        """Raises DataError for an index that is damaged or contains other classes."""
         path = Path(self.path) / METADATA
         try:
             with path.open("rb") as file:
                 metadata = _Unpickler(file).load()
-        except Exception as error:  # damaged bytes raise whatever their objects do
+        except Exception as error:  # unpickling damaged bytes can raise anything
             raise DataError(str(path), f"can't be read ({type(error).__name__}: {error})") from None
         if not isinstance(metadata, Metadata):
             raise DataError(str(path), "is no list of a checkpoint's files")

@@ -15,14 +15,14 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.report.metrics import METRICS, SAMPLES, SUMMARY
 
 UNTOLD = ("name", "output_dir", "resume", "log_format")
-"""Settings that differ between any two runs."""
+"""Settings that are not compared, since they differ between any two runs."""
 RUN = "run.yaml"
 TRAINS = ("stage", "adapter")
-"""Sections of a run that trains: `evaluate` writes a run.yaml, too."""
+"""Sections by which the run.yaml of a training run is recognized, since `evaluate` writes one too."""
 DATA = tuple(f"data.{name}" for name in ("path", "eval_path", "dataset_info", "names", "split", "eval_split", "eval_fraction"))
-"""Settings that say which row a number is of, beside train.seed."""
+"""Settings that, with train.seed, determine which row a row number means."""
 OF_A_STEP = {"steps": "step", "loss_last": "loss", "tokens_per_s": "tokens_per_s"}
-"""Name in a summary -> in a record of a step."""
+"""Name of a metric in a summary -> its name in the record of a step."""
 MAX_SAMPLES = 3
 
 Rows = Mapping[str, Sequence[Any]]
@@ -51,14 +51,14 @@ class Comparison:
 class _Run:
     place: Path
     settings: Mapping[str, Any]
-    """By dotted path."""
+    """Dotted path -> value."""
     summary: Mapping[str, Any]
-    """Empty where it has not ended."""
+    """Empty if the run has not ended."""
 
 
 def compare(folders: Sequence[str]) -> Comparison:
-    """Folders without a run are left out, and files that can't be read. Raises ConfigError for one that is not there, and where
-    none is left."""
+    """Compare the runs in these folders. Folders without a run, and files that can't be read, are left out. Raises ConfigError if
+    a folder does not exist, or if no run is left."""
     notices: list[str] = []
     places = {place.resolve(): place for place in map(_place, folders)}.values()
     runs = [run for place in places if (run := _run(place, notices)) is not None]
@@ -85,7 +85,7 @@ def _run(place: Path, notices: list[str]) -> _Run | None:
         notices.append(f"{place} is left out: its {RUN} {error.rule}")
         return None
     if not all(isinstance(read.get(section), dict) for section in TRAINS):
-        notices.append(f"{place} is left out: its {RUN} is of no training")
+        notices.append(f"{place} is left out: its {RUN} is not one of a training run")
         return None
     summary = _object(place / SUMMARY)
     if summary is None and (place / SUMMARY).exists():
@@ -101,7 +101,7 @@ def _place(folder: str) -> Path:
 
 
 def _names(places: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many parent folders as tell them apart."""
+    """The folders' names, with as many parent folders as are needed to tell them apart."""
     parts = [place.resolve().parts for place in places]
     count = [1] * len(parts)
     while True:
@@ -156,13 +156,13 @@ def _is_sample(one: Mapping[str, Any]) -> bool:
 
 
 def _same_row(one: Mapping[str, Any], other: Mapping[str, Any], same_data: bool) -> bool:
-    """Sources have no names of their own where there is one, and rows of other data have the same numbers. The prompt of a row is
-    another one in another chat template."""
+    """Whether two samples with the same source and row number are of the same row. If the runs have different data, the prompts
+    must be equal too; with the same data they may differ, because of another chat template."""
     return one["reference"] == other["reference"] and (same_data or one["prompt"] == other["prompt"])
 
 
 def _object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file, or no object in it."""
+    """The JSON object in a file; None if the file is missing or holds something else."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -171,7 +171,7 @@ def _object(path: Path) -> dict[str, Any] | None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects; a run may be writing the last line."""
+    """The objects in a file of JSON lines. The last line may be incomplete, if a run is writing it."""
     found = []
     try:
         texts = path.read_text(errors="replace").splitlines() if path.is_file() else []

@@ -1,4 +1,4 @@
-"""What a model's and an adapter's files hold, as far as answers depend on it: answers of other files are not resumed."""
+"""Hashes of a model's and an adapter's files. predict and evaluate resume only if answers come from the same files."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS
 from raytune_llm.models.finished import FINAL, FINISHED
 
 READ = (".json", ".jinja", ".model", ".txt", ".py")
-"""Suffixes of what is read beside weights: config, generation config, tokenizer, chat template, code."""
+"""Suffixes of files that are hashed in addition to weights: configs, tokenizer, chat template, code."""
 NOT_READ = (
     "export.json", "training_args.json", "trainer_state.json", FINISHED, "summary.json", "predict.json", "metrics.json",
     "predict_results.json", "results.json",
 )  # fmt: skip
-"""What training, exports, predictions and evaluations write into a folder, which may be the model's own."""
+"""Files that training, exports, predictions and evaluations write; the model's folder may contain them."""
 HEAVY = (".safetensors", ".bin")
 
 
 def model_contents(model: ModelConfig) -> dict[str, object]:
-    """Of the base, of a tokenizer of its own, and of the adapters that are merged into it."""
+    """Hashes of the base, of a separate tokenizer, and of the adapters that are merged into the base."""
     return {
         "config": dict(model.config),
         "model": model.path and _contents(model.path, model.revision),
@@ -47,9 +47,9 @@ def adapter_contents(folder: str) -> str:
 
 
 def _contents(path: str, revision: str | None) -> str:
-    """Of a hub's model: its commit."""
+    """A hash of a model's files, or its commit if it is a hub's."""
     if path == BYTES:
-        return path  # a tokenizer that is built in
+        return path  # the built-in tokenizer
     folder = Path(packaged.resolve(path))
     if not folder.is_dir():
         return _commit(path, revision) or path
@@ -57,8 +57,8 @@ def _contents(path: str, revision: str | None) -> str:
 
 
 def folder_contents(folder: Path) -> str:
-    """SHA-256 over its files. Of weights, the hashes that a finished run noted are taken, or else sizes and times of change:
-    reading a large model takes minutes."""
+    """SHA-256 over a folder's files. For weights, it uses the hashes that a finished run noted, or else sizes and modification
+    times, since reading a large model takes minutes."""
     noted, found = _noted(folder), {}
     for file in sorted(folder.iterdir()):
         if file.suffix in HEAVY:
@@ -70,7 +70,7 @@ def folder_contents(folder: Path) -> str:
 
 
 def _commit(name: str, revision: str | None) -> str | None:
-    """Of what lies in the hub's cache."""
+    """The commit of a model in the hub's cache; None if it is not there."""
     for file in ("config.json", "tokenizer_config.json"):
         with suppress(OSError):
             found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -80,7 +80,7 @@ def _commit(name: str, revision: str | None) -> str | None:
 
 
 def _noted(folder: Path) -> Mapping[str, str]:
-    """The hashes of a run's final/, as the run that finished there wrote them."""
+    """The hashes of the files in a run's final/, from its finished.json."""
     try:
         return dict(json.loads((folder.parent / FINISHED).read_text())["files"]) if folder.name == FINAL else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -1,9 +1,9 @@
-"""A group of workers that follows the cluster's size (resources.num_workers=[fewest,most]).
+"""Decides how many workers an elastic run has (resources.num_workers=[fewest,most]).
 
-The driver decides on the size. A group that there is room to enlarge is asked to save and end, and a larger one resumes, so that
-no step is lost; so is one on a node that drains, and one that fits elsewhere resumes. A group that lost a worker is started again
-with the size that there is room for: another one at once where its node is gone, the same one where the node has room for the
-worker again. Each size computes the same steps: the global batch, the order of the samples and the schedule don't depend on it.
+If there is room for a larger group, the driver asks the current one to save and end, and a larger one resumes, so no step is
+lost. The same happens if a node of the group drains: a group that fits on the other nodes resumes. After the loss of a worker, a
+group of the size that fits is started: a smaller one at once if the worker's node is gone, the same size if the node has room for
+it again. The size does not change what is computed: global batch, order of samples and schedule don't depend on it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from raytune_llm.runs.outcome import TrainOutcome
 
 POLL_S = 0.5
 SETTLED_S = 4.0
-"""A larger group starts only after there was room for it for so long, because nodes join one after another."""
+"""There must be room for a larger group for this long before it starts, because nodes join one after another."""
 RELEASED_WITHIN_S = 20.0
-"""Longest wait for the resources of an ended group; after it, another job has them."""
+"""Longest wait for the resources of an ended group. After that, another job must have taken them."""
 
 
 def largest(counts: Sequence[int], nodes: Sequence[Node], each: Mapping[str, float], *, held: int = 0) -> int | None:
-    """The largest of the counts that there is room for now. held: workers that are running. None: there is room for none."""
+    """The largest of these numbers of workers that fits now; None if none fits. held: the number of running workers, whose room
+    counts as free."""
     room = held + sum(workers_that_fit(node.free, each) for node in nodes)
     return max((count for count in counts if count <= room), default=None)
 
@@ -41,7 +42,7 @@ def wait_for_room(
 ) -> int:
     """The number of workers of the next group. Waits without limit for the smallest one.
 
-    wanted: the size to wait for a moment, as long as the nodes have it and others, or a group that is ending, hold some of it.
+    wanted: a size to wait for up to RELEASED_WITHIN_S, if the nodes are large enough but an ending group still holds resources.
     """
     began, noticed = time.monotonic(), ""
     while True:
@@ -60,7 +61,7 @@ def wait_for_room(
 
 @dataclass(kw_only=True)
 class RoomToGrow:
-    """Looks for room for a larger group while one trains. It must be called often."""
+    """Looks for room for a larger group during training. It must be called often."""
 
     counts: Sequence[int]
     workers: int
@@ -87,7 +88,7 @@ class RoomToGrow:
 
 
 def of_all(outcomes: Sequence[TrainOutcome]) -> TrainOutcome:
-    """The result of groups that resumed one another, in order."""
+    """The joint result of groups that resumed one another, in order."""
     last = outcomes[-1]
     times = {name: sum(getattr(one, name) for one in outcomes) for name in ("load_s", "train_s", "save_s")}
     return replace(last, **times)

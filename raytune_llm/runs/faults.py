@@ -1,4 +1,4 @@
-"""Workers that died, stalled or wait for resources, and a line of text on each for the user.
+"""Workers that died, stalled or wait for resources, and a line of text about each for the user.
 
 Ray's full errors and the workers' stacks are in workers.log, in the output folder.
 """
@@ -17,7 +17,7 @@ from types import FrameType
 WORKERS_LOG = "workers.log"
 BEAT_S = 5.0
 MAX_NAMED = 3
-"""Stalled workers in a line of text."""
+"""Maximum number of stalled workers that a line names."""
 COLLECTIVES = ("torch/distributed/", "torch/autograd/graph.py")
 """Files in the stack of a worker that waits for the others: in a collective, or for gradients in a backward pass."""
 
@@ -32,7 +32,7 @@ class WorkersLost:
     failure: int | None
     """Number of this failure within the last hour, from 1. None: it does not count as one."""
     limit: int
-    """Failures that are allowed within an hour."""
+    """Number of failures that are allowed within an hour."""
 
     @property
     def again(self) -> bool:
@@ -45,7 +45,7 @@ class WorkersWait:
     """The group has no place for its workers yet."""
 
     line: str | None
-    """What it waits for. None: it has its place now."""
+    """What it waits for. None: it has its resources now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def waiting_line(workers: int, each: Mapping[str, float], free: Mapping[str, flo
 
 
 class Stalls:
-    """Workers that stalled, kept back until all of their group have had the time to say so."""
+    """Collects reports of stalled workers until all workers of the group have had time to report."""
 
     def __init__(self, stall_timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._gather_s, self._clock = 2 * beat_s(stall_timeout_s), clock
@@ -131,7 +131,7 @@ class Stalls:
         self._stalled.append(stalled)
 
     def take(self) -> Sequence[WorkerStalled]:
-        """Those to report now; nobody while others may follow."""
+        """The stalled workers to report now; empty while more reports may follow."""
         if not self._stalled or self._clock() - self._first < self._gather_s:
             return ()
         stalled, self._stalled = self._stalled, []
@@ -139,7 +139,7 @@ class Stalls:
 
 
 def beat_s(stall_timeout_s: float) -> float:
-    """Seconds between heartbeats. Workers that stall together report it within so long."""
+    """Seconds between heartbeats. Workers that stall together report it within this time."""
     return min(BEAT_S, stall_timeout_s / 4)
 
 

@@ -1,4 +1,4 @@
-"""What a new adapter learns of the run's rows before the first step, where its method does (EVA)."""
+"""Initializes a new adapter from the run's first samples, for methods that do so (EVA)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from raytune_llm.train.strategies.base import Strategy, trained
 
 
 def begin_from_inputs(setup: Setup) -> None:
-    """Look at the first samples of the run's order, and give the adapter the values that it begins with. A collective call.
+    """Observe the layers' inputs on the first samples of the run's order, and initialize the adapter. A collective call.
 
-    Every worker computes the same samples, one a pass, so that the values depend on neither their number nor on the micro-batch.
-    Raises DataError if no layer saw enough trained tokens.
+    Every worker computes the same samples, one per pass, so the values depend neither on the number of workers nor on the
+    micro-batch. Raises DataError if no layer saw enough trained tokens.
     """
     strategy = setup.built.strategy
     observer = strategy.module.adapters.observer()
@@ -59,7 +59,7 @@ def _look(setup: Setup, observer: Observer) -> None:
 
 
 def _set(strategy: Strategy, values: dict[int, Tensor]) -> None:
-    """Through the strategy's own way from a checkpoint: some keep a parameter in several places."""
+    """Set parameters through the strategy's `load`, since some strategies keep a parameter in several places."""
     found = {f"parameters.{name}": values.get(id(parameter)) for name, parameter in trained(strategy.module)}
 
     def fill(state: dict[str, Tensor]) -> None:
@@ -74,7 +74,7 @@ def _set(strategy: Strategy, values: dict[int, Tensor]) -> None:
 
 @torch.no_grad()
 def _give(kept: Tensor, value: Tensor) -> None:
-    """The first worker's value is everyone's."""
+    """Copy rank 0's value to the parameter of every worker."""
     value = value.to(kept.dtype).contiguous()
     if isinstance(kept, DTensor):
         shard = distribute_tensor(value, kept.device_mesh, kept.placements).to_local()

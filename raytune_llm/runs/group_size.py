@@ -1,6 +1,6 @@
 """How many workers a run has, the CPUs and GPUs of each, and whether the cluster has room for them. [ray]
 
-Every function here needs a connected cluster, but for a run of this process.
+All functions need a connected cluster, except for a run in this process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from raytune_llm.runs.live_nodes import LOOK_EVERY_S, Node, nodes_there, summed
 from raytune_llm.runs.nodes import workers_that_fit
 
 TOKENIZING_CPUS = 1
-"""Reserved, at least, for data.streaming, which tokenizes while the workers train."""
+"""Minimum number of CPUs that are reserved for data.streaming, which tokenizes while the workers train."""
 NOTICE_AFTER_S = 2.0
 NOTICE_INTERVAL_S = 30.0
 
@@ -39,7 +39,7 @@ class GroupSize:
 
 
 def group_size(resources: Local | Cluster, *, reserved_cpus: int = 0) -> GroupSize:
-    """The group that `resources` asks for; of a range the smallest. reserved_cpus: CPUs that `auto` leaves to other tasks."""
+    """The group that `resources` asks for; for a range, the smallest. reserved_cpus: CPUs that `auto` leaves to other tasks."""
     import ray
 
     total = ray.cluster_resources()
@@ -62,7 +62,7 @@ def group_size(resources: Local | Cluster, *, reserved_cpus: int = 0) -> GroupSi
 
 
 def most_workers(resources: Local | Cluster, size: GroupSize) -> int:
-    """Of the group, or, where it may grow, of the largest one."""
+    """The number of workers; for a range, the largest."""
     return resources.num_workers[-1] if isinstance(resources.num_workers, list) else size.workers
 
 
@@ -108,7 +108,7 @@ def check_fits(size: GroupSize, *, reserved_cpus: int = 0) -> None:
 
 @dataclass(kw_only=True)
 class Waiting:
-    """What a group waits for that has no place, which Ray does not say. It must be asked often."""
+    """Tells what a group without resources waits for, which Ray does not say. It must be called often."""
 
     size: GroupSize
     clock: Callable[[], float] = time.monotonic
@@ -119,7 +119,7 @@ class Waiting:
     _looked: float = field(default=float("-inf"), init=False)
 
     def line(self) -> str | None:
-        """A line for the user. None: it waits for a moment only, has a place now, or has just said so."""
+        """A line for the user. None if the wait is short so far, if the group has its resources, or if it was just reported."""
         now = self.clock()
         self._began = now if self._began is None else self._began
         if now - self._began < NOTICE_AFTER_S or now - self._looked < LOOK_EVERY_S:
@@ -133,7 +133,7 @@ class Waiting:
 
 
 def missing_room(workers: int, each: Mapping[str, float], nodes: Sequence[Node]) -> str | None:
-    """What workers wait for, as a line of text. None: each has a place on one node."""
+    """What the workers wait for, as a line of text; None if each fits on a node."""
     if sum(workers_that_fit(node.free, each) for node in nodes) >= workers:
         return None
     line = waiting_line(workers, each, summed(node.free for node in nodes), summed(node.total for node in nodes))
@@ -142,7 +142,7 @@ def missing_room(workers: int, each: Mapping[str, float], nodes: Sequence[Node])
 
 
 def _nodes() -> list[Mapping[str, float]]:
-    """What each node of the cluster has in all."""
+    """The total resources of each node."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

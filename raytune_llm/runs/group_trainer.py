@@ -1,9 +1,9 @@
 """Ray's TorchTrainer, with its controller in a thread of the driver. Imports ray and torch. [ray]
 
-Ray starts the controller as an actor, which starts others: one that frees the workers' places if the controller dies, one that
-passes requests to an autoscaler, and one that shares out data sets. Each is a process that imports Ray Train for seconds, in line
-before the workers. No run needs them here: the places go with the driver, an autoscaler sees the placement group that waits, and
-the workers read token stores.
+Ray starts the controller as an actor, and that starts more actors: one frees the workers' placement group if the controller dies,
+one passes requests to an autoscaler, and one distributes data sets. Each takes seconds to import Ray Train before the workers can
+start. Runs don't need them here: the placement group ends with the driver, an autoscaler sees the pending placement group, and
+workers read token stores.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ NOT_NEEDED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 class GroupTrainer(TorchTrainer):
     def __init__(self, *arguments: Any, again: Callable[[Exception], bool], **settings: Any) -> None:
-        """again: asked in a thread of this process, with each of Ray Train's errors, whether the group is started again."""
+        """again: called in a thread of this process with each error of Ray Train; it returns whether to start the group again."""
         super().__init__(*arguments, **settings)
         self._again = again
         self._groups = Groups()
 
     def end(self) -> None:
-        """End the workers from another thread, even while they start. `fit` raises then."""
+        """End the workers from another thread, even while they start. `fit` then raises."""
         self._groups.end()
 
     def nodes(self) -> set[str]:
-        """Ids of the nodes that the workers are on; none while they start."""
+        """Ids of the workers' nodes; empty while they start."""
         return self._groups.nodes()
 
     def waits(self) -> bool:
-        """The workers have no place yet."""
+        """Whether the workers still wait for their placement group."""
         return self._groups.waits()
 
     def _asked(self, error: Exception) -> bool:
@@ -60,7 +60,7 @@ class GroupTrainer(TorchTrainer):
 
 
 class Unannounced(FixedScalingPolicy):
-    """A group of one size, of which only its placement group tells an autoscaler."""
+    """A group of fixed size that sends no resource requests: an autoscaler sees its placement group."""
 
     def _send_resource_request(self) -> None:
         pass
@@ -73,7 +73,7 @@ class Unannounced(FixedScalingPolicy):
 
 
 class Asked(FailurePolicy):
-    """Ray's own counts the failures of the whole run."""
+    """Lets `again` decide on restarts. Ray's own policy counts the failures of the whole run, not those of the last hour."""
 
     def __init__(self, again: Callable[[Exception], bool]) -> None:
         self._again = again
@@ -107,7 +107,7 @@ class Groups:
         return self._waits
 
     def took(self, place: Any) -> None:
-        """place: the placement group of a group that starts."""
+        """Called with the placement group of a group that starts."""
         with self._lock:
             self._place, self._waits = place, True
             ended = self._ended
@@ -115,18 +115,18 @@ class Groups:
             remove_placement_group(place)
 
     def placed(self) -> None:
-        """The placement group has its resources."""
+        """Called when the placement group has its resources."""
         self._waits = False
 
     def ended(self) -> bool:
         return self._ended
 
     def end(self) -> None:
-        """Take the workers' place from them, which ends them."""
+        """End the workers by removing their placement group."""
         with self._lock:
             self._ended = True
             place = self._place
-        if place is not None:  # in a thread: it waits for a head that may be gone
+        if place is not None:  # in a thread, since the call waits for a head that may be gone
             threading.Thread(target=remove_placement_group, args=(place,), daemon=True).start()
 
 
@@ -145,7 +145,7 @@ class Group(WorkerGroup):
         return super()._create_workers(*arguments, **settings)
 
     def shutdown(self) -> None:
-        """A group that failed is killed at once. Ray's would wait for its workers, also for one that answers no more."""
+        """Kill a failed group at once. Ray would wait for its workers, even for one that does not answer."""
         status = self.get_latest_poll_status()
         if status is not None and status.errors and self.has_started():
             for worker in self.get_workers():
@@ -153,7 +153,7 @@ class Group(WorkerGroup):
         super().shutdown()
 
     def _init_train_context_on_workers(self, workers: Sequence[Any], sync_actor: Any, train_context_args: Any) -> None:
-        """As Ray's, whose controller is an actor that workers can ask for checkpoints."""
+        """Ray's method without its controller actor, which workers could ask for checkpoints."""
         starts = [
             worker.actor.init_train_context.remote(
                 train_run_context=self._train_run_context,
@@ -171,5 +171,5 @@ class Group(WorkerGroup):
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
-        """The job's own, without more variables: a node has idle processes for it, and starts none for a new environment."""
+        """The job's own runtime environment without extra variables, so that idle processes of a node can be used."""
         return custom_runtime_env

@@ -1,7 +1,7 @@
 """The function that each worker of a group runs. [ray]
 
-Ray's controller of a group loads this file, too, to pass the function on. It starts seconds earlier because torch and the models
-are imported in the function only.
+Ray's controller imports this file too, to pass the function on. torch and the models are imported only inside the function, so
+the controller starts seconds earlier.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def worker_main(settings: Mapping[str, Any]) -> None:
-    """settings: `run`, the folders of its `stores`, the `inbox`, the `threads` that torch may use without a GPU, and whether it
-    `yields`: saves and ends where the driver asks it to."""
+    """Train on this worker. settings: `run`, the folders of its `stores`, the `inbox`, the `threads` that torch may use without a
+    GPU, and whether the group `yields`: saves and ends when the driver asks it to."""
     import ray
     import ray.train.torch
     import torch
@@ -29,7 +29,7 @@ def worker_main(settings: Mapping[str, Any]) -> None:
 
     inbox = settings["inbox"]
     if ray.get(inbox.error.remote()) is not None:
-        return  # Ray restarts the group after any error, but one that the user has to fix would only occur again
+        return  # not raised: Ray would restart the group, and an error that the user has to fix would only occur again
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(settings["threads"])

@@ -1,4 +1,4 @@
-"""The actor that holds the workers' messages until the driver reads them. Imports no torch, so that it starts at once."""
+"""The actor that holds the workers' messages until the driver reads them. It does not import torch, so it starts at once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Message = Mapping[str, Any] | Update | WorkersLost | WorkerStalled | WorkersWait
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What the driver takes out of the inbox."""
+    """The content of the inbox when the driver reads it."""
 
     messages: Sequence[Message]
-    """Those that are new."""
+    """Messages since the last reading."""
     error: UserError | None
     outcome: TrainOutcome | None
     hosts: Mapping[int, str]
@@ -52,7 +52,7 @@ class Inbox:
         self._last_beat.pop(rank, None)
 
     def ask_to_yield(self) -> None:
-        """The workers are to save and end at their next log step."""
+        """Ask the workers to save and end at their next log step."""
         self._asked_to_yield = True
 
     def asked_to_yield(self) -> bool:

@@ -1,4 +1,4 @@
-"""The cluster's nodes that take workers now: they answer, and are not about to be taken away. [ray]"""
+"""Finds the cluster's nodes that can take workers now: they answer and are not draining. [ray]"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Node:
 
 
 def nodes_there() -> list[Node]:
-    """Ray still lists a lost node for some seconds, and one that drains until it is gone."""
+    """The nodes that can take workers. Ray also lists lost nodes for some seconds, and draining ones until they are gone."""
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
@@ -31,7 +31,7 @@ def node_ids() -> set[str]:
 
 
 def draining_ids() -> Set[str]:
-    """Nodes that are told to end: a spot instance that is reclaimed, a pod that is deleted."""
+    """Ids of nodes that are about to end: a spot instance that is reclaimed, a pod that is deleted."""
     import ray._private.state
 
     return ray._private.state.state.get_draining_nodes().keys()
@@ -62,7 +62,7 @@ def _answers(node: Mapping[str, Any]) -> bool:
 
 @dataclass(kw_only=True)
 class Leaving:
-    """Looks whether a node of a group drains. It must be called often."""
+    """Tells whether a node of a group drains. It must be called often."""
 
     nodes_of_group: Callable[[], Set[str]]
     look: Callable[[], Set[str]] = draining_ids

@@ -64,10 +64,10 @@ class Nodes:
     """The nodes of a run, and the time of an all-reduce over one process per node."""
 
     nodes: Sequence[Node]
-    """Those that take work."""
+    """The nodes that can take workers."""
     backend: str
     driver: Node | None = None
-    """The node of this process, where that takes no work: a head without CPUs."""
+    """The driver's node if it can't take workers, such as a head without CPUs; else None."""
     all_reduce_nodes: int = 0
     """Number of nodes in the all-reduce; 0: it was not measured."""
     all_reduce_s: Mapping[int, float] = field(default_factory=dict)
@@ -109,7 +109,7 @@ def check_nodes(
 
     folders: setting -> folder that all nodes must share. workers, each: number of workers, and CPUs and GPUs of one. report:
     called with lines of text for the user. The all-reduce is measured over one process on each node that can hold a worker,
-    unless one node can hold all workers. Returns None where the driver's node is the only one that takes work, and with
+    unless one node can hold all workers. Returns None if the driver's node is the only one that can take workers, or with
     resources.preflight=off.
     """
     import ray
@@ -154,7 +154,7 @@ def workers_that_fit(there: Mapping[str, float], each: Mapping[str, float]) -> i
 
 
 def check_versions(nodes: Sequence[Node], driver: Node | None = None) -> None:
-    """Raises ResourceError if versions differ between nodes. The driver's may be built for another device (torch 2.9.0+cpu)."""
+    """Raises ResourceError if versions differ between nodes. The driver's build may be for another device (torch 2.9.0+cpu)."""
     first = nodes[0]
 
     def differ(other: Node, name: str, mine: str, its: str) -> ResourceError:
@@ -177,8 +177,8 @@ def _version_on(node: Node, name: str) -> str:
 
 
 def check_reachable(found: Nodes) -> None:
-    """Raises ResourceError if gloo would give the other nodes a loopback address. Nodes of one address are one machine, which
-    can be reached so."""
+    """Raises ResourceError if gloo would give other nodes a loopback address. It may if all nodes have one address, since they
+    are one machine."""
     variable = INTERFACES[found.backend]
     if found.backend != "gloo" or len({node.address for node in found.nodes}) < 2:
         return
@@ -195,7 +195,7 @@ def _ask(ids: Sequence[str]) -> list[Node]:
     asked = [_on(node, describe_node).remote() for node in ids]
     nodes = _answers(asked, "report their properties")
     skews = []
-    for watch in [_on(node, clock) for node in ids]:  # by processes that have just been started, and so answer at once
+    for watch in [_on(node, clock) for node in ids]:  # their processes have just been started, so they answer without delay
         before = time.time()
         [there] = _answers([watch.remote()], "tell the time")
         skews.append(there - (before + time.time()) / 2)
@@ -270,7 +270,7 @@ def _check_reached(setting: str, address: str, ids: Sequence[str], addresses: Se
 
 
 def refusal(address: str, setting: str) -> str:
-    """Why this node can't write there; empty: it can."""
+    """The reason why this node can't write to the address; empty if it can."""
     try:
         check_writable(address, setting)
     except UserError as error:
@@ -279,7 +279,7 @@ def refusal(address: str, setting: str) -> str:
 
 
 def write_marker(folder: Path, name: str) -> str:
-    """Returns the reason why it failed; empty: it did not."""
+    """Write a marker file. Returns the reason if that fails, else an empty text."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
@@ -292,7 +292,7 @@ def sees(path: Path) -> bool:
     until = time.monotonic() + VISIBLE_WITHIN_S
     while time.monotonic() < until:
         try:
-            os.listdir(path.parent)  # makes a network file system refresh its cache
+            os.listdir(path.parent)  # so that a network file system refreshes its cache
             if path.read_text() == path.name:
                 return True
         except OSError:
@@ -302,7 +302,7 @@ def sees(path: Path) -> bool:
 
 
 def remove_marker(folder: Path, name: str) -> None:
-    """Delete the marker, and the folder if it is empty then."""
+    """Delete the marker, and then the folder if it is empty."""
     (folder / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
@@ -373,7 +373,8 @@ def _on(node: str, function: Callable[..., Any], **options: Any) -> Any:
 
 
 def _answers(asked: Sequence[Any], what: str) -> list[Any]:
-    """Raises ResourceError where a node can't, and RunLost where one is lost."""
+    """The results of remote calls. Raises ResourceError if a call fails or takes too long, and RunLost if a node is lost. what:
+    the task, such as "report their properties"."""
     import ray
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
@@ -396,5 +397,5 @@ def _answers(asked: Sequence[Any], what: str) -> list[Any]:
 
 
 def _last_line(error: Exception) -> str:
-    """Of a traceback: the error itself."""
+    """The last line of an error's text, which in a traceback is the error itself."""
     return str(error).strip().splitlines()[-1]

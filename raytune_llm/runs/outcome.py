@@ -1,4 +1,4 @@
-"""What a run came to. Loads no torch: the driver and the inbox of a group pass it on."""
+"""The result of a run. It does not import torch, since the driver and the inbox handle it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ class TrainOutcome:
     train_s: float
     save_s: float
     yielded: bool = False
-    """Ended before its last step with a checkpoint, so that a group of another size resumes."""
+    """The group ended before the last step with a checkpoint, so that another group can resume."""
     paused: bool
     """The run stopped at train.pause_at: there is a checkpoint and no final/."""

@@ -1,4 +1,4 @@
-"""The output folder: who may write into it, and the `final/` model in it."""
+"""The output folder: whether a run may use it, and the model in its `final/`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _FREE = {
 
 
 def identity(run: TrainRun, manifests: dict[str, str]) -> dict[str, str]:
-    """All that a run's numbers depend on, as flat JSON: settings by dotted path, and token stores by hash."""
+    """Everything that a run's numbers depend on: its settings as flat JSON by dotted path, and the hashes of its token stores."""
     settings = asdict(run)  # type: ignore[call-overload]  # pydantic's dataclasses are dataclasses, which pyright can't see
     return {"settings": json.dumps(dict(_flat(settings)), sort_keys=True), **manifests}
 
@@ -44,7 +44,7 @@ def identity(run: TrainRun, manifests: dict[str, str]) -> dict[str, str]:
 def open_output(run: TrainRun, folder: Path, identity_now: dict[str, str]) -> int | None:
     """Prepare the folder for the run. Returns the step to resume from, if any.
 
-    Raises ConfigError where `resume` forbids what is there, or where it belongs to another run.
+    Raises ConfigError if `resume` doesn't permit what the folder has, or if it belongs to another run.
     """
     checkpoints = folder / "checkpoints"
     checkpoint_files.sweep(checkpoints)
@@ -65,10 +65,11 @@ def open_output(run: TrainRun, folder: Path, identity_now: dict[str, str]) -> in
 
 
 def adopt(run: TrainRun, donor: Path) -> int:
-    """Give the run the newest checkpoint of another one, to resume from as if it had made it, and the one with its lowest loss,
-    which may be the model in the end. The run's own ones go. Returns the newest one's step.
+    """Replace the run's checkpoints with another run's newest one, from which it then resumes, and its best one, which may become
+    final/. Returns the step of the newest.
 
-    Files are linked if both are on one file system. Raises ConfigError if the other one has no checkpoint.
+    donor: the other run's output folder. Files are hard links if both are on one file system. Raises ConfigError if the donor has
+    no checkpoint.
     """
     folder = Path(run.output_dir)
     there, here = donor / "checkpoints", folder / "checkpoints"
@@ -116,7 +117,8 @@ def finished(folder: Path, identity_now: dict[str, str]) -> bool:
 
 
 def _end_of(folder: Path) -> tuple[dict[str, str], dict[str, str]] | None:
-    """The files that the run which finished in the folder wrote, with their hashes, and the run's identity; None: none did."""
+    """The content of finished.json: file -> hash of the run's files, and the run's identity. None if no run has finished
+    there."""
     try:
         then = json.loads((folder / FINISHED).read_text())
         files, identity_then = dict(then["files"]), dict(then["identity"])
@@ -127,7 +129,8 @@ def _end_of(folder: Path) -> tuple[dict[str, str], dict[str, str]] | None:
 
 
 def check_final(run: TrainRun, folder: Path) -> None:
-    """Raises ConfigError where the run would replace a `final/` of which nothing in the folder says what wrote it."""
+    """Raises ConfigError if the run would replace a `final/` of unknown origin: nothing in the folder tells which run wrote
+    it."""
     final = folder / "final"
     if run.resume == "never" or not final.is_dir() or not any(final.iterdir()):
         return
@@ -151,7 +154,7 @@ def mark_finished(folder: Path, identity_now: dict[str, str]) -> None:
 
 @contextmanager
 def as_found_where_refused(folder: Path) -> Iterator[None]:
-    """A command that is refused before its first record leaves run.yaml as it was, or none."""
+    """Restore (or remove) run.yaml if the command is refused before it wrote its first record."""
     described, metrics = folder / "run.yaml", folder / "metrics.jsonl"
     found, records = _content(described), _content(metrics)
     try:
@@ -170,10 +173,10 @@ def _content(path: Path) -> bytes | None:
 
 @contextmanager
 def full_disk_explained(folder: Path, *, setting: str = "output_dir", then: str = RESUMES) -> Iterator[None]:
-    """Turns the OSError of a full disk, a quota or a file size limit into a ResourceError that says what to do, and that of a
-    file system that is away into RunLost.
+    """Turns the OSError of a full disk, a quota or a limit on file size into a ResourceError that says what to do, and the error
+    of a file system that does not answer into RunLost.
 
-    setting: of the folder. then: what the same command does once there is space.
+    setting: the setting that names the folder. then: what the same command does once there is space.
     """
     try:
         yield
@@ -221,14 +224,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def write_final(folder: Path, save: Callable[[Path], None], card: str) -> None:
-    """Write the model with `save`, and a model card, to a folder that then replaces the old one by renaming."""
+    """Write the model with `save`, and a model card, to a temporary folder that then replaces `folder` by renaming."""
     beside = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(beside, ignore_errors=True)
     save(beside)
     (beside / "README.md").write_text(card)
     old = folder.with_name(f".{folder.name}-old")
     shutil.rmtree(old, ignore_errors=True)
-    (folder.parent / FINISHED).unlink(missing_ok=True)  # it is of the old one
+    (folder.parent / FINISHED).unlink(missing_ok=True)  # it describes the old model
     if folder.exists():
         folder.rename(old)
     beside.rename(folder)
@@ -236,7 +239,7 @@ def write_final(folder: Path, save: Callable[[Path], None], card: str) -> None:
 
 
 def _loaded_on(run: TrainRun) -> str:
-    """For an adapter of a model that is in no folder yet: how to make it."""
+    """For the model card: how to make the merged base of an adapter, if there is one; else empty."""
     if run.adapter.trains_base or not run.model.merged_adapters or run.model.path is None:
         return ""
     return (

@@ -2,8 +2,8 @@
 
 The owner writes a lock file and renews its modification time. A lock is stale if its process no longer exists (on this host) or
 if the modification time is old (on any host, by the clock of the file system), so a crash leaves nothing to clean up: the same
-command, started again elsewhere, watches the lock until it is stale. An owner that could not renew its lock, and finds another's
-in its place, ends as after Ctrl-C.
+command, started again elsewhere, waits until the lock is stale. An owner that could not renew its lock, and then finds another
+process's lock, ends like after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ log = logging.getLogger(__name__)
 LOCK = ".owner.json"
 RENEWED_EVERY_S, STALE_AFTER_S = 5.0, 20.0
 LOOK_EVERY_S = 1.0
-"""At a lock of another host."""
+"""How often a lock of another host is checked."""
 CLOCK_STEP_S = 1.0
-"""Stores give times in whole seconds, by clocks that may differ a little."""
+"""Tolerance for object stores, whose times are whole seconds of clocks that may differ a little."""
 TAKEN_AFTER_S = 0.2
 """Two processes that take the same stale lock both write the file; after this time its content decides."""
 
 
 def check_writable(folder: Path, *names: str) -> None:
-    """Raises ConfigError if the folder doesn't exist and can't be created, or can't be written to, or if one of the files that
-    will be written there is a folder, or a link that leads nowhere.
+    """Raises ConfigError if the folder can't be created or written to, or if one of the files to be written there is a folder or
+    a broken link.
     """
     try:
         there = next(place for place in (folder, *folder.parents) if place.exists())
@@ -60,7 +60,7 @@ def check_writable(folder: Path, *names: str) -> None:
 
 
 class Lock(Protocol):
-    """Where the lock of a folder is kept."""
+    """A lock file in a folder or in an object store."""
 
     place: str
     """The folder, for messages."""
@@ -78,7 +78,7 @@ class Lock(Protocol):
     def remove(self) -> None: ...
 
     def age_s(self) -> float:
-        """Seconds since it was written or renewed, by the clock of the storage that hosts share; infinite if there is none."""
+        """Seconds since the lock was written or renewed, by the clock of the shared storage; infinite if there is no lock."""
         ...
 
 
@@ -121,7 +121,7 @@ class FileLock:
 
 
 class ObjectLock:
-    """A store writes an object that is not there for one of those who ask at once (If-None-Match)."""
+    """A lock in an object store. If several processes create it at once, the store lets one succeed (If-None-Match)."""
 
     def __init__(self, folder: RemoteFolder) -> None:
         self.place, self._folder = folder.address, folder
@@ -153,7 +153,7 @@ class ObjectLock:
 
 
 class Ownership:
-    """Of a folder, by this process."""
+    """This process's ownership of a folder."""
 
     def __init__(self, lock: Lock) -> None:
         self._lock = lock
@@ -163,12 +163,13 @@ class Ownership:
 
     @property
     def lost(self) -> bool:
-        """Another process owns the folder now: nothing may be written there."""
+        """Whether another process owns the folder now, so that this one must not write to it."""
         return bool(self._taken_by)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Raises RunLost, in the main thread at once, where another process takes the folder."""
+        """A context in which the lock is renewed. Raises RunLost if another process takes the folder; in the main thread, at
+        once."""
         _take(self._lock, self._mine)
         main = threading.current_thread() is threading.main_thread()
         keeper = threading.Thread(target=self._keep, args=(main,), name="owner", daemon=True)
@@ -198,7 +199,7 @@ class Ownership:
                 if main:
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
-            with suppress(OSError, ResourceError):  # storage that is away for a moment
+            with suppress(OSError, ResourceError):  # the storage may not answer for a moment
                 if holder:
                     self._lock.renew(json.dumps(self._mine))
 
@@ -206,7 +207,7 @@ class Ownership:
         pid, host = self._taken_by.get("pid"), self._taken_by.get("host")
         return RunLost(
             f"process {pid} on {host} has taken {self._lock.place}, which this one could not reach for {STALE_AFTER_S:g} s",
-            "That one goes on with it.",
+            "That process continues the run.",
         )
 
 
@@ -237,7 +238,8 @@ def owned_remotely(folder: RemoteFolder) -> Iterator[Ownership]:
 
 
 def wait_until_free(folder: Path) -> None:
-    """Wait until the lock of a process that has died is stale: at once on this host, else when it was not renewed."""
+    """Wait until the lock of a dead process is stale. A process of this host is recognized at once; a lock of another host must
+    not have been renewed for STALE_AFTER_S."""
     lock, until = FileLock(folder), time.monotonic() + STALE_AFTER_S + RENEWED_EVERY_S
     while lock.path.exists() and _alive(lock, _read(lock)) and time.monotonic() < until:
         time.sleep(TAKEN_AFTER_S)
@@ -263,16 +265,16 @@ def _take(lock: Lock, mine: dict[str, Any]) -> None:
 
 
 def _is_renewed(lock: Lock, holder: dict[str, Any]) -> bool:
-    """Watch a lock of another host until it is renewed, or stale."""
+    """Watch another host's lock until it is renewed (True) or stale (False)."""
     age = lock.age_s()
     if age < STALE_AFTER_S:
         log.warning(
-            "%s was used by process %s on %s just now; looking for up to %.0f s whether it still is",
+            "%s was in use by process %s on %s a moment ago; checking for up to %.0f s whether it still is",
             lock.place, holder.get("pid"), holder.get("host"), STALE_AFTER_S - age,
         )  # fmt: skip
     while age < STALE_AFTER_S:
         time.sleep(LOOK_EVERY_S)
-        _read(lock)  # opening a file makes a network file system ask its server
+        _read(lock)  # opening the file makes a network file system ask its server
         before, age = age, lock.age_s()
         if age < before - CLOCK_STEP_S:
             return True
@@ -290,7 +292,7 @@ def _new_lock() -> dict[str, Any]:
 
 
 def _is_here(holder: dict[str, Any]) -> bool:
-    """Whether the process is, or was, one of this host since its last start, and of this container."""
+    """Whether the lock's process belongs to this container and to this boot of the host, so that its id can be looked up."""
     return holder.get("host") == socket.gethostname() and holder.get("boot") == _boot()
 
 
@@ -309,8 +311,8 @@ def _read(lock: Lock) -> dict[str, Any]:
 
 
 def _boot() -> str:
-    """An id of the machine's current boot and of the container's process ids, since these start again with each. Containers that
-    share the host's network share its name."""
+    """An id of the machine's boot and of the container's process namespace, since process ids are only unique within these.
+    Containers may share the host's name."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -318,8 +320,8 @@ def _boot() -> str:
 
 
 def _started(pid: object) -> str | None:
-    """When a process started, in the kernel's clock ticks. None: there is no such process, or it is a zombie: it has ended, and
-    its parent (the first process of some containers) never asks how."""
+    """When a process started, in the kernel's clock ticks; None if there is no such process. A zombie has ended, even if its
+    parent (the first process of some containers) never reaps it."""
     if not isinstance(pid, int):
         return None
     try:
@@ -327,7 +329,7 @@ def _started(pid: object) -> str | None:
         return None if state in ("Z", "X") else others[18]
     except (OSError, IndexError):
         pass
-    try:  # without /proc
+    try:  # a system without /proc
         os.kill(pid, 0)
     except (OSError, OverflowError):
         return None

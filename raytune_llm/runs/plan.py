@@ -30,7 +30,7 @@ GPU_CLASSES = (24 * GIB, 40 * GIB, 80 * GIB)
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The token store of a run, as training would go through it."""
+    """The amount of data that a run trains on, from its token store."""
 
     store: Path
     rows: int
@@ -51,9 +51,9 @@ class Data:
 class Device:
     name: str
     memory: int
-    """In bytes."""
+    """Bytes."""
     shared: bool = False
-    """All workers share the memory, as on a host without GPUs."""
+    """Whether all workers share this memory, as on a host without GPUs."""
 
     def share(self, memory: Memory, world_size: int) -> float:
         """The fraction of the device's memory that a run needs."""
@@ -66,9 +66,9 @@ class Verdict:
 
     device: Device
     checkpointing: str
-    """train.activation_checkpointing, or what auto chooses there."""
+    """train.activation_checkpointing, or the choice of auto for this device."""
     memory: Memory
-    """The peak of one worker."""
+    """The peak memory of one worker."""
     fixes: tuple[Fix, ...]
     """If it does not fit: sets of changes with which it would, each minimal."""
     fits: bool
@@ -98,7 +98,8 @@ class Plan:
 
 
 def plan(run: TrainRun) -> Plan:
-    """Raises ConfigError and DataError as training would. Loads no weights, and reads the data only to hash them."""
+    """Plan a run. Raises ConfigError and DataError as training would. It loads no weights, and reads the data only to hash
+    them."""
     tokenizer, _ = tokenizer_of(run)
     config = run_config(run.model, tokenizer, run.data.max_length, packing=run.data.packing)
     gpus = gpus_here()
@@ -154,7 +155,7 @@ def _devices_without_gpu(run: TrainRun) -> Iterator[Device]:
 def _world_size(run: TrainRun, num_gpus: int) -> int:
     workers = run.resources.num_workers
     if isinstance(workers, list):
-        return workers[0]  # of an elastic run the smallest group, whose workers need the most memory
+        return workers[0]  # an elastic run's smallest group, whose workers need the most memory
     return workers if isinstance(workers, int) else max(num_gpus, 1)
 
 

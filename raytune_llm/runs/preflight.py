@@ -1,6 +1,6 @@
 """Checks before anything is prepared or written: each part of a run raises an error for what it can't do.
 
-The model is looked at without its weights: on torch's meta device it has its layers and their sizes, and takes no memory.
+The model is built on torch's meta device, with its layers and their shapes, but without memory for weights.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from raytune_llm.train.optimizers.groups import trained_in
 
 
 def check(run: TrainRun, workspace: Workspace | None = None) -> None:
-    """Raises UserError for a run that would fail. Runs of a workspace that are checked are not looked at again."""
+    """Raises UserError for a run that would fail. A run that was checked in this workspace is not checked again."""
     workspace = workspace or Workspace()
     if workspace.checked:
         return
     of_model = (run.model, run.data, run.stage, run.adapter, run.quantization, run.strategy, run.tracking, run.resources)
-    # trials of other rates fit where one does
+    # The learning rate makes no difference, so trials that differ only in it are checked once.
     of_optimizer = (run.optimizer.name, run.optimizer.groups, run.optimizer.trains_outside)
     workspace.once("checked", (*of_model, *of_optimizer), lambda: _check(run, workspace))
 
@@ -90,7 +90,7 @@ def _check(run: TrainRun, workspace: Workspace) -> None:
 
 
 def _check_trained(run: TrainRun, model: nn.Module) -> None:
-    """Raises ConfigError where the optimizer leaves out what an adapter was put on by name."""
+    """Raises ConfigError if the optimizer would not train a parameter that the adapter's settings name."""
     if run.optimizer.trains_outside or run.adapter.trains_base:
         return
     if left := [one.name for one in trained_in(model) if one.layer is None]:
@@ -99,7 +99,7 @@ def _check_trained(run: TrainRun, model: nn.Module) -> None:
 
 
 def _check_answers(run: TrainRun, config: PretrainedConfig) -> None:
-    """Raises ConfigError for answers during a run or after it of a model that the engine in this process does not compute."""
+    """Raises ConfigError if the run is to generate answers and the native engine does not support the model."""
     lacking = cache_lacks(config)
     for setting, rows in (("sample_rows", run.train.sample_rows), ("exact_match_rows", run.train.exact_match_rows)):
         if rows and lacking is not None:
@@ -124,7 +124,7 @@ def _check_answers(run: TrainRun, config: PretrainedConfig) -> None:
 
 @contextmanager
 def _sizes_fit() -> Iterator[None]:
-    """Raises ConfigError for a config of which no model can be built: a negative size, heads that don't divide a width."""
+    """Raises ConfigError if transformers can't build a model from the config: negative sizes, heads that don't divide a width."""
     try:
         yield
     except UserError:

@@ -7,7 +7,7 @@ import re
 from raytune_llm.errors import ResourceError, RunLost, UserError, first_line
 
 SOURCE = re.compile(r"^\[\S+:\d+\] ")
-"""File and line of C++, with which gloo begins."""
+"""The C++ file and line at the start of gloo's messages."""
 
 
 def how_it_ended(error: Exception) -> str:
@@ -32,7 +32,7 @@ def how_it_ended(error: Exception) -> str:
 
 
 def preempted(error: Exception) -> bool:
-    """Whether a worker was lost with a node that had been told to end: no failure of the run."""
+    """Whether a worker was lost because its node was preempted, which does not count as a failure."""
     from ray.exceptions import RayActorError
 
     error = getattr(error, "health_check_failure", error)
@@ -40,9 +40,9 @@ def preempted(error: Exception) -> bool:
 
 
 def cause(error: BaseException, last_loss: str) -> BaseException:
-    """The error to raise for one of Ray Train's: a worker's own, or a ResourceError that explains it.
+    """The error to raise for an error of Ray Train: the worker's own, or a ResourceError that explains it.
 
-    last_loss: the notice of the last workers that were lost. An error that is ours to fix is returned as it is.
+    last_loss: the last notice about lost workers. An error that is a bug of this package is returned as it is.
     """
     from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
     from ray.train import ControllerError
@@ -69,7 +69,7 @@ def cause(error: BaseException, last_loss: str) -> BaseException:
 
 
 def ray_lost(error: BaseException) -> RunLost:
-    """Ray itself does not answer any more."""
+    """The error for a Ray cluster that does not answer any more."""
     return RunLost(
         f"Ray lost the run ({first_line(error)})", "The same command resumes from the newest checkpoint, once Ray is back."
     )

@@ -37,11 +37,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 POLL_S = 0.2
 ENDS_WITHIN_S = 5.0
-"""Longest wait for the workers of an interrupted group; they go with this process at the latest."""
+"""Longest wait for the workers of an interrupted group. They end with this process at the latest."""
 START_S = "30"
 LEAVES = "a node is being taken away"
 COLLECTIVES = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-"""By the kind of device that workers have. On GPUs both, since parameters that wait in host memory add up their norm there."""
+"""Device type -> torch's back ends for collectives. GPU workers also have gloo, for parameters that are offloaded to host
+memory."""
 
 
 def fit_on_ray(
@@ -54,10 +55,10 @@ def fit_on_ray(
     on_update: Callable[[Update], None],
     on_samples: Callable[[Sequence[SampledAnswer]], None],
 ) -> TrainOutcome:
-    """Train in groups of workers of Ray Train. One that fails is started again, up to max_failures times within an hour.
+    """Train in groups of Ray Train workers. A group that fails is started again, up to max_failures times within an hour.
     Callbacks are called in this process.
 
-    Raises UserError for what the user can fix, and whatever a callback raised.
+    Raises UserError for errors that the user can fix, and the error of a callback.
     """
     session.connect(resources)
     reserved = reserved_cpus(run)
@@ -68,7 +69,7 @@ def fit_on_ray(
         check_fits(size, reserved_cpus=reserved)
     except ConfigError:
         if not on_cluster(resources) or not saved_steps(run.output_dir):
-            raise  # else it had room once, and waits for nodes that are away
+            raise  # a run that has started waits for its nodes to come back
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{resources.collective_timeout_s:g}"
     group = Group(
         run=run, resources=resources, stores=(train_store, eval_store), sinks=sinks, on_update=on_update, on_samples=on_samples
@@ -83,7 +84,7 @@ def fit_on_ray(
 
 
 def fit_fixed(group: Group, size: GroupSize, failures: Failures, on_lost: Callable[[int], None]) -> TrainOutcome:
-    """Train in groups of one size."""
+    """Train in groups of a fixed size."""
     restarts = Restarts(failures=failures, in_place=True, on_lost=on_lost)
     outcomes: list[TrainOutcome] = []
     while not outcomes or outcomes[-1].yielded:
@@ -98,7 +99,7 @@ def fit_fixed(group: Group, size: GroupSize, failures: Failures, on_lost: Callab
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Workers that train a run, started as often as it takes."""
+    """The workers of a run. They can be started several times."""
 
     run: TrainRun
     resources: Local | Cluster
@@ -108,11 +109,11 @@ class Group:
     on_samples: Callable[[Sequence[SampledAnswer]], None]
 
     def fit(self, size: GroupSize, restarts: Restarts, *, grows: Callable[[], bool] = lambda: False) -> TrainOutcome:
-        """Train from the newest checkpoint. grows: asked now and then. Where it says yes, or a node of the group drains, the
-        group is asked to save and end.
+        """Train from the newest checkpoint. grows: called from time to time. If it returns True, or if a node of the group
+        drains, the workers are asked to save and end.
 
-        Raises GroupFailed where it failed and Ray does not start it again, else what the user can fix, and whatever a callback
-        raised.
+        Raises GroupFailed if the group failed and Ray does not start it again, UserError for errors that the user can fix, and
+        the error of a callback.
         """
         restarts.begin()
         channel = Channel(
@@ -176,26 +177,26 @@ class Group:
             ),
             run_config=RunConfig(
                 name=f"group-{os.getpid()}-{secrets.token_hex(4)}",
-                logging_config=LoggingConfig(log_level="CRITICAL"),  # on the screen; Ray's log files have all
+                logging_config=LoggingConfig(log_level="CRITICAL"),  # only for the screen; Ray's log files have everything
                 **_storage(self.run.output_dir, shared=on_cluster(resources)),
             ),
         )
 
 
 class GroupFailed(Exception):
-    """A group lost workers or could not be started, and Ray does not start it again."""
+    """A group lost workers or could not start, and Ray does not start it again."""
 
     def __init__(self, reason: BaseException) -> None:
         super().__init__(str(reason))
         self.reason = reason
-        """For the user."""
+        """The error to show to the user."""
 
 
 def fit_elastic(
     group: Group, smallest: GroupSize, num_workers: list[int], failures: Failures, on_lost: Callable[[int], None]
 ) -> TrainOutcome:
     """Train in one group after another, each as large as the cluster has room for (runs/elastic.py)."""
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_S  # a place that is gone meanwhile is not waited for
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_S  # short, since a node may leave before the group starts
     train = group.run.train
     counts = worker_counts(num_workers, train.global_batch_size // train.micro_batch_size)
     outcomes: list[TrainOutcome] = []
@@ -224,7 +225,7 @@ def fit_elastic(
 
 
 def _storage(output_dir: str, *, shared: bool) -> dict[str, Any]:
-    """Where Ray Train keeps what it knows of the group: in the output folder. shared: all nodes of a cluster are to see it."""
+    """Where Ray Train stores its state of the group: in the output folder. shared: all nodes of a cluster must see it."""
     remote = remote_folder(output_dir)
     if remote is None or not shared:
         return {"storage_path": str(work_folder(output_dir).resolve() / ".ray")}
@@ -249,7 +250,7 @@ def _fit(trainer: GroupTrainer, channel: Channel, size: GroupSize, yields: Calla
     ended, look = threading.Event(), Look(trainer=trainer, channel=channel, size=size, yields=yields)
     thread = threading.Thread(target=run, name="trainer", daemon=True)
     thread.start()
-    # It asks the head, which may be gone, and then waits for a minute.
+    # In a thread, since a look asks the head, and waits for a minute if that is gone.
     threading.Thread(target=_watch, args=(look, ended), name="watch", daemon=True).start()
     try:
         while thread.is_alive():
@@ -271,7 +272,7 @@ def _fit(trainer: GroupTrainer, channel: Channel, size: GroupSize, yields: Calla
 
 @dataclass(kw_only=True)
 class Look:
-    """One look at a group from outside: what it waits for while it has no place, and whether it is to save and end."""
+    """Looks at a group from the driver: what it waits for before it has resources, and whether it should save and end."""
 
     trainer: GroupTrainer
     channel: Channel
@@ -290,15 +291,14 @@ class Look:
         if self._waiting is not None and self._waiting.said:
             inbox.put.remote(WorkersWait(line=None))
         self._waiting = None
-        if self.channel.has_started and not self._asked and self.yields():  # before, it does not hold its place yet
+        if self.channel.has_started and not self._asked and self.yields():  # a group that starts can't yield yet
             inbox.ask_to_yield.remote()
             self._asked = True
 
 
 def _watch(look: Callable[[], None], ended: threading.Event) -> None:
-    """Look again and again, for as long as Ray answers or may answer again: whether it is gone is the channel's to find out.
-
-    An error of ours is logged and ends the looking, not the training.
+    """Call `look` repeatedly. Errors of Ray are ignored, since the channel detects a lost cluster. Any other error is a bug: it
+    is logged and ends the looking, not the training.
     """
     from ray.exceptions import RayError
 

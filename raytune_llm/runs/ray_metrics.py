@@ -1,7 +1,7 @@
-"""A run's figures as metrics of Ray, which Prometheus scrapes from every node and Grafana shows. [ray]
+"""Exports a run's metrics through Ray, so that Prometheus scrapes them from every node and Grafana shows them. [ray]
 
-Ray exports each under `ray_` and its name here, with the tag `run`. cluster/grafana/training.json is a dashboard of them. Ray
-forgets a value that is not set again within some 20 s, so that each is set again and again until a newer one comes.
+Ray adds the prefix `ray_` to the names here, and the tag `run`. cluster/grafana/training.json is a dashboard for them. Ray drops
+a value that is not set for about 20 s, so each is set repeatedly until a newer one comes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ GAUGES = {
     "workers": "Workers of the group, which changes where resources.num_workers is a range",
     "failures": "Worker failures that the run has survived, or ended by",
 }
-"""Name of a record's field, or of another figure -> description."""
+"""Name of a record's field, or of another metric -> description."""
 PREFIX = "raytune_llm_"
 SET_AGAIN_S = 5.0
-"""Ray exports what was set in the last ten seconds."""
+"""Interval at which values are set again. Ray exports what was set in the last ten seconds."""
 
 
 class RayMetrics:
-    """The figures of one run, from construction until `close`. Made in a process that is connected to Ray."""
+    """Exports the metrics of one run, from construction until `close`. The process must be connected to Ray."""
 
     def __init__(self, run: str) -> None:
         from ray.util.metrics import Gauge

@@ -1,11 +1,11 @@
 """The reference model of a run (the policy before its first step, or another model), and where its log-probabilities come from.
 
-precomputed: one pass over the rows, by the run's own workers with the model that they are about to train, however it is spread.
-What an adapter that the run continues has learnt is part of the reference so, and no second model is needed. The table stands
-beside the token store, under a key of all that decides its numbers, and later runs read it by row.
+precomputed: one pass over the rows, by the run's own workers, with the model that they are about to train. So the reference
+includes an adapter that the run continues, and no second model is needed. The table is stored beside the token store under a key
+of everything that determines its numbers, and later runs read it by row.
 
-online: the same model in each step, with its trained weights as they were. Another model (stage.reference_model,
-stage.reference_adapter) is loaded beside the policy, whole and frozen: for the pass, or for the run.
+online: the same model in each step, with its trained weights as they were at the start. Another model (stage.reference_model,
+stage.reference_adapter) is loaded in addition, unsharded and frozen, for the pass or for the whole run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from raytune_llm.train.enrichers.reference_table import OnRows, ReferenceTable, 
 from raytune_llm.train.strategies.base import Strategy
 
 TABLE_VERSION = 2
-"""Part of the key. Increase it when a change of the code changes the numbers."""
+"""A part of the key. Increase it when a change of the code changes the numbers."""
 
 
 class Reference(NamedTuple):
@@ -63,9 +63,8 @@ def find_reference(
     pad_id: int,
     on_rows: OnRows,
 ) -> Reference:
-    """first_pieces: see Builder.
-
-    Call it before weights are restored from a checkpoint: they are the reference, unless another one is named.
+    """The reference of a run. Call it before weights are restored from a checkpoint, since the initial weights are the reference,
+    unless another model is named. first_pieces: see Builder.
     """
     other = _other_model(run, config, first_pieces, device)
     as_found = strategy.module.reference if other is None else nullcontext
@@ -156,14 +155,15 @@ def _key_of(
 
 
 def _beginning(run: TrainRun) -> list[Any] | None:
-    """What decides how a new adapter begins, where the policy does not begin as its base."""
+    """Everything that determines a new adapter's initial values, if the policy then differs from the base; else None."""
     if run.adapter.trains_base or run.adapter.starts_at_base:
         return None
     return [run.adapter.name, *settings_of(run.adapter).values(), run.train.seed, run.train.adapter_seed]
 
 
 def _files(path: str, *, content: bool = False) -> Any:
-    """A fingerprint of a model's folder: weights by size and time, or by content. A hub id stands for itself."""
+    """A fingerprint of a model's folder, with weights by size and modification time, or by content. A hub id is its own
+    fingerprint."""
     folder = Path(path)
     if not folder.is_dir():
         return path
@@ -175,7 +175,8 @@ def _files(path: str, *, content: bool = False) -> Any:
 
 
 def _rows(samples: Samples) -> str | None:
-    """None if all rows are computed. A row's partner depends on the rows and their order."""
+    """A hash of the rows if the samples don't have all rows of the store, since a row's partner depends on the rows and their
+    order; else None."""
     if not samples.store.kind.has_partners:
         return None
     return hashlib.sha256(np.asarray(samples.rows, np.int64).tobytes()).hexdigest()

@@ -1,8 +1,8 @@
 """An output folder in an object store (output_dir=s3://bucket/folder).
 
-Each machine of the run works in a local folder, and what counts is in the store: checkpoints, metrics and samples are there once
-a checkpoint is, `final/` once the run has written it, and what the driver writes (settings, summary, TensorBoard's files) at its
-end. A run resumes on any machine from what is in the store.
+Each machine of the run works in a local folder and uploads to the store: checkpoints, metrics and samples at each checkpoint,
+`final/` when the run has written it, and the driver's files (settings, summary, TensorBoard's files) at the end. A run can be
+resumed on any machine from the store.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
 
 FINISHED, CHECKPOINTS, FINAL = "finished.json", "checkpoints", "final"
 TOKENS = "tokens"
-"""A folder with the token stores of a job (conf/submit.yaml), which are copied by themselves (data/shared_stores.py)."""
+"""A folder with the token stores of a job (conf/submit.yaml). data/shared_stores.py copies these."""
 FILES = ("run.yaml", METRICS, SAMPLES, "summary.json", "loss.png", FINISHED)
-"""What every run writes beside its folders, samples where it is told to."""
+"""Files that a run writes to its output folder."""
 BY_WORKERS = (METRICS, SAMPLES, "scores.jsonl", "scores.png", FINAL, "profile")
 """Files and folders that the worker with rank 0 writes."""
 
 
 def work_folder(output_dir: str) -> Path:
-    """Where a run writes on this machine: its output folder, or a folder in the cache if that is in an object store."""
+    """The folder in which a run writes on this machine: output_dir, or a folder in the cache if that is in an object store."""
     if not is_address(output_dir):
         return Path(output_dir)
     return cache_dir() / "outputs" / hashlib.sha256(output_dir.rstrip("/").encode()).hexdigest()[:16]
 
 
 def remote_folder(output_dir: str) -> RemoteFolder | None:
-    """The output folder in the object store. None: it is on a file system."""
+    """The output folder in the object store; None if it is on a file system."""
     return RemoteFolder(output_dir) if is_address(output_dir) else None
 
 
@@ -53,10 +53,10 @@ def check_writable(output_dir: str) -> None:
 
 @contextmanager
 def owned(output_dir: str, *, anew: bool, notify: Callable[[str], None]) -> Iterator[Path]:
-    """Own the output folder inside the block. Yields the local one, which holds then what the store has of the run, and from
-    which the store has everything after the block, also where it raised an error.
+    """Own the output folder inside the block. Yields the local folder. For an object store, the run's files are downloaded to it
+    first, and uploaded at the end, even after an error.
 
-    anew: nothing of an earlier run is kept (resume=never).
+    anew: keep nothing of an earlier run (resume=never).
     """
     folder, remote = work_folder(output_dir), remote_folder(output_dir)
     with owner.owned(folder):
@@ -85,7 +85,7 @@ def saved_steps(output_dir: str) -> list[int]:
 
 
 def pull(remote: RemoteFolder, folder: Path, *, anew: bool = False) -> None:
-    """Make the local folder what the store has: of checkpoints the newest intact one, of `final/` what has been finished."""
+    """Download the run's files to the local folder: of checkpoints the newest intact one, and `final/` if it is complete."""
     if anew:
         for name in {name.split("/")[0] for name in remote.files()} - {owner.LOCK, TOKENS}:
             remote.remove(name)
@@ -136,6 +136,6 @@ def collect(remote: RemoteFolder, folder: Path) -> None:
 
 
 def local_files(folder: Path) -> list[str]:
-    """The files of a run but its checkpoints, as names in the store. Hidden files, such as the lock, stay on the machine."""
+    """Names of the run's files, without checkpoints and without hidden files such as the lock."""
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     return [path.as_posix() for path in paths if path.parts[0] != CHECKPOINTS and not path.parts[0].startswith(".")]

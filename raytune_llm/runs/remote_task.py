@@ -1,4 +1,4 @@
-"""One call on a node of the cluster, with the resources of a training worker. [ray]"""
+"""Calls a function on a node of the cluster, with the resources of a training worker. [ray]"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def call_on_node(resources: Local | Cluster, function: Callable[[], T], *, packages: Sequence[str] = ()) -> T:
-    """The result of `function`, which is pickled. What it raises is raised here; ResourceError if its process dies.
+    """The result of `function`, which must be picklable. Its errors are raised here, and ResourceError if its process dies.
 
     packages: requirements that Ray installs on the node, in a runtime environment for this call.
     """
@@ -37,5 +37,5 @@ def call_on_node(resources: Local | Cluster, function: Callable[[], T], *, packa
 
 
 def _called(function: Callable[[], T]) -> T:
-    """Ray takes functions alone, and `function` may be a partial one."""
+    """Call the function. Ray accepts only plain functions, and `function` may be a partial."""
     return function()

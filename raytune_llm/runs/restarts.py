@@ -1,4 +1,4 @@
-"""Whether a group that failed is started again: so many failures are allowed within an hour. [ray]"""
+"""Decides whether a failed group is started again: a number of failures is allowed within an hour. [ray]"""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from raytune_llm.runs.ray_failures import how_it_ended, preempted
 
 HOUR_S = 3600.0
 START_FAILURES = 3
-"""A run ends after more groups in a row that could not be started."""
+"""A run ends if more groups in a row than this could not start."""
 SECOND_LOOK_S = 1.0
-"""A node that dies takes its workers along, and may still answer for a moment."""
+"""Wait before a node is checked again: a dying node may still answer for a moment."""
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,7 @@ class Failures:
     _times: list[float] = field(default_factory=list, init=False)
 
     def add(self) -> int:
-        """Count one more. Returns how many there were in the last hour; more than `limit` are too many."""
+        """Count a failure. Returns the number within the last hour; more than `limit` are too many."""
         now = self.clock()
         self._times = [at for at in self._times if now - at < HOUR_S] + [now]
         return len(self._times)
@@ -38,30 +38,30 @@ class Restarts:
 
     failures: Failures
     in_place: bool
-    """Ray starts the group again, as large as before. Without it, the group ends, and the driver starts another one."""
+    """Ray starts the group again with the same size. If not, the group ends, and the driver starts another one."""
     node_lost: Callable[[], bool] | None = None
-    """Whether a node of the group is gone, where that does not count as a failure. None: it does."""
+    """Tells whether a node of the group is gone, if that does not count as a failure. None: it does."""
     on_lost: Callable[[int], None] = lambda losses: None
     """Called with the number of groups that lost workers, whether these count as failures or not."""
     allowed: bool = field(default=False, init=False)
-    """The last answer: the run may start another group."""
+    """Whether the run may start another group, by the last decision."""
     why: str = field(default="", init=False)
     """The last failure."""
     _losses: int = field(default=0, init=False)
     _not_started: int = field(default=0, init=False)
 
     def begin(self) -> None:
-        """A new group begins: what ends it outside Ray Train's controller is no reason for another one."""
+        """Called when a new group begins. If it ends without a decision, no other group follows."""
         self.allowed, self.why = False, ""
 
     def again(self, error: Exception, send: Callable[[WorkersLost], None]) -> bool:
-        """Whether Ray starts the group again after one of Ray Train's errors. send: gets the workers that were lost."""
+        """Whether Ray should start the group again after an error of Ray Train. send: called with the lost workers."""
         workers = getattr(error, "worker_failures", None)
         self.allowed = self._starts_again(error) if workers is None else self._works_again(workers, send)
         return self.allowed and self.in_place
 
     def _starts_again(self, error: Exception) -> bool:
-        """After a group that could not be started. One that found no place may wait as long as it likes."""
+        """The decision after a group that could not start. If it found no resources, it may wait without limit."""
         from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
         reason = getattr(error, "controller_failure", error)
@@ -72,10 +72,10 @@ class Restarts:
         return self._not_started <= START_FAILURES
 
     def _works_again(self, workers: dict[int, Exception], send: Callable[[WorkersLost], None]) -> bool:
-        """workers: rank -> the error of each worker that failed."""
+        """The decision after workers failed. workers: rank -> error."""
         self._not_started = 0
         if any(isinstance(error, UserError) for error in workers.values()):
-            return False  # the worker has sent it itself, and it would only occur again
+            return False  # an error that the user has to fix, which the worker has sent; it would only occur again
         self._losses += 1
         self.on_lost(self._losses)
         failure, limit = None, self.failures.limit

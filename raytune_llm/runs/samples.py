@@ -20,7 +20,7 @@ from raytune_llm.train.strategies.base import Strategy
 
 
 class TogetherRunner(PolicyRunner):
-    """Generates with a sharded policy. All workers compute its layers and choose the same tokens, so they stay in step."""
+    """Generates with a sharded policy. All workers compute its layers together and choose the same tokens."""
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         logits_RV = super().run(pieces)
@@ -30,7 +30,7 @@ class TogetherRunner(PolicyRunner):
 
 
 def engine_in_training(strategy: Strategy, tokenizer: Any, stop_ids: Sequence[int], device: torch.device) -> BatchEngine:
-    """Over the policy as it is now. With a sharded one, all workers ask it the same."""
+    """An engine over the policy with its current weights. With a sharded policy, all workers must send it the same requests."""
     policy = strategy.module
     assert isinstance(policy, CausalLM), "config/rules.py lets no reward model be asked"
     runner = TogetherRunner if strategy.sharded else PolicyRunner

@@ -1,4 +1,4 @@
-"""A run on one worker before its first step: the data, the model, and the reference."""
+"""Sets up a run on one worker before its first step: the data, the model, and the reference."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from raytune_llm.train.schedules import learning_rate
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A run on this worker before a checkpoint is read."""
+    """A run on this worker, before it resumes from a checkpoint."""
 
     run: TrainRun
     device: torch.device
@@ -68,7 +68,7 @@ class Setup:
 
     @cached_property
     def remote(self) -> RemoteFolder | None:
-        """The output folder, where it is in an object store; `output` is this machine's copy then."""
+        """The output folder in an object store, of which `output` is then this machine's copy; None if it is on a file system."""
         return remote_folder(self.run.output_dir)
 
     def learner(self) -> loop.Learner:
@@ -95,7 +95,8 @@ class Setup:
         )
 
     def mfu(self, rate: Rate | None) -> float | None:
-        """Model FLOPs utilization, relative to the maker's bf16 peak. None if the peak or the rate is unknown."""
+        """Model FLOPs utilization (0 to 1), relative to the GPU's bf16 peak by its maker. None if the peak or the rate is
+        unknown."""
         peak = peak_flops(self.device)
         return None if peak is None or rate is None else self.built.operations.of(*rate) / (peak * self.world)
 
@@ -193,8 +194,8 @@ def _enrichers(
     built: Built,
     on_update: Callable[[Update], None],
 ) -> tuple[Sequence[Enricher], tuple[str, ...]]:
-    """What adds to batches what the loss needs beside them, in order, and the automatic choices about it. A collective call,
-    which may be long: a reference's pass over all rows."""
+    """The enrichers of a run in order, and the automatic choices about them. A collective call; it may take long, since it
+    computes a reference's log-probabilities for all rows."""
     enrichers, choices = [], ()
     if objective.reference is not None:
         with explained(builder, "the pass of the reference"):
@@ -218,7 +219,7 @@ def _enrichers(
 
 
 def _data_choices(run: TrainRun, reads: Reads) -> Iterator[str]:
-    """What was chosen about the rows, in lines for the user."""
+    """Automatic choices about the rows, as lines of text for the user."""
     kind, stores = KINDS[run.stage.kind], reads.stores
     if kind.can_share_prompts:
         yield f"prompts: {'shared by both answers' if reads.shares_prompts else 'one copy an answer'}"
@@ -229,7 +230,7 @@ def _data_choices(run: TrainRun, reads: Reads) -> Iterator[str]:
 
 
 def steps_at(part: float, steps: int) -> int:
-    """The first step after which at least this part of the steps is made, in spite of rounding: 18 of 60 for 0.1 x 3."""
+    """The step at a fraction of all steps, rounded up, but not for floating-point errors: 0.1 x 3 of 60 steps is 18."""
     return max(1, math.ceil(part * steps - 1e-6))
 
 

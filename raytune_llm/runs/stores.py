@@ -28,12 +28,12 @@ class Stores:
     held_out: dict[str, Samples]
     """Data source -> samples; the name of a single source is ""."""
     evaluated: Store | None
-    """The store of the held-out rows. None: there are none, or the run streams."""
+    """The store of the held-out rows; None if there are none, or if the run streams."""
     manifests: dict[str, str]
 
 
 def shares_prompts(run: TrainRun | PrepareRun, kind: str, model_config: Callable[[], PretrainedConfig]) -> bool:
-    """Whether the two answers of a row share one computation of their prompt (for kinds of rows with two answers)."""
+    """Whether the prompt of a row is computed once for both of its answers (for kinds of rows with two answers)."""
     asked = run.data.share_prompts
     if asked is True and not KINDS[kind].can_share_prompts:
         raise ConfigError("data.share_prompts", f"can't be true for rows of {kind}", got=asked, fix="Set it to auto.")
@@ -55,7 +55,7 @@ def shares_prompts(run: TrainRun | PrepareRun, kind: str, model_config: Callable
 def open_stores(
     run: TrainRun, train_store: str, eval_store: str | None, *, share_prompts: bool = False, in_lines: bool = False
 ) -> Stores:
-    """The samples of both splits. in_lines: each document is to have a line of its batch for itself."""
+    """The samples of both splits. in_lines: each document gets a row of the batch for itself."""
     settings = {"packing": run.data.packing, "share_prompts": share_prompts, "in_lines": in_lines}
     packed = partial(Samples, max_length=run.data.max_length, **settings)
     if run.data.streaming:
@@ -88,7 +88,7 @@ def open_stores(
 
 
 def check_split(run: TrainRun, store: Store) -> None:
-    """Raises a UserError where what is held out of the rows leaves nothing to learn from, before a run writes anything."""
+    """Raises UserError if holding out rows leaves none to train on. It is called before a run writes anything."""
     rows, held_out = split_sources(store, held_out_part(run.data, store), run.train.seed)
     if not len(rows):
         setting, got = (
@@ -107,7 +107,7 @@ def _untrained(run: TrainRun, what: str) -> DataError:
 
 
 def held_out_part(data: DataConfig, store: Store) -> float | Mapping[str, float]:
-    """The held-out part of the store's rows, or of each source's."""
+    """The fraction of the store's rows to hold out, or source -> fraction."""
     if data.eval_rows is None:
         return data.eval_fraction
     if data.eval_rows >= len(store):

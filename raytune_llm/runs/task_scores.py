@@ -21,7 +21,7 @@ MAX_LENGTH = 2048
 
 
 class TaskScorer:
-    """Asks the same questions each time. Training is unaffected: nothing is drawn from its generators."""
+    """Scores the policy on the same questions each time. It draws no random numbers, so training is unaffected."""
 
     def __init__(
         self,
@@ -33,12 +33,12 @@ class TaskScorer:
         stop_ids: Sequence[int],
         device: torch.device,
     ) -> None:
-        """Raises ConfigError for what is no task. max_questions: of each task."""
+        """Raises ConfigError for an unknown task. max_questions: the limit for each task."""
         self._strategy, self._tokenizer, self._max_questions = strategy, tokenizer, max_questions
         self._stop_ids, self._device = stop_ids, device
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._answers = strategy.sharded or self._rank == 0
-        """Whether this worker computes answers: all do with a sharded policy, else rank 0 does."""
+        """Whether this worker computes answers: all workers if the policy is sharded, else only rank 0."""
         self._tasks = list(load_tasks(names, "train.eval_tasks").values()) if self._answers else []
 
     def __call__(self) -> dict[str, float]:
@@ -62,7 +62,7 @@ class TaskScorer:
 
 
 class PolicyAnswering:
-    """Questions to a policy that is in memory, with the adapter in use."""
+    """Answers questions with a policy in memory, with its adapter in use."""
 
     def __init__(self, engine: BatchEngine, max_length: int) -> None:
         self._engine, self.max_length = engine, max_length

@@ -1,7 +1,7 @@
-"""Several runs over one base on one device, in one pass a step: what worker.py does of one, of each.
+"""Trains several runs over one base on one device, with one pass per step for all. worker.py does the same for a single run.
 
-They see the same packs. Each has a folder of its own, with the records, checkpoints and final adapter of a run that is alone, and
-can be resumed by itself from any of them.
+The runs see the same packs. Each has its own output folder, with the records, checkpoints and final adapter of a single run, and
+can be resumed by itself from any of its checkpoints.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from raytune_llm.train.together import Member
 from raytune_llm.train.window import Window
 
 SIZES = (16, 8, 4, 2)
-"""Sizes of banks, in adapters, the largest first."""
+"""Possible sizes of a bank, in adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,25 +51,25 @@ class Part:
     on_update: Callable[[Update], None] = lambda update: None
     on_samples: Callable[[Sequence[SampledAnswer]], None] = lambda samples: None
     stops: Callable[[], bool] = lambda: False
-    """Asked after each evaluation: whether it is to end there, with a checkpoint and no final/."""
+    """Called after each evaluation. True: end the run there, with a checkpoint and without final/."""
 
 
 Ending = TrainOutcome | Exception | None
-"""How a run ended: with its outcome, with the error that it failed with, or, where its `stops` did, with None."""
+"""How a run ended: its outcome, the error that it failed with, or None if its `stops` ended it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """What a device has for runs like one, by estimate."""
+    """How many runs like a given one fit on a device, by estimate."""
 
     usable_bytes: float
-    """Without a GPU, any number."""
+    """Bytes that the device has for runs; infinite without a GPU."""
     alone_bytes: float
-    """The memory of one run with a base of its own."""
+    """The memory of a single run with its own base."""
     pair_bytes: float
     """The memory of two runs in one pass over one base."""
     together: int
-    """Runs that fit in one pass; 1 where not even two do."""
+    """The number of runs that fit in one pass; 1 if not even two do."""
 
 
 def room_for(run: TrainRun, device: torch.device, workspace: Workspace) -> Room:
@@ -85,7 +85,7 @@ def room_for(run: TrainRun, device: torch.device, workspace: Workspace) -> Room:
 
 
 def fit_together(parts: Sequence[Part], train_store: str, eval_store: str | None, *, workspace: Workspace) -> list[Ending]:
-    """On this process's device."""
+    """Train the parts together on this process's device."""
     return work_together(parts, train_store, eval_store, device=device_here(), workspace=workspace)
 
 
@@ -101,8 +101,8 @@ def work_together(
     device: torch.device,
     workspace: Workspace | None = None,
 ) -> list[Ending]:
-    """Train all, each from its newest checkpoint or from the start, until each has ended. Those that are not equally far take
-    turns: the ones that are furthest behind go first."""
+    """Train all parts, each from its newest checkpoint or from the start, until each has ended. Only runs at the same step can
+    share a pass, so the ones that are furthest behind go first."""
     began = time.perf_counter()
     runs = [part.run for part in parts]
     workspace = workspace or Workspace()
@@ -135,7 +135,7 @@ def work_together(
 
 
 def _make_room(bank: LoraBank, member: Member, others: Sequence[Member]) -> None:
-    """Take the adapter out of the bank, which then has as many slots as the next power of two holds of the others."""
+    """Remove an adapter from the bank, and shrink the bank to the next power of two that holds the others."""
     bank.remove(member.model.name)
     size = 1 << (len(others) - 1).bit_length()
     if others and size < bank.num_slots:
@@ -146,7 +146,7 @@ def _make_room(bank: LoraBank, member: Member, others: Sequence[Member]) -> None
 
 @dataclass(eq=False)
 class _One:
-    """A run of several, from its first step to its end."""
+    """One of the runs, from its setup to its end."""
 
     part: Part
     name: str
@@ -189,7 +189,7 @@ class _One:
         )
 
     def end(self, error: Exception | None) -> None:
-        """Write what a run writes at its end; keep what it failed with."""
+        """Write the run's final files, or keep the error that it failed with."""
         self.ended, trained = True, time.perf_counter()
         try:
             if error is not None:

@@ -13,7 +13,7 @@ from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
 
 RENDERING = ("template", "default_system", "tool_format", "today")
-"""Settings of `data` that decide how prompts are rendered; null: not set."""
+"""Settings of `data` that determine how prompts are rendered; null: not set."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Trained:
 
     @property
     def adapter(self) -> Path | None:
-        """None: `model` itself was trained."""
+        """The folder of the adapter; None if the model itself was trained."""
         return None if self.run.adapter.trains_base else self.final
 
     @property
     def model(self) -> ModelConfig:
-        """The model that was trained, or the base of the adapter."""
+        """The trained model, or the base of the adapter."""
         if self.run.adapter.trains_base:
             in_it = {"config": {}, "revision": None, "new_tokens": None, "resize_vocab": False, "merged_adapters": []}
             return replace(self.run.model, path=str(self.final), weights="pretrained", **in_it)

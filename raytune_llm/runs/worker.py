@@ -57,7 +57,7 @@ def work(
 
     sinks, on_update, on_samples, on_measured: called on rank 0 only. on_step: called with the step's number after each step, on
     every rank. on_measured: gets figures that are not in records: `data_wait` and `checkpoint_s` (runs/ray_metrics.py).
-    yields: asked at log steps, on every rank, whether to save and end there.
+    yields: called at log steps on every rank. True: save and end there.
     """
     began = time.perf_counter()
     notify = on_update if not dist.is_initialized() or dist.get_rank() == 0 else ignore
@@ -69,7 +69,7 @@ def work(
         with notify_if_slow(notify, "loading the checkpoint"):
             progress = restore(checkpoints, strategy)
         if progress.step == 0 and run.adapter.begins_from:
-            with notify_if_slow(notify, f"a look at {run.adapter.begins_from} samples, from which the adapter begins"):
+            with notify_if_slow(notify, f"initializing the adapter from {run.adapter.begins_from} samples"):
                 begin_from_inputs(setup)
         if setup.remote is not None and setup.rank == 0:
             pull_records(setup.remote, setup.output)
@@ -121,7 +121,7 @@ def checkpoints_of(setup: Setup, stack: ExitStack) -> Checkpoints:
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """When a run came how far, in seconds of time.perf_counter."""
+    """When a run reached its stages, in seconds of time.perf_counter."""
 
     began: float
     loaded: float
@@ -129,7 +129,7 @@ class Times:
     trained: float
     """After its last step."""
     in_training_s: float
-    """Seconds between them in which it waited for checkpoints."""
+    """Seconds in between that were spent waiting for checkpoints."""
 
 
 def train_outcome(
@@ -180,7 +180,7 @@ class Recorder:
             self._samples = stack.enter_context(JsonLines(setup.output / SAMPLES, from_step=from_step))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Write a record; one of training gets memory_gib and mfu."""
+        """Write a record. Training records also get memory_gib and mfu."""
         if self._report is None:
             return
         machine: dict[str, Any] = {}
@@ -311,7 +311,8 @@ def check_loss(progress: Progress) -> None:
 
 
 def check_weights(parameters: Mapping[str, Tensor], step: int) -> None:
-    """Raises Diverged, on every worker, if a weight of rank 0's is NaN or infinite: the last update is after the last loss."""
+    """Raises Diverged on every worker if a weight of rank 0 is NaN or infinite. The last loss does not tell, since an update
+    follows it."""
     broken = [name for name, value in parameters.items() if value.is_floating_point() and not all_finite(value)][:1]
     if dist.is_initialized():
         dist.broadcast_object_list(told := [broken], src=0)

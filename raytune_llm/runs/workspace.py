@@ -1,6 +1,6 @@
-"""What consecutive runs in one process share: the tokenizer, open token stores, and the base model.
+"""Objects that consecutive runs in one process share: the tokenizer, open token stores, and the base model.
 
-A sweep's trials share one. A run by itself has its own, which goes with it.
+The trials of a sweep share a workspace. A single run has its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 class Workspace:
     def __init__(self, *, keeps_base: bool = False, checked: bool = False) -> None:
-        """keeps_base: keep the frozen base for a later run. checked: its runs were looked at before (preflight.py)."""
+        """keeps_base: keep the frozen base for a later run. checked: its runs have already passed preflight.py."""
         self.checked = checked
         self.base = SharedModel() if keeps_base else None
         self._found: dict[str, Any] = {}
@@ -29,7 +29,7 @@ class Workspace:
         return self.once("tokenizer", (run.model, run.data, run.stage.kind), lambda: tokenizer_of(run))
 
     def once(self, what: str, of: object, make: Callable[[], T]) -> T:
-        """The result of `make`, which is called once per `what` and repr of `of`."""
+        """The result of `make`, cached by `what` and the repr of `of`."""
         key = f"{what} {of!r}"
         if key not in self._found:
             self._found[key] = make()

@@ -1,6 +1,7 @@
-"""Stages: name -> what one step means. A stage joins the model and a loss; it gives sums and counts, never means.
+"""Stages: name -> how a loss is computed from the model and a batch. A stage gives sums and counts, never means.
 
-To add a stage: its entry here and its objective in a file beside, its section in config/stage.py, its values in conf/stage.
+To add a stage, write its objective in a file here, enter it below, and add its section to config/stage.py and its values to
+conf/stage.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Learning from single answers with a verdict."""
+"""The KTO stage: learns from single answers that are labelled desirable or undesirable."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def kto(section: KTO) -> Objective:
 
 
 def _margin(means: Mapping[str, float]) -> dict[str, float]:
-    """The margin is between the means of the two sides, where both have rows."""
+    """rewards/margins: the difference of the means of the two sides, if both have rows."""
     sides = [means[name] for name in ("rewards/chosen", "rewards/rejected") if name in means]
     return {"rewards/margins": sides[0] - sides[1]} if len(sides) == 2 else {}
 
 
 def _logps(model: nn.Module, batch: Batch, *, mismatched: bool) -> Tensor:
-    """[P, 2]: of the row's own answer and, if the loss uses it, of the mismatched one."""
+    """[P, 2]: log-probabilities of the row's own answer and, if the loss uses it, of the mismatched one."""
     own_P1 = answer_logprobs(model, batch)
     others_P1 = answer_logprobs(model, batch.beside["mismatched"]) if mismatched else torch.zeros_like(own_P1)
     return torch.cat([own_P1, others_P1], dim=1)
 
 
 def _verdicts(model: nn.Module, batch: Batch) -> Tensor:
-    """[P, 2]: no log-ratio, and the verdicts."""
+    """[P, 2]: zeros, since this loss needs no log-ratios, and the verdicts."""
     desirable_P = batch.per_answer["desirable"].double()
     return torch.stack([torch.zeros_like(desirable_P), desirable_P], dim=1)
 
@@ -52,7 +52,7 @@ def _drifts(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _reference_point(values_A2: Tensor, state: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """z of the whole batch, and its rows over its desirable ones."""
+    """The reference point z of the global batch, and its number of rows divided by its number of desirable rows."""
     ratio_A, desirable_A = values_A2.unbind(1)
     kl = reference_point(ratio_A.sum(), len(ratio_A))
     rows_per_desirable = len(desirable_A) / desirable_A.sum().clamp(min=1)

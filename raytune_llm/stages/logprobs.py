@@ -10,9 +10,9 @@ from raytune_llm.records import Batch
 
 
 def answer_logprobs(model: nn.Module, batch: Batch, *, ld_alpha: float | None = None) -> Tensor:
-    """[P, sides]: sums over the tokens of each answer: of a pair the chosen and the rejected one, else of the only one.
+    """[P, sides]: the log-probability of each answer, summed over its tokens. sides: chosen and rejected, or the only answer.
 
-    ld_alpha weighs the tokens past the shorter answer's length (LD-DPO, arXiv 2409.06411); None weighs them like the others.
+    ld_alpha: the weight of tokens beyond the shorter answer's length (LD-DPO, arXiv 2409.06411); None: 1.
     """
     logprobs_N = model(batch, token_logprobs)
     num_documents, documents_PS = len(batch.cu_seqlens_S) - 1, batch.per_answer["documents"]
@@ -28,5 +28,5 @@ def answer_logprobs(model: nn.Module, batch: Batch, *, ld_alpha: float | None = 
 
 
 def answer_tokens(batch: Batch) -> Tensor:
-    """int64 [P, sides]: trained tokens of each answer."""
+    """int64 [P, sides]: the number of trained tokens of each answer."""
     return segment_counts(batch.per_token["documents"], len(batch.cu_seqlens_S) - 1)[batch.per_answer["documents"]]

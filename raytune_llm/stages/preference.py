@@ -1,8 +1,8 @@
-"""Learning from pairs of answers: DPO and its family with a reference, ORPO, SimPO and CPO without.
+"""Stages that learn from pairs of answers: DPO and its variants with a reference; ORPO, SimPO and CPO without.
 
-Most losses are of one pair at a time. Those in GLOBAL_LOSSES are of all pairs of a global batch together: there, a first pass
-takes every pair's log-probabilities, the loss is computed on all of them at once, and the second pass carries each one's slope
-back into the model, which gives the gradient of the whole (Gao et al. 2021, arXiv 2101.06983, section 3.2).
+Most losses depend on one pair at a time. Those in GLOBAL_LOSSES depend on all pairs of a global batch: a first pass computes the
+log-probabilities of every pair, the loss is computed on all of them at once, and the second pass backpropagates the loss's
+derivative for each log-probability, which gives the gradient of the whole (Gao et al. 2021, arXiv 2101.06983, section 3.2).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Logps = Callable[[nn.Module, Batch], Tensor]
 Rewards = Callable[[PairLogprobs], tuple[Tensor, Tensor]]
 
 ARGUMENTS = {"discopop_tau": "tau", "f_alpha": "alpha"}
-"""Settings of DPO -> how their loss calls them, where that is shorter."""
+"""Setting of DPO -> the name of the loss function's argument, if it differs."""
 GLOBAL_LOSSES = {"aot", "aot_unpaired", "aot_pair", "bco_pair"}
 """Losses that need the log-probabilities of all pairs of a global batch."""
 
@@ -139,7 +139,7 @@ def _global_loss(
 
 
 def _columns(model: nn.Module, batch: Batch, *, pairs_of: Callable[[nn.Module, Batch], PairLogprobs]) -> Tensor:
-    """[P, 6]: what a PairLogprobs holds."""
+    """[P, 6]: the values of a PairLogprobs."""
     pairs = pairs_of(model, batch)
     return torch.stack(
         [
@@ -155,9 +155,9 @@ def _columns(model: nn.Module, batch: Batch, *, pairs_of: Callable[[nn.Module, B
 
 
 def _slopes(values_A6: Tensor, state: Tensor, *, terms: Sequence[Term], rewards: Rewards) -> tuple[dict[str, Tensor], Tensor]:
-    """Each pair's loss [A], and the slopes of all losses' sum towards its two log-probabilities [A, 2].
+    """Each pair's loss [A], and the derivatives of the summed loss with respect to its two log-probabilities [A, 2].
 
-    The state is a RunningMean of rewards, which bco_pair takes with this batch in it.
+    The state is a RunningMean of rewards. bco_pair uses it with this batch included.
     """
     with torch.enable_grad():
         chosen_A, rejected_A, *others = values_A6.unbind(1)

@@ -12,7 +12,7 @@ from raytune_llm.records import Batch, LossOut
 from raytune_llm.stages.objective import Objective
 
 SEPARATE_HEAD = {"score": False, "v_head": True}
-"""By how the value head is saved."""
+"""stage.value_head -> whether the score head is saved in a separate file."""
 
 
 def reward(section: Reward) -> Objective:

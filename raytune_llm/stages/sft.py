@@ -1,4 +1,4 @@
-"""Learning from text: the tokens of answers (sft), or of everything (pretrain)."""
+"""Stages that learn from text: the tokens of answers (sft), or all tokens (pretrain)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class TokenLoss:
     of: Callable[..., Tensor]
     """(logits_NV, targets_N) -> [N]"""
     is_nll: bool = False
-    """It is the negative log-likelihood itself."""
+    """The loss is the negative log-likelihood itself, so that this metric need not be computed."""
     beside_reference: bool = False
-    """It takes the reference's logits as well."""
+    """The loss also needs the reference's logits."""
 
 
 def _cross_entropy(section: SFT | Pretrain) -> TokenLoss:
@@ -79,10 +79,10 @@ def _next_token(
     asked: Mapping[str, Any],
     router_aux_loss_coef: float | None,
 ) -> LossOut:
-    """The loss of the trained tokens, in nats, summed by their weights.
+    """The weighted sum of the trained tokens' losses, in nats.
 
-    Where routers are to be balanced, each document's balance weighs as its trained tokens do, so that it is divided by the same
-    number as the rest, and does not depend on what else is in the batch.
+    With a load-balancing loss, each document's value is weighted like its trained tokens, so that it has the same divisor and
+    does not depend on the rest of the batch.
     """
     if router_aux_loss_coef is None:
         values_NK = model(batch, values, **asked)
@@ -102,7 +102,7 @@ METRICS = ("token_accuracy", "entropy", "nll")
 
 
 def _observed(loss: TokenLoss, logits_NV: Tensor, targets_N: Tensor, *reference_NV: Tensor) -> tuple[Tensor, ...]:
-    """The loss, then METRICS, the last of them where the loss is another one."""
+    """The loss, then METRICS. nll is left out if the loss is the negative log-likelihood."""
     loss_N = loss.of(logits_NV, targets_N, *reference_NV)
     with torch.no_grad():
         seen = [token_correct(logits_NV, targets_N).to(loss_N.dtype), token_entropy(logits_NV)]
@@ -116,7 +116,7 @@ def _anchored(logits_NV: Tensor, targets_N: Tensor, reference_NV: Tensor, *, alp
 
 
 def _balance(router_logits: Tensor, top_k: int, batch: Batch) -> Tensor:
-    """[N]: of each trained token's document, the mean over layers."""
+    """[N]: the load-balancing loss of each trained token's document, as the mean over layers."""
     B, T = batch.ids_BT.shape
     document_T = document_numbers(batch.cu_seqlens_S, B, T).flatten() - 1
     num_documents = len(batch.cu_seqlens_S) - 1
@@ -125,6 +125,6 @@ def _balance(router_logits: Tensor, top_k: int, batch: Batch) -> Tensor:
 
 
 def _perplexity(means: Mapping[str, float]) -> dict[str, float]:
-    """e to the mean negative log-likelihood of a token; infinite where that overflows."""
+    """perplexity: exp of the mean negative log-likelihood per token; infinite if that overflows."""
     nll = means.get("nll", means["loss"])
     return {"perplexity": math.exp(nll) if nll < 700 else math.inf}

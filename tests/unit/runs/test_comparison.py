@@ -96,7 +96,7 @@ def test_what_an_evaluation_wrote_is_no_run(runs, tmp_path):
     (evaluation / "run.yaml").write_text(to_yaml(load_config("evaluate", words)))
     found = compare([*runs, str(evaluation)])
     assert list(found.names) == ["a", "b"] and "optimizer.lr" in found.settings and len(found.samples) == 1
-    assert found.notices == [f"{evaluation} is left out: its run.yaml is of no training"]
+    assert found.notices == [f"{evaluation} is left out: its run.yaml is not one of a training run"]
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "[1]", "stage: 3\nadapter: {name: lora}"])

@@ -100,7 +100,7 @@ def test_a_lock_of_another_host_is_taken_once_its_owner_has_not_renewed_it_for_a
     lock, mine = LockElsewhere(2, 2, 8, STALE_AFTER_S - 0.1, STALE_AFTER_S + 1), owner._new_lock()
     owner._take(lock, mine)
     assert json.loads(lock.text) == mine and not lock.ages
-    assert "/shared/o was used by process 1 on elsewhere just now; looking for up to 18 s" in caplog.text
+    assert "/shared/o was in use by process 1 on elsewhere a moment ago; checking for up to 18 s" in caplog.text
 
 
 def test_a_lock_of_another_host_that_is_renewed_is_refused(at_once: None):
