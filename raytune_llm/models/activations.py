@@ -1,7 +1,7 @@
 """Activation checkpointing and offloading of the layers, and their compilation.
 
-Compiled layers leave the choice to the compiler's partitioner, which knows what the backward pass needs: it recomputes less than
-running a layer again (not its last product, for one). Layers that are not compiled run again as a whole.
+In compiled layers, the compiler's partitioner chooses what to keep. It knows what the backward pass needs, so it recomputes less
+than a whole layer (for example, not its last product). Layers that are not compiled are recomputed as a whole.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ class Checkpointing:
     """The activations that a layer saves for the backward pass."""
 
     budget: float
-    """The part, beside attention's output where it is compiled (KeepAttention). 0.0 is the input alone."""
+    """The fraction of a layer's activations that is kept. 0.0 keeps only the input (and attention's output in compiled
+    layers)."""
     leaves: bool = False
-    """What is kept waits in host memory."""
+    """Kept activations are offloaded to host memory."""
     compiled: bool = False
-    """Compiled layers alone can: the others run again as a whole or not at all."""
+    """It needs compiled layers; others are recomputed as a whole or not at all."""
 
     @property
     def on_device(self) -> float:
-        """The part that stays there."""
+        """The fraction of a layer's activations that stays on the device."""
         return 0.0 if self.leaves else self.budget
 
     def possible(self, *, compiled: bool) -> bool:
@@ -56,14 +57,14 @@ CHECKPOINTING = {
     "full": Checkpointing(0.0),
     "offload": Checkpointing(0.01, leaves=True),
 }
-"""By train.activation_checkpointing: most memory and least time first."""
+"""train.activation_checkpointing -> what is kept, from most memory and least time to least memory and most time."""
 ATTENTION = {"_scaled_dot_product_cudnn_attention", "_varlen_attn", "document_attention"}
-"""Its operators by name, but for those that the partitioner knows."""
+"""Names of attention operators that the partitioner does not recognize by itself."""
 
 
 class KeepAttention(CustomGraphPass):
-    """Attention's output and log-sum-exp are kept wherever the budget is not 0.0: nothing costs more to compute again for its
-    size. The partitioner knows so of some of torch's own operators only."""
+    """Makes the partitioner keep attention's output and log-sum-exp unless its budget is 0.0, since recomputing them is the most
+    expensive for their size. By itself, it does so only for some of torch's operators."""
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
@@ -75,8 +76,8 @@ class KeepAttention(CustomGraphPass):
 
 
 def compiles(asked: bool | str, device_type: str, *, never: str | None = None, lacking: str | None = None) -> tuple[bool, str]:
-    """Whether layers are compiled, and why. never: what of the run forbids it on any device. lacking: what the device's compiler
-    needs and does not find."""
+    """Whether layers are compiled, and the reason. never: a reason why the run can't be compiled on any device. lacking: what the
+    compiler needs on this device and does not find."""
     if asked == "auto":
         if device_type != "cuda":
             return False, "a CPU gains less than compiling costs"
@@ -88,7 +89,7 @@ def compiles(asked: bool | str, device_type: str, *, never: str | None = None, l
 
 
 def lacks_for_compiling(device: torch.device) -> str | None:
-    """What prevents compiled kernels on a GPU; None if nothing does."""
+    """The reason why kernels can't be compiled on this GPU; None if they can."""
     if device.type != "cuda":
         return None
     if find_spec("triton") is None:
@@ -105,7 +106,7 @@ def lacks_for_compiling(device: torch.device) -> str | None:
 
 
 def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str, *, compile_layers: bool) -> None:
-    """Set up the layers: compiled or not, and what they keep. Layers are compiled when they first run, with what is set here."""
+    """Set up what the layers keep, and whether they are compiled. Compilation happens when they first run."""
     chosen = CHECKPOINTING[checkpointing]
     if not chosen.possible(compiled=compile_layers):
         raise ConfigError(
@@ -116,7 +117,7 @@ def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str
         )
     if compile_layers:
         if partitioner.activation_memory_budget != chosen.budget:
-            torch._dynamo.reset()  # code that is compiled already does not read the budget again
+            torch._dynamo.reset()  # compiled code would not read the new budget
         partitioner.activation_memory_budget = chosen.budget
         inductor.joint_custom_pre_pass = KeepAttention()
         for layer in layers:
@@ -124,7 +125,7 @@ def keep(model: PreTrainedModel, layers: Sequence[nn.Module], checkpointing: str
     elif chosen.budget < 1:
         try:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        except ValueError as error:  # a model's own code need not know of it
+        except ValueError as error:  # a model's own code may not support it
             rule = f"must be none for {type(model).__name__} ({error})"
             raise ConfigError("train.activation_checkpointing", rule, got=checkpointing, fix="Set none.") from error
 
@@ -139,9 +140,8 @@ class _Moved:
 
 
 class HostMemory:
-    """Keeps what autograd saves in page-locked host memory while it is not needed; copies run beside the computation.
-
-    In the backward pass the copy for the layer before is on its way while a layer computes. For one forward and backward pass.
+    """Offloads what autograd saves to page-locked host memory. Copies overlap with the computation: in the backward pass, tensors
+    for the next layer are copied back while a layer computes. An instance serves one forward and backward pass.
     """
 
     AHEAD = 2

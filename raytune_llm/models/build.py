@@ -1,4 +1,4 @@
-"""From settings to a policy: a model loaded, adapted, quantized, with its attention and its precision."""
+"""Builds a policy from settings: loads the model, adds the adapter, quantizes, and sets attention and precision."""
 
 from __future__ import annotations
 
@@ -39,15 +39,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 UNQUANTIZED = NoQuantization(name="none")
 
 WHOLE_FITS = 0.9
-"""Of a GPU's free memory, what the weights may take as they are loaded; a layer is there in both forms for a while."""
+"""Fraction of a GPU's free memory that weights may take before quantization. The rest is for a layer that exists in both
+forms."""
 CHUNK_TOKENS = {"cpu": 128}
-"""Tokens of a chunk of logits, by device, if it is not the policy's default. On a CPU so few that malloc reuses the same memory;
-larger pieces come from the system, which clears every page."""
+"""Device type -> tokens of a chunk of logits, if not the policy's default. On a CPU, chunks are so small that malloc reuses their
+memory; larger allocations come from the kernel, which clears every page."""
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products, and why. auto: bf16 if the hardware supports it, else fp32, which is faster than bf16 in
-    software. Raises ConfigError for bf16 on a GPU without it; any CPU computes it."""
+    """The dtype of matrix products, and the reason. auto: bf16 if the hardware supports it, else fp32, which is faster than bf16
+    in software. Raises ConfigError for bf16 on a GPU without it; any CPU can emulate it."""
     on_gpu = device.type == "cuda"
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_has_bf16()
     if precision == "auto":
@@ -73,7 +74,7 @@ def precision_name(dtype: torch.dtype) -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    """oneDNN multiplies bf16 in hardware from AVX512-BF16 or AMX on (and on Arm from the bf16 extension on)."""
+    """Whether the CPU multiplies bf16 in hardware: with AVX512-BF16 or AMX, or the bf16 extension of Arm."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return any(f" {flag} " in flags.replace("\n", " ") for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -102,15 +103,17 @@ def build_policy(
     starts_once: bool = False,
     trains_again: bool = False,
 ) -> tuple[Policy, str]:
-    """The model on `device`, and why its attention back end was chosen. Frozen weights are in the compute type, trained ones in
-    float32. Where it is to be moved later, `runs_on` says where to, and frozen weights that are quantized go there a layer at a
-    time; torch's meta device takes no weights and no memory.
-    adapter_seed: of a new adapter's weights, if it is not `seed`. scores: it is a Scorer, else a CausalLM. separate_head: the
-    Scorer's head is saved beside a language model. trains: false where nothing of it will be trained, adapter or not. files: its
-    weights are read from these as they are quantized, or, with the meta device, stay there for a strategy to read. first_pieces:
-    of each token that the vocabulary lacks; an adapter has the embeddings of these tokens. shared: keeps a frozen base's weights
-    for the next model. slots: of a trained bank, empty, in place of the adapter. starts_once: compute frozen layers at its start
-    once for each batch, those that are trained on, too, where it trains_again on them.
+    """The policy on `device`, and the reason for its attention back end. Frozen weights are in the compute type, trained ones in
+    float32.
+
+    device: where weights are loaded to; meta: the policy has no weights and takes no memory. runs_on: the device that it is moved
+    to later; frozen weights that are quantized go there one layer at a time. adapter_seed: the seed of a new adapter's weights,
+    if not `seed`. scores: build a Scorer instead of a CausalLM. separate_head: save the Scorer's head beside a language model.
+    trains: False if nothing is trained, not even an adapter. files: read weights from these files when they are quantized; with
+    the meta device, leave them there for a strategy to read. first_pieces: new token -> the tokens whose mean embedding it starts
+    from; with an adapter, the adapter has the new embeddings. shared: keeps a frozen base's weights for the next model. slots:
+    build a trained bank with empty slots instead of an adapter. starts_once: compute the frozen layers at the start once for each
+    batch. trains_again: do so for training batches too, since they are trained on more than once.
     """
     runs_on = runs_on or device
     in_lines = needs_lines(config, model_class(config))
@@ -151,12 +154,12 @@ def build_policy(
         drawn_with = seed if adapter_seed is None else adapter_seed
         adapted = _adapted(loaded, adapter, quantization, drawn_with, scores=scores, new_ids=sorted(first_pieces))
         if not trains:
-            adapted.model.requires_grad_(False)  # a quantization takes frozen weights
+            adapted.model.requires_grad_(False)  # only frozen weights can be quantized
         hold(adapted.model)
         if quantization.replaces_layers:
             adapted.quantized()
     else:
-        hold(loaded.requires_grad_(False))  # a bank comes after quantization, which takes frozen weights
+        hold(loaded.requires_grad_(False))  # the bank is added after quantization, which needs frozen weights
         adapted = bank_of(loaded, slots, compute)
     if model.liger_kernel and trains:
         with_liger(loaded, runs_on.type)
@@ -199,7 +202,7 @@ def build_policy(
 def _attention(
     model: ModelConfig, config: PretrainedConfig, runs_on: torch.device, compute: torch.dtype, *, in_lines: bool
 ) -> tuple[str, str]:
-    """The attention back end, and why it is chosen. in_lines: the model has layers of its own that take one document a line."""
+    """The attention back end, and the reason for it. in_lines: the model's own layers are used, with one document per row."""
     if in_lines:
         return attention.own_layers(model.attention, config)
     return attention.choose(model.attention, attention.case_of(config, runs_on.type, attention.capability_of(runs_on), compute))
@@ -214,7 +217,7 @@ def _adapted(
     scores: bool,
     new_ids: Sequence[int],
 ) -> Adapters:
-    """The model with its adapter, whose new weights are drawn with the seed. quantization: what the base will be held in."""
+    """The model with its adapter. New weights are drawn with the seed. quantization: how the base will be quantized."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return adapt(model, adapter, scores=scores, new_ids=new_ids, quantization=quantization_of(quantization))
@@ -230,8 +233,8 @@ def _hold(
     narrows: bool,
     moves_to: torch.device | None,
 ) -> None:
-    """Hold the base as the run computes with it. narrows: what is frozen was read in the type of what is trained. moves_to: the
-    device that all goes to once the layers are quantized there, the adapter with it."""
+    """Convert or quantize the base's frozen weights for computation. narrows: frozen weights were loaded in the type of trained
+    ones. moves_to: the device that everything is moved to, after the layers were quantized there one by one."""
     if narrows:
         _narrow_frozen(base, compute)
     quantize(layers(base), quantization, runs_on)
@@ -240,15 +243,15 @@ def _hold(
 
 
 def room_for(model: PreTrainedModel, device: torch.device, *, free_bytes: float) -> torch.device:
-    """Where weights are loaded to that then take fewer bits on the device, a layer at a time: there, or in host memory if the
-    device has no room for all of them before. model: without weights."""
+    """The device to load weights to that are then quantized layer by layer: `device`, or host memory if they don't fit there
+    before they are quantized. model: the model without weights."""
     whole = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     needed = 2 * whole if changes_as_loaded(model) else whole  # transformers reads ahead of what it converts
     return device if needed < WHOLE_FITS * free_bytes else torch.device("cpu")
 
 
 def _narrow_frozen(model: PreTrainedModel, compute: torch.dtype) -> None:
-    """The frozen part of a model whose own weights are trained, which was loaded as those are."""
+    """Convert the frozen part of a partly trained model to the compute type. It was loaded in the type of the trained part."""
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = of_type(parameter, compute)
@@ -257,7 +260,7 @@ def _narrow_frozen(model: PreTrainedModel, compute: torch.dtype) -> None:
 def predicts_more(
     config: PretrainedConfig, model: ModelConfig, adapter: AdapterConfig | SavedAdapter, *, scores: bool, grows: bool
 ) -> PredictionLayers | None:
-    """The base's layers of multi-token prediction, where what is saved is a whole language model. grows: it gets new tokens."""
+    """The base's layers for multi-token prediction, if a whole language model is saved; else None. grows: it gets new tokens."""
     if scores or not adapter.trains_base or model.path is None or model.weights != "pretrained":
         return None
     return prediction_layers(config, model.path, model.revision, grows=grows or adapter.changes_base)
@@ -285,7 +288,7 @@ def _check_head(model: PreTrainedModel) -> None:
 
 
 def _beside(module: nn.Module, parts: Sequence[nn.Module | None]) -> Iterator[str]:
-    """Names of children with parameters that are none of the parts, nor hold one."""
+    """Names of submodules with parameters that neither are one of the parts nor contain one."""
     for name, child in module.named_children():
         if any(held in parts for held in child.modules()):
             yield from () if child in parts else _beside(child, parts)
@@ -294,8 +297,8 @@ def _beside(module: nn.Module, parts: Sequence[nn.Module | None]) -> Iterator[st
 
 
 def run_config(model: ModelConfig, tokenizer: Any, max_length: int, *, packing: bool = False) -> PretrainedConfig:
-    """The transformers config of the run's model. Without a path, vocabulary size and special tokens are the tokenizer's.
-    packing: rows are to share a line of a batch."""
+    """The transformers config of the run's model. Without model.path, vocabulary size and special tokens follow from the
+    tokenizer. packing: several rows share a row of the batch."""
     for name in attention.DROPOUT:
         if model.config.get(name):
             raise ConfigError(
@@ -336,8 +339,9 @@ def run_config(model: ModelConfig, tokenizer: Any, max_length: int, *, packing: 
 
 
 def _check_scaled_positions(config: PretrainedConfig, max_length: int) -> None:
-    """Raises ConfigError where a row's positions would depend on the rows beside it: LongRoPE (Ding et al. 2024, arXiv
-    2402.13753) has other frequencies for texts longer than the original model's, and transformers chooses by the longest."""
+    """Raises ConfigError if a row's rotary positions would depend on the other rows of its batch: LongRoPE (Ding et al. 2024,
+    arXiv 2402.13753) has other frequencies for texts longer than the original maximum, and transformers decides by the longest
+    row."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings")
     if rope.get("rope_type") == "longrope" and original is not None and max_length > original:

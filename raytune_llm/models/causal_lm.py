@@ -1,4 +1,4 @@
-"""A language model for stages (values of the trained tokens of a batch) and engines (logits of the next token)."""
+"""A language model for stages (values of a batch's trained tokens) and engines (logits of the next token)."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from raytune_llm.records import Batch
 
 
 class CausalLM(Policy):
-    """Applies a function to the logits of the trained tokens, some thousand tokens at a time.
+    """Applies a function to the logits of the trained tokens, about a thousand tokens at a time.
 
-    Logits of other tokens are never computed, and those of all trained tokens never exist at once.
+    Logits of other tokens are never computed, and the logits of all trained tokens never exist at the same time.
     """
 
     def __init__(self, model: nn.Module, *, chunk_tokens: int = CHUNK_TOKENS, **settings: Any) -> None:
-        """settings: a Policy's."""
+        """settings: arguments of Policy."""
         super().__init__(model, **settings)
         self.chunk_tokens = chunk_tokens
 
@@ -51,9 +51,9 @@ class CausalLM(Policy):
     ) -> Tensor | tuple[Tensor, Tensor, int]:
         """token_function of the trained tokens: [N], or [N, K] if it returns several values.
 
-        neftune_alpha: noise on the embeddings, in training. beside_reference: token_function takes, after the targets, the logits
-        of the model without its adapter. routers: with the logits of every layer's router [layers, B * T, E], and how many
-        experts a token goes to.
+        neftune_alpha: noise on the embeddings, in training. beside_reference: token_function also takes the logits of the model
+        without its adapter, after the targets. routers: also return the router logits of all layers [layers, B * T, E] and the
+        number of experts that a token goes to.
         """
         with self.autocast(batch.ids_BT.device):
             other_ND = None
@@ -66,13 +66,14 @@ class CausalLM(Policy):
         return (values, torch.stack(outputs.router_logits), self._experts_per_token()) if routers else values
 
     def values(self, hidden_BTD: Tensor, batch: Batch, token_function: TokenFunction, other_BTD: Tensor | None = None) -> Tensor:
-        """What `forward` gives, of last hidden states that are known. other_BTD: those of the reference, where it takes them."""
+        """The result of `forward` for given last hidden states. other_BTD: the reference's hidden states, if token_function needs
+        them."""
         with self.autocast(hidden_BTD.device):
             other_ND = None if other_BTD is None else _trained(other_BTD, batch)
             return self._values(_trained(hidden_BTD, batch), batch, token_function, other_ND)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """float32 [N, V]: of the token after each of these."""
+        """float32 [N, V]: the logits of the next token at each position."""
         with self.autocast(hidden_ND.device):
             logits_NV = self.base.get_output_embeddings()(hidden_ND).float()
         return changed(logits_NV, *_logit_changes(self.base.config))
@@ -102,8 +103,8 @@ class CausalLM(Policy):
     def _recomputed(
         self, hidden_ND: Tensor, targets_N: Tensor, other_ND: Tensor | None, head: nn.Module, values: TokenFunction
     ) -> Tensor:
-        """For heads that are more than one matrix at hand (adapted, quantized, partitioned): chunks are computed again in the
-        backward pass. What goes back through the head then is autograd's own, outside of its range in traces."""
+        """The values for a head that is not a single matrix on this worker (adapted, quantized or partitioned). Chunks are
+        computed again in the backward pass. Autograd computes the head's backward pass, which traces show outside RANGE."""
 
         @record_function(RANGE)
         def of_chunk(hidden_ND: Tensor, targets_N: Tensor, *others_ND: Tensor) -> Tensor:
@@ -124,8 +125,9 @@ def _trained(hidden_BTD: Tensor, batch: Batch) -> Tensor:
 
 
 def _logit_changes(config: Any) -> tuple[float | None, float | None]:
-    """How a few families change the logits: Granite divides, Cohere and Falcon-H1 multiply, Gemma and RecurrentGemma cap. With
-    other media transformers does not multiply (Aya Vision), and caps as the text's config says (Gemma 4)."""
+    """(scale, softcap) of the logits, which a few families have: Granite divides, Cohere and Falcon-H1 multiply, Gemma and
+    RecurrentGemma cap. In multimodal models, transformers does not multiply (Aya Vision), and caps by the text config (Gemma
+    4)."""
     divided = getattr(config, "logits_scaling", None)
     multiplied = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
     text = config.get_text_config()

@@ -1,4 +1,4 @@
-"""A model's config.json, or an adapter's adapter_config.json, in the form in which transformers and PEFT write it."""
+"""Writes a model's config.json, or an adapter's adapter_config.json, in the same form as transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def write_config(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def change_config(path: Path, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
-    """Replace the file's values by `change` of them. A file that does not exist stays so."""
+    """Replace the file's values by change(values). Nothing happens if the file does not exist."""
     if path.exists():
         write_config(path, change(json.loads(path.read_text())))

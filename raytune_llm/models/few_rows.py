@@ -1,6 +1,6 @@
-"""Linear layers for rows that decode on a GPU: layers that share an input are one product, and few rows have their own kernels.
+"""Linear layers for decoding on a GPU: layers with the same input become one product, and few rows have special kernels.
 
-At a few rows a product takes as long as its weight takes to be read. Libraries' kernels are made for many rows.
+With few rows, the time of a product is the time to read its weight. Kernels of libraries are made for many rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from raytune_llm.models.packed import Packing
 from raytune_llm.models.quantization.fp8 import FP8Linear, fp8_product
 
 FEW, FEW_FP8 = 32, 128
-"""Up to so many rows, the kernels here were faster on an H200 than cuBLAS's, and than those of torch._scaled_mm."""
+"""Up to this many rows, these kernels were faster on an H200 than cuBLAS (bf16) and torch._scaled_mm (FP8)."""
 
 
 class FewRowsLinear(nn.Module):
@@ -30,7 +30,7 @@ class FewRowsLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_MK = x.flatten(0, -2).to(self.weight.dtype)
-        # The compiler takes the operator for any number of rows; where nothing is compiled, many rows need none.
+        # Compiled code always uses the operator, so that it need not be compiled again for many rows.
         few = torch.compiler.is_compiling() or len(x_MK) <= FEW
         y_MO = few_rows(x_MK, self.weight) if few else F.linear(x_MK, self.weight)
         y = y_MO.view(*x.shape[:-1], -1)
@@ -38,7 +38,7 @@ class FewRowsLinear(nn.Module):
 
 
 class FewRowsFP8Linear(nn.Module):
-    """FP8Linear's product, forward only: weight [O, K] in e4m3 with a scale a row, and x rounded likewise."""
+    """The product of FP8Linear, forward only: weight [O, K] in e4m3 with one scale per row, and x rounded in the same way."""
 
     def __init__(self, weight_OK: Tensor, scale_O: Tensor, bias_O: Tensor | None) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class FewRows(Packing):
 
     @staticmethod
     def lacks(device: torch.device, dtype: torch.dtype) -> str | None:
-        """In float32 layers stay as they are, so that a served model computes exactly what the trained one did."""
+        """In float32, layers are not packed, so that a served model computes exactly what the trained model computed."""
         if device.type != "cuda":
             return "it is for GPUs"
         return None if dtype == torch.bfloat16 else "it is for bf16"
@@ -75,7 +75,7 @@ class FewRows(Packing):
 
 @torch.library.custom_op("raytune_llm::few_rows", mutates_args=())
 def few_rows(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    """x @ weight.T, [M, N]."""
+    """x @ weight.T: [M, N]."""
     if not x_MK.is_cuda or len(x_MK) > FEW:
         return F.linear(x_MK, weight_NK)
     from raytune_llm.models.few_rows_kernels import product
@@ -85,7 +85,7 @@ def few_rows(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
 
 @torch.library.custom_op("raytune_llm::few_rows_fp8", mutates_args=())
 def few_rows_fp8(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """x @ weight.T, [M, N] in x's type. weight: e4m3, with the scales of its rows in float32."""
+    """x @ weight.T: [M, N] in x's type. weight_NK: e4m3; scale_N: float32 scales of its rows."""
     if not x_MK.is_cuda:
         return fp8_product(x_MK, weight_NK, scale_N[None])
     from raytune_llm.models.few_rows_kernels import product, rows_in_fp8

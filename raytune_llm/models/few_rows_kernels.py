@@ -1,7 +1,7 @@
-"""The kernels behind `few_rows`: a product of a few rows takes as long as its weight takes to be read once.
+"""The kernels of `few_rows`: a product of a few rows takes only the time to read its weight once.
 
-A program reads some rows of the weight, or a part of their columns where that makes too few programs to keep a GPU busy; a second
-kernel adds the parts in order. Sums are in float32.
+A program reads some rows of the weight. If that gives too few programs to keep a GPU busy, the columns are divided too, and a
+second kernel adds the partial sums in order. Sums are in float32.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from torch import Tensor
 from raytune_llm.models.quantization.fp8 import E4M3, E4M3_MAX
 
 OUTPUTS, WARPS, WIDE = 64, 4, 1024
-"""Rows of the weight that a program reads, its warps, and outputs that a program of the second kernel adds."""
+"""Rows of the weight per program, warps per program, and outputs per program of the second kernel."""
 PROGRAMS = 96
-"""Columns are divided until there are so many programs: fewer leave multiprocessors without work, and each part costs a sum."""
+"""Columns are divided until there are this many programs. Fewer would leave multiprocessors idle; each further part costs a
+sum."""
 MOST_PARTS = 8
 
 
 def product(x_MK: Tensor, weight_NK: Tensor, dtype: torch.dtype, scales: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """x @ weight.T, [M, N] in `dtype`. All contiguous. scales: of x's rows [M] and of the weight's [N], float32, both in e4m3."""
+    """x @ weight.T: [M, N] in `dtype`; x and weight are contiguous. scales: for x and weight in e4m3, the float32 scales of their
+    rows [M] and [N]."""
     (M, K), N = x_MK.shape, weight_NK.shape[0]
     rows, inputs = max(16, triton.next_power_of_2(M)), 256 if weight_NK.element_size() == 1 else 128
     blocks, parts = triton.cdiv(N, OUTPUTS), 1
@@ -48,7 +50,7 @@ def product(x_MK: Tensor, weight_NK: Tensor, dtype: torch.dtype, scales: tuple[T
 
 
 def rows_in_fp8(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row over its largest magnitude, [M, K] in e4m3, and what to multiply it with again, float32 [M]. x is contiguous."""
+    """x's rows scaled to the range of e4m3, [M, K], and the scales to multiply them with again, float32 [M]. x is contiguous."""
     M, K = x_MK.shape
     rounded_MK = torch.empty_like(x_MK, dtype=E4M3)
     scale_M = torch.empty(M, dtype=torch.float32, device=x_MK.device)
@@ -101,6 +103,6 @@ def _add(parts, x_scale, scale, out, M, N, PARTS: tl.constexpr, SCALED: tl.const
 def _round(x, rounded, scale, K, LARGEST: tl.constexpr, SIZE: tl.constexpr):
     row, k = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     values = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    one = tl.maximum(tl.max(tl.abs(values), 0), 1e-12) * (1 / LARGEST)  # as torch divides by a number
+    one = tl.maximum(tl.max(tl.abs(values), 0), 1e-12) * (1 / LARGEST)  # torch divides by a number in this way
     tl.store(scale + row, one)
     tl.store(rounded + row * K + k, tl.div_rn(values, one).to(rounded.dtype.element_ty), mask=k < K)

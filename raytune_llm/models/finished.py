@@ -1,4 +1,4 @@
-"""The `final/` of a finished run, and whether its files still are those that the run wrote."""
+"""Checks whether the files in the `final/` of a finished run are still those that the run wrote."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ WEIGHTS = (".safetensors", ".bin")
 
 
 def check_unchanged(folder: Path, setting: str, *, max_bytes: int) -> None:
-    """Raises ConfigError where weights in the `final/` of a run are not as finished.json beside it says. Any other file that has
-    changed is said in a warning: a user may have edited it. A folder that is no such `final/` is not looked at.
+    """Raises ConfigError if weights in the `final/` of a run differ from the hashes in its finished.json. A changed file of
+    another kind gives a warning, since a user may have edited it. Other folders are not checked.
 
-    Files of more than max_bytes are not read: hashing takes a second or two a GiB on one core, which an adapter and a small model
-    take once more to load, and a large model many times over. What reads their tensors checks that they are as long as they say.
+    Files larger than max_bytes are not read, since hashing takes one to two seconds per GiB on one core, much longer than loading
+    a large model. Reading their tensors will at least check their length.
     """
     if folder.name != FINAL:
         return
@@ -49,5 +49,5 @@ def _is(file: Path, digest: str | None, max_bytes: int) -> bool:
 
 @cache
 def _hash(file: Path, size: int, changed_ns: int) -> str:
-    """Once a process for a file that stays as it is: a config is read by many who need it."""
+    """The file's hash, cached in this process while the file does not change, since a config is read many times."""
     return sha256_of(file)

@@ -1,4 +1,4 @@
-"""Whether a tensor has only numbers in it."""
+"""Checks tensors for NaN and infinities."""
 
 from __future__ import annotations
 
@@ -7,5 +7,6 @@ from torch import Tensor
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """By its extremes, which are NaN if any value is: on CPUs several times faster than `isfinite` of each value."""
+    """Whether all values are finite. It checks the minimum and maximum, which are NaN if any value is; on CPUs this is several
+    times faster than `isfinite` of each value."""
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())

@@ -1,5 +1,6 @@
-"""The layers before the first trained one give the same for a batch whenever it comes again: at every evaluation, in every epoch,
-in every trial over one base. Here they are computed once for each batch.
+"""Computes the frozen layers before the first trained one only once for each batch.
+
+Their output is the same whenever the batch comes again: at every evaluation, in every epoch, in every trial over one base.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from raytune_llm.models.multimodal import text_model
 from raytune_llm.records import Batch
 
 IN_A_ROW = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
-"""Models whose layers read nothing of earlier ones but the hidden states that the layer before gives."""
+"""Models in which a layer's only input from earlier layers is the hidden states of the layer before it."""
 MOST_BYTES = 256 * 2**20
-"""Hidden states that are kept of batches that are trained on, and so many of others."""
+"""Maximum bytes of cached hidden states for training batches, and the same again for other batches."""
 Key = tuple[int, bool, bool, bytes]
-"""The number of layers, whether the batch is trained on, whether the model is in training mode (its attention may be another one
-there), and what the layers see of the batch."""
+"""(number of layers, whether the batch is trained on, whether the model is in training mode, what the layers see of the batch).
+In training mode, attention may be another one."""
 
 
 class KnownStates:
-    """Hidden states of batches, as many as there is room for: those that came first, since they come again in the same order."""
+    """A cache of batches' hidden states. When it is full, the first batches stay, since batches come again in the same order."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._states: dict[Key, Tensor] = {}
@@ -47,7 +48,8 @@ class FrozenStart:
     """The frozen layers at a model's start."""
 
     def __init__(self, layers: nn.ModuleList, count: int, known: KnownStates, *, trains_again: bool) -> None:
-        """known: of models with the same weights in these layers. trains_again: batches are trained on more than once."""
+        """known: the cache, shared by models with the same weights in these layers. trains_again: batches are trained on more
+        than once."""
         self.layers, self.count = layers, count
         self._known, self._trains_again = known, trains_again
 
@@ -56,7 +58,8 @@ class FrozenStart:
 
     @contextmanager
     def once(self, batch: Batch, *, training: bool) -> Iterator[None]:
-        """A context in which the model computes these layers for the batch, unless it did before. training: the model's mode."""
+        """A context for a forward pass in which these layers are computed only if the batch is not in the cache. training: the
+        model's mode."""
         trained = torch.is_grad_enabled()
         key = self.count, trained, training, _seen_by_layers(batch)
         known_BTD = self._known.get(key)
@@ -89,7 +92,7 @@ class FrozenStart:
 
 
 class _Known(nn.Module):
-    """In the place of layers whose output is known."""
+    """Replaces layers whose output is known."""
 
     def __init__(self, hidden_BTD: Tensor) -> None:
         super().__init__()
@@ -100,8 +103,11 @@ class _Known(nn.Module):
 
 
 def frozen_start(base: PreTrainedModel, known: KnownStates, *, trains_again: bool) -> FrozenStart | None:
-    """base: a transformers model, with adapters in its layers and requires_grad as it is trained. None: its first layer is
-    trained, or what comes before it, or the family is not known to be in a row."""
+    """The frozen start of a model; None if its first layer or something before it is trained, or if its family is not in
+    IN_A_ROW.
+
+    base: a transformers model with its adapters, with requires_grad set as it is trained.
+    """
     text: Any = text_model(base)
     trained = {id(weight) for weight in base.parameters() if weight.requires_grad}
     if type(text).__name__ not in IN_A_ROW or not trained:

@@ -1,4 +1,4 @@
-"""The generation config beside the weights: stop tokens and the makers' sampling settings."""
+"""Reads and prepares a model's generation config: stop tokens and its makers' sampling settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNREAD_WITHOUT_SAMPLING = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-"""Settings, with their defaults."""
+"""Sampling settings that `do_sample: false` leaves unread -> their defaults."""
 
 
 def savable(generation: GenerationConfig) -> GenerationConfig:
@@ -42,7 +42,7 @@ def savable(generation: GenerationConfig) -> GenerationConfig:
 
 
 def read_generation_config(path: str | None) -> GenerationConfig:
-    """What is beside the weights, or none in particular where nothing is. Raises ConfigError if it can't be read."""
+    """The generation config of the model at `path`, or an empty one if it has none. Raises ConfigError if it can't be read."""
     if path is None:
         return GenerationConfig()
     folder = packaged.resolve(path)
@@ -51,7 +51,7 @@ def read_generation_config(path: str | None) -> GenerationConfig:
         if not all(isinstance(id, int) for id in end_ids_of(generation)):
             raise ValueError(f"eos_token_id is {generation.eos_token_id!r}")
         return generation
-    except Exception as error:  # whatever a damaged file makes of transformers' code
+    except Exception as error:  # transformers raises many kinds of errors for a damaged file
         if isinstance(error, OSError) and not os.path.lexists(Path(folder, "generation_config.json")):
             return GenerationConfig()
         rule = f"must be a model whose generation_config.json can be read ({first_line(error)})"
@@ -59,7 +59,7 @@ def read_generation_config(path: str | None) -> GenerationConfig:
 
 
 def end_ids_of(generation: GenerationConfig) -> list[int]:
-    """Its stop tokens."""
+    """The config's stop tokens as a list."""
     ids = generation.eos_token_id
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 

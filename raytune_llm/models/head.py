@@ -1,9 +1,9 @@
-"""Functions of the logits of the trained tokens, chunk by chunk, without computing any logits twice.
+"""Applies functions to the logits of the trained tokens, chunk by chunk, without computing any logits twice.
 
-A token function's value depends on its own row of logits alone. So its gradient with respect to the hidden states can be taken
-in the forward pass, while the chunk's logits exist, for an upstream gradient of one, and scaled by the real one in the backward
-pass. What stays between the passes is [N, D] and not [N, V]; only where the head is trained are the logits' gradients kept, in
-the compute type, for its own.
+A token function's value depends only on its own row of logits. So the forward pass computes the gradient with respect to the
+hidden states while the chunk's logits exist, for an upstream gradient of 1, and the backward pass multiplies it by the real
+upstream gradient. Between the passes [N, D] is kept instead of [N, V]. If the head is trained, the logits' gradients are kept
+too, in the compute type, for the head's gradient.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.profiler import record_function
 
 RANGE = "head and loss"
-"""The name of what happens here in traces."""
+"""The name of this computation in traces."""
 CHUNK_TOKENS, TRAINED_CHUNKS = 1024, 8
-"""Tokens whose logits exist at once, by default, and how many times as many where the head is trained: it keeps the same however
-they are cut, and each cut is a pass over its gradient."""
+"""Tokens whose logits exist at the same time, and the factor by which a trained head has more: it keeps all gradients anyway, and
+each chunk costs a pass over its weight's gradient."""
 TokenFunction = Callable[..., Tensor | tuple[Tensor, ...]]
-"""(logits_NV, targets_N) -> one value a token [N], or several, [N, K] or a tuple of [N]; what it says of a token depends on that
-token's logits alone. A value of a tuple that has no gradient (a metric) costs none."""
+"""(logits_NV, targets_N) -> one value per token [N], or several: [N, K] or a tuple of [N]. A token's values depend only on its
+own logits. In a tuple, values without a gradient (metrics) cost no backward pass."""
 
 
 def token_values(
@@ -37,9 +37,9 @@ def token_values(
     compiled: bool = False,
     other_ND: Tensor | None = None,
 ) -> Tensor:
-    """token_function(hidden @ weight.T, targets), with products in `compute`: [N], or [N, K] if it returns several values.
-    Differentiable in hidden and weight, once. Where there are other hidden states, it takes their logits as well, which are
-    constants."""
+    """token_function(hidden @ weight.T, targets), with products in `compute`: [N], or [N, K] if it returns several values. It can
+    be differentiated once with respect to hidden and weight. other_ND: more hidden states, whose logits token_function takes as a
+    third argument, without gradient."""
     run = _compiled(token_function) if compiled else token_function
     if not (torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)):
         weight = weight_VD.detach().to(compute).T
@@ -53,17 +53,17 @@ def token_values(
 
 
 def chunks(size: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
-    """So many rows at a time of those that there are; once where they have no rows at all."""
+    """Split the tensors into pieces of `size` rows; None is left out. Without rows, there is one empty piece."""
     return zip(*(tensor.split(size) for tensor in tensors if tensor is not None), strict=True)
 
 
 def together(values: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """[N], or [N, K] of several."""
+    """One tensor of the values: [N], or [N, K] for a tuple."""
     return torch.stack(values, dim=1) if isinstance(values, tuple) else values
 
 
 def adjusted(token_function: TokenFunction, scale: float | None, softcap: float | None) -> TokenFunction:
-    """The function of logits times scale, then capped: softcap tanh(logits / softcap)."""
+    """The token function applied to changed logits: times scale, then softcap tanh(logits / softcap)."""
     return token_function if scale is None and softcap is None else _adjusted(token_function, scale, softcap)
 
 
@@ -89,7 +89,7 @@ class _TokenValues(torch.autograd.Function):
                 values.append(value)
                 towards_hidden.append(torch.stack([slope @ weight for slope in slopes]))
                 towards_logits += [(hidden, slopes)] if keep else []
-                del slopes  # or they would be there beside the next chunk's
+                del slopes  # so that they don't exist together with those of the next chunk
         ctx.save_for_backward(torch.cat(towards_hidden, dim=1))
         ctx.towards_logits, ctx.chunk = towards_logits, chunk
         ctx.types = hidden_ND.dtype, weight_VD.dtype
@@ -119,7 +119,7 @@ class _TokenValues(torch.autograd.Function):
 def _of_chunk(
     hidden: Tensor, weight: Tensor, targets: Tensor, others: Sequence[Tensor], run: TokenFunction
 ) -> tuple[Tensor, list[int], list[Tensor]]:
-    """The function's values of a chunk, which of them have a gradient, and their gradients by the logits."""
+    """The function's values for a chunk, the indices of those with a gradient, and their gradients with respect to the logits."""
     logits = (hidden @ weight.T).requires_grad_()
     torch._dynamo.maybe_mark_dynamic(logits, 0)
     torch._dynamo.maybe_mark_dynamic(targets, 0)
@@ -151,7 +151,7 @@ def _of_adjusted(
 
 
 def changed(logits_NV: Tensor, scale: float | None, softcap: float | None) -> Tensor:
-    """How a few families change the logits: scale, then softcap."""
+    """The logits times scale, then capped, as a few families do."""
     if scale is not None:
         logits_NV = logits_NV * scale
     return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)

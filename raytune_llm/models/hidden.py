@@ -1,4 +1,4 @@
-"""Packages that others import wherever they are installed, for seconds, though few runs use them."""
+"""Hides packages that libraries import whenever they are installed, which takes seconds, although few runs use them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def hidden(*packages: str) -> Iterator[None]:
-    """Within this context, those that are not loaded yet seem not to be installed."""
+    """A context in which these packages seem not to be installed, unless they are already imported."""
     absent = [package for package in packages if package not in sys.modules]
     for package in absent:
-        sys.modules[package] = None  # pyright: ignore[reportArgumentType]  # Python's own mark for it
+        sys.modules[package] = None  # pyright: ignore[reportArgumentType]  # None makes an import fail
     try:
         yield
     finally:

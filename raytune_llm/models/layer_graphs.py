@@ -1,14 +1,14 @@
-"""The layers' forward and backward pass in training, captured as CUDA graphs: a replay starts all kernels of a pass at once.
+"""Captures the layers' forward and backward pass in training as CUDA graphs: a replay launches all kernels of a pass at once.
 
-With few tokens a step, a GPU is done with a kernel before the host has started the next one, and a step takes as long as the host
-needs. What comes before and after the layers (embeddings, head, loss, the optimizer's step) is a few large kernels, and stays as
-it is written: its shapes change with the number of trained tokens.
+With few tokens per step, a GPU finishes a kernel before the host has launched the next one, and the host determines the time of a
+step. Embeddings, head, loss and the optimizer step are not captured: they are a few large kernels, whose shapes change with the
+number of trained tokens.
 
-A pair of graphs is for batches of one shape, of so many documents at most: others are added that have no tokens. A replay writes
-where the last one wrote, so a second pass that comes before the first one's backward pass is computed as it is written, and
-gradients of a micro-batch are copied before the next one.
+A pair of graphs serves batches of one shape with up to a number of documents; empty documents are added to reach it. A replay
+writes to the same memory as the last one. So a second forward pass before the first one's backward pass runs without graphs, and
+a micro-batch's gradients are copied before the next one.
 
-On a CPU, which has no graphs, passes run as they are written, between the same tensors.
+A CPU has no graphs; there, passes run eagerly on the same tensors.
 """
 
 from __future__ import annotations
@@ -25,49 +25,50 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.records import Batch
 
 Beside = Mapping[str, Any] | None
-"""What layers get of the route of several adapters. A graph holds its tensors: it is one object for all batches."""
+"""The layers' arguments about several adapters (the route). A graph holds its tensors, so it must be one object for all
+batches."""
 Layers = Callable[[Tensor, Batch, Beside], Tensor]
 """(embedded [B, T, D], batch, beside) -> last hidden states [B, T, D]."""
 MIN_DOCUMENTS = 8
 MAX_SHAPES = 16
-"""Batches of further shapes are computed as they are written: each shape has gradients of its own in memory."""
+"""Maximum number of captured shapes, since each has gradients of its own in memory. Other shapes run without graphs."""
 WARM_UP = 2
-"""Passes before a capture, in which layers are compiled, and libraries take their memory."""
+"""Passes before a capture, in which layers are compiled and libraries allocate memory."""
 
 
 class LayerGraphs:
     def __init__(self, layers: Layers, trained: Callable[[], Sequence[nn.Parameter]]) -> None:
-        """trained: the parameters that are trained, asked for when a shape is new."""
+        """trained: gives the trained parameters; it is called for each new shape."""
         self._layers, self._trained = layers, trained
         self._passes: dict[tuple[Any, ...], _Pass] = {}
         self._pool: Any = None
         self._parameters: list[nn.Parameter] = []
         self._places: list[int] = []
-        """Addresses of the parameters, which graphs hold."""
+        """Addresses of the parameters that the graphs use."""
         self._lent: list[tuple[nn.Parameter, Tensor]] = []
-        """Gradients that are where the next replay writes."""
+        """Gradients in memory that the next replay will overwrite."""
         self._begun: Callable[[], object | None] = lambda: None
-        """Of the pass whose backward pass is still to come, if there is one; it dies with what autograd keeps of the pass."""
+        """A weak reference to the token of a pass whose backward pass is still to come. The token dies with autograd's graph."""
 
     def __call__(self, embedded_BTD: Tensor, batch: Batch, beside: Beside = None) -> Tensor:
-        """Last hidden states [B, T, D]. They are the next pass's to overwrite, once their gradients are there. Raises ConfigError
-        if the layers can't be captured."""
+        """Last hidden states [B, T, D]. The next pass may overwrite them after their backward pass. Raises ConfigError if the
+        layers can't be captured."""
         self._keep_gradients()
         roomy = with_spare_documents(batch)
         pass_ = None if self._begun() is not None else self._pass_for(embedded_BTD, roomy, beside)
         if pass_ is None:
             return self._layers(embedded_BTD, batch, beside)
-        anchor = torch.zeros((), device=embedded_BTD.device, requires_grad=True)  # the embeddings may need no gradient
+        anchor = torch.zeros((), device=embedded_BTD.device, requires_grad=True)  # since the embeddings may need no gradient
         return _Replay.apply(embedded_BTD, anchor, self, pass_, roomy)
 
     def begin(self) -> object:
-        """What the pass that begins holds until it has gradients."""
+        """A token that a new pass holds until its backward pass."""
         token = _Token()
         self._begun = weakref.ref(token)
         return token
 
     def lend(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-        """Add these to the parameters' gradients; where there is none yet, it is theirs until the next pass."""
+        """Add these to the parameters' gradients. A parameter without a gradient uses the tensor itself, until the next pass."""
         self._begun = lambda: None
         there = [(one, found) for one, found in zip(parameters, gradients, strict=True) if found is not None]
         further = [(one.grad, found) for one, found in there if one.grad is not None]
@@ -88,7 +89,7 @@ class LayerGraphs:
         if [one.data_ptr() for one in self._parameters] != self._places:
             self._hold([])
         of_input = embedded_BTD.shape, embedded_BTD.dtype, embedded_BTD.requires_grad
-        key = *of_input, len(batch.cu_seqlens_S), batch.max_seqlen, id(beside)  # a pass keeps it, so its id is no other's
+        key = *of_input, len(batch.cu_seqlens_S), batch.max_seqlen, id(beside)  # a pass keeps `beside`, so its id stays unique
         if key not in self._passes and len(self._passes) < MAX_SHAPES:
             self._hold(self._trained())
             made = self._passes[key] = _Pass(self._layers, embedded_BTD, batch, self._parameters, beside)
@@ -97,7 +98,7 @@ class LayerGraphs:
         return self._passes.get(key)
 
     def _hold(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Graphs of others, or of places that they have left, go."""
+        """Drop all graphs if the parameters, or their addresses, have changed."""
         places = [one.data_ptr() for one in parameters]
         if places != self._places:
             self._passes, self._pool = {}, None
@@ -109,7 +110,7 @@ class _Token:
 
 
 class _Pass:
-    """Both passes over batches of one shape, between tensors that stay where they are."""
+    """The forward and backward pass for batches of one shape, with inputs and outputs at fixed addresses."""
 
     def __init__(
         self, layers: Layers, embedded_BTD: Tensor, batch: Batch, parameters: Sequence[nn.Parameter], beside: Beside
@@ -138,16 +139,17 @@ class _Pass:
         return self._out_BTD.detach()
 
     def backward(self, towards_out_BTD: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of the embeddings and of the parameters; none where they have no part."""
+        """Gradients of the embeddings and of the parameters; None for those without a part in the result."""
         self._towards_out_BTD.copy_(towards_out_BTD)
         self._backward()
         return self._towards_embedded_BTD, self._gradients
 
     def capture(self, pool: Any) -> Any:
-        """pool: of other passes, whose memory this one shares, as only one of them is under way. Returns it, or a new one."""
+        """Capture the graphs. pool: the memory pool of other passes, which can be shared since only one pass runs at a time;
+        None: a new one. Returns the pool."""
         device = self._embedded_BTD.device
         aside, now = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-        # The generator is put back: what a step draws must not depend on whether it was the first of its shape.
+        # The generator is restored: a step's random numbers must not depend on whether it was the first of its shape.
         with torch.random.fork_rng([device]), _casts_kept_in_graphs(device):
             aside.wait_stream(now)
             with torch.cuda.stream(aside):
@@ -156,7 +158,7 @@ class _Pass:
                     self._differentiate()
             now.wait_stream(aside)
             forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            graph = torch.cuda.graph  # other threads, of loaders and savers, may use the device meanwhile
+            graph = torch.cuda.graph  # other threads (loaders, savers) may use the device during a capture
             try:
                 with graph(forward, pool=pool, stream=aside, capture_error_mode="thread_local"):
                     self._compute()
@@ -189,7 +191,8 @@ class _Pass:
 
 
 def _as_own(parameter: nn.Parameter, gradient: Tensor, places: set[int]) -> Tensor:
-    """In the parameter's layout, at a place that is no other gradient's: as autograd leaves it in `grad`."""
+    """The gradient in the parameter's layout and in memory of its own, as autograd would leave it in `grad`. places: addresses of
+    other gradients."""
     if gradient.stride() != parameter.stride() or gradient.data_ptr() in places:
         gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
     places.add(gradient.data_ptr())
@@ -197,7 +200,7 @@ def _as_own(parameter: nn.Parameter, gradient: Tensor, places: set[int]) -> Tens
 
 
 def _casts_kept_in_graphs(device: torch.device) -> torch.autocast:
-    """Autocast as it is, but for its cache: a cast that was made before a capture would not be made again by a replay."""
+    """The current autocast without its cache: a replay would not repeat a cast that was cached before the capture."""
     kind = device.type
     return torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
 
@@ -217,7 +220,8 @@ class _Replay(torch.autograd.Function):
 
 
 def with_spare_documents(batch: Batch) -> Batch:
-    """With documents of no tokens, so that there are 8, 16, 32 or so of them, and with bounds of lengths of few values."""
+    """The batch with empty documents added, so that their number is 8 or a larger power of two, and with max_seqlen rounded up,
+    so that few shapes occur."""
     bounds_S = batch.cu_seqlens_S
     documents = max(1 << (len(bounds_S) - 2).bit_length(), MIN_DOCUMENTS)
     spare = bounds_S[-1:].expand(documents + 1 - len(bounds_S))
