@@ -1,4 +1,4 @@
-"""The repeated blocks of a transformers model: the units of sharding, recomputation and compilation."""
+"""Finds the layers (repeated blocks) of a transformers model: the units of sharding, recomputation and compilation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """In their order. A model with its own code may have them as ordinary modules, and name their class."""
+    """The layers with their names, in order. A model with its own code may name the layers' class (_no_split_modules)."""
     found = False
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -24,10 +24,12 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_passed_over(parent: nn.Module, name: str, child: nn.Module) -> bool:
-    """Whether what stands in this linear layer's place, an adapter or a quantized layer, would have no effect or break what calls
-    it. The kernels of a state-space mixer (Mamba and its kin) read the weights of all its layers but in_proj; a router of experts
-    may be a linear layer that gives more than a product (Phi-3.5-MoE, Llama 4), or hold one whose weights it reads (LongCat);
-    Gemma 3n clips the weights that mix its streams, which are a few numbers."""
+    """Whether this linear layer can't be replaced by an adapter or a quantized layer, because its model does more than call it.
+
+    The kernels of a state-space mixer (Mamba and similar) read the weights of all its layers except in_proj. A router of experts
+    may return more than a product (Phi-3.5-MoE, Llama 4), or read a layer's weights (LongCat). Gemma 3n clips the few weights
+    that mix its streams.
+    """
     of_mixer = hasattr(parent, "A_log") and hasattr(parent, "D")
     of_router = any(type(module).__name__.endswith("Router") for module in (parent, child))
     of_streams = type(parent).__name__.endswith("AltUp")
@@ -35,7 +37,7 @@ def is_passed_over(parent: nn.Module, name: str, child: nn.Module) -> bool:
 
 
 def largest(config: PretrainedConfig, name: str) -> Any:
-    """The largest value of a text config's entry in any layer, if it has it: in some families layers differ (Gemma 3n and 4)."""
+    """The entry of a text config; its largest value if it differs by layer (Gemma 3n and 4); None if there is none."""
     each = config.per_layer_config if config.is_heterogeneous else [config]
     values = (getattr(layer, name, None) for layer in each)
     return max((max(value) if isinstance(value, list) else value for value in values if value), default=None)

@@ -1,8 +1,9 @@
 """Liger's Triton kernels (Hsu et al. 2024, arXiv 2410.10989) for norms, gated MLPs and rotary positions, layer by layer.
 
-A module takes another's place under its name and with its weights, so that adapters, strategies and files see no difference.
-Nothing is changed in transformers, whose classes other models of the process share. What adapters compute in a way of their own
-(grouped.py) stays so."""
+A module is replaced by one with the same name and weights, so that adapters, strategies and files see no difference.
+transformers' classes are not patched, since other models of the process use them. Modules that compute adapters in groups
+(grouped.py) are kept.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from raytune_llm.models.adapters.grouped import ATTENTIONS, MLPS, SILU, GroupedA
 
 NORMS = {f"{family}RMSNorm": (0.0, "llama") for family in ("Llama", "Mistral", "Mixtral", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe")}
 NORMS |= {f"{family}RMSNorm": (1.0, "gemma") for family in ("Gemma", "Gemma2", "Gemma3")}
-"""Class of transformers -> what is added to the weight, and where Liger rounds."""
+"""Class of transformers -> (number that is added to the weight, Liger's casting mode)."""
 
 
 def check_liger(model: PreTrainedModel, device_type: str) -> None:

@@ -1,4 +1,4 @@
-"""A transformers model from a folder, the hub or a config alone, ready to train."""
+"""Loads a transformers model from a folder, the hub or only a config."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from raytune_llm.remote_code import announce
 ROPE = ("rope_theta", "rope_scaling")
 """Old names of entries of rope_parameters."""
 UNREADABLE = (OSError, SafetensorError, UnpicklingError, BadZipFile, EOFError, ValueError, TypeError, KeyError, RecursionError)
-"""What reading damaged files of weights ends in."""
+"""Errors that reading damaged weight files raises."""
 MAX_HASHED_BYTES = 1 << 30
-"""Of a file of a model that a run of ours finished."""
+"""Files of a finished run's model are compared with their hashes up to this size."""
 MAX_LAYERS = 1_000
-"""Far beyond any model, and made on the meta device within seconds."""
+"""A limit beyond any real model; a model of this size is built on the meta device within seconds."""
 
 
 def load_config(
@@ -58,8 +58,8 @@ def load_config(
     positions: int | None = None,
     rope_scaling: str | None = None,
 ) -> PretrainedConfig:
-    """The model's own config with the changes; with no path, a config of the changes alone. positions: that it has at least, by
-    rope_scaling."""
+    """The model's own config with the changes; without a path, a config of only the changes. positions: the minimum that the
+    model must have; if it has fewer, rope_scaling scales them."""
     _check_values(changes)
     found = _of_changes_alone(changes) if path is None else _changed_of(path, changes, revision, trust_remote_code)
     return found if positions is None or rope_scaling is None else with_positions(found, positions, rope_scaling)
@@ -72,7 +72,7 @@ def _changed_of(path: str, changes: Mapping[str, Any], revision: str | None, tru
         if trust_remote_code:
             announce(folder, revision)
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a damaged config.json makes of transformers' code
+    except Exception as error:  # transformers raises many kinds of errors for a damaged config.json
         if (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file():
             raise an_adapter(path) from None
         if not trust_remote_code and "trust_remote_code" in str(error):
@@ -89,12 +89,12 @@ UNREAD = {
     "transformers_version": "Leave it out.",
     "_name_or_path": "Set model.path.",
 }
-"""Entries that transformers takes for every model and that change nothing here, and what is meant."""
+"""Entries that transformers accepts for every model but that have no effect here -> what to do instead."""
 
 
 def _check_values(changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
-        # each layer is made, and lists have an entry for it
+        # every layer is built, and lists have an entry for each
         if key.endswith("layers") and isinstance(value, int) and value > MAX_LAYERS:
             raise ConfigError(f"model.config.{key}", f"must be at most {MAX_LAYERS:,}", got=value, fix="Lower it.")
         for name, number in _numbers(f"model.config.{key}", value):
@@ -131,7 +131,7 @@ def _of_changes_alone(changes: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _check_known(config: PretrainedConfig, changes: Mapping[str, Any]) -> None:
-    """An entry that the config's class has not would change nothing."""
+    """Raises ConfigError for an entry that the config's class does not have, since it would have no effect."""
     values, kind = config.to_dict(), type(config)
     known = {*values, *(name for name in dir(kind) if not callable(getattr(kind, name))), *getattr(config, "attribute_map", {})}
     for key, value in changes.items():
@@ -146,8 +146,8 @@ def _check_known(config: PretrainedConfig, changes: Mapping[str, Any]) -> None:
 
 
 def _check_heads(config: PretrainedConfig) -> None:
-    """What transformers takes, and then computes wrong or not at all."""
-    check_trainable(config)  # or it may have several texts
+    """Raises ConfigError for numbers of heads that transformers accepts but then computes wrongly or not at all."""
+    check_trainable(config)  # first, since other models may have several text configs
     text: Any = config.get_text_config()
     heads, pairs = getattr(text, "num_attention_heads", None), largest(text, "num_key_value_heads")
     if isinstance(heads, int) and isinstance(pairs, int) and (pairs < 1 or heads % pairs):
@@ -162,14 +162,15 @@ def _check_heads(config: PretrainedConfig) -> None:
 def _accepted(changes: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever a config's own rules raise
+    except Exception as error:  # config classes have rules of their own, with many kinds of errors
         raise ConfigError(
             "model.config", f"must be a config that transformers accepts ({_last_line(error)})", got=dict(changes)
         ) from error
 
 
 def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
-    """As transformers reads its config.json with these entries in it: old names of rotary settings are what they are there."""
+    """The config as transformers would read it from a config.json with these entries. Old names of rotary settings (ROPE) are
+    translated."""
     _check_known(config, changes)
     values, changes = config.to_dict(), dict(changes)
     rope = {name: changes.pop(name) for name in ROPE if name in changes}
@@ -190,7 +191,7 @@ def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> Pretrained
 
 
 def _said(error: Exception) -> str:
-    """The first line of its message, or the last where the first announces it."""
+    """The first line of the error's message, or the last line if the first only announces it."""
     first = first_line(error)
     return _last_line(error) if first.endswith(":") else first
 
@@ -263,9 +264,8 @@ def _with_stored_weights(
     scores: bool,
     **options: Any,
 ) -> PreTrainedModel:
-    """Raises ConfigError if weights are missing (but for a score head, which is then random) or have other shapes.
-
-    options: of from_pretrained.
+    """The model with its stored weights. Raises ConfigError if weights are missing (except a score head, which is then random) or
+    have other shapes. options: more arguments of from_pretrained.
     """
     try:
         with torch.random.fork_rng(devices=[]), _report_kept_back():
@@ -298,7 +298,8 @@ def _with_stored_weights(
 
 
 def _all_of_type(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Of weights that are not quantized, in files where others are, transformers leaves some in the type of the file."""
+    """Convert all weights to `dtype`. In models with quantized files, transformers leaves some other weights in their file's
+    type."""
     kept = set(model._keep_in_fp32_modules_strict or ())
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and weight.dtype != dtype and not kept & {*name.split(".")}:
@@ -308,9 +309,9 @@ def _all_of_type(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def files_to_read(
     config: PretrainedConfig, path: str, *, revision: str | None = None, trust_remote_code: bool = False, scores: bool = False
 ) -> Files | None:
-    """The files of the weights, if a worker can read its part of each tensor."""
+    """The files of the weights, if a worker can read its part of each tensor from them; else None."""
     if getattr(config, "quantization_config", None) is not None:
-        return None  # what they hold is unpacked as it is loaded
+        return None  # the weights are dequantized when they are loaded
     model = load_model(
         config,
         path,
@@ -326,7 +327,8 @@ def files_to_read(
 
 @contextmanager
 def _report_kept_back() -> Iterator[None]:
-    """Without transformers' table of missing weights, of which a new score head is one; what must not be missing is an error."""
+    """Suppress transformers' table of missing weights, which would list a new score head. Other missing weights raise an
+    error."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -347,8 +349,7 @@ def _with_score_head(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The class of the language model, with what it has for other media; of a model with its own code, the one that comes with
-    it."""
+    """The class of the language model, including parts for other media; for a model with its own code, the class in that code."""
     if (own := own_class(config, auto_class(config).__name__)) is not None:
         return own
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # typed as if a family could have two language models
@@ -357,14 +358,14 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """transformers' class for the language model of a config, with what it has for other media: some families have one without
-    as well, whose weights have other names."""
+    """transformers' auto class that loads a config's language model, including parts for other media. Some families also have a
+    text-only class, whose weights have other names."""
     with_images = is_multimodal(config) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if with_images else AutoModelForCausalLM
 
 
 def check_trainable(config: PretrainedConfig) -> None:
-    """Raises ConfigError for a model that is not a causal language model, and for multimodal ones without one inside."""
+    """Raises ConfigError for a model that neither is a causal language model nor a supported multimodal model with one inside."""
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if own_code or (is_multimodal(config) and config.model_type in TRAINED_ON_TEXT):
         return
@@ -380,7 +381,7 @@ def check_trainable(config: PretrainedConfig) -> None:
 
 
 def positions(config: PretrainedConfig) -> int | None:
-    """The model's number of positions, if the config has it: as far as its rows are computed here."""
+    """The maximum number of positions that is supported for the model; None if the config has no limit."""
     known = getattr(config.get_text_config(), "max_position_embeddings", None), first_chunk(config)
     return min(filter(None, known), default=None)
 

@@ -1,6 +1,6 @@
-"""More positions than a model has: its rotary positions scaled by a method of transformers that model.rope_scaling names.
+"""Gives a model more positions by scaling its rotary positions with a method of transformers (model.rope_scaling).
 
-The factor is the smallest whole one that suffices, as LLaMA-Factory chooses it.
+The factor is the smallest integer that suffices, as in LLaMA-Factory.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from transformers import PretrainedConfig
 from raytune_llm.errors import ConfigError
 
 KEPT = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
-"""What an earlier scaling leaves of rope_parameters."""
+"""Entries of rope_parameters that stay when the scaling is replaced."""
 BY_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-"""Llama 3.1's."""
+"""Llama 3.1's parameters."""
 
 
 def with_positions(config: PretrainedConfig, wanted: int, kind: str) -> PretrainedConfig:
-    """The config with at least so many positions; as it is where it has them. Scaling that it has already gives way.
+    """The config with at least `wanted` positions. It is unchanged if it has them; otherwise an existing scaling is replaced.
 
     kind: linear (Chen et al. 2023, arXiv 2306.15595), dynamic (NTK-aware: frequencies stay until texts exceed the new positions),
     yarn (Peng et al. 2023, arXiv 2309.00071) or llama3.

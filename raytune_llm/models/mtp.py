@@ -1,8 +1,8 @@
-"""Multi-token prediction: layers beside a model that guess the token after the next (DeepSeek-AI 2024, arXiv 2412.19437, 2.2).
+"""Multi-token prediction: extra layers that predict the token after the next (DeepSeek-AI 2024, arXiv 2412.19437, section 2.2).
 
-Files of DeepSeek V3, GLM 4.5, Qwen3-Next and others have them, for speculative decoding. transformers leaves them out as it loads
-the model, and nothing here trains them. A whole model that is saved gets them as the base has them: engines still find them, and
-accept fewer of their guesses the further the model was trained.
+Files of DeepSeek V3, GLM 4.5, Qwen3-Next and others have them, for speculative decoding. transformers does not load them, and
+they are not trained here. A whole model is saved with the base's layers, so that engines find them. The more the model was
+trained, the fewer of their predictions are accepted.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from raytune_llm import packaged
 from raytune_llm.models.stored import Files, tensor_files
 
 NAMED = re.compile(r"(^|\.)mtp[._]")
-"""Names of their tensors in most families (mtp.layers.0.mlp.up_proj.weight)."""
+"""Names of these tensors in most families (mtp.layers.0.mlp.up_proj.weight)."""
 NUMBERED = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
-"""Elsewhere they are layers that follow the last one (DeepSeek V3, GLM 4.5)."""
+"""In other families, they are layers with numbers after the last one (DeepSeek V3, GLM 4.5)."""
 
 
 @dataclass(frozen=True)
 class PredictionLayers:
     files: Files
-    """The file of each of their tensors, by its name there."""
+    """Tensor name -> its file."""
     left_out: str | None = None
-    """Why a whole model that is saved does not have them; None if it has."""
+    """The reason why a saved model lacks these layers; None if it has them."""
 
     def read(self) -> Mapping[str, Tensor]:
-        """In the types of the files."""
+        """The tensors, in the types of the files."""
         by_file: dict[str, list[str]] = defaultdict(list)
         for name, file in ({} if self.left_out is not None else self.files).items():
             by_file[file].append(name)
@@ -55,7 +55,8 @@ class PredictionLayers:
 
 
 def prediction_layers(config: PretrainedConfig, path: str, revision: str | None, *, grows: bool) -> PredictionLayers:
-    """Those of the base at `path`. config: what is trained of it has. grows: it gets tokens or layers that the base has not."""
+    """The prediction layers of the base at `path`. config: the config of the trained model. grows: it gets tokens or layers that
+    the base does not have."""
     folder = packaged.resolve(path)
     values, _ = PretrainedConfig.get_config_dict(folder, revision=revision)
     text: dict[str, Any] = values.get("text_config") or values

@@ -1,7 +1,7 @@
 """Multimodal models in text training: which part is the language model, and which parts are left out.
 
-Towers and projectors of images are left out while text is trained: it does not go through them, a strategy would wait for their
-gradients, and they would take memory. They are as they were in what full fine-tuning saves (Policy.save).
+Towers and projectors for other media are left out in text training: text does not pass through them, strategies would wait for
+their gradients, and they would take memory. Full fine-tuning saves them unchanged (Policy.save).
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ TRAINED_ON_TEXT = (
     "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
     "qwen3_vl_moe", "smolvlm",
 )  # fmt: skip
-"""Families, by model_type, that compute text exactly as their language model alone does."""
+"""Families, by model_type, in which the whole model computes text exactly as its language model does."""
 
 
 TOWERS = {"vision_config", "audio_config"}
-"""Parts of a config for what is no text."""
+"""Entries of a config for media other than text."""
 
 
 def is_multimodal(config: PretrainedConfig) -> bool:
-    """Whether a model is more than a language model, beside it or in it (Phi-4-multimodal)."""
+    """Whether a model has parts for other media, beside its language model or inside it (Phi-4-multimodal)."""
     kind: Any = type(config)
     try:
         return config.get_text_config() is not config or not TOWERS.isdisjoint(kind.sub_configs)
-    except ValueError:  # it has several texts (MusicGen)
+    except ValueError:  # it has several text configs (MusicGen)
         return True
 
 
 def text_model(model: PreTrainedModel) -> nn.Module:
-    """What embedded tokens go through to their last hidden states."""
+    """The module that computes last hidden states from embedded tokens."""
     found: Any = model.get_decoder() if is_multimodal(model.config) else model.base_model
     return found.model if hasattr(found, "lm_head") else found  # what Llama 4 calls so has a head
 
 
 def leave_other_media_out(model: PreTrainedModel) -> PreTrainedModel:
-    """The model reduced to what text passes through, with its original names."""
+    """The model without the parts that text does not pass through. Names stay the same."""
     if is_multimodal(model.config):
         parts = (text_model(model), model.get_output_embeddings())
         for name, child in list(model.base_model.named_children()):

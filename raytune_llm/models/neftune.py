@@ -1,7 +1,7 @@
-"""Noise on the embeddings of text that is trained on (NEFTune, Jain et al. 2023, arXiv 2310.05914).
+"""NEFTune: noise on the embeddings in training (Jain et al. 2023, arXiv 2310.05914).
 
-Each number is a function of the step's seed, of the document that it falls on, and of its place there, and not of a generator's
-state. So it is the same however documents are packed, split into micro-batches and spread over workers, and on every device.
+Each random number depends only on the step's seed, the document and the place in it, not on a generator's state. So the noise
+does not depend on packing, micro-batches, workers or the device.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ GOLDEN, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECC
 
 
 def neftune_noise(ids_L: Tensor, positions_L: Tensor, document_L: Tensor, *, width: int, alpha: float, seed: int) -> Tensor:
-    """Uniform in [-1, 1) times alpha / sqrt(tokens of the document x width): float32 [L, width].
+    """Uniform noise in [-1, 1) times alpha / sqrt(tokens of the document x width): float32 [L, width].
 
-    document_L numbers the documents from 0; positions_L count from the beginning of each.
+    document_L: the number of each token's document, from 0. positions_L: positions in the documents.
     """
-    num_documents = len(ids_L)  # more than there can be, so that nobody waits for a device to count them
+    num_documents = len(ids_L)  # an upper bound, since counting would wait for the device
     token_L = scrambled(ids_L * GOLDEN + positions_L)
     text_L = token_L.new_zeros(num_documents).index_add_(0, document_L, token_L)[document_L]
     tokens_L = torch.zeros_like(token_L).index_add_(0, document_L, torch.ones_like(token_L))[document_L]
@@ -29,7 +29,7 @@ def neftune_noise(ids_L: Tensor, positions_L: Tensor, document_L: Tensor, *, wid
 
 
 def scrambled(x: Tensor) -> Tensor:
-    """splitmix64's finalizer, on int64 that wrap around; shifts bring in zeros."""
+    """splitmix64's finalizer, on int64 with wrap-around and logical shifts."""
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * FIRST
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * SECOND
     return x ^ (x >> 31 & (1 << 33) - 1)

@@ -1,6 +1,6 @@
-"""Linear layers whose frozen weights lie as oneDNN reads them: for serving on a CPU in bf16.
+"""Linear layers whose frozen weights are in oneDNN's own layout, for serving on a CPU in bf16.
 
-A product of torch's own reorders its weights, or takes a slower kernel, at every call.
+torch's own product would reorder the weights, or use a slower kernel, at every call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from raytune_llm.models.packed import Packing
 
 TOKENS = 32
-"""The number of tokens whose best order the weights get; other numbers are nearly as fast in it."""
+"""The number of tokens that the layout is optimized for; other numbers are nearly as fast."""
 
 
 class OneDNNLinear(nn.Module):

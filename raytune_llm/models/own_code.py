@@ -11,8 +11,8 @@ from raytune_llm.errors import ConfigError
 
 
 def own_class(config: PretrainedConfig, auto: str = "AutoModelForCausalLM") -> type[PreTrainedModel] | None:
-    """The class that a model with a config of its own has for one of transformers' auto classes. Such a config is there only
-    where the code is trusted."""
+    """The class in a model's own code for one of transformers' auto classes, or None. The config is of the model's own class only
+    if the code is trusted."""
     reference = (getattr(config, "auto_map", None) or {}).get(auto) if has_own_code(type(config)) else None
     return None if reference is None else get_class_from_dynamic_module(reference, config.name_or_path or "")
 
@@ -22,7 +22,8 @@ def has_own_code(kind: type) -> bool:
 
 
 def check_own_code(model: PreTrainedModel) -> None:
-    """Raises ConfigError for a model whose code lacks what is called here. All that transformers has has it."""
+    """Raises ConfigError if a model's own code lacks attributes or arguments that are used here. transformers' models have
+    them."""
     if not has_own_code(type(model)):
         return
     lacking = _lacking(model)

@@ -1,7 +1,8 @@
-"""Linear layers whose frozen weights lie as a device reads them best, for serving: layers that share an input become one product.
+"""Packs frozen linear layers for serving: weights get a device-specific layout, and layers with the same input become one
+product.
 
-At a few tokens a product's start costs as much as its arithmetic. How a layer is packed is a `Packing`'s: oneDNN's for CPUs
-(onednn.py), and one with kernels of ours for GPUs (few_rows.py).
+With few tokens, starting a product costs as much as its arithmetic. There are two packings: oneDNN's for CPUs (onednn.py), and
+one with our own kernels for GPUs (few_rows.py).
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from raytune_llm.models.quantization.linears import linears_of
 
 class Packing(ABC):
     kinds: ClassVar[tuple[type[nn.Module], ...]]
-    """The layers that it takes."""
+    """The types of layers that can be packed."""
     joins_adapters: ClassVar[bool] = False
-    """Adapters of layers that became one are faster as one, too."""
+    """Adapters of layers that became one product should be joined too, since that is faster."""
 
     @staticmethod
     @abstractmethod
     def lacks(device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why layers can't be packed; None if they can."""
+        """The reason why layers can't be packed on this device; None if they can."""
 
     @staticmethod
     @abstractmethod
     def packed(linears: Sequence[Any], bias_O: Tensor | None) -> nn.Module:
-        """One product of layers of one kind. bias_O: of all of them, end to end."""
+        """One product for these layers, which are of one type. bias_O: their biases, concatenated."""
 
 
 class PackedPart(nn.Module):
-    """A layer that is a part of the product of several."""
+    """One of several layers that share a product."""
 
     def __init__(self, whole: nn.Module, sizes: Sequence[int], number: int) -> None:
         super().__init__()
@@ -54,9 +55,10 @@ def products(x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
 
 @torch.no_grad()
 def pack(layers: Sequence[nn.Module], packing: type[Packing]) -> None:
-    """Replace the linear layers in a model's layers, those inside a bank of adapters too. Their weights can't be read any more.
+    """Replace the linear layers in a model's layers, including those inside a bank of adapters. Their weights can't be read
+    afterwards.
 
-    Modules that name children in `SHARE_AN_INPUT` ask `products` for those.
+    The children that a module names in `SHARE_AN_INPUT` become one product; the module calls `products` for them.
     """
     found = {id(linear): (parent, name) for parent, name, linear in linears_of(layers, packing.kinds)}
     for holder in (module for layer in layers for module in list(layer.modules())):

@@ -1,6 +1,6 @@
-"""Embeddings that every layer has of its own, looked up by token (Gemma 3n and Gemma 4), beside those that go in at the bottom.
+"""Per-layer embeddings of tokens (Gemma 3n and Gemma 4), which are inputs of every layer in addition to the hidden states.
 
-transformers looks them up where it is given tokens. A policy gives embeddings, so it looks them up itself.
+transformers looks them up if it gets tokens. A policy passes embeddings instead of tokens, so it looks them up here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ def looks_up(text: nn.Module) -> bool:
 
 
 def per_layer_inputs(text: nn.Module, ids_BT: Tensor) -> dict[str, Tensor]:
-    """Arguments of the text model's forward; none for other models."""
+    """Arguments for the text model's forward; empty for models without such embeddings."""
     look_up: Any = text.get_per_layer_inputs if looks_up(text) else None
     return {} if look_up is None else {"per_layer_inputs": look_up(ids_BT)}

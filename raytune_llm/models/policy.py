@@ -1,8 +1,8 @@
-"""A policy: a model with its quantization, its adapters and its attention, for trainer, evaluator, engine and server alike.
+"""A policy: a model with its quantization, adapters and attention, used by trainer, evaluator, engine and server.
 
-There is one path through its layers, for packs in training and for steps over a cache in decoding, so that what is served or
-evaluated is what was trained. What is made of the last hidden states is its subclasses': values of trained tokens and
-next-token logits (causal_lm.py), scores of documents (scorer.py).
+There is one path through its layers, for packs in training and for steps over a cache in decoding, so that a served or evaluated
+model computes what was trained. Subclasses use the last hidden states: for values of trained tokens and next-token logits
+(causal_lm.py), or for scores of documents (scorer.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Inputs = Batch | CachedRows | DecodeStep
 
 
 class Policy(nn.Module):
-    """The root that a strategy wraps: one call of it is one forward pass of everything that the strategy shards."""
+    """The root module that a strategy wraps. One call is one forward pass of everything that the strategy shards."""
 
     scores: ClassVar[bool] = False
     """It has a score head instead of a language model head."""
@@ -63,16 +63,16 @@ class Policy(nn.Module):
         left_out: Callable[[], Mapping[str, Tensor]] = dict,
         files_beside: Callable[[], Sequence[Path]] = tuple,
     ) -> None:
-        """Matrix products and the residual stream are in `compute`, whatever the dtype of the weights.
+        """Matrix products and the residual stream are in `compute`, regardless of the dtype of the weights.
 
-        in_lines: each document has a line of its batch for itself, which transformers' own layers compute. adapters: the
-        model's adapters, if they are not PEFT's. offloads: keep activations in host memory until the backward pass.
-        cuda_graphs: capture the layers' passes in training, but for batches with shared prompts. has_new_adapter: without its
-        adapter, the policy is the one that the run started from. has_changed_config: the config differs from the base's
-        config.json. base_vocabulary: rows of the base's embeddings; an adapter may have more. shift_attn_tokens: of a group of
-        S2 attention, in training. left_out: weights of the base that are no part of the model here (towers of other media,
-        layers of multi-token prediction), in the types in which they are saved with a whole model. files_beside: files of the
-        base that are saved with them, such as an image processor's.
+        in_lines: each document has its own row of the batch, and transformers' own layers compute it. adapters: the model's
+        adapters, if they are not PEFT's. offloads: keep activations in host memory until the backward pass. cuda_graphs: capture
+        the layers' passes in training, except for batches with shared prompts. has_new_adapter: without its adapter, the policy
+        is the model that the run started from. has_changed_config: the config differs from the base's config.json.
+        base_vocabulary: number of rows of the base's embeddings; an adapter may have more. shift_attn_tokens: tokens of a group
+        of S2 attention, in training. left_out: gives weights of the base that are not part of this model (towers for other media,
+        layers for multi-token prediction), in the types in which a whole model is saved with them. files_beside: gives files of
+        the base that are saved with a whole model, such as those of an image processor.
         """
         super().__init__()
         self.model: Any = model
@@ -87,9 +87,9 @@ class Policy(nn.Module):
         self._base_vocabulary, self._left_out, self._files_beside = base_vocabulary, left_out, files_beside
         self._shift_attn_tokens = shift_attn_tokens
         self.frozen_start: FrozenStart | None = None
-        """Layers that are computed once for each batch, where build_policy sets it."""
+        """The frozen layers at the start, if build_policy has set that they are computed once for each batch."""
         self._as_found: list[Tensor] | None = None
-        """Values of the trained parameters, in their order."""
+        """The initial values of the trained parameters, in their order."""
 
     @property
     def base(self) -> Any:
@@ -99,10 +99,10 @@ class Policy(nn.Module):
     # Through the layers ----------------------------------------------------------------------------------------------------
 
     def hidden(self, inputs: Inputs, route: Mapping[str, Any] | None = None, *, holds_route: bool = False) -> Tensor:
-        """The last hidden states: [B, T, D] of a batch of packs, [1, L, D] of a step over a cache, which it fills.
+        """The last hidden states: [B, T, D] for a batch of packs, [1, L, D] for a step over a cache, which it fills.
 
-        The adapters that are in use compute. route: what a bank of several adapters has layers know of the pass; that of a batch
-        by itself is its documents' (adapter_M). holds_route: it is one object for many passes, which graphs may hold.
+        The adapter in use is applied. route: arguments for a bank of several adapters; by default, they follow from the batch's
+        adapter_M. holds_route: the route is one object for many passes, which CUDA graphs may hold.
         """
         return self.outputs(inputs, route=route, holds_route=holds_route).last_hidden_state
 
@@ -115,8 +115,8 @@ class Policy(nn.Module):
         neftune_alpha: float | None = None,
         router_logits: bool = False,
     ) -> Any:
-        """What the transformers model gives: `last_hidden_state` and, where they are asked for, `router_logits`, [B * T, E] a
-        layer. neftune_alpha: noise on the embeddings of a batch."""
+        """The output of the transformers model: `last_hidden_state` and, on request, `router_logits` [B * T, E] of each layer.
+        neftune_alpha: add noise to the embeddings of a batch."""
         if router_logits:
             self._check_routers()
         with self.autocast(inputs.ids_BT.device):
@@ -143,7 +143,7 @@ class Policy(nn.Module):
         return self._through_layers(embedded_BTD, batch, route).last_hidden_state
 
     def _replays(self, inputs: Inputs) -> TypeGuard[Batch]:
-        """Whether a pass is one of those that are captured: over packs that are trained on, with the adapter in use."""
+        """Whether the pass is captured as a CUDA graph: a training pass over packs, with the adapter in use."""
         of_packs = isinstance(inputs, Batch) and inputs.adapter_M is None and inputs.prefixes is None
         return of_packs and self.training and torch.is_grad_enabled() and not looks_up(text_model(self.base))
 
@@ -165,7 +165,7 @@ class Policy(nn.Module):
             embedded_BTD = embedded_BTD + self._noise(inputs, embedded_BTD.shape[-1], neftune_alpha)
         embedded_BTD = embedded_BTD.to(self.compute)
         if self.compiled and torch.is_grad_enabled() and self._trains_first_layer() and not embedded_BTD.requires_grad:
-            embedded_BTD.requires_grad_()  # or the first layer, whose input alone needs no gradient, would be compiled by itself
+            embedded_BTD.requires_grad_()  # otherwise the first layer would be compiled separately, for an input without gradient
         return embedded_BTD
 
     def _noise(self, batch: Batch, width: int, alpha: float) -> Tensor:
@@ -175,12 +175,12 @@ class Policy(nn.Module):
         return neftune_noise(ids_L, positions_L, document_L, width=width, alpha=alpha, seed=batch.seed).view(B, T, width)
 
     def _trains_first_layer(self) -> bool:
-        """Where it does not, the backward pass ends at the first one that does."""
+        """Whether the first layer has trained parameters. If not, the backward pass ends at the first one that does."""
         first = next((layer for _, layer in named_layers(self.base)), None)
         return first is not None and any(parameter.requires_grad for parameter in first.parameters())
 
     def _layer_arguments(self, inputs: Inputs, route: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What the layers get beside hidden states: positions, attention's arguments, and the route of several adapters."""
+        """The layers' arguments besides hidden states: positions, arguments of attention, and the route for several adapters."""
         if self._in_lines:
             assert isinstance(inputs, Batch), "check_cached refuses such a model"
             return self._of_lines(inputs)
@@ -194,7 +194,7 @@ class Policy(nn.Module):
         return {**beside, **attention.arguments(self.attention_backend, inputs, window, groups), **(route or {})}
 
     def _of_lines(self, batch: Batch) -> dict[str, Any]:
-        """Arguments for a batch of one document a line: positions, where the model takes them. What pads a line comes after its
+        """The arguments for a batch with one document per row: positions, if the model takes them. Padding comes after the
         document."""
         takes_positions = "position_ids" in inspect.signature(cast(Any, text_model(self.base)).forward).parameters
         return {"position_ids": batch.positions_BT} if takes_positions else {}
@@ -206,7 +206,8 @@ class Policy(nn.Module):
             raise ConfigError(setting, f"must be null for {model_type}, which has no routers", fix="Leave it out.")
 
     def _kept(self, embedded_BTD: Tensor) -> AbstractContextManager[Any]:
-        """Where activations are kept (a context). Boundaries and rotary tables, which are small, stay on the device."""
+        """A context that decides where activations are kept. Small tensors, such as boundaries and rotary tables, stay on the
+        device."""
         if not self.offloads or not torch.is_grad_enabled():
             return nullcontext()
         return HostMemory(min_bytes=embedded_BTD.numel() * embedded_BTD.element_size() // 4)()
@@ -214,14 +215,14 @@ class Policy(nn.Module):
     # What the run found ----------------------------------------------------------------------------------------------------
 
     def keep_as_found(self) -> None:
-        """Copy the trained parameters, before the first step and before a checkpoint is restored. If disabling a new adapter
-        gives the same model, nothing is copied."""
+        """Copy the trained parameters. It is called before the first step and before a checkpoint is restored. Nothing is copied
+        if disabling a new adapter gives the same model."""
         if not self._has_new_adapter:
             self._as_found = [parameter.detach().clone() for parameter in self._trained()]
 
     def reference(self) -> AbstractContextManager[None]:
-        """A context in which the policy is what it was at the start of the run: with a new adapter disabled (its output is zero
-        before the first step), or with its trained parameters as they were at keep_as_found."""
+        """A context in which the policy is the same as at the start of the run: with a new adapter disabled (its output is zero
+        before the first step), or with the trained parameters of keep_as_found."""
         if self._has_new_adapter:
             return self.adapters.using(None)
         return nullcontext() if self._as_found is None else self._with_values(self._as_found)
@@ -237,7 +238,7 @@ class Policy(nn.Module):
             for parameter, value in zip(parameters, values, strict=True):
                 parameter.copy_(value)
             for unit in units:
-                unit.reshard()  # what is gathered already is not what the shards are now
+                unit.reshard()  # gathered weights are outdated when the shards change
 
         become(values)
         try:
@@ -260,11 +261,11 @@ class Policy(nn.Module):
         base_model: str | None = None,
         adapter: str = OWN,
     ) -> None:
-        """All that its reload needs: an adapter that PEFT loads or a model that transformers loads, in `compute`, with a config
-        that was changed, the tokens that end answers, tokenizer and chat template.
+        """Save everything that loading needs: an adapter for PEFT or a model for transformers, in `compute`, with a changed
+        config, the tokens that end answers, tokenizer and chat template.
 
-        parameters: an adapter's, or all of a model, whole, by their names here; a strategy may have spread the policy's own.
-        base_model: the path or hub id of the model that an adapter is for. adapter: which one, where there are several.
+        parameters: the unsharded parameters of the adapter, or of the whole model, by their names here; the policy's own may be
+        sharded. base_model: the path or hub id of the model that the adapter is for. adapter: its name, if there are several.
         """
         own = {name.removeprefix("model."): value for name, value in parameters.items()}
         if self.adapters.names:
@@ -281,19 +282,19 @@ class Policy(nn.Module):
         tokenizer.save_pretrained(folder)
 
     def _with_saved_dtype(self, config: dict[str, Any]) -> dict[str, Any]:
-        """config: the values of config.json. Weights are trained in float32 and saved in `compute`."""
+        """The values of config.json with the dtype of the saved weights: they are trained in float32 and saved in `compute`."""
         kept = {name: value for name, value in config.items() if name != "_attn_implementation"}
         return {**kept, "dtype": str(self.compute).removeprefix("torch.")}
 
     def _config_of_base(self) -> Any:
-        """An adapter's tokens are its own, and none of the base's."""
+        """The config of the base. New tokens are the adapter's, so they are not counted in it."""
         config = copy.deepcopy(self.base.config)
         if self._base_vocabulary is not None:
             config.get_text_config().vocab_size = self._base_vocabulary
         return config
 
     def _complete(self, folder: Path, tokenizer: Any, stop_ids: Sequence[int]) -> None:
-        """Add what the head needs beside the weights. The tokenizer is saved afterwards."""
+        """Add files that the head needs besides the weights. The tokenizer is saved afterwards."""
 
     def _save_weights(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         self.base.save_pretrained(folder, state_dict=weights)

@@ -1,4 +1,4 @@
-"""The files of a reward model that differ from a language model's."""
+"""Reads and writes the files of a reward model that differ from those of a language model."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS
 from raytune_llm.models.config_file import MODEL_CONFIG, change_config
 
 SEPARATE = "value_head.safetensors"
-"""LLaMA-Factory's file: the linear layer v_head.summary over the last hidden state, with a bias."""
+"""LLaMA-Factory's file for the linear layer v_head.summary over the last hidden state, with a bias."""
 
 
 def has_separate_head(folder: str | Path) -> bool:
-    """It holds a reward model whose files are a language model's, or its adapter's, and a score head."""
+    """Whether the folder holds a reward model as a language model, or an adapter of one, with its score head in a separate
+    file."""
     return (Path(folder) / SEPARATE).is_file()
 
 
 def refuse_separate_head(folder: str | Path, setting: str) -> None:
-    """Raises ConfigError, which names the setting, where an adapter that writes answers is asked for."""
+    """Raises ConfigError that names the setting if the folder holds a reward model where an adapter that generates text is
+    needed."""
     if has_separate_head(folder):
         fix = "Serve it from the start and alone, in serve.adapters: it gives scores."
         raise ConfigError(setting, f"must be no reward model's, as its {SEPARATE} says it is", got=str(folder), fix=fix)
 
 
 def read_separate_head(folder: str | Path) -> tuple[Tensor, Tensor]:
-    """float32 [1, D] and [1]: a linear layer over the last hidden state. Raises DataError for a file that is none of these."""
+    """The weight [1, D] and bias [1] of the score head, float32. Raises DataError if the file has something else."""
     file = Path(folder) / SEPARATE
     try:
         head = load_file(file)
@@ -44,8 +46,8 @@ def read_separate_head(folder: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def choose_padding(tokenizer: Any, stop_ids: Sequence[int]) -> int | None:
-    """The padding token of a model whose config names none, one that ends no answer: transformers scores a text at its last
-    token that is not padding. None where there is no such token."""
+    """The id of a padding token, for a model whose config has none, or None. It must not end answers, since transformers scores a
+    text at its last token that is not padding."""
     candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
     fitting = [id for id in candidates if id is not None and id not in stop_ids]
     return fitting[0] if fitting else None
@@ -57,7 +59,7 @@ def name_padding(folder: Path, id: int) -> None:
 
 
 def separate_head_of_adapter(folder: Path) -> None:
-    """The adapter as a language model's adapter, and its score head in a separate file."""
+    """Convert a saved adapter of a reward model to one of a language model, with its score head in a separate file."""
     weights = load_file(folder / WEIGHTS[0])
     head = {name: weights.pop(name) for name in list(weights) if name.endswith("score.weight")}
     save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
@@ -66,7 +68,7 @@ def separate_head_of_adapter(folder: Path) -> None:
 
 
 def save_with_separate_head(folder: Path, language_model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """A language model with these weights, and the score head in a separate file."""
+    """Save a language model with these weights, and the score head in a separate file."""
     weights = dict(weights)
     head = weights.pop("score.weight")
     language_model.load_state_dict(weights, strict=False)

@@ -1,4 +1,4 @@
-"""A reward model as its stage sees it."""
+"""A reward model as a policy."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ class Scorer(Policy):
     scores = True
 
     def __init__(self, model: nn.Module, *, language_model: Callable[[], PreTrainedModel] | None = None, **settings: Any) -> None:
-        """language_model: loads what it was made from, where its head is to be saved beside a language model, in a file of its
-        own. settings: a Policy's."""
+        """language_model: loads the original language model, if the score head is to be saved in a separate file with it.
+        settings: arguments of Policy."""
         super().__init__(model, **settings)
         self._language_model = language_model
 
     def forward(self, batch: Batch) -> Tensor:
-        """[S - 1]: the score of every document, padding among them."""
+        """[S - 1]: the score of every document, including padding documents."""
         hidden_BTD = self.hidden(batch)
         return self.scores_of(hidden_BTD.flatten(0, 1).index_select(0, self.scored_positions(batch)))
 
     def scored_positions(self, batch: Batch) -> Tensor:
-        """int64 [S - 1]: the token of each document, in the flattened batch, that its score is read from.
+        """int64 [S - 1]: the position in the flattened batch at which each document is scored.
 
-        It is where transformers reads it: the last token that is not the padding token of the model's config. An adapter can't
-        change that config, and where padding is the token that ends answers (SmolLM2) this is the token before the end.
-        LLaMA-Factory's separate head reads the last token, whatever it is.
+        As in transformers, this is the last token that is not the padding token of the model's config. An adapter can't change
+        that config; if the padding token is the one that ends answers (SmolLM2), it is the token before the end. With
+        LLaMA-Factory's separate head, it is always the last token.
         """
         boundaries_S = batch.cu_seqlens_S.long()
         last_M, padding = boundaries_S[1:] - 1, self._padding
@@ -59,14 +59,16 @@ class Scorer(Policy):
         return None if self._language_model is not None else self.base.config.get_text_config().pad_token_id
 
     def scores_of(self, hidden_MD: Tensor) -> Tensor:
-        """float32 [M]: of documents that end in these hidden states."""
+        """float32 [M]: the scores of documents, from the hidden states of their scored tokens."""
         head = self.base.score
         with torch.autocast(hidden_MD.device.type, enabled=False):
-            weights = sorted(head.parameters(), key=lambda parameter: parameter.requires_grad)  # an adapter has a copy, trained
+            weights = sorted(
+                head.parameters(), key=lambda parameter: parameter.requires_grad
+            )  # an adapter has a trained copy last
             return head(hidden_MD.to(weights[-1].dtype)).float().squeeze(-1)
 
     def take_separate_head(self, folder: str | Path) -> None:
-        """Replace the score head by the one in a separate file beside a language model or its adapter."""
+        """Replace the score head by the one in a folder's separate file."""
         weight_1D, bias_1 = read_separate_head(folder)
         here = next(self.base.score.parameters())
         if weight_1D.shape != here.shape:

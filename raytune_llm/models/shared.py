@@ -1,4 +1,4 @@
-"""A base model that is loaded once for all that are made of it, one after another, in one process."""
+"""A base model that is loaded once for several consecutive runs in one process."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from raytune_llm.models.frozen_start import KnownStates
 
 
 class SharedModel:
-    """Keeps one model as it was loaded. What `copy_of` gives has modules and buffers of its own, which adapters, attention and
-    compilation may change as they like, and the kept model's weights, which must stay as they are: they are for frozen bases."""
+    """Keeps one model as it was loaded. A copy has its own modules and buffers, which adapters, attention and compilation may
+    change, but it shares the weights, which must not change: copies are for frozen bases."""
 
     def __init__(self) -> None:
         self._key: str | None = None
         self._model: PreTrainedModel | None = None
         self.known = KnownStates()
-        """What its layers give for batches that its copies computed."""
+        """A cache of the first layers' outputs for batches that copies have computed."""
 
     def copy_of(self, key: str, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-        """key: all that decides the weights. Another one takes the place of the kept one, which goes first."""
+        """A copy of the model. key: everything that determines the weights. If it changes, the kept model is dropped before the
+        new one is loaded."""
         if self._model is None or key != self._key:
             self._key = self._model = None
             self.known = KnownStates()

@@ -1,9 +1,9 @@
-"""One pass through the layers for several runs over one base: the same batch for each, with an adapter of its own in a bank.
+"""One pass through the layers for several runs over one base: the same batch for each run, with the run's adapter in a bank.
 
-Each run's stage is given a model of its own (OneOfSeveral) and calls it as if it were alone. The first that asks about a batch
-has the layers compute it for all, or for as many as there is room for (`in_turn`); each then makes values of its own rows' last
-hidden states. What goes back from one run's loss comes to its rows alone, so one backward pass from the sum of all losses gives
-each adapter the gradient that it has alone.
+The stage of each run gets a model of its own (OneOfSeveral) and calls it as usual. The first call for a batch computes the layers
+for all runs, or for as many as fit in memory (`in_turn`). Each run then computes its values from the last hidden states of its
+own rows. The gradient of a run's loss only reaches its own rows, so one backward pass from the sum of all losses gives each
+adapter the same gradient as a separate run.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ T = TypeVar("T")
 
 class SharedPass:
     def __init__(self, policy: CausalLM, *, at_once: int | None = None) -> None:
-        """policy: one whose adapters are a bank. at_once: how many a pass is of, at most; None: all that are in the bank."""
+        """policy: a policy whose adapters are a bank. at_once: the maximum number of runs in a pass; None: all in the bank."""
         bank = policy.adapters
         assert isinstance(bank, LoraBank)
         self.policy, self.bank = policy, bank
         self._at_once = at_once
         self._together: list[OneOfSeveral] = []
         self._hidden: dict[tuple[int, bool], tuple[Batch, list[Tensor]]] = {}
-        """By batch, and whether it is to be trained on: the batch, and each run's last hidden states."""
+        """(batch, whether it is trained on) -> the batch and each run's last hidden states."""
         self._base_hidden: dict[int, tuple[Batch, Tensor]] = {}
         self._routes: dict[tuple[int, ...], Any] = {}
         self._drawn_for: tuple[bool, tuple[int, ...]] | None = None
-        """Whether it was to be trained on, and the samples of the batch that dropout was last seeded for."""
+        """Whether the batch that dropout was last seeded for is trained on, and its samples."""
 
     @property
     def _most(self) -> int:
         return min(self._at_once or self.bank.num_slots, self.bank.num_slots)
 
     def in_turn(self, members: Sequence[T], model_of: Callable[[T], OneOfSeveral]) -> list[list[T]]:
-        """The members of each pass."""
+        """The members, divided into passes."""
         members = sorted(members, key=lambda member: self.bank.slots[model_of(member).name])
         return [members[at : at + self._most] for at in range(0, len(members), self._most)]
 
     @contextmanager
     def of(self, members: Sequence[OneOfSeveral]) -> Iterator[None]:
-        """A context in which all of these are asked about the same batches, which are forgotten at its end."""
+        """A context in which all these runs compute the same batches. The cache is cleared at its end."""
         self._together = sorted(members, key=lambda member: self.bank.slots[member.name])
         try:
             yield
@@ -60,7 +60,7 @@ class SharedPass:
             self.forget()
 
     def forget(self) -> None:
-        """Batches that were computed: call it once their gradients are there."""
+        """Clear the cache of computed batches. Call it after their backward pass."""
         self._hidden.clear()
         self._base_hidden.clear()
         self._drawn_for = None
@@ -76,7 +76,8 @@ class SharedPass:
         return self._hidden[key][1][self._together.index(member)]
 
     def _compute(self, batch: Batch) -> list[Tensor]:
-        """Compiled layers, which are compiled for each shape, always compute as many rows as a pass may have."""
+        """The last hidden states of each run. Compiled layers always compute the maximum number of rows, since they are compiled
+        for each shape."""
         self._seed_dropout(batch)
         count = len(self._together)
         copies = self._most if self.policy.compiled else count
@@ -88,7 +89,7 @@ class SharedPass:
         return list(hidden.chunk(copies)[:count])
 
     def _route(self, slots: Sequence[int], length: int, dropouts: Sequence[Dropout | None]) -> Any:
-        """One object for the passes of these slots, but where it draws."""
+        """The route for these slots. It is one object for all passes, except with dropout."""
         if dropouts:
             return self.bank.in_turn(slots, length, dropouts)
         key = self.bank.num_slots, length, *slots
@@ -97,7 +98,7 @@ class SharedPass:
         return self._routes[key]
 
     def _seed_dropout(self, batch: Batch) -> None:
-        """A batch beside another one, of the same samples, draws on."""
+        """Seed dropout for a batch. A second batch of the same samples (Batch.beside) continues with the same generators."""
         drawn_for = torch.is_grad_enabled(), batch.sample_ids
         if drawn_for != self._drawn_for:
             self._drawn_for = drawn_for
@@ -112,15 +113,15 @@ class SharedPass:
 
     @property
     def shared(self) -> bool:
-        """Whether it computes for several now."""
+        """Whether passes are currently shared by several runs."""
         return bool(self._together)
 
 
 class OneOfSeveral(nn.Module):
-    """What the stage of one run calls."""
+    """The model that the stage of one run calls."""
 
     def __init__(self, pass_: SharedPass, name: str, dropout: Dropout | None) -> None:
-        """name: of its adapter in the bank."""
+        """name: the name of the run's adapter in the bank."""
         super().__init__()
         self._pass, self.name, self.dropout = pass_, name, dropout
         self.seed = 0
@@ -131,19 +132,19 @@ class OneOfSeveral(nn.Module):
         return super().train(mode)
 
     def seed_dropout(self, batch: Batch) -> None:
-        """As that of a run that is alone is seeded (train/dropout.py)."""
+        """Seed dropout as in a separate run (train/dropout.py)."""
         if self.dropout is not None:
             self.dropout.generator.manual_seed(hash((self.seed, batch.sample_ids)))
 
     def forward(self, batch: Batch, token_function: TokenFunction, *, beside_reference: bool = False) -> Any:
-        """As a CausalLM's. Outside of `SharedPass.of`, with the adapter that is in use."""
+        """Like CausalLM.forward. Outside `SharedPass.of`, it computes with the adapter in use."""
         if not self._pass.shared:
             return self._pass.policy(batch, token_function, beside_reference=beside_reference)
         return self._pass.values(self, batch, token_function, beside_reference=beside_reference)
 
 
 def repeated(batch: Batch, copies: int) -> Batch:
-    """The batch so many times, one after another, as the layers see it."""
+    """The batch repeated `copies` times, as the layers see it."""
     L = batch.ids_BT.numel()
     return replace(
         batch,

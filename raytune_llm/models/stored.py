@@ -1,7 +1,7 @@
-"""Weights that stay in their files until a worker reads the rows that it keeps, so that no process ever holds a whole model.
+"""Weights that stay in their files until a worker reads its own rows, so that no process holds a whole model.
 
-For models whose files hold every weight under its own name, as transformers saves them. Where they do not (experts that are
-joined as they are loaded, a score head that is new), one worker loads the model for all.
+This works for models whose files have every weight under its own name, as transformers saves them. Otherwise (experts that are
+joined when they are loaded, a new score head), rank 0 loads the model for all workers.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Stored(nn.Parameter):
-    """A weight in its file: it has a shape and a dtype, and takes no memory."""
+    """A weight that is still in its file. It has a shape and a dtype but takes no memory."""
 
     file: str
     key: str
 
     @classmethod
     def of(cls, weight: nn.Parameter, file: str, key: str) -> Self:
-        """Replaces a weight on the meta device."""
+        """A replacement for a weight on the meta device."""
         made = cls(torch.empty((), dtype=weight.dtype).expand(weight.shape), requires_grad=weight.requires_grad)
         made.file, made.key = file, key
         return made
@@ -46,25 +46,25 @@ class Stored(nn.Parameter):
         return self.of(self, self.file, self.key)
 
     def read(self, device: torch.device) -> nn.Parameter:
-        """The whole of it on the device."""
+        """The whole weight, on the device."""
         whole = self.rows(0, len(self)).to(device=device, dtype=self.dtype)
         return nn.Parameter(whole, requires_grad=self.requires_grad)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """In the file's type. The file is mapped: what is read of it is these rows."""
+        """Some rows, in the file's type. The file is memory-mapped, so only these rows are read."""
         with safe_open(self.file, framework="pt") as file:
             return file.get_slice(self.key)[start:stop]
 
 
 def of_type(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
-    """The tensor in another dtype; if its values are still in a file, its placeholder."""
+    """The tensor in another dtype; if its values are still in a file, its placeholder with that dtype."""
     if isinstance(weight, Stored):
         return torch.empty((), dtype=dtype).expand(weight.shape)
     return weight.detach().to(dtype)
 
 
 def bring(model: nn.Module, device: torch.device) -> dict[nn.Parameter, nn.Parameter]:
-    """Read what is in files to the device, and move what is not. Tied weights stay tied. Returns what took the place of each."""
+    """Move a model to the device; weights in files are read to it. Tied weights stay tied. Returns old parameter -> new one."""
     read: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
@@ -76,8 +76,7 @@ def bring(model: nn.Module, device: torch.device) -> dict[nn.Parameter, nn.Param
 
 
 def files_of(model: PreTrainedModel, path: str, *, revision: str | None) -> Files | None:
-    """The files and names of a meta-device model's weights, if all are in the files of a folder or of a hub's model as they are
-    in the model; None elsewhere."""
+    """The file and name of each weight of a model on the meta device, if all are in the files in the same form; else None."""
     widened = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
     has_saved_buffers = any(name in model.state_dict() for name, _ in model.named_buffers())
     if changes_as_loaded(model) or widened or has_saved_buffers:
@@ -95,16 +94,16 @@ def files_of(model: PreTrainedModel, path: str, *, revision: str | None) -> File
 
 
 def changes_as_loaded(model: PreTrainedModel) -> bool:
-    """Whether files of it hold other tensors than the model: experts that are joined, weights that are unpacked."""
+    """Whether the files hold other tensors than the model: experts that are joined, or weights that are dequantized, on
+    loading."""
     converted = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
     return converted or getattr(model.config, "quantization_config", None) is not None
 
 
 def check_files(model: PreTrainedModel, path: str) -> None:
-    """Raises ConfigError where a folder's safetensors can't be read, or hold other shapes than the model on the meta device.
+    """Raises ConfigError if a folder's safetensors can't be read, or have other shapes than the model on the meta device.
 
-    Only what stands before the weights in the files is read. Of models whose weights change as they are loaded, shapes are not
-    compared.
+    Only the files' headers are read. Shapes are not compared for models whose weights are converted on loading.
     """
     folder = packaged.resolve(path)
     if not Path(folder).is_dir():
@@ -124,7 +123,7 @@ def check_files(model: PreTrainedModel, path: str) -> None:
 
 @contextmanager
 def _readable(path: str) -> Iterator[None]:
-    """Whatever a damaged file makes of its readers is a ConfigError."""
+    """Turns any error from reading a damaged file into a ConfigError."""
     try:
         yield
     except (ConfigError, MemoryError):
@@ -183,6 +182,6 @@ def model_in_files(
             if weight is not None:
                 module._parameters[name] = stored[weight]
     if model.can_generate():
-        with suppress(OSError):  # where it has none of its own, transformers takes the model's config for it
+        with suppress(OSError):  # without a generation config of its own, transformers derives one from the model's config
             model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()

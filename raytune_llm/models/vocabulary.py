@@ -1,4 +1,4 @@
-"""Room in a model's embeddings and head for tokens that its vocabulary lacks."""
+"""Extends a model's embeddings and head for new tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def grow(model: PreTrainedModel, first_pieces: Mapping[int, Sequence[int]]) -> None:
-    """Give each new token, by its id, the mean of the embeddings of its pieces (of all, where it has none), and the head alike.
+    """Initialize each new token's embedding, and its row of the head, with the mean of its pieces' (or of all, if it has no
+    pieces).
 
-    There may be room already: models often have more embeddings than their tokenizer has tokens. On the meta device only sizes
-    change.
+    first_pieces: id of the new token -> ids of its pieces. Models often have more embeddings than their tokenizer has tokens, so
+    there may be room already. On the meta device, only sizes change.
     """
     if not first_pieces:
         return
