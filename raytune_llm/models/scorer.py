@@ -62,9 +62,7 @@ class Scorer(Policy):
         """float32 [M]: the scores of documents, from the hidden states of their scored tokens."""
         head = self.base.score
         with torch.autocast(hidden_MD.device.type, enabled=False):
-            weights = sorted(
-                head.parameters(), key=lambda parameter: parameter.requires_grad
-            )  # an adapter has a trained copy last
+            weights = sorted(head.parameters(), key=lambda parameter: parameter.requires_grad)
             return head(hidden_MD.to(weights[-1].dtype)).float().squeeze(-1)
 
     def take_separate_head(self, folder: str | Path) -> None:
