@@ -177,6 +177,10 @@ class SuggestedFixes:
 def ran_out(
     run: TrainRun, config: PretrainedConfig, needs: Needs, *, during: str, taken: int, total: int, others: int = 0
 ) -> ResourceError:
+    """The error for a GPU whose memory ran out: in which phase, the estimate, the bytes that were allocated, and what would fit.
+
+    during: the phase. taken: bytes allocated by this process. total: bytes of the GPU. others: bytes that other processes hold.
+    """
     expected = estimate(run, config, needs).total
     # The run needed more than the estimate, so a fix must be estimated to need less than this run's estimate.
     usable = USABLE * min(total - others, expected)

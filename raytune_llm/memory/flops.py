@@ -35,9 +35,12 @@ class Operations:
     of recomputation, lower precision, and logits that are skipped because their tokens are not trained."""
 
     per_token: float
+    """Per weight: 2 forward, 2 for the gradient of its input, and 2 for its own gradient if it is trained. That is 4N for LoRA
+    and 6N for full fine-tuning. Embeddings are looked up, so they don't count; of experts, only those that a token visits
+    count."""
     per_pair: float
-    """Per query-key pair, over all layers: for each query head and dimension, 4 forward and 8 backward. So a document
-    of L tokens has L (L + 1) / 2 times as many, in a pack as alone. Sliding windows are not subtracted."""
+    """Per query-key pair, over all layers: 4 forward and 8 backward for each query head and dimension. A document of L tokens has
+    L (L + 1) / 2 pairs. Sliding windows are not subtracted."""
 
     def of(self, tokens: float, attention_pairs: float) -> float:
         return tokens * self.per_token + attention_pairs * self.per_pair

@@ -51,6 +51,7 @@ class Dimensions:
     intermediate: int
     """The inner width of the MLP; for a mixture of experts, the sum over the experts that a token visits."""
     query: int
+    """The width of all query heads together."""
     key_value: int
     """The width of all key heads together; the values have as much again."""
     vocab: int

@@ -92,6 +92,8 @@ class BlockTokenizer:
         return tokens
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, concatenated (special tokens are recognized), and the index of each text's first id, followed by
+        the number of ids."""
         if self._by_words is not None:
             return self._by_words(texts)
         rows = [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
