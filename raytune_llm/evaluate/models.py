@@ -18,7 +18,7 @@ from raytune_llm.config.serve import ServedModels
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.saved import base_of
 from raytune_llm.models.finished import FINAL
-from raytune_llm.predict.models import check_writes, served_with
+from raytune_llm.predict.models import check_run_writes, check_writes, served_with
 from raytune_llm.runs.trained import RENDERING, Trained, read_trained
 from raytune_llm.serve.engines import lone_adapter
 
@@ -134,6 +134,7 @@ def _entry(run: EvaluateRun, place: str) -> _Asked:
     folder = expanded(place)
     if _is_run(folder):
         trained = read_trained(place, "evaluate.models")
+        check_run_writes(trained, "evaluate.models")
         adapter = None if trained.adapter is None else str(trained.adapter)
         return _Asked(trained.name, trained.model, _rendering(run, trained), adapter)
     name, data = folder.absolute().name, _rendering(run, None)

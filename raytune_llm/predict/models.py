@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from raytune_llm.config.serve import ServedModels
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.saved import rank_of, task_of
+from raytune_llm.runs.trained import Trained
 
 MIN_RANK = 8
 
@@ -21,6 +22,13 @@ def check_writes(folder: str, setting: str) -> None:
     if task_of(folder, setting) == "SEQ_CLS":
         rule = "must write texts: it is a reward model's"
         raise ConfigError(setting, rule, got=folder, fix="raytune-llm serve answers /v1/score with it.")
+
+
+def check_run_writes(trained: Trained, setting: str) -> None:
+    """Raises ConfigError, naming the setting, unless the run made a language model."""
+    if not trained.run.stage.writes:
+        fix = "predict.judge takes it, and raytune-llm serve answers /v1/score with it."
+        raise ConfigError(setting, "must write texts: it is a reward model's", got=str(trained.final.parent), fix=fix)
 
 
 def served_with(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.report.metrics import non_finite_as_strings
 
 FILE = "predictions.jsonl"
 SETTINGS = "predict.json"
@@ -30,7 +31,8 @@ INPUT = "input_"
 
 def line(own: Mapping[str, Any], columns: Mapping[str, Any]) -> str:
     named = {f"{INPUT}{name}" if _is_like_own(name) else name: value for name, value in columns.items()}
-    return json.dumps({**own, **named}, ensure_ascii=False, default=str) + "\n"
+    values = non_finite_as_strings({**own, **named})
+    return json.dumps(values, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def lines(folder: Path) -> Iterator[dict[str, Any]]:

@@ -19,10 +19,11 @@ from raytune_llm.config.run import PredictRun
 from raytune_llm.engines.questions import BLOCK_QUESTIONS, Answered, Answering, Question
 from raytune_llm.engines.requests import Sampling
 from raytune_llm.errors import ConfigError
+from raytune_llm.losses.perplexity import perplexity
 from raytune_llm.predict.answering import EngineSettings, answering
 from raytune_llm.predict.judge import Judge, judged
 from raytune_llm.predict.metrics import Metric, metrics_of
-from raytune_llm.predict.models import check_writes, served_with
+from raytune_llm.predict.models import check_run_writes, check_writes, served_with
 from raytune_llm.predict.predictions import FILE, FILES, columns_of, line, lines, open_predictions
 from raytune_llm.predict.rows import PromptRow, PromptRows
 from raytune_llm.report.metrics import non_finite_as_strings
@@ -33,6 +34,7 @@ from raytune_llm.runs.trained import read_trained
 
 OnProgress = Callable[[int, int], None]
 """Called with the lines that are there and the lines in all."""
+KEPT = "what is answered is kept, and the same command answers the rest"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None)
     )
     settings = EngineSettings(run.model, run.quantization, run.engine, served)
     settings.check(base="predict.base" if None in models and adapters else None)
-    with owned(folder), full_disk_explained(folder):
+    with owned(folder), full_disk_explained(folder, then=KEPT):
         decides = _decides(run, models, adapters, rows.fingerprints)
         found = open_predictions(folder, decides, resume=run.predict.resume == "auto", models=len(models))
         total, tokens, began = num_rows * len(models), 0, time.perf_counter()
@@ -81,7 +83,10 @@ def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None)
         seconds = time.perf_counter() - began
         measured = {name or "base": _measured(folder, name, metrics) for name in models}
         judged(judge, folder, models, measured)
-        _write_metrics(folder, measured, llamafactory_files=run.predict.llamafactory_files)
+        numbers: Any = non_finite_as_strings(next(iter(measured.values())) if len(measured) == 1 else measured)
+        write_atomically(folder / "metrics.json", json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        if run.predict.llamafactory_files:
+            _write_as_llamafactory(folder, rows, numbers)
     return Predicted(folder, num_rows, tuple(name or "base" for name in models), found, measured, tokens, seconds)
 
 
@@ -90,6 +95,7 @@ def _with_trained(run: PredictRun) -> tuple[PredictRun, dict[str, str]]:
     if run.predict.run is None:
         return run, dict(run.predict.adapters)
     trained = read_trained(run.predict.run, "predict.run")
+    check_run_writes(trained, "predict.run")
     adapters = dict(run.predict.adapters)
     if trained.adapter is not None:
         if trained.name in adapters:
@@ -108,6 +114,9 @@ def _models(predict: PredictConfig, adapters: Mapping[str, str]) -> list[str | N
     models = [*([None] if with_base else []), *adapters]
     if not models:
         raise ConfigError("predict.base", "must be true if there is no adapter", got=False)
+    if predict.llamafactory_files and len(models) > 1:
+        rule = "must be false where several models answer: its lines don't say whose they are"
+        raise ConfigError("predict.llamafactory_files", rule, got=[name or "base" for name in models])
     return models
 
 
@@ -225,7 +234,7 @@ def _measured(folder: Path, model: str | None, metrics: Iterable[Metric]) -> dic
         rows += 1
         failed += "error" in one
         if "logprob" in one:
-            logprobs.append(one["logprob"])
+            logprobs.append(float(one["logprob"]))
             label_tokens += one["label_tokens"]
         if one["predict"] is not None and one["label"] is not None:
             answers.append(one["predict"])
@@ -239,16 +248,16 @@ def _measured(folder: Path, model: str | None, metrics: Iterable[Metric]) -> dic
             raise ConfigError("predict.metrics", "must give each number a name of its own", got=twice, fix=fix)
         numbers |= found
     if logprobs:
-        numbers |= {"logprob": fmean(logprobs), "perplexity": math.exp(-math.fsum(logprobs) / label_tokens)}
+        numbers |= {"logprob": fmean(logprobs), "perplexity": perplexity(-math.fsum(logprobs) / label_tokens)}
     return numbers
 
 
-def _write_metrics(folder: Path, measured: Mapping[str, Mapping[str, Any]], *, llamafactory_files: bool) -> None:
-    """Write metrics.json: one model's metrics, or model -> metrics if there are several."""
-    numbers: Any = non_finite_as_strings(next(iter(measured.values())) if len(measured) == 1 else measured)
-    write_atomically(folder / "metrics.json", json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    if llamafactory_files:
-        chosen = ("prompt", "predict", "label")
-        theirs = [json.dumps({key: one[key] or "" for key in chosen}, ensure_ascii=False) for one in lines(folder)]
-        write_atomically(folder / "generated_predictions.jsonl", "".join(f"{text}\n" for text in theirs))
-        write_atomically(folder / "predict_results.json", json.dumps(numbers, indent=4, ensure_ascii=False))
+def _write_as_llamafactory(folder: Path, rows: PromptRows, numbers: Mapping[str, Any]) -> None:
+    """Its files, of one model. Prompts there have their special tokens."""
+    theirs = []
+    for row, one in zip(rows, lines(folder), strict=True):
+        prompt = rows.tokenizer.decode(list(row.prompt_ids))
+        values = {"prompt": prompt, "predict": one["predict"] or "", "label": one["label"] or ""}
+        theirs.append(json.dumps(values, ensure_ascii=False) + "\n")
+    write_atomically(folder / "generated_predictions.jsonl", "".join(theirs))
+    write_atomically(folder / "predict_results.json", json.dumps(numbers, indent=4, ensure_ascii=False))

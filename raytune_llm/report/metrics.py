@@ -176,11 +176,12 @@ def strings_as_non_finite(record: Record) -> dict[str, Any]:
 
 def non_finite_as_strings(values: Record) -> dict[str, Any]:
     """NaN and infinities, which JSON doesn't have, as the strings "NaN", "Infinity" and "-Infinity"."""
-    return {
-        name: non_finite_as_strings(value)
-        if isinstance(value, Mapping)
-        else json.dumps(value)
-        if isinstance(value, float) and not math.isfinite(value)
-        else value
-        for name, value in values.items()
-    }
+    return {name: _finite_or_string(value) for name, value in values.items()}
+
+
+def _finite_or_string(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return non_finite_as_strings(value)
+    if isinstance(value, list | tuple):
+        return [_finite_or_string(one) for one in value]
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value

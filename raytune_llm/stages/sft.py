@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_llm.config.stage import SFT, Pretrain
+from raytune_llm.losses.perplexity import perplexity
 from raytune_llm.losses.routing import load_balance
 from raytune_llm.losses.tokens import asft, cross_entropy, dft, eaft, token_correct, token_entropy, total_and_count
 from raytune_llm.models.attention.documents import document_numbers
@@ -125,6 +125,4 @@ def _balance(router_logits: Tensor, top_k: int, batch: Batch) -> Tensor:
 
 
 def _perplexity(means: Mapping[str, float]) -> dict[str, float]:
-    """perplexity: exp of the mean negative log-likelihood per token; infinite if that overflows."""
-    nll = means.get("nll", means["loss"])
-    return {"perplexity": math.exp(nll) if nll < 700 else math.inf}
+    return {"perplexity": perplexity(means.get("nll", means["loss"]))}

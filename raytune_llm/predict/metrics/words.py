@@ -8,20 +8,21 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-HAN = r"㐀-䶿一-鿿豈-﫿"
+HAN = r"々〇㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff"
 KANA = r"぀-ヿ"
 _WORD = re.compile(rf"[{HAN}{KANA}]|[^\W_{HAN}{KANA}]+")
-_CJK = re.compile(f"[{HAN}{KANA}]")
+_CJK, _KANA = re.compile(f"[{HAN}{KANA}]"), re.compile(f"[{KANA}]")
 
 
 def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def is_cjk(texts: Sequence[str]) -> bool:
-    """Whether Chinese or Japanese characters are most of the words."""
+def cjk_and_kana(texts: Sequence[str]) -> tuple[float, float]:
+    """The share of words that are Chinese or Japanese characters, and that of kana, which are Japanese."""
     found = [word for text in texts for word in words(text)]
-    return sum(bool(_CJK.fullmatch(word)) for word in found) * 2 > len(found)
+    cjk, kana = (sum(bool(kind.fullmatch(word)) for word in found) for kind in (_CJK, _KANA))
+    return cjk / max(1, len(found)), kana / max(1, len(found))
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from raytune_llm import api
+from raytune_llm.config.load import load_config
 from raytune_llm.errors import ConfigError
 from raytune_llm.predict.judge import _numbers
 from raytune_llm.predict.rows import PromptRows
@@ -34,6 +35,15 @@ def judge(request, cache, tmp_path_factory) -> Path:
     settings = ["stage=reward", "data=sharegpt_pairs", f"adapter={request.param}", "train.max_steps=2", "data.eval_fraction=0"]
     api.train(tiny_run(str(folder / "pairs.json"), cache, folder / request.param, *settings))
     return folder / request.param
+
+
+def test_it_is_not_asked_for_answers_itself(prediction, judge, tmp_path):
+    with pytest.raises(ConfigError, match=r"predict\.run must write texts: it is a reward model's"):
+        api.predict(prediction(f"predict.run={judge}", "model.path=null"))
+    assert not (tmp_path / "out").exists()
+    words = [f"evaluate.models=[{judge}]", "evaluate.tasks=[mmlu_test]", "evaluate.data=there", f"output_dir={tmp_path / 'out'}"]
+    with pytest.raises(ConfigError, match=r"evaluate\.models must write texts: it is a reward model's"):
+        api.evaluate(load_config("evaluate", words))
 
 
 def test_its_scores_of_answers_and_given_answers_are_those_of_transformers(prediction, judge):

@@ -16,6 +16,7 @@ def numbers(name: str, answers: list[str], references: list[str]) -> dict:
 
 def test_words_are_runs_of_letters_and_single_chinese_characters():
     assert words("Don't stop, 北京 2nd!") == ["don", "t", "stop", "北", "京", "2nd"]
+    assert words("佐々木\U00020bb7野家") == ["佐", "々", "木", "\U00020bb7", "野", "家"]
 
 
 def test_exact_match_ignores_outer_white_space_alone():
@@ -33,6 +34,12 @@ def test_bleu_says_how_it_was_computed():
     assert "tok:13a" in numbers("bleu", ["a cat"], ["a dog"])["bleu_signature"]
     chinese = numbers("bleu", ["今天天气很好"], ["今天天气很好"])
     assert "tok:zh" in chinese["bleu_signature"] and chinese["bleu"] == pytest.approx(100)
+
+
+def test_bleu_makes_words_of_kana_too():
+    found = numbers("bleu", ["きのうはすしをたべた"], ["きのうはそばをたべた"])
+    assert "tok:char" in found["bleu_signature"] and 0 < found["bleu"] < 100
+    assert "tok:zh" in numbers("bleu", ["今天"], ["今天去吃カレー了，天气很好，我们都很高兴"])["bleu_signature"]
 
 
 def test_rouge_counts_chinese_characters():

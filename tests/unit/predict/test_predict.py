@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_llm import api
-from raytune_llm.errors import ConfigError, DataError, UserError
+from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
 from raytune_llm.predict.predictions import columns_of, line
+from raytune_llm.predict.run import _measured
+from tests.limits import no_file_larger_than
 
 
 def lines(folder: Path) -> list[dict]:
@@ -52,6 +55,37 @@ def test_what_a_killed_run_left_is_kept_and_the_rest_is_as_if_nothing_had_happen
     assert 0 < again.found < 12
     assert (whole.folder / "predictions.jsonl").read_bytes() == text
     assert api.predict(prediction()).generated_tokens == 0
+
+
+def many_rows(folder: Path) -> Path:
+    """Three blocks of questions."""
+    rows = folder / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"messages": [{"role": "user", "content": f"say {n}"}], "n": n}) + "\n" for n in range(40))
+    )
+    return rows
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "a full disk"])
+def test_what_was_answered_before_an_end_is_kept_and_the_rest_is_as_if_nothing_had_happened(prediction, tmp_path, how):
+    words = [f"data.path={many_rows(tmp_path)}", "data.max_samples=null", "predict.max_new_tokens=2"]
+    whole = (api.predict(prediction(*words, f"output_dir={tmp_path / 'whole'}")).folder / "predictions.jsonl").read_bytes()
+
+    def stop(done: int, total: int) -> None:
+        if done == 32:
+            raise KeyboardInterrupt
+
+    if how == "Ctrl-C":
+        with pytest.raises(KeyboardInterrupt):
+            api.predict(prediction(*words), on_progress=stop)
+    else:
+        full = pytest.raises(ResourceError, match="what is answered is kept, and the same command answers the rest")
+        with no_file_larger_than(len(whole) * 3 // 4), full:
+            api.predict(prediction(*words))
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    resumed = api.predict(prediction(*words))
+    assert 16 <= resumed.found < 40
+    assert (resumed.folder / "predictions.jsonl").read_bytes() == whole
 
 
 def test_answers_do_not_depend_on_what_shares_their_batch_also_where_they_are_drawn(prediction, tmp_path):
@@ -190,6 +224,21 @@ def test_a_column_with_a_lone_surrogate_is_carried_along(prediction, tmp_path):
     assert line["note"] == "\ud800!" and "error" not in line
 
 
+def test_a_number_that_json_does_not_have_is_carried_along_as_its_name(prediction, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    messages = [{"role": role, "content": "hello"} for role in ("user", "assistant")]
+    rows.write_text(json.dumps({"messages": messages, "score": math.nan, "each": [1.0, {"low": -math.inf}]}) + "\n")
+    text = (api.predict(prediction(f"data.path={rows}")).folder / "predictions.jsonl").read_text()
+    one = json.loads(text, parse_constant=pytest.fail)
+    assert (one["score"], one["each"]) == ("NaN", [1.0, {"low": "-Infinity"}])
+
+
+def test_a_perplexity_that_is_too_large_for_a_number_is_infinite(tmp_path):
+    own = {"row": 1, "model": "base", "prompt": "p", "predict": None, "label": "a", "logprob": -2000.0, "label_tokens": 2}
+    (tmp_path / "predictions.jsonl").write_text(line(own, {}))
+    assert _measured(tmp_path, None, [])["perplexity"] == math.inf
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -219,10 +268,15 @@ def test_a_file_of_a_metric_that_fails_as_it_is_read_is_named(prediction, tmp_pa
         api.predict(prediction(f"predict.metrics=[{file}:number]"))
 
 
-def test_llamafactory_s_files_are_written_on_request(prediction):
+def test_llamafactory_s_files_are_written_on_request(prediction, model):
     folder = api.predict(prediction("predict.llamafactory_files=true")).folder
-    first = json.loads((folder / "generated_predictions.jsonl").read_text().splitlines()[0])
-    assert list(first) == ["prompt", "predict", "label"]
+    theirs = [json.loads(text) for text in (folder / "generated_predictions.jsonl").read_text().splitlines()]
+    assert [list(one) for one in theirs] == [["prompt", "predict", "label"]] * 12
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for one, ours in zip(theirs, lines(folder), strict=True):
+        messages = ours["messages"][:-1]
+        assert one["prompt"] == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert (one["predict"], one["label"]) == (ours["predict"], ours["label"])
     assert json.loads((folder / "predict_results.json").read_text())["rows"] == 12
 
 
@@ -233,6 +287,7 @@ def test_llamafactory_s_files_are_written_on_request(prediction):
         (["predict.adapters={one: /nothing/there}"], "predict.adapters.one"),
         (["predict.adapters={base: /nothing/there}"], "base"),
         (["predict.metrics=[blue]"], "predict.metrics"),
+        (["predict.adapters={a: x, b: y}", "predict.llamafactory_files=true"], "predict.llamafactory_files must be false"),
         (["predict.metrics=[nothing.py:there]"], "there is no file nothing.py"),
         (["data.path=/nothing/there.jsonl"], "/nothing/there.jsonl"),
         (["output_dir=/dev/null/there"], "output_dir"),
