@@ -62,6 +62,9 @@ def _check_llamafactory(settings: EvaluateConfig) -> None:
     for name in ("apply_chat_template", "system", "run_unsafe_code"):
         if (got := getattr(settings, name)) not in (None, False):
             raise ConfigError(f"evaluate.{name}", "is of evaluate.protocol=lm_eval", got=got, fix="Leave it out.")
+    if not settings.fewshot_as_multiturn:
+        rule = "is of evaluate.protocol=lm_eval: here each example is a turn of its own"
+        raise ConfigError("evaluate.fewshot_as_multiturn", rule, got=False, fix="Leave it out.")
 
 
 def _check_lm_eval(settings: EvaluateConfig) -> None:
@@ -70,6 +73,10 @@ def _check_lm_eval(settings: EvaluateConfig) -> None:
         raise ConfigError("evaluate.data", "is of evaluate.protocol=llamafactory", got=settings.data, fix=fix)
     if settings.lang != "auto":
         raise ConfigError("evaluate.lang", "is of evaluate.protocol=llamafactory", got=settings.lang, fix="Leave it out.")
+    if settings.template is not None and not settings.apply_chat_template:
+        fix = "Set evaluate.apply_chat_template=true, or leave it out."
+        rule = "is for questions as a user's turns: protocol lm_eval asks in plain text"
+        raise ConfigError("evaluate.template", rule, got=settings.template, fix=fix)
 
 
 PROTOCOL_RULES = {"llamafactory": _check_llamafactory, "lm_eval": _check_lm_eval}

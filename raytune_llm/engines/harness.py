@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import random
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from glob import glob
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -88,9 +89,28 @@ def _loaded(manager: TaskManager, name: str, setting: str) -> list[Any]:
     return [*loaded["groups"].values()] or list(loaded["tasks"].values())
 
 
+def leaves_of(tasks: Sequence[Any]) -> list[Any]:
+    """The tasks of groups, and those that are in none."""
+    return [leaf for one in tasks for leaf in (one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one])]
+
+
 def questions_of(tasks: Sequence[Any], most: int | None) -> int:
-    leaves = [leaf for one in tasks for leaf in (one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one])]
-    return sum(min(len(leaf.eval_docs), most or len(leaf.eval_docs)) for leaf in leaves)
+    return sum(min(len(leaf.eval_docs), most or len(leaf.eval_docs)) for leaf in leaves_of(tasks))
+
+
+def data_of(tasks: Sequence[Any]) -> list[Path]:
+    """Files and folders of this machine that tasks read their rows from, as far as their settings name them."""
+    settings = [(leaf.config.dataset_path, leaf.config.dataset_kwargs or {}) for leaf in leaves_of(tasks)]
+    named = chain.from_iterable(_texts([path, more.get("data_files"), more.get("data_dir")]) for path, more in settings)
+    return [Path(found) for name in dict.fromkeys(named) for found in sorted(glob(name, recursive=True))]
+
+
+def _texts(setting: Any) -> Iterator[str]:
+    if isinstance(setting, str):
+        yield setting
+    elif isinstance(setting, Mapping | list | tuple):
+        for one in setting.values() if isinstance(setting, Mapping) else setting:
+            yield from _texts(one)
 
 
 def run_tasks(

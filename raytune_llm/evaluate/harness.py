@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.config.evaluate import EvaluateConfig
-from raytune_llm.engines.harness import DEFAULT_OTHER_SEED, EngineLM, load_tasks, questions_of, run_tasks, scores_of
+from raytune_llm.engines.harness import DEFAULT_OTHER_SEED, EngineLM, data_of, load_tasks, questions_of, run_tasks, scores_of
 from raytune_llm.engines.questions import Answering
 from raytune_llm.errors import ConfigError
 from raytune_llm.evaluate.models import Group
@@ -27,7 +27,8 @@ class Harness:
         self._settings = settings
         self._seed = DEFAULT_OTHER_SEED if settings.seed is None else settings.seed
         self._loaded = load_tasks(settings.tasks, "evaluate.tasks")
-        self.contents = _contents(settings.tasks)
+        data = data_of([one for found in self._loaded.values() for one in found])
+        self.contents = _contents(settings.tasks, data)
         self.questions = sum(questions_of(task, settings.max_questions) for task in self._loaded.values())
         self.facts: dict[str, Any] = {
             "protocol": "lm_eval",
@@ -77,14 +78,17 @@ class Harness:
         }
 
 
-def _contents(tasks: Sequence[str]) -> str:
-    """Of the package's version, and of YAML files with what may be their data and functions: what lies beside them."""
+def _contents(tasks: Sequence[str], data: Sequence[Path]) -> str:
+    """Of the package's version, of YAML files with what lies beside them, which may be their functions and data, and of data that
+    lie elsewhere."""
     digest = hashlib.sha256(version("lm_eval").encode())
-    for place in (Path(task) for task in tasks if Path(task).exists()):
-        for file in sorted(place.rglob("*") if place.is_dir() else place.parent.iterdir()):
-            if file.suffix in TASK_FILES and file.is_file():
-                there = file.stat()
-                digest.update(f"{file}, {there.st_size} bytes of {there.st_mtime_ns}\n".encode(errors="surrogatepass"))
+    places = [place for place in map(Path, tasks) if place.exists()]
+    beside = [file for place in places for file in (place.rglob("*") if place.is_dir() else place.parent.iterdir())]
+    rows = [file for place in data for file in (place.rglob("*") if place.is_dir() else [place])]
+    for file in sorted({*(file for file in beside if file.suffix in TASK_FILES), *rows}):
+        if file.is_file():
+            there = file.stat()
+            digest.update(f"{file}, {there.st_size} bytes of {there.st_mtime_ns}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,13 @@ class Shown:
     """The score in the picture; None: a task's first one."""
 
 
-RESULTS = "results.json"
+RESULTS, TABLE, PICTURE = "results.json", "results.md", "results.png"
 MADE_FROM = "made_from"
 
 
 def found_results(folder: Path, made_from: Mapping[str, Any]) -> Scores | None:
-    """Those of an earlier evaluation there; None: there are none. Raises ConfigError for those of another one."""
+    """Those of an earlier evaluation there; None: there are none, or they are not whole. Raises ConfigError for those of another
+    one."""
     if not (folder / RESULTS).exists():
         return None
     try:
@@ -76,7 +78,7 @@ def found_results(folder: Path, made_from: Mapping[str, Any]) -> Scores | None:
         how = f", of which this one differs in {', '.join(changed)}" if then else ""
         rule = f"must hold no results of an earlier evaluation{how}"
         raise ConfigError("output_dir", rule, got=str(folder), fix=f"Choose another one, or remove {RESULTS}.")
-    return scores
+    return scores if all((folder / name).is_file() for name in (TABLE, PICTURE)) else None
 
 
 def write_results(folder: Path, protocol: Mapping[str, Any], made_from: Mapping[str, Any], shown: Shown, scores: Scores) -> None:
@@ -85,8 +87,8 @@ def write_results(folder: Path, protocol: Mapping[str, Any], made_from: Mapping[
         model: {task: {name: score.to_json() for name, score in of_task.items()} for task, of_task in of_model.items()}
         for model, of_model in scores.items()
     }
-    (folder / "results.md").write_text(_table(shown, scores))
-    _plot(folder / "results.png", shown, scores)
+    (folder / TABLE).write_text(_table(shown, scores), encoding="utf-8")
+    _plot(folder / PICTURE, shown, scores)
     values = non_finite_as_strings({**protocol, "models": models, MADE_FROM: made_from})
     text = json.dumps(values, indent=1, ensure_ascii=False, default=str, allow_nan=False)
     write_atomically(folder / RESULTS, text + "\n")
@@ -116,13 +118,24 @@ def _cell(score: Score | None, shown: Shown) -> str:
     return f"{shown.scale * score.value:.{shown.digits}f}{error}"
 
 
+ROW_INCHES, MAX_PIXELS = 24, 60_000
+"""Width of a row of axes, unless one takes more; and of a side of the picture: a PNG of matplotlib has less than 2**16."""
+
+
 def _plot(path: Path, shown: Shown, scores: Scores) -> None:
-    """Axes a task, since tasks may have scores of different kinds; a bar a model, with its standard error."""
+    """Axes a task, since tasks may have scores of different kinds, in rows; a bar a model, with its standard error."""
     from matplotlib.figure import Figure  # half a second to import
 
     tasks = _tasks(scores)
-    figure = Figure(figsize=(1 + len(tasks) * (1 + 0.6 * len(scores)), 3.2), dpi=200, layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    width = 1 + 0.6 * len(scores)
+    columns = max(1, min(len(tasks), int(ROW_INCHES / width)))
+    rows = max(1, -(-len(tasks) // columns))
+    inches = (1 + columns * width, 3.2 * rows)
+    figure = Figure(figsize=inches, dpi=min(200, MAX_PIXELS / max(inches)), layout="constrained")
+    for axes, task in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, tasks):
+        if task is None:
+            axes.remove()
+            continue
         name = shown.main or next(iter(next(iter(scores.values()))[task]))
         for place, of_model in enumerate(scores.values()):
             if (score := of_model[task].get(name)) is not None:

@@ -14,7 +14,7 @@ from raytune_llm.engines.questions import Answering
 from raytune_llm.errors import ResourceError
 from raytune_llm.evaluate.choices import Choices
 from raytune_llm.evaluate.models import Group, groups_of, rendering
-from raytune_llm.evaluate.results import RESULTS, Scores, Shown, TaskScores, found_results, write_results
+from raytune_llm.evaluate.results import PICTURE, RESULTS, TABLE, Scores, Shown, TaskScores, found_results, write_results
 from raytune_llm.predict.answering import EngineSettings, answering
 from raytune_llm.runs.contents import adapter_contents, model_contents
 from raytune_llm.runs.output import full_disk_explained
@@ -22,7 +22,7 @@ from raytune_llm.runs.owner import check_writable, owned
 
 OnProgress = Callable[[int, int], None]
 """Called with the questions that are answered and those in all."""
-FILES = ("run.yaml", RESULTS, "results.md", "results.png")
+FILES = ("run.yaml", RESULTS, TABLE, PICTURE)
 """What the output folder gets beside the answers."""
 
 
@@ -98,7 +98,7 @@ def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: Non
     engines = [EngineSettings(group.model, run.quantization, run.engine, group.served(run.evaluate)) for group in groups]
     for engine in engines:
         engine.check()
-    with owned(folder), full_disk_explained(folder):
+    with owned(folder), full_disk_explained(folder, then="the same command asks again"):
         (folder / "run.yaml").write_text(to_yaml(run))
         scores: dict[str, TaskScores] = {}
         for group, engine in zip(groups, engines, strict=True):

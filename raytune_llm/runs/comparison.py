@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def compare(folders: Sequence[str]) -> Comparison:
     """Compare the runs in these folders. Folders without a run, and files that can't be read, are left out. Raises ConfigError if
     a folder does not exist, or if no run is left."""
     notices: list[str] = []
-    places = {place.resolve(): place for place in map(_place, folders)}.values()
+    places = {os.path.realpath(place): place for place in map(_place, folders)}.values()
     runs = [run for place in places if (run := _run(place, notices)) is not None]
     if not runs:
         rule = f"must have an output folder of a run, with its {RUN}"
@@ -76,8 +77,12 @@ def compare(folders: Sequence[str]) -> Comparison:
 
 
 def _run(place: Path, notices: list[str]) -> _Run | None:
-    if not (place / RUN).is_file():
-        notices.append(f"{place} is left out: it has no {RUN}")
+    try:
+        if not (place / RUN).is_file():
+            notices.append(f"{place} is left out: it has no {RUN}")
+            return None
+    except OSError as error:  # another user's
+        notices.append(f"{place} is left out: {error.strerror}")
         return None
     try:
         read = read_yaml(place / RUN, setting="runs")
@@ -95,7 +100,7 @@ def _run(place: Path, notices: list[str]) -> _Run | None:
 
 def _place(folder: str) -> Path:
     place = expanded(folder)
-    if not place.exists():
+    if not os.path.lexists(place):  # a link that leads nowhere is no run
         raise ConfigError("runs", "must be output folders that are there", got=folder, fix="Leave it out.")
     return place
 

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from raytune_llm import api
 from raytune_llm.config.load import load_config
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
-from raytune_llm.errors import ConfigError, DataError, UserError
+from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
 from raytune_llm.evaluate.choice_files import ChoiceQuestion, read_task
 from raytune_llm.evaluate.choice_prompts import asked
 from raytune_llm.evaluate.choices import letter_ids
+from tests.limits import no_file_larger_than
 
 ANSWERS = {"abstract_algebra": "BABBC", "virology": "BCD"}
 
@@ -156,6 +157,39 @@ def test_a_finished_evaluation_is_kept_and_one_of_other_files_is_refused(model, 
         evaluated(folder, benchmark, place)
 
 
+@pytest.mark.parametrize("how", ["Ctrl-C", "a full disk"])
+def test_an_evaluation_that_ended_early_has_no_results_and_is_asked_again(model, benchmark, tmp_path, how):
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    if how == "Ctrl-C":
+        words = [
+            f"model.path={model}",
+            f"evaluate.data={benchmark}",
+            f"output_dir={tmp_path / 'out'}",
+            "evaluate.tasks=[mmlu_test]",
+        ]
+        with pytest.raises(KeyboardInterrupt):
+            api.evaluate(load_config("evaluate", [*words, "evaluate.precision=fp32"]), on_progress=stop)
+    else:
+        full = pytest.raises(
+            ResourceError, match=r"Free some space, or set output_dir on a larger disk; the same command asks again"
+        )
+        with no_file_larger_than(3_000), full:
+            evaluated(model, benchmark, tmp_path / "out")
+    assert not (tmp_path / "out" / "results.json").exists()
+    done = evaluated(model, benchmark, tmp_path / "out")
+    assert not done.found and done.scores["planted"]["mmlu_test"]["Average"].value == 0.5
+
+
+@pytest.mark.parametrize("name", ["results.md", "results.png"])
+def test_results_whose_table_or_picture_is_gone_are_made_again(model, benchmark, tmp_path, name):
+    folder = evaluated(model, benchmark, tmp_path / "out").folder
+    (folder / name).unlink()
+    assert not evaluated(model, benchmark, tmp_path / "out").found
+    assert (folder / name).is_file()
+
+
 def test_a_chain_that_is_repeated_keeps_its_export_and_its_evaluation_and_asks_the_rest(model, benchmark, tmp_path):
     """The model that is evaluated is there only when the first step has run."""
     made, later = tmp_path / "made", tmp_path / "later"
@@ -194,6 +228,7 @@ def test_letters_are_the_last_tokens_of_their_encodings():
         (["evaluate.tasks=[cmmlu_test]"], "cmmlu/mapping.json"),
         (["evaluate.tasks=[mmlu_validation]"], "abstract_algebra_val.csv"),
         (["evaluate.tasks=[]"], "evaluate.tasks must name a task"),
+        (["evaluate.fewshot_as_multiturn=false"], "evaluate.fewshot_as_multiturn is of evaluate.protocol=lm_eval"),
         (["evaluate.models=[/nothing/there]", "model.path=null"], "evaluate.models"),
         (["output_dir=null"], "output_dir must be given"),
         (["output_dir=/dev/null/x"], "output_dir"),

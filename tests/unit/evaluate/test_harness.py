@@ -141,6 +141,7 @@ def test_all_tasks_of_a_folder_are_asked_and_the_protocol_is_named(tasks, tmp_pa
         (["evaluate.tasks=[./none/]"], "evaluate.tasks must hold files and folders"),
         (["evaluate.lang=zh"], "evaluate.lang"),
         (["evaluate.data=/tmp"], "evaluate.data"),
+        (["evaluate.template=chatml"], "evaluate.template is for questions as a user's turns"),
         (["evaluate.protocol=llamafactory", "evaluate.data=/tmp", "evaluate.system=x"], "evaluate.system"),
     ],
 )
@@ -149,6 +150,17 @@ def test_what_cannot_work_is_said_before_anything_is_written(tasks, tmp_path, se
         evaluated(tmp_path / "out", "model=tiny_random", f"evaluate.tasks=[{tasks}/sums.yaml]", *settings)
     assert said in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_results_of_other_rows_are_not_kept_wherever_the_rows_lie(tasks, tmp_path):
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "sums.yaml").write_text((tasks / "sums.yaml").read_text().replace(str(tasks), str(tmp_path)))
+    (tmp_path / "sums.json").write_text((tasks / "sums.json").read_text())
+    words = ["model=tiny_random", f"evaluate.tasks=[{tmp_path}/task/sums.yaml]", "evaluate.max_questions=1"]
+    assert [evaluated(tmp_path / "out", *words).found for _ in range(2)] == [False, True]
+    (tmp_path / "sums.json").write_text((tasks / "sums.json").read_text().replace("What", "Which"))
+    with pytest.raises(ConfigError, match="this one differs in the tasks"):
+        evaluated(tmp_path / "out", *words)
 
 
 def test_a_generation_setting_that_no_engine_knows_is_refused(tasks, tmp_path):

@@ -80,6 +80,15 @@ def test_a_folder_without_a_run_is_left_out_and_said(runs, tmp_path, capsys):
     assert list(compare([str(tmp_path / "begun"), *runs]).names) == ["a", "b"]
 
 
+def test_a_link_that_leads_nowhere_or_round_is_left_out(runs, tmp_path):
+    links = [tmp_path / "gone", tmp_path / "round"]
+    links[0].symlink_to("nowhere")
+    links[1].symlink_to("round")
+    found = compare([*map(str, links), *runs])
+    assert list(found.names) == ["a", "b"]
+    assert found.notices == [f"{link} is left out: it has no run.yaml" for link in links]
+
+
 def test_what_is_no_run_is_refused(runs, tmp_path, capsys):
     assert main(["compare", str(tmp_path)]) == 2
     assert "runs must have an output folder of a run" in capsys.readouterr().err
