@@ -12,6 +12,8 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB
 
 CALIBRATED = ("gptq", "awq")
 """Formats that are computed from calibration rows, by llmcompressor in an environment of its own."""
+ALONE = ("adapter", "gguf_lora")
+"""Formats of an adapter alone, for which nothing is merged."""
 ON_NODES = ("hf", *CALIBRATED)
 """Formats that Ray tasks can write (resources=local or cluster)."""
 GROUPED = ("w4a16", *CALIBRATED)
@@ -85,6 +87,9 @@ class ExportConfig:
             raise ConfigError("export.output_dir", "must be given", fix="For example, export.output_dir=exported/mine.")
         if self.check is True and self.check_rows == 0:
             raise ConfigError("export.check_rows", "must be at least 1 if export.check=true", got=0)
+        if self.into_quantized and self.format in ALONE:
+            rule = f"must be false with export.format={self.format}, which merges nothing"
+            raise ConfigError("export.into_quantized", rule, got=True, fix="Leave it out.")
         if self.python is not None and self.format not in CALIBRATED:
             rule = f"is for export.format={' or '.join(CALIBRATED)}"
             raise ConfigError("export.python", rule, got=self.python, fix="Set it to null.")

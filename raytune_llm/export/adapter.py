@@ -18,11 +18,13 @@ from raytune_llm.config.run import ExportRun
 from raytune_llm.engines import sglang_host, vllm_host
 from raytune_llm.engines.adapter_limits import CONFIG, WEIGHTS, AdapterLimits, largest_rank
 from raytune_llm.errors import ConfigError
+from raytune_llm.export.in_quantized import is_quantized
 from raytune_llm.export.rows import Rows
 from raytune_llm.export.source import DTYPES, Source
 from raytune_llm.export.target import OnBytes, Target
 from raytune_llm.export.tensors import converted
 from raytune_llm.models.adapters.saved import in_peft_alone
+from raytune_llm.models.load import load_config, load_model
 from raytune_llm.models.score_head import has_separate_head
 
 
@@ -83,10 +85,7 @@ def _num_bytes(weights: Path, dtype: torch.dtype | None) -> int:
 @torch.no_grad()
 def _outputs_in_peft(folder: Path, source: Source, rows: Rows, device: torch.device) -> Iterator[Tensor]:
     """By transformers and PEFT as anyone calls them: none of our layers."""
-    kind: Any = AutoModelForSequenceClassification if source.scores else AutoModelForCausalLM
-    more = {"num_labels": 1} if source.scores else {}
-    trust = source.model.trust_remote_code
-    base = kind.from_pretrained(source.folder, dtype=torch.float32, trust_remote_code=trust, **more)
+    base = _base(source)
     if source.token_ids:
         base.resize_token_embeddings(source.vocab_size, mean_resizing=False)
     base.config.pad_token_id = None  # rows have no padding, and may end in that token
@@ -94,6 +93,17 @@ def _outputs_in_peft(folder: Path, source: Source, rows: Rows, device: torch.dev
     for ids in rows.ids:
         logits = model(torch.from_numpy(ids.astype("int64"))[None].to(device)).logits[0].float().cpu()
         yield logits if source.scores else logits[:-1].log_softmax(-1)
+
+
+def _base(source: Source) -> Any:
+    trust = source.model.trust_remote_code
+    config = load_config(str(source.folder), {}, trust_remote_code=trust)
+    if is_quantized(config):  # transformers' own readers need each method's package; here they are ordinary weights
+        options: dict[str, Any] = {"weights": "pretrained", "dtype": torch.float32, "seed": 0, "scores": source.scores}
+        return load_model(config, str(source.folder), trust_remote_code=trust, **options)
+    kind: Any = AutoModelForSequenceClassification if source.scores else AutoModelForCausalLM
+    more = {"num_labels": 1} if source.scores else {}
+    return kind.from_pretrained(source.folder, dtype=torch.float32, trust_remote_code=trust, **more)
 
 
 def _loaded_by(folder: Path, source: Source) -> str:

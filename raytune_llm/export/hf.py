@@ -14,6 +14,7 @@ from raytune_llm.config.resources import uses_ray
 from raytune_llm.config.run import ExportRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.export.check import outputs
+from raytune_llm.export.in_quantized import is_quantized
 from raytune_llm.export.on_nodes import write_on_nodes
 from raytune_llm.export.rows import Rows
 from raytune_llm.export.source import DTYPES, Source
@@ -27,6 +28,10 @@ def hf(source: Source, run: ExportRun) -> Target:
     if settings.dtype not in ("auto", *DTYPES):
         rule = f"must be auto or one of {', '.join(DTYPES)} with export.format=hf"
         raise ConfigError("export.dtype", rule, got=settings.dtype, fix="Or set export.format=gguf.")
+    if is_quantized(source.config) and settings.dtype != "auto":
+        rule = "must be auto for weights that are quantized already, which are copied as they are"
+        fix = "Or set export.into_quantized=true, which unpacks them."
+        raise ConfigError("export.dtype", rule, got=settings.dtype, fix=fix)
     dtype = DTYPES.get(settings.dtype)
     facts = source.outputs(dtype)
     dtypes = {fact.name: fact.dtype for fact in facts}

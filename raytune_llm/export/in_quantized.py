@@ -92,6 +92,11 @@ def in_quantized(
     return _rounded(files, model, trained_in)
 
 
+def is_quantized(config: PretrainedConfig) -> bool:
+    """Its files hold weights in few bits."""
+    return getattr(config, "quantization_config", None) is not None
+
+
 def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):

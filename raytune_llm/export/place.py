@@ -13,7 +13,8 @@ from raytune_llm.runs.owner import check_writable
 
 EXPORTED = "export.json"
 """The figures of the card. A folder with it is an export."""
-MADE_FROM, WEIGHTS = "made_from", "weights"
+MADE_FROM, WEIGHTS, OTHERS = "made_from", "weights", "files"
+"""In it: all that the export depends on, the sizes of its weights by name, and the names of its other files."""
 MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -55,12 +56,14 @@ def made_from(place: Path) -> dict[str, Any]:
         return {}
 
 
-def has_weights(place: Path) -> bool:
-    """Whether the weights of the export there have the sizes that its EXPORTED says."""
+def is_whole(place: Path) -> bool:
+    """Whether all files are there that its EXPORTED names, weights in their sizes. Others may have been edited."""
     try:
-        wrote = dict(json.loads((place / EXPORTED).read_text()).get(WEIGHTS, {}))
-        return all((place / name).stat().st_size == size for name, size in wrote.items())
-    except (OSError, ValueError, TypeError, RecursionError):
+        wrote = json.loads((place / EXPORTED).read_text())
+        weights, others = dict(wrote.get(WEIGHTS, {})), list(wrote.get(OTHERS, ()))
+        has_weights = all((place / name).stat().st_size == size for name, size in weights.items())
+        return has_weights and all((place / name).is_file() for name in others)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -11,7 +11,10 @@ import numpy as np
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.resources import INLINE
 from raytune_llm.config.run import TrainRun
-from raytune_llm.data.pipeline import find_stores, prepare
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.pipeline import find_stores, prepare, source_of
+from raytune_llm.data.readers import sources
+from raytune_llm.data.readers.declarations import declared
 from raytune_llm.data.samples import split_sources
 from raytune_llm.data.store import Store
 from raytune_llm.errors import ConfigError, UserError
@@ -83,6 +86,13 @@ def rows_to_calibrate(source: Source, data: DataConfig, num_checked: int, number
     if not rows.ids:
         raise _no_rows("none is left beside the rows that the export is checked on")
     return rows
+
+
+def contents_of(data: DataConfig) -> list[str]:
+    """Hashes of the data sets that are given."""
+    if not _is_given(data):
+        return []
+    return [sources.fingerprint(source_of(one)) for one in declared(data, ranked=KINDS[data.format.row_kind].ranked)]
 
 
 def _no_rows(why: str) -> ConfigError:

@@ -26,14 +26,14 @@ from raytune_llm.export.gguf.llama_quantize import found_program
 from raytune_llm.export.hf import hf
 from raytune_llm.export.memory import device_for, ran_out
 from raytune_llm.export.ollama.modelfile import ollama
-from raytune_llm.export.place import EXPORTED, MADE_FROM, WEIGHTS, check_apart, has_weights, made_from, place_of
+from raytune_llm.export.place import EXPORTED, MADE_FROM, OTHERS, WEIGHTS, check_apart, is_whole, made_from, place_of
 from raytune_llm.export.push import check_push, push
 from raytune_llm.export.quantized.calibrated import calibrated
 from raytune_llm.export.quantized.codec import require
 from raytune_llm.export.quantized.environment import check_environment
 from raytune_llm.export.quantized.nf4 import nf4
 from raytune_llm.export.quantized.rounded import rounded
-from raytune_llm.export.rows import rows_to_check
+from raytune_llm.export.rows import contents_of, rows_to_check
 from raytune_llm.export.source import WEIGHT_SUFFIXES, Source, source_of
 from raytune_llm.export.target import Target
 from raytune_llm.report.metrics import non_finite_as_strings
@@ -107,7 +107,7 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
     now = _made_from(run, source)
     replaces = settings.overwrite
     if made_from(place) == now:
-        if has_weights(place):
+        if is_whole(place):
             return _found(place, settings, source)
         replaces = True
     place_of(settings.output_dir, overwrite=replaces)
@@ -159,7 +159,7 @@ def _made_from(run: ExportRun, source: Source) -> dict[str, Any]:
     """All that an export depends on."""
     trained = {"model": model_contents(source.model), "beside": source.beside and folder_contents(source.beside)}
     adapters = [[adapter_contents(adapter.folder), factor] for adapter, factor in source.adapters]
-    return {"settings": _settings(run), **trained, "adapters": adapters}
+    return {"settings": _settings(run), **trained, "adapters": adapters, "data": contents_of(run.data)}
 
 
 def _write(target: Target, folder: Path, on_progress: OnProgress) -> None:
@@ -183,7 +183,8 @@ def _describe(
     made_from: Mapping[str, Any],
 ) -> None:
     """The model card, and its figures for programs."""
-    (folder / "README.md").write_text(_card(source, target, difference, unchecked))
+    (folder / "README.md").write_text(_card(source, target, difference, unchecked), encoding="utf-8")
+    files = sorted(file for file in folder.iterdir() if file.is_file())
     facts = {
         "base": str(source.model.path),
         "merged_adapters": [adapter.folder for adapter in source.under],
@@ -192,7 +193,8 @@ def _describe(
         "dtype": target.dtype,
         "difference": difference and asdict(difference),
         "unchecked": unchecked,
-        WEIGHTS: {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name.endswith(WEIGHT_SUFFIXES)},
+        WEIGHTS: {file.name: file.stat().st_size for file in files if file.name.endswith(WEIGHT_SUFFIXES)},
+        OTHERS: [file.name for file in files if not file.name.endswith(WEIGHT_SUFFIXES)],
         MADE_FROM: made_from,
     }
     (folder / EXPORTED).write_text(json.dumps(non_finite_as_strings(facts), indent=1, allow_nan=False) + "\n")
@@ -201,20 +203,17 @@ def _describe(
 @contextmanager
 def _beside(place: Path) -> Iterator[Path]:
     """An empty folder beside the place, that is gone at the end. What a killed export left there is cleared, and an export that
-    it was about to replace is put back. Raises ConfigError while another export to this place is running."""
+    it, or this one, was about to replace is put back. Raises ConfigError while another export to this place is running."""
     work = place.with_name(f".{place.name}-export")
     new, old = work / "new", work / OLD
     try:
         with owned(work):
-            if old.exists() and not place.exists():
-                old.rename(place)
             try:
-                for left in (new, old):
-                    shutil.rmtree(left, ignore_errors=True)
+                _clear(new, old, place)
                 new.mkdir()
                 yield new
             finally:
-                shutil.rmtree(new, ignore_errors=True)
+                _clear(new, old, place)
     except ConfigError as error:
         if error.setting != "output_dir":
             raise
@@ -222,6 +221,13 @@ def _beside(place: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # another export to this place has begun
             work.rmdir()
+
+
+def _clear(new: Path, old: Path, place: Path) -> None:
+    if old.exists() and not place.exists():
+        old.rename(place)
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 NO_MEMORY = "there was not the memory for the model in float32"

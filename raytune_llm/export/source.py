@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,18 +15,21 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
 from torch import Tensor
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from raytune_llm import packaged
+from raytune_llm.config.export import ALONE
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.run import ExportRun, TrainRun
 from raytune_llm.errors import ConfigError, first_line
-from raytune_llm.export.in_quantized import in_quantized, without_quantization
+from raytune_llm.export.in_quantized import in_quantized, is_quantized, without_quantization
 from raytune_llm.export.tensors import TensorFact, TensorFiles, Tensors, converted
 from raytune_llm.hub import hub_failures
 from raytune_llm.models.adapters.mergeable import Mergeable
 from raytune_llm.models.adapters.method import tied_ends, ties_ends
 from raytune_llm.models.adapters.saved import changes_one_end, other_base
 from raytune_llm.models.finished import FINAL
+from raytune_llm.models.finite import all_finite
 from raytune_llm.models.load import load_config, load_model
 from raytune_llm.models.stored import changes_as_loaded, other_shape, tensor_files
 from raytune_llm.runs.trained import read_trained
@@ -36,6 +39,8 @@ SCORE, HEAD = "score.weight", "lm_head.weight"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 NOT_COPIED = ("README.md", "adapter_config.json", "LICENSE", ".gitattributes", "training_args.json")
 NOT_FOR_MODELS = ("config.json", *NOT_COPIED)
+OF_QUANTIZED = ("quantize_config.json", "quant_config.json")
+"""What GPTQ's and AWQ's writers say of weights in few bits, beside config.json. Some programs go by it."""
 
 
 @dataclass(frozen=True)
@@ -190,21 +195,27 @@ class Source:
         if len(made) == 1 and made[0][1] == 1.0:
             return made[0][0]
         wide = value.float()
-        return wide + sum(factor * (one.float() - wide) for one, factor in made)
+        summed = wide + sum(factor * (one.float() - wide) for one, factor in made)
+        if not all_finite(summed):
+            factors = {adapter.folder: factor for adapter, factor in self.adapters}
+            raise ConfigError("export.weights", f"must leave finite numbers in {name}", got=factors, fix="Lower them.")
+        return summed
 
     def copy_others(self, folder: Path) -> None:
         """Tokenizer, generation config, code: all but weights and config."""
         for name, file in self.others.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)
 
     @cached_property
     def others(self) -> dict[str, Path]:
         """By name: what an export gets as it is."""
+        left_out = {*NOT_FOR_MODELS, *(() if self.into_quantized is None else OF_QUANTIZED)}
         return {
-            file.name: file
+            str(file.relative_to(place)): file
             for place in filter(None, (self.folder, self.beside))
-            for file in sorted(place.iterdir())
-            if file.is_file() and file.name not in NOT_FOR_MODELS and not file.name.endswith(WEIGHT_SUFFIXES)
+            for file in sorted((*place.iterdir(), *(place / CHAT_TEMPLATE_DIR).glob("*")))
+            if file.is_file() and file.name not in left_out and not file.name.endswith(WEIGHT_SUFFIXES)
         }
 
     def config_json(self, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -242,13 +253,18 @@ def _with(adapter: Mergeable, name: str, value: Tensor) -> Tensor | None:
     return adapter.merged(name, value) if adapter.changes(name) else None
 
 
-def _name_of(folder: Path, taken: Collection[str]) -> str:
+def _name_of(folder: Path) -> str:
     """What an adapter is called for export.weights: as its folder, or that of its run."""
-    name = folder.absolute().parent.name if folder.name == FINAL else folder.absolute().name
-    if name in taken:
-        rule = f"must hold no {name}, the name of adapter.path"
-        raise ConfigError("export.adapters", rule, got=sorted(taken), fix="Choose another name.")
-    return name
+    return folder.absolute().parent.name if folder.name == FINAL else folder.absolute().name
+
+
+def _before(named: Mapping[str, tuple[str, str]], name: str, folder: str, setting: str) -> dict[str, tuple[str, str]]:
+    """named: adapters with the settings that name their folders. With one more before them. Raises ConfigError where its name is
+    another one's."""
+    if name in named:
+        rule = f"must hold no {name}, the name of {setting}"
+        raise ConfigError("export.adapters", rule, got=sorted(named), fix="Choose another name.")
+    return {name: (folder, setting), **named}
 
 
 def source_of(run: ExportRun) -> Source:
@@ -257,13 +273,12 @@ def source_of(run: ExportRun) -> Source:
     model, beside, trained_run = run.model, None, None
     named = {name: (folder, f"export.adapters.{name}") for name, folder in export.adapters.items()}
     if run.adapter.path is not None:
-        name = _name_of(Path(run.adapter.path), named)
-        named = {name: (run.adapter.path, "adapter.path"), **named}
+        named = _before(named, _name_of(Path(run.adapter.path)), run.adapter.path, "adapter.path")
     if export.run is not None:
         trained = read_trained(export.run, "export.run")
         model, trained_run, beside = trained.model, trained.run, trained.final
         if trained.adapter is not None:
-            named = {trained.name: (str(trained.adapter), "export.run"), **named}
+            named = _before(named, trained.name, str(trained.adapter), "export.run")
     if unknown := sorted(export.weights.keys() - named.keys()):
         raise ConfigError("export.weights", f"must have names of adapters ({', '.join(named) or 'none is given'})", got=unknown)
     adapters = [(Mergeable(*where), export.weights.get(name, 1.0)) for name, where in named.items()]
@@ -282,13 +297,14 @@ def source_of(run: ExportRun) -> Source:
         fix = "Save the model with transformers first."
         raise ConfigError("model.path", "must have its weights as safetensors", got=str(folder), fix=fix)
     stored, into = TensorFiles(files), None
-    if export.into_quantized:
+    config = load_config(str(folder), {}, trust_remote_code=model.trust_remote_code)
+    if export.into_quantized or (export.format in ALONE and is_quantized(config)):  # an adapter is of the weights as unpacked
         trained_in = None if trained_run is None else trained_run.quantization
-        config = load_config(str(folder), {}, trust_remote_code=model.trust_remote_code)
-        stored, into = in_quantized(stored, config, trained_in, str(folder), trust_remote_code=model.trust_remote_code)
+        stored, said = in_quantized(stored, config, trained_in, str(folder), trust_remote_code=model.trust_remote_code)
+        into = said if export.into_quantized else None
     source = Source(model, folder, stored, adapters, under, None if beside == folder else beside, trained_run, into)
     _check_files(source)
-    _check(source)
+    _check(source, merges=export.format not in ALONE)
     return source
 
 
@@ -328,13 +344,13 @@ def _check_files(source: Source) -> None:
                 file.read_text(encoding="utf-8")
         except (ValueError, RecursionError) as error:
             beside = source.adapters[0][0].setting if source.adapters else "export.run"
-            setting = "model.path" if file.parent == source.folder else beside
+            setting = "model.path" if file.is_relative_to(source.folder) else beside
             rule = f"must be a folder whose {file.name} can be read ({first_line(error)})"
             raise ConfigError(setting, rule, got=str(file.parent), fix="Copy that file again.") from None
 
 
-def _check(source: Source) -> None:
-    if getattr(source.config, "quantization_config", None) is not None and source.adapters:
+def _check(source: Source, *, merges: bool) -> None:
+    if merges and source.adapters and is_quantized(source.config):
         rule = "must not be quantized, to have adapters merged into it"
         fix = "Name the model that it was quantized from, or set export.into_quantized=true."
         raise ConfigError("model.path", rule, got=str(source.folder), fix=fix)

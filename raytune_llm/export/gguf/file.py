@@ -21,6 +21,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.export.gguf.families import Family, describe, family_of, rope_factors
 from raytune_llm.export.gguf.llama_quantize import in_fewer_bits
 from raytune_llm.export.gguf.vocabulary import Vocabulary, vocabulary_of
+from raytune_llm.export.in_quantized import is_quantized
 from raytune_llm.export.rows import Rows
 from raytune_llm.export.source import DTYPES, Source
 from raytune_llm.export.target import OnBytes, Target
@@ -73,7 +74,7 @@ def gguf(source: Source, run: ExportRun) -> Target:
     got = str(source.folder)
     if source.scores:
         raise ConfigError("export.format", "can't write a GGUF file of a reward model", got=got, fix="Export it as hf.")
-    if getattr(source.config, "quantization_config", None) is not None:
+    if is_quantized(source.config):
         fix = "Export the model that it was quantized from, or set export.into_quantized=true."
         raise ConfigError("export.format", "can't write a GGUF file of weights that are quantized already", got=got, fix=fix)
     if settings.llama_quantize is not None:

@@ -42,7 +42,8 @@ class Vocabulary:
     adds_bos: bool
     adds_eos: bool
     adds_space: bool
-    chat_template: str | None
+    chat_template: str | Sequence[Mapping[str, str]] | None
+    """One, or several with their names."""
 
     def write(self, writer: GGUFWriter) -> None:
         writer.add_tokenizer_model(self.model)
@@ -96,8 +97,14 @@ def vocabulary_of(tokenizer: Any, size: int, stop_ids: Sequence[int], got: str) 
         adds_bos=begins,
         adds_eos=ends,
         adds_space=bytewise and _adds_space(described),
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        chat_template=_templates(tokenizer.chat_template),
     )
+
+
+def _templates(given: str | Mapping[str, str] | None) -> str | Sequence[Mapping[str, str]] | None:
+    if not isinstance(given, Mapping):
+        return given
+    return [{"name": name, "template": template} for name, template in given.items()]
 
 
 def _pre(described: Mapping[str, Any], got: str) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from raytune_llm.errors import ConfigError
+from raytune_llm.export.in_quantized import is_quantized
 from raytune_llm.export.source import Source
 
 
@@ -29,7 +30,7 @@ def matrices_of(source: Source, format: str) -> Matrices:
     got = str(source.folder)
     if source.scores:
         raise _refused(format, "for a reward model", got)
-    if getattr(source.config, "quantization_config", None) is not None:
+    if is_quantized(source.config):
         fix = "Export the model that it was quantized from, or set export.into_quantized=true."
         raise ConfigError("export.format", f"can't be {format} for weights that are quantized already", got=got, fix=fix)
     try:

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from raytune_llm import api
 from raytune_llm.config.load import load_config
+from raytune_llm.config.plain import to_yaml
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.errors import ConfigError, ResourceError, UserError
-from raytune_llm.export.run import check_space
+from raytune_llm.export.run import _beside, _take_place, check_space
 from tests.limits import export_in_memory
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
@@ -91,6 +92,26 @@ def test_weighted_adapters_add_up(base, tmp_path):
         a, b = (tensors[f"base_model.model.{name.replace('.weight', f'.lora_{side}.weight')}"] for side in "AB")
         weight = weight + factor * 4 * (b @ a)
     assert torch.allclose(load_file(tmp_path / "out" / "model.safetensors")[name], weight, atol=1e-6)
+
+
+def test_weights_that_leave_no_finite_numbers_are_refused(base, tmp_path):
+    folder = adapter_of(base, METHODS["lora"], "lora")
+    for dtype in ("fp32", "bf16"):
+        with pytest.raises(ConfigError, match=r"export\.weights must leave finite numbers in model\.layers\.\d.*1e\+300"):
+            exported(
+                base, tmp_path / "out", f"export.adapters={{a: '{folder}'}}", "export.weights={a: 1e300}", f"export.dtype={dtype}"
+            )
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_adapter_that_is_called_as_the_run_is_refused_not_passed_over(base, tmp_path):
+    run = tmp_path / "mine"
+    words = ["model=hub", f"model.path={base}", "adapter=lora", f"name={run.name}", f"output_dir={run}", "data.path=rows.jsonl"]
+    shutil.copytree(adapter_of(base, METHODS["lora"], "lora"), run / "final")
+    (run / "run.yaml").write_text(to_yaml(load_config("train", ["data=chat", *words])))
+    settings = [f"export.run={run}", f"export.output_dir={tmp_path / 'out'}", f"export.adapters={{mine: '{run / 'final'}'}}"]
+    with pytest.raises(ConfigError, match=r"export\.adapters must hold no mine, the name of export\.run"):
+        api.export(load_config("export", settings))
 
 
 def test_adapters_that_lie_under_the_one_that_was_trained_are_merged_first(base, tmp_path):
@@ -208,10 +229,18 @@ def test_a_repeated_export_is_kept_unless_its_adapter_has_changed(base, tmp_path
     assert not exported(base, tmp_path / "out", *words, "export.overwrite=true").found
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-8])])
-def test_a_repeated_export_whose_weights_were_lost_or_cut_is_written_again(base, tmp_path, damage):
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", lambda file: file.unlink()),
+        ("model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:-8])),
+        ("config.json", lambda file: file.unlink()),
+        ("tokenizer.json", lambda file: file.unlink()),
+    ],
+)
+def test_a_repeated_export_of_which_a_file_was_lost_or_cut_is_written_again(base, tmp_path, name, damage):
     place = exported(base, tmp_path / "out", "export.check=false").place
-    damage(place / "model.safetensors")
+    damage(place / name)
     assert not exported(base, tmp_path / "out", "export.check=false").found
     AutoModelForCausalLM.from_pretrained(place)
     assert exported(base, tmp_path / "out", "export.check=false").found
@@ -395,6 +424,21 @@ def test_a_killed_exports_leftovers_are_cleared_and_what_it_was_replacing_is_put
         exported(base, tmp_path / "out", "export.dtype=bf16", "export.max_kl=0", "export.check_rows=1")
     assert (tmp_path / "out" / "kept").read_text() == "from before"
     assert [place.name for place in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_about_to_be_replaced_is_put_back_where_the_new_one_does_not_get_there(tmp_path):
+    place = tmp_path / "out"
+    place.mkdir()
+    (place / "kept").touch()
+
+    def replace_by_nothing() -> None:
+        with _beside(place) as folder:
+            folder.rmdir()
+            _take_place(folder, place)
+
+    with pytest.raises(FileNotFoundError):
+        replace_by_nothing()
+    assert [file.name for file in place.iterdir()] == ["kept"] and [one.name for one in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_small_disk_is_said_in_units_that_fit(tmp_path, monkeypatch):

@@ -88,6 +88,20 @@ def test_an_adapter_is_in_it_and_the_tokenizer_and_the_chat_template_are_the_mod
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
 
 
+def test_chat_templates_with_names_are_kept(tmp_path):
+    base = small_model(tmp_path / "base", "llama")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    given = PreTrainedTokenizerFast.from_pretrained(base).chat_template
+    assert isinstance(given, dict) and given.keys() == {"default", "tool_use"}
+    exported(base, tmp_path / "hf", "export.format=hf", "export.check=false")
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf").chat_template == given
+    exported(base, tmp_path / "gguf", "export.check=false")
+    fields = GGUFReader(tmp_path / "gguf" / "model-F32.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == given["default"]
+    assert fields["tokenizer.chat_template.tool_use"].contents() == given["tool_use"]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 @pytest.mark.parametrize(
     "lora",

@@ -19,6 +19,7 @@ from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.load import load_config as config_of
 from raytune_llm.models.load import load_model
+from tests.quantized_files import GROUP, SIZES, aqlm, awq, gptq, hqq, int8, replaced, saved
 from tests.runs import tiny_run
 
 LAYER = "model.layers.1.mlp.down_proj"
@@ -42,10 +43,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(base: Path) -> Path:
+    return lora_on(AutoModelForCausalLM.from_pretrained(base), base.parent / "adapter")
+
+
+def lora_on(model: Any, folder: Path) -> Path:
     torch.manual_seed(1)
     settings = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(str(base.parent / "adapter"))
-    return base.parent / "adapter"
+    get_peft_model(model, settings).save_pretrained(str(folder))
+    return folder
 
 
 def exported(base: Path, place: Path, *settings: str):
@@ -103,6 +108,83 @@ def test_a_run_over_a_quantized_base_is_merged_into_the_original_weights_or_if_a
     held = dequantize_4bit(*quantize_4bit(before.float(), quant_type="nf4", blocksize=64, compress_statistics=True))
     one, other = (load_file(tmp_path / name / "model.safetensors")[f"{LAYER}.weight"] for name in ("original", "asked"))
     assert (one - before.float() - (other - held)).abs().max() < 1e-4 * (one - other).abs().max()
+
+
+FOUR_BITS = {"bits": 4, "group_size": GROUP}
+WRITERS = {
+    "gptq": (gptq(4), {"quant_method": "gptq", **FOUR_BITS}),
+    "gptq_v2 by order of activation": (
+        gptq(3, "gptq_v2", desc_act=True),
+        {"quant_method": "gptq", "bits": 3, "group_size": GROUP, "checkpoint_format": "gptq_v2"},
+    ),
+    "awq": (awq, {"quant_method": "awq", **FOUR_BITS, "version": "gemm"}),
+    "aqlm": (aqlm, {"quant_method": "aqlm"}),
+    "hqq": (hqq, {"quant_method": "hqq", "quant_config": {"nbits": 4}}),
+    "bitsandbytes in 8 bits": (int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_files_of_any_quantizer_are_merged_into_as_what_they_stand_for(writer, tmp_path):
+    pack, told = WRITERS[writer]
+    few = tmp_path / "few"
+    plain: Any = saved(few)
+    stands_for = replaced(few, pack, **told)
+    (few / "quantize_config.json").write_text(json.dumps(told))
+    folder = lora_on(plain, tmp_path / "adapter")
+    settings = [f"export.adapters={{a: '{folder}'}}", "export.into_quantized=true", "export.check_rows=2"]
+    done = exported(few, tmp_path / "out", *settings)
+    assert done.difference is not None and done.difference.max_abs < 1e-3
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in stands_for.items():
+        assert torch.allclose(weights[name], weight) is not ("q_proj" in name or "down_proj" in name)
+    unpacked: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES), dtype=torch.float32)
+    unpacked.load_state_dict({**load_others(few, unpacked), **stands_for})
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(unpacked, str(folder)).eval()(IDS).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(IDS).logits
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
+    assert f"by {told['quant_method']}: what quantization took off" in (tmp_path / "out" / "README.md").read_text()
+
+
+def load_others(folder: Path, model: Any) -> dict[str, torch.Tensor]:
+    """What the files have of the model's weights as they are."""
+    return {name: weight for name, weight in load_file(folder / "model.safetensors").items() if name in model.state_dict()}
+
+
+@pytest.mark.parametrize("format", ["adapter", "gguf_lora"])
+def test_an_adapter_alone_of_a_base_in_few_bits_is_written_and_nothing_is_merged(format, tmp_path):
+    few = tmp_path / "few"
+    plain: Any = saved(few)
+    replaced(few, gptq(4), quant_method="gptq", **FOUR_BITS)
+    folder = lora_on(plain, tmp_path / "adapter")
+    words = [f"export.adapters={{a: '{folder}'}}", f"export.format={format}", "export.check_rows=2"]
+    with pytest.raises(ConfigError, match=r"export\.into_quantized must be false with export\.format=.*which merges nothing"):
+        exported(few, tmp_path / "out", *words, "export.into_quantized=true")
+    done = exported(few, tmp_path / "out", *words)
+    assert done.difference is not None and done.difference.max_abs < 1e-3
+
+
+def test_experts_in_few_bits_are_refused_by_name(tmp_path):
+    few = tmp_path / "few"
+    saved(few, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)
+    replaced(few, gptq(4), quant_method="gptq", **FOUR_BITS)
+    with pytest.raises(ConfigError, match=r"can be unpacked one by one: they have no model\.layers\.0\.mlp\.experts"):
+        exported(few, tmp_path / "out", "export.into_quantized=true")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_in_few_bits_is_copied_as_it_is_or_not_at_all(tmp_path):
+    few = tmp_path / "few"
+    saved(few)
+    replaced(few, gptq(4), quant_method="gptq", **FOUR_BITS)
+    with pytest.raises(ConfigError, match=r"export\.dtype must be auto for weights that are quantized already"):
+        exported(few, tmp_path / "out", "export.dtype=bf16")
+    exported(few, tmp_path / "out", "export.check_rows=1")
+    before, after = (load_file(folder / "model.safetensors") for folder in (few, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,16 @@ def test_a_quantizer_that_fails_leaves_nothing(base, texts, tmp_path):
     assert sorted(place.name for place in tmp_path.iterdir()) == ["cache", "python"]
 
 
+def test_an_export_whose_rows_have_changed_is_not_kept(base, texts, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(texts.read_text())
+    words = ["export.format=w4a16", "export.check_rows=1", *of_texts(rows, tmp_path)]
+    assert [exported(base, tmp_path / "out", *words).found for _ in range(2)] == [False, True]
+    rows.write_text(texts.read_text().replace("over", "under"))
+    with pytest.raises(ConfigError, match=r"export\.output_dir must be empty, or not there"):
+        exported(base, tmp_path / "out", *words)
+
+
 def test_rows_that_are_checked_are_not_calibrated_with(base, texts, tmp_path):
     run = load_config(
         "export",
