@@ -51,41 +51,45 @@ NOT_TRAINED = {"gemma3n": "its towers are another package's (timm)"}
 HEAD = """\
 # Models
 
-`model=NAME` takes a checkpoint of the hub by a short name; `model=hub model.path=...` takes any other, or a folder. What
-decides whether a model can be trained is its architecture, the `model_type` of its `config.json`, not whether it is listed here.
+`model=NAME` is a short name for a checkpoint on the hub; `model=hub model.path=...` takes any other checkpoint, or a folder.
+Whether a model can be trained depends on its architecture (the `model_type` of its `config.json`), not on this list.
 
-`in packs` is `data.packing=true`, the default. `a row a line` needs `data.packing=false`: layers that carry a state from token to
-token, or that compute attention in a way of their own, know no boundaries between the rows of a pack, so each row has a line of
-its batch for itself, padded at its end, and transformers' own layers compute it. Such a model generates with `engine=hf`. Both
-are held against transformers by tests on small models with random weights; what neither fits is refused by name.
+- `in packs` means `data.packing=true`, the default.
+- `a row a line` means that the model needs `data.packing=false`. Its layers carry a state from token to token, or compute
+attention in
+  their own way, so they would mix the rows of a pack. Each row then has its own row of the batch, with padding at its end, and
+  transformers' own layers compute it. Such a model generates with `engine=hf`.
 
-A model that transformers has not, and that comes with its own code, needs `model.trust_remote_code=true`: its Python code then
-runs with your rights, which each command that loads it says. If the code computes attention by transformers' interface, rows are
-packed; if not, a row has a line for itself, which supposes that the model is causal. The code must have what transformers' models
-have: a config class, a backbone that takes `inputs_embeds`, `get_input_embeddings`, `get_output_embeddings`, and
-`_no_split_modules`, which names the class of its layers. What lacks one (ChatGLM's backbone takes token ids alone) is refused by
-name.
+Tests compare both with transformers on small models with random weights. A model that fits neither is refused.
 
-`model.positions=16384 model.rope_scaling=yarn` (or `linear`, `dynamic`, `llama3`) stretches a model that has fewer positions,
-by the smallest whole factor that suffices; `model.config.rope_scaling` sets a scaling's numbers instead. Scaled positions are
-computed in packs as alone. LongRoPE has two sets of frequencies, chosen by the longest row of a batch, so `data.max_length`
-must stay within the positions of the first.
+A model with its own Python code, which transformers does not include, needs `model.trust_remote_code=true`. The code then runs
+with your rights, and each command that loads it prints a warning. If the code computes attention through transformers' interface,
+rows are packed; if not, each row has its own row of the batch, which assumes that the model is causal. The code must have the
+same interface as transformers' models: a config class, a backbone that takes `inputs_embeds`, `get_input_embeddings`,
+`get_output_embeddings`, and `_no_split_modules`, which names the class of its layers. A model that lacks one of these (ChatGLM's
+backbone takes only token ids) is refused.
 
-`model.shift_attn_tokens=4096` trains long rows with S2 attention (LongLoRA, Chen et al. 2023): within groups of so many tokens,
-which begin half a group later for half of the heads. Groups are counted from each row's first token, in packs as alone, and the
-first half group never sees the row's end. Evaluations and the saved model attend to all. It is refused for models of which a
-layer has a window, a state or sinks, with a reference (DPO, KTO), and with `train.cuda_graphs`.
+`model.positions=16384 model.rope_scaling=yarn` (or `linear`, `dynamic`, `llama3`) scales the positions of a model that has fewer,
+by the smallest integer factor that suffices. `model.config.rope_scaling` sets the parameters of a scaling instead. A row has the
+same positions in a pack as by itself. LongRoPE has two sets of frequencies and chooses one by the longest row of a batch, so
+`data.max_length` must not exceed the positions of the first set.
 
-Llama 4 attends within chunks of 8,192 tokens in most layers, and in the others more sharply from there on by a token's place in
-its pack. Up to 8,191 tokens (`data.max_length`) both are plain attention, so that is the limit here.
+`model.shift_attn_tokens=4096` trains long rows with S2 attention (LongLoRA, Chen et al. 2023): tokens attend within groups of
+this many tokens, and for half of the heads, groups are shifted by half a group. Groups start at each row's first token, in packs
+too, and the first half group never attends to the row's end. Evaluations and the saved model use full attention. It is refused
+for models with a sliding window, a recurrent state or attention sinks in a layer, with a reference (DPO, KTO), and with
+`train.cuda_graphs`.
 
-An adapter on all linear layers leaves out routers that are linear layers, and of state-space mixers (Mamba) all but `in_proj`,
-since their kernels read the weights of the others past any adapter.
+Most layers of Llama 4 attend within chunks of 8,192 tokens, and its other layers change attention scores from there on by a
+token's position in its pack. Up to 8,191 tokens (`data.max_length`) both are plain attention, so that is the limit.
 
-The template is the one that `data.template=null` falls back on for a tokenizer without a chat template of its own, as base
-models often have; where there is none, set `data.template`.
+`adapter.targets=all-linear` leaves out routers that are linear layers, and all layers of state-space mixers (Mamba) except
+`in_proj`, since their kernels read weights directly and would ignore an adapter.
 
-`python -m tests.pages` makes this page from `conf/model` and from the rules that a run is checked by.
+The column `template by name` has the template that `data.template=null` uses if the tokenizer has no chat template of its own, as
+is common for base models. If the column is empty, set `data.template`.
+
+`python -m tests.pages` writes this page from `conf/model` and from the rules that runs are checked by.
 
 | `model=` | hub id | architecture | template by name | trained |
 |---|---|---|---|---|

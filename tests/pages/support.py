@@ -53,21 +53,21 @@ SMALL = [
     "data.max_length=512", "train.precision=fp32", "train.max_steps=2", "train.global_batch_size=2", "train.log_every_steps=1",
 ]  # fmt: skip
 HEAD = """\
-# What goes with what
+# Supported combinations
 
-Every pair of options of `adapter`, `quantization`, `optimizer`, `strategy` and `stage`, and of each with the kinds of model, is
-asked of the rules that a run is checked by before anything is loaded. What they let through was trained for two steps and saved
+This page has every pair of options of `adapter`, `quantization`, `optimizer`, `strategy` and `stage`, and each of these options
+with each kind of model. A pair that the config's rules accept was trained for two steps and saved
 ({versions}).
-`ran` is a pair that did; a number is a refusal, which stands under the table with the fix (or a fault, which says so); `GPU` is
-one that needs a GPU, which the machine of these runs had not. Strategies but `ddp` had two workers. The rest is LoRA,
-unquantized, AdamW, `ddp`, `sft` and a small Llama, and for an option what it needs (`loftq` a quantized base, `lomo` and
-`adalomo` no clipping).
+`ran` means that this worked. A number refers to the reason below the table why the pair is refused, with the fix (or to a fault,
+which is marked as one). `GPU` means that the pair needs a GPU, which the machine of these runs did not have. Strategies other
+than `ddp` ran with two workers. All other options are LoRA, no quantization, AdamW, `ddp`, `sft` and a small Llama, except that
+some options need others (`loftq` a quantized base, `lomo` and `adalomo` no clipping).
 
-Kinds of model: `dense` is a Llama; `mixture` a Qwen3 with experts; `hybrid` an LFM2, whose rows have a line each
-(`data.packing=false`); `multimodal` a Gemma 3, whose tower is left out. [models.md](models.md) has all families.
+Kinds of model: `dense` is a Llama; `mixture` is a Qwen3 with experts; `hybrid` is an LFM2, which needs `data.packing=false`;
+`multimodal` is a Gemma 3 without its vision tower. [models.md](models.md) has all families.
 
-`python -m tests.pages.smoke` runs the pairs that were not run yet, `python -m tests.pages` makes this page. A test holds rules,
-runs and page together, and another one runs a part of the pairs again.
+`python -m tests.pages.smoke` runs pairs that were not run yet, and `python -m tests.pages` writes this page. A test keeps rules,
+runs and page consistent, and another test runs a sample of the pairs again.
 """
 
 
