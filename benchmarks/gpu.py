@@ -19,7 +19,6 @@ import gc
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -306,14 +305,13 @@ def measure(
     return result
 
 
-def measure_in_group(rank: int, port: int, world: int, folder: str, trace: Path | None, *measured: Any) -> None:
+def measure_in_group(rank: int, world: int, folder: str, trace: Path | None, *measured: Any) -> None:
     """One of several workers of this machine, in a process group of its own. The first writes the result."""
     os.setsid()
     device = device_of(rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    meeting = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group(COLLECTIVES[device.type], init_method=meeting, rank=rank, world_size=world)
+    dist.init_process_group(COLLECTIVES[device.type], init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     name, variant, settings, num_steps, matmul, tiny = measured
     result = measure(name, variant, settings, num_steps, matmul, None if trace is None else trace / f"rank_{rank}", tiny, device)
     if rank == 0:
@@ -348,11 +346,8 @@ def measured(
 
 def together(workers: int, limit_s: float, *arguments: Any) -> None:
     """measure_in_group in so many processes. Raises what one of them raises; none is left, nor what they started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     ends = time.monotonic() + limit_s
-    context = torch.multiprocessing.spawn(measure_in_group, (port, workers, *arguments), nprocs=workers, join=False)
+    context = torch.multiprocessing.spawn(measure_in_group, (workers, *arguments), nprocs=workers, join=False)
     try:
         while not context.join(timeout=1):
             if time.monotonic() > ends:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch.distributed import TCPStore
 
 from raytune_llm.config.run import TrainRun
 from raytune_llm.runs.ray_group import COLLECTIVES
@@ -21,13 +21,13 @@ class Group:
 
     def __init__(self, world: int, device_type: str = "cpu") -> None:
         context = mp.get_context("spawn")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self.meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # has its port from the start
         self.jobs = [context.SimpleQueue() for _ in range(world)]
         self.results = context.Queue()
         self.processes = [
-            context.Process(target=_serve, args=(rank, world, port, device_type, self.jobs[rank], self.results), daemon=True)
+            context.Process(
+                target=_serve, args=(rank, world, self.meeting.port, device_type, self.jobs[rank], self.results), daemon=True
+            )
             for rank in range(world)
         ]
         for process in self.processes:
@@ -63,7 +63,7 @@ def _serve(rank: int, world: int, port: int, device_type: str, jobs: Any, result
     device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(COLLECTIVES[device.type])
+    torch.distributed.init_process_group(COLLECTIVES[device.type], store=TCPStore("127.0.0.1", port), rank=rank, world_size=world)
     from raytune_llm.runs.worker import work
 
     while (job := jobs.get()) is not None:

@@ -17,6 +17,10 @@ from pathlib import Path
 
 import psutil
 
+BINARIES = Path(sys.executable).parent
+STARTS = 3
+"""A port that was free may be another process's when the head opens it; the head ends then."""
+
 
 def free_port() -> int:
     with socket.socket() as found:
@@ -28,42 +32,52 @@ def free_port() -> int:
 def ray_head(*, cpus: int = 2, **environment: str) -> Iterator[str]:
     """The address of its dashboard."""
     folder = tempfile.mkdtemp(prefix="rt-", dir="/tmp")  # short: sockets lie in it
-    port = free_port()
-    binaries = str(Path(sys.executable).parent)
+    said = Path(folder) / "start.txt"
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    variables |= {"PATH": f"{BINARIES}:{variables['PATH']}", "RAY_AUTH_MODE": "disabled", **environment}
+    heads: list[subprocess.Popen[bytes]] = []
+    try:
+        while True:
+            port = free_port()
+            heads.append(_start(folder, port, cpus, said, variables))
+            if _comes_up(f"http://127.0.0.1:{port}/api/version", heads[-1]):
+                break
+            _end(heads[-1])
+            assert len(heads) < STARTS, said.read_text()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        _end(heads[-1])
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: str, port: int, cpus: int, said: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
     options = [
         f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--num-cpus={cpus}",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
         f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
         "--min-worker-port=0", "--max-worker-port=0", f"--metrics-export-port={free_port()}", "--disable-usage-stats",
     ]  # fmt: skip
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    variables |= {"PATH": f"{binaries}:{variables['PATH']}", "RAY_AUTH_MODE": "disabled", **environment}
-    with (Path(folder) / "start.txt").open("w") as said:
-        head = subprocess.Popen(
-            [f"{binaries}/ray", "start", "--head", "--block", *options], stdout=said, stderr=said, env=variables, cwd=folder
-        )
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/api/version", head, Path(folder) / "start.txt")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        _end(head)
-        shutil.rmtree(folder, ignore_errors=True)
+    command = [f"{BINARIES}/ray", "start", "--head", "--block", *options]
+    with said.open("w") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env=variables, cwd=folder)
 
 
-def _wait_for(url: str, head: subprocess.Popen[bytes], said: Path) -> None:
+def _comes_up(url: str, head: subprocess.Popen[bytes]) -> bool:
     until = time.monotonic() + 120
     while time.monotonic() < until and head.poll() is None:
         try:
             urllib.request.urlopen(url, timeout=5).close()
-            return
+            return True
         except urllib.error.HTTPError:
-            return  # it wants a token
+            return True  # it wants a token
         except OSError:
             time.sleep(0.3)
-    raise AssertionError(f"no head at {url}: {said.read_text()}")
+    return False
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:
+    if head.poll() is not None:
+        return
     processes = [psutil.Process(head.pid)]
     processes += processes[0].children(recursive=True)
     head.send_signal(signal.SIGTERM)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,19 +118,16 @@ def test_batches_say_what_their_steps_are_divided_by(loader: Loader) -> None:
         assert step.count == sum(batch.count for batch in step.batches) > 0
 
 
-def _count_on(rank: int, world: int, port: int, step: Step) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def _count_on(rank: int, world: int, meeting: Path, step: Step) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     mine = replace(step, batches=step.batches[rank::world], count=None)
     assert loop.count_of(mine, CPU) == step.count != sum(batch.count for batch in mine.batches)
     dist.destroy_process_group()
 
 
-def test_counts_that_only_batches_know_are_summed_over_workers(loader: Loader) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_counts_that_only_batches_know_are_summed_over_workers(loader: Loader, tmp_path: Path) -> None:
     step = next(iter(loader.epoch(0)))
-    torch.multiprocessing.spawn(_count_on, (2, port, step), nprocs=2)
+    torch.multiprocessing.spawn(_count_on, (2, tmp_path / "meeting", step), nprocs=2)
 
 
 def test_a_source_that_looks_at_the_policy_finds_it_as_the_last_step_left_it(loader: Loader) -> None:
