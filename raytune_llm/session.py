@@ -70,14 +70,41 @@ def connect(resources: Local | Cluster) -> None:
         )
     _check_head_listens(address)
     try:
-        with interrupts.handler_kept():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        _join(address)
+        if (mine := _other_node_of_this_machine()) is not None:
+            ray.shutdown()
+            _join(address, node=mine)
     except ValueError as error:
         rule = f"must be an address that Ray can read ({first_line(error)})"
         raise ConfigError("resources.address", rule, got=address, fix="For example, 10.0.0.1:6379, or auto.") from error
     except (RayError, RuntimeError, TimeoutError, OSError, AssertionError) as error:
         raise _no_cluster(address, first_line(error)) from error
     _silence_daemon_logs()
+
+
+def _join(address: str, node: str | None = None) -> None:
+    """node: the address of the node of this machine, which Ray looks for by itself among the machine's processes."""
+    import ray
+
+    with interrupts.handler_kept():
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, _node_ip_address=node)
+
+
+def _other_node_of_this_machine() -> str | None:
+    """The address of the node that this process should have joined. None: it has joined that one.
+
+    Ray takes the head wherever it sees the head's process, also where that is in another network: in containers that share
+    process ids, and in network namespaces. The process then gives the nodes an address at which it can't be reached.
+    """
+    import psutil
+    import ray
+
+    mine = {found.address for interface in psutil.net_if_addrs().values() for found in interface}
+    if ray.util.get_node_ip_address() in mine:
+        return None
+    return next(
+        (node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] in mine), None
+    )
 
 
 def _is_own() -> bool:

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ VISIBLE_WITHIN_S = 10.0
 ALL_REDUCE_BYTES = {"cpu": (2**10, 2**20, 2**24), "cuda": (2**10, 2**20, 2**28)}
 ALL_REDUCE_REPEATS = 3
 ANSWER_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT = timedelta(seconds=ANSWER_TIMEOUT_S)
+READ_WITHIN_S = 10.0
+READ_BYTES = 2**18
+"""Ray sends smaller objects along with a call; larger ones are fetched from who has them."""
 INTERFACES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
 
 
@@ -133,6 +138,7 @@ def check_nodes(
             )
         if abs(node.skew_s) > MAX_SKEW_S:
             report(f"warning: the clock of {node.address} is {node.skew_s:+.1f} s off the driver's: run an NTP client on both")
+    _check_reads_from_here(ids, [node.address for node in found.nodes])
     for setting, folder in folders.items():
         if is_address(folder):
             _check_reached(setting, folder, ids, [node.address for node in found.nodes])
@@ -141,7 +147,9 @@ def check_nodes(
     room = {node["NodeID"]: workers_that_fit(node["Resources"], each) for node in alive}
     if resources.preflight == "full" and max(room.values()) < workers:
         those = [node for node in ids if room[node]]
-        if len(those) > 1:
+        if len(those) > 1 and each.get("GPU") and (busy := _without_free_gpu(those)):
+            report(f"all-reduce: not measured, since all GPUs of {len(busy)} of {len(those)} nodes are in use")
+        elif len(those) > 1:
             found = replace(found, all_reduce_nodes=len(those), all_reduce_s=_measure_all_reduce(those, backend))
         for line in found.rates():
             report(line)
@@ -241,6 +249,31 @@ def _version(package: str) -> str:
         return "none"
 
 
+def _check_reads_from_here(ids: Sequence[str], addresses: Sequence[str]) -> None:
+    """Raises ResourceError unless all nodes can fetch what this process holds. A task waits without limit for an object of a
+    process that it can't reach."""
+    import ray
+
+    held = ray.put(bytes(READ_BYTES))
+    arrived = _answers([_on(node, fetches).remote([held]) for node in ids], "read an object of the driver's")
+    if far := [address for address, here in zip(addresses, arrived, strict=True) if not here]:
+        raise ResourceError(
+            f"{', '.join(far)} can't fetch what this process holds, at {ray.util.get_node_ip_address()}",
+            "Open all ports between that address and the nodes, or start the run on the head, as `submit` does.",
+        )
+
+
+def fetches(held: Sequence[Any]) -> bool:
+    """Whether the object arrives. held: its reference, in a list, since Ray would wait for an argument itself."""
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    try:
+        return len(ray.get(held[0], timeout=READ_WITHIN_S)) == READ_BYTES
+    except GetTimeoutError:
+        return False
+
+
 def _check_shared(setting: str, folder: Path, ids: Sequence[str], addresses: Sequence[str]) -> None:
     """Raises ConfigError unless a file that the first node writes is visible on all nodes."""
     name = f".seen-by-all-{uuid.uuid4().hex}"
@@ -308,48 +341,63 @@ def remove_marker(folder: Path, name: str) -> None:
         folder.rmdir()
 
 
+def _without_free_gpu(ids: Sequence[str]) -> list[str]:
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return [node for node in ids if free.get(node, {}).get("GPU", 0) < 1]
+
+
 def _measure_all_reduce(ids: Sequence[str], backend: str) -> dict[int, float]:
+    """By actors, which can be ended where they don't answer. (Ray 2.60 aborts a process that cancels a task as it begins.)"""
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
-    device = "cuda" if backend == "nccl" else "cpu"
-    port = _answers([_on(ids[0], free_port).remote()], "listen")[0]
-    gpus = 1 if device == "cuda" else 0
-    asked = [_on(node, all_reduce, num_gpus=gpus).remote(rank, len(ids), port, backend, device) for rank, node in enumerate(ids)]
+    kind: Any = ray.remote(num_cpus=0, num_gpus=1 if backend == "nccl" else 0)(AllReduce)
+    ranks = [kind.options(scheduling_strategy=_at(node)).remote(rank, len(ids), backend) for rank, node in enumerate(ids)]
     try:
-        times = ray.get(asked, timeout=ANSWER_TIMEOUT_S * 2)
+        meeting = ray.get(ranks[0].listen.remote(), timeout=ANSWER_TIMEOUT_S * 2)
+        times = ray.get([one.measure.remote(meeting) for one in ranks], timeout=ANSWER_TIMEOUT_S * 2)
     except RayError as error:
-        for one in asked:
-            ray.cancel(one, force=True)
         what = "no answer" if isinstance(error, GetTimeoutError) else _last_line(error)
         raise ResourceError(
             f"an all-reduce over one process of each node failed by {backend} ({what})",
             "Open all ports between the nodes, and if they have several networks, start Ray with "
             f"{INTERFACES[backend]} set to the interface that they share.",
         ) from None
+    finally:
+        for one in ranks:
+            ray.kill(one)
     return {num_bytes: max(one[num_bytes] for one in times) for num_bytes in times[0]}
 
 
-def free_port() -> tuple[str, int]:
-    import ray
+class AllReduce:
+    """One process of a group. Its methods are called remotely."""
 
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return ray.util.get_node_ip_address(), found.getsockname()[1]
+    def __init__(self, rank: int, world: int, backend: str) -> None:
+        import torch.distributed  # noqa: F401  # seconds, in all processes at once
 
+        self._rank, self._world, self._backend = rank, world, backend
+        self._store: Any = None
 
-def all_reduce(rank: int, world: int, meeting: tuple[str, int], backend: str, device: str) -> dict[int, float]:
-    """Size in bytes -> median seconds of an all-reduce over all processes. meeting: address and port of rank 0."""
-    from datetime import timedelta
+    def listen(self) -> tuple[str, int]:
+        """Where the group meets: at a port that this process has opened."""
+        import ray
+        from torch.distributed import TCPStore
 
-    import torch
-    import torch.distributed as dist
+        address = ray.util.get_node_ip_address()
+        self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=ANSWER_TIMEOUT)
+        return address, self._store.port
 
-    address, port = meeting
-    timeout = timedelta(seconds=ANSWER_TIMEOUT_S)
-    dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world, timeout=timeout)
-    times: dict[int, float] = {}
-    try:
+    def measure(self, meeting: tuple[str, int]) -> dict[int, float]:
+        """Size in bytes -> median seconds of an all-reduce over all processes."""
+        import torch
+        import torch.distributed as dist
+
+        store = self._store or dist.TCPStore(*meeting, is_master=False, timeout=ANSWER_TIMEOUT)
+        dist.init_process_group(self._backend, store=store, rank=self._rank, world_size=self._world, timeout=ANSWER_TIMEOUT)
+        device = "cuda" if self._backend == "nccl" else "cpu"
+        times: dict[int, float] = {}
         for num_bytes in ALL_REDUCE_BYTES[device]:
             numbers = torch.zeros(num_bytes // 4, device=device)
             took = []
@@ -359,17 +407,19 @@ def all_reduce(rank: int, world: int, meeting: tuple[str, int], backend: str, de
                 numbers[0].item()  # waits for the device to finish
                 took.append(time.perf_counter() - began)
             times[num_bytes] = statistics.median(took[1:])
-    finally:
-        dist.destroy_process_group()
-    return times
+        return times
 
 
-def _on(node: str, function: Callable[..., Any], **options: Any) -> Any:
+def _on(node: str, function: Callable[..., Any]) -> Any:
     import ray
+
+    return ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=_at(node))
+
+
+def _at(node: str) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-    return ray.remote(num_cpus=0, max_retries=0, **options)(function).options(scheduling_strategy=there)
+    return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
 
 
 def _answers(asked: Sequence[Any], what: str) -> list[Any]:

@@ -13,6 +13,7 @@ from raytune_llm.config.resources import Cluster
 from raytune_llm.errors import ConfigError
 from raytune_llm.runs.group_size import Waiting, check_fits, group_size, missing_room
 from raytune_llm.runs.live_nodes import nodes_there
+from raytune_llm.runs.nodes import check_nodes
 from tests.ray.head import head_of_nodes
 
 pytestmark = pytest.mark.ray
@@ -53,15 +54,34 @@ def test_workers_that_would_be_spread_over_nodes_are_refused(words: list[str], s
     check_fits(group_size(resources("num_workers=2", "gpus_per_worker=3", "cpus_per_worker=4")))
 
 
+def test_an_all_reduce_over_gpus_that_are_in_use_is_left_out():
+    import ray
+
+    holders: list[Any] = [ray.remote(num_cpus=0, num_gpus=3)(Holds).remote() for _ in range(2)]
+    assert len({ray.get(one.here.remote()) for one in holders}) == 2
+    said: list[str] = []
+    while ray.available_resources().get("GPU"):
+        time.sleep(0.1)
+    check_nodes(resources("num_workers=6"), {}, workers=6, each={"CPU": 1, "GPU": 1}, report=said.append)
+    assert said[-1] == "all-reduce: not measured, since all GPUs of 2 of 2 nodes are in use"
+    for one in holders:
+        ray.kill(one)
+    while ray.available_resources().get("GPU", 0) < 6:
+        time.sleep(0.1)
+
+
+class Holds:
+    def here(self) -> str:
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
+
 def test_a_group_waits_until_a_node_has_room_for_a_whole_worker():
     import ray
 
-    @ray.remote(num_cpus=0, num_gpus=2, scheduling_strategy="SPREAD")
-    class Holds:
-        def here(self) -> str:
-            return ray.get_runtime_context().get_node_id()
-
-    holders: list[Any] = [Holds.remote(), Holds.remote()]
+    kind: Any = ray.remote(num_cpus=0, num_gpus=2, scheduling_strategy="SPREAD")(Holds)
+    holders: list[Any] = [kind.remote(), kind.remote()]
     assert len({ray.get(one.here.remote()) for one in holders}) == 2
     size = group_size(resources("num_workers=1", "gpus_per_worker=2"))
     waiting = Waiting(size=size)

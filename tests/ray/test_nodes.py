@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -25,9 +26,9 @@ LINK, PORT = "vrt0", 6399
 DRIVER = """
 import sys
 import ray
-from raytune_llm import UserError, api, load_config
+from raytune_llm import UserError, api, load_config, session
 
-ray.init(address="{first}:{port}", _node_ip_address="{first}", log_to_driver=False)
+{connect}
 words = ["data.path=x", "model=tiny_random", "resources=cluster", "output_dir=" + sys.argv[1], "data.cache=" + sys.argv[1]]
 run = load_config("train", [*words, "resources.num_workers=" + sys.argv[2]])
 try:
@@ -90,11 +91,17 @@ def two_nodes(*, cpus_of_head: int) -> Iterator[tuple[str, Path]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def told(nodes: tuple[str, Path], folder: str, workers: str) -> str:
+AT_ITS_NODE = f'ray.init(address="{FIRST}:{PORT}", _node_ip_address="{FIRST}", log_to_driver=False)'
+AT_THE_HEAD_THAT_IT_SEES = f'ray.init(address="{FIRST}:{PORT}", log_to_driver=False)'
+
+
+def told(nodes: tuple[str, Path], folder: str, workers: str, *, connect: str = AT_ITS_NODE, second: bool = False) -> str:
+    """second: the driver is on the other node than the head."""
     head, place = nodes
-    driver = DRIVER.format(first=FIRST, port=PORT)
+    driver = DRIVER.format(connect=connect)
     variables = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-    command = ["ip", "netns", "exec", head, sys.executable, "-c", driver, f"{place}/{folder}", workers]
+    name = f"{head[:-1]}b" if second else head
+    command = ["ip", "netns", "exec", name, sys.executable, "-c", driver, f"{place}/{folder}", workers]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -107,6 +114,25 @@ def test_nodes_that_can_work_together_are_told_with_their_all_reduce(nodes):
         assert any(line.startswith(address) and f"{LINK} (GLOO_SOCKET_IFNAME)" in line for line in said.splitlines()), said
     assert "all-reduce of 16 MiB by gloo" in said
     assert not (nodes[1] / "shared").exists()
+
+
+@pytest.mark.long
+def test_a_driver_that_nodes_can_not_reach_is_refused(nodes):
+    said = told(nodes, "shared", workers="1", connect=AT_THE_HEAD_THAT_IT_SEES, second=True)
+    assert f"can't fetch what this process holds, at {FIRST}. Open all ports between that address and the nodes" in said
+
+
+def test_a_driver_on_another_node_than_the_head_joins_its_own_node_and_prepares_rows_on_both(nodes):
+    head, place = nodes
+    rows = place / "rows.jsonl"
+    turns = [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "many"}]
+    rows.write_text((json.dumps({"messages": turns}) + "\n") * 2000)
+    words = ["model=tiny_random", f"data.path={rows}", f"data.cache={place}/tokens", "resources=cluster"]
+    variables = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    inside = ["ip", "netns", "exec", f"{head[:-1]}b", sys.executable, "-m", "raytune_llm", "prepare"]
+    command = [*inside, *words, f"resources.address={FIRST}:{PORT}"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "rows/s" in done.stdout, done.stderr
 
 
 def test_a_folder_that_a_node_does_not_see_is_refused(nodes):
