@@ -1,8 +1,8 @@
 """Attention within documents: the back ends, how one is chosen, and how a model calls it.
 
-A model passes the batch's boundaries, cu_seqlens_S and max_seqlen, through to every layer. No back end lets a token see another
-document; a back end that can't guarantee this is not in the list. If documents share a prompt, the batch's prefixes
-come along, to the back ends that know what to make of them (PREFIXED).
+The model passes the document boundaries of the batch (cu_seqlens_S and max_seqlen) to every layer. In every back end of the list,
+a token attends only to its own document. If documents share a prompt, the batch also has prefixes, which only the back ends in
+PREFIXED support.
 """
 
 from __future__ import annotations
@@ -37,27 +37,26 @@ BACKENDS: dict[str, Callable] = {
     "sdpa": sdpa,
 }
 IN_TORCH: dict[str, str | None] = {"varlen": None, "flash3": "FA3"}
-"""Back ends that call torch's FlashAttention, and whose kernels it is then to take in place of its own, by its name for them."""
+"""Back ends that call torch's FlashAttention -> torch's name of the kernels to use instead of its own; None: its own."""
 PREFIXED = {"varlen", "flash3", "flex", "sdpa"}
 """Back ends that support prompt sharing."""
 BLOCK_MASKED = {"flex"}
-"""Back ends that take block masks, built once a batch, beside the boundaries."""
+"""Back ends that also need block masks, which are built once per batch."""
 BY_ITSELF = ("varlen", "sdpa", "flex")
-"""What auto chooses: the first that can run. Before them, on Hopper GPUs (sm_90), FlashAttention 3;
-other packages are taken where they are asked for. FlexAttention comes last, and so for capped scores alone (_order): else what
-varlen leaves is float32, for which torch (2.13) computes its backward pass in tiles of 16 by 16, a head_dim above 256,
-for which it has no tiles of their own, and GPUs that it does not run on."""
+"""`auto` takes the first of these that can run. On Hopper GPUs (sm_90) it tries FlashAttention 3 before them. Other packages are
+used only if the setting names them. FlexAttention is last because, except for softcap (see _order), it is slow where varlen can't
+run: in float32 its backward pass has tiles of 16 x 16 (torch 2.13), and above a head_dim of 256 it has no tuned tiles."""
 
 WITH_SINKS = ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash")
 """Architectures, by model_type, whose heads have attention sinks."""
 
 DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-"""Names that configs of models have for the part of attention's weights that is dropped in training."""
+"""The names by which models' configs call the dropout probability of attention weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What attention is to run on and with."""
+    """The device, dtype and model properties on which the choice of a back end depends."""
 
     device_type: str
     dtype: torch.dtype
@@ -66,9 +65,9 @@ class Case:
     head: int = 128
     """head_dim."""
     softcap: bool = False
-    """Scores are capped, as in Gemma 2."""
+    """Attention scores have a softcap, as in Gemma 2."""
     sinks: bool = False
-    """Heads have a learnt score beside those of the keys, as in gpt-oss."""
+    """Heads have attention sinks: one learned score beside those of the keys, as in gpt-oss."""
 
 
 def case_of(config: PretrainedConfig, device_type: str, capability: tuple[int, int], dtype: torch.dtype) -> Case:
@@ -85,13 +84,14 @@ def case_of(config: PretrainedConfig, device_type: str, capability: tuple[int, i
 
 
 def dropout_of(config: PretrainedConfig) -> float:
-    """What the config has of dropout in attention, which no back end applies: FlashAttention over boundaries knows none."""
+    """The attention dropout probability in the model's config. No back end applies it, since FlashAttention's varlen functions
+    have none."""
     text: Any = config.get_text_config()
     return max(getattr(text, name, None) or 0.0 for name in DROPOUT)
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """CUDA's compute capability; (0, 0) of another device."""
+    """The CUDA compute capability; (0, 0) for other devices."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
@@ -131,7 +131,7 @@ def _flash3_lacks(case: Case) -> str | None:
 
 
 def _operators_lack() -> str | None:
-    """Early releases called their kernels by themselves; torch calls them as operators."""
+    """Why torch can't call this release of FlashAttention 3, whose early releases did not register operators."""
     missing = [name for name in ("fwd", "bwd") if not hasattr(torch.ops.flash_attn_3, name)]
     return f"the package flash_attn_interface has no operator flash_attn_3.{missing[0]}" if missing else None
 
@@ -145,7 +145,7 @@ def _flash4_lacks(case: Case) -> str | None:
 
 
 def _import_lacks(package: str, module: str) -> str | None:
-    """A package may be there and not load: built for another torch, lacking a library, or under a name that another has too."""
+    """Why the module can't be imported. An installed package may fail to load: built for another torch, or without a library."""
     try:
         import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
@@ -185,7 +185,7 @@ WHAT = {
 
 
 def choose(asked: str, case: Case) -> tuple[str, str]:
-    """The back end to run and the reason for it. Raises ConfigError where one that was asked for by name can't run."""
+    """The back end to use, and the reason for the log. Raises ConfigError if `asked` names one that can't run here."""
     if asked != "auto":
         lacking = LACKS[asked](case)
         if lacking is not None:
@@ -199,7 +199,8 @@ def choose(asked: str, case: Case) -> tuple[str, str]:
 
 
 def own_layers(asked: str, config: PretrainedConfig) -> tuple[str, str]:
-    """The choice for a model that computes a row in a line of its own, by transformers' layers as they are, and its reason."""
+    """The choice, and its reason, for a model that runs with transformers' own layers, unpacked: one row of data per batch
+    row."""
     if asked != "auto":
         raise ConfigError(
             "model.attention",
@@ -221,14 +222,14 @@ def _is_hopper(case: Case) -> bool:
 
 
 def expected(asked: str, case: Case) -> str:
-    """What will run in this case, on a device that need not be here."""
+    """A description of the back end that will run. The device of the case need not be in this machine."""
     return choose(asked, case)[0] if asked == "auto" else asked
 
 
 def attach(model: PreTrainedModel, backend: str) -> None:
-    """Let the model's layers call the back end, for packs and over a cache.
+    """Make the model's layers call the back end, both for packs and with a KV cache.
 
-    Raises ConfigError for a model that has more than them to take something from token to token."""
+    Raises ConfigError for a model in which other layers than attention carry information between tokens."""
     check_isolation(model.config, type(model))
     if needs_lines(model.config, type(model)):
         rule = f"must have a config of its own in its code, which computes attention ({type(model).__name__})"
@@ -243,10 +244,10 @@ def attach(model: PreTrainedModel, backend: str) -> None:
 
 
 def tell_torch(backend: str) -> None:
-    """Have torch take the kernels that the back end wants of it: a setting of the process, which its models share.
+    """Select the kernels that torch's FlashAttention uses. This is global state of the process, shared by all its models.
 
-    A model whose back end calls none of them leaves it as it is. `varlen` and `flash3` don't meet in a run: where one can run,
-    auto takes the same for all of its models.
+    Back ends that don't call torch's FlashAttention change nothing. One run never has both `varlen` and `flash3`: `auto` takes
+    the same back end for all models of a run.
     """
     if backend not in IN_TORCH or IN_TORCH[backend] == current_flash_attention_impl():
         return
@@ -260,14 +261,14 @@ def tell_torch(backend: str) -> None:
 
 
 def shares_prefixes(asked: str, config: PretrainedConfig) -> bool:
-    """Whether documents can share a prompt: the back end supports it, and every layer of the model attends to all
-    that came before, not at a window of it or at a state that is carried on. On every device the same, so that runs are."""
+    """Whether documents can share a prompt: the back end supports it, and every layer has full attention, with no sliding window
+    and no recurrent state. The answer does not depend on the device, so that runs are reproducible on others."""
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     return attends_to_all(config) and not capped and (asked == "auto" or asked in PREFIXED)
 
 
 def attends_to_all(config: PretrainedConfig) -> bool:
-    """Whether each layer is attention to all that came before, by a back end of ours, without sinks."""
+    """Whether every layer is full causal attention by one of our back ends, without sliding windows or sinks."""
     text: Any = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if text.model_type in (*ONE_ROW_A_LINE, *WITH_SINKS) or computes_by_itself(config):
@@ -276,7 +277,7 @@ def attends_to_all(config: PretrainedConfig) -> bool:
 
 
 def check_groups(config: PretrainedConfig, group_tokens: int, max_length: int) -> None:
-    """Raises ConfigError where S2 attention would change nothing, or what layers do beside it is not known to suit it."""
+    """Raises ConfigError if S2 attention would have no effect, or if the model has layers other than full attention."""
     setting = "model.shift_attn_tokens"
     if not attends_to_all(config):
         rule = f"must be null for {config.model_type}: not each of its layers attends to all that came before"
@@ -287,8 +288,9 @@ def check_groups(config: PretrainedConfig, group_tokens: int, max_length: int) -
 
 
 def arguments(backend: str, batch: Batch, window: int | None, group_tokens: int | None = None) -> dict[str, Any]:
-    """The keyword arguments that the layers pass to a back end, for one batch. window: tokens of a sliding window.
-    group_tokens: of S2 attention."""
+    """The keyword arguments that the layers pass to a back end, for one batch.
+
+    window: the size of the sliding window in tokens. group_tokens: the size of S2 attention's groups in tokens."""
     B, T = batch.ids_BT.shape
     if group_tokens is not None:
         assert batch.prefixes is None, "config/rules.py lets no documents share a prompt"
@@ -318,17 +320,17 @@ def _of_groups(backend: str, batch: Batch, window: int | None, group_tokens: int
 def block_masks(
     backend: str, cu_seqlens_S: Tensor, B: int, T: int, window: int | None, prefixes: Prefixes | None = None
 ) -> dict[str, Any]:
-    """The arguments that only some back ends take, by name. They are built once per batch."""
+    """{"block_masks": masks} for the back ends that need them, else {}. Built once per batch."""
     if backend not in BLOCK_MASKED:
         return {}
     return {"block_masks": documents.block_masks(cu_seqlens_S, B, T, window, prefixes)}
 
 
 def _stable(cu_seqlens_S: Tensor, max_seqlen: int) -> tuple[Tensor, int]:
-    """The boundaries in a form for which compiled layers are not compiled again at each batch.
+    """The boundaries in a form that does not make torch.compile recompile the layers for each batch.
 
-    The number of boundaries is marked as dynamic. max_seqlen, which FlashAttention takes as an upper bound, is rounded up to a
-    power of two of at least 1,024, so that it has few values; blocks past a document's end return at once (0.3% of a step).
+    The number of boundaries is marked as dynamic. max_seqlen is only an upper bound for FlashAttention, so it is rounded up to a
+    power of two of at least 1,024, which leaves few values. Blocks past a document's end return at once (0.3% of a step).
     """
     torch._dynamo.maybe_mark_dynamic(cu_seqlens_S, 0)
     return cu_seqlens_S, max(1 << (max_seqlen - 1).bit_length(), 1024)

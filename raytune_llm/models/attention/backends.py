@@ -1,9 +1,9 @@
-"""Attention within documents, in several ways: FlashAttention over boundaries, blocks of a mask, a mask of the whole square.
+"""Attention within documents, in several ways: FlashAttention (varlen), FlexAttention with block masks, SDPA with a full mask.
 
-A back end takes query [B, H, T, Dh], key and value with fewer heads where they are grouped, what is done to scores, and of the
-batch what it needs: its boundaries, cu_seqlens_S and max_seqlen, its prefixes, or block masks. It returns [B, T, H, Dh].
+A back end takes query [B, H, T, Dh], key and value (with fewer heads in grouped-query attention), the changes to the scores, and
+what it needs of the batch: boundaries (cu_seqlens_S and max_seqlen), prefixes, or block masks. It returns [B, T, H, Dh].
 
-Over a cache (cached_rows) all of them compute the same (cached_attention.py).
+With a KV cache (cached_rows) all back ends share one implementation (cached_attention.py).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from raytune_llm.models.attention.varlen import varlen_over
 from raytune_llm.records import Prefixes
 
 WINDOW_IN_MASK = "window_in_mask"
-"""An attribute of a layer's attention: see note_windows_in_masks."""
+"""The attribute of an attention module that note_windows_in_masks sets."""
 ALL_SLIDE = ("phimoe",)
-"""Architectures, by model_type, of which every layer has a window that is in the model's mask alone. Where layers differ, their
-config says which have one (Qwen2-MoE)."""
+"""Architectures, by model_type, in which every layer has a sliding window that only the model's mask contains. If layers differ,
+the config's layer_types say which have one (Qwen2-MoE)."""
 
 
 def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
-    """A back end with the signature that transformers' layers call, who take weights of attention as well."""
+    """The back end with the signature of transformers' attention functions, which also return attention weights (here None)."""
 
     @wraps(attend)
     def called(
@@ -74,7 +74,7 @@ def as_transformers_calls(attend: Callable[..., Tensor]) -> Callable[..., tuple[
 
 
 def _check(module: nn.Module, attention_mask: Tensor | None) -> None:
-    """That a layer, of a family that is not known beforehand not to, asks for what there is."""
+    """Raises ConfigError for a layer with its own attention mask or without causal attention."""
     if attention_mask is not None:
         raise ConfigError("model.path", "must be a model without its own attention mask, which no back end supports")
     if not getattr(module, "is_causal", True):
@@ -82,9 +82,10 @@ def _check(module: nn.Module, attention_mask: Tensor | None) -> None:
 
 
 def note_windows_in_masks(model: nn.Module) -> None:
-    """Note in each layer's attention the window that its model does not pass: it stands in the mask that the model makes, which
-    no back end sees. Beforehand, since a pass that reads the layer's number makes the compiler take each layer for another, and
-    after eight of them it gives up."""
+    """Set on each attention module the sliding window that the model puts only into its mask, which no back end gets.
+
+    This happens before the first pass: code that reads layer_idx within the pass would make torch.compile specialize for each
+    layer, and it gives up after eight of these."""
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         number: Any = getattr(module, "layer_idx", None)
@@ -113,8 +114,8 @@ def varlen(
     prefixes: Prefixes | None = None,
     **_: object,
 ) -> Tensor:
-    """Each document attends to itself and to its shared prompt: FlashAttention over boundaries on a GPU, a document at a time
-    on a CPU."""
+    """Each document attends to itself and to its shared prompt: one varlen FlashAttention call on a GPU, one document after
+    another on a CPU."""
     scaling, sliding_window, softcap, sinks_H = scores
     B, H, T, head = query.shape
     plain = sliding_window is None and softcap is None and sinks_H is None

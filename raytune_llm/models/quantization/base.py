@@ -20,25 +20,25 @@ HELD_ROWS = 1024
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer. Its weights are buffers: nothing here is trained or saved. A strategy that shards parameters makes
-    parameters of those of a byte (`shard`)."""
+    """A frozen linear layer with quantized weights [N, K]. They are buffers, which are neither trained nor saved. For strategies
+    that shard parameters, `shard` turns the one-byte buffers into parameters."""
 
     HELD: ClassVar[tuple[str, ...]]
     """The names of its buffers, in the order in which products take them."""
     product: Callable[..., Tensor]
     """(x [M, K], *weights()) -> [M, N], without autograd."""
     transposed: Callable[..., Tensor]
-    """(grad [M, N], *weights()) -> [M, K], likewise."""
+    """(grad [M, N], *weights()) -> [M, K], without autograd."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         self._types: dict[str, torch.dtype] = {}
-        """Of what is held as bytes."""
+        """Name -> dtype of each floating-point buffer that `shard` stores as uint8."""
 
     def unpacked_product(self, x_MK: Tensor) -> Tensor:
-        """[M, N], without autograd: with the weights in x's type, whatever type the layer's own products are in."""
+        """x @ weight.T, [M, N], without autograd. Computed in x's dtype, even if the layer's own products are in another one."""
         raise NotImplementedError
 
     def weights(self) -> tuple[Tensor, ...]:
@@ -49,8 +49,8 @@ class QuantizedLinear(nn.Module):
         return tensor.view(self._types[name]) if name in self._types else tensor
 
     def shard(self) -> None:
-        """Hold what has a byte a number, which is nearly all, as frozen parameters of whole numbers. Wider scales stay buffers:
-        no strategy casts either to another type."""
+        """Turn the buffers with one byte per element, which are nearly all of the memory, into frozen integer parameters, so that
+        a strategy shards them. Scales with more bytes stay buffers. No strategy casts integer parameters or buffers."""
         for name in self.HELD:
             tensor = self.get_buffer(name)
             if tensor.element_size() == 1:
@@ -66,11 +66,12 @@ class QuantizedLinear(nn.Module):
 
 
 class UnpackedLinear(QuantizedLinear):
-    """Products are in the activations' type: the weight is unpacked once forward and once backward, and not kept."""
+    """Products are computed in the activations' dtype. The weight is dequantized once in the forward pass and once in the
+    backward pass, and not kept in between."""
 
     times: Callable[..., Tensor]
     """(x [M, K], *weights(), transposed=False) -> x @ weight.T [M, N]; or (x [M, N], *weights(), transposed=True) -> x @ weight
-    [M, K]. One op for the compiler, which would else keep the unpacked weight for the backward pass."""
+    [M, K]. A custom op, since torch.compile would otherwise keep the dequantized weight for the backward pass."""
 
     def unpacked_product(self, x_MK: Tensor) -> Tensor:
         return self.product(x_MK, *self.weights())
@@ -105,21 +106,21 @@ class Quantization(ABC):
     trained_layer: ClassVar[type[nn.Module] | None] = None
     """Replaces a trained layer; None if trained layers are not supported."""
     bits_per_weight: ClassVar[float]
-    """That `layer` holds, its scales with it."""
+    """The bits per weight that `layer` stores, including scales."""
     package: ClassVar[str | None] = None
-    """That must be installed where it runs."""
+    """The package that must be installed on the machine that computes; None if none."""
     extra: ClassVar[str] = "nf4"
-    """Of this project, that installs it."""
+    """The extra of this project that installs `package`."""
 
     replaces_experts: ClassVar[Callable[[nn.Module, str], None] | None] = None
-    """(module, name): holds a mixture's experts, one tensor [E, N, K], in few bits too; None if it can't."""
+    """(module, name): quantizes the experts of a mixture, one parameter [E, N, K], in place; None if that is not supported."""
     bits_per_expert_weight: ClassVar[float | None] = None
-    """If these are not `bits_per_weight`."""
+    """The bits per weight of experts, including scales; None if they are `bits_per_weight`."""
 
     skip_modules: SkipModules = ()
 
     def held(self, weight_NK: Tensor) -> Tensor:
-        """The numbers that it leaves of a linear layer's weight, in float32."""
+        """The weight of a linear layer after quantizing and dequantizing it, [N, K] float32."""
         outputs, inputs = weight_NK.shape
         linear = nn.Linear(inputs, outputs, bias=False, device="meta")
         linear.weight = nn.Parameter(weight_NK.detach(), requires_grad=False)
@@ -133,7 +134,7 @@ class Quantization(ABC):
 
     @property
     def expert_bits(self) -> float:
-        """That an expert's weight takes, its scales with it."""
+        """The bits per weight of experts, including scales."""
         return self.bits_per_weight if self.bits_per_expert_weight is None else self.bits_per_expert_weight
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""A mixture's frozen experts, which are one tensor, in a byte a weight with a scale a row of each expert.
+"""The frozen experts of a mixture, one tensor [E, N, K], with one byte per weight and one scale per row of each expert.
 
-They are held so and multiplied in the run's precision: the layer unpacks all of them once a pass, as it does those in four bits.
+Products are in the run's precision. The layer dequantizes all of its experts once per pass, as it does with four bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BITS_PER_WEIGHT = 8.0
 
 
 class Rows(nn.Module):
-    """What reads the parameter. The scales are a buffer, which no strategy casts to another type."""
+    """The parametrization that dequantizes the parameter. The scales are a buffer, which no strategy casts."""
 
     def __init__(self, scales_EN1: Tensor, held: torch.dtype, dtype: torch.dtype) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Rows(nn.Module):
 
 
 def hold_rows(experts: nn.Module, name: str, rows_ENK: Tensor, scales_EN1: Tensor) -> None:
-    """In place of the parameter: rows, of a type of one byte, each of which stands for itself times its scale."""
+    """Replace the parameter by rows of a one-byte dtype, parametrized so that reading it returns rows * scales."""
     dtype = experts.get_parameter(name).dtype
     bytes_ENK = nn.Parameter(rows_ENK.view(torch.uint8), requires_grad=False)
     setattr(experts, name, bytes_ENK)
@@ -36,8 +36,8 @@ def hold_rows(experts: nn.Module, name: str, rows_ENK: Tensor, scales_EN1: Tenso
 
 
 def _unpack_once_a_pass(experts: nn.Module) -> None:
-    """A layer may read its experts one by one. As `parametrize.cached`, in a form that a compiled layer can have: bitsandbytes'
-    experts do the same."""
+    """Cache the dequantized experts within a pass, since a layer may read them one by one. Like `parametrize.cached`, but with
+    hooks that torch.compile supports; bitsandbytes does the same."""
     experts.register_forward_pre_hook(_begin)
     # also where recomputation ends a pass within it, which torch does by an exception
     experts.register_forward_hook(_end, always_call=True)

@@ -1,4 +1,4 @@
-"""Products in FP8 (e4m3), with a scale a row on either side (Micikevicius et al. 2022, arXiv 2209.05433)."""
+"""Products in FP8 (e4m3) with rowwise scales for both operands (Micikevicius et al. 2022, arXiv 2209.05433)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from raytune_llm.models.quantization.experts import BITS_PER_WEIGHT, hold_rows
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
 MIN_CAPABILITY = (9, 0)
-"""Tensor cores take a scale a row from Hopper on, in layers whose sizes are multiples of SIZE_MULTIPLE."""
+"""Tensor cores support rowwise scales since Hopper, for layers whose sizes are multiples of SIZE_MULTIPLE."""
 SIZE_MULTIPLE = 16
 
 
 class FP8Linear(QuantizedLinear):
-    """Forward sums over inputs and backward over outputs, and tensor cores want the summed dimension last; so the weight is held
-    twice, each time with the scales that fit. Together they take what it took in bf16.
+    """A frozen linear layer with products in FP8. The forward product sums over inputs and the backward product over outputs, and
+    tensor cores need the summed dimension last. So the weight is stored twice, each with its own scales, in the memory of bf16.
     """
 
     HELD = ("forward_weight", "forward_scale", "backward_weight", "backward_scale")
@@ -48,10 +48,10 @@ class FP8Linear(QuantizedLinear):
 
 
 class TrainedFP8Linear(nn.Linear):
-    """A trained linear layer with products in FP8; its weight and its gradient keep the run's precision.
+    """A trained linear layer with products in FP8. Its weight and its gradient keep the run's precision.
 
-    Of the three products of a step, the two with the weight are in FP8; the weight's gradient, which sums over thousands of
-    tokens and goes to the optimizer, is in the run's precision.
+    The two products of a step that contain the weight are in FP8. The weight's gradient, a sum over thousands of tokens that the
+    optimizer uses, is computed in the run's precision.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -80,14 +80,14 @@ class _TrainedProduct(torch.autograd.Function):
 
 
 def fp8_product(x_MK: Tensor, weight_NK: Tensor, scale_1N: Tensor) -> Tensor:
-    """x @ weight.T, [M, N] in x's type: x is rounded to e4m3 row by row; the weight is in e4m3, with its rows' scales [1, N]."""
+    """x @ weight.T, [M, N] in x's dtype. x is quantized to e4m3 with a scale per row; the weight is in e4m3, with scales [1,
+    N]."""
     rows, scale_M1 = _rows_in_fp8(x_MK)
     return torch._scaled_mm(rows, weight_NK.T, scale_a=scale_M1, scale_b=scale_1N, out_dtype=x_MK.dtype, use_fast_accum=True)
 
 
 def _rows_in_fp8(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row over its largest magnitude, and what to multiply it with again, [M, 1] float32. Of several matrices, those of
-    each."""
+    """Each row [.., M, K] in e4m3, divided by its scale, and the scales [.., M, 1] in float32."""
     scale_M1 = x_MK.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
     return (x_MK.float() / scale_M1).to(E4M3), scale_M1
 

@@ -1,7 +1,7 @@
-"""Half-quadratic quantization (Badri and Shaji 2023): weights in four bits, groups of 64 with a scale and a zero each.
+"""Half-quadratic quantization (Badri and Shaji 2023): weights in four bits, groups of 64 with a scale and a zero point each.
 
-Scale and zero are fitted to the weights by a solver without data, where bitsandbytes rounds to fixed values. The package hqq
-makes and unpacks them, on GPUs and on CPUs. Groups lie along a row, as in transformers' HqqConfig.
+A solver fits scale and zero point to the weights without data, whereas bitsandbytes rounds to fixed values. The package hqq
+quantizes and dequantizes, on GPUs and on CPUs. A group is within one row, as in transformers' HqqConfig.
 """
 
 from __future__ import annotations
@@ -59,4 +59,4 @@ class HQQ(Quantization):
     def misfit(self, linear: nn.Linear) -> str | None:
         if linear.weight.numel() % (2 * GROUP) == 0:
             return None
-        return f"{linear.out_features} x {linear.in_features} weights are no pairs of groups of {GROUP}"
+        return f"{linear.out_features} x {linear.in_features} weights are not an even number of groups of {GROUP}"

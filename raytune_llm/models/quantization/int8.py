@@ -1,6 +1,6 @@
-"""Weights in eight bits, with a scale a row, as LLM.int8 holds them (Dettmers et al. 2022, arXiv 2208.07339).
+"""Weights in eight bits with one scale per row, as in LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339).
 
-Products are in the activations' type, so that no outliers of theirs need be kept apart: only weights are rounded.
+Products are computed in the activations' dtype. Only weights are rounded, so activations need no separate path for outliers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Int8Linear(UnpackedLinear):
 
 @torch.library.custom_op("raytune_llm::int8_product", mutates_args=())
 def _int8_product(x: Tensor, rounded_NK: Tensor, scales_N: Tensor, transposed: bool) -> Tensor:
-    # eight bits are exact in any type that x has
+    # Eight-bit integers are exact in every dtype that x may have.
     wide_NK, scales_N = rounded_NK.to(x.dtype), scales_N.to(x.dtype)
     return (x * scales_N) @ wide_NK if transposed else (x @ wide_NK.T) * scales_N
 

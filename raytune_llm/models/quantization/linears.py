@@ -12,14 +12,14 @@ from raytune_llm.models.layers import is_passed_over
 from raytune_llm.models.quantization.base import SkipModules
 
 QUERIES_KEYS_VALUES = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv"}
-"""The q, k and v projections in transformers' models, where FP8 costs most loss for its speed-up."""
+"""The names of q, k and v projections in transformers' models. There, FP8 raises the loss most for the time that it saves."""
 Found = tuple[nn.Module, str, nn.Linear]
-"""A layer with its parent and its name there."""
+"""(parent module, the layer's attribute name, the layer)."""
 
 
 def linears_but(layers: Iterable[nn.Module], skip_modules: SkipModules) -> list[Found]:
-    """Each linear layer of the model, but those named by `skip_modules`. An adapter calls the layer inside it
-    base_layer, and keeps its own in dictionaries."""
+    """Each linear layer in these layers except those that `skip_modules` names. Of an adapted layer, this is its base_layer, not
+    its A and B, which are in ModuleDicts. Raises ConfigError for unknown names."""
     found = _linears(layers)
     names = {name for *_, name in found}
     if skip_modules == "auto":
@@ -31,7 +31,7 @@ def linears_but(layers: Iterable[nn.Module], skip_modules: SkipModules) -> list[
 
 
 def linears_of(layers: Iterable[nn.Module], kinds: Sequence[type[nn.Module]]) -> list[tuple[nn.Module, str, Any]]:
-    """Each layer of these kinds, with its parent and its name there."""
+    """(parent module, attribute name, layer) of each layer of these classes."""
     return [(parent, child_name, child) for parent, child_name, child, _ in _linears(layers, kinds)]
 
 
@@ -40,8 +40,8 @@ def names_of_linears(layers: Iterable[nn.Module]) -> list[str]:
 
 
 def frozen_experts(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
-    """The frozen weights of mixtures that have their experts in one tensor [E, N, K]: modules, and names there. A convolution's
-    weight, which has three dimensions too, is none."""
+    """(module, parameter name) of the frozen experts of mixtures, each one tensor [E, N, K]. A convolution's weight, which has
+    three dimensions too, is left out."""
     return [
         (module, name)
         for layer in layers
@@ -55,7 +55,7 @@ def frozen_experts(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
 def _linears(
     layers: Iterable[nn.Module], kinds: Sequence[type[nn.Module]] = (nn.Linear,)
 ) -> list[tuple[nn.Module, str, Any, str]]:
-    """Each with its name in the model."""
+    """(parent module, attribute name, layer, last part of the layer's name in the unadapted model)."""
     return [
         (parent, child_name, child, f"{parent_name}.{child_name}".removesuffix(".base_layer").rpartition(".")[2])
         for layer in layers

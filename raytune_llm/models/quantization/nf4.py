@@ -1,6 +1,6 @@
-"""QLoRA's base: weights in four bits, blocks of 64 with a scale each, which has eight (Dettmers et al. 2023, arXiv 2305.14314).
+"""QLoRA's base: weights in four bits, blocks of 64 with one eight-bit scale each (Dettmers et al. 2023, arXiv 2305.14314).
 
-bitsandbytes packs and unpacks them, on GPUs and on CPUs.
+bitsandbytes quantizes and dequantizes, on GPUs and on CPUs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCK, SCALES_BLOCK = 64, 256
 
 class NF4Linear(UnpackedLinear):
     CODE: ClassVar[str] = "nf4"
-    """bitsandbytes' name of the sixteen values."""
+    """bitsandbytes' name of the sixteen values that a weight can have."""
     HELD = ("packed", "scales", "scales_of_scales", "code_of_scales", "mean_scale")
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -73,12 +73,13 @@ def _(
 
 
 def _other_size(x: Tensor, packed: Tensor) -> int:
-    """The other side's size of a weight that has x's columns on one side. A byte holds two weights."""
+    """The other dimension of a packed weight of which one dimension is x's number of columns. A byte holds two weights."""
     return 2 * packed.shape[0] // x.shape[1]
 
 
 def unpacked_as(shape: Sequence[int], block: int = BLOCK) -> list[int]:
-    """A shape of as many weights whose rows are whole blocks: bitsandbytes (0.50) on a CPU begins a block anew in each row."""
+    """A shape with the same number of weights and rows of whole blocks: on a CPU, bitsandbytes (0.50) starts a new block in each
+    row."""
     size = math.prod(shape)
     if shape[-1] % block == 0:
         return list(shape)
@@ -86,7 +87,7 @@ def unpacked_as(shape: Sequence[int], block: int = BLOCK) -> list[int]:
 
 
 class Reshaped(nn.Module):
-    """The last of a parameter's parametrizations."""
+    """A parametrization, applied after dequantizing, that restores the parameter's shape."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class Reshaped(nn.Module):
 
 
 def pack_experts(experts: nn.Module, name: str, code: str) -> None:
-    """A mixture's experts, unpacked all at once where the layer reads them, once a pass."""
+    """Quantize the experts of a mixture. The layer dequantizes all of them together, once per pass."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
     weight = experts.get_parameter(name)
@@ -119,4 +120,4 @@ class NF4(Quantization):
     def misfit(self, linear: nn.Linear) -> str | None:
         if linear.weight.numel() % 2 == 0:
             return None
-        return f"{linear.out_features} x {linear.in_features} is an odd number of weights, and a byte holds two"
+        return f"{linear.out_features} x {linear.in_features} weights are an odd number, and a byte holds two"

@@ -1,6 +1,8 @@
-"""Models whose files hold quantized weights, by their config: they are unpacked to the run's precision as they are loaded.
+"""Models whose files contain quantized weights, according to their config. They are dequantized to the run's precision on
+loading.
 
-They train like any model, and `quantization=` is for them too. What activations are quantized as well (W8A8) stay as they are.
+Such models train like others, also with `quantization=`. Formats that also quantize activations (W8A8) lose that: activations
+stay in the run's precision.
 """
 
 from __future__ import annotations
@@ -15,17 +17,17 @@ from raytune_llm.models.quantization.formats import FORMATS, method_of
 from raytune_llm.models.quantization.formats.reader import StoredIn
 
 UNPACKED = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
-"""What transformers unpacks: DeepSeek's and Qwen's blocks of FP8, gpt-oss's MXFP4, and llm-compressor's formats (W8A8, W4A16,
-FP8)."""
+"""Methods that transformers dequantizes: the FP8 blocks of DeepSeek and Qwen, gpt-oss's MXFP4, and llm-compressor's formats
+(W8A8, W4A16, FP8)."""
 NEEDS_PACKAGE = {"compressed-tensors": ("compressed_tensors", "raytune-llm[quantized]")} | {
     method: kind.package for method, kind in FORMATS.items() if kind.package is not None
 }
-"""What reads a method's files, and the extra of this project that installs it."""
+"""Method -> the package that reads its files, and the extra of this project that installs it."""
 INSTEAD = "Name the model that it was made of, with quantization=bnb_nf4 (4 bits) or bnb_int8 (8 bits)."
 
 
 def unpacked(config: PretrainedConfig, path: str) -> PretrainedConfig:
-    """The config, so that weights are read unpacked. Raises ConfigError for a quantization that can't be."""
+    """The config, changed so that weights are dequantized on loading. Raises ConfigError for a method that can't be read."""
     given: Any = getattr(config, "quantization_config", None)
     if given is None:
         return config
@@ -33,7 +35,7 @@ def unpacked(config: PretrainedConfig, path: str) -> PretrainedConfig:
     method = method_of(given)
     if method not in (*UNPACKED, *FORMATS):
         known = ", ".join((*UNPACKED, *FORMATS))
-        rule = f"must hold weights that are not quantized, or by {known}; these are by {method}, which can't be trained on"
+        rule = f"must have weights that are not quantized, or by {known}; these are by {method}, which can't be trained on"
         raise ConfigError("model.path", rule, got=path, fix=INSTEAD)
     package, extra = NEEDS_PACKAGE.get(method, (None, None))
     if package is not None and find_spec(package) is None:
@@ -49,7 +51,7 @@ def unpacked(config: PretrainedConfig, path: str) -> PretrainedConfig:
 
 
 def described(config: PretrainedConfig) -> str | None:
-    """What the files of its weights are by; None if they are not quantized."""
+    """A description of the files' quantization; None if the weights are not quantized."""
     given: Any = getattr(config, "quantization_config", None)
     if given is None:
         return None

@@ -146,7 +146,7 @@ def test_layers_of_sizes_that_do_not_fit_are_named() -> None:
     assert FP8().misfit(linear) == "32 x 24 are not multiples of 16"
     assert FP8().misfit(torch.nn.Linear(16, 32)) is None
     assert NF4().misfit(linear) is None
-    assert NF4().misfit(torch.nn.Linear(3, 5)) == "5 x 3 is an odd number of weights, and a byte holds two"
+    assert NF4().misfit(torch.nn.Linear(3, 5)) == "5 x 3 weights are an odd number, and a byte holds two"
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)
