@@ -1,4 +1,4 @@
-"""Adapters, behind one protocol: PEFT holds layers and file format, and nothing outside this folder knows its classes."""
+"""Adapters behind one protocol. PEFT provides the layers and the file format; no code outside this folder uses its classes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def train_all(model: PreTrainedModel) -> None:
 
 
 WHOLE_MODELS: dict[str, Callable[..., None]] = {"none": train_all, "freeze": freeze, "llama_pro": llama_pro}
-"""What is trained of a model's own weights: name -> what sets requires_grad."""
+"""Methods that train the model's own weights: name -> function that sets requires_grad."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Slots:
     """The settings of a bank of new adapters that are trained together."""
 
     sections: tuple[AdapterConfig, ...]
-    """The adapters' settings: of other ranks and scales, on the same layers."""
+    """The settings of each adapter. Ranks and scales may differ; the layers must be the same."""
 
 
 def bank_of(model: PreTrainedModel, slots: Slots, compute: torch.dtype) -> LoraBank:
-    """A slot for each, still empty."""
+    """A bank with an empty slot for each adapter. compute: the dtype of the adapters' products."""
     first: Any = slots.sections[0]
     return LoraBank(
         model,
@@ -73,12 +73,12 @@ def bank_of(model: PreTrainedModel, slots: Slots, compute: torch.dtype) -> LoraB
 
 
 def kept_by(adapter: AdapterConfig) -> Kept:
-    """What its layers keep for the backward pass."""
+    """The activations that the adapter's layers save for the backward pass."""
     return method_of(adapter).kept if isinstance(adapter, Layered) else Kept()
 
 
 def merge(model: PreTrainedModel, folders: Sequence[str]) -> None:
-    """Put saved adapters into the model's weights, one after another. Raises ConfigError for one that is not of this model."""
+    """Merge saved adapters into the model's weights, one after another. Raises ConfigError for an adapter of another model."""
     for path in folders:
         PeftAdapters(model).merge(SavedAdapter(path=path, setting="model.merged_adapters"))
 
@@ -91,11 +91,11 @@ def adapt(
     new_ids: Sequence[int] = (),
     quantization: Quantization | None = None,
 ) -> PeftAdapters:
-    """The model and its adapter, with requires_grad set on what is trained. Adapter weights are in float32, new ones drawn from
-    torch's generator.
+    """The model with its adapter, and requires_grad set on the trained parameters. Adapter weights are float32; new ones are
+    drawn from torch's global generator.
 
-    scores: the model has a score head, which is trained whole beside the adapter and saved with it. new_ids: tokens whose
-    embeddings are the adapter's. quantization: what will be made of the weights under it.
+    scores: the model has a score head, which is fully trained and saved with the adapter. new_ids: tokens whose embeddings belong
+    to the adapter. quantization: the one that will be applied to the weights under the adapter.
     """
     if adapter.trains_base:
         WHOLE_MODELS[adapter.name](model, **settings_of(adapter))

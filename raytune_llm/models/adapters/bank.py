@@ -1,12 +1,11 @@
-"""Many LoRA adapters over one model, several in one forward pass: a bank of slots in every linear layer.
+"""Many LoRA adapters on one model, several of them in one forward pass: every linear layer has a bank of slots.
 
-PEFT's layers hold one adapter beside another and compute one at a time; here the A and B of all slots are two tensors a layer, on
-the device. An adapter is put into a slot, or taken out of one, between two passes, and nothing is built or compiled anew. Which
-token goes to which slot is said of each pass (routes.py): it travels with what layers are given, so that a layer which a backward
-pass computes again sees what it saw.
+PEFT's layers compute one adapter at a time. Here, A and B of all slots are two tensors per layer, on the device. Adapters are
+loaded into slots and removed between two passes, without rebuilding or recompiling anything. A route (routes.py) maps the tokens
+of a pass to slots. It is passed to the layers as an argument, so a layer that is recomputed in the backward pass gets it again.
 
-A frozen bank is for serving: values in the type of the products, the scale in B. A trained one is for several runs over one base:
-A and B in float32, the scale beside them.
+Serving uses a frozen bank: A and B in the dtype of the products, with the scale folded into B. Training several runs on one base
+uses a trained bank: A and B in float32, and a separate scale.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from raytune_llm.models.adapters.routes import BySlot, Dropout, Dropped, InTurn,
 from raytune_llm.models.layers import is_passed_over, named_layers
 
 ROUTE = "adapter_route"
-"""The keyword under which a model's layers get the route of a forward pass."""
+"""The keyword argument with which a model's layers get the route of a forward pass."""
 BY_SLOT = 256
-"""Up to so many rows each read their own adapter's columns; more take one product with all adapters'."""
+"""Up to this many rows, BySlot is used, where each row reads only its own adapter; above it, Masked, one product with all."""
 ALIGNED = 8
-"""Ranks have room in multiples of it: grouped products want rows of 16 bytes at least."""
+"""Slots' ranks are padded to multiples of this, since grouped products need rows of at least 16 bytes."""
 
 
 class LoraBank:
@@ -54,10 +53,11 @@ class LoraBank:
         last_layers: int | None = None,
         trains: bool = False,
     ) -> None:
-        """Wrap the linear layers, quantized or not, of a transformers model without adapters. dtype: of the adapters' products.
+        """Wrap the linear layers, quantized or not, of a transformers model without adapters.
 
-        targets: the layers that adapters may be on, by the last part of their names; None takes every linear layer in the model's
-        layers, or in the last so many of them. Each has room for max_rank in every slot, and costs two products a pass.
+        dtype: the dtype of the adapters' products. targets: the last parts of the names of the layers that adapters may be on;
+        None: every linear layer in the model's layers. last_layers: only in this many last layers. Each wrapped layer has slots
+        of rank max_rank, and takes two more products per pass.
         """
         self.model = self._base = model
         self.num_slots, self._dtype, self._now = num_slots, dtype, Now()
@@ -73,23 +73,24 @@ class LoraBank:
         for _, layer in named_layers(model):
             layer.register_forward_pre_hook(self._see_route, with_kwargs=True)
             for part in layer.children():
-                # Attention is given what its layer is given, and is called again where its layer is computed again.
+                # Attention gets its layer's arguments, and is called again when its layer is recomputed.
                 part.register_forward_pre_hook(self._take_route, with_kwargs=True)
 
     def join(self) -> None:
-        """Where layers that share an input have become one product (models/packed.py), their adapters become one, too."""
+        """Join the adapters of layers whose products have been joined (models/packed.py), such as q, k and v."""
         join(list(self._layers.values()))
         self._views.clear()
 
     # Slots ---------------------------------------------------------------------------------------------------------------
 
     def read(self, folder: str | Path, *, setting: str = "the adapter") -> Weights:
-        """An adapter from its folder, on any thread. Raises ConfigError for one that doesn't fit the model or a slot."""
+        """Read an adapter's folder; may be called on any thread. Raises ConfigError if the adapter doesn't fit the model or a
+        slot."""
         return self._layout.read(folder, setting)
 
     @torch.no_grad()
     def load(self, slot: int, weights: Weights | str | Path) -> None:
-        """Call it between two forward passes. The slot's previous adapter is overwritten."""
+        """Load an adapter into a slot and overwrite what was there. To be called between two forward passes."""
         if not isinstance(weights, Weights):
             weights = self.read(weights)
         self.clear(slot)
@@ -111,21 +112,21 @@ class LoraBank:
         self._held.pop(slot, None)
 
     def draw(self, slot: int, section: AdapterConfig, seed: int) -> None:
-        """A new adapter, equal to that of a separate run with this seed."""
+        """Initialize a new adapter in the slot, with the values that a separate run with this seed has."""
         self.load(slot, self._layout.drawn(self._base, section, seed, self._dtype))
 
     # Routes: which token goes to which slot --------------------------------------------------------------------------------
 
     def by_documents(self, slot_M: Tensor, cu_seqlens_S: Tensor, num_tokens: int, *, in_order: bool = False) -> dict[str, Route]:
-        """Arguments of the layers for packs and long prompts. slot_M: the slot of each document, -1 for none. in_order: slots
-        ascend, and documents of none come last, so that no token has to move."""
+        """The layers' arguments for packs and long prompts. slot_M: the slot of each document, -1 for none. in_order: slots
+        ascend and documents without one come last, so tokens need no sorting."""
         if cu_seqlens_S.device.type == "cpu":
             return {ROUTE: self._by_ranges(slot_M, cu_seqlens_S.diff().tolist())}
         slot_T = slot_M.to(cu_seqlens_S.device).repeat_interleave(cu_seqlens_S.diff(), output_size=num_tokens)
         return {ROUTE: Sorted.of(slot_T, self.num_slots, in_order=in_order)}
 
     def _by_ranges(self, slot_M: Tensor, lengths: list[int]) -> Route:
-        """Documents of one token that come first are rows that decode."""
+        """The route on a CPU. Documents of one token at the beginning are decoding rows, with a route of their own."""
         rows = sum(1 for _ in takewhile(lambda length: length == 1, lengths))
         if rows < 2 or self._shape.trains or not (slot_M[:rows] >= 0).any():
             return Ranges.of(slot_M.tolist(), lengths)
@@ -133,13 +134,13 @@ class LoraBank:
         return InTurn(decoding, Ranges.of(slot_M[rows:].tolist(), lengths[rows:]), rows)
 
     def by_slots(self, slot_T: Tensor) -> dict[str, Route]:
-        """Arguments of the layers for prompts on a GPU, of which the host says nothing: the slot of each token, on the device, -1
-        for none. A CUDA graph may hold it."""
+        """The layers' arguments for prompts on a GPU. slot_T: the slot of each token, on the device, -1 for none. No value is
+        read on the host, so a CUDA graph can capture it."""
         return {ROUTE: Sorted.of(slot_T, self.num_slots)}
 
     def in_turn(self, slots: Sequence[int], length: int, dropouts: Sequence[Dropout | None] = ()) -> dict[str, Route]:
-        """Arguments of the layers for runs over the same packs: `length` tokens of each of these slots, which ascend, -1 (none)
-        last. dropouts: the dropout of each."""
+        """The layers' arguments for several runs over the same packs: `length` tokens for each of these slots, in ascending order
+        with -1 (none) last. dropouts: one for each slot."""
         device = next(iter(self._layers.values())).a_GRK.device
         if device.type == "cpu":
             route: Route = Ranges.of(slots, [length] * len(slots))
@@ -148,7 +149,8 @@ class LoraBank:
         return {ROUTE: Dropped(route, length, tuple(dropouts)) if any(dropouts) else route}
 
     def by_tokens(self, slot_T: Tensor) -> dict[str, Route]:
-        """Arguments of the layers for decoding, one token a row. slot_T: on the device, -1 for none; a CUDA graph may hold it."""
+        """The layers' arguments for decoding, with one token per row. slot_T: on the device, -1 for none. A CUDA graph can
+        capture it."""
         if slot_T.is_cuda and len(slot_T) <= BY_SLOT and not self._shape.trains:
             return {ROUTE: BySlot.of(slot_T)}
         return {ROUTE: Masked.of(slot_T, self.num_slots, self._dtype)}
@@ -165,7 +167,7 @@ class LoraBank:
 
     @property
     def slots(self) -> Mapping[str, int]:
-        """The number of each adapter's slot, by name."""
+        """Adapter name -> slot."""
         return self._slots
 
     @property
@@ -177,7 +179,7 @@ class LoraBank:
         return f"{self.num_slots} slots of rank {self.max_rank}, several adapters in one pass"
 
     def add(self, name: str, source: AdapterConfig | SavedAdapter, *, seed: int = 0) -> None:
-        """seed: of a new one."""
+        """Load or initialize an adapter in a free slot. seed: for a new one. Raises ConfigError if all slots are taken."""
         assert name not in self._slots, name
         slot = next((slot for slot in range(self.num_slots) if slot not in self._held), None)
         if slot is None:
@@ -191,7 +193,7 @@ class LoraBank:
         self._slots[name] = slot
 
     def quantized(self) -> None:
-        """Plain LoRA reads no weights."""
+        """Nothing to do: plain LoRA does not read the base's weights."""
 
     def remove(self, name: str) -> None:
         self.clear(self._slots.pop(name))
@@ -199,7 +201,7 @@ class LoraBank:
     def save(
         self, name: str, folder: Path, *, base_model: str | None = None, parameters: Mapping[str, Tensor] | None = None
     ) -> None:
-        """parameters: the adapter's own, by the names of `part`."""
+        """Write the folder as PEFT does. parameters: values to save instead of the bank's, named as in `part`."""
         slot, given = self._slots[name], parameters or {}
         held, tensors = self._held[slot], {}
         for layer, rank in held.ranks.items():
@@ -211,8 +213,8 @@ class LoraBank:
         write(folder, held.config, tensors, base_model=base_model)
 
     def part(self, name: str, *, gradient: bool = False) -> dict[str, Tensor]:
-        """The adapter's A [r, K] and B [O, r] where they lie in the bank, or their gradients, by the names that they have in the
-        model of a run that is alone."""
+        """Views of the adapter's A [r, K] and B [O, r] in the bank, or of their gradients, by the names of the parameters in a
+        separate run."""
         slot, found = self._slots[name], {}
         for layer, rank in self._held[slot].ranks.items():
             banked = self._layers[layer]
@@ -223,7 +225,8 @@ class LoraBank:
 
     @torch.no_grad()
     def resize(self, num_slots: int) -> None:
-        """Call it between two steps, when no gradient is needed any more. Adapters keep their order, in the first slots."""
+        """Change the number of slots; adapters move to the first ones, in their order. To be called between two steps, when
+        gradients are no longer needed."""
         taken = sorted(self._held)
         assert len(taken) <= num_slots
         for layer in self._layers.values():
@@ -236,7 +239,7 @@ class LoraBank:
         self._layout = replace(self._layout, shape=self._shape)
 
     def trained(self, name: str) -> dict[str, nn.Parameter]:
-        """The whole bank's: an adapter is a part of each of its parameters."""
+        """The parameters of the whole bank; one adapter is a part of each of them."""
         assert name in self._slots, name
         return {own: parameter for own, parameter in self._base.named_parameters() if parameter.requires_grad}
 
@@ -248,7 +251,7 @@ class LoraBank:
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
-        """The adapter of passes that are given no route, within this context."""
+        """A context in which passes without a route use this adapter."""
         before, self._default = self._default, None if name is None else One(self._slots[name])
         try:
             yield
@@ -258,7 +261,7 @@ class LoraBank:
     # Within ----------------------------------------------------------------------------------------------------------------
 
     def _wrap(self, targets: Sequence[str] | None, last_layers: int | None) -> dict[str, BankedLinear]:
-        """Put a bank around each targeted linear layer."""
+        """Replace each targeted linear layer by a BankedLinear around it. Raises ConfigError if there is none."""
         self._base.requires_grad_(False)
         wrapped: dict[str, BankedLinear] = {}
         for layer_name, layer in list(named_layers(self._base))[-(last_layers or 0) :]:
@@ -288,7 +291,8 @@ class LoraBank:
         return a_RK[:rank], b_RO[:rank]
 
     def _views_of(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """a and b of a slot in each layer. Kept: to make hundreds of views takes milliseconds, for which running answers wait."""
+        """Layer -> views of the slot's a and b. Cached: creating hundreds of views takes milliseconds, which delays other
+        requests."""
         if slot not in self._views:
             self._views[slot] = {
                 name: (layer.a_GRK.detach()[slot], layer.b_GRO.detach()[slot]) for name, layer in self._layers.items()
@@ -297,5 +301,5 @@ class LoraBank:
 
 
 def _in_peft(layer: str) -> tuple[str, str]:
-    """The names of its A and B in PEFT's model."""
+    """The names of the layer's A and B in PEFT's model."""
     return f"{PREFIX}{layer}.lora_A.{OWN}.weight", f"{PREFIX}{layer}.lora_B.{OWN}.weight"

@@ -1,4 +1,4 @@
-"""One adapter in host memory, in the order in which a bank of LoRA adapters takes it: read from a folder, or drawn anew."""
+"""One adapter in host memory, in a bank's order of layers: read from a folder, or newly initialized."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from raytune_llm.models.adapters.methods import method_of
 from raytune_llm.models.adapters.saved import WEIGHTS, read_config, tensor_names
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-"""In a file, a tensor is called PREFIX, the layer's name, and A or B."""
+"""A tensor's name in a file is PREFIX + the layer's name + A or B."""
 MORE = {
     "use_dora": "DoRA",
     "lora_bias": "a bias",
@@ -39,16 +39,16 @@ MORE = {
     "kasa_config": "KaSA",
     "velora_config": "VeLoRA",
 }
-"""What of PEFT's LoRA is more than B A, by its config."""
+"""Attributes of PEFT's LoraConfig that add something to B A -> what they add, for messages."""
 UNMIXED_FIX = "Set engine=hf, or merge it into its base by `export`."
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """An adapter's weights as a bank takes them."""
+    """An adapter's weights in the form that a bank loads."""
 
     flat: Tensor
-    """A [r, K], then B.T [r, O] of each layer that the adapter is on, end to end."""
+    """A [r, K] and then B.T [r, O] of each layer with the adapter, flattened and concatenated."""
     ranks: Mapping[str, int]
     """The rank of each layer, in the bank's order."""
     scales: Mapping[str, float]
@@ -61,16 +61,16 @@ class Weights:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a bank has room for."""
+    """The layers and the rank of a bank, with which adapters are checked."""
 
     sizes: Mapping[str, tuple[int, int]]
-    """Inputs and outputs of each of its layers, by their names in the model."""
+    """The name of each layer in the model -> (inputs, outputs)."""
     shape: BankShape
     pinned: bool
-    """Host memory is to be page-locked, from which a GPU copies beside its work."""
+    """Whether host memory is page-locked, so that a GPU can copy from it asynchronously."""
 
     def read(self, folder: str | Path, setting: str) -> Weights:
-        """Raises ConfigError, which blames the setting, for an adapter that doesn't fit the model or a slot."""
+        """Read an adapter's folder. Raises ConfigError, which names the setting, if it doesn't fit the model or a slot."""
         path, config = str(folder), read_config(str(folder), setting)
         if (more := more_than_lora(config) or _outside_layers(path, setting)) is not None:
             rule = f"must be plain LoRA of the model's layers, to share a batch with others, and is {more}"
@@ -88,12 +88,12 @@ class Layout:
             raise ConfigError(setting, f"must be an adapter of this model: {misfit}", got=path, fix=fix) from None
 
     def drawn(self, model: PreTrainedModel, section: AdapterConfig, seed: int, kept_in: torch.dtype) -> Weights:
-        """What a run of its own with this seed begins with. kept_in: the type of the model's weights, where it doesn't show."""
+        """The initial weights of a separate run with this seed. kept_in: the dtype of the model's weights before quantization."""
         assert isinstance(section, Layered) and section.path is None
         config, layers = new_config(model, section, method_of(section))
         more = more_than_lora(config)
         if more is None and getattr(config, "init_lora_weights", True) is not True:
-            more = "begun with singular values"
+            more = "initialized from singular values"
         if more is not None:
             raise ConfigError("adapter", f"must be plain LoRA to be trained with others, and is {more}", got=section.name)
         assert isinstance(config, LoraConfig)
@@ -116,10 +116,10 @@ class Layout:
             raise ConfigError("adapter", f"must fit the bank: {misfit}", got=section.name) from None
 
     def arranged(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> Weights:
-        """The tensors of an adapter's file, checked and in the bank's order. Raises Misfit."""
+        """The tensors of an adapter's file in the bank's order. Raises Misfit if they don't fit."""
         unknown = sorted(tensors.keys() - {PREFIX + name + own for name in self.sizes for own in (A, B)})
         if unknown:
-            raise Misfit(f"{len(unknown)} of its tensors are of no layer with a bank ({unknown[0]} for one)")
+            raise Misfit(f"{len(unknown)} of its tensors are for layers without a bank (for example {unknown[0]})")
         parts: list[Tensor] = []
         ranks: dict[str, int] = {}
         scales: dict[str, float] = {}
@@ -128,14 +128,14 @@ class Layout:
             if a_RK is None and b_OR is None:
                 continue
             if a_RK is None or b_OR is None:
-                raise Misfit(f"of {name} it holds A or B alone")
+                raise Misfit(f"it has only one of A and B for {name}")
             rank = len(a_RK)
             if a_RK.shape != (rank, inputs) or b_OR.shape != (outputs, rank):
                 raise Misfit(f"{name} has A {list(a_RK.shape)} and B {list(b_OR.shape)} there, and is {inputs} -> {outputs} here")
             if rank > self.shape.rank:
-                raise Misfit(f"{name} has rank {rank}, and slots have room for {self.shape.rank}")
+                raise Misfit(f"{name} has rank {rank}, and slots have rank {self.shape.rank}")
             if (told := told_rank(config, name)) != rank:
-                raise Misfit(f"{name} has rank {rank} in its tensors, and {told} in its config")
+                raise Misfit(f"{name} has rank {rank} by its tensors, but {told} by its config")
             ranks[name], scales[name] = rank, scale_of(config, name, rank)
             b_RO = b_OR.T if self.shape.trains else b_OR.T.float() * scales[name]
             parts += [a_RK.to(self.shape.dtype).flatten(), b_RO.to(self.shape.dtype).flatten()]
@@ -150,11 +150,11 @@ class Layout:
 
 
 class Misfit(Exception):
-    """Why an adapter can't be in a bank."""
+    """The reason why an adapter doesn't fit a bank."""
 
 
 def write(folder: Path, config: LoraConfig, tensors: Mapping[str, tuple[Tensor, Tensor]], *, base_model: str | None) -> None:
-    """A [r, K] and B [O, r] by layer, as PEFT saves them."""
+    """Write an adapter's folder as PEFT does. tensors: layer -> (A [r, K], B [O, r])."""
     named = {PREFIX + name + own: value for name, pair in tensors.items() for own, value in zip((A, B), pair, strict=True)}
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in named.items()}, folder / WEIGHTS[0], metadata={"format": "pt"})
@@ -164,7 +164,7 @@ def write(folder: Path, config: LoraConfig, tensors: Mapping[str, tuple[Tensor, 
 
 
 def more_than_lora(config: PeftConfig) -> str | None:
-    """What an adapter has beyond B A of linear layers, if anything; then it can't share a pass with others."""
+    """What an adapter has besides B A of linear layers, for messages; it then can't share a pass with others. None if nothing."""
     if not isinstance(config, LoraConfig):
         return str(getattr(config.peft_type, "value", config.peft_type))
     if config.bias != "none":
@@ -174,24 +174,25 @@ def more_than_lora(config: PeftConfig) -> str | None:
 
 
 def unmixed(folder: str, setting: str) -> str | None:
-    """As `more_than_lora`, of an adapter's folder. Raises ConfigError, which names the setting, where it is none."""
+    """`more_than_lora` for an adapter's folder. Raises ConfigError, which names the setting, if the folder is not an
+    adapter's."""
     return more_than_lora(read_config(folder, setting)) or _outside_layers(folder, setting)
 
 
 def reads_weights(adapter: SavedAdapter) -> bool:
-    """Its layers compute with the weights under them, and not only with what comes out of those: DoRA's lengths of rows."""
+    """Whether its layers need the values of the base's weights, not only their outputs: DoRA, for its row norms."""
     return bool(getattr(read_config(adapter.path, adapter.setting), "use_dora", False))
 
 
 def _outside_layers(folder: str, setting: str) -> str | None:
-    """Of its tensors, one that no numbered layer has: an embedding's, or the head's."""
+    """A description of the first tensor outside of the numbered layers (of an embedding or the head); None if there is none."""
     names = (name.removeprefix(PREFIX) for name in tensor_names(folder, setting))
     found = next((name for name in names if not any(part.isdigit() for part in name.split("."))), None)
     return None if found is None else f"on {found.partition('.lora_')[0]}, outside of the layers"
 
 
 def told_rank(config: LoraConfig, name: str) -> float:
-    """The rank of a layer by the config. Raises Misfit."""
+    """The rank of a layer by the config. Raises Misfit if it is not a number."""
     return _by_pattern(config.rank_pattern, name, config.r)
 
 
@@ -206,6 +207,6 @@ def _by_pattern(patterns: Any, name: str, default: float) -> float:
 
 
 def scale_of(config: LoraConfig, name: str, rank: int) -> float:
-    """Raises Misfit."""
+    """The factor of B A for a layer by the config. Raises Misfit if the config's alpha is not a number."""
     alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)

@@ -1,4 +1,4 @@
-"""A linear layer with a bank: each adapter adds to the output of its own tokens."""
+"""A linear layer with a bank of adapters. Each adapter changes the output of its own tokens only."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from raytune_llm.models.packed import PackedPart, products
 class BankShape(NamedTuple):
     num_slots: int
     rank: int
-    """The rank that all slots have room for."""
+    """The rank of each slot."""
     dtype: torch.dtype
     trains: bool
 
 
 class Now:
-    """What the layers of one model read: the route of the current forward pass."""
+    """The route of the current forward pass, shared by all layers of one model."""
 
     route: Route | None = None
 
 
 class Joined(NamedTuple):
-    """Layers that share an input, as one: their base is one product, and so are the A and the B of their adapters."""
+    """Layers that share an input, computed together: one product for their bases, and one each for their A and their B."""
 
     base: nn.Module
     sizes: list[int]
     """Outputs of each layer."""
     a_GRK: Tensor
-    """Of each slot, the ranks of all layers."""
+    """A of all layers, concatenated along the rank for each slot."""
     b_GRO: Tensor
-    """Of each slot, blocks on the diagonal."""
+    """B of all layers, block-diagonal for each slot."""
 
 
 class BankedLinear(nn.Module):
     def __init__(self, base_layer: nn.Module, inputs: int, outputs: int, shape: BankShape, now: Now) -> None:
-        """The last slot stays zero; tokens without an adapter use it."""
+        """One more slot, the last, stays zero; tokens without an adapter use it."""
         super().__init__()
         self.base_layer, self.now = base_layer, now
         self.joined: Joined | None = None
@@ -56,13 +56,13 @@ class BankedLinear(nn.Module):
         scales = torch.ones(shape.num_slots + 1, 1, 1, dtype=shape.dtype, device=device) if shape.trains else None
         self.register_buffer("scale_G11", scales, persistent=False)
         self.scale_G11: Tensor | None
-        """None where it is in b already."""
+        """The scale of each slot; None if it is folded into b."""
 
     def forward(self, x: Tensor) -> Tensor:
         return banked(x, [self])[0]
 
     def resize(self, num_slots: int, taken: Sequence[int]) -> None:
-        """Keep these slots, as the first ones."""
+        """Change the number of slots; the `taken` ones become the first."""
         for name in ("a_GRK", "b_GRO", "scale_G11"):
             old: Tensor | None = getattr(self, name)
             if old is None:
@@ -72,13 +72,13 @@ class BankedLinear(nn.Module):
             setattr(self, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
 
     def values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """a and b as the products take them."""
+        """a and b in the dtype of the products, with the scale in b."""
         b_GRO = self.b_GRO if self.scale_G11 is None else self.b_GRO * self.scale_G11
         return self.a_GRK.to(dtype), b_GRO.to(dtype)
 
 
 def banked(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
-    """The output of each banked layer for one input: that of the layer itself, and what the adapters of the pass add."""
+    """The outputs of banked layers that share an input: each base layer's output plus the adapters' of this pass."""
     route = layers[0].now.route
     joined: Joined | None = layers[0].joined
     if joined is not None and len(layers) == len(joined.sizes):
@@ -104,7 +104,7 @@ def banked(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
 
 @torch.no_grad()
 def join(layers: Sequence[BankedLinear]) -> None:
-    """Let the banks of layers whose bases are parts of one product be parts of one bank, as views of it."""
+    """Make the banks of layers whose bases are one product into views of one bank."""
     parts: dict[nn.Module, list[BankedLinear]] = {}
     for layer in layers:
         if isinstance(layer.base_layer, PackedPart):

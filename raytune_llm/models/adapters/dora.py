@@ -1,6 +1,6 @@
-"""LoRA on the direction of each row of a weight, with its length trained beside it (Liu et al. 2024, arXiv 2402.09353).
+"""DoRA: LoRA changes the direction of each weight row, and its magnitude is trained too (Liu et al. 2024, arXiv 2402.09353).
 
-The length of the row that LoRA has changed is a constant in the backward pass (section 4.3 of the paper; PEFT does so too).
+The norm of W + s B A is treated as a constant in the backward pass (section 4.3 of the paper, and PEFT).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from raytune_llm.models.quantization.base import Quantization, QuantizedLinear
 from raytune_llm.models.stored import Stored
 
 COLUMNS = 1024
-"""Of a quantized weight, that are unpacked at once as it is measured."""
+"""The number of columns of a quantized weight that are dequantized at a time to compute row norms."""
 
 
 @torch.no_grad()
 def measure_stored(model: nn.Module, key: str) -> None:
-    """Lengths of the rows of weights that are still in their files, where PEFT has measured what stands in their place."""
+    """Set the magnitudes from weights that are still in files, since PEFT computed them from placeholders."""
     for module in model.modules():
         if not isinstance(module, LoraLayer) or key not in module.lora_magnitude_vector:
             continue
@@ -35,11 +35,11 @@ def measure_stored(model: nn.Module, key: str) -> None:
 
 
 class Lengths(DoraLinearLayer):
-    """PEFT's magnitudes of a linear layer, quantized or not, without its product of B and A: no tensor of the weight's size is
-    made."""
+    """PEFT's DoRA layer for a linear layer, quantized or not, without its product of B and A: no tensor of the weight's size is
+    allocated."""
 
     squares_N: Tensor | None
-    """Of the lengths of a quantized weight's rows, which nothing changes."""
+    """The squared row norms of a quantized weight, which is constant."""
 
     @classmethod
     def instead_of(cls, module: DoraLinearLayer) -> Lengths:
@@ -59,19 +59,19 @@ class Lengths(DoraLinearLayer):
         base_result: Tensor | None = None,
         adapter_name: str = "default",
     ) -> Tensor:
-        """What is added to the base layer's output. base_result: that output; without it (after dropout) it is computed here, of
+        """The change of the base layer's output. base_result: that output; if it is None (with dropout), it is computed here from
         x."""
         if base_result is None:
             base_result = base_layer(x)
         if base_layer.bias is not None:
             base_result = base_result - base_layer.bias
         factor_N = self.weight / self.changed_lengths(base_layer, lora_A.weight, lora_B.weight, scaling, x.dtype)
-        # The sum is all that the backward pass needs: of (factor - 1) * base + factor * lora, both would be saved.
+        # Written so that autograd saves only the sum: for (factor - 1) * base + factor * lora, it would save both terms.
         return factor_N * (base_result + scaling * lora_B(lora_A(x))) - base_result
 
     @torch.no_grad()
     def changed_lengths(self, base: Any, a_RK: Tensor, b_NR: Tensor, scaling: float, compute: torch.dtype) -> Tensor:
-        """The lengths of the rows of W + s B A, [N], in float32 at least. compute: the type of a quantized weight's products."""
+        """The row norms of W + s B A, [N], at least float32. compute: the dtype of a quantized weight's products."""
         if isinstance(base, QuantizedLinear):
             assert self.squares_N is not None
             a_RK = a_RK.to(compute)
@@ -84,7 +84,9 @@ class Lengths(DoraLinearLayer):
 
 
 def row_lengths(squares_N: Tensor, dots_NR: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: float) -> Tensor:
-    """A row's square is |w|^2 + 2 s b (A w) + s^2 b (A A^T) b. dots: W A^T."""
+    """The row norms of W + s B A, [N]. The square of one is |w|^2 + 2 s b (A w) + s^2 b (A A^T) b.
+
+    squares_N: |w|^2 of each row. dots_NR: W A^T."""
     exact = squares_N.dtype
     dots_NR, gram_RR, b_NR = dots_NR.to(exact), (a_RK @ a_RK.T).to(exact), b_NR.to(exact)
     changed_N = ((2 * scaling * dots_NR + scaling**2 * (b_NR @ gram_RR)) * b_NR).sum(1)
@@ -93,7 +95,7 @@ def row_lengths(squares_N: Tensor, dots_NR: Tensor, a_RK: Tensor, b_NR: Tensor, 
 
 @torch.no_grad()
 def measure_quantized(model: nn.Module, key: str, *, new: bool) -> None:
-    """Once weights are held in fewer bits: the lengths of these are what the adapter changes, and what a new one begins with."""
+    """After quantization, compute the row norms of the quantized weights. A new adapter's magnitudes begin as these."""
     for module in model.modules():
         if not isinstance(module, LoraLayer) or key not in module.lora_magnitude_vector:
             continue
@@ -107,7 +109,7 @@ def measure_quantized(model: nn.Module, key: str, *, new: bool) -> None:
 
 
 def squares_of(base: QuantizedLinear) -> Tensor:
-    """[N], of the lengths of its rows: a few columns at a time, each the product with a row of the identity."""
+    """The squared row norms, [N], from a few columns at a time, which are products with rows of the identity."""
     device = base.weights()[0].device
     squares_N = torch.zeros(base.out_features, device=device)
     for start in range(0, base.in_features, COLUMNS):
@@ -119,7 +121,7 @@ def squares_of(base: QuantizedLinear) -> Tensor:
 
 
 def put_lengths(model: nn.Module, key: str) -> None:
-    """Linear layers compute lengths by `Lengths`; embeddings stay PEFT's."""
+    """Replace PEFT's DoRA layers of linear layers by `Lengths`; those of embeddings stay."""
     for module in model.modules():
         if isinstance(module, LoraLayer) and key in module.lora_magnitude_vector:
             theirs = module.lora_magnitude_vector[key]
@@ -129,11 +131,11 @@ def put_lengths(model: nn.Module, key: str) -> None:
 
 
 KEPT = Kept(alone=True, outputs=1)
-"""The sum of what the base layer gave and what A and B did: the magnitudes' gradient needs it."""
+"""The magnitudes' gradient needs the output of the base layer plus that of A and B."""
 
 
 def with_lengths(method: Method) -> Method:
-    """A kind of LoRA, with lengths of rows beside its A and B."""
+    """The method (LoRA or one that initializes it differently) with trained magnitudes."""
 
     def begin(model: nn.Module, key: str, quantization: Quantization | None) -> None:
         method.begin(model, key, quantization)

@@ -1,7 +1,7 @@
-"""LoRA whose A begins as the principal directions of its layer's inputs (Paischer et al. 2024, arXiv 2410.07170).
+"""EVA: LoRA whose A is initialized as the principal directions of its layer's inputs (Paischer et al. 2024, arXiv 2410.07170).
 
-B is 0, so the policy is the base before the first step. Ranks stay as they are set: PEFT's rho=1. The decomposition is PEFT's,
-incremental: no more than a pass's inputs of one layer are held. It is saved as plain LoRA.
+B is 0, so the policy equals the base before the first step. Ranks are not redistributed (PEFT's rho=1). PEFT's incremental PCA
+keeps only one layer's inputs of one pass in memory. The adapter is saved as plain LoRA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from raytune_llm.models.adapters.lora import continues, describes, lora, lr_fact
 from raytune_llm.models.adapters.method import Layers, Method, only_linear
 
 SVD_SEED = 42
-"""PEFT's, of the randomized decomposition."""
+"""PEFT's seed of the randomized decomposition."""
 
 
 def config(*, rows: int, **settings: Any) -> Any:
@@ -35,8 +35,8 @@ def check(layers: Layers, *, rows: int, **settings: Any) -> None:
 class Inputs:
     """Implements `Observer`: the principal components of the inputs of each layer with an adapter.
 
-    Layers that get one tensor for an input (q, k and v) share its components. A layer that has seen fewer tokens than twice its
-    rank (a rare expert) stays as LoRA begins.
+    Layers with the same input tensor (q, k and v) share its components. A layer that has seen fewer tokens than twice its rank (a
+    rarely used expert) keeps LoRA's initialization.
     """
 
     def __init__(self, model: nn.Module, key: str) -> None:
@@ -64,7 +64,7 @@ class Inputs:
             for layer in self._layers:
                 hook = layer.get_base_layer().register_forward_pre_hook(partial(see, layer))
                 hooks.callback(hook.remove)
-            # A compiled layer would compile what hooks do.
+            # torch.compile would otherwise trace the hook.
             hooks.enter_context(torch.compiler.set_stance("force_eager"))
             yield
 
@@ -74,16 +74,16 @@ class Inputs:
 
 
 class Components:
-    """The directions, by variance, of vectors that come in pieces."""
+    """The principal directions of vectors that arrive in parts."""
 
     def __init__(self, rank: int, size: int) -> None:
-        """size: K, of a vector."""
+        """size: the number of elements K of a vector."""
         self.rank, self._least = rank, min(2 * rank, size)
         self._pca = IncrementalPCA(rank, copy=True, lowrank=True, lowrank_q=self._least, lowrank_seed=SVD_SEED)
         self._waiting: list[Tensor] = []
 
     def add(self, x_NK: Tensor) -> None:
-        """A decomposition finds twice the rank, of no fewer vectors; fewer wait for the next ones."""
+        """Add vectors. A decomposition computes 2 * rank directions, so it waits until there are that many vectors."""
         self._waiting.append(x_NK)
         if sum(map(len, self._waiting)) >= self._least:
             with torch.autocast(x_NK.device.type, enabled=False):
@@ -91,7 +91,7 @@ class Components:
             self._waiting = []
 
     def directions(self) -> Tensor | None:
-        """[R, K] float32, of length 1; None before there were enough vectors."""
+        """[R, K] float32 unit vectors; None before there were enough vectors."""
         return getattr(self._pca, "components_", None)
 
 

@@ -1,4 +1,4 @@
-"""Some layers of a model trained as they are, and modules beside them."""
+"""Freeze tuning: some layers of the model, and modules outside of the layers, are trained directly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def freeze(
     modules: str | Sequence[str],
     extra_modules: Sequence[str],
 ) -> None:
-    """Set requires_grad. Raises ConfigError for layers and modules that the model lacks."""
+    """Set requires_grad. Raises ConfigError for layers and modules that the model does not have."""
     named = list(named_layers(model))
     size, count = len(named), first_layers or last_layers
     if count is not None and count > size:
@@ -34,7 +34,7 @@ def freeze(
         _train_in(named[number][1], modules)
     in_layers = tuple(f"{name}." for name, _ in named)
     outside = [(name, module) for name, module in model.named_modules() if name and not f"{name}.".startswith(in_layers)]
-    # Those that hold layers would train them all.
+    # Modules that contain the layers are left out, since naming one would train all layers.
     outside = [(name, module) for name, module in outside if not any(layer.startswith(f"{name}.") for layer in in_layers)]
     outside = [(name, module) for name, module in outside if _has_weights(module)]
     _train(outside, extra_modules, "adapter.extra_modules", "modules outside of the model's layers")

@@ -1,7 +1,7 @@
-"""silu(gate + its low-rank part) * (up + its low-rank part), and the gradients, in one pass over the activations each.
+"""silu(gate + its low-rank part) * (up + its low-rank part), and its gradients, each in one pass over the activations.
 
-The low-rank parts low @ b.T never exist: a tile of them is a small product of its own, added to the tile of gate and up at hand.
-Added to the whole of gate and up, where these are written, they cost reading and writing both once more.
+The low-rank parts low @ b.T are never written to memory. Each tile of them is computed and added to the tile of gate or up in
+registers, which saves reading and writing gate and up once more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MAX_RANK = 64
-"""The highest rank: a program of the kernels holds a tile's low-rank factors in registers."""
+"""The largest rank: each program of the kernels keeps a tile's low-rank factors in registers."""
 
 
 @torch.library.custom_op("raytune_llm::gated", mutates_args=())
@@ -37,7 +37,7 @@ def _(gate_MI: Tensor, up_MI: Tensor, low_MR: Tensor, gate_b_IG: Tensor, up_b_IU
 def gated_backward(
     grad_MI: Tensor, gate_MI: Tensor, up_MI: Tensor, low_MR: Tensor, gate_b_IG: Tensor, up_b_IU: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to gate and up, and what `gated` gave, which nobody has to keep."""
+    """The gradients of gate and up, and `gated`'s output [M, I], which the caller thus need not have saved."""
     if _has_kernel(gate_MI):
         from raytune_llm.models.adapters.gated_kernels import backward
 

@@ -1,4 +1,4 @@
-"""The kernels behind `gated`: a program takes a tile of the activations, of which each element is read and written once."""
+"""The Triton kernels of `gated`. Each program computes one tile of the activations, and reads and writes each element once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 FORWARD_TILE, BACKWARD_TILE, WARPS = (32, 64), (16, 128), 4
-"""Rows and columns, the fastest of a dozen on an H200: what a tile takes in float32 has to fit the registers."""
+"""Rows and columns of a tile, and warps: the fastest of a dozen on an H200. A tile in float32 must fit the registers."""
 
 
 def forward(gate_MI: Tensor, up_MI: Tensor, low_MR: Tensor, gate_b_IG: Tensor, up_b_IU: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def _backward(
 
 @triton.jit
 def _tile(num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The program's rows and columns, past the edge the last ones again, where its elements are, and which are inside."""
+    """The program's rows and columns (clamped at the edge), its elements' offsets, and the mask of those inside."""
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row[:, None] < num_rows) & (column[None, :] < num_columns)

@@ -1,15 +1,15 @@
-"""LoRA on projections that share an input, as one.
+"""LoRA on projections that share an input, computed together.
 
-PEFT runs each adapted layer by itself: every layer reads the activations again for its own A, and the scaled product is a pass of
-its own over the output, forward and backward. Here q/k/v, and gate/up, share one product with their A matrices laid end to end,
-the scale is folded into B, and B's product is accumulated into the base layer's output where it stands, and A's into the gradient
-of the input. On a GPU, a gated MLP is one operation, in which B's products of gate and up never leave the chip. The layers
-themselves stay PEFT's, under their names, so that saving, loading and switching adapters off are not concerned.
+PEFT computes each adapted layer separately: each one reads the activations again for its own A, and adding the scaled product is
+another pass over the output, forward and backward. Here, q/k/v and gate/up share one product with their concatenated A matrices,
+and the scale is folded into B. B's product is accumulated in place into the base layer's output, and A's into the gradient of the
+input. On a GPU, a gated MLP is one operation, in which the products with B of gate and up never reach memory. The layers stay
+PEFT's, with their names, so saving, loading and disabling adapters work unchanged.
 
-Between the passes a gated MLP keeps its gate and its other factor. Their product, which the last projection's A reads again, and
-the activated gate are computed again in the backward pass: two cheap passes in place of half of what the MLP would keep.
+A gated MLP saves only the outputs of gate and up for the backward pass. The activated gate, and its product with up, are computed
+again: two cheap passes that halve what the MLP saves.
 
-With dropout, the layers of a group see one mask (Hu et al. 2021 leave it open; PEFT draws one a layer).
+With dropout, the layers of a group share one mask (PEFT draws one for each layer; Hu et al. 2021 don't specify it).
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ aten = torch.ops.aten
 Product = Callable[..., Tensor]
 
 ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
-"""Rotary attention over q_proj, k_proj and v_proj, with the norms of heads that Qwen3 has."""
+"""Classes of rotary attention with q_proj, k_proj and v_proj, and optionally Qwen3's q_norm and k_norm."""
 MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP"}
-"""down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
+"""Classes that compute down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
 SILU = {"SiLU", "SiLUActivation"}
-"""x sigmoid(x), of torch and of transformers."""
+"""Classes of torch and of transformers that compute x * sigmoid(x)."""
 
 
 def project(x_BTD: Tensor, layers: Sequence[nn.Module], gate_BTD: Tensor | None = None) -> list[Tensor]:
-    """The output of each layer for one input: x, or silu(gate) * x where there is a gate. Several adapters at once where layers
-    have banks; a layer at a time if an adapter is disabled, merged or of another method."""
+    """The output of each layer for one shared input: x, or silu(gate) * x if a gate is given.
+
+    Layers with banks compute several adapters at once. If an adapter is disabled, merged or not LoRA, layers run one by one."""
     name = _shared_adapter(layers)
     adapted: list[Any] = list(layers)
     drops = name is not None and not isinstance(adapted[0].lora_dropout[name], nn.Identity)
@@ -67,7 +68,7 @@ def project(x_BTD: Tensor, layers: Sequence[nn.Module], gate_BTD: Tensor | None 
 
 
 def gated_mlp(x_BTD: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
-    """down(silu(gate(x)) * up(x)) for layers that lack nothing for it."""
+    """down(silu(gate(x)) * up(x)) as one operation, for layers for which `lacks_for_gated` is None."""
     name = gate.active_adapters[0]
     dtype = _compute_type(x_BTD)
     a_RD = torch.cat([layer.lora_A[name].weight for layer in (gate, up)]).to(dtype)
@@ -80,7 +81,7 @@ def gated_mlp(x_BTD: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
 
 
 def lacks_for_gated(gate: nn.Module, up: nn.Module, down: nn.Module, activation: nn.Module) -> str | None:
-    """Why these layers can't be one operation; None if they can."""
+    """Why these layers can't be computed as one operation; None if they can."""
     name = _shared_adapter((gate, up, down))
     if name is None:
         return "not one plain adapter over all its layers"
@@ -95,7 +96,7 @@ def lacks_for_gated(gate: nn.Module, up: nn.Module, down: nn.Module, activation:
 
 
 class GroupedAttention(nn.Module):
-    """Attention of the families in ATTENTIONS, around their grouped projections."""
+    """The attention of the classes in ATTENTIONS, with q, k and v computed together."""
 
     SHARE_AN_INPUT = ("q_proj", "k_proj", "v_proj")
     q_proj: nn.Module
@@ -157,7 +158,7 @@ class GroupedAttention(nn.Module):
 
 
 class GroupedMLP(nn.Module):
-    """The gated MLP of the families in MLPS, around their grouped projections."""
+    """The gated MLP of the classes in MLPS, with gate and up computed together."""
 
     SHARE_AN_INPUT = ("gate_proj", "up_proj")
     gate_proj: nn.Module
@@ -184,7 +185,7 @@ class GroupedMLP(nn.Module):
 
 
 def group(model: nn.Module) -> nn.Module:
-    """Let attention and MLP of known families run their adapters in groups; those of others stay as they are."""
+    """Replace attention and MLP modules of known classes by grouped ones; others stay as they are."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__ in ATTENTIONS:
@@ -232,7 +233,7 @@ def _compute_type(x: Tensor) -> torch.dtype:
 
 
 def _b(layer: Any, name: str, dtype: torch.dtype) -> Tensor:
-    """[N, R], the scale with it."""
+    """B [N, R], multiplied by the scale."""
     return (layer.lora_B[name].weight * layer.scaling[name]).to(dtype)
 
 
@@ -245,21 +246,20 @@ def _weights(base: nn.Module) -> tuple[Tensor, ...]:
 
 @torch.library.custom_op("raytune_llm::accumulate_product", mutates_args={"into_MN"})
 def _accumulate_product(into_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
-    """into += left @ right, in its place also in compiled code, which would copy it first."""
+    """into += left @ right, in place. A custom op, since compiled code would copy `into` first."""
     into_MN.addmm_(left_MK, right_KN)
 
 
 class Frozen(NamedTuple):
-    """A kind of layer under adapters, by its products. Where the weight is a matrix as it is, they are accumulated onto the small
-    ones: their tiles take in what is there as they are written, where a small product, added later, reads and writes all of it
-    once more, and rounds it twice."""
+    """The products of a kind of frozen layer. If the weight is a plain matrix, its product is accumulated onto the low-rank one
+    (GEMM with beta=1). The other order would read and write the whole output once more, and round it twice."""
 
     product: Product
-    """x [M, K] and what holds the weight [N, K]: x @ weight.T."""
+    """(x [M, K], the tensors of the weight [N, K]) -> x @ weight.T."""
     transposed: Product
-    """grad [M, N] and the same: grad @ weight."""
+    """(grad [M, N], the same tensors) -> grad @ weight."""
     num_weights: int
-    """How many tensors hold the weight. One is the weight itself."""
+    """The number of tensors that store the weight; 1: the plain weight."""
 
     def adapted(self, x_MK: Tensor, weights: Sequence[Tensor], low_MR: Tensor, b_NR: Tensor) -> Tensor:
         """x @ weight.T + low @ b.T."""
@@ -270,7 +270,7 @@ class Frozen(NamedTuple):
     def towards_input(
         self, grads: Sequence[Tensor], weights: Sequence[Sequence[Tensor]], low_grad_MR: Tensor, a_RK: Tensor | None
     ) -> Tensor:
-        """The gradient of an input that layers share: the sum of their grad @ weight, and low_grad @ a."""
+        """The gradient of an input that layers share: the sum of their grad @ weight, plus low_grad @ a."""
         if self.num_weights == 1 and a_RK is not None:
             total = low_grad_MR @ a_RK
             for grad_MN, (weight_NK,) in zip(grads, weights, strict=True):
@@ -289,8 +289,8 @@ def _accumulated(into_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> Tensor:
 def _adapted(kind: Frozen) -> type[torch.autograd.Function]:
     """y_i = x @ weight_i.T + low_i @ b_i.T for the layers of a group, whose weights are frozen.
 
-    Takes x [M, D], and a gate [M, D] where silu(gate) * x is to stand for x, then either a [R, D], where low is x @ a.T, or
-    low [M, R] itself, then b_i [N_i, R_i] and what holds the weight of each layer.
+    Arguments: x [M, D]; optionally a gate [M, D], with which the input is silu(gate) * x; either a [R, D], for low = x @ a.T, or
+    low [M, R] itself; then, for each layer, b_i [N_i, R_i] and the tensors of its weight.
     """
     width = 1 + kind.num_weights
 
@@ -315,7 +315,7 @@ def _adapted(kind: Frozen) -> type[torch.autograd.Function]:
             bs, weights = per_layer[::width], _of_each(per_layer, width)
             low_grad = torch.cat([grad @ b_NR for grad, b_NR in zip(grads, bs, strict=True)], dim=1)
             lows = low.split([b_NR.shape[1] for b_NR in bs], dim=1)
-            # in this order, since a thin matrix on the right costs a CPU twice the time
+            # In this order, since on a CPU a thin matrix on the right takes twice the time.
             towards_bs = [(low_MR.T @ grad).T for low_MR, grad in zip(lows, grads, strict=True)]
             towards_layers = [x for towards_b in towards_bs for x in (towards_b, *[None] * kind.num_weights)]
             towards_x = kind.towards_input(grads, weights, low_grad, None if ctx.given_low else a_RD)
@@ -334,15 +334,15 @@ def _adapted(kind: Frozen) -> type[torch.autograd.Function]:
 
 
 def _of_each(per_layer: Sequence[Tensor], width: int) -> list[Sequence[Tensor]]:
-    """What holds each layer's weight, after its b."""
+    """The tensors of each layer's weight; `per_layer` has each layer's b, then `width` of these."""
     return [per_layer[start + 1 : start + width] for start in range(0, len(per_layer), width)]
 
 
 def _gated_mlp(kind: Frozen) -> type[torch.autograd.Function]:
-    """down(silu(gate(x)) * up(x)), each layer with its low-rank part, whose weights are frozen.
+    """down(silu(gate(x)) * up(x)), where each layer has a frozen weight and a low-rank part.
 
-    Of the width of the MLP, only what the products with the frozen weights of gate and up give is kept for the backward pass.
-    Takes x [M, D], the a of gate and up [R, D] and of down [R, I], their three b, and what holds the weight of each layer.
+    The only tensors [M, I] that are saved for the backward pass are x's products with the frozen weights of gate and up.
+    Arguments: x [M, D], a of gate and up [R, D], a of down [R, I], the three b, and the tensors of each layer's weight.
     """
 
     class GatedMLP(torch.autograd.Function):
@@ -400,7 +400,7 @@ FROZEN = {
         if kind is not None
     },
 }
-"""By the kind of layer under the adapter."""
+"""The class of the base layer -> its products."""
 ADAPTED = {layer: _adapted(kind) for layer, kind in FROZEN.items()}
 GATED_MLP = {layer: _gated_mlp(kind) for layer, kind in FROZEN.items()}
 

@@ -1,4 +1,4 @@
-"""Vectors that outputs, or inputs, of layers are multiplied with (Liu et al. 2022, arXiv 2205.05638)."""
+"""IA3: trained vectors that multiply the outputs or inputs of layers (Liu et al. 2022, arXiv 2205.05638)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raytune_llm.models.adapters.method import Kept, Layers, Method, only_linear
 
 
 def ia3(*, scaled_inputs: list[str]) -> IA3Config:
-    # A pattern: of a list, PEFT demands that the targets have the same entries, which they have not where they are patterns.
+    # A regular expression, because PEFT requires that entries of a list also occur in the targets, which may be an expression.
     names = "|".join(map(re.escape, scaled_inputs))
     return IA3Config(feedforward_modules=rf".*\.({names})" if scaled_inputs else [])
 
@@ -27,5 +27,5 @@ def check(layers: Layers, *, scaled_inputs: list[str]) -> None:
 
 
 KEPT = Kept(alone=True, inputs=False, outputs=0.25)
-"""What the base layer gave, of keys and values, and the input of the MLP's last layer, for the vectors' gradients."""
+"""The vectors' gradients need the base layer's output for keys and values, and the input of the MLP's last layer."""
 IA3 = Method(config=ia3, describes=describes, check=check, kept=KEPT)

@@ -32,25 +32,25 @@ from raytune_llm.models.stored import of_type
 
 SCORE_HEAD = ("score.weight",)
 PREFIX = "base_model.model."
-"""What PEFT's model puts before the transformers model's names."""
+"""The prefix of parameter names in PEFT's model."""
 
 
 class PeftAdapters:
     """Implements `Adapters`."""
 
     def __init__(self, model: nn.Module, *, scores: bool = False) -> None:
-        """Take a transformers model, or PEFT's around one. scores: it has a score head, of which each adapter has its own."""
+        """model: a transformers model, or PEFT's around one. scores: it has a score head, and each adapter has its own."""
         self.model: nn.Module = model
-        """The model that parameters' names are relative to."""
+        """The module to which parameters' names are relative."""
         self._peft: Any = model if isinstance(model, PeftModel) else None
         self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._scores = scores
         self._quantization: Quantization | None = None
         self._own: AdapterConfig | SavedAdapter | None = None
         self._begun: dict[str, dict[str, Tensor]] = {}
-        """Adapters as they began, by our names, where what is saved needs it."""
+        """Our names -> initial values of adapters whose saved form needs them (PiSSA)."""
         self._keys: dict[str, str] = {key: key for key in self._peft.peft_config} if self._peft else {}
-        """Our names -> PEFT's, which can hold no dot."""
+        """Our names -> PEFT's, which may not contain dots."""
         self._numbers = count()
         self._switches = _switches(model)
 
@@ -83,14 +83,16 @@ class PeftAdapters:
         *,
         quantization: Quantization | None = None,
     ) -> None:
-        """Add the policy's own adapter: the first one, in use and trained from now on. new_ids: tokens whose embeddings are the
-        adapter's, which the model has room for. quantization: what will be made of the weights of its layers."""
+        """Add the policy's own adapter, which must be the first, and make it active and trained.
+
+        new_ids: tokens whose embeddings belong to the adapter; the model's embeddings already have their rows. quantization: the
+        one that will be applied to the weights of its layers."""
         self._quantization = quantization
         self._put(OWN, OWN, source, new_ids)
         self._own = source
         self.model = adapted = cast(PeftModel, self._peft)
         for switch in self._switches:
-            switch.cast_input_dtype_enabled = False  # autocast casts what it needs to; a copy in float32 would be for nothing
+            switch.cast_input_dtype_enabled = False  # autocast casts inputs, so PEFT's copy in float32 would be wasted
         for parameter in names_of(adapted, OWN).values():
             parameter.requires_grad_(True)
 
@@ -100,9 +102,9 @@ class PeftAdapters:
                 known[1].quantized(self._base, key, new=self._own is not None and self._own.path is None)
 
     def merge(self, source: SavedAdapter) -> None:
-        """Put a saved adapter into the model's own weights. It must be the only one here.
+        """Merge a saved adapter into the model's own weights. The model must have no other adapter.
 
-        Without weights (on the meta device), it is only looked at whether it fits.
+        For a model on the meta device, this only checks that the adapter fits.
         """
         assert self._peft is None
         self._put(OWN, OWN, source)
@@ -113,10 +115,10 @@ class PeftAdapters:
         cast(Any, self._peft).merge_and_unload()
         self._keys.pop(OWN)
         self._peft, self._switches = None, _switches(self._base)
-        self._base.requires_grad_(True)  # as it was loaded: PEFT froze it
+        self._base.requires_grad_(True)  # as after loading, since PEFT has frozen it
 
     def _check_ends(self, source: SavedAdapter) -> None:
-        """Raises ConfigError where merging would change the head with the embedding, or the other way round."""
+        """Raises ConfigError if the embedding and the head are tied and the adapter would change only one of them."""
         if self._base.get_output_embeddings() is None:
             return
         ends = tied_ends(self._base)
@@ -141,7 +143,7 @@ class PeftAdapters:
         config.save_pretrained(str(folder))
 
     def saved_values(self, name: str) -> int:
-        """How many numbers its file holds."""
+        """The number of elements in the adapter's file."""
         return sum(value.numel() for value in self._file(name, None)[1].values())
 
     def trained(self, name: str) -> dict[str, nn.Parameter]:
@@ -159,7 +161,7 @@ class PeftAdapters:
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
-        """Unlike PEFT's own switch, it leaves requires_grad alone, which strategies have read already."""
+        """Unlike PEFT's set_adapter, this does not change requires_grad, which strategies have read already."""
         key = None if name is None else self._keys[name]
         with self._as_it_is():
             for switch in self._switches:
@@ -173,7 +175,7 @@ class PeftAdapters:
 
     @contextmanager
     def _as_it_is(self) -> Iterator[None]:
-        """Restores the adapter in use afterwards; layers that were adapted in between have none."""
+        """A context that restores the active adapter at its end; layers adapted within it then have none active."""
         before = {switch: (switch._active_adapter, switch._disable_adapters) for switch in self._switches}
         try:
             yield
@@ -186,8 +188,8 @@ class PeftAdapters:
         config: Any = self._config(source)
         setting = source.setting if isinstance(source, SavedAdapter) else "adapter.path"
         self._take_tokens(config, new_ids, source.path, setting)
-        base_model, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns where it is another
-        # Beside a base without weights an adapter has none either: what it begins as may be made of them.
+        base_model, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns if it differs
+        # On a base without weights, the adapter has none either, since its initial values may depend on the base's.
         place = torch.device("meta") if next(self._base.parameters()).is_meta else nullcontext()
         named = getattr(config, "target_modules", None)
         try:
@@ -201,7 +203,7 @@ class PeftAdapters:
                 raise
             raise unfit(first_line(error), str(source.path), setting, base_model) from error
         if is_multimodal(self._base.config) and named is not None:
-            config.target_modules = named  # PEFT's short forms of many names would name layers of the towers too
+            config.target_modules = named  # PEFT's shortened names would match layers of the vision towers too
         self._keys[name] = key
         if (known := saved_method(config)) is not None:
             known[1].placed(self._base, key)
@@ -209,7 +211,7 @@ class PeftAdapters:
         self._switches = _switches(group(self._base))
         for parameter in names_of(self._peft, key).values():
             parameter.requires_grad_(False)
-            parameter.data = of_type(parameter, torch.float32)  # PEFT does it to adapters, but not to a score head
+            parameter.data = of_type(parameter, torch.float32)  # PEFT does this for adapters, but not for a score head
         if source.path is None:
             self._begin(name, method_of(cast(Layered, source)))
         else:
@@ -221,10 +223,10 @@ class PeftAdapters:
                 raise
 
     def _file(self, name: str, parameters: Mapping[str, Tensor] | None) -> tuple[PeftConfig, Mapping[str, Tensor]]:
-        """What is saved of an adapter: with these values, or with its own."""
+        """The config and tensors of an adapter's file. parameters: values to save instead of the adapter's own."""
         key = self._keys[name]
         state = None if parameters is None else {self._in_peft(name): value for name, value in parameters.items()}
-        # Embeddings are frozen here; PEFT would ask the hub whether they have grown.
+        # Embeddings are frozen here. PEFT would otherwise ask the hub whether the vocabulary was resized.
         weights = get_peft_model_state_dict(self._peft, state, key, save_embedding_layers=False)
         config = copy.copy(self._peft.peft_config[key])
         return (config, weights) if name not in self._begun else self._converted(name, config, weights)
@@ -249,25 +251,25 @@ class PeftAdapters:
             for switch in self._switches:
                 switch._active_adapter = [other for other in switch.active_adapters if other != key]
             self._peft.delete_adapter(key)
-            # What PEFT takes for active must be there when another one comes; layers have their own switches.
+            # PEFT's active adapter must exist when another one is added; layers have their own active adapter.
             self._peft.active_adapter = self._peft.base_model.active_adapter = next(iter(self._keys.values()))
         else:
-            self._peft.unload()  # PEFT can't be without any adapter
+            self._peft.unload()  # PEFT's model can't have zero adapters
             self._peft = None
         self._switches = _switches(self._base)
 
     def _config(self, source: AdapterConfig | SavedAdapter) -> PeftConfig:
-        """PEFT's, of a kind and of sizes that fit."""
+        """PEFT's config of a new or saved adapter. Raises ConfigError if it doesn't fit the model."""
         config = read_config(source.path, source.setting) if isinstance(source, SavedAdapter) else self._config_of(source)
         if isinstance(source, SavedAdapter) and not self._scores and not self._base.can_generate():
-            config.task_type = None  # of the language model that a model with a score head begins as
+            config.task_type = None  # a language model's adapter, with which a reward model begins
         if self._scores:
             config.task_type = "SEQ_CLS"  # type: ignore[assignment]  # PEFT's enum is one of strings
-        config.inference_mode = False  # or a score head would have no parameters of its own
+        config.inference_mode = False  # otherwise a score head would have no parameters of its own
         return config
 
     def _take_tokens(self, config: Any, new_ids: Sequence[int], path: str | None, setting: str) -> None:
-        """The embeddings of new tokens are the adapter's, and the head's rows where they are not the same."""
+        """Make the embeddings of new tokens part of the adapter, and the head's rows if it is not tied to the embedding."""
         whole = [f".{name}" for name in getattr(config, "modules_to_save", None) or ()]  # trained with all their rows
         embeddings, head = self._base.get_input_embeddings(), self._base.get_output_embeddings()
         parts = [embeddings] if head is None or head.weight is embeddings.weight else [embeddings, head]
@@ -304,7 +306,7 @@ class PeftAdapters:
 
 
 def _has(switch: Any, key: str) -> bool:
-    """Tokens are of an adapter that brings some."""
+    """Whether this PEFT layer has the adapter. An adapter without new tokens is not in the layers for tokens."""
     return not isinstance(switch, TrainableTokensLayer) or key in switch.trainable_tokens_delta
 
 
@@ -313,5 +315,5 @@ def _host_copy(value: Tensor) -> Tensor:
 
 
 def _switches(model: nn.Module) -> list[Any]:
-    """PEFT's layers that know the adapter in use."""
+    """PEFT's modules that have an active adapter."""
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]

@@ -1,6 +1,6 @@
-"""New layers between a model's own, the only ones that are trained (Wu et al. 2024, arXiv 2401.02415).
+"""LLaMA Pro: new layers between the model's own; only they are trained (Wu et al. 2024, arXiv 2401.02415).
 
-Each begins as a copy of the layer before it whose last projections are zero, so that it passes its input on as it is.
+Each begins as a copy of the layer before it, with zero output projections, so that it is the identity.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from raytune_llm.models.layers import named_layers
 from raytune_llm.models.stored import Stored
 
 LAST = ("self_attn.o_proj", "mlp.down_proj")
-"""What a layer adds to the residual stream comes out of these."""
+"""The output projections, through which a layer adds to the residual stream."""
 
 
 def llama_pro(model: PreTrainedModel, *, new_layers: int) -> None:
-    """Insert the layers at equal distances, and set requires_grad. Raises ConfigError for a model where that can't be."""
+    """Insert the layers at equal distances, and set requires_grad. Raises ConfigError if new_layers does not divide the model's
+    layers, or for layers without these output projections."""
     named = list(named_layers(model))
     size = len(named)
     if size % new_layers:
@@ -29,7 +30,7 @@ def llama_pro(model: PreTrainedModel, *, new_layers: int) -> None:
         rule = f"must divide the model's {size} layers"
         raise ConfigError("adapter.new_layers", rule, got=new_layers, fix=f"Set one of {', '.join(fitting)}.")
     if any(not isinstance(_inside(layer, name), nn.Linear) for _, layer in named for name in LAST):
-        rule = f"can be llama_pro for layers that end in {' and '.join(LAST)}, which those of {model.config.model_type} do not"
+        rule = f"can be llama_pro only for layers with {' and '.join(LAST)}, which those of {model.config.model_type} don't have"
         raise ConfigError("adapter", rule, got="llama_pro", fix="Set adapter=freeze or adapter=lora.")
     model.requires_grad_(False)
     every, config = size // new_layers, model.config.get_text_config()
@@ -57,7 +58,7 @@ def _inside(layer: nn.Module, name: str) -> Any:
 
 @torch.no_grad()
 def _passing_on(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A trained copy that adds nothing."""
+    """A trained copy of the layer with zero output projections."""
     new = copy.deepcopy(layer, memo)
     for name in LAST:
         last = new.get_submodule(name)
@@ -68,7 +69,7 @@ def _passing_on(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _lengthen(config: Any, size: int, every: int) -> None:
-    """Its number of layers, and its lists of one entry a layer."""
+    """Update the config's number of layers and its lists with one entry per layer."""
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == size:
             setattr(config, name, [entry for number, one in enumerate(value, 1) for entry in [one] * (1 + (number % every == 0))])

@@ -1,7 +1,7 @@
-"""LoRA that begins as what quantization takes off the weights (Li et al. 2023, arXiv 2310.08659).
+"""LoftQ: LoRA is initialized as the error of the quantization (Li et al. 2023, arXiv 2310.08659).
 
-B A begins as the largest singular values of W - Q(W), over the scale. This is one round of the paper's: the base is still what
-the quantization makes of the original weights, so that the adapter loads on it anywhere. More rounds would change the base.
+B A begins as the truncated SVD of W - Q(W), divided by the scale. This is one iteration of the paper's algorithm. The base stays
+the plain quantization of the original weights, on which other programs can load the adapter; more iterations would change it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def check(layers: Layers, **settings: Any) -> None:
 
 @torch.no_grad()
 def begin(model: nn.Module, key: str, quantization: Quantization | None) -> None:
-    """Without a quantization or without weights, what it begins as is of no account: it is loaded, or its sizes are asked."""
+    """Initialize the adapter. Does nothing without a quantization or without weights (meta device), when the initial values don't
+    matter: the adapter will be loaded, or only its sizes are needed."""
     if quantization is None:
         return
     replaced = {linear for *_, linear in linears_but(layers(model), quantization.skip_modules)}
@@ -38,7 +39,7 @@ def begin(model: nn.Module, key: str, quantization: Quantization | None) -> None
 
 
 def _lost(linear: nn.Linear, quantization: Quantization) -> Tensor:
-    """What of the weight [N, K] its quantization lacks, in float32."""
+    """The quantization error W - Q(W) of the layer's weight, [N, K] float32."""
     weight = linear.weight.read(torch.device("cpu")) if isinstance(linear.weight, Stored) else linear.weight
     return weight.float() - quantization.held(weight)
 

@@ -1,7 +1,7 @@
-"""Low-rank adapters: W + scale B A (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA, low-rank adapters: W + scale * B A (Hu et al. 2021, arXiv 2106.09685).
 
-Their scale may be alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732), B may learn faster than A (Hayou et al. 2024, arXiv
-2402.12354), and lengths of rows may be trained beside them (dora.py), whatever A and B begin as.
+Options: rsLoRA, scale = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732); LoRA+, a higher learning rate for B (Hayou et
+al. 2024, arXiv 2402.12354); and DoRA (dora.py), with any initialization of A and B.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.method import Layers, Method, sides
 
 GATE_OUTPUTS, GATE_RATIO = 64, 16
-"""The most outputs of a gate, and the least inputs for each: all-linear takes gates with the others, at any rank of these."""
+"""A linear layer with at most this many outputs, and at least this many inputs per output, is a gate. With all-linear, gates get
+adapters too; adapter.rank may be above their number of outputs."""
 
 
 def lora(
@@ -43,7 +44,7 @@ def describes(saved: PeftConfig) -> bool:
 
 
 def continues(saved: PeftConfig, section: Layered) -> None:
-    """Raise ConfigError where the adapter is computed in another way than the section says."""
+    """Raise ConfigError if the section's rslora or dora differs from the saved adapter's."""
     assert isinstance(saved, LoraConfig) and isinstance(section, LowRank)
     for setting, there, here in (("dora", saved.use_dora, section.dora), ("rslora", saved.use_rslora, section.rslora)):
         if there != here:
@@ -68,8 +69,8 @@ def ranks_fit(
     spares_gates: bool = True,
     **settings: Any,
 ) -> None:
-    """Raise ConfigError unless each rank is at most min(N, K) of its layer [N, K], the highest that B A can have, and each
-    pattern names layers. spares_gates: of gates, which have a few outputs, it may be higher."""
+    """Raise ConfigError unless each rank is at most min(N, K) of its layer's weight [N, K], the largest rank that B A can have,
+    and each pattern matches layers. spares_gates: ranks may be larger for gates, which have few outputs."""
     for setting, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         used = {get_pattern_key(list(patterns), name) for name in layers}
         if unused := sorted(patterns.keys() - used):
@@ -86,7 +87,7 @@ def ranks_fit(
 
 
 def is_gate(layer: nn.Module) -> bool:
-    """A linear layer that gives a number for each head or expert, with which others are multiplied."""
+    """Whether the layer computes one number for each head or expert, a gate that multiplies other values."""
     inputs, outputs = sides(layer)
     return not isinstance(layer, nn.Embedding) and outputs <= GATE_OUTPUTS and inputs >= GATE_RATIO * outputs
 

@@ -311,19 +311,19 @@ def test_an_adapter_that_does_not_fit_a_bank_is_refused_by_name(folders: list[Pa
     spoilt = {**weights, first: weights[first] * float("nan")}
     grown = {name: torch.full_like(value, 3e38) if "lora_B" in name else value for name, value in weights.items()}  # scaled by 2
     cases: list[tuple[LoraBank, dict[str, Any], dict[str, Tensor], str]] = [
-        (bank, {}, wide, "rank 10, and slots have room for 8"),
+        (bank, {}, wide, "rank 10, and slots have rank 8"),
         (bank, {}, spoilt, "not finite"),
         (bank, {}, grown, "not finite"),
         (bank, {}, {first: weights[first]}, "A or B alone"),
         (bank, {}, {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 32)}, "is on lm_head, outside of the layers"),
-        (narrow, {}, weights, "of no layer with a bank"),
+        (narrow, {}, weights, "for layers without a bank"),
         (bank, {}, {name: value[:, :-1].contiguous() for name, value in weights.items()}, "has A .* there, and is 32 -> 32 here"),
         (bank, {}, {}, "holds no tensor"),
         (bank, {"use_dora": True}, weights, "be plain LoRA .* and is with DoRA"),
         (bank, {"modules_to_save": ["lm_head"]}, weights, "and is with whole modules"),
         (bank, {"bias": "lora_only"}, weights, "and is with biases"),
-        (bank, {"r": 4}, weights, "has rank 2 in its tensors, and 4 in its config"),
-        (bank, {"rank_pattern": {"down_proj": 3}}, weights, "down_proj has rank 2 in its tensors, and 3 in its config"),
+        (bank, {"r": 4}, weights, "has rank 2 by its tensors, but 4 by its config"),
+        (bank, {"rank_pattern": {"down_proj": 3}}, weights, "down_proj has rank 2 by its tensors, but 3 by its config"),
         (bank, {"rank_pattern": {"(": 2}}, weights, "must be objects of patterns"),
         (bank, {"alpha_pattern": {"q_proj": "many"}}, weights, "no number for .*q_proj, but 'many'"),
         (bank, {"lora_alpha": None}, weights, "no number for .*, but None"),
